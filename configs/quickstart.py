@@ -1,0 +1,140 @@
+"""The whole of RLHF on an embedded world of product reviews; no download.
+
+python -m rlhf_jax.main --config=configs/quickstart.py --workdir=/tmp/quickstart
+python -m rlhf_jax.main --config=configs/quickstart.py:debug --workdir=/tmp/debug
+
+A small Llama is pretrained on reviews of every mood, fine-tuned on demonstrations, compared by
+simulated annotators, and trained by PPO-ptx (Ouyang et al. 2022,
+https://arxiv.org/abs/2203.02155) against a reward model that saw their labels alone.
+"""
+
+import ml_collections
+
+from rlhf_jax import config as c
+
+UNROLL = 4
+
+
+def get_config(arg=None):
+  """Arguments: debug (seconds), seed."""
+  arg = c.parse_arg(arg, debug=False, seed=0)
+  config = ml_collections.ConfigDict({
+      'seed': arg.seed,
+      'stages': ('world', 'pretrain', 'sft', 'compare', 'reward_model', 'ppo', 'evaluate'),
+  })
+  config.world = ml_collections.ConfigDict({
+      'function': 'rlhf_jax.data.reviews:write',
+      'corpus_size': 20_000, 'demonstration_count': 2_000, 'prompt_count': 4_096,
+      'eval_prompt_count': 1_024, 'vocab_size': 512, 'seed': -1,
+  })
+  config.pretrain = pretrain()
+  config.sft = sft()
+  config.compare = ml_collections.ConfigDict({
+      'function': 'rlhf_jax.feedback.collect:run',
+      'policy': '$workdir/sft', 'prompts': '$workdir/world/prompts.jsonl',
+      'pairs': 4_000, 'held_out': 500, 'max_new_tokens': 56, 'temperature': 1.0,
+      'gold': 'rlhf_jax.data.reviews:gold_score',
+      'annotator_count': 5, 'annotator_temperature': 0.5, 'label_noise': 0.05,
+      'disagreement': 0.3, 'unroll': UNROLL, 'seed': -1,
+  })
+  config.reward_model = reward_model()
+  config.ppo = ppo()
+  config.evaluate = ml_collections.ConfigDict({
+      'function': 'rlhf_jax.evaluation.policies:run',
+      'title': 'Quickstart: product reviews',
+      'summary': 'The annotators are simulated. Gold is the hidden score they go by, proxy the '
+                 'reward model trained on their labels.',
+      'workdir': '$workdir',
+      'policies': (('pretrained', '$workdir/pretrain'), ('sft', '$workdir/sft'),
+                   ('ppo', '$workdir/ppo')),
+      'baseline': 'sft', 'trained': 'ppo', 'best_of': 8,
+      'reward_model': '$workdir/reward_model/model',
+      'comparisons': '$workdir/compare/held_out.jsonl',
+      'prompts': '$workdir/world/eval_prompts.jsonl', 'samples': 1_024,
+      'max_new_tokens': 56, 'temperature': 1.0,
+      'gold': 'rlhf_jax.data.reviews:gold_score', 'gold_path': '',
+      'unroll': UNROLL, 'curves': ('pretrain', 'sft', 'reward_model', 'ppo'), 'seed': -1,
+  })
+  if arg.debug:
+    debug(config)
+  return config
+
+
+def base(stage, model):
+  """What the stages that train have in common."""
+  stage.seed = -1
+  stage.tokenizer = '$workdir/world/tokenizer'
+  stage.model.unroll = UNROLL
+  stage.model.path = model
+  stage.optim.clip_norm = 1.0
+  stage.log_every = 5
+  return stage
+
+
+def pretrain():
+  """Language modelling of the whole corpus, packed."""
+  stage = base(c.sft(), '')
+  stage.model.init = ml_collections.ConfigDict({
+      'family': 'llama', 'hidden_size': 128, 'intermediate_size': 384,
+      'num_hidden_layers': 4, 'num_attention_heads': 4, 'num_key_value_heads': 2,
+      'max_position_embeddings': 128, 'tie_word_embeddings': True, 'rms_norm_eps': 1e-5,
+  })
+  stage.data.update({'path': '$workdir/world/corpus.jsonl', 'max_length': 128, 'held_out': 0.01})
+  stage.batch_size, stage.steps = 32, 400
+  stage.optim.update({'learning_rate': 2e-3, 'schedule': 'cosine', 'warmup_steps': 20,
+                      'weight_decay': 0.01})
+  return stage
+
+
+def sft():
+  """Demonstrations: fluent, on topic, of mixed mood."""
+  stage = base(c.sft(), '$workdir/pretrain/model')
+  stage.data.update({'path': '$workdir/world/demonstrations.jsonl', 'kind': 'completion',
+                     'max_length': 80, 'held_out': 0.05})
+  stage.batch_size, stage.epochs = 64, 2.0
+  stage.optim.update({'learning_rate': 5e-4, 'schedule': 'cosine', 'warmup_steps': 5})
+  return stage
+
+
+def reward_model():
+  """One epoch over the comparisons, from the SFT model."""
+  stage = base(c.reward_model(), '$workdir/sft/model')
+  stage.data.update({'path': '$workdir/compare/comparisons.jsonl', 'max_length': 80,
+                     'held_out_path': '$workdir/compare/held_out.jsonl'})
+  stage.batch_size, stage.epochs = 32, 2.0
+  stage.reward.update({'normalize': 'gain_bias',
+                       'normalize_path': '$workdir/compare/samples.jsonl'})
+  stage.optim.update({'learning_rate': 5e-4, 'schedule': 'cosine', 'warmup_steps': 10})
+  return stage
+
+
+def ppo():
+  """PPO-ptx against the reward model."""
+  stage = base(c.ppo('instructgpt'), '$workdir/sft/model')
+  stage.data.update({'path': '$workdir/world/prompts.jsonl', 'max_prompt_length': 12})
+  stage.reward.model = '$workdir/reward_model/model'
+  stage.sampling.max_new_tokens = 56
+  stage.batch_size, stage.steps = 128, 60
+  stage.ppo.update({'epochs': 2, 'minibatches': 4, 'kl_coef': 0.05, 'ptx_coef': 0.5,
+                    'missing_eos': 'replace', 'missing_eos_value': -2.0})
+  stage.ptx.update({'path': '$workdir/world/demonstrations.jsonl', 'kind': 'completion',
+                    'max_length': 80, 'batch_size': 32})
+  stage.optim.update({'learning_rate': 3e-4, 'schedule': 'linear'})
+  stage.samples_every = 10
+  return stage
+
+
+def debug(config):
+  """Shrinks everything to seconds; the figures mean nothing."""
+  config.world.update({'corpus_size': 400, 'demonstration_count': 100, 'prompt_count': 64,
+                       'eval_prompt_count': 32})
+  config.pretrain.model.init.update({'hidden_size': 32, 'intermediate_size': 64,
+                                     'num_hidden_layers': 2})
+  config.pretrain.steps = 5
+  config.sft.update({'steps': 2, 'epochs': 0.0, 'batch_size': 8})
+  config.compare.update({'pairs': 32, 'held_out': 16, 'max_new_tokens': 12})
+  config.reward_model.update({'steps': 3, 'epochs': 0.0, 'batch_size': 8})
+  config.ppo.update({'steps': 2, 'batch_size': 16})
+  config.ppo.sampling.max_new_tokens = 12
+  config.ppo.ptx.batch_size = 4
+  config.evaluate.update({'samples': 32, 'max_new_tokens': 12, 'best_of': 2})

@@ -1,0 +1,1 @@
+"""RLHF for language models in JAX: pretraining, SFT, reward models and PPO."""

@@ -1,0 +1,1 @@
+"""One file an algorithm. Each has `create(config, mesh, workdir) -> train.Learner`."""

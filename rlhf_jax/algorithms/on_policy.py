@@ -1,0 +1,166 @@
+"""What on-policy algorithms do before their train step: prompts, rollouts, scores.
+
+Letters: B batch, P prompt length, R response length.
+"""
+
+import functools
+import time
+
+import jax
+import numpy as np
+
+from rlhf_jax import errors
+from rlhf_jax import sharding
+from rlhf_jax import types
+from rlhf_jax.algorithms import setup
+from rlhf_jax.data import formats
+from rlhf_jax.data import pipelines
+from rlhf_jax.data import tokenizers
+from rlhf_jax.models import hf
+from rlhf_jax.rewards import functions
+from rlhf_jax.rewards import learned
+from rlhf_jax.rollout import decode
+from rlhf_jax.rollout import sampling as sampling_lib
+
+
+def make_sampling(config_sampling, tokenizer, *, ignore_eos=False):
+  """Sampling of `config.sampling` with the tokenizer's EOS and padding."""
+  return sampling_lib.Sampling(
+      max_new_tokens=config_sampling.max_new_tokens,
+      temperature=config_sampling.temperature, top_k=config_sampling.top_k,
+      top_p=config_sampling.top_p, eos_id=tokenizer.eos_token_id,
+      pad_id=tokenizer.pad_token_id, ignore_eos=ignore_eos)
+
+
+def texts_of(rollout, tokenizer):
+  """Responses of this process's rows.
+
+  Args:
+    rollout: Rollout.
+    tokenizer: the policy's.
+
+  Returns:
+    List of texts without special tokens, and list of token id lists with them.
+  """
+  mask = sharding.local_rows(rollout.response_mask)
+  tokens = sharding.local_rows(rollout.tokens)[:, -mask.shape[1]:]
+  ids = [row[keep].tolist() for row, keep in zip(tokens, mask)]
+  return tokenizers.decode_continuation(tokenizer, ids), ids
+
+
+def reward_model_scorer(config, tokenizer, mesh):
+  """Scores of `config.reward.model`, on tokens if it shares the policy's tokenizer.
+
+  Returns:
+    (rollout, examples) -> scores [B] float32, and (Model, params) where its tokenizer is the
+    policy's, so that a critic can start from it, else None.
+  """
+  settings = setup.model_settings(config.model)
+  model, params = hf.load_reward(config.reward.model, mesh=mesh, **settings)
+  own = tokenizers.load(config.reward.model)
+  if learned.same_tokenizer(own, tokenizer):
+    score = learned.of_tokens(model, params)
+    return lambda rollout, examples: score(rollout), (model, params)
+  apply = learned.of_texts(
+      model, params, own, max_length=config.reward.max_length or model.max_length, mesh=mesh)
+
+  def score_texts(rollout, examples):
+    responses, ids = texts_of(rollout, tokenizer)
+    ended = [bool(row) and row[-1] == tokenizer.eos_token_id for row in ids]
+    scores = apply([example.prompt for example in examples], responses, ended)
+    return sharding.put_rows(scores, mesh)
+
+  return score_texts, None
+
+
+def function_scorer(config, tokenizer, mesh):
+  """Scores of `config.reward.function`: (rollout, examples) -> [B] or [B, R] float32."""
+  function = functions.load(config.reward.function)
+
+  def score(rollout, examples):
+    responses, ids = texts_of(rollout, tokenizer)
+    scores = functions.call(
+        function, [example.prompt for example in examples], responses,
+        response_tokens=ids, metadata=[example.metadata for example in examples],
+        slots=rollout.response_mask.shape[1])
+    return sharding.put_rows(scores, mesh)
+
+  return score
+
+
+class Actor:
+  """Draws prompts, samples responses from the current policy and scores them."""
+
+  def __init__(self, config, tokenizer, model, score, mesh):
+    """Reads the prompts.
+
+    Args:
+      config: see `config.ppo()`.
+      tokenizer: the policy's.
+      model: the policy's Model.
+      score: (rollout, examples) -> scores.
+      mesh: device mesh.
+
+    Raises:
+      UserError: prompts are missing or do not fit the model's context.
+    """
+    setup.check_length(config.data.max_prompt_length + config.sampling.max_new_tokens, model,
+                       'data.max_prompt_length + config.sampling.max_new_tokens')
+    self.examples = setup.read_examples(config.data, formats.prompts, tokenizer)
+    self.iterator, _ = pipelines.prompt_iterator(
+        self.examples, tokenizer, batch_size=config.batch_size,
+        max_prompt_length=config.data.max_prompt_length, seed=config.seed,
+        on_long=config.data.on_long)
+    self.sampling = make_sampling(
+        config.sampling, tokenizer, ignore_eos=config.ppo.response == 'raw')
+    self._tokenizer, self._score, self._mesh = tokenizer, score, mesh
+    self.generate = jax.jit(functools.partial(
+        decode.generate, model=model, sampling=self.sampling))
+    self._truncate = jax.jit(decode.truncate, static_argnums=(1, 2))
+    self._last = None
+
+  def __call__(self, state, *, timed):
+    """One batch of experience.
+
+    Args:
+      state: TrainState with params['policy'].
+      timed: whether to wait for the device in order to time the two parts.
+
+    Returns:
+      Rollout, scores ([B] or [B, R] float32) and host-side metrics.
+    """
+    prompts, index = next(self.iterator)
+    examples = [self.examples[i] for i in np.asarray(index)]
+    started = time.perf_counter()
+    rollout = self.generate(state.params['policy'], sharding.put_rows(prompts, self._mesh),
+                            types.step_keys(state)[0])
+    if timed:
+      jax.block_until_ready(rollout)
+    sampled = time.perf_counter()
+    seen = rollout
+    if self.sampling.ignore_eos:
+      seen = self._truncate(rollout, self.sampling.eos_id, self.sampling.pad_id)
+    scores = self._score(seen, examples)
+    self._last = examples, seen, scores
+    if not timed:
+      return rollout, scores, {}
+    jax.block_until_ready(scores)
+    tokens = int(np.sum(sharding.local_rows(rollout.response_mask)))
+    return rollout, scores, {
+        'seconds/rollout': sampled - started, 'seconds/scoring': time.perf_counter() - sampled,
+        'tokens_per_second/rollout': tokens * jax.process_count() / (sampled - started)}
+
+  def samples(self):
+    """The last batch as dicts with prompt, response and score."""
+    examples, rollout, scores = self._last
+    responses, _ = texts_of(rollout, self._tokenizer)
+    scores = sharding.local_rows(scores)
+    return [{'prompt': example.prompt, 'response': response, 'score': float(np.sum(score))}
+            for example, response, score in zip(examples, responses, scores)]
+
+
+def check_reward(config, tokenizer):
+  """Raises UserError where the rule for a missing EOS needs an EOS and there is none."""
+  if config.ppo.missing_eos != 'none' and tokenizer.eos_token_id is None:
+    raise errors.UserError(
+        f'config.ppo.missing_eos={config.ppo.missing_eos!r} needs a tokenizer with an EOS')

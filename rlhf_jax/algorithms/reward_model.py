@@ -1,0 +1,243 @@
+"""Reward models: text to a scalar, from comparisons, rankings, picks or ratings.
+
+One forward pass scores every completion of a prompt, so that all C(K, 2) pairs of a ranking
+are one batch element: Ouyang et al. 2022, eq. 1 (https://arxiv.org/abs/2203.02155). The score
+is read at the last real token. A tie counts as wrong: a constant scorer has accuracy 0.
+
+Letters: B prompts, K completions of one prompt, T sequence length.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax import advantages as adv
+from rlhf_jax import learner
+from rlhf_jax import logprobs
+from rlhf_jax import losses
+from rlhf_jax import optim
+from rlhf_jax import sharding
+from rlhf_jax import types
+from rlhf_jax.algorithms import setup
+from rlhf_jax.data import formats
+from rlhf_jax.data import pipelines
+from rlhf_jax.evaluation import calibration
+from rlhf_jax.models import heads
+from rlhf_jax.models import hf
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """Static choices of a reward-model step; see `config.reward_model()`."""
+  loss: str
+  centering: float
+  label_smoothing: float
+  lm_coef: float
+
+
+def hidden_states(params, tokens, mask, *, model):
+  """Hidden states [n, T, D] of padded rows."""
+  hidden, _ = model.forward(params['backbone'], tokens, types.positions_from_mask(mask),
+                            mask.astype(jnp.int32))
+  return hidden
+
+
+def score(params, tokens, mask, *, model):
+  """The reward of each row, read at its last real token.
+
+  Args:
+    params: {'backbone', 'head'}.
+    tokens: [n, T] int32, padded on either side.
+    mask: [n, T] bool.
+    model: Model.
+
+  Returns:
+    [n] float32.
+  """
+  hidden = hidden_states(params, tokens, mask, model=model)
+  return heads.last_token(heads.apply_scalar(params['head'], hidden), mask)
+
+
+def comparison_loss(params, batch, *, model, settings):
+  """Per-prompt loss [B], which prompts count [B], and the scores [B, K].
+
+  With `settings.lm_coef` the better completion's own language-modelling loss is added, which
+  keeps the features of a small model alive on small data (Askell et al. 2021, §4, find it
+  useful; https://arxiv.org/abs/2112.00861).
+  """
+  shape = batch.tokens.shape[:2]
+  tokens, mask = (x.reshape((-1,) + x.shape[2:]) for x in (batch.tokens, batch.mask))
+  hidden = hidden_states(params, tokens, mask, model=model)
+  scores = heads.last_token(heads.apply_scalar(params['head'], hidden), mask).reshape(shape)
+  if settings.loss == 'pairwise':
+    loss, valid = losses.pairwise_loss(
+        scores, batch.ranks, batch.present, batch.margin, centering=settings.centering,
+        label_smoothing=settings.label_smoothing)
+  elif settings.loss == 'pick_best':
+    loss, valid = losses.pick_best_loss(scores, batch.ranks, batch.present)
+  else:
+    loss, valid = losses.rating_loss(scores, batch.ratings, batch.present)
+  if settings.lm_coef:
+    nll = logprobs.cross_entropy(
+        functools.partial(model.unembed, params['backbone']), hidden[:, :-1], tokens[:, 1:])
+    best = ((batch.ranks == 0) & batch.present).reshape(-1, 1)
+    row_loss = jnp.where(mask[:, 1:] & best, nll, 0.0).reshape(shape[0], -1).sum(-1)
+    targets = (mask[:, 1:] & best).reshape(shape[0], -1).sum(-1)
+    loss += settings.lm_coef * row_loss / jnp.maximum(targets, 1)
+  return loss, valid, scores
+
+
+def pair_sums(scores, batch):
+  """Right, tied and all pairs, and the summed gap, over the pairs of a batch."""
+  better = (batch.ranks[:, :, None] < batch.ranks[:, None, :]) \
+      & batch.present[:, :, None] & batch.present[:, None, :]
+  gap = scores[:, :, None] - scores[:, None, :]
+  count = lambda x: jnp.sum(x & better)
+  return {'right': count(gap > 0), 'tied': count(gap == 0), 'pairs': jnp.sum(better),
+          'gap': adv.masked_sum(gap, better)}
+
+
+def train_step(state, batch, *, model, optimizers, settings, microbatch_size):
+  """One optimizer step. To be jitted with `state` donated.
+
+  Args:
+    state: TrainState with params {'reward': {'backbone', 'head'}}.
+    batch: Comparisons.
+    model: Model.
+    optimizers: {'reward': optax optimizer}.
+    settings: Settings.
+    microbatch_size: prompts of one pass; 0 for all.
+
+  Returns:
+    The next TrainState and metrics.
+  """
+  prompts = batch.tokens.shape[0]
+
+  def share(params, rows):
+    loss, valid, scores = comparison_loss(
+        params['reward'], rows, model=model, settings=settings)
+    loss = adv.masked_sum(loss, valid) / prompts
+    return loss, {'loss': loss, **pair_sums(scores, rows),
+                  'scores': adv.masked_sum(scores, rows.present)}
+
+  grads, sums = optim.accumulate(
+      jax.grad(share, has_aux=True), state.params, batch, microbatch_size)
+  params, opt_state, norms = optim.apply(state.params, state.opt_state, grads, optimizers)
+  pairs = jnp.maximum(sums['pairs'], 1)
+  metrics = norms | {
+      'loss': sums['loss'], 'accuracy': sums['right'] / pairs, 'ties': sums['tied'] / pairs,
+      'margin': sums['gap'] / pairs,
+      'scores/mean': sums['scores'] / jnp.maximum(jnp.sum(batch.present), 1)}
+  return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+
+def normalize(head, scores, mode):
+  """The head whose scores have mean 0, and standard deviation 1 with 'gain_bias'.
+
+  Ziegler et al. 2019 §2.2 fit gain and bias on samples of the reference policy; Ouyang et
+  al. 2022 §3.5 a bias on demonstrations. Both fold into the head.
+
+  Args:
+    head: {'kernel', 'bias'}.
+    scores: [n] of the texts to fit on, by this head.
+    mode: 'gain_bias' or 'bias'.
+
+  Returns:
+    A head of the same shape.
+  """
+  gain = 1.0 / max(float(np.std(scores)), 1e-6) if mode == 'gain_bias' else 1.0
+  return {'kernel': head['kernel'] * gain,
+          'bias': (head['bias'] - float(np.mean(scores))) * gain}
+
+
+def create(config, mesh):
+  """The learner of `config.algorithm = 'reward_model'`.
+
+  Args:
+    config: see `config.reward_model()`.
+    mesh: device mesh.
+
+  Returns:
+    learner.Learner.
+
+  Raises:
+    UserError: the data or the model does not fit the config.
+  """
+  tokenizer = setup.load_tokenizer(config)
+  model, params = setup.load_scalar(
+      config.model, tokenizer, mesh, config.seed, head_scale='normal')
+  setup.check_length(config.data.max_length, model, 'data.max_length')
+  examples, held_out = setup.hold_out(config, formats.comparisons, tokenizer)
+  sizes = dict(batch_size=config.batch_size, max_length=config.data.max_length)
+  iterator, rows = pipelines.comparison_iterator(
+      examples, tokenizer, seed=config.seed, **sizes)
+  held_out = [batch for batch, _ in pipelines.comparison_batches(held_out, tokenizer, **sizes)]
+  steps = setup.train_steps(config, rows)
+  settings = Settings(loss=config.reward.loss, centering=config.reward.centering,
+                      label_smoothing=config.reward.label_smoothing,
+                      lm_coef=config.reward.lm_coef)
+  scores = jax.jit(lambda params, batch: score(
+      params, *(x.reshape((-1,) + x.shape[2:]) for x in (batch.tokens, batch.mask)),
+      model=model).reshape(batch.present.shape))
+
+  def fitted(params):
+    """The parameters with their head normalized on the config's texts."""
+    if config.reward.normalize == 'none':
+      return params
+    texts = normalization_batches(config, examples, tokenizer, sizes)
+    values = [(scores(params, sharding.put_rows(batch, mesh)), batch.present)
+              for batch in texts]
+    values = np.concatenate([sharding.local_rows(x)[present] for x, present in values])
+    return params | {'head': normalize(params['head'], values, config.reward.normalize)}
+
+  params = fitted(params)
+  optimizers = {'reward': setup.make_optimizer(config.optim, steps)}
+  state = setup.new_state(config, {'reward': params}, optimizers, mesh, model.rules)
+  step = setup.jit_step(functools.partial(
+      train_step, model=model, optimizers=optimizers, settings=settings,
+      microbatch_size=config.microbatch_size), state)
+
+  def evaluate(state):
+    pairs = [held_out_pairs(sharding.local_rows(
+        scores(state.params['reward'], sharding.put_rows(batch, mesh))), batch)
+             for batch in held_out]
+    return describe(np.concatenate(pairs)) if pairs else {}
+
+  def export(state, path):
+    params = fitted(state.params['reward'])
+    hf.save(path, model, params['backbone'], tokenizer=tokenizer, head=params['head'])
+
+  return learner.Learner(
+      state=state, steps=steps, iterators={'data': iterator},
+      next_batch=lambda state, step: ((sharding.put_rows(next(iterator), mesh),), {}),
+      train_step=step, evaluate=evaluate, export=export,
+      model=model, model_name='reward', tokenizer=tokenizer)
+
+
+def normalization_batches(config, examples, tokenizer, sizes):
+  """Comparisons whose completions the head is fitted on."""
+  if config.reward.normalize_path:
+    data = config.data.copy_and_resolve_references()
+    data.path = config.reward.normalize_path
+    completions = setup.read_examples(data, formats.completions, tokenizer)
+    examples = [formats.Comparison(e.prompt, (e.completion,), (0,)) for e in completions]
+  return [batch for batch, _ in pipelines.comparison_batches(examples, tokenizer, **sizes)]
+
+
+def held_out_pairs(scores, batch):
+  """Gaps r_better - r_worse of all pairs of a batch, [n] float32."""
+  ranks, present = np.asarray(batch.ranks), np.asarray(batch.present)
+  better = (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]
+  return (scores[:, :, None] - scores[:, None, :])[better]
+
+
+def describe(gaps):
+  """Held-out metrics of gaps r_better - r_worse [n]; see evaluation.calibration."""
+  found = calibration.pairwise(gaps, np.zeros_like(gaps))
+  return {'eval/accuracy': found.accuracy, 'eval/accuracy_low': found.accuracy_low,
+          'eval/accuracy_high': found.accuracy_high, 'eval/ties': found.ties,
+          'eval/margin': found.margin, 'eval/ece': found.ece,
+          'eval/loss': float(np.mean(np.logaddexp(0.0, -gaps))), 'eval/pairs': found.count}

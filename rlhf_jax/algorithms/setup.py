@@ -1,0 +1,219 @@
+"""What every algorithm begins with: tokenizer, model, optimizer, state, data, files."""
+
+import functools
+import json
+import os
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import errors
+from rlhf_jax import optim
+from rlhf_jax import sharding
+from rlhf_jax import types
+from rlhf_jax.data import chat
+from rlhf_jax.data import pipelines
+from rlhf_jax.data import sources
+from rlhf_jax.data import tokenizers
+from rlhf_jax.models import Model
+from rlhf_jax.models import heads
+from rlhf_jax.models import hf
+
+
+def load_tokenizer(config):
+  """The tokenizer of `config.tokenizer`, or of the model's folder."""
+  tokenizer = tokenizers.load(config.tokenizer or config.model.path)
+  if config.data.chat_template:
+    chat.use_template(tokenizer, config.data.chat_template)
+  return tokenizer
+
+
+def model_settings(config_model):
+  """How a model computes, as keywords of the loaders and of Model.create."""
+  return dict(dtype=config_model.dtype, remat=config_model.remat, unroll=config_model.unroll)
+
+
+def load_policy(config_model, tokenizer, mesh, seed):
+  """A language model from a folder, or a new one.
+
+  Args:
+    config_model: `config.model`.
+    tokenizer: whose ids the embedding has to hold.
+    mesh: where the parameters go.
+    seed: of a new model's parameters.
+
+  Returns:
+    Model and params.
+  """
+  if config_model.path:
+    model, params = hf.load(config_model.path, mesh=mesh,
+                            param_dtype=config_model.param_dtype, **model_settings(config_model))
+  else:
+    fields = {'vocab_size': max(tokenizer.get_vocab().values()) + 1,
+              **config_model.init.to_dict()}
+    model = Model.create(fields, **model_settings(config_model))
+    init = lambda key: jax.tree.map(
+        lambda x: x.astype(config_model.param_dtype), model.init(key))
+    key = jax.random.key(seed)
+    params = jax.jit(init, out_shardings=sharding.shardings(
+        jax.eval_shape(init, key), model.rules, mesh))(key)
+  tokenizers.check(tokenizer, model.vocab_size)
+  return model, params
+
+
+def is_reward_model(path):
+  """Whether a folder holds a model with a scalar head."""
+  try:
+    with open(os.path.join(path, 'config.json'), encoding='utf-8') as f:
+      names = json.load(f).get('architectures') or ['']
+  except FileNotFoundError:
+    return False  # the loader says what is missing
+  return names[0].endswith('ForSequenceClassification')
+
+
+def load_scalar(config_model, tokenizer, mesh, seed, *, head_scale):
+  """A model with a scalar head: saved as one, or a language model with a new head.
+
+  Args:
+    config_model: `config.model`.
+    tokenizer: whose ids the embedding has to hold.
+    mesh: where the parameters go.
+    seed: of new parameters.
+    head_scale: see heads.init_scalar.
+
+  Returns:
+    Model and params {'backbone', 'head'}.
+  """
+  if config_model.path and is_reward_model(config_model.path):
+    model, params = hf.load_reward(config_model.path, mesh=mesh,
+                                   param_dtype=config_model.param_dtype,
+                                   **model_settings(config_model))
+    tokenizers.check(tokenizer, model.vocab_size)
+    return model, params
+  model, backbone = load_policy(config_model, tokenizer, mesh, seed)
+  return model, {'backbone': backbone, 'head': new_head(model, mesh, seed, head_scale)}
+
+
+def new_head(model, mesh, seed, scale):
+  """A scalar head, placed like the other parameters."""
+  key = jax.random.fold_in(jax.random.key(seed), 1)
+  return jax.device_put(
+      heads.init_scalar(key, model.width, scale=scale), sharding.replicated(mesh))
+
+
+def make_optimizer(config_optim, steps, *, learning_rate=0.0):
+  """The optimizer of `config.optim`.
+
+  Args:
+    config_optim: `config.optim`.
+    steps: optimizer steps of the run.
+    learning_rate: in place of the config's; 0 for the config's.
+  """
+  c = config_optim
+  return optim.make(
+      name=c.name, learning_rate=learning_rate or c.learning_rate, schedule_kind=c.schedule,
+      warmup_steps=c.warmup_steps, steps=steps, b1=c.b1, b2=c.b2, eps=c.eps,
+      weight_decay=c.weight_decay, clip_norm=c.clip_norm)
+
+
+def new_state(config, params, optimizers, mesh, rules, *, kl_coef=0.0):
+  """TrainState at step 0, the optimizer's moments placed like the parameters.
+
+  Args:
+    config: the run's config.
+    params: {name: parameters}.
+    optimizers: {name: optax optimizer}.
+    mesh: device mesh.
+    rules: sharding rules of the parameters.
+    kl_coef: the KL coefficient to start with.
+  """
+  init = lambda params: {name: tx.init(params[name]) for name, tx in optimizers.items()}
+  opt_state = jax.jit(init, out_shardings=sharding.shardings(
+      jax.eval_shape(init, params), rules, mesh))(params)
+  small = jax.device_put(
+      {'step': jnp.int32(0), 'key': jax.random.key(config.seed),
+       'kl_coef': jnp.float32(kl_coef), 'reward_moments': jnp.zeros(3)},
+      sharding.replicated(mesh))
+  return types.TrainState(params=params, opt_state=opt_state, **small)
+
+
+def state_shardings(state):
+  """The sharding of every array of a state: what a train step gives back."""
+  return jax.tree.map(lambda x: x.sharding, state)
+
+
+def jit_step(function, state):
+  """Jits a train step: state donated and given back where it lay, metrics on every device.
+
+  Without the output shardings the compiler may place the new state elsewhere, and the second
+  step would compile again.
+  """
+  return jax.jit(function, donate_argnums=0, out_shardings=(state_shardings(state), None))
+
+
+def read_examples(config_data, convert, tokenizer):
+  """Examples of a data set, with a line in the log on what was left out.
+
+  Args:
+    config_data: `config.data`.
+    convert: formats.texts, .completions, .comparisons or .prompts.
+    tokenizer: for chat templates.
+
+  Returns:
+    List of examples.
+  """
+  return _read(config_data, config_data.path, convert, tokenizer)
+
+
+def _read(config_data, path, convert, tokenizer):
+  columns = dict(pair.split('=') for pair in config_data.columns.split(',') if pair)
+  records = sources.read(path, split=config_data.split, columns=columns,
+                         separator=config_data.separator)
+  examples, report = convert(records, tokenizer=tokenizer, on_error=config_data.on_error)
+  logging.info('%s: %s', path, report)
+  return examples
+
+
+def hold_out(config, convert, tokenizer):
+  """Training examples and those kept for evaluation.
+
+  Args:
+    config: the run's config; `data.held_out` is a share, `data.held_out_path` a data set.
+    convert: see `read_examples`.
+    tokenizer: for chat templates.
+
+  Returns:
+    Two lists of examples; the second may be empty.
+  """
+  examples = read_examples(config.data, convert, tokenizer)
+  if config.data.held_out_path:
+    return examples, _read(config.data, config.data.held_out_path, convert, tokenizer)
+  if not config.data.held_out:
+    return examples, []
+  return pipelines.split(examples, holdout=config.data.held_out, seed=config.seed)
+
+
+def train_steps(config, rows):
+  """Train steps of the run: `config.steps`, or `config.epochs` passes over `rows` rows."""
+  if config.steps:
+    return config.steps
+  return max(1, round(config.epochs * rows / config.batch_size))
+
+
+def check_length(length, model, key):
+  """Raises UserError where rows of `length` tokens exceed the model's context."""
+  if length > model.max_length:
+    raise errors.UserError(
+        f'config.{key}: {length} tokens exceed the context of {model.max_length} tokens that '
+        'the model was made for. Shorten it, or use a model with a longer context.')
+
+
+def export_policy(state, path, *, model, name, tokenizer):
+  """Writes a language model of the state as a Hugging Face folder."""
+  hf.save(path, model, state.params[name], tokenizer=tokenizer)
+
+
+def policy_exporter(model, tokenizer):
+  """`Learner.export` of an algorithm whose result is `state.params['policy']`."""
+  return functools.partial(export_policy, model=model, name='policy', tokenizer=tokenizer)

@@ -1,0 +1,149 @@
+"""Language modelling: pretraining on packed text, SFT on the completions of prompts.
+
+Both minimise -mean log p(token | before) over the targets of `loss_mask`; they differ in the
+data alone. Ouyang et al. 2022 §3.5 (https://arxiv.org/abs/2203.02155).
+
+Letters: B batch, T sequence length.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import advantages as adv
+from rlhf_jax import learner
+from rlhf_jax import logprobs
+from rlhf_jax import optim
+from rlhf_jax import sharding
+from rlhf_jax.algorithms import setup
+from rlhf_jax.data import formats
+from rlhf_jax.data import pipelines
+
+
+def token_losses(params, batch, *, model):
+  """Negative log-likelihood of the targets.
+
+  Args:
+    params: parameters of `model`.
+    batch: LMBatch of [B, T] arrays.
+    model: Model.
+
+  Returns:
+    losses [B, T - 1] float32 nats and their mask [B, T - 1] bool; slot t is token t + 1.
+  """
+  hidden, _ = model.forward(params, batch.tokens, batch.positions, batch.segments)
+  nll = logprobs.cross_entropy(
+      functools.partial(model.unembed, params), hidden[:, :-1], batch.tokens[:, 1:])
+  return nll, batch.loss_mask[:, 1:]
+
+
+def loss_sums(params, batch, *, model):
+  """Sum of `token_losses` over the batch's targets, and their number."""
+  nll, mask = token_losses(params, batch, model=model)
+  return adv.masked_sum(nll, mask), jnp.sum(mask)
+
+
+def mean_loss(params, batch, *, model):
+  """Mean of `token_losses` over the batch's targets."""
+  return adv.masked_mean(*token_losses(params, batch, model=model))
+
+
+def train_step(state, batch, *, model, optimizers, microbatch_size):
+  """One optimizer step. To be jitted with `state` donated.
+
+  Args:
+    state: TrainState with params {'policy': ...}.
+    batch: LMBatch.
+    model: Model.
+    optimizers: {'policy': optax optimizer}.
+    microbatch_size: rows of one pass; 0 for all.
+
+  Returns:
+    The next TrainState and metrics.
+  """
+  count = jnp.maximum(jnp.sum(batch.loss_mask[:, 1:]), 1)
+
+  def share(params, rows):
+    loss = adv.masked_sum(*token_losses(params['policy'], rows, model=model)) / count
+    return loss, {'loss': loss}
+
+  grads, metrics = optim.accumulate(
+      jax.grad(share, has_aux=True), state.params, batch, microbatch_size)
+  params, opt_state, norms = optim.apply(state.params, state.opt_state, grads, optimizers)
+  metrics = metrics | norms | {
+      'perplexity': jnp.exp(metrics['loss']), 'tokens': count,
+      'fill': jnp.mean(batch.segments > 0)}
+  return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+
+def ptx_iterator(config, tokenizer, model):
+  """Pretraining rows for PPO-ptx: `config.ptx`, packed text or completions."""
+  setup.check_length(config.ptx.max_length, model, 'ptx.max_length')
+  if config.ptx.kind == 'text':
+    return pipelines.lm_iterator(
+        setup.read_examples(config.ptx, formats.texts, tokenizer), tokenizer,
+        batch_size=config.ptx.batch_size, length=config.ptx.max_length, seed=config.seed)[0]
+  return pipelines.completion_iterator(
+      setup.read_examples(config.ptx, formats.completions, tokenizer), tokenizer,
+      batch_size=config.ptx.batch_size, max_length=config.ptx.max_length, seed=config.seed)[0]
+
+
+def batches(config, examples, held_out, tokenizer):
+  """The training iterator, its number of rows, and the held-out batches, by `data.kind`."""
+  data = config.data
+  if data.kind == 'text':
+    iterator, rows = pipelines.lm_iterator(
+        examples, tokenizer, batch_size=config.batch_size, length=data.max_length,
+        seed=config.seed)
+    fixed = pipelines.lm_batches(
+        held_out, tokenizer, batch_size=config.batch_size, length=data.max_length)
+  else:
+    iterator, rows = pipelines.completion_iterator(
+        examples, tokenizer, batch_size=config.batch_size, max_length=data.max_length,
+        seed=config.seed)
+    fixed = pipelines.completion_batches(
+        held_out, tokenizer, batch_size=config.batch_size, max_length=data.max_length)
+  return iterator, rows, [batch for batch, _ in fixed]
+
+
+def create(config, mesh):
+  """The learner of `config.algorithm = 'sft'`.
+
+  Args:
+    config: see `config.sft()`.
+    mesh: device mesh.
+
+  Returns:
+    learner.Learner.
+
+  Raises:
+    UserError: the data or the model does not fit the config.
+  """
+  tokenizer = setup.load_tokenizer(config)
+  model, params = setup.load_policy(config.model, tokenizer, mesh, config.seed)
+  setup.check_length(config.data.max_length, model, 'data.max_length')
+  convert = formats.texts if config.data.kind == 'text' else formats.completions
+  examples, held_out = setup.hold_out(config, convert, tokenizer)
+  iterator, rows, held_out = batches(config, examples, held_out, tokenizer)
+  steps = setup.train_steps(config, rows)
+  optimizers = {'policy': setup.make_optimizer(config.optim, steps)}
+  state = setup.new_state(config, {'policy': params}, optimizers, mesh, model.rules)
+  step = setup.jit_step(functools.partial(
+      train_step, model=model, optimizers=optimizers,
+      microbatch_size=config.microbatch_size), state)
+  held_out_sums = jax.jit(functools.partial(loss_sums, model=model))
+
+  def evaluate(state):
+    sums = [held_out_sums(state.params['policy'], sharding.put_rows(batch, mesh))
+            for batch in held_out]
+    if not sums:
+      return {}
+    loss = float(sum(total for total, _ in sums) / sum(count for _, count in sums))
+    return {'eval/loss': loss, 'eval/perplexity': float(jnp.exp(loss))}
+
+  return learner.Learner(
+      state=state, steps=steps, iterators={'data': iterator},
+      next_batch=lambda state, step: ((sharding.put_rows(next(iterator), mesh),), {}),
+      train_step=step, evaluate=evaluate, export=setup.policy_exporter(model, tokenizer),
+      model=model, model_name='policy', tokenizer=tokenizer)

@@ -1,0 +1,111 @@
+"""Checkpoints of a run: state, data iterators, step. Orbax writes them whole or not at all."""
+
+import pathlib
+
+from absl import logging
+import grain
+import jax
+import orbax.checkpoint as ocp
+
+from rlhf_jax import errors
+
+
+class Checkpoints:
+  """The checkpoints of one working directory."""
+
+  def __init__(self, workdir, *, keep):
+    """Opens `workdir`/checkpoints and keeps the newest `keep` of them."""
+    self.path = pathlib.Path(workdir).resolve() / 'checkpoints'
+    self._manager = ocp.CheckpointManager(
+        self.path, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+
+  def latest_step(self):
+    """The newest step there is a checkpoint of, or None."""
+    return self._manager.latest_step()
+
+  def save(self, step, state, iterators):
+    """Starts writing; the files appear under their name when all are complete.
+
+    Args:
+      step: finished train steps.
+      state: TrainState.
+      iterators: {name: grain iterator}.
+    """
+    items = {name: grain.checkpoint.CheckpointSave(it) for name, it in iterators.items()}
+    self._manager.save(step, args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state), **items))
+
+  def restore(self, state, iterators):
+    """The newest checkpoint that can be read.
+
+    A damaged one is put aside under another name with a warning, and the one before is
+    tried: a run never goes on from half a checkpoint and never loses a whole one.
+
+    Args:
+      state: TrainState whose shapes and shardings the result has. Its buffers are freed.
+      iterators: {name: grain iterator}, set to where they were.
+
+    Returns:
+      The step (0 and `state` itself where there is no checkpoint) and the TrainState.
+
+    Raises:
+      UserError: there are checkpoints and none can be read.
+    """
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    if not steps:
+      return 0, state
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    first = {name: it.get_state() for name, it in iterators.items()}
+    jax.tree.map(lambda x: x.delete(), state)
+    for step in steps:
+      try:
+        items = {name: grain.checkpoint.CheckpointRestore(it)
+                 for name, it in iterators.items()}
+        restored = self._manager.restore(step, args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), **items))
+        self._put_aside([s for s in steps if s > step])
+        return step, restored.state
+      except Exception as error:  # orbax raises a dozen kinds, none of them documented
+        logging.warning('checkpoint %d in %s cannot be read (%s: %s); trying the one before',
+                        step, self.path, type(error).__name__, str(error).split('\n')[0])
+        for name, it in iterators.items():
+          it.set_state(first[name])
+    raise errors.UserError(
+        f'none of the checkpoints {steps} in {self.path} can be read with this config. If '
+        'the model or the optimizer in the config changed, use another --workdir; nothing '
+        'was deleted.')
+
+  def _put_aside(self, steps):
+    """Renames unreadable checkpoints, so that their steps can be written again."""
+    for step in steps:
+      (self.path / str(step)).rename(self.path / f'unreadable-{step}')
+    if steps:
+      self._manager.reload()
+
+  def close(self):
+    """Waits until everything is written."""
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+
+def load_params(path, name):
+  """The parameters `name` of the newest checkpoint under `path`, without a config.
+
+  Args:
+    path: a run's working directory.
+    name: key within TrainState.params, such as 'policy'.
+
+  Returns:
+    Pytree of arrays on the default device.
+
+  Raises:
+    UserError: there is no checkpoint.
+  """
+  manager = ocp.CheckpointManager(
+      pathlib.Path(path).resolve() / 'checkpoints', item_names=('state',))
+  step = manager.latest_step()
+  if step is None:
+    raise errors.UserError(f'there is no checkpoint in {path}/checkpoints')
+  state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
+  return state.state['params'][name]

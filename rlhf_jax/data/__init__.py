@@ -1,0 +1,1 @@
+"""Reading the formats people have, tokenizing, packing, and checkpointable iterators."""

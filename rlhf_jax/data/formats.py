@@ -1,0 +1,411 @@
+"""Records to examples: the shapes that preference and instruction data come in.
+
+Whole texts, for `texts` and `prompts`:
+  text
+
+Completions, for `completions`, `texts` and `prompts`:
+  prompt, completion
+  messages                            the last one the assistant's
+  instruction, input, output          Alpaca; input is optional
+
+Comparisons, for `comparisons`, and for `completions` and `texts` by their best completion:
+  prompt, chosen, rejected            also with the prompt as `conversations`
+  chosen, rejected                    whole dialogues (Anthropic HH), as strings or messages
+  prompt, completions                 from best to worst
+  prompt, completions, ranks          smaller is better, equal is a tie
+  prompt, completions, ratings        larger is better
+  prompt, completions, best           the index of the best one, the rest tie
+  a completion with rating or label   one number, or true or false
+
+Prompts, for `prompts`: any of the above that has a prompt; all other fields are metadata.
+
+Prompts, completions, chosen and rejected may each be a string or messages; see `chat`. Any
+comparison may have a `margin`. `texts` and `completions` take the best completion of a comparison.
+
+A record that cannot be understood stops the reading with its place, or is counted and left out
+with on_error='skip'. A record that is understood but of no use (see `Report`) is left out and
+counted in either case.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import math
+from typing import Any, TypeVar
+
+import transformers
+
+from rlhf_jax.data import chat
+from rlhf_jax.data.sources import Record
+from rlhf_jax.errors import DataError, UserError
+
+Tokenizer = transformers.PreTrainedTokenizerFast
+Fields = dict[str, Any]
+Example = TypeVar('Example')
+
+HH_TURN = '\n\nAssistant:'
+
+DIFFERENT_PROMPTS = 'chosen and rejected answer different prompts'
+EMPTY_COMPLETION = 'empty completion'
+LABELLED_BAD = 'completion labelled false'
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+  """A prompt and the response to imitate."""
+  prompt: str
+  completion: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """K responses to one prompt, judged.
+
+  Attributes:
+    prompt: what all of them answer.
+    completions: K texts.
+    ranks: K integers, 0 is best, equal ranks are a tie.
+    ratings: K absolute scores, or None if the data has none.
+    margin: by how much the better should win, 0 if the data does not say.
+  """
+  prompt: str
+  completions: tuple[str, ...]
+  ranks: tuple[int, ...]
+  ratings: tuple[float, ...] | None = None
+  margin: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """What a response is sampled for.
+
+  Attributes:
+    prompt: the text.
+    metadata: all other fields of the record, for reward functions.
+  """
+  prompt: str
+  metadata: Fields
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What became of the records.
+
+  Attributes:
+    read: number of records.
+    left_out: reason to the places of the records left out for it.
+  """
+  read: int
+  left_out: dict[str, tuple[str, ...]]
+
+  @property
+  def kept(self) -> int:
+    return self.read - sum(len(places) for places in self.left_out.values())
+
+  def __str__(self) -> str:
+    lines = [f'{self.kept} of {self.read} records kept']
+    lines += [f'  {len(places)} left out: {reason} (first: {places[0]})'
+              for reason, places in sorted(self.left_out.items())]
+    return '\n'.join(lines)
+
+
+def texts(records: Sequence[Record], *, tokenizer: Tokenizer | None = None,
+          on_error: str = 'stop') -> tuple[list[str], Report]:
+  """Texts to model as a whole: `text`, or prompt and completion joined. See `completions`."""
+  return _convert(records, _text, tokenizer, on_error)
+
+
+def completions(records: Sequence[Record], *, tokenizer: Tokenizer | None = None,
+                on_error: str = 'stop') -> tuple[list[Completion], Report]:
+  """Prompts and responses to imitate.
+
+  Args:
+    records: as `sources.read` gives them.
+    tokenizer: needed for messages only, for its chat template.
+    on_error: 'stop' or 'skip', for records that cannot be understood.
+
+  Returns:
+    (examples in the records' order, what was left out).
+
+  Raises:
+    DataError: with on_error='stop'; says place, field, what was expected and what to do.
+    UserError: nothing is left, or a chat template is needed and missing.
+  """
+  return _convert(records, _completion, tokenizer, on_error)
+
+
+def comparisons(records: Sequence[Record], *, tokenizer: Tokenizer | None = None,
+                on_error: str = 'stop') -> tuple[list[Comparison], Report]:
+  """Judged responses. Arguments, result and errors as for `completions`."""
+  return _convert(records, _comparison, tokenizer, on_error)
+
+
+def prompts(records: Sequence[Record], *, tokenizer: Tokenizer | None = None,
+            on_error: str = 'stop') -> tuple[list[Prompt], Report]:
+  """Prompts to respond to. Arguments, result and errors as for `completions`.
+
+  All fields but the prompt's own become metadata. Messages that end with the assistant's are
+  taken as a prompt with that answer, which metadata['completion'] then holds.
+  """
+  return _convert(records, _prompt, tokenizer, on_error)
+
+
+class _Fault(Exception):
+  """The record cannot be understood: args are the field, what is wrong and a remedy."""
+
+
+class _Useless(Exception):
+  """The record is understood and left out; the argument is the reason."""
+
+
+def _convert(records: Sequence[Record], one: Callable[[Fields, Tokenizer | None], Example],
+             tokenizer: Tokenizer | None, on_error: str) -> tuple[list[Example], Report]:
+  if on_error not in ('stop', 'skip'):
+    raise UserError(f"config.data.on_error is {on_error!r}; it must be 'stop' or 'skip'.")
+  examples, left_out = [], {}
+  for record in records:
+    # Columns of tables are null where a row lacks them.
+    fields = {name: value for name, value in record.fields.items() if value is not None}
+    try:
+      examples.append(one(fields, tokenizer))
+    except _Useless as error:
+      left_out.setdefault(str(error), []).append(record.where)
+    except _Fault as error:
+      field, problem, remedy = error.args
+      if on_error == 'stop':
+        raise DataError(f'{record.where}: field {field!r}: {problem}. {remedy} Or set '
+                        "config.data.on_error='skip' to leave such records out.") from error
+      left_out.setdefault(f'{field}: {problem}', []).append(record.where)
+  report = Report(len(records), {reason: tuple(places) for reason, places in left_out.items()})
+  if not examples:
+    raise UserError(f'no record of the data can be used.\n{report}')
+  return examples, report
+
+
+# One record.
+
+
+def _text(fields: Fields, tokenizer: Tokenizer | None) -> str:
+  if 'text' in fields:
+    return _string(fields, 'text')
+  example = _completion(fields, tokenizer)
+  return example.prompt + example.completion
+
+
+def _completion(fields: Fields, tokenizer: Tokenizer | None) -> Completion:
+  if fields.get('label') is False:
+    raise _Useless(LABELLED_BAD)
+  if 'chosen' in fields or 'completions' in fields:
+    example = _comparison(fields, tokenizer)
+    return Completion(example.prompt, example.completions[example.ranks.index(0)])
+  prompt, completion = _prompt_and_completion(fields, tokenizer)
+  return Completion(prompt, _not_empty(completion))
+
+
+def _prompt_and_completion(fields: Fields, tokenizer: Tokenizer | None) -> tuple[str, str]:
+  if 'messages' in fields:
+    return _dialogue(fields, 'messages', tokenizer)
+  if 'instruction' in fields:
+    prompt = _instruction(fields, tokenizer)
+    return _joined(prompt, _string(fields, 'output'), 'output', tokenizer)
+  if 'prompt' in fields:
+    if 'completion' not in fields:
+      raise _missing(fields, 'completion')
+    return _joined(fields['prompt'], fields['completion'], 'completion', tokenizer)
+  raise _missing(fields, 'prompt')
+
+
+def _comparison(fields: Fields, tokenizer: Tokenizer | None) -> Comparison:
+  margin = _number(fields['margin'], 'margin') if 'margin' in fields else 0.0
+  if 'chosen' in fields or 'rejected' in fields:
+    prompt, chosen, rejected = _pair(fields, tokenizer)
+    return Comparison(prompt, (_not_empty(chosen), _not_empty(rejected)), (0, 1), margin=margin)
+  if 'completions' in fields:
+    return _list(fields, tokenizer, margin)
+  score = 'rating' if 'rating' in fields else 'label'
+  if score not in fields:
+    raise _missing(fields, 'chosen')
+  prompt, completion = _prompt_and_completion(fields, tokenizer)
+  value = fields[score]
+  rating = float(value) if isinstance(value, bool) else _number(value, score)
+  return Comparison(prompt, (_not_empty(completion),), (0,), (rating,), margin)
+
+
+def _prompt(fields: Fields, tokenizer: Tokenizer | None) -> Prompt:
+  rest = dict(fields)
+  for name in ('prompt', 'messages', 'conversations', 'instruction', 'text'):
+    if name in fields:
+      value = rest.pop(name)
+      break
+  else:
+    if 'chosen' not in fields:
+      raise _missing(fields, 'prompt')
+    return Prompt(_pair(fields, tokenizer)[0], rest)
+  if name == 'instruction':
+    rest.pop('input', None)
+    value = _instruction(fields, tokenizer)
+  if isinstance(value, str):
+    return Prompt(value, rest)
+  messages = _parse(value, name)
+  if messages[-1]['role'] == 'assistant':
+    rest['completion'] = messages.pop()['content']
+  return Prompt(_render(messages, None, name, tokenizer)[0], rest)
+
+
+# Shapes.
+
+
+def _instruction(fields: Fields, tokenizer: Tokenizer | None) -> str | chat.Messages:
+  """Instruction and optional input, as a conversation if there is a template for one.
+
+  Otherwise with the headings of https://github.com/tatsu-lab/stanford_alpaca, without its preamble.
+  """
+  instruction = _string(fields, 'instruction')
+  context = _string(fields, 'input') if fields.get('input') else ''
+  if tokenizer is not None and tokenizer.chat_template:
+    question = f'{instruction}\n\n{context}' if context else instruction
+    return [{'role': 'user', 'content': question}]
+  context = f'### Input:\n{context}\n\n' if context else ''
+  return f'### Instruction:\n{instruction}\n\n{context}### Response:\n'
+
+
+def _pair(fields: Fields, tokenizer: Tokenizer | None) -> tuple[str, str, str]:
+  """Prompt, chosen, rejected."""
+  for name in ('chosen', 'rejected'):
+    if name not in fields:
+      raise _missing(fields, name)
+  before = fields.get('prompt', fields.get('conversations'))
+  if before is not None:
+    (prompt, chosen), (other, rejected) = (
+        _joined(before, fields[name], name, tokenizer) for name in ('chosen', 'rejected'))
+  elif isinstance(fields['chosen'], str):
+    (prompt, chosen), (other, rejected) = (_cut(fields, name) for name in ('chosen', 'rejected'))
+  else:
+    (prompt, chosen), (other, rejected) = (
+        _dialogue(fields, name, tokenizer) for name in ('chosen', 'rejected'))
+  if prompt != other:
+    raise _Useless(DIFFERENT_PROMPTS)
+  return prompt, chosen, rejected
+
+
+def _cut(fields: Fields, name: str) -> tuple[str, str]:
+  """An HH dialogue, cut after the last place where the assistant begins to speak."""
+  text = _string(fields, name)
+  prompt, turn, reply = text.rpartition(HH_TURN)
+  if not turn:
+    raise _Fault(name, f'without a prompt field, a whole dialogue with {HH_TURN!r} was expected',
+                 'Add a prompt field.')
+  return prompt + turn, reply
+
+
+def _list(fields: Fields, tokenizer: Tokenizer | None, margin: float) -> Comparison:
+  """Several completions with a verdict."""
+  if 'prompt' not in fields:
+    raise _missing(fields, 'prompt')
+  values = fields['completions']
+  if not isinstance(values, list) or not values:
+    raise _Fault('completions', 'a list of completions was expected', 'Give at least one.')
+  pairs = [_joined(fields['prompt'], value, 'completions', tokenizer) for value in values]
+  ratings = None
+  if 'ratings' in fields:
+    ratings = tuple(_numbers(fields, 'ratings', len(values)))
+    ranks = _dense([-rating for rating in ratings])
+  elif 'ranks' in fields:
+    ranks = _dense(_numbers(fields, 'ranks', len(values)))
+  elif 'best' in fields:
+    best = fields['best']
+    if isinstance(best, bool) or not isinstance(best, int) or not 0 <= best < len(values):
+      raise _Fault('best', 'the index of one of the completions was expected', 'Count from 0.')
+    ranks = [int(index != best) for index in range(len(values))]
+  else:
+    ranks = range(len(values))
+  if ratings is None and len(values) < 2:
+    raise _Fault('completions', 'at least two completions were expected where none is rated',
+                 'Add a completion or ratings.')
+  return Comparison(pairs[0][0], tuple(_not_empty(text) for _, text in pairs), tuple(ranks),
+                    ratings, margin)
+
+
+def _dense(values: Sequence[float]) -> list[int]:
+  """Ranks 0, 1, 2, ... of the values, smallest first, equal for equal ones."""
+  order = {value: rank for rank, value in enumerate(sorted(set(values)))}
+  return [order[value] for value in values]
+
+
+# Strings and messages.
+
+
+def _joined(prompt: Any, completion: Any, field: str,
+            tokenizer: Tokenizer | None) -> tuple[str, str]:
+  """Prompt and completion as text, whichever of them are messages."""
+  if isinstance(prompt, str) and isinstance(completion, str):
+    return prompt, completion
+  if isinstance(completion, str):
+    answer = [{'role': 'assistant', 'content': completion}]
+  else:
+    answer = _parse(completion, field)
+  if len(answer) > 1:  # The conversation repeated as a whole.
+    return _render(answer[:-1], answer[-1], field, tokenizer)
+  before = ([{'role': 'user', 'content': prompt}] if isinstance(prompt, str)
+            else _parse(prompt, 'prompt'))
+  return _render(before, answer[0], field, tokenizer)
+
+
+def _dialogue(fields: Fields, name: str, tokenizer: Tokenizer | None) -> tuple[str, str]:
+  messages = _parse(fields[name], name)
+  return _render(messages[:-1], messages[-1], name, tokenizer)
+
+
+def _parse(value: Any, field: str) -> chat.Messages:
+  try:
+    return chat.parse(value)
+  except chat.Malformed as error:
+    raise _Fault(field, str(error), 'Correct it.') from error
+
+
+def _render(prompt: chat.Messages, answer: dict[str, str] | None, field: str,
+            tokenizer: Tokenizer | None) -> tuple[str, str]:
+  if answer is not None and answer['role'] != 'assistant':
+    raise _Fault(field, 'the last message must be the assistant\'s', 'Add the answer.')
+  if not prompt:
+    raise _Fault(field, 'there is no message before the answer', 'Add the question.')
+  if answer is not None and not answer['content'].strip():
+    raise _Useless(EMPTY_COMPLETION)
+  try:
+    return chat.render(tokenizer, prompt, answer)
+  except chat.Malformed as error:
+    raise _Fault(field, str(error), 'Correct the messages or the template.') from error
+
+
+# Values.
+
+
+def _missing(fields: Fields, name: str) -> _Fault:
+  return _Fault(name, f'missing among {sorted(fields)}',
+                'Name the columns in config.data.columns if yours are called otherwise.')
+
+
+def _string(fields: Fields, name: str) -> str:
+  if name not in fields:
+    raise _missing(fields, name)
+  if not isinstance(fields[name], str):
+    raise _Fault(name, f'a string was expected, not a {type(fields[name]).__name__}', 'Correct it.')
+  return fields[name]
+
+
+def _not_empty(completion: str) -> str:
+  if not completion.strip():
+    raise _Useless(EMPTY_COMPLETION)
+  return completion
+
+
+def _number(value: Any, field: str) -> float:
+  if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    raise _Fault(field, 'a finite number was expected', 'Correct it.')
+  return float(value)
+
+
+def _numbers(fields: Fields, name: str, count: int) -> list[float]:
+  values = fields[name]
+  if not isinstance(values, list) or len(values) != count:
+    raise _Fault(name, 'a list with one number for each completion was expected', 'Correct it.')
+  return [_number(value, name) for value in values]

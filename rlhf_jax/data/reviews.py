@@ -1,0 +1,329 @@
+"""An embedded world of product reviews with a hidden gold score: RLHF without a download.
+
+A document is `Review of the kettle: it heats fast and wipes clean. i would buy it again.`; the
+prompt ends with the colon and the response begins with the space after it. A grammar of sentence
+templates over some 270 words writes reviews that are positive, negative, mixed or neutral; some
+sentences are spoilt (words shuffled, dropped or repeated) or about another product.
+
+The gold score, which only the simulated annotators and the evaluation may see, is for positive,
+on-topic, well-formed reviews. Three parts are read from the text with the same word lists:
+
+    score = form * (2 * sentiment + topic) - 3 * (1 - form),    in [-3, 3]
+
+* form, in [0, 1]: the mean over sentences of 1 for a sentence of the grammar, else 0.7 times the
+  squared fraction of its word pairs that occur in the grammar; a sentence said before counts 0, a
+  last sentence without its full stop half. The mean is multiplied by a length factor: 1 from 8 to
+  28 words, falling linearly to 0 at 0 and at 56 words.
+* sentiment, in [-1, 1]: each sentence's statements are added and clipped to [-1, 1], then
+  averaged over the sentences, of which at least two are counted. A statement is an opinion word or
+  phrase (0.7 plain, 1.0 strong), times 1.4 after "very" and the like, 0.6 after "quite" and the
+  like, -0.6 after "not" or "never", clipped to [-1, 1]. An opinion counts once in a review.
+* topic, in [-1, 1]: (right - wrong) / max(right + wrong, 2) over the distinct mentions of a
+  product, or of a feature or behaviour of a category of products; right means the product of the
+  prompt and its category.
+
+So nonsense scores -3, a fluent on-topic rave 3, the same rave about the wrong category 1, and a
+fluent on-topic complaint -1; repeating the best sentence gains nothing.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import random
+import re
+
+from rlhf_jax.data import review_grammar as grammar
+from rlhf_jax.data import tokenizers
+from rlhf_jax.errors import UserError
+
+SHORTEST, LONGEST = 8, 28  # words of a response
+
+
+def corpus(n: int, seed: int) -> list[dict[str, str]]:
+  """n documents `{"text"}` of every mood: a quarter of sentences spoilt, a quarter off topic."""
+  rng = random.Random(f'corpus {seed}')
+  return [
+    {'text': ''.join(_review(rng, tuple(grammar.MOODS), spoilt=0.25, strays=0.25))}
+    for _ in range(n)
+  ]
+
+
+def demonstrations(n: int, seed: int) -> list[dict[str, str]]:
+  """n records `{"prompt", "completion"}` of every mood, nearly all well-formed and on topic."""
+  rng = random.Random(f'demonstrations {seed}')
+  return [_record(_review(rng, tuple(grammar.MOODS), spoilt=0.04, strays=0.04)) for _ in range(n)]
+
+
+def ideal(n: int, seed: int) -> list[dict[str, str]]:
+  """n records `{"prompt", "completion"}`, all positive, well-formed, on topic: the ceiling."""
+  rng = random.Random(f'ideal {seed}')
+  return [_record(_review(rng, ('positive',), spoilt=0.0, strays=0.0)) for _ in range(n)]
+
+
+def prompts(n: int, seed: int) -> list[dict[str, str]]:
+  """n records `{"prompt"}`."""
+  rng = random.Random(f'prompts {seed}')
+  return [{'prompt': _prompt(rng, rng.choice(grammar.PRODUCTS))} for _ in range(n)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Gold:
+  """The gold score and its parts; see the top of the file."""
+
+  score: float
+  form: float
+  sentiment: float
+  topic: float
+
+
+def gold_score(prompt: str, response: str) -> float:
+  """The hidden score of a response, in [-3, 3]; see the top of the file.
+
+  Raises:
+    UserError: the prompt names none of the world's products.
+  """
+  return gold_parts(prompt, response).score
+
+
+def gold_parts(prompt: str, response: str) -> Gold:
+  """`gold_score` with its parts."""
+  product = _product_of(prompt)
+  *sentences, tail = [part.split() for part in response.split('.')]
+  if tail:
+    sentences.append(tail)
+  form = _form(sentences, finished=not tail)
+  sentiment = _sentiment(sentences)
+  topic = _topic(sentences, product)
+  score = form * (2.0 * sentiment + topic) - 3.0 * (1.0 - form)
+  return Gold(score=score, form=form, sentiment=sentiment, topic=topic)
+
+
+# Writing reviews.
+
+
+def _prompt(rng: random.Random, product: str) -> str:
+  return f'Review of the {product}{rng.choice(grammar.OCCASIONS)}:'
+
+
+def _record(review: tuple[str, str]) -> dict[str, str]:
+  return {'prompt': review[0], 'completion': review[1]}
+
+
+def _review(
+  rng: random.Random, moods: tuple[str, ...], *, spoilt: float, strays: float
+) -> tuple[str, str]:
+  """A prompt and a response of 1 to 3 sentences and 8 to 28 words, before words are spoilt."""
+  product = rng.choice(grammar.PRODUCTS)
+  mood = rng.choice(moods)
+  wanted = rng.choice((1, 2, 2, 3))
+  sentences: list[str] = []
+  while len(sentences) < wanted or _words(sentences) < SHORTEST:
+    subject = (
+      rng.choice([p for p in grammar.PRODUCTS if p != product])
+      if rng.random() < strays
+      else product
+    )
+    sentence = _sentence(rng, rng.choice(grammar.MOODS[mood]), subject)
+    if sentence in sentences:
+      continue
+    if _words([*sentences, sentence]) > LONGEST:
+      break
+    sentences.append(_spoil(rng, sentence) if rng.random() < spoilt else sentence)
+  return _prompt(rng, product), ''.join(f' {sentence}.' for sentence in sentences)
+
+
+def _words(sentences: list[str]) -> int:
+  return sum(len(sentence.split()) for sentence in sentences)
+
+
+def _sentence(rng: random.Random, template: str, product: str) -> str:
+  """A sentence of a template about a product, without full stop; no filler is used twice."""
+  slots = grammar.SLOTS | _category_slots(_category_of(product)) | {'product': (product,)}
+  used: set[str] = set()
+
+  def fill(match: re.Match) -> str:
+    choice = rng.choice([c for c in slots[match[1]] if not c or c not in used])
+    if match[1] != 'is':
+      used.add(choice)
+    return choice
+
+  return ' '.join(re.sub(r'\{(\w+)\}', fill, template).split())
+
+
+def _spoil(rng: random.Random, sentence: str) -> str:
+  """The sentence with its words shuffled, one dropped (a verb if there is any), or repeated."""
+  words = sentence.split()
+  kind = rng.choice(('shuffle', 'drop', 'repeat'))
+  if kind == 'shuffle':
+    rng.shuffle(words)
+  elif kind == 'drop':
+    verbs = [i for i, word in enumerate(words) if word in grammar.VERBS]
+    del words[rng.choice(verbs or range(len(words)))]
+  else:
+    i = rng.randrange(len(words))
+    words[i:i] = [words[i]] * rng.choice((1, 1, 2))
+  return ' '.join(words)
+
+
+# Reading them.
+
+
+def _category_of(product: str) -> grammar.Category:
+  return next(category for category in grammar.CATEGORIES if product in category.products)
+
+
+def _category_slots(*categories: grammar.Category) -> dict[str, tuple[str, ...]]:
+  return {
+    'product': tuple(x for c in categories for x in c.products),
+    'feature': tuple(x for c in categories for x in c.features),
+    'praise': tuple(x for c in categories for x in c.praise),
+    'complaint': tuple(x for c in categories for x in c.complaint),
+  }
+
+
+def _product_of(prompt: str) -> str:
+  for word in re.findall(r'\w+', prompt):
+    if word in grammar.PRODUCTS:
+      return word
+  raise UserError(
+    f'the gold score cannot tell what {prompt!r} is about: the prompt has to name one of '
+    + ', '.join(grammar.PRODUCTS)
+  )
+
+
+@functools.cache
+def _grammar() -> tuple[re.Pattern, frozenset[tuple[str, str]]]:
+  """A pattern of every sentence of the grammar, and all its word pairs ("" is either end)."""
+  slots = grammar.SLOTS | _category_slots(*grammar.CATEGORIES)
+  patterns, pairs = [], set()
+  for template in dict.fromkeys(
+    grammar.POSITIVE + grammar.NEGATIVE + grammar.MIXED + grammar.NEUTRAL
+  ):
+    pattern, ends = '', {''}
+    for piece in template.split():
+      options = slots[piece[1:-1]] if piece.startswith('{') else (piece,)
+      filled = [option for option in dict.fromkeys(options) if option]
+      pattern += f'(?:(?:{"|".join(filled)}) ){"?" if "" in options else ""}'
+      starts, ends = ends, ends if '' in options else set()
+      for option in filled:
+        words = option.split()
+        pairs |= {(start, words[0]) for start in starts} | set(itertools.pairwise(words))
+        ends = ends | {words[-1]}
+    patterns.append(pattern)
+    pairs |= {(end, '') for end in ends}
+  return re.compile('|'.join(patterns)), frozenset(pairs)
+
+
+@functools.cache
+def _opinions() -> dict[tuple[str, ...], float]:
+  """The strength of every opinion word or phrase."""
+  strengths = dict(grammar.OPINIONS)
+  for category in grammar.CATEGORIES:
+    strengths |= {category.praise: 1.0, category.complaint: -1.0}
+  return {
+    tuple(phrase.split()): strength
+    for phrases, strength in strengths.items()
+    for phrase in phrases
+  }
+
+
+@functools.cache
+def _mentions() -> dict[tuple[str, ...], frozenset[str]]:
+  """For each product, feature and behaviour: the products for which a mention is on topic."""
+  found = {}
+  for category in grammar.CATEGORIES:
+    for phrase in category.features + category.praise + category.complaint:
+      found[tuple(phrase.split())] = frozenset(category.products)
+    found |= {(product,): frozenset((product,)) for product in category.products}
+  return found
+
+
+def _phrases(words: list[str], known: dict) -> list[tuple[int, tuple[str, ...]]]:
+  """Position and words of every known phrase; the longest where several begin, no overlaps."""
+  found, i = [], 0
+  longest = max(map(len, known))
+  while i < len(words):
+    sizes = (size for size in range(longest, 0, -1) if tuple(words[i : i + size]) in known)
+    size = next(sizes, 0)
+    if size:
+      found.append((i, tuple(words[i : i + size])))
+    i += max(size, 1)
+  return found
+
+
+def _form(sentences: list[list[str]], *, finished: bool) -> float:
+  pattern, pairs = _grammar()
+  scores, seen = [], set()
+  for words in sentences:
+    sentence = ' '.join(words)
+    neighbours = list(zip(['', *words], [*words, '']))
+    if not words or sentence in seen:
+      score = 0.0
+    elif pattern.fullmatch(sentence + ' '):
+      score = 1.0
+    else:
+      score = 0.7 * (sum(pair in pairs for pair in neighbours) / len(neighbours)) ** 2
+    seen.add(sentence)
+    scores.append(score)
+  if not scores:
+    return 0.0
+  if not finished:
+    scores[-1] *= 0.5
+  length = sum(map(len, sentences))
+  in_range = min(1.0, length / SHORTEST, max(0.0, 2.0 - length / LONGEST))
+  return in_range * sum(scores) / len(scores)
+
+
+def _sentiment(sentences: list[list[str]]) -> float:
+  total, seen = 0.0, set()
+  for words in sentences:
+    net = 0.0
+    for i, phrase in _phrases(words, _opinions()):
+      if phrase in seen:
+        continue
+      seen.add(phrase)
+      strength = _opinions()[phrase]
+      before = words[:i]
+      if before and before[-1] in grammar.STRONGER + grammar.WEAKER:
+        strength *= 1.4 if before.pop() in grammar.STRONGER else 0.6
+      if before and before[-1] in grammar.NEGATIONS:
+        strength *= -0.6
+      net += max(-1.0, min(1.0, strength))
+    total += max(-1.0, min(1.0, net))
+  return total / max(len(sentences), 2)
+
+
+def _topic(sentences: list[list[str]], product: str) -> float:
+  mentions = {phrase for words in sentences for _, phrase in _phrases(words, _mentions())}
+  right = sum(product in _mentions()[phrase] for phrase in mentions)
+  return (2 * right - len(mentions)) / max(len(mentions), 2)
+
+
+def write(folder, *, corpus_size, demonstration_count, prompt_count, eval_prompt_count,
+          vocab_size, seed):
+  """Writes the world as files: the first stage of the quickstart.
+
+  corpus.jsonl {"text"}, demonstrations.jsonl {"prompt", "completion"}, prompts.jsonl and
+  eval_prompts.jsonl {"prompt"}, and a tokenizer trained on the corpus.
+
+  Args:
+    folder: pathlib.Path where they go.
+    corpus_size: documents.
+    demonstration_count: reviews to imitate.
+    prompt_count: prompts to train on.
+    eval_prompt_count: prompts to evaluate on.
+    vocab_size: of the tokenizer.
+    seed: of everything.
+  """
+  documents = corpus(corpus_size, seed)
+  for name, records in {
+    'corpus': documents,
+    'demonstrations': demonstrations(demonstration_count, seed + 1),
+    'prompts': prompts(prompt_count, seed + 2),
+    'eval_prompts': prompts(eval_prompt_count, seed + 3),
+  }.items():
+    with open(folder / f'{name}.jsonl', 'w', encoding='utf-8') as file:
+      file.writelines(json.dumps(record) + '\n' for record in records)
+  texts = [document['text'] for document in documents]
+  tokenizers.train_bpe(texts, vocab_size, str(folder / 'tokenizer'))

@@ -1,0 +1,213 @@
+"""Tokenizers in the Hugging Face folder format: loading, training, and text in mid-sequence.
+
+Ids are taken without the tokenizer's own special tokens and put together here, so that a prompt's
+ids are always a prefix of the ids of prompt and completion, and a sampled response is in the same
+position as a training completion:
+
+  prompt      [bos] + encode(prompt)      bos only where the tokenizer itself would add it
+  completion  encode_continuation(completion) + [eos]
+
+Some tokenizers (SentencePiece's, Llama's) put a space in front of every text they are given, and
+strip it when decoding. A completion is not the beginning of a text, so `encode_continuation` and
+`decode_continuation` use a copy of the tokenizer without that; otherwise "up" + "on" would be
+learnt as "up on".
+"""
+
+from collections.abc import Iterable, Sequence
+import json
+import os
+from typing import Any
+import weakref
+
+from absl import logging
+import numpy as np
+import tokenizers as hf_tokenizers
+import transformers
+
+from rlhf_jax.errors import UserError
+
+PAD, BOS, EOS = '<|pad|>', '<|bos|>', '<|eos|>'
+BYTES = 256
+
+
+def load(path: str) -> transformers.PreTrainedTokenizerFast:
+  """Loads a tokenizer from a local folder and makes sure that it has EOS and padding tokens.
+
+  Args:
+    path: folder with tokenizer.json, or GPT-2's vocab.json and merges.txt.
+
+  Returns:
+    A tokenizer with `pad_token_id` and `eos_token_id`. Without a padding token of its own it
+    gets the EOS, which is safe here: no mask is ever derived from token ids.
+
+  Raises:
+    UserError: there is no such folder, no tokenizer in it, or no EOS token.
+  """
+  path = os.fspath(path)
+  if not os.path.isdir(path):
+    raise UserError(f'{path}: no such folder. A tokenizer is a folder with tokenizer.json in it '
+                    '(or vocab.json and merges.txt).')
+  files = set(os.listdir(path))
+  try:
+    if 'tokenizer.json' not in files and {'vocab.json', 'merges.txt'} <= files:
+      tokenizer = transformers.GPT2TokenizerFast.from_pretrained(path, local_files_only=True)
+    else:
+      tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+  except Exception as error:  # transformers raises many kinds for a folder it cannot use.
+    raise UserError(f'{path}: no tokenizer can be loaded from this folder, which holds '
+                    f'{sorted(files)} ({error}).') from error
+  if not tokenizer.is_fast:
+    raise UserError(f'{path}: only tokenizers with a tokenizer.json are supported. Load it with '
+                    'transformers, convert it to a fast one and save that.')
+  if tokenizer.eos_token_id is None:
+    raise UserError(f'{path}: the tokenizer has no EOS token, so nothing could end a response. '
+                    'Set eos_token in tokenizer_config.json.')
+  if tokenizer.pad_token_id is None:
+    tokenizer.pad_token = tokenizer.eos_token
+    logging.info('%s: no padding token; padding with the EOS, %r.', path, tokenizer.eos_token)
+  return tokenizer
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int,
+              path: str) -> transformers.PreTrainedTokenizerFast:
+  """Trains a byte-level BPE tokenizer and saves it as a folder.
+
+  Every string encodes and decodes back exactly, unless it spells a special token. Ids 0, 1 and 2
+  are <|pad|>, <|bos|> and <|eos|>; the tokenizer begins each text with <|bos|>.
+
+  Args:
+    texts: what to learn merges from.
+    vocab_size: at least 259: the 256 bytes and three special tokens.
+    path: folder to write; `load` and transformers.AutoTokenizer read it.
+
+  Returns:
+    The tokenizer as read back from `path`. It has fewer tokens than asked for if the texts hold
+    fewer distinct merges.
+
+  Raises:
+    UserError: vocab_size is too small.
+  """
+  specials = [PAD, BOS, EOS]
+  if vocab_size < BYTES + len(specials):
+    raise UserError(f'vocab_size {vocab_size} is too small for a byte-level tokenizer: at least '
+                    f'{BYTES + len(specials)} are needed (256 bytes, 3 special tokens).')
+  backend = hf_tokenizers.Tokenizer(hf_tokenizers.models.BPE())
+  backend.pre_tokenizer = hf_tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  backend.decoder = hf_tokenizers.decoders.ByteLevel()
+  trainer = hf_tokenizers.trainers.BpeTrainer(
+      vocab_size=vocab_size, special_tokens=specials, show_progress=False,
+      initial_alphabet=hf_tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  backend.train_from_iterator(texts, trainer)
+  backend.post_processor = hf_tokenizers.processors.TemplateProcessing(
+      single=f'{BOS} $A', special_tokens=[(BOS, specials.index(BOS))])
+  tokenizer = transformers.PreTrainedTokenizerFast(
+      tokenizer_object=backend, pad_token=PAD, bos_token=BOS, eos_token=EOS,
+      clean_up_tokenization_spaces=False)
+  tokenizer.save_pretrained(path)
+  return load(path)
+
+
+def check(tokenizer: transformers.PreTrainedTokenizerFast, model_vocab_size: int) -> None:
+  """Makes sure that every token has a row of the embedding.
+
+  Raises:
+    UserError: the largest id does not fit. (A larger embedding is fine: they are often padded.)
+  """
+  largest = max(tokenizer.get_vocab().values())
+  if largest >= model_vocab_size:
+    raise UserError(
+        f'the tokenizer {tokenizer.name_or_path or ""} has ids up to {largest}, but the model\'s '
+        f'vocab_size is {model_vocab_size}. Use the tokenizer that belongs to the model, or set '
+        f'the model\'s vocab_size to at least {largest + 1}.')
+
+
+def encode(tokenizer: transformers.PreTrainedTokenizerFast,
+           texts: Sequence[str]) -> list[np.ndarray]:
+  """Ids of texts that begin a sequence, each int32 [length].
+
+  The BOS comes first if the tokenizer adds one by itself and the text does not spell it already,
+  as rendered chat templates do.
+  """
+  bos = _leading_bos(tokenizer)
+  rows = _ids(tokenizer.backend_tokenizer, texts)
+  if bos is None:
+    return rows
+  return [row if row.size and row[0] == bos else np.insert(row, 0, bos) for row in rows]
+
+
+def encode_continuation(tokenizer: transformers.PreTrainedTokenizerFast,
+                        texts: Sequence[str]) -> list[np.ndarray]:
+  """Ids of texts that go on where others stop, each int32 [length], no special tokens added."""
+  return _ids(_continuation(tokenizer), texts)
+
+
+def decode_continuation(tokenizer: transformers.PreTrainedTokenizerFast,
+                        rows: Sequence[Sequence[int]]) -> list[str]:
+  """Texts of ids that follow others, such as responses; special tokens are left out."""
+  rows = [np.asarray(row).tolist() for row in rows]
+  return _continuation(tokenizer).decode_batch(rows, skip_special_tokens=True)
+
+
+def end(tokenizer: transformers.PreTrainedTokenizerFast, row: np.ndarray) -> np.ndarray:
+  """The row with the EOS at its end, unless it is there already (chat templates write it)."""
+  eos = tokenizer.eos_token_id
+  return row if row.size and row[-1] == eos else np.append(row, np.int32(eos))
+
+
+def _ids(backend: hf_tokenizers.Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+  # A tokenizer.json may ask for both, and calls of the Hugging Face wrapper leave them behind.
+  backend.no_truncation()
+  backend.no_padding()
+  encoded = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+  return [np.array(one.ids, np.int32) for one in encoded]
+
+
+def _leading_bos(tokenizer: transformers.PreTrainedTokenizerFast) -> int | None:
+  """The BOS id if encoding a text begins with it. GPT-2 has a BOS and does not use it so."""
+  bos = tokenizer.bos_token_id
+  return bos if tokenizer('a')['input_ids'][:1] == [bos] else None
+
+
+# The copies, by tokenizer, with the vocabulary's size at the time: making one takes a second for a
+# large vocabulary, and tokens may be added later.
+_copies: weakref.WeakKeyDictionary[Any, tuple[int, hf_tokenizers.Tokenizer]] = (
+    weakref.WeakKeyDictionary())
+
+
+def _continuation(tokenizer: transformers.PreTrainedTokenizerFast) -> hf_tokenizers.Tokenizer:
+  """A copy of the backend without what it does to the beginning of a text.
+
+  See the components `Prepend`, `Metaspace`, `ByteLevel` and `Strip` in
+  https://huggingface.co/docs/tokenizers/components.
+  """
+  size, copy = _copies.get(tokenizer, (-1, None))
+  if size != len(tokenizer):
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state['normalizer'] = _drop(state['normalizer'], 'normalizers', 'Prepend')
+    state['decoder'] = _drop(state['decoder'], 'decoders', 'Strip')
+    for part in ('pre_tokenizer', 'decoder'):
+      _no_prefix_space(state[part])
+    copy = hf_tokenizers.Tokenizer.from_str(json.dumps(state))
+    _copies[tokenizer] = len(tokenizer), copy
+  return copy
+
+
+def _drop(component: dict[str, Any] | None, children: str, kind: str) -> dict[str, Any] | None:
+  if component is None or component['type'] == kind:
+    return None
+  if component['type'] == 'Sequence':
+    kept = [child for child in component[children] if child['type'] != kind]
+    return {**component, children: kept}
+  return component
+
+
+def _no_prefix_space(component: dict[str, Any] | None) -> None:
+  """Sets, in place, the options of a component (or of its children) that add a space."""
+  if component is None:
+    return
+  if component['type'] == 'Metaspace':
+    component['prepend_scheme'] = 'never'
+  elif component['type'] == 'ByteLevel':
+    component['add_prefix_space'] = False
+  for child in component.get('pretokenizers') or component.get('decoders') or ():
+    _no_prefix_space(child)

@@ -1,0 +1,137 @@
+"""How right, and how sure, a reward model is about pairs.
+
+A pair's confidence is sigmoid(|chosen - rejected|), in [0.5, 1]: the probability that the model
+gives to the answer it prefers. It is right if that is the chosen one. A tie counts as wrong and is
+reported: a constant scorer has accuracy 0, not 1.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from rlhf_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Bin:
+  """Pairs whose confidence is in (low, high] (the first bin holds `low` too); NaN means empty."""
+
+  low: float
+  high: float
+  count: int
+  confidence: float
+  accuracy: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+  """Pair accuracy of a reward model with its 95 % bootstrap interval, and its calibration.
+
+  Attributes:
+    count: pairs.
+    accuracy: share of pairs with chosen > rejected.
+    accuracy_low: lower end of the interval.
+    accuracy_high: upper end.
+    ties: share of pairs with chosen == rejected; they count as wrong.
+    margin: mean of chosen - rejected.
+    ece: expected calibration error, in [0, 1].
+    bins: tuple of Bin.
+  """
+
+  count: int
+  accuracy: float
+  accuracy_low: float
+  accuracy_high: float
+  ties: float
+  margin: float
+  ece: float
+  bins: tuple[Bin, ...]
+
+
+def pairwise(chosen, rejected, *, bins=10, resamples=1000, seed=0):
+  """Accuracy and calibration of scores of pairs.
+
+  Args:
+    chosen: [pairs] scores of the preferred responses.
+    rejected: [pairs] scores of the others.
+    bins: number of equal bins of the confidence over [0.5, 1].
+    resamples: of the bootstrap of the accuracy (percentile interval).
+    seed: of the bootstrap.
+
+  Returns:
+    Calibration.
+
+  Raises:
+    UserError: no pairs, different lengths, or a score that is not finite.
+  """
+  chosen, rejected = np.asarray(chosen, float), np.asarray(rejected, float)
+  if chosen.ndim != 1 or chosen.shape != rejected.shape or not chosen.size:
+    raise UserError(
+      f'calibration: needs two equally long lists of scores, got {chosen.shape} and '
+      f'{rejected.shape}'
+    )
+  if not (np.isfinite(chosen).all() and np.isfinite(rejected).all()):
+    raise UserError('calibration: a score is not finite')
+  margins = chosen - rejected
+  right = margins > 0
+  low, high = bootstrap(right, resamples=resamples, seed=seed)
+  table = reliability(1 / (1 + np.exp(-np.abs(margins))), right, bins=bins)
+  return Calibration(
+    count=margins.size,
+    accuracy=float(right.mean()),
+    accuracy_low=low,
+    accuracy_high=high,
+    ties=float((margins == 0).mean()),
+    margin=float(margins.mean()),
+    ece=expected_calibration_error(table),
+    bins=table,
+  )
+
+
+def reliability(confidences, right, *, bins=10, low=0.5):
+  """Confidence against accuracy, in equal bins of the confidence over [low, 1].
+
+  Args:
+    confidences: [N] in [low, 1].
+    right: [N] bool.
+    bins: their number.
+    low: the least possible confidence, 0.5 for a choice of two.
+
+  Returns:
+    Tuple of Bin.
+  """
+  confidences, right = np.asarray(confidences, float), np.asarray(right, float)
+  edges = np.linspace(low, 1, bins + 1)
+  index = np.clip(np.searchsorted(edges, confidences, side='left') - 1, 0, bins - 1)
+  table = []
+  for i in range(bins):
+    inside = index == i
+    count = int(inside.sum())
+    confidence = float(confidences[inside].mean()) if count else np.nan
+    accuracy = float(right[inside].mean()) if count else np.nan
+    table.append(Bin(float(edges[i]), float(edges[i + 1]), count, confidence, accuracy))
+  return tuple(table)
+
+
+def expected_calibration_error(table):
+  """sum_b (count_b / count) * |accuracy_b - confidence_b| over bins that hold something.
+
+  See Guo et al. 2017, eq. 3 (https://arxiv.org/abs/1706.04599).
+  """
+  total = sum(row.count for row in table)
+  return sum(row.count * abs(row.accuracy - row.confidence) for row in table if row.count) / total
+
+
+def bootstrap(values, *, resamples=1000, seed=0):
+  """95 % percentile interval of the mean of [N] values, from resampling them.
+
+  See Efron 1979 (https://doi.org/10.1214/aos/1176344552).
+
+  Returns:
+    (low, high).
+  """
+  values = np.asarray(values, float)
+  rng = np.random.default_rng(seed)
+  means = [values[rng.integers(values.size, size=values.size)].mean() for _ in range(resamples)]
+  low, high = np.quantile(means, (0.025, 0.975))
+  return float(low), float(high)

@@ -1,0 +1,189 @@
+"""Figures of the report, as SVG text to put into an HTML page.
+
+Axes and words take the colour of the page's text, so that they are readable on light and dark
+pages alike. Nothing goes through pyplot, so no figure outlives its function.
+"""
+
+import html
+import io
+import math
+import re
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN = '#3b82f6', '#e07b39', '#22a06b'
+_INK = '#010203'  # drawn with, then replaced by the page's own text colour
+_STYLE = {
+  'svg.fonttype': 'none',
+  'svg.hashsalt': 'rlhf_jax',
+  'font.family': 'sans-serif',
+  'font.size': 9,
+  'text.color': _INK,
+  'axes.edgecolor': _INK,
+  'axes.labelcolor': _INK,
+  'axes.titlesize': 10,
+  'axes.spines.top': False,
+  'axes.spines.right': False,
+  'axes.linewidth': 0.6,
+  'axes.grid': True,
+  'grid.color': _INK,
+  'grid.alpha': 0.12,
+  'grid.linewidth': 0.6,
+  'xtick.color': _INK,
+  'ytick.color': _INK,
+  'legend.frameon': False,
+  'text.parse_math': False,
+  'lines.linewidth': 1.5,
+}
+_MOST_POINTS = 300
+
+
+def curve(title, lines):
+  """One metric over steps.
+
+  Args:
+    title: name of the metric.
+    lines: {label: list of (step, value)}; None, NaN and infinite values leave a gap. A label
+      other than '' is shown.
+
+  Returns:
+    SVG text.
+  """
+
+  def draw(figure):
+    axes = figure.subplots()
+    for (label, points), colour in zip(lines.items(), (BLUE, ORANGE, GREEN) * 9, strict=False):
+      steps = np.array([step for step, _ in points], float)
+      values = np.array([_finite(value) for _, value in points], float)
+      shown = np.unique(np.linspace(0, len(points) - 1, _MOST_POINTS).astype(int))
+      smooth = _running_mean(values, len(values) // 25)
+      if len(values) < 50:
+        axes.plot(steps, values, color=colour, label=label, marker='.', markersize=4)
+      else:
+        axes.plot(steps[shown], values[shown], color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(steps[shown], smooth[shown], color=colour, label=label)
+    axes.set_title(title, loc='left')
+    axes.set_xlabel('step')
+    axes.locator_params(nbins=5)
+    if any(lines):
+      axes.legend(fontsize=8)
+
+  return _svg(draw, (3.6, 2.3), title)
+
+
+def frontier(points):
+  """Gold and proxy score over KL, joined in the order of the steps.
+
+  Args:
+    points: list, not empty, of {"step", "kl" in nats, "gold", "gold_se", "proxy"}; the last three
+      may be missing.
+  """
+  points = sorted(points, key=lambda point: point.get('step', 0))
+  kl = [_finite(point.get('kl')) for point in points]
+
+  def draw(figure):
+    named = (('gold', 'gold score', GREEN), ('proxy', 'proxy score', ORANGE))
+    panels = [panel for panel in named if any(panel[0] in point for point in points)]
+    rows = figure.subplots(max(1, len(panels)), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (key, label, colour) in zip(rows, panels, strict=False):
+      values = [_finite(point.get(key)) for point in points]
+      errors = [_finite(point.get(f'{key}_se'), 0.0) for point in points]
+      axes.errorbar(kl, values, errors, color=colour, marker='o', markersize=3, elinewidth=0.8)
+      axes.set_ylabel(label)
+      for end, offset, side in ((0, (8, -4), 'left'), (-1, (-5, 6), 'right')):
+        if math.isfinite(kl[end]) and math.isfinite(values[end]):
+          axes.annotate(
+            f'step {points[end].get("step", "")}',
+            (kl[end], values[end]),
+            offset,
+            textcoords='offset points',
+            horizontalalignment=side,
+            fontsize=7,
+          )
+      axes.margins(y=0.15)
+    rows[-1].set_xlabel('KL from the reference policy (nats per sequence)')
+
+  return _svg(draw, (5.2, 4.0), 'Scores over KL')
+
+
+def reliability(bins):
+  """Accuracy against confidence, each point as large as its share of the pairs.
+
+  Args:
+    bins: list of {"low", "high", "count", "confidence", "accuracy"}.
+  """
+  bins = [row for row in bins if row['count']]
+  total = sum(row['count'] for row in bins)
+
+  def draw(figure):
+    axes = figure.subplots()
+    x, y = [row['confidence'] for row in bins], [row['accuracy'] for row in bins]
+    axes.plot([0.5, 1], [0.5, 1], color=_INK, alpha=0.5, linestyle='--', linewidth=1)
+    axes.plot(x, y, color=BLUE)
+    axes.scatter(x, y, [10 + 300 * row['count'] / total for row in bins], color=BLUE, alpha=0.6)
+    axes.set_xlabel('confidence of the reward model')
+    axes.set_ylabel('accuracy')
+    axes.set_xlim(0.48, 1.02)
+    axes.set_ylim(min([0.45, *y]) - 0.03, 1.03)
+
+  return _svg(draw, (4.2, 3.2), 'Reliability diagram')
+
+
+def ratings(elo):
+  """Elo ratings with their intervals.
+
+  Args:
+    elo: {policy: {"elo", "low", "high"}}.
+  """
+  names = list(elo)[::-1]
+
+  def draw(figure):
+    axes = figure.subplots()
+    for row, name in enumerate(names):
+      rating = elo[name]
+      axes.plot([rating['low'], rating['high']], [row, row], color=BLUE, alpha=0.4, linewidth=5)
+      axes.plot(rating['elo'], row, color=BLUE, marker='o', markersize=5)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(-0.6, len(names) - 0.4)
+    axes.set_xlabel('Elo rating, with its 95 % interval')
+
+  return _svg(draw, (4.2, 1.0 + 0.35 * len(names)), 'Elo ratings')
+
+
+def _finite(value, otherwise=math.nan):
+  return float(value) if value is not None and math.isfinite(value) else otherwise
+
+
+def _running_mean(values, half):
+  """Mean over the `half` values to either side, without those that are NaN."""
+  known = np.isfinite(values)
+  totals = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
+  counts = np.concatenate([[0], np.cumsum(known)])
+  index = np.arange(len(values))
+  left, right = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+  with np.errstate(invalid='ignore'):
+    return (totals[right] - totals[left]) / (counts[right] - counts[left])
+
+
+def _svg(draw, size, title):
+  """What `draw` puts on a figure of `size` inches, as SVG that refers to nothing outside it."""
+  with rc_context(_STYLE):
+    figure = Figure(figsize=size, layout='constrained')
+    FigureCanvasSVG(figure)
+    figure.patch.set_alpha(0)
+    draw(figure)
+    for axes in figure.axes:
+      axes.patch.set_alpha(0)
+    out = io.StringIO()
+    figure.savefig(out, format='svg', metadata={'Date': None})
+  svg = out.getvalue()
+  svg = svg[svg.index('<svg') :]
+  svg = re.sub(r'<metadata>.*?</metadata>', '', svg, flags=re.DOTALL)
+  svg = re.sub(r' xmlns(:\w+)?="[^"]*"', '', svg)
+  svg = re.sub(r' (width|height)="[\d.]+pt"', '', svg, count=2)
+  svg = re.sub(r'<g id="[^"]*"', '<g', svg)
+  svg = svg.replace('<svg', f'<svg role="img" aria-label="{html.escape(title)}"', 1)
+  return svg.replace(_INK, 'currentColor')

@@ -1,0 +1,215 @@
+"""The last stage: policies side by side on the same prompts, and the report.
+
+Only here does the gold score meet the policies. Every policy answers the same prompts; the
+reward model gives the proxy score, the gold function the gold score, matches by gold score the
+win rate over the baseline and the Elo ratings of all.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+
+import jax
+import numpy as np
+
+from rlhf_jax import metrics as metrics_lib
+from rlhf_jax.algorithms import reward_model as reward_model_lib
+from rlhf_jax.data import formats
+from rlhf_jax.data import sources
+from rlhf_jax.evaluation import calibration as calibration_lib
+from rlhf_jax.evaluation import report
+from rlhf_jax.evaluation import tables
+from rlhf_jax.evaluation import text
+from rlhf_jax.evaluation import winrate
+from rlhf_jax.feedback import elo
+from rlhf_jax.models import hf
+from rlhf_jax.rewards import functions
+from rlhf_jax.rollout import texts
+
+
+@dataclasses.dataclass
+class Answers:
+  """What one policy said: samples, proxy and gold scores [n], KL to the baseline in nats."""
+  samples: texts.Samples
+  proxy: np.ndarray
+  gold: np.ndarray
+  kl: float
+
+
+def run(folder, *, title, summary, workdir, policies, baseline, trained, best_of, reward_model,
+        comparisons, prompts, samples, max_new_tokens, temperature, gold, gold_path, unroll,
+        curves, seed):
+  """Evaluates policies, prints the table and writes results.json and workdir/report.html.
+
+  Args:
+    folder: where results.json goes.
+    title: of the report.
+    summary: a sentence under the title.
+    workdir: the pipeline's folder; the report goes there.
+    policies: pairs (name, folder of a language model), in the order of the table.
+    baseline: the name whose samples win rates and KLs are against.
+    trained: the name of the policy that RL trained; the report shows its texts beside the
+      baseline's.
+    best_of: n of best-of-n of the baseline by the reward model; 0 for none.
+    reward_model: folder of a reward model with the policies' tokenizer.
+    comparisons: held-out comparisons for the reward model's calibration, or ''.
+    prompts: data set of prompts, repeated where there are fewer than `samples`.
+    samples: n, answers of each policy.
+    max_new_tokens: of an answer.
+    temperature: of sampling.
+    gold: 'package.module:function': (prompt, response) -> float, or with `gold_path` a function
+      of that path which returns one.
+    gold_path: data that the gold function is made from, or ''.
+    unroll: layers unrolled while sampling.
+    curves: names of the stages whose learning curves the report shows.
+    seed: of the samples.
+  """
+  policies = dict(policies)
+  judge = functions.load(gold)
+  if gold_path:
+    judge = judge(gold_path)
+  loaded = {name: texts.TextPolicy.load(path, unroll=unroll) for name, path in policies.items()}
+  scorer = Scorer.load(reward_model, unroll=unroll)
+  examples, _ = formats.prompts(sources.read(prompts))
+  questions = [examples[i % len(examples)].prompt for i in range(samples)]
+  ask = lambda name, questions, key: loaded[name].sample(
+      questions, key, max_new_tokens=max_new_tokens, temperature=temperature)
+
+  def scored(said, kl):
+    return Answers(said, scorer(said.rollout), np.array(
+        [judge(p, r) for p, r in zip(said.prompts, said.responses)]), kl)
+
+  keys = jax.random.split(jax.random.key(seed), len(loaded) + 1)
+  answers = {}
+  for key, name in zip(keys, loaded):
+    said = ask(name, questions, key)
+    answers[name] = scored(said, mean_kl(
+        loaded[name], loaded[baseline], said.rollout, temperature))
+    if name == baseline and best_of:
+      many = ask(name, [q for q in questions for _ in range(best_of)], keys[-1])
+      best = scorer(many.rollout).reshape(-1, best_of).argmax(axis=1)
+      chosen = many.take(np.arange(samples) * best_of + best)
+      answers[f'best of {best_of}'] = scored(
+          chosen, math.log(best_of) - (best_of - 1) / best_of)
+
+  rows, ratings = compare(answers, baseline)
+  print(tables.stages_table(rows, title=title))
+  quality = calibrate(scorer, comparisons) if comparisons else None
+  results = {'stages': rows, 'reward_model': quality,
+             'elo': {name: dataclasses.asdict(rating) for name, rating in ratings.items()},
+             'texts': {name: text.statistics(a.samples.responses) for name, a in answers.items()}}
+  (folder / 'results.json').write_text(json.dumps(results, indent=2))
+  workdir = pathlib.Path(workdir)
+  report.write(
+      workdir / 'report.html', title=title, summary=summary, stages=rows,
+      metrics={name: metrics_lib.read(workdir / name) for name in curves},
+      frontier=frontier(pathlib.Path(policies[trained]).parent, judge),
+      calibration=quality, elo=results['elo'],
+      samples=side_by_side(answers[baseline], answers[trained], 24),
+      config_text=(workdir / 'config.json').read_text())
+  print(f'report: {workdir / "report.html"}')
+
+
+@dataclasses.dataclass
+class Scorer:
+  """A reward model with its tokenizer; called with a Rollout of n rows it gives scores [n]."""
+  policy: texts.TextPolicy
+
+  @classmethod
+  def load(cls, path, *, unroll):
+    """From a Hugging Face folder of a sequence classifier with one label."""
+    model, params = hf.load_reward(path, unroll=unroll)
+    return cls(texts.TextPolicy(model, params, texts.tokenizers.load(path)))
+
+  def __call__(self, rollout):
+    model, params = self.policy.model, self.policy.params
+    score = jax.jit(lambda params, tokens, mask: reward_model_lib.score(
+        params, tokens, mask, model=model))
+    return texts.in_batches(
+        lambda rows, start: score(params, *rows), (rollout.tokens, rollout.mask))
+
+
+def mean_kl(policy, reference, rollout, temperature):
+  """Mean over samples of log pi(y|x) - log pi_ref(y|x), nats per sequence (k1)."""
+  if policy is reference:
+    return 0.0
+  return float(np.mean(policy.logprobs(rollout, temperature=temperature)
+                       - reference.logprobs(rollout, temperature=temperature)))
+
+
+def standard_error(values):
+  """Standard error of the mean."""
+  return float(np.std(values, ddof=1) / np.sqrt(len(values)))
+
+
+def compare(answers, baseline):
+  """Table rows and Elo ratings from gold scores on the same prompts.
+
+  Args:
+    answers: {name: Answers}.
+    baseline: name.
+
+  Returns:
+    Rows for tables.stages_table, and {name: Rating} with the baseline at 1000.
+  """
+  matches = []
+  for first, second in itertools.combinations(answers, 2):
+    w = winrate.win_rate(answers[first].gold, answers[second].gold)
+    matches.append(elo.Match(first, second, w.wins, w.draws, w.losses))
+  ratings = elo.ratings(matches, anchor=baseline)
+  rows = []
+  for name, answer in answers.items():
+    win = winrate.win_rate(answer.gold, answers[baseline].gold)
+    rows.append({
+        'stage': name, 'gold': float(answer.gold.mean()), 'gold_se': standard_error(answer.gold),
+        'proxy': float(answer.proxy.mean()), 'kl': answer.kl, 'win_rate': win.rate,
+        'win_low': win.low, 'win_high': win.high, 'elo': ratings[name].elo,
+        'elo_low': ratings[name].low, 'elo_high': ratings[name].high,
+        'distinct_2': text.distinct(answer.samples.responses, 2),
+        'samples': len(answer.gold)})
+  return rows, ratings
+
+
+def calibrate(scorer, path):
+  """Calibration of a reward model on held-out pairs, as a dict."""
+  examples, _ = formats.comparisons(sources.read(path))
+  batches = reward_model_lib.pipelines.comparison_batches(
+      examples, scorer.policy.tokenizer, batch_size=min(texts.BATCH, len(examples)),
+      max_length=scorer.policy.model.max_length)
+  gaps = []
+  for batch, _ in batches:
+    flat = batch.tokens.reshape(-1, batch.tokens.shape[-1])
+    mask = batch.mask.reshape(flat.shape)
+    model = scorer.policy.model
+    scores = np.asarray(jax.jit(lambda params, tokens, mask: reward_model_lib.score(
+        params, tokens, mask, model=model))(scorer.policy.params, flat, mask))
+    gaps.append(reward_model_lib.held_out_pairs(scores.reshape(batch.ranks.shape), batch))
+  gaps = np.concatenate(gaps)
+  return dataclasses.asdict(calibration_lib.pairwise(gaps, np.zeros_like(gaps)))
+
+
+def frontier(run_folder, judge):
+  """Gold and proxy score against KL over a PPO run, from its logged samples."""
+  kl = {record['step']: record['objective/kl'] for record in metrics_lib.read(run_folder)
+        if 'objective/kl' in record}
+  points = []
+  by_step = itertools.groupby(metrics_lib.read_samples(run_folder), lambda s: s['step'])
+  for step, samples in by_step:
+    samples = list(samples)
+    gold = [judge(s['prompt'], s['response']) for s in samples]
+    if step in kl:
+      points.append({'step': step, 'kl': kl[step], 'gold': float(np.mean(gold)),
+                     'gold_se': standard_error(gold),
+                     'proxy': float(np.mean([s['score'] for s in samples]))})
+  return points
+
+
+def side_by_side(before, after, count):
+  """The first `count` answers of two policies to the same prompts, for the report."""
+  pick = lambda answers, i: {'proxy': float(answers.proxy[i]), 'gold': float(answers.gold[i])}
+  return [{'prompt': before.samples.prompts[i], 'before': before.samples.responses[i],
+           'after': after.samples.responses[i],
+           'scores': {'before': pick(before, i), 'after': pick(after, i)}}
+          for i in range(min(count, len(before.gold)))]

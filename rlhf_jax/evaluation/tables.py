@@ -1,0 +1,83 @@
+"""Tables of a run: one row per stage or policy, for the terminal and for the report.
+
+A row is a dict with a `stage` and any of `gold`, `gold_se`, `proxy`, `kl` (nats per sequence),
+`win_rate`, `win_low`, `win_high`, `elo`, `elo_low`, `elo_high`; any other key becomes a column of
+its own. What a row lacks, or holds as None or NaN, shows as a dash.
+"""
+
+import io
+import math
+
+import rich.box
+import rich.console
+import rich.markup
+import rich.table
+
+_TITLES = {
+  'stage': 'Stage',
+  'gold': 'Gold score',
+  'proxy': 'Proxy score',
+  'kl': 'KL (nats)',
+  'win_rate': 'Win rate',
+  'elo': 'Elo',
+}
+_PARTS = frozenset(('gold_se', 'win_low', 'win_high', 'elo_low', 'elo_high'))
+
+
+def stages(rows):
+  """Column titles, and for each row its cells as strings, without columns that are all empty."""
+  known = [key for key in _TITLES if any(_has(row, key) for row in rows)]
+  others = dict.fromkeys(key for row in rows for key in row if _has(row, key))
+  keys = known + [key for key in others if key not in _TITLES and key not in _PARTS]
+  titles = [_TITLES.get(key, key.replace('_', ' ').capitalize()) for key in keys]
+  return titles, [[_cell(row, key) for key in keys] for row in rows]
+
+
+def stages_table(rows, *, title='', width=100):
+  """The table of stages as plain text, at most `width` characters wide."""
+  titles, cells = stages(rows)
+  table = rich.table.Table(title=title or None, box=rich.box.SIMPLE_HEAD, title_justify='left')
+  for i, name in enumerate(titles):
+    table.add_column(name, justify='right' if i else 'left')
+  for row in cells:
+    table.add_row(*map(rich.markup.escape, row))
+  out = io.StringIO()
+  rich.console.Console(file=out, width=width, color_system=None, highlight=False).print(table)
+  return '\n'.join(line.rstrip() for line in out.getvalue().splitlines()).strip('\n')
+
+
+def number(value):
+  """A number in few characters, text as it is, and a dash for what is not one."""
+  if value is None or (isinstance(value, float) and math.isnan(value)):
+    return '–'
+  if isinstance(value, (bool, str)):
+    return str(value)
+  if isinstance(value, int) or (abs(value) < 1e6 and value == int(value)):
+    return str(int(value))
+  return f'{value:.2f}' if 0.01 <= abs(value) < 100 else f'{value:.3g}'
+
+
+def _has(row, key):
+  value = row.get(key)
+  return value is not None and not (isinstance(value, float) and math.isnan(value))
+
+
+def _cell(row, key):
+  if not _has(row, key):
+    return '–'
+  value = row[key]
+  if key == 'gold':
+    return f'{value:.2f}' + (f' ± {row["gold_se"]:.2f}' if _has(row, 'gold_se') else '')
+  if key == 'win_rate':
+    interval = _has(row, 'win_low') and _has(row, 'win_high')
+    return f'{value:.2f}' + (
+      f' [{row["win_low"]:.2f}, {row["win_high"]:.2f}]' if interval else ''
+    )
+  if key == 'elo':
+    interval = _has(row, 'elo_low') and _has(row, 'elo_high')
+    return f'{value:.0f}' + (
+      f' ± {(row["elo_high"] - row["elo_low"]) / 2:.0f}' if interval else ''
+    )
+  if key in ('proxy', 'kl'):
+    return f'{value:.2f}'
+  return number(value)

@@ -1,0 +1,1 @@
+"""Who prefers what: simulated annotators, and ratings from the matches between policies."""

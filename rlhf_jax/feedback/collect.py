@@ -1,0 +1,70 @@
+"""Comparisons of a policy's own answers by simulated annotators.
+
+The human step of RLHF where no human is at hand: two samples of each prompt, one label each.
+"""
+
+import json
+import os
+
+import jax
+
+from rlhf_jax.data import formats
+from rlhf_jax.data import sources
+from rlhf_jax.feedback import annotators
+from rlhf_jax.rewards import functions
+from rlhf_jax.rollout import texts
+
+
+def run(folder, *, policy, prompts, pairs, held_out, max_new_tokens, temperature, gold,
+        annotator_count, annotator_temperature, label_noise, disagreement, unroll, seed):
+  """Samples pairs of answers, has them labelled, and writes both splits of the comparisons.
+
+  Writes comparisons.jsonl and held_out.jsonl ({"prompt", "chosen", "rejected", "annotator",
+  "simulated"}), samples.jsonl ({"prompt", "completion"}: every answer, on which a reward model
+  is normalized) and agreement.json.
+
+  Args:
+    folder: where they go.
+    policy: folder of the language model that answers.
+    prompts: data set of prompts; taken again from the start where there are too few.
+    pairs: comparisons to train on.
+    held_out: further comparisons, of prompts after those.
+    max_new_tokens: of an answer.
+    temperature: of sampling.
+    gold: 'package.module:function' (prompt, response) -> float: what the annotators go by.
+    annotator_count: see annotators.SimulatedAnnotators.
+    annotator_temperature: likewise.
+    label_noise: likewise.
+    disagreement: likewise.
+    unroll: layers unrolled while sampling.
+    seed: of samples and annotators.
+  """
+  records = sources.read(prompts)
+  examples, _ = formats.prompts(records)
+  total = pairs + held_out
+  questions = [examples[i % len(examples)].prompt for i in range(total)]
+  asked = texts.TextPolicy.load(policy, unroll=unroll)
+  samples = asked.sample(questions * 2, jax.random.key(seed), max_new_tokens=max_new_tokens,
+                         temperature=temperature)
+  first, second = samples.responses[:total], samples.responses[total:]
+  # An answer of nothing at all is no text that a reward model could read.
+  triples = [(q, a, b) for q, a, b in zip(questions, first, second) if a.strip() and b.strip()]
+  panel = annotators.SimulatedAnnotators(
+      functions.load(gold), count=annotator_count, seed=seed,
+      temperature=annotator_temperature, label_noise=label_noise, disagreement=disagreement)
+  split = round(len(triples) * pairs / total)
+  write_jsonl(folder / 'comparisons.jsonl', panel.label(triples[:split]))
+  write_jsonl(folder / 'held_out.jsonl', panel.label(triples[split:]))
+  write_jsonl(folder / 'samples.jsonl', [
+      {'prompt': q, 'completion': text} for q, a, b in triples for text in (a, b)])
+  agreement = annotators.agreement(panel.votes(triples[:200]))
+  write_jsonl(folder / 'agreement.json', [
+      {'fraction': agreement.fraction, 'kappa': agreement.kappa, 'simulated': True}])
+
+
+def write_jsonl(path, records):
+  """Writes records, one JSON object a line, whole or not at all."""
+  temporary = path.with_name(path.name + '.tmp')
+  with open(temporary, 'w', encoding='utf-8') as f:
+    f.writelines(json.dumps(record, ensure_ascii=False) + '\n' for record in records)
+  os.replace(temporary, path)

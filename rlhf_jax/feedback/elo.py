@@ -1,0 +1,158 @@
+"""Ratings of policies from the matches between them, on the Elo scale.
+
+Model (Bradley and Terry 1952): a beats b with probability 1 / (1 + 10^((R_b - R_a) / 400)), so 400
+points are odds of ten to one and one unit of log-odds is 400 / ln 10 = 173.7 points. A draw counts
+as half a win for each, as in Elo's own system; that overstates the variance, so the intervals of
+matches with many draws are on the wide side.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from rlhf_jax.errors import UserError
+
+POINTS_PER_LOGIT = 400 / math.log(10)
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+  """The games between two policies, counted from the side of the first."""
+
+  first: str
+  second: str
+  wins: float
+  draws: float
+  losses: float
+
+  @property
+  def games(self):
+    return self.wins + self.draws + self.losses
+
+
+@dataclasses.dataclass(frozen=True)
+class Rating:
+  """An Elo rating with its 95 % interval and standard error, in points."""
+
+  elo: float
+  low: float
+  high: float
+  se: float
+
+
+def expected(first, second):
+  """Expected score of a policy rated `first` against one rated `second`, in [0, 1]."""
+  return 1 / (1 + 10 ** ((second - first) / 400))
+
+
+def update(first, second, score, *, k=32.0):
+  """Both ratings after one game, R + k (score - expected); score is 1, 0.5 or 0 for the first.
+
+  See Elo 1978, The Rating of Chessplayers, §1.6.
+  """
+  change = k * (score - expected(first, second))
+  return first + change, second - change
+
+
+def ratings(matches, *, anchor=None, level=1000.0, prior_draws=1.0):
+  """Maximum-likelihood ratings of every policy in the matches.
+
+  Newton's method on sum_ab w_ab log sigmoid(r_a - r_b), w_ab being the wins of a over b plus half
+  their draws. Standard errors are from the inverse Fisher information. See Hunter 2004, §2
+  (https://doi.org/10.1214/aos/1079120141), for the likelihood and when a maximum exists.
+
+  Args:
+    matches: list of Match.
+    anchor: policy whose rating is `level`, with no error of its own; None sets the mean of all
+      ratings to `level`.
+    level: points.
+    prior_draws: imaginary draws added to each pair that met; keeps ratings finite when a policy
+      won every game. 0 gives the plain maximum of the likelihood.
+
+  Returns:
+    {policy: Rating}, in the order in which the policies first appear.
+
+  Raises:
+    UserError: an unknown anchor, negative counts, a policy that played itself, policies that no
+      chain of matches connects, or ratings that grow without end (prior_draws = 0 and a group of
+      policies that never lost to the rest).
+  """
+  names = list(dict.fromkeys(name for match in matches for name in (match.first, match.second)))
+  wins = _wins(matches, names, prior_draws)
+  _check(matches, names, wins, anchor)
+  strengths, information = _maximize(wins)
+  covariance = _covariance(information, None if anchor is None else names.index(anchor))
+  points = POINTS_PER_LOGIT * strengths
+  points += level - (points.mean() if anchor is None else points[names.index(anchor)])
+  errors = POINTS_PER_LOGIT * np.sqrt(np.maximum(np.diag(covariance), 0))
+  return {
+    name: Rating(
+      elo=float(elo), low=float(elo - 1.96 * se), high=float(elo + 1.96 * se), se=float(se)
+    )
+    for name, elo, se in zip(names, points, errors, strict=True)
+  }
+
+
+def _wins(matches, names, prior_draws):
+  """[policies, policies] array: wins of row over column, a draw counted half."""
+  wins = np.zeros((len(names), len(names)))
+  for match in matches:
+    a, b = names.index(match.first), names.index(match.second)
+    wins[a, b] += match.wins + match.draws / 2
+    wins[b, a] += match.losses + match.draws / 2
+  met = (wins + wins.T) > 0
+  return wins + met * prior_draws / 2
+
+
+def _check(matches, names, wins, anchor):
+  for match in matches:
+    if min(match.wins, match.draws, match.losses) < 0:
+      raise UserError(f'Elo: {match} has a negative count')
+    if match.first == match.second:
+      raise UserError(f'Elo: {match.first!r} cannot play against itself')
+  if anchor is not None and anchor not in names:
+    raise UserError(f'Elo: the anchor {anchor!r} is not among the policies {names}')
+  for beats, what in (
+    (wins + wins.T, 'no chain of matches connects'),
+    (wins, 'never lost a point, so without prior_draws no finite rating suits'),
+    (wins.T, 'never won a point, so without prior_draws no finite rating suits'),
+  ):
+    apart = [name for name, reached in zip(names, _reach(beats > 0), strict=True) if not reached]
+    if apart:
+      raise UserError(f'Elo: against {names[0]!r}, {what} {apart}')
+
+
+def _reach(edges):
+  """[policies] bool: which policies a walk from policy 0 along the edges comes to."""
+  reached = np.arange(len(edges)) == 0
+  for _ in edges:
+    reached |= edges[reached].any(axis=0)
+  return reached
+
+
+def _maximize(wins):
+  """Strengths in log-odds, mean 0, and the Fisher information there."""
+  games = wins + wins.T
+  strengths = np.zeros(len(wins))
+  for _ in range(100):
+    chances = 1 / (1 + np.exp(strengths[None, :] - strengths[:, None]))
+    gradient = (wins - games * chances).sum(axis=1)
+    weights = games * chances * (1 - chances)
+    information = np.diag(weights.sum(axis=1)) - weights
+    step = np.linalg.pinv(information) @ gradient
+    # The full step overshoots where one side won nearly everything.
+    strengths += step / max(1.0, np.abs(step).max())
+    if np.abs(step).max() < 1e-10:
+      break
+  return strengths - strengths.mean(), information
+
+
+def _covariance(information, anchor):
+  """Inverse of the singular information once the anchor, or the mean of all, is held still."""
+  if anchor is None:
+    return np.linalg.pinv(information)
+  others = np.arange(len(information)) != anchor
+  covariance = np.zeros_like(information)
+  covariance[np.ix_(others, others)] = np.linalg.inv(information[np.ix_(others, others)])
+  return covariance

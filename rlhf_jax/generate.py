@@ -1,0 +1,47 @@
+"""python -m rlhf_jax.generate --model DIR --prompt "..."
+
+Text from a Hugging Face folder, from a finished run, or from the newest checkpoint of a run
+that has not finished.
+"""
+
+import sys
+
+from absl import app
+from absl import flags
+import jax
+
+from rlhf_jax import compilation
+from rlhf_jax import errors
+from rlhf_jax.rollout import texts
+
+_MODEL = flags.DEFINE_string('model', None, 'Hugging Face folder, or a run\'s working directory.')
+_PROMPT = flags.DEFINE_multi_string('prompt', [''], 'What to continue; may be given repeatedly.')
+_TEMPERATURE = flags.DEFINE_float('temperature', 1.0, '0 takes the likeliest token.', 0.0)
+_TOP_K = flags.DEFINE_integer('top_k', 0, 'Sample among the k likeliest tokens; 0: all.', 0)
+_TOP_P = flags.DEFINE_float('top_p', 1.0, 'Sample within this probability mass.', 0.0, 1.0)
+_MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 128, 'Length limit.', 1)
+_IGNORE_EOS = flags.DEFINE_bool('ignore_eos', False, 'Go on past the end of the text.')
+_NUM_SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Samples of each prompt.', 1)
+_SEED = flags.DEFINE_integer('seed', 0, 'Of the samples.')
+
+
+def main(argv):
+  """Prints prompt and response, samples parted by a line."""
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
+  compilation.configure()
+  try:
+    policy = texts.TextPolicy.load(_MODEL.value)
+    prompts = [p for p in _PROMPT.value for _ in range(_NUM_SAMPLES.value)]
+    samples = policy.sample(
+        prompts, jax.random.key(_SEED.value), max_new_tokens=_MAX_NEW_TOKENS.value,
+        temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value,
+        ignore_eos=_IGNORE_EOS.value)
+  except errors.UserError as error:
+    sys.exit(f'error: {error}')
+  print('\n---\n'.join(p + r for p, r in zip(prompts, samples.responses)))
+
+
+if __name__ == '__main__':
+  flags.mark_flag_as_required('model')
+  app.run(main)

@@ -1,0 +1,131 @@
+"""Losses as pure functions of arrays: no model, no config.
+
+Letters: B batch, R response length, K completions, T sequence length. Per-token losses
+return per-token values, to be summed over a mask and divided by the count of the whole
+minibatch, so that microbatches add up to the true mean and not to a mean of means.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+def ppo_policy_loss(logprobs, old_logprobs, advantages, *, clip_low, clip_high, dual_clip=0.0):
+  """-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), per token.
+
+  See Schulman et al. 2017, eq. 7 (https://arxiv.org/abs/1707.06347). Unequal clips are
+  DAPO's "clip-higher" (https://arxiv.org/abs/2503.14476). With `dual_clip` = c > 1 the loss
+  of a negative advantage is at most -c * A (Ye et al. 2020, eq. 5,
+  https://arxiv.org/abs/1912.09729).
+
+  Args:
+    logprobs: [B, R] float32, of the policy being trained.
+    old_logprobs: [B, R] float32, of the policy that sampled.
+    advantages: [B, R] float32.
+    clip_low: how far below 1 the ratio counts.
+    clip_high: how far above 1 the ratio counts.
+    dual_clip: 0 for none.
+
+  Returns:
+    loss [B, R], clipped [B, R] (1 where the clip decides) and ratio [B, R].
+  """
+  chex.assert_equal_shape([logprobs, old_logprobs, advantages])
+  ratio = jnp.exp(logprobs - old_logprobs)
+  plain = -advantages * ratio
+  clip = -advantages * jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
+  loss = jnp.maximum(plain, clip)
+  if dual_clip:
+    loss = jnp.where(advantages < 0, jnp.minimum(loss, -dual_clip * advantages), loss)
+  return loss, (clip > plain).astype(jnp.float32), ratio
+
+
+def ppo_value_loss(values, old_values, returns, *, clip):
+  """0.5 * max((V - G)^2, (clip(V, V_old - clip, V_old + clip) - G)^2), per token.
+
+  See lm-human-preferences, `train_policy.py`; the clip is 0 for none.
+
+  Args:
+    values: [B, R] float32, of the critic being trained.
+    old_values: [B, R] float32, of the critic at the time of the rollout.
+    returns: [B, R] float32.
+    clip: how far from the old value counts.
+
+  Returns:
+    loss [B, R] and clipped [B, R] (1 where the clip decides).
+  """
+  chex.assert_equal_shape([values, old_values, returns])
+  plain = jnp.square(values - returns)
+  if not clip:
+    return 0.5 * plain, jnp.zeros_like(plain)
+  near = jnp.square(jnp.clip(values, old_values - clip, old_values + clip) - returns)
+  return 0.5 * jnp.maximum(plain, near), (near > plain).astype(jnp.float32)
+
+
+def pairwise_loss(scores, ranks, present, margin, *, centering=0.0, label_smoothing=0.0):
+  """Bradley-Terry loss over all pairs of one prompt's completions, per prompt.
+
+      mean over pairs with rank_i < rank_j of
+        -(1 - s) log sigmoid(r_i - r_j - margin) - s log sigmoid(-(r_i - r_j - margin))
+        + centering * (r_i + r_j)^2
+
+  Two completions are the usual preference pair; K of them are InstructGPT's loss, eq. 1
+  (https://arxiv.org/abs/2203.02155), where each completion costs one forward pass and every
+  prompt weighs the same. Margin: Llama 2, eq. 2 (https://arxiv.org/abs/2307.09288).
+  Centering: Eisenstein et al. 2023 (https://arxiv.org/abs/2312.09244), 0.01 recommended.
+
+  Args:
+    scores: [B, K] float32.
+    ranks: [B, K] int32, 0 is best; tied pairs are left out.
+    present: [B, K] bool.
+    margin: [B] float32.
+    centering: weight of the squared sum.
+    label_smoothing: probability s that a label is wrong.
+
+  Returns:
+    loss [B], 0 for a prompt without a pair, and has_pair [B] bool.
+  """
+  chex.assert_equal_shape([scores, ranks, present])
+  better = (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]
+  gap = scores[:, :, None] - scores[:, None, :] - margin[:, None, None]
+  loss = (-(1.0 - label_smoothing) * jax.nn.log_sigmoid(gap)
+          - label_smoothing * jax.nn.log_sigmoid(-gap)
+          + centering * jnp.square(scores[:, :, None] + scores[:, None, :]))
+  pairs = jnp.sum(better, axis=(1, 2))
+  total = jnp.sum(jnp.where(better, loss, 0.0), axis=(1, 2))
+  return total / jnp.maximum(pairs, 1), pairs > 0
+
+
+def pick_best_loss(scores, ranks, present):
+  """Softmax cross-entropy of the best completion among K, per prompt.
+
+  See Ziegler et al. 2019, eq. 1 (https://arxiv.org/abs/1909.08593).
+
+  Args:
+    scores: [B, K] float32.
+    ranks: [B, K] int32; rank 0 is the picked one.
+    present: [B, K] bool.
+
+  Returns:
+    loss [B] and valid [B] bool (exactly one pick among at least two).
+  """
+  best = (ranks == 0) & present
+  logp = jax.nn.log_softmax(jnp.where(present, scores, -jnp.inf), axis=-1)
+  loss = -jnp.sum(jnp.where(best, logp, 0.0), axis=-1)
+  valid = (jnp.sum(best, axis=-1) == 1) & (jnp.sum(present, axis=-1) > 1)
+  return jnp.where(valid, loss, 0.0), valid
+
+
+def rating_loss(scores, ratings, present):
+  """Squared error to absolute ratings, mean over a prompt's completions.
+
+  Args:
+    scores: [B, K] float32.
+    ratings: [B, K] float32.
+    present: [B, K] bool.
+
+  Returns:
+    loss [B] and valid [B] bool.
+  """
+  error = jnp.where(present, jnp.square(scores - ratings), 0.0)
+  count = jnp.sum(present, axis=-1)
+  return jnp.sum(error, axis=-1) / jnp.maximum(count, 1), count > 0

@@ -1,0 +1,164 @@
+"""What a run leaves for people to read: metrics.jsonl, TensorBoard events, samples.jsonl.
+
+Each line of a `.jsonl` file is written whole and flushed, so a killed process costs at most the
+line it was writing; resuming drops that line and every line from the resumed step on.
+"""
+
+import json
+import math
+import os
+import pathlib
+import uuid
+
+import tensorboardX
+
+from rlhf_jax.errors import DataError, UserError
+
+METRICS = 'metrics.jsonl'
+SAMPLES = 'samples.jsonl'
+
+
+class Writer:
+  """Appends metrics and text samples of one run to its workdir.
+
+  Attributes:
+    workdir: pathlib.Path, made if it is not there.
+  """
+
+  def __init__(self, workdir, *, resume_step=0, wandb_project='', config=None):
+    """Opens the files of a run.
+
+    Args:
+      workdir: folder of metrics.jsonl, samples.jsonl and tensorboard/.
+      resume_step: the first step that will be written; what stands there from it on is dropped.
+      wandb_project: also log to this Weights & Biases project; '' for not at all.
+      config: plain dict of settings, shown by Weights & Biases.
+
+    Raises:
+      UserError: `wandb_project` is set and wandb is not installed.
+      DataError: a line of an earlier run cannot be read.
+    """
+    self.workdir = pathlib.Path(workdir)
+    self.workdir.mkdir(parents=True, exist_ok=True)
+    for name in (METRICS, SAMPLES):
+      _drop_from(self.workdir / name, resume_step)
+    self._metrics = open(self.workdir / METRICS, 'a', encoding='utf-8')
+    self._samples = open(self.workdir / SAMPLES, 'a', encoding='utf-8')
+    # File names tell seconds only: without the suffix a quick restart writes over the events.
+    self._tensorboard = tensorboardX.SummaryWriter(
+      str(self.workdir / 'tensorboard'),
+      purge_step=resume_step,
+      filename_suffix=f'.{os.getpid()}.{resume_step}',
+    )
+    self._wandb = _start_wandb(self.workdir, wandb_project, config) if wandb_project else None
+
+  def write(self, step, metrics):
+    """Appends one line `{"step": step, name: value, ...}`; a value that is not finite is null.
+
+    Args:
+      step: int.
+      metrics: {name: number}; NumPy and JAX scalars are welcome.
+    """
+    values = {name: float(value) for name, value in metrics.items()}
+    finite = {name: value for name, value in values.items() if math.isfinite(value)}
+    _append(self._metrics, {'step': int(step)} | {name: finite.get(name) for name in values})
+    for name, value in finite.items():
+      self._tensorboard.add_scalar(name, value, int(step))
+    if self._wandb is not None:
+      self._wandb.log(finite, step=int(step))
+
+  def samples(self, step, samples):
+    """Appends one line `{"step": step, ...}` for each dict of JSON values (texts, scores)."""
+    for sample in samples:
+      _append(self._samples, {'step': int(step)} | _nulls(sample))
+
+  def close(self):
+    """Flushes and closes every file. A second call does nothing."""
+    self._metrics.close()
+    self._samples.close()
+    self._tensorboard.close()
+    if self._wandb is not None:
+      self._wandb.finish()
+      self._wandb = None
+
+
+def read(workdir):
+  """The metrics of a run, a list of dicts with a `step`; null comes back as NaN, no file as [].
+
+  Raises:
+    DataError: a line is not JSON, other than an unfinished last one.
+  """
+  records = [record for _, record in _lines(pathlib.Path(workdir) / METRICS)]
+  return [
+    {name: math.nan if value is None else value for name, value in record.items()}
+    for record in records
+  ]
+
+
+def read_samples(workdir):
+  """The text samples of a run, a list of dicts with a `step`; no file as []."""
+  return [record for _, record in _lines(pathlib.Path(workdir) / SAMPLES)]
+
+
+def _append(file, record):
+  file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + '\n')
+  file.flush()
+
+
+def _nulls(value):
+  """The value with every float that JSON cannot say replaced by None."""
+  if isinstance(value, dict):
+    return {key: _nulls(item) for key, item in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_nulls(item) for item in value]
+  if hasattr(value, 'item'):
+    return _nulls(value.item())
+  return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _lines(path):
+  """Yields (line with its end, record) of every whole line; what follows the last is torn."""
+  if not path.exists():
+    return
+  with open(path, encoding='utf-8', errors='replace', newline='\n') as file:
+    for number, line in enumerate(file, 1):
+      if not line.endswith('\n'):
+        return
+      try:
+        record = json.loads(line)
+        record['step']
+      except (ValueError, KeyError, TypeError):
+        raise DataError(
+          f'{path}:{number}: not a JSON object with a "step"; delete the line to go on'
+        ) from None
+      yield line, record
+
+
+def _drop_from(path, step):
+  """Rewrites the file without its lines from `step` on."""
+  if not path.exists():
+    return
+  kept = ''.join(line for line, record in _lines(path) if record['step'] < step)
+  temporary = path.with_suffix('.tmp')
+  with open(temporary, 'w', encoding='utf-8', newline='\n') as file:
+    file.write(kept)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
+
+
+def _start_wandb(workdir, project, config):
+  """The Weights & Biases run of this workdir, the same one when the workdir is resumed."""
+  try:
+    import wandb
+  except ImportError:
+    raise UserError(
+      f'wandb_project={project!r} needs the wandb package: pip install "rlhf_jax[wandb]", '
+      'or leave it empty'
+    ) from None
+  path = workdir / 'wandb_id'
+  if not path.exists():
+    path.write_text(uuid.uuid4().hex[:8])
+  return wandb.init(
+    project=project, id=path.read_text().strip(), resume='allow', dir=str(workdir), config=config
+  )

@@ -1,0 +1,154 @@
+"""Optimizers from a few scalars: schedules, Adam as torch and as TensorFlow define it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax import errors
+
+SCHEDULES = ('constant', 'linear', 'cosine')
+OPTIMIZERS = ('adam', 'tf_adam')
+
+
+class TFAdamState(NamedTuple):
+  """Moments of `scale_by_tf_adam`."""
+  count: jax.Array
+  mu: optax.Updates
+  nu: optax.Updates
+
+
+def scale_by_tf_adam(b1, b2, eps):
+  """Adam as TensorFlow 1 has it: sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps).
+
+  The epsilon is added to the uncorrected sqrt(v), as in the first listing's efficient form
+  (Kingma & Ba 2015, end of §2, https://arxiv.org/abs/1412.6980). With eps = 1e-5 it differs
+  from optax and torch for about a thousand steps. lm-human-preferences was trained with it.
+  """
+  def init(params):
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params)
+    return TFAdamState(jnp.zeros([], jnp.int32), zeros, zeros)
+
+  def update(updates, state, params=None):
+    del params
+    count = state.count + 1
+    mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
+    nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.square(g), state.nu, updates)
+    scale = jnp.sqrt(1.0 - b2 ** count) / (1.0 - b1 ** count)
+    updates = jax.tree.map(lambda m, v: scale * m / (jnp.sqrt(v) + eps), mu, nu)
+    return updates, TFAdamState(count, mu, nu)
+
+  return optax.GradientTransformation(init, update)
+
+
+def schedule(learning_rate, *, kind, warmup_steps, steps):
+  """Learning rate by optimizer step: linear warmup, then constant, or down to 0 at `steps`.
+
+  Args:
+    learning_rate: the peak.
+    kind: 'constant', 'linear' or 'cosine'.
+    warmup_steps: steps of linear growth from 0; 0 for none.
+    steps: optimizer steps of the whole run.
+
+  Returns:
+    A function from the step to the rate.
+  """
+  rest = max(steps - warmup_steps, 1)
+  if kind == 'constant':
+    main = optax.constant_schedule(learning_rate)
+  elif kind == 'linear':
+    main = optax.linear_schedule(learning_rate, 0.0, rest)
+  elif kind == 'cosine':
+    main = optax.cosine_decay_schedule(learning_rate, rest)
+  else:
+    raise errors.UserError(f'optim.schedule={kind!r} is not one of {SCHEDULES}')
+  if not warmup_steps:
+    return main
+  warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+  return optax.join_schedules([warmup, main], [warmup_steps])
+
+
+def make(*, name, learning_rate, schedule_kind, warmup_steps, steps, b1, b2, eps,
+         weight_decay, clip_norm):
+  """An optax optimizer.
+
+  Args:
+    name: 'adam' or 'tf_adam' (see `scale_by_tf_adam`).
+    learning_rate: peak rate.
+    schedule_kind: see `schedule`.
+    warmup_steps: see `schedule`.
+    steps: optimizer steps of the run, not iterations: epochs times minibatches count.
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    eps: Adam's epsilon.
+    weight_decay: decoupled (AdamW), on arrays of at least two dimensions per layer.
+    clip_norm: global gradient norm above which gradients are scaled down; 0 for none.
+
+  Returns:
+    optax.GradientTransformation.
+  """
+  if name == 'adam':
+    scale = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+  elif name == 'tf_adam':
+    scale = scale_by_tf_adam(b1, b2, eps)
+  else:
+    raise errors.UserError(f'optim.name={name!r} is not one of {OPTIMIZERS}')
+  rate = schedule(learning_rate, kind=schedule_kind, warmup_steps=warmup_steps, steps=steps)
+  parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+  parts.append(scale)
+  if weight_decay:
+    parts.append(optax.add_decayed_weights(weight_decay, mask=decayed))
+  return optax.chain(*parts, optax.scale_by_learning_rate(rate))
+
+
+def decayed(params):
+  """True for matrices. Norm scales and biases are not decayed, stacked by layer or not."""
+  def matrix(path, _):
+    return str(getattr(path[-1], 'key', path[-1])) in ('kernel', 'embedding')
+  return jax.tree_util.tree_map_with_path(matrix, params)
+
+
+def apply(params, opt_state, grads, optimizers):
+  """One step of each optimizer.
+
+  Args:
+    params: {name: parameters}.
+    opt_state: {name: optimizer state}.
+    grads: {name: gradients}.
+    optimizers: {name: optax optimizer}.
+
+  Returns:
+    New params, new opt_state, and the norms of gradients, updates and parameters.
+  """
+  new_params, new_opt_state, metrics = {}, {}, {}
+  for name, optimizer in optimizers.items():
+    updates, new_opt_state[name] = optimizer.update(
+        grads[name], opt_state[name], params[name])
+    new_params[name] = optax.apply_updates(params[name], updates)
+    metrics[f'{name}/grad_norm'] = optax.global_norm(grads[name])
+    metrics[f'{name}/update_norm'] = optax.global_norm(updates)
+    metrics[f'{name}/param_norm'] = optax.global_norm(new_params[name])
+  return new_params, new_opt_state, metrics
+
+
+def accumulate(grad_fn, params, rows, size):
+  """Gradients of a minibatch, summed over microbatches of `size` rows; 0 takes it whole.
+
+  Args:
+    grad_fn: (params, rows) -> (grads, metrics), both shares of the minibatch's mean.
+    params: parameters.
+    rows: pytree of [B, ...] arrays.
+    size: rows of a microbatch; divides B.
+
+  Returns:
+    grads and metrics.
+  """
+  batch = jax.tree.leaves(rows)[0].shape[0]
+  if not size or size >= batch:
+    return grad_fn(params, rows)
+  split = jax.tree.map(lambda x: x.reshape((-1, size) + x.shape[1:]), rows)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(
+      grad_fn, params, jax.tree.map(lambda x: x[0], split)))
+  add = lambda total, part: (jax.tree.map(jnp.add, total, grad_fn(params, part)), None)
+  return jax.lax.scan(add, zeros, split)[0]

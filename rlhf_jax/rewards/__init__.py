@@ -1,0 +1,1 @@
+"""Scores for sampled text: learned reward models and Python functions over strings."""

@@ -1,0 +1,1 @@
+"""Sampling from a policy: filters, the decode loop."""

@@ -1,0 +1,97 @@
+"""The decode loop: prefill, then one token a step over a static key/value cache.
+
+Letters: B batch, P prompt length, R response length, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import types
+from rlhf_jax.rollout import sampling as sampling_lib
+
+
+def generate(params, prompts, key, *, model, sampling):
+  """Samples a response to each prompt.
+
+  The loop ends on the device as soon as every row has ended. Row i draws from its own key,
+  folded with the token's index. To be jitted with `model` and `sampling` static.
+
+  Args:
+    params: the policy's parameters.
+    prompts: Prompts, left-padded to P.
+    key: random key of this rollout.
+    model: Model.
+    sampling: Sampling; `max_new_tokens` is R.
+
+  Returns:
+    Rollout with T = P + R.
+  """
+  batch, prompt_length = prompts.tokens.shape
+  slots = sampling.max_new_tokens
+  stop = sampling.eos_id is not None and not sampling.ignore_eos
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+
+  def draw(logits, t):
+    return sampling_lib.sample(
+        jax.vmap(jax.random.fold_in, (0, None))(keys, t), logits, sampling)
+
+  def write(s, token, logprob):
+    """Puts the token of slot t, where the row is still running, and ends rows at the EOS."""
+    alive = ~s['done']
+    token = jnp.where(alive, token, sampling.pad_id)
+    columns = {'tokens': token, 'mask': alive, 'logprobs': jnp.where(alive, logprob, 0.0)}
+    out = {name: jax.lax.dynamic_update_slice_in_dim(s[name], column[:, None], s['t'], axis=1)
+           for name, column in columns.items()}
+    done = s['done'] | (token == sampling.eos_id) if stop else s['done']
+    return s | out | {'token': token, 'done': done, 't': s['t'] + 1}
+
+  def step(s):
+    alive = ~s['done'][:, None]
+    hidden, cache = model.forward(
+        params, s['token'][:, None], (lengths + s['t'] - 1)[:, None],
+        alive.astype(jnp.int32), s['cache'])
+    logits = model.unembed(params, hidden[:, 0])
+    return write(s | {'cache': cache}, *draw(logits, s['t']))
+
+  lengths = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
+  hidden, cache = model.forward(
+      params, prompts.tokens, types.positions_from_mask(prompts.mask),
+      prompts.mask.astype(jnp.int32), model.init_cache(batch, prompt_length + slots))
+  state = {
+      'cache': cache,
+      't': jnp.int32(0),
+      'token': jnp.zeros([batch], jnp.int32),
+      'done': jnp.zeros([batch], bool),
+      'tokens': jnp.full([batch, slots], sampling.pad_id, jnp.int32),
+      'mask': jnp.zeros([batch, slots], bool),
+      'logprobs': jnp.zeros([batch, slots], jnp.float32),
+  }
+  state = write(state, *draw(model.unembed(params, hidden[:, -1]), 0))
+  state = jax.lax.while_loop(
+      lambda s: (s['t'] < slots) & ~jnp.all(s['done']), step, state)
+  return types.Rollout(
+      tokens=jnp.concatenate([prompts.tokens, state['tokens']], axis=1),
+      mask=jnp.concatenate([prompts.mask, state['mask']], axis=1),
+      response_mask=state['mask'],
+      logprobs=state['logprobs'])
+
+
+def truncate(rollout, eos_id, pad_id):
+  """The rollout as a reader sees it: whatever follows the first EOS becomes padding.
+
+  Only a rollout made with `ignore_eos` changes.
+
+  Returns:
+    Rollout and has_eos [B] bool.
+  """
+  slots = rollout.response_mask.shape[1]
+  response = rollout.tokens[:, -slots:]
+  is_eos = (response == eos_id) & rollout.response_mask
+  before = jnp.cumsum(is_eos, axis=1) - is_eos == 0
+  response_mask = rollout.response_mask & before
+  prompt = rollout.tokens.shape[1] - slots
+  return rollout.replace(
+      tokens=rollout.tokens.at[:, prompt:].set(jnp.where(response_mask, response, pad_id)),
+      mask=rollout.mask.at[:, prompt:].set(response_mask),
+      response_mask=response_mask,
+      logprobs=jnp.where(response_mask, rollout.logprobs, 0.0)), jnp.any(is_eos, axis=1)

@@ -1,0 +1,161 @@
+"""A policy with its tokenizer: texts in, texts out, outside of training.
+
+Letters: n samples, P prompt length, R response length, T = P + R.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax import checkpoint
+from rlhf_jax import errors
+from rlhf_jax import logprobs
+from rlhf_jax import types
+from rlhf_jax.data import tokenizers
+from rlhf_jax.models import Model
+from rlhf_jax.models import hf
+from rlhf_jax.rollout import decode
+from rlhf_jax.rollout import sampling as sampling_lib
+
+BATCH = 256  # rows sampled or scored at once; the last batch is filled up
+
+
+@dataclasses.dataclass
+class Samples:
+  """n prompts, their responses, and the tokens of both as a Rollout of NumPy arrays."""
+  prompts: list[str]
+  responses: list[str]
+  rollout: types.Rollout
+
+  def take(self, index):
+    """The samples at positions `index`."""
+    return Samples([self.prompts[i] for i in index], [self.responses[i] for i in index],
+                   jax.tree.map(lambda x: x[np.asarray(index)], self.rollout))
+
+
+@dataclasses.dataclass
+class TextPolicy:
+  """A language model that can be asked for texts.
+
+  Attributes:
+    model: Model.
+    params: its parameters.
+    tokenizer: its tokenizer.
+  """
+  model: Model
+  params: Any
+  tokenizer: Any
+
+  @classmethod
+  def load(cls, path, *, unroll=1):
+    """From a Hugging Face folder, a finished run, or the newest checkpoint of an unfinished one.
+
+    Raises:
+      UserError: there is nothing to load.
+    """
+    path = pathlib.Path(path)
+    if (path / 'model').is_dir():
+      path = path / 'model'
+    if not (path / 'checkpoints').is_dir():
+      return cls(*hf.load(path, unroll=unroll), tokenizers.load(path))
+    fields = json.loads((path / 'model.json').read_text())
+    name = fields.pop('name')
+    if name != 'policy':
+      raise errors.UserError(f'{path} trains a {name} model, which generates no text')
+    return cls(Model.create(fields, unroll=unroll), checkpoint.load_params(path, name),
+               tokenizers.load(path / 'tokenizer'))
+
+  def sample(self, prompts, key, *, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
+             ignore_eos=False):
+    """One response to each prompt.
+
+    Args:
+      prompts: n texts.
+      key: random key.
+      max_new_tokens: R.
+      temperature: 0 takes the likeliest token.
+      top_k: see sampling.Sampling.
+      top_p: see sampling.Sampling.
+      ignore_eos: go on past the end.
+
+    Returns:
+      Samples.
+
+    Raises:
+      UserError: a prompt has no token, or prompt and response exceed the model's context.
+    """
+    rows = tokenizers.encode(self.tokenizer, prompts)
+    if not all(map(len, rows)):
+      raise errors.UserError('the prompt is empty and this tokenizer has no BOS: give a prompt')
+    length = max(map(len, rows))
+    if length + max_new_tokens > self.model.max_length:
+      raise errors.UserError(
+          f'a prompt of {length} tokens and {max_new_tokens} new ones exceed the context of '
+          f'{self.model.max_length} tokens: shorten the prompt or lower max_new_tokens')
+    sampling = sampling_lib.Sampling(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        eos_id=self.tokenizer.eos_token_id, pad_id=self.tokenizer.pad_token_id,
+        ignore_eos=ignore_eos)
+    padded = left_padded(rows, length, self.tokenizer.pad_token_id)
+    rollout = in_batches(
+        lambda batch, start: _generate(self.params, batch, jax.random.fold_in(key, start),
+                                       model=self.model, sampling=sampling), padded)
+    return Samples(list(prompts), self._responses(prompts, rollout), rollout)
+
+  def _responses(self, prompts, rollout):
+    response = rollout.tokens[:, -rollout.response_mask.shape[1]:]
+    ids = [row[keep] for row, keep in zip(response, rollout.response_mask)]
+    texts = tokenizers.decode_continuation(self.tokenizer, ids)
+    # A text that begins here has no space in front, which some tokenizers put before words.
+    return [text if prompt else self.tokenizer.decode(row, skip_special_tokens=True)
+            for prompt, text, row in zip(prompts, texts, ids)]
+
+  def logprobs(self, rollout, *, temperature=1.0):
+    """Log-probability of each response, summed over its tokens, [n] float32."""
+    return in_batches(
+        lambda batch, start: _response_logprobs(
+            self.params, batch, temperature, model=self.model), rollout)
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'sampling'))
+def _generate(params, prompts, key, *, model, sampling):
+  return decode.generate(params, prompts, key, model=model, sampling=sampling)
+
+
+@functools.partial(jax.jit, static_argnames=('model',))
+def _response_logprobs(params, rollout, temperature, *, model):
+  slots = rollout.response_mask.shape[1]
+  hidden, _ = model.forward(params, rollout.tokens, types.positions_from_mask(rollout.mask),
+                            rollout.mask.astype(jnp.int32))
+  values, _ = logprobs.token_logprobs(
+      functools.partial(model.unembed, params), hidden[:, -slots - 1:-1],
+      rollout.tokens[:, -slots:], temperature=temperature)
+  return jnp.sum(jnp.where(rollout.response_mask, values, 0.0), axis=1)
+
+
+def in_batches(function, tree):
+  """Applies `function(batch, first row)` to BATCH rows at a time; NumPy in, NumPy out."""
+  count = jax.tree.leaves(tree)[0].shape[0]
+  size = min(BATCH, count)
+  parts = []
+  for start in range(0, count, size):
+    index = np.minimum(np.arange(start, start + size), count - 1)
+    out = function(jax.tree.map(lambda x: x[index], tree), start)
+    parts.append(jax.tree.map(lambda x: np.asarray(x)[:count - start], out))
+  return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+def left_padded(rows, length, pad_id):
+  """Prompts [n, length] of token rows."""
+  tokens = np.full((len(rows), length), pad_id, np.int32)
+  mask = np.zeros((len(rows), length), bool)
+  for i, row in enumerate(rows):
+    tokens[i, length - len(row):] = row
+    mask[i, length - len(row):] = True
+  return types.Prompts(tokens, mask)

@@ -1,0 +1,143 @@
+"""Meshes, and where every array lies on them: one table of rules per model family.
+
+A mesh has the axes 'data' (rows of the batch), 'fsdp' (rows of the batch, and parameters split
+along one dimension) and 'tensor' (parameters split along the other). Data parallel, FSDP and
+tensor parallel are shapes of the mesh, not different code.
+"""
+
+import math
+import re
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import numpy as np
+
+from rlhf_jax.errors import UserError
+
+AXES = ('data', 'fsdp', 'tensor')
+BATCH = P(('data', 'fsdp'))
+
+
+def make_mesh(shape, *, devices=None):
+  """A mesh over all devices (of all processes).
+
+  Args:
+    shape: {'data': n, 'fsdp': n, 'tensor': n}; an axis left out has size 1, one may be -1: the
+      devices that are left.
+    devices: list of devices; None: all of them.
+
+  Returns:
+    Mesh with the three axes in this order.
+
+  Raises:
+    UserError: unknown axis, more than one -1, or sizes that do not use all devices.
+  """
+  count = jax.device_count() if devices is None else len(devices)
+  unknown = sorted(set(shape) - set(AXES))
+  if unknown:
+    raise UserError(f'mesh: unknown axes {unknown}; the axes are {list(AXES)}')
+  sizes = [shape.get(axis, 1) for axis in AXES]
+  if sizes.count(-1) > 1 or any(not isinstance(size, int) or size < 1 and size != -1 for size in sizes):
+    raise UserError(f'mesh: {dict(zip(AXES, sizes))}: sizes are positive whole numbers, at most one is -1 (the rest)')
+  known = math.prod(size for size in sizes if size != -1)
+  sizes = [max(count // known, 1) if size == -1 else size for size in sizes]
+  if math.prod(sizes) != count:
+    raise UserError(f'mesh: {dict(zip(AXES, sizes))} needs {math.prod(sizes)} devices, but there are {count}')
+  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def replicated(mesh):
+  """Every device holds the whole array."""
+  return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh):
+  """Rows (axis 0) are split over 'data' and 'fsdp'; other axes are whole."""
+  return NamedSharding(mesh, BATCH)
+
+
+def path_name(path):
+  """A key path of jax.tree_util as 'blocks/mlp/up/kernel'."""
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def paths(tree):
+  """Leaves of a tree by the name of their path, in the tree's order."""
+  return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def map_with_path(function, tree, *rest):
+  """Maps `function(path name, leaf, *leaves of the rest)` over trees of one structure."""
+  return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(path_name(path), *leaves), tree, *rest)
+
+
+def shardings(tree, rules, mesh):
+  """The sharding of every leaf of a tree.
+
+  The first rule whose regex is found in the leaf's path counts. Rules end with '$', so the
+  moments of an optimizer, whose paths end with a parameter's path, lie where the parameter lies.
+
+  Args:
+    tree: of arrays or ShapeDtypeStructs: parameters, optimizer state, a whole TrainState.
+    rules: [(regex on the '/'-joined path, PartitionSpec)].
+    mesh: from `make_mesh`.
+
+  Returns:
+    Tree of NamedShardings. Scalars that no rule names are replicated.
+
+  Raises:
+    UserError: a leaf of one or more dimensions that no rule names, or a dimension that its mesh
+      axes do not divide; with the path.
+  """
+  compiled = [(re.compile(pattern), spec) for pattern, spec in rules]
+
+  def place(name, leaf):
+    spec = next((spec for pattern, spec in compiled if pattern.search(name)), None)
+    if spec is None and leaf.ndim == 0:
+      spec = P()
+    if spec is None:
+      raise UserError(f'sharding: no rule for {name!r} of shape {leaf.shape}; '
+                      'add one to the rules (P() to replicate it)')
+    _check(name, leaf.shape, spec, mesh)
+    return NamedSharding(mesh, spec)
+
+  return map_with_path(place, tree)
+
+
+def _check(name, shape, spec, mesh):
+  """Raises UserError unless the axes of `spec` divide the dimensions of `shape`."""
+  if len(spec) > len(shape):
+    raise UserError(f'sharding: {name!r} has shape {shape}, too few dimensions for {spec}')
+  for dimension, (size, axes) in enumerate(zip(shape, spec)):
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    parts = int(np.prod([mesh.shape[axis] for axis in axes]))
+    if size % parts:
+      raise UserError(f'sharding: {name!r} has shape {shape}; dimension {dimension} ({size}) does not divide by '
+                      f'mesh axes {list(axes)} of size {parts}; choose another mesh')
+
+
+def shard_rows(tree):
+  """Inside jit: keeps axis 0 of every array split like a batch, where a mesh is set."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return tree
+  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, BATCH), tree)
+
+
+def put_rows(tree, mesh):
+  """This process's rows, as NumPy arrays, to global arrays split over the data axes.
+
+  Args:
+    tree: of arrays [rows of this process, ...].
+    mesh: from `make_mesh`.
+
+  Returns:
+    Tree of jax arrays [rows of all processes, ...].
+  """
+  place = batch_sharding(mesh)
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, np.asarray(x)), tree)
+
+
+def local_rows(array):
+  """The rows of a batch-sharded array that lie on this process, in order, as NumPy."""
+  pieces = {shard.index[0].start or 0: shard for shard in array.addressable_shards}
+  return np.concatenate([np.asarray(pieces[start].data) for start in sorted(pieces)])

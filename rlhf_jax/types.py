@@ -1,0 +1,116 @@
+"""The few pytrees that travel between data, rollout, algorithms and checkpoints.
+
+Letters: B batch, K completions of one prompt, P prompt length, R response length, T = P + R.
+
+Masks are made where tokens are made and travel with them. No code derives a mask from
+`tokens == pad_id` later: where the padding token is the EOS, that would eat the EOS.
+"""
+
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+
+@struct.dataclass
+class Prompts:
+  """Left-padded prompts, so that every row writes its first response token at the same index.
+
+  Attributes:
+    tokens: [B, P] int32.
+    mask: [B, P] bool, True at real tokens.
+  """
+  tokens: Any
+  mask: Any
+
+
+@struct.dataclass
+class Rollout:
+  """Prompts and the responses sampled for them.
+
+  Attributes:
+    tokens: [B, T] int32, left-padded prompt then right-padded response.
+    mask: [B, T] bool, True at real tokens of either.
+    response_mask: [B, R] bool, True at sampled tokens, the EOS included.
+    logprobs: [B, R] float32, log-probability of each token under the distribution it was
+      sampled from (temperature, top-k and top-p applied); 0 outside `response_mask`.
+  """
+  tokens: Any
+  mask: Any
+  response_mask: Any
+  logprobs: Any
+
+
+@struct.dataclass
+class LMBatch:
+  """Rows for a language-modelling loss, packed or one example a row.
+
+  Attributes:
+    tokens: [B, T] int32.
+    segments: [B, T] int32, 0 at padding; tokens attend within equal segments only.
+    positions: [B, T] int32, counted within each segment.
+    loss_mask: [B, T] bool, True where token t is a target (predicted from token t - 1).
+  """
+  tokens: Any
+  segments: Any
+  positions: Any
+  loss_mask: Any
+
+
+@struct.dataclass
+class Comparisons:
+  """K completions of each prompt, ordered by a human (or a simulated one).
+
+  Attributes:
+    tokens: [B, K, T] int32, prompt and completion, right-padded.
+    mask: [B, K, T] bool, True at real tokens.
+    present: [B, K] bool, False where a prompt has fewer than K completions.
+    ranks: [B, K] int32, 0 is best, equal ranks are a tie.
+    ratings: [B, K] float32, absolute scores where the data has them, else 0.
+    margin: [B] float32, by how much the better one should win (Llama 2, eq. 2), else 0.
+  """
+  tokens: Any
+  mask: Any
+  present: Any
+  ranks: Any
+  ratings: Any
+  margin: Any
+
+
+@struct.dataclass
+class TrainState:
+  """Everything a training run needs to go on exactly where it stopped, but for the data.
+
+  Attributes:
+    step: int32 scalar, finished train steps.
+    key: random key; folded with `step`, never reused.
+    params: trainable parameters, for PPO {'policy': ..., 'critic': ...}.
+    opt_state: optax state of the same shape of dict.
+    kl_coef: float32 scalar, the KL penalty's coefficient; 0 where there is none.
+    reward_moments: float32 [3], running count, mean and sum of squared deviations of scores.
+  """
+  step: Any
+  key: Any
+  params: Any
+  opt_state: Any
+  kl_coef: Any
+  reward_moments: Any
+
+
+def positions_from_mask(mask):
+  """Positions of real tokens, counted from 0: the exclusive cumulative sum of the mask.
+
+  Args:
+    mask: [B, T] bool.
+
+  Returns:
+    [B, T] int32. Padding gets the position of the next real token, which nobody reads.
+  """
+  mask = mask.astype(jnp.int32)
+  return jnp.cumsum(mask, axis=-1) - mask
+
+
+def step_keys(state):
+  """The random keys of this step's rollout and of its update, never used again."""
+  return jax.random.split(jax.random.fold_in(state.key, state.step))

@@ -1,0 +1,25 @@
+"""Eight fake CPU devices, strict broadcasting, and the shared data where it is present."""
+
+import os
+import pathlib
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+os.environ['XLA_FLAGS'] = (
+    os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8')
+
+import jax
+import pytest
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope='session')
+def shared():
+  """The folder of real data and models that may stand beside the project."""
+  folder = ROOT.parent / 'shared'
+  if not folder.is_dir():
+    pytest.skip('no ../shared beside the project: its data and models are not shipped')
+  return folder

@@ -1,0 +1,56 @@
+"""Chat templates: what is prompt, what is completion, and which templates are refused."""
+
+import pytest
+
+from rlhf_jax.data import chat, tokenizers
+from rlhf_jax.errors import UserError
+
+ASK = [{'role': 'system', 'content': 'Be kind.'}, {'role': 'user', 'content': 'Hi'}]
+ANSWER = {'role': 'assistant', 'content': 'Hello.'}
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+  return tokenizers.train_bpe(['abc'], 259, str(tmp_path / 'bpe'))
+
+
+def test_hh_template(tokenizer):
+  chat.use_template(tokenizer, 'hh')
+  assert chat.render(tokenizer, ASK, ANSWER) == (
+      'Be kind.\n\nHuman: Hi\n\nAssistant:', ' Hello.<|eos|>')
+  assert chat.render(tokenizer, ASK) == ('Be kind.\n\nHuman: Hi\n\nAssistant:', '')
+
+
+def test_chatml_template(tokenizer):
+  chat.use_template(tokenizer, 'chatml')
+  prompt = ('<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n'
+            '<|im_start|>assistant\n')
+  # <|im_end|> is not this tokenizer's EOS, so what follows it stays.
+  assert chat.render(tokenizer, ASK, ANSWER) == (prompt, 'Hello.<|im_end|>\n')
+  tokenizer.eos_token = '<|im_end|>'
+  assert chat.render(tokenizer, ASK, ANSWER) == (prompt, 'Hello.<|im_end|>')
+
+
+def test_template_from_a_file_or_text(tokenizer, tmp_path):
+  text = "{{ messages[0]['content'] }}{% if add_generation_prompt %}{% else %}!{% endif %}"
+  path = tmp_path / 'x.jinja'
+  path.write_text(text)
+  for template in (text, str(path)):
+    chat.use_template(tokenizer, template)
+    assert chat.render(tokenizer, ASK, ANSWER) == ('Be kind.', '!')
+
+
+def test_templates_that_are_none(tokenizer):
+  with pytest.raises(UserError, match="chat_template 'vicuna' is neither a known name"):
+    chat.use_template(tokenizer, 'vicuna')
+  chat.use_template(tokenizer, '{% for m in messages %}')
+  with pytest.raises(UserError, match='not valid Jinja'):
+    chat.render(tokenizer, ASK, ANSWER)
+
+
+def test_the_generation_prompt_must_begin_the_answer(tokenizer):
+  chat.use_template(
+      tokenizer, "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+      "{% if add_generation_prompt %}<think>{% endif %}")
+  with pytest.raises(UserError, match='does not begin an assistant turn'):
+    chat.render(tokenizer, ASK, ANSWER)

@@ -1,0 +1,230 @@
+"""What each kind of source gives, where each record is said to be, and what is complained of."""
+
+import gzip
+import json
+import sys
+import types
+
+import pytest
+
+from rlhf_jax.data import sources
+from rlhf_jax.errors import DataError, UserError
+
+
+def write(path, content):
+  path.write_bytes(content if isinstance(content, bytes) else content.encode())
+  return str(path)
+
+
+def fields(records):
+  return [record.fields for record in records]
+
+
+def places(records):
+  return [record.where.rsplit('/', 1)[1] for record in records]
+
+
+def test_jsonl_keeps_all_fields_and_counts_blank_lines(tmp_path):
+  path = write(tmp_path / 'a.jsonl', '{"text": "one", "extra": [1]}\n\n{"text": "two"}\n')
+  records = sources.read(path)
+  assert fields(records) == [{'text': 'one', 'extra': [1]}, {'text': 'two'}]
+  assert [record.where for record in records] == [f'{path}:1', f'{path}:3']
+
+
+def test_jsonl_lines_end_at_line_feeds_only(tmp_path):
+  text = 'a\u2028b\x85c'
+  path = write(tmp_path / 'a.jsonl', json.dumps({'text': text}, ensure_ascii=False) + '\r\n')
+  assert fields(sources.read(path)) == [{'text': text}]
+
+
+def test_gzipped_jsonl(tmp_path):
+  path = write(tmp_path / 'a.jsonl.gz', gzip.compress(b'{"text": "one"}\n{"text": "two"}\n'))
+  records = sources.read(path)
+  assert fields(records) == [{'text': 'one'}, {'text': 'two'}]
+  assert places(records) == ['a.jsonl.gz:1', 'a.jsonl.gz:2']
+
+
+@pytest.mark.parametrize('line, complaint', [
+    ('{"text": ', 'not valid JSON'), ('["a"]', 'a JSON object was expected'),
+    ('7', 'a JSON object was expected')])
+def test_bad_jsonl_line_is_named(tmp_path, line, complaint):
+  path = write(tmp_path / 'a.jsonl', '{"text": "one"}\n' + line + '\n')
+  with pytest.raises(DataError, match=complaint) as caught:
+    sources.read(path)
+  assert str(caught.value).startswith(f'{path}:2: ')
+
+
+def test_jsonl_that_is_not_utf8_is_named(tmp_path):
+  path = write(tmp_path / 'a.jsonl', b'{"text": "caf\xe9"}\n')
+  with pytest.raises(DataError, match=r'a\.jsonl:1: not valid JSON'):
+    sources.read(path)
+
+
+def test_truncated_and_damaged_gzip(tmp_path):
+  whole = gzip.compress(b''.join(b'{"text": "%d"}\n' % i for i in range(1000)))
+  with pytest.raises(DataError, match=r'cut\.jsonl\.gz: damaged or truncated gzip file after line'):
+    sources.read(write(tmp_path / 'cut.jsonl.gz', whole[:len(whole) // 2]))
+  with pytest.raises(DataError, match='after line 0'):
+    sources.read(write(tmp_path / 'no.jsonl.gz', b'not gzip at all'))
+
+
+def test_json_list_and_object_with_one_list(tmp_path):
+  rows = [{'prompt': 'a'}, {'prompt': 'b'}]
+  records = sources.read(write(tmp_path / 'a.json', json.dumps(rows)))
+  assert fields(records) == rows and places(records) == ['a.json:item 0', 'a.json:item 1']
+  path = write(tmp_path / 'b.json', json.dumps({'version': 1, 'sizes': [1, 2], 'rows': rows}))
+  assert fields(sources.read(path)) == rows
+
+
+def test_json_object_with_several_lists_needs_a_split(tmp_path):
+  path = write(tmp_path / 'a.json', json.dumps({'walks': ['ab', 'c'], 'rows': [{'prompt': 'a'}]}))
+  with pytest.raises(UserError, match=r"exactly one list.*\['rows', 'walks'\].*split"):
+    sources.read(path)
+  assert fields(sources.read(path, split='walks')) == [{'text': 'ab'}, {'text': 'c'}]
+  with pytest.raises(UserError, match=r"under 'test'; there are \['rows', 'walks'\]"):
+    sources.read(path, split='test')
+
+
+def test_malformed_json_names_the_line(tmp_path):
+  with pytest.raises(DataError, match=r'a\.json:2: not valid JSON.*\.jsonl'):
+    sources.read(write(tmp_path / 'a.json', '{"text": "one"}\n{"text": "two"}\n'))
+  with pytest.raises(DataError, match=r'b\.json:item 1: .* a int'):
+    sources.read(write(tmp_path / 'b.json', '[{"text": "one"}, 2]'))
+  with pytest.raises(DataError, match='a list of objects was expected'):
+    sources.read(write(tmp_path / 'c.json', '3'))
+
+
+def test_parquet(tmp_path):
+  pyarrow = pytest.importorskip('pyarrow')
+  import pyarrow.parquet
+  rows = [{'prompt': 'a', 'completions': ['x', 'y'], 'rating': 1.5},
+          {'prompt': 'b', 'completions': ['z'], 'rating': None}]
+  path = str(tmp_path / 'a.parquet')
+  pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+  records = sources.read(path)
+  assert fields(records) == rows and places(records) == ['a.parquet:row 0', 'a.parquet:row 1']
+  with pytest.raises(DataError, match='not a readable Parquet file'):
+    sources.read(write(tmp_path / 'b.parquet', b'PAR1 and no more'))
+
+
+def test_text_lines(tmp_path):
+  records = sources.read(write(tmp_path / 'a.txt', ' one\r\n\n  \ntwo  \n'))
+  assert fields(records) == [{'text': ' one'}, {'text': 'two  '}]
+  assert places(records) == ['a.txt:1', 'a.txt:4']
+
+
+def test_text_separators(tmp_path):
+  path = write(tmp_path / 'a.txt', '\nx\ny\n<|endoftext|>\n\nz\n<|endoftext|>\n')
+  records = sources.read(path, separator='<|endoftext|>')
+  assert fields(records) == [{'text': 'x\ny'}, {'text': 'z'}]
+  assert places(records) == ['a.txt:2', 'a.txt:6']
+  assert [r['text'] for r in fields(sources.read(path, separator='\n\n'))] == [
+      'x\ny\n<|endoftext|>', 'z\n<|endoftext|>']
+  whole = sources.read(path, separator='')
+  assert len(whole) == 1 and whole[0].where == f'{path}:2'
+
+
+def test_other_suffixes_are_text_and_latin1_is_the_fallback(tmp_path):
+  path = write(tmp_path / 'reviews.pos', b'caf\xe9 one\nna\xefve\x85 two\n')
+  assert fields(sources.read(path)) == [{'text': 'caf\xe9 one'}, {'text': 'na\xefve\x85 two'}]
+  path = write(tmp_path / 'reviews.neg', 'caf\xe9\n'.encode('utf-8-sig'))
+  assert fields(sources.read(path)) == [{'text': 'caf\xe9'}]
+
+
+def test_directory_in_sorted_order_and_by_split(tmp_path):
+  (tmp_path / 'sub').mkdir()
+  write(tmp_path / 'train-1.jsonl', '{"text": "b"}\n')
+  write(tmp_path / 'train-0.jsonl.gz', gzip.compress(b'{"text": "a"}\n'))
+  write(tmp_path / 'sub' / 'test.txt', 'c\n')
+  write(tmp_path / 'README.md', 'no data\n')
+  write(tmp_path / '.hidden.txt', 'no data\n')
+  texts = lambda split: [f['text'] for f in fields(sources.read(str(tmp_path), split=split))]
+  assert texts('') == ['c', 'a', 'b']
+  assert texts('train') == ['a', 'b']
+  assert texts('test') == ['c']
+  with pytest.raises(UserError, match=r"no file of split 'valid' among .*sub/test\.txt"):
+    texts('valid')
+
+
+def test_sources_that_are_not_there(tmp_path):
+  for path in (str(tmp_path / 'a.jsonl'), './nowhere', 'some/where/a', 'b.json'):
+    with pytest.raises(UserError, match='no such file or directory') as caught:
+      sources.read(path)
+    assert str(caught.value).startswith(path)
+
+
+def test_empty_sources(tmp_path):
+  for name in ('a.jsonl', 'a.txt', 'a.pos'):
+    with pytest.raises(UserError, match='the data set is empty'):
+      sources.read(write(tmp_path / name, '\n'))
+  with pytest.raises(UserError, match='the data set is empty'):
+    sources.read(write(tmp_path / 'a.json', '[]'))
+  (tmp_path / 'empty').mkdir()
+  with pytest.raises(UserError, match='no data file in this directory'):
+    sources.read(str(tmp_path / 'empty'))
+
+
+def test_split_of_a_single_file_is_refused(tmp_path):
+  with pytest.raises(UserError, match="split 'train' has no meaning for a single file"):
+    sources.read(write(tmp_path / 'a.jsonl', '{"text": "a"}\n'), split='train')
+
+
+def test_columns_are_renamed(tmp_path):
+  path = write(tmp_path / 'a.jsonl', '{"question": "q", "answer": "a", "id": 1}\n')
+  records = sources.read(path, columns={'prompt': 'question', 'completion': 'answer'})
+  assert fields(records) == [{'prompt': 'q', 'completion': 'a', 'id': 1}]
+  with pytest.raises(DataError, match=r"a\.jsonl:1: there is no field 'query'.*\['answer', 'id'"):
+    sources.read(path, columns={'prompt': 'query'})
+
+
+def test_columns_can_be_swapped(tmp_path):
+  path = write(tmp_path / 'a.jsonl', '{"a": 1, "b": 2}\n')
+  assert fields(sources.read(path, columns={'a': 'b', 'b': 'a'})) == [{'a': 2, 'b': 1}]
+
+
+def test_tfds_source(monkeypatch):
+  np = pytest.importorskip('numpy')
+  rows = [{'text': b'caf\xc3\xa9', 'label': np.int64(1), 'scores': np.array([1.5, 2.0])}]
+  known = {('imdb', 'test'): rows}
+  fake = types.SimpleNamespace(data_source=lambda name, split: known[name, split])
+  monkeypatch.setitem(sys.modules, 'tensorflow_datasets', fake)
+  records = sources.read('tfds:imdb', split='test')
+  assert fields(records) == [{'text': 'caf\xe9', 'label': 1, 'scores': [1.5, 2.0]}]
+  assert records[0].where == 'tfds:imdb:row 0'
+  with pytest.raises(UserError, match="tfds:other, split 'train': TFDS cannot give"):
+    sources.read('tfds:other')
+
+
+def test_extras_that_are_not_installed(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'tensorflow_datasets', None)
+  with pytest.raises(UserError, match=r"pip install 'rlhf_jax\[tfds\]'"):
+    sources.read('tfds:imdb')
+  monkeypatch.setitem(sys.modules, 'datasets', None)
+  with pytest.raises(UserError, match=r"pip install 'rlhf_jax\[datasets\]'"):
+    sources.read('openai/gsm8k:main')
+
+
+def test_hub_data_set(monkeypatch):
+  def load_dataset(name, config, *, split):
+    if name != 'openai/gsm8k':
+      raise FileNotFoundError('not on the hub')
+    return [{'question': f'{config} {split}'}]
+
+  monkeypatch.setitem(sys.modules, 'datasets', types.SimpleNamespace(load_dataset=load_dataset))
+  records = sources.read('openai/gsm8k:main')
+  assert fields(records) == [{'question': 'main train'}]
+  assert records[0].where == 'openai/gsm8k:main:row 0'
+  with pytest.raises(UserError, match='neither a local file or directory nor .*not on the hub'):
+    sources.read('no/such')
+
+
+def test_shared_corpora(shared):
+  reviews = sources.read(str(shared / 'data/rt-polarity/rt-polarity.pos'))
+  assert len(reviews) == 5331
+  stories = sources.read(str(shared / 'data/text/tinystories_sample.txt'),
+                         separator='<|endoftext|>')
+  assert len(stories) == 5
+  assert stories[0].fields['text'].startswith('Once upon a time there was a little boy named Ben.')
+  assert len(sources.read(str(shared / 'data/gsm8k'), split='test')) == 1319
+  walks = sources.read(str(shared / 'data/randomwalks.json'), split='walks')
+  assert len(walks) == 1000 and walks[0].fields == {'text': 'sda'}

@@ -1,0 +1,151 @@
+"""Loading, training and text in mid-sequence."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import transformers
+
+from rlhf_jax.data import tokenizers
+from rlhf_jax.errors import UserError
+
+# Spaces at both ends, doubled, before punctuation; bytes outside the training texts.
+STRINGS = ['', ' ', 'a b  c .\n\n', ' it \'s , ok ?', 'caf\xe9 \u2603 \U0001f600\t\r\n', '\x00\x7f']
+
+
+@pytest.fixture(scope='module')
+def bpe(tmp_path_factory):
+  path = str(tmp_path_factory.mktemp('bpe'))
+  return tokenizers.train_bpe(['the cat sat on the mat', 'the hat'] * 5, 270, path), path
+
+
+def lists(rows):
+  assert all(row.dtype == np.int32 for row in rows)
+  return [row.tolist() for row in rows]
+
+
+def test_trained_tokenizer(bpe):
+  tokenizer, path = bpe
+  assert len(tokenizer) == 270
+  assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == ['<|pad|>', '<|bos|>', '<|eos|>']
+  assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
+  again = transformers.AutoTokenizer.from_pretrained(path)
+  for text in STRINGS:
+    ids = tokenizer(text)['input_ids']
+    assert ids[0] == 1 and again(text)['input_ids'] == ids
+    assert again.decode(ids[1:]) == tokenizer.decode(ids[1:]) == text
+
+
+def test_training_merges_what_is_frequent_and_is_deterministic(bpe, tmp_path):
+  tokenizer, path = bpe
+  assert len(tokenizer('the the')['input_ids']) == 3  # BOS, "the", " the".
+  tokenizers.train_bpe(['the cat sat on the mat', 'the hat'] * 5, 270, str(tmp_path))
+  read = lambda folder: json.load(open(f'{folder}/tokenizer.json', encoding='utf-8'))
+  assert read(path) == read(tmp_path)
+
+
+def test_vocabulary_too_small_for_bytes(tmp_path):
+  with pytest.raises(UserError, match='vocab_size 258 is too small.*at least 259'):
+    tokenizers.train_bpe(['a'], 258, str(tmp_path))
+
+
+def test_prompt_begins_with_bos_once(bpe):
+  tokenizer, _ = bpe
+  letters = tokenizer.convert_tokens_to_ids(['a', 'b'])
+  assert lists(tokenizers.encode(tokenizer, ['ab', '<|bos|>ab', ''])) == [
+      [1, *letters], [1, *letters], [1]]
+  assert lists(tokenizers.encode_continuation(tokenizer, ['ab', ''])) == [letters, []]
+
+
+def test_end_adds_one_eos(bpe):
+  tokenizer, _ = bpe
+  rows = tokenizers.encode_continuation(tokenizer, ['', 'a', 'a<|eos|>'])
+  a = tokenizer.convert_tokens_to_ids('a')
+  assert lists([tokenizers.end(tokenizer, row) for row in rows]) == [[2], [a, 2], [a, 2]]
+
+
+def test_continuations_round_trip(bpe):
+  tokenizer, _ = bpe
+  rows = tokenizers.encode_continuation(tokenizer, STRINGS)
+  assert tokenizers.decode_continuation(tokenizer, rows) == STRINGS
+  ended = [tokenizers.end(tokenizer, row) for row in rows]
+  assert tokenizers.decode_continuation(tokenizer, ended) == STRINGS
+
+
+def test_added_tokens_are_seen(bpe):
+  tokenizer = tokenizers.load(bpe[1])
+  tokenizers.encode_continuation(tokenizer, ['a'])
+  tokenizer.add_special_tokens({'additional_special_tokens': ['<|im_end|>']})
+  assert lists(tokenizers.encode_continuation(tokenizer, ['<|im_end|>'])) == [[270]]
+
+
+def test_truncation_and_padding_of_the_folder_are_not_ours(bpe):
+  tokenizer = tokenizers.load(bpe[1])
+  tokenizer(['a', 'abc'], truncation=True, max_length=2, padding='max_length')
+  assert list(map(len, tokenizers.encode(tokenizer, ['a', 'abcd']))) == [2, 5]
+  assert list(map(len, tokenizers.encode_continuation(tokenizer, ['a', 'abcd']))) == [1, 4]
+
+
+def test_check(bpe):
+  tokenizer, _ = bpe
+  tokenizers.check(tokenizer, 270)
+  tokenizers.check(tokenizer, 512)
+  with pytest.raises(UserError, match=r"ids up to 269, but the model's vocab_size is 269.*270"):
+    tokenizers.check(tokenizer, 269)
+
+
+def test_folders_without_a_tokenizer(tmp_path):
+  with pytest.raises(UserError, match='no such folder'):
+    tokenizers.load(str(tmp_path / 'none'))
+  (tmp_path / 'config.json').write_text('{}')
+  with pytest.raises(UserError, match=r"no tokenizer can be loaded .*\['config\.json'\]"):
+    tokenizers.load(str(tmp_path))
+
+
+def test_missing_pad_becomes_eos_and_missing_eos_is_an_error(bpe, tmp_path):
+  backend = bpe[0].backend_tokenizer
+  transformers.PreTrainedTokenizerFast(
+      tokenizer_object=backend, eos_token='<|eos|>').save_pretrained(tmp_path / 'eos')
+  tokenizer = tokenizers.load(str(tmp_path / 'eos'))
+  assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
+  transformers.PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / 'no')
+  with pytest.raises(UserError, match='no EOS token'):
+    tokenizers.load(str(tmp_path / 'no'))
+
+
+def test_stories260k(shared):
+  tokenizer = tokenizers.load(str(shared / 'models/stories260K'))
+  text = "Once upon a time, Lily's caf\xe9 had 3 dogs.\n"
+  ids, = tokenizers.encode(tokenizer, [text])
+  assert len(ids) == 21 and ids[0] == tokenizer.bos_token_id == 1
+  assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_no_space_between_prompt_and_completion(shared):
+  """A SentencePiece-like tokenizer puts a space before every text; completions must not get it."""
+  tokenizer = tokenizers.load(str(shared / 'models/stories260K'))
+  words = ['up', 'on', ' time', '.', '\n', 'Lily', ' ', "'s"]
+  rng = random.Random(0)
+  for _ in range(50):
+    prompt = 'Once' + ''.join(rng.choices(words, k=3))
+    completion = ''.join(rng.choices(words, k=3))
+    first, = tokenizers.encode(tokenizer, [prompt])
+    rest, = tokenizers.encode_continuation(tokenizer, [completion])
+    assert tokenizer.decode([*first, *rest], skip_special_tokens=True) == prompt + completion
+    assert tokenizers.decode_continuation(tokenizer, [rest]) == [completion]
+
+
+def test_gpt2_files(shared):
+  tokenizer = tokenizers.load(str(shared / 'models/gpt2-tokenizer'))
+  assert lists(tokenizers.encode(tokenizer, ['Hello world'])) == [[15496, 995]]
+  assert tokenizer.eos_token_id == tokenizer.pad_token_id == 50256
+  rows = tokenizers.encode_continuation(tokenizer, STRINGS)
+  assert tokenizers.decode_continuation(tokenizer, rows) == STRINGS
+
+
+def test_randomwalks_has_no_leading_bos(shared):
+  tokenizer = tokenizers.load(str(shared / 'models/randomwalks'))
+  assert lists(tokenizers.encode(tokenizer, ['abu'])) == [[0, 1, 20]]
+  assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (21, 22)
+  tokenizers.check(tokenizer, 23)

@@ -1,0 +1,108 @@
+"""Simulated annotators: the stated probabilities, determinism, and agreement by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.feedback import annotators
+from rlhf_jax.feedback.annotators import SimulatedAnnotators
+
+
+def gold(prompt, response):
+  del prompt
+  return float(response.split()[0])
+
+
+def pairs(n, difference=1.0):
+  return [('p', f'0 a{i}', f'{difference} b{i}') for i in range(n)]
+
+
+def test_probability_is_bradley_terry_with_noise():
+  panel = SimulatedAnnotators(gold, temperature=2.0, label_noise=0.1, disagreement=0.0)
+  # 0.1 + 0.8 * sigmoid(3 / 2)
+  expected = 0.1 + 0.8 / (1 + math.exp(-1.5))
+  assert panel.probability('p', '0 a', '3 b', 0) == pytest.approx(expected)
+  assert panel.probability('p', '3 b', '0 a', 0) == pytest.approx(1 - expected)
+
+
+def test_labels_follow_the_probability():
+  panel = SimulatedAnnotators(gold, temperature=1.0, label_noise=0.05, disagreement=0.0)
+  labels = [panel.compare(*pair, 0) for pair in pairs(4000)]
+  expected = 0.05 + 0.9 / (1 + math.exp(-1.0))
+  # Four standard errors of 4000 draws.
+  assert np.mean(labels) == pytest.approx(expected, abs=4 * math.sqrt(0.25 / 4000))
+
+
+def test_temperature_zero_is_exact_and_extreme_scores_do_not_overflow():
+  exact = SimulatedAnnotators(gold, temperature=0.0, label_noise=0.0, disagreement=0.0)
+  assert all(exact.compare(*pair, 2) for pair in pairs(50, 1e-3))
+  panel = SimulatedAnnotators(gold, temperature=1e-9, label_noise=0.0)
+  assert panel.probability('p', '0', '1e9', 0) == 1
+
+
+def test_the_same_question_gets_the_same_answer_in_any_order():
+  panel = SimulatedAnnotators(gold, seed=5, temperature=3.0)
+  forwards = [panel.compare(*pair, 1) for pair in pairs(40)]
+  backwards = [panel.compare(*pair, 1) for pair in reversed(pairs(40))][::-1]
+  assert forwards == backwards
+  other = SimulatedAnnotators(gold, seed=6, temperature=3.0)
+  assert forwards != [other.compare(*pair, 1) for pair in pairs(40)]
+
+
+def test_records_say_that_they_are_simulated():
+  panel = SimulatedAnnotators(gold, count=3, temperature=0.0, label_noise=0.0, disagreement=0.0)
+  records = panel.label([('p', '1 x', '2 y'), ('p', '3 z', '3 z'), ('p', '5 u', '4 v')])
+  assert records == [
+    {'prompt': 'p', 'chosen': '2 y', 'rejected': '1 x', 'annotator': 0, 'simulated': True},
+    {'prompt': 'p', 'chosen': '5 u', 'rejected': '4 v', 'annotator': 2, 'simulated': True},
+  ]
+
+
+def test_disagreement_makes_them_disagree():
+  def fraction(disagreement):
+    panel = SimulatedAnnotators(
+      gold, count=4, temperature=0.0, label_noise=0.0, disagreement=disagreement
+    )
+    return annotators.agreement(panel.votes(pairs(200))).fraction
+
+  assert fraction(0.0) == 1
+  assert fraction(0.5) > fraction(2.0) > 0.5
+  assert fraction(0.5) < 0.9
+
+
+def test_agreement_by_hand():
+  # Pairs of annotators that agree: items 3/3, 1/3, 3/3, 1/3 of 3: mean 2/3.
+  # Ones: 3 + 2 + 0 + 1 = 6 of 12, so chance = 1/2 and kappa = (2/3 - 1/2) / (1/2) = 1/3.
+  votes = np.array([[1, 1, 1], [1, 1, 0], [0, 0, 0], [0, 0, 1]])
+  result = annotators.agreement(votes)
+  assert result.fraction == pytest.approx(2 / 3)
+  assert result.kappa == pytest.approx(1 / 3)
+
+
+def test_agreement_at_its_ends():
+  assert annotators.agreement([[1, 1], [0, 0]]).kappa == 1
+  # Always opposite: chance 1/2, kappa (0 - 1/2) / (1/2) = -1.
+  assert annotators.agreement([[1, 0], [0, 1]]).kappa == -1
+  everyone_same = annotators.agreement([[1, 1], [1, 1]])
+  assert everyone_same.fraction == 1 and math.isnan(everyone_same.kappa)
+
+
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    ({'count': 0}, 'count = 0: must be at least 1'),
+    ({'temperature': -1.0}, 'temperature = -1.0: must be at least 0'),
+    ({'label_noise': 0.6}, r'label_noise = 0.6: must be in \[0, 0.5\]'),
+    ({'disagreement': -0.1}, 'disagreement = -0.1'),
+  ],
+)
+def test_bad_settings_are_named(settings, message):
+  with pytest.raises(UserError, match=message):
+    SimulatedAnnotators(gold, **settings)
+
+
+def test_agreement_of_one_annotator_is_an_error():
+  with pytest.raises(UserError, match='2 annotators'):
+    annotators.agreement([[1], [0]])

@@ -1,0 +1,242 @@
+"""Plain NumPy loops for everything the package computes in whole arrays.
+
+Written from the papers and from the conventions in the docstrings, one number at a time, in
+float64, so that a reader can check each line against its source and a test can check the package
+against them. Nothing here imports the package. The rows are ragged: a row of length n has n real
+slots, what lies behind them must never matter (tests put rubbish there).
+
+Letters: B batch, R response length, K completions, V vocabulary.
+"""
+
+import math
+
+import numpy as np
+
+
+def real(x, mask):
+  """The values of `x` under the mask, as one flat list of Python floats."""
+  return [float(v) for row, keep in zip(x, mask) for v, k in zip(row, keep) if k]
+
+
+def mean(numbers):
+  total = 0.0
+  for number in numbers:
+    total += number
+  return total / len(numbers)
+
+
+def variance(numbers, *, bessel):
+  centre = mean(numbers)
+  total = 0.0
+  for number in numbers:
+    total += (number - centre) ** 2
+  return total / (len(numbers) - 1 if bessel else len(numbers))
+
+
+def whiten(x, mask, *, shift_mean, bessel):
+  """(x - mean) / sqrt(variance + 1e-8) over real slots, 0 elsewhere; mean back if not shifted."""
+  numbers = real(x, mask)
+  centre, spread = mean(numbers), math.sqrt(variance(numbers, bessel=bessel) + 1e-8)
+  out = np.zeros(np.shape(x))
+  for i, row in enumerate(mask):
+    for t, keep in enumerate(row):
+      if keep:
+        out[i, t] = (float(x[i][t]) - centre) / spread + (0.0 if shift_mean else centre)
+  return out
+
+
+def kl_estimate(logp, ref_logp, estimator):
+  """One token's estimate of KL(policy || reference). Schulman, "Approximating KL divergence"."""
+  log_ratio = logp - ref_logp
+  if estimator == 'k1':
+    return log_ratio
+  if estimator == 'k2':
+    return log_ratio ** 2 / 2
+  if estimator == 'k3':
+    inverse = math.exp(-log_ratio)  # reference over policy
+    return inverse - 1 - math.log(inverse)
+  assert estimator == 'abs'
+  return abs(log_ratio)
+
+
+def log_softmax(logits):
+  top = max(float(x) for x in logits)
+  total = 0.0
+  for x in logits:
+    total += math.exp(float(x) - top)
+  return [float(x) - top - math.log(total) for x in logits]
+
+
+def entropy(logits):
+  """-sum p log p of one distribution."""
+  total = 0.0
+  for logp in log_softmax(logits):
+    total -= math.exp(logp) * logp
+  return total
+
+
+def full_kl(logits, ref_logits):
+  """sum p (log p - log q) of one pair of distributions."""
+  total = 0.0
+  for logp, logq in zip(log_softmax(logits), log_softmax(ref_logits)):
+    total += math.exp(logp) * (logp - logq)
+  return total
+
+
+def clip(x, low, high):
+  return low if x < low else high if x > high else x
+
+
+def adaptive_kl_per_sequence(coef, kl, mask, *, target, horizon):
+  """Ziegler et al. 2019: the error is that of the KL summed over a response, meaned over B."""
+  sums = []
+  for row, keep in zip(kl, mask):
+    sums.append(0.0)
+    for value, k in zip(row, keep):
+      if k:
+        sums[-1] += float(value)
+  error = clip(mean(sums) / target - 1, -0.2, 0.2)
+  return coef * (1 + error * len(sums) / horizon)
+
+
+def adaptive_kl_per_token(coef, kl, mask, *, target):
+  """RL4LMs: the error is that of the mean over all tokens, the gain 0.1."""
+  error = clip(mean(real(kl, mask)) / target - 1, -0.2, 0.2)
+  return coef * (1 + 0.1 * error)
+
+
+def score_slot(length, slots, position):
+  """The slot that gets the score of a response with `length` real tokens in `slots` slots."""
+  if position == 'last':
+    return slots - 1
+  if position == 'after_end':
+    return length if length < slots else slots - 1
+  assert position == 'eos'
+  return length - 1
+
+
+def missing_eos(score, has_eos, *, mode, value):
+  if has_eos or mode == 'none':
+    return score
+  return value if mode == 'replace' else score - value
+
+
+def token_rewards(scores, kl, coef, lengths, *, position):
+  """-coef * kl on real tokens, plus the score on one slot or a reward on each real token."""
+  slots = len(kl[0])
+  out = np.zeros((len(lengths), slots))
+  for i, length in enumerate(lengths):
+    for t in range(length):
+      out[i, t] = -coef * float(kl[i][t])
+      if np.ndim(scores) == 2:
+        out[i, t] += float(scores[i][t])
+    if np.ndim(scores) == 1:
+      out[i, score_slot(length, slots, position)] += float(scores[i])
+  return out
+
+
+def gae(rewards, values, ends, *, gamma, lam):
+  """A_t = sum over l of (gamma lam)^l delta_{t+l}, the double sum of the definition.
+
+  `ends[i]` is the number of slots of episode i; the value after the last of them is 0. Schulman
+  et al. 2016, eq. 16, without its recursion.
+  """
+  advantages, returns = np.zeros(np.shape(rewards)), np.zeros(np.shape(rewards))
+  for i, end in enumerate(ends):
+    delta = []
+    for t in range(end):
+      after = float(values[i][t + 1]) if t + 1 < end else 0.0
+      delta.append(float(rewards[i][t]) + gamma * after - float(values[i][t]))
+    for t in range(end):
+      for later in range(t, end):
+        advantages[i, t] += (gamma * lam) ** (later - t) * delta[later]
+      returns[i, t] = advantages[i, t] + float(values[i][t])
+  return advantages, returns
+
+
+def policy_loss(logp, old_logp, advantage, *, clip_low, clip_high, dual_clip=0.0):
+  """One token: loss, whether the clip decides, ratio, and d loss / d logp."""
+  ratio = math.exp(logp - old_logp)
+  bounded = clip(ratio, 1 - clip_low, 1 + clip_high)
+  objective = min(ratio * advantage, bounded * advantage)
+  clipped = bounded * advantage < ratio * advantage
+  gradient = 0.0 if clipped else -ratio * advantage
+  if dual_clip and advantage < 0 and objective < dual_clip * advantage:
+    objective, gradient = dual_clip * advantage, 0.0
+  return -objective, clipped, ratio, gradient
+
+
+def value_loss(value, old_value, target, *, bound):
+  """One token: loss (the half included), whether the clip decides, and d loss / d value."""
+  plain = (value - target) ** 2
+  if not bound:
+    return plain / 2, False, value - target
+  near = clip(value, old_value - bound, old_value + bound)
+  if (near - target) ** 2 > plain:  # then `near` is at an end of the interval and does not move
+    return (near - target) ** 2 / 2, True, 0.0
+  return plain / 2, False, value - target
+
+
+class Adam:
+  """Adam on a dict of float64 arrays: torch's and optax's form, or TensorFlow 1's."""
+
+  def __init__(self, *, b1, b2, eps, tensorflow):
+    self.b1, self.b2, self.eps, self.tensorflow = b1, b2, eps, tensorflow
+    self.t, self.m, self.v = 0, {}, {}
+
+  def step(self, params, grads, rate):
+    """New params. torch: m^ / (sqrt(v^) + eps). TF: the epsilon joins the uncorrected sqrt(v)."""
+    self.t += 1
+    new = {}
+    for name, g in grads.items():
+      m = self.m[name] = self.b1 * self.m.get(name, 0.0) + (1 - self.b1) * g
+      v = self.v[name] = self.b2 * self.v.get(name, 0.0) + (1 - self.b2) * g * g
+      bias1, bias2 = 1 - self.b1 ** self.t, 1 - self.b2 ** self.t
+      if self.tensorflow:
+        change = math.sqrt(bias2) / bias1 * m / (np.sqrt(v) + self.eps)
+      else:
+        change = (m / bias1) / (np.sqrt(v / bias2) + self.eps)
+      new[name] = params[name] - rate * change
+    return new
+
+
+def softplus(x):
+  return x + math.log1p(math.exp(-x)) if x > 0 else math.log1p(math.exp(x))
+
+
+def pairwise_loss(scores, ranks, present, margin, *, centering, smoothing):
+  """One prompt: mean over its ordered pairs of the Bradley-Terry loss; None without a pair."""
+  losses = []
+  for i, better in enumerate(ranks):
+    for j, worse in enumerate(ranks):
+      if present[i] and present[j] and better < worse:
+        gap = float(scores[i]) - float(scores[j]) - float(margin)
+        loss = (1 - smoothing) * softplus(-gap) + smoothing * softplus(gap)
+        losses.append(loss + centering * (float(scores[i]) + float(scores[j])) ** 2)
+  return mean(losses) if losses else None
+
+
+def pick_best_loss(scores, ranks, present):
+  """One prompt: cross-entropy of the one pick among the present; None without a clear pick."""
+  there = [k for k in range(len(scores)) if present[k]]
+  picks = [k for k in there if ranks[k] == 0]
+  if len(picks) != 1 or len(there) < 2:
+    return None
+  return -log_softmax([scores[k] for k in there])[there.index(picks[0])]
+
+
+def rating_loss(scores, ratings, present):
+  """One prompt: mean squared error over the present; None without one."""
+  errors = [(float(s) - float(r)) ** 2 for s, r, p in zip(scores, ratings, present) if p]
+  return mean(errors) if errors else None
+
+
+class RunningScale:
+  """trlX's running standard deviation (n - 1) of every score so far, by keeping them all."""
+
+  def __init__(self):
+    self.seen = []
+
+  def update(self, scores):
+    self.seen += [float(s) for s in scores]
+    return math.sqrt(variance(self.seen, bessel=True)) if len(self.seen) > 1 else 1.0

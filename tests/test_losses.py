@@ -1,0 +1,236 @@
+"""losses.py and logprobs.py against hand arithmetic and against the loops of references.py."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+
+from rlhf_jax import logprobs as logprobs_lib
+from rlhf_jax import losses
+
+CASES = 200
+SHAPES = ((1, 1), (2, 5), (4, 8), (3, 13))  # few, so that few programs are compiled
+close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+
+
+@functools.cache
+def jitted(fn, **settings):
+  return jax.jit(functools.partial(fn, **settings))
+
+
+def tokens(case, *scales):
+  """float32 arrays [B, R] of the given scales."""
+  rng = np.random.default_rng(case)
+  shape = SHAPES[case % len(SHAPES)]
+  return [rng.normal(0, scale, shape).astype(np.float32) for scale in scales]
+
+
+def each(fn, *arrays):
+  """Applies a reference that takes one token to whole arrays; one array per result."""
+  rows = [fn(*(float(x) for x in values)) for values in zip(*(a.ravel() for a in arrays))]
+  return [np.reshape(column, arrays[0].shape) for column in zip(*rows)]
+
+
+# Hand-derived numbers.
+
+
+def test_policy_loss_by_hand():
+  # ratio, advantage -> -min(ratio * A, clip(ratio, 0.8, 1.2) * A)
+  ratio = jnp.array([[1.0, 1.5, 1.5, 0.5, 0.5]])
+  advantage = jnp.array([[2.0, 2.0, -2.0, 2.0, -2.0]])
+  #  1 * 2;  1.2 * 2 clipped;  1.5 * -2 is the smaller;  0.5 * 2 is the smaller;  0.8 * -2
+  loss, clipped, found = losses.ppo_policy_loss(
+      jnp.log(ratio), jnp.zeros((1, 5)), advantage, clip_low=0.2, clip_high=0.2)
+  close(loss, [[-2.0, -2.4, 3.0, -1.0, 1.6]])
+  close(clipped, [[0, 1, 0, 0, 1]])
+  close(found, ratio)
+
+
+def test_asymmetric_and_dual_clip_by_hand():
+  ratio, advantage = jnp.array([[1.5, 4.0, 0.5]]), jnp.array([[2.0, -2.0, -2.0]])
+  loss, _, _ = losses.ppo_policy_loss(
+      jnp.log(ratio), jnp.zeros((1, 3)), advantage, clip_low=0.1, clip_high=0.3, dual_clip=3.0)
+  # 1.3 * 2;  4 * 2 = 8 held to 3 * 2 = 6;  0.9 * 2
+  close(loss, [[-2.6, 6.0, 1.8]])
+
+
+def test_value_loss_by_hand():
+  values, old = jnp.array([[1.0, 1.0, 0.1]]), jnp.array([[0.5, 0.5, 0.0]])
+  returns = jnp.array([[0.0, 2.0, 1.0]])
+  # Clipped values 0.7, 0.7, 0.1. Squares: 1 against 0.49; 1 against 1.69; 0.81 alike. Halved.
+  loss, clipped = losses.ppo_value_loss(values, old, returns, clip=0.2)
+  close(loss, [[0.5, 0.845, 0.405]])
+  close(clipped, [[0, 1, 0]])
+  loss, clipped = losses.ppo_value_loss(values, old, returns, clip=0.0)
+  close(loss, [[0.5, 0.5, 0.405]])
+  close(clipped, [[0, 0, 0]])
+
+
+def test_first_minibatch_has_the_plain_gradient():
+  # At ratio 1 the two products tie: d loss / d logp = -A, and nothing counts as clipped.
+  advantage = jnp.array([[1.5, -0.5]])
+  logprobs = jnp.array([[-1.0, -2.0]])
+
+  def total(new):
+    loss, clipped, _ = losses.ppo_policy_loss(
+        new, logprobs, advantage, clip_low=0.2, clip_high=0.2)
+    return loss.sum(), clipped
+
+  gradient, clipped = jax.grad(total, has_aux=True)(logprobs)
+  close(gradient, -advantage)
+  assert not clipped.any()
+
+
+def test_pairwise_loss_by_hand():
+  ranks, present = jnp.array([[0, 1]]), jnp.ones((1, 2), bool)
+  pair = functools.partial(losses.pairwise_loss, ranks=ranks, present=present)
+  log3 = np.log(3.0)
+  # sigmoid(ln 3) = 3/4.
+  close(pair(jnp.array([[log3, 0.0]]), margin=jnp.zeros(1))[0], [-np.log(0.75)])
+  # A margin of ln 3 takes the lead away: sigmoid(0) = 1/2.
+  close(pair(jnp.array([[log3, 0.0]]), margin=jnp.array([log3]))[0], [np.log(2)])
+  # Label wrong with probability 0.1: -0.9 ln 3/4 - 0.1 ln 1/4.
+  close(pair(jnp.array([[log3, 0.0]]), margin=jnp.zeros(1), label_smoothing=0.1)[0],
+        [-0.9 * np.log(0.75) - 0.1 * np.log(0.25)])
+  # Centering 0.01 of (2 + 1)^2.
+  close(pair(jnp.array([[2.0, 1.0]]), margin=jnp.zeros(1), centering=0.01)[0],
+        [np.log1p(np.exp(-1)) + 0.09])
+
+
+def test_k_way_loss_by_hand():
+  # Ranks 0, 1, 1 of scores 1, 0, 3: pairs (0,1) and (0,2), the tie is no pair.
+  loss, valid = losses.pairwise_loss(
+      jnp.array([[1.0, 0.0, 3.0, 9.0]]), jnp.array([[0, 1, 1, 0]]),
+      jnp.array([[True, True, True, False]]), jnp.zeros(1))
+  close(loss, [(np.log1p(np.exp(-1)) + np.log1p(np.exp(2))) / 2])
+  assert valid.tolist() == [True]
+
+
+def test_prompts_without_a_comparison_are_marked():
+  ranks, present = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
+  for loss, valid in [
+      losses.pairwise_loss(jnp.ones((1, 2)), ranks, present, jnp.zeros(1)),
+      losses.pick_best_loss(jnp.ones((1, 2)), ranks, present),
+      losses.rating_loss(jnp.ones((1, 2)), jnp.zeros((1, 2)), ~present)]:
+    close(loss, [0.0])
+    assert valid.tolist() == [False]
+
+
+@pytest.mark.parametrize('name', ['pairwise', 'pick_best', 'rating'])
+def test_an_empty_row_has_no_gradient_and_no_nan(name):
+  ranks, present = jnp.array([[0, 1], [0, 0]]), jnp.array([[True, True], [False, False]])
+  total = {
+      'pairwise': lambda s: losses.pairwise_loss(s, ranks, present, jnp.zeros(2))[0].sum(),
+      'pick_best': lambda s: losses.pick_best_loss(s, ranks, present)[0].sum(),
+      'rating': lambda s: losses.rating_loss(s, jnp.ones((2, 2)), present)[0].sum(),
+  }[name]
+  gradient = jax.grad(total)(jnp.array([[0.3, 0.1], [0.2, 0.4]]))
+  assert np.isfinite(gradient).all()
+  assert np.abs(gradient[0]).min() > 0
+  close(gradient[1], [0.0, 0.0])
+
+
+# Against loops.
+
+
+@pytest.mark.parametrize('settings', [
+    dict(clip_low=0.2, clip_high=0.2),
+    dict(clip_low=0.2, clip_high=0.28),
+    dict(clip_low=0.2, clip_high=0.2, dual_clip=1.5),
+], ids=['symmetric', 'asymmetric', 'dual'])
+def test_policy_loss_and_gradient_agree_with_loops(settings):
+  fn = jitted(losses.ppo_policy_loss, **settings)
+  gradient_fn = jax.jit(jax.grad(lambda *args: fn(*args)[0].sum()))
+  reference = functools.partial(references.policy_loss, **settings)
+  for case in range(CASES):
+    old, step, advantages = tokens(case, 1.0, 0.3, 1.0)
+    new = old + step
+    loss, clipped, ratio, gradient = each(reference, new, old, advantages)
+    for found, expected in zip(fn(new, old, advantages), (loss, clipped, ratio)):
+      close(found, expected)
+    close(gradient_fn(new, old, advantages), gradient)
+
+
+@pytest.mark.parametrize('bound', [0.2, 0.0])
+def test_value_loss_and_gradient_agree_with_loops(bound):
+  fn = jitted(losses.ppo_value_loss, clip=bound)
+  gradient_fn = jax.jit(jax.grad(lambda *args: fn(*args)[0].sum()))
+  for case in range(CASES):
+    old, step, returns = tokens(case, 1.0, 0.3, 1.0)
+    new = old + step
+    loss, clipped, gradient = each(
+        functools.partial(references.value_loss, bound=bound), new, old, returns)
+    for found, expected in zip(fn(new, old, returns), (loss, clipped)):
+      close(found, expected)
+    close(gradient_fn(new, old, returns), gradient)
+
+
+def comparison(case):
+  """Scores, ratings, ranks with ties, present and margin of a batch of 5 prompts, K = 4."""
+  rng = np.random.default_rng(case)
+  scores, ratings = rng.normal(size=(2, 5, 4)).astype(np.float32)
+  present = rng.random((5, 4)) < 0.8
+  return (scores, ratings, rng.integers(0, 4, (5, 4)).astype(np.int32), present,
+          rng.uniform(0, 1, 5).astype(np.float32))
+
+
+def agree(found, expected):
+  """`expected` has None where the prompt does not count."""
+  loss, valid = found
+  assert [x is not None for x in expected] == valid.tolist()
+  close(loss, [x or 0.0 for x in expected])
+
+
+@pytest.mark.parametrize('centering, smoothing', [(0.0, 0.0), (0.01, 0.1)])
+def test_pairwise_loss_agrees_with_loops(centering, smoothing):
+  fn = jitted(losses.pairwise_loss, centering=centering, label_smoothing=smoothing)
+  for case in range(CASES):
+    scores, _, ranks, present, margin = comparison(case)
+    agree(fn(scores, ranks, present, margin), [
+        references.pairwise_loss(*row, centering=centering, smoothing=smoothing)
+        for row in zip(scores, ranks, present, margin)])
+
+
+def test_pick_best_and_rating_losses_agree_with_loops():
+  for case in range(CASES):
+    scores, ratings, ranks, present, _ = comparison(case)
+    agree(jitted(losses.pick_best_loss)(scores, ranks, present),
+          [references.pick_best_loss(*row) for row in zip(scores, ranks, present)])
+    agree(jitted(losses.rating_loss)(scores, ratings, present),
+          [references.rating_loss(*row) for row in zip(scores, ratings, present)])
+
+
+# The log-probabilities the losses stand on.
+
+
+@pytest.mark.parametrize('chunk', [2048, 4])
+def test_token_logprobs_and_entropy_agree_with_loops(chunk):
+  fn = jax.jit(lambda kernel, hidden, targets: logprobs_lib.token_logprobs(
+      lambda h: h @ kernel, hidden, targets, temperature=0.7, chunk=chunk))
+  for case in range(CASES):
+    rng = np.random.default_rng(case)
+    hidden = rng.normal(size=(2, 5, 3)).astype(np.float32)
+    kernel = rng.normal(size=(3, 7)).astype(np.float32)
+    targets = rng.integers(0, 7, (2, 5))
+    logits = hidden.astype(np.float64) @ kernel.astype(np.float64) / 0.7
+    logp, entropy = fn(kernel, hidden, targets)
+    rows = list(zip(logits.reshape(10, 7), targets.ravel()))
+    close(logp.ravel(), [references.log_softmax(row)[target] for row, target in rows])
+    close(entropy.ravel(), [references.entropy(row) for row, _ in rows])
+
+
+@pytest.mark.parametrize('chunk', [2048, 4])
+def test_full_kl_agrees_with_loops(chunk):
+  fn = jax.jit(lambda kernel, ref_kernel, hidden, ref_hidden: logprobs_lib.full_kl(
+      lambda h: h @ kernel, hidden, lambda h: h @ ref_kernel, ref_hidden,
+      temperature=1.3, chunk=chunk))
+  for case in range(CASES):
+    rng = np.random.default_rng(case)
+    h, g = rng.normal(size=(2, 2, 5, 3)).astype(np.float32)
+    w, u = rng.normal(size=(2, 3, 7)).astype(np.float32)
+    p, q = (x.astype(np.float64) @ k.astype(np.float64) / 1.3 for x, k in [(h, w), (g, u)])
+    close(fn(w, u, h, g).ravel(),
+          [references.full_kl(*rows) for rows in zip(p.reshape(10, 7), q.reshape(10, 7))])

@@ -1,0 +1,94 @@
+"""optim.py: both forms of Adam against loops, schedules and clipping by hand, microbatches."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import references
+
+from rlhf_jax import errors
+from rlhf_jax import optim
+
+close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+PLAIN = dict(name='adam', learning_rate=0.1, schedule_kind='constant', warmup_steps=0, steps=10,
+             b1=0.9, b2=0.999, eps=1e-5, weight_decay=0.0, clip_norm=0.0)
+
+
+def run(optimizer, params, gradients):
+  """Parameters after each gradient."""
+  @jax.jit
+  def step(params, state, grads):
+    updates, state = optimizer.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  state = optimizer.init(params)
+  for grads in gradients:
+    params, state = step(params, state, grads)
+    yield params
+
+
+@pytest.mark.parametrize('name', optim.OPTIMIZERS)
+def test_adam_agrees_with_loops(name):
+  rng = np.random.default_rng(0)
+  gradients = [{'w': (10.0 ** rng.uniform(-6, 0, 8) * rng.choice([-1, 1], 8)).astype(np.float32)}
+               for _ in range(50)]
+  reference = references.Adam(b1=0.9, b2=0.999, eps=1e-5, tensorflow=name == 'tf_adam')
+  params = expected = {'w': np.linspace(-1, 1, 8).astype(np.float32)}
+  for grads, params in zip(gradients, run(optim.make(**PLAIN | {'name': name}), params, gradients)):
+    expected = reference.step(expected, grads, 0.1)
+    close(params['w'], expected['w'], rtol=5e-6, atol=5e-6)  # 50 roundings of a number near 1
+
+
+def test_the_two_forms_differ_at_first():
+  # g = 1e-5, t = 1: m^ = v^ root = 1e-5, so torch's step is lr * 1e-5 / (1e-5 + 1e-5) = lr / 2.
+  # TF: sqrt(0.001) / 0.1 * 1e-6 / (sqrt(0.001) * 1e-5 + 1e-5) = 0.0306534.
+  step = lambda name: 1 - float(next(run(
+      optim.make(**PLAIN | {'name': name}), {'w': jnp.ones(1)}, [{'w': jnp.full(1, 1e-5)}]))['w'][0])
+  assert step('adam') == pytest.approx(0.1 * 0.5, rel=1e-4)
+  assert step('tf_adam') == pytest.approx(0.1 * 0.0306534, rel=1e-4)
+
+
+def test_schedules_by_hand():
+  rate = functools.partial(optim.schedule, 2.0, steps=10)
+  close([rate(kind='constant', warmup_steps=0)(t) for t in (0, 5, 10)], [2, 2, 2])
+  close([rate(kind='linear', warmup_steps=0)(t) for t in (0, 5, 10)], [2, 1, 0])
+  close([rate(kind='cosine', warmup_steps=0)(t) for t in (0, 5, 10)], [2, 1, 0])
+  close([rate(kind='linear', warmup_steps=2)(t) for t in (0, 1, 2, 6, 10)], [0, 1, 2, 1, 0])
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+  # Norm of (3, 4) is 5; clipped to 1 it is (0.6, 0.8). Seen through Adam's first moment.
+  optimizer = optim.make(**PLAIN | {'clip_norm': 1.0})
+  params = {'a': jnp.zeros(1), 'b': jnp.zeros(1)}
+  _, state = optimizer.update({'a': jnp.array([3.0]), 'b': jnp.array([4.0])},
+                              optimizer.init(params), params)
+  mu = optax.tree_utils.tree_get(state, 'mu')
+  close([mu['a'][0], mu['b'][0]], [0.06, 0.08])
+
+
+def test_only_matrices_decay():
+  optimizer = optim.make(**PLAIN | {'weight_decay': 0.5})
+  params = {'kernel': jnp.ones((2, 2)), 'scale': jnp.ones(2)}
+  after = next(run(optimizer, params, [jax.tree.map(jnp.zeros_like, params)]))
+  close(after['kernel'], np.full((2, 2), 1 - 0.1 * 0.5))
+  close(after['scale'], np.ones(2))
+
+
+@pytest.mark.parametrize('size', [0, 1, 2, 6])
+def test_microbatches_add_up(size):
+  rows = jnp.arange(6.0)[:, None]
+  share = jax.grad(lambda w, x: (jnp.sum(jnp.square(x[:, 0] * w)) / 6, {'n': len(x) / 6.0}),
+                   has_aux=True)
+  gradient, metrics = optim.accumulate(share, jnp.float32(2.0), rows, size)
+  close(gradient, 2 * 2.0 * (1 + 4 + 9 + 16 + 25) / 6)
+  close(metrics['n'], 1.0)
+
+
+def test_unknown_names_are_user_errors():
+  with pytest.raises(errors.UserError, match="optim.name='sgd'"):
+    optim.make(**PLAIN | {'name': 'sgd'})
+  with pytest.raises(errors.UserError, match="optim.schedule='step'"):
+    optim.make(**PLAIN | {'schedule_kind': 'step'})
