@@ -24,15 +24,15 @@ def get_config(arg=None):
   })
   config.world = ml_collections.ConfigDict({
       'function': 'rlhf_jax.data.reviews:write',
-      'corpus_size': 20_000, 'demonstration_count': 2_000, 'prompt_count': 4_096,
-      'eval_prompt_count': 1_024, 'vocab_size': 512, 'seed': -1,
+      'corpus_size': 10_000, 'demonstration_count': 2_000, 'prompt_count': 4_096,
+      'eval_prompt_count': 512, 'vocab_size': 1_024, 'seed': -1,
   })
   config.pretrain = pretrain()
   config.sft = sft()
   config.compare = ml_collections.ConfigDict({
       'function': 'rlhf_jax.feedback.collect:run',
       'policy': '$workdir/sft', 'prompts': '$workdir/world/prompts.jsonl',
-      'pairs': 4_000, 'held_out': 500, 'max_new_tokens': 56, 'temperature': 1.0,
+      'pairs': 4_000, 'held_out': 500, 'max_new_tokens': 36, 'temperature': 1.0,
       'gold': 'rlhf_jax.data.reviews:gold_score',
       'annotator_count': 5, 'annotator_temperature': 0.5, 'label_noise': 0.05,
       'disagreement': 0.3, 'unroll': UNROLL, 'seed': -1,
@@ -50,8 +50,8 @@ def get_config(arg=None):
       'baseline': 'sft', 'trained': 'ppo', 'best_of': 8,
       'reward_model': '$workdir/reward_model/model',
       'comparisons': '$workdir/compare/held_out.jsonl',
-      'prompts': '$workdir/world/eval_prompts.jsonl', 'samples': 1_024,
-      'max_new_tokens': 56, 'temperature': 1.0,
+      'prompts': '$workdir/world/eval_prompts.jsonl', 'samples': 512,
+      'max_new_tokens': 36, 'temperature': 1.0,
       'gold': 'rlhf_jax.data.reviews:gold_score', 'gold_path': '',
       'unroll': UNROLL, 'curves': ('pretrain', 'sft', 'reward_model', 'ppo'), 'seed': -1,
   })
@@ -79,8 +79,8 @@ def pretrain():
       'num_hidden_layers': 4, 'num_attention_heads': 4, 'num_key_value_heads': 2,
       'max_position_embeddings': 128, 'tie_word_embeddings': True, 'rms_norm_eps': 1e-5,
   })
-  stage.data.update({'path': '$workdir/world/corpus.jsonl', 'max_length': 128, 'held_out': 0.01})
-  stage.batch_size, stage.steps = 32, 400
+  stage.data.update({'path': '$workdir/world/corpus.jsonl', 'max_length': 96, 'held_out': 0.01})
+  stage.batch_size, stage.steps = 32, 300
   stage.optim.update({'learning_rate': 2e-3, 'schedule': 'cosine', 'warmup_steps': 20,
                       'weight_decay': 0.01})
   return stage
@@ -90,7 +90,7 @@ def sft():
   """Demonstrations: fluent, on topic, of mixed mood."""
   stage = base(c.sft(), '$workdir/pretrain/model')
   stage.data.update({'path': '$workdir/world/demonstrations.jsonl', 'kind': 'completion',
-                     'max_length': 80, 'held_out': 0.05})
+                     'max_length': 48, 'held_out': 0.05})
   stage.batch_size, stage.epochs = 64, 2.0
   stage.optim.update({'learning_rate': 5e-4, 'schedule': 'cosine', 'warmup_steps': 5})
   return stage
@@ -99,7 +99,7 @@ def sft():
 def reward_model():
   """One epoch over the comparisons, from the SFT model."""
   stage = base(c.reward_model(), '$workdir/sft/model')
-  stage.data.update({'path': '$workdir/compare/comparisons.jsonl', 'max_length': 80,
+  stage.data.update({'path': '$workdir/compare/comparisons.jsonl', 'max_length': 48,
                      'held_out_path': '$workdir/compare/held_out.jsonl'})
   stage.batch_size, stage.epochs = 32, 2.0
   stage.reward.update({'normalize': 'gain_bias',
@@ -113,12 +113,12 @@ def ppo():
   stage = base(c.ppo('instructgpt'), '$workdir/sft/model')
   stage.data.update({'path': '$workdir/world/prompts.jsonl', 'max_prompt_length': 12})
   stage.reward.model = '$workdir/reward_model/model'
-  stage.sampling.max_new_tokens = 56
+  stage.sampling.max_new_tokens = 36
   stage.batch_size, stage.steps = 128, 60
   stage.ppo.update({'epochs': 2, 'minibatches': 4, 'kl_coef': 0.05, 'ptx_coef': 0.5,
                     'missing_eos': 'replace', 'missing_eos_value': -2.0})
   stage.ptx.update({'path': '$workdir/world/demonstrations.jsonl', 'kind': 'completion',
-                    'max_length': 80, 'batch_size': 32})
+                    'max_length': 48, 'batch_size': 32})
   stage.optim.update({'learning_rate': 3e-4, 'schedule': 'linear'})
   stage.samples_every = 10
   return stage

@@ -15,6 +15,7 @@ from rlhf_jax import compilation
 from rlhf_jax import errors
 from rlhf_jax import pipeline
 from rlhf_jax import train
+from rlhf_jax.evaluation import report
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'File in configs/, :arg for variants.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for everything the run writes.')
@@ -33,6 +34,7 @@ def main(argv):
       pipeline.run(config, _WORKDIR.value)
     else:
       train.run(config, _WORKDIR.value)
+      report.of_run(_WORKDIR.value, title=config.algorithm)
   except errors.UserError as error:
     logging.debug('details', exc_info=True)
     sys.exit(f'error: {error}')

@@ -81,32 +81,33 @@ def loop(config, learner, state, first_step, checkpoints, writer):
   """
   steps = learner.steps
   due = lambda step, every: step == steps or (every and step % every == 0)
+  clock = time.perf_counter()
   pending = None
   bar = tqdm.tqdm(range(first_step, steps), initial=first_step, total=steps,
                   desc=pathlib.Path(writer.workdir).name, dynamic_ncols=True)
   for step in bar:
-    started = time.perf_counter()
     batch, host_metrics = learner.next_batch(state, step)
-    state, step_metrics = learner.train_step(state, *batch)
-    done = step + 1
+    state, metrics = learner.train_step(state, *batch)
     if pending is not None:
       log(config, writer, bar, *pending)
-    pending = (step, step_metrics, host_metrics, started)
-    if due(done, config.eval_every) or due(done, config.checkpoint_every):
-      log(config, writer, bar, *pending)
-      pending = None
+    now = time.perf_counter()
+    pending = step, metrics, host_metrics | {'seconds/step': now - clock}
+    clock = now
+    done = step + 1
     if due(done, config.eval_every):
+      pending = log(config, writer, bar, *pending)
       held_out = learner.evaluate(state)
       writer.write(step, held_out)
       show(bar, held_out)
     if due(done, config.samples_every):
       writer.samples(step, learner.samples())
     if due(done, config.checkpoint_every):
+      pending = pending and log(config, writer, bar, *pending)
       checkpoints.save(done, state, learner.iterators)
   return state
 
 
-def log(config, writer, bar, step, step_metrics, host_metrics, started):
+def log(config, writer, bar, step, step_metrics, host_metrics):
   """Writes one step's metrics; stops the run at the first one that is not finite.
 
   Raises:
@@ -119,7 +120,7 @@ def log(config, writer, bar, step, step_metrics, host_metrics, started):
         f'{", ".join(bad[:4])} is not finite at step {step}. Lower config.optim.learning_rate, '
         'set config.optim.clip_norm, or look at the batch; the checkpoints before this step '
         f'are in {writer.workdir}/checkpoints, and the same command goes on from the last.')
-  values |= host_metrics | {'seconds/step': time.perf_counter() - started}
+  values |= host_metrics
   show(bar, values)
   if step % config.log_every == 0:
     writer.write(step, values)

@@ -45,8 +45,10 @@ def test_adam_agrees_with_loops(name):
 def test_the_two_forms_differ_at_first():
   # g = 1e-5, t = 1: m^ = v^ root = 1e-5, so torch's step is lr * 1e-5 / (1e-5 + 1e-5) = lr / 2.
   # TF: sqrt(0.001) / 0.1 * 1e-6 / (sqrt(0.001) * 1e-5 + 1e-5) = 0.0306534.
-  step = lambda name: 1 - float(next(run(
-      optim.make(**PLAIN | {'name': name}), {'w': jnp.ones(1)}, [{'w': jnp.full(1, 1e-5)}]))['w'][0])
+  def step(name):
+    optimizer = optim.make(**PLAIN | {'name': name})
+    return 1 - float(next(run(optimizer, {'w': jnp.ones(1)}, [{'w': jnp.full(1, 1e-5)}]))['w'][0])
+
   assert step('adam') == pytest.approx(0.1 * 0.5, rel=1e-4)
   assert step('tf_adam') == pytest.approx(0.1 * 0.0306534, rel=1e-4)
 

@@ -118,7 +118,7 @@ PRESETS = {
     },
     # Ouyang et al. 2022, appendix C (https://arxiv.org/abs/2203.02155).
     'instructgpt': {
-        'optim.learning_rate': 9e-6, 'batch_size': 512,
+        'optim.learning_rate': 9e-6, 'optim.b2': 0.95, 'batch_size': 512,
         'ppo.epochs': 1, 'ppo.minibatches': 8, 'ppo.kl_coef': 0.02,
         'sampling.temperature': 1.0,
         'ppo.score_position': 'eos', 'ppo.missing_eos': 'none',

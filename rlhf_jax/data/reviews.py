@@ -29,11 +29,11 @@ fluent on-topic complaint -1; repeating the best sentence gains nothing.
 import dataclasses
 import functools
 import itertools
-import json
 import random
 import re
 
 from rlhf_jax.data import review_grammar as grammar
+from rlhf_jax.data import sources
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
 
@@ -323,7 +323,6 @@ def write(folder, *, corpus_size, demonstration_count, prompt_count, eval_prompt
     'prompts': prompts(prompt_count, seed + 2),
     'eval_prompts': prompts(eval_prompt_count, seed + 3),
   }.items():
-    with open(folder / f'{name}.jsonl', 'w', encoding='utf-8') as file:
-      file.writelines(json.dumps(record) + '\n' for record in records)
+    sources.write(folder / f'{name}.jsonl', records)
   texts = [document['text'] for document in documents]
   tokenizers.train_bpe(texts, vocab_size, str(folder / 'tokenizer'))

@@ -17,7 +17,7 @@ the business of `formats`.
 Lines are counted from 1, as editors do; items and rows from 0, as Python does.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 import gzip
 import json
@@ -83,6 +83,14 @@ def read(path: str, *, split: str = '', columns: Mapping[str, str] | None = None
   if not records:
     raise UserError(f'{path}: the data set is empty. Give a source with at least one record.')
   return records
+
+
+def write(path: str | os.PathLike, records: Iterable[dict[str, Any]]) -> None:
+  """Writes records as JSONL, whole or not at all."""
+  temporary = f'{os.fspath(path)}.tmp'
+  with open(temporary, 'w', encoding='utf-8') as stream:
+    stream.writelines(json.dumps(record, ensure_ascii=False) + '\n' for record in records)
+  os.replace(temporary, path)
 
 
 def _looks_local(path: str) -> bool:

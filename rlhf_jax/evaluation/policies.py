@@ -6,6 +6,7 @@ win rate over the baseline and the Elo ratings of all.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -17,7 +18,9 @@ import numpy as np
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax.algorithms import reward_model as reward_model_lib
 from rlhf_jax.data import formats
+from rlhf_jax.data import pipelines
 from rlhf_jax.data import sources
+from rlhf_jax.data import tokenizers
 from rlhf_jax.evaluation import calibration as calibration_lib
 from rlhf_jax.evaluation import report
 from rlhf_jax.evaluation import tables
@@ -53,7 +56,7 @@ def run(folder, *, title, summary, workdir, policies, baseline, trained, best_of
     trained: the name of the policy that RL trained; the report shows its texts beside the
       baseline's.
     best_of: n of best-of-n of the baseline by the reward model; 0 for none.
-    reward_model: folder of a reward model with the policies' tokenizer.
+    reward_model: folder of a reward model with the policies' tokenizer, or ''.
     comparisons: held-out comparisons for the reward model's calibration, or ''.
     prompts: data set of prompts, repeated where there are fewer than `samples`.
     samples: n, answers of each policy.
@@ -71,14 +74,14 @@ def run(folder, *, title, summary, workdir, policies, baseline, trained, best_of
   if gold_path:
     judge = judge(gold_path)
   loaded = {name: texts.TextPolicy.load(path, unroll=unroll) for name, path in policies.items()}
-  scorer = Scorer.load(reward_model, unroll=unroll)
+  scorer = Scorer.load(reward_model, unroll=unroll) if reward_model else None
   examples, _ = formats.prompts(sources.read(prompts))
   questions = [examples[i % len(examples)].prompt for i in range(samples)]
   ask = lambda name, questions, key: loaded[name].sample(
       questions, key, max_new_tokens=max_new_tokens, temperature=temperature)
 
   def scored(said, kl):
-    return Answers(said, scorer(said.rollout), np.array(
+    return Answers(said, scorer(said.rollout) if scorer else None, np.array(
         [judge(p, r) for p, r in zip(said.prompts, said.responses)]), kl)
 
   keys = jax.random.split(jax.random.key(seed), len(loaded) + 1)
@@ -121,14 +124,21 @@ class Scorer:
   def load(cls, path, *, unroll):
     """From a Hugging Face folder of a sequence classifier with one label."""
     model, params = hf.load_reward(path, unroll=unroll)
-    return cls(texts.TextPolicy(model, params, texts.tokenizers.load(path)))
+    return cls(texts.TextPolicy(model, params, tokenizers.load(path)))
 
   def __call__(self, rollout):
-    model, params = self.policy.model, self.policy.params
-    score = jax.jit(lambda params, tokens, mask: reward_model_lib.score(
-        params, tokens, mask, model=model))
+    return self.rows(rollout.tokens, rollout.mask)
+
+  def rows(self, tokens, mask):
+    """Scores [n] of tokens [n, T] and their mask."""
     return texts.in_batches(
-        lambda rows, start: score(params, *rows), (rollout.tokens, rollout.mask))
+        lambda rows, start: _score(self.policy.params, *rows, model=self.policy.model),
+        (tokens, mask))
+
+
+@functools.partial(jax.jit, static_argnames=('model',))
+def _score(params, tokens, mask, *, model):
+  return reward_model_lib.score(params, tokens, mask, model=model)
 
 
 def mean_kl(policy, reference, rollout, temperature):
@@ -164,7 +174,10 @@ def compare(answers, baseline):
     win = winrate.win_rate(answer.gold, answers[baseline].gold)
     rows.append({
         'stage': name, 'gold': float(answer.gold.mean()), 'gold_se': standard_error(answer.gold),
-        'proxy': float(answer.proxy.mean()), 'kl': answer.kl, 'win_rate': win.rate,
+        'proxy': None if answer.proxy is None else float(answer.proxy.mean()),
+        'kl': answer.kl,
+        'kl_per_token': answer.kl / float(answer.samples.rollout.response_mask.sum(1).mean()),
+        'win_rate': win.rate,
         'win_low': win.low, 'win_high': win.high, 'elo': ratings[name].elo,
         'elo_low': ratings[name].low, 'elo_high': ratings[name].high,
         'distinct_2': text.distinct(answer.samples.responses, 2),
@@ -172,21 +185,29 @@ def compare(answers, baseline):
   return rows, ratings
 
 
-def calibrate(scorer, path):
-  """Calibration of a reward model on held-out pairs, as a dict."""
+def pair_gaps(scorer, path, *, max_length=0):
+  """Gaps r_better - r_worse [n] of a data set of comparisons.
+
+  Args:
+    scorer: Scorer.
+    path: data set.
+    max_length: tokens of a row; 0 for the model's context.
+  """
   examples, _ = formats.comparisons(sources.read(path))
-  batches = reward_model_lib.pipelines.comparison_batches(
+  batches = pipelines.comparison_batches(
       examples, scorer.policy.tokenizer, batch_size=min(texts.BATCH, len(examples)),
-      max_length=scorer.policy.model.max_length)
+      max_length=max_length or scorer.policy.model.max_length)
   gaps = []
   for batch, _ in batches:
-    flat = batch.tokens.reshape(-1, batch.tokens.shape[-1])
-    mask = batch.mask.reshape(flat.shape)
-    model = scorer.policy.model
-    scores = np.asarray(jax.jit(lambda params, tokens, mask: reward_model_lib.score(
-        params, tokens, mask, model=model))(scorer.policy.params, flat, mask))
-    gaps.append(reward_model_lib.held_out_pairs(scores.reshape(batch.ranks.shape), batch))
-  gaps = np.concatenate(gaps)
+    tokens, mask = (x.reshape((-1,) + x.shape[2:]) for x in (batch.tokens, batch.mask))
+    scores = scorer.rows(tokens, mask).reshape(batch.ranks.shape)
+    gaps.append(reward_model_lib.held_out_pairs(scores, batch))
+  return np.concatenate(gaps)
+
+
+def calibrate(scorer, path):
+  """Calibration of a reward model on held-out pairs, as a dict."""
+  gaps = pair_gaps(scorer, path)
   return dataclasses.asdict(calibration_lib.pairwise(gaps, np.zeros_like(gaps)))
 
 
@@ -208,7 +229,8 @@ def frontier(run_folder, judge):
 
 def side_by_side(before, after, count):
   """The first `count` answers of two policies to the same prompts, for the report."""
-  pick = lambda answers, i: {'proxy': float(answers.proxy[i]), 'gold': float(answers.gold[i])}
+  pick = lambda answers, i: {name: float(values[i]) for name, values in (
+      ('proxy', answers.proxy), ('gold', answers.gold)) if values is not None}
   return [{'prompt': before.samples.prompts[i], 'before': before.samples.responses[i],
            'after': after.samples.responses[i],
            'scores': {'before': pick(before, i), 'after': pick(after, i)}}

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file with its tables, figures and samples, and nothing outside it.
+"""The report of a run: one HTML file with tables, figures and samples, and nothing outside it.
 
 Every part may be missing: a run of a single stage has only learning curves and a configuration.
 """
@@ -10,6 +10,7 @@ import pathlib
 import jinja2
 import markupsafe
 
+from rlhf_jax import metrics as metrics_lib
 from rlhf_jax.evaluation import figures, page, tables
 
 _MOST_PANELS = 9
@@ -185,3 +186,18 @@ def _sample(sample):
     'before_scores': text('before'),
     'after_scores': text('after'),
   }
+
+
+def of_run(workdir, *, title):
+  """The report of a single run: its learning curves and its config.json.
+
+  Args:
+    workdir: of the run; the report goes to report.html there.
+    title: of the page.
+
+  Returns:
+    The path, a pathlib.Path.
+  """
+  workdir = pathlib.Path(workdir)
+  return write(workdir / 'report.html', title=title, metrics={title: metrics_lib.read(workdir)},
+               config_text=(workdir / 'config.json').read_text())

@@ -1,4 +1,4 @@
-"""Figures of a set of texts that need no model: variety, length, repetition. Words, not tokens."""
+"""Figures of a set of texts that need no model: variety, length, repetition. By words."""
 
 import collections
 import itertools

@@ -3,9 +3,6 @@
 The human step of RLHF where no human is at hand: two samples of each prompt, one label each.
 """
 
-import json
-import os
-
 import jax
 
 from rlhf_jax.data import formats
@@ -53,18 +50,10 @@ def run(folder, *, policy, prompts, pairs, held_out, max_new_tokens, temperature
       functions.load(gold), count=annotator_count, seed=seed,
       temperature=annotator_temperature, label_noise=label_noise, disagreement=disagreement)
   split = round(len(triples) * pairs / total)
-  write_jsonl(folder / 'comparisons.jsonl', panel.label(triples[:split]))
-  write_jsonl(folder / 'held_out.jsonl', panel.label(triples[split:]))
-  write_jsonl(folder / 'samples.jsonl', [
+  sources.write(folder / 'comparisons.jsonl', panel.label(triples[:split]))
+  sources.write(folder / 'held_out.jsonl', panel.label(triples[split:]))
+  sources.write(folder / 'samples.jsonl', [
       {'prompt': q, 'completion': text} for q, a, b in triples for text in (a, b)])
   agreement = annotators.agreement(panel.votes(triples[:200]))
-  write_jsonl(folder / 'agreement.json', [
+  sources.write(folder / 'agreement.json', [
       {'fraction': agreement.fraction, 'kappa': agreement.kappa, 'simulated': True}])
-
-
-def write_jsonl(path, records):
-  """Writes records, one JSON object a line, whole or not at all."""
-  temporary = path.with_name(path.name + '.tmp')
-  with open(temporary, 'w', encoding='utf-8') as f:
-    f.writelines(json.dumps(record, ensure_ascii=False) + '\n' for record in records)
-  os.replace(temporary, path)

@@ -7,7 +7,6 @@ feed-forward width.
 import dataclasses
 
 from flax import nnx
-import jax
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.models import hf_config
@@ -120,6 +119,16 @@ class Config:
   def max_length(self):
     return self.n_positions
 
+  def std(self, path):
+    """Standard deviation of a parameter at initialization; norms and biases are 1 and 0.
+
+    The two outputs a layer that the residual stream adds up are smaller by sqrt(2 L)
+    (Radford et al. 2019, §2.3, as in their code).
+    """
+    if path.endswith(('attention/out/kernel', 'mlp/down/kernel')):
+      return self.initializer_range * (2 * self.n_layer) ** -0.5
+    return self.initializer_range
+
   @property
   def inner(self):
     """F."""
@@ -136,10 +145,10 @@ class Norm(nnx.LayerNorm):
 class MLP(nnx.Module):
   """down(act(up x))."""
 
-  def __init__(self, config, *, out_std, dtype, rngs):
+  def __init__(self, config, *, dtype, rngs):
     self.activation = config.activation_function
-    self.up = layers.Linear(config.width, config.inner, bias=True, dtype=dtype, std=config.initializer_range, rngs=rngs)
-    self.down = layers.Linear(config.inner, config.width, bias=True, dtype=dtype, std=out_std, rngs=rngs)
+    self.up = layers.Linear(config.width, config.inner, bias=True, dtype=dtype, rngs=rngs)
+    self.down = layers.Linear(config.inner, config.width, bias=True, dtype=dtype, rngs=rngs)
 
   def __call__(self, x):
     return self.down(layers.ACTIVATIONS[self.activation](self.up(x)))
@@ -149,12 +158,10 @@ class Block(nnx.Module):
   """One layer."""
 
   def __init__(self, config, *, dtype, rngs):
-    # Radford et al. 2019, §2.3: the residual stream adds up two outputs a layer.
-    out_std = config.initializer_range * (2 * config.depth) ** -0.5
     self.attention_norm = Norm(config, dtype=dtype, rngs=rngs)
-    self.attention = layers.Attention(config, bias=True, out_std=out_std, dtype=dtype, rngs=rngs)
+    self.attention = layers.Attention(config, bias=True, dtype=dtype, rngs=rngs)
     self.mlp_norm = Norm(config, dtype=dtype, rngs=rngs)
-    self.mlp = MLP(config, out_std=out_std, dtype=dtype, rngs=rngs)
+    self.mlp = MLP(config, dtype=dtype, rngs=rngs)
     self.scale = config.head_width ** -0.5 if config.scale_attn_weights else 1.0
     self.scale_by_layer = config.scale_attn_by_inverse_layer_idx
 
@@ -182,9 +189,8 @@ class Ends(nnx.Module):
   """What stands before and after the blocks."""
 
   def __init__(self, config, *, dtype, rngs):
-    shared = dict(dtype=dtype, embedding_init=jax.nn.initializers.normal(config.initializer_range), rngs=rngs)
-    self.embed = nnx.Embed(config.vocab_size, config.width, **shared)
-    self.positions = nnx.Embed(config.n_positions, config.width, **shared)
+    self.embed = nnx.Embed(config.vocab_size, config.width, dtype=dtype, rngs=rngs)
+    self.positions = nnx.Embed(config.n_positions, config.width, dtype=dtype, rngs=rngs)
     self.norm = Norm(config, dtype=dtype, rngs=rngs)
 
   def begin(self, tokens, positions):

@@ -188,11 +188,10 @@ def matmul(x, kernel, **options):
 
 
 class Linear(nnx.Linear):
-  """x [..., D] -> [..., F] with kernel [D, F] drawn from N(0, std); see `matmul` for why not nnx.Linear as it is."""
+  """x [..., D] -> [..., F] over one flat axis of rows; see `matmul`."""
 
-  def __init__(self, inputs, outputs, *, bias, dtype, std, rngs):
-    super().__init__(inputs, outputs, use_bias=bias, dtype=dtype,
-                     kernel_init=jax.nn.initializers.normal(std), rngs=rngs)
+  def __init__(self, inputs, outputs, *, bias, dtype, rngs):
+    super().__init__(inputs, outputs, use_bias=bias, dtype=dtype, rngs=rngs)
 
   def __call__(self, x):
     return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.out_features)
@@ -204,18 +203,16 @@ class Attention(nnx.Module):
   Args:
     config: of a family, with width, heads, kv_heads and head_width.
     bias: whether the projections have biases.
-    out_std: standard deviation of the output projection at initialization.
     dtype: of the computation.
   """
 
-  def __init__(self, config, *, bias, out_std, dtype, rngs):
+  def __init__(self, config, *, bias, dtype, rngs):
     self.heads, self.kv_heads, self.head_width = config.heads, config.kv_heads, config.head_width
     shared = dict(bias=bias, dtype=dtype, rngs=rngs)
-    std = config.initializer_range
-    self.query = Linear(config.width, self.heads * self.head_width, std=std, **shared)
-    self.key = Linear(config.width, self.kv_heads * self.head_width, std=std, **shared)
-    self.value = Linear(config.width, self.kv_heads * self.head_width, std=std, **shared)
-    self.out = Linear(self.heads * self.head_width, config.width, std=out_std, **shared)
+    self.query = Linear(config.width, self.heads * self.head_width, **shared)
+    self.key = Linear(config.width, self.kv_heads * self.head_width, **shared)
+    self.value = Linear(config.width, self.kv_heads * self.head_width, **shared)
+    self.out = Linear(self.heads * self.head_width, config.width, **shared)
 
   def project(self, x):
     """x [B, T, D] -> queries [B, T, N, H], keys and values [B, T, K, H]."""

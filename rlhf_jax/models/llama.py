@@ -7,7 +7,6 @@ width, F feed-forward width.
 import dataclasses
 
 from flax import nnx
-import jax
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.models import hf_config
@@ -127,6 +126,11 @@ class Config:
   def max_length(self):
     return self.max_position_embeddings
 
+  def std(self, path):
+    """Standard deviation of a parameter at initialization; norms and biases are 1 and 0."""
+    del path
+    return self.initializer_range
+
 
 class Norm(nnx.RMSNorm):
   """RMSNorm; statistics in float32."""
@@ -139,7 +143,7 @@ class MLP(nnx.Module):
   """down(act(gate x) * up x)."""
 
   def __init__(self, config, *, dtype, rngs):
-    shared = dict(bias=config.mlp_bias, dtype=dtype, std=config.initializer_range, rngs=rngs)
+    shared = dict(bias=config.mlp_bias, dtype=dtype, rngs=rngs)
     self.activation = config.hidden_act
     self.gate = layers.Linear(config.width, config.intermediate_size, **shared)
     self.up = layers.Linear(config.width, config.intermediate_size, **shared)
@@ -154,8 +158,7 @@ class Block(nnx.Module):
 
   def __init__(self, config, *, dtype, rngs):
     self.attention_norm = Norm(config, dtype=dtype, rngs=rngs)
-    self.attention = layers.Attention(config, bias=config.attention_bias, out_std=config.initializer_range,
-                                      dtype=dtype, rngs=rngs)
+    self.attention = layers.Attention(config, bias=config.attention_bias, dtype=dtype, rngs=rngs)
     self.mlp_norm = Norm(config, dtype=dtype, rngs=rngs)
     self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
@@ -184,8 +187,7 @@ class Ends(nnx.Module):
 
   def __init__(self, config, *, dtype, rngs):
     self.rope, self.head_width = config.rope, config.head_width
-    self.embed = nnx.Embed(config.vocab_size, config.width, dtype=dtype,
-                           embedding_init=jax.nn.initializers.normal(config.initializer_range), rngs=rngs)
+    self.embed = nnx.Embed(config.vocab_size, config.width, dtype=dtype, rngs=rngs)
     self.norm = Norm(config, dtype=dtype, rngs=rngs)
 
   def begin(self, tokens, positions):

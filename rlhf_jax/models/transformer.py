@@ -10,12 +10,15 @@ inside the functions, one slice per layer inside the scan.
 
 import dataclasses
 import functools
+import itertools
+import math
 from typing import Any
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax import sharding
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import gpt2
 from rlhf_jax.models import heads
@@ -103,18 +106,40 @@ class Model:
     Returns:
       Pure dict of float32 arrays; under 'blocks' stacked on a leading L axis.
     """
-    ends_key, blocks_key, unembed_key = jax.random.split(key, 3)
-    config, module = self.config, self._module
+    return jax.jit(self._init)(key)
 
-    def build(cls, key):
-      return nnx.to_pure_dict(nnx.state(cls(config, dtype=self.dtype, rngs=nnx.Rngs(key)), nnx.Param))
+  def _init(self, key):
+    shapes = self._shapes()
+    drawn = {name: math.prod(leaf.shape) for name, leaf in sharding.paths(shapes).items()
+             if not name.endswith(('scale', 'bias'))}
+    # One draw, cut into pieces: each of its own would take half a second to compile.
+    normal = jax.random.normal(key, (sum(drawn.values()),))
+    starts = dict(zip(drawn, itertools.accumulate(drawn.values(), initial=0)))
 
-    params = build(module.Ends, ends_key)
-    params['blocks'] = jax.vmap(lambda key: build(module.Block, key))(jax.random.split(blocks_key, config.depth))
+    def fill(name, leaf):
+      if name not in drawn:
+        return jnp.ones(leaf.shape) if name.endswith('scale') else jnp.zeros(leaf.shape)
+      piece = normal[starts[name]:starts[name] + drawn[name]]
+      return piece.reshape(leaf.shape) * self.config.std(name)
+
+    return sharding.map_with_path(fill, shapes)
+
+  def _shapes(self):
+    """The tree of parameters as ShapeDtypeStructs."""
+    config = self.config
+
+    def abstract(cls):
+      module = nnx.eval_shape(lambda: cls(config, dtype=self.dtype, rngs=nnx.Rngs(0)))
+      return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+
+    def struct(*shape):
+      return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    shapes = jax.tree.map(lambda leaf: struct(*leaf.shape), abstract(self._module.Ends))
+    shapes['blocks'] = jax.tree.map(lambda leaf: struct(config.depth, *leaf.shape), abstract(self._module.Block))
     if not config.tie_word_embeddings:
-      kernel = jax.random.normal(unembed_key, (config.width, config.vocab_size)) * config.initializer_range
-      params['unembed'] = {'kernel': kernel}
-    return params
+      shapes['unembed'] = {'kernel': struct(config.width, config.vocab_size)}
+    return shapes
 
   def init_cache(self, batch, length):
     """An empty cache for `length` tokens a row.

@@ -13,3 +13,8 @@ def direct_speech(prompts, responses, *, response_tokens, metadata):
 
 def _share(sentences):
   return sum('"' in s for s in sentences) / len(sentences) if sentences else 0.0
+
+
+def direct_speech_of(prompt, response):
+  """`direct_speech` of one response, for the evaluation."""
+  return direct_speech([prompt], [response], response_tokens=None, metadata=None)[0]

@@ -1,8 +1,8 @@
 """Complete PPO updates against references_ppo.py, which computes them by hand, for each preset.
 
 Two iterations each: reward vector, whitening, GAE, both clips, the preset's epochs and
-minibatches, its Adam, and a step of the KL controller. Prompts and responses are ragged, and the
-padding holds random tokens, the EOS among them.
+minibatches, its Adam, and a step of the KL controller. Prompts and responses are ragged; prompts
+are padded with random tokens, responses with the EOS.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from rlhf_jax.algorithms import setup
 EOS, VOCAB, WIDTH = 2, 7, 3
 P, R = 4, 6
 PROMPTS = (1, 4, 2, 3, 4, 1, 2, 3)  # lengths; B = 8
-RESPONSES = (1, 3, 6, 6, 2, 4, 5, 6)
+RESPONSES = (1, 3, 6, 6, 2, 4, 6, 5)  # the last one neither ends nor fills its slots
 ENDED = (True, True, True, False, True, True, True, False)
 PTX_LENGTHS = (4, 8, 2, 6, 3, 5, 8, 7)
 RATE = 0.02  # of every preset here, so that ratios and values leave their clips
@@ -128,6 +128,7 @@ def make_episodes(rng, *, raw, dense, params):
 def make_rollout(rng, episodes):
   """The episodes as a padded Rollout and scores."""
   tokens = rng.integers(0, VOCAB, (len(episodes), P + R)).astype(np.int32)
+  tokens[:, P:] = EOS
   mask, logprobs = np.zeros(tokens.shape, bool), np.zeros((len(episodes), R), np.float32)
   dense = np.ndim(episodes[0]['score'])
   scores = np.zeros((len(episodes), R) if dense else len(episodes), np.float32)

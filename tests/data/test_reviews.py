@@ -1,4 +1,4 @@
-"""The embedded world of reviews: variety, distributions, and a gold score that is hard to cheat."""
+"""The embedded world of reviews: its variety, and a gold score that is hard to cheat."""
 
 import random
 import re

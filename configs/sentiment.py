@@ -1,0 +1,108 @@
+"""PPO for positive film reviews on real text, judged by a model that saw other text.
+
+python -m rlhf_jax.main --config=configs/sentiment.py --workdir=/tmp/sentiment \\
+    --config.data.path=../shared/data/rt-polarity
+
+A small Llama is pretrained on snippets, a reward model on positive-over-negative pairs, PPO
+continues the first words of snippets. The judge, a logistic model on words and word pairs, is
+fitted on the half of the data that no model saw.
+"""
+
+import ml_collections
+
+from rlhf_jax import config as c
+
+UNROLL = 3
+LENGTH = 64
+RESPONSE = 28
+
+
+def get_config(arg=None):
+  """Arguments: debug (seconds), seed."""
+  arg = c.parse_arg(arg, debug=False, seed=0)
+  config = ml_collections.ConfigDict({
+      'seed': arg.seed, 'stages': ('split', 'pretrain', 'reward_model', 'ppo', 'evaluate'),
+      'data': {'path': '../shared/data/rt-polarity'}})
+  config.split = ml_collections.ConfigDict({
+      'function': 'rlhf_jax.data.polarity:write', 'path': config.data.get_ref('path'),
+      'vocab_size': 4_096, 'pairings': 6, 'held_out': 0.1, 'prompt_words': 3,
+      'prompt_count': 2_048, 'seed': -1})
+  config.pretrain = pretrain()
+  config.reward_model = reward_model()
+  config.ppo = ppo()
+  config.evaluate = ml_collections.ConfigDict({
+      'function': 'rlhf_jax.evaluation.policies:run',
+      'title': 'Film reviews: positive continuations',
+      'summary': 'Gold is 1 where the independent judge calls the text positive.',
+      'workdir': '$workdir',
+      'policies': (('pretrained', '$workdir/pretrain'), ('ppo', '$workdir/ppo')),
+      'baseline': 'pretrained', 'trained': 'ppo', 'best_of': 8,
+      'reward_model': '$workdir/reward_model/model',
+      'comparisons': '$workdir/split/held_out.jsonl',
+      'prompts': '$workdir/split/prompts.jsonl', 'samples': 512,
+      'max_new_tokens': RESPONSE, 'temperature': 1.0,
+      'gold': 'rlhf_jax.evaluation.judge:sentiment', 'gold_path': '$workdir/split/judge.jsonl',
+      'unroll': UNROLL, 'curves': ('pretrain', 'reward_model', 'ppo'), 'seed': -1})
+  if arg.debug:
+    debug(config)
+  return config
+
+
+def base(stage, model):
+  """What the stages that train have in common."""
+  stage.seed = -1
+  stage.tokenizer = '$workdir/split/tokenizer'
+  stage.model.path = model
+  stage.model.unroll = UNROLL
+  stage.optim.clip_norm = 1.0
+  stage.log_every = 5
+  return stage
+
+
+def pretrain():
+  """Language modelling of the snippets, packed."""
+  stage = base(c.sft(), '')
+  stage.model.init = ml_collections.ConfigDict({
+      'family': 'llama', 'hidden_size': 192, 'intermediate_size': 512,
+      'num_hidden_layers': 3, 'num_attention_heads': 6, 'num_key_value_heads': 6,
+      'max_position_embeddings': 128, 'tie_word_embeddings': True, 'rms_norm_eps': 1e-5})
+  stage.data.update({'path': '$workdir/split/texts.jsonl', 'max_length': LENGTH,
+                     'held_out': 0.02})
+  stage.batch_size, stage.epochs = 32, 10.0
+  stage.optim.update({'learning_rate': 2e-3, 'schedule': 'cosine', 'warmup_steps': 20,
+                      'weight_decay': 0.1})
+  return stage
+
+
+def reward_model():
+  """Positive over negative, each positive paired with several negatives."""
+  stage = base(c.reward_model(), '$workdir/pretrain/model')
+  stage.data.update({'path': '$workdir/split/pairs.jsonl', 'max_length': LENGTH,
+                     'held_out_path': '$workdir/split/held_out.jsonl'})
+  stage.batch_size, stage.epochs = 32, 1.0
+  stage.reward.normalize = 'gain_bias'
+  stage.optim.update({'learning_rate': 3e-4, 'schedule': 'cosine', 'warmup_steps': 10,
+                      'weight_decay': 0.1})
+  return stage
+
+
+def ppo():
+  """PPO against the reward model."""
+  stage = base(c.ppo(), '$workdir/pretrain/model')
+  stage.data.update({'path': '$workdir/split/prompts.jsonl', 'max_prompt_length': 16})
+  stage.reward.model = '$workdir/reward_model/model'
+  stage.sampling.max_new_tokens = RESPONSE
+  stage.batch_size, stage.steps = 128, 60
+  stage.ppo.update({'epochs': 2, 'minibatches': 4, 'kl_coef': 0.05})
+  stage.optim.update({'learning_rate': 2e-4, 'schedule': 'linear'})
+  stage.samples_every = 10
+  return stage
+
+
+def debug(config):
+  """Shrinks everything to seconds; the figures mean nothing."""
+  config.split.update({'prompt_count': 32, 'pairings': 1, 'vocab_size': 512})
+  config.pretrain.update({'steps': 3, 'epochs': 0.0})
+  config.reward_model.update({'steps': 3, 'epochs': 0.0})
+  config.ppo.update({'steps': 2, 'batch_size': 16})
+  config.evaluate.update({'samples': 32, 'best_of': 2})

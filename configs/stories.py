@@ -1,0 +1,51 @@
+"""PPO on a real pretrained story model with a Python reward: more direct speech.
+
+python -m rlhf_jax.main --config=configs/stories.py --workdir=/tmp/stories
+
+The model is the 260 K parameter Llama trained on TinyStories (Eldan & Li 2023,
+https://arxiv.org/abs/2305.07759); the reward is the share of sentences that quote somebody.
+"""
+
+import ml_collections
+
+from rlhf_jax import config as c
+
+
+def get_config(arg=None):
+  """Arguments: debug (seconds), seed, model (a folder)."""
+  arg = c.parse_arg(arg, debug=False, seed=0, model='../shared/models/stories260K')
+  config = ml_collections.ConfigDict({'seed': arg.seed, 'stages': ('prompts', 'ppo', 'evaluate')})
+  config.prompts = ml_collections.ConfigDict({
+      'function': 'rlhf_jax.data.prompts:write', 'count': 512,
+      'texts': ('Once upon a time', 'One day', 'There was a little girl named Lily.',
+                'Tom and Sue were best friends.', 'It was a sunny day.'),
+  })
+  ppo = c.ppo('trlx')
+  ppo.seed = -1
+  ppo.model.path = arg.model
+  ppo.model.unroll = 5
+  ppo.data.update({'path': '$workdir/prompts/prompts.jsonl', 'max_prompt_length': 24})
+  ppo.reward.function = 'rlhf_jax.rewards.rules:direct_speech'
+  ppo.sampling.max_new_tokens = 128
+  ppo.batch_size, ppo.steps = 64, 60
+  ppo.ppo.update({'epochs': 2, 'minibatches': 2, 'kl_coef': 0.01})
+  ppo.optim.update({'learning_rate': 5e-4, 'clip_norm': 1.0, 'schedule': 'linear'})
+  ppo.samples_every = 10
+  config.ppo = ppo
+  config.evaluate = ml_collections.ConfigDict({
+      'function': 'rlhf_jax.evaluation.policies:run',
+      'title': 'Stories with direct speech',
+      'summary': 'Gold here is the reward itself: the share of sentences that quote somebody.',
+      'workdir': '$workdir',
+      'policies': (('base', arg.model), ('ppo', '$workdir/ppo')),
+      'baseline': 'base', 'trained': 'ppo', 'best_of': 0, 'reward_model': '',
+      'comparisons': '', 'prompts': '$workdir/prompts/prompts.jsonl', 'samples': 512,
+      'max_new_tokens': 128, 'temperature': 1.0,
+      'gold': 'rlhf_jax.rewards.rules:direct_speech_of', 'gold_path': '', 'unroll': 5,
+      'curves': ('ppo',), 'seed': -1,
+  })
+  if arg.debug:
+    ppo.update({'steps': 2, 'batch_size': 8})
+    ppo.sampling.max_new_tokens = 16
+    config.evaluate.update({'samples': 16, 'max_new_tokens': 16})
+  return config

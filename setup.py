@@ -1,0 +1,53 @@
+"""Installs rlhf_jax. Lower bounds are what the tests ran with, upper bounds the next release that
+may break something; constraints.txt has the exact versions of the continuous integration.
+"""
+
+import setuptools
+
+setuptools.setup(
+    name='rlhf_jax',
+    version='0.1.0',
+    description='Reinforcement learning from human feedback in JAX: the whole loop, readable.',
+    license='Apache-2.0',
+    license_files=['LICENSE'],
+    python_requires='>=3.11,<3.14',
+    packages=setuptools.find_packages(include=['rlhf_jax*']),
+    install_requires=[
+        'absl-py>=2.5.1,<3',
+        'chex>=0.1.92,<0.2',
+        'datasets>=5.2.0,<6',
+        'flax>=0.12.8,<0.13',
+        'grain>=0.2.18,<0.3',
+        'jax>=0.10.2,<0.13',
+        'jinja2>=3.1.6,<4',
+        'markupsafe>=3.0.4,<4',
+        'matplotlib>=3.11.2,<4',
+        'ml_collections>=1.1.0,<2',
+        'numpy>=2.4.6,<3',
+        'optax>=0.2.8,<0.3',
+        'orbax-checkpoint>=0.12.8,<0.13',
+        'pyarrow>=26.0.1,<27',
+        'rich>=15.0.0,<16',
+        'safetensors>=0.8.0,<0.9',
+        'tensorboardX>=2.6.5,<3',
+        'tokenizers>=0.23.3,<0.24',
+        'tqdm>=4.70.1,<5',
+        'transformers>=5.23.0,<6',
+    ],
+    extras_require={
+        'test': [
+            'ipykernel>=7.4.0,<8',
+            'nbclient>=0.11.0,<0.12',
+            'nbformat>=5.11.1,<6',
+            'pytest>=9.2.0,<10',
+            'pytest-xdist>=3.8.0,<4',
+            # Only the comparisons with transformers need it; elsewhere they are skipped.
+            'torch==2.13.0; python_version < "3.12"',
+        ],
+        'cuda': ['jax[cuda13]'],
+        'tpu': ['jax[tpu]'],
+        'tfds': ['tensorflow-datasets>=4.9.10,<5'],
+        'wandb': ['wandb>=0.31.0,<0.32'],
+        'notebooks': ['jupyterlab>=4.4,<5'],
+    },
+)

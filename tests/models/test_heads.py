@@ -1,0 +1,33 @@
+"""Scalar heads by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.models import heads
+
+
+def test_apply_scalar_by_hand():
+  head = {'kernel': jnp.array([1.0, -2.0]), 'bias': jnp.array(0.5)}
+  hidden = jnp.array([[[3.0, 1.0], [0.0, 2.0]]], jnp.bfloat16)
+  values = heads.apply_scalar(head, hidden)
+  # 3 - 2 + 0.5 = 1.5; 0 - 4 + 0.5 = -3.5
+  np.testing.assert_array_equal(values, [[1.5, -3.5]])
+  assert values.dtype == jnp.float32
+
+
+def test_scales():
+  zero = heads.init_scalar(None, 8, scale='zero')
+  assert zero['kernel'].shape == (8,) and not np.any(zero['kernel']) and zero['bias'] == 0
+  normal = heads.init_scalar(jax.random.key(0), 4095, scale='normal')
+  np.testing.assert_allclose(normal['kernel'].std(), 1 / 64, rtol=0.05)  # 1 / sqrt(4096)
+  assert normal['bias'] == 0
+  with pytest.raises(ValueError, match='scale'):
+    heads.init_scalar(None, 8, scale='xavier')
+
+
+def test_last_token_wherever_the_padding_is():
+  values = jnp.arange(12.0).reshape(3, 4)
+  mask = jnp.array([[True, True, False, False], [False, False, True, True], [True, False, True, False]])
+  np.testing.assert_array_equal(heads.last_token(values, mask), [1.0, 7.0, 10.0])

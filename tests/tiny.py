@@ -1,0 +1,153 @@
+"""A world small enough for tests: 64 words, a two-layer Llama, a few examples of every kind.
+
+python -m rlhf_jax.main --config=tests/tiny.py:stage=ppo,world=FOLDER --workdir=DIR
+
+The task: texts of the words w0 .. w59, of which w0 .. w29 are good. Comparisons prefer the text
+with more good words, and `good_words` pays the share of them.
+"""
+
+import json
+import pathlib
+
+import jax
+import tokenizers as hf_tokenizers
+import transformers
+
+from rlhf_jax import config as config_lib
+from rlhf_jax.models import Model
+from rlhf_jax.models import heads
+from rlhf_jax.models import hf
+
+PAD, BOS, EOS, UNK = range(4)
+WORDS = 60
+VOCAB = WORDS + 4
+LLAMA = {
+    'family': 'llama', 'vocab_size': VOCAB, 'hidden_size': 16, 'intermediate_size': 32,
+    'num_hidden_layers': 2, 'num_attention_heads': 4, 'num_key_value_heads': 2,
+    'max_position_embeddings': 32, 'tie_word_embeddings': True, 'initializer_range': 0.1,
+}
+
+
+def write(folder):
+  """Writes tokenizer/, model/, reward/ and one .jsonl file for each kind of data.
+
+  Args:
+    folder: where to.
+
+  Returns:
+    The folder.
+  """
+  folder = pathlib.Path(folder)
+  tokenizer = write_tokenizer(folder / 'tokenizer')
+  model = Model.create(LLAMA)
+  params = model.init(jax.random.key(7))
+  hf.save(folder / 'model', model, params, tokenizer=tokenizer)
+  head = heads.init_scalar(jax.random.key(8), model.width, scale='normal')
+  hf.save(folder / 'reward', model, params, tokenizer=tokenizer, head=head)
+  write_jsonl(folder / 'texts.jsonl', [{'text': text(i, 3 + i % 12)} for i in range(64)])
+  write_jsonl(folder / 'completions.jsonl', [
+      {'prompt': text(i, 1 + i % 4), 'completion': text(3 * i, 2 + i % 5)} for i in range(48)])
+  write_jsonl(folder / 'comparisons.jsonl', [
+      {'prompt': text(i, 1 + i % 3), 'chosen': text(i % 20, 3), 'rejected': text(30 + i % 20, 4)}
+      for i in range(48)])
+  write_jsonl(folder / 'prompts.jsonl', [
+      {'prompt': text(7 * i, 1 + i % 5), 'number': i} for i in range(40)])
+  return folder
+
+
+def write_tokenizer(path, words=WORDS):
+  """A tokenizer of whole words, with BOS, EOS and padding; returns it."""
+  vocabulary = {'<|pad|>': PAD, '<|bos|>': BOS, '<|eos|>': EOS, '<|unk|>': UNK}
+  vocabulary |= {f'w{i}': 4 + i for i in range(words)}
+  backend = hf_tokenizers.Tokenizer(
+      hf_tokenizers.models.WordLevel(vocabulary, unk_token='<|unk|>'))
+  backend.pre_tokenizer = hf_tokenizers.pre_tokenizers.WhitespaceSplit()
+  backend.post_processor = hf_tokenizers.processors.TemplateProcessing(
+      single='<|bos|> $A', special_tokens=[('<|bos|>', BOS)])
+  tokenizer = transformers.PreTrainedTokenizerFast(
+      tokenizer_object=backend, pad_token='<|pad|>', bos_token='<|bos|>', eos_token='<|eos|>',
+      unk_token='<|unk|>')
+  tokenizer.save_pretrained(path)
+  return tokenizer
+
+
+def text(start, length):
+  """`length` words from word `start` on."""
+  return ' '.join(f'w{(start + 11 * i) % WORDS}' for i in range(length))
+
+
+def write_jsonl(path, records):
+  """Writes one JSON object a line."""
+  path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+  return path
+
+
+def good_words(prompts, responses, *, response_tokens, metadata):
+  """Share of words below w30 among a response's words."""
+  del prompts, response_tokens
+  assert all('number' in entry for entry in metadata)
+  rewards = []
+  for response in responses:
+    words = [int(word[1:]) for word in response.split() if word[1:].isdigit()]
+    rewards.append(sum(word < 30 for word in words) / max(len(words), 1))
+  return rewards
+
+
+def sft(world, kind='text'):
+  """Language modelling on texts.jsonl, or SFT on completions.jsonl."""
+  config = config_lib.sft()
+  config.data.kind = kind
+  config.data.path = f'{world}/{"texts" if kind == "text" else "completions"}.jsonl'
+  return _trained(config, world)
+
+
+def reward_model(world):
+  """A reward model on comparisons.jsonl."""
+  config = config_lib.reward_model()
+  config.data.path = f'{world}/comparisons.jsonl'
+  config.data.held_out = 0.2
+  return _trained(config, world)
+
+
+def ppo(world, preset=''):
+  """PPO against the reward function above."""
+  config = config_lib.ppo(preset)
+  config.data.path = f'{world}/prompts.jsonl'
+  config.data.max_prompt_length = 6
+  config.reward.function = 'tiny:good_words'
+  config.sampling.max_new_tokens = 6
+  config.ppo.update({'epochs': 2, 'minibatches': 2})
+  if config.ppo.ptx_coef:
+    mix_in_pretraining(config, world)
+  return _trained(config, world)
+
+
+def mix_in_pretraining(config, world):
+  """PPO-ptx on completions.jsonl."""
+  config.ppo.ptx_coef = 0.5
+  config.ptx.update({'path': f'{world}/completions.jsonl', 'kind': 'completion',
+                     'max_length': 16, 'batch_size': 16})
+
+
+def _trained(config, world):
+  config.model.path = f'{world}/model'
+  config.data.max_length = 16
+  config.batch_size, config.steps = 16, 4
+  config.optim.learning_rate = 3e-3
+  return config
+
+
+def get_config(arg=None):
+  """Long runs of small steps, for tests that kill them. Arguments: stage, world."""
+  arg = config_lib.parse_arg(arg, stage='ppo', world='')
+  if arg.stage == 'reward_model':
+    config = reward_model(arg.world)
+    config.eval_every = 7
+  else:
+    config = ppo(arg.world)
+    mix_in_pretraining(config, arg.world)
+    config.reward.update({'function': '', 'model': f'{arg.world}/reward'})
+    config.ppo.update({'scale_scores': True, 'kl_controller': 'adaptive', 'kl_horizon': 100.0})
+    config.samples_every = 10
+  config.steps, config.checkpoint_every = 60, 3
+  return config
