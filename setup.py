@@ -29,6 +29,7 @@ setuptools.setup(
         'pyarrow>=26.0.1,<27',
         'rich>=15.0.0,<16',
         'safetensors>=0.8.0,<0.9',
+        'scikit-learn>=1.9.1,<2',
         'tensorboardX>=2.6.5,<3',
         'tokenizers>=0.23.3,<0.24',
         'tqdm>=4.70.1,<5',
@@ -41,12 +42,14 @@ setuptools.setup(
             'nbformat>=5.11.1,<6',
             'pytest>=9.2.0,<10',
             'pytest-xdist>=3.8.0,<4',
+            'setuptools>=84.2.1,<85',
             # Only the comparisons with transformers need it; elsewhere they are skipped.
             'torch==2.13.0; python_version < "3.12"',
         ],
         'cuda': ['jax[cuda13]'],
         'tpu': ['jax[tpu]'],
-        'tfds': ['tensorflow-datasets>=4.9.10,<5'],
+        # tensorflow-datasets imports importlib_resources and does not ask for it.
+        'tfds': ['importlib_resources>=7.1.0,<8', 'tensorflow-datasets>=4.9.10,<5'],
         'wandb': ['wandb>=0.31.0,<0.32'],
         'notebooks': ['jupyterlab>=4.4,<5'],
     },

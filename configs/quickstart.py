@@ -32,7 +32,7 @@ def get_config(arg=None):
   config.compare = ml_collections.ConfigDict({
       'function': 'rlhf_jax.feedback.collect:run',
       'policy': '$workdir/sft', 'prompts': '$workdir/world/prompts.jsonl',
-      'pairs': 4_000, 'held_out': 500, 'max_new_tokens': 36, 'temperature': 1.0,
+      'pairs': 8_000, 'held_out': 500, 'max_new_tokens': 36, 'temperature': 1.0,
       'gold': 'rlhf_jax.data.reviews:gold_score',
       'annotator_count': 5, 'annotator_temperature': 0.5, 'label_noise': 0.05,
       'disagreement': 0.3, 'unroll': UNROLL, 'seed': -1,
@@ -80,8 +80,8 @@ def pretrain():
       'max_position_embeddings': 128, 'tie_word_embeddings': True, 'rms_norm_eps': 1e-5,
   })
   stage.data.update({'path': '$workdir/world/corpus.jsonl', 'max_length': 96, 'held_out': 0.01})
-  stage.batch_size, stage.steps = 32, 300
-  stage.optim.update({'learning_rate': 2e-3, 'schedule': 'cosine', 'warmup_steps': 20,
+  stage.batch_size, stage.steps = 16, 600
+  stage.optim.update({'learning_rate': 3e-3, 'schedule': 'cosine', 'warmup_steps': 20,
                       'weight_decay': 0.01})
   return stage
 
@@ -101,7 +101,7 @@ def reward_model():
   stage = base(c.reward_model(), '$workdir/sft/model')
   stage.data.update({'path': '$workdir/compare/comparisons.jsonl', 'max_length': 48,
                      'held_out_path': '$workdir/compare/held_out.jsonl'})
-  stage.batch_size, stage.epochs = 32, 2.0
+  stage.batch_size, stage.epochs = 32, 1.0
   stage.reward.update({'normalize': 'gain_bias',
                        'normalize_path': '$workdir/compare/samples.jsonl'})
   stage.optim.update({'learning_rate': 5e-4, 'schedule': 'cosine', 'warmup_steps': 10})
@@ -114,8 +114,8 @@ def ppo():
   stage.data.update({'path': '$workdir/world/prompts.jsonl', 'max_prompt_length': 12})
   stage.reward.model = '$workdir/reward_model/model'
   stage.sampling.max_new_tokens = 36
-  stage.batch_size, stage.steps = 128, 60
-  stage.ppo.update({'epochs': 2, 'minibatches': 4, 'kl_coef': 0.05, 'ptx_coef': 0.5,
+  stage.batch_size, stage.steps = 128, 40
+  stage.ppo.update({'epochs': 2, 'minibatches': 4, 'kl_coef': 0.15, 'ptx_coef': 0.5,
                     'missing_eos': 'replace', 'missing_eos_value': -2.0})
   stage.ptx.update({'path': '$workdir/world/demonstrations.jsonl', 'kind': 'completion',
                     'max_length': 48, 'batch_size': 32})

@@ -1,5 +1,6 @@
-"""Process-wide settings of JAX: several hosts, and compiled programs kept on disk."""
+"""Process-wide settings: several hosts, compiled programs kept on disk, memory kept by malloc."""
 
+import ctypes
 import os
 import pathlib
 
@@ -9,9 +10,12 @@ import jax
 def configure():
   """Joins the other processes of a cluster, and keeps compiled programs for the next start.
 
+  Also keeps freed memory in the process, see `keep_memory`.
+
   On Cloud TPU pods, under SLURM and under Open MPI the coordinator is found by itself; elsewhere
   it is named by COORDINATOR_ADDRESS, PROCESS_COUNT and PROCESS_ID.
   """
+  keep_memory()
   if 'COORDINATOR_ADDRESS' in os.environ:
     jax.distributed.initialize(
         os.environ['COORDINATOR_ADDRESS'], int(os.environ['PROCESS_COUNT']),
@@ -23,3 +27,18 @@ def configure():
   if jax.config.jax_compilation_cache_dir is None:
     cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME', pathlib.Path.home() / '.cache'))
     jax.config.update('jax_compilation_cache_dir', str(cache / 'rlhf_jax' / 'xla'))
+
+
+def keep_memory():
+  """Tells glibc to keep large freed blocks, all in one arena, for the next step.
+
+  XLA on the CPU allocates its temporaries anew every step. Returned to the system and mapped
+  again, their pages are zeroed by the kernel each time: without this a small train step takes
+  1.5 times as long. Other arenas hold no block above 64 MB, hence the one.
+  """
+  try:
+    libc = ctypes.CDLL('libc.so.6')
+  except OSError:
+    return  # another C library; only slower
+  for parameter, value in ((-1, 2**30), (-3, 2**30), (-8, 1)):  # trim, mmap, arenas
+    libc.mallopt(parameter, value)

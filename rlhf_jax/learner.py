@@ -15,8 +15,9 @@ class Learner:
     state: TrainState to start from, sharded.
     steps: train steps of the whole run.
     iterators: {name: grain iterator}, all the data it reads; saved with every checkpoint.
-    next_batch: (state, step) -> (batch, metrics): the arguments of `train_step` after the
-      state, read from the data or sampled from the policy, and host-side metrics.
+    next_batch: (state, timed=bool) -> (batch, metrics): the arguments of `train_step` after
+      the state, read from the data or sampled from the policy, and host-side metrics, with
+      times if it may wait for the device to take them.
     train_step: jitted (state, *batch) -> (state, metrics), `state` donated.
     evaluate: (state) -> metrics on held-out data; empty where there is none.
     export: (state, path) writes a Hugging Face folder.

@@ -25,7 +25,7 @@ def main(argv):
   """Runs the config."""
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
-  logging.set_verbosity(logging.INFO)
+  logging.set_verbosity(logging.WARNING)
   compilation.configure()
   try:
     config = _CONFIG.value

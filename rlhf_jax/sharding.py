@@ -56,6 +56,27 @@ def batch_sharding(mesh):
   return NamedSharding(mesh, BATCH)
 
 
+def split_rows(x, *, axis=0):
+  """Keeps the rows of an activation split over 'data' and 'fsdp', inside jit under `jax.set_mesh`.
+
+  Without it XLA may follow the parameters instead: activations split along their width, and
+  every device at work on every row. Does nothing without a mesh, or where the rows do not divide.
+
+  Args:
+    x: an array with rows on `axis`.
+    axis: index of the axis of rows.
+
+  Returns:
+    x.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or not set(AXES) <= set(mesh.axis_names):
+    return x
+  if x.shape[axis] % (mesh.shape['data'] * mesh.shape['fsdp']):
+    return x
+  return jax.lax.with_sharding_constraint(x, P(*[None] * axis, *BATCH))
+
+
 def path_name(path):
   """A key path of jax.tree_util as 'blocks/mlp/up/kernel'."""
   return jax.tree_util.keystr(path, simple=True, separator='/')

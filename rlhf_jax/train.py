@@ -86,29 +86,30 @@ def loop(config, learner, state, first_step, checkpoints, writer):
   bar = tqdm.tqdm(range(first_step, steps), initial=first_step, total=steps,
                   desc=pathlib.Path(writer.workdir).name, dynamic_ncols=True)
   for step in bar:
-    batch, host_metrics = learner.next_batch(state, step)
+    done = step + 1
+    logged = done == 1 or due(done, config.log_every)
+    batch, host_metrics = learner.next_batch(state, timed=logged)
     state, metrics = learner.train_step(state, *batch)
     if pending is not None:
-      log(config, writer, bar, *pending)
+      log(writer, bar, *pending)
     now = time.perf_counter()
-    pending = step, metrics, host_metrics | {'seconds/step': now - clock}
+    pending = step, logged, metrics, host_metrics | {'seconds/step': now - clock}
     clock = now
-    done = step + 1
     if due(done, config.eval_every):
-      pending = log(config, writer, bar, *pending)
+      pending = log(writer, bar, *pending)
       held_out = learner.evaluate(state)
       writer.write(step, held_out)
       show(bar, held_out)
     if due(done, config.samples_every):
       writer.samples(step, learner.samples())
     if due(done, config.checkpoint_every):
-      pending = pending and log(config, writer, bar, *pending)
+      pending = pending and log(writer, bar, *pending)
       checkpoints.save(done, state, learner.iterators)
   return state
 
 
-def log(config, writer, bar, step, step_metrics, host_metrics):
-  """Writes one step's metrics; stops the run at the first one that is not finite.
+def log(writer, bar, step, logged, step_metrics, host_metrics):
+  """Writes one step's metrics if they are `logged`; stops the run where one is not finite.
 
   Raises:
     UserError: a loss or a norm is NaN or infinite.
@@ -122,7 +123,7 @@ def log(config, writer, bar, step, step_metrics, host_metrics):
         f'are in {writer.workdir}/checkpoints, and the same command goes on from the last.')
   values |= host_metrics
   show(bar, values)
-  if step % config.log_every == 0:
+  if logged:
     writer.write(step, values)
 
 

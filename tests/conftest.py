@@ -23,3 +23,10 @@ def shared():
   if not folder.is_dir():
     pytest.skip('no ../shared beside the project: its data and models are not shipped')
   return folder
+
+
+@pytest.fixture(scope='session')
+def world(tmp_path_factory):
+  """A folder with a tiny tokenizer, policy, reward model and data; see tiny.py."""
+  import tiny
+  return tiny.write(tmp_path_factory.mktemp('world'))

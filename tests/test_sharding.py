@@ -94,11 +94,13 @@ def test_batches_are_split_over_data_and_fsdp():
   assert sharding.replicated(mesh).shard_shape((8, 3)) == (8, 3)
 
 
-@pytest.mark.parametrize('shape', [{'data': 8}, {'fsdp': 8}, {'data': 2, 'fsdp': 2, 'tensor': 2}],
-                         ids=['data', 'fsdp', 'all'])
-def test_eight_devices_give_the_loss_and_gradient_of_one(model, shape):
+@pytest.mark.parametrize('fields,shape', [
+    (GPT2, {'data': 8}), (LLAMA, {'fsdp': 8}), (GPT2, {'data': 2, 'fsdp': 2, 'tensor': 2}),
+    (LLAMA, {'data': 2, 'fsdp': 2, 'tensor': 2}), (LLAMA | {'tie_word_embeddings': True}, {'fsdp': 2, 'tensor': 4})])
+def test_eight_devices_give_the_loss_and_gradient_of_one(fields, shape):
   mesh_of_eight()
   mesh = sharding.make_mesh(shape)
+  model = Model.create(fields)
   params = model.init(jax.random.key(0))
   tokens = np.random.default_rng(0).integers(0, 31, (8, 6)).astype(np.int32)
   positions = np.broadcast_to(np.arange(6, dtype=np.int32), (8, 6))
@@ -117,3 +119,24 @@ def test_eight_devices_give_the_loss_and_gradient_of_one(model, shape):
                  out_shardings=(sharding.replicated(mesh), places))
   many = step(jax.device_put(params, places), tokens, positions, segments)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), many, one)
+
+
+@pytest.mark.parametrize('fields', [GPT2, LLAMA], ids=['gpt2', 'llama'])
+def test_activations_stay_split_by_rows_under_fsdp(fields):
+  """Parameters split along their width do not pull the activations with them."""
+  mesh_of_eight()
+  model, mesh = Model.create(fields), sharding.make_mesh({'fsdp': 8})
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  rows = sharding.batch_sharding(mesh)
+  tokens = jax.ShapeDtypeStruct((8, 6), jnp.int32)
+
+  def prefill(params, tokens, positions, segments):
+    return model.forward(params, tokens, positions, segments, model.init_cache(8, 10))
+
+  places = (sharding.shardings(shapes, model.rules, mesh), rows, rows, rows)
+  with jax.set_mesh(mesh):
+    compiled = jax.jit(prefill, in_shardings=places).lower(shapes, tokens, tokens, tokens).compile()
+  hidden, cache = compiled.output_shardings
+  assert hidden.shard_shape((8, 6, model.width)) == (1, 6, model.width)
+  keys = (model.config.depth, 8, model.config.kv_heads, 10, model.config.head_width)
+  assert cache['k'].shard_shape(keys)[:2] == (model.config.depth, 1)

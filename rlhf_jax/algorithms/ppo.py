@@ -429,8 +429,8 @@ def create(config, mesh):
   if config.ptx.batch_size:
     iterators['ptx'] = sft.ptx_iterator(config, tokenizer, model)
 
-  def next_batch(state, step):
-    rollout, scores, metrics = actor(state, timed=step % config.log_every == 0)
+  def next_batch(state, *, timed):
+    rollout, scores, metrics = actor(state, timed=timed)
     ptx = sharding.put_rows(next(iterators['ptx']), mesh) if 'ptx' in iterators else None
     return ({'reference': reference}, rollout, scores, ptx), metrics
 

@@ -212,7 +212,7 @@ def create(config, mesh):
 
   return learner.Learner(
       state=state, steps=steps, iterators={'data': iterator},
-      next_batch=lambda state, step: ((sharding.put_rows(next(iterator), mesh),), {}),
+      next_batch=lambda state, *, timed: ((sharding.put_rows(next(iterator), mesh),), {}),
       train_step=step, evaluate=evaluate, export=export,
       model=model, model_name='reward', tokenizer=tokenizer)
 

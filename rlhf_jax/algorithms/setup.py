@@ -153,7 +153,7 @@ def jit_step(function, state):
 
 
 def read_examples(config_data, convert, tokenizer):
-  """Examples of a data set, with a line in the log on what was left out.
+  """Examples of a data set, with a warning that counts what was left out.
 
   Args:
     config_data: `config.data`.
@@ -171,7 +171,8 @@ def _read(config_data, path, convert, tokenizer):
   records = sources.read(path, split=config_data.split, columns=columns,
                          separator=config_data.separator)
   examples, report = convert(records, tokenizer=tokenizer, on_error=config_data.on_error)
-  logging.info('%s: %s', path, report)
+  if report.left_out:
+    logging.warning('%s: %s', path, report)
   return examples
 
 

@@ -144,6 +144,6 @@ def create(config, mesh):
 
   return learner.Learner(
       state=state, steps=steps, iterators={'data': iterator},
-      next_batch=lambda state, step: ((sharding.put_rows(next(iterator), mesh),), {}),
+      next_batch=lambda state, *, timed: ((sharding.put_rows(next(iterator), mesh),), {}),
       train_step=step, evaluate=evaluate, export=setup.policy_exporter(model, tokenizer),
       model=model, model_name='policy', tokenizer=tokenizer)

@@ -17,7 +17,8 @@ IRRELEVANT = frozenset({
     'attn_pdrop', 'embd_pdrop', 'resid_pdrop', 'attention_dropout',
     'summary_activation', 'summary_first_dropout', 'summary_proj_to_labels', 'summary_type', 'summary_use_proj',
     'task_specific_params', 'problem_type', 'id2label', 'label2id', 'num_labels', '_num_labels',
-    'chunk_size_feed_forward', 'pretraining_tp', 'gradient_checkpointing',
+    'chunk_size_feed_forward', 'pretraining_tp', 'gradient_checkpointing', 'output_past',
+    'is_llama_config', 'transformers.js_config',
 })
 
 REQUIRED = object()

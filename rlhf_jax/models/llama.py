@@ -65,6 +65,7 @@ class Config:
     """
     fields = hf_config.Fields(fields)
     fields.only('is_encoder_decoder', False)
+    fields.only('rope_interleaved', False)
     width = fields.integer('hidden_size')
     heads = fields.integer('num_attention_heads')
     if 'head_dim' not in fields and width % heads:
@@ -91,7 +92,8 @@ class Config:
     )
     fields.finish()
     if heads % config.num_key_value_heads:
-      raise hf_config.refusal('num_key_value_heads', config.num_key_value_heads, f'must divide num_attention_heads={heads}')
+      raise hf_config.refusal('num_key_value_heads', config.num_key_value_heads,
+                              f'must divide num_attention_heads={heads}')
     if config.head_dim % 2:
       raise hf_config.refusal('head_dim', config.head_dim, 'must be even for rotary positions')
     return config

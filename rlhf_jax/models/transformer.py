@@ -145,12 +145,13 @@ class Model:
     """An empty cache for `length` tokens a row.
 
     Returns:
-      Dict with 'k' and 'v' [L, B, S, K, H], 'segments' [B, S] int32 (0: nothing there) and
+      Dict with 'k' and 'v' [L, B, K, S, H], 'segments' [B, S] int32 (0: nothing there) and
       'index', the int32 slot that the next call writes first.
     """
-    shape = (self.config.depth, batch, length, self.config.kv_heads, self.config.head_width)
-    return {'k': jnp.zeros(shape, self.dtype), 'v': jnp.zeros(shape, self.dtype),
-            'segments': jnp.zeros((batch, length), jnp.int32), 'index': jnp.zeros((), jnp.int32)}
+    shape = (self.config.depth, batch, self.config.kv_heads, length, self.config.head_width)
+    empty = sharding.split_rows(jnp.zeros(shape, self.dtype), axis=1)
+    segments = sharding.split_rows(jnp.zeros((batch, length), jnp.int32))
+    return {'k': empty, 'v': empty, 'segments': segments, 'index': jnp.zeros((), jnp.int32)}
 
   def forward(self, params, tokens, positions, segments, cache=None):
     """Runs the backbone.
@@ -180,7 +181,7 @@ class Model:
       mask = layers.attention_mask(segments, key_segments, index=cache['index'])
     ends = nnx.merge(_graph(self._module.Ends, self.config, self.dtype), _without(params, 'blocks', 'unembed'))
     x, shared = ends.begin(jnp.where(real, tokens, 0), jnp.where(real, positions, 0))
-    x, memory = self._blocks(params['blocks'], x, shared, mask, memory)
+    x, memory = self._blocks(params['blocks'], sharding.split_rows(x), shared, mask, memory)
     if cache is not None:
       written = {'k': memory[0], 'v': memory[1], 'segments': key_segments, 'index': cache['index'] + tokens.shape[1]}
     return ends.norm(x), written
@@ -197,12 +198,16 @@ class Model:
         keys, values, updated = _remember(memory, layer, keys, values)
         return layers.attend(queries, keys, values, mask), updated
 
-      return nnx.merge(graph, params)(x, layer, shared, attend), None
+      x, memory = nnx.merge(graph, params)(x, layer, shared, attend)
+      return (sharding.split_rows(x), memory), None
 
+    depth = jax.tree.leaves(params)[0].shape[0]
+    unroll = min(self.unroll, depth)
     if self.remat != 'none':
       block = jax.checkpoint(block, policy=REMAT[self.remat], prevent_cse=False)
-    depth = jax.tree.leaves(params)[0].shape[0]
-    carry, _ = jax.lax.scan(block, (x, memory), (jnp.arange(depth), params), unroll=min(self.unroll, depth))
+      # The loop keeps the recomputation apart from the first pass; without one XLA merges the two.
+      unroll = min(unroll, max(depth // 2, 1))
+    carry, _ = jax.lax.scan(block, (x, memory), (jnp.arange(depth), params), unroll=unroll)
     return carry
 
   def unembed(self, params, hidden):
@@ -233,15 +238,16 @@ def _without(params, *names):
 
 
 def _remember(memory, layer, keys, values):
-  """Writes keys and values [B, T, K, H] of a layer into the cache; returns all [B, S, K, H] of it.
+  """Writes a layer's keys and values [B, T, K, H] into the cache; returns all of that layer's, [B, K, S, H].
 
   The whole cache is carried through the scan and written in place: as an output of the scan it
   would be copied every step.
   """
+  keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
   if not memory:
     return keys, values, memory
   all_keys, all_values, index = memory
-  start = (layer, 0, index, 0, 0)
+  start = (layer, 0, 0, index, 0)
   all_keys = jax.lax.dynamic_update_slice(all_keys, keys[None], start)
   all_values = jax.lax.dynamic_update_slice(all_values, values[None], start)
   keys = jax.lax.dynamic_index_in_dim(all_keys, layer, keepdims=False)

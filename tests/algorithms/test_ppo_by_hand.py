@@ -46,7 +46,7 @@ PRESETS = {
         coef=0.001, critic='trunk', schedule='cosine', adam=ADAM | dict(b2=0.95), vf_coef=1.0,
         clip_scores=10.0, whiten_advantages='minibatch', bessel=True),
     'instructgpt': dict(
-        coef=0.02, critic='separate', schedule='constant', adam=ADAM,
+        coef=0.02, critic='separate', schedule='constant', adam=ADAM | dict(b2=0.95),
         epochs=1, minibatches=8, ptx_coef=27.8),
 }
 # Toggles no preset turns, on top of one: (name, preset, config keys, the same by hand).

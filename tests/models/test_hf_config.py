@@ -30,6 +30,7 @@ LLAMA = {'model_type': 'llama', 'vocab_size': 30, 'hidden_size': 8, 'intermediat
     (LLAMA, {'num_key_value_heads': 3}, 'num_key_value_heads=3'),
     (LLAMA, {'num_attention_heads': 3}, 'num_attention_heads=3'),
     (LLAMA, {'head_dim': 3}, 'head_dim=3'),
+    (LLAMA, {'rope_interleaved': True}, 'rope_interleaved=true'),
     (LLAMA, {'rms_norm_eps': -1}, 'rms_norm_eps=-1'),
     (LLAMA, {'rope_scaling': {'type': 'yarn', 'factor': 2.0}}, 'rope_scaling.rope_type="yarn"'),
     (LLAMA, {'rope_parameters': {'rope_type': 'dynamic', 'factor': 2.0}}, 'rope_parameters.rope_type="dynamic"'),
@@ -47,8 +48,8 @@ def test_refused(base, change, words):
 
 @pytest.mark.parametrize('base', [GPT2, LLAMA])
 def test_fields_about_other_things_are_accepted(base):
-  Model.create(base | {'torch_dtype': 'bfloat16', 'transformers_version': '4.0', 'use_cache': True, 'architectures': ['X'],
-                       'attention_dropout': 0.1, 'task_specific_params': {}, 'n_ctx': None})
+  Model.create(base | {'torch_dtype': 'bfloat16', 'transformers_version': '4.0', 'use_cache': True,
+                       'architectures': ['X'], 'attention_dropout': 0.1, 'task_specific_params': {}, 'n_ctx': None})
 
 
 @pytest.mark.parametrize('fields', [

@@ -63,7 +63,7 @@ def test_cache_has_the_promised_shape(built):
   model, _, _ = built
   cache = model.init_cache(3, 9)
   config = model.config
-  assert cache['k'].shape == cache['v'].shape == (config.depth, 3, 9, config.kv_heads, config.head_width)
+  assert cache['k'].shape == cache['v'].shape == (config.depth, 3, config.kv_heads, 9, config.head_width)
   assert cache['segments'].shape == (3, 9) and cache['index'].shape == ()
 
 
@@ -137,6 +137,20 @@ def loss_and_gradient(**settings):
 def test_remat_and_unroll_change_no_value(settings):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
                loss_and_gradient(**settings), loss_and_gradient())
+
+
+@pytest.mark.parametrize('unroll', [1, 3])
+def test_remat_saves_memory_however_unrolled(unroll):
+  tokens = jnp.zeros((8, 32), jnp.int32)
+
+  def temporary_bytes(remat):
+    model = Model.create(LLAMA, remat=remat, unroll=unroll)
+    def loss(params):
+      return jnp.mean(jnp.square(model.forward(params, tokens, tokens, tokens + 1)[0]))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return jax.jit(jax.grad(loss)).lower(shapes).compile().memory_analysis().temp_size_in_bytes
+
+  assert temporary_bytes('block') < 0.7 * temporary_bytes('none')
 
 
 def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits():

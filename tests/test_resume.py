@@ -1,0 +1,145 @@
+"""A run that was stopped, killed or damaged ends exactly like one that never was."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+
+from rlhf_jax import train
+from rlhf_jax.algorithms import ppo
+from rlhf_jax.algorithms import reward_model
+from rlhf_jax.algorithms import sft
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+CLOCKS = ('seconds/', 'tokens_per_second/')
+KILLS = 5
+
+
+class Stopped(Exception):
+  """What the tests raise inside the loop."""
+
+
+def metrics(workdir):
+  """Every line of metrics.jsonl but for what a clock says."""
+  with open(workdir / 'metrics.jsonl', encoding='utf-8') as lines:
+    records = [json.loads(line) for line in lines]
+  return [{name: value for name, value in record.items() if not name.startswith(CLOCKS)}
+          for record in records]
+
+
+def assert_same_run(found, expected):
+  """Metrics to the last bit, sampled texts, and the bytes of the exported model."""
+  a, b = metrics(found), metrics(expected)
+  assert [r['step'] for r in a] == [r['step'] for r in b]
+  for x, y in zip(a, b):
+    assert x == y
+  assert (found / 'samples.jsonl').read_bytes() == (expected / 'samples.jsonl').read_bytes()
+  for name in ('model.safetensors', 'config.json', 'tokenizer.json'):
+    assert (found / 'model' / name).read_bytes() == (expected / 'model' / name).read_bytes(), name
+
+
+def small(name, world):
+  """Eight steps with a checkpoint after every third, and all the state a run can have."""
+  if name == 'ppo':
+    config = tiny.ppo(world)
+    tiny.mix_in_pretraining(config, world)
+    config.ppo.update({'scale_scores': True, 'kl_controller': 'adaptive', 'kl_horizon': 100.0})
+    config.samples_every = 2
+  elif name == 'reward_model':
+    config = tiny.reward_model(world)
+    config.reward.normalize = 'gain_bias'
+  else:
+    config = tiny.sft(world)
+    config.data.held_out = 0.1
+  config.optim.update({'schedule': 'linear', 'warmup_steps': 2})
+  config.steps, config.checkpoint_every, config.eval_every = 8, 3, 2
+  return config
+
+
+def stop_after(monkeypatch, module, steps):
+  """The next run raises before its train step number `steps`."""
+  create = module.create
+
+  def stopping(config, mesh):
+    learner = create(config, mesh)
+    next_batch = learner.next_batch
+
+    def stop(state, step):
+      if step == steps:
+        raise Stopped
+      return next_batch(state, step)
+
+    learner.next_batch = stop
+    return learner
+
+  monkeypatch.setattr(module, 'create', stopping)
+
+
+@pytest.mark.parametrize('module, stops', [(ppo, (4, 7)), (reward_model, (1, 5)), (sft, (6,))])
+def test_stopped_runs_end_like_one_that_was_not(module, stops, world, tmp_path, monkeypatch):
+  config = small(module.__name__.split('.')[-1], world)
+  train.run(config, tmp_path / 'whole')
+  for step in stops:
+    with monkeypatch.context() as patch:
+      stop_after(patch, module, step)
+      with pytest.raises(Stopped):
+        train.run(config, tmp_path / 'stopped')
+    assert not (tmp_path / 'stopped' / 'model').exists()
+  train.run(config, tmp_path / 'stopped')
+  assert_same_run(tmp_path / 'stopped', tmp_path / 'whole')
+  before = (tmp_path / 'whole' / 'metrics.jsonl').read_bytes()
+  train.run(config, tmp_path / 'whole')  # A finished run stays as it is.
+  assert (tmp_path / 'whole' / 'metrics.jsonl').read_bytes() == before
+
+
+def start(stage, world, workdir, cache):
+  """Starts `python -m rlhf_jax.main` on one device."""
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '',
+                              'JAX_COMPILATION_CACHE_DIR': str(cache)}
+  log = open(f'{workdir}.log', 'ab')
+  return subprocess.Popen(
+      [sys.executable, '-m', 'rlhf_jax.main',
+       f'--config=tests/tiny.py:stage={stage},world={world}', f'--workdir={workdir}'],
+      cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+
+def lines(workdir):
+  path = workdir / 'metrics.jsonl'
+  return path.read_bytes().count(b'\n') if path.exists() else 0
+
+
+def kill_after(process, workdir, new_lines, delay):
+  """Sends SIGKILL `delay` seconds after a run has written some lines more."""
+  size = None
+  while process.poll() is None:
+    if size is None and (workdir / 'tensorboard').exists():
+      size = lines(workdir)
+    if size is not None and lines(workdir) >= size + new_lines:
+      break
+    time.sleep(0.002)
+  time.sleep(delay)
+  process.send_signal(signal.SIGKILL)
+  return process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stage', ['ppo', 'reward_model'])
+def test_five_kills(stage, world, tmp_path):
+  whole, killed, cache = tmp_path / 'whole', tmp_path / 'killed', tmp_path / 'cache'
+  assert start(stage, world, whole, cache).wait() == 0, (tmp_path / 'whole.log').read_text()
+  draw = random.Random(stage)
+  left = []
+  for _ in range(KILLS):
+    process = start(stage, world, killed, cache)
+    code = kill_after(process, killed, draw.randint(4, 9), draw.uniform(0.0, 0.3))
+    assert code == -signal.SIGKILL, (tmp_path / 'killed.log').read_text()
+    left.append((lines(killed), sorted(p.name for p in (killed / 'checkpoints').iterdir())))
+  print(left)
+  assert start(stage, world, killed, cache).wait() == 0, (tmp_path / 'killed.log').read_text()
+  assert_same_run(killed, whole)
