@@ -25,7 +25,7 @@ def get_config(arg=None):
       'data': {'path': '../shared/data/rt-polarity'}})
   config.split = ml_collections.ConfigDict({
       'function': 'rlhf_jax.data.polarity:write', 'path': config.data.get_ref('path'),
-      'vocab_size': 4_096, 'pairings': 6, 'held_out': 0.1, 'prompt_words': 3,
+      'vocab_size': 8_192, 'pairings': 8, 'prompt_words': 3,
       'prompt_count': 2_048, 'seed': -1})
   config.pretrain = pretrain()
   config.reward_model = reward_model()
@@ -59,30 +59,37 @@ def base(stage, model):
   return stage
 
 
+def llama(*, width, layers):
+  """config.json of a small Llama with heads of 32."""
+  return ml_collections.ConfigDict({
+      'family': 'llama', 'hidden_size': width, 'intermediate_size': 3 * width,
+      'num_hidden_layers': layers, 'num_attention_heads': width // 32,
+      'num_key_value_heads': width // 32, 'max_position_embeddings': 128,
+      'tie_word_embeddings': True, 'rms_norm_eps': 1e-5})
+
+
 def pretrain():
   """Language modelling of the snippets, packed."""
   stage = base(c.sft(), '')
-  stage.model.init = ml_collections.ConfigDict({
-      'family': 'llama', 'hidden_size': 192, 'intermediate_size': 512,
-      'num_hidden_layers': 3, 'num_attention_heads': 6, 'num_key_value_heads': 6,
-      'max_position_embeddings': 128, 'tie_word_embeddings': True, 'rms_norm_eps': 1e-5})
+  stage.model.init = llama(width=192, layers=3)
   stage.data.update({'path': '$workdir/split/texts.jsonl', 'max_length': LENGTH,
-                     'held_out': 0.02})
-  stage.batch_size, stage.epochs = 32, 10.0
+                     'held_out': 0.04})
+  stage.batch_size, stage.epochs, stage.eval_every = 16, 5.0, 100
   stage.optim.update({'learning_rate': 2e-3, 'schedule': 'cosine', 'warmup_steps': 20,
                       'weight_decay': 0.1})
   return stage
 
 
 def reward_model():
-  """Positive over negative, each positive paired with several negatives."""
-  stage = base(c.reward_model(), '$workdir/pretrain/model')
+  """Positive over negative. On so few texts a small model from scratch, tokens dropped, wins."""
+  stage = base(c.reward_model(), '')
+  stage.model.init = llama(width=64, layers=1)
   stage.data.update({'path': '$workdir/split/pairs.jsonl', 'max_length': LENGTH,
                      'held_out_path': '$workdir/split/held_out.jsonl'})
-  stage.batch_size, stage.epochs = 32, 1.0
-  stage.reward.normalize = 'gain_bias'
-  stage.optim.update({'learning_rate': 3e-4, 'schedule': 'cosine', 'warmup_steps': 10,
-                      'weight_decay': 0.1})
+  stage.batch_size, stage.epochs = 32, 1.25
+  stage.reward.update({'token_dropout': 0.5, 'normalize': 'gain_bias'})
+  stage.optim.update({'learning_rate': 5e-4, 'schedule': 'cosine', 'warmup_steps': 30,
+                      'b2': 0.98, 'weight_decay': 0.1})
   return stage
 
 
@@ -93,7 +100,7 @@ def ppo():
   stage.reward.model = '$workdir/reward_model/model'
   stage.sampling.max_new_tokens = RESPONSE
   stage.batch_size, stage.steps = 128, 60
-  stage.ppo.update({'epochs': 2, 'minibatches': 4, 'kl_coef': 0.05})
+  stage.ppo.update({'epochs': 2, 'minibatches': 4, 'kl_coef': 0.1})
   stage.optim.update({'learning_rate': 2e-4, 'schedule': 'linear'})
   stage.samples_every = 10
   return stage

@@ -5,6 +5,7 @@ import pathlib
 from absl import logging
 import grain
 import jax
+from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 
 from rlhf_jax import errors
@@ -68,7 +69,7 @@ class Checkpoints:
         return step, restored.state
       except Exception as error:  # orbax raises a dozen kinds, none of them documented
         logging.warning('checkpoint %d in %s cannot be read (%s: %s); trying the one before',
-                        step, self.path, type(error).__name__, str(error).split('\n')[0])
+                        step, self.path, type(error).__name__, str(error).split('\n')[0][:200])
         for name, it in iterators.items():
           it.set_state(first[name])
     raise errors.UserError(
@@ -78,10 +79,16 @@ class Checkpoints:
 
   def _put_aside(self, steps):
     """Renames unreadable checkpoints, so that their steps can be written again."""
-    for step in steps:
-      (self.path / str(step)).rename(self.path / f'unreadable-{step}')
-    if steps:
-      self._manager.reload()
+    if not steps:
+      return
+    if jax.process_index() == 0:
+      for step in steps:
+        name = f'unreadable-{step}'
+        taken = len(list(self.path.glob(f'{name}*')))
+        (self.path / str(step)).rename(self.path / (f'{name}-{taken}' if taken else name))
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices('unreadable checkpoints')
+    self._manager.reload()
 
   def close(self):
     """Waits until everything is written."""

@@ -14,6 +14,10 @@ from rlhf_jax import optim
 from rlhf_jax.algorithms import ppo_settings
 
 
+# Kinds of data each algorithm reads.
+KINDS = {'sft': ('text', 'completion'), 'reward_model': ('comparison',), 'ppo': ('prompt',)}
+
+
 def common(algorithm):
   """Keys all algorithms have."""
   return ml_collections.ConfigDict({
@@ -82,6 +86,7 @@ def reward_model():
       'centering': 0.0,         # weight of (r_a + r_b)^2; 0.01 recommended
       'label_smoothing': 0.0,
       'lm_coef': 0.0,           # weight of the LM loss on the better completion
+      'token_dropout': 0.0,     # share of tokens hidden from each training row
       'normalize': 'none',      # 'gain_bias': mean 0, std 1; 'bias': mean 0; on `normalize_path`
       'normalize_path': '',     # completions to fit on; empty: those of the training comparisons
   })
@@ -204,13 +209,14 @@ def validate(config, device_count):
     UserError: names the key, the value and the remedy.
   """
   _one_of(config, 'algorithm', ('sft', 'reward_model', 'ppo'))
-  _need((config.steps > 0) != (config.epochs > 0),
+  _need((config.steps > 0) != (config.epochs > 0) and min(config.steps, config.epochs) == 0,
         f'set one of config.steps (now {config.steps}) and config.epochs (now '
         f'{config.epochs}) to a positive number and the other to 0')
   _need(config.batch_size > 0, f'config.batch_size={config.batch_size} has to be positive')
   _one_of(config, 'optim.name', optim.OPTIMIZERS)
   _one_of(config, 'optim.schedule', optim.SCHEDULES)
   _one_of(config, 'data.on_error', ('stop', 'skip'))
+  _one_of(config, 'data.kind', KINDS[config.algorithm])
   _one_of(config, 'model.dtype', ('float32', 'bfloat16'))
   _one_of(config, 'model.param_dtype', ('float32', 'bfloat16'))
   _need(bool(config.data.path),
@@ -220,8 +226,37 @@ def validate(config, device_count):
         'or describe a new model')
   _need(config.model.path or config.tokenizer,
         'config.tokenizer is empty and there is no config.model.path to take it from')
+  _need(all(pair.count('=') == 1 for pair in config.data.columns.split(',') if pair),
+        f'config.data.columns={config.data.columns!r} has to read new=stored,new=stored')
+  _need(config.data.max_length > 0,
+        f'config.data.max_length={config.data.max_length} has to be positive')
+  _need(config.keep_checkpoints > 0,
+        f'config.keep_checkpoints={config.keep_checkpoints} has to be positive: a run that '
+        'keeps none cannot go on')
+  for key in ('log_every', 'eval_every', 'checkpoint_every', 'samples_every'):
+    _need(config[key] >= 0, f'config.{key}={config[key]} has to be positive, or 0 for the end')
   _need(0 <= config.data.held_out < 1,
         f'config.data.held_out={config.data.held_out} has to be in [0, 1)')
+  _need(not (config.data.held_out and config.data.held_out_path),
+        f'config.data.held_out={config.data.held_out} and config.data.held_out_path='
+        f'{config.data.held_out_path!r}: set one of them')
+  for key in ('learning_rate', 'warmup_steps', 'weight_decay', 'clip_norm'):
+    _need(config.optim[key] >= 0,
+          f'config.optim.{key}={config.optim[key]} has to be 0 or positive')
+  validate_mesh(config, device_count)
+  if config.algorithm == 'ppo':
+    validate_ppo(config)
+  else:
+    _divides(config.microbatch_size, config.batch_size, 'microbatch_size', 'batch_size')
+  if config.algorithm == 'reward_model':
+    _one_of(config, 'reward.loss', ('pairwise', 'pick_best', 'rating'))
+    _one_of(config, 'reward.normalize', ('none', 'gain_bias', 'bias'))
+    _need(0 <= config.reward.token_dropout < 1,
+          f'config.reward.token_dropout={config.reward.token_dropout} has to be in [0, 1)')
+
+
+def validate_mesh(config, device_count):
+  """The part of `validate` about devices, and batches split over them."""
   sizes = dict(config.mesh)
   known = 1
   for name, size in sizes.items():
@@ -231,22 +266,25 @@ def validate(config, device_count):
   _need(free <= 1, f'config.mesh={sizes}: only one axis can be -1')
   _need(device_count % known == 0 and (free or known == device_count),
         f'config.mesh={sizes} does not fit {device_count} devices')
-  shards = device_count // max(sizes['tensor'], 1)
-  _need(config.batch_size % shards == 0,
-        f'config.batch_size={config.batch_size} does not divide over {shards} data shards of '
-        f'config.mesh={sizes}')
+  tensor = sizes['tensor'] if sizes['tensor'] > 0 else device_count // known
+  shards = device_count // tensor
+  batches = {'batch_size': config.batch_size}
   if config.algorithm == 'ppo':
-    validate_ppo(config)
-  else:
-    _divides(config.microbatch_size, config.batch_size, 'microbatch_size', 'batch_size')
-  if config.algorithm == 'reward_model':
-    _one_of(config, 'reward.loss', ('pairwise', 'pick_best', 'rating'))
-    _one_of(config, 'reward.normalize', ('none', 'gain_bias', 'bias'))
+    batches['ptx.batch_size'] = config.ptx.batch_size
+  for name, size in batches.items():
+    _need(size % shards == 0,
+          f'config.{name}={size} does not divide over the {shards} data shards of '
+          f'config.mesh={sizes} on {device_count} devices: make it a multiple')
 
 
 def validate_ppo(config):
   """The part of `validate` that only PPO has."""
   ppo_config = config.ppo
+  for key, low, high in (('gamma', 0, 1), ('lam', 0, 1), ('clip_low', 0, 1)):
+    _need(low <= ppo_config[key] <= high,
+          f'config.ppo.{key}={ppo_config[key]} has to be in [{low}, {high}]')
+  _need(ppo_config.dual_clip == 0 or ppo_config.dual_clip > 1,
+        f'config.ppo.dual_clip={ppo_config.dual_clip} has to be above 1, or 0 for none')
   choices = {
       'kl_estimator': advantages.KL_ESTIMATORS, 'kl_controller': advantages.KL_CONTROLLERS,
       'kl_in': ('reward', 'loss'), 'response': ('truncated', 'raw'),
@@ -256,6 +294,9 @@ def validate_ppo(config):
   for key, values in choices.items():
     _one_of(config, f'ppo.{key}', values)
   _one_of(config, 'critic.kind', ('separate', 'trunk'))
+  _need(not (config.critic.kind == 'trunk' and config.critic.path),
+        f"config.critic.kind='trunk' is a head on the policy: it cannot start from "
+        f'config.critic.path={config.critic.path!r}; use \'separate\' or leave the path empty')
   _one_of(config, 'data.on_long', ('error', 'truncate_left', 'drop'))
   _need(ppo_config.epochs > 0, f'config.ppo.epochs={ppo_config.epochs} has to be positive')
   _need(ppo_config.minibatches > 0,
@@ -270,6 +311,14 @@ def validate_ppo(config):
         'cannot learn from greedy samples')
   _need(config.sampling.max_new_tokens > 0,
         f'config.sampling.max_new_tokens={config.sampling.max_new_tokens} has to be positive')
+  _need(config.sampling.top_k >= 0,
+        f'config.sampling.top_k={config.sampling.top_k} has to be positive, or 0 for all')
+  _need(0 < config.sampling.top_p <= 1,
+        f'config.sampling.top_p={config.sampling.top_p} has to be in (0, 1]')
+  _need(ppo_config.kl_controller == 'fixed'
+        or min(ppo_config.kl_coef, ppo_config.kl_target, ppo_config.kl_horizon) > 0,
+        f'config.ppo.kl_controller={ppo_config.kl_controller!r} multiplies config.ppo.kl_coef: '
+        'it, kl_target and kl_horizon have to be positive')
   _need(not (ppo_config.kl_estimator == 'full' and ppo_config.kl_in == 'loss'),
         "config.ppo.kl_estimator='full' works with config.ppo.kl_in='reward' only")
   _need((ppo_config.score_position == 'last') == (ppo_config.response == 'raw'),
@@ -279,8 +328,10 @@ def validate_ppo(config):
         f'config.ppo.ptx_coef={ppo_config.ptx_coef} and config.ptx.batch_size='
         f'{config.ptx.batch_size}: set both to mix in pretraining, or neither')
   _divides(ppo_config.minibatches, config.ptx.batch_size, 'ppo.minibatches', 'ptx.batch_size')
-  _need(not config.ptx.batch_size or config.ptx.path,
-        'config.ptx.path is empty: name the pretraining data to mix in')
+  if config.ptx.batch_size:
+    _need(bool(config.ptx.path),
+          'config.ptx.path is empty: name the pretraining data to mix in')
+    _one_of(config, 'ptx.kind', KINDS['sft'])
   _need(not (ppo_config.missing_eos == 'subtract' and ppo_config.missing_eos_value < 0),
         "config.ppo.missing_eos='subtract' takes missing_eos_value off the score: a negative "
         'one would be a reward for never ending')

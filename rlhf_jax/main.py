@@ -4,6 +4,8 @@ Runs one stage, or a pipeline of stages where the config has `stages`. The same 
 the same --workdir goes on where it stopped.
 """
 
+import os
+import re
 import sys
 
 from absl import app
@@ -21,10 +23,34 @@ _CONFIG = config_flags.DEFINE_config_file('config', None, 'File in configs/, :ar
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for everything the run writes.')
 
 
+def parse_flags(argv):
+  """Parses the command line; a mistake in it is said in one line."""
+  try:
+    arguments = flags.FLAGS(argv)
+    # A file that is not there is found out by the first use.
+    _ = _CONFIG.value is None or _CONFIG.value.is_locked
+    return arguments
+  except (errors.UserError, flags.Error) as error:
+    sys.exit(f'error: {" ".join(str(error).split())}')
+  except OSError as error:
+    path = next((arg.partition('=')[2] for arg in argv if re.match('--?config=', arg)), '')
+    sys.exit(f'error: --config={path} cannot be read: name a file that exists, such as '
+             f'configs/quickstart.py, from {os.getcwd()} ({str(error).splitlines()[-1].strip()})')
+  except (AttributeError, KeyError) as error:
+    key = re.search(r'\w+', str(error.args[0]))
+    key = key.group() if key else ''
+    flag = next((arg for arg in argv if re.match(rf'--?config\.[^=]*\b{key}\b', arg)), None)
+    if not key or flag is None:
+      raise
+    hint = re.search(r'Did you mean "(\w+)"', str(error.args[0]))
+    hint = f'Did you mean {hint.group(1)!r}?' if hint else 'The file of --config lists its keys.'
+    sys.exit(f'error: {flag}: the config has no key {key!r}. {hint}')
+
+
 def main(argv):
   """Runs the config."""
   if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
+    sys.exit(f'error: unexpected arguments {argv[1:]}: every option begins with --')
   logging.set_verbosity(logging.WARNING)
   compilation.configure()
   try:
@@ -42,4 +68,4 @@ def main(argv):
 
 if __name__ == '__main__':
   flags.mark_flags_as_required(['config', 'workdir'])
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

@@ -5,18 +5,22 @@ of train.py, or a `function` 'package.module:name', called with its folder and i
 string '$workdir' in any value stands for the pipeline's folder, '$seed' is not needed: every
 stage that has a seed and leaves it at -1 takes the pipeline's.
 
-A finished stage is not run again; delete its folder, or name stages with --config.stages, to
-repeat it.
+A finished stage is not run again; delete its folder to repeat it. --config.stages=ppo,evaluate
+runs these alone.
 """
 
 import importlib
+import inspect
 import json
 import os
 import pathlib
 import time
 
 from absl import logging
+import jax
+import ml_collections
 
+from rlhf_jax import config as config_lib
 from rlhf_jax import errors
 from rlhf_jax import train
 
@@ -34,20 +38,64 @@ def run(config, workdir):
     UserError: a stage is unknown, or its input is bad.
   """
   workdir = pathlib.Path(workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
-  unknown = [name for name in config.stages if name not in config]
-  if unknown:
-    raise errors.UserError(f'config.stages names {unknown}, which the config does not describe')
+  stages = {name: resolve(config[name], workdir, config.seed) for name in chosen(config)}
+  for name, stage in stages.items():  # a mistake in the last is found before the first runs
+    check(name, stage)
   write_json(workdir / 'config.json', config.to_dict())
-  for number, name in enumerate(config.stages, 1):
+  for number, (name, stage) in enumerate(stages.items(), 1):
     folder = workdir / name
     if (folder / DONE).exists():
       logging.info('stage %s is finished: %s', name, folder)
       continue
-    print(f'[{number}/{len(config.stages)}] {name}', flush=True)
+    print(f'[{number}/{len(stages)}] {name}', flush=True)
     started = time.perf_counter()
-    run_stage(resolve(config[name], workdir, config.seed), folder)
+    run_stage(stage, folder)
     write_json(folder / DONE, {'seconds': round(time.perf_counter() - started, 1)})
+
+
+def chosen(config):
+  """The names in `config.stages`; on the command line commas part them.
+
+  Raises:
+    UserError: one is not a stage of the config.
+  """
+  known = [name for name, value in config.items() if isinstance(value, ml_collections.ConfigDict)
+           and ('algorithm' in value or 'function' in value)]
+  names = [name.strip() for entry in config.stages for name in entry.split(',')]
+  unknown = [name for name in names if name not in known]
+  if unknown or not names:
+    raise errors.UserError(
+        f'config.stages={",".join(names)!r} names {unknown or "no stage"}: the stages of this '
+        f'config are {", ".join(known)}')
+  return names
+
+
+def check(name, stage):
+  """Raises UserError where a stage cannot run, as far as its config tells."""
+  try:
+    if 'algorithm' in stage:
+      config_lib.validate(stage, jax.device_count())
+      return
+    function, arguments = called(stage)
+  except errors.UserError as error:
+    raise errors.UserError(f'stage {name}: {error}') from error
+  except (ImportError, AttributeError, ValueError) as error:
+    raise errors.UserError(
+        f'stage {name}: config.{name}.function={stage.function!r} cannot be loaded ({error}): '
+        "it has to be 'package.module:name' of a function") from error
+  try:
+    inspect.signature(function).bind(None, **arguments)
+  except TypeError as error:
+    raise errors.UserError(
+        f'stage {name}: {stage.function} cannot be called with the keys of config.{name} '
+        f'({error}): they have to be its arguments') from error
+
+
+def called(stage):
+  """The function of a stage, and its arguments but for the folder."""
+  arguments = stage.to_dict()
+  module, _, name = arguments.pop('function').partition(':')
+  return getattr(importlib.import_module(module), name), arguments
 
 
 def run_stage(stage, folder):
@@ -56,9 +104,8 @@ def run_stage(stage, folder):
     train.run(stage, folder)
     return
   folder.mkdir(parents=True, exist_ok=True)
-  arguments = stage.to_dict()
-  module, _, name = arguments.pop('function').partition(':')
-  getattr(importlib.import_module(module), name)(folder, **arguments)
+  function, arguments = called(stage)
+  function(folder, **arguments)
 
 
 def resolve(stage, workdir, seed):

@@ -50,10 +50,10 @@ def run(config, workdir):
   with jax.set_mesh(mesh):
     algorithm = importlib.import_module(f'rlhf_jax.algorithms.{config.algorithm}')
     learner = algorithm.create(config, mesh)
-    describe_run(config, learner, workdir)
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
     step, state = checkpoints.restore(learner.state, learner.iterators)
     learner.state = None  # the loop owns the only copy: train steps donate it
+    describe_run(config, learner, workdir)  # of another config's run, nothing is touched
     writer = metrics_lib.Writer(workdir, resume_step=step, config=config.to_dict(),
                                 wandb_project=config.wandb_project)
     try:

@@ -1,8 +1,15 @@
-"""Eight fake CPU devices, strict broadcasting, and the shared data where it is present."""
+"""Eight fake CPU devices, strict broadcasting, and the shared data where it is present.
+
+Compiled programs are kept for the session: runs that are stopped and resumed, here and in
+subprocesses, compile the same ones again.
+"""
 
 import os
 import pathlib
+import tempfile
 
+_CACHE = tempfile.TemporaryDirectory(prefix='rlhf_jax_tests_')
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', _CACHE.name)
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ['XLA_FLAGS'] = (
@@ -23,6 +30,19 @@ def shared():
   if not folder.is_dir():
     pytest.skip('no ../shared beside the project: its data and models are not shipped')
   return folder
+
+
+@pytest.fixture(scope='session')
+def compiled():
+  """The names of all programs compiled so far, 'jit(train_step)' and the like; it grows."""
+  names = []
+
+  def listen(event, seconds, **labels):
+    if event.endswith('backend_compile_duration'):
+      names.append(str(labels.get('fun_name')))
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  return names
 
 
 @pytest.fixture(scope='session')

@@ -37,13 +37,8 @@ PARTS = {
 }
 Run = collections.namedtuple('Run', 'state metrics params batch compiled lengths')
 
-_compiled = []
-jax.monitoring.register_event_duration_secs_listener(
-    lambda event, seconds, **labels: _compiled.append(str(labels.get('fun_name')))
-    if event.endswith('backend_compile_duration') else None)
 
-
-def run(world, shape, devices=None, steps=STEPS):
+def run(world, shape, compiled, devices=None, steps=STEPS):
   """PPO-ptx with a reward model, its own critic, microbatches and an adaptive KL controller."""
   config = tiny.ppo(world)
   tiny.mix_in_pretraining(config, world)
@@ -53,28 +48,28 @@ def run(world, shape, devices=None, steps=STEPS):
   config.optim.eps = 1e-5  # With 1e-8 Adam turns a gradient's rounding into whole steps.
   config.steps = steps
   mesh = sharding.make_mesh(shape, devices=devices)
-  before, history, params, lengths = len(_compiled), [], None, []
+  before, history, params, lengths = len(compiled), [], None, []
   with jax.set_mesh(mesh):
     learner = ppo.create(config, mesh)
     state, learner.state = learner.state, None
     for step in range(steps):
-      batch, _ = learner.next_batch(state, step)
+      batch, _ = learner.next_batch(state, timed=False)
       state, metrics = learner.train_step(state, *batch)
       history.append(jax.device_get(metrics))
       lengths.append(np.asarray(batch[1].mask).sum(1) - np.asarray(batch[1].response_mask).sum(1))
       if step + 1 == COMPARED:
         params = jax.device_get(state.params)
-  return Run(state, history, params, batch, _compiled[before:], lengths)
+  return Run(state, history, params, batch, compiled[before:], lengths)
 
 
 @pytest.fixture(scope='module')
-def one_device(world):
-  return run(world, {}, devices=jax.devices()[:1], steps=COMPARED)
+def one_device(world, compiled):
+  return run(world, {}, compiled, devices=jax.devices()[:1], steps=COMPARED)
 
 
 @pytest.fixture(scope='module', params=MESHES)
-def many(request, world):
-  return request.param, run(world, MESHES[request.param])
+def many(request, world, compiled):
+  return request.param, run(world, MESHES[request.param], compiled)
 
 
 def test_three_steps_agree_with_one_device(one_device, many):

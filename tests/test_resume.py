@@ -70,10 +70,10 @@ def stop_after(monkeypatch, module, steps):
     learner = create(config, mesh)
     next_batch = learner.next_batch
 
-    def stop(state, step):
-      if step == steps:
+    def stop(state, **rest):
+      if int(state.step) == steps:
         raise Stopped
-      return next_batch(state, step)
+      return next_batch(state, **rest)
 
     learner.next_batch = stop
     return learner
@@ -98,10 +98,9 @@ def test_stopped_runs_end_like_one_that_was_not(module, stops, world, tmp_path, 
   assert (tmp_path / 'whole' / 'metrics.jsonl').read_bytes() == before
 
 
-def start(stage, world, workdir, cache):
+def start(stage, world, workdir):
   """Starts `python -m rlhf_jax.main` on one device."""
-  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '',
-                              'JAX_COMPILATION_CACHE_DIR': str(cache)}
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
   log = open(f'{workdir}.log', 'ab')
   return subprocess.Popen(
       [sys.executable, '-m', 'rlhf_jax.main',
@@ -116,12 +115,9 @@ def lines(workdir):
 
 def kill_after(process, workdir, new_lines, delay):
   """Sends SIGKILL `delay` seconds after a run has written some lines more."""
-  size = None
-  while process.poll() is None:
-    if size is None and (workdir / 'tensorboard').exists():
-      size = lines(workdir)
-    if size is not None and lines(workdir) >= size + new_lines:
-      break
+  least = lines(workdir)
+  while process.poll() is None and lines(workdir) < least + new_lines:
+    least = min(least, lines(workdir))  # Resuming drops lines first.
     time.sleep(0.002)
   time.sleep(delay)
   process.send_signal(signal.SIGKILL)
@@ -131,15 +127,12 @@ def kill_after(process, workdir, new_lines, delay):
 @pytest.mark.slow
 @pytest.mark.parametrize('stage', ['ppo', 'reward_model'])
 def test_five_kills(stage, world, tmp_path):
-  whole, killed, cache = tmp_path / 'whole', tmp_path / 'killed', tmp_path / 'cache'
-  assert start(stage, world, whole, cache).wait() == 0, (tmp_path / 'whole.log').read_text()
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  assert start(stage, world, whole).wait() == 0, (tmp_path / 'whole.log').read_text()
   draw = random.Random(stage)
-  left = []
   for _ in range(KILLS):
-    process = start(stage, world, killed, cache)
-    code = kill_after(process, killed, draw.randint(4, 9), draw.uniform(0.0, 0.3))
+    process = start(stage, world, killed)
+    code = kill_after(process, killed, draw.randint(2, 22), draw.uniform(0.0, 0.3))
     assert code == -signal.SIGKILL, (tmp_path / 'killed.log').read_text()
-    left.append((lines(killed), sorted(p.name for p in (killed / 'checkpoints').iterdir())))
-  print(left)
-  assert start(stage, world, killed, cache).wait() == 0, (tmp_path / 'killed.log').read_text()
+  assert start(stage, world, killed).wait() == 0, (tmp_path / 'killed.log').read_text()
   assert_same_run(killed, whole)

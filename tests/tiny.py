@@ -14,6 +14,7 @@ import tokenizers as hf_tokenizers
 import transformers
 
 from rlhf_jax import config as config_lib
+from rlhf_jax import sharding
 from rlhf_jax.models import Model
 from rlhf_jax.models import heads
 from rlhf_jax.models import hf
@@ -38,12 +39,9 @@ def write(folder):
     The folder.
   """
   folder = pathlib.Path(folder)
-  tokenizer = write_tokenizer(folder / 'tokenizer')
-  model = Model.create(LLAMA)
-  params = model.init(jax.random.key(7))
-  hf.save(folder / 'model', model, params, tokenizer=tokenizer)
-  head = heads.init_scalar(jax.random.key(8), model.width, scale='normal')
-  hf.save(folder / 'reward', model, params, tokenizer=tokenizer, head=head)
+  write_tokenizer(folder / 'tokenizer')
+  write_model(folder / 'model', LLAMA)
+  write_model(folder / 'reward', LLAMA, reward=True)
   write_jsonl(folder / 'texts.jsonl', [{'text': text(i, 3 + i % 12)} for i in range(64)])
   write_jsonl(folder / 'completions.jsonl', [
       {'prompt': text(i, 1 + i % 4), 'completion': text(3 * i, 2 + i % 5)} for i in range(48)])
@@ -53,6 +51,14 @@ def write(folder):
   write_jsonl(folder / 'prompts.jsonl', [
       {'prompt': text(7 * i, 1 + i % 5), 'number': i} for i in range(40)])
   return folder
+
+
+def write_model(path, fields, *, reward=False):
+  """A random language model, or reward model, with the tokenizer."""
+  model = Model.create(fields)
+  tokenizer = write_tokenizer(path)
+  head = heads.init_scalar(jax.random.key(8), model.width, scale='normal') if reward else None
+  hf.save(path, model, model.init(jax.random.key(7)), tokenizer=tokenizer, head=head)
 
 
 def write_tokenizer(path, words=WORDS):
@@ -137,6 +143,28 @@ def _trained(config, world):
   return config
 
 
+def train(algorithm, config, steps):
+  """Takes some steps of a learner on one device.
+
+  Args:
+    algorithm: module of rlhf_jax.algorithms.
+    config: its config.
+    steps: how many.
+
+  Returns:
+    Learner, the last state, the metrics of every step, and the held-out metrics at the end.
+  """
+  mesh, history = sharding.make_mesh({}, devices=jax.devices()[:1]), []
+  with jax.set_mesh(mesh):
+    learner = algorithm.create(config, mesh)
+    state, learner.state = learner.state, None
+    for _ in range(steps):
+      batch, _ = learner.next_batch(state, timed=False)
+      state, metrics = learner.train_step(state, *batch)
+      history.append(jax.device_get(metrics))
+    return learner, state, history, learner.evaluate(state)
+
+
 def get_config(arg=None):
   """Long runs of small steps, for tests that kill them. Arguments: stage, world."""
   arg = config_lib.parse_arg(arg, stage='ppo', world='')
@@ -149,5 +177,5 @@ def get_config(arg=None):
     config.reward.update({'function': '', 'model': f'{arg.world}/reward'})
     config.ppo.update({'scale_scores': True, 'kl_controller': 'adaptive', 'kl_horizon': 100.0})
     config.samples_every = 10
-  config.steps, config.checkpoint_every = 60, 3
+  config.steps, config.checkpoint_every = 150, 3
   return config

@@ -7,6 +7,7 @@ import functools
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import errors
@@ -32,6 +33,12 @@ def make_sampling(config_sampling, tokenizer, *, ignore_eos=False):
       pad_id=tokenizer.pad_token_id, ignore_eos=ignore_eos)
 
 
+def check_length(config, model):
+  """Raises UserError where a prompt and its response exceed a model's context."""
+  setup.check_length(config.data.max_prompt_length + config.sampling.max_new_tokens, model,
+                     'data.max_prompt_length + config.sampling.max_new_tokens')
+
+
 def texts_of(rollout, tokenizer):
   """Responses of this process's rows.
 
@@ -48,6 +55,25 @@ def texts_of(rollout, tokenizer):
   return tokenizers.decode_continuation(tokenizer, ids), ids
 
 
+def load_reference(config, mesh, model, policy):
+  """Parameters of the frozen reference: `config.reference`, or a copy of the policy's.
+
+  Raises:
+    UserError: it is another architecture than the policy, as whose parameters it is used.
+  """
+  if not config.reference:
+    return jax.tree.map(jnp.copy, policy)
+  other, params = hf.load(config.reference, mesh=mesh, **setup.model_settings(config.model))
+  theirs, ours = other.config.to_hf(), model.config.to_hf()
+  differ = [f'{name} ({theirs.get(name)} and {ours.get(name)})' for name in sorted(theirs | ours)
+            if theirs.get(name) != ours.get(name) and not name.endswith('token_id')]
+  if differ:
+    raise errors.UserError(
+        f'config.reference={config.reference!r} differs from the policy in {", ".join(differ)}: '
+        'name a model of the same architecture')
+  return params
+
+
 def reward_model_scorer(config, tokenizer, mesh):
   """Scores of `config.reward.model`, on tokens if it shares the policy's tokenizer.
 
@@ -58,7 +84,9 @@ def reward_model_scorer(config, tokenizer, mesh):
   settings = setup.model_settings(config.model)
   model, params = hf.load_reward(config.reward.model, mesh=mesh, **settings)
   own = tokenizers.load(config.reward.model)
+  tokenizers.check(own, model.vocab_size)
   if learned.same_tokenizer(own, tokenizer):
+    check_length(config, model)
     score = learned.of_tokens(model, params)
     return lambda rollout, examples: score(rollout), (model, params)
   apply = learned.of_texts(
@@ -104,10 +132,9 @@ class Actor:
     Raises:
       UserError: prompts are missing or do not fit the model's context.
     """
-    setup.check_length(config.data.max_prompt_length + config.sampling.max_new_tokens, model,
-                       'data.max_prompt_length + config.sampling.max_new_tokens')
+    check_length(config, model)
     self.examples = setup.read_examples(config.data, formats.prompts, tokenizer)
-    self.iterator, _ = pipelines.prompt_iterator(
+    self.iterator, self.rows = pipelines.prompt_iterator(
         self.examples, tokenizer, batch_size=config.batch_size,
         max_prompt_length=config.data.max_prompt_length, seed=config.seed,
         on_long=config.data.on_long)
@@ -139,7 +166,7 @@ class Actor:
     sampled = time.perf_counter()
     seen = rollout
     if self.sampling.ignore_eos:
-      seen = self._truncate(rollout, self.sampling.eos_id, self.sampling.pad_id)
+      seen, _ = self._truncate(rollout, self.sampling.eos_id, self.sampling.pad_id)
     scores = self._score(seen, examples)
     self._last = examples, seen, scores
     if not timed:
@@ -157,10 +184,3 @@ class Actor:
     scores = sharding.local_rows(scores)
     return [{'prompt': example.prompt, 'response': response, 'score': float(np.sum(score))}
             for example, response, score in zip(examples, responses, scores)]
-
-
-def check_reward(config, tokenizer):
-  """Raises UserError where the rule for a missing EOS needs an EOS and there is none."""
-  if config.ppo.missing_eos != 'none' and tokenizer.eos_token_id is None:
-    raise errors.UserError(
-        f'config.ppo.missing_eos={config.ppo.missing_eos!r} needs a tokenizer with an EOS')

@@ -30,7 +30,6 @@ from rlhf_jax.algorithms import ppo_settings
 from rlhf_jax.algorithms import setup
 from rlhf_jax.algorithms import sft
 from rlhf_jax.models import heads
-from rlhf_jax.models import hf
 
 
 class Models(NamedTuple):
@@ -381,7 +380,10 @@ def make_critic(config, tokenizer, mesh, model, policy, scored):
   if config.critic.path:
     config_model = config.model.copy_and_resolve_references()
     config_model.path = config.critic.path
-    return setup.load_scalar(config_model, tokenizer, mesh, config.seed, head_scale='zero')
+    critic, params = setup.load_scalar(
+        config_model, tokenizer, mesh, config.seed, head_scale='zero')
+    on_policy.check_length(config, critic)
+    return critic, params
   if scored is not None:
     return scored[0], jax.tree.map(jnp.copy, scored[1])
   return model, {'backbone': jax.tree.map(jnp.copy, policy),
@@ -408,13 +410,10 @@ def create(config, mesh):
   else:
     score, scored = on_policy.function_scorer(config, tokenizer, mesh), None
   actor = on_policy.Actor(config, tokenizer, model, score, mesh)
-  if config.reference:
-    _, reference = hf.load(config.reference, mesh=mesh, **setup.model_settings(config.model))
-  else:
-    reference = jax.tree.map(jnp.copy, policy)
+  reference = on_policy.load_reference(config, mesh, model, policy)
   critic_model, critic = make_critic(config, tokenizer, mesh, model, policy, scored)
   settings = make_settings(config, tokenizer.eos_token_id)
-  steps = setup.train_steps(config, len(actor.examples))
+  steps = setup.train_steps(config, actor.rows)
   updates = steps * settings.epochs * settings.minibatches
   optimizers = {
       'policy': setup.make_optimizer(config.optim, updates),

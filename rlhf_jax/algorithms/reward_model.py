@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import advantages as adv
+from rlhf_jax import errors
 from rlhf_jax import learner
 from rlhf_jax import logprobs
 from rlhf_jax import losses
@@ -36,6 +37,7 @@ class Settings:
   centering: float
   label_smoothing: float
   lm_coef: float
+  token_dropout: float
 
 
 def hidden_states(params, tokens, mask, *, model):
@@ -90,6 +92,19 @@ def comparison_loss(params, batch, *, model, settings):
   return loss, valid, scores
 
 
+def drop_tokens(key, mask, rate):
+  """The mask [B, K, T] with a share of its tokens taken out at random, as if they were not there.
+
+  Against overfitting on small data (word dropout: Iyyer et al. 2015,
+  https://aclanthology.org/P15-1162). First and last token of a row stay, so that it still
+  begins with the BOS and its score is read at the end.
+  """
+  kept = jax.random.bernoulli(key, 1.0 - rate, mask.shape)
+  place = jnp.cumsum(mask, axis=-1)
+  ends = (place == 1) | (place == place[..., -1:])
+  return mask & (kept | ends)
+
+
 def pair_sums(scores, batch):
   """Right, tied and all pairs, and the summed gap, over the pairs of a batch."""
   better = (batch.ranks[:, :, None] < batch.ranks[:, None, :]) \
@@ -115,6 +130,9 @@ def train_step(state, batch, *, model, optimizers, settings, microbatch_size):
     The next TrainState and metrics.
   """
   prompts = batch.tokens.shape[0]
+  if settings.token_dropout:
+    batch = batch.replace(mask=drop_tokens(
+        types.step_keys(state)[1], batch.mask, settings.token_dropout))
 
   def share(params, rows):
     loss, valid, scores = comparison_loss(
@@ -171,6 +189,7 @@ def create(config, mesh):
       config.model, tokenizer, mesh, config.seed, head_scale='normal')
   setup.check_length(config.data.max_length, model, 'data.max_length')
   examples, held_out = setup.hold_out(config, formats.comparisons, tokenizer)
+  check_examples(examples, config.reward.loss)
   sizes = dict(batch_size=config.batch_size, max_length=config.data.max_length)
   iterator, rows = pipelines.comparison_iterator(
       examples, tokenizer, seed=config.seed, **sizes)
@@ -178,7 +197,8 @@ def create(config, mesh):
   steps = setup.train_steps(config, rows)
   settings = Settings(loss=config.reward.loss, centering=config.reward.centering,
                       label_smoothing=config.reward.label_smoothing,
-                      lm_coef=config.reward.lm_coef)
+                      lm_coef=config.reward.lm_coef,
+                      token_dropout=config.reward.token_dropout)
   scores = jax.jit(lambda params, batch: score(
       params, *(x.reshape((-1,) + x.shape[2:]) for x in (batch.tokens, batch.mask)),
       model=model).reshape(batch.present.shape))
@@ -215,6 +235,18 @@ def create(config, mesh):
       next_batch=lambda state, *, timed: ((sharding.put_rows(next(iterator), mesh),), {}),
       train_step=step, evaluate=evaluate, export=export,
       model=model, model_name='reward', tokenizer=tokenizer)
+
+
+def check_examples(examples, loss):
+  """Raises UserError where the data have nothing that the loss could learn from."""
+  if loss == 'rating' and any(example.ratings is None for example in examples):
+    raise errors.UserError(
+        "config.reward.loss='rating' needs a rating of every completion, and the data have "
+        "comparisons without: use 'pairwise' or 'pick_best'")
+  if loss != 'rating' and all(len(set(example.ranks)) < 2 for example in examples):
+    raise errors.UserError(
+        f"config.reward.loss={loss!r} needs prompts with better and worse completions, and the "
+        "data have none: where each completion has a rating, use 'rating'")
 
 
 def normalization_batches(config, examples, tokenizer, sizes):

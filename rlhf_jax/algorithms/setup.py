@@ -23,6 +23,10 @@ from rlhf_jax.models import hf
 
 def load_tokenizer(config):
   """The tokenizer of `config.tokenizer`, or of the model's folder."""
+  if not config.tokenizer and not os.path.isdir(config.model.path):
+    raise errors.UserError(
+        f'config.model.path={config.model.path!r}: no such folder; it has to be a Hugging Face '
+        'folder, or what an earlier stage exported')
   tokenizer = tokenizers.load(config.tokenizer or config.model.path)
   if config.data.chat_template:
     chat.use_template(tokenizer, config.data.chat_template)

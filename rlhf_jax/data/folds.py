@@ -8,16 +8,17 @@ from rlhf_jax.data import tokenizers
 
 
 def write(folder, *, path, count, vocab_size, turns, seed):
-  """Writes train_K.jsonl, test_K.jsonl, texts_K.jsonl and tokenizer_K for every fold K.
+  """Writes train_K.jsonl, test_K.jsonl and tokenizer_K for every fold K.
 
-  A fold's texts and tokenizer come from its training part alone: both replies of every pair.
+  A fold's tokenizer comes from its training part alone: both replies of every pair.
 
   Args:
     folder: pathlib.Path they go to.
     path: data set of comparisons.
     count: folds.
     vocab_size: of the tokenizers.
-    turns: keep this many last turns of a dialogue as the prompt; 0 keeps all.
+    turns: keep this many last turns of a dialogue as the prompt, the assistant's opening being
+      the last; 0 keeps all.
     seed: of the split.
   """
   examples, report = formats.comparisons(sources.read(path))
@@ -27,11 +28,10 @@ def write(folder, *, path, count, vocab_size, turns, seed):
   fold_of = np.random.default_rng(seed).permutation(len(records)) % count
   for fold in range(count):
     train = [r for r, f in zip(records, fold_of) if f != fold]
-    texts = [{'text': r['prompt'] + r[key]} for r in train for key in ('chosen', 'rejected')]
+    texts = [r['prompt'] + r[key] for r in train for key in ('chosen', 'rejected')]
     sources.write(folder / f'train_{fold}.jsonl', train)
     sources.write(folder / f'test_{fold}.jsonl', [r for r, f in zip(records, fold_of) if f == fold])
-    sources.write(folder / f'texts_{fold}.jsonl', texts)
-    tokenizers.train_bpe([t['text'] for t in texts], vocab_size, str(folder / f'tokenizer_{fold}'))
+    tokenizers.train_bpe(texts, vocab_size, str(folder / f'tokenizer_{fold}'))
 
 
 def last_turns(prompt, count):

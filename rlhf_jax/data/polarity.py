@@ -11,48 +11,45 @@ from rlhf_jax.data import sources
 from rlhf_jax.data import tokenizers
 
 
-def write(folder, *, path, vocab_size, pairings, held_out, prompt_words, prompt_count, seed):
+def write(folder, *, path, vocab_size, pairings, prompt_words, prompt_count, seed):
   """Splits the snippets, and writes every data set of configs/sentiment.py.
 
-  A random half goes to judge.jsonl ({"text", "label"}), which no model sees. Of the other,
-  `held_out` is kept for the reward model's accuracy (held_out.jsonl: every positive with ten
-  negatives); the rest is texts.jsonl for pretraining, pairs.jsonl for the reward model, its
-  first words prompts.jsonl, and what the tokenizer is trained on.
+  A random half is judge.jsonl ({"text", "label"}), which no model sees: the judge is fitted on
+  it, and the reward model's accuracy is measured on pairs of it, held_out.jsonl. The other half
+  is texts.jsonl for pretraining, pairs.jsonl for the reward model, its first words
+  prompts.jsonl, and what the tokenizer is trained on.
 
   Args:
     folder: pathlib.Path they go to.
     path: folder of the two files.
     vocab_size: of the tokenizer.
     pairings: how many negatives each training positive is compared with.
-    held_out: share of the half that models see.
     prompt_words: words of a snippet that make a prompt.
     prompt_count: prompts.
     seed: of the split.
   """
   rng = random.Random(seed)
-  judge, train, test = [], {}, {}
+  judge, train = {}, {}
   for label, name in ((1, 'rt-polarity.pos'), (0, 'rt-polarity.neg')):
     lines = [r.fields['text'].strip() for r in sources.read(str(pathlib.Path(path) / name))]
     rng.shuffle(lines)
-    half = len(lines) // 2
-    kept = round((len(lines) - half) * held_out)
-    judge += [{'text': line, 'label': label} for line in lines[:half]]
-    test[label], train[label] = lines[half:half + kept], lines[half + kept:]
+    judge[label], train[label] = lines[:len(lines) // 2], lines[len(lines) // 2:]
   texts = train[1] + train[0]
   rng.shuffle(texts)
   openings = [' '.join(text.split()[:prompt_words]) for text in texts
               if len(text.split()) > 2 * prompt_words]
-  sources.write(folder / 'judge.jsonl', judge)
+  sources.write(folder / 'judge.jsonl', [
+      {'text': line, 'label': label} for label, lines in judge.items() for line in lines])
+  sources.write(folder / 'held_out.jsonl', pairs(judge, 2, rng))
   sources.write(folder / 'texts.jsonl', [{'text': text} for text in texts])
   sources.write(folder / 'pairs.jsonl', pairs(train, pairings, rng))
-  sources.write(folder / 'held_out.jsonl', pairs(test, 10, rng))
   sources.write(folder / 'prompts.jsonl', [
       {'prompt': openings[i % len(openings)]} for i in range(prompt_count)])
   tokenizers.train_bpe(texts, vocab_size, str(folder / 'tokenizer'))
 
 
 def pairs(lines, pairings, rng):
-  """Comparisons of each positive with `pairings` negatives, each negative used equally often."""
+  """Comparisons of each positive (lines[1]) with `pairings` negatives (lines[0])."""
   records = []
   for _ in range(pairings):
     negatives = rng.sample(lines[0], len(lines[0]))

@@ -98,7 +98,7 @@ def run(folder, *, title, summary, workdir, policies, baseline, trained, best_of
           chosen, math.log(best_of) - (best_of - 1) / best_of)
 
   rows, ratings = compare(answers, baseline)
-  print(tables.stages_table(rows, title=title))
+  print(tables.stages_table(rows, title=f'{title}, {samples} samples of each', width=120))
   quality = calibrate(scorer, comparisons) if comparisons else None
   results = {'stages': rows, 'reward_model': quality,
              'elo': {name: dataclasses.asdict(rating) for name, rating in ratings.items()},
@@ -180,8 +180,7 @@ def compare(answers, baseline):
         'win_rate': win.rate,
         'win_low': win.low, 'win_high': win.high, 'elo': ratings[name].elo,
         'elo_low': ratings[name].low, 'elo_high': ratings[name].high,
-        'distinct_2': text.distinct(answer.samples.responses, 2),
-        'samples': len(answer.gold)})
+        'distinct_2': text.distinct(answer.samples.responses, 2)})
   return rows, ratings
 
 

@@ -68,16 +68,20 @@ def call(function, prompts, responses, *, response_tokens, metadata, slots):
     raise errors.UserError(
         f'the reward function {name} returned {len(rewards)} rewards for {len(responses)} '
         'responses: it has to return one for each')
-  per_token = bool(rewards) and np.ndim(rewards[0]) == 1
+  per_token = bool(rewards) and isinstance(rewards[0], (list, tuple, np.ndarray)) \
+      and len(np.shape(rewards[0])) == 1
   scores = np.zeros((len(rewards), slots) if per_token else len(rewards), np.float32)
   for i, reward in enumerate(rewards):
     shape = (len(response_tokens[i]),) if per_token else ()
-    value = np.asarray(reward, np.float32)
-    if value.shape != shape:
+    try:
+      value = np.asarray(reward, np.float32)
+    except (TypeError, ValueError):
+      value = None
+    if value is None or value.shape != shape:
       raise errors.UserError(
-          f'the reward function {name} returned shape {value.shape} for example {i}, where '
-          f'{shape} was expected: one number, or one for each of its {len(response_tokens[i])} '
-          'tokens, alike for all examples')
+          f'the reward function {name} returned {str(reward)[:80]} for example {i}, where an '
+          f'array of shape {shape} was expected: one number, or one for each of its '
+          f'{len(response_tokens[i])} tokens, alike for all examples')
     if not all(math.isfinite(v) for v in value.reshape(-1)):
       raise errors.UserError(
           f'the reward function {name} returned {reward} for example {i}, prompt '

@@ -1,0 +1,122 @@
+"""What reward functions may return, and what users read when theirs returns something else."""
+
+import numpy as np
+import pytest
+
+from rlhf_jax import errors
+from rlhf_jax.rewards import functions
+
+PROMPTS, RESPONSES = ['one', 'two', 'three'], ['a b', 'c', 'd e f']
+TOKENS = [[5, 6], [7], [8, 9, 10]]
+METADATA = [{'number': i} for i in range(3)]
+NAN, INFINITY = float('nan'), float('inf')
+
+
+def call(function, slots=4):
+  return functions.call(function, PROMPTS, RESPONSES, response_tokens=TOKENS,
+                        metadata=METADATA, slots=slots)
+
+
+def returning(value):
+  def my_reward(prompts, responses, *, response_tokens, metadata):
+    del prompts, responses, response_tokens, metadata
+    return value
+  return my_reward
+
+
+def test_the_function_gets_texts_tokens_and_metadata():
+  def reward(prompts, responses, *, response_tokens, metadata):
+    assert (prompts, responses) == (PROMPTS, RESPONSES)
+    assert (response_tokens, metadata) == (TOKENS, METADATA)
+    return [len(r) + m['number'] for r, m in zip(responses, metadata)]
+  scores = call(reward)
+  assert scores.dtype == np.float32 and scores.tolist() == [3.0, 2.0, 7.0]
+
+
+@pytest.mark.parametrize('value', [
+    [1, 2.5, True], (1, 2.5, 1), np.array([1, 2.5, 1]), [np.float64(1), np.float32(2.5), 1],
+    [np.array(1.0), np.array(2.5), np.array(1.0)]], ids=str)
+def test_one_number_each_in_any_form(value):
+  scores = call(returning(value))
+  assert scores.dtype == np.float32 and scores.tolist() == [1.0, 2.5, 1.0]
+
+
+@pytest.mark.parametrize('kind', [list, tuple, np.array])
+def test_rewards_per_token_are_padded_with_zeros(kind):
+  scores = call(returning([kind([1.0, 2.0]), kind([3.0]), kind([4.0, 5.0, 6.0])]))
+  assert scores.dtype == np.float32
+  assert scores.tolist() == [[1, 2, 0, 0], [3, 0, 0, 0], [4, 5, 6, 0]]
+
+
+def test_an_empty_first_response_among_rewards_per_token():
+  scores = functions.call(
+      returning([[], [3.0]]), PROMPTS[:2], ['', 'c'], response_tokens=[[], [7]],
+      metadata=METADATA[:2], slots=2)
+  assert scores.tolist() == [[0, 0], [3, 0]]
+
+
+WRONG = {
+    'too few': ([1.0, 2.0], ['my_reward returned 2 rewards for 3 responses', 'one for each']),
+    'too many': ([1.0] * 4, ['returned 4 rewards for 3 responses']),
+    'none': ([], ['returned 0 rewards for 3 responses']),
+    'NaN': ([1.0, NAN, 2.0],
+            ['returned nan for example 1', "prompt 'two'", "response 'c'", 'finite']),
+    'infinity': ([1.0, 2.0, -INFINITY], ['returned -inf for example 2', "'d e f'", 'finite']),
+    'NaN at a token': ([[1.0, NAN], [2.0], [1.0] * 3],
+                       ['[1.0, nan] for example 0', "prompt 'one'", 'finite']),
+    'a text': ([1.0, 'good', 2.0], ['my_reward returned good for example 1', 'one number']),
+    'nothing': ([None, 1.0, 2.0], ['example 0']),
+    'a token too few': ([[1.0, 2.0], [3.0], [4.0, 5.0]],
+                        ['for example 2', 'shape (3,)', 'each of its 3 tokens']),
+    'padded to the slots': (np.zeros((3, 4)), ['for example 0', 'shape (2,)']),
+    'both kinds': ([1.0, [3.0], 2.0], ['[3.0] for example 1', 'shape ()', 'alike for all']),
+    'both kinds, tokens first': ([[1.0, 2.0], 3.0, [1.0] * 3], ['3.0 for example 1', '(1,)']),
+    'columns': (np.zeros((3, 1, 1)), ['for example 0', 'shape ()']),
+}
+
+
+@pytest.mark.parametrize('value, parts', WRONG.values(), ids=WRONG)
+def test_a_wrong_answer_names_function_example_and_remedy(value, parts):
+  with pytest.raises(errors.UserError) as caught:
+    call(returning(value))
+  for part in ['my_reward', *parts]:
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize('error', [KeyError('number'), ZeroDivisionError('division by zero')])
+def test_an_exception_comes_with_the_call_that_raised_it(error):
+  def fragile(prompts, responses, **_):
+    raise error
+  with pytest.raises(errors.UserError) as caught:
+    call(fragile)
+  for part in ['fragile raised', type(error).__name__, str(error), "'one'", "'a b'",
+               'last checkpoint']:
+    assert part in str(caught.value)
+  assert caught.value.__cause__ is error
+
+
+def test_a_function_with_other_parameters_is_told_so():
+  with pytest.raises(errors.UserError, match='raised TypeError.*response_tokens'):
+    call(lambda prompts, responses: [1.0] * 3)
+
+
+def test_load_by_name(tmp_path, monkeypatch):
+  assert functions.load('tiny:good_words').__name__ == 'good_words'
+  (tmp_path / 'reward_of_mine_for_loading.py').write_text('def score(*a, **k):\n  return [3]\n')
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr('sys.path', list(functions.sys.path))
+  assert functions.load('reward_of_mine_for_loading:score')() == [3]
+
+
+@pytest.mark.parametrize('name, cause', [
+    ('no_such_module_here:f', "No module named 'no_such_module_here'"),
+    ('tiny:no_such_function', 'no_such_function'),
+    ('tiny', 'tiny'),
+    (':f', "':f'"),
+])
+def test_what_cannot_be_loaded(name, cause):
+  with pytest.raises(errors.UserError) as caught:
+    functions.load(name)
+  message = str(caught.value)
+  for part in [f'config.reward.function={name!r}', cause, "'package.module:function'"]:
+    assert part in message

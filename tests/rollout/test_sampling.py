@@ -1,0 +1,90 @@
+"""Sampled frequencies and recorded log-probabilities against distributions worked out in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.rollout import sampling
+
+DRAWS = 20_000
+PROBS = np.array([0.30, 0.02, 0.18, 0.10, 0.25, 0.05, 0.08, 0.02])
+CASES = {
+    'plain': {},
+    'temperature 0.5': {'temperature': 0.5},
+    'temperature 2': {'temperature': 2.0},
+    'top-k 3': {'top_k': 3},
+    'top-p 0.7': {'top_p': 0.7},
+    'all three': {'temperature': 0.7, 'top_k': 5, 'top_p': 0.8},
+}
+
+
+def expected(probs, *, temperature=1.0, top_k=0, top_p=1.0):
+  """The distribution sampled from, by going down the sorted probabilities."""
+  probs = probs ** (1 / temperature)
+  probs = probs / probs.sum()
+  order = np.argsort(-probs, kind='stable')
+  keep = order[:top_k or len(probs)]
+  filtered = np.zeros_like(probs)
+  filtered[keep] = probs[keep] / probs[keep].sum()
+  kept, before = np.zeros_like(probs), 0.0
+  for token in keep:
+    if before >= top_p:
+      break
+    kept[token], before = filtered[token], before + filtered[token]
+  return kept / kept.sum()
+
+
+def draw(logits, **settings):
+  keys = jax.random.split(jax.random.key(3), len(logits))
+  return sampling.sample(keys, logits, sampling.Sampling(max_new_tokens=1, **settings))
+
+
+@pytest.mark.parametrize('settings', CASES.values(), ids=CASES)
+def test_frequencies_are_within_four_sigma(settings):
+  logits = jnp.broadcast_to(jnp.log(jnp.asarray(PROBS, jnp.float32)) + 3.0, (DRAWS, 8))
+  tokens, logprobs = draw(logits, **settings)
+  target = expected(PROBS, **settings)
+  counts = np.bincount(tokens, minlength=8)
+  assert (counts[target == 0] == 0).all()
+  sigma = np.sqrt(DRAWS * target * (1 - target))
+  assert (np.abs(counts - DRAWS * target) <= 4 * sigma).all(), counts / DRAWS - target
+  with np.errstate(divide='ignore'):
+    np.testing.assert_allclose(logprobs, np.log(target)[tokens], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_filters_against_loops(seed):
+  rng = np.random.default_rng(seed)
+  probs = rng.dirichlet(np.full(13, 0.5), size=6)
+  settings = {'temperature': float(rng.uniform(0.3, 2)), 'top_k': int(rng.integers(0, 16)),
+              'top_p': float(rng.uniform(0.1, 1))}
+  found = jax.nn.softmax(sampling.filter_logits(jnp.log(jnp.asarray(probs, jnp.float32)), **settings))
+  settings['top_k'] = min(settings['top_k'], 13)
+  np.testing.assert_allclose(found, [expected(row, **settings) for row in probs], atol=1e-5)
+
+
+def test_the_likeliest_always_stays():
+  logits = jnp.array([[0.0, 2.0, 1.0]])
+  for settings in ({'top_k': 1, 'top_p': 1.0}, {'top_k': 0, 'top_p': 1e-6}):
+    found = sampling.filter_logits(logits, temperature=1.0, **settings)
+    np.testing.assert_array_equal(found, [[-np.inf, 2.0, -np.inf]])
+
+
+def test_greedy_takes_the_first_of_the_likeliest():
+  logits = jnp.array([[0.0, 2.0, 1.0], [5.0, 5.0, 1.0]])
+  tokens, logprobs = draw(logits, temperature=0.0)
+  np.testing.assert_array_equal(tokens, [1, 0])
+  np.testing.assert_array_equal(logprobs, [0.0, 0.0])
+  assert tokens.dtype == jnp.int32
+
+
+def test_a_row_depends_on_its_own_key_and_logits_alone():
+  logits = jax.random.normal(jax.random.key(0), (6, 9))
+  keys = jax.random.split(jax.random.key(1), 6)
+  settings = sampling.Sampling(max_new_tokens=1, temperature=0.8, top_k=6, top_p=0.9)
+  together = sampling.sample(keys, logits, settings)
+  for row in range(6):
+    alone = sampling.sample(keys[row:row + 1], logits[row:row + 1], settings)
+    np.testing.assert_array_equal(alone[0], together[0][row:row + 1])
+    np.testing.assert_allclose(alone[1], together[1][row:row + 1], atol=1e-6)

@@ -1,0 +1,394 @@
+"""Whatever a user gets wrong ends in a message with cause and remedy, and costs no checkpoint."""
+
+import hashlib
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+from absl import flags
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from rlhf_jax import config as config_lib
+from rlhf_jax import errors
+from rlhf_jax import main
+from rlhf_jax import metrics as metrics_lib
+from rlhf_jax import sharding
+from rlhf_jax import train
+from rlhf_jax.algorithms import ppo
+from rlhf_jax.algorithms import sft
+from rlhf_jax.rewards import functions
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+# The command line.
+
+COMMANDS = {
+    'unknown key': (
+        ['--config=configs/quickstart.py', '--config.no_such_key=1'],
+        ["--config.no_such_key=1: the config has no key 'no_such_key'", 'lists its keys']),
+    'misspelt key': (
+        ['--config=configs/quickstart.py', '--config.ppo.optim.learning_rat=1'],
+        ["no key 'learning_rat'", "Did you mean 'learning_rate'?"]),
+    'key of another stage': (
+        ['--config=configs/quickstart.py', '--config.sft.ptx_coef=1'], ["no key 'ptx_coef'"]),
+    'unknown file': (
+        ['--config=configs/nothing.py', '--config.seed=1'],
+        ['--config=configs/nothing.py cannot be read', 'name a file that exists']),
+    'unknown argument': (
+        ['--config=configs/quickstart.py:debgu'],
+        ["config argument 'debgu' is unknown", 'this config takes: debug, seed']),
+    'argument of the wrong type': (
+        ['--config=configs/quickstart.py:seed=first'],
+        ["config argument seed='first' has to be of type int"]),
+    'unknown option': (
+        ['--confg=configs/quickstart.py'], ["'confg'", 'Did you mean: config']),
+    'wrong type': (
+        ['--config=configs/quickstart.py', '--config.ppo.batch_size=many'],
+        ['--config.ppo.batch_size=many', "invalid literal for int() with base 10: 'many'"]),
+}
+
+
+@pytest.fixture
+def command_line(monkeypatch):
+  """Parses arguments as main does, and forgets them afterwards."""
+  def parse(arguments):
+    monkeypatch.setattr(sys, 'argv', ['main', *arguments])
+    return main.parse_flags(sys.argv)
+
+  monkeypatch.chdir(ROOT)
+  yield parse
+  for name in list(flags.FLAGS):
+    if name.startswith('config.'):
+      delattr(flags.FLAGS, name)
+  flags.FLAGS.unparse_flags()
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_a_mistake_on_the_command_line(name, command_line):
+  arguments, parts = COMMANDS[name]
+  with pytest.raises(SystemExit) as caught:
+    command_line(arguments)
+  message = str(caught.value.code)
+  assert message.startswith('error: ') and '\n' not in message
+  for part in parts:
+    assert part in message, message
+
+
+@pytest.mark.parametrize('argument, part', [
+    ('--config.no_such_key=1', "--config.no_such_key=1: the config has no key 'no_such_key'"),
+    ('--config.ppo.batch_size=126',
+     'stage ppo: config.ppo.minibatches=4 does not divide config.batch_size=126: change either'),
+])
+def test_a_command_that_cannot_run_ends_in_one_line(argument, part, tmp_path):
+  done = subprocess.run(
+      [sys.executable, '-m', 'rlhf_jax.main', '--config=configs/quickstart.py', argument,
+       f'--workdir={tmp_path}/run'], cwd=ROOT, env=os.environ | {'XLA_FLAGS': ''}, text=True,
+      capture_output=True, timeout=300)
+  assert done.returncode == 1, done.stderr
+  assert done.stderr.startswith(f'error: {part}') and done.stderr.count('\n') == 1, done.stderr
+  assert not (tmp_path / 'run').exists()
+
+
+def test_arguments_without_dashes_are_an_error():
+  with pytest.raises(SystemExit, match=r"error: unexpected arguments \['debug'\].*begins with --"):
+    main.main(['main', 'debug'])
+
+
+# Files, lengths and sizes: before anything is compiled, and beside the checkpoints of a run.
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+  """Runs on one of the eight devices: there is less to compile."""
+  devices = jax.devices()
+  monkeypatch.setattr(jax, 'devices', lambda *_: devices[:1])
+  monkeypatch.setattr(jax, 'device_count', lambda: 1)
+
+
+def contents(folder):
+  """{path: hash} of all files below a folder."""
+  return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+          for path in sorted(folder.rglob('*')) if path.is_file()}
+
+
+def begun(config, folder):
+  """A run of 4 steps with checkpoints of steps 2 and 4, as if it had been stopped there."""
+  config.checkpoint_every = 2
+  train.run(config, folder)
+  shutil.rmtree(folder / 'model')
+  config.steps = 6
+  return folder, config
+
+
+@pytest.fixture(scope='module')
+def begun_sft(world, tmp_path_factory):
+  with pytest.MonkeyPatch.context() as patch:
+    one_device.__wrapped__(patch)
+    return begun(tiny.sft(world), tmp_path_factory.mktemp('sft'))
+
+
+@pytest.fixture(scope='module')
+def begun_ppo(world, tmp_path_factory):
+  with pytest.MonkeyPatch.context() as patch:
+    one_device.__wrapped__(patch)
+    return begun(tiny.ppo(world), tmp_path_factory.mktemp('ppo'))
+
+
+@pytest.fixture
+def bad(tmp_path_factory):
+  """A folder of things nothing can be done with."""
+  folder = tmp_path_factory.mktemp('bad')
+  for name in ('empty.jsonl', 'blank.jsonl', 'empty.txt'):
+    (folder / name).write_text('\n\n' if name.startswith('blank') else '')
+  (folder / 'nothing').mkdir()
+  tiny.write_jsonl(folder / 'wordless.jsonl', [{'prompt': '', 'completion': ''}])
+  tiny.write_jsonl(folder / 'long.jsonl', [
+      {'prompt': tiny.text(0, 2), 'number': 0}, {'prompt': tiny.text(5, 9), 'number': 1}])
+  tiny.write_tokenizer(folder / 'tokenizer', tiny.WORDS + 5)
+  return folder
+
+
+BAD_FILES = {
+    'no data file': ({'data.path': '{bad}/no.jsonl'},
+                     ['no.jsonl: no such file or directory', 'Set the path of the data']),
+    'no held-out file': ({'data.held_out_path': '{bad}/no.jsonl'},
+                         ['no.jsonl: no such file or directory', 'Set the path of the data']),
+    'no such data set': ({'data.path': 'no-such-data-set'},
+                         ['no-such-data-set', 'neither a local file or directory nor']),
+    'no tokenizer': ({'tokenizer': '{bad}/no'},
+                     ['/no: no such folder', 'a folder with tokenizer.json']),
+    'no model': ({'model.path': '{bad}/no', 'tokenizer': '{world}/tokenizer'},
+                 ['/no/config.json: no such file', 'a model folder holds config.json and']),
+    'a model without weights': (
+        {'model.path': '{bad}/tokenizer'}, ['config.json: no such file', 'a model folder holds']),
+    'empty file': ({'data.path': '{bad}/empty.jsonl'},
+                   ['empty.jsonl: the data set is empty', 'at least one record']),
+    'blank lines': ({'data.path': '{bad}/blank.jsonl'},
+                    ['blank.jsonl: the data set is empty', 'at least one record']),
+    'empty text': ({'data.path': '{bad}/empty.txt'},
+                   ['empty.txt: the data set is empty', 'at least one record']),
+    'empty folder': ({'data.path': '{bad}/nothing'},
+                     ['nothing: no data file in this directory', 'files must end in .jsonl']),
+    'too long for the context': (
+        {'data.max_length': 33},
+        ['config.data.max_length: 33 tokens exceed the context of 32', 'Shorten it, or use']),
+    'tokenizer larger than the embedding': (
+        {'tokenizer': '{bad}/tokenizer'},
+        ["has ids up to 68, but the model's vocab_size is 64",
+         'Use the tokenizer that belongs to the model', 'at least 69']),
+}
+BAD_PROMPTS = {
+    'no prompts': ({'data.path': '{bad}/no.jsonl'},
+                   ['no.jsonl: no such file or directory', 'Set the path of the data']),
+    'empty prompts': ({'data.path': '{bad}/empty.jsonl'},
+                      ['empty.jsonl: the data set is empty', 'at least one record']),
+    'a long prompt': (
+        {'data.path': '{bad}/long.jsonl'},
+        ['prompt 1 has 10 tokens, more than config.data.max_prompt_length = 6',
+         'Raise max_prompt_length', "config.data.on_long to 'truncate_left' or 'drop'"]),
+    'long prompts alone': (
+        {'data.path': '{bad}/long.jsonl', 'data.max_prompt_length': 2, 'data.on_long': 'drop'},
+        ['no prompt of 2 has at most config.data.max_prompt_length = 2', 'Raise it']),
+    'prompt and response too long for the context': (
+        {'data.max_prompt_length': 27},
+        ['config.data.max_prompt_length + config.sampling.max_new_tokens: 33 tokens exceed the '
+         'context of 32', 'Shorten it, or use']),
+    'pretraining rows too long for the context': (
+        {'ptx.path': '{world}/texts.jsonl', 'ptx.batch_size': 16, 'ptx.max_length': 33,
+         'ppo.ptx_coef': 1.0},
+        ['config.ptx.max_length: 33 tokens exceed the context of 32', 'Shorten it']),
+    'tokenizer larger than the embedding': (
+        {'tokenizer': '{bad}/tokenizer'},
+        ["has ids up to 68, but the model's vocab_size is 64", 'set the model\'s vocab_size']),
+    'no reward module': (
+        {'reward.function': 'no_such_module:reward'},
+        ["config.reward.function='no_such_module:reward' cannot be loaded",
+         "Write 'package.module:function'"]),
+    'no reward function': (
+        {'reward.function': 'tiny:no_such_function'},
+        ['no_such_function', "Write 'package.module:function'"]),
+    'a reward function without a name': (
+        {'reward.function': 'tiny'}, ["'tiny' cannot be loaded", "Write 'package.module:function'"]),
+    'no reward model': (
+        {'reward.function': '', 'reward.model': '{bad}/no'},
+        ['/no/config.json: no such file', 'a model folder holds']),
+    'a language model for a reward': (
+        {'reward.function': '', 'reward.model': '{world}/model'},
+        ['it is not a reward model', 'ForSequenceClassification']),
+    'a reward model for a policy': (
+        {'model.path': '{world}/reward'}, ['it is a reward model, not a language model']),
+}
+
+
+def fails(config, changes, parts, folder, **places):
+  """Runs a changed config where a run has begun; checks the message and that nothing is lost."""
+  config = config.copy_and_resolve_references()
+  for key, value in changes.items():
+    config.update_from_flattened_dict(
+        {key: value.format(**places) if isinstance(value, str) else value})
+  before = contents(folder)
+  assert {part.split('/')[1] for part in before if part.startswith('checkpoints')} >= {'2', '4'}
+  with pytest.raises(errors.UserError) as caught:
+    train.run(config, folder)
+  for part in parts:
+    assert part in str(caught.value), caught.value
+  assert contents(folder) == before
+  return config
+
+
+@pytest.mark.parametrize('name', BAD_FILES)
+def test_bad_files_are_found_before_compilation(name, begun_sft, world, bad, compiled):
+  folder, config = begun_sft
+  count = len(compiled)
+  fails(config, *BAD_FILES[name], folder, world=world, bad=bad)
+  assert compiled[count:] == []
+
+
+@pytest.mark.parametrize('name', BAD_PROMPTS)
+def test_bad_prompts_are_found_before_compilation(name, begun_ppo, world, bad, compiled):
+  folder, config = begun_ppo
+  count = len(compiled)
+  fails(config, *BAD_PROMPTS[name], folder, world=world, bad=bad)
+  assert not {'jit(generate)', 'jit(train_step)'} & set(compiled[count:])
+
+
+def test_a_text_data_set_of_nothing_has_no_token(begun_sft, world, bad):
+  folder, config = begun_sft
+  fails(config, {'data.path': '{bad}/wordless.jsonl', 'data.kind': 'completion'},
+        ['wordless.jsonl', 'completion'], folder, world=world, bad=bad)
+
+
+@pytest.mark.parametrize('begin, changes, part', [
+    ('begun_sft', {'batch_size': 0}, 'has to be positive'),
+    ('begun_sft', {'microbatch_size': 5}, 'does not divide'),
+    ('begun_ppo', {'ppo.minibatches': 3}, 'does not divide'),
+    ('begun_ppo', {'sampling.temperature': 0.0}, 'cannot learn from greedy samples'),
+])
+def test_contradictions_are_found_before_anything_is_read(
+    begin, changes, part, request, monkeypatch):
+  folder, config = request.getfixturevalue(begin)
+  for module in (ppo, sft):
+    monkeypatch.setattr(module, 'create', lambda *_: pytest.fail('was created'))
+  fails(config, changes, [part], folder)
+
+
+def test_another_model_leaves_the_checkpoints_of_the_first(begun_sft, tmp_path):
+  folder, config = begun_sft
+  tiny.write_model(tmp_path, tiny.LLAMA | {'num_hidden_layers': 1})
+  fails(config, {'model.path': f'{tmp_path}'},
+        ['none of the checkpoints [4, 2]', 'can be read with this config',
+         'use another --workdir', 'nothing was deleted'], folder)
+
+
+# Rewards and losses: after compilation, when they come up.
+
+
+def rewards_of(case):
+  """A reward function that is wrong in one way."""
+  def reward(prompts, responses, *, response_tokens, metadata):
+    del prompts, metadata
+    if case == 'raises':
+      raise RuntimeError('the server is away')
+    good = [0.5] * len(responses)
+    return {
+        'is short': good[:-1], 'is NaN': [float('nan')] + good[1:],
+        'is infinite': good[1:] + [float('inf')], 'is None': None,
+        'is ragged': [[0.0] * (len(row) + 1) for row in response_tokens],
+        'is mixed': [[0.0] * len(row) for row in response_tokens[:-1]] + [0.5]}[case]
+  return reward
+
+
+BAD_REWARDS = {
+    'raises': ['reward raised RuntimeError: the server is away', 'the same command goes on'],
+    'is short': ['returned 3 rewards for 4 responses', 'it has to return one for each'],
+    'is NaN': ['returned nan for example 0', 'every reward has to be finite'],
+    'is infinite': ['returned inf for example 3', 'every reward has to be finite'],
+    'is None': ['reward raised TypeError', 'the same command goes on'],
+    'is ragged': ['returned [0.0, 0.0, 0.0] for example 0', 'of shape (2,)', 'one for each of its 2 tokens'],
+    'is mixed': ['returned 0.5 for example 3', 'of shape (2,)', 'alike for all examples'],
+}
+
+
+@pytest.mark.parametrize('case', BAD_REWARDS)
+def test_bad_rewards(case):
+  with pytest.raises(errors.UserError) as caught:
+    functions.call(rewards_of(case), ['a'] * 4, ['b'] * 4, response_tokens=[[1, 2]] * 4,
+                   metadata=[{}] * 4, slots=3)
+  for part in BAD_REWARDS[case]:
+    assert part in str(caught.value), caught.value
+
+
+@pytest.mark.parametrize('case, parts', [
+    ('raises', ['RuntimeError: the server is away', 'with 16 prompts, the first', 'goes on from']),
+    ('is NaN', ['returned nan for example 0, prompt', 'every reward has to be finite']),
+    ('is short', ['returned 15 rewards for 16 responses', 'has to return one for each']),
+])
+def test_bad_rewards_stop_a_run_that_can_go_on(case, parts, begun_ppo, tmp_path, monkeypatch):
+  folder, config = begun_ppo
+  shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+  before = contents(tmp_path / 'checkpoints')
+  with monkeypatch.context() as patch:
+    patch.setattr(tiny, 'good_words', rewards_of(case))
+    with pytest.raises(errors.UserError) as caught:
+      train.run(config, tmp_path)
+  for part in parts:
+    assert part in str(caught.value), caught.value
+  assert contents(tmp_path / 'checkpoints') == before
+  assert not (tmp_path / 'model').exists()
+  if case == 'raises':  # mended, the same command goes on
+    train.run(config, tmp_path)
+    assert {record['step'] for record in metrics_lib.read(tmp_path)} == set(range(6))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_its_checkpoint(begun_sft, tmp_path):
+  folder, config = begun_sft
+  shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+  before = contents(tmp_path / 'checkpoints')
+  wild = config.copy_and_resolve_references()
+  wild.optim.learning_rate, wild.checkpoint_every = 1e30, 1
+  with pytest.raises(errors.UserError) as caught:
+    train.run(wild, tmp_path)
+  message = str(caught.value)
+  assert 'is not finite at step 4' in message and 'param_norm' in message
+  assert 'Lower config.optim.learning_rate' in message and 'clip_norm' in message
+  assert f'{tmp_path}/checkpoints' in message and 'goes on from the last' in message
+  assert contents(tmp_path / 'checkpoints') == before
+  assert not (tmp_path / 'model').exists()
+  train.run(config, tmp_path)  # with the lower rate it goes on
+  assert all(np.isfinite(record['loss']) for record in metrics_lib.read(tmp_path)
+             if 'loss' in record)
+
+
+def test_nan_in_the_weights_is_named_at_the_first_step(world, tmp_path, monkeypatch):
+  create = sft.create
+
+  def poisoned(config, mesh):
+    learner = create(config, mesh)
+    learner.state = learner.state.replace(
+        params=jax.tree.map(lambda x: x * np.float32('nan'), learner.state.params))
+    return learner
+
+  monkeypatch.setattr(sft, 'create', poisoned)
+  with pytest.raises(errors.UserError, match='loss.*is not finite at step 0. Lower config'):
+    train.run(tiny.sft(world), tmp_path)
+  assert not (tmp_path / 'model').exists()
+
+
+def test_a_config_is_validated_before_anything_is_made_of_it(monkeypatch, world, tmp_path):
+  order = []
+  monkeypatch.setattr(config_lib, 'validate', lambda *_: order.append('validate'))
+
+  def create(*_):
+    order.append('create')
+    raise errors.UserError('enough')
+
+  monkeypatch.setattr(sft, 'create', create)
+  with pytest.raises(errors.UserError, match='enough'):
+    train.run(tiny.sft(world), tmp_path)
+  assert order == ['validate', 'create']

@@ -1,0 +1,148 @@
+"""Stages run in order, once, in folders of their own, and a mistake in any is found at the start."""
+
+import json
+import shutil
+
+import ml_collections
+import pytest
+import tiny
+
+from rlhf_jax import errors
+from rlhf_jax import pipeline
+from rlhf_jax import train
+
+RAN = []
+
+
+def note(folder, *, text, paths, seed):
+  """A stage: writes down what it was called with."""
+  RAN.append(folder.name)
+  if text == 'fail':
+    raise errors.UserError('this stage fails')
+  (folder / 'note.json').write_text(json.dumps([text, paths, seed]))
+
+
+def unseeded(folder, *, text):
+  """A stage without a seed."""
+  RAN.append(folder.name)
+  (folder / 'note.json').write_text(text)
+
+
+@pytest.fixture(autouse=True)
+def ran():
+  RAN.clear()
+  return RAN
+
+
+def make_config(world=''):
+  """Three stages of functions, and one of training that is not in `stages`."""
+  config = ml_collections.ConfigDict({
+      'seed': 5, 'stages': ('first', 'second', 'third'), 'data': {'path': 'x'},
+      'first': {'function': 'test_pipeline:note', 'text': 'a', 'paths': ('$workdir/x',),
+                'seed': -1},
+      'second': {'function': 'test_pipeline:note', 'text': 'from $workdir/first', 'seed': 7,
+                 'paths': (('name', '$workdir/first/note.json'), ('other', 'y'))},
+      'third': {'function': 'test_pipeline:unseeded', 'text': '$workdir'}})
+  config.pretrain = tiny.sft(world)
+  config.pretrain.seed = -1
+  return config
+
+
+def written(folder):
+  return json.loads((folder / 'note.json').read_text())
+
+
+def test_placeholders_and_seeds(tmp_path, ran):
+  pipeline.run(make_config(), tmp_path)
+  assert ran == ['first', 'second', 'third']
+  assert written(tmp_path / 'first') == ['a', [f'{tmp_path}/x'], 5]
+  assert written(tmp_path / 'second') == [
+      f'from {tmp_path}/first', [['name', f'{tmp_path}/first/note.json'], ['other', 'y']], 7]
+  assert (tmp_path / 'third' / 'note.json').read_text() == str(tmp_path)
+  assert json.loads((tmp_path / 'config.json').read_text())['seed'] == 5
+
+
+def test_resolve_leaves_the_config_as_it_was(tmp_path):
+  config = make_config()
+  stage = pipeline.resolve(config.first, tmp_path, 5)
+  assert stage.seed == 5 and stage.paths == (f'{tmp_path}/x',) and stage.is_locked
+  assert config.first.seed == -1 and config.first.paths == ('$workdir/x',)
+
+
+def test_a_finished_stage_is_not_run_again_until_its_folder_is_deleted(tmp_path, ran):
+  config = make_config()
+  pipeline.run(config, tmp_path)
+  pipeline.run(config, tmp_path)
+  assert ran == ['first', 'second', 'third']
+  shutil.rmtree(tmp_path / 'second')
+  pipeline.run(config, tmp_path)
+  assert ran == ['first', 'second', 'third', 'second']
+
+
+def test_stages_can_be_picked(tmp_path, ran):
+  config = make_config()
+  config.stages = ('third,first',)  # as the command line gives --config.stages=third,first
+  pipeline.run(config, tmp_path)
+  assert ran == ['third', 'first']
+
+
+def test_a_stage_that_fails_leaves_the_finished_ones(tmp_path, ran):
+  config = make_config()
+  config.second.text = 'fail'
+  with pytest.raises(errors.UserError, match='this stage fails'):
+    pipeline.run(config, tmp_path)
+  before = (tmp_path / 'first' / 'note.json').stat()
+  assert (tmp_path / 'first' / pipeline.DONE).exists()
+  assert not (tmp_path / 'second' / pipeline.DONE).exists()
+  assert not (tmp_path / 'third').exists()
+  config.second.text = 'mended'
+  pipeline.run(config, tmp_path)
+  assert ran == ['first', 'second', 'second', 'third']
+  assert (tmp_path / 'first' / 'note.json').stat() == before
+
+
+@pytest.mark.parametrize('changes, message', [
+    ({'stages': ('first', 'nothing')},
+     r"config.stages='first,nothing' names \['nothing'\]: the stages of this config are first, "
+     'second, third, pretrain'),
+    ({'stages': ('seed',)}, r"names \['seed'\]: the stages of this config are first, "),
+    ({'stages': ('data',)}, r"names \['data'\]: the stages of this config are first, "),
+    ({'stages': ()}, 'names no stage: the stages of this config are first, '),
+    ({'third.function': 'no_such_module:note'},
+     "stage third: config.third.function='no_such_module:note' cannot be loaded.*"
+     "'package.module:name'"),
+    ({'third.function': 'test_pipeline:no_such_function'},
+     "config.third.function='test_pipeline:no_such_function' cannot be loaded"),
+    ({'third.function': 'test_pipeline:note'},
+     'stage third: test_pipeline:note cannot be called with the keys of config.third .missing a'),
+    ({'stages': ('first', 'pretrain'), 'pretrain.batch_size': 5, 'pretrain.microbatch_size': 2},
+     'stage pretrain: config'),
+])
+def test_a_mistake_in_the_last_stage_is_found_before_the_first_runs(
+    changes, message, tmp_path, ran):
+  config = make_config()
+  pipeline.run(config, tmp_path / 'old')
+  ran.clear()
+  before = sorted(path for path in (tmp_path / 'old').rglob('*'))
+  settings = (tmp_path / 'old' / 'config.json').read_bytes()
+  with config.ignore_type():
+    for key, value in changes.items():
+      config.update_from_flattened_dict({key: value})
+  for workdir in (tmp_path / 'old', tmp_path / 'new'):
+    with pytest.raises(errors.UserError, match=message):
+      pipeline.run(config, workdir)
+  assert ran == [] and not (tmp_path / 'new').exists()
+  assert sorted(path for path in (tmp_path / 'old').rglob('*')) == before
+  assert (tmp_path / 'old' / 'config.json').read_bytes() == settings
+
+
+def test_a_stage_of_training_runs_in_its_folder_with_the_pipelines_seed(tmp_path, monkeypatch):
+  config = make_config('$workdir')
+  config.stages = ('pretrain',)
+  calls = []
+  monkeypatch.setattr(train, 'run', lambda stage, folder: calls.append((stage, folder)))
+  pipeline.run(config, tmp_path)
+  (stage, folder), = calls
+  assert folder == tmp_path / 'pretrain' and stage.seed == 5 and stage.is_locked
+  assert stage.data.path == f'{tmp_path}/texts.jsonl'
+  assert (folder / pipeline.DONE).exists()
