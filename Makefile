@@ -3,37 +3,38 @@
 # make test-slow     the tests that take minutes each
 #
 # Each makes a virtual environment in .venv if there is none and installs into it what is missing.
-# PYTHON is the interpreter the environment is made with, 3.11 to 3.13.
+# `make test PYTHON=python3.13` does so with another Python, 3.11 to 3.13, in .venv-python3.13.
 
 PYTHON ?= python3
+VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 WORKDIR ?= runs/quickstart
 ARGS ?=
 
-BIN := .venv/bin
+BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 -c constraints.txt
 
 .PHONY: quickstart test test-slow
 
-quickstart: .venv/installed
+quickstart: $(VENV)/installed
 	$(BIN)/python -m rlhf_jax.main --config=configs/quickstart.py --workdir=$(WORKDIR)
 
-test: .venv/installed-test
+test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-test-slow: .venv/installed-test
+test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-.venv/installed: setup.py constraints.txt | $(BIN)/pip
-	@echo 'installing rlhf_jax into .venv'
+$(VENV)/installed: setup.py constraints.txt | $(BIN)/pip
+	@echo 'installing rlhf_jax into $(VENV)'
 	$(PIP) -e .
 	@touch $@
 
-.venv/installed-test: setup.py constraints.txt | $(BIN)/pip
-	@echo 'installing rlhf_jax and what its tests need into .venv'
+$(VENV)/installed-test: setup.py constraints.txt | $(BIN)/pip
+	@echo 'installing rlhf_jax and what its tests need into $(VENV)'
 	$(PIP) -e '.[test]'
-	@touch $@ .venv/installed
+	@touch $@ $(VENV)/installed
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else \
 	  "Python 3.11, 3.12 or 3.13 is needed: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)

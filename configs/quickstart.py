@@ -67,7 +67,7 @@ def base(stage, model):
   stage.model.unroll = UNROLL
   stage.model.path = model
   stage.optim.clip_norm = 1.0
-  stage.log_every = 5
+  stage.log_every, stage.checkpoint_every = 5, 100
   return stage
 
 
@@ -120,7 +120,7 @@ def ppo():
   stage.ptx.update({'path': '$workdir/world/demonstrations.jsonl', 'kind': 'completion',
                     'max_length': 48, 'batch_size': 32})
   stage.optim.update({'learning_rate': 3e-4, 'schedule': 'linear'})
-  stage.samples_every = 10
+  stage.samples_every, stage.checkpoint_every = 10, 20
   return stage
 
 

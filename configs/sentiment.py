@@ -55,7 +55,7 @@ def base(stage, model):
   stage.model.path = model
   stage.model.unroll = UNROLL
   stage.optim.clip_norm = 1.0
-  stage.log_every = 5
+  stage.log_every, stage.checkpoint_every = 5, 100
   return stage
 
 
@@ -102,7 +102,7 @@ def ppo():
   stage.batch_size, stage.steps = 128, 60
   stage.ppo.update({'epochs': 2, 'minibatches': 4, 'kl_coef': 0.1})
   stage.optim.update({'learning_rate': 2e-4, 'schedule': 'linear'})
-  stage.samples_every = 10
+  stage.samples_every, stage.checkpoint_every = 10, 20
   return stage
 
 

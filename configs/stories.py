@@ -27,10 +27,11 @@ def get_config(arg=None):
   ppo.data.update({'path': '$workdir/prompts/prompts.jsonl', 'max_prompt_length': 24})
   ppo.reward.function = 'rlhf_jax.rewards.rules:direct_speech'
   ppo.sampling.max_new_tokens = 128
-  ppo.batch_size, ppo.steps = 64, 60
-  ppo.ppo.update({'epochs': 2, 'minibatches': 2, 'kl_coef': 0.01})
+  ppo.batch_size, ppo.steps = 64, 50
+  ppo.ppo.update({'epochs': 2, 'minibatches': 2, 'kl_coef': 0.02})
   ppo.optim.update({'learning_rate': 5e-4, 'clip_norm': 1.0, 'schedule': 'linear'})
-  ppo.samples_every = 10
+  ppo.log_every = 5
+  ppo.samples_every, ppo.checkpoint_every = 10, 20
   config.ppo = ppo
   config.evaluate = ml_collections.ConfigDict({
       'function': 'rlhf_jax.evaluation.policies:run',

@@ -4,6 +4,7 @@ import ctypes
 import os
 import pathlib
 
+from absl import logging
 import jax
 
 
@@ -15,6 +16,7 @@ def configure():
   On Cloud TPU pods, under SLURM and under Open MPI the coordinator is found by itself; elsewhere
   it is named by COORDINATOR_ADDRESS, PROCESS_COUNT and PROCESS_ID.
   """
+  logging.set_verbosity(logging.WARNING)  # Orbax and Grain narrate every step of theirs
   keep_memory()
   if 'COORDINATOR_ADDRESS' in os.environ:
     jax.distributed.initialize(

@@ -51,7 +51,6 @@ def main(argv):
   """Runs the config."""
   if len(argv) > 1:
     sys.exit(f'error: unexpected arguments {argv[1:]}: every option begins with --')
-  logging.set_verbosity(logging.WARNING)
   compilation.configure()
   try:
     config = _CONFIG.value

@@ -95,11 +95,10 @@ def make(*, name, learning_rate, schedule_kind, warmup_steps, steps, b1, b2, eps
   else:
     raise errors.UserError(f'optim.name={name!r} is not one of {OPTIMIZERS}')
   rate = schedule(learning_rate, kind=schedule_kind, warmup_steps=warmup_steps, steps=steps)
-  parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-  parts.append(scale)
-  if weight_decay:
-    parts.append(optax.add_decayed_weights(weight_decay, mask=decayed))
-  return optax.chain(*parts, optax.scale_by_learning_rate(rate))
+  # The same structure whatever the figures, so that a run can go on with another one of them.
+  clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
+  return optax.chain(clip, scale, optax.add_decayed_weights(weight_decay, mask=decayed),
+                     optax.scale_by_learning_rate(rate))
 
 
 def decayed(params):

@@ -1,4 +1,4 @@
-"""Stages in order, each in its own folder: pretrain, SFT, comparisons, reward model, PPO, evaluation.
+"""Stages in order, each in its own folder: pretraining, SFT, reward model, PPO and so on.
 
 `config.stages` names them. A stage is a sub-config that either has an `algorithm`, and is a run
 of train.py, or a `function` 'package.module:name', called with its folder and its other keys. A

@@ -98,8 +98,9 @@ def loop(config, learner, state, first_step, checkpoints, writer):
     if due(done, config.eval_every):
       pending = log(writer, bar, *pending)
       held_out = learner.evaluate(state)
-      writer.write(step, held_out)
-      show(bar, held_out)
+      if held_out:
+        writer.write(step, held_out)
+        show(bar, held_out)
     if due(done, config.samples_every):
       writer.samples(step, learner.samples())
     if due(done, config.checkpoint_every):

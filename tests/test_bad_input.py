@@ -140,8 +140,8 @@ def begun_ppo(world, tmp_path_factory):
     return begun(tiny.ppo(world), tmp_path_factory.mktemp('ppo'))
 
 
-@pytest.fixture
-def bad(tmp_path_factory):
+@pytest.fixture(scope='module')
+def bad(world, tmp_path_factory):
   """A folder of things nothing can be done with."""
   folder = tmp_path_factory.mktemp('bad')
   for name in ('empty.jsonl', 'blank.jsonl', 'empty.txt'):
@@ -151,6 +151,8 @@ def bad(tmp_path_factory):
   tiny.write_jsonl(folder / 'long.jsonl', [
       {'prompt': tiny.text(0, 2), 'number': 0}, {'prompt': tiny.text(5, 9), 'number': 1}])
   tiny.write_tokenizer(folder / 'tokenizer', tiny.WORDS + 5)
+  shutil.copytree(world / 'reward', folder / 'reward')
+  tiny.write_tokenizer(folder / 'reward', tiny.WORDS + 5)
   return folder
 
 
@@ -206,6 +208,9 @@ BAD_PROMPTS = {
     'tokenizer larger than the embedding': (
         {'tokenizer': '{bad}/tokenizer'},
         ["has ids up to 68, but the model's vocab_size is 64", 'set the model\'s vocab_size']),
+    "a reward model's tokenizer larger than its embedding": (
+        {'reward.function': '', 'reward.model': '{bad}/reward'},
+        ['/reward has ids up to 68', 'Use the tokenizer that belongs to the model']),
     'no reward module': (
         {'reward.function': 'no_such_module:reward'},
         ["config.reward.function='no_such_module:reward' cannot be loaded",
@@ -214,7 +219,8 @@ BAD_PROMPTS = {
         {'reward.function': 'tiny:no_such_function'},
         ['no_such_function', "Write 'package.module:function'"]),
     'a reward function without a name': (
-        {'reward.function': 'tiny'}, ["'tiny' cannot be loaded", "Write 'package.module:function'"]),
+        {'reward.function': 'tiny'},
+        ["'tiny' cannot be loaded", "Write 'package.module:function'"]),
     'no reward model': (
         {'reward.function': '', 'reward.model': '{bad}/no'},
         ['/no/config.json: no such file', 'a model folder holds']),
@@ -310,7 +316,8 @@ BAD_REWARDS = {
     'is NaN': ['returned nan for example 0', 'every reward has to be finite'],
     'is infinite': ['returned inf for example 3', 'every reward has to be finite'],
     'is None': ['reward raised TypeError', 'the same command goes on'],
-    'is ragged': ['returned [0.0, 0.0, 0.0] for example 0', 'of shape (2,)', 'one for each of its 2 tokens'],
+    'is ragged': ['returned [0.0, 0.0, 0.0] for example 0', 'of shape (2,)',
+                  'one for each of its 2 tokens'],
     'is mixed': ['returned 0.5 for example 3', 'of shape (2,)', 'alike for all examples'],
 }
 
@@ -360,7 +367,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_its_checkpoint(begun_sft
   assert f'{tmp_path}/checkpoints' in message and 'goes on from the last' in message
   assert contents(tmp_path / 'checkpoints') == before
   assert not (tmp_path / 'model').exists()
-  train.run(config, tmp_path)  # with the lower rate it goes on
+  mended = config.copy_and_resolve_references()
+  mended.optim.clip_norm = 1.0
+  train.run(mended, tmp_path)  # as the message says, it goes on
   assert all(np.isfinite(record['loss']) for record in metrics_lib.read(tmp_path)
              if 'loss' in record)
 

@@ -5,6 +5,7 @@ import shutil
 import grain
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 import optax
 import pytest
@@ -12,6 +13,7 @@ import tiny
 
 from rlhf_jax import checkpoint
 from rlhf_jax import errors
+from rlhf_jax import sharding
 from rlhf_jax import train
 from rlhf_jax import types
 
@@ -171,6 +173,28 @@ def test_a_saved_state_does_not_see_the_steps_that_follow(tmp_path):
   checkpoints.close()
   found = checkpoint.load_params(tmp_path, 'policy')
   np.testing.assert_array_equal(found['a'], expected)
+
+
+@pytest.mark.parametrize('before, after', [(8, 1), (1, 8), (8, 8)])
+def test_arrays_come_back_where_the_new_run_wants_them(before, after, tmp_path):
+  """A run may go on with another number of devices."""
+  def place(state, count):
+    mesh = sharding.make_mesh({'fsdp': count}, devices=jax.devices()[:count])
+    split = {'policy': {'a': NamedSharding(mesh, P('fsdp')), 'b': sharding.replicated(mesh)}}
+    rest = jax.device_put(state, sharding.replicated(mesh))
+    return rest.replace(params=jax.device_put(state.params, split))
+
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+  checkpoints.save(5, place(make_state(5), before), {})
+  checkpoints.close()
+  wanted = place(make_state(9), after)
+  where = jax.tree.map(lambda x: x.sharding, wanted)
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+  step, found = checkpoints.restore(wanted, {})
+  checkpoints.close()
+  assert step == 5 and jax.tree.map(lambda x: x.sharding, found) == where
+  np.testing.assert_array_equal(found.params['policy']['a'], make_state(5).params['policy']['a'])
+  assert found.params['policy']['a'].addressable_shards[0].data.shape == (8 // after, 4)
 
 
 def test_params_without_a_checkpoint(tmp_path):

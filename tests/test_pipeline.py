@@ -1,4 +1,4 @@
-"""Stages run in order, once, in folders of their own, and a mistake in any is found at the start."""
+"""Stages run in order, once, in their folders, and a mistake in any is found at the start."""
 
 import json
 import shutil
@@ -104,7 +104,7 @@ def test_a_stage_that_fails_leaves_the_finished_ones(tmp_path, ran):
 @pytest.mark.parametrize('changes, message', [
     ({'stages': ('first', 'nothing')},
      r"config.stages='first,nothing' names \['nothing'\]: the stages of this config are first, "
-     'second, third, pretrain'),
+     'pretrain, second, third'),
     ({'stages': ('seed',)}, r"names \['seed'\]: the stages of this config are first, "),
     ({'stages': ('data',)}, r"names \['data'\]: the stages of this config are first, "),
     ({'stages': ()}, 'names no stage: the stages of this config are first, '),

@@ -6,15 +6,19 @@ The task: texts of the words w0 .. w59, of which w0 .. w29 are good. Comparisons
 with more good words, and `good_words` pays the share of them.
 """
 
+import functools
 import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
+import optax
 import tokenizers as hf_tokenizers
 import transformers
 
 from rlhf_jax import config as config_lib
 from rlhf_jax import sharding
+from rlhf_jax import types
 from rlhf_jax.models import Model
 from rlhf_jax.models import heads
 from rlhf_jax.models import hf
@@ -163,6 +167,27 @@ def train(algorithm, config, steps):
       state, metrics = learner.train_step(state, *batch)
       history.append(jax.device_get(metrics))
     return learner, state, history, learner.evaluate(state)
+
+
+def one_step(train_step, params, *batch, jit=True):
+  """A train step from the given parameters.
+
+  Args:
+    train_step: (state, *batch, optimizers=) -> (state, metrics), not jitted yet.
+    params: {name: parameters}.
+    *batch: its arguments.
+    jit: whether to.
+
+  Returns:
+    The next TrainState and metrics.
+  """
+  optimizers = {name: optax.adam(1e-3, eps=1e-3) for name in params}
+  first = types.TrainState(
+      step=jnp.int32(0), key=jax.random.key(0), params=params,
+      opt_state={name: optimizers[name].init(params[name]) for name in params},
+      kl_coef=jnp.float32(0.1), reward_moments=jnp.zeros(3))
+  train_step = functools.partial(train_step, optimizers=optimizers)
+  return (jax.jit(train_step) if jit else train_step)(first, *batch)
 
 
 def get_config(arg=None):

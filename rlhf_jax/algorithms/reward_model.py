@@ -86,9 +86,9 @@ def comparison_loss(params, batch, *, model, settings):
     nll = logprobs.cross_entropy(
         functools.partial(model.unembed, params['backbone']), hidden[:, :-1], tokens[:, 1:])
     best = ((batch.ranks == 0) & batch.present).reshape(-1, 1)
-    row_loss = jnp.where(mask[:, 1:] & best, nll, 0.0).reshape(shape[0], -1).sum(-1)
-    targets = (mask[:, 1:] & best).reshape(shape[0], -1).sum(-1)
-    loss += settings.lm_coef * row_loss / jnp.maximum(targets, 1)
+    targets = mask[:, :-1] & mask[:, 1:] & best
+    row_loss = jnp.where(targets, nll, 0.0).reshape(shape[0], -1).sum(-1)
+    loss += settings.lm_coef * row_loss / jnp.maximum(targets.reshape(shape[0], -1).sum(-1), 1)
   return loss, valid, scores
 
 

@@ -51,7 +51,8 @@ def run(folder, *, title, summary, workdir, policies, baseline, trained, best_of
     title: of the report.
     summary: a sentence under the title.
     workdir: the pipeline's folder; the report goes there.
-    policies: pairs (name, folder of a language model), in the order of the table.
+    policies: pairs (name, folder of a language model or of the run that trained it), in the
+      order of the table.
     baseline: the name whose samples win rates and KLs are against.
     trained: the name of the policy that RL trained; the report shows its texts beside the
       baseline's.
@@ -108,7 +109,7 @@ def run(folder, *, title, summary, workdir, policies, baseline, trained, best_of
   report.write(
       workdir / 'report.html', title=title, summary=summary, stages=rows,
       metrics={name: metrics_lib.read(workdir / name) for name in curves},
-      frontier=frontier(pathlib.Path(policies[trained]).parent, judge),
+      frontier=frontier(policies[trained], judge),
       calibration=quality, elo=results['elo'],
       samples=side_by_side(answers[baseline], answers[trained], 24),
       config_text=(workdir / 'config.json').read_text())

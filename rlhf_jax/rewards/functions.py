@@ -68,8 +68,8 @@ def call(function, prompts, responses, *, response_tokens, metadata, slots):
     raise errors.UserError(
         f'the reward function {name} returned {len(rewards)} rewards for {len(responses)} '
         'responses: it has to return one for each')
-  per_token = bool(rewards) and isinstance(rewards[0], (list, tuple, np.ndarray)) \
-      and len(np.shape(rewards[0])) == 1
+  first = rewards[0] if rewards else None
+  per_token = isinstance(first, (list, tuple)) or getattr(first, 'ndim', 0) == 1
   scores = np.zeros((len(rewards), slots) if per_token else len(rewards), np.float32)
   for i, reward in enumerate(rewards):
     shape = (len(response_tokens[i]),) if per_token else ()

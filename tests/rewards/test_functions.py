@@ -71,6 +71,7 @@ WRONG = {
     'padded to the slots': (np.zeros((3, 4)), ['for example 0', 'shape (2,)']),
     'both kinds': ([1.0, [3.0], 2.0], ['[3.0] for example 1', 'shape ()', 'alike for all']),
     'both kinds, tokens first': ([[1.0, 2.0], 3.0, [1.0] * 3], ['3.0 for example 1', '(1,)']),
+    'nested': ([[1.0, [2.0]], [3.0], [1.0] * 3], ['[1.0, [2.0]] for example 0', '(2,)']),
     'columns': (np.zeros((3, 1, 1)), ['for example 0', 'shape ()']),
 }
 

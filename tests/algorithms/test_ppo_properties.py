@@ -1,0 +1,138 @@
+"""PPO from its config: it learns, with either critic and either kind of reward; what it carries."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from rlhf_jax import sharding
+from rlhf_jax import types
+from rlhf_jax.algorithms import ppo
+from rlhf_jax.models import Model
+from rlhf_jax.models import heads
+
+ITERATIONS = 20
+MODEL = Model.create(tiny.LLAMA)
+
+
+def good_tokens(prompts, responses, *, response_tokens, metadata):
+  """For each token 1/6 where it is one of w0 .. w29; over 6 tokens that is the share of them."""
+  del prompts, responses, metadata
+  return [[float(4 <= token < 34) / 6 for token in row] for row in response_tokens]
+
+
+def first_token(prompts, responses, *, response_tokens, metadata):
+  """Scores that differ from row to row, and grow with what is sampled first."""
+  del prompts, responses, metadata
+  return [3.0 + 0.5 * row[0] for row in response_tokens]
+
+
+def learning(world, critic, function):
+  config = tiny.ppo(world)
+  config.critic.kind = critic
+  config.reward.function = function
+  config.batch_size, config.optim.learning_rate = 64, 0.01
+  config.ppo.kl_coef = 0.01
+  return config
+
+
+@pytest.mark.parametrize('critic, function', [
+    ('separate', 'tiny:good_words'),
+    ('trunk', 'tiny:good_words'),
+    ('separate', f'{__name__}:good_tokens'),
+], ids=['its own critic', 'critic on the trunk', 'rewards per token'])
+def test_it_learns_to_use_good_words(critic, function, world):
+  config = learning(world, critic, function)
+  _, state, history, _ = tiny.train(ppo, config, ITERATIONS)
+  assert ('backbone' in state.params['critic']) == (critic == 'separate')
+  scores = [float(metrics['objective/scores']) for metrics in history]
+  assert abs(history[0]['objective/kl']) < 1e-4  # the policy begins as the reference
+  assert history[-1]['objective/kl'] > 0.05
+  assert np.mean(scores[:2]) < 0.65, scores
+  assert np.mean(scores[-3:]) > np.mean(scores[:2]) + 0.2, scores
+  assert all(metrics['policy/sampler_gap'] < 1e-4 for metrics in history)
+  assert float(state.kl_coef) == pytest.approx(config.ppo.kl_coef)  # 'fixed' stays
+  np.testing.assert_array_equal(state.reward_moments, np.zeros(3))  # nothing is scaled
+
+
+def test_the_state_carries_the_kl_coefficient_and_the_moments_of_the_scores(world):
+  config = tiny.ppo(world)
+  config.reward.function = f'{__name__}:first_token'
+  config.ppo.update({'scale_scores': True, 'kl_controller': 'adaptive', 'kl_target': 0.05,
+                     'kl_horizon': 100.0, 'kl_coef': 0.2})
+  mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
+  seen, coef = [], 0.2
+  with jax.set_mesh(mesh):
+    learner = ppo.create(config, mesh)
+    state, learner.state = learner.state, None
+    for step in range(3):
+      batch, _ = learner.next_batch(state, timed=False)
+      scores = np.asarray(batch[2], np.float64)
+      seen.extend(scores)
+      state, metrics = learner.train_step(state, *batch)
+      np.testing.assert_allclose(metrics['objective/kl_coef'], coef, rtol=1e-5)
+      # Scores are divided by the deviation of all scores so far, these included.
+      np.testing.assert_allclose(
+          metrics['objective/scores'], scores.mean() / np.std(seen, ddof=1), rtol=1e-4)
+      np.testing.assert_allclose(
+          state.reward_moments, [len(seen), np.mean(seen), np.var(seen) * len(seen)], rtol=1e-4)
+      error = np.clip(float(metrics['objective/kl']) / 0.05 - 1, -0.2, 0.2)
+      coef *= 1 + error * config.batch_size / 100
+      np.testing.assert_allclose(state.kl_coef, coef, rtol=1e-5)
+      assert state.step == step + 1
+  assert coef != pytest.approx(0.2, rel=0.01)
+
+
+def test_microbatches_are_the_full_batch_with_pretraining_mixed_in(world):
+  config = tiny.ppo(world)
+  tiny.mix_in_pretraining(config, world)
+  config.optim.eps = 1e-4  # with 1e-8 Adam turns a gradient's rounding into whole steps
+  _, whole, expected, _ = tiny.train(ppo, config, 2)
+  config.microbatch_size = 2
+  _, parts, found, _ = tiny.train(ppo, config, 2)
+  for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(parts.params), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
+  for a, b in zip(expected, found, strict=True):
+    assert a['ptx/loss'] > 1 and a.keys() == b.keys()
+    for name in a:
+      np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=2e-5, err_msg=name)
+
+
+def test_pretraining_rows_pull_the_policy_towards_them(world):
+  """The mix lowers their loss; without it nothing but PPO moves the policy."""
+  config = tiny.ppo(world)
+  tiny.mix_in_pretraining(config, world)
+  _, _, mixed, _ = tiny.train(ppo, config, 12)
+  config.ppo.ptx_coef = 1e-6
+  _, _, barely, _ = tiny.train(ppo, config, 12)
+  assert mixed[0]['ptx/loss'] < barely[0]['ptx/loss'] + 0.1
+  assert mixed[-1]['ptx/loss'] < barely[-1]['ptx/loss'] - 0.3
+
+
+def test_a_reward_per_token_on_the_last_one_is_a_score(world):
+  """Rewards per token that are zero but for the last real one train like a score paid there."""
+  settings = ppo.make_settings(tiny.ppo(world), tiny.EOS)
+  policy = MODEL.init(jax.random.key(1))
+  params = {'policy': policy, 'critic': {
+      'head': heads.init_scalar(jax.random.key(2), MODEL.width, scale='normal')}}
+  frozen = {'reference': jax.tree.map(lambda x: 1.1 * x, policy)}
+  lengths = np.array([1, 6, 3, 5, 2, 6, 4, 6])
+  response_mask = np.arange(6)[None] < lengths[:, None]
+  mask = np.concatenate([np.ones((8, 3), bool), response_mask], axis=1)
+  tokens = np.random.default_rng(0).integers(4, tiny.VOCAB, mask.shape).astype(np.int32)
+  rollout = jax.tree.map(jnp.asarray, types.Rollout(
+      tokens, mask, response_mask, np.zeros(response_mask.shape, np.float32)))
+  scores = np.random.default_rng(1).normal(size=8).astype(np.float32)
+  dense = np.zeros(response_mask.shape, np.float32)
+  dense[np.arange(8), lengths - 1] = scores
+
+  def update(scores):
+    step = lambda state, scores, optimizers: ppo.train_step(
+        state, frozen, rollout, scores, None, models=ppo.Models(MODEL), optimizers=optimizers,
+        settings=settings)
+    state, metrics = tiny.one_step(step, params, jnp.asarray(scores))
+    return jax.device_get((state.params, metrics))
+
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+               update(scores), update(dense))

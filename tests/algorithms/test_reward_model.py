@@ -1,0 +1,192 @@
+"""Reward models: a task that can be learned, K-way losses by loops over pairs, padding, normalization."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from rlhf_jax.algorithms import reward_model
+from rlhf_jax.models import Model
+from rlhf_jax.models import heads
+from rlhf_jax.models import hf
+from rlhf_jax.types import Comparisons
+
+B, K, T = 8, 4, 9
+PLAIN = reward_model.Settings(
+    loss='pairwise', centering=0.0, label_smoothing=0.0, lm_coef=0.0, token_dropout=0.0)
+
+
+@pytest.fixture(scope='module')
+def llama():
+  model = Model.create(tiny.LLAMA)
+  head = heads.init_scalar(jax.random.key(4), model.width, scale='normal')
+  return model, {'backbone': model.init(jax.random.key(3)), 'head': head}
+
+
+@pytest.fixture(scope='module')
+def score_of(llama):
+  model, params = llama
+  return functools.partial(jax.jit(functools.partial(reward_model.score, model=model)), params)
+
+
+def comparisons(seed=0, garbage=0):
+  """Two to four completions of each prompt, some tied; absent ones and padding hold `garbage`."""
+  rng = np.random.default_rng(seed)
+  present = np.arange(K)[None] < rng.integers(2, K + 1, (B, 1))
+  mask = (np.arange(T) < rng.integers(2, T + 1, (B, K, 1))) & present[..., None]
+  tokens = np.where(mask, rng.integers(4, tiny.VOCAB, (B, K, T)), garbage)
+  return Comparisons(
+      tokens=tokens.astype(np.int32), mask=mask, present=present,
+      ranks=np.where(present, rng.integers(0, 3, (B, K)), garbage).astype(np.int32),
+      ratings=np.where(present, rng.normal(size=(B, K)), garbage).astype(np.float32),
+      margin=rng.uniform(0, 0.5, B).astype(np.float32))
+
+
+def loss_of(llama, batch, settings):
+  model, params = llama
+  loss, valid, scores = jax.jit(functools.partial(
+      reward_model.comparison_loss, model=model, settings=settings))(params, batch)
+  return np.asarray(loss), np.asarray(valid), np.asarray(scores)
+
+
+def test_it_learns_which_words_are_good(world, tmp_path):
+  config = tiny.reward_model(world)
+  config.optim.learning_rate = 1e-2
+  _, _, history, held_out = tiny.train(reward_model, config, 60)
+  assert history[0]['loss'] > 0.4 and history[-1]['loss'] < 0.05
+  assert history[-1]['accuracy'] == 1 and history[-1]['ties'] == 0
+  assert held_out['eval/accuracy'] > 0.9 and held_out['eval/pairs'] == 10
+  assert held_out['eval/ece'] < 0.2
+
+
+def test_k_way_loss_is_the_mean_over_pairs_scored_one_by_one(llama, score_of):
+  """Ouyang et al. 2022, eq. 1: each prompt weighs the same, whatever its number of pairs."""
+  batch = comparisons()
+  settings = dataclasses.replace(PLAIN, centering=0.01, label_smoothing=0.1)
+  loss, valid, scores = loss_of(llama, batch, settings)
+  for b in range(B):
+    single = [float(score_of(jnp.asarray(batch.tokens[b, k:k + 1]),
+                             jnp.asarray(batch.mask[b, k:k + 1]))[0]) for k in range(K)]
+    np.testing.assert_allclose(scores[b][batch.present[b]],
+                               np.array(single)[batch.present[b]], atol=1e-5)
+    pairs = []
+    for i in np.flatnonzero(batch.present[b]):
+      for j in np.flatnonzero(batch.present[b]):
+        if batch.ranks[b, i] < batch.ranks[b, j]:
+          gap = single[i] - single[j] - batch.margin[b]
+          pairs.append(0.9 * np.logaddexp(0, -gap) + 0.1 * np.logaddexp(0, gap)
+                       + 0.01 * (single[i] + single[j]) ** 2)
+    assert valid[b] == bool(pairs)
+    np.testing.assert_allclose(loss[b], np.mean(pairs) if pairs else 0.0, rtol=1e-5, atol=1e-6)
+  assert not valid.all() and valid.any()  # A prompt with nothing but ties has no pair.
+
+
+def test_k_way_gradient_is_the_sum_over_pairs(llama):
+  """One forward pass of each completion gives the gradient of all its pairs."""
+  model, params = llama
+  batch = comparisons(seed=2)
+
+  def total(params, batch):
+    loss, _, _ = reward_model.comparison_loss(params, batch, model=model, settings=PLAIN)
+    return jnp.sum(loss)
+
+  gradient = jax.jit(jax.grad(total))
+  whole = gradient(params, batch)
+  parts = jax.tree.map(jnp.zeros_like, whole)
+  for b in range(B):
+    pairs = [(i, j) for i in range(K) for j in range(K)
+             if batch.present[b, [i, j]].all() and batch.ranks[b, i] < batch.ranks[b, j]]
+    for pair in pairs:
+      one = jax.tree.map(lambda x: x[b:b + 1, list(pair)] if x.ndim > 1 else x[b:b + 1], batch)
+      parts = jax.tree.map(lambda a, g: a + g / len(pairs), parts, gradient(params, one))
+  for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts)):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('loss', ['pairwise', 'pick_best', 'rating'])
+def test_what_is_absent_or_padding_changes_nothing(llama, loss):
+  settings = dataclasses.replace(PLAIN, loss=loss, lm_coef=0.1)
+  for clean, dirty in zip(loss_of(llama, comparisons(), settings)[:2],
+                          loss_of(llama, comparisons(garbage=tiny.EOS), settings)[:2]):
+    np.testing.assert_array_equal(clean, dirty)
+
+
+def test_the_score_is_read_at_the_last_real_token_on_either_side(llama, score_of):
+  right = comparisons()
+  lengths = right.mask[:, 0].sum(1)
+  tokens, mask = right.tokens[:, 0], right.mask[:, 0]
+  left = np.stack([np.roll(row, T - n) for row, n in zip(tokens, lengths)])
+  expected = score_of(jnp.asarray(tokens), jnp.asarray(mask))
+  found = score_of(jnp.asarray(left), jnp.arange(T)[None] >= T - lengths[:, None])
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+  model, params = llama
+  n = lengths[0]
+  hidden, _ = model.forward(params['backbone'], jnp.asarray(tokens[:1, :n]), jnp.arange(n)[None],
+                            jnp.ones((1, n), bool))
+  by_hand = hidden[0, -1] @ params['head']['kernel'] + params['head']['bias']
+  np.testing.assert_allclose(expected[0], by_hand, rtol=0, atol=1e-5)
+
+
+def test_microbatches_are_the_full_batch(llama):
+  """Prompts have different numbers of pairs, some none."""
+  model, params = llama
+  settings = dataclasses.replace(PLAIN, centering=0.01, lm_coef=0.1)
+  outcomes = []
+  for size in (0, 2):
+    state, metrics = tiny.one_step(
+        functools.partial(reward_model.train_step, model=model, settings=settings,
+                          microbatch_size=size), {'reward': params}, comparisons())
+    outcomes.append((state.params, metrics))
+  for a, b in zip(*map(jax.tree.leaves, outcomes)):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
+
+
+def test_ties_count_as_wrong():
+  """A scorer that always says the same has accuracy 0."""
+  batch = comparisons()
+  sums = jax.device_get(reward_model.pair_sums(jnp.ones((B, K)), batch))
+  assert sums['right'] == 0 and sums['tied'] == sums['pairs'] > 0
+  best = jax.device_get(reward_model.pair_sums(-jnp.asarray(batch.ranks, jnp.float32), batch))
+  assert best['right'] == best['pairs'] and best['tied'] == 0 and best['gap'] > 0
+
+
+def test_dropped_tokens_leave_first_and_last():
+  mask = jnp.asarray(comparisons().mask)
+  kept = np.asarray(reward_model.drop_tokens(jax.random.key(0), mask, 0.9))
+  mask = np.asarray(mask)
+  assert not (kept & ~mask).any() and 0 < kept.sum() < mask.sum()
+  rows, real = kept.reshape(-1, T), mask.reshape(-1, T)
+  for row, whole in zip(rows[real.any(1)], real[real.any(1)]):
+    assert row[0] and row[whole.sum() - 1]
+
+
+@pytest.mark.parametrize('mode', ['gain_bias', 'bias'])
+def test_normalization_folds_into_the_exported_head(mode, world, tmp_path):
+  """Scores of the training completions: mean 0, and with a gain standard deviation 1."""
+  config = tiny.reward_model(world)
+  config.data.held_out = 0.0
+  config.reward.normalize = mode
+  learner, state, _, _ = tiny.train(reward_model, config, 2)
+  learner.export(state, tmp_path / 'model')
+  model, params = hf.load_reward(tmp_path / 'model')
+  score = jax.jit(functools.partial(reward_model.score, model=model))
+  values = {}
+  for name, weights in {'before': state.params['reward'], 'after': params}.items():
+    values[name] = []
+    for i in range(48):
+      for start, length in ((i % 20, 3), (30 + i % 20, 4)):
+        prompt = [4 + int(w[1:]) for w in tiny.text(i, 1 + i % 3).split()]
+        words = [4 + int(w[1:]) for w in tiny.text(start, length).split()]
+        row = [tiny.BOS, *prompt, *words, tiny.EOS]
+        tokens = np.zeros((1, 16), np.int32)
+        tokens[0, :len(row)] = row
+        values[name].append(float(score(weights, tokens, np.arange(16)[None] < len(row))[0]))
+  before, after = np.array(values['before']), np.array(values['after'])
+  np.testing.assert_allclose(after.mean(), 0.0, atol=1e-5)
+  np.testing.assert_allclose(after.std(), 1.0 if mode == 'gain_bias' else before.std(), rtol=1e-4)
+  gain = 1.0 if mode == 'bias' else before.std()
+  np.testing.assert_allclose(after, (before - before.mean()) / gain, atol=1e-4)

@@ -1,0 +1,61 @@
+"""Folds, polarity splits and prompt files: who sees what, and that nothing leaks."""
+
+import json
+import random
+
+from rlhf_jax.data import folds
+from rlhf_jax.data import polarity
+from rlhf_jax.data import prompts
+from rlhf_jax.data import sources
+
+
+def rows(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_folds_test_every_pair_once_and_never_train_on_it(tmp_path):
+  data = tmp_path / 'pairs.jsonl'
+  sources.write(data, [{'prompt': f'q{i}', 'chosen': f' good {i}', 'rejected': f' bad {i}'}
+                       for i in range(23)])
+  folds.write(tmp_path, path=str(data), count=4, vocab_size=270, turns=0, seed=1)
+  tested = []
+  for fold in range(4):
+    train, test = rows(tmp_path / f'train_{fold}.jsonl'), rows(tmp_path / f'test_{fold}.jsonl')
+    assert len(train) + len(test) == 23 and not set(map(str, train)) & set(map(str, test))
+    tested += [r['prompt'] for r in test]
+  assert sorted(tested) == sorted(f'q{i}' for i in range(23))
+
+
+def test_last_turns():
+  dialogue = '\n\nHuman: a\n\nwith a break\n\nAssistant: b\n\nHuman: c\n\nAssistant:'
+  assert folds.last_turns(dialogue, 0) == dialogue
+  assert folds.last_turns(dialogue, 1) == '\n\nAssistant:'
+  assert folds.last_turns(dialogue, 2) == '\n\nHuman: c\n\nAssistant:'
+  assert folds.last_turns(dialogue, 9) == dialogue
+
+
+def test_the_judges_half_is_seen_by_no_model(tmp_path):
+  words = 'lorem ipsum dolor sit amet elit sed do eiusmod tempor'.split()
+  rng = random.Random(0)
+  for name in ('pos', 'neg'):
+    lines = [' '.join(rng.choices(words, k=9)) + f' {name} {i}' for i in range(40)]
+    (tmp_path / f'rt-polarity.{name}').write_text('\n'.join(lines))
+  polarity.write(tmp_path, path=str(tmp_path), vocab_size=300, pairings=3, prompt_words=2,
+                 prompt_count=100, seed=0)
+  judge = {r['text']: r['label'] for r in rows(tmp_path / 'judge.jsonl')}
+  texts = {r['text'] for r in rows(tmp_path / 'texts.jsonl')}
+  assert len(judge) == len(texts) == 40 and not judge.keys() & texts
+  assert all(label == (' pos ' in text) for text, label in judge.items())
+  pairs = rows(tmp_path / 'pairs.jsonl')
+  assert len(pairs) == 3 * 20
+  assert all(' pos ' in r['chosen'] and ' neg ' in r['rejected'] for r in pairs)
+  assert {r['chosen'] for r in pairs} | {r['rejected'] for r in pairs} == texts
+  held_out = rows(tmp_path / 'held_out.jsonl')
+  assert {r['chosen'] for r in held_out} | {r['rejected'] for r in held_out} == judge.keys()
+  openings = {r['prompt'] for r in rows(tmp_path / 'prompts.jsonl')}
+  assert all(any(text.startswith(opening) for text in texts) for opening in openings)
+
+
+def test_prompts_take_the_texts_in_turn(tmp_path):
+  prompts.write(tmp_path, texts=('a', 'b'), count=3)
+  assert rows(tmp_path / 'prompts.jsonl') == [{'prompt': 'a'}, {'prompt': 'b'}, {'prompt': 'a'}]

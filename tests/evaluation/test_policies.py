@@ -1,0 +1,61 @@
+"""The comparison of policies, the judge, and cross-validated baselines."""
+
+import math
+
+import numpy as np
+import pytest
+
+from rlhf_jax import metrics
+from rlhf_jax.data import sources
+from rlhf_jax.evaluation import folds
+from rlhf_jax.evaluation import judge
+from rlhf_jax.evaluation import policies
+from rlhf_jax.rollout import texts
+
+
+def answers(gold, *, proxy=None, kl=0.0, lengths=None):
+  n = len(gold)
+  mask = np.ones((n, 4), bool) if lengths is None else np.arange(4) < np.array(lengths)[:, None]
+  rollout = texts.types.Rollout(None, None, mask, None)
+  samples = texts.Samples(['p'] * n, ['a b c'] * n, rollout)
+  return policies.Answers(samples, proxy, np.array(gold, float), kl)
+
+
+def test_rows_and_ratings_by_hand():
+  rows, ratings = policies.compare(
+      {'base': answers([0, 0, 0, 0]),
+       'new': answers([1, 1, 1, -1], proxy=np.array([2.0, 4.0, 0.0, 2.0]), kl=6.0,
+                      lengths=[4, 4, 2, 2])}, 'base')
+  new = rows[1]
+  assert new['gold'] == 0.5 and new['proxy'] == 2.0 and new['win_rate'] == 0.75
+  assert new['gold_se'] == pytest.approx(1.0 / math.sqrt(4))  # s = 1 with n - 1
+  assert new['kl_per_token'] == 2.0  # 6 nats over 3 tokens
+  assert rows[0]['proxy'] is None
+  # Three wins and a loss, and the one imaginary draw: odds 3.5 to 1.5.
+  assert ratings['base'].elo == pytest.approx(1000)
+  assert ratings['new'].elo == pytest.approx(1000 + 400 * math.log10(3.5 / 1.5), abs=1e-3)
+
+
+def test_frontier_joins_samples_and_metrics(tmp_path):
+  writer = metrics.Writer(tmp_path)
+  for step, kl in ((0, 0.0), (9, 2.5)):
+    writer.write(step, {'objective/kl': kl})
+  writer.samples(9, [{'prompt': 'p', 'response': 'aa', 'score': 1.0},
+                     {'prompt': 'p', 'response': 'aaaa', 'score': 2.0}])
+  writer.close()
+  [point] = policies.frontier(tmp_path, lambda prompt, response: float(len(response)))
+  assert point == {'step': 9, 'kl': 2.5, 'gold': 3.0, 'gold_se': 1.0, 'proxy': 1.5}
+
+
+def test_judge_learns_words(tmp_path):
+  path = tmp_path / 'judge.jsonl'
+  sources.write(path, [{'text': f'a {word} film {i}', 'label': label}
+                       for i in range(20) for word, label in (('lovely', 1), ('dreary', 0))])
+  call = judge.sentiment(str(path))
+  assert call('what a', ' lovely time') == 1.0 and call('a dreary', ' time') == 0.0
+
+
+def test_bag_of_words_baseline_ranks_unseen_pairs():
+  train = [(f'kind words {i}', f'rude words {i}') for i in range(30)]
+  gaps = folds.bag_of_words(train, [('kind soul', 'rude soul'), ('rude', 'kind')])
+  assert gaps[0] > 0 > gaps[1]

@@ -1,0 +1,127 @@
+"""The loop: what it writes and when, what a seed decides, and what two rollouts share."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from rlhf_jax import sharding
+from rlhf_jax import train
+from rlhf_jax.algorithms import ppo
+from rlhf_jax.algorithms import setup
+from rlhf_jax.models import hf
+from rlhf_jax.rollout import texts
+
+
+def records(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope='module')
+def finished(world, tmp_path_factory):
+  """Five steps: logged every second, evaluated every third, with two checkpoints kept."""
+  config = tiny.sft(world, 'completion')
+  config.data.held_out = 0.2
+  config.update({'steps': 5, 'log_every': 2, 'eval_every': 3, 'checkpoint_every': 1})
+  folder = tmp_path_factory.mktemp('finished') / 'run'
+  assert train.run(config, folder) == folder / 'model'
+  return config, folder
+
+
+def test_metrics_are_written_when_they_are_due(finished):
+  """The first step, every second one, and the last; held-out metrics on lines of their own."""
+  lines = records(finished[1] / 'metrics.jsonl')
+  assert [line['step'] for line in lines if 'loss' in line] == [0, 1, 3, 4]
+  assert [line['step'] for line in lines if 'eval/loss' in line] == [2, 4]
+  assert [line['step'] for line in lines] == [0, 1, 2, 3, 4, 4]
+  assert all(line['seconds/step'] > 0 for line in lines if 'loss' in line)
+
+
+def test_a_folder_says_what_made_it(finished, world):
+  config, folder = finished
+  assert json.loads((folder / 'config.json').read_text()) == config.to_dict()
+  assert json.loads((folder / 'model.json').read_text())['name'] == 'policy'
+  assert {'tokenizer.json', 'tokenizer_config.json'} <= {
+      path.name for path in (folder / 'tokenizer').iterdir()}
+  assert sorted(path.name for path in (folder / 'checkpoints').iterdir()) == ['4', '5']
+
+
+def test_a_finished_run_is_left_alone(finished):
+  config, folder = finished
+  before = {path: path.stat().st_mtime_ns for path in folder.rglob('*')}
+  assert train.run(config, folder) == folder / 'model'
+  assert {path: path.stat().st_mtime_ns for path in folder.rglob('*')} == before
+
+
+def test_an_unfinished_run_can_be_read(finished, tmp_path):
+  """Its newest checkpoint holds what the export would."""
+  shutil.copytree(finished[1], tmp_path / 'run')
+  _, exported = hf.load(tmp_path / 'run' / 'model')
+  shutil.rmtree(tmp_path / 'run' / 'model')
+  policy = texts.TextPolicy.load(tmp_path / 'run')
+  assert jax.tree.structure(policy.params) == jax.tree.structure(exported)
+  for a, b in zip(jax.tree.leaves(policy.params), jax.tree.leaves(exported)):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize('epochs, steps', [(1.0, 3), (0.5, 2), (2.4, 7), (0.01, 1)])
+def test_epochs_are_passes_over_the_rows(world, epochs, steps):
+  config = tiny.sft(world)
+  config.steps, config.epochs = 0, epochs
+  assert setup.train_steps(config, rows=48) == steps
+
+
+@pytest.fixture(scope='module')
+def still(world, tmp_path_factory):
+  """Runs PPO that never moves, always on the same prompt, and returns the samples of each step."""
+  folder = tmp_path_factory.mktemp('still')
+  tiny.write_jsonl(folder / 'one.jsonl', [{'prompt': 'w5 w6', 'number': 0}])
+
+  def run(seed):
+    config = tiny.ppo(world)
+    config.data.path = f'{folder}/one.jsonl'
+    config.seed, config.steps, config.samples_every = seed, 2, 1
+    config.optim.learning_rate, config.critic.kind, config.ppo.epochs = 0.0, 'trunk', 1
+    workdir = folder / str(len(list(folder.iterdir())))
+    train.run(config, workdir)
+    responses = [line['response'] for line in records(workdir / 'samples.jsonl')]
+    assert len(responses) == 32
+    return responses[:16], responses[16:], records(workdir / 'metrics.jsonl')
+
+  return run
+
+
+def test_seeds_and_steps_decide_what_is_sampled(still):
+  first, second, metrics = still(0)
+  assert first != second  # Two rollouts of a run.
+  assert len(set(first)) > 8  # Rows of a batch.
+  assert still(0)[:2] == (first, second)
+  assert still(1)[0] != first
+  assert [line['step'] for line in metrics] == [0, 1]
+
+
+def test_raw_responses_are_scored_as_they_are_read(world, monkeypatch):
+  """Sampling goes on past the EOS; the reward function sees what stands before it."""
+  config = tiny.ppo(world, 'openai2019')
+  config.sampling.max_new_tokens = 24
+  mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
+  seen = {}
+
+  def reward(prompts, responses, *, response_tokens, metadata):
+    seen.update(responses=responses, tokens=response_tokens)
+    return [float(len(tokens)) for tokens in response_tokens]
+
+  monkeypatch.setattr(tiny, 'good_words', reward)
+  with jax.set_mesh(mesh):
+    learner = ppo.create(config, mesh)
+    (_, rollout, scores, _), _ = learner.next_batch(learner.state, timed=False)
+  assert np.asarray(rollout.response_mask).all()
+  lengths = []
+  for row in np.asarray(rollout.tokens)[:, -24:].tolist():
+    lengths.append(row.index(tiny.EOS) + 1 if tiny.EOS in row else 24)
+  assert min(lengths) < 24
+  assert list(map(len, seen['tokens'])) == lengths == np.asarray(scores).tolist()
+  assert len(learner.samples()) == 16
