@@ -21,13 +21,17 @@ def get_config(arg=None):
   """Arguments: debug (seconds), seed."""
   arg = c.parse_arg(arg, debug=False, seed=0)
   config = ml_collections.ConfigDict({
-      'seed': arg.seed, 'stages': ('split', 'pretrain', 'reward_model', 'ppo', 'evaluate'),
+      'seed': arg.seed, 'stages': ('split', 'pretrain', 'samples', 'reward_model', 'ppo', 'evaluate'),
       'data': {'path': '../shared/data/rt-polarity'}})
   config.split = ml_collections.ConfigDict({
       'function': 'rlhf_jax.data.polarity:write', 'path': config.data.get_ref('path'),
       'vocab_size': 8_192, 'pairings': 8, 'prompt_words': 3,
       'prompt_count': 2_048, 'seed': -1})
   config.pretrain = pretrain()
+  config.samples = ml_collections.ConfigDict({
+      'function': 'rlhf_jax.feedback.collect:sample', 'policy': '$workdir/pretrain',
+      'prompts': '$workdir/split/prompts.jsonl', 'count': 512, 'max_new_tokens': RESPONSE,
+      'temperature': 1.0, 'unroll': UNROLL, 'seed': -1})
   config.reward_model = reward_model()
   config.ppo = ppo()
   config.evaluate = ml_collections.ConfigDict({
@@ -87,7 +91,8 @@ def reward_model():
   stage.data.update({'path': '$workdir/split/pairs.jsonl', 'max_length': LENGTH,
                      'held_out_path': '$workdir/split/held_out.jsonl'})
   stage.batch_size, stage.epochs = 32, 1.25
-  stage.reward.update({'token_dropout': 0.5, 'normalize': 'gain_bias'})
+  stage.reward.update({'token_dropout': 0.5, 'normalize': 'gain_bias',
+                       'normalize_path': '$workdir/samples/samples.jsonl'})
   stage.optim.update({'learning_rate': 5e-4, 'schedule': 'cosine', 'warmup_steps': 30,
                       'b2': 0.98, 'weight_decay': 0.1})
   return stage
@@ -109,6 +114,7 @@ def ppo():
 def debug(config):
   """Shrinks everything to seconds; the figures mean nothing."""
   config.split.update({'prompt_count': 32, 'pairings': 1, 'vocab_size': 512})
+  config.samples.count = 16
   config.pretrain.update({'steps': 3, 'epochs': 0.0})
   config.reward_model.update({'steps': 3, 'epochs': 0.0})
   config.ppo.update({'steps': 2, 'batch_size': 16})

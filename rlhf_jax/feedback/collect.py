@@ -57,3 +57,26 @@ def run(folder, *, policy, prompts, pairs, held_out, max_new_tokens, temperature
   agreement = annotators.agreement(panel.votes(triples[:200]))
   sources.write(folder / 'agreement.json', [
       {'fraction': agreement.fraction, 'kappa': agreement.kappa, 'simulated': True}])
+
+
+def sample(folder, *, policy, prompts, count, max_new_tokens, temperature, unroll, seed):
+  """Writes samples.jsonl: a policy's answers, {"prompt", "completion"}, to normalize scores on.
+
+  Args:
+    folder: pathlib.Path it goes to.
+    policy: folder of the language model that answers.
+    prompts: data set of prompts; taken again from the start where there are too few.
+    count: answers.
+    max_new_tokens: of an answer.
+    temperature: of sampling.
+    unroll: layers unrolled while sampling.
+    seed: of the samples.
+  """
+  examples, _ = formats.prompts(sources.read(prompts))
+  asked = texts.TextPolicy.load(policy, unroll=unroll)
+  samples = asked.sample(
+      [examples[i % len(examples)].prompt for i in range(count)], jax.random.key(seed),
+      max_new_tokens=max_new_tokens, temperature=temperature)
+  sources.write(folder / 'samples.jsonl', [
+      {'prompt': prompt, 'completion': response}
+      for prompt, response in zip(samples.prompts, samples.responses) if response.strip()])

@@ -84,6 +84,28 @@ def test_the_state_carries_the_kl_coefficient_and_the_moments_of_the_scores(worl
   assert coef != pytest.approx(0.2, rel=0.01)
 
 
+def test_each_step_has_keys_of_its_own(world):
+  """The same prompts and parameters at another step give another rollout, at the same the same."""
+  state = types.TrainState(step=jnp.int32(0), key=jax.random.key(0), params={}, opt_state={},
+                           kl_coef=0.0, reward_moments=None)
+  keys = [jax.random.key_data(types.step_keys(state.replace(step=jnp.int32(i))))
+          for i in range(30)]
+  assert len({tuple(row) for row in np.concatenate(keys).tolist()}) == 60
+  mesh, prompts = sharding.make_mesh({}, devices=jax.devices()[:1]), []
+  with jax.set_mesh(mesh):
+    learner = ppo.create(tiny.ppo(world), mesh)
+    batch, _ = learner.next_batch(learner.state, timed=False)
+    first = jax.device_get(batch[1])
+    for step in (0, 1):
+      again = ppo.create(tiny.ppo(world), mesh)  # its iterator begins with the same prompts
+      state = again.state.replace(step=jnp.int32(step))
+      rollout = jax.device_get(again.next_batch(state, timed=False)[0][1])
+      prompts.append(rollout.tokens[:, :6])
+      same = (rollout.tokens == first.tokens).all(axis=1)
+      assert same.all() if step == 0 else same.mean() < 0.2
+  np.testing.assert_array_equal(prompts[0], prompts[1])
+
+
 def test_microbatches_are_the_full_batch_with_pretraining_mixed_in(world):
   config = tiny.ppo(world)
   tiny.mix_in_pretraining(config, world)
