@@ -85,7 +85,6 @@ def reward_model():
       'loss': 'pairwise',       # 'pairwise' (K-way too), 'pick_best' or 'rating'
       'centering': 0.0,         # weight of (r_a + r_b)^2; 0.01 recommended
       'label_smoothing': 0.0,
-      'lm_coef': 0.0,           # weight of the LM loss on the better completion
       'token_dropout': 0.0,     # share of tokens hidden from each training row
       'normalize': 'none',      # 'gain_bias': mean 0, std 1; 'bias': mean 0; on `normalize_path`
       'normalize_path': '',     # completions to fit on; empty: those of the training comparisons

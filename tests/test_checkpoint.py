@@ -1,5 +1,6 @@
 """Checkpoints that are whole, damaged, half-written, or of another run."""
 
+import gc
 import shutil
 
 import grain
@@ -20,6 +21,13 @@ from rlhf_jax import types
 # Orbax leaves its reads unfinished where one of them fails.
 pytestmark = pytest.mark.filterwarnings(
     'ignore::pytest.PytestUnraisableExceptionWarning', 'ignore::RuntimeWarning')
+
+
+@pytest.fixture(autouse=True)
+def collect():
+  """Those reads complain when they are collected: here and not in another test."""
+  yield
+  gc.collect()
 
 DAMAGE = {
     'truncated': lambda path: path.write_bytes(path.read_bytes()[:path.stat().st_size // 2]),
@@ -210,8 +218,7 @@ def content(folder):
 @pytest.mark.parametrize('change', [
     {'model.init.hidden_size': 24, 'model.init.num_attention_heads': 2},
     {'model.init.num_hidden_layers': 1},
-    {'optim.weight_decay': 0.1},
-], ids=['width', 'depth', 'optimizer'])
+], ids=['width', 'depth'])
 def test_a_config_of_another_model_loses_nothing(change, unfinished, tmp_path):
   """The run is refused before anything in its folder is touched, and goes on afterwards."""
   config, folder = unfinished
@@ -224,6 +231,16 @@ def test_a_config_of_another_model_loses_nothing(change, unfinished, tmp_path):
     train.run(other, workdir)
   assert content(workdir) == before
   assert (train.run(config, workdir) / 'model.safetensors').exists()
+
+
+def test_the_optimizers_figures_may_change(unfinished, tmp_path):
+  config, folder = unfinished
+  shutil.copytree(folder, tmp_path / 'run')
+  other = config.copy_and_resolve_references()
+  other.optim.update({'learning_rate': 1e-4, 'weight_decay': 0.1, 'clip_norm': 1.0})
+  other.steps = 5
+  train.run(other, tmp_path / 'run')
+  assert names(tmp_path / 'run') == ['4', '5']
 
 
 @pytest.fixture(scope='module')

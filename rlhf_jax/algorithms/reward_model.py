@@ -17,7 +17,6 @@ import numpy as np
 from rlhf_jax import advantages as adv
 from rlhf_jax import errors
 from rlhf_jax import learner
-from rlhf_jax import logprobs
 from rlhf_jax import losses
 from rlhf_jax import optim
 from rlhf_jax import sharding
@@ -36,15 +35,7 @@ class Settings:
   loss: str
   centering: float
   label_smoothing: float
-  lm_coef: float
   token_dropout: float
-
-
-def hidden_states(params, tokens, mask, *, model):
-  """Hidden states [n, T, D] of padded rows."""
-  hidden, _ = model.forward(params['backbone'], tokens, types.positions_from_mask(mask),
-                            mask.astype(jnp.int32))
-  return hidden
 
 
 def score(params, tokens, mask, *, model):
@@ -59,21 +50,20 @@ def score(params, tokens, mask, *, model):
   Returns:
     [n] float32.
   """
-  hidden = hidden_states(params, tokens, mask, model=model)
+  hidden, _ = model.forward(params['backbone'], tokens, types.positions_from_mask(mask),
+                            mask.astype(jnp.int32))
   return heads.last_token(heads.apply_scalar(params['head'], hidden), mask)
 
 
-def comparison_loss(params, batch, *, model, settings):
-  """Per-prompt loss [B], which prompts count [B], and the scores [B, K].
-
-  With `settings.lm_coef` the better completion's own language-modelling loss is added, which
-  keeps the features of a small model alive on small data (Askell et al. 2021, §4, find it
-  useful; https://arxiv.org/abs/2112.00861).
-  """
-  shape = batch.tokens.shape[:2]
+def comparison_scores(params, batch, *, model):
+  """The scores [B, K] of every completion of Comparisons."""
   tokens, mask = (x.reshape((-1,) + x.shape[2:]) for x in (batch.tokens, batch.mask))
-  hidden = hidden_states(params, tokens, mask, model=model)
-  scores = heads.last_token(heads.apply_scalar(params['head'], hidden), mask).reshape(shape)
+  return score(params, tokens, mask, model=model).reshape(batch.present.shape)
+
+
+def comparison_loss(params, batch, *, model, settings):
+  """Per-prompt loss [B], which prompts count [B] bool, and the scores [B, K]."""
+  scores = comparison_scores(params, batch, model=model)
   if settings.loss == 'pairwise':
     loss, valid = losses.pairwise_loss(
         scores, batch.ranks, batch.present, batch.margin, centering=settings.centering,
@@ -82,13 +72,6 @@ def comparison_loss(params, batch, *, model, settings):
     loss, valid = losses.pick_best_loss(scores, batch.ranks, batch.present)
   else:
     loss, valid = losses.rating_loss(scores, batch.ratings, batch.present)
-  if settings.lm_coef:
-    nll = logprobs.cross_entropy(
-        functools.partial(model.unembed, params['backbone']), hidden[:, :-1], tokens[:, 1:])
-    best = ((batch.ranks == 0) & batch.present).reshape(-1, 1)
-    targets = mask[:, :-1] & mask[:, 1:] & best
-    row_loss = jnp.where(targets, nll, 0.0).reshape(shape[0], -1).sum(-1)
-    loss += settings.lm_coef * row_loss / jnp.maximum(targets.reshape(shape[0], -1).sum(-1), 1)
   return loss, valid, scores
 
 
@@ -197,11 +180,8 @@ def create(config, mesh):
   steps = setup.train_steps(config, rows)
   settings = Settings(loss=config.reward.loss, centering=config.reward.centering,
                       label_smoothing=config.reward.label_smoothing,
-                      lm_coef=config.reward.lm_coef,
                       token_dropout=config.reward.token_dropout)
-  scores = jax.jit(lambda params, batch: score(
-      params, *(x.reshape((-1,) + x.shape[2:]) for x in (batch.tokens, batch.mask)),
-      model=model).reshape(batch.present.shape))
+  scores = jax.jit(functools.partial(comparison_scores, model=model))
 
   def fitted(params):
     """The parameters with their head normalized on the config's texts."""

@@ -288,11 +288,7 @@ def _plain(value: Any) -> Any:
 
 
 def _hub(path: str, split: str) -> Iterator[Record]:
-  try:
-    import datasets
-  except ImportError as error:
-    raise UserError(f'{path}: there is no such file, and reading data sets by name needs an extra '
-                    "package; pip install 'rlhf_jax[datasets]'.") from error
+  import datasets  # takes a second, and few runs need it
   name, _, config = path.partition(':')
   try:
     rows = datasets.load_dataset(name, config or None, split=split)

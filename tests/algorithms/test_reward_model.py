@@ -17,7 +17,7 @@ from rlhf_jax.types import Comparisons
 
 B, K, T = 8, 4, 9
 PLAIN = reward_model.Settings(
-    loss='pairwise', centering=0.0, label_smoothing=0.0, lm_coef=0.0, token_dropout=0.0)
+    loss='pairwise', centering=0.0, label_smoothing=0.0, token_dropout=0.0)
 
 
 @pytest.fixture(scope='module')
@@ -109,7 +109,7 @@ def test_k_way_gradient_is_the_sum_over_pairs(llama):
 
 @pytest.mark.parametrize('loss', ['pairwise', 'pick_best', 'rating'])
 def test_what_is_absent_or_padding_changes_nothing(llama, loss):
-  settings = dataclasses.replace(PLAIN, loss=loss, lm_coef=0.1)
+  settings = dataclasses.replace(PLAIN, loss=loss)
   for clean, dirty in zip(loss_of(llama, comparisons(), settings)[:2],
                           loss_of(llama, comparisons(garbage=tiny.EOS), settings)[:2]):
     np.testing.assert_array_equal(clean, dirty)
@@ -134,7 +134,7 @@ def test_the_score_is_read_at_the_last_real_token_on_either_side(llama, score_of
 def test_microbatches_are_the_full_batch(llama):
   """Prompts have different numbers of pairs, some none."""
   model, params = llama
-  settings = dataclasses.replace(PLAIN, centering=0.01, lm_coef=0.1)
+  settings = dataclasses.replace(PLAIN, centering=0.01)
   outcomes = []
   for size in (0, 2):
     state, metrics = tiny.one_step(

@@ -9,7 +9,12 @@ import tiny
 from rlhf_jax import errors
 from rlhf_jax import sharding
 from rlhf_jax import types
+from rlhf_jax.algorithms import on_policy
+from rlhf_jax.algorithms import reward_model
+from rlhf_jax.data import formats
 from rlhf_jax.data import tokenizers
+from rlhf_jax.models import Model
+from rlhf_jax.models import heads
 from rlhf_jax.models import hf
 from rlhf_jax.rewards import learned
 
@@ -54,3 +59,33 @@ def test_which_tokenizers_are_the_same(world, tmp_path):
   ours = tokenizers.load(world / 'tokenizer')
   assert learned.same_tokenizer(ours, tokenizers.load(world / 'reward'))
   assert not learned.same_tokenizer(ours, tiny.write_tokenizer(tmp_path / 'more', words=61))
+
+
+def test_another_tokenizer_reads_the_text(world, tmp_path, mesh):
+  """The policy has a word a token, the reward model a few bytes: ids say nothing to the other."""
+  own = tokenizers.train_bpe([' '.join(pair) for pair in TEXTS], 270, tmp_path / 'reward')
+  model = Model.create(tiny.LLAMA | {'vocab_size': 270, 'max_position_embeddings': 48})
+  params = {'backbone': model.init(jax.random.key(5)),
+            'head': heads.init_scalar(jax.random.key(6), model.width, scale='normal')}
+  hf.save(tmp_path / 'reward', model, params['backbone'], tokenizer=own, head=params['head'])
+  config = tiny.ppo(world)
+  config.reward.model = str(tmp_path / 'reward')
+  policy = tokenizers.load(world / 'tokenizer')
+  score, critic = on_policy.reward_model_scorer(config, policy, mesh)
+  assert critic is None  # none can start from a model that reads other tokens
+
+  tokens, mask = np.full((4, 9), tiny.PAD, np.int32), np.zeros((4, 9), bool)
+  for row, ((prompt, response), end) in enumerate(zip(TEXTS, ENDED)):
+    first, rest = [tiny.BOS, *ids(prompt)], ids(response) + [tiny.EOS] * end
+    tokens[row, 4 - len(first):4 + len(rest)] = first + rest
+    mask[row, 4 - len(first):4 + len(rest)] = True
+  rollout = types.Rollout(tokens, mask, mask[:, 4:], np.zeros((4, 5), np.float32))
+  found = score(sharding.put_rows(rollout, mesh), [formats.Prompt(p, {}) for p, _ in TEXTS])
+
+  expect = jax.jit(lambda *row: reward_model.score(params, *row, model=model))
+  for i, ((prompt, response), end) in enumerate(zip(TEXTS, ENDED)):
+    row = own.encode(prompt, add_special_tokens=True) + own.encode(
+        response, add_special_tokens=False) + [own.eos_token_id] * end
+    padded = jnp.asarray([row + [own.pad_token_id] * (48 - len(row))])
+    expected = expect(padded, jnp.arange(48)[None] < len(row))
+    assert float(found[i]) == pytest.approx(float(expected[0]), abs=1e-5)
