@@ -105,7 +105,7 @@ def ppo():
   stage.reward.model = '$workdir/reward_model/model'
   stage.sampling.max_new_tokens = RESPONSE
   stage.batch_size, stage.steps = 128, 60
-  stage.ppo.update({'epochs': 2, 'minibatches': 4, 'kl_coef': 0.1})
+  stage.ppo.update({'epochs': 2, 'minibatches': 4, 'kl_coef': 0.13})
   stage.optim.update({'learning_rate': 2e-4, 'schedule': 'linear'})
   stage.samples_every, stage.checkpoint_every = 10, 20
   return stage

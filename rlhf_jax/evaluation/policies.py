@@ -78,25 +78,8 @@ def run(folder, *, title, summary, workdir, policies, baseline, trained, best_of
   scorer = Scorer.load(reward_model, unroll=unroll) if reward_model else None
   examples, _ = formats.prompts(sources.read(prompts))
   questions = [examples[i % len(examples)].prompt for i in range(samples)]
-  ask = lambda name, questions, key: loaded[name].sample(
-      questions, key, max_new_tokens=max_new_tokens, temperature=temperature)
-
-  def scored(said, kl):
-    return Answers(said, scorer(said.rollout) if scorer else None, np.array(
-        [judge(p, r) for p, r in zip(said.prompts, said.responses)]), kl)
-
-  keys = jax.random.split(jax.random.key(seed), len(loaded) + 1)
-  answers = {}
-  for key, name in zip(keys, loaded):
-    said = ask(name, questions, key)
-    answers[name] = scored(said, mean_kl(
-        loaded[name], loaded[baseline], said.rollout, temperature))
-    if name == baseline and best_of:
-      many = ask(name, [q for q in questions for _ in range(best_of)], keys[-1])
-      best = scorer(many.rollout).reshape(-1, best_of).argmax(axis=1)
-      chosen = many.take(np.arange(samples) * best_of + best)
-      answers[f'best of {best_of}'] = scored(
-          chosen, math.log(best_of) - (best_of - 1) / best_of)
+  answers = ask(loaded, questions, scorer, judge, jax.random.key(seed), baseline=baseline,
+                best_of=best_of, max_new_tokens=max_new_tokens, temperature=temperature)
 
   rows, ratings = compare(answers, baseline)
   print(tables.stages_table(rows, title=f'{title}, {samples} samples of each', width=120))
@@ -114,6 +97,46 @@ def run(folder, *, title, summary, workdir, policies, baseline, trained, best_of
       samples=side_by_side(answers[baseline], answers[trained], 24),
       config_text=(workdir / 'config.json').read_text())
   print(f'report: {workdir / "report.html"}')
+
+
+def ask(policies, questions, scorer, judge, key, *, baseline, best_of, max_new_tokens,
+        temperature):
+  """Every policy's scored answers, and right behind the baseline its best of n.
+
+  Args:
+    policies: {name: TextPolicy}.
+    questions: n prompts.
+    scorer: Scorer, or None.
+    judge: (prompt, response) -> gold score.
+    key: random key.
+    baseline: name.
+    best_of: 0 for none.
+    max_new_tokens: of an answer.
+    temperature: of sampling.
+
+  Returns:
+    {name: Answers}.
+  """
+  sample = lambda name, questions, key: policies[name].sample(
+      questions, key, max_new_tokens=max_new_tokens, temperature=temperature)
+
+  def scored(said, kl):
+    return Answers(said, scorer(said.rollout) if scorer else None, np.array(
+        [judge(p, r) for p, r in zip(said.prompts, said.responses)]), kl)
+
+  keys = jax.random.split(key, len(policies) + 1)
+  answers = {}
+  for key, name in zip(keys, policies):
+    said = sample(name, questions, key)
+    answers[name] = scored(said, mean_kl(
+        policies[name], policies[baseline], said.rollout, temperature))
+    if name == baseline and best_of:
+      many = sample(name, [q for q in questions for _ in range(best_of)], keys[-1])
+      best = scorer(many.rollout).reshape(-1, best_of).argmax(axis=1)
+      chosen = many.take(np.arange(len(questions)) * best_of + best)
+      answers[f'best of {best_of}'] = scored(
+          chosen, math.log(best_of) - (best_of - 1) / best_of)
+  return answers
 
 
 @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""Reward models: a task that can be learned, K-way losses by loops over pairs, padding, normalization."""
+"""Reward models: a task to learn, K-way losses by loops over pairs, padding, normalization."""
 
 import dataclasses
 import functools

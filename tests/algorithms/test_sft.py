@@ -91,12 +91,11 @@ def test_packed_documents_cost_what_they_cost_alone(llama, losses_of):
   np.testing.assert_allclose(sorted(sums[packing.pack]), sorted(sums[packing.pad]), atol=1e-5)
 
 
-@pytest.mark.parametrize('size', [2, 4])
-def test_microbatches_are_the_full_batch(world, size):
+def test_microbatches_are_the_full_batch(world):
   """Rows have different numbers of targets, so a mean of means would differ."""
   config = tiny.sft(world, 'completion')
   _, full, history, _ = tiny.train(sft, config, 3)
-  config.microbatch_size = size
+  config.microbatch_size = 4
   _, parts, found, _ = tiny.train(sft, config, 3)
   for a, b in zip(jax.tree.leaves(full.params), jax.tree.leaves(parts.params)):
     np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)

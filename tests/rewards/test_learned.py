@@ -50,8 +50,10 @@ def test_both_give_the_same_score(world, mesh):
 
 def test_texts_beyond_its_context_are_refused(world, mesh):
   model, params = hf.load_reward(world / 'reward', mesh=mesh)
-  score = learned.of_texts(model, params, tokenizers.load(world / 'reward'), max_length=5, mesh=mesh)
-  with pytest.raises(errors.UserError, match=r'reads 5 tokens, but .* number 2 have 7 .*max_length'):
+  tokenizer = tokenizers.load(world / 'reward')
+  score = learned.of_texts(model, params, tokenizer, max_length=5, mesh=mesh)
+  with pytest.raises(errors.UserError, match=(
+      r'reads 5 tokens, but .* number 2 have 7 .*max_length')):
     score(*zip(*TEXTS), ENDED)
 
 

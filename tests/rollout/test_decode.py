@@ -175,13 +175,18 @@ def test_greedy_is_the_argmax_of_a_loop_without_a_cache(llama):
   greedy = sampling_lib.Sampling(max_new_tokens=8, temperature=0.0, eos_id=None)
   prompts = ragged(LENGTHS, 6, 24)
   found = np.asarray(generate(params, prompts, jax.random.key(0), model, greedy).tokens)
+
+  @jax.jit
+  def next_token(tokens, length):
+    mask = jnp.arange(14)[None] < length
+    hidden, _ = model.forward(params, tokens, types.positions_from_mask(mask), mask)
+    return jnp.argmax(model.unembed(params, hidden[0, length - 1]))
+
   for row, length in enumerate(LENGTHS):
     tokens = np.asarray(prompts.tokens)[row, 6 - length:].tolist()
     for _ in range(8):
-      padded = jnp.asarray([tokens + [0] * (14 - len(tokens))])
-      mask = jnp.arange(14)[None] < len(tokens)
-      hidden, _ = jax.jit(model.forward)(params, padded, types.positions_from_mask(mask), mask)
-      tokens.append(int(jnp.argmax(model.unembed(params, hidden[0, len(tokens) - 1]))))
+      padded = np.array([tokens + [0] * (14 - len(tokens))])
+      tokens.append(int(next_token(padded, len(tokens))))
     np.testing.assert_array_equal(found[row, 6 - length:], tokens)
 
 

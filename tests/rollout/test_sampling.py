@@ -59,7 +59,8 @@ def test_filters_against_loops(seed):
   probs = rng.dirichlet(np.full(13, 0.5), size=6)
   settings = {'temperature': float(rng.uniform(0.3, 2)), 'top_k': int(rng.integers(0, 16)),
               'top_p': float(rng.uniform(0.1, 1))}
-  found = jax.nn.softmax(sampling.filter_logits(jnp.log(jnp.asarray(probs, jnp.float32)), **settings))
+  logits = jnp.log(jnp.asarray(probs, jnp.float32))
+  found = jax.nn.softmax(sampling.filter_logits(logits, **settings))
   settings['top_k'] = min(settings['top_k'], 13)
   np.testing.assert_allclose(found, [expected(row, **settings) for row in probs], atol=1e-5)
 
