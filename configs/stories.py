@@ -4,6 +4,9 @@ python -m rlhf_jax.main --config=configs/stories.py --workdir=/tmp/stories
 
 The model is the 260 K parameter Llama trained on TinyStories (Eldan & Li 2023,
 https://arxiv.org/abs/2305.07759); the reward is the share of sentences that quote somebody.
+
+Expected, seed 0, 512 samples: 0.13 before, 0.73 after, at 0.24 nats a token; distinct-2 from 0.48 to
+0.45. Under 2 minutes on 2 CPU cores.
 """
 
 import ml_collections
@@ -27,8 +30,8 @@ def get_config(arg=None):
   ppo.data.update({'path': '$workdir/prompts/prompts.jsonl', 'max_prompt_length': 24})
   ppo.reward.function = 'rlhf_jax.rewards.rules:direct_speech'
   ppo.sampling.max_new_tokens = 128
-  ppo.batch_size, ppo.steps = 64, 50
-  ppo.ppo.update({'epochs': 2, 'minibatches': 2, 'kl_coef': 0.02})
+  ppo.batch_size, ppo.steps = 64, 60
+  ppo.ppo.update({'epochs': 2, 'minibatches': 2, 'kl_coef': 0.01})
   ppo.optim.update({'learning_rate': 5e-4, 'clip_norm': 1.0, 'schedule': 'linear'})
   ppo.log_every = 5
   ppo.samples_every, ppo.checkpoint_every = 10, 20
