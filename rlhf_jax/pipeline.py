@@ -2,8 +2,8 @@
 
 `config.stages` names them. A stage is a sub-config that either has an `algorithm`, and is a run
 of train.py, or a `function` 'package.module:name', called with its folder and its other keys. A
-string '$workdir' in any value stands for the pipeline's folder, '$seed' is not needed: every
-stage that has a seed and leaves it at -1 takes the pipeline's.
+string '$workdir' in any value stands for the pipeline's folder, and a stage whose seed is -1 takes
+the pipeline's.
 
 A finished stage is not run again; delete its folder to repeat it. --config.stages=ppo,evaluate
 runs these alone.
