@@ -43,7 +43,8 @@ setuptools.setup(
             'pytest>=9.2.0,<10',
             'pytest-xdist>=3.8.0,<4',
             'setuptools>=84.2.1,<85',
-            # Only the comparisons with transformers need it; elsewhere they are skipped.
+            # Only the comparisons with transformers and PEFT need them; elsewhere they are skipped.
+            'peft>=0.21.2,<0.22; python_version < "3.12"',
             'torch==2.13.0; python_version < "3.12"',
         ],
         'cuda': ['jax[cuda13]'],

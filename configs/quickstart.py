@@ -20,8 +20,8 @@ UNROLL = 4
 
 
 def get_config(arg=None):
-  """Arguments: debug (seconds), seed."""
-  arg = c.parse_arg(arg, debug=False, seed=0)
+  """Arguments: debug (seconds), seed, lora (PPO trains adapters, of policy and critic), bf16."""
+  arg = c.parse_arg(arg, debug=False, seed=0, lora=False, bf16=False)
   config = ml_collections.ConfigDict({
       'seed': arg.seed,
       'stages': ('world', 'pretrain', 'sft', 'compare', 'reward_model', 'ppo', 'evaluate'),
@@ -59,6 +59,11 @@ def get_config(arg=None):
       'gold': 'rlhf_jax.data.reviews:gold_score', 'gold_path': '',
       'unroll': UNROLL, 'curves': ('pretrain', 'sft', 'reward_model', 'ppo'), 'seed': -1,
   })
+  if arg.lora:
+    adapters(config.ppo)
+  if arg.bf16:
+    for stage in (config.pretrain, config.sft, config.reward_model, config.ppo):
+      stage.model.update({'dtype': 'bfloat16', 'param_dtype': 'bfloat16'})
   if arg.debug:
     debug(config)
   return config
@@ -126,6 +131,13 @@ def ppo():
   stage.optim.update({'learning_rate': 3e-4, 'schedule': 'linear'})
   stage.samples_every, stage.checkpoint_every = 10, 20
   return stage
+
+
+def adapters(stage):
+  """PPO that trains adapters on all linear maps; reference, policy and critic share the rest."""
+  stage.model.lora.targets = (('attention/|mlp/', 32, 64.0),)
+  stage.critic.kind = 'adapters'
+  stage.steps, stage.optim.learning_rate = 80, 3e-3
 
 
 def debug(config):

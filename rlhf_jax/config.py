@@ -5,6 +5,7 @@ experiment changes. Configs stop at `create` of an algorithm: library functions 
 """
 
 import ast
+import re
 
 import ml_collections
 
@@ -33,8 +34,14 @@ def common(algorithm):
           'init': {},           # config.json fields of a new model; vocab_size may be left out
           'dtype': 'float32',   # of the computation
           'param_dtype': 'float32',
-          'remat': 'none',      # 'none' or 'block': recompute each layer in the backward pass
+          'remat': 'none',      # or recompute in the backward pass: 'block', or 'dots' all but matmuls
           'unroll': 1,          # layers unrolled in the compiled loop; more is faster on CPUs
+          'unfrozen_layers': -1,    # train the last k layers only; -1 trains all
+          'lora': {
+              'targets': (),    # ((regex on a linear map's path, rank, alpha), ...); none: no adapters
+              'rslora': False,  # scale by alpha / sqrt(rank) instead of alpha / rank
+              'path': '',       # PEFT folder of adapters to start from, instead of `targets`
+          },
       },
       'tokenizer': '',          # folder; empty: the model's
       'data': data(),
@@ -44,6 +51,9 @@ def common(algorithm):
           'schedule': 'constant',   # 'constant', 'linear' or 'cosine', the last two to 0
           'warmup_steps': 0,
           'b1': 0.9, 'b2': 0.999, 'eps': 1e-8,
+          'master_dtype': 'float32',    # of the weights that updates add up in, if param_dtype differs
+          'moment_dtype': 'float32',    # of the first moment
+          'ema': 0.0,           # decay a step of a moving average of the weights, then exported
           'weight_decay': 0.0,
           'clip_norm': 0.0,     # 0 for none
       },
@@ -111,7 +121,7 @@ def ppo(preset=''):
   config.batch_size = 64
   config.optim.learning_rate = 1e-5
   config.critic = ml_collections.ConfigDict({
-      'kind': 'separate',       # or 'trunk': a value head on the policy's hidden states
+      'kind': 'separate',       # 'trunk': a head on the policy's hidden states; or 'adapters'
       'path': '',               # separate: folder to start from; empty: the reward model's
       'learning_rate': 0.0,     # 0: as the policy's
   })
@@ -217,7 +227,12 @@ def validate(config, device_count):
   _one_of(config, 'data.on_error', ('stop', 'skip'))
   _one_of(config, 'data.kind', KINDS[config.algorithm])
   _one_of(config, 'model.dtype', ('float32', 'bfloat16'))
-  _one_of(config, 'model.param_dtype', ('float32', 'bfloat16'))
+  for key in ('model.param_dtype', 'optim.master_dtype', 'optim.moment_dtype'):
+    _one_of(config, key, ('float32', 'bfloat16'))
+  _need(config.model.unfrozen_layers >= -1,
+        f'config.model.unfrozen_layers={config.model.unfrozen_layers} has to be -1 (all) or more')
+  validate_lora(config.model.lora, config.model.unfrozen_layers)
+  _need(0 <= config.optim.ema < 1, f'config.optim.ema={config.optim.ema} has to be in [0, 1)')
   _need(bool(config.data.path),
         'config.data.path is empty: name a file, a folder, a hub data set or tfds:NAME')
   _need(bool(config.model.path) or len(config.model.init) > 0,
@@ -252,6 +267,23 @@ def validate(config, device_count):
     _one_of(config, 'reward.normalize', ('none', 'gain_bias', 'bias'))
     _need(0 <= config.reward.token_dropout < 1,
           f'config.reward.token_dropout={config.reward.token_dropout} has to be in [0, 1)')
+
+
+def validate_lora(lora, unfrozen_layers):
+  """The part of `validate` about `config.model.lora`."""
+  _need(not lora.path or not lora.targets and unfrozen_layers < 0,
+        f'config.model.lora.path={lora.path!r} brings its own targets: leave config.model.lora.targets '
+        'empty and config.model.unfrozen_layers at -1')
+  for target in lora.targets:
+    fits = len(target) == 3 and isinstance(target[0], str) and isinstance(target[1], int)
+    _need(fits and target[1] > 0 and target[2] > 0,
+          f'config.model.lora.targets has {target!r}: each has to be (regex, rank, alpha), rank a '
+          'positive whole number and alpha positive')
+    try:
+      re.compile(target[0])
+    except re.error as error:
+      raise errors.UserError(
+          f'config.model.lora.targets: {target[0]!r} is no regular expression: {error}') from None
 
 
 def validate_mesh(config, device_count):
@@ -292,10 +324,17 @@ def validate_ppo(config):
       'behaviour': ('forward', 'sampler')}
   for key, values in choices.items():
     _one_of(config, f'ppo.{key}', values)
-  _one_of(config, 'critic.kind', ('separate', 'trunk'))
-  _need(not (config.critic.kind == 'trunk' and config.critic.path),
-        f"config.critic.kind='trunk' is a head on the policy: it cannot start from "
+  _one_of(config, 'critic.kind', ('separate', 'trunk', 'adapters'))
+  _need(config.critic.kind == 'separate' or not config.critic.path,
+        f'config.critic.kind={config.critic.kind!r} sits on the policy: it cannot start from '
         f'config.critic.path={config.critic.path!r}; use \'separate\' or leave the path empty')
+  _need(config.critic.kind != 'adapters' or len(config.model.lora.targets) > 0
+        or config.model.lora.path,
+        "config.critic.kind='adapters' needs config.model.lora.targets, which it has too")
+  _need(config.model.unfrozen_layers < 0 or not config.reference,
+        f'config.reference={config.reference!r}: with config.model.unfrozen_layers='
+        f'{config.model.unfrozen_layers} the reference shares the layers below with the policy; '
+        'leave it empty, or set unfrozen_layers to -1')
   _one_of(config, 'data.on_long', ('error', 'truncate_left', 'drop'))
   _need(ppo_config.epochs > 0, f'config.ppo.epochs={ppo_config.epochs} has to be positive')
   _need(ppo_config.minibatches > 0,

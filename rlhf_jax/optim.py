@@ -19,7 +19,7 @@ class TFAdamState(NamedTuple):
   nu: optax.Updates
 
 
-def scale_by_tf_adam(b1, b2, eps):
+def scale_by_tf_adam(b1, b2, eps, moment_dtype='float32'):
   """Adam as TensorFlow 1 has it: sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps).
 
   The epsilon is added to the uncorrected sqrt(v), as in the first listing's efficient form
@@ -27,8 +27,8 @@ def scale_by_tf_adam(b1, b2, eps):
   from optax and torch for about a thousand steps. lm-human-preferences was trained with it.
   """
   def init(params):
-    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params)
-    return TFAdamState(jnp.zeros([], jnp.int32), zeros, zeros)
+    zeros = lambda dtype: jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
+    return TFAdamState(jnp.zeros([], jnp.int32), zeros(moment_dtype), zeros(jnp.float32))
 
   def update(updates, state, params=None):
     del params
@@ -37,9 +37,77 @@ def scale_by_tf_adam(b1, b2, eps):
     nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.square(g), state.nu, updates)
     scale = jnp.sqrt(1.0 - b2 ** count) / (1.0 - b1 ** count)
     updates = jax.tree.map(lambda m, v: scale * m / (jnp.sqrt(v) + eps), mu, nu)
-    return updates, TFAdamState(count, mu, nu)
+    return updates, TFAdamState(count, optax.tree.cast(mu, moment_dtype), nu)
 
   return optax.GradientTransformation(init, update)
+
+
+class MasterState(NamedTuple):
+  """The weights of `keep_master` in its dtype, None where the parameters have it; and the inner state."""
+  master: optax.Params
+  inner: optax.OptState
+
+
+def keep_master(inner, dtype):
+  """Updates parameters of low precision in a copy of higher precision (Micikevicius et al. 2018, §3.1).
+
+  https://arxiv.org/abs/1710.03740. In bfloat16 alone an update below 1 / 256 of a weight is lost.
+
+  Args:
+    inner: optax optimizer, which sees the copy and gradients of its dtype.
+    dtype: of the copy; parameters that have it already get none.
+  """
+  def init(params):
+    master = jax.tree.map(lambda p: None if p.dtype == dtype else p.astype(dtype), params)
+    return MasterState(master, inner.init(_of(master, params)))
+
+  def update(grads, state, params):
+    current = _of(state.master, params)
+    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, current)
+    updates, inner_state = inner.update(grads, state.inner, current)
+    new = optax.apply_updates(current, updates)
+    # What, added to the parameters in float32 and rounded, gives the rounded copy.
+    updates = jax.tree.map(lambda n, u, p, old: u if n.dtype == old.dtype else n - old.astype(n.dtype),
+                           new, updates, current, params)
+    master = jax.tree.map(lambda old, n: None if old is None else n, state.master, new,
+                          is_leaf=lambda x: x is None)
+    return updates, MasterState(master, inner_state)
+
+  return optax.GradientTransformation(init, update)
+
+
+def _of(master, params):
+  """The copy where there is one, else the parameter."""
+  return jax.tree.map(lambda m, p: p if m is None else m, master, params, is_leaf=lambda x: x is None)
+
+
+class AverageState(NamedTuple):
+  """The moving average of `average` and the inner state."""
+  ema: optax.Params
+  inner: optax.OptState
+
+
+def average(inner, decay):
+  """Keeps ema = decay * ema + (1 - decay) * params, in float32, beside an optimizer (Polyak & Juditsky 1992).
+
+  It starts from the first parameters, so nothing has to be corrected for its beginning.
+  """
+  def init(params):
+    # A copy: the parameters are donated with the rest of the state, and a buffer only once.
+    return AverageState(jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params), inner.init(params))
+
+  def update(grads, state, params):
+    updates, inner_state = inner.update(grads, state.inner, params)
+    new = optax.apply_updates(params, updates)
+    ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p.astype(jnp.float32), state.ema, new)
+    return updates, AverageState(ema, inner_state)
+
+  return optax.GradientTransformation(init, update)
+
+
+def moving_average(opt_state):
+  """The moving average in the state of an optimizer made by `make`, or None."""
+  return opt_state.ema if isinstance(opt_state, AverageState) else None
 
 
 def schedule(learning_rate, *, kind, warmup_steps, steps):
@@ -70,7 +138,7 @@ def schedule(learning_rate, *, kind, warmup_steps, steps):
 
 
 def make(*, name, learning_rate, schedule_kind, warmup_steps, steps, b1, b2, eps,
-         weight_decay, clip_norm):
+         weight_decay, clip_norm, master_dtype='float32', moment_dtype='float32', ema=0.0):
   """An optax optimizer.
 
   Args:
@@ -84,27 +152,33 @@ def make(*, name, learning_rate, schedule_kind, warmup_steps, steps, b1, b2, eps
     eps: Adam's epsilon.
     weight_decay: decoupled (AdamW), on arrays of at least two dimensions per layer.
     clip_norm: global gradient norm above which gradients are scaled down; 0 for none.
+    master_dtype: of the weights that updates add up in; see `keep_master`.
+    moment_dtype: of the first moment. The second is of the master's: in bfloat16 its decay of
+      1 - b2 would round to nothing.
+    ema: decay of the moving average of the weights; 0 keeps none. See `average`.
 
   Returns:
     optax.GradientTransformation.
   """
   if name == 'adam':
-    scale = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+    scale = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=moment_dtype)
   elif name == 'tf_adam':
-    scale = scale_by_tf_adam(b1, b2, eps)
+    scale = scale_by_tf_adam(b1, b2, eps, moment_dtype)
   else:
     raise errors.UserError(f'optim.name={name!r} is not one of {OPTIMIZERS}')
   rate = schedule(learning_rate, kind=schedule_kind, warmup_steps=warmup_steps, steps=steps)
   # The same structure whatever the figures, so that a run can go on with another one of them.
   clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
-  return optax.chain(clip, scale, optax.add_decayed_weights(weight_decay, mask=decayed),
-                     optax.scale_by_learning_rate(rate))
+  optimizer = optax.chain(clip, scale, optax.add_decayed_weights(weight_decay, mask=decayed),
+                          optax.scale_by_learning_rate(rate))
+  optimizer = keep_master(optimizer, jnp.dtype(master_dtype))
+  return average(optimizer, ema) if ema else optimizer
 
 
 def decayed(params):
-  """True for matrices. Norm scales and biases are not decayed, stacked by layer or not."""
+  """True for matrices, adapters' too. Norm scales and biases are not decayed, stacked by layer or not."""
   def matrix(path, _):
-    return str(getattr(path[-1], 'key', path[-1])) in ('kernel', 'embedding')
+    return str(getattr(path[-1], 'key', path[-1])) in ('kernel', 'embedding', 'a', 'b')
   return jax.tree_util.tree_map_with_path(matrix, params)
 
 
@@ -147,7 +221,8 @@ def accumulate(grad_fn, params, rows, size):
   if not size or size >= batch:
     return grad_fn(params, rows)
   split = jax.tree.map(lambda x: x.reshape((-1, size) + x.shape[1:]), rows)
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(
+  # Sums of low precision would lose the last microbatches.
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), jax.eval_shape(
       grad_fn, params, jax.tree.map(lambda x: x[0], split)))
   add = lambda total, part: (jax.tree.map(jnp.add, total, grad_fn(params, part)), None)
   return jax.lax.scan(add, zeros, split)[0]

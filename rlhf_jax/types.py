@@ -59,6 +59,20 @@ class LMBatch:
 
 
 @struct.dataclass
+class Pairs:
+  """Prompts and completions apart, for models whose encoder reads the prompt.
+
+  Attributes:
+    tokens: [B, T] int32, left-padded prompt then right-padded completion.
+    mask: [B, T] bool, True at real tokens of either.
+    response_mask: [B, R] bool, True at the completion's tokens, which are the targets.
+  """
+  tokens: Any
+  mask: Any
+  response_mask: Any
+
+
+@struct.dataclass
 class Comparisons:
   """K completions of each prompt, ordered by a human (or a simulated one).
 

@@ -11,6 +11,7 @@ import references
 
 from rlhf_jax import errors
 from rlhf_jax import optim
+from rlhf_jax import sharding
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
 PLAIN = dict(name='adam', learning_rate=0.1, schedule_kind='constant', warmup_steps=0, steps=10,
@@ -94,3 +95,49 @@ def test_unknown_names_are_user_errors():
     optim.make(**PLAIN | {'name': 'sgd'})
   with pytest.raises(errors.UserError, match="optim.schedule='step'"):
     optim.make(**PLAIN | {'schedule_kind': 'step'})
+
+
+def test_master_weights_add_up_what_bfloat16_would_lose():
+  # Between 1 and 2 bfloat16 has steps of 2^-7; a hundred updates of 1e-3 are 0.1, each alone is none.
+  params = {'w': jnp.full(3, 1.5, jnp.bfloat16)}
+  settings = PLAIN | {'learning_rate': 1e-3}
+  grads = [{'w': jnp.ones(3, jnp.bfloat16)}] * 100
+  *_, with_master = run(optim.make(**settings), params, grads)
+  *_, without = run(optim.make(**settings | {'master_dtype': 'bfloat16'}), params, grads)
+  assert with_master['w'].dtype == jnp.bfloat16
+  close(with_master['w'].astype(jnp.float32), 1.4, atol=2 ** -8)
+  close(without['w'].astype(jnp.float32), 1.5)
+
+
+def test_master_weights_are_those_of_a_float32_run_rounded():
+  rng = np.random.default_rng(1)
+  low = {'w': jnp.asarray(rng.normal(size=(40, 3)), jnp.bfloat16), 'scale': jnp.ones(3, jnp.float32)}
+  gradients = [jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), low) for _ in range(20)]
+  wide = jax.tree.map(lambda p: p.astype(jnp.float32), low)
+  optimizer = optim.make(**PLAIN | {'weight_decay': 0.1, 'clip_norm': 1.0})
+  exact = run(optimizer, wide, [jax.tree.map(lambda g: g.astype(jnp.float32), g) for g in gradients])
+  for found, expected in zip(run(optimizer, low, gradients), exact):
+    np.testing.assert_array_equal(found['w'], expected['w'].astype(jnp.bfloat16))
+    close(found['scale'], expected['scale'])
+
+
+def test_moments_of_another_dtype_and_their_place():
+  params = {'w': jnp.ones(4, jnp.bfloat16)}
+  for name in optim.OPTIMIZERS:
+    state = optim.make(**PLAIN | {'name': name, 'moment_dtype': 'bfloat16'}).init(params)
+    (mu,) = [leaf for path, leaf in sharding.paths(state).items() if 'mu' in path]
+    (nu,) = [leaf for path, leaf in sharding.paths(state).items() if 'nu' in path]
+    assert (mu.dtype, nu.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+def test_the_moving_average_by_loop():
+  rng = np.random.default_rng(2)
+  params = {'w': jnp.asarray(rng.normal(size=5), jnp.float32)}
+  optimizer = optim.make(**PLAIN | {'ema': 0.9})
+  state, average = optimizer.init(params), np.asarray(params['w'])
+  for _ in range(5):
+    updates, state = optimizer.update({'w': jnp.asarray(rng.normal(size=5), jnp.float32)}, state, params)
+    params = optax.apply_updates(params, updates)
+    average = 0.9 * average + 0.1 * np.asarray(params['w'])
+    close(optim.moving_average(state)['w'], average)
+  assert optim.moving_average(optim.make(**PLAIN).init(params)) is None

@@ -7,9 +7,9 @@ import numpy as np
 import optax
 import pytest
 
+from rlhf_jax import models
 from rlhf_jax import sharding
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import Model
 from rlhf_jax.models import heads
 
 GPT2 = {'family': 'gpt2', 'vocab_size': 31, 'n_positions': 16, 'n_embd': 16, 'n_layer': 2, 'n_head': 4}
@@ -42,7 +42,7 @@ def test_bad_meshes_are_explained(shape, words):
 
 @pytest.fixture(params=[GPT2, LLAMA, LLAMA | {'tie_word_embeddings': True}], ids=['gpt2', 'llama', 'tied'])
 def model(request):
-  return Model.create(request.param)
+  return models.create(request.param)
 
 
 def mesh_of_eight():
@@ -100,7 +100,7 @@ def test_batches_are_split_over_data_and_fsdp():
 def test_eight_devices_give_the_loss_and_gradient_of_one(fields, shape):
   mesh_of_eight()
   mesh = sharding.make_mesh(shape)
-  model = Model.create(fields)
+  model = models.create(fields)
   params = model.init(jax.random.key(0))
   tokens = np.random.default_rng(0).integers(0, 31, (8, 6)).astype(np.int32)
   positions = np.broadcast_to(np.arange(6, dtype=np.int32), (8, 6))
@@ -125,7 +125,7 @@ def test_eight_devices_give_the_loss_and_gradient_of_one(fields, shape):
 def test_activations_stay_split_by_rows_under_fsdp(fields):
   """Parameters split along their width do not pull the activations with them."""
   mesh_of_eight()
-  model, mesh = Model.create(fields), sharding.make_mesh({'fsdp': 8})
+  model, mesh = models.create(fields), sharding.make_mesh({'fsdp': 8})
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   rows = sharding.batch_sharding(mesh)
   tokens = jax.ShapeDtypeStruct((8, 6), jnp.int32)

@@ -42,7 +42,7 @@ def test_metrics_are_written_when_they_are_due(finished):
 
 def test_a_folder_says_what_made_it(finished, world):
   config, folder = finished
-  assert json.loads((folder / 'config.json').read_text()) == config.to_dict()
+  assert json.loads((folder / 'config.json').read_text()) == json.loads(config.to_json())
   assert json.loads((folder / 'model.json').read_text())['name'] == 'policy'
   assert {'tokenizer.json', 'tokenizer_config.json'} <= {
       path.name for path in (folder / 'tokenizer').iterdir()}

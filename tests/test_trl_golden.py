@@ -94,7 +94,7 @@ def start_fixture(request, tmp_path):
       opt_state={name: optimizers[name].init(params[name]) for name in params},
       kl_coef=jnp.float32(theirs['kl_coef']), reward_moments=jnp.zeros(3))
   arrays = dict(
-      state=state, frozen={'reference': reference}, rollout=make_rollout(),
+      state=state, frozen={'shared': {}, 'reference': reference}, rollout=make_rollout(),
       scores=jnp.asarray(GOLDEN[f'{case}/raw_scores']))
   static = dict(models=ppo.Models(policy, critic), settings=settings)
   return case, arrays, static, optimizers
@@ -160,7 +160,7 @@ def test_every_minibatch_agrees(start, tmp_path):
 
   @jax.jit
   def step(params, opt_state, batch):
-    grads, metrics = ppo.gradients(params, batch, None, state.kl_coef, **static)
+    grads, metrics = ppo.gradients(params, batch, arrays['frozen'], None, state.kl_coef, **static)
     return *optim.apply(params, opt_state, grads, optimizers)[:2], metrics
 
   minibatches = static['settings'].minibatches

@@ -17,9 +17,9 @@ import tokenizers as hf_tokenizers
 import transformers
 
 from rlhf_jax import config as config_lib
+from rlhf_jax import models
 from rlhf_jax import sharding
 from rlhf_jax import types
-from rlhf_jax.models import Model
 from rlhf_jax.models import heads
 from rlhf_jax.models import hf
 
@@ -59,7 +59,7 @@ def write(folder):
 
 def write_model(path, fields, *, reward=False):
   """A random language model, or reward model, with the tokenizer."""
-  model = Model.create(fields)
+  model = models.create(fields)
   tokenizer = write_tokenizer(path)
   head = heads.init_scalar(jax.random.key(8), model.width, scale='normal') if reward else None
   hf.save(path, model, model.init(jax.random.key(7)), tokenizer=tokenizer, head=head)

@@ -18,6 +18,7 @@ from rlhf_jax.data import formats
 from rlhf_jax.data import pipelines
 from rlhf_jax.data import tokenizers
 from rlhf_jax.models import hf
+from rlhf_jax.models import trainable
 from rlhf_jax.rewards import functions
 from rlhf_jax.rewards import learned
 from rlhf_jax.rollout import decode
@@ -35,8 +36,13 @@ def make_sampling(config_sampling, tokenizer, *, ignore_eos=False):
 
 def check_length(config, model):
   """Raises UserError where a prompt and its response exceed a model's context."""
-  setup.check_length(config.data.max_prompt_length + config.sampling.max_new_tokens, model,
-                     'data.max_prompt_length + config.sampling.max_new_tokens')
+  prompt, response = config.data.max_prompt_length, config.sampling.max_new_tokens
+  if model.encoder_decoder:
+    setup.check_length(prompt, model, 'data.max_prompt_length')
+    setup.check_length(response, model, 'sampling.max_new_tokens')
+  else:
+    setup.check_length(prompt + response, model,
+                       'data.max_prompt_length + config.sampling.max_new_tokens')
 
 
 def texts_of(rollout, tokenizer):
@@ -55,15 +61,27 @@ def texts_of(rollout, tokenizer):
   return tokenizers.decode_continuation(tokenizer, ids), ids
 
 
-def load_reference(config, mesh, model, policy):
-  """Parameters of the frozen reference: `config.reference`, or a copy of the policy's.
+def load_reference(config, mesh, model, trained):
+  """Parameters of the frozen reference that the policy's frozen ones do not have.
+
+  Args:
+    config: see `config.ppo()`.
+    mesh: device mesh.
+    model: the policy's Model.
+    trained: its trained parameters as they start.
+
+  Returns:
+    All parameters of `config.reference`; else a copy of what the policy trains, and nothing
+    where it trains adapters.
 
   Raises:
-    UserError: it is another architecture than the policy, as whose parameters it is used.
+    UserError: `config.reference` is another architecture than the policy, as whose parameters it
+      is used.
   """
   if not config.reference:
-    return jax.tree.map(jnp.copy, policy)
-  other, params = hf.load(config.reference, mesh=mesh, **setup.model_settings(config.model))
+    return {} if model.lora is not None else jax.tree.map(jnp.copy, trained)
+  other, params = hf.load(config.reference, mesh=mesh, param_dtype=config.model.param_dtype,
+                          **setup.model_settings(config.model))
   theirs, ours = other.config.to_hf(), model.config.to_hf()
   differ = [f'{name} ({theirs.get(name)} and {ours.get(name)})' for name in sorted(theirs | ours)
             if theirs.get(name) != ours.get(name) and not name.endswith('token_id')]
@@ -78,17 +96,18 @@ def reward_model_scorer(config, tokenizer, mesh):
   """Scores of `config.reward.model`, on tokens if it shares the policy's tokenizer.
 
   Returns:
-    (rollout, examples) -> scores [B] float32, and (Model, params) where its tokenizer is the
-    policy's, so that a critic can start from it, else None.
+    (rollout, examples) -> scores [B] float32, and (Model, params) where a critic can start from
+    it: its tokenizer is the policy's, and its head reads the states of single tokens. Else None.
   """
   settings = setup.model_settings(config.model)
   model, params = hf.load_reward(config.reward.model, mesh=mesh, **settings)
   own = tokenizers.load(config.reward.model)
-  tokenizers.check(own, model.vocab_size)
+  setup.fit_tokenizer(own, model)
   if learned.same_tokenizer(own, tokenizer):
     check_length(config, model)
     score = learned.of_tokens(model, params)
-    return lambda rollout, examples: score(rollout), (model, params)
+    by_token = hasattr(model, 'response_states') and not getattr(model.config, 'pooled', False)
+    return lambda rollout, examples: score(rollout), (model, params) if by_token else None
   apply = learned.of_texts(
       model, params, own, max_length=config.reward.max_length or model.max_length, mesh=mesh)
 
@@ -119,13 +138,14 @@ def function_scorer(config, tokenizer, mesh):
 class Actor:
   """Draws prompts, samples responses from the current policy and scores them."""
 
-  def __init__(self, config, tokenizer, model, score, mesh):
+  def __init__(self, config, tokenizer, model, shared, score, mesh):
     """Reads the prompts.
 
     Args:
       config: see `config.ppo()`.
       tokenizer: the policy's.
       model: the policy's Model.
+      shared: its parameters that are not trained.
       score: (rollout, examples) -> scores.
       mesh: device mesh.
 
@@ -140,7 +160,7 @@ class Actor:
         on_long=config.data.on_long)
     self.sampling = make_sampling(
         config.sampling, tokenizer, ignore_eos=config.ppo.response == 'raw')
-    self._tokenizer, self._score, self._mesh = tokenizer, score, mesh
+    self._tokenizer, self._shared, self._score, self._mesh = tokenizer, shared, score, mesh
     self.generate = jax.jit(functools.partial(
         decode.generate, model=model, sampling=self.sampling))
     self._truncate = jax.jit(decode.truncate, static_argnums=(1, 2))
@@ -159,8 +179,9 @@ class Actor:
     prompts, index = next(self.iterator)
     examples = [self.examples[i] for i in np.asarray(index)]
     started = time.perf_counter()
-    rollout = self.generate(state.params['policy'], sharding.put_rows(prompts, self._mesh),
-                            types.step_keys(state)[0])
+    rollout = self.generate(
+        trainable.join(self._shared, state.params['policy']),
+        sharding.put_rows(prompts, self._mesh), types.step_keys(state)[0])
     if timed:
       jax.block_until_ready(rollout)
     sampled = time.perf_counter()

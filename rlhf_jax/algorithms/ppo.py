@@ -11,6 +11,7 @@ over epochs and minibatches of the clipped losses.
 Letters: B batch, P prompt length, R response length, T = P + R, D width.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -30,12 +31,20 @@ from rlhf_jax.algorithms import ppo_settings
 from rlhf_jax.algorithms import setup
 from rlhf_jax.algorithms import sft
 from rlhf_jax.models import heads
+from rlhf_jax.models import trainable
 
 
 class Models(NamedTuple):
-  """Static handles. `critic` is None where the value head sits on the policy's trunk."""
+  """Static handles.
+
+  Attributes:
+    policy: Model.
+    critic: Model; None where the value head sits on the policy's hidden states.
+    critic_shared: whether the critic is adapters on the weights the policy's are on.
+  """
   policy: Any
   critic: Any = None
+  critic_shared: bool = False
 
 
 @struct.dataclass
@@ -52,6 +61,8 @@ class Experience:
     values: [B, R] float32 of the critic before the update.
     advantages: [B, R] float32.
     returns: [B, R] float32.
+    trunk: [B, T, D] states below the trained layers, the same in all epochs, where only the top
+      ones are trained; else None.
   """
   tokens: Any
   mask: Any
@@ -62,52 +73,61 @@ class Experience:
   values: Any
   advantages: Any
   returns: Any
+  trunk: Any
 
 
-def response_states(model, params, tokens, mask, slots):
-  """Hidden states [B, R, D] that predict the R response tokens."""
-  hidden, _ = model.forward(
-      params, tokens, types.positions_from_mask(mask), mask.astype(jnp.int32))
-  return hidden[:, -slots - 1:-1]
-
-
-def evaluate(params, tokens, mask, slots, *, models, temperature):
+def evaluate(params, frozen, rows, trunk, *, models, temperature):
   """Policy and critic on a batch of finished responses.
 
   Args:
-    params: {'policy': ..., 'critic': {'head': ..., 'backbone': ... if separate}}.
-    tokens: [B, T] int32.
-    mask: [B, T] bool.
-    slots: R.
+    params: {'policy': ..., 'critic': {'head': ..., 'backbone': ... if there is one}}.
+    frozen: see `train_step`.
+    rows: Rollout or Experience.
+    trunk: [B, T, D], see Experience.
     models: Models.
     temperature: what logits are divided by.
 
   Returns:
     logprobs, entropy and values, each [B, R] float32.
   """
-  states = response_states(models.policy, params['policy'], tokens, mask, slots)
+  slots = rows.response_mask.shape[1]
+  policy = trainable.join(frozen['shared'], params['policy'])
+  states = models.policy.response_states(policy, rows.tokens, rows.mask, slots, trunk)
   logprobs, entropy = logprobs_lib.token_logprobs(
-      functools.partial(models.policy.unembed, params['policy']), states,
-      tokens[:, -slots:], temperature=temperature)
+      functools.partial(models.policy.unembed, policy), states, rows.tokens[:, -slots:],
+      temperature=temperature)
   if models.critic is not None:
-    states = response_states(
-        models.critic, params['critic']['backbone'], tokens, mask, slots)
+    shared, trunk = (frozen['shared'], trunk) if models.critic_shared else ({}, None)
+    critic = trainable.join(shared, params['critic']['backbone'])
+    states = models.critic.response_states(critic, rows.tokens, rows.mask, slots, trunk)
   return logprobs, entropy, heads.apply_scalar(params['critic']['head'], states)
 
 
-def _reference(params, frozen, rows, slots, *, models, settings):
+def _reference(params, frozen, rows, trunk, *, models, settings):
   """Reference log-probabilities [B, R], and the full KL where that is asked for."""
-  model, reference = models.policy, frozen['reference']
-  states = response_states(model, reference, rows.tokens, rows.mask, slots)
+  slots = rows.response_mask.shape[1]
+  model = dataclasses.replace(models.policy, lora=None)
+  reference = trainable.join(frozen['shared'], frozen['reference'])
+  states = model.response_states(reference, rows.tokens, rows.mask, slots, trunk)
   unembed = functools.partial(model.unembed, reference)
   ref_logprobs, _ = logprobs_lib.token_logprobs(
       unembed, states, rows.tokens[:, -slots:], temperature=settings.temperature)
   if settings.kl_estimator != 'full':
     return ref_logprobs, None
-  policy_states = response_states(model, params['policy'], rows.tokens, rows.mask, slots)
+  policy = trainable.join(frozen['shared'], params['policy'])
+  policy_states = models.policy.response_states(policy, rows.tokens, rows.mask, slots, trunk)
   return ref_logprobs, logprobs_lib.full_kl(
-      functools.partial(model.unembed, params['policy']), policy_states,
-      unembed, states, temperature=settings.temperature)
+      functools.partial(models.policy.unembed, policy), policy_states, unembed, states,
+      temperature=settings.temperature)
+
+
+def shared_trunk(params, frozen, rows, *, models):
+  """States [B, T, D] below the trained layers; None where all layers are trained or adapted."""
+  if 'top' not in params['policy']:
+    return None
+  policy = trainable.join(frozen['shared'], params['policy'])
+  return jax.lax.stop_gradient(models.policy.trunk(
+      policy, rows.tokens, types.positions_from_mask(rows.mask), rows.mask))
 
 
 def by_rows(fn, tree, rows):
@@ -125,7 +145,7 @@ def make_experience(state, frozen, rollout, scores, *, models, settings):
 
   Args:
     state: TrainState before the update.
-    frozen: {'reference': params}.
+    frozen: see `train_step`.
     rollout: Rollout.
     scores: [B] float32, or [B, R] for rewards per token.
     models: Models.
@@ -134,14 +154,13 @@ def make_experience(state, frozen, rollout, scores, *, models, settings):
   Returns:
     Experience, new reward moments [3], and the iteration's metrics.
   """
-  slots = rollout.response_mask.shape[1]
-
   def forward(rows):
-    return (evaluate(state.params, rows.tokens, rows.mask, slots,
-                     models=models, temperature=settings.temperature),
-            _reference(state.params, frozen, rows, slots, models=models, settings=settings))
+    trunk = shared_trunk(state.params, frozen, rows, models=models)
+    return trunk, evaluate(
+        state.params, frozen, rows, trunk, models=models, temperature=settings.temperature), \
+        _reference(state.params, frozen, rows, trunk, models=models, settings=settings)
 
-  (logprobs, entropy, values), (ref_logprobs, full_kl) = by_rows(
+  trunk, (logprobs, entropy, values), (ref_logprobs, full_kl) = by_rows(
       forward, rollout, settings.microbatch_size)
   response_mask = rollout.response_mask
   step_mask = (response_mask if scores.ndim == 2 else
@@ -168,7 +187,7 @@ def make_experience(state, frozen, rollout, scores, *, models, settings):
   experience = Experience(
       tokens=rollout.tokens, mask=rollout.mask, response_mask=response_mask,
       step_mask=step_mask, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values,
-      advantages=advantages, returns=returns)
+      advantages=advantages, returns=returns, trunk=trunk)
   metrics = describe(experience, rollout, paid, entropy, state.kl_coef, settings)
   return experience, moments, metrics | {'policy/sampler_gap': gap}
 
@@ -226,11 +245,12 @@ def describe(experience, rollout, scores, entropy, kl_coef, settings):
   }
 
 
-def loss(params, rows, counts, kl_coef, *, models, settings):
+def loss(params, rows, frozen, counts, kl_coef, *, models, settings):
   """The clipped losses of a microbatch, as its share of the whole minibatch's mean.
 
   Args:
     params: policy and critic.
+    frozen: see `train_step`.
     rows: Experience of the microbatch.
     counts: slots with a policy loss and with a value loss in the whole minibatch.
     kl_coef: float32 scalar, used where the KL is in the loss.
@@ -240,11 +260,9 @@ def loss(params, rows, counts, kl_coef, *, models, settings):
   Returns:
     Scalar loss, and metrics that add up over microbatches.
   """
-  slots = rows.response_mask.shape[1]
   tokens, steps = counts
   logprobs, entropy, values = evaluate(
-      params, rows.tokens, rows.mask, slots, models=models,
-      temperature=settings.temperature)
+      params, frozen, rows, rows.trunk, models=models, temperature=settings.temperature)
   mask = rows.response_mask
   mean = lambda x: adv.masked_sum(x, mask) / tokens
   logprobs = jnp.where(mask, logprobs, 0.0)
@@ -272,12 +290,13 @@ def loss(params, rows, counts, kl_coef, *, models, settings):
   }
 
 
-def gradients(params, rows, ptx, kl_coef, *, models, settings):
+def gradients(params, rows, frozen, ptx, kl_coef, *, models, settings):
   """Gradients of one minibatch, summed over its microbatches, the ptx mix included.
 
   Args:
     params: policy and critic.
     rows: Experience of the minibatch.
+    frozen: see `train_step`.
     ptx: LMBatch of pretraining rows, or None.
     kl_coef: float32 scalar.
     models: Models.
@@ -292,11 +311,12 @@ def gradients(params, rows, ptx, kl_coef, *, models, settings):
   counts = (jnp.maximum(jnp.sum(rows.response_mask), 1),
             jnp.maximum(jnp.sum(rows.step_mask), 1))
   grad_fn = jax.grad(functools.partial(
-      loss, counts=counts, kl_coef=kl_coef, models=models, settings=settings), has_aux=True)
+      loss, frozen=frozen, counts=counts, kl_coef=kl_coef, models=models, settings=settings),
+      has_aux=True)
   grads, metrics = optim.accumulate(grad_fn, params, rows, settings.microbatch_size)
   if ptx is not None:
     ptx_loss, ptx_grads = jax.value_and_grad(sft.mean_loss)(
-        params['policy'], ptx, model=models.policy)
+        params['policy'], frozen['shared'], ptx, model=models.policy)
     grads = grads | {'policy': jax.tree.map(
         lambda g, h: g + settings.ptx_coef * h, grads['policy'], ptx_grads)}
     metrics = metrics | {'ptx/loss': ptx_loss}
@@ -308,7 +328,8 @@ def train_step(state, frozen, rollout, scores, ptx, *, models, optimizers, setti
 
   Args:
     state: TrainState with params and opt_state {'policy': ..., 'critic': ...}.
-    frozen: {'reference': params}.
+    frozen: {'shared': parameters of the policy that are not trained, 'reference': the
+      reference's that are not among them}.
     rollout: Rollout of B rows, sampled from `state.params['policy']`.
     scores: [B] float32, or [B, R] for rewards per token.
     ptx: LMBatch whose rows are shared out over the minibatches, or None.
@@ -331,7 +352,7 @@ def train_step(state, frozen, rollout, scores, ptx, *, models, optimizers, setti
     order, ptx_rows = xs
     rows = sharding.shard_rows(jax.tree.map(lambda x: x[order], experience))
     grads, metrics = gradients(
-        params, rows, ptx_rows, state.kl_coef, models=models, settings=settings)
+        params, rows, frozen, ptx_rows, state.kl_coef, models=models, settings=settings)
     params, opt_state, norms = optim.apply(params, opt_state, grads, optimizers)
     return (params, opt_state), metrics | norms
 
@@ -361,7 +382,7 @@ def make_settings(config, eos_id):
       eos_id=eos_id, **toggles)
 
 
-def make_critic(config, tokenizer, mesh, model, policy, scored):
+def make_critic(config, tokenizer, mesh, model, trained, shared, scored):
   """The critic `config.critic` asks for.
 
   Args:
@@ -369,14 +390,20 @@ def make_critic(config, tokenizer, mesh, model, policy, scored):
     tokenizer: the policy's.
     mesh: device mesh.
     model: the policy's Model.
-    policy: its parameters.
+    trained: its trained parameters.
+    shared: its other parameters.
     scored: (Model, params) of the reward model, or None.
 
   Returns:
-    Model, or None for a head on the policy's trunk, and params.
+    Model, or None for a head on the policy's hidden states, and trained params.
   """
-  if config.critic.kind == 'trunk':
+  kind = config.critic.kind
+  if kind == 'trunk':
     return None, {'head': setup.new_head(model, mesh, config.seed, 'zero')}
+  if kind == 'adapters':
+    adapters = trainable.new_adapters(model, shared, seed=config.seed + 1)
+    adapters = jax.device_put(adapters, sharding.shardings(adapters, model.rules, mesh))
+    return model, {'backbone': adapters, 'head': setup.new_head(model, mesh, config.seed, 'zero')}
   if config.critic.path:
     config_model = config.model.copy_and_resolve_references()
     config_model.path = config.critic.path
@@ -386,8 +413,9 @@ def make_critic(config, tokenizer, mesh, model, policy, scored):
     return critic, params
   if scored is not None:
     return scored[0], jax.tree.map(jnp.copy, scored[1])
-  return model, {'backbone': jax.tree.map(jnp.copy, policy),
-                 'head': setup.new_head(model, mesh, config.seed, 'zero')}
+  policy = jax.tree.map(jnp.copy, trainable.whole(model, trained, shared))
+  return dataclasses.replace(model, lora=None), {
+      'backbone': policy, 'head': setup.new_head(model, mesh, config.seed, 'zero')}
 
 
 def create(config, mesh):
@@ -409,20 +437,24 @@ def create(config, mesh):
     score, scored = on_policy.reward_model_scorer(config, tokenizer, mesh)
   else:
     score, scored = on_policy.function_scorer(config, tokenizer, mesh), None
-  actor = on_policy.Actor(config, tokenizer, model, score, mesh)
-  reference = on_policy.load_reference(config, mesh, model, policy)
-  critic_model, critic = make_critic(config, tokenizer, mesh, model, policy, scored)
+  model, policy, shared = setup.divide(config, model, policy, mesh)
+  actor = on_policy.Actor(config, tokenizer, model, shared, score, mesh)
+  frozen = {'shared': shared,
+            'reference': on_policy.load_reference(config, mesh, model, policy)}
+  critic_model, critic = make_critic(
+      config, tokenizer, mesh, model, policy, shared, scored)
+  models = Models(model, critic_model, critic_shared=config.critic.kind == 'adapters')
   settings = make_settings(config, tokenizer.eos_token_id)
   steps = setup.train_steps(config, actor.rows)
   updates = steps * settings.epochs * settings.minibatches
   optimizers = {
       'policy': setup.make_optimizer(config.optim, updates),
       'critic': setup.make_optimizer(
-          config.optim, updates, learning_rate=config.critic.learning_rate)}
+          config.optim, updates, learning_rate=config.critic.learning_rate, exported=False)}
   state = setup.new_state(config, {'policy': policy, 'critic': critic}, optimizers, mesh,
                           model.rules, kl_coef=config.ppo.kl_coef)
   step = setup.jit_step(functools.partial(
-      train_step, models=Models(model, critic_model), optimizers=optimizers,
+      train_step, models=models, optimizers=optimizers,
       settings=settings), state)
   iterators = {'prompts': actor.iterator}
   if config.ptx.batch_size:
@@ -431,9 +463,9 @@ def create(config, mesh):
   def next_batch(state, *, timed):
     rollout, scores, metrics = actor(state, timed=timed)
     ptx = sharding.put_rows(next(iterators['ptx']), mesh) if 'ptx' in iterators else None
-    return ({'reference': reference}, rollout, scores, ptx), metrics
+    return (frozen, rollout, scores, ptx), metrics
 
   return learner.Learner(
       state=state, steps=steps, iterators=iterators, next_batch=next_batch, train_step=step,
-      evaluate=lambda state: {}, export=setup.policy_exporter(model, tokenizer),
+      evaluate=lambda state: {}, export=setup.policy_exporter(model, tokenizer, shared),
       model=model, model_name='policy', tokenizer=tokenizer, samples=actor.samples)

@@ -26,7 +26,7 @@ from rlhf_jax.data import formats
 from rlhf_jax.data import pipelines
 from rlhf_jax.evaluation import calibration
 from rlhf_jax.models import heads
-from rlhf_jax.models import hf
+from rlhf_jax.models import trainable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +50,7 @@ def score(params, tokens, mask, *, model):
   Returns:
     [n] float32.
   """
-  hidden, _ = model.forward(params['backbone'], tokens, types.positions_from_mask(mask),
-                            mask.astype(jnp.int32))
-  return heads.last_token(heads.apply_scalar(params['head'], hidden), mask)
+  return heads.apply_scalar(params['head'], model.summary(params['backbone'], tokens, mask))
 
 
 def comparison_scores(params, batch, *, model):
@@ -98,11 +96,12 @@ def pair_sums(scores, batch):
           'gap': adv.masked_sum(gap, better)}
 
 
-def train_step(state, batch, *, model, optimizers, settings, microbatch_size):
+def train_step(state, frozen, batch, *, model, optimizers, settings, microbatch_size):
   """One optimizer step. To be jitted with `state` donated.
 
   Args:
     state: TrainState with params {'reward': {'backbone', 'head'}}.
+    frozen: {'backbone'}, the parameters that are not trained.
     batch: Comparisons.
     model: Model.
     optimizers: {'reward': optax optimizer}.
@@ -119,7 +118,7 @@ def train_step(state, batch, *, model, optimizers, settings, microbatch_size):
 
   def share(params, rows):
     loss, valid, scores = comparison_loss(
-        params['reward'], rows, model=model, settings=settings)
+        trainable.join(frozen, params['reward']), rows, model=model, settings=settings)
     loss = adv.masked_sum(loss, valid) / prompts
     return loss, {'loss': loss, **pair_sums(scores, rows),
                   'scores': adv.masked_sum(scores, rows.present)}
@@ -171,6 +170,8 @@ def create(config, mesh):
   model, params = setup.load_scalar(
       config.model, tokenizer, mesh, config.seed, head_scale='normal')
   setup.check_length(config.data.max_length, model, 'data.max_length')
+  model, backbone, shared = setup.divide(config, model, params['backbone'], mesh)
+  params, frozen = {'backbone': backbone, 'head': params['head']}, {'backbone': shared}
   examples, held_out = setup.hold_out(config, formats.comparisons, tokenizer)
   check_examples(examples, config.reward.loss)
   sizes = dict(batch_size=config.batch_size, max_length=config.data.max_length)
@@ -183,17 +184,16 @@ def create(config, mesh):
                       token_dropout=config.reward.token_dropout)
   scores = jax.jit(functools.partial(comparison_scores, model=model))
 
-  def fitted(params):
-    """The parameters with their head normalized on the config's texts."""
+  def fitted_head(params):
+    """The head, normalized on the config's texts."""
     if config.reward.normalize == 'none':
-      return params
-    texts = normalization_batches(config, examples, tokenizer, sizes)
-    values = [(scores(params, sharding.put_rows(batch, mesh)), batch.present)
-              for batch in texts]
+      return params['head']
+    values = [(scores(trainable.join(frozen, params), sharding.put_rows(batch, mesh)), batch.present)
+              for batch in normalization_batches(config, examples, tokenizer, sizes)]
     values = np.concatenate([sharding.local_rows(x)[present] for x, present in values])
-    return params | {'head': normalize(params['head'], values, config.reward.normalize)}
+    return normalize(params['head'], values, config.reward.normalize)
 
-  params = fitted(params)
+  params['head'] = fitted_head(params)
   optimizers = {'reward': setup.make_optimizer(config.optim, steps)}
   state = setup.new_state(config, {'reward': params}, optimizers, mesh, model.rules)
   step = setup.jit_step(functools.partial(
@@ -202,17 +202,19 @@ def create(config, mesh):
 
   def evaluate(state):
     pairs = [held_out_pairs(sharding.local_rows(
-        scores(state.params['reward'], sharding.put_rows(batch, mesh))), batch)
-             for batch in held_out]
+        scores(trainable.join(frozen, state.params['reward']), sharding.put_rows(batch, mesh))),
+        batch) for batch in held_out]
     return describe(np.concatenate(pairs)) if pairs else {}
 
   def export(state, path):
-    params = fitted(state.params['reward'])
-    hf.save(path, model, params['backbone'], tokenizer=tokenizer, head=params['head'])
+    params = setup.averaged(state, 'reward')
+    setup.save(path, model, params['backbone'], shared, tokenizer=tokenizer,
+               head=fitted_head(params))
 
   return learner.Learner(
       state=state, steps=steps, iterators={'data': iterator},
-      next_batch=lambda state, *, timed: ((sharding.put_rows(next(iterator), mesh),), {}),
+      next_batch=lambda state, *, timed: (
+          (frozen, sharding.put_rows(next(iterator), mesh)), {}),
       train_step=step, evaluate=evaluate, export=export,
       model=model, model_name='reward', tokenizer=tokenizer)
 

@@ -1,7 +1,7 @@
 """What every algorithm begins with: tokenizer, model, optimizer, state, data, files."""
 
+import dataclasses
 import functools
-import json
 import os
 
 from absl import logging
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import errors
+from rlhf_jax import models
 from rlhf_jax import optim
 from rlhf_jax import sharding
 from rlhf_jax import types
@@ -16,9 +17,12 @@ from rlhf_jax.data import chat
 from rlhf_jax.data import pipelines
 from rlhf_jax.data import sources
 from rlhf_jax.data import tokenizers
-from rlhf_jax.models import Model
 from rlhf_jax.models import heads
 from rlhf_jax.models import hf
+from rlhf_jax.models import hf_files
+from rlhf_jax.models import lora as lora_lib
+from rlhf_jax.models import peft
+from rlhf_jax.models import trainable
 
 
 def load_tokenizer(config):
@@ -34,7 +38,7 @@ def load_tokenizer(config):
 
 
 def model_settings(config_model):
-  """How a model computes, as keywords of the loaders and of Model.create."""
+  """How a model computes, as keywords of the loaders and of models.create."""
   return dict(dtype=config_model.dtype, remat=config_model.remat, unroll=config_model.unroll)
 
 
@@ -56,24 +60,56 @@ def load_policy(config_model, tokenizer, mesh, seed):
   else:
     fields = {'vocab_size': max(tokenizer.get_vocab().values()) + 1,
               **config_model.init.to_dict()}
-    model = Model.create(fields, **model_settings(config_model))
+    model = models.create(fields, **model_settings(config_model))
     init = lambda key: jax.tree.map(
         lambda x: x.astype(config_model.param_dtype), model.init(key))
     key = jax.random.key(seed)
     params = jax.jit(init, out_shardings=sharding.shardings(
         jax.eval_shape(init, key), model.rules, mesh))(key)
-  tokenizers.check(tokenizer, model.vocab_size)
+  fit_tokenizer(tokenizer, model)
   return model, params
 
 
+def fit_tokenizer(tokenizer, model):
+  """Makes a tokenizer that of a model, after a check that its ids fit."""
+  tokenizers.check(tokenizer, model.vocab_size)
+  if model.encoder_decoder:
+    tokenizers.respond_apart(tokenizer)
+
+
+def divide(config, model, params, mesh):
+  """Divides parameters into those that `config.model` trains and the frozen rest.
+
+  Args:
+    config: the run's config.
+    model: Model.
+    params: all of its parameters.
+    mesh: where adapters go.
+
+  Returns:
+    The Model with its adapters, trained and frozen parameters; see models/trainable.py.
+  """
+  lora = config.model.lora
+  place = lambda tree: jax.device_put(tree, sharding.shardings(tree, model.rules, mesh))
+  if lora.path:
+    adapted, trained = peft.load(lora.path, model)
+    return dataclasses.replace(model, lora=adapted), place(trained), params
+  if lora.targets:
+    model = dataclasses.replace(model, lora=lora_lib.Lora(
+        tuple(map(tuple, lora.targets)), rslora=lora.rslora))
+  trained, frozen = trainable.divide(
+      model, params, unfrozen_layers=config.model.unfrozen_layers, seed=config.seed)
+  return model, place(trained), frozen
+
+
 def is_reward_model(path):
-  """Whether a folder holds a model with a scalar head."""
-  try:
-    with open(os.path.join(path, 'config.json'), encoding='utf-8') as f:
-      names = json.load(f).get('architectures') or ['']
-  except FileNotFoundError:
-    return False  # the loader says what is missing
-  return names[0].endswith('ForSequenceClassification')
+  """Whether a folder holds a model with a scalar head.
+
+  Raises:
+    UserError: there is no readable config.json.
+  """
+  names = hf_files.read_json(os.path.join(path, 'config.json')).get('architectures')
+  return isinstance(names, list) and str(names[0] if names else '').endswith('ForSequenceClassification')
 
 
 def load_scalar(config_model, tokenizer, mesh, seed, *, head_scale):
@@ -93,7 +129,7 @@ def load_scalar(config_model, tokenizer, mesh, seed, *, head_scale):
     model, params = hf.load_reward(config_model.path, mesh=mesh,
                                    param_dtype=config_model.param_dtype,
                                    **model_settings(config_model))
-    tokenizers.check(tokenizer, model.vocab_size)
+    fit_tokenizer(tokenizer, model)
     return model, params
   model, backbone = load_policy(config_model, tokenizer, mesh, seed)
   return model, {'backbone': backbone, 'head': new_head(model, mesh, seed, head_scale)}
@@ -106,19 +142,21 @@ def new_head(model, mesh, seed, scale):
       heads.init_scalar(key, model.width, scale=scale), sharding.replicated(mesh))
 
 
-def make_optimizer(config_optim, steps, *, learning_rate=0.0):
+def make_optimizer(config_optim, steps, *, learning_rate=0.0, exported=True):
   """The optimizer of `config.optim`.
 
   Args:
     config_optim: `config.optim`.
     steps: optimizer steps of the run.
     learning_rate: in place of the config's; 0 for the config's.
+    exported: whether its parameters are the run's result, of which a moving average is kept.
   """
   c = config_optim
   return optim.make(
       name=c.name, learning_rate=learning_rate or c.learning_rate, schedule_kind=c.schedule,
       warmup_steps=c.warmup_steps, steps=steps, b1=c.b1, b2=c.b2, eps=c.eps,
-      weight_decay=c.weight_decay, clip_norm=c.clip_norm)
+      weight_decay=c.weight_decay, clip_norm=c.clip_norm, master_dtype=c.master_dtype,
+      moment_dtype=c.moment_dtype, ema=c.ema if exported else 0.0)
 
 
 def new_state(config, params, optimizers, mesh, rules, *, kl_coef=0.0):
@@ -214,11 +252,33 @@ def check_length(length, model, key):
         'the model was made for. Shorten it, or use a model with a longer context.')
 
 
-def export_policy(state, path, *, model, name, tokenizer):
-  """Writes a language model of the state as a Hugging Face folder."""
-  hf.save(path, model, state.params[name], tokenizer=tokenizer)
+def averaged(state, name):
+  """Trained parameters as they are exported: their moving average, where `optim.ema` keeps one."""
+  average = optim.moving_average(state.opt_state[name])
+  if average is None:
+    return state.params[name]
+  return jax.tree.map(lambda a, p: a.astype(p.dtype), average, state.params[name])
 
 
-def policy_exporter(model, tokenizer):
+def save(path, model, trained, frozen, *, tokenizer, head=None):
+  """Writes a Hugging Face folder, adapters merged; and beside it 'adapter', as PEFT keeps them.
+
+  Args:
+    path: the folder.
+    model: Model.
+    trained: its trained parameters.
+    frozen: its other parameters.
+    tokenizer: saved beside.
+    head: of a reward model; see hf.save.
+  """
+  if model.lora is not None and head is None:
+    peft.save(path.parent / 'adapter', model, trained)
+  hf.save(path, dataclasses.replace(model, lora=None), trainable.whole(model, trained, frozen),
+          tokenizer=tokenizer, head=head)
+
+
+def policy_exporter(model, tokenizer, frozen):
   """`Learner.export` of an algorithm whose result is `state.params['policy']`."""
-  return functools.partial(export_policy, model=model, name='policy', tokenizer=tokenizer)
+  def export(state, path):
+    save(path, model, averaged(state, 'policy'), frozen, tokenizer=tokenizer)
+  return export

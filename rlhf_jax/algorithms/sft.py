@@ -12,49 +12,60 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import advantages as adv
+from rlhf_jax import errors
 from rlhf_jax import learner
 from rlhf_jax import logprobs
 from rlhf_jax import optim
 from rlhf_jax import sharding
+from rlhf_jax import types
 from rlhf_jax.algorithms import setup
 from rlhf_jax.data import formats
 from rlhf_jax.data import pipelines
+from rlhf_jax.models import trainable
 
 
-def token_losses(params, batch, *, model):
+def token_losses(params, frozen, batch, *, model):
   """Negative log-likelihood of the targets.
 
   Args:
-    params: parameters of `model`.
-    batch: LMBatch of [B, T] arrays.
+    params: trained parameters of `model`.
+    frozen: its other parameters.
+    batch: LMBatch of [B, T] arrays, or Pairs.
     model: Model.
 
   Returns:
-    losses [B, T - 1] float32 nats and their mask [B, T - 1] bool; slot t is token t + 1.
+    losses [B, n] float32 nats and their mask [B, n] bool; n = T - 1 and slot t is token t + 1, or
+    for Pairs the R slots of the completion.
   """
-  hidden, _ = model.forward(params, batch.tokens, batch.positions, batch.segments)
-  nll = logprobs.cross_entropy(
-      functools.partial(model.unembed, params), hidden[:, :-1], batch.tokens[:, 1:])
-  return nll, batch.loss_mask[:, 1:]
+  params = trainable.join(frozen, params)
+  if isinstance(batch, types.Pairs):
+    slots = batch.response_mask.shape[1]
+    states = model.response_states(params, batch.tokens, batch.mask, slots)
+    targets, mask = batch.tokens[:, -slots:], batch.response_mask
+  else:
+    hidden, _ = model.forward(params, batch.tokens, batch.positions, batch.segments)
+    states, targets, mask = hidden[:, :-1], batch.tokens[:, 1:], batch.loss_mask[:, 1:]
+  return logprobs.cross_entropy(functools.partial(model.unembed, params), states, targets), mask
 
 
-def loss_sums(params, batch, *, model):
+def loss_sums(params, frozen, batch, *, model):
   """Sum of `token_losses` over the batch's targets, and their number."""
-  nll, mask = token_losses(params, batch, model=model)
+  nll, mask = token_losses(params, frozen, batch, model=model)
   return adv.masked_sum(nll, mask), jnp.sum(mask)
 
 
-def mean_loss(params, batch, *, model):
+def mean_loss(params, frozen, batch, *, model):
   """Mean of `token_losses` over the batch's targets."""
-  return adv.masked_mean(*token_losses(params, batch, model=model))
+  return adv.masked_mean(*token_losses(params, frozen, batch, model=model))
 
 
-def train_step(state, batch, *, model, optimizers, microbatch_size):
+def train_step(state, frozen, batch, *, model, optimizers, microbatch_size):
   """One optimizer step. To be jitted with `state` donated.
 
   Args:
     state: TrainState with params {'policy': ...}.
-    batch: LMBatch.
+    frozen: the policy's parameters that are not trained.
+    batch: LMBatch or Pairs.
     model: Model.
     optimizers: {'policy': optax optimizer}.
     microbatch_size: rows of one pass; 0 for all.
@@ -62,10 +73,11 @@ def train_step(state, batch, *, model, optimizers, microbatch_size):
   Returns:
     The next TrainState and metrics.
   """
-  count = jnp.maximum(jnp.sum(batch.loss_mask[:, 1:]), 1)
+  pairs = isinstance(batch, types.Pairs)
+  count = jnp.maximum(jnp.sum(batch.response_mask if pairs else batch.loss_mask[:, 1:]), 1)
 
   def share(params, rows):
-    loss = adv.masked_sum(*token_losses(params['policy'], rows, model=model)) / count
+    loss = adv.masked_sum(*token_losses(params['policy'], frozen, rows, model=model)) / count
     return loss, {'loss': loss}
 
   grads, metrics = optim.accumulate(
@@ -73,23 +85,33 @@ def train_step(state, batch, *, model, optimizers, microbatch_size):
   params, opt_state, norms = optim.apply(state.params, state.opt_state, grads, optimizers)
   metrics = metrics | norms | {
       'perplexity': jnp.exp(metrics['loss']), 'tokens': count,
-      'fill': jnp.mean(batch.segments > 0)}
+      'fill': jnp.mean(batch.mask if pairs else batch.segments > 0)}
   return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 
 def ptx_iterator(config, tokenizer, model):
   """Pretraining rows for PPO-ptx: `config.ptx`, packed text or completions."""
   setup.check_length(config.ptx.max_length, model, 'ptx.max_length')
+  check_kind(config.ptx.kind, model, 'ptx.kind')
   if config.ptx.kind == 'text':
     return pipelines.lm_iterator(
         setup.read_examples(config.ptx, formats.texts, tokenizer), tokenizer,
         batch_size=config.ptx.batch_size, length=config.ptx.max_length, seed=config.seed)[0]
   return pipelines.completion_iterator(
       setup.read_examples(config.ptx, formats.completions, tokenizer), tokenizer,
-      batch_size=config.ptx.batch_size, max_length=config.ptx.max_length, seed=config.seed)[0]
+      batch_size=config.ptx.batch_size, max_length=config.ptx.max_length, seed=config.seed,
+      pairs=model.encoder_decoder)[0]
 
 
-def batches(config, examples, held_out, tokenizer):
+def check_kind(kind, model, key):
+  """Raises UserError where an encoder-decoder would have to read text without prompts."""
+  if kind == 'text' and model.encoder_decoder:
+    raise errors.UserError(
+        f"config.{key}='text': an encoder-decoder model ({model.family}) learns completions of "
+        "prompts; use 'completion'")
+
+
+def batches(config, examples, held_out, tokenizer, model):
   """The training iterator, its number of rows, and the held-out batches, by `data.kind`."""
   data = config.data
   if data.kind == 'text':
@@ -99,11 +121,10 @@ def batches(config, examples, held_out, tokenizer):
     fixed = pipelines.lm_batches(
         held_out, tokenizer, batch_size=config.batch_size, length=data.max_length)
   else:
-    iterator, rows = pipelines.completion_iterator(
-        examples, tokenizer, batch_size=config.batch_size, max_length=data.max_length,
-        seed=config.seed)
-    fixed = pipelines.completion_batches(
-        held_out, tokenizer, batch_size=config.batch_size, max_length=data.max_length)
+    sizes = dict(batch_size=config.batch_size, max_length=data.max_length,
+                 pairs=model.encoder_decoder)
+    iterator, rows = pipelines.completion_iterator(examples, tokenizer, seed=config.seed, **sizes)
+    fixed = pipelines.completion_batches(held_out, tokenizer, **sizes)
   return iterator, rows, [batch for batch, _ in fixed]
 
 
@@ -123,9 +144,11 @@ def create(config, mesh):
   tokenizer = setup.load_tokenizer(config)
   model, params = setup.load_policy(config.model, tokenizer, mesh, config.seed)
   setup.check_length(config.data.max_length, model, 'data.max_length')
+  check_kind(config.data.kind, model, 'data.kind')
+  model, params, frozen = setup.divide(config, model, params, mesh)
   convert = formats.texts if config.data.kind == 'text' else formats.completions
   examples, held_out = setup.hold_out(config, convert, tokenizer)
-  iterator, rows, held_out = batches(config, examples, held_out, tokenizer)
+  iterator, rows, held_out = batches(config, examples, held_out, tokenizer, model)
   steps = setup.train_steps(config, rows)
   optimizers = {'policy': setup.make_optimizer(config.optim, steps)}
   state = setup.new_state(config, {'policy': params}, optimizers, mesh, model.rules)
@@ -135,7 +158,7 @@ def create(config, mesh):
   held_out_sums = jax.jit(functools.partial(loss_sums, model=model))
 
   def evaluate(state):
-    sums = [held_out_sums(state.params['policy'], sharding.put_rows(batch, mesh))
+    sums = [held_out_sums(state.params['policy'], frozen, sharding.put_rows(batch, mesh))
             for batch in held_out]
     if not sums:
       return {}
@@ -144,6 +167,8 @@ def create(config, mesh):
 
   return learner.Learner(
       state=state, steps=steps, iterators={'data': iterator},
-      next_batch=lambda state, *, timed: ((sharding.put_rows(next(iterator), mesh),), {}),
-      train_step=step, evaluate=evaluate, export=setup.policy_exporter(model, tokenizer),
+      next_batch=lambda state, *, timed: (
+          (frozen, sharding.put_rows(next(iterator), mesh)), {}),
+      train_step=step, evaluate=evaluate,
+      export=setup.policy_exporter(model, tokenizer, frozen),
       model=model, model_name='policy', tokenizer=tokenizer)

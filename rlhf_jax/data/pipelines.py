@@ -62,15 +62,17 @@ def lm_iterator(texts: Sequence[str], tokenizer: formats.Tokenizer, *, batch_siz
 
 
 def completion_iterator(examples: Sequence[formats.Completion], tokenizer: formats.Tokenizer, *,
-                        batch_size: int, max_length: int, seed: int,
+                        batch_size: int, max_length: int, seed: int, pairs: bool = False,
                         process_index: int | None = None,
                         process_count: int | None = None) -> tuple[grain.DatasetIterator, int]:
   """Iterates forever over LMBatch [B, T], one prompt and completion a row.
 
   Only the completion's tokens, its EOS included, are targets. T = max_length; see `_fit` for what
-  becomes of longer ones. Other arguments, result and errors as for `lm_iterator`.
+  becomes of longer ones. With `pairs` they are Pairs [B, P + R] instead, P the length of the
+  longest prompt and R of the longest completion. Other arguments, result and errors as for
+  `lm_iterator`.
   """
-  collate, count = _completions(examples, tokenizer, max_length=max_length)
+  collate, count = _completions(examples, tokenizer, max_length=max_length, pairs=pairs)
   return _iterate(collate, np.arange(count), batch_size, seed, process_index, process_count)
 
 
@@ -151,10 +153,11 @@ def lm_batches(texts: Sequence[str], tokenizer: formats.Tokenizer, *, batch_size
 
 
 def completion_batches(examples: Sequence[formats.Completion], tokenizer: formats.Tokenizer, *,
-                       batch_size: int, max_length: int, process_index: int | None = None,
-                       process_count: int | None = None) -> list[tuple[types.LMBatch, np.ndarray]]:
-  """As `lm_batches`, for prompts and completions."""
-  collate, count = _completions(examples, tokenizer, max_length=max_length)
+                       batch_size: int, max_length: int, pairs: bool = False,
+                       process_index: int | None = None,
+                       process_count: int | None = None) -> list[tuple[Any, np.ndarray]]:
+  """As `lm_batches`, for prompts and completions; see `completion_iterator`."""
+  collate, count = _completions(examples, tokenizer, max_length=max_length, pairs=pairs)
   return _in_order(collate, np.arange(count), batch_size, process_index, process_count)
 
 
@@ -189,6 +192,8 @@ def _in_order(collate: Collate, indices: np.ndarray, batch_size: int, process_in
     batch, valid = collate(rows[index::count]), valid[index::count]
     if isinstance(batch, types.LMBatch):
       batch = dataclasses.replace(batch, loss_mask=batch.loss_mask & valid[:, None])
+    elif isinstance(batch, types.Pairs):
+      batch = dataclasses.replace(batch, response_mask=batch.response_mask & valid[:, None])
     elif isinstance(batch, types.Comparisons):
       batch = dataclasses.replace(batch, present=batch.present & valid[:, None])
     batches.append((batch, valid))
@@ -231,17 +236,42 @@ def _take(rows: Any) -> Collate:
 
 
 def _completions(examples: Sequence[formats.Completion], tokenizer: formats.Tokenizer, *,
-                 max_length: int) -> tuple[Collate, int]:
-  pairs = _fitted(tokenizer, [e.prompt for e in examples], [(e.completion,) for e in examples],
-                  max_length)
-  pad_id = tokenizer.pad_token_id
+                 max_length: int, pairs: bool) -> tuple[Collate, int]:
+  fitted = _fitted(tokenizer, [e.prompt for e in examples], [(e.completion,) for e in examples],
+                   max_length)
+  fitted = [(prompt, completion) for prompt, (completion,) in fitted]
+  collate = (_pairs if pairs else _one_row)(fitted, tokenizer.pad_token_id, max_length)
+  return collate, len(fitted)
 
+
+def _pairs(fitted: list[tuple[np.ndarray, np.ndarray]], pad_id: int, max_length: int) -> Collate:
+  del max_length  # they fit it already
+  for number, (prompt, _) in enumerate(fitted):
+    if not len(prompt):
+      raise UserError(f'example {number} has an empty prompt, and an encoder has to read something. '
+                      'Give it a prompt.')
+  width = max((len(prompt) for prompt, _ in fitted), default=0)
+  slots = max((len(completion) for _, completion in fitted), default=0)
+
+  def collate(indices: np.ndarray) -> types.Pairs:
+    tokens = np.full((len(indices), width + slots), pad_id, np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for row, index in enumerate(indices):
+      prompt, completion = fitted[index]
+      here = slice(width - len(prompt), width + len(completion))
+      tokens[row, here], mask[row, here] = np.concatenate([prompt, completion]), True
+    return types.Pairs(tokens, mask, mask[:, width:].copy())
+
+  return collate
+
+
+def _one_row(fitted: list[tuple[np.ndarray, np.ndarray]], pad_id: int, max_length: int) -> Collate:
   def collate(indices: np.ndarray) -> types.LMBatch:
     tokens = np.full((len(indices), max_length), pad_id, np.int32)
     real = np.zeros((len(indices), max_length), bool)
     loss_mask = np.zeros((len(indices), max_length), bool)
     for row, index in enumerate(indices):
-      prompt, (completion,) = pairs[index]
+      prompt, completion = fitted[index]
       size = len(prompt) + len(completion)
       tokens[row, :size] = np.concatenate([prompt, completion])
       real[row, :size] = True
@@ -250,7 +280,7 @@ def _completions(examples: Sequence[formats.Completion], tokenizer: formats.Toke
     positions = np.where(real, np.arange(max_length, dtype=np.int32), 0)
     return types.LMBatch(tokens, real.astype(np.int32), positions, loss_mask)
 
-  return collate, len(pairs)
+  return collate
 
 
 def _comparisons(examples: Sequence[formats.Comparison], tokenizer: formats.Tokenizer, *,

@@ -7,6 +7,12 @@ position as a training completion:
   prompt      [bos] + encode(prompt)      bos only where the tokenizer itself would add it
   completion  encode_continuation(completion) + [eos]
 
+Encoder-decoders read a prompt and write a response as two texts, each of which begins and ends
+(see `respond_apart`):
+
+  prompt      encode(prompt) + [eos]
+  response    encode(response) + [eos]
+
 Some tokenizers (SentencePiece's, Llama's) put a space in front of every text they are given, and
 strip it when decoding. A completion is not the beginning of a text, so `encode_continuation` and
 `decode_continuation` use a copy of the tokenizer without that; otherwise "up" + "on" would be
@@ -38,7 +44,8 @@ def load(path: str) -> transformers.PreTrainedTokenizerFast:
 
   Returns:
     A tokenizer with `pad_token_id` and `eos_token_id`. Without a padding token of its own it
-    gets the EOS, which is safe here: no mask is ever derived from token ids.
+    gets the EOS, which is safe here: no mask is ever derived from token ids. BERT's, which say
+    [CLS] and [SEP] for the ends of a text, get these as BOS and EOS.
 
   Raises:
     UserError: there is no such folder, no tokenizer in it, or no EOS token.
@@ -59,6 +66,8 @@ def load(path: str) -> transformers.PreTrainedTokenizerFast:
   if not tokenizer.is_fast:
     raise UserError(f'{path}: only tokenizers with a tokenizer.json are supported. Load it with '
                     'transformers, convert it to a fast one and save that.')
+  if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:
+    tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
   if tokenizer.eos_token_id is None:
     raise UserError(f'{path}: the tokenizer has no EOS token, so nothing could end a response. '
                     'Set eos_token in tokenizer_config.json.')
@@ -121,15 +130,25 @@ def check(tokenizer: transformers.PreTrainedTokenizerFast, model_vocab_size: int
         f'the model\'s vocab_size to at least {largest + 1}.')
 
 
+_apart: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def respond_apart(tokenizer: transformers.PreTrainedTokenizerFast) -> None:
+  """Makes this tokenizer that of an encoder-decoder, whose responses do not go on where prompts stop."""
+  _apart.add(tokenizer)
+
+
 def encode(tokenizer: transformers.PreTrainedTokenizerFast,
            texts: Sequence[str]) -> list[np.ndarray]:
   """Ids of texts that begin a sequence, each int32 [length].
 
   The BOS comes first if the tokenizer adds one by itself and the text does not spell it already,
-  as rendered chat templates do.
+  as rendered chat templates do. After `respond_apart` the EOS comes last.
   """
   bos = _leading_bos(tokenizer)
   rows = _ids(tokenizer.backend_tokenizer, texts)
+  if tokenizer in _apart:
+    rows = [end(tokenizer, row) for row in rows]
   if bos is None:
     return rows
   return [row if row.size and row[0] == bos else np.insert(row, 0, bos) for row in rows]
@@ -137,15 +156,15 @@ def encode(tokenizer: transformers.PreTrainedTokenizerFast,
 
 def encode_continuation(tokenizer: transformers.PreTrainedTokenizerFast,
                         texts: Sequence[str]) -> list[np.ndarray]:
-  """Ids of texts that go on where others stop, each int32 [length], no special tokens added."""
-  return _ids(_continuation(tokenizer), texts)
+  """Ids of responses: of texts that go on where others stop, each int32 [length], no special tokens added."""
+  return _ids(_responding(tokenizer), texts)
 
 
 def decode_continuation(tokenizer: transformers.PreTrainedTokenizerFast,
                         rows: Sequence[Sequence[int]]) -> list[str]:
   """Texts of ids that follow others, such as responses; special tokens are left out."""
   rows = [np.asarray(row).tolist() for row in rows]
-  return _continuation(tokenizer).decode_batch(rows, skip_special_tokens=True)
+  return _responding(tokenizer).decode_batch(rows, skip_special_tokens=True)
 
 
 def end(tokenizer: transformers.PreTrainedTokenizerFast, row: np.ndarray) -> np.ndarray:
@@ -166,6 +185,10 @@ def _leading_bos(tokenizer: transformers.PreTrainedTokenizerFast) -> int | None:
   """The BOS id if encoding a text begins with it. GPT-2 has a BOS and does not use it so."""
   bos = tokenizer.bos_token_id
   return bos if tokenizer('a')['input_ids'][:1] == [bos] else None
+
+
+def _responding(tokenizer: transformers.PreTrainedTokenizerFast) -> hf_tokenizers.Tokenizer:
+  return tokenizer.backend_tokenizer if tokenizer in _apart else _continuation(tokenizer)
 
 
 # The copies, by tokenizer, with the vocabulary's size at the time: making one takes a second for a

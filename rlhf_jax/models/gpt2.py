@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.models import hf_config
 from rlhf_jax.models import layers
-from rlhf_jax.models.naming import Source, conv1d
+from rlhf_jax.models.naming import Source, conv1d, side_by_side
 
 ARCHITECTURE = 'GPT2LMHeadModel'
 CLASSIFIER = 'GPT2ForSequenceClassification'
@@ -36,7 +36,7 @@ RULES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(layers.DecoderConfig):
   """The fields of a GPT-2 config.json that change what is computed, and the special token ids."""
   vocab_size: int
   n_positions: int
@@ -193,14 +193,18 @@ class Ends(nnx.Module):
     self.positions = nnx.Embed(config.n_positions, config.width, dtype=dtype, rngs=rngs)
     self.norm = Norm(config, dtype=dtype, rngs=rngs)
 
-  def begin(self, tokens, positions):
-    """tokens and positions [B, T] -> x [B, T, D], and None: the blocks need nothing more."""
+  def begin(self, tokens, positions, slots):
+    """tokens and positions [B, T], and S, the slots they can reach -> x [B, T, D], and None for the blocks."""
+    del slots
     return self.embed(tokens) + self.positions(positions), None
+
+  def finish(self, x):
+    """x after the blocks -> hidden states [B, T, D]."""
+    return self.norm(x)
 
 
 def sources(config):
   """Where each parameter lies in a Hugging Face file: {path: Source}."""
-  del config
   layer = 'h.{layer}'
   found = {
       'embed/embedding': Source('wte.weight'),
@@ -211,8 +215,8 @@ def sources(config):
   for ours, theirs in (('attention_norm', 'ln_1'), ('mlp_norm', 'ln_2')):
     found[f'blocks/{ours}/scale'] = Source(f'{layer}.{theirs}.weight')
     found[f'blocks/{ours}/bias'] = Source(f'{layer}.{theirs}.bias')
-  for part, name in enumerate(('query', 'key', 'value')):
-    found |= conv1d(f'blocks/attention/{name}', f'{layer}.attn.c_attn', part=part, parts=3)
+  for name, columns in zip(('query', 'key', 'value'), side_by_side(*[config.width] * 3)):
+    found |= conv1d(f'blocks/attention/{name}', f'{layer}.attn.c_attn', columns=columns)
   found |= conv1d('blocks/attention/out', f'{layer}.attn.c_proj')
   found |= conv1d('blocks/mlp/up', f'{layer}.mlp.c_fc')
   found |= conv1d('blocks/mlp/down', f'{layer}.mlp.c_proj')

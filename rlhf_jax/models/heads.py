@@ -49,12 +49,12 @@ def last_token(values, mask):
   """The value at the last real token of each row, wherever the padding is.
 
   Args:
-    values: [B, T].
+    values: [B, T, ...].
     mask: [B, T] bool. A row of nothing but padding gives the value at its last position.
 
   Returns:
-    [B].
+    [B, ...].
   """
   from_end = jnp.argmax(mask[:, ::-1], axis=1)
   last = mask.shape[1] - 1 - from_end
-  return jnp.take_along_axis(values, last[:, None], axis=1)[:, 0]
+  return jax.vmap(lambda row, index: row[index])(values, last)

@@ -2,13 +2,16 @@
 
 Nothing of transformers is needed for this: names, transposes and fused tensors are tables in
 the families' files. Every tensor goes straight to its place on the mesh, so a model is never
-whole on one device.
+whole on one device, and the host holds a few tensors of it at a time.
 
-Beside what transformers knows, a reward model's folder may hold 'score.bias' (their heads have
-no bias); it is written only where it is not zero.
+Beside what transformers knows, a reward model's folder may hold 'score.bias' (their heads of that
+name have no bias); it is written only where it is not zero.
 """
 
+import collections
+import dataclasses
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -17,15 +20,18 @@ import uuid
 import jax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 import numpy as np
 
+from rlhf_jax import models
 from rlhf_jax import sharding
 from rlhf_jax.errors import UserError
+from rlhf_jax.models import hf_arrays
 from rlhf_jax.models import hf_files
+from rlhf_jax.models.families import FAMILIES
 from rlhf_jax.models.naming import Source
-from rlhf_jax.models.transformer import FAMILIES, Model
 
-HEAD_WEIGHT, HEAD_BIAS, UNEMBED = 'score.weight', 'score.bias', 'lm_head.weight'
+HEAD, UNEMBED = 'score', 'lm_head.weight'
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -42,17 +48,23 @@ def load(path, *, mesh=None, dtype='float32', remat='none', unroll=1, param_dtyp
     (Model, params).
 
   Raises:
-    UserError: files missing; a config field that is unknown or not supported; tensors missing,
-      left over or of the wrong shape.
+    UserError: files missing or damaged; a config field that is unknown or not supported; tensors
+      missing, left over, of the wrong shape or dtype, or with values that are not finite.
   """
   model = _model(path, dtype=dtype, remat=remat, unroll=unroll)
-  sources = FAMILIES[model.family].sources(model.config)
-  if not model.config.tie_word_embeddings:
-    sources['unembed/kernel'] = Source(UNEMBED, transpose=True)
-  with hf_files.Tensors(path, prefix=FAMILIES[model.family].PREFIX) as tensors:
-    if HEAD_WEIGHT in tensors.names():
-      raise UserError(f'{path}: holds {HEAD_WEIGHT}: it is a reward model, not a language model')
-    params = _read(path, tensors, model, sources, mesh=mesh, param_dtype=param_dtype)
+  module = FAMILIES[model.family]
+  tensors = hf_files.Tensors(path, prefix=module.PREFIX)
+  model = _fitted(model, tensors)
+  weight, _ = _head_names(model)
+  if isinstance(model, models.Encoder):
+    raise UserError(f'{path}: a {model.family} model reads texts and writes none; it can be a reward model only')
+  if weight in tensors.names():
+    raise UserError(f'{path}: holds {weight}: it is a reward model, not a language model; '
+                    'give the folder of a language model')
+  shapes, sources = model.shapes(), module.sources(model.config)
+  if 'unembed' in shapes:
+    sources['unembed/kernel'] = Source(_unembed_name(module), transpose=True)
+  params = _read(path, tensors, model, shapes, sources, mesh=mesh, param_dtype=param_dtype)
   return model, params
 
 
@@ -70,20 +82,14 @@ def load_reward(path, *, mesh=None, dtype='float32', remat='none', unroll=1, par
     UserError: see `load`; or the head has more than one label.
   """
   model = _model(path, dtype=dtype, remat=remat, unroll=unroll)
-  with hf_files.Tensors(path, prefix=FAMILIES[model.family].PREFIX) as tensors:
-    names = tensors.names()
-    if HEAD_WEIGHT not in names:
-      raise UserError(f'{path}: has no {HEAD_WEIGHT}: it is not a reward model '
-                      f'({FAMILIES[model.family].CLASSIFIER} with num_labels 1)')
-    if tensors.shape(HEAD_WEIGHT) != (1, model.width):
-      raise UserError(f'{path}: {HEAD_WEIGHT} has shape {tensors.shape(HEAD_WEIGHT)}; '
-                      f'a reward model has one label: (1, {model.width})')
-    kernel = tensors.read(HEAD_WEIGHT, ())[0]
-    bias = tensors.read(HEAD_BIAS, ())[0] if HEAD_BIAS in names else np.zeros((), kernel.dtype)
-    sources = FAMILIES[model.family].sources(model.config)
-    backbone = _read(path, tensors, model, sources, mesh=mesh, param_dtype=param_dtype)
+  module = FAMILIES[model.family]
+  tensors = hf_files.Tensors(path, prefix=module.PREFIX)
+  model = _fitted(model, tensors)
+  head = _read_head(path, tensors, model)
+  shapes = {name: tree for name, tree in model.shapes().items() if name != 'unembed'}
+  backbone = _read(path, tensors, model, shapes, module.sources(model.config), mesh=mesh, param_dtype=param_dtype)
+  head = jax.tree.map(lambda leaf: leaf.astype(param_dtype), head)
   place = sharding.replicated(mesh) if mesh is not None else None
-  head = {'kernel': np.asarray(kernel, param_dtype), 'bias': np.asarray(bias, param_dtype)}
   return model, {'backbone': backbone, 'head': jax.device_put(head, place)}
 
 
@@ -125,112 +131,191 @@ def save(path, model, params, *, tokenizer=None, head=None, max_shard_bytes=MAX_
 
 
 def _model(path, **settings):
-  fields = hf_files.read_json(pathlib.Path(path) / 'config.json')
+  """The Model that a folder's config.json describes."""
+  if os.path.isfile(path):
+    raise UserError(f'{path}: is a file; a model is a folder with config.json and safetensors files')
+  file = pathlib.Path(path) / 'config.json'
+  fields = hf_files.read_json(file)
+  if not isinstance(fields.get('model_type'), str):
+    raise UserError(f'{file}: model_type is missing or not a string; it names the family, one of {sorted(FAMILIES)}')
   try:
-    return Model.create(fields, **settings)
+    model = models.create(fields, **settings)
   except UserError as error:
-    raise UserError(f'{path}/config.json: {error}') from None
+    raise UserError(f'{file}: {error}') from None
+  _check_architectures(file, fields.get('architectures'), FAMILIES[model.family])
+  return model
 
 
-def _read(path, tensors, model, sources, *, mesh, param_dtype):
-  """Parameters of a model as a dict, each array read directly into its shards."""
-  abstract = jax.eval_shape(model.init, jax.random.key(0))
-  if 'unembed/kernel' not in sources:
-    abstract.pop('unembed', None)
-  _check(path, tensors, model, sources, abstract)
-  if mesh is None:
-    places = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract)
-  else:
-    places = sharding.shardings(abstract, model.rules, mesh)
+def _check_architectures(file, found, module):
+  """Refuses a config.json whose `architectures` are of another family than its model_type.
 
-  def read(name, leaf, place):
-    source, found = sources[name], {}
-
-    def part(index):
-      if repr(index) not in found:  # Devices that hold the same part share one reading.
-        found[repr(index)] = _part(tensors, source, index, leaf.shape).astype(param_dtype)
-      return found[repr(index)]
-
-    return jax.make_array_from_callback(leaf.shape, place, part)
-
-  return sharding.map_with_path(read, abstract, places)
+  Bare models and other heads of the family pass here: whether they will do shows in the tensors.
+  """
+  if found is None:
+    return
+  expected = module.ARCHITECTURE
+  if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+    raise UserError(f'{file}: architectures={json.dumps(found)}: must be a list of names, like ["{expected}"]')
+  stem = re.split(r'For[A-Z]|LMHeadModel$', expected)[0]
+  of_family = rf'{stem}(\w*Model|For\w+)|{module.CLASSIFIER}'
+  if found and not any(re.fullmatch(of_family, name) for name in found):
+    raise UserError(f'{file}: architectures={json.dumps(found)} is not supported, or contradicts model_type, '
+                    f'of which it would be "{expected}"; if the model is one, write that')
 
 
-def _check(path, tensors, model, sources, abstract):
-  """Compares names and shapes in the files with those of the model, all before reading any."""
-  expected = {}
-  for name, leaf in sharding.paths(abstract).items():
-    source = sources[name]
-    shape = leaf.shape[1:] if source.stacked else leaf.shape
-    shape = shape[::-1] if source.transpose else shape
-    shape = shape[:-1] + (shape[-1] * source.parts,)
-    for layer in range(model.config.depth if source.stacked else 1):
-      expected[source.name.format(layer=layer)] = shape
+def _fitted(model, tensors):
+  """The model as its tensors want it, in families whose config.json leaves something open."""
+  if not hasattr(model.config, 'for_tensors'):
+    return model
+  return dataclasses.replace(model, config=model.config.for_tensors(tensors.names()))
+
+
+def _head_names(model):
+  """The tensors of a reward model's head: weight and bias."""
+  name = getattr(model.config, 'head', HEAD)
+  return f'{name}.weight', f'{name}.bias'
+
+
+def _unembed_name(module):
+  """The tensor of a family's unembedding where it is not the embedding."""
+  return getattr(module, 'UNEMBED', UNEMBED)
+
+
+def _read_head(path, tensors, model):
+  """A reward model's head as numpy arrays, {'kernel': [D], 'bias': []}."""
   names = tensors.names()
-  missing = sorted(set(expected) - names)
-  ignored = re.compile(FAMILIES[model.family].IGNORED_TENSORS)
-  spare = names - set(expected) - {HEAD_WEIGHT, HEAD_BIAS}
+  weight, bias = _head_names(model)
+  if weight not in names:
+    raise UserError(f'{path}: has no {weight}: it is not a reward model '
+                    f'({FAMILIES[model.family].CLASSIFIER} with num_labels 1)')
+  if tensors.shape(weight) != (1, model.width):
+    raise UserError(f'{path}: {weight} has shape {tensors.shape(weight)}; '
+                    f'a reward model has one label: (1, {model.width})')
+  expected = {weight: (1, model.width)} | ({bias: (1,)} if bias in names else {})
+  _check(path, tensors, expected)
+  kernel = tensors.read(weight, ())[0]
+  return {'kernel': kernel, 'bias': tensors.read(bias, ())[0] if bias in names else np.zeros((), kernel.dtype)}
+
+
+def _read(path, tensors, model, shapes, sources, *, mesh, param_dtype):
+  """Parameters of a model as a dict, each array read directly into its shards.
+
+  Args:
+    path: the folder, for messages.
+    tensors: hf_files.Tensors.
+    model: the Model.
+    shapes: the tree to read, of ShapeDtypeStructs.
+    sources: {path in the tree: Source}.
+    mesh, param_dtype: see `load`.
+  """
+  expected = _expected(sharding.paths(shapes), sources)
+  _check(path, tensors, expected, extra=_extra(tensors, model, expected))
+  _check_copy(path, tensors, model, sources)
+  if mesh is None:
+    places = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), shapes)
+  else:
+    places = sharding.shardings(shapes, model.rules, mesh)
+  params = sharding.map_with_path(
+      lambda name, leaf, place: hf_arrays.read(tensors, sources[name], leaf.shape, place, param_dtype), shapes, places)
+  bad = tensors.not_finite()
+  if bad:
+    raise UserError(f'{path}: NaN or infinity in {_some(bad)}; the weights are damaged, '
+                    'take another copy or an earlier checkpoint')
+  return params
+
+
+def _expected(leaves, sources):
+  """Shapes of all tensors, {name in the files: shape}; a fused one is as wide as its parts together."""
+  widths = collections.Counter()
+  for path, leaf in leaves.items():
+    widths[sources[path].name] += leaf.shape[-1]
+  expected = {}
+  for path, leaf in leaves.items():
+    source = sources[path]
+    shape = (*leaf.shape[1 if source.stacked else 0:-1], widths[source.name])
+    # No model is that deep: a mistyped depth is found among the first of its layers.
+    for layer in range(min(leaf.shape[0], 10000) if source.stacked else 1):
+      expected[source.name.format(layer=layer)] = shape[::-1] if source.transpose else shape
+  return expected
+
+
+def _extra(tensors, model, expected):
+  """Names of tensors that are no part of the model and not known to be harmless."""
+  module = FAMILIES[model.family]
+  ignored = re.compile(module.IGNORED_TENSORS)
+  spare = tensors.names() - set(expected) - set(_head_names(model))
   if model.config.tie_word_embeddings:
-    spare -= {UNEMBED}  # A copy of the embedding that some writers leave in.
-  extra = sorted(name for name in spare if not ignored.search(name))
-  wrong = [f'{name} is {tensors.shape(name)} and should be {shape}'
-           for name, shape in sorted(expected.items()) if name in names and tensors.shape(name) != shape]
-  problems = [f'{label}: {", ".join(found[:8])}{" ..." if len(found) > 8 else ""} ({len(found)})'
-              for label, found in (('missing', missing), ('not of this model', extra), ('wrong shape', wrong)) if found]
+    spare -= {_unembed_name(module)}  # A copy of the embedding that some writers leave in.
+  return [name for name in spare if not ignored.search(name)]
+
+
+def _check(path, tensors, expected, *, extra=()):
+  """Compares names, shapes and dtypes in the files with those of the model, all before reading any."""
+  names = tensors.names()
+  there = {name: shape for name, shape in expected.items() if name in names}
+  found = {
+      'missing': set(expected) - names,
+      'not of this model': extra,
+      'wrong shape': [f'{name} is {tensors.shape(name)} and should be {shape}'
+                      for name, shape in there.items() if tensors.shape(name) != shape],
+      'not floating point (quantised weights have to be converted first)': [
+          f'{name} is {tensors.dtype(name)}' for name in there if tensors.dtype(name) not in hf_files.FLOATS],
+  }
+  problems = [f'{label}: {_some(wrong)}' for label, wrong in found.items() if wrong]
   if problems:
-    raise UserError(f'{path}: tensors do not fit config.json: ' + '; '.join(problems))
+    raise UserError(f'{path}: tensors do not fit config.json: {"; ".join(problems)}. '
+                    'Take both from the same model')
 
 
-def _part(tensors, source, index, shape):
-  """Reads the part of a parameter of the given shape that a tuple of slices selects."""
-  bounds = [slice(*entry.indices(size)[:2]) for entry, size in zip(index, shape)]
-  layers = range(bounds[0].start, bounds[0].stop) if source.stacked else [0]
-  inner = bounds[1:] if source.stacked else bounds
-  if source.transpose:
-    inner = inner[::-1]
-  offset = source.part * shape[-1]
-  inner[-1] = slice(inner[-1].start + offset, inner[-1].stop + offset)
-  read = [tensors.read(source.name.format(layer=layer), tuple(inner)) for layer in layers]
-  read = [array.T for array in read] if source.transpose else read
-  return np.stack(read) if source.stacked else read[0]
+def _some(names):
+  """The first few of some names, and how many there are."""
+  return f'{", ".join(sorted(names)[:8])}{" ..." if len(names) > 8 else ""} ({len(names)})'
+
+
+def _check_copy(path, tensors, model, sources):
+  """Makes sure that an unembedding beside a tied embedding is a copy of it, as it will not be used."""
+  copy = _unembed_name(FAMILIES[model.family])
+  if not model.config.tie_word_embeddings or copy not in tensors.names() or 'embed/embedding' not in sources:
+    return
+  embedding = sources['embed/embedding'].name
+  rows, width = tensors.shape(embedding)
+  step = max(hf_arrays.STEP_BYTES // (4 * width), 1)
+  if tensors.shape(copy) != (rows, width) or not all(
+      np.array_equal(*(tensors.read(name, (slice(first, min(first + step, rows)),)) for name in (copy, embedding)))
+      for first in range(0, rows, step)):
+    raise UserError(f'{path}: {copy} differs from {embedding}, but config.json has tie_word_embeddings true, or '
+                    f'lacks it where that is the default; set it to false to use {copy}, or remove the tensor')
 
 
 def _tensors(model, params, head):
-  """Yields (name in the file, numpy array) for all parameters, one stack of layers at a time."""
+  """Yields (name in the file, numpy array) for all parameters, a few layers of each at a time."""
   module = FAMILIES[model.family]
   leaves = sharding.paths(params)
-  groups = {}
+  groups = collections.defaultdict(list)
   for path, source in module.sources(model.config).items():
-    groups.setdefault(source.name, []).append((source, leaves[path]))
+    groups[source.name].append((source, leaves[path]))
   for name, members in groups.items():
-    members.sort(key=lambda member: member[0].part)
-    arrays = [_host(leaf) for _, leaf in members]
-    stacked, transpose = members[0][0].stacked, members[0][0].transpose
-    for layer in range(model.config.depth if stacked else 1):
-      parts = [array[layer] if stacked else array for array in arrays]
-      whole = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
-      yield module.PREFIX + name.format(layer=layer), np.ascontiguousarray(whole.T if transpose else whole)
+    sources = [source for source, _ in members]
+    layers = zip(*(hf_arrays.layers(leaf) if source.stacked else [hf_arrays.host(leaf)] for source, leaf in members))
+    for layer, parts in enumerate(layers):
+      yield module.PREFIX + name.format(layer=layer), hf_arrays.join(sources, parts)
   if head is not None:
-    yield HEAD_WEIGHT, _host(head['kernel'])[None]
-    bias = _host(head['bias'])
-    if bias != 0:
-      yield HEAD_BIAS, bias[None]
+    weight, bias = _head_names(model)
+    yield weight, hf_arrays.host(head['kernel'])[None]
+    value = hf_arrays.host(head['bias'])
+    if value != 0 or not bias.startswith(HEAD):
+      yield bias, value[None]
   elif not model.config.tie_word_embeddings:
-    yield UNEMBED, np.ascontiguousarray(_host(leaves['unembed/kernel']).T)
-
-
-def _host(array):
-  """The whole of an array as numpy, wherever its shards are."""
-  if isinstance(array, jax.Array) and not array.is_fully_addressable:
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-  return np.asarray(array)
+    source = Source(_unembed_name(module), transpose=True)
+    yield source.name, hf_arrays.join([source], [hf_arrays.host(leaves['unembed/kernel'])])
 
 
 def _config_json(model, params, tokenizer, head):
   """The dict for config.json."""
   module = FAMILIES[model.family]
   config = model.config.to_hf()
-  config['torch_dtype'] = str(jnp.dtype(params['embed']['embedding'].dtype))
+  config['torch_dtype'] = str(next(leaf.dtype for leaf in jax.tree.leaves(params)
+                                   if jnp.issubdtype(leaf.dtype, jnp.floating)))
   config['architectures'] = [module.ARCHITECTURE if head is None else module.CLASSIFIER]
   if head is not None:
     # Two entries of labels make the default of two; the number of labels is their count.
@@ -238,7 +323,7 @@ def _config_json(model, params, tokenizer, head):
     config['label2id'] = {'reward': 0}
   for name in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
     given = getattr(tokenizer, name, None)
-    if given is not None:
+    if given is not None and name not in getattr(model.config, 'kept_token_ids', ()):
       config[name] = given
   return config
 

@@ -5,6 +5,7 @@ right, which is worse than an error.
 """
 
 import json
+import math
 
 from rlhf_jax.errors import UserError
 
@@ -14,11 +15,14 @@ from rlhf_jax.errors import UserError
 IRRELEVANT = frozenset({
     'model_type', 'family', 'architectures', '_name_or_path', 'transformers_version',
     'dtype', 'torch_dtype', 'use_cache', 'return_dict', 'output_attentions', 'output_hidden_states',
-    'attn_pdrop', 'embd_pdrop', 'resid_pdrop', 'attention_dropout',
+    'attn_pdrop', 'embd_pdrop', 'resid_pdrop', 'attention_dropout', 'dropout', 'activation_dropout', 'layerdrop',
+    'hidden_dropout', 'hidden_dropout_prob', 'attention_probs_dropout_prob', 'classifier_dropout', 'prefix',
     'summary_activation', 'summary_first_dropout', 'summary_proj_to_labels', 'summary_type', 'summary_use_proj',
     'task_specific_params', 'problem_type', 'id2label', 'label2id', 'num_labels', '_num_labels',
     'chunk_size_feed_forward', 'pretraining_tp', 'gradient_checkpointing', 'output_past',
-    'is_llama_config', 'transformers.js_config',
+    'is_llama_config', 'transformers.js_config', 'dropout_rate',
+    'directionality', 'pooler_fc_size', 'pooler_num_attention_heads', 'pooler_num_fc_layers', 'pooler_size_per_head',
+    'pooler_type', 'cache_implementation', 'auto_map', 'tokenizer_class', '_attn_implementation_autoset',
 })
 
 REQUIRED = object()
@@ -46,19 +50,21 @@ class Fields:
       raise UserError(f'model config: field {name!r} is missing; add it')
     return default
 
-  def integer(self, name, default=REQUIRED):
-    """A positive whole number."""
+  def integer(self, name, default=REQUIRED, *, least=1):
+    """A whole number, a positive one unless `least` says otherwise."""
     value = self.raw(name, default)
-    if value is not default and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-      raise refusal(name, value, 'must be a positive whole number')
+    if value is not default and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+      raise refusal(name, value, 'must be a positive whole number' if least == 1 else
+                    f'must be a whole number of at least {least}')
     return value
 
   def number(self, name, default=REQUIRED):
     """A positive number."""
     value = self.raw(name, default)
-    if value is not default and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not default and not (number and 0 < value < math.inf):  # NaN is not, either.
       raise refusal(name, value, 'must be a positive number')
-    return float(value)
+    return value if value is None else float(value)
 
   def flag(self, name, default=REQUIRED):
     """True or False."""

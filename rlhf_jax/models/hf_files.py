@@ -2,8 +2,11 @@
 
 import contextlib
 import json
+import os
 import pathlib
+from typing import NamedTuple
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 import safetensors.numpy
 
@@ -11,71 +14,147 @@ from rlhf_jax.errors import UserError
 
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
+FLOATS = ('F64', 'F32', 'F16', 'BF16')
 
 
 def read_json(path):
   """A JSON file as a dict.
 
   Raises:
-    UserError: no such file, or not JSON.
+    UserError: no such file, or not a JSON object.
   """
   try:
-    return json.loads(pathlib.Path(path).read_text())
+    content = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
   except FileNotFoundError:
     raise UserError(f'{path}: no such file; a model folder holds config.json and safetensors files') from None
-  except ValueError as error:
-    raise UserError(f'{path}: not JSON: {error}') from None
+  except OSError as error:
+    raise UserError(f'{path}: cannot be read: {error.strerror}') from None
+  except (ValueError, RecursionError) as error:
+    raise UserError(f'{path}: not JSON: {error}; mend it or copy it again') from None
+  if not isinstance(content, dict):
+    raise UserError(f'{path}: holds a JSON {type(content).__name__} and should hold an object, {{...}}')
+  return content
+
+
+class _Entry(NamedTuple):
+  """One tensor: the file it is in, its name there, shape and dtype as safetensors spells it."""
+  file: pathlib.Path
+  name: str
+  shape: tuple
+  dtype: str
 
 
 class Tensors:
-  """The tensors of a model folder, read lazily. A context manager.
+  """The tensors of a model folder, read lazily.
 
   Args:
     folder: with model.safetensors, or shards and their index.
     prefix: taken off the names that have it (files of bare backbones lack it).
 
   Raises:
-    UserError: files missing or damaged.
+    UserError: files missing or damaged, or the index and they do not agree.
   """
 
   def __init__(self, folder, *, prefix):
-    self._folder = pathlib.Path(folder)
-    self._stack = contextlib.ExitStack()
-    self._slices = {}
-    for file in self._files():
-      try:
-        opened = self._stack.enter_context(safe_open(file, 'np'))
-      except (OSError, SafetensorError) as error:
-        raise UserError(f'{file}: cannot be read: {error}') from None
-      for name in opened.keys():
-        self._slices[name.removeprefix(prefix)] = opened.get_slice(name)
-
-  def _files(self):
-    if (self._folder / SINGLE).exists():
-      return [self._folder / SINGLE]
-    if (self._folder / INDEX).exists():
-      weight_map = read_json(self._folder / INDEX).get('weight_map', {})
-      return [self._folder / file for file in sorted(set(weight_map.values()))]
-    raise UserError(f'{self._folder}: no {SINGLE} and no {INDEX}; '
-                    'files of other kinds (pytorch_model.bin, ...) have to be converted to safetensors first')
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *error):
-    self._stack.close()
+    self._entries = {}
+    self._not_finite = set()
+    for file, listed in _layout(pathlib.Path(folder)).items():
+      for entry in _entries(file, listed):
+        name = entry.name.removeprefix(prefix)
+        other = self._entries.setdefault(name, entry)
+        if other is not entry:
+          raise UserError(f'{folder}: {entry.name} is there twice, in {other.file.name} (as {other.name}) '
+                          f'and {entry.file.name}; remove one of them')
 
   def names(self):
     """Names of all tensors, without the prefix."""
-    return set(self._slices)
+    return set(self._entries)
 
   def shape(self, name):
     """Shape of a tensor."""
-    return tuple(self._slices[name].get_shape())
+    return self._entries[name].shape
 
-  def read(self, name, index):
-    """The part of a tensor that a tuple of slices selects, as a numpy array; only it is read."""
-    return self._slices[name][index] if index else self._slices[name][...]
+  def dtype(self, name):
+    """Dtype of a tensor as safetensors spells it: 'F32', 'BF16', 'I8', ..."""
+    return self._entries[name].dtype
+
+  def read(self, name, *indices, axis=0):
+    """The parts of a tensor that tuples of slices select, joined along an axis, as a numpy array.
+
+    The file is opened for this alone: pages read from one that stays open count as memory of the
+    process. Double precision, which no parameter has, is read as float32.
+    """
+    entry = self._entries[name]
+    with _opened(entry.file) as file:
+      tensor = file.get_slice(entry.name)
+      parts = [tensor[index] for index in indices]
+      del tensor  # It keeps the file open as well.
+    array = np.concatenate(parts, axis) if len(parts) > 1 else parts[0]
+    array = array.astype(np.float32) if entry.dtype == 'F64' else array
+    if not np.isfinite(array).all():
+      self._not_finite.add(name)
+    return array
+
+  def not_finite(self):
+    """Names of the tensors that were found, while reading them, to hold NaN or infinity."""
+    return set(self._not_finite)
+
+
+@contextlib.contextmanager
+def _opened(file):
+  try:
+    with safe_open(file, 'np') as opened:
+      yield opened
+  except (OSError, SafetensorError) as error:
+    raise UserError(f'{file}: cannot be read as safetensors ({error}); if it was cut off or is a placeholder '
+                    'for the real file, copy or download it again') from None
+
+
+def _layout(folder):
+  """The files of a folder: {path: names of the tensors it has to hold, or None where no index says}."""
+  single, index = folder / SINGLE, folder / INDEX
+  if not index.exists():
+    if not single.exists():
+      held = sorted(os.listdir(folder)) if folder.is_dir() else []
+      raise UserError(f'{folder}: no {SINGLE} and no {INDEX}, only {held}; '
+                      'files of other kinds (pytorch_model.bin, ...) have to be converted to safetensors first')
+    return {single: None}
+  layout = {}
+  for name, file in _weight_map(index).items():
+    layout.setdefault(folder / file, set()).add(name)
+  missing = sorted(file.name for file in layout if not file.exists())
+  if missing:
+    raise UserError(f'{index}: names files that are not there: {", ".join(missing)}; copy or download them')
+  if single.exists() and single not in layout:
+    raise UserError(f'{folder}: holds both {SINGLE} and {INDEX} with other files; remove those that are out of date')
+  return dict(sorted(layout.items()))
+
+
+def _weight_map(index):
+  """The index's {name of a tensor: name of a file}."""
+  found = read_json(index).get('weight_map')
+  if not isinstance(found, dict) or not found:
+    raise UserError(f'{index}: has no weight_map from names of tensors to names of files')
+  for name, file in found.items():
+    if not isinstance(file, str) or pathlib.PurePath(file).name != file:
+      raise UserError(f'{index}: weight_map[{name!r}] is {file!r} and should be the name of a file beside it')
+  return found
+
+
+def _entries(file, listed):
+  """The tensors of one file, checked against the names that the index lists for it (None: no index)."""
+  with _opened(file) as opened:
+    entries = []
+    for name in opened.keys():
+      tensor = opened.get_slice(name)
+      entries.append(_Entry(file, name, tuple(tensor.get_shape()), tensor.get_dtype()))
+  names = {entry.name for entry in entries}
+  if listed is not None and names != listed:
+    problems = [f'{label} {", ".join(sorted(wrong)[:8])} ({len(wrong)})'
+                for label, wrong in (('lacks', listed - names), ('holds, unlisted,', names - listed)) if wrong]
+    raise UserError(f'{file}: does not hold what {INDEX} says: it {"; it ".join(problems)}; '
+                    'the files are of different models or writings, take all from one')
+  return entries
 
 
 def write(folder, tensors, *, max_shard_bytes):
@@ -98,7 +177,7 @@ def write(folder, tensors, *, max_shard_bytes):
     if held and size + array.nbytes > max_shard_bytes:
       flush()
       held, size = {}, 0
-    held[name] = array
+    held[name] = np.ascontiguousarray(array)  # The writer copies memory as it lies.
     size += array.nbytes
     total += array.nbytes
   flush()

@@ -1,7 +1,9 @@
 """Llama (Touvron et al. 2023, https://arxiv.org/abs/2302.13971; grouped queries: Llama 2; rope scaling: Llama 3.1).
 
-Letters: B batch, T tokens, L layers, V vocabulary, D width, N heads, K key/value heads, H head
-width, F feed-forward width.
+Most decoders since are Llama with a few changes; their files say these and take the rest from here.
+
+Letters: B batch, T tokens, S slots that the positions of a call can reach, L layers, V vocabulary,
+D width, N heads, K key/value heads, H head width, F feed-forward width.
 """
 
 import dataclasses
@@ -11,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.models import hf_config
 from rlhf_jax.models import layers
+from rlhf_jax.models import rope
 from rlhf_jax.models.naming import Source, torch_linear
 
 ARCHITECTURE = 'LlamaForCausalLM'
@@ -19,6 +22,7 @@ PREFIX = 'model.'
 # Buffers that old files hold beside the parameters.
 IGNORED_TENSORS = r'(^|\.)rotary_emb\.inv_freq$'
 
+# All norms of the relatives too: of queries and keys, after attention and MLP, with offsets for scales.
 RULES = (
     (r'(^|/)embed/embedding$', P('tensor', 'fsdp')),
     (r'(^|/)blocks/attention/(query|key|value)/kernel$', P(None, 'fsdp', 'tensor')),
@@ -28,15 +32,21 @@ RULES = (
     (r'(^|/)blocks/mlp/(gate|up)/bias$', P(None, 'tensor')),
     (r'(^|/)blocks/mlp/down/kernel$', P(None, 'tensor', 'fsdp')),
     (r'(^|/)blocks/(attention/out|mlp/down)/bias$', P()),
-    (r'(^|/)blocks/(attention_norm|mlp_norm)/scale$', P()),
-    (r'(^|/)norm/scale$', P()),
+    (r'(^|/)(blocks/(attention/)?\w+_)?norm/(scale|offset)$', P()),
     (r'(^|/)unembed/kernel$', P('fsdp', 'tensor')),
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """The fields of a Llama config.json that change what is computed, and the special token ids."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseConfig(layers.DecoderConfig):
+  """The fields that the config.json of Llama and of all its relatives have.
+
+  What a family says beyond its fields:
+    MODEL_TYPE: its name.
+    DEFAULTS: what transformers takes for fields that a config.json does not have.
+    ACTIVATION: its name for the field hidden_act.
+    attention_bias, mlp_bias: whether the linear maps have biases.
+  """
   vocab_size: int
   hidden_size: int
   intermediate_size: int
@@ -47,14 +57,17 @@ class Config:
   max_position_embeddings: int
   hidden_act: str
   rms_norm_eps: float
-  rope: layers.Rope
-  attention_bias: bool
-  mlp_bias: bool
+  rope: rope.Rope
   tie_word_embeddings: bool
   initializer_range: float
   bos_token_id: int | None
   eos_token_id: int | tuple | None
   pad_token_id: int | None
+
+  DEFAULTS = {'rms_norm_eps': 1e-6, 'tie_word_embeddings': False, 'initializer_range': 0.02}
+  ACTIVATION = 'hidden_act'
+  attention_bias = False
+  mlp_bias = False
 
   @classmethod
   def from_hf(cls, fields):
@@ -63,46 +76,55 @@ class Config:
     Raises:
       UserError: naming a field that is missing, unknown or not supported.
     """
-    fields = hf_config.Fields(fields)
+    fields = hf_config.Fields({**cls.DEFAULTS, **fields})
+    config = cls(**cls.take(fields))
+    fields.finish()
+    if config.heads % config.kv_heads:
+      raise hf_config.refusal('num_key_value_heads', config.kv_heads,
+                              f'must divide num_attention_heads={config.heads}')
+    return config
+
+  @classmethod
+  def take(cls, fields):
+    """Takes {name: value} of all the family's fields from `hf_config.Fields`."""
     fields.only('is_encoder_decoder', False)
-    fields.only('rope_interleaved', False)
-    width = fields.integer('hidden_size')
-    heads = fields.integer('num_attention_heads')
+    # Of families that have these as fields they are taken already.
+    fields.only('attention_bias', False)
+    fields.only('mlp_bias', False)
+    width, heads = fields.integer('hidden_size'), fields.integer('num_attention_heads')
     if 'head_dim' not in fields and width % heads:
       raise hf_config.refusal('num_attention_heads', heads, f'must divide hidden_size={width}, or head_dim be given')
-    config = cls(
+    head_dim, positions = fields.integer('head_dim', width // heads), fields.integer('max_position_embeddings')
+    return dict(
         vocab_size=fields.integer('vocab_size'),
         hidden_size=width,
         intermediate_size=fields.integer('intermediate_size'),
         num_hidden_layers=fields.integer('num_hidden_layers'),
         num_attention_heads=heads,
         num_key_value_heads=fields.integer('num_key_value_heads', heads),
-        head_dim=fields.integer('head_dim', width // heads),
-        max_position_embeddings=fields.integer('max_position_embeddings', 2048),
-        hidden_act=fields.choice('hidden_act', layers.ACTIVATIONS, 'silu'),
-        rms_norm_eps=fields.number('rms_norm_eps', 1e-6),
-        rope=layers.Rope.from_hf(fields),
-        attention_bias=fields.flag('attention_bias', False),
-        mlp_bias=fields.flag('mlp_bias', False),
-        tie_word_embeddings=fields.flag('tie_word_embeddings', False),
-        initializer_range=fields.number('initializer_range', 0.02),
+        head_dim=head_dim,
+        max_position_embeddings=positions,
+        hidden_act=fields.choice(cls.ACTIVATION, layers.ACTIVATIONS),
+        rms_norm_eps=fields.number('rms_norm_eps'),
+        **cls.take_ropes(fields, head_width=head_dim, limit=positions),
+        tie_word_embeddings=fields.flag('tie_word_embeddings'),
+        initializer_range=fields.number('initializer_range'),
         bos_token_id=fields.token_id('bos_token_id'),
         eos_token_id=fields.token_id('eos_token_id'),
         pad_token_id=fields.token_id('pad_token_id'),
     )
-    fields.finish()
-    if heads % config.num_key_value_heads:
-      raise hf_config.refusal('num_key_value_heads', config.num_key_value_heads,
-                              f'must divide num_attention_heads={heads}')
-    if config.head_dim % 2:
-      raise hf_config.refusal('head_dim', config.head_dim, 'must be even for rotary positions')
-    return config
+
+  @classmethod
+  def take_ropes(cls, fields, *, head_width, limit):
+    """Takes {name: rope.Rope} of the family's fields; see rope.from_hf."""
+    return {'rope': rope.from_hf(fields, head_width=head_width, limit=limit)}
 
   def to_hf(self):
     """The dict of a config.json, without `architectures` and dtype."""
     fields = dataclasses.asdict(self)
     del fields['rope']
-    return {'model_type': 'llama', **fields, **self.rope.to_hf()}
+    fields[self.ACTIVATION] = fields.pop('hidden_act')
+    return {'model_type': self.MODEL_TYPE, **fields, **self.rope.to_hf()}
 
   @property
   def width(self):
@@ -128,17 +150,39 @@ class Config:
   def max_length(self):
     return self.max_position_embeddings
 
+  @property
+  def query_scale(self):
+    """What queries are multiplied by."""
+    return self.head_dim ** -0.5
+
   def std(self, path):
     """Standard deviation of a parameter at initialization; norms and biases are 1 and 0."""
     del path
     return self.initializer_range
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(BaseConfig):
+  """The fields of a Llama config.json that change what is computed, and the special token ids."""
+  attention_bias: bool
+  mlp_bias: bool
+
+  MODEL_TYPE = 'llama'
+  DEFAULTS = BaseConfig.DEFAULTS | {
+      'hidden_act': 'silu', 'max_position_embeddings': 2048, 'attention_bias': False, 'mlp_bias': False}
+
+  @classmethod
+  def take(cls, fields):
+    fields.only('rope_interleaved', False)
+    own = dict(attention_bias=fields.flag('attention_bias'), mlp_bias=fields.flag('mlp_bias'))
+    return own | super().take(fields)
+
+
 class Norm(nnx.RMSNorm):
   """RMSNorm; statistics in float32."""
 
-  def __init__(self, config, *, dtype, rngs):
-    super().__init__(config.width, epsilon=config.rms_norm_eps, dtype=dtype, rngs=rngs)
+  def __init__(self, width, config, *, dtype, rngs):
+    super().__init__(width, epsilon=config.rms_norm_eps, dtype=dtype, rngs=rngs)
 
 
 class MLP(nnx.Module):
@@ -157,12 +201,16 @@ class MLP(nnx.Module):
 
 class Block(nnx.Module):
   """One layer."""
+  # The relatives' blocks put others in their place.
+  Norm, Attention = Norm, layers.Attention
 
   def __init__(self, config, *, dtype, rngs):
-    self.attention_norm = Norm(config, dtype=dtype, rngs=rngs)
-    self.attention = layers.Attention(config, bias=config.attention_bias, dtype=dtype, rngs=rngs)
-    self.mlp_norm = Norm(config, dtype=dtype, rngs=rngs)
-    self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+    shared = dict(dtype=dtype, rngs=rngs)
+    self.attention_norm = self.Norm(config.width, config, **shared)
+    self.attention = self.Attention(config, bias=config.attention_bias, **shared)
+    self.mlp_norm = self.Norm(config.width, config, **shared)
+    self.mlp = MLP(config, **shared)
+    self.query_scale = config.query_scale
 
   def __call__(self, x, layer, table, attend):
     """Applies the layer.
@@ -177,24 +225,34 @@ class Block(nnx.Module):
       x of the next layer, and what `attend` returned beside the mixed values.
     """
     del layer
-    queries, keys, values = self.attention.project(self.attention_norm(x))
-    queries = layers.rotate(queries, table) * self.attention.head_width ** -0.5
-    mixed, memory = attend(queries, layers.rotate(keys, table), values)
-    x = x + self.attention.out(mixed)
+    mixed, memory = self.mix(self.attention_norm(x), table, attend)
+    x = x + mixed
     return x + self.mlp(self.mlp_norm(x)), memory
+
+  def mix(self, x, table, attend):
+    """Attention of a layer to x [B, T, D]: [B, T, D], and the memory from `attend`."""
+    queries, keys, values = self.attention.project(x)
+    queries = rope.rotate(queries, table) * self.query_scale
+    mixed, memory = attend(queries, rope.rotate(keys, table), values)
+    return self.attention.out(mixed), memory
 
 
 class Ends(nnx.Module):
   """What stands before and after the blocks."""
+  Norm = Norm
 
   def __init__(self, config, *, dtype, rngs):
-    self.rope, self.head_width = config.rope, config.head_width
+    self.rope = config.rope
     self.embed = nnx.Embed(config.vocab_size, config.width, dtype=dtype, rngs=rngs)
-    self.norm = Norm(config, dtype=dtype, rngs=rngs)
+    self.norm = self.Norm(config.width, config, dtype=dtype, rngs=rngs)
 
-  def begin(self, tokens, positions):
-    """tokens and positions [B, T] -> x [B, T, D] and the rotary table that all blocks share."""
-    return self.embed(tokens), self.rope.table(positions, self.head_width)
+  def begin(self, tokens, positions, slots):
+    """tokens and positions [B, T], and S -> x [B, T, D] and the rotary table that all blocks share."""
+    return self.embed(tokens), self.rope.table(positions, slots)
+
+  def finish(self, x):
+    """x after the blocks -> hidden states [B, T, D]."""
+    return self.norm(x)
 
 
 def sources(config):

@@ -1,38 +1,26 @@
-"""A language model as functions of its parameters: stacked blocks under one scan, one static cache.
+"""A decoder as functions of its parameters: stacked blocks under one scan, one static cache.
 
 Letters: B batch, T tokens of this call, S cache length, L layers, V vocabulary, D width, K
-key/value heads, H head width.
+key/value heads, H head width, R response slots.
 
-Parameters are a plain dict of float32 arrays; those under 'blocks' have a leading axis of
-layers. The Flax modules are split once into a graph (static) and this dict, and merged again
-inside the functions, one slice per layer inside the scan.
+Parameters are a plain dict of arrays; those under 'blocks' have a leading axis of layers. Where
+only the top layers are trained (see trainable.py) the dict holds them apart, under 'top/blocks'.
 """
 
 import dataclasses
 import functools
-import itertools
-import math
 from typing import Any
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax import sharding
-from rlhf_jax.errors import UserError
-from rlhf_jax.models import gpt2
+from rlhf_jax import types
 from rlhf_jax.models import heads
 from rlhf_jax.models import layers
-from rlhf_jax.models import llama
-
-FAMILIES = {'gpt2': gpt2, 'llama': llama}
-DTYPES = ('float32', 'bfloat16')
-# What a block keeps for its backward pass: everything, its input, or also its matmuls' outputs.
-REMAT = {
-    'none': None,
-    'block': jax.checkpoint_policies.nothing_saveable,
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+from rlhf_jax.models import lora as lora_lib
+from rlhf_jax.models import stack
+from rlhf_jax.models.families import FAMILIES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,38 +28,21 @@ class Model:
   """A language model without its parameters; hashable, so static under jit.
 
   Attributes:
-    family: 'gpt2' or 'llama'.
+    family: a name in FAMILIES.
     config: the family's Config.
     dtype: of the computation, 'float32' or 'bfloat16'; softmax and norms are float32 always.
     remat: 'none', 'block' (recompute each block in the backward pass) or 'dots' (keep the
       outputs of its matmuls).
     unroll: layers unrolled in the scan; more is faster and compiles longer.
+    lora: adapters its parameters hold, or None.
   """
   family: str
   config: Any
   dtype: str = 'float32'
   remat: str = 'none'
   unroll: int = 1
-
-  @classmethod
-  def create(cls, fields, *, dtype='float32', remat='none', unroll=1):
-    """Builds a model from field names of Hugging Face's config.json.
-
-    Args:
-      fields: mapping with 'family' (or 'model_type') and the family's fields.
-      dtype, remat, unroll: see the class.
-
-    Raises:
-      UserError: an unknown family, or a field that is missing, unknown or not supported.
-    """
-    fields = dict(fields)
-    family = fields.get('family', fields.get('model_type'))
-    for name, value, options in (('family', family, FAMILIES), ('dtype', dtype, DTYPES), ('remat', remat, REMAT)):
-      if value not in options:
-        raise UserError(f'model: {name}={value!r} is not supported; choose from {sorted(options)}')
-    if unroll < 1:
-      raise UserError(f'model: unroll={unroll} must be at least 1')
-    return cls(family, FAMILIES[family].Config.from_hf(fields), dtype, remat, unroll)
+  lora: lora_lib.Lora | None = None
+  encoder_decoder = False
 
   @property
   def width(self):
@@ -85,20 +56,27 @@ class Model:
 
   @property
   def max_length(self):
-    """Positions the model was made for; GPT-2 has no more of them."""
+    """Positions the model was made for; some families have no more of them."""
     return self.config.max_length
 
   @property
   def rules(self):
     """Sharding of the parameters and heads: tuple of (regex on the '/'-joined path, PartitionSpec)."""
-    return self._module.RULES + heads.RULES
+    return lora_lib.rules(self._module.RULES) + self._module.RULES + heads.RULES
+
+  @property
+  def after_blocks(self):
+    """Names of the parameters that are used above the last block only."""
+    embedded = stack.shapes(self._module.Ends, self.config)
+    return {'norm', 'project_out', 'unembed'} & (embedded.keys() | {'unembed'})
 
   @property
   def _module(self):
     return FAMILIES[self.family]
 
+  @functools.partial(jax.jit, static_argnums=0)
   def init(self, key):
-    """Draws parameters.
+    """Draws parameters, without adapters.
 
     Args:
       key: random key.
@@ -106,40 +84,16 @@ class Model:
     Returns:
       Pure dict of float32 arrays; under 'blocks' stacked on a leading L axis.
     """
-    return jax.jit(self._init)(key)
+    return stack.draw(key, self.shapes(), self.config.std)
 
-  def _init(self, key):
-    shapes = self._shapes()
-    drawn = {name: math.prod(leaf.shape) for name, leaf in sharding.paths(shapes).items()
-             if not name.endswith(('scale', 'bias'))}
-    # One draw, cut into pieces: each of its own would take half a second to compile.
-    normal = jax.random.normal(key, (sum(drawn.values()),))
-    starts = dict(zip(drawn, itertools.accumulate(drawn.values(), initial=0)))
-
-    def fill(name, leaf):
-      if name not in drawn:
-        return jnp.ones(leaf.shape) if name.endswith('scale') else jnp.zeros(leaf.shape)
-      piece = normal[starts[name]:starts[name] + drawn[name]]
-      return piece.reshape(leaf.shape) * self.config.std(name)
-
-    return sharding.map_with_path(fill, shapes)
-
-  def _shapes(self):
-    """The tree of parameters as ShapeDtypeStructs."""
+  def shapes(self):
+    """The tree of parameters, without adapters, as float32 ShapeDtypeStructs."""
     config = self.config
-
-    def abstract(cls):
-      module = nnx.eval_shape(lambda: cls(config, dtype=self.dtype, rngs=nnx.Rngs(0)))
-      return nnx.to_pure_dict(nnx.state(module, nnx.Param))
-
-    def struct(*shape):
-      return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    shapes = jax.tree.map(lambda leaf: struct(*leaf.shape), abstract(self._module.Ends))
-    shapes['blocks'] = jax.tree.map(lambda leaf: struct(config.depth, *leaf.shape), abstract(self._module.Block))
+    tree = stack.shapes(self._module.Ends, config)
+    tree['blocks'] = stack.shapes(self._module.Block, config, depth=config.depth)
     if not config.tie_word_embeddings:
-      shapes['unembed'] = {'kernel': struct(config.width, config.vocab_size)}
-    return shapes
+      tree['unembed'] = {'kernel': jax.ShapeDtypeStruct((config.width, config.vocab_size), jnp.float32)}
+    return tree
 
   def init_cache(self, batch, length):
     """An empty cache for `length` tokens a row.
@@ -153,7 +107,7 @@ class Model:
     segments = sharding.split_rows(jnp.zeros((batch, length), jnp.int32))
     return {'k': empty, 'v': empty, 'segments': segments, 'index': jnp.zeros((), jnp.int32)}
 
-  def forward(self, params, tokens, positions, segments, cache=None):
+  def forward(self, params, tokens, positions, segments, cache=None, trunk=None):
     """Runs the backbone.
 
     A token attends to itself and earlier tokens of its row with the same non-zero segment;
@@ -165,50 +119,73 @@ class Model:
       segments: [B, T] int32 (or bool mask), 0 at padding.
       cache: None, or a cache with room for T more tokens; the caller counts, beyond the end
         the last slots are overwritten.
+      trunk: None, or what the method `trunk` gave for the same tokens; only the layers above
+        it are run. Not with a cache.
 
     Returns:
       Hidden states [B, T, D] after the final norm, in the compute dtype; and None, or the cache
       with these tokens written and its index advanced by T.
     """
     segments = segments.astype(jnp.int32)
-    real = segments != 0
     if cache is None:
-      memory, written = (), None
-      mask = layers.attention_mask(segments, segments, index=0)
+      key_segments, index, memory = segments, 0, ()
     else:
-      key_segments = jax.lax.dynamic_update_slice(cache['segments'], segments, (0, cache['index']))
-      memory = (cache['k'], cache['v'], cache['index'])
-      mask = layers.attention_mask(segments, key_segments, index=cache['index'])
-    ends = nnx.merge(_graph(self._module.Ends, self.config, self.dtype), _without(params, 'blocks', 'unembed'))
-    x, shared = ends.begin(jnp.where(real, tokens, 0), jnp.where(real, positions, 0))
-    x, memory = self._blocks(params['blocks'], sharding.split_rows(x), shared, mask, memory)
-    if cache is not None:
-      written = {'k': memory[0], 'v': memory[1], 'segments': key_segments, 'index': cache['index'] + tokens.shape[1]}
-    return ends.norm(x), written
+      index = cache['index']
+      key_segments = jax.lax.dynamic_update_slice(cache['segments'], segments, (0, index))
+      memory = (cache['k'], cache['v'], index)
+    ends, x, apply = self._begin(params, tokens, positions, segments, key_segments, index)
+    carry = (x, memory)
+    carry = self._scan(params['blocks'], apply, carry, top='top' not in params) if trunk is None else (trunk, ())
+    if 'top' in params:
+      carry = self._scan(params['top']['blocks'], apply, carry, top=True)
+    x, memory = carry
+    if cache is None:
+      return ends.finish(x), None
+    written = {'k': memory[0], 'v': memory[1], 'segments': key_segments, 'index': index + tokens.shape[1]}
+    return ends.finish(x), written
 
-  def _blocks(self, params, x, shared, mask, memory):
-    """Scans the blocks over x [B, T, D]; memory is () or (k, v, index)."""
-    graph = _graph(self._module.Block, self.config, self.dtype)
+  def trunk(self, params, tokens, positions, segments):
+    """Runs the layers below those under 'top', which are the same for policy and reference.
 
-    def block(carry, layer_and_params):
-      x, memory = carry
-      layer, params = layer_and_params
+    Args:
+      params, tokens, positions, segments: see `forward`.
+
+    Returns:
+      [B, T, D] in the compute dtype.
+    """
+    segments = segments.astype(jnp.int32)
+    _, x, apply = self._begin(params, tokens, positions, segments, segments, 0)
+    return self._scan(params['blocks'], apply, (x, ()), top=False)[0]
+
+  def _begin(self, params, tokens, positions, segments, key_segments, index):
+    """The module around the blocks, x [B, T, D] before the first, and how a block is applied."""
+    ends = stack.build(self._module.Ends, self.config, self.dtype, params, lora=self.lora)
+    real = segments != 0
+    x, shared = ends.begin(jnp.where(real, tokens, 0), jnp.where(real, positions, 0), key_segments.shape[1])
+    # A window as long as the keys is none.
+    windows = [window if window < key_segments.shape[1] else 0 for window in self.config.windows] or [0]
+    kinds = sorted(set(windows))
+    masks = [layers.attention_mask(segments, key_segments, index=index, window=window) for window in kinds]
+    kind_of_layer = jnp.array([kinds.index(window) for window in windows])
+
+    def apply(block, layer, x, memory):
+      mask = masks[0] if len(masks) == 1 else jnp.stack(masks)[kind_of_layer[layer]]
 
       def attend(queries, keys, values):
-        keys, values, updated = _remember(memory, layer, keys, values)
-        return layers.attend(queries, keys, values, mask), updated
+        keys, values, updated = stack.remember(memory, layer, keys, values)
+        return layers.attend(queries, keys, values, mask, score_cap=self.config.score_cap), updated
 
-      x, memory = nnx.merge(graph, params)(x, layer, shared, attend)
-      return (sharding.split_rows(x), memory), None
+      return block(x, layer, shared, attend)
 
+    return ends, sharding.split_rows(x), apply
+
+  def _scan(self, params, apply, carry, *, top):
+    """Scans the stacked blocks `params`, which end at the last layer (`top`) or begin at the first."""
     depth = jax.tree.leaves(params)[0].shape[0]
-    unroll = min(self.unroll, depth)
-    if self.remat != 'none':
-      block = jax.checkpoint(block, policy=REMAT[self.remat], prevent_cse=False)
-      # The loop keeps the recomputation apart from the first pass; without one XLA merges the two.
-      unroll = min(unroll, max(depth // 2, 1))
-    carry, _ = jax.lax.scan(block, (x, memory), (jnp.arange(depth), params), unroll=unroll)
-    return carry
+    build = functools.partial(stack.build, self._module.Block, self.config, self.dtype,
+                              lora=self.lora if top else None, prefix='blocks')
+    return stack.scan(build, params, apply, carry, first=self.config.depth - depth if top else 0,
+                      remat=self.remat, unroll=self.unroll)
 
   def unembed(self, params, hidden):
     """Logits of the next token.
@@ -224,32 +201,66 @@ class Model:
       kernel = params['embed']['embedding'].T
     else:
       kernel = params['unembed']['kernel']
-    return layers.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    logits = layers.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    if self.lora is not None and 'lora' in params.get('unembed', {}):
+      logits += self.lora.apply('unembed', params['unembed']['lora'], hidden)
+    return layers.cap(logits, self.config.logit_cap)
 
+  def response_states(self, params, tokens, mask, slots, trunk=None):
+    """Hidden states that predict the response tokens of finished rollouts.
 
-@functools.lru_cache(maxsize=None)
-def _graph(cls, config, dtype):
-  """The static half of a module; the other half is the dict of its parameters."""
-  return nnx.split(nnx.eval_shape(lambda: cls(config, dtype=dtype, rngs=nnx.Rngs(0))))[0]
+    Args:
+      params: as for `forward`.
+      tokens: [B, P + R] int32, left-padded prompt then right-padded response.
+      mask: [B, P + R] bool.
+      slots: R.
+      trunk: see `forward`.
 
+    Returns:
+      [B, R, D]; slot t predicts response token t.
+    """
+    hidden, _ = self.forward(params, tokens, types.positions_from_mask(mask), mask.astype(jnp.int32), trunk=trunk)
+    return hidden[:, -slots - 1:-1]
 
-def _without(params, *names):
-  return {name: value for name, value in params.items() if name not in names}
+  def summary(self, params, tokens, mask):
+    """The state [B, D] that a scalar head reads a text's score from: at its last real token.
 
+    Args:
+      params: as for `forward`.
+      tokens: [B, T] int32, padded on either side.
+      mask: [B, T] bool.
+    """
+    hidden, _ = self.forward(params, tokens, types.positions_from_mask(mask), mask.astype(jnp.int32))
+    return heads.last_token(hidden, mask)
 
-def _remember(memory, layer, keys, values):
-  """Writes a layer's keys and values [B, T, K, H] into the cache; returns all of that layer's, [B, K, S, H].
+  def prefill(self, params, tokens, mask, slots):
+    """Reads prompts into a new cache.
 
-  The whole cache is carried through the scan and written in place: as an output of the scan it
-  would be copied every step.
-  """
-  keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
-  if not memory:
-    return keys, values, memory
-  all_keys, all_values, index = memory
-  start = (layer, 0, 0, index, 0)
-  all_keys = jax.lax.dynamic_update_slice(all_keys, keys[None], start)
-  all_values = jax.lax.dynamic_update_slice(all_values, values[None], start)
-  keys = jax.lax.dynamic_index_in_dim(all_keys, layer, keepdims=False)
-  values = jax.lax.dynamic_index_in_dim(all_values, layer, keepdims=False)
-  return keys, values, (all_keys, all_values, index)
+    Args:
+      params: as for `forward`.
+      tokens: [B, P] int32, left-padded.
+      mask: [B, P] bool.
+      slots: R, room for so many tokens of response.
+
+    Returns:
+      The state [B, D] that predicts the first response token, and the cache for `step`.
+    """
+    batch, length = tokens.shape
+    hidden, cache = self.forward(params, tokens, types.positions_from_mask(mask), mask.astype(jnp.int32),
+                                 self.init_cache(batch, length + slots))
+    return hidden[:, -1], cache | {'position': jnp.sum(mask, axis=1, dtype=jnp.int32)}
+
+  def step(self, params, token, alive, cache):
+    """Reads one more token of each row.
+
+    Args:
+      params: as for `forward`.
+      token: [B] int32.
+      alive: [B] bool; the tokens of other rows are not read.
+      cache: from `prefill` or `step`.
+
+    Returns:
+      The state [B, D] that predicts the token after it, and the cache.
+    """
+    hidden, written = self.forward(params, token[:, None], cache['position'][:, None], alive[:, None], cache)
+    return hidden[:, 0], written | {'position': cache['position'] + 1}

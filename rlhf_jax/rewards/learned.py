@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from rlhf_jax import errors
+from rlhf_jax import models
 from rlhf_jax import sharding
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.data import tokenizers
@@ -46,15 +47,23 @@ def of_texts(model, params, tokenizer, *, max_length, mesh):
 
   Returns:
     Function (prompts, responses, ended) -> [n] float32 NumPy, n rows of this process; `ended`
-    says which responses finished, and so get an EOS.
+    says which responses finished, and so get an EOS. Encoders read prompt and response as one
+    text between the tokenizer's own ends.
   """
   score = jax.jit(functools.partial(reward_model.score, model=model))
 
-  def apply(prompts, responses, ended):
+  def token_rows(prompts, responses, ended):
+    if isinstance(model, models.Encoder):
+      # Word pieces differ at the joint of two texts, and an encoder was always shown an end.
+      texts = map(''.join, zip(prompts, responses))
+      return [tokenizers.end(tokenizer, row) for row in tokenizers.encode(tokenizer, texts)]
     rows = [np.concatenate(pair) for pair in zip(
         tokenizers.encode(tokenizer, prompts),
         tokenizers.encode_continuation(tokenizer, responses))]
-    rows = [tokenizers.end(tokenizer, row) if end else row for row, end in zip(rows, ended)]
+    return [tokenizers.end(tokenizer, row) if end else row for row, end in zip(rows, ended)]
+
+  def apply(prompts, responses, ended):
+    rows = token_rows(prompts, responses, ended)
     longest = max(range(len(rows)), key=lambda i: len(rows[i]))
     if len(rows[longest]) > max_length:
       raise errors.UserError(

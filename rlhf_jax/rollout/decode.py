@@ -26,7 +26,7 @@ def generate(params, prompts, key, *, model, sampling):
   Returns:
     Rollout with T = P + R.
   """
-  batch, prompt_length = prompts.tokens.shape
+  batch = prompts.tokens.shape[0]
   slots = sampling.max_new_tokens
   stop = sampling.eos_id is not None and not sampling.ignore_eos
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
@@ -46,17 +46,10 @@ def generate(params, prompts, key, *, model, sampling):
     return s | out | {'token': token, 'done': done, 't': s['t'] + 1}
 
   def step(s):
-    alive = ~s['done'][:, None]
-    hidden, cache = model.forward(
-        params, s['token'][:, None], (lengths + s['t'] - 1)[:, None],
-        alive.astype(jnp.int32), s['cache'])
-    logits = model.unembed(params, hidden[:, 0])
-    return write(s | {'cache': cache}, *draw(logits, s['t']))
+    hidden, cache = model.step(params, s['token'], ~s['done'], s['cache'])
+    return write(s | {'cache': cache}, *draw(model.unembed(params, hidden), s['t']))
 
-  lengths = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
-  hidden, cache = model.forward(
-      params, prompts.tokens, types.positions_from_mask(prompts.mask),
-      prompts.mask.astype(jnp.int32), model.init_cache(batch, prompt_length + slots))
+  hidden, cache = model.prefill(params, prompts.tokens, prompts.mask, slots)
   state = {
       'cache': cache,
       't': jnp.int32(0),
@@ -66,7 +59,7 @@ def generate(params, prompts, key, *, model, sampling):
       'mask': jnp.zeros([batch, slots], bool),
       'logprobs': jnp.zeros([batch, slots], jnp.float32),
   }
-  state = write(state, *draw(model.unembed(params, hidden[:, -1]), 0))
+  state = write(state, *draw(model.unembed(params, hidden), 0))
   state = jax.lax.while_loop(
       lambda s: (s['t'] < slots) & ~jnp.all(s['done']), step, state)
   return types.Rollout(

@@ -16,10 +16,13 @@ import numpy as np
 from rlhf_jax import checkpoint
 from rlhf_jax import errors
 from rlhf_jax import logprobs
+from rlhf_jax import models
 from rlhf_jax import types
 from rlhf_jax.data import tokenizers
-from rlhf_jax.models import Model
 from rlhf_jax.models import hf
+from rlhf_jax.models import lora as lora_lib
+from rlhf_jax.models import peft
+from rlhf_jax.models import trainable
 from rlhf_jax.rollout import decode
 from rlhf_jax.rollout import sampling as sampling_lib
 
@@ -48,9 +51,13 @@ class TextPolicy:
     params: its parameters.
     tokenizer: its tokenizer.
   """
-  model: Model
+  model: Any
   params: Any
   tokenizer: Any
+
+  def __post_init__(self):
+    if self.model.encoder_decoder:
+      tokenizers.respond_apart(self.tokenizer)
 
   @classmethod
   def load(cls, path, *, unroll=1):
@@ -68,8 +75,11 @@ class TextPolicy:
     name = fields.pop('name')
     if name != 'policy':
       raise errors.UserError(f'{path} trains a {name} model, which generates no text')
-    return cls(Model.create(fields, unroll=unroll), checkpoint.load_params(path, name),
-               tokenizers.load(path / 'tokenizer'))
+    model, params = models.create(fields, unroll=unroll), checkpoint.load_params(path, name)
+    config = json.loads((path / 'config.json').read_text())['model']
+    if config['lora']['targets'] or config['lora']['path'] or config['unfrozen_layers'] >= 0:
+      params = _with_frozen(path, config, model, params)
+    return cls(model, params, tokenizers.load(path / 'tokenizer'))
 
   def sample(self, prompts, key, *, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
              ignore_eos=False):
@@ -123,6 +133,30 @@ class TextPolicy:
             self.params, batch, temperature, model=self.model), rollout)
 
 
+def _with_frozen(path, config, model, trained):
+  """All parameters of a policy of whose checkpoint only the trained ones are a part.
+
+  Args:
+    path: the run's folder.
+    config: its `config.model`.
+    model: Model, without adapters.
+    trained: from its checkpoint.
+  """
+  if not config['path']:
+    raise errors.UserError(
+        f'{path} trains a part of a model that is in no folder (config.model.path is empty), and its '
+        'checkpoints hold that part alone; wait for its end')
+  _, params = hf.load(config['path'])
+  lora = config['lora']
+  if lora['path']:
+    adapted, _ = peft.load(lora['path'], model)
+  else:
+    adapted = lora_lib.Lora(tuple(map(tuple, lora['targets'])), lora['rslora']) if lora['targets'] else None
+  model = dataclasses.replace(model, lora=adapted)
+  _, frozen = trainable.divide(model, params, unfrozen_layers=config['unfrozen_layers'])
+  return trainable.whole(model, trained, frozen)
+
+
 @functools.partial(jax.jit, static_argnames=('model', 'sampling'))
 def _generate(params, prompts, key, *, model, sampling):
   return decode.generate(params, prompts, key, model=model, sampling=sampling)
@@ -131,11 +165,10 @@ def _generate(params, prompts, key, *, model, sampling):
 @functools.partial(jax.jit, static_argnames=('model',))
 def _response_logprobs(params, rollout, temperature, *, model):
   slots = rollout.response_mask.shape[1]
-  hidden, _ = model.forward(params, rollout.tokens, types.positions_from_mask(rollout.mask),
-                            rollout.mask.astype(jnp.int32))
+  states = model.response_states(params, rollout.tokens, rollout.mask, slots)
   values, _ = logprobs.token_logprobs(
-      functools.partial(model.unembed, params), hidden[:, -slots - 1:-1],
-      rollout.tokens[:, -slots:], temperature=temperature)
+      functools.partial(model.unembed, params), states, rollout.tokens[:, -slots:],
+      temperature=temperature)
   return jnp.sum(jnp.where(rollout.response_mask, values, 0.0), axis=1)
 
 

@@ -78,9 +78,15 @@ VARIANTS = [(name, name, {}, {}) for name in PRESETS] + [
 class LastToken:
   """A language model that knows the last token and its position: see references_ppo.py."""
 
+  lora: None = None
+
   def forward(self, params, tokens, positions, segments, cache=None):
     del segments
     return params['token'][tokens] + params['place'][positions], cache
+
+  def response_states(self, params, tokens, mask, slots, trunk=None):
+    del trunk
+    return self.forward(params, tokens, types.positions_from_mask(mask), mask)[0][:, -slots - 1:-1]
 
   def unembed(self, params, hidden):
     return hidden @ params['unembed']
@@ -218,7 +224,7 @@ def test_two_iterations_agree(preset, keys, changed):
         mine, {f'policy/{k}': v.astype(np.float64) for k, v in reference.items()}, episodes, coef,
         settings=hand, adam=adam, rates=rate, orders=orders, scale=scale, ptx=texts)
     state, metrics = train_step(
-        state, {'reference': reference}, *make_rollout(rng, episodes), ptx)
+        state, {'shared': {}, 'reference': reference}, *make_rollout(rng, episodes), ptx)
     for name, value in expected.items():
       np.testing.assert_allclose(metrics[name], value, rtol=2e-5, atol=2e-5, err_msg=name)
     for name, value in flat(state.params).items():

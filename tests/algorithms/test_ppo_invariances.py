@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import tiny
 
+from rlhf_jax import models
 from rlhf_jax import types
 from rlhf_jax.algorithms import ppo
-from rlhf_jax.models import Model
 from rlhf_jax.models import heads
 from rlhf_jax.rollout import decode
 from rlhf_jax.rollout import sampling
 
 B, P, R = 8, 5, 6
-MODEL = Model.create(tiny.LLAMA)
+MODEL = models.create(tiny.LLAMA)
 SAMPLING = sampling.Sampling(max_new_tokens=R, temperature=0.7, eos_id=tiny.EOS)
 
 
@@ -54,7 +54,7 @@ def update(episode, settings, rollout=None, jit=True):
   params, reference, first, scores = episode
   step = functools.partial(ppo.train_step, models=ppo.Models(MODEL), settings=settings)
   state, metrics = tiny.one_step(
-      step, params, {'reference': reference}, rollout or first, scores, None, jit=jit)
+      step, params, {'shared': {}, 'reference': reference}, rollout or first, scores, None, jit=jit)
   return jax.device_get((state.params, metrics))
 
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import tiny
 
+from rlhf_jax import models
 from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.algorithms import ppo
-from rlhf_jax.models import Model
 from rlhf_jax.models import heads
 
 ITERATIONS = 20
-MODEL = Model.create(tiny.LLAMA)
+MODEL = models.create(tiny.LLAMA)
 
 
 def good_tokens(prompts, responses, *, response_tokens, metadata):
@@ -138,7 +138,7 @@ def test_a_reward_per_token_on_the_last_one_is_a_score(world):
   policy = MODEL.init(jax.random.key(1))
   params = {'policy': policy, 'critic': {
       'head': heads.init_scalar(jax.random.key(2), MODEL.width, scale='normal')}}
-  frozen = {'reference': jax.tree.map(lambda x: 1.1 * x, policy)}
+  frozen = {'shared': {}, 'reference': jax.tree.map(lambda x: 1.1 * x, policy)}
   lengths = np.array([1, 6, 3, 5, 2, 6, 4, 6])
   response_mask = np.arange(6)[None] < lengths[:, None]
   mask = np.concatenate([np.ones((8, 3), bool), response_mask], axis=1)

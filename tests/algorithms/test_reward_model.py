@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tiny
 
+from rlhf_jax import models
 from rlhf_jax.algorithms import reward_model
-from rlhf_jax.models import Model
 from rlhf_jax.models import heads
 from rlhf_jax.models import hf
 from rlhf_jax.types import Comparisons
@@ -22,7 +22,7 @@ PLAIN = reward_model.Settings(
 
 @pytest.fixture(scope='module')
 def llama():
-  model = Model.create(tiny.LLAMA)
+  model = models.create(tiny.LLAMA)
   head = heads.init_scalar(jax.random.key(4), model.width, scale='normal')
   return model, {'backbone': model.init(jax.random.key(3)), 'head': head}
 
@@ -139,7 +139,7 @@ def test_microbatches_are_the_full_batch(llama):
   for size in (0, 2):
     state, metrics = tiny.one_step(
         functools.partial(reward_model.train_step, model=model, settings=settings,
-                          microbatch_size=size), {'reward': params}, comparisons())
+                          microbatch_size=size), {'reward': params}, {}, comparisons())
     outcomes.append((state.params, metrics))
   for a, b in zip(*map(jax.tree.leaves, outcomes)):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)

@@ -8,22 +8,22 @@ import numpy as np
 import pytest
 import tiny
 
+from rlhf_jax import models
 from rlhf_jax import types
 from rlhf_jax.algorithms import sft
 from rlhf_jax.data import packing
-from rlhf_jax.models import Model
 
 
 @pytest.fixture(scope='module')
 def llama():
-  model = Model.create(tiny.LLAMA)
+  model = models.create(tiny.LLAMA)
   return model, model.init(jax.random.key(2))
 
 
 @pytest.fixture(scope='module')
 def losses_of(llama):
   model, _ = llama
-  return jax.jit(functools.partial(sft.token_losses, model=model))
+  return jax.jit(functools.partial(sft.token_losses, frozen={}, model=model))
 
 
 def rows(batch=8, width=12, seed=0, garbage=0):
@@ -55,7 +55,7 @@ def test_it_learns_to_continue_and_to_end(world, tmp_path):
 def test_the_loss_is_the_mean_over_targets_by_loop(llama, losses_of):
   model, params = llama
   batch = rows()
-  losses, mask = jax.device_get(losses_of(params, batch))
+  losses, mask = jax.device_get(losses_of(params, batch=batch))
   total, count = 0.0, 0
   for tokens, real, targets in zip(batch.tokens, batch.segments, batch.loss_mask):
     length = real.sum()
@@ -68,14 +68,14 @@ def test_the_loss_is_the_mean_over_targets_by_loop(llama, losses_of):
   assert count == mask.sum() == batch.loss_mask.sum()
   np.testing.assert_allclose(losses[mask].sum(), total, rtol=1e-6)
   np.testing.assert_allclose(
-      jax.jit(functools.partial(sft.mean_loss, model=model))(params, batch), total / count,
+      jax.jit(functools.partial(sft.mean_loss, frozen={}, model=model))(params, batch=batch), total / count,
       rtol=1e-6)
 
 
 def test_what_padding_holds_changes_nothing(llama, losses_of):
   _, params = llama
-  clean, mask = losses_of(params, rows())
-  dirty, _ = losses_of(params, rows(garbage=tiny.EOS))
+  clean, mask = losses_of(params, batch=rows())
+  dirty, _ = losses_of(params, batch=rows(garbage=tiny.EOS))
   np.testing.assert_array_equal(np.asarray(clean)[mask], np.asarray(dirty)[mask])
 
 
@@ -85,7 +85,7 @@ def test_packed_documents_cost_what_they_cost_alone(llama, losses_of):
   documents = [rng.integers(4, tiny.VOCAB, n).astype(np.int32) for n in (5, 3, 8, 2, 6, 9, 4)]
   sums = {}
   for arrange in (packing.pack, packing.pad):
-    losses, mask = losses_of(params, arrange(documents, length=12, pad_id=0))
+    losses, mask = losses_of(params, batch=arrange(documents, length=12, pad_id=0))
     sums[arrange] = np.asarray(losses)[np.asarray(mask)]
   assert len(sums[packing.pack]) == len(sums[packing.pad]) == sum(map(len, documents)) - 7
   np.testing.assert_allclose(sorted(sums[packing.pack]), sorted(sums[packing.pad]), atol=1e-5)
@@ -117,6 +117,6 @@ def test_evaluation_counts_every_held_out_target_once(world, losses_of, tmp_path
     tokens[i, :i + 4] = [tiny.BOS, 5, *words, tiny.EOS]
   place = np.broadcast_to(np.arange(13, dtype=np.int32), tokens.shape)
   real = place < np.arange(4, 14)[:, None]
-  losses, mask = losses_of(state.params['policy'], types.LMBatch(
+  losses, mask = losses_of(state.params['policy'], batch=types.LMBatch(
       tokens, real.astype(np.int32), place, real & (place >= 2)))
   np.testing.assert_allclose(held_out['eval/loss'], np.asarray(losses)[mask].mean(), rtol=1e-5)

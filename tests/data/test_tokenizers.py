@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import pytest
+import tokenizers as hf_tokenizers
 import transformers
 
 from rlhf_jax.data import tokenizers
@@ -149,3 +150,34 @@ def test_randomwalks_has_no_leading_bos(shared):
   assert lists(tokenizers.encode(tokenizer, ['abu'])) == [[0, 1, 20]]
   assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (21, 22)
   tokenizers.check(tokenizer, 23)
+
+
+def test_encoder_decoders_read_and_write_texts_that_end(tmp_path):
+  """T5's: a space before every text, and an EOS behind what the encoder reads."""
+  vocabulary = {'<pad>': 0, '</s>': 1, '<unk>': 2, '\u2581go': 3, '\u2581on': 4, 'on': 5}
+  backend = hf_tokenizers.Tokenizer(hf_tokenizers.models.WordLevel(vocabulary, unk_token='<unk>'))
+  backend.pre_tokenizer = hf_tokenizers.pre_tokenizers.Metaspace()
+  backend.decoder = hf_tokenizers.decoders.Metaspace()
+  backend.post_processor = hf_tokenizers.processors.TemplateProcessing(single='$A </s>', special_tokens=[('</s>', 1)])
+  transformers.PreTrainedTokenizerFast(
+      tokenizer_object=backend, pad_token='<pad>', eos_token='</s>', unk_token='<unk>').save_pretrained(tmp_path)
+  tokenizer = tokenizers.load(tmp_path)
+  assert [row.tolist() for row in tokenizers.encode(tokenizer, ['go on'])] == [[3, 4]]
+  assert [row.tolist() for row in tokenizers.encode_continuation(tokenizer, ['on'])] == [[5]]
+  tokenizers.respond_apart(tokenizer)
+  assert [row.tolist() for row in tokenizers.encode(tokenizer, ['go on', ''])] == [[3, 4, 1], [1]]
+  assert [row.tolist() for row in tokenizers.encode_continuation(tokenizer, ['on'])] == [[4]]
+  assert tokenizers.decode_continuation(tokenizer, [[4, 3, 1]]) == ['on go']
+
+
+def test_berts_ends_are_bos_and_eos(tmp_path):
+  vocabulary = {'[PAD]': 0, '[CLS]': 1, '[SEP]': 2, '[UNK]': 3, 'go': 4, '##ing': 5}
+  backend = hf_tokenizers.Tokenizer(hf_tokenizers.models.WordPiece(vocabulary, unk_token='[UNK]'))
+  backend.pre_tokenizer = hf_tokenizers.pre_tokenizers.BertPreTokenizer()
+  backend.post_processor = hf_tokenizers.processors.BertProcessing(('[SEP]', 2), ('[CLS]', 1))
+  transformers.PreTrainedTokenizerFast(
+      tokenizer_object=backend, pad_token='[PAD]', cls_token='[CLS]', sep_token='[SEP]',
+      unk_token='[UNK]').save_pretrained(tmp_path)
+  tokenizer = tokenizers.load(tmp_path)
+  (row,) = tokenizers.encode(tokenizer, ['going'])
+  assert tokenizers.end(tokenizer, row).tolist() == tokenizer('going')['input_ids'] == [1, 4, 5, 2]

@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from rlhf_jax import models
 from rlhf_jax import sharding
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import Model
+from rlhf_jax.models import gpt2
 from rlhf_jax.models import heads
 from rlhf_jax.models import hf
+from rlhf_jax.models import hf_arrays
+from rlhf_jax.models import llama
+from rlhf_jax.models import naming
 
 GPT2 = {'family': 'gpt2', 'vocab_size': 30, 'n_positions': 16, 'n_embd': 8, 'n_layer': 2, 'n_head': 2}
 LLAMA = {'family': 'llama', 'vocab_size': 32, 'hidden_size': 8, 'intermediate_size': 12, 'num_hidden_layers': 2,
@@ -20,7 +24,7 @@ LLAMA = {'family': 'llama', 'vocab_size': 32, 'hidden_size': 8, 'intermediate_si
 
 
 def build(fields):
-  model = Model.create(fields)
+  model = models.create(fields)
   params = model.init(jax.random.key(0))
   noise = np.random.default_rng(0)
   return model, jax.tree.map(lambda leaf: leaf + noise.normal(size=leaf.shape).astype(np.float32), params)
@@ -138,6 +142,90 @@ def test_sharded_files_onto_a_mesh_and_back(saved, tmp_path):
   assert up.sharding.shard_shape(up.shape) == (2, up.shape[1] // 2, up.shape[2] // 2)
   hf.save(tmp_path / 'again', model, sharded)
   assert_same(hf.load(tmp_path / 'again')[1], params)
+
+
+@pytest.mark.parametrize('shape', [None, {'data': 2, 'fsdp': 2, 'tensor': 2}], ids=['one device', 'eight'])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_a_layer_at_a_time_is_the_same_as_all_at_once(shape, dtype, saved, tmp_path, monkeypatch):
+  """Stacks too large to pass through the host as one: on the way in, and on the way out."""
+  folder, model, _ = saved
+  mesh = sharding.make_mesh(shape) if shape else None
+  _, params = hf.load(folder, mesh=mesh, param_dtype=dtype)
+  monkeypatch.setattr(hf_arrays, 'STEP_BYTES', 1)
+  _, found = hf.load(folder, mesh=mesh, param_dtype=dtype)
+  assert_same(found, params)
+  assert jax.tree.map(lambda leaf: (leaf.dtype, leaf.sharding), found) == jax.tree.map(
+      lambda leaf: (leaf.dtype, leaf.sharding), params)
+  hf.save(tmp_path / 'again', model, found)
+  assert_same(hf.load(tmp_path / 'again', param_dtype=dtype)[1], params)
+
+
+@pytest.mark.parametrize('columns', [
+    naming.side_by_side(8, 8, 8), naming.side_by_side(8, 8, 8)[::-1], naming.taking_turns(3, 4),
+    naming.taking_turns(3, 1), [naming.Columns(16), *naming.taking_turns(2, 2)]])
+@pytest.mark.parametrize('shape', [None, {'fsdp': 2, 'tensor': 4}], ids=['one device', 'eight'])
+def test_fused_tensors_of_any_order(columns, shape, tmp_path, monkeypatch):
+  """Query, key and value in one [out, in] tensor: column j lies at offset + j // block * stride + j % block."""
+  names = ('query', 'key', 'value')
+
+  def sources(config):
+    found = {path: source for path, source in own(config).items() if not any(name in path for name in names)}
+    for name, which in zip(names, columns):
+      found |= naming.torch_linear(f'blocks/attention/{name}', 'h.{layer}.qkv', bias=True, columns=which)
+    return found
+
+  own = gpt2.sources
+  monkeypatch.setattr(gpt2, 'sources', sources)
+  model, params = build(GPT2)
+  hf.save(tmp_path, model, params)
+  stored = safetensors.numpy.load_file(tmp_path / 'model.safetensors')
+  for name, which in zip(names, columns):
+    there = [which.offset + j // (which.block or 8) * which.stride + j % (which.block or 8) for j in range(8)]
+    ours = params['blocks']['attention'][name]
+    np.testing.assert_array_equal(stored['transformer.h.1.qkv.weight'][there], ours['kernel'][1].T)
+    np.testing.assert_array_equal(stored['transformer.h.1.qkv.bias'][there], ours['bias'][1])
+  assert stored['transformer.h.1.qkv.weight'].shape == (24, 8)
+  assert_same(hf.load(tmp_path, mesh=sharding.make_mesh(shape) if shape else None)[1], params)
+
+
+def test_widths_of_fused_parameters_add_up(tmp_path, monkeypatch):
+  """Grouped queries: 8, 4 and 4 columns of one tensor of 16."""
+  def sources(config):
+    found = {path: source for path, source in own(config).items() if 'attention/' not in path or 'out' in path}
+    for name, which in zip(('query', 'key', 'value'), naming.side_by_side(8, 4, 4)):
+      found |= naming.torch_linear(f'blocks/attention/{name}', 'layers.{layer}.qkv', bias=False, columns=which)
+    return found
+
+  own = llama.sources
+  monkeypatch.setattr(llama, 'sources', sources)
+  model, params = build(LLAMA)
+  hf.save(tmp_path, model, params)
+  attention = params['blocks']['attention']
+  np.testing.assert_array_equal(
+      safetensors.numpy.load_file(tmp_path / 'model.safetensors')['model.layers.0.qkv.weight'],
+      np.concatenate([attention[name]['kernel'][0] for name in ('query', 'key', 'value')], axis=1).T)
+  assert_same(hf.load(tmp_path)[1], params)
+  rewrite(tmp_path, lambda tensors: tensors.update({'model.layers.1.qkv.weight': np.zeros((24, 8), np.float32)}))
+  with pytest.raises(UserError, match=r'layers.1.qkv.weight is \(24, 8\) and should be \(16, 8\)'):
+    hf.load(tmp_path)
+
+
+@pytest.mark.parametrize('columns', [naming.Columns(5), naming.Columns(3, 2, 7), naming.Columns(0, 4, 4)])
+def test_runs_of_columns(columns):
+  block = columns.block or 100
+  there = [columns.offset + j // block * columns.stride + j % block for j in range(12)]
+  for start in range(12):
+    for stop in range(start + 1, 13):
+      runs = columns.runs(start, stop)
+      assert [column for run in runs for column in range(run.start, run.stop)] == there[start:stop]
+
+
+def test_an_unembedding_of_another_name(tmp_path, monkeypatch):
+  monkeypatch.setattr(llama, 'UNEMBED', 'embed_out.weight', raising=False)
+  model, params = build(LLAMA)
+  hf.save(tmp_path, model, params)
+  assert 'embed_out.weight' in safetensors.numpy.load_file(tmp_path / 'model.safetensors')
+  assert_same(hf.load(tmp_path)[1], params)
 
 
 def test_saving_replaces_the_folder_and_leaves_nothing_else(saved):

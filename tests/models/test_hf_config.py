@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from rlhf_jax import models
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import Model
 
 GPT2 = {'model_type': 'gpt2', 'vocab_size': 30, 'n_embd': 8, 'n_layer': 2, 'n_head': 2}
 LLAMA = {'model_type': 'llama', 'vocab_size': 30, 'hidden_size': 8, 'intermediate_size': 12,
@@ -32,8 +32,8 @@ LLAMA = {'model_type': 'llama', 'vocab_size': 30, 'hidden_size': 8, 'intermediat
     (LLAMA, {'head_dim': 3}, 'head_dim=3'),
     (LLAMA, {'rope_interleaved': True}, 'rope_interleaved=true'),
     (LLAMA, {'rms_norm_eps': -1}, 'rms_norm_eps=-1'),
-    (LLAMA, {'rope_scaling': {'type': 'yarn', 'factor': 2.0}}, 'rope_scaling.rope_type="yarn"'),
-    (LLAMA, {'rope_parameters': {'rope_type': 'dynamic', 'factor': 2.0}}, 'rope_parameters.rope_type="dynamic"'),
+    (LLAMA, {'rope_scaling': {'type': 'mrope', 'factor': 2.0}}, 'rope_scaling.rope_type="mrope"'),
+    (LLAMA, {'rope_parameters': {'rope_type': 'axial', 'factor': 2.0}}, 'rope_parameters.rope_type="axial"'),
     (LLAMA, {'rope_parameters': {'rope_type': 'default', 'partial_rotary_factor': 0.5}}, 'partial_rotary_factor=0.5'),
     (LLAMA, {'rope_parameters': {'rope_type': 'linear', 'factor': 2.0, 'beta_fast': 1}}, 'beta_fast=1'),
     (LLAMA, {'rope_parameters': {'rope_type': 'llama3', 'factor': 2.0}}, "'low_freq_factor' is missing"),
@@ -42,13 +42,13 @@ LLAMA = {'model_type': 'llama', 'vocab_size': 30, 'hidden_size': 8, 'intermediat
 ])
 def test_refused(base, change, words):
   with pytest.raises(UserError) as error:
-    Model.create(base | change)
+    models.create(base | change)
   assert words in str(error.value)
 
 
 @pytest.mark.parametrize('base', [GPT2, LLAMA])
 def test_fields_about_other_things_are_accepted(base):
-  Model.create(base | {'torch_dtype': 'bfloat16', 'transformers_version': '4.0', 'use_cache': True,
+  models.create(base | {'torch_dtype': 'bfloat16', 'transformers_version': '4.0', 'use_cache': True,
                        'architectures': ['X'], 'attention_dropout': 0.1, 'task_specific_params': {}, 'n_ctx': None})
 
 
@@ -59,11 +59,11 @@ def test_fields_about_other_things_are_accepted(base):
                               'original_max_position_embeddings': 8192}, 'num_key_value_heads': 2},
 ])
 def test_written_config_reads_back(fields):
-  model = Model.create(fields)
-  assert Model.create(json.loads(json.dumps(model.config.to_hf()))) == model
+  model = models.create(fields)
+  assert models.create(json.loads(json.dumps(model.config.to_hf()))) == model
 
 
 def test_old_and_new_spelling_of_rope_are_one_model():
   old = LLAMA | {'rope_theta': 300.0, 'rope_scaling': {'type': 'linear', 'factor': 4}}
   new = LLAMA | {'rope_parameters': {'rope_theta': 300.0, 'rope_type': 'linear', 'factor': 4.0}}
-  assert Model.create(old) == Model.create(new) != Model.create(LLAMA)
+  assert models.create(old) == models.create(new) != models.create(LLAMA)

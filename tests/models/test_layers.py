@@ -64,23 +64,3 @@ def test_gelu_derivatives_are_those_of_the_formula():
   np.testing.assert_allclose(layers.gelu_tanh(x), plain(x), rtol=0, atol=1e-6)
   for derivative in (lambda f: jax.grad(lambda x: f(x).sum())(x), lambda f: jax.jvp(f, (x,), (jnp.ones_like(x),))[1]):
     np.testing.assert_allclose(derivative(layers.gelu_tanh), derivative(plain), rtol=0, atol=1e-5)
-
-
-def test_llama3_frequencies_by_hand():
-  """Three bands: turns over the old context beyond 4 keep, below 1 divide by 8, between blend."""
-  rope = layers.Rope(theta=10000.0, kind='llama3', factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                     original_max_position_embeddings=128)
-  plain = layers.Rope(theta=10000.0).frequencies(8)
-  np.testing.assert_allclose(plain, [1, 0.1, 0.01, 0.001], rtol=1e-6)
-  # turns = 128 f / 2 pi = 20.4, 2.037, 0.204, 0.020; blend of the second (2.037 - 1) / 3 = 0.3457
-  blend = (128 * 0.1 / (2 * np.pi) - 1) / 3
-  expected = [1, 0.1 * (blend + (1 - blend) / 8), 0.01 / 8, 0.001 / 8]
-  np.testing.assert_allclose(rope.frequencies(8), expected, rtol=1e-5)
-
-
-def test_rotation_depends_on_distances_only():
-  table = layers.Rope().table(jnp.array([[3, 7], [13, 17]]), 6)
-  x = jax.random.normal(jax.random.key(0), (1, 2, 1, 6)).repeat(2, axis=0)
-  turned = layers.rotate(x, table)
-  products = jnp.sum(turned[:, 0, 0] * turned[:, 1, 0], axis=-1)
-  np.testing.assert_allclose(products[0], products[1], rtol=1e-4)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax import models
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import Model
 from rlhf_jax.models import hf
 from rlhf_jax.types import positions_from_mask
 
@@ -23,7 +23,7 @@ PROMPT, RESPONSE = 7, 5
 
 @pytest.fixture(scope='module', params=[GPT2, LLAMA], ids=['gpt2', 'llama'])
 def built(request):
-  model = Model.create(request.param)
+  model = models.create(request.param)
   forward = jax.jit(model.forward)
   return model, model.init(jax.random.key(0)), forward
 
@@ -125,7 +125,7 @@ def test_gradient_is_finite_with_rows_of_nothing_but_padding(built):
 def loss_and_gradient(**settings):
   tokens, segments = draw_tokens((2, 6)), np.ones((2, 6), np.int32)
   positions = np.broadcast_to(np.arange(6), (2, 6))
-  model = Model.create(LLAMA, **settings)
+  model = models.create(LLAMA, **settings)
 
   def loss(params):
     return jnp.mean(jnp.square(model.forward(params, tokens, positions, segments)[0][:, :, 0]))
@@ -144,7 +144,7 @@ def test_remat_saves_memory_however_unrolled(unroll):
   tokens = jnp.zeros((8, 32), jnp.int32)
 
   def temporary_bytes(remat):
-    model = Model.create(LLAMA, remat=remat, unroll=unroll)
+    model = models.create(LLAMA, remat=remat, unroll=unroll)
     def loss(params):
       return jnp.mean(jnp.square(model.forward(params, tokens, tokens, tokens + 1)[0]))
     shapes = jax.eval_shape(model.init, jax.random.key(0))
@@ -154,7 +154,7 @@ def test_remat_saves_memory_however_unrolled(unroll):
 
 
 def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits():
-  wide, narrow = Model.create(LLAMA), Model.create(LLAMA, dtype='bfloat16')
+  wide, narrow = models.create(LLAMA), models.create(LLAMA, dtype='bfloat16')
   params = wide.init(jax.random.key(0))
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(narrow.init(jax.random.key(0))))
   tokens, segments = draw_tokens((2, 6)), np.ones((2, 6), np.int32)
@@ -170,7 +170,7 @@ def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits():
 
 def test_initialization_has_the_configured_scale():
   """GPT-2 shrinks the outputs that add up in the residual stream by sqrt(2 L)."""
-  model = Model.create(GPT2 | {'n_embd': 96, 'n_layer': 8, 'initializer_range': 0.02})
+  model = models.create(GPT2 | {'n_embd': 96, 'n_layer': 8, 'initializer_range': 0.02})
   params = model.init(jax.random.key(0))
   mlp = params['blocks']['mlp']
   assert mlp['up']['kernel'].shape == (8, 96, 384)
@@ -181,8 +181,8 @@ def test_initialization_has_the_configured_scale():
 
 
 def test_model_is_hashable_and_says_its_sizes():
-  model = Model.create(LLAMA)
-  assert hash(model) == hash(Model.create(dict(LLAMA))) and model == Model.create(dict(LLAMA))
+  model = models.create(LLAMA)
+  assert hash(model) == hash(models.create(dict(LLAMA))) and model == models.create(dict(LLAMA))
   assert (model.width, model.vocab_size, model.max_length) == (12, 31, 32)
 
 
@@ -194,7 +194,7 @@ def test_model_is_hashable_and_says_its_sizes():
 ])
 def test_unknown_settings_are_refused(fields, settings, words):
   with pytest.raises(UserError, match=words):
-    Model.create(LLAMA | fields, **settings)
+    models.create(LLAMA | fields, **settings)
 
 
 def test_stories260k_mean_loss_of_a_story(shared):

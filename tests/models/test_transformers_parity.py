@@ -1,4 +1,11 @@
-"""Logits and files of random small models against transformers."""
+"""Logits, gradients, cached decoding and files of random small models against transformers.
+
+Three configurations of every family here, the other 21 under the mark 'slow'. A text that holds
+the padding token would differ in one gradient: transformers trains no embedding of it, ours does.
+"""
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,144 +19,173 @@ from rlhf_jax.types import positions_from_mask
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 
-LENGTH = 14
+import families  # Needs transformers.
+
+LENGTH, PROMPT = families.LENGTH, 6
+SEEDS, QUICK_SEEDS = 24, 3
+FIRST_TOKEN = 3  # Those below are special in all references.
+# Programs that run once: a fifth of the time to compile them.
+QUICK_COMPILE = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}
 
 
-def gpt2_reference(seed):
-  """A random GPT-2 of transformers, all parameters (norms and biases too) drawn."""
-  draw = np.random.default_rng(seed)
-  count = int(draw.choice([1, 2, 3]))
-  config = transformers.GPT2Config(
-      vocab_size=int(draw.integers(17, 60)), n_positions=LENGTH + 2, n_embd=count * int(draw.choice([3, 5, 8])),
-      n_layer=int(draw.integers(1, 4)), n_head=count, n_inner=[None, 13, 24][draw.integers(3)],
-      activation_function=str(draw.choice(['gelu_new', 'gelu', 'relu', 'silu', 'gelu_pytorch_tanh'])),
-      layer_norm_epsilon=float(draw.choice([1e-5, 1e-3])), scale_attn_weights=bool(draw.integers(2)),
-      scale_attn_by_inverse_layer_idx=bool(draw.integers(2)), reorder_and_upcast_attn=bool(draw.integers(2)),
-      tie_word_embeddings=bool(draw.integers(2)), bos_token_id=0, eos_token_id=1, pad_token_id=2)
-  return randomize(transformers.GPT2LMHeadModel(config), seed)
-
-
-def llama_reference(seed):
-  """A random Llama of transformers."""
-  draw = np.random.default_rng(seed)
-  kv_heads, groups = int(draw.choice([1, 2])), int(draw.choice([1, 2, 3]))
-  count = kv_heads * groups
-  theta = float(draw.choice([100.0, 10000.0, 500000.0]))
-  rope = [{'rope_type': 'default'}, {'rope_type': 'linear', 'factor': 2.5},
-          {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
-           'original_max_position_embeddings': 16}][draw.integers(3)]
-  head_width = int(draw.choice([2, 4, 6]))
-  config = transformers.LlamaConfig(
-      vocab_size=int(draw.integers(17, 60)), hidden_size=count * int(draw.choice([3, 4, 7])),
-      intermediate_size=int(draw.integers(7, 40)), num_hidden_layers=int(draw.integers(1, 4)),
-      num_attention_heads=count, num_key_value_heads=kv_heads, head_dim=head_width, max_position_embeddings=64,
-      hidden_act=str(draw.choice(['silu', 'gelu', 'gelu_pytorch_tanh'])), rms_norm_eps=float(draw.choice([1e-6, 1e-3])),
-      rope_parameters={'rope_theta': theta, **rope}, attention_bias=bool(draw.integers(2)),
-      mlp_bias=bool(draw.integers(2)), tie_word_embeddings=bool(draw.integers(2)),
-      bos_token_id=0, eos_token_id=1, pad_token_id=2)
-  return randomize(transformers.LlamaForCausalLM(config), seed)
-
-
-def randomize(reference, seed):
-  torch.manual_seed(seed)
-  with torch.no_grad():
-    for parameter in reference.parameters():
-      parameter.add_(0.2 * torch.randn_like(parameter))
-  return reference.eval()
-
-
-def padded_batches(vocab_size, seed):
-  """Tokens [4, T] and mask: rows padded on the left, on the right, and not at all."""
-  draw = np.random.default_rng(seed)
-  tokens = draw.integers(0, vocab_size, (4, LENGTH)).astype(np.int32)
-  mask = np.ones((4, LENGTH), bool)
-  mask[0, :5] = False
-  mask[1, :LENGTH - 1] = False
-  mask[2, 6:] = False
+def draw_batch(vocab_size, seed):
+  """Tokens [5, T] and mask: rows padded on the left (two), on the right, not at all, and but for one token."""
+  tokens = np.random.default_rng(seed).integers(FIRST_TOKEN, vocab_size, (5, LENGTH)).astype(np.int32)
+  mask = np.ones((5, LENGTH), bool)
+  mask[0, :3] = False
+  mask[1, :PROMPT - 1] = False
+  mask[2, 9:] = False
+  mask[4, :-1] = False
   return tokens, mask
 
 
-def our_logits(model, params, tokens, mask):
-  @jax.jit
-  def logits(params, tokens, mask):
-    hidden, _ = model.forward(params, tokens, positions_from_mask(mask), mask)
-    return model.unembed(params, hidden)
-  return np.asarray(logits(params, tokens, jnp.asarray(mask)))
+def next_tokens(mask):
+  """[B, T - 1]: where a token and the one after it are real."""
+  return mask[:, :-1] & mask[:, 1:]
 
 
 def their_logits(reference, tokens, mask):
-  positions = np.asarray(positions_from_mask(jnp.asarray(mask)))
+  """[B, T, V] as a torch tensor."""
+  positions = np.array(positions_from_mask(jnp.asarray(mask)))
+  return reference(torch.tensor(tokens).long(), attention_mask=torch.tensor(mask).long(),
+                   position_ids=torch.tensor(positions).long()).logits
+
+
+@functools.partial(jax.jit, static_argnames='model', compiler_options=QUICK_COMPILE)
+def evaluate(model, params, tokens, mask):
+  """Hidden states, logits and the gradient of the mean LM loss."""
+  def loss(params):
+    hidden, _ = model.forward(params, tokens, positions_from_mask(mask), mask)
+    logits = model.unembed(params, hidden)
+    logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)[..., 0]
+    return -jnp.mean(logprobs, where=next_tokens(mask)), (hidden, logits)
+  gradient, (hidden, logits) = jax.grad(loss, has_aux=True)(params)
+  return hidden, logits, gradient
+
+
+@functools.partial(jax.jit, static_argnames='model', compiler_options=QUICK_COMPILE)
+def decode(model, params, tokens, mask):
+  """States [B, T - P + 1, D] from the last prompt token on, read token by token."""
+  state, cache = model.prefill(params, tokens[:, :PROMPT], mask[:, :PROMPT], LENGTH - PROMPT)
+
+  def step(cache, token_and_alive):
+    hidden, cache = model.step(params, *token_and_alive, cache)
+    return cache, hidden
+
+  _, states = jax.lax.scan(step, cache, (tokens[:, PROMPT:].T, mask[:, PROMPT:].T))
+  return jnp.concatenate([state[:, None], states.swapaxes(0, 1)], axis=1)
+
+
+@dataclasses.dataclass
+class Case:
+  """A reference, its folder, what we read from there, and what both make of a batch."""
+  reference: object
+  folder: object
+  seed: int
+
+  def __post_init__(self):
+    self.reference.set_attn_implementation('eager')
+    self.reference.save_pretrained(self.folder / 'theirs')
+    self.model, self.params = hf.load(self.folder / 'theirs')
+    self.tokens, self.mask = draw_batch(self.model.vocab_size, self.seed)
+
+  @functools.cached_property
+  def theirs(self):
+    """Logits, and {name: gradient}."""
+    logits = their_logits(self.reference, self.tokens, self.mask)
+    wanted = torch.tensor(next_tokens(self.mask))
+    targets = torch.tensor(self.tokens[:, 1:]).long()
+    torch.nn.functional.cross_entropy(logits[:, :-1][wanted], targets[wanted]).backward()
+    gradients = {name: parameter.grad.numpy() for name, parameter in self.reference.named_parameters()}
+    return logits.detach().numpy(), gradients
+
+  @functools.cached_property
+  def ours(self):
+    """Hidden states, logits and gradient."""
+    return evaluate(self.model, self.params, self.tokens, jnp.asarray(self.mask))
+
+
+def assert_near(ours, theirs, relative, *, floor=0.0):
+  """Equal up to a part of the largest number."""
+  np.testing.assert_allclose(ours, theirs, rtol=0, atol=max(relative * np.abs(theirs).max(), floor))
+
+
+@pytest.fixture(scope='module', params=[
+    pytest.param((family, seed), id=f'{family}-{seed}', marks=() if seed < QUICK_SEEDS else pytest.mark.slow)
+    for family in families.FAMILIES for seed in range(SEEDS)])
+def case(request, tmp_path_factory):
+  family, seed = request.param
+  return Case(families.FAMILIES[family](seed), tmp_path_factory.mktemp(family), seed)
+
+
+def test_logits_agree_at_real_positions(case):
+  theirs = case.theirs[0][case.mask]
+  assert np.abs(theirs).max() > 0.1, 'a model without signal tests nothing'
+  assert_near(np.asarray(case.ours[1])[case.mask], theirs, 2e-4)
+
+
+def test_gradients_agree(case):
+  """Of every parameter: ours are saved like weights and loaded by transformers, so that the names are theirs."""
+  hf.save(case.folder / 'gradient', case.model, case.ours[2])
+  ours = dict(transformers.AutoModelForCausalLM.from_pretrained(case.folder / 'gradient').named_parameters())
+  theirs = case.theirs[1]
+  assert sorted(ours) == sorted(theirs)
+  # Some are zero but for rounding: keys' biases, where nothing rotates them.
+  floor = 1e-6 * max(np.abs(gradient).max() for gradient in theirs.values())
+  for name, gradient in theirs.items():
+    assert_near(ours[name].detach().numpy(), gradient, 1e-3, floor=floor)
+
+
+def test_cached_decode_equals_full_forward(case):
+  decoded = decode(case.model, case.params, case.tokens, jnp.asarray(case.mask))
+  full = np.asarray(case.ours[0])[:, PROMPT - 1:]
+  compared = case.mask[:, PROMPT - 1:] & case.mask[:, PROMPT - 1:PROMPT]  # A row without a prompt is not decoded.
+  assert_near(np.asarray(decoded)[compared], full[compared], 1e-5)
+
+
+def test_saved_folder_loads_in_transformers_and_in_ours(case):
+  hf.save(case.folder / 'ours', case.model, case.params, max_shard_bytes=1000)
+  assert len(list((case.folder / 'ours').glob('*.safetensors'))) > 1
+  reloaded = transformers.AutoModelForCausalLM.from_pretrained(case.folder / 'ours', attn_implementation='eager')
+  assert type(reloaded) is type(case.reference)
   with torch.no_grad():
-    output = reference(torch.tensor(tokens).long(), attention_mask=torch.tensor(mask).long(),
-                       position_ids=torch.tensor(positions).long())
-  return output.logits.numpy()
+    logits = their_logits(reloaded.eval(), case.tokens, case.mask).numpy()
+  assert_near(logits[case.mask], case.theirs[0][case.mask], 1e-5)
+  again, params_again = hf.load(case.folder / 'ours')
+  assert again == case.model
+  jax.tree.map(np.testing.assert_array_equal, params_again, case.params)
 
 
-REFERENCES = [(make, seed) for make in (gpt2_reference, llama_reference) for seed in range(16)]
-
-
-@pytest.mark.parametrize('make,seed', REFERENCES, ids=lambda value: getattr(value, '__name__', value))
-def test_logits_agree_at_real_positions(make, seed, tmp_path):
-  reference = make(seed)
-  reference.save_pretrained(tmp_path)
-  model, params = hf.load(tmp_path)
-  tokens, mask = padded_batches(model.vocab_size, seed)
-  theirs = their_logits(reference, tokens, mask)
-  assert np.abs(theirs[mask]).max() > 0.1, 'a model without signal tests nothing'
-  np.testing.assert_allclose(our_logits(model, params, tokens, mask)[mask], theirs[mask], rtol=0, atol=2e-4)
-
-
-@pytest.mark.parametrize('make,seed', [(gpt2_reference, 0), (gpt2_reference, 1), (llama_reference, 0),
-                                       (llama_reference, 1), (llama_reference, 2), (llama_reference, 5)])
-def test_saved_folder_loads_in_transformers_and_in_ours(make, seed, tmp_path):
-  reference = make(seed)
-  reference.save_pretrained(tmp_path / 'theirs')
-  model, params = hf.load(tmp_path / 'theirs')
-  hf.save(tmp_path / 'ours', model, params, max_shard_bytes=3000)
-  assert len(list((tmp_path / 'ours').glob('*.safetensors'))) > 1
-  reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'ours').eval()
-  assert type(reloaded) is type(reference)
-  tokens, mask = padded_batches(model.vocab_size, seed)
-  theirs = their_logits(reference, tokens, mask)
-  np.testing.assert_allclose(their_logits(reloaded, tokens, mask)[mask], theirs[mask], rtol=0, atol=1e-5)
-  again, params_again = hf.load(tmp_path / 'ours')
-  assert again == model
-  jax.tree.map(np.testing.assert_array_equal, params_again, params)
-
-
-@pytest.mark.parametrize('make', [gpt2_reference, llama_reference])
-def test_reward_model_of_transformers(make, tmp_path):
+@pytest.mark.parametrize('family', families.FAMILIES)
+def test_reward_model_of_transformers(family, tmp_path):
   """Scores of a sequence classifier with one label: ours of its file, theirs of ours."""
-  config = make(3).config
+  config = families.FAMILIES[family](3).config
   config.num_labels = 1
-  reference = randomize(transformers.AutoModelForSequenceClassification.from_config(config), 3)
+  reference = families.randomize(transformers.AutoModelForSequenceClassification.from_config(config), 3)
   reference.save_pretrained(tmp_path / 'theirs')
   model, params = hf.load_reward(tmp_path / 'theirs')
-  draw = np.random.default_rng(0)
-  tokens = draw.integers(3, model.vocab_size, (3, LENGTH)).astype(np.int32)
-  mask = np.ones((3, LENGTH), bool)
-  mask[0, 9:], mask[1, 4:] = False, False
+  tokens, mask = draw_batch(model.vocab_size, 0)
+  tokens, mask = tokens[2:4], mask[2:4]  # Theirs counts positions from the first slot, padding or not.
   tokens[~mask] = config.pad_token_id
 
   @jax.jit
   def score(params, tokens, mask):
-    hidden, _ = model.forward(params['backbone'], tokens, positions_from_mask(mask), mask)
-    return heads.last_token(heads.apply_scalar(params['head'], hidden), mask)
+    return heads.apply_scalar(params['head'], model.summary(params['backbone'], tokens, mask))
 
   def their_scores(reference):
     with torch.no_grad():
       return reference(torch.tensor(tokens).long(), attention_mask=torch.tensor(mask).long()).logits.numpy()[:, 0]
 
-  np.testing.assert_allclose(np.asarray(score(params, tokens, mask)), their_scores(reference), rtol=0, atol=2e-4)
+  assert_near(np.asarray(score(params, tokens, jnp.asarray(mask))), their_scores(reference), 2e-4)
   hf.save(tmp_path / 'ours', model, params['backbone'], head=params['head'])
   reloaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / 'ours').eval()
   assert reloaded.config.num_labels == 1
-  np.testing.assert_allclose(their_scores(reloaded), their_scores(reference), rtol=0, atol=1e-6)
+  assert_near(their_scores(reloaded), their_scores(reference), 1e-5)
 
 
 def test_bfloat16_file_and_parameters(tmp_path):
   """Half-precision files are read; the parameters are what was asked for."""
-  reference = llama_reference(4).to(torch.bfloat16)
+  reference = families.llama(4).to(torch.bfloat16)
   reference.save_pretrained(tmp_path)
   _, wide = hf.load(tmp_path)
   _, narrow = hf.load(tmp_path, param_dtype='bfloat16')

@@ -4,16 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers as hf_tokenizers
 import tiny
+import transformers
 
 from rlhf_jax import errors
+from rlhf_jax import models
 from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.algorithms import on_policy
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.data import formats
 from rlhf_jax.data import tokenizers
-from rlhf_jax.models import Model
 from rlhf_jax.models import heads
 from rlhf_jax.models import hf
 from rlhf_jax.rewards import learned
@@ -66,7 +68,7 @@ def test_which_tokenizers_are_the_same(world, tmp_path):
 def test_another_tokenizer_reads_the_text(world, tmp_path, mesh):
   """The policy has a word a token, the reward model a few bytes: ids say nothing to the other."""
   own = tokenizers.train_bpe([' '.join(pair) for pair in TEXTS], 270, tmp_path / 'reward')
-  model = Model.create(tiny.LLAMA | {'vocab_size': 270, 'max_position_embeddings': 48})
+  model = models.create(tiny.LLAMA | {'vocab_size': 270, 'max_position_embeddings': 48})
   params = {'backbone': model.init(jax.random.key(5)),
             'head': heads.init_scalar(jax.random.key(6), model.width, scale='normal')}
   hf.save(tmp_path / 'reward', model, params['backbone'], tokenizer=own, head=params['head'])
@@ -91,3 +93,35 @@ def test_another_tokenizer_reads_the_text(world, tmp_path, mesh):
     padded = jnp.asarray([row + [own.pad_token_id] * (48 - len(row))])
     expected = expect(padded, jnp.arange(48)[None] < len(row))
     assert float(found[i]) == pytest.approx(float(expected[0]), abs=1e-5)
+
+
+def test_a_bert_classifier_reads_prompt_and_response_as_one_text(world, tmp_path, mesh):
+  """A folder of transformers with word pieces: its logits, whether or not a response ended."""
+  torch = pytest.importorskip('torch')
+  words = [f'w{i}' for i in range(60)]
+  vocabulary = {word: i for i, word in enumerate(['[PAD]', '[CLS]', '[SEP]', '[UNK]', *words])}
+  backend = hf_tokenizers.Tokenizer(hf_tokenizers.models.WordPiece(vocabulary, unk_token='[UNK]'))
+  backend.pre_tokenizer = hf_tokenizers.pre_tokenizers.BertPreTokenizer()
+  backend.post_processor = hf_tokenizers.processors.BertProcessing(('[SEP]', 2), ('[CLS]', 1))
+  theirs = transformers.PreTrainedTokenizerFast(
+      tokenizer_object=backend, pad_token='[PAD]', cls_token='[CLS]', sep_token='[SEP]', unk_token='[UNK]')
+  theirs.save_pretrained(tmp_path)
+  torch.manual_seed(0)
+  bert = transformers.BertForSequenceClassification(transformers.BertConfig(
+      vocab_size=64, hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20,
+      max_position_embeddings=32, num_labels=1, initializer_range=0.5)).eval()
+  bert.save_pretrained(tmp_path)
+  config = tiny.ppo(world)
+  config.reward.model = str(tmp_path)
+  score, critic = on_policy.reward_model_scorer(config, tokenizers.load(world / 'tokenizer'), mesh)
+  assert critic is None
+  tokens = np.array([[tiny.BOS, 10, 11, 12, tiny.EOS], [tiny.BOS, 20, 21, 22, 23]], np.int32)
+  mask = np.ones(tokens.shape, bool)
+  rollout = types.Rollout(tokens, mask, mask[:, 2:], np.zeros((2, 3), np.float32))
+  prompts = ['w6 ', 'w16 ']
+  found = score(sharding.put_rows(rollout, mesh), [formats.Prompt(p, {}) for p in prompts])
+  texts = ['w6 w7 w8', 'w16 w17 w18 w19']
+  with torch.no_grad():
+    expected = bert(**theirs(texts, padding=True, return_tensors='pt')).logits[:, 0].numpy()
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+  assert abs(expected[0] - expected[1]) > 1e-3

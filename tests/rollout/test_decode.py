@@ -10,8 +10,8 @@ import pytest
 import tiny
 
 from rlhf_jax import logprobs as logprobs_lib
+from rlhf_jax import models
 from rlhf_jax import types
-from rlhf_jax.models import Model
 from rlhf_jax.rollout import decode
 from rlhf_jax.rollout import sampling as sampling_lib
 
@@ -26,12 +26,12 @@ calls = []
 class Markov:
   """A language model that knows the last token alone, and counts its calls."""
 
-  def init_cache(self, batch, length):
-    return {'seen': jnp.zeros((batch, length))}
+  def prefill(self, params, tokens, mask, slots):
+    return self.step(params, tokens[:, -1], mask[:, -1], {'seen': jnp.zeros((len(tokens), slots))})
 
-  def forward(self, params, tokens, positions, segments, cache=None):
+  def step(self, params, token, alive, cache):
     jax.debug.callback(lambda: calls.append(1))
-    return tokens[..., None].astype(jnp.float32), cache
+    return token[:, None].astype(jnp.float32), cache
 
   def unembed(self, params, hidden):
     return params[hidden[..., 0].astype(jnp.int32)]
@@ -56,7 +56,7 @@ def generate(params, prompts, key, model, sampling):
 
 @pytest.fixture(scope='module')
 def llama():
-  model = Model.create(tiny.LLAMA | {'vocab_size': 24, 'initializer_range': 0.4})
+  model = models.create(tiny.LLAMA | {'vocab_size': 24, 'initializer_range': 0.4})
   return model, model.init(jax.random.key(5))
 
 

@@ -1,0 +1,289 @@
+"""An encoder-decoder as functions of its parameters: the encoder reads the prompt, the decoder writes the response.
+
+Letters: B batch, P prompt length, R response slots, T tokens of this call, S slots of the decoder's
+cache, L decoder layers, V vocabulary, D width, N heads, H head width.
+
+Parameters are a plain dict: 'embed', 'encoder' and 'decoder' with 'blocks' stacked on a leading
+axis of layers each, and 'unembed' where it is not the embedding. Tokens are told apart by their
+distance alone, so padding on either side changes nothing as long as it is masked.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import sharding
+from rlhf_jax.models import heads
+from rlhf_jax.models import layers
+from rlhf_jax.models import lora as lora_lib
+from rlhf_jax.models import stack
+from rlhf_jax.models.families import FAMILIES
+
+
+@dataclasses.dataclass(frozen=True)
+class Seq2Seq:
+  """An encoder-decoder without its parameters; hashable, so static under jit.
+
+  Attributes:
+    family: a name in FAMILIES.
+    config: the family's Config.
+    dtype: of the computation, 'float32' or 'bfloat16'; softmax and norms are float32 always.
+    remat: 'none', 'block' (recompute each block in the backward pass) or 'dots' (keep the
+      outputs of its matmuls).
+    unroll: layers unrolled in the scans; more is faster and compiles longer.
+    lora: adapters its parameters hold, or None; paths are like 'decoder/blocks/cross/query'.
+  """
+  family: str
+  config: Any
+  dtype: str = 'float32'
+  remat: str = 'none'
+  unroll: int = 1
+  lora: lora_lib.Lora | None = None
+  encoder_decoder = True
+
+  @property
+  def width(self):
+    """D."""
+    return self.config.width
+
+  @property
+  def vocab_size(self):
+    """V."""
+    return self.config.vocab_size
+
+  @property
+  def max_length(self):
+    """Tokens of a row that the model was made for."""
+    return self.config.max_length
+
+  @property
+  def rules(self):
+    """Sharding of the parameters and heads: tuple of (regex on the '/'-joined path, PartitionSpec)."""
+    return lora_lib.rules(self._module.RULES) + self._module.RULES + heads.RULES
+
+  @property
+  def _module(self):
+    return FAMILIES[self.family]
+
+  @property
+  def _sides(self):
+    """Class and number of the blocks on either side."""
+    return {'encoder': (self._module.EncoderBlock, self.config.num_layers),
+            'decoder': (self._module.DecoderBlock, self.config.num_decoder_layers)}
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def init(self, key):
+    """Draws parameters, without adapters.
+
+    Args:
+      key: random key.
+
+    Returns:
+      Pure dict of float32 arrays; under 'blocks' stacked on a leading axis of layers.
+    """
+    return stack.draw(key, self.shapes(), self.config.std)
+
+  def shapes(self):
+    """The tree of parameters, without adapters, as float32 ShapeDtypeStructs."""
+    config = self.config
+    tree = stack.shapes(self._module.Ends, config)
+    for side, (block, depth) in self._sides.items():
+      tree[side] = stack.shapes(self._module.Side, config) | {'blocks': stack.shapes(block, config, depth=depth)}
+    if not config.tie_word_embeddings:
+      tree['unembed'] = {'kernel': jax.ShapeDtypeStruct((config.width, config.vocab_size), jnp.float32)}
+    return tree
+
+  def encode(self, params, tokens, mask):
+    """Runs the encoder.
+
+    Args:
+      params: from `init` or `hf.load`.
+      tokens: [B, P] int32; those outside the mask are not read.
+      mask: [B, P] bool.
+
+    Returns:
+      [B, P, D] in the compute dtype.
+    """
+    side = self._build(self._module.Side, params['encoder'], 'encoder')
+    seen, bias = mask[:, None, None, None, :], side.both_ways(tokens.shape[1])
+
+    def attend(queries, keys, values):
+      return layers.attend(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), seen, bias=bias)
+
+    x, _ = self._scan(params, 'encoder', lambda block, layer, x, memory: (block(x, attend), memory),
+                      (self._embed(params, tokens, mask), ()))
+    return side.norm(x)
+
+  def decode(self, params, tokens, mask, encoded, prompt, cache=None):
+    """Runs the decoder.
+
+    Args:
+      params: as for `encode`.
+      tokens: [B, T] int32, shifted: what stands at a slot predicts the token that belongs there.
+      mask: [B, T] bool.
+      encoded: [B, P, D] from `encode`; None with a cache.
+      prompt: [B, P] bool, mask of the prompt.
+      cache: None, or a cache with room for T more tokens.
+
+    Returns:
+      States [B, T, D] after the final norm, in the compute dtype; and None, or the cache with these
+      tokens written.
+    """
+    side = self._build(self._module.Side, params['decoder'], 'decoder')
+    segments = mask.astype(jnp.int32)
+    key_segments, index, memory = segments, 0, ()
+    if cache is not None:
+      index, memory = cache['index'], (cache['k'], cache['v'], cache['index'])
+      key_segments = jax.lax.dynamic_update_slice(cache['segments'], segments, (0, index))
+    before = layers.attention_mask(segments, key_segments, index=index)
+    bias = side.backwards(index, tokens.shape[1], key_segments.shape[1])
+
+    def apply(block, layer, x, memory):
+      if cache is None:
+        theirs = [y.swapaxes(1, 2) for y in block.cross.keys_and_values(encoded)]
+      else:
+        theirs = [jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False) for name in ('cross_k', 'cross_v')]
+
+      def attend(queries, keys, values):
+        keys, values, updated = stack.remember(memory, layer, keys, values)
+        return layers.attend(queries, keys, values, before, bias=bias), updated
+
+      return block(x, attend, lambda queries: layers.attend(queries, *theirs, prompt[:, None, None, None, :]))
+
+    x, memory = self._scan(params, 'decoder', apply, (self._embed(params, tokens, mask), memory))
+    if cache is None:
+      return side.norm(x), None
+    written = {'k': memory[0], 'v': memory[1], 'segments': key_segments, 'index': index + tokens.shape[1]}
+    return side.norm(x), cache | written
+
+  def unembed(self, params, hidden):
+    """Logits of the next token.
+
+    Args:
+      params: as for `encode`.
+      hidden: [..., D] from `decode`.
+
+    Returns:
+      [..., V] float32.
+    """
+    if self.config.scale_decoder_outputs:
+      hidden = hidden * self.config.width ** -0.5
+    tied = self.config.tie_word_embeddings
+    kernel = params['embed']['embedding'].T if tied else params['unembed']['kernel']
+    logits = layers.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    if self.lora is not None and 'lora' in params.get('unembed', {}):
+      logits += self.lora.apply('unembed', params['unembed']['lora'], hidden)
+    return logits
+
+  def response_states(self, params, tokens, mask, slots, trunk=None):
+    """Hidden states that predict the response tokens of finished rollouts.
+
+    Args:
+      params: as for `encode`.
+      tokens: [B, P + R] int32, left-padded prompt then right-padded response.
+      mask: [B, P + R] bool.
+      slots: R.
+      trunk: None; these models have no layers that policy and reference share.
+
+    Returns:
+      [B, R, D]; slot t predicts response token t.
+    """
+    if trunk is not None:
+      raise ValueError('an encoder-decoder has no trunk')
+    prompt, prompt_mask = tokens[:, :-slots], mask[:, :-slots]
+    encoded = self.encode(params, prompt, prompt_mask)
+    shifted = self._shift(tokens[:, -slots:], mask[:, -slots:])
+    return self.decode(params, *shifted, encoded, prompt_mask)[0]
+
+  def summary(self, params, tokens, mask):
+    """The state [B, D] that a scalar head reads a text's score from.
+
+    Encoder and decoder both read the text, the decoder shifted by one token; the state is the one
+    that predicts the last real token, as in transformers' T5ForSequenceClassification.
+
+    Args:
+      params: as for `encode`.
+      tokens: [B, T] int32, padded on either side.
+      mask: [B, T] bool.
+    """
+    # Real tokens to the left: a masked one in between does not count as distance either.
+    order = jnp.argsort(~mask, axis=1, stable=True)
+    tokens, mask = (jnp.take_along_axis(x, order, axis=1) for x in (tokens, mask))
+    encoded = self.encode(params, tokens, mask)
+    hidden, _ = self.decode(params, *self._shift(tokens, mask), encoded, mask)
+    last = jnp.maximum(jnp.sum(mask, axis=1) - 1, 0)
+    state = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    return jnp.tanh(self._ends(params).pooler(state)) if self.config.pooled else state
+
+  def prefill(self, params, tokens, mask, slots):
+    """Reads prompts into a new cache, and the token that every response starts from.
+
+    Args:
+      params: as for `encode`.
+      tokens: [B, P] int32, left-padded.
+      mask: [B, P] bool.
+      slots: R, room for so many tokens of response.
+
+    Returns:
+      The state [B, D] that predicts the first response token, and the cache for `step`.
+    """
+    encoded = self.encode(params, tokens, mask)
+    batch, config = tokens.shape[0], self.config
+    shape = (config.num_decoder_layers, batch, config.kv_heads, slots, config.head_width)
+    empty = sharding.split_rows(jnp.zeros(shape, self.dtype), axis=1)
+    cross_k, cross_v = self._cross_keys_and_values(params, encoded)
+    cache = {'k': empty, 'v': empty, 'index': jnp.zeros((), jnp.int32),
+             'segments': sharding.split_rows(jnp.zeros((batch, slots), jnp.int32)),
+             'cross_k': cross_k, 'cross_v': cross_v, 'prompt': mask}
+    start = jnp.full((batch,), config.decoder_start_token_id, jnp.int32)
+    return self.step(params, start, jnp.ones((batch,), bool), cache)
+
+  def step(self, params, token, alive, cache):
+    """Reads one more token of each row.
+
+    Args:
+      params: as for `encode`.
+      token: [B] int32.
+      alive: [B] bool; the tokens of other rows are not read.
+      cache: from `prefill` or `step`.
+
+    Returns:
+      The state [B, D] that predicts the token after it, and the cache.
+    """
+    hidden, cache = self.decode(params, token[:, None], alive[:, None], None, cache['prompt'], cache)
+    return hidden[:, 0], cache
+
+  def _cross_keys_and_values(self, params, encoded):
+    """What every layer of the decoder reads of the prompt: two [L, B, N, P, H], computed once per prompt."""
+    build = self._block_builder('decoder')
+
+    def one(_, layer_params):
+      return None, [sharding.split_rows(y.swapaxes(1, 2)) for y in build(layer_params).cross.keys_and_values(encoded)]
+
+    return jax.lax.scan(one, None, params['decoder']['blocks'])[1]
+
+  def _shift(self, tokens, mask):
+    """Right-padded tokens and mask [B, T] as the decoder reads them: the start token, then all but the last."""
+    start = jnp.full_like(tokens[:, :1], self.config.decoder_start_token_id)
+    return (jnp.concatenate([start, tokens[:, :-1]], axis=1),
+            jnp.concatenate([jnp.ones_like(mask[:, :1]), mask[:, :-1]], axis=1))
+
+  def _embed(self, params, tokens, mask):
+    return sharding.split_rows(self._ends(params).embed(jnp.where(mask, tokens, 0)))
+
+  def _ends(self, params):
+    return self._build(self._module.Ends, params, '')
+
+  def _build(self, cls, params, prefix):
+    return stack.build(cls, self.config, self.dtype, params, lora=self.lora, prefix=prefix)
+
+  def _block_builder(self, side):
+    return functools.partial(stack.build, self._sides[side][0], self.config, self.dtype, lora=self.lora,
+                             prefix=f'{side}/blocks')
+
+  def _scan(self, params, side, apply, carry):
+    return stack.scan(self._block_builder(side), params[side]['blocks'], apply, carry, remat=self.remat,
+                      unroll=self.unroll)

@@ -1,0 +1,145 @@
+"""Stacked blocks under one scan, and the split of Flax modules into a graph and a dict of arrays.
+
+Letters: B batch, T tokens of this call, S cache length, L layers, D width, K key/value heads, H
+head width.
+
+Flax modules are split once into a graph (static) and a plain dict of their parameters, and merged
+again inside the functions, one slice per layer inside the scan, so that compile time does not
+grow with depth.
+"""
+
+import functools
+import itertools
+import math
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import sharding
+from rlhf_jax.models import lora as lora_lib
+
+# What a block keeps for its backward pass: everything, its input, or also its matmuls' outputs.
+REMAT = {
+    'none': None,
+    'block': jax.checkpoint_policies.nothing_saveable,
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@functools.lru_cache(maxsize=None)
+def _split(cls, config, dtype, lora, prefix):
+  """The graph of a module, and its parameters as a dict of ShapeDtypeStructs."""
+  def build():
+    module = cls(config, dtype=dtype, rngs=nnx.Rngs(0))
+    if lora is not None:
+      lora_lib.attach(module, lora, prefix=prefix)
+    return module
+  graph, state = nnx.split(nnx.eval_shape(build))
+  return graph, nnx.to_pure_dict(state)
+
+
+def build(cls, config, dtype, params, *, lora=None, prefix=''):
+  """A module with its parameters.
+
+  Args:
+    cls: nnx.Module class, called as cls(config, dtype=dtype, rngs=rngs).
+    config: of the family, hashable.
+    dtype: of the computation.
+    params: dict that holds its parameters, and may hold more.
+    lora: None, or lora.Lora, whose adapters the module has where its patterns say.
+    prefix: path of the module among the parameters, for those patterns.
+  """
+  graph, state = _split(cls, config, dtype, lora, prefix)
+  return nnx.merge(graph, {name: params[name] for name in state})
+
+
+def shapes(cls, config, *, depth=None):
+  """Parameters of a module as ShapeDtypeStructs, float32; stacked on a leading axis of `depth`."""
+  leading = () if depth is None else (depth,)
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leading + leaf.shape, jnp.float32),
+                      _split(cls, config, 'float32', None, '')[1])
+
+
+def draw(key, tree, std):
+  """Draws parameters: kernels and embeddings normal, scales 1, biases and offsets 0.
+
+  Args:
+    key: random key.
+    tree: of ShapeDtypeStructs.
+    std: function from a parameter's path to its standard deviation.
+
+  Returns:
+    Tree of float32 arrays.
+  """
+  drawn = {name: math.prod(leaf.shape) for name, leaf in sharding.paths(tree).items()
+           if not name.endswith(('scale', 'bias', 'offset'))}
+  # One draw, cut into pieces: each of its own would take half a second to compile.
+  normal = jax.random.normal(key, (sum(drawn.values()),))
+  starts = dict(zip(drawn, itertools.accumulate(drawn.values(), initial=0)))
+
+  def fill(name, leaf):
+    if name not in drawn:
+      return jnp.ones(leaf.shape) if name.endswith('scale') else jnp.zeros(leaf.shape)
+    piece = normal[starts[name]:starts[name] + drawn[name]]
+    return piece.reshape(leaf.shape) * std(name)
+
+  return sharding.map_with_path(fill, tree)
+
+
+def scan(build_block, params, apply, carry, *, first=0, remat='none', unroll=1):
+  """Applies stacked blocks one after another.
+
+  Args:
+    build_block: from the parameters of one layer to the block.
+    params: dict of their parameters, each with a leading axis of layers.
+    apply: (block, layer, x, memory) -> (x, memory); `layer` is the int32 number of the layer.
+    carry: (x [B, T, D], memory); memory is any pytree.
+    first: number of the first of these layers.
+    remat: a name in REMAT.
+    unroll: layers unrolled in the scan.
+
+  Returns:
+    The carry after the last block.
+  """
+  depth = jax.tree.leaves(params)[0].shape[0]
+  if not depth:
+    return carry
+
+  def block(carry, layer_and_params):
+    layer, params = layer_and_params
+    x, memory = apply(build_block(params), layer, *carry)
+    return (sharding.split_rows(x), memory), None
+
+  unroll = min(unroll, depth)
+  if remat != 'none':
+    block = jax.checkpoint(block, policy=REMAT[remat], prevent_cse=False)
+    # The loop keeps the recomputation apart from the first pass; without one XLA merges the two.
+    unroll = min(unroll, max(depth // 2, 1))
+  return jax.lax.scan(block, carry, (first + jnp.arange(depth), params), unroll=unroll)[0]
+
+
+def remember(memory, layer, keys, values):
+  """Writes a layer's keys and values [B, T, K, H] into the cache; returns all of that layer's, [B, K, S, H].
+
+  The whole cache is carried through the scan and written in place: as an output of the scan it
+  would be copied every step.
+
+  Args:
+    memory: () without a cache, or (keys, values [L, B, K, S, H], index of the first slot to write).
+    layer: int32 scalar.
+    keys, values: [B, T, K, H].
+
+  Returns:
+    Keys and values [B, K, S, H] (S = T without a cache), and the new memory.
+  """
+  keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
+  if not memory:
+    return keys, values, memory
+  all_keys, all_values, index = memory
+  start = (layer, 0, 0, index, 0)
+  all_keys = jax.lax.dynamic_update_slice(all_keys, keys[None], start)
+  all_values = jax.lax.dynamic_update_slice(all_values, values[None], start)
+  keys = jax.lax.dynamic_index_in_dim(all_keys, layer, keepdims=False)
+  values = jax.lax.dynamic_index_in_dim(all_values, layer, keepdims=False)
+  return keys, values, (all_keys, all_values, index)

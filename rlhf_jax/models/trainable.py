@@ -1,0 +1,107 @@
+"""Which parameters are trained, and which are frozen and shared by policy, critic and reference.
+
+Three ways, one shape: a tree of trained parameters and a tree of frozen ones that `join` puts
+together again without copying an array.
+
+  all          everything is trained, nothing is shared; the reference is a copy
+  top layers   the last k blocks, the final norm and the unembedding are trained; what lies below is
+               computed once for policy and reference (trlX's "hydra" models,
+               https://github.com/CarperAI/trlx)
+  adapters     low-rank ones (lora.py); the reference is the same weights without them
+
+Top layers and adapters go together: then the adapters of the last k blocks are trained.
+
+An embedding that is also the unembedding stays frozen with the trunk. trlX goes on training it,
+so that the trunks of policy and reference drift apart while one is taken for the other.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import lora as lora_lib
+
+
+def join(*trees):
+  """One tree of several; nothing is copied. Of two leaves with one path the later tree's counts."""
+  joined = {}
+  for tree in trees:
+    for name, value in tree.items():
+      both = name in joined and isinstance(value, dict)
+      joined[name] = join(joined[name], value) if both else value
+  return joined
+
+
+def divide(model, params, *, unfrozen_layers=-1, seed=0):
+  """Divides a model's parameters into trained and frozen ones.
+
+  Args:
+    model: Model; its `lora` says which adapters there are.
+    params: all of its parameters, without adapters. Where blocks are cut in two the uncut arrays
+      are deleted.
+    unfrozen_layers: k, blocks at the top that are trained; -1 trains everything.
+    seed: of new adapters.
+
+  Returns:
+    (trained, frozen): trees of which `join` makes what the model's functions take.
+
+  Raises:
+    UserError: k is larger than the depth, or the model has no single stack of blocks.
+  """
+  trained, frozen = (params, {}) if unfrozen_layers < 0 else _cut(model, params, unfrozen_layers)
+  if model.lora is None:
+    return trained, frozen
+  frozen = join(frozen, trained)
+  return new_adapters(model, frozen, seed=seed), frozen
+
+
+def new_adapters(model, frozen, *, seed):
+  """Adapters on frozen parameters: on the top layers only, where those are apart; see lora.init."""
+  key = jax.random.key(seed)
+  if 'top' in frozen:
+    return {'top': lora_lib.init(key, frozen['top'], model.lora)}
+  return lora_lib.init(key, frozen, model.lora)
+
+
+def _cut(model, params, top):
+  """Cuts the blocks into the `top` last ones, trained with what follows them, and the frozen rest."""
+  if 'blocks' not in params:
+    raise UserError(f'config.model.unfrozen_layers={top}: a {model.family} model has no single stack of layers '
+                    'to freeze the bottom of; set it to -1')
+  depth = model.config.depth
+  if top > depth:
+    raise UserError(f'config.model.unfrozen_layers={top}: the model has {depth} layers')
+
+  def cut(stack):
+    places = (stack.sharding, stack.sharding)
+    pieces = jax.jit(lambda x: (x[:depth - top], x[depth - top:]), out_shardings=places)(stack)
+    stack.delete()
+    return pieces
+
+  leaves, structure = jax.tree.flatten(params['blocks'])
+  below, above = map(structure.unflatten, zip(*map(cut, leaves)))
+  after = {name: params[name] for name in params if name in model.after_blocks}
+  before = {name: params[name] for name in params if name not in model.after_blocks | {'blocks'}}
+  return {'top': {'blocks': above}, **after}, {'blocks': below, **before}
+
+
+def whole(model, trained, frozen):
+  """All parameters of a model as `hf.save` writes them: blocks in one stack, adapters merged.
+
+  Args:
+    model: Model.
+    trained, frozen: as from `divide`.
+
+  Returns:
+    Parameters without adapters; arrays that nothing was done to are not copied.
+  """
+  if model.lora is None:
+    params = join(frozen, trained)
+  elif 'top' in trained:
+    params = frozen | {'top': lora_lib.merge(frozen['top'], trained['top'], model.lora)}
+  else:
+    params = lora_lib.merge(frozen, trained, model.lora)
+  if 'top' not in params:
+    return params
+  stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), params['blocks'], params['top']['blocks'])
+  return {name: value for name, value in params.items() if name != 'top'} | {'blocks': stacked}
