@@ -125,3 +125,21 @@ def test_raw_responses_are_scored_as_they_are_read(world, monkeypatch):
   assert min(lengths) < 24
   assert list(map(len, seen['tokens'])) == lengths == np.asarray(scores).tolist()
   assert len(learner.samples()) == 16
+
+
+@pytest.mark.parametrize('part', ['adapters', 'top layers'])
+def test_a_checkpoint_of_a_part_is_read_with_the_rest(part, world, tmp_path):
+  config = tiny.sft(world, 'completion')
+  config.steps = 2
+  if part == 'adapters':
+    config.model.lora.targets = (('attention/', 2, 4.0),)
+  else:
+    config.model.unfrozen_layers = 1
+  train.run(config, tmp_path / 'run')
+  exported = texts.TextPolicy.load(tmp_path / 'run').params
+  (tmp_path / 'run' / 'model').rename(tmp_path / 'model')
+  found = texts.TextPolicy.load(tmp_path / 'run').params
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), found, exported)
+  _, before = hf.load(world / 'model')
+  moved = jax.tree.map(lambda a, b: bool(np.abs(a - b).max() > 0), found, before)
+  assert moved['blocks']['attention']['query']['kernel'] and not moved['embed']['embedding']

@@ -154,7 +154,8 @@ def _with_frozen(path, config, model, trained):
     adapted = lora_lib.Lora(tuple(map(tuple, lora['targets'])), lora['rslora']) if lora['targets'] else None
   model = dataclasses.replace(model, lora=adapted)
   _, frozen = trainable.divide(model, params, unfrozen_layers=config['unfrozen_layers'])
-  return trainable.whole(model, trained, frozen)
+  # Restored arrays lie on the devices of the run, the folder's on one.
+  return trainable.whole(model, jax.device_get(trained), frozen)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'sampling'))
