@@ -123,7 +123,7 @@ def main(_):
     rows = [{'stage': way, **measure(make_config(way), mesh)} for way in WAYS]
   what = (f'GPT-2, {FLAGS.layers} layers of width {FLAGS.width}, vocabulary {FLAGS.vocab}, '
           f'batch {FLAGS.batch} x ({FLAGS.prompt} + {FLAGS.response}), float32, Adam, 4 epochs')
-  print(tables.stages_table(rows, title=f'MiB and seconds: {what}', width=110))
+  print(tables.stages_table(rows, title=f'MiB and seconds: {what}', width=130))
 
 
 if __name__ == '__main__':
