@@ -53,3 +53,11 @@ def world(tmp_path_factory):
   """A folder with a tiny tokenizer, policy, reward model and data; see tiny.py."""
   import tiny
   return tiny.write(tmp_path_factory.mktemp('world'))
+
+
+@pytest.fixture(autouse=True)
+def few_programs(request):
+  """Forgets compiled programs after a slow test: a process has room for some ten thousand mappings of them."""
+  yield
+  if request.node.get_closest_marker('slow'):
+    jax.clear_caches()
