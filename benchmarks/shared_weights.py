@@ -66,12 +66,11 @@ def measure(config, mesh):
   policy = jax.jit(model.init, out_shardings=place)(jax.random.key(0))
   model, trained, shared = setup.divide(config, model, policy, mesh)
   reference = on_policy.load_reference(config, mesh, model, trained)
-  critic_model, critic = ppo.make_critic(config, None, mesh, model, trained, shared, None)
+  critic_model, critic = on_policy.make_critic(config, None, mesh, model, trained, shared, None)
   handles = ppo.Models(model, critic_model, critic_shared=config.critic.kind == 'adapters')
   optimizers = {'policy': setup.make_optimizer(config.optim, 100),
                 'critic': setup.make_optimizer(config.optim, 100, exported=False)}
   state = setup.new_state(config, {'policy': trained, 'critic': critic}, optimizers, mesh, model.rules)
-  frozen = {'shared': shared, 'reference': reference}
   sizes = {'policy': (trained, shared), 'critic': critic, 'reference': reference, 'moments': state.opt_state}
   seen = set()
   sizes = {name: _count(tree, seen) for name, tree in sizes.items()}

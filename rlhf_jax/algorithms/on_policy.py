@@ -1,8 +1,9 @@
-"""What on-policy algorithms do before their train step: prompts, rollouts, scores.
+"""What on-policy algorithms need before their train step: reference, critic, prompts, rollouts, scores.
 
 Letters: B batch, P prompt length, R response length.
 """
 
+import dataclasses
 import functools
 import time
 
@@ -90,6 +91,42 @@ def load_reference(config, mesh, model, trained):
         f'config.reference={config.reference!r} differs from the policy in {", ".join(differ)}: '
         'name a model of the same architecture')
   return params
+
+
+def make_critic(config, tokenizer, mesh, model, trained, shared, scored):
+  """The critic `config.critic` asks for.
+
+  Args:
+    config: see `config.ppo()`.
+    tokenizer: the policy's.
+    mesh: device mesh.
+    model: the policy's Model.
+    trained: its trained parameters.
+    shared: its other parameters.
+    scored: (Model, params) of the reward model, or None.
+
+  Returns:
+    Model, or None for a head on the policy's hidden states, and trained params.
+  """
+  kind = config.critic.kind
+  if kind == 'trunk':
+    return None, {'head': setup.new_head(model, mesh, config.seed, 'zero')}
+  if kind == 'adapters':
+    adapters = trainable.new_adapters(model, shared, seed=config.seed + 1)
+    return model, {'backbone': setup.place(adapters, model, mesh),
+                   'head': setup.new_head(model, mesh, config.seed, 'zero')}
+  if config.critic.path:
+    config_model = config.model.copy_and_resolve_references()
+    config_model.path = config.critic.path
+    critic, params = setup.load_scalar(
+        config_model, tokenizer, mesh, config.seed, head_scale='zero')
+    check_length(config, critic)
+    return critic, params
+  if scored is not None:
+    return scored[0], jax.tree.map(jnp.copy, scored[1])
+  policy = jax.tree.map(jnp.copy, trainable.whole(model, trained, shared))
+  return dataclasses.replace(model, lora=None), {
+      'backbone': policy, 'head': setup.new_head(model, mesh, config.seed, 'zero')}
 
 
 def reward_model_scorer(config, tokenizer, mesh):

@@ -382,42 +382,6 @@ def make_settings(config, eos_id):
       eos_id=eos_id, **toggles)
 
 
-def make_critic(config, tokenizer, mesh, model, trained, shared, scored):
-  """The critic `config.critic` asks for.
-
-  Args:
-    config: see `config.ppo()`.
-    tokenizer: the policy's.
-    mesh: device mesh.
-    model: the policy's Model.
-    trained: its trained parameters.
-    shared: its other parameters.
-    scored: (Model, params) of the reward model, or None.
-
-  Returns:
-    Model, or None for a head on the policy's hidden states, and trained params.
-  """
-  kind = config.critic.kind
-  if kind == 'trunk':
-    return None, {'head': setup.new_head(model, mesh, config.seed, 'zero')}
-  if kind == 'adapters':
-    adapters = trainable.new_adapters(model, shared, seed=config.seed + 1)
-    adapters = jax.device_put(adapters, sharding.shardings(adapters, model.rules, mesh))
-    return model, {'backbone': adapters, 'head': setup.new_head(model, mesh, config.seed, 'zero')}
-  if config.critic.path:
-    config_model = config.model.copy_and_resolve_references()
-    config_model.path = config.critic.path
-    critic, params = setup.load_scalar(
-        config_model, tokenizer, mesh, config.seed, head_scale='zero')
-    on_policy.check_length(config, critic)
-    return critic, params
-  if scored is not None:
-    return scored[0], jax.tree.map(jnp.copy, scored[1])
-  policy = jax.tree.map(jnp.copy, trainable.whole(model, trained, shared))
-  return dataclasses.replace(model, lora=None), {
-      'backbone': policy, 'head': setup.new_head(model, mesh, config.seed, 'zero')}
-
-
 def create(config, mesh):
   """The learner of `config.algorithm = 'ppo'`.
 
@@ -441,7 +405,7 @@ def create(config, mesh):
   actor = on_policy.Actor(config, tokenizer, model, shared, score, mesh)
   frozen = {'shared': shared,
             'reference': on_policy.load_reference(config, mesh, model, policy)}
-  critic_model, critic = make_critic(
+  critic_model, critic = on_policy.make_critic(
       config, tokenizer, mesh, model, policy, shared, scored)
   models = Models(model, critic_model, critic_shared=config.critic.kind == 'adapters')
   settings = make_settings(config, tokenizer.eos_token_id)

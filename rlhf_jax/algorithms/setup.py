@@ -1,7 +1,6 @@
 """What every algorithm begins with: tokenizer, model, optimizer, state, data, files."""
 
 import dataclasses
-import functools
 import os
 
 from absl import logging
@@ -20,7 +19,6 @@ from rlhf_jax.data import tokenizers
 from rlhf_jax.models import heads
 from rlhf_jax.models import hf
 from rlhf_jax.models import hf_files
-from rlhf_jax.models import lora as lora_lib
 from rlhf_jax.models import peft
 from rlhf_jax.models import trainable
 
@@ -89,17 +87,15 @@ def divide(config, model, params, mesh):
   Returns:
     The Model with its adapters, trained and frozen parameters; see models/trainable.py.
   """
-  lora = config.model.lora
-  place = lambda tree: jax.device_put(tree, sharding.shardings(tree, model.rules, mesh))
-  if lora.path:
-    adapted, trained = peft.load(lora.path, model)
-    return dataclasses.replace(model, lora=adapted), place(trained), params
-  if lora.targets:
-    model = dataclasses.replace(model, lora=lora_lib.Lora(
-        tuple(map(tuple, lora.targets)), rslora=lora.rslora))
-  trained, frozen = trainable.divide(
-      model, params, unfrozen_layers=config.model.unfrozen_layers, seed=config.seed)
-  return model, place(trained), frozen
+  model, trained, frozen = trainable.start(
+      model, params, unfrozen_layers=config.model.unfrozen_layers, seed=config.seed,
+      **config.model.lora)
+  return model, place(trained, model, mesh), frozen
+
+
+def place(params, model, mesh):
+  """Parameters where the model's rules want them."""
+  return jax.device_put(params, sharding.shardings(params, model.rules, mesh))
 
 
 def is_reward_model(path):

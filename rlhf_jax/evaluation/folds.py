@@ -1,6 +1,5 @@
 """Cross-validated accuracy of reward models, beside two baselines that need no model."""
 
-import dataclasses
 import json
 
 import numpy as np

@@ -38,7 +38,7 @@ RULES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(hf_config.UsualNames):
   """The fields of a BERT config.json that change what is computed, and the special token ids.
 
   Attributes:
@@ -106,26 +106,6 @@ class Config:
     return {'model_type': 'bert', **dataclasses.asdict(self)}
 
   @property
-  def width(self):
-    return self.hidden_size
-
-  @property
-  def depth(self):
-    return self.num_hidden_layers
-
-  @property
-  def heads(self):
-    return self.num_attention_heads
-
-  @property
-  def kv_heads(self):
-    return self.num_attention_heads
-
-  @property
-  def head_width(self):
-    return self.hidden_size // self.num_attention_heads
-
-  @property
   def max_length(self):
     return self.max_position_embeddings - self.first_position
 
@@ -135,23 +115,11 @@ class Config:
     return self.initializer_range
 
 
-class Norm(nnx.LayerNorm):
-  """LayerNorm; statistics in float32, the variance from the centred values."""
+class Norm(layers.LayerNorm):
+  """LayerNorm of D."""
 
   def __init__(self, config, *, dtype, rngs):
-    super().__init__(config.width, epsilon=config.layer_norm_eps, dtype=dtype, use_fast_variance=False, rngs=rngs)
-
-
-class MLP(nnx.Module):
-  """down(act(up x))."""
-
-  def __init__(self, config, *, dtype, rngs):
-    self.activation = config.hidden_act
-    self.up = layers.Linear(config.width, config.intermediate_size, bias=True, dtype=dtype, rngs=rngs)
-    self.down = layers.Linear(config.intermediate_size, config.width, bias=True, dtype=dtype, rngs=rngs)
-
-  def __call__(self, x):
-    return self.down(layers.ACTIVATIONS[self.activation](self.up(x)))
+    super().__init__(config.width, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs)
 
 
 class Block(nnx.Module):
@@ -160,7 +128,8 @@ class Block(nnx.Module):
   def __init__(self, config, *, dtype, rngs):
     self.attention = layers.Attention(config, bias=True, dtype=dtype, rngs=rngs)
     self.attention_norm = Norm(config, dtype=dtype, rngs=rngs)
-    self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+    self.mlp = layers.MLP(config.width, config.intermediate_size, activation=config.hidden_act, bias=True,
+                          dtype=dtype, rngs=rngs)
     self.mlp_norm = Norm(config, dtype=dtype, rngs=rngs)
 
   def __call__(self, x, attend):

@@ -135,23 +135,11 @@ class Config(layers.DecoderConfig):
     return self.n_inner or 4 * self.n_embd
 
 
-class Norm(nnx.LayerNorm):
-  """LayerNorm; statistics in float32, the variance from the centred values."""
+class Norm(layers.LayerNorm):
+  """LayerNorm of D."""
 
   def __init__(self, config, *, dtype, rngs):
-    super().__init__(config.width, epsilon=config.layer_norm_epsilon, dtype=dtype, use_fast_variance=False, rngs=rngs)
-
-
-class MLP(nnx.Module):
-  """down(act(up x))."""
-
-  def __init__(self, config, *, dtype, rngs):
-    self.activation = config.activation_function
-    self.up = layers.Linear(config.width, config.inner, bias=True, dtype=dtype, rngs=rngs)
-    self.down = layers.Linear(config.inner, config.width, bias=True, dtype=dtype, rngs=rngs)
-
-  def __call__(self, x):
-    return self.down(layers.ACTIVATIONS[self.activation](self.up(x)))
+    super().__init__(config.width, epsilon=config.layer_norm_epsilon, dtype=dtype, rngs=rngs)
 
 
 class Block(nnx.Module):
@@ -161,7 +149,8 @@ class Block(nnx.Module):
     self.attention_norm = Norm(config, dtype=dtype, rngs=rngs)
     self.attention = layers.Attention(config, bias=True, dtype=dtype, rngs=rngs)
     self.mlp_norm = Norm(config, dtype=dtype, rngs=rngs)
-    self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+    self.mlp = layers.MLP(config.width, config.inner, activation=config.activation_function, bias=True, dtype=dtype,
+                          rngs=rngs)
     self.scale = config.head_width ** -0.5 if config.scale_attn_weights else 1.0
     self.scale_by_layer = config.scale_attn_by_inverse_layer_idx
 

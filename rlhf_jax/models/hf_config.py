@@ -28,6 +28,34 @@ IRRELEVANT = frozenset({
 REQUIRED = object()
 
 
+class UsualNames:
+  """What a Config says of itself where its fields have the names that most families use."""
+
+  @property
+  def width(self):
+    return self.hidden_size
+
+  @property
+  def depth(self):
+    return self.num_hidden_layers
+
+  @property
+  def heads(self):
+    return self.num_attention_heads
+
+  @property
+  def kv_heads(self):
+    return self.num_attention_heads
+
+  @property
+  def head_width(self):
+    return self.hidden_size // self.num_attention_heads
+
+  @property
+  def max_length(self):
+    return self.max_position_embeddings
+
+
 class Fields:
   """Takes the fields of a config one by one; `finish` refuses what nobody took.
 

@@ -159,6 +159,33 @@ class Linear(nnx.Linear):
     return y.reshape(*x.shape[:-1], self.out_features)
 
 
+class LayerNorm(nnx.LayerNorm):
+  """LayerNorm; statistics in float32, the variance from the centred values."""
+
+  def __init__(self, width, *, epsilon, dtype, rngs, affine=True):
+    super().__init__(width, epsilon=epsilon, use_bias=affine, use_scale=affine, dtype=dtype, use_fast_variance=False,
+                     rngs=rngs)
+
+
+class MLP(nnx.Module):
+  """down(act(up x)).
+
+  Args:
+    width, inner: D and F.
+    activation: a name in ACTIVATIONS.
+    bias: whether both maps have biases.
+    dtype: of the computation.
+  """
+
+  def __init__(self, width, inner, *, activation, bias, dtype, rngs):
+    self.activation = activation
+    self.up = Linear(width, inner, bias=bias, dtype=dtype, rngs=rngs)
+    self.down = Linear(inner, width, bias=bias, dtype=dtype, rngs=rngs)
+
+  def __call__(self, x):
+    return self.down(ACTIVATIONS[self.activation](self.up(x)))
+
+
 class Attention(nnx.Module):
   """The four projections of attention; mixing over time is the caller's, who owns mask and cache.
 

@@ -37,7 +37,7 @@ RULES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(layers.DecoderConfig):
+class Config(hf_config.UsualNames, layers.DecoderConfig):
   """The fields of a GPT-NeoX config.json that change what is computed, and the special token ids."""
   vocab_size: int
   hidden_size: int
@@ -100,30 +100,6 @@ class Config(layers.DecoderConfig):
     turning = {'rotary_emb_base': self.rope.theta, 'rotary_pct': self.rope.part, 'rope_scaling': self.rope.scaling()}
     return {'model_type': 'gpt_neox', **fields, **turning}
 
-  @property
-  def width(self):
-    return self.hidden_size
-
-  @property
-  def depth(self):
-    return self.num_hidden_layers
-
-  @property
-  def heads(self):
-    return self.num_attention_heads
-
-  @property
-  def kv_heads(self):
-    return self.num_attention_heads
-
-  @property
-  def head_width(self):
-    return self.hidden_size // self.num_attention_heads
-
-  @property
-  def max_length(self):
-    return self.max_position_embeddings
-
   def std(self, path):
     """Standard deviation of a parameter at initialization; norms and biases are 1 and 0."""
     del path
@@ -142,23 +118,11 @@ def _rope(fields, *, head_width, limit):
   return found
 
 
-class Norm(nnx.LayerNorm):
-  """LayerNorm; statistics in float32, the variance from the centred values."""
+class Norm(layers.LayerNorm):
+  """LayerNorm of D."""
 
   def __init__(self, config, *, dtype, rngs):
-    super().__init__(config.width, epsilon=config.layer_norm_eps, dtype=dtype, use_fast_variance=False, rngs=rngs)
-
-
-class MLP(nnx.Module):
-  """down(act(up x))."""
-
-  def __init__(self, config, *, dtype, rngs):
-    self.activation = config.hidden_act
-    self.up = layers.Linear(config.width, config.intermediate_size, bias=True, dtype=dtype, rngs=rngs)
-    self.down = layers.Linear(config.intermediate_size, config.width, bias=True, dtype=dtype, rngs=rngs)
-
-  def __call__(self, x):
-    return self.down(layers.ACTIVATIONS[self.activation](self.up(x)))
+    super().__init__(config.width, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs)
 
 
 class Block(nnx.Module):
@@ -168,7 +132,8 @@ class Block(nnx.Module):
     self.attention_norm = Norm(config, dtype=dtype, rngs=rngs)
     self.attention = layers.Attention(config, bias=config.attention_bias, dtype=dtype, rngs=rngs)
     self.mlp_norm = Norm(config, dtype=dtype, rngs=rngs)
-    self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+    self.mlp = layers.MLP(config.width, config.intermediate_size, activation=config.hidden_act, bias=True,
+                          dtype=dtype, rngs=rngs)
     self.parallel = config.use_parallel_residual
 
   def __call__(self, x, layer, table, attend):

@@ -43,7 +43,7 @@ RULES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(layers.DecoderConfig):
+class Config(hf_config.UsualNames, layers.DecoderConfig):
   """The fields of an OPT config.json that change what is computed, and the special token ids."""
   vocab_size: int
   hidden_size: int
@@ -106,26 +106,6 @@ class Config(layers.DecoderConfig):
     """E."""
     return self.word_embed_proj_dim
 
-  @property
-  def depth(self):
-    return self.num_hidden_layers
-
-  @property
-  def heads(self):
-    return self.num_attention_heads
-
-  @property
-  def kv_heads(self):
-    return self.num_attention_heads
-
-  @property
-  def head_width(self):
-    return self.hidden_size // self.num_attention_heads
-
-  @property
-  def max_length(self):
-    return self.max_position_embeddings
-
   def std(self, path):
     """Standard deviation of a parameter at initialization; norms and biases are 1 and 0."""
     del path
@@ -142,26 +122,12 @@ class Config(layers.DecoderConfig):
     return self.do_layer_norm_before and not self._remove_final_layer_norm
 
 
-class Norm(nnx.LayerNorm):
-  """LayerNorm of D, with or without parameters; statistics in float32, the variance from the centred values."""
+class Norm(layers.LayerNorm):
+  """LayerNorm of D, with or without parameters."""
 
   def __init__(self, config, *, dtype, rngs):
-    affine = config.layer_norm_elementwise_affine
-    super().__init__(config.hidden_size, epsilon=NORM_EPSILON, use_bias=affine, use_scale=affine, dtype=dtype,
-                     use_fast_variance=False, rngs=rngs)
-
-
-class MLP(nnx.Module):
-  """down(act(up x))."""
-
-  def __init__(self, config, *, dtype, rngs):
-    shared = dict(bias=config.enable_bias, dtype=dtype, rngs=rngs)
-    self.activation = config.activation_function
-    self.up = layers.Linear(config.hidden_size, config.ffn_dim, **shared)
-    self.down = layers.Linear(config.ffn_dim, config.hidden_size, **shared)
-
-  def __call__(self, x):
-    return self.down(layers.ACTIVATIONS[self.activation](self.up(x)))
+    super().__init__(config.hidden_size, epsilon=NORM_EPSILON, affine=config.layer_norm_elementwise_affine, dtype=dtype,
+                     rngs=rngs)
 
 
 class Block(nnx.Module):
@@ -173,7 +139,8 @@ class Block(nnx.Module):
     inner = dataclasses.replace(config, word_embed_proj_dim=config.hidden_size)
     self.attention = layers.Attention(inner, bias=config.enable_bias, dtype=dtype, rngs=rngs)
     self.mlp_norm = Norm(config, dtype=dtype, rngs=rngs)
-    self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+    self.mlp = layers.MLP(config.hidden_size, config.ffn_dim, activation=config.activation_function,
+                          bias=config.enable_bias, dtype=dtype, rngs=rngs)
     self.norm_first = config.do_layer_norm_before
 
   def __call__(self, x, layer, shared, attend):

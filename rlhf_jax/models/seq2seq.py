@@ -10,81 +10,26 @@ distance alone, so padding on either side changes nothing as long as it is maske
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax import sharding
-from rlhf_jax.models import heads
+from rlhf_jax.models import base
 from rlhf_jax.models import layers
-from rlhf_jax.models import lora as lora_lib
 from rlhf_jax.models import stack
-from rlhf_jax.models.families import FAMILIES
 
 
 @dataclasses.dataclass(frozen=True)
-class Seq2Seq:
-  """An encoder-decoder without its parameters; hashable, so static under jit.
-
-  Attributes:
-    family: a name in FAMILIES.
-    config: the family's Config.
-    dtype: of the computation, 'float32' or 'bfloat16'; softmax and norms are float32 always.
-    remat: 'none', 'block' (recompute each block in the backward pass) or 'dots' (keep the
-      outputs of its matmuls).
-    unroll: layers unrolled in the scans; more is faster and compiles longer.
-    lora: adapters its parameters hold, or None; paths are like 'decoder/blocks/cross/query'.
-  """
-  family: str
-  config: Any
-  dtype: str = 'float32'
-  remat: str = 'none'
-  unroll: int = 1
-  lora: lora_lib.Lora | None = None
+class Seq2Seq(base.Base):
+  """An encoder-decoder; see base.Base. Paths of adapters are like 'decoder/blocks/cross/query'."""
   encoder_decoder = True
-
-  @property
-  def width(self):
-    """D."""
-    return self.config.width
-
-  @property
-  def vocab_size(self):
-    """V."""
-    return self.config.vocab_size
-
-  @property
-  def max_length(self):
-    """Tokens of a row that the model was made for."""
-    return self.config.max_length
-
-  @property
-  def rules(self):
-    """Sharding of the parameters and heads: tuple of (regex on the '/'-joined path, PartitionSpec)."""
-    return lora_lib.rules(self._module.RULES) + self._module.RULES + heads.RULES
-
-  @property
-  def _module(self):
-    return FAMILIES[self.family]
 
   @property
   def _sides(self):
     """Class and number of the blocks on either side."""
     return {'encoder': (self._module.EncoderBlock, self.config.num_layers),
             'decoder': (self._module.DecoderBlock, self.config.num_decoder_layers)}
-
-  @functools.partial(jax.jit, static_argnums=0)
-  def init(self, key):
-    """Draws parameters, without adapters.
-
-    Args:
-      key: random key.
-
-    Returns:
-      Pure dict of float32 arrays; under 'blocks' stacked on a leading axis of layers.
-    """
-    return stack.draw(key, self.shapes(), self.config.std)
 
   def shapes(self):
     """The tree of parameters, without adapters, as float32 ShapeDtypeStructs."""

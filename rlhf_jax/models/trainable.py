@@ -15,11 +15,16 @@ An embedding that is also the unembedding stays frozen with the trunk. trlX goes
 so that the trunks of policy and reference drift apart while one is taken for the other.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora as lora_lib
+from rlhf_jax.models import peft
+
+AFTER_BLOCKS = frozenset({'norm', 'project_out', 'unembed'})
 
 
 def join(*trees):
@@ -55,6 +60,26 @@ def divide(model, params, *, unfrozen_layers=-1, seed=0):
   return new_adapters(model, frozen, seed=seed), frozen
 
 
+def start(model, params, *, unfrozen_layers, targets, rslora, path, seed):
+  """Gives a model the adapters that a config asks for, and divides its parameters.
+
+  Args:
+    model: Model without adapters.
+    params, unfrozen_layers, seed: see `divide`.
+    targets, rslora: of lora.Lora; no targets, no adapters.
+    path: folder of PEFT to take trained adapters and their targets from, or ''.
+
+  Returns:
+    (model, trained, frozen).
+  """
+  if path:
+    lora, adapters = peft.load(path, model)
+    return dataclasses.replace(model, lora=lora), adapters, params
+  if targets:
+    model = dataclasses.replace(model, lora=lora_lib.Lora(tuple(map(tuple, targets)), rslora=rslora))
+  return model, *divide(model, params, unfrozen_layers=unfrozen_layers, seed=seed)
+
+
 def new_adapters(model, frozen, *, seed):
   """Adapters on frozen parameters: on the top layers only, where those are apart; see lora.init."""
   key = jax.random.key(seed)
@@ -80,8 +105,8 @@ def _cut(model, params, top):
 
   leaves, structure = jax.tree.flatten(params['blocks'])
   below, above = map(structure.unflatten, zip(*map(cut, leaves)))
-  after = {name: params[name] for name in params if name in model.after_blocks}
-  before = {name: params[name] for name in params if name not in model.after_blocks | {'blocks'}}
+  after = {name: params[name] for name in params if name in AFTER_BLOCKS}
+  before = {name: params[name] for name in params if name not in AFTER_BLOCKS | {'blocks'}}
   return {'top': {'blocks': above}, **after}, {'blocks': below, **before}
 
 

@@ -9,82 +9,21 @@ only the top layers are trained (see trainable.py) the dict holds them apart, un
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax import sharding
 from rlhf_jax import types
+from rlhf_jax.models import base
 from rlhf_jax.models import heads
 from rlhf_jax.models import layers
-from rlhf_jax.models import lora as lora_lib
 from rlhf_jax.models import stack
-from rlhf_jax.models.families import FAMILIES
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
-  """A language model without its parameters; hashable, so static under jit.
-
-  Attributes:
-    family: a name in FAMILIES.
-    config: the family's Config.
-    dtype: of the computation, 'float32' or 'bfloat16'; softmax and norms are float32 always.
-    remat: 'none', 'block' (recompute each block in the backward pass) or 'dots' (keep the
-      outputs of its matmuls).
-    unroll: layers unrolled in the scan; more is faster and compiles longer.
-    lora: adapters its parameters hold, or None.
-  """
-  family: str
-  config: Any
-  dtype: str = 'float32'
-  remat: str = 'none'
-  unroll: int = 1
-  lora: lora_lib.Lora | None = None
-  encoder_decoder = False
-
-  @property
-  def width(self):
-    """D."""
-    return self.config.width
-
-  @property
-  def vocab_size(self):
-    """V."""
-    return self.config.vocab_size
-
-  @property
-  def max_length(self):
-    """Positions the model was made for; some families have no more of them."""
-    return self.config.max_length
-
-  @property
-  def rules(self):
-    """Sharding of the parameters and heads: tuple of (regex on the '/'-joined path, PartitionSpec)."""
-    return lora_lib.rules(self._module.RULES) + self._module.RULES + heads.RULES
-
-  @property
-  def after_blocks(self):
-    """Names of the parameters that are used above the last block only."""
-    embedded = stack.shapes(self._module.Ends, self.config)
-    return {'norm', 'project_out', 'unembed'} & (embedded.keys() | {'unembed'})
-
-  @property
-  def _module(self):
-    return FAMILIES[self.family]
-
-  @functools.partial(jax.jit, static_argnums=0)
-  def init(self, key):
-    """Draws parameters, without adapters.
-
-    Args:
-      key: random key.
-
-    Returns:
-      Pure dict of float32 arrays; under 'blocks' stacked on a leading L axis.
-    """
-    return stack.draw(key, self.shapes(), self.config.std)
+class Model(base.Base):
+  """A decoder; see base.Base."""
 
   def shapes(self):
     """The tree of parameters, without adapters, as float32 ShapeDtypeStructs."""

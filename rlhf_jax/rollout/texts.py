@@ -20,8 +20,6 @@ from rlhf_jax import models
 from rlhf_jax import types
 from rlhf_jax.data import tokenizers
 from rlhf_jax.models import hf
-from rlhf_jax.models import lora as lora_lib
-from rlhf_jax.models import peft
 from rlhf_jax.models import trainable
 from rlhf_jax.rollout import decode
 from rlhf_jax.rollout import sampling as sampling_lib
@@ -147,13 +145,8 @@ def _with_frozen(path, config, model, trained):
         f'{path} trains a part of a model that is in no folder (config.model.path is empty), and its '
         'checkpoints hold that part alone; wait for its end')
   _, params = hf.load(config['path'])
-  lora = config['lora']
-  if lora['path']:
-    adapted, _ = peft.load(lora['path'], model)
-  else:
-    adapted = lora_lib.Lora(tuple(map(tuple, lora['targets'])), lora['rslora']) if lora['targets'] else None
-  model = dataclasses.replace(model, lora=adapted)
-  _, frozen = trainable.divide(model, params, unfrozen_layers=config['unfrozen_layers'])
+  model, _, frozen = trainable.start(
+      model, params, unfrozen_layers=config['unfrozen_layers'], seed=0, **config['lora'])
   # Restored arrays lie on the devices of the run, the folder's on one.
   return trainable.whole(model, jax.device_get(trained), frozen)
 
