@@ -49,6 +49,7 @@ def generate(params, prompts, key, *, model, sampling):
     hidden, cache = model.step(params, s['token'], ~s['done'], s['cache'])
     return write(s | {'cache': cache}, *draw(model.unembed(params, hidden), s['t']))
 
+  params = model.unstack(params)
   hidden, cache = model.prefill(params, prompts.tokens, prompts.mask, slots)
   state = {
       'cache': cache,
