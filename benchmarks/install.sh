@@ -17,7 +17,7 @@ for peer in "$@"; do
   case $peer in
     trl|hf) peer=trl; packages=(trl==1.12.0 torch==2.13.0 transformers==5.23.0 accelerate datasets) ;;
     tunix) packages=(google-tunix==0.1.7) ;;
-    easydel) packages=(easydel==0.3.0) ;;
+    easydel) packages=(easydel==0.3.0 pillow torch==2.13.0) ;;
     *) echo "error: unknown peer '$peer': trl, tunix, easydel or hf" >&2; exit 2 ;;
   esac
   if [[ $device == gpu && $peer != trl ]]; then

@@ -30,6 +30,8 @@ PEERS = {
     'ours-hydra': Peer('ours', way='hydra'),
     'ours-lora': Peer('ours', way='lora'),
     'trl': Peer('trl', 'trl'),
+    'tunix': Peer('tunix', 'tunix'),
+    'easydel': Peer('easydel', 'easydel', way='trunk'),  # it knows no other
     'hf': Peer('hf', 'trl'),
 }
 

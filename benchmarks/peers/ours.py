@@ -22,6 +22,7 @@ import tokenizers
 import transformers
 
 from benchmarks import workloads
+from benchmarks.peers import jax_device
 from benchmarks.peers import protocol
 from rlhf_jax import compilation
 from rlhf_jax import config as config_lib
@@ -107,14 +108,9 @@ def iterate(learner, state, turns):
   return state, batch
 
 
-def device_peak():
-  """The most bytes an accelerator held; None where it does not say."""
-  return (jax.local_devices()[0].memory_stats() or {}).get('peak_bytes_in_use')
-
-
 def main():
   options = protocol.arguments(__doc__, cache='')
-  turns = protocol.Turns(device_peak=device_peak)
+  turns = protocol.Turns(device_peak=jax_device.peak)
   jax.config.update('jax_enable_compilation_cache', bool(options.cache))
   if options.cache:
     jax.config.update('jax_compilation_cache_dir', options.cache)

@@ -17,7 +17,6 @@ import unittest.mock
 import datasets
 import numpy as np
 import tokenizers
-import torch
 import transformers
 from trl.experimental.ppo import PPOConfig
 from trl.experimental.ppo import ppo_trainer
