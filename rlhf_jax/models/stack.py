@@ -88,9 +88,11 @@ def draw(key, tree, std):
 
 
 def unstack(params):
-  """Stacked parameters as a tuple of layers, which `scan` runs one by one without a loop."""
-  depth = jax.tree.leaves(params)[0].shape[0]
-  return tuple(jax.tree.map(lambda x: x[layer], params) for layer in range(depth))
+  """Stacked parameters as a tuple of layers, which `scan` applies one by one without a loop."""
+  leaves, structure = jax.tree.flatten(params)
+  # The gradient of a split is one concatenation; that of slices would be a sum of padded layers.
+  split = [[x[0] for x in jax.lax.split(leaf, [1] * leaf.shape[0])] for leaf in leaves]
+  return tuple(structure.unflatten(layer) for layer in zip(*split))
 
 
 def scan(build_block, params, apply, carry, *, first=0, remat='none', unroll=1):
@@ -109,8 +111,8 @@ def scan(build_block, params, apply, carry, *, first=0, remat='none', unroll=1):
     The carry after the last block.
   """
   if isinstance(params, tuple):
-    for layer, params_of_layer in enumerate(params, first):
-      x, memory = apply(build_block(params_of_layer), layer, *carry)
+    for layer, layer_params in enumerate(params, first):
+      x, memory = apply(build_block(layer_params), layer, *carry)
       carry = sharding.split_rows(x), memory
     return carry
   depth = jax.tree.leaves(params)[0].shape[0]
