@@ -34,17 +34,37 @@ class Model(base.Base):
       tree['unembed'] = {'kernel': jax.ShapeDtypeStruct((config.width, config.vocab_size), jnp.float32)}
     return tree
 
-  def init_cache(self, batch, length):
+  def init_cache(self, batch, length, *, unstacked=False):
     """An empty cache for `length` tokens a row.
 
+    Args:
+      batch, length: B and S.
+      unstacked: for parameters from `unstack`.
+
     Returns:
-      Dict with 'k' and 'v' [L, B, K, S, H], 'segments' [B, S] int32 (0: nothing there) and
-      'index', the int32 slot that the next call writes first.
+      Dict with 'k' and 'v' [L, B, K, S, H] (or tuples of L arrays), 'segments' [B, S] int32 (0:
+      nothing there) and 'index', the int32 slot that the next call writes first.
     """
-    shape = (self.config.depth, batch, self.config.kv_heads, length, self.config.head_width)
-    empty = sharding.split_rows(jnp.zeros(shape, self.dtype), axis=1)
+    shape = (batch, self.config.kv_heads, length, self.config.head_width)
+    if unstacked:
+      empty = (sharding.split_rows(jnp.zeros(shape, self.dtype)),) * self.config.depth
+    else:
+      empty = sharding.split_rows(jnp.zeros((self.config.depth, *shape), self.dtype), axis=1)
     segments = sharding.split_rows(jnp.zeros((batch, length), jnp.int32))
     return {'k': empty, 'v': empty, 'segments': segments, 'index': jnp.zeros((), jnp.int32)}
+
+  def unstack(self, params):
+    """Parameters as a loop of many small steps reads them best.
+
+    Where the layers are unrolled, each becomes a tree of its own: out of the stack every step
+    would copy it once more. Only for calls that are not differentiated.
+    """
+    if self.unroll < self.config.depth:
+      return params
+    params = params | {'blocks': stack.unstack(params['blocks'])}
+    if 'top' in params:
+      params = params | {'top': params['top'] | {'blocks': stack.unstack(params['top']['blocks'])}}
+    return params
 
   def forward(self, params, tokens, positions, segments, cache=None, trunk=None):
     """Runs the backbone.
@@ -120,7 +140,7 @@ class Model(base.Base):
 
   def _scan(self, params, apply, carry, *, top):
     """Scans the stacked blocks `params`, which end at the last layer (`top`) or begin at the first."""
-    depth = jax.tree.leaves(params)[0].shape[0]
+    depth = len(params) if isinstance(params, tuple) else jax.tree.leaves(params)[0].shape[0]
     build = functools.partial(stack.build, self._module.Block, self.config, self.dtype,
                               lora=self.lora if top else None, prefix='blocks')
     return stack.scan(build, params, apply, carry, first=self.config.depth - depth if top else 0,
@@ -186,7 +206,7 @@ class Model(base.Base):
     """
     batch, length = tokens.shape
     hidden, cache = self.forward(params, tokens, types.positions_from_mask(mask), mask.astype(jnp.int32),
-                                 self.init_cache(batch, length + slots))
+                                 self.init_cache(batch, length + slots, unstacked=isinstance(params['blocks'], tuple)))
     return hidden[:, -1], cache | {'position': jnp.sum(mask, axis=1, dtype=jnp.int32)}
 
   def step(self, params, token, alive, cache):

@@ -52,6 +52,7 @@ def generate(params, prompts, key, *, model, sampling, samples=1, first=0):
     hidden, cache = model.step(params, s['token'], ~s['done'], s['cache'])
     return write(s | {'cache': cache}, *draw(model.unembed(params, hidden), s['t']))
 
+  params = model.unstack(params)
   hidden, cache = model.prefill(params, prompts.tokens, prompts.mask, slots)
   if samples > 1:
     hidden, cache = jnp.repeat(hidden, samples, axis=0), cache_lib.repeat(cache, samples)

@@ -1,0 +1,138 @@
+"""rlhf_jax's PPO on a workload.
+
+python -m benchmarks.peers.ours --workload xs --way separate
+
+The learner is what `algorithms/ppo.create` makes of a config, and an iteration is what train.py's loop does with
+it. Scoring by the reward model is a call of its own; the rest of scoring (log-probabilities, values, advantages)
+is compiled into the train step. So the clock gives both to the update, and at `split` the same function
+compiled apart says how much of it is scoring: benchmarks/run.py moves that many seconds.
+
+With `--cache DIR` compiled programs are kept in DIR and read from it, as the library does by default.
+"""
+
+import functools
+import json
+import pathlib
+import tempfile
+import unittest.mock
+
+import jax
+import numpy as np
+import tokenizers
+import transformers
+
+from benchmarks import workloads
+from benchmarks.peers import jax_device
+from benchmarks.peers import protocol
+from rlhf_jax import compilation
+from rlhf_jax import config as config_lib
+from rlhf_jax import models
+from rlhf_jax import sharding
+from rlhf_jax.algorithms import ppo
+from rlhf_jax.algorithms import setup
+from rlhf_jax.models import heads
+from rlhf_jax.models import hf
+
+
+def write_tokenizer(folder, vocab):
+  """A word for every id; the last two are padding and EOS, past which responses go on ('raw')."""
+  words = {f't{i}': i for i in range(vocab - 2)} | {'<pad>': vocab - 2, '<eos>': vocab - 1}
+  backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token='<pad>'))
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+  tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token='<pad>', eos_token='<eos>')
+  tokenizer.save_pretrained(folder)
+  return tokenizer
+
+
+def write_world(w, folder):
+  """Writes a tokenizer, random prompts and a random reward model of the policy's size."""
+  tokenizer = write_tokenizer(folder / 'tokenizer', w.vocab)
+  rows = np.random.default_rng(0).integers(0, w.vocab - 2, (16 * w.batch, w.prompt))
+  lines = [json.dumps({'prompt': ' '.join(f't{i}' for i in row)}) for row in rows]
+  (folder / 'prompts.jsonl').write_text('\n'.join(lines), encoding='utf-8')
+  model = models.create({'family': 'gpt2', **w.gpt2})
+  head = heads.init_scalar(jax.random.key(2), model.width, scale='normal')
+  hf.save(folder / 'reward', model, jax.jit(model.init)(jax.random.key(1)), tokenizer=tokenizer, head=head)
+
+
+def make_config(w, way, folder, device):
+  """The config of a workload; see workloads.WAYS."""
+  config = config_lib.ppo()
+  config.steps = 10**6
+  config.batch_size = w.batch
+  config.tokenizer = str(folder / 'tokenizer')
+  config.data.path = str(folder / 'prompts.jsonl')
+  config.data.max_prompt_length = w.prompt
+  config.reward.model = str(folder / 'reward')
+  config.model.init = {'family': 'gpt2', **w.gpt2}
+  config.model.unroll = w.layers if device == 'cpu' else 1
+  config.model.dtype = 'float32' if device == 'cpu' else 'bfloat16'
+  config.sampling.max_new_tokens = w.response
+  config.sampling.temperature = 1.0
+  config.optim.learning_rate = workloads.LEARNING_RATE
+  config.ppo.update({
+      'epochs': workloads.EPOCHS, 'minibatches': 1, 'kl_coef': workloads.KL_COEF, 'gamma': workloads.GAMMA,
+      'lam': workloads.LAM, 'clip_low': workloads.CLIP, 'clip_high': workloads.CLIP,
+      'value_clip': workloads.VALUE_CLIP, 'vf_coef': workloads.VALUE_COEF,
+      'response': 'raw', 'score_position': 'last'})
+  config.update_from_flattened_dict({
+      key: w.layers // 2 if value == 'half' else value for key, value in workloads.WAYS[way].config.items()})
+  config_lib.validate(config, jax.device_count())
+  return config
+
+
+def create(config, mesh):
+  """The learner, and `make_experience` as it is within its train step."""
+  steps = []
+
+  def jit_step(function, state):
+    steps.append(function)
+    return setup_jit_step(function, state)
+
+  setup_jit_step = setup.jit_step
+  with unittest.mock.patch.object(setup, 'jit_step', jit_step):
+    learner = ppo.create(config, mesh)
+  bound = steps[0].keywords
+  return learner, jax.jit(functools.partial(
+      ppo.make_experience, models=bound['models'], settings=bound['settings']))
+
+
+def iterate(learner, state, turns):
+  """One turn of the loop in train.py; returns the next state and what the train step was given."""
+  batch, metrics = learner.next_batch(state, timed=True)
+  turns.lap('rollout')
+  state, _ = jax.block_until_ready(learner.train_step(state, *batch))
+  turns.lap('update')
+  turns.move('rollout', 'scoring', metrics['seconds/scoring'])
+  turns.report()
+  return state, batch
+
+
+def main():
+  options = protocol.arguments(__doc__, cache='')
+  turns = protocol.Turns(device_peak=jax_device.peak)
+  jax.config.update('jax_enable_compilation_cache', bool(options.cache))
+  if options.cache:
+    jax.config.update('jax_compilation_cache_dir', options.cache)
+  compilation.configure()
+  w = options.workload
+  mesh = sharding.make_mesh({'data': -1})
+  with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
+    folder = pathlib.Path(folder)
+    write_world(w, folder)
+    learner, experience = create(make_config(w, options.way, folder, options.device), mesh)
+    state, batch, learner.state = learner.state, None, None
+    turns.ready(protocol.versions('rlhf_jax', 'jax', 'jaxlib', 'flax'))
+    while True:
+      command = turns.wait()
+      if command == 'iterate':
+        state, batch = iterate(learner, state, turns)
+      else:
+        frozen, rollout, scores, _ = batch
+        jax.block_until_ready(experience(state, frozen, rollout, scores))
+        turns.lap('scoring')
+        turns.report()
+
+
+if __name__ == '__main__':
+  main()

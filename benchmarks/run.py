@@ -1,0 +1,171 @@
+"""PPO beside its peers: the same work in one run, taking turns.
+
+python -m benchmarks.run --workload xs|s|m --peers ours,trl,tunix,easydel,hf
+
+Peers: ours (the work all of them do: a critic of its own), ours-trunk (the value head on the policy's trunk),
+ours-hydra (that, and the upper half of the layers trained), ours-lora (that, and adapters only), trl, tunix,
+easydel, hf (transformers alone: generation, and a forward and backward pass). The first one named is what the
+others are compared with.
+
+Each peer is a process in a virtual environment of its own, which `benchmarks/install.sh PEER` makes. All are
+started, then each runs an iteration in turn, again and again; the first turn, in which programs are compiled,
+is told apart. Between them two large matrix products and copies measure what the machine can do. `--runs`
+repeats all of it with new processes. Where the peers do not fit into memory at once, `--apart` has one at a
+time, from its start to its end: then they take turns only from run to run.
+
+Prints a table; writes OUT/WORKLOAD-DEVICE.json, .txt and .png.
+
+On a CPU all are held to `--threads` cores and compute in float32; on a GPU, with `--device gpu`, in bfloat16.
+"""
+
+import json
+import os
+import pathlib
+import platform
+import time
+
+from absl import app
+from absl import flags
+
+from benchmarks import processes
+from benchmarks import results
+from benchmarks import workloads
+
+FLAGS = flags.FLAGS
+flags.DEFINE_enum('workload', 'xs', list(workloads.WORKLOADS), 'Which work.')
+flags.DEFINE_list('peers', ['ours', 'trl'], f'Of {", ".join(processes.PEERS)}.')
+flags.DEFINE_integer('iterations', 5, 'Iterations of each peer after the first, in each run.')
+flags.DEFINE_integer('runs', 1, 'How often all of it is repeated, with new processes.')
+flags.DEFINE_bool('apart', False, 'One peer in memory at a time.')
+flags.DEFINE_enum('device', 'cpu', ['cpu', 'gpu', 'tpu'], 'What computes.')
+flags.DEFINE_integer('threads', 2, 'Cores of each peer, on a CPU.')
+flags.DEFINE_string('venvs', os.environ.get('VENVS', '.venv-peers'), 'Folder of the virtual environments.')
+flags.DEFINE_string('out', 'runs/benchmarks', 'Folder of the results.')
+
+
+def start(peer, w, log):
+  """A running processes.Process of a Peer."""
+  return processes.Process(
+      processes.python(peer.venv, FLAGS.venvs), peer.module, w, device=FLAGS.device, threads=FLAGS.threads, log=log,
+      options=['--way', peer.way] if peer.way != 'separate' else [])
+
+
+def start_limits(names, w, out):
+  """Processes that measure the machine, one for each library that the peers use."""
+  venvs = {'jax': ''}
+  if any(processes.PEERS[name].venv == 'trl' for name in names):
+    venvs['torch'] = 'trl'
+  return [processes.Process(
+      processes.python(venv, FLAGS.venvs), 'limits', w, device=FLAGS.device, threads=FLAGS.threads,
+      log=out / f'limits-{library}.log', options=['--library', library]) for library, venv in venvs.items()]
+
+
+def take_turns(running, limits, rounds):
+  """Runs `rounds` iterations of each peer after the first, in turn.
+
+  Args:
+    running: {name: Process}.
+    limits: Processes that measure the machine.
+    rounds: how many.
+
+  Returns:
+    {name: run as results.py wants it}, and the measurements of the machine.
+  """
+  runs = {name: {'about': peer.about, 'first': peer.turn(), 'iterations': [], 'splits': []}
+          for name, peer in running.items()}
+  measured = []
+  for _ in range(rounds):
+    measured += [limit.turn() for limit in limits]
+    for name, peer in running.items():
+      runs[name]['iterations'].append(peer.turn())
+      print('.', end='', flush=True)
+  for name, peer in running.items():
+    if processes.PEERS[name].module == 'ours':
+      runs[name]['splits'] = [peer.turn('split') for _ in range(4)][1:]
+  return runs, measured
+
+
+def one_run(names, w, limits, out):
+  """A run of all peers: {name: run}, and the measurements of the machine."""
+  runs, measured = {}, []
+  for group in ([[name] for name in names] if FLAGS.apart else [names]):
+    running = {}
+    try:
+      for name in group:
+        running[name] = start(processes.PEERS[name], w, out / f'{name}.log')
+      more, machine = take_turns(running, limits, FLAGS.iterations)
+    finally:
+      for process in running.values():
+        process.end()
+    runs |= more
+    measured += machine
+  return runs, measured
+
+
+def machine():
+  """What the machine is, in words and numbers."""
+  with open('/proc/cpuinfo', encoding='utf-8') as lines:
+    model = next((line.partition(':')[2].strip() for line in lines if line.startswith('model name')), '')
+  return {'cpu': model or platform.machine(), 'cores': len(os.sched_getaffinity(0)), 'device': FLAGS.device,
+          'threads': FLAGS.threads, 'kernel': platform.release(), 'python': platform.python_version(),
+          'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}
+
+
+def measure(names, w, out):
+  """Runs everything; returns what is written as JSON."""
+  limits = start_limits(names, w, out)
+  try:
+    done = [one_run(names, w, limits, out) for _ in range(FLAGS.runs)]
+  finally:
+    for limit in limits:
+      limit.end()
+  measured = [report for _, reports in done for report in reports]
+  limit = {key: max(report[key] for report in measured) for key in ('matmul', 'copy')}
+  runs = {name: [run[name] for run, _ in done] for name in names}
+  rows = {name: results.summarize(runs[name], runs[name][0]['about'], w, limit, way=processes.PEERS[name].way,
+                                  device=FLAGS.device) for name in names}
+  return {'workload': json.loads(w.to_json()), 'machine': machine(), 'limits': limit,
+          'flops': workloads.flops(w), 'summary': rows, 'ratios': results.ratios(rows, names[0]), 'runs': runs,
+          'measured_limits': measured}
+
+
+def notes(result):
+  """Lines below the table: limits, versions, what a reader has to know about the peers."""
+  limit = result['limits']
+  lines = [f'{result["machine"]["cpu"]}, {FLAGS.threads} threads: matmul {limit["matmul"] / 1e9:.0f} GFLOP/s, '
+           f'copy {limit["copy"] / 1e9:.1f} GB/s. Medians of {FLAGS.runs} x {FLAGS.iterations} iterations.']
+  for name, runs in result['runs'].items():
+    about = runs[0]['about']
+    versions = ', '.join(f'{package} {version}' for package, version in about['versions'].items())
+    others = ''.join(f'; {part} {value:.2f} s' for part, value in result['summary'][name]['others'].items())
+    lines.append(f'{name}: {versions}{"; " if about["note"] else ""}{about["note"]}{others}')
+  return lines
+
+
+def main(_):
+  names = FLAGS.peers
+  unknown = [name for name in names if name not in processes.PEERS]
+  if unknown:
+    raise app.UsageError(f'--peers={",".join(unknown)}: choose from {", ".join(processes.PEERS)}')
+  if FLAGS.device == 'cpu':
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:FLAGS.threads])
+  w = workloads.WORKLOADS[FLAGS.workload]
+  out = pathlib.Path(FLAGS.out)
+  out.mkdir(parents=True, exist_ok=True)
+  try:
+    result = measure(names, w, out)
+  except processes.PeerError as error:
+    raise SystemExit(f'error: {error}') from None
+  title = f'{w.name}: {w.layers} x {w.width}, vocabulary {w.vocab}, {w.batch} x ({w.prompt} + {w.response}) tokens'
+  text = results.table(result['summary'], names[0], title=title, notes=notes(result))
+  print(f'\n{text}')
+  stem = out / f'{w.name}-{FLAGS.device}'
+  stem.with_suffix('.json').write_text(json.dumps(result, indent=1), encoding='utf-8')
+  stem.with_suffix('.txt').write_text(text + '\n', encoding='utf-8')
+  bound = workloads.bound(w, **result['limits'], item_size=4 if FLAGS.device == 'cpu' else 2)
+  results.chart(stem.with_suffix('.png'), result['summary'], bound, title)
+  print(f'written to {stem}.json, .txt and .png')
+
+
+if __name__ == '__main__':
+  app.run(main)
