@@ -68,7 +68,7 @@ class _Work:
   """
 
   def __init__(self, params, prompts, key, model, sampling, rows, samples):
-    self.params, self.model, self.sampling, self.samples = params, model, sampling, samples
+    self.params, self.model, self.sampling, self.samples = model.unstack(params), model, sampling, samples
     number, length = prompts.tokens.shape
     self.count = number * samples
     self.rows = min(rows, self.count)
@@ -140,7 +140,8 @@ class _Work:
 
   def prefill(self, s):
     """Reads the prompts of the next group and draws the first token of each response."""
-    group = s['next'] // self.size
+    # Of `next` alone, which the loop around this leaves as it is, XLA would do all of it outside, every time.
+    group = s['group'] + 1
     prompts = jax.tree.map(
         lambda x: jax.lax.dynamic_slice_in_dim(x, group * self.group, self.group), self.prompts)
     hidden, cache = self.model.prefill(
