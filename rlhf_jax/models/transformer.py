@@ -23,7 +23,13 @@ from rlhf_jax.models import stack
 
 @dataclasses.dataclass(frozen=True)
 class Model(base.Base):
-  """A decoder; see base.Base."""
+  """A decoder; see base.Base.
+
+  Attributes:
+    reach: slots that rotary positions go by where they depend on the length (see rope.py); 0: those
+      of the call.
+  """
+  reach: int = 0
 
   def shapes(self):
     """The tree of parameters, without adapters, as float32 ShapeDtypeStructs."""
@@ -127,7 +133,8 @@ class Model(base.Base):
     """The module around the blocks, x [B, T, D] before the first, and how a block is applied."""
     ends = stack.build(self._module.Ends, self.config, self.dtype, params, lora=self.lora)
     real = segments != 0
-    x, shared = ends.begin(jnp.where(real, tokens, 0), jnp.where(real, positions, 0), key_segments.shape[1])
+    reach = self.reach or key_segments.shape[1]
+    x, shared = ends.begin(jnp.where(real, tokens, 0), jnp.where(real, positions, 0), reach)
     # A window as long as the keys is none.
     windows = [window if window < key_segments.shape[1] else 0 for window in self.config.windows] or [0]
     kinds = sorted(set(windows))
