@@ -16,6 +16,7 @@ from ml_collections import config_flags
 from rlhf_jax import compilation
 from rlhf_jax import errors
 from rlhf_jax import pipeline
+from rlhf_jax import processes
 from rlhf_jax import train
 from rlhf_jax.evaluation import report
 
@@ -51,15 +52,16 @@ def main(argv):
   """Runs the config."""
   if len(argv) > 1:
     sys.exit(f'error: unexpected arguments {argv[1:]}: every option begins with --')
-  compilation.configure()
   try:
+    compilation.configure()
     config = _CONFIG.value
     config.lock()
     if 'stages' in config:
       pipeline.run(config, _WORKDIR.value)
     else:
       train.run(config, _WORKDIR.value)
-      report.of_run(_WORKDIR.value, title=config.algorithm)
+      if processes.first():
+        report.of_run(_WORKDIR.value, title=config.algorithm)
   except errors.UserError as error:
     logging.debug('details', exc_info=True)
     sys.exit(f'error: {error}')
