@@ -5,6 +5,7 @@ import pathlib
 
 from absl import logging
 import jax
+from jax.sharding import SingleDeviceSharding
 import orbax.checkpoint as ocp
 
 from rlhf_jax import errors
@@ -112,10 +113,16 @@ def load_params(path, name):
   Raises:
     UserError: there is no checkpoint.
   """
-  manager = ocp.CheckpointManager(
-      pathlib.Path(path).resolve() / 'checkpoints', item_names=('state',))
+  manager = ocp.CheckpointManager(pathlib.Path(path).resolve() / 'checkpoints', item_handlers={
+      'state': ocp.PyTreeCheckpointHandler(), 'iterators': ocp.JsonCheckpointHandler()})
   step = manager.latest_step()
   if step is None:
     raise errors.UserError(f'there is no checkpoint in {path}/checkpoints')
-  state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
-  return state.state['params'][name]
+  # Where the arrays lay says nothing here: other devices, or other processes, may have held them.
+  place = SingleDeviceSharding(jax.local_devices()[0])
+  saved = manager.item_metadata(step)['state'].tree['params'][name]
+  wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), saved)
+  places = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=place, dtype=x.dtype), wanted)
+  restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(
+      {'params': {name: wanted}}, restore_args={'params': {name: places}}, partial_restore=True)))
+  return restored['state']['params'][name]

@@ -156,7 +156,7 @@ def test_one_process_goes_on_where_four_stopped(stage, wide, tmp_path):
   run(command(wide, whole, mesh, *options, stage=stage), whole, devices=8)
   arguments = command(wide, moved, mesh, *options, stage=stage)
   four = start(arguments, moved, processes=4, devices=2)
-  kill_when(four, moved, 7, lambda: four.send_signal(signal.SIGINT))
+  kill_when(four, moved, 7, lambda: four.send_signal(signal.SIGTERM))
   assert four.wait(60) == 130 and 'interrupted' in log(moved)
   steps = sorted(int(path.name) for path in (moved / 'checkpoints').iterdir() if path.name.isdigit())
   assert steps and 0 < steps[-1] < 14, steps
@@ -184,6 +184,46 @@ def test_a_killed_process_ends_the_job_and_the_restart_ends_like_a_whole_run(num
   assert metrics(killed) == metrics(whole)
   for name in ('samples.jsonl', 'model/model.safetensors'):
     assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def reward_of_one_that_fails(prompts, responses, *, response_tokens, metadata):
+  """A reward function that raises on process 1 alone."""
+  del prompts, response_tokens, metadata
+  if os.environ['PROCESS_ID'] == '1':
+    raise ValueError('no reward today')
+  return [1.0] * len(responses)
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_the_job_with_its_message(wide, tmp_path):
+  """Not after minutes, in which JAX would wait for the others to end too."""
+  options = ['--config.reward.model=', '--config.reward.function=test_processes:reward_of_one_that_fails']
+  process = start(command(wide, tmp_path / 'run', {'data': 2}, *options), tmp_path / 'run', processes=2)
+  end = time.monotonic() + LIMIT
+  while 'no reward today' not in log(tmp_path / 'run'):
+    assert process.poll() is None and time.monotonic() < end, log(tmp_path / 'run')
+    time.sleep(0.1)
+  assert process.wait(60) == 1
+  assert '[1] error: the reward function reward_of_one_that_fails raised ValueError' in log(tmp_path / 'run')
+  assert 'process 1 (of 0 to 1) ended with status 1' in log(tmp_path / 'run')
+
+
+@pytest.mark.slow
+def test_all_pass_over_a_checkpoint_that_one_cannot_read(wide, tmp_path):
+  options = ['--config.steps=6', '--config.checkpoint_every=2', '--config.samples_every=2']
+  workdir, mesh = tmp_path / 'run', {'fsdp': 2}
+  arguments = command(wide, workdir, mesh, *options)
+  run(arguments, workdir, processes=2)
+  expected = metrics(workdir), (workdir / 'model' / 'model.safetensors').read_bytes()
+  (workdir / 'model').rename(tmp_path / 'before')
+  # What process 1 wrote, and alone reads: the others notice nothing.
+  damaged = max((workdir / 'checkpoints' / '6' / 'state' / 'ocdbt.process_1' / 'd').iterdir(),
+                key=lambda path: path.stat().st_size, default=None)
+  damaged = damaged or max((workdir / 'checkpoints' / '6' / 'state').rglob('d/*'), key=lambda p: p.stat().st_size)
+  damaged.write_bytes(damaged.read_bytes()[:100])
+  run(arguments, workdir, processes=2)
+  assert 'checkpoint 6 in' in log(workdir) and (workdir / 'checkpoints' / 'unreadable-6').exists()
+  assert (metrics(workdir), (workdir / 'model' / 'model.safetensors').read_bytes()) == expected
 
 
 @pytest.mark.slow

@@ -14,8 +14,10 @@ LOCAL = pathlib.Path(__file__).resolve().parents[2] / 'launch' / 'local.sh'
 
 
 def start(*arguments, **variables):
+  """Starts it as a terminal would: in the background of a script an interrupt is ignored from the start."""
   return subprocess.Popen([LOCAL, *arguments], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          env=os.environ | variables, start_new_session=True)
+                          env=os.environ | variables, start_new_session=True,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def run(*arguments, **variables):
