@@ -46,6 +46,9 @@ def join():
         cluster_detection_method='deactivate', heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
   elif address or others:
     jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+  if jax.distributed.is_initialized():
+    # Two programs under way at once on CPU devices would mix up what their collectives send.
+    jax.config.update('jax_cpu_enable_async_dispatch', False)
 
 
 def end_at_once(message):

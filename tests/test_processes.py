@@ -81,7 +81,8 @@ def metrics(workdir):
 def assert_same_metrics(found, expected, steps):
   """To 1e-5, as reductions add up in another order."""
   found, expected = metrics(found), metrics(expected)
-  assert [record['step'] for record in found] == [record['step'] for record in expected] == list(range(steps))
+  assert [record['step'] for record in found] == [record['step'] for record in expected]
+  assert {record['step'] for record in found} == set(range(steps))
   for a, b in zip(found, expected):
     assert a.keys() == b.keys()
     for name in a:
@@ -150,33 +151,33 @@ def test_four_processes_with_two_devices_train_like_one_with_eight(mesh, wide, t
 @pytest.mark.slow
 @pytest.mark.parametrize('stage', ['ppo', 'reward_model'])
 def test_one_process_goes_on_where_four_stopped(stage, wide, tmp_path):
-  options = ['--config.steps=14', '--config.checkpoint_every=2', '--config.samples_every=1']
+  options = ['--config.steps=8', '--config.checkpoint_every=2', '--config.samples_every=1']
   mesh = {'fsdp': 4, 'tensor': 2}
   whole, moved = tmp_path / 'whole', tmp_path / 'moved'
   run(command(wide, whole, mesh, *options, stage=stage), whole, devices=8)
   arguments = command(wide, moved, mesh, *options, stage=stage)
   four = start(arguments, moved, processes=4, devices=2)
-  kill_when(four, moved, 7, lambda: four.send_signal(signal.SIGTERM))
+  kill_when(four, moved, 4, lambda: four.send_signal(signal.SIGTERM))
   assert four.wait(60) == 130 and 'interrupted' in log(moved)
   steps = sorted(int(path.name) for path in (moved / 'checkpoints').iterdir() if path.name.isdigit())
-  assert steps and 0 < steps[-1] < 14, steps
+  assert steps and 0 < steps[-1] < 8, steps
   name = 'policy' if stage == 'ppo' else 'reward'
   restored = checkpoint.load_params(moved, name)  # By this process, on one of its devices.
   assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(restored))
   run(arguments, moved, devices=8)
-  assert_same_metrics(moved, whole, 14)
+  assert_same_metrics(moved, whole, 8)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('number', [0, 2])
 def test_a_killed_process_ends_the_job_and_the_restart_ends_like_a_whole_run(number, wide, tmp_path):
-  options = ['--config.steps=14', '--config.checkpoint_every=2', '--config.samples_every=5']
+  options = ['--config.steps=8', '--config.checkpoint_every=2', '--config.samples_every=3']
   mesh, sizes = {'data': 2, 'fsdp': 4}, {'processes': 4, 'devices': 2}
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
   run(command(wide, whole, mesh, *options), whole, **sizes)
   arguments = command(wide, killed, mesh, *options)
   four = start(arguments, killed, **sizes)
-  kill_when(four, killed, 7, lambda: os.kill(process_of(four, number), signal.SIGKILL))
+  kill_when(four, killed, 4, lambda: os.kill(process_of(four, number), signal.SIGKILL))
   assert four.wait(60) == 1
   assert re.search(rf'process {number} \(of 0 to 3\) was killed by signal 9 \(KILL\)', log(killed))
   assert not (killed / 'model').exists()
@@ -217,9 +218,8 @@ def test_all_pass_over_a_checkpoint_that_one_cannot_read(wide, tmp_path):
   expected = metrics(workdir), (workdir / 'model' / 'model.safetensors').read_bytes()
   (workdir / 'model').rename(tmp_path / 'before')
   # What process 1 wrote, and alone reads: the others notice nothing.
-  damaged = max((workdir / 'checkpoints' / '6' / 'state' / 'ocdbt.process_1' / 'd').iterdir(),
-                key=lambda path: path.stat().st_size, default=None)
-  damaged = damaged or max((workdir / 'checkpoints' / '6' / 'state').rglob('d/*'), key=lambda p: p.stat().st_size)
+  files = (workdir / 'checkpoints' / '6' / 'state' / 'ocdbt.process_1' / 'd').iterdir()
+  damaged = max(files, key=lambda path: path.stat().st_size)
   damaged.write_bytes(damaged.read_bytes()[:100])
   run(arguments, workdir, processes=2)
   assert 'checkpoint 6 in' in log(workdir) and (workdir / 'checkpoints' / 'unreadable-6').exists()
