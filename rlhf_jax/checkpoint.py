@@ -91,7 +91,7 @@ class Checkpoints:
         name = f'unreadable-{step}'
         taken = len(list(self.path.glob(f'{name}*')))
         (self.path / str(step)).rename(self.path / (f'{name}-{taken}' if taken else name))
-    processes.wait('unreadable checkpoints')
+    processes.wait()
     self._manager.reload()
 
   def close(self):

@@ -47,7 +47,7 @@ def join():
   elif address or others:
     jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
   if jax.distributed.is_initialized():
-    # Two programs under way at once on CPU devices would mix up what their collectives send.
+    # See processes.settle.
     jax.config.update('jax_cpu_enable_async_dispatch', False)
 
 

@@ -9,7 +9,7 @@ import pathlib
 import time
 
 import jax
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
 from rlhf_jax import errors
@@ -22,20 +22,56 @@ def first():
   return jax.process_index() == 0
 
 
+def settle(tree):
+  """Waits for the programs that make these arrays, on CPU devices of several processes; returns the arrays.
+
+  Two programs under way at once mix up what their collectives send there, unless one needs what
+  the other makes. Other devices run them in order.
+  """
+  if jax.process_count() > 1 and jax.default_backend() == 'cpu':
+    jax.block_until_ready(tree)
+  return tree
+
+
+def host(array):
+  """The whole of an array as NumPy on every process, wherever its shards are."""
+  if not isinstance(array, jax.Array) or array.is_fully_addressable:
+    return np.asarray(array)
+  if not array.is_fully_replicated:
+    settle(array)
+    mesh = array.sharding.mesh
+    with jax.set_mesh(mesh):
+      array = settle(jax.jit(_same, out_shardings=NamedSharding(mesh, P()))(array))
+  return np.asarray(array.addressable_data(0))
+
+
+def _same(x):
+  return x
+
+
+def gathered(x):
+  """Every process's NumPy array, of one shape and dtype, as [processes, ...] on all of them."""
+  x = np.asarray(x)[None]
+  if jax.process_count() == 1:
+    return x
+  mesh = Mesh(np.array(jax.devices()).reshape(jax.process_count(), -1), ('processes', 'devices'))
+  place = NamedSharding(mesh, P('processes'))
+  return host(jax.make_array_from_process_local_data(place, x, (jax.process_count(), *x.shape[1:])))
+
+
 def agree(answer):
   """The first process's answer, a bool, on all of them."""
-  return bool(answer) if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.bool_(answer)))
+  return bool(gathered(np.bool_(answer))[0])
 
 
 def all_of(answer):
   """Whether the answer, a bool, is true on every process."""
-  return bool(answer) if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.bool_(answer))))
+  return bool(gathered(np.bool_(answer)).all())
 
 
-def wait(name):
-  """Returns when every process has come to the place called `name`."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
+def wait():
+  """Returns when every process has come here."""
+  all_of(True)
 
 
 def wait_for_file(path):
@@ -44,7 +80,7 @@ def wait_for_file(path):
   Raises:
     UserError: one of them does not: their working directories are not the same folder.
   """
-  wait(f'written {path}')
+  wait()
   if jax.process_count() == 1:
     return
   path, end = pathlib.Path(path), time.monotonic() + VISIBLE_SECONDS
@@ -54,15 +90,6 @@ def wait_for_file(path):
     raise errors.UserError(
         f'{path.parent} is not the same folder on all {jax.process_count()} processes: --workdir has to lie on a '
         'file system that they share, such as NFS or a mounted bucket')
-
-
-def host(array):
-  """The whole of an array as NumPy on every process, wherever its shards are."""
-  if isinstance(array, jax.Array) and not array.is_fully_addressable:
-    if array.is_fully_replicated:
-      return np.asarray(array.addressable_data(0))
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-  return np.asarray(array)
 
 
 def share_out(function, count):
@@ -81,4 +108,4 @@ def share_out(function, count):
     return function(np.arange(count))
   size = -(-count // processes)
   mine = np.minimum(np.arange(size) + size * jax.process_index(), count - 1)
-  return multihost_utils.process_allgather(function(mine), tiled=True)[:count]
+  return np.concatenate(gathered(function(mine)))[:count]

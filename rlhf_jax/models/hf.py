@@ -125,7 +125,7 @@ def save(path, model, params, *, tokenizer=None, head=None, max_shard_bytes=MAX_
       _replace(path, temporary)
     finally:
       shutil.rmtree(temporary, ignore_errors=True)
-  processes.wait(f'saved {path}')
+  processes.wait()
 
 
 def _model(path, **settings):
