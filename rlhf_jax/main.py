@@ -7,6 +7,7 @@ the same --workdir goes on where it stopped.
 import os
 import re
 import sys
+import traceback
 
 from absl import app
 from absl import flags
@@ -16,6 +17,7 @@ from ml_collections import config_flags
 from rlhf_jax import compilation
 from rlhf_jax import errors
 from rlhf_jax import pipeline
+from rlhf_jax import processes
 from rlhf_jax import train
 from rlhf_jax.evaluation import report
 
@@ -48,21 +50,31 @@ def parse_flags(argv):
 
 
 def main(argv):
-  """Runs the config."""
+  """Runs the config; a mistake of the user's is said in one line."""
   if len(argv) > 1:
     sys.exit(f'error: unexpected arguments {argv[1:]}: every option begins with --')
-  compilation.configure()
   try:
-    config = _CONFIG.value
-    config.lock()
-    if 'stages' in config:
-      pipeline.run(config, _WORKDIR.value)
-    else:
-      train.run(config, _WORKDIR.value)
-      report.of_run(_WORKDIR.value, title=config.algorithm)
+    run()
   except errors.UserError as error:
     logging.debug('details', exc_info=True)
+    compilation.end_at_once(f'error: {error}')
     sys.exit(f'error: {error}')
+  except (Exception, KeyboardInterrupt):
+    compilation.end_at_once(traceback.format_exc())
+    raise
+
+
+def run():
+  """Runs what the command line names."""
+  compilation.configure()
+  config = _CONFIG.value
+  config.lock()
+  if 'stages' in config:
+    pipeline.run(config, _WORKDIR.value)
+    return
+  train.run(config, _WORKDIR.value)
+  if processes.first():
+    report.of_run(_WORKDIR.value, title=config.algorithm)
 
 
 if __name__ == '__main__':

@@ -12,6 +12,7 @@ import uuid
 
 import tensorboardX
 
+from rlhf_jax import processes
 from rlhf_jax.errors import DataError, UserError
 
 METRICS = 'metrics.jsonl'
@@ -19,7 +20,7 @@ SAMPLES = 'samples.jsonl'
 
 
 class Writer:
-  """Appends metrics and text samples of one run to its workdir.
+  """Appends metrics and text samples of one run to its workdir; one that is not the first process's does nothing.
 
   Attributes:
     workdir: pathlib.Path, made if it is not there.
@@ -39,6 +40,9 @@ class Writer:
       DataError: a line of an earlier run cannot be read.
     """
     self.workdir = pathlib.Path(workdir)
+    self._closed = not processes.first()
+    if self._closed:
+      return
     self.workdir.mkdir(parents=True, exist_ok=True)
     for name in (METRICS, SAMPLES):
       _drop_from(self.workdir / name, resume_step)
@@ -59,6 +63,8 @@ class Writer:
       step: int.
       metrics: {name: number}; NumPy and JAX scalars are welcome.
     """
+    if self._closed:
+      return
     values = {name: float(value) for name, value in metrics.items()}
     finite = {name: value for name, value in values.items() if math.isfinite(value)}
     _append(self._metrics, {'step': int(step)} | {name: finite.get(name) for name in values})
@@ -69,17 +75,19 @@ class Writer:
 
   def samples(self, step, samples):
     """Appends one line `{"step": step, ...}` for each dict of JSON values (texts, scores)."""
-    for sample in samples:
+    for sample in () if self._closed else samples:
       _append(self._samples, {'step': int(step)} | _nulls(sample))
 
   def close(self):
     """Flushes and closes every file. A second call does nothing."""
+    if self._closed:
+      return
+    self._closed = True
     self._metrics.close()
     self._samples.close()
     self._tensorboard.close()
     if self._wandb is not None:
       self._wandb.finish()
-      self._wandb = None
 
 
 def read(workdir):

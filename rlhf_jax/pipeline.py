@@ -22,6 +22,7 @@ import ml_collections
 
 from rlhf_jax import config as config_lib
 from rlhf_jax import errors
+from rlhf_jax import processes
 from rlhf_jax import train
 
 DONE = 'done.json'
@@ -41,16 +42,20 @@ def run(config, workdir):
   stages = {name: resolve(config[name], workdir, config.seed) for name in chosen(config)}
   for name, stage in stages.items():  # a mistake in the last is found before the first runs
     check(name, stage)
-  write_json(workdir / 'config.json', config.to_dict())
+  if processes.first():
+    write_json(workdir / 'config.json', config.to_dict())
   for number, (name, stage) in enumerate(stages.items(), 1):
     folder = workdir / name
-    if (folder / DONE).exists():
+    if processes.agree((folder / DONE).exists()):
       logging.info('stage %s is finished: %s', name, folder)
       continue
-    print(f'[{number}/{len(stages)}] {name}', flush=True)
     started = time.perf_counter()
+    if processes.first():
+      print(f'[{number}/{len(stages)}] {name}', flush=True)
     run_stage(stage, folder)
-    write_json(folder / DONE, {'seconds': round(time.perf_counter() - started, 1)})
+    if processes.first():
+      write_json(folder / DONE, {'seconds': round(time.perf_counter() - started, 1)})
+    processes.wait_for_file(folder / DONE)
 
 
 def chosen(config):
@@ -99,9 +104,10 @@ def called(stage):
 
 
 def run_stage(stage, folder):
-  """Runs one stage whose placeholders are resolved."""
+  """Runs one stage whose placeholders are resolved; one that does not train on the first process alone."""
   if 'algorithm' in stage:
     train.run(stage, folder)
+  if 'algorithm' in stage or not processes.first():
     return
   folder.mkdir(parents=True, exist_ok=True)
   function, arguments = called(stage)

@@ -145,20 +145,22 @@ def shard_rows(tree):
 
 
 def put_rows(tree, mesh):
-  """This process's rows, as NumPy arrays, to global arrays split over the data axes.
+  """Rows of a batch to arrays split over the data axes.
+
+  Every process has the whole batch on its host and takes the rows that its devices hold: where
+  the axes 'fsdp' or 'tensor' cross processes, several of them hold the same rows.
 
   Args:
-    tree: of arrays [rows of this process, ...].
+    tree: of NumPy arrays [rows, ...], the same on all processes.
     mesh: from `make_mesh`.
 
   Returns:
-    Tree of jax arrays [rows of all processes, ...].
+    Tree of jax arrays of the same shapes.
   """
   place = batch_sharding(mesh)
-  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, np.asarray(x)), tree)
 
+  def put(x):
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
 
-def local_rows(array):
-  """The rows of a batch-sharded array that lie on this process, in order, as NumPy."""
-  pieces = {shard.index[0].start or 0: shard for shard in array.addressable_shards}
-  return np.concatenate([np.asarray(pieces[start].data) for start in sorted(pieces)])
+  return jax.tree.map(put, tree)

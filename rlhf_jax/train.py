@@ -19,6 +19,7 @@ from rlhf_jax import checkpoint
 from rlhf_jax import config as config_lib
 from rlhf_jax import errors
 from rlhf_jax import metrics as metrics_lib
+from rlhf_jax import processes
 from rlhf_jax import sharding
 
 # What the progress bar shows, where a run has it.
@@ -42,7 +43,7 @@ def run(config, workdir):
   """
   workdir = pathlib.Path(workdir)
   model_path = workdir / 'model'
-  if model_path.exists():
+  if processes.agree(model_path.exists()):
     logging.info('%s is there already: this run is finished', model_path)
     return model_path
   config_lib.validate(config, jax.device_count())
@@ -53,7 +54,9 @@ def run(config, workdir):
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
     step, state = checkpoints.restore(learner.state, learner.iterators)
     learner.state = None  # the loop owns the only copy: train steps donate it
-    describe_run(config, learner, workdir)  # of another config's run, nothing is touched
+    if processes.first():
+      describe_run(config, learner, workdir)  # of another config's run, nothing is touched
+    processes.wait_for_file(workdir / 'config.json')
     writer = metrics_lib.Writer(workdir, resume_step=step, config=config.to_dict(),
                                 wandb_project=config.wandb_project)
     try:
@@ -84,12 +87,12 @@ def loop(config, learner, state, first_step, checkpoints, writer):
   clock = time.perf_counter()
   pending = None
   bar = tqdm.tqdm(range(first_step, steps), initial=first_step, total=steps,
-                  desc=pathlib.Path(writer.workdir).name, dynamic_ncols=True)
+                  desc=pathlib.Path(writer.workdir).name, dynamic_ncols=True, disable=not processes.first())
   for step in bar:
     done = step + 1
     logged = done == 1 or due(done, config.log_every)
     batch, host_metrics = learner.next_batch(state, timed=logged)
-    state, metrics = learner.train_step(state, *batch)
+    state, metrics = processes.settle(learner.train_step(state, *batch))
     if pending is not None:
       log(writer, bar, *pending)
     now = time.perf_counter()

@@ -122,7 +122,7 @@ def test_any_damaged_file_gives_the_newest_or_the_one_before(saved, tmp_path, da
         ['1', '2', '3'] if steps[str(file)] == 3 else ['1', '2', 'unreadable-3'])
   assert set(steps.values()) == {2, 3}
   assert steps['state/manifest.ocdbt'] == 2
-  assert steps['data/process_0-of-1.json'] == 2
+  assert steps['iterators/metadata'] == 2
 
 
 @pytest.mark.parametrize('damage', DAMAGE)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import errors
+from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.algorithms import setup
@@ -48,7 +49,7 @@ def check_length(config, model):
 
 
 def texts_of(rollout, tokenizer):
-  """Responses of this process's rows.
+  """The responses of a rollout.
 
   Args:
     rollout: Rollout.
@@ -57,8 +58,8 @@ def texts_of(rollout, tokenizer):
   Returns:
     List of texts without special tokens, and list of token id lists with them.
   """
-  mask = sharding.local_rows(rollout.response_mask)
-  tokens = sharding.local_rows(rollout.tokens)[:, -mask.shape[1]:]
+  mask = processes.host(rollout.response_mask)
+  tokens = processes.host(rollout.tokens)[:, -mask.shape[1]:]
   ids = [row[keep].tolist() for row, keep in zip(tokens, mask)]
   return tokenizers.decode_continuation(tokenizer, ids), ids
 
@@ -159,16 +160,22 @@ def reward_model_scorer(config, tokenizer, mesh):
 
 
 def function_scorer(config, tokenizer, mesh):
-  """Scores of `config.reward.function`: (rollout, examples) -> [B] or [B, R] float32."""
+  """Scores of `config.reward.function`: (rollout, examples) -> [B] or [B, R] float32.
+
+  With several processes each calls it with its part of the batch.
+  """
   function = functions.load(config.reward.function)
 
   def score(rollout, examples):
     responses, ids = texts_of(rollout, tokenizer)
-    scores = functions.call(
-        function, [example.prompt for example in examples], responses,
-        response_tokens=ids, metadata=[example.metadata for example in examples],
-        slots=rollout.response_mask.shape[1])
-    return sharding.put_rows(scores, mesh)
+
+    def call(rows):
+      return functions.call(
+          function, [examples[i].prompt for i in rows], [responses[i] for i in rows],
+          response_tokens=[ids[i] for i in rows], metadata=[examples[i].metadata for i in rows],
+          slots=rollout.response_mask.shape[1])
+
+    return sharding.put_rows(processes.share_out(call, len(examples)), mesh)
 
   return score
 
@@ -222,26 +229,27 @@ class Actor:
     rollout = self.generate(
         trainable.join(self._shared, state.params['policy']),
         sharding.put_rows(prompts, self._mesh), types.step_keys(state)[0])
+    processes.settle(rollout)
     if timed:
       jax.block_until_ready(rollout)
     sampled = time.perf_counter()
     seen = rollout
     if self.sampling.ignore_eos:
       seen, _ = self._truncate(rollout, self.sampling.eos_id, self.sampling.pad_id)
-    scores = self._score(seen, examples)
+    scores = processes.settle(self._score(seen, examples))
     self._last = examples, seen, scores
     if not timed:
       return rollout, scores, {}
     jax.block_until_ready(scores)
-    tokens = int(np.sum(sharding.local_rows(rollout.response_mask)))
+    tokens = int(np.sum(processes.host(rollout.response_mask)))
     return rollout, scores, {
         'seconds/rollout': sampled - started, 'seconds/scoring': time.perf_counter() - sampled,
-        'tokens_per_second/rollout': tokens * jax.process_count() / (sampled - started)}
+        'tokens_per_second/rollout': tokens / (sampled - started)}
 
   def samples(self):
     """The last batch as dicts with prompt, response and score."""
     examples, rollout, scores = self._last
     responses, _ = texts_of(rollout, self._tokenizer)
-    scores = sharding.local_rows(scores)
+    scores = processes.host(scores)
     return [{'prompt': example.prompt, 'response': response, 'score': float(np.sum(score))}
             for example, response, score in zip(examples, responses, scores)]

@@ -19,6 +19,7 @@ from rlhf_jax import errors
 from rlhf_jax import learner
 from rlhf_jax import losses
 from rlhf_jax import optim
+from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.algorithms import setup
@@ -188,9 +189,10 @@ def create(config, mesh):
     """The head, normalized on the config's texts."""
     if config.reward.normalize == 'none':
       return params['head']
-    values = [(scores(trainable.join(frozen, params), sharding.put_rows(batch, mesh)), batch.present)
+    values = [(processes.settle(scores(
+        trainable.join(frozen, params), sharding.put_rows(batch, mesh))), batch.present)
               for batch in normalization_batches(config, examples, tokenizer, sizes)]
-    values = np.concatenate([sharding.local_rows(x)[present] for x, present in values])
+    values = np.concatenate([processes.host(x)[present] for x, present in values])
     return normalize(params['head'], values, config.reward.normalize)
 
   params['head'] = fitted_head(params)
@@ -201,7 +203,7 @@ def create(config, mesh):
       microbatch_size=config.microbatch_size), state)
 
   def evaluate(state):
-    pairs = [held_out_pairs(sharding.local_rows(
+    pairs = [held_out_pairs(processes.host(
         scores(trainable.join(frozen, state.params['reward']), sharding.put_rows(batch, mesh))),
         batch) for batch in held_out]
     return describe(np.concatenate(pairs)) if pairs else {}

@@ -1,14 +1,13 @@
 """Batches for training, from checkpointable iterators that never end, and for evaluation.
 
-Letters: B batch of this process, K completions of one prompt, P prompt length, T row length, N
-examples or packed rows.
+Letters: B batch, K completions of one prompt, P prompt length, T row length, N examples or packed
+rows.
 
-Everything is tokenized once, before the first batch. What Grain then shuffles, repeats and slices
-is only the indices 0 .. N-1: each epoch has an order of its own, the same for the same seed, and
-an iterator's state is its position, so `get_state` and `set_state` (and Orbax, through
-`grain.checkpoint.CheckpointSave`) resume at the exact batch. Process i of n takes every n-th
-example of each global batch, so that all of them together see what a single one would. Fewer
-examples than a batch are repeated within it.
+Everything is tokenized once, before the first batch. What Grain then shuffles and repeats is only
+the indices 0 .. N-1: each epoch has an order of its own, the same for the same seed, and an
+iterator's state is its position, so `get_state` and `set_state` resume at the exact batch. Fewer
+examples than a batch are repeated within it. With several processes each makes every batch whole,
+the same on all of them, and puts on its devices what these hold of it: see `sharding.put_rows`.
 
 Batches are pytrees of `rlhf_jax.types` with NumPy arrays, always of the same shape. Prompts to
 respond to are left-padded, everything else is right-padded.
@@ -37,34 +36,30 @@ Collate = Callable[[np.ndarray], Any]
 
 
 def lm_iterator(texts: Sequence[str], tokenizer: formats.Tokenizer, *, batch_size: int, length: int,
-                seed: int, pack: bool = True, process_index: int | None = None,
-                process_count: int | None = None) -> tuple[grain.DatasetIterator, int]:
+                seed: int, pack: bool = True) -> tuple[grain.DatasetIterator, int]:
   """Iterates forever over LMBatch [B, T] of whole texts, each followed by the EOS.
 
   Args:
     texts: documents.
     tokenizer: as `tokenizers.load` gives it.
-    batch_size: rows of all processes together.
+    batch_size: B.
     length: T. Longer texts are cut into several pieces.
     seed: decides the order.
     pack: whether rows hold several documents; see `packing`.
-    process_index: which rows are ours; that of JAX by default, and so
-    process_count: among how many processes.
 
   Returns:
     (iterator, N): an epoch is N rows, N / batch_size steps.
 
   Raises:
-    UserError: batch_size does not divide among the processes, or there is nothing to learn from.
+    UserError: there is nothing to learn from.
   """
   collate, count = _lm(texts, tokenizer, length=length, pack=pack)
-  return _iterate(collate, np.arange(count), batch_size, seed, process_index, process_count)
+  return _iterate(collate, np.arange(count), batch_size, seed)
 
 
 def completion_iterator(examples: Sequence[formats.Completion], tokenizer: formats.Tokenizer, *,
                         batch_size: int, max_length: int, seed: int, pairs: bool = False,
-                        process_index: int | None = None,
-                        process_count: int | None = None) -> tuple[grain.DatasetIterator, int]:
+                        ) -> tuple[grain.DatasetIterator, int]:
   """Iterates forever over LMBatch [B, T], one prompt and completion a row.
 
   Only the completion's tokens, its EOS included, are targets. T = max_length; see `_fit` for what
@@ -73,26 +68,24 @@ def completion_iterator(examples: Sequence[formats.Completion], tokenizer: forma
   `lm_iterator`.
   """
   collate, count = _completions(examples, tokenizer, max_length=max_length, pairs=pairs)
-  return _iterate(collate, np.arange(count), batch_size, seed, process_index, process_count)
+  return _iterate(collate, np.arange(count), batch_size, seed)
 
 
 def comparison_iterator(examples: Sequence[formats.Comparison], tokenizer: formats.Tokenizer, *,
                         batch_size: int, max_length: int, seed: int,
-                        process_index: int | None = None,
-                        process_count: int | None = None) -> tuple[grain.DatasetIterator, int]:
+                        ) -> tuple[grain.DatasetIterator, int]:
   """Iterates forever over Comparisons [B, K, T], K that of the example with the most completions.
 
   T = max_length; all completions of a prompt follow the same tokens; see `_fit` for what becomes
   of longer ones. Other arguments, result and errors as for `lm_iterator`.
   """
   collate, count = _comparisons(examples, tokenizer, max_length=max_length)
-  return _iterate(collate, np.arange(count), batch_size, seed, process_index, process_count)
+  return _iterate(collate, np.arange(count), batch_size, seed)
 
 
 def prompt_iterator(examples: Sequence[formats.Prompt], tokenizer: formats.Tokenizer, *,
                     batch_size: int, max_prompt_length: int, seed: int, on_long: str = 'error',
-                    process_index: int | None = None,
-                    process_count: int | None = None) -> tuple[grain.DatasetIterator, int]:
+                    ) -> tuple[grain.DatasetIterator, int]:
   """Iterates forever over pairs of Prompts [B, P] and int32 [B], indices into `examples`.
 
   Args:
@@ -109,39 +102,29 @@ def prompt_iterator(examples: Sequence[formats.Prompt], tokenizer: formats.Token
   """
   collate, indices = _prompts(examples, tokenizer, max_prompt_length=max_prompt_length,
                               on_long=on_long)
-  return _iterate(collate, indices, batch_size, seed, process_index, process_count)
+  return _iterate(collate, indices, batch_size, seed)
 
 
-def _iterate(collate: Collate, indices: np.ndarray, batch_size: int, seed: int,
-             process_index: int | None,
-             process_count: int | None) -> tuple[grain.DatasetIterator, int]:
-  index, count = _process(batch_size, process_index, process_count)
+def _iterate(collate: Collate, indices: np.ndarray, batch_size: int,
+             seed: int) -> tuple[grain.DatasetIterator, int]:
+  if batch_size < 1:
+    raise UserError(f'batch_size {batch_size} has to be positive.')
   if not len(indices):
     raise UserError('the data have no token to learn from: there are no examples, or only empty '
                     'texts.')
   if len(indices) < batch_size:
     logging.info('%d examples are fewer than the batch size, %d: they are repeated within a batch.',
                  len(indices), batch_size)
-  dataset = grain.MapDataset.source(indices).seed(seed).shuffle().repeat()[index::count]
-  dataset = dataset.batch(batch_size // count, drop_remainder=True).map(collate)
+  dataset = grain.MapDataset.source(indices).seed(seed).shuffle().repeat()
+  dataset = dataset.batch(batch_size, drop_remainder=True).map(collate)
   return iter(dataset.to_iter_dataset(_READ)), len(indices)
-
-
-def _process(batch_size: int, index: int | None, count: int | None) -> tuple[int, int]:
-  index = jax.process_index() if index is None else index
-  count = jax.process_count() if count is None else count
-  if batch_size < 1 or batch_size % count:
-    raise UserError(f'batch_size {batch_size} cannot be divided among {count} processes: make it a '
-                    f'positive multiple of {count}.')
-  return index, count
 
 
 # Held-out batches.
 
 
 def lm_batches(texts: Sequence[str], tokenizer: formats.Tokenizer, *, batch_size: int, length: int,
-               pack: bool = True, process_index: int | None = None,
-               process_count: int | None = None) -> list[tuple[types.LMBatch, np.ndarray]]:
+               pack: bool = True) -> list[tuple[types.LMBatch, np.ndarray]]:
   """All texts once, in order, for evaluation: pairs of LMBatch [B, T] and valid, bool [B].
 
   The last batch is filled with copies of its first row, where `valid` is False and no token is a
@@ -149,47 +132,43 @@ def lm_batches(texts: Sequence[str], tokenizer: formats.Tokenizer, *, batch_size
   for `lm_iterator`.
   """
   collate, count = _lm(texts, tokenizer, length=length, pack=pack)
-  return _in_order(collate, np.arange(count), batch_size, process_index, process_count)
+  return _in_order(collate, np.arange(count), batch_size)
 
 
 def completion_batches(examples: Sequence[formats.Completion], tokenizer: formats.Tokenizer, *,
                        batch_size: int, max_length: int, pairs: bool = False,
-                       process_index: int | None = None,
-                       process_count: int | None = None) -> list[tuple[Any, np.ndarray]]:
+                       ) -> list[tuple[Any, np.ndarray]]:
   """As `lm_batches`, for prompts and completions; see `completion_iterator`."""
   collate, count = _completions(examples, tokenizer, max_length=max_length, pairs=pairs)
-  return _in_order(collate, np.arange(count), batch_size, process_index, process_count)
+  return _in_order(collate, np.arange(count), batch_size)
 
 
 def comparison_batches(
-    examples: Sequence[formats.Comparison], tokenizer: formats.Tokenizer, *, batch_size: int,
-    max_length: int, process_index: int | None = None, process_count: int | None = None,
+    examples: Sequence[formats.Comparison], tokenizer: formats.Tokenizer, *, batch_size: int, max_length: int,
 ) -> list[tuple[types.Comparisons, np.ndarray]]:
   """As `lm_batches`, for Comparisons [B, K, T]; rows that fill up have `present` False."""
   collate, count = _comparisons(examples, tokenizer, max_length=max_length)
-  return _in_order(collate, np.arange(count), batch_size, process_index, process_count)
+  return _in_order(collate, np.arange(count), batch_size)
 
 
 def prompt_batches(
     examples: Sequence[formats.Prompt], tokenizer: formats.Tokenizer, *, batch_size: int,
-    max_prompt_length: int, on_long: str = 'error', process_index: int | None = None,
-    process_count: int | None = None,
+    max_prompt_length: int, on_long: str = 'error',
 ) -> list[tuple[tuple[types.Prompts, np.ndarray], np.ndarray]]:
   """As `lm_batches`, for pairs of Prompts [B, P] and indices [B]; see `prompt_iterator`."""
   collate, indices = _prompts(examples, tokenizer, max_prompt_length=max_prompt_length,
                               on_long=on_long)
-  return _in_order(collate, indices, batch_size, process_index, process_count)
+  return _in_order(collate, indices, batch_size)
 
 
-def _in_order(collate: Collate, indices: np.ndarray, batch_size: int, process_index: int | None,
-              process_count: int | None) -> list[tuple[Any, np.ndarray]]:
-  index, count = _process(batch_size, process_index, process_count)
+def _in_order(collate: Collate, indices: np.ndarray,
+              batch_size: int) -> list[tuple[Any, np.ndarray]]:
   batches = []
   for start in range(0, len(indices), batch_size):
     rows = indices[start:start + batch_size]
     valid = np.arange(batch_size) < len(rows)
     rows = np.append(rows, np.full(batch_size - len(rows), rows[0]))
-    batch, valid = collate(rows[index::count]), valid[index::count]
+    batch = collate(rows)
     if isinstance(batch, types.LMBatch):
       batch = dataclasses.replace(batch, loss_mask=batch.loss_mask & valid[:, None])
     elif isinstance(batch, types.Pairs):

@@ -18,12 +18,12 @@ import shutil
 import uuid
 
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 import numpy as np
 
 from rlhf_jax import models
+from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import hf_arrays
@@ -109,10 +109,9 @@ def save(path, model, params, *, tokenizer=None, head=None, max_shard_bytes=MAX_
     max_shard_bytes: largest safetensors file; a larger model becomes several with an index.
   """
   path = pathlib.Path(path)
-  writer = jax.process_index() == 0
   temporary = path.parent / f'.{path.name}.{uuid.uuid4().hex}'
   tensors = _tensors(model, params, head)
-  if not writer:
+  if not processes.first():
     for _ in tensors:
       pass
   else:
@@ -126,8 +125,7 @@ def save(path, model, params, *, tokenizer=None, head=None, max_shard_bytes=MAX_
       _replace(path, temporary)
     finally:
       shutil.rmtree(temporary, ignore_errors=True)
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(f'saved {path}')
+  processes.wait()
 
 
 def _model(path, **settings):
@@ -296,18 +294,18 @@ def _tensors(model, params, head):
     groups[source.name].append((source, leaves[path]))
   for name, members in groups.items():
     sources = [source for source, _ in members]
-    layers = zip(*(hf_arrays.layers(leaf) if source.stacked else [hf_arrays.host(leaf)] for source, leaf in members))
+    layers = zip(*(hf_arrays.layers(leaf) if source.stacked else [processes.host(leaf)] for source, leaf in members))
     for layer, parts in enumerate(layers):
       yield module.PREFIX + name.format(layer=layer), hf_arrays.join(sources, parts)
   if head is not None:
     weight, bias = _head_names(model)
-    yield weight, hf_arrays.host(head['kernel'])[None]
-    value = hf_arrays.host(head['bias'])
+    yield weight, processes.host(head['kernel'])[None]
+    value = processes.host(head['bias'])
     if value != 0 or not bias.startswith(HEAD):
       yield bias, value[None]
   elif not model.config.tie_word_embeddings:
     source = Source(_unembed_name(module), transpose=True)
-    yield source.name, hf_arrays.join([source], [hf_arrays.host(leaves['unembed/kernel'])])
+    yield source.name, hf_arrays.join([source], [processes.host(leaves['unembed/kernel'])])
 
 
 def _config_json(model, params, tokenizer, head):

@@ -9,10 +9,11 @@ import functools
 import math
 
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
+
+from rlhf_jax import processes
 
 STEP_BYTES = 32 * 2**20
 
@@ -46,14 +47,7 @@ def layers(stack):
   """Yields the layers of a stack as numpy arrays, gathered from their devices a few at a time."""
   depth, step = stack.shape[0], _layers_at_once(stack.shape, stack.dtype)
   for first in range(0, depth, step):
-    yield from host(stack if step >= depth else _cut(stack, first, min(step, depth - first)))
-
-
-def host(array):
-  """The whole of an array as numpy, wherever its shards are."""
-  if isinstance(array, jax.Array) and not array.is_fully_addressable:
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-  return np.asarray(array)
+    yield from processes.host(stack if step >= depth else _cut(stack, first, min(step, depth - first)))
 
 
 def join(sources, parts):

@@ -16,6 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import hf_files
@@ -36,7 +37,7 @@ KNOWN = frozenset({
 
 
 def save(path, model, adapters):
-  """Writes a folder that PEFT reads on top of the base model.
+  """Writes a folder that PEFT reads on top of the base model; called by all processes, written by the first.
 
   Args:
     path: the folder.
@@ -51,8 +52,8 @@ def save(path, model, adapters):
     if not adapted:
       continue
     scale = model.lora.find(adapted[0][0])[1]
-    parts = [(np.asarray(leaves[f'{path}/lora/a'], np.float32),
-              np.asarray(leaves[f'{path}/lora/b'], np.float32) * (model.lora.find(path)[1] / scale), source)
+    parts = [(processes.host(leaves[f'{path}/lora/a']).astype(np.float32),
+              processes.host(leaves[f'{path}/lora/b']).astype(np.float32) * (model.lora.find(path)[1] / scale), source)
              for path, source in adapted]
     kernels = [shapes[f'{path}/kernel'].shape for path, _ in members]
     a, b = _fuse(parts, sum(shape[-1] for shape in kernels))
@@ -64,6 +65,8 @@ def save(path, model, adapters):
       here = (a, b) if number is None else (a[index], b[index])
       for letter, array in zip('AB', here):
         tensors[f'{module}.lora_{letter}.weight'] = np.ascontiguousarray(array.T)
+  if not processes.first():
+    return
   path = pathlib.Path(path)
   path.mkdir(parents=True, exist_ok=True)
   safetensors.numpy.save_file(tensors, path / WEIGHTS, metadata={'format': 'pt'})

@@ -10,6 +10,7 @@ import numpy as np
 
 from rlhf_jax import errors
 from rlhf_jax import models
+from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.data import tokenizers
@@ -46,7 +47,7 @@ def of_texts(model, params, tokenizer, *, max_length, mesh):
     mesh: device mesh; rows are split over it.
 
   Returns:
-    Function (prompts, responses, ended) -> [n] float32 NumPy, n rows of this process; `ended`
+    Function (prompts, responses, ended) -> [n] float32 NumPy; `ended`
     says which responses finished, and so get an EOS. Encoders read prompt and response as one
     text between the tokenizer's own ends.
   """
@@ -75,6 +76,6 @@ def of_texts(model, params, tokenizer, *, max_length, mesh):
     for i, row in enumerate(rows):
       tokens[i, :len(row)], mask[i, :len(row)] = row, True
     tokens, mask = sharding.put_rows((tokens, mask), mesh)
-    return sharding.local_rows(score(params, tokens, mask))
+    return processes.host(score(params, tokens, mask))
 
   return apply

@@ -1,4 +1,4 @@
-"""Batches by hand, order, resumption, slices of several processes, and what does not fit."""
+"""Batches by hand, order, resumption, and what does not fit."""
 
 import logging
 
@@ -176,21 +176,7 @@ def test_orbax_saves_and_restores_iterators(tokenizer, tmp_path):
   assert_equal([next(again) for _ in range(4)], want)
 
 
-@pytest.mark.parametrize('processes', [2, 3])
-def test_processes_share_each_global_batch(tokenizer, processes):
-  settings = {'count': 10, 'batch_size': 6}
-  whole = order(prompt_iterator(tokenizer, **settings), 5)
-  parts = [order(prompt_iterator(tokenizer, process_index=i, process_count=processes, **settings),
-                 5) for i in range(processes)]
-  for batch, pieces in zip(whole, zip(*parts)):
-    assert all(len(piece) == 6 // processes for piece in pieces)
-    assert sorted(batch) == sorted(sum(pieces, []))
-    assert pieces == tuple(batch[i::processes] for i in range(processes))
-
-
-def test_batch_size_must_divide_among_processes(tokenizer):
-  with pytest.raises(UserError, match='batch_size 5 cannot be divided among 2 processes'):
-    prompt_iterator(tokenizer, batch_size=5, process_index=0, process_count=2)
+def test_batch_size_must_be_positive(tokenizer):
   with pytest.raises(UserError, match='batch_size 0'):
     prompt_iterator(tokenizer, batch_size=0)
 
@@ -216,13 +202,6 @@ def test_last_batch_is_filled_with_rows_that_do_not_count(tokenizer, ids):
   batches = pipelines.prompt_batches(prompts(3), tokenizer, batch_size=2, max_prompt_length=2)
   assert [(indices.tolist(), valid.tolist()) for (_, indices), valid in batches] == [
       ([0, 1], [T, T]), ([2, 2], [T, F])]
-
-
-def test_held_out_batches_of_two_processes(tokenizer):
-  batches = [pipelines.prompt_batches(prompts(5), tokenizer, batch_size=4, max_prompt_length=2,
-                                      process_index=i, process_count=2) for i in range(2)]
-  got = [[(indices.tolist(), valid.tolist()) for (_, indices), valid in b] for b in batches]
-  assert got == [[([0, 2], [T, T]), ([4, 4], [T, F])], [([1, 3], [T, T]), ([4, 4], [F, F])]]
 
 
 def test_no_examples_make_no_batches_and_no_iterator(tokenizer):

@@ -1,0 +1,111 @@
+"""Several processes: which of them writes, what they agree on, and host work they share out.
+
+All processes run the same program on the same host-side data, and only arrays on devices are
+divided among them. What one of them decides by looking at a file, or at a clock, it has to tell
+the others: a process that takes another branch leaves them waiting for ever.
+"""
+
+import pathlib
+import time
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import numpy as np
+
+from rlhf_jax import errors
+
+VISIBLE_SECONDS = 60  # network file systems remember for a while that a file was not there
+
+
+def first():
+  """Whether this process is the one that writes files and speaks to the terminal."""
+  return jax.process_index() == 0
+
+
+def settle(tree):
+  """Waits for the programs that make these arrays, on CPU devices of several processes; returns the arrays.
+
+  Two programs under way at once mix up what their collectives send there, unless one needs what
+  the other makes. Other devices run them in order.
+  """
+  if jax.process_count() > 1 and jax.default_backend() == 'cpu':
+    jax.block_until_ready(tree)
+  return tree
+
+
+def host(array):
+  """The whole of an array as NumPy on every process, wherever its shards are."""
+  if not isinstance(array, jax.Array) or array.is_fully_addressable:
+    return np.asarray(array)
+  if not array.is_fully_replicated:
+    settle(array)
+    mesh = array.sharding.mesh
+    with jax.set_mesh(mesh):
+      array = settle(jax.jit(_same, out_shardings=NamedSharding(mesh, P()))(array))
+  return np.asarray(array.addressable_data(0))
+
+
+def _same(x):
+  return x
+
+
+def gathered(x):
+  """Every process's NumPy array, of one shape and dtype, as [processes, ...] on all of them."""
+  x = np.asarray(x)[None]
+  if jax.process_count() == 1:
+    return x
+  mesh = Mesh(np.array(jax.devices()).reshape(jax.process_count(), -1), ('processes', 'devices'))
+  place = NamedSharding(mesh, P('processes'))
+  return host(jax.make_array_from_process_local_data(place, x, (jax.process_count(), *x.shape[1:])))
+
+
+def agree(answer):
+  """The first process's answer, a bool, on all of them."""
+  return bool(gathered(np.bool_(answer))[0])
+
+
+def all_of(answer):
+  """Whether the answer, a bool, is true on every process."""
+  return bool(gathered(np.bool_(answer)).all())
+
+
+def wait():
+  """Returns when every process has come here."""
+  all_of(True)
+
+
+def wait_for_file(path):
+  """Returns when every process sees a file that the first one has written.
+
+  Raises:
+    UserError: one of them does not: their working directories are not the same folder.
+  """
+  wait()
+  if jax.process_count() == 1:
+    return
+  path, end = pathlib.Path(path), time.monotonic() + VISIBLE_SECONDS
+  while not path.exists() and time.monotonic() < end:
+    time.sleep(0.5)
+  if not all_of(path.exists()):
+    raise errors.UserError(
+        f'{path.parent} is not the same folder on all {jax.process_count()} processes: --workdir has to lie on a '
+        'file system that they share, such as NFS or a mounted bucket')
+
+
+def share_out(function, count):
+  """Host work on `count` rows, each process doing a part of them and getting the results of all.
+
+  Args:
+    function: rows, int [m], to NumPy [m, ...]: of the same shape and dtype but for m on all processes.
+      Where the rows do not divide, some of the last process's are asked for twice.
+    count: n, at least 1.
+
+  Returns:
+    NumPy [n, ...], the same on all processes.
+  """
+  processes = jax.process_count()
+  if processes == 1:
+    return function(np.arange(count))
+  size = -(-count // processes)
+  mine = np.minimum(np.arange(size) + size * jax.process_index(), count - 1)
+  return np.concatenate(gathered(function(mine)))[:count]

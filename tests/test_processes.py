@@ -1,0 +1,243 @@
+"""Several processes on this machine train like one that has all their devices."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from rlhf_jax import checkpoint
+from rlhf_jax import metrics as metrics_lib
+from rlhf_jax.models import hf
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+LAUNCH = ROOT / 'launch' / 'local.sh'
+CLOCKS = ('seconds/', 'tokens_per_second/')
+LIMIT = 900
+# Every axis divides by 8.
+WIDE = tiny.LLAMA | {'num_attention_heads': 8, 'num_key_value_heads': 8, 'hidden_size': 32}
+# With two devices a process, 'tensor': 2 stays within one; all else crosses.
+MESHES = [{'data': 8}, {'fsdp': 8}, {'tensor': 8}, {'data': 2, 'fsdp': 2, 'tensor': 2}, {'fsdp': 2, 'tensor': 4}]
+
+
+@pytest.fixture(scope='session')
+def wide(tmp_path_factory):
+  """The tiny world with a policy and a reward model that eight devices can split along any axis."""
+  folder = tiny.write(tmp_path_factory.mktemp('wide'))
+  tiny.write_model(folder / 'model', WIDE)
+  tiny.write_model(folder / 'reward', WIDE, reward=True)
+  return folder
+
+
+def environment(devices=1):
+  """Of a process that has some CPU devices."""
+  flags = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
+  return os.environ | {
+      'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}', 'PYTHONUNBUFFERED': '1',
+      'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count={devices}'}
+
+
+def command(world, workdir, mesh, *options, stage='ppo'):
+  """The same for one process and for several."""
+  sizes = {'data': 1, 'fsdp': 1, 'tensor': 1} | mesh
+  return [sys.executable, '-m', 'rlhf_jax.main', f'--config=tests/tiny.py:stage={stage},world={world}',
+          f'--workdir={workdir}', *(f'--config.mesh.{axis}={size}' for axis, size in sizes.items()), *options]
+
+
+def start(arguments, workdir, *, processes=1, devices=1):
+  """Starts one process, or several by launch/local.sh; the output goes to WORKDIR.log."""
+  if processes > 1:
+    arguments = [LAUNCH, '-n', str(processes), '-d', str(devices), '--', *arguments]
+  with open(f'{workdir}.log', 'ab') as log:
+    return subprocess.Popen(arguments, cwd=ROOT, env=environment(devices), stdout=log, stderr=log,
+                            start_new_session=True)
+
+
+def run(arguments, workdir, **sizes):
+  """Runs to the end."""
+  code = start(arguments, workdir, **sizes).wait(LIMIT)
+  assert code == 0, log(workdir)
+
+
+def log(workdir):
+  return pathlib.Path(f'{workdir}.log').read_text()
+
+
+def metrics(workdir):
+  """Every step's metrics but for what a clock says."""
+  return [{name: value for name, value in record.items() if not name.startswith(CLOCKS)}
+          for record in metrics_lib.read(workdir)]
+
+
+def assert_same_metrics(found, expected, steps):
+  """To 1e-5, as reductions add up in another order."""
+  found, expected = metrics(found), metrics(expected)
+  assert [record['step'] for record in found] == [record['step'] for record in expected]
+  assert {record['step'] for record in found} == set(range(steps))
+  for a, b in zip(found, expected):
+    assert a.keys() == b.keys()
+    for name in a:
+      assert abs(a[name] - b[name]) < 1e-5 * max(1.0, abs(b[name])), (a['step'], name, a[name], b[name])
+
+
+def assert_same_model(found, expected):
+  """The exported folders hold the same parameters to 1e-5."""
+  (_, a), (_, b) = hf.load(found / 'model'), hf.load(expected / 'model')
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), a, b)
+
+
+def kill_when(process, workdir, lines, kill):
+  """Calls `kill` when the run has written some lines of metrics."""
+  path, end = workdir / 'metrics.jsonl', time.monotonic() + LIMIT
+  while not path.exists() or path.read_bytes().count(b'\n') < lines:
+    assert process.poll() is None and time.monotonic() < end, log(workdir)
+    time.sleep(0.02)
+  kill()
+
+
+def process_of(launcher, number):
+  """The Linux process id of process `number` of a launcher's."""
+  for folder in pathlib.Path('/proc').glob('[0-9]*'):
+    try:
+      variables = (folder / 'environ').read_bytes().split(b'\0')
+      arguments = (folder / 'cmdline').read_bytes()
+      ours = os.getsid(int(folder.name)) == launcher.pid
+    except (OSError, ValueError):
+      continue
+    if ours and f'PROCESS_ID={number}'.encode() in variables and b'rlhf_jax.main' in arguments:
+      if not arguments.startswith(b'bash'):
+        return int(folder.name)
+  raise AssertionError(f'process {number} is not there')
+
+
+def test_two_processes_train_like_one_with_two_devices(world, tmp_path):
+  """PPO with a reward in Python and pretraining mixed in: parameters split over both, each scoring its part."""
+  options = ['--config.steps=3', '--config.checkpoint_every=2', '--config.samples_every=1', '--config.eval_every=1',
+             '--config.reward.model=', '--config.reward.function=tiny:good_words']
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  mesh = {'fsdp': 2}
+  alone = start(command(world, one, mesh, *options), one, devices=2)
+  run(command(world, two, mesh, *options), two, processes=2)
+  assert alone.wait(LIMIT) == 0, log(one)
+  assert_same_metrics(two, one, 3)
+  assert_same_model(two, one)
+  assert (two / 'samples.jsonl').read_text() == (one / 'samples.jsonl').read_text()
+  assert len(metrics_lib.read_samples(two)) == 3 * 16
+  assert len(list((two / 'tensorboard').iterdir())) == 1  # The first process writes, and no other.
+  assert not list(two.glob('.model.*')) and (two / 'report.html').exists()
+  assert log(two).count('100%') == log(one).count('100%')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mesh', MESHES, ids=str)
+def test_four_processes_with_two_devices_train_like_one_with_eight(mesh, wide, tmp_path):
+  options = ['--config.steps=5', '--config.checkpoint_every=0', '--config.samples_every=1']
+  for workdir, sizes in ((tmp_path / 'one', {'devices': 8}), (tmp_path / 'four', {'processes': 4, 'devices': 2})):
+    run(command(wide, workdir, mesh, *options), workdir, **sizes)
+  assert_same_metrics(tmp_path / 'four', tmp_path / 'one', 5)
+  assert_same_model(tmp_path / 'four', tmp_path / 'one')
+  assert (tmp_path / 'four' / 'samples.jsonl').read_text().count('\n') == 5 * 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stage', ['ppo', 'reward_model'])
+def test_one_process_goes_on_where_four_stopped(stage, wide, tmp_path):
+  options = ['--config.steps=8', '--config.checkpoint_every=2', '--config.samples_every=1']
+  mesh = {'fsdp': 4, 'tensor': 2}
+  whole, moved = tmp_path / 'whole', tmp_path / 'moved'
+  run(command(wide, whole, mesh, *options, stage=stage), whole, devices=8)
+  arguments = command(wide, moved, mesh, *options, stage=stage)
+  four = start(arguments, moved, processes=4, devices=2)
+  kill_when(four, moved, 4, lambda: four.send_signal(signal.SIGTERM))
+  assert four.wait(60) == 130 and 'interrupted' in log(moved)
+  steps = sorted(int(path.name) for path in (moved / 'checkpoints').iterdir() if path.name.isdigit())
+  assert steps and 0 < steps[-1] < 8, steps
+  name = 'policy' if stage == 'ppo' else 'reward'
+  restored = checkpoint.load_params(moved, name)  # By this process, on one of its devices.
+  assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(restored))
+  run(arguments, moved, devices=8)
+  assert_same_metrics(moved, whole, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [0, 2])
+def test_a_killed_process_ends_the_job_and_the_restart_ends_like_a_whole_run(number, wide, tmp_path):
+  options = ['--config.steps=8', '--config.checkpoint_every=2', '--config.samples_every=3']
+  mesh, sizes = {'data': 2, 'fsdp': 4}, {'processes': 4, 'devices': 2}
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  run(command(wide, whole, mesh, *options), whole, **sizes)
+  arguments = command(wide, killed, mesh, *options)
+  four = start(arguments, killed, **sizes)
+  kill_when(four, killed, 4, lambda: os.kill(process_of(four, number), signal.SIGKILL))
+  assert four.wait(60) == 1
+  assert re.search(rf'process {number} \(of 0 to 3\) was killed by signal 9 \(KILL\)', log(killed))
+  assert not (killed / 'model').exists()
+  run(arguments, killed, **sizes)
+  assert metrics(killed) == metrics(whole)
+  for name in ('samples.jsonl', 'model/model.safetensors'):
+    assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def reward_of_one_that_fails(prompts, responses, *, response_tokens, metadata):
+  """A reward function that raises on process 1 alone."""
+  del prompts, response_tokens, metadata
+  if os.environ['PROCESS_ID'] == '1':
+    raise ValueError('no reward today')
+  return [1.0] * len(responses)
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_the_job_with_its_message(wide, tmp_path):
+  """Not after minutes, in which JAX would wait for the others to end too."""
+  options = ['--config.reward.model=', '--config.reward.function=test_processes:reward_of_one_that_fails']
+  process = start(command(wide, tmp_path / 'run', {'data': 2}, *options), tmp_path / 'run', processes=2)
+  end = time.monotonic() + LIMIT
+  while 'no reward today' not in log(tmp_path / 'run'):
+    assert process.poll() is None and time.monotonic() < end, log(tmp_path / 'run')
+    time.sleep(0.1)
+  assert process.wait(60) == 1
+  assert '[1] error: the reward function reward_of_one_that_fails raised ValueError' in log(tmp_path / 'run')
+  assert 'process 1 (of 0 to 1) ended with status 1' in log(tmp_path / 'run')
+
+
+@pytest.mark.slow
+def test_all_pass_over_a_checkpoint_that_one_cannot_read(wide, tmp_path):
+  options = ['--config.steps=6', '--config.checkpoint_every=2', '--config.samples_every=2']
+  workdir, mesh = tmp_path / 'run', {'fsdp': 2}
+  arguments = command(wide, workdir, mesh, *options)
+  run(arguments, workdir, processes=2)
+  expected = metrics(workdir), (workdir / 'model' / 'model.safetensors').read_bytes()
+  (workdir / 'model').rename(tmp_path / 'before')
+  # What process 1 wrote, and alone reads: the others notice nothing.
+  files = (workdir / 'checkpoints' / '6' / 'state' / 'ocdbt.process_1' / 'd').iterdir()
+  damaged = max(files, key=lambda path: path.stat().st_size)
+  damaged.write_bytes(damaged.read_bytes()[:100])
+  run(arguments, workdir, processes=2)
+  assert 'checkpoint 6 in' in log(workdir) and (workdir / 'checkpoints' / 'unreadable-6').exists()
+  assert (metrics(workdir), (workdir / 'model' / 'model.safetensors').read_bytes()) == expected
+
+
+@pytest.mark.slow
+def test_the_quickstart_runs_on_two_processes(tmp_path):
+  """All stages, those that train on both and the others on the first; the results are those of one process."""
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  arguments = lambda workdir: [
+      sys.executable, '-m', 'rlhf_jax.main', '--config=configs/quickstart.py:debug', f'--workdir={workdir}']
+  run(arguments(one), one, devices=2)
+  run(arguments(two), two, processes=2)
+  for stage in ('pretrain', 'sft', 'reward_model', 'ppo'):
+    assert (two / stage / 'done.json').exists()
+    assert_same_metrics(two / stage, one / stage, len(metrics(one / stage)))
+  a, b = (json.loads((folder / 'evaluate' / 'results.json').read_text()) for folder in (one, two))
+  assert [row['stage'] for row in a['stages']] == [row['stage'] for row in b['stages']]
+  np.testing.assert_allclose([row['gold'] for row in a['stages']], [row['gold'] for row in b['stages']], atol=1e-5)
+  assert log(two).count('[1/7] world') == 1 and (two / 'report.html').exists()
