@@ -133,6 +133,7 @@ def ppo(preset=''):
   })
   config.sampling = ml_collections.ConfigDict({
       'max_new_tokens': 32, 'temperature': 1.0, 'top_k': 0, 'top_p': 1.0,
+      'gather_weights': False,  # over 'fsdp' once a rollout, where memory allows, not once a token
   })
   config.ptx = data()
   config.ptx.batch_size = 0     # pretraining rows an iteration, shared out over minibatches

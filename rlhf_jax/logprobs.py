@@ -7,24 +7,32 @@ held: a scan unembeds `chunk` rows at a time, and the backward pass unembeds the
 import jax
 import jax.numpy as jnp
 
-CHUNK = 2048  # rows of D unembedded at once: 2048 x V float32 is the largest temporary
+from rlhf_jax import sharding
+
+CHUNK = 2048  # rows of D of a shard unembedded at once: 2048 x V float32 is the largest temporary
 
 
 def _in_chunks(rows_fn, arrays, chunk):
-  """Maps `rows_fn` over arrays [B, T, ...] flattened to rows, `chunk` rows at a time."""
+  """Maps `rows_fn` over arrays [B, T, ...] flattened to rows, `chunk` rows of every shard at a time.
+
+  A chunk of one shard's rows would be unembedded by all devices together, who then add up logits.
+  """
   batch, length = arrays[0].shape[:2]
-  rows = batch * length
-  flat = [a.reshape((rows,) + a.shape[2:]) for a in arrays]
+  shards = sharding.row_shards(batch)
+  rows = batch * length // shards
+  flat = [a.reshape((shards, rows) + a.shape[2:]) for a in arrays]
+  joined = lambda a: sharding.split_rows(a.reshape((-1,) + a.shape[2:]))
   if rows <= chunk:
-    out = jax.checkpoint(rows_fn)(*flat)
+    out = jax.checkpoint(rows_fn)(*map(joined, flat))
     return jax.tree.map(lambda x: x.reshape(batch, length), out)
   chunks = -(-rows // chunk)
   size = -(-rows // chunks)
   padding = chunks * size - rows
-  flat = [jnp.pad(a, ((0, padding),) + ((0, 0),) * (a.ndim - 1)) for a in flat]
-  split = [a.reshape((chunks, size) + a.shape[1:]) for a in flat]
-  out = jax.lax.map(lambda xs: jax.checkpoint(rows_fn)(*xs), split)
-  return jax.tree.map(lambda x: x.reshape(-1)[:rows].reshape(batch, length), out)
+  flat = [jnp.pad(a, ((0, 0), (0, padding)) + ((0, 0),) * (a.ndim - 2)) for a in flat]
+  split = [a.reshape((shards, chunks, size) + a.shape[2:]).swapaxes(0, 1) for a in flat]
+  out = jax.lax.map(lambda xs: jax.checkpoint(rows_fn)(*map(joined, xs)), split)
+  whole = lambda x: x.reshape(chunks, shards, size).swapaxes(0, 1).reshape(shards, -1)[:, :rows]
+  return jax.tree.map(lambda x: whole(x).reshape(batch, length), out)
 
 
 def token_logprobs(unembed, hidden, targets, *, temperature=1.0, chunk=CHUNK):

@@ -172,6 +172,21 @@ def function_scorer(config, tokenizer, mesh):
   return score
 
 
+def jit_generate(model, sampling, *, gather):
+  """`decode.generate` of (params, prompts, key), jitted.
+
+  Args:
+    model: the policy's Model.
+    sampling: Sampling.
+    gather: whether every device holds what it else gathers over 'fsdp' for each token: its part
+      of the weights along 'tensor', whole.
+  """
+  def generate(params, prompts, key):
+    params = sharding.gathered(params, model.rules, 'fsdp') if gather else params
+    return decode.generate(params, prompts, key, model=model, sampling=sampling)
+  return jax.jit(generate)
+
+
 class Actor:
   """Draws prompts, samples responses from the current policy and scores them."""
 
@@ -198,8 +213,7 @@ class Actor:
     self.sampling = make_sampling(
         config.sampling, tokenizer, ignore_eos=config.ppo.response == 'raw')
     self._tokenizer, self._shared, self._score, self._mesh = tokenizer, shared, score, mesh
-    self.generate = jax.jit(functools.partial(
-        decode.generate, model=model, sampling=self.sampling))
+    self.generate = jit_generate(model, self.sampling, gather=config.sampling.gather_weights)
     self._truncate = jax.jit(decode.truncate, static_argnums=(1, 2))
     self._last = None
 
