@@ -134,6 +134,7 @@ def ppo(preset=''):
   config.sampling = ml_collections.ConfigDict({
       'max_new_tokens': 32, 'temperature': 1.0, 'top_k': 0, 'top_p': 1.0,
       'rows': 0,                # sampled at a time, a prompt taking the place of a response that has ended; 0: all
+      'gather_weights': False,  # over 'fsdp' once a rollout, where memory allows, not once a token
   })
   config.ptx = data()
   config.ptx.batch_size = 0     # pretraining rows an iteration, shared out over minibatches

@@ -9,7 +9,8 @@ import math
 import re
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
 from rlhf_jax.errors import UserError
@@ -43,7 +44,9 @@ def make_mesh(shape, *, devices=None):
   sizes = [max(count // known, 1) if size == -1 else size for size in sizes]
   if math.prod(sizes) != count:
     raise UserError(f'mesh: {dict(zip(AXES, sizes))} needs {math.prod(sizes)} devices, but there are {count}')
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  # jax.make_mesh would refuse to share a dimension of a v5p's or v6e's grid among two axes.
+  grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def replicated(mesh):
@@ -69,12 +72,41 @@ def split_rows(x, *, axis=0):
   Returns:
     x.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or not set(AXES) <= set(mesh.axis_names):
-    return x
-  if x.shape[axis] % (mesh.shape['data'] * mesh.shape['fsdp']):
+  if not _rows_divide(x.shape[axis]):
     return x
   return jax.lax.with_sharding_constraint(x, P(*[None] * axis, *BATCH))
+
+
+def row_shards(rows):
+  """Parts that `rows` rows are split into over 'data' and 'fsdp': 1 without a mesh, or where they do not divide."""
+  shape = jax.sharding.get_abstract_mesh().shape
+  return shape['data'] * shape['fsdp'] if _rows_divide(rows) else 1
+
+
+def _rows_divide(rows):
+  """Whether there is a mesh, and so many rows divide over its 'data' and 'fsdp'."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return not mesh.empty and set(AXES) <= set(mesh.axis_names) and rows % (mesh.shape['data'] * mesh.shape['fsdp']) == 0
+
+
+def gathered(tree, rules, axis):
+  """Inside jit: parameters as `rules` split them, but whole along one axis of the mesh, where a mesh is set.
+
+  Args:
+    tree: parameters.
+    rules: see `shardings`.
+    axis: name of the axis.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return tree
+
+  def spec(sharding):
+    entries = [(entry,) if isinstance(entry, str) else entry or () for entry in sharding.spec]
+    return P(*[tuple(name for name in entry if name != axis) or None for entry in entries])
+
+  return jax.tree.map(lambda x, sharding: jax.lax.with_sharding_constraint(x, spec(sharding)), tree,
+                      shardings(tree, rules, mesh))
 
 
 def path_name(path):

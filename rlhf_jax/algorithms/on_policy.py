@@ -4,7 +4,6 @@ Letters: B batch, P prompt length, R response length.
 """
 
 import dataclasses
-import functools
 import time
 
 import jax
@@ -180,6 +179,24 @@ def function_scorer(config, tokenizer, mesh):
   return score
 
 
+def jit_generate(model, sampling, *, rows, gather):
+  """`decode.generate` or `engine.generate` of (params, prompts, key), jitted.
+
+  Args:
+    model: the policy's Model.
+    sampling: Sampling.
+    rows: of the engine; 0 for the plain loop over all prompts.
+    gather: whether every device holds what it else gathers over 'fsdp' for each token: its part
+      of the weights along 'tensor', whole.
+  """
+  def generate(params, prompts, key):
+    params = sharding.gathered(params, model.rules, 'fsdp') if gather else params
+    if rows:
+      return engine.generate(params, prompts, key, model=model, sampling=sampling, rows=rows)
+    return decode.generate(params, prompts, key, model=model, sampling=sampling)
+  return jax.jit(generate)
+
+
 class Actor:
   """Draws prompts, samples responses from the current policy and scores them."""
 
@@ -206,10 +223,8 @@ class Actor:
     self.sampling = make_sampling(
         config.sampling, tokenizer, ignore_eos=config.ppo.response == 'raw')
     self._tokenizer, self._shared, self._score, self._mesh = tokenizer, shared, score, mesh
-    generate = decode.generate
-    if config.sampling.rows:
-      generate = functools.partial(engine.generate, rows=config.sampling.rows)
-    self.generate = jax.jit(functools.partial(generate, model=model, sampling=self.sampling))
+    self.generate = jit_generate(model, self.sampling, rows=config.sampling.rows,
+                                 gather=config.sampling.gather_weights)
     self._truncate = jax.jit(decode.truncate, static_argnums=(1, 2))
     self._last = None
 

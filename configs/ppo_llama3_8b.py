@@ -1,0 +1,52 @@
+"""PPO of Llama 3 8B with a critic, a reward model and a reference of its size (Ouyang et al. 2022; N+, Huang et al. 2024).
+
+python -m rlhf_jax.plan --config=configs/ppo_llama3_8b.py --topology=v5e:16x16 --search
+python -m rlhf_jax.main --config=configs/ppo_llama3_8b.py:policy=FOLDER,reward=FOLDER,prompts=FILE --workdir=DIR
+
+FOLDERs are Hugging Face folders: the policy after SFT, and a reward model of the same tokenizer, which
+the critic starts from too. `:lora` trains adapters of rank 64 on the linear maps of policy and critic
+instead of all weights; the reference is then the policy with its adapters off.
+
+The recipe is that of N+ (https://arxiv.org/abs/2403.17031), with 512 episodes of up to 512 + 512 tokens
+an iteration. Weights and computation are bfloat16, updates add up in float32. Nobody has run it at this
+size: docs/plan.md has what the TPU compiler says of it on three kinds of chips, and which meshes fit.
+"""
+
+from rlhf_jax import config as c
+
+# config.json of meta-llama/Meta-Llama-3-8B (https://arxiv.org/abs/2407.21783, table 3).
+SHAPES = {
+    'family': 'llama', 'vocab_size': 128_256, 'hidden_size': 4096, 'intermediate_size': 14_336,
+    'num_hidden_layers': 32, 'num_attention_heads': 32, 'num_key_value_heads': 8,
+    'max_position_embeddings': 8192, 'rope_theta': 500_000.0, 'rms_norm_eps': 1e-5,
+    'tie_word_embeddings': False,
+}
+SMALL = {'hidden_size': 64, 'intermediate_size': 128, 'num_hidden_layers': 2, 'num_attention_heads': 4,
+         'num_key_value_heads': 2, 'vocab_size': 512}
+
+
+def get_config(arg=None):
+  """Arguments: debug (seconds), seed, lora, policy and reward (folders), prompts (a file)."""
+  arg = c.parse_arg(arg, debug=False, seed=0, lora=False, policy='models/llama-3-8b-sft',
+                    reward='models/llama-3-8b-reward', prompts='data/prompts.jsonl')
+  config = c.ppo('n_plus')
+  config.seed = arg.seed
+  config.model.update({'path': arg.policy, 'init': SHAPES, 'dtype': 'bfloat16', 'param_dtype': 'bfloat16',
+                       'remat': 'block'})
+  config.reward.model = arg.reward
+  config.data.update({'path': arg.prompts, 'max_prompt_length': 512, 'on_long': 'truncate_left'})
+  config.sampling.update({'max_new_tokens': 512, 'gather_weights': True})
+  config.batch_size, config.microbatch_size, config.steps = 512, 256, 1000
+  config.mesh = {'data': 1, 'fsdp': -1, 'tensor': 4}
+  config.optim.update({'clip_norm': 1.0, 'warmup_steps': 10})
+  config.checkpoint_every, config.samples_every = 50, 10
+  if arg.lora:
+    config.model.lora.targets = (('attention/', 64, 128.0), ('mlp/', 64, 128.0))
+    config.critic.kind = 'adapters'
+    config.optim.learning_rate = 3e-5
+  if arg.debug:
+    config.model.init.update(SMALL)
+    config.data.max_prompt_length, config.sampling.max_new_tokens = 16, 16
+    config.update({'batch_size': 16, 'microbatch_size': 8, 'steps': 2})
+    config.mesh = {'data': -1, 'fsdp': 1, 'tensor': 1}
+  return config

@@ -1,0 +1,129 @@
+"""The programs of a PPO iteration and their arguments, as shapes that lie on a mesh.
+
+The state is made by the functions that make the real one, under `jax.eval_shape`, and lies where their
+rules put it. Reward model and critic are taken to have the policy's shapes.
+
+Letters: B batch, P prompt length, R response length, T = P + R.
+"""
+
+import dataclasses
+import functools
+import types as python_types
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from rlhf_jax import errors
+from rlhf_jax import models
+from rlhf_jax import sharding
+from rlhf_jax import types
+from rlhf_jax.algorithms import on_policy
+from rlhf_jax.algorithms import ppo
+from rlhf_jax.algorithms import reward_model
+from rlhf_jax.algorithms import setup
+from rlhf_jax.models import heads
+from rlhf_jax.models import trainable
+
+# What is no parameter and no moment: a few numbers, on every chip.
+SMALL = tuple((rf'^state/{name}$', PartitionSpec()) for name in ('step', 'key', 'kl_coef', 'reward_moments'))
+UPDATES = 1000  # of the learning rate's schedule; no shape depends on it
+
+
+class Programs(NamedTuple):
+  """An iteration of PPO.
+
+  Attributes:
+    model: the policy's Model.
+    arrays: {'state': TrainState, 'frozen': see ppo.train_step, 'scored': parameters of the reward
+      model, {} where a function pays the reward}: all that stays on the chips.
+    calls: {'rollout', 'scoring', 'update': (jitted function, its arguments)}.
+  """
+  model: Any
+  arrays: dict
+  calls: dict
+
+
+def make(config, mesh):
+  """The programs of a config.
+
+  Args:
+    config: see `config.ppo()`; `model.init` has the fields of config.json.
+    mesh: of devices that need not be there.
+
+  Raises:
+    UserError: the config is not one of PPO with a decoder, or does not fit the mesh.
+  """
+  check(config)
+  optimizers = {name: setup.make_optimizer(config.optim, UPDATES, exported=name == 'policy')
+                for name in ('policy', 'critic')}
+  handles = []
+
+  def build(params):
+    model, trained, shared = trainable.start(
+        base, params, unfrozen_layers=config.model.unfrozen_layers, seed=config.seed, **config.model.lora)
+    scored = {}
+    if config.reward.model:
+      scored = {'backbone': {name: tree for name, tree in params.items() if name != 'unembed'},
+                'head': jax.tree.map(lambda x: x.astype(config.model.param_dtype),
+                                     heads.init_scalar(None, base.width, scale='zero'))}
+    reference = {} if model.lora is not None and not config.reference else params if config.reference else trained
+    critic_model, critic = on_policy.make_critic(
+        config, None, mesh, model, trained, shared, (base, scored) if scored else None)
+    handles.append(ppo.Models(model, critic_model, critic_shared=config.critic.kind == 'adapters'))
+    state = setup.new_state(config, {'policy': trained, 'critic': critic}, optimizers, mesh, model.rules)
+    return {'state': state, 'frozen': {'shared': shared, 'reference': reference}, 'scored': scored}
+
+  base = models.create(config.model.init.to_dict(), **setup.model_settings(config.model))
+  params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, config.model.param_dtype), base.shapes())
+  with jax.set_mesh(mesh):
+    arrays = jax.eval_shape(build, params)
+  handles, = handles
+  arrays = place(arrays, sharding.shardings(arrays, SMALL + handles.policy.rules, mesh))
+  return Programs(handles.policy, arrays, calls(config, mesh, handles, optimizers, arrays))
+
+
+def check(config):
+  """Raises UserError where a config cannot be planned."""
+  if config.get('algorithm') != 'ppo':
+    raise errors.UserError(f'rlhf_jax.plan plans single runs of PPO; this config has algorithm={config.get("algorithm")!r}')
+  if not config.model.init:
+    raise errors.UserError('config.model.init is empty: rlhf_jax.plan reads no folder; give it the fields of config.json')
+  if config.model.lora.path or config.critic.path:
+    raise errors.UserError('config.model.lora.path and config.critic.path: rlhf_jax.plan reads no folder; leave them empty')
+
+
+def calls(config, mesh, handles, optimizers, arrays):
+  """The jitted programs of an iteration with their arguments; see Programs."""
+  rows = sharding.batch_sharding(mesh)
+  array = lambda *shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+  batch, prompt, slots = config.batch_size, config.data.max_prompt_length, config.sampling.max_new_tokens
+  length = prompt + slots
+  state, frozen, scored = arrays['state'], arrays['frozen'], arrays['scored']
+  prompts = types.Prompts(array(batch, prompt, dtype=jnp.int32), array(batch, prompt, dtype=bool))
+  rollout = types.Rollout(
+      array(batch, length, dtype=jnp.int32), array(batch, length, dtype=bool), array(batch, slots, dtype=bool),
+      array(batch, slots, dtype=jnp.float32))
+  tokenizer = python_types.SimpleNamespace(eos_token_id=0, pad_token_id=0)  # which ids makes no difference
+  sampling = on_policy.make_sampling(config.sampling, tokenizer, ignore_eos=config.ppo.response == 'raw')
+  generate = on_policy.jit_generate(
+      handles.policy, sampling, rows=config.sampling.rows, gather=config.sampling.gather_weights)
+  step = setup.jit_step(functools.partial(
+      ppo.train_step, models=handles, optimizers=optimizers, settings=ppo.make_settings(config, 0)), state)
+  found = {'rollout': (generate, (trainable.join(frozen['shared'], state.params['policy']), prompts, state.key))}
+  if scored:
+    score = functools.partial(reward_model.score, model=dataclasses.replace(handles.policy, lora=None))
+    found['scoring'] = jax.jit(score), (scored, rollout.tokens, rollout.mask)
+  ptx = None
+  if config.ptx.batch_size:
+    ptx_array = functools.partial(array, config.ptx.batch_size, config.ptx.max_length)
+    ptx = types.LMBatch(ptx_array(dtype=jnp.int32), ptx_array(dtype=jnp.int32), ptx_array(dtype=jnp.int32),
+                        ptx_array(dtype=bool))
+  found['update'] = step, (state, frozen, rollout, array(batch, dtype=jnp.float32), ptx)
+  return found
+
+
+def place(tree, shardings):
+  """Shapes with the shardings of a tree of the same structure."""
+  return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings)

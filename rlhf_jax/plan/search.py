@@ -1,0 +1,176 @@
+"""Which mesh, microbatch and recomputation fit in memory, and which of them are fastest.
+
+All are estimated from shapes; the compiler then confirms the most promising, until enough of them fit.
+"""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+
+from rlhf_jax import errors
+from rlhf_jax import sharding
+from rlhf_jax.models import stack
+from rlhf_jax.plan import estimate
+from rlhf_jax.plan import flops
+from rlhf_jax.plan import memory
+from rlhf_jax.plan import programs
+
+ESTIMATES = {'rollout': estimate.rollout, 'scoring': estimate.scoring, 'update': estimate.update}
+
+
+@dataclasses.dataclass
+class Candidate:
+  """One way to run a config, and what is known of it.
+
+  Attributes:
+    config: the config with this mesh, microbatch and recomputation.
+    kinds: {kind: bytes per chip} of what stays.
+    extra: {program: bytes per chip beside that}.
+    times: {program: estimate.Time}.
+    compiled: {program: compiler.Compiled}; empty before the compiler was asked.
+    capacity: bytes that a chip has.
+  """
+  config: Any
+  kinds: dict
+  extra: dict
+  times: dict
+  compiled: dict
+  capacity: float
+
+  @property
+  def bytes(self):
+    """The most that a chip holds at once."""
+    return sum(self.kinds.values()) + max(self.extra.values())
+
+  @property
+  def fits(self):
+    """Whether a chip has that much, as far as is known."""
+    return self.bytes <= self.capacity
+
+  @property
+  def seconds(self):
+    """Of an iteration."""
+    return sum(time.seconds for time in self.times.values())
+
+  @property
+  def tokens_per_second(self):
+    """Generated, while the rollout runs and every response is of full length."""
+    return self.config.batch_size * self.config.sampling.max_new_tokens / self.times['rollout'].seconds
+
+  @property
+  def name(self):
+    """Mesh, microbatch, recomputation and whether a rollout gathers the weights, in a few characters."""
+    mesh = ' x '.join(str(self.config.mesh[axis]) for axis in sharding.AXES)
+    gather = ', gathered' if self.config.sampling.gather_weights else ''
+    return f'{mesh}, {self.config.microbatch_size or "all"}, {self.config.model.remat}{gather}'
+
+
+def variants(config, chips):
+  """Configs of all meshes whose sizes divide the model, with the microbatches and recomputations to try.
+
+  Args:
+    config: the config to vary.
+    chips: their number.
+  """
+  minibatch = config.batch_size // config.ppo.minibatches
+  divisors = [size for size in range(1, chips + 1) if chips % size == 0]
+  fields = config.model.init
+  heads = fields.get('num_key_value_heads', fields.get('num_attention_heads', fields.get('n_head', 1)))
+  for tensor, fsdp in itertools.product(divisors, divisors):
+    shards = chips // tensor
+    if chips % (tensor * fsdp) or heads % tensor or minibatch % shards:
+      continue
+    for factor, remat, gather in itertools.product((1, 2, 4, 8), stack.REMAT, (False, True)[:1 + (fsdp > 1)]):
+      microbatch = shards * factor
+      if minibatch % microbatch:
+        continue
+      varied = config.copy_and_resolve_references()
+      varied.mesh = {'data': shards // fsdp, 'fsdp': fsdp, 'tensor': tensor}
+      varied.microbatch_size = 0 if microbatch == minibatch else microbatch
+      varied.model.remat = remat
+      varied.sampling.gather_weights = gather
+      yield varied
+
+
+def abstract_mesh(config):
+  """A mesh of no devices in particular."""
+  return AbstractMesh(tuple(config.mesh[axis] for axis in sharding.AXES), sharding.AXES,
+                      axis_types=(AxisType.Auto,) * len(sharding.AXES))
+
+
+def operations(made, mesh):
+  """{program: FLOPs} of Programs, over all chips."""
+  with jax.set_mesh(mesh):
+    counts = {name: flops.of(function.trace(*arguments)) for name, (function, arguments) in made.calls.items()}
+  return {name: count.flops for name, count in counts.items()}
+
+
+def shape(config, made, mesh):
+  """estimate.Shape of a config.
+
+  Args:
+    config: the config.
+    made: Programs of it, or of one that differs in mesh, microbatch and recomputation.
+    mesh: Mesh or AbstractMesh of this config.
+  """
+  model, state, shared = made.model, made.arrays['state'], made.arrays['frozen']['shared']
+  whole = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+  kinds = stays(made, mesh)
+  fields = model.config.to_hf()
+  inner = fields.get('intermediate_size') or fields.get('n_inner') or 4 * model.width
+  minibatch = config.batch_size // config.ppo.minibatches
+  owned = {'policy': whole(state.params['policy']), 'critic': whole(state.params['critic'])}
+  share = sum(owned.values()) / (sum(owned.values()) + whole(shared))
+  return estimate.Shape(
+      weights=owned['policy'] + whole(shared), trained=sum(owned.values()),
+      state=kinds.get('moments', 0) + kinds.get('master weights', 0) + share * (kinds['policy'] + kinds['critic']),
+      cache=memory.cache(config, model, mesh), **dict(config.mesh), rows=config.batch_size, minibatch=minibatch,
+      microbatch=config.microbatch_size or minibatch, prompt=config.data.max_prompt_length,
+      response=config.sampling.max_new_tokens, layers=model.config.depth, width=model.width, inner=inner,
+      heads=model.config.heads, vocab=model.vocab_size, models=1 if config.critic.kind == 'trunk' else 2,
+      epochs=config.ppo.epochs, remat=config.model.remat,
+      gather=config.sampling.gather_weights, itemsize=2 if config.model.dtype == 'bfloat16' else 4)
+
+
+def stays(made, mesh):
+  """{kind: bytes per chip} of what stays, on another mesh than it was made for.
+
+  Raises:
+    UserError: a dimension does not divide.
+  """
+  arrays = made.arrays
+  rules = programs.SMALL + made.model.rules
+  return memory.by_kind(programs.place(arrays, sharding.shardings(arrays, rules, mesh)))
+
+
+def estimated(config, made, work, *, chip, chips, by_axis):
+  """Candidate from shapes alone, or None where the mesh does not divide the parameters.
+
+  Args:
+    config: of the candidate.
+    made: Programs on any mesh.
+    work: {program: FLOPs} with this recomputation.
+    chip, chips: chips.Chip and their number.
+    by_axis: see estimate.bandwidths.
+  """
+  mesh = abstract_mesh(config)
+  try:
+    kinds = stays(made, mesh)
+    of_run = shape(config, made, mesh)
+  except errors.UserError:
+    return None
+  arrays = programs.place(made.arrays, sharding.shardings(made.arrays, programs.SMALL + made.model.rules, mesh))
+  traffic = {name: ESTIMATES[name](of_run) for name in made.calls}
+  extra = {name: found.held for name, found in traffic.items()}
+  extra['update'] += memory.gradients(config, arrays)
+  times = {name: estimate.time_before(work[name], found, chips=chips, chip=chip, by_axis=by_axis)
+           for name, found in traffic.items()}
+  return Candidate(config, kinds, extra, times, {}, chip.memory)
+
+
+def ranked(candidates):
+  """Candidates that fit, fastest first; then those that do not, smallest first."""
+  return sorted(candidates, key=lambda c: (not c.fits, c.seconds if c.fits else c.bytes))
