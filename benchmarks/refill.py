@@ -40,7 +40,7 @@ flags.DEFINE_integer('prompt', 64, 'Prompt tokens.')
 flags.DEFINE_integer('mean', 32, 'Mean length of a response.')
 flags.DEFINE_integer('longest', 256, 'Where responses are cut.')
 flags.DEFINE_string('dtype', 'float32', 'Of the computation.')
-flags.DEFINE_integer('rounds', 5, 'Rounds to take the medians of.')
+flags.DEFINE_integer('rounds', 5, 'Timed rounds.')
 
 EOS = 0
 
@@ -111,7 +111,8 @@ def main(_):
   medians = {name: statistics.median(times) for name, times in seconds.items()}
   for name, median in medians.items():
     ratio = median / tokens[name] / (medians['equal'] / tokens['equal'])
-    print(f'{name:8} {median:7.2f} {min(seconds[name]):7.2f} {tokens[name] / median:9.0f} {ratio:31.2f} {first[name]:11.1f}')
+    print(f'{name:8} {median:7.2f} {min(seconds[name]):7.2f} {tokens[name] / median:9.0f} {ratio:31.2f} '
+          f'{first[name]:11.1f}')
   print(f'refill is {medians["plain"] / medians["refill"]:.2f} times as fast as plain')
 
 

@@ -25,6 +25,8 @@ from rlhf_jax.rollout import sampling as sampling_lib
 
 # Rows start with room for R / SHORT tokens, where R is at least LONG.
 SHORT, LONG = 4, 64
+# Slots that everything moves by when a cache is full: on the CPU 16 cost 10 % less time than 32.
+MARGIN = 16
 # The last rows go on in batches of B / 2 and then B / 4.
 NARROWER = (2, 4)
 
@@ -32,8 +34,8 @@ NARROWER = (2, 4)
 def generate(params, prompts, key, *, model, sampling, rows, samples=1):
   """Samples responses as `decode.generate` does for all prompts at once, token for token.
 
-  To be jitted with the last four arguments static. Needs the memory of B rows of P + R / 4 tokens
-  beyond that of a batch of B.
+  To be jitted with the last four arguments static. Needs caches for B rows of P + R tokens, as many
+  of P + R / 4, and B / 4 prompts.
 
   Args:
     params: the policy's parameters.
@@ -83,7 +85,7 @@ class _Work:
     self.keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(self.none + 1))
     self.eos = None if sampling.ignore_eos else sampling.eos_id
     self.limit = sampling.max_new_tokens
-    self.margin = min(max(self.limit // 8, 8), 32)  # slots that everything moves by
+    self.margin = MARGIN
     self.rooms = {'short': self.limit // SHORT, 'long': self.limit} if self.limit >= LONG else {'short': self.limit}
     self.last = list(self.rooms)[-1]
     # Slots that a prompt takes, and that a row has when it moves to another cache. Of an
