@@ -133,6 +133,7 @@ def ppo(preset=''):
   })
   config.sampling = ml_collections.ConfigDict({
       'max_new_tokens': 32, 'temperature': 1.0, 'top_k': 0, 'top_p': 1.0,
+      'rows': 0,                # sampled at a time, a prompt taking the place of a response that has ended; 0: all
   })
   config.ptx = data()
   config.ptx.batch_size = 0     # pretraining rows an iteration, shared out over minibatches
@@ -299,6 +300,9 @@ def validate_mesh(config, device_count):
         f'config.mesh={sizes} does not fit {device_count} devices')
   tensor = sizes['tensor'] if sizes['tensor'] > 0 else device_count // known
   shards = device_count // tensor
+  _need(config.algorithm != 'ppo' or not config.sampling.rows or shards == 1,
+        f'config.sampling.rows above 0 is for one data shard, and config.mesh={sizes} on {device_count} devices has '
+        f'{shards}: set it to 0')
   batches = {'batch_size': config.batch_size}
   if config.algorithm == 'ppo':
     batches['ptx.batch_size'] = config.ptx.batch_size
@@ -351,6 +355,9 @@ def validate_ppo(config):
         f'config.sampling.max_new_tokens={config.sampling.max_new_tokens} has to be positive')
   _need(config.sampling.top_k >= 0,
         f'config.sampling.top_k={config.sampling.top_k} has to be positive, or 0 for all')
+  _need(0 <= config.sampling.rows < config.batch_size,
+        f'config.sampling.rows={config.sampling.rows} has to be less than config.batch_size={config.batch_size}, '
+        'or 0 to sample all at once')
   _need(0 < config.sampling.top_p <= 1,
         f'config.sampling.top_p={config.sampling.top_p} has to be in (0, 1]')
   _need(ppo_config.kl_controller == 'fixed'

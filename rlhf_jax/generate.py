@@ -32,14 +32,13 @@ def main(argv):
   compilation.configure()
   try:
     policy = texts.TextPolicy.load(_MODEL.value)
-    prompts = [p for p in _PROMPT.value for _ in range(_NUM_SAMPLES.value)]
     samples = policy.sample(
-        prompts, jax.random.key(_SEED.value), max_new_tokens=_MAX_NEW_TOKENS.value,
+        _PROMPT.value, jax.random.key(_SEED.value), max_new_tokens=_MAX_NEW_TOKENS.value,
         temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value,
-        ignore_eos=_IGNORE_EOS.value)
+        ignore_eos=_IGNORE_EOS.value, samples=_NUM_SAMPLES.value)
   except errors.UserError as error:
     sys.exit(f'error: {error}')
-  print('\n---\n'.join(p + r for p, r in zip(prompts, samples.responses)))
+  print('\n---\n'.join(p + r for p, r in zip(samples.prompts, samples.responses)))
 
 
 if __name__ == '__main__':

@@ -1,30 +1,42 @@
 """Hidden states to log-probabilities and entropy of given tokens, in chunks.
 
-Letters: B batch, T sequence length, D width, V vocabulary. The [B, T, V] logits are never
-held: a scan unembeds `chunk` rows at a time, and the backward pass unembeds them again.
+Letters: B batch, T sequence length, D width, V vocabulary. The [B, T, V] logits are never held
+where they are large: a scan unembeds a few positions of every row at a time, and the backward
+pass unembeds them again. Where all of them are no more than a chunk, they are kept instead.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
 
-CHUNK = 2048  # rows of D unembedded at once: 2048 x V float32 is the largest temporary
+CHUNK = 2**25  # logits held at once on each device: 128 MiB in float32
 
 
-def _in_chunks(rows_fn, arrays, chunk):
-  """Maps `rows_fn` over arrays [B, T, ...] flattened to rows, `chunk` rows at a time."""
+def _in_chunks(rows_fn, arrays, vocab, chunk):
+  """Maps `rows_fn` over arrays [B, T, ...], so many positions at a time that B x t x `vocab` is a chunk.
+
+  Chunks are cut along T, so that every device works on rows of its own in each.
+  """
   batch, length = arrays[0].shape[:2]
-  rows = batch * length
-  flat = [a.reshape((rows,) + a.shape[2:]) for a in arrays]
-  if rows <= chunk:
-    out = jax.checkpoint(rows_fn)(*flat)
-    return jax.tree.map(lambda x: x.reshape(batch, length), out)
-  chunks = -(-rows // chunk)
-  size = -(-rows // chunks)
-  padding = chunks * size - rows
-  flat = [jnp.pad(a, ((0, padding),) + ((0, 0),) * (a.ndim - 1)) for a in flat]
-  split = [a.reshape((chunks, size) + a.shape[1:]) for a in flat]
-  out = jax.lax.map(lambda xs: jax.checkpoint(rows_fn)(*xs), split)
-  return jax.tree.map(lambda x: x.reshape(-1)[:rows].reshape(batch, length), out)
+  mesh = jax.sharding.get_abstract_mesh()
+  devices = 1 if mesh.empty else math.prod(mesh.shape.values())
+  at_once = max(devices * chunk // (batch * vocab), 1)
+  if length <= at_once:
+    return rows_fn(*arrays)
+  chunks = -(-length // at_once)
+  size = -(-length // chunks)
+
+  def split(x):
+    x = jnp.pad(x, ((0, 0), (0, chunks * size - length)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape((batch, chunks, size) + x.shape[2:]), 1, 0)
+
+  out = jax.lax.map(lambda xs: jax.checkpoint(rows_fn)(*xs), [split(x) for x in arrays])
+  return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length], out)
+
+
+def _vocab(unembed, hidden):
+  return jax.eval_shape(unembed, hidden).shape[-1]
 
 
 def token_logprobs(unembed, hidden, targets, *, temperature=1.0, chunk=CHUNK):
@@ -33,30 +45,33 @@ def token_logprobs(unembed, hidden, targets, *, temperature=1.0, chunk=CHUNK):
       logp = logits[target] - logsumexp(logits),  logits = unembed(hidden) / temperature
 
   Args:
-    unembed: function from hidden [n, D] to float32 logits [n, V].
+    unembed: function from hidden [..., D] to float32 logits [..., V].
     hidden: [B, T, D] states, each of which predicts the target of its own slot.
     targets: [B, T] int32.
     temperature: what the logits are divided by.
-    chunk: rows unembedded at once.
+    chunk: logits held at once on each device.
 
   Returns:
     logprobs [B, T] float32 and entropy [B, T] float32, in nats.
   """
   def rows(h, y):
-    # Not logsumexp minus the mean logit: that loses the entropy of a peaked distribution.
-    logp = jax.nn.log_softmax(unembed(h) / temperature, axis=-1)
-    picked = jnp.take_along_axis(logp, y[:, None], axis=-1)[:, 0]
-    return picked, -jnp.sum(jnp.exp(logp) * logp, axis=-1)
-  return _in_chunks(rows, [hidden, targets], chunk)
+    logits = unembed(h) / temperature
+    # Below the largest, so that neither term of a peaked distribution's entropy is rounded away.
+    logits = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.exp(logits)
+    total = jnp.sum(weights, axis=-1)
+    picked = jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0]
+    return picked - jnp.log(total), jnp.log(total) - jnp.sum(weights * logits, axis=-1) / total
+  return _in_chunks(rows, [hidden, targets], _vocab(unembed, hidden), chunk)
 
 
 def cross_entropy(unembed, hidden, targets, *, chunk=CHUNK):
   """Negative log-likelihood of each target, [B, T] float32 nats; no entropy is computed."""
   def rows(h, y):
     logits = unembed(h)
-    picked = jnp.take_along_axis(logits, y[:, None], axis=-1)[:, 0]
+    picked = jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked
-  return _in_chunks(rows, [hidden, targets], chunk)
+  return _in_chunks(rows, [hidden, targets], _vocab(unembed, hidden), chunk)
 
 
 def full_kl(unembed, hidden, ref_unembed, ref_hidden, *, temperature=1.0, chunk=CHUNK):
@@ -68,7 +83,7 @@ def full_kl(unembed, hidden, ref_unembed, ref_hidden, *, temperature=1.0, chunk=
     ref_unembed: the reference's unembedding.
     ref_hidden: [B, T, D'] of the reference.
     temperature: what both logits are divided by.
-    chunk: rows unembedded at once.
+    chunk: logits held at once on each device.
 
   Returns:
     [B, T] float32, nats.
@@ -77,4 +92,4 @@ def full_kl(unembed, hidden, ref_unembed, ref_hidden, *, temperature=1.0, chunk=
     logp = jax.nn.log_softmax(unembed(h) / temperature, axis=-1)
     ref = jax.nn.log_softmax(ref_unembed(g) / temperature, axis=-1)
     return jnp.sum(jnp.exp(logp) * (logp - ref), axis=-1)
-  return _in_chunks(rows, [hidden, ref_hidden], chunk)
+  return _in_chunks(rows, [hidden, ref_hidden], _vocab(unembed, hidden), chunk)

@@ -23,6 +23,7 @@ from rlhf_jax.models import trainable
 from rlhf_jax.rewards import functions
 from rlhf_jax.rewards import learned
 from rlhf_jax.rollout import decode
+from rlhf_jax.rollout import engine
 from rlhf_jax.rollout import sampling as sampling_lib
 
 
@@ -198,8 +199,10 @@ class Actor:
     self.sampling = make_sampling(
         config.sampling, tokenizer, ignore_eos=config.ppo.response == 'raw')
     self._tokenizer, self._shared, self._score, self._mesh = tokenizer, shared, score, mesh
-    self.generate = jax.jit(functools.partial(
-        decode.generate, model=model, sampling=self.sampling))
+    generate = decode.generate
+    if config.sampling.rows:
+      generate = functools.partial(engine.generate, rows=config.sampling.rows)
+    self.generate = jax.jit(functools.partial(generate, model=model, sampling=self.sampling))
     self._truncate = jax.jit(decode.truncate, static_argnums=(1, 2))
     self._last = None
 

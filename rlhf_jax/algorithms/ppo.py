@@ -273,8 +273,9 @@ def loss(params, rows, frozen, counts, kl_coef, *, models, settings):
       values, rows.values, rows.returns, clip=settings.value_clip)
   policy_loss = mean(policy)
   value_loss = adv.masked_sum(value, rows.step_mask) / steps
-  total = (policy_loss + settings.vf_coef * value_loss
-           - settings.entropy_coef * mean(entropy))
+  total = policy_loss + settings.vf_coef * value_loss
+  if settings.entropy_coef:  # A zero would be differentiated all the same.
+    total -= settings.entropy_coef * mean(entropy)
   if settings.kl_in == 'loss':
     total += kl_coef * mean(
         adv.kl_estimate(logprobs, rows.ref_logprobs, settings.kl_estimator))

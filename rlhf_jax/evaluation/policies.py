@@ -117,8 +117,8 @@ def ask(policies, questions, scorer, judge, key, *, baseline, best_of, max_new_t
   Returns:
     {name: Answers}.
   """
-  sample = lambda name, questions, key: policies[name].sample(
-      questions, key, max_new_tokens=max_new_tokens, temperature=temperature)
+  sample = lambda name, key, samples=1: policies[name].sample(
+      questions, key, max_new_tokens=max_new_tokens, temperature=temperature, samples=samples)
 
   def scored(said, kl):
     return Answers(said, scorer(said.rollout) if scorer else None, np.array(
@@ -127,11 +127,11 @@ def ask(policies, questions, scorer, judge, key, *, baseline, best_of, max_new_t
   keys = jax.random.split(key, len(policies) + 1)
   answers = {}
   for key, name in zip(keys, policies):
-    said = sample(name, questions, key)
+    said = sample(name, key)
     answers[name] = scored(said, mean_kl(
         policies[name], policies[baseline], said.rollout, temperature))
     if name == baseline and best_of:
-      many = sample(name, [q for q in questions for _ in range(best_of)], keys[-1])
+      many = sample(name, keys[-1], best_of)
       best = scorer(many.rollout).reshape(-1, best_of).argmax(axis=1)
       chosen = many.take(np.arange(len(questions)) * best_of + best)
       answers[f'best of {best_of}'] = scored(

@@ -41,9 +41,9 @@ def run(folder, *, policy, prompts, pairs, held_out, max_new_tokens, temperature
   total = pairs + held_out
   questions = [examples[i % len(examples)].prompt for i in range(total)]
   asked = texts.TextPolicy.load(policy, unroll=unroll)
-  samples = asked.sample(questions * 2, jax.random.key(seed), max_new_tokens=max_new_tokens,
-                         temperature=temperature)
-  first, second = samples.responses[:total], samples.responses[total:]
+  samples = asked.sample(questions, jax.random.key(seed), max_new_tokens=max_new_tokens,
+                         temperature=temperature, samples=2)
+  first, second = samples.responses[::2], samples.responses[1::2]
   # An answer of nothing at all is no text that a reward model could read.
   triples = [(q, a, b) for q, a, b in zip(questions, first, second) if a.strip() and b.strip()]
   panel = annotators.SimulatedAnnotators(

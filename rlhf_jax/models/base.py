@@ -68,3 +68,7 @@ class Base:
       Pure dict of float32 arrays; under 'blocks' stacked on a leading axis of layers.
     """
     return stack.draw(key, self.shapes(), self.config.std)
+
+  def unstack(self, params):
+    """Parameters as a loop of many small steps reads them best; here as they are."""
+    return params

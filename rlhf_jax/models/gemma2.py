@@ -7,6 +7,7 @@ windows of the text in every other layer.
 import dataclasses
 
 from rlhf_jax.models import gemma
+from rlhf_jax.models import layers
 from rlhf_jax.models import llama
 from rlhf_jax.models import windowed
 from rlhf_jax.models.naming import Source
@@ -84,7 +85,7 @@ class Block(gemma.Block):
     """Applies the layer; see llama.Block."""
     del layer
     mixed, memory = self.mix(self.attention_norm(x), table, attend)
-    x = x + self.attention_post_norm(mixed)
+    x = layers.tail(x, mixed) + self.attention_post_norm(mixed)
     return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x))), memory
 
 

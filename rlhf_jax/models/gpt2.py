@@ -170,7 +170,7 @@ class Block(nnx.Module):
     queries, keys, values = self.attention.project(self.attention_norm(x))
     scale = self.scale / (layer + 1).astype(queries.dtype) if self.scale_by_layer else self.scale
     mixed, memory = attend(queries * scale, keys, values)
-    x = x + self.attention.out(mixed)
+    x = layers.tail(x, mixed) + self.attention.out(mixed)
     return x + self.mlp(self.mlp_norm(x)), memory
 
 

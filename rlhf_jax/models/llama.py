@@ -226,7 +226,7 @@ class Block(nnx.Module):
     """
     del layer
     mixed, memory = self.mix(self.attention_norm(x), table, attend)
-    x = x + mixed
+    x = layers.tail(x, mixed) + mixed
     return x + self.mlp(self.mlp_norm(x)), memory
 
   def mix(self, x, table, attend):

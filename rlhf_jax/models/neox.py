@@ -152,6 +152,7 @@ class Block(nnx.Module):
     queries, keys, values = self.attention.project(self.attention_norm(x))
     queries = rope.rotate(queries, table) * self.attention.head_width ** -0.5
     mixed, memory = attend(queries, rope.rotate(keys, table), values)
+    x = layers.tail(x, mixed)
     attended = x + self.attention.out(mixed)
     return attended + self.mlp(self.mlp_norm(x if self.parallel else attended)), memory
 

@@ -158,7 +158,7 @@ class Block(nnx.Module):
     del layer, shared
     queries, keys, values = self.attention.project(self.attention_norm(x) if self.norm_first else x)
     mixed, memory = attend(queries * self.attention.head_width ** -0.5, keys, values)
-    x = x + self.attention.out(mixed)
+    x = layers.tail(x, mixed) + self.attention.out(mixed)
     if self.norm_first:
       return x + self.mlp(self.mlp_norm(x)), memory
     x = self.attention_norm(x)

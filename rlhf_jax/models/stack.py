@@ -87,12 +87,20 @@ def draw(key, tree, std):
   return sharding.map_with_path(fill, tree)
 
 
+def unstack(params):
+  """Stacked parameters as a tuple of layers, which `scan` applies one by one without a loop."""
+  leaves, structure = jax.tree.flatten(params)
+  # The gradient of a split is one concatenation; that of slices would be a sum of padded layers.
+  split = [[x[0] for x in jax.lax.split(leaf, [1] * leaf.shape[0])] for leaf in leaves]
+  return tuple(structure.unflatten(layer) for layer in zip(*split))
+
+
 def scan(build_block, params, apply, carry, *, first=0, remat='none', unroll=1):
-  """Applies stacked blocks one after another.
+  """Applies blocks one after another.
 
   Args:
     build_block: from the parameters of one layer to the block.
-    params: dict of their parameters, each with a leading axis of layers.
+    params: dict of their parameters, each with a leading axis of layers; or from `unstack`.
     apply: (block, layer, x, memory) -> (x, memory); `layer` is the int32 number of the layer.
     carry: (x [B, T, D], memory); memory is any pytree.
     first: number of the first of these layers.
@@ -102,6 +110,11 @@ def scan(build_block, params, apply, carry, *, first=0, remat='none', unroll=1):
   Returns:
     The carry after the last block.
   """
+  if isinstance(params, tuple):
+    for layer, layer_params in enumerate(params, first):
+      x, memory = apply(build_block(layer_params), layer, *carry)
+      carry = sharding.split_rows(x), memory
+    return carry
   depth = jax.tree.leaves(params)[0].shape[0]
   if not depth:
     return carry
@@ -126,7 +139,8 @@ def remember(memory, layer, keys, values):
   would be copied every step.
 
   Args:
-    memory: () without a cache, or (keys, values [L, B, K, S, H], index of the first slot to write).
+    memory: () without a cache, or (keys, values [L, B, K, S, H], index of the first slot to write);
+      keys and values may be tuples of L [B, K, S, H], where `layer` is a Python int.
     layer: int32 scalar.
     keys, values: [B, T, K, H].
 
@@ -137,9 +151,17 @@ def remember(memory, layer, keys, values):
   if not memory:
     return keys, values, memory
   all_keys, all_values, index = memory
+  if isinstance(all_keys, tuple):
+    keys = jax.lax.dynamic_update_slice(all_keys[layer], keys, (0, 0, index, 0))
+    values = jax.lax.dynamic_update_slice(all_values[layer], values, (0, 0, index, 0))
+    return keys, values, (_put(all_keys, layer, keys), _put(all_values, layer, values), index)
   start = (layer, 0, 0, index, 0)
   all_keys = jax.lax.dynamic_update_slice(all_keys, keys[None], start)
   all_values = jax.lax.dynamic_update_slice(all_values, values[None], start)
   keys = jax.lax.dynamic_index_in_dim(all_keys, layer, keepdims=False)
   values = jax.lax.dynamic_index_in_dim(all_values, layer, keepdims=False)
   return keys, values, (all_keys, all_values, index)
+
+
+def _put(layers, layer, x):
+  return layers[:layer] + (x,) + layers[layer + 1:]

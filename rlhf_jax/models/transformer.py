@@ -23,7 +23,13 @@ from rlhf_jax.models import stack
 
 @dataclasses.dataclass(frozen=True)
 class Model(base.Base):
-  """A decoder; see base.Base."""
+  """A decoder; see base.Base.
+
+  Attributes:
+    reach: slots that rotary positions go by where they depend on the length (see rope.py); 0: those
+      of the call.
+  """
+  reach: int = 0
 
   def shapes(self):
     """The tree of parameters, without adapters, as float32 ShapeDtypeStructs."""
@@ -34,19 +40,43 @@ class Model(base.Base):
       tree['unembed'] = {'kernel': jax.ShapeDtypeStruct((config.width, config.vocab_size), jnp.float32)}
     return tree
 
-  def init_cache(self, batch, length):
+  @property
+  def _unrolled(self):
+    return self.unroll >= self.config.depth
+
+  def init_cache(self, batch, length, *, unstacked=False):
     """An empty cache for `length` tokens a row.
 
+    Args:
+      batch, length: B and S.
+      unstacked: for parameters from `unstack`.
+
     Returns:
-      Dict with 'k' and 'v' [L, B, K, S, H], 'segments' [B, S] int32 (0: nothing there) and
-      'index', the int32 slot that the next call writes first.
+      Dict with 'k' and 'v' [L, B, K, S, H] (or tuples of L arrays), 'segments' [B, S] int32 (0:
+      nothing there) and 'index', the int32 slot that the next call writes first.
     """
-    shape = (self.config.depth, batch, self.config.kv_heads, length, self.config.head_width)
-    empty = sharding.split_rows(jnp.zeros(shape, self.dtype), axis=1)
+    shape = (batch, self.config.kv_heads, length, self.config.head_width)
+    if unstacked:
+      empty = (sharding.split_rows(jnp.zeros(shape, self.dtype)),) * self.config.depth
+    else:
+      empty = sharding.split_rows(jnp.zeros((self.config.depth, *shape), self.dtype), axis=1)
     segments = sharding.split_rows(jnp.zeros((batch, length), jnp.int32))
     return {'k': empty, 'v': empty, 'segments': segments, 'index': jnp.zeros((), jnp.int32)}
 
-  def forward(self, params, tokens, positions, segments, cache=None, trunk=None):
+  def unstack(self, params):
+    """Parameters as a loop of many small steps reads them best.
+
+    Where the layers are unrolled, each becomes a tree of its own: out of the stack every step
+    would copy it once more.
+    """
+    if not self._unrolled:
+      return params
+    params = params | {'blocks': stack.unstack(params['blocks'])}
+    if 'top' in params:
+      params = params | {'top': params['top'] | {'blocks': stack.unstack(params['top']['blocks'])}}
+    return params
+
+  def forward(self, params, tokens, positions, segments, cache=None, trunk=None, keep=None):
     """Runs the backbone.
 
     A token attends to itself and earlier tokens of its row with the same non-zero segment;
@@ -60,10 +90,12 @@ class Model(base.Base):
         the last slots are overwritten.
       trunk: None, or what the method `trunk` gave for the same tokens; only the layers above
         it are run. Not with a cache.
+      keep: positions at the end whose states are wanted; None: all. Where layers are unrolled the
+        last one computes no others.
 
     Returns:
-      Hidden states [B, T, D] after the final norm, in the compute dtype; and None, or the cache
-      with these tokens written and its index advanced by T.
+      Hidden states [B, T, D] (or [B, keep, D]) after the final norm, in the compute dtype; and
+      None, or the cache with these tokens written and its index advanced by T.
     """
     segments = segments.astype(jnp.int32)
     if cache is None:
@@ -72,16 +104,17 @@ class Model(base.Base):
       index = cache['index']
       key_segments = jax.lax.dynamic_update_slice(cache['segments'], segments, (0, index))
       memory = (cache['k'], cache['v'], index)
-    ends, x, apply = self._begin(params, tokens, positions, segments, key_segments, index)
+    keep = keep or tokens.shape[1]
+    ends, x, apply = self._begin(params, tokens, positions, segments, key_segments, index, keep)
     carry = (x, memory)
     carry = self._scan(params['blocks'], apply, carry, top='top' not in params) if trunk is None else (trunk, ())
     if 'top' in params:
       carry = self._scan(params['top']['blocks'], apply, carry, top=True)
     x, memory = carry
+    x = ends.finish(x[:, -keep:])
     if cache is None:
-      return ends.finish(x), None
-    written = {'k': memory[0], 'v': memory[1], 'segments': key_segments, 'index': index + tokens.shape[1]}
-    return ends.finish(x), written
+      return x, None
+    return x, {'k': memory[0], 'v': memory[1], 'segments': key_segments, 'index': index + tokens.shape[1]}
 
   def trunk(self, params, tokens, positions, segments):
     """Runs the layers below those under 'top', which are the same for policy and reference.
@@ -93,14 +126,15 @@ class Model(base.Base):
       [B, T, D] in the compute dtype.
     """
     segments = segments.astype(jnp.int32)
-    _, x, apply = self._begin(params, tokens, positions, segments, segments, 0)
+    _, x, apply = self._begin(params, tokens, positions, segments, segments, 0, tokens.shape[1])
     return self._scan(params['blocks'], apply, (x, ()), top=False)[0]
 
-  def _begin(self, params, tokens, positions, segments, key_segments, index):
+  def _begin(self, params, tokens, positions, segments, key_segments, index, keep):
     """The module around the blocks, x [B, T, D] before the first, and how a block is applied."""
     ends = stack.build(self._module.Ends, self.config, self.dtype, params, lora=self.lora)
     real = segments != 0
-    x, shared = ends.begin(jnp.where(real, tokens, 0), jnp.where(real, positions, 0), key_segments.shape[1])
+    reach = self.reach or key_segments.shape[1]
+    x, shared = ends.begin(jnp.where(real, tokens, 0), jnp.where(real, positions, 0), reach)
     # A window as long as the keys is none.
     windows = [window if window < key_segments.shape[1] else 0 for window in self.config.windows] or [0]
     kinds = sorted(set(windows))
@@ -109,18 +143,23 @@ class Model(base.Base):
 
     def apply(block, layer, x, memory):
       mask = masks[0] if len(masks) == 1 else jnp.stack(masks)[kind_of_layer[layer]]
+      # In a scan all layers have the same shapes.
+      wanted = keep if isinstance(layer, int) and layer == self.config.depth - 1 else x.shape[1]
 
       def attend(queries, keys, values):
+        queries = queries[:, -wanted:]
         keys, values, updated = stack.remember(memory, layer, keys, values)
-        return layers.attend(queries, keys, values, mask, score_cap=self.config.score_cap), updated
+        return layers.attend(queries, keys, values, mask[..., -wanted:, :], score_cap=self.config.score_cap), updated
 
       return block(x, layer, shared, attend)
 
     return ends, sharding.split_rows(x), apply
 
   def _scan(self, params, apply, carry, *, top):
-    """Scans the stacked blocks `params`, which end at the last layer (`top`) or begin at the first."""
-    depth = jax.tree.leaves(params)[0].shape[0]
+    """Applies the stacked blocks `params`, which end at the last layer (`top`) or begin at the first."""
+    if self._unrolled and self.remat == 'none' and not isinstance(params, tuple):
+      params = stack.unstack(params)
+    depth = len(params) if isinstance(params, tuple) else jax.tree.leaves(params)[0].shape[0]
     build = functools.partial(stack.build, self._module.Block, self.config, self.dtype,
                               lora=self.lora if top else None, prefix='blocks')
     return stack.scan(build, params, apply, carry, first=self.config.depth - depth if top else 0,
@@ -137,10 +176,10 @@ class Model(base.Base):
       [..., V] float32.
     """
     if self.config.tie_word_embeddings:
-      kernel = params['embed']['embedding'].T
+      logits = layers.unembed(hidden, params['embed']['embedding'])
     else:
-      kernel = params['unembed']['kernel']
-    logits = layers.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+      kernel = params['unembed']['kernel'].astype(hidden.dtype)
+      logits = layers.matmul(hidden, kernel, preferred_element_type=jnp.float32)
     if self.lora is not None and 'lora' in params.get('unembed', {}):
       logits += self.lora.apply('unembed', params['unembed']['lora'], hidden)
     return layers.cap(logits, self.config.logit_cap)
@@ -158,8 +197,9 @@ class Model(base.Base):
     Returns:
       [B, R, D]; slot t predicts response token t.
     """
-    hidden, _ = self.forward(params, tokens, types.positions_from_mask(mask), mask.astype(jnp.int32), trunk=trunk)
-    return hidden[:, -slots - 1:-1]
+    hidden, _ = self.forward(params, tokens, types.positions_from_mask(mask), mask.astype(jnp.int32), trunk=trunk,
+                             keep=slots + 1)
+    return hidden[:, :-1]
 
   def summary(self, params, tokens, mask):
     """The state [B, D] that a scalar head reads a text's score from: at its last real token.
@@ -186,7 +226,8 @@ class Model(base.Base):
     """
     batch, length = tokens.shape
     hidden, cache = self.forward(params, tokens, types.positions_from_mask(mask), mask.astype(jnp.int32),
-                                 self.init_cache(batch, length + slots))
+                                 self.init_cache(batch, length + slots, unstacked=isinstance(params['blocks'], tuple)),
+                                 keep=1)
     return hidden[:, -1], cache | {'position': jnp.sum(mask, axis=1, dtype=jnp.int32)}
 
   def step(self, params, token, alive, cache):

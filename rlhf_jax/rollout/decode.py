@@ -1,20 +1,21 @@
 """The decode loop: prefill, then one token a step over a static key/value cache.
 
-Letters: B batch, P prompt length, R response length, V vocabulary.
+Letters: B batch, n samples of a prompt, P prompt length, R response length, V vocabulary.
 """
 
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax import types
+from rlhf_jax.rollout import cache as cache_lib
 from rlhf_jax.rollout import sampling as sampling_lib
 
 
-def generate(params, prompts, key, *, model, sampling):
+def generate(params, prompts, key, *, model, sampling, samples=1, first=0):
   """Samples a response to each prompt.
 
   The loop ends on the device as soon as every row has ended. Row i draws from its own key,
-  folded with the token's index. To be jitted with `model` and `sampling` static.
+  folded with the token's index. To be jitted with `model`, `sampling` and `samples` static.
 
   Args:
     params: the policy's parameters.
@@ -22,14 +23,16 @@ def generate(params, prompts, key, *, model, sampling):
     key: random key of this rollout.
     model: Model.
     sampling: Sampling; `max_new_tokens` is R.
+    samples: n, responses to each prompt, which is read once for all of them.
+    first: number of the first row, where the prompts are a part of many; may be traced.
 
   Returns:
-    Rollout with T = P + R.
+    Rollout of the B n rows, those of a prompt side by side, with T = P + R.
   """
-  batch = prompts.tokens.shape[0]
+  batch = prompts.tokens.shape[0] * samples
   slots = sampling.max_new_tokens
   stop = sampling.eos_id is not None and not sampling.ignore_eos
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(batch))
 
   def draw(logits, t):
     return sampling_lib.sample(
@@ -49,7 +52,11 @@ def generate(params, prompts, key, *, model, sampling):
     hidden, cache = model.step(params, s['token'], ~s['done'], s['cache'])
     return write(s | {'cache': cache}, *draw(model.unembed(params, hidden), s['t']))
 
+  params = model.unstack(params)
   hidden, cache = model.prefill(params, prompts.tokens, prompts.mask, slots)
+  if samples > 1:
+    hidden, cache = jnp.repeat(hidden, samples, axis=0), cache_lib.repeat(cache, samples)
+    prompts = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), prompts)
   state = {
       'cache': cache,
       't': jnp.int32(0),

@@ -8,6 +8,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+BLOCK = 128  # tokens of a block; about the square root of a vocabulary
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -76,6 +78,36 @@ def sample(keys, logits, sampling):
     return tokens, jnp.zeros(tokens.shape, jnp.float32)
   logits = filter_logits(logits, temperature=sampling.temperature,
                          top_k=sampling.top_k, top_p=sampling.top_p)
-  tokens = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-  picked = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-  return tokens, picked - jax.nn.logsumexp(logits, axis=-1)
+  return _invert(jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys), logits)
+
+
+def _invert(uniform, logits):
+  """Tokens drawn by inverting the cumulative distribution, first to a block of tokens, then within it.
+
+  Two uniforms a row, where the Gumbel trick needs one for each token, which costs more than
+  unembedding does. Sums within blocks also keep float32 exact enough for large vocabularies.
+
+  Args:
+    uniform: [B, 2] float32 in [0, 1).
+    logits: [B, V] float32; -inf is never drawn.
+
+  Returns:
+    tokens [B] int32 and logprobs [B] float32.
+  """
+  batch, vocab = logits.shape
+  logits = jnp.pad(logits, ((0, 0), (0, -vocab % BLOCK)), constant_values=-jnp.inf)
+  blocks = logits.reshape(batch, -1, BLOCK)
+  top = jnp.max(logits, axis=-1)
+  masses = jnp.sum(jnp.exp(blocks - top[:, None, None]), axis=-1)
+  block, mass = _first_above(uniform[:, 0], masses)
+  within = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+  slot, _ = _first_above(uniform[:, 1], jnp.exp(within - top[:, None]))
+  picked = jnp.take_along_axis(within, slot[:, None], axis=-1)[:, 0]
+  return block * BLOCK + slot, picked - top - jnp.log(mass)
+
+
+def _first_above(uniform, weights):
+  """The first index whose cumulative weight exceeds `uniform` of the sum [B], and the sum; weight 0 is passed over."""
+  total = jnp.cumsum(weights, axis=-1)
+  above = (total > uniform[:, None] * total[:, -1:]) & (weights > 0)
+  return jnp.argmax(above, axis=-1).astype(jnp.int32), total[:, -1]

@@ -22,9 +22,10 @@ from rlhf_jax.data import tokenizers
 from rlhf_jax.models import hf
 from rlhf_jax.models import trainable
 from rlhf_jax.rollout import decode
+from rlhf_jax.rollout import engine
 from rlhf_jax.rollout import sampling as sampling_lib
 
-BATCH = 256  # rows sampled or scored at once; the last batch is filled up
+BATCH = 256  # rows at work at a time; the last batch of what is scored is filled up
 
 
 @dataclasses.dataclass
@@ -80,20 +81,21 @@ class TextPolicy:
     return cls(model, params, tokenizers.load(path / 'tokenizer'))
 
   def sample(self, prompts, key, *, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
-             ignore_eos=False):
-    """One response to each prompt.
+             ignore_eos=False, samples=1):
+    """Responses to prompts.
 
     Args:
-      prompts: n texts.
+      prompts: texts.
       key: random key.
       max_new_tokens: R.
       temperature: 0 takes the likeliest token.
       top_k: see sampling.Sampling.
       top_p: see sampling.Sampling.
       ignore_eos: go on past the end.
+      samples: responses to each prompt.
 
     Returns:
-      Samples.
+      Samples, those of a prompt one after another.
 
     Raises:
       UserError: a prompt has no token, or prompt and response exceed the model's context.
@@ -111,10 +113,10 @@ class TextPolicy:
         eos_id=self.tokenizer.eos_token_id, pad_id=self.tokenizer.pad_token_id,
         ignore_eos=ignore_eos)
     padded = left_padded(rows, length, self.tokenizer.pad_token_id)
-    rollout = in_batches(
-        lambda batch, start: _generate(self.params, batch, jax.random.fold_in(key, start),
-                                       model=self.model, sampling=sampling), padded)
-    return Samples(list(prompts), self._responses(prompts, rollout), rollout)
+    rollout = jax.device_get(_generate(
+        self.params, padded, key, model=self.model, sampling=sampling, rows=BATCH, samples=samples))
+    prompts = [prompt for prompt in prompts for _ in range(samples)]
+    return Samples(prompts, self._responses(prompts, rollout), rollout)
 
   def _responses(self, prompts, rollout):
     response = rollout.tokens[:, -rollout.response_mask.shape[1]:]
@@ -151,9 +153,13 @@ def _with_frozen(path, config, model, trained):
   return trainable.whole(model, jax.device_get(trained), frozen)
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'sampling'))
-def _generate(params, prompts, key, *, model, sampling):
-  return decode.generate(params, prompts, key, model=model, sampling=sampling)
+@functools.partial(jax.jit, static_argnames=('model', 'sampling', 'rows', 'samples'))
+def _generate(params, prompts, key, *, model, sampling, rows, samples):
+  """All responses, the same whether they are drawn in one batch or a few at a time."""
+  settings = dict(model=model, sampling=sampling, samples=samples)
+  if prompts.tokens.shape[0] * samples <= rows:
+    return decode.generate(params, prompts, key, **settings)
+  return engine.generate(params, prompts, key, rows=rows, **settings)
 
 
 @functools.partial(jax.jit, static_argnames=('model',))

@@ -41,7 +41,7 @@ def episode():
   tokens = np.where(mask, np.random.default_rng(0).integers(4, tiny.VOCAB, (B, P)), tiny.PAD)
   prompts = types.Prompts(jnp.asarray(tokens, jnp.int32), jnp.asarray(mask))
   rollout = jax.jit(functools.partial(decode.generate, model=MODEL, sampling=SAMPLING))(
-      policy, prompts, jax.random.key(3))
+      policy, prompts, jax.random.key(17))
   lengths = np.asarray(rollout.response_mask).sum(1)
   assert lengths.min() < R and lengths.max() == R
   head = heads.init_scalar(jax.random.key(4), MODEL.width, scale='normal')

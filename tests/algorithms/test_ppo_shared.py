@@ -188,12 +188,12 @@ def test_it_learns_and_keeps_one_copy(kind, world, tmp_path):
   (frozen, *_), _ = learner.next_batch(state, timed=False)
   trained = trainable.join(frozen['shared'], state.params['policy'])
   np.testing.assert_allclose(
-      exported, learner.model.response_states(trained, rollout.tokens, rollout.mask, R), rtol=0, atol=2e-5)
+      exported, learner.model.response_states(trained, rollout.tokens, rollout.mask, R), rtol=0, atol=2e-4)
   if 'lora' in kind:
     lora, adapters = peft.load(tmp_path / 'adapter', model)
     base, base_params = hf.load(world / 'model')
     again = dataclasses.replace(base, lora=lora).response_states(
         trainable.join(base_params, adapters), rollout.tokens, rollout.mask, R)
-    np.testing.assert_allclose(again, exported, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(again, exported, rtol=0, atol=2e-4)  # B A added to the weight rounds otherwise
   else:
     assert not (tmp_path / 'adapter').exists()

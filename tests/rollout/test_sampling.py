@@ -53,6 +53,25 @@ def test_frequencies_are_within_four_sigma(settings):
     np.testing.assert_allclose(logprobs, np.log(target)[tokens], rtol=0, atol=2e-6)
 
 
+def test_a_vocabulary_of_several_blocks_is_drawn_from_evenly():
+  """Chi-squared over 300 tokens, a third of them forbidden, whose last block is not full."""
+  rng = np.random.default_rng(0)
+  target = rng.dirichlet(np.full(300, 0.7))
+  target[rng.permutation(300)[:100]] = 0
+  target /= target.sum()
+  draws = 100_000
+  with np.errstate(divide='ignore'):
+    logits = jnp.asarray(np.log(target) - 2.0, jnp.float32)
+    tokens, logprobs = draw(jnp.broadcast_to(logits, (draws, 300)))
+    np.testing.assert_allclose(logprobs, np.log(target)[tokens], rtol=1e-5, atol=2e-6)
+  counts = np.bincount(tokens, minlength=300)
+  assert (counts[target == 0] == 0).all() and len(counts) == 300
+  common = target * draws >= 5
+  chi = np.sum(np.square(counts - draws * target)[common] / (draws * target[common]))
+  degrees = common.sum() - 1
+  assert abs(chi - degrees) < 4 * np.sqrt(2 * degrees)
+
+
 @pytest.mark.parametrize('seed', range(20))
 def test_filters_against_loops(seed):
   rng = np.random.default_rng(seed)

@@ -1,0 +1,119 @@
+"""python -m benchmarks.refill
+
+Slot refill against the plain loop, on responses whose lengths are geometric. The model is the `xs`
+of the benchmarks with random weights, but the logit of the EOS is set so that every token is the
+last with probability 1 / mean. Three ways to sample as many tokens, alternating:
+
+  equal    plain batches, all responses as long as the mean
+  refill   the engine, geometric lengths
+  plain    plain batches, geometric lengths, each batch as long as its longest response
+
+Also counts the responses in which engine and plain loop differ, which share their keys.
+"""
+
+import dataclasses
+import functools
+import statistics
+import time
+
+from absl import app
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax import compilation
+from rlhf_jax import models
+from rlhf_jax import types
+from rlhf_jax.models import transformer
+from rlhf_jax.rollout import decode
+from rlhf_jax.rollout import engine
+from rlhf_jax.rollout import sampling as sampling_lib
+
+FLAGS = flags.FLAGS
+flags.DEFINE_integer('layers', 4, 'Layers.')
+flags.DEFINE_integer('width', 256, 'Width; the feed-forward layers have four times as much.')
+flags.DEFINE_integer('vocab', 8192, 'Vocabulary.')
+flags.DEFINE_integer('prompts', 512, 'Prompts.')
+flags.DEFINE_integer('batch', 32, 'Rows at work.')
+flags.DEFINE_integer('prompt', 64, 'Prompt tokens.')
+flags.DEFINE_integer('mean', 32, 'Mean length of a response.')
+flags.DEFINE_integer('longest', 256, 'Where responses are cut.')
+flags.DEFINE_string('dtype', 'float32', 'Of the computation.')
+flags.DEFINE_integer('rounds', 5, 'Rounds to take the medians of.')
+
+EOS = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Ending(transformer.Model):
+  """A decoder that ends with probability 1 / mean after every token."""
+  mean: int = 32
+
+  def unembed(self, params, hidden):
+    logits = super().unembed(params, hidden)
+    others = jax.nn.logsumexp(logits.at[..., EOS].set(-jnp.inf), axis=-1)
+    return logits.at[..., EOS].set(others - np.log(self.mean - 1.0))
+
+
+def make_model():
+  """The model and its parameters."""
+  model = models.create(
+      {'family': 'gpt2', 'vocab_size': FLAGS.vocab, 'n_embd': FLAGS.width, 'n_layer': FLAGS.layers,
+       'n_head': max(FLAGS.width // 64, 1), 'n_positions': FLAGS.prompt + FLAGS.longest},
+      dtype=FLAGS.dtype, unroll=FLAGS.layers)
+  model = Ending(**{field.name: getattr(model, field.name) for field in dataclasses.fields(model)}, mean=FLAGS.mean)
+  return model, model.init(jax.random.key(0))
+
+
+def ways(model, params):
+  """{name: function without arguments that returns a Rollout of all prompts}."""
+  rng = np.random.default_rng(0)
+  shape = FLAGS.prompts, FLAGS.prompt
+  prompts = types.Prompts(jnp.asarray(rng.integers(1, FLAGS.vocab, shape), jnp.int32), jnp.ones(shape, bool))
+  key = jax.random.key(1)
+  geometric = sampling_lib.Sampling(max_new_tokens=FLAGS.longest, eos_id=EOS)
+  equal = sampling_lib.Sampling(max_new_tokens=FLAGS.mean, eos_id=EOS, ignore_eos=True)
+
+  def in_batches(sampling):
+    generate = jax.jit(functools.partial(decode.generate, model=model, sampling=sampling))
+    starts = range(0, FLAGS.prompts, FLAGS.batch)
+    def run():
+      parts = [generate(params, jax.tree.map(lambda x: x[start:start + FLAGS.batch], prompts), key, first=start)
+               for start in starts]
+      return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+    return run
+
+  refill = jax.jit(functools.partial(engine.generate, model=model, sampling=geometric, rows=FLAGS.batch))
+  return {'equal': in_batches(equal), 'refill': lambda: refill(params, prompts, key), 'plain': in_batches(geometric)}
+
+
+def main(_):
+  compilation.keep_memory()
+  runs = ways(*make_model())
+  found, first = {}, {}
+  for name, run in runs.items():
+    started = time.perf_counter()
+    found[name] = jax.block_until_ready(run())
+    first[name] = time.perf_counter() - started
+  lengths = np.asarray(found['refill'].response_mask).sum(axis=1)
+  differ = np.any(np.asarray(found['refill'].tokens != found['plain'].tokens), axis=1).sum()
+  print(f'{FLAGS.prompts} responses of {lengths.mean():.1f} tokens, the longest {lengths.max()}; batch {FLAGS.batch}; '
+        f'{differ} differ between engine and plain loop')
+  seconds = {name: [] for name in runs}
+  for _ in range(FLAGS.rounds):
+    for name, run in runs.items():
+      started = time.perf_counter()
+      jax.block_until_ready(run())
+      seconds[name].append(time.perf_counter() - started)
+  print('         seconds   (min)  tokens/s  seconds a token, against equal   first run')
+  tokens = {name: int(np.asarray(rollout.response_mask).sum()) for name, rollout in found.items()}
+  medians = {name: statistics.median(times) for name, times in seconds.items()}
+  for name, median in medians.items():
+    ratio = median / tokens[name] / (medians['equal'] / tokens['equal'])
+    print(f'{name:8} {median:7.2f} {min(seconds[name]):7.2f} {tokens[name] / median:9.0f} {ratio:31.2f} {first[name]:11.1f}')
+  print(f'refill is {medians["plain"] / medians["refill"]:.2f} times as fast as plain')
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,239 @@
+"""Many prompts over few rows: a row that has ended gives its place to the next prompt, in one program.
+
+A batch of `decode.generate` runs as long as its longest response. Here prompts stand in a queue. A
+group of them is prefilled at a time, into a small cache, and handed out one by one to rows that come
+free. All rows of a cache share one write index: a prompt is copied to the slots before it, and
+decoding is that of the plain loop. From time to time everything moves towards the first slot.
+
+A step costs what its longest row needs. So rows start in a cache with room for a part of the longest
+response, and the few that outgrow it move to one with room for all; a step is of the rows in one of
+the two. When the queue is empty, those that are left go on in smaller and smaller batches.
+
+Letters: U prompts, n samples of each, N = U n responses, B rows at work, P prompt length, R response
+length, V vocabulary.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import types
+from rlhf_jax.rollout import cache as cache_lib
+from rlhf_jax.rollout import sampling as sampling_lib
+
+# Rows start with room for R / SHORT tokens, where R is at least LONG.
+SHORT, LONG = 4, 64
+# The last rows go on in batches of B / 2 and then B / 4.
+NARROWER = (2, 4)
+
+
+def generate(params, prompts, key, *, model, sampling, rows, samples=1):
+  """Samples responses as `decode.generate` does for all prompts at once, token for token.
+
+  To be jitted with the last four arguments static. Needs the memory of B rows of P + R / 4 tokens
+  beyond that of a batch of B.
+
+  Args:
+    params: the policy's parameters.
+    prompts: Prompts [U, P], left-padded.
+    key: random key; response i draws from its own, folded with the token's index.
+    model: Model.
+    sampling: Sampling; `max_new_tokens` is R.
+    rows: B.
+    samples: n; a prompt is read once for all of them.
+
+  Returns:
+    Rollout of N rows, the n of a prompt side by side, with T = P + R.
+  """
+  if not model.encoder_decoder:  # Rotary positions are those of a cache of the plain loop.
+    model = dataclasses.replace(model, reach=prompts.tokens.shape[1] + sampling.max_new_tokens)
+  work = _Work(params, prompts, key, model, sampling, rows, samples)
+  s = jax.lax.while_loop(work.plenty, work.turn, work.start())
+  s = work.finish(s)
+  tokens, logprobs, lengths = (s[name][:work.count] for name in ('tokens', 'logprobs', 'lengths'))
+  mask = jnp.arange(sampling.max_new_tokens)[None] < lengths[:, None]
+  prompts = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), prompts)
+  return types.Rollout(
+      tokens=jnp.concatenate([prompts.tokens, tokens], axis=1),
+      mask=jnp.concatenate([prompts.mask, mask], axis=1), response_mask=mask, logprobs=logprobs)
+
+
+class _Work:
+  """What stays the same, and the parts of the loop as functions of its state `s`, a dict.
+
+  Of the responses, whose number is N rounded up to whole groups, it holds 'tokens' and 'logprobs'
+  [., R], 'lengths' and the 'next' one to hand out; of the 'group' prefilled last its 'cache', the
+  first 'token' of each response, and which have 'ended' with it. 'short' and 'long' are the pools
+  of rows at work: a 'cache', and of each row which 'response' it is (`none`: it is free), its last
+  'token' and their number 'count'. Where R is small there is no 'long'.
+  """
+
+  def __init__(self, params, prompts, key, model, sampling, rows, samples):
+    self.params, self.model, self.sampling, self.samples = model.unstack(params), model, sampling, samples
+    number, length = prompts.tokens.shape
+    self.count = number * samples
+    self.rows = min(rows, self.count)
+    self.group = max(self.rows // (4 * samples), 1)  # prompts
+    self.size = self.group * samples  # responses
+    more = -number % self.group
+    self.prompts = jax.tree.map(lambda x: jnp.pad(x, ((0, more), (0, 0))), prompts)
+    self.none = (number + more) * samples
+    self.keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(self.none + 1))
+    self.eos = None if sampling.ignore_eos else sampling.eos_id
+    self.limit = sampling.max_new_tokens
+    self.margin = min(max(self.limit // 8, 8), 32)  # slots that everything moves by
+    self.rooms = {'short': self.limit // SHORT, 'long': self.limit} if self.limit >= LONG else {'short': self.limit}
+    self.last = list(self.rooms)[-1]
+    # Slots that a prompt takes, and that a row has when it moves to another cache. Of an
+    # encoder-decoder only the start token of the response is in slots.
+    self.read = 1 if model.encoder_decoder else length
+    self.most = self.read + self.rooms['short']
+
+  # The state
+
+  def start(self):
+    """Nothing is prefilled, and all rows are free."""
+    return {
+        'next': jnp.int32(0),
+        'group': jnp.int32(-1),
+        'cache': self.empty(self.group, 0, self.read),
+        'token': jnp.zeros(self.size, jnp.int32),
+        'ended': jnp.zeros(self.size, bool),
+        'tokens': jnp.full((self.none, self.limit), self.sampling.pad_id, jnp.int32),
+        'logprobs': jnp.zeros((self.none, self.limit), jnp.float32),
+        'lengths': jnp.zeros(self.none, jnp.int32),
+    } | {name: {'cache': self.empty(self.rows, room + self.margin, self.most),
+                'response': jnp.full(self.rows, self.none, jnp.int32),
+                'token': jnp.zeros(self.rows, jnp.int32),
+                'count': jnp.zeros(self.rows, jnp.int32)} for name, room in self.rooms.items()}
+
+  def empty(self, rows, room, index):
+    """A cache without tokens, with room for a prompt and some more slots."""
+    like = jax.ShapeDtypeStruct((rows, self.prompts.tokens.shape[1]), jnp.int32)
+    prefill = functools.partial(self.model.prefill, slots=room + int(self.model.encoder_decoder))
+    _, shapes = jax.eval_shape(prefill, self.params, like, like.update(dtype=bool))
+    return cache_lib.empty(shapes, index)
+
+  def busy(self, s, name):
+    """Which rows are at work, [B] bool."""
+    return s[name]['response'] < self.none
+
+  def number(self, s, name):
+    """Of rows at work."""
+    return jnp.sum(self.busy(s, name)) if name in s else 0
+
+  # What happens between steps
+
+  def refillable(self, s):
+    return (s['next'] < self.count) & ~jnp.all(self.busy(s, 'short'))
+
+  def refill(self, s):
+    """Hands the next response to a free row, which stays free if it has ended already."""
+    s = jax.lax.while_loop(lambda s: s['group'] != s['next'] // self.size, self.prefill, s)
+    i, pool = s['next'] % self.size, s['short']
+    row = jnp.argmin(self.busy(s, 'short'))
+    pool = {
+        'cache': cache_lib.put(pool['cache'], row, s['cache'], i // self.samples, self.read),
+        'response': pool['response'].at[row].set(jnp.where(s['ended'][i], self.none, s['next'])),
+        'token': pool['token'].at[row].set(s['token'][i]),
+        'count': pool['count'].at[row].set(1)}
+    return s | {'next': s['next'] + 1, 'short': pool}
+
+  def prefill(self, s):
+    """Reads the prompts of the next group and draws the first token of each response."""
+    # Of `next` alone, which the loop around this leaves as it is, XLA would do all of it outside, every time.
+    group = s['group'] + 1
+    prompts = jax.tree.map(
+        lambda x: jax.lax.dynamic_slice_in_dim(x, group * self.group, self.group), self.prompts)
+    hidden, cache = self.model.prefill(
+        self.params, prompts.tokens, prompts.mask, int(self.model.encoder_decoder))
+    hidden = jnp.repeat(hidden, self.samples, axis=0)
+    responses = group * self.size + jnp.arange(self.size)
+    s, token, ended = self.draw(s, hidden, responses, jnp.zeros(self.size, jnp.int32))
+    return s | {'group': group, 'cache': cache, 'token': token, 'ended': ended}
+
+  def outgrown(self, s):
+    """Which rows have no room for another token in the short cache."""
+    return self.busy(s, 'short') & (s['short']['count'] > self.rooms['short'])
+
+  def movable(self, s):
+    """Whether a row should go to the long cache, and can. When the queue is empty all do, if there is place."""
+    short, long = self.number(s, 'short'), self.number(s, 'long')
+    together = (s['next'] >= self.count) & (short > 0) & (short + long <= self.rows)
+    return (jnp.any(self.outgrown(s)) | together) & (long < self.rows)
+
+  def move(self, s):
+    """Moves the row with the most tokens from the short cache to the long one."""
+    short, long = s['short'], s['long']
+    row = jnp.argmax(jnp.where(self.busy(s, 'short'), short['count'], 0))
+    free = jnp.argmin(self.busy(s, 'long'))
+    moved = {name: long[name].at[free].set(short[name][row]) for name in ('response', 'token', 'count')}
+    moved['cache'] = cache_lib.put(long['cache'], free, short['cache'], row, self.most)
+    return s | {'long': moved, 'short': short | {'response': short['response'].at[row].set(self.none)}}
+
+  # Steps
+
+  def draw(self, s, hidden, responses, index):
+    """Draws and writes down a token each of some responses; also returns the tokens, and which are the last."""
+    keys = jax.vmap(jax.random.fold_in)(self.keys[responses], index)
+    token, logprob = sampling_lib.sample(keys, self.model.unembed(self.params, hidden), self.sampling)
+    written = {name: s[name].at[responses, index].set(column, mode='drop')
+               for name, column in (('tokens', token), ('logprobs', logprob))}
+    written['lengths'] = s['lengths'].at[responses].set(index + 1, mode='drop')
+    ended = index + 1 == self.limit
+    return s | written, token, ended if self.eos is None else ended | (token == self.eos)
+
+  def step(self, s, name):
+    """One more token of each row in a cache."""
+    def movable(cache):
+      longest = jnp.max(jnp.where(self.busy(s, name), self.read + s[name]['count'], self.most))
+      return cache['index'] - longest >= self.margin
+
+    pool = s[name]
+    cache = jax.lax.while_loop(movable, lambda cache: cache_lib.shift(cache, self.margin), pool['cache'])
+    hidden, cache = self.model.step(self.params, pool['token'], self.busy(s, name), cache)
+    s, token, ended = self.draw(s, hidden, pool['response'], pool['count'])
+    return s | {name: {'cache': cache, 'token': token, 'count': pool['count'] + 1,
+                       'response': jnp.where(ended, self.none, pool['response'])}}
+
+  def turn(self, s):
+    """Moves and refills rows, and makes steps until there is something to move or to refill."""
+    if 'long' not in s:
+      s = jax.lax.while_loop(self.refillable, self.refill, s)
+      return jax.lax.while_loop(
+          lambda s: self.plenty(s) & ~self.refillable(s), lambda s: self.step(s, 'short'), s)
+
+    def long_first(s):
+      # Where a row waits for a place there, or where more rows are at work.
+      return jnp.any(self.outgrown(s)) | (self.number(s, 'long') > self.number(s, 'short'))
+
+    def settled(s):
+      return self.plenty(s) & ~self.movable(s) & ~self.refillable(s)
+
+    s = jax.lax.while_loop(self.movable, self.move, s)
+    s = jax.lax.while_loop(self.refillable, self.refill, s)
+    s = jax.lax.while_loop(lambda s: settled(s) & ~long_first(s), lambda s: self.step(s, 'short'), s)
+    return jax.lax.while_loop(lambda s: settled(s) & long_first(s), lambda s: self.step(s, 'long'), s)
+
+  # The end
+
+  def plenty(self, s):
+    """Whether there is work for more than half of the rows of one cache."""
+    rest = self.number(s, self.last) > (self.rows // NARROWER[0])
+    if self.last == 'long':
+      rest |= self.number(s, 'short') > 0
+    return (s['next'] < self.count) | rest
+
+  def finish(self, s):
+    """The last rows, at most B / 2 of one cache, in smaller batches."""
+    sizes = [self.rows // part for part in NARROWER if self.rows >= part]
+    for size, rest in zip(sizes, sizes[1:] + [0]):
+      order = jnp.argsort(~self.busy(s, self.last), stable=True)[:size]
+      pool = s[self.last]
+      s = s | {self.last: {name: x[order] for name, x in pool.items() if name != 'cache'} | {
+          'cache': cache_lib.take(pool['cache'], order)}}
+      s = jax.lax.while_loop(
+          lambda s: self.number(s, self.last) > rest, lambda s: self.step(s, self.last), s)
+    return s

@@ -1,0 +1,204 @@
+"""The engine against the plain loop, token for token, and what it does not depend on."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from rlhf_jax import models
+from rlhf_jax import types
+from rlhf_jax.rollout import decode
+from rlhf_jax.rollout import engine
+from rlhf_jax.rollout import sampling as sampling_lib
+
+VOCAB, EOS, PAD = 24, 3, 0
+SPREAD = {'vocab_size': VOCAB, 'initializer_range': 0.4}
+LLAMA = tiny.LLAMA | SPREAD
+FAMILIES = {
+    'gpt2': {'family': 'gpt2', 'n_embd': 16, 'n_layer': 2, 'n_head': 4, 'n_positions': 128} | SPREAD,
+    'llama': LLAMA,
+    # Windows shorter than prompts, and such that end inside responses.
+    'mistral': LLAMA | {'family': 'mistral', 'sliding_window': 5},
+    'gemma2': LLAMA | {'family': 'gemma2', 'sliding_window': 9, 'head_dim': 8},
+    # Rotary positions that go by the length of the cache.
+    'dynamic': LLAMA | {'max_position_embeddings': 16, 'rope_scaling': {'rope_type': 'dynamic', 'factor': 4.0}},
+    't5': {'family': 't5', 'd_model': 16, 'd_kv': 4, 'd_ff': 32, 'num_layers': 2, 'num_heads': 4,
+           'initializer_factor': 4.0, 'decoder_start_token_id': 0, 'vocab_size': VOCAB},
+}
+
+
+def prompts(count, width=7, seed=0, garbage=False):
+  """Left-padded prompts of 1 to `width` tokens; padding holds PAD or anything."""
+  rng = np.random.default_rng(seed)
+  mask = np.arange(width)[None] >= width - rng.integers(1, width + 1, (count, 1))
+  tokens = np.where(mask, rng.integers(4, VOCAB, mask.shape), PAD)
+  if garbage:
+    tokens = np.where(mask, tokens, rng.integers(0, VOCAB, mask.shape))
+  return types.Prompts(jnp.asarray(tokens, jnp.int32), jnp.asarray(mask))
+
+
+def sampling(length, **changes):
+  return sampling_lib.Sampling(max_new_tokens=length, **{'eos_id': EOS, 'pad_id': PAD} | changes)
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'sampling', 'samples'))
+def plain(params, prompts, key, model, sampling, samples=1, first=0):
+  return decode.generate(params, prompts, key, model=model, sampling=sampling, samples=samples, first=first)
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'sampling', 'rows', 'samples'))
+def refill(params, prompts, key, model, sampling, rows, samples=1):
+  return engine.generate(params, prompts, key, model=model, sampling=sampling, rows=rows, samples=samples)
+
+
+@functools.cache
+def family(name, **settings):
+  model = models.create(FAMILIES[name], **settings)
+  return model, model.init(jax.random.key(5))
+
+
+def same(found, expected):
+  """Equal tokens and masks; log-probabilities up to rounding."""
+  for name in ('tokens', 'mask', 'response_mask'):
+    np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+  np.testing.assert_allclose(found.logprobs, expected.logprobs, rtol=1e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize('name', [pytest.param(name, marks=pytest.mark.slow) if name in ('gpt2', 'mistral') else name
+                                  for name in FAMILIES])
+def test_tokens_of_the_plain_loop_in_every_family(name):
+  """Two caches, rows that outgrow the first, both caches moved several times, and a group that is not full."""
+  model, params = family(name)
+  settings = sampling(72, temperature=1.3)
+  found = refill(params, prompts(21), jax.random.key(1), model, settings, 8)
+  expected = plain(params, prompts(21), jax.random.key(1), model, settings)
+  same(found, expected)
+  lengths = np.asarray(expected.response_mask).sum(1)
+  assert lengths.min() < 18 and lengths.max() > 40 and len(set(lengths)) > 5
+
+
+@pytest.mark.parametrize('count, rows, length', [(11, 3, 9), (5, 8, 9), (7, 1, 64), (4, 4, 1)])
+def test_any_number_of_prompts_rows_and_tokens(count, rows, length):
+  model, params = family('llama')
+  settings = sampling(length)
+  same(refill(params, prompts(count), jax.random.key(2), model, settings, rows),
+       plain(params, prompts(count), jax.random.key(2), model, settings))
+
+
+@pytest.mark.parametrize('changes', [{'eos_id': None}, {'ignore_eos': True, 'temperature': 0.0},
+                                     {'temperature': 0.7, 'top_k': 12, 'top_p': 0.9, 'pad_id': EOS}])
+def test_ways_of_sampling(changes):
+  model, params = family('llama')
+  settings = sampling(20, **changes)
+  same(refill(params, prompts(9), jax.random.key(3), model, settings, 4),
+       plain(params, prompts(9), jax.random.key(3), model, settings))
+
+
+def biased(model, params, eos):
+  """The model with `eos` added to the logit of the EOS."""
+  @dataclasses.dataclass(frozen=True)
+  class Biased(type(model)):
+    def unembed(self, params, hidden):
+      return super().unembed(params, hidden).at[..., EOS].add(eos)
+  return Biased(**{f.name: getattr(model, f.name) for f in dataclasses.fields(model)}), params
+
+
+@pytest.mark.parametrize('eos, expected', [(1e4, 1), (-1e4, 70)])
+def test_all_end_at_once_or_never(eos, expected):
+  model, params = biased(*family('llama'), eos)
+  found = refill(params, prompts(10), jax.random.key(4), model, sampling(70), 4)
+  same(found, plain(params, prompts(10), jax.random.key(4), model, sampling(70)))
+  np.testing.assert_array_equal(np.asarray(found.response_mask).sum(1), expected)
+
+
+@pytest.mark.parametrize('count, samples, rows', [(5, 3, 4), (9, 2, 16), (2, 5, 1)])
+def test_samples_of_a_prompt_are_those_of_the_prompt_repeated(count, samples, rows):
+  model, params = family('gpt2')
+  repeated = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), prompts(count))
+  expected = plain(params, repeated, jax.random.key(6), model, sampling(20))
+  same(plain(params, prompts(count), jax.random.key(6), model, sampling(20), samples=samples), expected)
+  same(refill(params, prompts(count), jax.random.key(6), model, sampling(20), rows, samples), expected)
+  assert len(np.unique(np.asarray(expected.tokens), axis=0)) > count
+
+
+def test_samples_of_an_encoder_decoder():
+  model, params = family('t5')
+  repeated = jax.tree.map(lambda x: jnp.repeat(x, 3, axis=0), prompts(4))
+  expected = plain(params, repeated, jax.random.key(6), model, sampling(20))
+  same(plain(params, prompts(4), jax.random.key(6), model, sampling(20), samples=3), expected)
+  same(refill(params, prompts(4), jax.random.key(6), model, sampling(20), 5, 3), expected)
+
+
+def test_batches_of_the_plain_loop_go_on_with_the_number_of_their_first_row():
+  model, params = family('llama')
+  whole = plain(params, prompts(10), jax.random.key(1), model, sampling(20))
+  for first in (0, 4, 8):
+    part = jax.tree.map(lambda x: x[first:first + 4], prompts(10))
+    same(plain(params, part, jax.random.key(1), model, sampling(20), first=first),
+         jax.tree.map(lambda x: x[first:first + 4], whole))
+
+
+def test_what_the_padding_holds_changes_nothing():
+  model, params = family('llama')
+  clean, dirty = (refill(params, prompts(9, garbage=garbage), jax.random.key(1), model, sampling(20), 4)
+                  for garbage in (False, True))
+  np.testing.assert_array_equal(clean.tokens[:, 7:], dirty.tokens[:, 7:])
+  np.testing.assert_array_equal(clean.logprobs, dirty.logprobs)
+
+
+def test_unrolled_layers_have_caches_of_their_own():
+  model, params = family('llama', unroll=2)
+  same(refill(params, prompts(9), jax.random.key(1), model, sampling(70), 4),
+       plain(params, prompts(9), jax.random.key(1), *family('llama')[:1], sampling(70)))
+
+
+def test_other_prompts_do_not_compile_again(compiled):
+  model, params = family('gpt2')
+  refill(params, prompts(9, seed=1), jax.random.key(1), model, sampling(20), 4)
+  before = len(compiled)
+  refill(params, prompts(9, seed=2), jax.random.key(2), model, sampling(20), 4)
+  assert len(compiled) == before
+
+
+def test_prompts_are_read_once_and_rows_are_kept_busy():
+  """Counts the calls of a model that ends each response when its prompt says."""
+  calls = []
+
+  @dataclasses.dataclass(frozen=True)
+  class Counting:
+    """Counts down from the prompt's last token to the EOS, 0."""
+    reach: int = 0
+    encoder_decoder = False
+
+    def unstack(self, params):
+      return params
+
+    def prefill(self, params, tokens, mask, slots):
+      jax.debug.callback(lambda: calls.append('prefill'))
+      batch, length = tokens.shape
+      segments = jnp.pad(mask.astype(jnp.int32), ((0, 0), (0, slots)))
+      return tokens[:, -1:].astype(jnp.float32), {'segments': segments, 'index': jnp.int32(length)}
+
+    def step(self, params, token, alive, cache):
+      jax.debug.callback(lambda alive: calls.append(int(alive.sum())), alive)
+      segments = jax.lax.dynamic_update_slice(cache['segments'], alive[:, None].astype(jnp.int32), (0, cache['index']))
+      return token[:, None].astype(jnp.float32), {'segments': segments, 'index': cache['index'] + 1}
+
+    def unembed(self, params, hidden):
+      return jax.nn.one_hot(hidden[:, 0].astype(jnp.int32) - 1, 100) * 1e4
+
+  lengths = np.array([1, 40, 2, 3, 1, 5, 8, 60, 2, 2, 9, 4, 30, 7, 1, 6])
+  given = types.Prompts(jnp.asarray(lengths)[:, None], jnp.ones((16, 1), bool))
+  found = refill({}, given, jax.random.key(0), Counting(), sampling(64, eos_id=0, pad_id=99), 4)
+  jax.effects_barrier()
+  np.testing.assert_array_equal(np.asarray(found.response_mask).sum(1), lengths)
+  for row, length in zip(np.asarray(found.tokens)[:, 1:], lengths):
+    np.testing.assert_array_equal(row[:length], np.arange(length)[::-1])
+  steps = [call for call in calls if call != 'prefill']
+  assert calls.count('prefill') == 16  # groups of one
+  assert sum(steps) == (lengths - 1).sum()  # no token is read twice, none of a row that has ended
+  assert len(steps) < 90  # four plain batches take 39 + 59 + 8 + 29 = 135
