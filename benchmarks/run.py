@@ -27,20 +27,17 @@ import time
 from absl import app
 from absl import flags
 
+from benchmarks import options
 from benchmarks import processes
 from benchmarks import results
 from benchmarks import workloads
 
-FLAGS = flags.FLAGS
-flags.DEFINE_enum('workload', 'xs', list(workloads.WORKLOADS), 'Which work.')
+FLAGS = options.FLAGS
 flags.DEFINE_list('peers', ['ours', 'trl'], f'Of {", ".join(processes.PEERS)}.')
 flags.DEFINE_integer('iterations', 5, 'Iterations of each peer after the first, in each run.')
 flags.DEFINE_integer('runs', 1, 'How often all of it is repeated, with new processes.')
 flags.DEFINE_bool('apart', False, 'One peer in memory at a time.')
-flags.DEFINE_enum('device', 'cpu', ['cpu', 'gpu', 'tpu'], 'What computes.')
-flags.DEFINE_integer('threads', 2, 'Cores of each peer, on a CPU.')
 flags.DEFINE_string('venvs', os.environ.get('VENVS', '.venv-peers'), 'Folder of the virtual environments.')
-flags.DEFINE_string('out', 'runs/benchmarks', 'Folder of the results.')
 
 
 def start(peer, w, log):
@@ -147,8 +144,7 @@ def main(_):
   unknown = [name for name in names if name not in processes.PEERS]
   if unknown:
     raise app.UsageError(f'--peers={",".join(unknown)}: choose from {", ".join(processes.PEERS)}')
-  if FLAGS.device == 'cpu':
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:FLAGS.threads])
+  options.hold_to_cores()
   w = workloads.WORKLOADS[FLAGS.workload]
   out = pathlib.Path(FLAGS.out)
   out.mkdir(parents=True, exist_ok=True)

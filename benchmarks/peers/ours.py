@@ -21,6 +21,7 @@ import numpy as np
 import tokenizers
 import transformers
 
+from benchmarks import updates
 from benchmarks import workloads
 from benchmarks.peers import jax_device
 from benchmarks.peers import protocol
@@ -57,26 +58,12 @@ def write_world(w, folder):
 
 def make_config(w, way, folder, device):
   """The config of a workload; see workloads.WAYS."""
-  config = config_lib.ppo()
+  config = updates.make_config(w, workloads.WAYS[way].config, device)
   config.steps = 10**6
-  config.batch_size = w.batch
   config.tokenizer = str(folder / 'tokenizer')
   config.data.path = str(folder / 'prompts.jsonl')
-  config.data.max_prompt_length = w.prompt
   config.reward.model = str(folder / 'reward')
-  config.model.init = {'family': 'gpt2', **w.gpt2}
-  config.model.unroll = w.layers if device == 'cpu' else 1
-  config.model.dtype = 'float32' if device == 'cpu' else 'bfloat16'
-  config.sampling.max_new_tokens = w.response
-  config.sampling.temperature = 1.0
-  config.optim.learning_rate = workloads.LEARNING_RATE
-  config.ppo.update({
-      'epochs': workloads.EPOCHS, 'minibatches': 1, 'kl_coef': workloads.KL_COEF, 'gamma': workloads.GAMMA,
-      'lam': workloads.LAM, 'clip_low': workloads.CLIP, 'clip_high': workloads.CLIP,
-      'value_clip': workloads.VALUE_CLIP, 'vf_coef': workloads.VALUE_COEF,
-      'response': 'raw', 'score_position': 'last'})
-  config.update_from_flattened_dict({
-      key: w.layers // 2 if value == 'half' else value for key, value in workloads.WAYS[way].config.items()})
+  config.ppo.update({'response': 'raw', 'score_position': 'last'})
   config_lib.validate(config, jax.device_count())
   return config
 

@@ -1,0 +1,112 @@
+"""Seconds of a PPO iteration against batch, response length, depth and vocabulary, each over a factor of 16.
+
+python -m benchmarks.scaling
+
+Our own peer, as benchmarks/run.py runs it, on workloads that differ from one another in one number only. Each point
+is the median of a few iterations after the first. The table has the slope in a double logarithmic plot (1 where
+cost is linear, less where something constant stands beside it, 2 where it is quadratic), over all points and of
+the last doubling. Writes OUT/scaling.json and .png.
+"""
+
+import dataclasses
+import json
+import pathlib
+import statistics
+import sys
+
+from absl import app
+from absl import flags
+import matplotlib.figure
+import numpy as np
+
+from benchmarks import options
+from benchmarks import processes
+from benchmarks import results
+from benchmarks import workloads
+from rlhf_jax.evaluation import tables
+
+FLAGS = options.FLAGS
+flags.DEFINE_integer('iterations', 3, 'Iterations of each point after the first.')
+flags.DEFINE_list('along', ['batch', 'response', 'layers', 'vocab'], 'Fields of a workload.')
+
+BASE = workloads.Workload('scaling', 2, 256, 4, 1024, 4096, 32, 32, 16)
+FACTORS = (1, 2, 4, 8, 16)
+# The smallest of each; what does not change is as in BASE.
+SMALLEST = {'batch': 4, 'response': 16, 'layers': 1, 'vocab': 2048}
+
+
+def points(field):
+  """The workloads along a field."""
+  return [dataclasses.replace(BASE, **{field: SMALLEST[field] * factor}) for factor in FACTORS]
+
+
+def measure(w, log):
+  """Median seconds of an iteration, split into parts: {'rollout', 'scoring', 'update'}."""
+  process = processes.Process(
+      sys.executable, 'ours', w, device=FLAGS.device, threads=FLAGS.threads, log=log, options=['--way', FLAGS.way])
+  try:
+    process.turn()
+    iterations = [process.turn() for _ in range(FLAGS.iterations)]
+    splits = [process.turn('split') for _ in range(2)][1:]
+  finally:
+    process.end()
+  rows = results.seconds({'iterations': iterations, 'splits': splits})
+  return {part: statistics.median(row[part] for row in rows) for part in workloads.PARTS}
+
+
+def slopes(x, seconds):
+  """Slopes of log seconds over log x: of the line through all points, and between the last two."""
+  x, seconds = np.log(x), np.log(seconds)
+  return float(np.polyfit(x, seconds, 1)[0]), float((seconds[-1] - seconds[-2]) / (x[-1] - x[-2]))
+
+
+def plot(path, found):
+  """Double logarithmic plots, one for each field.
+
+  Args:
+    path: the PNG file.
+    found: {field: [(value, {part: seconds}), ...]}.
+  """
+  figure = matplotlib.figure.Figure(figsize=(3.2 * len(found), 3.4), layout='constrained')
+  for axes, (field, pairs) in zip(np.atleast_1d(figure.subplots(1, len(found))), found.items()):
+    x = [value for value, _ in pairs]
+    whole = [sum(parts.values()) for _, parts in pairs]
+    axes.loglog(x, whole, 'o-', color='black', label=f'all, slope {slopes(x, whole)[0]:.2f}', base=2)
+    for part in workloads.PARTS:
+      axes.loglog(x, [parts[part] for _, parts in pairs], '.-', label=part, base=2)
+    axes.loglog(x, [whole[-1] * value / x[-1] for value in x], ':', color='grey', label='slope 1', base=2)
+    axes.set_xlabel({'response': 'response length', 'layers': 'depth', 'vocab': 'vocabulary'}.get(field, field))
+    axes.legend(fontsize=7)
+  figure.get_axes()[0].set_ylabel('seconds per iteration')
+  figure.savefig(path, dpi=120)
+
+
+def table(found):
+  """The table as plain text; `found` as in `plot`."""
+  rows = []
+  for field, pairs in found.items():
+    x = [value for value, _ in pairs]
+    whole = [sum(parts.values()) for _, parts in pairs]
+    every, last = slopes(x, whole)
+    rows.append({'stage': field, 'from': x[0], 'to': x[-1], **{
+        f'seconds x{value // x[0]}': total for value, total in zip(x, whole)}, 'slope': every, 'at the end': last})
+  return tables.stages_table(rows, title='Seconds of an iteration', width=130)
+
+
+def main(_):
+  options.hold_to_cores()
+  out = pathlib.Path(FLAGS.out)
+  out.mkdir(parents=True, exist_ok=True)
+  found = {}
+  for field in FLAGS.along:
+    found[field] = []
+    for w in points(field):
+      found[field].append((getattr(w, field), measure(w, out / 'scaling.log')))
+      print('.', end='', flush=True)
+  print(f'\n{table(found)}')
+  (out / 'scaling.json').write_text(json.dumps({'base': json.loads(BASE.to_json()), 'found': found}, indent=1))
+  plot(out / 'scaling.png', found)
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,96 @@
+"""The PPO update of a workload by itself: config, arrays and the jitted train step, without data or files.
+
+What benchmarks/shared_weights.py and memory.py compile, and the config that benchmarks/peers/ours.py runs.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import workloads
+from rlhf_jax import config as config_lib
+from rlhf_jax import models
+from rlhf_jax import sharding
+from rlhf_jax import types
+from rlhf_jax.algorithms import on_policy
+from rlhf_jax.algorithms import ppo
+from rlhf_jax.algorithms import setup
+
+
+def make_config(w, changes, device='cpu'):
+  """The config of a workload, without data, tokenizer and reward.
+
+  Args:
+    w: Workload.
+    changes: {key: value} that differ, such as workloads.Way.config.
+    device: 'cpu', 'gpu' or 'tpu'.
+  """
+  config = config_lib.ppo()
+  config.batch_size = w.batch
+  config.data.max_prompt_length = w.prompt
+  config.sampling.max_new_tokens = w.response
+  config.sampling.temperature = 1.0
+  config.model.init = {'family': 'gpt2', **w.gpt2}
+  config.model.unroll = w.layers if device == 'cpu' else 1
+  config.model.dtype = 'float32' if device == 'cpu' else 'bfloat16'
+  config.optim.learning_rate = workloads.LEARNING_RATE
+  config.ppo.update({
+      'epochs': workloads.EPOCHS, 'minibatches': 1, 'kl_coef': workloads.KL_COEF, 'gamma': workloads.GAMMA,
+      'lam': workloads.LAM, 'clip_low': workloads.CLIP, 'clip_high': workloads.CLIP,
+      'value_clip': workloads.VALUE_CLIP, 'vf_coef': workloads.VALUE_COEF})
+  config.update_from_flattened_dict({
+      key: w.layers // 2 if value == 'half' else value for key, value in changes.items()})
+  return config
+
+
+class Update(NamedTuple):
+  """An update, ready to run.
+
+  Attributes:
+    step: compiled (state, *arguments) -> (state, metrics), `state` donated.
+    state: TrainState.
+    arguments: what it is given besides: frozen parameters, a rollout of random tokens, scores, no ptx.
+  """
+  step: Any
+  state: Any
+  arguments: Any
+
+
+def prepare(config, mesh):
+  """Makes random models and compiles the update of them.
+
+  Args:
+    config: from `make_config`.
+    mesh: device mesh.
+
+  Returns:
+    Update.
+  """
+  model = models.create(config.model.init.to_dict(), **setup.model_settings(config.model))
+  place = sharding.shardings(model.shapes(), model.rules, mesh)
+  policy = jax.jit(model.init, out_shardings=place)(jax.random.key(0))
+  model, trained, shared = setup.divide(config, model, policy, mesh)
+  reference = on_policy.load_reference(config, mesh, model, trained)
+  critic_model, critic = on_policy.make_critic(config, None, mesh, model, trained, shared, None)
+  handles = ppo.Models(model, critic_model, critic_shared=config.critic.kind == 'adapters')
+  optimizers = {'policy': setup.make_optimizer(config.optim, 100),
+                'critic': setup.make_optimizer(config.optim, 100, exported=False)}
+  state = setup.new_state(config, {'policy': trained, 'critic': critic}, optimizers, mesh, model.rules)
+  step = setup.jit_step(functools.partial(
+      ppo.train_step, models=handles, optimizers=optimizers, settings=ppo.make_settings(config, None)), state)
+  arguments = {'shared': shared, 'reference': reference}, *episode(config), None
+  return Update(step.lower(state, *arguments).compile(), state, arguments)
+
+
+def episode(config):
+  """A rollout of random tokens, none of them padding, and scores."""
+  rng = np.random.default_rng(0)
+  batch, prompt, response = config.batch_size, config.data.max_prompt_length, config.sampling.max_new_tokens
+  shape = batch, prompt + response
+  real = np.ones(shape, bool)
+  tokens = rng.integers(0, config.model.init.vocab_size, shape, dtype=np.int32)
+  rollout = types.Rollout(tokens, real, real[:, prompt:], np.zeros((batch, response), np.float32))
+  return jax.tree.map(jnp.asarray, (rollout, rng.normal(size=batch).astype(np.float32)))
