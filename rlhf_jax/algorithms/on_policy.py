@@ -4,7 +4,6 @@ Letters: B batch, P prompt length, R response length.
 """
 
 import dataclasses
-import functools
 import time
 
 import jax
