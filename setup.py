@@ -51,6 +51,8 @@ setuptools.setup(
         ],
         'cuda': ['jax[cuda13]'],
         'tpu': ['jax[tpu]'],
+        # For rlhf_jax.plan on a machine without TPUs: JAX pins the release of libtpu that fits its own.
+        'plan': ['jax[tpu]'],
         # tensorflow-datasets imports importlib_resources and does not ask for it.
         'tfds': ['importlib_resources>=7.1.0,<8', 'tensorflow-datasets>=4.9.10,<5'],
         'wandb': ['wandb>=0.31.0,<0.32'],

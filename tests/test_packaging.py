@@ -56,7 +56,7 @@ def test_every_import_is_a_declared_requirement_and_the_reverse(declared):
 
 def test_extras(declared):
   extras = declared['extras_require']
-  assert set(extras) == {'test', 'cuda', 'tpu', 'tfds', 'wandb', 'notebooks'}
+  assert set(extras) == {'test', 'cuda', 'tpu', 'plan', 'tfds', 'wandb', 'notebooks'}
   assert OPTIONAL <= names(extras['tfds'] + extras['wandb'])
 
 

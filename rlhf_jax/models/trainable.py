@@ -98,6 +98,8 @@ def _cut(model, params, top):
     raise UserError(f'config.model.unfrozen_layers={top}: the model has {depth} layers')
 
   def cut(stack):
+    if isinstance(stack, jax.core.Tracer):  # shapes of a plan: there is nothing to place or to delete
+      return stack[:depth - top], stack[depth - top:]
     places = (stack.sharding, stack.sharding)
     pieces = jax.jit(lambda x: (x[:depth - top], x[depth - top:]), out_shardings=places)(stack)
     stack.delete()

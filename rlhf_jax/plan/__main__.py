@@ -34,10 +34,11 @@ def run(config, topology):
   else:
     chosen, tables = planner_lib.plan(planner, config)
   report.show(tables)
-  summary = (f'{planner.chips} chips of {planner.chip.name}, mesh (data x fsdp x tensor), microbatch and recomputation: '
-             f'{chosen.name}: {report.size(chosen.bytes)} of {report.size(planner.chip.memory)} GiB on each chip, ')
-  summary += (f'{report.seconds(chosen.seconds)} s an iteration, {chosen.tokens_per_second:.0f} tokens/s in the rollout.'
-              if chosen.fits else 'which does not fit.')
+  whole = report.size(planner.chip.memory)
+  summary = (f'{planner.chips} chips of {planner.chip.name}; mesh (data x fsdp x tensor), microbatch, recomputation: '
+             f'{chosen.name}. {report.size(chosen.bytes)} of {whole} GiB on each chip, ')
+  summary += (f'{report.seconds(chosen.seconds)} s an iteration, {chosen.tokens_per_second:.0f} tokens/s in the '
+              'rollout.' if chosen.fits else 'which does not fit.')
   print(summary)
   if _REPORT.value:
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith('--report')]

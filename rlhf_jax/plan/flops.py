@@ -59,7 +59,8 @@ def _equation(equation, values):
   if name == 'conv_general_dilated':
     return Count(_convolution(equation), 0), unknown
   if name == 'scan':
-    count, _ = _walk(params['jaxpr'].jaxpr, values[:params['num_consts']] + [None] * (len(values) - params['num_consts']))
+    consts = params['num_consts']
+    count, _ = _walk(params['jaxpr'].jaxpr, values[:consts] + [None] * (len(values) - consts))
     return Count(count.flops * params['length'], count.unbounded * params['length']), unknown
   if name == 'while':
     return _while(equation, values)

@@ -92,9 +92,10 @@ def instruction_of(line):
   kind, right = right[:end], right[end:].lstrip()
   start = right.index('(')
   close = _closing(right, start)
-  operands = tuple(re.findall(r'%([\w.\-]+)', right[start:close]))
-  return Instruction(name.lstrip('%'), kind, right[:start], operands, right[close + 1:] + ' literal=' + right[start:close + 1]
-                     if right.startswith('constant') else right[close + 1:])
+  opcode, inside, rest = right[:start], right[start:close + 1], right[close + 1:]
+  if opcode == 'constant':
+    rest += f' literal={inside}'
+  return Instruction(name.lstrip('%'), kind, opcode, tuple(re.findall(r'%([\w.\-]+)', inside)), rest)
 
 
 def _closing(text, start):

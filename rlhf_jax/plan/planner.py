@@ -131,8 +131,9 @@ def find(planner, config, confirm):
       list(search.variants(config, planner.chips)), 'estimating', transient=True)]
   found = search.ranked([candidate for candidate in found if candidate is not None])
   if not found or not found[0].fits:
-    raise errors.UserError(f'no mesh of {planner.chips} chips fits this config into {report.size(planner.chip.memory)} GiB '
-                           'a chip: take more chips, a smaller batch_size, or adapters')
+    raise errors.UserError(f'no mesh of {planner.chips} chips fits this config into '
+                           f'{report.size(planner.chip.memory)} GiB a chip: take more chips, a smaller batch_size, '
+                           'or adapters')
   best, asked = [], []
   for candidate in found:
     if len(best) == confirm or not candidate.fits:

@@ -87,11 +87,14 @@ def make(config, mesh):
 def check(config):
   """Raises UserError where a config cannot be planned."""
   if config.get('algorithm') != 'ppo':
-    raise errors.UserError(f'rlhf_jax.plan plans single runs of PPO; this config has algorithm={config.get("algorithm")!r}')
+    raise errors.UserError('rlhf_jax.plan plans single runs of PPO; this config has '
+                           f'algorithm={config.get("algorithm")!r}')
   if not config.model.init:
-    raise errors.UserError('config.model.init is empty: rlhf_jax.plan reads no folder; give it the fields of config.json')
+    raise errors.UserError('config.model.init is empty: rlhf_jax.plan reads no folder; give it the fields of '
+                           'config.json')
   if config.model.lora.path or config.critic.path:
-    raise errors.UserError('config.model.lora.path and config.critic.path: rlhf_jax.plan reads no folder; leave them empty')
+    raise errors.UserError('config.model.lora.path and config.critic.path: rlhf_jax.plan reads no folder; leave '
+                           'them empty')
 
 
 def calls(config, mesh, handles, optimizers, arrays):

@@ -23,13 +23,13 @@ MODULE = textwrap.dedent('''\
 
     %starts (p: bf16[4,8]) -> (bf16[4,8], bf16[32,8]) {
       %p = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
-      %all-gather.1 = bf16[32,8]{1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=1, replica_groups=mesh['a'=8,'b'=2] {'a'}, dimensions={0}
+      %all-gather.1 = bf16[32,8]{1,0:T(8,128)S(1)} all-gather(%p), channel_id=1, replica_groups=mesh['a'=8] {'a'}
       ROOT %start = (bf16[4,8]{1,0}, bf16[32,8]{1,0}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
     }
 
     %goes_on (p.1: bf16[4,8]) -> bf16[32,8] {
       %p.1 = bf16[4,8]{1,0} parameter(0)
-      ROOT %all-gather.2 = bf16[32,8]{1,0} all-gather(%p.1), channel_id=1, replica_groups=mesh['a'=8,'b'=2] {'a'}, dimensions={0}
+      ROOT %all-gather.2 = bf16[32,8]{1,0} all-gather(%p.1), channel_id=1, replica_groups=mesh['a'=8] {'a'}
     }
 
     %all-reduce-scatter.1 (p.2: f32[64]) -> f32[16] {
@@ -78,8 +78,8 @@ MODULE = textwrap.dedent('''\
       %a = bf16[4,8]{1,0} parameter(0)
       %two = s32[] constant(2)
       %t.5 = (s32[], bf16[4,8]{1,0}) tuple(%two, %a)
-      %while.5 = (s32[], bf16[4,8]{1,0}) while(%t.5), condition=%outer_cond, body=%outer_body, metadata={op_name="jit(f)/while"}
-      %permuted = (bf16[4,8]{1,0}, bf16[4,8]{1,0}, u32[], u32[]) collective-permute-start(%a), channel_id=4, source_target_pairs={{0,1},{1,0}}
+      %while.5 = (s32[], bf16[4,8]) while(%t.5), condition=%outer_cond, body=%outer_body
+      %permuted = (bf16[4,8], bf16[4,8], u32[], u32[]) collective-permute-start(%a), channel_id=4
       ROOT %out = bf16[4,8]{1,0} get-tuple-element(%while.5), index=1, backend_config={"estimated_cycles":"3"}
     }
     ''')

@@ -9,6 +9,7 @@ from configs import ppo_llama3_8b
 from rlhf_jax import config as config_lib
 from rlhf_jax import errors
 from rlhf_jax import sharding
+from rlhf_jax import train
 from rlhf_jax.plan import chips
 from rlhf_jax.plan import estimate
 from rlhf_jax.plan import programs
@@ -102,7 +103,6 @@ def test_chips_by_topology():
 
 def test_the_run_of_the_config_at_its_small_size(world, tmp_path):
   """The same file, with folders of a tiny model: two steps."""
-  from rlhf_jax import train
   for variant in ('', ',lora'):
     config = ppo_llama3_8b.get_config(
         f'debug{variant},policy={world}/model,reward={world}/reward,prompts={world}/prompts.jsonl')

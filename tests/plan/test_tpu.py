@@ -1,5 +1,7 @@
 """With the TPU's compiler: the whole command on small shapes. Skipped without libtpu."""
 
+import os
+import pathlib
 import subprocess
 import sys
 
@@ -11,8 +13,6 @@ COMMAND = [sys.executable, '-m', 'rlhf_jax.plan', '--config=configs/ppo_llama3_8
 
 
 def run(*arguments, cache):
-  import os
-  import pathlib
   env = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
   return subprocess.run(COMMAND + list(arguments), capture_output=True, text=True, check=False, timeout=600,
                         cwd=pathlib.Path(__file__).resolve().parents[2],
