@@ -25,8 +25,8 @@ def first():
 def settle(tree):
   """Waits for the programs that make these arrays, on CPU devices of several processes; returns the arrays.
 
-  Two programs under way at once mix up what their collectives send there, unless one needs what
-  the other makes. Other devices run them in order.
+  Programs under way at once may mix up what their collectives send there, as nothing keeps those of
+  one process in the order of another's. Other devices run them in order.
   """
   if jax.process_count() > 1 and jax.default_backend() == 'cpu':
     jax.block_until_ready(tree)
