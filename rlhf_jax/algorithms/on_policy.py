@@ -138,7 +138,7 @@ def reward_model_scorer(config, tokenizer, mesh):
     it: its tokenizer is the policy's, and its head reads the states of single tokens. Else None.
   """
   settings = setup.model_settings(config.model)
-  model, params = hf.load_reward(config.reward.model, mesh=mesh, **settings)
+  model, params = hf.load_reward(config.reward.model, mesh=mesh, param_dtype=config.model.param_dtype, **settings)
   own = tokenizers.load(config.reward.model)
   setup.fit_tokenizer(own, model)
   if learned.same_tokenizer(own, tokenizer):

@@ -24,7 +24,7 @@ MODULE = textwrap.dedent('''\
     %starts (p: bf16[4,8]) -> (bf16[4,8], bf16[32,8]) {
       %p = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
       %all-gather.1 = bf16[32,8]{1,0:T(8,128)S(1)} all-gather(%p), channel_id=1, replica_groups=mesh['a'=8] {'a'}
-      ROOT %start = (bf16[4,8]{1,0}, bf16[32,8]{1,0}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+      ROOT %start = (bf16[4,8], bf16[32,8]) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
     }
 
     %goes_on (p.1: bf16[4,8]) -> bf16[32,8] {
@@ -55,7 +55,7 @@ MODULE = textwrap.dedent('''\
       %s.3 = (s32[], bf16[4,8]{1,0}) parameter(0)
       %zero = s32[] constant(0)
       %g.3 = bf16[4,8]{1,0} get-tuple-element(%s.3), index=1
-      %f.3 = (bf16[4,8]{1,0}, bf16[32,8]{1,0}) fusion(%g.3), kind=kCustom, calls=%starts, backend_config={"estimated_cycles":"100"}
+      %f.3 = (bf16[4,8], bf16[32,8]) fusion(%g.3), kind=kCustom, calls=%starts, config={"estimated_cycles":"100"}
       %f.4 = bf16[32,8]{1,0} fusion(%f.3), kind=kCustom, calls=%goes_on, backend_config={"estimated_cycles":"50"}
       %copied = s32[] copy(%zero)
       %t.3 = (s32[], f32[64]{0}) tuple(%copied, %f.4)
