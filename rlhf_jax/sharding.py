@@ -33,7 +33,8 @@ def make_mesh(shape, *, devices=None):
   Raises:
     UserError: unknown axis, more than one -1, or sizes that do not use all devices.
   """
-  count = jax.device_count() if devices is None else len(devices)
+  devices = jax.devices() if devices is None else devices
+  count = len(devices)
   unknown = sorted(set(shape) - set(AXES))
   if unknown:
     raise UserError(f'mesh: unknown axes {unknown}; the axes are {list(AXES)}')
@@ -75,12 +76,6 @@ def split_rows(x, *, axis=0):
   if not _rows_divide(x.shape[axis]):
     return x
   return jax.lax.with_sharding_constraint(x, P(*[None] * axis, *BATCH))
-
-
-def row_shards(rows):
-  """Parts that `rows` rows are split into over 'data' and 'fsdp': 1 without a mesh, or where they do not divide."""
-  shape = jax.sharding.get_abstract_mesh().shape
-  return shape['data'] * shape['fsdp'] if _rows_divide(rows) else 1
 
 
 def _rows_divide(rows):
