@@ -17,7 +17,6 @@ from rlhf_jax import config as config_lib
 from rlhf_jax import errors
 from rlhf_jax import main
 from rlhf_jax import metrics as metrics_lib
-from rlhf_jax import sharding
 from rlhf_jax import train
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms import sft
