@@ -81,7 +81,8 @@ def test_what_recomputation_and_microbatches_change(llama):
 
 
 def test_order(llama):
-  fast, slow, large = candidate(llama, (1, 32, 8)), candidate(llama, (1, 64, 4)), candidate(llama, (256, 1, 1))
+  fast, slow = (candidate(llama, (1, 32, 8), **{'sampling.gather_weights': gather}) for gather in (True, False))
+  large = candidate(llama, (256, 1, 1))
   assert fast.seconds < slow.seconds and fast.fits and slow.fits and not large.fits
   assert search.ranked([large, slow, fast]) == [fast, slow, large]
   assert 'does not fit' in report.text([report.candidates_table([large], '')])
