@@ -5,8 +5,10 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from rlhf_jax.models import heads
+from rlhf_jax.models import layers
 from rlhf_jax.models import lora as lora_lib
 from rlhf_jax.models import stack
 from rlhf_jax.models.families import FAMILIES
@@ -72,3 +74,14 @@ class Base:
   def unstack(self, params):
     """Parameters as a loop of many small steps reads them best; here as they are."""
     return params
+
+  def _logits(self, params, hidden):
+    """States [..., D] times the unembedding, tied or not, and its adapter: [..., V] float32."""
+    if self.config.tie_word_embeddings:
+      logits = layers.unembed(hidden, params['embed']['embedding'])
+    else:
+      kernel = params['unembed']['kernel'].astype(hidden.dtype)
+      logits = layers.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+    if self.lora is not None and 'lora' in params.get('unembed', {}):
+      logits += self.lora.apply('unembed', params['unembed']['lora'], hidden)
+    return logits

@@ -116,12 +116,7 @@ class Seq2Seq(base.Base):
     """
     if self.config.scale_decoder_outputs:
       hidden = hidden * self.config.width ** -0.5
-    tied = self.config.tie_word_embeddings
-    kernel = params['embed']['embedding'].T if tied else params['unembed']['kernel']
-    logits = layers.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    if self.lora is not None and 'lora' in params.get('unembed', {}):
-      logits += self.lora.apply('unembed', params['unembed']['lora'], hidden)
-    return logits
+    return self._logits(params, hidden)
 
   def response_states(self, params, tokens, mask, slots, trunk=None):
     """Hidden states that predict the response tokens of finished rollouts.

@@ -175,14 +175,7 @@ class Model(base.Base):
     Returns:
       [..., V] float32.
     """
-    if self.config.tie_word_embeddings:
-      logits = layers.unembed(hidden, params['embed']['embedding'])
-    else:
-      kernel = params['unembed']['kernel'].astype(hidden.dtype)
-      logits = layers.matmul(hidden, kernel, preferred_element_type=jnp.float32)
-    if self.lora is not None and 'lora' in params.get('unembed', {}):
-      logits += self.lora.apply('unembed', params['unembed']['lora'], hidden)
-    return layers.cap(logits, self.config.logit_cap)
+    return layers.cap(self._logits(params, hidden), self.config.logit_cap)
 
   def response_states(self, params, tokens, mask, slots, trunk=None):
     """Hidden states that predict the response tokens of finished rollouts.
