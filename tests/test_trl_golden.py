@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 from safetensors.numpy import save_file
+import tiny
 
 from rlhf_jax import optim
 from rlhf_jax import types
@@ -135,7 +136,7 @@ def test_reward_model_scores_agree(tmp_path):
 
 def test_experience_agrees(start):
   case, arrays, static, _ = start
-  experience, _, metrics = jax.jit(functools.partial(ppo.make_experience, **static))(**arrays)
+  experience, _, metrics = jax.jit(functools.partial(tiny.experience, **static))(**arrays)
   golden = lambda name: GOLDEN[f'{case}/{name}']
   real, steps = ~golden('padding_mask'), ~golden('padding_mask_p1')
   np.testing.assert_array_equal(experience.response_mask, real)
@@ -154,13 +155,13 @@ def test_experience_agrees(start):
 
 def test_every_minibatch_agrees(start, tmp_path):
   case, arrays, static, optimizers = start
-  experience, _, _ = jax.jit(functools.partial(ppo.make_experience, **static))(**arrays)
+  experience, _, _ = jax.jit(functools.partial(tiny.experience, **static))(**arrays)
   state = arrays['state']
   params, opt_state = state.params, state.opt_state
 
   @jax.jit
   def step(params, opt_state, batch):
-    grads, metrics = ppo.gradients(params, batch, arrays['frozen'], None, state.kl_coef, **static)
+    grads, metrics = ppo.gradients(params, batch, arrays['frozen'], state.kl_coef, **static)
     return *optim.apply(params, opt_state, grads, optimizers)[:2], metrics
 
   minibatches = static['settings'].minibatches

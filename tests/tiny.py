@@ -20,6 +20,7 @@ from rlhf_jax import config as config_lib
 from rlhf_jax import models
 from rlhf_jax import sharding
 from rlhf_jax import types
+from rlhf_jax.algorithms import ppo_experience
 from rlhf_jax.models import heads
 from rlhf_jax.models import hf
 
@@ -188,6 +189,14 @@ def one_step(train_step, params, *batch, jit=True):
       kl_coef=jnp.float32(0.1), reward_moments=jnp.zeros(3))
   train_step = functools.partial(train_step, optimizers=optimizers)
   return (jax.jit(train_step) if jit else train_step)(first, *batch)
+
+
+def experience(state, frozen, rollout, scores, *, models, settings):
+  """Experience of a scored rollout, reward moments and metrics; the arguments are those of ppo.train_step."""
+  fixed = ppo_experience.fixed_passes(state.params, frozen, rollout, models=models, settings=settings)
+  outputs = ppo_experience.evaluate(
+      state.params, frozen, rollout, fixed.trunk, models=models, temperature=settings.temperature)
+  return ppo_experience.make_experience(state, rollout, scores, fixed, outputs, settings=settings)
 
 
 def get_config(arg=None):

@@ -3,9 +3,10 @@
 python -m benchmarks.peers.ours --workload xs --way separate
 
 The learner is what `algorithms/ppo.create` makes of a config, and an iteration is what train.py's loop does with
-it. Scoring by the reward model is a call of its own; the rest of scoring (log-probabilities, values, advantages)
-is compiled into the train step. So the clock gives both to the update, and at `split` the same function
-compiled apart says how much of it is scoring: benchmarks/run.py moves that many seconds.
+it. Scoring by the reward model is a call of its own; the rest of scoring (the reference's log-probabilities) is
+compiled into the train step. So the clock gives both to the update, and at `split` the same function compiled
+apart says how much of it is scoring: benchmarks/run.py moves that many seconds. Policy and critic are not read
+before the update: its first forward pass gives their log-probabilities and values too.
 
 With `--cache DIR` compiled programs are kept in DIR and read from it, as the library does by default.
 """
@@ -69,7 +70,7 @@ def make_config(w, way, folder, device):
 
 
 def create(config, mesh):
-  """The learner, and `make_experience` as it is within its train step."""
+  """The learner, and the forward passes that its train step begins with."""
   steps = []
 
   def jit_step(function, state):
@@ -81,7 +82,7 @@ def create(config, mesh):
     learner = ppo.create(config, mesh)
   bound = steps[0].keywords
   return learner, jax.jit(functools.partial(
-      ppo.make_experience, models=bound['models'], settings=bound['settings']))
+      ppo.passes, models=bound['models'], settings=bound['settings']))
 
 
 def iterate(learner, state, turns):
@@ -107,7 +108,7 @@ def main():
   with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
     folder = pathlib.Path(folder)
     write_world(w, folder)
-    learner, experience = create(make_config(w, options.way, folder, options.device), mesh)
+    learner, passes = create(make_config(w, options.way, folder, options.device), mesh)
     state, batch, learner.state = learner.state, None, None
     turns.ready(protocol.versions('rlhf_jax', 'jax', 'jaxlib', 'flax'))
     while True:
@@ -115,8 +116,8 @@ def main():
       if command == 'iterate':
         state, batch = iterate(learner, state, turns)
       else:
-        frozen, rollout, scores, _ = batch
-        jax.block_until_ready(experience(state, frozen, rollout, scores))
+        frozen, rollout, _, _ = batch
+        jax.block_until_ready(passes(state.params, frozen, rollout))
         turns.lap('scoring')
         turns.report()
 

@@ -5,33 +5,29 @@ Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), Stiennon et al. 2020
 The choices these make differently are in ppo_settings.py.
 
 One iteration is `rollout` (decode.py), scoring, and `train_step` below, which holds all the
-rest: log-probabilities of behaviour policy and reference, values, rewards, GAE, then a scan
-over epochs and minibatches of the clipped losses.
+rest: log-probabilities of behaviour policy and reference, values, rewards, GAE (all these in
+ppo_experience.py), and a scan over epochs and minibatches of the clipped losses.
 
 Letters: B batch, P prompt length, R response length, T = P + R, D width.
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
-from flax import struct
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax import advantages as adv
 from rlhf_jax import learner
-from rlhf_jax import logprobs as logprobs_lib
 from rlhf_jax import losses
 from rlhf_jax import optim
 from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.algorithms import on_policy
+from rlhf_jax.algorithms import ppo_experience as experience_lib
 from rlhf_jax.algorithms import ppo_settings
 from rlhf_jax.algorithms import setup
 from rlhf_jax.algorithms import sft
-from rlhf_jax.models import heads
-from rlhf_jax.models import trainable
 
 
 class Models(NamedTuple):
@@ -47,235 +43,65 @@ class Models(NamedTuple):
   critic_shared: bool = False
 
 
-@struct.dataclass
-class Experience:
-  """A scored rollout, ready for the update. Slots outside the masks hold zeros.
-
-  Attributes:
-    tokens: [B, T] int32.
-    mask: [B, T] bool.
-    response_mask: [B, R] bool, slots with a policy loss.
-    step_mask: [B, R] bool, slots with a value loss: those and the one the score is paid on.
-    logprobs: [B, R] float32 of the behaviour policy.
-    ref_logprobs: [B, R] float32 of the reference.
-    values: [B, R] float32 of the critic before the update.
-    advantages: [B, R] float32.
-    returns: [B, R] float32.
-    trunk: [B, T, D] states below the trained layers, the same in all epochs, where only the top
-      ones are trained; else None.
-  """
-  tokens: Any
-  mask: Any
-  response_mask: Any
-  step_mask: Any
-  logprobs: Any
-  ref_logprobs: Any
-  values: Any
-  advantages: Any
-  returns: Any
-  trunk: Any
-
-
-def evaluate(params, frozen, rows, trunk, *, models, temperature):
-  """Policy and critic on a batch of finished responses.
+def passes(params, frozen, rollout, *, models, settings):
+  """Forward passes over a rollout before the first update, a microbatch at a time.
 
   Args:
-    params: {'policy': ..., 'critic': {'head': ..., 'backbone': ... if there is one}}.
-    frozen: see `train_step`.
-    rows: Rollout or Experience.
-    trunk: [B, T, D], see Experience.
-    models: Models.
-    temperature: what logits are divided by.
-
-  Returns:
-    logprobs, entropy and values, each [B, R] float32.
-  """
-  slots = rows.response_mask.shape[1]
-  policy = trainable.join(frozen['shared'], params['policy'])
-  states = models.policy.response_states(policy, rows.tokens, rows.mask, slots, trunk)
-  logprobs, entropy = logprobs_lib.token_logprobs(
-      functools.partial(models.policy.unembed, policy), states, rows.tokens[:, -slots:],
-      temperature=temperature)
-  if models.critic is not None:
-    shared, trunk = (frozen['shared'], trunk) if models.critic_shared else ({}, None)
-    critic = trainable.join(shared, params['critic']['backbone'])
-    states = models.critic.response_states(critic, rows.tokens, rows.mask, slots, trunk)
-  return logprobs, entropy, heads.apply_scalar(params['critic']['head'], states)
-
-
-def _reference(params, frozen, rows, trunk, *, models, settings):
-  """Reference log-probabilities [B, R], and the full KL where that is asked for."""
-  slots = rows.response_mask.shape[1]
-  model = dataclasses.replace(models.policy, lora=None)
-  reference = trainable.join(frozen['shared'], frozen['reference'])
-  states = model.response_states(reference, rows.tokens, rows.mask, slots, trunk)
-  unembed = functools.partial(model.unembed, reference)
-  ref_logprobs, _ = logprobs_lib.token_logprobs(
-      unembed, states, rows.tokens[:, -slots:], temperature=settings.temperature)
-  if settings.kl_estimator != 'full':
-    return ref_logprobs, None
-  policy = trainable.join(frozen['shared'], params['policy'])
-  policy_states = models.policy.response_states(policy, rows.tokens, rows.mask, slots, trunk)
-  return ref_logprobs, logprobs_lib.full_kl(
-      functools.partial(models.policy.unembed, policy), policy_states, unembed, states,
-      temperature=settings.temperature)
-
-
-def shared_trunk(params, frozen, rows, *, models):
-  """States [B, T, D] below the trained layers; None where all layers are trained or adapted."""
-  if 'top' not in params['policy']:
-    return None
-  policy = trainable.join(frozen['shared'], params['policy'])
-  return jax.lax.stop_gradient(models.policy.trunk(
-      policy, rows.tokens, types.positions_from_mask(rows.mask), rows.mask))
-
-
-def by_rows(fn, tree, rows):
-  """Maps `fn` over a batch `rows` rows at a time; 0 takes it whole."""
-  batch = jax.tree.leaves(tree)[0].shape[0]
-  if not rows or rows >= batch:
-    return fn(tree)
-  split = jax.tree.map(lambda x: x.reshape((-1, rows) + x.shape[1:]), tree)
-  out = jax.lax.map(fn, split)
-  return jax.tree.map(lambda x: x.reshape((batch,) + x.shape[2:]), out)
-
-
-def make_experience(state, frozen, rollout, scores, *, models, settings):
-  """Turns a scored rollout into advantages and returns.
-
-  Args:
-    state: TrainState before the update.
+    params: of policy and critic.
     frozen: see `train_step`.
     rollout: Rollout.
-    scores: [B] float32, or [B, R] for rewards per token.
     models: Models.
     settings: Settings.
 
   Returns:
-    Experience, new reward moments [3], and the iteration's metrics.
+    Fixed, and Outputs; None for these where the first epoch gives them, see `learn_whole`.
   """
+  size, whole = settings.microbatch_size, takes_whole(settings, rollout)
+
   def forward(rows):
-    trunk = shared_trunk(state.params, frozen, rows, models=models)
-    return trunk, evaluate(
-        state.params, frozen, rows, trunk, models=models, temperature=settings.temperature), \
-        _reference(state.params, frozen, rows, trunk, models=models, settings=settings)
+    fixed = experience_lib.fixed_passes(params, frozen, rows, models=models, settings=settings)
+    return fixed, None if whole else experience_lib.evaluate(
+        params, frozen, rows, fixed.trunk, models=models, temperature=settings.temperature)
 
-  trunk, (logprobs, entropy, values), (ref_logprobs, full_kl) = by_rows(
-      forward, rollout, settings.microbatch_size)
-  response_mask = rollout.response_mask
-  step_mask = (response_mask if scores.ndim == 2 else
-               adv.step_mask(response_mask, settings.score_position))
-  gap = adv.masked_mean(jnp.abs(rollout.logprobs - logprobs), response_mask)
-  if settings.behaviour == 'sampler':
-    logprobs = rollout.logprobs
-  logprobs = jnp.where(response_mask, logprobs, 0.0)
-  ref_logprobs = jnp.where(response_mask, ref_logprobs, 0.0)
-  values = jnp.where(step_mask, values, 0.0)
-  kl = full_kl if settings.kl_estimator == 'full' else adv.kl_estimate(
-      logprobs, ref_logprobs, settings.kl_estimator)
-
-  paid, moments = final_scores(scores, rollout, state.reward_moments, settings)
-  kl_coef = state.kl_coef if settings.kl_in == 'reward' else 0.0
-  rewards = adv.token_rewards(
-      paid, kl, kl_coef, response_mask, position=settings.score_position)
-  if settings.whiten_rewards:
-    rewards = adv.whiten(rewards, step_mask, shift_mean=False,
-                         unbiased=settings.whiten_unbiased)
-  advantages, returns = adv.gae(rewards, values, gamma=settings.gamma, lam=settings.lam)
-  if settings.whiten_advantages == 'batch':
-    advantages = adv.whiten(advantages, response_mask, unbiased=settings.whiten_unbiased)
-  experience = Experience(
-      tokens=rollout.tokens, mask=rollout.mask, response_mask=response_mask,
-      step_mask=step_mask, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values,
-      advantages=advantages, returns=returns, trunk=trunk)
-  metrics = describe(experience, rollout, paid, entropy, state.kl_coef, settings)
-  return experience, moments, metrics | {'policy/sampler_gap': gap}
+  batch = rollout.tokens.shape[0]
+  if not 0 < size < batch:
+    return forward(rollout)
+  split = jax.tree.map(lambda x: x.reshape((-1, size) + x.shape[1:]), rollout)
+  return jax.tree.map(lambda x: x.reshape((batch,) + x.shape[2:]), jax.lax.map(forward, split))
 
 
-def has_eos(rollout, eos_id):
-  """Which responses [B] ended by themselves; all of them where there is no EOS."""
-  response = rollout.tokens[:, -rollout.response_mask.shape[1]:]
-  if eos_id is None:
-    return jnp.ones(response.shape[0], bool)
-  return jnp.any((response == eos_id) & rollout.response_mask, axis=1)
+def takes_whole(settings, rollout):
+  """Whether an epoch is one forward and backward pass over all rows."""
+  return settings.minibatches == 1 and not 0 < settings.microbatch_size < rollout.tokens.shape[0]
 
 
-def final_scores(scores, rollout, moments, settings):
-  """Scores as they are paid: scaled, clipped, and after the missing-EOS rule.
-
-  Returns:
-    Scores of the same shape and the new running moments [3].
-  """
-  if settings.scale_scores:
-    totals = scores if scores.ndim == 1 else jnp.sum(
-        jnp.where(rollout.response_mask, scores, 0.0), axis=1)
-    moments = adv.update_moments(moments, totals)
-    scores = scores / adv.running_std(moments)
-  if settings.clip_scores:
-    scores = jnp.clip(scores, -settings.clip_scores, settings.clip_scores)
-  if scores.ndim == 1:
-    scores = adv.apply_missing_eos(
-        scores, has_eos(rollout, settings.eos_id),
-        mode=settings.missing_eos, value=settings.missing_eos_value)
-  return scores, moments
-
-
-def describe(experience, rollout, scores, entropy, kl_coef, settings):
-  """Metrics of a rollout: sums per response averaged over responses, masks applied."""
-  mask, steps = experience.response_mask, experience.step_mask
-  batch = mask.shape[0]
-  per_response = lambda x: adv.masked_sum(x, mask) / batch
-  kl = per_response(experience.logprobs - experience.ref_logprobs)
-  score = jnp.mean(scores) if scores.ndim == 1 else per_response(scores)
-  error = adv.masked_var(experience.returns - experience.values, steps)
-  variance = adv.masked_var(experience.returns, steps)
-  return {
-      'objective/kl': kl,
-      'objective/kl_per_token': adv.masked_mean(
-          experience.logprobs - experience.ref_logprobs, mask),
-      'objective/kl_coef': kl_coef,
-      'objective/entropy': per_response(entropy),
-      'objective/scores': score,
-      'objective/rlhf_reward': score - kl_coef * kl,
-      'value/explained_variance': 1.0 - error / jnp.maximum(variance, 1e-8),
-      'returns/mean': adv.masked_mean(experience.returns, steps),
-      'returns/var': variance,
-      'response/length': jnp.sum(mask) / batch,
-      'response/eos_rate': jnp.mean(has_eos(rollout, settings.eos_id)),
-  }
-
-
-def loss(params, rows, frozen, counts, kl_coef, *, models, settings):
+def loss(outputs, rows, counts, kl_coef, settings):
   """The clipped losses of a microbatch, as its share of the whole minibatch's mean.
 
   Args:
-    params: policy and critic.
-    frozen: see `train_step`.
+    outputs: Outputs of the policy and critic that are trained.
     rows: Experience of the microbatch.
     counts: slots with a policy loss and with a value loss in the whole minibatch.
     kl_coef: float32 scalar, used where the KL is in the loss.
-    models: Models.
     settings: Settings.
 
   Returns:
     Scalar loss, and metrics that add up over microbatches.
   """
   tokens, steps = counts
-  logprobs, entropy, values = evaluate(
-      params, frozen, rows, rows.trunk, models=models, temperature=settings.temperature)
   mask = rows.response_mask
   mean = lambda x: adv.masked_sum(x, mask) / tokens
-  logprobs = jnp.where(mask, logprobs, 0.0)
+  logprobs = jnp.where(mask, outputs.logprobs, 0.0)
   policy, policy_clipped, ratio = losses.ppo_policy_loss(
       logprobs, rows.logprobs, rows.advantages, clip_low=settings.clip_low,
       clip_high=settings.clip_high, dual_clip=settings.dual_clip)
   value, value_clipped = losses.ppo_value_loss(
-      values, rows.values, rows.returns, clip=settings.value_clip)
+      outputs.values, rows.values, rows.returns, clip=settings.value_clip)
   policy_loss = mean(policy)
   value_loss = adv.masked_sum(value, rows.step_mask) / steps
   total = policy_loss + settings.vf_coef * value_loss
   if settings.entropy_coef:  # A zero would be differentiated all the same.
-    total -= settings.entropy_coef * mean(entropy)
+    total -= settings.entropy_coef * mean(outputs.entropy)
   if settings.kl_in == 'loss':
     total += kl_coef * mean(
         adv.kl_estimate(logprobs, rows.ref_logprobs, settings.kl_estimator))
@@ -284,21 +110,28 @@ def loss(params, rows, frozen, counts, kl_coef, *, models, settings):
       'policy/approxkl': 0.5 * mean(jnp.square(logprobs - rows.logprobs)),
       'policy/clipfrac': mean(policy_clipped),
       'policy/ratio': mean(ratio),
-      'policy/entropy': mean(entropy),
+      'policy/entropy': mean(outputs.entropy),
       'value/loss': value_loss,
       'value/clipfrac': adv.masked_sum(value_clipped, rows.step_mask) / steps,
-      'value/mean': adv.masked_sum(values, rows.step_mask) / steps,
+      'value/mean': adv.masked_sum(outputs.values, rows.step_mask) / steps,
   }
 
 
-def gradients(params, rows, frozen, ptx, kl_coef, *, models, settings):
-  """Gradients of one minibatch, summed over its microbatches, the ptx mix included.
+def as_minibatch(rows, settings):
+  """Experience with its advantages whitened where that is done by minibatch, and `counts` of `loss`."""
+  if settings.whiten_advantages == 'minibatch':
+    rows = rows.replace(advantages=adv.whiten(
+        rows.advantages, rows.response_mask, unbiased=settings.whiten_unbiased))
+  return rows, (jnp.maximum(jnp.sum(rows.response_mask), 1), jnp.maximum(jnp.sum(rows.step_mask), 1))
+
+
+def gradients(params, rows, frozen, kl_coef, *, models, settings):
+  """Gradients of one minibatch, summed over its microbatches.
 
   Args:
     params: policy and critic.
     rows: Experience of the minibatch.
     frozen: see `train_step`.
-    ptx: LMBatch of pretraining rows, or None.
     kl_coef: float32 scalar.
     models: Models.
     settings: Settings.
@@ -306,22 +139,86 @@ def gradients(params, rows, frozen, ptx, kl_coef, *, models, settings):
   Returns:
     Gradients shaped like `params`, and metrics.
   """
-  if settings.whiten_advantages == 'minibatch':
-    rows = rows.replace(advantages=adv.whiten(
-        rows.advantages, rows.response_mask, unbiased=settings.whiten_unbiased))
-  counts = (jnp.maximum(jnp.sum(rows.response_mask), 1),
-            jnp.maximum(jnp.sum(rows.step_mask), 1))
-  grad_fn = jax.grad(functools.partial(
-      loss, frozen=frozen, counts=counts, kl_coef=kl_coef, models=models, settings=settings),
-      has_aux=True)
-  grads, metrics = optim.accumulate(grad_fn, params, rows, settings.microbatch_size)
+  rows, counts = as_minibatch(rows, settings)
+
+  def microbatch(params, rows):
+    outputs = experience_lib.evaluate(params, frozen, rows, rows.trunk, models=models, temperature=settings.temperature)
+    return loss(outputs, rows, counts, kl_coef, settings)
+
+  return optim.accumulate(jax.grad(microbatch, has_aux=True), params, rows, settings.microbatch_size)
+
+
+def mix_in_pretraining(grads, metrics, params, frozen, ptx, *, models, settings):
+  """Gradients and metrics with those of the language modelling loss on LMBatch `ptx`, if there is one."""
+  if ptx is None:
+    return grads, metrics
+  ptx_loss, ptx_grads = jax.value_and_grad(sft.mean_loss)(
+      params['policy'], frozen['shared'], ptx, model=models.policy)
+  policy = jax.tree.map(lambda g, h: g + settings.ptx_coef * h, grads['policy'], ptx_grads)
+  return grads | {'policy': policy}, metrics | {'ptx/loss': ptx_loss}
+
+
+def learn_whole(state, frozen, rollout, ptx, fixed, score, *, models, optimizers, settings):
+  """The epochs, where each is one minibatch in one piece.
+
+  The first epoch starts from the parameters that the experience is made with. So its forward pass
+  is the one that gives the experience, too.
+
+  Args:
+    state, frozen, rollout, ptx, models, optimizers, settings: see `train_step`.
+    fixed: Fixed.
+    score: from Outputs before the update to Experience, reward moments and metrics.
+
+  Returns:
+    (params, opt_state), what `score` gives, and metrics of each update.
+  """
+  def epoch(carry, first):
+    params, opt_state, before = carry
+
+    def whole(params):
+      outputs = experience_lib.evaluate(
+          params, frozen, rollout, fixed.trunk, models=models, temperature=settings.temperature)
+      behaviour = jax.tree.map(lambda new, old: jnp.where(first, new, old), jax.lax.stop_gradient(outputs), before)
+      rows, counts = as_minibatch(score(behaviour)[0], settings)
+      total, metrics = loss(outputs, rows, counts, state.kl_coef, settings)
+      return total, (metrics, behaviour)
+
+    grads, (metrics, before) = jax.grad(whole, has_aux=True)(params)
+    grads, metrics = mix_in_pretraining(grads, metrics, params, frozen, ptx, models=models, settings=settings)
+    params, opt_state, norms = optim.apply(params, opt_state, grads, optimizers)
+    return (params, opt_state, before), metrics | norms
+
+  nothing = experience_lib.Outputs(*[jnp.zeros(rollout.response_mask.shape)] * 3)
+  (params, opt_state, before), metrics = jax.lax.scan(
+      epoch, (state.params, state.opt_state, nothing), jnp.arange(settings.epochs) == 0)
+  return (params, opt_state), score(before), metrics
+
+
+def learn_in_minibatches(state, frozen, experience, ptx, *, models, optimizers, settings):
+  """The epochs, over shuffled minibatches of an Experience; see `train_step`.
+
+  Returns:
+    (params, opt_state), and metrics of each update.
+  """
   if ptx is not None:
-    ptx_loss, ptx_grads = jax.value_and_grad(sft.mean_loss)(
-        params['policy'], frozen['shared'], ptx, model=models.policy)
-    grads = grads | {'policy': jax.tree.map(
-        lambda g, h: g + settings.ptx_coef * h, grads['policy'], ptx_grads)}
-    metrics = metrics | {'ptx/loss': ptx_loss}
-  return grads, metrics
+    ptx = jax.tree.map(
+        lambda x: x.reshape((settings.minibatches, -1) + x.shape[1:]), ptx)
+
+  def minibatch(carry, xs):
+    params, opt_state = carry
+    order, ptx_rows = xs
+    rows = sharding.shard_rows(jax.tree.map(lambda x: x[order], experience))
+    grads, metrics = gradients(params, rows, frozen, state.kl_coef, models=models, settings=settings)
+    grads, metrics = mix_in_pretraining(grads, metrics, params, frozen, ptx_rows, models=models, settings=settings)
+    params, opt_state, norms = optim.apply(params, opt_state, grads, optimizers)
+    return (params, opt_state), metrics | norms
+
+  def epoch(carry, key):
+    order = jax.random.permutation(key, experience.tokens.shape[0]).reshape(settings.minibatches, -1)
+    return jax.lax.scan(minibatch, carry, (order, ptx))
+
+  keys = jax.random.split(types.step_keys(state)[1], settings.epochs)
+  return jax.lax.scan(epoch, (state.params, state.opt_state), keys)
 
 
 def train_step(state, frozen, rollout, scores, ptx, *, models, optimizers, settings):
@@ -341,31 +238,18 @@ def train_step(state, frozen, rollout, scores, ptx, *, models, optimizers, setti
   Returns:
     The next TrainState and metrics, scalars.
   """
-  experience, moments, summary = make_experience(
-      state, frozen, rollout, scores, models=models, settings=settings)
-  batch = experience.tokens.shape[0]
-  if ptx is not None:
-    ptx = jax.tree.map(
-        lambda x: x.reshape((settings.minibatches, -1) + x.shape[1:]), ptx)
-
-  def minibatch(carry, xs):
-    params, opt_state = carry
-    order, ptx_rows = xs
-    rows = sharding.shard_rows(jax.tree.map(lambda x: x[order], experience))
-    grads, metrics = gradients(
-        params, rows, frozen, ptx_rows, state.kl_coef, models=models, settings=settings)
-    params, opt_state, norms = optim.apply(params, opt_state, grads, optimizers)
-    return (params, opt_state), metrics | norms
-
-  def epoch(carry, key):
-    order = jax.random.permutation(key, batch).reshape(settings.minibatches, -1)
-    return jax.lax.scan(minibatch, carry, (order, ptx))
-
-  keys = jax.random.split(types.step_keys(state)[1], settings.epochs)
-  (params, opt_state), metrics = jax.lax.scan(
-      epoch, (state.params, state.opt_state), keys)
+  static = dict(models=models, optimizers=optimizers, settings=settings)
+  fixed, outputs = passes(state.params, frozen, rollout, models=models, settings=settings)
+  score = functools.partial(experience_lib.make_experience, state, rollout, scores, fixed, settings=settings)
+  if takes_whole(settings, rollout):
+    learned, scored, metrics = learn_whole(state, frozen, rollout, ptx, fixed, score, **static)
+  else:
+    scored = score(outputs)
+    learned, metrics = learn_in_minibatches(state, frozen, scored[0], ptx, **static)
+  params, opt_state = learned
+  experience, moments, summary = scored
   metrics = jax.tree.map(jnp.mean, metrics) | summary | {
-      'policy/first_ratio': metrics['policy/ratio'][0, 0]}
+      'policy/first_ratio': metrics['policy/ratio'].reshape(-1)[0]}
   kl_coef = adv.next_kl_coef(
       state.kl_coef, experience.logprobs - experience.ref_logprobs,
       experience.response_mask, controller=settings.kl_controller,

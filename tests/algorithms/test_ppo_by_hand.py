@@ -71,6 +71,7 @@ VARIANTS = [(name, name, {}, {}) for name in PRESETS] + [
       'ppo.gamma': 0.9, 'ppo.lam': 0.8, 'ppo.epochs': 2, 'ppo.minibatches': 4},
      dict(estimator='abs', value_clip=0.0, whiten_advantages='none', gamma=0.9, lam=0.8,
           epochs=2, minibatches=4)),
+    ('pretraining mixed into epochs of one piece', 'n_plus', {'ppo.ptx_coef': 0.5}, dict(ptx_coef=0.5)),
 ]
 
 

@@ -134,6 +134,24 @@ def test_microbatches_are_the_full_batch_with_pretraining_mixed_in(world):
       np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=2e-5, err_msg=name)
 
 
+@pytest.mark.parametrize('critic, unfrozen', [('backbone', -1), ('trunk', 1)])
+def test_an_epoch_in_one_piece_is_one_of_microbatches(critic, unfrozen, world):
+  """In one piece the first epoch's forward pass makes the experience; microbatches have passes before it."""
+  config = tiny.ppo(world)
+  config.critic.kind, config.model.unfrozen_layers = critic, unfrozen
+  config.ppo.update({'epochs': 3, 'minibatches': 1, 'whiten_advantages': 'minibatch'})
+  config.optim.eps = 1e-4
+  _, whole, expected, _ = tiny.train(ppo, config, 3)
+  config.microbatch_size = 4
+  _, parts, found, _ = tiny.train(ppo, config, 3)
+  for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(parts.params), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
+  for a, b in zip(expected, found, strict=True):
+    assert a.keys() == b.keys()
+    for name in a:
+      np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=2e-5, err_msg=name)
+
+
 def test_pretraining_rows_pull_the_policy_towards_them(world):
   """The mix lowers their loss; without it nothing but PPO moves the policy."""
   config = tiny.ppo(world)

@@ -66,9 +66,9 @@ def update(params, frozen, handles, settings, moves):
 
   @jax.jit
   def run(state, frozen):
-    experience, _, metrics = ppo.make_experience(
+    experience, _, metrics = tiny.experience(
         state, frozen, rollout, scores, models=handles, settings=settings)
-    grads, stats = ppo.gradients(moves(state.params), experience, frozen, None, state.kl_coef,
+    grads, stats = ppo.gradients(moves(state.params), experience, frozen, state.kl_coef,
                                  models=handles, settings=settings)
     return experience, grads, metrics | stats
 
