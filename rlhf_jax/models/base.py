@@ -71,6 +71,11 @@ class Base:
     """
     return stack.draw(key, self.shapes(), self.config.std)
 
+  def reaching(self, length):
+    """The model for rows that will have `length` tokens, of which a call or its cache may hold fewer."""
+    del length
+    return self
+
   def unstack(self, params):
     """Parameters as a loop of many small steps reads them best; here as they are."""
     return params

@@ -40,6 +40,10 @@ class Model(base.Base):
       tree['unembed'] = {'kernel': jax.ShapeDtypeStruct((config.width, config.vocab_size), jnp.float32)}
     return tree
 
+  def reaching(self, length):
+    """See base.Base."""
+    return dataclasses.replace(self, reach=length)
+
   @property
   def _unrolled(self):
     return self.unroll >= self.config.depth

@@ -37,6 +37,18 @@ def empty(shapes, index):
   return zeros | {'index': jnp.int32(index)}
 
 
+def grow(cache, count):
+  """Room for `count` more tokens, an int, behind the others."""
+  def pad(name, axis, x):
+    if name not in _SLOTS or not count:
+      return x
+    widths = [(0, 0)] * x.ndim
+    widths[_SLOTS[name]] = (0, count)
+    return jnp.pad(x, widths)
+
+  return cache | _map(pad, cache)
+
+
 def repeat(cache, count):
   """Every row `count` times, the copies side by side."""
   return cache | _map(lambda name, axis, x: jnp.repeat(x, count, axis=axis), cache)

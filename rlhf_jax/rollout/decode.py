@@ -1,4 +1,7 @@
-"""The decode loop: prefill, then one token a step over a static key/value cache.
+"""The decode loop: prefill, then one token a step over a key/value cache written in place.
+
+A step reads all slots of the cache, filled or not. So the loop goes through stages, each with room
+for some more tokens than the one before.
 
 Letters: B batch, n samples of a prompt, P prompt length, R response length, V vocabulary.
 """
@@ -9,6 +12,15 @@ import jax.numpy as jnp
 from rlhf_jax import types
 from rlhf_jax.rollout import cache as cache_lib
 from rlhf_jax.rollout import sampling as sampling_lib
+
+# At most so many stages, each for so many tokens at least: every stage is compiled.
+STAGES, SHORTEST = 4, 16
+
+
+def stages(slots):
+  """Tokens of a response that the cache of each stage has room for, the last all of them."""
+  count = min(STAGES, max(slots // SHORTEST, 1))
+  return [slots * (stage + 1) // count for stage in range(count)]
 
 
 def generate(params, prompts, key, *, model, sampling, samples=1, first=0):
@@ -52,8 +64,8 @@ def generate(params, prompts, key, *, model, sampling, samples=1, first=0):
     hidden, cache = model.step(params, s['token'], ~s['done'], s['cache'])
     return write(s | {'cache': cache}, *draw(model.unembed(params, hidden), s['t']))
 
-  params = model.unstack(params)
-  hidden, cache = model.prefill(params, prompts.tokens, prompts.mask, slots)
+  model, params, rooms = model.reaching(prompts.tokens.shape[1] + slots), model.unstack(params), stages(slots)
+  hidden, cache = model.prefill(params, prompts.tokens, prompts.mask, rooms[0])
   if samples > 1:
     hidden, cache = jnp.repeat(hidden, samples, axis=0), cache_lib.repeat(cache, samples)
     prompts = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), prompts)
@@ -67,8 +79,9 @@ def generate(params, prompts, key, *, model, sampling, samples=1, first=0):
       'logprobs': jnp.zeros([batch, slots], jnp.float32),
   }
   state = write(state, *draw(model.unembed(params, hidden), 0))
-  state = jax.lax.while_loop(
-      lambda s: (s['t'] < slots) & ~jnp.all(s['done']), step, state)
+  for before, room in zip([rooms[0]] + rooms, rooms):
+    state['cache'] = cache_lib.grow(state['cache'], room - before)
+    state = jax.lax.while_loop(lambda s: (s['t'] < room) & ~jnp.all(s['done']), step, state)
   return types.Rollout(
       tokens=jnp.concatenate([prompts.tokens, state['tokens']], axis=1),
       mask=jnp.concatenate([prompts.mask, state['mask']], axis=1),

@@ -13,7 +13,6 @@ Letters: U prompts, n samples of each, N = U n responses, B rows at work, P prom
 length, V vocabulary.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -49,8 +48,7 @@ def generate(params, prompts, key, *, model, sampling, rows, samples=1):
   Returns:
     Rollout of N rows, the n of a prompt side by side, with T = P + R.
   """
-  if not model.encoder_decoder:  # Rotary positions are those of a cache of the plain loop.
-    model = dataclasses.replace(model, reach=prompts.tokens.shape[1] + sampling.max_new_tokens)
+  model = model.reaching(prompts.tokens.shape[1] + sampling.max_new_tokens)
   work = _Work(params, prompts, key, model, sampling, rows, samples)
   s = jax.lax.while_loop(work.plenty, work.turn, work.start())
   s = work.finish(s)

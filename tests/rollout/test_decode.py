@@ -26,6 +26,9 @@ calls = []
 class Markov:
   """A language model that knows the last token alone, and counts its calls."""
 
+  def reaching(self, length):
+    return self
+
   def unstack(self, params):
     return params
 
@@ -171,6 +174,31 @@ def test_logprobs_are_those_of_the_filtered_distribution(llama, sampling):
       functools.partial(model.unembed, params), hidden, found.tokens[:, 6:], temperature=0.7)
   gap = np.abs(np.asarray(forward) - np.asarray(found.logprobs))[mask].max()
   assert gap < 1e-5 if sampling is PLAIN else gap > 0.05
+
+
+@pytest.mark.parametrize('rope', [None, {'rope_type': 'dynamic', 'factor': 4.0}], ids=['rope', 'dynamic'])
+@pytest.mark.parametrize('unroll', [1, 2])
+def test_a_cache_that_grows_is_a_forward_pass_over_all_tokens(unroll, rope):
+  """Three stages; some rows end in the first, some in the last."""
+  lengths = LENGTHS + LENGTHS
+  fields = tiny.LLAMA | {'vocab_size': 24, 'initializer_range': 0.4, 'max_position_embeddings': 16}
+  model = models.create(fields | ({'rope_scaling': rope} if rope else {}), unroll=unroll)
+  params = model.init(jax.random.key(5))
+  sampling = sampling_lib.Sampling(max_new_tokens=50, eos_id=EOS, pad_id=PAD)
+  assert decode.stages(50) == [16, 33, 50]
+  found = generate(params, ragged(lengths, 6, 24), jax.random.key(5), model, sampling)
+  mask = np.asarray(found.response_mask)
+  assert mask.sum(1).min() < 16 and mask.sum(1).max() > 33
+  hidden, _ = full_logits(model, params, found)
+  forward, _ = logprobs_lib.token_logprobs(functools.partial(model.unembed, params), hidden, found.tokens[:, 6:])
+  np.testing.assert_allclose(np.asarray(found.logprobs)[mask], np.asarray(forward)[mask], rtol=0, atol=2e-5)
+
+
+def test_stages_end_with_the_longest_response():
+  for slots in range(1, 200):
+    rooms = decode.stages(slots)
+    assert rooms[-1] == slots and len(rooms) <= 4 and rooms == sorted(set(rooms))
+    assert len(rooms) == 1 or rooms[0] >= 16
 
 
 def test_greedy_is_the_argmax_of_a_loop_without_a_cache(llama):

@@ -171,8 +171,10 @@ def test_prompts_are_read_once_and_rows_are_kept_busy():
   @dataclasses.dataclass(frozen=True)
   class Counting:
     """Counts down from the prompt's last token to the EOS, 0."""
-    reach: int = 0
     encoder_decoder = False
+
+    def reaching(self, length):
+      return self
 
     def unstack(self, params):
       return params
