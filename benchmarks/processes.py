@@ -55,7 +55,7 @@ def python(venv, venvs):
 
 
 def environment(device, threads):
-  """Environment of every peer: threads, glibc told to keep what is freed, no network, no preallocation.
+  """Environment of every peer: threads, glibc told to keep what is freed and to use huge pages, no network, no preallocation.
 
   The allocator's settings are those `rlhf_jax.compilation.keep_memory` makes for us, and help all peers on a
   CPU: with glibc's own they spend a third of their time on pages that the kernel zeroes again and again.
@@ -65,7 +65,7 @@ def environment(device, threads):
       'OMP_NUM_THREADS': str(threads), 'JAX_PLATFORMS': {'gpu': 'cuda'}.get(device, device),
       'CUDA_VISIBLE_DEVICES': os.environ.get('CUDA_VISIBLE_DEVICES', '0') if device == 'gpu' else '',
       'XLA_PYTHON_CLIENT_PREALLOCATE': 'false', 'MALLOC_TRIM_THRESHOLD_': str(2**30),
-      'MALLOC_MMAP_THRESHOLD_': str(2**30), 'MALLOC_ARENA_MAX': '1'}
+      'MALLOC_MMAP_THRESHOLD_': str(2**30), 'MALLOC_ARENA_MAX': '1', 'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
 
 
 class Process:

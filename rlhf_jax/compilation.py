@@ -11,6 +11,7 @@ import jax
 from rlhf_jax import errors
 
 
+HUGE = 2**21  # bytes of a huge page
 HEARTBEAT_SECONDS = 50  # after which a process that is gone ends the others
 
 
@@ -64,11 +65,12 @@ def end_at_once(message):
 
 
 def keep_memory():
-  """Tells glibc to keep large freed blocks, all in one arena, for the next step.
+  """Tells glibc to keep large freed blocks, all in one arena of huge pages, for the next step.
 
   XLA on the CPU allocates its temporaries anew every step. Returned to the system and mapped
   again, their pages are zeroed by the kernel each time: without this a small train step takes
-  1.5 times as long. Other arenas hold no block above 64 MB, hence the one.
+  1.5 times as long. Other arenas hold no block above 64 MB, hence the one. Huge pages made a step
+  of a model as wide as GPT-2 5 % faster and its rollout 10 %, and save page faults at the start.
   """
   try:
     libc = ctypes.CDLL('libc.so.6')
@@ -76,3 +78,12 @@ def keep_memory():
     return  # another C library; only slower
   for parameter, value in ((-1, -1), (-4, 0), (-8, 1)):  # never trim, never map, one arena
     libc.mallopt(parameter, value)
+  # The arena takes most of the addresses that Linux would give, and frees them to itself: no page is used yet.
+  size = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') * 3 // 4
+  libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+  libc.free.argtypes, libc.madvise.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+  block = libc.malloc(size)
+  if block:
+    whole = -block % HUGE
+    libc.madvise(block + whole, size - whole, 14)  # MADV_HUGEPAGE
+    libc.free(block)

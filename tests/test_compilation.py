@@ -1,4 +1,10 @@
-"""When a process joins others, and what it tells jax.distributed."""
+"""When a process joins others, what it tells jax.distributed, and how it keeps its memory."""
+
+import json
+import pathlib
+import platform
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -49,3 +55,33 @@ def test_a_coordinator_that_is_named(joined, monkeypatch):
   monkeypatch.setenv('PROCESS_ID', 'three')
   with pytest.raises(errors.UserError, match='COORDINATOR_ADDRESS=host:1234 needs PROCESS_ID beside it'):
     compilation.join()
+
+
+HUGE_PAGES = pathlib.Path('/sys/kernel/mm/transparent_hugepage/enabled')
+# Touches 64 MiB eight times, each time freed, and prints page faults of the first time and of all others.
+TOUCH = """
+import json, resource
+if {keep}:
+  from rlhf_jax import compilation
+  compilation.keep_memory()
+faults = []
+for _ in range(8):
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  bytearray(b'1') * 2**26
+  faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(json.dumps([faults[0], sum(faults[1:])]))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='a matter of glibc')
+def test_freed_memory_stays_in_huge_pages():
+  def faults(keep):
+    run = subprocess.run([sys.executable, '-c', TOUCH.format(keep=keep)], capture_output=True, text=True, check=True)
+    return json.loads(run.stdout)
+
+  pages = 2**26 // 4096
+  assert faults(False)[1] > pages
+  first, later = faults(True)
+  assert later < 100
+  if '[never]' not in HUGE_PAGES.read_text():
+    assert first < pages / 8
