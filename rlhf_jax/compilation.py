@@ -26,6 +26,7 @@ def configure():
   if jax.config.jax_compilation_cache_dir is None:
     cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME', pathlib.Path.home() / '.cache'))
     jax.config.update('jax_compilation_cache_dir', str(cache / 'rlhf_jax' / 'xla'))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)  # by default 1: a run has many small programs
 
 
 def join():

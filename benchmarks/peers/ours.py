@@ -8,7 +8,7 @@ compiled into the train step. So the clock gives both to the update, and at `spl
 apart says how much of it is scoring: benchmarks/run.py moves that many seconds. Policy and critic are not read
 before the update: its first forward pass gives their log-probabilities and values too.
 
-With `--cache DIR` compiled programs are kept in DIR and read from it, as the library does by default.
+A turn's report has the seconds of compilation in it, as JAX counts them. With `--cache DIR` compiled programs are kept in DIR and read from it, as the library does by default.
 """
 
 import functools
@@ -34,6 +34,9 @@ from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms import setup
 from rlhf_jax.models import heads
 from rlhf_jax.models import hf
+
+COMPILATION = ('/jax/core/compile/jaxpr_trace_duration', '/jax/core/compile/jaxpr_to_mlir_module_duration',
+               '/jax/core/compile/backend_compile_duration')
 
 
 def write_tokenizer(folder, vocab):
@@ -85,14 +88,27 @@ def create(config, mesh):
       ppo.passes, models=bound['models'], settings=bound['settings']))
 
 
-def iterate(learner, state, turns):
+def compiling():
+  """A list to which the seconds of tracing, lowering and compiling are added as they happen."""
+  seconds = []
+
+  def listen(event, duration, **_):
+    if event in COMPILATION:
+      seconds.append(duration)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  return seconds
+
+
+def iterate(learner, state, turns, compilation_seconds):
   """One turn of the loop in train.py; returns the next state and what the train step was given."""
+  compilation_seconds.clear()
   batch, metrics = learner.next_batch(state, timed=True)
   turns.lap('rollout')
   state, _ = jax.block_until_ready(learner.train_step(state, *batch))
   turns.lap('update')
   turns.move('rollout', 'scoring', metrics['seconds/scoring'])
-  turns.report()
+  turns.report(compilation=sum(compilation_seconds))
   return state, batch
 
 
@@ -110,11 +126,12 @@ def main():
     write_world(w, folder)
     learner, passes = create(make_config(w, options.way, folder, options.device), mesh)
     state, batch, learner.state = learner.state, None, None
+    seconds = compiling()
     turns.ready(protocol.versions('rlhf_jax', 'jax', 'jaxlib', 'flax'))
     while True:
       command = turns.wait()
       if command == 'iterate':
-        state, batch = iterate(learner, state, turns)
+        state, batch = iterate(learner, state, turns, seconds)
       else:
         frozen, rollout, _, _ = batch
         jax.block_until_ready(passes(state.params, frozen, rollout))
