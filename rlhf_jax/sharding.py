@@ -81,7 +81,22 @@ def split_rows(x, *, axis=0):
 def _rows_divide(rows):
   """Whether there is a mesh, and so many rows divide over its 'data' and 'fsdp'."""
   mesh = jax.sharding.get_abstract_mesh()
-  return not mesh.empty and set(AXES) <= set(mesh.axis_names) and rows % (mesh.shape['data'] * mesh.shape['fsdp']) == 0
+  return not mesh.empty and set(AXES) <= set(mesh.axis_names) and rows % shards()[0] == 0
+
+
+def shards():
+  """Parts of the rows and parts over 'tensor' that the mesh which is set makes; (1, 1) without one."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or not set(AXES) <= set(mesh.axis_names):
+    return 1, 1
+  return mesh.shape['data'] * mesh.shape['fsdp'], mesh.shape['tensor']
+
+
+def platform():
+  """'cpu', 'gpu' or 'tpu': of the devices of the mesh that is set, which need not be here; else JAX's default."""
+  mesh = jax.sharding.get_abstract_mesh()
+  device = None if mesh.empty else mesh.abstract_device
+  return device.platform if device else jax.default_backend()
 
 
 def gathered(tree, rules, axis):

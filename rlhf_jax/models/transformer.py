@@ -12,9 +12,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlhf_jax import sharding
 from rlhf_jax import types
+from rlhf_jax.models import attention
 from rlhf_jax.models import base
 from rlhf_jax.models import heads
 from rlhf_jax.models import layers
@@ -57,7 +59,8 @@ class Model(base.Base):
 
     Returns:
       Dict with 'k' and 'v' [L, B, K, S, H] (or tuples of L arrays), 'segments' [B, S] int32 (0:
-      nothing there) and 'index', the int32 slot that the next call writes first.
+      nothing there) and 'index', the int32 slot that the next call writes first: a number, so that the
+      first call knows it.
     """
     shape = (batch, self.config.kv_heads, length, self.config.head_width)
     if unstacked:
@@ -65,7 +68,7 @@ class Model(base.Base):
     else:
       empty = sharding.split_rows(jnp.zeros((self.config.depth, *shape), self.dtype), axis=1)
     segments = sharding.split_rows(jnp.zeros((batch, length), jnp.int32))
-    return {'k': empty, 'v': empty, 'segments': segments, 'index': jnp.zeros((), jnp.int32)}
+    return {'k': empty, 'v': empty, 'segments': segments, 'index': np.int32(0)}
 
   def unstack(self, params):
     """Parameters as a loop of many small steps reads them best.
@@ -89,7 +92,7 @@ class Model(base.Base):
     Args:
       params: from `init` or `hf.load`.
       tokens, positions: [B, T] int32.
-      segments: [B, T] int32 (or bool mask), 0 at padding.
+      segments: [B, T] int32, 0 at padding; or a bool mask, where a row is one text (which cuDNN needs).
       cache: None, or a cache with room for T more tokens; the caller counts, beyond the end
         the last slots are overwritten.
       trunk: None, or what the method `trunk` gave for the same tokens; only the layers above
@@ -101,7 +104,7 @@ class Model(base.Base):
       Hidden states [B, T, D] (or [B, keep, D]) after the final norm, in the compute dtype; and
       None, or the cache with these tokens written and its index advanced by T.
     """
-    segments = segments.astype(jnp.int32)
+    one_text, segments = segments.dtype == bool, segments.astype(jnp.int32)
     if cache is None:
       key_segments, index, memory = segments, 0, ()
     else:
@@ -109,7 +112,7 @@ class Model(base.Base):
       key_segments = jax.lax.dynamic_update_slice(cache['segments'], segments, (0, index))
       memory = (cache['k'], cache['v'], index)
     keep = keep or tokens.shape[1]
-    ends, x, apply = self._begin(params, tokens, positions, segments, key_segments, index, keep)
+    ends, x, apply = self._begin(params, tokens, positions, segments, key_segments, index, keep, one_text)
     carry = (x, memory)
     carry = self._scan(params['blocks'], apply, carry, top='top' not in params) if trunk is None else (trunk, ())
     if 'top' in params:
@@ -129,31 +132,25 @@ class Model(base.Base):
     Returns:
       [B, T, D] in the compute dtype.
     """
-    segments = segments.astype(jnp.int32)
-    _, x, apply = self._begin(params, tokens, positions, segments, segments, 0, tokens.shape[1])
+    one_text, segments = segments.dtype == bool, segments.astype(jnp.int32)
+    _, x, apply = self._begin(params, tokens, positions, segments, segments, 0, tokens.shape[1], one_text)
     return self._scan(params['blocks'], apply, (x, ()), top=False)[0]
 
-  def _begin(self, params, tokens, positions, segments, key_segments, index, keep):
+  def _begin(self, params, tokens, positions, segments, key_segments, index, keep, one_text):
     """The module around the blocks, x [B, T, D] before the first, and how a block is applied."""
     ends = stack.build(self._module.Ends, self.config, self.dtype, params, lora=self.lora)
     real = segments != 0
     reach = self.reach or key_segments.shape[1]
     x, shared = ends.begin(jnp.where(real, tokens, 0), jnp.where(real, positions, 0), reach)
-    # A window as long as the keys is none.
-    windows = [window if window < key_segments.shape[1] else 0 for window in self.config.windows] or [0]
-    kinds = sorted(set(windows))
-    masks = [layers.attention_mask(segments, key_segments, index=index, window=window) for window in kinds]
-    kind_of_layer = jnp.array([kinds.index(window) for window in windows])
+    mix = attention.causal(self.config, self.dtype, segments, key_segments, index=index, one_text=one_text)
 
     def apply(block, layer, x, memory):
-      mask = masks[0] if len(masks) == 1 else jnp.stack(masks)[kind_of_layer[layer]]
       # In a scan all layers have the same shapes.
       wanted = keep if isinstance(layer, int) and layer == self.config.depth - 1 else x.shape[1]
 
       def attend(queries, keys, values):
-        queries = queries[:, -wanted:]
         keys, values, updated = stack.remember(memory, layer, keys, values)
-        return layers.attend(queries, keys, values, mask[..., -wanted:, :], score_cap=self.config.score_cap), updated
+        return mix(layer, queries[:, -wanted:], keys, values), updated
 
       return block(x, layer, shared, attend)
 
@@ -194,7 +191,7 @@ class Model(base.Base):
     Returns:
       [B, R, D]; slot t predicts response token t.
     """
-    hidden, _ = self.forward(params, tokens, types.positions_from_mask(mask), mask.astype(jnp.int32), trunk=trunk,
+    hidden, _ = self.forward(params, tokens, types.positions_from_mask(mask), mask, trunk=trunk,
                              keep=slots + 1)
     return hidden[:, :-1]
 
@@ -206,7 +203,7 @@ class Model(base.Base):
       tokens: [B, T] int32, padded on either side.
       mask: [B, T] bool.
     """
-    hidden, _ = self.forward(params, tokens, types.positions_from_mask(mask), mask.astype(jnp.int32))
+    hidden, _ = self.forward(params, tokens, types.positions_from_mask(mask), mask)
     return heads.last_token(hidden, mask)
 
   def prefill(self, params, tokens, mask, slots):
@@ -222,7 +219,7 @@ class Model(base.Base):
       The state [B, D] that predicts the first response token, and the cache for `step`.
     """
     batch, length = tokens.shape
-    hidden, cache = self.forward(params, tokens, types.positions_from_mask(mask), mask.astype(jnp.int32),
+    hidden, cache = self.forward(params, tokens, types.positions_from_mask(mask), mask,
                                  self.init_cache(batch, length + slots, unstacked=isinstance(params['blocks'], tuple)),
                                  keep=1)
     return hidden[:, -1], cache | {'position': jnp.sum(mask, axis=1, dtype=jnp.int32)}

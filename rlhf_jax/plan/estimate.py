@@ -117,6 +117,7 @@ class Shape(NamedTuple):
     epochs: passes over the batch.
     remat: see transformer.Model.
     gather: whether a rollout gathers the weights once, not for every token.
+    splash: whether a kernel keeps the scores of attention to itself.
     itemsize: bytes of a number in the computation.
   """
   weights: float
@@ -140,6 +141,7 @@ class Shape(NamedTuple):
   epochs: int
   remat: str
   gather: bool
+  splash: bool
   itemsize: int
 
 
@@ -150,7 +152,7 @@ def rollout(s):
   each = s.fsdp > 1 and not s.gather
   sent = _gathers(s, steps if each else 1) + _reductions(s, rows * (s.prompt + steps), 2, steps)
   memory = steps * (held * (2 if each else 1) + s.cache)  # what is gathered is written first
-  scores = 2 * 4 * rows * s.heads / s.tensor * s.prompt * (s.prompt + steps)
+  scores = 2 * _scores(s, rows, s.prompt)
   weights = 2 * held / s.layers if each else held if s.fsdp > 1 else 0.0
   return Traffic(memory, sent, s.cache + weights + scores + 3 * 4 * rows * s.vocab)
 
@@ -174,6 +176,11 @@ def update(s):
     sent.append(('data', 2 * count * grads / s.fsdp * (s.data - 1) / s.data, count * s.layers, s.data // 2))
   memory = first.memory + then.memory + 2 * s.state * s.epochs * s.rows // s.minibatch
   return Traffic(memory, sent, max(first.held, then.held))
+
+
+def _scores(s, rows, length):
+  """Bytes of a layer's attention scores in memory."""
+  return 0.0 if s.splash else 4 * rows * s.heads / s.tensor * length * length
 
 
 def _gathers(s, passes):
@@ -201,7 +208,7 @@ def _passes(s, *, rows, forward, backward, recompute, count):
   both = forward + backward + recompute
   sent = _gathers(s, both * count) + _reductions(s, tokens * count, 2 * both, both * count)
   token = (10 * s.width + 4 * s.inner / s.tensor) * s.itemsize  # what a layer writes and reads of each token
-  scores = local * s.heads / s.tensor * length * length * 4
+  scores = _scores(s, local, length)
   layer = tokens * token + 4 * scores
   weights = (forward + recompute + 2 * backward) * held * (2 if s.fsdp > 1 else 1)
   memory = count * (weights + (forward + recompute + 2 * backward) * s.layers * layer)

@@ -25,7 +25,8 @@ class Count(NamedTuple):
 def of(traced):
   """The operations of a traced program.
 
-  A `while_loop` is taken to go on until its counter meets its bound, as if no row ended early.
+  A `while_loop` is taken to go on until its counter meets its bound, as if no row ended early, and a Pallas
+  kernel to leave out no block (splash attention does, above the diagonal).
 
   Args:
     traced: from jax.jit(f).trace(...).
@@ -68,8 +69,9 @@ def _equation(equation, values):
     counts = [_walk(branch.jaxpr, values[1:])[0] for branch in params['branches']]
     return max(counts), unknown
   if name == 'pallas_call':
-    estimate = params.get('cost_estimate')
-    return Count(estimate.flops if estimate else 0, 0 if estimate else 1), unknown
+    rounds = np.prod(params['grid_mapping'].grid, dtype=float)
+    count, _ = _walk(params['jaxpr'], [None] * len(params['jaxpr'].invars))
+    return Count(count.flops * rounds, count.unbounded * rounds), unknown
   inner = [value for value in params.values() if isinstance(value, (core.ClosedJaxpr, core.Jaxpr))]
   if inner:  # jit, checkpoint, custom_jvp and the like: what is called is the first of them
     jaxpr = getattr(inner[0], 'jaxpr', inner[0])

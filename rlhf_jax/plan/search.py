@@ -8,10 +8,11 @@ import itertools
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from rlhf_jax import errors
 from rlhf_jax import sharding
+from rlhf_jax.models import attention
 from rlhf_jax.models import stack
 from rlhf_jax.plan import estimate
 from rlhf_jax.plan import flops
@@ -96,9 +97,10 @@ def variants(config, chips):
 
 
 def abstract_mesh(config):
-  """A mesh of no devices in particular."""
+  """A mesh of no TPUs in particular."""
   return AbstractMesh(tuple(config.mesh[axis] for axis in sharding.AXES), sharding.AXES,
-                      axis_types=(AxisType.Auto,) * len(sharding.AXES))
+                      axis_types=(AxisType.Auto,) * len(sharding.AXES),
+                      abstract_device=AbstractDevice('TPU', None, 'tpu'))
 
 
 def operations(made, mesh):
@@ -123,16 +125,20 @@ def shape(config, made, mesh):
   inner = fields.get('intermediate_size') or fields.get('n_inner') or 4 * model.width
   minibatch = config.batch_size // config.ppo.minibatches
   owned = {'policy': whole(state.params['policy']), 'critic': whole(state.params['critic'])}
+  microbatch = config.microbatch_size or minibatch
+  length = config.data.max_prompt_length + config.sampling.max_new_tokens
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    way = attention.way(model.config, model.dtype, microbatch, length, length, index=0, one_text=True)
   share = sum(owned.values()) / (sum(owned.values()) + whole(shared))
   return estimate.Shape(
       weights=owned['policy'] + whole(shared), trained=sum(owned.values()),
       state=kinds.get('moments', 0) + kinds.get('master weights', 0) + share * (kinds['policy'] + kinds['critic']),
       cache=memory.cache(config, model, mesh), **dict(config.mesh), rows=config.batch_size, minibatch=minibatch,
-      microbatch=config.microbatch_size or minibatch, prompt=config.data.max_prompt_length,
+      microbatch=microbatch, prompt=config.data.max_prompt_length,
       response=config.sampling.max_new_tokens, layers=model.config.depth, width=model.width, inner=inner,
       heads=model.config.heads, vocab=model.vocab_size, models=1 if config.critic.kind == 'trunk' else 2,
-      epochs=config.ppo.epochs, remat=config.model.remat,
-      gather=config.sampling.gather_weights, itemsize=2 if config.model.dtype == 'bfloat16' else 4)
+      epochs=config.ppo.epochs, remat=config.model.remat, gather=config.sampling.gather_weights, splash=way == 'splash',
+      itemsize=2 if config.model.dtype == 'bfloat16' else 4)
 
 
 def stays(made, mesh):

@@ -1,11 +1,14 @@
 """Operations of traced programs, against counts by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from configs import ppo_llama3_8b
 from rlhf_jax import sharding
+from rlhf_jax.models import attention
 from rlhf_jax.plan import flops
 from rlhf_jax.plan import programs
 from rlhf_jax.plan import search
@@ -69,6 +72,22 @@ def test_gradients_and_recomputation():
   assert count(jax.grad(lambda a, b: jnp.sum(again(a, b)), argnums=(0, 1)), (M, K), (K, N)).flops == 4 * MATMUL
 
 
+def test_attention_in_a_kernel_and_in_blocks():
+  shapes = [jax.ShapeDtypeStruct((4, *shape), jnp.float32) for shape in ((1024, 4, 64), (2, 1024, 64), (2, 1024, 64))]
+  segments = jax.ShapeDtypeStruct((4, 1024), jnp.int32)
+  mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
+  matmul = 4 * 4 * 2 * 1024 * 1024 * 64
+  kernel = lambda q, k, v, s: attention.on_shards(
+      functools.partial(attention.splash, window=0, score_cap=0.0), q, k, v, s)
+  in_blocks = lambda q, k, v, s: attention.blocks(q, k, v, s, s, index=0, window=0, score_cap=0.0)
+  for function, share in ((kernel, 1), (in_blocks, 36 / 64)):
+    gradient = jax.grad(lambda *operands: jnp.sum(function(*operands)), argnums=(0, 1, 2))
+    for call, matmuls in ((function, 2), (gradient, 9 if function is kernel else 7)):
+      with jax.set_mesh(mesh):
+        found = flops.of(jax.jit(call).trace(*shapes, segments))
+      assert found.flops == pytest.approx(matmuls * share * matmul, rel=1e-3) and not found.unbounded
+
+
 def test_the_count_of_all_programs_of_llama_3_8b_is_the_one_by_hand(monkeypatch):
   config = ppo_llama3_8b.get_config()
   config.mesh = {'data': 1, 'fsdp': 4, 'tensor': 2}
@@ -81,14 +100,18 @@ def test_the_count_of_all_programs_of_llama_3_8b_is_the_one_by_hand(monkeypatch)
   down = inner * width
   weights = layers * (2 * width * width + 2 * width * kv_width + 3 * down)  # of the blocks, 6.98e9
   attention = lambda queries, keys: layers * 4 * queries * keys * heads * head_width
-  forward = batch * (2 * length * weights + attention(length, length))
+  # Blocks of 128 x 128 are left out above the diagonal, and 7 matmuls of each are needed for 2 forward ones.
+  blocks, blocks_of_prompt = length // 128 * (length // 128 + 1) / 2, prompt // 128 * (prompt // 128 + 1) / 2
+  forward = batch * (2 * length * weights + blocks * attention(128, 128))
   logits = batch * response * 2 * width * vocab
-  # The keys are the whole cache in every call; the state before the first token is unembedded too.
-  decode = batch * (2 * (prompt + response - 1) * weights + attention(prompt + response - 1, length)) + logits
+  # The keys are the whole cache in every call but the first; the state before the first token is unembedded too.
+  decode = batch * (2 * (prompt + response - 1) * weights + blocks_of_prompt * attention(128, 128)
+                    + attention(response - 1, length)) + logits
   # Policy, critic and reference once; then 4 epochs of 2 models: forth, again but for the last matmul
-  # of a block, and twice as much back. Logits are computed again as well.
+  # of a block, and back, twice as much and a third time the scores. Logits are computed again as well.
   again = forward - batch * length * 2 * layers * down
-  update = 3 * forward + 2 * logits + 4 * (2 * (3 * forward + again) + 4 * logits)
+  back = 2 * forward + batch * blocks * attention(128, 128) / 2
+  update = 3 * forward + 2 * logits + 4 * (2 * (forward + again + back) + 4 * logits)
   assert work == {'rollout': pytest.approx(decode, rel=1e-3), 'scoring': pytest.approx(forward, rel=1e-3),
                   'update': pytest.approx(update, rel=1e-3)}
   # And by the rule of thumb, 2 N a token forward and 6 N in training (Kaplan et al. 2020, §2.1).

@@ -32,7 +32,7 @@ def test_a_plan_and_its_report(cache, tmp_path):
   assert done.stdout.count('does not fit') == 0
   text = (tmp_path / 'plan.md').read_text()
   assert '## configs/ppo_llama3_8b.py:debug on v5e:2x2' in text and '--topology=v5e:2x2' in text
-  assert len(list(cache.rglob('*.json'))) == 3  # programs, not compiled again
+  assert len(list((cache / 'rlhf_jax').rglob('*.json'))) == 3  # programs, not compiled again
 
 
 def test_a_search(cache):
