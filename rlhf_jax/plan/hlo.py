@@ -73,7 +73,8 @@ def totals(text):
 def parse(text):
   """All computations by name, lists of Instructions; and the name of the entry."""
   computations, entry, current = {}, None, None
-  for line in text.splitlines():
+  # What a Pallas kernel says of itself has lines of its own.
+  for line in re.sub(r'kernel_metadata=\{\n.*\n\}', 'kernel_metadata={}', text).splitlines():
     header = None if line.startswith(' ') else _HEADER.match(line)
     if header:
       current = computations.setdefault(header.group(2), [])

@@ -167,12 +167,17 @@ def test_rows_are_moved_for_cudnn_and_back(monkeypatch):
   agree([last], [attention.cudnn(*operands[:3], segments, window=0)[:, -7:]], 1e-6)
 
 
-def test_cudnn_is_called_without_a_mask(monkeypatch):
+@pytest.mark.parametrize('devices', [1, 8])
+def test_cudnn_is_called_without_a_mask(monkeypatch, devices):
   fused = pytest.importorskip('jax._src.cudnn.fused_attention_stablehlo')
   monkeypatch.setattr(fused, 'check_cudnn_version', lambda: 91000)
-  operands = draw(5, 64, jnp.bfloat16)[:3]
-  loss = lambda *operands: jnp.sum(attention.cudnn(*operands, one_text(64), window=0).astype(jnp.float32))
-  text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*operands).lower(lowering_platforms=('cuda',)).as_text()
+  operands = draw(4, 64, jnp.bfloat16)[:3]
+  attend = functools.partial(attention.on_shards, functools.partial(attention.cudnn, window=0))
+  loss = lambda *operands: jnp.sum(attend(*operands, one_text(64)[:4]).astype(jnp.float32))
+  gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+  mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 2 if devices == 8 else 1), devices=jax.devices()[:devices])
+  with jax.set_mesh(mesh):
+    text = gradient.trace(*operands).lower(lowering_platforms=('cuda',)).as_text()
   for part in ('__cudnn$fmhaSoftmax(', '__cudnn$fmhaSoftmaxBackward(', 'PADDING_CAUSAL'):
     assert part in text
   assert 'ScaleBias' not in text and 'scatter' not in text

@@ -57,6 +57,9 @@ MODULE = textwrap.dedent('''\
       %g.3 = bf16[4,8]{1,0} get-tuple-element(%s.3), index=1
       %f.3 = (bf16[4,8], bf16[32,8]) fusion(%g.3), kind=kCustom, calls=%starts, config={"estimated_cycles":"100"}
       %f.4 = bf16[32,8]{1,0} fusion(%f.3), kind=kCustom, calls=%goes_on, backend_config={"estimated_cycles":"50"}
+      %kernel.1 = f32[16]{0} custom-call(%f.4), frontend_attributes={kernel_metadata={
+    "xprof_metadata":"{\\"block_q\\": 512}"
+    }}, metadata={op_name="jit(f)/pallas_call"}, backend_config={"custom_call_config":{}}
       %copied = s32[] copy(%zero)
       %t.3 = (s32[], f32[64]{0}) tuple(%copied, %f.4)
       %while.3 = (s32[], f32[64]{0}) while(%t.3), condition=%inner_cond, body=%inner_body

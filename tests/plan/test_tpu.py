@@ -9,13 +9,37 @@ import pytest
 
 pytest.importorskip('libtpu')
 
-COMMAND = [sys.executable, '-m', 'rlhf_jax.plan', '--config=configs/ppo_llama3_8b.py:debug', '--effort=-1']
+PLAN = ['-m', 'rlhf_jax.plan', '--config=configs/ppo_llama3_8b.py:debug', '--effort=-1']
+# Attention and its gradients on 2 x 2 chips: rows over 'data', heads over 'tensor'; scores would be 4 GiB a chip.
+KERNELS = '''
+import functools, jax, jax.numpy as jnp
+from rlhf_jax import sharding
+from rlhf_jax.models import attention
+from rlhf_jax.plan import compiler
+jax.config.update('jax_platforms', 'cpu')
+mesh = sharding.make_mesh({'data': 2, 'tensor': 2}, devices=compiler.devices('v5e:2x2'))
+rows = sharding.batch_sharding(mesh)
+for width, window, score_cap in ((64, 0, 0.0), (128, 3000, 50.0), (256, 0, 0.0)):
+  attend = functools.partial(attention.splash, window=window, score_cap=score_cap)
+  loss = lambda *x: jnp.sum(attention.on_shards(attend, *x).astype(jnp.float32))
+  shapes = (4, 16300, 4, width), (4, 2, 16300, width), (4, 2, 16300, width)
+  operands = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=rows) for shape in shapes]
+  operands.append(jax.ShapeDtypeStruct((4, 16300), jnp.int32, sharding=rows))
+  with jax.set_mesh(mesh):
+    assert sharding.platform() == 'tpu'
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*operands).compile()
+  text = compiled.as_text()
+  assert text.count('custom_call_target="tpu_custom_call"') == 3, text
+  assert not any(name in text for name in ('all-gather', 'all-reduce', 'all-to-all')), text
+  assert compiled.memory_analysis().temp_size_in_bytes < 2**29, compiled.memory_analysis()
+print('compiled')
+'''
 
 
-def run(*arguments, cache):
+def run(*arguments, cache, command=PLAN):
   env = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
-  return subprocess.run(COMMAND + list(arguments), capture_output=True, text=True, check=False, timeout=600,
-                        cwd=pathlib.Path(__file__).resolve().parents[2],
+  return subprocess.run([sys.executable, *command, *arguments], capture_output=True, text=True, check=False,
+                        timeout=600, cwd=pathlib.Path(__file__).resolve().parents[2],
                         env=env | {'XDG_CACHE_HOME': str(cache), 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'COLUMNS': '200'})
 
 
@@ -47,3 +71,8 @@ def test_mistakes_are_said_in_one_line(cache):
                              (['--topology=v5e:2x2', '--config.mesh.tensor=3'], 'config.mesh')):
     done = run(*arguments, cache=cache)
     assert done.returncode == 1 and message in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_the_kernels_of_attention(cache):
+  done = run(cache=cache, command=['-c', KERNELS])
+  assert done.returncode == 0 and done.stdout.strip() == 'compiled', done.stderr
