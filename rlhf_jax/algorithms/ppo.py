@@ -24,6 +24,7 @@ from rlhf_jax import learner
 from rlhf_jax import logprobs as logprobs_lib
 from rlhf_jax import losses
 from rlhf_jax import optim
+from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.algorithms import on_policy
@@ -136,7 +137,7 @@ def by_rows(fn, tree, rows):
   if not rows or rows >= batch:
     return fn(tree)
   split = jax.tree.map(lambda x: x.reshape((-1, rows) + x.shape[1:]), tree)
-  out = jax.lax.map(fn, split)
+  out = jax.lax.scan(lambda _, rows: (None, fn(rows)), None, split, unroll=processes.unrolled())[1]
   return jax.tree.map(lambda x: x.reshape((batch,) + x.shape[2:]), out)
 
 
@@ -343,6 +344,11 @@ def train_step(state, frozen, rollout, scores, ptx, *, models, optimizers, setti
   """
   experience, moments, summary = make_experience(
       state, frozen, rollout, scores, models=models, settings=settings)
+  kl_coef = adv.next_kl_coef(
+      state.kl_coef, experience.logprobs - experience.ref_logprobs,
+      experience.response_mask, controller=settings.kl_controller,
+      target=settings.kl_target, horizon=settings.kl_horizon)
+  experience = experience.replace(tokens=processes.after(experience.tokens, (kl_coef, moments, summary)))
   batch = experience.tokens.shape[0]
   if ptx is not None:
     ptx = jax.tree.map(
@@ -366,10 +372,6 @@ def train_step(state, frozen, rollout, scores, ptx, *, models, optimizers, setti
       epoch, (state.params, state.opt_state), keys)
   metrics = jax.tree.map(jnp.mean, metrics) | summary | {
       'policy/first_ratio': metrics['policy/ratio'][0, 0]}
-  kl_coef = adv.next_kl_coef(
-      state.kl_coef, experience.logprobs - experience.ref_logprobs,
-      experience.response_mask, controller=settings.kl_controller,
-      target=settings.kl_target, horizon=settings.kl_horizon)
   return state.replace(
       step=state.step + 1, params=params, opt_state=opt_state, kl_coef=kl_coef,
       reward_moments=moments), metrics
