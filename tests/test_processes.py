@@ -1,5 +1,6 @@
 """Several processes on this machine train like one that has all their devices."""
 
+import functools
 import json
 import os
 import pathlib
@@ -17,6 +18,9 @@ import tiny
 
 from rlhf_jax import checkpoint
 from rlhf_jax import metrics as metrics_lib
+from rlhf_jax import processes
+from rlhf_jax import sharding
+from rlhf_jax.algorithms import ppo
 from rlhf_jax.models import hf
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -117,6 +121,40 @@ def process_of(launcher, number):
       if not arguments.startswith(b'bash'):
         return int(folder.name)
   raise AssertionError(f'process {number} is not there')
+
+
+def out_of_order(hlo):
+  """Pairs of a loop around collectives and others after it that do not need its results, in a scheduled program."""
+  collective = re.compile(r' (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)\(')
+  computations = dict(re.findall(r'^(?:ENTRY )?%?([\w.-]+) \(.*?\{\n(.*?)^\}', hlo, re.MULTILINE | re.DOTALL))
+  called = lambda line: re.findall(r'(?:body|condition|to_apply)=%?([\w.-]+)', line)
+  around = functools.cache(lambda name: any(
+      collective.search(line) or any(around(inner) for inner in called(line))
+      for line in computations.get(name, '').splitlines()))
+  pairs = []
+  for lines in computations.values():
+    needed, loops = {}, []
+    for line in lines.splitlines():
+      name, *operands = re.findall(r'%([\w.-]+)', line.split(', metadata=')[0])
+      needed[name] = {name}.union(*(needed.get(operand, ()) for operand in operands))
+      loop = any(around(inner) for inner in called(line))
+      if loop or collective.search(line):
+        pairs += [(before, name) for before in loops if before not in needed[name]]
+        loops += [name] * loop
+  return pairs
+
+
+def test_an_update_has_no_loop_around_collectives_with_others_behind_it(wide, monkeypatch):
+  """Such a loop would not be waited for, see `processes.unrolled`."""
+  monkeypatch.setattr(processes, 'unrolled', lambda: True)
+  config = tiny.get_config(f'stage=ppo,world={wide}')
+  config.microbatch_size = 4
+  mesh = sharding.make_mesh({'fsdp': 2}, devices=jax.devices()[:2])
+  with jax.set_mesh(mesh):
+    learner = ppo.create(config, mesh)
+    batch, _ = learner.next_batch(learner.state, timed=False)
+    hlo = learner.train_step.lower(learner.state, *batch).compile().as_text()
+  assert 'while(' in hlo and 'all-gather(' in hlo and not out_of_order(hlo)
 
 
 def test_two_processes_train_like_one_with_two_devices(world, tmp_path):
