@@ -86,7 +86,7 @@ def assert_same_metrics(found, expected, steps):
   """To 1e-5, as reductions add up in another order."""
   found, expected = metrics(found), metrics(expected)
   assert [record['step'] for record in found] == [record['step'] for record in expected]
-  assert {record['step'] for record in found} == set(range(steps))
+  assert {record['step'] for record in found} == set(steps)
   for a, b in zip(found, expected):
     assert a.keys() == b.keys()
     for name in a:
@@ -166,7 +166,7 @@ def test_two_processes_train_like_one_with_two_devices(world, tmp_path):
   alone = start(command(world, one, mesh, *options), one, devices=2)
   run(command(world, two, mesh, *options), two, processes=2)
   assert alone.wait(LIMIT) == 0, log(one)
-  assert_same_metrics(two, one, 3)
+  assert_same_metrics(two, one, range(3))
   assert_same_model(two, one)
   assert (two / 'samples.jsonl').read_text() == (one / 'samples.jsonl').read_text()
   assert len(metrics_lib.read_samples(two)) == 3 * 16
@@ -181,7 +181,7 @@ def test_four_processes_with_two_devices_train_like_one_with_eight(mesh, wide, t
   options = ['--config.steps=5', '--config.checkpoint_every=0', '--config.samples_every=1']
   for workdir, sizes in ((tmp_path / 'one', {'devices': 8}), (tmp_path / 'four', {'processes': 4, 'devices': 2})):
     run(command(wide, workdir, mesh, *options), workdir, **sizes)
-  assert_same_metrics(tmp_path / 'four', tmp_path / 'one', 5)
+  assert_same_metrics(tmp_path / 'four', tmp_path / 'one', range(5))
   assert_same_model(tmp_path / 'four', tmp_path / 'one')
   assert (tmp_path / 'four' / 'samples.jsonl').read_text().count('\n') == 5 * 16
 
@@ -203,7 +203,7 @@ def test_one_process_goes_on_where_four_stopped(stage, wide, tmp_path):
   restored = checkpoint.load_params(moved, name)  # By this process, on one of its devices.
   assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(restored))
   run(arguments, moved, devices=8)
-  assert_same_metrics(moved, whole, 8)
+  assert_same_metrics(moved, whole, range(8))
 
 
 @pytest.mark.slow
@@ -274,7 +274,8 @@ def test_the_quickstart_runs_on_two_processes(tmp_path):
   run(arguments(two), two, processes=2)
   for stage in ('pretrain', 'sft', 'reward_model', 'ppo'):
     assert (two / stage / 'done.json').exists()
-    assert_same_metrics(two / stage, one / stage, len(metrics(one / stage)))
+    last = json.loads((one / stage / 'config.json').read_text())['steps'] - 1
+    assert_same_metrics(two / stage, one / stage, {0, last})
   a, b = (json.loads((folder / 'evaluate' / 'results.json').read_text()) for folder in (one, two))
   assert [row['stage'] for row in a['stages']] == [row['stage'] for row in b['stages']]
   np.testing.assert_allclose([row['gold'] for row in a['stages']], [row['gold'] for row in b['stages']], atol=1e-5)
