@@ -64,8 +64,7 @@ class Checkpoints:
     for step in steps:
       restored = None
       try:
-        restored = self._manager.restore(step, args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), iterators=ocp.args.JsonRestore()))
+        restored = self._read(step, abstract)
         for name, it in iterators.items():
           it.set_state(restored.iterators[name])
       except Exception as error:  # orbax raises a dozen kinds, none of them documented
@@ -81,6 +80,15 @@ class Checkpoints:
         f'none of the checkpoints {steps} in {self.path} can be read with this config. If '
         'the model or the optimizer in the config changed, use another --workdir; nothing '
         'was deleted.')
+
+  def _read(self, step, abstract):
+    """One checkpoint, without a wait for other processes: one that cannot read its part never comes to it."""
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()})
+    with ocp.CheckpointManager(self.path, options=ocp.CheckpointManagerOptions(
+        create=False, multiprocessing_options=alone)) as manager:
+      return manager.restore(step, args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(abstract), iterators=ocp.args.JsonRestore()))
 
   def _put_aside(self, steps):
     """Renames unreadable checkpoints, so that their steps can be written again."""

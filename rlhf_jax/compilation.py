@@ -48,9 +48,6 @@ def join():
         cluster_detection_method='deactivate', heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
   elif address or others:
     jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-  if jax.distributed.is_initialized():
-    # See processes.settle.
-    jax.config.update('jax_cpu_enable_async_dispatch', False)
 
 
 def end_at_once(message):

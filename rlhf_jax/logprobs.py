@@ -10,6 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax import processes
 from rlhf_jax import sharding
 
 CHUNK = 2**25  # logits held at once on each device: 128 MiB in float32
@@ -33,7 +34,8 @@ def _in_chunks(rows_fn, arrays, vocab, chunk):
     x = jnp.pad(x, ((0, 0), (0, chunks * size - length)) + ((0, 0),) * (x.ndim - 2))
     return sharding.split_rows(jnp.moveaxis(x.reshape((batch, chunks, size) + x.shape[2:]), 1, 0), axis=1)
 
-  out = jax.lax.map(lambda xs: jax.checkpoint(rows_fn)(*xs), [split(x) for x in arrays])
+  out = jax.lax.scan(lambda _, xs: (None, jax.checkpoint(rows_fn)(*xs)), None, [split(x) for x in arrays],
+                     unroll=processes.unrolled())[1]
   return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length], out)
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax import errors
+from rlhf_jax import processes
 
 SCHEDULES = ('constant', 'linear', 'cosine')
 OPTIMIZERS = ('adam', 'tf_adam')
@@ -225,4 +226,4 @@ def accumulate(grad_fn, params, rows, size):
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), jax.eval_shape(
       grad_fn, params, jax.tree.map(lambda x: x[0], split)))
   add = lambda total, part: (jax.tree.map(jnp.add, total, grad_fn(params, part)), None)
-  return jax.lax.scan(add, zeros, split)[0]
+  return jax.lax.scan(add, zeros, split, unroll=processes.unrolled())[0]

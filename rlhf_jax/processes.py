@@ -9,6 +9,7 @@ import pathlib
 import time
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
@@ -22,15 +23,28 @@ def first():
   return jax.process_index() == 0
 
 
-def settle(tree):
-  """Waits for the programs that make these arrays, on CPU devices of several processes; returns the arrays.
+def unrolled():
+  """Whether loops around collectives are to be unrolled: on CPU devices of several processes.
 
-  Programs under way at once may mix up what their collectives send there, as nothing keeps those of
-  one process in the order of another's. Other devices run them in order.
+  XLA's CPU runtime goes on behind such a loop before the loop has ended, with all that does not need
+  its results. Other collectives then meet those of the loop in an order that differs from process to
+  process, and Gloo tells messages apart by their order alone: a run ends, hangs or sums what does not
+  belong together.
   """
-  if jax.process_count() > 1 and jax.default_backend() == 'cpu':
-    jax.block_until_ready(tree)
-  return tree
+  return jax.process_count() > 1 and jax.default_backend() == 'cpu'
+
+
+def after(x, tree):
+  """Integers `x` that are there once `tree` is, for a loop too long to unroll: nothing of `tree` is left behind it.
+
+  Args:
+    x: what the loop reads.
+    tree: pytree of floats, whatever else than the loop's results has collectives.
+  """
+  if not unrolled():
+    return x
+  # 0, which the compiler cannot know.
+  return x + jnp.isnan(sum(jnp.sum(leaf) for leaf in jax.tree.leaves(tree))).astype(x.dtype)
 
 
 def host(array):
@@ -38,10 +52,9 @@ def host(array):
   if not isinstance(array, jax.Array) or array.is_fully_addressable:
     return np.asarray(array)
   if not array.is_fully_replicated:
-    settle(array)
     mesh = array.sharding.mesh
     with jax.set_mesh(mesh):
-      array = settle(jax.jit(_same, out_shardings=NamedSharding(mesh, P()))(array))
+      array = jax.jit(_same, out_shardings=NamedSharding(mesh, P()))(array)
   return np.asarray(array.addressable_data(0))
 
 

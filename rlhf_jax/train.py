@@ -92,7 +92,7 @@ def loop(config, learner, state, first_step, checkpoints, writer):
     done = step + 1
     logged = done == 1 or due(done, config.log_every)
     batch, host_metrics = learner.next_batch(state, timed=logged)
-    state, metrics = processes.settle(learner.train_step(state, *batch))
+    state, metrics = learner.train_step(state, *batch)
     if pending is not None:
       log(writer, bar, *pending)
     now = time.perf_counter()

@@ -192,7 +192,7 @@ def one_step(train_step, params, *batch, jit=True):
 
 
 def experience(state, frozen, rollout, scores, *, models, settings):
-  """Experience of a scored rollout, reward moments and metrics; the arguments are those of ppo.train_step."""
+  """What `make_experience` gives; the arguments are those of ppo.train_step."""
   fixed = ppo_experience.fixed_passes(state.params, frozen, rollout, models=models, settings=settings)
   outputs = ppo_experience.evaluate(
       state.params, frozen, rollout, fixed.trunk, models=models, temperature=settings.temperature)

@@ -244,14 +244,13 @@ class Actor:
     rollout = self.generate(
         trainable.join(self._shared, state.params['policy']),
         sharding.put_rows(prompts, self._mesh), types.step_keys(state)[0])
-    processes.settle(rollout)
     if timed:
       jax.block_until_ready(rollout)
     sampled = time.perf_counter()
     seen = rollout
     if self.sampling.ignore_eos:
       seen, _ = self._truncate(rollout, self.sampling.eos_id, self.sampling.pad_id)
-    scores = processes.settle(self._score(seen, examples))
+    scores = self._score(seen, examples)
     self._last = examples, seen, scores
     if not timed:
       return rollout, scores, {}

@@ -21,6 +21,7 @@ from rlhf_jax import advantages as adv
 from rlhf_jax import learner
 from rlhf_jax import losses
 from rlhf_jax import optim
+from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.algorithms import on_policy
@@ -67,7 +68,8 @@ def passes(params, frozen, rollout, *, models, settings):
   if not 0 < size < batch:
     return forward(rollout)
   split = jax.tree.map(lambda x: x.reshape((-1, size) + x.shape[1:]), rollout)
-  return jax.tree.map(lambda x: x.reshape((batch,) + x.shape[2:]), jax.lax.map(forward, split))
+  out = jax.lax.scan(lambda _, rows: (None, forward(rows)), None, split, unroll=processes.unrolled())[1]
+  return jax.tree.map(lambda x: x.reshape((batch,) + x.shape[2:]), out)
 
 
 def takes_whole(settings, rollout):
@@ -167,10 +169,10 @@ def learn_whole(state, frozen, rollout, ptx, fixed, score, *, models, optimizers
   Args:
     state, frozen, rollout, ptx, models, optimizers, settings: see `train_step`.
     fixed: Fixed.
-    score: from Outputs before the update to Experience, reward moments and metrics.
+    score: `make_experience` as a function of the Outputs before the update.
 
   Returns:
-    (params, opt_state), what `score` gives, and metrics of each update.
+    (params, opt_state), what `score` gives but for the Experience, and metrics of each update.
   """
   def epoch(carry, first):
     params, opt_state, before = carry
@@ -179,19 +181,20 @@ def learn_whole(state, frozen, rollout, ptx, fixed, score, *, models, optimizers
       outputs = experience_lib.evaluate(
           params, frozen, rollout, fixed.trunk, models=models, temperature=settings.temperature)
       behaviour = jax.tree.map(lambda new, old: jnp.where(first, new, old), jax.lax.stop_gradient(outputs), before)
-      rows, counts = as_minibatch(score(behaviour)[0], settings)
+      experience, *described = score(behaviour)
+      rows, counts = as_minibatch(experience, settings)
       total, metrics = loss(outputs, rows, counts, state.kl_coef, settings)
-      return total, (metrics, behaviour)
+      return total, (metrics, behaviour, described)
 
-    grads, (metrics, before) = jax.grad(whole, has_aux=True)(params)
+    grads, (metrics, before, described) = jax.grad(whole, has_aux=True)(params)
     grads, metrics = mix_in_pretraining(grads, metrics, params, frozen, ptx, models=models, settings=settings)
     params, opt_state, norms = optim.apply(params, opt_state, grads, optimizers)
-    return (params, opt_state, before), metrics | norms
+    return (params, opt_state, before), (metrics | norms, described)
 
   nothing = experience_lib.Outputs(*[jnp.zeros(rollout.response_mask.shape)] * 3)
-  (params, opt_state, before), metrics = jax.lax.scan(
+  (params, opt_state, _), (metrics, described) = jax.lax.scan(
       epoch, (state.params, state.opt_state, nothing), jnp.arange(settings.epochs) == 0)
-  return (params, opt_state), score(before), metrics
+  return (params, opt_state), jax.tree.map(lambda x: x[-1], described), metrics
 
 
 def learn_in_minibatches(state, frozen, experience, ptx, *, models, optimizers, settings):
@@ -242,21 +245,15 @@ def train_step(state, frozen, rollout, scores, ptx, *, models, optimizers, setti
   fixed, outputs = passes(state.params, frozen, rollout, models=models, settings=settings)
   score = functools.partial(experience_lib.make_experience, state, rollout, scores, fixed, settings=settings)
   if takes_whole(settings, rollout):
-    learned, scored, metrics = learn_whole(state, frozen, rollout, ptx, fixed, score, **static)
+    learned, (moved, summary), metrics = learn_whole(state, frozen, rollout, ptx, fixed, score, **static)
   else:
-    scored = score(outputs)
-    learned, metrics = learn_in_minibatches(state, frozen, scored[0], ptx, **static)
+    experience, moved, summary = score(outputs)
+    experience = experience.replace(tokens=processes.after(experience.tokens, (moved, summary)))
+    learned, metrics = learn_in_minibatches(state, frozen, experience, ptx, **static)
   params, opt_state = learned
-  experience, moments, summary = scored
   metrics = jax.tree.map(jnp.mean, metrics) | summary | {
       'policy/first_ratio': metrics['policy/ratio'].reshape(-1)[0]}
-  kl_coef = adv.next_kl_coef(
-      state.kl_coef, experience.logprobs - experience.ref_logprobs,
-      experience.response_mask, controller=settings.kl_controller,
-      target=settings.kl_target, horizon=settings.kl_horizon)
-  return state.replace(
-      step=state.step + 1, params=params, opt_state=opt_state, kl_coef=kl_coef,
-      reward_moments=moments), metrics
+  return state.replace(step=state.step + 1, params=params, opt_state=opt_state, **moved), metrics
 
 
 def make_settings(config, eos_id):

@@ -147,7 +147,7 @@ def make_experience(state, rollout, scores, fixed, outputs, *, settings):
     settings: Settings.
 
   Returns:
-    Experience, new reward moments [3], and the iteration's metrics.
+    Experience, the 'reward_moments' [3] and 'kl_coef' of the next TrainState, and the iteration's metrics.
   """
   logprobs, entropy, values = outputs
   response_mask = rollout.response_mask
@@ -177,7 +177,10 @@ def make_experience(state, rollout, scores, fixed, outputs, *, settings):
       step_mask=step_mask, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values,
       advantages=advantages, returns=returns, trunk=fixed.trunk)
   metrics = describe(experience, rollout, paid, entropy, state.kl_coef, settings)
-  return experience, moments, metrics | {'policy/sampler_gap': gap}
+  next_coef = adv.next_kl_coef(
+      state.kl_coef, logprobs - ref_logprobs, response_mask, controller=settings.kl_controller,
+      target=settings.kl_target, horizon=settings.kl_horizon)
+  return experience, {'reward_moments': moments, 'kl_coef': next_coef}, metrics | {'policy/sampler_gap': gap}
 
 
 def has_eos(rollout, eos_id):

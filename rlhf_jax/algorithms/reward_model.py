@@ -189,8 +189,7 @@ def create(config, mesh):
     """The head, normalized on the config's texts."""
     if config.reward.normalize == 'none':
       return params['head']
-    values = [(processes.settle(scores(
-        trainable.join(frozen, params), sharding.put_rows(batch, mesh))), batch.present)
+    values = [(scores(trainable.join(frozen, params), sharding.put_rows(batch, mesh)), batch.present)
               for batch in normalization_batches(config, examples, tokenizer, sizes)]
     values = np.concatenate([processes.host(x)[present] for x, present in values])
     return normalize(params['head'], values, config.reward.normalize)

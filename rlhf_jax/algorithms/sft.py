@@ -16,7 +16,6 @@ from rlhf_jax import errors
 from rlhf_jax import learner
 from rlhf_jax import logprobs
 from rlhf_jax import optim
-from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.algorithms import setup
@@ -159,8 +158,8 @@ def create(config, mesh):
   held_out_sums = jax.jit(functools.partial(loss_sums, model=model))
 
   def evaluate(state):
-    sums = [processes.settle(held_out_sums(
-        state.params['policy'], frozen, sharding.put_rows(batch, mesh))) for batch in held_out]
+    sums = [held_out_sums(state.params['policy'], frozen, sharding.put_rows(batch, mesh))
+            for batch in held_out]
     if not sums:
       return {}
     loss = float(sum(total for total, _ in sums) / sum(count for _, count in sums))

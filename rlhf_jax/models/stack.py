@@ -16,6 +16,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax.models import lora as lora_lib
 
@@ -129,7 +130,7 @@ def scan(build_block, params, apply, carry, *, first=0, remat='none', unroll=1):
     block = jax.checkpoint(block, policy=REMAT[remat], prevent_cse=False)
     # The loop keeps the recomputation apart from the first pass; without one XLA merges the two.
     unroll = min(unroll, max(depth // 2, 1))
-  return jax.lax.scan(block, carry, (first + jnp.arange(depth), params), unroll=unroll)[0]
+  return jax.lax.scan(block, carry, (first + jnp.arange(depth), params), unroll=processes.unrolled() or unroll)[0]
 
 
 def remember(memory, layer, keys, values):
