@@ -1,5 +1,6 @@
 """The peers' processes as seen from benchmarks/run.py: start one, give it a turn, end it."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -107,7 +108,8 @@ class Process:
 
   def end(self):
     """Ends it, if need be by force."""
-    self._process.stdin.close()
+    with contextlib.suppress(BrokenPipeError):  # of a command that it never read, as it had ended
+      self._process.stdin.close()
     try:
       self._process.wait(timeout=30)
     except subprocess.TimeoutExpired:
