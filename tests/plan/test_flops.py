@@ -104,9 +104,9 @@ def test_the_count_of_all_programs_of_llama_3_8b_is_the_one_by_hand(monkeypatch)
   blocks, blocks_of_prompt = length // 128 * (length // 128 + 1) / 2, prompt // 128 * (prompt // 128 + 1) / 2
   forward = batch * (2 * length * weights + blocks * attention(128, 128))
   logits = batch * response * 2 * width * vocab
-  # The keys are the whole cache in every call but the first; the state before the first token is unembedded too.
-  decode = batch * (2 * (prompt + response - 1) * weights + blocks_of_prompt * attention(128, 128)
-                    + attention(response - 1, length)) + logits
+  # Four stages of 128 tokens, of which the first comes from the prompt; the keys are the whole cache of the stage.
+  stages = attention(127, 640) + attention(128, 768) + attention(128, 896) + attention(128, 1024)
+  decode = batch * (2 * (prompt + response - 1) * weights + blocks_of_prompt * attention(128, 128) + stages) + logits
   # Policy, critic and reference once; then 4 epochs of 2 models: forth, again but for the last matmul
   # of a block, and back, twice as much and a third time the scores. Logits are computed again as well.
   again = forward - batch * length * 2 * layers * down
