@@ -11,6 +11,7 @@ flags.DEFINE_enum('workload', 's', list(workloads.WORKLOADS), 'Which work.')
 flags.DEFINE_enum('way', 'separate', list(workloads.WAYS), 'What is trained, where one thing is.')
 flags.DEFINE_enum('device', 'cpu', ['cpu', 'gpu', 'tpu'], 'What computes.')
 flags.DEFINE_integer('threads', 2, 'Cores, on a CPU.')
+flags.DEFINE_integer('timed', 3, 'Updates to take the time of, where an update is taken by itself.')
 flags.DEFINE_string('out', 'runs/benchmarks', 'Folder of the results.')
 
 

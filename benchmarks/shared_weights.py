@@ -7,11 +7,7 @@ Temporaries are the compiler's: the most that one train step needs beyond its ar
 Seconds are the median of a few updates (everything after rollout and scoring) after the first.
 """
 
-import statistics
-import time
-
 from absl import app
-from absl import flags
 import jax
 import numpy as np
 
@@ -22,7 +18,6 @@ from rlhf_jax import sharding
 from rlhf_jax.evaluation import tables
 
 FLAGS = options.FLAGS
-flags.DEFINE_integer('timed', 3, 'Updates to take the time of.')
 
 # Config keys that differ from training everything, critic included.
 WAYS = {
@@ -44,18 +39,8 @@ def measure(update):
       ('reference', frozen['reference']), ('moments', update.state.opt_state))}
   sizes['temporaries'] = update.step.memory_analysis().temp_size_in_bytes
   sizes['total'] = sum(sizes.values())
-  return {name: round(size / 2**20) for name, size in sizes.items()} | {'seconds': seconds(update)}
-
-
-def seconds(update):
-  """Median of the updates after the first, which warms up."""
-  state, times = update.state, []
-  for _ in range(FLAGS.timed + 1):
-    started = time.perf_counter()
-    state, metrics = update.step(state, *update.arguments)
-    jax.block_until_ready((state, metrics))
-    times.append(time.perf_counter() - started)
-  return round(statistics.median(times[1:]), 2)
+  return {name: round(size / 2**20) for name, size in sizes.items()} | {
+      'seconds': updates.seconds(update, FLAGS.timed)[1]}
 
 
 def count(tree, seen):

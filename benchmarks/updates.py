@@ -4,6 +4,8 @@ What benchmarks/shared_weights.py and memory.py compile, and the config that ben
 """
 
 import functools
+import statistics
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -83,6 +85,17 @@ def prepare(config, mesh):
       ppo.train_step, models=handles, optimizers=optimizers, settings=ppo.make_settings(config, None)), state)
   arguments = {'shared': shared, 'reference': reference}, *episode(config), None
   return Update(step.lower(state, *arguments).compile(), state, arguments)
+
+
+def seconds(update, count):
+  """The state after `count` + 1 updates, and the median time of all but the first, which warms up."""
+  state, times = update.state, []
+  for _ in range(count + 1):
+    started = time.perf_counter()
+    state, metrics = update.step(state, *update.arguments)
+    jax.block_until_ready((state, metrics))
+    times.append(time.perf_counter() - started)
+  return state, round(statistics.median(times[1:]), 2)
 
 
 def episode(config):

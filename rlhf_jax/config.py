@@ -140,6 +140,7 @@ def ppo(preset=''):
   config.ptx.batch_size = 0     # pretraining rows an iteration, shared out over minibatches
   config.ppo = ml_collections.ConfigDict({
       'epochs': 4, 'minibatches': 1,
+      'length_buckets': 4,      # lengths that microbatches are sorted by and cut to, each compiled; 1: all slots
       'kl_coef': 0.05, 'kl_estimator': 'k1', 'kl_in': 'reward',
       'kl_controller': 'fixed', 'kl_target': 6.0, 'kl_horizon': 10_000.0,
       'gamma': 1.0, 'lam': 0.95,
@@ -344,6 +345,8 @@ def validate_ppo(config):
   _need(ppo_config.epochs > 0, f'config.ppo.epochs={ppo_config.epochs} has to be positive')
   _need(ppo_config.minibatches > 0,
         f'config.ppo.minibatches={ppo_config.minibatches} has to be positive')
+  _need(ppo_config.length_buckets > 0,
+        f'config.ppo.length_buckets={ppo_config.length_buckets} has to be positive; 1 cuts no microbatch')
   _divides(ppo_config.minibatches, config.batch_size, 'ppo.minibatches', 'batch_size')
   _divides(config.microbatch_size, config.batch_size // ppo_config.minibatches,
            'microbatch_size', 'batch_size / config.ppo.minibatches')

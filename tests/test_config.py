@@ -178,6 +178,7 @@ BAD_PPO = [
     ({'data.on_long': 'cut'}, "config.data.on_long='cut' has to be one of error, truncate_left"),
     ({'ppo.epochs': 0}, 'config.ppo.epochs=0 has to be positive'),
     ({'ppo.minibatches': 0}, 'config.ppo.minibatches=0 has to be positive'),
+    ({'ppo.length_buckets': 0}, 'config.ppo.length_buckets=0 has to be positive'),
     ({'ppo.minibatches': 3}, 'config.ppo.minibatches=3 does not divide config.batch_size=64'),
     ({'ppo.minibatches': 4, 'microbatch_size': 32},
      'config.microbatch_size=32 does not divide config.batch_size / config.ppo.minibatches=16'),

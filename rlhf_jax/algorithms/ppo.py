@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from rlhf_jax import advantages as adv
 from rlhf_jax import learner
+from rlhf_jax import lengths
 from rlhf_jax import losses
 from rlhf_jax import optim
 from rlhf_jax import processes
@@ -43,6 +44,11 @@ class Models(NamedTuple):
   critic: Any = None
   critic_shared: bool = False
 
+  def reaching(self, length):
+    """The same for rows of T = `length`, of which some slots may be cut."""
+    critic = self.critic and self.critic.reaching(length)
+    return self._replace(policy=self.policy.reaching(length), critic=critic)
+
 
 def passes(params, frozen, rollout, *, models, settings):
   """Forward passes over a rollout before the first update, a microbatch at a time.
@@ -58,23 +64,32 @@ def passes(params, frozen, rollout, *, models, settings):
     Fixed, and Outputs; None for these where the first epoch gives them, see `learn_whole`.
   """
   size, whole = settings.microbatch_size, takes_whole(settings, rollout)
+  batch, slots = rollout.response_mask.shape
 
   def forward(rows):
     fixed = experience_lib.fixed_passes(params, frozen, rows, models=models, settings=settings)
-    return fixed, None if whole else experience_lib.evaluate(
+    outputs = None if whole else experience_lib.evaluate(
         params, frozen, rows, fixed.trunk, models=models, temperature=settings.temperature)
+    return lengths.fill((fixed, outputs), slots - rows.response_mask.shape[1])
 
-  batch = rollout.tokens.shape[0]
-  if not 0 < size < batch:
+  if not in_microbatches(settings, rollout):
     return forward(rollout)
-  split = jax.tree.map(lambda x: x.reshape((-1, size) + x.shape[1:]), rollout)
-  out = jax.lax.scan(lambda _, rows: (None, forward(rows)), None, split, unroll=processes.unrolled())[1]
-  return jax.tree.map(lambda x: x.reshape((batch,) + x.shape[2:]), out)
+  mask = adv.step_mask(rollout.response_mask, settings.score_position)
+  order = lengths.order(mask)
+  split = jax.tree.map(lambda x: x[order].reshape((-1, size) + x.shape[1:]), (rollout, mask))
+  out = jax.lax.scan(lambda _, part: (None, lengths.cut(forward, *part, settings.length_buckets)), None, split,
+                     unroll=processes.unrolled())[1]
+  return jax.tree.map(lambda x: x.reshape((batch,) + x.shape[2:])[jnp.argsort(order)], out)
+
+
+def in_microbatches(settings, rows):
+  """Whether forward and backward passes are over some of these rows at a time."""
+  return 0 < settings.microbatch_size < rows.tokens.shape[0]
 
 
 def takes_whole(settings, rollout):
   """Whether an epoch is one forward and backward pass over all rows."""
-  return settings.minibatches == 1 and not 0 < settings.microbatch_size < rollout.tokens.shape[0]
+  return settings.minibatches == 1 and not in_microbatches(settings, rollout)
 
 
 def loss(outputs, rows, counts, kl_coef, settings):
@@ -128,7 +143,7 @@ def as_minibatch(rows, settings):
 
 
 def gradients(params, rows, frozen, kl_coef, *, models, settings):
-  """Gradients of one minibatch, summed over its microbatches.
+  """Gradients of one minibatch, summed over its microbatches of rows of like length.
 
   Args:
     params: policy and critic.
@@ -147,7 +162,16 @@ def gradients(params, rows, frozen, kl_coef, *, models, settings):
     outputs = experience_lib.evaluate(params, frozen, rows, rows.trunk, models=models, temperature=settings.temperature)
     return loss(outputs, rows, counts, kl_coef, settings)
 
-  return optim.accumulate(jax.grad(microbatch, has_aux=True), params, rows, settings.microbatch_size)
+  grad = jax.grad(microbatch, has_aux=True)
+  if not in_microbatches(settings, rows):
+    return grad(params, rows)
+
+  def cut(params, rows):
+    return lengths.cut(functools.partial(grad, params), rows, rows.step_mask, settings.length_buckets)
+
+  order = lengths.order(rows.step_mask)
+  rows = sharding.shard_rows(jax.tree.map(lambda x: x[order], rows))
+  return optim.accumulate(cut, params, rows, settings.microbatch_size)
 
 
 def mix_in_pretraining(grads, metrics, params, frozen, ptx, *, models, settings):
@@ -241,6 +265,7 @@ def train_step(state, frozen, rollout, scores, ptx, *, models, optimizers, setti
   Returns:
     The next TrainState and metrics, scalars.
   """
+  models = models.reaching(rollout.tokens.shape[1])
   static = dict(models=models, optimizers=optimizers, settings=settings)
   fixed, outputs = passes(state.params, frozen, rollout, models=models, settings=settings)
   score = functools.partial(experience_lib.make_experience, state, rollout, scores, fixed, settings=settings)

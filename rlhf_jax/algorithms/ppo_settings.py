@@ -15,6 +15,7 @@ class Settings:
     epochs: passes over each rollout.
     minibatches: optimizer steps a pass; must divide the batch.
     microbatch_size: rows of one forward and backward pass; 0 for the whole minibatch.
+    length_buckets: microbatches are of rows of like length, cut to one of so many; see lengths.cut. 1 for none.
     temperature: the one sampled with; logits of policy and reference are divided by it.
     eos_id: the token that ends a response; None for none.
     kl_estimator: 'k1', 'k2', 'k3', 'abs' or 'full' (over the vocabulary).
@@ -46,6 +47,7 @@ class Settings:
   epochs: int
   minibatches: int
   microbatch_size: int
+  length_buckets: int
   temperature: float
   eos_id: int | None
   kl_estimator: str

@@ -112,8 +112,10 @@ def calls(config, mesh, handles, optimizers, arrays):
   sampling = on_policy.make_sampling(config.sampling, tokenizer, ignore_eos=config.ppo.response == 'raw')
   generate = on_policy.jit_generate(
       handles.policy, sampling, rows=config.sampling.rows, gather=config.sampling.gather_weights)
+  # Every response is taken to be of full length.
+  settings = dataclasses.replace(ppo.make_settings(config, 0), length_buckets=1)
   step = setup.jit_step(functools.partial(
-      ppo.train_step, models=handles, optimizers=optimizers, settings=ppo.make_settings(config, 0)), state)
+      ppo.train_step, models=handles, optimizers=optimizers, settings=settings), state)
   found = {'rollout': (generate, (trainable.join(frozen['shared'], state.params['policy']), prompts, state.key))}
   if scored:
     score = functools.partial(reward_model.score, model=dataclasses.replace(handles.policy, lora=None))

@@ -9,18 +9,12 @@ Letters: B batch, n samples of a prompt, P prompt length, R response length, V v
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax import lengths
 from rlhf_jax import types
 from rlhf_jax.rollout import cache as cache_lib
 from rlhf_jax.rollout import sampling as sampling_lib
 
-# At most so many stages, each for so many tokens at least: every stage is compiled.
-STAGES, SHORTEST = 4, 16
-
-
-def stages(slots):
-  """Tokens of a response that the cache of each stage has room for, the last all of them."""
-  count = min(STAGES, max(slots // SHORTEST, 1))
-  return [slots * (stage + 1) // count for stage in range(count)]
+STAGES = 4  # at most; each is compiled
 
 
 def generate(params, prompts, key, *, model, sampling, samples=1, first=0):
@@ -64,7 +58,8 @@ def generate(params, prompts, key, *, model, sampling, samples=1, first=0):
     hidden, cache = model.step(params, s['token'], ~s['done'], s['cache'])
     return write(s | {'cache': cache}, *draw(model.unembed(params, hidden), s['t']))
 
-  model, params, rooms = model.reaching(prompts.tokens.shape[1] + slots), model.unstack(params), stages(slots)
+  model, params = model.reaching(prompts.tokens.shape[1] + slots), model.unstack(params)
+  rooms = lengths.stages(slots, STAGES)
   hidden, cache = model.prefill(params, prompts.tokens, prompts.mask, rooms[0])
   if samples > 1:
     hidden, cache = jnp.repeat(hidden, samples, axis=0), cache_lib.repeat(cache, samples)

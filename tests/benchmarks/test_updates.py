@@ -1,5 +1,7 @@
 """The update by itself, as shared_weights.py and memory.py take its measure."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -21,7 +23,8 @@ def mesh():
 
 
 def test_what_an_update_holds(mesh, monkeypatch):
-  monkeypatch.setattr(shared_weights, 'seconds', lambda update: 0.0)
+  monkeypatch.setattr(shared_weights, 'FLAGS', types.SimpleNamespace(timed=1))
+  monkeypatch.setattr(updates, 'seconds', lambda update, count: (update.state, 0.0))
   update = updates.prepare(updates.make_config(W, {}), mesh)
   seen = set()
   policy = shared_weights.count(update.state.params['policy'], seen)
