@@ -77,6 +77,7 @@ def generate(params, prompts, key, *, model, sampling, samples=1, first=0):
   for before, room in zip([rooms[0]] + rooms, rooms):
     state['cache'] = cache_lib.grow(state['cache'], room - before)
     state = jax.lax.while_loop(lambda s: (s['t'] < room) & ~jnp.all(s['done']), step, state)
+    state['t'] = jnp.int32(room)  # or all have ended; a number, so that the rounds of the next stage are known
   return types.Rollout(
       tokens=jnp.concatenate([prompts.tokens, state['tokens']], axis=1),
       mask=jnp.concatenate([prompts.mask, state['mask']], axis=1),
