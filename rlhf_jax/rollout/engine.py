@@ -188,7 +188,8 @@ class _Work:
   def step(self, s, name):
     """One more token of each row in a cache."""
     def movable(cache):
-      longest = jnp.max(jnp.where(self.busy(s, name), self.read + s[name]['count'], self.most))
+      # A row that moves takes `most` slots before the index along, however few of them are its tokens.
+      longest = jnp.max(jnp.where(self.busy(s, name), self.read + s[name]['count'], 0), initial=self.most)
       return cache['index'] - longest >= self.margin
 
     pool = s[name]

@@ -89,6 +89,14 @@ def test_any_number_of_prompts_rows_and_tokens(count, rows, length):
        plain(params, prompts(count), jax.random.key(2), model, settings))
 
 
+def test_rows_that_all_move_before_they_have_grown():
+  """The queue is empty soon after all rows were at work together, none of them long."""
+  model, params = family('llama')
+  settings = sampling(72, temperature=1.3)
+  same(refill(params, prompts(32), jax.random.key(1), model, settings, 16),
+       plain(params, prompts(32), jax.random.key(1), model, settings))
+
+
 @pytest.mark.parametrize('changes', [{'eos_id': None}, {'ignore_eos': True, 'temperature': 0.0},
                                      {'temperature': 0.7, 'top_k': 12, 'top_p': 0.9, 'pad_id': EOS}])
 def test_ways_of_sampling(changes):
