@@ -134,7 +134,7 @@ def ppo(preset=''):
   config.sampling = ml_collections.ConfigDict({
       'max_new_tokens': 32, 'temperature': 1.0, 'top_k': 0, 'top_p': 1.0,
       'rows': 0,                # sampled at a time, a prompt taking the place of a response that has ended; 0: all
-      'gather_weights': False,  # over 'fsdp' once a rollout, where memory allows, not once a token
+      'gather_weights': False,  # over 'fsdp' once a rollout, where memory allows, not once a token; with rows always
   })
   config.ptx = data()
   config.ptx.batch_size = 0     # pretraining rows an iteration, shared out over minibatches
@@ -302,12 +302,9 @@ def validate_mesh(config, device_count):
         f'config.mesh={sizes} does not fit {device_count} devices')
   tensor = sizes['tensor'] if sizes['tensor'] > 0 else device_count // known
   shards = device_count // tensor
-  _need(config.algorithm != 'ppo' or not config.sampling.rows or shards == 1,
-        f'config.sampling.rows above 0 is for one data shard, and config.mesh={sizes} on {device_count} devices has '
-        f'{shards}: set it to 0')
   batches = {'batch_size': config.batch_size}
   if config.algorithm == 'ppo':
-    batches['ptx.batch_size'] = config.ptx.batch_size
+    batches |= {'ptx.batch_size': config.ptx.batch_size, 'sampling.rows': config.sampling.rows}
   for name, size in batches.items():
     _need(size % shards == 0,
           f'config.{name}={size} does not divide over the {shards} data shards of '

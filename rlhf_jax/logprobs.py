@@ -22,9 +22,7 @@ def _in_chunks(rows_fn, arrays, vocab, chunk):
   Chunks are cut along T, so that every device works on rows of its own in each.
   """
   batch, length = arrays[0].shape[:2]
-  mesh = jax.sharding.get_abstract_mesh()
-  devices = 1 if mesh.empty else math.prod(mesh.shape.values())
-  at_once = max(devices * chunk // (batch * vocab), 1)
+  at_once = max(math.prod(sharding.shards()) * chunk // (batch * vocab), 1)
   if length <= at_once:
     return rows_fn(*arrays)
   chunks = -(-length // at_once)

@@ -10,6 +10,7 @@ import re
 
 import jax
 from jax.experimental import mesh_utils
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
@@ -73,23 +74,51 @@ def split_rows(x, *, axis=0):
   Returns:
     x.
   """
-  if not _rows_divide(x.shape[axis]):
+  if shards() == (1, 1) or x.shape[axis] % shards()[0]:
     return x
-  return jax.lax.with_sharding_constraint(x, P(*[None] * axis, *BATCH))
+  return jax.lax.with_sharding_constraint(x, P(*[None] * axis, *row_spec()))
 
 
-def _rows_divide(rows):
-  """Whether there is a mesh, and so many rows divide over its 'data' and 'fsdp'."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return not mesh.empty and set(AXES) <= set(mesh.axis_names) and rows % shards()[0] == 0
+def row_spec():
+  """PartitionSpec of an axis of rows on the mesh that is set: BATCH, but inside `each_shard` P(None)."""
+  manual = jax.sharding.get_abstract_mesh().manual_axes
+  return P(tuple(axis for axis in BATCH[0] if axis not in manual) or None)
 
 
 def shards():
-  """Parts of the rows and parts over 'tensor' that the mesh which is set makes; (1, 1) without one."""
+  """Parts of the rows and parts over 'tensor' that the mesh which is set makes; (1, 1) without one.
+
+  Inside `each_shard` rows have one part: they are those of one shard.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or not set(AXES) <= set(mesh.axis_names):
     return 1, 1
-  return mesh.shape['data'] * mesh.shape['fsdp'], mesh.shape['tensor']
+  data, fsdp, tensor = (1 if axis in mesh.manual_axes else mesh.shape[axis] for axis in AXES)
+  return data * fsdp, tensor
+
+
+def each_shard(function, whole, batch):
+  """Inside jit: what a function gives for the rows of each data shard, as if there were no other shards.
+
+  Nothing inside waits for other shards, so a loop has as many rounds as its shard needs. Over 'tensor'
+  XLA splits the work as it does outside.
+
+  Args:
+    function: (whole, rows of one shard, number of the shard) -> tree of arrays with rows first.
+    whole: tree of arrays that every shard reads; whatever of it is split over 'fsdp' is gathered first.
+    batch: tree of arrays with rows first, which divide over the shards.
+
+  Returns:
+    Tree of arrays with the rows of all shards.
+  """
+  count, tensor = shards()
+  if count == 1:
+    return function(whole, batch, 0)
+  # Pallas kernels want every axis of the mesh here, even one of size 1.
+  axes = set(AXES if tensor == 1 else BATCH[0])
+  call = jax.shard_map(lambda whole, batch, number: function(whole, batch, number[0]), axis_names=axes,
+                       in_specs=(P(), BATCH, BATCH), out_specs=BATCH, check_vma=False)
+  return call(whole, batch, jnp.arange(count))
 
 
 def platform():

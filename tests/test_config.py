@@ -192,7 +192,7 @@ BAD_PPO = [
      'config.sampling.rows=-1 has to be less than config.batch_size=64, or 0'),
     ({'sampling.rows': 64, 'mesh.data': 1, 'mesh.tensor': 8},
      'config.sampling.rows=64 has to be less than config.batch_size=64, or 0'),
-    ({'sampling.rows': 8}, 'config.sampling.rows above 0 is for one data shard, and config.mesh='),
+    ({'sampling.rows': 12}, 'config.sampling.rows=12 does not divide over the 8 data shards of config.mesh='),
     ({'ppo.kl_controller': 'adaptive', 'ppo.kl_coef': 0.0},
      "config.ppo.kl_controller='adaptive' multiplies config.ppo.kl_coef: it, kl_target and"),
     ({'ppo.kl_estimator': 'full', 'ppo.kl_in': 'loss'},

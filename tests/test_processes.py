@@ -177,11 +177,14 @@ def test_two_processes_train_like_one_with_two_devices(world, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mesh', MESHES, ids=str)
-def test_four_processes_with_two_devices_train_like_one_with_eight(mesh, wide, tmp_path):
+@pytest.mark.parametrize('mesh, rows', [*((mesh, 0) for mesh in MESHES), ({'data': 4, 'fsdp': 2}, 8),
+                                        ({'data': 2, 'tensor': 4}, 8)], ids=str)
+def test_four_processes_with_two_devices_train_like_one_with_eight(mesh, rows, wide, tmp_path):
+  """And with `rows` at work at a time like one where all are."""
   options = ['--config.steps=5', '--config.checkpoint_every=0', '--config.samples_every=1']
-  for workdir, sizes in ((tmp_path / 'one', {'devices': 8}), (tmp_path / 'four', {'processes': 4, 'devices': 2})):
-    run(command(wide, workdir, mesh, *options), workdir, **sizes)
+  run(command(wide, tmp_path / 'one', mesh, *options), tmp_path / 'one', devices=8)
+  run(command(wide, tmp_path / 'four', mesh, *options, f'--config.sampling.rows={rows}'), tmp_path / 'four',
+      processes=4, devices=2)
   assert_same_metrics(tmp_path / 'four', tmp_path / 'one', range(5))
   assert_same_model(tmp_path / 'four', tmp_path / 'one')
   assert (tmp_path / 'four' / 'samples.jsonl').read_text().count('\n') == 5 * 16

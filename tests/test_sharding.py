@@ -121,6 +121,30 @@ def test_eight_devices_give_the_loss_and_gradient_of_one(fields, shape):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), many, one)
 
 
+@pytest.mark.parametrize('shape', [{}, {'data': 8}, {'data': 2, 'fsdp': 2, 'tensor': 2}], ids=str)
+def test_each_shard_has_its_rows_and_its_number_of_rounds(shape):
+  mesh_of_eight()
+  mesh = sharding.make_mesh(shape, devices=jax.devices()[:8 if shape else 1])
+  count = 8 // shape.get('tensor', 1) if shape else 1
+  weights = np.diag(np.arange(1.0, 5.0, dtype=np.float32))
+  inside = []
+
+  def double(weights, rows, number):
+    """Doubles rows @ weights as often as its number says."""
+    inside.append((rows.shape, sharding.shards(), sharding.row_spec()))
+    product = sharding.split_rows(rows @ weights)
+    turn = lambda s: (s[0] + 1, sharding.split_rows(2 * s[1]))
+    return jax.lax.while_loop(lambda s: s[0] < number, turn, (jnp.int32(0), product))[1]
+
+  with jax.set_mesh(mesh):
+    places = tuple(NamedSharding(mesh, spec) for spec in (P('fsdp', 'tensor'), sharding.BATCH))
+    found = jax.jit(lambda *x: sharding.each_shard(double, *x))(*jax.device_put((weights, np.ones((16, 4))), places))
+  times = np.repeat(2.0 ** np.arange(count), 16 // count)
+  np.testing.assert_array_equal(found, times[:, None] * np.arange(1.0, 5.0)[None])
+  assert inside[0][:2] == ((16 // count, 4), (1, shape.get('tensor', 1)))
+  assert not shape or inside[0][2] == P(None)
+
+
 @pytest.mark.parametrize('fields', [GPT2, LLAMA], ids=['gpt2', 'llama'])
 def test_activations_stay_split_by_rows_under_fsdp(fields):
   """Parameters split along their width do not pull the activations with them."""

@@ -180,20 +180,37 @@ def function_scorer(config, tokenizer, mesh):
 
 
 def jit_generate(model, sampling, *, rows, gather):
-  """`decode.generate` or `engine.generate` of (params, prompts, key), jitted.
+  """`decode.generate` or `engine.generate` of (params, prompts, key), jitted; their tokens are the same.
 
   Args:
     model: the policy's Model.
     sampling: Sampling.
-    rows: of the engine; 0 for the plain loop over all prompts.
+    rows: of the engine; every data shard has its part of them, and a queue of its own. 0 for the
+      plain loop over all prompts.
     gather: whether every device holds what it else gathers over 'fsdp' for each token: its part
-      of the weights along 'tensor', whole.
+      of the weights along 'tensor', whole. With the engine it always does.
+
+  Raises:
+    UserError: when called, there are several data shards, and the model's heads do not divide over 'tensor'.
   """
   def generate(params, prompts, key):
-    params = sharding.gathered(params, model.rules, 'fsdp') if gather else params
-    if rows:
-      return engine.generate(params, prompts, key, model=model, sampling=sampling, rows=rows)
-    return decode.generate(params, prompts, key, model=model, sampling=sampling)
+    params = sharding.gathered(params, model.rules, 'fsdp') if gather or rows else params
+    if not rows:
+      return decode.generate(params, prompts, key, model=model, sampling=sampling)
+    shards, tensor = sharding.shards()
+    # Parts of heads would go from device to device inside the loops: as in `engine`, where tokens are drawn.
+    if shards > 1 and (model.config.heads % tensor or model.config.kv_heads % tensor):
+      raise errors.UserError(
+          f'config.sampling.rows={rows} on {shards} data shards: the {model.config.heads} attention heads and '
+          f'{model.config.kv_heads} of keys and values have to divide over the {tensor} parts of config.mesh.tensor; '
+          'choose another mesh, or set config.sampling.rows to 0')
+
+    def refill(whole, prompts, shard):
+      params, key = whole
+      return engine.generate(params, prompts, key, model=model, sampling=sampling, rows=rows // shards,
+                             first=shard * prompts.tokens.shape[0])
+
+    return sharding.each_shard(refill, (params, key), prompts)
   return jax.jit(generate)
 
 

@@ -129,8 +129,9 @@ def on_shards(function, queries, keys, values, *rows):
   operands = queries, keys, values, *rows
   if sharding.shards() == (1, 1) or not _divides(queries.shape[0], queries.shape[2], keys.shape[1]):
     return function(*operands)
-  over_time, over_heads = P(*sharding.BATCH, None, 'tensor'), P(*sharding.BATCH, 'tensor')
-  return jax.shard_map(function, in_specs=(over_time, over_heads, over_heads) + (sharding.BATCH,) * len(rows),
+  over_rows = sharding.row_spec()
+  over_time, over_heads = P(*over_rows, None, 'tensor'), P(*over_rows, 'tensor')
+  return jax.shard_map(function, in_specs=(over_time, over_heads, over_heads) + (over_rows,) * len(rows),
                        out_specs=over_time, check_vma=False)(*operands)
 
 

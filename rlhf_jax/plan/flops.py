@@ -4,6 +4,7 @@ The compiler's own count takes the body of a loop once, and every program here i
 within loops over microbatches, minibatches and epochs, or over tokens.
 """
 
+import math
 from typing import NamedTuple
 
 from jax.extend import core
@@ -75,7 +76,8 @@ def _equation(equation, values):
   inner = [value for value in params.values() if isinstance(value, (core.ClosedJaxpr, core.Jaxpr))]
   if inner:  # jit, checkpoint, custom_jvp and the like: what is called is the first of them
     jaxpr = getattr(inner[0], 'jaxpr', inner[0])
-    devices = params['mesh'].size if name == 'shard_map' else 1
+    split = params['newly_manual_axes'] if name == 'shard_map' else ()
+    devices = math.prod(params['mesh'].shape[axis] for axis in split)
     count, outputs = _walk(jaxpr, values[-len(jaxpr.invars):] if jaxpr.invars else [])
     return Count(count.flops * devices, count.unbounded), outputs
   return Count(0.0, 0), _scalar(name, equation, values)

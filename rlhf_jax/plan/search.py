@@ -79,12 +79,13 @@ def variants(config, chips):
   minibatch = config.batch_size // config.ppo.minibatches
   divisors = [size for size in range(1, chips + 1) if chips % size == 0]
   fields = config.model.init
+  gathers = (False,) if config.sampling.rows else (False, True)
   heads = fields.get('num_key_value_heads', fields.get('num_attention_heads', fields.get('n_head', 1)))
   for tensor, fsdp in itertools.product(divisors, divisors):
     shards = chips // tensor
-    if chips % (tensor * fsdp) or heads % tensor or minibatch % shards:
+    if chips % (tensor * fsdp) or heads % tensor or minibatch % shards or config.sampling.rows % shards:
       continue
-    for factor, remat, gather in itertools.product((1, 2, 4, 8), stack.REMAT, (False, True)[:1 + (fsdp > 1)]):
+    for factor, remat, gather in itertools.product((1, 2, 4, 8), stack.REMAT, gathers[:1 + (fsdp > 1)]):
       microbatch = shards * factor
       if minibatch % microbatch:
         continue
@@ -137,7 +138,8 @@ def shape(config, made, mesh):
       microbatch=microbatch, prompt=config.data.max_prompt_length,
       response=config.sampling.max_new_tokens, layers=model.config.depth, width=model.width, inner=inner,
       heads=model.config.heads, vocab=model.vocab_size, models=1 if config.critic.kind == 'trunk' else 2,
-      epochs=config.ppo.epochs, remat=config.model.remat, gather=config.sampling.gather_weights, splash=way == 'splash',
+      epochs=config.ppo.epochs, remat=config.model.remat, splash=way == 'splash',
+      gather=bool(config.sampling.gather_weights or config.sampling.rows),
       itemsize=2 if config.model.dtype == 'bfloat16' else 4)
 
 

@@ -18,6 +18,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.rollout import cache as cache_lib
 from rlhf_jax.rollout import sampling as sampling_lib
@@ -30,11 +31,11 @@ MARGIN = 16
 NARROWER = (2, 4)
 
 
-def generate(params, prompts, key, *, model, sampling, rows, samples=1):
+def generate(params, prompts, key, *, model, sampling, rows, samples=1, first=0):
   """Samples responses as `decode.generate` does for all prompts at once, token for token.
 
-  To be jitted with the last four arguments static. Needs caches for B rows of P + R tokens, as many
-  of P + R / 4, and B / 4 prompts.
+  To be jitted with `model`, `sampling`, `rows` and `samples` static. Needs caches for B rows of P + R
+  tokens, as many of P + R / 4, and B / 4 prompts.
 
   Args:
     params: the policy's parameters.
@@ -44,12 +45,13 @@ def generate(params, prompts, key, *, model, sampling, rows, samples=1):
     sampling: Sampling; `max_new_tokens` is R.
     rows: B.
     samples: n; a prompt is read once for all of them.
+    first: number of the first response, where the prompts are a part of many; may be traced.
 
   Returns:
     Rollout of N rows, the n of a prompt side by side, with T = P + R.
   """
   model = model.reaching(prompts.tokens.shape[1] + sampling.max_new_tokens)
-  work = _Work(params, prompts, key, model, sampling, rows, samples)
+  work = _Work(params, prompts, key, model, sampling, rows, samples, first)
   s = jax.lax.while_loop(work.plenty, work.turn, work.start())
   s = work.finish(s)
   tokens, logprobs, lengths = (s[name][:work.count] for name in ('tokens', 'logprobs', 'lengths'))
@@ -70,7 +72,7 @@ class _Work:
   'token' and their number 'count'. Where R is small there is no 'long'.
   """
 
-  def __init__(self, params, prompts, key, model, sampling, rows, samples):
+  def __init__(self, params, prompts, key, model, sampling, rows, samples, first):
     self.params, self.model, self.sampling, self.samples = model.unstack(params), model, sampling, samples
     number, length = prompts.tokens.shape
     self.count = number * samples
@@ -80,7 +82,7 @@ class _Work:
     more = -number % self.group
     self.prompts = jax.tree.map(lambda x: jnp.pad(x, ((0, more), (0, 0))), prompts)
     self.none = (number + more) * samples
-    self.keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(self.none + 1))
+    self.keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(self.none + 1))
     self.eos = None if sampling.ignore_eos else sampling.eos_id
     self.limit = sampling.max_new_tokens
     self.margin = MARGIN
@@ -178,7 +180,10 @@ class _Work:
   def draw(self, s, hidden, responses, index):
     """Draws and writes down a token each of some responses; also returns the tokens, and which are the last."""
     keys = jax.vmap(jax.random.fold_in)(self.keys[responses], index)
-    token, logprob = sampling_lib.sample(keys, self.model.unembed(self.params, hidden), self.sampling)
+    # Whole along 'tensor': sums along parts of the vocabulary take permutations, which on CPUs wait for the
+    # devices of other data shards too, and those may have left the loop.
+    logits = sharding.split_rows(self.model.unembed(self.params, hidden))
+    token, logprob = sampling_lib.sample(keys, logits, self.sampling)
     written = {name: s[name].at[responses, index].set(column, mode='drop')
                for name, column in (('tokens', token), ('logprobs', logprob))}
     written['lengths'] = s['lengths'].at[responses].set(index + 1, mode='drop')
@@ -188,7 +193,8 @@ class _Work:
   def step(self, s, name):
     """One more token of each row in a cache."""
     def movable(cache):
-      longest = jnp.max(jnp.where(self.busy(s, name), self.read + s[name]['count'], self.most))
+      # A row that moves takes `most` slots before the index along, however few of them are its tokens.
+      longest = jnp.max(jnp.where(self.busy(s, name), self.read + s[name]['count'], 0), initial=self.most)
       return cache['index'] - longest >= self.margin
 
     pool = s[name]

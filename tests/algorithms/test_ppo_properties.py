@@ -56,17 +56,20 @@ def test_it_learns_to_use_good_words(critic, function, world):
   np.testing.assert_array_equal(state.reward_moments, np.zeros(3))  # nothing is scaled
 
 
-def test_a_few_rows_at_a_time_sample_the_same(world):
-  mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
+@pytest.mark.parametrize('shape, rows', [({}, 5), ({'data': 2, 'fsdp': 2, 'tensor': 2}, 8)])
+def test_a_few_rows_at_a_time_sample_the_same(shape, rows, world):
+  mesh = sharding.make_mesh(shape, devices=jax.devices()[:8 if shape else 1])
   found = []
   with jax.set_mesh(mesh):
-    for rows in (0, 5):
+    for rows in (0, rows):
       config = tiny.ppo(world)
       config.sampling.rows = rows
       learner = ppo.create(config, mesh)
-      (_, rollout, scores, _), _ = learner.next_batch(learner.state, timed=False)
-      found.append((rollout, scores))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), *found)
+      batch, _ = learner.next_batch(learner.state, timed=False)
+      _, rollout, scores, _ = batch
+      found.append(jax.device_get((rollout, scores)))
+      found[-1] += (jax.device_get(learner.train_step(learner.state, *batch)[1]),)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *found)
 
 
 def test_the_state_carries_the_kl_coefficient_and_the_moments_of_the_scores(world):

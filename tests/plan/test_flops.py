@@ -88,6 +88,13 @@ def test_attention_in_a_kernel_and_in_blocks():
       assert found.flops == pytest.approx(matmuls * share * matmul, rel=1e-3) and not found.unbounded
 
 
+def test_every_data_shard_counts():
+  """And their parts over 'tensor', which are not named inside, count once."""
+  with jax.set_mesh(sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})):
+    product = functools.partial(sharding.each_shard, lambda weights, rows, number: rows @ weights)
+    assert count(product, (K, N), (4 * M, K)) == (4 * MATMUL, 0)
+
+
 def test_the_count_of_all_programs_of_llama_3_8b_is_the_one_by_hand(monkeypatch):
   config = ppo_llama3_8b.get_config()
   config.mesh = {'data': 1, 'fsdp': 4, 'tensor': 2}

@@ -48,6 +48,14 @@ def test_variants_are_valid_runs():
   assert {'data': 2, 'fsdp': 32, 'tensor': 4} in [varied.mesh.to_dict() for varied in found]
 
 
+def test_variants_divide_the_rows_sampled_at_a_time():
+  config = ppo_llama3_8b.get_config()
+  config.sampling.rows = 96
+  found = list(search.variants(config, CHIPS))
+  assert {varied.mesh.data * varied.mesh.fsdp for varied in found} == {32}
+  assert not any(varied.sampling.gather_weights for varied in found)  # They are gathered in any case.
+
+
 def test_a_mesh_that_does_not_divide_the_model_is_no_candidate(llama):
   assert candidate(llama, (1, 3, 1)) is None
   assert candidate(llama, (1, 32, 8)) is not None

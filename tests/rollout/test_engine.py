@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,13 @@ import numpy as np
 import pytest
 import tiny
 
+from rlhf_jax import errors
 from rlhf_jax import models
+from rlhf_jax import sharding
 from rlhf_jax import types
+from rlhf_jax.algorithms import on_policy
+from rlhf_jax.models import attention
+from rlhf_jax.plan import hlo
 from rlhf_jax.rollout import decode
 from rlhf_jax.rollout import engine
 from rlhf_jax.rollout import sampling as sampling_lib
@@ -89,6 +95,14 @@ def test_any_number_of_prompts_rows_and_tokens(count, rows, length):
        plain(params, prompts(count), jax.random.key(2), model, settings))
 
 
+def test_rows_that_all_move_before_they_have_grown():
+  """The queue is empty soon after all rows were at work together, none of them long."""
+  model, params = family('llama')
+  settings = sampling(72, temperature=1.3)
+  same(refill(params, prompts(32), jax.random.key(1), model, settings, 16),
+       plain(params, prompts(32), jax.random.key(1), model, settings))
+
+
 @pytest.mark.parametrize('changes', [{'eos_id': None}, {'ignore_eos': True, 'temperature': 0.0},
                                      {'temperature': 0.7, 'top_k': 12, 'top_p': 0.9, 'pad_id': EOS}])
 def test_ways_of_sampling(changes):
@@ -162,6 +176,75 @@ def test_other_prompts_do_not_compile_again(compiled):
   before = len(compiled)
   refill(params, prompts(9, seed=2), jax.random.key(2), model, sampling(20), 4)
   assert len(compiled) == before
+
+
+def on_mesh(shape, model, params, prompts, key, settings, rows):
+  """The rollout of a config's `sampling.rows` on eight devices, and the text of its program."""
+  mesh = sharding.make_mesh(shape)
+  with jax.set_mesh(mesh):
+    operands = (jax.device_put(params, sharding.shardings(params, model.rules, mesh)),
+                sharding.put_rows(prompts, mesh), key)
+    generate = on_policy.jit_generate(model, settings, rows=rows, gather=False)
+    return jax.device_get(generate(*operands)), generate.lower(*operands).compile().as_text()
+
+
+def collectives_in_loops(text):
+  """(kind, groups) of the collectives that run inside the loops of a compiled program."""
+  computations, entry = hlo.parse(text)
+  found, seen = set(), set()
+
+  def visit(name, looping):
+    if (name, looping) in seen:
+      return
+    seen.add((name, looping))
+    for instruction in computations[name]:
+      kind = instruction.opcode.removesuffix('-start')
+      if looping and kind in hlo.COLLECTIVES:
+        found.add((kind, re.search(r'(?:replica_groups|source_target_pairs)=(.*?), \w+=', instruction.rest).group(1)))
+      for called in set(re.findall(r'%([\w.-]+)', instruction.rest)) & set(computations):
+        visit(called, looping or instruction.opcode == 'while')
+
+  visit(entry, False)
+  return found
+
+
+@pytest.mark.parametrize('name, shape', [
+    ('llama', {'data': 8}), ('llama', {'data': 2, 'fsdp': 4}), ('llama', {'data': 2, 'fsdp': 2, 'tensor': 2}),
+    ('gpt2', {'data': 2, 'tensor': 4}),
+    *(pytest.param(name, {'fsdp': 4, 'tensor': 2}, marks=pytest.mark.slow) for name in ('gemma2', 'mistral'))], ids=str)
+def test_data_shards_have_queues_of_their_own_and_wait_for_nobody(name, shape):
+  model, params = family(name)
+  settings = sampling(72, temperature=1.3)
+  found, text = on_mesh(shape, model, params, prompts(32), jax.random.key(1), settings, 16)
+  expected = plain(params, prompts(32), jax.random.key(1), model, settings)
+  same(found, expected)
+  lengths = np.asarray(expected.response_mask).sum(1)
+  assert len(set(lengths.reshape(8 // shape.get('tensor', 1), -1).sum(1))) > 1  # They have unlike work.
+  # The devices of a data shard are side by side.
+  groups = {2: '[4,2]<=[8]', 4: '[2,4]<=[8]'}.get(shape.get('tensor'))
+  assert collectives_in_loops(text) <= ({('all-gather', groups), ('all-reduce', groups)} if groups else set())
+  assert 'while(' in text and ('all-gather' in text) == ('fsdp' in shape)
+
+
+def test_data_shards_and_attention_in_blocks(monkeypatch):
+  """Which splits heads over 'tensor' by a `shard_map` inside that of the data shards."""
+  monkeypatch.setitem(attention.BLOCK, 'cpu', 4)
+  calls = []
+  monkeypatch.setattr(attention, 'blocks', lambda *x, plain=attention.blocks, **y: calls.append(x) or plain(*x, **y))
+  model, params = family('llama')
+  given = prompts(8, width=17)
+  expected = plain(params, given, jax.random.key(1), model, sampling(9))
+  calls.clear()
+  for shape, heads in (({'data': 2, 'fsdp': 2, 'tensor': 2}, 2), ({'fsdp': 8}, 4)):
+    found, _ = on_mesh(shape, model, params, given, jax.random.key(1), sampling(9), 8)
+    same(found, expected)
+    assert {queries.shape[2] for queries, *_ in calls} == {heads}
+    calls.clear()
+
+
+def test_heads_that_do_not_divide_over_tensor_are_refused():
+  with pytest.raises(errors.UserError, match='on 2 data shards: the 4 attention heads and 2 of keys and values have'):
+    on_mesh({'data': 2, 'tensor': 4}, *family('llama'), prompts(8), jax.random.key(1), sampling(9), 4)
 
 
 def test_prompts_are_read_once_and_rows_are_kept_busy():
