@@ -42,7 +42,7 @@ def cut(function, rows, mask, most):
     What `function` does.
   """
   slots = mask.shape[1]
-  # Where loops around collectives are unrolled, branches with some are not safe either.
+  # Where no loop may have collectives in it, no branch has any either.
   rooms = stages(slots, 1 if processes.unrolled() else most)
 
   def branch(room):

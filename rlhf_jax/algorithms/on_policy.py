@@ -191,7 +191,8 @@ def jit_generate(model, sampling, *, rows, gather):
       of the weights along 'tensor', whole. With the engine it always does.
 
   Raises:
-    UserError: when called, there are several data shards, and the model's heads do not divide over 'tensor'.
+    UserError: when called, with `rows`: there are several data shards, and the model's heads do not divide
+      over 'tensor'; or 'tensor' is above 1 on CPU devices of several processes.
   """
   def generate(params, prompts, key):
     params = sharding.gathered(params, model.rules, 'fsdp') if gather or rows else params
@@ -204,6 +205,11 @@ def jit_generate(model, sampling, *, rows, gather):
           f'config.sampling.rows={rows} on {shards} data shards: the {model.config.heads} attention heads and '
           f'{model.config.kv_heads} of keys and values have to divide over the {tensor} parts of config.mesh.tensor; '
           'choose another mesh, or set config.sampling.rows to 0')
+
+    if tensor > 1 and processes.unrolled():
+      raise errors.UserError(
+          f'config.sampling.rows={rows} with {tensor} parts of config.mesh.tensor: between CPU devices of several '
+          'processes loops of unknown length cannot have collectives in them; set config.sampling.rows to 0')
 
     def refill(whole, prompts, shard):
       params, key = whole

@@ -12,6 +12,7 @@ import tiny
 
 from rlhf_jax import errors
 from rlhf_jax import models
+from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.algorithms import on_policy
@@ -245,6 +246,12 @@ def test_data_shards_and_attention_in_blocks(monkeypatch):
 def test_heads_that_do_not_divide_over_tensor_are_refused():
   with pytest.raises(errors.UserError, match='on 2 data shards: the 4 attention heads and 2 of keys and values have'):
     on_mesh({'data': 2, 'tensor': 4}, *family('llama'), prompts(8), jax.random.key(1), sampling(9), 4)
+
+
+def test_parts_over_tensor_are_refused_where_loops_can_have_no_collectives(monkeypatch):
+  monkeypatch.setattr(processes, 'unrolled', lambda: True)
+  with pytest.raises(errors.UserError, match='rows=4 with 2 parts of config.mesh.tensor: between CPU devices'):
+    on_mesh({'data': 4, 'tensor': 2}, *family('llama'), prompts(8), jax.random.key(1), sampling(9), 4)
 
 
 def test_prompts_are_read_once_and_rows_are_kept_busy():
