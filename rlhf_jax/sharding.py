@@ -65,7 +65,8 @@ def split_rows(x, *, axis=0):
   """Keeps the rows of an activation split over 'data' and 'fsdp', inside jit under `jax.set_mesh`.
 
   Without it XLA may follow the parameters instead: activations split along their width, and
-  every device at work on every row. Does nothing without a mesh, or where the rows do not divide.
+  every device at work on every row. Does nothing without a mesh, or where the rows do not divide:
+  XLA would pad them, and the padding reaches the gradients of parameters split over 'tensor'.
 
   Args:
     x: an array with rows on `axis`.
@@ -209,10 +210,8 @@ def _check(name, shape, spec, mesh):
 
 
 def shard_rows(tree):
-  """Inside jit: keeps axis 0 of every array split like a batch, where a mesh is set."""
-  if jax.sharding.get_abstract_mesh().empty:
-    return tree
-  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, BATCH), tree)
+  """`split_rows` of every array of a tree."""
+  return jax.tree.map(split_rows, tree)
 
 
 def put_rows(tree, mesh):

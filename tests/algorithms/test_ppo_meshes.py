@@ -1,0 +1,63 @@
+"""A PPO update on several devices is the update on one, where minibatches do not divide over them too."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from rlhf_jax import models
+from rlhf_jax import sharding
+from rlhf_jax import types
+from rlhf_jax.algorithms import ppo
+from rlhf_jax.models import heads
+
+P, R = 4, 6
+GPT2 = {'family': 'gpt2', 'vocab_size': tiny.VOCAB, 'n_embd': 16, 'n_layer': 2, 'n_head': 4, 'n_positions': 32,
+        'initializer_range': 0.1}
+FAMILIES = {'gpt2': GPT2, 'llama': tiny.LLAMA}
+
+
+def update(model, settings, batch, mesh):
+  """Parameters before and after one update on a mesh, and its metrics; plain SGD, so that gradients show."""
+  policy = model.init(jax.random.key(1))
+  head = heads.init_scalar(jax.random.key(2), model.width, scale='normal')
+  params = {'policy': policy, 'critic': {'head': head}}
+  reference = jax.tree.map(lambda x: 1.1 * x, policy)
+  rng = np.random.default_rng(0)
+  mask = np.arange(P + R)[None] < P + rng.integers(1, R + 1, batch)[:, None]
+  rollout = types.Rollout(
+      tokens=rng.integers(4, tiny.VOCAB, mask.shape, dtype=np.int32), mask=mask, response_mask=mask[:, P:],
+      logprobs=np.where(mask[:, P:], -4.0, 0.0).astype(np.float32))
+  scores = rng.normal(size=batch).astype(np.float32)
+  place = lambda tree: jax.device_put(tree, sharding.shardings(tree, model.rules, mesh))
+  optimizers = {name: optax.sgd(1.0) for name in params}
+  step = functools.partial(ppo.train_step, models=ppo.Models(model), optimizers=optimizers, settings=settings)
+  with jax.set_mesh(mesh):
+    params = place(params)
+    state = types.TrainState(
+        step=jnp.int32(0), key=jax.random.key(0), params=params, kl_coef=jnp.float32(0.2),
+        opt_state={name: optimizers[name].init(params[name]) for name in params}, reward_moments=jnp.zeros(3))
+    batch = sharding.put_rows((rollout, scores), mesh)
+    after, metrics = jax.jit(step)(state, {'shared': {}, 'reference': place(reference)}, *batch, None)
+    return jax.device_get((params, after.params, metrics))
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('shape, batch, minibatches', [
+    ({'data': 2, 'fsdp': 2, 'tensor': 2}, 12, 4), ({'data': 4, 'tensor': 2}, 12, 4),
+    ({'data': 2, 'tensor': 4}, 6, 2)], ids=str)
+def test_minibatches_that_do_not_divide_over_the_devices(shape, batch, minibatches, family, world):
+  """3 sequences a minibatch over 2 or 4 data shards."""
+  config = tiny.ppo(world)
+  config.ppo.update({'epochs': 2, 'minibatches': minibatches})
+  settings, model = ppo.make_settings(config, tiny.EOS), models.create(FAMILIES[family])
+  before, expected, metrics = update(model, settings, batch, sharding.make_mesh({}, devices=jax.devices()[:1]))
+  _, found, found_metrics = update(model, settings, batch, sharding.make_mesh(shape))
+  moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, expected)
+  assert max(jax.tree.leaves(moved)) > 0.1
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-5), found, expected)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-5), found_metrics, metrics)
