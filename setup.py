@@ -11,7 +11,7 @@ setuptools.setup(
     license='Apache-2.0',
     license_files=['LICENSE'],
     python_requires='>=3.11,<3.14',
-    packages=setuptools.find_packages(include=['rlhf_jax*']),
+    packages=setuptools.find_packages(include=['rlhf_jax*', 'planner*']),
     install_requires=[
         'absl-py>=2.5.1,<3',
         'chex>=0.1.92,<0.2',
@@ -51,7 +51,7 @@ setuptools.setup(
         ],
         'cuda': ['jax[cuda13]'],
         'tpu': ['jax[tpu]'],
-        # For rlhf_jax.plan on a machine without TPUs: JAX pins the release of libtpu that fits its own.
+        # For planner on a machine without TPUs: JAX pins the release of libtpu that fits its own.
         'plan': ['jax[tpu]'],
         # tensorflow-datasets imports importlib_resources and does not ask for it.
         'tfds': ['importlib_resources>=7.1.0,<8', 'tensorflow-datasets>=4.9.10,<5'],

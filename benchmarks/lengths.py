@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks import options
 from benchmarks import updates
 from benchmarks import workloads
-from rlhf_jax import compilation
+from rlhf_jax import runtime
 from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.evaluation import tables
@@ -39,7 +39,7 @@ def shorten(rollout, mean):
 
 def main(_):
   options.hold_to_cores()
-  compilation.keep_memory()
+  runtime.keep_memory()
   w = dataclasses.replace(workloads.WORKLOADS[FLAGS.workload], response=FLAGS.longest, batch=FLAGS.rows)
   mesh, found = sharding.make_mesh({'data': -1}), []
   with jax.set_mesh(mesh):

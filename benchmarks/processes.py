@@ -58,7 +58,7 @@ def python(venv, venvs):
 def environment(device, threads):
   """Environment of every peer: threads, glibc told to keep what is freed and to use huge pages, no network, no preallocation.
 
-  The allocator's settings are those `rlhf_jax.compilation.keep_memory` makes for us, and help all peers on a
+  The allocator's settings are those `rlhf_jax.runtime.keep_memory` makes for us, and help all peers on a
   CPU: with glibc's own they spend a third of their time on pages that the kernel zeroes again and again.
   """
   return os.environ | {

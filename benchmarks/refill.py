@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import compilation
 from rlhf_jax import models
+from rlhf_jax import runtime
 from rlhf_jax import types
 from rlhf_jax.models import transformer
 from rlhf_jax.rollout import decode
@@ -89,7 +89,7 @@ def ways(model, params):
 
 
 def main(_):
-  compilation.keep_memory()
+  runtime.keep_memory()
   runs = ways(*make_model())
   found, first = {}, {}
   for name, run in runs.items():

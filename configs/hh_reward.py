@@ -28,12 +28,12 @@ def get_config(arg=None):
       'seed': arg.seed, 'stages': ('folds', *(name for _, _, name in names), 'evaluate'),
       'data': {'path': '../shared/data/hh-rlhf'}})
   config.folds = ml_collections.ConfigDict({
-      'function': 'rlhf_jax.data.folds:write', 'path': config.data.get_ref('path'),
+      'function': 'rlhf_jax.tasks.hh:write', 'path': config.data.get_ref('path'),
       'count': len(folds), 'vocab_size': 8_192, 'turns': 1, 'seed': -1})
   for fold, member, name in names:
     config[name] = reward(fold, 1_000 * arg.seed + member, arg.debug)
   config.evaluate = ml_collections.ConfigDict({
-      'function': 'rlhf_jax.evaluation.folds:run',
+      'function': 'rlhf_jax.tasks.hh:run',
       'reward_models': tuple(
           tuple(f'$workdir/reward_{k}_{i}/model' for i in range(arg.models)) for k in folds),
       'train': tuple(f'$workdir/folds/train_{k}.jsonl' for k in folds),

@@ -1,6 +1,6 @@
 """PPO of Llama 3 8B with a critic, a reward model and a reference of its size.
 
-python -m rlhf_jax.plan --config=configs/ppo_llama3_8b.py --topology=v5e:16x16 --search
+python -m planner --config=configs/ppo_llama3_8b.py --topology=v5e:16x16 --search
 python -m rlhf_jax.main --config=configs/ppo_llama3_8b.py:policy=FOLDER,reward=FOLDER,prompts=FILE --workdir=DIR
 
 FOLDERs are Hugging Face folders: the policy after SFT, and a reward model of the same tokenizer, which

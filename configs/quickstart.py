@@ -29,7 +29,7 @@ def get_config(arg=None):
       'stages': ('world', 'pretrain', 'sft', 'compare', 'reward_model', 'ppo', 'evaluate'),
   })
   config.world = ml_collections.ConfigDict({
-      'function': 'rlhf_jax.data.reviews:write',
+      'function': 'rlhf_jax.tasks.reviews:write',
       'corpus_size': 10_000, 'demonstration_count': 2_000, 'prompt_count': 4_096,
       'eval_prompt_count': 512, 'vocab_size': 1_024, 'seed': -1,
   })
@@ -39,7 +39,7 @@ def get_config(arg=None):
       'function': 'rlhf_jax.feedback.collect:run',
       'policy': '$workdir/sft', 'prompts': '$workdir/world/prompts.jsonl',
       'pairs': 8_000, 'held_out': 500, 'max_new_tokens': 36, 'temperature': 1.0,
-      'gold': 'rlhf_jax.data.reviews:gold_score',
+      'gold': 'rlhf_jax.tasks.reviews:gold_score',
       'annotator_count': 5, 'annotator_temperature': 0.5, 'label_noise': 0.05,
       'disagreement': 0.3, 'unroll': UNROLL, 'seed': -1,
   })
@@ -58,7 +58,7 @@ def get_config(arg=None):
       'comparisons': '$workdir/compare/held_out.jsonl',
       'prompts': '$workdir/world/eval_prompts.jsonl', 'samples': 512,
       'max_new_tokens': 36, 'temperature': 1.0,
-      'gold': 'rlhf_jax.data.reviews:gold_score', 'gold_path': '',
+      'gold': 'rlhf_jax.tasks.reviews:gold_score', 'gold_path': '',
       'unroll': UNROLL, 'curves': ('pretrain', 'sft', 'reward_model', 'ppo'), 'seed': -1,
   })
   if arg.lora:

@@ -28,7 +28,7 @@ def get_config(arg=None):
       'seed': arg.seed, 'stages': ('split', 'pretrain', 'samples', 'reward_model', 'ppo', 'evaluate'),
       'data': {'path': '../shared/data/rt-polarity'}})
   config.split = ml_collections.ConfigDict({
-      'function': 'rlhf_jax.data.polarity:write', 'path': config.data.get_ref('path'),
+      'function': 'rlhf_jax.tasks.polarity:write', 'path': config.data.get_ref('path'),
       'vocab_size': 8_192, 'pairings': 8, 'prompt_words': 3,
       'prompt_count': 2_048, 'seed': -1})
   config.pretrain = pretrain()
@@ -49,7 +49,7 @@ def get_config(arg=None):
       'comparisons': '$workdir/split/held_out.jsonl',
       'prompts': '$workdir/split/prompts.jsonl', 'samples': 512,
       'max_new_tokens': RESPONSE, 'temperature': 1.0,
-      'gold': 'rlhf_jax.evaluation.judge:sentiment', 'gold_path': '$workdir/split/judge.jsonl',
+      'gold': 'rlhf_jax.tasks.polarity:sentiment', 'gold_path': '$workdir/split/judge.jsonl',
       'unroll': UNROLL, 'curves': ('pretrain', 'reward_model', 'ppo'), 'seed': -1})
   if arg.debug:
     debug(config)

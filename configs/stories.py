@@ -19,7 +19,7 @@ def get_config(arg=None):
   arg = c.parse_arg(arg, debug=False, seed=0, model='../shared/models/stories260K')
   config = ml_collections.ConfigDict({'seed': arg.seed, 'stages': ('prompts', 'ppo', 'evaluate')})
   config.prompts = ml_collections.ConfigDict({
-      'function': 'rlhf_jax.data.prompts:write', 'count': 512,
+      'function': 'rlhf_jax.tasks.stories:write', 'count': 512,
       'texts': ('Once upon a time', 'One day', 'There was a little girl named Lily.',
                 'Tom and Sue were best friends.', 'It was a sunny day.'),
   })
@@ -28,7 +28,7 @@ def get_config(arg=None):
   ppo.model.path = arg.model
   ppo.model.unroll = 5
   ppo.data.update({'path': '$workdir/prompts/prompts.jsonl', 'max_prompt_length': 24})
-  ppo.reward.function = 'rlhf_jax.rewards.rules:direct_speech'
+  ppo.reward.function = 'rlhf_jax.tasks.stories:direct_speech'
   ppo.sampling.max_new_tokens = 128
   ppo.batch_size, ppo.steps = 64, 60
   ppo.ppo.update({'epochs': 2, 'minibatches': 2, 'kl_coef': 0.01})
@@ -45,7 +45,7 @@ def get_config(arg=None):
       'baseline': 'base', 'trained': 'ppo', 'best_of': 0, 'reward_model': '',
       'comparisons': '', 'prompts': '$workdir/prompts/prompts.jsonl', 'samples': 512,
       'max_new_tokens': 128, 'temperature': 1.0,
-      'gold': 'rlhf_jax.rewards.rules:direct_speech_of', 'gold_path': '', 'unroll': 5,
+      'gold': 'rlhf_jax.tasks.stories:direct_speech_of', 'gold_path': '', 'unroll': 5,
       'curves': ('ppo',), 'seed': -1,
   })
   if arg.debug:

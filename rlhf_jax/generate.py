@@ -10,9 +10,9 @@ from absl import app
 from absl import flags
 import jax
 
-from rlhf_jax import compilation
 from rlhf_jax import errors
-from rlhf_jax.rollout import texts
+from rlhf_jax import policy as policy_lib
+from rlhf_jax import runtime
 
 _MODEL = flags.DEFINE_string('model', None, 'Hugging Face folder, or a run\'s working directory.')
 _PROMPT = flags.DEFINE_multi_string('prompt', [''], 'What to continue; may be given repeatedly.')
@@ -29,9 +29,9 @@ def main(argv):
   """Prints prompt and response, samples parted by a line."""
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
-  compilation.configure()
+  runtime.configure()
   try:
-    policy = texts.TextPolicy.load(_MODEL.value)
+    policy = policy_lib.TextPolicy.load(_MODEL.value)
     samples = policy.sample(
         _PROMPT.value, jax.random.key(_SEED.value), max_new_tokens=_MAX_NEW_TOKENS.value,
         temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value,

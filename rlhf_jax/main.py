@@ -14,10 +14,10 @@ from absl import flags
 from absl import logging
 from ml_collections import config_flags
 
-from rlhf_jax import compilation
 from rlhf_jax import errors
 from rlhf_jax import pipeline
 from rlhf_jax import processes
+from rlhf_jax import runtime
 from rlhf_jax import train
 from rlhf_jax.evaluation import report
 
@@ -57,16 +57,16 @@ def main(argv):
     run()
   except errors.UserError as error:
     logging.debug('details', exc_info=True)
-    compilation.end_at_once(f'error: {error}')
+    runtime.end_at_once(f'error: {error}')
     sys.exit(f'error: {error}')
   except (Exception, KeyboardInterrupt):
-    compilation.end_at_once(traceback.format_exc())
+    runtime.end_at_once(traceback.format_exc())
     raise
 
 
 def run():
   """Runs what the command line names."""
-  compilation.configure()
+  runtime.configure()
   config = _CONFIG.value
   config.lock()
   if 'stages' in config:

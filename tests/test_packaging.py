@@ -76,5 +76,5 @@ def test_constraints_are_exact_and_within_the_ranges(declared):
 
 def test_every_package_folder_is_found(declared):
   folders = {path.parent.relative_to(ROOT).as_posix().replace('/', '.')
-             for path in (ROOT / 'rlhf_jax').rglob('*.py')}
+             for package in ('rlhf_jax', 'planner') for path in (ROOT / package).rglob('*.py')}
   assert folders == set(declared['packages'])

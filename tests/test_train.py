@@ -6,14 +6,14 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import tiny
 
+from rlhf_jax import policy as policy_lib
 from rlhf_jax import sharding
 from rlhf_jax import train
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms import setup
 from rlhf_jax.models import hf
-from rlhf_jax.rollout import texts
+import tiny
 
 
 def records(path):
@@ -61,7 +61,7 @@ def test_an_unfinished_run_can_be_read(finished, tmp_path):
   shutil.copytree(finished[1], tmp_path / 'run')
   _, exported = hf.load(tmp_path / 'run' / 'model')
   shutil.rmtree(tmp_path / 'run' / 'model')
-  policy = texts.TextPolicy.load(tmp_path / 'run')
+  policy = policy_lib.TextPolicy.load(tmp_path / 'run')
   assert jax.tree.structure(policy.params) == jax.tree.structure(exported)
   for a, b in zip(jax.tree.leaves(policy.params), jax.tree.leaves(exported)):
     np.testing.assert_array_equal(a, b)
@@ -136,9 +136,9 @@ def test_a_checkpoint_of_a_part_is_read_with_the_rest(part, world, tmp_path):
   else:
     config.model.unfrozen_layers = 1
   train.run(config, tmp_path / 'run')
-  exported = texts.TextPolicy.load(tmp_path / 'run').params
+  exported = policy_lib.TextPolicy.load(tmp_path / 'run').params
   (tmp_path / 'run' / 'model').rename(tmp_path / 'model')
-  found = texts.TextPolicy.load(tmp_path / 'run').params
+  found = policy_lib.TextPolicy.load(tmp_path / 'run').params
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), found, exported)
   _, before = hf.load(world / 'model')
   moved = jax.tree.map(lambda a, b: bool(np.abs(a - b).max() > 0), found, before)

@@ -26,9 +26,9 @@ from benchmarks import updates
 from benchmarks import workloads
 from benchmarks.peers import jax_device
 from benchmarks.peers import protocol
-from rlhf_jax import compilation
 from rlhf_jax import config as config_lib
 from rlhf_jax import models
+from rlhf_jax import runtime
 from rlhf_jax import sharding
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms import setup
@@ -118,7 +118,7 @@ def main():
   jax.config.update('jax_enable_compilation_cache', bool(options.cache))
   if options.cache:
     jax.config.update('jax_compilation_cache_dir', options.cache)
-  compilation.configure()
+  runtime.configure()
   w = options.workload
   mesh = sharding.make_mesh({'data': -1})
   with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):

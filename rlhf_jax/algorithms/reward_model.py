@@ -25,9 +25,9 @@ from rlhf_jax import types
 from rlhf_jax.algorithms import setup
 from rlhf_jax.data import formats
 from rlhf_jax.data import pipelines
-from rlhf_jax.evaluation import calibration
-from rlhf_jax.models import heads
 from rlhf_jax.models import trainable
+from rlhf_jax.rewards import calibration
+from rlhf_jax.rewards import scoring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,30 +39,9 @@ class Settings:
   token_dropout: float
 
 
-def score(params, tokens, mask, *, model):
-  """The reward of each row, read at its last real token.
-
-  Args:
-    params: {'backbone', 'head'}.
-    tokens: [n, T] int32, padded on either side.
-    mask: [n, T] bool.
-    model: Model.
-
-  Returns:
-    [n] float32.
-  """
-  return heads.apply_scalar(params['head'], model.summary(params['backbone'], tokens, mask))
-
-
-def comparison_scores(params, batch, *, model):
-  """The scores [B, K] of every completion of Comparisons."""
-  tokens, mask = (x.reshape((-1,) + x.shape[2:]) for x in (batch.tokens, batch.mask))
-  return score(params, tokens, mask, model=model).reshape(batch.present.shape)
-
-
 def comparison_loss(params, batch, *, model, settings):
   """Per-prompt loss [B], which prompts count [B] bool, and the scores [B, K]."""
-  scores = comparison_scores(params, batch, model=model)
+  scores = scoring.comparison_scores(params, batch, model=model)
   if settings.loss == 'pairwise':
     loss, valid = losses.pairwise_loss(
         scores, batch.ranks, batch.present, batch.margin, centering=settings.centering,
@@ -183,7 +162,7 @@ def create(config, mesh):
   settings = Settings(loss=config.reward.loss, centering=config.reward.centering,
                       label_smoothing=config.reward.label_smoothing,
                       token_dropout=config.reward.token_dropout)
-  scores = jax.jit(functools.partial(comparison_scores, model=model))
+  scores = jax.jit(functools.partial(scoring.comparison_scores, model=model))
 
   def fitted_head(params):
     """The head, normalized on the config's texts."""
@@ -202,7 +181,7 @@ def create(config, mesh):
       microbatch_size=config.microbatch_size), state)
 
   def evaluate(state):
-    pairs = [held_out_pairs(processes.host(
+    pairs = [scoring.pair_gaps(processes.host(
         scores(trainable.join(frozen, state.params['reward']), sharding.put_rows(batch, mesh))),
         batch) for batch in held_out]
     return describe(np.concatenate(pairs)) if pairs else {}
@@ -240,13 +219,6 @@ def normalization_batches(config, examples, tokenizer, sizes):
     completions = setup.read_examples(data, formats.completions, tokenizer)
     examples = [formats.Comparison(e.prompt, (e.completion,), (0,)) for e in completions]
   return [batch for batch, _ in pipelines.comparison_batches(examples, tokenizer, **sizes)]
-
-
-def held_out_pairs(scores, batch):
-  """Gaps r_better - r_worse of all pairs of a batch, [n] float32."""
-  ranks, present = np.asarray(batch.ranks), np.asarray(batch.present)
-  better = (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]
-  return (scores[:, :, None] - scores[:, None, :])[better]
 
 
 def describe(gaps):

@@ -16,26 +16,26 @@ import jax
 import numpy as np
 
 from rlhf_jax import metrics as metrics_lib
-from rlhf_jax.algorithms import reward_model as reward_model_lib
+from rlhf_jax import policy as policy_lib
 from rlhf_jax.data import formats
 from rlhf_jax.data import pipelines
 from rlhf_jax.data import sources
 from rlhf_jax.data import tokenizers
-from rlhf_jax.evaluation import calibration as calibration_lib
 from rlhf_jax.evaluation import report
 from rlhf_jax.evaluation import tables
 from rlhf_jax.evaluation import text
 from rlhf_jax.evaluation import winrate
 from rlhf_jax.feedback import elo
 from rlhf_jax.models import hf
+from rlhf_jax.rewards import calibration as calibration_lib
 from rlhf_jax.rewards import functions
-from rlhf_jax.rollout import texts
+from rlhf_jax.rewards import scoring
 
 
 @dataclasses.dataclass
 class Answers:
   """What one policy said: samples, proxy and gold scores [n], KL to the baseline in nats."""
-  samples: texts.Samples
+  samples: policy_lib.Samples
   proxy: np.ndarray
   gold: np.ndarray
   kl: float
@@ -74,7 +74,7 @@ def run(folder, *, title, summary, workdir, policies, baseline, trained, best_of
   judge = functions.load(gold)
   if gold_path:
     judge = judge(gold_path)
-  loaded = {name: texts.TextPolicy.load(path, unroll=unroll) for name, path in policies.items()}
+  loaded = {name: policy_lib.TextPolicy.load(path, unroll=unroll) for name, path in policies.items()}
   scorer = Scorer.load(reward_model, unroll=unroll) if reward_model else None
   examples, _ = formats.prompts(sources.read(prompts))
   questions = [examples[i % len(examples)].prompt for i in range(samples)]
@@ -142,27 +142,27 @@ def ask(policies, questions, scorer, judge, key, *, baseline, best_of, max_new_t
 @dataclasses.dataclass
 class Scorer:
   """A reward model with its tokenizer; called with a Rollout of n rows it gives scores [n]."""
-  policy: texts.TextPolicy
+  policy: policy_lib.TextPolicy
 
   @classmethod
   def load(cls, path, *, unroll):
     """From a Hugging Face folder of a sequence classifier with one label."""
     model, params = hf.load_reward(path, unroll=unroll)
-    return cls(texts.TextPolicy(model, params, tokenizers.load(path)))
+    return cls(policy_lib.TextPolicy(model, params, tokenizers.load(path)))
 
   def __call__(self, rollout):
     return self.rows(rollout.tokens, rollout.mask)
 
   def rows(self, tokens, mask):
     """Scores [n] of tokens [n, T] and their mask."""
-    return texts.in_batches(
+    return policy_lib.in_batches(
         lambda rows, start: _score(self.policy.params, *rows, model=self.policy.model),
         (tokens, mask))
 
 
 @functools.partial(jax.jit, static_argnames=('model',))
 def _score(params, tokens, mask, *, model):
-  return reward_model_lib.score(params, tokens, mask, model=model)
+  return scoring.score(params, tokens, mask, model=model)
 
 
 def mean_kl(policy, reference, rollout, temperature):
@@ -218,13 +218,13 @@ def pair_gaps(scorer, path, *, max_length=0):
   """
   examples, _ = formats.comparisons(sources.read(path))
   batches = pipelines.comparison_batches(
-      examples, scorer.policy.tokenizer, batch_size=min(texts.BATCH, len(examples)),
+      examples, scorer.policy.tokenizer, batch_size=min(policy_lib.BATCH, len(examples)),
       max_length=max_length or scorer.policy.model.max_length)
   gaps = []
   for batch, _ in batches:
     tokens, mask = (x.reshape((-1,) + x.shape[2:]) for x in (batch.tokens, batch.mask))
     scores = scorer.rows(tokens, mask).reshape(batch.ranks.shape)
-    gaps.append(reward_model_lib.held_out_pairs(scores, batch))
+    gaps.append(scoring.pair_gaps(scores, batch))
   return np.concatenate(gaps)
 
 

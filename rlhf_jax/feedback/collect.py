@@ -5,11 +5,11 @@ The human step of RLHF where no human is at hand: two samples of each prompt, on
 
 import jax
 
+from rlhf_jax import policy as policy_lib
 from rlhf_jax.data import formats
 from rlhf_jax.data import sources
 from rlhf_jax.feedback import annotators
 from rlhf_jax.rewards import functions
-from rlhf_jax.rollout import texts
 
 
 def run(folder, *, policy, prompts, pairs, held_out, max_new_tokens, temperature, gold,
@@ -40,7 +40,7 @@ def run(folder, *, policy, prompts, pairs, held_out, max_new_tokens, temperature
   examples, _ = formats.prompts(records)
   total = pairs + held_out
   questions = [examples[i % len(examples)].prompt for i in range(total)]
-  asked = texts.TextPolicy.load(policy, unroll=unroll)
+  asked = policy_lib.TextPolicy.load(policy, unroll=unroll)
   samples = asked.sample(questions, jax.random.key(seed), max_new_tokens=max_new_tokens,
                          temperature=temperature, samples=2)
   first, second = samples.responses[::2], samples.responses[1::2]
@@ -73,7 +73,7 @@ def sample(folder, *, policy, prompts, count, max_new_tokens, temperature, unrol
     seed: of the samples.
   """
   examples, _ = formats.prompts(sources.read(prompts))
-  asked = texts.TextPolicy.load(policy, unroll=unroll)
+  asked = policy_lib.TextPolicy.load(policy, unroll=unroll)
   samples = asked.sample(
       [examples[i % len(examples)].prompt for i in range(count)], jax.random.key(seed),
       max_new_tokens=max_new_tokens, temperature=temperature)

@@ -12,8 +12,8 @@ from rlhf_jax import errors
 from rlhf_jax import models
 from rlhf_jax import processes
 from rlhf_jax import sharding
-from rlhf_jax.algorithms import reward_model
 from rlhf_jax.data import tokenizers
+from rlhf_jax.rewards import scoring
 
 
 def same_tokenizer(a, b):
@@ -32,7 +32,7 @@ def of_tokens(model, params):
   Returns:
     Function from a Rollout to scores [B] float32, on the device.
   """
-  score = jax.jit(functools.partial(reward_model.score, model=model))
+  score = jax.jit(functools.partial(scoring.score, model=model))
   return lambda rollout: score(params, rollout.tokens, rollout.mask)
 
 
@@ -51,7 +51,7 @@ def of_texts(model, params, tokenizer, *, max_length, mesh):
     says which responses finished, and so get an EOS. Encoders read prompt and response as one
     text between the tokenizer's own ends.
   """
-  score = jax.jit(functools.partial(reward_model.score, model=model))
+  score = jax.jit(functools.partial(scoring.score, model=model))
 
   def token_rows(prompts, responses, ended):
     if isinstance(model, models.Encoder):

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.models import heads
 from rlhf_jax.models import hf
+from rlhf_jax.rewards import scoring
 from rlhf_jax.types import Comparisons
+import tiny
 
 B, K, T = 8, 4, 9
 PLAIN = reward_model.Settings(
@@ -30,7 +31,7 @@ def llama():
 @pytest.fixture(scope='module')
 def score_of(llama):
   model, params = llama
-  return functools.partial(jax.jit(functools.partial(reward_model.score, model=model)), params)
+  return functools.partial(jax.jit(functools.partial(scoring.score, model=model)), params)
 
 
 def comparisons(seed=0, garbage=0):
@@ -173,7 +174,7 @@ def test_normalization_folds_into_the_exported_head(mode, world, tmp_path):
   learner, state, _, _ = tiny.train(reward_model, config, 2)
   learner.export(state, tmp_path / 'model')
   model, params = hf.load_reward(tmp_path / 'model')
-  score = jax.jit(functools.partial(reward_model.score, model=model))
+  score = jax.jit(functools.partial(scoring.score, model=model))
   values = {}
   for name, weights in {'before': state.params['reward'], 'after': params}.items():
     values[name] = []

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import references
-import tiny
 
+import references
 from rlhf_jax import config as config_lib
 from rlhf_jax import models
+from rlhf_jax import policy as policy_lib
 from rlhf_jax import types
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms import reward_model
@@ -23,7 +23,7 @@ from rlhf_jax.algorithms import sft
 from rlhf_jax.models import hf
 from rlhf_jax.rollout import decode
 from rlhf_jax.rollout import sampling as sampling_lib
-from rlhf_jax.rollout import texts
+import tiny
 
 START, EOS, VOCAB = 0, 1, 13
 P, R = 5, 4
@@ -337,5 +337,5 @@ def test_reward_model_learns_what_is_in_order_and_pays_ppo(task, tmp_path):
   assert 'backbone' in state.params['critic']
   assert np.isfinite([metrics['objective/scores'] for metrics in history]).all()
   learner.export(state, tmp_path / 'policy')
-  policy = texts.TextPolicy.load(tmp_path / 'policy')
+  policy = policy_lib.TextPolicy.load(tmp_path / 'policy')
   assert len(policy.sample(['w1', 'w2'], jax.random.key(0), max_new_tokens=SLOTS).responses) == 2

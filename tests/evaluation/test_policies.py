@@ -6,18 +6,19 @@ import numpy as np
 import pytest
 
 from rlhf_jax import metrics
+from rlhf_jax import policy as policy_lib
+from rlhf_jax import types
 from rlhf_jax.data import sources
-from rlhf_jax.evaluation import folds
-from rlhf_jax.evaluation import judge
 from rlhf_jax.evaluation import policies
-from rlhf_jax.rollout import texts
+from rlhf_jax.tasks import hh
+from rlhf_jax.tasks import polarity
 
 
 def answers(gold, *, proxy=None, kl=0.0, lengths=None):
   n = len(gold)
   mask = np.ones((n, 4), bool) if lengths is None else np.arange(4) < np.array(lengths)[:, None]
-  rollout = texts.types.Rollout(None, None, mask, None)
-  samples = texts.Samples(['p'] * n, ['a b c'] * n, rollout)
+  rollout = types.Rollout(None, None, mask, None)
+  samples = policy_lib.Samples(['p'] * n, ['a b c'] * n, rollout)
   return policies.Answers(samples, proxy, np.array(gold, float), kl)
 
 
@@ -51,11 +52,11 @@ def test_judge_learns_words(tmp_path):
   path = tmp_path / 'judge.jsonl'
   sources.write(path, [{'text': f'a {word} film {i}', 'label': label}
                        for i in range(20) for word, label in (('lovely', 1), ('dreary', 0))])
-  call = judge.sentiment(str(path))
+  call = polarity.sentiment(str(path))
   assert call('what a', ' lovely time') == 1.0 and call('a dreary', ' time') == 0.0
 
 
 def test_bag_of_words_baseline_ranks_unseen_pairs():
   train = [(f'kind words {i}', f'rude words {i}') for i in range(30)]
-  gaps = folds.bag_of_words(train, [('kind soul', 'rude soul'), ('rude', 'kind')])
+  gaps = hh.bag_of_words(train, [('kind soul', 'rude soul'), ('rude', 'kind')])
   assert gaps[0] > 0 > gaps[1]

@@ -9,8 +9,10 @@ import matplotlib
 import numpy as np
 import pytest
 
-from rlhf_jax.evaluation import calibration, figures, report
+from rlhf_jax.evaluation import figures
+from rlhf_jax.evaluation import report
 from rlhf_jax.feedback import elo
+from rlhf_jax.rewards import calibration
 
 METRICS = {
   'sft': [{'step': i, 'loss': 2 - i / 100, 'eval/loss': 2.1 - i / 100} for i in range(100)],

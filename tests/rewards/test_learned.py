@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers as hf_tokenizers
-import tiny
 import transformers
 
 from rlhf_jax import errors
@@ -13,12 +12,13 @@ from rlhf_jax import models
 from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.algorithms import on_policy
-from rlhf_jax.algorithms import reward_model
 from rlhf_jax.data import formats
 from rlhf_jax.data import tokenizers
 from rlhf_jax.models import heads
 from rlhf_jax.models import hf
 from rlhf_jax.rewards import learned
+from rlhf_jax.rewards import scoring
+import tiny
 
 TEXTS = [('w1 w2', 'w3'), ('w4', 'w5 w6 w7'), ('w8 w9 w10', 'w11 w12'), ('w13', '')]
 ENDED = [True, False, True, True]
@@ -86,7 +86,7 @@ def test_another_tokenizer_reads_the_text(world, tmp_path, mesh):
   rollout = types.Rollout(tokens, mask, mask[:, 4:], np.zeros((4, 5), np.float32))
   found = score(sharding.put_rows(rollout, mesh), [formats.Prompt(p, {}) for p, _ in TEXTS])
 
-  expect = jax.jit(lambda *row: reward_model.score(params, *row, model=model))
+  expect = jax.jit(lambda *row: scoring.score(params, *row, model=model))
   for i, ((prompt, response), end) in enumerate(zip(TEXTS, ENDED)):
     row = own.encode(prompt, add_special_tokens=True) + own.encode(
         response, add_special_tokens=False) + [own.eos_token_id] * end

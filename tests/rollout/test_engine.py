@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
+from planner import hlo
 from rlhf_jax import errors
 from rlhf_jax import models
 from rlhf_jax import processes
@@ -17,10 +17,10 @@ from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.algorithms import on_policy
 from rlhf_jax.models import attention
-from rlhf_jax.plan import hlo
 from rlhf_jax.rollout import decode
 from rlhf_jax.rollout import engine
 from rlhf_jax.rollout import sampling as sampling_lib
+import tiny
 
 VOCAB, EOS, PAD = 24, 3, 0
 SPREAD = {'vocab_size': VOCAB, 'initializer_range': 0.4}

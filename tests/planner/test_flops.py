@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import pytest
 
 from configs import ppo_llama3_8b
+from planner import flops
+from planner import programs
+from planner import search
 from rlhf_jax import sharding
 from rlhf_jax.models import attention
-from rlhf_jax.plan import flops
-from rlhf_jax.plan import programs
-from rlhf_jax.plan import search
 
 M, K, N = 3, 5, 7
 MATMUL = 2 * M * K * N

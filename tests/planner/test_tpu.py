@@ -9,13 +9,13 @@ import pytest
 
 pytest.importorskip('libtpu')
 
-PLAN = ['-m', 'rlhf_jax.plan', '--config=configs/ppo_llama3_8b.py:debug', '--effort=-1']
+PLAN = ['-m', 'planner', '--config=configs/ppo_llama3_8b.py:debug', '--effort=-1']
 # Attention and its gradients on 2 x 2 chips: rows over 'data', heads over 'tensor'; scores would be 4 GiB a chip.
 KERNELS = '''
 import functools, jax, jax.numpy as jnp
 from rlhf_jax import sharding
 from rlhf_jax.models import attention
-from rlhf_jax.plan import compiler
+from planner import compiler
 jax.config.update('jax_platforms', 'cpu')
 mesh = sharding.make_mesh({'data': 2, 'tensor': 2}, devices=compiler.devices('v5e:2x2'))
 rows = sharding.batch_sharding(mesh)

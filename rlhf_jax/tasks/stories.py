@@ -1,8 +1,22 @@
-"""Rule-based rewards over strings; see functions.py for what they are called with."""
+"""Stories with direct speech: prompts from a few texts, and the share of sentences that quote somebody."""
 
 import re
 
+from rlhf_jax.data import sources
+
 _SENTENCE = re.compile(r'[^.!?]+[.!?]+["\')\]]*')
+
+
+def write(folder, *, texts, count):
+  """Writes prompts.jsonl: `count` prompts that take the texts in turn.
+
+  Args:
+    folder: pathlib.Path it goes to.
+    texts: what the prompts are.
+    count: records.
+  """
+  sources.write(folder / 'prompts.jsonl',
+                [{'prompt': texts[i % len(texts)]} for i in range(count)])
 
 
 def direct_speech(prompts, responses, *, response_tokens, metadata):

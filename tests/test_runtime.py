@@ -9,10 +9,10 @@ import sys
 import jax
 import pytest
 
-from rlhf_jax import compilation
 from rlhf_jax import errors
+from rlhf_jax import runtime
 
-WAIT = {'heartbeat_timeout_seconds': compilation.HEARTBEAT_SECONDS}
+WAIT = {'heartbeat_timeout_seconds': runtime.HEARTBEAT_SECONDS}
 NAMES = ('COORDINATOR_ADDRESS', 'PROCESS_COUNT', 'PROCESS_ID', 'TPU_WORKER_HOSTNAMES', 'SLURM_STEP_NUM_TASKS',
          'OMPI_COMM_WORLD_SIZE')
 
@@ -33,7 +33,7 @@ def joined(monkeypatch):
 def test_alone(joined, monkeypatch, variables):
   for name, value in variables.items():
     monkeypatch.setenv(name, value)
-  compilation.join()
+  runtime.join()
   assert joined == []
 
 
@@ -43,18 +43,18 @@ def test_alone(joined, monkeypatch, variables):
 def test_clusters_that_tell_by_themselves(joined, monkeypatch, variables):
   for name, value in variables.items():
     monkeypatch.setenv(name, value)
-  compilation.join()
+  runtime.join()
   assert joined == [((), WAIT)]
 
 
 def test_a_coordinator_that_is_named(joined, monkeypatch):
   for name, value in {'COORDINATOR_ADDRESS': 'host:1234', 'PROCESS_COUNT': '4', 'PROCESS_ID': '3'}.items():
     monkeypatch.setenv(name, value)
-  compilation.join()
+  runtime.join()
   assert joined == [(('host:1234', 4, 3), WAIT | {'cluster_detection_method': 'deactivate'})]
   monkeypatch.setenv('PROCESS_ID', 'three')
   with pytest.raises(errors.UserError, match='COORDINATOR_ADDRESS=host:1234 needs PROCESS_ID beside it'):
-    compilation.join()
+    runtime.join()
 
 
 HUGE_PAGES = pathlib.Path('/sys/kernel/mm/transparent_hugepage/enabled')
@@ -62,8 +62,8 @@ HUGE_PAGES = pathlib.Path('/sys/kernel/mm/transparent_hugepage/enabled')
 TOUCH = """
 import json, resource
 if {keep}:
-  from rlhf_jax import compilation
-  compilation.keep_memory()
+  from rlhf_jax import runtime
+  runtime.keep_memory()
 faults = []
 for _ in range(8):
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

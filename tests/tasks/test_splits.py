@@ -3,10 +3,10 @@
 import json
 import random
 
-from rlhf_jax.data import folds
-from rlhf_jax.data import polarity
-from rlhf_jax.data import prompts
 from rlhf_jax.data import sources
+from rlhf_jax.tasks import hh
+from rlhf_jax.tasks import polarity
+from rlhf_jax.tasks import stories
 
 
 def rows(path):
@@ -17,7 +17,7 @@ def test_folds_test_every_pair_once_and_never_train_on_it(tmp_path):
   data = tmp_path / 'pairs.jsonl'
   sources.write(data, [{'prompt': f'q{i}', 'chosen': f' good {i}', 'rejected': f' bad {i}'}
                        for i in range(23)])
-  folds.write(tmp_path, path=str(data), count=4, vocab_size=270, turns=0, seed=1)
+  hh.write(tmp_path, path=str(data), count=4, vocab_size=270, turns=0, seed=1)
   tested = []
   for fold in range(4):
     train, test = rows(tmp_path / f'train_{fold}.jsonl'), rows(tmp_path / f'test_{fold}.jsonl')
@@ -28,10 +28,10 @@ def test_folds_test_every_pair_once_and_never_train_on_it(tmp_path):
 
 def test_last_turns():
   dialogue = '\n\nHuman: a\n\nwith a break\n\nAssistant: b\n\nHuman: c\n\nAssistant:'
-  assert folds.last_turns(dialogue, 0) == dialogue
-  assert folds.last_turns(dialogue, 1) == '\n\nAssistant:'
-  assert folds.last_turns(dialogue, 2) == '\n\nHuman: c\n\nAssistant:'
-  assert folds.last_turns(dialogue, 9) == dialogue
+  assert hh.last_turns(dialogue, 0) == dialogue
+  assert hh.last_turns(dialogue, 1) == '\n\nAssistant:'
+  assert hh.last_turns(dialogue, 2) == '\n\nHuman: c\n\nAssistant:'
+  assert hh.last_turns(dialogue, 9) == dialogue
 
 
 def test_the_judges_half_is_seen_by_no_model(tmp_path):
@@ -57,5 +57,5 @@ def test_the_judges_half_is_seen_by_no_model(tmp_path):
 
 
 def test_prompts_take_the_texts_in_turn(tmp_path):
-  prompts.write(tmp_path, texts=('a', 'b'), count=3)
+  stories.write(tmp_path, texts=('a', 'b'), count=3)
   assert rows(tmp_path / 'prompts.jsonl') == [{'prompt': 'a'}, {'prompt': 'b'}, {'prompt': 'a'}]

@@ -3,18 +3,18 @@
 import math
 
 import pytest
-import tiny
 
 from configs import ppo_llama3_8b
+from planner import chips
+from planner import estimate
+from planner import programs
+from planner import report
+from planner import search
 from rlhf_jax import config as config_lib
 from rlhf_jax import errors
 from rlhf_jax import sharding
 from rlhf_jax import train
-from rlhf_jax.plan import chips
-from rlhf_jax.plan import estimate
-from rlhf_jax.plan import programs
-from rlhf_jax.plan import report
-from rlhf_jax.plan import search
+import tiny
 
 CHIPS = 256
 LINKS = {axis: 2e11 for axis in sharding.AXES}

@@ -18,8 +18,8 @@ from absl import logging
 import jax
 from jax.experimental import topologies
 
+from planner import hlo
 from rlhf_jax import errors
-from rlhf_jax.plan import hlo
 
 # '... temporaries (36.55G) exceeds available HBM (15.75G)', or 'Used 36.55G of 15.75G hbm'.
 TOO_LARGE = re.compile(r'([\d.]+)([KMG])\)? (?:exceeds available HBM|of [\d.]+[KMG] hbm)')
@@ -60,7 +60,7 @@ def devices(topology):
   try:
     version = importlib.metadata.version('libtpu')
   except importlib.metadata.PackageNotFoundError:
-    raise errors.UserError('rlhf_jax.plan needs the TPU compiler, in the package libtpu, which works without a TPU: '
+    raise errors.UserError('planner needs the TPU compiler, in the package libtpu, which works without a TPU: '
                            "pip install -e '.[plan]'. Elsewhere keep it out: JAX would look for a TPU first.") from None
   try:
     with quiet():

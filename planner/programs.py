@@ -21,10 +21,10 @@ from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.algorithms import on_policy
 from rlhf_jax.algorithms import ppo
-from rlhf_jax.algorithms import reward_model
 from rlhf_jax.algorithms import setup
 from rlhf_jax.models import heads
 from rlhf_jax.models import trainable
+from rlhf_jax.rewards import scoring
 
 # What is no parameter and no moment: a few numbers, on every chip.
 SMALL = tuple((rf'^state/{name}$', PartitionSpec()) for name in ('step', 'key', 'kl_coef', 'reward_moments'))
@@ -87,13 +87,13 @@ def make(config, mesh):
 def check(config):
   """Raises UserError where a config cannot be planned."""
   if config.get('algorithm') != 'ppo':
-    raise errors.UserError('rlhf_jax.plan plans single runs of PPO; this config has '
+    raise errors.UserError('planner plans single runs of PPO; this config has '
                            f'algorithm={config.get("algorithm")!r}')
   if not config.model.init:
-    raise errors.UserError('config.model.init is empty: rlhf_jax.plan reads no folder; give it the fields of '
+    raise errors.UserError('config.model.init is empty: planner reads no folder; give it the fields of '
                            'config.json')
   if config.model.lora.path or config.critic.path:
-    raise errors.UserError('config.model.lora.path and config.critic.path: rlhf_jax.plan reads no folder; leave '
+    raise errors.UserError('config.model.lora.path and config.critic.path: planner reads no folder; leave '
                            'them empty')
 
 
@@ -118,7 +118,7 @@ def calls(config, mesh, handles, optimizers, arrays):
       ppo.train_step, models=handles, optimizers=optimizers, settings=settings), state)
   found = {'rollout': (generate, (trainable.join(frozen['shared'], state.params['policy']), prompts, state.key))}
   if scored:
-    score = functools.partial(reward_model.score, model=dataclasses.replace(handles.policy, lora=None))
+    score = functools.partial(scoring.score, model=dataclasses.replace(handles.policy, lora=None))
     found['scoring'] = jax.jit(score), (scored, rollout.tokens, rollout.mask)
   ptx = None
   if config.ptx.batch_size:

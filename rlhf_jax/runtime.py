@@ -10,7 +10,6 @@ import jax
 
 from rlhf_jax import errors
 
-
 HUGE = 2**21  # bytes of a huge page
 HEARTBEAT_SECONDS = 50  # after which a process that is gone ends the others
 

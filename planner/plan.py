@@ -6,16 +6,16 @@ import pathlib
 
 import rich.progress
 
+from planner import chips as chips_lib
+from planner import compiler
+from planner import estimate
+from planner import memory
+from planner import programs
+from planner import report
+from planner import search
 from rlhf_jax import config as config_lib
 from rlhf_jax import errors
 from rlhf_jax import sharding
-from rlhf_jax.plan import chips as chips_lib
-from rlhf_jax.plan import compiler
-from rlhf_jax.plan import estimate
-from rlhf_jax.plan import memory
-from rlhf_jax.plan import programs
-from rlhf_jax.plan import report
-from rlhf_jax.plan import search
 
 ORDER = ('update', 'rollout', 'scoring')  # what may not fit comes first
 

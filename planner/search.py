@@ -10,14 +10,14 @@ from typing import Any
 import jax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from planner import estimate
+from planner import flops
+from planner import memory
+from planner import programs
 from rlhf_jax import errors
 from rlhf_jax import sharding
 from rlhf_jax.models import attention
 from rlhf_jax.models import stack
-from rlhf_jax.plan import estimate
-from rlhf_jax.plan import flops
-from rlhf_jax.plan import memory
-from rlhf_jax.plan import programs
 
 ESTIMATES = {'rollout': estimate.rollout, 'scoring': estimate.scoring, 'update': estimate.update}
 

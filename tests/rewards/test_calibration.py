@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation import calibration
+from rlhf_jax.rewards import calibration
 
 
 def test_ece_by_hand():

@@ -1,4 +1,4 @@
-"""python -m rlhf_jax.plan --config=configs/ppo_llama3_8b.py --topology=v5e:16x16 [--search] [--config.key=value]
+"""python -m planner --config=configs/ppo_llama3_8b.py --topology=v5e:16x16 [--search] [--config.key=value]
 
 Compiles rollout, scoring and train step of a PPO config for TPUs that nobody has to own, and prints
 what they need and how long they take. --search tries other meshes, microbatches and recomputations.
@@ -13,10 +13,10 @@ from absl import flags
 from absl import logging
 import jax
 
+from planner import plan as plan_lib
+from planner import report
 from rlhf_jax import errors
 from rlhf_jax import main as main_lib
-from rlhf_jax.plan import planner as planner_lib
-from rlhf_jax.plan import report
 
 _TOPOLOGY = flags.DEFINE_string('topology', 'v5e:16x16', 'Chip and grid: v5e:16x16, v5p:4x4x4, v6e:8x8 ...')
 _SEARCH = flags.DEFINE_boolean('search', False, 'Try other meshes, microbatches and recomputations.')
@@ -28,11 +28,11 @@ _REPORT = flags.DEFINE_string('report', '', 'Markdown file to put the tables int
 
 def run(config, topology):
   """The command."""
-  planner = planner_lib.Planner(topology, _EFFORT.value)
+  planner = plan_lib.Planner(topology, _EFFORT.value)
   if _SEARCH.value:
-    chosen, tables = planner_lib.find(planner, config, _CONFIRM.value)
+    chosen, tables = plan_lib.find(planner, config, _CONFIRM.value)
   else:
-    chosen, tables = planner_lib.plan(planner, config)
+    chosen, tables = plan_lib.plan(planner, config)
   report.show(tables)
   whole = report.size(planner.chip.memory)
   summary = (f'{planner.chips} chips of {planner.chip.name}; mesh (data x fsdp x tensor), microbatch, recomputation: '
@@ -44,7 +44,7 @@ def run(config, topology):
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith('--report')]
     source = next((a.partition('=')[2] for a in arguments if a.startswith('--config=')), 'config')
     report.append(pathlib.Path(_REPORT.value), f'{source} on {topology}',
-                  shlex.join(['python', '-m', 'rlhf_jax.plan', *arguments]), summary, tables)
+                  shlex.join(['python', '-m', 'planner', *arguments]), summary, tables)
 
 
 def main(argv):

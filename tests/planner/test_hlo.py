@@ -4,11 +4,12 @@ import textwrap
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import pytest
 
+from planner import hlo
 from rlhf_jax import sharding
-from rlhf_jax.plan import hlo
 
 # As XLA for TPUs writes them, shortened: a loop of 10 - 2 rounds whose body gathers once, in three fusions
 # that overlap it with two matmuls, and within it a loop of 4 rounds that reduces and scatters.

@@ -6,9 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from rlhf_jax.data import review_grammar as grammar
-from rlhf_jax.data import reviews
 from rlhf_jax.errors import UserError
+from rlhf_jax.tasks import review_grammar as grammar
+from rlhf_jax.tasks import reviews
 
 KETTLE = 'Review of the kettle:'
 

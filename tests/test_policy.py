@@ -9,12 +9,12 @@ import sys
 import jax
 import numpy as np
 import pytest
-import tiny
 from tokenizers import processors
 
 from rlhf_jax import errors
+from rlhf_jax import policy as policy_lib
 from rlhf_jax.models import hf
-from rlhf_jax.rollout import texts
+import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROMPTS = [tiny.text(i, 1 + i % 3) for i in range(7)]
@@ -22,7 +22,7 @@ PROMPTS = [tiny.text(i, 1 + i % 3) for i in range(7)]
 
 @pytest.fixture(scope='module')
 def policy(world):
-  return texts.TextPolicy.load(world / 'model')
+  return policy_lib.TextPolicy.load(world / 'model')
 
 
 def sample(policy, prompts=PROMPTS, **changes):
@@ -50,7 +50,7 @@ def test_texts_are_those_of_the_tokens(policy):
 def test_batches_with_a_remainder_are_like_one_batch(policy, monkeypatch):
   whole = sample(policy, temperature=0.0)
   logprobs = policy.logprobs(whole.rollout, temperature=0.8)
-  monkeypatch.setattr(texts, 'BATCH', 3)
+  monkeypatch.setattr(policy_lib, 'BATCH', 3)
   same(sample(policy, temperature=0.0), whole)
   np.testing.assert_allclose(
       policy.logprobs(whole.rollout, temperature=0.8), logprobs, atol=1e-5)
@@ -60,10 +60,10 @@ def test_batches_with_a_remainder_are_like_one_batch(policy, monkeypatch):
 
 @pytest.mark.parametrize('count, batch', [(7, 3), (6, 3), (2, 3), (1, 1)])
 def test_in_batches(count, batch, monkeypatch):
-  monkeypatch.setattr(texts, 'BATCH', batch)
+  monkeypatch.setattr(policy_lib, 'BATCH', batch)
   seen = []
   tree = {'a': np.arange(count), 'b': np.arange(3 * count).reshape(count, 3)}
-  found = texts.in_batches(
+  found = policy_lib.in_batches(
       lambda rows, start: (seen.append((start, len(rows['a']))),
                            {k: v + 1 for k, v in rows.items()})[1], tree)
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b + 1), found, tree)
@@ -95,7 +95,7 @@ def test_an_empty_prompt_begins_with_the_bos(policy, world, tmp_path):
   assert found.rollout.tokens[0, 0] == tiny.BOS and found.rollout.mask[0, 0]
   # Without a BOS there is nothing to begin with.
   shutil.copytree(world / 'model', tmp_path / 'model')
-  policy = texts.TextPolicy.load(tmp_path / 'model')
+  policy = policy_lib.TextPolicy.load(tmp_path / 'model')
   policy.tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
   with pytest.raises(errors.UserError, match='the prompt is empty'):
     sample(policy, [''])
@@ -103,9 +103,9 @@ def test_an_empty_prompt_begins_with_the_bos(policy, world, tmp_path):
 
 def test_load_takes_the_model_of_a_finished_run(policy, world, tmp_path):
   shutil.copytree(world / 'model', tmp_path / 'model')
-  same(sample(texts.TextPolicy.load(tmp_path)), sample(policy))
+  same(sample(policy_lib.TextPolicy.load(tmp_path)), sample(policy))
   with pytest.raises(errors.UserError):
-    texts.TextPolicy.load(tmp_path / 'nothing')
+    policy_lib.TextPolicy.load(tmp_path / 'nothing')
 
 
 def test_command_line(policy, tmp_path):

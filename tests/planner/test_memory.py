@@ -2,14 +2,14 @@
 
 import jax
 import pytest
-import tiny
 
+from planner import memory
+from planner import programs
 from rlhf_jax import errors
 from rlhf_jax import models
 from rlhf_jax import sharding
 from rlhf_jax.algorithms import ppo
-from rlhf_jax.plan import memory
-from rlhf_jax.plan import programs
+import tiny
 
 MESH = {'data': 2, 'fsdp': 2, 'tensor': 2}
 LORA = (('attention/(query|value)$', 4, 8.0),)

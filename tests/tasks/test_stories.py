@@ -3,7 +3,7 @@
 import pytest
 
 from rlhf_jax.rewards import functions
-from rlhf_jax.rewards import rules
+from rlhf_jax.tasks import stories
 
 TEXTS = {
     'none': ('He left. She stayed.', 0.0),
@@ -19,12 +19,12 @@ TEXTS = {
 
 @pytest.mark.parametrize('text, share', TEXTS.values(), ids=TEXTS)
 def test_direct_speech(text, share):
-  assert rules.direct_speech_of('"Prompts" do not count.', text) == pytest.approx(share)
+  assert stories.direct_speech_of('"Prompts" do not count.', text) == pytest.approx(share)
 
 
 def test_direct_speech_is_a_reward_function():
   texts = [text for text, _ in TEXTS.values()]
-  function = functions.load('rlhf_jax.rewards.rules:direct_speech')
+  function = functions.load('rlhf_jax.tasks.stories:direct_speech')
   scores = functions.call(
       function, [''] * len(texts), texts, response_tokens=[[]] * len(texts),
       metadata=[{}] * len(texts), slots=3)

@@ -32,10 +32,10 @@ import itertools
 import random
 import re
 
-from rlhf_jax.data import review_grammar as grammar
 from rlhf_jax.data import sources
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
+from rlhf_jax.tasks import review_grammar as grammar
 
 SHORTEST, LONGEST = 8, 28  # words of a response
 

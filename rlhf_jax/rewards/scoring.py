@@ -1,0 +1,36 @@
+"""Scores of tokens by a reward model: read at the last real token.
+
+Letters: B prompts, K completions of one prompt, T sequence length.
+"""
+
+import numpy as np
+
+from rlhf_jax.models import heads
+
+
+def score(params, tokens, mask, *, model):
+  """The reward of each row, read at its last real token.
+
+  Args:
+    params: {'backbone', 'head'}.
+    tokens: [n, T] int32, padded on either side.
+    mask: [n, T] bool.
+    model: Model.
+
+  Returns:
+    [n] float32.
+  """
+  return heads.apply_scalar(params['head'], model.summary(params['backbone'], tokens, mask))
+
+
+def comparison_scores(params, batch, *, model):
+  """The scores [B, K] of every completion of Comparisons."""
+  tokens, mask = (x.reshape((-1,) + x.shape[2:]) for x in (batch.tokens, batch.mask))
+  return score(params, tokens, mask, model=model).reshape(batch.present.shape)
+
+
+def pair_gaps(scores, batch):
+  """Gaps r_better - r_worse of all pairs of a batch, [n] float32."""
+  ranks, present = np.asarray(batch.ranks), np.asarray(batch.present)
+  better = (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]
+  return (scores[:, :, None] - scores[:, None, :])[better]
