@@ -1,7 +1,7 @@
-"""From scores to advantages: KL estimators and controllers, reward vectors, GAE, whitening.
+"""From scores to advantages: KL estimators and controllers, reward vectors, GAE, groups.
 
-Letters: B batch, R response length. Every function takes a mask; what a masked slot holds
-never reaches a result. All arithmetic is float32.
+Letters: B batch, R response length, n responses per prompt. Every function of tokens takes a
+mask; what a masked slot holds never reaches a result. All arithmetic is float32.
 
 Where published implementations differ, the choice is an argument with the field's names for
 its values; algorithms/ppo.py collects them into presets.
@@ -15,6 +15,7 @@ KL_ESTIMATORS = ('k1', 'k2', 'k3', 'abs', 'full')
 KL_CONTROLLERS = ('fixed', 'adaptive', 'adaptive_per_token')
 SCORE_POSITIONS = ('last', 'after_end', 'eos')
 MISSING_EOS = ('none', 'replace', 'subtract')
+GROUP_SCALES = ('group', 'batch', 'none')
 
 
 def masked_sum(x, mask):
@@ -241,3 +242,85 @@ def update_moments(moments, scores):
 def running_std(moments):
   """Standard deviation (n - 1) of all scores seen; 1 before the second."""
   return jnp.where(moments[0] > 1, jnp.sqrt(moments[2] / jnp.maximum(moments[0] - 1, 1)), 1.0)
+
+
+def by_group(scores, n):
+  """Scores [B] as [B / n, n]: the n responses of a prompt stand one after the other."""
+  chex.assert_rank(scores, 1)
+  if n < 2 or scores.shape[0] % n:
+    raise ValueError(f'groups of {n} responses in a batch of {scores.shape[0]}: '
+                     'n must be at least 2 and divide the batch')
+  return scores.reshape(-1, n)
+
+
+def group_advantages(scores, n, *, scale):
+  """(score - mean of its group) / (std + 1e-4), one advantage per response.
+
+      'group':  std of the group (GRPO: DeepSeekMath §4.1.2, https://arxiv.org/abs/2402.03300)
+      'batch':  std of all scores of the batch (Lite PPO, https://arxiv.org/abs/2508.08221)
+      'none':   no division (Dr. GRPO, https://arxiv.org/abs/2503.20783)
+
+  The standard deviations divide by n - 1, that of the batch by B - 1, and 1e-4 is added to
+  them, as in TRL; the papers say neither.
+
+  Args:
+    scores: [B] float32, n consecutive responses per prompt.
+    n: responses per prompt.
+    scale: 'group', 'batch' or 'none'.
+
+  Returns:
+    [B] float32, to be given to every token of a response.
+
+  Raises:
+    ValueError: if n is below 2 or does not divide B, or for an unknown scale.
+  """
+  groups = by_group(scores, n)
+  advantages = groups - jnp.mean(groups, axis=1, keepdims=True)
+  if scale == 'group':
+    advantages /= jnp.std(groups, axis=1, keepdims=True, ddof=1) + 1e-4
+  elif scale == 'batch':
+    advantages /= jnp.std(scores, ddof=1) + 1e-4
+  elif scale != 'none':
+    raise ValueError(f'unknown scale {scale!r}: one of {GROUP_SCALES}')
+  return advantages.reshape(-1)
+
+
+def equal_groups(scores, n):
+  """Which responses belong to a group whose scores are all equal, [B] bool.
+
+  Their advantages are 0, so they teach nothing; DAPO leaves them out and samples others
+  (eq. 11, https://arxiv.org/abs/2503.14476). The scores are compared themselves: the standard
+  deviation of equal scores is not 0 where their mean rounds.
+
+  Args:
+    scores: [B] float32, n consecutive responses per prompt.
+    n: responses per prompt.
+
+  Raises:
+    ValueError: if n is below 2 or does not divide B.
+  """
+  groups = by_group(scores, n)
+  return jnp.repeat(jnp.all(groups == groups[:, :1], axis=1), n)
+
+
+def overlong_penalty(lengths, *, max_length, cache):
+  """clip((max_length - cache - length) / cache, -1, 0), to be added to the scores.
+
+  0 up to `max_length - cache` tokens, then falling to -1 at `max_length`.
+  See DAPO, eq. 13 (https://arxiv.org/abs/2503.14476), where they are 20,480 and 4,096.
+
+  Args:
+    lengths: [B] int32, tokens of each response.
+    max_length: tokens at which the penalty is -1, usually the most that are sampled.
+    cache: tokens over which it falls.
+
+  Returns:
+    [B] float32.
+
+  Raises:
+    ValueError: unless 0 < cache <= max_length.
+  """
+  if not 0 < cache <= max_length:
+    raise ValueError(f'cache {cache} must be above 0 and at most max_length {max_length}')
+  over = jnp.asarray(lengths - (max_length - cache), jnp.float32)
+  return -jnp.clip(over / cache, 0.0, 1.0)

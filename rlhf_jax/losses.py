@@ -3,11 +3,120 @@
 Letters: B batch, R response length, K completions, T sequence length. Per-token losses
 return per-token values, to be summed over a mask and divided by the count of the whole
 minibatch, so that microbatches add up to the true mean and not to a mean of means.
+`token_weights` does the same for the means of GRPO's family.
 """
 
 import chex
 import jax
 import jax.numpy as jnp
+
+RATIO_LEVELS = ('token', 'sequence', 'sequence_token')
+NORMALIZERS = ('token', 'sequence', 'constant')
+
+
+def log_ratio(logprobs, old_logprobs, mask, *, level):
+  """Log of the importance ratio, of each token or of its whole sequence.
+
+  With d_t = logprobs_t - old_logprobs_t and s = sum_t d_t / length over the sequence's tokens:
+
+      'token':           d_t                                   (PPO, GRPO)
+      'sequence':        s on every token                      (GSPO)
+      'sequence_token':  sg(s) + logprobs_t - sg(logprobs_t)   (GSPO-token)
+
+  where sg stops the gradient. The last has the value of 'sequence', but each token's gradient
+  is its own, so that advantages may differ within a sequence. For equal advantages and
+  normalization by sequence the gradients of the last two are the same.
+  See GSPO, eq. 7 and §4.3 (https://arxiv.org/abs/2507.18071).
+
+  Args:
+    logprobs: [B, R] float32, of the policy being trained.
+    old_logprobs: [B, R] float32, of the policy that sampled.
+    mask: [B, R] bool, True at response tokens; it may have holes.
+    level: 'token', 'sequence' or 'sequence_token'.
+
+  Returns:
+    [B, R] float32; masked slots hold 0.
+
+  Raises:
+    ValueError: for an unknown level.
+  """
+  chex.assert_equal_shape([logprobs, old_logprobs, mask])
+  per_token = jnp.where(mask, logprobs - old_logprobs, 0.0)
+  if level == 'token':
+    return per_token
+  length = jnp.sum(mask, axis=1, keepdims=True)
+  mean = jnp.sum(per_token, axis=1, keepdims=True) / jnp.maximum(length, 1)
+  if level == 'sequence':
+    return jnp.where(mask, mean, 0.0)
+  if level == 'sequence_token':
+    own = logprobs - jax.lax.stop_gradient(logprobs)
+    return jnp.where(mask, jax.lax.stop_gradient(mean) + own, 0.0)
+  raise ValueError(f'unknown ratio level {level!r}: one of {RATIO_LEVELS}')
+
+
+def token_weights(mask, tokens, sequences, *, normalize, max_length):
+  """Weights w such that sum(w * loss) over a whole minibatch is the normalized loss.
+
+      'token':     1 / tokens                         (DAPO eq. 12; TRL's BNPO)
+      'sequence':  1 / (sequences * length of the sequence)    (GRPO, DeepSeekMath eq. 3)
+      'constant':  1 / (sequences * max_length)       (Dr. GRPO)
+
+  'token' weighs all tokens alike, 'sequence' all sequences alike, and 'constant' all tokens
+  alike whatever the lengths of the others. Count `tokens` and `sequences` once, over the
+  whole minibatch; the weighted sums of its microbatches then add up to its loss. To leave
+  sequences out (DAPO's groups of equal scores), clear their mask and do not count them.
+  See DeepSeekMath (https://arxiv.org/abs/2402.03300), DAPO (https://arxiv.org/abs/2503.14476)
+  and Dr. GRPO §3 (https://arxiv.org/abs/2503.20783).
+
+  Args:
+    mask: [B, R] bool, True at the response tokens of a microbatch; it may have holes.
+    tokens: scalar, response tokens in the minibatch.
+    sequences: scalar, sequences in the minibatch. An empty one counts, as it does in TRL.
+    normalize: 'token', 'sequence' or 'constant'.
+    max_length: the most tokens a response can have; used by 'constant' only. It is not R,
+      which is smaller where a microbatch is cut to its longest response.
+
+  Returns:
+    [B, R] float32; masked slots hold 0.
+
+  Raises:
+    ValueError: for an unknown normalization.
+  """
+  chex.assert_rank(mask, 2)
+  if normalize == 'token':
+    count = tokens
+  elif normalize == 'sequence':
+    count = sequences * jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
+  elif normalize == 'constant':
+    count = sequences * max_length
+  else:
+    raise ValueError(f'unknown normalization {normalize!r}: one of {NORMALIZERS}')
+  return mask / jnp.maximum(count, 1).astype(jnp.float32)
+
+
+def clipped_policy_loss(log_ratios, advantages, *, clip_low, clip_high, dual_clip=0.0):
+  """-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), ratio = exp(log_ratios).
+
+  The loss of `ppo_policy_loss`, for a ratio that need not be of one token: see `log_ratio`.
+
+  Args:
+    log_ratios: [B, R] float32.
+    advantages: [B, R] float32.
+    clip_low: how far below 1 the ratio counts.
+    clip_high: how far above 1 the ratio counts.
+    dual_clip: 0 for none.
+
+  Returns:
+    loss [B, R], clipped [B, R] (1 where the clip decides) and ratio [B, R].
+  """
+  chex.assert_equal_shape([log_ratios, advantages])
+  ratio = jnp.exp(log_ratios)
+  plain = -advantages * ratio
+  clip = -advantages * jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
+  loss = jnp.maximum(plain, clip)
+  if dual_clip:
+    loss = jnp.where(advantages < 0, jnp.minimum(loss, -dual_clip * advantages), loss)
+  return loss, (clip > plain).astype(jnp.float32), ratio
 
 
 def ppo_policy_loss(logprobs, old_logprobs, advantages, *, clip_low, clip_high, dual_clip=0.0):
@@ -30,13 +139,9 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, *, clip_low, clip_high, 
     loss [B, R], clipped [B, R] (1 where the clip decides) and ratio [B, R].
   """
   chex.assert_equal_shape([logprobs, old_logprobs, advantages])
-  ratio = jnp.exp(logprobs - old_logprobs)
-  plain = -advantages * ratio
-  clip = -advantages * jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
-  loss = jnp.maximum(plain, clip)
-  if dual_clip:
-    loss = jnp.where(advantages < 0, jnp.minimum(loss, -dual_clip * advantages), loss)
-  return loss, (clip > plain).astype(jnp.float32), ratio
+  return clipped_policy_loss(
+      logprobs - old_logprobs, advantages, clip_low=clip_low, clip_high=clip_high,
+      dual_clip=dual_clip)
 
 
 def ppo_value_loss(values, old_values, returns, *, clip):

@@ -5,7 +5,7 @@ float64, so that a reader can check each line against its source and a test can 
 against them. Nothing here imports the package. The rows are ragged: a row of length n has n real
 slots, what lies behind them must never matter (tests put rubbish there).
 
-Letters: B batch, R response length, K completions, V vocabulary.
+Letters: B batch, R response length, K completions, V vocabulary, n responses per prompt.
 """
 
 import math
@@ -240,3 +240,45 @@ class RunningScale:
   def update(self, scores):
     self.seen += [float(s) for s in scores]
     return math.sqrt(variance(self.seen, bessel=True)) if len(self.seen) > 1 else 1.0
+
+
+def group_advantages(scores, n, *, scale):
+  """Score less the mean of its n neighbours, over std + 1e-4 of the group or of the batch."""
+  out = []
+  for i in range(0, len(scores), n):
+    group = [float(s) for s in scores[i:i + n]]
+    over = {'group': group, 'batch': [float(s) for s in scores], 'none': None}[scale]
+    divisor = 1.0 if over is None else math.sqrt(variance(over, bessel=True)) + 1e-4
+    for score in group:
+      out.append((score - mean(group)) / divisor)
+  return out
+
+
+def overlong_penalty(length, *, max_length, cache):
+  """DAPO eq. 13, in its three cases."""
+  if length <= max_length - cache:
+    return 0.0
+  if length <= max_length:
+    return (max_length - cache - length) / cache
+  return -1.0
+
+
+def sequence_ratio(logp, old_logp, keep):
+  """GSPO eq. 7, as written: (product of p / product of old p) ^ (1 / length)."""
+  new, old, length = 1.0, 1.0, 0
+  for p, q, k in zip(logp, old_logp, keep):
+    if k:
+      new, old, length = new * math.exp(p), old * math.exp(q), length + 1
+  return (new / old) ** (1 / length) if length else 1.0
+
+
+def normalized(loss, mask, *, normalize, max_length):
+  """One number for a minibatch: DAPO eq. 12, DeepSeekMath eq. 3 or Dr. GRPO."""
+  per_sequence = [[float(x) for x, k in zip(*row) if k] for row in zip(loss, mask)]
+  if normalize == 'token':
+    tokens = sum(per_sequence, [])
+    return mean(tokens) if tokens else 0.0
+  if normalize == 'sequence':
+    return mean([mean(tokens) if tokens else 0.0 for tokens in per_sequence])
+  assert normalize == 'constant'
+  return mean([sum(tokens) / max_length for tokens in per_sequence])

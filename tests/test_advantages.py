@@ -117,6 +117,43 @@ def test_missing_eos_by_hand():
   close(adv.apply_missing_eos(scores, ended, mode='subtract', value=1.0), [2, 1])
 
 
+def test_group_advantages_by_hand():
+  # Two groups of three: 1, 2, 6 (mean 3, squares 4 + 1 + 9 = 14, variance 14 / 2 = 7) and
+  # 0, 0, 3 (mean 1, squares 1 + 1 + 4 = 6, variance 6 / 2 = 3).
+  scores = jnp.array([1.0, 2.0, 6.0, 0.0, 0.0, 3.0])
+  centred = np.array([-2, -1, 3, -1, -1, 2])
+  close(adv.group_advantages(scores, 3, scale='none'), centred)
+  root = np.sqrt([7, 7, 7, 3, 3, 3])
+  close(adv.group_advantages(scores, 3, scale='group'), centred / (root + 1e-4))
+  # The batch: sum 12, mean 2, squares 1 + 0 + 16 + 4 + 4 + 1 = 26, variance 26 / 5 = 5.2. It is
+  # the variance of the scores, not of what is left after the groups' means, which is 20 / 5.
+  close(adv.group_advantages(scores, 3, scale='batch'), centred / (np.sqrt(5.2) + 1e-4))
+
+
+def test_equal_groups_by_hand():
+  # In float32 the mean of three times 0.1 is not 0.1, so their standard deviation is not 0.
+  scores = jnp.array([0.1, 0.1, 0.1, 1.0, 1.0, 0.0, -2.0, -2.0, -2.0])
+  assert adv.equal_groups(scores, 3).tolist() == [True] * 3 + [False] * 3 + [True] * 3
+  assert np.abs(adv.group_advantages(scores, 3, scale='group')[:3]).max() < 1e-3
+
+
+def test_overlong_penalty_by_hand():
+  # DAPO's own numbers: 16,384 tokens are free, 18,432 are half way to 20,480.
+  lengths = jnp.array([0, 16384, 18432, 20480, 30000])
+  close(adv.overlong_penalty(lengths, max_length=20480, cache=4096), [0, 0, -0.5, -1, -1])
+  for cache in (0, 11):
+    with pytest.raises(ValueError, match='cache'):
+      adv.overlong_penalty(lengths, max_length=10, cache=cache)
+
+
+@pytest.mark.parametrize('n', [0, 1, 3])
+def test_groups_that_do_not_fill_the_batch_are_errors(n):
+  with pytest.raises(ValueError, match='divide the batch'):
+    adv.group_advantages(jnp.zeros(4), n, scale='none')
+  with pytest.raises(ValueError, match='divide the batch'):
+    adv.equal_groups(jnp.zeros(4), n)
+
+
 def test_unknown_names_are_errors():
   mask = jnp.ones((1, 1), bool)
   x = jnp.zeros((1, 1))
@@ -128,6 +165,8 @@ def test_unknown_names_are_errors():
     adv.score_index(mask, 'first')
   with pytest.raises(ValueError, match='drop'):
     adv.apply_missing_eos(x[0], mask[0], mode='drop', value=0.0)
+  with pytest.raises(ValueError, match='prompt'):
+    adv.group_advantages(jnp.zeros(4), 2, scale='prompt')
 
 
 # Against loops, on random ragged rows with NaN behind the masks.
@@ -229,3 +268,41 @@ def test_running_moments_agree_with_keeping_every_score():
       close(adv.running_std(moments), reference.update(scores), rtol=2e-6)
     close(moments[0], 8)
     close(moments[1], references.mean(reference.seen))
+
+
+@pytest.mark.parametrize('scale', adv.GROUP_SCALES)
+def test_group_advantages_agree_with_loops(scale):
+  for case in range(CASES):
+    rng = np.random.default_rng(case)
+    n, prompts = [(2, 1), (2, 5), (4, 3), (7, 2)][case % 4]
+    scores = rng.normal(rng.normal(), 10.0 ** rng.uniform(-1, 0.5), n * prompts)
+    # Eighths, so that scores are equal or well apart; every third case is a rule's, +1 or -1.
+    scores = (np.round(8 * scores) / 8 if case % 3 else np.sign(scores)).astype(np.float32)
+    found = jitted(adv.group_advantages, n=n, scale=scale)(scores)
+    expected = references.group_advantages(scores, n, scale=scale)
+    close(found, expected, rtol=1e-5, atol=1e-5)
+    close(found.reshape(-1, n).sum(1), np.zeros(prompts), atol=2e-5)
+    equal = jitted(adv.equal_groups, n=n)(scores)
+    groups = scores.reshape(-1, n).tolist()
+    assert equal.tolist() == [len(set(group)) == 1 for group in groups for _ in group]
+    close(found[equal], np.zeros(equal.sum()), atol=1e-3)
+
+
+def test_group_advantages_ignore_the_order_and_the_offset_of_a_group():
+  rng = np.random.default_rng(0)
+  scores = rng.normal(size=(5, 4)).astype(np.float32)
+  order = np.stack([rng.permutation(4) for _ in range(5)])
+  take = lambda x: np.take_along_axis(np.reshape(x, (5, 4)), order, axis=1).ravel()
+  for scale in ('group', 'none'):
+    advantages = adv.group_advantages(scores.ravel(), 4, scale=scale)
+    close(adv.group_advantages(take(scores), 4, scale=scale), take(advantages), atol=1e-5)
+    offset = scores + np.arange(5, dtype=np.float32)[:, None]
+    close(adv.group_advantages(offset.ravel(), 4, scale=scale), advantages, atol=1e-5)
+
+
+def test_overlong_penalty_agrees_with_its_three_cases():
+  lengths = np.arange(30)
+  for max_length, cache in [(20, 5), (20, 20), (20, 1), (7, 3)]:
+    close(jitted(adv.overlong_penalty, max_length=max_length, cache=cache)(lengths), [
+        references.overlong_penalty(n, max_length=max_length, cache=cache)
+        for n in lengths.tolist()])

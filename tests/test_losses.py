@@ -57,6 +57,46 @@ def test_asymmetric_and_dual_clip_by_hand():
   close(loss, [[-2.6, 6.0, 1.8]])
 
 
+def test_log_ratios_by_hand():
+  # Two tokens with ratios 2 and 8 and a hole between: the sequence's ratio is sqrt(16) = 4.
+  mask = jnp.array([[True, False, True]])
+  new, old = jnp.log(jnp.array([[0.5, 0.1, 0.8]])), jnp.log(jnp.array([[0.25, 0.9, 0.1]]))
+  ratio = lambda level: jnp.exp(losses.log_ratio(new, old, mask, level=level))
+  close(ratio('token'), [[2, 1, 8]])
+  close(ratio('sequence'), [[4, 1, 4]])
+  close(ratio('sequence_token'), [[4, 1, 4]])
+  # d ratio_t / d logp_u: each token moves its own ratio by the ratio; a sequence's ratio moves
+  # with either token by 4 / 2; GSPO-token's with its own token by 4. Summed over t:
+  slope = lambda level: jax.grad(
+      lambda x: jnp.sum(jnp.exp(losses.log_ratio(x, old, mask, level=level))))(new)
+  close(slope('token'), [[2, 0, 8]])
+  close(slope('sequence'), [[4, 0, 4]])
+  close(slope('sequence_token'), [[4, 0, 4]])
+  # The first token's alone:
+  first = lambda level: jax.grad(
+      lambda x: jnp.exp(losses.log_ratio(x, old, mask, level=level))[0, 0])(new)
+  close(first('sequence'), [[2, 0, 2]])
+  close(first('sequence_token'), [[4, 0, 0]])
+
+
+def test_token_weights_by_hand():
+  # Lengths 3 and 1 of at most 5: 4 tokens, 2 sequences.
+  mask = jnp.array([[True, True, False, True], [True, False, False, False]])
+  weights = lambda normalize: losses.token_weights(
+      mask, 4, 2, normalize=normalize, max_length=5)
+  close(weights('token'), np.where(mask, 1 / 4, 0))
+  close(weights('sequence'), np.where(mask, [[1 / 6], [1 / 2]], 0))  # 1 / (2 * 3), 1 / (2 * 1)
+  close(weights('constant'), np.where(mask, 1 / 10, 0))
+
+
+def test_unknown_names_are_errors():
+  x = jnp.zeros((1, 1))
+  with pytest.raises(ValueError, match='word'):
+    losses.log_ratio(x, x, x == 0, level='word')
+  with pytest.raises(ValueError, match='batch'):
+    losses.token_weights(x == 0, 1, 1, normalize='batch', max_length=1)
+
+
 def test_value_loss_by_hand():
   values, old = jnp.array([[1.0, 1.0, 0.1]]), jnp.array([[0.5, 0.5, 0.0]])
   returns = jnp.array([[0.0, 2.0, 1.0]])
@@ -152,6 +192,80 @@ def test_policy_loss_and_gradient_agree_with_loops(settings):
     for found, expected in zip(fn(new, old, advantages), (loss, clipped, ratio)):
       close(found, expected)
     close(gradient_fn(new, old, advantages), gradient)
+
+
+def holed(case):
+  """A mask of the case's shape with holes, and here and there an empty response."""
+  rng = np.random.default_rng([case, 1])
+  shape = SHAPES[case % len(SHAPES)]
+  lengths = rng.integers(0, shape[1] + 1, shape[0])
+  return (np.arange(shape[1]) < lengths[:, None]) & (rng.random(shape) < 0.8)
+
+
+@pytest.mark.parametrize('level', losses.RATIO_LEVELS)
+def test_log_ratios_agree_with_loops(level):
+  fn = jitted(losses.log_ratio, level=level)
+  gradient_fn = jax.jit(jax.grad(lambda *args: fn(*args).sum()))
+  for case in range(CASES):
+    mask, (old, step) = holed(case), tokens(case, 1.0, 0.3)
+    new = old + step
+    if level == 'token':
+      expected = new.astype(np.float64) - old
+    else:
+      expected = np.log([[references.sequence_ratio(*row)] for row in zip(
+          new.astype(np.float64), old.astype(np.float64), mask)])
+    new, old = np.where(mask, [new, old], np.nan)
+    close(fn(new, old, mask), np.where(mask, expected, 0), rtol=1e-5)
+    close(gradient_fn(new, old, mask), mask)  # length times 1 / length, or 1
+
+
+@pytest.mark.parametrize('normalize', losses.NORMALIZERS)
+def test_normalized_losses_agree_with_loops(normalize):
+  fn = jitted(losses.token_weights, normalize=normalize, max_length=17)
+  for case in range(CASES):
+    mask, (loss,) = holed(case), tokens(case, 1.0)
+    weights = fn(mask, mask.sum(), len(mask))
+    assert not np.asarray(weights)[~mask].any()
+    close(np.sum(weights * loss),
+          references.normalized(loss, mask, normalize=normalize, max_length=17))
+
+
+@pytest.mark.parametrize('normalize', losses.NORMALIZERS)
+def test_microbatches_add_up_to_the_normalized_loss(normalize):
+  fn = functools.partial(losses.token_weights, normalize=normalize, max_length=9)
+  for case in range(2, CASES, 4):  # [4, 8]
+    mask, (loss,) = holed(case), tokens(case, 1.0)
+    counts = mask.sum(), len(mask)
+    whole = np.sum(fn(mask, *counts) * loss)
+    parts = 0.0
+    for rows in ([0], [1, 2], [3]):  # uneven, and each cut to its longest response
+      cut = max(1, np.max(np.where(mask[rows], np.arange(8) + 1, 0)))
+      part = mask[rows, :cut]
+      parts += np.sum(fn(part, *counts) * loss[rows, :cut])
+    close(parts, whole)
+
+
+def test_gspo_and_gspo_token_have_the_same_gradient():
+  # For one advantage per sequence, meaned over its tokens (GSPO §4.3), clipped or not.
+  def gradient(new, old, mask, advantages, *, level):
+    def total(x):
+      ratios = losses.log_ratio(x, old, mask, level=level)
+      loss, clipped, _ = losses.clipped_policy_loss(
+          ratios, advantages, clip_low=0.05, clip_high=0.1)
+      weights = losses.token_weights(
+          mask, mask.sum(), mask.shape[0], normalize='sequence', max_length=0)
+      return jnp.sum(weights * loss), jnp.sum(clipped)
+    return jax.grad(total, has_aux=True)(new)
+
+  clips = 0
+  for case in range(CASES):
+    mask, (old, step, advantages) = holed(case), tokens(case, 1.0, 0.3, 1.0)
+    args = old + step, old, mask, np.repeat(advantages[:, :1], mask.shape[1], axis=1)
+    (sequence, clipped), (per_token, _) = (
+        jitted(gradient, level=level)(*args) for level in ('sequence', 'sequence_token'))
+    close(sequence, per_token)
+    clips += clipped > 0
+  assert 20 < clips < CASES - 20, 'both clipped and free sequences are needed'
 
 
 @pytest.mark.parametrize('bound', [0.2, 0.0])
