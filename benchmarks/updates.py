@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks import workloads
 from rlhf_jax import config as config_lib
+from rlhf_jax import forward
 from rlhf_jax import models
 from rlhf_jax import sharding
 from rlhf_jax import types
@@ -77,10 +78,11 @@ def prepare(config, mesh):
   model, trained, shared = setup.divide(config, model, policy, mesh)
   reference = on_policy.load_reference(config, mesh, model, trained)
   critic_model, critic = on_policy.make_critic(config, None, mesh, model, trained, shared, None)
-  handles = ppo.Models(model, critic_model, critic_shared=config.critic.kind == 'adapters')
+  handles = forward.Models(model, critic_model, critic_shared=config.critic.kind == 'adapters')
   optimizers = {'policy': setup.make_optimizer(config.optim, 100),
                 'critic': setup.make_optimizer(config.optim, 100, exported=False)}
-  state = setup.new_state(config, {'policy': trained, 'critic': critic}, optimizers, mesh, model.rules)
+  state = setup.new_state(config.seed, {'policy': trained, 'critic': critic}, optimizers, mesh, model.rules,
+                          extra={'kl_coef': jnp.float32(config.ppo.kl_coef), 'reward_moments': jnp.zeros(3)})
   step = setup.jit_step(functools.partial(
       ppo.train_step, models=handles, optimizers=optimizers, settings=ppo.make_settings(config, None)), state)
   arguments = {'shared': shared, 'reference': reference}, *episode(config), None

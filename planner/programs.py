@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from rlhf_jax import errors
+from rlhf_jax import forward
 from rlhf_jax import models
 from rlhf_jax import sharding
 from rlhf_jax import types
@@ -27,7 +28,7 @@ from rlhf_jax.models import trainable
 from rlhf_jax.rewards import scoring
 
 # What is no parameter and no moment: a few numbers, on every chip.
-SMALL = tuple((rf'^state/{name}$', PartitionSpec()) for name in ('step', 'key', 'kl_coef', 'reward_moments'))
+SMALL = tuple((rf'^state/{name}$', PartitionSpec()) for name in ('step', 'key', 'extra/kl_coef', 'extra/reward_moments'))
 UPDATES = 1000  # of the learning rate's schedule; no shape depends on it
 
 
@@ -71,8 +72,9 @@ def make(config, mesh):
     reference = {} if model.lora is not None and not config.reference else params if config.reference else trained
     critic_model, critic = on_policy.make_critic(
         config, None, mesh, model, trained, shared, (base, scored) if scored else None)
-    handles.append(ppo.Models(model, critic_model, critic_shared=config.critic.kind == 'adapters'))
-    state = setup.new_state(config, {'policy': trained, 'critic': critic}, optimizers, mesh, model.rules)
+    handles.append(forward.Models(model, critic_model, critic_shared=config.critic.kind == 'adapters'))
+    state = setup.new_state(config.seed, {'policy': trained, 'critic': critic}, optimizers, mesh, model.rules,
+                            extra={'kl_coef': jnp.float32(0), 'reward_moments': jnp.zeros(3)})
     return {'state': state, 'frozen': {'shared': shared, 'reference': reference}, 'scored': scored}
 
   base = models.create(config.model.init.to_dict(), **setup.model_settings(config.model))

@@ -14,7 +14,6 @@ from rlhf_jax import errors
 from rlhf_jax import optim
 from rlhf_jax.algorithms import ppo_settings
 
-
 # Kinds of data each algorithm reads.
 KINDS = {'sft': ('text', 'completion'), 'reward_model': ('comparison',), 'ppo': ('prompt',)}
 

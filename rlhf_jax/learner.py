@@ -1,7 +1,7 @@
 """What the loop in train.py asks of an algorithm."""
 
-import dataclasses
 from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 from rlhf_jax import types

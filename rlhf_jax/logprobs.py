@@ -32,8 +32,7 @@ def _in_chunks(rows_fn, arrays, vocab, chunk):
     x = jnp.pad(x, ((0, 0), (0, chunks * size - length)) + ((0, 0),) * (x.ndim - 2))
     return sharding.split_rows(jnp.moveaxis(x.reshape((batch, chunks, size) + x.shape[2:]), 1, 0), axis=1)
 
-  out = jax.lax.scan(lambda _, xs: (None, jax.checkpoint(rows_fn)(*xs)), None, [split(x) for x in arrays],
-                     unroll=processes.unrolled())[1]
+  out = processes.scan(lambda _, xs: (None, jax.checkpoint(rows_fn)(*xs)), None, [split(x) for x in arrays])[1]
   return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length], out)
 
 

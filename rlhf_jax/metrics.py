@@ -13,7 +13,8 @@ import uuid
 import tensorboardX
 
 from rlhf_jax import processes
-from rlhf_jax.errors import DataError, UserError
+from rlhf_jax.errors import DataError
+from rlhf_jax.errors import UserError
 
 METRICS = 'metrics.jsonl'
 SAMPLES = 'samples.jsonl'

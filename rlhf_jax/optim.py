@@ -188,15 +188,22 @@ def apply(params, opt_state, grads, optimizers):
 
   Args:
     params: {name: parameters}.
-    opt_state: {name: optimizer state}.
+    opt_state: {name: optimizer state}; nothing for parameters that stay.
     grads: {name: gradients}.
-    optimizers: {name: optax optimizer}.
+    optimizers: {name: optax optimizer, or None for parameters that stay as they are}.
 
   Returns:
     New params, new opt_state, and the norms of gradients, updates and parameters.
+
+  Raises:
+    ValueError: parameters that `optimizers` does not name.
   """
-  new_params, new_opt_state, metrics = {}, {}, {}
+  if params.keys() != optimizers.keys():
+    raise ValueError(f'parameters {sorted(params)} need an optimizer or None each; there are {sorted(optimizers)}')
+  new_params, new_opt_state, metrics = dict(params), {}, {}
   for name, optimizer in optimizers.items():
+    if optimizer is None:
+      continue
     updates, new_opt_state[name] = optimizer.update(
         grads[name], opt_state[name], params[name])
     new_params[name] = optax.apply_updates(params[name], updates)
@@ -226,4 +233,4 @@ def accumulate(grad_fn, params, rows, size):
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), jax.eval_shape(
       grad_fn, params, jax.tree.map(lambda x: x[0], split)))
   add = lambda total, part: (jax.tree.map(jnp.add, total, grad_fn(params, part)), None)
-  return jax.lax.scan(add, zeros, split, unroll=processes.unrolled())[0]
+  return processes.scan(add, zeros, split)[0]

@@ -10,7 +10,8 @@ import time
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from rlhf_jax import errors
@@ -34,17 +35,25 @@ def unrolled():
   return jax.process_count() > 1 and jax.default_backend() == 'cpu'
 
 
-def after(x, tree):
-  """Integers `x` that are there once `tree` is, for a loop too long to unroll: nothing of `tree` is left behind it.
+def scan(function, carry, xs):
+  """`jax.lax.scan` of a loop whose steps have collectives: unrolled where `unrolled` says so."""
+  return jax.lax.scan(function, carry, xs, unroll=unrolled())
+
+
+def after(xs, tree):
+  """Integers `xs` with a data dependency on `tree`, for a loop too long to unroll.
+
+  Where `unrolled` is true, a loop that reads the result starts only after `tree` is computed.
 
   Args:
-    x: what the loop reads.
-    tree: pytree of floats, whatever else than the loop's results has collectives.
+    xs: pytree of integers that the loop reads.
+    tree: pytree of floats: what has collectives besides the loop.
   """
   if not unrolled():
-    return x
+    return xs
   # 0, which the compiler cannot know.
-  return x + jnp.isnan(sum(jnp.sum(leaf) for leaf in jax.tree.leaves(tree))).astype(x.dtype)
+  zero = jnp.isnan(sum(jnp.sum(leaf) for leaf in jax.tree.leaves(tree)))
+  return jax.tree.map(lambda x: x + zero.astype(x.dtype), xs)
 
 
 def host(array):

@@ -11,7 +11,8 @@ import re
 import jax
 from jax.experimental import mesh_utils
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from rlhf_jax.errors import UserError

@@ -93,23 +93,50 @@ class Comparisons:
 
 
 @struct.dataclass
+class Experience:
+  """A scored rollout, ready for the update. Positions outside the masks hold zeros.
+
+  Attributes:
+    tokens: [B, T] int32.
+    mask: [B, T] bool.
+    response_mask: [B, R] bool, positions with a policy loss.
+    step_mask: [B, R] bool, positions with a value loss: those and the one the score is paid on.
+    logprobs: [B, R] float32 of the behaviour policy.
+    advantages: [B, R] float32.
+    ref_logprobs: [B, R] float32 of the reference; None without one.
+    values: [B, R] float32 of the critic before the update; None without one.
+    returns: [B, R] float32; None without a critic.
+    trunk: [B, T, D] states below the trained layers, where only the top ones are trained; else None.
+  """
+  tokens: Any
+  mask: Any
+  response_mask: Any
+  step_mask: Any
+  logprobs: Any
+  advantages: Any = None
+  ref_logprobs: Any = None
+  values: Any = None
+  returns: Any = None
+  trunk: Any = None
+
+
+@struct.dataclass
 class TrainState:
-  """Everything a training run needs to go on exactly where it stopped, but for the data.
+  """Everything a training run needs to resume exactly, but for the data.
 
   Attributes:
     step: int32 scalar, finished train steps.
     key: random key; folded with `step`, never reused.
     params: trainable parameters, for PPO {'policy': ..., 'critic': ...}.
     opt_state: optax state of the same shape of dict.
-    kl_coef: float32 scalar, the KL penalty's coefficient; 0 where there is none.
-    reward_moments: float32 [3], running count, mean and sum of squared deviations of scores.
+    extra: an algorithm's own pytree, for PPO its KL coefficient and the moments of the scores. Single
+      arrays are replicated, trees of parameters lie where the parameters lie.
   """
   step: Any
   key: Any
   params: Any
   opt_state: Any
-  kl_coef: Any
-  reward_moments: Any
+  extra: Any = struct.field(default_factory=dict)
 
 
 def positions_from_mask(mask):

@@ -16,6 +16,7 @@ Letters: B episodes, R response slots.
 import math
 
 import numpy as np
+
 import references
 
 SETTINGS = dict(

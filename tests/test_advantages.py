@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import references
 
+import references
 from rlhf_jax import advantages as adv
 
 CASES = 200

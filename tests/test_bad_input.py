@@ -11,7 +11,6 @@ from absl import flags
 import jax
 import numpy as np
 import pytest
-import tiny
 
 from rlhf_jax import config as config_lib
 from rlhf_jax import errors
@@ -21,6 +20,7 @@ from rlhf_jax import train
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms import sft
 from rlhf_jax.rewards import functions
+import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

@@ -6,17 +6,18 @@ import shutil
 import grain
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 import pytest
-import tiny
 
 from rlhf_jax import checkpoint
 from rlhf_jax import errors
 from rlhf_jax import sharding
 from rlhf_jax import train
 from rlhf_jax import types
+import tiny
 
 # Orbax leaves its reads unfinished where one of them fails.
 pytestmark = pytest.mark.filterwarnings(
@@ -44,8 +45,7 @@ def make_state(step, width=4):
   moments = jax.tree.map(lambda x: x + step, optax.adam(1e-3).init(params['policy']))
   return types.TrainState(
       step=jnp.int32(step), key=jax.random.key(step), params=params,
-      opt_state={'policy': moments}, kl_coef=jnp.float32(0.1 * step),
-      reward_moments=jnp.full(3, step, jnp.float32))
+      opt_state={'policy': moments}, extra={'kl_coef': jnp.float32(0.1 * step), 'reward_moments': jnp.full(3, step, jnp.float32)})
 
 
 def make_iterator(step=0):

@@ -6,10 +6,10 @@ import re
 import jax
 import numpy as np
 import pytest
-import tiny
 
 from rlhf_jax import sharding
 from rlhf_jax.algorithms import ppo
+import tiny
 
 STEPS, COMPARED = 20, 3
 MESHES = {

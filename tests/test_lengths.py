@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
 
+from rlhf_jax import forward
 from rlhf_jax import lengths
 from rlhf_jax import models
 from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.models import heads
+import tiny
 
 B, P, R = 8, 5, 64
 LLAMA = tiny.LLAMA | {'max_position_embeddings': P + R}
@@ -82,8 +83,8 @@ def test_ppo_is_the_same_whatever_is_cut(position, critic, kl, rope, world):
   optimizers = {name: optax.sgd(0.1) for name in params}
   state = types.TrainState(step=jnp.int32(0), key=jax.random.key(0), params=params,
                            opt_state={name: optimizers[name].init(params[name]) for name in params},
-                           kl_coef=jnp.float32(0.2), reward_moments=jnp.zeros(3))
-  handles = ppo.Models(model, model if critic == 'separate' else None)
+                           extra={'kl_coef': jnp.float32(0.2), 'reward_moments': jnp.zeros(3)})
+  handles = forward.Models(model, model if critic == 'separate' else None)
   rollout, scores = episode(4)
 
   def run(size, buckets):
@@ -107,7 +108,7 @@ def test_microbatches_are_cut_on_several_devices_too(world):
   model = models.create(LLAMA)
   config = tiny.ppo(world)
   config.microbatch_size, config.ppo.minibatches = 4, 1
-  handles, settings = ppo.Models(model), ppo.make_settings(config, tiny.EOS)
+  handles, settings = forward.Models(model), ppo.make_settings(config, tiny.EOS)
   policy, head = model.init(jax.random.key(1)), heads.init_scalar(jax.random.key(2), model.width, scale='normal')
   params = {'policy': policy, 'critic': {'head': head}}
   optimizers = {name: optax.sgd(0.1) for name in params}
@@ -118,7 +119,7 @@ def test_microbatches_are_cut_on_several_devices_too(world):
     with jax.set_mesh(mesh):
       state = types.TrainState(step=jnp.int32(0), key=jax.random.key(0), params=place(params),
                                opt_state={name: optimizers[name].init(params[name]) for name in params},
-                               kl_coef=jnp.float32(0.2), reward_moments=jnp.zeros(3))
+                               extra={'kl_coef': jnp.float32(0.2), 'reward_moments': jnp.zeros(3)})
       frozen = {'shared': {}, 'reference': place(jax.tree.map(lambda x: 1.1 * x, policy))}
       step = functools.partial(ppo.train_step, models=handles, optimizers=optimizers, settings=settings)
       rows = sharding.put_rows(jax.device_get((rollout, scores)), mesh)
@@ -147,9 +148,9 @@ def test_cutting_saves_the_work_of_what_is_cut(world):
       jax.debug.callback(widths.append, hidden.shape[1])
       return super().unembed(params, hidden)
 
-  handles = ppo.Models(Counting(**{name: getattr(model, name) for name in model.__dataclass_fields__}))
+  handles = forward.Models(Counting(**{name: getattr(model, name) for name in model.__dataclass_fields__}))
   params = {'policy': policy, 'critic': {'head': heads.init_scalar(None, model.width, scale='zero')}}
-  jax.block_until_ready(jax.jit(lambda: ppo.passes(params, frozen, rollout, models=handles, settings=settings))())
+  jax.block_until_ready(jax.jit(lambda: tiny.before_update(params, frozen, rollout, models=handles, settings=settings))())
   jax.effects_barrier()
   # Sorted: 1 and 3, 9 and 16, 17 and 33, 40 and 64; policy and reference.
   assert sorted(map(int, widths)) == [16] * 4 + [48] * 2 + [64] * 2

@@ -10,7 +10,8 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from rlhf_jax import metrics
-from rlhf_jax.errors import DataError, UserError
+from rlhf_jax.errors import DataError
+from rlhf_jax.errors import UserError
 
 
 def write(workdir, steps, **options):

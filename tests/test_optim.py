@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import references
 
+import references
 from rlhf_jax import errors
 from rlhf_jax import optim
 from rlhf_jax import sharding

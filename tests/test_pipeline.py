@@ -5,11 +5,11 @@ import shutil
 
 import ml_collections
 import pytest
-import tiny
 
 from rlhf_jax import errors
 from rlhf_jax import pipeline
 from rlhf_jax import train
+import tiny
 
 RAN = []
 

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from rlhf_jax import checkpoint
 from rlhf_jax import metrics as metrics_lib
@@ -22,6 +21,7 @@ from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.models import hf
+import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / 'launch' / 'local.sh'

@@ -9,12 +9,12 @@ import sys
 import time
 
 import pytest
-import tiny
 
 from rlhf_jax import train
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.algorithms import sft
+import tiny
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CLOCKS = ('seconds/', 'tokens_per_second/')

@@ -15,14 +15,15 @@ import numpy as np
 import optax
 import pytest
 from safetensors.numpy import save_file
-import tiny
 
+from rlhf_jax import forward
 from rlhf_jax import optim
 from rlhf_jax import types
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms import ppo_settings
 from rlhf_jax.models import heads
 from rlhf_jax.models import hf
+import tiny
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / 'golden' / 'trl_ppo.npz')
 CASES = [str(name) for name in GOLDEN['cases']]
@@ -49,7 +50,7 @@ def settings_of(case):
   penalty = theirs['missing_eos_penalty']
   ours = ppo_settings.Settings(
       epochs=theirs['num_ppo_epochs'], minibatches=theirs['num_mini_batches'],
-      microbatch_size=0, length_buckets=1, temperature=theirs['temperature'], eos_id=EOS,
+      microbatch_size=0, length_buckets=1, temperature=theirs['temperature'], end_tokens=(EOS,),
       kl_estimator=theirs['kl_estimator'], kl_in='reward', kl_controller='fixed',
       kl_target=1.0, kl_horizon=1.0, gamma=theirs['gamma'], lam=theirs['lam'],
       clip_low=theirs['cliprange'], clip_high=theirs['cliprange'], dual_clip=0.0,
@@ -93,11 +94,11 @@ def start_fixture(request, tmp_path):
   state = types.TrainState(
       step=jnp.int32(0), key=jax.random.key(0), params=params,
       opt_state={name: optimizers[name].init(params[name]) for name in params},
-      kl_coef=jnp.float32(theirs['kl_coef']), reward_moments=jnp.zeros(3))
+      extra={'kl_coef': jnp.float32(theirs['kl_coef']), 'reward_moments': jnp.zeros(3)})
   arrays = dict(
       state=state, frozen={'shared': {}, 'reference': reference}, rollout=make_rollout(),
       scores=jnp.asarray(GOLDEN[f'{case}/raw_scores']))
-  static = dict(models=ppo.Models(policy, critic), settings=settings)
+  static = dict(models=forward.Models(policy, critic), settings=settings)
   return case, arrays, static, optimizers
 
 
@@ -161,7 +162,7 @@ def test_every_minibatch_agrees(start, tmp_path):
 
   @jax.jit
   def step(params, opt_state, batch):
-    grads, metrics = ppo.gradients(params, batch, arrays['frozen'], state.kl_coef, **static)
+    grads, metrics = tiny.gradients(params, batch, arrays['frozen'], state.extra['kl_coef'], **static)
     return *optim.apply(params, opt_state, grads, optimizers)[:2], metrics
 
   minibatches = static['settings'].minibatches

@@ -6,6 +6,7 @@ The task: texts of the words w0 .. w59, of which w0 .. w29 are good. Comparisons
 with more good words, and `good_words` pays the share of them.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -17,10 +18,12 @@ import tokenizers as hf_tokenizers
 import transformers
 
 from rlhf_jax import config as config_lib
+from rlhf_jax import forward as forward_lib
 from rlhf_jax import models
 from rlhf_jax import sharding
 from rlhf_jax import types
-from rlhf_jax.algorithms import ppo_experience
+from rlhf_jax import update
+from rlhf_jax.algorithms import ppo as ppo_lib
 from rlhf_jax.models import heads
 from rlhf_jax.models import hf
 
@@ -186,17 +189,41 @@ def one_step(train_step, params, *batch, jit=True):
   first = types.TrainState(
       step=jnp.int32(0), key=jax.random.key(0), params=params,
       opt_state={name: optimizers[name].init(params[name]) for name in params},
-      kl_coef=jnp.float32(0.1), reward_moments=jnp.zeros(3))
+      extra={'kl_coef': jnp.float32(0.1), 'reward_moments': jnp.zeros(3)})
   train_step = functools.partial(train_step, optimizers=optimizers)
   return (jax.jit(train_step) if jit else train_step)(first, *batch)
 
 
 def experience(state, frozen, rollout, scores, *, models, settings):
-  """What `make_experience` gives; the arguments are those of ppo.train_step."""
-  fixed = ppo_experience.fixed_passes(state.params, frozen, rollout, models=models, settings=settings)
-  outputs = ppo_experience.evaluate(
-      state.params, frozen, rollout, fixed.trunk, models=models, temperature=settings.temperature)
-  return ppo_experience.make_experience(state, rollout, scores, fixed, outputs, settings=settings)
+  """Experience, extra and metrics before the update; the arguments are those of ppo.train_step."""
+  _, objective, _ = ppo_parts(state, frozen, rollout, scores, models, settings)
+  settings = dataclasses.replace(settings, microbatch_size=0)
+  fixed, outputs = before_update(state.params, frozen, rollout, models=models, settings=settings)
+  return objective.prepare(outputs, fixed)
+
+
+def before_update(params, frozen, rollout, *, models, settings):
+  """PPO's forward passes before an update: Fixed and Outputs."""
+  state = types.TrainState(0, None, params, {}, {'kl_coef': 0.0})
+  forward, _, step_mask = ppo_parts(state, frozen, rollout, jnp.zeros(1), models, settings)
+  return update.before_update(
+      params, rollout, step_mask, forward=forward, schedule=settings.schedule)
+
+
+def gradients(params, experience, frozen, kl_coef, *, models, settings):
+  """PPO's gradients of one minibatch, and metrics."""
+  state = types.TrainState(0, None, params, {}, {'kl_coef': kl_coef})
+  forward, objective, _ = ppo_parts(state, frozen, experience, jnp.zeros(1), models, settings)
+  return update.minibatch_gradients(
+      params, experience, forward=forward, objective=objective, schedule=settings.schedule)
+
+
+def ppo_parts(state, frozen, rollout, scores, models, settings):
+  """The forward passes, the objective and the mask that ppo.train_step gives to the update."""
+  forward = forward_lib.Forward(
+      models, frozen, settings.temperature, full_kl=settings.kl_estimator == 'full')
+  step_mask = ppo_lib.step_mask_of(rollout, scores, settings)
+  return forward, ppo_lib.objective(state, rollout, scores, step_mask, settings=settings), step_mask
 
 
 def get_config(arg=None):

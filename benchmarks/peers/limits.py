@@ -7,7 +7,6 @@ elsewhere. benchmarks/run.py asks every library there is and keeps the best.
 """
 
 import importlib
-
 import time
 
 from benchmarks.peers import protocol

@@ -11,7 +11,6 @@ before the update: its first forward pass gives their log-probabilities and valu
 A turn's report has the seconds of compilation in it, as JAX counts them. With `--cache DIR` compiled programs are kept in DIR and read from it, as the library does by default.
 """
 
-import functools
 import json
 import pathlib
 import tempfile
@@ -27,9 +26,11 @@ from benchmarks import workloads
 from benchmarks.peers import jax_device
 from benchmarks.peers import protocol
 from rlhf_jax import config as config_lib
+from rlhf_jax import forward as forward_lib
 from rlhf_jax import models
 from rlhf_jax import runtime
 from rlhf_jax import sharding
+from rlhf_jax import update
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms import setup
 from rlhf_jax.models import heads
@@ -83,10 +84,18 @@ def create(config, mesh):
   setup_jit_step = setup.jit_step
   with unittest.mock.patch.object(setup, 'jit_step', jit_step):
     learner = ppo.create(config, mesh)
-  bound = steps[0].keywords
-  return learner, jax.jit(functools.partial(
-      ppo.passes, models=bound['models'], settings=bound['settings']))
+  models, settings = steps[0].keywords['models'], steps[0].keywords['settings']
 
+  @jax.jit
+  def passes(params, frozen, rollout):
+    forward = forward_lib.Forward(
+        models.reaching(rollout.tokens.shape[1]), frozen, settings.temperature)
+    if settings.schedule.in_one_piece(rollout):
+      return forward.fixed(params, rollout)
+    return update.before_update(params, rollout, rollout.response_mask, forward=forward,
+                                schedule=settings.schedule)
+
+  return learner, passes
 
 def compiling():
   """A list to which the seconds of tracing, lowering and compiling are added as they happen."""

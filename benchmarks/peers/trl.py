@@ -18,8 +18,8 @@ import datasets
 import numpy as np
 import tokenizers
 import transformers
-from trl.experimental.ppo import PPOConfig
 from trl.experimental.ppo import ppo_trainer
+from trl.experimental.ppo import PPOConfig
 from trl.experimental.ppo import PPOTrainer
 
 from benchmarks import workloads

@@ -6,6 +6,9 @@ the key is left to `config.ppo()`.
 
 import dataclasses
 
+from rlhf_jax import experience
+from rlhf_jax import update
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -17,7 +20,7 @@ class Settings:
     microbatch_size: rows of one forward and backward pass; 0 for the whole minibatch.
     length_buckets: microbatches are of rows of like length, cut to one of so many; see lengths.cut. 1 for none.
     temperature: the one sampled with; logits of policy and reference are divided by it.
-    eos_id: the token that ends a response; None for none.
+    end_tokens: token ids that end a response; () for none.
     kl_estimator: 'k1', 'k2', 'k3', 'abs' or 'full' (over the vocabulary).
     kl_in: 'reward' (Ziegler et al.) or 'loss' (GRPO).
     kl_controller: 'fixed', 'adaptive' or 'adaptive_per_token'; see advantages.next_kl_coef.
@@ -49,7 +52,7 @@ class Settings:
   microbatch_size: int
   length_buckets: int
   temperature: float
-  eos_id: int | None
+  end_tokens: tuple
   kl_estimator: str
   kl_in: str
   kl_controller: str
@@ -74,6 +77,18 @@ class Settings:
   whiten_advantages: str
   whiten_unbiased: bool
   behaviour: str
+
+  @property
+  def schedule(self):
+    """update.Schedule."""
+    return update.Schedule(self.epochs, self.minibatches, self.microbatch_size, self.length_buckets)
+
+  @property
+  def rules(self):
+    """experience.ScoreRules."""
+    return experience.ScoreRules(
+        end_tokens=self.end_tokens, scale=self.scale_scores, clip=self.clip_scores,
+        missing_eos=self.missing_eos, missing_eos_value=self.missing_eos_value)
 
 
 # Config keys each preset sets, by their full names.

@@ -18,10 +18,10 @@ from rlhf_jax import advantages as adv
 from rlhf_jax import errors
 from rlhf_jax import learner
 from rlhf_jax import losses
-from rlhf_jax import optim
 from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax import types
+from rlhf_jax import update
 from rlhf_jax.algorithms import setup
 from rlhf_jax.data import formats
 from rlhf_jax.data import pipelines
@@ -103,15 +103,13 @@ def train_step(state, frozen, batch, *, model, optimizers, settings, microbatch_
     return loss, {'loss': loss, **pair_sums(scores, rows),
                   'scores': adv.masked_sum(scores, rows.present)}
 
-  grads, sums = optim.accumulate(
-      jax.grad(share, has_aux=True), state.params, batch, microbatch_size)
-  params, opt_state, norms = optim.apply(state.params, state.opt_state, grads, optimizers)
-  pairs = jnp.maximum(sums['pairs'], 1)
-  metrics = norms | {
-      'loss': sums['loss'], 'accuracy': sums['right'] / pairs, 'ties': sums['tied'] / pairs,
-      'margin': sums['gap'] / pairs,
-      'scores/mean': sums['scores'] / jnp.maximum(jnp.sum(batch.present), 1)}
-  return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+  state, metrics = update.step(
+      state, share, batch, optimizers=optimizers, microbatch_size=microbatch_size)
+  right, tied, pairs, gap, scores = map(metrics.pop, ('right', 'tied', 'pairs', 'gap', 'scores'))
+  pairs = jnp.maximum(pairs, 1)
+  return state, metrics | {
+      'accuracy': right / pairs, 'ties': tied / pairs, 'margin': gap / pairs,
+      'scores/mean': scores / jnp.maximum(jnp.sum(batch.present), 1)}
 
 
 def normalize(head, scores, mode):
@@ -175,7 +173,7 @@ def create(config, mesh):
 
   params['head'] = fitted_head(params)
   optimizers = {'reward': setup.make_optimizer(config.optim, steps)}
-  state = setup.new_state(config, {'reward': params}, optimizers, mesh, model.rules)
+  state = setup.new_state(config.seed, {'reward': params}, optimizers, mesh, model.rules)
   step = setup.jit_step(functools.partial(
       train_step, model=model, optimizers=optimizers, settings=settings,
       microbatch_size=config.microbatch_size), state)

@@ -6,6 +6,7 @@ import os
 from absl import logging
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from rlhf_jax import errors
 from rlhf_jax import models
@@ -21,6 +22,9 @@ from rlhf_jax.models import hf
 from rlhf_jax.models import hf_files
 from rlhf_jax.models import peft
 from rlhf_jax.models import trainable
+
+# Of TrainState.extra: what is one array and no tree of parameters.
+EXTRA_RULES = ((r'^[^/]+$', PartitionSpec()),)
 
 
 def load_tokenizer(config):
@@ -155,25 +159,25 @@ def make_optimizer(config_optim, steps, *, learning_rate=0.0, exported=True):
       moment_dtype=c.moment_dtype, ema=c.ema if exported else 0.0)
 
 
-def new_state(config, params, optimizers, mesh, rules, *, kl_coef=0.0):
+def new_state(seed, params, optimizers, mesh, rules, *, extra=None):
   """TrainState at step 0, the optimizer's moments placed like the parameters.
 
   Args:
-    config: the run's config.
+    seed: of the random key.
     params: {name: parameters}.
-    optimizers: {name: optax optimizer}.
+    optimizers: {name: optax optimizer, or None}.
     mesh: device mesh.
     rules: sharding rules of the parameters.
-    kl_coef: the KL coefficient to start with.
+    extra: see TrainState; None for nothing.
   """
-  init = lambda params: {name: tx.init(params[name]) for name, tx in optimizers.items()}
+  init = lambda params: {name: tx.init(params[name]) for name, tx in optimizers.items() if tx}
   opt_state = jax.jit(init, out_shardings=sharding.shardings(
       jax.eval_shape(init, params), rules, mesh))(params)
+  extra = extra or {}
   small = jax.device_put(
-      {'step': jnp.int32(0), 'key': jax.random.key(config.seed),
-       'kl_coef': jnp.float32(kl_coef), 'reward_moments': jnp.zeros(3)},
-      sharding.replicated(mesh))
-  return types.TrainState(params=params, opt_state=opt_state, **small)
+      {'step': jnp.int32(0), 'key': jax.random.key(seed)}, sharding.replicated(mesh))
+  return types.TrainState(params=params, opt_state=opt_state, extra=jax.device_put(
+      extra, sharding.shardings(extra, EXTRA_RULES + rules, mesh)), **small)
 
 
 def state_shardings(state):

@@ -15,9 +15,9 @@ from rlhf_jax import advantages as adv
 from rlhf_jax import errors
 from rlhf_jax import learner
 from rlhf_jax import logprobs
-from rlhf_jax import optim
 from rlhf_jax import sharding
 from rlhf_jax import types
+from rlhf_jax import update
 from rlhf_jax.algorithms import setup
 from rlhf_jax.data import formats
 from rlhf_jax.data import pipelines
@@ -59,6 +59,23 @@ def mean_loss(params, frozen, batch, *, model):
   return adv.masked_mean(*token_losses(params, frozen, batch, model=model))
 
 
+def ptx_gradients(params, batch, *, frozen, model, coef):
+  """Gradients of the language-modelling loss for PPO-ptx (Ouyang et al. 2022, eq. 2).
+
+  Args:
+    params: {'policy': trained parameters of `model`, ...}.
+    batch: LMBatch or Pairs.
+    frozen: the policy's other parameters.
+    model: Model.
+    coef: weight of the loss.
+
+  Returns:
+    {'policy': gradients} and metrics.
+  """
+  loss, grads = jax.value_and_grad(mean_loss)(params['policy'], frozen, batch, model=model)
+  return {'policy': jax.tree.map(lambda g: coef * g, grads)}, {'ptx/loss': loss}
+
+
 def train_step(state, frozen, batch, *, model, optimizers, microbatch_size):
   """One optimizer step. To be jitted with `state` donated.
 
@@ -80,13 +97,11 @@ def train_step(state, frozen, batch, *, model, optimizers, microbatch_size):
     loss = adv.masked_sum(*token_losses(params['policy'], frozen, rows, model=model)) / count
     return loss, {'loss': loss}
 
-  grads, metrics = optim.accumulate(
-      jax.grad(share, has_aux=True), state.params, batch, microbatch_size)
-  params, opt_state, norms = optim.apply(state.params, state.opt_state, grads, optimizers)
-  metrics = metrics | norms | {
+  state, metrics = update.step(
+      state, share, batch, optimizers=optimizers, microbatch_size=microbatch_size)
+  return state, metrics | {
       'perplexity': jnp.exp(metrics['loss']), 'tokens': count,
       'fill': jnp.mean(batch.mask if pairs else batch.segments > 0)}
-  return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 
 def ptx_iterator(config, tokenizer, model):
@@ -151,7 +166,7 @@ def create(config, mesh):
   iterator, rows, held_out = batches(config, examples, held_out, tokenizer, model)
   steps = setup.train_steps(config, rows)
   optimizers = {'policy': setup.make_optimizer(config.optim, steps)}
-  state = setup.new_state(config, {'policy': params}, optimizers, mesh, model.rules)
+  state = setup.new_state(config.seed, {'policy': params}, optimizers, mesh, model.rules)
   step = setup.jit_step(functools.partial(
       train_step, model=model, optimizers=optimizers,
       microbatch_size=config.microbatch_size), state)

@@ -27,7 +27,8 @@ with on_error='skip'. A record that is understood but of no use (see `Report`) i
 counted in either case.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 import math
 from typing import Any, TypeVar
@@ -36,7 +37,8 @@ import transformers
 
 from rlhf_jax.data import chat
 from rlhf_jax.data.sources import Record
-from rlhf_jax.errors import DataError, UserError
+from rlhf_jax.errors import DataError
+from rlhf_jax.errors import UserError
 
 Tokenizer = transformers.PreTrainedTokenizerFast
 Fields = dict[str, Any]

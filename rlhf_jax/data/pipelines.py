@@ -13,7 +13,8 @@ Batches are pytrees of `rlhf_jax.types` with NumPy arrays, always of the same sh
 respond to are left-padded, everything else is right-padded.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
@@ -23,7 +24,9 @@ import jax
 import numpy as np
 
 from rlhf_jax import types
-from rlhf_jax.data import formats, packing, tokenizers
+from rlhf_jax.data import formats
+from rlhf_jax.data import packing
+from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
 
 # Batches are made ahead of time in the background; making one is a few copies.

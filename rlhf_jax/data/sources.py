@@ -17,7 +17,9 @@ the business of `formats`.
 Lines are counted from 1, as editors do; items and rows from 0, as Python does.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
 import dataclasses
 import gzip
 import json
@@ -26,7 +28,8 @@ import pathlib
 from typing import Any
 import zlib
 
-from rlhf_jax.errors import DataError, UserError
+from rlhf_jax.errors import DataError
+from rlhf_jax.errors import UserError
 
 # What is picked up inside a directory; a file named by itself may have any other suffix and is
 # read as text.

@@ -19,7 +19,8 @@ strip it when decoding. A completion is not the beginning of a text, so `encode_
 learnt as "up on".
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from collections.abc import Sequence
 import json
 import os
 from typing import Any

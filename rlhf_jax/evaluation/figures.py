@@ -9,10 +9,10 @@ import io
 import math
 import re
 
-import numpy as np
 from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+import numpy as np
 
 BLUE, ORANGE, GREEN = '#3b82f6', '#e07b39', '#22a06b'
 _INK = '#010203'  # drawn with, then replaced by the page's own text colour

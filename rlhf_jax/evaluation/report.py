@@ -11,7 +11,9 @@ import jinja2
 import markupsafe
 
 from rlhf_jax import metrics as metrics_lib
-from rlhf_jax.evaluation import figures, page, tables
+from rlhf_jax.evaluation import figures
+from rlhf_jax.evaluation import page
+from rlhf_jax.evaluation import tables
 
 _MOST_PANELS = 9
 # What people look for first, as parts of metric names; the rest follows in alphabetical order.

@@ -11,7 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.models import hf_config
 from rlhf_jax.models import layers
-from rlhf_jax.models.naming import Source, conv1d, side_by_side
+from rlhf_jax.models.naming import conv1d
+from rlhf_jax.models.naming import side_by_side
+from rlhf_jax.models.naming import Source
 
 ARCHITECTURE = 'GPT2LMHeadModel'
 CLASSIFIER = 'GPT2ForSequenceClassification'

@@ -7,7 +7,8 @@ import pathlib
 from typing import NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+from safetensors import SafetensorError
 import safetensors.numpy
 
 from rlhf_jax.errors import UserError

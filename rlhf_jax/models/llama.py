@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 from rlhf_jax.models import hf_config
 from rlhf_jax.models import layers
 from rlhf_jax.models import rope
-from rlhf_jax.models.naming import Source, torch_linear
+from rlhf_jax.models.naming import Source
+from rlhf_jax.models.naming import torch_linear
 
 ARCHITECTURE = 'LlamaForCausalLM'
 CLASSIFIER = 'LlamaForSequenceClassification'

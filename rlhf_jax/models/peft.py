@@ -24,7 +24,6 @@ from rlhf_jax.models import lora as lora_lib
 from rlhf_jax.models.families import FAMILIES
 from rlhf_jax.models.naming import Source
 
-
 CONFIG, WEIGHTS, PREFIX = 'adapter_config.json', 'adapter_model.safetensors', 'base_model.model.'
 # Fields that are read here, or that change nothing once an adapter is trained. Any other has to be
 # null, false or empty: it may make the adapter something that lora.py does not compute.

@@ -8,7 +8,9 @@ import dataclasses
 
 from rlhf_jax.models import llama
 from rlhf_jax.models import rope
-from rlhf_jax.models.naming import Source, side_by_side, torch_linear
+from rlhf_jax.models.naming import side_by_side
+from rlhf_jax.models.naming import Source
+from rlhf_jax.models.naming import torch_linear
 
 ARCHITECTURE = 'Phi3ForCausalLM'
 CLASSIFIER = 'Phi3ForSequenceClassification'

@@ -204,7 +204,7 @@ class Seq2Seq(base.Base):
     def one(_, layer_params):
       return None, [sharding.split_rows(y.swapaxes(1, 2)) for y in build(layer_params).cross.keys_and_values(encoded)]
 
-    return jax.lax.scan(one, None, params['decoder']['blocks'], unroll=processes.unrolled())[1]
+    return processes.scan(one, None, params['decoder']['blocks'])[1]
 
   def _shift(self, tokens, mask):
     """Right-padded tokens and mask [B, T] as the decoder reads them: the start token, then all but the last."""

@@ -24,7 +24,8 @@ import numpy as np
 
 from rlhf_jax.models import hf_config
 from rlhf_jax.models import layers
-from rlhf_jax.models.naming import Source, torch_linear
+from rlhf_jax.models.naming import Source
+from rlhf_jax.models.naming import torch_linear
 
 ARCHITECTURE = 'T5ForConditionalGeneration'
 CLASSIFIER = 'T5ForSequenceClassification'

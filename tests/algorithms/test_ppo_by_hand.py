@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 import references
 import references_ppo
-
 from rlhf_jax import config as config_lib
+from rlhf_jax import forward
 from rlhf_jax import types
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms import setup
@@ -184,7 +185,7 @@ def make_run(preset, keys, iterations):
   steps = iterations * config.ppo.epochs * config.ppo.minibatches
   optimizer = setup.make_optimizer(config.optim, steps)
   critic = None if config.critic.kind == 'trunk' else LastToken()
-  return config, dict(models=ppo.Models(LastToken(), critic),
+  return config, dict(models=forward.Models(LastToken(), critic),
                       optimizers={'policy': optimizer, 'critic': optimizer},
                       settings=ppo.make_settings(config, EOS)), steps
 
@@ -194,7 +195,7 @@ def make_state(config, params, optimizers):
   return types.TrainState(
       step=jnp.int32(0), key=jax.random.key(3), params=params,
       opt_state={name: optimizers[name].init(params[name]) for name in params},
-      kl_coef=jnp.float32(config.ppo.kl_coef), reward_moments=jnp.zeros(3))
+      extra={'kl_coef': jnp.float32(config.ppo.kl_coef), 'reward_moments': jnp.zeros(3)})
 
 
 def epoch_orders(state, epochs):
@@ -211,7 +212,7 @@ def test_two_iterations_agree(preset, keys, changed):
   config, static, steps = make_run(preset, keys, iterations=2)
   params, reference = make_params(rng, hand['critic'])
   state = make_state(config, params, static['optimizers'])
-  assert float(state.kl_coef) == pytest.approx(hand['coef'])
+  assert float(state.extra['kl_coef']) == pytest.approx(hand['coef'])
   train_step = jax.jit(functools.partial(ppo.train_step, **static))
 
   mine, coef = flat(params), hand['coef']
@@ -233,7 +234,7 @@ def test_two_iterations_agree(preset, keys, changed):
       np.testing.assert_allclose(metrics[name], value, rtol=2e-5, atol=2e-5, err_msg=name)
     for name, value in flat(state.params).items():
       np.testing.assert_allclose(value, mine[name], rtol=0, atol=1e-5, err_msg=name)
-    np.testing.assert_allclose(state.kl_coef, coef, rtol=1e-6)
+    np.testing.assert_allclose(state.extra['kl_coef'], coef, rtol=1e-6)
     assert np.abs(mine['policy/unembed'] - before['policy/unembed']).max() > RATE / 4
     if hand['behaviour'] == 'forward':
       assert metrics['policy/first_ratio'] == pytest.approx(1.0, abs=1e-6)

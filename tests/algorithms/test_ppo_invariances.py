@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
+from rlhf_jax import forward
 from rlhf_jax import models
 from rlhf_jax import types
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.models import heads
 from rlhf_jax.rollout import decode
 from rlhf_jax.rollout import sampling
+import tiny
 
 B, P, R = 8, 5, 6
 MODEL = models.create(tiny.LLAMA)
@@ -52,7 +53,7 @@ def episode():
 def update(episode, settings, rollout=None, jit=True):
   """New parameters and metrics."""
   params, reference, first, scores = episode
-  step = functools.partial(ppo.train_step, models=ppo.Models(MODEL), settings=settings)
+  step = functools.partial(ppo.train_step, models=forward.Models(MODEL), settings=settings)
   state, metrics = tiny.one_step(
       step, params, {'shared': {}, 'reference': reference}, rollout or first, scores, None, jit=jit)
   return jax.device_get((state.params, metrics))

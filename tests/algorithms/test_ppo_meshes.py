@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
 
+from rlhf_jax import forward
 from rlhf_jax import models
 from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.models import heads
+import tiny
 
 P, R = 4, 6
 GPT2 = {'family': 'gpt2', 'vocab_size': tiny.VOCAB, 'n_embd': 16, 'n_layer': 2, 'n_head': 4, 'n_positions': 32,
@@ -34,13 +35,13 @@ def update(model, settings, batch, mesh):
       logprobs=np.where(mask[:, P:], -4.0, 0.0).astype(np.float32))
   scores = rng.normal(size=batch).astype(np.float32)
   place = lambda tree: jax.device_put(tree, sharding.shardings(tree, model.rules, mesh))
-  optimizers = {name: optax.sgd(1.0) for name in params}
-  step = functools.partial(ppo.train_step, models=ppo.Models(model), optimizers=optimizers, settings=settings)
+  optimizers = {name: optax.sgd(0.3) for name in params}
+  step = functools.partial(ppo.train_step, models=forward.Models(model), optimizers=optimizers, settings=settings)
   with jax.set_mesh(mesh):
     params = place(params)
     state = types.TrainState(
-        step=jnp.int32(0), key=jax.random.key(0), params=params, kl_coef=jnp.float32(0.2),
-        opt_state={name: optimizers[name].init(params[name]) for name in params}, reward_moments=jnp.zeros(3))
+        step=jnp.int32(0), key=jax.random.key(0), params=params, opt_state={name: optimizers[name].init(params[name]) for name in params},
+      extra={'kl_coef': jnp.float32(0.2), 'reward_moments': jnp.zeros(3)})
     batch = sharding.put_rows((rollout, scores), mesh)
     after, metrics = jax.jit(step)(state, {'shared': {}, 'reference': place(reference)}, *batch, None)
     return jax.device_get((params, after.params, metrics))
@@ -58,6 +59,6 @@ def test_minibatches_that_do_not_divide_over_the_devices(shape, batch, minibatch
   before, expected, metrics = update(model, settings, batch, sharding.make_mesh({}, devices=jax.devices()[:1]))
   _, found, found_metrics = update(model, settings, batch, sharding.make_mesh(shape))
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, expected)
-  assert max(jax.tree.leaves(moved)) > 0.1
-  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-5), found, expected)
+  assert max(jax.tree.leaves(moved)) > 0.02
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=5e-6), found, expected)
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-5), found_metrics, metrics)

@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
+from rlhf_jax import forward
 from rlhf_jax import models
 from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.models import heads
+import tiny
 
 ITERATIONS = 20
 MODEL = models.create(tiny.LLAMA)
@@ -52,8 +53,8 @@ def test_it_learns_to_use_good_words(critic, function, world):
   assert np.mean(scores[:2]) < 0.65, scores
   assert np.mean(scores[-3:]) > np.mean(scores[:2]) + 0.2, scores
   assert all(metrics['policy/sampler_gap'] < 1e-4 for metrics in history)
-  assert float(state.kl_coef) == pytest.approx(config.ppo.kl_coef)  # 'fixed' stays
-  np.testing.assert_array_equal(state.reward_moments, np.zeros(3))  # nothing is scaled
+  assert float(state.extra['kl_coef']) == pytest.approx(config.ppo.kl_coef)  # 'fixed' stays
+  np.testing.assert_array_equal(state.extra['reward_moments'], np.zeros(3))  # nothing is scaled
 
 
 @pytest.mark.parametrize('shape, rows', [({}, 5), ({'data': 2, 'fsdp': 2, 'tensor': 2}, 8)])
@@ -92,10 +93,10 @@ def test_the_state_carries_the_kl_coefficient_and_the_moments_of_the_scores(worl
       np.testing.assert_allclose(
           metrics['objective/scores'], scores.mean() / np.std(seen, ddof=1), rtol=1e-4)
       np.testing.assert_allclose(
-          state.reward_moments, [len(seen), np.mean(seen), np.var(seen) * len(seen)], rtol=1e-4)
+          state.extra['reward_moments'], [len(seen), np.mean(seen), np.var(seen) * len(seen)], rtol=1e-4)
       error = np.clip(float(metrics['objective/kl']) / 0.05 - 1, -0.2, 0.2)
       coef *= 1 + error * config.batch_size / 100
-      np.testing.assert_allclose(state.kl_coef, coef, rtol=1e-5)
+      np.testing.assert_allclose(state.extra['kl_coef'], coef, rtol=1e-5)
       assert state.step == step + 1
   assert coef != pytest.approx(0.2, rel=0.01)
 
@@ -103,7 +104,7 @@ def test_the_state_carries_the_kl_coefficient_and_the_moments_of_the_scores(worl
 def test_each_step_has_keys_of_its_own(world):
   """The same prompts and parameters at another step give another rollout, at the same the same."""
   state = types.TrainState(step=jnp.int32(0), key=jax.random.key(0), params={}, opt_state={},
-                           kl_coef=0.0, reward_moments=None)
+                           extra={'kl_coef': 0.0, 'reward_moments': None})
   keys = [jax.random.key_data(types.step_keys(state.replace(step=jnp.int32(i))))
           for i in range(30)]
   assert len({tuple(row) for row in np.concatenate(keys).tolist()}) == 60
@@ -186,7 +187,7 @@ def test_a_reward_per_token_on_the_last_one_is_a_score(world):
 
   def update(scores):
     step = lambda state, scores, optimizers: ppo.train_step(
-        state, frozen, rollout, scores, None, models=ppo.Models(MODEL), optimizers=optimizers,
+        state, frozen, rollout, scores, None, models=forward.Models(MODEL), optimizers=optimizers,
         settings=settings)
     state, metrics = tiny.one_step(step, params, jnp.asarray(scores))
     return jax.device_get((state.params, metrics))

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
+from rlhf_jax import forward
 from rlhf_jax import models
 from rlhf_jax import sharding
 from rlhf_jax import types
@@ -18,6 +18,7 @@ from rlhf_jax.models import hf
 from rlhf_jax.models import lora as lora_lib
 from rlhf_jax.models import peft
 from rlhf_jax.models import trainable
+import tiny
 
 B, P, R, DEPTH = 6, 4, 5, 3
 LORA = lora_lib.Lora((('attention/(query|value)$', 2, 4.0), ('mlp/', 3, 3.0)))
@@ -62,13 +63,13 @@ def update(params, frozen, handles, settings, moves):
   """
   rollout, scores = episode()
   state = types.TrainState(step=jnp.int32(0), key=jax.random.key(0), params=params, opt_state={},
-                           kl_coef=jnp.float32(0.2), reward_moments=jnp.zeros(3))
+                           extra={'kl_coef': jnp.float32(0.2), 'reward_moments': jnp.zeros(3)})
 
   @jax.jit
   def run(state, frozen):
     experience, _, metrics = tiny.experience(
         state, frozen, rollout, scores, models=handles, settings=settings)
-    grads, stats = ppo.gradients(moves(state.params), experience, frozen, state.kl_coef,
+    grads, stats = tiny.gradients(moves(state.params), experience, frozen, state.extra['kl_coef'],
                                  models=handles, settings=settings)
     return experience, grads, metrics | stats
 
@@ -98,11 +99,11 @@ def test_top_layers_agree_with_the_plain_computation(top, tied, settings):
   trained, shared = trainable.divide(model, params, unfrozen_layers=top)
   reference, critic = noisy(trained, 5), {'head': head(model)}
   ours = update({'policy': trained, 'critic': critic}, {'shared': shared, 'reference': reference},
-                ppo.Models(model), settings, grown)
+                forward.Models(model), settings, grown)
 
   theirs = update({'policy': whole, 'critic': critic},
                   {'shared': {}, 'reference': trainable.whole(model, reference, shared)},
-                  ppo.Models(model), settings, functools.partial(grown_above, top=top))
+                  forward.Models(model), settings, functools.partial(grown_above, top=top))
   for name in ('logprobs', 'ref_logprobs', 'values', 'advantages', 'returns'):
     np.testing.assert_allclose(getattr(ours[0], name), getattr(theirs[0], name), rtol=0, atol=2e-5)
   for name, value in theirs[2].items():
@@ -135,10 +136,10 @@ def test_gradients_of_adapters_follow_from_those_of_their_kernels(top, settings)
   base = trainable.whole(plain, {}, shared)
   _, grads, metrics = update(
       {'policy': adapters, 'critic': critic}, {'shared': shared, 'reference': {}},
-      ppo.Models(model), settings, lambda params: params)
+      forward.Models(model), settings, lambda params: params)
   _, expected, theirs = update(
       {'policy': trainable.whole(model, adapters, shared), 'critic': critic},
-      {'shared': {}, 'reference': base}, ppo.Models(plain), settings, lambda params: params)
+      {'shared': {}, 'reference': base}, forward.Models(plain), settings, lambda params: params)
   for name, value in theirs.items():
     np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
   found, kernels = sharding.paths(grads['policy']), sharding.paths(expected['policy'])

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from rlhf_jax import models
 from rlhf_jax import types
 from rlhf_jax.algorithms import sft
 from rlhf_jax.data import packing
+import tiny
 
 
 @pytest.fixture(scope='module')

@@ -13,6 +13,7 @@ import pytest
 
 import references
 from rlhf_jax import config as config_lib
+from rlhf_jax import forward
 from rlhf_jax import models
 from rlhf_jax import policy as policy_lib
 from rlhf_jax import types
@@ -193,12 +194,12 @@ def test_ppo_update_agrees_with_torch(model, critic, tmp_path):
 
   optimizers = dict.fromkeys(params, setup.make_optimizer(config.optim, 4))
   state = types.TrainState(
-      step=jnp.int32(0), key=jax.random.key(3), params=params, kl_coef=jnp.float32(config.ppo.kl_coef),
-      opt_state={name: optimizers[name].init(params[name]) for name in params}, reward_moments=jnp.zeros(3))
+      step=jnp.int32(0), key=jax.random.key(3), params=params, opt_state={name: optimizers[name].init(params[name]) for name in params},
+      extra={'kl_coef': jnp.float32(config.ppo.kl_coef), 'reward_moments': jnp.zeros(3)})
   keys = jax.random.split(types.step_keys(state)[1], config.ppo.epochs)
   expected = reference.iteration(episodes, [jax.random.permutation(key, len(episodes)) for key in keys])
   step = jax.jit(functools.partial(
-      ppo.train_step, models=ppo.Models(model, model if critic == 'separate' else None), optimizers=optimizers,
+      ppo.train_step, models=forward.Models(model, model if critic == 'separate' else None), optimizers=optimizers,
       settings=ppo.make_settings(config, EOS)))
   state, metrics = step(state, {'shared': {}, 'reference': frozen}, *make_rollout(rng, episodes), None)
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from rlhf_jax.data import chat, tokenizers
+from rlhf_jax.data import chat
+from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
 
 ASK = [{'role': 'system', 'content': 'Be kind.'}, {'role': 'user', 'content': 'Hi'}]

@@ -2,9 +2,15 @@
 
 import pytest
 
-from rlhf_jax.data import chat, formats, sources, tokenizers
-from rlhf_jax.data.formats import Comparison, Completion, Prompt
-from rlhf_jax.errors import DataError, UserError
+from rlhf_jax.data import chat
+from rlhf_jax.data import formats
+from rlhf_jax.data import sources
+from rlhf_jax.data import tokenizers
+from rlhf_jax.data.formats import Comparison
+from rlhf_jax.data.formats import Completion
+from rlhf_jax.data.formats import Prompt
+from rlhf_jax.errors import DataError
+from rlhf_jax.errors import UserError
 
 
 def records(*rows):

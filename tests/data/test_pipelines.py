@@ -9,8 +9,11 @@ import orbax.checkpoint as ocp
 import pytest
 
 from rlhf_jax import types
-from rlhf_jax.data import pipelines, tokenizers
-from rlhf_jax.data.formats import Comparison, Completion, Prompt
+from rlhf_jax.data import pipelines
+from rlhf_jax.data import tokenizers
+from rlhf_jax.data.formats import Comparison
+from rlhf_jax.data.formats import Completion
+from rlhf_jax.data.formats import Prompt
 from rlhf_jax.errors import UserError
 
 F, T = False, True

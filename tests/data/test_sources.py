@@ -8,7 +8,8 @@ import types
 import pytest
 
 from rlhf_jax.data import sources
-from rlhf_jax.errors import DataError, UserError
+from rlhf_jax.errors import DataError
+from rlhf_jax.errors import UserError
 
 
 def write(path, content):

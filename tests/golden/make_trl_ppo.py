@@ -74,7 +74,9 @@ import tokenizers
 import torch
 import transformers
 import trl
-from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+from trl.experimental.ppo import ppo_trainer
+from trl.experimental.ppo import PPOConfig
+from trl.experimental.ppo import PPOTrainer
 
 PAD, BOS, EOS, VOCAB = 0, 1, 2, 31
 B, R = 16, 7

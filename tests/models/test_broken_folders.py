@@ -10,7 +10,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-import tiny
 
 from rlhf_jax import config as config_lib
 from rlhf_jax import models
@@ -18,6 +17,7 @@ from rlhf_jax import sharding
 from rlhf_jax.algorithms import setup
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import hf
+import tiny
 
 LLAMA = {'family': 'llama', 'vocab_size': 32, 'hidden_size': 8, 'intermediate_size': 12, 'num_hidden_layers': 2,
          'num_attention_heads': 4, 'num_key_value_heads': 2}

@@ -15,7 +15,6 @@ from rlhf_jax.models import lora as lora_lib
 from rlhf_jax.models import peft
 from rlhf_jax.models import trainable
 
-
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 theirs = pytest.importorskip('peft')

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from rlhf_jax import lengths as lengths_lib
 from rlhf_jax import logprobs as logprobs_lib
@@ -15,6 +14,7 @@ from rlhf_jax import models
 from rlhf_jax import types
 from rlhf_jax.rollout import decode
 from rlhf_jax.rollout import sampling as sampling_lib
+import tiny
 
 EOS, PAD = 3, 0
 # Row i: probabilities of what follows token i, of which 3 is the EOS.

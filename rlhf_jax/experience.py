@@ -1,0 +1,126 @@
+"""What on-policy algorithms make of a scored rollout before they differ: masks, rules on scores, metrics.
+
+Letters: B batch, P prompt length, R response length, T = P + R.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from rlhf_jax import advantages as adv
+from rlhf_jax import types
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreRules:
+  """What is done to scores before they are paid.
+
+  Attributes:
+    end_tokens: token ids that end a response; () for none.
+    scale: divide scores by their running standard deviation (trlX).
+    clip: bound on |score| after scaling; 0 for none.
+    missing_eos: 'none', 'replace' or 'subtract'; see advantages.apply_missing_eos.
+    missing_eos_value: the constant of that rule.
+  """
+  end_tokens: tuple = ()
+  scale: bool = False
+  clip: float = 0.0
+  missing_eos: str = 'none'
+  missing_eos_value: float = 0.0
+
+  def apply(self, scores, rollout, moments):
+    """Scores as they are paid.
+
+    Args:
+      scores: [B] float32, or [B, R] for rewards per token.
+      rollout: Rollout.
+      moments: [3] float32, see advantages.update_moments.
+
+    Returns:
+      Scores of the same shape and the new moments.
+    """
+    if self.scale:
+      moments = adv.update_moments(moments, totals(scores, rollout.response_mask))
+      scores = scores / adv.running_std(moments)
+    if self.clip:
+      scores = jnp.clip(scores, -self.clip, self.clip)
+    if scores.ndim == 1:
+      scores = adv.apply_missing_eos(
+          scores, has_end(rollout, self.end_tokens), mode=self.missing_eos,
+          value=self.missing_eos_value)
+    return scores, moments
+
+
+def totals(scores, response_mask):
+  """One score a response, [B]: the sum of rewards per token."""
+  return scores if scores.ndim == 1 else jnp.sum(jnp.where(response_mask, scores, 0.0), axis=1)
+
+
+def has_end(rollout, end_tokens):
+  """Which responses [B] ended by themselves; all of them where no token ends one."""
+  response = rollout.tokens[:, -rollout.response_mask.shape[1]:]
+  if not end_tokens:
+    return jnp.ones(response.shape[0], bool)
+  ends = jnp.isin(response, jnp.array(end_tokens, response.dtype))
+  return jnp.any(ends & rollout.response_mask, axis=1)
+
+
+def begin(outputs, fixed, rollout, step_mask, *, behaviour):
+  """Experience without advantages.
+
+  Args:
+    outputs: forward.Outputs before the update.
+    fixed: forward.Fixed.
+    rollout: Rollout.
+    step_mask: [B, R] bool, positions with a value loss.
+    behaviour: old log-probabilities from the training 'forward' pass or from the 'sampler'.
+
+  Returns:
+    Experience, and the mean absolute gap between the two kinds of log-probabilities.
+  """
+  mask = rollout.response_mask
+  keep = lambda x, mask: None if x is None else jnp.where(mask, x, 0.0)
+  logprobs = rollout.logprobs if behaviour == 'sampler' else outputs.logprobs
+  gap = adv.masked_mean(jnp.abs(rollout.logprobs - outputs.logprobs), mask)
+  return types.Experience(
+      tokens=rollout.tokens, mask=rollout.mask, response_mask=mask, step_mask=step_mask,
+      logprobs=keep(logprobs, mask), ref_logprobs=keep(fixed.ref_logprobs, mask),
+      values=keep(outputs.values, step_mask), trunk=fixed.trunk), gap
+
+
+def describe(experience, rollout, scores, outputs, kl_coef, rules):
+  """Metrics of a scored rollout: sums per response averaged over responses, masks applied.
+
+  Args:
+    experience: Experience; with 'returns' where there is a critic.
+    rollout: Rollout.
+    scores: [B] or [B, R] float32, as they are paid.
+    outputs: forward.Outputs before the update.
+    kl_coef: float32 scalar.
+    rules: ScoreRules.
+
+  Returns:
+    {name: scalar}.
+  """
+  mask, steps = rollout.response_mask, experience.step_mask
+  batch = mask.shape[0]
+  score = jnp.mean(totals(scores, mask))
+  metrics = {
+      'objective/entropy': adv.masked_sum(outputs.entropy, mask) / batch,
+      'objective/scores': score,
+      'response/length': jnp.sum(mask) / batch,
+      'response/eos_rate': jnp.mean(has_end(rollout, rules.end_tokens)),
+  }
+  if experience.ref_logprobs is not None:
+    log_ratio = experience.logprobs - experience.ref_logprobs
+    kl = adv.masked_sum(log_ratio, mask) / batch
+    metrics |= {
+        'objective/kl': kl, 'objective/kl_per_token': adv.masked_mean(log_ratio, mask),
+        'objective/kl_coef': kl_coef, 'objective/rlhf_reward': score - kl_coef * kl}
+  if experience.returns is not None:
+    variance = adv.masked_var(experience.returns, steps)
+    error = adv.masked_var(experience.returns - experience.values, steps)
+    metrics |= {
+        'returns/mean': adv.masked_mean(experience.returns, steps), 'returns/var': variance,
+        'value/explained_variance': 1.0 - error / jnp.maximum(variance, 1e-8)}
+  return metrics

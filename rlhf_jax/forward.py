@@ -1,0 +1,135 @@
+"""The forward passes over finished responses: log-probabilities, entropies and values.
+
+Policy, critic and reference read the same sequences. Each algorithm asks for them here, before its
+update and inside its loss.
+
+Letters: B batch, P prompt length, R response length, T = P + R, D width.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+
+from rlhf_jax import logprobs as logprobs_lib
+from rlhf_jax import types
+from rlhf_jax.models import heads
+from rlhf_jax.models import trainable
+
+
+class Models(NamedTuple):
+  """Static handles.
+
+  Attributes:
+    policy: Model.
+    critic: Model of a critic with a backbone; None where the value head reads the policy's hidden
+      states, or where there is no critic.
+    critic_shared: whether the critic is adapters on the weights that the policy's adapters are on.
+  """
+  policy: Any
+  critic: Any = None
+  critic_shared: bool = False
+
+  def reaching(self, length):
+    """The same for sequences of T = `length`, of which some positions may be cut."""
+    critic = self.critic and self.critic.reaching(length)
+    return self._replace(policy=self.policy.reaching(length), critic=critic)
+
+
+class Outputs(NamedTuple):
+  """What policy and critic make of responses: each [B, R] float32; values None without a critic."""
+  logprobs: Any
+  entropy: Any
+  values: Any = None
+
+
+class Fixed(NamedTuple):
+  """What stays the same over the epochs of an update.
+
+  Attributes:
+    trunk: [B, T, D] states below the trained layers, where only the top ones are trained; else None.
+    ref_logprobs: [B, R] float32 of the reference; None without one.
+    full_kl: [B, R] float32, KL over the whole vocabulary, where it is asked for; else None.
+  """
+  trunk: Any
+  ref_logprobs: Any
+  full_kl: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+  """The forward passes of an update, as functions of the trained parameters and some responses.
+
+  Attributes:
+    models: Models.
+    frozen: {'shared': parameters of the policy that are not trained, 'reference': the reference's
+      that are not among them; left out without a reference}.
+    temperature: what logits are divided by: the one sampled with.
+    full_kl: whether to compute the KL over the whole vocabulary.
+  """
+  models: Models
+  frozen: Any
+  temperature: float
+  full_kl: bool = False
+
+  def outputs(self, params, batch, trunk=None):
+    """Policy and critic on finished responses.
+
+    Args:
+      params: {'policy': ..., 'critic': {'head': ..., 'backbone': ... if it has one}}; no 'critic'
+        where there is none.
+      batch: Rollout or Experience.
+      trunk: [B, T, D], see Fixed.
+
+    Returns:
+      Outputs.
+    """
+    length, policy = batch.response_mask.shape[1], self._policy(params)
+    states = self.models.policy.response_states(policy, batch.tokens, batch.mask, length, trunk)
+    logprobs, entropy = logprobs_lib.token_logprobs(
+        functools.partial(self.models.policy.unembed, policy), states, batch.tokens[:, -length:],
+        temperature=self.temperature)
+    if 'critic' not in params:
+      return Outputs(logprobs, entropy)
+    if self.models.critic is not None:
+      shared, trunk = (self.frozen['shared'], trunk) if self.models.critic_shared else ({}, None)
+      critic = trainable.join(shared, params['critic']['backbone'])
+      states = self.models.critic.response_states(critic, batch.tokens, batch.mask, length, trunk)
+    return Outputs(logprobs, entropy, heads.apply_scalar(params['critic']['head'], states))
+
+  def fixed(self, params, batch):
+    """Fixed of finished responses.
+
+    Args:
+      params: before the update.
+      batch: Rollout.
+    """
+    trunk = self._trunk(params, batch)
+    if 'reference' not in self.frozen:
+      return Fixed(trunk, None, None)
+    length = batch.response_mask.shape[1]
+    model = dataclasses.replace(self.models.policy, lora=None)
+    reference = trainable.join(self.frozen['shared'], self.frozen['reference'])
+    states = model.response_states(reference, batch.tokens, batch.mask, length, trunk)
+    unembed = functools.partial(model.unembed, reference)
+    ref_logprobs, _ = logprobs_lib.token_logprobs(
+        unembed, states, batch.tokens[:, -length:], temperature=self.temperature)
+    if not self.full_kl:
+      return Fixed(trunk, ref_logprobs, None)
+    policy = self._policy(params)
+    policy_states = self.models.policy.response_states(
+        policy, batch.tokens, batch.mask, length, trunk)
+    return Fixed(trunk, ref_logprobs, logprobs_lib.full_kl(
+        functools.partial(self.models.policy.unembed, policy), policy_states, unembed, states,
+        temperature=self.temperature))
+
+  def _policy(self, params):
+    return trainable.join(self.frozen['shared'], params['policy'])
+
+  def _trunk(self, params, batch):
+    """States [B, T, D] below the trained layers; None where all layers are trained or adapted."""
+    if 'top' not in params['policy']:
+      return None
+    return jax.lax.stop_gradient(self.models.policy.trunk(
+        self._policy(params), batch.tokens, types.positions_from_mask(batch.mask), batch.mask))

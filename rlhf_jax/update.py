@@ -1,0 +1,249 @@
+"""The update: epochs, minibatches and microbatches of any loss.
+
+`run` learns from a rollout, `step` from a batch of data. What saves work is here, for every
+algorithm: a first epoch whose forward pass also gives the behaviour policy's log-probabilities,
+microbatches of sequences of like length, states below frozen layers that are computed once.
+
+Letters: B batch, R response length.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import lengths
+from rlhf_jax import optim
+from rlhf_jax import processes
+from rlhf_jax import sharding
+from rlhf_jax import types
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """How a rollout is gone through.
+
+  Attributes:
+    epochs: passes over each rollout.
+    minibatches: optimizer steps a pass; must divide the batch.
+    microbatch_size: sequences of one forward and backward pass; 0 for the whole minibatch.
+    length_buckets: microbatches hold sequences of like length, cut to one of so many lengths, each
+      of which is compiled; see lengths.cut. 1 for none.
+  """
+  epochs: int = 1
+  minibatches: int = 1
+  microbatch_size: int = 0
+  length_buckets: int = 1
+
+  def splits(self, batch):
+    """Whether a pass is over a part of these sequences at a time."""
+    return 0 < self.microbatch_size < batch.tokens.shape[0]
+
+  def in_one_piece(self, rollout):
+    """Whether an epoch is one forward and backward pass over all sequences."""
+    return self.minibatches == 1 and not self.splits(rollout)
+
+
+class Counts(NamedTuple):
+  """What a minibatch holds, at least 1 each: the divisors of its means.
+
+  Attributes:
+    tokens: positions with a policy loss.
+    steps: positions with a value loss.
+    sequences: sequences with a policy loss.
+  """
+  tokens: Any
+  steps: Any
+  sequences: Any
+
+
+class Objective(NamedTuple):
+  """What an algorithm optimizes: the three places where on-policy algorithms differ.
+
+  Attributes:
+    prepare: (Outputs, Fixed) before the update -> (Experience, extra of the next TrainState, metrics),
+      over the whole batch.
+    loss: (Outputs, Experience, Counts) -> (share of the minibatch's mean loss, metrics that add up
+      over microbatches).
+    minibatch: Experience -> Experience, done to each minibatch before it is split.
+    extra_batch: pytree [n, ...], shared out over the minibatches; None for none.
+    extra_gradients: (params, its part of `extra_batch`) -> ({name: gradients}, metrics), added to
+      the minibatch's.
+  """
+  prepare: Callable
+  loss: Callable
+  minibatch: Callable = lambda experience: experience
+  extra_batch: Any = None
+  extra_gradients: Callable | None = None
+
+
+def run(state, rollout, step_mask, *, forward, objective, optimizers, schedule):
+  """Updates the parameters from one rollout.
+
+  Args:
+    state: TrainState before the update.
+    rollout: Rollout of B sequences.
+    step_mask: [B, R] bool, the positions that any loss reads.
+    forward: forward.Forward.
+    objective: Objective.
+    optimizers: see optim.apply.
+    schedule: Schedule.
+
+  Returns:
+    The next TrainState and metrics: means over all minibatches, and those of `objective.prepare`.
+  """
+  learn = _in_one_piece if schedule.in_one_piece(rollout) else _in_minibatches
+  gradients, memory = learn(state, rollout, step_mask, forward, objective, schedule)
+
+  def minibatch(carry, xs):
+    params, opt_state, memory = carry
+    grads, metrics, memory = gradients(params, memory, xs)
+    if objective.extra_batch is not None:
+      extra, extra_metrics = objective.extra_gradients(params, _part(objective.extra_batch, schedule, xs['step']))
+      grads |= {name: jax.tree.map(jnp.add, grads[name], extra[name]) for name in extra}
+      metrics |= extra_metrics
+    params, opt_state, norms = optim.apply(params, opt_state, grads, optimizers)
+    return (params, opt_state, memory), metrics | norms
+
+  keys = jax.random.split(types.step_keys(state)[1], schedule.epochs)
+  orders = jax.lax.map(lambda key: jax.random.permutation(key, rollout.tokens.shape[0]), keys)
+  steps = schedule.epochs * schedule.minibatches
+  xs = processes.after({'step': jnp.arange(steps), 'order': orders.reshape(steps, -1)}, memory)
+  (params, opt_state, (_, (extra, summary))), metrics = jax.lax.scan(
+      minibatch, (state.params, state.opt_state, memory), xs)
+  first = {'policy/first_ratio': metrics['policy/ratio'][0]} if 'policy/ratio' in metrics else {}
+  state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, extra=extra)
+  return state, jax.tree.map(jnp.mean, metrics) | summary | first
+
+
+def _part(batch, schedule, step):
+  """The part of an extra batch that belongs to a step's minibatch."""
+  part = lambda x: x.reshape((schedule.minibatches, -1) + x.shape[1:])[step % schedule.minibatches]
+  return jax.tree.map(part, batch)
+
+
+def _counts(experience):
+  count = lambda mask: jnp.maximum(jnp.sum(mask), 1)
+  return Counts(count(experience.response_mask), count(experience.step_mask),
+                count(jnp.any(experience.response_mask, axis=1)))
+
+
+def _in_one_piece(state, rollout, step_mask, forward, objective, schedule):
+  """Gradients of epochs that are one pass over all sequences each.
+
+  The first epoch starts from the parameters that sampled. So its forward pass is the one that gives
+  the behaviour policy's log-probabilities, too.
+
+  Returns:
+    (params, memory, xs) -> (gradients, metrics, memory), and the first memory: what the first epoch
+    keeps for the others, and (extra, metrics) of `objective.prepare`.
+  """
+  del step_mask, schedule
+  fixed = forward.fixed(state.params, rollout)
+
+  def gradients(params, memory, xs):
+    def loss(params):
+      outputs = forward.outputs(params, rollout, fixed.trunk)
+      before = jax.tree.map(lambda new, old: jnp.where(xs['step'] == 0, new, old),
+                            jax.lax.stop_gradient(outputs), memory[0])
+      experience, *prepared = objective.prepare(before, fixed)
+      experience = objective.minibatch(experience)
+      total, metrics = objective.loss(outputs, experience, _counts(experience))
+      return total, (metrics, (before, tuple(prepared)))
+
+    grads, (metrics, memory) = jax.grad(loss, has_aux=True)(params)
+    return grads, metrics, memory
+
+  outputs = jax.eval_shape(forward.outputs, state.params, rollout, fixed.trunk)
+  prepared = jax.eval_shape(objective.prepare, outputs, fixed)[1:]
+  memory = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (outputs, prepared))
+  return gradients, memory
+
+
+def _in_minibatches(state, rollout, step_mask, forward, objective, schedule):
+  """Gradients of shuffled minibatches, each summed over microbatches of sequences of like length.
+
+  Returns:
+    As `_in_one_piece`.
+  """
+  fixed, outputs = before_update(state.params, rollout, step_mask, forward=forward, schedule=schedule)
+  experience, *prepared = objective.prepare(outputs, fixed)
+
+  def gradients(params, memory, xs):
+    rows = sharding.shard_rows(jax.tree.map(lambda x: x[xs['order']], experience))
+    return *minibatch_gradients(params, rows, forward=forward, objective=objective, schedule=schedule), memory
+
+  return gradients, ((), tuple(prepared))
+
+
+def before_update(params, rollout, step_mask, *, forward, schedule):
+  """The forward passes over a rollout before its first update, a microbatch at a time.
+
+  Args:
+    params, rollout, step_mask, forward, schedule: see `run`.
+
+  Returns:
+    Fixed and Outputs.
+  """
+  batch, length = rollout.response_mask.shape
+
+  def passes(rows):
+    fixed = forward.fixed(params, rows)
+    outputs = forward.outputs(params, rows, fixed.trunk)
+    return lengths.fill((fixed, outputs), length - rows.response_mask.shape[1])
+
+  if not schedule.splits(rollout):
+    return passes(rollout)
+  order = lengths.order(step_mask)
+  split = jax.tree.map(lambda x: x[order].reshape((-1, schedule.microbatch_size) + x.shape[1:]), (rollout, step_mask))
+  cut = lambda _, part: (None, lengths.cut(passes, *part, schedule.length_buckets))
+  out = processes.scan(cut, None, split)[1]
+  return jax.tree.map(lambda x: x.reshape((batch,) + x.shape[2:])[jnp.argsort(order)], out)
+
+
+def minibatch_gradients(params, experience, *, forward, objective, schedule):
+  """Gradients of one minibatch, summed over its microbatches.
+
+  Args:
+    params, forward, objective, schedule: see `run`.
+    experience: Experience of the minibatch.
+
+  Returns:
+    Gradients shaped like `params`, and metrics.
+  """
+  experience = objective.minibatch(experience)
+  counts = _counts(experience)
+
+  def loss(params, rows):
+    return objective.loss(forward.outputs(params, rows, rows.trunk), rows, counts)
+
+  grad = jax.grad(loss, has_aux=True)
+  if not schedule.splits(experience):
+    return grad(params, experience)
+
+  def cut(params, rows):
+    return lengths.cut(lambda rows: grad(params, rows), rows, rows.step_mask, schedule.length_buckets)
+
+  order = lengths.order(experience.step_mask)
+  experience = sharding.shard_rows(jax.tree.map(lambda x: x[order], experience))
+  return optim.accumulate(cut, params, experience, schedule.microbatch_size)
+
+
+def step(state, loss, batch, *, optimizers, microbatch_size):
+  """One optimizer step on a batch of data.
+
+  Args:
+    state: TrainState.
+    loss: (params, a part of the batch) -> (share of the batch's mean loss, metrics that add up).
+    batch: pytree of [B, ...] arrays.
+    optimizers: see optim.apply.
+    microbatch_size: examples of one forward and backward pass; 0 for all.
+
+  Returns:
+    The next TrainState and metrics.
+  """
+  grads, metrics = optim.accumulate(jax.grad(loss, has_aux=True), state.params, batch, microbatch_size)
+  params, opt_state, norms = optim.apply(state.params, state.opt_state, grads, optimizers)
+  return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics | norms
