@@ -47,7 +47,7 @@ def main(_):
       started = time.perf_counter()
       update = updates.prepare(updates.make_config(
           w, workloads.WAYS[FLAGS.way].config | {
-              'microbatch_size': FLAGS.microbatch, 'ppo.length_buckets': buckets}, FLAGS.device), mesh)
+              'microbatch_size': FLAGS.microbatch, 'rl.length_buckets': buckets}, FLAGS.device), mesh)
       compiled = time.perf_counter() - started
       frozen, full, *rest = update.arguments
       for rollout in (full, shorten(full, FLAGS.mean)):

@@ -13,8 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import workloads
-from rlhf_jax import config as config_lib
-from rlhf_jax import forward
 from rlhf_jax import models
 from rlhf_jax import sharding
 from rlhf_jax import types
@@ -31,7 +29,7 @@ def make_config(w, changes, device='cpu'):
     changes: {key: value} that differ, such as workloads.Way.config.
     device: 'cpu', 'gpu' or 'tpu'.
   """
-  config = config_lib.ppo()
+  config = ppo.config()
   config.batch_size = w.batch
   config.data.max_prompt_length = w.prompt
   config.sampling.max_new_tokens = w.response
@@ -40,7 +38,7 @@ def make_config(w, changes, device='cpu'):
   config.model.unroll = w.layers if device == 'cpu' else 1
   config.model.dtype = 'float32' if device == 'cpu' else 'bfloat16'
   config.optim.learning_rate = workloads.LEARNING_RATE
-  config.ppo.update({
+  config.rl.update({
       'epochs': workloads.EPOCHS, 'minibatches': 1, 'kl_coef': workloads.KL_COEF, 'gamma': workloads.GAMMA,
       'lam': workloads.LAM, 'clip_low': workloads.CLIP, 'clip_high': workloads.CLIP,
       'value_clip': workloads.VALUE_CLIP, 'vf_coef': workloads.VALUE_COEF})
@@ -75,17 +73,13 @@ def prepare(config, mesh):
   model = models.create(config.model.init.to_dict(), **setup.model_settings(config.model))
   place = sharding.shardings(model.shapes(), model.rules, mesh)
   policy = jax.jit(model.init, out_shardings=place)(jax.random.key(0))
-  model, trained, shared = setup.divide(config, model, policy, mesh)
-  reference = on_policy.load_reference(config, mesh, model, trained)
-  critic_model, critic = on_policy.make_critic(config, None, mesh, model, trained, shared, None)
-  handles = forward.Models(model, critic_model, critic_shared=config.critic.kind == 'adapters')
-  optimizers = {'policy': setup.make_optimizer(config.optim, 100),
-                'critic': setup.make_optimizer(config.optim, 100, exported=False)}
-  state = setup.new_state(config.seed, {'policy': trained, 'critic': critic}, optimizers, mesh, model.rules,
-                          extra={'kl_coef': jnp.float32(config.ppo.kl_coef), 'reward_moments': jnp.zeros(3)})
+  wiring = on_policy.wire(config, mesh, (model, policy), steps=100)
+  settings = ppo.Settings.of(config, None)
+  state = setup.new_state(config.seed, wiring.params, wiring.optimizers, mesh, model.rules,
+                          extra=on_policy.first_extra(settings))
   step = setup.jit_step(functools.partial(
-      ppo.train_step, models=handles, optimizers=optimizers, settings=ppo.make_settings(config, None)), state)
-  arguments = {'shared': shared, 'reference': reference}, *episode(config), None
+      ppo.train_step, models=wiring.models, optimizers=wiring.optimizers, settings=settings), state)
+  arguments = wiring.frozen, *episode(config), None
   return Update(step.lower(state, *arguments).compile(), state, arguments)
 
 

@@ -14,6 +14,7 @@ reply 0.552. About 5 minutes on 2 CPU cores.
 import ml_collections
 
 from rlhf_jax import config as c
+from rlhf_jax.algorithms import reward_model as reward_model_lib
 
 FOLDS = 5
 LENGTH = 128
@@ -29,7 +30,7 @@ def get_config(arg=None):
       'data': {'path': '../shared/data/hh-rlhf'}})
   config.folds = ml_collections.ConfigDict({
       'function': 'rlhf_jax.tasks.hh:write', 'path': config.data.get_ref('path'),
-      'count': len(folds), 'vocab_size': 8_192, 'turns': 1, 'seed': -1})
+      'count': len(folds), 'vocab_size': 8_192, 'turns': 1, 'seed': None})
   for fold, member, name in names:
     config[name] = reward(fold, 1_000 * arg.seed + member, arg.debug)
   config.evaluate = ml_collections.ConfigDict({
@@ -44,7 +45,7 @@ def get_config(arg=None):
 
 def reward(fold, seed, debug):
   """Pairwise loss on one fold."""
-  stage = c.reward_model()
+  stage = reward_model_lib.config()
   stage.seed = seed
   stage.tokenizer = f'$workdir/folds/tokenizer_{fold}'
   stage.model.init = ml_collections.ConfigDict({
@@ -53,11 +54,11 @@ def reward(fold, seed, debug):
       'tie_word_embeddings': True, 'rms_norm_eps': 1e-5})
   stage.data.update({'path': f'$workdir/folds/train_{fold}.jsonl', 'max_length': LENGTH,
                      'held_out_path': f'$workdir/folds/test_{fold}.jsonl'})
-  stage.batch_size, stage.epochs, stage.eval_every = 32, 4.0, 58
-  stage.reward.token_dropout = 0.7
+  stage.batch_size, stage.data.epochs, stage.eval_every = 32, 4.0, 58
+  stage.preference.token_dropout = 0.7
   stage.optim.update({'learning_rate': 3e-4, 'schedule': 'cosine', 'warmup_steps': 20,
                       'b2': 0.98, 'weight_decay': 0.1, 'clip_norm': 1.0})
   stage.log_every = 10
   if debug:
-    stage.steps, stage.epochs = 3, 0.0
+    stage.steps, stage.data.epochs = 3, None
   return stage

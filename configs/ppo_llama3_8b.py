@@ -13,6 +13,7 @@ size: docs/plan.md has what the TPU compiler says of it on three kinds of chips,
 """
 
 from rlhf_jax import config as c
+from rlhf_jax.algorithms import ppo as ppo_lib
 
 # config.json of meta-llama/Meta-Llama-3-8B (https://arxiv.org/abs/2407.21783, table 3).
 SHAPES = {
@@ -29,7 +30,7 @@ def get_config(arg=None):
   """Arguments: debug (seconds), seed, lora, policy and reward (folders), prompts (a file)."""
   arg = c.parse_arg(arg, debug=False, seed=0, lora=False, policy='models/llama-3-8b-sft',
                     reward='models/llama-3-8b-reward', prompts='data/prompts.jsonl')
-  config = c.ppo('n_plus')
+  config = ppo_lib.config('n_plus')
   config.seed = arg.seed
   config.model.update({'path': arg.policy, 'init': SHAPES, 'dtype': 'bfloat16', 'param_dtype': 'bfloat16',
                        'remat': 'block'})

@@ -17,6 +17,9 @@ PPO trains adapters and takes twice the steps, 1.67 and 0.79; `:bf16` 1.81 and 0
 import ml_collections
 
 from rlhf_jax import config as c
+from rlhf_jax.algorithms import ppo as ppo_lib
+from rlhf_jax.algorithms import reward_model as reward_model_lib
+from rlhf_jax.algorithms import sft as sft_lib
 
 UNROLL = 4
 
@@ -31,7 +34,7 @@ def get_config(arg=None):
   config.world = ml_collections.ConfigDict({
       'function': 'rlhf_jax.tasks.reviews:write',
       'corpus_size': 10_000, 'demonstration_count': 2_000, 'prompt_count': 4_096,
-      'eval_prompt_count': 512, 'vocab_size': 1_024, 'seed': -1,
+      'eval_prompt_count': 512, 'vocab_size': 1_024, 'seed': None,
   })
   config.pretrain = pretrain()
   config.sft = sft()
@@ -41,7 +44,7 @@ def get_config(arg=None):
       'pairs': 8_000, 'held_out': 500, 'max_new_tokens': 36, 'temperature': 1.0,
       'gold': 'rlhf_jax.tasks.reviews:gold_score',
       'annotator_count': 5, 'annotator_temperature': 0.5, 'label_noise': 0.05,
-      'disagreement': 0.3, 'unroll': UNROLL, 'seed': -1,
+      'disagreement': 0.3, 'unroll': UNROLL, 'seed': None,
   })
   config.reward_model = reward_model()
   config.ppo = ppo()
@@ -59,7 +62,7 @@ def get_config(arg=None):
       'prompts': '$workdir/world/eval_prompts.jsonl', 'samples': 512,
       'max_new_tokens': 36, 'temperature': 1.0,
       'gold': 'rlhf_jax.tasks.reviews:gold_score', 'gold_path': '',
-      'unroll': UNROLL, 'curves': ('pretrain', 'sft', 'reward_model', 'ppo'), 'seed': -1,
+      'unroll': UNROLL, 'curves': ('pretrain', 'sft', 'reward_model', 'ppo'), 'seed': None,
   })
   if arg.lora:
     adapters(config.ppo)
@@ -73,7 +76,7 @@ def get_config(arg=None):
 
 def base(stage, model):
   """What the stages that train have in common."""
-  stage.seed = -1
+  stage.seed = None
   stage.tokenizer = '$workdir/world/tokenizer'
   stage.model.unroll = UNROLL
   stage.model.path = model
@@ -84,7 +87,7 @@ def base(stage, model):
 
 def pretrain():
   """Language modelling of the whole corpus, packed."""
-  stage = base(c.sft(), '')
+  stage = base(sft_lib.config(), None)
   stage.model.init = ml_collections.ConfigDict({
       'family': 'llama', 'hidden_size': 128, 'intermediate_size': 384,
       'num_hidden_layers': 4, 'num_attention_heads': 4, 'num_key_value_heads': 2,
@@ -99,21 +102,21 @@ def pretrain():
 
 def sft():
   """Demonstrations: fluent, on topic, of mixed mood."""
-  stage = base(c.sft(), '$workdir/pretrain/model')
+  stage = base(sft_lib.config(), '$workdir/pretrain/model')
   stage.data.update({'path': '$workdir/world/demonstrations.jsonl', 'kind': 'completion',
                      'max_length': 48, 'held_out': 0.05})
-  stage.batch_size, stage.epochs = 64, 2.0
+  stage.batch_size, stage.data.epochs = 64, 2.0
   stage.optim.update({'learning_rate': 5e-4, 'schedule': 'cosine', 'warmup_steps': 5})
   return stage
 
 
 def reward_model():
   """One epoch over the comparisons, from the SFT model."""
-  stage = base(c.reward_model(), '$workdir/sft/model')
+  stage = base(reward_model_lib.config(), '$workdir/sft/model')
   stage.data.update({'path': '$workdir/compare/comparisons.jsonl', 'max_length': 48,
                      'held_out_path': '$workdir/compare/held_out.jsonl'})
-  stage.batch_size, stage.epochs = 32, 1.0
-  stage.reward.update({'normalize': 'gain_bias',
+  stage.batch_size, stage.data.epochs = 32, 1.0
+  stage.preference.update({'normalize': 'gain_bias',
                        'normalize_path': '$workdir/compare/samples.jsonl'})
   stage.optim.update({'learning_rate': 5e-4, 'schedule': 'cosine', 'warmup_steps': 10})
   return stage
@@ -121,12 +124,12 @@ def reward_model():
 
 def ppo():
   """PPO-ptx against the reward model."""
-  stage = base(c.ppo('instructgpt'), '$workdir/sft/model')
+  stage = base(ppo_lib.config('instructgpt'), '$workdir/sft/model')
   stage.data.update({'path': '$workdir/world/prompts.jsonl', 'max_prompt_length': 12})
   stage.reward.model = '$workdir/reward_model/model'
   stage.sampling.max_new_tokens = 36
   stage.batch_size, stage.steps = 128, 40
-  stage.ppo.update({'epochs': 2, 'minibatches': 4, 'kl_coef': 0.15, 'ptx_coef': 0.5,
+  stage.rl.update({'epochs': 2, 'minibatches': 4, 'kl_coef': 0.15, 'ptx_coef': 0.5,
                     'missing_eos': 'replace', 'missing_eos_value': -2.0})
   stage.ptx.update({'path': '$workdir/world/demonstrations.jsonl', 'kind': 'completion',
                     'max_length': 48, 'batch_size': 32})
@@ -149,9 +152,11 @@ def debug(config):
   config.pretrain.model.init.update({'hidden_size': 32, 'intermediate_size': 64,
                                      'num_hidden_layers': 2})
   config.pretrain.steps = 5
-  config.sft.update({'steps': 2, 'epochs': 0.0, 'batch_size': 8})
+  config.sft.update({'steps': 2, 'batch_size': 8})
+  config.sft.data.epochs = None
   config.compare.update({'pairs': 32, 'held_out': 16, 'max_new_tokens': 12})
-  config.reward_model.update({'steps': 3, 'epochs': 0.0, 'batch_size': 8})
+  config.reward_model.update({'steps': 3, 'batch_size': 8})
+  config.reward_model.data.epochs = None
   config.ppo.update({'steps': 2, 'batch_size': 16})
   config.ppo.sampling.max_new_tokens = 12
   config.ppo.ptx.batch_size = 4

@@ -15,6 +15,9 @@ About 5 minutes on 2 CPU cores.
 import ml_collections
 
 from rlhf_jax import config as c
+from rlhf_jax.algorithms import ppo as ppo_lib
+from rlhf_jax.algorithms import reward_model as reward_model_lib
+from rlhf_jax.algorithms import sft as sft_lib
 
 UNROLL = 3
 LENGTH = 64
@@ -30,12 +33,12 @@ def get_config(arg=None):
   config.split = ml_collections.ConfigDict({
       'function': 'rlhf_jax.tasks.polarity:write', 'path': config.data.get_ref('path'),
       'vocab_size': 8_192, 'pairings': 8, 'prompt_words': 3,
-      'prompt_count': 2_048, 'seed': -1})
+      'prompt_count': 2_048, 'seed': None})
   config.pretrain = pretrain()
   config.samples = ml_collections.ConfigDict({
       'function': 'rlhf_jax.feedback.collect:sample', 'policy': '$workdir/pretrain',
       'prompts': '$workdir/split/prompts.jsonl', 'count': 512, 'max_new_tokens': RESPONSE,
-      'temperature': 1.0, 'unroll': UNROLL, 'seed': -1})
+      'temperature': 1.0, 'unroll': UNROLL, 'seed': None})
   config.reward_model = reward_model()
   config.ppo = ppo()
   config.evaluate = ml_collections.ConfigDict({
@@ -50,7 +53,7 @@ def get_config(arg=None):
       'prompts': '$workdir/split/prompts.jsonl', 'samples': 512,
       'max_new_tokens': RESPONSE, 'temperature': 1.0,
       'gold': 'rlhf_jax.tasks.polarity:sentiment', 'gold_path': '$workdir/split/judge.jsonl',
-      'unroll': UNROLL, 'curves': ('pretrain', 'reward_model', 'ppo'), 'seed': -1})
+      'unroll': UNROLL, 'curves': ('pretrain', 'reward_model', 'ppo'), 'seed': None})
   if arg.debug:
     debug(config)
   return config
@@ -58,7 +61,7 @@ def get_config(arg=None):
 
 def base(stage, model):
   """What the stages that train have in common."""
-  stage.seed = -1
+  stage.seed = None
   stage.tokenizer = '$workdir/split/tokenizer'
   stage.model.path = model
   stage.model.unroll = UNROLL
@@ -78,11 +81,11 @@ def llama(*, width, layers):
 
 def pretrain():
   """Language modelling of the snippets, packed."""
-  stage = base(c.sft(), '')
+  stage = base(sft_lib.config(), None)
   stage.model.init = llama(width=192, layers=3)
   stage.data.update({'path': '$workdir/split/texts.jsonl', 'max_length': LENGTH,
                      'held_out': 0.04})
-  stage.batch_size, stage.epochs, stage.eval_every = 16, 5.0, 100
+  stage.batch_size, stage.data.epochs, stage.eval_every = 16, 5.0, 100
   stage.optim.update({'learning_rate': 2e-3, 'schedule': 'cosine', 'warmup_steps': 20,
                       'weight_decay': 0.1})
   return stage
@@ -90,12 +93,12 @@ def pretrain():
 
 def reward_model():
   """Positive over negative. On so few texts a small model from scratch, tokens dropped, wins."""
-  stage = base(c.reward_model(), '')
+  stage = base(reward_model_lib.config(), None)
   stage.model.init = llama(width=64, layers=1)
   stage.data.update({'path': '$workdir/split/pairs.jsonl', 'max_length': LENGTH,
                      'held_out_path': '$workdir/split/held_out.jsonl'})
-  stage.batch_size, stage.epochs = 32, 1.25
-  stage.reward.update({'token_dropout': 0.5, 'normalize': 'gain_bias',
+  stage.batch_size, stage.data.epochs = 32, 1.25
+  stage.preference.update({'token_dropout': 0.5, 'normalize': 'gain_bias',
                        'normalize_path': '$workdir/samples/samples.jsonl'})
   stage.optim.update({'learning_rate': 5e-4, 'schedule': 'cosine', 'warmup_steps': 30,
                       'b2': 0.98, 'weight_decay': 0.1})
@@ -104,12 +107,12 @@ def reward_model():
 
 def ppo():
   """PPO against the reward model."""
-  stage = base(c.ppo(), '$workdir/pretrain/model')
+  stage = base(ppo_lib.config(), '$workdir/pretrain/model')
   stage.data.update({'path': '$workdir/split/prompts.jsonl', 'max_prompt_length': 16})
   stage.reward.model = '$workdir/reward_model/model'
   stage.sampling.max_new_tokens = RESPONSE
   stage.batch_size, stage.steps = 128, 60
-  stage.ppo.update({'epochs': 2, 'minibatches': 4, 'kl_coef': 0.13})
+  stage.rl.update({'epochs': 2, 'minibatches': 4, 'kl_coef': 0.13})
   stage.optim.update({'learning_rate': 2e-4, 'schedule': 'linear'})
   stage.samples_every, stage.checkpoint_every = 10, 20
   return stage
@@ -119,7 +122,7 @@ def debug(config):
   """Shrinks everything to seconds; the figures mean nothing."""
   config.split.update({'prompt_count': 32, 'pairings': 1, 'vocab_size': 512})
   config.samples.count = 16
-  config.pretrain.update({'steps': 3, 'epochs': 0.0})
-  config.reward_model.update({'steps': 3, 'epochs': 0.0})
+  config.pretrain.steps, config.pretrain.data.epochs = 3, None
+  config.reward_model.steps, config.reward_model.data.epochs = 3, None
   config.ppo.update({'steps': 2, 'batch_size': 16})
   config.evaluate.update({'samples': 32, 'best_of': 2})

@@ -12,6 +12,7 @@ Expected, seed 0, 512 samples: 0.13 before, 0.73 after, at 0.24 nats a token; di
 import ml_collections
 
 from rlhf_jax import config as c
+from rlhf_jax.algorithms import ppo as ppo_lib
 
 
 def get_config(arg=None):
@@ -23,15 +24,15 @@ def get_config(arg=None):
       'texts': ('Once upon a time', 'One day', 'There was a little girl named Lily.',
                 'Tom and Sue were best friends.', 'It was a sunny day.'),
   })
-  ppo = c.ppo('trlx')
-  ppo.seed = -1
+  ppo = ppo_lib.config('trlx')
+  ppo.seed = None
   ppo.model.path = arg.model
   ppo.model.unroll = 5
   ppo.data.update({'path': '$workdir/prompts/prompts.jsonl', 'max_prompt_length': 24})
   ppo.reward.function = 'rlhf_jax.tasks.stories:direct_speech'
   ppo.sampling.max_new_tokens = 128
   ppo.batch_size, ppo.steps = 64, 60
-  ppo.ppo.update({'epochs': 2, 'minibatches': 2, 'kl_coef': 0.01})
+  ppo.rl.update({'epochs': 2, 'minibatches': 2, 'kl_coef': 0.01})
   ppo.optim.update({'learning_rate': 5e-4, 'clip_norm': 1.0, 'schedule': 'linear'})
   ppo.log_every = 5
   ppo.samples_every, ppo.checkpoint_every = 10, 20
@@ -46,7 +47,7 @@ def get_config(arg=None):
       'comparisons': '', 'prompts': '$workdir/prompts/prompts.jsonl', 'samples': 512,
       'max_new_tokens': 128, 'temperature': 1.0,
       'gold': 'rlhf_jax.tasks.stories:direct_speech_of', 'gold_path': '', 'unroll': 5,
-      'curves': ('ppo',), 'seed': -1,
+      'curves': ('ppo',), 'seed': None,
   })
   if arg.debug:
     ppo.update({'steps': 2, 'batch_size': 8})

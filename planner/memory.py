@@ -52,7 +52,7 @@ def gradients(config, arrays):
   """Bytes per chip of the gradients, and of their float32 sums where there are microbatches."""
   leaves = jax.tree.leaves(arrays['state'].params)
   own = sum(on_chip(leaf) for leaf in leaves)
-  rows = config.batch_size // config.ppo.minibatches
+  rows = config.batch_size // config.rl.minibatches
   if not config.microbatch_size or config.microbatch_size >= rows:
     return own
   return own + sum(on_chip(leaf) * 4 // leaf.dtype.itemsize for leaf in leaves)

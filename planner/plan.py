@@ -13,9 +13,9 @@ from planner import memory
 from planner import programs
 from planner import report
 from planner import search
-from rlhf_jax import config as config_lib
 from rlhf_jax import errors
 from rlhf_jax import sharding
+from rlhf_jax.algorithms import build
 
 ORDER = ('update', 'rollout', 'scoring')  # what may not fit comes first
 
@@ -91,7 +91,7 @@ def plan(planner, config):
   Raises:
     UserError: it is not valid, or its mesh does not divide the model or the batch.
   """
-  config_lib.validate(config, planner.chips)
+  build.validate(config, planner.chips)
   config = config.copy_and_resolve_references()
   config.mesh = dict(zip(sharding.AXES, planner.mesh(config).devices.shape))
   found, work = _confirmed(planner, config)

@@ -16,20 +16,20 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from rlhf_jax import errors
-from rlhf_jax import forward
 from rlhf_jax import models
 from rlhf_jax import sharding
 from rlhf_jax import types
+from rlhf_jax.algorithms import build
 from rlhf_jax.algorithms import on_policy
-from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms import setup
 from rlhf_jax.models import heads
 from rlhf_jax.models import trainable
 from rlhf_jax.rewards import scoring
+from rlhf_jax.rollout import sampler
 
 # What is no parameter and no moment: a few numbers, on every chip.
 SMALL = tuple((rf'^state/{name}$', PartitionSpec()) for name in ('step', 'key', 'extra/kl_coef', 'extra/reward_moments'))
-UPDATES = 1000  # of the learning rate's schedule; no shape depends on it
+STEPS = 1000  # of the learning rate's schedule; no shape depends on it
 
 
 class Programs(NamedTuple):
@@ -50,40 +50,42 @@ def make(config, mesh):
   """The programs of a config.
 
   Args:
-    config: see `config.ppo()`; `model.init` has the fields of config.json.
+    config: from ppo.config; `model.init` has the fields of config.json.
     mesh: of devices that need not be there.
 
   Raises:
     UserError: the config is not one of PPO with a decoder, or does not fit the mesh.
   """
   check(config)
-  optimizers = {name: setup.make_optimizer(config.optim, UPDATES, exported=name == 'policy')
-                for name in ('policy', 'critic')}
-  handles = []
+  found = []
 
-  def build(params):
-    model, trained, shared = trainable.start(
-        base, params, unfrozen_layers=config.model.unfrozen_layers, seed=config.seed, **config.model.lora)
+  def start(params):
     scored = {}
     if config.reward.model:
       scored = {'backbone': {name: tree for name, tree in params.items() if name != 'unembed'},
                 'head': jax.tree.map(lambda x: x.astype(config.model.param_dtype),
                                      heads.init_scalar(None, base.width, scale='zero'))}
-    reference = {} if model.lora is not None and not config.reference else params if config.reference else trained
-    critic_model, critic = on_policy.make_critic(
-        config, None, mesh, model, trained, shared, (base, scored) if scored else None)
-    handles.append(forward.Models(model, critic_model, critic_shared=config.critic.kind == 'adapters'))
-    state = setup.new_state(config.seed, {'policy': trained, 'critic': critic}, optimizers, mesh, model.rules,
-                            extra={'kl_coef': jnp.float32(0), 'reward_moments': jnp.zeros(3)})
-    return {'state': state, 'frozen': {'shared': shared, 'reference': reference}, 'scored': scored}
+    wiring = on_policy.wire(
+        config, mesh, (base, params), reference=params if config.reference else True,
+        critic=(base, scored) if scored else None, steps=STEPS)
+    state = setup.new_state(config.seed, wiring.params, wiring.optimizers, mesh, wiring.models.policy.rules,
+                            extra=on_policy.first_extra(settings))
+    found.append(wiring._replace(params=None, frozen=None))
+    return {'state': state, 'frozen': wiring.frozen, 'scored': scored}
 
+  algorithm = build.load(config.algorithm)
+  # Every response is taken to be of full length.
+  settings = dataclasses.replace(algorithm.Settings.of(config, 0), length_buckets=1)
   base = models.create(config.model.init.to_dict(), **setup.model_settings(config.model))
   params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, config.model.param_dtype), base.shapes())
   with jax.set_mesh(mesh):
-    arrays = jax.eval_shape(build, params)
-  handles, = handles
-  arrays = place(arrays, sharding.shardings(arrays, SMALL + handles.policy.rules, mesh))
-  return Programs(handles.policy, arrays, calls(config, mesh, handles, optimizers, arrays))
+    arrays = jax.eval_shape(start, params)
+  wiring, = found
+  arrays = place(arrays, sharding.shardings(arrays, SMALL + wiring.models.policy.rules, mesh))
+  step = setup.jit_step(functools.partial(
+      algorithm.train_step, models=wiring.models, optimizers=wiring.optimizers, settings=settings),
+      arrays['state'])
+  return Programs(wiring.models.policy, arrays, calls(config, mesh, wiring.models, step, arrays))
 
 
 def check(config):
@@ -99,25 +101,23 @@ def check(config):
                            'them empty')
 
 
-def calls(config, mesh, handles, optimizers, arrays):
+def calls(config, mesh, handles, step, arrays):
   """The jitted programs of an iteration with their arguments; see Programs."""
   rows = sharding.batch_sharding(mesh)
   array = lambda *shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
   batch, prompt, slots = config.batch_size, config.data.max_prompt_length, config.sampling.max_new_tokens
   length = prompt + slots
   state, frozen, scored = arrays['state'], arrays['frozen'], arrays['scored']
-  prompts = types.Prompts(array(batch, prompt, dtype=jnp.int32), array(batch, prompt, dtype=bool))
+  asked = batch // config.sampling.samples
+  prompts = types.Prompts(array(asked, prompt, dtype=jnp.int32), array(asked, prompt, dtype=bool))
   rollout = types.Rollout(
       array(batch, length, dtype=jnp.int32), array(batch, length, dtype=bool), array(batch, slots, dtype=bool),
       array(batch, slots, dtype=jnp.float32))
   tokenizer = python_types.SimpleNamespace(eos_token_id=0, pad_token_id=0)  # which ids makes no difference
-  sampling = on_policy.make_sampling(config.sampling, tokenizer, ignore_eos=config.ppo.response == 'raw')
-  generate = on_policy.jit_generate(
-      handles.policy, sampling, rows=config.sampling.rows, gather=config.sampling.gather_weights)
-  # Every response is taken to be of full length.
-  settings = dataclasses.replace(ppo.make_settings(config, 0), length_buckets=1)
-  step = setup.jit_step(functools.partial(
-      ppo.train_step, models=handles, optimizers=optimizers, settings=settings), state)
+  sampling = on_policy.make_sampling(config.sampling, tokenizer, ignore_eos=config.rl.response == 'raw')
+  generate = sampler.make(handles.policy, sampling, samples=config.sampling.samples,
+                          max_concurrent=config.sampling.max_concurrent or 0,
+                          gather=config.sampling.gather_weights)
   found = {'rollout': (generate, (trainable.join(frozen['shared'], state.params['policy']), prompts, state.key))}
   if scored:
     score = functools.partial(scoring.score, model=dataclasses.replace(handles.policy, lora=None))

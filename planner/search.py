@@ -76,14 +76,14 @@ def variants(config, chips):
     config: the config to vary.
     chips: their number.
   """
-  minibatch = config.batch_size // config.ppo.minibatches
+  minibatch = config.batch_size // config.rl.minibatches
   divisors = [size for size in range(1, chips + 1) if chips % size == 0]
   fields = config.model.init
-  gathers = (False,) if config.sampling.rows else (False, True)
+  gathers = (False,) if config.sampling.max_concurrent else (False, True)
   heads = fields.get('num_key_value_heads', fields.get('num_attention_heads', fields.get('n_head', 1)))
   for tensor, fsdp in itertools.product(divisors, divisors):
     shards = chips // tensor
-    if chips % (tensor * fsdp) or heads % tensor or minibatch % shards or config.sampling.rows % shards:
+    if chips % (tensor * fsdp) or heads % tensor or minibatch % shards or config.sampling.max_concurrent % shards:
       continue
     for factor, remat, gather in itertools.product((1, 2, 4, 8), stack.REMAT, gathers[:1 + (fsdp > 1)]):
       microbatch = shards * factor
@@ -124,7 +124,7 @@ def shape(config, made, mesh):
   kinds = stays(made, mesh)
   fields = model.config.to_hf()
   inner = fields.get('intermediate_size') or fields.get('n_inner') or 4 * model.width
-  minibatch = config.batch_size // config.ppo.minibatches
+  minibatch = config.batch_size // config.rl.minibatches
   owned = {'policy': whole(state.params['policy']), 'critic': whole(state.params['critic'])}
   microbatch = config.microbatch_size or minibatch
   length = config.data.max_prompt_length + config.sampling.max_new_tokens
@@ -138,8 +138,8 @@ def shape(config, made, mesh):
       microbatch=microbatch, prompt=config.data.max_prompt_length,
       response=config.sampling.max_new_tokens, layers=model.config.depth, width=model.width, inner=inner,
       heads=model.config.heads, vocab=model.vocab_size, models=1 if config.critic.kind == 'trunk' else 2,
-      epochs=config.ppo.epochs, remat=config.model.remat, splash=way == 'splash',
-      gather=bool(config.sampling.gather_weights or config.sampling.rows),
+      epochs=config.rl.epochs, remat=config.model.remat, splash=way == 'splash',
+      gather=bool(config.sampling.gather_weights or config.sampling.max_concurrent),
       itemsize=2 if config.model.dtype == 'bfloat16' else 4)
 
 

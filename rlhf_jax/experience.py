@@ -18,13 +18,13 @@ class ScoreRules:
   Attributes:
     end_tokens: token ids that end a response; () for none.
     scale: divide scores by their running standard deviation (trlX).
-    clip: bound on |score| after scaling; 0 for none.
+    clip: bound on |score| after scaling; None for none.
     missing_eos: 'none', 'replace' or 'subtract'; see advantages.apply_missing_eos.
     missing_eos_value: the constant of that rule.
   """
   end_tokens: tuple = ()
   scale: bool = False
-  clip: float = 0.0
+  clip: float | None = None
   missing_eos: str = 'none'
   missing_eos_value: float = 0.0
 

@@ -94,7 +94,7 @@ def token_weights(mask, tokens, sequences, *, normalize, max_length):
   return mask / jnp.maximum(count, 1).astype(jnp.float32)
 
 
-def clipped_policy_loss(log_ratios, advantages, *, clip_low, clip_high, dual_clip=0.0):
+def clipped_policy_loss(log_ratios, advantages, *, clip_low, clip_high, dual_clip=None):
   """-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), ratio = exp(log_ratios).
 
   The loss of `ppo_policy_loss`, for a ratio that need not be of one token: see `log_ratio`.
@@ -104,7 +104,7 @@ def clipped_policy_loss(log_ratios, advantages, *, clip_low, clip_high, dual_cli
     advantages: [B, R] float32.
     clip_low: how far below 1 the ratio counts.
     clip_high: how far above 1 the ratio counts.
-    dual_clip: 0 for none.
+    dual_clip: None for none.
 
   Returns:
     loss [B, R], clipped [B, R] (1 where the clip decides) and ratio [B, R].
@@ -119,7 +119,7 @@ def clipped_policy_loss(log_ratios, advantages, *, clip_low, clip_high, dual_cli
   return loss, (clip > plain).astype(jnp.float32), ratio
 
 
-def ppo_policy_loss(logprobs, old_logprobs, advantages, *, clip_low, clip_high, dual_clip=0.0):
+def ppo_policy_loss(logprobs, old_logprobs, advantages, *, clip_low, clip_high, dual_clip=None):
   """-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), per token.
 
   See Schulman et al. 2017, eq. 7 (https://arxiv.org/abs/1707.06347). Unequal clips are
@@ -133,7 +133,7 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, *, clip_low, clip_high, 
     advantages: [B, R] float32.
     clip_low: how far below 1 the ratio counts.
     clip_high: how far above 1 the ratio counts.
-    dual_clip: 0 for none.
+    dual_clip: None for none.
 
   Returns:
     loss [B, R], clipped [B, R] (1 where the clip decides) and ratio [B, R].
@@ -147,13 +147,13 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, *, clip_low, clip_high, 
 def ppo_value_loss(values, old_values, returns, *, clip):
   """0.5 * max((V - G)^2, (clip(V, V_old - clip, V_old + clip) - G)^2), per token.
 
-  See lm-human-preferences, `train_policy.py`; the clip is 0 for none.
+  See lm-human-preferences, `train_policy.py`.
 
   Args:
     values: [B, R] float32, of the critic being trained.
     old_values: [B, R] float32, of the critic at the time of the rollout.
     returns: [B, R] float32.
-    clip: how far from the old value counts.
+    clip: how far from the old value counts; None for any.
 
   Returns:
     loss [B, R] and clipped [B, R] (1 where the clip decides).

@@ -2,7 +2,7 @@
 
 `config.stages` names them. A stage is a sub-config that either has an `algorithm`, and is a run
 of train.py, or a `function` 'package.module:name', called with its folder and its other keys. A
-string '$workdir' in any value stands for the pipeline's folder, and a stage whose seed is -1 takes
+string '$workdir' in any value stands for the pipeline's folder, and a stage whose seed is None takes
 the pipeline's.
 
 A finished stage is not run again; delete its folder to repeat it. --config.stages=ppo,evaluate
@@ -20,10 +20,10 @@ from absl import logging
 import jax
 import ml_collections
 
-from rlhf_jax import config as config_lib
 from rlhf_jax import errors
 from rlhf_jax import processes
 from rlhf_jax import train
+from rlhf_jax.algorithms import build
 
 DONE = 'done.json'
 
@@ -79,7 +79,7 @@ def check(name, stage):
   """Raises UserError where a stage cannot run, as far as its config tells."""
   try:
     if 'algorithm' in stage:
-      config_lib.validate(stage, jax.device_count())
+      build.validate(stage, jax.device_count())
       return
     function, arguments = called(stage)
   except errors.UserError as error:
@@ -115,12 +115,13 @@ def run_stage(stage, folder):
 
 
 def resolve(stage, workdir, seed):
-  """A copy of a stage's config with '$workdir' replaced and a seed of -1 set."""
+  """A copy of a stage's config with '$workdir' replaced and a seed of None set."""
   stage = stage.copy_and_resolve_references()
   with stage.ignore_type():
     stage.update(_replaced(stage.to_dict(), str(workdir)))
-  if stage.get('seed') == -1:
-    stage.seed = seed
+  if 'seed' in stage and stage.seed is None:
+    with stage.ignore_type():
+      stage.seed = seed
   return stage.lock()
 
 

@@ -76,7 +76,7 @@ class TextPolicy:
       raise errors.UserError(f'{path} trains a {name} model, which generates no text')
     model, params = models.create(fields, unroll=unroll), checkpoint.load_params(path, name)
     config = json.loads((path / 'config.json').read_text())['model']
-    if config['lora']['targets'] or config['lora']['path'] or config['unfrozen_layers'] >= 0:
+    if config['lora']['targets'] or config['lora']['path'] or config['unfrozen_layers'] is not None:
       params = _with_frozen(path, config, model, params)
     return cls(model, params, tokenizers.load(path / 'tokenizer'))
 

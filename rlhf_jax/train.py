@@ -4,7 +4,6 @@ Set up, restore, then: next batch, step, log, evaluate, checkpoint. Whatever an 
 differently is in its own file, behind `learner.Learner`.
 """
 
-import importlib
 import json
 import math
 import os
@@ -16,11 +15,11 @@ import jax
 import tqdm
 
 from rlhf_jax import checkpoint
-from rlhf_jax import config as config_lib
 from rlhf_jax import errors
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax import processes
 from rlhf_jax import sharding
+from rlhf_jax.algorithms import build
 
 # What the progress bar shows, where a run has it.
 SHOWN = {'loss': 'loss', 'eval/loss': 'eval', 'accuracy': 'acc', 'eval/accuracy': 'eval acc',
@@ -46,11 +45,10 @@ def run(config, workdir):
   if processes.agree(model_path.exists()):
     logging.info('%s is there already: this run is finished', model_path)
     return model_path
-  config_lib.validate(config, jax.device_count())
+  build.validate(config, jax.device_count())
   mesh = sharding.make_mesh(dict(config.mesh))
   with jax.set_mesh(mesh):
-    algorithm = importlib.import_module(f'rlhf_jax.algorithms.{config.algorithm}')
-    learner = algorithm.create(config, mesh)
+    learner = build.load(config.algorithm).create(config, mesh)
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
     step, state = checkpoints.restore(learner.state, learner.iterators)
     learner.state = None  # the loop owns the only copy: train steps donate it

@@ -65,6 +65,7 @@ class Objective(NamedTuple):
   Attributes:
     prepare: (Outputs, Fixed) before the update -> (Experience, extra of the next TrainState, metrics),
       over the whole batch.
+    step_mask: [B, R] bool, the positions that any loss reads.
     loss: (Outputs, Experience, Counts) -> (share of the minibatch's mean loss, metrics that add up
       over microbatches).
     minibatch: Experience -> Experience, done to each minibatch before it is split.
@@ -73,19 +74,19 @@ class Objective(NamedTuple):
       the minibatch's.
   """
   prepare: Callable
+  step_mask: Any
   loss: Callable
   minibatch: Callable = lambda experience: experience
   extra_batch: Any = None
   extra_gradients: Callable | None = None
 
 
-def run(state, rollout, step_mask, *, forward, objective, optimizers, schedule):
+def run(state, rollout, *, forward, objective, optimizers, schedule):
   """Updates the parameters from one rollout.
 
   Args:
     state: TrainState before the update.
     rollout: Rollout of B sequences.
-    step_mask: [B, R] bool, the positions that any loss reads.
     forward: forward.Forward.
     objective: Objective.
     optimizers: see optim.apply.
@@ -95,7 +96,7 @@ def run(state, rollout, step_mask, *, forward, objective, optimizers, schedule):
     The next TrainState and metrics: means over all minibatches, and those of `objective.prepare`.
   """
   learn = _in_one_piece if schedule.in_one_piece(rollout) else _in_minibatches
-  gradients, memory = learn(state, rollout, step_mask, forward, objective, schedule)
+  gradients, memory = learn(state, rollout, forward, objective, schedule)
 
   def minibatch(carry, xs):
     params, opt_state, memory = carry
@@ -130,7 +131,7 @@ def _counts(experience):
                 count(jnp.any(experience.response_mask, axis=1)))
 
 
-def _in_one_piece(state, rollout, step_mask, forward, objective, schedule):
+def _in_one_piece(state, rollout, forward, objective, schedule):
   """Gradients of epochs that are one pass over all sequences each.
 
   The first epoch starts from the parameters that sampled. So its forward pass is the one that gives
@@ -140,7 +141,7 @@ def _in_one_piece(state, rollout, step_mask, forward, objective, schedule):
     (params, memory, xs) -> (gradients, metrics, memory), and the first memory: what the first epoch
     keeps for the others, and (extra, metrics) of `objective.prepare`.
   """
-  del step_mask, schedule
+  del schedule
   fixed = forward.fixed(state.params, rollout)
 
   def gradients(params, memory, xs):
@@ -162,13 +163,14 @@ def _in_one_piece(state, rollout, step_mask, forward, objective, schedule):
   return gradients, memory
 
 
-def _in_minibatches(state, rollout, step_mask, forward, objective, schedule):
+def _in_minibatches(state, rollout, forward, objective, schedule):
   """Gradients of shuffled minibatches, each summed over microbatches of sequences of like length.
 
   Returns:
     As `_in_one_piece`.
   """
-  fixed, outputs = before_update(state.params, rollout, step_mask, forward=forward, schedule=schedule)
+  fixed, outputs = before_update(
+      state.params, rollout, objective.step_mask, forward=forward, schedule=schedule)
   experience, *prepared = objective.prepare(outputs, fixed)
 
   def gradients(params, memory, xs):
@@ -182,7 +184,8 @@ def before_update(params, rollout, step_mask, *, forward, schedule):
   """The forward passes over a rollout before its first update, a microbatch at a time.
 
   Args:
-    params, rollout, step_mask, forward, schedule: see `run`.
+    params, rollout, forward, schedule: see `run`.
+    step_mask: see Objective.
 
   Returns:
     Fixed and Outputs.

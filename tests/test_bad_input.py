@@ -82,7 +82,7 @@ def test_a_mistake_on_the_command_line(name, command_line):
 @pytest.mark.parametrize('argument, part', [
     ('--config.no_such_key=1', "--config.no_such_key=1: the config has no key 'no_such_key'"),
     ('--config.ppo.batch_size=126',
-     'stage ppo: config.ppo.minibatches=4 does not divide config.batch_size=126: change either'),
+     'stage ppo: config.rl.minibatches=4 does not divide config.batch_size=126: change either'),
 ])
 def test_a_command_that_cannot_run_ends_in_one_line(argument, part, tmp_path):
   done = subprocess.run(
@@ -202,7 +202,7 @@ BAD_PROMPTS = {
          'context of 32', 'Shorten it, or use']),
     'pretraining rows too long for the context': (
         {'ptx.path': '{world}/texts.jsonl', 'ptx.batch_size': 16, 'ptx.max_length': 33,
-         'ppo.ptx_coef': 1.0},
+         'rl.ptx_coef': 1.0},
         ['config.ptx.max_length: 33 tokens exceed the context of 32', 'Shorten it']),
     'tokenizer larger than the embedding': (
         {'tokenizer': '{bad}/tokenizer'},
@@ -272,7 +272,7 @@ def test_a_text_data_set_of_nothing_has_no_token(begun_sft, world, bad):
 @pytest.mark.parametrize('begin, changes, part', [
     ('begun_sft', {'batch_size': 0}, 'has to be positive'),
     ('begun_sft', {'microbatch_size': 5}, 'does not divide'),
-    ('begun_ppo', {'ppo.minibatches': 3}, 'does not divide'),
+    ('begun_ppo', {'rl.minibatches': 3}, 'does not divide'),
     ('begun_ppo', {'sampling.temperature': 0.0}, 'cannot learn from greedy samples'),
 ])
 def test_contradictions_are_found_before_anything_is_read(

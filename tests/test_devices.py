@@ -43,8 +43,8 @@ def run(world, shape, compiled, devices=None, steps=STEPS):
   config = tiny.ppo(world)
   tiny.mix_in_pretraining(config, world)
   config.reward.update({'function': '', 'model': f'{world}/reward'})
-  config.ppo.kl_controller = 'adaptive'
-  config.ppo.whiten_advantages = 'minibatch'
+  config.rl.kl_controller = 'adaptive'
+  config.rl.whiten_advantages = 'minibatch'
   config.optim.eps = 1e-5  # With 1e-8 Adam turns a gradient's rounding into whole steps.
   config.steps = steps
   mesh = sharding.make_mesh(shape, devices=devices)

@@ -149,7 +149,7 @@ def test_an_update_has_no_loop_around_collectives_with_others_behind_it(minibatc
   """Such a loop would not be waited for, see `processes.unrolled`."""
   monkeypatch.setattr(processes, 'unrolled', lambda: True)
   config = tiny.get_config(f'stage=ppo,world={wide}')
-  config.ppo.minibatches, config.microbatch_size = minibatches, microbatch
+  config.rl.minibatches, config.microbatch_size = minibatches, microbatch
   mesh = sharding.make_mesh({'fsdp': 2}, devices=jax.devices()[:2])
   with jax.set_mesh(mesh):
     learner = ppo.create(config, mesh)
@@ -182,7 +182,7 @@ def test_four_processes_with_two_devices_train_like_one_with_eight(mesh, rows, w
   """And with `rows` at work at a time like one where all are."""
   options = ['--config.steps=5', '--config.checkpoint_every=0', '--config.samples_every=1']
   run(command(wide, tmp_path / 'one', mesh, *options), tmp_path / 'one', devices=8)
-  run(command(wide, tmp_path / 'four', mesh, *options, f'--config.sampling.rows={rows}'), tmp_path / 'four',
+  run(command(wide, tmp_path / 'four', mesh, *options, f'--config.sampling.max_concurrent={rows}'), tmp_path / 'four',
       processes=4, devices=2)
   assert_same_metrics(tmp_path / 'four', tmp_path / 'one', range(5))
   assert_same_model(tmp_path / 'four', tmp_path / 'one')

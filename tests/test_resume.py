@@ -49,7 +49,7 @@ def small(name, world):
   if name == 'ppo':
     config = tiny.ppo(world)
     tiny.mix_in_pretraining(config, world)
-    config.ppo.update({'scale_scores': True, 'kl_controller': 'adaptive', 'kl_horizon': 100.0})
+    config.rl.update({'scale_scores': True, 'kl_controller': 'adaptive', 'kl_horizon': 100.0})
     config.samples_every = 2
   elif name == 'reward_model':
     config = tiny.reward_model(world)

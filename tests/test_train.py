@@ -84,7 +84,7 @@ def still(world, tmp_path_factory):
     config = tiny.ppo(world)
     config.data.path = f'{folder}/one.jsonl'
     config.seed, config.steps, config.samples_every = seed, 2, 1
-    config.optim.learning_rate, config.critic.kind, config.ppo.epochs = 0.0, 'trunk', 1
+    config.optim.learning_rate, config.critic.kind, config.rl.epochs = 0.0, 'trunk', 1
     workdir = folder / str(len(list(folder.iterdir())))
     train.run(config, workdir)
     responses = [line['response'] for line in records(workdir / 'samples.jsonl')]

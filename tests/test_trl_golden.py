@@ -20,7 +20,6 @@ from rlhf_jax import forward
 from rlhf_jax import optim
 from rlhf_jax import types
 from rlhf_jax.algorithms import ppo
-from rlhf_jax.algorithms import ppo_settings
 from rlhf_jax.models import heads
 from rlhf_jax.models import hf
 import tiny
@@ -48,7 +47,7 @@ def settings_of(case):
   """Our settings for TRL's, and TRL's own."""
   theirs = json.loads(str(GOLDEN[f'{case}/settings']))
   penalty = theirs['missing_eos_penalty']
-  ours = ppo_settings.Settings(
+  ours = ppo.Settings(
       epochs=theirs['num_ppo_epochs'], minibatches=theirs['num_mini_batches'],
       microbatch_size=0, length_buckets=1, temperature=theirs['temperature'], end_tokens=(EOS,),
       kl_estimator=theirs['kl_estimator'], kl_in='reward', kl_controller='fixed',

@@ -24,6 +24,8 @@ from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax import update
 from rlhf_jax.algorithms import ppo as ppo_lib
+from rlhf_jax.algorithms import reward_model as reward_model_lib
+from rlhf_jax.algorithms import sft as sft_lib
 from rlhf_jax.models import heads
 from rlhf_jax.models import hf
 
@@ -109,7 +111,7 @@ def good_words(prompts, responses, *, response_tokens, metadata):
 
 def sft(world, kind='text'):
   """Language modelling on texts.jsonl, or SFT on completions.jsonl."""
-  config = config_lib.sft()
+  config = sft_lib.config()
   config.data.kind = kind
   config.data.path = f'{world}/{"texts" if kind == "text" else "completions"}.jsonl'
   return _trained(config, world)
@@ -117,7 +119,7 @@ def sft(world, kind='text'):
 
 def reward_model(world):
   """A reward model on comparisons.jsonl."""
-  config = config_lib.reward_model()
+  config = reward_model_lib.config()
   config.data.path = f'{world}/comparisons.jsonl'
   config.data.held_out = 0.2
   return _trained(config, world)
@@ -125,27 +127,28 @@ def reward_model(world):
 
 def ppo(world, preset=''):
   """PPO against the reward function above."""
-  config = config_lib.ppo(preset)
+  config = ppo_lib.config(preset)
   config.data.path = f'{world}/prompts.jsonl'
   config.data.max_prompt_length = 6
   config.reward.function = 'tiny:good_words'
   config.sampling.max_new_tokens = 6
-  config.ppo.update({'epochs': 2, 'minibatches': 2})
-  if config.ppo.ptx_coef:
+  config.rl.update({'epochs': 2, 'minibatches': 2})
+  if config.rl.ptx_coef:
     mix_in_pretraining(config, world)
   return _trained(config, world)
 
 
 def mix_in_pretraining(config, world):
   """PPO-ptx on completions.jsonl."""
-  config.ppo.ptx_coef = 0.5
+  config.rl.ptx_coef = 0.5
   config.ptx.update({'path': f'{world}/completions.jsonl', 'kind': 'completion',
                      'max_length': 16, 'batch_size': 16})
 
 
 def _trained(config, world):
   config.model.path = f'{world}/model'
-  config.data.max_length = 16
+  if 'max_length' in config.data:
+    config.data.max_length = 16
   config.batch_size, config.steps = 16, 4
   config.optim.learning_rate = 3e-3
   return config
@@ -196,7 +199,7 @@ def one_step(train_step, params, *batch, jit=True):
 
 def experience(state, frozen, rollout, scores, *, models, settings):
   """Experience, extra and metrics before the update; the arguments are those of ppo.train_step."""
-  _, objective, _ = ppo_parts(state, frozen, rollout, scores, models, settings)
+  _, objective = ppo_parts(state, frozen, rollout, scores, models, settings)
   settings = dataclasses.replace(settings, microbatch_size=0)
   fixed, outputs = before_update(state.params, frozen, rollout, models=models, settings=settings)
   return objective.prepare(outputs, fixed)
@@ -205,25 +208,24 @@ def experience(state, frozen, rollout, scores, *, models, settings):
 def before_update(params, frozen, rollout, *, models, settings):
   """PPO's forward passes before an update: Fixed and Outputs."""
   state = types.TrainState(0, None, params, {}, {'kl_coef': 0.0})
-  forward, _, step_mask = ppo_parts(state, frozen, rollout, jnp.zeros(1), models, settings)
+  forward, objective = ppo_parts(state, frozen, rollout, jnp.zeros(1), models, settings)
   return update.before_update(
-      params, rollout, step_mask, forward=forward, schedule=settings.schedule)
+      params, rollout, objective.step_mask, forward=forward, schedule=settings.schedule)
 
 
 def gradients(params, experience, frozen, kl_coef, *, models, settings):
   """PPO's gradients of one minibatch, and metrics."""
   state = types.TrainState(0, None, params, {}, {'kl_coef': kl_coef})
-  forward, objective, _ = ppo_parts(state, frozen, experience, jnp.zeros(1), models, settings)
+  forward, objective = ppo_parts(state, frozen, experience, jnp.zeros(1), models, settings)
   return update.minibatch_gradients(
       params, experience, forward=forward, objective=objective, schedule=settings.schedule)
 
 
 def ppo_parts(state, frozen, rollout, scores, models, settings):
-  """The forward passes, the objective and the mask that ppo.train_step gives to the update."""
+  """The forward passes and the objective that ppo.train_step gives to the update."""
   forward = forward_lib.Forward(
       models, frozen, settings.temperature, full_kl=settings.kl_estimator == 'full')
-  step_mask = ppo_lib.step_mask_of(rollout, scores, settings)
-  return forward, ppo_lib.objective(state, rollout, scores, step_mask, settings=settings), step_mask
+  return forward, ppo_lib.objective(state, rollout, scores, settings=settings)
 
 
 def get_config(arg=None):
@@ -235,8 +237,8 @@ def get_config(arg=None):
   else:
     config = ppo(arg.world)
     mix_in_pretraining(config, arg.world)
-    config.reward.update({'function': '', 'model': f'{arg.world}/reward'})
-    config.ppo.update({'scale_scores': True, 'kl_controller': 'adaptive', 'kl_horizon': 100.0})
+    config.reward.update({'function': None, 'model': f'{arg.world}/reward'})
+    config.rl.update({'scale_scores': True, 'kl_controller': 'adaptive', 'kl_horizon': 100.0})
     config.samples_every = 10
   config.steps, config.checkpoint_every = 150, 3
   return config

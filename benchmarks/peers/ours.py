@@ -25,12 +25,12 @@ from benchmarks import updates
 from benchmarks import workloads
 from benchmarks.peers import jax_device
 from benchmarks.peers import protocol
-from rlhf_jax import config as config_lib
 from rlhf_jax import forward as forward_lib
 from rlhf_jax import models
 from rlhf_jax import runtime
 from rlhf_jax import sharding
 from rlhf_jax import update
+from rlhf_jax.algorithms import build
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms import setup
 from rlhf_jax.models import heads
@@ -68,8 +68,8 @@ def make_config(w, way, folder, device):
   config.tokenizer = str(folder / 'tokenizer')
   config.data.path = str(folder / 'prompts.jsonl')
   config.reward.model = str(folder / 'reward')
-  config.ppo.update({'response': 'raw', 'score_position': 'last'})
-  config_lib.validate(config, jax.device_count())
+  config.rl.update({'response': 'raw', 'score_position': 'last'})
+  build.validate(config, jax.device_count())
   return config
 
 

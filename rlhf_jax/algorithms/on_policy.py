@@ -1,37 +1,224 @@
-"""What on-policy algorithms need before their train step: reference, critic, prompts, rollouts, scores.
+"""What on-policy algorithms share: their keys and checks, the wiring of their models, and their Learner.
 
-Letters: B batch, P prompt length, R response length.
+Letters: B batch, n responses of a prompt, P prompt length, R response length.
 """
 
 import dataclasses
-import time
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import ml_collections
+from ml_collections.config_dict import placeholder
 
+from rlhf_jax import advantages
+from rlhf_jax import config as config_lib
 from rlhf_jax import errors
-from rlhf_jax import processes
+from rlhf_jax import experience
+from rlhf_jax import forward
+from rlhf_jax import learner
 from rlhf_jax import sharding
 from rlhf_jax import types
+from rlhf_jax import update
 from rlhf_jax.algorithms import setup
+from rlhf_jax.algorithms import sft
 from rlhf_jax.data import formats
 from rlhf_jax.data import pipelines
-from rlhf_jax.data import tokenizers
 from rlhf_jax.models import hf
 from rlhf_jax.models import trainable
-from rlhf_jax.rewards import functions
-from rlhf_jax.rewards import learned
+from rlhf_jax.rewards import scorers
+from rlhf_jax.rollout import actor as actor_lib
 from rlhf_jax.rollout import decode
-from rlhf_jax.rollout import engine
+from rlhf_jax.rollout import sampler
 from rlhf_jax.rollout import sampling as sampling_lib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+  """Static choices of an on-policy train step. Those with a default are the keys of `config.rl`.
+
+  Attributes:
+    microbatch_size: sequences of one forward and backward pass; 0 for the whole minibatch.
+    temperature: the one sampled with; logits of policy and reference are divided by it.
+    end_tokens: token ids that end a response; () for none.
+    epochs: passes over each rollout.
+    minibatches: optimizer steps a pass; must divide the batch.
+    length_buckets: see update.Schedule.
+    kl_coef: coefficient of the KL penalty; what it starts with where it adapts.
+    kl_estimator: 'k1', 'k2', 'k3', 'abs' or 'full' (over the vocabulary); see advantages.kl_estimate.
+    kl_in: 'reward' (Ziegler et al.) or 'loss' (GRPO).
+    clip_low: policy clip below 1.
+    clip_high: policy clip above 1.
+    dual_clip: bound on the loss of negative advantages, in advantages; None for none.
+    entropy_coef: weight of the entropy bonus.
+    ptx_coef: weight of the language-modelling loss on pretraining examples (PPO-ptx).
+    response: 'truncated' trains on what stands before the EOS; 'raw' on all R tokens, which
+      are sampled past the EOS (lm-human-preferences). The reward sees the truncated text.
+    missing_eos: 'none', 'replace' or 'subtract'; see advantages.apply_missing_eos.
+    missing_eos_value: the constant of that rule.
+    scale_scores: divide scores by their running standard deviation (trlX).
+    clip_scores: bound on |score| after scaling; None for none.
+    behaviour: old log-probabilities from the training 'forward' pass or from the 'sampler'.
+  """
+  microbatch_size: int
+  temperature: float
+  end_tokens: tuple
+  epochs: int = 4
+  minibatches: int = 1
+  length_buckets: int = 4
+  kl_coef: float = 0.05
+  kl_estimator: str = 'k1'
+  kl_in: str = 'reward'
+  clip_low: float = 0.2
+  clip_high: float = 0.2
+  dual_clip: float | None = None
+  entropy_coef: float = 0.0
+  ptx_coef: float = 0.0
+  response: str = 'truncated'
+  missing_eos: str = 'none'
+  missing_eos_value: float = -1.0
+  scale_scores: bool = False
+  clip_scores: float | None = None
+  behaviour: str = 'forward'
+
+  @property
+  def schedule(self):
+    """update.Schedule."""
+    return update.Schedule(self.epochs, self.minibatches, self.microbatch_size, self.length_buckets)
+
+  @property
+  def rules(self):
+    """experience.ScoreRules."""
+    return experience.ScoreRules(
+        end_tokens=self.end_tokens, scale=self.scale_scores, clip=self.clip_scores,
+        missing_eos=self.missing_eos, missing_eos_value=self.missing_eos_value)
+
+  @classmethod
+  def of(cls, config, eos_id):
+    """The settings of a config.
+
+    Args:
+      config: from `config` of an algorithm.
+      eos_id: the policy's; None for none.
+    """
+    return cls(microbatch_size=config.microbatch_size or 0, temperature=config.sampling.temperature,
+               end_tokens=() if eos_id is None else (eos_id,), **config.rl)
+
+
+def config(algorithm, settings):
+  """Keys of an on-policy algorithm.
+
+  Args:
+    algorithm: its name.
+    settings: its class of settings, `Settings` or a subclass.
+
+  Returns:
+    ConfigDict.
+  """
+  found = config_lib.common(algorithm)
+  found.batch_size = 64
+  found.optim.learning_rate = 1e-5
+  data = config_lib.data() | {
+      'kind': 'prompt',
+      'epochs': placeholder(float),     # passes over the prompts; or set steps
+      'max_prompt_length': 64,
+      'on_long': 'error',       # a prompt beyond that: 'error', 'truncate_left' or 'drop'
+  }
+  del data['max_length']
+  found.data = ml_collections.ConfigDict(data)
+  found.reference = placeholder(str)    # folder; None: the policy as it starts
+  found.reward = ml_collections.ConfigDict({
+      'model': placeholder(str),        # folder of a reward model, or
+      'function': placeholder(str),     # 'package.module:function' over strings
+      'max_length': placeholder(int),   # of a reward model with its own tokenizer; None: its context
+  })
+  found.sampling = ml_collections.ConfigDict({
+      'max_new_tokens': 32, 'temperature': 1.0, 'top_k': placeholder(int), 'top_p': 1.0,
+      'samples': 1,             # responses to each prompt; must divide batch_size
+      'max_concurrent': placeholder(int),   # responses sampled at a time, by continuous batching; None: all
+      'gather_weights': False,  # over 'fsdp' once a rollout, not once a token; with max_concurrent always
+  })
+  found.ptx = ml_collections.ConfigDict(config_lib.data() | {
+      'batch_size': placeholder(int),   # pretraining examples an iteration, shared out over minibatches
+  })
+  found.rl = ml_collections.ConfigDict({
+      f.name: placeholder(float) if f.default is None else f.default
+      for f in dataclasses.fields(settings) if f.default is not dataclasses.MISSING})
+  return found
+
+
+def validate(config, device_count):
+  """Checks the keys that on-policy algorithms share.
+
+  Args:
+    config: from `config`.
+    device_count: devices of all processes.
+
+  Raises:
+    UserError: names the key, the value and the remedy.
+  """
+  need, one_of, divides = config_lib.need, config_lib.one_of, config_lib.divides
+  rl, sampling, ptx = config.rl, config.sampling, config.ptx
+  one_of(config, 'data.kind', ('prompt',))
+  one_of(config, 'data.on_long', ('error', 'truncate_left', 'drop'))
+  one_of(config, 'rl.kl_estimator', advantages.KL_ESTIMATORS)
+  one_of(config, 'rl.kl_in', ('reward', 'loss'))
+  one_of(config, 'rl.response', ('truncated', 'raw'))
+  one_of(config, 'rl.missing_eos', advantages.MISSING_EOS)
+  one_of(config, 'rl.behaviour', ('forward', 'sampler'))
+  need(0 <= rl.clip_low <= 1, f'config.rl.clip_low={rl.clip_low} must be in [0, 1]')
+  need(rl.dual_clip is None or rl.dual_clip > 1,
+       f'config.rl.dual_clip={rl.dual_clip} must be above 1, or None')
+  config_lib.optional_positive(rl, 'rl.', ('clip_scores',))
+  for key in ('epochs', 'minibatches', 'length_buckets'):
+    need(rl[key] > 0, f'config.rl.{key}={rl[key]} must be positive')
+  divides(rl.minibatches, config.batch_size, 'rl.minibatches', 'batch_size')
+  divides(config.microbatch_size, config.batch_size // rl.minibatches,
+          'microbatch_size', 'batch_size / config.rl.minibatches')
+  need(bool(config.reward.model) != bool(config.reward.function),
+       'set exactly one of config.reward.model and config.reward.function')
+  need(sampling.temperature > 0,
+       f'config.sampling.temperature={sampling.temperature} must be positive: greedy samples '
+       'teach nothing')
+  need(sampling.max_new_tokens > 0,
+       f'config.sampling.max_new_tokens={sampling.max_new_tokens} must be positive')
+  config_lib.optional_positive(sampling, 'sampling.', ('top_k', 'max_concurrent'))
+  need(0 < sampling.top_p <= 1, f'config.sampling.top_p={sampling.top_p} must be in (0, 1]')
+  need(sampling.samples > 0, f'config.sampling.samples={sampling.samples} must be positive')
+  divides(sampling.samples, config.batch_size, 'sampling.samples', 'batch_size')
+  config_lib.divides_over_shards(
+      config, device_count, 'batch_size / config.sampling.samples', config.batch_size // sampling.samples)
+  if sampling.max_concurrent:
+    need(sampling.max_concurrent < config.batch_size,
+         f'config.sampling.max_concurrent={sampling.max_concurrent} must be less than '
+         f'config.batch_size={config.batch_size}, or None to sample all at once')
+    config_lib.divides_over_shards(
+        config, device_count, 'sampling.max_concurrent', sampling.max_concurrent)
+  need(not (rl.kl_estimator == 'full' and rl.kl_in == 'loss'),
+       "config.rl.kl_estimator='full' works with config.rl.kl_in='reward' only")
+  need(config.model.unfrozen_layers is None or not config.reference,
+       f'config.reference={config.reference!r}: with config.model.unfrozen_layers='
+       f'{config.model.unfrozen_layers} the reference shares the layers below with the policy; '
+       'leave it at None, or set unfrozen_layers to None')
+  need((rl.ptx_coef > 0) == bool(ptx.batch_size),
+       f'config.rl.ptx_coef={rl.ptx_coef} and config.ptx.batch_size='
+       f'{ptx.batch_size}: set both to mix in pretraining, or neither')
+  if ptx.batch_size:
+    config_lib.validate_data(ptx, 'ptx')
+    one_of(config, 'ptx.kind', sft.KINDS)
+    divides(rl.minibatches, ptx.batch_size, 'rl.minibatches', 'ptx.batch_size')
+    config_lib.divides_over_shards(config, device_count, 'ptx.batch_size', ptx.batch_size)
+  need(not (rl.missing_eos == 'subtract' and rl.missing_eos_value < 0),
+       "config.rl.missing_eos='subtract' takes missing_eos_value off the score: a negative "
+       'one would be a reward for never ending')
 
 
 def make_sampling(config_sampling, tokenizer, *, ignore_eos=False):
   """Sampling of `config.sampling` with the tokenizer's EOS and padding."""
   return sampling_lib.Sampling(
       max_new_tokens=config_sampling.max_new_tokens,
-      temperature=config_sampling.temperature, top_k=config_sampling.top_k,
+      temperature=config_sampling.temperature, top_k=config_sampling.top_k or 0,
       top_p=config_sampling.top_p, eos_id=tokenizer.eos_token_id,
       pad_id=tokenizer.pad_token_id, ignore_eos=ignore_eos)
 
@@ -47,43 +234,103 @@ def check_length(config, model):
                        'data.max_prompt_length + config.sampling.max_new_tokens')
 
 
-def texts_of(rollout, tokenizer):
-  """The responses of a rollout.
-
-  Args:
-    rollout: Rollout.
-    tokenizer: the policy's.
-
-  Returns:
-    List of texts without special tokens, and list of token id lists with them.
-  """
-  mask = processes.host(rollout.response_mask)
-  tokens = processes.host(rollout.tokens)[:, -mask.shape[1]:]
-  ids = [row[keep].tolist() for row, keep in zip(tokens, mask)]
-  return tokenizers.decode_continuation(tokenizer, ids), ids
-
-
-def load_reference(config, mesh, model, trained):
-  """Parameters of the frozen reference that the policy's frozen ones do not have.
-
-  Args:
-    config: see `config.ppo()`.
-    mesh: device mesh.
-    model: the policy's Model.
-    trained: its trained parameters as they start.
-
-  Returns:
-    All parameters of `config.reference`; else a copy of what the policy trains, and nothing
-    where it trains adapters.
+def validate_critic(config):
+  """Checks the keys of `config.critic`.
 
   Raises:
-    UserError: `config.reference` is another architecture than the policy, as whose parameters it
-      is used.
+    UserError: see `validate`.
+  """
+  need, critic = config_lib.need, config.critic
+  config_lib.one_of(config, 'critic.kind', ('separate', 'trunk', 'adapters'))
+  need(critic.kind == 'separate' or not critic.path,
+       f'config.critic.kind={critic.kind!r} sits on the policy: it cannot start from '
+       f"config.critic.path={critic.path!r}; use 'separate' or leave the path at None")
+  need(critic.kind != 'adapters' or len(config.model.lora.targets) > 0 or config.model.lora.path,
+       "config.critic.kind='adapters' needs config.model.lora.targets, which it has too")
+
+
+class Wiring(NamedTuple):
+  """The models of a run and how they are trained; arrays, or shapes where it is traced.
+
+  Attributes:
+    models: forward.Models.
+    params: {'policy': trained parameters, 'critic': ... where there is one}.
+    frozen: see forward.Forward.
+    optimizers: {name of params: optax optimizer}.
+  """
+  models: forward.Models
+  params: dict
+  frozen: dict
+  optimizers: dict
+
+
+def wire(config, mesh, base, *, reference=True, critic=None, steps):
+  """Puts policy, reference and critic together as a config says.
+
+  Args:
+    config: of a run.
+    mesh: where parameters go.
+    base: (Model, all its parameters) of the policy as it starts.
+    reference: all parameters of `config.reference`; True for the policy as it starts; False for no
+      reference.
+    critic: (Model, params {'backbone', 'head'}) that a separate critic starts from; None for the
+      policy's backbone with a new head. Without effect where the config has no critic.
+    steps: train steps of the run.
+
+  Returns:
+    Wiring.
+  """
+  model, policy, shared = setup.divide(config, *base, mesh)
+  frozen, models, params = {'shared': shared}, forward.Models(model), {'policy': policy}
+  if reference is True:
+    frozen['reference'] = {} if model.lora is not None else jax.tree.map(jnp.copy, policy)
+  elif reference is not False:
+    frozen['reference'] = reference
+  updates = steps * config.rl.epochs * config.rl.minibatches
+  optimizers = {'policy': setup.make_optimizer(config.optim, updates)}
+  if 'critic' in config:
+    critic_model, params['critic'] = make_critic(config, mesh, model, policy, shared, critic)
+    models = models._replace(critic=critic_model, critic_shared=config.critic.kind == 'adapters')
+    optimizers['critic'] = setup.make_optimizer(
+        config.optim, updates, learning_rate=config.critic.learning_rate, exported=False)
+  return Wiring(models, params, frozen, optimizers)
+
+
+def make_critic(config, mesh, model, trained, shared, start):
+  """The critic `config.critic` asks for.
+
+  Args:
+    config: of a run.
+    mesh: device mesh.
+    model: the policy's Model.
+    trained: its trained parameters.
+    shared: its other parameters.
+    start: see `critic` of `wire`.
+
+  Returns:
+    Model, or None for a head on the policy's hidden states, and trained params.
+  """
+  head = lambda: setup.new_head(model, mesh, config.seed, 'zero')
+  if config.critic.kind == 'trunk':
+    return None, {'head': head()}
+  if config.critic.kind == 'adapters':
+    adapters = trainable.new_adapters(model, shared, seed=config.seed + 1)
+    return model, {'backbone': setup.place(adapters, model, mesh), 'head': head()}
+  if start is not None:
+    return start[0], jax.tree.map(jnp.copy, start[1])
+  policy = jax.tree.map(jnp.copy, trainable.whole(model, trained, shared))
+  return dataclasses.replace(model, lora=None), {'backbone': policy, 'head': head()}
+
+
+def load_reference(config, mesh, model):
+  """All parameters of `config.reference`; True where that is None.
+
+  Raises:
+    UserError: it is another architecture than the policy, as whose parameters it is used.
   """
   if not config.reference:
-    return {} if model.lora is not None else jax.tree.map(jnp.copy, trained)
-  other, params = hf.load(config.reference, mesh=mesh, param_dtype=config.model.param_dtype,
-                          **setup.model_settings(config.model))
+    return True
+  other, params = hf.load(config.reference, mesh=mesh, **setup.load_settings(config.model))
   theirs, ours = other.config.to_hf(), model.config.to_hf()
   differ = [f'{name} ({theirs.get(name)} and {ours.get(name)})' for name in sorted(theirs | ours)
             if theirs.get(name) != ours.get(name) and not name.endswith('token_id')]
@@ -94,199 +341,108 @@ def load_reference(config, mesh, model, trained):
   return params
 
 
-def make_critic(config, tokenizer, mesh, model, trained, shared, scored):
-  """The critic `config.critic` asks for.
+def load_critic(config, tokenizer, mesh, scored):
+  """(Model, params) that the critic starts from: `config.critic.path`, or else the reward model."""
+  if not config.critic.path:
+    return scored
+  config_model = config.model.copy_and_resolve_references()
+  config_model.path = config.critic.path
+  critic, params = setup.load_scalar(config_model, tokenizer, mesh, config.seed, head_scale='zero')
+  check_length(config, critic)
+  return critic, params
+
+
+def first_extra(settings):
+  """TrainState.extra of an on-policy algorithm: the KL coefficient, and the moments of the scores."""
+  return {'kl_coef': jnp.float32(settings.kl_coef), 'reward_moments': jnp.zeros(3)}
+
+
+def mix_in_pretraining(objective, ptx, frozen, models, coef):
+  """The objective with the language-modelling loss on `ptx` mixed in (PPO-ptx), if there is any.
 
   Args:
-    config: see `config.ppo()`.
-    tokenizer: the policy's.
-    mesh: device mesh.
-    model: the policy's Model.
-    trained: its trained parameters.
-    shared: its other parameters.
-    scored: (Model, params) of the reward model, or None.
+    objective: update.Objective.
+    ptx: LMBatch or Pairs whose examples are shared out over the minibatches, or None.
+    frozen: see forward.Forward.
+    models: forward.Models.
+    coef: weight of the loss.
 
   Returns:
-    Model, or None for a head on the policy's hidden states, and trained params.
+    update.Objective.
   """
-  kind = config.critic.kind
-  if kind == 'trunk':
-    return None, {'head': setup.new_head(model, mesh, config.seed, 'zero')}
-  if kind == 'adapters':
-    adapters = trainable.new_adapters(model, shared, seed=config.seed + 1)
-    return model, {'backbone': setup.place(adapters, model, mesh),
-                   'head': setup.new_head(model, mesh, config.seed, 'zero')}
-  if config.critic.path:
-    config_model = config.model.copy_and_resolve_references()
-    config_model.path = config.critic.path
-    critic, params = setup.load_scalar(
-        config_model, tokenizer, mesh, config.seed, head_scale='zero')
-    check_length(config, critic)
-    return critic, params
-  if scored is not None:
-    return scored[0], jax.tree.map(jnp.copy, scored[1])
-  policy = jax.tree.map(jnp.copy, trainable.whole(model, trained, shared))
-  return dataclasses.replace(model, lora=None), {
-      'backbone': policy, 'head': setup.new_head(model, mesh, config.seed, 'zero')}
+  if ptx is None:
+    return objective
+  return objective._replace(extra_batch=ptx, extra_gradients=functools.partial(
+      sft.ptx_gradients, frozen=frozen['shared'], model=models.policy, coef=coef))
 
 
-def reward_model_scorer(config, tokenizer, mesh):
-  """Scores of `config.reward.model`, on tokens if it shares the policy's tokenizer.
-
-  Returns:
-    (rollout, examples) -> scores [B] float32, and (Model, params) where a critic can start from
-    it: its tokenizer is the policy's, and its head reads the states of single tokens. Else None.
-  """
-  settings = setup.model_settings(config.model)
-  model, params = hf.load_reward(config.reward.model, mesh=mesh, param_dtype=config.model.param_dtype, **settings)
-  own = tokenizers.load(config.reward.model)
-  setup.fit_tokenizer(own, model)
-  if learned.same_tokenizer(own, tokenizer):
-    check_length(config, model)
-    score = learned.of_tokens(model, params)
-    by_token = hasattr(model, 'response_states') and not getattr(model.config, 'pooled', False)
-    return lambda rollout, examples: score(rollout), (model, params) if by_token else None
-  apply = learned.of_texts(
-      model, params, own, max_length=config.reward.max_length or model.max_length, mesh=mesh)
-
-  def score_texts(rollout, examples):
-    responses, ids = texts_of(rollout, tokenizer)
-    ended = [bool(row) and row[-1] == tokenizer.eos_token_id for row in ids]
-    scores = apply([example.prompt for example in examples], responses, ended)
-    return sharding.put_rows(scores, mesh)
-
-  return score_texts, None
-
-
-def function_scorer(config, tokenizer, mesh):
-  """Scores of `config.reward.function`: (rollout, examples) -> [B] or [B, R] float32.
-
-  With several processes each calls it with its part of the batch.
-  """
-  function = functions.load(config.reward.function)
-
-  def score(rollout, examples):
-    responses, ids = texts_of(rollout, tokenizer)
-
-    def call(rows):
-      return functions.call(
-          function, [examples[i].prompt for i in rows], [responses[i] for i in rows],
-          response_tokens=[ids[i] for i in rows], metadata=[examples[i].metadata for i in rows],
-          slots=rollout.response_mask.shape[1])
-
-    return sharding.put_rows(processes.share_out(call, len(examples)), mesh)
-
-  return score
-
-
-def jit_generate(model, sampling, *, rows, gather):
-  """`decode.generate` or `engine.generate` of (params, prompts, key), jitted; their tokens are the same.
-
-  Args:
-    model: the policy's Model.
-    sampling: Sampling.
-    rows: of the engine; every data shard has its part of them, and a queue of its own. 0 for the
-      plain loop over all prompts.
-    gather: whether every device holds what it else gathers over 'fsdp' for each token: its part
-      of the weights along 'tensor', whole. With the engine it always does.
+def make_actor(config, tokenizer, model, score, mesh):
+  """The Actor of a config, and the number of its prompts.
 
   Raises:
-    UserError: when called, with `rows`: there are several data shards, and the model's heads do not divide
-      over 'tensor'; or 'tensor' is above 1 on CPU devices of several processes.
+    UserError: prompts are missing or do not fit the model's context.
   """
-  def generate(params, prompts, key):
-    params = sharding.gathered(params, model.rules, 'fsdp') if gather or rows else params
-    if not rows:
-      return decode.generate(params, prompts, key, model=model, sampling=sampling)
-    shards, tensor = sharding.shards()
-    # Parts of heads would go from device to device inside the loops: as in `engine`, where tokens are drawn.
-    if shards > 1 and (model.config.heads % tensor or model.config.kv_heads % tensor):
-      raise errors.UserError(
-          f'config.sampling.rows={rows} on {shards} data shards: the {model.config.heads} attention heads and '
-          f'{model.config.kv_heads} of keys and values have to divide over the {tensor} parts of config.mesh.tensor; '
-          'choose another mesh, or set config.sampling.rows to 0')
-
-    if tensor > 1 and processes.unrolled():
-      raise errors.UserError(
-          f'config.sampling.rows={rows} with {tensor} parts of config.mesh.tensor: between CPU devices of several '
-          'processes loops of unknown length cannot have collectives in them; set config.sampling.rows to 0')
-
-    def refill(whole, prompts, shard):
-      params, key = whole
-      return engine.generate(params, prompts, key, model=model, sampling=sampling, rows=rows // shards,
-                             first=shard * prompts.tokens.shape[0])
-
-    return sharding.each_shard(refill, (params, key), prompts)
-  return jax.jit(generate)
+  check_length(config, model)
+  samples, raw = config.sampling.samples, config.rl.response == 'raw'
+  examples = setup.read_examples(config.data, formats.prompts, tokenizer)
+  iterator, count = pipelines.prompt_iterator(
+      examples, tokenizer, batch_size=config.batch_size // samples,
+      max_prompt_length=config.data.max_prompt_length, seed=config.seed,
+      on_long=config.data.on_long)
+  sampling = make_sampling(config.sampling, tokenizer, ignore_eos=raw)
+  truncate = jax.jit(lambda rollout: decode.truncate(rollout, sampling.eos_id, sampling.pad_id)[0])
+  sample = sampler.make(model, sampling, samples=samples,
+                        max_concurrent=config.sampling.max_concurrent or 0,
+                        gather=config.sampling.gather_weights)
+  return actor_lib.Actor(examples, iterator, sample, score, mesh, samples=samples,
+                         read=truncate if raw else None), count
 
 
-class Actor:
-  """Draws prompts, samples responses from the current policy and scores them."""
+def create(config, mesh, settings, train_step, *, reference=True, extra=first_extra):
+  """The learner of an on-policy algorithm.
 
-  def __init__(self, config, tokenizer, model, shared, score, mesh):
-    """Reads the prompts.
+  Args:
+    config: of a run.
+    mesh: device mesh.
+    settings: its class of settings.
+    train_step: (state, frozen, rollout, scores, ptx, *, models, optimizers, settings) ->
+      (state, metrics).
+    reference: whether there is one.
+    extra: settings -> the first TrainState.extra.
 
-    Args:
-      config: see `config.ppo()`.
-      tokenizer: the policy's.
-      model: the policy's Model.
-      shared: its parameters that are not trained.
-      score: (rollout, examples) -> scores.
-      mesh: device mesh.
+  Returns:
+    learner.Learner.
 
-    Raises:
-      UserError: prompts are missing or do not fit the model's context.
-    """
-    check_length(config, model)
-    self.examples = setup.read_examples(config.data, formats.prompts, tokenizer)
-    self.iterator, self.rows = pipelines.prompt_iterator(
-        self.examples, tokenizer, batch_size=config.batch_size,
-        max_prompt_length=config.data.max_prompt_length, seed=config.seed,
-        on_long=config.data.on_long)
-    self.sampling = make_sampling(
-        config.sampling, tokenizer, ignore_eos=config.ppo.response == 'raw')
-    self._tokenizer, self._shared, self._score, self._mesh = tokenizer, shared, score, mesh
-    self.generate = jit_generate(model, self.sampling, rows=config.sampling.rows,
-                                 gather=config.sampling.gather_weights)
-    self._truncate = jax.jit(decode.truncate, static_argnums=(1, 2))
-    self._last = None
+  Raises:
+    UserError: data, models and config do not fit together.
+  """
+  tokenizer = setup.load_tokenizer(config)
+  base = setup.load_policy(config.model, tokenizer, mesh, config.seed)
+  score, scored = scorers.make(
+      config.reward, tokenizer, mesh, load=setup.load_settings(config.model),
+      check=functools.partial(check_length, config))
+  actor, count = make_actor(config, tokenizer, base[0], score, mesh)
+  steps = setup.train_steps(config, count * config.sampling.samples)
+  models, params, frozen, optimizers = wire(
+      config, mesh, base, steps=steps, reference=reference and load_reference(config, mesh, base[0]),
+      critic=load_critic(config, tokenizer, mesh, scored) if 'critic' in config else None)
+  model, settings = models.policy, settings.of(config, tokenizer.eos_token_id)
+  state = setup.new_state(
+      config.seed, params, optimizers, mesh, model.rules, extra=extra(settings))
+  step = setup.jit_step(functools.partial(
+      train_step, models=models, optimizers=optimizers, settings=settings), state)
+  iterators = {'prompts': actor.iterator}
+  if config.ptx.batch_size:
+    iterators['ptx'] = sft.ptx_iterator(config, tokenizer, model)
 
-  def __call__(self, state, *, timed):
-    """One batch of experience.
+  def next_batch(state, *, timed):
+    policy = trainable.join(frozen['shared'], state.params['policy'])
+    rollout, scores, metrics = actor(policy, types.step_keys(state)[0], timed=timed)
+    ptx = sharding.put_rows(next(iterators['ptx']), mesh) if 'ptx' in iterators else None
+    return (frozen, rollout, scores, ptx), metrics
 
-    Args:
-      state: TrainState with params['policy'].
-      timed: whether to wait for the device in order to time the two parts.
-
-    Returns:
-      Rollout, scores ([B] or [B, R] float32) and host-side metrics.
-    """
-    prompts, index = next(self.iterator)
-    examples = [self.examples[i] for i in np.asarray(index)]
-    started = time.perf_counter()
-    rollout = self.generate(
-        trainable.join(self._shared, state.params['policy']),
-        sharding.put_rows(prompts, self._mesh), types.step_keys(state)[0])
-    if timed:
-      jax.block_until_ready(rollout)
-    sampled = time.perf_counter()
-    seen = rollout
-    if self.sampling.ignore_eos:
-      seen, _ = self._truncate(rollout, self.sampling.eos_id, self.sampling.pad_id)
-    scores = self._score(seen, examples)
-    self._last = examples, seen, scores
-    if not timed:
-      return rollout, scores, {}
-    jax.block_until_ready(scores)
-    tokens = int(np.sum(processes.host(rollout.response_mask)))
-    return rollout, scores, {
-        'seconds/rollout': sampled - started, 'seconds/scoring': time.perf_counter() - sampled,
-        'tokens_per_second/rollout': tokens / (sampled - started)}
-
-  def samples(self):
-    """The last batch as dicts with prompt, response and score."""
-    examples, rollout, scores = self._last
-    responses, _ = texts_of(rollout, self._tokenizer)
-    scores = processes.host(scores)
-    return [{'prompt': example.prompt, 'response': response, 'score': float(np.sum(score))}
-            for example, response, score in zip(examples, responses, scores)]
+  return learner.Learner(
+      state=state, steps=steps, iterators=iterators, next_batch=next_batch, train_step=step,
+      evaluate=lambda state: {}, export=setup.policy_exporter(model, tokenizer, frozen['shared']),
+      model=model, model_name='policy', tokenizer=tokenizer,
+      samples=lambda: actor.samples(tokenizer))

@@ -2,29 +2,156 @@
 
 Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), Stiennon et al. 2020
 (https://arxiv.org/abs/2009.01325), Ouyang et al. 2022 (https://arxiv.org/abs/2203.02155).
-The choices these make differently are in ppo_settings.py.
+The choices these make differently are keys of `config.rl`, and presets below.
 
-One iteration is a rollout, scoring, and `train_step` below: the forward passes of forward.py,
-`prepare` (rewards with the KL penalty, GAE), and update.py's epochs and minibatches of `loss`.
+One iteration is a rollout, scoring, and `train_step`: the forward passes of forward.py, `prepare`
+(rewards with the KL penalty, GAE), and update.py's epochs and minibatches of `loss`.
 
 Letters: B batch, R response length.
 """
 
+import dataclasses
 import functools
 
 import jax.numpy as jnp
+import ml_collections
+from ml_collections.config_dict import placeholder
 
 from rlhf_jax import advantages as adv
+from rlhf_jax import config as config_lib
 from rlhf_jax import experience as experience_lib
 from rlhf_jax import forward as forward_lib
-from rlhf_jax import learner
 from rlhf_jax import losses
-from rlhf_jax import sharding
 from rlhf_jax import update
 from rlhf_jax.algorithms import on_policy
-from rlhf_jax.algorithms import ppo_settings
-from rlhf_jax.algorithms import setup
-from rlhf_jax.algorithms import sft
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(on_policy.Settings):
+  """Static choices of a PPO train step, besides those of all on-policy algorithms.
+
+  Attributes:
+    kl_controller: 'fixed', 'adaptive' or 'adaptive_per_token'; see advantages.next_kl_coef.
+    kl_target: nats per sequence for 'adaptive', per token for 'adaptive_per_token'.
+    kl_horizon: episodes, for 'adaptive'.
+    gamma: discount per token.
+    lam: GAE's trace decay.
+    value_clip: clip around the old value; None for none.
+    vf_coef: weight of the value loss.
+    score_position: 'last', 'after_end' or 'eos'; see advantages.score_index.
+    whiten_rewards: scale rewards to unit variance, keeping their mean.
+    whiten_advantages: 'batch', 'minibatch' or 'none'.
+    whiten_unbiased: divide variances by n - 1.
+  """
+  kl_controller: str = 'fixed'
+  kl_target: float = 6.0
+  kl_horizon: float = 10_000.0
+  gamma: float = 1.0
+  lam: float = 0.95
+  value_clip: float | None = 0.2
+  vf_coef: float = 0.1
+  score_position: str = 'eos'
+  whiten_rewards: bool = False
+  whiten_advantages: str = 'batch'
+  whiten_unbiased: bool = False
+
+
+# What each preset changes. Where a figure is not in its implementation's defaults or paper, the key
+# keeps its default.
+PRESETS = {
+    # lm-human-preferences (https://arxiv.org/abs/1909.08593 and its train_policy.py).
+    'openai2019': {
+        'optim.name': 'tf_adam', 'optim.learning_rate': 1e-5, 'optim.schedule': 'linear',
+        'optim.eps': 1e-5,
+        'rl.epochs': 4, 'rl.minibatches': 1,
+        'rl.kl_coef': 0.15, 'rl.kl_controller': 'adaptive', 'rl.kl_target': 6.0,
+        'sampling.temperature': 0.7,
+        'rl.response': 'raw', 'rl.score_position': 'last',
+        'rl.missing_eos': 'replace', 'rl.missing_eos_value': -1.0,
+        'rl.whiten_rewards': True, 'rl.whiten_advantages': 'minibatch',
+        'rl.behaviour': 'sampler', 'critic.kind': 'trunk',
+    },
+    # The N implementation details, TL;DR (https://arxiv.org/abs/2403.17031).
+    'n_plus': {
+        'optim.learning_rate': 3e-6, 'optim.schedule': 'linear', 'optim.eps': 1e-5,
+        'rl.epochs': 4, 'rl.minibatches': 1, 'rl.kl_coef': 0.05,
+        'sampling.temperature': 0.7,
+        'rl.score_position': 'after_end',
+        'rl.missing_eos': 'replace', 'rl.missing_eos_value': -1.0,
+        'critic.kind': 'separate',
+    },
+    # TRL 1.12, trl.experimental.ppo.
+    'trl': {
+        'optim.learning_rate': 3e-6, 'optim.schedule': 'linear',
+        'rl.epochs': 4, 'rl.minibatches': 1, 'rl.kl_coef': 0.05,
+        'sampling.temperature': 0.7,
+        'rl.score_position': 'after_end',
+        'rl.missing_eos': 'subtract', 'rl.missing_eos_value': 1.0,
+        'rl.whiten_unbiased': True, 'critic.kind': 'separate',
+    },
+    # trlX, default_ppo_config.
+    'trlx': {
+        'optim.learning_rate': 3e-5, 'optim.schedule': 'cosine', 'optim.b2': 0.95,
+        'rl.epochs': 4, 'rl.kl_coef': 0.001,
+        'sampling.temperature': 1.0, 'rl.vf_coef': 1.0,
+        'rl.score_position': 'eos', 'rl.missing_eos': 'none',
+        'rl.clip_scores': 10.0,
+        'rl.whiten_advantages': 'minibatch', 'rl.whiten_unbiased': True,
+        'critic.kind': 'trunk',
+    },
+    # Ouyang et al. 2022, appendix C (https://arxiv.org/abs/2203.02155).
+    'instructgpt': {
+        'optim.learning_rate': 9e-6, 'optim.b2': 0.95, 'batch_size': 512,
+        'rl.epochs': 1, 'rl.minibatches': 8, 'rl.kl_coef': 0.02,
+        'sampling.temperature': 1.0,
+        'rl.score_position': 'eos', 'rl.missing_eos': 'none',
+        'rl.ptx_coef': 27.8, 'critic.kind': 'separate',
+    },
+}
+
+
+def config(preset=''):
+  """Keys of PPO.
+
+  Args:
+    preset: '' or a name in PRESETS.
+
+  Returns:
+    ConfigDict.
+
+  Raises:
+    UserError: there is no such preset.
+  """
+  found = on_policy.config('ppo', Settings)
+  found.critic = ml_collections.ConfigDict({
+      'kind': 'separate',       # 'trunk': a head on the policy's hidden states; or 'adapters'
+      'path': placeholder(str),     # separate: folder to start from; None: the reward model's
+      'learning_rate': placeholder(float),  # None: the policy's
+  })
+  return config_lib.apply_preset(found, PRESETS, preset)
+
+
+def validate(config, device_count):
+  """Checks the keys of `config`.
+
+  Raises:
+    UserError: names the key, the value and the remedy.
+  """
+  on_policy.validate(config, device_count)
+  on_policy.validate_critic(config)
+  need, rl = config_lib.need, config.rl
+  for key in ('gamma', 'lam'):
+    need(0 <= rl[key] <= 1, f'config.rl.{key}={rl[key]} must be in [0, 1]')
+  config_lib.optional_positive(rl, 'rl.', ('value_clip',))
+  config_lib.one_of(config, 'rl.kl_controller', adv.KL_CONTROLLERS)
+  config_lib.one_of(config, 'rl.score_position', adv.SCORE_POSITIONS)
+  config_lib.one_of(config, 'rl.whiten_advantages', ('batch', 'minibatch', 'none'))
+  need(rl.kl_controller == 'fixed' or min(rl.kl_coef, rl.kl_target, rl.kl_horizon) > 0,
+       f'config.rl.kl_controller={rl.kl_controller!r} multiplies config.rl.kl_coef: '
+       'it, kl_target and kl_horizon must be positive')
+  need((rl.score_position == 'last') == (rl.response == 'raw'),
+       "config.rl.score_position='last' and config.rl.response='raw' belong together: the last "
+       'position is a token of the response only if sampling goes past the EOS')
 
 
 def prepare(outputs, fixed, *, state, rollout, scores, step_mask, settings):
@@ -115,20 +242,17 @@ def whiten_minibatch(experience, *, settings):
       experience.advantages, experience.response_mask, unbiased=settings.whiten_unbiased))
 
 
-def objective(state, rollout, scores, step_mask, *, settings):
-  """PPO's update.Objective for a rollout; the arguments are those of `prepare`."""
+def objective(state, rollout, scores, *, settings):
+  """PPO's update.Objective for a scored rollout; see `train_step`."""
+  step_mask = rollout.response_mask
+  if scores.ndim == 1:
+    step_mask = adv.step_mask(step_mask, settings.score_position)
   return update.Objective(
       prepare=functools.partial(prepare, state=state, rollout=rollout, scores=scores,
                                 step_mask=step_mask, settings=settings),
+      step_mask=step_mask,
       loss=functools.partial(loss, kl_coef=state.extra['kl_coef'], settings=settings),
       minibatch=functools.partial(whiten_minibatch, settings=settings))
-
-
-def step_mask_of(rollout, scores, settings):
-  """Positions that take part in the return, [B, R] bool."""
-  if scores.ndim == 2:
-    return rollout.response_mask
-  return adv.step_mask(rollout.response_mask, settings.score_position)
 
 
 def train_step(state, frozen, rollout, scores, ptx, *, models, optimizers, settings):
@@ -152,72 +276,12 @@ def train_step(state, frozen, rollout, scores, ptx, *, models, optimizers, setti
   models = models.reaching(rollout.tokens.shape[1])
   forward = forward_lib.Forward(
       models, frozen, settings.temperature, full_kl=settings.kl_estimator == 'full')
-  step_mask = step_mask_of(rollout, scores, settings)
-  goal = objective(state, rollout, scores, step_mask, settings=settings)
-  if ptx is not None:
-    goal = goal._replace(extra_batch=ptx, extra_gradients=functools.partial(
-        sft.ptx_gradients, frozen=frozen['shared'], model=models.policy, coef=settings.ptx_coef))
-  return update.run(state, rollout, step_mask, forward=forward, objective=goal,
-                    optimizers=optimizers, schedule=settings.schedule)
-
-
-def make_settings(config, eos_id):
-  """Settings of a config."""
-  toggles = {name: config.ppo[name] for name in config.ppo if name != 'kl_coef'}
-  return ppo_settings.Settings(
-      microbatch_size=config.microbatch_size, temperature=config.sampling.temperature,
-      end_tokens=() if eos_id is None else (eos_id,), **toggles)
+  goal = on_policy.mix_in_pretraining(
+      objective(state, rollout, scores, settings=settings), ptx, frozen, models, settings.ptx_coef)
+  return update.run(state, rollout, forward=forward, objective=goal, optimizers=optimizers,
+                    schedule=settings.schedule)
 
 
 def create(config, mesh):
-  """The learner of `config.algorithm = 'ppo'`.
-
-  Args:
-    config: see `config.ppo()`.
-    mesh: device mesh.
-
-  Returns:
-    learner.Learner.
-
-  Raises:
-    UserError: data, models and config do not fit together.
-  """
-  tokenizer = setup.load_tokenizer(config)
-  model, policy = setup.load_policy(config.model, tokenizer, mesh, config.seed)
-  if config.reward.model:
-    score, scored = on_policy.reward_model_scorer(config, tokenizer, mesh)
-  else:
-    score, scored = on_policy.function_scorer(config, tokenizer, mesh), None
-  model, policy, shared = setup.divide(config, model, policy, mesh)
-  actor = on_policy.Actor(config, tokenizer, model, shared, score, mesh)
-  frozen = {'shared': shared,
-            'reference': on_policy.load_reference(config, mesh, model, policy)}
-  critic_model, critic = on_policy.make_critic(
-      config, tokenizer, mesh, model, policy, shared, scored)
-  models = forward_lib.Models(model, critic_model, critic_shared=config.critic.kind == 'adapters')
-  settings = make_settings(config, tokenizer.eos_token_id)
-  steps = setup.train_steps(config, actor.rows)
-  updates = steps * settings.epochs * settings.minibatches
-  optimizers = {
-      'policy': setup.make_optimizer(config.optim, updates),
-      'critic': setup.make_optimizer(
-          config.optim, updates, learning_rate=config.critic.learning_rate, exported=False)}
-  state = setup.new_state(
-      config.seed, {'policy': policy, 'critic': critic}, optimizers, mesh, model.rules,
-      extra={'kl_coef': jnp.float32(config.ppo.kl_coef), 'reward_moments': jnp.zeros(3)})
-  step = setup.jit_step(functools.partial(
-      train_step, models=models, optimizers=optimizers,
-      settings=settings), state)
-  iterators = {'prompts': actor.iterator}
-  if config.ptx.batch_size:
-    iterators['ptx'] = sft.ptx_iterator(config, tokenizer, model)
-
-  def next_batch(state, *, timed):
-    rollout, scores, metrics = actor(state, timed=timed)
-    ptx = sharding.put_rows(next(iterators['ptx']), mesh) if 'ptx' in iterators else None
-    return (frozen, rollout, scores, ptx), metrics
-
-  return learner.Learner(
-      state=state, steps=steps, iterators=iterators, next_batch=next_batch, train_step=step,
-      evaluate=lambda state: {}, export=setup.policy_exporter(model, tokenizer, shared),
-      model=model, model_name='policy', tokenizer=tokenizer, samples=actor.samples)
+  """The learner of `config.algorithm = 'ppo'`; see on_policy.create."""
+  return on_policy.create(config, mesh, Settings, train_step)

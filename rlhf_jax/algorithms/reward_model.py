@@ -12,9 +12,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import ml_collections
+from ml_collections.config_dict import placeholder
 import numpy as np
 
 from rlhf_jax import advantages as adv
+from rlhf_jax import config as config_lib
 from rlhf_jax import errors
 from rlhf_jax import learner
 from rlhf_jax import losses
@@ -30,9 +33,39 @@ from rlhf_jax.rewards import calibration
 from rlhf_jax.rewards import scoring
 
 
+def config(preset=''):
+  """Keys of a reward model from comparisons, rankings, picks or ratings; it has no presets."""
+  found = config_lib.common('reward_model')
+  found.data.kind = 'comparison'
+  found.preference = ml_collections.ConfigDict({
+      'loss': 'pairwise',       # 'pairwise' (K-way too), 'pick_best' or 'rating'
+      'centering': 0.0,         # weight of (r_a + r_b)^2; 0.01 recommended
+      'label_smoothing': 0.0,
+      'token_dropout': 0.0,     # share of tokens hidden from each training example
+      'normalize': 'none',      # 'gain_bias': mean 0, std 1; 'bias': mean 0; on `normalize_path`
+      'normalize_path': placeholder(str),   # completions to fit on; None: those of the training comparisons
+  })
+  return config_lib.apply_preset(found, {}, preset)
+
+
+def validate(config, device_count):
+  """Checks what `config.common` leaves to the algorithm.
+
+  Raises:
+    UserError: names the key, the value and the remedy.
+  """
+  del device_count
+  config_lib.one_of(config, 'data.kind', ('comparison',))
+  config_lib.divides(config.microbatch_size, config.batch_size, 'microbatch_size', 'batch_size')
+  config_lib.one_of(config, 'preference.loss', ('pairwise', 'pick_best', 'rating'))
+  config_lib.one_of(config, 'preference.normalize', ('none', 'gain_bias', 'bias'))
+  config_lib.need(0 <= config.preference.token_dropout < 1,
+                  f'config.preference.token_dropout={config.preference.token_dropout} must be in [0, 1)')
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Static choices of a reward-model step; see `config.reward_model()`."""
+  """Static choices of a reward-model step; see `config`."""
   loss: str
   centering: float
   label_smoothing: float
@@ -135,7 +168,7 @@ def create(config, mesh):
   """The learner of `config.algorithm = 'reward_model'`.
 
   Args:
-    config: see `config.reward_model()`.
+    config: see `config`.
     mesh: device mesh.
 
   Returns:
@@ -151,32 +184,32 @@ def create(config, mesh):
   model, backbone, shared = setup.divide(config, model, params['backbone'], mesh)
   params, frozen = {'backbone': backbone, 'head': params['head']}, {'backbone': shared}
   examples, held_out = setup.hold_out(config, formats.comparisons, tokenizer)
-  check_examples(examples, config.reward.loss)
+  check_examples(examples, config.preference.loss)
   sizes = dict(batch_size=config.batch_size, max_length=config.data.max_length)
   iterator, rows = pipelines.comparison_iterator(
       examples, tokenizer, seed=config.seed, **sizes)
   held_out = [batch for batch, _ in pipelines.comparison_batches(held_out, tokenizer, **sizes)]
   steps = setup.train_steps(config, rows)
-  settings = Settings(loss=config.reward.loss, centering=config.reward.centering,
-                      label_smoothing=config.reward.label_smoothing,
-                      token_dropout=config.reward.token_dropout)
+  settings = Settings(loss=config.preference.loss, centering=config.preference.centering,
+                      label_smoothing=config.preference.label_smoothing,
+                      token_dropout=config.preference.token_dropout)
   scores = jax.jit(functools.partial(scoring.comparison_scores, model=model))
 
   def fitted_head(params):
     """The head, normalized on the config's texts."""
-    if config.reward.normalize == 'none':
+    if config.preference.normalize == 'none':
       return params['head']
     values = [(scores(trainable.join(frozen, params), sharding.put_rows(batch, mesh)), batch.present)
               for batch in normalization_batches(config, examples, tokenizer, sizes)]
     values = np.concatenate([processes.host(x)[present] for x, present in values])
-    return normalize(params['head'], values, config.reward.normalize)
+    return normalize(params['head'], values, config.preference.normalize)
 
   params['head'] = fitted_head(params)
   optimizers = {'reward': setup.make_optimizer(config.optim, steps)}
   state = setup.new_state(config.seed, {'reward': params}, optimizers, mesh, model.rules)
   step = setup.jit_step(functools.partial(
       train_step, model=model, optimizers=optimizers, settings=settings,
-      microbatch_size=config.microbatch_size), state)
+      microbatch_size=config.microbatch_size or 0), state)
 
   def evaluate(state):
     pairs = [scoring.pair_gaps(processes.host(
@@ -201,19 +234,19 @@ def check_examples(examples, loss):
   """Raises UserError where the data have nothing that the loss could learn from."""
   if loss == 'rating' and any(example.ratings is None for example in examples):
     raise errors.UserError(
-        "config.reward.loss='rating' needs a rating of every completion, and the data have "
+        "config.preference.loss='rating' needs a rating of every completion, and the data have "
         "comparisons without: use 'pairwise' or 'pick_best'")
   if loss != 'rating' and all(len(set(example.ranks)) < 2 for example in examples):
     raise errors.UserError(
-        f"config.reward.loss={loss!r} needs prompts with better and worse completions, and the "
+        f"config.preference.loss={loss!r} needs prompts with better and worse completions, and the "
         "data have none: where each completion has a rating, use 'rating'")
 
 
 def normalization_batches(config, examples, tokenizer, sizes):
   """Comparisons whose completions the head is fitted on."""
-  if config.reward.normalize_path:
+  if config.preference.normalize_path:
     data = config.data.copy_and_resolve_references()
-    data.path = config.reward.normalize_path
+    data.path = config.preference.normalize_path
     completions = setup.read_examples(data, formats.completions, tokenizer)
     examples = [formats.Comparison(e.prompt, (e.completion,), (0,)) for e in completions]
   return [batch for batch, _ in pipelines.comparison_batches(examples, tokenizer, **sizes)]

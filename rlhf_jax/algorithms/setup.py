@@ -29,7 +29,7 @@ EXTRA_RULES = ((r'^[^/]+$', PartitionSpec()),)
 
 def load_tokenizer(config):
   """The tokenizer of `config.tokenizer`, or of the model's folder."""
-  if not config.tokenizer and not os.path.isdir(config.model.path):
+  if not config.tokenizer and not os.path.isdir(config.model.path or ''):
     raise errors.UserError(
         f'config.model.path={config.model.path!r}: no such folder; it has to be a Hugging Face '
         'folder, or what an earlier stage exported')
@@ -40,8 +40,13 @@ def load_tokenizer(config):
 
 
 def model_settings(config_model):
-  """How a model computes, as keywords of the loaders and of models.create."""
+  """How a model computes, as keywords of models.create."""
   return dict(dtype=config_model.dtype, remat=config_model.remat, unroll=config_model.unroll)
+
+
+def load_settings(config_model):
+  """How a model is loaded and computes, as keywords of hf.load and hf.load_reward."""
+  return model_settings(config_model) | {'param_dtype': config_model.param_dtype}
 
 
 def load_policy(config_model, tokenizer, mesh, seed):
@@ -57,8 +62,7 @@ def load_policy(config_model, tokenizer, mesh, seed):
     Model and params.
   """
   if config_model.path:
-    model, params = hf.load(config_model.path, mesh=mesh,
-                            param_dtype=config_model.param_dtype, **model_settings(config_model))
+    model, params = hf.load(config_model.path, mesh=mesh, **load_settings(config_model))
   else:
     fields = {'vocab_size': max(tokenizer.get_vocab().values()) + 1,
               **config_model.init.to_dict()}
@@ -68,15 +72,8 @@ def load_policy(config_model, tokenizer, mesh, seed):
     key = jax.random.key(seed)
     params = jax.jit(init, out_shardings=sharding.shardings(
         jax.eval_shape(init, key), model.rules, mesh))(key)
-  fit_tokenizer(tokenizer, model)
+  tokenizers.fit(tokenizer, model)
   return model, params
-
-
-def fit_tokenizer(tokenizer, model):
-  """Makes a tokenizer that of a model, after a check that its ids fit."""
-  tokenizers.check(tokenizer, model.vocab_size)
-  if model.encoder_decoder:
-    tokenizers.respond_apart(tokenizer)
 
 
 def divide(config, model, params, mesh):
@@ -126,10 +123,8 @@ def load_scalar(config_model, tokenizer, mesh, seed, *, head_scale):
     Model and params {'backbone', 'head'}.
   """
   if config_model.path and is_reward_model(config_model.path):
-    model, params = hf.load_reward(config_model.path, mesh=mesh,
-                                   param_dtype=config_model.param_dtype,
-                                   **model_settings(config_model))
-    fit_tokenizer(tokenizer, model)
+    model, params = hf.load_reward(config_model.path, mesh=mesh, **load_settings(config_model))
+    tokenizers.fit(tokenizer, model)
     return model, params
   model, backbone = load_policy(config_model, tokenizer, mesh, seed)
   return model, {'backbone': backbone, 'head': new_head(model, mesh, seed, head_scale)}
@@ -142,21 +137,21 @@ def new_head(model, mesh, seed, scale):
       heads.init_scalar(key, model.width, scale=scale), sharding.replicated(mesh))
 
 
-def make_optimizer(config_optim, steps, *, learning_rate=0.0, exported=True):
+def make_optimizer(config_optim, steps, *, learning_rate=None, exported=True):
   """The optimizer of `config.optim`.
 
   Args:
     config_optim: `config.optim`.
     steps: optimizer steps of the run.
-    learning_rate: in place of the config's; 0 for the config's.
+    learning_rate: in place of the config's, unless None.
     exported: whether its parameters are the run's result, of which a moving average is kept.
   """
   c = config_optim
   return optim.make(
-      name=c.name, learning_rate=learning_rate or c.learning_rate, schedule_kind=c.schedule,
+      name=c.name, learning_rate=c.learning_rate if learning_rate is None else learning_rate, schedule_kind=c.schedule,
       warmup_steps=c.warmup_steps, steps=steps, b1=c.b1, b2=c.b2, eps=c.eps,
-      weight_decay=c.weight_decay, clip_norm=c.clip_norm, master_dtype=c.master_dtype,
-      moment_dtype=c.moment_dtype, ema=c.ema if exported else 0.0)
+      weight_decay=c.weight_decay, clip_norm=c.clip_norm or 0.0, master_dtype=c.master_dtype,
+      moment_dtype=c.moment_dtype, ema=(c.ema or 0.0) if exported else 0.0)
 
 
 def new_state(seed, params, optimizers, mesh, rules, *, extra=None):
@@ -209,8 +204,8 @@ def read_examples(config_data, convert, tokenizer):
 
 
 def _read(config_data, path, convert, tokenizer):
-  columns = dict(pair.split('=') for pair in config_data.columns.split(',') if pair)
-  records = sources.read(path, split=config_data.split, columns=columns,
+  columns = dict(pair.split('=') for pair in (config_data.columns or '').split(',') if pair)
+  records = sources.read(path, split=config_data.split or '', columns=columns,
                          separator=config_data.separator)
   examples, report = convert(records, tokenizer=tokenizer, on_error=config_data.on_error)
   if report.left_out:
@@ -237,11 +232,11 @@ def hold_out(config, convert, tokenizer):
   return pipelines.split(examples, holdout=config.data.held_out, seed=config.seed)
 
 
-def train_steps(config, rows):
-  """Train steps of the run: `config.steps`, or `config.epochs` passes over `rows` rows."""
+def train_steps(config, examples):
+  """Train steps of the run: `config.steps`, or `config.data.epochs` passes over so many examples."""
   if config.steps:
     return config.steps
-  return max(1, round(config.epochs * rows / config.batch_size))
+  return max(1, round(config.data.epochs * examples / config.batch_size))
 
 
 def check_length(length, model, key):

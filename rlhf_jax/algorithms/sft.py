@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import advantages as adv
+from rlhf_jax import config as config_lib
 from rlhf_jax import errors
 from rlhf_jax import learner
 from rlhf_jax import logprobs
@@ -22,6 +23,24 @@ from rlhf_jax.algorithms import setup
 from rlhf_jax.data import formats
 from rlhf_jax.data import pipelines
 from rlhf_jax.models import trainable
+
+KINDS = ('text', 'completion')
+
+
+def config(preset=''):
+  """Keys of pretraining (`data.kind` 'text') and supervised fine-tuning ('completion'); it has no presets."""
+  return config_lib.apply_preset(config_lib.common('sft'), {}, preset)
+
+
+def validate(config, device_count):
+  """Checks what `config.common` leaves to the algorithm.
+
+  Raises:
+    UserError: names the key, the value and the remedy.
+  """
+  del device_count
+  config_lib.one_of(config, 'data.kind', KINDS)
+  config_lib.divides(config.microbatch_size, config.batch_size, 'microbatch_size', 'batch_size')
 
 
 def token_losses(params, frozen, batch, *, model):
@@ -169,7 +188,7 @@ def create(config, mesh):
   state = setup.new_state(config.seed, {'policy': params}, optimizers, mesh, model.rules)
   step = setup.jit_step(functools.partial(
       train_step, model=model, optimizers=optimizers,
-      microbatch_size=config.microbatch_size), state)
+      microbatch_size=config.microbatch_size or 0), state)
   held_out_sums = jax.jit(functools.partial(loss_sums, model=model))
 
   def evaluate(state):

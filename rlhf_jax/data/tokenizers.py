@@ -139,6 +139,17 @@ def respond_apart(tokenizer: transformers.PreTrainedTokenizerFast) -> None:
   _apart.add(tokenizer)
 
 
+def fit(tokenizer: transformers.PreTrainedTokenizerFast, model: Any) -> None:
+  """Checks that the tokenizer's ids fit the model's vocabulary and adapts it to the model.
+
+  Raises:
+    UserError: see `check`.
+  """
+  check(tokenizer, model.vocab_size)
+  if model.encoder_decoder:
+    respond_apart(tokenizer)
+
+
 def encode(tokenizer: transformers.PreTrainedTokenizerFast,
            texts: Sequence[str]) -> list[np.ndarray]:
   """Ids of texts that begin a sequence, each int32 [length].

@@ -37,14 +37,14 @@ def join(*trees):
   return joined
 
 
-def divide(model, params, *, unfrozen_layers=-1, seed=0):
+def divide(model, params, *, unfrozen_layers=None, seed=0):
   """Divides a model's parameters into trained and frozen ones.
 
   Args:
     model: Model; its `lora` says which adapters there are.
     params: all of its parameters, without adapters. Where blocks are cut in two the uncut arrays
       are deleted.
-    unfrozen_layers: k, blocks at the top that are trained; -1 trains everything.
+    unfrozen_layers: k, blocks at the top that are trained; None trains everything.
     seed: of new adapters.
 
   Returns:
@@ -53,7 +53,7 @@ def divide(model, params, *, unfrozen_layers=-1, seed=0):
   Raises:
     UserError: k is larger than the depth, or the model has no single stack of blocks.
   """
-  trained, frozen = (params, {}) if unfrozen_layers < 0 else _cut(model, params, unfrozen_layers)
+  trained, frozen = (params, {}) if unfrozen_layers is None else _cut(model, params, unfrozen_layers)
   if model.lora is None:
     return trained, frozen
   frozen = join(frozen, trained)
@@ -67,7 +67,7 @@ def start(model, params, *, unfrozen_layers, targets, rslora, path, seed):
     model: Model without adapters.
     params, unfrozen_layers, seed: see `divide`.
     targets, rslora: of lora.Lora; no targets, no adapters.
-    path: folder of PEFT to take trained adapters and their targets from, or ''.
+    path: folder of PEFT to take trained adapters and their targets from, or None.
 
   Returns:
     (model, trained, frozen).
@@ -92,7 +92,7 @@ def _cut(model, params, top):
   """Cuts the blocks into the `top` last ones, trained with what follows them, and the frozen rest."""
   if 'blocks' not in params:
     raise UserError(f'config.model.unfrozen_layers={top}: a {model.family} model has no single stack of layers '
-                    'to freeze the bottom of; set it to -1')
+                    'to freeze the bottom of; set it to None')
   depth = model.config.depth
   if top > depth:
     raise UserError(f'config.model.unfrozen_layers={top}: the model has {depth} layers')

@@ -15,7 +15,6 @@ import pytest
 
 import references
 import references_ppo
-from rlhf_jax import config as config_lib
 from rlhf_jax import forward
 from rlhf_jax import types
 from rlhf_jax.algorithms import ppo
@@ -53,26 +52,26 @@ PRESETS = {
 # Toggles no preset turns, on top of one: (name, preset, config keys, the same by hand).
 VARIANTS = [(name, name, {}, {}) for name in PRESETS] + [
     ('dense rewards, full KL, per-token controller', 'n_plus',
-     {'ppo.kl_estimator': 'full', 'ppo.kl_controller': 'adaptive_per_token',
-      'ppo.kl_target': 0.3},
+     {'rl.kl_estimator': 'full', 'rl.kl_controller': 'adaptive_per_token',
+      'rl.kl_target': 0.3},
      dict(estimator='full', controller='adaptive_per_token', target=0.3, dense=True)),
     ('KL in the loss, entropy, both other clips, microbatches', 'trl',
-     {'ppo.kl_in': 'loss', 'ppo.kl_estimator': 'k3', 'ppo.entropy_coef': 0.01,
-      'ppo.clip_high': 0.28, 'ppo.dual_clip': 1.5, 'ppo.minibatches': 2, 'microbatch_size': 2},
+     {'rl.kl_in': 'loss', 'rl.kl_estimator': 'k3', 'rl.entropy_coef': 0.01,
+      'rl.clip_high': 0.28, 'rl.dual_clip': 1.5, 'rl.minibatches': 2, 'microbatch_size': 2},
      dict(kl_in='loss', estimator='k3', entropy_coef=0.01, clip_high=0.28, dual_clip=1.5,
           minibatches=2)),
     ('running scale, adaptive controller, k2', 'trlx',
-     {'ppo.scale_scores': True, 'ppo.clip_scores': 1.0, 'ppo.kl_estimator': 'k2',
-      'ppo.kl_controller': 'adaptive', 'ppo.kl_target': 0.7, 'ppo.kl_horizon': 50.0,
-      'ppo.minibatches': 2},
+     {'rl.scale_scores': True, 'rl.clip_scores': 1.0, 'rl.kl_estimator': 'k2',
+      'rl.kl_controller': 'adaptive', 'rl.kl_target': 0.7, 'rl.kl_horizon': 50.0,
+      'rl.minibatches': 2},
      dict(scale=True, clip_scores=1.0, estimator='k2', controller='adaptive', target=0.7,
           horizon=50, minibatches=2)),
     ('no clips, no whitening, abs, discount', 'instructgpt',
-     {'ppo.kl_estimator': 'abs', 'ppo.value_clip': 0.0, 'ppo.whiten_advantages': 'none',
-      'ppo.gamma': 0.9, 'ppo.lam': 0.8, 'ppo.epochs': 2, 'ppo.minibatches': 4},
+     {'rl.kl_estimator': 'abs', 'rl.value_clip': 0.0, 'rl.whiten_advantages': 'none',
+      'rl.gamma': 0.9, 'rl.lam': 0.8, 'rl.epochs': 2, 'rl.minibatches': 4},
      dict(estimator='abs', value_clip=0.0, whiten_advantages='none', gamma=0.9, lam=0.8,
           epochs=2, minibatches=4)),
-    ('pretraining mixed into epochs of one piece', 'n_plus', {'ppo.ptx_coef': 0.5}, dict(ptx_coef=0.5)),
+    ('pretraining mixed into epochs of one piece', 'n_plus', {'rl.ptx_coef': 0.5}, dict(ptx_coef=0.5)),
 ]
 
 
@@ -179,15 +178,15 @@ def rates(schedule, steps):
 
 def make_run(preset, keys, iterations):
   """Config, static arguments of `ppo.train_step` and its optimizers."""
-  config = config_lib.ppo(preset)
+  config = ppo.config(preset)
   config.optim.learning_rate = RATE
   config.update_from_flattened_dict(keys)
-  steps = iterations * config.ppo.epochs * config.ppo.minibatches
+  steps = iterations * config.rl.epochs * config.rl.minibatches
   optimizer = setup.make_optimizer(config.optim, steps)
   critic = None if config.critic.kind == 'trunk' else LastToken()
   return config, dict(models=forward.Models(LastToken(), critic),
                       optimizers={'policy': optimizer, 'critic': optimizer},
-                      settings=ppo.make_settings(config, EOS)), steps
+                      settings=ppo.Settings.of(config, EOS)), steps
 
 
 def make_state(config, params, optimizers):
@@ -195,7 +194,7 @@ def make_state(config, params, optimizers):
   return types.TrainState(
       step=jnp.int32(0), key=jax.random.key(3), params=params,
       opt_state={name: optimizers[name].init(params[name]) for name in params},
-      extra={'kl_coef': jnp.float32(config.ppo.kl_coef), 'reward_moments': jnp.zeros(3)})
+      extra={'kl_coef': jnp.float32(config.rl.kl_coef), 'reward_moments': jnp.zeros(3)})
 
 
 def epoch_orders(state, epochs):

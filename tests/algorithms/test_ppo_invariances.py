@@ -26,9 +26,9 @@ def settings(world):
   """One epoch of two minibatches at temperature 0.7, advantages whitened in each."""
   config = tiny.ppo(world)
   config.sampling.temperature = 0.7
-  config.ppo.update({'epochs': 1, 'whiten_advantages': 'minibatch', 'entropy_coef': 0.01,
+  config.rl.update({'epochs': 1, 'whiten_advantages': 'minibatch', 'entropy_coef': 0.01,
                      'missing_eos': 'replace', 'kl_controller': 'adaptive'})
-  return ppo.make_settings(config, tiny.EOS)
+  return ppo.Settings.of(config, tiny.EOS)
 
 
 @pytest.fixture(scope='module')

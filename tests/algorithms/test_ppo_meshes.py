@@ -54,8 +54,8 @@ def update(model, settings, batch, mesh):
 def test_minibatches_that_do_not_divide_over_the_devices(shape, batch, minibatches, family, world):
   """3 sequences a minibatch over 2 or 4 data shards."""
   config = tiny.ppo(world)
-  config.ppo.update({'epochs': 2, 'minibatches': minibatches})
-  settings, model = ppo.make_settings(config, tiny.EOS), models.create(FAMILIES[family])
+  config.rl.update({'epochs': 2, 'minibatches': minibatches})
+  settings, model = ppo.Settings.of(config, tiny.EOS), models.create(FAMILIES[family])
   before, expected, metrics = update(model, settings, batch, sharding.make_mesh({}, devices=jax.devices()[:1]))
   _, found, found_metrics = update(model, settings, batch, sharding.make_mesh(shape))
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, expected)

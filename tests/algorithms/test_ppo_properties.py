@@ -34,7 +34,7 @@ def learning(world, critic, function):
   config.critic.kind = critic
   config.reward.function = function
   config.batch_size, config.optim.learning_rate = 64, 0.01
-  config.ppo.kl_coef = 0.01
+  config.rl.kl_coef = 0.01
   return config
 
 
@@ -53,7 +53,7 @@ def test_it_learns_to_use_good_words(critic, function, world):
   assert np.mean(scores[:2]) < 0.65, scores
   assert np.mean(scores[-3:]) > np.mean(scores[:2]) + 0.2, scores
   assert all(metrics['policy/sampler_gap'] < 1e-4 for metrics in history)
-  assert float(state.extra['kl_coef']) == pytest.approx(config.ppo.kl_coef)  # 'fixed' stays
+  assert float(state.extra['kl_coef']) == pytest.approx(config.rl.kl_coef)  # 'fixed' stays
   np.testing.assert_array_equal(state.extra['reward_moments'], np.zeros(3))  # nothing is scaled
 
 
@@ -64,7 +64,7 @@ def test_a_few_rows_at_a_time_sample_the_same(shape, rows, world):
   with jax.set_mesh(mesh):
     for rows in (0, rows):
       config = tiny.ppo(world)
-      config.sampling.rows = rows
+      config.sampling.max_concurrent = rows
       learner = ppo.create(config, mesh)
       batch, _ = learner.next_batch(learner.state, timed=False)
       _, rollout, scores, _ = batch
@@ -76,7 +76,7 @@ def test_a_few_rows_at_a_time_sample_the_same(shape, rows, world):
 def test_the_state_carries_the_kl_coefficient_and_the_moments_of_the_scores(world):
   config = tiny.ppo(world)
   config.reward.function = f'{__name__}:first_token'
-  config.ppo.update({'scale_scores': True, 'kl_controller': 'adaptive', 'kl_target': 0.05,
+  config.rl.update({'scale_scores': True, 'kl_controller': 'adaptive', 'kl_target': 0.05,
                      'kl_horizon': 100.0, 'kl_coef': 0.2})
   mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
   seen, coef = [], 0.2
@@ -149,7 +149,7 @@ def test_an_epoch_in_one_piece_is_one_of_microbatches(critic, unfrozen, world):
   """In one piece the first epoch's forward pass makes the experience; microbatches have passes before it."""
   config = tiny.ppo(world)
   config.critic.kind, config.model.unfrozen_layers = critic, unfrozen
-  config.ppo.update({'epochs': 3, 'minibatches': 1, 'whiten_advantages': 'minibatch'})
+  config.rl.update({'epochs': 3, 'minibatches': 1, 'whiten_advantages': 'minibatch'})
   config.optim.eps = 1e-4
   _, whole, expected, _ = tiny.train(ppo, config, 3)
   config.microbatch_size = 4
@@ -162,7 +162,7 @@ def test_pretraining_rows_pull_the_policy_towards_them(world):
   config = tiny.ppo(world)
   tiny.mix_in_pretraining(config, world)
   _, _, mixed, _ = tiny.train(ppo, config, 12)
-  config.ppo.ptx_coef = 1e-6
+  config.rl.ptx_coef = 1e-6
   _, _, barely, _ = tiny.train(ppo, config, 12)
   assert mixed[0]['ptx/loss'] < barely[0]['ptx/loss'] + 0.1
   assert mixed[-1]['ptx/loss'] < barely[-1]['ptx/loss'] - 0.3
@@ -170,7 +170,7 @@ def test_pretraining_rows_pull_the_policy_towards_them(world):
 
 def test_a_reward_per_token_on_the_last_one_is_a_score(world):
   """Rewards per token that are zero but for the last real one train like a score paid there."""
-  settings = ppo.make_settings(tiny.ppo(world), tiny.EOS)
+  settings = ppo.Settings.of(tiny.ppo(world), tiny.EOS)
   policy = MODEL.init(jax.random.key(1))
   params = {'policy': policy, 'critic': {
       'head': heads.init_scalar(jax.random.key(2), MODEL.width, scale='normal')}}

@@ -37,9 +37,9 @@ def noisy(tree, seed):
 @pytest.fixture(scope='module')
 def settings(world):
   config = tiny.ppo(world)
-  config.ppo.update({'epochs': 1, 'minibatches': 1, 'entropy_coef': 0.01})
+  config.rl.update({'epochs': 1, 'minibatches': 1, 'entropy_coef': 0.01})
   config.microbatch_size = 3
-  return ppo.make_settings(config, tiny.EOS)
+  return ppo.Settings.of(config, tiny.EOS)
 
 
 def episode():
@@ -160,7 +160,7 @@ def config_of(world, kind):
     config.model.unfrozen_layers = 1
   config.batch_size, config.optim.clip_norm = 64, 1.0
   config.critic.kind = 'adapters' if kind.endswith('adapters') else 'trunk'
-  config.optim.learning_rate, config.ppo.kl_coef = 0.02, 0.01
+  config.optim.learning_rate, config.rl.kl_coef = 0.02, 0.01
   return config
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import references
-from rlhf_jax import config as config_lib
 from rlhf_jax import forward
 from rlhf_jax import models
 from rlhf_jax import policy as policy_lib
@@ -92,7 +91,7 @@ class Reference:
 
   def experience(self, episodes):
     """Tables [B, R] with zeros where there is nothing."""
-    c = self.config.ppo
+    c = self.config.rl
     lengths = [len(e['response']) for e in episodes]
     table = lambda function: np.array([
         np.pad(function(e).detach().numpy(), (0, R - len(e['response']))) for e in episodes])
@@ -107,7 +106,7 @@ class Reference:
 
   def minibatch(self, episodes, x, rows):
     """One Adam step; returns statistics."""
-    c, count = self.config.ppo, sum(len(episodes[i]['response']) for i in rows)
+    c, count = self.config.rl, sum(len(episodes[i]['response']) for i in rows)
     parameters = self.parameters()
     stats = dict.fromkeys(('policy/loss', 'policy/ratio', 'policy/clipfrac', 'value/loss', 'value/clipfrac',
                            'policy/entropy'), 0.0)
@@ -136,7 +135,7 @@ class Reference:
 
   def iteration(self, episodes, orders):
     """A PPO iteration; returns statistics."""
-    x, minibatches, collected = self.experience(episodes), self.config.ppo.minibatches, []
+    x, minibatches, collected = self.experience(episodes), self.config.rl.minibatches, []
     for order in orders:
       for rows in np.split(np.asarray(order), minibatches):
         collected.append(self.minibatch(episodes, x, list(rows)))
@@ -184,9 +183,9 @@ def zeros(model):
 @pytest.mark.parametrize('model,critic', [(FIRST, 'separate'), (FLAN, 'trunk')], ids=['first', 'flan'])
 def test_ppo_update_agrees_with_torch(model, critic, tmp_path):
   """Two epochs of two minibatches."""
-  config = config_lib.ppo()
+  config = ppo.config()
   config.optim.update({'learning_rate': RATE, 'eps': 1e-3})
-  config.ppo.update({'epochs': 2, 'minibatches': 2, 'kl_coef': 0.3, 'entropy_coef': 0.05})
+  config.rl.update({'epochs': 2, 'minibatches': 2, 'kl_coef': 0.3, 'entropy_coef': 0.05})
   rng = np.random.default_rng(1)
   episodes = make_episodes(rng)
   params, frozen = make_params(rng, model, critic)
@@ -195,12 +194,12 @@ def test_ppo_update_agrees_with_torch(model, critic, tmp_path):
   optimizers = dict.fromkeys(params, setup.make_optimizer(config.optim, 4))
   state = types.TrainState(
       step=jnp.int32(0), key=jax.random.key(3), params=params, opt_state={name: optimizers[name].init(params[name]) for name in params},
-      extra={'kl_coef': jnp.float32(config.ppo.kl_coef), 'reward_moments': jnp.zeros(3)})
-  keys = jax.random.split(types.step_keys(state)[1], config.ppo.epochs)
+      extra={'kl_coef': jnp.float32(config.rl.kl_coef), 'reward_moments': jnp.zeros(3)})
+  keys = jax.random.split(types.step_keys(state)[1], config.rl.epochs)
   expected = reference.iteration(episodes, [jax.random.permutation(key, len(episodes)) for key in keys])
   step = jax.jit(functools.partial(
       ppo.train_step, models=forward.Models(model, model if critic == 'separate' else None), optimizers=optimizers,
-      settings=ppo.make_settings(config, EOS)))
+      settings=ppo.Settings.of(config, EOS)))
   state, metrics = step(state, {'shared': {}, 'reference': frozen}, *make_rollout(rng, episodes), None)
 
   assert metrics['policy/first_ratio'] == pytest.approx(1.0, abs=1e-5)
@@ -280,16 +279,16 @@ def from_nothing(config, task, file):
 
 
 def sft_config(task, steps):
-  config = from_nothing(config_lib.sft(), task, 'answers.jsonl')
+  config = from_nothing(sft.config(), task, 'answers.jsonl')
   config.data.kind, config.steps = 'completion', steps
   return config
 
 
 def ppo_config(task, steps):
-  config = from_nothing(config_lib.ppo(), task, 'prompts.jsonl')
+  config = from_nothing(ppo.config(), task, 'prompts.jsonl')
   config.data.max_prompt_length, config.sampling.max_new_tokens = 3, SLOTS
   config.reward.function = f'{__name__}:increasing_numbers'
-  config.ppo.kl_coef, config.batch_size, config.steps = 0.001, 64, steps
+  config.rl.kl_coef, config.batch_size, config.steps = 0.001, 64, steps
   return config
 
 
@@ -327,7 +326,7 @@ def test_reward_model_learns_what_is_in_order_and_pays_ppo(task, tmp_path):
   text = lambda row: ' '.join(f'w{number}' for number in row)
   tiny.write_jsonl(task / 'comparisons.jsonl', [
       {'prompt': 'w0', 'chosen': text(sorted(row)), 'rejected': text(sorted(row)[::-1])} for row in rows])
-  config = from_nothing(config_lib.reward_model(), task, 'comparisons.jsonl')
+  config = from_nothing(reward_model.config(), task, 'comparisons.jsonl')
   config.data.held_out, config.steps = 0.2, 60
   learner, state, _, held_out = tiny.train(reward_model, config, 60)
   assert held_out['eval/accuracy'] > 0.95

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from rlhf_jax import config as config_lib
 from rlhf_jax import models
 from rlhf_jax import sharding
 from rlhf_jax.algorithms import setup
+from rlhf_jax.algorithms import sft
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import hf
 import tiny
@@ -311,7 +311,7 @@ def test_files_that_may_not_be_read(file, good, tmp_path):
 
 
 def test_tokenizer_with_more_tokens_than_the_embedding(good, tmp_path):
-  settings = config_lib.sft().model
+  settings = sft.config().model
   settings.path = str(good / 'one')
   tokenizer = tiny.write_tokenizer(tmp_path / 'tokenizer')
   mesh = sharding.make_mesh({}, devices=jax.devices()[:1])

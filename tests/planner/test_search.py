@@ -10,10 +10,10 @@ from planner import estimate
 from planner import programs
 from planner import report
 from planner import search
-from rlhf_jax import config as config_lib
 from rlhf_jax import errors
 from rlhf_jax import sharding
 from rlhf_jax import train
+from rlhf_jax.algorithms import build
 import tiny
 
 CHIPS = 256
@@ -42,7 +42,7 @@ def test_variants_are_valid_runs():
   found = list(search.variants(config, CHIPS))
   assert len({str(varied) for varied in found}) == len(found) > 100
   for varied in found:
-    config_lib.validate(varied, CHIPS)
+    build.validate(varied, CHIPS)
     assert varied.mesh.tensor in (1, 2, 4, 8)  # divides the 8 heads of keys and values
   assert {varied.model.remat for varied in found} == {'none', 'block', 'dots'}
   assert {'data': 2, 'fsdp': 32, 'tensor': 4} in [varied.mesh.to_dict() for varied in found]
@@ -50,7 +50,7 @@ def test_variants_are_valid_runs():
 
 def test_variants_divide_the_rows_sampled_at_a_time():
   config = ppo_llama3_8b.get_config()
-  config.sampling.rows = 96
+  config.sampling.max_concurrent = 96
   found = list(search.variants(config, CHIPS))
   assert {varied.mesh.data * varied.mesh.fsdp for varied in found} == {32}
   assert not any(varied.sampling.gather_weights for varied in found)  # They are gathered in any case.

@@ -180,7 +180,7 @@ def test_other_prompts_do_not_compile_again(compiled):
 
 
 def on_mesh(shape, model, params, prompts, key, settings, rows):
-  """The rollout of a config's `sampling.rows` on eight devices, and the text of its program."""
+  """The rollout of a config's `sampling.max_concurrent` on eight devices, and the text of its program."""
   mesh = sharding.make_mesh(shape)
   with jax.set_mesh(mesh):
     operands = (jax.device_put(params, sharding.shardings(params, model.rules, mesh)),

@@ -1,0 +1,54 @@
+"""Finds the module of an algorithm, and checks a config with it.
+
+An algorithm is a module with `config(preset='') -> ConfigDict`, `validate(config, device_count)` and
+`create(config, mesh) -> learner.Learner`.
+"""
+
+import importlib
+import os
+import sys
+
+from rlhf_jax import config as config_lib
+from rlhf_jax import errors
+
+
+def load(name):
+  """The module of an algorithm.
+
+  Args:
+    name: of a module here, or the dotted path of another; the working directory is searched too.
+
+  Raises:
+    UserError: there is no such module, or it is no algorithm.
+  """
+  if os.getcwd() not in sys.path:
+    sys.path.insert(0, os.getcwd())
+  full = f'{__package__}.{name}'
+  try:
+    here = '.' not in name and importlib.util.find_spec(full) is not None
+    module = importlib.import_module(full if here else name)
+  except ImportError as error:
+    raise errors.UserError(
+        f'config.algorithm={name!r} cannot be loaded ({error}): name a module in '
+        'rlhf_jax/algorithms, or the dotted path of a module of yours') from error
+  missing = [part for part in ('config', 'validate', 'create') if not hasattr(module, part)]
+  if missing:
+    raise errors.UserError(
+        f'config.algorithm={name!r} is a module without {", ".join(missing)}: it must have '
+        'config, validate and create')
+  return module
+
+
+def validate(config, device_count):
+  """Checks a run's config before anything is loaded or compiled.
+
+  Args:
+    config: of a single run.
+    device_count: devices of all processes.
+
+  Raises:
+    UserError: names the key, the value and the remedy.
+  """
+  module = load(config.algorithm)
+  config_lib.validate(config, device_count)
+  module.validate(config, device_count)

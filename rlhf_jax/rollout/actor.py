@@ -1,0 +1,86 @@
+"""The actor: draws prompts, samples responses from the current policy and scores them.
+
+Letters: B batch, n responses of a prompt, R response length.
+"""
+
+import time
+
+import jax
+import numpy as np
+
+from rlhf_jax import processes
+from rlhf_jax import sharding
+from rlhf_jax.data import tokenizers
+
+
+class Actor:
+  """Makes a scored rollout of a batch of prompts each time it is called."""
+
+  def __init__(self, examples, iterator, sample, score, mesh, *, samples=1, read=None):
+    """Keeps what makes a rollout.
+
+    Args:
+      examples: list of formats.Prompt.
+      iterator: yields (Prompts [B / n, P], indices into `examples` [B / n]).
+      sample: (params, Prompts, key) -> Rollout of B responses, those of a prompt side by side.
+      score: (Rollout, examples of the B responses) -> [B] or [B, R] float32.
+      mesh: device mesh.
+      samples: n.
+      read: Rollout -> Rollout as the scorer reads it; None for as it is.
+    """
+    self.examples, self.iterator = examples, iterator
+    self._sample, self._score, self._read = sample, score, read or (lambda rollout: rollout)
+    self._mesh, self._samples, self._last = mesh, samples, None
+
+  def __call__(self, params, key, *, timed):
+    """One batch of experience.
+
+    Args:
+      params: all parameters of the policy.
+      key: random key of this rollout.
+      timed: whether to wait for the device in order to time the two parts.
+
+    Returns:
+      Rollout, scores ([B] or [B, R] float32) and host-side metrics.
+    """
+    prompts, index = next(self.iterator)
+    examples = [self.examples[i] for i in np.repeat(np.asarray(index), self._samples)]
+    started = time.perf_counter()
+    rollout = self._sample(params, sharding.put_rows(prompts, self._mesh), key)
+    if timed:
+      jax.block_until_ready(rollout)
+    sampled = time.perf_counter()
+    read = self._read(rollout)
+    scores = self._score(read, examples)
+    self._last = examples, read, scores
+    if not timed:
+      return rollout, scores, {}
+    jax.block_until_ready(scores)
+    tokens = int(np.sum(processes.host(rollout.response_mask)))
+    return rollout, scores, {
+        'seconds/rollout': sampled - started, 'seconds/scoring': time.perf_counter() - sampled,
+        'tokens_per_second/rollout': tokens / (sampled - started)}
+
+  def samples(self, tokenizer):
+    """The last batch as dicts with prompt, response and score."""
+    examples, rollout, scores = self._last
+    responses, _ = texts_of(rollout, tokenizer)
+    scores = processes.host(scores)
+    return [{'prompt': example.prompt, 'response': response, 'score': float(np.sum(score))}
+            for example, response, score in zip(examples, responses, scores)]
+
+
+def texts_of(rollout, tokenizer):
+  """The responses of a rollout.
+
+  Args:
+    rollout: Rollout.
+    tokenizer: the policy's.
+
+  Returns:
+    List of texts without special tokens, and list of token id lists with them.
+  """
+  mask = processes.host(rollout.response_mask)
+  tokens = processes.host(rollout.tokens)[:, -mask.shape[1]:]
+  ids = [row[keep].tolist() for row, keep in zip(tokens, mask)]
+  return tokenizers.decode_continuation(tokenizer, ids), ids
