@@ -83,7 +83,6 @@ class _Work:
     self.prompts = jax.tree.map(lambda x: jnp.pad(x, ((0, more), (0, 0))), prompts)
     self.none = (number + more) * samples
     self.keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(self.none + 1))
-    self.eos = None if sampling.ignore_eos else sampling.eos_id
     self.limit = sampling.max_new_tokens
     self.margin = MARGIN
     self.rooms = {'short': self.limit // SHORT, 'long': self.limit} if self.limit >= LONG else {'short': self.limit}
@@ -183,12 +182,12 @@ class _Work:
     # Whole along 'tensor': sums along parts of the vocabulary take permutations, which on CPUs wait for the
     # devices of other data shards too, and those may have left the loop.
     logits = sharding.split_rows(self.model.unembed(self.params, hidden))
-    token, logprob = sampling_lib.sample(keys, logits, self.sampling)
+    token, logprob = sampling_lib.sample(keys, logits, self.sampling, index)
     written = {name: s[name].at[responses, index].set(column, mode='drop')
                for name, column in (('tokens', token), ('logprobs', logprob))}
     written['lengths'] = s['lengths'].at[responses].set(index + 1, mode='drop')
-    ended = index + 1 == self.limit
-    return s | written, token, ended if self.eos is None else ended | (token == self.eos)
+    ended = (index + 1 == self.limit) | sampling_lib.stops(token, self.sampling)
+    return s | written, token, ended
 
   def step(self, s, name):
     """One more token of each row in a cache."""
