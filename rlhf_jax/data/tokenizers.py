@@ -162,10 +162,10 @@ def encode_continuation(tokenizer: transformers.PreTrainedTokenizerFast,
 
 
 def decode_continuation(tokenizer: transformers.PreTrainedTokenizerFast,
-                        rows: Sequence[Sequence[int]]) -> list[str]:
-  """Texts of ids that follow others, such as responses; special tokens are left out."""
+                        rows: Sequence[Sequence[int]], *, skip_special_tokens: bool = True) -> list[str]:
+  """Texts of ids that follow others, such as responses; special tokens are left out, or spelled out."""
   rows = [np.asarray(row).tolist() for row in rows]
-  return _responding(tokenizer).decode_batch(rows, skip_special_tokens=True)
+  return _responding(tokenizer).decode_batch(rows, skip_special_tokens=skip_special_tokens)
 
 
 def end(tokenizer: transformers.PreTrainedTokenizerFast, row: np.ndarray) -> np.ndarray:
