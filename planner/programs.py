@@ -26,6 +26,7 @@ from rlhf_jax.algorithms import setup
 from rlhf_jax.models import heads
 from rlhf_jax.models import trainable
 from rlhf_jax.rewards import scoring
+from rlhf_jax.rollout import sampler
 
 # What is no parameter and no moment: a few numbers, on every chip.
 SMALL = tuple((rf'^state/{name}$', PartitionSpec()) for name in ('step', 'key', 'extra/kl_coef', 'extra/reward_moments'))
@@ -112,8 +113,8 @@ def calls(config, mesh, handles, optimizers, arrays):
       array(batch, slots, dtype=jnp.float32))
   tokenizer = python_types.SimpleNamespace(eos_token_id=0, pad_token_id=0)  # which ids makes no difference
   sampling = on_policy.make_sampling(config.sampling, tokenizer, ignore_eos=config.ppo.response == 'raw')
-  generate = on_policy.jit_generate(
-      handles.policy, sampling, rows=config.sampling.rows, gather=config.sampling.gather_weights)
+  generate = sampler.make(
+      handles.policy, sampling, max_concurrent=config.sampling.rows, gather=config.sampling.gather_weights)
   # Every response is taken to be of full length.
   settings = dataclasses.replace(ppo.make_settings(config, 0), length_buckets=1)
   step = setup.jit_step(functools.partial(

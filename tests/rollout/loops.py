@@ -17,15 +17,25 @@ VOCAB, EOS, PAD = 24, 3, 0
 SPREAD = {'vocab_size': VOCAB, 'initializer_range': 0.4}
 LLAMA = tiny.LLAMA | SPREAD
 FAMILIES = {
-    'gpt2': {'family': 'gpt2', 'n_embd': 16, 'n_layer': 2, 'n_head': 4, 'n_positions': 128} | SPREAD,
-    'llama': LLAMA,
-    # Windows shorter than prompts, and such that end inside responses.
-    'mistral': LLAMA | {'family': 'mistral', 'sliding_window': 5},
-    'gemma2': LLAMA | {'family': 'gemma2', 'sliding_window': 9, 'head_dim': 8},
-    # Rotary positions that go by the length of the cache.
-    'dynamic': LLAMA | {'max_position_embeddings': 16, 'rope_scaling': {'rope_type': 'dynamic', 'factor': 4.0}},
-    't5': {'family': 't5', 'd_model': 16, 'd_kv': 4, 'd_ff': 32, 'num_layers': 2, 'num_heads': 4,
-           'initializer_factor': 4.0, 'decoder_start_token_id': 0, 'vocab_size': VOCAB},
+  'gpt2': {'family': 'gpt2', 'n_embd': 16, 'n_layer': 2, 'n_head': 4, 'n_positions': 128} | SPREAD,
+  'llama': LLAMA,
+  # Windows shorter than prompts, and such that end inside responses.
+  'mistral': LLAMA | {'family': 'mistral', 'sliding_window': 5},
+  'gemma2': LLAMA | {'family': 'gemma2', 'sliding_window': 9, 'head_dim': 8},
+  # Rotary positions that go by the length of the cache.
+  'dynamic': LLAMA
+  | {'max_position_embeddings': 16, 'rope_scaling': {'rope_type': 'dynamic', 'factor': 4.0}},
+  't5': {
+    'family': 't5',
+    'd_model': 16,
+    'd_kv': 4,
+    'd_ff': 32,
+    'num_layers': 2,
+    'num_heads': 4,
+    'initializer_factor': 4.0,
+    'decoder_start_token_id': 0,
+    'vocab_size': VOCAB,
+  },
 }
 
 
@@ -45,12 +55,22 @@ def sampling(length, **changes):
 
 @functools.partial(jax.jit, static_argnames=('model', 'sampling', 'samples'))
 def plain(params, prompts, key, model, sampling, samples=1, first=0):
-  return decode.generate(params, prompts, key, model=model, sampling=sampling, samples=samples, first=first)
+  return decode.generate(
+    params, prompts, key, model=model, sampling=sampling, samples=samples, first=first
+  )
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'sampling', 'rows', 'samples'))
-def refill(params, prompts, key, model, sampling, rows, samples=1):
-  return engine.generate(params, prompts, key, model=model, sampling=sampling, rows=rows, samples=samples)
+@functools.partial(jax.jit, static_argnames=('model', 'sampling', 'max_concurrent', 'samples'))
+def refill(params, prompts, key, model, sampling, max_concurrent, samples=1):
+  return engine.generate(
+    params,
+    prompts,
+    key,
+    model=model,
+    sampling=sampling,
+    max_concurrent=max_concurrent,
+    samples=samples,
+  )
 
 
 @functools.cache
