@@ -82,24 +82,3 @@ def generate(params, prompts, key, *, model, sampling, samples=1, first=0):
       mask=jnp.concatenate([prompts.mask, state['mask']], axis=1),
       response_mask=state['mask'],
       logprobs=state['logprobs'])
-
-
-def truncate(rollout, eos_id, pad_id):
-  """The rollout as a reader sees it: whatever follows the first EOS becomes padding.
-
-  Only a rollout made with `ignore_eos` changes.
-
-  Returns:
-    Rollout and has_eos [B] bool.
-  """
-  slots = rollout.response_mask.shape[1]
-  response = rollout.tokens[:, -slots:]
-  is_eos = (response == eos_id) & rollout.response_mask
-  before = jnp.cumsum(is_eos, axis=1) - is_eos == 0
-  response_mask = rollout.response_mask & before
-  prompt = rollout.tokens.shape[1] - slots
-  return rollout.replace(
-      tokens=rollout.tokens.at[:, prompt:].set(jnp.where(response_mask, response, pad_id)),
-      mask=rollout.mask.at[:, prompt:].set(response_mask),
-      response_mask=response_mask,
-      logprobs=jnp.where(response_mask, rollout.logprobs, 0.0)), jnp.any(is_eos, axis=1)
