@@ -84,7 +84,7 @@ def ways(model, params):
       return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
     return run
 
-  refill = jax.jit(functools.partial(engine.generate, model=model, sampling=geometric, rows=FLAGS.batch))
+  refill = jax.jit(functools.partial(engine.generate, model=model, sampling=geometric, max_concurrent=FLAGS.batch))
   return {'equal': in_batches(equal), 'refill': lambda: refill(params, prompts, key), 'plain': in_batches(geometric)}
 
 

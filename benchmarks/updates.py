@@ -74,7 +74,7 @@ def prepare(config, mesh):
   place = sharding.shardings(model.shapes(), model.rules, mesh)
   policy = jax.jit(model.init, out_shardings=place)(jax.random.key(0))
   wiring = on_policy.wire(config, mesh, (model, policy), steps=100)
-  settings = ppo.Settings.of(config, None)
+  settings = ppo.Settings.of(config, ())
   state = setup.new_state(config.seed, wiring.params, wiring.optimizers, mesh, model.rules,
                           extra=on_policy.first_extra(settings))
   step = setup.jit_step(functools.partial(

@@ -75,7 +75,7 @@ def make(config, mesh):
 
   algorithm = build.load(config.algorithm)
   # Every response is taken to be of full length.
-  settings = dataclasses.replace(algorithm.Settings.of(config, 0), length_buckets=1)
+  settings = dataclasses.replace(algorithm.Settings.of(config, (0,)), length_buckets=1)
   base = models.create(config.model.init.to_dict(), **setup.model_settings(config.model))
   params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, config.model.param_dtype), base.shapes())
   with jax.set_mesh(mesh):
@@ -114,7 +114,7 @@ def calls(config, mesh, handles, step, arrays):
       array(batch, length, dtype=jnp.int32), array(batch, length, dtype=bool), array(batch, slots, dtype=bool),
       array(batch, slots, dtype=jnp.float32))
   tokenizer = python_types.SimpleNamespace(eos_token_id=0, pad_token_id=0)  # which ids makes no difference
-  sampling = on_policy.make_sampling(config.sampling, tokenizer, ignore_eos=config.rl.response == 'raw')
+  sampling = on_policy.make_sampling(config, tokenizer)
   generate = sampler.make(handles.policy, sampling, samples=config.sampling.samples,
                           max_concurrent=config.sampling.max_concurrent or 0,
                           gather=config.sampling.gather_weights)

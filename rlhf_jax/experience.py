@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from rlhf_jax import advantages as adv
 from rlhf_jax import types
+from rlhf_jax.rollout import sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,16 +18,28 @@ class ScoreRules:
 
   Attributes:
     end_tokens: token ids that end a response; () for none.
+    end_after: the first position at which they do.
     scale: divide scores by their running standard deviation (trlX).
     clip: bound on |score| after scaling; None for none.
     missing_eos: 'none', 'replace' or 'subtract'; see advantages.apply_missing_eos.
     missing_eos_value: the constant of that rule.
   """
   end_tokens: tuple = ()
+  end_after: int = 0
   scale: bool = False
   clip: float | None = None
   missing_eos: str = 'none'
   missing_eos_value: float = 0.0
+
+  def ended(self, rollout):
+    """Which responses [B] ended by themselves; all of them where no token ends one."""
+    if rollout.ended is not None:
+      return rollout.ended
+    length = rollout.response_mask.shape[1]
+    if not self.end_tokens:
+      return jnp.ones(rollout.tokens.shape[0], bool)
+    ends = sampling.among(rollout.tokens[:, -length:], self.end_tokens)
+    return jnp.any(ends & rollout.response_mask & (jnp.arange(length) >= self.end_after)[None], axis=1)
 
   def apply(self, scores, rollout, moments):
     """Scores as they are paid.
@@ -46,7 +59,7 @@ class ScoreRules:
       scores = jnp.clip(scores, -self.clip, self.clip)
     if scores.ndim == 1:
       scores = adv.apply_missing_eos(
-          scores, has_end(rollout, self.end_tokens), mode=self.missing_eos,
+          scores, self.ended(rollout), mode=self.missing_eos,
           value=self.missing_eos_value)
     return scores, moments
 
@@ -54,15 +67,6 @@ class ScoreRules:
 def totals(scores, response_mask):
   """One score a response, [B]: the sum of rewards per token."""
   return scores if scores.ndim == 1 else jnp.sum(jnp.where(response_mask, scores, 0.0), axis=1)
-
-
-def has_end(rollout, end_tokens):
-  """Which responses [B] ended by themselves; all of them where no token ends one."""
-  response = rollout.tokens[:, -rollout.response_mask.shape[1]:]
-  if not end_tokens:
-    return jnp.ones(response.shape[0], bool)
-  ends = jnp.isin(response, jnp.array(end_tokens, response.dtype))
-  return jnp.any(ends & rollout.response_mask, axis=1)
 
 
 def begin(outputs, fixed, rollout, step_mask, *, behaviour):
@@ -109,7 +113,7 @@ def describe(experience, rollout, scores, outputs, kl_coef, rules):
       'objective/entropy': adv.masked_sum(outputs.entropy, mask) / batch,
       'objective/scores': score,
       'response/length': jnp.sum(mask) / batch,
-      'response/eos_rate': jnp.mean(has_end(rollout, rules.end_tokens)),
+      'response/eos_rate': jnp.mean(rules.ended(rollout)),
   }
   if experience.ref_logprobs is not None:
     log_ratio = experience.logprobs - experience.ref_logprobs

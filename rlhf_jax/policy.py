@@ -21,11 +21,13 @@ from rlhf_jax import types
 from rlhf_jax.data import tokenizers
 from rlhf_jax.models import hf
 from rlhf_jax.models import trainable
-from rlhf_jax.rollout import decode
-from rlhf_jax.rollout import engine
+from rlhf_jax.rollout import sampler
 from rlhf_jax.rollout import sampling as sampling_lib
+from rlhf_jax.rollout import stops
 
-BATCH = 256  # rows at work at a time; the last batch of what is scored is filled up
+BATCH = 256  # responses decoded or scored at a time; the last batch of what is scored is filled up
+# Jitted functions of the settings asked for last.
+_sampler = functools.lru_cache(maxsize=16)(sampler.make)
 
 
 @dataclasses.dataclass
@@ -81,8 +83,8 @@ class TextPolicy:
     return cls(model, params, tokenizers.load(path / 'tokenizer'))
 
   def sample(self, prompts, key, *, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
-             ignore_eos=False, samples=1):
-    """Responses to prompts.
+             ignore_eos=False, min_new_tokens=0, stop=(), samples=1):
+    """Samples responses to prompts, the same in one batch or a few at a time.
 
     Args:
       prompts: texts.
@@ -92,13 +94,16 @@ class TextPolicy:
       top_k: see sampling.Sampling.
       top_p: see sampling.Sampling.
       ignore_eos: go on past the end.
+      min_new_tokens: tokens before the first that may be the EOS or complete a stop string.
+      stop: strings that end a response; they stay in it. See stops.truncate_at_strings.
       samples: responses to each prompt.
 
     Returns:
       Samples, those of a prompt one after another.
 
     Raises:
-      UserError: a prompt has no token, or prompt and response exceed the model's context.
+      UserError: a prompt has no token, a stop string is empty, or prompt and response exceed the
+        model's context.
     """
     rows = tokenizers.encode(self.tokenizer, prompts)
     if not all(map(len, rows)):
@@ -108,13 +113,18 @@ class TextPolicy:
       raise errors.UserError(
           f'a prompt of {length} tokens and {max_new_tokens} new ones exceed the context of '
           f'{self.model.max_length} tokens: shorten the prompt or lower max_new_tokens')
+    # Before `min_new_tokens` stop tokens cannot be drawn; strings can be there, but end nothing.
+    single = {} if min_new_tokens else stops.single_tokens(self.tokenizer, stop)
     sampling = sampling_lib.Sampling(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
         eos_id=self.tokenizer.eos_token_id, pad_id=self.tokenizer.pad_token_id,
-        ignore_eos=ignore_eos)
+        ignore_eos=ignore_eos, min_new_tokens=min_new_tokens, stop_tokens=tuple(single.values()))
+    generate = _sampler(self.model, sampling, samples=samples,
+                        max_concurrent=BATCH if len(prompts) * samples > BATCH else 0)
     padded = left_padded(rows, length, self.tokenizer.pad_token_id)
-    rollout = jax.device_get(_generate(
-        self.params, padded, key, model=self.model, sampling=sampling, rows=BATCH, samples=samples))
+    rollout = jax.device_get(generate(self.params, padded, key))
+    if stop:
+      rollout, _ = stops.truncate_at_strings(rollout, self.tokenizer, stop, after=min_new_tokens)
     prompts = [prompt for prompt in prompts for _ in range(samples)]
     return Samples(prompts, self._responses(prompts, rollout), rollout)
 
@@ -151,15 +161,6 @@ def _with_frozen(path, config, model, trained):
       model, params, unfrozen_layers=config['unfrozen_layers'], seed=0, **config['lora'])
   # Restored arrays lie on the devices of the run, the folder's on one.
   return trainable.whole(model, jax.device_get(trained), frozen)
-
-
-@functools.partial(jax.jit, static_argnames=('model', 'sampling', 'rows', 'samples'))
-def _generate(params, prompts, key, *, model, sampling, rows, samples):
-  """All responses, the same whether they are drawn in one batch or a few at a time."""
-  settings = dict(model=model, sampling=sampling, samples=samples)
-  if prompts.tokens.shape[0] * samples <= rows:
-    return decode.generate(params, prompts, key, **settings)
-  return engine.generate(params, prompts, key, rows=rows, **settings)
 
 
 @functools.partial(jax.jit, static_argnames=('model',))

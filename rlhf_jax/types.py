@@ -35,11 +35,13 @@ class Rollout:
     response_mask: [B, R] bool, True at sampled tokens, the EOS included.
     logprobs: [B, R] float32, log-probability of each token under the distribution it was
       sampled from (temperature, top-k and top-p applied); 0 outside `response_mask`.
+    ended: [B] bool, which responses ended by themselves; None where their tokens tell.
   """
   tokens: Any
   mask: Any
   response_mask: Any
   logprobs: Any
+  ended: Any = None
 
 
 @struct.dataclass

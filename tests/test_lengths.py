@@ -90,7 +90,7 @@ def test_ppo_is_the_same_whatever_is_cut(position, critic, kl, rope, world):
   def run(size, buckets):
     config.microbatch_size, config.rl.length_buckets = size, buckets
     return jax.jit(functools.partial(
-        ppo.train_step, models=handles, optimizers=optimizers, settings=ppo.Settings.of(config, tiny.EOS)))(
+        ppo.train_step, models=handles, optimizers=optimizers, settings=ppo.Settings.of(config, (tiny.EOS,))))(
             state, frozen, rollout, scores, None)
 
   whole, expected = run(0, 4)
@@ -108,7 +108,7 @@ def test_microbatches_are_cut_on_several_devices_too(world):
   model = models.create(LLAMA)
   config = tiny.ppo(world)
   config.microbatch_size, config.rl.minibatches = 4, 1
-  handles, settings = forward.Models(model), ppo.Settings.of(config, tiny.EOS)
+  handles, settings = forward.Models(model), ppo.Settings.of(config, (tiny.EOS,))
   policy, head = model.init(jax.random.key(1)), heads.init_scalar(jax.random.key(2), model.width, scale='normal')
   params = {'policy': policy, 'critic': {'head': head}}
   optimizers = {name: optax.sgd(0.1) for name in params}
@@ -137,7 +137,7 @@ def test_cutting_saves_the_work_of_what_is_cut(world):
   model = models.create(LLAMA)
   config = tiny.ppo(world)
   config.microbatch_size = 2
-  settings = ppo.Settings.of(config, tiny.EOS)
+  settings = ppo.Settings.of(config, (tiny.EOS,))
   rollout, _ = episode(0)
   policy = model.init(jax.random.key(1))
   frozen = {'shared': {}, 'reference': policy}

@@ -76,6 +76,26 @@ def test_logprobs_are_summed_over_the_response(policy):
                              found.rollout.logprobs.sum(axis=1), atol=1e-5)
 
 
+def test_stop_strings_end_responses_behind_them(policy):
+  """Against the responses without: of one token ('w7'), inside of a word ('2'), of several words."""
+  free = sample(policy, temperature=1.0, max_new_tokens=12, ignore_eos=True)
+  for stop in (['w7'], ['2'], ['w1', 'w4 ', 'w33 w']):
+    found = sample(policy, temperature=1.0, max_new_tokens=12, ignore_eos=True, stop=stop)
+    for whole, text in zip(free.responses, found.responses, strict=True):
+      words = whole.split(' ')
+      ends = [n for n in range(1, len(words) + 1) if any(s in ' '.join(words[:n]) for s in stop)]
+      assert text == ' '.join(words[:ends[0]] if ends else words)
+    assert found.responses != free.responses
+  with pytest.raises(errors.UserError, match='a stop string is empty'):
+    sample(policy, stop=[''])
+
+
+def test_tokens_before_which_nothing_ends(policy):
+  found = sample(policy, temperature=1.0, max_new_tokens=12, stop=['w', 'w5'], min_new_tokens=4)
+  np.testing.assert_array_equal(found.rollout.response_mask.sum(axis=1), 5)  # Every word has a w.
+  assert not (found.rollout.tokens[:, -12:-8] == tiny.EOS).any()
+
+
 def test_take_keeps_texts_and_tokens_together(policy):
   found = sample(policy)
   some = found.take([4, 1])

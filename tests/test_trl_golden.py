@@ -49,7 +49,7 @@ def settings_of(case):
   penalty = theirs['missing_eos_penalty']
   ours = ppo.Settings(
       epochs=theirs['num_ppo_epochs'], minibatches=theirs['num_mini_batches'],
-      microbatch_size=0, length_buckets=1, temperature=theirs['temperature'], end_tokens=(EOS,),
+      microbatch_size=0, length_buckets=1, temperature=theirs['temperature'], end_tokens=(EOS,), end_after=0, samples=1, max_new_tokens=RESPONSES.shape[1],
       kl_estimator=theirs['kl_estimator'], kl_in='reward', kl_controller='fixed',
       kl_target=1.0, kl_horizon=1.0, gamma=theirs['gamma'], lam=theirs['lam'],
       clip_low=theirs['cliprange'], clip_high=theirs['cliprange'], dual_clip=0.0,

@@ -29,9 +29,9 @@ from rlhf_jax.models import hf
 from rlhf_jax.models import trainable
 from rlhf_jax.rewards import scorers
 from rlhf_jax.rollout import actor as actor_lib
-from rlhf_jax.rollout import decode
 from rlhf_jax.rollout import sampler
 from rlhf_jax.rollout import sampling as sampling_lib
+from rlhf_jax.rollout import stops
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,10 @@ class Settings:
   Attributes:
     microbatch_size: sequences of one forward and backward pass; 0 for the whole minibatch.
     temperature: the one sampled with; logits of policy and reference are divided by it.
+    samples: n, responses to each prompt.
+    max_new_tokens: R.
     end_tokens: token ids that end a response; () for none.
+    end_after: the first position at which they do.
     epochs: passes over each rollout.
     minibatches: optimizer steps a pass; must divide the batch.
     length_buckets: see update.Schedule.
@@ -63,7 +66,10 @@ class Settings:
   """
   microbatch_size: int
   temperature: float
+  samples: int
+  max_new_tokens: int
   end_tokens: tuple
+  end_after: int
   epochs: int = 4
   minibatches: int = 1
   length_buckets: int = 4
@@ -91,19 +97,15 @@ class Settings:
   def rules(self):
     """experience.ScoreRules."""
     return experience.ScoreRules(
-        end_tokens=self.end_tokens, scale=self.scale_scores, clip=self.clip_scores,
+        end_tokens=self.end_tokens, end_after=self.end_after, scale=self.scale_scores, clip=self.clip_scores,
         missing_eos=self.missing_eos, missing_eos_value=self.missing_eos_value)
 
   @classmethod
-  def of(cls, config, eos_id):
-    """The settings of a config.
-
-    Args:
-      config: from `config` of an algorithm.
-      eos_id: the policy's; None for none.
-    """
+  def of(cls, config, end_tokens, end_after=0):
+    """The settings of a config, with the tokens that end a response and the first position of them."""
     return cls(microbatch_size=config.microbatch_size or 0, temperature=config.sampling.temperature,
-               end_tokens=() if eos_id is None else (eos_id,), **config.rl)
+               samples=config.sampling.samples, max_new_tokens=config.sampling.max_new_tokens,
+               end_tokens=end_tokens, end_after=end_after, **config.rl)
 
 
 def config(algorithm, settings):
@@ -135,6 +137,10 @@ def config(algorithm, settings):
   })
   found.sampling = ml_collections.ConfigDict({
       'max_new_tokens': 32, 'temperature': 1.0, 'top_k': placeholder(int), 'top_p': 1.0,
+      'min_new_tokens': 0,      # before these no token ends a response
+      'stop': (),               # strings that end a response
+      'truncate_at': placeholder(str),  # with rl.response 'raw': the token that ends the text; None: the EOS
+      'truncate_after': 0,      # the first position at which it does
       'samples': 1,             # responses to each prompt; must divide batch_size
       'max_concurrent': placeholder(int),   # responses sampled at a time, by continuous batching; None: all
       'gather_weights': False,  # over 'fsdp' once a rollout, not once a token; with max_concurrent always
@@ -185,6 +191,14 @@ def validate(config, device_count):
        f'config.sampling.max_new_tokens={sampling.max_new_tokens} must be positive')
   config_lib.optional_positive(sampling, 'sampling.', ('top_k', 'max_concurrent'))
   need(0 < sampling.top_p <= 1, f'config.sampling.top_p={sampling.top_p} must be in (0, 1]')
+  need(0 <= sampling.min_new_tokens <= sampling.max_new_tokens,
+       f'config.sampling.min_new_tokens={sampling.min_new_tokens} must be from 0 to '
+       f'config.sampling.max_new_tokens={sampling.max_new_tokens}')
+  need(sampling.truncate_at is None or rl.response == 'raw',
+       f"config.sampling.truncate_at={sampling.truncate_at!r} needs config.rl.response='raw': "
+       'sampling goes past the token')
+  need(not (sampling.stop and rl.response == 'raw'),
+       f"config.sampling.stop={sampling.stop} needs config.rl.response='truncated'")
   need(sampling.samples > 0, f'config.sampling.samples={sampling.samples} must be positive')
   divides(sampling.samples, config.batch_size, 'sampling.samples', 'batch_size')
   config_lib.divides_over_shards(
@@ -214,13 +228,36 @@ def validate(config, device_count):
        'one would be a reward for never ending')
 
 
-def make_sampling(config_sampling, tokenizer, *, ignore_eos=False):
-  """Sampling of `config.sampling` with the tokenizer's EOS and padding."""
+def make_sampling(config, tokenizer):
+  """Sampling of a config with the tokenizer's EOS and padding.
+
+  Raises:
+    UserError: `config.sampling.truncate_at` is not one token.
+  """
+  c = config.sampling
+  single = stops.single_tokens(tokenizer, c.stop) if c.stop and not c.min_new_tokens else {}
   return sampling_lib.Sampling(
-      max_new_tokens=config_sampling.max_new_tokens,
-      temperature=config_sampling.temperature, top_k=config_sampling.top_k or 0,
-      top_p=config_sampling.top_p, eos_id=tokenizer.eos_token_id,
-      pad_id=tokenizer.pad_token_id, ignore_eos=ignore_eos)
+      max_new_tokens=c.max_new_tokens, min_new_tokens=c.min_new_tokens, temperature=c.temperature,
+      top_k=c.top_k or 0, top_p=c.top_p, eos_id=tokenizer.eos_token_id,
+      stop_tokens=tuple(single.values()), pad_id=tokenizer.pad_token_id,
+      ignore_eos=config.rl.response == 'raw')
+
+
+def end_tokens(config, tokenizer):
+  """Token ids that end a response, and the position from which on they do.
+
+  Raises:
+    UserError: `config.sampling.truncate_at` is not one token.
+  """
+  text = config.sampling.truncate_at
+  if text is None:
+    return make_sampling(config, tokenizer).ends, 0
+  found = stops.single_tokens(tokenizer, (text,))
+  if text not in found:
+    raise errors.UserError(
+        f'config.sampling.truncate_at={text!r} must be one token of the tokenizer; use '
+        'config.sampling.stop for longer strings')
+  return (found[text],), config.sampling.truncate_after
 
 
 def check_length(config, model):
@@ -389,13 +426,30 @@ def make_actor(config, tokenizer, model, score, mesh):
       examples, tokenizer, batch_size=config.batch_size // samples,
       max_prompt_length=config.data.max_prompt_length, seed=config.seed,
       on_long=config.data.on_long)
-  sampling = make_sampling(config.sampling, tokenizer, ignore_eos=raw)
-  truncate = jax.jit(lambda rollout: decode.truncate(rollout, sampling.eos_id, sampling.pad_id)[0])
+  sampling = make_sampling(config, tokenizer)
+  tokens, after = end_tokens(config, tokenizer)
+  truncate = jax.jit(lambda rollout: stops.truncate(
+      rollout, tokens=tokens, after=after, pad_id=sampling.pad_id)[0])
   sample = sampler.make(model, sampling, samples=samples,
                         max_concurrent=config.sampling.max_concurrent or 0,
                         gather=config.sampling.gather_weights)
   return actor_lib.Actor(examples, iterator, sample, score, mesh, samples=samples,
+                         cut=stop_at(config.sampling.stop, tokenizer, sampling, mesh),
                          read=truncate if raw else None), count
+
+
+def stop_at(strings, tokenizer, sampling, mesh):
+  """Ends responses at stop strings, on the host: Rollout -> Rollout; None where there are no strings."""
+  if not strings:
+    return None
+
+  def cut(rollout):
+    ended = processes.host(sampling_lib.ended(rollout, sampling))
+    rollout, found = stops.truncate_at_strings(
+        jax.tree.map(processes.host, rollout), tokenizer, strings, after=sampling.min_new_tokens)
+    return sharding.put_rows(rollout.replace(ended=ended | found), mesh)
+
+  return cut
 
 
 def create(config, mesh, settings, train_step, *, reference=True, extra=first_extra):
@@ -426,7 +480,7 @@ def create(config, mesh, settings, train_step, *, reference=True, extra=first_ex
   models, params, frozen, optimizers = wire(
       config, mesh, base, steps=steps, reference=reference and load_reference(config, mesh, base[0]),
       critic=load_critic(config, tokenizer, mesh, scored) if 'critic' in config else None)
-  model, settings = models.policy, settings.of(config, tokenizer.eos_token_id)
+  model, settings = models.policy, settings.of(config, *end_tokens(config, tokenizer))
   state = setup.new_state(
       config.seed, params, optimizers, mesh, model.rules, extra=extra(settings))
   step = setup.jit_step(functools.partial(

@@ -172,11 +172,21 @@ def encode_continuation(tokenizer: transformers.PreTrainedTokenizerFast,
   return _ids(_responding(tokenizer), texts)
 
 
+def spans(tokenizer: transformers.PreTrainedTokenizerFast,
+          texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+  """Of each text its ids, without BOS or EOS, and how many of its characters end with each; int32 [length]."""
+  backend = tokenizer.backend_tokenizer
+  backend.no_truncation()
+  backend.no_padding()
+  encoded = backend.encode_batch(list(texts), add_special_tokens=False)
+  return [(np.array(one.ids, np.int32), np.array([end for _, end in one.offsets], np.int32)) for one in encoded]
+
+
 def decode_continuation(tokenizer: transformers.PreTrainedTokenizerFast,
-                        rows: Sequence[Sequence[int]]) -> list[str]:
-  """Texts of ids that follow others, such as responses; special tokens are left out."""
+                        rows: Sequence[Sequence[int]], *, skip_special_tokens: bool = True) -> list[str]:
+  """Texts of ids that follow others, such as responses; special tokens are left out, or spelled out."""
   rows = [np.asarray(row).tolist() for row in rows]
-  return _responding(tokenizer).decode_batch(rows, skip_special_tokens=True)
+  return _responding(tokenizer).decode_batch(rows, skip_special_tokens=skip_special_tokens)
 
 
 def end(tokenizer: transformers.PreTrainedTokenizerFast, row: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from rlhf_jax.data import tokenizers
 class Actor:
   """Makes a scored rollout of a batch of prompts each time it is called."""
 
-  def __init__(self, examples, iterator, sample, score, mesh, *, samples=1, read=None):
+  def __init__(self, examples, iterator, sample, score, mesh, *, samples=1, cut=None, read=None):
     """Keeps what makes a rollout.
 
     Args:
@@ -26,10 +26,12 @@ class Actor:
       score: (Rollout, examples of the B responses) -> [B] or [B, R] float32.
       mesh: device mesh.
       samples: n.
+      cut: Rollout -> Rollout that is scored and trained on; None for as it is.
       read: Rollout -> Rollout as the scorer reads it; None for as it is.
     """
     self.examples, self.iterator = examples, iterator
-    self._sample, self._score, self._read = sample, score, read or (lambda rollout: rollout)
+    same = lambda rollout: rollout
+    self._sample, self._score, self._cut, self._read = sample, score, cut or same, read or same
     self._mesh, self._samples, self._last = mesh, samples, None
 
   def __call__(self, params, key, *, timed):
@@ -46,7 +48,7 @@ class Actor:
     prompts, index = next(self.iterator)
     examples = [self.examples[i] for i in np.repeat(np.asarray(index), self._samples)]
     started = time.perf_counter()
-    rollout = self._sample(params, sharding.put_rows(prompts, self._mesh), key)
+    rollout = self._cut(self._sample(params, sharding.put_rows(prompts, self._mesh), key))
     if timed:
       jax.block_until_ready(rollout)
     sampled = time.perf_counter()

@@ -51,7 +51,7 @@ def grow(cache, count):
 
 def repeat(cache, count):
   """Every row `count` times, the copies side by side."""
-  return cache | _map(lambda name, axis, x: jnp.repeat(x, count, axis=axis), cache)
+  return cache | _map(lambda name, axis, x: sharding.split_rows(jnp.repeat(x, count, axis=axis), axis=axis), cache)
 
 
 def take(cache, rows):

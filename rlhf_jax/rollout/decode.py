@@ -37,21 +37,20 @@ def generate(params, prompts, key, *, model, sampling, samples=1, first=0):
   """
   batch = prompts.tokens.shape[0] * samples
   slots = sampling.max_new_tokens
-  stop = sampling.eos_id is not None and not sampling.ignore_eos
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(batch))
 
   def draw(logits, t):
     return sampling_lib.sample(
-        jax.vmap(jax.random.fold_in, (0, None))(keys, t), logits, sampling)
+        jax.vmap(jax.random.fold_in, (0, None))(keys, t), logits, sampling, t)
 
   def write(s, token, logprob):
-    """Puts the token of slot t, where the row is still running, and ends rows at the EOS."""
+    """Puts the token of slot t, where the response is still running, and ends it at the EOS or a stop token."""
     alive = ~s['done']
     token = jnp.where(alive, token, sampling.pad_id)
     columns = {'tokens': token, 'mask': alive, 'logprobs': jnp.where(alive, logprob, 0.0)}
     out = {name: jax.lax.dynamic_update_slice_in_dim(s[name], column[:, None], s['t'], axis=1)
            for name, column in columns.items()}
-    done = s['done'] | (token == sampling.eos_id) if stop else s['done']
+    done = s['done'] | sampling_lib.stops(token, sampling)
     return s | out | {'token': token, 'done': done, 't': s['t'] + 1}
 
   def step(s):
@@ -83,24 +82,3 @@ def generate(params, prompts, key, *, model, sampling, samples=1, first=0):
       mask=jnp.concatenate([prompts.mask, state['mask']], axis=1),
       response_mask=state['mask'],
       logprobs=state['logprobs'])
-
-
-def truncate(rollout, eos_id, pad_id):
-  """The rollout as a reader sees it: whatever follows the first EOS becomes padding.
-
-  Only a rollout made with `ignore_eos` changes.
-
-  Returns:
-    Rollout and has_eos [B] bool.
-  """
-  slots = rollout.response_mask.shape[1]
-  response = rollout.tokens[:, -slots:]
-  is_eos = (response == eos_id) & rollout.response_mask
-  before = jnp.cumsum(is_eos, axis=1) - is_eos == 0
-  response_mask = rollout.response_mask & before
-  prompt = rollout.tokens.shape[1] - slots
-  return rollout.replace(
-      tokens=rollout.tokens.at[:, prompt:].set(jnp.where(response_mask, response, pad_id)),
-      mask=rollout.mask.at[:, prompt:].set(response_mask),
-      response_mask=response_mask,
-      logprobs=jnp.where(response_mask, rollout.logprobs, 0.0)), jnp.any(is_eos, axis=1)

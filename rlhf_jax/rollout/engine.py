@@ -1,4 +1,4 @@
-"""Many prompts over few rows: a row that has ended gives its place to the next prompt, in one program.
+"""Continuous batching: the place of a response that has ended goes to the next one, in one program.
 
 A batch of `decode.generate` runs as long as its longest response. Here prompts stand in a queue. A
 group of them is prefilled at a time, into a small cache, and handed out one by one to rows that come
@@ -9,7 +9,7 @@ A step costs what its longest row needs. So rows start in a cache with room for 
 response, and the few that outgrow it move to one with room for all; a step is of the rows in one of
 the two. When the queue is empty, those that are left go on in smaller and smaller batches.
 
-Letters: U prompts, n samples of each, N = U n responses, B rows at work, P prompt length, R response
+Letters: U prompts, n samples of each, N = U n responses, B of them decoded at a time, P prompt length, R response
 length, V vocabulary.
 """
 
@@ -31,11 +31,11 @@ MARGIN = 16
 NARROWER = (2, 4)
 
 
-def generate(params, prompts, key, *, model, sampling, rows, samples=1, first=0):
+def generate(params, prompts, key, *, model, sampling, max_concurrent, samples=1, first=0):
   """Samples responses as `decode.generate` does for all prompts at once, token for token.
 
-  To be jitted with `model`, `sampling`, `rows` and `samples` static. Needs caches for B rows of P + R
-  tokens, as many of P + R / 4, and B / 4 prompts.
+  To be jitted with `model`, `sampling`, `max_concurrent` and `samples` static. Needs caches for B rows
+  of P + R tokens, as many of P + R / 4, and B / 4 prompts.
 
   Args:
     params: the policy's parameters.
@@ -43,7 +43,7 @@ def generate(params, prompts, key, *, model, sampling, rows, samples=1, first=0)
     key: random key; response i draws from its own, folded with the token's index.
     model: Model.
     sampling: Sampling; `max_new_tokens` is R.
-    rows: B.
+    max_concurrent: B, responses decoded at a time.
     samples: n; a prompt is read once for all of them.
     first: number of the first response, where the prompts are a part of many; may be traced.
 
@@ -51,7 +51,7 @@ def generate(params, prompts, key, *, model, sampling, rows, samples=1, first=0)
     Rollout of N rows, the n of a prompt side by side, with T = P + R.
   """
   model = model.reaching(prompts.tokens.shape[1] + sampling.max_new_tokens)
-  work = _Work(params, prompts, key, model, sampling, rows, samples, first)
+  work = _Work(params, prompts, key, model, sampling, max_concurrent, samples, first)
   s = jax.lax.while_loop(work.plenty, work.turn, work.start())
   s = work.finish(s)
   tokens, logprobs, lengths = (s[name][:work.count] for name in ('tokens', 'logprobs', 'lengths'))
@@ -72,18 +72,17 @@ class _Work:
   'token' and their number 'count'. Where R is small there is no 'long'.
   """
 
-  def __init__(self, params, prompts, key, model, sampling, rows, samples, first):
+  def __init__(self, params, prompts, key, model, sampling, max_concurrent, samples, first):
     self.params, self.model, self.sampling, self.samples = model.unstack(params), model, sampling, samples
     number, length = prompts.tokens.shape
     self.count = number * samples
-    self.rows = min(rows, self.count)
-    self.group = max(self.rows // (4 * samples), 1)  # prompts
+    self.batch = min(max_concurrent, self.count)
+    self.group = max(self.batch // (4 * samples), 1)  # prompts
     self.size = self.group * samples  # responses
     more = -number % self.group
     self.prompts = jax.tree.map(lambda x: jnp.pad(x, ((0, more), (0, 0))), prompts)
     self.none = (number + more) * samples
     self.keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(self.none + 1))
-    self.eos = None if sampling.ignore_eos else sampling.eos_id
     self.limit = sampling.max_new_tokens
     self.margin = MARGIN
     self.rooms = {'short': self.limit // SHORT, 'long': self.limit} if self.limit >= LONG else {'short': self.limit}
@@ -106,10 +105,10 @@ class _Work:
         'tokens': jnp.full((self.none, self.limit), self.sampling.pad_id, jnp.int32),
         'logprobs': jnp.zeros((self.none, self.limit), jnp.float32),
         'lengths': jnp.zeros(self.none, jnp.int32),
-    } | {name: {'cache': self.empty(self.rows, room + self.margin, self.most),
-                'response': jnp.full(self.rows, self.none, jnp.int32),
-                'token': jnp.zeros(self.rows, jnp.int32),
-                'count': jnp.zeros(self.rows, jnp.int32)} for name, room in self.rooms.items()}
+    } | {name: {'cache': self.empty(self.batch, room + self.margin, self.most),
+                'response': jnp.full(self.batch, self.none, jnp.int32),
+                'token': jnp.zeros(self.batch, jnp.int32),
+                'count': jnp.zeros(self.batch, jnp.int32)} for name, room in self.rooms.items()}
 
   def empty(self, rows, room, index):
     """A cache without tokens, with room for a prompt and some more slots."""
@@ -163,8 +162,8 @@ class _Work:
   def movable(self, s):
     """Whether a row should go to the long cache, and can. When the queue is empty all do, if there is place."""
     short, long = self.number(s, 'short'), self.number(s, 'long')
-    together = (s['next'] >= self.count) & (short > 0) & (short + long <= self.rows)
-    return (jnp.any(self.outgrown(s)) | together) & (long < self.rows)
+    together = (s['next'] >= self.count) & (short > 0) & (short + long <= self.batch)
+    return (jnp.any(self.outgrown(s)) | together) & (long < self.batch)
 
   def move(self, s):
     """Moves the row with the most tokens from the short cache to the long one."""
@@ -183,12 +182,12 @@ class _Work:
     # Whole along 'tensor': sums along parts of the vocabulary take permutations, which on CPUs wait for the
     # devices of other data shards too, and those may have left the loop.
     logits = sharding.split_rows(self.model.unembed(self.params, hidden))
-    token, logprob = sampling_lib.sample(keys, logits, self.sampling)
+    token, logprob = sampling_lib.sample(keys, logits, self.sampling, index)
     written = {name: s[name].at[responses, index].set(column, mode='drop')
                for name, column in (('tokens', token), ('logprobs', logprob))}
     written['lengths'] = s['lengths'].at[responses].set(index + 1, mode='drop')
-    ended = index + 1 == self.limit
-    return s | written, token, ended if self.eos is None else ended | (token == self.eos)
+    ended = (index + 1 == self.limit) | sampling_lib.stops(token, self.sampling)
+    return s | written, token, ended
 
   def step(self, s, name):
     """One more token of each row in a cache."""
@@ -227,14 +226,14 @@ class _Work:
 
   def plenty(self, s):
     """Whether there is work for more than half of the rows of one cache."""
-    rest = self.number(s, self.last) > (self.rows // NARROWER[0])
+    rest = self.number(s, self.last) > (self.batch // NARROWER[0])
     if self.last == 'long':
       rest |= self.number(s, 'short') > 0
     return (s['next'] < self.count) | rest
 
   def finish(self, s):
     """The last rows, at most B / 2 of one cache, in smaller batches."""
-    sizes = [self.rows // part for part in NARROWER if self.rows >= part]
+    sizes = [self.batch // part for part in NARROWER if self.batch >= part]
     for size, rest in zip(sizes, sizes[1:] + [0]):
       order = jnp.argsort(~self.busy(s, self.last), stable=True)[:size]
       pool = s[self.last]

@@ -1,6 +1,10 @@
-"""Rollouts as one jitted program: the plain loop, or continuous batching on each data shard.
+"""The sampler of training: responses to a batch of prompts on the mesh, in one jitted program.
 
-Letters: n responses of a prompt.
+The tokens depend on the parameters, the prompts and the key alone. Sample j of prompt i is response
+i n + j of the batch and draws from the key folded with that number, so neither the number of data
+shards, nor continuous batching, nor the number of responses decoded at a time changes them.
+
+Letters: B prompts, n samples of each, P prompt length, R response length, T = P + R.
 """
 
 import jax
@@ -13,43 +17,79 @@ from rlhf_jax.rollout import engine
 
 
 def make(model, sampling, *, samples=1, max_concurrent=0, gather=False):
-  """A jitted function (params, prompts, key) -> Rollout; its tokens do not depend on how they are made.
+  """Makes the function that samples responses.
 
   Args:
     model: the policy's Model.
-    sampling: Sampling.
-    samples: n, responses to each prompt, side by side in the rollout.
-    max_concurrent: responses sampled at a time, by continuous batching; every data shard has its
-      part of them, and a queue of its own. 0 for the plain loop over all of them.
-    gather: whether every device holds what it else gathers over 'fsdp' for each token: its part
-      of the weights along 'tensor', whole. With `max_concurrent` it always does.
+    sampling: Sampling; `max_new_tokens` is R.
+    samples: n, responses to each prompt, which is read once for all of them.
+    max_concurrent: responses decoded at a time, over all data shards, by continuous batching
+      (`engine.generate`); every data shard has its part of them and a queue of its own. 0 decodes
+      all of them together (`decode.generate`).
+    gather: whether every device holds what it else gathers over 'fsdp' for each token: its part of
+      the weights along 'tensor', whole. Continuous batching always does.
+
+  Returns:
+    Jitted (params, prompts, key) -> Rollout [B n, T], the responses to a prompt side by side, for
+    Prompts [B, P] whose B divides over the data shards.
 
   Raises:
-    UserError: when called, with `max_concurrent`: there are several data shards, and the model's heads do not divide
-      over 'tensor'; or 'tensor' is above 1 on CPU devices of several processes.
+    UserError: now, or when called under another mesh: with `max_concurrent`, the mesh cannot do it.
   """
+
   def generate(params, prompts, key):
+    check_mesh(model, max_concurrent)
+    settings = dict(model=model, sampling=sampling, samples=samples)
     params = sharding.gathered(params, model.rules, 'fsdp') if gather or max_concurrent else params
     if not max_concurrent:
-      return decode.generate(params, prompts, key, model=model, sampling=sampling, samples=samples)
-    shards, tensor = sharding.shards()
-    # Parts of heads would go from device to device inside the loops: as in `engine`, where tokens are drawn.
-    if shards > 1 and (model.config.heads % tensor or model.config.kv_heads % tensor):
-      raise errors.UserError(
-          f'config.sampling.max_concurrent={max_concurrent} on {shards} data shards: the {model.config.heads} attention heads and '
-          f'{model.config.kv_heads} of keys and values have to divide over the {tensor} parts of config.mesh.tensor; '
-          'choose another mesh, or set config.sampling.max_concurrent to None')
-
-    if tensor > 1 and processes.unrolled():
-      raise errors.UserError(
-          f'config.sampling.max_concurrent={max_concurrent} with {tensor} parts of config.mesh.tensor: between CPU devices of several '
-          'processes loops of unknown length cannot have collectives in them; set config.sampling.max_concurrent to None')
+      return decode.generate(params, prompts, key, **settings)
+    shards, _ = sharding.shards()
 
     def refill(whole, prompts, shard):
       params, key = whole
-      return engine.generate(params, prompts, key, model=model, sampling=sampling, rows=max_concurrent // shards,
-                             samples=samples,
-                             first=shard * prompts.tokens.shape[0] * samples)
+      return engine.generate(
+        params,
+        prompts,
+        key,
+        **settings,
+        max_concurrent=max_concurrent // shards,
+        first=shard * prompts.tokens.shape[0] * samples,
+      )
 
     return sharding.each_shard(refill, (params, key), prompts)
+
+  check_mesh(model, max_concurrent)
   return jax.jit(generate)
+
+
+def check_mesh(model, max_concurrent):
+  """Checks that the mesh which is set can decode `max_concurrent` responses at a time.
+
+  Raises:
+    UserError: they do not divide over the data shards; there are several of these, and the model's
+      heads do not divide over 'tensor'; or 'tensor' is above 1 on CPU devices of several processes.
+  """
+  shards, tensor = sharding.shards()
+  name = f'config.sampling.max_concurrent={max_concurrent}'
+  if max_concurrent % shards:
+    raise errors.UserError(
+      f'{name} does not divide over the {shards} data shards of config.mesh: choose a '
+      f'multiple of {shards}, or 0'
+    )
+  # Parts of heads would go from device to device inside the loops; see `engine` on drawing tokens.
+  if (
+    max_concurrent
+    and shards > 1
+    and (model.config.heads % tensor or model.config.kv_heads % tensor)
+  ):
+    raise errors.UserError(
+      f'{name} on {shards} data shards: the {model.config.heads} attention heads and '
+      f'{model.config.kv_heads} of keys and values must divide over the {tensor} parts of '
+      'config.mesh.tensor; choose another mesh, or set config.sampling.max_concurrent to 0'
+    )
+  if max_concurrent and tensor > 1 and processes.unrolled():
+    raise errors.UserError(
+      f'{name} with {tensor} parts of config.mesh.tensor: between CPU devices of several processes '
+      'loops of unknown length cannot have collectives in them; set config.sampling.max_concurrent '
+      'to 0'
+    )

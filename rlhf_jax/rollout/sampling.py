@@ -1,12 +1,14 @@
-"""From logits to tokens: temperature, top-k, top-p, and the log-probability of the choice.
+"""From logits to tokens: temperature, top-k, top-p, what ends responses, logprobs of the choice.
 
-Letters: B batch, V vocabulary.
+Letters: B batch, R response length, T prompt and response length, V vocabulary.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+
+from rlhf_jax import errors
 
 BLOCK = 128  # tokens of a block; about the square root of a vocabulary
 
@@ -22,7 +24,12 @@ class Sampling:
     top_p: keep the smallest set of likeliest tokens whose probability reaches p; 1 keeps all.
     eos_id: the token that ends a response; None for none.
     pad_id: what fills the slots after the end.
-    ignore_eos: go on to `max_new_tokens` whatever is sampled.
+    ignore_eos: go on to `max_new_tokens` whatever is sampled, stop tokens too.
+    min_new_tokens: tokens before the first that may be the EOS or a stop token.
+    stop_tokens: ids that end a response as the EOS does; they stay in it.
+
+  Raises:
+    UserError: `min_new_tokens` exceeds `max_new_tokens`.
   """
   max_new_tokens: int
   temperature: float = 1.0
@@ -31,6 +38,66 @@ class Sampling:
   eos_id: int | None = None
   pad_id: int = 0
   ignore_eos: bool = False
+  min_new_tokens: int = 0
+  stop_tokens: tuple[int, ...] = ()
+
+  def __post_init__(self):
+    if self.min_new_tokens > self.max_new_tokens:
+      raise errors.UserError(
+          f'min_new_tokens={self.min_new_tokens} exceeds max_new_tokens={self.max_new_tokens}: '
+          'lower it')
+
+  @property
+  def ends(self):
+    """Ids of the EOS and the stop tokens, a tuple without duplicates."""
+    eos = () if self.eos_id is None else (self.eos_id,)
+    return tuple(dict.fromkeys(eos + tuple(self.stop_tokens)))
+
+
+def among(tokens, ids):
+  """Which tokens, an array of any shape, are one of `ids`, a tuple; bool of the same shape."""
+  return jnp.isin(tokens, jnp.array(ids, jnp.int32))
+
+
+def stops(token, sampling):
+  """Which tokens drawn last, [B] int32, end their response while sampling; [B] bool."""
+  return among(token, () if sampling.ignore_eos else sampling.ends)
+
+
+def ended(rollout, sampling):
+  """Which responses ended by themselves, with the EOS or a stop token; [B] bool.
+
+  With `ignore_eos`, which of them hold such a token. All of them where nothing can end a response.
+  Stop strings are a matter of text, which `stops.truncate_at_strings` reports.
+
+  Args:
+    rollout: Rollout.
+    sampling: the Sampling it was drawn with.
+  """
+  response = rollout.tokens[:, -rollout.response_mask.shape[1]:]
+  if not sampling.ends:
+    return jnp.ones(response.shape[0], bool)
+  return jnp.any(among(response, sampling.ends) & rollout.response_mask, axis=1)
+
+
+def forbid_ends(logits, index, sampling):
+  """Logits with -inf at the EOS and the stop tokens of responses shorter than `min_new_tokens`.
+
+  As transformers' MinNewTokensLengthLogitsProcessor and vLLM's min_tokens do.
+
+  Args:
+    logits: [B, V] float32.
+    index: tokens that each response has already, int32 scalar or [B].
+    sampling: Sampling.
+
+  Returns:
+    [B, V] float32.
+  """
+  if not sampling.min_new_tokens or not sampling.ends:
+    return logits
+  early = jnp.broadcast_to(index, logits.shape[:1]) < sampling.min_new_tokens
+  ends = among(jnp.arange(logits.shape[1]), sampling.ends)
+  return jnp.where(early[:, None] & ends[None], -jnp.inf, logits)
 
 
 def filter_logits(logits, *, temperature, top_k, top_p):
@@ -62,17 +129,19 @@ def filter_logits(logits, *, temperature, top_k, top_p):
   return logits
 
 
-def sample(keys, logits, sampling):
-  """One token a row.
+def sample(keys, logits, sampling, index=0):
+  """Draws one token for each response.
 
   Args:
-    keys: [B] random keys, one a row, so that a row's draw does not depend on its neighbours.
+    keys: [B] random keys, one a response, so that a draw does not depend on its neighbours.
     logits: [B, V] float32, unfiltered.
     sampling: Sampling.
+    index: tokens that each response has already, int32 scalar or [B].
 
   Returns:
     tokens [B] int32 and logprobs [B] float32 under the filtered distribution (0 if greedy).
   """
+  logits = forbid_ends(logits, index, sampling)
   if sampling.temperature == 0:
     tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return tokens, jnp.zeros(tokens.shape, jnp.float32)

@@ -186,7 +186,7 @@ def make_run(preset, keys, iterations):
   critic = None if config.critic.kind == 'trunk' else LastToken()
   return config, dict(models=forward.Models(LastToken(), critic),
                       optimizers={'policy': optimizer, 'critic': optimizer},
-                      settings=ppo.Settings.of(config, EOS)), steps
+                      settings=ppo.Settings.of(config, (EOS,))), steps
 
 
 def make_state(config, params, optimizers):

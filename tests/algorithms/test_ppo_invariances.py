@@ -28,7 +28,7 @@ def settings(world):
   config.sampling.temperature = 0.7
   config.rl.update({'epochs': 1, 'whiten_advantages': 'minibatch', 'entropy_coef': 0.01,
                      'missing_eos': 'replace', 'kl_controller': 'adaptive'})
-  return ppo.Settings.of(config, tiny.EOS)
+  return ppo.Settings.of(config, (tiny.EOS,))
 
 
 @pytest.fixture(scope='module')

@@ -55,7 +55,7 @@ def test_minibatches_that_do_not_divide_over_the_devices(shape, batch, minibatch
   """3 sequences a minibatch over 2 or 4 data shards."""
   config = tiny.ppo(world)
   config.rl.update({'epochs': 2, 'minibatches': minibatches})
-  settings, model = ppo.Settings.of(config, tiny.EOS), models.create(FAMILIES[family])
+  settings, model = ppo.Settings.of(config, (tiny.EOS,)), models.create(FAMILIES[family])
   before, expected, metrics = update(model, settings, batch, sharding.make_mesh({}, devices=jax.devices()[:1]))
   _, found, found_metrics = update(model, settings, batch, sharding.make_mesh(shape))
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, expected)

@@ -170,7 +170,7 @@ def test_pretraining_rows_pull_the_policy_towards_them(world):
 
 def test_a_reward_per_token_on_the_last_one_is_a_score(world):
   """Rewards per token that are zero but for the last real one train like a score paid there."""
-  settings = ppo.Settings.of(tiny.ppo(world), tiny.EOS)
+  settings = ppo.Settings.of(tiny.ppo(world), (tiny.EOS,))
   policy = MODEL.init(jax.random.key(1))
   params = {'policy': policy, 'critic': {
       'head': heads.init_scalar(jax.random.key(2), MODEL.width, scale='normal')}}

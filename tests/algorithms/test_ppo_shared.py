@@ -39,7 +39,7 @@ def settings(world):
   config = tiny.ppo(world)
   config.rl.update({'epochs': 1, 'minibatches': 1, 'entropy_coef': 0.01})
   config.microbatch_size = 3
-  return ppo.Settings.of(config, tiny.EOS)
+  return ppo.Settings.of(config, (tiny.EOS,))
 
 
 def episode():

@@ -199,7 +199,7 @@ def test_ppo_update_agrees_with_torch(model, critic, tmp_path):
   expected = reference.iteration(episodes, [jax.random.permutation(key, len(episodes)) for key in keys])
   step = jax.jit(functools.partial(
       ppo.train_step, models=forward.Models(model, model if critic == 'separate' else None), optimizers=optimizers,
-      settings=ppo.Settings.of(config, EOS)))
+      settings=ppo.Settings.of(config, (EOS,))))
   state, metrics = step(state, {'shared': {}, 'reference': frozen}, *make_rollout(rng, episodes), None)
 
   assert metrics['policy/first_ratio'] == pytest.approx(1.0, abs=1e-5)

@@ -14,6 +14,7 @@ from rlhf_jax import models
 from rlhf_jax import types
 from rlhf_jax.rollout import decode
 from rlhf_jax.rollout import sampling as sampling_lib
+from rlhf_jax.rollout import stops
 import tiny
 
 EOS, PAD = 3, 0
@@ -122,7 +123,7 @@ def test_ignoring_the_eos_goes_on_and_truncation_hides_the_rest():
   raw = chain(300, max_new_tokens=5, eos_id=EOS, ignore_eos=True)
   assert np.asarray(raw.response_mask).all()
   stopped = chain(300, max_new_tokens=5, eos_id=EOS)
-  seen, has_eos = decode.truncate(raw, EOS, PAD)
+  seen, has_eos = stops.truncate(raw, tokens=(EOS,), pad_id=PAD)
   for a, b in zip(jax.tree.leaves(seen), jax.tree.leaves(stopped)):
     np.testing.assert_array_equal(a, b)  # The same keys draw the same tokens until the end.
   np.testing.assert_array_equal(has_eos, (np.asarray(stopped.tokens[:, 1:]) == EOS).any(1))

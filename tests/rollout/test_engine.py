@@ -1,78 +1,21 @@
 """The engine against the plain loop, token for token, and what it does not depend on."""
 
 import dataclasses
-import functools
-import re
 
 import jax
 import jax.numpy as jnp
+from loops import EOS
+from loops import FAMILIES
+from loops import family
+from loops import plain
+from loops import prompts
+from loops import refill
+from loops import same
+from loops import sampling
 import numpy as np
 import pytest
 
-from planner import hlo
-from rlhf_jax import errors
-from rlhf_jax import models
-from rlhf_jax import processes
-from rlhf_jax import sharding
 from rlhf_jax import types
-from rlhf_jax.algorithms import on_policy
-from rlhf_jax.models import attention
-from rlhf_jax.rollout import decode
-from rlhf_jax.rollout import engine
-from rlhf_jax.rollout import sampling as sampling_lib
-import tiny
-
-VOCAB, EOS, PAD = 24, 3, 0
-SPREAD = {'vocab_size': VOCAB, 'initializer_range': 0.4}
-LLAMA = tiny.LLAMA | SPREAD
-FAMILIES = {
-    'gpt2': {'family': 'gpt2', 'n_embd': 16, 'n_layer': 2, 'n_head': 4, 'n_positions': 128} | SPREAD,
-    'llama': LLAMA,
-    # Windows shorter than prompts, and such that end inside responses.
-    'mistral': LLAMA | {'family': 'mistral', 'sliding_window': 5},
-    'gemma2': LLAMA | {'family': 'gemma2', 'sliding_window': 9, 'head_dim': 8},
-    # Rotary positions that go by the length of the cache.
-    'dynamic': LLAMA | {'max_position_embeddings': 16, 'rope_scaling': {'rope_type': 'dynamic', 'factor': 4.0}},
-    't5': {'family': 't5', 'd_model': 16, 'd_kv': 4, 'd_ff': 32, 'num_layers': 2, 'num_heads': 4,
-           'initializer_factor': 4.0, 'decoder_start_token_id': 0, 'vocab_size': VOCAB},
-}
-
-
-def prompts(count, width=7, seed=0, garbage=False):
-  """Left-padded prompts of 1 to `width` tokens; padding holds PAD or anything."""
-  rng = np.random.default_rng(seed)
-  mask = np.arange(width)[None] >= width - rng.integers(1, width + 1, (count, 1))
-  tokens = np.where(mask, rng.integers(4, VOCAB, mask.shape), PAD)
-  if garbage:
-    tokens = np.where(mask, tokens, rng.integers(0, VOCAB, mask.shape))
-  return types.Prompts(jnp.asarray(tokens, jnp.int32), jnp.asarray(mask))
-
-
-def sampling(length, **changes):
-  return sampling_lib.Sampling(max_new_tokens=length, **{'eos_id': EOS, 'pad_id': PAD} | changes)
-
-
-@functools.partial(jax.jit, static_argnames=('model', 'sampling', 'samples'))
-def plain(params, prompts, key, model, sampling, samples=1, first=0):
-  return decode.generate(params, prompts, key, model=model, sampling=sampling, samples=samples, first=first)
-
-
-@functools.partial(jax.jit, static_argnames=('model', 'sampling', 'rows', 'samples'))
-def refill(params, prompts, key, model, sampling, rows, samples=1):
-  return engine.generate(params, prompts, key, model=model, sampling=sampling, rows=rows, samples=samples)
-
-
-@functools.cache
-def family(name, **settings):
-  model = models.create(FAMILIES[name], **settings)
-  return model, model.init(jax.random.key(5))
-
-
-def same(found, expected):
-  """Equal tokens and masks; log-probabilities up to rounding."""
-  for name in ('tokens', 'mask', 'response_mask'):
-    np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
-  np.testing.assert_allclose(found.logprobs, expected.logprobs, rtol=1e-5, atol=5e-5)
 
 
 @pytest.mark.parametrize('name', [pytest.param(name, marks=pytest.mark.slow) if name in ('gpt2', 'mistral') else name
@@ -88,11 +31,11 @@ def test_tokens_of_the_plain_loop_in_every_family(name):
   assert lengths.min() < 18 and lengths.max() > 40 and len(set(lengths)) > 5
 
 
-@pytest.mark.parametrize('count, rows, length', [(11, 3, 9), (5, 8, 9), (7, 1, 64), (4, 4, 1)])
-def test_any_number_of_prompts_rows_and_tokens(count, rows, length):
+@pytest.mark.parametrize('count, max_concurrent, length', [(11, 3, 9), (5, 8, 9), (7, 1, 64), (4, 4, 1)])
+def test_any_number_of_prompts_responses_at_a_time_and_tokens(count, max_concurrent, length):
   model, params = family('llama')
   settings = sampling(length)
-  same(refill(params, prompts(count), jax.random.key(2), model, settings, rows),
+  same(refill(params, prompts(count), jax.random.key(2), model, settings, max_concurrent),
        plain(params, prompts(count), jax.random.key(2), model, settings))
 
 
@@ -130,13 +73,13 @@ def test_all_end_at_once_or_never(eos, expected):
   np.testing.assert_array_equal(np.asarray(found.response_mask).sum(1), expected)
 
 
-@pytest.mark.parametrize('count, samples, rows', [(5, 3, 4), (9, 2, 16), (2, 5, 1)])
-def test_samples_of_a_prompt_are_those_of_the_prompt_repeated(count, samples, rows):
+@pytest.mark.parametrize('count, samples, max_concurrent', [(5, 3, 4), (9, 2, 16), (2, 5, 1)])
+def test_samples_of_a_prompt_are_those_of_the_prompt_repeated(count, samples, max_concurrent):
   model, params = family('gpt2')
   repeated = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), prompts(count))
   expected = plain(params, repeated, jax.random.key(6), model, sampling(20))
   same(plain(params, prompts(count), jax.random.key(6), model, sampling(20), samples=samples), expected)
-  same(refill(params, prompts(count), jax.random.key(6), model, sampling(20), rows, samples), expected)
+  same(refill(params, prompts(count), jax.random.key(6), model, sampling(20), max_concurrent, samples), expected)
   assert len(np.unique(np.asarray(expected.tokens), axis=0)) > count
 
 
@@ -177,81 +120,6 @@ def test_other_prompts_do_not_compile_again(compiled):
   before = len(compiled)
   refill(params, prompts(9, seed=2), jax.random.key(2), model, sampling(20), 4)
   assert len(compiled) == before
-
-
-def on_mesh(shape, model, params, prompts, key, settings, rows):
-  """The rollout of a config's `sampling.max_concurrent` on eight devices, and the text of its program."""
-  mesh = sharding.make_mesh(shape)
-  with jax.set_mesh(mesh):
-    operands = (jax.device_put(params, sharding.shardings(params, model.rules, mesh)),
-                sharding.put_rows(prompts, mesh), key)
-    generate = on_policy.jit_generate(model, settings, rows=rows, gather=False)
-    return jax.device_get(generate(*operands)), generate.lower(*operands).compile().as_text()
-
-
-def collectives_in_loops(text):
-  """(kind, groups) of the collectives that run inside the loops of a compiled program."""
-  computations, entry = hlo.parse(text)
-  found, seen = set(), set()
-
-  def visit(name, looping):
-    if (name, looping) in seen:
-      return
-    seen.add((name, looping))
-    for instruction in computations[name]:
-      kind = instruction.opcode.removesuffix('-start')
-      if looping and kind in hlo.COLLECTIVES:
-        found.add((kind, re.search(r'(?:replica_groups|source_target_pairs)=(.*?), \w+=', instruction.rest).group(1)))
-      for called in set(re.findall(r'%([\w.-]+)', instruction.rest)) & set(computations):
-        visit(called, looping or instruction.opcode == 'while')
-
-  visit(entry, False)
-  return found
-
-
-@pytest.mark.parametrize('name, shape', [
-    ('llama', {'data': 8}), ('llama', {'data': 2, 'fsdp': 4}), ('llama', {'data': 2, 'fsdp': 2, 'tensor': 2}),
-    ('gpt2', {'data': 2, 'tensor': 4}),
-    *(pytest.param(name, {'fsdp': 4, 'tensor': 2}, marks=pytest.mark.slow) for name in ('gemma2', 'mistral'))], ids=str)
-def test_data_shards_have_queues_of_their_own_and_wait_for_nobody(name, shape):
-  model, params = family(name)
-  settings = sampling(72, temperature=1.3)
-  found, text = on_mesh(shape, model, params, prompts(32), jax.random.key(1), settings, 16)
-  expected = plain(params, prompts(32), jax.random.key(1), model, settings)
-  same(found, expected)
-  lengths = np.asarray(expected.response_mask).sum(1)
-  assert len(set(lengths.reshape(8 // shape.get('tensor', 1), -1).sum(1))) > 1  # They have unlike work.
-  # The devices of a data shard are side by side.
-  groups = {2: '[4,2]<=[8]', 4: '[2,4]<=[8]'}.get(shape.get('tensor'))
-  assert collectives_in_loops(text) <= ({('all-gather', groups), ('all-reduce', groups)} if groups else set())
-  assert 'while(' in text and ('all-gather' in text) == ('fsdp' in shape)
-
-
-def test_data_shards_and_attention_in_blocks(monkeypatch):
-  """Which splits heads over 'tensor' by a `shard_map` inside that of the data shards."""
-  monkeypatch.setitem(attention.BLOCK, 'cpu', 4)
-  calls = []
-  monkeypatch.setattr(attention, 'blocks', lambda *x, plain=attention.blocks, **y: calls.append(x) or plain(*x, **y))
-  model, params = family('llama')
-  given = prompts(8, width=17)
-  expected = plain(params, given, jax.random.key(1), model, sampling(9))
-  calls.clear()
-  for shape, heads in (({'data': 2, 'fsdp': 2, 'tensor': 2}, 2), ({'fsdp': 8}, 4)):
-    found, _ = on_mesh(shape, model, params, given, jax.random.key(1), sampling(9), 8)
-    same(found, expected)
-    assert {queries.shape[2] for queries, *_ in calls} == {heads}
-    calls.clear()
-
-
-def test_heads_that_do_not_divide_over_tensor_are_refused():
-  with pytest.raises(errors.UserError, match='on 2 data shards: the 4 attention heads and 2 of keys and values have'):
-    on_mesh({'data': 2, 'tensor': 4}, *family('llama'), prompts(8), jax.random.key(1), sampling(9), 4)
-
-
-def test_parts_over_tensor_are_refused_where_loops_can_have_no_collectives(monkeypatch):
-  monkeypatch.setattr(processes, 'unrolled', lambda: True)
-  with pytest.raises(errors.UserError, match='rows=4 with 2 parts of config.mesh.tensor: between CPU devices'):
-    on_mesh({'data': 4, 'tensor': 2}, *family('llama'), prompts(8), jax.random.key(1), sampling(9), 4)
 
 
 def test_prompts_are_read_once_and_rows_are_kept_busy():
