@@ -29,6 +29,7 @@ class Workload:
     prompt: P, tokens of every prompt.
     response: R, tokens of every response.
     batch: B, episodes of an iteration.
+    rows: of a forward and backward pass, of which an update adds up the gradients; 0: all at once.
   """
   name: str
   layers: int
@@ -39,6 +40,7 @@ class Workload:
   prompt: int
   response: int
   batch: int
+  rows: int = 0
 
   @property
   def length(self):
@@ -60,7 +62,7 @@ class Workload:
 WORKLOADS = {w.name: w for w in (
     Workload('xs', 4, 256, 4, 1024, 8192, 64, 64, 32),
     Workload('s', 6, 768, 12, 3072, 50257, 32, 32, 8),
-    Workload('m', 24, 2048, 16, 8192, 50257, 256, 256, 128),
+    Workload('m', 24, 2048, 16, 8192, 50257, 256, 256, 128, rows=8),
 )}
 
 

@@ -18,112 +18,89 @@ to 8.
 import ml_collections
 
 from rlhf_jax import config as c
-from rlhf_jax import errors
+from rlhf_jax.algorithms import build
+from rlhf_jax.algorithms import sft
 from rlhf_jax.tasks import random_walks
+
+LAYERS = random_walks.MODEL['n_layer']
+LENGTH = random_walks.MAX_LENGTH - 1
+# What differs from `common` of each algorithm. PPO: trlX's settings, but for minibatches of 70 and 70,
+# not 100 and 40, and a learning rate that falls to 0: with trlX's constant one seeds 0 to 2 of the
+# given model end at 0.91 to 0.92.
+SETTINGS = {
+    'ppo': {'rl.minibatches': 2, 'rl.vf_coef': 1.2, 'rl.gamma': 1.0, 'rl.lam': 0.95,
+            'optim.b2': 0.95, 'optim.weight_decay': 1e-6},
+    'grpo': {'rl.minibatches': 2, 'rl.normalize': 'token', 'sampling.samples': 7, 'optim.b2': 0.95},
+}
+PRESETS = {'ppo': 'trlx'}
 
 
 def get_config(arg=None):
   """Arguments: debug (seconds), seed, algorithm, model (a folder, in place of pretraining)."""
   arg = c.parse_arg(arg, debug=False, seed=0, algorithm='ppo', model='')
-  if arg.algorithm not in ALGORITHMS:
-    raise errors.UserError(
-      f'config argument algorithm={arg.algorithm!r} must be one of {", ".join(ALGORITHMS)}'
-    )
+  name = arg.algorithm.replace('.', '_')
   model = arg.model or '$workdir/pretrain'
-  config = ml_collections.ConfigDict({'seed': arg.seed, 'stages': ('world', 'rl', 'evaluate')})
+  stages = ('world', name, 'evaluate') if arg.model else ('world', 'pretrain', name, 'evaluate')
+  config = ml_collections.ConfigDict({'seed': arg.seed, 'stages': stages})
   config.world = ml_collections.ConfigDict({
-    'function': 'rlhf_jax.tasks.random_walks:write',
-    'walks': 20_000,
-    'seed': -1,
-  })
+      'function': 'rlhf_jax.tasks.random_walks:write', 'walks': 20_000, 'seed': None})
   if not arg.model:
-    config.stages = ('world', 'pretrain', 'rl', 'evaluate')
     config.pretrain = pretrain()
-  config.rl = ALGORITHMS[arg.algorithm]()
-  config.rl.seed = -1
-  config.rl.model.path = arg.model or '$workdir/pretrain/model'
-  config.rl.model.unroll = random_walks.MODEL['n_layer']
+  config[name] = train(arg.algorithm, arg.model or '$workdir/pretrain/model')
   config.evaluate = ml_collections.ConfigDict({
-    'function': 'rlhf_jax.evaluation.policies:run',
-    'title': 'Random walks',
-    'summary': 'Gold is the reward itself: the optimality of the walk.',
-    'workdir': '$workdir',
-    'policies': (('pretrained', model), (arg.algorithm, '$workdir/rl')),
-    'baseline': 'pretrained',
-    'trained': arg.algorithm,
-    'best_of': 0,
-    'reward_model': '',
-    'comparisons': '',
-    'prompts': '$workdir/world/prompts.jsonl',
-    'samples': 5_000,
-    'max_new_tokens': random_walks.MAX_LENGTH - 1,
-    'temperature': 1.0,
-    'gold': 'rlhf_jax.tasks.random_walks:optimality',
-    'gold_path': '',
-    'unroll': random_walks.MODEL['n_layer'],
-    'curves': config.stages[1:-1],
-    'seed': -1,
-  })
+      'function': 'rlhf_jax.evaluation.policies:run',
+      'title': 'Random walks',
+      'summary': 'Gold is the reward itself: the optimality of the walk.',
+      'workdir': '$workdir',
+      'policies': (('pretrained', model), (name, f'$workdir/{name}')),
+      'baseline': 'pretrained', 'trained': name, 'best_of': 0, 'reward_model': '',
+      'comparisons': '', 'prompts': '$workdir/world/prompts.jsonl', 'samples': 5_000,
+      'max_new_tokens': LENGTH, 'temperature': 1.0,
+      'gold': 'rlhf_jax.tasks.random_walks:optimality', 'gold_path': '', 'unroll': LAYERS,
+      'curves': stages[1:-1], 'seed': None})
   if arg.debug:
-    debug(config)
+    debug(config, name)
   return config
 
 
 def pretrain():
   """Language modelling of random walks; `eval/loss` is that of the example's 1,000 walks."""
-  stage = c.sft()
-  stage.seed = -1
+  stage = sft.config()
+  stage.seed = None
   stage.tokenizer = '$workdir/world/tokenizer'
   stage.model.init = ml_collections.ConfigDict(random_walks.MODEL)
-  stage.model.unroll = random_walks.MODEL['n_layer']
-  stage.data.update({
-    'path': '$workdir/world/texts.jsonl',
-    'held_out_path': '$workdir/world/walks.jsonl',
-    'max_length': 44,
-  })
-  stage.batch_size, stage.epochs, stage.eval_every = 32, 3.0, 50
-  stage.optim.update({
-    'learning_rate': 1e-3,
-    'schedule': 'cosine',
-    'warmup_steps': 20,
-    'clip_norm': 1.0,
-  })
+  stage.model.unroll = LAYERS
+  stage.data.update({'path': '$workdir/world/texts.jsonl',
+                     'held_out_path': '$workdir/world/walks.jsonl', 'max_length': 44})
+  stage.batch_size, stage.data.epochs, stage.eval_every = 32, 3.0, 50
+  stage.optim.update({'learning_rate': 1e-3, 'schedule': 'cosine', 'warmup_steps': 20,
+                      'clip_norm': 1.0})
   stage.log_every = 10
   return stage
 
 
-def ppo():
-  """trlX's settings but for two: minibatches are 70 and 70, not 100 and 40, and lr falls to 0.
-
-  With trlX's constant learning rate seeds 0 to 2 of the given model end at 0.91 to 0.92.
-  """
-  stage = c.ppo('trlx')
+def train(algorithm, model):
+  """20 iterations of 140 responses, each of the 20 prompts 7 times, 4 epochs, no KL penalty."""
+  stage = build.load(algorithm).config(PRESETS.get(algorithm, ''))
+  stage.seed = None
+  stage.model.path = model
+  stage.model.unroll = LAYERS
   stage.data.update({'path': '$workdir/world/prompts.jsonl', 'max_prompt_length': 1})
   stage.reward.function = 'rlhf_jax.tasks.random_walks:reward'
-  stage.sampling.max_new_tokens = random_walks.MAX_LENGTH - 1
-  stage.batch_size, stage.steps = 140, 20  # each of the 20 prompts 7 times
-  stage.ppo.update({
-    'epochs': 4,
-    'minibatches': 2,
-    'length_buckets': 1,
-    'kl_coef': 0.0,
-    'vf_coef': 1.2,
-    'gamma': 1.0,
-    'lam': 0.95,
-  })
-  stage.optim.update({'learning_rate': 3e-4, 'schedule': 'linear', 'weight_decay': 1e-6})
+  stage.sampling.max_new_tokens = LENGTH
+  stage.batch_size, stage.steps = 140, 20
+  stage.rl.update({'epochs': 4, 'kl_coef': 0.0, 'length_buckets': 1})
+  stage.optim.update({'learning_rate': 3e-4, 'schedule': 'linear'})
   stage.samples_every = 5
+  stage.update_from_flattened_dict(SETTINGS.get(algorithm, {}))
   return stage
 
 
-ALGORITHMS = {'ppo': ppo}
-
-
-def debug(config):
+def debug(config, name):
   """Shrinks everything to seconds; the figures mean nothing."""
   config.world.walks = 200
   if 'pretrain' in config:
     config.pretrain.model.init.update({'n_layer': 2, 'n_embd': 48})
-    config.pretrain.update({'steps': 3, 'epochs': 0.0})
-  config.rl.update({'steps': 2, 'batch_size': 20})
+    config.pretrain.steps, config.pretrain.data.epochs = 3, None
+  config[name].update({'steps': 2, 'batch_size': 28})
   config.evaluate.samples = 40

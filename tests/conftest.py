@@ -8,15 +8,15 @@ import os
 import pathlib
 import tempfile
 
+import quick
+
 _CACHE = tempfile.TemporaryDirectory(prefix='rlhf_jax_tests_')
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', _CACHE.name)
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
-# The tests compile much and compute little: without LLVM's optimizations they take half the time.
 # What is given from outside comes last and counts.
 os.environ['XLA_FLAGS'] = (
-    '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 '
-    '--xla_cpu_use_fusion_emitters=false ' + os.environ.get('XLA_FLAGS', ''))
+    f'--xla_force_host_platform_device_count=8 {quick.FLAGS} {os.environ.get("XLA_FLAGS", "")}')
 
 import jax
 import pytest

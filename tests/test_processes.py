@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
+import tiny
 
 from rlhf_jax import checkpoint
 from rlhf_jax import metrics as metrics_lib
@@ -21,7 +23,6 @@ from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.models import hf
-import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / 'launch' / 'local.sh'
@@ -44,10 +45,9 @@ def wide(tmp_path_factory):
 
 def environment(devices=1):
   """Of a process that has some CPU devices."""
-  flags = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
   return os.environ | {
       'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}', 'PYTHONUNBUFFERED': '1',
-      'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count={devices}'}
+      'XLA_FLAGS': f'{quick.FLAGS} --xla_force_host_platform_device_count={devices}'}
 
 
 def command(world, workdir, mesh, *options, stage='ppo'):

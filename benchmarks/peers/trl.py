@@ -7,16 +7,19 @@ until the first epoch draws its permutation; the update ends where the loop asks
 behaviour's log-probabilities come from the logits of generation, so scoring has one forward pass less than ours.
 
 Tuned in its favour: all rows in one pass, glibc's allocator as benchmarks/run.py sets it, dropout off, no
-logging to disk, TRL's own default attention (sdpa), `use_cache` as it is. On a GPU `bf16=True`: float32
-weights under autocast.
+logging to disk, TRL's own default attention (sdpa), `use_cache` as it is. On a GPU policy and critic have float32
+weights and run under autocast to bfloat16, generation too, which TRL leaves in float32; the frozen models are
+bfloat16. `bf16=True` alone would not reach the trainer's own Accelerator: it reads the environment.
 """
 
+import os
 import tempfile
 import unittest.mock
 
 import datasets
 import numpy as np
 import tokenizers
+import torch
 import transformers
 from trl.experimental.ppo import ppo_trainer
 from trl.experimental.ppo import PPOConfig
@@ -54,9 +57,12 @@ def make_tokenizer(vocab):
 
 def make_trainer(w, device, workdir):
   """PPOTrainer with random models and prompts, set to run on."""
+  rows = w.rows or w.batch
+  if device != 'cpu':
+    os.environ['ACCELERATE_MIXED_PRECISION'] = 'bf16'
   args = PPOConfig(
-      output_dir=workdir, total_episodes=10**6 * w.batch, per_device_train_batch_size=w.batch,
-      gradient_accumulation_steps=1, num_mini_batches=1, local_rollout_forward_batch_size=w.batch,
+      output_dir=workdir, total_episodes=10**6 * w.batch, per_device_train_batch_size=rows,
+      gradient_accumulation_steps=w.batch // rows, num_mini_batches=1, local_rollout_forward_batch_size=w.batch,
       num_ppo_epochs=workloads.EPOCHS, response_length=w.response, temperature=1.0, stop_token=None,
       missing_eos_penalty=None, kl_coef=workloads.KL_COEF, cliprange=workloads.CLIP,
       cliprange_value=workloads.VALUE_CLIP, vf_coef=workloads.VALUE_COEF, gamma=workloads.GAMMA,
@@ -65,11 +71,15 @@ def make_trainer(w, device, workdir):
       report_to='none', save_strategy='no', disable_tqdm=True)
   prompts = np.random.default_rng(0).integers(0, w.vocab, (16 * w.batch, w.prompt))
   data = datasets.Dataset.from_dict({'input_ids': prompts.tolist()})
-  policy, reference = (torch_models.language_model(w) for _ in range(2))
+  with torch.device('cpu' if device == 'cpu' else 'cuda'):
+    policy, reference = (torch_models.language_model(w) for _ in range(2))
+    reward, critic = (torch_models.scalar_model(w) for _ in range(2))
   reference.load_state_dict(policy.state_dict())
+  if device != 'cpu':
+    reference.to(torch.bfloat16), reward.to(torch.bfloat16)
   return PPOTrainer(
       args=args, processing_class=make_tokenizer(w.vocab), train_dataset=data, eval_dataset=data, model=policy,
-      ref_model=reference, reward_model=torch_models.scalar_model(w), value_model=torch_models.scalar_model(w))
+      ref_model=reference, reward_model=reward, value_model=critic)
 
 
 def main():
@@ -79,7 +89,8 @@ def main():
   epochs = 0
 
   def timed_generation(*args, **kwargs):
-    out = generation(*args, **kwargs)
+    with torch.autocast('cuda', torch.bfloat16, enabled=options.device != 'cpu'):
+      out = generation(*args, **kwargs)
     turns.lap('rollout')
     return out
 

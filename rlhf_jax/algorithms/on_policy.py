@@ -18,6 +18,7 @@ from rlhf_jax import errors
 from rlhf_jax import experience
 from rlhf_jax import forward
 from rlhf_jax import learner
+from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax import update

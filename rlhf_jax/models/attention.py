@@ -299,17 +299,20 @@ def cudnn(queries, keys, values, segments, *, window):
   """
   del window
   length, time = segments.shape[1], queries.shape[1]
-  queries = jnp.pad(queries, ((0, 0), (length - time, 0), (0, 0), (0, 0)))
+  odd = length % 2  # Gradients are of an even number of slots only.
+  queries = jnp.pad(queries, ((0, 0), (length - time, odd), (0, 0), (0, 0)))
+  keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, odd), (0, 0))) for x in (keys, values))
+  segments = jnp.pad(segments, ((0, 0), (0, odd)))
   order = jnp.argsort(segments == 0, axis=1, stable=True)
   back = jnp.argsort(order, axis=1)
   count = jnp.maximum(jnp.sum(segments != 0, axis=1, dtype=jnp.int32), 1)
-  real = (jnp.arange(length)[None] < count[:, None])[:, :, None, None]
+  real = (jnp.arange(length + odd)[None] < count[:, None])[:, :, None, None]
   # What cuDNN writes beyond the real tokens, values or gradients, is not said.
   operands = queries, keys.swapaxes(1, 2), values.swapaxes(1, 2)
   operands = [jnp.where(real, _permute(x, order, back), 0) for x in operands]
   mixed = jax.nn.dot_product_attention(*operands, scale=1.0, is_causal=True, query_seq_lengths=count,
                                        key_value_seq_lengths=count, implementation='cudnn')
-  mixed = _permute(jnp.where(real, mixed, 0), back, order)[:, length - time:]
+  mixed = _permute(jnp.where(real, mixed, 0), back, order)[:, length - time:length]
   return mixed.reshape(*mixed.shape[:2], -1)
 
 

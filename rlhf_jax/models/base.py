@@ -7,11 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax import sharding
 from rlhf_jax.models import heads
 from rlhf_jax.models import layers
 from rlhf_jax.models import lora as lora_lib
 from rlhf_jax.models import stack
 from rlhf_jax.models.families import FAMILIES
+
+# Parameters that every family reads in the compute dtype and in no other.
+_MATRICES = 'kernel', 'embed/embedding', 'positions/embedding', 'lora/a', 'lora/b'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +81,18 @@ class Base:
     return self
 
   def unstack(self, params):
-    """Parameters as a loop of many small steps reads them best; here as they are."""
-    return params
+    """Parameters as a loop of many small steps reads them best: on GPUs matrices in the compute dtype.
+
+    Else every step would read them in their own dtype, write them in this one, and read that.
+    """
+    if sharding.platform() != 'gpu':
+      return params
+
+    def cast(name, x):
+      smaller = jnp.dtype(self.dtype).itemsize < x.dtype.itemsize
+      return x.astype(self.dtype) if smaller and name.endswith(_MATRICES) else x
+
+    return sharding.map_with_path(cast, params)
 
   def _logits(self, params, hidden):
     """States [..., D] times the unembedding, tied or not, and its adapter: [..., V] float32."""

@@ -73,10 +73,12 @@ class Model(base.Base):
   def unstack(self, params):
     """Parameters as a loop of many small steps reads them best.
 
-    Where the layers are unrolled, each becomes a tree of its own: out of the stack every step
-    would copy it once more.
+    See base.Base. Where the layers are unrolled, and on GPUs, each becomes a tree of its own: out of the
+    stack every step would copy it once more. On an H200 a step of 128 rows, 24 layers and width 2048 takes
+    5.8 ms so and 8.0 otherwise; the loop compiles in 32 seconds and not in 6.
     """
-    if not self._unrolled:
+    params = super().unstack(params)
+    if not self._unrolled and sharding.platform() != 'gpu':
       return params
     params = params | {'blocks': stack.unstack(params['blocks'])}
     if 'top' in params:

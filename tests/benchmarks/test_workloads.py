@@ -59,6 +59,10 @@ def test_bound():
   assert fast_copy['scoring'] == workloads.flops(SMALL)['scoring'] / 100
 
 
+def test_passes_are_of_equal_rows():
+  assert all(not w.rows or w.batch % w.rows == 0 for w in workloads.WORKLOADS.values())
+
+
 def test_a_workload_travels_as_text():
   assert workloads.read(SMALL.to_json()) == SMALL
   assert workloads.read('xs') is workloads.WORKLOADS['xs']

@@ -23,7 +23,7 @@ GEMMA2 = {'family': 'gemma2', 'vocab_size': 29, 'hidden_size': 12, 'intermediate
 @pytest.fixture
 def small_blocks(monkeypatch):
   """Blocks of 16, so that a few dozen tokens are many of them."""
-  monkeypatch.setitem(attention.BLOCK, 'cpu', 16)
+  monkeypatch.setitem(attention.BLOCK, sharding.platform(), 16)
 
 
 def ragged(length):
@@ -158,22 +158,23 @@ def cudnn_on_a_cpu(monkeypatch):
   monkeypatch.setattr(jax.nn, 'dot_product_attention', stand_in)
 
 
-def test_rows_are_moved_for_cudnn_and_back(monkeypatch):
+@pytest.mark.parametrize('length', [40, 41])
+def test_rows_are_moved_for_cudnn_and_back(monkeypatch, length):
   cudnn_on_a_cpu(monkeypatch)
-  segments, operands = one_text(40), draw(5, 40)
+  segments, operands = one_text(length), draw(5, length)
   agree(results(functools.partial(attention.cudnn, window=0), *operands, segments),
         results(plain, *operands, segments), 1e-5)
   last = attention.cudnn(operands[0][:, -7:], *operands[1:3], segments, window=0)
   agree([last], [attention.cudnn(*operands[:3], segments, window=0)[:, -7:]], 1e-6)
 
 
-@pytest.mark.parametrize('devices', [1, 8])
-def test_cudnn_is_called_without_a_mask(monkeypatch, devices):
+@pytest.mark.parametrize('devices, length', [(1, 64), (1, 63), (8, 64)])
+def test_cudnn_is_called_without_a_mask(monkeypatch, devices, length):
   fused = pytest.importorskip('jax._src.cudnn.fused_attention_stablehlo')
   monkeypatch.setattr(fused, 'check_cudnn_version', lambda: 91000)
-  operands = draw(4, 64, jnp.bfloat16)[:3]
+  operands = draw(4, length, jnp.bfloat16)[:3]
   attend = functools.partial(attention.on_shards, functools.partial(attention.cudnn, window=0))
-  loss = lambda *operands: jnp.sum(attend(*operands, one_text(64)[:4]).astype(jnp.float32))
+  loss = lambda *operands: jnp.sum(attend(*operands, one_text(length)[:4]).astype(jnp.float32))
   gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
   mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 2 if devices == 8 else 1), devices=jax.devices()[:devices])
   with jax.set_mesh(mesh):
@@ -247,7 +248,7 @@ def test_a_model_with_windows_in_every_other_layer(monkeypatch, unroll):
 
   found = []
   for block in (1024, 16):
-    monkeypatch.setitem(attention.BLOCK, 'cpu', block)
+    monkeypatch.setitem(attention.BLOCK, sharding.platform(), block)
     (_, states), gradients = jax.jit(jax.value_and_grad(run, has_aux=True))(params)
     found.append([states, *jax.tree.leaves(gradients)])
   for x, y in zip(*found, strict=True):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 
 from rlhf_jax.models import heads
 from rlhf_jax.models import hf
@@ -24,8 +25,6 @@ import families  # Needs transformers.
 LENGTH, PROMPT = families.LENGTH, 6
 SEEDS, QUICK_SEEDS = 24, 3
 FIRST_TOKEN = 3  # Those below are special in all references.
-# Programs that run once: a fifth of the time to compile them.
-QUICK_COMPILE = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}
 
 
 def draw_batch(vocab_size, seed):
@@ -51,7 +50,7 @@ def their_logits(reference, tokens, mask):
                    position_ids=torch.tensor(positions).long()).logits
 
 
-@functools.partial(jax.jit, static_argnames='model', compiler_options=QUICK_COMPILE)
+@functools.partial(jax.jit, static_argnames='model', compiler_options=quick.OPTIONS)
 def evaluate(model, params, tokens, mask):
   """Hidden states, logits and the gradient of the mean LM loss."""
   def loss(params):
@@ -63,7 +62,7 @@ def evaluate(model, params, tokens, mask):
   return hidden, logits, gradient
 
 
-@functools.partial(jax.jit, static_argnames='model', compiler_options=QUICK_COMPILE)
+@functools.partial(jax.jit, static_argnames='model', compiler_options=quick.OPTIONS)
 def decode(model, params, tokens, mask):
   """States [B, T - P + 1, D] from the last prompt token on, read token by token."""
   state, cache = model.prefill(params, tokens[:, :PROMPT], mask[:, :PROMPT], LENGTH - PROMPT)

@@ -193,7 +193,7 @@ def test_a_cache_that_grows_is_a_forward_pass_over_all_tokens(unroll, rope):
   assert mask.sum(1).min() < 16 and mask.sum(1).max() > 33
   hidden, _ = full_logits(model, params, found)
   forward, _ = logprobs_lib.token_logprobs(functools.partial(model.unembed, params), hidden, found.tokens[:, 6:])
-  np.testing.assert_allclose(np.asarray(found.logprobs)[mask], np.asarray(forward)[mask], rtol=0, atol=2e-5)
+  np.testing.assert_allclose(np.asarray(found.logprobs)[mask], np.asarray(forward)[mask], rtol=0, atol=5e-5)
 
 
 def test_greedy_is_the_argmax_of_a_loop_without_a_cache(llama):

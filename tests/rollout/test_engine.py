@@ -1,6 +1,7 @@
 """The engine against the plain loop, token for token, and what it does not depend on."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from loops import sampling
 import numpy as np
 import pytest
 
+from rlhf_jax import sharding
 from rlhf_jax import types
 
 
@@ -112,6 +114,37 @@ def test_unrolled_layers_have_caches_of_their_own():
   model, params = family('llama', unroll=2)
   same(refill(params, prompts(9), jax.random.key(1), model, sampling(70), 4),
        plain(params, prompts(9), jax.random.key(1), *family('llama')[:1], sampling(70)))
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_on_gpus_matrices_are_cast_once_and_layers_apart(monkeypatch, name):
+  model, params = family(name, dtype='bfloat16')
+  monkeypatch.setattr(sharding, 'platform', lambda: 'gpu')
+  ready = model.unstack(params)
+  assert name == 't5' or isinstance(ready['blocks'], tuple)
+  dtypes = {path: leaf.dtype for path, leaf in sharding.paths(ready).items()}
+  small = {path for path, dtype in dtypes.items() if dtype == jnp.bfloat16}
+  assert small == {path for path in dtypes if path.endswith(('kernel', 'embedding')) and 'distances' not in path}
+  given = prompts(4)
+
+  @jax.jit
+  def run(params):
+    hidden, cache = model.prefill(params, given.tokens, given.mask, 3)
+    after, _ = model.step(params, given.tokens[:, -1], given.mask[:, -1], cache)
+    return [model.unembed(params, state) for state in (hidden, after)]
+
+  for found, expected in zip(run(ready), run(params), strict=True):
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0.02 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize('generate', [plain, functools.partial(refill, max_concurrent=4)], ids=['plain', 'refill'])
+def test_on_gpus_layers_have_caches_of_their_own(monkeypatch, generate):
+  model, params = family('llama')
+  expected = plain(params, prompts(9), jax.random.key(1), model, sampling(70))
+  monkeypatch.setattr(sharding, 'platform', lambda: 'gpu')
+  jax.clear_caches()
+  same(generate(params, prompts(9), jax.random.key(1), model=model, sampling=sampling(70)), expected)
+  jax.clear_caches()
 
 
 def test_other_prompts_do_not_compile_again(compiled):

@@ -1,0 +1,8 @@
+"""XLA's options for tests, which compile much and compute little: without LLVM's optimizations they take half the time."""
+
+import importlib.metadata
+
+OPTIONS = {'xla_backend_optimization_level': 0}
+if importlib.metadata.version('jaxlib').startswith('0.10.'):  # Later releases end a process that names it.
+  OPTIONS['xla_cpu_use_fusion_emitters'] = False
+FLAGS = ' '.join(f'--{name}={str(value).lower()}' for name, value in OPTIONS.items())
