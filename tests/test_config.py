@@ -19,7 +19,8 @@ CONFIGS = sorted((pathlib.Path(__file__).resolve().parents[1] / 'configs').glob(
 BASES = ('sft', 'reward_model', 'ppo', 'grpo')
 GIVEN = {'model.path': 'model', 'data.path': 'data.jsonl', 'reward.model': 'reward', 'ptx.path': 'texts.jsonl'}
 # What must be given behind the colon of other configs.
-ARGUMENTS = {'hh_reward': 'data=pairs', 'sentiment': 'data=reviews', 'stories': 'model=model'}
+ARGUMENTS = {'hh_reward': 'data=pairs', 'sentiment': 'data=reviews', 'stories': 'model=model',
+             'lm_human_preferences': 'data=texts,model=model,labels=labels'}
 
 ALGORITHMS = ('sft', 'reward_model', 'ppo')
 
@@ -131,6 +132,49 @@ def test_base_configs_take_every_preset(name, preset):
   for key in ('optim.learning_rate', 'sampling.temperature', 'batch_size'):
     if key in expected:  # a preset's figures are not written over
       assert functools.reduce(lambda block, part: block[part], key.split('.'), config) == expected[key]
+
+
+LM_HUMAN_PREFERENCES = CONFIGS[0].with_name('lm_human_preferences.py')
+
+
+@pytest.mark.parametrize('arg', [
+    *(f'task={task},data=d,model=m,labels=l' for task in ('sentiment', 'descriptiveness', 'tldr', 'cnndm')),
+    'small,data=d', 'small,debug,data=d'])
+def test_tasks_of_lm_human_preferences(arg, tmp_path):
+  config = imported(LM_HUMAN_PREFERENCES).get_config(arg)
+  check_stages(config, tmp_path)
+  # What the reward model reads in PPO ends as what it was trained on: without an EOS.
+  assert config.ppo.sampling.truncate_at and not config.reward_model.preference.append_eos
+
+
+def test_constants_of_lm_human_preferences():
+  # launch.py of https://github.com/openai/lm-human-preferences.
+  get = imported(LM_HUMAN_PREFERENCES).get_config
+  books = get('data=d,model=m,labels=l')
+  assert (books.queries.length, books.queries.start_text, books.queries.end_text) == (64, '.', '.')
+  assert books.ppo.sampling.max_new_tokens == 24 and books.ppo.sampling.truncate_after == 16
+  assert books.ppo.sampling.temperature == 0.7 and books.ppo.optim.learning_rate == 1e-5
+  assert (books.ppo.rl.kl_coef, books.ppo.rl.kl_controller, books.ppo.rl.kl_target) == (0.15, 'adaptive', 6.0)
+  assert books.ppo.rl.missing_eos_value == -1.0 and books.ppo.critic.kind == 'trunk'
+  assert books.ppo.batch_size * books.ppo.steps == pytest.approx(1e6, rel=1e-3)
+  assert books.reward_model.optim.learning_rate == 5e-5 and books.reward_model.batch_size == 32
+  tldr = get('task=tldr,data=d,model=m,labels=l')
+  assert tldr.queries.suffix == '\n\nTL;DR:' and tldr.queries.end_text is None
+  assert (tldr.queries.length, tldr.ppo.sampling.max_new_tokens) == (500, 75)
+  assert (tldr.ppo.sampling.truncate_at, tldr.ppo.sampling.truncate_after) == ('\n', 55)
+  assert (tldr.ppo.rl.kl_coef, tldr.ppo.rl.kl_controller, tldr.ppo.rl.whiten_rewards) == (0.03, 'fixed', False)
+  cnndm = get('task=cnndm,data=d,model=m,labels=l')
+  assert (cnndm.ppo.rl.kl_coef, cnndm.ppo.sampling.temperature, cnndm.queries.end_text) == (0.01, 0.5, '\n')
+
+
+@pytest.mark.parametrize('arg, message', [
+    ('task=books', "task='books' must be one of sentiment, descriptiveness, tldr, cnndm"),
+    ('task=tldr,small', 'small works with task=sentiment only'),
+    ('small', 'needs the argument data, the folder of rt-polarity'),
+    ('data=d', 'needs the argument model'), ('data=d,model=m', 'needs the argument labels')])
+def test_wrong_arguments_of_lm_human_preferences(arg, message):
+  with pytest.raises(errors.UserError, match=message):
+    imported(LM_HUMAN_PREFERENCES).get_config(arg)
 
 
 @pytest.mark.parametrize('name', ARGUMENTS)
