@@ -3,9 +3,9 @@
 python -m rlhf_jax.main --config=configs/grpo.py:preset=dr_grpo --workdir=DIR \\
     --config.model.path=FOLDER --config.data.path=FILE --config.reward.function=module:function
 
-`--config.reward.model=FOLDER` takes a reward model in place of the function. `config.batch_size` counts
-responses, `config.sampling.samples` those of a prompt. Presets: deepseekmath, dr_grpo, dapo, gspo; see
-rlhf_jax/algorithms/grpo.py. `objective/scores` is what to watch; samples.jsonl has texts.
+`--config.reward.model=FOLDER` takes a reward model in place of the function. `config.batch_size`
+counts responses, `config.sampling.samples` those of a prompt. Presets: deepseekmath, dr_grpo, dapo,
+gspo; see rlhf_jax/algorithms/grpo.py. Watch `objective/scores`; samples.jsonl has texts.
 """
 
 from rlhf_jax import config as c

@@ -6,18 +6,20 @@ https://github.com/openai/lm-human-preferences:
 python -m rlhf_jax.main --workdir=DIR \\
     --config=configs/lm_human_preferences.py:task=tldr,data=TEXTS,model=FOLDER,labels=FILE
 
-TASK is sentiment, descriptiveness, tldr or cnndm; TEXTS the documents that queries are cut from (books,
-posts, articles); FOLDER a Hugging Face folder of GPT-2; FILE records {"prompt", "completions", "best"}.
+The task is sentiment, descriptiveness, tldr or cnndm. TEXTS are the documents that queries are cut
+from: books, posts or articles. FOLDER is a Hugging Face folder of GPT-2. FILE has records
+{"prompt", "completions", "best"}.
 
 At a size for CPUs, `sentiment` alone, with all stages and simulated annotators:
 
 python -m rlhf_jax.main --workdir=DIR --config=configs/lm_human_preferences.py:small,data=FOLDER
 
-FOLDER holds rt-polarity.pos and rt-polarity.neg (Pang & Lee 2005, https://arxiv.org/abs/cs/0506075).
-The annotators go by the probability of a judge that was fitted on text that no model saw.
+FOLDER holds rt-polarity.pos and rt-polarity.neg of Pang & Lee 2005
+(https://arxiv.org/abs/cs/0506075). The annotators go by the probability of a judge, fitted on text
+that no model saw.
 
-The published curves of sentiment, 10 seeds of GPT-2 124M, about 1,950 updates (Huang et al. 2023, "The N
-Implementation Details of RLHF with PPO"): see SHAPES.
+SHAPES has the published curves of sentiment (Huang et al. 2023, "The N Implementation Details of
+RLHF with PPO").
 """
 
 import ml_collections
@@ -28,9 +30,10 @@ from rlhf_jax.algorithms import ppo as ppo_lib
 from rlhf_jax.algorithms import reward_model as reward_model_lib
 from rlhf_jax.algorithms import sft as sft_lib
 
-SHAPES = ('Published curves of sentiment (GPT-2 124M, 10 seeds, about 1,950 updates): objective/scores '
-          '-0.5 to 1.8, objective/kl 0 to 6, objective/kl_coef 0.15 to 0.25, objective/entropy 53 to 44, '
-          'value/loss 4 to 0.7, policy/approxkl at most 4.5e-4, policy/clipfrac at most 0.0016.')
+SHAPES = ('Published curves of sentiment (GPT-2 124M, 10 seeds, about 1,950 updates): '
+          'objective/scores -0.5 to 1.8, objective/kl 0 to 6, objective/kl_coef 0.15 to 0.25, '
+          'objective/entropy 53 to 44, value/loss 4 to 0.7, policy/approxkl at most 4.5e-4, '
+          'policy/clipfrac at most 0.0016.')
 BOOKS = {
     'query': 64, 'start': '.', 'end': '.', 'prefix': '', 'suffix': '', 'prompt': 64,
     'response': 24, 'truncate_at': '.', 'truncate_after': 16, 'temperature': 0.7,
@@ -51,8 +54,8 @@ TASKS = {'sentiment': BOOKS, 'descriptiveness': BOOKS, 'tldr': TLDR, 'cnndm': CN
 # The snippets are tokenized: there is a space before '.'. A run has far fewer episodes, so the KL
 # coefficient adapts faster.
 SMALL = BOOKS | {
-    'start': ' .', 'end': ' .', 'truncate_at': ' .', 'reward_lr': 1e-3,
-    'lr': 3e-4, 'batch': 64, 'steps': 150, 'kl_horizon': 300.0,
+    'query': 32, 'prompt': 32, 'start': ' .', 'end': ' .', 'truncate_at': ' .', 'reward_lr': 1e-3,
+    'lr': 3e-4, 'batch': 128, 'steps': 150, 'kl_horizon': 600.0,
 }
 UNROLL = 3
 
@@ -63,7 +66,8 @@ def get_config(arg=None):
                     labels='')
   if arg.task not in TASKS:
     raise errors.UserError(f'config argument task={arg.task!r} must be one of {", ".join(TASKS)}')
-  c.need(not arg.small or arg.task == 'sentiment', 'config argument small works with task=sentiment only')
+  c.need(not arg.small or arg.task == 'sentiment',
+         'config argument small works with task=sentiment only')
   c.need_argument(arg, 'data', 'the folder of rt-polarity.pos and rt-polarity.neg' if arg.small
                   else 'the documents that queries are cut from')
   config = small(arg) if arg.small else published(arg)
@@ -102,7 +106,7 @@ def small(arg):
       'stages': ('text', 'pretrain', 'queries', 'labels', 'reward_model', 'ppo', 'evaluate')})
   config.text = ml_collections.ConfigDict({
       'function': 'rlhf_jax.tasks.polarity:write_documents', 'path': arg.data, 'vocab_size': 4_096,
-      'snippets': 6, 'shuffles': 5, 'seed': None})
+      'snippets': 4, 'shuffles': 5, 'seed': None})
   config.pretrain = pretrain()
   config.queries = queries(SMALL, path='$workdir/text/documents.jsonl',
                            tokenizer='$workdir/text/tokenizer', held_out=512)
@@ -116,7 +120,8 @@ def small(arg):
   config.reward_model = reward_model(SMALL, model='$workdir/pretrain/model',
                                      labels='$workdir/labels/labels.jsonl',
                                      samples='$workdir/labels/samples.jsonl')
-  config.reward_model.data.update({'held_out_path': '$workdir/labels/held_out.jsonl', 'epochs': 2.0})
+  config.reward_model.data.update({
+      'held_out_path': '$workdir/labels/held_out.jsonl', 'epochs': 2.0})
   config.reward_model.preference.token_dropout = 0.2
   config.ppo = ppo(SMALL, model='$workdir/pretrain/model')
   for stage in (config.reward_model, config.ppo):
@@ -157,11 +162,11 @@ def pretrain():
   stage.tokenizer = '$workdir/text/tokenizer'
   stage.model.init = ml_collections.ConfigDict({
       'family': 'llama', 'hidden_size': 128, 'intermediate_size': 384, 'num_hidden_layers': UNROLL,
-      'num_attention_heads': 4, 'num_key_value_heads': 4, 'max_position_embeddings': 160,
+      'num_attention_heads': 4, 'num_key_value_heads': 4, 'max_position_embeddings': 128,
       'tie_word_embeddings': True, 'rms_norm_eps': 1e-5})
   stage.model.unroll = UNROLL
-  stage.data.update({'path': '$workdir/text/documents.jsonl', 'max_length': 160, 'held_out': 0.02})
-  stage.batch_size, stage.data.epochs, stage.eval_every = 16, 1.0, 100
+  stage.data.update({'path': '$workdir/text/documents.jsonl', 'max_length': 112, 'held_out': 0.02})
+  stage.batch_size, stage.data.epochs, stage.eval_every = 12, 1.0, 100
   stage.optim.update({'learning_rate': 2e-3, 'schedule': 'cosine', 'warmup_steps': 20,
                       'weight_decay': 0.1, 'clip_norm': 1.0})
   stage.log_every = 10
@@ -173,7 +178,9 @@ def reward_model(task, *, model, labels, samples):
   stage = reward_model_lib.config()
   stage.seed = None
   stage.model.path = model
-  stage.data.update({'path': labels, 'max_length': task['prompt'] + task['response'] + 8, 'epochs': 1.0})
+  # Texts that were sampled can have a few more tokens when they are encoded again.
+  stage.data.update({
+      'path': labels, 'max_length': task['prompt'] + task['response'] + 8, 'epochs': 1.0})
   stage.preference.update({'loss': 'pick_best', 'append_eos': False, 'normalize': 'gain_bias',
                            'normalize_path': samples})
   stage.batch_size = task['reward_batch']

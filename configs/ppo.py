@@ -5,8 +5,8 @@ python -m rlhf_jax.main --config=configs/ppo.py:preset=n_plus --workdir=DIR \\
 
 `--config.reward.function=module:function` takes a Python function in place of the reward model; see
 rlhf_jax/rewards/functions.py. Presets: openai2019, n_plus, trl, trlx, instructgpt; see
-rlhf_jax/algorithms/ppo.py. `instructgpt` also needs `--config.ptx.path=FILE --config.ptx.batch_size=N`.
-`objective/scores` and `objective/kl` are what to watch; samples.jsonl has texts.
+rlhf_jax/algorithms/ppo.py. `instructgpt` also needs `--config.ptx.path=FILE` and
+`--config.ptx.batch_size=N`. Watch `objective/scores` and `objective/kl`; samples.jsonl has texts.
 """
 
 from rlhf_jax import config as c

@@ -2,7 +2,8 @@
 
 python -m rlhf_jax.main --config=configs/sentiment.py:data=FOLDER --workdir=/tmp/sentiment
 
-FOLDER holds rt-polarity.pos and rt-polarity.neg (Pang & Lee 2005, https://arxiv.org/abs/cs/0506075).
+FOLDER holds rt-polarity.pos and rt-polarity.neg of Pang & Lee 2005
+(https://arxiv.org/abs/cs/0506075).
 
 A small Llama is pretrained on snippets, a reward model on positive-over-negative pairs, PPO
 continues the first words of snippets. The judge, a logistic model on words and word pairs, is
@@ -30,7 +31,8 @@ def get_config(arg=None):
   arg = c.parse_arg(arg, debug=False, seed=0, data='')
   c.need_argument(arg, 'data', 'the folder of rt-polarity.pos and rt-polarity.neg')
   config = ml_collections.ConfigDict({
-      'seed': arg.seed, 'stages': ('split', 'pretrain', 'samples', 'reward_model', 'ppo', 'evaluate')})
+      'seed': arg.seed,
+      'stages': ('split', 'pretrain', 'samples', 'reward_model', 'ppo', 'evaluate')})
   config.split = ml_collections.ConfigDict({
       'function': 'rlhf_jax.tasks.polarity:write', 'path': arg.data,
       'vocab_size': 8_192, 'pairings': 8, 'prompt_words': 3,

@@ -2,9 +2,9 @@
 
 python -m rlhf_jax.main --config=configs/stories.py:model=FOLDER --workdir=/tmp/stories
 
-FOLDER is a Hugging Face folder of the 260 K parameter Llama trained on TinyStories (Eldan & Li 2023,
-https://arxiv.org/abs/2305.07759; stories260K of llama2.c). The reward is the share of sentences that
-quote somebody.
+FOLDER is a Hugging Face folder of stories260K of llama2.c, a Llama of 260 K parameters trained on
+TinyStories (Eldan & Li 2023, https://arxiv.org/abs/2305.07759). The reward is the share of
+sentences that quote somebody.
 
 Expected, seed 0, 512 samples: 0.13 before, 0.73 after, at 0.24 nats a token; distinct-2 from 0.48 to
 0.45. Under 2 minutes on 2 CPU cores.

@@ -83,7 +83,8 @@ class TextPolicy:
     return cls(model, params, tokenizers.load(path / 'tokenizer'))
 
   def sample(self, prompts, key, *, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
-             ignore_eos=False, min_new_tokens=0, stop=(), truncate_at=None, truncate_after=0, samples=1):
+             ignore_eos=False, min_new_tokens=0, stop=(), truncate_at=None, truncate_after=0,
+             samples=1):
     """Samples responses to prompts, the same in one batch or a few at a time.
 
     Args:
@@ -96,8 +97,8 @@ class TextPolicy:
       ignore_eos: go on past the end.
       min_new_tokens: tokens before the first that may be the EOS or complete a stop string.
       stop: strings that end a response; they stay in it. See stops.truncate_at_strings.
-      truncate_at: text of the token that ends a response in place of the EOS; sampling goes past both,
-        and `rollout.ended` says which responses have it. None for the EOS. See stops.truncate.
+      truncate_at: text of the token that ends a response in place of the EOS; sampling goes past
+        both, and `rollout.ended` says which responses have it. None: the EOS. See stops.truncate.
       truncate_after: the first position at which it does.
       samples: responses to each prompt.
 
@@ -121,7 +122,8 @@ class TextPolicy:
     sampling = sampling_lib.Sampling(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
         eos_id=self.tokenizer.eos_token_id, pad_id=self.tokenizer.pad_token_id,
-        ignore_eos=ignore_eos or truncate_at is not None, min_new_tokens=min_new_tokens, stop_tokens=tuple(single.values()))
+        ignore_eos=ignore_eos or truncate_at is not None, min_new_tokens=min_new_tokens,
+        stop_tokens=tuple(single.values()))
     generate = _sampler(self.model, sampling, samples=samples,
                         max_concurrent=BATCH if len(prompts) * samples > BATCH else 0)
     padded = left_padded(rows, length, self.tokenizer.pad_token_id)

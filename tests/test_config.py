@@ -17,7 +17,8 @@ from rlhf_jax.algorithms import ppo
 CONFIGS = sorted((pathlib.Path(__file__).resolve().parents[1] / 'configs').glob('*.py'))
 # Base configs, with what a user must give on the command line, and more.
 BASES = ('sft', 'reward_model', 'ppo', 'grpo')
-GIVEN = {'model.path': 'model', 'data.path': 'data.jsonl', 'reward.model': 'reward', 'ptx.path': 'texts.jsonl'}
+GIVEN = {'model.path': 'model', 'data.path': 'data.jsonl', 'reward.model': 'reward',
+         'ptx.path': 'texts.jsonl'}
 # What must be given behind the colon of other configs.
 ARGUMENTS = {'hh_reward': 'data=pairs', 'sentiment': 'data=reviews', 'stories': 'model=model',
              'lm_human_preferences': 'data=texts,model=model,labels=labels'}
@@ -130,15 +131,16 @@ def test_base_configs_take_every_preset(name, preset):
   expected = dict(build.load(name).PRESETS[preset])
   assert dict(config.rl) == dict(build.load(name).config(preset).rl)
   for key in ('optim.learning_rate', 'sampling.temperature', 'batch_size'):
-    if key in expected:  # a preset's figures are not written over
-      assert functools.reduce(lambda block, part: block[part], key.split('.'), config) == expected[key]
+    value = functools.reduce(lambda block, part: block[part], key.split('.'), config)
+    assert value == expected.get(key, value)  # a preset's figures are not written over
 
 
 LM_HUMAN_PREFERENCES = CONFIGS[0].with_name('lm_human_preferences.py')
 
 
 @pytest.mark.parametrize('arg', [
-    *(f'task={task},data=d,model=m,labels=l' for task in ('sentiment', 'descriptiveness', 'tldr', 'cnndm')),
+    *(f'task={task},data=d,model=m,labels=l'
+      for task in ('sentiment', 'descriptiveness', 'tldr', 'cnndm')),
     'small,data=d', 'small,debug,data=d'])
 def test_tasks_of_lm_human_preferences(arg, tmp_path):
   config = imported(LM_HUMAN_PREFERENCES).get_config(arg)
@@ -154,7 +156,8 @@ def test_constants_of_lm_human_preferences():
   assert (books.queries.length, books.queries.start_text, books.queries.end_text) == (64, '.', '.')
   assert books.ppo.sampling.max_new_tokens == 24 and books.ppo.sampling.truncate_after == 16
   assert books.ppo.sampling.temperature == 0.7 and books.ppo.optim.learning_rate == 1e-5
-  assert (books.ppo.rl.kl_coef, books.ppo.rl.kl_controller, books.ppo.rl.kl_target) == (0.15, 'adaptive', 6.0)
+  assert (books.ppo.rl.kl_coef, books.ppo.rl.kl_controller) == (0.15, 'adaptive')
+  assert books.ppo.rl.kl_target == 6.0 and books.ppo.rl.whiten_rewards
   assert books.ppo.rl.missing_eos_value == -1.0 and books.ppo.critic.kind == 'trunk'
   assert books.ppo.batch_size * books.ppo.steps == pytest.approx(1e6, rel=1e-3)
   assert books.reward_model.optim.learning_rate == 5e-5 and books.reward_model.batch_size == 32
@@ -162,9 +165,11 @@ def test_constants_of_lm_human_preferences():
   assert tldr.queries.suffix == '\n\nTL;DR:' and tldr.queries.end_text is None
   assert (tldr.queries.length, tldr.ppo.sampling.max_new_tokens) == (500, 75)
   assert (tldr.ppo.sampling.truncate_at, tldr.ppo.sampling.truncate_after) == ('\n', 55)
-  assert (tldr.ppo.rl.kl_coef, tldr.ppo.rl.kl_controller, tldr.ppo.rl.whiten_rewards) == (0.03, 'fixed', False)
+  assert (tldr.ppo.rl.kl_coef, tldr.ppo.rl.kl_controller) == (0.03, 'fixed')
+  assert not tldr.ppo.rl.whiten_rewards
   cnndm = get('task=cnndm,data=d,model=m,labels=l')
-  assert (cnndm.ppo.rl.kl_coef, cnndm.ppo.sampling.temperature, cnndm.queries.end_text) == (0.01, 0.5, '\n')
+  assert (cnndm.ppo.rl.kl_coef, cnndm.ppo.sampling.temperature) == (0.01, 0.5)
+  assert (cnndm.queries.prefix, cnndm.queries.end_text) == ('Article:\n\n', '\n')
 
 
 @pytest.mark.parametrize('arg, message', [

@@ -80,8 +80,8 @@ def comparison_iterator(examples: Sequence[formats.Comparison], tokenizer: forma
   """Iterates forever over Comparisons [B, K, T], K that of the example with the most completions.
 
   T = max_length; all completions of a prompt follow the same tokens, and end with the EOS if
-  `append_eos`; see `_fit` for what becomes of longer ones. Other arguments, result and errors as for
-  `lm_iterator`.
+  `append_eos`; see `_fit` for what becomes of longer ones. Other arguments, result and errors as
+  for `lm_iterator`.
   """
   collate, count = _comparisons(examples, tokenizer, max_length=max_length, append_eos=append_eos)
   return _iterate(collate, np.arange(count), batch_size, seed)

@@ -161,8 +161,8 @@ def _ordered(names):
   left = sorted(names)
   first = []
   for parts in _FIRST:
-    matches = (min((name for name in left if part in name), key=len, default=None) for part in parts)
-    match = next(filter(None, matches), None)
+    part = next((part for part in parts if any(part in name for name in left)), None)
+    match = min((name for name in left if part and part in name), key=len, default=None)
     if match is not None:
       first.append(match)
       left.remove(match)

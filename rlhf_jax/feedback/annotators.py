@@ -8,10 +8,10 @@ b to response a of prompt x with the probability of Bradley and Terry 1952,
 
 where d is the disagreement, s_i (how strictly quality counts), l_i (a taste for long or short
 texts) and t_i (a whim about this very text) are standard normal, and `noise` is the chance that
-the label is then flipped. Of several responses it picks y with probability softmax(u_i / temperature)
-(Luce 1959, which is Bradley and Terry's for two), and `noise` is the chance that the label is then
-one of the others. Every draw is a function of the seed, the annotator and the texts alone,
-so the same question always gets the same answer, whatever was asked before.
+the label is then flipped. Of several responses it picks one with probability
+softmax(u_i / temperature) (Luce 1959; for two this is Bradley and Terry's), and `noise` is the
+chance that the label is then one of the others. Every draw is a function of the seed, the annotator
+and the texts alone, so the same question always gets the same answer, whatever was asked before.
 """
 
 import collections.abc

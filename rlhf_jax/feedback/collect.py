@@ -1,7 +1,7 @@
 """Comparisons of a policy's own answers by simulated annotators.
 
-The human step of RLHF where no human is at hand: samples of each prompt, one label each. `run` compares
-two, `best_of` picks the best of several.
+The human step of RLHF where no human is at hand: samples of each prompt, one label each. `run`
+compares two, `best_of` has the best of several picked.
 """
 
 import jax
@@ -66,13 +66,13 @@ def best_of(folder, *, policy, prompts, count, held_out, completions, samples, m
             annotator_temperature, label_noise, disagreement, unroll, seed):
   """Has the best of several answers to each prompt picked, as lm-human-preferences does.
 
-  Only answers that end with `truncate_at` are shown (Ziegler et al. 2019 §3.1,
-  https://arxiv.org/abs/1909.08593): of each prompt the first `completions` of `samples`. A prompt with
-  fewer is left out.
+  Only answers that end with `truncate_at` are shown, as in Ziegler et al. 2019
+  (https://arxiv.org/abs/1909.08593): of each prompt the first `completions` of `samples`. A prompt
+  with fewer is left out.
 
-  Writes labels.jsonl and held_out.jsonl ({"prompt", "completions", "best", "annotator", "simulated"}),
-  and samples.jsonl ({"prompt", "completion"}: the first answer to each prompt, whether it ends or not,
-  on which a reward model is normalized).
+  Writes labels.jsonl and held_out.jsonl ({"prompt", "completions", "best", "annotator",
+  "simulated"}), and samples.jsonl ({"prompt", "completion"}: the first answer to each prompt,
+  whether it ends or not, on which a reward model is normalized).
 
   Args:
     folder: where they go.
@@ -102,18 +102,20 @@ def best_of(folder, *, policy, prompts, count, held_out, completions, samples, m
   examples = examples[:count]
   asked = policy_lib.TextPolicy.load(policy, unroll=unroll)
   answers = asked.sample(
-      [example.prompt for example in examples], jax.random.key(seed), max_new_tokens=max_new_tokens,
-      temperature=temperature, truncate_at=truncate_at, truncate_after=truncate_after, samples=samples)
+      [example.prompt for example in examples], jax.random.key(seed), samples=samples,
+      max_new_tokens=max_new_tokens, temperature=temperature, truncate_at=truncate_at,
+      truncate_after=truncate_after)
   groups = []
   for first in range(0, len(answers.prompts), samples):
-    ended = [answers.responses[i] for i in range(first, first + samples) if answers.rollout.ended[i]]
+    ended = [answers.responses[i] for i in range(first, first + samples)
+             if answers.rollout.ended[i]]
     if len(ended) >= completions:
       groups.append((answers.prompts[first], tuple(ended[:completions])))
   if len(groups) <= held_out:
     raise errors.UserError(
-        f'of {len(examples)} prompts only {len(groups)} have {completions} answers of {samples} that '
-        f'end with {truncate_at!r}, and {held_out} of these are held out: give more prompts or '
-        'samples, or lower truncate_after')
+        f'of {len(examples)} prompts only {len(groups)} have {completions} answers of {samples} '
+        f'that end with {truncate_at!r}, and {held_out} of these are held out: give more prompts '
+        'or samples, or lower truncate_after')
   panel = annotators.SimulatedAnnotators(
       functions.load_gold(gold, gold_path), count=annotator_count, seed=seed,
       temperature=annotator_temperature, label_noise=label_noise, disagreement=disagreement)

@@ -40,7 +40,7 @@ def load_gold(name, path=''):
   """A gold score: (prompt, response) -> float.
 
   Args:
-    name: 'package.module:function' of it, or with `path` of a function of that path which returns it.
+    name: 'package.module:function' of it, or with `path` of a function that makes it of that.
     path: data that it is made from, or ''.
   """
   found = load(name)

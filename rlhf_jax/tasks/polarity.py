@@ -67,7 +67,8 @@ def write_documents(folder, *, path, vocab_size, snippets, shuffles, seed):
   documents = []
   for _ in range(shuffles):
     for lines in train.values():
-      ended = [line if line.endswith(' .') else line + ' .' for line in rng.sample(lines, len(lines))]
+      ended = [line if line.endswith(' .') else line + ' .'
+               for line in rng.sample(lines, len(lines))]
       documents += [' '.join(ended[i:i + snippets]) for i in range(0, len(ended), snippets)]
   rng.shuffle(documents)
   write_judge(folder, judged)
@@ -102,13 +103,13 @@ def pairs(lines, pairings, rng):
 
 
 def sentiment(path):
-  """The judge's verdict: (prompt, response) -> 1.0 if it calls their text positive, else 0.0; see `judge`."""
+  """(prompt, response) -> 1.0 if `judge` calls their text positive, else 0.0."""
   model = judge(path)
   return lambda prompt, response: float(model.predict([prompt + response])[0])
 
 
 def positivity(path):
-  """The judge's probability: (prompt, response) -> that the response is positive, in (0, 1); see `judge`."""
+  """(prompt, response) -> probability that the response is positive, by `judge`, in (0, 1)."""
   model = judge(path)
   return lambda prompt, response: float(model.predict_proba([response])[0, 1])
 

@@ -43,8 +43,8 @@ def test_records_of_the_best():
   panel = SimulatedAnnotators(gold, count=2, temperature=0.0, label_noise=0.0, disagreement=0.0)
   groups = [('p', ('1 a', '3 b', '2 c')), ('q', ('1 a', '1 a')), ('r', ('2 a', '1 b', '0 c'))]
   assert panel.label_best(groups) == [
-    {'prompt': 'p', 'completions': ['1 a', '3 b', '2 c'], 'best': 1, 'annotator': 0, 'simulated': True},
-    {'prompt': 'r', 'completions': ['2 a', '1 b', '0 c'], 'best': 0, 'annotator': 0, 'simulated': True},
+    {'prompt': prompt, 'completions': texts, 'best': best, 'annotator': 0, 'simulated': True}
+    for prompt, texts, best in (('p', ['1 a', '3 b', '2 c'], 1), ('r', ['2 a', '1 b', '0 c'], 0))
   ]
 
 

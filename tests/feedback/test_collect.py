@@ -1,4 +1,4 @@
-"""Labels of a policy's own answers: which are shown, who picks, and what a reward model reads of them."""
+"""Labels of a policy's own answers: which are shown, and which is picked."""
 
 import json
 
@@ -24,9 +24,9 @@ def words(prompt, response):
 def best_of(folder, world, **changes):
   settings = dict(
       policy=str(world / 'model'), prompts=str(world / 'prompts.jsonl'), count=20, held_out=3,
-      completions=2, samples=24, max_new_tokens=12, temperature=1.0, truncate_at=END, truncate_after=2,
-      gold=f'{__name__}:words', gold_path='', annotator_count=2, annotator_temperature=0.0,
-      label_noise=0.0, disagreement=0.0, unroll=1, seed=0)
+      completions=2, samples=24, max_new_tokens=12, temperature=1.0, truncate_at=END,
+      truncate_after=2, gold=f'{__name__}:words', gold_path='', annotator_count=2,
+      annotator_temperature=0.0, label_noise=0.0, disagreement=0.0, unroll=1, seed=0)
   collect.best_of(folder, **(settings | changes))
 
 
@@ -55,5 +55,5 @@ def test_labels_are_comparisons(world, tmp_path):
 
 
 def test_too_few_answers_that_end(world, tmp_path):
-  with pytest.raises(errors.UserError, match='of 20 prompts only 0 have 24 answers of 24 that end with'):
+  with pytest.raises(errors.UserError, match='of 20 prompts only 0 have 24 answers of 24 that end'):
     best_of(tmp_path, world, completions=24)
