@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from rlhf_jax import advantages
 from rlhf_jax import experience
-from rlhf_jax import forward
 from rlhf_jax import update
 from rlhf_jax.algorithms import on_policy
 
@@ -46,17 +45,14 @@ def loss(outputs, batch, counts):
   return total, {'policy/loss': total}
 
 
-def train_step(state, frozen, rollout, scores, ptx, *, models, optimizers, settings):
-  """One iteration after the rollout; `ptx` is for algorithms that mix in pretraining."""
-  del ptx
-  objective = update.Objective(
-      functools.partial(prepare, state=state, rollout=rollout, scores=scores, settings=settings),
-      rollout.response_mask, loss)
-  return update.run(
-      state, rollout, forward=forward.Forward(models, frozen, settings.temperature),
-      objective=objective, optimizers=optimizers, schedule=settings.schedule)
+def objective(state, rollout, scores, *, settings):
+  """What is this algorithm's own: how scores become advantages, and the loss."""
+  ready = functools.partial(
+      prepare, state=state, rollout=rollout, scores=scores, settings=settings)
+  return update.Objective(ready, rollout.response_mask, loss)
 
 
 def create(config, mesh):
   """The learner that the loop runs."""
-  return on_policy.create(config, mesh, on_policy.Settings, train_step)
+  return on_policy.create(
+      config, mesh, on_policy.Settings, functools.partial(on_policy.train_step, objective))

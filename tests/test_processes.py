@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quick
-import tiny
 
 from rlhf_jax import checkpoint
 from rlhf_jax import metrics as metrics_lib
@@ -23,6 +22,7 @@ from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.models import hf
+import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / 'launch' / 'local.sh'

@@ -16,7 +16,7 @@ from rlhf_jax import advantages
 from rlhf_jax import config as config_lib
 from rlhf_jax import errors
 from rlhf_jax import experience
-from rlhf_jax import forward
+from rlhf_jax import forward as forward_lib
 from rlhf_jax import learner
 from rlhf_jax import processes
 from rlhf_jax import sharding
@@ -93,6 +93,11 @@ class Settings:
   def schedule(self):
     """update.Schedule."""
     return update.Schedule(self.epochs, self.minibatches, self.microbatch_size, self.length_buckets)
+
+  @property
+  def clips(self):
+    """Keywords of losses.clipped_policy_loss."""
+    return {'clip_low': self.clip_low, 'clip_high': self.clip_high, 'dual_clip': self.dual_clip}
 
   @property
   def rules(self):
@@ -296,7 +301,7 @@ class Wiring(NamedTuple):
     frozen: see forward.Forward.
     optimizers: {name of params: optax optimizer}.
   """
-  models: forward.Models
+  models: forward_lib.Models
   params: dict
   frozen: dict
   optimizers: dict
@@ -319,7 +324,7 @@ def wire(config, mesh, base, *, reference=True, critic=None, steps):
     Wiring.
   """
   model, policy, shared = setup.divide(config, *base, mesh)
-  frozen, models, params = {'shared': shared}, forward.Models(model), {'policy': policy}
+  frozen, models, params = {'shared': shared}, forward_lib.Models(model), {'policy': policy}
   if reference is True:
     frozen['reference'] = {} if model.lora is not None else jax.tree.map(jnp.copy, policy)
   elif reference is not False:
@@ -395,25 +400,6 @@ def first_extra(settings):
   return {'kl_coef': jnp.float32(settings.kl_coef), 'reward_moments': jnp.zeros(3)}
 
 
-def mix_in_pretraining(objective, ptx, frozen, models, coef):
-  """The objective with the language-modelling loss on `ptx` mixed in (PPO-ptx), if there is any.
-
-  Args:
-    objective: update.Objective.
-    ptx: LMBatch or Pairs whose examples are shared out over the minibatches, or None.
-    frozen: see forward.Forward.
-    models: forward.Models.
-    coef: weight of the loss.
-
-  Returns:
-    update.Objective.
-  """
-  if ptx is None:
-    return objective
-  return objective._replace(extra_batch=ptx, extra_gradients=functools.partial(
-      sft.ptx_gradients, frozen=frozen['shared'], model=models.policy, coef=coef))
-
-
 def read_prompts(config, tokenizer, model):
   """The prompts of a config: list of formats.Prompt, the iterator over them, and their number.
 
@@ -466,6 +452,35 @@ def stop_at(strings, tokenizer, sampling, mesh):
   return cut
 
 
+def train_step(objective, state, frozen, rollout, scores, ptx, *, models, optimizers, settings):
+  """One iteration after the rollout. To be jitted with `state` donated.
+
+  Args:
+    objective: (state, rollout, scores, *, settings) -> update.Objective: all that is an algorithm's own.
+    state: TrainState with params and opt_state {'policy': ..., 'critic': ... where there is one}, and
+      extra {'kl_coef': scalar, 'reward_moments': [3]}, float32, and the algorithm's own.
+    frozen: see forward.Forward.
+    rollout: Rollout of B responses, sampled from `state.params['policy']`.
+    scores: [B] float32, or [B, R] for rewards per token.
+    ptx: LMBatch or Pairs whose examples are shared out over the minibatches, or None.
+    models: forward.Models.
+    optimizers: {name of params: optax optimizer}.
+    settings: Settings.
+
+  Returns:
+    The next TrainState and metrics, scalars.
+  """
+  models = models.reaching(rollout.tokens.shape[1])
+  forward = forward_lib.Forward(
+      models, frozen, settings.temperature, full_kl=settings.kl_estimator == 'full')
+  goal = objective(state, rollout, scores, settings=settings)
+  if ptx is not None:
+    goal = goal._replace(extra_batch=ptx, extra_gradients=functools.partial(
+        sft.ptx_gradients, frozen=frozen['shared'], model=models.policy, coef=settings.ptx_coef))
+  return update.run(state, rollout, forward=forward, objective=goal, optimizers=optimizers,
+                    schedule=settings.schedule)
+
+
 def create(config, mesh, settings, train_step, *, reference=True, extra=first_extra):
   """The learner of an on-policy algorithm.
 
@@ -473,8 +488,7 @@ def create(config, mesh, settings, train_step, *, reference=True, extra=first_ex
     config: of a run.
     mesh: device mesh.
     settings: its class of settings.
-    train_step: (state, frozen, rollout, scores, ptx, *, models, optimizers, settings) ->
-      (state, metrics).
+    train_step: the function of this name with an objective, or of its arguments without.
     reference: whether there is one.
     extra: settings -> the first TrainState.extra.
 
