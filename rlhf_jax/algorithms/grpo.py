@@ -89,7 +89,7 @@ def prepare(outputs, fixed, *, state, rollout, scores, settings):
         jnp.sum(mask, axis=1), max_length=settings.max_new_tokens,
         cache=settings.overlong * settings.max_new_tokens)
   metrics = experience_lib.describe(
-      experience, rollout, paid, outputs, state.extra['kl_coef'], settings.rules)
+      experience, rollout, paid, outputs, state.extra['kl_coef'], settings.rules, raw=scores)
   if settings.kl_in == 'reward' and settings.kl_coef:
     kl = adv.kl_estimate(experience.logprobs, experience.ref_logprobs, settings.kl_estimator)
     paid -= settings.kl_coef * jnp.sum(kl, axis=1)
