@@ -125,7 +125,7 @@ def config(preset=''):
   found = on_policy.config('ppo', Settings)
   found.critic = ml_collections.ConfigDict({
       'kind': 'separate',       # 'trunk': a head on the policy's hidden states; or 'adapters'
-      'path': placeholder(str),     # separate: folder to start from; None: the reward model's
+      'path': placeholder(str),     # separate: folder to start from; None: the first reward model's
       'learning_rate': placeholder(float),  # None: the policy's
   })
   return config_lib.apply_preset(found, PRESETS, preset)

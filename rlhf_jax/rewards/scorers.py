@@ -35,8 +35,8 @@ def config():
       'model': placeholder(str),        # folder of a reward model, or
       'models': (),                     # folders of the members of an ensemble, or
       'function': placeholder(str),     # 'package.module:function' over strings, or `parts`
-      'max_length': placeholder(int),   # of reward models with their own tokenizer; None: their context
-      'ensemble': 'mean',       # of the members; 'min': the worst case; 'variance': mean - coef * variance
+      'max_length': placeholder(int),   # of models with their own tokenizer; None: their context
+      'ensemble': 'mean',       # or 'min': the worst case; or 'variance': mean - coef * variance
       'ensemble_coef': 1.0,
       'parts': {},              # {name: {'weight': 1.0, and keys from above}}: a weighted sum
   })
@@ -71,9 +71,9 @@ def validate_source(block, key, sources):
     sources: keys of which exactly one must be set.
   """
   present = [name for name in sources if block.get(name)]
-  names = [f'{key}.{name}' for name in sources]
+  *names, last = [f'{key}.{name}' for name in sources]
   need(len(present) == 1,
-       f'set exactly one of {", ".join(names[:-1])} and {names[-1]} (now {", ".join(present) or "none"})')
+       f'set exactly one of {", ".join(names)} and {last} (now {", ".join(present) or "none"})')
   models, how = block.get('models') or (), block.get('ensemble', 'mean')
   need(not models or isinstance(models, (tuple, list)) and len(models) > 1,
        f"{key}.models={models!r} must name two folders or more, such as ('a', 'b')")
@@ -95,8 +95,8 @@ def make(config_reward, tokenizer, mesh, *, load, check, key='config.reward'):
     key: dotted name of `config_reward`.
 
   Returns:
-    Scorer, and (Model, params) of the first reward model that a critic can start from: its tokenizer
-    is the policy's, and its head reads the states of single tokens. None if there is none.
+    Scorer, and (Model, params) of the first reward model that a critic can start from: its
+    tokenizer is the policy's, and its head reads the states of single tokens. None if there is none.
   """
   c = config_reward
   if c.get('parts'):
@@ -108,8 +108,10 @@ def make(config_reward, tokenizer, mesh, *, load, check, key='config.reward'):
   if c.get('function'):
     function = functions.load(c.function, key=f'{key}.function')
     return function_scorer(function, tokenizer, mesh), None
-  made = [model_scorer(path, tokenizer, mesh, max_length=c.get('max_length'), load=load, check=check)
-          for path in c.get('models') or (c.model,)]
+  load_member = functools.partial(
+      model_scorer, tokenizer=tokenizer, mesh=mesh, max_length=c.get('max_length'), load=load,
+      check=check)
+  made = [load_member(path) for path in c.get('models') or (c.model,)]
   if len(made) == 1:
     return made[0]
   scorer = ensemble([scorer for scorer, _ in made], c.get('ensemble', 'mean'),
@@ -118,7 +120,7 @@ def make(config_reward, tokenizer, mesh, *, load, check, key='config.reward'):
 
 
 def first_start(made):
-  """The first (Model, params) that a critic can start from, in pairs of a scorer and one or None."""
+  """The first (Model, params) in pairs of a scorer and (Model, params) or None; else None."""
   return next((start for _, start in made if start is not None), None)
 
 

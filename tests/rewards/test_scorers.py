@@ -48,7 +48,8 @@ def rollout():
   response_mask = np.arange(R)[None] < np.array([4, 1, 3, 2, 4])[:, None]
   mask = np.concatenate([np.ones((B, P), bool), response_mask], axis=1)
   made = types.Rollout(
-      jnp.asarray(np.where(mask, tokens, tiny.PAD)), jnp.asarray(mask), jnp.asarray(response_mask), None)
+      jnp.asarray(np.where(mask, tokens, tiny.PAD)), jnp.asarray(mask),
+      jnp.asarray(response_mask), None)
   return made, [formats.Prompt(tiny.text(i, 2), {'number': i}) for i in range(B)]
 
 
@@ -74,8 +75,8 @@ def total_of(scores, rollout):
 def test_weighted_sum(by_token):
   batch, examples = rollout()
   weights, values = {'b': 2.0, 'a': -0.5, 'c': 1.0}, random_scores(3, by_token)
-  scores = scorers.weighted(
-      {name: (weights[name], fixed(value)) for name, value in zip(weights, values)})(batch, examples)
+  parts = {name: (weights[name], fixed(value)) for name, value in zip(weights, values)}
+  scores = scorers.weighted(parts)(batch, examples)
   assert scores.total.dtype == jnp.float32 and scores.total.shape == values[0].shape
   for index in np.ndindex(values[0].shape):
     expected = sum(weight * value[index] for weight, value in zip(weights.values(), values))
@@ -89,7 +90,8 @@ def test_weighted_sum(by_token):
 
 
 @pytest.mark.parametrize('by_token', [False, True])
-@pytest.mark.parametrize('how, coef', [('mean', 0.7), ('min', 0.7), ('variance', 0.0), ('variance', 0.7)])
+@pytest.mark.parametrize('how, coef', [
+    ('mean', 0.7), ('min', 0.7), ('variance', 0.0), ('variance', 0.7)])
 def test_ensemble(how, coef, by_token):
   batch, examples = rollout()
   values = random_scores(4, by_token)
@@ -130,7 +132,7 @@ def test_what_a_part_is_made_of_keeps_its_name():
 def test_scores_of_responses_and_of_tokens_are_not_combined():
   batch, examples = rollout()
   response, tokens = fixed(random_scores(1, False)[0]), fixed(random_scores(1, True)[0])
-  with pytest.raises(errors.UserError, match='rewards dense score tokens, and sparse whole responses'):
+  with pytest.raises(errors.UserError, match='dense score tokens, and sparse whole responses'):
     scorers.weighted({'dense': (1.0, tokens), 'sparse': (1.0, response)})(batch, examples)
   with pytest.raises(errors.UserError, match='member_1 score tokens, and member_0 whole responses'):
     scorers.ensemble([response, tokens], 'mean')(batch, examples)
@@ -156,8 +158,8 @@ def test_an_ensemble_of_reward_models(how, world, reward_models, mesh, compiled)
   members = []
   for folder in reward_models:
     model, params = hf.load_reward(folder, mesh=mesh)
-    members.append(np.asarray(jax.jit(
-        lambda tokens, mask: scoring.score(params, tokens, mask, model=model))(batch.tokens, batch.mask)))
+    score = jax.jit(scoring.score, static_argnames='model')
+    members.append(np.asarray(score(params, batch.tokens, batch.mask, model=model)))
   assert np.std(members, axis=0).min() > 1e-3, 'the members differ'
   expected = {'mean': np.mean(members, axis=0), 'min': np.min(members, axis=0),
               'variance': np.mean(members, axis=0) - 0.5 * np.var(members, axis=0)}[how]
@@ -182,8 +184,9 @@ def test_a_weighted_sum_from_a_config(world, reward_models, mesh):
     found = scorer(batch, examples)
   assert start is not None
   alone = {}
-  for name, source in (('good', {'function': 'tiny:good_words'}), ('plain', {'model': reward_models[2]}),
-                       ('a', {'model': reward_models[0]}), ('b', {'model': reward_models[1]})):
+  sources = {'good': {'function': 'tiny:good_words'}, 'plain': {'model': reward_models[2]},
+             'a': {'model': reward_models[0]}, 'b': {'model': reward_models[1]}}
+  for name, source in sources.items():
     one = scorers.config()
     one.update(source)
     with jax.set_mesh(mesh):
@@ -214,7 +217,7 @@ def test_keys_can_be_changed_on_the_command_line(monkeypatch):
 def test_a_function_that_cannot_be_loaded_names_its_key(world, mesh):
   reward = scorers.config()
   reward.parts = {'mine': {'function': 'no_such_module:f'}}
-  with pytest.raises(errors.UserError, match="config.reward.parts.mine.function='no_such_module:f' cannot"):
+  with pytest.raises(errors.UserError, match="reward.parts.mine.function='no_such_module:f' cannot"):
     make(reward, world, mesh)
 
 
