@@ -70,8 +70,8 @@ def test_an_unfinished_run_can_be_read(finished, tmp_path):
 @pytest.mark.parametrize('epochs, steps', [(1.0, 3), (0.5, 2), (2.4, 7), (0.01, 1)])
 def test_epochs_are_passes_over_the_rows(world, epochs, steps):
   config = tiny.sft(world)
-  config.steps, config.epochs = 0, epochs
-  assert setup.train_steps(config, rows=48) == steps
+  config.steps, config.data.epochs = None, epochs
+  assert setup.train_steps(config, examples=48) == steps
 
 
 @pytest.fixture(scope='module')

@@ -127,14 +127,19 @@ def reward_model(world):
 
 def ppo(world, preset=''):
   """PPO against the reward function above."""
-  config = ppo_lib.config(preset)
+  config = on_policy(ppo_lib.config(preset), world)
+  config.rl.update({'epochs': 2, 'minibatches': 2})
+  if config.rl.ptx_coef:
+    mix_in_pretraining(config, world)
+  return config
+
+
+def on_policy(config, world):
+  """An on-policy algorithm's config, against the reward function above."""
   config.data.path = f'{world}/prompts.jsonl'
   config.data.max_prompt_length = 6
   config.reward.function = 'tiny:good_words'
   config.sampling.max_new_tokens = 6
-  config.rl.update({'epochs': 2, 'minibatches': 2})
-  if config.rl.ptx_coef:
-    mix_in_pretraining(config, world)
   return _trained(config, world)
 
 
@@ -154,18 +159,19 @@ def _trained(config, world):
   return config
 
 
-def train(algorithm, config, steps):
-  """Takes some steps of a learner on one device.
+def train(algorithm, config, steps, mesh=None):
+  """Takes some steps of a learner.
 
   Args:
     algorithm: module of rlhf_jax.algorithms.
     config: its config.
     steps: how many.
+    mesh: device mesh; None for one device.
 
   Returns:
     Learner, the last state, the metrics of every step, and the held-out metrics at the end.
   """
-  mesh, history = sharding.make_mesh({}, devices=jax.devices()[:1]), []
+  mesh, history = mesh or sharding.make_mesh({}, devices=jax.devices()[:1]), []
   with jax.set_mesh(mesh):
     learner = algorithm.create(config, mesh)
     state, learner.state = learner.state, None

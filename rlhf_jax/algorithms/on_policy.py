@@ -409,29 +409,42 @@ def mix_in_pretraining(objective, ptx, frozen, models, coef):
       sft.ptx_gradients, frozen=frozen['shared'], model=models.policy, coef=coef))
 
 
-def make_actor(config, tokenizer, model, score, mesh):
-  """The Actor of a config, and the number of its prompts.
+def read_prompts(config, tokenizer, model):
+  """The prompts of a config: list of formats.Prompt, the iterator over them, and their number.
 
   Raises:
     UserError: prompts are missing or do not fit the model's context.
   """
   check_length(config, model)
-  samples, raw = config.sampling.samples, config.rl.response == 'raw'
   examples = setup.read_examples(config.data, formats.prompts, tokenizer)
-  iterator, count = pipelines.prompt_iterator(
-      examples, tokenizer, batch_size=config.batch_size // samples,
+  return examples, *pipelines.prompt_iterator(
+      examples, tokenizer, batch_size=config.batch_size // config.sampling.samples,
       max_prompt_length=config.data.max_prompt_length, seed=config.seed,
       on_long=config.data.on_long)
+
+
+def make_actor(config, tokenizer, model, examples, iterator, score, mesh):
+  """The Actor of a config.
+
+  Args:
+    config: of a run.
+    tokenizer: the policy's.
+    model: the policy's Model.
+    examples, iterator: see `read_prompts`.
+    score: scorer.
+    mesh: device mesh.
+  """
   sampling = make_sampling(config, tokenizer)
   tokens, after = end_tokens(config, tokenizer)
   truncate = jax.jit(lambda rollout: stops.truncate(
       rollout, tokens=tokens, after=after, pad_id=sampling.pad_id)[0])
-  sample = sampler.make(model, sampling, samples=samples,
+  sample = sampler.make(model, sampling, samples=config.sampling.samples,
                         max_concurrent=config.sampling.max_concurrent or 0,
                         gather=config.sampling.gather_weights)
-  return actor_lib.Actor(examples, iterator, sample, score, mesh, samples=samples,
-                         cut=stop_at(config.sampling.stop, tokenizer, sampling, mesh),
-                         read=truncate if raw else None), count
+  return actor_lib.Actor(
+      examples, iterator, sample, score, mesh, samples=config.sampling.samples,
+      cut=stop_at(config.sampling.stop, tokenizer, sampling, mesh),
+      read=truncate if config.rl.response == 'raw' else None)
 
 
 def stop_at(strings, tokenizer, sampling, mesh):
@@ -471,17 +484,18 @@ def create(config, mesh, settings, train_step, *, reference=True, extra=first_ex
   score, scored = scorers.make(
       config.reward, tokenizer, mesh, load=setup.load_settings(config.model),
       check=functools.partial(check_length, config))
-  actor, count = make_actor(config, tokenizer, base[0], score, mesh)
+  examples, prompts, count = read_prompts(config, tokenizer, base[0])
   steps = setup.train_steps(config, count * config.sampling.samples)
   models, params, frozen, optimizers = wire(
       config, mesh, base, steps=steps, reference=reference and load_reference(config, mesh, base[0]),
       critic=load_critic(config, tokenizer, mesh, scored) if 'critic' in config else None)
   model, settings = models.policy, settings.of(config, *end_tokens(config, tokenizer))
+  actor = make_actor(config, tokenizer, model, examples, prompts, score, mesh)
   state = setup.new_state(
       config.seed, params, optimizers, mesh, model.rules, extra=extra(settings))
   step = setup.jit_step(functools.partial(
       train_step, models=models, optimizers=optimizers, settings=settings), state)
-  iterators = {'prompts': actor.iterator}
+  iterators = {'prompts': prompts}
   if config.ptx.batch_size:
     iterators['ptx'] = sft.ptx_iterator(config, tokenizer, model)
 

@@ -144,7 +144,7 @@ def test_microbatches_are_the_full_batch_with_pretraining_mixed_in(world):
   assert all(metrics['ptx/loss'] > 1 for metrics in expected)
 
 
-@pytest.mark.parametrize('critic, unfrozen', [('separate', -1), ('trunk', 1)])
+@pytest.mark.parametrize('critic, unfrozen', [('separate', None), ('trunk', 1)])
 def test_an_epoch_in_one_piece_is_one_of_microbatches(critic, unfrozen, world):
   """In one piece the first epoch's forward pass makes the experience; microbatches have passes before it."""
   config = tiny.ppo(world)

@@ -126,7 +126,7 @@ def grown_above(params, *, top):
   return {'policy': policy | after | {'blocks': blocks}, 'critic': grown(params['critic'])}
 
 
-@pytest.mark.parametrize('top', [-1, 1])
+@pytest.mark.parametrize('top', [None, 1])
 def test_gradients_of_adapters_follow_from_those_of_their_kernels(top, settings):
   """W' = W + s A B, so dA = s dW' B^T and dB = s A^T dW'."""
   plain, params = build(tied=True)
