@@ -30,7 +30,8 @@ def prepare(outputs, fixed, *, state, rollout, scores, settings):
   mask, extra = rollout.response_mask, state.extra
   found, _ = experience.begin(outputs, fixed, rollout, mask, behaviour=settings.behaviour)
   paid, moments = settings.rules.apply(scores, rollout, extra['reward_moments'])
-  metrics = experience.describe(found, rollout, paid, outputs, extra['kl_coef'], settings.rules)
+  metrics = experience.describe(found, rollout, paid, outputs, extra['kl_coef'], settings.rules,
+                                raw=scores)
   kl = jnp.sum(found.logprobs - found.ref_logprobs, axis=1)
   returns = paid - extra['kl_coef'] * kl
   found = found.replace(

@@ -96,6 +96,9 @@ def check(config):
   if not config.model.init:
     raise errors.UserError('config.model.init is empty: planner reads no folder; give it the fields of '
                            'config.json')
+  if config.reward.models or config.reward.parts:
+    raise errors.UserError('config.reward.models and config.reward.parts: planner plans a single '
+                           'reward model or function; leave them empty')
   if config.model.lora.path or config.critic.path:
     raise errors.UserError('config.model.lora.path and config.critic.path: planner reads no folder; leave '
                            'them empty')

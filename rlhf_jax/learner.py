@@ -24,8 +24,8 @@ class Learner:
     model: Model of what is exported, so that a checkpoint can be read by itself.
     model_name: its name within `state.params`.
     tokenizer: the tokenizer its texts are encoded with.
-    samples: () -> the texts of the last batch as dicts with prompt, response and score, for
-      samples.jsonl; empty where the algorithm samples none.
+    samples: () -> the texts of the last batch as dicts with prompt, response and score (before any
+      rule on it), for samples.jsonl; empty where the algorithm samples none.
   """
   state: types.TrainState
   steps: int

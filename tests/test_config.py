@@ -161,6 +161,7 @@ BAD_REWARD_MODEL = [
     ({'preference.token_dropout': 1.0}, 'config.preference.token_dropout=1.0 must be in [0, 1)'),
     ({'microbatch_size': 3}, 'config.microbatch_size=3 does not divide config.batch_size=32'),
 ]
+PARTS = {'reward.function': None}
 PTX = {'rl.ptx_coef': 1.0, 'ptx.batch_size': 8, 'ptx.path': 'p'}
 BAD_ON_POLICY = [
     ({'rl.clip_low': 2.0}, 'config.rl.clip_low=2.0 must be in [0, 1]'),
@@ -179,8 +180,27 @@ BAD_ON_POLICY = [
     ({'rl.minibatches': 3}, 'config.rl.minibatches=3 does not divide config.batch_size=64'),
     ({'rl.minibatches': 4, 'microbatch_size': 32},
      'config.microbatch_size=32 does not divide config.batch_size / config.rl.minibatches=16'),
-    ({'reward.function': None}, 'set exactly one of config.reward.model and config.reward.function'),
-    ({'reward.model': 'x'}, 'set exactly one of config.reward.model and config.reward.function'),
+    ({'reward.function': None},
+     'set exactly one of config.reward.model, config.reward.models, config.reward.function and '
+     'config.reward.parts (now none)'),
+    ({'reward.model': 'x'}, 'config.reward.parts (now model, function)'),
+    ({'reward.models': ('x', 'y')}, 'config.reward.parts (now models, function)'),
+    ({'reward.parts': {'a': {'model': 'x'}}}, 'config.reward.parts (now function, parts)'),
+    ({'reward.function': None, 'reward.models': ('x',)},
+     "config.reward.models=('x',) must name two folders or more, such as ('a', 'b')"),
+    ({'reward.ensemble': 'max'}, "config.reward.ensemble='max' must be one of mean, min, variance"),
+    ({'reward.ensemble_coef': -1.0}, 'config.reward.ensemble_coef=-1.0 must be 0 or positive'),
+    ({'reward.max_length': 0}, 'config.reward.max_length=0 must be positive, or None'),
+    (PARTS | {'reward.parts': {'a': 'x'}}, "config.reward.parts.a='x' must be a dict, such as"),
+    (PARTS | {'reward.parts': {'a': {'weight': 1.0}}},
+     'set exactly one of config.reward.parts.a.model, config.reward.parts.a.models and '
+     'config.reward.parts.a.function (now none)'),
+    (PARTS | {'reward.parts': {'a': {'modle': 'x'}}},
+     'config.reward.parts.a has no key modle: its keys are weight, '),
+    (PARTS | {'reward.parts': {'a': {'model': 'x', 'weight': math.nan}}},
+     'config.reward.parts.a.weight=nan must be a finite number'),
+    (PARTS | {'reward.parts': {'a': {'models': ('x', 'y'), 'ensemble': 'max'}}},
+     "config.reward.parts.a.ensemble='max' must be one of"),
     ({'sampling.temperature': 0.0}, 'config.sampling.temperature=0.0 must be positive: greedy'),
     ({'sampling.max_new_tokens': 0}, 'config.sampling.max_new_tokens=0 must be positive'),
     ({'sampling.samples': 3}, 'config.sampling.samples=3 does not divide config.batch_size=64'),

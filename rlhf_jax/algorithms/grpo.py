@@ -48,8 +48,8 @@ PRESETS = {
     'dr_grpo': {'optim.learning_rate': 1e-6, 'rl.kl_coef': 0.0, 'rl.scale': 'none', 'rl.normalize': 'constant'},
     'dapo': {'optim.learning_rate': 1e-6, 'sampling.samples': 16, 'rl.kl_coef': 0.0, 'rl.clip_high': 0.28,
              'rl.normalize': 'token', 'rl.drop_equal_groups': True, 'rl.overlong': 0.2},
-    'gspo': {'optim.learning_rate': 1e-6, 'rl.kl_coef': 0.0, 'rl.ratio': 'sequence',
-             'rl.clip_low': 3e-4, 'rl.clip_high': 4e-4},
+    'gspo': {'optim.learning_rate': 1e-6, 'rl.kl_coef': 0.0, 'rl.ratio': 'sequence', 'rl.clip_low': 3e-4,
+             'rl.clip_high': 4e-4},
 }
 
 
@@ -83,14 +83,15 @@ def prepare(outputs, fixed, *, state, rollout, scores, settings):
   if settings.overlong:
     length = settings.max_new_tokens
     paid += adv.overlong_penalty(jnp.sum(mask, axis=1), max_length=length, cache=settings.overlong * length)
-  metrics = experience_lib.describe(experience, rollout, paid, outputs, extra['kl_coef'], settings.rules)
+  metrics = experience_lib.describe(
+      experience, rollout, paid, outputs, extra['kl_coef'], settings.rules, raw=scores)
   if settings.kl_in == 'reward' and settings.kl_coef:
     kl = adv.kl_estimate(experience.logprobs, experience.ref_logprobs, settings.kl_estimator)
     paid -= settings.kl_coef * jnp.sum(kl, axis=1)
   advantages = adv.group_advantages(paid, n, scale=settings.scale)
   keep = mask & ~equal[:, None] if settings.drop_equal_groups else mask
-  experience = experience.replace(
-      response_mask=keep, step_mask=keep, advantages=jnp.where(keep, advantages[:, None], 0.0))
+  advantages = jnp.where(keep, advantages[:, None], 0.0)
+  experience = experience.replace(response_mask=keep, step_mask=keep, advantages=advantages)
   metrics |= {'policy/sampler_gap': gap, 'groups/equal': jnp.mean(equal)}
   return experience, extra | {'reward_moments': moments}, metrics
 
@@ -106,8 +107,7 @@ def loss(outputs, experience, counts, *, settings):
   policy, clipped, ratio = losses.clipped_policy_loss(
       log_ratio, experience.advantages, **settings.clips)
   total = policy_loss = mean(policy)
-  if settings.entropy_coef:
-    total -= settings.entropy_coef * mean(outputs.entropy)
+  total -= settings.entropy_coef * mean(outputs.entropy) if settings.entropy_coef else 0.0
   if settings.kl_in == 'loss' and settings.kl_coef:
     total += settings.kl_coef * mean(adv.kl_estimate(logprobs, experience.ref_logprobs, settings.kl_estimator))
   by_token = lambda x: adv.masked_sum(x, mask) / counts.tokens

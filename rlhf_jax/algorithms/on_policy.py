@@ -136,11 +136,7 @@ def config(algorithm, settings):
   del data['max_length']
   found.data = ml_collections.ConfigDict(data)
   found.reference = placeholder(str)    # folder; None: the policy as it starts
-  found.reward = ml_collections.ConfigDict({
-      'model': placeholder(str),        # folder of a reward model, or
-      'function': placeholder(str),     # 'package.module:function' over strings
-      'max_length': placeholder(int),   # of a reward model with its own tokenizer; None: its context
-  })
+  found.reward = scorers.config()
   found.sampling = ml_collections.ConfigDict({
       'max_new_tokens': 32, 'temperature': 1.0, 'top_k': placeholder(int), 'top_p': 1.0,
       'min_new_tokens': 0,      # before these no token ends a response
@@ -188,8 +184,7 @@ def validate(config, device_count):
   divides(rl.minibatches, config.batch_size, 'rl.minibatches', 'batch_size')
   divides(config.microbatch_size, config.batch_size // rl.minibatches,
           'microbatch_size', 'batch_size / config.rl.minibatches')
-  need(bool(config.reward.model) != bool(config.reward.function),
-       'set exactly one of config.reward.model and config.reward.function')
+  scorers.validate(config.reward)
   need(sampling.temperature > 0,
        f'config.sampling.temperature={sampling.temperature} must be positive: greedy samples '
        'teach nothing')

@@ -98,7 +98,7 @@ def config(preset=''):
   found = on_policy.config('ppo', Settings)
   found.critic = ml_collections.ConfigDict({
       'kind': 'separate',       # 'trunk': a head on the policy's hidden states; or 'adapters'
-      'path': placeholder(str),     # separate: folder to start from; None: the reward model's
+      'path': placeholder(str),     # separate: folder to start from; None: the first reward model's
       'learning_rate': placeholder(float),  # None: the policy's
   })
   return config_lib.apply_preset(found, PRESETS, preset)
@@ -154,7 +154,8 @@ def prepare(outputs, fixed, *, state, rollout, scores, step_mask, settings):
   if settings.whiten_advantages == 'batch':
     advantages = whiten(advantages, rollout.response_mask)
   experience = experience.replace(advantages=advantages, returns=returns)
-  metrics = experience_lib.describe(experience, rollout, paid, outputs, kl_coef, settings.rules)
+  metrics = experience_lib.describe(
+      experience, rollout, paid, outputs, kl_coef, settings.rules, raw=scores)
   next_coef = adv.next_kl_coef(
       kl_coef, experience.logprobs - experience.ref_logprobs, rollout.response_mask,
       controller=settings.kl_controller, target=settings.kl_target, horizon=settings.kl_horizon)
