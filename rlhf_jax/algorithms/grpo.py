@@ -44,19 +44,18 @@ class Settings(on_policy.Settings):
 
 
 PRESETS = {
-    'deepseekmath': {'optim.learning_rate': 1e-6, 'sampling.samples': 64},
-    'dr_grpo': {'optim.learning_rate': 1e-6, 'rl.kl_coef': 0.0, 'rl.scale': 'none', 'rl.normalize': 'constant'},
-    'dapo': {'optim.learning_rate': 1e-6, 'sampling.samples': 16, 'rl.kl_coef': 0.0, 'rl.clip_high': 0.28,
-             'rl.normalize': 'token', 'rl.drop_equal_groups': True, 'rl.overlong': 0.2},
-    'gspo': {'optim.learning_rate': 1e-6, 'rl.kl_coef': 0.0, 'rl.ratio': 'sequence', 'rl.clip_low': 3e-4,
-             'rl.clip_high': 4e-4},
+    'deepseekmath': {'sampling.samples': 64},
+    'dr_grpo': {'rl.kl_coef': 0.0, 'rl.scale': 'none', 'rl.normalize': 'constant'},
+    'dapo': {'sampling.samples': 16, 'rl.kl_coef': 0.0, 'rl.clip_high': 0.28, 'rl.normalize': 'token',
+             'rl.drop_equal_groups': True, 'rl.overlong': 0.2},
+    'gspo': {'rl.kl_coef': 0.0, 'rl.ratio': 'sequence', 'rl.clip_low': 3e-4, 'rl.clip_high': 4e-4},
 }
 
 
 def config(preset=''):
   """Keys of GRPO; see ppo.config."""
   found = on_policy.config('grpo', Settings)
-  found.sampling.samples = 8
+  found.sampling.samples, found.optim.learning_rate = 8, 1e-6
   return config_lib.apply_preset(found, PRESETS, preset)
 
 
