@@ -106,7 +106,7 @@ def evaluator(name, block):
   Raises:
     UserError: there is no such kind, or no such key.
   """
-  block = block.to_dict()
+  block = ml_collections.ConfigDict(block).to_dict()
   kind = 'function' if block.get('function') else block.get('kind') or name
   need(kind in ('loss', 'prompts', 'win_rate', 'text', 'function'),
        f'config.evals.{name}.kind={kind!r} must be one of loss, prompts, win_rate, text; or set '
@@ -145,6 +145,11 @@ def validate_evals(evals):
     optional_positive(block, key, ('count', 'batch_size'))
     unknown = sorted(set(block.sampling) - set(SAMPLING))
     need(not unknown, f'config.{key}sampling has {unknown}: its keys are {", ".join(SAMPLING)}')
+    settings = SAMPLING | dict(block.sampling)
+    for name in ('max_new_tokens', 'top_p'):
+      need(settings[name] > 0, f'config.{key}sampling.{name}={settings[name]} must be positive')
+    need(settings['temperature'] >= 0, f'config.{key}sampling.temperature='
+         f'{settings["temperature"]} must be 0 or positive')
     need('reward' not in block or bool(block.reward.model) != bool(block.reward.function),
          f'set exactly one of config.{key}reward.model and config.{key}reward.function')
 

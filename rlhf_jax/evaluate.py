@@ -5,13 +5,11 @@ the end of the run, the numbers of its last evaluation. --evals=held_out,prompts
 them; --evals='{"text": {"path": "prompts.jsonl"}}' takes the place of `config.evals`.
 """
 
+import argparse
 import json
 import pathlib
 import sys
 
-from absl import app
-from absl import flags
-from absl import logging
 import jax
 import ml_collections
 
@@ -23,9 +21,6 @@ from rlhf_jax import sharding
 from rlhf_jax import train
 from rlhf_jax.algorithms import build
 from rlhf_jax.evaluation import tables
-
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
-_EVALS = flags.DEFINE_string('evals', '', 'Names in config.evals, or a JSON object in its place.')
 
 
 def run(workdir, evals=''):
@@ -95,21 +90,22 @@ def _tuples(value):
   return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def main(argv):
+def main():
   """Prints the table."""
-  if len(argv) > 1:
-    sys.exit(f'error: unexpected arguments {argv[1:]}: every option begins with --')
+  parser = argparse.ArgumentParser(prog='python -m rlhf_jax.evaluate')
+  parser.add_argument('--workdir', required=True, help='folder of the run')
+  parser.add_argument('--evals', default='', help='names in config.evals with commas between '
+                      'them, or a JSON object in its place; all of the run by default')
+  options = parser.parse_args()
   runtime.configure()
   try:
-    step, metrics = run(_WORKDIR.value, _EVALS.value)
+    step, metrics = run(options.workdir, options.evals)
   except errors.UserError as error:
-    logging.debug('details', exc_info=True)
     runtime.end_at_once(f'error: {error}')
     sys.exit(f'error: {error}')
   if processes.first():
-    print(tables.metrics_table(metrics, title=f'{_WORKDIR.value} after {step} steps'))
+    print(tables.metrics_table(metrics, title=f'{options.workdir} after {step} steps'))
 
 
 if __name__ == '__main__':
-  flags.mark_flag_as_required('workdir')
-  app.run(main)
+  main()

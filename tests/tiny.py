@@ -141,10 +141,10 @@ def ppo(world, preset=''):
 
 def evals(world, every=2):
   """Blocks of every evaluator that asks a policy: the first 10 prompts, 4 tokens an answer."""
-  asked = {'path': f'{world}/prompts.jsonl', 'every': every, 'count': 10,
-           'sampling': {'max_new_tokens': 4}}
-  scored = asked | {'reward': {'function': 'tiny:good_words'}}
-  return {'prompts': scored, 'win_rate': scored, 'text': asked}
+  asked = lambda: {'path': f'{world}/prompts.jsonl', 'every': every, 'count': 10,
+                   'sampling': {'max_new_tokens': 4}}
+  scored = lambda: asked() | {'reward': {'function': 'tiny:good_words'}}
+  return {'prompts': scored(), 'win_rate': scored(), 'text': asked()}
 
 
 def mix_in_pretraining(config, world):
