@@ -379,10 +379,9 @@ def test_nan_in_the_weights_is_named_at_the_first_step(world, tmp_path, monkeypa
   create = sft.create
 
   def poisoned(config, mesh):
-    learner = create(config, mesh)
-    learner.state = learner.state.replace(
-        params=jax.tree.map(lambda x: x * np.float32('nan'), learner.state.params))
-    return learner
+    learner, state = create(config, mesh)
+    return learner, state.replace(
+        params=jax.tree.map(lambda x: x * np.float32('nan'), state.params))
 
   monkeypatch.setattr(sft, 'create', poisoned)
   with pytest.raises(errors.UserError, match='loss.*is not finite at step 0. Lower config'):

@@ -18,7 +18,6 @@ from rlhf_jax import errors
 from rlhf_jax import experience
 from rlhf_jax import forward as forward_lib
 from rlhf_jax import learner
-from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax import update
@@ -26,6 +25,7 @@ from rlhf_jax.algorithms import setup
 from rlhf_jax.algorithms import sft
 from rlhf_jax.data import formats
 from rlhf_jax.data import pipelines
+from rlhf_jax.evaluation import evaluators
 from rlhf_jax.models import hf
 from rlhf_jax.models import trainable
 from rlhf_jax.rewards import scorers
@@ -429,22 +429,8 @@ def make_actor(config, tokenizer, model, examples, iterator, score, mesh):
                         gather=config.sampling.gather_weights)
   return actor_lib.Actor(
       examples, iterator, sample, score, mesh, samples=config.sampling.samples,
-      cut=stop_at(config.sampling.stop, tokenizer, sampling, mesh),
+      cut=actor_lib.stop_at(config.sampling.stop, tokenizer, sampling, mesh),
       read=truncate if config.rl.response == 'raw' else None)
-
-
-def stop_at(strings, tokenizer, sampling, mesh):
-  """Ends responses at stop strings, on the host: Rollout -> Rollout; None where there are no strings."""
-  if not strings:
-    return None
-
-  def cut(rollout):
-    ended = processes.host(sampling_lib.ended(rollout, sampling))
-    rollout, found = stops.truncate_at_strings(
-        jax.tree.map(processes.host, rollout), tokenizer, strings, after=sampling.min_new_tokens)
-    return sharding.put_rows(rollout.replace(ended=ended | found), mesh)
-
-  return cut
 
 
 def train_step(objective, state, frozen, rollout, scores, ptx, *, models, optimizers, settings):
@@ -488,7 +474,7 @@ def create(config, mesh, settings, train_step, *, reference=True, extra=first_ex
     extra: settings -> the first TrainState.extra.
 
   Returns:
-    learner.Learner.
+    learner.Learner and the first TrainState.
 
   Raises:
     UserError: data, models and config do not fit together.
@@ -519,8 +505,19 @@ def create(config, mesh, settings, train_step, *, reference=True, extra=first_ex
     ptx = sharding.put_rows(next(iterators['ptx']), mesh) if 'ptx' in iterators else None
     return (frozen, rollout, scores, ptx), metrics
 
+  context = setup.policy_context(
+      config, model, tokenizer, mesh, frozen['shared'],
+      functools.partial(start_of, config, model, params['policy'], frozen))
   return learner.Learner(
-      state=state, steps=steps, iterators=iterators, next_batch=next_batch, train_step=step,
-      evaluate=lambda state: {}, export=setup.policy_exporter(model, tokenizer, frozen['shared']),
-      model=model, model_name='policy', tokenizer=tokenizer,
-      samples=lambda: actor.samples(tokenizer))
+      steps=steps, iterators=iterators, next_batch=next_batch, train_step=step,
+      export=setup.policy_exporter(model, tokenizer, frozen['shared']),
+      describe=setup.describer(model, 'policy', tokenizer),
+      evaluators=evaluators.make(config.evals, context),
+      samples=lambda: actor.samples(tokenizer)), state
+
+
+def start_of(config, model, policy, frozen):
+  """The policy's trained parameters before the first step: the reference's where it is the same."""
+  if 'reference' in frozen and not config.reference and model.lora is None:
+    return frozen['reference']
+  return jax.tree.map(jnp.copy, policy)

@@ -15,7 +15,6 @@ from rlhf_jax import sharding
 from rlhf_jax.data import tokenizers
 from rlhf_jax.rewards import scoring
 
-
 # One program for all members of an ensemble that are alike.
 _score = functools.partial(jax.jit, static_argnames=('model',))(scoring.score)
 

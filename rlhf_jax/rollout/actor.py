@@ -12,6 +12,8 @@ from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.data import tokenizers
+from rlhf_jax.rollout import sampling as sampling_lib
+from rlhf_jax.rollout import stops
 
 
 class Actor:
@@ -81,6 +83,30 @@ class Actor:
         sample['parts'] = {name: float(part[i]) for name, part in parts.items()}
       samples.append(sample)
     return samples
+
+
+def stop_at(strings, tokenizer, sampling, mesh):
+  """Ends responses at stop strings of their text, on the host.
+
+  Args:
+    strings: tuple of texts.
+    tokenizer: the policy's.
+    sampling: Sampling that the responses are drawn with.
+    mesh: device mesh.
+
+  Returns:
+    Rollout -> Rollout; None where there are no strings.
+  """
+  if not strings:
+    return None
+
+  def cut(rollout):
+    ended = processes.host(sampling_lib.ended(rollout, sampling))
+    rollout, found = stops.truncate_at_strings(
+        jax.tree.map(processes.host, rollout), tokenizer, strings, after=sampling.min_new_tokens)
+    return sharding.put_rows(rollout.replace(ended=ended | found), mesh)
+
+  return cut
 
 
 def texts_of(rollout, tokenizer):
