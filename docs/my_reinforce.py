@@ -13,14 +13,15 @@ from rlhf_jax import advantages
 from rlhf_jax import experience
 from rlhf_jax import update
 from rlhf_jax.algorithms import on_policy
+from rlhf_jax.algorithms import on_policy_config
 
-validate = on_policy.validate
+validate = on_policy_config.validate
 
 
 def config(preset=''):
   """The keys that on-policy algorithms share; one pass over each rollout, no presets."""
   assert not preset
-  found = on_policy.config('my_reinforce', on_policy.Settings)
+  found = on_policy_config.config('my_reinforce', on_policy_config.Settings)
   found.rl.epochs = 1
   return found
 
@@ -56,4 +57,4 @@ def objective(state, rollout, scores, *, settings):
 def create(config, mesh):
   """The learner that the loop runs."""
   return on_policy.create(
-      config, mesh, on_policy.Settings, functools.partial(on_policy.train_step, objective))
+      config, mesh, on_policy_config.Settings, functools.partial(on_policy.train_step, objective))

@@ -19,10 +19,11 @@ from rlhf_jax import experience as experience_lib
 from rlhf_jax import losses
 from rlhf_jax import update
 from rlhf_jax.algorithms import on_policy
+from rlhf_jax.algorithms import on_policy_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(on_policy.Settings):
+class Settings(on_policy_config.Settings):
   """Static choices of a GRPO train step; those above `scale` have other defaults than on_policy's.
 
   Attributes:
@@ -54,14 +55,14 @@ PRESETS = {
 
 def config(preset=''):
   """Keys of GRPO; see ppo.config."""
-  found = on_policy.config('grpo', Settings)
+  found = on_policy_config.config('grpo', Settings)
   found.sampling.samples, found.optim.learning_rate = 8, 1e-6
   return config_lib.apply_preset(found, PRESETS, preset)
 
 
 def validate(config, device_count):
   """Checks the keys of `config`; see ppo.validate."""
-  on_policy.validate(config, device_count)
+  on_policy_config.validate(config, device_count)
   samples, overlong = config.sampling.samples, config.rl.overlong
   config_lib.need(samples > 1, f'config.sampling.samples={samples} must be at least 2: the '
                   'baseline is the other responses to a prompt')
@@ -103,8 +104,7 @@ def loss(outputs, experience, counts, *, settings):
   mean = lambda x: adv.masked_sum(weights * x, mask)
   logprobs = jnp.where(mask, outputs.logprobs, 0.0)
   log_ratio = losses.log_ratio(logprobs, experience.logprobs, mask, level=settings.ratio)
-  policy, clipped, ratio = losses.clipped_policy_loss(
-      log_ratio, experience.advantages, **settings.clips)
+  policy, clipped, ratio = losses.clipped_policy_loss(log_ratio, experience.advantages, **settings.clips)
   total = policy_loss = mean(policy)
   total -= settings.entropy_coef * mean(outputs.entropy) if settings.entropy_coef else 0.0
   if settings.kl_in == 'loss' and settings.kl_coef:

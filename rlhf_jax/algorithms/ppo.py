@@ -23,10 +23,11 @@ from rlhf_jax import experience as experience_lib
 from rlhf_jax import losses
 from rlhf_jax import update
 from rlhf_jax.algorithms import on_policy
+from rlhf_jax.algorithms import on_policy_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(on_policy.Settings):
+class Settings(on_policy_config.Settings):
   """Static choices of a PPO train step, besides those of all on-policy algorithms.
 
   Attributes:
@@ -95,7 +96,7 @@ PRESETS = {
 
 def config(preset=''):
   """Keys of PPO, a ConfigDict, changed by a preset; raises UserError for one not in PRESETS."""
-  found = on_policy.config('ppo', Settings)
+  found = on_policy_config.config('ppo', Settings)
   found.critic = ml_collections.ConfigDict({
       'kind': 'separate',       # 'trunk': a head on the policy's hidden states; or 'adapters'
       'path': placeholder(str),     # separate: folder to start from; None: the first reward model's
@@ -106,8 +107,8 @@ def config(preset=''):
 
 def validate(config, device_count):
   """Checks the keys of `config`; a UserError names the key, the value and the remedy."""
-  on_policy.validate(config, device_count)
-  on_policy.validate_critic(config)
+  on_policy_config.validate(config, device_count)
+  on_policy_config.validate_critic(config)
   need, rl = config_lib.need, config.rl
   for key in ('gamma', 'lam'):
     need(0 <= rl[key] <= 1, f'config.rl.{key}={rl[key]} must be in [0, 1]')
