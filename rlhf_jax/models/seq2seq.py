@@ -57,9 +57,9 @@ class Seq2Seq(base.Base):
     seen, bias = mask[:, None, None, None, :], side.both_ways(tokens.shape[1])
 
     def attend(queries, keys, values):
-      return layers.attend(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), seen, bias=bias)
+      return layers.attend(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), seen, bias=bias), ()
 
-    x, _ = self._scan(params, 'encoder', lambda block, layer, x, memory: (block(x, attend), memory),
+    x, _ = self._scan(params, 'encoder', lambda block, layer, x, _: block(x, layer, None, attend),
                       (self._embed(params, tokens, mask), ()))
     return side.norm(x)
 
@@ -97,7 +97,10 @@ class Seq2Seq(base.Base):
         keys, values, updated = stack.remember(memory, layer, keys, values)
         return layers.attend(queries, keys, values, before, bias=bias), updated
 
-      return block(x, attend, lambda queries: layers.attend(queries, *theirs, prompt[:, None, None, None, :]))
+      def read(queries):
+        return layers.attend(queries, *theirs, prompt[:, None, None, None, :])
+
+      return block(x, layer, attend, read)
 
     x, memory = self._scan(params, 'decoder', apply, (self._embed(params, tokens, mask), memory))
     if cache is None:
