@@ -22,18 +22,11 @@ class Encoder(base.Base):
   """An encoder; see base.Base."""
 
   def shapes(self):
-    """The tree of parameters, without adapters, as float32 ShapeDtypeStructs."""
     blocks = stack.shapes(self._module.Block, self.config, depth=self.config.depth)
     return stack.shapes(self._module.Ends, self.config) | {'blocks': blocks}
 
   def summary(self, params, tokens, mask):
-    """The state [B, D] that a scalar head reads a text's score from: the first token's, pooled.
-
-    Args:
-      params: from `init` or `hf.load_reward`.
-      tokens: [B, T] int32, padded on either side; those outside the mask are not read.
-      mask: [B, T] bool.
-    """
+    """See base.Base: the state of the first token, pooled."""
     ends = stack.build(self._module.Ends, self.config, self.dtype, params, lora=self.lora)
     positions = jnp.where(mask, types.positions_from_mask(mask), 0)
     x, shared = ends.begin(jnp.where(mask, tokens, 0), positions, tokens.shape[1])
