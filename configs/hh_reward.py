@@ -1,6 +1,6 @@
 """Reward models of Anthropic's HH comparisons (Bai et al. 2022, https://arxiv.org/abs/2204.05862).
 
-python -m rlhf_jax.main --config=configs/hh_reward.py --workdir=/tmp/hh
+python -m rlhf_jax.main --config=configs/hh_reward.py:data=FOLDER --workdir=/tmp/hh
 
 5-fold cross-validation: on each fold's training part a tokenizer and reward models from scratch,
 whose mean score decides; accuracy on the rest with a bootstrap interval, beside "the shorter reply
@@ -21,15 +21,15 @@ LENGTH = 128
 
 
 def get_config(arg=None):
-  """Arguments: debug (seconds), seed, models (of each fold's ensemble)."""
-  arg = c.parse_arg(arg, debug=False, seed=0, models=2)
+  """Arguments: debug (seconds), seed, data (a folder), models (of each fold's ensemble)."""
+  arg = c.parse_arg(arg, debug=False, seed=0, data='', models=2)
+  c.need_argument(arg, 'data', 'the file or folder of HH comparisons')
   folds = range(2 if arg.debug else FOLDS)
   names = [(k, i, f'reward_{k}_{i}') for k in folds for i in range(arg.models)]
   config = ml_collections.ConfigDict({
-      'seed': arg.seed, 'stages': ('folds', *(name for _, _, name in names), 'evaluate'),
-      'data': {'path': '../shared/data/hh-rlhf'}})
+      'seed': arg.seed, 'stages': ('folds', *(name for _, _, name in names), 'evaluate')})
   config.folds = ml_collections.ConfigDict({
-      'function': 'rlhf_jax.tasks.hh:write', 'path': config.data.get_ref('path'),
+      'function': 'rlhf_jax.tasks.hh:write', 'path': arg.data,
       'count': len(folds), 'vocab_size': 8_192, 'turns': 1, 'seed': None})
   for fold, member, name in names:
     config[name] = reward(fold, 1_000 * arg.seed + member, arg.debug)

@@ -1,7 +1,8 @@
 """PPO for positive film reviews on real text, judged by a model that saw other text.
 
-python -m rlhf_jax.main --config=configs/sentiment.py --workdir=/tmp/sentiment \\
-    --config.data.path=../shared/data/rt-polarity
+python -m rlhf_jax.main --config=configs/sentiment.py:data=FOLDER --workdir=/tmp/sentiment
+
+FOLDER holds rt-polarity.pos and rt-polarity.neg (Pang & Lee 2005, https://arxiv.org/abs/cs/0506075).
 
 A small Llama is pretrained on snippets, a reward model on positive-over-negative pairs, PPO
 continues the first words of snippets. The judge, a logistic model on words and word pairs, is
@@ -25,13 +26,13 @@ RESPONSE = 28
 
 
 def get_config(arg=None):
-  """Arguments: debug (seconds), seed."""
-  arg = c.parse_arg(arg, debug=False, seed=0)
+  """Arguments: debug (seconds), seed, data (a folder)."""
+  arg = c.parse_arg(arg, debug=False, seed=0, data='')
+  c.need_argument(arg, 'data', 'the folder of rt-polarity.pos and rt-polarity.neg')
   config = ml_collections.ConfigDict({
-      'seed': arg.seed, 'stages': ('split', 'pretrain', 'samples', 'reward_model', 'ppo', 'evaluate'),
-      'data': {'path': '../shared/data/rt-polarity'}})
+      'seed': arg.seed, 'stages': ('split', 'pretrain', 'samples', 'reward_model', 'ppo', 'evaluate')})
   config.split = ml_collections.ConfigDict({
-      'function': 'rlhf_jax.tasks.polarity:write', 'path': config.data.get_ref('path'),
+      'function': 'rlhf_jax.tasks.polarity:write', 'path': arg.data,
       'vocab_size': 8_192, 'pairings': 8, 'prompt_words': 3,
       'prompt_count': 2_048, 'seed': None})
   config.pretrain = pretrain()

@@ -206,6 +206,17 @@ def parse_arg(arg, **defaults):
   return ml_collections.ConfigDict(parsed)
 
 
+def need_argument(arg, key, what):
+  """Raises UserError where an argument of a config is empty.
+
+  Args:
+    arg: from `parse_arg`.
+    key: of the argument.
+    what: it names.
+  """
+  need(arg[key], f'this config needs the argument {key}, {what}: --config=FILE:{key}=...')
+
+
 def need(condition, message):
   """Raises UserError with a message unless the condition holds."""
   if not condition:

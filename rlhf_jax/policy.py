@@ -83,7 +83,7 @@ class TextPolicy:
     return cls(model, params, tokenizers.load(path / 'tokenizer'))
 
   def sample(self, prompts, key, *, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
-             ignore_eos=False, min_new_tokens=0, stop=(), samples=1):
+             ignore_eos=False, min_new_tokens=0, stop=(), truncate_at=None, truncate_after=0, samples=1):
     """Samples responses to prompts, the same in one batch or a few at a time.
 
     Args:
@@ -96,14 +96,17 @@ class TextPolicy:
       ignore_eos: go on past the end.
       min_new_tokens: tokens before the first that may be the EOS or complete a stop string.
       stop: strings that end a response; they stay in it. See stops.truncate_at_strings.
+      truncate_at: text of the token that ends a response in place of the EOS; sampling goes past both,
+        and `rollout.ended` says which responses have it. None for the EOS. See stops.truncate.
+      truncate_after: the first position at which it does.
       samples: responses to each prompt.
 
     Returns:
       Samples, those of a prompt one after another.
 
     Raises:
-      UserError: a prompt has no token, a stop string is empty, or prompt and response exceed the
-        model's context.
+      UserError: a prompt has no token, a stop string is empty, `truncate_at` is not one token, or
+        prompt and response exceed the model's context.
     """
     rows = tokenizers.encode(self.tokenizer, prompts)
     if not all(map(len, rows)):
@@ -118,13 +121,18 @@ class TextPolicy:
     sampling = sampling_lib.Sampling(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
         eos_id=self.tokenizer.eos_token_id, pad_id=self.tokenizer.pad_token_id,
-        ignore_eos=ignore_eos, min_new_tokens=min_new_tokens, stop_tokens=tuple(single.values()))
+        ignore_eos=ignore_eos or truncate_at is not None, min_new_tokens=min_new_tokens, stop_tokens=tuple(single.values()))
     generate = _sampler(self.model, sampling, samples=samples,
                         max_concurrent=BATCH if len(prompts) * samples > BATCH else 0)
     padded = left_padded(rows, length, self.tokenizer.pad_token_id)
     rollout = jax.device_get(generate(self.params, padded, key))
     if stop:
       rollout, _ = stops.truncate_at_strings(rollout, self.tokenizer, stop, after=min_new_tokens)
+    if truncate_at is not None:
+      token = stops.single_token(self.tokenizer, truncate_at, name='truncate_at')
+      rollout, ended = jax.device_get(stops.truncate(
+          rollout, tokens=(token,), after=truncate_after, pad_id=self.tokenizer.pad_token_id))
+      rollout = rollout.replace(ended=ended)
     prompts = [prompt for prompt in prompts for _ in range(samples)]
     return Samples(prompts, self._responses(prompts, rollout), rollout)
 

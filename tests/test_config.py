@@ -15,6 +15,12 @@ from rlhf_jax.algorithms import build
 from rlhf_jax.algorithms import ppo
 
 CONFIGS = sorted((pathlib.Path(__file__).resolve().parents[1] / 'configs').glob('*.py'))
+# Base configs, with what a user must give on the command line, and more.
+BASES = ('sft', 'reward_model', 'ppo', 'grpo')
+GIVEN = {'model.path': 'model', 'data.path': 'data.jsonl', 'reward.model': 'reward', 'ptx.path': 'texts.jsonl'}
+# What must be given behind the colon of other configs.
+ARGUMENTS = {'hh_reward': 'data=pairs', 'sentiment': 'data=reviews', 'stories': 'model=model',
+             'lm_human_preferences': 'data=texts,model=model,labels=labels'}
 
 ALGORITHMS = ('sft', 'reward_model', 'ppo')
 
@@ -56,29 +62,125 @@ def test_unknown_preset():
 # Every config of the project.
 
 
-@pytest.mark.parametrize('arg', [None, 'debug', 'debug,seed=3'])
-@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
-def test_configs_build_and_every_stage_is_valid(path, arg, tmp_path):
+def imported(path):
   spec = importlib.util.spec_from_file_location(f'a_config_{path.stem}', path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  config = module.get_config(arg)
+  return module
+
+
+def complete(config, path):
+  """Gives a base config what its docstring asks for."""
+  if path.stem not in BASES:
+    return
+  for key, value in GIVEN.items():
+    if key.partition('.')[0] in config:
+      config.update_from_flattened_dict({key: value})
+  if config.get('ptx') and config.rl.ptx_coef:
+    config.ptx.batch_size = config.batch_size
+
+
+def check_stages(config, folder):
+  """Every stage of a config is valid once it is resolved."""
+  names = pipeline.chosen(config)
+  assert len(set(names)) == len(names) >= 3
+  for name in names:
+    stage = pipeline.resolve(config[name], folder, config.seed)
+    assert stage.get('seed', 0) >= 0  # the pipeline's, or one of its own
+    assert '$' not in str(stage.to_dict())
+    if 'algorithm' in stage:
+      build.validate(stage, 1)
+    else:
+      pipeline.check(name, stage)
+
+
+@pytest.mark.parametrize('arg', [None, 'debug', 'debug,seed=3'])
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_configs_build_and_every_stage_is_valid(path, arg, tmp_path):
+  module = imported(path)
+  config = module.get_config(','.join(filter(None, (arg, ARGUMENTS.get(path.stem)))))
   assert config.seed == (3 if arg and 'seed' in arg else 0)
+  complete(config, path)
   if 'stages' in config:
-    names = pipeline.chosen(config)
-    assert len(set(names)) == len(names) >= 3
-    for name in names:
-      stage = pipeline.resolve(config[name], tmp_path, config.seed)
-      assert stage.get('seed', 0) >= 0  # the pipeline's, or one of its own
-      assert '$' not in str(stage.to_dict())
-      if 'algorithm' in stage:
-        build.validate(stage, 1)
-      else:
-        pipeline.check(name, stage)
+    check_stages(config, tmp_path)
   else:  # a run by itself, on as many devices as its mesh needs at least
     build.validate(config, math.prod(max(size, 1) for size in dict(config.mesh).values()))
   with pytest.raises(errors.UserError, match='this config takes: debug, seed'):
     module.get_config('no_such_argument=1')
+
+
+@pytest.mark.parametrize('name', BASES)
+def test_base_configs_ask_for_model_data_and_reward(name):
+  path = CONFIGS[0].with_name(f'{name}.py')
+  config = imported(path).get_config()
+  for key in (key for key in GIVEN if key.partition('.')[0] in config and key != 'ptx.path'):
+    complete(config, path)
+    config.update_from_flattened_dict({key: None})
+    with pytest.raises(errors.UserError, match=key):
+      build.validate(config, 1)
+
+
+@pytest.mark.parametrize('name, preset', [
+    (name, preset) for name in ('ppo', 'grpo') for preset in build.load(name).PRESETS])
+def test_base_configs_take_every_preset(name, preset):
+  path = CONFIGS[0].with_name(f'{name}.py')
+  config = imported(path).get_config(f'preset={preset}')
+  complete(config, path)
+  build.validate(config, 1)
+  expected = dict(build.load(name).PRESETS[preset])
+  assert dict(config.rl) == dict(build.load(name).config(preset).rl)
+  for key in ('optim.learning_rate', 'sampling.temperature', 'batch_size'):
+    if key in expected:  # a preset's figures are not written over
+      assert functools.reduce(lambda block, part: block[part], key.split('.'), config) == expected[key]
+
+
+LM_HUMAN_PREFERENCES = CONFIGS[0].with_name('lm_human_preferences.py')
+
+
+@pytest.mark.parametrize('arg', [
+    *(f'task={task},data=d,model=m,labels=l' for task in ('sentiment', 'descriptiveness', 'tldr', 'cnndm')),
+    'small,data=d', 'small,debug,data=d'])
+def test_tasks_of_lm_human_preferences(arg, tmp_path):
+  config = imported(LM_HUMAN_PREFERENCES).get_config(arg)
+  check_stages(config, tmp_path)
+  # What the reward model reads in PPO ends as what it was trained on: without an EOS.
+  assert config.ppo.sampling.truncate_at and not config.reward_model.preference.append_eos
+
+
+def test_constants_of_lm_human_preferences():
+  # launch.py of https://github.com/openai/lm-human-preferences.
+  get = imported(LM_HUMAN_PREFERENCES).get_config
+  books = get('data=d,model=m,labels=l')
+  assert (books.queries.length, books.queries.start_text, books.queries.end_text) == (64, '.', '.')
+  assert books.ppo.sampling.max_new_tokens == 24 and books.ppo.sampling.truncate_after == 16
+  assert books.ppo.sampling.temperature == 0.7 and books.ppo.optim.learning_rate == 1e-5
+  assert (books.ppo.rl.kl_coef, books.ppo.rl.kl_controller, books.ppo.rl.kl_target) == (0.15, 'adaptive', 6.0)
+  assert books.ppo.rl.missing_eos_value == -1.0 and books.ppo.critic.kind == 'trunk'
+  assert books.ppo.batch_size * books.ppo.steps == pytest.approx(1e6, rel=1e-3)
+  assert books.reward_model.optim.learning_rate == 5e-5 and books.reward_model.batch_size == 32
+  tldr = get('task=tldr,data=d,model=m,labels=l')
+  assert tldr.queries.suffix == '\n\nTL;DR:' and tldr.queries.end_text is None
+  assert (tldr.queries.length, tldr.ppo.sampling.max_new_tokens) == (500, 75)
+  assert (tldr.ppo.sampling.truncate_at, tldr.ppo.sampling.truncate_after) == ('\n', 55)
+  assert (tldr.ppo.rl.kl_coef, tldr.ppo.rl.kl_controller, tldr.ppo.rl.whiten_rewards) == (0.03, 'fixed', False)
+  cnndm = get('task=cnndm,data=d,model=m,labels=l')
+  assert (cnndm.ppo.rl.kl_coef, cnndm.ppo.sampling.temperature, cnndm.queries.end_text) == (0.01, 0.5, '\n')
+
+
+@pytest.mark.parametrize('arg, message', [
+    ('task=books', "task='books' must be one of sentiment, descriptiveness, tldr, cnndm"),
+    ('task=tldr,small', 'small works with task=sentiment only'),
+    ('small', 'needs the argument data, the folder of rt-polarity'),
+    ('data=d', 'needs the argument model'), ('data=d,model=m', 'needs the argument labels')])
+def test_wrong_arguments_of_lm_human_preferences(arg, message):
+  with pytest.raises(errors.UserError, match=message):
+    imported(LM_HUMAN_PREFERENCES).get_config(arg)
+
+
+@pytest.mark.parametrize('name', ARGUMENTS)
+def test_folders_must_be_given(name):
+  with pytest.raises(errors.UserError, match='this config needs the argument'):
+    imported(CONFIGS[0].with_name(f'{name}.py')).get_config('debug')
 
 
 # Contradictions.

@@ -90,6 +90,23 @@ def test_stop_strings_end_responses_behind_them(policy):
     sample(policy, stop=[''])
 
 
+def test_a_token_ends_responses_in_place_of_the_eos(policy):
+  whole = sample(policy, temperature=1.0, max_new_tokens=12, ignore_eos=True)
+  word = policy.tokenizer.decode([whole.rollout.tokens[0, -4]])
+  token = policy.tokenizer.convert_tokens_to_ids(word)
+  found = sample(policy, temperature=1.0, max_new_tokens=12, truncate_at=word, truncate_after=3)
+  for row, real, theirs, ended in zip(
+      found.rollout.tokens[:, -12:], found.rollout.response_mask, whole.rollout.tokens[:, -12:],
+      found.rollout.ended, strict=True):
+    places = [i for i in range(3, 12) if theirs[i] == token]
+    length = places[0] + 1 if places else 12
+    assert ended == bool(places) and real.tolist() == [True] * length + [False] * (12 - length)
+    assert row[:length].tolist() == theirs[:length].tolist()
+  assert found.rollout.ended[0]
+  with pytest.raises(errors.UserError, match="truncate_at='w1 w2' must be one token"):
+    sample(policy, truncate_at='w1 w2')
+
+
 def test_tokens_before_which_nothing_ends(policy):
   found = sample(policy, temperature=1.0, max_new_tokens=12, stop=['w', 'w5'], min_new_tokens=4)
   np.testing.assert_array_equal(found.rollout.response_mask.sum(axis=1), 5)  # Every word has a w.

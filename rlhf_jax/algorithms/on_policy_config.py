@@ -10,7 +10,6 @@ from ml_collections.config_dict import placeholder
 
 from rlhf_jax import advantages
 from rlhf_jax import config as config_lib
-from rlhf_jax import errors
 from rlhf_jax import experience
 from rlhf_jax import update
 from rlhf_jax.algorithms import setup
@@ -253,12 +252,8 @@ def end_tokens(config, tokenizer):
   text = config.sampling.truncate_at
   if text is None:
     return make_sampling(config, tokenizer).ends, 0
-  found = stops.single_tokens(tokenizer, (text,))
-  if text not in found:
-    raise errors.UserError(
-        f'config.sampling.truncate_at={text!r} must be one token of the tokenizer; use '
-        'config.sampling.stop for longer strings')
-  return (found[text],), config.sampling.truncate_after
+  token = stops.single_token(tokenizer, text, name='config.sampling.truncate_at')
+  return (token,), config.sampling.truncate_after
 
 
 def check_length(config, model):

@@ -44,6 +44,7 @@ def config(preset=''):
       'centering': 0.0,         # weight of (r_a + r_b)^2; 0.01 recommended
       'label_smoothing': 0.0,
       'token_dropout': 0.0,     # share of tokens hidden from each training example
+      'append_eos': True,       # to completions; False for PPO with sampling.truncate_at
       'normalize': 'none',      # 'gain_bias': mean 0, std 1; 'bias': mean 0; on `normalize_path`
       'normalize_path': placeholder(str),   # completions to fit on; None: those of the training comparisons
   })
@@ -187,7 +188,8 @@ def create(config, mesh):
   params, frozen = {'backbone': backbone, 'head': params['head']}, {'backbone': shared}
   examples, held_out = setup.hold_out(config, formats.comparisons, tokenizer)
   check_examples(examples, config.preference.loss)
-  sizes = dict(batch_size=config.batch_size, max_length=config.data.max_length)
+  sizes = dict(batch_size=config.batch_size, max_length=config.data.max_length,
+               append_eos=config.preference.append_eos)
   iterator, rows = pipelines.comparison_iterator(
       examples, tokenizer, seed=config.seed, **sizes)
   steps = setup.train_steps(config, rows)

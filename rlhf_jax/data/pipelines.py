@@ -75,14 +75,15 @@ def completion_iterator(examples: Sequence[formats.Completion], tokenizer: forma
 
 
 def comparison_iterator(examples: Sequence[formats.Comparison], tokenizer: formats.Tokenizer, *,
-                        batch_size: int, max_length: int, seed: int,
+                        batch_size: int, max_length: int, seed: int, append_eos: bool = True,
                         ) -> tuple[grain.DatasetIterator, int]:
   """Iterates forever over Comparisons [B, K, T], K that of the example with the most completions.
 
-  T = max_length; all completions of a prompt follow the same tokens; see `_fit` for what becomes
-  of longer ones. Other arguments, result and errors as for `lm_iterator`.
+  T = max_length; all completions of a prompt follow the same tokens, and end with the EOS if
+  `append_eos`; see `_fit` for what becomes of longer ones. Other arguments, result and errors as for
+  `lm_iterator`.
   """
-  collate, count = _comparisons(examples, tokenizer, max_length=max_length)
+  collate, count = _comparisons(examples, tokenizer, max_length=max_length, append_eos=append_eos)
   return _iterate(collate, np.arange(count), batch_size, seed)
 
 
@@ -148,9 +149,10 @@ def completion_batches(examples: Sequence[formats.Completion], tokenizer: format
 
 def comparison_batches(
     examples: Sequence[formats.Comparison], tokenizer: formats.Tokenizer, *, batch_size: int, max_length: int,
+    append_eos: bool = True,
 ) -> list[tuple[types.Comparisons, np.ndarray]]:
   """As `lm_batches`, for Comparisons [B, K, T]; rows that fill up have `present` False."""
-  collate, count = _comparisons(examples, tokenizer, max_length=max_length)
+  collate, count = _comparisons(examples, tokenizer, max_length=max_length, append_eos=append_eos)
   return _in_order(collate, np.arange(count), batch_size)
 
 
@@ -266,9 +268,9 @@ def _one_row(fitted: list[tuple[np.ndarray, np.ndarray]], pad_id: int, max_lengt
 
 
 def _comparisons(examples: Sequence[formats.Comparison], tokenizer: formats.Tokenizer, *,
-                 max_length: int) -> tuple[Collate, int]:
+                 max_length: int, append_eos: bool) -> tuple[Collate, int]:
   pairs = _fitted(tokenizer, [e.prompt for e in examples], [e.completions for e in examples],
-                  max_length)
+                  max_length, append_eos=append_eos)
   pad_id = tokenizer.pad_token_id
   most = max((len(e.completions) for e in examples), default=0)
 
@@ -297,11 +299,11 @@ def _comparisons(examples: Sequence[formats.Comparison], tokenizer: formats.Toke
 
 
 def _fitted(tokenizer: formats.Tokenizer, prompts: Sequence[str],
-            completions: Sequence[Sequence[str]],
-            max_length: int) -> list[tuple[np.ndarray, list[np.ndarray]]]:
+            completions: Sequence[Sequence[str]], max_length: int, *,
+            append_eos: bool = True) -> list[tuple[np.ndarray, list[np.ndarray]]]:
   """Token ids of prompts and of their completions, cut where they do not fit; says how many."""
   flat = tokenizers.encode_continuation(tokenizer, [text for each in completions for text in each])
-  ended = iter([tokenizers.end(tokenizer, row) for row in flat])
+  ended = iter([tokenizers.end(tokenizer, row) for row in flat] if append_eos else flat)
   pairs, cut_prompts, cut_completions = [], 0, 0
   for prompt, each in zip(tokenizers.encode(tokenizer, prompts), completions):
     whole = [next(ended) for _ in each]

@@ -1,15 +1,58 @@
 """Prompts out of running text: windows of documents that start after and end with given texts."""
 
 from collections.abc import Sequence
+import pathlib
 
+from absl import logging
 import numpy as np
 
 from rlhf_jax.data import formats
+from rlhf_jax.data import sources
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
 
 NO_START = 'no start_text, or nothing behind it'
 NO_END = 'no end_text within the window'
+
+
+def write(
+  folder: pathlib.Path,
+  *,
+  path: str,
+  tokenizer: str,
+  length: int,
+  start_text: str | None,
+  end_text: str | None,
+  prefix: str,
+  suffix: str,
+  held_out: int,
+) -> None:
+  """A stage of a pipeline: writes queries as prompts.jsonl and held_out.jsonl, {"prompt"}.
+
+  Args:
+    folder: where they go.
+    path: data set of documents.
+    tokenizer: folder, or one of a model with its tokenizer.
+    length: see `queries`; prefix and suffix are not counted.
+    start_text: likewise.
+    end_text: likewise.
+    prefix: in front of each query, such as 'Article:\\n\\n'.
+    suffix: behind each query, such as '\\n\\nTL;DR:'.
+    held_out: queries for evaluation, the first ones.
+
+  Raises:
+    UserError: there are not more queries than `held_out`, or see `queries`.
+  """
+  texts, _ = formats.texts(sources.read(path))
+  found, report = queries(
+    texts, tokenizers.load(tokenizer), length=length, start_text=start_text, end_text=end_text
+  )
+  logging.info('queries: %s', report)
+  if len(found) <= held_out:
+    raise UserError(f'{len(found)} queries, and {held_out} of them are held out: give more texts.')
+  records = [{'prompt': prefix + query.prompt + suffix} for query in found]
+  sources.write(folder / 'held_out.jsonl', records[:held_out])
+  sources.write(folder / 'prompts.jsonl', records[held_out:])
 
 
 def queries(

@@ -43,7 +43,7 @@ class Answers:
 
 def run(folder, *, title, summary, workdir, policies, baseline, trained, best_of, reward_model,
         comparisons, prompts, samples, max_new_tokens, temperature, gold, gold_path, unroll,
-        curves, seed):
+        curves, seed, truncate_at=None, truncate_after=0):
   """Evaluates policies, prints the table and writes results.json and workdir/report.html.
 
   Args:
@@ -69,21 +69,23 @@ def run(folder, *, title, summary, workdir, policies, baseline, trained, best_of
     unroll: layers unrolled while sampling.
     curves: names of the stages whose learning curves the report shows.
     seed: of the samples.
+    truncate_at: see policy.TextPolicy.sample; comparisons are then scored without an EOS.
+    truncate_after: likewise.
   """
   policies = dict(policies)
-  judge = functions.load(gold)
-  if gold_path:
-    judge = judge(gold_path)
+  judge = functions.load_gold(gold, gold_path)
   loaded = {name: policy_lib.TextPolicy.load(path, unroll=unroll) for name, path in policies.items()}
   scorer = Scorer.load(reward_model, unroll=unroll) if reward_model else None
   examples, _ = formats.prompts(sources.read(prompts))
   questions = [examples[i % len(examples)].prompt for i in range(samples)]
   answers = ask(loaded, questions, scorer, judge, jax.random.key(seed), baseline=baseline,
-                best_of=best_of, max_new_tokens=max_new_tokens, temperature=temperature)
+                best_of=best_of, max_new_tokens=max_new_tokens, temperature=temperature,
+                truncate_at=truncate_at, truncate_after=truncate_after)
 
   rows, ratings = compare(answers, baseline)
   print(tables.stages_table(rows, title=f'{title}, {samples} samples of each', width=120))
-  quality = calibrate(scorer, comparisons) if comparisons else None
+  quality = calibrate(
+      scorer, comparisons, append_eos=truncate_at is None) if comparisons else None
   results = {'stages': rows, 'reward_model': quality,
              'elo': {name: dataclasses.asdict(rating) for name, rating in ratings.items()},
              'texts': {name: text.statistics(a.samples.responses) for name, a in answers.items()}}
@@ -100,7 +102,7 @@ def run(folder, *, title, summary, workdir, policies, baseline, trained, best_of
 
 
 def ask(policies, questions, scorer, judge, key, *, baseline, best_of, max_new_tokens,
-        temperature):
+        temperature, truncate_at=None, truncate_after=0):
   """Every policy's scored answers, and right behind the baseline its best of n.
 
   Args:
@@ -113,12 +115,15 @@ def ask(policies, questions, scorer, judge, key, *, baseline, best_of, max_new_t
     best_of: 0 for none.
     max_new_tokens: of an answer.
     temperature: of sampling.
+    truncate_at: see policy.TextPolicy.sample.
+    truncate_after: likewise.
 
   Returns:
     {name: Answers}.
   """
   sample = lambda name, key, samples=1: policies[name].sample(
-      questions, key, max_new_tokens=max_new_tokens, temperature=temperature, samples=samples)
+      questions, key, max_new_tokens=max_new_tokens, temperature=temperature, samples=samples,
+      truncate_at=truncate_at, truncate_after=truncate_after)
 
   def scored(said, kl):
     return Answers(said, scorer(said.rollout) if scorer else None, np.array(
@@ -208,18 +213,19 @@ def compare(answers, baseline):
   return rows, ratings
 
 
-def pair_gaps(scorer, path, *, max_length=0):
+def pair_gaps(scorer, path, *, max_length=0, append_eos=True):
   """Gaps r_better - r_worse [n] of a data set of comparisons.
 
   Args:
     scorer: Scorer.
     path: data set.
     max_length: tokens of a row; 0 for the model's context.
+    append_eos: see pipelines.comparison_batches.
   """
   examples, _ = formats.comparisons(sources.read(path))
   batches = pipelines.comparison_batches(
       examples, scorer.policy.tokenizer, batch_size=min(policy_lib.BATCH, len(examples)),
-      max_length=max_length or scorer.policy.model.max_length)
+      max_length=max_length or scorer.policy.model.max_length, append_eos=append_eos)
   gaps = []
   for batch, _ in batches:
     tokens, mask = (x.reshape((-1,) + x.shape[2:]) for x in (batch.tokens, batch.mask))
@@ -228,9 +234,9 @@ def pair_gaps(scorer, path, *, max_length=0):
   return np.concatenate(gaps)
 
 
-def calibrate(scorer, path):
-  """Calibration of a reward model on held-out pairs, as a dict."""
-  gaps = pair_gaps(scorer, path)
+def calibrate(scorer, path, *, append_eos=True):
+  """Calibration of a reward model on held-out pairs, as a dict; see `pair_gaps`."""
+  gaps = pair_gaps(scorer, path, append_eos=append_eos)
   return dataclasses.asdict(calibration_lib.pairwise(gaps, np.zeros_like(gaps)))
 
 

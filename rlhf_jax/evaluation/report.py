@@ -16,8 +16,20 @@ from rlhf_jax.evaluation import page
 from rlhf_jax.evaluation import tables
 
 _MOST_PANELS = 9
-# What people look for first, as parts of metric names; the rest follows in alphabetical order.
-_FIRST = ('gold', 'score', 'reward', 'loss', 'accuracy', 'kl', 'entropy', 'length', 'clip')
+# What people look for first, as parts of metric names, of which the first that there is counts; the
+# rest follows in alphabetical order.
+_FIRST = (
+  ('gold',),
+  ('objective/scores', 'score'),
+  ('reward',),
+  ('loss',),
+  ('accuracy',),
+  ('objective/kl', 'kl'),
+  ('objective/kl_coef',),
+  ('objective/entropy', 'entropy'),
+  ('length',),
+  ('clip',),
+)
 
 
 def write(
@@ -148,8 +160,9 @@ def _ordered(names):
   """The names, those that people look for first: of each sort the shortest, then all others."""
   left = sorted(names)
   first = []
-  for part in _FIRST:
-    match = min((name for name in left if part in name), key=len, default=None)
+  for parts in _FIRST:
+    matches = (min((name for name in left if part in name), key=len, default=None) for part in parts)
+    match = next(filter(None, matches), None)
     if match is not None:
       first.append(match)
       left.remove(match)
@@ -188,6 +201,23 @@ def _sample(sample):
     'before_scores': text('before'),
     'after_scores': text('after'),
   }
+
+
+def of_stages(folder, *, workdir, title, summary, curves):
+  """A stage of a pipeline: the report of stages that nothing else evaluates, workdir/report.html.
+
+  Args:
+    folder: of this stage; nothing is written there.
+    workdir: the pipeline's folder.
+    title: of the page.
+    summary: a plain sentence or two under the title.
+    curves: names of the stages whose learning curves the report shows.
+  """
+  del folder
+  workdir = pathlib.Path(workdir)
+  write(workdir / 'report.html', title=title, summary=summary,
+        metrics={name: metrics_lib.read(workdir / name) for name in curves},
+        config_text=(workdir / 'config.json').read_text())
 
 
 def of_run(workdir, *, title):

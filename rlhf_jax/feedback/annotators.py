@@ -8,7 +8,9 @@ b to response a of prompt x with the probability of Bradley and Terry 1952,
 
 where d is the disagreement, s_i (how strictly quality counts), l_i (a taste for long or short
 texts) and t_i (a whim about this very text) are standard normal, and `noise` is the chance that
-the label is then flipped. Every draw is a function of the seed, the annotator and the texts alone,
+the label is then flipped. Of several responses it picks y with probability softmax(u_i / temperature)
+(Luce 1959, which is Bradley and Terry's for two), and `noise` is the chance that the label is then
+one of the others. Every draw is a function of the seed, the annotator and the texts alone,
 so the same question always gets the same answer, whatever was asked before.
 """
 
@@ -76,6 +78,37 @@ class SimulatedAnnotators:
     """1 if annotator i prefers b, 0 if a."""
     draw = self._random('label', annotator, prompt, a, b).random()
     return int(draw < self.probability(prompt, a, b, annotator))
+
+  def pick(self, prompt, responses, annotator):
+    """Index of the response that annotator i likes best; see the top of the file."""
+    random_ = self._random('pick', annotator, prompt, *responses)
+    utilities = [self.utility(prompt, response, annotator) for response in responses]
+    # The largest of u / temperature + Gumbel noise is drawn from their softmax.
+    noise = [-math.log(-math.log(1 - random_.random())) for _ in responses]
+    liked = [u + self.temperature * z for u, z in zip(utilities, noise)]
+    best = liked.index(max(liked))
+    if random_.random() < self.label_noise:
+      return random_.choice([i for i in range(len(responses)) if i != best])
+    return best
+
+  def label_best(self, groups):
+    """Records of the best of several responses, each group asked of one annotator in turn.
+
+    Args:
+      groups: iterable of (prompt, responses), at least two. Where all of them are equal there is
+        nothing to prefer: no record.
+
+    Returns:
+      List of `{"prompt", "completions", "best", "annotator", "simulated": True}`.
+    """
+    records = []
+    for i, (prompt, responses) in enumerate(groups):
+      if len(set(responses)) > 1:
+        annotator = i % self.count
+        best = self.pick(prompt, responses, annotator)
+        record = {'prompt': prompt, 'completions': list(responses), 'best': best}
+        records.append(record | {'annotator': annotator, 'simulated': True})
+    return records
 
   def label(self, pairs):
     """Comparison records of pairs, each asked of one annotator in turn.

@@ -40,6 +40,17 @@ def load(name, *, key='config.reward.function'):
         "'package.module:function', importable from the working directory.") from error
 
 
+def load_gold(name, path=''):
+  """A gold score: (prompt, response) -> float.
+
+  Args:
+    name: 'package.module:function' of it, or with `path` of a function of that path which returns it.
+    path: data that it is made from, or ''.
+  """
+  found = load(name)
+  return found(path) if path else found
+
+
 def call(function, prompts, responses, *, response_tokens, metadata, slots):
   """Calls a reward function and checks what it returns.
 

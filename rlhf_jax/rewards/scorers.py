@@ -141,8 +141,7 @@ def model_scorer(path, tokenizer, mesh, *, max_length, load, check):
   if learned.same_tokenizer(own, tokenizer):
     check(model)
     score = learned.of_tokens(model, params)
-    by_token = hasattr(model, 'response_states') and not getattr(model.config, 'pooled', False)
-    return lambda rollout, examples: score(rollout), (model, params) if by_token else None
+    return lambda rollout, examples: score(rollout), (model, params) if model.reads_tokens else None
   apply = learned.of_texts(model, params, own, max_length=max_length or model.max_length, mesh=mesh)
 
   def score_texts(rollout, examples):

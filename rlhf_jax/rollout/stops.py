@@ -90,6 +90,25 @@ def single_tokens(tokenizer, strings):
   }
 
 
+def single_token(tokenizer, text, *, name):
+  """The id of a text that must be one token.
+
+  Args:
+    tokenizer: the policy's.
+    text: such as '.'.
+    name: of the setting, for the message.
+
+  Raises:
+    UserError: it is several tokens, or none.
+  """
+  found = single_tokens(tokenizer, (text,))
+  if text not in found:
+    raise errors.UserError(
+      f'{name}={text!r} must be one token of the tokenizer; use stop strings for longer ones'
+    )
+  return found[text]
+
+
 def _check(strings):
   if not all(strings):
     raise errors.UserError(

@@ -33,23 +33,62 @@ def write(folder, *, path, vocab_size, pairings, prompt_words, prompt_count, see
     seed: of the split.
   """
   rng = random.Random(seed)
-  judge, train = {}, {}
-  for label, name in ((1, 'rt-polarity.pos'), (0, 'rt-polarity.neg')):
-    lines = [r.fields['text'].strip() for r in sources.read(str(pathlib.Path(path) / name))]
-    rng.shuffle(lines)
-    judge[label], train[label] = lines[:len(lines) // 2], lines[len(lines) // 2:]
+  judged, train = halves(path, rng)
   texts = train[1] + train[0]
   rng.shuffle(texts)
   openings = [' '.join(text.split()[:prompt_words]) for text in texts
               if len(text.split()) > 2 * prompt_words]
-  sources.write(folder / 'judge.jsonl', [
-      {'text': line, 'label': label} for label, lines in judge.items() for line in lines])
-  sources.write(folder / 'held_out.jsonl', pairs(judge, 2, rng))
+  write_judge(folder, judged)
+  sources.write(folder / 'held_out.jsonl', pairs(judged, 2, rng))
   sources.write(folder / 'texts.jsonl', [{'text': text} for text in texts])
   sources.write(folder / 'pairs.jsonl', pairs(train, pairings, rng))
   sources.write(folder / 'prompts.jsonl', [
       {'prompt': openings[i % len(openings)]} for i in range(prompt_count)])
   tokenizers.train_bpe(texts, vocab_size, str(folder / 'tokenizer'))
+
+
+def write_documents(folder, *, path, vocab_size, snippets, shuffles, seed):
+  """Splits the snippets, and writes running text made of them, for configs/lm_human_preferences.py.
+
+  A random half is judge.jsonl ({"text", "label"}), which no model sees. The other half is
+  documents.jsonl ({"text"}) and what the tokenizer is trained on. A document is several snippets of
+  one polarity, each ended by ' .', in an order that is drawn anew each time.
+
+  Args:
+    folder: pathlib.Path they go to.
+    path: folder of the two files.
+    vocab_size: of the tokenizer.
+    snippets: of a document.
+    shuffles: how many documents each snippet is in.
+    seed: of split and order.
+  """
+  rng = random.Random(seed)
+  judged, train = halves(path, rng)
+  documents = []
+  for _ in range(shuffles):
+    for lines in train.values():
+      ended = [line if line.endswith(' .') else line + ' .' for line in rng.sample(lines, len(lines))]
+      documents += [' '.join(ended[i:i + snippets]) for i in range(0, len(ended), snippets)]
+  rng.shuffle(documents)
+  write_judge(folder, judged)
+  sources.write(folder / 'documents.jsonl', [{'text': text} for text in documents])
+  tokenizers.train_bpe(documents, vocab_size, str(folder / 'tokenizer'))
+
+
+def halves(path, rng):
+  """Two random halves of the snippets, each {label: lines}, label 1 for the positive ones."""
+  first, second = {}, {}
+  for label, name in ((1, 'rt-polarity.pos'), (0, 'rt-polarity.neg')):
+    lines = [r.fields['text'].strip() for r in sources.read(str(pathlib.Path(path) / name))]
+    rng.shuffle(lines)
+    first[label], second[label] = lines[:len(lines) // 2], lines[len(lines) // 2:]
+  return first, second
+
+
+def write_judge(folder, lines):
+  """Writes judge.jsonl from {label: lines}."""
+  sources.write(folder / 'judge.jsonl', [
+      {'text': line, 'label': label} for label, each in lines.items() for line in each])
 
 
 def pairs(lines, pairings, rng):
@@ -63,17 +102,28 @@ def pairs(lines, pairings, rng):
 
 
 def sentiment(path):
+  """The judge's verdict: (prompt, response) -> 1.0 if it calls their text positive, else 0.0; see `judge`."""
+  model = judge(path)
+  return lambda prompt, response: float(model.predict([prompt + response])[0])
+
+
+def positivity(path):
+  """The judge's probability: (prompt, response) -> that the response is positive, in (0, 1); see `judge`."""
+  model = judge(path)
+  return lambda prompt, response: float(model.predict_proba([response])[0, 1])
+
+
+def judge(path):
   """An independent judge of sentiment: a logistic model on bags of words and word pairs.
 
   Args:
     path: data set of {"text", "label"}, label 1 where the text is positive.
 
   Returns:
-    Function (prompt, response) -> 1.0 if the judge calls their text positive, else 0.0.
+    A fitted scikit-learn classifier of texts.
   """
   records = [record.fields for record in sources.read(path)]
   model = make_pipeline(
       CountVectorizer(binary=True, ngram_range=(1, 2), min_df=2, token_pattern=r'\S+'),
       LogisticRegression(C=0.3, max_iter=1000))
-  model.fit([r['text'] for r in records], [r['label'] for r in records])
-  return lambda prompt, response: float(model.predict([prompt + response])[0])
+  return model.fit([r['text'] for r in records], [r['label'] for r in records])

@@ -88,6 +88,14 @@ def test_comparison_rows(tokenizer, ids):
   assert batch.ratings.dtype == batch.margin.dtype == np.float32
 
 
+def test_comparison_rows_without_an_eos(tokenizer, ids):
+  examples = [Comparison('ab', ('c', 'de'), (0, 1))]
+  (batch, _), = pipelines.comparison_batches(
+      examples, tokenizer, batch_size=1, max_length=6, append_eos=False)
+  rows = [row[mask].tolist() for row, mask in zip(batch.tokens[0], batch.mask[0])]
+  assert rows == ids('<abc', '<abde')
+
+
 def test_prompt_rows_are_left_padded(tokenizer, ids):
   examples = [Prompt('ab', {}), Prompt('', {}), Prompt('cde', {})]
   ((batch, indices), _), = pipelines.prompt_batches(

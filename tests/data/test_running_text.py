@@ -125,6 +125,31 @@ def test_prompts_fit_the_iterator_with_a_bos_too(tmp_path):
   assert count == 2 and batch.mask.all() and (batch.tokens[:, 0] == tokenizer.bos_token_id).all()
 
 
+def test_a_stage_writes_prompts_and_held_out_ones(tmp_path):
+  texts = [f'x. {word}. y' for word in ('ab', 'ba', 'abba')] + ['nothing']
+  data = tmp_path / 'texts.jsonl'
+  data.write_text('\n'.join(json.dumps({'text': text}) for text in texts))
+  tokenizers.train_bpe(texts, 270, str(tmp_path / 'tokenizer'))
+  settings = dict(
+    path=str(data),
+    tokenizer=str(tmp_path / 'tokenizer'),
+    length=9,
+    start_text='.',
+    end_text='.',
+    prefix='Q:',
+    suffix='\n\nTL;DR:',
+  )
+  running_text.write(tmp_path, held_out=1, **settings)
+  held_out, prompts = (
+    [json.loads(line)['prompt'] for line in (tmp_path / name).read_text().splitlines()]
+    for name in ('held_out.jsonl', 'prompts.jsonl')
+  )
+  assert held_out == ['Q: ab.\n\nTL;DR:']
+  assert prompts == ['Q: ba.\n\nTL;DR:', 'Q: abba.\n\nTL;DR:']
+  with pytest.raises(UserError, match='3 queries, and 3 of them are held out'):
+    running_text.write(tmp_path, held_out=3, **settings)
+
+
 def test_gpt2_on_stories(shared):
   """64 tokens that start after and end with '.', as in the first seed's books task."""
   tokenizer = tokenizers.load(str(shared / 'models/gpt2-tokenizer'))

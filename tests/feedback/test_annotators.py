@@ -27,6 +27,27 @@ def test_probability_is_bradley_terry_with_noise():
   assert panel.probability('p', '3 b', '0 a', 0) == pytest.approx(1 - expected)
 
 
+def test_the_best_of_several_is_drawn_from_the_softmax_with_noise():
+  panel = SimulatedAnnotators(gold, temperature=2.0, label_noise=0.1, disagreement=0.0)
+  # exp(0), exp(1), exp(-1) over their sum, then 0.9 of it and a tenth of the others shared by two.
+  weights = np.exp([0.0, 1.0, -1.0]) / np.exp([0.0, 1.0, -1.0]).sum()
+  expected = 0.9 * weights + 0.1 * (1 - weights) / 2
+  picks = [panel.pick(f'p{i}', ('0 a', '2 b', '-2 c'), 0) for i in range(4000)]
+  shares = np.bincount(picks, minlength=3) / 4000
+  # Four standard errors of 4000 draws.
+  np.testing.assert_allclose(shares, expected, atol=4 * math.sqrt(0.25 / 4000))
+  assert picks == [panel.pick(f'p{i}', ('0 a', '2 b', '-2 c'), 0) for i in range(4000)]
+
+
+def test_records_of_the_best():
+  panel = SimulatedAnnotators(gold, count=2, temperature=0.0, label_noise=0.0, disagreement=0.0)
+  groups = [('p', ('1 a', '3 b', '2 c')), ('q', ('1 a', '1 a')), ('r', ('2 a', '1 b', '0 c'))]
+  assert panel.label_best(groups) == [
+    {'prompt': 'p', 'completions': ['1 a', '3 b', '2 c'], 'best': 1, 'annotator': 0, 'simulated': True},
+    {'prompt': 'r', 'completions': ['2 a', '1 b', '0 c'], 'best': 0, 'annotator': 0, 'simulated': True},
+  ]
+
+
 def test_labels_follow_the_probability():
   panel = SimulatedAnnotators(gold, temperature=1.0, label_noise=0.05, disagreement=0.0)
   labels = [panel.compare(*pair, 0) for pair in pairs(4000)]

@@ -6,6 +6,7 @@ import types
 import typing
 
 import pytest
+import test_compile_time
 
 from rlhf_jax import models
 from rlhf_jax.models import blocks
@@ -13,7 +14,6 @@ from rlhf_jax.models import families
 from rlhf_jax.models import gpt2
 from rlhf_jax.models import hf_config
 from rlhf_jax.models import t5
-import test_compile_time
 
 PROTOCOLS = (dict.fromkeys(families.DECODERS, families.OneStack)
              | dict.fromkeys(families.ENCODERS, families.OneStack)

@@ -56,6 +56,31 @@ def test_the_judges_half_is_seen_by_no_model(tmp_path):
   assert all(any(text.startswith(opening) for text in texts) for opening in openings)
 
 
+def test_documents_are_snippets_of_one_polarity(tmp_path):
+  for name in ('pos', 'neg'):
+    lines = [f'{name} {i}' + (' .' if i % 2 else '') for i in range(20)]
+    (tmp_path / f'rt-polarity.{name}').write_text('\n'.join(lines))
+  polarity.write_documents(
+      tmp_path, path=str(tmp_path), vocab_size=300, snippets=4, shuffles=3, seed=0)
+  judged = {r['text'].removesuffix(' .') for r in rows(tmp_path / 'judge.jsonl')}
+  documents = [r['text'] for r in rows(tmp_path / 'documents.jsonl')]
+  assert len(documents) == 3 * 2 * 3  # 10 snippets of each polarity make 4 + 4 + 2
+  snippets = [text.strip() for document in documents for text in document.split('.') if text.strip()]
+  assert sorted(snippets) == sorted(3 * list(set(snippets))) and not judged & set(snippets)
+  assert len(judged) == len(set(snippets)) == 20
+  assert all(('pos' in document) != ('neg' in document) for document in documents)
+  assert all(document.endswith(' .') for document in documents)
+
+
+def test_the_judges_probability_is_of_the_response_alone(tmp_path):
+  data = tmp_path / 'judge.jsonl'
+  sources.write(data, [{'text': text, 'label': label} for text, label in
+                       (('good fun', 1), ('bad fun', 0)) for _ in range(20)])
+  gold = polarity.positivity(str(data))
+  assert gold('bad', ' good') > 0.6 and gold('good', ' bad') < 0.4
+  assert gold('bad', ' good') == gold('good', ' good') and gold('', ' what') == gold('', ' else')
+
+
 def test_prompts_take_the_texts_in_turn(tmp_path):
   stories.write(tmp_path, texts=('a', 'b'), count=3)
   assert rows(tmp_path / 'prompts.jsonl') == [{'prompt': 'a'}, {'prompt': 'b'}, {'prompt': 'a'}]

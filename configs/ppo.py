@@ -1,0 +1,28 @@
+"""PPO of your model against your reward.
+
+python -m rlhf_jax.main --config=configs/ppo.py:preset=n_plus --workdir=DIR \\
+    --config.model.path=FOLDER --config.data.path=FILE --config.reward.model=FOLDER
+
+`--config.reward.function=module:function` takes a Python function in place of the reward model; see
+rlhf_jax/rewards/functions.py. Presets: openai2019, n_plus, trl, trlx, instructgpt; see
+rlhf_jax/algorithms/ppo.py. `instructgpt` also needs `--config.ptx.path=FILE --config.ptx.batch_size=N`.
+`objective/scores` and `objective/kl` are what to watch; samples.jsonl has texts.
+"""
+
+from rlhf_jax import config as c
+from rlhf_jax.algorithms import ppo
+
+
+def get_config(arg=None):
+  """Arguments: debug (2 steps), seed, preset."""
+  arg = c.parse_arg(arg, debug=False, seed=0, preset='n_plus')
+  config = ppo.config(arg.preset)
+  config.seed = arg.seed
+  config.data.update({'max_prompt_length': 256, 'on_long': 'truncate_left'})
+  config.sampling.max_new_tokens = 64
+  config.steps = 1000
+  config.optim.clip_norm = 1.0
+  config.update({'samples_every': 20, 'checkpoint_every': 50})
+  if arg.debug:
+    config.update({'steps': 2, 'batch_size': 16})
+  return config

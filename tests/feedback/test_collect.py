@@ -1,0 +1,59 @@
+"""Labels of a policy's own answers: which are shown, who picks, and what a reward model reads of them."""
+
+import json
+
+import pytest
+
+from rlhf_jax import errors
+from rlhf_jax.data import formats
+from rlhf_jax.data import sources
+from rlhf_jax.feedback import collect
+
+END = 'w5'
+
+
+def rows(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def words(prompt, response):
+  del prompt
+  return float(len(response.split()))
+
+
+def best_of(folder, world, **changes):
+  settings = dict(
+      policy=str(world / 'model'), prompts=str(world / 'prompts.jsonl'), count=20, held_out=3,
+      completions=2, samples=24, max_new_tokens=12, temperature=1.0, truncate_at=END, truncate_after=2,
+      gold=f'{__name__}:words', gold_path='', annotator_count=2, annotator_temperature=0.0,
+      label_noise=0.0, disagreement=0.0, unroll=1, seed=0)
+  collect.best_of(folder, **(settings | changes))
+
+
+def test_the_best_of_the_answers_that_end(world, tmp_path):
+  best_of(tmp_path, world)
+  labels, held_out = rows(tmp_path / 'labels.jsonl'), rows(tmp_path / 'held_out.jsonl')
+  asked = [record['prompt'] for record in rows(world / 'prompts.jsonl')][:20]
+  order = [asked.index(record['prompt']) for record in held_out + labels]
+  assert order == sorted(set(order)) and len(labels) > 3 and 1 <= len(held_out) <= 3
+  for record in labels + held_out:
+    assert record['simulated'] and record['annotator'] in (0, 1) and len(record['completions']) == 2
+    for text in record['completions']:  # special tokens are left out of texts
+      assert 1 <= len(text.split()) <= 12 and text.split()[-1] == END
+    lengths = [len(text.split()) for text in record['completions']]
+    assert lengths[record['best']] == max(lengths)
+  samples = rows(tmp_path / 'samples.jsonl')
+  assert len(samples) == 20  # whether they end or not
+  assert any(record['completion'].split()[-1] != END for record in samples)
+
+
+def test_labels_are_comparisons(world, tmp_path):
+  best_of(tmp_path, world)
+  examples, _ = formats.comparisons(sources.read(str(tmp_path / 'labels.jsonl')))
+  for example, record in zip(examples, rows(tmp_path / 'labels.jsonl'), strict=True):
+    assert example.ranks == tuple(int(i != record['best']) for i in range(2))
+
+
+def test_too_few_answers_that_end(world, tmp_path):
+  with pytest.raises(errors.UserError, match='of 20 prompts only 0 have 24 answers of 24 that end with'):
+    best_of(tmp_path, world, completions=24)
