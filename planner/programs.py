@@ -22,6 +22,7 @@ from rlhf_jax import types
 from rlhf_jax.algorithms import build
 from rlhf_jax.algorithms import on_policy_config
 from rlhf_jax.algorithms import setup
+from rlhf_jax.algorithms import wiring
 from rlhf_jax.models import heads
 from rlhf_jax.models import trainable
 from rlhf_jax.rewards import scoring
