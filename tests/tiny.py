@@ -254,5 +254,6 @@ def get_config(arg=None):
     config.reward.update({'function': None, 'model': f'{arg.world}/reward'})
     config.rl.update({'scale_scores': True, 'kl_controller': 'adaptive', 'kl_horizon': 100.0})
     config.samples_every = 10
+    config.evals = evals(arg.world, every=7)
   config.steps, config.checkpoint_every = 150, 3
   return config
