@@ -37,6 +37,7 @@ setuptools.setup(
     ],
     extras_require={
         'test': [
+            'import-linter>=2.17,<3',
             'ipykernel>=7.4.0,<8',
             'nbclient>=0.11.0,<0.12',
             'nbformat>=5.11.1,<6',

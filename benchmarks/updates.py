@@ -16,9 +16,9 @@ from benchmarks import workloads
 from rlhf_jax import models
 from rlhf_jax import sharding
 from rlhf_jax import types
-from rlhf_jax.algorithms import on_policy
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms import setup
+from rlhf_jax.algorithms import wiring
 
 
 def make_config(w, changes, device='cpu'):
@@ -74,13 +74,13 @@ def prepare(config, mesh):
   model = models.create(config.model.init.to_dict(), **setup.model_settings(config.model))
   place = sharding.shardings(model.shapes(), model.rules, mesh)
   policy = jax.jit(model.init, out_shardings=place)(jax.random.key(0))
-  wiring = on_policy.wire(config, mesh, (model, policy), steps=100)
+  wired = wiring.wire(config, mesh, (model, policy), steps=100)
   settings = ppo.Settings.of(config, ())
-  state = setup.new_state(config.seed, wiring.params, wiring.optimizers, mesh, model.rules,
-                          extra=on_policy.first_extra(settings))
+  state = setup.new_state(config.seed, wired.params, wired.optimizers, mesh, model.rules,
+                          extra=wiring.first_extra(settings))
   step = setup.jit_step(functools.partial(
-      ppo.train_step, models=wiring.models, optimizers=wiring.optimizers, settings=settings), state)
-  arguments = wiring.frozen, *episode(config), None
+      ppo.train_step, models=wired.models, optimizers=wired.optimizers, settings=settings), state)
+  arguments = wired.frozen, *episode(config), None
   return Update(step.lower(state, *arguments).compile(), state, arguments)
 
 

@@ -54,7 +54,7 @@ def reward(fold, seed, debug):
       'tie_word_embeddings': True, 'rms_norm_eps': 1e-5})
   stage.data.update({'path': f'$workdir/folds/train_{fold}.jsonl', 'max_length': LENGTH,
                      'held_out_path': f'$workdir/folds/test_{fold}.jsonl'})
-  stage.batch_size, stage.data.epochs, stage.eval_every = 32, 4.0, 58
+  stage.batch_size, stage.data.epochs, stage.evals.held_out.every = 32, 4.0, 58
   stage.preference.token_dropout = 0.7
   stage.optim.update({'learning_rate': 3e-4, 'schedule': 'cosine', 'warmup_steps': 20,
                       'b2': 0.98, 'weight_decay': 0.1, 'clip_norm': 1.0})

@@ -172,7 +172,7 @@ def pretrain():
       'tie_word_embeddings': True, 'rms_norm_eps': 1e-5})
   stage.model.unroll = UNROLL
   stage.data.update({'path': '$workdir/text/documents.jsonl', 'max_length': 112, 'held_out': 0.02})
-  stage.batch_size, stage.data.epochs, stage.eval_every = 12, 1.0, 100
+  stage.batch_size, stage.data.epochs, stage.evals.held_out.every = 12, 1.0, 100
   stage.optim.update({'learning_rate': 2e-3, 'schedule': 'cosine', 'warmup_steps': 20,
                       'weight_decay': 0.1, 'clip_norm': 1.0})
   stage.log_every = 10

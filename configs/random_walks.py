@@ -64,7 +64,7 @@ def get_config(arg=None):
 
 
 def pretrain():
-  """Language modelling of random walks; `eval/loss` is that of the example's 1,000 walks."""
+  """Language modelling of random walks; `held_out/loss` is that of the example's 1,000 walks."""
   stage = sft.config()
   stage.seed = None
   stage.tokenizer = '$workdir/world/tokenizer'
@@ -72,7 +72,7 @@ def pretrain():
   stage.model.unroll = LAYERS
   stage.data.update({'path': '$workdir/world/texts.jsonl',
                      'held_out_path': '$workdir/world/walks.jsonl', 'max_length': 44})
-  stage.batch_size, stage.data.epochs, stage.eval_every = 32, 3.0, 50
+  stage.batch_size, stage.data.epochs, stage.evals.held_out.every = 32, 3.0, 50
   stage.optim.update({'learning_rate': 1e-3, 'schedule': 'cosine', 'warmup_steps': 20,
                       'clip_norm': 1.0})
   stage.log_every = 10

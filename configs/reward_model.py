@@ -22,7 +22,7 @@ def get_config(arg=None):
   config.preference.centering = 0.01
   config.optim.update({'learning_rate': 1e-5, 'schedule': 'cosine', 'warmup_steps': 10,
                        'b2': 0.95, 'clip_norm': 1.0})
-  config.update({'eval_every': 100, 'checkpoint_every': 200})
+  config.evals.held_out.every, config.checkpoint_every = 100, 200
   if arg.debug:
     config.update({'steps': 2, 'batch_size': 8})
     config.data.epochs = None

@@ -88,7 +88,7 @@ def pretrain():
   stage.model.init = llama(width=192, layers=3)
   stage.data.update({'path': '$workdir/split/texts.jsonl', 'max_length': LENGTH,
                      'held_out': 0.04})
-  stage.batch_size, stage.data.epochs, stage.eval_every = 16, 5.0, 100
+  stage.batch_size, stage.data.epochs, stage.evals.held_out.every = 16, 5.0, 100
   stage.optim.update({'learning_rate': 2e-3, 'schedule': 'cosine', 'warmup_steps': 20,
                       'weight_decay': 0.1})
   return stage

@@ -20,7 +20,7 @@ def get_config(arg=None):
   config.batch_size = 32
   config.optim.update({'learning_rate': 2e-5, 'schedule': 'cosine', 'warmup_steps': 10,
                        'b2': 0.95, 'clip_norm': 1.0})
-  config.update({'eval_every': 100, 'checkpoint_every': 200})
+  config.evals.held_out.every, config.checkpoint_every = 100, 200
   if arg.debug:
     config.update({'steps': 2, 'batch_size': 8})
     config.data.epochs = None

@@ -61,7 +61,7 @@ class Planner:
     """Candidate of a config as the compiler sees it, and its {program: FLOPs}; stops at what does not fit.
 
     Args:
-      config: see `config.ppo()`.
+      config: from ppo.config.
       progress: (name of a program) -> None, called before each is compiled.
     """
     mesh = self.mesh(config)

@@ -20,8 +20,9 @@ from rlhf_jax import models
 from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.algorithms import build
-from rlhf_jax.algorithms import on_policy
+from rlhf_jax.algorithms import on_policy_config
 from rlhf_jax.algorithms import setup
+from rlhf_jax.algorithms import wiring
 from rlhf_jax.models import heads
 from rlhf_jax.models import trainable
 from rlhf_jax.rewards import scoring
@@ -65,13 +66,13 @@ def make(config, mesh):
       scored = {'backbone': {name: tree for name, tree in params.items() if name != 'unembed'},
                 'head': jax.tree.map(lambda x: x.astype(config.model.param_dtype),
                                      heads.init_scalar(None, base.width, scale='zero'))}
-    wiring = on_policy.wire(
+    wired = wiring.wire(
         config, mesh, (base, params), reference=params if config.reference else True,
         critic=(base, scored) if scored else None, steps=STEPS)
-    state = setup.new_state(config.seed, wiring.params, wiring.optimizers, mesh, wiring.models.policy.rules,
-                            extra=on_policy.first_extra(settings))
-    found.append(wiring._replace(params=None, frozen=None))
-    return {'state': state, 'frozen': wiring.frozen, 'scored': scored}
+    state = setup.new_state(config.seed, wired.params, wired.optimizers, mesh, wired.models.policy.rules,
+                            extra=wiring.first_extra(settings))
+    found.append(wired._replace(params=None, frozen=None))
+    return {'state': state, 'frozen': wired.frozen, 'scored': scored}
 
   algorithm = build.load(config.algorithm)
   # Every response is taken to be of full length.
@@ -80,12 +81,12 @@ def make(config, mesh):
   params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, config.model.param_dtype), base.shapes())
   with jax.set_mesh(mesh):
     arrays = jax.eval_shape(start, params)
-  wiring, = found
-  arrays = place(arrays, sharding.shardings(arrays, SMALL + wiring.models.policy.rules, mesh))
+  wired, = found
+  arrays = place(arrays, sharding.shardings(arrays, SMALL + wired.models.policy.rules, mesh))
   step = setup.jit_step(functools.partial(
-      algorithm.train_step, models=wiring.models, optimizers=wiring.optimizers, settings=settings),
+      algorithm.train_step, models=wired.models, optimizers=wired.optimizers, settings=settings),
       arrays['state'])
-  return Programs(wiring.models.policy, arrays, calls(config, mesh, wiring.models, step, arrays))
+  return Programs(wired.models.policy, arrays, calls(config, mesh, wired.models, step, arrays))
 
 
 def check(config):
@@ -96,6 +97,9 @@ def check(config):
   if not config.model.init:
     raise errors.UserError('config.model.init is empty: planner reads no folder; give it the fields of '
                            'config.json')
+  if config.reward.models or config.reward.parts:
+    raise errors.UserError('config.reward.models and config.reward.parts: planner plans a single '
+                           'reward model or function; leave them empty')
   if config.model.lora.path or config.critic.path:
     raise errors.UserError('config.model.lora.path and config.critic.path: planner reads no folder; leave '
                            'them empty')
@@ -114,7 +118,7 @@ def calls(config, mesh, handles, step, arrays):
       array(batch, length, dtype=jnp.int32), array(batch, length, dtype=bool), array(batch, slots, dtype=bool),
       array(batch, slots, dtype=jnp.float32))
   tokenizer = python_types.SimpleNamespace(eos_token_id=0, pad_token_id=0)  # which ids makes no difference
-  sampling = on_policy.make_sampling(config, tokenizer)
+  sampling = on_policy_config.make_sampling(config, tokenizer)
   generate = sampler.make(handles.policy, sampling, samples=config.sampling.samples,
                           max_concurrent=config.sampling.max_concurrent or 0,
                           gather=config.sampling.gather_weights)

@@ -83,7 +83,7 @@ def variants(config, chips):
   heads = fields.get('num_key_value_heads', fields.get('num_attention_heads', fields.get('n_head', 1)))
   for tensor, fsdp in itertools.product(divisors, divisors):
     shards = chips // tensor
-    if chips % (tensor * fsdp) or heads % tensor or minibatch % shards or config.sampling.max_concurrent % shards:
+    if chips % (tensor * fsdp) or heads % tensor or minibatch % shards or (config.sampling.max_concurrent or 0) % shards:
       continue
     for factor, remat, gather in itertools.product((1, 2, 4, 8), stack.REMAT, gathers[:1 + (fsdp > 1)]):
       microbatch = shards * factor
@@ -91,7 +91,7 @@ def variants(config, chips):
         continue
       varied = config.copy_and_resolve_references()
       varied.mesh = {'data': shards // fsdp, 'fsdp': fsdp, 'tensor': tensor}
-      varied.microbatch_size = 0 if microbatch == minibatch else microbatch
+      varied.microbatch_size = None if microbatch == minibatch else microbatch
       varied.model.remat = remat
       varied.sampling.gather_weights = gather
       yield varied

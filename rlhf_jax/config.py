@@ -13,6 +13,10 @@ from ml_collections.config_dict import placeholder
 from rlhf_jax import errors
 from rlhf_jax import optim
 
+# How an evaluator samples, where neither it nor `config.sampling` says so; temperature 0 is greedy.
+SAMPLING = {'max_new_tokens': 32, 'temperature': 1.0, 'top_k': None, 'top_p': 1.0,
+            'min_new_tokens': 0, 'stop': ()}
+
 
 def common(algorithm):
   """Keys all algorithms have.
@@ -60,8 +64,8 @@ def common(algorithm):
           'clip_norm': placeholder(float),
       },
       'log_every': 1,
-      'eval_every': placeholder(int),       # steps; None: at the end only; so too the next
-      'checkpoint_every': placeholder(int),
+      'evals': {},              # {name: keys of an evaluator}; see `evaluator`
+      'checkpoint_every': placeholder(int),     # steps; None: at the end only
       'keep_checkpoints': 2,
       'samples_every': placeholder(int),    # steps between the sampled texts in samples.jsonl
       'wandb_project': placeholder(str),
@@ -80,6 +84,73 @@ def data():
       'on_error': 'stop',       # 'stop' at a malformed record or 'skip' and count it
       'chat_template': placeholder(str),    # jinja template, where the tokenizer has none
   }
+
+
+def held_out():
+  """`config.evals` of an algorithm with a held-out loss, on data.held_out or data.held_out_path."""
+  return ml_collections.ConfigDict({'held_out': {'kind': 'loss', 'every': placeholder(int)}})
+
+
+def evaluator(name, block):
+  """All keys of an evaluator: those of its block, and the defaults of the others.
+
+  Args:
+    name: in `config.evals`.
+    block: `config.evals[name]`. Its `kind` is 'loss', 'prompts', 'win_rate' or 'text', if None
+      the name; or its `function` is 'package.module:name' of a user's evaluator.
+
+  Returns:
+    ConfigDict with `kind`, 'function' for a user's.
+
+  Raises:
+    UserError: there is no such kind, or no such key.
+  """
+  block = ml_collections.ConfigDict(block).to_dict()
+  kind = 'function' if block.get('function') else block.get('kind') or name
+  need(kind in ('loss', 'prompts', 'win_rate', 'text', 'function'),
+       f'config.evals.{name}.kind={kind!r} must be one of loss, prompts, win_rate, text; or set '
+       f"config.evals.{name}.function to 'package.module:name'")
+  found = {'kind': kind, 'every': None}     # steps; None: at the end only
+  if kind == 'function':
+    found['function'] = None
+  else:
+    found['path'] = None        # data set; of the loss None: data.held_out or data.held_out_path
+  if kind in ('prompts', 'win_rate', 'text'):
+    found |= {
+        'split': None, 'columns': None,     # see `data`
+        'count': None,          # the first prompts of the data set; None: all
+        'batch_size': 64,       # answers sampled at a time
+        'sampling': {},         # keys of SAMPLING that differ from config.sampling
+    }
+  if kind in ('prompts', 'win_rate'):
+    found['reward'] = {'model': None, 'function': None, 'max_length': None}     # see on_policy.py
+  unknown = sorted(block.keys() - found.keys())
+  need(not unknown, f'config.evals.{name}.{unknown and unknown[0]} is no key of kind={kind!r}, '
+       f'which has {", ".join(found)}')
+  found |= block | {'kind': kind}
+  if 'reward' in found:
+    found['reward'] = {'model': None, 'function': None, 'max_length': None} | found['reward']
+  return ml_collections.ConfigDict(found)
+
+
+def validate_evals(evals):
+  """The part of `validate` about `config.evals`."""
+  for name, block in evals.items():
+    block, key = evaluator(name, block), f'evals.{name}.'
+    optional_positive(block, key, ('every',))
+    if block.kind in ('loss', 'function'):
+      continue
+    need(block.path, f'config.{key}path is empty: name a data set of prompts')
+    optional_positive(block, key, ('count', 'batch_size'))
+    unknown = sorted(set(block.sampling) - set(SAMPLING))
+    need(not unknown, f'config.{key}sampling has {unknown}: its keys are {", ".join(SAMPLING)}')
+    settings = SAMPLING | dict(block.sampling)
+    for name in ('max_new_tokens', 'top_p'):
+      need(settings[name] > 0, f'config.{key}sampling.{name}={settings[name]} must be positive')
+    need(settings['temperature'] >= 0, f'config.{key}sampling.temperature='
+         f'{settings["temperature"]} must be 0 or positive')
+    need('reward' not in block or bool(block.reward.model) != bool(block.reward.function),
+         f'set exactly one of config.{key}reward.model and config.{key}reward.function')
 
 
 def apply_preset(config, presets, name):
@@ -205,8 +276,9 @@ def validate(config, device_count):
        f'config.keep_checkpoints={config.keep_checkpoints} must be positive: a run that '
        'keeps none cannot resume')
   need(config.log_every > 0, f'config.log_every={config.log_every} must be positive')
-  optional_positive(config, '', ('eval_every', 'checkpoint_every', 'samples_every', 'microbatch_size'))
+  optional_positive(config, '', ('checkpoint_every', 'samples_every', 'microbatch_size'))
   optional_positive(config.optim, 'optim.', ('clip_norm',))
+  validate_evals(config.evals)
   if 'held_out' in config.data:
     held_out, path = config.data.held_out, config.data.held_out_path
     need(held_out is None or 0 < held_out < 1, f'config.data.held_out={held_out} must be in (0, 1), or None')

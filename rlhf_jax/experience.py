@@ -92,7 +92,7 @@ def begin(outputs, fixed, rollout, step_mask, *, behaviour):
       values=keep(outputs.values, step_mask), trunk=fixed.trunk), gap
 
 
-def describe(experience, rollout, scores, outputs, kl_coef, rules):
+def describe(experience, rollout, scores, outputs, kl_coef, rules, *, raw):
   """Metrics of a scored rollout: sums per response averaged over responses, masks applied.
 
   Args:
@@ -102,6 +102,7 @@ def describe(experience, rollout, scores, outputs, kl_coef, rules):
     outputs: forward.Outputs before the update.
     kl_coef: float32 scalar.
     rules: ScoreRules.
+    raw: [B] or [B, R] float32, scores before the rules.
 
   Returns:
     {name: scalar}.
@@ -112,6 +113,7 @@ def describe(experience, rollout, scores, outputs, kl_coef, rules):
   metrics = {
       'objective/entropy': adv.masked_sum(outputs.entropy, mask) / batch,
       'objective/scores': score,
+      'objective/raw_scores': jnp.mean(totals(raw, mask)),
       'response/length': jnp.sum(mask) / batch,
       'response/eos_rate': jnp.mean(rules.ended(rollout)),
   }

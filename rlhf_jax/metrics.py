@@ -8,8 +8,10 @@ import json
 import math
 import os
 import pathlib
+import time
 import uuid
 
+import jax
 import tensorboardX
 
 from rlhf_jax import processes
@@ -18,6 +20,16 @@ from rlhf_jax.errors import UserError
 
 METRICS = 'metrics.jsonl'
 SAMPLES = 'samples.jsonl'
+# What the progress bar shows of the metrics that a run has, and as what.
+SHOWN = {
+  'loss': 'loss',
+  'held_out/loss': 'held-out loss',
+  'accuracy': 'acc',
+  'held_out/accuracy': 'held-out acc',
+  'objective/scores': 'score',
+  'objective/kl': 'kl',
+  'response/length': 'len',
+}
 
 
 class Writer:
@@ -89,6 +101,74 @@ class Writer:
     self._tensorboard.close()
     if self._wandb is not None:
       self._wandb.finish()
+
+
+class StepLog:
+  """Logs train steps to a Writer and beside the progress bar.
+
+  The host reads the metrics of a step only after the next step has been given to the device, so
+  that the device never waits for the log.
+  """
+
+  def __init__(self, writer, bar):
+    """Starts the clock of `seconds/step`.
+
+    Args:
+      writer: Writer.
+      bar: tqdm's progress bar.
+    """
+    self._writer, self._bar = writer, bar
+    self._clock, self._waiting = time.perf_counter(), None
+
+  def add(self, step, metrics, host_metrics, *, written):
+    """Logs the step before, and keeps this one for the next call.
+
+    Args:
+      step: int.
+      metrics: {name: scalar on the device}.
+      host_metrics: {name: number}.
+      written: whether the Writer gets this step; the progress bar always does.
+
+    Raises:
+      UserError: a metric of the step before is NaN or infinite.
+    """
+    self.flush()
+    now = time.perf_counter()
+    host_metrics = host_metrics | {'seconds/step': now - self._clock}
+    self._waiting, self._clock = (step, metrics, host_metrics, written), now
+
+  def flush(self):
+    """Logs the last step that was added, unless it is logged already. Waits for the device.
+
+    Raises:
+      UserError: one of its metrics is NaN or infinite.
+    """
+    if self._waiting is None:
+      return
+    (step, metrics, host_metrics, written), self._waiting = self._waiting, None
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    bad = sorted(name for name, value in values.items() if not math.isfinite(value))
+    if bad:
+      raise UserError(
+        f'{", ".join(bad[:4])} is not finite at step {step}. Lower config.optim.learning_rate, '
+        'set config.optim.clip_norm, or look at the batch; the checkpoints before this step '
+        f'are in {self._writer.workdir}/checkpoints, and the same command goes on from the last.'
+      )
+    values |= host_metrics
+    self._show(values)
+    if written:
+      self._writer.write(step, values)
+
+  def write(self, step, metrics):
+    """Writes {name: number} at once, such as those of an evaluation; nothing if it is empty."""
+    if metrics:
+      self._writer.write(step, metrics)
+      self._show(metrics)
+
+  def _show(self, values):
+    shown = {short: f'{values[name]:.3g}' for name, short in SHOWN.items() if name in values}
+    if shown:
+      self._bar.set_postfix(shown, refresh=False)
 
 
 def read(workdir):

@@ -149,7 +149,7 @@ class TextPolicy:
   def logprobs(self, rollout, *, temperature=1.0):
     """Log-probability of each response, summed over its tokens, [n] float32."""
     return in_batches(
-        lambda batch, start: _response_logprobs(
+        lambda batch, start: response_logprobs(
             self.params, batch, temperature, model=self.model), rollout)
 
 
@@ -174,7 +174,15 @@ def _with_frozen(path, config, model, trained):
 
 
 @functools.partial(jax.jit, static_argnames=('model',))
-def _response_logprobs(params, rollout, temperature, *, model):
+def response_logprobs(params, rollout, temperature, *, model):
+  """Log-probability of each response, summed over its tokens, [n] float32.
+
+  Args:
+    params: all parameters of `model`.
+    rollout: Rollout of n sequences.
+    temperature: what the logits are divided by; positive.
+    model: Model.
+  """
   slots = rollout.response_mask.shape[1]
   states = model.response_states(params, rollout.tokens, rollout.mask, slots)
   values, _ = logprobs.token_logprobs(

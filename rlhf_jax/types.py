@@ -45,6 +45,24 @@ class Rollout:
 
 
 @struct.dataclass
+class Scores:
+  """What a scorer gives a rollout, before the rules of experience.ScoreRules.
+
+  Attributes:
+    total: [B] float32, or [B, R] for rewards per token.
+    parts: {name: [B] float32}, what the total was made of; empty where it has one source. `a/b` is
+      what part `a` was made of.
+  """
+  total: Any
+  parts: dict = struct.field(default_factory=dict)
+
+  @classmethod
+  def of(cls, scores):
+    """Scores of an array of totals; those that are Scores already stay as they are."""
+    return scores if isinstance(scores, cls) else cls(scores)
+
+
+@struct.dataclass
 class LMBatch:
   """Rows for a language-modelling loss, packed or one example a row.
 

@@ -1,5 +1,6 @@
 """Whatever a user gets wrong ends in a message with cause and remedy, and costs no checkpoint."""
 
+import functools
 import hashlib
 import os
 import pathlib
@@ -44,7 +45,7 @@ COMMANDS = {
         ["config argument 'debgu' is unknown", 'this config takes: debug, seed']),
     'argument of the wrong type': (
         ['--config=configs/quickstart.py:seed=first'],
-        ["config argument seed='first' has to be of type int"]),
+        ["config argument seed='first' must be of type int"]),
     'unknown option': (
         ['--confg=configs/quickstart.py'], ["'confg'", 'Did you mean: config']),
     'wrong type': (
@@ -208,7 +209,7 @@ BAD_PROMPTS = {
         {'tokenizer': '{bad}/tokenizer'},
         ["has ids up to 68, but the model's vocab_size is 64", 'set the model\'s vocab_size']),
     "a reward model's tokenizer larger than its embedding": (
-        {'reward.function': '', 'reward.model': '{bad}/reward'},
+        {'reward.function': None, 'reward.model': '{bad}/reward'},
         ['/reward has ids up to 68', 'Use the tokenizer that belongs to the model']),
     'no reward module': (
         {'reward.function': 'no_such_module:reward'},
@@ -221,10 +222,10 @@ BAD_PROMPTS = {
         {'reward.function': 'tiny'},
         ["'tiny' cannot be loaded", "Write 'package.module:function'"]),
     'no reward model': (
-        {'reward.function': '', 'reward.model': '{bad}/no'},
+        {'reward.function': None, 'reward.model': '{bad}/no'},
         ['/no/config.json: no such file', 'a model folder holds']),
     'a language model for a reward': (
-        {'reward.function': '', 'reward.model': '{world}/model'},
+        {'reward.function': None, 'reward.model': '{world}/model'},
         ['it is not a reward model', 'ForSequenceClassification']),
     'a reward model for a policy': (
         {'model.path': '{world}/reward'}, ['it is a reward model, not a language model']),
@@ -235,8 +236,9 @@ def fails(config, changes, parts, folder, **places):
   """Runs a changed config where a run has begun; checks the message and that nothing is lost."""
   config = config.copy_and_resolve_references()
   for key, value in changes.items():
-    config.update_from_flattened_dict(
-        {key: value.format(**places) if isinstance(value, str) else value})
+    *blocks, name = key.split('.')
+    block = functools.reduce(lambda block, part: block[part], blocks, config)
+    block[name] = value.format(**places) if isinstance(value, str) else value
   before = contents(folder)
   assert {part.split('/')[1] for part in before if part.startswith('checkpoints')} >= {'2', '4'}
   with pytest.raises(errors.UserError) as caught:
@@ -270,10 +272,10 @@ def test_a_text_data_set_of_nothing_has_no_token(begun_sft, world, bad):
 
 
 @pytest.mark.parametrize('begin, changes, part', [
-    ('begun_sft', {'batch_size': 0}, 'has to be positive'),
+    ('begun_sft', {'batch_size': 0}, 'must be positive'),
     ('begun_sft', {'microbatch_size': 5}, 'does not divide'),
     ('begun_ppo', {'rl.minibatches': 3}, 'does not divide'),
-    ('begun_ppo', {'sampling.temperature': 0.0}, 'cannot learn from greedy samples'),
+    ('begun_ppo', {'sampling.temperature': 0.0}, 'greedy samples teach nothing'),
 ])
 def test_contradictions_are_found_before_anything_is_read(
     begin, changes, part, request, monkeypatch):
@@ -377,10 +379,9 @@ def test_nan_in_the_weights_is_named_at_the_first_step(world, tmp_path, monkeypa
   create = sft.create
 
   def poisoned(config, mesh):
-    learner = create(config, mesh)
-    learner.state = learner.state.replace(
-        params=jax.tree.map(lambda x: x * np.float32('nan'), learner.state.params))
-    return learner
+    learner, state = create(config, mesh)
+    return learner, state.replace(
+        params=jax.tree.map(lambda x: x * np.float32('nan'), state.params))
 
   monkeypatch.setattr(sft, 'create', poisoned)
   with pytest.raises(errors.UserError, match='loss.*is not finite at step 0. Lower config'):

@@ -268,6 +268,24 @@ BAD_REWARD_MODEL = [
     ({'preference.token_dropout': 1.0}, 'config.preference.token_dropout=1.0 must be in [0, 1)'),
     ({'microbatch_size': 3}, 'config.microbatch_size=3 does not divide config.batch_size=32'),
 ]
+PARTS = {'reward.function': None}
+PROMPTS = {'path': 'p', 'reward': {'function': 'f:g'}}
+BAD_EVALS = [
+    ({'held_out': {'kind': 'loss', 'every': 0}}, 'config.evals.held_out.every=0 must be positive, or None'),
+    ({'x': {'every': 1}}, "config.evals.x.kind='x' must be one of loss, prompts, win_rate, text; or set"),
+    ({'x': {'kind': 'bleu'}}, "config.evals.x.kind='bleu' must be one of loss, prompts, win_rate, text; or"),
+    ({'text': {'evry': 1}}, "config.evals.text.evry is no key of kind='text', which has kind, every, path"),
+    ({'mine': {'function': 'f:g', 'path': 'p'}}, "config.evals.mine.path is no key of kind='function'"),
+    ({'text': {}}, 'config.evals.text.path is empty: name a data set of prompts'),
+    ({'prompts': {'path': 'p'}}, 'set exactly one of config.evals.prompts.reward.model and config.evals.'),
+    ({'win_rate': PROMPTS | {'count': 0}}, 'config.evals.win_rate.count=0 must be positive, or None'),
+    ({'win_rate': PROMPTS | {'batch_size': -1}}, 'config.evals.win_rate.batch_size=-1 must be positive'),
+    ({'text': {'path': 'p', 'sampling': {'top': 1}}}, "config.evals.text.sampling has ['top']: its keys are"),
+    ({'text': {'path': 'p', 'sampling': {'max_new_tokens': 0}}},
+     'config.evals.text.sampling.max_new_tokens=0 must be positive'),
+    ({'text': {'path': 'p', 'sampling': {'temperature': -1.0}}},
+     'config.evals.text.sampling.temperature=-1.0 must be 0 or positive'),
+]
 PTX = {'rl.ptx_coef': 1.0, 'ptx.batch_size': 8, 'ptx.path': 'p'}
 BAD_ON_POLICY = [
     ({'rl.clip_low': 2.0}, 'config.rl.clip_low=2.0 must be in [0, 1]'),
@@ -286,8 +304,27 @@ BAD_ON_POLICY = [
     ({'rl.minibatches': 3}, 'config.rl.minibatches=3 does not divide config.batch_size=64'),
     ({'rl.minibatches': 4, 'microbatch_size': 32},
      'config.microbatch_size=32 does not divide config.batch_size / config.rl.minibatches=16'),
-    ({'reward.function': None}, 'set exactly one of config.reward.model and config.reward.function'),
-    ({'reward.model': 'x'}, 'set exactly one of config.reward.model and config.reward.function'),
+    ({'reward.function': None},
+     'set exactly one of config.reward.model, config.reward.models, config.reward.function and '
+     'config.reward.parts (now none)'),
+    ({'reward.model': 'x'}, 'config.reward.parts (now model, function)'),
+    ({'reward.models': ('x', 'y')}, 'config.reward.parts (now models, function)'),
+    ({'reward.parts': {'a': {'model': 'x'}}}, 'config.reward.parts (now function, parts)'),
+    ({'reward.function': None, 'reward.models': ('x',)},
+     "config.reward.models=('x',) must name two folders or more, such as ('a', 'b')"),
+    ({'reward.ensemble': 'max'}, "config.reward.ensemble='max' must be one of mean, min, variance"),
+    ({'reward.ensemble_coef': -1.0}, 'config.reward.ensemble_coef=-1.0 must be 0 or positive'),
+    ({'reward.max_length': 0}, 'config.reward.max_length=0 must be positive, or None'),
+    (PARTS | {'reward.parts': {'a': 'x'}}, "config.reward.parts.a='x' must be a dict, such as"),
+    (PARTS | {'reward.parts': {'a': {'weight': 1.0}}},
+     'set exactly one of config.reward.parts.a.model, config.reward.parts.a.models and '
+     'config.reward.parts.a.function (now none)'),
+    (PARTS | {'reward.parts': {'a': {'modle': 'x'}}},
+     'config.reward.parts.a has no key modle: its keys are weight, '),
+    (PARTS | {'reward.parts': {'a': {'model': 'x', 'weight': math.nan}}},
+     'config.reward.parts.a.weight=nan must be a finite number'),
+    (PARTS | {'reward.parts': {'a': {'models': ('x', 'y'), 'ensemble': 'max'}}},
+     "config.reward.parts.a.ensemble='max' must be one of"),
     ({'sampling.temperature': 0.0}, 'config.sampling.temperature=0.0 must be positive: greedy'),
     ({'sampling.max_new_tokens': 0}, 'config.sampling.max_new_tokens=0 must be positive'),
     ({'sampling.samples': 3}, 'config.sampling.samples=3 does not divide config.batch_size=64'),
@@ -343,3 +380,19 @@ def test_contradictions(algorithm, changes, message):
   with pytest.raises(errors.UserError) as caught:
     build.validate(config, 8)
   assert message in str(caught.value), caught.value
+
+
+@pytest.mark.parametrize('evals, message', BAD_EVALS)
+def test_evaluators_that_cannot_run_are_named(evals, message):
+  config = good('sft')
+  config.evals = evals
+  with pytest.raises(errors.UserError) as raised:
+    build.validate(config, 1)
+  assert str(raised.value).startswith(message)
+
+
+def test_an_evaluator_has_defaults():
+  block = config_lib.evaluator('x', {'kind': 'prompts', 'path': 'p', 'reward': {'model': 'm'}})
+  assert block.to_dict() == {
+      'kind': 'prompts', 'every': None, 'path': 'p', 'split': None, 'columns': None, 'count': None,
+      'batch_size': 64, 'sampling': {}, 'reward': {'model': 'm', 'function': None, 'max_length': None}}

@@ -50,8 +50,7 @@ def run(world, shape, compiled, devices=None, steps=STEPS):
   mesh = sharding.make_mesh(shape, devices=devices)
   before, history, params, lengths = len(compiled), [], None, []
   with jax.set_mesh(mesh):
-    learner = ppo.create(config, mesh)
-    state, learner.state = learner.state, None
+    learner, state = ppo.create(config, mesh)
     for step in range(steps):
       batch, _ = learner.next_batch(state, timed=False)
       state, metrics = learner.train_step(state, *batch)

@@ -39,12 +39,12 @@ def make_config(world=''):
   config = ml_collections.ConfigDict({
       'seed': 5, 'stages': ('first', 'second', 'third'), 'data': {'path': 'x'},
       'first': {'function': 'test_pipeline:note', 'text': 'a', 'paths': ('$workdir/x',),
-                'seed': -1},
+                'seed': None},
       'second': {'function': 'test_pipeline:note', 'text': 'from $workdir/first', 'seed': 7,
                  'paths': (('name', '$workdir/first/note.json'), ('other', 'y'))},
       'third': {'function': 'test_pipeline:unseeded', 'text': '$workdir'}})
   config.pretrain = tiny.sft(world)
-  config.pretrain.seed = -1
+  config.pretrain.seed = None
   return config
 
 
@@ -66,7 +66,7 @@ def test_resolve_leaves_the_config_as_it_was(tmp_path):
   config = make_config()
   stage = pipeline.resolve(config.first, tmp_path, 5)
   assert stage.seed == 5 and stage.paths == (f'{tmp_path}/x',) and stage.is_locked
-  assert config.first.seed == -1 and config.first.paths == ('$workdir/x',)
+  assert config.first.seed is None and config.first.paths == ('$workdir/x',)
 
 
 def test_a_finished_stage_is_not_run_again_until_its_folder_is_deleted(tmp_path, ran):

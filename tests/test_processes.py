@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quick
-import tiny
 
 from rlhf_jax import checkpoint
 from rlhf_jax import metrics as metrics_lib
@@ -23,6 +22,7 @@ from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.models import hf
+import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / 'launch' / 'local.sh'
@@ -152,15 +152,15 @@ def test_an_update_has_no_loop_around_collectives_with_others_behind_it(minibatc
   config.rl.minibatches, config.microbatch_size = minibatches, microbatch
   mesh = sharding.make_mesh({'fsdp': 2}, devices=jax.devices()[:2])
   with jax.set_mesh(mesh):
-    learner = ppo.create(config, mesh)
-    batch, _ = learner.next_batch(learner.state, timed=False)
-    hlo = learner.train_step.lower(learner.state, *batch).compile().as_text()
+    learner, state = ppo.create(config, mesh)
+    batch, _ = learner.next_batch(state, timed=False)
+    hlo = learner.train_step.lower(state, *batch).compile().as_text()
   assert 'while(' in hlo and 'all-gather(' in hlo and not out_of_order(hlo)
 
 
 def test_two_processes_train_like_one_with_two_devices(world, tmp_path):
   """PPO with a reward in Python and pretraining mixed in: parameters split over both, each scoring its part."""
-  options = ['--config.steps=3', '--config.checkpoint_every=2', '--config.samples_every=1', '--config.eval_every=1',
+  options = ['--config.steps=3', '--config.checkpoint_every=2', '--config.samples_every=1',
              '--config.reward.model=', '--config.reward.function=tiny:good_words']
   one, two = tmp_path / 'one', tmp_path / 'two'
   mesh = {'fsdp': 2}

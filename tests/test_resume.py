@@ -53,12 +53,13 @@ def small(name, world):
     config.samples_every = 2
   elif name == 'reward_model':
     config = tiny.reward_model(world)
-    config.reward.normalize = 'gain_bias'
+    config.preference.normalize = 'gain_bias'
   else:
     config = tiny.sft(world)
     config.data.held_out = 0.1
   config.optim.update({'schedule': 'linear', 'warmup_steps': 2})
-  config.steps, config.checkpoint_every, config.eval_every = 8, 3, 2
+  config.steps, config.checkpoint_every = 8, 3
+  config.evals.update(tiny.evals(world) if name == 'ppo' else {'held_out': {'every': 2}})
   return config
 
 
@@ -67,7 +68,7 @@ def stop_after(monkeypatch, module, steps):
   create = module.create
 
   def stopping(config, mesh):
-    learner = create(config, mesh)
+    learner, state = create(config, mesh)
     next_batch = learner.next_batch
 
     def stop(state, **rest):
@@ -76,7 +77,7 @@ def stop_after(monkeypatch, module, steps):
       return next_batch(state, **rest)
 
     learner.next_batch = stop
-    return learner
+    return learner, state
 
   monkeypatch.setattr(module, 'create', stopping)
 

@@ -25,7 +25,8 @@ def finished(world, tmp_path_factory):
   """Five steps: logged every second, evaluated every third, with two checkpoints kept."""
   config = tiny.sft(world, 'completion')
   config.data.held_out = 0.2
-  config.update({'steps': 5, 'log_every': 2, 'eval_every': 3, 'checkpoint_every': 1})
+  config.update({'steps': 5, 'log_every': 2, 'checkpoint_every': 1})
+  config.evals.held_out.every = 3
   folder = tmp_path_factory.mktemp('finished') / 'run'
   assert train.run(config, folder) == folder / 'model'
   return config, folder
@@ -35,7 +36,7 @@ def test_metrics_are_written_when_they_are_due(finished):
   """The first step, every second one, and the last; held-out metrics on lines of their own."""
   lines = records(finished[1] / 'metrics.jsonl')
   assert [line['step'] for line in lines if 'loss' in line] == [0, 1, 3, 4]
-  assert [line['step'] for line in lines if 'eval/loss' in line] == [2, 4]
+  assert [line['step'] for line in lines if 'held_out/loss' in line] == [2, 4]
   assert [line['step'] for line in lines] == [0, 1, 2, 3, 4, 4]
   assert all(line['seconds/step'] > 0 for line in lines if 'loss' in line)
 
@@ -70,8 +71,8 @@ def test_an_unfinished_run_can_be_read(finished, tmp_path):
 @pytest.mark.parametrize('epochs, steps', [(1.0, 3), (0.5, 2), (2.4, 7), (0.01, 1)])
 def test_epochs_are_passes_over_the_rows(world, epochs, steps):
   config = tiny.sft(world)
-  config.steps, config.epochs = 0, epochs
-  assert setup.train_steps(config, rows=48) == steps
+  config.steps, config.data.epochs = None, epochs
+  assert setup.train_steps(config, examples=48) == steps
 
 
 @pytest.fixture(scope='module')
@@ -116,8 +117,8 @@ def test_raw_responses_are_scored_as_they_are_read(world, monkeypatch):
 
   monkeypatch.setattr(tiny, 'good_words', reward)
   with jax.set_mesh(mesh):
-    learner = ppo.create(config, mesh)
-    (_, rollout, scores, _), _ = learner.next_batch(learner.state, timed=False)
+    learner, state = ppo.create(config, mesh)
+    (_, rollout, scores, _), _ = learner.next_batch(state, timed=False)
   assert np.asarray(rollout.response_mask).all()
   lengths = []
   for row in np.asarray(rollout.tokens)[:, -24:].tolist():

@@ -21,6 +21,7 @@ from rlhf_jax import config as config_lib
 from rlhf_jax import forward as forward_lib
 from rlhf_jax import models
 from rlhf_jax import sharding
+from rlhf_jax import train as train_lib
 from rlhf_jax import types
 from rlhf_jax import update
 from rlhf_jax.algorithms import ppo as ppo_lib
@@ -127,15 +128,28 @@ def reward_model(world):
 
 def ppo(world, preset=''):
   """PPO against the reward function above."""
-  config = ppo_lib.config(preset)
+  config = on_policy(ppo_lib.config(preset), world)
+  config.rl.update({'epochs': 2, 'minibatches': 2})
+  if config.rl.ptx_coef:
+    mix_in_pretraining(config, world)
+  return config
+
+
+def on_policy(config, world):
+  """An on-policy algorithm's config, against the reward function above."""
   config.data.path = f'{world}/prompts.jsonl'
   config.data.max_prompt_length = 6
   config.reward.function = 'tiny:good_words'
   config.sampling.max_new_tokens = 6
-  config.rl.update({'epochs': 2, 'minibatches': 2})
-  if config.rl.ptx_coef:
-    mix_in_pretraining(config, world)
   return _trained(config, world)
+
+
+def evals(world, every=2):
+  """Blocks of every evaluator that asks a policy: the first 10 prompts, 4 tokens an answer."""
+  asked = lambda: {'path': f'{world}/prompts.jsonl', 'every': every, 'count': 10,
+                   'sampling': {'max_new_tokens': 4}}
+  scored = lambda: asked() | {'reward': {'function': 'tiny:good_words'}}
+  return {'prompts': scored(), 'win_rate': scored(), 'text': asked()}
 
 
 def mix_in_pretraining(config, world):
@@ -154,26 +168,26 @@ def _trained(config, world):
   return config
 
 
-def train(algorithm, config, steps):
-  """Takes some steps of a learner on one device.
+def train(algorithm, config, steps, mesh=None):
+  """Takes some steps of a learner.
 
   Args:
     algorithm: module of rlhf_jax.algorithms.
     config: its config.
     steps: how many.
+    mesh: device mesh; None for one device.
 
   Returns:
-    Learner, the last state, the metrics of every step, and the held-out metrics at the end.
+    Learner, the last state, the metrics of every step, and those of all evaluators at the end.
   """
-  mesh, history = sharding.make_mesh({}, devices=jax.devices()[:1]), []
+  mesh, history = mesh or sharding.make_mesh({}, devices=jax.devices()[:1]), []
   with jax.set_mesh(mesh):
-    learner = algorithm.create(config, mesh)
-    state, learner.state = learner.state, None
+    learner, state = algorithm.create(config, mesh)
     for _ in range(steps):
       batch, _ = learner.next_batch(state, timed=False)
       state, metrics = learner.train_step(state, *batch)
       history.append(jax.device_get(metrics))
-    return learner, state, history, learner.evaluate(state)
+    return learner, state, history, train_lib.evaluate(learner, state, list(learner.evaluators))
 
 
 def one_step(train_step, params, *batch, jit=True):
@@ -233,12 +247,13 @@ def get_config(arg=None):
   arg = config_lib.parse_arg(arg, stage='ppo', world='')
   if arg.stage == 'reward_model':
     config = reward_model(arg.world)
-    config.eval_every = 7
+    config.evals.held_out.every = 7
   else:
     config = ppo(arg.world)
     mix_in_pretraining(config, arg.world)
     config.reward.update({'function': None, 'model': f'{arg.world}/reward'})
     config.rl.update({'scale_scores': True, 'kl_controller': 'adaptive', 'kl_horizon': 100.0})
     config.samples_every = 10
+    config.evals = evals(arg.world, every=7)
   config.steps, config.checkpoint_every = 150, 3
   return config

@@ -83,7 +83,7 @@ def create(config, mesh):
 
   setup_jit_step = setup.jit_step
   with unittest.mock.patch.object(setup, 'jit_step', jit_step):
-    learner = ppo.create(config, mesh)
+    learner, state = ppo.create(config, mesh)
   models, settings = steps[0].keywords['models'], steps[0].keywords['settings']
 
   @jax.jit
@@ -95,7 +95,7 @@ def create(config, mesh):
     return update.before_update(params, rollout, rollout.response_mask, forward=forward,
                                 schedule=settings.schedule)
 
-  return learner, passes
+  return learner, state, passes
 
 def compiling():
   """A list to which the seconds of tracing, lowering and compiling are added as they happen."""
@@ -133,8 +133,8 @@ def main():
   with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
     folder = pathlib.Path(folder)
     write_world(w, folder)
-    learner, passes = create(make_config(w, options.way, folder, options.device), mesh)
-    state, batch, learner.state = learner.state, None, None
+    learner, state, passes = create(make_config(w, options.way, folder, options.device), mesh)
+    batch = None
     seconds = compiling()
     turns.ready(protocol.versions('rlhf_jax', 'jax', 'jaxlib', 'flax'))
     while True:

@@ -1,1 +1,1 @@
-"""One file an algorithm. Each has `create(config, mesh, workdir) -> train.Learner`."""
+"""One file an algorithm; see build.py for what each must have."""

@@ -1,7 +1,7 @@
 """Finds the module of an algorithm, and checks a config with it.
 
 An algorithm is a module with `config(preset='') -> ConfigDict`, `validate(config, device_count)` and
-`create(config, mesh) -> learner.Learner`.
+`create(config, mesh) -> (learner.Learner, first TrainState)`.
 """
 
 import importlib

@@ -2,8 +2,8 @@
 
 GRPO (Shao et al. 2024, https://arxiv.org/abs/2402.03300), Dr. GRPO (https://arxiv.org/abs/2503.20783),
 DAPO (https://arxiv.org/abs/2503.14476) and GSPO (https://arxiv.org/abs/2507.18071) are presets.
-Where TRL's GRPOTrainer differs: it multiplies the KL in the loss by the ratio, takes the token mean of
-'dapo' over the whole rollout, and keeps groups of equal scores in the loss.
+TRL multiplies the KL in the loss by the ratio, takes the mean over the tokens of the whole rollout for
+'dapo', and keeps groups of equal scores in the loss; we do not.
 
 Letters: B batch, n responses of a prompt, R response length.
 """
@@ -16,14 +16,14 @@ import jax.numpy as jnp
 from rlhf_jax import advantages as adv
 from rlhf_jax import config as config_lib
 from rlhf_jax import experience as experience_lib
-from rlhf_jax import forward as forward_lib
 from rlhf_jax import losses
 from rlhf_jax import update
 from rlhf_jax.algorithms import on_policy
+from rlhf_jax.algorithms import on_policy_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(on_policy.Settings):
+class Settings(on_policy_config.Settings):
   """Static choices of a GRPO train step; those above `scale` have other defaults than on_policy's.
 
   Attributes:
@@ -45,80 +45,70 @@ class Settings(on_policy.Settings):
 
 
 PRESETS = {
-    'deepseekmath': {'optim.learning_rate': 1e-6, 'sampling.samples': 64},
-    'dr_grpo': {'optim.learning_rate': 1e-6, 'rl.kl_coef': 0.0, 'rl.scale': 'none',
-                'rl.normalize': 'constant'},
-    'dapo': {'optim.learning_rate': 1e-6, 'sampling.samples': 16, 'rl.kl_coef': 0.0,
-             'rl.clip_high': 0.28, 'rl.normalize': 'token', 'rl.drop_equal_groups': True,
-             'rl.overlong': 0.2},
-    'gspo': {'optim.learning_rate': 1e-6, 'rl.kl_coef': 0.0, 'rl.ratio': 'sequence',
-             'rl.clip_low': 3e-4, 'rl.clip_high': 4e-4},
+    'deepseekmath': {'sampling.samples': 64},
+    'dr_grpo': {'rl.kl_coef': 0.0, 'rl.scale': 'none', 'rl.normalize': 'constant'},
+    'dapo': {'sampling.samples': 16, 'rl.kl_coef': 0.0, 'rl.clip_high': 0.28, 'rl.normalize': 'token',
+             'rl.drop_equal_groups': True, 'rl.overlong': 0.2},
+    'gspo': {'rl.kl_coef': 0.0, 'rl.ratio': 'sequence', 'rl.clip_low': 3e-4, 'rl.clip_high': 4e-4},
 }
 
 
 def config(preset=''):
   """Keys of GRPO; see ppo.config."""
-  found = on_policy.config('grpo', Settings)
-  found.sampling.samples = 8
+  found = on_policy_config.config('grpo', Settings)
+  found.sampling.samples, found.optim.learning_rate = 8, 1e-6
   return config_lib.apply_preset(found, PRESETS, preset)
 
 
 def validate(config, device_count):
   """Checks the keys of `config`; see ppo.validate."""
-  on_policy.validate(config, device_count)
-  config_lib.need(config.sampling.samples > 1,
-                  f'config.sampling.samples={config.sampling.samples} must be at least 2: '
-                  'the baseline is the other responses to a prompt')
-  config_lib.one_of(config, 'rl.scale', adv.GROUP_SCALES)
-  config_lib.one_of(config, 'rl.normalize', losses.NORMALIZERS)
-  config_lib.one_of(config, 'rl.ratio', losses.RATIO_LEVELS)
-  config_lib.one_of(config, 'rl.kl_estimator', ('k1', 'k2', 'k3', 'abs'))
-  config_lib.need(config.rl.overlong is None or 0 < config.rl.overlong <= 1,
-                  f'config.rl.overlong={config.rl.overlong} must be in (0, 1], or None')
+  on_policy_config.validate(config, device_count)
+  samples, overlong = config.sampling.samples, config.rl.overlong
+  config_lib.need(samples > 1, f'config.sampling.samples={samples} must be at least 2: the '
+                  'baseline is the other responses to a prompt')
+  for key, choices in (('scale', adv.GROUP_SCALES), ('normalize', losses.NORMALIZERS),
+                       ('ratio', losses.RATIO_LEVELS), ('kl_estimator', adv.KL_ESTIMATORS[:4])):
+    config_lib.one_of(config, f'rl.{key}', choices)
+  config_lib.need(overlong is None or 0 < overlong <= 1,
+                  f'config.rl.overlong={overlong} must be in (0, 1], or None')
 
 
 def prepare(outputs, fixed, *, state, rollout, scores, settings):
   """Turns a scored rollout into advantages; see ppo.prepare."""
   mask, n = rollout.response_mask, settings.samples
   experience, gap = experience_lib.begin(outputs, fixed, rollout, mask, behaviour=settings.behaviour)
-  paid, moments = settings.rules.apply(
-      experience_lib.totals(scores, mask), rollout, state.extra['reward_moments'])
+  extra, scores = state.extra, experience_lib.totals(scores, mask)
+  paid, moments = settings.rules.apply(scores, rollout, extra['reward_moments'])
   equal = adv.equal_groups(paid, n)
   if settings.overlong:
-    paid += adv.overlong_penalty(
-        jnp.sum(mask, axis=1), max_length=settings.max_new_tokens,
-        cache=settings.overlong * settings.max_new_tokens)
+    length = settings.max_new_tokens
+    paid += adv.overlong_penalty(jnp.sum(mask, axis=1), max_length=length, cache=settings.overlong * length)
   metrics = experience_lib.describe(
-      experience, rollout, paid, outputs, state.extra['kl_coef'], settings.rules)
+      experience, rollout, paid, outputs, extra['kl_coef'], settings.rules, raw=scores)
   if settings.kl_in == 'reward' and settings.kl_coef:
     kl = adv.kl_estimate(experience.logprobs, experience.ref_logprobs, settings.kl_estimator)
     paid -= settings.kl_coef * jnp.sum(kl, axis=1)
   advantages = adv.group_advantages(paid, n, scale=settings.scale)
   keep = mask & ~equal[:, None] if settings.drop_equal_groups else mask
-  experience = experience.replace(
-      response_mask=keep, step_mask=keep, advantages=jnp.where(keep, advantages[:, None], 0.0))
-  return experience, state.extra | {'reward_moments': moments}, metrics | {
-      'policy/sampler_gap': gap, 'groups/equal': jnp.mean(equal)}
+  advantages = jnp.where(keep, advantages[:, None], 0.0)
+  experience = experience.replace(response_mask=keep, step_mask=keep, advantages=advantages)
+  metrics |= {'policy/sampler_gap': gap, 'groups/equal': jnp.mean(equal)}
+  return experience, extra | {'reward_moments': moments}, metrics
 
 
 def loss(outputs, experience, counts, *, settings):
   """The clipped loss of a microbatch, as its share of the whole minibatch's mean; see ppo.loss."""
   mask = experience.response_mask
-  weights = losses.token_weights(
-      mask, counts.tokens, counts.sequences, normalize=settings.normalize,
-      max_length=settings.max_new_tokens)
+  weights = losses.token_weights(mask, counts.tokens, counts.sequences, normalize=settings.normalize,
+                                 max_length=settings.max_new_tokens)
   mean = lambda x: adv.masked_sum(weights * x, mask)
   logprobs = jnp.where(mask, outputs.logprobs, 0.0)
   log_ratio = losses.log_ratio(logprobs, experience.logprobs, mask, level=settings.ratio)
-  policy, clipped, ratio = losses.clipped_policy_loss(
-      log_ratio, experience.advantages, clip_low=settings.clip_low, clip_high=settings.clip_high,
-      dual_clip=settings.dual_clip)
+  policy, clipped, ratio = losses.clipped_policy_loss(log_ratio, experience.advantages, **settings.clips)
   total = policy_loss = mean(policy)
-  if settings.entropy_coef:
-    total -= settings.entropy_coef * mean(outputs.entropy)
+  total -= settings.entropy_coef * mean(outputs.entropy) if settings.entropy_coef else 0.0
   if settings.kl_in == 'loss' and settings.kl_coef:
-    total += settings.kl_coef * mean(
-        adv.kl_estimate(logprobs, experience.ref_logprobs, settings.kl_estimator))
+    total += settings.kl_coef * mean(adv.kl_estimate(logprobs, experience.ref_logprobs, settings.kl_estimator))
   by_token = lambda x: adv.masked_sum(x, mask) / counts.tokens
   return total, {
       'policy/loss': policy_loss, 'policy/ratio': by_token(ratio),
@@ -126,17 +116,13 @@ def loss(outputs, experience, counts, *, settings):
       'policy/clipfrac': by_token(clipped), 'policy/entropy': by_token(outputs.entropy)}
 
 
-def train_step(state, frozen, rollout, scores, ptx, *, models, optimizers, settings):
-  """One GRPO iteration after the rollout; see ppo.train_step."""
-  models = models.reaching(rollout.tokens.shape[1])
-  objective = update.Objective(
-      prepare=functools.partial(
-          prepare, state=state, rollout=rollout, scores=scores, settings=settings),
-      step_mask=rollout.response_mask, loss=functools.partial(loss, settings=settings))
-  return update.run(
-      state, rollout, forward=forward_lib.Forward(models, frozen, settings.temperature),
-      objective=on_policy.mix_in_pretraining(objective, ptx, frozen, models, settings.ptx_coef),
-      optimizers=optimizers, schedule=settings.schedule)
+def objective(state, rollout, scores, *, settings):
+  """GRPO's update.Objective for a scored rollout; see on_policy.train_step."""
+  ready = functools.partial(prepare, state=state, rollout=rollout, scores=scores, settings=settings)
+  return update.Objective(ready, rollout.response_mask, functools.partial(loss, settings=settings))
+
+
+train_step = functools.partial(on_policy.train_step, objective)
 
 
 def create(config, mesh):

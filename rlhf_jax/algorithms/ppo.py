@@ -4,7 +4,7 @@ Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), Stiennon et al. 2020
 (https://arxiv.org/abs/2009.01325), Ouyang et al. 2022 (https://arxiv.org/abs/2203.02155).
 The choices these make differently are keys of `config.rl`, and presets below.
 
-One iteration is a rollout, scoring, and `train_step`: the forward passes of forward.py, `prepare`
+One iteration is a rollout, scoring, and a train step: the forward passes of forward.py, `prepare`
 (rewards with the KL penalty, GAE), and update.py's epochs and minibatches of `loss`.
 
 Letters: B batch, R response length.
@@ -20,14 +20,14 @@ from ml_collections.config_dict import placeholder
 from rlhf_jax import advantages as adv
 from rlhf_jax import config as config_lib
 from rlhf_jax import experience as experience_lib
-from rlhf_jax import forward as forward_lib
 from rlhf_jax import losses
 from rlhf_jax import update
 from rlhf_jax.algorithms import on_policy
+from rlhf_jax.algorithms import on_policy_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(on_policy.Settings):
+class Settings(on_policy_config.Settings):
   """Static choices of a PPO train step, besides those of all on-policy algorithms.
 
   Attributes:
@@ -62,83 +62,53 @@ PRESETS = {
     # lm-human-preferences (https://arxiv.org/abs/1909.08593 and its train_policy.py).
     'openai2019': {
         'optim.name': 'tf_adam', 'optim.learning_rate': 1e-5, 'optim.schedule': 'linear',
-        'optim.eps': 1e-5,
-        'rl.epochs': 4, 'rl.minibatches': 1,
-        'rl.kl_coef': 0.15, 'rl.kl_controller': 'adaptive', 'rl.kl_target': 6.0,
-        'sampling.temperature': 0.7,
-        'rl.response': 'raw', 'rl.score_position': 'last',
-        'rl.missing_eos': 'replace', 'rl.missing_eos_value': -1.0,
-        'rl.whiten_rewards': True, 'rl.whiten_advantages': 'minibatch',
-        'rl.behaviour': 'sampler', 'critic.kind': 'trunk',
-    },
+        'optim.eps': 1e-5, 'rl.epochs': 4, 'rl.minibatches': 1, 'rl.kl_coef': 0.15,
+        'rl.kl_controller': 'adaptive', 'rl.kl_target': 6.0, 'sampling.temperature': 0.7,
+        'rl.response': 'raw', 'rl.score_position': 'last', 'rl.missing_eos': 'replace',
+        'rl.missing_eos_value': -1.0, 'rl.whiten_rewards': True,
+        'rl.whiten_advantages': 'minibatch', 'rl.behaviour': 'sampler', 'critic.kind': 'trunk'},
     # The N implementation details, TL;DR (https://arxiv.org/abs/2403.17031).
     'n_plus': {
         'optim.learning_rate': 3e-6, 'optim.schedule': 'linear', 'optim.eps': 1e-5,
-        'rl.epochs': 4, 'rl.minibatches': 1, 'rl.kl_coef': 0.05,
-        'sampling.temperature': 0.7,
-        'rl.score_position': 'after_end',
-        'rl.missing_eos': 'replace', 'rl.missing_eos_value': -1.0,
-        'critic.kind': 'separate',
-    },
+        'rl.epochs': 4, 'rl.minibatches': 1, 'rl.kl_coef': 0.05, 'sampling.temperature': 0.7,
+        'rl.score_position': 'after_end', 'rl.missing_eos': 'replace',
+        'rl.missing_eos_value': -1.0, 'critic.kind': 'separate'},
     # TRL 1.12, trl.experimental.ppo.
     'trl': {
-        'optim.learning_rate': 3e-6, 'optim.schedule': 'linear',
-        'rl.epochs': 4, 'rl.minibatches': 1, 'rl.kl_coef': 0.05,
-        'sampling.temperature': 0.7,
-        'rl.score_position': 'after_end',
-        'rl.missing_eos': 'subtract', 'rl.missing_eos_value': 1.0,
-        'rl.whiten_unbiased': True, 'critic.kind': 'separate',
-    },
+        'optim.learning_rate': 3e-6, 'optim.schedule': 'linear', 'rl.epochs': 4,
+        'rl.minibatches': 1, 'rl.kl_coef': 0.05, 'sampling.temperature': 0.7,
+        'rl.score_position': 'after_end', 'rl.missing_eos': 'subtract',
+        'rl.missing_eos_value': 1.0, 'rl.whiten_unbiased': True, 'critic.kind': 'separate'},
     # trlX, default_ppo_config.
     'trlx': {
         'optim.learning_rate': 3e-5, 'optim.schedule': 'cosine', 'optim.b2': 0.95,
-        'rl.epochs': 4, 'rl.kl_coef': 0.001,
-        'sampling.temperature': 1.0, 'rl.vf_coef': 1.0,
-        'rl.score_position': 'eos', 'rl.missing_eos': 'none',
-        'rl.clip_scores': 10.0,
-        'rl.whiten_advantages': 'minibatch', 'rl.whiten_unbiased': True,
-        'critic.kind': 'trunk',
-    },
+        'rl.epochs': 4, 'rl.kl_coef': 0.001, 'sampling.temperature': 1.0, 'rl.vf_coef': 1.0,
+        'rl.score_position': 'eos', 'rl.missing_eos': 'none', 'rl.clip_scores': 10.0,
+        'rl.whiten_advantages': 'minibatch', 'rl.whiten_unbiased': True, 'critic.kind': 'trunk'},
     # Ouyang et al. 2022, appendix C (https://arxiv.org/abs/2203.02155).
     'instructgpt': {
-        'optim.learning_rate': 9e-6, 'optim.b2': 0.95, 'batch_size': 512,
-        'rl.epochs': 1, 'rl.minibatches': 8, 'rl.kl_coef': 0.02,
-        'sampling.temperature': 1.0,
-        'rl.score_position': 'eos', 'rl.missing_eos': 'none',
-        'rl.ptx_coef': 27.8, 'critic.kind': 'separate',
-    },
+        'optim.learning_rate': 9e-6, 'optim.b2': 0.95, 'batch_size': 512, 'rl.epochs': 1,
+        'rl.minibatches': 8, 'rl.kl_coef': 0.02, 'sampling.temperature': 1.0,
+        'rl.score_position': 'eos', 'rl.missing_eos': 'none', 'rl.ptx_coef': 27.8,
+        'critic.kind': 'separate'},
 }
 
 
 def config(preset=''):
-  """Keys of PPO.
-
-  Args:
-    preset: '' or a name in PRESETS.
-
-  Returns:
-    ConfigDict.
-
-  Raises:
-    UserError: there is no such preset.
-  """
-  found = on_policy.config('ppo', Settings)
+  """Keys of PPO, a ConfigDict, changed by a preset; raises UserError for one not in PRESETS."""
+  found = on_policy_config.config('ppo', Settings)
   found.critic = ml_collections.ConfigDict({
       'kind': 'separate',       # 'trunk': a head on the policy's hidden states; or 'adapters'
-      'path': placeholder(str),     # separate: folder to start from; None: the reward model's
+      'path': placeholder(str),     # separate: folder to start from; None: the first reward model's
       'learning_rate': placeholder(float),  # None: the policy's
   })
   return config_lib.apply_preset(found, PRESETS, preset)
 
 
 def validate(config, device_count):
-  """Checks the keys of `config`.
-
-  Raises:
-    UserError: names the key, the value and the remedy.
-  """
-  on_policy.validate(config, device_count)
-  on_policy.validate_critic(config)
+  """Checks the keys of `config`; a UserError names the key, the value and the remedy."""
+  on_policy_config.validate(config, device_count)
+  on_policy_config.validate_critic(config)
   need, rl = config_lib.need, config.rl
   for key in ('gamma', 'lam'):
     need(0 <= rl[key] <= 1, f'config.rl.{key}={rl[key]} must be in [0, 1]')
@@ -185,7 +155,8 @@ def prepare(outputs, fixed, *, state, rollout, scores, step_mask, settings):
   if settings.whiten_advantages == 'batch':
     advantages = whiten(advantages, rollout.response_mask)
   experience = experience.replace(advantages=advantages, returns=returns)
-  metrics = experience_lib.describe(experience, rollout, paid, outputs, kl_coef, settings.rules)
+  metrics = experience_lib.describe(
+      experience, rollout, paid, outputs, kl_coef, settings.rules, raw=scores)
   next_coef = adv.next_kl_coef(
       kl_coef, experience.logprobs - experience.ref_logprobs, rollout.response_mask,
       controller=settings.kl_controller, target=settings.kl_target, horizon=settings.kl_horizon)
@@ -211,8 +182,7 @@ def loss(outputs, experience, counts, *, kl_coef, settings):
   step_mean = lambda x: adv.masked_sum(x, steps) / counts.steps
   logprobs = jnp.where(mask, outputs.logprobs, 0.0)
   policy, policy_clipped, ratio = losses.ppo_policy_loss(
-      logprobs, experience.logprobs, experience.advantages, clip_low=settings.clip_low,
-      clip_high=settings.clip_high, dual_clip=settings.dual_clip)
+      logprobs, experience.logprobs, experience.advantages, **settings.clips)
   value, value_clipped = losses.ppo_value_loss(
       outputs.values, experience.values, experience.returns, clip=settings.value_clip)
   policy_loss, value_loss = mean(policy), step_mean(value)
@@ -243,7 +213,7 @@ def whiten_minibatch(experience, *, settings):
 
 
 def objective(state, rollout, scores, *, settings):
-  """PPO's update.Objective for a scored rollout; see `train_step`."""
+  """PPO's update.Objective for a scored rollout; see on_policy.train_step."""
   step_mask = rollout.response_mask
   if scores.ndim == 1:
     step_mask = adv.step_mask(step_mask, settings.score_position)
@@ -255,31 +225,7 @@ def objective(state, rollout, scores, *, settings):
       minibatch=functools.partial(whiten_minibatch, settings=settings))
 
 
-def train_step(state, frozen, rollout, scores, ptx, *, models, optimizers, settings):
-  """One PPO iteration after the rollout. To be jitted with `state` donated.
-
-  Args:
-    state: TrainState with params and opt_state {'policy': ..., 'critic': ...}, and extra
-      {'kl_coef': scalar, 'reward_moments': [3]}, float32.
-    frozen: {'shared': parameters of the policy that are not trained, 'reference': the
-      reference's that are not among them}.
-    rollout: Rollout of B sequences, sampled from `state.params['policy']`.
-    scores: [B] float32, or [B, R] for rewards per token.
-    ptx: LMBatch whose rows are shared out over the minibatches, or None.
-    models: forward.Models.
-    optimizers: {'policy': optax optimizer, 'critic': optax optimizer}.
-    settings: Settings.
-
-  Returns:
-    The next TrainState and metrics, scalars.
-  """
-  models = models.reaching(rollout.tokens.shape[1])
-  forward = forward_lib.Forward(
-      models, frozen, settings.temperature, full_kl=settings.kl_estimator == 'full')
-  goal = on_policy.mix_in_pretraining(
-      objective(state, rollout, scores, settings=settings), ptx, frozen, models, settings.ptx_coef)
-  return update.run(state, rollout, forward=forward, objective=goal, optimizers=optimizers,
-                    schedule=settings.schedule)
+train_step = functools.partial(on_policy.train_step, objective)
 
 
 def create(config, mesh):

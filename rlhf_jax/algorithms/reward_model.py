@@ -28,6 +28,7 @@ from rlhf_jax import update
 from rlhf_jax.algorithms import setup
 from rlhf_jax.data import formats
 from rlhf_jax.data import pipelines
+from rlhf_jax.evaluation import evaluators
 from rlhf_jax.models import trainable
 from rlhf_jax.rewards import calibration
 from rlhf_jax.rewards import scoring
@@ -37,6 +38,7 @@ def config(preset=''):
   """Keys of a reward model from comparisons, rankings, picks or ratings; it has no presets."""
   found = config_lib.common('reward_model')
   found.data.kind = 'comparison'
+  found.evals = config_lib.held_out()
   found.preference = ml_collections.ConfigDict({
       'loss': 'pairwise',       # 'pairwise' (K-way too), 'pick_best' or 'rating'
       'centering': 0.0,         # weight of (r_a + r_b)^2; 0.01 recommended
@@ -173,7 +175,7 @@ def create(config, mesh):
     mesh: device mesh.
 
   Returns:
-    learner.Learner.
+    learner.Learner and the first TrainState.
 
   Raises:
     UserError: the data or the model does not fit the config.
@@ -190,7 +192,6 @@ def create(config, mesh):
                append_eos=config.preference.append_eos)
   iterator, rows = pipelines.comparison_iterator(
       examples, tokenizer, seed=config.seed, **sizes)
-  held_out = [batch for batch, _ in pipelines.comparison_batches(held_out, tokenizer, **sizes)]
   steps = setup.train_steps(config, rows)
   settings = Settings(loss=config.preference.loss, centering=config.preference.centering,
                       label_smoothing=config.preference.label_smoothing,
@@ -213,23 +214,27 @@ def create(config, mesh):
       train_step, model=model, optimizers=optimizers, settings=settings,
       microbatch_size=config.microbatch_size or 0), state)
 
-  def evaluate(state):
-    pairs = [scoring.pair_gaps(processes.host(
-        scores(trainable.join(frozen, state.params['reward']), sharding.put_rows(batch, mesh))),
-        batch) for batch in held_out]
-    return describe(np.concatenate(pairs)) if pairs else {}
+  def loss(path):
+    chosen = held_out
+    if path:
+      chosen = setup.read_examples(config.data, formats.comparisons, tokenizer, path=path)
+    batches = [batch for batch, _ in pipelines.comparison_batches(chosen, tokenizer, **sizes)]
+    return held_out_loss(batches, frozen, scores=scores, mesh=mesh)
 
   def export(state, path):
     params = setup.averaged(state, 'reward')
     setup.save(path, model, params['backbone'], shared, tokenizer=tokenizer,
                head=fitted_head(params))
 
+  context = evaluators.Context(
+      model=model, tokenizer=tokenizer, mesh=mesh, seed=config.seed, loss=loss,
+      load=setup.load_settings(config.model))
   return learner.Learner(
-      state=state, steps=steps, iterators={'data': iterator},
+      steps=steps, iterators={'data': iterator},
       next_batch=lambda state, *, timed: (
           (frozen, sharding.put_rows(next(iterator), mesh)), {}),
-      train_step=step, evaluate=evaluate, export=export,
-      model=model, model_name='reward', tokenizer=tokenizer)
+      train_step=step, export=export, describe=setup.describer(model, 'reward', tokenizer),
+      evaluators=evaluators.make(config.evals, context)), state
 
 
 def check_examples(examples, loss):
@@ -254,10 +259,32 @@ def normalization_batches(config, examples, tokenizer, sizes):
   return [batch for batch, _ in pipelines.comparison_batches(examples, tokenizer, **sizes)]
 
 
+def held_out_loss(batches, frozen, *, scores, mesh):
+  """Evaluator of the accuracy, calibration and loss on the pairs of all batches.
+
+  Args:
+    batches: list of Comparisons.
+    frozen: the model's parameters that are not trained.
+    scores: (params, Comparisons) -> scores [B, K].
+    mesh: device mesh.
+
+  Returns:
+    (state) -> metrics, or None without batches.
+  """
+
+  def evaluate(state):
+    params = trainable.join(frozen, state.params['reward'])
+    return describe(np.concatenate([
+        scoring.pair_gaps(processes.host(scores(params, sharding.put_rows(batch, mesh))), batch)
+        for batch in batches]))
+
+  return evaluate if batches else None
+
+
 def describe(gaps):
-  """Held-out metrics of gaps r_better - r_worse [n]; see evaluation.calibration."""
+  """Held-out metrics of gaps r_better - r_worse [n]; see rewards.calibration."""
   found = calibration.pairwise(gaps, np.zeros_like(gaps))
-  return {'eval/accuracy': found.accuracy, 'eval/accuracy_low': found.accuracy_low,
-          'eval/accuracy_high': found.accuracy_high, 'eval/ties': found.ties,
-          'eval/margin': found.margin, 'eval/ece': found.ece,
-          'eval/loss': float(np.mean(np.logaddexp(0.0, -gaps))), 'eval/pairs': found.count}
+  return {'accuracy': found.accuracy, 'accuracy_low': found.accuracy_low,
+          'accuracy_high': found.accuracy_high, 'ties': found.ties, 'margin': found.margin,
+          'ece': found.ece, 'loss': float(np.mean(np.logaddexp(0.0, -gaps))),
+          'pairs': found.count}

@@ -1,6 +1,7 @@
 """What every algorithm begins with: tokenizer, model, optimizer, state, data, files."""
 
 import dataclasses
+import json
 import os
 
 from absl import logging
@@ -17,6 +18,7 @@ from rlhf_jax.data import chat
 from rlhf_jax.data import pipelines
 from rlhf_jax.data import sources
 from rlhf_jax.data import tokenizers
+from rlhf_jax.evaluation import evaluators
 from rlhf_jax.models import heads
 from rlhf_jax.models import hf
 from rlhf_jax.models import hf_files
@@ -189,21 +191,19 @@ def jit_step(function, state):
   return jax.jit(function, donate_argnums=0, out_shardings=(state_shardings(state), None))
 
 
-def read_examples(config_data, convert, tokenizer):
+def read_examples(config_data, convert, tokenizer, *, path=None):
   """Examples of a data set, with a warning that counts what was left out.
 
   Args:
     config_data: `config.data`.
     convert: formats.texts, .completions, .comparisons or .prompts.
     tokenizer: for chat templates.
+    path: of another data set of the same format, in place of `config_data.path`.
 
   Returns:
     List of examples.
   """
-  return _read(config_data, config_data.path, convert, tokenizer)
-
-
-def _read(config_data, path, convert, tokenizer):
+  path = path or config_data.path
   columns = dict(pair.split('=') for pair in (config_data.columns or '').split(',') if pair)
   records = sources.read(path, split=config_data.split or '', columns=columns,
                          separator=config_data.separator)
@@ -226,7 +226,8 @@ def hold_out(config, convert, tokenizer):
   """
   examples = read_examples(config.data, convert, tokenizer)
   if config.data.held_out_path:
-    return examples, _read(config.data, config.data.held_out_path, convert, tokenizer)
+    return examples, read_examples(
+        config.data, convert, tokenizer, path=config.data.held_out_path)
   if not config.data.held_out:
     return examples, []
   return pipelines.split(examples, holdout=config.data.held_out, seed=config.seed)
@@ -270,6 +271,41 @@ def save(path, model, trained, frozen, *, tokenizer, head=None):
     peft.save(path.parent / 'adapter', model, trained)
   hf.save(path, dataclasses.replace(model, lora=None), trainable.whole(model, trained, frozen),
           tokenizer=tokenizer, head=head)
+
+
+def describer(model, name, tokenizer):
+  """`Learner.describe` of an algorithm that trains a model: model.json and the tokenizer.
+
+  Args:
+    model: Model.
+    name: of its parameters in `TrainState.params`.
+    tokenizer: its tokenizer.
+  """
+  def describe(workdir):
+    temporary = workdir / 'model.json.tmp'
+    temporary.write_text(json.dumps({'name': name, **model.config.to_hf()}, indent=2))
+    os.replace(temporary, workdir / 'model.json')
+    tokenizer.save_pretrained(workdir / 'tokenizer')
+  return describe
+
+
+def policy_context(config, model, tokenizer, mesh, frozen, start, *, loss=None):
+  """evaluators.Context of an algorithm that trains `state.params['policy']`.
+
+  Args:
+    config: the run's config.
+    model: Model.
+    tokenizer: its tokenizer.
+    mesh: device mesh.
+    frozen: the policy's parameters that are not trained.
+    start: () -> the trained parameters before the first step, not to be donated.
+    loss: see evaluators.Context.
+  """
+  return evaluators.Context(
+      model=model, tokenizer=tokenizer, mesh=mesh, seed=config.seed, loss=loss,
+      policy=lambda state: trainable.join(frozen, state.params['policy']),
+      start=lambda: trainable.join(frozen, start()), load=load_settings(config.model),
+      sampling=config.get('sampling', {}))
 
 
 def policy_exporter(model, tokenizer, frozen):

@@ -22,6 +22,7 @@ from rlhf_jax import update
 from rlhf_jax.algorithms import setup
 from rlhf_jax.data import formats
 from rlhf_jax.data import pipelines
+from rlhf_jax.evaluation import evaluators
 from rlhf_jax.models import trainable
 
 KINDS = ('text', 'completion')
@@ -29,7 +30,9 @@ KINDS = ('text', 'completion')
 
 def config(preset=''):
   """Keys of pretraining (`data.kind` 'text') and supervised fine-tuning ('completion'); it has no presets."""
-  return config_lib.apply_preset(config_lib.common('sft'), {}, preset)
+  found = config_lib.common('sft')
+  found.evals = config_lib.held_out()
+  return config_lib.apply_preset(found, {}, preset)
 
 
 def validate(config, device_count):
@@ -145,32 +148,63 @@ def check_kind(kind, model, key):
         "prompts; use 'completion'")
 
 
-def batches(config, examples, held_out, tokenizer, model):
-  """The training iterator, its number of rows, and the held-out batches, by `data.kind`."""
+def training_batches(config, examples, tokenizer, model):
+  """Iterator over batches of examples, and the rows of an epoch."""
   data = config.data
   if data.kind == 'text':
-    iterator, rows = pipelines.lm_iterator(
+    return pipelines.lm_iterator(
         examples, tokenizer, batch_size=config.batch_size, length=data.max_length,
         seed=config.seed)
-    fixed = pipelines.lm_batches(
-        held_out, tokenizer, batch_size=config.batch_size, length=data.max_length)
+  return pipelines.completion_iterator(
+      examples, tokenizer, batch_size=config.batch_size, max_length=data.max_length,
+      seed=config.seed, pairs=model.encoder_decoder)
+
+
+def held_out_batches(config, examples, tokenizer, model):
+  """Batches that hold every example once."""
+  data = config.data
+  if data.kind == 'text':
+    found = pipelines.lm_batches(
+        examples, tokenizer, batch_size=config.batch_size, length=data.max_length)
   else:
-    sizes = dict(batch_size=config.batch_size, max_length=data.max_length,
-                 pairs=model.encoder_decoder)
-    iterator, rows = pipelines.completion_iterator(examples, tokenizer, seed=config.seed, **sizes)
-    fixed = pipelines.completion_batches(held_out, tokenizer, **sizes)
-  return iterator, rows, [batch for batch, _ in fixed]
+    found = pipelines.completion_batches(
+        examples, tokenizer, batch_size=config.batch_size, max_length=data.max_length,
+        pairs=model.encoder_decoder)
+  return [batch for batch, _ in found]
+
+
+def held_out_loss(batches, frozen, *, model, mesh):
+  """Evaluator of the mean loss over the targets of all batches, and the perplexity.
+
+  Args:
+    batches: list of LMBatch or Pairs.
+    frozen: the policy's parameters that are not trained.
+    model: Model.
+    mesh: device mesh.
+
+  Returns:
+    (state) -> metrics, or None without batches.
+  """
+  sums = jax.jit(functools.partial(loss_sums, model=model))
+
+  def evaluate(state):
+    found = [sums(state.params['policy'], frozen, sharding.put_rows(batch, mesh))
+             for batch in batches]
+    loss = float(sum(total for total, _ in found) / sum(count for _, count in found))
+    return {'loss': loss, 'perplexity': float(jnp.exp(loss))}
+
+  return evaluate if batches else None
 
 
 def create(config, mesh):
   """The learner of `config.algorithm = 'sft'`.
 
   Args:
-    config: see `config.sft()`.
+    config: see `config`.
     mesh: device mesh.
 
   Returns:
-    learner.Learner.
+    learner.Learner and the first TrainState.
 
   Raises:
     UserError: the data or the model does not fit the config.
@@ -182,27 +216,25 @@ def create(config, mesh):
   model, params, frozen = setup.divide(config, model, params, mesh)
   convert = formats.texts if config.data.kind == 'text' else formats.completions
   examples, held_out = setup.hold_out(config, convert, tokenizer)
-  iterator, rows, held_out = batches(config, examples, held_out, tokenizer, model)
+  iterator, rows = training_batches(config, examples, tokenizer, model)
   steps = setup.train_steps(config, rows)
   optimizers = {'policy': setup.make_optimizer(config.optim, steps)}
   state = setup.new_state(config.seed, {'policy': params}, optimizers, mesh, model.rules)
   step = setup.jit_step(functools.partial(
       train_step, model=model, optimizers=optimizers,
       microbatch_size=config.microbatch_size or 0), state)
-  held_out_sums = jax.jit(functools.partial(loss_sums, model=model))
 
-  def evaluate(state):
-    sums = [held_out_sums(state.params['policy'], frozen, sharding.put_rows(batch, mesh))
-            for batch in held_out]
-    if not sums:
-      return {}
-    loss = float(sum(total for total, _ in sums) / sum(count for _, count in sums))
-    return {'eval/loss': loss, 'eval/perplexity': float(jnp.exp(loss))}
+  def loss(path):
+    chosen = setup.read_examples(config.data, convert, tokenizer, path=path) if path else held_out
+    return held_out_loss(
+        held_out_batches(config, chosen, tokenizer, model), frozen, model=model, mesh=mesh)
 
+  context = setup.policy_context(
+      config, model, tokenizer, mesh, frozen, lambda: jax.tree.map(jnp.copy, params), loss=loss)
   return learner.Learner(
-      state=state, steps=steps, iterators={'data': iterator},
+      steps=steps, iterators={'data': iterator},
       next_batch=lambda state, *, timed: (
           (frozen, sharding.put_rows(next(iterator), mesh)), {}),
-      train_step=step, evaluate=evaluate,
-      export=setup.policy_exporter(model, tokenizer, frozen),
-      model=model, model_name='policy', tokenizer=tokenizer)
+      train_step=step, export=setup.policy_exporter(model, tokenizer, frozen),
+      describe=setup.describer(model, 'policy', tokenizer),
+      evaluators=evaluators.make(config.evals, context)), state

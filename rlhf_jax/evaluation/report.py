@@ -134,7 +134,7 @@ def _curves(stage, records):
       series[name] = points
   panels = {}
   # False sorts first: training before evaluation.
-  for name in sorted(series, key=lambda name: (name.startswith('eval'), name)):
+  for name in sorted(series, key=lambda name: (name.startswith(('eval', 'held_out')), name)):
     panels.setdefault(_plain(name), {})[name] = series[name]
   shown = []
   for title in _ordered(panels)[:_MOST_PANELS]:
@@ -151,7 +151,7 @@ def _curves(stage, records):
 
 def _plain(name):
   """The name without its split, so that training and evaluation share a panel."""
-  for prefix in ('train/', 'eval/', 'train_', 'eval_'):
+  for prefix in ('train/', 'held_out/', 'eval/', 'train_', 'eval_'):
     name = name.removeprefix(prefix)
   return name
 

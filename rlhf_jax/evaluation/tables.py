@@ -35,7 +35,16 @@ def stages(rows):
 
 def stages_table(rows, *, title='', width=100):
   """The table of stages as plain text, at most `width` characters wide."""
-  titles, cells = stages(rows)
+  return _table(*stages(rows), title=title, width=width)
+
+
+def metrics_table(metrics, *, title='', width=100):
+  """A table of {name: number} as plain text, at most `width` characters wide."""
+  cells = [[name, f'{value:.6g}'] for name, value in metrics.items()]
+  return _table(['Metric', 'Value'], cells, title=title, width=width)
+
+
+def _table(titles, cells, *, title, width):
   table = rich.table.Table(title=title or None, box=rich.box.SIMPLE_HEAD, title_justify='left')
   for i, name in enumerate(titles):
     table.add_column(name, justify='right' if i else 'left')

@@ -1,11 +1,12 @@
 """Language models as functions of their parameters; Hugging Face weights in and out.
 
 `create` builds a model from the fields of a config.json; `hf.load` and `hf.save` read and write
-its folders. What algorithms ask of any model: `init`, `unembed`, `response_states`, `summary`,
-`prefill` and `step`, and of decoders also `forward`.
+its folders. What algorithms ask of a model stands in base.py: `init` and `summary` of any;
+`unembed`, `response_states`, `prefill` and `step` of those that write; of decoders also `forward`.
 """
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.models import families
 from rlhf_jax.models import stack
 from rlhf_jax.models.encoder import Encoder
 from rlhf_jax.models.families import FAMILIES
@@ -13,8 +14,8 @@ from rlhf_jax.models.seq2seq import Seq2Seq
 from rlhf_jax.models.transformer import Model
 
 DTYPES = ('float32', 'bfloat16')
-# Of the families that are not decoders.
-CLASSES = {'bert': Encoder, 'roberta': Encoder, 't5': Seq2Seq}
+CLASSES = (dict.fromkeys(families.DECODERS, Model) | dict.fromkeys(families.ENCODERS, Encoder)
+           | dict.fromkeys(families.ENCODER_DECODERS, Seq2Seq))
 
 
 def create(fields, *, dtype='float32', remat='none', unroll=1):
@@ -38,4 +39,4 @@ def create(fields, *, dtype='float32', remat='none', unroll=1):
   if unroll < 1:
     raise UserError(f'model: unroll={unroll} must be at least 1')
   config = FAMILIES[family].Config.from_hf(fields)
-  return CLASSES.get(family, Model)(family, config, dtype, remat, unroll)
+  return CLASSES[family](family, config, dtype, remat, unroll)

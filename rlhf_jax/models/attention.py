@@ -37,7 +37,7 @@ def causal(config, dtype, segments, key_segments, *, index, one_text):
   """Prepares attention for all layers of a pass.
 
   Args:
-    config: of a family, a layers.DecoderConfig with heads, kv_heads and head_width.
+    config: hf_config.Config of a family.
     dtype: of queries, keys and values.
     segments: [B, T] int32 of the queries, 0 at padding.
     key_segments: [B, S] int32 of the keys.
@@ -146,7 +146,7 @@ def blocks(queries, keys, values, segments, key_segments, *, index, window, scor
     queries: [B, t, N, H], already scaled; the last t of T.
     keys, values: [B, K, S, H].
     segments, key_segments, index, window: see `layers.attention_mask`.
-    score_cap: see `layers.DecoderConfig`.
+    score_cap: see `hf_config.Config`.
 
   Returns:
     [B, t, N * H] of the dtype of the values; 0 for queries that see nothing.

@@ -20,7 +20,7 @@ _MATRICES = 'kernel', 'embed/embedding', 'positions/embedding', 'lora/a', 'lora/
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-  """A model without its parameters; hashable, so static under jit. Subclasses have `shapes` and what runs.
+  """A model without its parameters; hashable, so static under jit.
 
   Attributes:
     family: a name in FAMILIES.
@@ -38,6 +38,11 @@ class Base:
   unroll: int = 1
   lora: lora_lib.Lora | None = None
   encoder_decoder = False
+
+  @property
+  def reads_tokens(self):
+    """Whether heads read the states of single tokens, so that a critic can start from it."""
+    return False
 
   @property
   def width(self):
@@ -75,6 +80,84 @@ class Base:
     """
     return stack.draw(key, self.shapes(), self.config.std)
 
+  def shapes(self):
+    """The tree of parameters, without adapters, as float32 ShapeDtypeStructs."""
+    raise NotImplementedError
+
+  def summary(self, params, tokens, mask):
+    """The state [B, D] that a scalar head reads a text's score from.
+
+    Args:
+      params: from `init`, `hf.load` or `hf.load_reward`.
+      tokens: [B, T] int32, padded on either side; those outside the mask are not read.
+      mask: [B, T] bool.
+    """
+    raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Writer(Base):
+  """A model that writes texts too: a decoder, or an encoder with a decoder."""
+
+  @property
+  def reads_tokens(self):
+    return True
+
+  def unembed(self, params, hidden):
+    """Logits of the next token.
+
+    Args:
+      params: from `init` or `hf.load`.
+      hidden: [..., D], states from any of the methods below.
+
+    Returns:
+      [..., V] float32.
+    """
+    raise NotImplementedError
+
+  def response_states(self, params, tokens, mask, slots, trunk=None):
+    """Hidden states that predict the response tokens of finished rollouts.
+
+    Args:
+      params: from `init` or `hf.load`.
+      tokens: [B, P + R] int32, left-padded prompt then right-padded response.
+      mask: [B, P + R] bool.
+      slots: R.
+      trunk: None, or what a decoder's `trunk` gave for the same tokens.
+
+    Returns:
+      [B, R, D]; slot t predicts response token t.
+    """
+    raise NotImplementedError
+
+  def prefill(self, params, tokens, mask, slots):
+    """Reads prompts into a new cache.
+
+    Args:
+      params: from `init`, `hf.load` or `unstack`.
+      tokens: [B, P] int32, left-padded.
+      mask: [B, P] bool.
+      slots: R, room for so many tokens of response.
+
+    Returns:
+      The state [B, D] that predicts the first response token, and the cache for `step`.
+    """
+    raise NotImplementedError
+
+  def step(self, params, token, alive, cache):
+    """Reads one more token of each row.
+
+    Args:
+      params: as for `prefill`.
+      token: [B] int32.
+      alive: [B] bool; the tokens of other rows are not read.
+      cache: from `prefill` or `step`.
+
+    Returns:
+      The state [B, D] that predicts the token after it, and the cache.
+    """
+    raise NotImplementedError
+
   def reaching(self, length):
     """The model for rows that will have `length` tokens, of which a call or its cache may hold fewer."""
     del length
@@ -93,6 +176,13 @@ class Base:
       return x.astype(self.dtype) if smaller and name.endswith(_MATRICES) else x
 
     return sharding.map_with_path(cast, params)
+
+  def _with_unembed(self, tree):
+    """Adds the unembedding's shape to a tree of parameters where it is not the embedding."""
+    if self.config.tie_word_embeddings:
+      return tree
+    kernel = jax.ShapeDtypeStruct((self.width, self.vocab_size), jnp.float32)
+    return tree | {'unembed': {'kernel': kernel}}
 
   def _logits(self, params, hidden):
     """States [..., D] times the unembedding, tied or not, and its adapter: [..., V] float32."""

@@ -22,28 +22,25 @@ class Encoder(base.Base):
   """An encoder; see base.Base."""
 
   def shapes(self):
-    """The tree of parameters, without adapters, as float32 ShapeDtypeStructs."""
     blocks = stack.shapes(self._module.Block, self.config, depth=self.config.depth)
     return stack.shapes(self._module.Ends, self.config) | {'blocks': blocks}
 
   def summary(self, params, tokens, mask):
-    """The state [B, D] that a scalar head reads a text's score from: the first token's, pooled.
-
-    Args:
-      params: from `init` or `hf.load_reward`.
-      tokens: [B, T] int32, padded on either side; those outside the mask are not read.
-      mask: [B, T] bool.
-    """
+    """See base.Base: the state of the first token, pooled."""
     ends = stack.build(self._module.Ends, self.config, self.dtype, params, lora=self.lora)
-    x = ends.begin(jnp.where(mask, tokens, 0), jnp.where(mask, types.positions_from_mask(mask), 0))
+    positions = jnp.where(mask, types.positions_from_mask(mask), 0)
+    x, shared = ends.begin(jnp.where(mask, tokens, 0), positions, tokens.shape[1])
     seen = mask[:, None, None, None, :]
 
     def attend(queries, keys, values):
-      return layers.attend(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), seen)
+      return layers.attend(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), seen), ()
 
     build = functools.partial(stack.build, self._module.Block, self.config, self.dtype, lora=self.lora,
                               prefix='blocks')
-    x, _ = stack.scan(build, params['blocks'], lambda block, layer, x, memory: (block(x, attend), memory),
-                      (sharding.split_rows(x), ()), remat=self.remat, unroll=self.unroll)
+    def apply(block, layer, x, _):
+      return block(x, layer, shared, attend)
+
+    x, _ = stack.scan(build, params['blocks'], apply, (sharding.split_rows(x), ()),
+                      remat=self.remat, unroll=self.unroll)
     first = jnp.argmax(mask, axis=1)
     return ends.finish(jnp.take_along_axis(x, first[:, None, None], axis=1)[:, 0])

@@ -10,23 +10,26 @@ from rlhf_jax.models import llama
 
 ARCHITECTURE = 'GemmaForCausalLM'
 CLASSIFIER = 'GemmaForSequenceClassification'
-PREFIX, IGNORED_TENSORS, RULES = llama.PREFIX, llama.IGNORED_TENSORS, llama.RULES
+PREFIX, UNEMBED = llama.PREFIX, llama.UNEMBED
+IGNORED_TENSORS, RULES = llama.IGNORED_TENSORS, llama.RULES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(llama.BaseConfig):
   """The fields of a Gemma config.json that change what is computed, and the special token ids."""
-  attention_bias: bool
+  num_key_value_heads: int = 16
+  head_dim: int = 256
+  max_position_embeddings: int = 8192
+  hidden_act: str = 'gelu_pytorch_tanh'
+  tie_word_embeddings: bool = True
+  attention_bias: bool = False
 
   MODEL_TYPE = 'gemma'
-  DEFAULTS = llama.BaseConfig.DEFAULTS | {
-      'num_key_value_heads': 16, 'head_dim': 256, 'max_position_embeddings': 8192,
-      'hidden_act': 'gelu_pytorch_tanh', 'tie_word_embeddings': True, 'attention_bias': False}
+  ONLY = llama.BaseConfig.ONLY | {'use_bidirectional_attention': False}
 
   @classmethod
-  def take(cls, fields):
-    fields.only('use_bidirectional_attention', False)
-    taken = {'attention_bias': fields.flag('attention_bias')} | super().take(fields)
+  def take(cls, fields, **taken):
+    taken = super().take(fields, **taken)
     if taken['hidden_act'] == 'gelu':  # What the first files say, and do not mean.
       taken['hidden_act'] = 'gelu_pytorch_tanh'
     fields.only('hidden_activation', taken['hidden_act'])
@@ -34,12 +37,12 @@ class Config(llama.BaseConfig):
 
 
 class Norm(nnx.Module):
-  """RMSNorm times 1 + offset; in float32."""
+  """RMSNorm times 1 + offset; in float32. Arguments as for `layers.LayerNorm`."""
 
-  def __init__(self, width, config, *, dtype, rngs):
+  def __init__(self, config, *, dtype, rngs, width=None):
     del rngs
-    self.offset = nnx.Param(jnp.zeros(width))
-    self.epsilon, self.dtype = config.rms_norm_eps, dtype
+    self.offset = nnx.Param(jnp.zeros(width or config.block_width))
+    self.epsilon, self.dtype = config.norm_epsilon, dtype
 
   def __call__(self, x):
     x = x.astype(jnp.float32)
@@ -64,4 +67,9 @@ class Ends(llama.Ends):
 
 def sources(config):
   """Where each parameter lies in a Hugging Face file: {path: Source}."""
-  return {path.replace('norm/scale', 'norm/offset'): source for path, source in llama.sources(config).items()}
+  return offsets(llama.sources(config))
+
+
+def offsets(found):
+  """Sources {path: Source} with the norms' scales as what is added to 1."""
+  return {path.replace('norm/scale', 'norm/offset'): source for path, source in found.items()}

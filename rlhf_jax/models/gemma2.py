@@ -9,56 +9,50 @@ import dataclasses
 from rlhf_jax.models import gemma
 from rlhf_jax.models import layers
 from rlhf_jax.models import llama
+from rlhf_jax.models import naming
 from rlhf_jax.models import windowed
-from rlhf_jax.models.naming import Source
 
 ARCHITECTURE = 'Gemma2ForCausalLM'
 CLASSIFIER = 'Gemma2ForSequenceClassification'
-PREFIX, IGNORED_TENSORS, RULES = llama.PREFIX, llama.IGNORED_TENSORS, llama.RULES
+PREFIX, UNEMBED = llama.PREFIX, llama.UNEMBED
+IGNORED_TENSORS, RULES = llama.IGNORED_TENSORS, llama.RULES
 Ends = gemma.Ends
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(llama.BaseConfig):
+class Config(windowed.Config):
   """The fields of a Gemma 2 config.json that change what is computed, and the special token ids."""
-  attention_bias: bool
-  query_pre_attn_scalar: int
-  attn_logit_softcapping: float | None
-  final_logit_softcapping: float | None
-  sliding_window: int | None
-  layer_types: tuple
+  num_key_value_heads: int = 4
+  head_dim: int = 256
+  max_position_embeddings: int = 8192
+  tie_word_embeddings: bool = True
+  attention_bias: bool = False
+  query_pre_attn_scalar: int = 256
+  attn_logit_softcapping: float | None = 50.0
+  final_logit_softcapping: float | None = 30.0
 
   MODEL_TYPE = 'gemma2'
-  DEFAULTS = llama.BaseConfig.DEFAULTS | {
-      'num_key_value_heads': 4, 'head_dim': 256, 'max_position_embeddings': 8192, 'tie_word_embeddings': True,
-      'hidden_activation': 'gelu_pytorch_tanh', 'attention_bias': False, 'query_pre_attn_scalar': 256,
-      'attn_logit_softcapping': 50.0, 'final_logit_softcapping': 30.0, 'sliding_window': 4096}
-  ACTIVATION = 'hidden_activation'
+  ONLY = windowed.Config.ONLY | {'use_bidirectional_attention': False}
 
   @classmethod
-  def take(cls, fields):
-    fields.only('use_bidirectional_attention', False)
-    own = dict(
-        attention_bias=fields.flag('attention_bias'),
-        query_pre_attn_scalar=fields.integer('query_pre_attn_scalar'),
-        attn_logit_softcapping=fields.number('attn_logit_softcapping', None),
-        final_logit_softcapping=fields.number('final_logit_softcapping', None))
-    taken = own | super().take(fields)
-    taken |= windowed.take(fields, depth=taken['num_hidden_layers'], slides=cls.sliding_rule(fields))
+  def take(cls, fields, **taken):
+    activation = fields.choice('hidden_activation', layers.ACTIVATIONS, 'gelu_pytorch_tanh')
+    taken = super().take(fields, slides=cls.sliding_rule(fields), hidden_act=activation, **taken)
     # Old files say these twice.
-    fields.only('hidden_act', taken['hidden_act'])
+    fields.only('hidden_act', activation)
     fields.only('sliding_window_size', taken['sliding_window'])
     return taken
+
+  def to_hf(self):
+    fields = super().to_hf()
+    fields['hidden_activation'] = fields.pop('hidden_act')
+    return fields
 
   @classmethod
   def sliding_rule(cls, fields):
     """Layer -> whether it sees a window, in files that do not say it of each."""
     del fields
     return lambda layer: layer % 2 == 0
-
-  @property
-  def windows(self):
-    return windowed.windows(self)
 
   @property
   def score_cap(self):
@@ -78,20 +72,19 @@ class Block(gemma.Block):
 
   def __init__(self, config, *, dtype, rngs):
     super().__init__(config, dtype=dtype, rngs=rngs)
-    self.attention_post_norm = self.Norm(config.width, config, dtype=dtype, rngs=rngs)
-    self.mlp_post_norm = self.Norm(config.width, config, dtype=dtype, rngs=rngs)
+    self.attention_post_norm = self.Norm(config, dtype=dtype, rngs=rngs)
+    self.mlp_post_norm = self.Norm(config, dtype=dtype, rngs=rngs)
 
   def __call__(self, x, layer, table, attend):
-    """Applies the layer; see llama.Block."""
-    del layer
-    mixed, memory = self.mix(self.attention_norm(x), table, attend)
+    mixed, memory = self.mix(self.attention_norm(x), layer, table, attend)
     x = layers.tail(x, mixed) + self.attention_post_norm(mixed)
     return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x))), memory
 
 
 def sources(config):
   """Where each parameter lies in a Hugging Face file: {path: Source}."""
-  norms = {f'blocks/{ours}/offset': Source(f'layers.{{layer}}.{theirs}_layernorm.weight')
-           for ours, theirs in (('attention_post_norm', 'post_attention'), ('mlp_norm', 'pre_feedforward'),
-                                ('mlp_post_norm', 'post_feedforward'))}
-  return gemma.sources(config) | norms
+  names = {'attention_post_norm': 'post_attention', 'mlp_norm': 'pre_feedforward',
+           'mlp_post_norm': 'post_feedforward'}
+  norms = naming.scales({f'blocks/{ours}': f'layers.{{layer}}.{theirs}_layernorm'
+                         for ours, theirs in names.items()})
+  return gemma.sources(config) | gemma.offsets(norms)

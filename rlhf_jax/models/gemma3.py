@@ -15,14 +15,15 @@ from rlhf_jax.models import gemma
 from rlhf_jax.models import gemma2
 from rlhf_jax.models import hf_config
 from rlhf_jax.models import llama
+from rlhf_jax.models import naming
 from rlhf_jax.models import qwen3
 from rlhf_jax.models import rope
 from rlhf_jax.models import windowed
-from rlhf_jax.models.naming import Source
 
 ARCHITECTURE = 'Gemma3ForCausalLM'
 CLASSIFIER = 'Gemma3TextForSequenceClassification'
-PREFIX, IGNORED_TENSORS, RULES = llama.PREFIX, llama.IGNORED_TENSORS, llama.RULES
+PREFIX, UNEMBED = llama.PREFIX, llama.UNEMBED
+IGNORED_TENSORS, RULES = llama.IGNORED_TENSORS, llama.RULES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,11 +32,12 @@ class Config(gemma2.Config):
 
   `rope` turns the layers that see the whole text, `local_rope` those with windows.
   """
+  max_position_embeddings: int = 131072
+  attn_logit_softcapping: float | None = None
+  final_logit_softcapping: float | None = None
   local_rope: rope.Rope
 
   MODEL_TYPE = 'gemma3_text'
-  DEFAULTS = gemma2.Config.DEFAULTS | {
-      'max_position_embeddings': 131072, 'attn_logit_softcapping': None, 'final_logit_softcapping': None}
 
   @classmethod
   def from_hf(cls, fields):
@@ -47,10 +49,10 @@ class Config(gemma2.Config):
     return super().from_hf(fields)
 
   @classmethod
-  def take(cls, fields):
+  def take(cls, fields, **taken):
     # Their model has this field and does not read it.
     fields.only('attn_logit_softcapping', None)
-    return super().take(fields)
+    return super().take(fields, **taken)
 
   @classmethod
   def sliding_rule(cls, fields):
@@ -75,12 +77,11 @@ class Config(gemma2.Config):
         'local_rope': rope.read(name, given.raw(windowed.SLIDING, {}),
                                 theta=fields.number('rope_local_base_freq', 1e4), **shared)}
     given.finish()
-    if not all(getattr(one, 'truncate', True) for one in taken.values()):
+    if any(isinstance(one, rope.Yarn) and not one.truncate for one in taken.values()):
       raise hf_config.refusal('truncate', False, 'of this family transformers reads it as true; write that')
     return taken
 
   def to_hf(self):
-    """The dict of a config.json, without `architectures` and dtype."""
     fields = super().to_hf()
     del fields['local_rope']
     if self.local_rope.kind == 'default':
@@ -105,10 +106,10 @@ class Block(gemma2.Block):
     super().__init__(config, dtype=dtype, rngs=rngs)
     self.slides = tuple(int(kind == windowed.SLIDING) for kind in config.layer_types)
 
-  def __call__(self, x, layer, tables, attend):
-    """Applies the layer; see llama.Block. `tables` holds those of both kinds of layers, stacked."""
+  def __call__(self, x, layer, table, attend):
+    """See blocks.Block; `table` holds those of both kinds of layers, stacked."""
     kind = jnp.array(self.slides)[layer]
-    return super().__call__(x, layer, [part[kind] for part in tables], attend)
+    return super().__call__(x, layer, [part[kind] for part in table], attend)
 
 
 class Ends(gemma.Ends):
@@ -119,13 +120,11 @@ class Ends(gemma.Ends):
     self.local_rope = config.local_rope
 
   def begin(self, tokens, positions, slots):
-    """As llama.Ends; cosines and sines are [2, B, T, 1, H / 2], of layers that see all and of those with windows."""
+    """See blocks.Ends; the tables are [2, B, T, 1, H / 2]: of layers that see all, and windows."""
     x, table = super().begin(tokens, positions, slots)
     return x, [jnp.stack(parts) for parts in zip(table, self.local_rope.table(positions, slots))]
 
 
 def sources(config):
   """Where each parameter lies in a Hugging Face file: {path: Source}."""
-  norms = {f'blocks/attention/{ours}_norm/offset': Source(f'layers.{{layer}}.self_attn.{theirs}_norm.weight')
-           for ours, theirs in (('query', 'q'), ('key', 'k'))}
-  return gemma2.sources(config) | norms
+  return gemma2.sources(config) | gemma.offsets(naming.scales(qwen3.HEAD_NORMS))

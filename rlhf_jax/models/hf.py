@@ -27,11 +27,11 @@ from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import hf_arrays
+from rlhf_jax.models import hf_config
 from rlhf_jax.models import hf_files
 from rlhf_jax.models.families import FAMILIES
 from rlhf_jax.models.naming import Source
 
-HEAD, UNEMBED = 'score', 'lm_head.weight'
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -51,10 +51,7 @@ def load(path, *, mesh=None, dtype='float32', remat='none', unroll=1, param_dtyp
     UserError: files missing or damaged; a config field that is unknown or not supported; tensors
       missing, left over, of the wrong shape or dtype, or with values that are not finite.
   """
-  model = _model(path, dtype=dtype, remat=remat, unroll=unroll)
-  module = FAMILIES[model.family]
-  tensors = hf_files.Tensors(path, prefix=module.PREFIX)
-  model = _fitted(model, tensors)
+  model, module, tensors = _open(path, dtype=dtype, remat=remat, unroll=unroll)
   weight, _ = _head_names(model)
   if isinstance(model, models.Encoder):
     raise UserError(f'{path}: a {model.family} model reads texts and writes none; it can be a reward model only')
@@ -63,7 +60,7 @@ def load(path, *, mesh=None, dtype='float32', remat='none', unroll=1, param_dtyp
                     'give the folder of a language model')
   shapes, sources = model.shapes(), module.sources(model.config)
   if 'unembed' in shapes:
-    sources['unembed/kernel'] = Source(_unembed_name(module), transpose=True)
+    sources['unembed/kernel'] = Source(module.UNEMBED, transpose=True)
   params = _read(path, tensors, model, shapes, sources, mesh=mesh, param_dtype=param_dtype)
   return model, params
 
@@ -81,10 +78,7 @@ def load_reward(path, *, mesh=None, dtype='float32', remat='none', unroll=1, par
   Raises:
     UserError: see `load`; or the head has more than one label.
   """
-  model = _model(path, dtype=dtype, remat=remat, unroll=unroll)
-  module = FAMILIES[model.family]
-  tensors = hf_files.Tensors(path, prefix=module.PREFIX)
-  model = _fitted(model, tensors)
+  model, module, tensors = _open(path, dtype=dtype, remat=remat, unroll=unroll)
   head = _read_head(path, tensors, model)
   shapes = {name: tree for name, tree in model.shapes().items() if name != 'unembed'}
   backbone = _read(path, tensors, model, shapes, module.sources(model.config), mesh=mesh, param_dtype=param_dtype)
@@ -144,6 +138,15 @@ def _model(path, **settings):
   return model
 
 
+def _open(path, **settings):
+  """The Model of a folder as its tensors want it, its family's file, and the hf_files.Tensors."""
+  model = _model(path, **settings)
+  module = FAMILIES[model.family]
+  tensors = hf_files.Tensors(path, prefix=module.PREFIX)
+  config = model.config.for_tensors(tensors.names())
+  return dataclasses.replace(model, config=config), module, tensors
+
+
 def _check_architectures(file, found, module):
   """Refuses a config.json whose `architectures` are of another family than its model_type.
 
@@ -161,22 +164,9 @@ def _check_architectures(file, found, module):
                     f'of which it would be "{expected}"; if the model is one, write that')
 
 
-def _fitted(model, tensors):
-  """The model as its tensors want it, in families whose config.json leaves something open."""
-  if not hasattr(model.config, 'for_tensors'):
-    return model
-  return dataclasses.replace(model, config=model.config.for_tensors(tensors.names()))
-
-
 def _head_names(model):
   """The tensors of a reward model's head: weight and bias."""
-  name = getattr(model.config, 'head', HEAD)
-  return f'{name}.weight', f'{name}.bias'
-
-
-def _unembed_name(module):
-  """The tensor of a family's unembedding where it is not the embedding."""
-  return getattr(module, 'UNEMBED', UNEMBED)
+  return f'{model.config.head}.weight', f'{model.config.head}.bias'
 
 
 def _read_head(path, tensors, model):
@@ -243,7 +233,7 @@ def _extra(tensors, model, expected):
   ignored = re.compile(module.IGNORED_TENSORS)
   spare = tensors.names() - set(expected) - set(_head_names(model))
   if model.config.tie_word_embeddings:
-    spare -= {_unembed_name(module)}  # A copy of the embedding that some writers leave in.
+    spare -= {module.UNEMBED}  # A copy of the embedding that some writers leave in.
   return [name for name in spare if not ignored.search(name)]
 
 
@@ -272,7 +262,7 @@ def _some(names):
 
 def _check_copy(path, tensors, model, sources):
   """Makes sure that an unembedding beside a tied embedding is a copy of it, as it will not be used."""
-  copy = _unembed_name(FAMILIES[model.family])
+  copy = FAMILIES[model.family].UNEMBED
   if not model.config.tie_word_embeddings or copy not in tensors.names() or 'embed/embedding' not in sources:
     return
   embedding = sources['embed/embedding'].name
@@ -301,10 +291,10 @@ def _tensors(model, params, head):
     weight, bias = _head_names(model)
     yield weight, processes.host(head['kernel'])[None]
     value = processes.host(head['bias'])
-    if value != 0 or not bias.startswith(HEAD):
+    if value != 0 or model.config.head != hf_config.SCORE:
       yield bias, value[None]
   elif not model.config.tie_word_embeddings:
-    source = Source(_unembed_name(module), transpose=True)
+    source = Source(module.UNEMBED, transpose=True)
     yield source.name, hf_arrays.join([source], [processes.host(leaves['unembed/kernel'])])
 
 
@@ -321,7 +311,7 @@ def _config_json(model, params, tokenizer, head):
     config['label2id'] = {'reward': 0}
   for name in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
     given = getattr(tokenizer, name, None)
-    if given is not None and name not in getattr(model.config, 'kept_token_ids', ()):
+    if given is not None and name not in model.config.kept_token_ids:
       config[name] = given
   return config
 

@@ -4,10 +4,13 @@ A field that changes what a model computes and is silently ignored gives a model
 right, which is worse than an error.
 """
 
+import dataclasses
 import json
 import math
+import operator
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.models import layers
 
 # Fields that change nothing in the functions computed here: dropout is always 0 in RLHF, the
 # labels' names and the pooling of unused heads are not ours, the rest is about the library
@@ -26,34 +29,8 @@ IRRELEVANT = frozenset({
 })
 
 REQUIRED = object()
-
-
-class UsualNames:
-  """What a Config says of itself where its fields have the names that most families use."""
-
-  @property
-  def width(self):
-    return self.hidden_size
-
-  @property
-  def depth(self):
-    return self.num_hidden_layers
-
-  @property
-  def heads(self):
-    return self.num_attention_heads
-
-  @property
-  def kv_heads(self):
-    return self.num_attention_heads
-
-  @property
-  def head_width(self):
-    return self.hidden_size // self.num_attention_heads
-
-  @property
-  def max_length(self):
-    return self.max_position_embeddings
+TokenId = int | tuple | None
+SCORE = 'score'
 
 
 class Fields:
@@ -85,6 +62,10 @@ class Fields:
       raise refusal(name, value, 'must be a positive whole number' if least == 1 else
                     f'must be a whole number of at least {least}')
     return value
+
+  def integers(self, *names):
+    """{name: positive whole number} of several fields."""
+    return {name: self.integer(name) for name in names}
 
   def number(self, name, default=REQUIRED):
     """A positive number."""
@@ -122,6 +103,10 @@ class Fields:
       raise refusal(name, value, 'must be a token id or a list of them')
     return tuple(value) if isinstance(value, (list, tuple)) else value
 
+  def typed(self, field):
+    """The value of a dataclass field, read as its type says; a str is an activation."""
+    return _READERS[field.type](self, field.name)
+
   def finish(self):
     """Refuses fields that were not taken and are not known to be irrelevant.
 
@@ -138,3 +123,153 @@ class Fields:
 def refusal(name, value, why):
   """The error for a field whose value is not supported."""
   return UserError(f'model config: {name}={json.dumps(value, default=str)}: {why}')
+
+
+def check_divides(values, part, whole, hint=''):
+  """Refuses values[part] where it does not divide values[whole]."""
+  if values[whole] % values[part]:
+    raise refusal(part, values[part], f'must divide {whole}={values[whole]}{hint}')
+
+
+def _numbers(fields, name):
+  """Takes a list of positive numbers, as a tuple."""
+  value = fields.raw(name)
+  if not isinstance(value, (list, tuple)) or not all(
+      isinstance(entry, (int, float)) and entry > 0 for entry in value):
+    raise refusal(name, value, 'must be a list of positive numbers')
+  return tuple(map(float, value))
+
+
+_READERS = {
+    int: Fields.integer,
+    int | None: lambda fields, name: fields.integer(name, None),
+    float: Fields.number,
+    float | None: lambda fields, name: fields.number(name, None),
+    bool: Fields.flag,
+    str: lambda fields, name: fields.choice(name, layers.ACTIVATIONS),
+    tuple: _numbers,
+    TokenId: Fields.token_id,
+}
+
+
+def alias(name):
+  """A property: the attribute of another name."""
+  return property(operator.attrgetter(name))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """What a family's Config is made from: a dataclass of the fields of a config.json.
+
+  A family adds its fields, each with transformers' default if it has one. What the models read are
+  the attributes below; a family that names or computes one of them otherwise overrides it.
+
+  Attributes:
+    MODEL_TYPE: the family's name in a config.json.
+    ONLY: {field: the one supported value}.
+    head: name of the score's tensors in a reward model's files.
+    kept_token_ids: names of token ids that the tokenizer saved beside a model does not replace.
+    tie_word_embeddings: whether the embedding is the unembedding; true where there is none.
+    width: D of the hidden states that logits and heads read.
+    block_width: D inside the blocks.
+    depth: L; of the encoder where there is a decoder too.
+    heads, kv_heads, head_width: N, K and H.
+    inner: F.
+    max_length: tokens of a row that the model was made for.
+    first_position: row of the table of positions that the first token reads.
+    attention_bias, out_bias, mlp_bias: whether the linear maps have biases: query, key and value,
+      the output of attention, the MLP.
+    activation: of the MLP, a name in layers.ACTIVATIONS.
+    gated: whether the MLP has a gate.
+    norm_first: whether norms stand before attention and MLP, or after the sums.
+    norm_affine: whether LayerNorms have parameters.
+    norm_epsilon: added to the variance.
+    query_scale: what queries are multiplied by.
+    windows: for every layer how many slots back a token sees, itself included; 0: all of them.
+      Empty where every layer sees all.
+    score_cap: c of c tanh(scores / c) on attention scores; 0 for none.
+    logit_cap: the same on the logits.
+  """
+  vocab_size: int
+  bos_token_id: TokenId = None
+  eos_token_id: TokenId = None
+  pad_token_id: TokenId = None
+
+  MODEL_TYPE = ''
+  ONLY = {'is_encoder_decoder': False}
+  head = SCORE
+  kept_token_ids = ()
+  first_position = 0
+  attention_bias = mlp_bias = True
+  gated = False
+  norm_first = norm_affine = True
+  windows = ()
+  score_cap = logit_cap = 0.0
+
+  width = alias('hidden_size')
+  block_width = alias('width')
+  depth = alias('num_hidden_layers')
+  heads = alias('num_attention_heads')
+  kv_heads = alias('heads')
+  inner = alias('intermediate_size')
+  max_length = alias('max_position_embeddings')
+  activation = alias('hidden_act')
+  norm_epsilon = alias('layer_norm_eps')
+  out_bias = alias('attention_bias')
+
+  @property
+  def head_width(self):
+    return self.block_width // self.heads
+
+  @property
+  def query_scale(self):
+    return self.head_width ** -0.5
+
+  @classmethod
+  def from_hf(cls, fields):
+    """Reads a config.json dict.
+
+    Raises:
+      UserError: naming a field that is missing, unknown or not supported.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)
+                if field.default is not dataclasses.MISSING}
+    fields = Fields({**defaults, **fields})
+    config = cls(**cls.take(fields))
+    for name, supported in cls.ONLY.items():
+      fields.only(name, supported)
+    fields.finish()
+    config.check()
+    return config
+
+  @classmethod
+  def take(cls, fields, **taken):
+    """Takes the value of every field, for a family to override.
+
+    Args:
+      fields: `Fields`, filled with the defaults: what is None is null in the file.
+      **taken: values that the family has taken its own way.
+
+    Returns:
+      {name: value}.
+    """
+    return taken | {field.name: fields.typed(field) for field in dataclasses.fields(cls)
+                    if field.name not in taken}
+
+  def check(self):
+    """Raises UserError where fields do not go together."""
+    check_divides(vars(self), 'num_attention_heads', 'hidden_size')
+
+  def to_hf(self):
+    """The dict of a config.json, without `architectures` and dtype."""
+    return {'model_type': self.MODEL_TYPE, **dataclasses.asdict(self)}
+
+  def for_tensors(self, names):
+    """This config as tensors of these names want it, where config.json leaves something open."""
+    del names
+    return self
+
+  def std(self, path):
+    """Standard deviation of a parameter at initialization; norms and biases are 1 and 0."""
+    del path
+    return self.initializer_range

@@ -4,7 +4,6 @@ Letters: B batch, T queries, S keys (cache length where there is a cache), D wid
 K key/value heads, G = N / K queries sharing one of them, H head width, F feed-forward width.
 """
 
-import dataclasses
 import math
 
 from flax import nnx
@@ -39,21 +38,6 @@ ACTIVATIONS = {
     'silu': jax.nn.silu,
     'swish': jax.nn.silu,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-  """What a family's Config may say beyond its fields; these are the values of those who have none of it.
-
-  Attributes:
-    windows: for every layer how many slots back a token sees, itself included; 0: all of them.
-      Empty where every layer sees all.
-    score_cap: c of c tanh(scores / c) on attention scores; 0 for none.
-    logit_cap: the same on the logits.
-  """
-  windows = ()
-  score_cap = 0.0
-  logit_cap = 0.0
 
 
 def cap(x, bound):
@@ -91,7 +75,7 @@ def attend(queries, keys, values, mask, *, bias=None, score_cap=0.0):
     keys, values: [B, K, S, H].
     mask: [B, 1, 1, T, S] bool (T or B may be 1).
     bias: None, or float32 to add to the scores, of a shape that broadcasts to [B, K, G, T, S].
-    score_cap: see `DecoderConfig`.
+    score_cap: see `hf_config.Config`.
 
   Returns:
     [B, T, N * H] of the dtype of the values.
@@ -182,51 +166,77 @@ class Linear(nnx.Linear):
 
 
 class LayerNorm(nnx.LayerNorm):
-  """LayerNorm; statistics in float32, the variance from the centred values."""
+  """LayerNorm; statistics in float32, the variance from the centred values.
 
-  def __init__(self, width, *, epsilon, dtype, rngs, affine=True):
-    super().__init__(width, epsilon=epsilon, use_bias=affine, use_scale=affine, dtype=dtype, use_fast_variance=False,
+  Args:
+    config: hf_config.Config of a family.
+    dtype: of the computation.
+    width: of what is normed; None: D of the blocks.
+  """
+
+  def __init__(self, config, *, dtype, rngs, width=None):
+    affine = config.norm_affine
+    super().__init__(width or config.block_width, epsilon=config.norm_epsilon, use_bias=affine,
+                     use_scale=affine, dtype=dtype, use_fast_variance=False, rngs=rngs)
+
+
+class RMSNorm(nnx.RMSNorm):
+  """RMSNorm; statistics in float32. Arguments as for `LayerNorm`."""
+
+  def __init__(self, config, *, dtype, rngs, width=None):
+    super().__init__(width or config.block_width, epsilon=config.norm_epsilon, dtype=dtype,
                      rngs=rngs)
 
 
 class MLP(nnx.Module):
-  """down(act(up x)).
+  """down(act(up x)), or with a gate down(act(gate x) * up x).
 
   Args:
-    width, inner: D and F.
-    activation: a name in ACTIVATIONS.
-    bias: whether both maps have biases.
+    config: hf_config.Config of a family.
     dtype: of the computation.
   """
 
-  def __init__(self, width, inner, *, activation, bias, dtype, rngs):
-    self.activation = activation
-    self.up = Linear(width, inner, bias=bias, dtype=dtype, rngs=rngs)
-    self.down = Linear(inner, width, bias=bias, dtype=dtype, rngs=rngs)
+  def __init__(self, config, *, dtype, rngs):
+    shared = dict(bias=config.mlp_bias, dtype=dtype, rngs=rngs)
+    self.activation, self.gated = config.activation, config.gated
+    if self.gated:
+      self.gate = Linear(config.block_width, config.inner, **shared)
+    self.up = Linear(config.block_width, config.inner, **shared)
+    self.down = Linear(config.inner, config.block_width, **shared)
 
   def __call__(self, x):
-    return self.down(ACTIVATIONS[self.activation](self.up(x)))
+    act = ACTIVATIONS[self.activation]
+    return self.down(act(self.gate(x)) * self.up(x) if self.gated else act(self.up(x)))
 
 
 class Attention(nnx.Module):
   """The four projections of attention; mixing over time is the caller's, who owns mask and cache.
 
   Args:
-    config: of a family, with width, heads, kv_heads and head_width.
-    bias: whether the projections have biases.
+    config: hf_config.Config of a family.
     dtype: of the computation.
   """
 
-  def __init__(self, config, *, bias, dtype, rngs):
+  def __init__(self, config, *, dtype, rngs):
     self.heads, self.kv_heads, self.head_width = config.heads, config.kv_heads, config.head_width
-    shared = dict(bias=bias, dtype=dtype, rngs=rngs)
-    self.query = Linear(config.width, self.heads * self.head_width, **shared)
-    self.key = Linear(config.width, self.kv_heads * self.head_width, **shared)
-    self.value = Linear(config.width, self.kv_heads * self.head_width, **shared)
-    self.out = Linear(self.heads * self.head_width, config.width, **shared)
+    width, shared = config.block_width, dict(dtype=dtype, rngs=rngs)
+    inputs = dict(bias=config.attention_bias, **shared)
+    self.query = Linear(width, self.heads * self.head_width, **inputs)
+    self.key = Linear(width, self.kv_heads * self.head_width, **inputs)
+    self.value = Linear(width, self.kv_heads * self.head_width, **inputs)
+    self.out = Linear(self.heads * self.head_width, width, bias=config.out_bias, **shared)
+
+  def queries(self, x):
+    """[B, T, D] -> [B, T, N, H]."""
+    return self._split(self.query(x), self.heads)
+
+  def keys_and_values(self, x):
+    """[B, S, D] -> two [B, S, K, H]."""
+    return self._split(self.key(x), self.kv_heads), self._split(self.value(x), self.kv_heads)
 
   def project(self, x):
     """x [B, T, D] -> queries [B, T, N, H], keys and values [B, T, K, H]."""
-    def split(y, heads):
-      return y.reshape(*y.shape[:2], heads, self.head_width)
-    return split(self.query(x), self.heads), split(self.key(x), self.kv_heads), split(self.value(x), self.kv_heads)
+    return self.queries(x), *self.keys_and_values(x)
+
+  def _split(self, y, heads):
+    return y.reshape(*y.shape[:2], heads, self.head_width)

@@ -6,22 +6,20 @@ from rlhf_jax.models import llama
 
 ARCHITECTURE = 'MistralForCausalLM'
 CLASSIFIER = 'MistralForSequenceClassification'
-PREFIX, IGNORED_TENSORS, RULES = llama.PREFIX, llama.IGNORED_TENSORS, llama.RULES
+PREFIX, UNEMBED = llama.PREFIX, llama.UNEMBED
+IGNORED_TENSORS, RULES = llama.IGNORED_TENSORS, llama.RULES
 Block, Ends, sources = llama.Block, llama.Ends, llama.sources
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(llama.BaseConfig):
   """The fields of a Mistral config.json that change what is computed, and the special token ids."""
-  sliding_window: int | None
+  num_key_value_heads: int = 8
+  max_position_embeddings: int = 131072
+  hidden_act: str = 'silu'
+  sliding_window: int | None = 4096
 
   MODEL_TYPE = 'mistral'
-  DEFAULTS = llama.BaseConfig.DEFAULTS | {
-      'hidden_act': 'silu', 'num_key_value_heads': 8, 'max_position_embeddings': 131072, 'sliding_window': 4096}
-
-  @classmethod
-  def take(cls, fields):
-    return super().take(fields) | {'sliding_window': fields.integer('sliding_window', None)}
 
   @property
   def windows(self):

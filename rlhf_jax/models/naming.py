@@ -82,3 +82,26 @@ def conv1d(path, name, *, columns=WHOLE):
   """The parameters of a layer at `path` whose kernel the file keeps as [in, out]."""
   return {f'{path}/kernel': Source(f'{name}.weight', columns=columns),
           f'{path}/bias': Source(f'{name}.bias', columns=columns)}
+
+
+def linears(names, *, bias):
+  """`torch_linear` of {path: name}."""
+  found = {}
+  for path, name in names.items():
+    found |= torch_linear(path, name, bias=bias)
+  return found
+
+
+def embeddings(names):
+  """The parameters of embeddings, of {path: name}."""
+  return {f'{path}/embedding': Source(f'{name}.weight') for path, name in names.items()}
+
+
+def scales(names):
+  """The scales of norms, of {path: name}."""
+  return {f'{path}/scale': Source(f'{name}.weight') for path, name in names.items()}
+
+
+def norms(names):
+  """The scales and biases of norms, of {path: name}."""
+  return scales(names) | {f'{path}/bias': Source(f'{name}.bias') for path, name in names.items()}

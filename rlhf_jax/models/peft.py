@@ -158,8 +158,8 @@ def _modules(model):
       name = family.PREFIX + source.name.removesuffix('.weight')
       found.setdefault(name, []).append((path.removesuffix('/kernel'), source))
   if not model.config.tie_word_embeddings:
-    name = getattr(family, 'UNEMBED', 'lm_head.weight')
-    found[name.removesuffix('.weight')] = [('unembed', Source(name, transpose=True))]
+    source = Source(family.UNEMBED, transpose=True)
+    found[family.UNEMBED.removesuffix('.weight')] = [('unembed', source)]
   return found
 
 

@@ -5,38 +5,41 @@ Layers may see windows of the text as in Qwen 2.
 
 import dataclasses
 
+from rlhf_jax.models import hf_config
 from rlhf_jax.models import layers
 from rlhf_jax.models import llama
+from rlhf_jax.models import naming
 from rlhf_jax.models import qwen2
-from rlhf_jax.models.naming import Source
 
 ARCHITECTURE = 'Qwen3ForCausalLM'
 CLASSIFIER = 'Qwen3ForSequenceClassification'
-PREFIX, IGNORED_TENSORS, RULES = llama.PREFIX, llama.IGNORED_TENSORS, llama.RULES
+PREFIX, UNEMBED = llama.PREFIX, llama.UNEMBED
+IGNORED_TENSORS, RULES = llama.IGNORED_TENSORS, llama.RULES
 Ends = llama.Ends
+
+# The norms of queries and keys by the names of their tensors.
+HEAD_NORMS = {f'blocks/attention/{ours}_norm': f'layers.{{layer}}.self_attn.{theirs}_norm'
+              for ours, theirs in (('query', 'q'), ('key', 'k'))}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(qwen2.Config):
   """The fields of a Qwen 3 config.json that change what is computed, and the special token ids."""
-  attention_bias: bool
+  head_dim: int = 128
+  attention_bias: bool = False
 
   MODEL_TYPE = 'qwen3'
-  DEFAULTS = qwen2.Config.DEFAULTS | {'head_dim': 128, 'attention_bias': False}
-
-  @classmethod
-  def take(cls, fields):
-    return {'attention_bias': fields.flag('attention_bias')} | super().take(fields)
+  out_bias = hf_config.alias('attention_bias')
 
 
 class Attention(layers.Attention):
   """The projections, with an RMSNorm of each head of queries and keys."""
-  Norm = llama.Norm
+  Norm = layers.RMSNorm
 
-  def __init__(self, config, *, bias, dtype, rngs):
-    super().__init__(config, bias=bias, dtype=dtype, rngs=rngs)
-    self.query_norm = self.Norm(config.head_width, config, dtype=dtype, rngs=rngs)
-    self.key_norm = self.Norm(config.head_width, config, dtype=dtype, rngs=rngs)
+  def __init__(self, config, *, dtype, rngs):
+    super().__init__(config, dtype=dtype, rngs=rngs)
+    self.query_norm = self.Norm(config, dtype=dtype, rngs=rngs, width=config.head_width)
+    self.key_norm = self.Norm(config, dtype=dtype, rngs=rngs, width=config.head_width)
 
   def project(self, x):
     queries, keys, values = super().project(x)
@@ -50,6 +53,4 @@ class Block(llama.Block):
 
 def sources(config):
   """Where each parameter lies in a Hugging Face file: {path: Source}."""
-  norms = {f'blocks/attention/{ours}_norm/scale': Source(f'layers.{{layer}}.self_attn.{theirs}_norm.weight')
-           for ours, theirs in (('query', 'q'), ('key', 'k'))}
-  return llama.sources(config) | norms
+  return llama.sources(config) | naming.scales(HEAD_NORMS)

@@ -9,36 +9,30 @@ from rlhf_jax.models import bert
 from rlhf_jax.models import hf_config
 
 ARCHITECTURE = CLASSIFIER = 'RobertaForSequenceClassification'
-PREFIX = ''
 # A buffer of old files, the pretraining's head, and a pooler that nothing reads.
 IGNORED_TENSORS = r'(embeddings\.position_ids$|^lm_head\.|^roberta\.pooler\.)'
-RULES = bert.RULES
-
+PREFIX, UNEMBED, RULES = bert.PREFIX, bert.UNEMBED, bert.RULES
 Block, Ends = bert.Block, bert.Ends
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(bert.Config):
   """The fields of a RoBERTa config.json that change what is computed, and the special token ids.
 
   Attributes:
     pad_token_id: positions up to this one are spare, a text's begin after it.
   """
+  MODEL_TYPE = 'roberta'
   head = 'classifier.out_proj'
   kept_token_ids = ('pad_token_id',)
 
   def check(self):
-    """Raises UserError where fields do not go together."""
     super().check()
     if not isinstance(self.pad_token_id, int) or self.pad_token_id < 0:
       raise hf_config.refusal('pad_token_id', self.pad_token_id, 'must be a token id: positions begin after it')
     if self.max_length < 1:
       raise hf_config.refusal('max_position_embeddings', self.max_position_embeddings,
                               f'must be more than {self.first_position}, where the positions begin')
-
-  def to_hf(self):
-    """The dict of a config.json, without `architectures` and dtype."""
-    return super().to_hf() | {'model_type': 'roberta'}
 
   @property
   def first_position(self):

@@ -253,13 +253,14 @@ KINDS = {cls.kind: cls for cls in (Rope, Linear, Proportional, Dynamic, Llama3, 
 ORIGINAL = 'original_max_position_embeddings'
 
 
-def from_hf(fields, *, head_width, limit, partial=False, kinds=None):
+def from_hf(fields, *, head_width, limit, original=None, partial=False, kinds=None):
   """Takes `rope_parameters`, or the older `rope_scaling` and `rope_theta`, from `hf_config.Fields`.
 
   Args:
     fields: of a config.json.
     head_width: H.
     limit: positions the model was made for.
+    original: of the family's files where they do not say `original_max_position_embeddings`.
     partial: whether the family can turn a part of each head.
     kinds: {type: class}; None: KINDS.
 
@@ -274,7 +275,7 @@ def from_hf(fields, *, head_width, limit, partial=False, kinds=None):
     raise UserError('model config: rope_parameters and rope_scaling are both present; keep one of them')
   return read(name, fields.raw(name, {}), head_width=head_width, limit=limit, partial=partial, kinds=kinds,
               theta=fields.number('rope_theta', 10000.0), part=fields.number('partial_rotary_factor', 1.0),
-              original=fields.integer(ORIGINAL, None))
+              original=fields.integer(ORIGINAL, original))
 
 
 def read(name, given, *, head_width, limit, theta, part=1.0, original=None, partial=False, kinds=None):
@@ -317,23 +318,11 @@ def _own_fields(cls):
   return {field.name: field for field in dataclasses.fields(cls) if field.name not in common}
 
 
-def _numbers(fields, name):
-  """Takes a list of positive numbers, as a tuple."""
-  value = fields.raw(name)
-  if not isinstance(value, (list, tuple)) or not all(isinstance(entry, (int, float)) and entry > 0 for entry in value):
-    raise hf_config.refusal(name, value, 'must be a list of positive numbers')
-  return tuple(map(float, value))
-
-
-_READERS = {float: hf_config.Fields.number, float | None: hf_config.Fields.number, int: hf_config.Fields.integer,
-            bool: hf_config.Fields.flag, tuple: _numbers}
-
-
 def _take(fields, field):
   """Takes the value of a dataclass field from `hf_config.Fields`, or its default."""
   if field.name not in fields and field.default is not dataclasses.MISSING:
     return field.default
-  return _READERS[field.type](fields, field.name)
+  return fields.typed(field)
 
 
 def rotate(x, table):

@@ -22,9 +22,13 @@ from rlhf_jax.models import stack
 
 
 @dataclasses.dataclass(frozen=True)
-class Seq2Seq(base.Base):
-  """An encoder-decoder; see base.Base. Paths of adapters are like 'decoder/blocks/cross/query'."""
+class Seq2Seq(base.Writer):
+  """An encoder-decoder; see base.Writer. Adapters have paths like 'decoder/blocks/cross/query'."""
   encoder_decoder = True
+
+  @property
+  def reads_tokens(self):
+    return not self.config.pooled
 
   @property
   def _sides(self):
@@ -33,14 +37,11 @@ class Seq2Seq(base.Base):
             'decoder': (self._module.DecoderBlock, self.config.num_decoder_layers)}
 
   def shapes(self):
-    """The tree of parameters, without adapters, as float32 ShapeDtypeStructs."""
     config = self.config
     tree = stack.shapes(self._module.Ends, config)
     for side, (block, depth) in self._sides.items():
       tree[side] = stack.shapes(self._module.Side, config) | {'blocks': stack.shapes(block, config, depth=depth)}
-    if not config.tie_word_embeddings:
-      tree['unembed'] = {'kernel': jax.ShapeDtypeStruct((config.width, config.vocab_size), jnp.float32)}
-    return tree
+    return self._with_unembed(tree)
 
   def encode(self, params, tokens, mask):
     """Runs the encoder.
@@ -57,9 +58,9 @@ class Seq2Seq(base.Base):
     seen, bias = mask[:, None, None, None, :], side.both_ways(tokens.shape[1])
 
     def attend(queries, keys, values):
-      return layers.attend(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), seen, bias=bias)
+      return layers.attend(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), seen, bias=bias), ()
 
-    x, _ = self._scan(params, 'encoder', lambda block, layer, x, memory: (block(x, attend), memory),
+    x, _ = self._scan(params, 'encoder', lambda block, layer, x, _: block(x, layer, None, attend),
                       (self._embed(params, tokens, mask), ()))
     return side.norm(x)
 
@@ -97,7 +98,10 @@ class Seq2Seq(base.Base):
         keys, values, updated = stack.remember(memory, layer, keys, values)
         return layers.attend(queries, keys, values, before, bias=bias), updated
 
-      return block(x, attend, lambda queries: layers.attend(queries, *theirs, prompt[:, None, None, None, :]))
+      def read(queries):
+        return layers.attend(queries, *theirs, prompt[:, None, None, None, :])
+
+      return block(x, layer, attend, read)
 
     x, memory = self._scan(params, 'decoder', apply, (self._embed(params, tokens, mask), memory))
     if cache is None:
@@ -106,32 +110,12 @@ class Seq2Seq(base.Base):
     return side.norm(x), cache | written
 
   def unembed(self, params, hidden):
-    """Logits of the next token.
-
-    Args:
-      params: as for `encode`.
-      hidden: [..., D] from `decode`.
-
-    Returns:
-      [..., V] float32.
-    """
     if self.config.scale_decoder_outputs:
       hidden = hidden * self.config.width ** -0.5
     return self._logits(params, hidden)
 
   def response_states(self, params, tokens, mask, slots, trunk=None):
-    """Hidden states that predict the response tokens of finished rollouts.
-
-    Args:
-      params: as for `encode`.
-      tokens: [B, P + R] int32, left-padded prompt then right-padded response.
-      mask: [B, P + R] bool.
-      slots: R.
-      trunk: None; these models have no layers that policy and reference share.
-
-    Returns:
-      [B, R, D]; slot t predicts response token t.
-    """
+    """See base.Writer; there are no layers that policy and reference share, so no trunk."""
     if trunk is not None:
       raise ValueError('an encoder-decoder has no trunk')
     prompt, prompt_mask = tokens[:, :-slots], mask[:, :-slots]
@@ -140,15 +124,10 @@ class Seq2Seq(base.Base):
     return self.decode(params, *shifted, encoded, prompt_mask)[0]
 
   def summary(self, params, tokens, mask):
-    """The state [B, D] that a scalar head reads a text's score from.
+    """See base.Base.
 
     Encoder and decoder both read the text, the decoder shifted by one token; the state is the one
     that predicts the last real token, as in transformers' T5ForSequenceClassification.
-
-    Args:
-      params: as for `encode`.
-      tokens: [B, T] int32, padded on either side.
-      mask: [B, T] bool.
     """
     # Real tokens to the left: a masked one in between does not count as distance either.
     order = jnp.argsort(~mask, axis=1, stable=True)
@@ -160,17 +139,7 @@ class Seq2Seq(base.Base):
     return jnp.tanh(self._ends(params).pooler(state)) if self.config.pooled else state
 
   def prefill(self, params, tokens, mask, slots):
-    """Reads prompts into a new cache, and the token that every response starts from.
-
-    Args:
-      params: as for `encode`.
-      tokens: [B, P] int32, left-padded.
-      mask: [B, P] bool.
-      slots: R, room for so many tokens of response.
-
-    Returns:
-      The state [B, D] that predicts the first response token, and the cache for `step`.
-    """
+    """See base.Writer; reads the token that every response starts from, too."""
     encoded = self.encode(params, tokens, mask)
     batch, config = tokens.shape[0], self.config
     shape = (config.num_decoder_layers, batch, config.kv_heads, slots, config.head_width)
@@ -183,17 +152,6 @@ class Seq2Seq(base.Base):
     return self.step(params, start, jnp.ones((batch,), bool), cache)
 
   def step(self, params, token, alive, cache):
-    """Reads one more token of each row.
-
-    Args:
-      params: as for `encode`.
-      token: [B] int32.
-      alive: [B] bool; the tokens of other rows are not read.
-      cache: from `prefill` or `step`.
-
-    Returns:
-      The state [B, D] that predicts the token after it, and the cache.
-    """
     hidden, cache = self.decode(params, token[:, None], alive[:, None], None, cache['prompt'], cache)
     return hidden[:, 0], cache
 

@@ -24,8 +24,8 @@ from rlhf_jax.models import stack
 
 
 @dataclasses.dataclass(frozen=True)
-class Model(base.Base):
-  """A decoder; see base.Base.
+class Model(base.Writer):
+  """A decoder; see base.Writer.
 
   Attributes:
     reach: slots that rotary positions go by where they depend on the length (see rope.py); 0: those
@@ -34,16 +34,10 @@ class Model(base.Base):
   reach: int = 0
 
   def shapes(self):
-    """The tree of parameters, without adapters, as float32 ShapeDtypeStructs."""
-    config = self.config
-    tree = stack.shapes(self._module.Ends, config)
-    tree['blocks'] = stack.shapes(self._module.Block, config, depth=config.depth)
-    if not config.tie_word_embeddings:
-      tree['unembed'] = {'kernel': jax.ShapeDtypeStruct((config.width, config.vocab_size), jnp.float32)}
-    return tree
+    blocks = stack.shapes(self._module.Block, self.config, depth=self.config.depth)
+    return self._with_unembed(stack.shapes(self._module.Ends, self.config) | {'blocks': blocks})
 
   def reaching(self, length):
-    """See base.Base."""
     return dataclasses.replace(self, reach=length)
 
   @property
@@ -71,11 +65,11 @@ class Model(base.Base):
     return {'k': empty, 'v': empty, 'segments': segments, 'index': np.int32(0)}
 
   def unstack(self, params):
-    """Parameters as a loop of many small steps reads them best.
+    """See base.Writer.
 
-    See base.Base. Where the layers are unrolled, and on GPUs, each becomes a tree of its own: out of the
-    stack every step would copy it once more. On an H200 a step of 128 rows, 24 layers and width 2048 takes
-    5.8 ms so and 8.0 otherwise; the loop compiles in 32 seconds and not in 6.
+    Where the layers are unrolled, and on GPUs, each becomes a tree of its own: out of the stack
+    every step would copy it once more. On an H200 a step of 128 rows, 24 layers and width 2048
+    takes 5.8 ms so and 8.0 otherwise; the loop compiles in 32 seconds and not in 6.
     """
     params = super().unstack(params)
     if not self._unrolled and sharding.platform() != 'gpu':
@@ -169,57 +163,19 @@ class Model(base.Base):
                       remat=self.remat, unroll=self.unroll)
 
   def unembed(self, params, hidden):
-    """Logits of the next token.
-
-    Args:
-      params: as for `forward`.
-      hidden: [..., D] from `forward`.
-
-    Returns:
-      [..., V] float32.
-    """
     return layers.cap(self._logits(params, hidden), self.config.logit_cap)
 
   def response_states(self, params, tokens, mask, slots, trunk=None):
-    """Hidden states that predict the response tokens of finished rollouts.
-
-    Args:
-      params: as for `forward`.
-      tokens: [B, P + R] int32, left-padded prompt then right-padded response.
-      mask: [B, P + R] bool.
-      slots: R.
-      trunk: see `forward`.
-
-    Returns:
-      [B, R, D]; slot t predicts response token t.
-    """
     hidden, _ = self.forward(params, tokens, types.positions_from_mask(mask), mask, trunk=trunk,
                              keep=slots + 1)
     return hidden[:, :-1]
 
   def summary(self, params, tokens, mask):
-    """The state [B, D] that a scalar head reads a text's score from: at its last real token.
-
-    Args:
-      params: as for `forward`.
-      tokens: [B, T] int32, padded on either side.
-      mask: [B, T] bool.
-    """
+    """See base.Base: the state at the last real token."""
     hidden, _ = self.forward(params, tokens, types.positions_from_mask(mask), mask)
     return heads.last_token(hidden, mask)
 
   def prefill(self, params, tokens, mask, slots):
-    """Reads prompts into a new cache.
-
-    Args:
-      params: as for `forward`.
-      tokens: [B, P] int32, left-padded.
-      mask: [B, P] bool.
-      slots: R, room for so many tokens of response.
-
-    Returns:
-      The state [B, D] that predicts the first response token, and the cache for `step`.
-    """
     batch, length = tokens.shape
     hidden, cache = self.forward(params, tokens, types.positions_from_mask(mask), mask,
                                  self.init_cache(batch, length + slots, unstacked=isinstance(params['blocks'], tuple)),
@@ -227,16 +183,5 @@ class Model(base.Base):
     return hidden[:, -1], cache | {'position': jnp.sum(mask, axis=1, dtype=jnp.int32)}
 
   def step(self, params, token, alive, cache):
-    """Reads one more token of each row.
-
-    Args:
-      params: as for `forward`.
-      token: [B] int32.
-      alive: [B] bool; the tokens of other rows are not read.
-      cache: from `prefill` or `step`.
-
-    Returns:
-      The state [B, D] that predicts the token after it, and the cache.
-    """
     hidden, written = self.forward(params, token[:, None], cache['position'][:, None], alive[:, None], cache)
     return hidden[:, 0], written | {'position': cache['position'] + 1}

@@ -19,8 +19,12 @@ import numpy as np
 from rlhf_jax import errors
 
 
-def load(name):
+def load(name, *, key='config.reward.function'):
   """The function called `package.module:function`; the working directory is searched too.
+
+  Args:
+    name: 'package.module:function'.
+    key: dotted name of the config key that holds it, for error messages.
 
   Raises:
     UserError: there is no such module or function.
@@ -32,7 +36,7 @@ def load(name):
     return getattr(importlib.import_module(module), attribute)
   except (ImportError, AttributeError, ValueError) as error:
     raise errors.UserError(
-        f'config.reward.function={name!r} cannot be loaded ({error}). Write '
+        f'{key}={name!r} cannot be loaded ({error}). Write '
         "'package.module:function', importable from the working directory.") from error
 
 

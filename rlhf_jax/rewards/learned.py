@@ -15,6 +15,9 @@ from rlhf_jax import sharding
 from rlhf_jax.data import tokenizers
 from rlhf_jax.rewards import scoring
 
+# One program for all members of an ensemble that are alike.
+_score = functools.partial(jax.jit, static_argnames=('model',))(scoring.score)
+
 
 def same_tokenizer(a, b):
   """Whether two tokenizers give every text the same ids."""
@@ -32,8 +35,7 @@ def of_tokens(model, params):
   Returns:
     Function from a Rollout to scores [B] float32, on the device.
   """
-  score = jax.jit(functools.partial(scoring.score, model=model))
-  return lambda rollout: score(params, rollout.tokens, rollout.mask)
+  return lambda rollout: _score(params, rollout.tokens, rollout.mask, model=model)
 
 
 def of_texts(model, params, tokenizer, *, max_length, mesh):
@@ -51,8 +53,6 @@ def of_texts(model, params, tokenizer, *, max_length, mesh):
     says which responses finished, and so get an EOS. Encoders read prompt and response as one
     text between the tokenizer's own ends.
   """
-  score = jax.jit(functools.partial(scoring.score, model=model))
-
   def token_rows(prompts, responses, ended):
     if isinstance(model, models.Encoder):
       # Word pieces differ at the joint of two texts, and an encoder was always shown an end.
@@ -76,6 +76,6 @@ def of_texts(model, params, tokenizer, *, max_length, mesh):
     for i, row in enumerate(rows):
       tokens[i, :len(row)], mask[i, :len(row)] = row, True
     tokens, mask = sharding.put_rows((tokens, mask), mesh)
-    return processes.host(score(params, tokens, mask))
+    return processes.host(_score(params, tokens, mask, model=model))
 
   return apply

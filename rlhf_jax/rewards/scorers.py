@@ -1,35 +1,127 @@
-"""Scorers: (Rollout, examples) -> [B] or [B, R] float32.
+"""Scorers, what makes them from `config.reward`, and what combines them.
 
-Letters: B batch, R response length.
+A Scorer is a function (Rollout, examples) -> scores [B], or rewards per token [B, R], float32. One
+that combines others returns types.Scores, which also holds what the total was made of.
+
+Letters: B batch, R response length, M members of an ensemble.
 """
 
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+from rlhf_jax import errors
 from rlhf_jax import processes
 from rlhf_jax import sharding
+from rlhf_jax import types
+from rlhf_jax.config import need
 from rlhf_jax.data import tokenizers
 from rlhf_jax.models import hf
 from rlhf_jax.rewards import functions
 from rlhf_jax.rewards import learned
 from rlhf_jax.rollout import actor
 
+ENSEMBLES = ('mean', 'min', 'variance')
+SOURCES = ('model', 'models', 'function')
 
-def make(config_reward, tokenizer, mesh, *, load, check):
+
+def config():
+  """Keys of `config.reward`. Those above `parts` are also the keys of a part."""
+  return ml_collections.ConfigDict({
+      'model': placeholder(str),        # folder of a reward model, or
+      'models': (),                     # folders of the members of an ensemble, or
+      'function': placeholder(str),     # 'package.module:function' over strings, or `parts`
+      'max_length': placeholder(int),   # of models with their own tokenizer; None: their context
+      'ensemble': 'mean',       # or 'min': the worst case; or 'variance': mean - coef * variance
+      'ensemble_coef': 1.0,
+      'parts': {},              # {name: {'weight': 1.0, and keys from above}}: a weighted sum
+  })
+
+
+def validate(config_reward):
+  """Checks `config.reward`.
+
+  Raises:
+    UserError: names the key, the value and the remedy.
+  """
+  validate_source(config_reward, 'config.reward', SOURCES + ('parts',))
+  keys = ['weight', *(key for key in config() if key != 'parts')]
+  for name, part in config_reward.parts.items():
+    key = f'config.reward.parts.{name}'
+    need(isinstance(part, ml_collections.ConfigDict),
+         f"{key}={part!r} must be a dict, such as {{'weight': 1.0, 'model': 'FOLDER'}}")
+    unknown = [name for name in part if name not in keys]
+    need(not unknown, f'{key} has no key {", ".join(unknown)}: its keys are {", ".join(keys)}')
+    validate_source(part, key, SOURCES)
+    weight = part.get('weight', 1.0)
+    need(isinstance(weight, (int, float)) and math.isfinite(weight),
+         f'{key}.weight={weight!r} must be a finite number')
+
+
+def validate_source(block, key, sources):
+  """The part of `validate` about one source of scores.
+
+  Args:
+    block: `config.reward`, or one of its parts.
+    key: its dotted name.
+    sources: keys of which exactly one must be set.
+  """
+  present = [name for name in sources if block.get(name)]
+  *names, last = [f'{key}.{name}' for name in sources]
+  need(len(present) == 1,
+       f'set exactly one of {", ".join(names)} and {last} (now {", ".join(present) or "none"})')
+  models, how = block.get('models') or (), block.get('ensemble', 'mean')
+  need(not models or isinstance(models, (tuple, list)) and len(models) > 1,
+       f"{key}.models={models!r} must name two folders or more, such as ('a', 'b')")
+  need(how in ENSEMBLES, f'{key}.ensemble={how!r} must be one of {", ".join(ENSEMBLES)}')
+  coef, length = block.get('ensemble_coef', 1.0), block.get('max_length')
+  need(coef >= 0, f'{key}.ensemble_coef={coef} must be 0 or positive')
+  need(length is None or length > 0, f'{key}.max_length={length} must be positive, or None')
+
+
+def make(config_reward, tokenizer, mesh, *, load, check, key='config.reward'):
   """The scorer of `config.reward`.
 
   Args:
-    config_reward: `config.reward` of an on-policy algorithm.
+    config_reward: from `config`, or one of its parts.
     tokenizer: the policy's.
     mesh: device mesh.
     load: keywords of hf.load_reward: how a reward model computes.
     check: called with a Model that reads the policy's tokens; raises UserError if it cannot.
+    key: dotted name of `config_reward`.
 
   Returns:
-    Scorer, and (Model, params) of a reward model that a critic can start from: its tokenizer is the
-    policy's, and its head reads the states of single tokens. Else None.
+    Scorer, and (Model, params) of the first reward model that a critic can start from: its
+    tokenizer is the policy's, and its head reads the states of single tokens. None if there is none.
   """
-  if config_reward.function:
-    return function_scorer(functions.load(config_reward.function), tokenizer, mesh), None
-  return model_scorer(config_reward.model, tokenizer, mesh, max_length=config_reward.max_length,
-                      load=load, check=check)
+  c = config_reward
+  if c.get('parts'):
+    made = {name: make(part, tokenizer, mesh, load=load, check=check, key=f'{key}.parts.{name}')
+            for name, part in c.parts.items()}
+    scorer = weighted({name: (c.parts[name].get('weight', 1.0), scorer)
+                       for name, (scorer, _) in made.items()})
+    return scorer, first_start(made.values())
+  if c.get('function'):
+    function = functions.load(c.function, key=f'{key}.function')
+    return function_scorer(function, tokenizer, mesh), None
+  load_member = functools.partial(
+      model_scorer, tokenizer=tokenizer, mesh=mesh, max_length=c.get('max_length'), load=load,
+      check=check)
+  made = [load_member(path) for path in c.get('models') or (c.model,)]
+  if len(made) == 1:
+    return made[0]
+  scorer = ensemble([scorer for scorer, _ in made], c.get('ensemble', 'mean'),
+                    coef=c.get('ensemble_coef', 1.0))
+  return scorer, first_start(made)
+
+
+def first_start(made):
+  """The first (Model, params) in pairs of a scorer and (Model, params) or None; else None."""
+  return next((start for _, start in made if start is not None), None)
 
 
 def model_scorer(path, tokenizer, mesh, *, max_length, load, check):
@@ -49,8 +141,7 @@ def model_scorer(path, tokenizer, mesh, *, max_length, load, check):
   if learned.same_tokenizer(own, tokenizer):
     check(model)
     score = learned.of_tokens(model, params)
-    by_token = hasattr(model, 'response_states') and not getattr(model.config, 'pooled', False)
-    return lambda rollout, examples: score(rollout), (model, params) if by_token else None
+    return lambda rollout, examples: score(rollout), (model, params) if model.reads_tokens else None
   apply = learned.of_texts(model, params, own, max_length=max_length or model.max_length, mesh=mesh)
 
   def score_texts(rollout, examples):
@@ -85,3 +176,87 @@ def function_scorer(function, tokenizer, mesh):
     return sharding.put_rows(processes.share_out(call, len(examples)), mesh)
 
   return score
+
+
+def weighted(parts):
+  """The weighted sum of scorers: sum_i weight_i * score_i.
+
+  Args:
+    parts: {name: (weight, Scorer)}. All score responses [B], or all score tokens [B, R].
+
+  Returns:
+    Scorer of types.Scores. Each part is multiplied by its weight, so that they add up to the total.
+    It raises UserError if some parts score responses and others tokens.
+  """
+  weights = {name: float(weight) for name, (weight, _) in parts.items()}
+
+  def score(rollout, examples):
+    made = {name: types.Scores.of(scorer(rollout, examples)) for name, (_, scorer) in parts.items()}
+    check_alike(made)
+    return _weighted(made, weights, rollout.response_mask)
+
+  return score
+
+
+def ensemble(scorers, how, *, coef=0.0):
+  """One score from several reward models.
+
+  'mean' is the mean of the members, 'min' the worst case, 'variance' mean - coef * variance, with
+  variance = sum_i (score_i - mean)^2 / M. See Coste et al. 2023, section 3
+  (https://arxiv.org/abs/2310.02743).
+
+  Args:
+    scorers: M Scorers. All score responses [B], or all score tokens [B, R].
+    how: one of ENSEMBLES.
+    coef: lambda of 'variance', in 1 / score.
+
+  Returns:
+    Scorer of types.Scores, whose parts are the members' own scores, 'member_0' and so on. It raises
+    UserError if some members score responses and others tokens.
+  """
+  def score(rollout, examples):
+    made = {f'member_{i}': types.Scores.of(member(rollout, examples))
+            for i, member in enumerate(scorers)}
+    check_alike(made)
+    return _ensemble(made, rollout.response_mask, coef, how=how)
+
+  return score
+
+
+def check_alike(made):
+  """Raises UserError if some of {name: Scores} score responses and others tokens."""
+  by_token = [name for name, scores in made.items() if scores.total.ndim == 2]
+  if by_token and len(by_token) < len(made):
+    others = [name for name in made if name not in by_token]
+    raise errors.UserError(
+        f'the rewards {", ".join(by_token)} score tokens, and {", ".join(others)} whole responses: '
+        'rewards that are combined must all score tokens, or all score responses')
+
+
+@jax.jit
+def _weighted(made, weights, response_mask):
+  total = sum(weights[name] * scores.total for name, scores in made.items())
+  parts = {}
+  for name, scores in made.items():
+    parts |= _named(name, scores, response_mask, weights[name])
+  return types.Scores(total, parts)
+
+
+@functools.partial(jax.jit, static_argnames=('how',))
+def _ensemble(made, response_mask, coef, *, how):
+  members = jnp.stack([scores.total for scores in made.values()])
+  total = jnp.min(members, axis=0) if how == 'min' else jnp.mean(members, axis=0)
+  if how == 'variance':
+    total -= coef * jnp.var(members, axis=0)
+  parts = {}
+  for name, scores in made.items():
+    parts |= _named(name, scores, response_mask, 1.0)
+  return types.Scores(total, parts)
+
+
+def _named(name, scores, response_mask, weight):
+  """{name: [B] weighted score}, and under `name/` what it was made of."""
+  total = scores.total
+  if total.ndim == 2:
+    total = jnp.sum(jnp.where(response_mask, total, 0.0), axis=1)
+  return {name: weight * total} | {f'{name}/{inner}': part for inner, part in scores.parts.items()}

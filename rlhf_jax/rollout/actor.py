@@ -10,7 +10,10 @@ import numpy as np
 
 from rlhf_jax import processes
 from rlhf_jax import sharding
+from rlhf_jax import types
 from rlhf_jax.data import tokenizers
+from rlhf_jax.rollout import sampling as sampling_lib
+from rlhf_jax.rollout import stops
 
 
 class Actor:
@@ -23,7 +26,8 @@ class Actor:
       examples: list of formats.Prompt.
       iterator: yields (Prompts [B / n, P], indices into `examples` [B / n]).
       sample: (params, Prompts, key) -> Rollout of B responses, those of a prompt side by side.
-      score: (Rollout, examples of the B responses) -> [B] or [B, R] float32.
+      score: Scorer: (Rollout, examples of the B responses) -> [B] or [B, R] float32, or
+        types.Scores of them.
       mesh: device mesh.
       samples: n.
       cut: Rollout -> Rollout that is scored and trained on; None for as it is.
@@ -43,7 +47,8 @@ class Actor:
       timed: whether to wait for the device in order to time the two parts.
 
     Returns:
-      Rollout, scores ([B] or [B, R] float32) and host-side metrics.
+      Rollout, scores ([B] or [B, R] float32) and host-side metrics: the times, and the mean of
+      each part of the scores as reward/NAME.
     """
     prompts, index = next(self.iterator)
     examples = [self.examples[i] for i in np.repeat(np.asarray(index), self._samples)]
@@ -53,23 +58,55 @@ class Actor:
       jax.block_until_ready(rollout)
     sampled = time.perf_counter()
     read = self._read(rollout)
-    scores = self._score(read, examples)
+    scores = types.Scores.of(self._score(read, examples))
     self._last = examples, read, scores
     if not timed:
-      return rollout, scores, {}
+      return rollout, scores.total, {}
     jax.block_until_ready(scores)
+    scored = time.perf_counter()
     tokens = int(np.sum(processes.host(rollout.response_mask)))
-    return rollout, scores, {
-        'seconds/rollout': sampled - started, 'seconds/scoring': time.perf_counter() - sampled,
+    parts = {f'reward/{name}': float(np.mean(processes.host(part)))
+             for name, part in scores.parts.items()}
+    return rollout, scores.total, parts | {
+        'seconds/rollout': sampled - started, 'seconds/scoring': scored - sampled,
         'tokens_per_second/rollout': tokens / (sampled - started)}
 
   def samples(self, tokenizer):
-    """The last batch as dicts with prompt, response and score."""
+    """The last batch as dicts with prompt, response, score, and its parts if it has any."""
     examples, rollout, scores = self._last
     responses, _ = texts_of(rollout, tokenizer)
-    scores = processes.host(scores)
-    return [{'prompt': example.prompt, 'response': response, 'score': float(np.sum(score))}
-            for example, response, score in zip(examples, responses, scores)]
+    parts = {name: processes.host(part) for name, part in scores.parts.items()}
+    samples = []
+    for i, (example, total) in enumerate(zip(examples, processes.host(scores.total))):
+      sample = {'prompt': example.prompt, 'response': responses[i], 'score': float(np.sum(total))}
+      if parts:
+        sample['parts'] = {name: float(part[i]) for name, part in parts.items()}
+      samples.append(sample)
+    return samples
+
+
+def stop_at(strings, tokenizer, sampling, mesh):
+  """Ends responses at stop strings of their text, on the host.
+
+  Args:
+    strings: tuple of texts.
+    tokenizer: the policy's.
+    sampling: Sampling that the responses are drawn with.
+    mesh: device mesh.
+
+  Returns:
+    Rollout -> Rollout; None where there are no strings.
+  """
+  if not strings:
+    return None
+
+  def cut(rollout):
+    ended = processes.host(sampling_lib.ended(rollout, sampling))
+    rollout, found = stops.truncate_at_strings(
+        jax.tree.map(processes.host, rollout), tokenizer, strings, after=sampling.min_new_tokens)
+    return sharding.put_rows(rollout.replace(ended=ended | found), mesh)
+
+  return cut
 
 
 def texts_of(rollout, tokenizer):

@@ -126,7 +126,7 @@ def grown_above(params, *, top):
   return {'policy': policy | after | {'blocks': blocks}, 'critic': grown(params['critic'])}
 
 
-@pytest.mark.parametrize('top', [-1, 1])
+@pytest.mark.parametrize('top', [None, 1])
 def test_gradients_of_adapters_follow_from_those_of_their_kernels(top, settings):
   """W' = W + s A B, so dA = s dW' B^T and dB = s A^T dW'."""
   plain, params = build(tied=True)
@@ -186,10 +186,14 @@ def test_it_learns_and_keeps_one_copy(kind, world, tmp_path):
   model, params = hf.load(tmp_path / 'model')
   rollout, _ = episode()
   exported = model.response_states(params, rollout.tokens, rollout.mask, R)
+  settings = config_of(world, kind).model
+  trained_model, *_ = trainable.start(
+      *hf.load(world / 'model'), unfrozen_layers=settings.unfrozen_layers, seed=0, **settings.lora)
   (frozen, *_), _ = learner.next_batch(state, timed=False)
   trained = trainable.join(frozen['shared'], state.params['policy'])
   np.testing.assert_allclose(
-      exported, learner.model.response_states(trained, rollout.tokens, rollout.mask, R), rtol=0, atol=2e-4)
+      exported, trained_model.response_states(trained, rollout.tokens, rollout.mask, R),
+      rtol=0, atol=2e-4)
   if 'lora' in kind:
     lora, adapters = peft.load(tmp_path / 'adapter', model)
     base, base_params = hf.load(world / 'model')

@@ -60,8 +60,8 @@ def test_it_learns_which_words_are_good(world, tmp_path):
   _, _, history, held_out = tiny.train(reward_model, config, 60)
   assert history[0]['loss'] > 0.4 and history[-1]['loss'] < 0.05
   assert history[-1]['accuracy'] == 1 and history[-1]['ties'] == 0
-  assert held_out['eval/accuracy'] > 0.9 and held_out['eval/pairs'] == 10
-  assert held_out['eval/ece'] < 0.2
+  assert held_out['held_out/accuracy'] > 0.9 and held_out['held_out/pairs'] == 10
+  assert held_out['held_out/ece'] < 0.2
 
 
 def test_k_way_loss_is_the_mean_over_pairs_scored_one_by_one(llama, score_of):
@@ -169,8 +169,8 @@ def test_dropped_tokens_leave_first_and_last():
 def test_normalization_folds_into_the_exported_head(mode, world, tmp_path):
   """Scores of the training completions: mean 0, and with a gain standard deviation 1."""
   config = tiny.reward_model(world)
-  config.data.held_out = 0.0
-  config.reward.normalize = mode
+  config.data.held_out = None
+  config.preference.normalize = mode
   learner, state, _, _ = tiny.train(reward_model, config, 2)
   learner.export(state, tmp_path / 'model')
   model, params = hf.load_reward(tmp_path / 'model')

@@ -48,8 +48,8 @@ def test_it_learns_to_continue_and_to_end(world, tmp_path):
   _, _, history, held_out = tiny.train(sft, config, 200)
   assert 3.5 < history[0]['loss'] < 5  # log 64 is 4.16.
   assert history[-1]['loss'] < 0.1
-  assert held_out['eval/loss'] < 2.5  # Of texts that begin with a word of their own.
-  np.testing.assert_allclose(held_out['eval/perplexity'], np.exp(held_out['eval/loss']), rtol=1e-5)
+  assert held_out['held_out/loss'] < 2.5  # Of texts that begin with a word of their own.
+  np.testing.assert_allclose(held_out['held_out/perplexity'], np.exp(held_out['held_out/loss']), rtol=1e-5)
 
 
 def test_the_loss_is_the_mean_over_targets_by_loop(llama, losses_of):
@@ -119,4 +119,4 @@ def test_evaluation_counts_every_held_out_target_once(world, losses_of, tmp_path
   real = place < np.arange(4, 14)[:, None]
   losses, mask = losses_of(state.params['policy'], batch=types.LMBatch(
       tokens, real.astype(np.int32), place, real & (place >= 2)))
-  np.testing.assert_allclose(held_out['eval/loss'], np.asarray(losses)[mask].mean(), rtol=1e-5)
+  np.testing.assert_allclose(held_out['held_out/loss'], np.asarray(losses)[mask].mean(), rtol=1e-5)

@@ -329,7 +329,7 @@ def test_reward_model_learns_what_is_in_order_and_pays_ppo(task, tmp_path):
   config = from_nothing(reward_model.config(), task, 'comparisons.jsonl')
   config.data.held_out, config.steps = 0.2, 60
   learner, state, _, held_out = tiny.train(reward_model, config, 60)
-  assert held_out['eval/accuracy'] > 0.95
+  assert held_out['held_out/accuracy'] > 0.95
   learner.export(state, tmp_path / 'reward')
   config = ppo_config(task, 2)
   config.reward.update({'function': '', 'model': str(tmp_path / 'reward')})

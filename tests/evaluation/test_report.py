@@ -15,7 +15,7 @@ from rlhf_jax.feedback import elo
 from rlhf_jax.rewards import calibration
 
 METRICS = {
-  'sft': [{'step': i, 'loss': 2 - i / 100, 'eval/loss': 2.1 - i / 100} for i in range(100)],
+  'sft': [{'step': i, 'loss': 2 - i / 100, 'held_out/loss': 2.1 - i / 100} for i in range(100)],
   'ppo': [{'step': i, 'score': i / 10, 'kl': math.nan if i == 3 else i} for i in range(10)],
 }
 PARTS = {
@@ -80,7 +80,7 @@ def test_the_whole_report(tmp_path):
   tags = parse(path)
   # Frontier, ratings, reliability, and a panel each for loss, score and kl.
   assert sum(tag == 'svg' for tag, _ in tags) == 6
-  for words in ('2.50 ± 0.10', 'it shines.', 'learning_rate: 0.001', 'gold 2.50', 'eval/loss'):
+  for words in ('2.50 ± 0.10', 'it shines.', 'learning_rate: 0.001', 'gold 2.50', 'held_out/loss'):
     assert words in text
   assert list(tmp_path.glob('**/*.tmp')) == []
 

@@ -22,7 +22,7 @@ NEOX = {'family': 'gpt_neox', 'vocab_size': VOCAB, 'hidden_size': 12, 'intermedi
         'num_hidden_layers': DEPTH, 'num_attention_heads': 3, 'max_position_embeddings': 32, 'initializer_range': 0.3}
 FIELDS = {
     'gpt2': {'family': 'gpt2', 'vocab_size': VOCAB, 'n_positions': 32, 'n_embd': 12, 'n_layer': DEPTH, 'n_head': 3,
-             'initializer_range': 0.3},
+             'scale_attn_by_inverse_layer_idx': True, 'initializer_range': 0.3},
     'neox, parallel': NEOX | {'use_parallel_residual': True},
     'neox, one after another': NEOX | {'use_parallel_residual': False},
     'opt': {'family': 'opt', 'vocab_size': VOCAB, 'hidden_size': 12, 'ffn_dim': 20, 'num_hidden_layers': DEPTH,

@@ -42,18 +42,18 @@ def test_every_kind_takes_what_it_takes_in_a_run(way, world):
   config = run_config(world, way)
   mesh = sharding.make_mesh(MESH)
   with jax.set_mesh(mesh):
-    learner = ppo.create(config, mesh)
-    (frozen, *_), _ = learner.next_batch(learner.state, timed=False)
+    learner, state = ppo.create(config, mesh)
+    (frozen, *_), _ = learner.next_batch(state, timed=False)
   made = programs.make(config, mesh)
   structure = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding.shard_shape(x.shape)), tree)
-  assert structure(made.arrays['state'].params) == structure(learner.state.params)
-  assert structure(made.arrays['state'].opt_state) == structure(learner.state.opt_state)
+  assert structure(made.arrays['state'].params) == structure(state.params)
+  assert structure(made.arrays['state'].opt_state) == structure(state.opt_state)
   assert structure(made.arrays['frozen']) == structure(frozen)
   kinds = memory.by_kind(made.arrays)
-  assert kinds['policy'] == held((learner.state.params['policy'], frozen['shared']))
-  assert kinds['critic'] == held(learner.state.params['critic'])
+  assert kinds['policy'] == held((state.params['policy'], frozen['shared']))
+  assert kinds['critic'] == held(state.params['critic'])
   assert kinds.get('reference', 0) == held(frozen['reference'])
-  optimizer = learner.state.opt_state
+  optimizer = state.opt_state
   scalars = sum(leaf.nbytes for leaf in jax.tree.leaves(optimizer) if not leaf.ndim)
   sizes = [kinds.get(kind, 0) for kind in ('moments', 'master weights', 'moving average')]
   assert abs(sum(sizes) - held(optimizer)) <= scalars

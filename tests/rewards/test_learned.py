@@ -11,12 +11,12 @@ from rlhf_jax import errors
 from rlhf_jax import models
 from rlhf_jax import sharding
 from rlhf_jax import types
-from rlhf_jax.algorithms import on_policy
 from rlhf_jax.data import formats
 from rlhf_jax.data import tokenizers
 from rlhf_jax.models import heads
 from rlhf_jax.models import hf
 from rlhf_jax.rewards import learned
+from rlhf_jax.rewards import scorers
 from rlhf_jax.rewards import scoring
 import tiny
 
@@ -31,6 +31,13 @@ def mesh():
 
 def ids(text):
   return [4 + int(word[1:]) for word in text.split()]
+
+
+def load(path, world, mesh):
+  """The scorer of a reward model for the tiny world's policy, and what a critic starts from."""
+  return scorers.model_scorer(
+      str(path), tokenizers.load(world / 'tokenizer'), mesh, max_length=None, load={},
+      check=lambda model: None)
 
 
 def test_both_give_the_same_score(world, mesh):
@@ -72,10 +79,7 @@ def test_another_tokenizer_reads_the_text(world, tmp_path, mesh):
   params = {'backbone': model.init(jax.random.key(5)),
             'head': heads.init_scalar(jax.random.key(6), model.width, scale='normal')}
   hf.save(tmp_path / 'reward', model, params['backbone'], tokenizer=own, head=params['head'])
-  config = tiny.ppo(world)
-  config.reward.model = str(tmp_path / 'reward')
-  policy = tokenizers.load(world / 'tokenizer')
-  score, critic = on_policy.reward_model_scorer(config, policy, mesh)
+  score, critic = load(tmp_path / 'reward', world, mesh)
   assert critic is None  # none can start from a model that reads other tokens
 
   tokens, mask = np.full((4, 9), tiny.PAD, np.int32), np.zeros((4, 9), bool)
@@ -111,9 +115,7 @@ def test_a_bert_classifier_reads_prompt_and_response_as_one_text(world, tmp_path
       vocab_size=64, hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20,
       max_position_embeddings=32, num_labels=1, initializer_range=0.5)).eval()
   bert.save_pretrained(tmp_path)
-  config = tiny.ppo(world)
-  config.reward.model = str(tmp_path)
-  score, critic = on_policy.reward_model_scorer(config, tokenizers.load(world / 'tokenizer'), mesh)
+  score, critic = load(tmp_path, world, mesh)
   assert critic is None
   tokens = np.array([[tiny.BOS, 10, 11, 12, tiny.EOS], [tiny.BOS, 20, 21, 22, 23]], np.int32)
   mask = np.ones(tokens.shape, bool)

@@ -1,0 +1,267 @@
+"""Keys, checks and settings that on-policy algorithms share.
+
+Letters: B batch, n responses of a prompt, R response length.
+"""
+
+import dataclasses
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+from rlhf_jax import advantages
+from rlhf_jax import config as config_lib
+from rlhf_jax import experience
+from rlhf_jax import update
+from rlhf_jax.algorithms import setup
+from rlhf_jax.algorithms import sft
+from rlhf_jax.rewards import scorers
+from rlhf_jax.rollout import sampling as sampling_lib
+from rlhf_jax.rollout import stops
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+  """Static choices of an on-policy train step. Those with a default are the keys of `config.rl`.
+
+  Attributes:
+    microbatch_size: sequences of one forward and backward pass; 0 for the whole minibatch.
+    temperature: the one sampled with; logits of policy and reference are divided by it.
+    samples: n, responses to each prompt.
+    max_new_tokens: R.
+    end_tokens: token ids that end a response; () for none.
+    end_after: the first position at which they do.
+    epochs: passes over each rollout.
+    minibatches: optimizer steps a pass; must divide the batch.
+    length_buckets: see update.Schedule.
+    kl_coef: coefficient of the KL penalty; what it starts with where it adapts.
+    kl_estimator: 'k1', 'k2', 'k3', 'abs' or 'full' (over the vocabulary); see advantages.kl_estimate.
+    kl_in: 'reward' (Ziegler et al.) or 'loss' (GRPO).
+    clip_low: policy clip below 1.
+    clip_high: policy clip above 1.
+    dual_clip: bound on the loss of negative advantages, in advantages; None for none.
+    entropy_coef: weight of the entropy bonus.
+    ptx_coef: weight of the language-modelling loss on pretraining examples (PPO-ptx).
+    response: 'truncated' trains on what stands before the EOS; 'raw' on all R tokens, which
+      are sampled past the EOS (lm-human-preferences). The reward sees the truncated text.
+    missing_eos: 'none', 'replace' or 'subtract'; see advantages.apply_missing_eos.
+    missing_eos_value: the constant of that rule.
+    scale_scores: divide scores by their running standard deviation (trlX).
+    clip_scores: bound on |score| after scaling; None for none.
+    behaviour: old log-probabilities from the training 'forward' pass or from the 'sampler'.
+  """
+  microbatch_size: int
+  temperature: float
+  samples: int
+  max_new_tokens: int
+  end_tokens: tuple
+  end_after: int
+  epochs: int = 4
+  minibatches: int = 1
+  length_buckets: int = 4
+  kl_coef: float = 0.05
+  kl_estimator: str = 'k1'
+  kl_in: str = 'reward'
+  clip_low: float = 0.2
+  clip_high: float = 0.2
+  dual_clip: float | None = None
+  entropy_coef: float = 0.0
+  ptx_coef: float = 0.0
+  response: str = 'truncated'
+  missing_eos: str = 'none'
+  missing_eos_value: float = -1.0
+  scale_scores: bool = False
+  clip_scores: float | None = None
+  behaviour: str = 'forward'
+
+  @property
+  def schedule(self):
+    """update.Schedule."""
+    return update.Schedule(self.epochs, self.minibatches, self.microbatch_size, self.length_buckets)
+
+  @property
+  def clips(self):
+    """Keywords of losses.clipped_policy_loss."""
+    return {'clip_low': self.clip_low, 'clip_high': self.clip_high, 'dual_clip': self.dual_clip}
+
+  @property
+  def rules(self):
+    """experience.ScoreRules."""
+    return experience.ScoreRules(
+        end_tokens=self.end_tokens, end_after=self.end_after, scale=self.scale_scores, clip=self.clip_scores,
+        missing_eos=self.missing_eos, missing_eos_value=self.missing_eos_value)
+
+  @classmethod
+  def of(cls, config, end_tokens, end_after=0):
+    """The settings of a config, with the tokens that end a response and the first position of them."""
+    return cls(microbatch_size=config.microbatch_size or 0, temperature=config.sampling.temperature,
+               samples=config.sampling.samples, max_new_tokens=config.sampling.max_new_tokens,
+               end_tokens=end_tokens, end_after=end_after, **config.rl)
+
+
+def config(algorithm, settings):
+  """Keys of an on-policy algorithm.
+
+  Args:
+    algorithm: its name.
+    settings: its class of settings, `Settings` or a subclass.
+
+  Returns:
+    ConfigDict.
+  """
+  found = config_lib.common(algorithm)
+  found.batch_size = 64
+  found.optim.learning_rate = 1e-5
+  data = config_lib.data() | {
+      'kind': 'prompt',
+      'epochs': placeholder(float),     # passes over the prompts; or set steps
+      'max_prompt_length': 64,
+      'on_long': 'error',       # a prompt beyond that: 'error', 'truncate_left' or 'drop'
+  }
+  del data['max_length']
+  found.data = ml_collections.ConfigDict(data)
+  found.reference = placeholder(str)    # folder; None: the policy as it starts
+  found.reward = scorers.config()
+  found.sampling = ml_collections.ConfigDict({
+      'max_new_tokens': 32, 'temperature': 1.0, 'top_k': placeholder(int), 'top_p': 1.0,
+      'min_new_tokens': 0,      # before these no token ends a response
+      'stop': (),               # strings that end a response
+      'truncate_at': placeholder(str),  # with rl.response 'raw': the token that ends the text; None: the EOS
+      'truncate_after': 0,      # the first position at which it does
+      'samples': 1,             # responses to each prompt; must divide batch_size
+      'max_concurrent': placeholder(int),   # responses sampled at a time, by continuous batching; None: all
+      'gather_weights': False,  # over 'fsdp' once a rollout, not once a token; with max_concurrent always
+  })
+  found.ptx = ml_collections.ConfigDict(config_lib.data() | {
+      'batch_size': placeholder(int),   # pretraining examples an iteration, shared out over minibatches
+  })
+  found.rl = ml_collections.ConfigDict({
+      f.name: placeholder(float) if f.default is None else f.default
+      for f in dataclasses.fields(settings) if f.default is not dataclasses.MISSING})
+  return found
+
+
+def validate(config, device_count):
+  """Checks the keys that on-policy algorithms share.
+
+  Args:
+    config: from `config`.
+    device_count: devices of all processes.
+
+  Raises:
+    UserError: names the key, the value and the remedy.
+  """
+  need, one_of, divides = config_lib.need, config_lib.one_of, config_lib.divides
+  rl, sampling, ptx = config.rl, config.sampling, config.ptx
+  one_of(config, 'data.kind', ('prompt',))
+  one_of(config, 'data.on_long', ('error', 'truncate_left', 'drop'))
+  one_of(config, 'rl.kl_estimator', advantages.KL_ESTIMATORS)
+  one_of(config, 'rl.kl_in', ('reward', 'loss'))
+  one_of(config, 'rl.response', ('truncated', 'raw'))
+  one_of(config, 'rl.missing_eos', advantages.MISSING_EOS)
+  one_of(config, 'rl.behaviour', ('forward', 'sampler'))
+  need(0 <= rl.clip_low <= 1, f'config.rl.clip_low={rl.clip_low} must be in [0, 1]')
+  need(rl.dual_clip is None or rl.dual_clip > 1,
+       f'config.rl.dual_clip={rl.dual_clip} must be above 1, or None')
+  config_lib.optional_positive(rl, 'rl.', ('clip_scores',))
+  for key in ('epochs', 'minibatches', 'length_buckets'):
+    need(rl[key] > 0, f'config.rl.{key}={rl[key]} must be positive')
+  divides(rl.minibatches, config.batch_size, 'rl.minibatches', 'batch_size')
+  divides(config.microbatch_size, config.batch_size // rl.minibatches,
+          'microbatch_size', 'batch_size / config.rl.minibatches')
+  scorers.validate(config.reward)
+  need(sampling.temperature > 0,
+       f'config.sampling.temperature={sampling.temperature} must be positive: greedy samples '
+       'teach nothing')
+  need(sampling.max_new_tokens > 0,
+       f'config.sampling.max_new_tokens={sampling.max_new_tokens} must be positive')
+  config_lib.optional_positive(sampling, 'sampling.', ('top_k', 'max_concurrent'))
+  need(0 < sampling.top_p <= 1, f'config.sampling.top_p={sampling.top_p} must be in (0, 1]')
+  need(0 <= sampling.min_new_tokens <= sampling.max_new_tokens,
+       f'config.sampling.min_new_tokens={sampling.min_new_tokens} must be from 0 to '
+       f'config.sampling.max_new_tokens={sampling.max_new_tokens}')
+  need(sampling.truncate_at is None or rl.response == 'raw',
+       f"config.sampling.truncate_at={sampling.truncate_at!r} needs config.rl.response='raw': "
+       'sampling goes past the token')
+  need(not (sampling.stop and rl.response == 'raw'),
+       f"config.sampling.stop={sampling.stop} needs config.rl.response='truncated'")
+  need(sampling.samples > 0, f'config.sampling.samples={sampling.samples} must be positive')
+  divides(sampling.samples, config.batch_size, 'sampling.samples', 'batch_size')
+  config_lib.divides_over_shards(
+      config, device_count, 'batch_size / config.sampling.samples', config.batch_size // sampling.samples)
+  if sampling.max_concurrent:
+    need(sampling.max_concurrent < config.batch_size,
+         f'config.sampling.max_concurrent={sampling.max_concurrent} must be less than '
+         f'config.batch_size={config.batch_size}, or None to sample all at once')
+    config_lib.divides_over_shards(
+        config, device_count, 'sampling.max_concurrent', sampling.max_concurrent)
+  need(not (rl.kl_estimator == 'full' and rl.kl_in == 'loss'),
+       "config.rl.kl_estimator='full' works with config.rl.kl_in='reward' only")
+  need(config.model.unfrozen_layers is None or not config.reference,
+       f'config.reference={config.reference!r}: with config.model.unfrozen_layers='
+       f'{config.model.unfrozen_layers} the reference shares the layers below with the policy; '
+       'leave it at None, or set unfrozen_layers to None')
+  need((rl.ptx_coef > 0) == bool(ptx.batch_size),
+       f'config.rl.ptx_coef={rl.ptx_coef} and config.ptx.batch_size='
+       f'{ptx.batch_size}: set both to mix in pretraining, or neither')
+  if ptx.batch_size:
+    config_lib.validate_data(ptx, 'ptx')
+    one_of(config, 'ptx.kind', sft.KINDS)
+    divides(rl.minibatches, ptx.batch_size, 'rl.minibatches', 'ptx.batch_size')
+    config_lib.divides_over_shards(config, device_count, 'ptx.batch_size', ptx.batch_size)
+  need(not (rl.missing_eos == 'subtract' and rl.missing_eos_value < 0),
+       "config.rl.missing_eos='subtract' takes missing_eos_value off the score: a negative "
+       'one would be a reward for never ending')
+
+
+def validate_critic(config):
+  """Checks the keys of `config.critic`.
+
+  Raises:
+    UserError: see `validate`.
+  """
+  need, critic = config_lib.need, config.critic
+  config_lib.one_of(config, 'critic.kind', ('separate', 'trunk', 'adapters'))
+  need(critic.kind == 'separate' or not critic.path,
+       f'config.critic.kind={critic.kind!r} sits on the policy: it cannot start from '
+       f"config.critic.path={critic.path!r}; use 'separate' or leave the path at None")
+  need(critic.kind != 'adapters' or len(config.model.lora.targets) > 0 or config.model.lora.path,
+       "config.critic.kind='adapters' needs config.model.lora.targets, which it has too")
+
+
+def make_sampling(config, tokenizer):
+  """Sampling of a config with the tokenizer's EOS and padding.
+
+  Raises:
+    UserError: `config.sampling.truncate_at` is not one token.
+  """
+  c = config.sampling
+  single = stops.single_tokens(tokenizer, c.stop) if c.stop and not c.min_new_tokens else {}
+  return sampling_lib.Sampling(
+      max_new_tokens=c.max_new_tokens, min_new_tokens=c.min_new_tokens, temperature=c.temperature,
+      top_k=c.top_k or 0, top_p=c.top_p, eos_id=tokenizer.eos_token_id,
+      stop_tokens=tuple(single.values()), pad_id=tokenizer.pad_token_id,
+      ignore_eos=config.rl.response == 'raw')
+
+
+def end_tokens(config, tokenizer):
+  """Token ids that end a response, and the position from which on they do.
+
+  Raises:
+    UserError: `config.sampling.truncate_at` is not one token.
+  """
+  text = config.sampling.truncate_at
+  if text is None:
+    return make_sampling(config, tokenizer).ends, 0
+  token = stops.single_token(tokenizer, text, name='config.sampling.truncate_at')
+  return (token,), config.sampling.truncate_after
+
+
+def check_length(config, model):
+  """Raises UserError where a prompt and its response exceed a model's context."""
+  prompt, response = config.data.max_prompt_length, config.sampling.max_new_tokens
+  if model.encoder_decoder:
+    setup.check_length(prompt, model, 'data.max_prompt_length')
+    setup.check_length(response, model, 'sampling.max_new_tokens')
+  else:
+    setup.check_length(prompt + response, model,
+                       'data.max_prompt_length + config.sampling.max_new_tokens')

@@ -1,0 +1,272 @@
+"""Evaluators: functions (state) -> metrics that run inside the loop, or alone (evaluate.py).
+
+    loss       the algorithm's loss on held-out data
+    prompts    answers to held-out prompts: scores, KL from the policy as it started, lengths
+    win_rate   how often the policy's answer scores higher than that of the policy as it started
+    text       statistics of the texts of answers
+
+`config.evals` names them, see config.evaluator. Answers are sampled with the same random keys in
+every evaluation, so that two evaluations differ in the policy alone.
+
+Letters: n prompts, B batch, R response length.
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlhf_jax import config as config_lib
+from rlhf_jax import errors
+from rlhf_jax import policy as policy_lib
+from rlhf_jax import processes
+from rlhf_jax import sharding
+from rlhf_jax.data import formats
+from rlhf_jax.data import pipelines
+from rlhf_jax.data import sources
+from rlhf_jax.data import tokenizers
+from rlhf_jax.evaluation import text as text_lib
+from rlhf_jax.evaluation import winrate
+from rlhf_jax.rewards import functions
+from rlhf_jax.rewards import scorers
+from rlhf_jax.rollout import actor
+from rlhf_jax.rollout import sampler
+from rlhf_jax.rollout import sampling as sampling_lib
+from rlhf_jax.rollout import stops
+
+STREAM = 0x6576616C  # folded into the seed: training draws from other keys
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+  """What an algorithm gives its evaluators.
+
+  Attributes:
+    model: Model that is trained.
+    tokenizer: its tokenizer.
+    mesh: device mesh.
+    seed: of the answers.
+    load: keywords of hf.load_reward: how a reward model computes.
+    policy: (state) -> all parameters of the policy; None for an algorithm without one.
+    start: () -> the same before the first step, in arrays that are never donated; to be called
+      while evaluators are made.
+    loss: (path of a data set, or None for the run's held-out data) -> (state) -> metrics, or None
+      where there are no such data; None for an algorithm without a held-out loss.
+    sampling: keys of config.SAMPLING that the run samples with.
+  """
+  model: Any
+  tokenizer: Any
+  mesh: Any
+  seed: int
+  load: Mapping[str, Any]
+  policy: Callable[..., Any] | None = None
+  start: Callable[[], Any] | None = None
+  loss: Callable[..., Any] | None = None
+  sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def make(evals, context):
+  """The evaluators of `config.evals`.
+
+  Args:
+    evals: see config.evaluator.
+    context: Context.
+
+  Returns:
+    {name: (state) -> metrics}, without losses that have no data.
+
+  Raises:
+    UserError: data or functions are missing, or the algorithm has not what an evaluator needs;
+      names the evaluator.
+  """
+  kinds = {'loss': loss, 'prompts': prompts, 'win_rate': win_rate, 'text': text, 'function': user}
+  made = {}
+  for name, block in evals.items():
+    block = config_lib.evaluator(name, block)
+    try:
+      made[name] = kinds[block.kind](block, context)
+    except errors.UserError as error:
+      raise errors.UserError(f'config.evals.{name}: {error}') from error
+  return {name: evaluate for name, evaluate in made.items() if evaluate is not None}
+
+
+def loss(block, context):
+  """The algorithm's loss on held-out data, and what else it measures there."""
+  config_lib.need(context.loss, "kind='loss' needs an algorithm with a held-out loss: sft or "
+                  'reward_model; use another kind')
+  return context.loss(block.path)
+
+
+def prompts(block, context):
+  """Scores of answers, KL from the policy as it started, lengths and ends.
+
+      kl = mean over prompts of log pi(y|x) - log pi_start(y|x), nats per sequence
+
+  Both log-probabilities are at the sampling temperature; at 1 where that is 0.
+
+  Args:
+    block: see config.evaluator.
+    context: Context.
+
+  Returns:
+    (state) -> {'score', 'score_se': its standard error, 'kl', 'length': tokens, 'eos_rate': share
+    of answers that ended by themselves}.
+  """
+  answers, score = Answers(block, context), scorer(block, context)
+  start, temperature = context.start(), answers.sampling.temperature or 1.0
+  logprobs = lambda params, rollout: processes.host(
+      policy_lib.response_logprobs(params, rollout, temperature, model=context.model))
+
+  def measure(params, rollout, examples):
+    return {'score': score(rollout, examples),
+            'kl': logprobs(params, rollout) - logprobs(start, rollout),
+            'length': processes.host(rollout.response_mask).sum(1),
+            'eos_rate': answers.ended(rollout)}
+
+  def evaluate(state):
+    found = answers.each(context.policy(state), measure)
+    metrics = {name: float(np.mean(values)) for name, values in found.items()}
+    error = np.std(found['score']) / np.sqrt(max(len(found['score']) - 1, 1))
+    return metrics | {'score_se': float(error)}
+
+  return evaluate
+
+
+def win_rate(block, context):
+  """How often the policy's answer scores higher than that of the policy as it started.
+
+  Args:
+    block: see config.evaluator.
+    context: Context.
+
+  Returns:
+    (state) -> {'rate', 'low' and 'high' of its 95 % interval, 'draws': their share}.
+  """
+  answers, score = Answers(block, context), scorer(block, context)
+  scores = lambda params: answers.each(params, lambda params, rollout, examples: {
+      'score': score(rollout, examples)})['score']
+  baseline = scores(context.start())
+
+  def evaluate(state):
+    found = winrate.win_rate(scores(context.policy(state)), baseline)
+    return {'rate': found.rate, 'low': found.low, 'high': found.high,
+            'draws': found.draws / len(baseline)}
+
+  return evaluate
+
+
+def text(block, context):
+  """Statistics of the texts of answers; see text.statistics."""
+  answers = Answers(block, context)
+  texts = lambda params, rollout, examples: {
+      'text': actor.texts_of(rollout, context.tokenizer)[0]}
+  return lambda state: text_lib.statistics(answers.each(context.policy(state), texts)['text'])
+
+
+def user(block, context):
+  """The evaluator that a user's function makes of the context."""
+  return functions.load(block.function, key='function')(context)
+
+
+def scorer(block, context):
+  """(Rollout, examples) -> scores [B] NumPy float32, sums over tokens where they are per token."""
+  def check(model):
+    config_lib.need(model.max_length >= context.model.max_length or model.encoder_decoder,
+                    f'the reward model reads {model.max_length} tokens, fewer than the policy')
+
+  score, _ = scorers.make(
+      block.reward, context.tokenizer, context.mesh, load=context.load, check=check)
+
+  def apply(rollout, examples):
+    scores = processes.host(score(rollout, examples))
+    return scores.sum(axis=1) if scores.ndim == 2 else scores
+
+  return apply
+
+
+class Answers:
+  """Samples a policy's answers to the same prompts with the same random keys each time.
+
+  Attributes:
+    sampling: Sampling.
+  """
+
+  def __init__(self, block, context):
+    """Reads the prompts.
+
+    Args:
+      block: see config.evaluator.
+      context: Context.
+
+    Raises:
+      UserError: the prompts cannot be read, or do not fit the model; or there is no policy.
+    """
+    config_lib.need(context.policy, f'kind={block.kind!r} needs an algorithm that trains a policy')
+    self._mesh, self._seed, tokenizer = context.mesh, context.seed, context.tokenizer
+    columns = dict(pair.split('=') for pair in (block.columns or '').split(',') if pair)
+    records = sources.read(block.path, split=block.split or '', columns=columns)
+    self._examples = formats.prompts(records, tokenizer=tokenizer)[0][:block.count]
+    length = max(map(len, tokenizers.encode(tokenizer, [e.prompt for e in self._examples])))
+    self.sampling, strings = make_sampling(block.sampling, context)
+    check_length(context.model, length, self.sampling.max_new_tokens)
+    # Every batch is whole and divides over the data shards.
+    shards = sharding.shards()[0]
+    size = -(-min(block.batch_size, len(self._examples)) // shards) * shards
+    self._batches = pipelines.prompt_batches(
+        self._examples, tokenizer, batch_size=size, max_prompt_length=length)
+    self._sample = sampler.make(context.model, self.sampling)
+    self._cut = actor.stop_at(strings, tokenizer, self.sampling, context.mesh)
+
+  def each(self, params, measure):
+    """Samples all answers and measures them.
+
+    Args:
+      params: all parameters of the policy.
+      measure: (params, Rollout of B answers, their B examples) -> {name: B values}.
+
+    Returns:
+      {name: NumPy array of n values}, in the order of the prompts.
+    """
+    key = jax.random.fold_in(jax.random.key(self._seed), STREAM)
+    parts = []
+    for number, ((batch, index), valid) in enumerate(self._batches):
+      rollout = self._sample(
+          params, sharding.put_rows(batch, self._mesh), jax.random.fold_in(key, number))
+      rollout = self._cut(rollout) if self._cut else rollout
+      measured = measure(params, rollout, [self._examples[i] for i in index])
+      parts.append({name: np.asarray(values)[valid] for name, values in measured.items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+  def ended(self, rollout):
+    """Which answers ended by themselves, [B] NumPy bool."""
+    return processes.host(
+        sampling_lib.ended(rollout, self.sampling) if rollout.ended is None else rollout.ended)
+
+
+def make_sampling(settings, context):
+  """Sampling of an evaluator, and the strings that end an answer.
+
+  Args:
+    settings: keys of config.SAMPLING; those that are missing are the run's, or the defaults.
+    context: Context.
+  """
+  known = {name: context.sampling[name] for name in config_lib.SAMPLING if name in context.sampling}
+  settings = config_lib.SAMPLING | known | dict(settings)
+  strings, tokenizer = tuple(settings.pop('stop')), context.tokenizer
+  single = stops.single_tokens(tokenizer, strings) if not settings['min_new_tokens'] else {}
+  settings['top_k'] = settings['top_k'] or 0
+  return sampling_lib.Sampling(
+      **settings, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
+      stop_tokens=tuple(single.values())), strings
+
+
+def check_length(model, prompt, response):
+  """Raises UserError where a prompt and an answer exceed the model's context."""
+  length = max(prompt, response) if model.encoder_decoder else prompt + response
+  config_lib.need(
+      length <= model.max_length,
+      f'prompts of up to {prompt} tokens and {response} new ones exceed the context of '
+      f'{model.max_length} tokens: shorten the prompts, or lower sampling.max_new_tokens')

@@ -1,0 +1,50 @@
+"""The algorithm of docs/extending.md, run from a folder outside the package by its name."""
+
+import importlib.util
+import pathlib
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+from rlhf_jax import metrics
+from rlhf_jax import train
+from rlhf_jax.algorithms import build
+import tiny
+
+DOCS = pathlib.Path(__file__).resolve().parents[2] / 'docs'
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+  """A folder with the example, as the working directory."""
+  shutil.copy(DOCS / 'my_reinforce.py', tmp_path)
+  monkeypatch.chdir(tmp_path)
+  yield tmp_path
+  sys.modules.pop('my_reinforce', None)
+  sys.path[:] = [path for path in sys.path if path != str(tmp_path)]
+
+
+def test_it_is_found_and_learns(outside, world):
+  config = tiny.on_policy(build.load('my_reinforce').config(), world)
+  config.algorithm = 'my_reinforce'
+  config.batch_size, config.steps, config.optim.learning_rate = 64, 20, 0.01
+  config.rl.kl_coef = 0.01
+  train.run(config, outside / 'run')
+  scores = [record['objective/scores'] for record in metrics.read(outside / 'run')]
+  assert np.mean(scores[-3:]) > np.mean(scores[:2]) + 0.2, scores
+
+
+def test_the_document_shows_the_file():
+  """What docs/extending.md quotes is in the file, and the file is as short as it says."""
+  text = (DOCS / 'my_reinforce.py').read_text()
+  quoted = (DOCS / 'extending.md').read_text().split('```python\n')[1].split('```')[0]
+  assert quoted.strip() in text
+  assert len(text.splitlines()) <= 70
+
+
+def test_a_name_that_is_nowhere(outside):
+  assert importlib.util.find_spec('my_reinforc') is None
+  with pytest.raises(Exception, match="config.algorithm='my_reinforc' cannot be loaded"):
+    build.load('my_reinforc')
