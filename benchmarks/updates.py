@@ -31,7 +31,7 @@ def make_config(w, changes, device='cpu'):
   """
   config = ppo.config()
   config.batch_size = w.batch
-  config.microbatch_size = w.rows
+  config.microbatch_size = w.rows or None
   config.data.max_prompt_length = w.prompt
   config.sampling.max_new_tokens = w.response
   config.sampling.temperature = 1.0

@@ -17,6 +17,7 @@ PPO trains adapters and takes twice the steps, 1.67 and 0.79; `:bf16` 1.81 and 0
 import ml_collections
 
 from rlhf_jax import config as c
+from rlhf_jax.algorithms import grpo as grpo_lib
 from rlhf_jax.algorithms import ppo as ppo_lib
 from rlhf_jax.algorithms import reward_model as reward_model_lib
 from rlhf_jax.algorithms import sft as sft_lib
@@ -25,11 +26,12 @@ UNROLL = 4
 
 
 def get_config(arg=None):
-  """Arguments: debug (seconds), seed, lora (PPO trains adapters, of policy and critic), bf16."""
-  arg = c.parse_arg(arg, debug=False, seed=0, lora=False, bf16=False)
+  """Arguments: debug (seconds), seed, grpo (in place of PPO), lora (adapters of policy and critic), bf16."""
+  arg = c.parse_arg(arg, debug=False, seed=0, grpo=False, lora=False, bf16=False)
+  rl = 'grpo' if arg.grpo else 'ppo'
   config = ml_collections.ConfigDict({
       'seed': arg.seed,
-      'stages': ('world', 'pretrain', 'sft', 'compare', 'reward_model', 'ppo', 'evaluate'),
+      'stages': ('world', 'pretrain', 'sft', 'compare', 'reward_model', rl, 'evaluate'),
   })
   config.world = ml_collections.ConfigDict({
       'function': 'rlhf_jax.tasks.reviews:write',
@@ -47,7 +49,7 @@ def get_config(arg=None):
       'disagreement': 0.3, 'unroll': UNROLL, 'seed': None,
   })
   config.reward_model = reward_model()
-  config.ppo = ppo()
+  config[rl] = grpo() if arg.grpo else ppo()
   config.evaluate = ml_collections.ConfigDict({
       'function': 'rlhf_jax.evaluation.policies:run',
       'title': 'Quickstart: product reviews',
@@ -55,22 +57,22 @@ def get_config(arg=None):
                  'reward model trained on their labels.',
       'workdir': '$workdir',
       'policies': (('pretrained', '$workdir/pretrain'), ('sft', '$workdir/sft'),
-                   ('ppo', '$workdir/ppo')),
-      'baseline': 'sft', 'trained': 'ppo', 'best_of': 8,
+                   (rl, f'$workdir/{rl}')),
+      'baseline': 'sft', 'trained': rl, 'best_of': 8,
       'reward_model': '$workdir/reward_model/model',
       'comparisons': '$workdir/compare/held_out.jsonl',
       'prompts': '$workdir/world/eval_prompts.jsonl', 'samples': 512,
       'max_new_tokens': 36, 'temperature': 1.0,
       'gold': 'rlhf_jax.tasks.reviews:gold_score', 'gold_path': '',
-      'unroll': UNROLL, 'curves': ('pretrain', 'sft', 'reward_model', 'ppo'), 'seed': None,
+      'unroll': UNROLL, 'curves': ('pretrain', 'sft', 'reward_model', rl), 'seed': None,
   })
   if arg.lora:
-    adapters(config.ppo)
+    adapters(config[rl])
   if arg.bf16:
-    for stage in (config.pretrain, config.sft, config.reward_model, config.ppo):
+    for stage in (config.pretrain, config.sft, config.reward_model, config[rl]):
       stage.model.update({'dtype': 'bfloat16', 'param_dtype': 'bfloat16'})
   if arg.debug:
-    debug(config)
+    debug(config, rl)
   return config
 
 
@@ -124,7 +126,21 @@ def reward_model():
 
 def ppo():
   """PPO-ptx against the reward model."""
-  stage = base(ppo_lib.config('instructgpt'), '$workdir/sft/model')
+  return against_the_reward_model(ppo_lib.config('instructgpt'))
+
+
+def grpo():
+  """GRPO with the KL in the reward and pretraining mixed in, as the PPO above; 4 responses a prompt."""
+  stage = against_the_reward_model(grpo_lib.config())
+  stage.sampling.samples = 4
+  stage.rl.update({'kl_in': 'reward', 'kl_estimator': 'k1', 'normalize': 'token'})
+  stage.optim.b2 = 0.95
+  return stage
+
+
+def against_the_reward_model(stage):
+  """What both have in common."""
+  stage = base(stage, '$workdir/sft/model')
   stage.data.update({'path': '$workdir/world/prompts.jsonl', 'max_prompt_length': 12})
   stage.reward.model = '$workdir/reward_model/model'
   stage.sampling.max_new_tokens = 36
@@ -141,11 +157,12 @@ def ppo():
 def adapters(stage):
   """PPO that trains adapters on all linear maps; reference, policy and critic share the rest."""
   stage.model.lora.targets = (('attention/|mlp/', 32, 64.0),)
-  stage.critic.kind = 'adapters'
+  if 'critic' in stage:
+    stage.critic.kind = 'adapters'
   stage.steps, stage.optim.learning_rate = 80, 3e-3
 
 
-def debug(config):
+def debug(config, rl):
   """Shrinks everything to seconds; the figures mean nothing."""
   config.world.update({'corpus_size': 400, 'demonstration_count': 100, 'prompt_count': 64,
                        'eval_prompt_count': 32})
@@ -157,7 +174,7 @@ def debug(config):
   config.compare.update({'pairs': 32, 'held_out': 16, 'max_new_tokens': 12})
   config.reward_model.update({'steps': 3, 'batch_size': 8})
   config.reward_model.data.epochs = None
-  config.ppo.update({'steps': 2, 'batch_size': 16})
-  config.ppo.sampling.max_new_tokens = 12
-  config.ppo.ptx.batch_size = 4
+  config[rl].update({'steps': 2, 'batch_size': 16})
+  config[rl].sampling.max_new_tokens = 12
+  config[rl].ptx.batch_size = 4
   config.evaluate.update({'samples': 32, 'max_new_tokens': 12, 'best_of': 2})

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from rlhf_jax import train
+from rlhf_jax.algorithms import grpo
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.algorithms import sft
@@ -46,10 +47,12 @@ def assert_same_run(found, expected):
 
 def small(name, world):
   """Eight steps with a checkpoint after every third, and all the state a run can have."""
-  if name == 'ppo':
-    config = tiny.ppo(world)
+  if name in ('ppo', 'grpo'):
+    config = tiny.ppo(world) if name == 'ppo' else tiny.grpo(world)
     tiny.mix_in_pretraining(config, world)
-    config.rl.update({'scale_scores': True, 'kl_controller': 'adaptive', 'kl_horizon': 100.0})
+    config.rl.update({'scale_scores': True})
+    if name == 'ppo':
+      config.rl.update({'kl_controller': 'adaptive', 'kl_horizon': 100.0})
     config.samples_every = 2
   elif name == 'reward_model':
     config = tiny.reward_model(world)
@@ -59,7 +62,7 @@ def small(name, world):
     config.data.held_out = 0.1
   config.optim.update({'schedule': 'linear', 'warmup_steps': 2})
   config.steps, config.checkpoint_every = 8, 3
-  config.evals.update(tiny.evals(world) if name == 'ppo' else {'held_out': {'every': 2}})
+  config.evals.update(tiny.evals(world) if name in ('ppo', 'grpo') else {'held_out': {'every': 2}})
   return config
 
 
@@ -82,7 +85,8 @@ def stop_after(monkeypatch, module, steps):
   monkeypatch.setattr(module, 'create', stopping)
 
 
-@pytest.mark.parametrize('module, stops', [(ppo, (4, 7)), (reward_model, (1, 5)), (sft, (6,))])
+@pytest.mark.parametrize('module, stops', [
+    (ppo, (4, 7)), (grpo, (4,)), (reward_model, (1, 5)), (sft, (6,))])
 def test_stopped_runs_end_like_one_that_was_not(module, stops, world, tmp_path, monkeypatch):
   config = small(module.__name__.split('.')[-1], world)
   train.run(config, tmp_path / 'whole')
@@ -126,7 +130,7 @@ def kill_after(process, workdir, new_lines, delay):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('stage', ['ppo', 'reward_model'])
+@pytest.mark.parametrize('stage', ['ppo', 'grpo', 'reward_model'])
 def test_five_kills(stage, world, tmp_path):
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
   assert start(stage, world, whole).wait() == 0, (tmp_path / 'whole.log').read_text()

@@ -24,6 +24,7 @@ from rlhf_jax import sharding
 from rlhf_jax import train as train_lib
 from rlhf_jax import types
 from rlhf_jax import update
+from rlhf_jax.algorithms import grpo as grpo_lib
 from rlhf_jax.algorithms import ppo as ppo_lib
 from rlhf_jax.algorithms import reward_model as reward_model_lib
 from rlhf_jax.algorithms import sft as sft_lib
@@ -132,6 +133,13 @@ def ppo(world, preset=''):
   config.rl.update({'epochs': 2, 'minibatches': 2})
   if config.rl.ptx_coef:
     mix_in_pretraining(config, world)
+  return config
+
+
+def grpo(world, preset=''):
+  """GRPO against the reward function above, 4 responses to a prompt."""
+  config = on_policy(grpo_lib.config(preset), world)
+  config.sampling.samples = 4
   return config
 
 
@@ -249,10 +257,12 @@ def get_config(arg=None):
     config = reward_model(arg.world)
     config.evals.held_out.every = 7
   else:
-    config = ppo(arg.world)
+    config = ppo(arg.world) if arg.stage == 'ppo' else grpo(arg.world)
     mix_in_pretraining(config, arg.world)
     config.reward.update({'function': None, 'model': f'{arg.world}/reward'})
-    config.rl.update({'scale_scores': True, 'kl_controller': 'adaptive', 'kl_horizon': 100.0})
+    config.rl.scale_scores = True
+    if arg.stage == 'ppo':
+      config.rl.update({'kl_controller': 'adaptive', 'kl_horizon': 100.0})
     config.samples_every = 10
     config.evals = evals(arg.world, every=7)
   config.steps, config.checkpoint_every = 150, 3

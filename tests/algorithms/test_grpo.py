@@ -101,8 +101,7 @@ def test_overlong_responses_lose_up_to_one():
 
 
 def config_of(world, preset=''):
-  config = tiny.on_policy(grpo.config(preset), world)
-  config.sampling.samples, config.batch_size = 4, 16
+  config = tiny.grpo(world, preset)
   config.optim.eps = 1e-4
   return config
 

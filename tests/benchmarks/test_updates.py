@@ -10,6 +10,7 @@ from benchmarks import memory
 from benchmarks import shared_weights
 from benchmarks import updates
 from benchmarks import workloads
+from benchmarks.peers import ours
 from rlhf_jax import sharding
 
 W = workloads.Workload('tiny', 2, 16, 2, 64, 40, 5, 4, 8)
@@ -45,3 +46,11 @@ def test_half_of_the_layers():
 
 def test_temporaries(mesh):
   assert memory.temporaries(W, 'separate', mesh) > W.batch * W.length * W.width * 4
+
+
+@pytest.mark.parametrize('way', workloads.WAYS)
+@pytest.mark.parametrize('workload', workloads.WORKLOADS)
+def test_every_workload_is_a_valid_run(workload, way, tmp_path, monkeypatch):
+  monkeypatch.setattr(jax, 'device_count', lambda: 1)
+  config = ours.make_config(workloads.WORKLOADS[workload], way, tmp_path, 'cpu')
+  assert config.batch_size == workloads.WORKLOADS[workload].batch
