@@ -38,7 +38,7 @@ class Programs(NamedTuple):
 
   Attributes:
     model: the policy's Model.
-    arrays: {'state': TrainState, 'frozen': see ppo.train_step, 'scored': parameters of the reward
+    arrays: {'state': TrainState, 'frozen': see forward.Forward, 'scored': parameters of the reward
       model, {} where a function pays the reward}: all that stays on the chips.
     calls: {'rollout', 'scoring', 'update': (jitted function, its arguments)}.
   """

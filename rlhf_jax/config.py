@@ -15,7 +15,7 @@ from rlhf_jax import optim
 
 # How an evaluator samples, where neither it nor `config.sampling` says so; temperature 0 is greedy.
 SAMPLING = {'max_new_tokens': 32, 'temperature': 1.0, 'top_k': None, 'top_p': 1.0,
-            'min_new_tokens': 0, 'stop': ()}
+            'min_new_tokens': 0, 'stop': (), 'truncate_at': None, 'truncate_after': 0}
 
 
 def common(algorithm):
@@ -123,13 +123,11 @@ def evaluator(name, block):
         'sampling': {},         # keys of SAMPLING that differ from config.sampling
     }
   if kind in ('prompts', 'win_rate'):
-    found['reward'] = {'model': None, 'function': None, 'max_length': None}     # see on_policy.py
+    found['reward'] = {}        # keys of rewards/scorers.config
   unknown = sorted(block.keys() - found.keys())
   need(not unknown, f'config.evals.{name}.{unknown and unknown[0]} is no key of kind={kind!r}, '
        f'which has {", ".join(found)}')
   found |= block | {'kind': kind}
-  if 'reward' in found:
-    found['reward'] = {'model': None, 'function': None, 'max_length': None} | found['reward']
   return ml_collections.ConfigDict(found)
 
 
@@ -149,8 +147,6 @@ def validate_evals(evals):
       need(settings[name] > 0, f'config.{key}sampling.{name}={settings[name]} must be positive')
     need(settings['temperature'] >= 0, f'config.{key}sampling.temperature='
          f'{settings["temperature"]} must be 0 or positive')
-    need('reward' not in block or bool(block.reward.model) != bool(block.reward.function),
-         f'set exactly one of config.{key}reward.model and config.{key}reward.function')
 
 
 def apply_preset(config, presets, name):

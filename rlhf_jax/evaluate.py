@@ -46,15 +46,16 @@ def run(workdir, evals=''):
       raise errors.UserError(f'--evals={evals} is no JSON: {error}') from error
   elif evals:
     names = evals.split(',')
-    unknown = [name for name in names if name not in config.evals]
-    if unknown:
-      raise errors.UserError(f'--evals={evals} names {", ".join(unknown)}: the run has '
-                             f'{", ".join(config.evals) or "no evaluators"}')
-    config.evals = ml_collections.ConfigDict({name: config.evals[name] for name in names})
+    config.evals = ml_collections.ConfigDict(
+        {name: block for name, block in config.evals.items() if name in names})
   build.validate(config, jax.device_count())
   mesh = sharding.make_mesh(dict(config.mesh))
   with jax.set_mesh(mesh):
     learner, state = build.load(config.algorithm).create(config, mesh)
+    unknown = [name for name in names or () if name not in learner.evaluators]
+    if unknown:
+      raise errors.UserError(f'--evals={evals} names {", ".join(unknown)}: the run has no such '
+                             'evaluator, or no data for it')
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
     try:
       step, state = checkpoints.restore(state, learner.iterators)

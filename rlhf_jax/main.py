@@ -4,6 +4,7 @@ Runs one stage, or a pipeline of stages where the config has `stages`. The same 
 the same --workdir goes on where it stopped.
 """
 
+import functools
 import os
 import re
 import sys
@@ -26,11 +27,16 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for everything the run w
 
 
 def parse_flags(argv):
-  """Parses the command line; a mistake in it is said in one line."""
+  """Parses the command line, `--config.KEY=None` too; a mistake in it is said in one line."""
+  absent = [arg for arg in argv if re.fullmatch(r'--?config\.[\w.]+=None', arg)]
   try:
-    arguments = flags.FLAGS(argv)
+    arguments = flags.FLAGS([arg for arg in argv if arg not in absent])
     # A file that is not there is found out by the first use.
     _ = _CONFIG.value is None or _CONFIG.value.is_locked
+    for arg in absent:
+      *blocks, name = arg.partition('config.')[2].removesuffix('=None').split('.')
+      block = functools.reduce(lambda block, part: block[part], blocks, _CONFIG.value)
+      block[name], _ = None, block[name]  # the key must exist
     return arguments
   except (errors.UserError, flags.Error) as error:
     sys.exit(f'error: {" ".join(str(error).split())}')

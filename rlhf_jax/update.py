@@ -197,6 +197,7 @@ def before_update(params, rollout, step_mask, *, forward, schedule):
     outputs = forward.outputs(params, rows, fixed.trunk)
     return lengths.fill((fixed, outputs), length - rows.response_mask.shape[1])
 
+  rollout = rollout.replace(ended=None)  # the passes do not read it, and it has no positions to cut
   if not schedule.splits(rollout):
     return passes(rollout)
   order = lengths.order(step_mask)

@@ -80,6 +80,16 @@ def test_a_mistake_on_the_command_line(name, command_line):
     assert part in message, message
 
 
+def test_a_key_is_turned_off_on_the_command_line(command_line):
+  command_line(['--config=configs/sft.py', '--config.data.epochs=None', '--config.steps=7',
+                '--config.optim.clip_norm=None', '--config.data.held_out=None'])
+  config = main._CONFIG.value
+  assert (config.steps, config.data.epochs, config.optim.clip_norm) == (7, None, None)
+  assert config.data.held_out is None
+  with pytest.raises(SystemExit, match="the config has no key 'epoch'. Did you mean 'epochs'"):
+    command_line(['--config=configs/sft.py', '--config.data.epoch=None'])
+
+
 @pytest.mark.parametrize('argument, part', [
     ('--config.no_such_key=1', "--config.no_such_key=1: the config has no key 'no_such_key'"),
     ('--config.ppo.batch_size=126',

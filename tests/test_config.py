@@ -277,7 +277,7 @@ BAD_EVALS = [
     ({'text': {'evry': 1}}, "config.evals.text.evry is no key of kind='text', which has kind, every, path"),
     ({'mine': {'function': 'f:g', 'path': 'p'}}, "config.evals.mine.path is no key of kind='function'"),
     ({'text': {}}, 'config.evals.text.path is empty: name a data set of prompts'),
-    ({'prompts': {'path': 'p'}}, 'set exactly one of config.evals.prompts.reward.model and config.evals.'),
+    ({'prompts': {'path': 'p'}}, 'set exactly one of config.evals.prompts.reward.model, config.evals.prompts.reward.models'),
     ({'win_rate': PROMPTS | {'count': 0}}, 'config.evals.win_rate.count=0 must be positive, or None'),
     ({'win_rate': PROMPTS | {'batch_size': -1}}, 'config.evals.win_rate.batch_size=-1 must be positive'),
     ({'text': {'path': 'p', 'sampling': {'top': 1}}}, "config.evals.text.sampling has ['top']: its keys are"),
@@ -395,4 +395,4 @@ def test_an_evaluator_has_defaults():
   block = config_lib.evaluator('x', {'kind': 'prompts', 'path': 'p', 'reward': {'model': 'm'}})
   assert block.to_dict() == {
       'kind': 'prompts', 'every': None, 'path': 'p', 'split': None, 'columns': None, 'count': None,
-      'batch_size': 64, 'sampling': {}, 'reward': {'model': 'm', 'function': None, 'max_length': None}}
+      'batch_size': 64, 'sampling': {}, 'reward': {'model': 'm'}}

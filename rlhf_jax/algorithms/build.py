@@ -10,6 +10,7 @@ import sys
 
 from rlhf_jax import config as config_lib
 from rlhf_jax import errors
+from rlhf_jax.evaluation import evaluators
 
 
 def load(name):
@@ -51,4 +52,5 @@ def validate(config, device_count):
   """
   module = load(config.algorithm)
   config_lib.validate(config, device_count)
+  evaluators.validate(config.evals)
   module.validate(config, device_count)

@@ -2,8 +2,8 @@
 
 GRPO (Shao et al. 2024, https://arxiv.org/abs/2402.03300), Dr. GRPO (https://arxiv.org/abs/2503.20783),
 DAPO (https://arxiv.org/abs/2503.14476) and GSPO (https://arxiv.org/abs/2507.18071) are presets.
-TRL multiplies the KL in the loss by the ratio, takes the mean over the tokens of the whole rollout for
-'dapo', and keeps groups of equal scores in the loss; we do not.
+TRL multiplies the KL in the loss by the ratio, takes the mean over the tokens of the whole rollout for 'dapo',
+and keeps groups of equal scores; we do not. DAPO samples others in their place; we leave them out.
 
 Letters: B batch, n responses of a prompt, R response length.
 """
@@ -47,9 +47,9 @@ class Settings(on_policy_config.Settings):
 PRESETS = {
     'deepseekmath': {'sampling.samples': 64},
     'dr_grpo': {'rl.kl_coef': 0.0, 'rl.scale': 'none', 'rl.normalize': 'constant'},
-    'dapo': {'sampling.samples': 16, 'rl.kl_coef': 0.0, 'rl.clip_high': 0.28, 'rl.normalize': 'token',
-             'rl.drop_equal_groups': True, 'rl.overlong': 0.2},
-    'gspo': {'rl.kl_coef': 0.0, 'rl.ratio': 'sequence', 'rl.clip_low': 3e-4, 'rl.clip_high': 4e-4},
+    'dapo': {'sampling.samples': 16, 'rl.minibatches': 16, 'rl.kl_coef': 0.0, 'rl.clip_high': 0.28,
+             'rl.normalize': 'token', 'rl.drop_equal_groups': True, 'rl.overlong': 0.2},
+    'gspo': {'rl.minibatches': 4, 'rl.kl_coef': 0.0, 'rl.ratio': 'sequence', 'rl.clip_low': 3e-4, 'rl.clip_high': 4e-4},
 }
 
 
@@ -64,13 +64,13 @@ def validate(config, device_count):
   """Checks the keys of `config`; see ppo.validate."""
   on_policy_config.validate(config, device_count)
   samples, overlong = config.sampling.samples, config.rl.overlong
-  config_lib.need(samples > 1, f'config.sampling.samples={samples} must be at least 2: the '
-                  'baseline is the other responses to a prompt')
+  config_lib.need(config.rl.kl_coef or not config.reference, 'config.reference needs a config.rl.kl_coef above 0')
+  config_lib.need(samples > 1, f'config.sampling.samples={samples} must be at least 2: the others are the baseline')
   for key, choices in (('scale', adv.GROUP_SCALES), ('normalize', losses.NORMALIZERS),
                        ('ratio', losses.RATIO_LEVELS), ('kl_estimator', adv.KL_ESTIMATORS[:4])):
     config_lib.one_of(config, f'rl.{key}', choices)
-  config_lib.need(overlong is None or 0 < overlong <= 1,
-                  f'config.rl.overlong={overlong} must be in (0, 1], or None')
+  config_lib.need(overlong is None or 0 < overlong <= 1 and config.rl.response == 'truncated',
+                  f"config.rl.overlong={overlong} must be in (0, 1], with config.rl.response='truncated', or None")
 
 
 def prepare(outputs, fixed, *, state, rollout, scores, settings):

@@ -160,6 +160,10 @@ def validate(config, device_count):
   one_of(config, 'rl.missing_eos', advantages.MISSING_EOS)
   one_of(config, 'rl.behaviour', ('forward', 'sampler'))
   need(0 <= rl.clip_low <= 1, f'config.rl.clip_low={rl.clip_low} must be in [0, 1]')
+  for key in ('kl_coef', 'clip_high', 'entropy_coef', 'ptx_coef'):
+    need(rl[key] >= 0, f'config.rl.{key}={rl[key]} must be 0 or positive')
+  need(sampling.truncate_after >= 0,
+       f'config.sampling.truncate_after={sampling.truncate_after} must be 0 or positive')
   need(rl.dual_clip is None or rl.dual_clip > 1,
        f'config.rl.dual_clip={rl.dual_clip} must be above 1, or None')
   config_lib.optional_positive(rl, 'rl.', ('clip_scores',))

@@ -273,10 +273,11 @@ def held_out_loss(batches, frozen, *, scores, mesh):
   """
 
   def evaluate(state):
-    params = trainable.join(frozen, state.params['reward'])
-    return describe(np.concatenate([
+    params = trainable.join(frozen, setup.averaged(state, 'reward'))
+    gaps = np.concatenate([
         scoring.pair_gaps(processes.host(scores(params, sharding.put_rows(batch, mesh))), batch)
-        for batch in batches]))
+        for batch in batches])
+    return describe(gaps) if len(gaps) else {}
 
   return evaluate if batches else None
 

@@ -303,7 +303,7 @@ def policy_context(config, model, tokenizer, mesh, frozen, start, *, loss=None):
   """
   return evaluators.Context(
       model=model, tokenizer=tokenizer, mesh=mesh, seed=config.seed, loss=loss,
-      policy=lambda state: trainable.join(frozen, state.params['policy']),
+      policy=lambda state: trainable.join(frozen, averaged(state, 'policy')),
       start=lambda: trainable.join(frozen, start()), load=load_settings(config.model),
       sampling=config.get('sampling', {}))
 

@@ -188,7 +188,8 @@ def held_out_loss(batches, frozen, *, model, mesh):
   sums = jax.jit(functools.partial(loss_sums, model=model))
 
   def evaluate(state):
-    found = [sums(state.params['policy'], frozen, sharding.put_rows(batch, mesh))
+    params = setup.averaged(state, 'policy')
+    found = [sums(params, frozen, sharding.put_rows(batch, mesh))
              for batch in batches]
     loss = float(sum(total for total, _ in found) / sum(count for _, count in found))
     return {'loss': loss, 'perplexity': float(jnp.exp(loss))}

@@ -24,6 +24,7 @@ from rlhf_jax import errors
 from rlhf_jax import policy as policy_lib
 from rlhf_jax import processes
 from rlhf_jax import sharding
+from rlhf_jax import types
 from rlhf_jax.data import formats
 from rlhf_jax.data import pipelines
 from rlhf_jax.data import sources
@@ -66,6 +67,18 @@ class Context:
   start: Callable[[], Any] | None = None
   loss: Callable[..., Any] | None = None
   sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def validate(evals):
+  """Checks the rewards of `config.evals`; config.validate checks the rest.
+
+  Raises:
+    UserError: names the key, the value and the remedy.
+  """
+  for name, block in evals.items():
+    block = config_lib.evaluator(name, block)
+    if 'reward' in block:
+      scorers.validate(block.reward, f'config.evals.{name}.reward')
 
 
 def make(evals, context):
@@ -115,7 +128,8 @@ def prompts(block, context):
     (state) -> {'score', 'score_se': its standard error, 'kl', 'length': tokens, 'eos_rate': share
     of answers that ended by themselves}.
   """
-  answers, score = Answers(block, context), scorer(block, context)
+  answers = Answers(block, context)
+  score = scorer(block, context, answers)
   start, temperature = context.start(), answers.sampling.temperature or 1.0
   logprobs = lambda params, rollout: processes.host(
       policy_lib.response_logprobs(params, rollout, temperature, model=context.model))
@@ -145,7 +159,8 @@ def win_rate(block, context):
   Returns:
     (state) -> {'rate', 'low' and 'high' of its 95 % interval, 'draws': their share}.
   """
-  answers, score = Answers(block, context), scorer(block, context)
+  answers = Answers(block, context)
+  score = scorer(block, context, answers)
   scores = lambda params: answers.each(params, lambda params, rollout, examples: {
       'score': score(rollout, examples)})['score']
   baseline = scores(context.start())
@@ -171,17 +186,14 @@ def user(block, context):
   return functions.load(block.function, key='function')(context)
 
 
-def scorer(block, context):
+def scorer(block, context, answers):
   """(Rollout, examples) -> scores [B] NumPy float32, sums over tokens where they are per token."""
-  def check(model):
-    config_lib.need(model.max_length >= context.model.max_length or model.encoder_decoder,
-                    f'the reward model reads {model.max_length} tokens, fewer than the policy')
-
   score, _ = scorers.make(
-      block.reward, context.tokenizer, context.mesh, load=context.load, check=check)
+      block.reward, context.tokenizer, context.mesh, load=context.load, key='reward',
+      check=lambda model: check_length(model, answers.length, answers.sampling.max_new_tokens))
 
   def apply(rollout, examples):
-    scores = processes.host(score(rollout, examples))
+    scores = processes.host(types.Scores.of(score(rollout, examples)).total)
     return scores.sum(axis=1) if scores.ndim == 2 else scores
 
   return apply
@@ -191,6 +203,7 @@ class Answers:
   """Samples a policy's answers to the same prompts with the same random keys each time.
 
   Attributes:
+    length: tokens of the longest prompt.
     sampling: Sampling.
   """
 
@@ -209,16 +222,15 @@ class Answers:
     columns = dict(pair.split('=') for pair in (block.columns or '').split(',') if pair)
     records = sources.read(block.path, split=block.split or '', columns=columns)
     self._examples = formats.prompts(records, tokenizer=tokenizer)[0][:block.count]
-    length = max(map(len, tokenizers.encode(tokenizer, [e.prompt for e in self._examples])))
-    self.sampling, strings = make_sampling(block.sampling, context)
-    check_length(context.model, length, self.sampling.max_new_tokens)
+    self.length = max(map(len, tokenizers.encode(tokenizer, [e.prompt for e in self._examples])))
+    self.sampling, self._cut = make_sampling(block.sampling, context)
+    check_length(context.model, self.length, self.sampling.max_new_tokens)
     # Every batch is whole and divides over the data shards.
     shards = sharding.shards()[0]
     size = -(-min(block.batch_size, len(self._examples)) // shards) * shards
     self._batches = pipelines.prompt_batches(
-        self._examples, tokenizer, batch_size=size, max_prompt_length=length)
+        self._examples, tokenizer, batch_size=size, max_prompt_length=self.length)
     self._sample = sampler.make(context.model, self.sampling)
-    self._cut = actor.stop_at(strings, tokenizer, self.sampling, context.mesh)
 
   def each(self, params, measure):
     """Samples all answers and measures them.
@@ -247,7 +259,7 @@ class Answers:
 
 
 def make_sampling(settings, context):
-  """Sampling of an evaluator, and the strings that end an answer.
+  """Sampling of an evaluator, and what ends the answers afterwards: Rollout -> Rollout, or None.
 
   Args:
     settings: keys of config.SAMPLING; those that are missing are the run's, or the defaults.
@@ -256,11 +268,22 @@ def make_sampling(settings, context):
   known = {name: context.sampling[name] for name in config_lib.SAMPLING if name in context.sampling}
   settings = config_lib.SAMPLING | known | dict(settings)
   strings, tokenizer = tuple(settings.pop('stop')), context.tokenizer
+  text, after = settings.pop('truncate_at'), settings.pop('truncate_after')
   single = stops.single_tokens(tokenizer, strings) if not settings['min_new_tokens'] else {}
   settings['top_k'] = settings['top_k'] or 0
-  return sampling_lib.Sampling(
+  sampling = sampling_lib.Sampling(
       **settings, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
-      stop_tokens=tuple(single.values())), strings
+      stop_tokens=tuple(single.values()), ignore_eos=text is not None)
+  if text is None:
+    return sampling, actor.stop_at(strings, tokenizer, sampling, context.mesh)
+  token = stops.single_token(tokenizer, text, name='sampling.truncate_at')
+
+  @jax.jit
+  def truncate(rollout):
+    rollout, found = stops.truncate(rollout, tokens=(token,), after=after, pad_id=sampling.pad_id)
+    return rollout.replace(ended=found)
+
+  return sampling, truncate
 
 
 def check_length(model, prompt, response):

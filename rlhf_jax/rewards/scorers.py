@@ -42,24 +42,26 @@ def config():
   })
 
 
-def validate(config_reward):
-  """Checks `config.reward`.
+def validate(config_reward, key='config.reward'):
+  """Checks `config.reward`, or another block of its keys.
 
   Raises:
     UserError: names the key, the value and the remedy.
   """
-  validate_source(config_reward, 'config.reward', SOURCES + ('parts',))
+  unknown = sorted(set(config_reward) - set(config()))
+  need(not unknown, f'{key} has no key {", ".join(unknown)}: its keys are {", ".join(config())}')
+  validate_source(config_reward, key, SOURCES + ('parts',))
   keys = ['weight', *(key for key in config() if key != 'parts')]
-  for name, part in config_reward.parts.items():
-    key = f'config.reward.parts.{name}'
+  for name, part in (config_reward.get('parts') or {}).items():
+    part_key = f'{key}.parts.{name}'
     need(isinstance(part, ml_collections.ConfigDict),
-         f"{key}={part!r} must be a dict, such as {{'weight': 1.0, 'model': 'FOLDER'}}")
+         f"{part_key}={part!r} must be a dict, such as {{'weight': 1.0, 'model': 'FOLDER'}}")
     unknown = [name for name in part if name not in keys]
-    need(not unknown, f'{key} has no key {", ".join(unknown)}: its keys are {", ".join(keys)}')
-    validate_source(part, key, SOURCES)
+    need(not unknown, f'{part_key} has no key {", ".join(unknown)}: its keys are {", ".join(keys)}')
+    validate_source(part, part_key, SOURCES)
     weight = part.get('weight', 1.0)
     need(isinstance(weight, (int, float)) and math.isfinite(weight),
-         f'{key}.weight={weight!r} must be a finite number')
+         f'{part_key}.weight={weight!r} must be a finite number')
 
 
 def validate_source(block, key, sources):

@@ -74,7 +74,7 @@ def check_mesh(model, max_concurrent):
   if max_concurrent % shards:
     raise errors.UserError(
       f'{name} does not divide over the {shards} data shards of config.mesh: choose a '
-      f'multiple of {shards}, or 0'
+      f'multiple of {shards}, or None'
     )
   # Parts of heads would go from device to device inside the loops; see `engine` on drawing tokens.
   if (
@@ -85,11 +85,11 @@ def check_mesh(model, max_concurrent):
     raise errors.UserError(
       f'{name} on {shards} data shards: the {model.config.heads} attention heads and '
       f'{model.config.kv_heads} of keys and values must divide over the {tensor} parts of '
-      'config.mesh.tensor; choose another mesh, or set config.sampling.max_concurrent to 0'
+      'config.mesh.tensor; choose another mesh, or set config.sampling.max_concurrent to None'
     )
   if max_concurrent and tensor > 1 and processes.unrolled():
     raise errors.UserError(
       f'{name} with {tensor} parts of config.mesh.tensor: between CPU devices of several processes '
       'loops of unknown length cannot have collectives in them; set config.sampling.max_concurrent '
-      'to 0'
+      'to None'
     )

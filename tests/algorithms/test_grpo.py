@@ -120,6 +120,7 @@ def test_presets_train(preset, world):
   for metrics in history:
     assert all(np.isfinite(value) for value in metrics.values())
     np.testing.assert_allclose(metrics['policy/first_ratio'], 1.0, rtol=0, atol=1e-6)
+    assert (abs(metrics['policy/ratio'] - 1) > 1e-6) == (config.rl.minibatches > 1)
     assert ('objective/kl' in metrics) == (config.rl.kl_coef > 0)
 
 
@@ -156,3 +157,18 @@ def test_it_learns_to_use_good_words(world):
   scores = [float(metrics['objective/scores']) for metrics in history]
   assert abs(history[0]['objective/kl']) < 1e-4
   assert np.mean(scores[-3:]) > np.mean(scores[:2]) + 0.2, scores
+
+
+def test_stop_strings_with_microbatches(world, tmp_path):
+  """Responses cut on the host at a string, scored and trained on in microbatches of like length."""
+  tiny.write_model(tmp_path / 'model', tiny.LLAMA | {'max_position_embeddings': 64})
+  config = tiny.grpo(world)
+  config.model.path, config.microbatch_size, config.rl.minibatches = f'{tmp_path}/model', 4, 2
+  config.sampling.update({'max_new_tokens': 40, 'stop': ('w5 w', 'w7'), 'temperature': 3.0})
+  config.rl.update({'missing_eos': 'replace', 'missing_eos_value': -3.0})
+  learner, _, history, _ = run(config, 2)
+  assert all(np.isfinite(metrics['policy/loss']) for metrics in history)
+  texts = [sample['response'] for sample in learner.samples()]
+  stopped = [text for text in texts if 'w7' in text]
+  assert stopped and all(text.count('w7') == 1 and text.endswith('w7') for text in stopped)
+  assert 0 < history[-1]['response/eos_rate'] <= 1

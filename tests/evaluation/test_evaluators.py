@@ -13,7 +13,6 @@ from rlhf_jax import train
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.algorithms import sft
-from rlhf_jax.evaluation import evaluators
 from rlhf_jax.models import hf
 from rlhf_jax.rewards import scoring
 import tiny
@@ -218,7 +217,7 @@ def test_alone_they_may_be_others_than_those_of_the_run(finished, world):
   block = tiny.evals(world)['text'] | {'count': 3}
   _, found = evaluate.run(finished, json.dumps({'few': block | {'kind': 'text'}}))
   assert 'few/unique' in found and len(found) == 6
-  for evals, message in (('nothing', 'names nothing: the run has mine, prompts, text, win_rate'),
+  for evals, message in (('nothing', 'names nothing: the run has no such evaluator'),
                          ('{"x"', 'is no JSON')):
     with pytest.raises(errors.UserError, match=message):
       evaluate.run(finished, evals)
@@ -230,10 +229,3 @@ def test_alone_without_a_run(tmp_path):
   (tmp_path / 'config.json').write_text(json.dumps({'stages': ['sft', 'ppo']}))
   with pytest.raises(errors.UserError, match='is a pipeline: name the folder of a stage'):
     evaluate.run(tmp_path)
-
-
-def test_evaluation_loads_no_algorithm():
-  """Imports go one way."""
-  for module in (evaluators,):
-    with open(module.__file__, encoding='utf-8') as source:
-      assert 'rlhf_jax.algorithms' not in source.read()
