@@ -152,7 +152,7 @@ class StepLog:
       raise UserError(
         f'{", ".join(bad[:4])} is not finite at step {step}. Lower config.optim.learning_rate, '
         'set config.optim.clip_norm, or look at the batch; the checkpoints before this step '
-        f'are in {self._writer.workdir}/checkpoints, and the same command goes on from the last.'
+        f'are in {self._writer.workdir}/checkpoints, and the same command resumes from the last.'
       )
     values |= host_metrics
     self._show(values)

@@ -29,8 +29,8 @@ class Schedule:
     epochs: passes over each rollout.
     minibatches: optimizer steps a pass; must divide the batch.
     microbatch_size: sequences of one forward and backward pass; 0 for the whole minibatch.
-    length_buckets: microbatches hold sequences of like length, cut to one of so many lengths, each
-      of which is compiled; see lengths.cut. 1 for none.
+    length_buckets: microbatches hold sequences of like length, cut to one of this many lengths; each
+      of them is compiled; see lengths.cut. 1 for none.
   """
   epochs: int = 1
   minibatches: int = 1

@@ -324,8 +324,8 @@ def rewards_of(case):
 BAD_REWARDS = {
     'raises': ['reward raised RuntimeError: the server is away', 'the same command goes on'],
     'is short': ['returned 3 rewards for 4 responses', 'it has to return one for each'],
-    'is NaN': ['returned nan for example 0', 'every reward has to be finite'],
-    'is infinite': ['returned inf for example 3', 'every reward has to be finite'],
+    'is NaN': ['returned nan for example 0', 'every reward must be finite'],
+    'is infinite': ['returned inf for example 3', 'every reward must be finite'],
     'is None': ['reward raised TypeError', 'the same command goes on'],
     'is ragged': ['returned [0.0, 0.0, 0.0] for example 0', 'of shape (2,)',
                   'one for each of its 2 tokens'],
@@ -343,8 +343,8 @@ def test_bad_rewards(case):
 
 
 @pytest.mark.parametrize('case, parts', [
-    ('raises', ['RuntimeError: the server is away', 'with 16 prompts, the first', 'goes on from']),
-    ('is NaN', ['returned nan for example 0, prompt', 'every reward has to be finite']),
+    ('raises', ['RuntimeError: the server is away', 'with 16 prompts, the first', 'resumes from']),
+    ('is NaN', ['returned nan for example 0, prompt', 'every reward must be finite']),
     ('is short', ['returned 15 rewards for 16 responses', 'has to return one for each']),
 ])
 def test_bad_rewards_stop_a_run_that_can_go_on(case, parts, begun_ppo, tmp_path, monkeypatch):
@@ -375,7 +375,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_its_checkpoint(begun_sft
   message = str(caught.value)
   assert 'is not finite at step 4' in message and 'param_norm' in message
   assert 'Lower config.optim.learning_rate' in message and 'clip_norm' in message
-  assert f'{tmp_path}/checkpoints' in message and 'goes on from the last' in message
+  assert f'{tmp_path}/checkpoints' in message and 'resumes from the last' in message
   assert contents(tmp_path / 'checkpoints') == before
   assert not (tmp_path / 'model').exists()
   mended = config.copy_and_resolve_references()

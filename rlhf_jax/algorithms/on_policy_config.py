@@ -151,7 +151,7 @@ def validate(config, device_count):
     UserError: names the key, the value and the remedy.
   """
   need, one_of, divides = config_lib.need, config_lib.one_of, config_lib.divides
-  rl, sampling, ptx = config.rl, config.sampling, config.ptx
+  rl, ptx = config.rl, config.ptx
   one_of(config, 'data.kind', ('prompt',))
   one_of(config, 'data.on_long', ('error', 'truncate_left', 'drop'))
   one_of(config, 'rl.kl_estimator', advantages.KL_ESTIMATORS)
@@ -162,8 +162,6 @@ def validate(config, device_count):
   need(0 <= rl.clip_low <= 1, f'config.rl.clip_low={rl.clip_low} must be in [0, 1]')
   for key in ('kl_coef', 'clip_high', 'entropy_coef', 'ptx_coef'):
     need(rl[key] >= 0, f'config.rl.{key}={rl[key]} must be 0 or positive')
-  need(sampling.truncate_after >= 0,
-       f'config.sampling.truncate_after={sampling.truncate_after} must be 0 or positive')
   need(rl.dual_clip is None or rl.dual_clip > 1,
        f'config.rl.dual_clip={rl.dual_clip} must be above 1, or None')
   config_lib.optional_positive(rl, 'rl.', ('clip_scores',))
@@ -173,31 +171,7 @@ def validate(config, device_count):
   divides(config.microbatch_size, config.batch_size // rl.minibatches,
           'microbatch_size', 'batch_size / config.rl.minibatches')
   scorers.validate(config.reward)
-  need(sampling.temperature > 0,
-       f'config.sampling.temperature={sampling.temperature} must be positive: greedy samples '
-       'teach nothing')
-  need(sampling.max_new_tokens > 0,
-       f'config.sampling.max_new_tokens={sampling.max_new_tokens} must be positive')
-  config_lib.optional_positive(sampling, 'sampling.', ('top_k', 'max_concurrent'))
-  need(0 < sampling.top_p <= 1, f'config.sampling.top_p={sampling.top_p} must be in (0, 1]')
-  need(0 <= sampling.min_new_tokens <= sampling.max_new_tokens,
-       f'config.sampling.min_new_tokens={sampling.min_new_tokens} must be from 0 to '
-       f'config.sampling.max_new_tokens={sampling.max_new_tokens}')
-  need(sampling.truncate_at is None or rl.response == 'raw',
-       f"config.sampling.truncate_at={sampling.truncate_at!r} needs config.rl.response='raw': "
-       'sampling goes past the token')
-  need(not (sampling.stop and rl.response == 'raw'),
-       f"config.sampling.stop={sampling.stop} needs config.rl.response='truncated'")
-  need(sampling.samples > 0, f'config.sampling.samples={sampling.samples} must be positive')
-  divides(sampling.samples, config.batch_size, 'sampling.samples', 'batch_size')
-  config_lib.divides_over_shards(
-      config, device_count, 'batch_size / config.sampling.samples', config.batch_size // sampling.samples)
-  if sampling.max_concurrent:
-    need(sampling.max_concurrent < config.batch_size,
-         f'config.sampling.max_concurrent={sampling.max_concurrent} must be less than '
-         f'config.batch_size={config.batch_size}, or None to sample all at once')
-    config_lib.divides_over_shards(
-        config, device_count, 'sampling.max_concurrent', sampling.max_concurrent)
+  validate_sampling(config, device_count)
   need(not (rl.kl_estimator == 'full' and rl.kl_in == 'loss'),
        "config.rl.kl_estimator='full' works with config.rl.kl_in='reward' only")
   need(config.model.unfrozen_layers is None or not config.reference,
@@ -215,6 +189,38 @@ def validate(config, device_count):
   need(not (rl.missing_eos == 'subtract' and rl.missing_eos_value < 0),
        "config.rl.missing_eos='subtract' takes missing_eos_value off the score: a negative "
        'one would be a reward for never ending')
+
+
+def validate_sampling(config, device_count):
+  """The part of `validate` about `config.sampling`."""
+  need, rl, sampling = config_lib.need, config.rl, config.sampling
+  need(sampling.temperature > 0,
+       f'config.sampling.temperature={sampling.temperature} must be positive: greedy samples '
+       'teach nothing')
+  need(sampling.max_new_tokens > 0,
+       f'config.sampling.max_new_tokens={sampling.max_new_tokens} must be positive')
+  config_lib.optional_positive(sampling, 'sampling.', ('top_k', 'max_concurrent'))
+  need(0 < sampling.top_p <= 1, f'config.sampling.top_p={sampling.top_p} must be in (0, 1]')
+  need(0 <= sampling.min_new_tokens <= sampling.max_new_tokens,
+       f'config.sampling.min_new_tokens={sampling.min_new_tokens} must be from 0 to '
+       f'config.sampling.max_new_tokens={sampling.max_new_tokens}')
+  need(sampling.truncate_after >= 0,
+       f'config.sampling.truncate_after={sampling.truncate_after} must be 0 or positive')
+  need(sampling.truncate_at is None or rl.response == 'raw',
+       f"config.sampling.truncate_at={sampling.truncate_at!r} needs config.rl.response='raw': "
+       'sampling goes past the token')
+  need(not (sampling.stop and rl.response == 'raw'),
+       f"config.sampling.stop={sampling.stop} needs config.rl.response='truncated'")
+  need(sampling.samples > 0, f'config.sampling.samples={sampling.samples} must be positive')
+  config_lib.divides(sampling.samples, config.batch_size, 'sampling.samples', 'batch_size')
+  config_lib.divides_over_shards(
+      config, device_count, 'batch_size / config.sampling.samples', config.batch_size // sampling.samples)
+  if sampling.max_concurrent:
+    need(sampling.max_concurrent < config.batch_size,
+         f'config.sampling.max_concurrent={sampling.max_concurrent} must be less than '
+         f'config.batch_size={config.batch_size}, or None to sample all at once')
+    config_lib.divides_over_shards(
+        config, device_count, 'sampling.max_concurrent', sampling.max_concurrent)
 
 
 def validate_critic(config):

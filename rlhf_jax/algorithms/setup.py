@@ -234,7 +234,7 @@ def hold_out(config, convert, tokenizer):
 
 
 def train_steps(config, examples):
-  """Train steps of the run: `config.steps`, or `config.data.epochs` passes over so many examples."""
+  """Train steps of the run: `config.steps`, or `config.data.epochs` passes over this many examples."""
   if config.steps:
     return config.steps
   return max(1, round(config.data.epochs * examples / config.batch_size))

@@ -77,12 +77,12 @@ def call(function, prompts, responses, *, response_tokens, metadata, slots):
     raise errors.UserError(
         f'the reward function {name} raised {type(error).__name__}: {error}. It was called '
         f'with {len(prompts)} prompts, the first {prompts[0]!r} with the response '
-        f'{responses[0]!r}. Training stops here; the same command goes on from the last '
-        'checkpoint once it is mended.') from error
+        f'{responses[0]!r}. Training stops here; once it is fixed, the same command resumes '
+        'from the last checkpoint.') from error
   if len(rewards) != len(responses):
     raise errors.UserError(
         f'the reward function {name} returned {len(rewards)} rewards for {len(responses)} '
-        'responses: it has to return one for each')
+        'responses: it must return one for each')
   first = rewards[0] if rewards else None
   per_token = isinstance(first, (list, tuple)) or getattr(first, 'ndim', 0) == 1
   scores = np.zeros((len(rewards), slots) if per_token else len(rewards), np.float32)
@@ -100,7 +100,7 @@ def call(function, prompts, responses, *, response_tokens, metadata, slots):
     if not all(math.isfinite(v) for v in value.reshape(-1)):
       raise errors.UserError(
           f'the reward function {name} returned {reward} for example {i}, prompt '
-          f'{prompts[i]!r}, response {responses[i]!r}: every reward has to be finite')
+          f'{prompts[i]!r}, response {responses[i]!r}: every reward must be finite')
     if per_token:
       scores[i, :len(value)] = value
     else:
