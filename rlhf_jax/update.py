@@ -164,11 +164,7 @@ def _in_one_piece(state, rollout, forward, objective, schedule):
 
 
 def _in_minibatches(state, rollout, forward, objective, schedule):
-  """Gradients of shuffled minibatches, each summed over microbatches of sequences of like length.
-
-  Returns:
-    As `_in_one_piece`.
-  """
+  """As `_in_one_piece`, of shuffled minibatches, each summed over microbatches of like length."""
   fixed, outputs = before_update(
       state.params, rollout, objective.step_mask, forward=forward, schedule=schedule)
   experience, *prepared = objective.prepare(outputs, fixed)
