@@ -137,9 +137,9 @@ def ppo(world, preset=''):
 
 
 def grpo(world, preset=''):
-  """GRPO against the reward function above, 4 responses to a prompt."""
+  """GRPO against the reward function above, 2 responses to a prompt."""
   config = on_policy(grpo_lib.config(preset), world)
-  config.sampling.samples = 4
+  config.sampling.samples = 2
   return config
 
 

@@ -102,7 +102,7 @@ def test_overlong_responses_lose_up_to_one():
 
 def config_of(world, preset=''):
   config = tiny.grpo(world, preset)
-  config.optim.eps = 1e-4
+  config.sampling.samples, config.optim.eps = 4, 1e-4
   return config
 
 
