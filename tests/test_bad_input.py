@@ -322,11 +322,11 @@ def rewards_of(case):
 
 
 BAD_REWARDS = {
-    'raises': ['reward raised RuntimeError: the server is away', 'the same command goes on'],
-    'is short': ['returned 3 rewards for 4 responses', 'it has to return one for each'],
+    'raises': ['reward raised RuntimeError: the server is away', 'the same command resumes'],
+    'is short': ['returned 3 rewards for 4 responses', 'it must return one for each'],
     'is NaN': ['returned nan for example 0', 'every reward must be finite'],
     'is infinite': ['returned inf for example 3', 'every reward must be finite'],
-    'is None': ['reward raised TypeError', 'the same command goes on'],
+    'is None': ['reward raised TypeError', 'the same command resumes'],
     'is ragged': ['returned [0.0, 0.0, 0.0] for example 0', 'of shape (2,)',
                   'one for each of its 2 tokens'],
     'is mixed': ['returned 0.5 for example 3', 'of shape (2,)', 'alike for all examples'],
@@ -345,7 +345,7 @@ def test_bad_rewards(case):
 @pytest.mark.parametrize('case, parts', [
     ('raises', ['RuntimeError: the server is away', 'with 16 prompts, the first', 'resumes from']),
     ('is NaN', ['returned nan for example 0, prompt', 'every reward must be finite']),
-    ('is short', ['returned 15 rewards for 16 responses', 'has to return one for each']),
+    ('is short', ['returned 15 rewards for 16 responses', 'must return one for each']),
 ])
 def test_bad_rewards_stop_a_run_that_can_go_on(case, parts, begun_ppo, tmp_path, monkeypatch):
   folder, config = begun_ppo
@@ -359,7 +359,7 @@ def test_bad_rewards_stop_a_run_that_can_go_on(case, parts, begun_ppo, tmp_path,
     assert part in str(caught.value), caught.value
   assert contents(tmp_path / 'checkpoints') == before
   assert not (tmp_path / 'model').exists()
-  if case == 'raises':  # mended, the same command goes on
+  if case == 'raises':  # once it is fixed, the same command resumes
     train.run(config, tmp_path)
     assert {record['step'] for record in metrics_lib.read(tmp_path)} == set(range(6))
 

@@ -105,7 +105,7 @@ def test_stopped_runs_end_like_one_that_was_not(module, stops, world, tmp_path, 
 
 def start(stage, world, workdir):
   """Starts `python -m rlhf_jax.main` on one device."""
-  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '', 'PYTHONPATH': f'{ROOT}/tests'}
   log = open(f'{workdir}.log', 'ab')
   return subprocess.Popen(
       [sys.executable, '-m', 'rlhf_jax.main',
