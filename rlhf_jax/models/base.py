@@ -137,7 +137,7 @@ class Writer(Base):
       params: from `init`, `hf.load` or `unstack`.
       tokens: [B, P] int32, left-padded.
       mask: [B, P] bool.
-      slots: R, room for so many tokens of response.
+      slots: R, the response length to make room for.
 
     Returns:
       The state [B, D] that predicts the first response token, and the cache for `step`.

@@ -9,7 +9,7 @@ Only whoever renews the numbers needs torch and TRL; the test reads the .npz wit
 copies what `_compute_loss` reads and returns, and differentiates that loss by the logprobs.
 
 Letters: B batch of a generation (n responses of each prompt), R response length, S calls of
-`_compute_loss` (2 iterations over the batch, each in so many microbatches), b rows of each.
+`_compute_loss` (2 iterations over the batch, each in several microbatches), b rows of each.
 
 What is in the file. All cases share model, reference, prompts and responses; C is a case's name.
   versions         JSON text
