@@ -2,6 +2,7 @@
 
 import copy
 import pathlib
+import threading
 
 from absl import logging
 import jax
@@ -12,14 +13,25 @@ from rlhf_jax import errors
 from rlhf_jax import processes
 
 
-class Checkpoints:
-  """The checkpoints of one working directory."""
+CLOSE_SECONDS = 40  # that a run which fails waits for a checkpoint that is being written
 
-  def __init__(self, workdir, *, keep):
-    """Opens `workdir`/checkpoints and keeps the newest `keep` of them."""
+
+class _Manager(ocp.CheckpointManager):
+  """Orbax's, without its own question whether the job is preempted: the loop asks that."""
+
+  def reached_preemption(self, step):
+    return False
+
+
+class Checkpoints:
+  """The checkpoints of one working directory; as a context, closed where it ends."""
+
+  def __init__(self, workdir, *, keep=None):
+    """Opens `workdir`/checkpoints and keeps the newest `keep` of them; None only reads."""
     self.path = pathlib.Path(workdir).resolve() / 'checkpoints'
-    self._manager = ocp.CheckpointManager(
-        self.path, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+    self._read_only, self._closed = keep is None, False
+    self._manager = _Manager(self.path, options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, read_only=self._read_only, create=not self._read_only))
 
   def latest_step(self):
     """The newest step there is a checkpoint of, or None."""
@@ -72,13 +84,14 @@ class Checkpoints:
         logging.warning('checkpoint %d in %s cannot be read (%s: %s); trying the one before',
                         step, self.path, type(error).__name__, str(error).split('\n')[0][:200])
       if processes.all_of(restored is not None):
-        self._put_aside([s for s in steps if s > step])
+        if not self._read_only:
+          self._put_aside([s for s in steps if s > step])
         return step, restored.state
       for name, it in iterators.items():
         it.set_state(first[name])
     raise errors.UserError(
-        f'none of the checkpoints {steps} in {self.path} can be read with this config. If '
-        'the model or the optimizer in the config changed, use another --workdir; nothing '
+        f'none of the checkpoints {steps} in {self.path} can be read with this config: it must '
+        'have the model and the optimizer they were saved with, or another --workdir; nothing '
         'was deleted.')
 
   def _read(self, step, abstract):
@@ -103,9 +116,30 @@ class Checkpoints:
     self._manager.reload()
 
   def close(self):
-    """Waits until everything is written."""
+    """Waits until everything is written. A second call does nothing."""
+    if self._closed:
+      return
+    self._closed = True
     self._manager.wait_until_finished()
     self._manager.close()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, *_):
+    """Closes; after an error neither waits for ever nor raises another."""
+    if kind is None:
+      self.close()
+      return
+    def close():
+      try:
+        self.close()
+      except Exception as error:
+        logging.warning('the last checkpoint in %s is not whole: %s', self.path, str(error).split('\n')[0])
+
+    thread = threading.Thread(target=close, daemon=True)
+    thread.start()
+    thread.join(CLOSE_SECONDS)
 
 
 def load_params(path, name):

@@ -65,7 +65,8 @@ def common(algorithm):
       },
       'log_every': 1,
       'evals': {},              # {name: keys of an evaluator}; see `evaluator`
-      'checkpoint_every': placeholder(int),     # steps; None: at the end only
+      'checkpoint_every': placeholder(int),     # steps; None: by the clock, and at the end
+      'checkpoint_minutes': 10.0,   # between checkpoints, whatever checkpoint_every says; None: no clock
       'keep_checkpoints': 2,
       'samples_every': placeholder(int),    # steps between the sampled texts in samples.jsonl
       'wandb_project': placeholder(str),
@@ -272,7 +273,8 @@ def validate(config, device_count):
        f'config.keep_checkpoints={config.keep_checkpoints} must be positive: a run that '
        'keeps none cannot resume')
   need(config.log_every > 0, f'config.log_every={config.log_every} must be positive')
-  optional_positive(config, '', ('checkpoint_every', 'samples_every', 'microbatch_size'))
+  optional_positive(
+      config, '', ('checkpoint_every', 'checkpoint_minutes', 'samples_every', 'microbatch_size'))
   optional_positive(config.optim, 'optim.', ('clip_norm',))
   validate_evals(config.evals)
   if 'held_out' in config.data:

@@ -1,5 +1,16 @@
 """Errors a user can cause. Each message says what was wrong, where, and what to do."""
 
+import errno
+import os
+
+# What libraries write into messages of their own, and what is to be done.
+DISK = {
+    errno.ENOSPC: 'make room',
+    errno.EDQUOT: 'make room, or have the quota raised',
+    errno.EROFS: 'name a --workdir that can be written',
+    errno.EACCES: 'change its permissions, or name another --workdir',
+}
+
 
 class UserError(Exception):
   """Something in the command, the config or a file has to change; no bug in the code."""
@@ -7,3 +18,28 @@ class UserError(Exception):
 
 class DataError(UserError):
   """A record cannot be read; the message names file, line and field."""
+
+
+class Interrupted(Exception):
+  """The run was asked to stop, by SIGTERM or Ctrl-C, and can be resumed.
+
+  Attributes:
+    status: exit status of the process, 128 + the signal's number.
+  """
+
+  def __init__(self, message, status):
+    super().__init__(message)
+    self.status = status
+
+
+def of_disk(error):
+  """What a file system's error says, in one line; None for an error of another kind."""
+  while error is not None:
+    for number, remedy in DISK.items():
+      text = os.strerror(number)
+      if getattr(error, 'errno', None) == number or text in str(error):
+        place = getattr(error, 'filename', None)
+        return (f'{text}{f": {place}" if place else ""}: {remedy}; the same command resumes from the '
+                'last checkpoint')
+    error = error.__cause__ or error.__context__
+  return None

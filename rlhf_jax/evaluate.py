@@ -8,7 +8,6 @@ them; --evals='{"text": {"path": "prompts.jsonl"}}' takes the place of `config.e
 import argparse
 import json
 import pathlib
-import sys
 
 import jax
 import ml_collections
@@ -56,7 +55,7 @@ def run(workdir, evals=''):
     if unknown:
       raise errors.UserError(f'--evals={evals} names {", ".join(unknown)}: the run has no such '
                              'evaluator, or no data for it')
-    checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
+    checkpoints = checkpoint.Checkpoints(workdir)
     try:
       step, state = checkpoints.restore(state, learner.iterators)
     finally:
@@ -102,8 +101,7 @@ def main():
   try:
     step, metrics = run(options.workdir, options.evals)
   except errors.UserError as error:
-    runtime.end_at_once(f'error: {error}')
-    sys.exit(f'error: {error}')
+    runtime.end(f'error: {error}', 1)
   if processes.first():
     print(tables.metrics_table(metrics, title=f'{options.workdir} after {step} steps'))
 

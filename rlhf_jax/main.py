@@ -1,7 +1,7 @@
 """python -m rlhf_jax.main --config=configs/X.py[:arg] --workdir=DIR [--config.key=value]
 
 Runs one stage, or a pipeline of stages where the config has `stages`. The same command with
-the same --workdir goes on where it stopped.
+the same --workdir resumes. SIGTERM or Ctrl-C saves first; a second Ctrl-C does not.
 """
 
 import functools
@@ -24,6 +24,9 @@ from rlhf_jax.evaluation import report
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'File in configs/, :arg for variants.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for everything the run writes.')
+_FORK = flags.DEFINE_string(
+    'fork', None, 'New folder for a run with this config that starts from the newest checkpoint in --workdir; of a '
+    'pipeline, from its finished stages up to the first that differs.')
 
 
 def parse_flags(argv):
@@ -56,18 +59,26 @@ def parse_flags(argv):
 
 
 def main(argv):
-  """Runs the config; a mistake of the user's is said in one line."""
+  """Runs the config; whatever ends it early is said in one line, with a status other than 0.
+
+  The status is 1 for errors, and 128 + the signal's number for a run that was asked to stop: 143
+  for SIGTERM, 130 for Ctrl-C.
+  """
   if len(argv) > 1:
     sys.exit(f'error: unexpected arguments {argv[1:]}: every option begins with --')
   try:
     run()
   except errors.UserError as error:
     logging.debug('details', exc_info=True)
-    runtime.end_at_once(f'error: {error}')
-    sys.exit(f'error: {error}')
-  except (Exception, KeyboardInterrupt):
-    runtime.end_at_once(traceback.format_exc())
-    raise
+    runtime.end(str(error) and f'error: {error}', 1)
+  except errors.Interrupted as stop:
+    runtime.end(str(stop) if processes.first() else '', stop.status, together=True)
+  except KeyboardInterrupt:
+    runtime.end('stopped by SIGINT: the same command resumes', 130)
+  except BaseException as error:  # a user's code may raise SystemExit
+    logging.debug('details', exc_info=True)
+    reason = errors.of_disk(error)
+    runtime.end(f'error: {reason}' if reason else traceback.format_exc(), 1)
 
 
 def run():
@@ -75,12 +86,15 @@ def run():
   runtime.configure()
   config = _CONFIG.value
   config.lock()
+  workdir, fork_of = _WORKDIR.value, None
+  if _FORK.value:
+    workdir, fork_of = _FORK.value, _WORKDIR.value
   if 'stages' in config:
-    pipeline.run(config, _WORKDIR.value)
+    pipeline.run(config, workdir, fork_of=fork_of)
     return
-  train.run(config, _WORKDIR.value)
+  train.run(config, workdir, fork_of=fork_of)
   if processes.first():
-    report.of_run(_WORKDIR.value, title=config.algorithm)
+    report.of_run(workdir, title=config.algorithm)
 
 
 if __name__ == '__main__':

@@ -91,6 +91,12 @@ class Writer:
     for sample in () if self._closed else samples:
       _append(self._samples, {'step': int(step)} | _nulls(sample))
 
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.close()
+
   def close(self):
     """Flushes and closes every file. A second call does nothing."""
     if self._closed:
@@ -152,7 +158,8 @@ class StepLog:
       raise UserError(
         f'{", ".join(bad[:4])} is not finite at step {step}. Lower config.optim.learning_rate, '
         'set config.optim.clip_norm, or look at the batch; the checkpoints before this step '
-        f'are in {self._writer.workdir}/checkpoints, and the same command resumes from the last.'
+        f'are in {self._writer.workdir}/checkpoints, and --fork=NEWDIR starts from the last with '
+        'another config.'
       )
     values |= host_metrics
     self._show(values)
@@ -182,6 +189,14 @@ def read(workdir):
     {name: math.nan if value is None else value for name, value in record.items()}
     for record in records
   ]
+
+
+def summary(workdir):
+  """The last values of a run's metrics that the progress bar shows, a text."""
+  last = {}
+  for record in read(workdir):
+    last |= record
+  return ', '.join(f'{short} {last[name]:.3g}' for name, short in SHOWN.items() if name in last)
 
 
 def read_samples(workdir):

@@ -9,53 +9,136 @@ A finished stage is not run again; delete its folder to repeat it. --config.stag
 runs these alone.
 """
 
+import contextlib
 import importlib
 import inspect
-import json
-import os
 import pathlib
 import time
 
-from absl import logging
 import jax
 import ml_collections
 
 from rlhf_jax import errors
+from rlhf_jax import identity
 from rlhf_jax import processes
 from rlhf_jax import train
+from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.algorithms import build
 
 DONE = 'done.json'
 
 
-def run(config, workdir):
+def run(config, workdir, *, fork_of=None):
   """Runs every unfinished stage.
 
   Args:
     config: ConfigDict with `stages`, `seed`, and a sub-config for every stage.
     workdir: folder; stage X writes to workdir/X.
+    fork_of: folder of another run of the pipeline, whose finished stages are taken over up to the
+      first that differs; None for none.
 
   Raises:
-    UserError: a stage is unknown, or its input is bad.
+    UserError: a stage is unknown, its input is bad, or it has begun with another config.
+    Interrupted: see train.run.
   """
-  workdir = pathlib.Path(workdir)
   stages = {name: resolve(config[name], workdir, config.seed) for name in chosen(config)}
   for name, stage in stages.items():  # a mistake in the last is found before the first runs
     check(name, stage)
-  if processes.first():
-    write_json(workdir / 'config.json', config.to_dict())
-  for number, (name, stage) in enumerate(stages.items(), 1):
-    folder = workdir / name
-    if processes.agree((folder / DONE).exists()):
-      logging.info('stage %s is finished: %s', name, folder)
-      continue
-    started = time.perf_counter()
-    if processes.first():
-      print(f'[{number}/{len(stages)}] {name}', flush=True)
-    run_stage(stage, folder)
-    if processes.first():
-      write_json(folder / DONE, {'seconds': round(time.perf_counter() - started, 1)})
-    processes.wait_for_file(folder / DONE)
+  with contextlib.ExitStack() as held:
+    processes.on_first(lambda: claim(config, workdir, fork_of, held))
+    workdir = pathlib.Path(workdir)
+    for number, (name, stage) in enumerate(stages.items(), 1):
+      folder = workdir / name
+      heading = f'[{number}/{len(stages)}] {name}'
+      if processes.agree((folder / DONE).exists()):
+        processes.say(f'{heading}: {workdir_lib.finished(folder)}')
+        continue
+      started = time.perf_counter()
+      processes.say(heading)
+      run_stage(stage, folder)
+      if processes.first():
+        identity.write_json(folder / DONE, {'seconds': round(time.perf_counter() - started, 1)})
+      processes.wait_for_file(folder / DONE)
+
+
+def claim(config, workdir, fork_of, held):
+  """Takes a folder for the pipeline, before anything is loaded; see workdir.claim.
+
+  Raises:
+    UserError: the folder cannot be used, is in use, or a stage in it has begun with another config.
+  """
+  workdir = workdir_lib.check(workdir)
+  held.enter_context(workdir_lib.lock(workdir))
+  before, origin = identity.read(workdir), None
+  if fork_of:
+    origin = {'workdir': str(fork_of)}
+    if before is None:
+      take_over(config, fork_of, workdir)
+    elif before.get('forked_from') != origin:
+      raise errors.UserError(f'--fork={workdir} holds another run: name a new folder')
+  changed = differing(config, before, workdir) if before else []
+  for change in changed:
+    print(f'{workdir}: {change}', flush=True)
+  identity.start(config, workdir, changed=changed, forked_from=origin)
+
+
+def differing(config, before, workdir):
+  """Compares the stages that have begun with what a config says.
+
+  Args:
+    config: ConfigDict of the pipeline.
+    before: config.json of `workdir`.
+    workdir: folder.
+
+  Returns:
+    List of identity.Change of what has not begun, or may change.
+
+  Raises:
+    UserError: a stage differs in another key.
+  """
+  after, refused, allowed = identity.plain(config), [], []
+  for change in identity.changes(
+      {key: value for key, value in before.items() if key not in ('stages', 'forked_from')},
+      {key: value for key, value in after.items() if key != 'stages'}):
+    name, _, key = change.key.partition('.')
+    stages = [name] if key else seeded(before, change.key)
+    held = [workdir / stage for stage in stages if begun(workdir / stage)]
+    done = [folder for folder in held if (folder / DONE).exists()]
+    free = identity.may_change(key) and not (done and key in identity.LENGTH)
+    (allowed if not held or free else refused).append(change)
+  if refused:
+    raise errors.UserError(identity.differ(refused, workdir, pipeline=True))
+  return allowed
+
+
+def seeded(before, key):
+  """The stages that take the pipeline's value of a key, such as its seed."""
+  return [name for name, stage in before.items()
+          if isinstance(stage, dict) and key in stage and stage[key] is None]
+
+
+def begun(folder):
+  """Whether a stage has results: it is finished, or has steps to resume from."""
+  return (folder / DONE).exists() or identity.begun(folder)
+
+
+def take_over(config, source, workdir):
+  """Copies the finished stages of another run of the pipeline, up to the first that differs.
+
+  Raises:
+    UserError: `source` is no pipeline's.
+  """
+  source = pathlib.Path(source)
+  before, after = identity.read(source), identity.plain(config)
+  if before is None or 'stages' not in before:
+    raise errors.UserError(f'--workdir={source} is not the folder of a pipeline: --fork needs one')
+  same_seed = before['seed'] == after['seed']
+  for name in before['stages']:
+    same = before.get(name) == after[name] and (same_seed or after[name].get('seed') is not None)
+    if not same or not (source / name / DONE).exists():
+      break
+    print(f'{name}: taken from {source / name}', flush=True)
+    workdir_lib.copy(source / name, workdir / name)
 
 
 def chosen(config):
@@ -133,11 +216,3 @@ def _replaced(value, workdir):
   if isinstance(value, (list, tuple)):
     return type(value)(_replaced(item, workdir) for item in value)
   return value
-
-
-def write_json(path, value):
-  """Writes a JSON file whole or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(path.name + '.tmp')
-  temporary.write_text(json.dumps(value, indent=2))
-  os.replace(temporary, path)

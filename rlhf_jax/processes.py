@@ -24,6 +24,12 @@ def first():
   return jax.process_index() == 0
 
 
+def say(message):
+  """Prints a line on the first process."""
+  if first():
+    print(message, flush=True)
+
+
 def unrolled():
   """Whether loops around collectives are to be unrolled: on CPU devices of several processes.
 
@@ -82,8 +88,25 @@ def gathered(x):
 
 
 def agree(answer):
-  """The first process's answer, a bool, on all of them."""
-  return bool(gathered(np.bool_(answer))[0])
+  """The first process's answer, a bool or an int, on all of them."""
+  return gathered(np.asarray(answer, bool if isinstance(answer, bool) else np.int32))[0].item()
+
+
+def on_first(function):
+  """Calls a function on the first process; the others wait, and stop where it raises UserError.
+
+  Returns:
+    What the function returned; None on the others.
+  """
+  result, error = None, None
+  if first():
+    try:
+      result = function()
+    except errors.UserError as found:
+      error = found
+  if agree(error is not None):
+    raise error or errors.UserError('')  # the first says why
+  return result
 
 
 def all_of(answer):

@@ -49,16 +49,23 @@ def join():
     jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
 
 
-def end_at_once(message):
-  """Writes why and ends this process with status 1 where there are others; else does nothing.
+def end(message, status, *, together=False):
+  """Says why on stderr and ends this process, whatever threads of it still wait for.
 
-  An exit in the usual way would wait minutes for the others, and they for this process's part.
+  An exit in the usual way waits for threads that may hang, and minutes for the other processes.
+
+  Args:
+    message: '' where another process says it.
+    status: exit status.
+    together: whether all processes end here; they then wait for each other.
   """
-  if jax.distributed.is_initialized():
+  if message:
     print(message, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if together and jax.distributed.is_initialized():
+    jax.distributed.shutdown()
+  os._exit(status)
 
 
 def keep_memory():

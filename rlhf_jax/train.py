@@ -4,63 +4,74 @@ Set up, restore, then: next batch, step, log, evaluate, checkpoint. Whatever an 
 differently is in its own file, behind `learner.Learner`.
 """
 
-import json
-import os
+import contextlib
 import pathlib
+import time
 
-from absl import logging
 import jax
 import tqdm
 
 from rlhf_jax import checkpoint
+from rlhf_jax import errors
+from rlhf_jax import identity
+from rlhf_jax import interrupts
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax import processes
 from rlhf_jax import sharding
+from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.algorithms import build
 
 
-def run(config, workdir):
+def run(config, workdir, *, fork_of=None):
   """Trains to the end, resuming from the newest checkpoint in `workdir` if there is one.
 
   Args:
     config: a single-stage config; see config.py.
     workdir: folder of this run. Ends with `model/` (a Hugging Face folder), `metrics.jsonl`,
-      `tensorboard/`, `checkpoints/` and `config.json`.
+      `tensorboard/`, `checkpoints/`, `config.json` and `runs.jsonl`.
+    fork_of: workdir of another run, from whose newest checkpoint this one starts; None for none.
 
   Returns:
     The path of the exported model.
 
   Raises:
-    UserError: bad input, with the remedy in its message.
+    UserError: bad input, or the run in `workdir` has another config; with the remedy.
+    Interrupted: SIGTERM or Ctrl-C; the state is saved.
   """
-  workdir = pathlib.Path(workdir)
-  model_path = workdir / 'model'
-  if processes.agree(model_path.exists()):
-    logging.info('%s exists: this run is finished', model_path)
-    return model_path
   build.validate(config, jax.device_count())
-  mesh = sharding.make_mesh(dict(config.mesh))
-  with jax.set_mesh(mesh):
+  began = time.perf_counter()
+  with contextlib.ExitStack() as held:
+    changed = processes.on_first(lambda: workdir_lib.claim(config, workdir, fork_of, held))
+    workdir = pathlib.Path(workdir)
+    model_path = workdir / 'model'
+    if processes.agree(model_path.exists()):
+      processes.say(workdir_lib.finished(workdir))
+      return model_path
+    processes.say(f'{workdir}: loading data and models')
+    mesh = sharding.make_mesh(dict(config.mesh))
+    held.enter_context(jax.set_mesh(mesh))
     learner, state = build.load(config.algorithm).create(config, mesh)
-    checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
+    forked_from = fork_of and processes.on_first(lambda: workdir_lib.fork(fork_of, workdir))
+    signals = held.enter_context(interrupts.Signals())
+    checkpoints = held.enter_context(checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints))
     step, state = checkpoints.restore(state, learner.iterators)
+    identity.check_steps(config, learner.steps, step, workdir)
     if processes.first():  # only now: the files of another config's run stay as they are
-      workdir.mkdir(parents=True, exist_ok=True)
       learner.describe(workdir)
-      write_config(config, workdir)
-    processes.wait_for_file(workdir / 'config.json')
-    writer = metrics_lib.Writer(workdir, resume_step=step, config=config.to_dict(),
-                                wandb_project=config.wandb_project)
-    try:
-      state = loop(config, learner, state, step, checkpoints, writer)
-      learner.export(state, model_path)
-    finally:
-      checkpoints.close()
-      writer.close()
+      identity.start(config, workdir, step=step, changed=changed, forked_from=forked_from)
+    processes.wait_for_file(workdir / identity.CONFIG)
+    writer = held.enter_context(metrics_lib.Writer(
+        workdir, resume_step=step, config=config.to_dict(), wandb_project=config.wandb_project))
+    state = loop(config, learner, state, step, checkpoints, writer, signals)
+    learner.export(state, model_path)
+    checkpoints.close()
+    signals.check(workdir, learner.steps)
+  minutes = (time.perf_counter() - began) / 60
+  processes.say(f'{model_path}: {learner.steps} steps, {minutes:.1f} min; {metrics_lib.summary(workdir)}')
   return model_path
 
 
-def loop(config, learner, state, first_step, checkpoints, writer):
+def loop(config, learner, state, first_step, checkpoints, writer, signals):
   """Steps from `first_step` to `learner.steps`.
 
   Args:
@@ -70,15 +81,21 @@ def loop(config, learner, state, first_step, checkpoints, writer):
     first_step: finished steps.
     checkpoints: Checkpoints.
     writer: metrics.Writer.
+    signals: interrupts.Signals.
 
   Returns:
     The last TrainState.
+
+  Raises:
+    Interrupted: by a signal, when the state is saved.
   """
   steps = learner.steps
   due = lambda step, every: step == steps or (every and step % every == 0)
+  clock = interrupts.Clock(config.checkpoint_minutes, first_step)
+  signals.check(writer.workdir, first_step)
   bar = tqdm.tqdm(range(first_step, steps), initial=first_step, total=steps,
                   desc=pathlib.Path(writer.workdir).name, dynamic_ncols=True,
-                  disable=not processes.first())
+                  disable=not processes.first(), postfix='compiling')
   log = metrics_lib.StepLog(writer, bar)
   for step in bar:
     done = step + 1
@@ -93,9 +110,14 @@ def loop(config, learner, state, first_step, checkpoints, writer):
       log.write(step, evaluate(learner, state, evals))
     if due(done, config.samples_every):
       writer.samples(step, learner.samples())
-    if due(done, config.checkpoint_every):
+    stop = signals.stop()
+    if due(done, config.checkpoint_every) or clock.due(done) or stop:
       log.flush()  # stops the run where the state is not finite: it is never saved
       checkpoints.save(done, state, learner.iterators)
+      clock.restart(done)
+    if stop:
+      checkpoints.close()
+      raise signals.interrupted(writer.workdir, done)
   return state
 
 
@@ -113,9 +135,3 @@ def evaluate(learner, state, names):
   return {f'{name}/{metric}': value for name in names
           for metric, value in learner.evaluators[name](state).items()}
 
-
-def write_config(config, workdir):
-  """Writes config.json whole or not at all."""
-  temporary = workdir / 'config.json.tmp'
-  temporary.write_text(json.dumps(config.to_dict(), indent=2))
-  os.replace(temporary, workdir / 'config.json')

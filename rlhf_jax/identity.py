@@ -1,0 +1,284 @@
+"""What a workdir's run is: its config, its input files, and every start of it.
+
+A workdir belongs to one config. `config.json` holds it, `runs.jsonl` has a line for every start.
+A start with another config names the keys that differ and stops, unless all of them are in
+MAY_CHANGE; so do input files whose contents have changed.
+"""
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+from rlhf_jax import errors
+
+CONFIG = 'config.json'
+RUNS = 'runs.jsonl'
+ABSENT = '(absent)'
+# Keys that a run may be resumed with another value of, and why; all keys below them too.
+MAY_CHANGE = {
+    'steps': 'how long it trains',
+    'data.epochs': 'how long it trains',
+    'log_every': 'what is written, not what is trained',
+    'samples_every': 'what is written, not what is trained',
+    'evals': 'what is measured, not what is trained',
+    'warn': 'what is said, not what is trained',
+    'wandb_project': 'where it is shown',
+    'checkpoint_every': 'when it is saved',
+    'checkpoint_minutes': 'when it is saved',
+    'keep_checkpoints': 'what is kept',
+    'mesh': 'where it is computed; sums agree up to rounding',
+    'microbatch_size': 'how it is cut; sums agree up to rounding',
+    'model.remat': 'how it is computed',
+    'model.unroll': 'how it is compiled',
+    'sampling.gather_weights': 'how it is computed',
+    'reward.timeout': 'how long it waits',
+}
+LENGTH = ('steps', 'data.epochs')
+# Keys that name files: they may move, but must hold the same.
+INPUTS = ('tokenizer', 'reference', 'model', 'models')
+WHOLE = 2**26  # bytes up to which a file counts whole
+ENDS = 2**20  # bytes at either end of a larger file that count
+
+
+class Change(NamedTuple):
+  """A key that differs: dotted, without 'config.', with its values as JSON has them."""
+  key: str
+  before: Any
+  after: Any
+
+  def __str__(self):
+    return f'config.{self.key}: {_short(self.before)} -> {_short(self.after)}'
+
+
+def _short(value):
+  text = value if value == ABSENT else repr(value)
+  return text if len(text) <= 120 else text[:117] + '...'
+
+
+def plain(config):
+  """A config as JSON has it: a dict, lists for tuples."""
+  return json.loads(json.dumps(config.to_dict()))
+
+
+def read(workdir):
+  """config.json of a workdir, a dict; None where there is none.
+
+  Raises:
+    UserError: it is not JSON.
+  """
+  path = pathlib.Path(workdir) / CONFIG
+  try:
+    found = json.loads(path.read_text())
+  except FileNotFoundError:
+    return None
+  except ValueError as error:
+    raise errors.UserError(f'{path} is not JSON ({error}): name another --workdir') from None
+  return found if isinstance(found, dict) else None
+
+
+def changes(before, after, prefix=''):
+  """The keys that differ between two dicts of JSON.
+
+  Args:
+    before: nested dict.
+    after: nested dict.
+    prefix: of the keys' names.
+
+  Returns:
+    List of Change, in the order of `after`.
+  """
+  found = []
+  for key in [*after, *(key for key in before if key not in after)]:
+    old, new = before.get(key, ABSENT), after.get(key, ABSENT)
+    name = f'{prefix}{key}'
+    if isinstance(old, dict) and isinstance(new, dict):
+      found += changes(old, new, f'{name}.')
+    elif old != new or isinstance(old, bool) != isinstance(new, bool):
+      found.append(Change(name, old, new))
+  return found
+
+
+def may_change(key):
+  """Whether a run may be resumed with another value of a dotted key."""
+  return any(key == name or key.startswith(f'{name}.') for name in MAY_CHANGE)
+
+
+def begun(workdir):
+  """Whether a workdir holds steps of a run: a checkpoint, metrics, or a model."""
+  workdir = pathlib.Path(workdir)
+  log = workdir / 'metrics.jsonl'
+  saved = workdir / 'checkpoints'
+  return ((workdir / 'model').exists() or log.exists() and log.stat().st_size > 0
+          or saved.is_dir() and any(entry.name.isdigit() for entry in saved.iterdir()))
+
+
+def check(config, workdir):
+  """Compares a config with that of the run in `workdir`.
+
+  Args:
+    config: ConfigDict of a single run.
+    workdir: folder.
+
+  Returns:
+    List of Change that the run may be resumed with; [] for a new one.
+
+  Raises:
+    UserError: other keys differ, or input files hold something else; names all of them.
+  """
+  before = read(workdir) if begun(workdir) else None
+  if before is None:
+    return []
+  after, inputs = plain(config), _first_inputs(workdir)
+  finished = (pathlib.Path(workdir) / 'model').exists()
+  allowed, refused = [], []
+  for change in changes({k: v for k, v in before.items() if k != 'forked_from'}, after):
+    moved = change.key in inputs and inputs[change.key] == fingerprint(change.after)
+    length = finished and change.key in LENGTH
+    (allowed if (may_change(change.key) or moved) and not length else refused).append(change)
+  if refused:
+    raise errors.UserError(differ(refused, workdir, finished=finished))
+  changed = [f'config.{key}={value}' for key, value in input_keys(after).items()
+             if not may_change(key) and inputs.get(key) not in (None, fingerprint(value))]
+  if changed and not finished:
+    raise errors.UserError(
+        f'{", ".join(changed)}: the contents have changed since the run in {workdir} started. '
+        'Put back what was there, or name another --workdir; nothing was changed.')
+  return allowed
+
+
+def differ(refused, workdir, *, finished=False, pipeline=False):
+  """What to say of keys that differ.
+
+  Args:
+    refused: list of Change.
+    workdir: folder of the run.
+    finished: whether the run is.
+    pipeline: whether it is a pipeline of stages.
+  """
+  listed = '; '.join(map(str, refused))
+  if pipeline:
+    remedy = ('to repeat a stage, delete its folder and those of the stages after it; or add '
+              '--fork=NEWDIR to keep this run and take over the stages before')
+  else:
+    remedy = 'or add --fork=NEWDIR to start there from the last checkpoint of this run'
+  return (f'{workdir} {"is finished" if finished else "was started"} with another config: {listed}. '
+          f'Name another --workdir; {remedy}. Nothing was changed.')
+
+
+def input_keys(config, prefix=''):
+  """{dotted key: value} of the keys that name files or folders."""
+  found = {}
+  for key, value in config.items():
+    if isinstance(value, dict):
+      found |= input_keys(value, f'{prefix}{key}.')
+    elif value and (key.endswith('path') or key in INPUTS) and isinstance(value, (str, list)):
+      found[f'{prefix}{key}'] = value
+  return found
+
+
+def fingerprint(value):
+  """A hash of what a path holds, or of the name itself where it is no path; of a list, of all.
+
+  Of files above 64 MiB the size and the first and last MiB count.
+  """
+  digest = hashlib.sha256()
+  for name in value if isinstance(value, list) else [value]:
+    root = pathlib.Path(str(name))
+    if not root.exists():
+      digest.update(f'name {name}'.encode())
+      continue
+    files = [root] if root.is_file() else sorted(p for p in root.rglob('*') if p.is_file())
+    for file in files:
+      size = file.stat().st_size
+      digest.update(f'{file.relative_to(root)} {size}\n'.encode())
+      with open(file, 'rb') as opened:
+        digest.update(opened.read(WHOLE if size <= WHOLE else ENDS))
+        if size > WHOLE:
+          opened.seek(-ENDS, os.SEEK_END)
+          digest.update(opened.read())
+  return digest.hexdigest()[:16]
+
+
+def check_steps(config, steps, step, workdir):
+  """Raises UserError where a run has taken more steps already than its config asks for."""
+  if step > steps:
+    length = f'steps={config.steps}' if config.steps else f'data.epochs={config.data.epochs}'
+    raise errors.UserError(
+        f'config.{length}, which is {steps} steps, but the checkpoint in {workdir} is after step '
+        f'{step}: ask for as many or more, or name another --workdir')
+
+
+def start(config, workdir, *, changed, step=None, forked_from=None):
+  """Writes config.json where it is new or has changed, and a line to runs.jsonl.
+
+  Args:
+    config: ConfigDict.
+    workdir: folder.
+    changed: list of Change since the last start.
+    step: finished steps that this start resumes from; None of a pipeline.
+    forked_from: {'workdir', 'step'} of the run it starts from; None for what config.json says.
+  """
+  held = read(workdir)
+  if held is None or step == 0 or changed or forked_from:
+    forked_from = forked_from or (held or {}).get('forked_from')
+    write_json(pathlib.Path(workdir) / CONFIG,
+               plain(config) | ({'forked_from': forked_from} if forked_from else {}))
+  record_start(config, workdir, step=step, changed=changed)
+
+
+def write_json(path, value):
+  """Writes a JSON file whole or not at all."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(path.name + '.tmp')
+  temporary.write_text(json.dumps(value, indent=2))
+  os.replace(temporary, path)
+
+
+def record_start(config, workdir, *, step, changed):
+  """Appends a line to runs.jsonl: when, where, with which code, and what was overridden.
+
+  Args:
+    config: ConfigDict.
+    workdir: folder.
+    step: finished steps that this start resumes from.
+    changed: list of Change since the start before.
+  """
+  record = {
+      'time': datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
+      'step': step, 'host': socket.gethostname(), 'pid': os.getpid(),
+      'version': importlib.metadata.version('rlhf_jax'), 'commit': commit(),
+      'overridden': [arg for arg in sys.argv[1:] if arg.lstrip('-').startswith('config')],
+      'changed': {key: [before, after] for key, before, after in changed},
+  }
+  if step is not None:
+    record['inputs'] = {key: fingerprint(value) for key, value in input_keys(plain(config)).items()}
+  with open(pathlib.Path(workdir) / RUNS, 'a', encoding='utf-8') as file:
+    file.write(json.dumps(record) + '\n')
+
+
+def _first_inputs(workdir):
+  """{key: fingerprint} of the first start; {} where it is not known."""
+  try:
+    with open(pathlib.Path(workdir) / RUNS, encoding='utf-8') as file:
+      return json.loads(file.readline())['inputs']
+  except (OSError, ValueError, KeyError):
+    return {}
+
+
+def commit():
+  """The git commit of this code, with '+' where files were changed; None where it is no checkout."""
+  folder = pathlib.Path(__file__).parent
+  def git(*arguments):
+    return subprocess.run(['git', '-C', folder, *arguments], capture_output=True, text=True,
+                          timeout=10, check=True).stdout.strip()
+  try:
+    return git('rev-parse', 'HEAD') + ('+' if git('status', '--porcelain', '--', folder) else '')
+  except (OSError, subprocess.SubprocessError):
+    return None

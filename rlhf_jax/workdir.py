@@ -1,0 +1,236 @@
+"""The folder of a run: whether it can be used, who uses it, and how another run starts from it."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import socket
+import threading
+import time
+
+import psutil
+
+from rlhf_jax import errors
+from rlhf_jax import identity
+
+LOCK = 'lock'
+BEAT_SECONDS = 10
+DEAD_SECONDS = 60  # without a beat from another host
+SETTLE_SECONDS = 1
+# What a run or a pipeline leaves beside its stages' folders; a folder with none of it is no run's.
+MARKS = ('config.json', 'runs.jsonl', 'checkpoints', 'metrics.jsonl', LOCK)
+
+
+def claim(config, workdir, fork_of, held):
+  """Takes a folder for a run, before anything is loaded.
+
+  Args:
+    config: of the run.
+    workdir: its folder.
+    fork_of: folder of the run it is to start from; None for none.
+    held: ExitStack that keeps the lock.
+
+  Returns:
+    List of identity.Change since the last start.
+
+  Raises:
+    UserError: the folder cannot be used, is in use, or is another config's.
+  """
+  workdir = check(workdir)
+  held.enter_context(lock(workdir))
+  remove_leftovers(workdir)
+  held_config = identity.read(workdir)
+  origin = (held_config or {}).get('forked_from') or {}
+  if fork_of and held_config and origin.get('workdir') != str(fork_of):
+    raise errors.UserError(f'--fork={workdir} holds another run: name a new folder')
+  changed = identity.check(config, workdir)
+  for change in changed:
+    print(f'{workdir}: {change}', flush=True)
+  return changed
+
+
+def finished(workdir):
+  """What to say of a finished run, or of a finished stage."""
+  workdir = pathlib.Path(workdir)
+  marks = [path for path in (workdir / 'done.json', workdir / 'model') if path.exists()]
+  when = time.strftime('%Y-%m-%d %H:%M', time.localtime(marks[0].stat().st_mtime))
+  held = [f'{name} {workdir / file}' for name, file in (('model', 'model'), ('report', 'report.html'))
+          if (workdir / file).exists()]
+  return '; '.join([f'finished on {when}', *held, f'to repeat it delete {workdir}'])
+
+
+def check(workdir):
+  """Finds out, before anything is loaded, that a run cannot be in a folder.
+
+  Returns:
+    pathlib.Path of the folder, which exists.
+
+  Raises:
+    UserError: no folder is named, it is a URL or a file, holds other things, or cannot be written.
+  """
+  if not workdir or not str(workdir).strip():
+    raise errors.UserError('--workdir is empty: name a folder for what the run writes')
+  if '://' in str(workdir):
+    raise errors.UserError(
+        f'--workdir={workdir} is a URL: only the checkpoints could be written there. Mount the '
+        'bucket, for example with gcsfuse, and name the folder where it is mounted')
+  workdir = pathlib.Path(workdir)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    held = [entry.name for entry in os.scandir(workdir)]
+    probe = workdir / f'.write-{os.getpid()}'
+    probe.write_text('x')
+    probe.unlink()
+  except OSError as error:
+    raise errors.UserError(
+        f'--workdir={workdir} cannot be written ({error.strerror}): name a folder that can') from None
+  foreign = sorted(name for name in held if not name.startswith('.'))
+  model = 'model_type' in _json(workdir / 'config.json')  # a model's folder has one too
+  if foreign and (model or not set(MARKS) & set(foreign)):
+    raise errors.UserError(
+        f'--workdir={workdir} is no folder of a run, and holds {", ".join(foreign[:4])}: name a new '
+        'or an empty folder')
+  return workdir
+
+
+def _json(path):
+  try:
+    found = json.loads(path.read_text())
+  except (OSError, ValueError):
+    return {}
+  return found if isinstance(found, dict) else {}
+
+
+def remove_leftovers(workdir):
+  """Removes what an export or a checkpoint that was killed has left half written."""
+  for path in [*workdir.glob('.model.*'), *workdir.glob('checkpoints/*.orbax-checkpoint-tmp*'),
+               *workdir.glob('.write-*'), *workdir.glob('*.tmp')]:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextlib.contextmanager
+def lock(workdir):
+  """Holds a folder for this process; one whose holder is dead is taken over.
+
+  The holder touches the file `lock` every ten seconds. On its own host it is dead when its process
+  is gone; on another, when it has not touched the file for a minute.
+
+  Raises:
+    UserError: another process holds it; says which, on which host, and since when.
+  """
+  path, ours = pathlib.Path(workdir) / LOCK, {
+      'host': socket.gethostname(), 'boot': psutil.boot_time(), 'pid': os.getpid(),
+      'started': psutil.Process().create_time(), 'time': time.strftime('%Y-%m-%d %H:%M:%S %Z')}
+  while not _create(path, ours):
+    holder = _json(path)
+    if _alive(path, holder):
+      raise errors.UserError(
+          f'{workdir} is in use by process {holder.get("pid")} on {holder.get("host")} since '
+          f'{holder.get("time")}: wait for it to end, or name another --workdir')
+    path.unlink(missing_ok=True)
+    if _create(path, ours):
+      time.sleep(SETTLE_SECONDS)  # one that saw the same dead holder may have taken ours for its
+      if _json(path) == ours:
+        break
+  ended = threading.Event()
+
+  def beat():
+    while not ended.wait(BEAT_SECONDS):
+      with contextlib.suppress(OSError):
+        os.utime(path)
+
+  threading.Thread(target=beat, daemon=True).start()
+  try:
+    yield
+  finally:
+    ended.set()
+    path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a run that has not begun leaves no folder
+      path.parent.rmdir()
+
+
+def _create(path, content):
+  """Whether the lock is ours now. It appears with its content, so that nobody reads half of it."""
+  mine = path.with_name(f'.{path.name}.{os.getpid()}.{threading.get_ident()}')
+  mine.write_text(json.dumps(content))
+  try:
+    os.link(mine, path)
+    return True
+  except FileExistsError:
+    return False
+  except OSError:  # a file system without hard links
+    try:
+      with open(path, 'x', encoding='utf-8') as file:
+        file.write(json.dumps(content))
+      return True
+    except FileExistsError:
+      return False
+  finally:
+    mine.unlink()
+
+
+def _alive(path, holder):
+  """Whether the holder of a lock still is."""
+  here = holder.get('host') == socket.gethostname() and abs(
+      holder.get('boot', 0) - psutil.boot_time()) < 5
+  if here:
+    try:
+      process = psutil.Process(holder['pid'])
+      return (abs(process.create_time() - holder['started']) < 1
+              and process.status() != psutil.STATUS_ZOMBIE)
+    except (psutil.Error, KeyError):
+      return False
+  try:
+    first = path.stat().st_mtime
+    # Clocks of hosts differ: whether the file is touched is seen by looking twice.
+    end = time.monotonic() + DEAD_SECONDS
+    while time.monotonic() < end:
+      time.sleep(1)
+      if path.stat().st_mtime != first:
+        return True
+  except FileNotFoundError:
+    return False
+  return False
+
+
+def fork(source, workdir):
+  """Copies the newest checkpoint of a run into a new folder, from which another run then starts.
+
+  Args:
+    source: folder of the run.
+    workdir: folder of the new one, without checkpoints.
+
+  Returns:
+    {'workdir': source, 'step': finished steps}; None where this was done at an earlier start.
+
+  Raises:
+    UserError: there is no checkpoint.
+  """
+  if (identity.read(workdir) or {}).get('forked_from'):
+    return None
+  saved = pathlib.Path(source) / 'checkpoints'
+  steps = [int(path.name) for path in saved.glob('*') if path.name.isdigit()]
+  if not steps:
+    raise errors.UserError(f'--workdir={source} has no checkpoint for --fork={workdir} to start from')
+  step = str(max(steps))
+  target = pathlib.Path(workdir) / 'checkpoints'
+  if not (target / step).exists():
+    copy(saved / step, target / step)
+  return {'workdir': str(source), 'step': int(step)}
+
+
+def copy(source, target):
+  """A copy of a folder under a new name, there as a whole or not at all; files of one disk are linked."""
+  half = target.with_name(f'{target.name}.orbax-checkpoint-tmp-fork')
+  shutil.rmtree(half, ignore_errors=True)
+  half.parent.mkdir(parents=True, exist_ok=True)
+  shutil.copytree(source, half, copy_function=_link)
+  half.rename(target)
+
+
+def _link(source, target):
+  try:
+    os.link(source, target)
+  except OSError:
+    shutil.copy2(source, target)
