@@ -50,6 +50,10 @@ class Checkpoints:
     self._manager.save(step, args=ocp.args.Composite(
         state=ocp.args.StandardSave(state), iterators=ocp.args.JsonSave(places)))
 
+  def check(self):
+    """Raises what went wrong in a write that has ended, if anything did."""
+    self._manager.check_for_errors()
+
   def restore(self, state, iterators):
     """The newest checkpoint that can be read.
 

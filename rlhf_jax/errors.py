@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 
 # What libraries write into messages of their own, and what is to be done.
 DISK = {
@@ -38,8 +39,7 @@ def of_disk(error):
     for number, remedy in DISK.items():
       text = os.strerror(number)
       if getattr(error, 'errno', None) == number or text in str(error):
-        place = getattr(error, 'filename', None)
-        return (f'{text}{f": {place}" if place else ""}: {remedy}; the same command resumes from the '
-                'last checkpoint')
+        place = getattr(error, 'filename', None) or re.search(r'(?<=")/[^"]+|$', str(error)).group()
+        return f'{text}{f" ({place})" if place else ""}: {remedy}; the same command resumes from the last checkpoint'
     error = error.__cause__ or error.__context__
   return None

@@ -80,6 +80,7 @@ def read_config(workdir):
   if 'stages' in fields:
     raise errors.UserError(f'{workdir} is a pipeline: name the folder of a stage, such as '
                            f'{workdir}/{fields["stages"][0]}')
+  fields.pop('forked_from', None)
   return ml_collections.ConfigDict(_tuples(fields))
 
 

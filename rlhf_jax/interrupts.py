@@ -18,6 +18,11 @@ from rlhf_jax import processes
 _CALLS = itertools.count(1)  # over all runs of the process: JAX wants numbers that grow
 
 
+def end_now(number, _):
+  """Handles SIGTERM where there is nothing to save."""
+  raise errors.Interrupted(f'stopped by {signal.Signals(number).name}: the same command resumes', 128 + number)
+
+
 class Signals:
   """SIGTERM and Ctrl-C ask for a stop while this is entered; a second Ctrl-C ends at once.
 

@@ -7,6 +7,7 @@ the same --workdir resumes. SIGTERM or Ctrl-C saves first; a second Ctrl-C does 
 import functools
 import os
 import re
+import signal
 import sys
 import traceback
 
@@ -16,6 +17,7 @@ from absl import logging
 from ml_collections import config_flags
 
 from rlhf_jax import errors
+from rlhf_jax import interrupts
 from rlhf_jax import pipeline
 from rlhf_jax import processes
 from rlhf_jax import runtime
@@ -66,6 +68,7 @@ def main(argv):
   """
   if len(argv) > 1:
     sys.exit(f'error: unexpected arguments {argv[1:]}: every option begins with --')
+  signal.signal(signal.SIGTERM, interrupts.end_now)
   try:
     run()
   except errors.UserError as error:

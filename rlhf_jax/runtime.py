@@ -1,9 +1,11 @@
 """Process-wide settings: several hosts, compiled programs kept on disk, memory kept by malloc."""
 
 import ctypes
+import logging as std_logging
 import os
 import pathlib
 import sys
+import threading
 
 from absl import logging
 import jax
@@ -19,7 +21,11 @@ def configure():
 
   Also keeps freed memory in the process, see `keep_memory`.
   """
-  logging.set_verbosity(logging.WARNING)  # Orbax and Grain narrate every step of theirs
+  # Orbax and Grain narrate every step of theirs; --verbosity=1 shows what errors leave out.
+  logging.set_verbosity(max(logging.get_verbosity(), logging.WARNING))
+  std_logging.getLogger('asyncio').setLevel(std_logging.CRITICAL)  # so do its tasks
+  # Orbax raises what happens in its threads again where it is called.
+  threading.excepthook = lambda thread: logging.debug('in %s', thread.thread, exc_info=thread[:3])
   keep_memory()
   join()
   if jax.config.jax_compilation_cache_dir is None:

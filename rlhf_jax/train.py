@@ -110,6 +110,7 @@ def loop(config, learner, state, first_step, checkpoints, writer, signals):
       log.write(step, evaluate(learner, state, evals))
     if due(done, config.samples_every):
       writer.samples(step, learner.samples())
+    checkpoints.check()
     stop = signals.stop()
     if due(done, config.checkpoint_every) or clock.due(done) or stop:
       log.flush()  # stops the run where the state is not finite: it is never saved

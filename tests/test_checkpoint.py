@@ -233,14 +233,26 @@ def test_a_config_of_another_model_loses_nothing(change, unfinished, tmp_path):
   assert (train.run(config, workdir) / 'model.safetensors').exists()
 
 
-def test_the_optimizers_figures_may_change(unfinished, tmp_path):
+def test_the_optimizers_figures_may_change_in_a_fork(unfinished, tmp_path):
   config, folder = unfinished
-  shutil.copytree(folder, tmp_path / 'run')
   other = config.copy_and_resolve_references()
   other.optim.update({'learning_rate': 1e-4, 'weight_decay': 0.1, 'clip_norm': 1.0})
   other.steps = 5
-  train.run(other, tmp_path / 'run')
+  train.run(other, tmp_path / 'run', fork_of=folder)
   assert names(tmp_path / 'run') == ['4', '5']
+
+
+@pytest.mark.parametrize('change', [
+    {'model.init.hidden_size': 24, 'model.init.num_attention_heads': 2},
+    {'model.init.num_hidden_layers': 1},
+], ids=['width', 'depth'])
+def test_a_fork_with_another_model_is_refused(change, unfinished, tmp_path):
+  config, folder = unfinished
+  other = config.copy_and_resolve_references()
+  other.update_from_flattened_dict(change)
+  with pytest.raises(errors.UserError, match='none of the checkpoints .* can be read with this config'):
+    train.run(other, tmp_path / 'run', fork_of=folder)
+  assert not (tmp_path / 'run' / 'config.json').exists()
 
 
 @pytest.fixture(scope='module')

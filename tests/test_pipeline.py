@@ -101,6 +101,57 @@ def test_a_stage_that_fails_leaves_the_finished_ones(tmp_path, ran):
   assert (tmp_path / 'first' / 'note.json').stat() == before
 
 
+def test_another_config_of_a_finished_stage_stops_and_changes_nothing(tmp_path, ran):
+  config = make_config()
+  config.stages = ('first', 'second')
+  pipeline.run(config, tmp_path)
+  before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+  for changes, listed in (({'first.text': 'b'}, "config.first.text: 'a' -> 'b'"),
+                          ({'seed': 6}, 'config.seed: 5 -> 6')):
+    other = make_config()
+    other.update_from_flattened_dict(changes)
+    with pytest.raises(errors.UserError, match=f'{listed}. Name another --workdir; to repeat a stage, delete'):
+      pipeline.run(other, tmp_path)
+  assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == before
+  assert ran == ['first', 'second']
+
+
+def test_a_stage_that_has_not_begun_may_change(tmp_path, ran, capsys):
+  config = make_config()
+  config.stages = ('first',)
+  pipeline.run(config, tmp_path)
+  other = make_config()
+  other.second.text = 'other'
+  pipeline.run(other, tmp_path)
+  assert ran == ['first', 'second', 'third']
+  assert f"{tmp_path}: config.second.text: 'from $workdir/first' -> 'other'" in capsys.readouterr().out
+  settings = json.loads((tmp_path / 'config.json').read_text())
+  assert settings['second']['text'] == 'other' and settings['stages'] == ['first', 'second', 'third']
+  starts = [json.loads(line) for line in (tmp_path / 'runs.jsonl').read_text().splitlines()]
+  assert [list(start['changed']) for start in starts] == [[], ['second.text']]
+
+
+def test_a_fork_takes_the_finished_stages_over_up_to_the_first_that_differs(tmp_path, ran, capsys):
+  pipeline.run(make_config(), tmp_path / 'old')
+  ran.clear()
+  other = make_config()
+  other.second.text = 'other'
+  pipeline.run(other, tmp_path / 'new', fork_of=tmp_path / 'old')
+  assert ran == ['second', 'third']
+  assert written(tmp_path / 'new' / 'first') == written(tmp_path / 'old' / 'first')
+  assert (tmp_path / 'new' / 'third' / 'note.json').read_text() == f'{tmp_path}/new'
+  assert json.loads((tmp_path / 'new' / 'config.json').read_text())['forked_from'] == {
+      'workdir': f'{tmp_path}/old'}
+  pipeline.run(other, tmp_path / 'new', fork_of=tmp_path / 'old')
+  pipeline.run(other, tmp_path / 'new')
+  assert ran == ['second', 'third']
+  assert '[1/3] first: finished on ' in capsys.readouterr().out
+  with pytest.raises(errors.UserError, match='holds another run: name a new folder'):
+    pipeline.run(make_config(), tmp_path / 'old', fork_of=tmp_path / 'new')
+  with pytest.raises(errors.UserError, match='is not the folder of a pipeline'):
+    pipeline.run(make_config(), tmp_path / 'third', fork_of=tmp_path / 'nothing')
+
+
 @pytest.mark.parametrize('changes, message', [
     ({'stages': ('first', 'nothing')},
      r"config.stages='first,nothing' names \['nothing'\]: the stages of this config are first, "

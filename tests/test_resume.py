@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from rlhf_jax import errors
 from rlhf_jax import train
 from rlhf_jax.algorithms import grpo
 from rlhf_jax.algorithms import ppo
@@ -20,6 +21,7 @@ import tiny
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CLOCKS = ('seconds/', 'tokens_per_second/')
 KILLS = 5
+STOPS = 10
 
 
 class Stopped(Exception):
@@ -103,13 +105,52 @@ def test_stopped_runs_end_like_one_that_was_not(module, stops, world, tmp_path, 
   assert (tmp_path / 'whole' / 'metrics.jsonl').read_bytes() == before
 
 
-def start(stage, world, workdir):
+@pytest.mark.parametrize('module, stops', [(ppo, (1, 4)), (reward_model, (7,)), (sft, (2,))])
+def test_a_signal_saves_the_step_it_comes_in(module, stops, world, tmp_path, monkeypatch):
+  """With default settings no checkpoint is due before the end."""
+  config = small(module.__name__.rpartition('.')[2], world)
+  config.checkpoint_every = None
+  train.run(config, tmp_path / 'whole')
+  numbers = {step: number for step, number in zip(stops, (signal.SIGTERM, signal.SIGINT))}
+  create = module.create
+
+  def signalling(config, mesh):
+    learner, state = create(config, mesh)
+    next_batch = learner.next_batch
+
+    def batch(state, **rest):
+      if int(state.step) in numbers:
+        os.kill(os.getpid(), numbers.pop(int(state.step)))
+      return next_batch(state, **rest)
+
+    learner.next_batch = batch
+    return learner, state
+
+  monkeypatch.setattr(module, 'create', signalling)
+  before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+  for step, number in list(numbers.items()):
+    with pytest.raises(errors.Interrupted, match=f'stopped by {number.name} after step {step + 1}, '
+                       'which is saved in .*: the same command resumes') as caught:
+      train.run(config, tmp_path / 'stopped')
+    assert caught.value.status == 128 + number
+  train.run(config, tmp_path / 'stopped')
+  assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+  assert [start['step'] for start in starts(tmp_path / 'stopped')] == [0, *(step + 1 for step in stops)]
+  assert_same_run(tmp_path / 'stopped', tmp_path / 'whole')
+
+
+def starts(workdir):
+  """The lines of runs.jsonl."""
+  return [json.loads(line) for line in (workdir / 'runs.jsonl').read_text().splitlines()]
+
+
+def start(stage, world, workdir, *options):
   """Starts `python -m rlhf_jax.main` on one device."""
   environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '', 'PYTHONPATH': f'{ROOT}/tests'}
   log = open(f'{workdir}.log', 'ab')
   return subprocess.Popen(
       [sys.executable, '-m', 'rlhf_jax.main',
-       f'--config=tests/tiny.py:stage={stage},world={world}', f'--workdir={workdir}'],
+       f'--config=tests/tiny.py:stage={stage},world={world}', f'--workdir={workdir}', *options],
       cwd=ROOT, env=environment, stdout=log, stderr=log)
 
 
@@ -118,14 +159,14 @@ def lines(workdir):
   return path.read_bytes().count(b'\n') if path.exists() else 0
 
 
-def kill_after(process, workdir, new_lines, delay):
-  """Sends SIGKILL `delay` seconds after a run has written some lines more."""
+def kill_after(process, workdir, new_lines, delay, number=signal.SIGKILL):
+  """Sends a signal `delay` seconds after a run has written some lines more."""
   least = lines(workdir)
   while process.poll() is None and lines(workdir) < least + new_lines:
     least = min(least, lines(workdir))  # Resuming drops lines first.
     time.sleep(0.002)
   time.sleep(delay)
-  process.send_signal(signal.SIGKILL)
+  process.send_signal(number)
   return process.wait()
 
 
@@ -141,3 +182,20 @@ def test_five_kills(stage, world, tmp_path):
     assert code == -signal.SIGKILL, (tmp_path / 'killed.log').read_text()
   assert start(stage, world, killed).wait() == 0, (tmp_path / 'killed.log').read_text()
   assert_same_run(killed, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stage', ['ppo', 'sft', 'reward_model'])
+def test_ten_stops(stage, world, tmp_path):
+  """SIGTERM at any moment, with default settings, costs no step but the one it comes in."""
+  whole, stopped, default = tmp_path / 'whole', tmp_path / 'stopped', '--config.checkpoint_every=None'
+  assert start(stage, world, whole, default).wait() == 0, (tmp_path / 'whole.log').read_text()
+  draw, done = random.Random(stage), []
+  for _ in range(STOPS):
+    process = start(stage, world, stopped, default)
+    code = kill_after(process, stopped, draw.randint(1, 9), draw.uniform(0.0, 0.3), signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM, (tmp_path / 'stopped.log').read_text()
+    done.append(metrics(stopped)[-1]['step'] + 1)
+  assert start(stage, world, stopped, default).wait() == 0, (tmp_path / 'stopped.log').read_text()
+  assert [start['step'] for start in starts(stopped)] == [0, *done]
+  assert_same_run(stopped, whole)

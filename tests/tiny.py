@@ -253,8 +253,9 @@ def ppo_parts(state, frozen, rollout, scores, models, settings):
 def get_config(arg=None):
   """Long runs of small steps, for tests that kill them. Arguments: stage, world."""
   arg = config_lib.parse_arg(arg, stage='ppo', world='')
-  if arg.stage == 'reward_model':
-    config = reward_model(arg.world)
+  if arg.stage in ('reward_model', 'sft'):
+    config = reward_model(arg.world) if arg.stage == 'reward_model' else sft(arg.world)
+    config.data.held_out = config.data.held_out or 0.1
     config.evals.held_out.every = 7
   else:
     config = ppo(arg.world) if arg.stage == 'ppo' else grpo(arg.world)

@@ -116,7 +116,9 @@ def save(path, model, params, *, tokenizer=None, head=None, max_shard_bytes=MAX_
       (temporary / 'config.json').write_text(json.dumps(config, indent=2, sort_keys=True) + '\n')
       if tokenizer is not None:
         tokenizer.save_pretrained(temporary)
+      hf_files.settle(temporary)
       _replace(path, temporary)
+      hf_files.sync(path.parent)
     finally:
       shutil.rmtree(temporary, ignore_errors=True)
   processes.wait()

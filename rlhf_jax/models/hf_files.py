@@ -192,3 +192,22 @@ def write(folder, tensors, *, max_shard_bytes):
     weight_map |= dict.fromkeys(names, final)
   index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
   (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + '\n')
+
+
+def settle(folder):
+  """Makes a folder's files as readable as other new files, and waits until the disk has them."""
+  mask = os.umask(0)
+  os.umask(mask)
+  folder = pathlib.Path(folder)
+  for path in [*folder.rglob('*'), folder]:
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)  # safetensors lets the owner alone read
+    sync(path)
+
+
+def sync(path):
+  """Waits until the disk has a file, or the names in a folder."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)

@@ -70,6 +70,7 @@ def save(path, model, adapters):
   path.mkdir(parents=True, exist_ok=True)
   safetensors.numpy.save_file(tensors, path / WEIGHTS, metadata={'format': 'pt'})
   (path / CONFIG).write_text(json.dumps(_config(found, model.lora.rslora, fan_in_fan_out=not in_rows), indent=2) + '\n')
+  hf_files.settle(path)
 
 
 def _config(found, rslora, *, fan_in_fan_out):
