@@ -46,19 +46,22 @@ def run(config, workdir, *, fork_of=None):
     check(name, stage)
   with contextlib.ExitStack() as held:
     processes.on_first(lambda: claim(config, workdir, fork_of, held))
-    workdir = pathlib.Path(workdir)
+    workdir, ran = pathlib.Path(workdir), False
     for number, (name, stage) in enumerate(stages.items(), 1):
       folder = workdir / name
       heading = f'[{number}/{len(stages)}] {name}'
       if processes.agree((folder / DONE).exists()):
         processes.say(f'{heading}: {workdir_lib.finished(folder)}')
         continue
-      started = time.perf_counter()
+      started, ran = time.perf_counter(), True
       processes.say(heading)
       run_stage(stage, folder)
       if processes.first():
         identity.write_json(folder / DONE, {'seconds': round(time.perf_counter() - started, 1)})
       processes.wait_for_file(folder / DONE)
+    if not ran:
+      report = workdir / 'report.html'
+      processes.say(f'{workdir}: all stages are finished{f"; report {report}" if report.exists() else ""}')
 
 
 def claim(config, workdir, fork_of, held):

@@ -105,7 +105,7 @@ def _json(path):
 def remove_leftovers(workdir):
   """Removes what an export or a checkpoint that was killed has left half written."""
   for path in [*workdir.glob('.model.*'), *workdir.glob('checkpoints/*.orbax-checkpoint-tmp*'),
-               *workdir.glob('.write-*'), *workdir.glob('*.tmp')]:
+               *workdir.glob('checkpoints/.*.copy'), *workdir.glob('.write-*'), *workdir.glob('*.tmp')]:
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -222,7 +222,7 @@ def fork(source, workdir):
 
 def copy(source, target):
   """A copy of a folder under a new name, there as a whole or not at all; files of one disk are linked."""
-  half = target.with_name(f'{target.name}.orbax-checkpoint-tmp-fork')
+  half = target.with_name(f'.{target.name}.copy')
   shutil.rmtree(half, ignore_errors=True)
   half.parent.mkdir(parents=True, exist_ok=True)
   shutil.copytree(source, half, copy_function=_link)
