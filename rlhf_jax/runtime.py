@@ -6,6 +6,7 @@ import os
 import pathlib
 import sys
 import threading
+import traceback
 
 from absl import logging
 import jax
@@ -22,16 +23,25 @@ def configure():
   Also keeps freed memory in the process, see `keep_memory`.
   """
   # Orbax and Grain narrate every step of theirs; --verbosity=1 shows what errors leave out.
-  logging.set_verbosity(max(logging.get_verbosity(), logging.WARNING))
+  if logging.get_verbosity() < logging.DEBUG:
+    logging.set_verbosity(logging.WARNING)
   std_logging.getLogger('asyncio').setLevel(std_logging.CRITICAL)  # so do its tasks
-  # Orbax raises what happens in its threads again where it is called.
-  threading.excepthook = lambda thread: logging.debug('in %s', thread.thread, exc_info=thread[:3])
+  threading.excepthook = thread_raised
   keep_memory()
   join()
   if jax.config.jax_compilation_cache_dir is None:
     cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME', pathlib.Path.home() / '.cache'))
     jax.config.update('jax_compilation_cache_dir', str(cache / 'rlhf_jax' / 'xla'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)  # by default 1: a run has many small programs
+
+
+def thread_raised(thread):
+  """Shows what a thread raised, but for Orbax's: that is raised again where a run saves."""
+  frames = traceback.extract_tb(thread.exc_traceback)
+  if any('orbax' in pathlib.Path(frame.filename).parts for frame in frames):
+    logging.debug('in %s', thread.thread, exc_info=thread[:3])
+    return
+  threading.__excepthook__(thread)
 
 
 def join():
