@@ -22,10 +22,8 @@ def configure():
 
   Also keeps freed memory in the process, see `keep_memory`.
   """
-  # Orbax and Grain narrate every step of theirs; --verbosity=1 shows what errors leave out.
   if logging.get_verbosity() < logging.DEBUG:
-    logging.set_verbosity(logging.WARNING)
-  std_logging.getLogger('asyncio').setLevel(std_logging.CRITICAL)  # so do its tasks
+    quiet()
   threading.excepthook = thread_raised
   keep_memory()
   join()
@@ -33,6 +31,18 @@ def configure():
     cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME', pathlib.Path.home() / '.cache'))
     jax.config.update('jax_compilation_cache_dir', str(cache / 'rlhf_jax' / 'xla'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)  # by default 1: a run has many small programs
+
+
+def quiet():
+  """Leaves out what libraries narrate; --verbosity=1 shows it.
+
+  Orbax logs tracebacks of errors that it then raises, from every thread they pass through.
+  """
+  logging.set_verbosity(logging.WARNING)
+  logging.get_absl_logger().addFilter(
+      lambda record: 'orbax' not in pathlib.Path(record.pathname).parts)
+  for name in ('asyncio', 'concurrent.futures'):  # which Orbax writes with
+    std_logging.getLogger(name).setLevel(std_logging.CRITICAL)
 
 
 def thread_raised(thread):
