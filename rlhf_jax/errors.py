@@ -9,6 +9,8 @@ DISK = {
     errno.ENOSPC: 'make room',
     errno.EDQUOT: 'make room, or have the quota raised',
     errno.EROFS: 'name a --workdir that can be written',
+    errno.ENOTDIR: 'remove what is in the place of the folder',
+    errno.EIO: 'look after the disk',
     errno.EACCES: 'change its permissions, or name another --workdir',
 }
 
@@ -21,8 +23,8 @@ class DataError(UserError):
   """A record cannot be read; the message names file, line and field."""
 
 
-class Interrupted(Exception):
-  """The run was asked to stop, by SIGTERM or Ctrl-C, and can be resumed.
+class Interrupted(KeyboardInterrupt):
+  """The run was asked to stop, by SIGTERM or Ctrl-C, and can be resumed; no `except Exception` holds it up.
 
   Attributes:
     status: exit status of the process, 128 + the signal's number.

@@ -81,7 +81,7 @@ def main(argv):
   except BaseException as error:  # a user's code may raise SystemExit
     logging.debug('details', exc_info=True)
     reason = errors.of_disk(error)
-    runtime.end(f'error: {reason}' if reason else traceback.format_exc(), 1)
+    runtime.end(f'error: {reason}' if reason else traceback.format_exc().rstrip(), 1)
 
 
 def run():

@@ -251,8 +251,8 @@ def ppo_parts(state, frozen, rollout, scores, models, settings):
 
 
 def get_config(arg=None):
-  """Long runs of small steps, for tests that kill them. Arguments: stage, world."""
-  arg = config_lib.parse_arg(arg, stage='ppo', world='')
+  """Long runs of small steps, for tests that kill them. Arguments: stage, world, evaluator."""
+  arg = config_lib.parse_arg(arg, stage='ppo', world='', evaluator='')
   if arg.stage in ('reward_model', 'sft'):
     config = reward_model(arg.world) if arg.stage == 'reward_model' else sft(arg.world)
     config.data.held_out = config.data.held_out or 0.1
@@ -266,5 +266,7 @@ def get_config(arg=None):
       config.rl.update({'kl_controller': 'adaptive', 'kl_horizon': 100.0})
     config.samples_every = 10
     config.evals = evals(arg.world, every=7)
+  if arg.evaluator:
+    config.evals.user = {'function': arg.evaluator, 'every': 4}
   config.steps, config.checkpoint_every = 150, 3
   return config
