@@ -17,6 +17,9 @@ from rlhf_jax import optim
 SAMPLING = {'max_new_tokens': 32, 'temperature': 1.0, 'top_k': None, 'top_p': 1.0,
             'min_new_tokens': 0, 'stop': (), 'truncate_at': None, 'truncate_after': 0}
 
+# What a file of data can be read as; see data/files.py.
+FORMATS = ('jsonl', 'json', 'csv', 'tsv', 'parquet', 'text')
+
 
 def common(algorithm):
   """Keys all algorithms have.
@@ -79,6 +82,7 @@ def data():
       'path': placeholder(str),     # file, folder, hub name, or tfds:NAME
       'split': placeholder(str),
       'columns': placeholder(str),  # 'prompt=question,completion=answer' where yours differ
+      'format': placeholder(str),   # of the files, one of FORMATS; None: by their suffix
       'separator': '\n',        # between two texts of a plain text file
       'kind': 'text',           # for sft: 'text' (packed) or 'completion'
       'max_length': 128,        # tokens of an example
@@ -300,8 +304,12 @@ def validate_data(block, name):
   need(block.path, f'config.{name}.path is empty: name a file, a folder, a hub data set or tfds:NAME')
   need(block.on_error in ('stop', 'skip'),
        f'config.{name}.on_error={block.on_error!r} must be one of stop, skip')
-  need(all(pair.count('=') == 1 for pair in (block.columns or '').split(',') if pair),
-       f'config.{name}.columns={block.columns!r} must read new=stored,new=stored')
+  pairs = [pair.split('=') for pair in (block.columns or '').split(',') if pair]
+  need(all(len(pair) == 2 and all(pair) for pair in pairs) and len(dict(pairs)) == len(pairs),
+       f'config.{name}.columns={block.columns!r} must read new=stored,new=stored, each new one '
+       'once')
+  need(block.format in (None, *FORMATS),
+       f'config.{name}.format={block.format!r} must be one of {", ".join(FORMATS)}, or None')
   length = block.get('max_length', 1)
   need(length > 0, f'config.{name}.max_length={length} must be positive')
 

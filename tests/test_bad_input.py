@@ -172,7 +172,7 @@ BAD_FILES = {
     'no held-out file': ({'data.held_out_path': '{bad}/no.jsonl'},
                          ['no.jsonl: no such file or directory', 'Set the path of the data']),
     'no such data set': ({'data.path': 'no-such-data-set'},
-                         ['no-such-data-set', 'neither a local file or directory nor']),
+                         ['no-such-data-set', 'no such file or directory']),
     'no tokenizer': ({'tokenizer': '{bad}/no'},
                      ['/no: no such folder', 'a folder with tokenizer.json']),
     'no model': ({'model.path': '{bad}/no', 'tokenizer': '{world}/tokenizer'},

@@ -233,6 +233,8 @@ BAD = [
     ({'data.kind': 'prompt'}, "config.data.kind='prompt' must be one of text, completion"),
     ({'data.path': None}, 'config.data.path is empty: name a file, a folder, a hub data set or tfds'),
     ({'data.columns': 'prompt'}, "config.data.columns='prompt' must read new=stored,new=stored"),
+    ({'data.columns': 'prompt=a,prompt=b'}, 'each new one once'),
+    ({'data.format': 'xlsx'}, "config.data.format='xlsx' must be one of jsonl, json, csv"),
     ({'data.max_length': 0}, 'config.data.max_length=0 must be positive'),
     ({'data.held_out': 1.0}, 'config.data.held_out=1.0 must be in (0, 1), or None'),
     ({'data.held_out': 0.1, 'data.held_out_path': 'x'},

@@ -80,7 +80,8 @@ def halves(path, rng):
   """Two random halves of the snippets, each {label: lines}, label 1 for the positive ones."""
   first, second = {}, {}
   for label, name in ((1, 'rt-polarity.pos'), (0, 'rt-polarity.neg')):
-    lines = [r.fields['text'].strip() for r in sources.read(str(pathlib.Path(path) / name))]
+    records = sources.read(str(pathlib.Path(path) / name), format='text')
+    lines = [record.fields['text'].strip() for record in records]
     rng.shuffle(lines)
     first[label], second[label] = lines[:len(lines) // 2], lines[len(lines) // 2:]
   return first, second

@@ -2,11 +2,18 @@
 
 import gzip
 import json
+import os
+import pathlib
+import subprocess
 import sys
 import types
 
 import pytest
 
+from rlhf_jax import config as config_lib
+from rlhf_jax.data import files
+from rlhf_jax.data import formats
+from rlhf_jax.data import progress
 from rlhf_jax.data import sources
 from rlhf_jax.errors import DataError
 from rlhf_jax.errors import UserError
@@ -125,11 +132,100 @@ def test_text_separators(tmp_path):
   assert len(whole) == 1 and whole[0].where == f'{path}:2'
 
 
-def test_other_suffixes_are_text_and_latin1_is_the_fallback(tmp_path):
-  path = write(tmp_path / 'reviews.pos', b'caf\xe9 one\nna\xefve\x85 two\n')
+def test_latin1_is_the_fallback_for_text(tmp_path):
+  path = write(tmp_path / 'a.txt', b'caf\xe9 one\nna\xefve\x85 two\n')
   assert fields(sources.read(path)) == [{'text': 'caf\xe9 one'}, {'text': 'na\xefve\x85 two'}]
-  path = write(tmp_path / 'reviews.neg', 'caf\xe9\n'.encode('utf-8-sig'))
+  path = write(tmp_path / 'b.txt', 'caf\xe9\n'.encode('utf-8-sig'))
   assert fields(sources.read(path)) == [{'text': 'caf\xe9'}]
+
+
+@pytest.mark.parametrize('name', ['a.pos', 'prompts.jsnl', 'prompts.xlsx', 'prompts', 'a.zst.gz'])
+def test_unknown_suffixes_are_read_only_as_what_the_config_says(tmp_path, name):
+  path = write(tmp_path / name, '{"text": "a"}\n')
+  with pytest.raises(UserError, match=r"the suffix '.*' is not known; known are \.jsonl, .*"
+                     r'set config\.data\.format to one of .*, text\.') as caught:
+    sources.read(path)
+  assert str(caught.value).startswith(f'{path}: ')
+  if not name.endswith('.gz'):
+    assert fields(sources.read(path, format='text')) == [{'text': '{"text": "a"}'}]
+    assert fields(sources.read(path, format='jsonl')) == [{'text': 'a'}]
+
+
+def test_the_format_of_the_config_comes_before_the_suffix(tmp_path):
+  assert set(config_lib.FORMATS) == set(files.FORMATS.values())
+  path = write(tmp_path / 'a.csv', 'text\none, two\n')
+  assert fields(sources.read(path, format='text')) == [{'text': 'text'}, {'text': 'one, two'}]
+  assert fields(sources.read(path, format='tsv')) == [{'text': 'one, two'}]
+
+
+def test_reading_that_takes_long_shows_its_progress(tmp_path, monkeypatch, capsys):
+  path = write(tmp_path / 'a.jsonl', '{"text": "a"}\n' * 3)
+  records = sources.read(path)
+  formats.texts(records)
+  assert not capsys.readouterr().err
+  monkeypatch.setattr(progress, 'DELAY_SECONDS', 0.0)
+  sources.read(path)
+  formats.texts(records)
+  shown = capsys.readouterr().err
+  assert f'reading {path}' in shown and 'making examples' in shown
+
+
+# CSV and TSV.
+
+
+ROWS = [{'prompt': '007', 'completion': ' a, "b"\nc\t', 'id': '1.50'},
+        {'prompt': 'caf\xe9 \u2028 \u4f60', 'completion': ' ', 'id': None}]
+
+
+def table(delimiter=',', end='\r\n'):
+  """ROWS as a spreadsheet saves them, with an empty line and an empty row."""
+  cells = lambda *row: delimiter.join(row) + end
+  return (cells('prompt', 'completion', '', 'id') + cells('007', '" a, ""b""\nc\t"', '', '1.50')
+          + end + cells('', '', '', '') + cells(ROWS[1]['prompt'], ' ', 'x', ''))
+
+
+@pytest.mark.parametrize('name, content', [
+    ('a.csv', table().encode('utf-8-sig')),
+    ('a.csv', table(end='\n').removesuffix('\n')),
+    ('a.tsv', table('\t')),
+    ('a.TSV.gz', gzip.compress(table('\t').encode('utf-8-sig'))),
+    ('a.csv.gz', gzip.compress(table().encode()))])
+def test_csv_is_read_by_the_names_of_its_columns(tmp_path, name, content):
+  records = sources.read(write(tmp_path / name, content))
+  # A column without a name keeps its place as one; what is empty is absent.
+  assert fields(records) == [ROWS[0] | {'column 3': None}, ROWS[1] | {'column 3': 'x'}]
+  assert places(records) == [f'{name}:2', f'{name}:6']
+  assert all(record.untyped for record in records)
+
+
+def test_csv_holds_long_texts(tmp_path):
+  text = 'long, "text"\n' * 20_000
+  cell = text.replace('"', '""')
+  (record,) = sources.read(write(tmp_path / 'a.csv', f'text\n"{cell}"\n'))
+  assert record.fields == {'text': text}
+
+
+@pytest.mark.parametrize('content, line, complaint', [
+    ('p,c\na,b\n"a\n\n",b,c\n', 3, 'the first row names 2 columns, p, c'),
+    ('p,c\na\n', 2, '1 cells, and the first row'),
+    ('p,c\na,b\n"a,b\nc,d\n', 3, 'the row that begins here is not valid CSV'),
+    ('p,c\na,"b" c\n', 2, "not valid CSV .*quotes in it doubled"),
+    ('p,p\na,b\n', 1, "two columns are named 'p'"),
+    (b'p,c\n"\n",b\ncaf\xe9,b\n', 4, 'not UTF-8'),
+    ('p\n1\n'.encode('utf-16'), 1, 'not UTF-8')])
+def test_bad_rows_of_csv_are_named(tmp_path, content, line, complaint):
+  path = write(tmp_path / 'a.csv', content)
+  with pytest.raises(DataError, match=complaint) as caught:
+    sources.read(path)
+  assert str(caught.value).startswith(f'{path}:{line}: ')
+
+
+def test_csv_of_a_header_alone_is_empty(tmp_path):
+  with pytest.raises(UserError, match='the data set is empty'):
+    sources.read(write(tmp_path / 'a.csv', 'prompt,completion\n'))
+
+
+# Directories.
 
 
 def test_directory_in_sorted_order_and_by_split(tmp_path):
@@ -139,6 +235,8 @@ def test_directory_in_sorted_order_and_by_split(tmp_path):
   write(tmp_path / 'sub' / 'test.txt', 'c\n')
   write(tmp_path / 'README.md', 'no data\n')
   write(tmp_path / '.hidden.txt', 'no data\n')
+  (tmp_path / '.cache').mkdir()
+  write(tmp_path / '.cache' / 'test.txt', 'no data\n')
   texts = lambda split: [f['text'] for f in fields(sources.read(str(tmp_path), split=split))]
   assert texts('') == ['c', 'a', 'b']
   assert texts('train') == ['a', 'b']
@@ -147,15 +245,34 @@ def test_directory_in_sorted_order_and_by_split(tmp_path):
     texts('valid')
 
 
-def test_sources_that_are_not_there(tmp_path):
-  for path in (str(tmp_path / 'a.jsonl'), './nowhere', 'some/where/a', 'b.json'):
+def test_directories_say_which_files_are_passed_over(tmp_path, caplog):
+  write(tmp_path / 'a.csv', 'text\none\n')
+  write(tmp_path / 'b.jsonl', '{"text": "two"}\n')
+  assert [r.fields['text'] for r in sources.read(tmp_path)] == ['one', 'two']
+  assert not caplog.records
+  for name in ('README.md', 'c.pos'):
+    write(tmp_path / name, 'three\n')
+  assert [r.fields['text'] for r in sources.read(tmp_path)] == ['one', 'two']
+  (record,) = caplog.records
+  assert record.getMessage() == (f'{tmp_path}: 2 of 4 files passed over, whose suffixes are not '
+                                 'known: README.md, c.pos.')
+  assert [r.fields['text'] for r in sources.read(tmp_path, format='text')] == [
+      'three', 'text', 'one', '{"text": "two"}', 'three']
+  assert len(caplog.records) == 1
+
+
+def test_sources_that_are_not_there(tmp_path, monkeypatch):
+  (tmp_path / 'data').mkdir()
+  monkeypatch.chdir(tmp_path)
+  for path in (str(tmp_path / 'a.jsonl'), './nowhere', 'some/where/a', 'b.json', 'c.csv',
+               'd/e.tsv.gz', '.nowhere', '~/prompts', 'data/prompts'):
     with pytest.raises(UserError, match='no such file or directory') as caught:
       sources.read(path)
     assert str(caught.value).startswith(path)
 
 
 def test_empty_sources(tmp_path):
-  for name in ('a.jsonl', 'a.txt', 'a.pos'):
+  for name in ('a.jsonl', 'a.txt', 'a.csv'):
     with pytest.raises(UserError, match='the data set is empty'):
       sources.read(write(tmp_path / name, '\n'))
   with pytest.raises(UserError, match='the data set is empty'):
@@ -183,6 +300,22 @@ def test_columns_can_be_swapped(tmp_path):
   assert fields(sources.read(path, columns={'a': 'b', 'b': 'a'})) == [{'a': 2, 'b': 1}]
 
 
+def test_columns_that_replace_a_filled_field_say_so(tmp_path, caplog):
+  rows = [{'prompt': 'old', 'question': 'q'}, {'prompt': '', 'question': 'q'},
+          {'prompt': None, 'question': 'q'}, {'question': 'q'}]
+  path = write(tmp_path / 'a.jsonl', ''.join(json.dumps(row) + '\n' for row in rows))
+  assert fields(sources.read(path, columns={'prompt': 'question'})) == [{'prompt': 'q'}] * 4
+  (record,) = caplog.records
+  assert record.getMessage() == (
+      f"{path}: prompt=question of config.data.columns replaces a filled field 'prompt' in 1 of 4 "
+      'records. Name another column if you meant to keep it.')
+  caplog.clear()
+  path = write(tmp_path / 'b.jsonl', '{"prompt": "p", "completion": "c"}\n')
+  sources.read(path, columns={'prompt': 'completion', 'completion': 'prompt'})
+  sources.read(path, columns={'prompt': 'prompt', 'text': 'completion'})
+  assert not caplog.records
+
+
 def test_tfds_source(monkeypatch):
   np = pytest.importorskip('numpy')
   rows = [{'text': b'caf\xc3\xa9', 'label': np.int64(1), 'scores': np.array([1.5, 2.0])}]
@@ -203,6 +336,8 @@ def test_an_extra_that_is_not_installed(monkeypatch):
 
 
 def test_hub_data_set(monkeypatch):
+  monkeypatch.setattr(sources, '_hub_silence', lambda name: '')
+
   def load_dataset(name, config, *, split):
     if name != 'openai/gsm8k':
       raise FileNotFoundError('not on the hub')
@@ -212,12 +347,46 @@ def test_hub_data_set(monkeypatch):
   records = sources.read('openai/gsm8k:main')
   assert fields(records) == [{'question': 'main train'}]
   assert records[0].where == 'openai/gsm8k:main:row 0'
-  with pytest.raises(UserError, match='neither a local file or directory nor .*not on the hub'):
+  with pytest.raises(UserError, match=r'^no/such: no such file or directory .*not on the hub'):
     sources.read('no/such')
 
 
+def test_a_hub_that_gives_no_answer_is_not_asked_again(tmp_path):
+  """What was loaded from it before is still read; anything else fails within seconds."""
+  script = '''
+import datasets, json, pathlib, shutil, sys, time
+from rlhf_jax.data import sources
+from rlhf_jax.errors import UserError
+folder = pathlib.Path(sys.argv[1])
+(folder / 'x.json').write_text('[{"prompt": "a"}]')
+rows = datasets.load_dataset('json', data_files=str(folder / 'x.json'), split='train')
+cached = pathlib.Path(datasets.config.HF_DATASETS_CACHE, 'me___tiny/default/0.0.0/0')
+shutil.copytree(pathlib.Path(rows.cache_files[0]['filename']).parent, cached)
+(cached / 'json-train.arrow').rename(cached / 'tiny-train.arrow')
+info = json.loads((cached / 'dataset_info.json').read_text())
+(cached / 'dataset_info.json').write_text(json.dumps(info | {'dataset_name': 'tiny'}))
+start = time.monotonic()
+try:
+  sources.read('me/unknown')
+except UserError as error:
+  print(error)
+print(sources.read('me/tiny')[0].fields)
+print(time.monotonic() - start)
+'''
+  answer = subprocess.run(
+      [sys.executable, '-c', script, str(tmp_path)], text=True, stdout=subprocess.PIPE, check=True,
+      cwd=pathlib.Path(__file__).parents[2],
+      env=os.environ | {'HF_ENDPOINT': 'http://127.0.0.1:9', 'HF_HUB_OFFLINE': '0',
+                        'HF_HOME': str(tmp_path)})
+  error, fields, seconds = answer.stdout.splitlines()
+  assert error.startswith('me/unknown: no such file or directory (current directory: ')
+  assert 'the hub gives no answer (ConnectError: ' in error
+  assert fields == "{'prompt': 'a'}"
+  assert float(seconds) < 15  # five retries took 23
+
+
 def test_shared_corpora(shared):
-  reviews = sources.read(str(shared / 'data/rt-polarity/rt-polarity.pos'))
+  reviews = sources.read(str(shared / 'data/rt-polarity/rt-polarity.pos'), format='text')
   assert len(reviews) == 5331
   stories = sources.read(str(shared / 'data/text/tinystories_sample.txt'),
                          separator='<|endoftext|>')
