@@ -192,7 +192,7 @@ def jit_step(function, state):
 
 
 def read_examples(config_data, convert, tokenizer, *, path=None):
-  """Examples of a data set, with a warning that counts what was left out.
+  """Examples of a data set, with a warning that counts what was left out and empty prompts.
 
   Args:
     config_data: `config.data`.
@@ -206,9 +206,9 @@ def read_examples(config_data, convert, tokenizer, *, path=None):
   path = path or config_data.path
   columns = dict(pair.split('=') for pair in (config_data.columns or '').split(',') if pair)
   records = sources.read(path, split=config_data.split or '', columns=columns,
-                         separator=config_data.separator)
+                         separator=config_data.separator, format=config_data.format)
   examples, report = convert(records, tokenizer=tokenizer, on_error=config_data.on_error)
-  if report.left_out:
+  if report.left_out or report.empty_prompts:
     logging.warning('%s: %s', path, report)
   return examples
 

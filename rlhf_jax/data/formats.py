@@ -6,10 +6,12 @@ Whole texts, for `texts` and `prompts`:
 Completions, for `completions`, `texts` and `prompts`:
   prompt, completion
   messages                            the last one the assistant's
-  instruction, input, output          Alpaca; input is optional
+  instruction, input, output          Alpaca; input is optional; output counts where the record is
+                                      a comparison too
 
 Comparisons, for `comparisons`, and for `completions` and `texts` by their best completion:
   prompt, chosen, rejected            also with the prompt as `conversations`
+  instruction, input, chosen, rejected
   chosen, rejected                    whole dialogues (Anthropic HH), as strings or messages
   prompt, completions                 from best to worst
   prompt, completions, ranks          smaller is better, equal is a tie
@@ -21,6 +23,7 @@ Prompts, for `prompts`: any of the above that has a prompt; all other fields are
 
 Prompts, completions, chosen and rejected may each be a string or messages; see `chat`. Any
 comparison may have a `margin`. `texts` and `completions` take the best completion of a comparison.
+In CSV, numbers, true and false, and lists are written as in JSON; all other fields are texts.
 
 A record that cannot be understood stops the reading with its place, or is counted and left out
 with on_error='skip'. A record that is understood but of no use (see `Report`) is left out and
@@ -30,12 +33,14 @@ counted in either case.
 from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
+import json
 import math
 from typing import Any, TypeVar
 
 import transformers
 
 from rlhf_jax.data import chat
+from rlhf_jax.data import progress
 from rlhf_jax.data.sources import Record
 from rlhf_jax.errors import DataError
 from rlhf_jax.errors import UserError
@@ -46,7 +51,12 @@ Example = TypeVar('Example')
 
 HH_TURN = '\n\nAssistant:'
 
+# Fields that are not always texts: what JSON has there, and CSV writes.
+SCALARS = ('margin', 'rating', 'label', 'best')
+LISTS = ('ranks', 'ratings', 'completions', 'messages', 'conversations')
+
 DIFFERENT_PROMPTS = 'chosen and rejected answer different prompts'
+SAME_COMPLETIONS = 'all completions are the same'
 EMPTY_COMPLETION = 'empty completion'
 LABELLED_BAD = 'completion labelled false'
 
@@ -95,9 +105,11 @@ class Report:
   Attributes:
     read: number of records.
     left_out: reason to the places of the records left out for it.
+    empty_prompts: places of the records kept though they ask nothing.
   """
   read: int
   left_out: dict[str, tuple[str, ...]]
+  empty_prompts: tuple[str, ...] = ()
 
   @property
   def kept(self) -> int:
@@ -107,6 +119,9 @@ class Report:
     lines = [f'{self.kept} of {self.read} records kept']
     lines += [f'  {len(places)} left out: {reason} (first: {places[0]})'
               for reason, places in sorted(self.left_out.items())]
+    if self.empty_prompts:
+      lines.append(f'  {len(self.empty_prompts)} kept with an empty prompt (first: '
+                   f'{self.empty_prompts[0]})')
     return '\n'.join(lines)
 
 
@@ -138,7 +153,7 @@ def completions(records: Sequence[Record], *, tokenizer: Tokenizer | None = None
 def comparisons(records: Sequence[Record], *, tokenizer: Tokenizer | None = None,
                 on_error: str = 'stop') -> tuple[list[Comparison], Report]:
   """Judged responses. Arguments, result and errors as for `completions`."""
-  return _convert(records, _comparison, tokenizer, on_error)
+  return _convert(records, _judged, tokenizer, on_error)
 
 
 def prompts(records: Sequence[Record], *, tokenizer: Tokenizer | None = None,
@@ -163,12 +178,16 @@ def _convert(records: Sequence[Record], one: Callable[[Fields, Tokenizer | None]
              tokenizer: Tokenizer | None, on_error: str) -> tuple[list[Example], Report]:
   if on_error not in ('stop', 'skip'):
     raise UserError(f"config.data.on_error is {on_error!r}; it must be 'stop' or 'skip'.")
-  examples, left_out = [], {}
-  for record in records:
+  examples, left_out, empty_prompts = [], {}, []
+  for record in progress.bar(records, 'making examples', 'records'):
     # Columns of tables are null where a row lacks them.
     fields = {name: value for name, value in record.fields.items() if value is not None}
+    if record.untyped:
+      fields = _typed(fields)
     try:
       examples.append(one(fields, tokenizer))
+      if _asks_nothing(fields, examples[-1]):
+        empty_prompts.append(record.where)
     except _Useless as error:
       left_out.setdefault(str(error), []).append(record.where)
     except _Fault as error:
@@ -177,10 +196,41 @@ def _convert(records: Sequence[Record], one: Callable[[Fields, Tokenizer | None]
         raise DataError(f'{record.where}: field {field!r}: {problem}. {remedy} Or set '
                         "config.data.on_error='skip' to leave such records out.") from error
       left_out.setdefault(f'{field}: {problem}', []).append(record.where)
-  report = Report(len(records), {reason: tuple(places) for reason, places in left_out.items()})
+  report = Report(len(records), {reason: tuple(places) for reason, places in left_out.items()},
+                  tuple(empty_prompts))
   if not examples:
     raise UserError(f'no record of the data can be used.\n{report}')
   return examples, report
+
+
+def _typed(fields: Fields) -> Fields:
+  """The fields of a CSV row, all strings, with JSON's values where these are meant."""
+  typed = dict(fields)
+  for names, kinds in ((SCALARS, (bool, int, float)), (LISTS, (list,))):
+    for name in fields.keys() & set(names):
+      text = fields[name]
+      try:
+        value = json.loads(text.lower() if text.lower() in ('true', 'false') else text)
+      except (ValueError, RecursionError):
+        continue  # A text; whatever needs more of this field says so.
+      if isinstance(value, kinds):
+        typed[name] = value
+  return typed
+
+
+def _asks_nothing(fields: Fields, example: Any) -> bool:
+  """Whether the prompt is blank, or what a template is put around: its last message."""
+  if isinstance(example, str):
+    return False
+  names = ('prompt', 'messages', 'conversations', 'instruction', 'chosen')
+  asked = next((fields[name] for name in names if name in fields), example.prompt)
+  if isinstance(asked, str):
+    return not example.prompt.strip() or not (asked.strip() or fields.get('input'))
+  try:
+    asked = [message for message in chat.parse(asked) if message['role'] != 'assistant']
+  except chat.Malformed:  # No messages: the prompt came from another field.
+    return not example.prompt.strip()
+  return bool(asked) and not asked[-1]['content'].strip()
 
 
 # One record.
@@ -196,7 +246,8 @@ def _text(fields: Fields, tokenizer: Tokenizer | None) -> str:
 def _completion(fields: Fields, tokenizer: Tokenizer | None) -> Completion:
   if fields.get('label') is False:
     raise _Useless(LABELLED_BAD)
-  if 'chosen' in fields or 'completions' in fields:
+  alpaca = 'instruction' in fields and 'output' in fields
+  if not alpaca and ('chosen' in fields or 'completions' in fields):
     example = _comparison(fields, tokenizer)
     return Completion(example.prompt, example.completions[example.ranks.index(0)])
   prompt, completion = _prompt_and_completion(fields, tokenizer)
@@ -214,6 +265,14 @@ def _prompt_and_completion(fields: Fields, tokenizer: Tokenizer | None) -> tuple
       raise _missing(fields, 'completion')
     return _joined(fields['prompt'], fields['completion'], 'completion', tokenizer)
   raise _missing(fields, 'prompt')
+
+
+def _judged(fields: Fields, tokenizer: Tokenizer | None) -> Comparison:
+  """A comparison with something to learn from; as completions to imitate, equal ones will do."""
+  example = _comparison(fields, tokenizer)
+  if example.ratings is None and len(set(example.completions)) == 1:
+    raise _Useless(SAME_COMPLETIONS)
+  return example
 
 
 def _comparison(fields: Fields, tokenizer: Tokenizer | None) -> Comparison:
@@ -276,6 +335,8 @@ def _pair(fields: Fields, tokenizer: Tokenizer | None) -> tuple[str, str, str]:
     if name not in fields:
       raise _missing(fields, name)
   before = fields.get('prompt', fields.get('conversations'))
+  if before is None and 'instruction' in fields:
+    before = _instruction(fields, tokenizer)
   if before is not None:
     (prompt, chosen), (other, rejected) = (
         _joined(before, fields[name], name, tokenizer) for name in ('chosen', 'rejected'))

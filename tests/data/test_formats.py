@@ -1,5 +1,8 @@
 """Each shape of record, each complaint, and the odd rows of real data."""
 
+import csv
+import json
+
 import pytest
 
 from rlhf_jax.data import chat
@@ -80,6 +83,26 @@ def test_alpaca_without_a_template():
       '### Instruction:\nAdd.\n\n### Response:\n', '3')
   assert one(formats.prompts, row) == Prompt(
       '### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n', {'output': '3'})
+
+
+ALPACA = {'instruction': 'Add.', 'input': '1 2', 'output': '3',
+          'chosen': 'It is 3.', 'rejected': '4'}
+
+
+def test_alpaca_with_a_comparison_serves_every_stage(chatty):
+  prompt = '### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n'
+  assert one(formats.completions, ALPACA) == Completion(prompt, '3')
+  assert one(formats.texts, ALPACA) == prompt + '3'
+  assert one(formats.comparisons, ALPACA) == Comparison(prompt, ('It is 3.', '4'), (0, 1))
+  rest = {name: ALPACA[name] for name in ('output', 'chosen', 'rejected')}
+  assert one(formats.prompts, ALPACA) == Prompt(prompt, rest)
+  asked = '[user]Add.\n\n1 2[assistant]'
+  assert one(formats.completions, ALPACA, chatty) == Completion(asked, '3<|eos|>')
+  assert one(formats.comparisons, ALPACA, chatty) == Comparison(
+      asked, ('It is 3.<|eos|>', '4<|eos|>'), (0, 1))
+  without = {name: ALPACA[name] for name in ('instruction', 'chosen', 'rejected')}
+  assert one(formats.completions, without) == Completion(
+      '### Instruction:\nAdd.\n\n### Response:\n', 'It is 3.')
 
 
 PAIR = Comparison('[user]Q[assistant]', ('good<|eos|>', 'bad<|eos|>'), (0, 1))
@@ -208,6 +231,138 @@ def test_report_is_fit_for_printing():
       '1 of 4 records kept\n'
       "  1 left out: completion: missing among ['prompt'] (first: x.jsonl:3)\n"
       '  2 left out: empty completion (first: x.jsonl:2)')
+
+
+def test_comparisons_of_the_same_text_are_counted_and_left_out():
+  rows = [{'prompt': 'p', 'chosen': 'a', 'rejected': 'a'},
+          {'prompt': 'p', 'chosen': 'a', 'rejected': 'a '},
+          {'prompt': 'p', 'completions': ['a', 'a']},
+          {'prompt': 'p', 'completions': ['a', 'a', 'b']},
+          {'prompt': 'p', 'completions': ['a', 'a'], 'ratings': [1, 2]},
+          {'prompt': 'p', 'completion': 'a', 'rating': 1}]
+  examples, report = formats.comparisons(records(*rows))
+  assert report.left_out == {formats.SAME_COMPLETIONS: ('x.jsonl:1', 'x.jsonl:3')}
+  assert len(examples) == report.kept == 4
+  # Texts to imitate they are all the same.
+  assert len(formats.completions(records(*rows))[0]) == 6
+
+
+def test_empty_prompts_are_kept_and_counted(chatty):
+  answer = {'completion': 'a', 'chosen': 'a', 'rejected': 'b'}
+  rows = records({'prompt': ' \n', **answer}, {'prompt': 'p', **answer}, {'prompt': '', **answer})
+  for convert in (formats.completions, formats.comparisons, formats.prompts):
+    examples, report = convert(rows)
+    assert len(examples) == report.kept == 3
+    assert report.empty_prompts == ('x.jsonl:1', 'x.jsonl:3') and not report.left_out
+  assert str(report) == '3 of 3 records kept\n  2 kept with an empty prompt (first: x.jsonl:1)'
+  assert not formats.texts(rows)[1].empty_prompts
+  blank = {'role': 'user', 'content': ''}
+  rows = records({'messages': [blank, GOOD]}, {'messages': [USER, GOOD, USER, GOOD]},
+                 {'messages': [USER, GOOD, blank, GOOD]}, {'instruction': '', 'output': 'a'},
+                 {'instruction': '', 'input': 'Q', 'output': 'a'},
+                 {'prompt': '', 'completion': [GOOD]})
+  for convert in (formats.completions, formats.prompts):
+    assert convert(rows, tokenizer=chatty)[1].empty_prompts == (
+        'x.jsonl:1', 'x.jsonl:3', 'x.jsonl:4', 'x.jsonl:6')
+  # Fields that no prompt was taken from are not looked into.
+  rows = records({'prompt': [GOOD], 'completion': [GOOD]}, {'messages': [USER, GOOD], 'prompt': 7})
+  assert not formats.completions(rows, tokenizer=chatty)[1].empty_prompts
+  assert not formats.prompts(records({'text': 'a', 'chosen': 7}))[1].empty_prompts
+
+
+# Files.
+
+
+def write_rows(path, rows):
+  """A file whose suffix says how; in CSV and TSV lists are JSON, and None is an empty cell."""
+  if path.suffix == '.parquet':
+    pyarrow = pytest.importorskip('pyarrow')
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+  elif path.suffix == '.jsonl':
+    sources.write(path, rows)
+  else:
+    cell = lambda value: json.dumps(value) if isinstance(value, list) else value
+    with open(path, 'w', newline='', encoding='utf-8-sig') as stream:
+      writer = csv.writer(stream, delimiter={'.csv': ',', '.tsv': '\t'}[path.suffix])
+      writer.writerow(rows[0])
+      writer.writerows([cell(value) for value in row.values()] for row in rows)
+  return str(path)
+
+
+ANSWER = '1, "two"\n\tthree\n'
+STORED = {
+    'completions': (formats.completions, [
+        {'prompt': '007', 'completion': ANSWER, 'label': True},
+        {'prompt': 'q', 'completion': '1e3', 'label': None}],
+        [Completion('007', ANSWER), Completion('q', '1e3')]),
+    'labelled': (formats.completions, [
+        {'prompt': 'p', 'completion': 'a', 'label': False},
+        {'prompt': 'p', 'completion': 'b', 'label': True}],
+        [Completion('p', 'b')]),
+    'messages': (formats.completions, [{'messages': [USER, GOOD]}],
+                 [Completion('[user]Q[assistant]', 'good<|eos|>')]),
+    'alpaca': (formats.completions, [
+        {'instruction': 'Q', 'input': None, 'output': 'good', 'chosen': 'c', 'rejected': 'd'}],
+        [Completion('[user]Q[assistant]', 'good<|eos|>')]),
+    'alpaca pairs': (formats.comparisons, [
+        {'instruction': 'Q', 'input': None, 'output': 'c', 'chosen': 'good', 'rejected': 'bad'}],
+        [PAIR]),
+    'pairs': (formats.comparisons, [
+        {'prompt': '007', 'chosen': '1', 'rejected': ANSWER, 'margin': 2.5},
+        {'prompt': 'q', 'chosen': '10', 'rejected': '9', 'margin': None}],
+        [Comparison('007', ('1', ANSWER), (0, 1), None, 2.5),
+         Comparison('q', ('10', '9'), (0, 1))]),
+    'ranks': (formats.comparisons, [{'prompt': 'p', 'completions': ['1', ANSWER], 'ranks': [2, 1]}],
+              [Comparison('p', ('1', ANSWER), (1, 0))]),
+    'ratings': (formats.comparisons, [
+        {'prompt': 'p', 'completions': ['a', 'b'], 'ratings': [0.5, 3.0]}],
+        [Comparison('p', ('a', 'b'), (1, 0), (0.5, 3.0))]),
+    'best': (formats.comparisons, [{'prompt': 'p', 'completions': ['a', 'b'], 'best': 1}],
+             [Comparison('p', ('a', 'b'), (1, 0))]),
+    'rating': (formats.comparisons, [{'prompt': 'p', 'completion': '5', 'rating': -1.5}],
+               [Comparison('p', ('5',), (0,), (-1.5,))]),
+    'label': (formats.comparisons, [{'prompt': 'p', 'completion': '5', 'label': False}],
+              [Comparison('p', ('5',), (0,), (0.0,))]),
+    'texts': (formats.texts, [{'text': '007'}, {'text': ANSWER}], ['007', ANSWER]),
+    'prompts': (formats.prompts, [{'prompt': '007', 'answer': '042', 'label': 'positive'}],
+                [Prompt('007', {'answer': '042', 'label': 'positive'})]),
+}
+
+
+@pytest.mark.parametrize('suffix', ['csv', 'tsv', 'jsonl', 'parquet'])
+@pytest.mark.parametrize('shape', STORED)
+def test_files_of_every_format_give_the_same_examples(tmp_path, shape, suffix, chatty):
+  convert, rows, expected = STORED[shape]
+  path = write_rows(tmp_path / f'a.{suffix}', rows)
+  assert convert(sources.read(path), tokenizer=chatty)[0] == expected
+
+
+def test_labels_of_csv_as_spreadsheets_and_pandas_write_them(tmp_path):
+  path = tmp_path / 'a.csv'
+  path.write_text('prompt,completion,label\np,a,TRUE\np,b,False\np,c,false\np,d,0\n')
+  assert [e.ratings[0] for e in formats.comparisons(sources.read(path))[0]] == [1, 0, 0, 0]
+  assert [e.completion for e in formats.completions(sources.read(path))[0]] == ['a', 'd']
+
+
+@pytest.mark.parametrize('header, row, complaint', [
+    ('prompt,completion,rating', 'p,a,good', "field 'rating': a finite number"),
+    ('prompt,completion,rating', 'p,a,nan', "field 'rating': a finite number"),
+    ('prompt,completion,rating', 'p,a,', "field 'chosen': missing"),
+    ('prompt,completions', 'p,a|b', "field 'completions': a list"),
+    ('prompt,completions,best', 'p,"[""a"", ""b""]",1.5', "field 'best'"),
+    ('prompt,chosen,rejected', 'p,a,', "field 'rejected': missing")])
+def test_cells_that_are_not_what_their_column_needs_are_named(tmp_path, header, row, complaint):
+  path = tmp_path / 'a.csv'
+  path.write_text(f'{header}\n{row}\n')
+  with pytest.raises(DataError, match=complaint) as caught:
+    formats.comparisons(sources.read(path))
+  assert str(caught.value).startswith(f'{path}:2: ')
+
+
+def test_strings_for_numbers_are_refused_where_the_file_could_say_otherwise():
+  with pytest.raises(DataError, match="field 'rating': a finite number"):
+    formats.comparisons(records({'prompt': 'p', 'completion': 'a', 'rating': '1'}))
 
 
 def test_nothing_left_is_an_error():
