@@ -209,7 +209,9 @@ def split(examples: Sequence[Any], *, holdout: float, seed: int) -> tuple[list[A
 
 def _lm(texts: Sequence[str], tokenizer: formats.Tokenizer, *, length: int,
         pack: bool) -> tuple[Collate, int]:
-  documents = [tokenizers.end(tokenizer, row) for row in tokenizers.encode(tokenizer, texts)]
+  encoded = tokenizers.encode(tokenizer, texts)
+  tokenizers.warn_unknown(tokenizer, encoded)
+  documents = [tokenizers.end(tokenizer, row) for row in encoded]
   arrange = packing.pack if pack else packing.pad
   rows = arrange(documents, length=length, pad_id=tokenizer.pad_token_id)
   return _take(rows), len(rows.tokens)
@@ -303,9 +305,11 @@ def _fitted(tokenizer: formats.Tokenizer, prompts: Sequence[str],
             append_eos: bool = True) -> list[tuple[np.ndarray, list[np.ndarray]]]:
   """Token ids of prompts and of their completions, cut where they do not fit; says how many."""
   flat = tokenizers.encode_continuation(tokenizer, [text for each in completions for text in each])
+  asked = tokenizers.encode(tokenizer, prompts)
+  tokenizers.warn_unknown(tokenizer, asked + flat)
   ended = iter([tokenizers.end(tokenizer, row) for row in flat] if append_eos else flat)
   pairs, cut_prompts, cut_completions = [], 0, 0
-  for prompt, each in zip(tokenizers.encode(tokenizer, prompts), completions):
+  for prompt, each in zip(asked, completions):
     whole = [next(ended) for _ in each]
     pair = _fit(prompt, whole, max_length, tokenizer.bos_token_id)
     cut_prompts += len(pair[0]) < len(prompt)
@@ -344,8 +348,10 @@ def _prompts(examples: Sequence[formats.Prompt], tokenizer: formats.Tokenizer, *
   if on_long not in ('error', 'truncate_left', 'drop'):
     raise UserError(f"config.data.on_long is {on_long!r}; it must be 'error', 'truncate_left' or "
                     "'drop'.")
+  encoded = tokenizers.encode(tokenizer, [e.prompt for e in examples])
+  tokenizers.warn_unknown(tokenizer, encoded)
   rows, kept, long = [], [], 0
-  for index, row in enumerate(tokenizers.encode(tokenizer, [e.prompt for e in examples])):
+  for index, row in enumerate(encoded):
     if not len(row):
       raise UserError(f'prompt {index} is empty, and this tokenizer begins no text with a BOS: '
                       'there is nothing to respond to. Remove the example.')

@@ -19,8 +19,11 @@ strip it when decoding. A completion is not the beginning of a text, so `encode_
 learnt as "up on".
 """
 
+from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Sequence
+import functools
 import json
 import os
 from typing import Any
@@ -31,10 +34,12 @@ import numpy as np
 import tokenizers as hf_tokenizers
 import transformers
 
+from rlhf_jax.data import progress
 from rlhf_jax.errors import UserError
 
 PAD, BOS, EOS = '<|pad|>', '<|bos|>', '<|eos|>'
 BYTES = 256
+TOGETHER = 4096  # texts given to a backend at a time, between which a progress bar moves
 
 
 def load(path: str) -> transformers.PreTrainedTokenizerFast:
@@ -74,7 +79,11 @@ def load(path: str) -> transformers.PreTrainedTokenizerFast:
                     'Set eos_token in tokenizer_config.json.')
   if tokenizer.pad_token_id is None:
     tokenizer.pad_token = tokenizer.eos_token
-    logging.info('%s: no padding token; padding with the EOS, %r.', path, tokenizer.eos_token)
+    _warn_once(f'{path}: the tokenizer has no padding token: the EOS, {tokenizer.eos_token!r}, is '
+               'used. No mask here depends on it.')
+  elif tokenizer.pad_token_id == tokenizer.eos_token_id:
+    _warn_once(f'{path}: the padding token is the EOS, {tokenizer.eos_token!r}. No mask here '
+               'depends on it; programs that take padding from token ids overlook the EOS.')
   return tokenizer
 
 
@@ -131,6 +140,32 @@ def check(tokenizer: transformers.PreTrainedTokenizerFast, model_vocab_size: int
         f'the model\'s vocab_size to at least {largest + 1}.')
 
 
+@functools.cache
+def _warn_once(message: str) -> None:
+  logging.warning('%s', message)
+
+
+def warn_unknown(tokenizer: transformers.PreTrainedTokenizerFast,
+                 rows: Sequence[np.ndarray]) -> None:
+  """Says in one line which share of the tokens is unknown: text that the tokenizer cannot encode.
+
+  Args:
+    tokenizer: one whose unknown token has no other use, as GPT-2's has, or nothing is said.
+    rows: ids of texts, each int32 [length].
+  """
+  unknown = tokenizer.unk_token_id
+  if unknown in (None, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+    return
+  counts = [np.count_nonzero(row == unknown) for row in rows]
+  total = sum(map(len, rows))
+  if sum(counts):
+    logging.warning(
+        '%.3g %% of the tokens (%d of %d, in %d of %d texts) are %r: text that the tokenizer '
+        'cannot encode. Use one made for such text, or clean the texts.',
+        100 * sum(counts) / total, sum(counts), total, np.count_nonzero(counts), len(rows),
+        tokenizer.unk_token)
+
+
 _apart: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -178,8 +213,8 @@ def spans(tokenizer: transformers.PreTrainedTokenizerFast,
   backend = tokenizer.backend_tokenizer
   backend.no_truncation()
   backend.no_padding()
-  encoded = backend.encode_batch(list(texts), add_special_tokens=False)
-  return [(np.array(one.ids, np.int32), np.array([end for _, end in one.offsets], np.int32)) for one in encoded]
+  return [(np.array(one.ids, np.int32), np.array([end for _, end in one.offsets], np.int32))
+          for one in _encoded(backend.encode_batch, texts)]
 
 
 def decode_continuation(tokenizer: transformers.PreTrainedTokenizerFast,
@@ -199,8 +234,20 @@ def _ids(backend: hf_tokenizers.Tokenizer, texts: Sequence[str]) -> list[np.ndar
   # A tokenizer.json may ask for both, and calls of the Hugging Face wrapper leave them behind.
   backend.no_truncation()
   backend.no_padding()
-  encoded = backend.encode_batch_fast(list(texts), add_special_tokens=False)
-  return [np.array(one.ids, np.int32) for one in encoded]
+  return [np.array(one.ids, np.int32) for one in _encoded(backend.encode_batch_fast, texts)]
+
+
+def _encoded(encode_batch: Callable[..., list[hf_tokenizers.Encoding]],
+             texts: Iterable[str]) -> Iterator[hf_tokenizers.Encoding]:
+  texts = list(texts)
+  if len(texts) <= TOGETHER:
+    yield from encode_batch(texts, add_special_tokens=False)
+    return
+  with progress.bar(None, 'tokenizing', 'texts', total=len(texts)) as bar:
+    for start in range(0, len(texts), TOGETHER):
+      encoded = encode_batch(texts[start:start + TOGETHER], add_special_tokens=False)
+      yield from encoded
+      bar.update(len(encoded))
 
 
 def _leading_bos(tokenizer: transformers.PreTrainedTokenizerFast) -> int | None:

@@ -15,6 +15,7 @@ from rlhf_jax.data.formats import Comparison
 from rlhf_jax.data.formats import Completion
 from rlhf_jax.data.formats import Prompt
 from rlhf_jax.errors import UserError
+import tiny
 
 F, T = False, True
 LETTERS = 'abcdefghijklmnopqrstuvwxyz'
@@ -294,6 +295,20 @@ def test_long_prompts(tokenizer, ids, caplog):
     pipelines.prompt_batches(examples[1:2], tokenizer, on_long='drop', **settings)
   with pytest.raises(UserError, match="on_long is 'cut'"):
     pipelines.prompt_batches(examples, tokenizer, on_long='cut', **settings)
+
+
+@pytest.mark.parametrize('make', [
+    lambda t: pipelines.lm_iterator(['w0 zz'], t, batch_size=1, length=8, seed=0),
+    lambda t: pipelines.completion_iterator(
+        [Completion('w0', 'zz')], t, batch_size=1, max_length=8, seed=0),
+    lambda t: pipelines.comparison_iterator(
+        [Comparison('w0', ('zz', 'w1'), (0, 1))], t, batch_size=1, max_length=8, seed=0),
+    lambda t: pipelines.prompt_iterator(
+        [Prompt('zz w0', {})], t, batch_size=1, max_prompt_length=8, seed=0)])
+def test_text_that_cannot_be_encoded_is_said(tmp_path, caplog, make):
+  make(tiny.write_tokenizer(tmp_path))
+  (message,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+  assert "(1 of " in message and "are '<|unk|>': text that the tokenizer" in message
 
 
 def test_texts_without_a_target_are_an_error(tokenizer, shared):

@@ -8,8 +8,10 @@ import pytest
 import tokenizers as hf_tokenizers
 import transformers
 
+from rlhf_jax.data import progress
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
+import tiny
 
 # Spaces at both ends, doubled, before punctuation; bytes outside the training texts.
 STRINGS = ['', ' ', 'a b  c .\n\n', ' it \'s , ok ?', 'caf\xe9 \u2603 \U0001f600\t\r\n', '\x00\x7f']
@@ -113,6 +115,51 @@ def test_missing_pad_becomes_eos_and_missing_eos_is_an_error(bpe, tmp_path):
   transformers.PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / 'no')
   with pytest.raises(UserError, match='no EOS token'):
     tokenizers.load(str(tmp_path / 'no'))
+
+
+def test_padding_with_the_eos_is_said_once(bpe, tmp_path, caplog):
+  backend = bpe[0].backend_tokenizer
+  make = lambda **tokens: transformers.PreTrainedTokenizerFast(
+      tokenizer_object=backend, eos_token='<|eos|>', **tokens)
+  make(pad_token='<|pad|>').save_pretrained(tmp_path / 'own')
+  make().save_pretrained(tmp_path / 'none')
+  make(pad_token='<|eos|>').save_pretrained(tmp_path / 'eos')
+  for _ in range(2):
+    for name in ('own', 'none', 'eos'):
+      tokenizers.load(str(tmp_path / name))
+  first, second = [record.getMessage() for record in caplog.records]
+  assert first.startswith(
+      f"{tmp_path / 'none'}: the tokenizer has no padding token: the EOS, '<|eos|>', is used")
+  assert second.startswith(f"{tmp_path / 'eos'}: the padding token is the EOS, '<|eos|>'")
+
+
+def test_unknown_tokens_are_counted(tmp_path, bpe, caplog):
+  known = tiny.write_tokenizer(tmp_path, words=3)
+  rows = tokenizers.encode(known, ['w0 w1', 'w2 what ever', 'w1 so'])  # and a BOS each
+  tokenizers.warn_unknown(known, rows)
+  (record,) = caplog.records
+  assert record.getMessage().startswith(
+      "30 % of the tokens (3 of 10, in 2 of 3 texts) are '<|unk|>'")
+  caplog.clear()
+  tokenizers.warn_unknown(known, rows[:1])
+  tokenizers.warn_unknown(bpe[0], tokenizers.encode(bpe[0], STRINGS))  # none is unknown to bytes
+  known.unk_token = '<|eos|>'  # as GPT-2 says it
+  tokenizers.warn_unknown(known, [np.array([tiny.EOS])])
+  assert not caplog.records
+
+
+def test_many_texts_are_encoded_like_few_and_with_a_progress_bar(bpe, monkeypatch, capsys):
+  texts = [f'the {number} cats' for number in range(10)]
+  encoded = lambda: (lists(tokenizers.encode(bpe[0], texts)),
+                     [lists(pair) for pair in tokenizers.spans(bpe[0], texts)])
+  whole = encoded()
+  assert not capsys.readouterr().err
+  monkeypatch.setattr(tokenizers, 'TOGETHER', 4)
+  monkeypatch.setattr(progress, 'DELAY_SECONDS', 0.0)
+  assert encoded() == whole
+  assert 'tokenizing' in capsys.readouterr().err
+  tokenizers.encode(bpe[0], texts[:4])
+  assert not capsys.readouterr().err
 
 
 def test_stories260k(shared):
