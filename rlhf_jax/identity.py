@@ -37,7 +37,9 @@ MAY_CHANGE = {
     'microbatch_size': 'how it is cut; sums agree up to rounding',
     'model.remat': 'how it is computed',
     'model.unroll': 'how it is compiled',
+    'rl.length_buckets': 'how it is cut; sums agree up to rounding',
     'sampling.gather_weights': 'how it is computed',
+    'sampling.max_concurrent': 'how it is computed; the responses are the same',
     'reward.timeout': 'how long it waits',
 }
 LENGTH = ('steps', 'data.epochs')

@@ -12,7 +12,6 @@ import jax
 import tqdm
 
 from rlhf_jax import checkpoint
-from rlhf_jax import errors
 from rlhf_jax import identity
 from rlhf_jax import interrupts
 from rlhf_jax import metrics as metrics_lib
@@ -56,6 +55,8 @@ def run(config, workdir, *, fork_of=None):
     checkpoints = held.enter_context(checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints))
     step, state = checkpoints.restore(state, learner.iterators)
     identity.check_steps(config, learner.steps, step, workdir)
+    if step:
+      processes.say(f'{workdir}: resuming after step {step} of {learner.steps}')
     if processes.first():  # only now: the files of another config's run stay as they are
       learner.describe(workdir)
       identity.start(config, workdir, step=step, changed=changed, forked_from=forked_from)

@@ -1,5 +1,6 @@
 """A workdir belongs to one config: another one is named key by key, and stops."""
 
+import functools
 import json
 import os
 import shutil
@@ -11,6 +12,8 @@ from rlhf_jax import errors
 from rlhf_jax import identity
 from rlhf_jax import metrics
 from rlhf_jax import train
+from rlhf_jax.algorithms import ppo
+from rlhf_jax.algorithms import sft
 import tiny
 
 
@@ -61,6 +64,13 @@ def test_changes_are_named_in_order_with_both_values():
   assert [str(change) for change in identity.changes(before, after)] == [
       'config.b.c: [1, 2] -> [1, 3]', "config.b.d: None -> 'x'", 'config.b.new: (absent) -> 5',
       'config.b.gone: 0 -> (absent)', 'config.e: True -> 1']
+
+
+@pytest.mark.parametrize('name', identity.MAY_CHANGE)
+def test_keys_that_may_change_are_keys(name):
+  *blocks, last = name.split('.')
+  assert any(last in functools.reduce(lambda block, part: block.get(part, {}), blocks, config)
+             for config in (ppo.config(), sft.config()))
 
 
 @pytest.mark.parametrize('changes, listed', [
