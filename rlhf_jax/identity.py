@@ -86,7 +86,7 @@ def read(workdir):
 
 
 def changes(before, after, prefix=''):
-  """The keys that differ between two dicts of JSON.
+  """The keys that differ between two dicts of JSON; None is as good as absent.
 
   Args:
     before: nested dict.
@@ -102,9 +102,14 @@ def changes(before, after, prefix=''):
     name = f'{prefix}{key}'
     if isinstance(old, dict) and isinstance(new, dict):
       found += changes(old, new, f'{name}.')
-    elif old != new or isinstance(old, bool) != isinstance(new, bool):
+    elif _value(old) != _value(new):
       found.append(Change(name, old, new))
   return found
+
+
+def _value(x):
+  """What a value is compared by: JSON's true is not 1, and what is absent is null."""
+  return 'null' if x == ABSENT else json.dumps(x) if isinstance(x, bool) or x is None else x
 
 
 def may_change(key):

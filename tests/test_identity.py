@@ -59,8 +59,8 @@ def copied(begun, tmp_path):
 
 
 def test_changes_are_named_in_order_with_both_values():
-  before = {'a': 1, 'b': {'c': [1, 2], 'd': None, 'gone': 0}, 'e': True, 'same': {'x': 1.0}}
-  after = {'same': {'x': 1}, 'b': {'c': [1, 3], 'd': 'x', 'new': 5}, 'a': 1, 'e': 1}
+  before = {'a': 1, 'b': {'c': [1, 2], 'd': None, 'gone': 0}, 'e': True, 'same': {'x': 1.0, 'y': None}}
+  after = {'same': {'x': 1, 'z': None}, 'b': {'c': [1, 3], 'd': 'x', 'new': 5}, 'a': 1, 'e': 1}
   assert [str(change) for change in identity.changes(before, after)] == [
       'config.b.c: [1, 2] -> [1, 3]', "config.b.d: None -> 'x'", 'config.b.new: (absent) -> 5',
       'config.b.gone: 0 -> (absent)', 'config.e: True -> 1']

@@ -188,14 +188,15 @@ def test_five_kills(stage, world, tmp_path):
 @pytest.mark.parametrize('stage', ['ppo', 'sft', 'reward_model'])
 def test_ten_stops(stage, world, tmp_path):
   """SIGTERM at any moment, with default settings, costs no step but the one it comes in."""
-  whole, stopped, default = tmp_path / 'whole', tmp_path / 'stopped', '--config.checkpoint_every=None'
-  assert start(stage, world, whole, default).wait() == 0, (tmp_path / 'whole.log').read_text()
+  whole, stopped = tmp_path / 'whole', tmp_path / 'stopped'
+  options = ['--config.checkpoint_every=None', f'--config.steps={150 if stage == "ppo" else 600}']
+  assert start(stage, world, whole, *options).wait() == 0, (tmp_path / 'whole.log').read_text()
   draw, done = random.Random(stage), []
   for _ in range(STOPS):
-    process = start(stage, world, stopped, default)
+    process = start(stage, world, stopped, *options)
     code = kill_after(process, stopped, draw.randint(1, 9), draw.uniform(0.0, 0.3), signal.SIGTERM)
     assert code == 128 + signal.SIGTERM, (tmp_path / 'stopped.log').read_text()
     done.append(metrics(stopped)[-1]['step'] + 1)
-  assert start(stage, world, stopped, default).wait() == 0, (tmp_path / 'stopped.log').read_text()
+  assert start(stage, world, stopped, *options).wait() == 0, (tmp_path / 'stopped.log').read_text()
   assert [start['step'] for start in starts(stopped)] == [0, *done]
   assert_same_run(stopped, whole)
