@@ -1,0 +1,282 @@
+"""One Cloud TPU and its place in the queue: what gcloud says of them, and what its workers are told.
+
+The part of launch/tpu_vm.sh that talks to gcloud.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shlex
+import subprocess
+import sys
+import time
+
+# States of a node: https://cloud.google.com/tpu/docs/reference/rest/v2/projects.locations.nodes#State
+# COMING are waited for, STOPPED (a person did that; only hosts of their own can be) is started, LOST
+# is made again, and HIDDEN, UNKNOWN and what may come are for a person.
+COMING = ('CREATING', 'STARTING', 'RESTARTING', 'REIMAGING', 'REPAIRING', 'UNHIDING', 'STOPPING', 'DELETING')
+LOST = ('PREEMPTED', 'TERMINATED')
+# States of a request: https://cloud.google.com/tpu/docs/queued-resources. FAILED and SUSPENDED are final.
+OVER = (None, 'FAILED', 'SUSPENDED')
+CALL_TRIES = 8  # of one call of gcloud
+LOST_POLLS = 20  # a node that is missing for as long (10 minutes) beside an ACTIVE request was deleted
+NODE_POLLS = 240  # a node that stays in one of COMING for as long (2 hours) is for a person
+CALL_SECONDS, CHANGE_SECONDS = 120, 1800  # for a question, and for a creation or deletion
+MISSING = ('NOT_FOUND', 'was not found')
+PERMANENT = ('PERMISSION_DENIED', 'UNAUTHENTICATED', 'INVALID_ARGUMENT', *MISSING, 'auth login', 'unrecognized arguments')
+NOT_SET_UP = 3
+
+# Ends what a run before has left behind, as that would keep the chips; first lets it save. Its
+# number is forgotten by a reboot.
+STOP = """
+pid=$(cat /dev/shm/rlhf_jax.pid 2>/dev/null || true)
+if [ -n "$pid" ] && grep -qs rlhf_jax.main "/proc/$pid/cmdline"; then
+  kill -TERM "$pid" 2>/dev/null || true
+  for second in $(seq 60); do kill -0 "$pid" 2>/dev/null || break; sleep 1; done
+  kill -KILL "$pid" 2>/dev/null && sleep 2 || true
+fi"""
+MOUNT = """
+command -v mount.nfs >/dev/null || { sudo apt-get -q update && sudo apt-get -q install -y nfs-common; }
+sudo mkdir -p /mnt/shared
+mountpoint -q /mnt/shared || sudo mount -t nfs -o hard,vers=3 %s /mnt/shared"""
+# The images' own Python is too old. The digest is written last: a setup that was cut short does not count.
+SETUP = """
+mkdir -p rlhf_jax && cd rlhf_jax
+rm -f .shipped_digest
+[ ! -f .shipped ] || xargs -0 rm -f -- < .shipped
+tar -xzf ../rlhf_jax.tar.gz
+python3 -m pip install --user --quiet uv
+python3 -m uv venv --quiet --allow-existing --python 3.12 .venv
+python3 -m uv pip install --quiet --python .venv -c constraints.txt -e ".[tpu]"
+echo %s > .shipped_digest"""
+# A worker that was rebooted has lost its mount, and a run would write to its own disk.
+CHECK = f'\n[ "$(cat rlhf_jax/.shipped_digest 2>/dev/null)" = %s ] || exit {NOT_SET_UP}'
+RUN = """
+cd rlhf_jax
+echo $$ > /dev/shm/rlhf_jax.pid
+export COORDINATOR_ADDRESS=auto JAX_PLATFORMS=tpu,cpu PYTHONUNBUFFERED=1
+exec .venv/bin/python -m rlhf_jax.main %s"""
+
+
+class Failure(Exception):
+  """Ends the command with status 1 and this line."""
+
+
+def say(text):
+  """Writes a line for the user, apart from the run's own output."""
+  print(f'launch/tpu_vm.sh: {text}', file=sys.stderr, flush=True)
+
+
+def back_off(attempt, base, longest):
+  """Seconds before the next attempt: doubled each time, up to `longest`; less up to half of it at random.
+
+  Args:
+    attempt: how many have failed, from 1.
+    base: seconds after the first.
+    longest: seconds.
+  """
+  return min(longest, base * 2.0 ** (attempt - 1)) * random.uniform(0.5, 1)
+
+
+def state(answer):
+  """The state in gcloud's JSON of a node ({state: READY}) or of a request ({state: {state: ACTIVE}}).
+
+  Raises:
+    ValueError: where there is none.
+  """
+  found = json.loads(answer)
+  found = found.get('state') if isinstance(found, dict) else None
+  found = found.get('state') if isinstance(found, dict) else found
+  if not isinstance(found, str):
+    raise ValueError('no state')
+  return found
+
+
+class Tpu:
+  """One TPU and the request for it, which has the same name.
+
+  Attributes:
+    name: of both.
+    asking: whether a request was sent that gcloud has not answered yet.
+  """
+
+  def __init__(self, settings, dry_run):
+    self.name = settings['TPU_NAME']
+    self.zone = settings['ZONE']
+    self.accelerator = settings.get('ACCELERATOR')
+    self.runtime = settings.get('RUNTIME')
+    self.project = settings.get('PROJECT')
+    self.spot = bool(settings.get('SPOT'))
+    self.shared = settings.get('SHARED')
+    self.poll = float(settings.get('POLL_SECONDS') or 30)
+    self.dry_run = dry_run
+    self.asking = False
+
+  def command(self, *words):
+    """gcloud's command line in our zone and project."""
+    place = [f'--zone={self.zone}'] + ([f'--project={self.project}'] if self.project else [])
+    return ['gcloud', 'compute', 'tpus', *words, *place]
+
+  def stream(self, *words):
+    """Runs gcloud with the user's terminal.
+
+    Returns:
+      Its exit status.
+    """
+    command = self.command(*words)
+    if self.dry_run:
+      print(shlex.join(command))
+      return 0
+    return subprocess.run(command).returncode
+
+  def call(self, *words, seconds=CALL_SECONDS, tries=CALL_TRIES, accept=(), check=json.loads):
+    """Runs gcloud apart from the terminal; repeats it after an error that may pass.
+
+    Args:
+      *words: behind `gcloud compute tpus`.
+      seconds: limit of one try.
+      tries: how many.
+      accept: words, one of which makes an error an answer.
+      check: function of stdout; a ValueError of it counts as an error that may pass.
+
+    Returns:
+      What `check` returns; None for an error that is an answer, and in a dry run.
+
+    Raises:
+      Failure: for an error that does not pass, with what gcloud wrote to stderr.
+    """
+    command = self.command(*words, '--format=json')
+    if self.dry_run:
+      print(shlex.join(command))
+      return None
+    for attempt in range(1, tries + 1):
+      try:
+        answer = subprocess.run(command, text=True, capture_output=True, timeout=seconds,
+                                stdin=subprocess.DEVNULL)
+        error = ' '.join(answer.stderr.split())
+        if answer.returncode == 0:
+          return check(answer.stdout)
+        if any(word in error for word in accept):
+          return None
+      except FileNotFoundError as missing:
+        raise Failure('there is no gcloud: install it, https://cloud.google.com/sdk') from missing
+      except subprocess.TimeoutExpired:
+        error = f'no answer in {seconds} s'
+      except ValueError as wrong:
+        error = f'{wrong} in the answer {answer.stdout[:200]!r}; {error}'
+      what = f'gcloud {words[0]} {words[1]} failed'
+      if attempt == tries or any(word in error for word in PERMANENT):
+        raise Failure(f'{what}: {error}')
+      wait = back_off(attempt, self.poll / 6, 10 * self.poll)
+      say(f'{what}, try {attempt} of {tries}, again in {wait:.0f} s: {error[-300:]}')
+      time.sleep(wait)
+
+  def change(self, *words, accept=()):
+    """Runs gcloud for what it does; see `call`."""
+    self.call(*words, seconds=CHANGE_SECONDS, accept=accept, check=len)
+
+  def node_state(self, tries=CALL_TRIES):
+    """The node's state; None where there is none."""
+    return self.call('tpu-vm', 'describe', self.name, tries=tries, accept=MISSING, check=state)
+
+  def queue_state(self, tries=CALL_TRIES):
+    """The state of the request; None where there is none."""
+    return self.call('queued-resources', 'describe', self.name, tries=tries, accept=MISSING, check=state)
+
+  def request(self):
+    """Asks for the TPU; a request of this name that is there already keeps its place."""
+    spot = ['--spot'] if self.spot else []
+    self.asking = True
+    self.change('queued-resources', 'create', self.name, f'--node-id={self.name}',
+                f'--accelerator-type={self.accelerator}', f'--runtime-version={self.runtime}', *spot,
+                accept=('ALREADY_EXISTS', 'already exists'))
+    self.asking = False
+
+  def remove(self):
+    """Deletes the request with its node, or a node without a request; waits until both are gone.
+
+    Raises:
+      Failure: where they do not go.
+    """
+    for poll in range(NODE_POLLS):
+      if poll:
+        time.sleep(self.poll)
+      again = poll % 20 == 0  # one sent while the TPU was being made may come to nothing
+      if again:
+        self.change('queued-resources', 'delete', self.name, '--force', '--quiet', accept=MISSING)
+      if self.dry_run:
+        return
+      if self.queue_state() is None:
+        if self.node_state() is None:
+          return
+        if again:
+          self.change('tpu-vm', 'delete', self.name, '--quiet', accept=MISSING)
+    raise Failure(f'{self.name} was deleted, and is still there')
+
+  def settle(self):
+    """Waits while the TPU, or its place in the queue, is on its way to another state.
+
+    Returns:
+      'READY', or the state that calls for a new request ('NONE' where there is nothing).
+
+    Raises:
+      Failure: in a state that a person must look at.
+    """
+    last, polls = None, 0
+    while True:
+      node = self.node_state()
+      queue = self.queue_state()
+      if node in LOST or node == 'READY' and queue != 'SUSPENDING':  # preemption is seen there first
+        return node
+      if (node is None and queue in OVER) or (node in COMING and queue in ('FAILED', 'SUSPENDED')):
+        return queue or 'NONE'
+      if node not in (None, 'READY', 'STOPPED', *COMING):
+        raise Failure(f'{self.name} is {node}, which a person must look at')
+      polls = polls + 1 if (node, queue) == last else 0
+      if not polls:
+        last = node, queue
+        say(f'waits: {self.name} is {node or "not there yet"}, its request {queue or "not there"}')
+      if queue == 'ACTIVE' and node is None and polls >= LOST_POLLS:
+        return 'ACTIVE, but its TPU is gone'
+      if node is not None and polls >= NODE_POLLS:  # a place in the queue may take days
+        raise Failure(f'{self.name} has been {node} for {polls * self.poll / 60:.0f} minutes')
+      if node == 'STOPPED':
+        say(f'starts {self.name} again')
+        self.change('tpu-vm', 'start', self.name)
+      time.sleep(self.poll)
+
+  def on_workers(self, text):
+    """Runs a shell command on all workers; a connection that is dead for 2 minutes ends it.
+
+    Returns:
+      The exit status: the first worker's that is not 0; 255 where ssh failed.
+    """
+    return self.stream('tpu-vm', 'ssh', self.name, '--worker=all', '--ssh-flag=-o ServerAliveInterval=30',
+                       '--ssh-flag=-o ServerAliveCountMax=4', f'--command=set -e{text}')
+
+  def mount(self):
+    """The shell text that mounts SHARED."""
+    return MOUNT % shlex.quote(self.shared) if self.shared else ''
+
+  def holds(self, shipment):
+    """Exit status of a look at all workers: 0 where all hold these files, NOT_SET_UP where one does not."""
+    return self.on_workers(CHECK % shipment.digest + self.mount())
+
+  def setup(self, shipment):
+    """Sends and installs the files.
+
+    Returns:
+      Whether all workers are set up.
+    """
+    say(f'ships {shipment.summary}')
+    sent = self.stream('tpu-vm', 'scp', str(shipment.archive), f'{self.name}:rlhf_jax.tar.gz', '--worker=all')
+    return sent == 0 and self.on_workers(STOP + self.mount() + SETUP % shipment.digest) == 0
+
+  def run(self, arguments):
+    """Trains on all workers.
+
+    Returns:
+      The exit status.
+    """
+    return self.on_workers(STOP + RUN % shlex.join(arguments))

@@ -1,0 +1,527 @@
+"""launch/tpu_vm.sh against a gcloud that fails in odd ways (fake_gcloud.py), in a small checkout."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SETTINGS = {'TPU_NAME': 'mine', 'ZONE': 'us-central1-a', 'ACCELERATOR': 'v5litepod-16',
+            'RUNTIME': 'v2-alpha-tpuv5-lite', 'POLL_SECONDS': '0.02'}
+AT = '--zone=us-central1-a'
+CREATE = ['compute', 'tpus', 'queued-resources', 'create', 'mine', '--node-id=mine',
+          '--accelerator-type=v5litepod-16', '--runtime-version=v2-alpha-tpuv5-lite']
+DELETE = ['compute', 'tpus', 'queued-resources', 'delete', 'mine', '--force', '--quiet']
+QUEUE, NODE = ['queued-resources', 'describe'], ['tpu-vm', 'describe']
+RUN, SETUP = ['ssh', '-m rlhf_jax.main '], ['ssh', 'uv venv']
+UNAVAILABLE = {'code': 1, 'err': 'ERROR: (gcloud) HttpError 503: The service is currently UNAVAILABLE.'}
+PREEMPTED = {'node': 'PREEMPTED', 'queue': 'SUSPENDED'}
+READY = {'node': 'READY', 'queue': 'ACTIVE'}
+ARGUMENTS = ['--config=configs/x.py', "--workdir=/mnt/it's a b"]
+# The workers' python3: makes a virtual environment whose Python writes its arguments down.
+PYTHON3 = '''#!/bin/sh
+case "$*" in
+  *" venv "*) mkdir -p .venv/bin
+    printf '#!/bin/sh\\nfor word in "$COORDINATOR_ADDRESS" "$@"; do echo "$word"; done >> "$HOME/runs"\\n' > .venv/bin/python
+    chmod +x .venv/bin/python ;;
+esac
+'''
+
+
+@pytest.fixture(scope='module')
+def checkout(tmp_path_factory):
+  """A git checkout of the launch scripts and a few files more."""
+  root = tmp_path_factory.mktemp('checkout')
+  shutil.copytree(ROOT / 'launch', root / 'launch', ignore=shutil.ignore_patterns('__pycache__'))
+  for path, text in {'constraints.txt': 'jax\n', 'configs/x.py': 'steps = 1\n', 'rlhf_jax/main.py': 'pass\n',
+                     '.gitignore': '__pycache__/\nruns/\n'}.items():
+    (root / path).parent.mkdir(exist_ok=True)
+    (root / path).write_text(text)
+  git(root, 'init', '--quiet')
+  git(root, 'add', '.')
+  commit(root)
+  return root
+
+
+def git(root, *arguments):
+  subprocess.run(['git', '-C', str(root), *arguments], check=True)
+
+
+def commit(root):
+  git(root, '-c', 'user.name=a', '-c', 'user.email=a@b', 'commit', '--quiet', '--message=change')
+
+
+class Cloud:
+  """A folder for PATH with a gcloud that is none."""
+
+  def __init__(self, folder, checkout):
+    self.folder, self.checkout = folder, checkout
+    (folder / 'gcloud').write_text(f'#!{sys.executable} -IS\n' + (pathlib.Path(__file__).parent / 'fake_gcloud.py').read_text())
+    (folder / 'worker').mkdir()
+    (folder / 'worker' / 'python3').write_text(PYTHON3)
+    for name in ('sudo', 'mountpoint'):
+      (folder / 'worker' / name).write_text(f'#!/bin/sh\necho {name} "$@" >> "$HOME/mounts"\n[ {name} = sudo ]\n')
+    for path in (folder / 'gcloud', *(folder / 'worker').iterdir()):
+      path.chmod(0o755)
+    self.set(node=None, queue=None)
+
+  def set(self, *faults, node=None, queue=None, stuck=()):
+    """Sets the world, and forgets the calls."""
+    world = {'node': node, 'queue': queue, 'stuck': list(stuck), 'faults': list(faults)}
+    (self.folder / 'world.json').write_text(json.dumps(world))
+    (self.folder / 'calls.jsonl').write_text('')
+
+  def fault(self, *faults):
+    """Adds faults to the world as it is, and forgets the calls."""
+    world = self.world()
+    self.set(*faults, node=world['node'], queue=world['queue'])
+
+  def world(self):
+    return json.loads((self.folder / 'world.json').read_text())
+
+  def start(self, *arguments, constants='', **settings):
+    """Starts the script; `constants` are statements on its modules tpu_vm and tpu_node."""
+    command = [self.checkout / 'launch' / 'tpu_vm.sh', *arguments]
+    if constants:
+      command = [sys.executable, '-c', f'import sys\nsys.path.insert(0, {str(self.checkout / "launch")!r})\n'
+                 f'import tpu_node, tpu_vm\n{constants}\nsys.exit(tpu_vm.start(sys.argv[1:]))', *arguments]
+    env = {name: value for name, value in os.environ.items() if name not in (*SETTINGS, 'PROJECT', 'SPOT', 'SHARED')}
+    env |= {'PATH': f'{self.folder}{os.pathsep}{os.environ["PATH"]}'} | SETTINGS | settings
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env,
+                            start_new_session=True)
+
+  def run(self, *arguments, **settings):
+    """Its exit status and what it wrote to stderr."""
+    process = self.start(*arguments, **settings)
+    self.out, err = process.communicate(timeout=60)
+    return process.returncode, err
+
+  def calls(self, *words):
+    """The calls whose arguments contain all words."""
+    lines = (self.folder / 'calls.jsonl').read_text().splitlines()
+    return [call for call in map(json.loads, lines) if all(word in ' '.join(call) for word in words)]
+
+  def count(self, *words):
+    return len(self.calls(*words))
+
+  def runs(self):
+    """What the Python of the workers was told."""
+    path = self.folder / 'home' / 'runs'
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.fixture
+def cloud(tmp_path, checkout):
+  return Cloud(tmp_path, checkout)
+
+
+@pytest.fixture
+def own(tmp_path, checkout):
+  """The same with a checkout to change."""
+  return Cloud(tmp_path, pathlib.Path(shutil.copytree(checkout, tmp_path / 'checkout')))
+
+
+def bills(err):
+  """The last line, which names what is left and how to delete it."""
+  line = err.splitlines()[-1]
+  assert 'mine is left' in line or 'the request for mine' in line or 'of mine' in line, err
+  assert '`launch/tpu_vm.sh delete`' in line and '`gcloud compute tpus ' in line and AT in line, err
+  return line
+
+
+# Without failures.
+
+
+def test_create_asks_and_waits(cloud):
+  code, err = cloud.run('create', SPOT='1', PROJECT='ours')
+  assert code == 0, err
+  assert cloud.calls()[0] == [*CREATE, '--spot', '--format=json', AT, '--project=ours']
+  assert cloud.count('create') == 1 and 'its request PROVISIONING' in err
+  assert 'mine is left, READY, and bills until it is deleted' in bills(err) and '--project=ours' in bills(err)
+
+
+def test_resume_creates_sets_up_and_runs(cloud):
+  """On all workers, with the arguments as they are; and again without a second setup."""
+  code, err = cloud.run('resume', *ARGUMENTS)
+  assert code == 0, err
+  assert cloud.runs() == ['auto', '-m', 'rlhf_jax.main', *ARGUMENTS]
+  assert (cloud.folder / 'home' / 'rlhf_jax.pid').read_text().strip().isdigit()
+  assert cloud.count('delete') == 0 and cloud.count('scp') == 1 and cloud.count(*SETUP) == 1
+  assert all('--worker=all' in call for call in cloud.calls('ssh'))
+  assert any('ServerAliveInterval' in word for word in cloud.calls(*RUN)[0])  # a dead connection ends
+  cloud.fault()
+  code, err = cloud.run('resume', *ARGUMENTS)
+  assert code == 0 and cloud.count('scp') == 0 and cloud.count('create') == 0, err
+  assert 'mine is left, READY, and bills' in bills(err)
+
+
+def test_fetch_and_delete(cloud):
+  cloud.set(**READY)
+  code, err = cloud.run('fetch', '/mnt/shared/runs/a', 'runs/a')
+  assert code == 0 and cloud.calls()[0] == ['compute', 'tpus', 'tpu-vm', 'scp', '--recurse', 'mine:/mnt/shared/runs/a',
+                                            'runs/a', '--worker=0', AT]
+  assert 'READY' in bills(err)
+  code, err = cloud.run('delete')
+  assert code == 0 and cloud.calls('delete') == [[*DELETE, '--format=json', AT]]
+  assert 'nothing is left of mine' in err.splitlines()[-1]
+
+
+def test_dry_run_prints_what_a_run_would_ask_and_asks_nothing(cloud):
+  """Every line can be given to a shell, which asks for the same as the script does."""
+  arguments = ['resume', '--config=configs/x.py:a=1', '--config.x=two words']
+  assert cloud.run('--dry-run', *arguments, SHARED='a:/b', SPOT='1')[0] == 0
+  assert cloud.calls() == []
+  cloud.set(**PREEMPTED)
+  subprocess.run(['bash', '-c', cloud.out], env=os.environ | {'PATH': f'{cloud.folder}:{os.environ["PATH"]}'})
+  printed = [' '.join(call) for call in cloud.calls() if 'scp' not in call]  # the archive has another name each time
+  cloud.set(**PREEMPTED)
+  code, err = cloud.run(*arguments, SHARED='a:/b', SPOT='1')
+  assert code == 0 and set(printed) <= {' '.join(call) for call in cloud.calls()}, err
+  assert [line.split()[3] for line in printed] == ['describe', 'delete', 'create', 'describe', 'ssh', 'ssh', 'ssh']
+
+
+@pytest.mark.parametrize('arguments', [[], ['launch'], ['run'], ['fetch', 'one'], ['create', 'more']])
+def test_wrong_commands_show_the_usage(cloud, arguments):
+  code, err = cloud.run(*arguments)
+  assert code == 2 and 'launch/tpu_vm.sh [--dry-run] COMMAND' in err and cloud.calls() == []
+
+
+@pytest.mark.parametrize('verb, missing', [
+    ('delete', 'TPU_NAME'), ('delete', 'ZONE'), ('create', 'ACCELERATOR'), ('create', 'RUNTIME')])
+def test_missing_settings_are_named(cloud, verb, missing):
+  code, err = cloud.run(verb, **{missing: ''})
+  assert code == 1 and f'set {missing}' in err and cloud.calls() == []
+
+
+# gcloud fails.
+
+
+def test_503_while_waiting_is_waited_out(cloud):
+  cloud.set({'words': QUEUE, 'skip': 1, 'times': 2, **UNAVAILABLE})
+  code, err = cloud.run('resume', *ARGUMENTS)
+  assert code == 0 and cloud.runs() and cloud.count('create') == 1 and cloud.count('delete') == 0
+  assert 'queued-resources describe failed, try 1 of 8, again in' in err and '503' in err
+
+
+def test_503_that_stays_is_bounded_and_resume_keeps_its_place_in_the_queue(cloud):
+  cloud.set({'words': QUEUE, 'skip': 1, 'times': 8, **UNAVAILABLE})
+  code, err = cloud.run('resume', *ARGUMENTS)
+  assert code == 1 and cloud.count('delete') == 0 and 9 < cloud.count(*QUEUE) < 13
+  assert 'bills as soon as it is granted' in bills(err)
+  cloud.fault()
+  code, err = cloud.run('resume', *ARGUMENTS)
+  assert code == 0 and cloud.count('create') == cloud.count('delete') == 0 and cloud.runs(), err
+
+
+def test_what_cannot_be_asked_is_named(cloud):
+  """Nothing is deleted or made because gcloud cannot be asked, which is not tried again."""
+  cloud.set({'words': ['describe'], 'times': 99, 'code': 1, 'err': 'ERROR: PERMISSION_DENIED: log in'}, **READY)
+  code, err = cloud.run('resume', *ARGUMENTS)
+  assert code == 1 and cloud.count('delete') == cloud.count('create') == 0 and cloud.count() == 2
+  assert 'cannot tell what is left of mine, which may be there and bill' in bills(err) and 'PERMISSION_DENIED' in err
+
+
+def test_a_line_on_stderr_is_no_state(cloud):
+  """gcloud's update notices and warnings come behind its answer."""
+  notice = 'WARNING: To update your components, run:\n  $ gcloud components update\n'
+  cloud.set({'words': ['describe'], 'times': 99, 'err': notice}, **READY)
+  code, err = cloud.run('resume', *ARGUMENTS)
+  assert code == 0 and cloud.runs() and cloud.count('delete') == cloud.count('create') == 0, err
+
+
+@pytest.mark.parametrize('out', ['', 'READY\n', '{"name": "mine"}', '[]'])
+def test_an_answer_without_a_state_is_asked_again(cloud, out):
+  cloud.set({'words': NODE, 'out': out}, **READY)
+  code, err = cloud.run('resume', *ARGUMENTS)
+  assert code == 0 and cloud.runs() and cloud.count('delete') == 0 and 'in the answer' in err
+
+
+def test_creation_that_answers_503_and_was_made_is_not_made_twice(cloud):
+  cloud.set({'words': ['create'], 'late': True, **UNAVAILABLE})
+  code, err = cloud.run('resume', *ARGUMENTS)
+  assert code == 0 and cloud.runs() and cloud.count('create') == 2 and cloud.count('delete') == 0, err
+
+
+def test_deletion_that_fails_is_repeated(cloud):
+  cloud.set({'words': ['delete'], 'times': 2, **UNAVAILABLE}, **READY)
+  code, err = cloud.run('delete')
+  assert code == 0 and 'nothing is left' in err and cloud.world()['node'] is None
+  cloud.set({'words': ['delete'], 'times': 99, **UNAVAILABLE}, **READY)
+  code, err = cloud.run('delete')
+  assert code == 1 and 'mine is left, READY' in bills(err) and cloud.count('delete') == 8
+
+
+def test_a_node_without_a_request_is_deleted_and_named(cloud):
+  cloud.set(node='READY')
+  assert '`gcloud compute tpus tpu-vm delete mine --quiet' in bills(cloud.run('fetch', 'a', 'b')[1])
+  code, err = cloud.run('delete')
+  assert code == 0 and cloud.world()['node'] is None and 'nothing is left' in err
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_signals_name_what_is_left(cloud, number, code):
+  cloud.set(stuck=['WAITING_FOR_RESOURCES'])
+  process = cloud.start('resume', *ARGUMENTS)
+  while 'WAITING' not in process.stderr.readline():
+    pass
+  process.send_signal(number)
+  _, err = process.communicate(timeout=30)
+  assert process.returncode == code and 'WAITING_FOR_RESOURCES, and bills as soon as it is granted' in bills(err)
+  assert cloud.count('delete') == 0
+
+
+def test_a_request_that_is_cut_short_is_named(cloud):
+  cloud.set({'words': ['create'], 'sleep': 60})
+  process = cloud.start('create')
+  while not cloud.count('create'):
+    time.sleep(0.05)
+  process.terminate()
+  _, err = process.communicate(timeout=30)
+  assert process.returncode == 143 and 'was cut short, and may still be granted and bill' in bills(err)
+
+
+# The TPU goes, or is on its way.
+
+
+@pytest.mark.parametrize('state', ['CREATING', 'STARTING', 'RESTARTING', 'REPAIRING', 'STOPPING', 'STOPPED'])
+def test_a_tpu_on_its_way_is_waited_for(cloud, state):
+  cloud.set(node=state, queue='ACTIVE')
+  code, err = cloud.run('resume', *ARGUMENTS)
+  assert code == 0 and cloud.runs() and cloud.count('delete') == cloud.count('create') == 0, err
+  assert cloud.count('tpu-vm', 'start') == (state in ('STOPPING', 'STOPPED'))
+
+
+def test_a_tpu_that_stays_on_its_way_or_is_hidden_is_for_a_person(cloud):
+  cloud.set(node='REPAIRING', queue='ACTIVE', stuck=['REPAIRING'])
+  code, err = cloud.run('resume', *ARGUMENTS, constants='tpu_node.NODE_POLLS = 3')
+  assert code == 1 and 'has been REPAIRING for' in err and 'mine is left, REPAIRING' in bills(err)
+  cloud.set(node='HIDDEN', queue='ACTIVE')
+  code, err = cloud.run('resume', *ARGUMENTS)
+  assert code == 1 and 'which a person must look at' in err and cloud.count('delete') == 0
+
+
+def test_a_tpu_that_was_deleted_beside_its_request_is_made_again(cloud):
+  cloud.set(queue='ACTIVE')
+  code, err = cloud.run('resume', *ARGUMENTS, constants='tpu_node.LOST_POLLS = 3')
+  assert code == 0 and cloud.runs() and cloud.count('create') == 1 and 'its TPU is gone' in err
+
+
+def test_preempted_in_the_middle_of_the_run_makes_another_and_resumes(cloud):
+  cloud.set({'words': RUN, 'code': 255, 'world': PREEMPTED}, **READY)
+  code, err = cloud.run('resume', *ARGUMENTS)
+  assert code == 0 and cloud.runs() == ['auto', '-m', 'rlhf_jax.main', *ARGUMENTS], err
+  assert cloud.count('delete') == cloud.count('create') == 1 and cloud.count(*SETUP) == 2
+  first, second = cloud.calls(*RUN)
+  assert first == second and 'ended with status 255, and mine is PREEMPTED: resumes' in err
+
+
+@pytest.mark.parametrize('words', [QUEUE, SETUP, ['scp'], RUN])
+def test_preempted_at_any_moment_starts_over(cloud, words):
+  """While it is created, copied to, set up, or when it has just begun to run."""
+  cloud.set({'words': words, 'skip': words == QUEUE, 'code': 255 if words != QUEUE else 0,
+             'out': json.dumps({'state': {'state': 'SUSPENDING'}}), 'world': PREEMPTED})
+  code, err = cloud.run('resume', *ARGUMENTS)
+  assert code == 0 and cloud.runs(), err
+  assert cloud.count('create') == 2 and cloud.count('delete') == 1
+
+
+def test_a_tpu_that_is_about_to_be_preempted_is_not_set_up(cloud):
+  """Its request is SUSPENDING while it still seems to be READY."""
+  cloud.set({'words': RUN, 'code': 1, 'world': {'queue': 'SUSPENDING'}}, **READY)
+  code, err = cloud.run('resume', *ARGUMENTS)
+  assert code == 0 and cloud.runs() and cloud.count('create') == 1 and cloud.count(*SETUP) == 2, err
+
+
+def test_a_tpu_that_is_ready_again_is_not_deleted(cloud):
+  cloud.set({'words': NODE, 'out': '{"state": "PREEMPTED"}'}, **READY)
+  code, err = cloud.run('resume', *ARGUMENTS)
+  assert code == 0 and cloud.runs() and cloud.count('delete') == 0, err
+
+
+def test_a_tpu_that_is_always_preempted_ends_after_a_few_tries(cloud):
+  """Today 56 creations in 15 s; and the waits grow."""
+  cloud.set({'words': ['create'], 'times': 99, 'world': {'queue': 'SUSPENDED'}})
+  code, err = cloud.run('resume', *ARGUMENTS, constants='tpu_vm.TRIES = 4')
+  assert code == 1 and '4 tries in a row came to nothing' in err and cloud.count('create') == 4
+  assert 'try 2 of 4 in' in err and 'try 4 of 4 in' in err
+  bills(err)
+
+
+def test_waits_grow_up_to_a_limit_and_differ(monkeypatch):
+  monkeypatch.syspath_prepend(ROOT / 'launch')
+  import tpu_node  # not a package: it is run by its path
+  for attempt, most in ((1, 30), (2, 60), (3, 120), (6, 600), (50, 600)):
+    waits = {tpu_node.back_off(attempt, 30, 600) for _ in range(20)}
+    assert len(waits) > 1 and most / 2 <= min(waits) and max(waits) <= most
+
+
+@pytest.mark.parametrize('state', ['FAILED', 'SUSPENDED'])
+def test_create_says_what_became_of_the_request(cloud, state):
+  cloud.set({'words': ['create'], 'world': {'queue': state}})
+  code, err = cloud.run('create')
+  assert code == 1 and f'the request for mine is {state}' in err
+  assert 'does not bill, but keeps its name' in bills(err)
+
+
+# The setup and the run fail.
+
+
+def test_a_failed_setup_is_set_up_again(cloud):
+  cloud.set({'words': SETUP, 'code': 1}, **READY)
+  code, err = cloud.run('resume', *ARGUMENTS)
+  assert code == 0 and cloud.runs() and cloud.count(*SETUP) == 2 and 'the setup failed, try 1 of 3' in err
+
+
+def test_a_setup_that_was_cut_short_is_set_up_again(cloud):
+  """By `setup` alone and by the next resume: its digest is written last."""
+  cloud.set(**READY)
+  assert cloud.run('setup')[0] == 0
+  (cloud.folder / 'worker' / 'python3').write_text('#!/bin/sh\nexit 1\n')
+  (cloud.folder / 'home' / 'rlhf_jax' / '.shipped_digest').write_text('other')
+  code, err = cloud.run('setup')
+  assert code == 1 and 'the setup of mine failed' in err and 'READY' in bills(err)
+  (cloud.folder / 'worker' / 'python3').write_text(PYTHON3)
+  cloud.fault()
+  assert cloud.run('resume', *ARGUMENTS)[0] == 0 and cloud.count(*SETUP) == 1
+
+
+def test_a_setup_that_always_fails_ends(cloud):
+  cloud.set({'words': SETUP, 'times': 99, 'code': 1}, **READY)
+  code, err = cloud.run('resume', *ARGUMENTS)
+  assert code == 1 and cloud.count(*SETUP) == 3 and cloud.count('delete') == 0
+  assert 'the setup of mine failed 3 times' in err and 'mine is left, READY' in bills(err)
+
+
+@pytest.mark.parametrize('status', [143, 255])
+def test_a_run_that_was_stopped_resumes_where_the_tpu_is_ready(cloud, status):
+  cloud.set({'words': RUN, 'code': status}, **READY)
+  code, err = cloud.run('resume', *ARGUMENTS)
+  assert code == 0 and cloud.runs() and cloud.count(*RUN) == 2 and cloud.count('delete') == 0, err
+
+
+def test_a_run_that_is_always_stopped_ends_unless_it_lasts(cloud):
+  cloud.set({'words': RUN, 'times': 4, 'code': 143}, **READY)
+  code, err = cloud.run('resume', *ARGUMENTS, constants='tpu_vm.TRIES = 3')
+  assert code == 1 and cloud.count(*RUN) == 3 and '3 tries in a row' in err and 'READY' in bills(err)
+  cloud.fault({'words': RUN, 'times': 4, 'code': 143})
+  code, err = cloud.run('resume', *ARGUMENTS, constants='tpu_vm.TRIES = 3; tpu_vm.LONG_RUN_POLLS = 0')
+  assert code == 0 and cloud.count(*RUN) == 5, err
+
+
+def test_resume_ends_where_the_run_itself_fails(cloud):
+  """A mistake in the config would otherwise be tried for ever."""
+  cloud.set({'words': RUN, 'code': 1}, **READY)
+  code, err = cloud.run('resume', *ARGUMENTS)
+  assert code == 1 and cloud.count(*RUN) == 1
+  assert 'the run ended with status 1, and mine is READY' in err and 'mine is left, READY' in bills(err)
+
+
+def test_run_gives_the_status_of_the_run(cloud):
+  cloud.set({'words': RUN, 'code': 143}, **READY)
+  code, err = cloud.run('run', *ARGUMENTS)
+  assert code == 143 and 'READY' in bills(err)
+
+
+def test_a_run_before_saves_before_the_next_begins(cloud):
+  """After a lost connection it holds the chips."""
+  cloud.set(**READY)
+  assert cloud.run('setup')[0] == 0
+  home = cloud.folder / 'home'
+  left = subprocess.Popen(['bash', '-c', f'trap "echo saved > {home}/saved; exit 143" TERM\necho up\n'
+                           'while :; do sleep 0.05; done', 'rlhf_jax.main'], stdout=subprocess.PIPE)
+  left.stdout.readline()
+  (home / 'rlhf_jax.pid').write_text(f'{left.pid}\n')
+  process = cloud.start('run', *ARGUMENTS)
+  assert left.wait(timeout=30) == 143
+  assert process.wait(timeout=60) == 0 and (home / 'saved').exists() and cloud.runs()
+
+
+def test_shared_is_mounted_at_setup_and_after_a_reboot(cloud):
+  cloud.set(**READY)
+  mount = f'sudo mount -t nfs -o hard,vers=3 10.0.0.2:/vol1 {cloud.folder}/home/shared'
+  for number in (1, 2):  # the second needs no setup, and its worker has lost the mount
+    (cloud.folder / 'home' / 'mounts').unlink(missing_ok=True)
+    assert cloud.run('resume', *ARGUMENTS, SHARED='10.0.0.2:/vol1')[0] == 0
+    assert mount in (cloud.folder / 'home' / 'mounts').read_text().splitlines()
+  assert cloud.count(*SETUP) == 1
+
+
+# What is shipped.
+
+
+def test_setup_ships_the_checkout_as_it_is(own):
+  """Uncommitted and untracked files, without ignored ones; what was deleted goes, a run's own files stay."""
+  own.set(**READY)
+  assert own.run('setup')[0] == 0
+  home = own.folder / 'home' / 'rlhf_jax'
+  (home / 'runs').mkdir()
+  (home / 'runs' / 'checkpoint').touch()
+  (own.checkout / 'configs' / 'x.py').write_text('steps = 2\n')
+  (own.checkout / 'my reward.py').write_text('reward\n')
+  (own.checkout / 'rlhf_jax' / 'main.py').unlink()
+  (own.checkout / 'runs').mkdir()
+  (own.checkout / 'runs' / 'big.log').touch()
+  (own.checkout / 'link.py').symlink_to('configs/x.py')
+  code, err = own.run('resume', '--config=configs/x.py')
+  assert code == 0 and 'with 2 changed and 2 untracked files' in err, err
+  assert (home / 'configs' / 'x.py').read_text() == (home / 'link.py').read_text() == 'steps = 2\n'
+  assert (home / 'my reward.py').exists() and not (home / 'rlhf_jax' / 'main.py').exists()
+  assert not (home / 'runs' / 'big.log').exists() and (home / 'runs' / 'checkpoint').exists()
+
+
+def test_a_newer_commit_or_a_changed_file_is_set_up_again(own):
+  own.set(**READY)
+  def resumed():
+    own.fault()
+    assert own.run('resume', *ARGUMENTS)[0] == 0
+    return own.count(*SETUP)
+  assert [resumed(), resumed()] == [1, 0]
+  (own.checkout / 'constraints.txt').write_text('jax==1\n')
+  assert [resumed(), resumed()] == [1, 0]
+  git(own.checkout, 'add', '.')
+  commit(own.checkout)
+  assert resumed() == 0  # the same files
+  (own.checkout / 'rewards.py').touch()
+  assert [resumed(), resumed()] == [1, 0]
+
+
+def test_files_that_change_during_a_resume_do_not_change_the_run(own):
+  """What a new TPU is given in the middle of a run is what the first was given."""
+  own.set({'words': RUN, 'code': 255, 'world': PREEMPTED}, **READY)
+  (own.folder / 'worker' / 'python3').write_text(PYTHON3 + f'echo edited > "{own.checkout}/configs/x.py"\n')
+  assert own.run('resume', *ARGUMENTS)[0] == 0 and own.count(*SETUP) == 2
+  assert (own.folder / 'home' / 'rlhf_jax' / 'configs' / 'x.py').read_text() == 'steps = 1\n'
+
+
+def test_large_untracked_files_are_left_out_and_named(own):
+  own.set(**READY)
+  with open(own.checkout / 'data.jsonl', 'wb') as file:
+    file.truncate(60 * 10**6)
+  (own.checkout / 'rewards.py').touch()
+  code, err = own.run('setup')
+  home = own.folder / 'home' / 'rlhf_jax'
+  assert code == 0 and (home / 'rewards.py').exists() and not (home / 'data.jsonl').exists()
+  assert 'does not ship data.jsonl (60.0 MB): untracked files above 50 MB in all; put them on SHARED' in err
+  own.fault()
+  code, err = own.run('resume', '--config=configs/x.py', '--config.data.path=data.jsonl')
+  assert code == 1 and 'data.jsonl is not shipped to the TPU, as it is too large' in err and own.count('ssh') == 0
+
+
+def test_a_config_that_git_ignores_is_refused_before_a_tpu_is_asked_for(own):
+  (own.checkout / 'runs').mkdir()
+  (own.checkout / 'runs' / 'config.json').touch()
+  code, err = own.run('resume', '--config=runs/config.json:seed=1')
+  assert code == 1 and 'runs/config.json is not shipped to the TPU, as git ignores it' in err
+  assert own.count('create') == 0
+
+
+def test_without_git_it_says_so(own):
+  shutil.rmtree(own.checkout / '.git')
+  code, err = own.run('setup', GIT_CEILING_DIRECTORIES=str(own.folder))
+  assert code == 1 and 'which must be a git checkout' in err
