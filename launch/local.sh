@@ -6,9 +6,16 @@
 #   -n N   processes (2)
 #   -d D   CPU devices of each process (1)
 #
-# The output of process 0 comes as it is, that of the others with their number in front. Where one
-# of them fails the others are ended at once, and the same command goes on from the last checkpoint.
-# Runs on CPU devices; with JAX_PLATFORMS=cuda each process takes one GPU.
+# The output of process 0 comes as it is, that of the others with their number in front. Runs on CPU
+# devices; with JAX_PLATFORMS=cuda each process takes one GPU.
+#
+# Ctrl-C and SIGTERM tell all processes to save and end, and so does one that ends with status 143 or
+# 130; a second signal kills them. Where one fails the others are ended at once. After either the same
+# command resumes. The status is 0, 130 after Ctrl-C, 143 after SIGTERM, 1 after a failure. From the
+# environment:
+#
+#   GRACE_SECONDS   that processes have to save before they are killed (120)
+#   ALONE_SECONDS   that processes may work on after another has ended with status 0 (60)
 set -euo pipefail
 
 usage() {
@@ -35,6 +42,10 @@ shift $((OPTIND - 1))
 for number in "$count" "$devices"; do
   [[ $number =~ ^[1-9][0-9]*$ ]] || fail "-n and -d take positive whole numbers, not '$number'"
 done
+grace=${GRACE_SECONDS:-120} alone=${ALONE_SECONDS:-60}
+for number in "$grace" "$alone"; do
+  [[ $number =~ ^[0-9]+$ ]] || fail "GRACE_SECONDS and ALONE_SECONDS must be whole numbers, not '$number'"
+done
 
 free_port() {
   local port
@@ -51,34 +62,18 @@ export JAX_COORDINATOR_BIND_ADDRESS=$COORDINATOR_ADDRESS
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 export XLA_FLAGS="${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$devices"
 
-# Every process says here that it has ended, and how; so the first that failed is known.
+# Every process writes here that it has ended, and how; so the first that failed is known (3). This
+# script alone holds the writing end of another pipe (6); where it is killed, its end tells the others.
 folder=$(mktemp -d)
-mkfifo "$folder/ended"
+mkfifo "$folder/ended" "$folder/alive"
 exec 3<>"$folder/ended"
+exec 4<>"$folder/alive" # or the next would wait for each other
+exec 5<"$folder/alive"
+exec 6>"$folder/alive" 4>&-
 rm -r "$folder"
 
-wrappers=()
-end_all() { # each is a process group of its own
-  local wrapper signal
-  for signal in TERM KILL; do
-    for wrapper in "${wrappers[@]}"; do
-      kill -"$signal" -- "-$wrapper" 2>/dev/null || true
-    done
-    [[ $signal == KILL ]] || sleep 1
-  done
-  wait 2>/dev/null || true
-}
-trap 'trap "" INT TERM; end_all; echo "launch/local.sh: interrupted, all processes were ended" >&2; exit 130' INT TERM HUP
-
-run() { # number of the process, command
-  local number=$1 status=0
-  shift
-  export PROCESS_ID=$number
-  case $JAX_PLATFORMS in
-    *cuda*) export JAX_LOCAL_DEVICE_IDS=$number ;;
-  esac
-  (exec "$@" 3>&-) || status=$?
-  echo "$number $status" >&3
+say() { # to a terminal that may be gone
+  echo "launch/local.sh: $*" >&2 || true
 }
 
 prefixed() { # number of the process
@@ -89,36 +84,123 @@ prefixed() { # number of the process
   done
 }
 
+watch() { # pid of the process's wrapper; kills their group, its own, where the wrapper or this script is gone
+  local code=129
+  while ((code > 128)) && kill -0 "$1" 2>/dev/null; do # above 128: no end in 5 s
+    code=0
+    read -r -t 5 <&5 || code=$?
+  done
+  kill -KILL 0
+}
+
+run() { # number of the process, command; a process group of its own
+  local number=$1 wrapper=$BASHPID status=127 told=0 child='' before code watcher
+  shift
+  exec 6>&-
+  trap 'told=$((told + 1)); [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM
+  ((number == 0)) || exec > >(exec 3>&- 5<&-; prefixed "$number") 2>&1
+  export PROCESS_ID=$number
+  case $JAX_PLATFORMS in
+    *cuda*) export JAX_LOCAL_DEVICE_IDS=$number ;;
+  esac
+  watch "$wrapper" 3>&- >/dev/null 2>&1 &
+  watcher=$!
+  "$@" 3>&- 5<&- &
+  child=$!
+  ((told == 0)) || kill -TERM "$child" 2>/dev/null || true
+  while :; do # a signal ends a `wait` before the process has ended
+    before=$told code=0
+    wait "$child" || code=$?
+    ((code == 127)) || status=$code # 127: reaped by the `wait` before, or not found
+    ((told != before)) || break
+  done
+  kill "$watcher" 2>/dev/null || true
+  echo "$number $status" >&3
+}
+
+wrappers=()
 set -m
 for ((number = 0; number < count; number++)); do
-  if ((number)); then
-    { run "$number" "$@" 2>&1 | prefixed "$number"; } </dev/null &
-  else
-    run 0 "$@" </dev/null &
-  fi
+  run "$number" "$@" </dev/null &
   wrappers+=($!)
 done
 set +m
 
-ended=()
+ended=() # statuses, by number
+signal_all() { # signal; those that have not ended, with their children
+  local number
+  for number in "${!wrappers[@]}"; do
+    [[ ${ended[number]-} ]] || kill -"$1" -- "-${wrappers[number]}" 2>/dev/null || true
+  done
+}
+
+end_all() { # at once
+  signal_all TERM
+  sleep 1
+  signal_all KILL
+  wait 2>/dev/null || true
+}
+
+stopping='' deadline=''
+stop() { # exit status, who says so; tells all once to save, or kills those that were told before
+  local number
+  if [[ $stopping ]]; then
+    deadline=$SECONDS
+    return
+  fi
+  stopping=$1 deadline=$((SECONDS + grace))
+  say "$2: processes have $grace s to save; a second signal kills them"
+  for number in "${!wrappers[@]}"; do # not their children, which the save may need
+    [[ ${ended[number]-} ]] || kill -TERM "${wrappers[number]}" 2>/dev/null || true
+  done
+}
+trap 'stop 130 interrupted' INT
+trap 'stop 143 terminated' TERM
+trap 'stop 129 "the terminal is gone"' HUP
+
+next_end() { # sets number and status of a process that has ended, if one does within a second
+  local candidate
+  read -r -t 1 number status <&3 && return
+  for candidate in "${!wrappers[@]}"; do # one that was killed with its wrapper has written nothing
+    if [[ -z ${ended[candidate]-} ]] && ! kill -0 -- "-${wrappers[candidate]}" 2>/dev/null; then
+      read -r -t 1 number status <&3 || number=$candidate status=137
+      return
+    fi
+  done
+  return 1
+}
+
+failed() { # what happened; ends the others
+  end_all
+  say "$1; the others were ended."
+  say "the same command resumes from the last checkpoint."
+  exit 1
+}
+
+of="of 0 to $((count - 1))" finished=''
 while ((${#ended[@]} < count)); do
-  if ! read -r -t 5 number status <&3; then
-    number=
-    for candidate in "${!wrappers[@]}"; do # one that was killed with its wrapper has said nothing
-      if [[ -z ${ended[candidate]-} ]] && ! kill -0 -- "-${wrappers[candidate]}" 2>/dev/null; then
-        read -r -t 1 number status <&3 || number=$candidate status=137
-        break
-      fi
-    done
-    [[ -n $number ]] || continue
+  if next_end; then
+    ended[number]=$status
+    how="process $number ($of) ended with status $status"
+    ((status <= 128)) || how="process $number ($of) was killed by signal $((status - 128)) ($(kill -l $((status - 128))))"
+    case $status in
+      0) finished=${finished:-$SECONDS} first=${first:-$number} ;;
+      130 | 143) [[ $stopping ]] || stop "$status" "process $number ($of) was stopped" ;;
+      *) if [[ $stopping ]]; then say "$how before it had saved"; else failed "$how"; fi ;;
+    esac
   fi
-  if ((status)); then
-    how="ended with status $status"
-    ((status <= 128)) || how="was killed by signal $((status - 128)) ($(kill -l $((status - 128))))"
-    end_all
-    echo "launch/local.sh: process $number (of 0 to $((count - 1))) $how; the others were ended." >&2
-    echo "launch/local.sh: the same command goes on from the last checkpoint." >&2
-    exit 1
+  if [[ $stopping ]]; then
+    if ((SECONDS >= deadline && ${#ended[@]} < count)); then
+      signal_all KILL
+      wait 2>/dev/null || true
+      say "killed $((count - ${#ended[@]})) of $count processes before they had saved"
+      break
+    fi
+  elif [[ $finished ]] && ((SECONDS - finished >= alone && ${#ended[@]} < count)); then
+    failed "process $first ($of) ended with status 0, and $((count - ${#ended[@]})) still worked $alone s later"
   fi
-  ended[number]=yes
 done
+if [[ $stopping && "${ended[*]-}" == *[1-9]* || ${#ended[@]} -lt $count ]]; then
+  say "stopped; the same command resumes."
+  exit "$stopping"
+fi

@@ -1,4 +1,4 @@
-"""launch/local.sh with small commands: numbers, output, the end of all where one fails."""
+"""launch/local.sh with small commands: numbers, output, the end of all where one fails or is stopped."""
 
 import json
 import os
@@ -86,25 +86,107 @@ def test_one_that_fails_ends_all(death, words):
       f'signal.signal(signal.SIGTERM, signal.SIG_IGN)\nif number == 1:\n  time.sleep(0.5)\n  {death}\ntime.sleep(300)'))
   out, err = process.communicate(timeout=60)
   assert process.returncode == 1 and time.monotonic() - started < 30
-  assert words in err and 'goes on from the last checkpoint' in err
+  assert words in err and 'the same command resumes from the last checkpoint' in err
   assert ('[1] reason' in out) == ('reason' in death)
   assert alive(process.pid) == []
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_all_end(number):
-  process = start('-n', '2', *command('say("up")\ntime.sleep(300)'))
-  assert {process.stdout.readline(), process.stdout.readline()} == {'up\n', '[1] up\n'}
+# Says that it is up; told to end, it takes a while to save. The saves of the first take longer.
+SAVES = """
+told = 0
+def save(*_):
+  global told
+  told += 1
+  time.sleep(0.5 - 0.4 * number)
+  say(f"saved {told}")
+  os._exit(143)
+signal.signal(signal.SIGTERM, save)
+say("up")
+time.sleep(300)"""
+
+
+def up(process, lines):
+  """Waits until the processes have written these lines."""
+  assert {process.stdout.readline() for _ in lines} == {f'{line}\n' for line in lines}
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_lets_all_save(number, code):
+  """Each is told once, and none is killed."""
+  process = start('-n', '2', *command(SAVES))
+  up(process, ['up', '[1] up'])
   process.send_signal(number)
-  _, err = process.communicate(timeout=30)
-  assert process.returncode == 130 and 'interrupted' in err
+  out, err = process.communicate(timeout=30)
+  assert process.returncode == code and sorted(out.splitlines()) == ['[1] saved 1', 'saved 1']
+  assert err.splitlines()[-1] == 'launch/local.sh: stopped; the same command resumes.'
   assert alive(process.pid) == []
+
+
+def test_one_that_is_preempted_lets_the_others_save():
+  """All save the same step, the first last."""
+  process = start('-n', '2', *command('if number:\n  time.sleep(0.5)\n  os._exit(143)\n' + SAVES))
+  out, err = process.communicate(timeout=30)
+  assert process.returncode == 143 and out.splitlines() == ['up', 'saved 1']
+  assert 'process 1 (of 0 to 1) was stopped' in err and err.endswith('stopped; the same command resumes.\n')
+
+
+def test_a_run_that_finishes_when_it_is_stopped_has_finished():
+  process = start('-n', '2', *command(SAVES.replace('143', '0')))
+  up(process, ['up', '[1] up'])
+  process.terminate()
+  assert process.communicate(timeout=30) and process.returncode == 0
+
+
+@pytest.mark.parametrize('grace, signals', [('1', 1), ('100', 2)])
+def test_those_that_do_not_save_are_killed(grace, signals):
+  """After the grace, or at the second signal."""
+  started = time.monotonic()
+  process = start('-n', '2', *command('signal.signal(signal.SIGTERM, lambda *_: say("told"))\nsay("up")\n'
+                                      'while True: time.sleep(1)'), GRACE_SECONDS=grace)
+  up(process, ['up', '[1] up'])
+  process.terminate()
+  up(process, ['told', '[1] told'])
+  if signals == 2:
+    process.terminate()
+  _, err = process.communicate(timeout=30)
+  assert process.returncode == 143 and time.monotonic() - started < 20
+  assert 'killed 2 of 2 processes before they had saved' in err and alive(process.pid) == []
+
+
+@pytest.mark.parametrize('victim', ['launcher', 'wrapper'])
+def test_a_kill_of_the_launcher_leaves_nobody(victim):
+  """Not even those that do not heed SIGTERM; the same for the shell around a process."""
+  process = start('-n', '2', *command('signal.signal(signal.SIGTERM, signal.SIG_IGN)\n'
+                                      'say(os.getppid() if number else "up")\ntime.sleep(300)'))
+  lines = {process.stdout.readline(), process.stdout.readline()}
+  [wrapper] = [int(line.removeprefix('[1] ')) for line in lines if line != 'up\n']
+  os.kill(process.pid if victim == 'launcher' else wrapper, signal.SIGKILL)
+  try:
+    _, err = process.communicate(timeout=30)  # the end of their output
+  finally:
+    process.kill()
+  assert alive(process.pid) == []
+  assert victim == 'launcher' or process.returncode == 1 and 'process 1 (of 0 to 1) was killed by signal 9' in err
+
+
+def test_one_that_ends_well_alone_ends_all():
+  """A reward function that calls os._exit(0)."""
+  process = start('-n', '3', *command('time.sleep(0 if number == 1 else 300)'), ALONE_SECONDS='1')
+  _, err = process.communicate(timeout=30)
+  assert process.returncode == 1 and alive(process.pid) == []
+  assert 'process 1 (of 0 to 2) ended with status 0, and 2 still worked 1 s later; the others were ended.' in err
+
+
+def test_a_command_that_is_not_there_fails():
+  code, out, err = run('-n', '2', '--', 'no-such-command')
+  assert code == 1 and 'ended with status 127' in err and 'no-such-command' in out + err
 
 
 @pytest.mark.parametrize('arguments, words', [
     ([], 'launch/local.sh -n 4 -- python'), (['-n', '2'], 'launch/local.sh -n 4 -- python'), (['-x'], '-n N'),
     (['-n', '0', '--', 'true'], "positive whole numbers, not '0'"),
-    (['-d', 'two', '--', 'true'], "positive whole numbers, not 'two'")])
+    (['-d', 'two', '--', 'true'], "positive whole numbers, not 'two'"),
+    (['--', 'true'], "must be whole numbers, not 'long'")])
 def test_bad_arguments_are_explained(arguments, words):
-  code, _, err = run(*arguments)
+  code, _, err = run(*arguments, **({'GRACE_SECONDS': 'long'} if arguments[:1] == ['--'] else {}))
   assert code == 2 and words in err
