@@ -181,8 +181,9 @@ of="of 0 to $((count - 1))" finished=''
 while ((${#ended[@]} < count)); do
   if next_end; then
     ended[number]=$status
-    how="process $number ($of) ended with status $status"
-    ((status <= 128)) || how="process $number ($of) was killed by signal $((status - 128)) ($(kill -l $((status - 128))))"
+    how="ended with status $status"
+    ((status <= 128)) || how="was killed by signal $((status - 128)) ($(kill -l $((status - 128))))"
+    how="process $number ($of) $how"
     case $status in
       0) finished=${finished:-$SECONDS} first=${first:-$number} ;;
       130 | 143) [[ $stopping ]] || stop "$status" "process $number ($of) was stopped" ;;

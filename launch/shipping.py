@@ -121,7 +121,8 @@ def write(root, files, archive):
 def check_arguments(root, shipment, arguments):
   """Raises Error for an argument that names a file of this checkout that is not sent."""
   for argument in arguments:
-    path = argument.partition('=')[2].partition(':')[0]
+    value = argument.partition('=')[2] if argument.startswith('-') else argument
+    path = value.partition(':')[0]  # of --config=PATH:ARGUMENTS
     if not path or os.path.isabs(path) or not (pathlib.Path(root) / path).is_file():
       continue
     name = os.path.normpath(path)

@@ -24,7 +24,8 @@ LOST_POLLS = 20  # a node that is missing for as long (10 minutes) beside an ACT
 NODE_POLLS = 240  # a node that stays in one of COMING for as long (2 hours) is for a person
 CALL_SECONDS, CHANGE_SECONDS = 120, 1800  # for a question, and for a creation or deletion
 MISSING = ('NOT_FOUND', 'was not found')
-PERMANENT = ('PERMISSION_DENIED', 'UNAUTHENTICATED', 'INVALID_ARGUMENT', *MISSING, 'auth login', 'unrecognized arguments')
+PERMANENT = (*MISSING, 'PERMISSION_DENIED', 'UNAUTHENTICATED', 'INVALID_ARGUMENT', 'auth login',
+             'unrecognized arguments')
 NOT_SET_UP = 3
 
 # Ends what a run before has left behind, as that would keep the chips; first lets it save. Its

@@ -62,6 +62,11 @@ def pack(folder, arguments=()):
   """
   shipment = shipping.pack(ROOT, os.path.join(folder, 'rlhf_jax.tar.gz'))
   shipping.check_arguments(ROOT, shipment, arguments)
+  for argument in arguments:
+    name, _, path = argument.partition('=')
+    if name == '--workdir' and '://' not in path and not os.path.isabs(path):
+      say(f'{argument} is on the disks of the workers, and lost with them: '
+          f'mount SHARED, and give --workdir=/mnt/shared/{path}')
   if shipment.left_out:
     names = sorted(shipment.left_out, key=shipment.left_out.get, reverse=True)
     shown = ', '.join(f'{name} ({shipment.left_out[name] / 1e6:.1f} MB)' for name in names[:5])
@@ -252,10 +257,14 @@ def start(arguments):
     if not os.environ.get(name):
       say(f'set {name}; `launch/tpu_vm.sh` alone says what it is')
       return 1
+  try:
+    tpu = tpu_node.Tpu(os.environ, dry_run)
+  except ValueError:
+    say(f'POLL_SECONDS must be a number, not {os.environ["POLL_SECONDS"]!r}')
+    return 1
   os.chdir(ROOT)
   for number in (signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, stop)
-  tpu = tpu_node.Tpu(os.environ, dry_run)
   status = 1
   try:
     with tempfile.TemporaryDirectory() as folder:

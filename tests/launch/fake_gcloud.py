@@ -3,7 +3,7 @@
 The tests write `faults` into the world: each applies to calls whose arguments, joined by spaces,
 contain all of its `words`, after `skip` and for `times` of them, and may give `code`, `out` and
 `err` in place of the answer (after the call has had its effect where `late`), change the `world`,
-and `sleep` first.
+and `sleep` before the answer.
 Workers are one folder, home, in which `ssh` runs its command by bash, with the programs of worker/.
 """
 
@@ -97,7 +97,6 @@ def main():
   with open(f'{HERE}/world.json') as file:
     world = json.load(file)
   fault = find_fault(world, ' '.join(arguments))
-  time.sleep(fault.get('sleep', 0))
   answer = 0, '', ''
   if 'code' not in fault or fault.get('late'):
     _, _, kind, verb, *_ = arguments
@@ -107,6 +106,7 @@ def main():
   world.update(fault.get('world', {}))
   with open(f'{HERE}/world.json', 'w') as file:
     json.dump(world, file)
+  time.sleep(fault.get('sleep', 0))
   sys.stdout.write(fault.get('out', answer[1]))
   sys.stderr.write(fault.get('err', answer[2]))
   return answer[0]

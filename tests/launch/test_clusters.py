@@ -85,7 +85,7 @@ def python(fake):
   return path
 
 
-@pytest.mark.parametrize('code', [0, 1, 143])
+@pytest.mark.parametrize('code', [0, 1, 127, 143])
 def test_slurm_job_starts_one_process_a_gpu(fake, python, code):
   """And gives the status of srun; nobody stopped it, so it is not queued again."""
   options = sbatch_options()

@@ -118,7 +118,7 @@ def test_a_signal_lets_all_save(number, code):
   process.send_signal(number)
   out, err = process.communicate(timeout=30)
   assert process.returncode == code and sorted(out.splitlines()) == ['[1] saved 1', 'saved 1']
-  assert err.splitlines()[-1] == 'launch/local.sh: stopped; the same command resumes.'
+  assert err.endswith('launch/local.sh: stopped; the same command resumes.\n')
   assert alive(process.pid) == []
 
 

@@ -24,13 +24,14 @@ UNAVAILABLE = {'code': 1, 'err': 'ERROR: (gcloud) HttpError 503: The service is 
 PREEMPTED = {'node': 'PREEMPTED', 'queue': 'SUSPENDED'}
 READY = {'node': 'READY', 'queue': 'ACTIVE'}
 ARGUMENTS = ['--config=configs/x.py', "--workdir=/mnt/it's a b"]
-# The workers' python3: makes a virtual environment whose Python writes its arguments down.
+# The workers' python3 makes a virtual environment, whose Python writes down what it is told.
 PYTHON3 = '''#!/bin/sh
 case "$*" in
-  *" venv "*) mkdir -p .venv/bin
-    printf '#!/bin/sh\\nfor word in "$COORDINATOR_ADDRESS" "$@"; do echo "$word"; done >> "$HOME/runs"\\n' > .venv/bin/python
-    chmod +x .venv/bin/python ;;
+  *" venv "*) mkdir -p .venv/bin && cp "${0%/*}/python" .venv/bin/python ;;
 esac
+'''
+PYTHON = '''#!/bin/sh
+printf '%s\\n' "$COORDINATOR_ADDRESS" "$@" >> "$HOME/runs"
 '''
 
 
@@ -62,9 +63,11 @@ class Cloud:
 
   def __init__(self, folder, checkout):
     self.folder, self.checkout = folder, checkout
-    (folder / 'gcloud').write_text(f'#!{sys.executable} -IS\n' + (pathlib.Path(__file__).parent / 'fake_gcloud.py').read_text())
+    program = pathlib.Path(__file__).with_name('fake_gcloud.py').read_text()
+    (folder / 'gcloud').write_text(f'#!{sys.executable} -IS\n{program}')
     (folder / 'worker').mkdir()
     (folder / 'worker' / 'python3').write_text(PYTHON3)
+    (folder / 'worker' / 'python').write_text(PYTHON)
     for name in ('sudo', 'mountpoint'):
       (folder / 'worker' / name).write_text(f'#!/bin/sh\necho {name} "$@" >> "$HOME/mounts"\n[ {name} = sudo ]\n')
     for path in (folder / 'gcloud', *(folder / 'worker').iterdir()):
@@ -199,6 +202,11 @@ def test_missing_settings_are_named(cloud, verb, missing):
   assert code == 1 and f'set {missing}' in err and cloud.calls() == []
 
 
+def test_a_wrong_setting_is_named(cloud):
+  code, err = cloud.run('create', POLL_SECONDS='soon')
+  assert code == 1 and "POLL_SECONDS must be a number, not 'soon'" in err and cloud.calls() == []
+
+
 # gcloud fails.
 
 
@@ -242,6 +250,12 @@ def test_an_answer_without_a_state_is_asked_again(cloud, out):
   assert code == 0 and cloud.runs() and cloud.count('delete') == 0 and 'in the answer' in err
 
 
+def test_a_gcloud_that_hangs_is_asked_again(cloud):
+  cloud.set({'words': NODE, 'sleep': 60}, **READY)
+  code, err = cloud.run('resume', *ARGUMENTS, constants='tpu_node.Tpu.call.__kwdefaults__["seconds"] = 1')
+  assert code == 0 and cloud.runs() and 'no answer in 1 s' in err
+
+
 def test_creation_that_answers_503_and_was_made_is_not_made_twice(cloud):
   cloud.set({'words': ['create'], 'late': True, **UNAVAILABLE})
   code, err = cloud.run('resume', *ARGUMENTS)
@@ -277,7 +291,7 @@ def test_signals_name_what_is_left(cloud, number, code):
 
 
 def test_a_request_that_is_cut_short_is_named(cloud):
-  cloud.set({'words': ['create'], 'sleep': 60})
+  cloud.set({'words': ['create'], 'sleep': 60, 'code': 1})
   process = cloud.start('create')
   while not cloud.count('create'):
     time.sleep(0.05)
@@ -468,7 +482,8 @@ def test_setup_ships_the_checkout_as_it_is(own):
   (own.checkout / 'runs').mkdir()
   (own.checkout / 'runs' / 'big.log').touch()
   (own.checkout / 'link.py').symlink_to('configs/x.py')
-  code, err = own.run('resume', '--config=configs/x.py')
+  code, err = own.run('resume', '--config=configs/x.py', '--workdir=runs/x')
+  assert '--workdir=runs/x is on the disks of the workers, and lost with them: mount SHARED' in err
   assert code == 0 and 'with 2 changed and 2 untracked files' in err, err
   assert (home / 'configs' / 'x.py').read_text() == (home / 'link.py').read_text() == 'steps = 2\n'
   assert (home / 'my reward.py').exists() and not (home / 'rlhf_jax' / 'main.py').exists()
@@ -513,10 +528,11 @@ def test_large_untracked_files_are_left_out_and_named(own):
   assert code == 1 and 'data.jsonl is not shipped to the TPU, as it is too large' in err and own.count('ssh') == 0
 
 
-def test_a_config_that_git_ignores_is_refused_before_a_tpu_is_asked_for(own):
+@pytest.mark.parametrize('arguments', [['--config=runs/config.json:seed=1'], ['--config', './runs/config.json']])
+def test_a_config_that_git_ignores_is_refused_before_a_tpu_is_asked_for(own, arguments):
   (own.checkout / 'runs').mkdir()
   (own.checkout / 'runs' / 'config.json').touch()
-  code, err = own.run('resume', '--config=runs/config.json:seed=1')
+  code, err = own.run('resume', *arguments)
   assert code == 1 and 'runs/config.json is not shipped to the TPU, as git ignores it' in err
   assert own.count('create') == 0
 
