@@ -158,16 +158,19 @@ trap 'stop 130 interrupted' INT
 trap 'stop 143 terminated' TERM
 trap 'stop 129 "the terminal is gone"' HUP
 
-next_end() { # sets number and status of a process that has ended, if one does within a second
+written() { # whether a line is there; a `read` with a timeout may end in the middle of one
+  read -r -t 0 -u 3
+}
+
+next_end() { # sets number and status of a process that has ended, if one does within a moment
   local candidate
-  read -r -t 1 number status <&3 && return
+  written || sleep 0.2
   for candidate in "${!wrappers[@]}"; do # one that was killed with its wrapper has written nothing
-    if [[ -z ${ended[candidate]-} ]] && ! kill -0 -- "-${wrappers[candidate]}" 2>/dev/null; then
-      read -r -t 1 number status <&3 || number=$candidate status=137
-      return
+    if ! written && [[ -z ${ended[candidate]-} ]] && ! kill -0 -- "-${wrappers[candidate]}" 2>/dev/null; then
+      written || { number=$candidate status=137 && return; }
     fi
   done
-  return 1
+  written && read -r -u 3 number status
 }
 
 failed() { # what happened; ends the others
