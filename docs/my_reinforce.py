@@ -31,8 +31,8 @@ def prepare(outputs, fixed, *, state, rollout, scores, settings):
   mask, extra = rollout.response_mask, state.extra
   found, _ = experience.begin(outputs, fixed, rollout, mask, behaviour=settings.behaviour)
   paid, moments = settings.rules.apply(scores, rollout, extra['reward_moments'])
-  metrics = experience.describe(found, rollout, paid, outputs, extra['kl_coef'], settings.rules,
-                                raw=scores)
+  metrics = experience.describe(found, rollout, scores, paid, outputs, extra['kl_coef'],
+                                settings.rules)
   kl = jnp.sum(found.logprobs - found.ref_logprobs, axis=1)
   returns = paid - extra['kl_coef'] * kl
   found = found.replace(

@@ -92,37 +92,45 @@ def begin(outputs, fixed, rollout, step_mask, *, behaviour):
       values=keep(outputs.values, step_mask), trunk=fixed.trunk), gap
 
 
-def describe(experience, rollout, scores, outputs, kl_coef, rules, *, raw):
+def describe(experience, rollout, scores, paid, outputs, kl_coef, rules):
   """Metrics of a scored rollout: sums per response averaged over responses, masks applied.
+
+  `objective/scores` is what the reward gave, `objective/paid_scores` what the policy is trained on.
+  TRL reports the second as objective/scores where an EOS is missing.
 
   Args:
     experience: Experience; with 'returns' where there is a critic.
     rollout: Rollout.
-    scores: [B] or [B, R] float32, as they are paid.
+    scores: [B] or [B, R] float32, before the rules.
+    paid: [B] or [B, R] float32, after them.
     outputs: forward.Outputs before the update.
     kl_coef: float32 scalar.
     rules: ScoreRules.
-    raw: [B] or [B, R] float32, scores before the rules.
 
   Returns:
-    {name: scalar}.
+    {name: scalar}, and of each response {'samples/paid_score': [B]} for samples.jsonl.
   """
   mask, steps = rollout.response_mask, experience.step_mask
   batch = mask.shape[0]
-  score = jnp.mean(totals(scores, mask))
+  scores, paid = totals(scores, mask), totals(paid, mask)
+  # The mean of equal numbers is rounded, and their deviation from it need not be 0.
+  equal = jnp.max(scores) == jnp.min(scores)
   metrics = {
       'objective/entropy': adv.masked_sum(outputs.entropy, mask) / batch,
-      'objective/scores': score,
-      'objective/raw_scores': jnp.mean(totals(raw, mask)),
+      'objective/scores': jnp.mean(scores),
+      'objective/scores_std': jnp.where(equal, 0.0, jnp.std(scores)),
+      'objective/paid_scores': jnp.mean(paid), 'samples/paid_score': paid,
       'response/length': jnp.sum(mask) / batch,
       'response/eos_rate': jnp.mean(rules.ended(rollout)),
   }
   if experience.ref_logprobs is not None:
     log_ratio = experience.logprobs - experience.ref_logprobs
     kl = adv.masked_sum(log_ratio, mask) / batch
+    spread = jnp.std(jnp.sum(jnp.where(mask, log_ratio, 0.0), axis=1))
     metrics |= {
-        'objective/kl': kl, 'objective/kl_per_token': adv.masked_mean(log_ratio, mask),
-        'objective/kl_coef': kl_coef, 'objective/rlhf_reward': score - kl_coef * kl}
+        'objective/kl': kl, 'objective/kl_se': spread / max(batch - 1, 1) ** 0.5,
+        'objective/kl_per_token': adv.masked_mean(log_ratio, mask),
+        'objective/kl_coef': kl_coef, 'objective/rlhf_reward': jnp.mean(paid) - kl_coef * kl}
   if experience.returns is not None:
     variance = adv.masked_var(experience.returns, steps)
     error = adv.masked_var(experience.returns - experience.values, steps)

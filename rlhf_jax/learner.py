@@ -15,12 +15,14 @@ class Learner:
     next_batch: (state, timed=bool) -> (batch, metrics): the arguments of `train_step` after
       the state, read from the data or sampled from the policy, and host-side metrics, with
       times if it may wait for the device to take them.
-    train_step: jitted (state, *batch) -> (state, metrics), `state` donated.
+    train_step: jitted (state, *batch) -> (state, metrics), `state` donated. Metrics are scalars, and
+      under 'samples/NAME' [B] for the samples of the batch.
     export: (state, path) writes the result of the run to a folder.
     describe: (workdir) writes what a reader of the checkpoints needs, before the first step.
     evaluators: {name in config.evals: (state) -> metrics}; see evaluation/evaluators.py.
-    samples: () -> the texts of the last batch as dicts with prompt, response and score (before any
-      rule on it), for samples.jsonl; empty where the algorithm samples none.
+    samples: (metrics of the last step) -> the texts of its batch as dicts with prompt, response, score
+      and paid_score (after rules on it), for samples.jsonl; empty where the algorithm samples none.
+    warnings: (metrics of a step, as numbers) -> {kind: line}; each kind is logged once a run.
   """
   steps: int
   iterators: dict[str, Any]
@@ -29,4 +31,5 @@ class Learner:
   export: Callable[..., None]
   describe: Callable[..., None]
   evaluators: dict[str, Callable[..., dict]] = dataclasses.field(default_factory=dict)
-  samples: Callable[[], list[dict]] = list
+  samples: Callable[[dict], list[dict]] = lambda metrics: []
+  warnings: Callable[[dict], dict[str, str]] = lambda metrics: {}

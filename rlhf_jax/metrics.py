@@ -11,6 +11,7 @@ import pathlib
 import time
 import uuid
 
+from absl import logging
 import jax
 import tensorboardX
 
@@ -27,6 +28,7 @@ SHOWN = {
   'accuracy': 'acc',
   'held_out/accuracy': 'held-out acc',
   'objective/scores': 'score',
+  'objective/paid_scores': 'paid_score',
   'objective/kl': 'kl',
   'response/length': 'len',
 }
@@ -109,21 +111,43 @@ class Writer:
       self._wandb.finish()
 
 
+def take_step(train_step, state, batch, *, timed):
+  """Takes a train step, and its time if asked to: that of its work on the device alone.
+
+  Args:
+    train_step: (state, *batch) -> (state, metrics).
+    state: TrainState.
+    batch: tuple of its other arguments.
+    timed: whether to wait for the device, before and after the step.
+
+  Returns:
+    The next state, the step's metrics, and {'seconds/update': number}; {} if not timed.
+  """
+  if not timed:
+    return *train_step(state, *batch), {}
+  jax.block_until_ready((state, batch))
+  started = time.perf_counter()
+  state, metrics = jax.block_until_ready(train_step(state, *batch))
+  return state, metrics, {'seconds/update': time.perf_counter() - started}
+
+
 class StepLog:
-  """Logs train steps to a Writer and beside the progress bar.
+  """Logs train steps to a Writer and beside the progress bar, and warnings about their metrics.
 
   The host reads the metrics of a step only after the next step has been given to the device, so
   that the device never waits for the log.
   """
 
-  def __init__(self, writer, bar):
+  def __init__(self, writer, bar, warnings=lambda metrics: {}):
     """Starts the clock of `seconds/step`.
 
     Args:
       writer: Writer.
       bar: tqdm's progress bar.
+      warnings: see learner.Learner.
     """
     self._writer, self._bar = writer, bar
+    self._warnings, self._warned = warnings, set()
     self._clock, self._waiting = time.perf_counter(), None
 
   def add(self, step, metrics, host_metrics, *, written):
@@ -131,7 +155,7 @@ class StepLog:
 
     Args:
       step: int.
-      metrics: {name: scalar on the device}.
+      metrics: {name: scalar on the device}; samples/NAME, [B], is not logged.
       host_metrics: {name: number}.
       written: whether the Writer gets this step; the progress bar always does.
 
@@ -141,6 +165,7 @@ class StepLog:
     self.flush()
     now = time.perf_counter()
     host_metrics = host_metrics | {'seconds/step': now - self._clock}
+    metrics = {name: value for name, value in metrics.items() if not name.startswith('samples/')}
     self._waiting, self._clock = (step, metrics, host_metrics, written), now
 
   def flush(self):
@@ -162,6 +187,9 @@ class StepLog:
         'another config.'
       )
     values |= host_metrics
+    if 'tokens' in values and 'seconds/update' in values:
+      values['tokens_per_second/update'] = values['tokens'] / values['seconds/update']
+    self._warn(step, values)
     self._show(values)
     if written:
       self._writer.write(step, values)
@@ -171,6 +199,13 @@ class StepLog:
     if metrics:
       self._writer.write(step, metrics)
       self._show(metrics)
+
+  def _warn(self, step, values):
+    """Logs the warnings that this run has not logged yet."""
+    for kind, line in self._warnings(values).items():
+      if kind not in self._warned and processes.first():
+        logging.warning('step %d: %s', step, line)
+      self._warned.add(kind)
 
   def _show(self, values):
     shown = {short: f'{values[name]:.3g}' for name, short in SHOWN.items() if name in values}

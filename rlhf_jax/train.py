@@ -97,20 +97,20 @@ def loop(config, learner, state, first_step, checkpoints, writer, signals):
   bar = tqdm.tqdm(range(first_step, steps), initial=first_step, total=steps,
                   desc=pathlib.Path(writer.workdir).name, dynamic_ncols=True,
                   disable=not processes.first(), postfix='compiling')
-  log = metrics_lib.StepLog(writer, bar)
+  log = metrics_lib.StepLog(writer, bar, learner.warnings)
   for step in bar:
     done = step + 1
     logged = done == 1 or due(done, config.log_every)
     batch, host_metrics = learner.next_batch(state, timed=logged)
-    state, metrics = learner.train_step(state, *batch)
-    log.add(step, metrics, host_metrics, written=logged)
+    state, metrics, seconds = metrics_lib.take_step(learner.train_step, state, batch, timed=logged)
+    log.add(step, metrics, host_metrics | seconds, written=logged)
 
     evals = [name for name in learner.evaluators if due(done, config.evals[name].get('every'))]
     if evals:
       log.flush()
       log.write(step, evaluate(learner, state, evals))
     if due(done, config.samples_every):
-      writer.samples(step, learner.samples())
+      writer.samples(step, learner.samples(metrics))
     checkpoints.check()
     stop = signals.stop()
     if due(done, config.checkpoint_every) or clock.due(done) or stop:

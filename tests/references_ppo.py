@@ -251,7 +251,7 @@ def iteration(params, reference, episodes, coef, *, settings, adam, rates, order
   kl = float((x['logp'] - x['ref']).sum()) / len(episodes)
   score = references.mean(x['scores'])
   stats |= {
-      'objective/kl': kl, 'objective/kl_coef': coef, 'objective/scores': score,
+      'objective/kl': kl, 'objective/kl_coef': coef, 'objective/paid_scores': score,
       'objective/rlhf_reward': score - coef * kl,
       'objective/entropy': float(x['entropy'].sum()) / len(episodes),
       'response/length': references.mean(x['lengths']),

@@ -38,7 +38,9 @@ def test_metrics_are_written_when_they_are_due(finished):
   assert [line['step'] for line in lines if 'loss' in line] == [0, 1, 3, 4]
   assert [line['step'] for line in lines if 'held_out/loss' in line] == [2, 4]
   assert [line['step'] for line in lines] == [0, 1, 2, 3, 4, 4]
-  assert all(line['seconds/step'] > 0 for line in lines if 'loss' in line)
+  for line in lines[:1] + lines[3:5]:
+    assert line['seconds/step'] >= line['seconds/update'] > 0
+    assert line['tokens_per_second/update'] == line['tokens'] / line['seconds/update']
 
 
 def test_a_folder_says_what_made_it(finished, world):
@@ -125,7 +127,7 @@ def test_raw_responses_are_scored_as_they_are_read(world, monkeypatch):
     lengths.append(row.index(tiny.EOS) + 1 if tiny.EOS in row else 24)
   assert min(lengths) < 24
   assert list(map(len, seen['tokens'])) == lengths == np.asarray(scores).tolist()
-  assert len(learner.samples()) == 16
+  assert len(learner.samples({})) == 16
 
 
 @pytest.mark.parametrize('part', ['adapters', 'top layers'])

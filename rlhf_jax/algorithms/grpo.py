@@ -84,7 +84,7 @@ def prepare(outputs, fixed, *, state, rollout, scores, settings):
     length = settings.max_new_tokens
     paid += adv.overlong_penalty(jnp.sum(mask, axis=1), max_length=length, cache=settings.overlong * length)
   metrics = experience_lib.describe(
-      experience, rollout, paid, outputs, extra['kl_coef'], settings.rules, raw=scores)
+      experience, rollout, scores, paid, outputs, extra['kl_coef'], settings.rules)
   if settings.kl_in == 'reward' and settings.kl_coef:
     kl = adv.kl_estimate(experience.logprobs, experience.ref_logprobs, settings.kl_estimator)
     paid -= settings.kl_coef * jnp.sum(kl, axis=1)

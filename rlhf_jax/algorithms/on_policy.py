@@ -13,6 +13,7 @@ from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax import update
 from rlhf_jax.algorithms import on_policy_config
+from rlhf_jax.algorithms import on_policy_warnings
 from rlhf_jax.algorithms import setup
 from rlhf_jax.algorithms import sft
 from rlhf_jax.algorithms import wiring
@@ -42,7 +43,7 @@ def train_step(objective, state, frozen, rollout, scores, ptx, *, models, optimi
     settings: Settings.
 
   Returns:
-    The next TrainState and metrics, scalars.
+    The next TrainState and metrics: scalars, and samples/NAME [B].
   """
   models = models.reaching(rollout.tokens.shape[1])
   forward = forward_lib.Forward(
@@ -144,4 +145,5 @@ def create(config, mesh, settings, train_step, *, reference=True, extra=wiring.f
       export=setup.policy_exporter(model, tokenizer, frozen['shared']),
       describe=setup.describer(model, 'policy', tokenizer),
       evaluators=evaluators.make(config.evals, context),
-      samples=lambda: actor.samples(tokenizer)), state
+      samples=functools.partial(actor.samples, tokenizer),
+      warnings=on_policy_warnings.make(config)), state

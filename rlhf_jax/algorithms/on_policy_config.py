@@ -12,6 +12,7 @@ from rlhf_jax import advantages
 from rlhf_jax import config as config_lib
 from rlhf_jax import experience
 from rlhf_jax import update
+from rlhf_jax.algorithms import on_policy_warnings
 from rlhf_jax.algorithms import setup
 from rlhf_jax.algorithms import sft
 from rlhf_jax.rewards import scorers
@@ -134,6 +135,7 @@ def config(algorithm, settings):
   found.ptx = ml_collections.ConfigDict(config_lib.data() | {
       'batch_size': placeholder(int),   # pretraining examples an iteration, shared out over minibatches
   })
+  found.warn = on_policy_warnings.config()
   found.rl = ml_collections.ConfigDict({
       f.name: placeholder(float) if f.default is None else f.default
       for f in dataclasses.fields(settings) if f.default is not dataclasses.MISSING})
@@ -172,6 +174,7 @@ def validate(config, device_count):
           'microbatch_size', 'batch_size / config.rl.minibatches')
   scorers.validate(config.reward)
   validate_sampling(config, device_count)
+  on_policy_warnings.validate(config)
   need(not (rl.kl_estimator == 'full' and rl.kl_in == 'loss'),
        "config.rl.kl_estimator='full' works with config.rl.kl_in='reward' only")
   need(config.model.unfrozen_layers is None or not config.reference,

@@ -157,7 +157,7 @@ def prepare(outputs, fixed, *, state, rollout, scores, step_mask, settings):
     advantages = whiten(advantages, rollout.response_mask)
   experience = experience.replace(advantages=advantages, returns=returns)
   metrics = experience_lib.describe(
-      experience, rollout, paid, outputs, kl_coef, settings.rules, raw=scores)
+      experience, rollout, scores, paid, outputs, kl_coef, settings.rules)
   next_coef = adv.next_kl_coef(
       kl_coef, experience.logprobs - experience.ref_logprobs, rollout.response_mask,
       controller=settings.kl_controller, target=settings.kl_target, horizon=settings.kl_horizon)

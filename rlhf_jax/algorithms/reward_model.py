@@ -145,7 +145,8 @@ def train_step(state, frozen, batch, *, model, optimizers, settings, microbatch_
   pairs = jnp.maximum(pairs, 1)
   return state, metrics | {
       'accuracy': right / pairs, 'ties': tied / pairs, 'margin': gap / pairs,
-      'scores/mean': scores / jnp.maximum(jnp.sum(batch.present), 1)}
+      'scores/mean': scores / jnp.maximum(jnp.sum(batch.present), 1),
+      'tokens': jnp.sum(batch.mask & batch.present[:, :, None])}
 
 
 def normalize(head, scores, mode):

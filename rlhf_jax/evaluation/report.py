@@ -21,6 +21,7 @@ _MOST_PANELS = 9
 _FIRST = (
   ('gold',),
   ('objective/scores', 'score'),
+  ('objective/paid_scores',),
   ('reward',),
   ('loss',),
   ('accuracy',),

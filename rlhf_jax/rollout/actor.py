@@ -44,7 +44,8 @@ class Actor:
     Args:
       params: all parameters of the policy.
       key: random key of this rollout.
-      timed: whether to wait for the device in order to time the two parts.
+      timed: whether to wait for the device, before and between the two parts, so that the time of
+        each holds nothing else.
 
     Returns:
       Rollout, scores ([B] or [B, R] float32) and host-side metrics: the times, and the mean of
@@ -52,6 +53,8 @@ class Actor:
     """
     prompts, index = next(self.iterator)
     examples = [self.examples[i] for i in np.repeat(np.asarray(index), self._samples)]
+    if timed:
+      jax.block_until_ready(params)  # else the rollout's time would hold the update before it
     started = time.perf_counter()
     rollout = self._cut(self._sample(params, sharding.put_rows(prompts, self._mesh), key))
     if timed:
@@ -71,14 +74,22 @@ class Actor:
         'seconds/rollout': sampled - started, 'seconds/scoring': scored - sampled,
         'tokens_per_second/rollout': tokens / (sampled - started)}
 
-  def samples(self, tokenizer):
-    """The last batch as dicts with prompt, response, score, and its parts if it has any."""
+  def samples(self, tokenizer, metrics):
+    """The last batch as dicts: prompt, response, score, what a train step adds, and parts if there are.
+
+    Args:
+      tokenizer: the policy's.
+      metrics: of the train step on that batch; those called samples/NAME, [B], become NAME.
+    """
     examples, rollout, scores = self._last
+    added = {name.removeprefix('samples/'): processes.host(values)
+             for name, values in metrics.items() if name.startswith('samples/')}
     responses, _ = texts_of(rollout, tokenizer)
     parts = {name: processes.host(part) for name, part in scores.parts.items()}
     samples = []
     for i, (example, total) in enumerate(zip(examples, processes.host(scores.total))):
       sample = {'prompt': example.prompt, 'response': responses[i], 'score': float(np.sum(total))}
+      sample |= {name: float(values[i]) for name, values in added.items()}
       if parts:
         sample['parts'] = {name: float(part[i]) for name, part in parts.items()}
       samples.append(sample)

@@ -168,7 +168,7 @@ def test_stop_strings_with_microbatches(world, tmp_path):
   config.rl.update({'missing_eos': 'replace', 'missing_eos_value': -3.0})
   learner, _, history, _ = run(config, 2)
   assert all(np.isfinite(metrics['policy/loss']) for metrics in history)
-  texts = [sample['response'] for sample in learner.samples()]
+  texts = [sample['response'] for sample in learner.samples({})]
   stopped = [text for text in texts if 'w7' in text]
   assert stopped and all(text.count('w7') == 1 and text.endswith('w7') for text in stopped)
   assert 0 < history[-1]['response/eos_rate'] <= 1

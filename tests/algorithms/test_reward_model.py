@@ -142,6 +142,8 @@ def test_microbatches_are_the_full_batch(llama):
         functools.partial(reward_model.train_step, model=model, settings=settings,
                           microbatch_size=size), {'reward': params}, {}, comparisons())
     outcomes.append((state.params, metrics))
+  batch = comparisons()
+  assert metrics['tokens'] == (batch.mask & batch.present[:, :, None]).sum()
   for a, b in zip(*map(jax.tree.leaves, outcomes)):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
 

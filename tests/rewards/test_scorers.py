@@ -233,9 +233,9 @@ def test_ppo_logs_what_its_reward_is_made_of(world, tmp_path):
   assert len(records) == 3
   for record in records:
     assert record['reward/good'] + record['reward/learned'] == pytest.approx(
-        record['objective/raw_scores'], abs=1e-5)
+        record['objective/scores'], abs=1e-5)
     # Hardly any response of six tokens ends by itself.
-    assert record['objective/scores'] < record['objective/raw_scores'] - 1
+    assert record['objective/paid_scores'] < record['objective/scores'] - 1
   samples = metrics_lib.read_samples(tmp_path)
   assert len(samples) == config.batch_size
   for sample in samples:
@@ -244,4 +244,8 @@ def test_ppo_logs_what_its_reward_is_made_of(world, tmp_path):
                            metadata=[{'number': 0}])
     assert sample['parts']['good'] == pytest.approx(2 * good[0], abs=1e-6)
   assert np.mean([sample['score'] for sample in samples]) == pytest.approx(
-      records[-1]['objective/raw_scores'], abs=1e-5)
+      records[-1]['objective/scores'], abs=1e-5)
+  paid = [sample['paid_score'] for sample in samples]
+  assert np.mean(paid) == pytest.approx(records[-1]['objective/paid_scores'], abs=1e-5)
+  assert all(sample['paid_score'] in (-5.0, pytest.approx(sample['score'])) for sample in samples)
+  assert -5.0 in paid

@@ -1,0 +1,91 @@
+"""The actor's clocks: each part's seconds hold that part alone, and nobody waits who is not timed."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import metrics
+from rlhf_jax import sharding
+from rlhf_jax import types
+from rlhf_jax.rollout import actor as actor_lib
+
+SLOW = 0.3  # seconds that an update is made to take; the other parts take a few milliseconds
+PARAMS = np.ones((64, 64), np.float32)
+
+
+@jax.jit
+def work(params, trips):
+  """Work that the host need not wait for: XLA runs cheaper programs, and callbacks, at once."""
+  return jax.lax.fori_loop(0, trips, lambda _, x: jnp.tanh(x @ x) + 1e-3, params)
+
+
+@pytest.fixture(scope='module')
+def update():
+  """A train step that keeps the device busy for about SLOW seconds."""
+  trips, seconds = 1000, 0.0
+  while seconds < SLOW:
+    trips *= 2
+    started = time.perf_counter()
+    work(PARAMS, trips).block_until_ready()
+    seconds = time.perf_counter() - started
+
+  def step(params, *batch, times=1):
+    del batch
+    params = work(params, times * trips)
+    return params, {'loss': params[0, 0]}
+
+  return step
+
+
+@pytest.fixture
+def actor():
+  """Two responses of three tokens, scored at once."""
+  mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
+  prompts = types.Prompts(np.ones((2, 2), np.int32), np.ones((2, 2), bool))
+
+  @jax.jit
+  def sample(params, prompts, key):
+    del key
+    mask = jnp.ones((2, 3), bool) & (params[0, 0] > -2)  # it needs the parameters
+    tokens = jnp.concatenate([prompts.tokens, jnp.ones((2, 3), jnp.int32)], axis=1)
+    return types.Rollout(tokens, tokens > 0, mask, jnp.zeros((2, 3)))
+
+  def batches():
+    while True:
+      yield prompts, [0, 1]
+
+  score = lambda rollout, examples: np.ones(len(examples), np.float32)
+  with jax.set_mesh(mesh):
+    made = actor_lib.Actor(['one', 'two'], batches(), sample, score, mesh)
+    made(PARAMS, None, timed=True)  # compiles
+    yield made
+
+
+def test_the_update_before_is_none_of_the_rollout(actor, update):
+  params, _, seconds = metrics.take_step(update, PARAMS, (), timed=False)
+  started = time.perf_counter()
+  _, _, found = actor(params, None, timed=True)
+  assert time.perf_counter() - started > SLOW / 2, 'the update was still running'
+  assert seconds == {} and found['seconds/rollout'] < SLOW / 2 and found['seconds/scoring'] < SLOW / 2
+  assert found['tokens_per_second/rollout'] == pytest.approx(6 / found['seconds/rollout'])
+
+
+def test_the_update_has_seconds_of_its_own_and_nothing_else_in_them(actor, update):
+  started = time.perf_counter()
+  params, _ = update(PARAMS, times=5)  # it is still running when the next is due
+  rollout, scores, _ = actor(params, None, timed=False)
+  params, _, found = metrics.take_step(update, params, (rollout, scores), timed=True)
+  assert params.is_ready()
+  # A sixth of the time but for noise, of which there is much on a shared machine.
+  assert 0 < found['seconds/update'] < (time.perf_counter() - started) / 2
+
+
+def test_a_step_that_is_not_timed_does_not_wait(actor, update):
+  params, _ = update(PARAMS)
+  started = time.perf_counter()
+  rollout, _, found = actor(params, None, timed=False)
+  assert time.perf_counter() - started < SLOW / 2 and not params.is_ready()
+  assert found == {} and jax.block_until_ready(rollout) is not None
