@@ -6,6 +6,8 @@ import platform
 import subprocess
 import sys
 
+from absl import flags
+from absl import logging
 import jax
 import pytest
 
@@ -15,6 +17,21 @@ from rlhf_jax import runtime
 WAIT = {'heartbeat_timeout_seconds': runtime.HEARTBEAT_SECONDS}
 NAMES = ('COORDINATOR_ADDRESS', 'PROCESS_COUNT', 'PROCESS_ID', 'TPU_WORKER_HOSTNAMES', 'SLURM_STEP_NUM_TASKS',
          'OMPI_COMM_WORLD_SIZE')
+
+
+@pytest.mark.parametrize('arguments, level', [([], logging.WARNING), (['--verbosity=1'], logging.DEBUG)])
+def test_the_verbosity_of_the_command_line_counts(arguments, level, monkeypatch):
+  values, before = flags.FLAGS, logging.get_verbosity()
+  monkeypatch.setattr(runtime, 'keep_memory', lambda: None)
+  try:
+    values['verbosity'].unparse()
+    logging.set_verbosity(logging.INFO)  # as absl's app.run begins
+    values(['main', *arguments])
+    runtime.configure()
+    assert logging.get_verbosity() == level
+  finally:
+    values['verbosity'].unparse()
+    logging.set_verbosity(before)
 
 
 @pytest.fixture
