@@ -326,7 +326,7 @@ BAD_REWARDS = {
     'is short': ['returned 3 rewards for 4 responses', 'it must return one for each'],
     'is NaN': ['returned nan for example 0', 'every reward must be finite'],
     'is infinite': ['returned inf for example 3', 'every reward must be finite'],
-    'is None': ['reward raised TypeError', 'the same command resumes'],
+    'is None': ['reward returned None for 4 responses', 'it must return one for each'],
     'is ragged': ['returned [0.0, 0.0, 0.0] for example 0', 'of shape (2,)',
                   'one for each of its 2 tokens'],
     'is mixed': ['returned 0.5 for example 3', 'of shape (2,)', 'alike for all examples'],

@@ -32,6 +32,7 @@ from rlhf_jax.data import tokenizers
 from rlhf_jax.evaluation import text as text_lib
 from rlhf_jax.evaluation import winrate
 from rlhf_jax.rewards import functions
+from rlhf_jax.rewards import guard
 from rlhf_jax.rewards import scorers
 from rlhf_jax.rollout import actor
 from rlhf_jax.rollout import sampler
@@ -183,7 +184,11 @@ def text(block, context):
 
 def user(block, context):
   """The evaluator that a user's function makes of the context."""
-  return functions.load(block.function, key='function')(context)
+  make_one, call = functions.load(block.function, key='function'), guard.Call(f'the evaluator {block.function}')
+  functions.check_signature(make_one, f'function={block.function!r}', 'f(context)', 1)
+  evaluate = guard.run(lambda: make_one(context), call)
+  functions.check_signature(evaluate, f'what function={block.function!r} returned', 'f(state)', 1)
+  return lambda state: guard.run(lambda: evaluate(state), call)
 
 
 def scorer(block, context, answers):

@@ -49,7 +49,7 @@ def run(folder, *, policy, prompts, pairs, held_out, max_new_tokens, temperature
   # An answer of nothing at all is no text that a reward model could read.
   triples = [(q, a, b) for q, a, b in zip(questions, first, second) if a.strip() and b.strip()]
   panel = annotators.SimulatedAnnotators(
-      functions.load(gold), count=annotator_count, seed=seed,
+      functions.load_gold(gold), count=annotator_count, seed=seed,
       temperature=annotator_temperature, label_noise=label_noise, disagreement=disagreement)
   split = round(len(triples) * pairs / total)
   sources.write(folder / 'comparisons.jsonl', panel.label(triples[:split]))

@@ -10,13 +10,25 @@ list a response with a number for each of its tokens.
 """
 
 import importlib
+import inspect
 import math
 import os
 import sys
+from typing import NamedTuple
 
 import numpy as np
 
 from rlhf_jax import errors
+from rlhf_jax.rewards import guard
+
+TIMEOUT = 600.0  # seconds of a call, where the config says nothing else
+NOT_NUMBERS = (bool, np.bool_, str, bytes)
+
+
+class Limit(NamedTuple):
+  """Seconds that a call may take, None for no limit, and the key of the config that says so."""
+  seconds: float | None = TIMEOUT
+  key: str = 'config.reward.timeout'
 
 
 def load(name, *, key='config.reward.function'):
@@ -40,18 +52,71 @@ def load(name, *, key='config.reward.function'):
         "'package.module:function', importable from the working directory.") from error
 
 
+def load_reward(name, *, key='config.reward.function'):
+  """The reward function of this name; see `load`.
+
+  Raises:
+    UserError: there is none, or it does not take the arguments of a reward function.
+  """
+  function = load(name, key=key)
+  check_signature(
+      function, f'{key}={name!r}',
+      'f(prompts, responses, response_tokens=..., metadata=...)', 2, ('response_tokens', 'metadata'),
+      remedy='write def f(prompts, responses, *, response_tokens, metadata), or **_ for the last two')
+  return function
+
+
 def load_gold(name, path=''):
-  """A gold score: (prompt, response) -> float.
+  """A gold score: (prompt, response) -> float; a UserError says where it failed, and with what.
 
   Args:
     name: 'package.module:function' of it, or with `path` of a function that makes it of that.
     path: data that it is made from, or ''.
+
+  Raises:
+    UserError: there is none, or it does not take these arguments.
   """
-  found = load(name)
-  return found(path) if path else found
+  found, what = load(name, key='gold'), f'the gold score {name}'
+  if path:
+    check_signature(found, f'gold={name!r} with a gold_path', 'f(gold_path)', 1)
+    made = found
+    found = guard.run(lambda: made(path), guard.Call(what))
+  check_signature(found, f'gold={name!r}', 'f(prompt, response)', 2)
+
+  def gold(prompt, response):
+    call = guard.Call(what, (prompt,), (response,), TIMEOUT)
+    score = guard.run(lambda: found(prompt, response), call)
+    return float(checked(score, call, 0, ()))
+
+  return gold
 
 
-def call(function, prompts, responses, *, response_tokens, metadata, slots):
+def check_signature(function, named, usage, positional, keywords=(), *, remedy='change its arguments'):
+  """Raises UserError unless a function takes certain arguments.
+
+  Args:
+    function: what was loaded.
+    named: it, for the message.
+    usage: how it is called, for the message.
+    positional: the number of positional arguments.
+    keywords: names of the others.
+    remedy: what to do.
+  """
+  config_error = lambda text: errors.UserError(f'{named} {text}')
+  if not callable(function):
+    raise config_error(f'is of type {type(function).__name__}: it must be a function')
+  try:
+    signature = inspect.signature(function)
+  except (TypeError, ValueError):
+    return  # written in C: it does not tell
+  try:
+    signature.bind(*[None] * positional, **dict.fromkeys(keywords))
+  except TypeError as error:
+    raise config_error(
+        f'takes {signature}, and is called as {usage}: {error}; {remedy}') from None
+
+
+def call(function, prompts, responses, *, response_tokens, metadata, slots, limit=Limit()):
   """Calls a reward function and checks what it returns.
 
   Args:
@@ -61,48 +126,71 @@ def call(function, prompts, responses, *, response_tokens, metadata, slots):
     response_tokens: n lists of token ids.
     metadata: n dicts.
     slots: R, width of the result for rewards per token.
+    limit: Limit.
 
   Returns:
     [n] float32, or [n, R] float32 for rewards per token, 0 after each response's end.
 
   Raises:
-    UserError: the function raised, or returned the wrong number of rewards, NaN or infinity;
-      names the example.
+    UserError: the function raised, exited or took too long, or returned the wrong number of rewards,
+      NaN, infinity or what is no number; names the example.
   """
-  name = getattr(function, '__name__', repr(function))
-  try:
-    rewards = list(function(prompts, responses, response_tokens=response_tokens,
-                            metadata=metadata))
-  except Exception as error:
-    raise errors.UserError(
-        f'the reward function {name} raised {type(error).__name__}: {error}. It was called '
-        f'with {len(prompts)} prompts, the first {prompts[0]!r} with the response '
-        f'{responses[0]!r}. Training stops here; once it is fixed, the same command resumes '
-        'from the last checkpoint.') from error
+  made = guard.Call(
+      f'the reward function {getattr(function, "__name__", repr(function))}', prompts, responses,
+      *limit, remedy='Once it is fixed, the same command resumes from the last checkpoint.')
+
+  def rewards_of():
+    rewards = function(prompts, responses, response_tokens=response_tokens, metadata=metadata)
+    # A generator's code runs here, under guard.
+    return list(rewards) if np.iterable(rewards) and not isinstance(rewards, (str, dict)) else [rewards]
+
+  rewards = guard.run(rewards_of, made)
   if len(rewards) != len(responses):
+    returned = f'{len(rewards)} rewards' if len(rewards) != 1 else guard.clipped(rewards[0])
     raise errors.UserError(
-        f'the reward function {name} returned {len(rewards)} rewards for {len(responses)} '
-        'responses: it must return one for each')
+        f'{made.what} returned {returned} for {len(responses)} responses: it must return one '
+        'for each')
   first = rewards[0] if rewards else None
   per_token = isinstance(first, (list, tuple)) or getattr(first, 'ndim', 0) == 1
   scores = np.zeros((len(rewards), slots) if per_token else len(rewards), np.float32)
   for i, reward in enumerate(rewards):
-    shape = (len(response_tokens[i]),) if per_token else ()
-    try:
-      value = np.asarray(reward, np.float32)
-    except (TypeError, ValueError):
-      value = None
-    if value is None or value.shape != shape:
-      raise errors.UserError(
-          f'the reward function {name} returned {str(reward)[:80]} for example {i}, where an '
-          f'array of shape {shape} was expected: one number, or one for each of its '
-          f'{len(response_tokens[i])} tokens, alike for all examples')
-    if not all(math.isfinite(v) for v in value.reshape(-1)):
-      raise errors.UserError(
-          f'the reward function {name} returned {reward} for example {i}, prompt '
-          f'{prompts[i]!r}, response {responses[i]!r}: every reward must be finite')
     if per_token:
+      value = checked(reward, made, i, (len(response_tokens[i]),))
       scores[i, :len(value)] = value
     else:
-      scores[i] = value
+      scores[i] = checked(reward, made, i, (), tokens=len(response_tokens[i]))
   return scores
+
+
+def checked(reward, call, index, shape, *, tokens=None):
+  """A reward as a NumPy array.
+
+  Args:
+    reward: what the function returned for an example.
+    call: guard.Call.
+    index: of the example.
+    shape: () for a number, (its tokens,) for rewards per token.
+    tokens: of the response, where a reward for each would do too; for the message.
+
+  Raises:
+    UserError: it is no number, or of another shape, or not finite.
+  """
+  returned = f'{call.what} returned {guard.clipped(reward)} for {guard.named(index, call)}'
+  wrong, value = [], None
+  try:
+    wrong = [item for item in np.asarray(reward, object).reshape(-1) if isinstance(item, NOT_NUMBERS)]
+    value = np.asarray(reward, np.float32)
+  except Exception:  # of NumPy, or of another library's array
+    pass
+  if wrong:
+    raise errors.UserError(
+        f'{returned}: {guard.clipped(wrong[0])} is a {type(wrong[0]).__name__}, and every reward must be '
+        'a number, such as float(...) of it')
+  if value is None or value.shape != shape:
+    tokens = shape[0] if shape else tokens
+    choice = '' if tokens is None else f', or one for each of its {tokens} tokens, alike for all examples'
+    raise errors.UserError(
+        f'{returned}, where an array of shape {shape} was expected: one number{choice}')
+  if not all(math.isfinite(v) for v in value.reshape(-1)):
+    raise errors.UserError(f'{returned}: every reward must be finite')
+  return value

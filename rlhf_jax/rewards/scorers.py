@@ -35,6 +35,7 @@ def config():
       'model': placeholder(str),        # folder of a reward model, or
       'models': (),                     # folders of the members of an ensemble, or
       'function': placeholder(str),     # 'package.module:function' over strings, or `parts`
+      'timeout': functions.TIMEOUT,     # seconds that a function may take for a batch; None: no limit
       'max_length': placeholder(int),   # of models with their own tokenizer; None: their context
       'ensemble': 'mean',       # or 'min': the worst case; or 'variance': mean - coef * variance
       'ensemble_coef': 1.0,
@@ -80,6 +81,8 @@ def validate_source(block, key, sources):
   need(not models or isinstance(models, (tuple, list)) and len(models) > 1,
        f"{key}.models={models!r} must name two folders or more, such as ('a', 'b')")
   need(how in ENSEMBLES, f'{key}.ensemble={how!r} must be one of {", ".join(ENSEMBLES)}')
+  timeout = block.get('timeout', functions.TIMEOUT)
+  need(timeout is None or timeout > 0, f'{key}.timeout={timeout} must be positive, or None')
   coef, length = block.get('ensemble_coef', 1.0), block.get('max_length')
   need(coef >= 0, f'{key}.ensemble_coef={coef} must be 0 or positive')
   need(length is None or length > 0, f'{key}.max_length={length} must be positive, or None')
@@ -108,8 +111,9 @@ def make(config_reward, tokenizer, mesh, *, load, check, key='config.reward'):
                        for name, (scorer, _) in made.items()})
     return scorer, first_start(made.values())
   if c.get('function'):
-    function = functions.load(c.function, key=f'{key}.function')
-    return function_scorer(function, tokenizer, mesh), None
+    function = functions.load_reward(c.function, key=f'{key}.function')
+    limit = functions.Limit(c.get('timeout', functions.TIMEOUT), f'{key}.timeout')
+    return function_scorer(function, tokenizer, mesh, limit=limit), None
   load_member = functools.partial(
       model_scorer, tokenizer=tokenizer, mesh=mesh, max_length=c.get('max_length'), load=load,
       check=check)
@@ -155,13 +159,14 @@ def model_scorer(path, tokenizer, mesh, *, max_length, load, check):
   return score_texts, None
 
 
-def function_scorer(function, tokenizer, mesh):
+def function_scorer(function, tokenizer, mesh, *, limit=functions.Limit()):
   """Scores of a Python function; with several processes each calls it with its part of the batch.
 
   Args:
     function: see functions.py.
     tokenizer: the policy's.
     mesh: device mesh.
+    limit: functions.Limit of a call.
 
   Returns:
     Scorer.
@@ -173,7 +178,7 @@ def function_scorer(function, tokenizer, mesh):
       return functions.call(
           function, [examples[i].prompt for i in rows], [responses[i] for i in rows],
           response_tokens=[ids[i] for i in rows], metadata=[examples[i].metadata for i in rows],
-          slots=rollout.response_mask.shape[1])
+          slots=rollout.response_mask.shape[1], limit=limit)
 
     return sharding.put_rows(processes.share_out(call, len(examples)), mesh)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import jax
 import numpy as np
@@ -25,6 +26,18 @@ START = 3e-2  # a learning rate at which a few steps change most answers
 def count_parameters(context):
   """A user's evaluator."""
   return lambda state: {'count': sum(x.size for x in jax.tree.leaves(context.policy(state)))}
+
+
+def exits(context):
+  sys.exit(0)
+
+
+def exits_later(context):
+  return exits
+
+
+def of_nothing():
+  return {}
 
 
 @pytest.fixture
@@ -167,6 +180,10 @@ def test_reward_model_by_numpy(world, tmp_path):
     ('ppo', {'kind': 'loss'}, "config.evals.x: kind='loss' needs an algorithm with a held-out loss"),
     ('reward_model', 'text', "config.evals.x: kind='text' needs an algorithm that trains a policy"),
     ('sft', {'function': 'tiny:nothing'}, "config.evals.x: function='tiny:nothing' cannot be loaded"),
+    ('sft', {'function': f'{__name__}:exits'},
+     r'config.evals.x: the evaluator .*:exits called sys.exit\(0\), at .* in exits: '),
+    ('sft', {'function': f'{__name__}:exits_later'}, r'the evaluator .*:exits_later called sys.exit\(0\), at '),
+    ('sft', {'function': f'{__name__}:of_nothing'}, r'of_nothing.* takes \(\), and is called as f\(context\)'),
     ('sft', {'kind': 'text', 'path': '/no.jsonl'}, 'config.evals.x: .*/no.jsonl'),
     ('sft', 'long', 'config.evals.x: prompts of up to 6 tokens and 30 new ones exceed the context of 32'),
 ])

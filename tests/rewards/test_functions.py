@@ -34,7 +34,7 @@ def test_the_function_gets_texts_tokens_and_metadata():
 
 
 @pytest.mark.parametrize('value', [
-    [1, 2.5, True], (1, 2.5, 1), np.array([1, 2.5, 1]), [np.float64(1), np.float32(2.5), 1],
+    [1, 2.5, 1], (1, 2.5, 1), np.array([1, 2.5, 1]), [np.float64(1), np.float32(2.5), 1],
     [np.array(1.0), np.array(2.5), np.array(1.0)]], ids=str)
 def test_one_number_each_in_any_form(value):
   scores = call(returning(value))
@@ -64,8 +64,17 @@ WRONG = {
     'infinity': ([1.0, 2.0, -INFINITY], ['returned -inf for example 2', "'d e f'", 'finite']),
     'NaN at a token': ([[1.0, NAN], [2.0], [1.0] * 3],
                        ['[1.0, nan] for example 0', "prompt 'one'", 'finite']),
-    'a text': ([1.0, 'good', 2.0], ['my_reward returned good for example 1', 'one number']),
-    'nothing': ([None, 1.0, 2.0], ['example 0']),
+    'a text': ([1.0, 'good', 2.0], ["my_reward returned 'good' for example 1, prompt 'two', response 'c'"]),
+    'nothing': ([None, 1.0, 2.0], ["returned None for example 0, prompt 'one'", 'finite']),
+    'the text of a number': ([1.0, '1.5', 2.0], ["returned '1.5' for example 1, prompt 'two'",
+                                                 "'1.5' is a str", 'a number, such as float(...)']),
+    'a boolean': ([1.0, 2.0, True], ['returned True for example 2', 'True is a bool']),
+    'a boolean of NumPy': (np.array([True, False, True]), ['for example 0', 'is a bool']),
+    'a boolean at a token': ([[1.0, 2.0], [True], [1.0] * 3], ['[True] for example 1', 'is a bool']),
+    'a text at a token': ([[1.0, '2'], [3.0], [1.0] * 3], ["'2' is a str", 'for example 0']),
+    'no list': (None, ['my_reward returned None for 3 responses', 'one for each']),
+    'one text': ('abc', ["returned 'abc' for 3 responses"]),
+    'one number': (1.5, ['returned 1.5 for 3 responses']),
     'a token too few': ([[1.0, 2.0], [3.0], [4.0, 5.0]],
                         ['for example 2', 'shape (3,)', 'each of its 3 tokens']),
     'padded to the slots': (np.zeros((3, 4)), ['for example 0', 'shape (2,)']),

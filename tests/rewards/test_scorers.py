@@ -1,5 +1,7 @@
 """Weighted sums and ensembles of rewards: against NumPy, and in a run of PPO."""
 
+import time
+
 from absl import flags
 import jax
 import jax.numpy as jnp
@@ -219,6 +221,27 @@ def test_a_function_that_cannot_be_loaded_names_its_key(world, mesh):
   reward.parts = {'mine': {'function': 'no_such_module:f'}}
   with pytest.raises(errors.UserError, match="reward.parts.mine.function='no_such_module:f' cannot"):
     make(reward, world, mesh)
+
+
+def sleeps(prompts, responses, **_):
+  time.sleep(30)
+
+
+def test_a_function_has_its_time_limit_in_parts_too(world, mesh):
+  reward = scorers.config()
+  assert reward.timeout == 600
+  reward.parts = {'slow': {'function': f'{__name__}:sleeps', 'timeout': 0.2}}
+  scorers.validate(reward)
+  with jax.set_mesh(mesh):
+    scorer, _ = make(reward, world, mesh)
+    with pytest.raises(errors.UserError, match='sleeps did not return within 0.2 seconds, at .*`time.sleep'
+                       '.*raise config.reward.parts.slow.timeout'):
+      scorer(*rollout())
+  reward.parts.slow.timeout = None
+  scorers.validate(reward)
+  reward.parts.slow.timeout = 0.0
+  with pytest.raises(errors.UserError, match='config.reward.parts.slow.timeout=0.0 must be positive, or None'):
+    scorers.validate(reward)
 
 
 def test_ppo_logs_what_its_reward_is_made_of(world, tmp_path):
