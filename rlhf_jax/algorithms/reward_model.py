@@ -220,7 +220,8 @@ def create(config, mesh):
     if path:
       chosen = setup.read_examples(config.data, formats.comparisons, tokenizer, path=path)
     batches = [batch for batch, _ in pipelines.comparison_batches(chosen, tokenizer, **sizes)]
-    return held_out_loss(batches, frozen, scores=scores, mesh=mesh)
+    return held_out_loss(
+        batches, [example.prompt for example in chosen], frozen, scores=scores, mesh=mesh)
 
   def export(state, path):
     params = setup.averaged(state, 'reward')
@@ -260,11 +261,12 @@ def normalization_batches(config, examples, tokenizer, sizes):
   return [batch for batch, _ in pipelines.comparison_batches(examples, tokenizer, **sizes)]
 
 
-def held_out_loss(batches, frozen, *, scores, mesh):
+def held_out_loss(batches, prompts, frozen, *, scores, mesh):
   """Evaluator of the accuracy, calibration and loss on the pairs of all batches.
 
   Args:
     batches: list of Comparisons.
+    prompts: the text of each of their rows, in order.
     frozen: the model's parameters that are not trained.
     scores: (params, Comparisons) -> scores [B, K].
     mesh: device mesh.
@@ -275,17 +277,19 @@ def held_out_loss(batches, frozen, *, scores, mesh):
 
   def evaluate(state):
     params = trainable.join(frozen, setup.averaged(state, 'reward'))
-    gaps = np.concatenate([
+    found = [
         scoring.pair_gaps(processes.host(scores(params, sharding.put_rows(batch, mesh))), batch)
-        for batch in batches])
-    return describe(gaps) if len(gaps) else {}
+        for batch in batches]
+    size = len(batches[0].present)
+    owners = [prompts[number * size + row] for number, (_, rows) in enumerate(found) for row in rows]
+    return describe(np.concatenate([gaps for gaps, _ in found]), owners) if owners else {}
 
   return evaluate if batches else None
 
 
-def describe(gaps):
-  """Held-out metrics of gaps r_better - r_worse [n]; see rewards.calibration."""
-  found = calibration.pairwise(gaps, np.zeros_like(gaps))
+def describe(gaps, prompts):
+  """Held-out metrics of gaps r_better - r_worse [n] and their n prompts; see rewards.calibration."""
+  found = calibration.pairwise(gaps, np.zeros_like(gaps), prompts=prompts)
   return {'accuracy': found.accuracy, 'accuracy_low': found.accuracy_low,
           'accuracy_high': found.accuracy_high, 'ties': found.ties, 'margin': found.margin,
           'ece': found.ece, 'loss': float(np.mean(np.logaddexp(0.0, -gaps))),

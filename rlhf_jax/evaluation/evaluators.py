@@ -21,6 +21,7 @@ import numpy as np
 
 from rlhf_jax import config as config_lib
 from rlhf_jax import errors
+from rlhf_jax import intervals
 from rlhf_jax import policy as policy_lib
 from rlhf_jax import processes
 from rlhf_jax import sharding
@@ -144,8 +145,7 @@ def prompts(block, context):
   def evaluate(state):
     found = answers.each(context.policy(state), measure)
     metrics = {name: float(np.mean(values)) for name, values in found.items()}
-    error = np.std(found['score']) / np.sqrt(max(len(found['score']) - 1, 1))
-    return metrics | {'score_se': float(error)}
+    return metrics | {'score_se': intervals.standard_error(found['score'], answers.prompts)}
 
   return evaluate
 
@@ -167,7 +167,7 @@ def win_rate(block, context):
   baseline = scores(context.start())
 
   def evaluate(state):
-    found = winrate.win_rate(scores(context.policy(state)), baseline)
+    found = winrate.win_rate(scores(context.policy(state)), baseline, prompts=answers.prompts)
     return {'rate': found.rate, 'low': found.low, 'high': found.high,
             'draws': found.draws / len(baseline)}
 
@@ -210,6 +210,7 @@ class Answers:
   Attributes:
     length: tokens of the longest prompt.
     sampling: Sampling.
+    prompts: their texts; intervals are over these.
   """
 
   def __init__(self, block, context):
@@ -227,7 +228,8 @@ class Answers:
     columns = dict(pair.split('=') for pair in (block.columns or '').split(',') if pair)
     records = sources.read(block.path, split=block.split or '', columns=columns)
     self._examples = formats.prompts(records, tokenizer=tokenizer)[0][:block.count]
-    self.length = max(map(len, tokenizers.encode(tokenizer, [e.prompt for e in self._examples])))
+    self.prompts = [example.prompt for example in self._examples]
+    self.length = max(map(len, tokenizers.encode(tokenizer, self.prompts)))
     self.sampling, self._cut = make_sampling(block.sampling, context)
     check_length(context.model, self.length, self.sampling.max_new_tokens)
     # Every batch is whole and divides over the data shards.

@@ -15,6 +15,7 @@ import pathlib
 import jax
 import numpy as np
 
+from rlhf_jax import intervals
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax import policy as policy_lib
 from rlhf_jax.data import formats
@@ -178,13 +179,11 @@ def mean_kl(policy, reference, rollout, temperature):
                        - reference.logprobs(rollout, temperature=temperature)))
 
 
-def standard_error(values):
-  """Standard error of the mean."""
-  return float(np.std(values, ddof=1) / np.sqrt(len(values)))
-
-
 def compare(answers, baseline):
   """Table rows and Elo ratings from gold scores on the same prompts.
+
+  Standard errors and intervals are over prompts where several samples share one; see intervals.py.
+  Ratings compare answers with the same other answers, so their intervals always are.
 
   Args:
     answers: {name: Answers}.
@@ -193,16 +192,16 @@ def compare(answers, baseline):
   Returns:
     Rows for tables.stages_table, and {name: Rating} with the baseline at 1000.
   """
-  matches = []
-  for first, second in itertools.combinations(answers, 2):
-    w = winrate.win_rate(answers[first].gold, answers[second].gold)
-    matches.append(elo.Match(first, second, w.wins, w.draws, w.losses))
-  ratings = elo.ratings(matches, anchor=baseline)
+  prompts = answers[baseline].samples.prompts
+  ratings = elo.ratings_of_outcomes(
+      {(first, second): winrate.outcomes(answers[first].gold, answers[second].gold)
+       for first, second in itertools.combinations(answers, 2)}, prompts, anchor=baseline)
   rows = []
   for name, answer in answers.items():
-    win = winrate.win_rate(answer.gold, answers[baseline].gold)
+    win = winrate.win_rate(answer.gold, answers[baseline].gold, prompts=prompts)
     rows.append({
-        'stage': name, 'gold': float(answer.gold.mean()), 'gold_se': standard_error(answer.gold),
+        'stage': name, 'gold': float(answer.gold.mean()),
+        'gold_se': intervals.standard_error(answer.gold, prompts),
         'proxy': None if answer.proxy is None else float(answer.proxy.mean()),
         'kl': answer.kl,
         'kl_per_token': answer.kl / float(answer.samples.rollout.response_mask.sum(1).mean()),
@@ -214,7 +213,7 @@ def compare(answers, baseline):
 
 
 def pair_gaps(scorer, path, *, max_length=0, append_eos=True):
-  """Gaps r_better - r_worse [n] of a data set of comparisons.
+  """Gaps r_better - r_worse [n] of a data set of comparisons, and their n prompts.
 
   Args:
     scorer: Scorer.
@@ -226,18 +225,22 @@ def pair_gaps(scorer, path, *, max_length=0, append_eos=True):
   batches = pipelines.comparison_batches(
       examples, scorer.policy.tokenizer, batch_size=min(policy_lib.BATCH, len(examples)),
       max_length=max_length or scorer.policy.model.max_length, append_eos=append_eos)
-  gaps = []
+  gaps, prompts, first = [], [], 0
   for batch, _ in batches:
     tokens, mask = (x.reshape((-1,) + x.shape[2:]) for x in (batch.tokens, batch.mask))
     scores = scorer.rows(tokens, mask).reshape(batch.ranks.shape)
-    gaps.append(scoring.pair_gaps(scores, batch))
-  return np.concatenate(gaps)
+    found, rows = scoring.pair_gaps(scores, batch)
+    gaps.append(found)
+    prompts += [examples[first + row].prompt for row in rows]
+    first += len(scores)
+  return np.concatenate(gaps), prompts
 
 
 def calibrate(scorer, path, *, append_eos=True):
   """Calibration of a reward model on held-out pairs, as a dict; see `pair_gaps`."""
-  gaps = pair_gaps(scorer, path, append_eos=append_eos)
-  return dataclasses.asdict(calibration_lib.pairwise(gaps, np.zeros_like(gaps)))
+  gaps, prompts = pair_gaps(scorer, path, append_eos=append_eos)
+  return dataclasses.asdict(
+      calibration_lib.pairwise(gaps, np.zeros_like(gaps), prompts=prompts))
 
 
 def frontier(run_folder, judge):
@@ -251,7 +254,7 @@ def frontier(run_folder, judge):
     gold = [judge(s['prompt'], s['response']) for s in samples]
     if step in kl:
       points.append({'step': step, 'kl': kl[step], 'gold': float(np.mean(gold)),
-                     'gold_se': standard_error(gold),
+                     'gold_se': intervals.standard_error(gold, [s['prompt'] for s in samples]),
                      'proxy': float(np.mean([s['score'] for s in samples]))})
   return points
 

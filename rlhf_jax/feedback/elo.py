@@ -2,8 +2,8 @@
 
 Model (Bradley and Terry 1952): a beats b with probability 1 / (1 + 10^((R_b - R_a) / 400)), so 400
 points are odds of ten to one and one unit of log-odds is 400 / ln 10 = 173.7 points. A draw counts
-as half a win for each, as in Elo's own system; that overstates the variance, so the intervals of
-matches with many draws are on the wide side.
+as half a win for each, as in Elo's own system; that overstates the variance, so the intervals that
+`ratings` gives matches with many draws are on the wide side; those of `ratings_of_outcomes` are not.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 
+from rlhf_jax import intervals
 from rlhf_jax.errors import UserError
 
 POINTS_PER_LOGIT = 400 / math.log(10)
@@ -92,6 +93,40 @@ def ratings(matches, *, anchor=None, level=1000.0, prior_draws=1.0):
     )
     for name, elo, se in zip(names, points, errors, strict=True)
   }
+
+
+def ratings_of_outcomes(outcomes, prompts, *, anchor=None, level=1000.0, prior_draws=1.0, resamples=500):
+  """Ratings of policies that answered the same prompts, with intervals from resampling prompts.
+
+  `ratings` takes all games for independent. Here games share prompts, and a policy's answer is the same in
+  its games with all others.
+
+  Args:
+    outcomes: {(first, second): [n] float, 1 where the first policy won, 0.5 at a draw, 0 where it lost}.
+    prompts: n prompts, see intervals.groups.
+    anchor, level, prior_draws: see `ratings`.
+    resamples: their number.
+
+  Returns:
+    {policy: Rating}; `se` is the deviation over resamples, `low` and `high` their 95 % percentiles.
+
+  Raises:
+    UserError: see `ratings`.
+  """
+  group = intervals.groups(prompts, len(prompts))
+  counts = np.bincount(group)
+  won = {pair: np.bincount(group, games) for pair, games in outcomes.items()}
+
+  def rate(times):
+    games = times @ counts
+    matches = [Match(*pair, times @ points, 0, games - times @ points) for pair, points in won.items()]
+    return ratings(matches, anchor=anchor, level=level, prior_draws=prior_draws)
+
+  found = rate(np.ones_like(counts))
+  drawn = [rate(times) for times in intervals.resampled(counts.size, resamples=resamples)]
+  elos = {name: [draw[name].elo for draw in drawn] for name in found}
+  return {name: Rating(rating.elo, *intervals.percentiles(elos[name]), float(np.std(elos[name])))
+          for name, rating in found.items()}
 
 
 def _wins(matches, names, prior_draws):

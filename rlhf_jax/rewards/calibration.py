@@ -9,6 +9,7 @@ import dataclasses
 
 import numpy as np
 
+from rlhf_jax import intervals
 from rlhf_jax.errors import UserError
 
 
@@ -48,12 +49,13 @@ class Calibration:
   bins: tuple[Bin, ...]
 
 
-def pairwise(chosen, rejected, *, bins=10, resamples=1000, seed=0):
+def pairwise(chosen, rejected, *, prompts=None, bins=10, resamples=1000, seed=0):
   """Accuracy and calibration of scores of pairs.
 
   Args:
     chosen: [pairs] scores of the preferred responses.
     rejected: [pairs] scores of the others.
+    prompts: of the pairs; those of one prompt are resampled together. None for all different.
     bins: number of equal bins of the confidence over [0.5, 1].
     resamples: of the bootstrap of the accuracy (percentile interval).
     seed: of the bootstrap.
@@ -74,7 +76,7 @@ def pairwise(chosen, rejected, *, bins=10, resamples=1000, seed=0):
     raise UserError('calibration: a score is not finite')
   margins = chosen - rejected
   right = margins > 0
-  low, high = bootstrap(right, resamples=resamples, seed=seed)
+  low, high = intervals.bootstrap(right, prompts, resamples=resamples, seed=seed)
   table = reliability(1 / (1 + np.exp(-np.abs(margins))), right, bins=bins)
   return Calibration(
     count=margins.size,
@@ -120,18 +122,3 @@ def expected_calibration_error(table):
   """
   total = sum(row.count for row in table)
   return sum(row.count * abs(row.accuracy - row.confidence) for row in table if row.count) / total
-
-
-def bootstrap(values, *, resamples=1000, seed=0):
-  """95 % percentile interval of the mean of [N] values, from resampling them.
-
-  See Efron 1979 (https://doi.org/10.1214/aos/1176344552).
-
-  Returns:
-    (low, high).
-  """
-  values = np.asarray(values, float)
-  rng = np.random.default_rng(seed)
-  means = [values[rng.integers(values.size, size=values.size)].mean() for _ in range(resamples)]
-  low, high = np.quantile(means, (0.025, 0.975))
-  return float(low), float(high)

@@ -30,7 +30,7 @@ def comparison_scores(params, batch, *, model):
 
 
 def pair_gaps(scores, batch):
-  """Gaps r_better - r_worse of all pairs of a batch, [n] float32."""
+  """Gaps r_better - r_worse of all pairs of a batch, [n] float32, and the row of each, [n] int."""
   ranks, present = np.asarray(batch.ranks), np.asarray(batch.present)
   better = (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]
-  return (scores[:, :, None] - scores[:, None, :])[better]
+  return (scores[:, :, None] - scores[:, None, :])[better], np.nonzero(better)[0]

@@ -61,17 +61,19 @@ def run(folder, *, reward_models, train, test, max_length, unroll):
     max_length: tokens of a row.
     unroll: layers unrolled.
   """
-  gaps = {'reward model': [], 'bag of words': [], 'shorter wins': []}
+  gaps, prompts = {'reward model': [], 'bag of words': [], 'shorter wins': []}, []
   for paths, fitted_on, tested_on in zip(reward_models, train, test):
-    gaps['reward model'].append(np.mean([
-        policies.pair_gaps(policies.Scorer.load(path, unroll=unroll), tested_on,
-                           max_length=max_length) for path in paths], axis=0))
+    found = [policies.pair_gaps(policies.Scorer.load(path, unroll=unroll), tested_on,
+                                max_length=max_length) for path in paths]
+    gaps['reward model'].append(np.mean([gaps for gaps, _ in found], axis=0))
+    prompts += found[0][1]
     gaps['bag of words'].append(bag_of_words(pairs_of(fitted_on), pairs_of(tested_on)))
     gaps['shorter wins'].append(np.array(
         [float(len(b) - len(a)) for a, b in pairs_of(tested_on)]))
   rows = []
   for name, parts in gaps.items():
-    found = calibration.pairwise(np.concatenate(parts), np.zeros(sum(map(len, parts))))
+    found = calibration.pairwise(
+        np.concatenate(parts), np.zeros(sum(map(len, parts))), prompts=prompts)
     rows.append({'stage': name, 'accuracy': round(found.accuracy, 4),
                  'interval': f'[{found.accuracy_low:.3f}, {found.accuracy_high:.3f}]',
                  'by_fold': ' '.join(f'{np.mean(part > 0):.3f}' for part in parts),

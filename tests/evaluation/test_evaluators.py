@@ -10,10 +10,12 @@ import pytest
 
 from rlhf_jax import errors
 from rlhf_jax import evaluate
+from rlhf_jax import intervals
 from rlhf_jax import train
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.algorithms import sft
+from rlhf_jax.evaluation import winrate
 from rlhf_jax.models import hf
 from rlhf_jax.rewards import scoring
 import tiny
@@ -116,6 +118,22 @@ def test_win_rate_by_numpy(world, recorded):
   assert found['win_rate/low'] < found['win_rate/rate'] < found['win_rate/high']
 
 
+def test_answers_to_one_prompt_are_one_draw(world, recorded, tmp_path):
+  """Three prompts, asked 3, 3 and 4 times."""
+  prompts = [tiny.text(i % 3, 2) for i in range(PROMPTS)]
+  config = tiny.sft(world, 'completion')
+  config.evals = blocks(world, 'prompts', 'win_rate')
+  for block in config.evals.values():
+    block.path = str(tiny.write_jsonl(
+        tmp_path / 'p.jsonl', [{'prompt': prompt, 'number': 0} for prompt in prompts]))
+  _, _, _, found = tiny.train(sft, config, 0)
+  scores = joined(recorded[-3:])[3]
+  assert found['prompts/score_se'] == pytest.approx(intervals.standard_error(scores, prompts), rel=1e-5)
+  assert found['prompts/score_se'] != pytest.approx(intervals.standard_error(scores), rel=1e-3)
+  # All draws, of three prompts.
+  assert (found['win_rate/low'], found['win_rate/high']) == winrate.wilson(1.5, 3)
+
+
 def test_text_is_of_the_same_answers(world, recorded):
   """The same prompts and keys as those that the reward function saw."""
   config = tiny.sft(world, 'completion')
@@ -151,7 +169,7 @@ def test_a_learned_scorer_and_a_stop_string(world):
 
 def test_reward_model_by_numpy(world, tmp_path):
   """Accuracy, margin, loss and ECE of pairs that are scored one at a time."""
-  pairs = [{'prompt': tiny.text(i, 2), 'chosen': tiny.text(2 * i, 3), 'rejected': tiny.text(5 * i + 1, 2)}
+  pairs = [{'prompt': tiny.text(i % 6, 2), 'chosen': tiny.text(2 * i, 3), 'rejected': tiny.text(5 * i + 1, 2)}
            for i in range(18)]
   config = tiny.reward_model(world)
   config.evals.other = {'kind': 'loss', 'path': str(tiny.write_jsonl(tmp_path / 'p.jsonl', pairs))}
@@ -166,6 +184,9 @@ def test_reward_model_by_numpy(world, tmp_path):
   gaps = np.array([score(ids(pair, 'chosen')) - score(ids(pair, 'rejected')) for pair in pairs])
   assert found['other/pairs'] == 18
   assert found['other/accuracy'] == pytest.approx(np.mean(gaps > 0))
+  interval = intervals.bootstrap(gaps > 0, [pair['prompt'] for pair in pairs])
+  assert (found['other/accuracy_low'], found['other/accuracy_high']) == interval
+  assert interval != intervals.bootstrap(gaps > 0)
   assert found['other/margin'] == pytest.approx(np.mean(gaps), abs=1e-5)
   assert found['other/loss'] == pytest.approx(np.mean(np.log1p(np.exp(-gaps))), rel=1e-4)
   confidence, ece = 1 / (1 + np.exp(-np.abs(gaps))), 0.0

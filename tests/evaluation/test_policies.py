@@ -37,14 +37,27 @@ def test_rows_and_ratings_by_hand():
   assert ratings['new'].elo == pytest.approx(1000 + 400 * math.log10(3.5 / 1.5), abs=1e-3)
 
 
+def test_errors_are_over_prompts_where_samples_share_one():
+  found = {'base': answers([0.0] * 4), 'new': answers([1, 3, 4, -4])}
+  for answer in found.values():
+    answer.samples.prompts = ['a', 'a', 'b', 'b']
+  rows, ratings = policies.compare(found, 'base')
+  # Mean 1; sums of deviations 2 and -2: sqrt(2 / 1 * (4 + 4)) / 4 = 1.
+  assert rows[1]['gold_se'] == pytest.approx(1.0)
+  # Prompt b alone wins half, prompt a all: resampling gives rates of 0.5, 0.75 and 1.
+  assert rows[1]['win_rate'] == 0.75 and rows[1]['win_high'] == 1.0
+  assert ratings['new'].low == pytest.approx(1000)  # b twice
+
+
 def test_frontier_joins_samples_and_metrics(tmp_path):
   writer = metrics.Writer(tmp_path)
   for step, kl in ((0, 0.0), (9, 2.5)):
     writer.write(step, {'objective/kl': kl})
-  writer.samples(9, [{'prompt': 'p', 'response': 'aa', 'score': 1.0},
-                     {'prompt': 'p', 'response': 'aaaa', 'score': 2.0}])
+  writer.samples(9, [{'prompt': prompt, 'response': 'a' * count, 'score': 1.5, 'paid_score': -1.0}
+                     for prompt, count in (('p', 1), ('p', 3), ('q', 4), ('q', 4))])
   writer.close()
   [point] = policies.frontier(tmp_path, lambda prompt, response: float(len(response)))
+  # As in test_intervals.py: two prompts, not four samples.
   assert point == {'step': 9, 'kl': 2.5, 'gold': 3.0, 'gold_se': 1.0, 'proxy': 1.5}
 
 

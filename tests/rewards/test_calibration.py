@@ -54,13 +54,15 @@ def test_a_calibrated_scorer_has_a_small_error():
   assert boastful.ece > 0.1
 
 
-def test_the_bootstrap_interval_is_the_binomial_one_and_repeats():
-  values = np.arange(400) < 300
-  low, high = calibration.bootstrap(values, resamples=2000)
-  # 0.75 ± 1.96 sqrt(0.75 * 0.25 / 400) = 0.75 ± 0.0424
-  assert low == pytest.approx(0.7076, abs=0.006)
-  assert high == pytest.approx(0.7924, abs=0.006)
-  assert (low, high) == calibration.bootstrap(values, resamples=2000)
+def test_pairs_of_one_prompt_are_resampled_together():
+  """K-way comparisons: the pairs of a prompt stand or fall together, so 10 prompts are 10 trials."""
+  margins = np.repeat([1.0] * 6 + [-1.0] * 4, 20)
+  alone = calibration.pairwise(margins, np.zeros(200))
+  shared = calibration.pairwise(margins, np.zeros(200), prompts=np.repeat(range(10), 20).tolist())
+  assert alone.accuracy == shared.accuracy == 0.6
+  # 1.96 sqrt(0.24 / 10) = 0.30 instead of 1.96 sqrt(0.24 / 200) = 0.07.
+  assert shared.accuracy_high - shared.accuracy_low == pytest.approx(0.6, abs=0.05)
+  assert alone.accuracy_high - alone.accuracy_low == pytest.approx(0.136, abs=0.02)
 
 
 @pytest.mark.parametrize(
