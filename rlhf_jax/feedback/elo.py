@@ -125,7 +125,8 @@ def ratings_of_outcomes(outcomes, prompts, *, anchor=None, level=1000.0, prior_d
   found = rate(np.ones_like(counts))
   drawn = [rate(times) for times in intervals.resampled(counts.size, resamples=resamples)]
   elos = {name: [draw[name].elo for draw in drawn] for name in found}
-  return {name: Rating(rating.elo, *intervals.percentiles(elos[name]), float(np.std(elos[name])))
+  return {name: rating if name == anchor else Rating(
+      rating.elo, *intervals.percentiles(elos[name]), float(np.std(elos[name])))
           for name, rating in found.items()}
 
 
