@@ -23,9 +23,10 @@ def lose_checkpoints(context):
   folder = pathlib.Path(os.environ['RUN_FOLDER']) / 'checkpoints'
 
   def evaluate(state):
-    time.sleep(2)  # until the last one is whole
-    shutil.rmtree(folder)
-    folder.write_text('')
+    if folder.is_dir():
+      time.sleep(2)  # until the last one is whole
+      shutil.rmtree(folder)
+      folder.write_text('')
     return {}
 
   return evaluate

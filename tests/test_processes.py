@@ -1,5 +1,6 @@
 """Several processes on this machine train like one that has all their devices."""
 
+import ctypes
 import functools
 import json
 import os
@@ -14,6 +15,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 import pytest
 import quick
 
@@ -265,26 +267,89 @@ def test_a_killed_process_ends_the_job_and_the_restart_ends_like_a_whole_run(num
     assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-def reward_of_one_that_fails(prompts, responses, *, response_tokens, metadata):
-  """A reward function that raises on process 1 alone."""
+def fails(prompts, responses, *, response_tokens, metadata):
+  """A reward function that fails on process 1 alone, in the way that the environment says."""
   del prompts, response_tokens, metadata
-  if os.environ['PROCESS_ID'] == '1':
+  way = os.environ['WAY_TO_FAIL'] if os.environ['PROCESS_ID'] == '1' else ''
+  if way == 'raises':
     raise ValueError('no reward today')
+  if way == 'sys.exit':
+    sys.exit(0)
+  if way == 'os._exit':
+    os._exit(0)
+  if way == 'C exit':
+    ctypes.CDLL(None)._exit(0)
+  if way == 'hangs':
+    time.sleep(600)
   return [1.0] * len(responses)
 
 
+def is_told(number):
+  """Sends a signal to the launcher, as a terminal or a scheduler does."""
+  return lambda launcher: launcher.send_signal(number)
+
+
+def loses(number, kill):
+  """Sends a signal to one process."""
+  return lambda launcher: os.kill(process_of(launcher, number), kill)
+
+
 @pytest.mark.slow
-def test_an_error_of_one_process_ends_the_job_with_its_message(wide, tmp_path):
-  """Not after minutes, in which JAX would wait for the others to end too."""
-  options = ['--config.reward.model=', '--config.reward.function=test_processes:reward_of_one_that_fails']
-  process = start(command(wide, tmp_path / 'run', {'data': 2}, *options), tmp_path / 'run', processes=2)
-  end = time.monotonic() + LIMIT
-  while 'no reward today' not in log(tmp_path / 'run'):
-    assert process.poll() is None and time.monotonic() < end, log(tmp_path / 'run')
+@pytest.mark.parametrize('way, status, said', [
+    ('raises', 1, r'\[1\] error: the reward function .*fails raised ValueError: no reward today'),
+    ('sys.exit', 1, r'\[1\] error: the reward function .*fails .*exit'),
+    ('os._exit', 1, r'\[1\] error: the reward function .*fails .*exit'),
+    ('C exit', 1, 'process 1 .of 0 to 1. ended with status 0|process 0 .of 0 to 1. '),
+    ('hangs', 1, r'\[1\] error: the reward function .*fails .*config.reward.timeout=5'),
+    (loses(0, signal.SIGKILL), 1, r'process 0 \(of 0 to 1\) was killed by signal 9'),
+    (loses(1, signal.SIGKILL), 1, r'process 1 \(of 0 to 1\) was killed by signal 9'),
+    (loses(1, signal.SIGTERM), 143, 'stopped by SIGTERM after step .*: the same command resumes'),
+    (is_told(signal.SIGTERM), 143, 'stopped by SIGTERM after step .*: the same command resumes'),
+    (is_told(signal.SIGINT), 130, 'stopped by SIGTERM after step .*: the same command resumes'),
+    (is_told(signal.SIGKILL), -9, ''),
+], ids=['raises', 'sys.exit', 'os._exit', 'C exit', 'hangs', 'kill 0', 'kill 1', 'term 1', 'term', 'ctrl-c', 'kill'])
+def test_whatever_ends_one_process_ends_all_within_a_minute(way, status, said, wide, tmp_path, monkeypatch):
+  run = tmp_path / 'run'
+  monkeypatch.setenv('WAY_TO_FAIL', way if isinstance(way, str) else '')
+  launcher = start(command(
+      wide, run, {'data': 2}, '--config.reward.model=None', '--config.reward.function=test_processes:fails',
+      '--config.reward.timeout=5.0'), run, processes=2)
+  if isinstance(way, str):
+    wait_until(launcher, run, lambda: (run / 'metrics.jsonl').exists())
+    wait_until(launcher, run, lambda: '0/150' in log(run))
+  else:
+    kill_when(launcher, run, 3, lambda: way(launcher))
+  began = time.monotonic()
+  assert launcher.wait(180) == status, log(run)
+  if not isinstance(way, str):
+    assert time.monotonic() - began < 60
+  while members(launcher):  # it was killed itself: they see that it is gone
+    assert time.monotonic() - began < 60
     time.sleep(0.1)
-  assert process.wait(60) == 1
-  assert '[1] error: the reward function reward_of_one_that_fails raised ValueError' in log(tmp_path / 'run')
-  assert 'process 1 (of 0 to 1) ended with status 1' in log(tmp_path / 'run')
+  assert re.search(said, log(run)), log(run)
+  assert not (run / 'model').exists()
+
+
+def members(launcher):
+  """The process ids that are left of a launcher's session, but for zombies."""
+  return [process.pid for process in psutil.process_iter()
+          if process.status() != psutil.STATUS_ZOMBIE and _session(process.pid) == launcher.pid
+          and process.pid != launcher.pid]
+
+
+def _session(pid):
+  try:
+    return os.getsid(pid)
+  except ProcessLookupError:
+    return None
+
+
+def wait_until(process, workdir, condition):
+  """Returns when a condition holds of a run that goes on."""
+  end = time.monotonic() + LIMIT
+  while not condition():
+    assert process.poll() is None and time.monotonic() < end, log(workdir)
+    time.sleep(0.05)
 
 
 @pytest.mark.slow
