@@ -4,6 +4,7 @@ import functools
 import json
 import pathlib
 
+import devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,7 +108,7 @@ def config_of(world, preset=''):
 
 
 def run(config, steps, shape=None):
-  mesh = sharding.make_mesh(shape or {}, devices=jax.devices()[:8 if shape else 1])
+  mesh = sharding.make_mesh(shape or {}, devices=devices.first(8 if shape else 1))
   return tiny.train(grpo, config, steps, mesh)
 
 

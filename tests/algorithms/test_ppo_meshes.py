@@ -2,6 +2,7 @@
 
 import functools
 
+import devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,7 +58,7 @@ def test_minibatches_that_do_not_divide_over_the_devices(shape, batch, minibatch
   config.rl.update({'epochs': 2, 'minibatches': minibatches})
   settings, model = ppo.Settings.of(config, (tiny.EOS,)), models.create(FAMILIES[family])
   before, expected, metrics = update(model, settings, batch, sharding.make_mesh({}, devices=jax.devices()[:1]))
-  _, found, found_metrics = update(model, settings, batch, sharding.make_mesh(shape))
+  _, found, found_metrics = update(model, settings, batch, sharding.make_mesh(shape, devices=devices.first(8)))
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, expected)
   assert max(jax.tree.leaves(moved)) > 0.02
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=5e-6), found, expected)

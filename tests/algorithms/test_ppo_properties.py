@@ -1,5 +1,6 @@
 """PPO from its config: it learns, with either critic and either kind of reward; what it carries."""
 
+import devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,7 +60,7 @@ def test_it_learns_to_use_good_words(critic, function, world):
 
 @pytest.mark.parametrize('shape, rows', [({}, 5), ({'data': 2, 'fsdp': 2, 'tensor': 2}, 8)])
 def test_a_few_rows_at_a_time_sample_the_same(shape, rows, world):
-  mesh = sharding.make_mesh(shape, devices=jax.devices()[:8 if shape else 1])
+  mesh = sharding.make_mesh(shape, devices=devices.first(8 if shape else 1))
   found = []
   with jax.set_mesh(mesh):
     for rows in (0, rows):

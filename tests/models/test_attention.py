@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -168,15 +169,15 @@ def test_rows_are_moved_for_cudnn_and_back(monkeypatch, length):
   agree([last], [attention.cudnn(*operands[:3], segments, window=0)[:, -7:]], 1e-6)
 
 
-@pytest.mark.parametrize('devices, length', [(1, 64), (1, 63), (8, 64)])
-def test_cudnn_is_called_without_a_mask(monkeypatch, devices, length):
+@pytest.mark.parametrize('count, length', [(1, 64), (1, 63), (8, 64)])
+def test_cudnn_is_called_without_a_mask(monkeypatch, count, length):
   fused = pytest.importorskip('jax._src.cudnn.fused_attention_stablehlo')
   monkeypatch.setattr(fused, 'check_cudnn_version', lambda: 91000)
   operands = draw(4, length, jnp.bfloat16)[:3]
   attend = functools.partial(attention.on_shards, functools.partial(attention.cudnn, window=0))
   loss = lambda *operands: jnp.sum(attend(*operands, one_text(length)[:4]).astype(jnp.float32))
   gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-  mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 2 if devices == 8 else 1), devices=jax.devices()[:devices])
+  mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 2 if count == 8 else 1), devices=devices.first(count))
   with jax.set_mesh(mesh):
     text = gradient.trace(*operands).lower(lowering_platforms=('cuda',)).as_text()
   for part in ('__cudnn$fmhaSoftmax(', '__cudnn$fmhaSoftmaxBackward(', 'PADDING_CAUSAL'):
@@ -188,7 +189,7 @@ def test_cudnn_is_called_without_a_mask(monkeypatch, devices, length):
     in_blocks, functools.partial(attention.splash, window=0, score_cap=0.0, interpret=True)], ids=['blocks', 'splash'])
 def test_eight_devices(small_blocks, function):
   """Rows over 'data' and 'fsdp', heads over 'tensor'; nothing has to be sent."""
-  mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
+  mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2}, devices=devices.first(8))
   segments = jnp.concatenate([ragged(40)[:3], jnp.ones((1, 40), jnp.int32)])
   operands = draw(4, 40)
   expected = results(function, *operands, segments)
@@ -220,14 +221,14 @@ def test_the_choice(monkeypatch):
   assert chosen('gpu', length=64) == 'cudnn' and chosen('gpu', dtype='float32') == 'blocks'
   for other in (dict(one_text=False), dict(sliding_window=100), dict(attn_logit_softcapping=50.0), dict(head_dim=256)):
     assert chosen('gpu', **other) == 'blocks' and chosen('gpu', length=512, **other) == 'plain'
-  with jax.set_mesh(sharding.make_mesh({'fsdp': 2, 'tensor': 4})):  # of 2 key/value heads
+  with jax.set_mesh(sharding.make_mesh({'fsdp': 2, 'tensor': 4}, devices=devices.first(8))):  # of 2 key/value heads
     assert chosen('tpu') == 'blocks'
-  with jax.set_mesh(sharding.make_mesh({'fsdp': 8})):
+  with jax.set_mesh(sharding.make_mesh({'fsdp': 8}, devices=devices.first(8))):
     assert chosen('tpu') == 'blocks' and chosen('tpu', batch=8) == 'splash'
 
 
 def test_the_platform_is_that_of_the_mesh():
-  assert sharding.platform() == 'cpu'
+  assert sharding.platform() == jax.default_backend()
   tpu = jax.sharding.AbstractMesh((1, 1, 1), sharding.AXES, abstract_device=jax.sharding.AbstractDevice('', 1, 'tpu'))
   with jax.sharding.use_abstract_mesh(tpu):
     assert sharding.platform() == 'tpu'

@@ -2,6 +2,7 @@
 
 import re
 
+import devices
 import jax
 from loops import family
 from loops import plain
@@ -19,9 +20,9 @@ from rlhf_jax.models import attention
 from rlhf_jax.rollout import sampler
 
 
-def on_mesh(shape, model, params, prompts, key, settings, devices=8, **options):
+def on_mesh(shape, model, params, prompts, key, settings, count=8, **options):
   """A rollout on some of the eight devices, and the text of its program."""
-  mesh = sharding.make_mesh(shape, devices=jax.devices()[:devices])
+  mesh = sharding.make_mesh(shape, devices=devices.first(count))
   with jax.set_mesh(mesh):
     operands = (
       jax.device_put(params, sharding.shardings(params, model.rules, mesh)),
@@ -34,11 +35,11 @@ def on_mesh(shape, model, params, prompts, key, settings, devices=8, **options):
 
 @pytest.mark.parametrize('samples', [1, 3])
 @pytest.mark.parametrize(
-  'shape, devices',
+  'shape, count',
   [({'data': 1}, 1), ({'data': 4}, 4), ({'data': 2, 'fsdp': 2, 'tensor': 2}, 8)],
   ids=str,
 )
-def test_tokens_do_not_depend_on_shards_nor_on_how_they_are_decoded(shape, devices, samples):
+def test_tokens_do_not_depend_on_shards_nor_on_how_they_are_decoded(shape, count, samples):
   """Against all prompts repeated on one device without a mesh, response by response."""
   model, params = family('llama')
   settings = sampling(20, temperature=1.3, min_new_tokens=2, stop_tokens=(7,))
@@ -51,7 +52,7 @@ def test_tokens_do_not_depend_on_shards_nor_on_how_they_are_decoded(shape, devic
     and len(np.unique(expected.tokens, axis=0)) == 8 * samples
   )
   for options in (
-    ({}, {'max_concurrent': 8}, {'gather': True}) if devices == 8 else ({}, {'max_concurrent': 8})
+    ({}, {'max_concurrent': 8}, {'gather': True}) if count == 8 else ({}, {'max_concurrent': 8})
   ):
     found, _ = on_mesh(
       shape,
@@ -60,7 +61,7 @@ def test_tokens_do_not_depend_on_shards_nor_on_how_they_are_decoded(shape, devic
       prompts(8),
       jax.random.key(6),
       settings,
-      devices,
+      count,
       samples=samples,
       **options,
     )
@@ -130,7 +131,7 @@ def test_data_shards_have_queues_of_their_own_and_wait_for_nobody(name, shape):
 
 def test_data_shards_and_attention_in_blocks(monkeypatch):
   """Which splits heads over 'tensor' by a `shard_map` inside that of the data shards."""
-  monkeypatch.setitem(attention.BLOCK, 'cpu', 4)
+  monkeypatch.setitem(attention.BLOCK, sharding.platform(), 4)
   calls = []
   monkeypatch.setattr(
     attention, 'blocks', lambda *x, plain=attention.blocks, **y: calls.append(x) or plain(*x, **y)
@@ -164,18 +165,19 @@ def test_meshes_that_cannot_do_it_are_refused_when_the_sampler_is_made(
   shape, max_concurrent, message
 ):
   model, params = family('llama')
-  with jax.set_mesh(sharding.make_mesh(shape)), pytest.raises(errors.UserError, match=message):
+  mesh = sharding.make_mesh(shape, devices=devices.first(8))
+  with jax.set_mesh(mesh), pytest.raises(errors.UserError, match=message):
     sampler.make(model, sampling(9), max_concurrent=max_concurrent)
   generate = sampler.make(
     model, sampling(9), max_concurrent=max_concurrent
   )  # There is no mesh yet.
-  with jax.set_mesh(sharding.make_mesh(shape)), pytest.raises(errors.UserError, match=message):
+  with jax.set_mesh(mesh), pytest.raises(errors.UserError, match=message):
     generate(params, prompts(8), jax.random.key(1))
 
 
 def test_parts_over_tensor_are_refused_where_loops_can_have_no_collectives(monkeypatch):
   monkeypatch.setattr(processes, 'unrolled', lambda: True)
-  with jax.set_mesh(sharding.make_mesh({'data': 4, 'tensor': 2})):
+  with jax.set_mesh(sharding.make_mesh({'data': 4, 'tensor': 2}, devices=devices.first(8))):
     sampler.make(family('llama')[0], sampling(9))
     with pytest.raises(
       errors.UserError, match='max_concurrent=4 with 2 parts of config.mesh.tensor: between CPU'
