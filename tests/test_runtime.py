@@ -1,6 +1,7 @@
 """When a process joins others, what it tells jax.distributed, and how it keeps its memory."""
 
 import json
+import os
 import pathlib
 import platform
 import subprocess
@@ -91,13 +92,19 @@ print(json.dumps([faults[0], sum(faults[1:])]))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='a matter of glibc')
-def test_freed_memory_stays_in_huge_pages():
-  def faults(keep):
-    run = subprocess.run([sys.executable, '-c', TOUCH.format(keep=keep)], capture_output=True, text=True, check=True)
+def test_freed_memory_stays_in_huge_pages_where_the_cpu_computes(tmp_path):
+  (tmp_path / 'jax_plugins').mkdir()  # as JAX for CUDA has it
+
+  def faults(keep, **environment):
+    run = subprocess.run([sys.executable, '-c', TOUCH.format(keep=keep)], capture_output=True, text=True, check=True,
+                         env=os.environ | environment)
     return json.loads(run.stdout)
 
   pages = 2**26 // 4096
   assert faults(False)[1] > pages
+  assert faults(True, JAX_PLATFORMS='cuda,cpu')[1] > pages
+  path = os.pathsep.join([str(tmp_path), *sys.path])
+  assert faults(True, JAX_PLATFORMS='', PYTHONPATH=path)[1] > pages
   first, later = faults(True)
   assert later < 100
   if '[never]' not in HUGE_PAGES.read_text():
