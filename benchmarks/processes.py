@@ -9,6 +9,9 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+# glibc keeps what is freed, in one arena of huge pages.
+ALLOCATOR = {'MALLOC_TRIM_THRESHOLD_': str(2**30), 'MALLOC_MMAP_THRESHOLD_': str(2**30), 'MALLOC_ARENA_MAX': '1',
+             'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,17 +59,18 @@ def python(venv, venvs):
 
 
 def environment(device, threads):
-  """Environment of every peer: threads, glibc told to keep what is freed and to use huge pages, no network, no preallocation.
+  """Environment of every peer: threads, no network, no preallocation; on a CPU, glibc told to keep what is freed.
 
   The allocator's settings are those `rlhf_jax.runtime.keep_memory` makes for us, and help all peers on a
-  CPU: with glibc's own they spend a third of their time on pages that the kernel zeroes again and again.
+  CPU: with glibc's own they spend a third of their time on pages that the kernel zeroes again and again. Where
+  an accelerator computes they do not: the threads that compile for it wait for each other in one arena.
   """
-  return os.environ | {
+  allocator = ALLOCATOR if device == 'cpu' else {}
+  return os.environ | allocator | {
       'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': '1', 'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false',
       'OMP_NUM_THREADS': str(threads), 'JAX_PLATFORMS': {'gpu': 'cuda'}.get(device, device),
       'CUDA_VISIBLE_DEVICES': os.environ.get('CUDA_VISIBLE_DEVICES', '0') if device == 'gpu' else '',
-      'XLA_PYTHON_CLIENT_PREALLOCATE': 'false', 'MALLOC_TRIM_THRESHOLD_': str(2**30),
-      'MALLOC_MMAP_THRESHOLD_': str(2**30), 'MALLOC_ARENA_MAX': '1', 'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
+      'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
 
 
 class Process:

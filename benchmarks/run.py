@@ -7,11 +7,12 @@ ours-hydra (that, and the upper half of the layers trained), ours-lora (that, an
 easydel, hf (transformers alone: generation, and a forward and backward pass). The first one named is what the
 others are compared with.
 
-Each peer is a process in a virtual environment of its own, which `benchmarks/install.sh PEER` makes. All are
-started, then each runs an iteration in turn, again and again; the first turn, in which programs are compiled,
-is told apart. Between them two large matrix products and copies measure what the machine can do. `--runs`
-repeats all of it with new processes. Where the peers do not fit into memory at once, `--apart` has one at a
-time, from its start to its end: then they take turns only from run to run.
+Each peer is a process in a virtual environment of its own, which `benchmarks/install.sh PEER` makes; where it
+cannot, VENVS/PEER/bin/python may be a script that calls any Python with the peer's packages. All are started,
+then each runs an iteration in turn, again and again; the first turn, in which programs are compiled, is told
+apart. Between them two large matrix products and copies measure what the machine can do. `--runs` repeats all
+of it with new processes. Where the peers do not fit into memory at once, `--apart` has one at a time, from its
+start to its end: then they take turns only from run to run.
 
 Prints a table; writes OUT/WORKLOAD-DEVICE.json, .txt and .png.
 
@@ -68,9 +69,11 @@ def take_turns(running, limits, rounds):
   Returns:
     {name: run as results.py wants it}, and the measurements of the machine.
   """
-  runs = {name: {'about': peer.about, 'first': peer.turn(), 'iterations': [], 'splits': []}
-          for name, peer in running.items()}
-  measured = []
+  runs, measured = {}, []
+  for name, peer in running.items():
+    runs[name] = {'about': peer.about, 'first': peer.turn(), 'iterations': [], 'splits': []}
+    seconds = sum(runs[name]['first']['parts'].values())
+    print(f'{name}: set up in {peer.about["setup"]:.0f} s, first iteration in {seconds:.0f} s', flush=True)
   for _ in range(rounds):
     measured += [limit.turn() for limit in limits]
     for name, peer in running.items():
@@ -121,16 +124,18 @@ def measure(names, w, out):
   runs = {name: [run[name] for run, _ in done] for name in names}
   rows = {name: results.summarize(runs[name], runs[name][0]['about'], w, limit, way=processes.PEERS[name].way,
                                   device=FLAGS.device) for name in names}
-  return {'workload': json.loads(w.to_json()), 'machine': machine(), 'limits': limit,
+  return {'workload': json.loads(w.to_json()), 'machine': machine() | {'card': limits[0].about['note']}, 'limits': limit,
           'flops': workloads.flops(w), 'summary': rows, 'ratios': results.ratios(rows, names[0]), 'runs': runs,
           'measured_limits': measured}
 
 
 def notes(result):
   """Lines below the table: limits, versions, what a reader has to know about the peers."""
-  limit = result['limits']
-  lines = [f'{result["machine"]["cpu"]}, {FLAGS.threads} threads: matmul {limit["matmul"] / 1e9:.0f} GFLOP/s, '
-           f'copy {limit["copy"] / 1e9:.1f} GB/s. Medians of {FLAGS.runs} x {FLAGS.iterations} iterations.']
+  limit, about = result['limits'], result['machine']
+  chip = f'{about["cpu"]}, {about["threads"]} threads' if about['device'] == 'cpu' else about['card']
+  runs = next(iter(result['runs'].values()))
+  lines = [f'{chip}: matmul {limit["matmul"] / 1e9:.0f} GFLOP/s, copy {limit["copy"] / 1e9:.1f} GB/s. '
+           f'Medians of {len(runs)} x {len(runs[0]["iterations"])} iterations.']
   for name, runs in result['runs'].items():
     about = runs[0]['about']
     versions = ', '.join(f'{package} {version}' for package, version in about['versions'].items())

@@ -42,6 +42,13 @@ def torch_programs(device, threads):
   return (lambda: (torch.matmul(a, a, out=c), wait())), (lambda: (y.copy_(x), wait()))
 
 
+def kind(library, device):
+  """What computes, by its maker's name: 'NVIDIA H200'; 'cpu' on CPUs."""
+  if library == 'jax':
+    return importlib.import_module('jax').devices()[0].device_kind
+  return device if device == 'cpu' else importlib.import_module('torch').cuda.get_device_name()
+
+
 def best(program):
   """Seconds of the fastest of a few calls."""
   times = []
@@ -62,7 +69,7 @@ def main():
   rows, size = SIZES[options.device]
   for program in programs:
     program()
-  turns.ready(protocol.versions(options.library))
+  turns.ready(protocol.versions(options.library), note=kind(options.library, options.device))
   while True:
     turns.wait()
     matmul, copy = map(best, programs)

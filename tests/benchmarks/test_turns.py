@@ -1,12 +1,14 @@
 """A whole conversation with our own peer, on a miniature workload."""
 
 import pathlib
+import re
 import sys
 
 import pytest
 
 from benchmarks import processes
 from benchmarks import results
+from benchmarks import run
 from benchmarks import workloads
 
 W = workloads.Workload('tiny', 2, 16, 2, 32, 40, 5, 4, 8)
@@ -18,21 +20,22 @@ def start(module, tmp_path, *options):
 
 
 @pytest.mark.parametrize('way', ['separate', 'hydra'])
-def test_ours_takes_turns(tmp_path, monkeypatch, way):
+def test_ours_takes_turns(tmp_path, monkeypatch, capsys, way):
   monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
+  name = 'ours' if way == 'separate' else f'ours-{way}'
   peer = start('ours', tmp_path, '--way', way)
   try:
-    first = peer.turn()
-    iterations = [peer.turn() for _ in range(2)]
-    split = peer.turn('split'), peer.turn('split')
+    runs, _ = run.take_turns({name: peer}, [], 2)
   finally:
     peer.end()
+  assert re.search(rf'^{name}: set up in \d+ s, first iteration in \d+ s$', capsys.readouterr().out, re.MULTILINE)
+  timed = runs[name]
+  first, iterations = timed['first'], timed['iterations']
   assert 'jax' in peer.about['versions']
   for report in (first, *iterations):
     assert set(report['parts']) == set(workloads.PARTS) and min(report['parts'].values()) > 0
     assert report['peak'] > 2**20 and report['device_peak'] is None
-  run = {'first': first, 'iterations': iterations, 'splits': split[1:]}
-  row = results.summarize([run], peer.about, W, {'matmul': 1e9, 'copy': 1e9}, way=way, device='cpu')
+  row = results.summarize([timed], peer.about, W, {'matmul': 1e9, 'copy': 1e9}, way=way, device='cpu')
   assert row['total'] > 0 and row['compile'] > 0
   assert row['total'] == pytest.approx(sum(map(sum, (r['parts'].values() for r in iterations))) / 2)
 
@@ -55,6 +58,13 @@ def test_a_peer_that_is_not_installed(tmp_path):
   assert processes.python('', tmp_path) == sys.executable
 
 
+def test_the_allocator_is_told_to_keep_memory_where_the_cpu_computes(monkeypatch):
+  for name in processes.ALLOCATOR:
+    monkeypatch.delenv(name, raising=False)
+  assert processes.ALLOCATOR.items() <= processes.environment('cpu', 2).items()
+  assert not processes.ALLOCATOR.keys() & processes.environment('gpu', 2).keys()
+
+
 def test_every_peer_has_its_script():
   folder = pathlib.Path(processes.__file__).parent / 'peers'
   assert all((folder / f'{peer.module}.py').exists() for peer in processes.PEERS.values())
@@ -65,3 +75,14 @@ def test_limits_are_measured(tmp_path):
   report = peer.turn()
   peer.end()
   assert report['matmul'] > 1e9 and report['copy'] > 1e8
+  assert peer.about['note'] == 'cpu'
+
+
+@pytest.mark.parametrize('device, name', [('gpu', 'NVIDIA H200'), ('cpu', 'Xeon, 2 threads')])
+def test_the_table_names_what_computed(device, name):
+  about = {'versions': {'jax': '1.0'}, 'note': ''}
+  result = {'limits': {'matmul': 7e14, 'copy': 4e12}, 'summary': {'ours': {'others': {}}},
+            'machine': {'device': device, 'cpu': 'Xeon', 'threads': 2, 'card': 'NVIDIA H200'},
+            'runs': {'ours': [{'about': about, 'iterations': [{}, {}]}] * 3}}
+  assert run.notes(result) == [
+      f'{name}: matmul 700000 GFLOP/s, copy 4000.0 GB/s. Medians of 3 x 2 iterations.', 'ours: jax 1.0']
