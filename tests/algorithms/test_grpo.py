@@ -119,7 +119,7 @@ def test_presets_train(preset, world):
   learner, state, history, _ = run(config, 2)
   assert set(state.params) == {'policy'}
   for metrics in history:
-    assert all(np.isfinite(value) for value in metrics.values())
+    assert all(np.isfinite(value).all() for value in metrics.values())
     np.testing.assert_allclose(metrics['policy/first_ratio'], 1.0, rtol=0, atol=1e-6)
     assert (abs(metrics['policy/ratio'] - 1) > 1e-6) == (config.rl.minibatches > 1)
     assert ('objective/kl' in metrics) == (config.rl.kl_coef > 0)

@@ -155,13 +155,13 @@ def test_the_first_panels_are_those_people_look_for(tmp_path):
 
 
 def test_the_curves_of_ppo_that_papers_show(tmp_path):
-  names = ['scores', 'kl', 'kl_coef', 'entropy', 'kl_per_token', 'rlhf_reward']
+  names = ['scores', 'paid_scores', 'kl', 'kl_coef', 'entropy', 'kl_per_token', 'rlhf_reward', 'scores_std', 'kl_se']
   names = [f'objective/{name}' for name in names]
   names += ['policy/entropy', 'policy/loss', 'policy/approxkl', 'value/loss', 'returns/var', 'aaa']
   records = [dict.fromkeys(names, 1.0) | {'step': i} for i in range(3)]
   text = report.write(tmp_path / 'r.html', title='t', metrics={'ppo': records}).read_text()
   labels = re.findall(r'aria-label="([^"]*)"', text)
-  assert set(names[:4]) <= set(labels)
+  assert set(names[:5]) <= set(labels)
 
 
 def test_the_report_of_stages(tmp_path):
