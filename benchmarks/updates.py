@@ -36,7 +36,6 @@ def make_config(w, changes, device='cpu'):
   config.sampling.max_new_tokens = w.response
   config.sampling.temperature = 1.0
   config.model.init = {'family': 'gpt2', **w.gpt2}
-  config.model.unroll = w.layers if device == 'cpu' else 1
   config.model.dtype = 'float32' if device == 'cpu' else 'bfloat16'
   config.optim.learning_rate = workloads.LEARNING_RATE
   config.rl.update({

@@ -39,7 +39,7 @@ def get_config(arg=None):
           tuple(f'$workdir/reward_{k}_{i}/model' for i in range(arg.models)) for k in folds),
       'train': tuple(f'$workdir/folds/train_{k}.jsonl' for k in folds),
       'test': tuple(f'$workdir/folds/test_{k}.jsonl' for k in folds),
-      'max_length': LENGTH, 'unroll': 2})
+      'max_length': LENGTH})
   return config
 
 

@@ -63,8 +63,6 @@ SMALL = BOOKS | {
     'query': 32, 'prompt': 32, 'start': ' .', 'end': ' .', 'truncate_at': ' .', 'reward_lr': 1e-3,
     'lr': 3e-4, 'batch': 128, 'steps': 150, 'kl_horizon': 600.0,
 }
-UNROLL = 3
-
 
 def get_config(arg=None):
   """Arguments: debug (seconds), seed, task, small, data, model, labels."""
@@ -92,8 +90,7 @@ def published(arg):
   config.queries = queries(task, path=arg.data, tokenizer=arg.model, held_out=512)
   config.samples = ml_collections.ConfigDict({
       'function': 'rlhf_jax.feedback.collect:sample', 'policy': arg.model,
-      'prompts': '$workdir/queries/prompts.jsonl', 'count': 256, **answers(task), 'unroll': 1,
-      'seed': None})
+      'prompts': '$workdir/queries/prompts.jsonl', 'count': 256, **answers(task), 'seed': None})
   config.reward_model = reward_model(task, model=arg.model, labels=arg.labels,
                                      samples='$workdir/samples/samples.jsonl')
   config.reward_model.data.held_out = 0.02
@@ -121,7 +118,7 @@ def small(arg):
       'function': 'rlhf_jax.feedback.collect:best_of', 'policy': '$workdir/pretrain',
       'prompts': '$workdir/queries/prompts.jsonl', 'count': 1_500, 'held_out': 200,
       'completions': 4, 'samples': 12, **answers(SMALL), **gold, 'annotator_count': 5,
-      'annotator_temperature': 0.05, 'label_noise': 0.05, 'disagreement': 0.02, 'unroll': UNROLL,
+      'annotator_temperature': 0.05, 'label_noise': 0.05, 'disagreement': 0.02,
       'seed': None})
   config.reward_model = reward_model(SMALL, model='$workdir/pretrain/model',
                                      labels='$workdir/labels/labels.jsonl',
@@ -130,8 +127,6 @@ def small(arg):
       'held_out_path': '$workdir/labels/held_out.jsonl', 'epochs': 2.0})
   config.reward_model.preference.token_dropout = 0.2
   config.ppo = ppo(SMALL, model='$workdir/pretrain/model')
-  for stage in (config.reward_model, config.ppo):
-    stage.model.unroll = UNROLL
   config.evaluate = ml_collections.ConfigDict({
       'function': 'rlhf_jax.evaluation.policies:run',
       'title': 'lm-human-preferences: sentiment, small',
@@ -143,7 +138,7 @@ def small(arg):
       'reward_model': '$workdir/reward_model/model',
       'comparisons': '$workdir/labels/held_out.jsonl',
       'prompts': '$workdir/queries/held_out.jsonl', 'samples': 512, **answers(SMALL), **gold,
-      'unroll': UNROLL, 'curves': ('pretrain', 'reward_model', 'ppo'), 'seed': None})
+      'curves': ('pretrain', 'reward_model', 'ppo'), 'seed': None})
   return config
 
 
@@ -167,10 +162,9 @@ def pretrain():
   stage.seed = None
   stage.tokenizer = '$workdir/text/tokenizer'
   stage.model.init = ml_collections.ConfigDict({
-      'family': 'llama', 'hidden_size': 128, 'intermediate_size': 384, 'num_hidden_layers': UNROLL,
+      'family': 'llama', 'hidden_size': 128, 'intermediate_size': 384, 'num_hidden_layers': 3,
       'num_attention_heads': 4, 'num_key_value_heads': 4, 'max_position_embeddings': 128,
       'tie_word_embeddings': True, 'rms_norm_eps': 1e-5})
-  stage.model.unroll = UNROLL
   stage.data.update({'path': '$workdir/text/documents.jsonl', 'max_length': 112, 'held_out': 0.02})
   stage.batch_size, stage.data.epochs, stage.evals.held_out.every = 12, 1.0, 100
   stage.optim.update({'learning_rate': 2e-3, 'schedule': 'cosine', 'warmup_steps': 20,

@@ -23,8 +23,6 @@ from rlhf_jax.algorithms import ppo as ppo_lib
 from rlhf_jax.algorithms import reward_model as reward_model_lib
 from rlhf_jax.algorithms import sft as sft_lib
 
-UNROLL = 4
-
 
 def get_config(arg=None):
   """Arguments: debug (seconds), seed, grpo (in place of PPO), lora (adapters of policy and critic), bf16."""
@@ -47,7 +45,7 @@ def get_config(arg=None):
       'pairs': 8_000, 'held_out': 500, 'max_new_tokens': 36, 'temperature': 1.0,
       'gold': 'rlhf_jax.tasks.reviews:gold_score',
       'annotator_count': 5, 'annotator_temperature': 0.5, 'label_noise': 0.05,
-      'disagreement': 0.3, 'unroll': UNROLL, 'seed': None,
+      'disagreement': 0.3, 'seed': None,
   })
   config.reward_model = reward_model()
   config[rl] = grpo() if arg.grpo else ppo()
@@ -65,7 +63,7 @@ def get_config(arg=None):
       'prompts': '$workdir/world/eval_prompts.jsonl', 'samples': 512,
       'max_new_tokens': 36, 'temperature': 1.0,
       'gold': 'rlhf_jax.tasks.reviews:gold_score', 'gold_path': '',
-      'unroll': UNROLL, 'curves': ('pretrain', 'sft', 'reward_model', rl), 'seed': None,
+      'curves': ('pretrain', 'sft', 'reward_model', rl), 'seed': None,
   })
   if arg.lora:
     adapters(config[rl])
@@ -81,7 +79,6 @@ def base(stage, model):
   """What the stages that train have in common."""
   stage.seed = None
   stage.tokenizer = '$workdir/world/tokenizer'
-  stage.model.unroll = UNROLL
   stage.model.path = model
   stage.optim.clip_norm = 1.0
   stage.log_every, stage.checkpoint_every = 5, 100

@@ -22,7 +22,6 @@ from rlhf_jax.algorithms import build
 from rlhf_jax.algorithms import sft
 from rlhf_jax.tasks import random_walks
 
-LAYERS = random_walks.MODEL['n_layer']
 LENGTH = random_walks.MAX_LENGTH - 1
 # What differs from `common` of each algorithm. PPO: trlX's settings, but for minibatches of 70 and 70,
 # not 100 and 40, and a learning rate that falls to 0: with trlX's constant one seeds 0 to 2 of the
@@ -56,7 +55,7 @@ def get_config(arg=None):
       'baseline': 'pretrained', 'trained': name, 'best_of': 0, 'reward_model': '',
       'comparisons': '', 'prompts': '$workdir/world/prompts.jsonl', 'samples': 5_000,
       'max_new_tokens': LENGTH, 'temperature': 1.0,
-      'gold': 'rlhf_jax.tasks.random_walks:optimality', 'gold_path': '', 'unroll': LAYERS,
+      'gold': 'rlhf_jax.tasks.random_walks:optimality', 'gold_path': '',
       'curves': stages[1:-1], 'seed': None})
   if arg.debug:
     debug(config, name)
@@ -69,7 +68,6 @@ def pretrain():
   stage.seed = None
   stage.tokenizer = '$workdir/world/tokenizer'
   stage.model.init = ml_collections.ConfigDict(random_walks.MODEL)
-  stage.model.unroll = LAYERS
   stage.data.update({'path': '$workdir/world/texts.jsonl',
                      'held_out_path': '$workdir/world/walks.jsonl', 'max_length': 44})
   stage.batch_size, stage.data.epochs, stage.evals.held_out.every = 32, 3.0, 50
@@ -84,12 +82,11 @@ def train(algorithm, model):
   stage = build.load(algorithm).config(PRESETS.get(algorithm, ''))
   stage.seed = None
   stage.model.path = model
-  stage.model.unroll = LAYERS
   stage.data.update({'path': '$workdir/world/prompts.jsonl', 'max_prompt_length': 1})
   stage.reward.function = 'rlhf_jax.tasks.random_walks:reward'
   stage.sampling.max_new_tokens = LENGTH
   stage.batch_size, stage.steps = 140, 20
-  stage.rl.update({'epochs': 4, 'kl_coef': 0.0, 'length_buckets': 1})
+  stage.rl.update({'epochs': 4, 'kl_coef': 0.0})
   stage.optim.update({'learning_rate': 3e-4, 'schedule': 'linear'})
   stage.samples_every = 5
   stage.update_from_flattened_dict(SETTINGS.get(algorithm, {}))

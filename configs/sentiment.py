@@ -21,7 +21,6 @@ from rlhf_jax.algorithms import ppo as ppo_lib
 from rlhf_jax.algorithms import reward_model as reward_model_lib
 from rlhf_jax.algorithms import sft as sft_lib
 
-UNROLL = 3
 LENGTH = 64
 RESPONSE = 28
 
@@ -41,7 +40,7 @@ def get_config(arg=None):
   config.samples = ml_collections.ConfigDict({
       'function': 'rlhf_jax.feedback.collect:sample', 'policy': '$workdir/pretrain',
       'prompts': '$workdir/split/prompts.jsonl', 'count': 512, 'max_new_tokens': RESPONSE,
-      'temperature': 1.0, 'unroll': UNROLL, 'seed': None})
+      'temperature': 1.0, 'seed': None})
   config.reward_model = reward_model()
   config.ppo = ppo()
   config.evaluate = ml_collections.ConfigDict({
@@ -56,7 +55,7 @@ def get_config(arg=None):
       'prompts': '$workdir/split/prompts.jsonl', 'samples': 512,
       'max_new_tokens': RESPONSE, 'temperature': 1.0,
       'gold': 'rlhf_jax.tasks.polarity:sentiment', 'gold_path': '$workdir/split/judge.jsonl',
-      'unroll': UNROLL, 'curves': ('pretrain', 'reward_model', 'ppo'), 'seed': None})
+      'curves': ('pretrain', 'reward_model', 'ppo'), 'seed': None})
   if arg.debug:
     debug(config)
   return config
@@ -67,7 +66,6 @@ def base(stage, model):
   stage.seed = None
   stage.tokenizer = '$workdir/split/tokenizer'
   stage.model.path = model
-  stage.model.unroll = UNROLL
   stage.optim.clip_norm = 1.0
   stage.log_every, stage.checkpoint_every = 5, 100
   return stage

@@ -29,7 +29,6 @@ def get_config(arg=None):
   ppo = ppo_lib.config('trlx')
   ppo.seed = None
   ppo.model.path = arg.model
-  ppo.model.unroll = 5
   ppo.data.update({'path': '$workdir/prompts/prompts.jsonl', 'max_prompt_length': 24})
   ppo.reward.function = 'rlhf_jax.tasks.stories:direct_speech'
   ppo.sampling.max_new_tokens = 128
@@ -48,7 +47,7 @@ def get_config(arg=None):
       'baseline': 'base', 'trained': 'ppo', 'best_of': 0, 'reward_model': '',
       'comparisons': '', 'prompts': '$workdir/prompts/prompts.jsonl', 'samples': 512,
       'max_new_tokens': 128, 'temperature': 1.0,
-      'gold': 'rlhf_jax.tasks.stories:direct_speech_of', 'gold_path': '', 'unroll': 5,
+      'gold': 'rlhf_jax.tasks.stories:direct_speech_of', 'gold_path': '',
       'curves': ('ppo',), 'seed': None,
   })
   if arg.debug:

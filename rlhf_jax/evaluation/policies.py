@@ -43,8 +43,8 @@ class Answers:
 
 
 def run(folder, *, title, summary, workdir, policies, baseline, trained, best_of, reward_model,
-        comparisons, prompts, samples, max_new_tokens, temperature, gold, gold_path, unroll,
-        curves, seed, truncate_at=None, truncate_after=0):
+        comparisons, prompts, samples, max_new_tokens, temperature, gold, gold_path, curves, seed,
+        truncate_at=None, truncate_after=0):
   """Evaluates policies, prints the table and writes results.json and workdir/report.html.
 
   Args:
@@ -67,7 +67,6 @@ def run(folder, *, title, summary, workdir, policies, baseline, trained, best_of
     gold: 'package.module:function': (prompt, response) -> float, or with `gold_path` a function
       of that path which returns one.
     gold_path: data that the gold function is made from, or ''.
-    unroll: layers unrolled while sampling.
     curves: names of the stages whose learning curves the report shows.
     seed: of the samples.
     truncate_at: see policy.TextPolicy.sample; comparisons are then scored without an EOS.
@@ -75,8 +74,8 @@ def run(folder, *, title, summary, workdir, policies, baseline, trained, best_of
   """
   policies = dict(policies)
   judge = functions.load_gold(gold, gold_path)
-  loaded = {name: policy_lib.TextPolicy.load(path, unroll=unroll) for name, path in policies.items()}
-  scorer = Scorer.load(reward_model, unroll=unroll) if reward_model else None
+  loaded = {name: policy_lib.TextPolicy.load(path) for name, path in policies.items()}
+  scorer = Scorer.load(reward_model) if reward_model else None
   examples, _ = formats.prompts(sources.read(prompts))
   questions = [examples[i % len(examples)].prompt for i in range(samples)]
   answers = ask(loaded, questions, scorer, judge, jax.random.key(seed), baseline=baseline,
@@ -151,9 +150,9 @@ class Scorer:
   policy: policy_lib.TextPolicy
 
   @classmethod
-  def load(cls, path, *, unroll):
+  def load(cls, path):
     """From a Hugging Face folder of a sequence classifier with one label."""
-    model, params = hf.load_reward(path, unroll=unroll)
+    model, params = hf.load_reward(path, unroll=None)
     return cls(policy_lib.TextPolicy(model, params, tokenizers.load(path)))
 
   def __call__(self, rollout):

@@ -15,7 +15,7 @@ from rlhf_jax.rewards import functions
 
 
 def run(folder, *, policy, prompts, pairs, held_out, max_new_tokens, temperature, gold,
-        annotator_count, annotator_temperature, label_noise, disagreement, unroll, seed):
+        annotator_count, annotator_temperature, label_noise, disagreement, seed):
   """Samples pairs of answers, has them labelled, and writes both splits of the comparisons.
 
   Writes comparisons.jsonl and held_out.jsonl ({"prompt", "chosen", "rejected", "annotator",
@@ -35,14 +35,13 @@ def run(folder, *, policy, prompts, pairs, held_out, max_new_tokens, temperature
     annotator_temperature: likewise.
     label_noise: likewise.
     disagreement: likewise.
-    unroll: layers unrolled while sampling.
     seed: of samples and annotators.
   """
   records = sources.read(prompts)
   examples, _ = formats.prompts(records)
   total = pairs + held_out
   questions = [examples[i % len(examples)].prompt for i in range(total)]
-  asked = policy_lib.TextPolicy.load(policy, unroll=unroll)
+  asked = policy_lib.TextPolicy.load(policy)
   samples = asked.sample(questions, jax.random.key(seed), max_new_tokens=max_new_tokens,
                          temperature=temperature, samples=2)
   first, second = samples.responses[::2], samples.responses[1::2]
@@ -63,7 +62,7 @@ def run(folder, *, policy, prompts, pairs, held_out, max_new_tokens, temperature
 
 def best_of(folder, *, policy, prompts, count, held_out, completions, samples, max_new_tokens,
             temperature, truncate_at, truncate_after, gold, gold_path, annotator_count,
-            annotator_temperature, label_noise, disagreement, unroll, seed):
+            annotator_temperature, label_noise, disagreement, seed):
   """Has the best of several answers to each prompt picked, as lm-human-preferences does.
 
   Only answers that end with `truncate_at` are shown, as in Ziegler et al. 2019
@@ -92,7 +91,6 @@ def best_of(folder, *, policy, prompts, count, held_out, completions, samples, m
     annotator_temperature: likewise.
     label_noise: likewise.
     disagreement: likewise.
-    unroll: layers unrolled while sampling.
     seed: of samples and annotators.
 
   Raises:
@@ -100,7 +98,7 @@ def best_of(folder, *, policy, prompts, count, held_out, completions, samples, m
   """
   examples, _ = formats.prompts(sources.read(prompts))
   examples = examples[:count]
-  asked = policy_lib.TextPolicy.load(policy, unroll=unroll)
+  asked = policy_lib.TextPolicy.load(policy)
   answers = asked.sample(
       [example.prompt for example in examples], jax.random.key(seed), samples=samples,
       max_new_tokens=max_new_tokens, temperature=temperature, truncate_at=truncate_at,
@@ -126,7 +124,7 @@ def best_of(folder, *, policy, prompts, count, held_out, completions, samples, m
       zip(answers.prompts[::samples], answers.responses[::samples]) if text.strip()])
 
 
-def sample(folder, *, policy, prompts, count, max_new_tokens, temperature, unroll, seed,
+def sample(folder, *, policy, prompts, count, max_new_tokens, temperature, seed,
            truncate_at=None, truncate_after=0):
   """Writes samples.jsonl: a policy's answers, {"prompt", "completion"}, to normalize scores on.
 
@@ -137,13 +135,12 @@ def sample(folder, *, policy, prompts, count, max_new_tokens, temperature, unrol
     count: answers.
     max_new_tokens: of an answer.
     temperature: of sampling.
-    unroll: layers unrolled while sampling.
     seed: of the samples.
     truncate_at: see policy.TextPolicy.sample.
     truncate_after: likewise.
   """
   examples, _ = formats.prompts(sources.read(prompts))
-  asked = policy_lib.TextPolicy.load(policy, unroll=unroll)
+  asked = policy_lib.TextPolicy.load(policy)
   samples = asked.sample(
       [examples[i % len(examples)].prompt for i in range(count)], jax.random.key(seed),
       max_new_tokens=max_new_tokens, temperature=temperature, truncate_at=truncate_at,

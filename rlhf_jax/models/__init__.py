@@ -36,7 +36,7 @@ def create(fields, *, dtype='float32', remat='none', unroll=1):
   for name, value, options in (('family', family, FAMILIES), ('dtype', dtype, DTYPES), ('remat', remat, stack.REMAT)):
     if value not in options:
       raise UserError(f'model: {name}={value!r} is not supported; choose from {sorted(options)}')
-  if unroll < 1:
-    raise UserError(f'model: unroll={unroll} must be at least 1')
+  if unroll is not None and unroll < 1:
+    raise UserError(f'model: unroll={unroll} must be at least 1, or None')
   config = FAMILIES[family].Config.from_hf(fields)
   return CLASSES[family](family, config, dtype, remat, unroll)

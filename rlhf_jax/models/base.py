@@ -28,14 +28,14 @@ class Base:
     dtype: of the computation, 'float32' or 'bfloat16'; softmax and norms are float32 always.
     remat: 'none', 'block' (recompute each block in the backward pass) or 'dots' (keep the
       outputs of its matmuls).
-    unroll: layers unrolled in a scan; more is faster and compiles longer.
+    unroll: layers unrolled in a scan; None: see stack.unrolled.
     lora: adapters its parameters hold, or None.
   """
   family: str
   config: Any
   dtype: str = 'float32'
   remat: str = 'none'
-  unroll: int = 1
+  unroll: int | None = 1
   lora: lora_lib.Lora | None = None
   encoder_decoder = False
 

@@ -26,6 +26,9 @@ REMAT = {
     'block': jax.checkpoint_policies.nothing_saveable,
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+# The deepest stack that is unrolled where nobody says. Steps take 0.5 to 0.9 of the time; to compile PPO takes
+# 3 seconds longer with 12 layers, and 30 with 24.
+UNROLLED = 12
 
 
 @functools.lru_cache(maxsize=None)
@@ -96,6 +99,11 @@ def unstack(params):
   return tuple(structure.unflatten(layer) for layer in zip(*split))
 
 
+def unrolled(depth):
+  """Layers of a stack that are unrolled where nobody says: on CPUs all of up to `UNROLLED`, else one."""
+  return depth if sharding.platform() == 'cpu' and depth <= UNROLLED else 1
+
+
 def scan(build_block, params, apply, carry, *, first=0, remat='none', unroll=1):
   """Applies blocks one after another.
 
@@ -106,7 +114,7 @@ def scan(build_block, params, apply, carry, *, first=0, remat='none', unroll=1):
     carry: (x [B, T, D], memory); memory is any pytree.
     first: number of the first of these layers.
     remat: a name in REMAT.
-    unroll: layers unrolled in the scan.
+    unroll: layers unrolled in the scan; None: see `unrolled`.
 
   Returns:
     The carry after the last block.
@@ -125,7 +133,7 @@ def scan(build_block, params, apply, carry, *, first=0, remat='none', unroll=1):
     x, memory = apply(build_block(params), layer, *carry)
     return (sharding.split_rows(x), memory), None
 
-  unroll = min(unroll, depth)
+  unroll = min(unroll or unrolled(depth), depth)
   if remat != 'none':
     block = jax.checkpoint(block, policy=REMAT[remat], prevent_cse=False)
     # The loop keeps the recomputation apart from the first pass; without one XLA merges the two.

@@ -42,7 +42,7 @@ class Model(base.Writer):
 
   @property
   def _unrolled(self):
-    return self.unroll >= self.config.depth
+    return (self.unroll or stack.unrolled(self.config.depth)) >= self.config.depth
 
   def init_cache(self, batch, length, *, unstacked=False):
     """An empty cache for `length` tokens a row.

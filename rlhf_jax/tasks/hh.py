@@ -50,7 +50,7 @@ def last_turns(prompt, count):
   return '\n\n' + '\n\n'.join(pieces[starts[-count]:]) if len(starts) > count else prompt
 
 
-def run(folder, *, reward_models, train, test, max_length, unroll):
+def run(folder, *, reward_models, train, test, max_length):
   """Scores every fold's test pairs by its own model; prints and writes results.json.
 
   Args:
@@ -59,12 +59,10 @@ def run(folder, *, reward_models, train, test, max_length, unroll):
     train: per fold, comparisons the baseline is fitted on.
     test: per fold, comparisons nothing was fitted on.
     max_length: tokens of a row.
-    unroll: layers unrolled.
   """
   gaps, prompts = {'reward model': [], 'bag of words': [], 'shorter wins': []}, []
   for paths, fitted_on, tested_on in zip(reward_models, train, test):
-    found = [policies.pair_gaps(policies.Scorer.load(path, unroll=unroll), tested_on,
-                                max_length=max_length) for path in paths]
+    found = [policies.pair_gaps(policies.Scorer.load(path), tested_on, max_length=max_length) for path in paths]
     gaps['reward model'].append(np.mean([gaps for gaps, _ in found], axis=0))
     prompts += found[0][1]
     gaps['bag of words'].append(bag_of_words(pairs_of(fitted_on), pairs_of(tested_on)))

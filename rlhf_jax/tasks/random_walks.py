@@ -179,7 +179,7 @@ def measure(path, *, samples=5_000, seed=0):
     samples: walks, a multiple of 20.
     seed: of the samples.
   """
-  policy = policy_lib.TextPolicy.load(path, unroll=MODEL['n_layer'])
+  policy = policy_lib.TextPolicy.load(path)
   sampled, error = sampled_optimality(policy, jax.random.key(seed), samples)
   greedy, _ = sampled_optimality(policy, jax.random.key(seed), NODES - 1, temperature=0.0)
   return {'sampled': sampled, 'standard_error': error, 'greedy': greedy}

@@ -26,7 +26,7 @@ def best_of(folder, world, **changes):
       policy=str(world / 'model'), prompts=str(world / 'prompts.jsonl'), count=20, held_out=3,
       completions=2, samples=24, max_new_tokens=12, temperature=1.0, truncate_at=END,
       truncate_after=2, gold=f'{__name__}:words', gold_path='', annotator_count=2,
-      annotator_temperature=0.0, label_noise=0.0, disagreement=0.0, unroll=1, seed=0)
+      annotator_temperature=0.0, label_noise=0.0, disagreement=0.0, seed=0)
   collect.best_of(folder, **(settings | changes))
 
 

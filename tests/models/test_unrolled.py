@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax import models
+from rlhf_jax import sharding
+from rlhf_jax.models import stack
 from rlhf_jax.models import trainable
 from rlhf_jax.rollout import decode
 from rlhf_jax.rollout import sampling
@@ -89,3 +92,12 @@ def test_rollouts(built, top):
   found = generate(params, Prompts(tokens, mask), jax.random.key(3), model=unrolled)
   np.testing.assert_array_equal(found.tokens, wanted.tokens)
   agree(found.logprobs, wanted.logprobs)
+
+
+@pytest.mark.parametrize('platform, depth, layers', [
+    ('cpu', 2, 2), ('cpu', stack.UNROLLED, stack.UNROLLED), ('cpu', stack.UNROLLED + 1, 1), ('tpu', 2, 1), ('gpu', 2, 1)])
+def test_layers_are_unrolled_by_platform_and_depth(platform, depth, layers, monkeypatch):
+  monkeypatch.setattr(sharding, 'platform', lambda: platform)
+  model = models.create(FIELDS['llama'] | {'num_hidden_layers': depth}, unroll=None)
+  loops = re.findall(r'scan\[|while\[', str(jax.make_jaxpr(lambda params: states(model, params))(model.shapes())))
+  assert len(loops) == (layers == 1)
