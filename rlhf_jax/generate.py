@@ -29,8 +29,8 @@ def main(argv):
   """Prints prompt and response, samples parted by a line."""
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
-  runtime.configure()
   try:
+    runtime.configure()
     policy = policy_lib.TextPolicy.load(_MODEL.value)
     samples = policy.sample(
         _PROMPT.value, jax.random.key(_SEED.value), max_new_tokens=_MAX_NEW_TOKENS.value,

@@ -17,6 +17,7 @@ from rlhf_jax import checkpoint
 from rlhf_jax import errors
 from rlhf_jax import logprobs
 from rlhf_jax import models
+from rlhf_jax import runtime
 from rlhf_jax import types
 from rlhf_jax.data import tokenizers
 from rlhf_jax.models import hf
@@ -61,22 +62,21 @@ class TextPolicy:
       tokenizers.respond_apart(self.tokenizer)
 
   @classmethod
-  def load(cls, path, *, unroll=1):
+  def load(cls, path):
     """From a Hugging Face folder, a finished run, or the newest checkpoint of an unfinished one.
 
     Raises:
       UserError: there is nothing to load.
     """
     path = pathlib.Path(path)
-    if (path / 'model').is_dir():
-      path = path / 'model'
-    if not (path / 'checkpoints').is_dir():
-      return cls(*hf.load(path, unroll=unroll), tokenizers.load(path))
+    runtime.keep_programs()
+    if (path / 'model').is_dir() or not (path / 'checkpoints').is_dir():
+      return cls(*hf.load(path, unroll=None), tokenizers.load(path))
     fields = json.loads((path / 'model.json').read_text())
     name = fields.pop('name')
     if name != 'policy':
       raise errors.UserError(f'{path} trains a {name} model, which generates no text')
-    model, params = models.create(fields, unroll=unroll), checkpoint.load_params(path, name)
+    model, params = models.create(fields, unroll=None), checkpoint.load_params(path, name)
     config = json.loads((path / 'config.json').read_text())['model']
     if config['lora']['targets'] or config['lora']['path'] or config['unfrozen_layers'] is not None:
       params = _with_frozen(path, config, model, params)

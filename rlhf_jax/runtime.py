@@ -11,6 +11,7 @@ import traceback
 
 from absl import logging
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from rlhf_jax import errors
 
@@ -19,19 +20,41 @@ HEARTBEAT_SECONDS = 50  # after which a process that is gone ends the others
 
 
 def configure():
-  """Joins the other processes of a cluster, and keeps compiled programs for the next start.
+  """Joins the other processes of a cluster, and sets memory, compilation cache and devices up.
 
-  Also keeps freed memory in the process, see `keep_memory`.
+  Raises:
+    UserError: the other processes or the devices cannot be had.
   """
   if logging.get_verbosity() < logging.DEBUG:
     quiet()
   threading.excepthook = thread_raised
   keep_memory()
   join()
-  if jax.config.jax_compilation_cache_dir is None:
-    cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME', pathlib.Path.home() / '.cache'))
-    jax.config.update('jax_compilation_cache_dir', str(cache / 'rlhf_jax' / 'xla'))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)  # by default 1: a run has many small programs
+  keep_programs()
+  check_devices()
+
+
+def keep_programs():
+  """Keeps compiled programs on disk for the next start, unless JAX has been told where to keep them."""
+  if jax.config.jax_compilation_cache_dir is not None:
+    return
+  cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME', pathlib.Path.home() / '.cache'))
+  jax.config.update('jax_compilation_cache_dir', str(cache / 'rlhf_jax' / 'xla'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)  # by default 1: a run has many small programs
+  compilation_cache.reset_cache()  # the first program that was compiled, if any, has settled that there is none
+
+
+def check_devices():
+  """Raises UserError, with what to do, where JAX finds no devices."""
+  try:
+    jax.device_count()
+  except (RuntimeError, AssertionError) as error:  # an AssertionError for a platform without its plugin
+    wanted = os.environ.get('JAX_PLATFORMS')
+    reason = (str(error) or 'JAX has no support for it installed').splitlines()[0]
+    raise errors.UserError(
+        f'there are no devices for JAX_PLATFORMS={wanted or ""}: {reason}. '
+        + ('Unset it to take the devices that there are, or install' if wanted else 'Install')
+        + ' JAX for yours: pip install -e ".[cuda]" or ".[tpu]"') from error
 
 
 def quiet():

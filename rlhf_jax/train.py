@@ -16,6 +16,7 @@ from rlhf_jax import identity
 from rlhf_jax import interrupts
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax import processes
+from rlhf_jax import runtime
 from rlhf_jax import sharding
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.algorithms import build
@@ -37,6 +38,7 @@ def run(config, workdir, *, fork_of=None):
     UserError: bad input, or the run in `workdir` has another config; with the remedy.
     Interrupted: SIGTERM or Ctrl-C; the state is saved.
   """
+  runtime.keep_programs()
   build.validate(config, jax.device_count())
   began = time.perf_counter()
   with contextlib.ExitStack() as held:

@@ -75,6 +75,45 @@ def test_a_coordinator_that_is_named(joined, monkeypatch):
     runtime.join()
 
 
+# Prints where programs are kept, and how many are there after a run of a model from Python.
+FROM_PYTHON = """
+import os, pathlib, sys
+sys.path.insert(0, {tests!r})
+import jax, jax.numpy as jnp
+jax.jit(lambda x: x + 1)(jnp.zeros(2))  # a program before, as a notebook may have
+from rlhf_jax import policy
+policy.TextPolicy.load({model!r}).sample(['w1'], jax.random.key(0), max_new_tokens=2)
+folder = jax.config.jax_compilation_cache_dir
+print(folder, len(os.listdir(folder)))
+"""
+
+
+def test_programs_are_kept_from_python_too(world, tmp_path):
+  code = FROM_PYTHON.format(tests=str(pathlib.Path(__file__).parent), model=f'{world}/model')
+  environment = os.environ | {'XLA_FLAGS': '', 'XDG_CACHE_HOME': f'{tmp_path}'}
+  del environment['JAX_COMPILATION_CACHE_DIR']
+  run = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True, check=True)
+  folder, count = run.stdout.split()
+  assert folder == f'{tmp_path}/rlhf_jax/xla' and int(count) > 0
+
+
+def test_programs_stay_where_jax_was_told_to_keep_them(monkeypatch, tmp_path):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  before = jax.config.jax_compilation_cache_dir
+  runtime.keep_programs()
+  assert jax.config.jax_compilation_cache_dir == before and list(tmp_path.iterdir()) == []
+
+
+def test_devices_that_are_not_there(tmp_path):
+  run = subprocess.run(
+      [sys.executable, '-m', 'rlhf_jax.main', '--config=configs/quickstart.py', f'--workdir={tmp_path}/run'],
+      env=os.environ | {'JAX_PLATFORMS': 'cuda'}, capture_output=True, text=True, check=False)
+  assert run.returncode == 1 and run.stderr.startswith('error: ') and run.stderr.count('\n') == 1, run.stderr
+  assert run.stderr.startswith('error: there are no devices for JAX_PLATFORMS=cuda: '), run.stderr
+  assert 'Unset it' in run.stderr and 'pip install -e ".[cuda]"' in run.stderr
+  assert not (tmp_path / 'run').exists()
+
+
 HUGE_PAGES = pathlib.Path('/sys/kernel/mm/transparent_hugepage/enabled')
 # Touches 64 MiB eight times, each time freed, and prints page faults of the first time and of all others.
 TOUCH = """

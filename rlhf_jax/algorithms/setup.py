@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from rlhf_jax import errors
+from rlhf_jax import folders
 from rlhf_jax import models
 from rlhf_jax import optim
 from rlhf_jax import sharding
@@ -107,7 +108,7 @@ def is_reward_model(path):
   Raises:
     UserError: there is no readable config.json.
   """
-  names = hf_files.read_json(os.path.join(path, 'config.json')).get('architectures')
+  names = hf_files.read_json(folders.model(path) / 'config.json').get('architectures')
   return isinstance(names, list) and str(names[0] if names else '').endswith('ForSequenceClassification')
 
 

@@ -34,6 +34,7 @@ import numpy as np
 import tokenizers as hf_tokenizers
 import transformers
 
+from rlhf_jax import folders
 from rlhf_jax.data import progress
 from rlhf_jax.errors import UserError
 
@@ -46,7 +47,7 @@ def load(path: str) -> transformers.PreTrainedTokenizerFast:
   """Loads a tokenizer from a local folder and makes sure that it has EOS and padding tokens.
 
   Args:
-    path: folder with tokenizer.json, or GPT-2's vocab.json and merges.txt.
+    path: folder with tokenizer.json, or GPT-2's vocab.json and merges.txt; or of a finished run.
 
   Returns:
     A tokenizer with `pad_token_id` and `eos_token_id`. Without a padding token of its own it
@@ -56,7 +57,7 @@ def load(path: str) -> transformers.PreTrainedTokenizerFast:
   Raises:
     UserError: there is no such folder, no tokenizer in it, or no EOS token.
   """
-  path = os.fspath(path)
+  path = os.fspath(folders.model(path))
   if not os.path.isdir(path):
     raise UserError(f'{path}: no such folder. A tokenizer is a folder with tokenizer.json in it '
                     '(or vocab.json and merges.txt).')

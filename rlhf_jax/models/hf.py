@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 import numpy as np
 
+from rlhf_jax import folders
 from rlhf_jax import models
 from rlhf_jax import processes
 from rlhf_jax import sharding
@@ -39,7 +40,7 @@ def load(path, *, mesh=None, dtype='float32', remat='none', unroll=1, param_dtyp
   """Reads a causal language model.
 
   Args:
-    path: folder with config.json and safetensors files.
+    path: folder with config.json and safetensors files, or of a finished run.
     mesh: where the parameters go, by the family's rules; None: the default device.
     dtype, remat, unroll: of the Model.
     param_dtype: of the parameters.
@@ -142,6 +143,7 @@ def _model(path, **settings):
 
 def _open(path, **settings):
   """The Model of a folder as its tensors want it, its family's file, and the hf_files.Tensors."""
+  path = folders.model(path)
   model = _model(path, **settings)
   module = FAMILIES[model.family]
   tensors = hf_files.Tensors(path, prefix=module.PREFIX)
