@@ -10,6 +10,7 @@ import functools
 import jax.numpy as jnp
 
 from rlhf_jax import advantages
+from rlhf_jax import config as config_lib
 from rlhf_jax import experience
 from rlhf_jax import update
 from rlhf_jax.algorithms import on_policy
@@ -20,10 +21,9 @@ validate = on_policy_config.validate
 
 def config(preset=''):
   """The keys that on-policy algorithms share; one pass over each rollout, no presets."""
-  assert not preset
   found = on_policy_config.config('my_reinforce', on_policy_config.Settings)
   found.rl.epochs = 1
-  return found
+  return config_lib.apply_preset(found, {}, preset)
 
 
 def prepare(outputs, fixed, *, state, rollout, scores, settings):

@@ -5,17 +5,23 @@ is None is absent. Configs stop at `create` of an algorithm: library functions t
 """
 
 import ast
+import importlib.util
 import re
 
 import ml_collections
 from ml_collections.config_dict import placeholder
 
+from rlhf_jax import config_keys
 from rlhf_jax import errors
 from rlhf_jax import optim
+from rlhf_jax.errors import need
 
 # How an evaluator samples, where neither it nor `config.sampling` says so; temperature 0 is greedy.
 SAMPLING = {'max_new_tokens': 32, 'temperature': 1.0, 'top_k': None, 'top_p': 1.0,
             'min_new_tokens': 0, 'stop': (), 'truncate_at': None, 'truncate_after': 0}
+EVALUATOR_TYPES = dict(kind=str, every=int, function=str, path=str, split=str, columns=str, count=int, batch_size=int)
+# Of setup.py's extra.
+WANDB = 'wandb>=0.31.0,<0.32'
 
 # What a file of data can be read as; see data/files.py.
 FORMATS = ('jsonl', 'json', 'csv', 'tsv', 'parquet', 'text')
@@ -28,8 +34,8 @@ def common(algorithm):
     algorithm: name of a module in rlhf_jax/algorithms, or the dotted path of another.
   """
   return ml_collections.ConfigDict({
-      'algorithm': algorithm,
-      'seed': 0,
+      'algorithm': algorithm,   # module in rlhf_jax/algorithms, or dotted path of another
+      'seed': 0,                # of parameters, data and samples; a stage's None: the pipeline's
       'steps': placeholder(int),    # train steps; or set data.epochs
       'batch_size': 32,         # examples of a step over all devices; responses where they are sampled
       'microbatch_size': placeholder(int),  # examples of one forward and backward pass; None: all
@@ -38,9 +44,9 @@ def common(algorithm):
           'path': placeholder(str),     # Hugging Face folder; None: a new model of `init`
           'init': {},           # config.json fields of a new model; vocab_size may be left out
           'dtype': 'float32',   # of the computation
-          'param_dtype': 'float32',
+          'param_dtype': 'float32',     # of the weights
           'remat': 'none',      # or recompute in the backward pass: 'block', or 'dots' all but matmuls
-          'unroll': 1,          # layers unrolled in the compiled loop; more is faster on CPUs
+          'unroll': placeholder(int),   # layers unrolled in the compiled loop; None: all of few on CPUs, else 1
           'unfrozen_layers': placeholder(int),  # train the last k layers only; None: all
           'lora': {
               'targets': (),    # ((regex on a linear map's path, rank, alpha), ...); none: no adapters
@@ -56,23 +62,25 @@ def common(algorithm):
       },
       'optim': {
           'name': 'adam',       # 'adam' or 'tf_adam'
-          'learning_rate': 1e-3,
+          'learning_rate': 1e-3,    # its peak
           'schedule': 'constant',   # 'constant', 'linear' or 'cosine', the last two to 0
-          'warmup_steps': 0,
-          'b1': 0.9, 'b2': 0.999, 'eps': 1e-8,
+          'warmup_steps': 0,    # optimizer steps of linear growth from 0
+          'b1': 0.9,            # decay of Adam's first moment
+          'b2': 0.999,          # decay of its second
+          'eps': 1e-8,          # Adam's
           'master_dtype': 'float32',    # of the weights that updates add up in, if param_dtype differs
           'moment_dtype': 'float32',    # of the first moment
           'ema': placeholder(float),    # decay a step of a moving average of the weights, then exported
-          'weight_decay': 0.0,
-          'clip_norm': placeholder(float),
+          'weight_decay': 0.0,  # of matrices, as in AdamW
+          'clip_norm': placeholder(float),  # norm of all gradients above which they are scaled down
       },
-      'log_every': 1,
+      'log_every': 1,           # steps
       'evals': {},              # {name: keys of an evaluator}; see `evaluator`
       'checkpoint_every': placeholder(int),     # steps; None: by the clock, and at the end
       'checkpoint_minutes': 10.0,   # between checkpoints, whatever checkpoint_every says; None: no clock
-      'keep_checkpoints': 2,
+      'keep_checkpoints': 2,    # the newest
       'samples_every': placeholder(int),    # steps between the sampled texts in samples.jsonl
-      'wandb_project': placeholder(str),
+      'wandb_project': placeholder(str),    # Weights & Biases project to log to as well
   })
 
 
@@ -80,7 +88,7 @@ def data():
   """Keys of a data set, a dict."""
   return {
       'path': placeholder(str),     # file, folder, hub name, or tfds:NAME
-      'split': placeholder(str),
+      'split': placeholder(str),    # of a hub or tfds data set, or of a folder; None: train
       'columns': placeholder(str),  # 'prompt=question,completion=answer' where yours differ
       'format': placeholder(str),   # of the files, one of FORMATS; None: by their suffix
       'separator': '\n',        # between two texts of a plain text file
@@ -132,6 +140,8 @@ def evaluator(name, block):
   unknown = sorted(block.keys() - found.keys())
   need(not unknown, f'config.evals.{name}.{unknown and unknown[0]} is no key of kind={kind!r}, '
        f'which has {", ".join(found)}')
+  for key in block:
+    config_keys.check_value(block[key], EVALUATOR_TYPES.get(key), f'config.evals.{name}.{key}', optional=key != 'batch_size')
   found |= block | {'kind': kind}
   return ml_collections.ConfigDict(found)
 
@@ -148,23 +158,37 @@ def validate_evals(evals):
     unknown = sorted(set(block.sampling) - set(SAMPLING))
     need(not unknown, f'config.{key}sampling has {unknown}: its keys are {", ".join(SAMPLING)}')
     settings = SAMPLING | dict(block.sampling)
+    for option, value in settings.items():
+      kind = {'top_k': int, 'truncate_at': str}.get(option, type(SAMPLING[option]))
+      config_keys.check_value(value, kind, f'config.{key}sampling.{option}', optional=SAMPLING[option] is None)
     for name in ('max_new_tokens', 'top_p'):
       need(settings[name] > 0, f'config.{key}sampling.{name}={settings[name]} must be positive')
     need(settings['temperature'] >= 0, f'config.{key}sampling.temperature='
          f'{settings["temperature"]} must be 0 or positive')
 
 
+def refuse_evals(evals, kinds, reason):
+  """Raises UserError where `config.evals` has an evaluator of one of `kinds`, which the algorithm cannot run."""
+  for name, block in evals.items():
+    kind = evaluator(name, block).kind
+    need(kind not in kinds, f'config.evals.{name}.kind={kind!r} needs {reason}')
+
+
 def apply_preset(config, presets, name):
-  """Changes a config as a preset says.
+  """Locks a config, and changes it as a preset says.
 
   Args:
     config: ConfigDict.
     presets: {name: {dotted key: value}}.
     name: of one; '' for none.
 
+  Returns:
+    The same ConfigDict.
+
   Raises:
     UserError: there is no such preset.
   """
+  config_keys.lock(config)
   if not name:
     return config
   if name not in presets:
@@ -218,12 +242,6 @@ def need_argument(arg, key, what):
   need(arg[key], f'this config needs the argument {key}, {what}: --config=FILE:{key}=...')
 
 
-def need(condition, message):
-  """Raises UserError with a message unless the condition holds."""
-  if not condition:
-    raise errors.UserError(message)
-
-
 def one_of(config, key, choices):
   """Raises UserError unless the value of a dotted key is one of the choices."""
   value = config
@@ -258,8 +276,10 @@ def validate(config, device_count):
        f'set exactly one of config.steps (now {config.steps}) and config.data.epochs (now '
        f'{config.data.epochs}), to a positive number')
   need(config.batch_size > 0, f'config.batch_size={config.batch_size} must be positive')
+  need(config.seed >= 0, f'config.seed={config.seed} must be 0 or positive')
   one_of(config, 'optim.name', optim.OPTIMIZERS)
   one_of(config, 'optim.schedule', optim.SCHEDULES)
+  one_of(config, 'model.remat', ('none', 'block', 'dots'))
   for key in ('model.dtype', 'model.param_dtype', 'optim.master_dtype', 'optim.moment_dtype'):
     one_of(config, key, ('float32', 'bfloat16'))
   top = config.model.unfrozen_layers
@@ -279,7 +299,13 @@ def validate(config, device_count):
   need(config.log_every > 0, f'config.log_every={config.log_every} must be positive')
   optional_positive(
       config, '', ('checkpoint_every', 'checkpoint_minutes', 'samples_every', 'microbatch_size'))
-  optional_positive(config.optim, 'optim.', ('clip_norm',))
+  optional_positive(config.optim, 'optim.', ('clip_norm', 'eps'))
+  optional_positive(config.model, 'model.', ('unroll',))
+  for key in ('b1', 'b2'):
+    need(0 <= config.optim[key] < 1, f'config.optim.{key}={config.optim[key]} must be in [0, 1)')
+  need(not config.wandb_project or importlib.util.find_spec('wandb'),
+       f"config.wandb_project={config.wandb_project!r} needs wandb: pip install '{WANDB}', or in a checkout "
+       'pip install -e ".[wandb]"; or leave it at None')
   validate_evals(config.evals)
   if 'held_out' in config.data:
     held_out, path = config.data.held_out, config.data.held_out_path

@@ -23,6 +23,12 @@ class DataError(UserError):
   """A record cannot be read; the message names file, line and field."""
 
 
+def need(condition, message):
+  """Raises UserError with a message unless the condition holds."""
+  if not condition:
+    raise UserError(message)
+
+
 class Interrupted(KeyboardInterrupt):
   """The run was asked to stop, by SIGTERM or Ctrl-C, and can be resumed; no `except Exception` holds it up.
 

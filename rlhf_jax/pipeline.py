@@ -18,9 +18,11 @@ import time
 import jax
 import ml_collections
 
+from rlhf_jax import config_keys
 from rlhf_jax import errors
 from rlhf_jax import identity
 from rlhf_jax import processes
+from rlhf_jax import runtime
 from rlhf_jax import train
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.algorithms import build
@@ -41,6 +43,7 @@ def run(config, workdir, *, fork_of=None):
     UserError: a stage is unknown, its input is bad, or it has begun with another config.
     Interrupted: see train.run.
   """
+  runtime.keep_programs()
   stages = {name: resolve(config[name], workdir, config.seed) for name in chosen(config)}
   for name, stage in stages.items():  # a mistake in the last is found before the first runs
     check(name, stage)
@@ -174,12 +177,16 @@ def check(name, stage):
     raise errors.UserError(
         f'stage {name}: config.{name}.function={stage.function!r} cannot be loaded ({error}): '
         "it has to be 'package.module:name' of a function") from error
+  config_keys.check_finite(arguments, f'stage {name}: config.{name}')
+  signature = inspect.signature(function)
   try:
-    inspect.signature(function).bind(None, **arguments)
+    signature.bind(None, **arguments)
   except TypeError as error:
+    names = list(signature.parameters)[1:]
+    hints = [config_keys.did_you_mean(key, names) for key in arguments if key not in names]
     raise errors.UserError(
         f'stage {name}: {stage.function} cannot be called with the keys of config.{name} '
-        f'({error}): they have to be its arguments') from error
+        f'({error}): they must be its arguments. {" ".join(hints[:1])}'.rstrip()) from error
 
 
 def called(stage):

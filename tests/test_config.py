@@ -9,9 +9,11 @@ import ml_collections
 import pytest
 
 from rlhf_jax import config as config_lib
+from rlhf_jax import config_keys
 from rlhf_jax import errors
 from rlhf_jax import pipeline
 from rlhf_jax.algorithms import build
+from rlhf_jax.algorithms import effects
 from rlhf_jax.algorithms import ppo
 
 CONFIGS = sorted((pathlib.Path(__file__).resolve().parents[1] / 'configs').glob('*.py'))
@@ -75,10 +77,17 @@ def complete(config, path):
   if path.stem not in BASES:
     return
   for key, value in GIVEN.items():
-    if key.partition('.')[0] in config:
+    block = key.partition('.')[0]
+    if block in config and (block != 'ptx' or config.rl.ptx_coef):
       config.update_from_flattened_dict({key: value})
   if config.get('ptx') and config.rl.ptx_coef:
     config.ptx.batch_size = config.batch_size
+
+
+def valid(config, devices):
+  """A run's config is valid, and has no key without effect."""
+  build.validate(config, devices)
+  assert effects.without(config, build.load(config.algorithm).config()) == []
 
 
 def check_stages(config, folder):
@@ -90,7 +99,7 @@ def check_stages(config, folder):
     assert stage.get('seed', 0) >= 0  # the pipeline's, or one of its own
     assert '$' not in str(stage.to_dict())
     if 'algorithm' in stage:
-      build.validate(stage, 1)
+      valid(stage, 1)
     else:
       pipeline.check(name, stage)
 
@@ -105,7 +114,7 @@ def test_configs_build_and_every_stage_is_valid(path, arg, tmp_path):
   if 'stages' in config:
     check_stages(config, tmp_path)
   else:  # a run by itself, on as many devices as its mesh needs at least
-    build.validate(config, math.prod(max(size, 1) for size in dict(config.mesh).values()))
+    valid(config, math.prod(max(size, 1) for size in dict(config.mesh).values()))
   with pytest.raises(errors.UserError, match='this config takes: debug, seed'):
     module.get_config('no_such_argument=1')
 
@@ -127,7 +136,7 @@ def test_base_configs_take_every_preset(name, preset):
   path = CONFIGS[0].with_name(f'{name}.py')
   config = imported(path).get_config(f'preset={preset}')
   complete(config, path)
-  build.validate(config, 1)
+  valid(config, 1)
   expected = dict(build.load(name).PRESETS[preset])
   assert dict(config.rl) == dict(build.load(name).config(preset).rl)
   for key in ('optim.learning_rate', 'sampling.temperature', 'batch_size'):
@@ -191,6 +200,16 @@ def test_folders_must_be_given(name):
 # Contradictions.
 
 
+def changed(config, changes):
+  """A config with some dotted keys set, also those that it does not have."""
+  with config.unlocked(), config.ignore_type():
+    for key, value in changes.items():
+      *blocks, name = key.split('.')
+      block = functools.reduce(lambda block, part: block[part], blocks, config)
+      block[name] = ml_collections.ConfigDict(value) if isinstance(value, dict) else value
+  return config
+
+
 def good(algorithm):
   """The smallest valid config."""
   config = build.load(algorithm).config()
@@ -203,7 +222,7 @@ def good(algorithm):
 @pytest.mark.parametrize('algorithm', ALGORITHMS)
 @pytest.mark.parametrize('devices', [1, 8])
 def test_defaults_are_valid(algorithm, devices):
-  build.validate(good(algorithm), devices)
+  valid(good(algorithm), devices)
 
 
 @pytest.mark.parametrize('preset', ppo.PRESETS)
@@ -212,7 +231,7 @@ def test_presets_are_valid(preset):
   config.update(data={'path': 'p'}, model={'path': 'm'}, reward={'model': 'r'}, steps=1)
   if config.rl.ptx_coef:
     config.ptx.update({'path': 'p', 'batch_size': 8})
-  build.validate(config, 8)
+  valid(config, 8)
 
 
 BAD = [
@@ -222,6 +241,21 @@ BAD = [
     ({'data.epochs': 1.0}, 'set exactly one of config.steps (now 10) and config.data.epochs (now 1.0)'),
     ({'steps': -5}, 'set exactly one of config.steps (now -5) and config.data.epochs (now None)'),
     ({'batch_size': 0}, 'config.batch_size=0 must be positive'),
+    ({'batch_size': True}, 'config.batch_size=True must be a whole number'),
+    ({'batch_size': None}, 'config.batch_size=None must be a whole number'),
+    ({'steps': True}, 'config.steps=True must be a whole number, or None'),
+    ({'seed': -1}, 'config.seed=-1 must be 0 or positive'),
+    ({'optim': {'learning_rat': 1.0}}, "config.optim has no key 'learning_rat'. Did you mean 'learning_rate'?"),
+    ({'optim': {'name': 'adam'}}, "config.optim lacks the key 'b1': take the config from the config() of its"),
+    ({'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1, 'model': 2}}, "config.mesh has no key 'model'. The keys are data"),
+    ({'optim.learning_rate': math.inf}, 'config.optim.learning_rate=inf must be a finite number'),
+    ({'data.epochs': math.nan}, 'config.data.epochs=nan must be a finite number, or None'),
+    ({'model.init': {'rope_theta': math.nan}}, 'config.model.init.rope_theta=nan must be a finite number'),
+    ({'model.lora.targets': (('up', 1, math.inf),)}, 'config.model.lora.targets=inf must be a finite number'),
+    ({'optim.b1': 1.0}, 'config.optim.b1=1.0 must be in [0, 1)'),
+    ({'optim.eps': 0.0}, 'config.optim.eps=0.0 must be positive'),
+    ({'model.remat': 'all'}, "config.model.remat='all' must be one of none, block, dots"),
+    ({'model.unroll': 0}, 'config.model.unroll=0 must be positive, or None'),
     ({'optim.name': 'sgd'}, "config.optim.name='sgd' must be one of adam, tf_adam"),
     ({'optim.schedule': 'step'}, "config.optim.schedule='step' must be one of constant, "),
     ({'optim.learning_rate': -1.0}, 'config.optim.learning_rate=-1.0 must be 0 or positive'),
@@ -265,9 +299,12 @@ BAD = [
 ]
 BAD_REWARD_MODEL = [
     ({'data.kind': 'text'}, "config.data.kind='text' must be one of comparison"),
+    ({'evals': {'text': {'path': 'p'}}}, "config.evals.text.kind='text' needs an algorithm that trains a policy"),
     ({'preference.loss': 'hinge'}, "config.preference.loss='hinge' must be one of pairwise, pick_best"),
     ({'preference.normalize': 'all'}, "config.preference.normalize='all' must be one of none, gain_bias"),
     ({'preference.token_dropout': 1.0}, 'config.preference.token_dropout=1.0 must be in [0, 1)'),
+    ({'preference.label_smoothing': -0.1}, 'config.preference.label_smoothing=-0.1 must be in [0, 1)'),
+    ({'preference.centering': -1.0}, 'config.preference.centering=-1.0 must be 0 or positive'),
     ({'microbatch_size': 3}, 'config.microbatch_size=3 does not divide config.batch_size=32'),
 ]
 PARTS = {'reward.function': None}
@@ -278,6 +315,12 @@ BAD_EVALS = [
     ({'x': {'kind': 'bleu'}}, "config.evals.x.kind='bleu' must be one of loss, prompts, win_rate, text; or"),
     ({'text': {'evry': 1}}, "config.evals.text.evry is no key of kind='text', which has kind, every, path"),
     ({'mine': {'function': 'f:g', 'path': 'p'}}, "config.evals.mine.path is no key of kind='function'"),
+    ({'held_out': {'kind': 'loss', 'every': True}}, 'config.evals.held_out.every=True must be a whole number, or None'),
+    ({'text': {'path': 'p', 'every': 1.5}}, 'config.evals.text.every=1.5 must be a whole number, or None'),
+    ({'text': {'path': 'p', 'sampling': {'temperature': math.nan}}},
+     'config.evals.text.sampling.temperature=nan must be a finite number'),
+    ({'prompts': {'path': 'p', 'reward': {'modle': 'm'}}},
+     "config.evals.prompts.reward has no key 'modle'. Did you mean 'model'?"),
     ({'text': {}}, 'config.evals.text.path is empty: name a data set of prompts'),
     ({'prompts': {'path': 'p'}}, 'set exactly one of config.evals.prompts.reward.model, config.evals.prompts.reward.models'),
     ({'win_rate': PROMPTS | {'count': 0}}, 'config.evals.win_rate.count=0 must be positive, or None'),
@@ -290,6 +333,12 @@ BAD_EVALS = [
 ]
 PTX = {'rl.ptx_coef': 1.0, 'ptx.batch_size': 8, 'ptx.path': 'p'}
 BAD_ON_POLICY = [
+    ({'rl.kl_coef': -0.1}, 'config.rl.kl_coef=-0.1 must be 0 or positive'),
+    ({'rl.kl_coef': math.nan}, 'config.rl.kl_coef=nan must be a finite number'),
+    ({'rl.missing_eos_value': -math.inf}, 'config.rl.missing_eos_value=-inf must be a finite number'),
+    ({'rl.epochs': True}, 'config.rl.epochs=True must be a whole number'),
+    ({'data.held_out_path': 'x'}, "config.data has no key 'held_out_path'"),
+    ({'evals': {'x': {'kind': 'loss'}}}, "config.evals.x.kind='loss' needs an algorithm with a held-out loss"),
     ({'rl.clip_low': 2.0}, 'config.rl.clip_low=2.0 must be in [0, 1]'),
     ({'rl.dual_clip': 0.5}, 'config.rl.dual_clip=0.5 must be above 1, or None'),
     ({'rl.clip_scores': -1.0}, 'config.rl.clip_scores=-1.0 must be positive, or None'),
@@ -322,7 +371,7 @@ BAD_ON_POLICY = [
      'set exactly one of config.reward.parts.a.model, config.reward.parts.a.models and '
      'config.reward.parts.a.function (now none)'),
     (PARTS | {'reward.parts': {'a': {'modle': 'x'}}},
-     'config.reward.parts.a has no key modle: its keys are weight, '),
+     "config.reward.parts.a has no key 'modle'. Did you mean 'model'?"),
     (PARTS | {'reward.parts': {'a': {'model': 'x', 'weight': math.nan}}},
      'config.reward.parts.a.weight=nan must be a finite number'),
     (PARTS | {'reward.parts': {'a': {'models': ('x', 'y'), 'ensemble': 'max'}}},
@@ -353,6 +402,9 @@ BAD_ON_POLICY = [
 BAD_PPO = BAD_ON_POLICY + [
     ({'rl.gamma': 1.1}, 'config.rl.gamma=1.1 must be in [0, 1]'),
     ({'rl.lam': -0.1}, 'config.rl.lam=-0.1 must be in [0, 1]'),
+    ({'rl.vf_coef': -0.1}, 'config.rl.vf_coef=-0.1 must be 0 or positive'),
+    ({'rl.vf_coef': math.inf}, 'config.rl.vf_coef=inf must be a finite number'),
+    ({'critic.learning_rate': -1.0}, 'config.critic.learning_rate=-1.0 must be positive, or None'),
     ({'rl.value_clip': 0.0}, 'config.rl.value_clip=0.0 must be positive, or None'),
     ({'rl.kl_controller': 'pid'}, "config.rl.kl_controller='pid' must be one of fixed, "),
     ({'rl.score_position': 'first'}, "config.rl.score_position='first' must be one of"),
@@ -374,11 +426,7 @@ BAD_PPO = BAD_ON_POLICY + [
     (algorithm, *case) for algorithm, cases in
     (('sft', BAD), ('reward_model', BAD_REWARD_MODEL), ('ppo', BAD_PPO)) for case in cases])
 def test_contradictions(algorithm, changes, message):
-  config = good(algorithm)
-  for key, value in changes.items():
-    *blocks, name = key.split('.')
-    block = functools.reduce(lambda block, part: block[part], blocks, config)
-    block[name] = ml_collections.ConfigDict(value) if isinstance(value, dict) else value
+  config = changed(good(algorithm), changes)
   with pytest.raises(errors.UserError) as caught:
     build.validate(config, 8)
   assert message in str(caught.value), caught.value
@@ -398,3 +446,117 @@ def test_an_evaluator_has_defaults():
   assert block.to_dict() == {
       'kind': 'prompts', 'every': None, 'path': 'p', 'split': None, 'columns': None, 'count': None,
       'batch_size': 64, 'sampling': {}, 'reward': {'model': 'm'}}
+
+
+# Keys that do nothing.
+
+
+MODELS = {'reward.function': None, 'reward.models': ('x', 'y')}
+ONE_UPDATE = {'rl.epochs': 1, 'rl.minibatches': 1}
+WITHOUT = [
+    ('sft', {'data.separator': '\n\n'},
+     "config.data.separator='\\n\\n' has no effect with config.data.path='data.jsonl': it parts the texts of a text file"),
+    ('sft', {'data.held_out': 0.1, 'evals': {}}, 'config.data.held_out=0.1 has no effect with config.evals={}: no'),
+    ('sft', {'evals': {'held_out': {'kind': 'loss', 'every': 5}}},
+     'config.evals.held_out has no effect with config.data.held_out=None: set it'),
+    ('sft', {'samples_every': 5}, "config.samples_every=5 has no effect with config.algorithm='sft'"),
+    ('sft', {'model.lora.rslora': True}, 'config.model.lora.rslora=True has no effect with config.model.lora.targets=()'),
+    ('reward_model', {'preference.loss': 'rating', 'preference.centering': 0.1},
+     "config.preference.centering=0.1 has no effect with config.preference.loss='rating'"),
+    ('reward_model', {'preference.normalize_path': 'x'},
+     "config.preference.normalize_path='x' has no effect with config.preference.normalize='none'"),
+    ('ppo', {'rl.kl_target': 3.0}, "config.rl.kl_target=3.0 has no effect with config.rl.kl_controller='fixed'"),
+    ('ppo', {'rl.kl_horizon': 3.0, 'rl.kl_controller': 'adaptive_per_token'}, 'config.rl.kl_horizon=3.0 has no effect'),
+    ('ppo', {'rl.missing_eos_value': -3.0}, "config.rl.missing_eos_value=-3.0 has no effect with config.rl.missing_eos='none'"),
+    ('ppo', {'rl.kl_coef': 0.0, 'rl.kl_estimator': 'k3'}, "config.rl.kl_estimator='k3' has no effect with config.rl.kl_coef=0.0"),
+    ('ppo', {'rl.length_buckets': 2}, 'config.rl.length_buckets=2 has no effect with config.microbatch_size=None'),
+    ('ppo', ONE_UPDATE | {'rl.clip_high': 0.3},
+     'config.rl.clip_high=0.3 has no effect with config.rl.minibatches=1: with config.rl.epochs=1 too there'),
+    ('ppo', {'rl.vf_coef': 0.0, 'critic.learning_rate': 1e-3}, 'config.critic.learning_rate=0.001 has no effect with'),
+    ('ppo', {'rl.whiten_advantages': 'none', 'rl.whiten_unbiased': True}, 'config.rl.whiten_unbiased=True has no effect'),
+    ('ppo', {'ptx.path': 'x'}, "config.ptx.path='x' has no effect with config.rl.ptx_coef=0.0"),
+    ('ppo', {'sampling.truncate_after': 5}, 'config.sampling.truncate_after=5 has no effect with config.sampling.truncate_at=None'),
+    ('ppo', {'sampling.gather_weights': True, 'sampling.max_concurrent': 8}, 'config.sampling.gather_weights=True has no effect'),
+    ('ppo', {'reward.max_length': 8}, "config.reward.max_length=8 has no effect with config.reward.function='rewards:length'"),
+    ('ppo', {'reward.ensemble': 'min'}, "config.reward.ensemble='min' has no effect with config.reward.models=()"),
+    ('ppo', MODELS | {'reward.ensemble_coef': 2.0}, "config.reward.ensemble_coef=2.0 has no effect with config.reward.ensemble='mean'"),
+    ('ppo', PARTS | {'reward.parts': {'a': {'function': 'f:g', 'max_length': 3}}},
+     "config.reward.parts.a.max_length=3 has no effect with config.reward.parts.a.function='f:g'"),
+    ('ppo', {'evals': {'prompts': {'path': 'p', 'reward': {'model': 'm', 'ensemble': 'min'}}}},
+     "config.evals.prompts.reward.ensemble='min' has no effect with config.evals.prompts.reward.models=None"),
+]
+
+
+@pytest.mark.parametrize('algorithm, changes, line', WITHOUT)
+def test_keys_without_effect(algorithm, changes, line, monkeypatch):
+  warned = []
+  monkeypatch.setattr(build.logging, 'warning', lambda _, line: warned.append(line))
+  build.validate(changed(good(algorithm), changes), 1)
+  assert len(warned) == 1 and warned[0].startswith(line), warned
+
+
+@pytest.mark.parametrize('algorithm, changes', [
+    ('ppo', {'rl.kl_target': 3.0, 'rl.kl_controller': 'adaptive'}), ('ppo', {'rl.clip_high': 0.3}),
+    ('ppo', {'microbatch_size': 8, 'rl.length_buckets': 2}), ('sft', {'data.path': 'x.txt', 'data.separator': ''}),
+    ('ppo', ONE_UPDATE | {'rl.behaviour': 'sampler', 'rl.clip_high': 0.3}),
+    ('ppo', MODELS | {'reward.ensemble': 'variance', 'reward.ensemble_coef': 2.0}),
+    ('sft', {'data.held_out': 0.1, 'evals': {'held_out': {'kind': 'loss', 'every': 5}}}),
+    ('sft', {'evals': {'held_out': {'kind': 'loss', 'path': 'x'}}})])
+def test_keys_with_an_effect(algorithm, changes):
+  valid(changed(good(algorithm), changes), 1)
+
+
+def test_the_table_names_keys_that_there_are():
+  configs = [build.load(name).config() for name in BASES]
+  for keys, other, _, _ in effects.TABLE:
+    for key in [*keys.split(), other]:
+      assert any(key in flat(config) for config in configs), key
+  for keys, other, _, _ in effects.REWARDS:
+    assert {*keys.split(), other} <= set(configs[-1].reward)
+
+
+def flat(config, prefix=''):
+  """All dotted keys, those of blocks too."""
+  found = set()
+  for name, value in config.items():
+    found |= {prefix + name} | (flat(value, f'{prefix}{name}.') if isinstance(value, ml_collections.ConfigDict) else set())
+  return found
+
+
+# Blocks are locked.
+
+
+@pytest.mark.parametrize('algorithm', BASES)
+def test_a_key_that_does_not_exist_cannot_be_set(algorithm):
+  config = build.load(algorithm).config()
+  with pytest.raises(AttributeError, match='Did you mean "learning_rate"'):
+    config.optim.learning_rat = 1.0
+  with pytest.raises(KeyError, match='max_len'):
+    config.data.update({'max_lenth': 3})
+  with pytest.raises(AttributeError, match='"step" does not exist'):
+    config.step = 3
+  config.model.init.hidden_size = 8
+  config.evals.mine = {'kind': 'text'}
+  if 'reward' in config:
+    config.reward.parts.length = {'function': 'f:g'}
+
+
+def test_an_algorithm_may_add_keys_to_those_of_another():
+  config = ppo.config()
+  config.unlock().rl.bonus = 0.5
+  config_keys.lock(config)
+  config.rl.bonus = 1.0
+  config.model.init.hidden_size = 8
+  with pytest.raises(AttributeError):
+    config.rl.bonsu = 1.0
+
+
+def test_wandb_is_missed_before_anything_is_loaded(monkeypatch):
+  config = good('sft')
+  config.wandb_project = 'mine'
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: object())
+  build.validate(config, 1)
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'wandb' else object())
+  with pytest.raises(errors.UserError, match="config.wandb_project='mine' needs wandb: pip install 'wandb>="):
+    build.validate(config, 1)
+  assert f"'{config_lib.WANDB}'" in (CONFIGS[0].parents[1] / 'setup.py').read_text()

@@ -1,15 +1,21 @@
 """Finds the module of an algorithm, and checks a config with it.
 
 An algorithm is a module with `config(preset='') -> ConfigDict`, `validate(config, device_count)` and
-`create(config, mesh) -> (learner.Learner, first TrainState)`.
+`create(config, mesh) -> (learner.Learner, first TrainState)`. A preset changes values, not keys: a
+config with other keys than `config()` has, or with values of another type, is an error.
 """
 
 import importlib
 import os
 import sys
 
+from absl import logging
+
 from rlhf_jax import config as config_lib
+from rlhf_jax import config_keys
 from rlhf_jax import errors
+from rlhf_jax import processes
+from rlhf_jax.algorithms import effects
 from rlhf_jax.evaluation import evaluators
 
 
@@ -41,7 +47,7 @@ def load(name):
 
 
 def validate(config, device_count):
-  """Checks a run's config before anything is loaded or compiled.
+  """Checks a run's config before anything is loaded or compiled; warns of keys without effect.
 
   Args:
     config: of a single run.
@@ -51,6 +57,10 @@ def validate(config, device_count):
     UserError: names the key, the value and the remedy.
   """
   module = load(config.algorithm)
+  defaults = module.config()
+  config_keys.check_keys(config, defaults)
   config_lib.validate(config, device_count)
   evaluators.validate(config.evals)
   module.validate(config, device_count)
+  for line in effects.without(config, defaults) if processes.first() else ():
+    logging.warning('%s', line)

@@ -115,7 +115,7 @@ def config(algorithm, settings):
   data = config_lib.data() | {
       'kind': 'prompt',
       'epochs': placeholder(float),     # passes over the prompts; or set steps
-      'max_prompt_length': 64,
+      'max_prompt_length': 64,  # tokens
       'on_long': 'error',       # a prompt beyond that: 'error', 'truncate_left' or 'drop'
   }
   del data['max_length']
@@ -123,7 +123,10 @@ def config(algorithm, settings):
   found.reference = placeholder(str)    # folder; None: the policy as it starts
   found.reward = scorers.config()
   found.sampling = ml_collections.ConfigDict({
-      'max_new_tokens': 32, 'temperature': 1.0, 'top_k': placeholder(int), 'top_p': 1.0,
+      'max_new_tokens': 32,     # of a response
+      'temperature': 1.0,       # logits are divided by it, in training too
+      'top_k': placeholder(int),    # draw among the k likeliest tokens; None: all
+      'top_p': 1.0,             # draw within this probability mass
       'min_new_tokens': 0,      # before these no token ends a response
       'stop': (),               # strings that end a response
       'truncate_at': placeholder(str),  # with rl.response 'raw': the token that ends the text; None: the EOS
@@ -173,6 +176,7 @@ def validate(config, device_count):
   divides(config.microbatch_size, config.batch_size // rl.minibatches,
           'microbatch_size', 'batch_size / config.rl.minibatches')
   scorers.validate(config.reward)
+  config_lib.refuse_evals(config.evals, ('loss',), 'an algorithm with a held-out loss: use another kind')
   validate_sampling(config, device_count)
   on_policy_warnings.validate(config)
   need(not (rl.kl_estimator == 'full' and rl.kl_in == 'loss'),

@@ -113,6 +113,7 @@ def validate(config, device_count):
   for key in ('gamma', 'lam'):
     need(0 <= rl[key] <= 1, f'config.rl.{key}={rl[key]} must be in [0, 1]')
   config_lib.optional_positive(rl, 'rl.', ('value_clip',))
+  config_lib.optional_positive(config.critic, 'critic.', ('learning_rate',))
   need(rl.vf_coef >= 0, f'config.rl.vf_coef={rl.vf_coef} must be 0 or positive')
   config_lib.one_of(config, 'rl.kl_controller', adv.KL_CONTROLLERS)
   config_lib.one_of(config, 'rl.score_position', adv.SCORE_POSITIONS)

@@ -42,7 +42,7 @@ def config(preset=''):
   found.preference = ml_collections.ConfigDict({
       'loss': 'pairwise',       # 'pairwise' (K-way too), 'pick_best' or 'rating'
       'centering': 0.0,         # weight of (r_a + r_b)^2; 0.01 recommended
-      'label_smoothing': 0.0,
+      'label_smoothing': 0.0,   # probability that a label is wrong
       'token_dropout': 0.0,     # share of tokens hidden from each training example
       'append_eos': True,       # to completions; False for PPO with sampling.truncate_at
       'normalize': 'none',      # 'gain_bias': mean 0, std 1; 'bias': mean 0; on `normalize_path`
@@ -59,11 +59,14 @@ def validate(config, device_count):
   """
   del device_count
   config_lib.one_of(config, 'data.kind', ('comparison',))
+  config_lib.refuse_evals(config.evals, ('prompts', 'win_rate', 'text'), "an algorithm that trains a policy: use 'loss'")
   config_lib.divides(config.microbatch_size, config.batch_size, 'microbatch_size', 'batch_size')
   config_lib.one_of(config, 'preference.loss', ('pairwise', 'pick_best', 'rating'))
   config_lib.one_of(config, 'preference.normalize', ('none', 'gain_bias', 'bias'))
-  config_lib.need(0 <= config.preference.token_dropout < 1,
-                  f'config.preference.token_dropout={config.preference.token_dropout} must be in [0, 1)')
+  preference = config.preference
+  for key in ('token_dropout', 'label_smoothing'):
+    config_lib.need(0 <= preference[key] < 1, f'config.preference.{key}={preference[key]} must be in [0, 1)')
+  config_lib.need(preference.centering >= 0, f'config.preference.centering={preference.centering} must be 0 or positive')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,6 @@ Letters: B batch, R response length, M members of an ensemble.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.config import need
+from rlhf_jax.config_keys import check_keys
 from rlhf_jax.data import tokenizers
 from rlhf_jax.models import hf
 from rlhf_jax.rewards import functions
@@ -32,14 +32,14 @@ SOURCES = ('model', 'models', 'function')
 def config():
   """Keys of `config.reward`. Those above `parts` are also the keys of a part."""
   return ml_collections.ConfigDict({
-      'model': placeholder(str),        # folder of a reward model, or
-      'models': (),                     # folders of the members of an ensemble, or
-      'function': placeholder(str),     # 'package.module:function' over strings, or `parts`
-      'timeout': functions.TIMEOUT,     # seconds that a function may take for a batch; None: no limit
+      'model': placeholder(str),        # folder of a reward model
+      'models': (),                     # or folders of the members of an ensemble
+      'function': placeholder(str),     # or 'package.module:function' over strings
+      'timeout': functions.TIMEOUT,     # seconds that the function may take for a batch; None: no limit
       'max_length': placeholder(int),   # of models with their own tokenizer; None: their context
       'ensemble': 'mean',       # or 'min': the worst case; or 'variance': mean - coef * variance
-      'ensemble_coef': 1.0,
-      'parts': {},              # {name: {'weight': 1.0, and keys from above}}: a weighted sum
+      'ensemble_coef': 1.0,     # of 'variance'
+      'parts': {},              # or {name: {'weight': 1.0, and keys from above}}: a weighted sum
   })
 
 
@@ -49,20 +49,17 @@ def validate(config_reward, key='config.reward'):
   Raises:
     UserError: names the key, the value and the remedy.
   """
-  unknown = sorted(set(config_reward) - set(config()))
-  need(not unknown, f'{key} has no key {", ".join(unknown)}: its keys are {", ".join(config())}')
+  check_keys(config_reward, config(), key, whole=False)
   validate_source(config_reward, key, SOURCES + ('parts',))
-  keys = ['weight', *(key for key in config() if key != 'parts')]
+  of_part = config()
+  del of_part['parts']
+  of_part.weight = 1.0
   for name, part in (config_reward.get('parts') or {}).items():
     part_key = f'{key}.parts.{name}'
     need(isinstance(part, ml_collections.ConfigDict),
          f"{part_key}={part!r} must be a dict, such as {{'weight': 1.0, 'model': 'FOLDER'}}")
-    unknown = [name for name in part if name not in keys]
-    need(not unknown, f'{part_key} has no key {", ".join(unknown)}: its keys are {", ".join(keys)}')
+    check_keys(part, of_part, part_key, whole=False)
     validate_source(part, part_key, SOURCES)
-    weight = part.get('weight', 1.0)
-    need(isinstance(weight, (int, float)) and math.isfinite(weight),
-         f'{part_key}.weight={weight!r} must be a finite number')
 
 
 def validate_source(block, key, sources):
