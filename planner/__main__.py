@@ -4,6 +4,7 @@ Compiles rollout, scoring and train step of a PPO config for TPUs that nobody ha
 what they need and how long they take. --search tries other meshes, microbatches and recomputations.
 """
 
+import functools
 import pathlib
 import shlex
 import sys
@@ -15,9 +16,10 @@ import jax
 
 from planner import plan as plan_lib
 from planner import report
+from rlhf_jax import command_line
 from rlhf_jax import errors
-from rlhf_jax import main as main_lib
 
+_CONFIG = command_line.define_config()
 _TOPOLOGY = flags.DEFINE_string('topology', 'v5e:16x16', 'Chip and grid: v5e:16x16, v5p:4x4x4, v6e:8x8 ...')
 _SEARCH = flags.DEFINE_boolean('search', False, 'Try other meshes, microbatches and recomputations.')
 _CONFIRM = flags.DEFINE_integer('confirm', 3, 'Ways that fit to find with the compiler in a search.')
@@ -54,11 +56,10 @@ def main(argv):
   logging.set_verbosity(logging.WARNING)
   jax.config.update('jax_platforms', 'cpu')  # libtpu would look for a TPU
   try:
-    run(flags.FLAGS.config, _TOPOLOGY.value)
+    run(_CONFIG.value, _TOPOLOGY.value)
   except errors.UserError as error:
     sys.exit(f'error: {error}')
 
 
 if __name__ == '__main__':
-  flags.mark_flags_as_required(['config'])
-  app.run(main, flags_parser=main_lib.parse_flags)
+  app.run(main, flags_parser=functools.partial(command_line.parse, required=('config',)))

@@ -13,6 +13,7 @@ import jax
 import ml_collections
 
 from rlhf_jax import checkpoint
+from rlhf_jax import config_files
 from rlhf_jax import errors
 from rlhf_jax import processes
 from rlhf_jax import runtime
@@ -73,22 +74,14 @@ def read_config(workdir):
   """
   path = pathlib.Path(workdir) / 'config.json'
   try:
-    fields = json.loads(path.read_text())
-  except (OSError, ValueError) as error:
+    config, _ = config_files.of_run(path)
+  except OSError as error:
     raise errors.UserError(f'{path} cannot be read ({error}): --workdir must be the folder of a '
                            'run') from error
-  if 'stages' in fields:
+  if 'stages' in config:
     raise errors.UserError(f'{workdir} is a pipeline: name the folder of a stage, such as '
-                           f'{workdir}/{fields["stages"][0]}')
-  fields.pop('forked_from', None)
-  return ml_collections.ConfigDict(_tuples(fields))
-
-
-def _tuples(value):
-  """JSON with tuples instead of lists."""
-  if isinstance(value, dict):
-    return {name: _tuples(item) for name, item in value.items()}
-  return tuple(map(_tuples, value)) if isinstance(value, list) else value
+                           f'{workdir}/{config.stages[0]}')
+  return config
 
 
 def main():
@@ -98,8 +91,8 @@ def main():
   parser.add_argument('--evals', default='', help='names in config.evals with commas between '
                       'them, or a JSON object in its place; all of the run by default')
   options = parser.parse_args()
-  runtime.configure()
   try:
+    runtime.configure()
     step, metrics = run(options.workdir, options.evals)
   except errors.UserError as error:
     runtime.end(f'error: {error}', 1)

@@ -1,12 +1,11 @@
 """python -m rlhf_jax.main --config=configs/X.py[:arg] --workdir=DIR [--config.key=value]
 
 Runs one stage, or a pipeline of stages where the config has `stages`. The same command with
-the same --workdir resumes. SIGTERM or Ctrl-C saves first; a second Ctrl-C does not.
+the same --workdir resumes. SIGTERM or Ctrl-C saves first; a second Ctrl-C does not. --help behind
+--config=FILE prints the keys of the config, --print the config itself with all overrides.
 """
 
 import functools
-import os
-import re
 import signal
 import sys
 import traceback
@@ -14,8 +13,8 @@ import traceback
 from absl import app
 from absl import flags
 from absl import logging
-from ml_collections import config_flags
 
+from rlhf_jax import command_line
 from rlhf_jax import errors
 from rlhf_jax import interrupts
 from rlhf_jax import pipeline
@@ -24,40 +23,11 @@ from rlhf_jax import runtime
 from rlhf_jax import train
 from rlhf_jax.evaluation import report
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'File in configs/, :arg for variants.')
+_CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for everything the run writes.')
 _FORK = flags.DEFINE_string(
     'fork', None, 'New folder for a run with this config that starts from the newest checkpoint in --workdir; of a '
     'pipeline, from its finished stages up to the first that differs.')
-
-
-def parse_flags(argv):
-  """Parses the command line, `--config.KEY=None` too; a mistake in it is said in one line."""
-  absent = [arg for arg in argv if re.fullmatch(r'--?config\.[\w.]+=None', arg)]
-  try:
-    arguments = flags.FLAGS([arg for arg in argv if arg not in absent])
-    # A file that is not there is found out by the first use.
-    _ = _CONFIG.value is None or _CONFIG.value.is_locked
-    for arg in absent:
-      *blocks, name = arg.partition('config.')[2].removesuffix('=None').split('.')
-      block = functools.reduce(lambda block, part: block[part], blocks, _CONFIG.value)
-      block[name], _ = None, block[name]  # the key must exist
-    return arguments
-  except (errors.UserError, flags.Error) as error:
-    sys.exit(f'error: {" ".join(str(error).split())}')
-  except OSError as error:
-    path = next((arg.partition('=')[2] for arg in argv if re.match('--?config=', arg)), '')
-    sys.exit(f'error: --config={path} cannot be read: name a file that exists, such as '
-             f'configs/quickstart.py, from {os.getcwd()} ({str(error).splitlines()[-1].strip()})')
-  except (AttributeError, KeyError) as error:
-    key = re.search(r'\w+', str(error.args[0]))
-    key = key.group() if key else ''
-    flag = next((arg for arg in argv if re.match(rf'--?config\.[^=]*\b{key}\b', arg)), None)
-    if not key or flag is None:
-      raise
-    hint = re.search(r'Did you mean "(\w+)"', str(error.args[0]))
-    hint = f'Did you mean {hint.group(1)!r}?' if hint else 'The file of --config lists its keys.'
-    sys.exit(f'error: {flag}: the config has no key {key!r}. {hint}')
 
 
 def main(argv):
@@ -101,5 +71,4 @@ def run():
 
 
 if __name__ == '__main__':
-  flags.mark_flags_as_required(['config', 'workdir'])
-  app.run(main, flags_parser=parse_flags)
+  app.run(main, flags_parser=functools.partial(command_line.parse, required=('config', 'workdir')))

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 import os
 import pathlib
 import shutil
@@ -13,10 +14,13 @@ import jax
 import numpy as np
 import pytest
 
+from rlhf_jax import command_line as command_line_lib
 from rlhf_jax import config as config_lib
+from rlhf_jax import config_files
 from rlhf_jax import errors
 from rlhf_jax import main
 from rlhf_jax import metrics as metrics_lib
+from rlhf_jax import pipeline
 from rlhf_jax import train
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms import sft
@@ -57,9 +61,9 @@ COMMANDS = {
 @pytest.fixture
 def command_line(monkeypatch):
   """Parses arguments as main does, and forgets them afterwards."""
-  def parse(arguments):
+  def parse(arguments, required=()):
     monkeypatch.setattr(sys, 'argv', ['main', *arguments])
-    return main.parse_flags(sys.argv)
+    return command_line_lib.parse(sys.argv, required)
 
   monkeypatch.chdir(ROOT)
   yield parse
@@ -83,11 +87,49 @@ def test_a_mistake_on_the_command_line(name, command_line):
 def test_a_key_is_turned_off_on_the_command_line(command_line):
   command_line(['--config=configs/sft.py', '--config.data.epochs=None', '--config.steps=7',
                 '--config.optim.clip_norm=None', '--config.data.held_out=None'])
-  config = main._CONFIG.value
+  config = flags.FLAGS.config
   assert (config.steps, config.data.epochs, config.optim.clip_norm) == (7, None, None)
   assert config.data.held_out is None
   with pytest.raises(SystemExit, match="the config has no key 'epoch'. Did you mean 'epochs'"):
     command_line(['--config=configs/sft.py', '--config.data.epoch=None'])
+
+
+def test_a_logged_config_runs_again_with_overrides(command_line, tmp_path):
+  path = tmp_path / 'config.json'
+  path.write_text(json.dumps(sft.config().to_dict() | {'steps': 5}))
+  command_line([f'--config={path}', '--config.data.epochs=2', '--config.steps=None', '--config.model.path=m',
+                "--config.model.lora.targets=(('up', 4, 8.0),)"])
+  config = flags.FLAGS.config
+  assert (config.steps, config.data.epochs, config.model.path) == (None, 2.0, 'm')
+  assert config.model.lora.targets == (('up', 4, 8.0),)
+  with pytest.raises(SystemExit, match="the config has no key 'epoch'. Did you mean 'epochs'"):
+    command_line([f'--config={path}', '--config.data.epoch=2'])
+
+
+@pytest.mark.parametrize('option', ['--help', '--print'])
+def test_help_and_the_config_itself_need_no_workdir(option, command_line, capsys):
+  with pytest.raises(SystemExit) as caught:
+    command_line(['--config=configs/sft.py', option, '--config.batch_size=12'])
+  assert caught.value.code == 0
+  out = capsys.readouterr().out
+  if option == '--print':
+    assert json.loads(out)['batch_size'] == 12
+  else:
+    assert '--config.batch_size=12  ' in out and '--print' in out
+
+
+@pytest.mark.parametrize('arguments, name', [([], 'config'), (['--config=configs/sft.py'], 'workdir')])
+def test_what_must_be_given_is_named(arguments, name, command_line):
+  with pytest.raises(SystemExit, match=f'error: --{name} is missing: '):
+    command_line(arguments, required=('config', 'workdir'))
+
+
+def test_an_argument_that_a_stage_does_not_take(monkeypatch):
+  monkeypatch.chdir(ROOT)
+  stage = config_files.read('configs/quickstart.py', 'debug').world
+  stage.unlock().prompt_cont = 3
+  with pytest.raises(errors.UserError, match="unexpected keyword argument 'prompt_cont'.*Did you mean 'prompt_count'"):
+    pipeline.check('world', stage)
 
 
 @pytest.mark.parametrize('argument, part', [

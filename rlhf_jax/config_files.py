@@ -1,0 +1,188 @@
+"""Configs from files: what get_config() of a Python file returns, or the config.json of a run.
+
+A mistake in a file is a UserError of one line that names the file and the line.
+"""
+
+import importlib.machinery
+import importlib.util
+import inspect
+import json
+import os
+import pathlib
+import re
+import sys
+import traceback
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+from rlhf_jax import config_keys
+from rlhf_jax import errors
+from rlhf_jax.algorithms import build
+
+
+def read(path, arg=None):
+  """The config of a file, locked, in which every key knows its type, also where it is None.
+
+  Args:
+    path: a Python file with get_config(arg), or config.json of a run.
+    arg: what stands behind the colon on the command line, or None.
+
+  Returns:
+    ConfigDict with `algorithm`, or with `stages`.
+
+  Raises:
+    UserError: something in the file, or in `arg`, is wrong.
+    OSError: there is no such file.
+  """
+  if path.endswith('.json'):
+    errors.need(arg is None, f'{path}:{arg}: a config.json takes no arguments behind a colon')
+    config = _from_json(path)
+  else:
+    config = _from_python(path, arg)
+  if 'algorithm' in config:
+    return _typed(config_keys.lock(config), build.load(config.algorithm).config())
+  for stage in config.values():
+    if isinstance(stage, ml_collections.ConfigDict):
+      _typed(stage, build.load(stage.algorithm).config() if 'algorithm' in stage else None)
+  return config.lock()
+
+
+def of_run(path):
+  """The config in the config.json of a single run or a pipeline.
+
+  Args:
+    path: of the file.
+
+  Returns:
+    ConfigDict, and {'workdir', 'step'} of the checkpoint that the run started from, or None.
+
+  Raises:
+    UserError: the file cannot be read, or has another key than its algorithm.
+  """
+  try:
+    fields = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise errors.UserError(f'{path}:{getattr(error, "lineno", 1)}: not JSON: {error}') from None
+  errors.need(isinstance(fields, dict) and ('algorithm' in fields or 'stages' in fields),
+                  f'{path}: has neither algorithm nor stages: it is not the config.json of a run')
+  start = fields.pop('forked_from', None)
+  if 'algorithm' in fields:
+    return _single(fields, path), start
+  return ml_collections.ConfigDict({
+      name: _single(value, f'{path}: stage {name}') if isinstance(value, dict) and 'algorithm' in value
+      else _tuples(value) for name, value in fields.items()}), start
+
+
+def _from_json(path):
+  config, start = of_run(path)
+  if start:
+    print(f'{path}: this run started from step {start.get("step")} of {start.get("workdir")}; this one starts '
+          'from the beginning', file=sys.stderr)
+  return config
+
+
+def _single(fields, where):
+  """The config of an algorithm with the values of a dict; keys that it lacks keep their defaults."""
+  config = build.load(fields['algorithm']).config()
+  try:
+    _fill(config, fields, 'config')
+  except errors.UserError as error:
+    raise errors.UserError(f'{where}: {error}') from None
+  return config
+
+
+def _fill(block, fields, key):
+  for name, value in fields.items():
+    inner = f'{key}.{name}'
+    errors.need(name in block, f'{key} has no key {name!r}. {config_keys.did_you_mean(name, list(block))}')
+    if not isinstance(block[name], ml_collections.ConfigDict):
+      value = _tuples(value)
+      config_keys.check_value(value, block.get_type(name), inner, optional=True)
+      block[name] = value
+    elif not isinstance(value, dict):
+      raise errors.UserError(f'{inner}={value!r} must be an object, {{...}}')
+    elif inner.partition('.')[2] in config_keys.OPEN:
+      block[name] = ml_collections.ConfigDict(_tuples(value))
+    else:
+      _fill(block[name], value, inner)
+
+
+def _tuples(value):
+  """JSON with tuples instead of lists."""
+  if isinstance(value, dict):
+    return {name: _tuples(item) for name, item in value.items()}
+  return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _typed(block, defaults):
+  """Lets a key that is None take a value of its default's type; of any, where that is not known."""
+  for name, value in block.items():
+    known = defaults is not None and name in defaults
+    if isinstance(value, ml_collections.ConfigDict):
+      inner = defaults[name] if known else None
+      _typed(value, inner if isinstance(inner, ml_collections.ConfigDict) else None)
+    elif value is None and block.get_type(name) is type(None):
+      with block.ignore_type():
+        block[name] = placeholder(defaults.get_type(name) if known else object)
+  return block
+
+
+def _from_python(path, arg):
+  loader = importlib.machinery.SourceFileLoader('config_file', path)
+  module = importlib.util.module_from_spec(importlib.util.spec_from_loader('config_file', loader))
+  sys.modules['config_file'] = module  # dataclasses look for the module of a class
+  try:
+    loader.exec_module(module)
+    function = getattr(module, 'get_config', None)
+    errors.need(callable(function), f'{path}:1: defines no get_config(arg=None), which returns the config')
+    config = function(*([] if arg is None else [arg]))
+  except errors.UserError:
+    raise
+  except OSError as error:
+    if error.filename and os.path.abspath(error.filename) == os.path.abspath(path):
+      raise
+    raise errors.UserError(f'{_place(error, path)}: {error}') from error
+  except Exception as error:  # whatever a file of the user's does
+    raise errors.UserError(f'{_place(error, path)}: {_explain(error)}') from error
+  problem = _problem(config)
+  errors.need(not problem, f'{path}:{inspect.unwrap(function).__code__.co_firstlineno}: {problem}')
+  return config
+
+
+def _place(error, path):
+  """'FILE:LINE' of an error: the last line of the config file that led to it."""
+  if isinstance(error, SyntaxError) and error.filename:
+    return f'{os.path.relpath(error.filename)}:{error.lineno}'
+  lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+           if os.path.abspath(frame.filename) == os.path.abspath(path)]
+  return f'{path}:{lines[-1] if lines else 1}'
+
+
+def _explain(error):
+  """An error in one line; a key that a config does not have by its name."""
+  text = str(error.args[0] if error.args else error)
+  if isinstance(error, SyntaxError):
+    return f'{error.msg}: {(error.text or "").strip()}'
+  # A key that is written, or read, that does not exist.
+  key = re.search(r'Key "(\w+)" does not exist', text) or re.match(r'''[\\'"]*(\w+)[\\'"]*(\\n|\n|$)''', text)
+  if isinstance(error, (AttributeError, KeyError)) and key:
+    hint = re.search(r'Did you mean "(\w+)"', text)
+    return f'the config has no key {key.group(1)!r}' + (f'. Did you mean {hint.group(1)!r}?' if hint else '')
+  return f'{type(error).__name__}: {" ".join(text.split())}'
+
+
+def _problem(config):
+  """What is wrong with what get_config() returned; '' if nothing."""
+  if not isinstance(config, ml_collections.ConfigDict):
+    what = 'nothing' if config is None else f'a {type(config).__name__}'
+    return f'get_config() returns {what}: it must return a ConfigDict, such as that of ppo.config()'
+  if 'algorithm' in config:
+    return ''
+  if 'stages' not in config or 'seed' not in config:
+    return ('the config of get_config() must come from the config() of an algorithm; or have seed, stages, '
+            'and a block for every stage')
+  for name, value in config.items():
+    if name not in ('seed', 'stages') and not isinstance(value, ml_collections.ConfigDict):
+      return f'config.{name}={value!r} has no effect: beside seed and stages a pipeline has blocks of its stages'
+  return ''

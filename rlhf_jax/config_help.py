@@ -1,0 +1,126 @@
+"""The keys of a config with their values and docs, and the resolved config, for the terminal.
+
+The docs are the comments beside the keys in the functions that make them, and the attributes in the
+docstring of an algorithm's `Settings` for `config.rl`.
+"""
+
+import ast
+import inspect
+import io
+import json
+import re
+import textwrap
+import tokenize
+
+import ml_collections
+
+from rlhf_jax import config as config_lib
+from rlhf_jax import pipeline
+from rlhf_jax.algorithms import build
+from rlhf_jax.algorithms import on_policy_config
+from rlhf_jax.rewards import scorers
+
+
+def keys(config):
+  """Lines `--config.KEY=VALUE  doc` for all keys of a single run or a pipeline.
+
+  Args:
+    config: ConfigDict.
+
+  Returns:
+    A text; pass a line of it, with another value, on the command line.
+  """
+  if 'algorithm' in config:
+    return '\n'.join(_lines(config, docs(config.algorithm), 'config'))
+  top = {'seed': 'of all stages whose seed is None', 'stages': 'that run, in order'}
+  lines = _lines({name: config[name] for name in top}, top, 'config')
+  for name, value in config.items():
+    if isinstance(value, ml_collections.ConfigDict):
+      found = docs(value.algorithm) if 'algorithm' in value else arguments(value.function)
+      lines += ['', f'Stage {name}', *_lines(value, found, f'config.{name}')]
+  return '\n'.join(lines)
+
+
+def resolved(config, workdir=None):
+  """A config as JSON that --config reads again.
+
+  Args:
+    config: of a single run or a pipeline.
+    workdir: folder of a pipeline, which then stands where '$workdir' does; or None.
+  """
+  if 'stages' in config:
+    config = config.copy_and_resolve_references().unlock()
+    for name in [name for name in config if isinstance(config[name], ml_collections.ConfigDict)]:
+      config[name] = pipeline.resolve(config[name], workdir or '$workdir', config.seed)
+  return json.dumps(config.to_dict(), indent=2)
+
+
+def docs(algorithm):
+  """{dotted key: doc} of an algorithm's config."""
+  module = build.load(algorithm)
+  found = {}
+  for function, prefix in ((config_lib.common, ''), (config_lib.data, 'data.'), (config_lib.data, 'ptx.'),
+                           (scorers.config, 'reward.'), (on_policy_config.config, ''), (module.config, '')):
+    found |= {prefix + key: doc for key, doc in comments(function).items()}
+  for settings in (on_policy_config.Settings, getattr(module, 'Settings', None)):
+    found |= {f'rl.{key}': doc for key, doc in attributes(settings).items()} if settings else {}
+  return found
+
+
+def comments(function):
+  """{dotted key: comment} of the dict literals in a function that makes a config.
+
+  Args:
+    function: in which `'key': default,  # doc` stands in a dict, alone or in `name.block = ...({...})`.
+  """
+  source = textwrap.dedent(inspect.getsource(function))
+  beside = {token.start[0]: token.string.lstrip('# ') for token in
+            tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT}
+  found = {}
+
+  def walk(node, prefix):
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], (ast.Attribute, ast.Name)):
+      target = node.targets[0]
+      name = target.attr if isinstance(target, ast.Attribute) else target.id
+      if isinstance(node.value, ast.Call) and beside.get(node.lineno):
+        found[name] = beside[node.lineno]
+      prefix = f'{name}.'
+    if not isinstance(node, ast.Dict):
+      for child in ast.iter_child_nodes(node):
+        walk(child, prefix)
+      return
+    for key, value in zip(node.keys, node.values):
+      name = f'{prefix}{key.value}'
+      if beside.get(key.lineno):
+        found[name] = beside[key.lineno]
+      walk(value, f'{name}.')
+
+  walk(ast.parse(source), '')
+  return found
+
+
+def attributes(settings):
+  """{attribute: doc} in the docstring of a class or, as `Args:`, of a function."""
+  text = inspect.getdoc(settings) or ''
+  part = re.search(r'^(?:Attributes|Args):\n((?:  .*\n?|\n)+)', text, re.MULTILINE)
+  entries = re.findall(r'^  (\w+): (.*(?:\n    .*)*)', part.group(1), re.MULTILINE) if part else []
+  return {name: ' '.join(doc.split()).rstrip('.') for name, doc in entries}
+
+
+def arguments(function):
+  """{argument: doc} of a stage's function 'package.module:name'."""
+  return attributes(pipeline.called(ml_collections.ConfigDict({'function': function}))[0])
+
+
+def _lines(block, found, key, prefix=''):
+  """Lines of a block's keys, those of its blocks after it."""
+  lines = []
+  for name, value in block.items():
+    if isinstance(value, (ml_collections.ConfigDict, dict)) and len(value):
+      lines += _lines(value, found, f'{key}.{name}', f'{prefix}{name}.')
+      continue
+    value = value.to_dict() if isinstance(value, ml_collections.ConfigDict) else value
+    line = f'  --{key}.{name}={value!r}'
+    doc = found.get(f'{prefix}{name}', '')
+    lines.append(f'{line:<50}  {doc}'.rstrip())
+  return lines

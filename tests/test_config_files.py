@@ -1,0 +1,130 @@
+"""Configs from Python files and from the config.json of runs."""
+
+import importlib.util
+import json
+import pathlib
+
+import ml_collections
+import pytest
+
+from rlhf_jax import config_files
+from rlhf_jax import errors
+from rlhf_jax import pipeline
+from rlhf_jax.algorithms import build
+from rlhf_jax.algorithms import sft
+import tiny
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+BEGIN = 'from rlhf_jax.algorithms import sft\n\n\ndef get_config(arg=None):\n  config = sft.config()\n'  # 5 lines
+PIPELINE = "import ml_collections\n\n\ndef get_config(arg=None):\n  return ml_collections.ConfigDict({'seed': 0, "
+
+
+@pytest.mark.parametrize('text, message', [
+    ('x = 1\ndef get_config(arg=None)\n  pass\n', "FILE:2: expected ':': def get_config(arg=None)"),
+    ('def config():\n  pass\n', 'FILE:1: defines no get_config(arg=None), which returns the config'),
+    ('\n\ndef get_config(arg=None):\n  return {}\n', 'FILE:3: get_config() returns a dict: it must return a ConfigDict'),
+    ('def get_config(arg=None):\n  pass\n', 'FILE:1: get_config() returns nothing: it must return a ConfigDict'),
+    ('import no_such_module\n', "FILE:1: ModuleNotFoundError: No module named 'no_such_module'"),
+    ('\nopen("no_such_file")\n', "FILE:2: [Errno 2] No such file or directory: 'no_such_file'"),
+    (BEGIN + '  return 1 / 0\n', 'FILE:6: ZeroDivisionError: division by zero'),
+    (BEGIN + '  config.optim.learning_rat = 1\n',
+     "FILE:6: the config has no key 'learning_rat'. Did you mean 'learning_rate'?"),
+    (BEGIN + "  config.data.update({'max_lenght': 3})\n",
+     "FILE:6: the config has no key 'max_lenght'. Did you mean 'max_length'?"),
+    (BEGIN + '\n  config.steps = config.data.epoch\n', "FILE:7: the config has no key 'epoch'. Did you mean 'epochs'?"),
+    (BEGIN + '  config.batch_size.x = 1\n', "FILE:6: AttributeError: 'int' object has no attribute 'x'"),
+    (BEGIN + "  config.batch_size = 'many'\n", "FILE:6: TypeError: Could not override field 'batch_size'"),
+    (PIPELINE + "'stages': ('a',), 'sede': 3})\n", 'FILE:4: config.sede=3 has no effect: beside'),
+    (PIPELINE + "'steps': 3})\n", 'FILE:4: the config of get_config() must come from the config() of an algorithm; or'),
+])
+def test_mistakes_in_a_file(text, message, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'mine.py').write_text(text)
+  with pytest.raises(errors.UserError) as caught:
+    config_files.read('mine.py')
+  assert str(caught.value).startswith(message.replace('FILE', 'mine.py')) and '\n' not in str(caught.value)
+
+
+def test_a_file_that_is_not_there():
+  for name in ('nothing.py', 'nothing', 'nothing.json', str(ROOT)):
+    with pytest.raises(OSError):
+      config_files.read(name)
+
+
+def configured(name, arg=None):
+  """What get_config of a file in configs/ returns."""
+  spec = importlib.util.spec_from_file_location(name, ROOT / 'configs' / f'{name}.py')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(arg)
+
+
+def written(config, folder):
+  """The config.json that a run writes."""
+  pipeline.write_json(folder / 'config.json', config.to_dict())
+  return str(folder / 'config.json')
+
+
+@pytest.mark.parametrize('name, arg', [('quickstart', 'debug,lora'), ('ppo', None), ('grpo', None), ('hh_reward', 'data=x'),
+                                       ('reward_model', None), ('random_walks', None)])
+def test_a_config_comes_back_as_it_was(name, arg, tmp_path):
+  config = configured(name, arg)
+  found = config_files.read(written(config, tmp_path))
+  assert found.to_dict() == config.to_dict() and found.is_locked
+  for block, wanted in ((found, config),) if 'algorithm' in config else (
+      (found[stage], config[stage]) for stage in config.stages if 'algorithm' in config[stage]):
+    for key in ('steps', 'batch_size', 'tokenizer', 'samples_every'):
+      assert block.get_type(key) is wanted.get_type(key)
+    with pytest.raises(AttributeError):
+      block.optim.learning_rat = 1.0
+
+
+def test_a_key_that_is_null_takes_what_its_algorithm_takes(tmp_path):
+  config = tiny.sft('world')
+  config.evals = {'held_out': {'kind': 'loss', 'every': None}}
+  found = config_files.read(written(config, tmp_path))
+  found.data.epochs, found.optim.clip_norm, found.evals.held_out.every = 2, 1, 3
+  assert (found.data.epochs, found.optim.clip_norm) == (2.0, 1.0) and isinstance(found.data.epochs, float)
+  with pytest.raises(TypeError):
+    found.data.epochs = 'many'
+
+
+def test_a_run_of_an_older_version_gets_the_defaults_of_new_keys(tmp_path):
+  found = config_files.read(written(ml_collections.ConfigDict({'algorithm': 'sft', 'steps': 3}), tmp_path))
+  assert found.steps == 3 and found.optim.learning_rate == sft.config().optim.learning_rate
+
+
+@pytest.mark.parametrize('text, message', [
+    ('{"algorithm": "sft", "optim": {"learning_rat": 1}}',
+     "FILE: config.optim has no key 'learning_rat'. Did you mean 'learning_rate'?"),
+    ('{"algorithm": "sft", "batch_size": true}', 'FILE: config.batch_size=True must be a whole number'),
+    ('{"algorithm": "sft", "optim": 3}', 'FILE: config.optim=3 must be an object'),
+    ('{"stages": ["a"], "seed": 0, "a": {"algorithm": "sft", "stepz": 3}}', "FILE: stage a: config has no key 'stepz'"),
+    ('{"algorithm":\n sft}', 'FILE:2: not JSON: '),
+    ('{"model_type": "llama"}', 'FILE: has neither algorithm nor stages: it is not the config.json of a run'),
+    ('{"algorithm": "no_such"}', "config.algorithm='no_such' cannot be loaded"),
+])
+def test_mistakes_in_a_config_json(text, message, tmp_path):
+  path = tmp_path / 'config.json'
+  path.write_text(text)
+  with pytest.raises(errors.UserError) as caught:
+    config_files.read(str(path))
+  assert str(caught.value).startswith(message.replace('FILE', str(path)))
+
+
+def test_a_rerun_of_a_fork_starts_from_the_beginning(tmp_path, capsys):
+  path = tmp_path / 'config.json'
+  fields = tiny.sft('world').to_dict()
+  path.write_text(json.dumps(fields | {'forked_from': {'workdir': 'runs/first', 'step': 40}}))
+  assert config_files.read(str(path)).to_dict() == fields
+  assert capsys.readouterr().err == (
+      f'{path}: this run started from step 40 of runs/first; this one starts from the beginning\n')
+
+
+def test_a_seed_of_a_stage_can_be_set_where_it_is_the_pipelines():
+  config = config_files.read(str(ROOT / 'configs' / 'quickstart.py'), 'debug')
+  config.ppo.seed, config.world.seed = 4, 5
+  with pytest.raises(TypeError):
+    config.ppo.seed = 'one'
+  assert pipeline.resolve(config.ppo, 'x', 0).seed == 4
+  build.validate(pipeline.resolve(config.ppo, 'x', 0), 1)
