@@ -273,14 +273,14 @@ def task(tmp_path_factory):
 def from_nothing(config, task, file):
   config.model.init = SMALL_FLAN
   config.tokenizer, config.data.path = str(task / 'tokenizer'), str(task / file)
-  config.data.max_length, config.batch_size = 16, 32
   config.optim.learning_rate = 3e-3
   return config
 
 
 def sft_config(task, steps):
   config = from_nothing(sft.config(), task, 'answers.jsonl')
-  config.data.kind, config.steps = 'completion', steps
+  config.data.kind, config.data.max_length = 'completion', 16
+  config.batch_size, config.steps = 32, steps
   return config
 
 
