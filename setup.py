@@ -18,6 +18,7 @@ setuptools.setup(
         'datasets>=5.2.0,<6',
         'flax>=0.12.8,<0.13',
         'grain>=0.2.18,<0.3',
+        'huggingface_hub>=2.4.0,<3',
         'jax>=0.10.2,<0.13',
         'jinja2>=3.1.6,<4',
         'markupsafe>=3.0.4,<4',

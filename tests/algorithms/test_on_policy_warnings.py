@@ -110,7 +110,7 @@ def test_a_run_logs_each_once(world, tmp_path, caplog):
   config.rl.update({'epochs': 1, 'minibatches': 1})
   train.run(config, tmp_path / 'run')
   found = [record.getMessage() for record in caplog.records if 'all scores' in record.getMessage()]
-  assert found == [f'step 0: all scores of the batch are 0.5 (objective/scores_std is 0), '
+  assert found == ['step 0: all scores of the batch are 0.5 (objective/scores_std is 0), '
                    'which teaches nothing: look at the responses in samples.jsonl '
                    '(config.samples_every) and at config.reward']
   first, last = metrics_lib.read(tmp_path / 'run')
