@@ -18,6 +18,7 @@ from rlhf_jax import config as config_lib
 from rlhf_jax import pipeline
 from rlhf_jax.algorithms import build
 from rlhf_jax.algorithms import on_policy_config
+from rlhf_jax.algorithms import on_policy_warnings
 from rlhf_jax.rewards import scorers
 
 
@@ -60,7 +61,8 @@ def docs(algorithm):
   module = build.load(algorithm)
   found = {}
   for function, prefix in ((config_lib.common, ''), (config_lib.data, 'data.'), (config_lib.data, 'ptx.'),
-                           (scorers.config, 'reward.'), (on_policy_config.config, ''), (module.config, '')):
+                           (scorers.config, 'reward.'), (on_policy_warnings.config, 'warn.'),
+                           (on_policy_config.config, ''), (module.config, '')):
     found |= {prefix + key: doc for key, doc in comments(function).items()}
   for settings in (on_policy_config.Settings, getattr(module, 'Settings', None)):
     found |= {f'rl.{key}': doc for key, doc in attributes(settings).items()} if settings else {}

@@ -285,7 +285,7 @@ BAD_PROMPTS = {
 
 
 def fails(config, changes, parts, folder, **places):
-  """Runs a changed config where a run has begun; checks the message and that nothing is lost."""
+  """Forks a run that has begun with a changed config; checks the message and that nothing is lost."""
   config = config.copy_and_resolve_references()
   for key, value in changes.items():
     *blocks, name = key.split('.')
@@ -293,11 +293,14 @@ def fails(config, changes, parts, folder, **places):
     block[name] = value.format(**places) if isinstance(value, str) else value
   before = contents(folder)
   assert {part.split('/')[1] for part in before if part.startswith('checkpoints')} >= {'2', '4'}
+  fork = folder.with_name(f'{folder.name}_fork')
+  shutil.rmtree(fork, ignore_errors=True)
   with pytest.raises(errors.UserError) as caught:
-    train.run(config, folder)
+    train.run(config, fork, fork_of=folder)
   for part in parts:
     assert part in str(caught.value), caught.value
   assert contents(folder) == before
+  assert not (fork / 'config.json').exists()
   return config
 
 
@@ -341,8 +344,8 @@ def test_another_model_leaves_the_checkpoints_of_the_first(begun_sft, tmp_path):
   folder, config = begun_sft
   tiny.write_model(tmp_path, tiny.LLAMA | {'num_hidden_layers': 1})
   fails(config, {'model.path': f'{tmp_path}'},
-        ['none of the checkpoints [4, 2]', 'can be read with this config',
-         'use another --workdir', 'nothing was deleted'], folder)
+        ['none of the checkpoints [4]', 'can be read with this config',
+         'another --workdir', 'nothing was deleted'], folder)
 
 
 # Rewards and losses: after compilation, when they come up.
@@ -408,22 +411,20 @@ def test_bad_rewards_stop_a_run_that_can_go_on(case, parts, begun_ppo, tmp_path,
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_its_checkpoint(begun_sft, tmp_path):
   folder, config = begun_sft
-  shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-  before = contents(tmp_path / 'checkpoints')
   wild = config.copy_and_resolve_references()
   wild.optim.learning_rate, wild.checkpoint_every = 1e30, 1
   with pytest.raises(errors.UserError) as caught:
-    train.run(wild, tmp_path)
+    train.run(wild, tmp_path / 'wild', fork_of=folder)
   message = str(caught.value)
   assert 'is not finite at step 4' in message and 'param_norm' in message
   assert 'Lower config.optim.learning_rate' in message and 'clip_norm' in message
-  assert f'{tmp_path}/checkpoints' in message and 'resumes from the last' in message
-  assert contents(tmp_path / 'checkpoints') == before
-  assert not (tmp_path / 'model').exists()
+  assert f'{tmp_path}/wild/checkpoints' in message and '--fork=NEWDIR starts from the last' in message
+  assert [path.name for path in (tmp_path / 'wild' / 'checkpoints').iterdir()] == ['4']
+  assert not (tmp_path / 'wild' / 'model').exists()
   mended = config.copy_and_resolve_references()
   mended.optim.clip_norm = 1.0
-  train.run(mended, tmp_path)  # as the message says, it goes on
-  assert all(np.isfinite(record['loss']) for record in metrics_lib.read(tmp_path)
+  train.run(mended, tmp_path / 'mended', fork_of=tmp_path / 'wild')  # as the message says
+  assert all(np.isfinite(record['loss']) for record in metrics_lib.read(tmp_path / 'mended')
              if 'loss' in record)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from rlhf_jax import config_files
 from rlhf_jax import errors
+from rlhf_jax import identity
 from rlhf_jax import pipeline
 from rlhf_jax.algorithms import build
 from rlhf_jax.algorithms import sft
@@ -61,7 +62,7 @@ def configured(name, arg=None):
 
 def written(config, folder):
   """The config.json that a run writes."""
-  pipeline.write_json(folder / 'config.json', config.to_dict())
+  identity.write_json(folder / 'config.json', config.to_dict())
   return str(folder / 'config.json')
 
 
