@@ -70,12 +70,15 @@ def negative_kl(metrics, filters):
   kl, error = metrics.get('objective/kl', 0.0), metrics.get('objective/kl_se', 0.0)
   if kl >= -max(SURE * error, LEAST):
     return ''
-  causes = [f'{filters} leaves tokens out that the log-probabilities count'] if filters else []
-  causes += [f'sampler and training pass disagree (policy/sampler_gap is {metrics["policy/sampler_gap"]:.2g})'
-             ] if 'policy/sampler_gap' in metrics else []
+  causes = []
+  if filters:
+    causes.append(f'{filters} leaves tokens out that the log-probabilities count')
+  if 'policy/sampler_gap' in metrics:
+    gap = metrics['policy/sampler_gap']
+    causes.append(f'sampler and training pass disagree (policy/sampler_gap is {gap:.2g})')
+  causes.append('a batch of few responses')
   return (f'objective/kl is {kl:.3g} ± {error:.2g}, and a KL cannot be negative: the responses are not '
-          f'drawn from the policy whose log-probabilities are taken. Possible causes: '
-          f'{"; ".join(causes + ["a batch of few responses"])}')
+          f'drawn from the policy whose log-probabilities are taken. Possible causes: {"; ".join(causes)}')
 
 
 def large_kl(metrics, bound):

@@ -184,7 +184,8 @@ def text(block, context):
 
 def user(block, context):
   """The evaluator that a user's function makes of the context."""
-  make_one, call = functions.load(block.function, key='function'), guard.Call(f'the evaluator {block.function}')
+  make_one = functions.load(block.function, key='function')
+  call = guard.Call(f'the evaluator {block.function}')
   functions.check_signature(make_one, f'function={block.function!r}', 'f(context)', 1)
   evaluate = guard.run(lambda: make_one(context), call)
   functions.check_signature(evaluate, f'what function={block.function!r} returned', 'f(state)', 1)

@@ -178,11 +178,11 @@ def time_limit(call):
   if call.timeout is None:
     yield
     return
-  open_, places = [True], []
+  limited, places = [True], []
 
   def expire(signum, frame):
     del signum
-    if not open_:
+    if not limited:
       return
     if not places:
       stack = []
@@ -200,7 +200,7 @@ def time_limit(call):
     if places:  # caught by a bare `except:`
       raise Expired(places[0])
   finally:
-    open_.clear()
+    limited.clear()  # first: the signal may come between any two lines
     restore()
     faulthandler.cancel_dump_traceback_later()
 

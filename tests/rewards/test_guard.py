@@ -184,14 +184,15 @@ def test_a_wrong_signature_is_found_when_it_is_loaded(name, message):
   assert functions.load_reward('tiny:good_words') is tiny.good_words
 
 
-def test_gold_scores_are_guarded_too(tmp_path):
+def test_gold_scores_are_guarded_too():
   gold = functions.load_gold(f'{__name__}:gold_that_fails')
   assert gold('p', 'fine') == 1.5
   for response, message in (('bad', "returned 'much' for example 0, prompt 'p', response 'bad'.*is a str"),
                             ('nan', "returned nan for example 0.*must be finite")):
     with pytest.raises(errors.UserError, match=f'the gold score .*gold_that_fails {message}'):
       gold('p', response)
-  with pytest.raises(errors.UserError, match=r'gold=.*wrong.* takes \(prompts, responses\), and is called as f\(gold_path\)'):
+  with pytest.raises(
+      errors.UserError, match=r'gold=.*wrong.* takes \(prompts, responses\), and is called as f\(gold_path\)'):
     functions.load_gold(f'{__name__}:wrong', 'data')
 
 
