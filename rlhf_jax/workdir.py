@@ -46,7 +46,9 @@ def claim(config, workdir, fork_of, held):
     raise errors.UserError(f'--fork={workdir} holds another run: name a new folder')
   changed = identity.check(config, workdir)
   for change in changed:
-    print(f'{workdir}: {change}', flush=True)
+    scheduled = change.key in identity.LENGTH and config.optim.schedule != 'constant'
+    note = '; from here on the learning rate follows the new length' if scheduled else ''
+    print(f'{workdir}: {change}{note}', flush=True)
   return changed
 
 
@@ -181,6 +183,8 @@ def _alive(path, holder):
               and process.status() != psutil.STATUS_ZOMBIE)
     except (psutil.Error, KeyError):
       return False
+  print(f'{path.parent}: looking whether process {holder.get("pid")} on {holder.get("host")}, which held it last, '
+        f'still does; up to {DEAD_SECONDS} s', flush=True)
   try:
     first = path.stat().st_mtime
     # Clocks of hosts differ: whether the file is touched is seen by looking twice.

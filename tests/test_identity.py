@@ -44,6 +44,7 @@ def begun(world, data, tmp_path_factory):
   config = tiny.sft(world)
   config.data.path = str(data)
   config.data.kind = 'completion'
+  config.optim.schedule = 'linear'
   config.steps, config.checkpoint_every = 4, 2
   folder = tmp_path_factory.mktemp('begun') / 'run'
   train.run(config, folder)
@@ -99,7 +100,7 @@ def test_keys_that_may_change_are_said_and_written_down(copied, capfd):
   kept = changed(config, {'log_every': 2, 'checkpoint_minutes': 1.0, 'evals.held_out.every': 3})
   train.run(kept, folder)
   out = capfd.readouterr().out
-  for line in ('config.steps: 4 -> 6', 'config.log_every: 1 -> 2', 'config.checkpoint_minutes: 10.0 -> 1.0'):
+  for line in ('config.steps: 4 -> 6; from here on the learning rate follows the new length', 'config.log_every: 1 -> 2', 'config.checkpoint_minutes: 10.0 -> 1.0'):
     assert f'{folder}: {line}\n' in out
   assert f'{folder}/model: 6 steps, ' in out and 'loss ' in out.splitlines()[-1]
   assert identity.read(folder) == identity.plain(kept)
