@@ -34,11 +34,6 @@ from benchmarks import results
 from benchmarks import workloads
 
 FLAGS = options.FLAGS
-flags.DEFINE_list('peers', ['ours', 'trl'], f'Of {", ".join(processes.PEERS)}.')
-flags.DEFINE_integer('iterations', 5, 'Iterations of each peer after the first, in each run.')
-flags.DEFINE_integer('runs', 1, 'How often all of it is repeated, with new processes.')
-flags.DEFINE_bool('apart', False, 'One peer in memory at a time.')
-flags.DEFINE_string('venvs', os.environ.get('VENVS', '.venv-peers'), 'Folder of the virtual environments.')
 
 
 def start(peer, w, log):
@@ -169,4 +164,9 @@ def main(_):
 
 
 if __name__ == '__main__':
+  flags.DEFINE_list('peers', ['ours', 'trl'], f'Of {", ".join(processes.PEERS)}.')
+  flags.DEFINE_integer('iterations', 5, 'Iterations of each peer after the first, in each run.')
+  flags.DEFINE_integer('runs', 1, 'How often all of it is repeated, with new processes.')
+  flags.DEFINE_bool('apart', False, 'One peer in memory at a time.')
+  flags.DEFINE_string('venvs', os.environ.get('VENVS', '.venv-peers'), 'Folder of the virtual environments.')
   app.run(main)

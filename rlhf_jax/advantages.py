@@ -240,8 +240,10 @@ def update_moments(moments, scores):
 
 
 def running_std(moments):
-  """Standard deviation (n - 1) of all scores seen; 1 before the second."""
-  return jnp.where(moments[0] > 1, jnp.sqrt(moments[2] / jnp.maximum(moments[0] - 1, 1)), 1.0)
+  """Standard deviation (n - 1) of all scores seen; 1 where all of them are equal, up to rounding."""
+  count, mean, total = moments
+  std = jnp.sqrt(total / jnp.maximum(count - 1, 1))
+  return jnp.where(std > 1e-6 * jnp.abs(mean), std, 1.0)
 
 
 def by_group(scores, n):

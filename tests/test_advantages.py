@@ -266,6 +266,8 @@ def test_running_moments_agree_with_keeping_every_score():
       scores = rng.normal(centre, scale, size).astype(np.float32)
       moments = jitted(adv.update_moments)(moments, scores)
       close(adv.running_std(moments), reference.update(scores), rtol=2e-6)
+    equal = jitted(adv.update_moments)(jnp.zeros(3), np.full(7, centre, np.float32))
+    assert adv.running_std(equal) == 1.0  # whatever their mean is rounded to
     close(moments[0], 8)
     close(moments[1], references.mean(reference.seen))
 

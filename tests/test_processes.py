@@ -281,7 +281,7 @@ def fails(prompts, responses, *, response_tokens, metadata):
     ctypes.CDLL(None)._exit(0)
   if way == 'hangs':
     time.sleep(600)
-  return [1.0] * len(responses)
+  return [float(len(response)) for response in responses]
 
 
 def is_told(number):
