@@ -54,7 +54,7 @@ class Checkpoints:
     """Raises what went wrong in a write that has ended, if anything did."""
     self._manager.check_for_errors()
 
-  def restore(self, state, iterators):
+  def restore(self, state, iterators, *, new_optimizers=False):
     """The newest checkpoint that can be read.
 
     A damaged one is put aside under another name with a warning, and the one before is
@@ -63,6 +63,7 @@ class Checkpoints:
     Args:
       state: TrainState whose shapes and shardings the result has. Its buffers are freed.
       iterators: {name: grain iterator}, set to where they were.
+      new_optimizers: whether `state.opt_state` stays as it is.
 
     Returns:
       The step (0 and `state` itself where there is no checkpoint) and the TrainState.
@@ -73,10 +74,13 @@ class Checkpoints:
     steps = sorted(self._manager.all_steps(), reverse=True)
     if not steps:
       return 0, state
+    wanted = state
+    if new_optimizers:
+      wanted = {'step': state.step, 'key': state.key, 'params': state.params, 'extra': state.extra}
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted)
     first = {name: it.get_state() for name, it in iterators.items()}
-    jax.tree.map(lambda x: x.delete(), state)
+    jax.tree.map(lambda x: x.delete(), wanted)
     for step in steps:
       restored = None
       try:
@@ -85,12 +89,13 @@ class Checkpoints:
           it.set_state(restored.iterators[name])
       except Exception as error:  # orbax raises a dozen kinds, none of them documented
         restored = None
-        logging.warning('checkpoint %d in %s cannot be read (%s: %s); trying the one before',
-                        step, self.path, type(error).__name__, str(error).split('\n')[0][:200])
+        then = 'trying the one before' if step != steps[-1] else 'there is none before'
+        logging.warning('checkpoint %d in %s cannot be read (%s: %s); %s', step, self.path,
+                        type(error).__name__, str(error).split('\n')[0][:200], then)
       if processes.all_of(restored is not None):
         if not self._read_only:
           self._put_aside([s for s in steps if s > step])
-        return step, restored.state
+        return step, state.replace(**restored.state) if new_optimizers else restored.state
       for name, it in iterators.items():
         it.set_state(first[name])
     raise errors.UserError(
@@ -102,10 +107,14 @@ class Checkpoints:
     """One checkpoint, without a wait for other processes: one that cannot read its part never comes to it."""
     alone = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(), active_processes={jax.process_index()})
+    wanted = ocp.args.StandardRestore(abstract)
+    if isinstance(abstract, dict):  # a part of the state
+      wanted = ocp.args.PyTreeRestore(
+          abstract, ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True)
     with ocp.CheckpointManager(self.path, options=ocp.CheckpointManagerOptions(
         create=False, multiprocessing_options=alone)) as manager:
       return manager.restore(step, args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(abstract), iterators=ocp.args.JsonRestore()))
+          state=wanted, iterators=ocp.args.JsonRestore()))
 
   def _put_aside(self, steps):
     """Renames unreadable checkpoints, so that their steps can be written again."""

@@ -8,6 +8,8 @@ import ml_collections
 
 from rlhf_jax.errors import need
 
+# Keys with a default that may be None all the same, for none.
+OPTIONAL = ('config.checkpoint_minutes', 'config.rl.value_clip', 'config.warn.kl', 'config.warn.sampler_gap')
 # Blocks whose keys are not known here: what is in them is checked where it is read.
 OPEN = ('model.init', 'evals', 'reward.parts')
 
@@ -56,7 +58,8 @@ def check_keys(block, defaults, key='config', *, whole=True):
     if name not in block:
       need(not whole, f'{key} lacks the key {name!r}: take the config from the config() of its algorithm')
     elif not isinstance(default, ml_collections.ConfigDict):
-      check_value(block[name], defaults.get_type(name), f'{key}.{name}', optional=default is None)
+      optional = default is None or f'{key}.{name}' in OPTIONAL or name == 'timeout'
+      check_value(block[name], defaults.get_type(name), f'{key}.{name}', optional=optional)
     else:
       inner = f'{key}.{name}'
       need(isinstance(block[name], ml_collections.ConfigDict), f'{inner}={block[name]!r} must be a dict')

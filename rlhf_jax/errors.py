@@ -49,5 +49,5 @@ def of_disk(error):
       if getattr(error, 'errno', None) == number or text in str(error):
         place = getattr(error, 'filename', None) or re.search(r'(?<=")/[^"]+|$', str(error)).group()
         return f'{text}{f" ({place})" if place else ""}: {remedy}; the same command resumes from the last checkpoint'
-    error = error.__cause__ or error.__context__
+    error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
   return None

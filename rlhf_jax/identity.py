@@ -8,6 +8,7 @@ MAY_CHANGE; so do input files whose contents have changed.
 import datetime
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ import sys
 from typing import Any, NamedTuple
 
 from rlhf_jax import errors
+from rlhf_jax import folders
 
 CONFIG = 'config.json'
 RUNS = 'runs.jsonl'
@@ -43,6 +45,8 @@ MAY_CHANGE = {
     'reward.timeout': 'how long it waits',
 }
 LENGTH = ('steps', 'data.epochs')
+# Keys that say what an optimizer holds; a fork in which one of them differs starts with new ones.
+OPTIMIZERS = ('optim.name', 'optim.ema', 'optim.master_dtype', 'optim.moment_dtype')
 # Keys that name files: they may move, but must hold the same.
 INPUTS = ('tokenizer', 'reference', 'model', 'models')
 WHOLE = 2**26  # bytes up to which a file counts whole
@@ -102,14 +106,15 @@ def changes(before, after, prefix=''):
     name = f'{prefix}{key}'
     if isinstance(old, dict) and isinstance(new, dict):
       found += changes(old, new, f'{name}.')
-    elif _value(old) != _value(new):
+    elif not _same(old, new):
       found.append(Change(name, old, new))
   return found
 
 
-def _value(x):
-  """What a value is compared by: JSON's true is not 1, and what is absent is null."""
-  return 'null' if x == ABSENT else json.dumps(x) if isinstance(x, bool) or x is None else x
+def _same(old, new):
+  """Whether two values are: true is not 1, and None is as good as absent."""
+  old, new = (None if value is ABSENT else value for value in (old, new))
+  return isinstance(old, bool) == isinstance(new, bool) and old == new
 
 
 def may_change(key):
@@ -117,13 +122,10 @@ def may_change(key):
   return any(key == name or key.startswith(f'{name}.') for name in MAY_CHANGE)
 
 
-def begun(workdir):
-  """Whether a workdir holds steps of a run: a checkpoint, metrics, or a model."""
-  workdir = pathlib.Path(workdir)
-  log = workdir / 'metrics.jsonl'
-  saved = workdir / 'checkpoints'
-  return ((workdir / 'model').exists() or log.exists() and log.stat().st_size > 0
-          or saved.is_dir() and any(entry.name.isdigit() for entry in saved.iterdir()))
+def has_checkpoint(workdir):
+  """Whether there is a checkpoint in a workdir."""
+  saved = pathlib.Path(workdir) / 'checkpoints'
+  return saved.is_dir() and any(entry.name.isdigit() for entry in saved.iterdir())
 
 
 def check(config, workdir):
@@ -139,11 +141,12 @@ def check(config, workdir):
   Raises:
     UserError: other keys differ, or input files hold something else; names all of them.
   """
-  before = read(workdir) if begun(workdir) else None
-  if before is None:
-    return []
-  after, inputs = plain(config), _first_inputs(workdir)
-  finished = (pathlib.Path(workdir) / 'model').exists()
+  before, finished = read(workdir), (pathlib.Path(workdir) / 'model').exists()
+  if before is None and (finished or has_checkpoint(workdir)):
+    raise errors.UserError(f'{workdir} holds a run without its {CONFIG}: name another --workdir')
+  if not finished and not has_checkpoint(workdir):
+    return []  # nothing that another config could start from
+  after, inputs = plain(config), _recorded(workdir)
   allowed, refused = [], []
   for change in changes({k: v for k, v in before.items() if k != 'forked_from'}, after):
     moved = change.key in inputs and inputs[change.key] == fingerprint(change.after)
@@ -158,6 +161,13 @@ def check(config, workdir):
         f'{", ".join(changed)}: the contents have changed since the run in {workdir} started. '
         'Put back what was there, or name another --workdir; nothing was changed.')
   return allowed
+
+
+def changed_code(config, workdir):
+  """Keys of user code, such as 'reward.function', whose file has changed since the last start."""
+  last = _recorded(workdir, last=True)
+  return [key for key, name in code_keys(plain(config)).items()
+          if last.get(key) not in (None, fingerprint(code_file(name)))]
 
 
 def differ(refused, workdir, *, finished=False, pipeline=False):
@@ -175,6 +185,7 @@ def differ(refused, workdir, *, finished=False, pipeline=False):
               '--fork=NEWDIR to keep this run and take over the stages before')
   else:
     remedy = 'or add --fork=NEWDIR to start there from the last checkpoint of this run'
+    remedy += ', with more steps' if finished else ''
   return (f'{workdir} {"is finished" if finished else "was started"} with another config: {listed}. '
           f'Name another --workdir; {remedy}. Nothing was changed.')
 
@@ -190,18 +201,39 @@ def input_keys(config, prefix=''):
   return found
 
 
+def code_keys(config, prefix=''):
+  """{dotted key: 'module' or 'module:name'} of the keys that name code of the user's."""
+  found = {}
+  for key, value in config.items():
+    if isinstance(value, dict):
+      found |= code_keys(value, f'{prefix}{key}.')
+    elif isinstance(value, str) and (key == 'function' or key == 'algorithm' and '.' in value):
+      found[f'{prefix}{key}'] = value
+  return found
+
+
+def code_file(name):
+  """The file of a module, or of 'module:name'; the name itself where there is none."""
+  try:
+    return importlib.util.find_spec(name.partition(':')[0]).origin
+  except (ImportError, AttributeError, ValueError):
+    return name
+
+
 def fingerprint(value):
   """A hash of what a path holds, or of the name itself where it is no path; of a list, of all.
 
-  Of files above 64 MiB the size and the first and last MiB count.
+  Of the folder of a run its model counts, of files above 64 MiB the size and the first and last MiB.
   """
   digest = hashlib.sha256()
   for name in value if isinstance(value, list) else [value]:
-    root = pathlib.Path(str(name))
+    root = _model(pathlib.Path(str(name)))
     if not root.exists():
       digest.update(f'name {name}'.encode())
       continue
-    files = [root] if root.is_file() else sorted(p for p in root.rglob('*') if p.is_file())
+    files = [root] if root.is_file() else sorted(
+        path for path in root.rglob('*') if path.is_file()
+        and not any(part.startswith('.') for part in path.relative_to(root).parts))
     for file in files:
       size = file.stat().st_size
       digest.update(f'{file.relative_to(root)} {size}\n'.encode())
@@ -213,8 +245,27 @@ def fingerprint(value):
   return digest.hexdigest()[:16]
 
 
-def check_steps(config, steps, step, workdir):
-  """Raises UserError where a run has taken more steps already than its config asks for."""
+def _model(path):
+  try:
+    return folders.model(path) if path.is_dir() else path
+  except errors.UserError:
+    return path
+
+
+def check_steps(config, steps, step, workdir, *, forked):
+  """Raises UserError where a run has taken more steps already than its config asks for.
+
+  Args:
+    config: ConfigDict.
+    steps: that the config asks for.
+    step: finished ones.
+    workdir: folder.
+    forked: whether this is the first start of a fork, which must take a step.
+  """
+  if step >= steps and forked:
+    raise errors.UserError(
+        f'the checkpoint that {workdir} starts from is after step {step}, and the config asks for {steps} steps '
+        f'in all: set config.steps above {step}')
   if step > steps:
     length = f'steps={config.steps}' if config.steps else f'data.epochs={config.data.epochs}'
     raise errors.UserError(
@@ -233,11 +284,11 @@ def start(config, workdir, *, changed, step=None, forked_from=None):
     forked_from: {'workdir', 'step'} of the run it starts from; None for what config.json says.
   """
   held = read(workdir)
-  if held is None or step == 0 or changed or forked_from:
-    forked_from = forked_from or (held or {}).get('forked_from')
+  if held is None or step == 0 or changed or forked_from or held.get('stages') != plain(config).get('stages'):
+    forked_from = forked_from or (None if step == 0 else (held or {}).get('forked_from'))
     write_json(pathlib.Path(workdir) / CONFIG,
                plain(config) | ({'forked_from': forked_from} if forked_from else {}))
-  record_start(config, workdir, step=step, changed=changed)
+  record_start(config, workdir, step=step, changed=changed, first=step == 0 or bool(forked_from))
 
 
 def write_json(path, value):
@@ -248,7 +299,7 @@ def write_json(path, value):
   os.replace(temporary, path)
 
 
-def record_start(config, workdir, *, step, changed):
+def record_start(config, workdir, *, step, changed, first):
   """Appends a line to runs.jsonl: when, where, with which code, and what was overridden.
 
   Args:
@@ -256,27 +307,38 @@ def record_start(config, workdir, *, step, changed):
     workdir: folder.
     step: finished steps that this start resumes from.
     changed: list of Change since the start before.
+    first: whether the run begins here, at step 0 or at that of a fork.
   """
   record = {
       'time': datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
       'step': step, 'host': socket.gethostname(), 'pid': os.getpid(),
-      'version': importlib.metadata.version('rlhf_jax'), 'commit': commit(),
+      'version': _version(), 'commit': commit(),
       'overridden': [arg for arg in sys.argv[1:] if arg.lstrip('-').startswith('config')],
       'changed': {key: [before, after] for key, before, after in changed},
   }
   if step is not None:
-    record['inputs'] = {key: fingerprint(value) for key, value in input_keys(plain(config)).items()}
+    inputs = input_keys(plain(config)) | {
+        key: code_file(name) for key, name in code_keys(plain(config)).items()}
+    record |= {'first': first, 'inputs': {key: fingerprint(value) for key, value in inputs.items()}}
   with open(pathlib.Path(workdir) / RUNS, 'a', encoding='utf-8') as file:
     file.write(json.dumps(record) + '\n')
 
 
-def _first_inputs(workdir):
-  """{key: fingerprint} of the first start; {} where it is not known."""
+def _recorded(workdir, *, last=False):
+  """{key: fingerprint} of the start at which the run began, or of the last; {} where it is not known."""
   try:
-    with open(pathlib.Path(workdir) / RUNS, encoding='utf-8') as file:
-      return json.loads(file.readline())['inputs']
-  except (OSError, ValueError, KeyError):
+    lines = (pathlib.Path(workdir) / RUNS).read_text(encoding='utf-8').splitlines()
+    starts = [start for start in map(json.loads, lines) if last or start['first']]
+    return starts[-1]['inputs']
+  except (OSError, ValueError, KeyError, IndexError):
     return {}
+
+
+def _version():
+  try:
+    return importlib.metadata.version('rlhf_jax')
+  except importlib.metadata.PackageNotFoundError:
+    return None
 
 
 def commit():
@@ -286,6 +348,6 @@ def commit():
     return subprocess.run(['git', '-C', folder, *arguments], capture_output=True, text=True,
                           timeout=10, check=True).stdout.strip()
   try:
-    return git('rev-parse', 'HEAD') + ('+' if git('status', '--porcelain', '--', folder) else '')
+    return git('rev-parse', 'HEAD') + ('+' if git('status', '--porcelain', '--untracked-files=no') else '')
   except (OSError, subprocess.SubprocessError):
     return None

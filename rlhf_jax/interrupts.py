@@ -3,11 +3,9 @@
 import itertools
 import os
 import signal
-import sys
 import threading
 import time
 
-from absl import logging
 import jax
 from jax.experimental import multihost_utils
 
@@ -15,12 +13,33 @@ from rlhf_jax import errors
 from rlhf_jax import processes
 
 
+LOOK_SECONDS = 30  # between two looks at the clock, at the pace so far
+_PROCESS = os.getpid()
+_PENDING = []
 _CALLS = itertools.count(1)  # over all runs of the process: JAX wants numbers that grow
 
 
 def end_now(number, _):
   """Handles SIGTERM where there is nothing to save."""
+  if not _ours(number):
+    return
+  _PENDING.append(number)  # what is raised below may be ignored, as in a callback of the garbage collector
   raise errors.Interrupted(f'stopped by {signal.Signals(number).name}: the same command resumes', 128 + number)
+
+
+def _ours(number):
+  """Whether a signal is for this process; a child that it forked ends, as it would without a handler."""
+  if os.getpid() == _PROCESS:
+    return True
+  signal.signal(number, signal.SIG_DFL)
+  os.kill(os.getpid(), number)
+  return False
+
+
+def check(workdir):
+  """Raises Interrupted where a signal came to any process; called by all of them between stages."""
+  if jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(next(_CALLS)):
+    raise errors.Interrupted(f'stopped by SIGTERM: the same command resumes {workdir}', 128 + signal.SIGTERM)
 
 
 class Signals:
@@ -30,7 +49,9 @@ class Signals:
   """
 
   def __init__(self):
-    self._signal, self._before = None, {}
+    self._signal, self._before = _PENDING[-1] if _PENDING else None, {}
+    # In a notebook the process has more to lose than this run.
+    self._alone = signal.getsignal(signal.SIGTERM) is end_now
 
   def __enter__(self):
     if threading.current_thread() is threading.main_thread():
@@ -44,15 +65,18 @@ class Signals:
       signal.signal(number, handler)
 
   def _handle(self, number, _):
+    if not _ours(number):
+      return
     if self._signal == signal.SIGINT == number:
-      print('stopped at once: the same command resumes from the last checkpoint', file=sys.stderr,
-            flush=True)
+      if not self._alone:
+        raise KeyboardInterrupt
+      _write('stopped at once: the same command resumes from the last checkpoint')
       os._exit(128 + number)
     self._signal = number
     if jax.distributed.is_initialized():
       os.kill(os.getpid(), signal.SIGTERM)  # to all processes
-    logging.warning('%s: saving after this step; %s', signal.Signals(number).name,
-                    'Ctrl-C again ends at once, without' if number == signal.SIGINT else 'then it ends')
+    again = 'Ctrl-C again ends at once, without' if number == signal.SIGINT else 'then it ends'
+    _write(f'{signal.Signals(number).name}: saving after this step; {again}')
 
   def stop(self):
     """Whether all processes have come to the step to stop after; called after every step."""
@@ -68,16 +92,21 @@ class Signals:
         'the same command resumes', 128 + number)
 
   def check(self, workdir, step):
-    """Raises Interrupted where a signal has come before the first step."""
+    """Raises Interrupted where a signal has come before the next step."""
     if self.stop():
       raise self.interrupted(workdir, step)
+
+
+def _write(line):
+  """Writes a line to stderr past Python's buffers, which a signal may have interrupted."""
+  os.write(2, f'\n{line}\n'.encode())
 
 
 class Clock:
   """Says when some minutes have passed, by the first process's clock.
 
-  All processes look at it after the same steps: half of those that are left at the pace so far, so
-  that they seldom wait for each other.
+  All processes look at it after the same steps, some seconds apart at the pace so far, so that they
+  seldom wait for each other.
   """
 
   def __init__(self, minutes, step):
@@ -95,8 +124,9 @@ class Clock:
       return False
     passed = time.monotonic() - self._begin
     pace = passed / (step - self._first)
-    # One process can look after every step.
-    wait = 1 if jax.process_count() == 1 else max(1, int((self._seconds - passed) / (2 * pace)))
+    # One process can look after every step. Of several none waits long where steps become slower.
+    wait = 1 if jax.process_count() == 1 else max(
+        1, int(min((self._seconds - passed) / 2, LOOK_SECONDS) / pace))
     wait = processes.agree(0 if passed >= self._seconds else wait)
     self._look = step + wait
     return wait == 0

@@ -23,6 +23,8 @@ class Learner:
     samples: (metrics of the last step) -> the texts of its batch as dicts with prompt, response, score
       and paid_score (after rules on it), for samples.jsonl; empty where the algorithm samples none.
     warnings: (metrics of a step, as numbers) -> {kind: line}; each kind is logged once a run.
+    set_by: {name in TrainState.extra: dotted keys of the config that set its first value}; a fork in
+      which one of them differs starts with its own.
   """
   steps: int
   iterators: dict[str, Any]
@@ -33,3 +35,4 @@ class Learner:
   evaluators: dict[str, Callable[..., dict]] = dataclasses.field(default_factory=dict)
   samples: Callable[[dict], list[dict]] = lambda metrics: []
   warnings: Callable[[dict], dict[str, str]] = lambda metrics: {}
+  set_by: dict[str, tuple] = dataclasses.field(default_factory=dict)

@@ -12,6 +12,7 @@ runs these alone.
 import contextlib
 import importlib
 import inspect
+import os
 import pathlib
 import time
 
@@ -21,6 +22,7 @@ import ml_collections
 from rlhf_jax import config_keys
 from rlhf_jax import errors
 from rlhf_jax import identity
+from rlhf_jax import interrupts
 from rlhf_jax import processes
 from rlhf_jax import runtime
 from rlhf_jax import train
@@ -44,19 +46,22 @@ def run(config, workdir, *, fork_of=None):
     Interrupted: see train.run.
   """
   runtime.keep_programs()
-  stages = {name: resolve(config[name], workdir, config.seed) for name in chosen(config)}
+  stages = {name: resolve(config[name], pathlib.Path(workdir).absolute(), config.seed) for name in chosen(config)}
   for name, stage in stages.items():  # a mistake in the last is found before the first runs
     check(name, stage)
   with contextlib.ExitStack() as held:
     processes.on_first(lambda: claim(config, workdir, fork_of, held))
-    workdir, ran = pathlib.Path(workdir), False
+    workdir, ran = pathlib.Path(workdir).absolute(), []
     for number, (name, stage) in enumerate(stages.items(), 1):
+      interrupts.check(workdir)
       folder = workdir / name
       heading = f'[{number}/{len(stages)}] {name}'
       if processes.agree((folder / DONE).exists()):
-        processes.say(f'{heading}: {workdir_lib.finished(folder)}')
+        old = f', and was made before {", ".join(ran)} ran' if ran else ''
+        processes.say(f'{heading}: {workdir_lib.finished(folder)}, and the folders of the stages after it{old}')
         continue
-      started, ran = time.perf_counter(), True
+      started = time.perf_counter()
+      ran.append(name)
       processes.say(heading)
       run_stage(stage, folder)
       if processes.first():
@@ -75,17 +80,36 @@ def claim(config, workdir, fork_of, held):
   """
   workdir = workdir_lib.check(workdir)
   held.enter_context(workdir_lib.lock(workdir))
-  before, origin = identity.read(workdir), None
-  if fork_of:
-    origin = {'workdir': str(fork_of)}
-    if before is None:
-      take_over(config, fork_of, workdir)
-    elif before.get('forked_from') != origin:
-      raise errors.UserError(f'--fork={workdir} holds another run: name a new folder')
+  workdir_lib.remove_leftovers(workdir)
+  before = identity.read(workdir)
   changed = differing(config, before, workdir) if before else []
   for change in changed:
     print(f'{workdir}: {change}', flush=True)
+  config = with_stages(config, before or {})
+  origin = (before or {}).get('forked_from')
+  if fork_of and before and (origin or {}).get('workdir') != os.path.abspath(fork_of):
+    raise errors.UserError(f'--fork={workdir} holds another run: name a new folder')
+  if fork_of and not before:
+    origin = {'workdir': os.path.abspath(fork_of)}
+    check_fork(fork_of)
   identity.start(config, workdir, changed=changed, forked_from=origin)
+  if origin and 'stages' not in origin:  # not all of them are taken over yet
+    origin |= {'stages': take_over(config, origin['workdir'], workdir)}
+    identity.start(config, workdir, changed=[], forked_from=origin)
+
+
+def with_stages(config, before):
+  """A config whose `stages` names those of earlier starts too, in order; `before` is config.json, or {}."""
+  earlier, now = named(before.get('stages', ())), chosen(config)
+  config = config.copy_and_resolve_references()
+  with config.ignore_type():
+    config.stages = tuple(now if set(now) >= set(earlier) else dict.fromkeys([*earlier, *now]))
+  return config
+
+
+def named(stages):
+  """The names in `config.stages`; on the command line commas part them."""
+  return [name.strip() for entry in stages for name in entry.split(',')]
 
 
 def differing(config, before, workdir):
@@ -125,37 +149,46 @@ def seeded(before, key):
 
 def begun(folder):
   """Whether a stage has results: it is finished, or has steps to resume from."""
-  return (folder / DONE).exists() or identity.begun(folder)
+  return (folder / DONE).exists() or (folder / 'model').exists() or identity.has_checkpoint(folder)
+
+
+def check_fork(source):
+  """Raises UserError where a folder is no pipeline's."""
+  before = identity.read(source)
+  if before is None or 'stages' not in before:
+    raise errors.UserError(f'--workdir={source} is not the folder of a pipeline: --fork needs one')
 
 
 def take_over(config, source, workdir):
   """Copies the finished stages of another run of the pipeline, up to the first that differs.
 
-  Raises:
-    UserError: `source` is no pipeline's.
+  Returns:
+    Their names.
   """
-  source = pathlib.Path(source)
+  source, names = pathlib.Path(source), []
   before, after = identity.read(source), identity.plain(config)
-  if before is None or 'stages' not in before:
-    raise errors.UserError(f'--workdir={source} is not the folder of a pipeline: --fork needs one')
   same_seed = before['seed'] == after['seed']
-  for name in before['stages']:
-    same = before.get(name) == after[name] and (same_seed or after[name].get('seed') is not None)
+  for name in dict.fromkeys([*named(before['stages']), *chosen(config)]):
+    new = after.get(name)
+    same = new is not None and before.get(name) == new and (same_seed or new.get('seed') is not None)
     if not same or not (source / name / DONE).exists():
       break
-    print(f'{name}: taken from {source / name}', flush=True)
-    workdir_lib.copy(source / name, workdir / name)
+    if not (workdir / name).exists():
+      print(f'{name}: taken from {source / name}', flush=True)
+      workdir_lib.copy(source / name, workdir / name)
+    names.append(name)
+  return names
 
 
 def chosen(config):
-  """The names in `config.stages`; on the command line commas part them.
+  """The names in `config.stages`.
 
   Raises:
     UserError: one is not a stage of the config.
   """
   known = [name for name, value in config.items() if isinstance(value, ml_collections.ConfigDict)
            and ('algorithm' in value or 'function' in value)]
-  names = [name.strip() for entry in config.stages for name in entry.split(',')]
+  names = named(config.stages)
   unknown = [name for name in names if name not in known]
   if unknown or not names:
     raise errors.UserError(
@@ -173,9 +206,9 @@ def check(name, stage):
     function, arguments = called(stage)
   except errors.UserError as error:
     raise errors.UserError(f'stage {name}: {error}') from error
-  except (ImportError, AttributeError, ValueError) as error:
+  except (Exception, SystemExit) as error:  # whatever a user's module does
     raise errors.UserError(
-        f'stage {name}: config.{name}.function={stage.function!r} cannot be loaded ({error}): '
+        f'stage {name}: config.{name}.function={stage.function!r} cannot be loaded ({type(error).__name__}: {error}): '
         "it has to be 'package.module:name' of a function") from error
   config_keys.check_finite(arguments, f'stage {name}: config.{name}')
   signature = inspect.signature(function)

@@ -14,6 +14,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from rlhf_jax import errors
+from rlhf_jax import processes
 
 HUGE = 2**21  # bytes of a huge page
 HEARTBEAT_SECONDS = 50  # after which a process that is gone ends the others
@@ -32,6 +33,7 @@ def configure():
   join()
   keep_programs()
   check_devices()
+  processes.wait()  # the first collective allows 30 seconds; those after it any time
 
 
 def keep_programs():

@@ -9,6 +9,7 @@ import pathlib
 import time
 
 import jax
+import jax.numpy as jnp
 import tqdm
 
 from rlhf_jax import checkpoint
@@ -43,7 +44,7 @@ def run(config, workdir, *, fork_of=None):
   began = time.perf_counter()
   with contextlib.ExitStack() as held:
     changed = processes.on_first(lambda: workdir_lib.claim(config, workdir, fork_of, held))
-    workdir = pathlib.Path(workdir)
+    workdir = pathlib.Path(workdir).absolute()
     model_path = workdir / 'model'
     if processes.agree(model_path.exists()):
       processes.say(workdir_lib.finished(workdir))
@@ -52,17 +53,24 @@ def run(config, workdir, *, fork_of=None):
     mesh = sharding.make_mesh(dict(config.mesh))
     held.enter_context(jax.set_mesh(mesh))
     learner, state = build.load(config.algorithm).create(config, mesh)
-    forked_from = fork_of and processes.on_first(lambda: workdir_lib.fork(fork_of, workdir))
     signals = held.enter_context(interrupts.Signals())
     checkpoints = held.enter_context(checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints))
-    step, state = checkpoints.restore(state, learner.iterators)
-    identity.check_steps(config, learner.steps, step, workdir)
+    source = workdir_lib.origin(workdir, fork_of)
+    forked = bool(source) and not processes.agree(identity.has_checkpoint(workdir))
+    if forked:
+      step, state = fork(config, state, learner, source)
+    else:
+      step, state = checkpoints.restore(state, learner.iterators)
+    identity.check_steps(config, learner.steps, step, workdir, forked=forked)
     if step:
-      processes.say(f'{workdir}: resuming after step {step} of {learner.steps}')
+      processes.say(f'{source if forked else workdir}: resuming after step {step} of {learner.steps}')
     if processes.first():  # only now: the files of another config's run stay as they are
       learner.describe(workdir)
-      identity.start(config, workdir, step=step, changed=changed, forked_from=forked_from)
+      identity.start(config, workdir, step=step, changed=changed,
+                     forked_from={'workdir': source, 'step': step} if forked else None)
     processes.wait_for_file(workdir / identity.CONFIG)
+    if forked:  # from now on it needs no other folder
+      checkpoints.save(step, state, learner.iterators)
     writer = held.enter_context(metrics_lib.Writer(
         workdir, resume_step=step, config=config.to_dict(), wandb_project=config.wandb_project))
     state = loop(config, learner, state, step, checkpoints, writer, signals)
@@ -72,6 +80,30 @@ def run(config, workdir, *, fork_of=None):
   minutes = (time.perf_counter() - began) / 60
   processes.say(f'{model_path}: {learner.steps} steps, {minutes:.1f} min; {metrics_lib.summary(workdir)}')
   return model_path
+
+
+def fork(config, state, learner, source):
+  """The newest checkpoint of another run, with what this run's config says otherwise.
+
+  Args:
+    config: the run's config.
+    state: its first TrainState; its buffers are freed.
+    learner: Learner.
+    source: folder of the other run.
+
+  Returns:
+    Finished steps and the TrainState.
+  """
+  differ = {change.key for change in identity.changes(identity.read(source), identity.plain(config))}
+  own = {name: jnp.copy(state.extra[name]) for name, keys in learner.set_by.items()
+         if not differ.isdisjoint(keys)}
+  key = jnp.copy(state.key) if 'seed' in differ else None
+  new_optimizers = not differ.isdisjoint(identity.OPTIMIZERS)
+  if new_optimizers:
+    processes.say(f'{source}: the optimizer starts anew, with its learning-rate schedule')
+  with checkpoint.Checkpoints(source) as checkpoints:
+    step, state = checkpoints.restore(state, learner.iterators, new_optimizers=new_optimizers)
+  return step, state.replace(extra=state.extra | own, key=state.key if key is None else key)
 
 
 def loop(config, learner, state, first_step, checkpoints, writer, signals):

@@ -6,6 +6,7 @@ import os
 import pathlib
 import shutil
 import socket
+import sys
 import threading
 import time
 
@@ -18,6 +19,9 @@ LOCK = 'lock'
 BEAT_SECONDS = 10
 DEAD_SECONDS = 60  # without a beat from another host
 SETTLE_SECONDS = 1
+# Keys that say which weights a run has; those a fork takes from its checkpoint.
+WEIGHTS = ('algorithm', 'model.path', 'model.init', 'model.lora', 'model.unfrozen_layers', 'model.param_dtype',
+           'critic.kind', 'critic.path', 'tokenizer')
 # What a run or a pipeline leaves beside its stages' folders; a folder with none of it is no run's.
 MARKS = ('config.json', 'runs.jsonl', 'checkpoints', 'metrics.jsonl', LOCK)
 
@@ -40,16 +44,40 @@ def claim(config, workdir, fork_of, held):
   workdir = check(workdir)
   held.enter_context(lock(workdir))
   remove_leftovers(workdir)
-  held_config = identity.read(workdir)
-  origin = (held_config or {}).get('forked_from') or {}
-  if fork_of and held_config and origin.get('workdir') != str(fork_of):
-    raise errors.UserError(f'--fork={workdir} holds another run: name a new folder')
+  if fork_of:
+    check_fork(config, fork_of, workdir)
   changed = identity.check(config, workdir)
   for change in changed:
     scheduled = change.key in identity.LENGTH and config.optim.schedule != 'constant'
     note = '; from here on the learning rate follows the new length' if scheduled else ''
     print(f'{workdir}: {change}{note}', flush=True)
+  for key in identity.changed_code(config, workdir):
+    print(f'{workdir}: the file of config.{key} has changed since the last start', flush=True)
   return changed
+
+
+def check_fork(config, source, workdir):
+  """Raises UserError where a run cannot start in `workdir` from the newest checkpoint in `source`."""
+  held = identity.read(workdir)
+  if held and (held.get('forked_from') or {}).get('workdir') != os.path.abspath(source):
+    raise errors.UserError(f'--fork={workdir} holds another run: name a new folder')
+  before = identity.read(source)
+  if before is None or not identity.has_checkpoint(source):
+    raise errors.UserError(f'--workdir={source} has no checkpoint for --fork={workdir} to start from')
+  kept = [change for change in identity.changes(before, identity.plain(config))
+          if change.key.startswith(WEIGHTS) and not identity.may_change(change.key)
+          and identity.fingerprint(change.before) != identity.fingerprint(change.after)]
+  if kept:
+    raise errors.UserError(
+        f'--fork starts from the weights in {source}, which are of another model: '
+        f'{"; ".join(map(str, kept))}. Leave them as they were, or start a new --workdir without --fork')
+
+
+def origin(workdir, fork_of):
+  """The folder of the run that the one in `workdir` is a fork of; None where it is none."""
+  held = identity.read(workdir) or {}
+  source = (held.get('forked_from') or {}).get('workdir') or fork_of
+  return source and os.path.abspath(source)
 
 
 def finished(workdir):
@@ -77,7 +105,7 @@ def check(workdir):
     raise errors.UserError(
         f'--workdir={workdir} is a URL: only the checkpoints could be written there. Mount the '
         'bucket, for example with gcsfuse, and name the folder where it is mounted')
-  workdir = pathlib.Path(workdir)
+  workdir = pathlib.Path(workdir).absolute()  # a user's code may change the working directory
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     held = [entry.name for entry in os.scandir(workdir)]
@@ -107,7 +135,8 @@ def _json(path):
 def remove_leftovers(workdir):
   """Removes what an export or a checkpoint that was killed has left half written."""
   for path in [*workdir.glob('.model.*'), *workdir.glob('checkpoints/*.orbax-checkpoint-tmp*'),
-               *workdir.glob('checkpoints/.*.copy'), *workdir.glob('.write-*'), *workdir.glob('*.tmp')]:
+               *workdir.glob('.*.copy'), *workdir.glob('.write-*'), *workdir.glob(f'.{LOCK}.*'),
+               *workdir.glob('*.tmp')]:
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -122,15 +151,16 @@ def lock(workdir):
     UserError: another process holds it; says which, on which host, and since when.
   """
   path, ours = pathlib.Path(workdir) / LOCK, {
-      'host': socket.gethostname(), 'boot': psutil.boot_time(), 'pid': os.getpid(),
+      'host': _host(), 'pid': os.getpid(),
       'started': psutil.Process().create_time(), 'time': time.strftime('%Y-%m-%d %H:%M:%S %Z')}
   while not _create(path, ours):
     holder = _json(path)
     if _alive(path, holder):
       raise errors.UserError(
-          f'{workdir} is in use by process {holder.get("pid")} on {holder.get("host")} since '
+          f'{workdir} is in use by process {holder.get("pid")} on {_name(holder)} since '
           f'{holder.get("time")}: wait for it to end, or name another --workdir')
-    path.unlink(missing_ok=True)
+    if _json(path) == holder:
+      path.unlink(missing_ok=True)
     if _create(path, ours):
       time.sleep(SETTLE_SECONDS)  # one that saw the same dead holder may have taken ours for its
       if _json(path) == ours:
@@ -141,15 +171,24 @@ def lock(workdir):
     while not ended.wait(BEAT_SECONDS):
       with contextlib.suppress(OSError):
         os.utime(path)
+      if _json(path).keys() and _json(path) != ours:  # it was taken for dead, while it slept
+        print(f'error: {workdir} was taken over by process {_json(path).get("pid")} on '
+              f'{_name(_json(path))}', file=sys.stderr, flush=True)
+        os._exit(1)
 
   threading.Thread(target=beat, daemon=True).start()
   try:
     yield
   finally:
     ended.set()
-    path.unlink(missing_ok=True)
+    if _json(path) == ours:
+      path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # a run that has not begun leaves no folder
       path.parent.rmdir()
+
+
+def _name(holder):
+  return str(holder.get('host')).partition(' ')[0]
 
 
 def _create(path, content):
@@ -172,18 +211,28 @@ def _create(path, content):
     mine.unlink()
 
 
+def _host():
+  """The name of this host, and what tells its boots and its containers apart."""
+  try:
+    boot = pathlib.Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+    return f'{socket.gethostname()} {boot} {os.readlink("/proc/self/ns/pid")}'
+  except OSError:  # no Linux
+    return socket.gethostname()
+
+
 def _alive(path, holder):
   """Whether the holder of a lock still is."""
-  here = holder.get('host') == socket.gethostname() and abs(
-      holder.get('boot', 0) - psutil.boot_time()) < 5
-  if here:
+  if not holder:
+    return False
+  if holder.get('host') == _host():
     try:
       process = psutil.Process(holder['pid'])
-      return (abs(process.create_time() - holder['started']) < 1
+      # Clocks are set: it is the same process if it started at about the same time.
+      return (abs(process.create_time() - holder['started']) < 60
               and process.status() != psutil.STATUS_ZOMBIE)
     except (psutil.Error, KeyError):
       return False
-  print(f'{path.parent}: looking whether process {holder.get("pid")} on {holder.get("host")}, which held it last, '
+  print(f'{path.parent}: looking whether process {holder.get("pid")} on {_name(holder)}, which held it last, '
         f'still does; up to {DEAD_SECONDS} s', flush=True)
   try:
     first = path.stat().st_mtime
@@ -198,34 +247,11 @@ def _alive(path, holder):
   return False
 
 
-def fork(source, workdir):
-  """Copies the newest checkpoint of a run into a new folder, from which another run then starts.
-
-  Args:
-    source: folder of the run.
-    workdir: folder of the new one, without checkpoints.
-
-  Returns:
-    {'workdir': source, 'step': finished steps}; None where this was done at an earlier start.
-
-  Raises:
-    UserError: there is no checkpoint.
-  """
-  if (identity.read(workdir) or {}).get('forked_from'):
-    return None
-  saved = pathlib.Path(source) / 'checkpoints'
-  steps = [int(path.name) for path in saved.glob('*') if path.name.isdigit()]
-  if not steps:
-    raise errors.UserError(f'--workdir={source} has no checkpoint for --fork={workdir} to start from')
-  step = str(max(steps))
-  target = pathlib.Path(workdir) / 'checkpoints'
-  if not (target / step).exists():
-    copy(saved / step, target / step)
-  return {'workdir': str(source), 'step': int(step)}
-
-
 def copy(source, target):
-  """A copy of a folder under a new name, there as a whole or not at all; files of one disk are linked."""
+  """A copy of a run's folder, there as a whole or not at all.
+
+  What is large, and never written in place, is linked where both are on one disk.
+  """
   half = target.with_name(f'.{target.name}.copy')
   shutil.rmtree(half, ignore_errors=True)
   half.parent.mkdir(parents=True, exist_ok=True)
@@ -234,7 +260,10 @@ def copy(source, target):
 
 
 def _link(source, target):
+  large = source.endswith('.safetensors') or 'checkpoints' in pathlib.Path(source).parts
   try:
+    if not large:
+      raise OSError
     os.link(source, target)
   except OSError:
     shutil.copy2(source, target)

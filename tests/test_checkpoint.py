@@ -250,9 +250,21 @@ def test_a_fork_with_another_model_is_refused(change, unfinished, tmp_path):
   config, folder = unfinished
   other = config.copy_and_resolve_references()
   other.update_from_flattened_dict(change)
-  with pytest.raises(errors.UserError, match='none of the checkpoints .* can be read with this config'):
+  with pytest.raises(errors.UserError, match='--fork starts from the weights in .*, which are of another model: config'):
     train.run(other, tmp_path / 'run', fork_of=folder)
-  assert not (tmp_path / 'run' / 'config.json').exists()
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_fork_with_another_optimizer_starts_it_anew(unfinished, tmp_path, capfd):
+  config, folder = unfinished
+  other = config.copy_and_resolve_references()
+  other.optim.update({'ema': 0.5, 'name': 'tf_adam'})
+  other.steps = 6
+  train.run(other, tmp_path / 'run', fork_of=folder)
+  assert 'the optimizer starts anew' in capfd.readouterr().out
+  kept, found = (checkpoint.load_params(path, 'policy') for path in (folder, tmp_path / 'run'))
+  moved = max(float(abs(a - b).max()) for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(found)))
+  assert 0 < moved < 10 * other.optim.learning_rate  # from the old weights on
 
 
 @pytest.fixture(scope='module')

@@ -100,7 +100,6 @@ def test_parameters_and_moments_lie_as_the_table_says(many):
 def test_one_compilation_each_whatever_the_prompts_lengths(many):
   _, found = many
   counts = collections.Counter(found.compiled)
-  assert counts['jit(train_step)'] == 1, counts
-  assert counts['jit(generate)'] == 1, counts
-  assert counts['jit(score)'] == 1, counts
+  # None where another test has left the program on disk.
+  assert max(counts[f'jit({name})'] for name in ('train_step', 'generate', 'score')) == 1, counts
   assert len({tuple(row) for row in found.lengths}) > STEPS / 2  # They did vary.

@@ -156,20 +156,96 @@ def test_a_fork_starts_from_the_newest_checkpoint(copied, tmp_path):
   assert {record['step'] for record in metrics.read(tmp_path / 'new')} == {4}
   origin = {'workdir': str(folder), 'step': 4}
   assert identity.read(tmp_path / 'new') == identity.plain(other) | {'forked_from': origin}
+  # It was killed before its first checkpoint: it starts from there again, without --fork too.
+  expected = (tmp_path / 'new' / 'model' / 'model.safetensors').read_bytes()
   shutil.rmtree(tmp_path / 'new' / 'model')
-  train.run(other, tmp_path / 'new')  # resumes without --fork, and with it
-  train.run(other, tmp_path / 'new', fork_of=folder)
+  shutil.rmtree(tmp_path / 'new' / 'checkpoints')
+  train.run(other, tmp_path / 'new')
+  assert (tmp_path / 'new' / 'model' / 'model.safetensors').read_bytes() == expected
+  shutil.rmtree(tmp_path / 'new' / 'model')
+  shutil.move(folder, tmp_path / 'away')  # from now on it needs no other folder
+  train.run(other, tmp_path / 'new')
   assert identity.read(tmp_path / 'new')['forked_from'] == origin
+  assert [start['step'] for start in starts(tmp_path / 'new')] == [4, 4, 5]
+
+
+def starts(folder):
+  return [json.loads(line) for line in (folder / 'runs.jsonl').read_text().splitlines()]
+
+
+def test_a_fork_that_cannot_start_leaves_no_folder(copied, tmp_path):
+  config, folder = copied
+  (tmp_path / 'other').mkdir()
+  for changes, source, message in (
+      ({}, tmp_path / 'other', 'has no checkpoint for --fork='),
+      ({'model.path': str(tmp_path)}, folder, 'which are of another model: config.model.path: '),
+      ({'steps': 4}, folder, 'is after step 4, and the config asks for 4 steps in all: set config.steps above 4')):
+    with pytest.raises(errors.UserError, match=message):
+      train.run(changed(config, changes), tmp_path / 'new', fork_of=source)
+    assert not (tmp_path / 'new' / 'config.json').exists()
+  train.run(config, tmp_path / 'new', fork_of=folder)
   with pytest.raises(errors.UserError, match='--fork=.* holds another run: name a new folder'):
-    train.run(other, folder, fork_of=tmp_path / 'new')
-  with pytest.raises(errors.UserError, match='has no checkpoint for --fork='):
-    train.run(other, tmp_path / 'third', fork_of=tmp_path)
-  assert not (tmp_path / 'third').exists()
+    train.run(config, tmp_path / 'new', fork_of=tmp_path / 'other')
+
+
+def test_a_fork_is_what_its_config_says(world, tmp_path):
+  """Also where a checkpoint holds what the config sets: PPO's coefficient, and the random key."""
+  config = tiny.ppo(world)
+  config.steps = 1
+  train.run(config, tmp_path / 'old')
+  other = changed(config, {'rl.kl_coef': 5.0, 'seed': 9, 'steps': 2})
+  train.run(other, tmp_path / 'new', fork_of=tmp_path / 'old')
+  assert metrics.read(tmp_path / 'new')[-1]['objective/kl_coef'] == 5.0
+  again = changed(config, {'rl.kl_coef': 5.0, 'steps': 2})
+  train.run(again, tmp_path / 'again', fork_of=tmp_path / 'old')
+  kl, same_seed = (metrics.read(tmp_path / name)[-1]['objective/kl'] for name in ('new', 'again'))
+  assert kl != same_seed
+
+
+def test_what_a_run_begins_with_is_that_of_its_last_first_step(begun, data, tmp_path):
+  config = changed(begun[0], {'steps': 2})
+  other = tmp_path / 'other.jsonl'
+  other.write_text('\n'.join(data.read_text().splitlines()[:30]))
+  for path in (data, other):  # the first is killed before its first checkpoint
+    train.run(changed(config, {'data.path': str(path)}), tmp_path / 'run')
+    shutil.rmtree(tmp_path / 'run' / 'model')
+    if path == data:
+      shutil.rmtree(tmp_path / 'run' / 'checkpoints')
+  assert identity.check(changed(config, {'data.path': str(other)}), tmp_path / 'run') == []
+  with pytest.raises(errors.UserError, match='config.data.path: '):
+    identity.check(config, tmp_path / 'run')
+
+
+def test_the_model_of_a_runs_folder_is_what_counts(tmp_path):
+  (tmp_path / 'model').mkdir()
+  (tmp_path / 'config.json').write_text('{"algorithm": "sft"}')
+  (tmp_path / 'model' / 'config.json').write_text('{"model_type": "llama"}')
+  before = identity.fingerprint(str(tmp_path))
+  (tmp_path / 'metrics.jsonl').write_text('{}')
+  (tmp_path / 'model' / '.cache').write_text('')
+  assert identity.fingerprint(str(tmp_path)) == before
+  (tmp_path / 'model' / 'model.safetensors').write_text('x')
+  assert identity.fingerprint(str(tmp_path)) != before
+
+
+def test_code_of_the_user_that_changes_is_said(copied, tmp_path, monkeypatch, capfd):
+  monkeypatch.syspath_prepend(tmp_path)
+  module = tmp_path / 'my_evaluator.py'
+  module.write_text('def make(context):\n  return lambda state: {"x": 1}\n')
+  config, folder = copied
+  config = changed(config, {'steps': 5})
+  with config.unlocked():
+    config.evals.mine = {'function': 'my_evaluator:make'}
+  train.run(config, folder)
+  shutil.rmtree(folder / 'model')
+  module.write_text('def make(context):\n  return lambda state: {"x": 2}\n')
+  train.run(config, folder)
+  assert f'{folder}: the file of config.evals.mine.function has changed since the last start' in capfd.readouterr().out
 
 
 def test_a_run_that_never_took_a_step_is_nobodys(world, tmp_path):
   config = tiny.sft(world)
-  (tmp_path / 'metrics.jsonl').write_text('')
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 0}\n')
   identity.start(config, tmp_path, changed=[], step=0)
   assert identity.check(changed(config, {'seed': 5}), tmp_path) == []
 

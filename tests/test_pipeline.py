@@ -131,6 +131,45 @@ def test_a_stage_that_has_not_begun_may_change(tmp_path, ran, capsys):
   assert [list(start['changed']) for start in starts] == [[], ['second.text']]
 
 
+def test_a_finished_stage_after_one_that_runs_again_is_said_to_be_older(tmp_path, ran, capsys):
+  pipeline.run(make_config(), tmp_path)
+  shutil.rmtree(tmp_path / 'second')
+  pipeline.run(make_config(), tmp_path)
+  out = capsys.readouterr().out
+  assert '[3/3] third: finished on ' in out and ', and was made before second ran' in out
+  assert out.count('was made before') == 1
+
+
+def test_the_stages_of_all_starts_are_logged(tmp_path, ran):
+  for stages, logged in ((('second',), ['second']), (('first,second', 'third'), ['first', 'second', 'third']),
+                         (('third',), ['first', 'second', 'third'])):
+    config = make_config()
+    config.stages = stages
+    pipeline.run(config, tmp_path)
+    assert json.loads((tmp_path / 'config.json').read_text())['stages'] == logged
+  assert ran == ['second', 'first', 'third']
+
+
+def test_a_fork_that_was_killed_while_it_took_stages_over_goes_on(tmp_path, ran, monkeypatch):
+  pipeline.run(make_config(), tmp_path / 'old')
+  copy = pipeline.workdir_lib.copy
+
+  def killed(source, target):
+    if source.name == 'second':
+      (target.parent / '.second.copy').mkdir()
+      raise KeyboardInterrupt
+    copy(source, target)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(pipeline.workdir_lib, 'copy', killed)
+    with pytest.raises(KeyboardInterrupt):
+      pipeline.run(make_config(), tmp_path / 'new', fork_of=tmp_path / 'old')
+  ran.clear()
+  pipeline.run(make_config(), tmp_path / 'new', fork_of=tmp_path / 'old')
+  assert ran == [] and written(tmp_path / 'new' / 'second') == written(tmp_path / 'old' / 'second')
+  assert not list((tmp_path / 'new').glob('.*'))
+
+
 def test_a_fork_takes_the_finished_stages_over_up_to_the_first_that_differs(tmp_path, ran, capsys):
   pipeline.run(make_config(), tmp_path / 'old')
   ran.clear()
@@ -141,7 +180,7 @@ def test_a_fork_takes_the_finished_stages_over_up_to_the_first_that_differs(tmp_
   assert written(tmp_path / 'new' / 'first') == written(tmp_path / 'old' / 'first')
   assert (tmp_path / 'new' / 'third' / 'note.json').read_text() == f'{tmp_path}/new'
   assert json.loads((tmp_path / 'new' / 'config.json').read_text())['forked_from'] == {
-      'workdir': f'{tmp_path}/old'}
+      'workdir': f'{tmp_path}/old', 'stages': ['first']}
   pipeline.run(other, tmp_path / 'new', fork_of=tmp_path / 'old')
   pipeline.run(other, tmp_path / 'new')
   assert ran == ['second', 'third']

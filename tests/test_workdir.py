@@ -77,7 +77,7 @@ def test_a_dead_holder_is_taken_over(tmp_path):
 @pytest.mark.parametrize('beats', [True, False])
 def test_a_holder_on_another_host_lives_while_it_beats(beats, tmp_path, monkeypatch):
   monkeypatch.setattr(workdir_lib, 'DEAD_SECONDS', 4)
-  (tmp_path / 'lock').write_text(json.dumps({'host': 'elsewhere', 'pid': 1, 'boot': 1.0, 'time': 'noon'}))
+  (tmp_path / 'lock').write_text(json.dumps({'host': 'elsewhere', 'pid': 1, 'time': 'noon'}))
   ended = threading.Event()
 
   def touch():

@@ -146,4 +146,5 @@ def create(config, mesh, settings, train_step, *, reference=True, extra=wiring.f
       describe=setup.describer(model, 'policy', tokenizer),
       evaluators=evaluators.make(config.evals, context),
       samples=functools.partial(actor.samples, tokenizer),
-      warnings=on_policy_warnings.make(config)), state
+      warnings=on_policy_warnings.make(config),
+      set_by={'kl_coef': ('rl.kl_coef', 'rl.kl_controller')}), state
