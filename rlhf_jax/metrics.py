@@ -148,7 +148,7 @@ class StepLog:
     """
     self._writer, self._bar = writer, bar
     self._warnings, self._warned = warnings, set()
-    self._clock, self._waiting = time.perf_counter(), None
+    self._clock, self._steps, self._waiting = time.perf_counter(), 0, None
 
   def add(self, step, metrics, host_metrics, *, written):
     """Logs the step before, and keeps this one for the next call.
@@ -163,10 +163,13 @@ class StepLog:
       UserError: a metric of the step before is NaN or infinite.
     """
     self.flush()
-    now = time.perf_counter()
-    host_metrics = host_metrics | {'seconds/step': now - self._clock}
+    self._steps += 1
+    if written:  # the time since the last step that was: the device works off what is not waited for
+      now = time.perf_counter()
+      host_metrics = host_metrics | {'seconds/step': (now - self._clock) / self._steps}
+      self._clock, self._steps = now, 0
     metrics = {name: value for name, value in metrics.items() if not name.startswith('samples/')}
-    self._waiting, self._clock = (step, metrics, host_metrics, written), now
+    self._waiting = step, metrics, host_metrics, written
 
   def flush(self):
     """Logs the last step that was added, unless it is logged already. Waits for the device.

@@ -8,6 +8,7 @@ import types
 import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
+import tqdm
 
 from rlhf_jax import metrics
 from rlhf_jax.errors import DataError
@@ -146,3 +147,17 @@ def test_wandb_missing_says_how_to_get_it(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'wandb', None)
   with pytest.raises(UserError, match=r'pip install "rlhf_jax\[wandb\]"'):
     metrics.Writer(tmp_path, wandb_project='p')
+
+
+def test_the_seconds_of_a_step_are_those_since_the_last_logged_one(tmp_path, monkeypatch):
+  """Steps that are not logged are not waited for: what they take shows at the next that is."""
+  now = [0.0]
+  monkeypatch.setattr(metrics.time, 'perf_counter', lambda: now[0])
+  with metrics.Writer(tmp_path) as writer:
+    log = metrics.StepLog(writer, tqdm.tqdm(disable=True))
+    for step, (seconds, written) in enumerate(((9.0, True), (0.1, False), (0.1, False), (5.8, True), (2.0, True))):
+      now[0] += seconds
+      log.add(step, {}, {}, written=written)
+    log.flush()
+  assert [(record['step'], round(record['seconds/step'], 6)) for record in metrics.read(tmp_path)] == [
+      (0, 9.0), (3, 2.0), (4, 2.0)]
