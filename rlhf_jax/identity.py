@@ -5,6 +5,7 @@ A start with another config names the keys that differ and stops, unless all of 
 MAY_CHANGE; so do input files whose contents have changed.
 """
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -326,12 +327,13 @@ def record_start(config, workdir, *, step, changed, first):
 
 def _recorded(workdir, *, last=False):
   """{key: fingerprint} of the start at which the run began, or of the last; {} where it is not known."""
-  try:
-    lines = (pathlib.Path(workdir) / RUNS).read_text(encoding='utf-8').splitlines()
-    starts = [start for start in map(json.loads, lines) if last or start['first']]
-    return starts[-1]['inputs']
-  except (OSError, ValueError, KeyError, IndexError):
-    return {}
+  path, found = pathlib.Path(workdir) / RUNS, {}
+  for line in path.read_text(encoding='utf-8').splitlines() if path.exists() else ():
+    with contextlib.suppress(ValueError):  # a start that was killed while it wrote
+      start = json.loads(line)
+      if last or start.get('first'):
+        found = start.get('inputs', {})
+  return found
 
 
 def _version():

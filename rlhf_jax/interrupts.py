@@ -12,7 +12,6 @@ from jax.experimental import multihost_utils
 from rlhf_jax import errors
 from rlhf_jax import processes
 
-
 LOOK_SECONDS = 30  # between two looks at the clock, at the pace so far
 _PROCESS = os.getpid()
 _PENDING = []
