@@ -215,7 +215,7 @@ def good(algorithm):
   config = build.load(algorithm).config()
   config.data.path, config.model.path, config.steps = 'data.jsonl', 'model', 10
   if 'reward' in config:
-    config.reward.function = 'rewards:length'
+    config.reward.function = 'tiny:good_words'
   return config
 
 
@@ -308,13 +308,15 @@ BAD_REWARD_MODEL = [
     ({'microbatch_size': 3}, 'config.microbatch_size=3 does not divide config.batch_size=32'),
 ]
 PARTS = {'reward.function': None}
-PROMPTS = {'path': 'p', 'reward': {'function': 'f:g'}}
+PROMPTS = {'path': 'p', 'reward': {'function': 'tiny:good_words'}}
 BAD_EVALS = [
     ({'held_out': {'kind': 'loss', 'every': 0}}, 'config.evals.held_out.every=0 must be positive, or None'),
     ({'x': {'every': 1}}, "config.evals.x.kind='x' must be one of loss, prompts, win_rate, text; or set"),
     ({'x': {'kind': 'bleu'}}, "config.evals.x.kind='bleu' must be one of loss, prompts, win_rate, text; or"),
     ({'text': {'evry': 1}}, "config.evals.text.evry is no key of kind='text', which has kind, every, path"),
-    ({'mine': {'function': 'f:g', 'path': 'p'}}, "config.evals.mine.path is no key of kind='function'"),
+    ({'mine': {'function': 'tiny:good_words', 'path': 'p'}}, "config.evals.mine.path is no key of kind='function'"),
+    ({'mine': {'function': 'tiny:nothing'}}, "config.evals.mine.function='tiny:nothing' cannot be loaded (module"),
+    ({'mine': {'function': 'tiny:good_words'}}, "config.evals.mine.function='tiny:good_words' takes (prompts, responses"),
     ({'held_out': {'kind': 'loss', 'every': True}}, 'config.evals.held_out.every=True must be a whole number, or None'),
     ({'text': {'path': 'p', 'every': 1.5}}, 'config.evals.text.every=1.5 must be a whole number, or None'),
     ({'text': {'path': 'p', 'sampling': {'temperature': math.nan}}},
@@ -477,11 +479,11 @@ WITHOUT = [
     ('ppo', {'ptx.path': 'x'}, "config.ptx.path='x' has no effect with config.rl.ptx_coef=0.0"),
     ('ppo', {'sampling.truncate_after': 5}, 'config.sampling.truncate_after=5 has no effect with config.sampling.truncate_at=None'),
     ('ppo', {'sampling.gather_weights': True, 'sampling.max_concurrent': 8}, 'config.sampling.gather_weights=True has no effect'),
-    ('ppo', {'reward.max_length': 8}, "config.reward.max_length=8 has no effect with config.reward.function='rewards:length'"),
+    ('ppo', {'reward.max_length': 8}, "config.reward.max_length=8 has no effect with config.reward.function='tiny:good_words'"),
     ('ppo', {'reward.ensemble': 'min'}, "config.reward.ensemble='min' has no effect with config.reward.models=()"),
     ('ppo', MODELS | {'reward.ensemble_coef': 2.0}, "config.reward.ensemble_coef=2.0 has no effect with config.reward.ensemble='mean'"),
-    ('ppo', PARTS | {'reward.parts': {'a': {'function': 'f:g', 'max_length': 3}}},
-     "config.reward.parts.a.max_length=3 has no effect with config.reward.parts.a.function='f:g'"),
+    ('ppo', PARTS | {'reward.parts': {'a': {'function': 'tiny:good_words', 'max_length': 3}}},
+     "config.reward.parts.a.max_length=3 has no effect with config.reward.parts.a.function='tiny:good_words'"),
     ('ppo', {'evals': {'prompts': {'path': 'p', 'reward': {'model': 'm', 'ensemble': 'min'}}}},
      "config.evals.prompts.reward.ensemble='min' has no effect with config.evals.prompts.reward.models=None"),
 ]
@@ -538,7 +540,7 @@ def test_a_key_that_does_not_exist_cannot_be_set(algorithm):
   config.model.init.hidden_size = 8
   config.evals.mine = {'kind': 'text'}
   if 'reward' in config:
-    config.reward.parts.length = {'function': 'f:g'}
+    config.reward.parts.length = {'function': 'tiny:good_words'}
 
 
 def test_an_algorithm_may_add_keys_to_those_of_another():

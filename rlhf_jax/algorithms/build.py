@@ -5,7 +5,7 @@ An algorithm is a module with `config(preset='') -> ConfigDict`, `validate(confi
 config with other keys than `config()` has, or with values of another type, is an error.
 """
 
-import importlib
+import importlib.util
 import os
 import sys
 
@@ -17,6 +17,8 @@ from rlhf_jax import errors
 from rlhf_jax import processes
 from rlhf_jax.algorithms import effects
 from rlhf_jax.evaluation import evaluators
+from rlhf_jax.rewards import functions
+from rlhf_jax.rewards import guard
 
 
 def load(name):
@@ -26,14 +28,17 @@ def load(name):
     name: of a module here, or the dotted path of another; the working directory is searched too.
 
   Raises:
-    UserError: there is no such module, or it is no algorithm.
+    UserError: there is no such module, it fails, or it is no algorithm.
   """
   if os.getcwd() not in sys.path:
     sys.path.insert(0, os.getcwd())
-  full = f'{__package__}.{name}'
   try:
+    if not isinstance(name, str) or not all(name.split('.')):
+      raise ImportError('it names no module')
+    full = f'{__package__}.{name}'
     here = '.' not in name and importlib.util.find_spec(full) is not None
-    module = importlib.import_module(full if here else name)
+    module = guard.import_module(
+        full if here else name, guard.Call(f'config.algorithm={name!r}: importing it', timeout=functions.TIMEOUT))
   except ImportError as error:
     raise errors.UserError(
         f'config.algorithm={name!r} cannot be loaded ({error}): name a module in '

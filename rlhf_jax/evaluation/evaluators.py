@@ -72,7 +72,7 @@ class Context:
 
 
 def validate(evals):
-  """Checks the rewards of `config.evals`; config.validate checks the rest.
+  """Checks the rewards and loads the functions of `config.evals`; config.validate checks the rest.
 
   Raises:
     UserError: names the key, the value and the remedy.
@@ -81,6 +81,8 @@ def validate(evals):
     block = config_lib.evaluator(name, block)
     if 'reward' in block:
       scorers.validate(block.reward, f'config.evals.{name}.reward')
+    if block.kind == 'function':
+      load_user(block, f'config.evals.{name}.function')
 
 
 def make(evals, context):
@@ -184,12 +186,18 @@ def text(block, context):
 
 def user(block, context):
   """The evaluator that a user's function makes of the context."""
-  make_one = functions.load(block.function, key='function')
+  make_one = load_user(block, 'function')
   call = guard.Call(f'the evaluator {block.function}')
-  functions.check_signature(make_one, f'function={block.function!r}', 'f(context)', 1)
   evaluate = guard.run(lambda: make_one(context), call)
   functions.check_signature(evaluate, f'what function={block.function!r} returned', 'f(state)', 1)
   return lambda state: guard.run(lambda: evaluate(state), call)
+
+
+def load_user(block, key):
+  """The function of a user's evaluator; `key` names it in messages."""
+  function = functions.load(block.function, key=key)
+  functions.check_signature(function, f'{key}={block.function!r}', 'f(context)', 1)
+  return function
 
 
 def scorer(block, context, answers):

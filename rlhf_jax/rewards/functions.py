@@ -9,7 +9,6 @@ columns of each prompt's record. It returns one number a response, or for reward
 list a response with a number for each of its tokens.
 """
 
-import importlib
 import inspect
 import math
 import os
@@ -31,34 +30,39 @@ class Limit(NamedTuple):
   key: str = 'config.reward.timeout'
 
 
-def load(name, *, key='config.reward.function'):
+def load(name, *, key='config.reward.function', limit=Limit(TIMEOUT, '')):
   """The function called `package.module:function`; the working directory is searched too.
 
   Args:
     name: 'package.module:function'.
     key: dotted name of the config key that holds it, for error messages.
+    limit: Limit of the import of its module.
 
   Raises:
-    UserError: there is no such module or function.
+    UserError: there is no such module or function, or the module fails; names its file and line.
   """
   module, _, attribute = name.partition(':')
   if os.getcwd() not in sys.path:
     sys.path.insert(0, os.getcwd())
   try:
-    return getattr(importlib.import_module(module), attribute)
-  except (ImportError, AttributeError, ValueError) as error:
+    if not attribute or not all(module.split('.')):
+      raise ImportError('it names no module, or no function')
+    found = guard.import_module(
+        module, guard.Call(f'{key}={name!r}: importing {module}', timeout=limit.seconds, key=limit.key))
+    return getattr(found, attribute)
+  except (ImportError, AttributeError) as error:
     raise errors.UserError(
         f'{key}={name!r} cannot be loaded ({error}). Write '
         "'package.module:function', importable from the working directory.") from error
 
 
-def load_reward(name, *, key='config.reward.function'):
+def load_reward(name, *, key='config.reward.function', limit=Limit()):
   """The reward function of this name; see `load`.
 
   Raises:
     UserError: there is none, or it does not take the arguments of a reward function.
   """
-  function = load(name, key=key)
+  function = load(name, key=key, limit=limit)
   check_signature(
       function, f'{key}={name!r}',
       'f(prompts, responses, response_tokens=..., metadata=...)', 2, ('response_tokens', 'metadata'),
@@ -137,7 +141,7 @@ def call(function, prompts, responses, *, response_tokens, metadata, slots, limi
   """
   made = guard.Call(
       f'the reward function {getattr(function, "__name__", repr(function))}', prompts, responses,
-      *limit, remedy='Once it is fixed, the same command resumes from the last checkpoint.')
+      *limit, remedy='Once it is fixed, the same command resumes.')
 
   def rewards_of():
     rewards = function(prompts, responses, response_tokens=response_tokens, metadata=metadata)
@@ -147,9 +151,8 @@ def call(function, prompts, responses, *, response_tokens, metadata, slots, limi
   rewards = guard.run(rewards_of, made)
   if len(rewards) != len(responses):
     returned = f'{len(rewards)} rewards' if len(rewards) != 1 else guard.clipped(rewards[0])
-    raise errors.UserError(
-        f'{made.what} returned {returned} for {len(responses)} responses: it must return one '
-        'for each')
+    raise refused(f'{made.what} returned {returned} for {len(responses)} responses: it must return one '
+                  'for each', made)
   first = rewards[0] if rewards else None
   per_token = isinstance(first, (list, tuple)) or getattr(first, 'ndim', 0) == 1
   scores = np.zeros((len(rewards), slots) if per_token else len(rewards), np.float32)
@@ -183,14 +186,18 @@ def checked(reward, call, index, shape, *, tokens=None):
   except Exception:  # of NumPy, or of another library's array
     pass
   if wrong:
-    raise errors.UserError(
+    raise refused(
         f'{returned}: {guard.clipped(wrong[0])} is a {type(wrong[0]).__name__}, and every reward must be '
-        'a number, such as float(...) of it')
+        'a number, such as float(...) of it', call)
   if value is None or value.shape != shape:
     tokens = shape[0] if shape else tokens
     choice = '' if tokens is None else f', or one for each of its {tokens} tokens, alike for all examples'
-    raise errors.UserError(
-        f'{returned}, where an array of shape {shape} was expected: one number{choice}')
+    raise refused(f'{returned}, where an array of shape {shape} was expected: one number{choice}', call)
   if not all(math.isfinite(v) for v in value.reshape(-1)):
-    raise errors.UserError(f'{returned}: every reward must be finite')
+    raise refused(f'{returned}: every reward must be finite', call)
   return value
+
+
+def refused(text, call):
+  """The UserError about what a guard.Call returned, which ends as those about what it raised."""
+  return errors.UserError('. '.join(filter(None, (text, call.remedy))))

@@ -7,6 +7,7 @@ user's code, and the example that their variables hold. Ctrl-C stays what it is.
 import contextlib
 import dataclasses
 import faulthandler
+import importlib
 import linecache
 import os
 import signal
@@ -19,8 +20,9 @@ from rlhf_jax import errors
 
 GRACE = 60.0  # seconds after the limit at which a function that no signal reaches ends the process
 MOST_FRAMES, MOST_TEXT = 3, 160
-# Between the run and the user's code.
-OURS = (__name__, 'rlhf_jax.rewards.functions', 'rlhf_jax.evaluation.evaluators')
+# Between the run and the user's code; the last ones are Python's import.
+OURS = (__name__, 'rlhf_jax.rewards.functions', 'rlhf_jax.evaluation.evaluators', 'importlib',
+        'importlib._bootstrap', 'importlib._bootstrap_external')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +79,47 @@ def run(function, call):
         f'{call.what} called {how}{place(error, call)}: it must return, or raise an exception. '
         f'{call.remedy}'.rstrip()) from error
   except BaseException as error:  # some are no Exception, such as asyncio's CancelledError
-    text = ' '.join(str(error).split())
+    text = ' '.join(str(error.msg if in_file(error) else error).split())
     raise errors.UserError(
         f'{call.what} raised {type(error).__name__}: {text}{place(error, call)}. --verbosity=1 '
         f'shows all of its traceback. {call.remedy}'.rstrip()) from error
 
 
+def import_module(name, call):
+  """The module of a name.
+
+  Args:
+    name: dotted.
+    call: Call.
+
+  Raises:
+    ModuleNotFoundError: there is none of this name.
+    UserError: it raised something, called sys.exit or os._exit, or took longer than its limit.
+  """
+  def found():
+    try:
+      return importlib.import_module(name), None
+    except ModuleNotFoundError as error:
+      if error.name and f'{name}.'.startswith(f'{error.name}.'):
+        return None, error
+      raise  # of another module, which this one imports
+
+  module, missing = run(found, call)
+  if missing is not None:
+    raise missing
+  return module
+
+
+def in_file(error):
+  """Whether an error is one of syntax, in a file."""
+  return isinstance(error, SyntaxError) and os.path.isfile(error.filename or '')
+
+
 def place(error, call):
   """Where the user's code raised an error, and with what example; begins with ', at '."""
+  if in_file(error):
+    line = (error.text or '').strip()
+    return f', at {shorter(error.filename)}:{error.lineno or 1}' + (f': `{line}`' if line else '')
   return described(list(traceback.walk_tb(error.__traceback__)), call)
 
 

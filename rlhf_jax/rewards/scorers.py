@@ -63,7 +63,7 @@ def validate(config_reward, key='config.reward'):
 
 
 def validate_source(block, key, sources):
-  """The part of `validate` about one source of scores.
+  """The part of `validate` about one source of scores; a function is loaded.
 
   Args:
     block: `config.reward`, or one of its parts.
@@ -83,6 +83,14 @@ def validate_source(block, key, sources):
   coef, length = block.get('ensemble_coef', 1.0), block.get('max_length')
   need(coef >= 0, f'{key}.ensemble_coef={coef} must be 0 or positive')
   need(length is None or length > 0, f'{key}.max_length={length} must be positive, or None')
+  if block.get('function'):
+    load_function(block, key)
+
+
+def load_function(block, key):
+  """The reward function of a block that has one, and the functions.Limit of its calls."""
+  limit = functions.Limit(block.get('timeout', functions.TIMEOUT), f'{key}.timeout')
+  return functions.load_reward(block.function, key=f'{key}.function', limit=limit), limit
 
 
 def make(config_reward, tokenizer, mesh, *, load, check, key='config.reward'):
@@ -108,8 +116,7 @@ def make(config_reward, tokenizer, mesh, *, load, check, key='config.reward'):
                        for name, (scorer, _) in made.items()})
     return scorer, first_start(made.values())
   if c.get('function'):
-    function = functions.load_reward(c.function, key=f'{key}.function')
-    limit = functions.Limit(c.get('timeout', functions.TIMEOUT), f'{key}.timeout')
+    function, limit = load_function(c, key)
     return function_scorer(function, tokenizer, mesh, limit=limit), None
   load_member = functools.partial(
       model_scorer, tokenizer=tokenizer, mesh=mesh, max_length=c.get('max_length'), load=load,

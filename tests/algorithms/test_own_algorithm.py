@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from rlhf_jax import errors
 from rlhf_jax import metrics
 from rlhf_jax import train
 from rlhf_jax.algorithms import build
@@ -48,3 +49,21 @@ def test_a_name_that_is_nowhere(outside):
   assert importlib.util.find_spec('my_reinforc') is None
   with pytest.raises(Exception, match="config.algorithm='my_reinforc' cannot be loaded"):
     build.load('my_reinforc')
+
+
+@pytest.mark.parametrize('text, message', [
+    ('x = 1 / 0\n', 'importing it raised ZeroDivisionError: division by zero, at broken.py:1 in <module>: `x = 1 / 0`'),
+    ('def config(:\n', 'importing it raised SyntaxError: invalid syntax, at broken.py:1: `def config(:`'),
+    ('import sys\nsys.exit(0)\n', r'importing it called sys.exit(0), at broken.py:2'),
+])
+def test_a_module_that_fails(text, message, outside):
+  (outside / 'broken.py').write_text(text)
+  with pytest.raises(errors.UserError) as caught:
+    build.load('broken')
+  assert str(caught.value).startswith(f"config.algorithm='broken': {message}")
+
+
+@pytest.mark.parametrize('name', ['..x', '', 3])
+def test_what_names_no_module(name):
+  with pytest.raises(errors.UserError, match='config.algorithm=.* cannot be loaded .it names no module'):
+    build.load(name)

@@ -5,6 +5,7 @@ import pytest
 
 from rlhf_jax import errors
 from rlhf_jax.rewards import functions
+from rlhf_jax.rewards import scorers
 
 PROMPTS, RESPONSES = ['one', 'two', 'three'], ['a b', 'c', 'd e f']
 TOKENS = [[5, 6], [7], [8, 9, 10]]
@@ -91,6 +92,7 @@ def test_a_wrong_answer_names_function_example_and_remedy(value, parts):
     call(returning(value))
   for part in ['my_reward', *parts]:
     assert part in str(caught.value)
+  assert str(caught.value).endswith('. Once it is fixed, the same command resumes.')
 
 
 @pytest.mark.parametrize('error', [KeyError('number'), ZeroDivisionError('division by zero')])
@@ -100,7 +102,7 @@ def test_an_exception_comes_with_the_call_that_raised_it(error):
   with pytest.raises(errors.UserError) as caught:
     call(fragile)
   for part in ['fragile raised', type(error).__name__, str(error), "'one'", "'a b'",
-               'last checkpoint']:
+               '. Once it is fixed, the same command resumes.']:
     assert part in str(caught.value)
   assert caught.value.__cause__ is error
 
@@ -123,6 +125,7 @@ def test_load_by_name(tmp_path, monkeypatch):
     ('tiny:no_such_function', 'no_such_function'),
     ('tiny', 'tiny'),
     (':f', "':f'"),
+    ('..x:f', 'names no module'),
 ])
 def test_what_cannot_be_loaded(name, cause):
   with pytest.raises(errors.UserError) as caught:
@@ -130,3 +133,30 @@ def test_what_cannot_be_loaded(name, cause):
   message = str(caught.value)
   for part in [f'config.reward.function={name!r}', cause, "'package.module:function'"]:
     assert part in message
+
+
+BROKEN = {
+    'misspelt': ('x = 1\ndef f(:\n', "raised SyntaxError: invalid syntax, at FILE:2: `def f(:`. --verbosity=1"),
+    'null': ('x = 1\0\n', 'raised SyntaxError: source code string cannot contain null bytes'),
+    'divides': ('x = 1 / 0\n', 'raised ZeroDivisionError: division by zero, at FILE:1 in <module>: `x = 1 / 0`'),
+    'misses': ('\nimport no_such_module\n', "raised ModuleNotFoundError: No module named 'no_such_module', at FILE:2"),
+    'exits': ('import sys\nsys.exit(0)\n', 'called sys.exit(0), at FILE:2 in <module>: `sys.exit(0)`'),
+    'hangs': ('import time\ntime.sleep(60)\n', 'did not return within 0.2 seconds, at FILE:2 in <module>: '
+              '`time.sleep(60)`. Make it faster, or raise config.reward.timeout'),
+}
+
+
+@pytest.mark.parametrize('how', BROKEN)
+def test_a_module_that_fails_is_said_before_anything_is_loaded(how, tmp_path, monkeypatch):
+  text, message = BROKEN[how]
+  (tmp_path / f'broken_{how}.py').write_text(text)
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr('sys.path', list(functions.sys.path))
+  reward = scorers.config()
+  reward.function, reward.timeout = f'broken_{how}:f', 0.2
+  with pytest.raises(errors.UserError) as caught:
+    scorers.validate(reward)
+  assert str(caught.value).startswith(
+      f"config.reward.function='broken_{how}:f': importing broken_{how} "
+      + message.replace('FILE', f'broken_{how}.py')), caught.value
+  assert '\n' not in str(caught.value)
