@@ -24,4 +24,5 @@ def get_config(arg=None):
   config.update({'samples_every': 20, 'checkpoint_every': 50})
   if arg.debug:
     config.update({'steps': 2, 'batch_size': 2 * config.sampling.samples})
+    config.optim.warmup_steps = 0
   return config

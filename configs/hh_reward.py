@@ -60,5 +60,5 @@ def reward(fold, seed, debug):
                       'b2': 0.98, 'weight_decay': 0.1, 'clip_norm': 1.0})
   stage.log_every = 10
   if debug:
-    stage.steps, stage.data.epochs = 3, None
+    stage.steps, stage.data.epochs, stage.optim.warmup_steps = 3, None, 0
   return stage

@@ -216,5 +216,6 @@ def debug(config):
     return
   config.text.update({'vocab_size': 512, 'shuffles': 1})
   config.pretrain.steps, config.pretrain.data.epochs = 3, None
+  config.pretrain.optim.warmup_steps = 0
   config.labels.update({'count': 48, 'held_out': 4, 'samples': 32, 'truncate_after': 4})
   config.evaluate.update({'samples': 16, 'best_of': 2})

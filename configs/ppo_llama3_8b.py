@@ -49,5 +49,6 @@ def get_config(arg=None):
     config.model.init.update(SMALL)
     config.data.max_prompt_length, config.sampling.max_new_tokens = 16, 16
     config.update({'batch_size': 16, 'microbatch_size': 8, 'steps': 2})
+    config.optim.warmup_steps = 0
     config.mesh = {'data': -1, 'fsdp': 1, 'tensor': 1}
   return config

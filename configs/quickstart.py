@@ -166,12 +166,12 @@ def debug(config, rl):
                        'eval_prompt_count': 32})
   config.pretrain.model.init.update({'hidden_size': 32, 'intermediate_size': 64,
                                      'num_hidden_layers': 2})
-  config.pretrain.steps = 5
+  config.pretrain.steps, config.pretrain.optim.warmup_steps = 5, 0
   config.sft.update({'steps': 2, 'batch_size': 8})
-  config.sft.data.epochs = None
+  config.sft.data.epochs, config.sft.optim.warmup_steps = None, 0
   config.compare.update({'pairs': 32, 'held_out': 16, 'max_new_tokens': 12})
   config.reward_model.update({'steps': 3, 'batch_size': 8})
-  config.reward_model.data.epochs = None
+  config.reward_model.data.epochs, config.reward_model.optim.warmup_steps = None, 0
   config[rl].update({'steps': 2, 'batch_size': 16})
   config[rl].sampling.max_new_tokens = 12
   config[rl].ptx.batch_size = 4

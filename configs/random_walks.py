@@ -99,5 +99,6 @@ def debug(config, name):
   if 'pretrain' in config:
     config.pretrain.model.init.update({'n_layer': 2, 'n_embd': 48})
     config.pretrain.steps, config.pretrain.data.epochs = 3, None
+    config.pretrain.optim.warmup_steps = 0
   config[name].update({'steps': 2, 'batch_size': 28})
   config.evaluate.samples = 40

@@ -124,6 +124,8 @@ def debug(config):
   config.split.update({'prompt_count': 32, 'pairings': 1, 'vocab_size': 512})
   config.samples.count = 16
   config.pretrain.steps, config.pretrain.data.epochs = 3, None
+  config.pretrain.optim.warmup_steps = 0
   config.reward_model.steps, config.reward_model.data.epochs = 3, None
+  config.reward_model.optim.warmup_steps = 0
   config.ppo.update({'steps': 2, 'batch_size': 16})
   config.evaluate.update({'samples': 32, 'best_of': 2})

@@ -23,5 +23,5 @@ def get_config(arg=None):
   config.evals.held_out.every, config.checkpoint_every = 100, 200
   if arg.debug:
     config.update({'steps': 2, 'batch_size': 8})
-    config.data.epochs = None
+    config.data.epochs, config.optim.warmup_steps = None, 0
   return config

@@ -272,7 +272,7 @@ def validate(config, device_count):
   Raises:
     UserError: names the key, the value and the remedy.
   """
-  need((config.steps is None) != (config.data.epochs is None) and (config.steps or config.data.epochs) > 0,
+  need((config.steps is None) != (config.data.epochs is None) and (config.steps or config.data.epochs or 0) > 0,
        f'set exactly one of config.steps (now {config.steps}) and config.data.epochs (now '
        f'{config.data.epochs}), to a positive number')
   need(config.batch_size > 0, f'config.batch_size={config.batch_size} must be positive')

@@ -6,6 +6,7 @@ import numbers
 
 import ml_collections
 
+from rlhf_jax.errors import UserError
 from rlhf_jax.errors import need
 
 # Keys with a default that may be None all the same, for none.
@@ -53,7 +54,8 @@ def check_keys(block, defaults, key='config', *, whole=True):
     UserError: names the key and what it must be.
   """
   for name in block:
-    need(name in defaults, f'{key} has no key {name!r}. {did_you_mean(name, list(defaults))}')
+    if name not in defaults:
+      raise UserError(_no_such_key(name, defaults, key, block.get('algorithm')))
   for name, default in defaults.items():
     if name not in block:
       need(not whole, f'{key} lacks the key {name!r}: take the config from the config() of its algorithm')
@@ -67,6 +69,16 @@ def check_keys(block, defaults, key='config', *, whole=True):
         check_finite(block[name].to_dict(), inner)
       else:
         check_keys(block[name], default, inner, whole=whole)
+
+
+def _no_such_key(name, names, key, algorithm):
+  """What to say of a name in a block `key`, which is the config of an algorithm or has None."""
+  hint = did_you_mean(name, list(names))
+  if not algorithm:
+    return f'{key} has no key {name!r}. {hint}'
+  if hint.startswith('The keys'):  # no slip: the config was another algorithm's
+    hint = 'Take the config from the config() of that algorithm, or from a file that does.'
+  return f'algorithm {algorithm!r} has no key {key}.{name}. {hint}'
 
 
 def check_value(value, kind, key, *, optional=False):

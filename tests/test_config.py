@@ -239,6 +239,7 @@ BAD = [
     ({'algorithm': 'json'}, "config.algorithm='json' is a module without config, validate, create"),
     ({'steps': None}, 'set exactly one of config.steps (now None) and config.data.epochs (now None), to a'),
     ({'data.epochs': 1.0}, 'set exactly one of config.steps (now 10) and config.data.epochs (now 1.0)'),
+    ({'steps': 0}, 'set exactly one of config.steps (now 0) and config.data.epochs (now None), to a positive'),
     ({'steps': -5}, 'set exactly one of config.steps (now -5) and config.data.epochs (now None)'),
     ({'batch_size': 0}, 'config.batch_size=0 must be positive'),
     ({'batch_size': True}, 'config.batch_size=True must be a whole number'),
@@ -476,6 +477,10 @@ WITHOUT = [
      'config.rl.clip_high=0.3 has no effect with config.rl.minibatches=1: with config.rl.epochs=1 too there'),
     ('ppo', {'rl.vf_coef': 0.0, 'critic.learning_rate': 1e-3}, 'config.critic.learning_rate=0.001 has no effect with'),
     ('ppo', {'rl.whiten_advantages': 'none', 'rl.whiten_unbiased': True}, 'config.rl.whiten_unbiased=True has no effect'),
+    ('sft', {'optim.warmup_steps': 10}, 'config.optim.warmup_steps=10 is not below the 10 optimizer steps of the run '
+     '(config.steps=10): the learning rate never reaches'),
+    ('ppo', {'optim.warmup_steps': 40, 'rl.minibatches': 2, 'rl.epochs': 2}, 'config.optim.warmup_steps=40 is not below '
+     'the 40 optimizer steps of the run (config.steps=10, each of 4)'),
     ('ppo', {'ptx.path': 'x'}, "config.ptx.path='x' has no effect with config.rl.ptx_coef=0.0"),
     ('ppo', {'sampling.truncate_after': 5}, 'config.sampling.truncate_after=5 has no effect with config.sampling.truncate_at=None'),
     ('ppo', {'sampling.gather_weights': True, 'sampling.max_concurrent': 8}, 'config.sampling.gather_weights=True has no effect'),
@@ -498,6 +503,8 @@ def test_keys_without_effect(algorithm, changes, line, monkeypatch):
 
 
 @pytest.mark.parametrize('algorithm, changes', [
+    ('ppo', {'optim.warmup_steps': 39, 'rl.minibatches': 2, 'rl.epochs': 2}),
+    ('sft', {'optim.warmup_steps': 10, 'steps': None, 'data.epochs': 1.0}),
     ('ppo', {'rl.kl_target': 3.0, 'rl.kl_controller': 'adaptive'}), ('ppo', {'rl.clip_high': 0.3}),
     ('ppo', {'microbatch_size': 8, 'rl.length_buckets': 2}), ('sft', {'data.path': 'x.txt', 'data.separator': ''}),
     ('ppo', ONE_UPDATE | {'rl.behaviour': 'sampler', 'rl.clip_high': 0.3}),
@@ -526,6 +533,15 @@ def flat(config, prefix=''):
 
 
 # Blocks are locked.
+
+
+@pytest.mark.parametrize('name, hint', [
+    ('critic', 'Take the config from the config() of that algorithm'), ('batch_siz', "Did you mean 'batch_size'")])
+def test_a_config_of_another_algorithm(name, hint):
+  config = changed(good('sft'), {name: {'kind': 'separate'}})
+  with pytest.raises(errors.UserError) as raised:
+    build.validate(config, 1)
+  assert str(raised.value).startswith(f"algorithm 'sft' has no key config.{name}. {hint}")
 
 
 @pytest.mark.parametrize('algorithm', BASES)

@@ -49,7 +49,7 @@ REWARDS = (
 
 
 def without(config, defaults):
-  """What a run sets and has no effect.
+  """What a run sets and has no effect, and a warmup without an end.
 
   Args:
     config: of a single run, which is valid.
@@ -61,7 +61,21 @@ def without(config, defaults):
   lines = _lines(TABLE, config, defaults, 'config')
   for key, block in _rewards(config):
     lines += _lines(REWARDS, block, scorers.config(), key)
-  return lines + _losses_without_data(config, defaults)
+  return lines + _losses_without_data(config, defaults) + _endless_warmup(config)
+
+
+def _endless_warmup(config):
+  """A warmup that the run is too short for, where the config says how long it is."""
+  if not config.steps:
+    return []
+  updates, steps = config.steps, f'config.steps={config.steps}'
+  if 'rl' in config:
+    updates *= config.rl.epochs * config.rl.minibatches
+    steps += f', each of {updates // config.steps}'
+  warmup = config.optim.warmup_steps
+  return [] if warmup < updates else [
+      f'config.optim.warmup_steps={warmup} is not below the {updates} optimizer steps of the run ({steps}): the '
+      'learning rate never reaches config.optim.learning_rate']
 
 
 def _lines(table, config, defaults, prefix):
