@@ -3,6 +3,7 @@
 A mistake in a file is a UserError of one line that names the file and the line.
 """
 
+import ast
 import importlib.machinery
 import importlib.util
 import inspect
@@ -143,33 +144,99 @@ def _from_python(path, arg):
     if error.filename and os.path.abspath(error.filename) == os.path.abspath(path):
       raise
     raise errors.UserError(f'{_place(error, path)}: {error}') from error
-  except Exception as error:  # whatever a file of the user's does
-    raise errors.UserError(f'{_place(error, path)}: {_explain(error)}') from error
+  except (Exception, SystemExit) as error:  # whatever a file of the user's does
+    raise errors.UserError(f'{_place(error, path)}: {_explain(error, path)}') from error
+  line = inspect.unwrap(function).__code__.co_firstlineno
   problem = _problem(config)
-  errors.need(not problem, f'{path}:{inspect.unwrap(function).__code__.co_firstlineno}: {problem}')
+  errors.need(not problem, f'{path}:{line}: {problem}')
+  runs = {'config': config} if 'algorithm' in config else {
+      f'config.{name}': stage for name, stage in config.items()
+      if isinstance(stage, ml_collections.ConfigDict) and 'algorithm' in stage}
+  for key, run in runs.items():
+    for block, names in _lacking(run, build.load(run.algorithm).config(), key):
+      raise errors.UserError(
+          f'{path}:{_assigned(path, block) or line}: {block} lacks {", ".join(names[:3])}'
+          f'{" and others" if names[3:] else ""}: set single keys, {block}.KEY = ..., or several with '
+          f'{block}.update(...)')
   return config
+
+
+def _lacking(block, defaults, key):
+  """(dotted name, missing keys) of the blocks below one that a dict has replaced."""
+  missing = [name for name in defaults if name not in block]
+  found = [(key, missing)] if missing else []
+  for name, default in defaults.items():
+    inner = block.get(name)
+    if isinstance(default, ml_collections.ConfigDict) and isinstance(inner, ml_collections.ConfigDict):
+      found += _lacking(inner, default, f'{key}.{name}')
+  return found
+
+
+def _assigned(path, key):
+  """The line of a file in which alone an attribute of the name of a dotted key is assigned; or None."""
+  tree = ast.parse(pathlib.Path(path).read_text(encoding='utf-8'))
+  lines = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assign)
+           for target in node.targets
+           if isinstance(target, ast.Attribute) and target.attr == key.rpartition('.')[2]]
+  return lines[0] if len(lines) == 1 else None
 
 
 def _place(error, path):
   """'FILE:LINE' of an error: the last line of the config file that led to it."""
   if isinstance(error, SyntaxError) and error.filename:
-    return f'{os.path.relpath(error.filename)}:{error.lineno}'
+    return f'{os.path.relpath(error.filename)}:{error.lineno or 1}'
   lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
            if os.path.abspath(frame.filename) == os.path.abspath(path)]
   return f'{path}:{lines[-1] if lines else 1}'
 
 
-def _explain(error):
-  """An error in one line; a key that a config does not have by its name."""
+def _explain(error, path):
+  """An error in one line; a key that a config does not have, or whose value does not fit, by its name."""
   text = str(error.args[0] if error.args else error)
   if isinstance(error, SyntaxError):
-    return f'{error.msg}: {(error.text or "").strip()}'
+    line = (error.text or '').strip()
+    return f'{error.msg}: {line}' if line else error.msg
+  if isinstance(error, SystemExit):
+    return f'sys.exit({error.code!r}) is called: the file must return its config'
+  if isinstance(error, TypeError) and _wrong_value(error, path):
+    return _wrong_value(error, path)
   # A key that is written, or read, that does not exist.
   key = re.search(r'Key "(\w+)" does not exist', text) or re.match(r'''[\\'"]*(\w+)[\\'"]*(\\n|\n|$)''', text)
   if isinstance(error, (AttributeError, KeyError)) and key:
     hint = re.search(r'Did you mean "(\w+)"', text)
     return f'the config has no key {key.group(1)!r}' + (f'. Did you mean {hint.group(1)!r}?' if hint else '')
   return f'{type(error).__name__}: {" ".join(text.split())}'
+
+
+def _wrong_value(error, path):
+  """What a value must be that a config did not take, by the key's dotted name; '' for other errors."""
+  variables = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+  of_config = [names for names in variables if isinstance(names.get('self'), ml_collections.ConfigDict)
+               and isinstance(names.get('key'), str) and 'value' in names]
+  if not of_config:
+    return ''
+  block, name, value = (of_config[-1][name] for name in ('self', 'key', 'value'))
+  roots = [root for frame, _ in traceback.walk_tb(error.__traceback__)
+           if os.path.abspath(frame.f_code.co_filename) == os.path.abspath(path)
+           for root in frame.f_locals.values() if isinstance(root, ml_collections.ConfigDict)]
+  key = next((found for found in (_dotted(block, root, 'config') for root in roots) if found), 'config')
+  kind = block.get_type(name)
+  if kind is ml_collections.ConfigDict:
+    return f'{key}.{name}={value!r} must be a dict'
+  try:
+    config_keys.check_value(value, kind, f'{key}.{name}')
+  except errors.UserError as reason:
+    return str(reason)
+  return ''
+
+
+def _dotted(block, root, key):
+  """The dotted name of a block in a config named `key`; None where it is not in there."""
+  if block is root:
+    return key
+  inner = (_dotted(block, value, f'{key}.{name}') for name, value in root.items()
+           if isinstance(value, ml_collections.ConfigDict))
+  return next((found for found in inner if found), None)
 
 
 def _problem(config):
