@@ -13,6 +13,7 @@ import jax
 import ml_collections
 
 from rlhf_jax import checkpoint
+from rlhf_jax import command_line
 from rlhf_jax import config_files
 from rlhf_jax import errors
 from rlhf_jax import processes
@@ -91,11 +92,9 @@ def main():
   parser.add_argument('--evals', default='', help='names in config.evals with commas between '
                       'them, or a JSON object in its place; all of the run by default')
   options = parser.parse_args()
-  try:
+  with command_line.one_line():
     runtime.configure()
     step, metrics = run(options.workdir, options.evals)
-  except errors.UserError as error:
-    runtime.end(f'error: {error}', 1)
   if processes.first():
     print(tables.metrics_table(metrics, title=f'{options.workdir} after {step} steps'))
 

@@ -4,13 +4,14 @@ Text from a Hugging Face folder, from a finished run, or from the newest checkpo
 that has not finished.
 """
 
+import functools
 import sys
 
 from absl import app
 from absl import flags
 import jax
 
-from rlhf_jax import errors
+from rlhf_jax import command_line
 from rlhf_jax import policy as policy_lib
 from rlhf_jax import runtime
 
@@ -28,19 +29,16 @@ _SEED = flags.DEFINE_integer('seed', 0, 'Of the samples.')
 def main(argv):
   """Prints prompt and response, samples parted by a line."""
   if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
-  try:
+    sys.exit(f'error: unexpected arguments {argv[1:]}: every option begins with --')
+  with command_line.one_line():
     runtime.configure()
     policy = policy_lib.TextPolicy.load(_MODEL.value)
     samples = policy.sample(
         _PROMPT.value, jax.random.key(_SEED.value), max_new_tokens=_MAX_NEW_TOKENS.value,
         temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value,
         ignore_eos=_IGNORE_EOS.value, samples=_NUM_SAMPLES.value)
-  except errors.UserError as error:
-    sys.exit(f'error: {error}')
   print('\n---\n'.join(p + r for p, r in zip(samples.prompts, samples.responses)))
 
 
 if __name__ == '__main__':
-  flags.mark_flag_as_required('model')
-  app.run(main)
+  app.run(main, flags_parser=functools.partial(command_line.parse, required=('model',)))

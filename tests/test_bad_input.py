@@ -1,5 +1,6 @@
 """Whatever a user gets wrong ends in a message with cause and remedy, and costs no checkpoint."""
 
+import errno
 import functools
 import hashlib
 import json
@@ -54,7 +55,20 @@ COMMANDS = {
         ['--confg=configs/quickstart.py'], ["'confg'", 'Did you mean: config']),
     'wrong type': (
         ['--config=configs/quickstart.py', '--config.ppo.batch_size=many'],
-        ['--config.ppo.batch_size=many', "invalid literal for int() with base 10: 'many'"]),
+        ['error: --config.ppo.batch_size=many: must be a whole number']),
+    'half a step': (
+        ['--config=configs/sft.py', '--config.steps=1.5'], ['error: --config.steps=1.5: must be a whole number']),
+    'no number': (
+        ['--config=configs/sft.py', '--config.optim.b1=x: y'], ['error: --config.optim.b1=x: y: must be a number']),
+    'no boolean': (
+        ['--config=configs/ppo.py', '--config.rl.whiten_rewards=maybe'],
+        ['error: --config.rl.whiten_rewards=maybe: must be True or False']),
+    'no dict': (['--config=configs/ppo.py', '--config.data=3'], ['error: --config.data=3: must be a dict, such as']),
+    'a key below a value': (
+        ['--config=configs/sft.py', '--config.batch_size.x=3'],
+        ['error: --config.batch_size.x=3: config.batch_size is a value, without keys below it']),
+    'no file': (['--config='], ['error: --config is empty: Python file with get_config']),
+    'a folder': (['--config=configs'], ['--config=configs cannot be read: name a file']),
 }
 
 
@@ -104,6 +118,45 @@ def test_a_logged_config_runs_again_with_overrides(command_line, tmp_path):
   assert config.model.lora.targets == (('up', 4, 8.0),)
   with pytest.raises(SystemExit, match="the config has no key 'epoch'. Did you mean 'epochs'"):
     command_line([f'--config={path}', '--config.data.epoch=2'])
+
+
+def test_the_folder_of_a_run_is_not_its_config(command_line, tmp_path):
+  (tmp_path / 'config.json').write_text('{}')
+  with pytest.raises(SystemExit) as caught:
+    command_line([f'--config={tmp_path}'])
+  assert caught.value.code == f'error: --config={tmp_path} is a folder: name {tmp_path}/config.json'
+
+
+@pytest.mark.parametrize('arguments, said', [
+    ([], 'error: --model is missing: A folder.'),
+    (['--model=x', '--count=two'], 'error: --count=two: must be a whole number'),
+    (['--modle=x'], "error: Unknown command line flag 'modle'. Did you mean: model ?"),
+])
+def test_flags_of_a_program_without_a_config(arguments, said, monkeypatch):
+  own = flags.FlagValues()
+  flags.DEFINE_string('model', None, 'A folder.', flag_values=own)
+  flags.DEFINE_integer('count', 1, 'Of samples.', flag_values=own)
+  monkeypatch.setattr(flags, 'FLAGS', own)
+  with pytest.raises(SystemExit) as caught:
+    command_line_lib.parse(['generate', *arguments], ('model',))
+  assert caught.value.code == said
+  assert command_line_lib.parse(['generate', '--model=x', 'y'], ('model',)) == ['generate', 'y']
+
+
+@pytest.mark.parametrize('error, said, status', [
+    (errors.UserError('bad'), 'error: bad', 1),
+    (KeyboardInterrupt(), 'stopped by SIGINT', 130),
+    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), '/x'), 'error: No space left on device (/x): make room', 1),
+])
+def test_programs_that_read_end_in_one_line(error, said, status, monkeypatch):
+  ends = []
+  monkeypatch.setattr(command_line_lib.runtime, 'end', lambda *end: ends.append(end))
+  with command_line_lib.one_line():
+    raise error
+  assert ends == [(said, status)]
+  with pytest.raises(ZeroDivisionError):
+    with command_line_lib.one_line():
+      raise ZeroDivisionError  # a bug: its traceback is what helps
 
 
 @pytest.mark.parametrize('option', ['--help', '--print'])
