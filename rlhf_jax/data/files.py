@@ -16,6 +16,12 @@ from rlhf_jax.errors import UserError
 FORMATS = {'.jsonl': 'jsonl', '.json': 'json', '.csv': 'csv', '.tsv': 'tsv', '.parquet': 'parquet',
            '.txt': 'text'}
 DELIMITERS = {'csv': ',', 'tsv': '\t'}
+# What else may stand between cells, and what to do about it.
+OTHER_DELIMITERS = {
+    ';': 'Save the file with commas between the cells, or with tabs as .tsv.',
+    ',': "Name the file .csv, or set config.data.format to 'csv'.",
+    '\t': "Name the file .tsv, or set config.data.format to 'tsv'.",
+}
 LONGEST_CELL = 2**31 - 1  # characters; csv's own limit, 131072, is less than a long document
 
 
@@ -163,7 +169,7 @@ def _csv(file: str, delimiter: str) -> Iterator[Record]:
     if not any(row):
       continue
     if names is None:
-      names = _column_names(row, where)
+      names = _column_names(row, where, delimiter)
       continue
     if len(row) != len(names):
       raise DataError(f'{where}: {len(row)} cells, and the first row names {len(names)} columns, '
@@ -172,11 +178,16 @@ def _csv(file: str, delimiter: str) -> Iterator[Record]:
     yield Record({name: cell or None for name, cell in zip(names, row)}, where, untyped=True)
 
 
-def _column_names(row: list[str], where: str) -> list[str]:
+def _column_names(row: list[str], where: str, delimiter: str) -> list[str]:
+  for other, remedy in OTHER_DELIMITERS.items() if len(row) == 1 else ():
+    if other != delimiter and other in row[0] and all(map(str.strip, row[0].split(other))):
+      raise DataError(f'{where}: one column, {row[0]!r}, and {delimiter!r} must part the cells: are these '
+                      f'separated by {other!r}? {remedy} The first row must name the columns.')
   names = [name.strip() or f'column {number}' for number, name in enumerate(row, start=1)]
   twice = sorted({name for name in names if names.count(name) > 1})
   if twice:
-    raise DataError(f'{where}: two columns are named {twice[0]!r}. Rename one of them.')
+    raise DataError(f'{where}: two columns are named {twice[0]!r}. The first row must name the columns, '
+                    'each otherwise.')
   return names
 
 

@@ -49,11 +49,15 @@ Tokenizer = transformers.PreTrainedTokenizerFast
 Fields = dict[str, Any]
 Example = TypeVar('Example')
 
+LONGEST_NAME = 60  # characters of a field's name in messages: where the names are missing these are texts
 HH_TURN = '\n\nAssistant:'
 
 # Fields that are not always texts: what JSON has there, and CSV writes.
 SCALARS = ('margin', 'rating', 'label', 'best')
 LISTS = ('ranks', 'ratings', 'completions', 'messages', 'conversations')
+
+# All fields that mean something.
+NAMES = {'text', 'prompt', 'completion', 'instruction', 'input', 'output', 'chosen', 'rejected', *SCALARS, *LISTS}
 
 DIFFERENT_PROMPTS = 'chosen and rejected answer different prompts'
 SAME_COMPLETIONS = 'all completions are the same'
@@ -116,13 +120,13 @@ class Report:
     return self.read - sum(len(places) for places in self.left_out.values())
 
   def __str__(self) -> str:
-    lines = [f'{self.kept} of {self.read} records kept']
-    lines += [f'  {len(places)} left out: {reason} (first: {places[0]})'
+    parts = [f'{self.kept} of {self.read} records kept']
+    parts += [f'{len(places)} left out: {reason} (first: {places[0]})'
               for reason, places in sorted(self.left_out.items())]
     if self.empty_prompts:
-      lines.append(f'  {len(self.empty_prompts)} kept with an empty prompt (first: '
+      parts.append(f'{len(self.empty_prompts)} kept with an empty prompt (first: '
                    f'{self.empty_prompts[0]})')
-    return '\n'.join(lines)
+    return '; '.join(parts)
 
 
 def texts(records: Sequence[Record], *, tokenizer: Tokenizer | None = None,
@@ -170,6 +174,10 @@ class _Fault(Exception):
   """The record cannot be understood: args are the field, what is wrong and a remedy."""
 
 
+class _Missing(_Fault):
+  """The record lacks a field."""
+
+
 class _Useless(Exception):
   """The record is understood and left out; the argument is the reason."""
 
@@ -192,6 +200,8 @@ def _convert(records: Sequence[Record], one: Callable[[Fields, Tokenizer | None]
       left_out.setdefault(str(error), []).append(record.where)
     except _Fault as error:
       field, problem, remedy = error.args
+      if record.untyped and isinstance(error, _Missing) and not NAMES & record.fields.keys():
+        remedy = f'The first row of the file must name the columns. {remedy}'
       if on_error == 'stop':
         raise DataError(f'{record.where}: field {field!r}: {problem}. {remedy} Or set '
                         "config.data.on_error='skip' to leave such records out.") from error
@@ -199,7 +209,7 @@ def _convert(records: Sequence[Record], one: Callable[[Fields, Tokenizer | None]
   report = Report(len(records), {reason: tuple(places) for reason, places in left_out.items()},
                   tuple(empty_prompts))
   if not examples:
-    raise UserError(f'no record of the data can be used.\n{report}')
+    raise UserError(f'no record of the data can be used: {report}')
   return examples, report
 
 
@@ -442,9 +452,10 @@ def _render(prompt: chat.Messages, answer: dict[str, str] | None, field: str,
 # Values.
 
 
-def _missing(fields: Fields, name: str) -> _Fault:
-  return _Fault(name, f'missing among {sorted(fields)}',
-                'Name the columns in config.data.columns if yours are called otherwise.')
+def _missing(fields: Fields, name: str) -> _Missing:
+  names = [other if len(other) <= LONGEST_NAME else f'{other[:LONGEST_NAME - 3]}...' for other in sorted(fields)]
+  return _Missing(name, f'missing among {names}',
+                  'Name the columns in config.data.columns if yours are called otherwise.')
 
 
 def _string(fields: Fields, name: str) -> str:

@@ -113,7 +113,7 @@ def queries(
     len(texts), {reason: tuple(places) for reason, places in left_out.items()}
   )
   if not prompts:
-    raise UserError(f'no text gives a query of {length} tokens.\n{report}')
+    raise UserError(f'no text gives a query of {length} tokens: {report}')
   return prompts, report
 
 

@@ -116,7 +116,8 @@ def _rename(record: Record, columns: Mapping[str, str]) -> Record:
   for stored in columns.values():
     if stored not in record.fields:
       raise DataError(f'{record.where}: there is no field {stored!r}, which config.data.columns '
-                      f'names; the fields are {sorted(record.fields)}.')
+                      f'names; the fields are {sorted(record.fields)}.'
+                      + (' The first row of the file must name the columns.' if record.untyped else ''))
     fields.pop(stored, None)
   fields.update({new: record.fields[stored] for new, stored in columns.items()})
   return dataclasses.replace(record, fields=fields)

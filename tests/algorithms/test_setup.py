@@ -38,9 +38,8 @@ def test_pairs_left_out_and_empty_prompts_are_said(tmp_path, caplog):
   assert len(setup.read_examples(data(path), formats.comparisons, None)) == 1
   (record,) = caplog.records
   assert record.getMessage() == (
-      f'{path}: 1 of 2 records kept\n'
-      f'  1 left out: all completions are the same (first: {path}:1)\n'
-      f'  1 kept with an empty prompt (first: {path}:2)')
+      f'{path}: 1 of 2 records kept; 1 left out: all completions are the same (first: {path}:1); '
+      f'1 kept with an empty prompt (first: {path}:2)')
   caplog.clear()
   path.write_text(pair('', 'a'))
   setup.read_examples(data(path), formats.comparisons, None)

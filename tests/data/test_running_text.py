@@ -94,7 +94,7 @@ def test_reasons_are_counted(bpe):
     running_text.NO_START: ('text 1', 'text 2', 'text 4'),
     running_text.NO_END: ('text 3',),
   }
-  with pytest.raises(UserError, match='no text gives a query of 3 tokens.\n0 of 1 records kept'):
+  with pytest.raises(UserError, match='no text gives a query of 3 tokens: 0 of 1 records kept'):
     running_text.queries(['ab'], bpe, length=3, start_text='.', end_text=None)
   with pytest.raises(UserError, match="end_text '' is no token"):
     running_text.queries(texts, bpe, length=3, start_text='.', end_text='')

@@ -220,6 +220,34 @@ def test_bad_rows_of_csv_are_named(tmp_path, content, line, complaint):
   assert str(caught.value).startswith(f'{path}:{line}: ')
 
 
+@pytest.mark.parametrize('name, content, parts', [
+    ('a.csv', 'prompt;completion\np;c, d\n', [":1: one column, 'prompt;completion', and ',' must part the cells: are these "
+                                             "separated by ';'? Save the file with commas"]),
+    ('a.csv', 'prompt\tcompletion\np\tc\n', ["separated by '\\t'? Name the file .tsv, or set config.data.format to 'tsv'"]),
+    ('a.tsv', '\nprompt,completion\np,c\n', [":2: one column, 'prompt,completion'", "separated by ','? Name the file .csv"]),
+    ('a.csv', 'yes,yes\nno,yes\n', ["two columns are named 'yes'. The first row must name the columns"]),
+])
+def test_other_separators_are_named(tmp_path, name, content, parts):
+  with pytest.raises(DataError) as caught:
+    sources.read(write(tmp_path / name, content))
+  for part in parts:
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize('content', ['a;\none\n', 'text\none; two\n', '"a, b"\none\n'])
+def test_one_column_may_hold_separators(tmp_path, content):
+  assert len(sources.read(write(tmp_path / 'a.csv', content))) == 1
+
+
+def test_csv_without_a_header_is_told_so(tmp_path):
+  path = write(tmp_path / 'a.csv', f'{"how " * 20}?,fine\nwhy?,so\n')
+  with pytest.raises(DataError, match=r"there is no field 'q'.* The first row of the file must name the columns."):
+    sources.read(path, columns={'prompt': 'q'})
+  with pytest.raises(DataError, match=r"field 'prompt': missing among \['fine', '(how )+h?o?w?\.\.\.'\]. The first row of "
+                     'the file must name the columns. Name the columns in'):
+    formats.completions(sources.read(path))
+
+
 def test_csv_of_a_header_alone_is_empty(tmp_path):
   with pytest.raises(UserError, match='the data set is empty'):
     sources.read(write(tmp_path / 'a.csv', 'prompt,completion\n'))
