@@ -39,7 +39,11 @@ def common(algorithm):
       'steps': placeholder(int),    # train steps; or set data.epochs
       'batch_size': 32,         # examples of a step over all devices; responses where they are sampled
       'microbatch_size': placeholder(int),  # examples of one forward and backward pass; None: all
-      'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1},   # -1: the devices that are left
+      'mesh': {             # devices along each axis; one may be -1: those that are left
+          'data': -1,       # over which the batch is split; each has a copy of the parameters
+          'fsdp': 1,        # over which the batch and the parameters are split
+          'tensor': 1,      # over which the matrices of every layer are split
+      },
       'model': {
           'path': placeholder(str),     # Hugging Face folder; None: a new model of `init`
           'init': {},           # config.json fields of a new model; vocab_size may be left out
@@ -90,7 +94,7 @@ def data():
       'path': placeholder(str),     # file, folder, hub name, or tfds:NAME
       'split': placeholder(str),    # of a hub or tfds data set, or of a folder; None: train
       'columns': placeholder(str),  # 'prompt=question,completion=answer' where yours differ
-      'format': placeholder(str),   # of the files, one of FORMATS; None: by their suffix
+      'format': placeholder(str),   # of the files: jsonl, json, csv, tsv, parquet, text; None: by their suffix
       'separator': '\n',        # between two texts of a plain text file
       'kind': 'text',           # for sft: 'text' (packed) or 'completion'
       'max_length': 128,        # tokens of an example
@@ -123,14 +127,17 @@ def evaluator(name, block):
   need(kind in ('loss', 'prompts', 'win_rate', 'text', 'function'),
        f'config.evals.{name}.kind={kind!r} must be one of loss, prompts, win_rate, text; or set '
        f"config.evals.{name}.function to 'package.module:name'")
-  found = {'kind': kind, 'every': None}     # steps; None: at the end only
+  found = {
+      'kind': kind,             # 'loss', 'prompts', 'win_rate' or 'text'; None: its name
+      'every': None,            # steps; None: at the end only
+  }
   if kind == 'function':
-    found['function'] = None
+    found['function'] = None    # 'package.module:name' of a user's evaluator
   else:
     found['path'] = None        # data set; of the loss None: data.held_out or data.held_out_path
   if kind in ('prompts', 'win_rate', 'text'):
     found |= {
-        'split': None, 'columns': None,     # see `data`
+        'split': None, 'columns': None,     # as in config.data
         'count': None,          # the first prompts of the data set; None: all
         'batch_size': 64,       # answers sampled at a time
         'sampling': {},         # keys of SAMPLING that differ from config.sampling

@@ -57,14 +57,18 @@ def resolved(config, workdir=None):
 
 
 def docs(algorithm):
-  """{dotted key: doc} of an algorithm's config."""
+  """{dotted key: doc} of an algorithm's config; '*' stands for the name of an evaluator."""
   module = build.load(algorithm)
+  on_policy = 'rl' in module.config()
+  functions = [(config_lib.common, ''), (config_lib.data, 'data.'), (config_lib.evaluator, 'evals.*.'),
+               (scorers.config, 'evals.*.reward.')]
+  if on_policy:
+    functions += [(config_lib.data, 'ptx.'), (scorers.config, 'reward.'), (on_policy_warnings.config, 'warn.'),
+                  (on_policy_config.config, '')]
   found = {}
-  for function, prefix in ((config_lib.common, ''), (config_lib.data, 'data.'), (config_lib.data, 'ptx.'),
-                           (scorers.config, 'reward.'), (on_policy_warnings.config, 'warn.'),
-                           (on_policy_config.config, ''), (module.config, '')):
-    found |= {prefix + key: doc for key, doc in comments(function).items()}
-  for settings in (on_policy_config.Settings, getattr(module, 'Settings', None)):
+  for function, prefix in (*functions, (module.config, '')):
+    found |= {prefix + key.removeprefix('found.'): doc for key, doc in comments(function).items()}
+  for settings in (on_policy_config.Settings, getattr(module, 'Settings', None)) if on_policy else ():
     found |= {f'rl.{key}': doc for key, doc in attributes(settings).items()} if settings else {}
   return found
 
@@ -73,7 +77,8 @@ def comments(function):
   """{dotted key: comment} of the dict literals in a function that makes a config.
 
   Args:
-    function: in which `'key': default,  # doc` stands in a dict, alone or in `name.block = ...({...})`.
+    function: in which `'key': default,  # doc` stands in a dict, alone or in `name.block = ...({...})`,
+      or `name['key'] = default  # doc`.
   """
   source = textwrap.dedent(inspect.getsource(function))
   beside = {token.start[0]: token.string.lstrip('# ') for token in
@@ -87,6 +92,8 @@ def comments(function):
       if isinstance(node.value, ast.Call) and beside.get(node.lineno):
         found[name] = beside[node.lineno]
       prefix = f'{name}.'
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript) and beside.get(node.lineno):
+      found[node.targets[0].slice.value] = beside[node.lineno]
     if not isinstance(node, ast.Dict):
       for child in ast.iter_child_nodes(node):
         walk(child, prefix)
@@ -123,6 +130,6 @@ def _lines(block, found, key, prefix=''):
       continue
     value = value.to_dict() if isinstance(value, ml_collections.ConfigDict) else value
     line = f'  --{key}.{name}={value!r}'
-    doc = found.get(f'{prefix}{name}', '')
+    doc = found.get(re.sub(r'^evals\.[^.]+', 'evals.*', f'{prefix}{name}'), '')
     lines.append(f'{line:<50}  {doc}'.rstrip())
   return lines
