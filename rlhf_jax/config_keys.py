@@ -6,7 +6,6 @@ import numbers
 
 import ml_collections
 
-from rlhf_jax.errors import UserError
 from rlhf_jax.errors import need
 
 # Keys with a default that may be None all the same, for none.
@@ -53,9 +52,8 @@ def check_keys(block, defaults, key='config', *, whole=True):
   Raises:
     UserError: names the key and what it must be.
   """
-  for name in block:
-    if name not in defaults:
-      raise UserError(_no_such_key(name, defaults, key, block.get('algorithm')))
+  unknown = [name for name in block if name not in defaults]
+  need(not unknown, unknown and _no_such_key(unknown[0], defaults, key, block.get('algorithm')))
   for name, default in defaults.items():
     if name not in block:
       need(not whole, f'{key} lacks the key {name!r}: take the config from the config() of its algorithm')

@@ -441,7 +441,7 @@ def test_bad_rewards(case):
 
 
 @pytest.mark.parametrize('case, parts', [
-    ('raises', ['RuntimeError: the server is away', 'with 16 prompts, the first', 'resumes from']),
+    ('raises', ['RuntimeError: the server is away', 'with 16 prompts, the first', 'the same command resumes.']),
     ('is NaN', ['returned nan for example 0, prompt', 'every reward must be finite']),
     ('is short', ['returned 15 rewards for 16 responses', 'must return one for each']),
 ])

@@ -35,7 +35,8 @@ PIPELINE = "import ml_collections\n\n\ndef get_config(arg=None):\n  return ml_co
     (BEGIN + '\n  config.steps = config.data.epoch\n', "FILE:7: the config has no key 'epoch'. Did you mean 'epochs'?"),
     (BEGIN + '  config.batch_size.x = 1\n', "FILE:6: AttributeError: 'int' object has no attribute 'x'"),
     (BEGIN + "  config.batch_size = 'many'\n", "FILE:6: config.batch_size='many' must be a whole number"),
-    (BEGIN + "  config.optim.learning_rate = 'fast'\n", "FILE:6: config.optim.learning_rate='fast' must be a finite number"),
+    (BEGIN + "  config.optim.learning_rate = 'fast'\n",
+     "FILE:6: config.optim.learning_rate='fast' must be a finite number"),
     (BEGIN + "\n  config.optim.update({'b1': 'x'})\n", "FILE:7: config.optim.b1='x' must be a finite number"),
     (BEGIN + "  config.steps = 'few'\n", "FILE:6: config.steps='few' must be a whole number"),
     (BEGIN + '  config.optim = 3\n', 'FILE:6: config.optim=3 must be a dict'),
@@ -43,8 +44,9 @@ PIPELINE = "import ml_collections\n\n\ndef get_config(arg=None):\n  return ml_co
      'FILE:6: config.data lacks chat_template, columns, epochs and others: set single keys, config.data.KEY = '),
     (BEGIN + "  config.update_from_flattened_dict({'steps': 1})\n  del config.unlock().optim.b1\n  return config\n",
      'FILE:4: config.optim lacks b1: set single keys'),
-    (PIPELINE.replace('import', 'from rlhf_jax.algorithms import sft\nimport') + "'stages': ('a',), 'a': cut()})\n\n\ndef cut():\n"
-     "  run = sft.config()\n  run.data = {'path': 'x'}\n  return run\n", 'FILE:11: config.a.data lacks chat_template'),
+    (f"from rlhf_jax.algorithms import sft\n{PIPELINE}'stages': ('a',), 'a': cut()}})\n\n\n"
+     "def cut():\n  run = sft.config()\n  run.data = {'path': 'x'}\n  return run\n",
+     'FILE:11: config.a.data lacks chat_template'),
     ('import sys\nsys.exit(0)\n', 'FILE:2: sys.exit(0) is called: the file must return its config'),
     (BEGIN + '  raise SystemExit\n', 'FILE:6: sys.exit(None) is called'),
     ('x = 1\0\n', 'FILE:1: source code string cannot contain null bytes'),

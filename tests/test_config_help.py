@@ -40,8 +40,8 @@ def test_docs_are_those_of_the_algorithm_and_its_evaluators():
   found = lines(config_help.keys(config))
   assert found['--config.data.epochs'].split(maxsplit=1) == ['None', 'passes over the data; or set steps']
   docs = {key: found[f'--config.{key}'].split('  ')[-1].strip() for key in (
-      'evals.mine.kind', 'evals.mine.count', 'evals.mine.reward.function', 'evals.own.function', 'mesh.data', 'mesh.fsdp',
-      'mesh.tensor')}
+      'evals.mine.kind', 'evals.mine.count', 'evals.mine.reward.function', 'evals.own.function',
+      'mesh.data', 'mesh.fsdp', 'mesh.tensor')}
   assert len(set(docs.values())) == 7
   assert docs['evals.mine.count'] == 'the first prompts of the data set; None: all'
   assert "'package.module:function' over strings" in docs['evals.mine.reward.function']

@@ -221,10 +221,12 @@ def test_bad_rows_of_csv_are_named(tmp_path, content, line, complaint):
 
 
 @pytest.mark.parametrize('name, content, parts', [
-    ('a.csv', 'prompt;completion\np;c, d\n', [":1: one column, 'prompt;completion', and ',' must part the cells: are these "
-                                             "separated by ';'? Save the file with commas"]),
-    ('a.csv', 'prompt\tcompletion\np\tc\n', ["separated by '\\t'? Name the file .tsv, or set config.data.format to 'tsv'"]),
-    ('a.tsv', '\nprompt,completion\np,c\n', [":2: one column, 'prompt,completion'", "separated by ','? Name the file .csv"]),
+    ('a.csv', 'prompt;completion\np;c, d\n',
+     [":1: one column, 'prompt;completion', and ',' must part the cells: are these separated by ';'? Save the file"]),
+    ('a.csv', 'prompt\tcompletion\np\tc\n',
+     ["separated by '\\t'? Name the file .tsv, or set config.data.format to 'tsv'"]),
+    ('a.tsv', '\nprompt,completion\np,c\n',
+     [":2: one column, 'prompt,completion'", "separated by ','? Name the file .csv"]),
     ('a.csv', 'yes,yes\nno,yes\n', ["two columns are named 'yes'. The first row must name the columns"]),
 ])
 def test_other_separators_are_named(tmp_path, name, content, parts):
@@ -243,8 +245,8 @@ def test_csv_without_a_header_is_told_so(tmp_path):
   path = write(tmp_path / 'a.csv', f'{"how " * 20}?,fine\nwhy?,so\n')
   with pytest.raises(DataError, match=r"there is no field 'q'.* The first row of the file must name the columns."):
     sources.read(path, columns={'prompt': 'q'})
-  with pytest.raises(DataError, match=r"field 'prompt': missing among \['fine', '(how )+h?o?w?\.\.\.'\]. The first row of "
-                     'the file must name the columns. Name the columns in'):
+  with pytest.raises(DataError, match=r"field 'prompt': missing among \['fine', '(how )+h?o?w?\.\.\.'\]. The first "
+                     'row of the file must name the columns. Name the columns in'):
     formats.completions(sources.read(path))
 
 
