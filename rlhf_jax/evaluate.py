@@ -95,8 +95,8 @@ def main():
   with command_line.one_line():
     runtime.configure()
     step, metrics = run(options.workdir, options.evals)
-  if processes.first():
-    print(tables.metrics_table(metrics, title=f'{options.workdir} after {step} steps'))
+    if processes.first():
+      print(tables.metrics_table(metrics, title=f'{options.workdir} after {step} steps'))
 
 
 if __name__ == '__main__':

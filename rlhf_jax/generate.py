@@ -37,7 +37,7 @@ def main(argv):
         _PROMPT.value, jax.random.key(_SEED.value), max_new_tokens=_MAX_NEW_TOKENS.value,
         temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value,
         ignore_eos=_IGNORE_EOS.value, samples=_NUM_SAMPLES.value)
-  print('\n---\n'.join(p + r for p, r in zip(samples.prompts, samples.responses)))
+    print('\n---\n'.join(p + r for p, r in zip(samples.prompts, samples.responses)))
 
 
 if __name__ == '__main__':
