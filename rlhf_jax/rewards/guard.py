@@ -222,7 +222,7 @@ def time_limit(call):
     if not places:
       stack = []
       for pair in traceback.walk_stack(frame):
-        if pair[0].f_globals.get('__name__') in OURS:
+        if pair[0].f_globals.get('__name__') == __name__:
           break
         stack.insert(0, pair)
       places.append(described(stack, call))

@@ -143,6 +143,8 @@ BROKEN = {
     'exits': ('import sys\nsys.exit(0)\n', 'called sys.exit(0), at FILE:2 in <module>: `sys.exit(0)`'),
     'hangs': ('import time\ntime.sleep(60)\n', 'did not return within 0.2 seconds, at FILE:2 in <module>: '
               '`time.sleep(60)`. Make it faster, or raise config.reward.timeout'),
+    'waits': ('import sleeper_of_rewards\n', 'did not return within 0.2 seconds, at FILE:1 in <module>: `import '
+              'sleeper_of_rewards`; then sleeper_of_rewards.py:3 in <module>: `time.sleep(60)`'),
 }
 
 
@@ -150,6 +152,7 @@ BROKEN = {
 def test_a_module_that_fails_is_said_before_anything_is_loaded(how, tmp_path, monkeypatch):
   text, message = BROKEN[how]
   (tmp_path / f'broken_{how}.py').write_text(text)
+  (tmp_path / 'sleeper_of_rewards.py').write_text('import time\n\ntime.sleep(60)\n')
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr('sys.path', list(functions.sys.path))
   reward = scorers.config()
