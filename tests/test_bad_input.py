@@ -23,6 +23,7 @@ from rlhf_jax import main
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax import pipeline
 from rlhf_jax import train
+from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms import sft
 from rlhf_jax.rewards import functions
@@ -338,7 +339,10 @@ BAD_PROMPTS = {
 
 
 def fails(config, changes, parts, folder, **places):
-  """Forks a run that has begun with a changed config; checks the message and that nothing is lost."""
+  """Forks a run that has begun with a changed config; checks the message and that nothing is lost.
+
+  One with other weights, which a fork must not have, starts anew.
+  """
   config = config.copy_and_resolve_references()
   for key, value in changes.items():
     *blocks, name = key.split('.')
@@ -349,7 +353,7 @@ def fails(config, changes, parts, folder, **places):
   fork = folder.with_name(f'{folder.name}_fork')
   shutil.rmtree(fork, ignore_errors=True)
   with pytest.raises(errors.UserError) as caught:
-    train.run(config, fork, fork_of=folder)
+    train.run(config, fork, fork_of=None if any(key.startswith(workdir_lib.WEIGHTS) for key in changes) else folder)
   for part in parts:
     assert part in str(caught.value), caught.value
   assert contents(folder) == before
@@ -395,10 +399,15 @@ def test_contradictions_are_found_before_anything_is_read(
 
 def test_another_model_leaves_the_checkpoints_of_the_first(begun_sft, tmp_path):
   folder, config = begun_sft
-  tiny.write_model(tmp_path, tiny.LLAMA | {'num_hidden_layers': 1})
-  fails(config, {'model.path': f'{tmp_path}'},
-        ['none of the checkpoints [4]', 'can be read with this config',
-         'another --workdir', 'nothing was deleted'], folder)
+  tiny.write_model(tmp_path / 'model', tiny.LLAMA | {'num_hidden_layers': 1})
+  other = config.copy_and_resolve_references()
+  other.model.path = f'{tmp_path}/model'
+  before = contents(folder)
+  for workdir, source, part in ((folder, None, 'was started with another config: config.model.path: '),
+                                (tmp_path / 'new', folder, 'which are of another model: config.model.path: ')):
+    with pytest.raises(errors.UserError, match=part):
+      train.run(other, workdir, fork_of=source)
+  assert contents(folder) == before and not (tmp_path / 'new').exists()
 
 
 # Rewards and losses: after compilation, when they come up.
