@@ -10,7 +10,6 @@ runs these alone.
 """
 
 import contextlib
-import importlib
 import inspect
 import os
 import pathlib
@@ -28,6 +27,7 @@ from rlhf_jax import runtime
 from rlhf_jax import train
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.algorithms import build
+from rlhf_jax.rewards import guard
 
 DONE = 'done.json'
 
@@ -226,7 +226,7 @@ def called(stage):
   """The function of a stage, and its arguments but for the folder."""
   arguments = stage.to_dict()
   module, _, name = arguments.pop('function').partition(':')
-  return getattr(importlib.import_module(module), name), arguments
+  return getattr(guard.import_module(module, guard.Call(f'importing {module}')), name), arguments
 
 
 def run_stage(stage, folder):

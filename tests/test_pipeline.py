@@ -101,6 +101,15 @@ def test_a_stage_that_fails_leaves_the_finished_ones(tmp_path, ran):
   assert (tmp_path / 'first' / 'note.json').stat() == before
 
 
+def test_a_module_of_a_stage_that_fails_is_said_with_its_line(tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(tmp_path)
+  (tmp_path / 'broken_stage.py').write_text('x = 1\ny = x / 0\n')
+  config = make_config()
+  config.third.function = 'broken_stage:run'
+  with pytest.raises(errors.UserError, match='stage third: importing broken_stage raised ZeroDivisionError.*py:2'):
+    pipeline.run(config, tmp_path / 'run')
+
+
 def test_another_config_of_a_finished_stage_stops_and_changes_nothing(tmp_path, ran):
   config = make_config()
   config.stages = ('first', 'second')

@@ -345,7 +345,7 @@ def _session(pid):
 
 
 def wait_until(process, workdir, condition):
-  """Returns when a condition holds of a run that goes on."""
+  """Returns when a condition holds; the run must not have ended."""
   end = time.monotonic() + LIMIT
   while not condition():
     assert process.poll() is None and time.monotonic() < end, log(workdir)
