@@ -189,7 +189,7 @@ def table(delimiter=',', end='\r\n'):
     ('a.csv', table(end='\n').removesuffix('\n')),
     ('a.tsv', table('\t')),
     ('a.TSV.gz', gzip.compress(table('\t').encode('utf-8-sig'))),
-    ('a.csv.gz', gzip.compress(table().encode()))])
+    ('a.csv.gz', gzip.compress(table().encode()))], ids=['bom', 'no last newline', 'tsv', 'tsv.gz', 'csv.gz'])
 def test_csv_is_read_by_the_names_of_its_columns(tmp_path, name, content):
   records = sources.read(write(tmp_path / name, content))
   # A column without a name keeps its place as one; what is empty is absent.
