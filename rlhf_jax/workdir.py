@@ -225,11 +225,14 @@ def _alive(path, holder):
   if not holder:
     return False
   if holder.get('host') == _host():
+    end = time.monotonic() + SETTLE_SECONDS
     try:
       process = psutil.Process(holder['pid'])
       # Clocks are set: it is the same process if it started at about the same time.
-      return (abs(process.create_time() - holder['started']) < 60
-              and process.status() != psutil.STATUS_ZOMBIE)
+      while (alive := abs(process.create_time() - holder['started']) < 60
+             and process.status() != psutil.STATUS_ZOMBIE) and time.monotonic() < end:
+        time.sleep(0.05)  # one that was killed just now takes a moment to end
+      return alive
     except (psutil.Error, KeyError):
       return False
   print(f'{path.parent}: looking whether process {holder.get("pid")} on {_name(holder)}, which held it last, '
