@@ -39,7 +39,7 @@ def get_config(arg=None):
   config.sampling.update({'max_new_tokens': 512, 'gather_weights': True})
   config.batch_size, config.microbatch_size, config.steps = 512, 256, 1000
   config.mesh = {'data': 1, 'fsdp': -1, 'tensor': 4}
-  config.optim.update({'clip_norm': 1.0, 'warmup_steps': 10})
+  config.optim.update({'clip_norm': 1.0, 'warmup_steps': 10, 'warmup_from': 0.1})
   config.checkpoint_every, config.samples_every = 50, 10
   if arg.lora:
     config.model.lora.targets = (('attention/', 64, 128.0), ('mlp/', 64, 128.0))
@@ -49,6 +49,6 @@ def get_config(arg=None):
     config.model.init.update(SMALL)
     config.data.max_prompt_length, config.sampling.max_new_tokens = 16, 16
     config.update({'batch_size': 16, 'microbatch_size': 8, 'steps': 2})
-    config.optim.warmup_steps = 0
+    config.optim.update({'warmup_steps': 0, 'warmup_from': 0.0})
     config.mesh = {'data': -1, 'fsdp': 1, 'tensor': 1}
   return config

@@ -68,7 +68,8 @@ def common(algorithm):
           'name': 'adam',       # 'adam' or 'tf_adam'
           'learning_rate': 1e-3,    # its peak
           'schedule': 'constant',   # 'constant', 'linear' or 'cosine', the last two to 0
-          'warmup_steps': 0,    # optimizer steps of linear growth from 0
+          'warmup_steps': 0,    # train steps of linear growth to the peak
+          'warmup_from': 0.0,   # share of the peak that it starts from
           'b1': 0.9,            # decay of Adam's first moment
           'b2': 0.999,          # decay of its second
           'eps': 1e-8,          # Adam's
@@ -319,6 +320,8 @@ def validate(config, device_count):
     need(held_out is None or 0 < held_out < 1, f'config.data.held_out={held_out} must be in (0, 1), or None')
     need(not (held_out and path),
          f'config.data.held_out={held_out} and config.data.held_out_path={path!r}: set one of them')
+  warmup_from = config.optim.warmup_from
+  need(0 <= warmup_from <= 1, f'config.optim.warmup_from={warmup_from} must be in [0, 1]')
   for key in ('learning_rate', 'warmup_steps', 'weight_decay'):
     need(config.optim[key] >= 0, f'config.optim.{key}={config.optim[key]} must be 0 or positive')
   validate_mesh(config, device_count)

@@ -111,17 +111,22 @@ def moving_average(opt_state):
   return opt_state.ema if isinstance(opt_state, AverageState) else None
 
 
-def schedule(learning_rate, *, kind, warmup_steps, steps):
+def schedule(learning_rate, *, kind, warmup_steps, steps, warmup_from=0.0, updates=1):
   """Learning rate by optimizer step: linear warmup, then constant, or down to 0 at `steps`.
+
+  It counts train steps and stays the same within one, as lm-human-preferences, N+ and TRL set it
+  once an iteration.
 
   Args:
     learning_rate: the peak.
     kind: 'constant', 'linear' or 'cosine'.
-    warmup_steps: steps of linear growth from 0; 0 for none.
-    steps: optimizer steps of the whole run.
+    warmup_steps: train steps of linear growth to the peak; 0 for none.
+    steps: train steps of the whole run.
+    warmup_from: share of the peak that warmup starts from.
+    updates: optimizer steps of a train step.
 
   Returns:
-    A function from the step to the rate.
+    A function from the optimizer step to the rate.
   """
   rest = max(steps - warmup_steps, 1)
   if kind == 'constant':
@@ -132,14 +137,15 @@ def schedule(learning_rate, *, kind, warmup_steps, steps):
     main = optax.cosine_decay_schedule(learning_rate, rest)
   else:
     raise errors.UserError(f'optim.schedule={kind!r} is not one of {SCHEDULES}')
-  if not warmup_steps:
-    return main
-  warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
-  return optax.join_schedules([warmup, main], [warmup_steps])
+  if warmup_steps:
+    warmup = optax.linear_schedule(warmup_from * learning_rate, learning_rate, warmup_steps)
+    main = optax.join_schedules([warmup, main], [warmup_steps])
+  return lambda count: main(count // updates)
 
 
 def make(*, name, learning_rate, schedule_kind, warmup_steps, steps, b1, b2, eps,
-         weight_decay, clip_norm, master_dtype='float32', moment_dtype='float32', ema=0.0):
+         weight_decay, clip_norm, warmup_from=0.0, updates=1, master_dtype='float32',
+         moment_dtype='float32', ema=0.0):
   """An optax optimizer.
 
   Args:
@@ -147,12 +153,14 @@ def make(*, name, learning_rate, schedule_kind, warmup_steps, steps, b1, b2, eps
     learning_rate: peak rate.
     schedule_kind: see `schedule`.
     warmup_steps: see `schedule`.
-    steps: optimizer steps of the run, not iterations: epochs times minibatches count.
+    steps: see `schedule`.
     b1: decay of the first moment.
     b2: decay of the second moment.
     eps: Adam's epsilon.
     weight_decay: decoupled (AdamW), on arrays of at least two dimensions per layer.
     clip_norm: global gradient norm above which gradients are scaled down; 0 for none.
+    warmup_from: see `schedule`.
+    updates: see `schedule`.
     master_dtype: of the weights that updates add up in; see `keep_master`.
     moment_dtype: of the first moment. The second is of the master's: in bfloat16 its decay of
       1 - b2 would round to nothing.
@@ -167,7 +175,8 @@ def make(*, name, learning_rate, schedule_kind, warmup_steps, steps, b1, b2, eps
     scale = scale_by_tf_adam(b1, b2, eps, moment_dtype)
   else:
     raise errors.UserError(f'optim.name={name!r} is not one of {OPTIMIZERS}')
-  rate = schedule(learning_rate, kind=schedule_kind, warmup_steps=warmup_steps, steps=steps)
+  rate = schedule(learning_rate, kind=schedule_kind, warmup_steps=warmup_steps, steps=steps,
+                  warmup_from=warmup_from, updates=updates)
   # The same structure whatever the figures, so that a run can go on with another one of them.
   clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
   optimizer = optax.chain(clip, scale, optax.add_decayed_weights(weight_decay, mask=decayed),

@@ -262,6 +262,7 @@ BAD = [
     ({'optim.learning_rate': -1.0}, 'config.optim.learning_rate=-1.0 must be 0 or positive'),
     ({'optim.learning_rate': float('nan')}, 'config.optim.learning_rate=nan must be'),
     ({'optim.warmup_steps': -1}, 'config.optim.warmup_steps=-1 must be 0 or positive'),
+    ({'optim.warmup_from': 1.5}, 'config.optim.warmup_from=1.5 must be in [0, 1]'),
     ({'optim.weight_decay': -0.1}, 'config.optim.weight_decay=-0.1 must be 0 or positive'),
     ({'optim.clip_norm': -1.0}, 'config.optim.clip_norm=-1.0 must be positive, or None'),
     ({'data.on_error': 'ignore'}, "config.data.on_error='ignore' must be one of stop, skip"),
@@ -479,9 +480,10 @@ WITHOUT = [
     ('ppo', {'rl.vf_coef': 0.0, 'critic.learning_rate': 1e-3}, 'config.critic.learning_rate=0.001 has no effect with'),
     ('ppo', {'rl.whiten_advantages': 'none', 'rl.whiten_unbiased': True}, 'config.rl.whiten_unbiased=True has no effect'),
     ('sft', {'optim.warmup_steps': 10},
-     'config.optim.warmup_steps=10 is not below the 10 optimizer steps of the run (config.steps=10): the learning'),
-    ('ppo', {'optim.warmup_steps': 40, 'rl.minibatches': 2, 'rl.epochs': 2},
-     'config.optim.warmup_steps=40 is not below the 40 optimizer steps of the run (config.steps=10, each of 4)'),
+     'config.optim.warmup_steps=10 is not below config.steps=10: the learning rate never reaches'),
+    ('ppo', {'optim.warmup_steps': 10, 'rl.minibatches': 2, 'rl.epochs': 2},
+     'config.optim.warmup_steps=10 is not below config.steps=10: the learning rate never reaches'),
+    ('ppo', {'optim.warmup_from': 0.1}, 'config.optim.warmup_from=0.1 has no effect with config.optim.warmup_steps=0'),
     ('ppo', {'ptx.path': 'x'}, "config.ptx.path='x' has no effect with config.rl.ptx_coef=0.0"),
     ('ppo', {'sampling.truncate_after': 5}, 'config.sampling.truncate_after=5 has no effect with config.sampling.truncate_at=None'),
     ('ppo', {'sampling.gather_weights': True, 'sampling.max_concurrent': 8}, 'config.sampling.gather_weights=True has no effect'),
@@ -504,7 +506,7 @@ def test_keys_without_effect(algorithm, changes, line, monkeypatch):
 
 
 @pytest.mark.parametrize('algorithm, changes', [
-    ('ppo', {'optim.warmup_steps': 39, 'rl.minibatches': 2, 'rl.epochs': 2}),
+    ('ppo', {'optim.warmup_steps': 9, 'rl.minibatches': 2, 'rl.epochs': 2}),
     ('sft', {'optim.warmup_steps': 10, 'steps': None, 'data.epochs': 1.0}),
     ('ppo', {'rl.kl_target': 3.0, 'rl.kl_controller': 'adaptive'}), ('ppo', {'rl.clip_high': 0.3}),
     ('ppo', {'microbatch_size': 8, 'rl.length_buckets': 2}), ('sft', {'data.path': 'x.txt', 'data.separator': ''}),

@@ -60,6 +60,16 @@ def test_schedules_by_hand():
   close([rate(kind='linear', warmup_steps=0)(t) for t in (0, 5, 10)], [2, 1, 0])
   close([rate(kind='cosine', warmup_steps=0)(t) for t in (0, 5, 10)], [2, 1, 0])
   close([rate(kind='linear', warmup_steps=2)(t) for t in (0, 1, 2, 6, 10)], [0, 1, 2, 1, 0])
+  # From a quarter of the peak: 0.5, halfway between that and 2, 2.
+  close([rate(kind='linear', warmup_steps=2, warmup_from=0.25)(t) for t in (0, 1, 2, 6)], [0.5, 1.25, 2, 1])
+
+
+def test_a_schedule_counts_train_steps():
+  # 10 train steps of 3 optimizer steps each: the rate changes at every third, and the last one is a tenth.
+  rate = optim.schedule(2.0, kind='linear', warmup_steps=0, steps=10, updates=3)
+  close([rate(t) for t in (0, 1, 2, 3, 5, 6, 27, 29)], [2, 2, 2, 1.8, 1.8, 1.6, 0.2, 0.2])
+  rate = optim.schedule(2.0, kind='constant', warmup_steps=4, warmup_from=0.5, steps=10, updates=2)
+  close([rate(t) for t in (0, 1, 2, 3, 7, 8, 19)], [1, 1, 1.25, 1.25, 1.75, 2, 2])
 
 
 def test_gradients_are_clipped_by_their_global_norm():

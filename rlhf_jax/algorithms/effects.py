@@ -16,6 +16,7 @@ TABLE = (
     ('data.held_out data.held_out_path', 'evals', lambda evals, config: not _held_out_losses(evals),
      "no evaluator of kind 'loss' reads it"),
     ('model.lora.rslora', 'model.lora.targets', ((),), 'only new adapters are scaled by it'),
+    ('optim.warmup_from', 'optim.warmup_steps', (0,), 'there is no warmup'),
     ('samples_every', 'algorithm', lambda name, config: 'sampling' not in config, 'it samples no texts'),
     # Reward models.
     ('preference.centering preference.label_smoothing', 'preference.loss', ('pick_best', 'rating'),
@@ -66,16 +67,10 @@ def without(config, defaults):
 
 def _endless_warmup(config):
   """A warmup that the run is too short for, where the config says how long it is."""
-  if not config.steps:
-    return []
-  updates, steps = config.steps, f'config.steps={config.steps}'
-  if 'rl' in config:
-    updates *= config.rl.epochs * config.rl.minibatches
-    steps += f', each of {updates // config.steps}'
   warmup = config.optim.warmup_steps
-  return [] if warmup < updates else [
-      f'config.optim.warmup_steps={warmup} is not below the {updates} optimizer steps of the run ({steps}): the '
-      'learning rate never reaches config.optim.learning_rate']
+  return [] if not config.steps or warmup < config.steps else [
+      f'config.optim.warmup_steps={warmup} is not below config.steps={config.steps}: the learning '
+      'rate never reaches config.optim.learning_rate']
 
 
 def _lines(table, config, defaults, prefix):

@@ -140,19 +140,21 @@ def new_head(model, mesh, seed, scale):
       heads.init_scalar(key, model.width, scale=scale), sharding.replicated(mesh))
 
 
-def make_optimizer(config_optim, steps, *, learning_rate=None, exported=True):
+def make_optimizer(config_optim, steps, *, updates=1, learning_rate=None, exported=True):
   """The optimizer of `config.optim`.
 
   Args:
     config_optim: `config.optim`.
-    steps: optimizer steps of the run.
+    steps: train steps of the run.
+    updates: optimizer steps of a train step.
     learning_rate: in place of the config's, unless None.
     exported: whether its parameters are the run's result, of which a moving average is kept.
   """
   c = config_optim
   return optim.make(
       name=c.name, learning_rate=c.learning_rate if learning_rate is None else learning_rate, schedule_kind=c.schedule,
-      warmup_steps=c.warmup_steps, steps=steps, b1=c.b1, b2=c.b2, eps=c.eps,
+      warmup_steps=c.warmup_steps, warmup_from=c.warmup_from, steps=steps, updates=updates,
+      b1=c.b1, b2=c.b2, eps=c.eps,
       weight_decay=c.weight_decay, clip_norm=c.clip_norm or 0.0, master_dtype=c.master_dtype,
       moment_dtype=c.moment_dtype, ema=(c.ema or 0.0) if exported else 0.0)
 

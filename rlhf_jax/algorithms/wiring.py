@@ -51,13 +51,14 @@ def wire(config, mesh, base, *, reference=True, critic=None, steps):
     frozen['reference'] = {} if model.lora is not None else jax.tree.map(jnp.copy, policy)
   elif reference is not False:
     frozen['reference'] = reference
-  updates = steps * config.rl.epochs * config.rl.minibatches
-  optimizers = {'policy': setup.make_optimizer(config.optim, updates)}
+  updates = config.rl.epochs * config.rl.minibatches
+  optimizers = {'policy': setup.make_optimizer(config.optim, steps, updates=updates)}
   if 'critic' in config:
     critic_model, params['critic'] = make_critic(config, mesh, model, policy, shared, critic)
     models = models._replace(critic=critic_model, critic_shared=config.critic.kind == 'adapters')
     optimizers['critic'] = setup.make_optimizer(
-        config.optim, updates, learning_rate=config.critic.learning_rate, exported=False)
+        config.optim, steps, updates=updates, learning_rate=config.critic.learning_rate,
+        exported=False)
   return Wiring(models, params, frozen, optimizers)
 
 

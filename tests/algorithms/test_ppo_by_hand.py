@@ -168,12 +168,12 @@ def make_ptx(rng):
   return texts, jax.tree.map(jnp.asarray, batch)
 
 
-def rates(schedule, steps):
-  """Learning rates of `steps` optimizer steps, by hand."""
-  for n in range(steps):
-    share = {'constant': 1.0, 'linear': 1 - n / steps,
-             'cosine': 0.5 * (1 + np.cos(np.pi * n / steps))}[schedule]
-    yield RATE * share
+def rates(schedule, iterations, updates):
+  """Learning rates by hand, for each iteration the same `updates` times."""
+  for n in range(iterations):
+    share = {'constant': 1.0, 'linear': 1 - n / iterations,
+             'cosine': 0.5 * (1 + np.cos(np.pi * n / iterations))}[schedule]
+    yield from [RATE * share] * updates
 
 
 def make_run(preset, keys, iterations):
@@ -181,12 +181,12 @@ def make_run(preset, keys, iterations):
   config = ppo.config(preset)
   config.optim.learning_rate = RATE
   config.update_from_flattened_dict(keys)
-  steps = iterations * config.rl.epochs * config.rl.minibatches
-  optimizer = setup.make_optimizer(config.optim, steps)
+  updates = config.rl.epochs * config.rl.minibatches
+  optimizer = setup.make_optimizer(config.optim, iterations, updates=updates)
   critic = None if config.critic.kind == 'trunk' else LastToken()
   return config, dict(models=forward.Models(LastToken(), critic),
                       optimizers={'policy': optimizer, 'critic': optimizer},
-                      settings=ppo.Settings.of(config, (EOS,))), steps
+                      settings=ppo.Settings.of(config, (EOS,)))
 
 
 def make_state(config, params, optimizers):
@@ -208,15 +208,15 @@ def epoch_orders(state, epochs):
 def test_two_iterations_agree(preset, keys, changed):
   hand = references_ppo.SETTINGS | PRESETS[preset] | changed
   rng = np.random.default_rng(len(preset) + len(keys))
-  config, static, steps = make_run(preset, keys, iterations=2)
+  config, static = make_run(preset, keys, iterations=2)
   params, reference = make_params(rng, hand['critic'])
   state = make_state(config, params, static['optimizers'])
   assert float(state.extra['kl_coef']) == pytest.approx(hand['coef'])
   train_step = jax.jit(functools.partial(ppo.train_step, **static))
 
   mine, coef = flat(params), hand['coef']
-  adam, rate, scale = (references.Adam(**hand['adam']), rates(hand['schedule'], steps),
-                       references.RunningScale())
+  adam, scale = references.Adam(**hand['adam']), references.RunningScale()
+  rate = rates(hand['schedule'], 2, hand['epochs'] * hand['minibatches'])
   seen = []
   for _ in range(2):
     episodes = make_episodes(rng, raw=hand['position'] == 'last', dense=hand.get('dense'),
