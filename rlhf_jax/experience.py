@@ -19,15 +19,15 @@ class ScoreRules:
   Attributes:
     end_tokens: token ids that end a response; () for none.
     end_after: the first position at which they do.
-    scale: divide scores by their running standard deviation (trlX).
-    clip: bound on |score| after scaling; None for none.
+    clip: bound on |score|; None for none.
+    scale: divide the clipped scores by their running standard deviation (trlX).
     missing_eos: 'none', 'replace' or 'subtract'; see advantages.apply_missing_eos.
     missing_eos_value: the constant of that rule.
   """
   end_tokens: tuple = ()
   end_after: int = 0
-  scale: bool = False
   clip: float | None = None
+  scale: bool = False
   missing_eos: str = 'none'
   missing_eos_value: float = 0.0
 
@@ -52,11 +52,11 @@ class ScoreRules:
     Returns:
       Scores of the same shape and the new moments.
     """
-    if self.scale:
-      moments = adv.update_moments(moments, totals(scores, rollout.response_mask))
-      scores = scores / adv.running_std(moments)
     if self.clip:
       scores = jnp.clip(scores, -self.clip, self.clip)
+    if self.scale:  # trlX's order: the moments are those of the clipped scores
+      moments = adv.update_moments(moments, totals(scores, rollout.response_mask))
+      scores = scores / adv.running_std(moments)
     if scores.ndim == 1:
       scores = adv.apply_missing_eos(
           scores, self.ended(rollout), mode=self.missing_eos,

@@ -48,13 +48,13 @@ def value(params, text, index):
 
 
 def paid_scores(episodes, scale, s):
-  """Scores as they are paid: scaled by all seen so far, clipped, then the missing-EOS rule."""
+  """Scores as they are paid: clipped, scaled by all clipped ones so far, then the missing-EOS rule."""
   scores = [e['score'] for e in episodes]
+  if s['clip_scores']:
+    scores = [np.clip(x, -s['clip_scores'], s['clip_scores']) for x in scores]
   if s['scale']:
     spread = scale.update([sum(x) if np.ndim(x) else x for x in scores])
     scores = [np.divide(x, spread) for x in scores]
-  if s['clip_scores']:
-    scores = [np.clip(x, -s['clip_scores'], s['clip_scores']) for x in scores]
   if np.ndim(episodes[0]['score']):
     return scores
   return [references.missing_eos(float(x), e['ended'], mode=s['missing'], value=s['missing_value'])

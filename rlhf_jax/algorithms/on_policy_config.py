@@ -46,8 +46,8 @@ class Settings:
       are sampled past the EOS (lm-human-preferences). The reward sees the truncated text.
     missing_eos: 'none', 'replace' or 'subtract'; see advantages.apply_missing_eos.
     missing_eos_value: the constant of that rule.
-    scale_scores: divide scores by their running standard deviation (trlX).
-    clip_scores: bound on |score| after scaling; None for none.
+    clip_scores: bound on |score|; None for none.
+    scale_scores: divide the clipped scores by their running standard deviation (trlX).
     behaviour: old log-probabilities from the training 'forward' pass or from the 'sampler'.
   """
   microbatch_size: int
@@ -70,8 +70,8 @@ class Settings:
   response: str = 'truncated'
   missing_eos: str = 'none'
   missing_eos_value: float = -1.0
-  scale_scores: bool = False
   clip_scores: float | None = None
+  scale_scores: bool = False
   behaviour: str = 'forward'
 
   @property
