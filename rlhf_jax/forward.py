@@ -64,7 +64,7 @@ class Forward:
   Attributes:
     models: Models.
     frozen: {'shared': parameters of the policy that are not trained, 'reference': the reference's
-      that are not among them; left out without a reference}.
+      that are not among them, its adapters too if it has some; left out without a reference}.
     temperature: what logits are divided by: the one sampled with.
     full_kl: whether to compute the KL over the whole vocabulary.
   """
@@ -109,7 +109,9 @@ class Forward:
     if 'reference' not in self.frozen:
       return Fixed(trunk, None, None)
     length = batch.response_mask.shape[1]
-    model = dataclasses.replace(self.models.policy, lora=None)
+    model = self.models.policy
+    if not trainable.has_adapters(self.frozen['reference']):
+      model = dataclasses.replace(model, lora=None)
     reference = trainable.join(self.frozen['shared'], self.frozen['reference'])
     states = model.response_states(reference, batch.tokens, batch.mask, length, trunk)
     unembed = functools.partial(model.unembed, reference)

@@ -139,7 +139,7 @@ def create(config, mesh, settings, train_step, *, reference=True, extra=wiring.f
 
   context = setup.policy_context(
       config, model, tokenizer, mesh, frozen['shared'],
-      functools.partial(wiring.start_of, config, model, params['policy'], frozen))
+      functools.partial(wiring.start_of, config, params['policy'], frozen))
   return learner.Learner(
       steps=steps, iterators=iterators, next_batch=next_batch, train_step=step,
       export=setup.policy_exporter(model, tokenizer, frozen['shared']),

@@ -36,8 +36,8 @@ def wire(config, mesh, base, *, reference=True, critic=None, steps):
     config: of a run.
     mesh: where parameters go.
     base: (Model, all its parameters) of the policy as it starts.
-    reference: all parameters of `config.reference`; True for the policy as it starts; False for no
-      reference.
+    reference: all parameters of `config.reference`; True for the policy as it starts, with the adapters
+      of `config.model.lora.path`; False for no reference.
     critic: (Model, params {'backbone', 'head'}) that a separate critic starts from; None for the
       policy's backbone with a new head. Without effect where the config has no critic.
     steps: train steps of the run.
@@ -48,7 +48,9 @@ def wire(config, mesh, base, *, reference=True, critic=None, steps):
   model, policy, shared = setup.divide(config, *base, mesh)
   frozen, models, params = {'shared': shared}, forward_lib.Models(model), {'policy': policy}
   if reference is True:
-    frozen['reference'] = {} if model.lora is not None else jax.tree.map(jnp.copy, policy)
+    # New adapters change nothing yet: without them the frozen weights are the policy as it starts.
+    new = model.lora is not None and not config.model.lora.path
+    frozen['reference'] = {} if new else jax.tree.map(jnp.copy, policy)
   elif reference is not False:
     frozen['reference'] = reference
   updates = config.rl.epochs * config.rl.minibatches
@@ -80,6 +82,8 @@ def make_critic(config, mesh, model, trained, shared, start):
   if config.critic.kind == 'trunk':
     return None, {'head': head()}
   if config.critic.kind == 'adapters':
+    if config.model.lora.path:  # new ones would be on the weights before that training
+      return model, {'backbone': jax.tree.map(jnp.copy, trained), 'head': head()}
     adapters = trainable.new_adapters(model, shared, seed=config.seed + 1)
     return model, {'backbone': setup.place(adapters, model, mesh), 'head': head()}
   if start is not None:
@@ -123,8 +127,8 @@ def first_extra(settings):
   return {'kl_coef': jnp.float32(settings.kl_coef), 'reward_moments': jnp.zeros(3)}
 
 
-def start_of(config, model, policy, frozen):
+def start_of(config, policy, frozen):
   """The policy's trained parameters before the first step: the reference's where it is the same."""
-  if 'reference' in frozen and not config.reference and model.lora is None:
+  if frozen.get('reference') and not config.reference:
     return frozen['reference']
   return jax.tree.map(jnp.copy, policy)

@@ -7,7 +7,8 @@ together again without copying an array.
   top layers   the last k blocks, the final norm and the unembedding are trained; what lies below is
                computed once for policy and reference (trlX's "hydra" models,
                https://github.com/CarperAI/trlx)
-  adapters     low-rank ones (lora.py); the reference is the same weights without them
+  adapters     low-rank ones (lora.py); the reference is the same weights without them, or with those
+               that training started from
 
 Top layers and adapters go together: then the adapters of the last k blocks are trained.
 
@@ -20,6 +21,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax import sharding
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora as lora_lib
 from rlhf_jax.models import peft
@@ -86,6 +88,11 @@ def new_adapters(model, frozen, *, seed):
   if 'top' in frozen:
     return {'top': lora_lib.init(key, frozen['top'], model.lora)}
   return lora_lib.init(key, frozen, model.lora)
+
+
+def has_adapters(params):
+  """Whether a tree of parameters holds adapters."""
+  return any(name.endswith('lora/a') for name in sharding.paths(params))
 
 
 def _cut(model, params, top):
