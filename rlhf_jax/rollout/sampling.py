@@ -176,7 +176,14 @@ def _invert(uniform, logits):
 
 
 def _first_above(uniform, weights):
-  """The first index whose cumulative weight exceeds `uniform` of the sum [B], and the sum; weight 0 is passed over."""
-  total = jnp.cumsum(weights, axis=-1)
-  above = (total > uniform[:, None] * total[:, -1:]) & (weights > 0)
-  return jnp.argmax(above, axis=-1).astype(jnp.int32), total[:, -1]
+  """The first index whose cumulative weight exceeds `uniform` of the sum, [B] int32, and the sum [B].
+
+  An index of weight 0 is never the first. Sums are rounded: the cumulative weight of the last index
+  of positive weight may be an ulp short of a sum that goes on with zeros, and exceed nothing where
+  `uniform` is next to 1. That index is taken then.
+  """
+  index = jnp.arange(weights.shape[-1])[None]
+  total, positive = jnp.cumsum(weights, axis=-1), weights > 0
+  last = jnp.max(jnp.where(positive, index, 0), axis=-1, keepdims=True)
+  above = (total > uniform[:, None] * total[:, -1:]) & positive
+  return jnp.argmax(above | (index == last), axis=-1).astype(jnp.int32), total[:, -1]

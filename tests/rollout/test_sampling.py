@@ -72,6 +72,25 @@ def test_a_vocabulary_of_several_blocks_is_drawn_from_evenly():
   assert abs(chi - degrees) < 4 * np.sqrt(2 * degrees)
 
 
+def test_the_largest_uniform_draws_the_last_token_that_can_be_drawn(monkeypatch):
+  """The cumulative weight of that token is an ulp short of the sum in some rows, and exceeds nothing."""
+  rows, vocab, block = 64, 50257, 128
+  rng = np.random.default_rng(0)
+  logits, lasts = np.full((rows, vocab), -np.inf, np.float32), []
+  for row in range(rows):
+    # A token in each of some blocks, none of them the first or the last one.
+    tokens = block * np.arange(1, rng.integers(200, 391)) + rng.integers(0, block)
+    logits[row, tokens] = np.log(rng.uniform(0.5, 1.5, len(tokens)))
+    lasts.append(tokens[-1])
+  largest = np.nextafter(np.float32(1), np.float32(0))
+  monkeypatch.setattr(jax.random, 'uniform', lambda key, shape: jnp.full(shape, largest))
+  tokens, logprobs = draw(jnp.asarray(logits))
+  np.testing.assert_array_equal(tokens, lasts)
+  weights = np.exp(logits.astype(np.float64))
+  wanted = np.log(weights[np.arange(rows), lasts] / weights.sum(1))
+  np.testing.assert_allclose(logprobs, wanted, rtol=1e-5)
+
+
 @pytest.mark.parametrize('seed', range(20))
 def test_filters_against_loops(seed):
   rng = np.random.default_rng(seed)
