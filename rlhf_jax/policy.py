@@ -147,7 +147,12 @@ class TextPolicy:
             for prompt, text, row in zip(prompts, texts, ids)]
 
   def logprobs(self, rollout, *, temperature=1.0):
-    """Log-probability of each response, summed over its tokens, [n] float32."""
+    """Log-probability of each response, summed over its tokens, [n] float32.
+
+    Args:
+      rollout: Rollout of n sequences.
+      temperature: what the logits are divided by; positive.
+    """
     return in_batches(
         lambda batch, start: response_logprobs(
             self.params, batch, temperature, model=self.model), rollout)

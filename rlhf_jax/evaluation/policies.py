@@ -171,9 +171,13 @@ def _score(params, tokens, mask, *, model):
 
 
 def mean_kl(policy, reference, rollout, temperature):
-  """Mean over samples of log pi(y|x) - log pi_ref(y|x), nats per sequence (k1)."""
+  """Mean over samples of log pi(y|x) - log pi_ref(y|x), nats per sequence (k1).
+
+  Both at the sampling temperature; at 1 where that is 0, as evaluators.prompts has it.
+  """
   if policy is reference:
     return 0.0
+  temperature = temperature or 1.0
   return float(np.mean(policy.logprobs(rollout, temperature=temperature)
                        - reference.logprobs(rollout, temperature=temperature)))
 

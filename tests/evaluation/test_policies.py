@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import numpy as np
 import pytest
 
@@ -47,6 +48,26 @@ def test_errors_are_over_prompts_where_samples_share_one():
   # Prompt b alone wins half, prompt a all: resampling gives rates of 0.5, 0.75 and 1.
   assert rows[1]['win_rate'] == 0.75 and rows[1]['win_high'] == 1.0
   assert ratings['new'].low == pytest.approx(1000)  # b twice
+
+
+def test_the_kl_of_greedy_answers_is_at_temperature_one(world):
+  """At temperature 0 logits would be divided by it: infinity less infinity."""
+  old, new = (policy_lib.TextPolicy.load(world / 'model') for _ in range(2))
+  new.params = jax.tree.map(lambda x: 1.5 * x, old.params)
+  asked = policies.ask({'base': old, 'new': new}, ['w7'], None, lambda *_: 0.0, jax.random.key(0),
+                       baseline='base', best_of=0, max_new_tokens=4, temperature=0.0)
+
+  rollout = asked['new'].samples.rollout
+  (row,), slots = rollout.tokens[rollout.mask][None], int(rollout.response_mask.sum())
+
+  def total(policy):
+    hidden, _ = policy.model.forward(policy.params, row[None], np.arange(len(row))[None], np.ones((1, len(row)), int))
+    logits = np.asarray(policy.model.unembed(policy.params, hidden[0]), np.float64)
+    logp = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    return sum(logp[t - 1, row[t]] for t in range(len(row) - slots, len(row)))
+
+  assert slots > 1 and asked['base'].kl == 0.0 and abs(asked['new'].kl) > 0.1
+  assert asked['new'].kl == pytest.approx(total(new) - total(old), rel=1e-4)
 
 
 def test_frontier_joins_samples_and_metrics(tmp_path):
