@@ -1,5 +1,6 @@
 """Optimizers from a few scalars: schedules, Adam as torch and as TensorFlow define it."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -83,25 +84,41 @@ def _of(master, params):
 
 
 class AverageState(NamedTuple):
-  """The moving average of `average` and the inner state."""
+  """The moving average of `average`, the updates it is over, and the inner state."""
   ema: optax.Params
+  count: jax.Array
   inner: optax.OptState
 
 
 def average(inner, decay):
-  """Keeps ema = decay * ema + (1 - decay) * params, in float32, beside an optimizer (Polyak & Juditsky 1992).
+  """Keeps an exponential moving average of the parameters, in float32, beside an optimizer.
 
-  It starts from the first parameters, so nothing has to be corrected for its beginning.
+      ema_t = sum_i decay^(t - i) params_i / sum_i decay^(t - i),  i = 1 .. t
+
+  Polyak & Juditsky 1992 (https://doi.org/10.1137/0330046). The weights sum to 1 from the first
+  update on, as with Adam's bias correction: the parameters before training are no part of it.
+
+  Each array is averaged by itself, the A and B of an adapter too. So the adapter that is exported
+  is A_ema B_ema, of their rank, and not the average of the products A_i B_i; README.md says how
+  far apart the two are.
+
+  Args:
+    inner: optax optimizer.
+    decay: in (0, 1).
   """
   def init(params):
     # A copy: the parameters are donated with the rest of the state, and a buffer only once.
-    return AverageState(jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params), inner.init(params))
+    ema = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
+    return AverageState(ema, jnp.zeros([], jnp.int32), inner.init(params))
 
   def update(grads, state, params):
     updates, inner_state = inner.update(grads, state.inner, params)
     new = optax.apply_updates(params, updates)
-    ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p.astype(jnp.float32), state.ema, new)
-    return updates, AverageState(ema, inner_state)
+    count = state.count + 1
+    # Of the newest parameters: (1 - decay) / (1 - decay^t), 1 at the first update.
+    share = (decay - 1) / jnp.expm1(count * math.log(decay))
+    ema = jax.tree.map(lambda e, p: e + share * (p.astype(jnp.float32) - e), state.ema, new)
+    return updates, AverageState(ema, count, inner_state)
 
   return optax.GradientTransformation(init, update)
 

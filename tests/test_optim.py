@@ -140,14 +140,19 @@ def test_moments_of_another_dtype_and_their_place():
     assert (mu.dtype, nu.dtype) == (jnp.bfloat16, jnp.float32)
 
 
-def test_the_moving_average_by_loop():
+@pytest.mark.parametrize('decay', [0.9, 0.999])
+def test_the_moving_average_by_loop(decay):
+  """A weighted mean of the parameters after each update alone: those before the first are no part of it."""
   rng = np.random.default_rng(2)
   params = {'w': jnp.asarray(rng.normal(size=5), jnp.float32)}
-  optimizer = optim.make(**PLAIN | {'ema': 0.9})
-  state, average = optimizer.init(params), np.asarray(params['w'])
-  for _ in range(5):
+  optimizer = optim.make(**PLAIN | {'ema': decay})
+  state, seen = optimizer.init(params), []
+  np.testing.assert_array_equal(optim.moving_average(state)['w'], params['w'])
+  for t in range(1, 41):
     updates, state = optimizer.update({'w': jnp.asarray(rng.normal(size=5), jnp.float32)}, state, params)
     params = optax.apply_updates(params, updates)
-    average = 0.9 * average + 0.1 * np.asarray(params['w'])
-    close(optim.moving_average(state)['w'], average)
+    seen.append(np.asarray(params['w'], np.float64))
+    weights = decay ** np.arange(t - 1, -1, -1.0)
+    close(optim.moving_average(state)['w'], weights @ np.stack(seen) / weights.sum(), rtol=2e-5, atol=2e-6)
+  np.testing.assert_array_equal(state.count, 40)
   assert optim.moving_average(optim.make(**PLAIN).init(params)) is None

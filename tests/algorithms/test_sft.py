@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from rlhf_jax import models
+from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.algorithms import sft
 from rlhf_jax.data import packing
+from rlhf_jax.models import hf
 import tiny
 
 
@@ -120,3 +122,33 @@ def test_evaluation_counts_every_held_out_target_once(world, losses_of, tmp_path
   losses, mask = losses_of(state.params['policy'], batch=types.LMBatch(
       tokens, real.astype(np.int32), place, real & (place >= 2)))
   np.testing.assert_allclose(held_out['held_out/loss'], np.asarray(losses)[mask].mean(), rtol=1e-5)
+
+
+def test_what_is_evaluated_is_the_average_that_is_exported(world, tmp_path):
+  """The A and B of adapters are averaged each, and merged: W + 2 A B."""
+  config = tiny.sft(world, 'completion')
+  config.data.held_out, config.optim.ema, config.optim.learning_rate = 0.25, 0.9, 0.02
+  config.model.lora.targets = (('mlp/up', 4, 8.0),)
+  mesh, seen = sharding.make_mesh({}, devices=jax.devices()[:1]), []
+  with jax.set_mesh(mesh):
+    learner, state = sft.create(config, mesh)
+    for _ in range(12):
+      batch, _ = learner.next_batch(state, timed=False)
+      state, _ = learner.train_step(state, *batch)
+      seen.append(jax.device_get(state.params['policy']['blocks']['mlp']['up']['lora']))
+    found = learner.evaluators['held_out'](state)['loss']
+    learner.export(state, tmp_path / 'model')
+    now = learner.evaluators['held_out'](
+        state.replace(opt_state={'policy': state.opt_state['policy'].inner}))['loss']
+  weights = 0.9 ** np.arange(11, -1, -1.0)
+  mean = {name: np.average([lora[name] for lora in seen], axis=0, weights=weights) for name in 'ab'}
+  _, before = hf.load(world / 'model')
+  _, after = hf.load(tmp_path / 'model')
+  kernel = before['blocks']['mlp']['up'].pop('kernel') + 2.0 * mean['a'] @ mean['b']
+  np.testing.assert_allclose(after['blocks']['mlp']['up'].pop('kernel'), kernel, atol=1e-5)
+  jax.tree.map(np.testing.assert_array_equal, after, before)
+
+  config.model.path, config.model.lora.targets = str(tmp_path / 'model'), ()
+  *_, exported = tiny.train(sft, config, 0)
+  np.testing.assert_allclose(exported['held_out/loss'], found, rtol=1e-5)
+  assert abs(found - now) > 0.01
