@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from rlhf_jax import checkpoint
+from rlhf_jax import checksums
 from rlhf_jax import errors
 from rlhf_jax import sharding
 from rlhf_jax import train
@@ -57,14 +58,14 @@ def make_iterator(step=0):
   return iterator
 
 
-def restore(folder):
+def restore(folder, width=4):
   """Opens the folder, restores, closes; checks that state and iterator are of the step given."""
   checkpoints = checkpoint.Checkpoints(folder, keep=3)
   iterator = make_iterator()
-  step, state = checkpoints.restore(make_state(9), {'data': iterator})
+  step, state = checkpoints.restore(make_state(9, width), {'data': iterator})
   checkpoints.close()
   plain = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-  expected = make_state(step)
+  expected = make_state(step, width)
   assert jax.tree.structure(state) == jax.tree.structure(expected)
   for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected)):
     np.testing.assert_array_equal(plain(a), plain(b))
@@ -72,16 +73,26 @@ def restore(folder):
   return step
 
 
+def save(folder, steps, width=4):
+  """Writes checkpoints of some steps; returns the folder."""
+  checkpoints, iterator = checkpoint.Checkpoints(folder, keep=3), make_iterator()
+  for step in steps:
+    next(iterator)
+    checkpoints.save(step, make_state(step, width), {'data': iterator})
+  checkpoints.close()
+  return folder
+
+
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
   """Checkpoints of the steps 1 to 3; the other tests damage copies of it."""
-  folder = tmp_path_factory.mktemp('saved')
-  checkpoints, iterator = checkpoint.Checkpoints(folder, keep=3), make_iterator()
-  for step in (1, 2, 3):
-    next(iterator)
-    checkpoints.save(step, make_state(step), {'data': iterator})
-  checkpoints.close()
-  return folder
+  return save(tmp_path_factory.mktemp('saved'), (1, 2, 3))
+
+
+@pytest.fixture(scope='module')
+def wide(tmp_path_factory):
+  """Checkpoints of the steps 1 and 2, with arrays too large to lie in Orbax's index, which has checksums."""
+  return save(tmp_path_factory.mktemp('wide'), (1, 2), width=512)
 
 
 @pytest.fixture
@@ -123,6 +134,105 @@ def test_any_damaged_file_gives_the_newest_or_the_one_before(saved, tmp_path, da
   assert set(steps.values()) == {2, 3}
   assert steps['state/manifest.ocdbt'] == 2
   assert steps['iterators/metadata'] == 2
+
+
+def flip(path, place, bit):
+  """Flips one bit of a file, of the byte at a fraction of its length."""
+  data = bytearray(path.read_bytes())
+  data[int(place * len(data))] ^= 1 << bit
+  path.write_bytes(data)
+
+
+def array_file(folder, step):
+  """The file of the large arrays of a checkpoint."""
+  return max((folder / 'checkpoints' / str(step) / 'state').rglob('*'), key=lambda path: path.stat().st_size)
+
+
+def test_a_flipped_bit_in_an_array_is_found(wide, tmp_path, caplog):
+  for bit, place in enumerate((0.1, 0.5, 0.9)):
+    folder = tmp_path / str(bit)
+    shutil.copytree(wide / 'checkpoints', folder / 'checkpoints')
+    flip(array_file(folder, 2), place, bit)
+    assert restore(folder, width=512) == 1
+    assert names(folder) == ['1', 'unreadable-2']
+  assert 'is damaged: the checksum of params/policy/a differs; trying the one before' in caplog.text
+
+
+@pytest.mark.slow
+def test_300_flipped_bits_over_all_files_change_nothing(wide, tmp_path):
+  """Half of them in files drawn by size, half in every file in turn; some bytes are spare."""
+  newest, draw = wide / 'checkpoints' / '2', np.random.default_rng(1)
+  files = sorted(path.relative_to(newest) for path in newest.rglob('*') if path.is_file())
+  ends = np.cumsum([(newest / file).stat().st_size for file in files])
+  for number in range(300):
+    drawn = np.searchsorted(ends, draw.integers(ends[-1]), 'right')
+    folder = tmp_path / str(number)
+    shutil.copytree(wide / 'checkpoints', folder / 'checkpoints')
+    flip(folder / 'checkpoints' / '2' / files[drawn if number % 2 else number % len(files)],
+         draw.random(), draw.integers(8))
+    params = checkpoint.load_params(folder, 'policy')
+    step = restore(folder, width=512)
+    assert step in (1, 2)
+    np.testing.assert_array_equal(params['a'], make_state(step, 512).params['policy']['a'])
+    shutil.rmtree(folder)
+
+
+def test_parameters_alone_are_checked_too(wide, tmp_path, caplog):
+  shutil.copytree(wide / 'checkpoints', tmp_path / 'checkpoints')
+  path = array_file(tmp_path, 2)
+  path.write_bytes(path.read_bytes().translate(bytes(range(255, -1, -1))))
+  np.testing.assert_array_equal(checkpoint.load_params(tmp_path, 'policy')['a'], make_state(1, 512).params['policy']['a'])
+  assert 'checkpoint 2 in ' in caplog.text and 'trying the one before' in caplog.text
+  shutil.rmtree(tmp_path / 'checkpoints' / '1')
+  with pytest.raises(errors.UserError, match=r'none of the checkpoints \[2\] in .* is sound: 2 .*Put back a copy'):
+    checkpoint.load_params(tmp_path, 'policy')
+
+
+def with_nan(step):
+  state = make_state(step)
+  state.params['policy']['b'] = state.params['policy']['b'].at[1].set(jnp.nan)
+  return state
+
+
+def test_parameters_that_are_not_finite_are_never_saved(copy):
+  with checkpoint.Checkpoints(copy, keep=3) as checkpoints:
+    with pytest.raises(errors.UserError, match='params/policy/b not finite after step 4, which is not saved. Lower'):
+      checkpoints.save(4, with_nan(4), {'data': make_iterator()})
+  assert names(copy) == ['1', '2', '3'] and restore(copy) == 3
+
+
+def test_a_checkpoint_with_nan_gives_the_one_before(copy, monkeypatch, caplog):
+  """One that is there all the same, from an earlier version."""
+  checksum = checksums.of
+  with monkeypatch.context() as patched:
+    patched.setattr(checksums, 'of', lambda array: (checksum(array)[0], True))
+    with checkpoint.Checkpoints(copy, keep=3) as checkpoints:
+      checkpoints.save(4, with_nan(4), {'data': make_iterator(4)})
+  assert restore(copy) == 3
+  assert names(copy) == ['2', '3', 'unreadable-4']
+  warning = next(r.getMessage() for r in caplog.records if 'NaN' in r.getMessage())
+  assert warning.endswith('has values of params/policy/b that are NaN or infinite; trying the one before')
+  for step in '23':
+    shutil.rmtree(copy / 'checkpoints' / step)
+  (copy / 'checkpoints' / 'unreadable-4').rename(copy / 'checkpoints' / '4')
+  with pytest.raises(errors.UserError, match='is sound: 4 has values of params/policy/b that are NaN') as raised:
+    restore(copy)
+  assert 'learning_rate' not in str(raised.value)
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_checksums_and_is_read(copy, caplog):
+  shutil.rmtree(copy / 'checkpoints' / '3' / 'checksums')
+  assert restore(copy) == 3
+  assert 'has no checksums: an earlier version wrote it' in caplog.text
+
+
+def test_iterators_are_checked(copy):
+  """A place that can be read and is another one."""
+  path = copy / 'checkpoints' / '3' / 'iterators' / 'metadata'
+  text = path.read_text()
+  assert '3' in text
+  path.write_text(text.replace('3', '7'))
+  assert restore(copy) == 2
 
 
 @pytest.mark.parametrize('damage', DAMAGE)
