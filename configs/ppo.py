@@ -5,8 +5,8 @@ python -m rlhf_jax.main --config=configs/ppo.py:preset=n_plus --workdir=DIR \\
 
 `--config.reward.function=module:function` takes a Python function in place of the reward model; see
 rlhf_jax/rewards/functions.py. Presets: openai2019, n_plus, trl, trlx, instructgpt; see
-rlhf_jax/algorithms/ppo.py. `instructgpt` also needs `--config.ptx.path=FILE` and
-`--config.ptx.batch_size=N`. Watch `objective/scores` and `objective/kl`; samples.jsonl has texts.
+docs/presets.md. `instructgpt` also needs `--config.ptx.path=FILE`. Watch `objective/scores` and
+`objective/kl`; samples.jsonl has texts.
 """
 
 from rlhf_jax import config as c
@@ -25,4 +25,6 @@ def get_config(arg=None):
   config.update({'samples_every': 20, 'checkpoint_every': 50})
   if arg.debug:
     config.update({'steps': 2, 'batch_size': 16})
+    config.optim.update({'warmup_steps': 0, 'warmup_from': 0.0})
+    config.ptx.batch_size = config.ptx.batch_size and 16
   return config

@@ -123,8 +123,11 @@ def reward_model():
 
 
 def ppo():
-  """PPO-ptx against the reward model."""
-  return against_the_reward_model(ppo_lib.config('instructgpt'))
+  """PPO-ptx against the reward model; too short for InstructGPT's warmup and average of the weights."""
+  stage = against_the_reward_model(ppo_lib.config('instructgpt'))
+  stage.optim.update({'warmup_steps': 0, 'warmup_from': 0.0, 'ema': None})
+  stage.critic.learning_rate = None
+  return stage
 
 
 def grpo():

@@ -96,7 +96,9 @@ def describe(experience, rollout, scores, paid, outputs, kl_coef, rules):
   """Metrics of a scored rollout: sums per response averaged over responses, masks applied.
 
   `objective/scores` is what the reward gave, `objective/paid_scores` what the policy is trained on.
-  TRL reports the second as objective/scores where an EOS is missing.
+  TRL reports the second as objective/scores where an EOS is missing. `objective/entropy` is the
+  distribution's, where TRL has -log p of the sampled tokens; `objective/rlhf_reward` takes off the
+  k1 estimate whatever is paid for. See docs/presets.md.
 
   Args:
     experience: Experience; with 'returns' where there is a critic.

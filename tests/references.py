@@ -178,10 +178,13 @@ def value_loss(value, old_value, target, *, bound):
 
 
 class Adam:
-  """Adam on a dict of float64 arrays: torch's and optax's form, or TensorFlow 1's."""
+  """Adam on a dict of float64 arrays: torch's and optax's form, or TensorFlow 1's.
 
-  def __init__(self, *, b1, b2, eps, tensorflow):
-    self.b1, self.b2, self.eps, self.tensorflow = b1, b2, eps, tensorflow
+  Kernels decay as in AdamW.
+  """
+
+  def __init__(self, *, b1, b2, eps, tensorflow, decay=0.0):
+    self.b1, self.b2, self.eps, self.tensorflow, self.decay = b1, b2, eps, tensorflow, decay
     self.t, self.m, self.v = 0, {}, {}
 
   def step(self, params, grads, rate):
@@ -196,7 +199,8 @@ class Adam:
         change = math.sqrt(bias2) / bias1 * m / (np.sqrt(v) + self.eps)
       else:
         change = (m / bias1) / (np.sqrt(v / bias2) + self.eps)
-      new[name] = params[name] - rate * change
+      kept = 1 - rate * self.decay if name.endswith('kernel') else 1.0
+      new[name] = kept * params[name] - rate * change
     return new
 
 

@@ -228,9 +228,9 @@ def test_defaults_are_valid(algorithm, devices):
 @pytest.mark.parametrize('preset', ppo.PRESETS)
 def test_presets_are_valid(preset):
   config = ppo.config(preset)
-  config.update(data={'path': 'p'}, model={'path': 'm'}, reward={'model': 'r'}, steps=1)
+  config.update(data={'path': 'p'}, model={'path': 'm'}, reward={'model': 'r'}, steps=100)
   if config.rl.ptx_coef:
-    config.ptx.update({'path': 'p', 'batch_size': 8})
+    config.ptx.path = 'p'
   valid(config, 8)
 
 

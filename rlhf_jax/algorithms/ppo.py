@@ -56,10 +56,10 @@ class Settings(on_policy_config.Settings):
   whiten_unbiased: bool = False
 
 
-# What each preset changes. Where a figure is not in its implementation's defaults or paper, the key
-# keeps its default.
+# What each preset changes; docs/presets.md has the line of each figure, and where ours differs on
+# purpose. What depends on the task keeps its default: lengths, steps, a batch of one minibatch.
 PRESETS = {
-    # lm-human-preferences (https://arxiv.org/abs/1909.08593 and its train_policy.py).
+    # lm-human-preferences (https://arxiv.org/abs/1909.08593), train_policy.py and its launch.py.
     'openai2019': {
         'optim.name': 'tf_adam', 'optim.learning_rate': 1e-5, 'optim.schedule': 'linear',
         'optim.eps': 1e-5, 'rl.epochs': 4, 'rl.minibatches': 1, 'rl.kl_coef': 0.15,
@@ -67,30 +67,32 @@ PRESETS = {
         'rl.response': 'raw', 'rl.score_position': 'last', 'rl.missing_eos': 'replace',
         'rl.missing_eos_value': -1.0, 'rl.whiten_rewards': True,
         'rl.whiten_advantages': 'minibatch', 'rl.behaviour': 'sampler', 'critic.kind': 'trunk'},
-    # The N implementation details, TL;DR (https://arxiv.org/abs/2403.17031).
+    # The N implementation details, TL;DR (https://arxiv.org/abs/2403.17031), ppo.py.
     'n_plus': {
         'optim.learning_rate': 3e-6, 'optim.schedule': 'linear', 'optim.eps': 1e-5,
-        'rl.epochs': 4, 'rl.minibatches': 1, 'rl.kl_coef': 0.05, 'sampling.temperature': 0.7,
-        'rl.score_position': 'after_end', 'rl.missing_eos': 'replace',
-        'rl.missing_eos_value': -1.0, 'critic.kind': 'separate'},
+        'optim.weight_decay': 0.01, 'rl.epochs': 4, 'rl.minibatches': 1, 'rl.kl_coef': 0.05,
+        'sampling.temperature': 0.7, 'rl.score_position': 'after_end', 'rl.missing_eos': 'replace',
+        'rl.missing_eos_value': -1.0, 'rl.behaviour': 'sampler', 'critic.kind': 'separate'},
     # TRL 1.12, trl.experimental.ppo.
     'trl': {
         'optim.learning_rate': 3e-6, 'optim.schedule': 'linear', 'rl.epochs': 4,
         'rl.minibatches': 1, 'rl.kl_coef': 0.05, 'sampling.temperature': 0.7,
-        'rl.score_position': 'after_end', 'rl.missing_eos': 'subtract',
-        'rl.missing_eos_value': 1.0, 'rl.whiten_unbiased': True, 'critic.kind': 'separate'},
+        'rl.score_position': 'after_end', 'rl.missing_eos': 'none', 'rl.behaviour': 'sampler',
+        'rl.whiten_unbiased': True, 'critic.kind': 'separate'},
     # trlX, default_ppo_config.
     'trlx': {
-        'optim.learning_rate': 3e-5, 'optim.schedule': 'cosine', 'optim.b2': 0.95,
-        'rl.epochs': 4, 'rl.kl_coef': 0.001, 'sampling.temperature': 1.0, 'rl.vf_coef': 1.0,
+        'optim.learning_rate': 3e-5, 'optim.schedule': 'constant', 'optim.b2': 0.95,
+        'optim.weight_decay': 1e-6, 'batch_size': 128, 'rl.epochs': 4, 'rl.minibatches': 4,
+        'rl.kl_coef': 0.001, 'sampling.temperature': 1.0, 'rl.vf_coef': 1.0,
         'rl.score_position': 'eos', 'rl.missing_eos': 'none', 'rl.clip_scores': 10.0,
         'rl.whiten_advantages': 'minibatch', 'rl.whiten_unbiased': True, 'critic.kind': 'trunk'},
-    # Ouyang et al. 2022, appendix C (https://arxiv.org/abs/2203.02155).
+    # Ouyang et al. 2022, appendices C.4 and E.9 (https://arxiv.org/abs/2203.02155).
     'instructgpt': {
-        'optim.learning_rate': 9e-6, 'optim.b2': 0.95, 'batch_size': 512, 'rl.epochs': 1,
-        'rl.minibatches': 8, 'rl.kl_coef': 0.02, 'sampling.temperature': 1.0,
-        'rl.score_position': 'eos', 'rl.missing_eos': 'none', 'rl.ptx_coef': 27.8,
-        'critic.kind': 'separate'},
+        'optim.learning_rate': 8.05e-6, 'critic.learning_rate': 9e-6, 'optim.schedule': 'constant',
+        'optim.warmup_steps': 10, 'optim.warmup_from': 0.1, 'optim.b2': 0.95, 'optim.ema': 0.992,
+        'batch_size': 512, 'rl.epochs': 1, 'rl.minibatches': 8, 'rl.kl_coef': 0.02,
+        'sampling.temperature': 1.0, 'rl.score_position': 'eos', 'rl.missing_eos': 'none',
+        'rl.ptx_coef': 27.8, 'ptx.batch_size': 8 * 512, 'critic.kind': 'separate'},
 }
 
 

@@ -37,16 +37,17 @@ PRESETS = {
         whiten_rewards=True, whiten_advantages='minibatch', behaviour='sampler',
         controller='adaptive', target=6.0, horizon=10_000),
     'n_plus': dict(
-        coef=0.05, critic='separate', schedule='linear', adam=ADAM | dict(eps=1e-5),
-        temperature=0.7, position='after_end', missing='replace', missing_value=-1.0),
+        coef=0.05, critic='separate', schedule='linear', adam=ADAM | dict(eps=1e-5, decay=0.01),
+        temperature=0.7, position='after_end', missing='replace', missing_value=-1.0,
+        behaviour='sampler'),
     'trl': dict(
         coef=0.05, critic='separate', schedule='linear', adam=ADAM, temperature=0.7,
-        position='after_end', missing='subtract', missing_value=1.0, bessel=True),
+        position='after_end', bessel=True, behaviour='sampler'),
     'trlx': dict(
-        coef=0.001, critic='trunk', schedule='cosine', adam=ADAM | dict(b2=0.95), vf_coef=1.0,
-        clip_scores=10.0, whiten_advantages='minibatch', bessel=True),
+        coef=0.001, critic='trunk', schedule='constant', adam=ADAM | dict(b2=0.95, decay=1e-6),
+        vf_coef=1.0, minibatches=4, clip_scores=10.0, whiten_advantages='minibatch', bessel=True),
     'instructgpt': dict(
-        coef=0.02, critic='separate', schedule='constant', adam=ADAM | dict(b2=0.95),
+        coef=0.02, critic='separate', schedule='warmup', adam=ADAM | dict(b2=0.95),
         epochs=1, minibatches=8, ptx_coef=27.8),
 }
 # Toggles no preset turns, on top of one: (name, preset, config keys, the same by hand).
@@ -55,10 +56,12 @@ VARIANTS = [(name, name, {}, {}) for name in PRESETS] + [
      {'rl.kl_estimator': 'full', 'rl.kl_controller': 'adaptive_per_token',
       'rl.kl_target': 0.3},
      dict(estimator='full', controller='adaptive_per_token', target=0.3, dense=True)),
-    ('KL in the loss, entropy, both other clips, microbatches', 'trl',
-     {'rl.kl_in': 'loss', 'rl.kl_estimator': 'k3', 'rl.entropy_coef': 0.01,
+    ('KL in the loss, entropy, both other clips, microbatches, a penalty on no EOS', 'trl',
+     {'rl.missing_eos': 'subtract', 'rl.missing_eos_value': 1.0, 'rl.behaviour': 'forward',
+      'rl.kl_in': 'loss', 'rl.kl_estimator': 'k3', 'rl.entropy_coef': 0.01,
       'rl.clip_high': 0.28, 'rl.dual_clip': 1.5, 'rl.minibatches': 2, 'microbatch_size': 2},
-     dict(kl_in='loss', estimator='k3', entropy_coef=0.01, clip_high=0.28, dual_clip=1.5,
+     dict(missing='subtract', missing_value=1.0, behaviour='forward', kl_in='loss',
+          estimator='k3', entropy_coef=0.01, clip_high=0.28, dual_clip=1.5,
           minibatches=2)),
     ('running scale, adaptive controller, k2', 'trlx',
      {'rl.scale_scores': True, 'rl.clip_scores': 1.0, 'rl.kl_estimator': 'k2',
@@ -67,11 +70,13 @@ VARIANTS = [(name, name, {}, {}) for name in PRESETS] + [
      dict(scale=True, clip_scores=1.0, estimator='k2', controller='adaptive', target=0.7,
           horizon=50, minibatches=2)),
     ('no clips, no whitening, abs, discount', 'instructgpt',
-     {'rl.kl_estimator': 'abs', 'rl.value_clip': 0.0, 'rl.whiten_advantages': 'none',
-      'rl.gamma': 0.9, 'rl.lam': 0.8, 'rl.epochs': 2, 'rl.minibatches': 4},
-     dict(estimator='abs', value_clip=0.0, whiten_advantages='none', gamma=0.9, lam=0.8,
+     {'optim.warmup_steps': 0, 'rl.kl_estimator': 'abs', 'rl.value_clip': 0.0,
+      'rl.whiten_advantages': 'none', 'rl.gamma': 0.9, 'rl.lam': 0.8, 'rl.epochs': 2, 'rl.minibatches': 4},
+     dict(schedule='constant', estimator='abs', value_clip=0.0,
+          whiten_advantages='none', gamma=0.9, lam=0.8,
           epochs=2, minibatches=4)),
-    ('pretraining mixed into epochs of one piece', 'n_plus', {'rl.ptx_coef': 0.5}, dict(ptx_coef=0.5)),
+    ('pretraining mixed into epochs of one piece', 'n_plus',
+     {'rl.ptx_coef': 0.5, 'rl.behaviour': 'forward'}, dict(ptx_coef=0.5, behaviour='forward')),
 ]
 
 
@@ -172,7 +177,7 @@ def rates(schedule, iterations, updates):
   """Learning rates by hand, for each iteration the same `updates` times."""
   for n in range(iterations):
     share = {'constant': 1.0, 'linear': 1 - n / iterations,
-             'cosine': 0.5 * (1 + np.cos(np.pi * n / iterations))}[schedule]
+             'warmup': 0.1 + 0.9 * n / 10}[schedule]
     yield from [RATE * share] * updates
 
 
