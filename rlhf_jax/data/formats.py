@@ -10,8 +10,7 @@ Completions, for `completions`, `texts` and `prompts`:
                                       a comparison too
 
 Comparisons, for `comparisons`, and for `completions` and `texts` by their best completion:
-  prompt, chosen, rejected            also with the prompt as `conversations`
-  instruction, input, chosen, rejected
+  prompt, chosen, rejected
   chosen, rejected                    whole dialogues (Anthropic HH), as strings or messages
   prompt, completions                 from best to worst
   prompt, completions, ranks          smaller is better, equal is a tie
@@ -19,10 +18,25 @@ Comparisons, for `comparisons`, and for `completions` and `texts` by their best 
   prompt, completions, best           the index of the best one, the rest tie
   a completion with rating or label   one number, or true or false
 
-Prompts, for `prompts`: any of the above that has a prompt; all other fields are metadata.
+Prompts, for `prompts`: any of the above that has a prompt, or text alone; all other fields are
+metadata.
 
-Prompts, completions, chosen and rejected may each be a string or messages; see `chat`. Any
-comparison may have a `margin`. `texts` and `completions` take the best completion of a comparison.
+Prompts, completions, chosen and rejected may each be a string or messages; see `chat`. In place of
+`prompt` a record may have `messages`, `conversations`, or `instruction` and `input`. Any comparison
+may have a `margin`. `texts` and `completions` take the best completion of a comparison.
+
+A record has one prompt, whatever reads it; its fields and the tokenizer decide which:
+  - Of several fields `messages` is the prompt (without an answer at its end); else `instruction`
+    with an `output`; else `prompt`, `conversations`, `instruction`; else what whole dialogues have
+    before the answer; else `text`.
+  - Where the prompt or a completion is messages, all of the record is: a prompt that is a string is
+    the user's message, a completion that is one the assistant's. Strings alone stay as they are.
+  - A completion of several messages that begins with the prompt, or with the user or the system, is
+    the whole conversation, and what it has before the answer is the prompt. Other messages follow
+    the prompt, and all but the last become part of it.
+  - Completions that answer different prompts make the record useless.
+  - `instruction` and `input` are a user's message where the tokenizer has a chat template, else a
+    text with headings. All other messages without a template are an error.
 In CSV, numbers, true and false, and lists are written as in JSON; all other fields are texts.
 
 A record that cannot be understood stops the reading with its place, or is counted and left out
@@ -63,6 +77,7 @@ DIFFERENT_PROMPTS = 'chosen and rejected answer different prompts'
 SAME_COMPLETIONS = 'all completions are the same'
 EMPTY_COMPLETION = 'empty completion'
 LABELLED_BAD = 'completion labelled false'
+NO_ANSWER = "the last message must be the assistant's"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +145,8 @@ class Report:
 
 
 def texts(records: Sequence[Record], *, tokenizer: Tokenizer | None = None,
-          on_error: str = 'stop') -> tuple[list[str], Report]:
-  """Texts to model as a whole: `text`, or prompt and completion joined. See `completions`."""
+          on_error: str = 'stop') -> tuple[list[str | Completion], Report]:
+  """Texts to model as a whole: `text`, or else prompt and completion. See `completions`."""
   return _convert(records, _text, tokenizer, on_error)
 
 
@@ -141,7 +156,7 @@ def completions(records: Sequence[Record], *, tokenizer: Tokenizer | None = None
 
   Args:
     records: as `sources.read` gives them.
-    tokenizer: needed for messages only, for its chat template.
+    tokenizer: the model's, for its chat template; None only where there is no model yet.
     on_error: 'stop' or 'skip', for records that cannot be understood.
 
   Returns:
@@ -165,7 +180,8 @@ def prompts(records: Sequence[Record], *, tokenizer: Tokenizer | None = None,
   """Prompts to respond to. Arguments, result and errors as for `completions`.
 
   All fields but the prompt's own become metadata. Messages that end with the assistant's are
-  taken as a prompt with that answer, which metadata['completion'] then holds.
+  taken as a prompt with that answer, which metadata['completion'] then holds; in `prompt` and
+  `conversations` only where the record has no other completion.
   """
   return _convert(records, _prompt, tokenizer, on_error)
 
@@ -194,7 +210,7 @@ def _convert(records: Sequence[Record], one: Callable[[Fields, Tokenizer | None]
       fields = _typed(fields)
     try:
       examples.append(one(fields, tokenizer))
-      if _asks_nothing(fields, examples[-1]):
+      if one is not _text and _asks_nothing(fields, examples[-1]):
         empty_prompts.append(record.where)
     except _Useless as error:
       left_out.setdefault(str(error), []).append(record.where)
@@ -230,10 +246,8 @@ def _typed(fields: Fields) -> Fields:
 
 def _asks_nothing(fields: Fields, example: Any) -> bool:
   """Whether the prompt is blank, or what a template is put around: its last message."""
-  if isinstance(example, str):
-    return False
-  names = ('prompt', 'messages', 'conversations', 'instruction', 'chosen')
-  asked = next((fields[name] for name in names if name in fields), example.prompt)
+  source = _source(fields)
+  asked = example.prompt if source is None else fields[source]
   if isinstance(asked, str):
     return not example.prompt.strip() or not (asked.strip() or fields.get('input'))
   try:
@@ -246,35 +260,32 @@ def _asks_nothing(fields: Fields, example: Any) -> bool:
 # One record.
 
 
-def _text(fields: Fields, tokenizer: Tokenizer | None) -> str:
+def _text(fields: Fields, tokenizer: Tokenizer | None) -> str | Completion:
   if 'text' in fields:
     return _string(fields, 'text')
-  example = _completion(fields, tokenizer)
-  return example.prompt + example.completion
+  return _completion(fields, tokenizer)
 
 
 def _completion(fields: Fields, tokenizer: Tokenizer | None) -> Completion:
   if fields.get('label') is False:
     raise _Useless(LABELLED_BAD)
-  alpaca = 'instruction' in fields and 'output' in fields
-  if not alpaca and ('chosen' in fields or 'completions' in fields):
+  if not _alpaca(fields) and ('chosen' in fields or 'completions' in fields):
     example = _comparison(fields, tokenizer)
     return Completion(example.prompt, example.completions[example.ranks.index(0)])
-  prompt, completion = _prompt_and_completion(fields, tokenizer)
-  return Completion(prompt, _not_empty(completion))
+  return Completion(*_prompt_and_completion(fields, tokenizer))
 
 
 def _prompt_and_completion(fields: Fields, tokenizer: Tokenizer | None) -> tuple[str, str]:
-  if 'messages' in fields:
-    return _dialogue(fields, 'messages', tokenizer)
-  if 'instruction' in fields:
-    prompt = _instruction(fields, tokenizer)
-    return _joined(prompt, _string(fields, 'output'), 'output', tokenizer)
-  if 'prompt' in fields:
-    if 'completion' not in fields:
-      raise _missing(fields, 'completion')
-    return _joined(fields['prompt'], fields['completion'], 'completion', tokenizer)
-  raise _missing(fields, 'prompt')
+  asked = _asked(fields, tokenizer)
+  if asked.answer is not None:
+    return _render(asked.prompt, asked.answer, asked.field, tokenizer)
+  if asked.field == 'messages':
+    raise _Fault('messages', NO_ANSWER, 'Add the answer.')
+  if asked.field == 'instruction':
+    return _completed(asked, _string(fields, 'output'), 'output', tokenizer)
+  if 'completion' not in fields:
+    raise _missing(fields, 'completion')
+  return _completed(asked, fields['completion'], 'completion', tokenizer)
 
 
 def _judged(fields: Fields, tokenizer: Tokenizer | None) -> Comparison:
@@ -288,8 +299,8 @@ def _judged(fields: Fields, tokenizer: Tokenizer | None) -> Comparison:
 def _comparison(fields: Fields, tokenizer: Tokenizer | None) -> Comparison:
   margin = _number(fields['margin'], 'margin') if 'margin' in fields else 0.0
   if 'chosen' in fields or 'rejected' in fields:
-    prompt, chosen, rejected = _pair(fields, tokenizer)
-    return Comparison(prompt, (_not_empty(chosen), _not_empty(rejected)), (0, 1), margin=margin)
+    prompt, *completions = _pair(fields, tokenizer)
+    return Comparison(prompt, tuple(completions), (0, 1), margin=margin)
   if 'completions' in fields:
     return _list(fields, tokenizer, margin)
   score = 'rating' if 'rating' in fields else 'label'
@@ -298,31 +309,91 @@ def _comparison(fields: Fields, tokenizer: Tokenizer | None) -> Comparison:
   prompt, completion = _prompt_and_completion(fields, tokenizer)
   value = fields[score]
   rating = float(value) if isinstance(value, bool) else _number(value, score)
-  return Comparison(prompt, (_not_empty(completion),), (0,), (rating,), margin)
+  return Comparison(prompt, (completion,), (0,), (rating,), margin)
 
 
 def _prompt(fields: Fields, tokenizer: Tokenizer | None) -> Prompt:
-  rest = dict(fields)
-  for name in ('prompt', 'messages', 'conversations', 'instruction', 'text'):
-    if name in fields:
-      value = rest.pop(name)
-      break
+  if 'text' in fields and _source(fields) is None:
+    asked = _Asked('text', _string(fields, 'text'))
   else:
-    if 'chosen' not in fields:
-      raise _missing(fields, 'prompt')
-    return Prompt(_pair(fields, tokenizer)[0], rest)
-  if name == 'instruction':
+    asked = _asked(fields, tokenizer)
+  rest = dict(fields)
+  if asked.field != 'chosen':
+    del rest[asked.field]
+  if asked.field == 'instruction':
     rest.pop('input', None)
-    value = _instruction(fields, tokenizer)
-  if isinstance(value, str):
-    return Prompt(value, rest)
-  messages = _parse(value, name)
-  if messages[-1]['role'] == 'assistant':
-    rest['completion'] = messages.pop()['content']
-  return Prompt(_render(messages, None, name, tokenizer)[0], rest)
+  if asked.answer is not None:
+    rest['completion'] = asked.answer['content']
+  if isinstance(asked.prompt, str):
+    return Prompt(asked.prompt, rest)
+  return Prompt(_render(asked.prompt, None, asked.field, tokenizer)[0], rest)
 
 
-# Shapes.
+# The prompt of a record.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+  """What all completions of a record answer.
+
+  Attributes:
+    field: where it stands; 'chosen' for whole dialogues.
+    prompt: a text, or the messages that the chat template makes one of.
+    answer: the assistant's message that follows these in the field, or None.
+  """
+  field: str
+  prompt: str | chat.Messages
+  answer: dict[str, str] | None = None
+
+
+def _asked(fields: Fields, tokenizer: Tokenizer | None) -> _Asked:
+  """What a record asks. Fields and tokenizer decide it, never the stage that reads the record.
+
+  Where any completion is messages, all of the record is, and a string is the user's or the
+  assistant's message. Where a completion repeats the conversation, that is the prompt.
+  """
+  asked = _question(fields, tokenizer)
+  completions = [messages for messages in map(_if_messages, _completions(fields)) if messages]
+  if not completions:
+    return asked
+  before = asked.prompt
+  if isinstance(before, str):
+    before = [{'role': 'user', 'content': before}]
+  prompts = [_whole(before, messages)[:-1] for messages in completions]
+  if any(prompt != prompts[0] for prompt in prompts):
+    raise _Useless(DIFFERENT_PROMPTS)
+  return dataclasses.replace(asked, prompt=prompts[0])
+
+
+def _source(fields: Fields) -> str | None:
+  """The field that a record's prompt is in, 'chosen' for whole dialogues; or None."""
+  if _alpaca(fields) and 'messages' not in fields:
+    return 'instruction'
+  names = ('messages', 'prompt', 'conversations', 'instruction')
+  dialogues = 'chosen' if 'chosen' in fields and 'rejected' in fields else None
+  return next((name for name in names if name in fields), dialogues)
+
+
+def _alpaca(fields: Fields) -> bool:
+  return 'instruction' in fields and 'output' in fields
+
+
+def _question(fields: Fields, tokenizer: Tokenizer | None) -> _Asked:
+  """What the field of the prompt says, whatever the completions are."""
+  name = _source(fields)
+  if name is None:
+    raise _missing(fields, 'prompt')
+  if name == 'instruction':
+    return _Asked(name, _instruction(fields, tokenizer))
+  if name == 'chosen':
+    return _Asked(name, _before_dialogues(fields))
+  if name != 'messages' and isinstance(fields[name], str):
+    return _Asked(name, fields[name])
+  messages = _parse(fields[name], name)
+  answered = messages[-1]['role'] == 'assistant'
+  if answered and (name == 'messages' or not _completions(fields)):
+    return _Asked(name, messages[:-1], messages[-1])
+  return _Asked(name, messages)
 
 
 def _instruction(fields: Fields, tokenizer: Tokenizer | None) -> str | chat.Messages:
@@ -339,25 +410,16 @@ def _instruction(fields: Fields, tokenizer: Tokenizer | None) -> str | chat.Mess
   return f'### Instruction:\n{instruction}\n\n{context}### Response:\n'
 
 
-def _pair(fields: Fields, tokenizer: Tokenizer | None) -> tuple[str, str, str]:
-  """Prompt, chosen, rejected."""
+def _before_dialogues(fields: Fields) -> str | chat.Messages:
+  """What stands before two whole dialogues: their common prompt as HH texts, else no message."""
+  if all(isinstance(fields[name], str) for name in ('chosen', 'rejected')):
+    (prompt, _), (other, _) = (_cut(fields, name) for name in ('chosen', 'rejected'))
+    if prompt != other:
+      raise _Useless(DIFFERENT_PROMPTS)
+    return prompt
   for name in ('chosen', 'rejected'):
-    if name not in fields:
-      raise _missing(fields, name)
-  before = fields.get('prompt', fields.get('conversations'))
-  if before is None and 'instruction' in fields:
-    before = _instruction(fields, tokenizer)
-  if before is not None:
-    (prompt, chosen), (other, rejected) = (
-        _joined(before, fields[name], name, tokenizer) for name in ('chosen', 'rejected'))
-  elif isinstance(fields['chosen'], str):
-    (prompt, chosen), (other, rejected) = (_cut(fields, name) for name in ('chosen', 'rejected'))
-  else:
-    (prompt, chosen), (other, rejected) = (
-        _dialogue(fields, name, tokenizer) for name in ('chosen', 'rejected'))
-  if prompt != other:
-    raise _Useless(DIFFERENT_PROMPTS)
-  return prompt, chosen, rejected
+    _parse(fields[name], name)
+  return []
 
 
 def _cut(fields: Fields, name: str) -> tuple[str, str]:
@@ -370,14 +432,66 @@ def _cut(fields: Fields, name: str) -> tuple[str, str]:
   return prompt + turn, reply
 
 
+def _completions(fields: Fields) -> list[Any]:
+  """The completions of a record as they stand, but for Alpaca's, always a string."""
+  if 'chosen' in fields and 'rejected' in fields:
+    return [fields['chosen'], fields['rejected']]
+  if isinstance(fields.get('completions'), list):
+    return fields['completions']
+  return [fields['completion']] if 'completion' in fields and 'messages' not in fields else []
+
+
+def _if_messages(completion: Any) -> chat.Messages | None:
+  """A completion that is messages, the last one the assistant's; None for anything else."""
+  try:
+    messages = chat.parse(completion)
+  except chat.Malformed:  # A text; or nothing, which whoever needs this completion says.
+    return None
+  return messages if messages[-1]['role'] == 'assistant' else None
+
+
+def _whole(before: chat.Messages, completion: chat.Messages) -> chat.Messages:
+  """The conversation up to the end of a completion, which may repeat it as a whole."""
+  opens = completion[0]['role'] not in ('assistant', 'tool')
+  repeats = len(completion) > 1 and (opens or completion[:len(before)] == before)
+  return completion if repeats else before + completion
+
+
+# Completions.
+
+
+def _completed(asked: _Asked, completion: Any, field: str,
+               tokenizer: Tokenizer | None) -> tuple[str, str]:
+  """Prompt and a completion as texts."""
+  if not isinstance(completion, str):
+    return _render(asked.prompt, _parse(completion, field)[-1], field, tokenizer)
+  if isinstance(asked.prompt, str):
+    return asked.prompt, _not_empty(completion)
+  return _render(asked.prompt, {'role': 'assistant', 'content': completion}, field, tokenizer)
+
+
+def _pair(fields: Fields, tokenizer: Tokenizer | None) -> tuple[str, str, str]:
+  """Prompt, chosen, rejected."""
+  names = 'chosen', 'rejected'
+  for name in names:
+    if name not in fields:
+      raise _missing(fields, name)
+  asked = _asked(fields, tokenizer)
+  given = [fields[name] for name in names]
+  if asked.field == 'chosen' and isinstance(asked.prompt, str):
+    given = [_cut(fields, name)[1] for name in names]
+  (prompt, chosen), (_, rejected) = (
+      _completed(asked, value, name, tokenizer) for value, name in zip(given, names))
+  return prompt, chosen, rejected
+
+
 def _list(fields: Fields, tokenizer: Tokenizer | None, margin: float) -> Comparison:
   """Several completions with a verdict."""
-  if 'prompt' not in fields:
-    raise _missing(fields, 'prompt')
+  asked = _asked(fields, tokenizer)
   values = fields['completions']
   if not isinstance(values, list) or not values:
     raise _Fault('completions', 'a list of completions was expected', 'Give at least one.')
-  pairs = [_joined(fields['prompt'], value, 'completions', tokenizer) for value in values]
+  pairs = [_completed(asked, value, 'completions', tokenizer) for value in values]
   ratings = None
   if 'ratings' in fields:
     ratings = tuple(_numbers(fields, 'ratings', len(values)))
@@ -394,8 +508,7 @@ def _list(fields: Fields, tokenizer: Tokenizer | None, margin: float) -> Compari
   if ratings is None and len(values) < 2:
     raise _Fault('completions', 'at least two completions were expected where none is rated',
                  'Add a completion or ratings.')
-  return Comparison(pairs[0][0], tuple(_not_empty(text) for _, text in pairs), tuple(ranks),
-                    ratings, margin)
+  return Comparison(pairs[0][0], tuple(text for _, text in pairs), tuple(ranks), ratings, margin)
 
 
 def _dense(values: Sequence[float]) -> list[int]:
@@ -404,28 +517,7 @@ def _dense(values: Sequence[float]) -> list[int]:
   return [order[value] for value in values]
 
 
-# Strings and messages.
-
-
-def _joined(prompt: Any, completion: Any, field: str,
-            tokenizer: Tokenizer | None) -> tuple[str, str]:
-  """Prompt and completion as text, whichever of them are messages."""
-  if isinstance(prompt, str) and isinstance(completion, str):
-    return prompt, completion
-  if isinstance(completion, str):
-    answer = [{'role': 'assistant', 'content': completion}]
-  else:
-    answer = _parse(completion, field)
-  if len(answer) > 1:  # The conversation repeated as a whole.
-    return _render(answer[:-1], answer[-1], field, tokenizer)
-  before = ([{'role': 'user', 'content': prompt}] if isinstance(prompt, str)
-            else _parse(prompt, 'prompt'))
-  return _render(before, answer[0], field, tokenizer)
-
-
-def _dialogue(fields: Fields, name: str, tokenizer: Tokenizer | None) -> tuple[str, str]:
-  messages = _parse(fields[name], name)
-  return _render(messages[:-1], messages[-1], name, tokenizer)
+# Messages.
 
 
 def _parse(value: Any, field: str) -> chat.Messages:
@@ -438,7 +530,7 @@ def _parse(value: Any, field: str) -> chat.Messages:
 def _render(prompt: chat.Messages, answer: dict[str, str] | None, field: str,
             tokenizer: Tokenizer | None) -> tuple[str, str]:
   if answer is not None and answer['role'] != 'assistant':
-    raise _Fault(field, 'the last message must be the assistant\'s', 'Add the answer.')
+    raise _Fault(field, NO_ANSWER, 'Add the answer.')
   if not prompt:
     raise _Fault(field, 'there is no message before the answer', 'Add the question.')
   if answer is not None and not answer['content'].strip():

@@ -38,12 +38,13 @@ Collate = Callable[[np.ndarray], Any]
 # Iterators.
 
 
-def lm_iterator(texts: Sequence[str], tokenizer: formats.Tokenizer, *, batch_size: int, length: int,
-                seed: int, pack: bool = True) -> tuple[grain.DatasetIterator, int]:
+def lm_iterator(texts: Sequence[str | formats.Completion], tokenizer: formats.Tokenizer, *,
+                batch_size: int, length: int, seed: int,
+                pack: bool = True) -> tuple[grain.DatasetIterator, int]:
   """Iterates forever over LMBatch [B, T] of whole texts, each followed by the EOS.
 
   Args:
-    texts: documents.
+    texts: documents; of a Completion prompt and completion are tokenized apart.
     tokenizer: as `tokenizers.load` gives it.
     batch_size: B.
     length: T. Longer texts are cut into several pieces.
@@ -127,8 +128,8 @@ def _iterate(collate: Collate, indices: np.ndarray, batch_size: int,
 # Held-out batches.
 
 
-def lm_batches(texts: Sequence[str], tokenizer: formats.Tokenizer, *, batch_size: int, length: int,
-               pack: bool = True) -> list[tuple[types.LMBatch, np.ndarray]]:
+def lm_batches(texts: Sequence[str | formats.Completion], tokenizer: formats.Tokenizer, *,
+               batch_size: int, length: int, pack: bool = True) -> list[tuple[types.LMBatch, np.ndarray]]:
   """All texts once, in order, for evaluation: pairs of LMBatch [B, T] and valid, bool [B].
 
   The last batch is filled with copies of its first row, where `valid` is False and no token is a
@@ -207,9 +208,10 @@ def split(examples: Sequence[Any], *, holdout: float, seed: int) -> tuple[list[A
 # Tokenizing, and the function from indices to a batch.
 
 
-def _lm(texts: Sequence[str], tokenizer: formats.Tokenizer, *, length: int,
+def _lm(texts: Sequence[str | formats.Completion], tokenizer: formats.Tokenizer, *, length: int,
         pack: bool) -> tuple[Collate, int]:
-  encoded = tokenizers.encode(tokenizer, texts)
+  parts = [(e, '') if isinstance(e, str) else (e.prompt, e.completion) for e in texts]
+  encoded = tokenizers.encode_joined(tokenizer, [a for a, _ in parts], [b for _, b in parts])
   tokenizers.warn_unknown(tokenizer, encoded)
   documents = [tokenizers.end(tokenizer, row) for row in encoded]
   arrange = packing.pack if pack else packing.pad

@@ -43,7 +43,8 @@ def write(
   Raises:
     UserError: there are not more queries than `held_out`, or see `queries`.
   """
-  texts, _ = formats.texts(sources.read(path))
+  examples, _ = formats.texts(sources.read(path))
+  texts = [e if isinstance(e, str) else e.prompt + e.completion for e in examples]
   found, report = queries(
     texts, tokenizers.load(tokenizer), length=length, start_text=start_text, end_text=end_text
   )

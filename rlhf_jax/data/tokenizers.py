@@ -208,6 +208,13 @@ def encode_continuation(tokenizer: transformers.PreTrainedTokenizerFast,
   return _ids(_responding(tokenizer), texts)
 
 
+def encode_joined(tokenizer: transformers.PreTrainedTokenizerFast, prompts: Sequence[str],
+                  completions: Sequence[str]) -> list[np.ndarray]:
+  """Ids of prompts and of what follows each, tokenized apart, int32 [length]; without an EOS."""
+  return [np.concatenate(pair) for pair in zip(
+      encode(tokenizer, prompts), encode_continuation(tokenizer, completions))]
+
+
 def spans(tokenizer: transformers.PreTrainedTokenizerFast,
           texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
   """Of each text its ids, without BOS or EOS, and how many of its characters end with each; int32 [length]."""

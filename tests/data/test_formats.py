@@ -1,6 +1,7 @@
 """Each shape of record, each complaint, and the odd rows of real data."""
 
 import csv
+import itertools
 import json
 
 import pytest
@@ -46,8 +47,9 @@ BAD = {'role': 'assistant', 'content': 'bad'}
 
 def test_texts(chatty):
   assert one(formats.texts, {'text': ' a b\n', 'id': 3}) == ' a b\n'
-  assert one(formats.texts, {'prompt': 'a', 'completion': ' b'}) == 'a b'
-  assert one(formats.texts, {'messages': [USER, GOOD]}, chatty) == '[user]Q[assistant]good<|eos|>'
+  assert one(formats.texts, {'prompt': 'a', 'completion': ' b'}) == Completion('a', ' b')
+  assert one(formats.texts, {'messages': [USER, GOOD]}, chatty) == Completion(
+      '[user]Q[assistant]', 'good<|eos|>')
 
 
 def test_prompt_and_completion():
@@ -92,7 +94,7 @@ ALPACA = {'instruction': 'Add.', 'input': '1 2', 'output': '3',
 def test_alpaca_with_a_comparison_serves_every_stage(chatty):
   prompt = '### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n'
   assert one(formats.completions, ALPACA) == Completion(prompt, '3')
-  assert one(formats.texts, ALPACA) == prompt + '3'
+  assert one(formats.texts, ALPACA) == Completion(prompt, '3')
   assert one(formats.comparisons, ALPACA) == Comparison(prompt, ('It is 3.', '4'), (0, 1))
   rest = {name: ALPACA[name] for name in ('output', 'chosen', 'rejected')}
   assert one(formats.prompts, ALPACA) == Prompt(prompt, rest)
@@ -129,6 +131,51 @@ def test_pairs_of_strings():
   assert one(formats.completions, row) == Completion('p', ' a')
   assert one(formats.prompts, row) == Prompt(
       'p', {'chosen': ' a', 'rejected': ' b', 'margin': 2})
+
+
+SYSTEM = {'role': 'system', 'content': 'S'}
+AGAIN = {'role': 'user', 'content': 'R'}
+ASKED = '[user]Q[assistant]'
+
+
+@pytest.mark.parametrize('row, prompt', [
+    ({'prompt': 'Q', 'chosen': [GOOD], 'rejected': [BAD]}, ASKED),
+    ({'prompt': 'Q', 'chosen': 'good', 'rejected': BAD}, ASKED),
+    ({'prompt': 'Q', 'completions': ['good', BAD]}, ASKED),
+    ({'prompt': 'Q', 'completion': GOOD, 'label': True}, ASKED),
+    ({'prompt': 'Q', 'completion': 'good', 'chosen': [GOOD], 'rejected': [BAD]}, ASKED),
+    # The conversation repeated as a whole, as UltraFeedback has it, with a system message more.
+    ({'prompt': 'Q', 'chosen': [SYSTEM, USER, GOOD], 'rejected': [SYSTEM, USER, BAD]},
+     '[system]S[user]Q[assistant]'),
+    ({'prompt': 'Q', 'chosen': [SYSTEM, USER, GOOD], 'rejected': 'bad'},
+     '[system]S[user]Q[assistant]'),
+    ({'prompt': 'Q', 'messages': [USER, GOOD], 'chosen': [USER, GOOD], 'rejected': [USER, BAD]},
+     ASKED),
+    ({'prompt': 'Q', 'messages': [USER, GOOD, AGAIN, GOOD], 'rating': 1},
+     '[user]Q[assistant]good<|eos|>\n[user]R[assistant]'),
+    # Turns of an answer before its last message.
+    ({'prompt': [USER], 'chosen': [BAD, AGAIN, GOOD], 'rejected': [BAD, AGAIN, BAD]},
+     '[user]Q[assistant]bad<|eos|>\n[user]R[assistant]'),
+    ({'prompt': [USER, GOOD], 'chosen': 'good', 'rejected': 'bad'},
+     '[user]Q[assistant]good<|eos|>\n[assistant]'),
+    ({'messages': [USER], 'chosen': GOOD, 'rejected': BAD}, ASKED),
+    ({'chosen': [SYSTEM, USER, GOOD], 'rejected': [SYSTEM, USER, BAD]},
+     '[system]S[user]Q[assistant]'),
+    ({'instruction': 'Q', 'output': 'good', 'prompt': 'formatted Q', 'label': True}, ASKED),
+    ({'instruction': 'Q', 'output': 'good', 'chosen': [GOOD], 'rejected': [BAD]}, ASKED),
+    ({'instruction': 'Q', 'prompt': 'P', 'chosen': 'good', 'rejected': 'bad'}, 'P')])
+def test_a_record_has_one_prompt_whatever_reads_it(row, prompt, chatty):
+  for convert in (formats.texts, formats.completions, formats.comparisons, formats.prompts):
+    assert one(convert, row, chatty).prompt == prompt, convert.__name__
+
+
+def test_completions_of_different_prompts_have_no_prompt(chatty):
+  for answers in ({'chosen': [USER, GOOD], 'rejected': [AGAIN, BAD]},
+                  {'completions': [[USER, GOOD], [AGAIN, BAD]]}):
+    rows = records({'prompt': 'Q', **answers}, {'prompt': 'Q', 'chosen': 'a', 'rejected': 'b'})
+    for convert in (formats.texts, formats.completions, formats.comparisons, formats.prompts):
+      _, report = convert(rows, tokenizer=chatty)
+      assert report.left_out == {formats.DIFFERENT_PROMPTS: ('x.jsonl:1',)}
 
 
 def test_hh_dialogues_are_cut_after_the_last_assistant_turn():
@@ -376,10 +423,13 @@ def test_on_error_is_checked():
 
 def test_messages_without_a_template_stop_even_when_skipping(tmp_path):
   plain = tokenizers.train_bpe(['a'], 259, str(tmp_path / 'bpe'))
-  for tokenizer in (None, plain):
-    with pytest.raises(UserError, match=r'no chat template.*config\.data\.chat_template'):
-      formats.completions(records({'messages': [USER, GOOD]}), tokenizer=tokenizer,
-                          on_error='skip')
+  rows = ({'messages': [USER, GOOD], 'label': True},
+          {'prompt': 'Q', 'chosen': [GOOD], 'rejected': [BAD]},
+          {'instruction': 'Q', 'output': 'good', 'chosen': [GOOD], 'rejected': [BAD]})
+  for tokenizer, row in itertools.product((None, plain), rows):
+    for convert in (formats.texts, formats.completions, formats.comparisons, formats.prompts):
+      with pytest.raises(UserError, match=r'no chat template.*config\.data\.chat_template'):
+        convert(records(row), tokenizer=tokenizer, on_error='skip')
 
 
 def test_harmless_rows(shared):
