@@ -24,7 +24,7 @@ EVALUATOR_TYPES = dict(kind=str, every=int, function=str, path=str, split=str, c
 WANDB = 'wandb>=0.31.0,<0.32'
 
 # What a file of data can be read as; see data/files.py.
-FORMATS = ('jsonl', 'json', 'csv', 'tsv', 'parquet', 'text')
+FORMATS = ('jsonl', 'json', 'csv', 'tsv', 'parquet', 'text', 'arrayrecord')
 
 
 def common(algorithm):
@@ -95,7 +95,7 @@ def data():
       'path': placeholder(str),     # file, folder, hub name, or tfds:NAME
       'split': placeholder(str),    # of a hub or tfds data set, or of a folder; None: train
       'columns': placeholder(str),  # 'prompt=question,completion=answer' where yours differ
-      'format': placeholder(str),   # of the files: jsonl, json, csv, tsv, parquet, text; None: by their suffix
+      'format': placeholder(str),   # of the files: jsonl, json, csv, tsv, parquet, arrayrecord, text; None: by suffix
       'separator': '\n',        # between two texts of a plain text file
       'kind': 'text',           # for sft: 'text' (packed) or 'completion'
       'max_length': 128,        # tokens of an example

@@ -1,20 +1,28 @@
-"""Records of one file: JSONL, JSON, CSV, TSV or text, these also with .gz, or Parquet."""
+"""Records of one file: JSONL, JSON, CSV, TSV or text, these also with .gz, Parquet or ArrayRecord.
+
+JSONL, Parquet and ArrayRecord are read from disk when a record is asked for, see `stored`; of the
+others all records are in memory.
+"""
 
 from collections.abc import Iterator
 import csv
-import dataclasses
+import functools
 import gzip
 import json
+import math
 import os
 from typing import Any
 import zlib
 
+from rlhf_jax.data import derived
+from rlhf_jax.data import stored
+from rlhf_jax.data.stored import Record
 from rlhf_jax.errors import DataError
 from rlhf_jax.errors import UserError
 
 # Format of each suffix.
 FORMATS = {'.jsonl': 'jsonl', '.json': 'json', '.csv': 'csv', '.tsv': 'tsv', '.parquet': 'parquet',
-           '.txt': 'text'}
+           '.txt': 'text', '.arrayrecord': 'arrayrecord', '.array_record': 'arrayrecord'}
 DELIMITERS = {'csv': ',', 'tsv': '\t'}
 # What else may stand between cells, and what to do about it.
 OTHER_DELIMITERS = {
@@ -22,21 +30,12 @@ OTHER_DELIMITERS = {
     ',': "Name the file .csv, or set config.data.format to 'csv'.",
     '\t': "Name the file .tsv, or set config.data.format to 'tsv'.",
 }
-LONGEST_CELL = 2**31 - 1  # characters; csv's own limit, 131072, is less than a long document
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-  """One example as it was stored.
-
-  Attributes:
-    fields: column name to value, nothing dropped.
-    where: the place it came from, for messages.
-    untyped: whether all values are strings, numbers and lists too, as in CSV.
-  """
-  fields: dict[str, Any]
-  where: str
-  untyped: bool = False
+LONGEST_CELL = stored.LONGEST  # characters; csv's own limit, 131072, is less than a long document
+# A .gz that unpacks to more than this many times its size, and to so many bytes, was made to fill
+# the disk: text packs to a fifth, and gzip can reach a thousandth.
+MOST_UNPACKED = 100
+LEAST_UNPACKED = 2**30
+PART = 2**20  # bytes of a line that are read at once
 
 
 def format_of(file: str) -> str | None:
@@ -44,7 +43,7 @@ def format_of(file: str) -> str | None:
   return FORMATS.get(_suffix(file))
 
 
-def read(file: str, split: str, separator: str, format: str | None) -> Iterator[Record]:
+def read(file: str, split: str, separator: str, format: str | None) -> stored.Records:
   """Records of a file.
 
   Args:
@@ -62,33 +61,47 @@ def read(file: str, split: str, separator: str, format: str | None) -> Iterator[
     raise UserError(
         f'{file}: the suffix {_suffix(file)!r} is not known; known are {", ".join(FORMATS)}, each '
         'also with .gz. Rename the file, or set config.data.format to one of '
-        f'{", ".join(FORMATS.values())}.')
+        f'{", ".join(dict.fromkeys(FORMATS.values()))}.')
   if split and format != 'json':
     raise UserError(f'{file}: split {split!r} has no meaning for a single file; leave it empty.')
   if format == 'jsonl':
     return _jsonl(file)
-  if format == 'json':
-    return _json(file, split)
-  if format in DELIMITERS:
-    return _csv(file, DELIMITERS[format])
   if format == 'parquet':
     return _parquet(file)
-  return _text(file, separator)
+  if format == 'arrayrecord':
+    return _array_record(file)
+  if format == 'json':
+    return stored.Listed([*_json(file, split)])
+  if format in DELIMITERS:
+    return stored.Listed([*_csv(file, DELIMITERS[format])])
+  return stored.Listed([*_text(file, separator)])
 
 
 def _suffix(file: str) -> str:
   return os.path.splitext(file.lower().removesuffix('.gz'))[1]
 
 
-def _lines(file: str) -> Iterator[bytes]:
-  """Lines with their breaks; only b'\\n' ends a line, as JSON strings may hold U+2028."""
-  opener = gzip.open if file.lower().endswith('.gz') else open
-  number = 0
+def _parts(file: str, size: int = PART) -> Iterator[bytes]:
+  """A file in parts: lines with their breaks, those longer than `size` in several.
+
+  Only b'\\n' ends a line, as JSON strings may hold U+2028.
+
+  Raises:
+    UserError: the file cannot be read.
+    DataError: a .gz is damaged, or unpacks to more than text does.
+  """
+  packed = file.lower().endswith('.gz')
+  number, total = 0, 0
   try:
-    with opener(file, 'rb') as stream:
-      for line in stream:
-        number += 1
-        yield line
+    most = max(MOST_UNPACKED * os.path.getsize(file), LEAST_UNPACKED) if packed else math.inf
+    with (gzip.open if packed else open)(file, 'rb') as stream:
+      while part := stream.readline(size):
+        number += part.endswith(b'\n')
+        total += len(part)
+        if total > most:
+          raise DataError(f'{file}: unpacks to more than {most >> 20} MiB, {MOST_UNPACKED} times its size '
+                          f'(after line {number}); text does not. Unpack it by hand if this is meant.')
+        yield part
   except (EOFError, gzip.BadGzipFile, zlib.error) as error:
     raise DataError(f'{file}: damaged or truncated gzip file after line {number} ({error}). '
                     'Copy or download it again.') from error
@@ -96,25 +109,37 @@ def _lines(file: str) -> Iterator[bytes]:
     raise UserError(f'{file}: cannot be read ({error.strerror or error}).') from error
 
 
-def _jsonl(file: str) -> Iterator[Record]:
-  for number, line in enumerate(_lines(file), start=1):
-    where = f'{file}:{number}'
-    if not line.strip():
-      continue
-    try:
-      fields = json.loads(line.decode('utf-8-sig'))
-    except (ValueError, RecursionError) as error:
-      raise DataError(f'{where}: not valid JSON ({error}). Every line must be one object, '
-                      'such as {"text": "..."}.') from error
-    if not isinstance(fields, dict):
-      raise DataError(f'{where}: a JSON object was expected, such as {{"text": "..."}}, and this '
-                      f'is a {type(fields).__name__}.')
-    yield Record(fields, where)
-
-
-def _json(file: str, split: str) -> Iterator[Record]:
+def _jsonl(file: str) -> stored.Records:
+  if file.lower().endswith('.gz'):
+    content = _small(file)
+    if content is None:
+      content = derived.file(file, 'jsonl', functools.partial(_unpack, file))
+    return stored.Lines(file, stored.json_object, content=content)
   try:
-    value = json.loads(b''.join(_lines(file)).decode('utf-8-sig'))
+    return stored.Lines(file, stored.json_object)
+  except OSError as error:
+    raise UserError(f'{file}: cannot be read ({error.strerror or error}).') from error
+
+
+def _small(file: str) -> bytes | None:
+  """What a file unpacks to, None where that is not small."""
+  content = bytearray()
+  for part in _parts(file):
+    content += part
+    if len(content) > stored.SMALL:
+      return None
+  return bytes(content)
+
+
+def _unpack(file: str, path: str) -> None:
+  with open(path, 'wb') as stream:
+    stream.writelines(_parts(file))
+
+
+def _json(file: str, split: str) -> Iterator[Record | DataError]:
+  content = b''.join(_parts(file))
+  try:
+    value = json.loads(content.decode('utf-8-sig'))
   except json.JSONDecodeError as error:
     raise DataError(f'{file}:{error.lineno}: not valid JSON ({error.msg}). If every line is an '
                     'object of its own, name the file .jsonl.') from error
@@ -132,9 +157,14 @@ def _json(file: str, split: str) -> Iterator[Record]:
     if isinstance(fields, str):
       fields = {'text': fields}
     if not isinstance(fields, dict):
-      raise DataError(f'{where}: an object or a string was expected, and this is a '
+      yield DataError(f'{where}: an object or a string was expected, and this is a '
                       f'{type(fields).__name__}.')
-    yield Record(fields, where)
+      continue
+    try:
+      stored.check_unicode(fields, content)
+      yield Record(fields, where)
+    except DataError as error:
+      yield DataError(f'{where}: {error}')
 
 
 def _only_list(file: str, value: dict[str, Any], split: str) -> list[Any]:
@@ -151,7 +181,7 @@ def _only_list(file: str, value: dict[str, Any], split: str) -> list[Any]:
   return next(iter(lists.values()))
 
 
-def _csv(file: str, delimiter: str) -> Iterator[Record]:
+def _csv(file: str, delimiter: str) -> Iterator[Record | DataError]:
   """Rows by the names in the first; an empty cell is None, a row of empty cells is skipped."""
   csv.field_size_limit(LONGEST_CELL)
   rows = csv.reader(_decoded(file), delimiter=delimiter, strict=True)
@@ -172,9 +202,10 @@ def _csv(file: str, delimiter: str) -> Iterator[Record]:
       names = _column_names(row, where, delimiter)
       continue
     if len(row) != len(names):
-      raise DataError(f'{where}: {len(row)} cells, and the first row names {len(names)} columns, '
+      yield DataError(f'{where}: {len(row)} cells, and the first row names {len(names)} columns, '
                       f'{", ".join(names)}. A cell with {delimiter!r} or a line break must be '
                       'quoted.')
+      continue
     yield Record({name: cell or None for name, cell in zip(names, row)}, where, untyped=True)
 
 
@@ -192,35 +223,40 @@ def _column_names(row: list[str], where: str, delimiter: str) -> list[str]:
 
 
 def _decoded(file: str) -> Iterator[str]:
-  for number, line in enumerate(_lines(file), start=1):
+  for number, line in enumerate(_parts(file, stored.LONGEST), start=1):
     try:
       yield line.decode('utf-8-sig' if number == 1 else 'utf-8')
     except UnicodeDecodeError as error:
       raise DataError(f'{file}:{number}: not UTF-8 ({error}). Save the file as UTF-8.') from error
 
 
-def _parquet(file: str) -> Iterator[Record]:
+def _parquet(file: str) -> stored.Records:
   import pyarrow  # Slow to import and needed by few.
-  import pyarrow.parquet
   try:
-    with pyarrow.parquet.ParquetFile(file) as table:
-      index = 0
-      for batch in table.iter_batches():
-        for fields in batch.to_pylist():
-          yield Record(fields, f'{file}:row {index}')
-          index += 1
+    return stored.Table(file)
   except (pyarrow.ArrowException, OSError) as error:
     raise DataError(f'{file}: not a readable Parquet file ({error}).') from error
 
 
-def _text(file: str, separator: str) -> Iterator[Record]:
-  content = _decode(b''.join(_lines(file))).replace('\r\n', '\n')
+def _array_record(file: str) -> stored.Records:
+  import grain
+  try:
+    source = grain.sources.ArrayRecordDataSource(file)
+    return stored.Mapped(source, stored.json_object, file, size=os.path.getsize(file))
+  except Exception as error:  # the reader's own, not documented
+    raise DataError(f'{file}: not a readable ArrayRecord file ({error}).') from error
+
+
+def _text(file: str, separator: str) -> Iterator[Record | DataError]:
+  content = _decode(b''.join(_parts(file))).replace('\r\n', '\n')
   number = 1
   for piece in content.split(separator) if separator else [content]:
     if piece.strip():
       # The place is that of the first line with text in it.
       first = number + piece[:len(piece) - len(piece.lstrip())].count('\n')
-      yield Record({'text': piece.strip('\n')}, f'{file}:{first}')
+      where = f'{file}:{first}'
+      too_long = stored.too_long(len(piece))
+      yield DataError(f'{where}: {too_long}') if too_long else Record({'text': piece.strip('\n')}, where)
     number += piece.count('\n') + separator.count('\n')
 
 

@@ -48,12 +48,14 @@ from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
 import json
-import math
+import re
 from typing import Any, TypeVar
 
+import numpy as np
 import transformers
 
 from rlhf_jax.data import chat
+from rlhf_jax.data import lazy
 from rlhf_jax.data import progress
 from rlhf_jax.data.sources import Record
 from rlhf_jax.errors import DataError
@@ -78,6 +80,13 @@ SAME_COMPLETIONS = 'all completions are the same'
 EMPTY_COMPLETION = 'empty completion'
 LABELLED_BAD = 'completion labelled false'
 NO_ANSWER = "the last message must be the assistant's"
+EMPTY_PROMPT = 'empty prompt'
+
+LARGEST = float(np.finfo(np.float32).max)  # number: they become float32
+PLACES = 1000  # of one reason that a report names
+SMALL = 2**25  # bytes of records whose examples are kept in memory
+# An error of `sources`: the place, and what is wrong without its particulars.
+UNREADABLE = re.compile(r'(.*?:(?:row |item )?\d+): (.*?)(?: \(|[,;] |\. |\.?$)', re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,35 +132,42 @@ class Report:
 
   Attributes:
     read: number of records.
-    left_out: reason to the places of the records left out for it.
-    empty_prompts: places of the records kept though they ask nothing.
+    left_out: reason to the places of the records left out for it, the first PLACES of them.
+    empty_prompts: places of the records kept though they ask nothing, the first PLACES of them.
+    more: reason (or EMPTY_PROMPT) to the number of further places.
   """
   read: int
   left_out: dict[str, tuple[str, ...]]
   empty_prompts: tuple[str, ...] = ()
+  more: dict[str, int] = dataclasses.field(default_factory=dict)
 
   @property
   def kept(self) -> int:
-    return self.read - sum(len(places) for places in self.left_out.values())
+    return self.read - sum(self.count(reason) for reason in self.left_out)
+
+  def count(self, reason: str) -> int:
+    """Number of records that the reason (or EMPTY_PROMPT) is true of."""
+    places = self.empty_prompts if reason == EMPTY_PROMPT else self.left_out[reason]
+    return len(places) + self.more.get(reason, 0)
 
   def __str__(self) -> str:
     parts = [f'{self.kept} of {self.read} records kept']
-    parts += [f'{len(places)} left out: {reason} (first: {places[0]})'
+    parts += [f'{self.count(reason)} left out: {reason} (first: {places[0]})'
               for reason, places in sorted(self.left_out.items())]
     if self.empty_prompts:
-      parts.append(f'{len(self.empty_prompts)} kept with an empty prompt (first: '
+      parts.append(f'{self.count(EMPTY_PROMPT)} kept with an empty prompt (first: '
                    f'{self.empty_prompts[0]})')
     return '; '.join(parts)
 
 
 def texts(records: Sequence[Record], *, tokenizer: Tokenizer | None = None,
-          on_error: str = 'stop') -> tuple[list[str | Completion], Report]:
+          on_error: str = 'stop') -> tuple[Sequence[str | Completion], Report]:
   """Texts to model as a whole: `text`, or else prompt and completion. See `completions`."""
   return _convert(records, _text, tokenizer, on_error)
 
 
 def completions(records: Sequence[Record], *, tokenizer: Tokenizer | None = None,
-                on_error: str = 'stop') -> tuple[list[Completion], Report]:
+                on_error: str = 'stop') -> tuple[Sequence[Completion], Report]:
   """Prompts and responses to imitate.
 
   Args:
@@ -170,13 +186,13 @@ def completions(records: Sequence[Record], *, tokenizer: Tokenizer | None = None
 
 
 def comparisons(records: Sequence[Record], *, tokenizer: Tokenizer | None = None,
-                on_error: str = 'stop') -> tuple[list[Comparison], Report]:
+                on_error: str = 'stop') -> tuple[Sequence[Comparison], Report]:
   """Judged responses. Arguments, result and errors as for `completions`."""
   return _convert(records, _judged, tokenizer, on_error)
 
 
 def prompts(records: Sequence[Record], *, tokenizer: Tokenizer | None = None,
-            on_error: str = 'stop') -> tuple[list[Prompt], Report]:
+            on_error: str = 'stop') -> tuple[Sequence[Prompt], Report]:
   """Prompts to respond to. Arguments, result and errors as for `completions`.
 
   All fields but the prompt's own become metadata. Messages that end with the assistant's are
@@ -199,21 +215,25 @@ class _Useless(Exception):
 
 
 def _convert(records: Sequence[Record], one: Callable[[Fields, Tokenizer | None], Example],
-             tokenizer: Tokenizer | None, on_error: str) -> tuple[list[Example], Report]:
+             tokenizer: Tokenizer | None, on_error: str) -> tuple[Sequence[Example], Report]:
+  """All examples where the records are few or in memory, else they are made again at each use."""
   if on_error not in ('stop', 'skip'):
     raise UserError(f"config.data.on_error is {on_error!r}; it must be 'stop' or 'skip'.")
-  examples, left_out, empty_prompts = [], {}, []
-  for record in progress.bar(records, 'making examples', 'records'):
-    # Columns of tables are null where a row lacks them.
-    fields = {name: value for name, value in record.fields.items() if value is not None}
-    if record.untyped:
-      fields = _typed(fields)
+  few = (getattr(records, 'size', None) or 0) <= SMALL
+  examples, kept, tally = [], np.zeros(len(records), bool), _Tally()
+  for index in progress.bar(range(len(records)), 'reading records', 'records'):
     try:
-      examples.append(one(fields, tokenizer))
-      if one is not _text and _asks_nothing(fields, examples[-1]):
-        empty_prompts.append(record.where)
+      record = records[index]
+    except DataError as error:
+      if on_error == 'stop':
+        raise DataError(f"{error} Or set config.data.on_error='skip' to leave such records out.") from error
+      place, problem = UNREADABLE.match(str(error)).groups()
+      tally.add(problem, place)
+      continue
+    try:
+      example = _example(record, one, tokenizer)
     except _Useless as error:
-      left_out.setdefault(str(error), []).append(record.where)
+      tally.add(str(error), record.where)
     except _Fault as error:
       field, problem, remedy = error.args
       if record.untyped and isinstance(error, _Missing) and not NAMES & record.fields.keys():
@@ -221,12 +241,46 @@ def _convert(records: Sequence[Record], one: Callable[[Fields, Tokenizer | None]
       if on_error == 'stop':
         raise DataError(f'{record.where}: field {field!r}: {problem}. {remedy} Or set '
                         "config.data.on_error='skip' to leave such records out.") from error
-      left_out.setdefault(f'{field}: {problem}', []).append(record.where)
-  report = Report(len(records), {reason: tuple(places) for reason, places in left_out.items()},
-                  tuple(empty_prompts))
-  if not examples:
+      tally.add(f'{field}: {problem}', record.where)
+    else:
+      kept[index] = True
+      examples += [example] * few
+      if one is not _text and _asks_nothing(_present(record), example):
+        tally.add(EMPTY_PROMPT, record.where)
+  empty_prompts = tally.places.pop(EMPTY_PROMPT, ())
+  report = Report(len(records), {reason: tuple(places) for reason, places in tally.places.items()},
+                  tuple(empty_prompts), tally.more)
+  if not kept.any():
     raise UserError(f'no record of the data can be used: {report}')
-  return examples, report
+  if few:
+    return examples, report
+  return lazy.Examples(records, kept, lambda record: _example(record, one, tokenizer)), report
+
+
+class _Tally:
+  """Places by reason, the first PLACES of each; of the others their number."""
+
+  def __init__(self):
+    self.places: dict[str, list[str]] = {}
+    self.more: dict[str, int] = {}
+
+  def add(self, reason: str, place: str) -> None:
+    places = self.places.setdefault(reason, [])
+    if len(places) < PLACES:
+      places.append(place)
+    else:
+      self.more[reason] = self.more.get(reason, 0) + 1
+
+
+def _example(record: Record, one: Callable[[Fields, Tokenizer | None], Example],
+             tokenizer: Tokenizer | None) -> Example:
+  return one(_present(record), tokenizer)
+
+
+def _present(record: Record) -> Fields:
+  """The fields that are not null, as columns of tables are where a row lacks them, with their types."""
+  fields = {name: value for name, value in record.fields.items() if value is not None}
+  return _typed(fields) if record.untyped else fields
 
 
 def _typed(fields: Fields) -> Fields:
@@ -565,8 +619,8 @@ def _not_empty(completion: str) -> str:
 
 
 def _number(value: Any, field: str) -> float:
-  if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-    raise _Fault(field, 'a finite number was expected', 'Correct it.')
+  if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
+    raise _Fault(field, 'a finite number was expected', f'It must lie within {LARGEST:.3g} of 0.')
   return float(value)
 
 

@@ -1,6 +1,6 @@
 """Records from files, directories and public data sets.
 
-`read` turns whatever holds the data into a list of records: the fields as they are, and where
+`read` turns whatever holds the data into a sequence of records: the fields as they are, and where
 each one came from, so that a complaint about a record can name its line. What the fields mean is
 the business of `formats`.
 
@@ -10,6 +10,7 @@ the business of `formats`.
 | x.json, x.json.gz            | element of the list (or of the object's) | x.json:item 16     |
 | x.csv, x.tsv, also .gz       | row, by the column names of the first    | x.csv:17           |
 | x.parquet                    | row                                      | x.parquet:row 16   |
+| x.arrayrecord                | record, a JSON object                    | x.arrayrecord:row 16 |
 | x.txt, x.txt.gz              | non-blank piece between `separator`s     | x.txt:17           |
 | directory                    | all of the above in its files, sorted    | that of the file   |
 | tfds:NAME                    | example of the TFDS data set             | tfds:NAME:row 16   |
@@ -20,9 +21,10 @@ TSV are strings (`Record.untyped`).
 """
 
 from collections.abc import Iterable
-from collections.abc import Iterator
 from collections.abc import Mapping
+import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -31,18 +33,19 @@ from typing import Any
 from absl import logging
 
 from rlhf_jax.data import files
-from rlhf_jax.data import progress
-from rlhf_jax.data.files import Record
+from rlhf_jax.data import stored
+from rlhf_jax.data.stored import Record
 from rlhf_jax.errors import DataError
 from rlhf_jax.errors import UserError
 
 HUB_SECONDS = 10  # for the hub's first answer
 NAMED = 5  # files, in a message
+LOOKED_AT = 100_000  # records, for a warning
 
 
 def read(path: str, *, split: str = '', columns: Mapping[str, str] | None = None,
-         separator: str = '\n', format: str | None = None) -> list[Record]:
-  """Reads all records of a source, in order.
+         separator: str = '\n', format: str | None = None) -> stored.Records:
+  """The records of a source, in order.
 
   Args:
     path: a file, a directory, `tfds:NAME`, or the name of a Hugging Face data set, which may
@@ -58,11 +61,12 @@ def read(path: str, *, split: str = '', columns: Mapping[str, str] | None = None
       of `files.FORMATS`. None goes by the suffix.
 
   Returns:
-    At least one record.
+    A sequence of at least one record, which reads a record from the disk when it is asked for. Where
+    this one cannot be read, or lacks a column, it raises DataError, which names file and line.
 
   Raises:
     UserError: the source is missing, unknown, empty or lacks the split.
-    DataError: a file is damaged or a column is missing; names file and line.
+    DataError: a whole file is damaged; names it.
   """
   path = os.fspath(path)
   if path.startswith('tfds:'):
@@ -76,12 +80,11 @@ def read(path: str, *, split: str = '', columns: Mapping[str, str] | None = None
                     'Set the path of the data to a file that exists.')
   else:
     records = _hub(path, split or 'train')
-  records = list(progress.bar(records, f'reading {path}', 'records'))
+  if not len(records):
+    raise UserError(f'{path}: the data set is empty. Give a source with at least one record.')
   if columns:
     _warn_replaced(path, records, columns)
-    records = [_rename(record, columns) for record in records]
-  if not records:
-    raise UserError(f'{path}: the data set is empty. Give a source with at least one record.')
+    records = stored.Changed(records, functools.partial(_rename, columns=columns))
   return records
 
 
@@ -100,18 +103,24 @@ def _looks_local(path: str) -> bool:
           or (first != path and os.path.isdir(first)))
 
 
-def _warn_replaced(path: str, records: list[Record], columns: Mapping[str, str]) -> None:
-  for new, stored in columns.items():
+def _warn_replaced(path: str, records: stored.Records, columns: Mapping[str, str]) -> None:
+  """Says which filled fields the new names replace, of the first records."""
+  first = range(min(len(records), LOOKED_AT))
+  for new, old in columns.items():
     if new in columns.values():  # renamed itself
       continue
-    count = sum(record.fields.get(new) not in (None, '') for record in records)
+    count = 0
+    for index in first:
+      with contextlib.suppress(DataError):  # whoever reads them all says so
+        count += records[index].fields.get(new) not in (None, '')
     if count:
       logging.warning(
-          '%s: %s=%s of config.data.columns replaces a filled field %r in %d of %d records. Name '
-          'another column if you meant to keep it.', path, new, stored, new, count, len(records))
+          '%s: %s=%s of config.data.columns replaces a filled field %r in %d of %s%d records. Name '
+          'another column if you meant to keep it.', path, new, old, new, count,
+          'the first ' if len(first) < len(records) else '', len(first))
 
 
-def _rename(record: Record, columns: Mapping[str, str]) -> Record:
+def _rename(record: Record, *, columns: Mapping[str, str]) -> Record:
   fields = dict(record.fields)
   for stored in columns.values():
     if stored not in record.fields:
@@ -123,7 +132,7 @@ def _rename(record: Record, columns: Mapping[str, str]) -> Record:
   return dataclasses.replace(record, fields=fields)
 
 
-def _directory(path: str, split: str, separator: str, format: str | None) -> Iterator[Record]:
+def _directory(path: str, split: str, separator: str, format: str | None) -> stored.Records:
   found = sorted(str(p) for p in pathlib.Path(path).rglob('*') if p.is_file()
                  and not any(part.startswith('.') for part in p.relative_to(path).parts))
   known = [file for file in found if format or files.format_of(file)]
@@ -141,8 +150,7 @@ def _directory(path: str, split: str, separator: str, format: str | None) -> Ite
     logging.warning('%s: %d of %d files passed over, whose suffixes are not known: %s%s.', path,
                     len(passed_over), len(found), ', '.join(passed_over[:NAMED]),
                     ', ...' if passed_over[NAMED:] else '')
-  for file in chosen:
-    yield from files.read(file, '', separator, format)
+  return stored.Joined([files.read(file, '', separator, format) for file in chosen])
 
 
 def _in_split(file: str, split: str) -> bool:
@@ -153,7 +161,7 @@ def _in_split(file: str, split: str) -> bool:
 # Public data sets.
 
 
-def _tfds(path: str, split: str) -> Iterator[Record]:
+def _tfds(path: str, split: str) -> stored.Records:
   try:
     import tensorflow_datasets as tfds
   except ImportError as error:
@@ -164,8 +172,7 @@ def _tfds(path: str, split: str) -> Iterator[Record]:
   except Exception as error:  # TFDS raises many kinds, some of its own, some of the network's.
     raise UserError(
         f'{path}, split {split!r}: TFDS cannot give this data set ({error}).') from error
-  for index in range(len(source)):
-    yield Record(_plain(source[index]), f'{path}:row {index}')
+  return stored.Mapped(source, _plain, path)
 
 
 def _plain(value: Any) -> Any:
@@ -181,7 +188,7 @@ def _plain(value: Any) -> Any:
   return value
 
 
-def _hub(path: str, split: str) -> Iterator[Record]:
+def _hub(path: str, split: str) -> stored.Records:
   import datasets  # takes a second, and few runs need it
   name, _, config = path.partition(':')
   silent = _hub_silence(name)
@@ -197,8 +204,7 @@ def _hub(path: str, split: str) -> Iterator[Record]:
         f'{path}: no such file or directory (current directory: {os.getcwd()}), and it cannot be '
         f'loaded as a Hugging Face data set, split {split!r}: {reason}. Check the name and the '
         'network.') from error
-  for index, fields in enumerate(rows):
-    yield Record(dict(fields), f'{path}:row {index}')
+  return stored.Mapped(rows, dict, path)
 
 
 def _hub_silence(name: str) -> str:

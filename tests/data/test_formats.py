@@ -443,7 +443,7 @@ def test_harmless_rows(shared):
                    formats.EMPTY_COMPLETION: [86, 516, 925, 1103]}
   assert len(examples) == report.kept == 2303
   for example, row in zip(examples, rows):  # The first 86 rows line up.
-    if row is rows[86]:
+    if row.where == rows[86].where:
       break
     assert example.prompt + example.completions[0] == row.fields['chosen']
     assert example.prompt + example.completions[1] == row.fields['rejected']

@@ -1,0 +1,61 @@
+"""Sequences whose items are made when they are asked for, so that they may be longer than memory."""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+class Examples(Sequence):
+  """Examples made of the records that are kept."""
+
+  def __init__(self, records: Sequence[Any], kept: np.ndarray, make: Callable[[Any], Any]):
+    """Takes what makes them.
+
+    Args:
+      records: as `sources.read` gives them.
+      kept: bool [number of records].
+      make: record to example.
+    """
+    self._records, self._make = records, make
+    self._kept = range(len(kept)) if kept.all() else np.flatnonzero(kept)
+
+  def __len__(self):
+    return len(self._kept)
+
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return Chosen(self, range(*index.indices(len(self))))
+    return self._make(self.record(index))
+
+  def record(self, index: int) -> Any:
+    """The record that example `index` is made of."""
+    return self._records[int(self._kept[index])]
+
+
+class Chosen(Sequence):
+  """Those items of a sequence that some indices name, in their order."""
+
+  def __init__(self, items: Sequence[Any], indices: Sequence[int] | np.ndarray):
+    self._items, self._indices = items, indices
+
+  def __len__(self):
+    return len(self._indices)
+
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return Chosen(self._items, self._indices[index])
+    return self._items[int(self._indices[index])]
+
+  def record(self, index: int) -> Any:
+    """See `Examples.record`; of items that have none an error."""
+    return self._items.record(int(self._indices[index]))
+
+
+def place(items: Sequence[Any], index: int) -> str:
+  """Where an example was stored, ' (x.jsonl:17)'; '' of a list of examples."""
+  try:
+    return f' ({items.record(index).where})'
+  except AttributeError:
+    return ''
