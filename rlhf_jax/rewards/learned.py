@@ -4,6 +4,7 @@ Letters: B batch, T sequence length.
 """
 
 import functools
+import json
 
 import jax
 import numpy as np
@@ -15,14 +16,44 @@ from rlhf_jax import sharding
 from rlhf_jax.data import tokenizers
 from rlhf_jax.rewards import scoring
 
+# Tokenizers that hold the same tokens may differ in case, accents, spaces, digits and other scripts.
+PROBES = ('', 'a', ' a', 'A b', 'Hello,  World!\n', "it's\tna\u00efve \ufb01 1234567", '\u4f60\u597d \U0001f600 \u0391')
+FOUND = 'single_word', 'lstrip', 'rstrip', 'normalized'  # of an added token: where it is found in a text
 # One program for all members of an ensemble that are alike.
 _score = functools.partial(jax.jit, static_argnames=('model',))(scoring.score)
 
 
 def same_tokenizer(a, b):
-  """Whether two tokenizers give every text the same ids."""
-  return a.get_vocab() == b.get_vocab() and a.bos_token_id == b.bos_token_id \
-      and a.eos_token_id == b.eos_token_id
+  """Whether two tokenizers make the same ids of a prompt and a response, as data/tokenizers.py does.
+
+  What makes ids of texts must be the same; so must a BOS in front, and an EOS behind the prompt,
+  which an encoder-decoder's has. Their padding tokens may differ: no id that anybody reads is one.
+  """
+  ids = lambda of, tokenizer: [row.tolist() for row in of(tokenizer, PROBES)]
+  if a.eos_token_id != b.eos_token_id or any(
+      ids(of, a) != ids(of, b) for of in (tokenizers.encode, tokenizers.encode_continuation)):
+    return False
+  padding = {t.pad_token for t in (a, b) if t.pad_token_id != t.eos_token_id}
+  (components, *tokens), (others, *their_tokens) = _encoding(a), _encoding(b)
+  return components == others and all(
+      mine.get(text) == theirs.get(text) for mine, theirs in zip(tokens, their_tokens)
+      for text in (mine.keys() | theirs.keys()) - padding)
+
+
+def _encoding(tokenizer):
+  """What a tokenizer makes ids of texts with, but for the special tokens at their ends.
+
+  See the components at https://huggingface.co/docs/tokenizers/components. The post-processor adds
+  special tokens, of which `tokenizers.encode` takes the BOS alone, and decoders make no ids.
+
+  Returns:
+    The components' settings, {text: id}, and {text: where it is found} of added tokens.
+  """
+  state = json.loads(tokenizer.backend_tokenizer.to_str())
+  components = {name: state[name] for name in ('normalizer', 'pre_tokenizer', 'model')}
+  del components['model']['vocab']
+  added = {token['content']: [token[name] for name in FOUND] for token in state['added_tokens']}
+  return components, tokenizer.get_vocab(), added
 
 
 def of_tokens(model, params):

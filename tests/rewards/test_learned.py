@@ -1,5 +1,7 @@
 """Scores of reward models: on the rollout's tokens, or on texts in a tokenizer of their own."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from rlhf_jax import models
 from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.data import formats
+from rlhf_jax.data import pipelines
 from rlhf_jax.data import tokenizers
 from rlhf_jax.models import heads
 from rlhf_jax.models import hf
@@ -70,6 +73,84 @@ def test_which_tokenizers_are_the_same(world, tmp_path):
   ours = tokenizers.load(world / 'tokenizer')
   assert learned.same_tokenizer(ours, tokenizers.load(world / 'reward'))
   assert not learned.same_tokenizer(ours, tiny.write_tokenizer(tmp_path / 'more', words=61))
+
+
+def changed(folder, change):
+  """The tiny world's tokenizer, of whose state `change` makes another."""
+  made = tiny.write_tokenizer(folder)
+  state = json.loads(made.backend_tokenizer.to_str())
+  change(state)
+  (folder / 'tokenizer.json').write_text(json.dumps(state))
+  return tokenizers.load(folder)
+
+
+@pytest.mark.parametrize('same, change', [
+    (True, {'decoder': {'type': 'Fuse'}}), (True, {'truncation': None}),
+    (False, {'post_processor': None}),
+    (False, {'normalizer': {'type': 'Lowercase'}}),
+    (False, {'normalizer': {'type': 'Strip', 'strip_left': True, 'strip_right': True}}),
+    (False, {'pre_tokenizer': {'type': 'Whitespace'}}),
+], ids=['decoder', 'nothing', 'no BOS', 'lower-case', 'strip', 'pre-tokenizer'])
+def test_tokenizers_that_hold_the_same_do_not_always_do_the_same(same, change, world, tmp_path):
+  ours, other = tokenizers.load(world / 'tokenizer'), changed(tmp_path, lambda state: state.update(change))
+  assert other.get_vocab() == ours.get_vocab()  # all that was compared, with BOS and EOS
+  assert learned.same_tokenizer(other, ours) == learned.same_tokenizer(ours, other) == same
+
+
+def test_added_tokens_count_where_ids_depend_on_them(world, tmp_path):
+  """One that takes the space before it changes ids; another padding token changes none."""
+  ours = tokenizers.load(world / 'tokenizer')
+
+  def strip(state):
+    state['added_tokens'][2]['lstrip'] = True
+
+  assert not learned.same_tokenizer(changed(tmp_path / 'strip', strip), ours)
+  padded = tokenizers.load(world / 'tokenizer')
+  padded.add_special_tokens({'pad_token': '<|other pad|>'})
+  assert padded.pad_token_id == tiny.VOCAB and learned.same_tokenizer(padded, ours)
+  padded.add_tokens(['w1 w2'])
+  assert not learned.same_tokenizer(padded, ours)
+
+
+T5 = {'family': 't5', 'vocab_size': tiny.VOCAB, 'd_model': 12, 'd_kv': 4, 'd_ff': 16, 'num_layers': 1,
+      'num_decoder_layers': 1, 'num_heads': 2, 'relative_attention_num_buckets': 6,
+      'relative_attention_max_distance': 5, 'pad_token_id': tiny.PAD, 'eos_token_id': tiny.EOS}
+
+
+@pytest.mark.parametrize('family', ['t5', 'llama'])
+def test_a_reward_model_reads_the_rows_that_it_learned_from(family, world, tmp_path, mesh):
+  """An encoder-decoder's have an EOS behind the prompt, whatever its policy writes; a decoder's none."""
+  model = models.create((T5 if family == 't5' else tiny.LLAMA))
+  own, theirs = tiny.write_tokenizer(tmp_path), tokenizers.load(world / 'tokenizer')
+  params = {'backbone': model.init(jax.random.key(5)),
+            'head': heads.init_scalar(jax.random.key(6), model.width, scale='normal')}
+  hf.save(tmp_path, model, params['backbone'], tokenizer=own, head=params['head'])
+  tokenizers.fit(own, model)
+  if family == 'llama':
+    tokenizers.respond_apart(theirs)  # of an encoder-decoder as the policy
+  score, start = scorers.model_scorer(
+      str(tmp_path), theirs, mesh, max_length=16, load={}, check=lambda model: None)
+  assert start is None
+
+  prompts, responses = zip(*TEXTS[:3])
+  first, rest = tokenizers.encode(theirs, prompts), tokenizers.encode_continuation(theirs, responses)
+  tokens, mask = np.full((3, 10), tiny.PAD, np.int32), np.zeros((3, 10), bool)
+  for i, row in enumerate(rest):
+    row = [*first[i], *row, tiny.EOS]
+    here = slice(6 - len(first[i]), 6 - len(first[i]) + len(row))
+    tokens[i, here], mask[i, here] = row, True
+  rollout = types.Rollout(tokens, mask, mask[:, 6:], np.zeros((3, 4), np.float32))
+  found = score(sharding.put_rows(rollout, mesh), [formats.Prompt(p, {}) for p in prompts])
+
+  ((learned_from, _),) = pipelines.comparison_batches(
+      [formats.Comparison(p, (r,), (0,)) for p, r in zip(prompts, responses)], own, batch_size=3,
+      max_length=16)
+  assert list(learned_from.tokens[0, 0][learned_from.mask[0, 0]]).count(tiny.EOS) == 1 + (family == 't5')
+  expect = jax.jit(lambda tokens, mask: scoring.score(params, tokens, mask, model=model))
+  np.testing.assert_allclose(
+      found, expect(learned_from.tokens[:, 0], learned_from.mask[:, 0]), rtol=0, atol=1e-5)
+  paid = expect(jnp.asarray(tokens), jnp.asarray(mask))
+  assert np.abs(paid - found).max() > 0.02, 'the tokens of the policy would score otherwise'
 
 
 def test_another_tokenizer_reads_the_text(world, tmp_path, mesh):
