@@ -30,7 +30,9 @@ from rlhf_jax.feedback import elo
 from rlhf_jax.models import hf
 from rlhf_jax.rewards import calibration as calibration_lib
 from rlhf_jax.rewards import functions
+from rlhf_jax.rewards import learned
 from rlhf_jax.rewards import scoring
+from rlhf_jax.rollout import actor
 
 
 @dataclasses.dataclass
@@ -58,7 +60,7 @@ def run(folder, *, title, summary, workdir, policies, baseline, trained, best_of
     trained: the name of the policy that RL trained; the report shows its texts beside the
       baseline's.
     best_of: n of best-of-n of the baseline by the reward model; 0 for none.
-    reward_model: folder of a reward model with the policies' tokenizer, or ''.
+    reward_model: folder of a reward model, or ''.
     comparisons: held-out comparisons for the reward model's calibration, or ''.
     prompts: data set of prompts, repeated where there are fewer than `samples`.
     samples: n, answers of each policy.
@@ -125,8 +127,10 @@ def ask(policies, questions, scorer, judge, key, *, baseline, best_of, max_new_t
       questions, key, max_new_tokens=max_new_tokens, temperature=temperature, samples=samples,
       truncate_at=truncate_at, truncate_after=truncate_after)
 
+  proxy = lambda said: scorer(said, policies[name].tokenizer)
+
   def scored(said, kl):
-    return Answers(said, scorer(said.rollout) if scorer else None, np.array(
+    return Answers(said, proxy(said) if scorer else None, np.array(
         [judge(p, r) for p, r in zip(said.prompts, said.responses)]), kl)
 
   keys = jax.random.split(key, len(policies) + 1)
@@ -137,7 +141,7 @@ def ask(policies, questions, scorer, judge, key, *, baseline, best_of, max_new_t
         policies[name], policies[baseline], said.rollout, temperature))
     if name == baseline and best_of:
       many = sample(name, keys[-1], best_of)
-      best = scorer(many.rollout).reshape(-1, best_of).argmax(axis=1)
+      best = proxy(many).reshape(-1, best_of).argmax(axis=1)
       chosen = many.take(np.arange(len(questions)) * best_of + best)
       answers[f'best of {best_of}'] = scored(
           chosen, math.log(best_of) - (best_of - 1) / best_of)
@@ -146,7 +150,7 @@ def ask(policies, questions, scorer, judge, key, *, baseline, best_of, max_new_t
 
 @dataclasses.dataclass
 class Scorer:
-  """A reward model with its tokenizer; called with a Rollout of n rows it gives scores [n]."""
+  """A reward model with its tokenizer; called with n Samples it gives scores [n]."""
   policy: policy_lib.TextPolicy
 
   @classmethod
@@ -155,8 +159,14 @@ class Scorer:
     model, params = hf.load_reward(path, unroll=None)
     return cls(policy_lib.TextPolicy(model, params, tokenizers.load(path)))
 
-  def __call__(self, rollout):
-    return self.rows(rollout.tokens, rollout.mask)
+  def __call__(self, samples, tokenizer):
+    """Scores [n] of a policy's Samples: of their tokens if its tokenizer is the same, else of their texts."""
+    rollout, own = samples.rollout, self.policy
+    if learned.same_tokenizer(own.tokenizer, tokenizer):
+      return self.rows(rollout.tokens, rollout.mask)
+    ended = learned.with_eos(actor.texts_of(rollout, tokenizer)[1], tokenizer)
+    return self.rows(*learned.padded_texts(
+        own.model, own.tokenizer, samples.prompts, samples.responses, ended, max_length=own.model.max_length))
 
   def rows(self, tokens, mask):
     """Scores [n] of tokens [n, T] and their mask."""

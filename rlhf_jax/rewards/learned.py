@@ -80,33 +80,57 @@ def of_texts(model, params, tokenizer, *, max_length, mesh):
     mesh: device mesh; rows are split over it.
 
   Returns:
-    Function (prompts, responses, ended) -> [n] float32 NumPy; `ended`
-    says which responses finished, and so get an EOS. Encoders read prompt and response as one
-    text between the tokenizer's own ends.
+    Function (prompts, responses, ended) -> [n] float32 NumPy; see `padded_texts`.
   """
-  def token_rows(prompts, responses, ended):
-    if isinstance(model, models.Encoder):
-      # Word pieces differ at the joint of two texts, and an encoder was always shown an end.
-      texts = map(''.join, zip(prompts, responses))
-      return [tokenizers.end(tokenizer, row) for row in tokenizers.encode(tokenizer, texts)]
-    rows = [np.concatenate(pair) for pair in zip(
-        tokenizers.encode(tokenizer, prompts),
-        tokenizers.encode_continuation(tokenizer, responses))]
-    return [tokenizers.end(tokenizer, row) if end else row for row, end in zip(rows, ended)]
-
   def apply(prompts, responses, ended):
-    rows = token_rows(prompts, responses, ended)
-    longest = max(range(len(rows)), key=lambda i: len(rows[i]))
-    if len(rows[longest]) > max_length:
-      raise errors.UserError(
-          f'the reward model reads {max_length} tokens, but prompt and response number '
-          f'{longest} have {len(rows[longest])} in its tokenizer: raise '
-          'config.reward.max_length or lower config.sampling.max_new_tokens')
-    tokens = np.full((len(rows), max_length), tokenizer.pad_token_id, np.int32)
-    mask = np.zeros((len(rows), max_length), bool)
-    for i, row in enumerate(rows):
-      tokens[i, :len(row)], mask[i, :len(row)] = row, True
-    tokens, mask = sharding.put_rows((tokens, mask), mesh)
-    return processes.host(_score(params, tokens, mask, model=model))
+    rows = padded_texts(model, tokenizer, prompts, responses, ended, max_length=max_length)
+    return processes.host(_score(params, *sharding.put_rows(rows, mesh), model=model))
 
   return apply
+
+
+def padded_texts(model, tokenizer, prompts, responses, ended, *, max_length):
+  """Prompts and responses as a reward model with its own tokenizer reads them.
+
+  Args:
+    model: Model of the reward model.
+    tokenizer: the reward model's.
+    prompts: n texts.
+    responses: n texts.
+    ended: n bools: which responses finished, and so get an EOS. Encoders read prompt and response
+      as one text between the tokenizer's own ends.
+    max_length: T.
+
+  Returns:
+    Tokens [n, T] int32 and their mask [n, T] bool.
+
+  Raises:
+    UserError: one of them has more than T tokens.
+  """
+  rows = _token_rows(model, tokenizer, prompts, responses, ended)
+  longest = max(range(len(rows)), key=lambda i: len(rows[i]))
+  if len(rows[longest]) > max_length:
+    raise errors.UserError(
+        f'the reward model reads {max_length} tokens, but prompt and response number '
+        f'{longest} have {len(rows[longest])} in its tokenizer: raise '
+        'config.reward.max_length or lower config.sampling.max_new_tokens')
+  tokens = np.full((len(rows), max_length), tokenizer.pad_token_id, np.int32)
+  mask = np.zeros((len(rows), max_length), bool)
+  for i, row in enumerate(rows):
+    tokens[i, :len(row)], mask[i, :len(row)] = row, True
+  return tokens, mask
+
+
+def with_eos(rows, tokenizer):
+  """Which rows of token ids end with the EOS: n bools."""
+  return [bool(row) and row[-1] == tokenizer.eos_token_id for row in rows]
+
+
+def _token_rows(model, tokenizer, prompts, responses, ended):
+  if isinstance(model, models.Encoder):
+    # Word pieces differ at the joint of two texts, and an encoder was always shown an end.
+    texts = map(''.join, zip(prompts, responses))
+    return [tokenizers.end(tokenizer, row) for row in tokenizers.encode(tokenizer, texts)]
+  rows = [np.concatenate(pair) for pair in zip(
+      tokenizers.encode(tokenizer, prompts), tokenizers.encode_continuation(tokenizer, responses))]
+  return [tokenizers.end(tokenizer, row) if end else row for row, end in zip(rows, ended)]

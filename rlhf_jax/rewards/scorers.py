@@ -156,8 +156,8 @@ def model_scorer(path, tokenizer, mesh, *, max_length, load, check):
 
   def score_texts(rollout, examples):
     responses, ids = actor.texts_of(rollout, tokenizer)
-    ended = [bool(row) and row[-1] == tokenizer.eos_token_id for row in ids]
-    scores = apply([example.prompt for example in examples], responses, ended)
+    scores = apply(
+        [example.prompt for example in examples], responses, learned.with_eos(ids, tokenizer))
     return sharding.put_rows(scores, mesh)
 
   return score_texts, None

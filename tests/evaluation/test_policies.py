@@ -3,16 +3,23 @@
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rlhf_jax import metrics
+from rlhf_jax import models
 from rlhf_jax import policy as policy_lib
 from rlhf_jax import types
 from rlhf_jax.data import sources
+from rlhf_jax.data import tokenizers
 from rlhf_jax.evaluation import policies
+from rlhf_jax.models import heads
+from rlhf_jax.models import hf
+from rlhf_jax.rewards import scoring
 from rlhf_jax.tasks import hh
 from rlhf_jax.tasks import polarity
+import tiny
 
 
 def answers(gold, *, proxy=None, kl=0.0, lengths=None):
@@ -80,6 +87,30 @@ def test_frontier_joins_samples_and_metrics(tmp_path):
   [point] = policies.frontier(tmp_path, lambda prompt, response: float(len(response)))
   # As in test_intervals.py: two prompts, not four samples.
   assert point == {'step': 9, 'kl': 2.5, 'gold': 3.0, 'gold_se': 1.0, 'proxy': 1.5}
+
+
+def test_the_reward_model_reads_texts_where_its_tokenizer_is_another(world, tmp_path):
+  """The policy has a word a token, the reward model a few bytes; ids say nothing to it."""
+  own = tokenizers.train_bpe(['w1 w2 w3'], 270, tmp_path)
+  model = models.create(tiny.LLAMA | {'vocab_size': 270, 'max_position_embeddings': 48})
+  params = {'backbone': model.init(jax.random.key(5)),
+            'head': heads.init_scalar(jax.random.key(6), model.width, scale='normal')}
+  hf.save(tmp_path, model, params['backbone'], tokenizer=own, head=params['head'])
+  asked, prompts, responses = tokenizers.load(world / 'tokenizer'), ['w1 w2', 'w3'], ['w6', 'w8 w9']
+  tokens = np.array([[tiny.BOS, 5, 6, 10, tiny.EOS], [tiny.PAD, tiny.BOS, 7, 12, 13]], np.int32)
+  mask = tokens != tiny.PAD
+  samples = policy_lib.Samples(prompts, responses, types.Rollout(tokens, mask, mask[:, 3:], None))
+  found = policies.Scorer.load(tmp_path)(samples, asked)
+
+  expect = jax.jit(lambda *row: scoring.score(params, *row, model=model))
+  for i, ended in enumerate((True, False)):
+    row = own.encode(prompts[i]) + own.encode(responses[i], add_special_tokens=False)
+    row += [own.eos_token_id] * ended
+    padded = jnp.asarray([row + [own.pad_token_id] * (48 - len(row))])
+    assert found[i] == pytest.approx(float(expect(padded, jnp.arange(48)[None] < len(row))[0]), abs=1e-5)
+  same = policies.Scorer.load(world / 'reward')
+  np.testing.assert_array_equal(
+      same(samples, asked), same.rows(samples.rollout.tokens, samples.rollout.mask))
 
 
 def test_judge_learns_words(tmp_path):
