@@ -4,6 +4,9 @@ One forward pass scores every completion of a prompt, so that all C(K, 2) pairs 
 are one batch element: Ouyang et al. 2022, eq. 1 (https://arxiv.org/abs/2203.02155). The score
 is read at the last real token. A tie counts as wrong: a constant scorer has accuracy 0.
 
+The loss of a batch, and the held-out loss, is the mean over the prompts that have one. A prompt whose
+completions all tie has none: it changes neither the mean nor the gradients of the others.
+
 Letters: B prompts, K completions of one prompt, T sequence length.
 """
 
@@ -81,15 +84,18 @@ class Settings:
 def comparison_loss(params, batch, *, model, settings):
   """Per-prompt loss [B], which prompts count [B] bool, and the scores [B, K]."""
   scores = scoring.comparison_scores(params, batch, model=model)
+  return *loss_of_scores(scores, batch, settings), scores
+
+
+def loss_of_scores(scores, batch, settings):
+  """Per-prompt loss [B] of scores [B, K], and which prompts have one [B] bool, whatever the scores."""
   if settings.loss == 'pairwise':
-    loss, valid = losses.pairwise_loss(
+    return losses.pairwise_loss(
         scores, batch.ranks, batch.present, batch.margin, centering=settings.centering,
         label_smoothing=settings.label_smoothing)
-  elif settings.loss == 'pick_best':
-    loss, valid = losses.pick_best_loss(scores, batch.ranks, batch.present)
-  else:
-    loss, valid = losses.rating_loss(scores, batch.ratings, batch.present)
-  return loss, valid, scores
+  if settings.loss == 'pick_best':
+    return losses.pick_best_loss(scores, batch.ranks, batch.present)
+  return losses.rating_loss(scores, batch.ratings, batch.present)
 
 
 def drop_tokens(key, mask, rate):
@@ -130,7 +136,8 @@ def train_step(state, frozen, batch, *, model, optimizers, settings, microbatch_
   Returns:
     The next TrainState and metrics.
   """
-  prompts = batch.tokens.shape[0]
+  _, counted = loss_of_scores(jnp.zeros(batch.present.shape), batch, settings)
+  prompts = jnp.maximum(jnp.sum(counted), 1)
   if settings.token_dropout:
     batch = batch.replace(mask=drop_tokens(
         types.step_keys(state)[1], batch.mask, settings.token_dropout))
@@ -200,15 +207,15 @@ def create(config, mesh):
   settings = Settings(loss=config.preference.loss, centering=config.preference.centering,
                       label_smoothing=config.preference.label_smoothing,
                       token_dropout=config.preference.token_dropout)
-  scores = jax.jit(functools.partial(scoring.comparison_scores, model=model))
+  judge = jax.jit(functools.partial(comparison_loss, model=model, settings=settings))
 
   def fitted_head(params):
     """The head, normalized on the config's texts."""
     if config.preference.normalize == 'none':
       return params['head']
-    values = [(scores(trainable.join(frozen, params), sharding.put_rows(batch, mesh)), batch.present)
+    values = [(judge(trainable.join(frozen, params), sharding.put_rows(batch, mesh)), batch.present)
               for batch in normalization_batches(config, examples, tokenizer, sizes)]
-    values = np.concatenate([processes.host(x)[present] for x, present in values])
+    values = np.concatenate([processes.host(scores)[present] for (*_, scores), present in values])
     return normalize(params['head'], values, config.preference.normalize)
 
   params['head'] = fitted_head(params)
@@ -222,9 +229,10 @@ def create(config, mesh):
     chosen = held_out
     if path:
       chosen = setup.read_examples(config.data, formats.comparisons, tokenizer, path=path)
+    check_ratings(chosen, settings.loss)
     batches = [batch for batch, _ in pipelines.comparison_batches(chosen, tokenizer, **sizes)]
-    return held_out_loss(
-        batches, [example.prompt for example in chosen], frozen, scores=scores, mesh=mesh)
+    return held_out_loss(batches, [example.prompt for example in chosen], frozen, judge=judge,
+                         rated=settings.loss == 'rating', mesh=mesh)
 
   def export(state, path):
     params = setup.averaged(state, 'reward')
@@ -244,14 +252,19 @@ def create(config, mesh):
 
 def check_examples(examples, loss):
   """Raises UserError where the data have nothing that the loss could learn from."""
-  if loss == 'rating' and any(example.ratings is None for example in examples):
-    raise errors.UserError(
-        "config.preference.loss='rating' needs a rating of every completion, and the data have "
-        "comparisons without: use 'pairwise' or 'pick_best'")
+  check_ratings(examples, loss)
   if loss != 'rating' and all(len(set(example.ranks)) < 2 for example in examples):
     raise errors.UserError(
         f"config.preference.loss={loss!r} needs prompts with better and worse completions, and the "
         "data have none: where each completion has a rating, use 'rating'")
+
+
+def check_ratings(examples, loss):
+  """Raises UserError where ratings are learned and some example has none."""
+  if loss == 'rating' and any(example.ratings is None for example in examples):
+    raise errors.UserError(
+        "config.preference.loss='rating' needs a rating of every completion, and the data have "
+        "comparisons without: use 'pairwise' or 'pick_best'")
 
 
 def normalization_batches(config, examples, tokenizer, sizes):
@@ -264,14 +277,15 @@ def normalization_batches(config, examples, tokenizer, sizes):
   return [batch for batch, _ in pipelines.comparison_batches(examples, tokenizer, **sizes)]
 
 
-def held_out_loss(batches, prompts, frozen, *, scores, mesh):
-  """Evaluator of the accuracy, calibration and loss on the pairs of all batches.
+def held_out_loss(batches, prompts, frozen, *, judge, rated, mesh):
+  """Evaluator of the loss over all batches, as the training has it, and of accuracy and calibration.
 
   Args:
     batches: list of Comparisons.
     prompts: the text of each of their rows, in order.
     frozen: the model's parameters that are not trained.
-    scores: (params, Comparisons) -> scores [B, K].
+    judge: (params, Comparisons) -> see comparison_loss.
+    rated: whether the model learns ratings, whose calibration is measured too.
     mesh: device mesh.
 
   Returns:
@@ -280,20 +294,44 @@ def held_out_loss(batches, prompts, frozen, *, scores, mesh):
 
   def evaluate(state):
     params = trainable.join(frozen, setup.averaged(state, 'reward'))
-    found = [
-        scoring.pair_gaps(processes.host(scores(params, sharding.put_rows(batch, mesh))), batch)
-        for batch in batches]
-    size = len(batches[0].present)
-    owners = [prompts[number * size + row] for number, (_, rows) in enumerate(found) for row in rows]
-    return describe(np.concatenate([gaps for gaps, _ in found]), owners) if owners else {}
+    found = [jax.tree.map(processes.host, judge(params, sharding.put_rows(batch, mesh)))
+             for batch in batches]
+    count = sum(int(counted.sum()) for _, counted, _ in found)
+    loss = sum(float(loss[counted].sum()) for loss, counted, _ in found) / max(count, 1)
+    scores = [scores for *_, scores in found]
+    metrics = {'loss': loss, 'prompts': count} if count else {}
+    metrics |= pair_metrics(scores, batches, prompts)
+    if rated:  # the gap of two ratings is no log-odds, so no confidence to be calibrated
+      metrics.pop('ece', None)
+      metrics |= rating_metrics(scores, batches)
+    return metrics
 
   return evaluate if batches else None
 
 
-def describe(gaps, prompts):
-  """Held-out metrics of gaps r_better - r_worse [n] and their n prompts; see rewards.calibration."""
-  found = calibration.pairwise(gaps, np.zeros_like(gaps), prompts=prompts)
+def pair_metrics(scores, batches, prompts):
+  """Held-out metrics of the pairs of all batches; see calibration.pairwise. {} where there are none.
+
+  Args:
+    scores: [B, K] of each batch.
+    batches: list of Comparisons.
+    prompts: see `held_out_loss`.
+  """
+  pairs = [scoring.pair_gaps(*pair) for pair in zip(scores, batches)]
+  size = len(batches[0].present)
+  owners = [prompts[number * size + row] for number, (_, rows) in enumerate(pairs) for row in rows]
+  if not owners:
+    return {}
+  gaps = np.concatenate([gaps for gaps, _ in pairs])
+  found = calibration.pairwise(gaps, np.zeros_like(gaps), prompts=owners)
   return {'accuracy': found.accuracy, 'accuracy_low': found.accuracy_low,
           'accuracy_high': found.accuracy_high, 'ties': found.ties, 'margin': found.margin,
-          'ece': found.ece, 'loss': float(np.mean(np.logaddexp(0.0, -gaps))),
-          'pairs': found.count}
+          'ece': found.ece, 'pairs': found.count}
+
+
+def rating_metrics(scores, batches):
+  """Held-out metrics of scores [B, K] of each batch as guesses of its ratings; see calibration.ratings."""
+  chosen = lambda arrays: np.concatenate(
+      [array[batch.present] for array, batch in zip(arrays, batches)])
+  return dataclasses.asdict(calibration.ratings(
+      chosen(scores), chosen([batch.ratings for batch in batches])))

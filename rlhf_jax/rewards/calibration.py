@@ -1,4 +1,4 @@
-"""How right, and how sure, a reward model is about pairs.
+"""How right, and how sure, a reward model is about pairs; and how well scores guess ratings.
 
 A pair's confidence is sigmoid(|chosen - rejected|), in [0.5, 1]: the probability that the model
 gives to the answer it prefers. It is right if that is the chosen one. A tie counts as wrong and is
@@ -87,6 +87,48 @@ def pairwise(chosen, rejected, *, prompts=None, bins=10, resamples=1000, seed=0)
     margin=float(margins.mean()),
     ece=expected_calibration_error(table),
     bins=table,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratings:
+  """How well scores guess ratings of the same completions.
+
+  Attributes:
+    ratings: their number.
+    bias: mean of score - rating.
+    correlation: Pearson's; 0 where all scores, or all ratings, are equal.
+    rating_error: sum_b (count_b / count) * |mean score_b - mean rating_b| over bins of equal count, in
+      order of the scores: the expected calibration error in units of the ratings.
+  """
+
+  ratings: int
+  bias: float
+  correlation: float
+  rating_error: float
+
+
+def ratings(scores, given, *, bins=10):
+  """Calibration of scores that guess ratings.
+
+  Args:
+    scores: [n].
+    given: [n] ratings.
+    bins: their number; fewer where there are fewer scores.
+
+  Returns:
+    Ratings.
+  """
+  scores, given = np.asarray(scores, float), np.asarray(given, float)
+  error = scores - given
+  spread = np.std(scores) * np.std(given)
+  product = np.mean((scores - scores.mean()) * (given - given.mean()))
+  parts = np.array_split(error[np.argsort(scores, kind='stable')], min(bins, len(scores)))
+  return Ratings(
+    ratings=len(scores),
+    bias=float(error.mean()),
+    correlation=float(product / spread) if spread else 0.0,
+    rating_error=float(sum(abs(part.sum()) for part in parts) / len(scores)),
   )
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax import errors
 from rlhf_jax import models
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.models import heads
@@ -146,6 +147,64 @@ def test_microbatches_are_the_full_batch(llama):
   assert metrics['tokens'] == (batch.mask & batch.present[:, :, None]).sum()
   for a, b in zip(*map(jax.tree.leaves, outcomes)):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
+
+
+def test_prompts_without_a_loss_change_nothing(llama):
+  """The loss of a batch is the mean over the prompts that have a pair, so rows of ties may be added."""
+  model, params = llama
+  batch = comparisons()
+  losses, counted, _ = loss_of(llama, batch, PLAIN)
+  assert 0 < counted.sum() < B
+  step = functools.partial(reward_model.train_step, model=model, settings=PLAIN, microbatch_size=0)
+  (whole, metrics), (alone, same) = (
+      tiny.one_step(step, {'reward': params}, {}, rows)
+      for rows in (batch, jax.tree.map(lambda x: x[counted], batch)))
+  assert metrics['loss'] == pytest.approx(losses[counted].mean(), rel=1e-5)
+  assert metrics['loss'] == pytest.approx(float(same['loss']), rel=1e-5)
+  for a, b in zip(*map(jax.tree.leaves, (whole.params, alone.params))):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
+
+
+def rated(world, folder):
+  """A config of a run on ratings: single completions, and two of one prompt of which some tie."""
+  records = [{'prompt': tiny.text(i, 2), 'completion': tiny.text(3 * i, 3), 'rating': i % 7 - 2.0}
+             for i in range(20)]
+  records += [{'prompt': tiny.text(i, 3), 'completions': [tiny.text(5 * i, 2), tiny.text(7 * i, 4)],
+               'ratings': [1.0, 1.0 + i % 2]} for i in range(20)]
+  config = tiny.reward_model(world)
+  config.data.path = str(tiny.write_jsonl(folder / 'rated.jsonl', records))
+  config.preference.loss = 'rating'
+  return config
+
+
+def test_a_run_on_ratings_ends_and_measures_what_it_learns(world, tmp_path):
+  """It crashed at its last step, where single completions have no pairs; the loss was that of pairs."""
+  config = rated(world, tmp_path)
+  config.evals.single = {'kind': 'loss', 'path': str(tiny.write_jsonl(tmp_path / 'single.jsonl', [
+      {'prompt': tiny.text(i, 2), 'completion': tiny.text(2 * i, 3), 'rating': i % 4} for i in range(20)]))}
+  learner, state, history, found = tiny.train(reward_model, config, 2)
+  model, params = models.create(tiny.LLAMA), state.params['reward']
+  score = jax.jit(functools.partial(scoring.score, model=model))
+  assert found['held_out/prompts'] == 8 and found['single/prompts'] == 20
+  assert 'held_out/ece' not in found and 'single/accuracy' not in found and found['held_out/pairs'] > 0
+
+  words = lambda text: [4 + int(word[1:]) for word in text.split()]
+  rows = [[tiny.BOS, *words(tiny.text(i, 2)), *words(tiny.text(2 * i, 3)), tiny.EOS] for i in range(20)]
+  scores = np.array([float(score(params, np.array([row], np.int32), np.ones((1, 7), bool))[0]) for row in rows])
+  ratings = np.arange(20) % 4
+  assert found['single/loss'] == pytest.approx(np.mean((scores - ratings) ** 2), rel=1e-4)
+  assert found['single/bias'] == pytest.approx(np.mean(scores) - 1.5, abs=1e-4)
+  assert found['single/correlation'] == pytest.approx(np.corrcoef(scores, ratings)[0, 1], abs=1e-4)
+  order = np.argsort(scores)  # ten bins of two
+  gaps = [abs((scores - ratings)[order[i:i + 2]].sum()) for i in range(0, 20, 2)]
+  assert found['single/rating_error'] == pytest.approx(sum(gaps) / 20, abs=1e-4)
+
+
+def test_held_out_data_need_ratings_too(world, tmp_path):
+  config = rated(world, tmp_path)
+  config.data.update({'held_out': None, 'held_out_path': f'{world}/comparisons.jsonl'})
+  with pytest.raises(errors.UserError, match="held_out: .*'rating' needs a rating of every completion"):
+    tiny.train(reward_model, config, 0)
 
 
 def test_ties_count_as_wrong():
