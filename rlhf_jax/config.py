@@ -75,7 +75,7 @@ def common(algorithm):
           'eps': 1e-8,          # Adam's
           'master_dtype': 'float32',    # of the weights that updates add up in, if param_dtype differs
           'moment_dtype': 'float32',    # of the first moment
-          'ema': placeholder(float),    # decay a step of a moving average of the weights: evaluated, exported
+          'ema': placeholder(float),    # decay of an average of the weights: evaluated and exported
           'weight_decay': 0.0,  # of matrices, as in AdamW
           'clip_norm': placeholder(float),  # norm of all gradients above which they are scaled down
       },

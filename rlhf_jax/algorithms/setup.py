@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from rlhf_jax import errors
 from rlhf_jax import folders
+from rlhf_jax import keys
 from rlhf_jax import models
 from rlhf_jax import optim
 from rlhf_jax import sharding
@@ -135,7 +136,7 @@ def load_scalar(config_model, tokenizer, mesh, seed, *, head_scale):
 
 def new_head(model, mesh, seed, scale):
   """A scalar head, placed like the other parameters."""
-  key = jax.random.fold_in(jax.random.key(seed), 1)
+  key = keys.of(seed, keys.HEAD)
   return jax.device_put(
       heads.init_scalar(key, model.width, scale=scale), sharding.replicated(mesh))
 

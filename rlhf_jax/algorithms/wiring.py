@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from rlhf_jax import errors
 from rlhf_jax import forward as forward_lib
+from rlhf_jax import keys
 from rlhf_jax.algorithms import on_policy_config
 from rlhf_jax.algorithms import setup
 from rlhf_jax.models import hf
@@ -84,7 +85,7 @@ def make_critic(config, mesh, model, trained, shared, start):
   if config.critic.kind == 'adapters':
     if config.model.lora.path:  # new ones would be on the weights before that training
       return model, {'backbone': jax.tree.map(jnp.copy, trained), 'head': head()}
-    adapters = trainable.new_adapters(model, shared, seed=config.seed + 1)
+    adapters = trainable.new_adapters(model, shared, key=keys.of(config.seed, keys.CRITIC_ADAPTERS))
     return model, {'backbone': setup.place(adapters, model, mesh), 'head': head()}
   if start is not None:
     return start[0], jax.tree.map(jnp.copy, start[1])

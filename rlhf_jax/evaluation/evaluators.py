@@ -22,6 +22,7 @@ import numpy as np
 from rlhf_jax import config as config_lib
 from rlhf_jax import errors
 from rlhf_jax import intervals
+from rlhf_jax import keys
 from rlhf_jax import policy as policy_lib
 from rlhf_jax import processes
 from rlhf_jax import sharding
@@ -39,8 +40,6 @@ from rlhf_jax.rollout import actor
 from rlhf_jax.rollout import sampler
 from rlhf_jax.rollout import sampling as sampling_lib
 from rlhf_jax.rollout import stops
-
-STREAM = 0x6576616C  # folded into the seed: training draws from other keys
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -258,7 +257,7 @@ class Answers:
     Returns:
       {name: NumPy array of n values}, in the order of the prompts.
     """
-    key = jax.random.fold_in(jax.random.key(self._seed), STREAM)
+    key = keys.of(self._seed, keys.EVALUATION)
     parts = []
     for number, ((batch, index), valid) in enumerate(self._batches):
       rollout = self._sample(

@@ -21,6 +21,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax import keys
 from rlhf_jax import sharding
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora as lora_lib
@@ -59,7 +60,7 @@ def divide(model, params, *, unfrozen_layers=None, seed=0):
   if model.lora is None:
     return trained, frozen
   frozen = join(frozen, trained)
-  return new_adapters(model, frozen, seed=seed), frozen
+  return new_adapters(model, frozen, key=keys.of(seed, keys.ADAPTERS)), frozen
 
 
 def start(model, params, *, unfrozen_layers, targets, rslora, path, seed):
@@ -82,9 +83,8 @@ def start(model, params, *, unfrozen_layers, targets, rslora, path, seed):
   return model, *divide(model, params, unfrozen_layers=unfrozen_layers, seed=seed)
 
 
-def new_adapters(model, frozen, *, seed):
+def new_adapters(model, frozen, *, key):
   """Adapters on frozen parameters: on the top layers only, where those are apart; see lora.init."""
-  key = jax.random.key(seed)
   if 'top' in frozen:
     return {'top': lora_lib.init(key, frozen['top'], model.lora)}
   return lora_lib.init(key, frozen, model.lora)
