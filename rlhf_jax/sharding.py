@@ -215,14 +215,29 @@ def shard_rows(tree):
   return jax.tree.map(split_rows, tree)
 
 
+def local_rows(rows):
+  """Which of the rows of a batch `put_rows` takes from this process, on the mesh that is set; bool [rows].
+
+  Where 'tensor' crosses processes several of them give the same rows. Without a mesh, or where the
+  rows do not divide, all.
+  """
+  mesh = jax.sharding.get_mesh()
+  if mesh.empty or rows % (mesh.shape['data'] * mesh.shape['fsdp']):
+    return np.ones(rows, bool)
+  held = np.zeros(rows, bool)
+  for index, in batch_sharding(mesh).addressable_devices_indices_map((rows,)).values():
+    held[index] = True
+  return held
+
+
 def put_rows(tree, mesh):
   """Rows of a batch to arrays split over the data axes.
 
-  Every process has the whole batch on its host and takes the rows that its devices hold: where
-  the axes 'fsdp' or 'tensor' cross processes, several of them hold the same rows.
+  Every process has a batch of this shape on its host and gives the rows that its devices hold, see
+  `local_rows`: the others are not read.
 
   Args:
-    tree: of NumPy arrays [rows, ...], the same on all processes.
+    tree: of NumPy arrays [rows, ...].
     mesh: from `make_mesh`.
 
   Returns:

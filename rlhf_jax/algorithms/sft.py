@@ -161,23 +161,21 @@ def training_batches(config, examples, tokenizer, model):
 
 
 def held_out_batches(config, examples, tokenizer, model):
-  """Batches that hold every example once."""
+  """Batches that hold every example once, and which of their rows count."""
   data = config.data
   if data.kind == 'text':
-    found = pipelines.lm_batches(
+    return pipelines.lm_batches(
         examples, tokenizer, batch_size=config.batch_size, length=data.max_length)
-  else:
-    found = pipelines.completion_batches(
-        examples, tokenizer, batch_size=config.batch_size, max_length=data.max_length,
-        pairs=model.encoder_decoder)
-  return [batch for batch, _ in found]
+  return pipelines.completion_batches(
+      examples, tokenizer, batch_size=config.batch_size, max_length=data.max_length,
+      pairs=model.encoder_decoder)
 
 
 def held_out_loss(batches, frozen, *, model, mesh):
   """Evaluator of the mean loss over the targets of all batches, and the perplexity.
 
   Args:
-    batches: list of LMBatch or Pairs.
+    batches: see `held_out_batches`.
     frozen: the policy's parameters that are not trained.
     model: Model.
     mesh: device mesh.
@@ -190,7 +188,7 @@ def held_out_loss(batches, frozen, *, model, mesh):
   def evaluate(state):
     params = setup.averaged(state, 'policy')
     found = [sums(params, frozen, sharding.put_rows(batch, mesh))
-             for batch in batches]
+             for batch, _ in batches]
     loss = float(sum(total for total, _ in found) / sum(count for _, count in found))
     return {'loss': loss, 'perplexity': float(jnp.exp(loss))}
 

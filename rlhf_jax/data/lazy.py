@@ -53,6 +53,11 @@ class Chosen(Sequence):
     return self._items.record(int(self._indices[index]))
 
 
+def take(items: Sequence[Any], indices: np.ndarray) -> Sequence[Any]:
+  """The items that some indices name: a list of a list's."""
+  return [items[index] for index in indices] if isinstance(items, list) else Chosen(items, indices)
+
+
 def place(items: Sequence[Any], index: int) -> str:
   """Where an example was stored, ' (x.jsonl:17)'; '' of a list of examples."""
   try:

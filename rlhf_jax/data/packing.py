@@ -7,7 +7,7 @@ equal segments only, and positions start again with each document, so a packed d
 same log-probabilities as one alone in its row. Documents go, in their order, into the first of
 the open rows with room (first fit); only the OPEN_ROWS newest are considered, so the time is
 linear in the number of documents. See Krell et al. 2021 for how near first fit comes to full
-rows (https://arxiv.org/abs/2107.02027).
+rows (https://arxiv.org/abs/2107.02027). `lanes` packs documents that are more than fit the memory.
 """
 
 from collections.abc import Sequence
@@ -33,12 +33,17 @@ def pack(documents: Sequence[np.ndarray], *, length: int, pad_id: int) -> types.
     LMBatch of NumPy arrays [N, T]. `loss_mask` is True at every real token but the first of each
     piece, which has nothing before it to be predicted from.
   """
-  return _rows(_first_fit(_pieces(documents, length), length), length, pad_id)
+  return batch_of(_first_fit(_pieces(documents, length), length), length=length, pad_id=pad_id)
+
+
+def rows_of(documents: Sequence[np.ndarray], *, length: int) -> list[list[np.ndarray]]:
+  """The documents (or pieces of longer ones) of each row, the longest packed first; else as `pack`."""
+  return _first_fit(sorted(_pieces(documents, length), key=len, reverse=True), length)
 
 
 def pad(documents: Sequence[np.ndarray], *, length: int, pad_id: int) -> types.LMBatch:
   """One document (or piece of a longer one) a row, right-padded; else as `pack`."""
-  return _rows([[piece] for piece in _pieces(documents, length)], length, pad_id)
+  return batch_of([[piece] for piece in _pieces(documents, length)], length=length, pad_id=pad_id)
 
 
 def _pieces(documents: Sequence[np.ndarray], length: int) -> list[np.ndarray]:
@@ -71,7 +76,8 @@ def _first_fit(pieces: list[np.ndarray], length: int) -> list[list[np.ndarray]]:
   return rows
 
 
-def _rows(rows: list[list[np.ndarray]], length: int, pad_id: int) -> types.LMBatch:
+def batch_of(rows: Sequence[Sequence[np.ndarray]], *, length: int, pad_id: int) -> types.LMBatch:
+  """LMBatch [N, T] of the pieces in each of N rows; see `pack`."""
   tokens = np.full((len(rows), length), pad_id, np.int32)
   segments = np.zeros((len(rows), length), np.int32)
   positions = np.zeros((len(rows), length), np.int32)
