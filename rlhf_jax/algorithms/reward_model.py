@@ -32,8 +32,10 @@ from rlhf_jax.algorithms import setup
 from rlhf_jax.data import formats
 from rlhf_jax.data import pipelines
 from rlhf_jax.evaluation import evaluators
+from rlhf_jax.models import hf
 from rlhf_jax.models import trainable
 from rlhf_jax.rewards import calibration
+from rlhf_jax.rewards import padding
 from rlhf_jax.rewards import scoring
 
 
@@ -236,8 +238,10 @@ def create(config, mesh):
 
   def export(state, path):
     params = setup.averaged(state, 'reward')
-    setup.save(path, model, params['backbone'], shared, tokenizer=tokenizer,
-               head=fitted_head(params))
+    exported, whole, own = padding.apart(
+        dataclasses.replace(model, lora=None), trainable.whole(model, params['backbone'], shared),
+        tokenizer, mesh)
+    hf.save(path, exported, whole, tokenizer=own, head=fitted_head(params))
 
   context = evaluators.Context(
       model=model, tokenizer=tokenizer, mesh=mesh, seed=config.seed, loss=loss,

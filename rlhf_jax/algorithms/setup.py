@@ -260,8 +260,8 @@ def averaged(state, name):
   return jax.tree.map(lambda a, p: a.astype(p.dtype), average, state.params[name])
 
 
-def save(path, model, trained, frozen, *, tokenizer, head=None):
-  """Writes a Hugging Face folder, adapters merged; and beside it 'adapter', as PEFT keeps them.
+def save(path, model, trained, frozen, *, tokenizer):
+  """Writes a language model's folder, adapters merged; and beside it 'adapter', as PEFT keeps them.
 
   Args:
     path: the folder.
@@ -269,12 +269,11 @@ def save(path, model, trained, frozen, *, tokenizer, head=None):
     trained: its trained parameters.
     frozen: its other parameters.
     tokenizer: saved beside.
-    head: of a reward model; see hf.save.
   """
-  if model.lora is not None and head is None:
+  if model.lora is not None:
     peft.save(path.parent / 'adapter', model, trained)
   hf.save(path, dataclasses.replace(model, lora=None), trainable.whole(model, trained, frozen),
-          tokenizer=tokenizer, head=head)
+          tokenizer=tokenizer)
 
 
 def describer(model, name, tokenizer):

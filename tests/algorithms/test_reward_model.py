@@ -7,12 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 
 from rlhf_jax import errors
 from rlhf_jax import models
+from rlhf_jax import sharding
 from rlhf_jax.algorithms import reward_model
+from rlhf_jax.data import tokenizers
 from rlhf_jax.models import heads
 from rlhf_jax.models import hf
+from rlhf_jax.rewards import learned
 from rlhf_jax.rewards import scoring
 from rlhf_jax.types import Comparisons
 import tiny
@@ -252,3 +256,43 @@ def test_normalization_folds_into_the_exported_head(mode, world, tmp_path):
   np.testing.assert_allclose(after.std(), 1.0 if mode == 'gain_bias' else before.std(), rtol=1e-4)
   gain = 1.0 if mode == 'bias' else before.std()
   np.testing.assert_allclose(after, (before - before.mean()) / gain, atol=1e-4)
+
+
+GPT2 = {'family': 'gpt2', 'vocab_size': tiny.VOCAB, 'n_positions': 32, 'n_embd': 16, 'n_layer': 2, 'n_head': 2,
+        'initializer_range': 0.3}
+
+
+@pytest.mark.parametrize('fields', [GPT2, tiny.LLAMA | {'vocab_size': tiny.VOCAB + 6}],
+                         ids=['gpt2', 'llama with a spare row'])
+def test_transformers_gives_the_scores_that_we_give(fields, world, tmp_path):
+  """Padded with the EOS, as GPT-2 is: transformers would read the score before the EOS."""
+  torch = pytest.importorskip('torch')
+  tiny.write_model(tmp_path / 'start', fields, reward=True)
+  for file in (tmp_path / 'start').glob('tokenizer*.json'):
+    padded = '"pad_token": "<|pad|>"'
+    file.write_text(file.read_text().replace(padded, '"pad_token": "<|eos|>"').replace('<|pad|>', 'spare'))
+  tokenizer = tokenizers.load(tmp_path / 'start')
+  assert tokenizer.pad_token_id == tiny.EOS and len(tokenizer) == tiny.VOCAB
+  config = tiny.reward_model(world)
+  config.model.path = str(tmp_path / 'start')
+  config.data.held_out, config.steps = None, 1
+  learner, state = reward_model.create(config, sharding.make_mesh({}, devices=jax.devices()[:1]))
+  learner.export(state, tmp_path / 'model')
+
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'model')
+  assert theirs.eos_token == '<|eos|>' != theirs.pad_token
+  texts = [tiny.text(i, 2 + i) + '<|eos|>' for i in range(4)]
+  batch = theirs(texts, padding=True, return_tensors='pt')
+  classifier = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / 'model').eval()
+  with torch.no_grad():
+    found = classifier(input_ids=batch['input_ids'], attention_mask=batch['attention_mask']).logits[:, 0]
+  first = hf.load_reward(tmp_path / 'start')
+  again = hf.load_reward(tmp_path / 'model')
+  assert again[0].vocab_size == (128 if fields is GPT2 else tiny.VOCAB + 6)
+  for (model, params), pad in ((first, 0), (again, theirs.pad_token_id)):
+    tokens = np.where(batch['attention_mask'], batch['input_ids'], pad).astype(np.int32)
+    ours = scoring.score(params, tokens, np.asarray(batch['attention_mask'], bool), model=model)
+    np.testing.assert_allclose(found, ours, rtol=0, atol=1e-5)
+  assert np.ptp(found) > 0.05
+  # PPO still gives it the policy's tokens.
+  assert learned.same_tokenizer(tokenizers.load(tmp_path / 'model'), tokenizer)
