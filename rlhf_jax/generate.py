@@ -1,4 +1,5 @@
 """python -m rlhf_jax.generate --model DIR --prompt "..."
+python -m rlhf_jax.generate --model DIR --data FILE
 
 Text from a Hugging Face folder, from a finished run, or from the newest checkpoint of a run
 that has not finished.
@@ -17,6 +18,8 @@ from rlhf_jax import runtime
 
 _MODEL = flags.DEFINE_string('model', None, 'Hugging Face folder, or a run\'s working directory.')
 _PROMPT = flags.DEFINE_multi_string('prompt', [''], 'What to continue; may be given repeatedly.')
+_DATA = flags.DEFINE_string(
+    'data', None, 'Or a data set, whose prompts are read as in training, by the chat template.')
 _TEMPERATURE = flags.DEFINE_float('temperature', 1.0, '0 takes the likeliest token.', 0.0)
 _TOP_K = flags.DEFINE_integer('top_k', 0, 'Sample among the k likeliest tokens; 0: all.', 0)
 _TOP_P = flags.DEFINE_float('top_p', 1.0, 'Sample within this probability mass.', 0.0, 1.0)
@@ -30,11 +33,13 @@ def main(argv):
   """Prints prompt and response, samples parted by a line."""
   if len(argv) > 1:
     sys.exit(f'error: unexpected arguments {argv[1:]}: every option begins with --')
+  if _DATA.value and _PROMPT.present:
+    sys.exit('error: --prompt and --data: give one of them')
   with command_line.one_line():
     runtime.configure()
     policy = policy_lib.TextPolicy.load(_MODEL.value)
     samples = policy.sample(
-        _PROMPT.value, jax.random.key(_SEED.value), max_new_tokens=_MAX_NEW_TOKENS.value,
+        policy.read_prompts(_DATA.value) if _DATA.value else _PROMPT.value, jax.random.key(_SEED.value), max_new_tokens=_MAX_NEW_TOKENS.value,
         temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value,
         ignore_eos=_IGNORE_EOS.value, samples=_NUM_SAMPLES.value)
     print('\n---\n'.join(p + r for p, r in zip(samples.prompts, samples.responses)))

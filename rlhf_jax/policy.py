@@ -19,6 +19,8 @@ from rlhf_jax import logprobs
 from rlhf_jax import models
 from rlhf_jax import runtime
 from rlhf_jax import types
+from rlhf_jax.data import formats
+from rlhf_jax.data import sources
 from rlhf_jax.data import tokenizers
 from rlhf_jax.models import hf
 from rlhf_jax.models import trainable
@@ -81,6 +83,11 @@ class TextPolicy:
     if config['lora']['targets'] or config['lora']['path'] or config['unfrozen_layers'] is not None:
       params = _with_frozen(path, config, model, params)
     return cls(model, params, tokenizers.load(path / 'tokenizer'))
+
+  def read_prompts(self, path):
+    """Texts of the prompts of a data set, as training reads them; see `formats`."""
+    examples, _ = formats.prompts(sources.read(path), tokenizer=self.tokenizer)
+    return [example.prompt for example in examples]
 
   def sample(self, prompts, key, *, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
              ignore_eos=False, min_new_tokens=0, stop=(), truncate_at=None, truncate_after=0,

@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import dataclasses
+import hashlib
 import itertools
 from typing import Any
 
@@ -271,23 +272,63 @@ def _without_copies(batch: Any, count: int) -> tuple[Any, np.ndarray]:
 
 def split(examples: Sequence[Any], *, holdout: float,
           seed: int) -> tuple[Sequence[Any], Sequence[Any]]:
-  """Splits examples at random into (training, held out), each in their first order.
+  """Splits examples by prompt into (training, held out), each in their first order.
+
+  All examples of a prompt land on the same side: else what is held out would be answers to prompts
+  that were trained on. Equal texts count as examples of one prompt. Where all examples have the
+  same prompt, such as none, equal examples stay together.
 
   Args:
-    examples: at least two.
-    holdout: fraction to hold out, above 0 and below 1; at least one example goes to either side.
-    seed: the same seed, fraction and number of examples give the same split.
+    examples: texts, or examples with a prompt, at least two different ones.
+    holdout: fraction to hold out, above 0 and below 1; see `held_out`.
+    seed: the same seed, fraction and examples give the same split, in whatever order they are.
 
   Raises:
-    UserError: the fraction is out of range or there is only one example.
+    UserError: the fraction is out of range or all examples are the same.
   """
-  if not 0 < holdout < 1 or len(examples) < 2:
-    raise UserError(f'cannot hold out {holdout} of {len(examples)} examples: the fraction must be '
-                    'between 0 and 1 and the examples at least two.')
-  count = min(max(round(holdout * len(examples)), 1), len(examples) - 1)
-  held = np.zeros(len(examples), bool)
-  held[np.random.default_rng(seed).permutation(len(examples))[:count]] = True
+  if not 0 < holdout < 1:
+    raise UserError(f'cannot hold out {holdout} of the examples: config.data.held_out must be '
+                    'between 0 and 1.')
+  hashes = lambda text: np.fromiter((text_hash(text(e), seed) for e in examples), np.uint64)
+  keys = hashes(lambda e: e if isinstance(e, str) else e.prompt)
+  if len(np.unique(keys)) == 1:
+    keys = hashes(repr)
+  if len(np.unique(keys)) < 2:
+    raise UserError(f'cannot hold out {holdout} of {len(examples)} examples, which are all the '
+                    'same: give different ones, or set config.data.held_out_path.')
+  held = held_out(keys, holdout)
   return lazy.take(examples, np.flatnonzero(~held)), lazy.take(examples, np.flatnonzero(held))
+
+
+def text_hash(text: str, seed: int) -> int:
+  """64 bits of a text and a seed, the same in every process and run."""
+  digest = hashlib.blake2b(f'{seed}:{text}'.encode('utf-8', 'surrogatepass'), digest_size=8)
+  return int.from_bytes(digest.digest(), 'little')
+
+
+def held_out(keys: np.ndarray, holdout: float) -> np.ndarray:
+  """Which of N examples are held out, [N] bool, by whole groups of equal keys.
+
+  Groups are taken in the order of their keys. One that would exceed `holdout` of the examples is
+  passed over, so that the fraction is as near below as groups allow; at least the smallest group
+  is held out, and not all.
+
+  Args:
+    keys: [N] uint64 hashes, of at least two groups.
+    holdout: fraction, above 0 and below 1.
+  """
+  groups, inverse, sizes = np.unique(keys, return_inverse=True, return_counts=True)
+  room = min(max(round(holdout * len(keys)), 1), len(keys) - 1)
+  chosen = np.zeros(len(groups), bool)
+  for group, size in enumerate(sizes.tolist()):
+    if size <= room:
+      chosen[group] = True
+      room -= size
+    if not room:
+      break
+  if not chosen.any():
+    chosen[np.argmin(sizes)] = True
+  return chosen[inverse]
 
 
 # The function from indices to a batch.

@@ -62,7 +62,8 @@ def run(folder, *, title, summary, workdir, policies, baseline, trained, best_of
     best_of: n of best-of-n of the baseline by the reward model; 0 for none.
     reward_model: folder of a reward model, or ''.
     comparisons: held-out comparisons for the reward model's calibration, or ''.
-    prompts: data set of prompts, repeated where there are fewer than `samples`.
+    prompts: data set of prompts, repeated where there are fewer than `samples`; messages become
+      texts by the chat template of `trained`, the same for all policies.
     samples: n, answers of each policy.
     max_new_tokens: of an answer.
     temperature: of sampling.
@@ -78,8 +79,8 @@ def run(folder, *, title, summary, workdir, policies, baseline, trained, best_of
   judge = functions.load_gold(gold, gold_path)
   loaded = {name: policy_lib.TextPolicy.load(path) for name, path in policies.items()}
   scorer = Scorer.load(reward_model) if reward_model else None
-  examples, _ = formats.prompts(sources.read(prompts))
-  questions = [examples[i % len(examples)].prompt for i in range(samples)]
+  asked = loaded[trained].read_prompts(prompts)
+  questions = [asked[i % len(asked)] for i in range(samples)]
   answers = ask(loaded, questions, scorer, judge, jax.random.key(seed), baseline=baseline,
                 best_of=best_of, max_new_tokens=max_new_tokens, temperature=temperature,
                 truncate_at=truncate_at, truncate_after=truncate_after)
@@ -234,9 +235,10 @@ def pair_gaps(scorer, path, *, max_length=0, append_eos=True):
     max_length: tokens of a row; 0 for the model's context.
     append_eos: see pipelines.comparison_batches.
   """
-  examples, _ = formats.comparisons(sources.read(path))
+  tokenizer = scorer.policy.tokenizer
+  examples, _ = formats.comparisons(sources.read(path), tokenizer=tokenizer)
   batches = pipelines.comparison_batches(
-      examples, scorer.policy.tokenizer, batch_size=min(policy_lib.BATCH, len(examples)),
+      examples, tokenizer, batch_size=min(policy_lib.BATCH, len(examples)),
       max_length=max_length or scorer.policy.model.max_length, append_eos=append_eos)
   gaps, prompts, first = [], [], 0
   for batch, _ in batches:

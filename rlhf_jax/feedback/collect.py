@@ -8,7 +8,6 @@ import jax
 
 from rlhf_jax import errors
 from rlhf_jax import policy as policy_lib
-from rlhf_jax.data import formats
 from rlhf_jax.data import sources
 from rlhf_jax.feedback import annotators
 from rlhf_jax.rewards import functions
@@ -27,7 +26,7 @@ def run(folder, *, policy, prompts, pairs, held_out, max_new_tokens, temperature
     policy: folder of the language model that answers.
     prompts: data set of prompts; taken again from the start where there are too few.
     pairs: comparisons to train on.
-    held_out: further comparisons, of prompts after those.
+    held_out: further comparisons, of other prompts: the last ones, as large a share of them.
     max_new_tokens: of an answer.
     temperature: of sampling.
     gold: 'package.module:function' (prompt, response) -> float: what the annotators go by.
@@ -37,27 +36,54 @@ def run(folder, *, policy, prompts, pairs, held_out, max_new_tokens, temperature
     disagreement: likewise.
     seed: of samples and annotators.
   """
-  records = sources.read(prompts)
-  examples, _ = formats.prompts(records)
-  total = pairs + held_out
-  questions = [examples[i % len(examples)].prompt for i in range(total)]
   asked = policy_lib.TextPolicy.load(policy)
+  questions = sum(split_prompts(asked.read_prompts(prompts), pairs, held_out), [])
   samples = asked.sample(questions, jax.random.key(seed), max_new_tokens=max_new_tokens,
                          temperature=temperature, samples=2)
-  first, second = samples.responses[::2], samples.responses[1::2]
+  triples = list(zip(questions, samples.responses[::2], samples.responses[1::2]))
   # An answer of nothing at all is no text that a reward model could read.
-  triples = [(q, a, b) for q, a, b in zip(questions, first, second) if a.strip() and b.strip()]
+  shown = lambda part: [(q, a, b) for q, a, b in part if a.strip() and b.strip()]
+  train, test = shown(triples[:pairs]), shown(triples[pairs:])
+  triples = train + test
   panel = annotators.SimulatedAnnotators(
       functions.load_gold(gold), count=annotator_count, seed=seed,
       temperature=annotator_temperature, label_noise=label_noise, disagreement=disagreement)
-  split = round(len(triples) * pairs / total)
-  sources.write(folder / 'comparisons.jsonl', panel.label(triples[:split]))
-  sources.write(folder / 'held_out.jsonl', panel.label(triples[split:]))
+  sources.write(folder / 'comparisons.jsonl', panel.label(train))
+  sources.write(folder / 'held_out.jsonl', panel.label(test))
   sources.write(folder / 'samples.jsonl', [
       {'prompt': q, 'completion': text} for q, a, b in triples for text in (a, b)])
   agreement = annotators.agreement(panel.votes(triples[:200]))
   sources.write(folder / 'agreement.json', [
       {'fraction': agreement.fraction, 'kappa': agreement.kappa, 'simulated': True}])
+
+
+def split_prompts(prompts, pairs, held_out):
+  """Prompts to compare answers of, for training and held out; no prompt is among both.
+
+  Args:
+    prompts: texts, taken again from the start where there are too few.
+    pairs: number of the first.
+    held_out: number of the second.
+
+  Returns:
+    Two lists.
+
+  Raises:
+    UserError: both are wanted of a single prompt.
+  """
+  distinct = list(dict.fromkeys(prompts))
+  count = 0
+  if held_out:
+    if len(distinct) < 2 and pairs:
+      raise errors.UserError(
+          f'pairs={pairs} and held_out={held_out} comparisons, and only one prompt: give two '
+          'different ones, or held_out=0')
+    count = round(len(distinct) * held_out / (pairs + held_out))
+    count = min(max(count, 1), len(distinct) - bool(pairs))
+  last = set(distinct[len(distinct) - count:])
+  parts = [p for p in prompts if p not in last], [p for p in prompts if p in last]
+  return [[part[i % len(part)] for i in range(wanted)]
+          for part, wanted in zip(parts, (pairs, held_out))]
 
 
 def best_of(folder, *, policy, prompts, count, held_out, completions, samples, max_new_tokens,
@@ -78,7 +104,7 @@ def best_of(folder, *, policy, prompts, count, held_out, completions, samples, m
     policy: folder of the language model that answers.
     prompts: data set of prompts.
     count: prompts that are answered, the first ones, at most.
-    held_out: labels that are held out, the first ones.
+    held_out: labels that are held out, the first ones, and all others of their prompts.
     completions: answers that an annotator sees.
     samples: answers sampled of each prompt.
     max_new_tokens: of an answer.
@@ -96,29 +122,30 @@ def best_of(folder, *, policy, prompts, count, held_out, completions, samples, m
   Raises:
     UserError: too few prompts have enough answers that end.
   """
-  examples, _ = formats.prompts(sources.read(prompts))
-  examples = examples[:count]
   asked = policy_lib.TextPolicy.load(policy)
+  questions = asked.read_prompts(prompts)[:count]
   answers = asked.sample(
-      [example.prompt for example in examples], jax.random.key(seed), samples=samples,
-      max_new_tokens=max_new_tokens, temperature=temperature, truncate_at=truncate_at,
-      truncate_after=truncate_after)
+      questions, jax.random.key(seed), samples=samples, max_new_tokens=max_new_tokens,
+      temperature=temperature, truncate_at=truncate_at, truncate_after=truncate_after)
   groups = []
   for first in range(0, len(answers.prompts), samples):
     ended = [answers.responses[i] for i in range(first, first + samples)
              if answers.rollout.ended[i]]
     if len(ended) >= completions:
       groups.append((answers.prompts[first], tuple(ended[:completions])))
-  if len(groups) <= held_out:
+  known = {prompt for prompt, _ in groups[:held_out]}
+  test = [group for group in groups if group[0] in known]
+  train = [group for group in groups if group[0] not in known]
+  if not train:
     raise errors.UserError(
-        f'of {len(examples)} prompts only {len(groups)} have {completions} answers of {samples} '
+        f'of {len(questions)} prompts only {len(groups)} have {completions} answers of {samples} '
         f'that end with {truncate_at!r}, and {held_out} of these are held out: give more prompts '
         'or samples, or lower truncate_after')
   panel = annotators.SimulatedAnnotators(
       functions.load_gold(gold, gold_path), count=annotator_count, seed=seed,
       temperature=annotator_temperature, label_noise=label_noise, disagreement=disagreement)
-  sources.write(folder / 'held_out.jsonl', panel.label_best(groups[:held_out]))
-  sources.write(folder / 'labels.jsonl', panel.label_best(groups[held_out:]))
+  sources.write(folder / 'held_out.jsonl', panel.label_best(test))
+  sources.write(folder / 'labels.jsonl', panel.label_best(train))
   sources.write(folder / 'samples.jsonl', [
       {'prompt': prompt, 'completion': text} for prompt, text in
       zip(answers.prompts[::samples], answers.responses[::samples]) if text.strip()])
@@ -139,10 +166,10 @@ def sample(folder, *, policy, prompts, count, max_new_tokens, temperature, seed,
     truncate_at: see policy.TextPolicy.sample.
     truncate_after: likewise.
   """
-  examples, _ = formats.prompts(sources.read(prompts))
   asked = policy_lib.TextPolicy.load(policy)
+  questions = asked.read_prompts(prompts)
   samples = asked.sample(
-      [examples[i % len(examples)].prompt for i in range(count)], jax.random.key(seed),
+      [questions[i % len(questions)] for i in range(count)], jax.random.key(seed),
       max_new_tokens=max_new_tokens, temperature=temperature, truncate_at=truncate_at,
       truncate_after=truncate_after)
   sources.write(folder / 'samples.jsonl', [

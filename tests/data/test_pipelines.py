@@ -1,5 +1,6 @@
 """Batches by hand, order, resumption, and what does not fit."""
 
+import collections
 import logging
 
 import grain
@@ -228,15 +229,56 @@ def test_no_examples_make_no_batches_and_no_iterator(tokenizer):
 
 
 def test_split():
-  train, held = pipelines.split(list(range(20)), holdout=0.25, seed=0)
-  assert len(held) == 5 and sorted(train + held) == list(range(20))
+  texts = [f'{i:02}' for i in range(20)]
+  train, held = pipelines.split(texts, holdout=0.25, seed=0)
+  assert len(held) == 5 and sorted(train + held) == texts
   assert train == sorted(train) and held == sorted(held)
-  assert pipelines.split(list(range(20)), holdout=0.25, seed=0) == (train, held)
-  assert pipelines.split(list(range(20)), holdout=0.25, seed=1) != (train, held)
-  assert [len(part) for part in pipelines.split([1, 2, 3], holdout=0.01, seed=0)] == [2, 1]
-  for examples, holdout in (([1], 0.5), ([1, 2], 0.0), ([1, 2], 1.0)):
+  assert pipelines.split(texts, holdout=0.25, seed=0) == (train, held)
+  assert pipelines.split(texts, holdout=0.25, seed=1) != (train, held)
+  assert [len(part) for part in pipelines.split(list('abc'), holdout=0.01, seed=0)] == [2, 1]
+  for examples, holdout in (('a', 0.5), ('aa', 0.5), ('ab', 0.0), ('ab', 1.0)):
     with pytest.raises(UserError, match='cannot hold out'):
-      pipelines.split(examples, holdout=holdout, seed=0)
+      pipelines.split(list(examples), holdout=holdout, seed=0)
+
+
+def comparisons_of(counts):
+  """As many comparisons of each prompt as its count says."""
+  return [Comparison(f'q{i}', (f'a{j}', f'b{j}'), (0, 1))
+          for i, count in enumerate(counts) for j in range(count)]
+
+
+@pytest.mark.parametrize('make', [
+    lambda e: e, lambda e: Prompt(e.prompt, {}), lambda e: Completion(e.prompt, e.completions[0])])
+def test_split_holds_prompts_apart(make):
+  rng = np.random.default_rng(0)
+  for seed in range(20):
+    counts = rng.integers(1, 9, 60)
+    examples = [make(e) for e in comparisons_of(counts)]
+    train, held = pipelines.split(examples, holdout=0.2, seed=seed)
+    prompts = [{e.prompt for e in part} for part in (train, held)]
+    assert not prompts[0] & prompts[1] and len(train) + len(held) == len(examples)
+    assert abs(len(held) - 0.2 * len(examples)) <= 1
+    # The same prompts are held out where the examples come in another order.
+    shuffled = [examples[i] for i in rng.permutation(len(examples))]
+    assert {e.prompt for e in pipelines.split(shuffled, holdout=0.2, seed=seed)[1]} == prompts[1]
+
+
+def test_split_of_few_prompts():
+  train, held = pipelines.split(comparisons_of([30, 30]), holdout=0.1, seed=0)
+  assert len(train) == len(held) == 30
+  train, held = pipelines.split(comparisons_of([90, 1, 4, 5]), holdout=0.1, seed=3)
+  assert {e.prompt for e in train} == {'q0'}
+  # One prompt, such as none at all: the comparisons are held apart, equal ones together.
+  train, held = pipelines.split(comparisons_of([50]) * 2, holdout=0.1, seed=0)
+  assert len(held) == 10 and not set(map(str, train)) & set(map(str, held))
+
+
+def test_split_holds_every_prompt_out_equally_often():
+  examples = comparisons_of([1] * 30 + [2] * 10)
+  times = collections.Counter(
+      e.prompt for seed in range(400) for e in pipelines.split(examples, holdout=0.2, seed=seed)[1])
+  # Binomial(400, 0.2): mean 80, standard deviation 8.
+  assert all(abs(times[f'q{i}'] - 80 * (1 + (i > 29))) < 34 * (1 + (i > 29)) for i in range(40))
 
 
 # What does not fit.
