@@ -38,10 +38,10 @@ def write(
     end_text: likewise.
     prefix: in front of each query, such as 'Article:\\n\\n'.
     suffix: behind each query, such as '\\n\\nTL;DR:'.
-    held_out: queries for evaluation, the first ones.
+    held_out: queries for evaluation, the first ones; equal ones are not among the prompts.
 
   Raises:
-    UserError: there are not more queries than `held_out`, or see `queries`.
+    UserError: no query is left for training, or see `queries`.
   """
   examples, _ = formats.texts(sources.read(path))
   texts = [e if isinstance(e, str) else e.prompt + e.completion for e in examples]
@@ -49,11 +49,13 @@ def write(
     texts, tokenizers.load(tokenizer), length=length, start_text=start_text, end_text=end_text
   )
   logging.info('queries: %s', report)
-  if len(found) <= held_out:
+  texts = [prefix + query.prompt + suffix for query in found]
+  known = set(texts[:held_out])
+  rest = [text for text in texts[held_out:] if text not in known]
+  if not rest:
     raise UserError(f'{len(found)} queries, and {held_out} of them are held out: give more texts.')
-  records = [{'prompt': prefix + query.prompt + suffix} for query in found]
-  sources.write(folder / 'held_out.jsonl', records[:held_out])
-  sources.write(folder / 'prompts.jsonl', records[held_out:])
+  sources.write(folder / 'held_out.jsonl', [{'prompt': text} for text in texts[:held_out]])
+  sources.write(folder / 'prompts.jsonl', [{'prompt': text} for text in rest])
 
 
 def queries(

@@ -1,5 +1,6 @@
 """HH comparisons in folds: cross-validated reward models, beside two baselines that need no model."""
 
+import collections
 import json
 
 import numpy as np
@@ -17,7 +18,7 @@ from rlhf_jax.rewards import calibration
 def write(folder, *, path, count, vocab_size, turns, seed):
   """Writes train_K.jsonl, test_K.jsonl and tokenizer_K for every fold K.
 
-  A fold's tokenizer comes from its training part alone: both replies of every pair.
+  All comparisons of a prompt, its whole dialogue, are in one fold. A fold's tokenizer comes from its training part alone: both replies of every pair.
 
   Args:
     folder: pathlib.Path they go to.
@@ -32,13 +33,33 @@ def write(folder, *, path, count, vocab_size, turns, seed):
   print(f'{path}: {report}')
   records = [{'prompt': last_turns(e.prompt, turns), 'chosen': e.completions[0],
               'rejected': e.completions[1]} for e in examples]
-  fold_of = np.random.default_rng(seed).permutation(len(records)) % count
+  fold_of = folds_of([e.prompt for e in examples], count, seed)
   for fold in range(count):
     train = [r for r, f in zip(records, fold_of) if f != fold]
     texts = [r['prompt'] + r[key] for r in train for key in ('chosen', 'rejected')]
     sources.write(folder / f'train_{fold}.jsonl', train)
     sources.write(folder / f'test_{fold}.jsonl', [r for r, f in zip(records, fold_of) if f == fold])
     tokenizers.train_bpe(texts, vocab_size, str(folder / f'tokenizer_{fold}'))
+
+
+def folds_of(prompts, count, seed):
+  """Folds of equal size but for whole prompts: each in random order goes to the smallest so far.
+
+  Args:
+    prompts: n texts.
+    count: folds.
+    seed: of the order.
+
+  Returns:
+    The fold of each prompt, [n] int.
+  """
+  sizes = collections.Counter(prompts)
+  distinct, fold_of, filled = list(sizes), {}, np.zeros(count, int)
+  for index in np.random.default_rng(seed).permutation(len(distinct)):
+    prompt = distinct[index]
+    fold_of[prompt] = np.argmin(filled)
+    filled[fold_of[prompt]] += sizes[prompt]
+  return np.array([fold_of[prompt] for prompt in prompts])
 
 
 def last_turns(prompt, count):

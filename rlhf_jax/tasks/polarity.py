@@ -19,9 +19,10 @@ def write(folder, *, path, vocab_size, pairings, prompt_words, prompt_count, see
   """Splits the snippets, and writes every data set of configs/sentiment.py.
 
   A random half is judge.jsonl ({"text", "label"}), which no model sees: the judge is fitted on
-  it, and the reward model's accuracy is measured on pairs of it, held_out.jsonl. The other half
-  is texts.jsonl for pretraining, pairs.jsonl for the reward model, its first words
-  prompts.jsonl, and what the tokenizer is trained on.
+  it, the reward model's accuracy is measured on pairs of it, held_out.jsonl, each text in one, and
+  the policies answer its first words, held_out_prompts.jsonl. The other half is texts.jsonl for
+  pretraining, pairs.jsonl for the reward model, its first words prompts.jsonl, and what the
+  tokenizer is trained on. Prompts and held-out prompts have none in common.
 
   Args:
     folder: pathlib.Path they go to.
@@ -36,15 +37,25 @@ def write(folder, *, path, vocab_size, pairings, prompt_words, prompt_count, see
   judged, train = halves(path, rng)
   texts = train[1] + train[0]
   rng.shuffle(texts)
-  openings = [' '.join(text.split()[:prompt_words]) for text in texts
-              if len(text.split()) > 2 * prompt_words]
+  asked = openings(texts, prompt_words)
+  others = judged[1] + judged[0]
   write_judge(folder, judged)
-  sources.write(folder / 'held_out.jsonl', pairs(judged, 2, rng))
+  sources.write(folder / 'held_out.jsonl', pairs(judged, 1, rng))
   sources.write(folder / 'texts.jsonl', [{'text': text} for text in texts])
   sources.write(folder / 'pairs.jsonl', pairs(train, pairings, rng))
   sources.write(folder / 'prompts.jsonl', [
-      {'prompt': openings[i % len(openings)]} for i in range(prompt_count)])
+      {'prompt': asked[i % len(asked)]} for i in range(prompt_count)])
+  rng.shuffle(others)
+  known = set(asked)
+  sources.write(folder / 'held_out_prompts.jsonl', [
+      {'prompt': prompt} for prompt in dict.fromkeys(openings(others, prompt_words))
+      if prompt not in known])
   tokenizers.train_bpe(texts, vocab_size, str(folder / 'tokenizer'))
+
+
+def openings(texts, words):
+  """The first words of each text that has more than twice as many."""
+  return [' '.join(text.split()[:words]) for text in texts if len(text.split()) > 2 * words]
 
 
 def write_documents(folder, *, path, vocab_size, snippets, shuffles, seed):

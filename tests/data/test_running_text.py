@@ -126,7 +126,7 @@ def test_prompts_fit_the_iterator_with_a_bos_too(tmp_path):
 
 
 def test_a_stage_writes_prompts_and_held_out_ones(tmp_path):
-  texts = [f'x. {word}. y' for word in ('ab', 'ba', 'abba')] + ['nothing']
+  texts = [f'x. {word}. y' for word in ('ab', 'ba', 'abba', 'ab')] + ['nothing']
   data = tmp_path / 'texts.jsonl'
   data.write_text('\n'.join(json.dumps({'text': text}) for text in texts))
   tokenizers.train_bpe(texts, 270, str(tmp_path / 'tokenizer'))
@@ -146,7 +146,7 @@ def test_a_stage_writes_prompts_and_held_out_ones(tmp_path):
   )
   assert held_out == ['Q: ab.\n\nTL;DR:']
   assert prompts == ['Q: ba.\n\nTL;DR:', 'Q: abba.\n\nTL;DR:']
-  with pytest.raises(UserError, match='3 queries, and 3 of them are held out'):
+  with pytest.raises(UserError, match='4 queries, and 3 of them are held out'):
     running_text.write(tmp_path, held_out=3, **settings)
 
 

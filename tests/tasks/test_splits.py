@@ -26,6 +26,20 @@ def test_folds_test_every_pair_once_and_never_train_on_it(tmp_path):
   assert sorted(tested) == sorted(f'q{i}' for i in range(23))
 
 
+def test_folds_hold_dialogues_apart(tmp_path):
+  data = tmp_path / 'pairs.jsonl'
+  turn = '\n\nHuman: {}\n\nAssistant:'
+  sources.write(data, [{'chosen': turn.format(i % 9) + f' good {i}',
+                        'rejected': turn.format(i % 9) + f' bad {i}'} for i in range(30)])
+  hh.write(tmp_path, path=str(data), count=3, vocab_size=270, turns=1, seed=0)
+  dialogue = lambda row: int(row['chosen'].split()[-1]) % 9
+  for fold in range(3):
+    train, test = rows(tmp_path / f'train_{fold}.jsonl'), rows(tmp_path / f'test_{fold}.jsonl')
+    assert {row['prompt'] for row in train} == {'\n\nAssistant:'}  # one turn of the dialogue
+    assert not set(map(dialogue, train)) & set(map(dialogue, test))
+    assert len(train) + len(test) == 30 and 9 <= len(test) <= 11
+
+
 def test_last_turns():
   dialogue = '\n\nHuman: a\n\nwith a break\n\nAssistant: b\n\nHuman: c\n\nAssistant:'
   assert hh.last_turns(dialogue, 0) == dialogue
@@ -54,6 +68,11 @@ def test_the_judges_half_is_seen_by_no_model(tmp_path):
   assert {r['chosen'] for r in held_out} | {r['rejected'] for r in held_out} == judge.keys()
   openings = {r['prompt'] for r in rows(tmp_path / 'prompts.jsonl')}
   assert all(any(text.startswith(opening) for text in texts) for opening in openings)
+  asked = [r['prompt'] for r in rows(tmp_path / 'held_out_prompts.jsonl')]
+  assert len(asked) == len(set(asked)) > 3 and not openings & set(asked)
+  assert all(any(text.startswith(opening) for text in judge) for opening in asked)
+  # A text of the judge's half is in one pair: else the pairs would not be independent.
+  assert len(held_out) == 20
 
 
 def test_documents_are_snippets_of_one_polarity(tmp_path):
