@@ -91,7 +91,10 @@ def make_actor(config, tokenizer, model, examples, iterator, score, mesh):
   return actor_lib.Actor(
       examples, iterator, sample, score, mesh, samples=config.sampling.samples,
       cut=actor_lib.stop_at(config.sampling.stop, tokenizer, sampling, mesh),
-      read=truncate if config.rl.response == 'raw' else None)
+      read=truncate if config.rl.response == 'raw' else None,
+      see=functools.partial(pipelines.as_read, tokenizer=tokenizer,
+                            max_prompt_length=config.data.max_prompt_length)
+      if config.data.on_long == 'truncate_left' else None)
 
 
 def create(config, mesh, settings, train_step, *, reference=True, extra=wiring.first_extra):

@@ -116,7 +116,7 @@ def config(algorithm, settings):
       'kind': 'prompt',
       'epochs': placeholder(float),     # passes over the prompts; or set steps
       'max_prompt_length': 64,  # tokens
-      'on_long': 'error',       # a prompt beyond that: 'error', 'truncate_left' or 'drop'
+      'on_long': 'error',       # a prompt beyond that: 'error', 'drop', or 'truncate_left': rewards see the rest
   }
   del data['max_length']
   found.data = ml_collections.ConfigDict(data)

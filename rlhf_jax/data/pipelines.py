@@ -356,6 +356,22 @@ def _comparisons(examples: Sequence[formats.Comparison], tokenizer: formats.Toke
   return _collate(rows, rows_lib.comparison_batch(rows, tokenizer, max_length=max_length))
 
 
+def as_read(examples: Sequence[formats.Prompt], tokenizer: formats.Tokenizer, *,
+            max_prompt_length: int) -> list[formats.Prompt]:
+  """Prompts with the text that on_long='truncate_left' leaves of them, which the policy reads.
+
+  Args:
+    examples: of a batch.
+    tokenizer: the policy's.
+    max_prompt_length: P.
+  """
+  rows = tokenizers.encode(tokenizer, [e.prompt for e in examples])
+  cut = [_truncate_left(row, max_prompt_length, tokenizer.bos_token_id) for row in rows]
+  texts = tokenizers.decode_prompts(tokenizer, cut)
+  return [dataclasses.replace(example, prompt=text) if len(short) < len(row) else example
+          for example, row, short, text in zip(examples, rows, cut, texts)]
+
+
 def _prompts(examples: Sequence[formats.Prompt], tokenizer: formats.Tokenizer, *,
              max_prompt_length: int,
              on_long: str) -> tuple[Collate, Sequence[int] | np.ndarray]:

@@ -232,6 +232,15 @@ def decode_continuation(tokenizer: transformers.PreTrainedTokenizerFast,
   return _responding(tokenizer).decode_batch(rows, skip_special_tokens=skip_special_tokens)
 
 
+def decode_prompts(tokenizer: transformers.PreTrainedTokenizerFast,
+                   rows: Sequence[np.ndarray]) -> list[str]:
+  """Texts of what is left of prompts' ids; special tokens are spelled out, but those that `encode` adds."""
+  bos = _leading_bos(tokenizer)
+  eos = tokenizer.eos_token_id if tokenizer in _apart else None
+  rows = [row[int(row[0] == bos):len(row) - int(row[-1] == eos)] for row in rows]
+  return decode_continuation(tokenizer, rows, skip_special_tokens=False)
+
+
 def end(tokenizer: transformers.PreTrainedTokenizerFast, row: np.ndarray) -> np.ndarray:
   """The row with the EOS at its end, unless it is there already (chat templates write it)."""
   eos = tokenizer.eos_token_id

@@ -19,7 +19,8 @@ from rlhf_jax.rollout import stops
 class Actor:
   """Makes a scored rollout of a batch of prompts each time it is called."""
 
-  def __init__(self, examples, iterator, sample, score, mesh, *, samples=1, cut=None, read=None):
+  def __init__(self, examples, iterator, sample, score, mesh, *, samples=1, cut=None, read=None,
+               see=None):
     """Keeps what makes a rollout.
 
     Args:
@@ -32,10 +33,12 @@ class Actor:
       samples: n.
       cut: Rollout -> Rollout that is scored and trained on; None for as it is.
       read: Rollout -> Rollout as the scorer reads it; None for as it is.
+      see: examples of a batch -> the same with the prompts that the policy sees; None: as they are.
     """
     self.examples, self.iterator = examples, iterator
-    same = lambda rollout: rollout
+    same = lambda value: value
     self._sample, self._score, self._cut, self._read = sample, score, cut or same, read or same
+    self._see = see or same
     self._mesh, self._samples, self._last = mesh, samples, None
 
   def __call__(self, params, key, *, timed):
@@ -52,7 +55,8 @@ class Actor:
       each part of the scores as reward/NAME.
     """
     prompts, index = next(self.iterator)
-    examples = [self.examples[i] for i in np.repeat(np.asarray(index), self._samples)]
+    examples = self._see([self.examples[i] for i in np.asarray(index)])
+    examples = [example for example in examples for _ in range(self._samples)]
     if timed:
       jax.block_until_ready(params)  # else the rollout's time would hold the update before it
     started = time.perf_counter()

@@ -339,6 +339,17 @@ def test_long_prompts(tokenizer, ids, caplog):
     pipelines.prompt_batches(examples, tokenizer, on_long='cut', **settings)
 
 
+def test_as_read_is_the_text_of_the_tokens_that_are_left(tokenizer, ids):
+  examples = [Prompt('ab', {'n': 0}), Prompt('a<|eos|>bcdef', {'n': 1}), Prompt('a<|eos|>cd', {'n': 2})]
+  read = pipelines.as_read(examples, tokenizer, max_prompt_length=4)
+  assert read == [examples[0], Prompt('def', {'n': 1}), Prompt('<|eos|>cd', {'n': 2})]
+  ((batch, _), _), = pipelines.prompt_batches(
+      examples, tokenizer, on_long='truncate_left', batch_size=3, max_prompt_length=4)
+  np.testing.assert_array_equal(batch.tokens, ids('.<ab', '<def', '<>cd'))
+  ((again, _), _), = pipelines.prompt_batches(read, tokenizer, batch_size=3, max_prompt_length=4)
+  np.testing.assert_array_equal(again.tokens, batch.tokens)
+
+
 @pytest.mark.parametrize('make', [
     lambda t: pipelines.lm_iterator(['w0 zz'], t, batch_size=1, length=8, seed=0),
     lambda t: pipelines.completion_iterator(
