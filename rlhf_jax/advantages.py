@@ -116,12 +116,26 @@ def next_kl_coef(kl_coef, kl, response_mask, *, controller, target, horizon):
   return kl_coef * (1.0 + jnp.clip(current / target - 1.0, -0.2, 0.2) * gain)
 
 
-def apply_missing_eos(scores, has_eos, *, mode, value):
-  """Scores [B] after the rule for responses that never ended.
+def apply_missing_eos(scores, has_eos, *, mode, value, response_mask=None):
+  """Scores after the rule for responses that never ended.
 
   Two rules share a name in the literature: 'replace' puts `value` in place of the score
   (lm-human-preferences and N+ use -1), 'subtract' takes `value` off it (TRL).
+
+  Args:
+    scores: [B] float32, or [B, R] for rewards per token, whose sum is the score: then `value` is
+      paid at the last token, and 'replace' takes away what the others earned.
+    has_eos: [B] bool.
+    mode: 'none', 'replace' or 'subtract'.
+    value: the constant.
+    response_mask: [B, R] bool; needed for rewards per token.
+
+  Returns:
+    float32 of the shape of `scores`.
   """
+  if scores.ndim == 2:
+    last = jnp.arange(scores.shape[1])[None] == score_index(response_mask, 'eos')[:, None]
+    has_eos, value = has_eos[:, None], jnp.where(last, value, 0.0)
   if mode == 'none':
     return scores
   if mode == 'replace':

@@ -57,10 +57,9 @@ class ScoreRules:
     if self.scale:  # trlX's order: the moments are those of the clipped scores
       moments = adv.update_moments(moments, totals(scores, rollout.response_mask))
       scores = scores / adv.running_std(moments)
-    if scores.ndim == 1:
-      scores = adv.apply_missing_eos(
-          scores, self.ended(rollout), mode=self.missing_eos,
-          value=self.missing_eos_value)
+    scores = adv.apply_missing_eos(
+        scores, self.ended(rollout), mode=self.missing_eos, value=self.missing_eos_value,
+        response_mask=rollout.response_mask)
     return scores, moments
 
 

@@ -55,10 +55,16 @@ def paid_scores(episodes, scale, s):
   if s['scale']:
     spread = scale.update([sum(x) if np.ndim(x) else x for x in scores])
     scores = [np.divide(x, spread) for x in scores]
-  if np.ndim(episodes[0]['score']):
-    return scores
-  return [references.missing_eos(float(x), e['ended'], mode=s['missing'], value=s['missing_value'])
-          for x, e in zip(scores, episodes)]
+  rule = lambda x, e: references.missing_eos(x, e['ended'], mode=s['missing'], value=s['missing_value'])
+  if not np.ndim(episodes[0]['score']):
+    return [rule(float(x), e) for x, e in zip(scores, episodes)]
+  paid = []
+  for x, e in zip(scores, episodes):  # the last token makes the sum of them what the rule says
+    total = float(rule(sum(x), e))
+    replaced = s['missing'] == 'replace' and not e['ended']
+    others = [0.0] * (len(x) - 1) if replaced else list(x[:-1])
+    paid.append(np.array(others + [total - sum(others)]))
+  return paid
 
 
 def experience(params, reference, episodes, coef, scale, s):

@@ -229,6 +229,23 @@ def test_rewards_agree_with_loops(position):
           references.token_rewards(scores, kl, coef, lengths, position=place))
 
 
+@pytest.mark.parametrize('mode', adv.MISSING_EOS)
+def test_missing_eos_of_rewards_per_token_is_that_of_their_sums(mode):
+  """Paid at the last token; by a loop over tokens, whose sums obey the rule of scores."""
+  mask, ended = np.arange(4) < np.array([4, 2, 3])[:, None], np.array([False, True, False])
+  rewards = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+  found = adv.apply_missing_eos(rewards, jnp.asarray(ended), mode=mode, value=0.7, response_mask=mask)
+  for row, (has_eos, length) in enumerate(zip(ended, (4, 2, 3))):
+    expected = list(rewards[row, :length])
+    if not has_eos and mode == 'replace':
+      expected = [0.0] * (length - 1) + [0.7]
+    if not has_eos and mode == 'subtract':
+      expected[-1] -= 0.7
+    close(found[row, :length], expected)
+    close(sum(found[row, :length]), references.missing_eos(
+        float(rewards[row, :length].sum()), has_eos, mode=mode, value=0.7), atol=1e-5)
+
+
 def test_missing_eos_agrees_with_loops():
   for case in range(CASES):
     rng = np.random.default_rng(case)

@@ -170,7 +170,9 @@ def test_pretraining_rows_pull_the_policy_towards_them(world):
 
 def test_a_reward_per_token_on_the_last_one_is_a_score(world):
   """Rewards per token that are zero but for the last real one train like a score paid there."""
-  settings = ppo.Settings.of(tiny.ppo(world), (tiny.EOS,))
+  config = tiny.ppo(world)
+  config.rl.update({'missing_eos': 'subtract', 'missing_eos_value': 2.0})
+  settings = ppo.Settings.of(config, (tiny.EOS,))
   policy = MODEL.init(jax.random.key(1))
   params = {'policy': policy, 'critic': {
       'head': heads.init_scalar(jax.random.key(2), MODEL.width, scale='normal')}}
@@ -179,6 +181,7 @@ def test_a_reward_per_token_on_the_last_one_is_a_score(world):
   response_mask = np.arange(6)[None] < lengths[:, None]
   mask = np.concatenate([np.ones((8, 3), bool), response_mask], axis=1)
   tokens = np.random.default_rng(0).integers(4, tiny.VOCAB, mask.shape).astype(np.int32)
+  tokens[np.arange(4), 2 + lengths[:4]] = tiny.EOS  # the others have none, which costs them
   rollout = jax.tree.map(jnp.asarray, types.Rollout(
       tokens, mask, response_mask, np.zeros(response_mask.shape, np.float32)))
   scores = np.random.default_rng(1).normal(size=8).astype(np.float32)
