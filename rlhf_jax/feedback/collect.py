@@ -4,6 +4,8 @@ The human step of RLHF where no human is at hand: samples of each prompt, one la
 compares two, `best_of` has the best of several picked.
 """
 
+import math
+
 import jax
 
 from rlhf_jax import errors
@@ -52,9 +54,24 @@ def run(folder, *, policy, prompts, pairs, held_out, max_new_tokens, temperature
   sources.write(folder / 'held_out.jsonl', panel.label(test))
   sources.write(folder / 'samples.jsonl', [
       {'prompt': q, 'completion': text} for q, a, b in triples for text in (a, b)])
-  agreement = annotators.agreement(panel.votes(triples[:200]))
-  sources.write(folder / 'agreement.json', [
-      {'fraction': agreement.fraction, 'kappa': agreement.kappa, 'simulated': True}])
+  sources.write(folder / 'agreement.json', [agreement(panel, triples[:200])])
+
+
+def agreement(panel, triples):
+  """The record of how far a panel agrees on (prompt, a, b); None where it cannot disagree.
+
+  Args:
+    panel: annotators.SimulatedAnnotators.
+    triples: what all of them are asked.
+
+  Returns:
+    {'fraction', 'kappa', 'simulated': True}; see annotators.Agreement.
+  """
+  if panel.count < 2:
+    return {'fraction': None, 'kappa': None, 'simulated': True}
+  found = annotators.agreement(panel.votes(triples))
+  kappa = None if math.isnan(found.kappa) else found.kappa
+  return {'fraction': found.fraction, 'kappa': kappa, 'simulated': True}
 
 
 def split_prompts(prompts, pairs, held_out):

@@ -7,6 +7,7 @@ import pytest
 from rlhf_jax import errors
 from rlhf_jax.data import formats
 from rlhf_jax.data import sources
+from rlhf_jax.feedback import annotators
 from rlhf_jax.feedback import collect
 
 END = 'w5'
@@ -57,3 +58,26 @@ def test_labels_are_comparisons(world, tmp_path):
 def test_too_few_answers_that_end(world, tmp_path):
   with pytest.raises(errors.UserError, match='of 20 prompts only 0 have 24 answers of 24 that end'):
     best_of(tmp_path, world, completions=24)
+
+
+def run(folder, world, **changes):
+  settings = dict(
+      policy=str(world / 'model'), prompts=str(world / 'prompts.jsonl'), pairs=6, held_out=4, max_new_tokens=6,
+      temperature=1.0, gold=f'{__name__}:words', annotator_count=1, annotator_temperature=0.5, label_noise=0.1,
+      disagreement=0.3, seed=0)
+  collect.run(folder, **(settings | changes))
+
+
+def test_one_annotator_agrees_with_nobody(world, tmp_path):
+  run(tmp_path, world)
+  assert rows(tmp_path / 'agreement.json') == [{'fraction': None, 'kappa': None, 'simulated': True}]
+  labels = rows(tmp_path / 'comparisons.jsonl') + rows(tmp_path / 'held_out.jsonl')
+  assert labels and all(record['annotator'] == 0 for record in labels)
+
+
+def test_the_record_of_agreement():
+  panel = annotators.SimulatedAnnotators(words, count=3, temperature=0.0, label_noise=0.0, disagreement=0.0)
+  # Everyone prefers the longer one: with both labels kappa is 1, with one label there is none.
+  both = collect.agreement(panel, [('p', 'a', 'b c'), ('p', 'b c', 'a')])
+  assert both == {'fraction': 1.0, 'kappa': 1.0, 'simulated': True}
+  assert collect.agreement(panel, [('p', 'a', 'b c')]) == both | {'kappa': None}
