@@ -32,6 +32,7 @@ setuptools.setup(
         'rich>=15.0.0,<16',
         'safetensors>=0.8.0,<0.9',
         'scikit-learn>=1.9.1,<2',
+        'scipy>=1.17.1,<2',
         'tensorboardX>=2.6.5,<3',
         'tokenizers>=0.23.3,<0.24',
         'tqdm>=4.70.1,<5',

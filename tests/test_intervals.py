@@ -1,22 +1,21 @@
-"""Standard errors and intervals over prompts: by hand, against an analytic formula, and by coverage."""
+"""Standard errors and intervals over prompts: by hand, against other formulas, and by coverage."""
 
+import itertools
 import math
+import pathlib
 
 import numpy as np
 import pytest
+from scipy import optimize
+from scipy import stats
 
+from benchmarks import coverage
 from rlhf_jax import intervals
 from rlhf_jax.evaluation import winrate
 from rlhf_jax.feedback import elo
 
 G, EACH = 40, 8  # prompts, and samples of each
-
-
-def clustered(rng, *, between=1.0, within=1.0):
-  """Values [G * EACH] whose samples share an effect of their prompt, and the prompts."""
-  effects = rng.normal(0, between, G)
-  values = effects[:, None] + rng.normal(0, within, (G, EACH))
-  return values.reshape(-1), [f'p{i}' for i in range(G) for _ in range(EACH)]
+PAGE = pathlib.Path(__file__).resolve().parents[1] / 'docs' / 'intervals.md'
 
 
 def test_standard_error_by_hand():
@@ -30,88 +29,142 @@ def test_standard_error_by_hand():
   assert math.isnan(intervals.standard_error([1.0]))
 
 
-def test_the_bootstrap_agrees_with_the_analytic_clustered_error():
-  values, prompts = clustered(np.random.default_rng(1))
-  low, high = intervals.bootstrap(values, prompts, resamples=4000)
-  analytic = intervals.standard_error(values, prompts)
-  assert (high - low) / (2 * 1.96) == pytest.approx(analytic, rel=0.08)
-  # Taking the samples for independent makes it too small by the design effect, 1 + 7 rho = 4.5.
-  assert analytic / intervals.standard_error(values) == pytest.approx(math.sqrt(4.5), rel=0.2)
+def wilson(p, n, z):
+  """(p + z²/2n ± z sqrt(p (1 - p) / n + z²/4n²)) / (1 + z²/n)."""
+  centre, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+  scale = 1 + z**2 / n
+  return pytest.approx(((centre - half) / scale, (centre + half) / scale), abs=1e-9)
 
 
-def test_uneven_groups_agree_with_the_analytic_error_too():
-  rng = np.random.default_rng(2)
-  prompts = np.repeat(np.arange(60), rng.integers(1, 9, 60)).tolist()
-  values = rng.normal(size=60)[prompts] + rng.normal(size=len(prompts))
-  low, high = intervals.bootstrap(values, prompts, resamples=4000)
-  assert (high - low) / (2 * 1.96) == pytest.approx(intervals.standard_error(values, prompts), rel=0.1)
+@pytest.mark.parametrize('wins, losses', [(8, 2), (1, 0), (0, 7), (20, 0), (300, 100)])
+def test_without_draws_a_rate_has_wilsons_interval(wins, losses):
+  values = [1] * wins + [0] * losses
+  low, high = intervals.rate(values)
+  assert (low, high) == wilson(wins / len(values), len(values), 1.96)
+  assert 0 <= low <= high <= 1 and (high == 1) == (not losses) and (low == 0) == (not wins)
 
 
-def test_the_bootstrap_interval_is_the_binomial_one_and_repeats():
-  values = np.arange(400) < 300
-  low, high = intervals.bootstrap(values, resamples=2000)
-  # 0.75 ± 1.96 sqrt(0.75 * 0.25 / 400) = 0.75 ± 0.0424
-  assert low == pytest.approx(0.7076, abs=0.006)
-  assert high == pytest.approx(0.7924, abs=0.006)
-  assert (low, high) == intervals.bootstrap(values, resamples=2000)
+def test_with_draws_it_is_tangos():
+  # Fagerland, Lydersen and Laake 2014 (https://doi.org/10.1002/sim.6148), airway data: 1 and 7 of 21
+  # pairs are discordant; the interval of the difference of shares is -0.517 to -0.026.
+  low, high = intervals.rate([1] + [0] * 7 + [0.5] * 13)
+  assert (2 * low - 1, 2 * high - 1) == pytest.approx((-0.517, -0.026), abs=5e-4)
+  # All drawn: n (2 p - 1)^2 = z^2 (2 p - 1) (1 - (2 p - 1)), so 2 p - 1 = z^2 / (n + z^2).
+  side = 1.96**2 / (20 + 1.96**2) / 2
+  assert intervals.rate([0.5] * 20) == pytest.approx((0.5 - side, 0.5 + side), abs=1e-9)
 
 
-def covered(make, truth, runs):
-  """The share of runs whose interval holds the truth."""
-  found = [make(np.random.default_rng(seed)) for seed in range(runs)]
-  return np.mean([low <= truth <= high for low, high in found])
+@pytest.mark.parametrize('wins, draws, losses', [(3, 5, 2), (0, 9, 1), (12, 30, 8), (40, 4, 0)])
+def test_the_ends_of_an_interval_are_at_1_96_standard_errors(wins, draws, losses):
+  """At each end p, shares of that win rate that a numerical search finds the likeliest."""
+  n = wins + draws + losses
+  mean = (wins + draws / 2) / n
+  for p in intervals.rate([1] * wins + [0.5] * draws + [0] * losses):
+    if p in (0, 1):
+      continue
+
+    def likelihood(lost, p=p):
+      shares = lost + 2 * p - 1, 2 - 2 * p - 2 * lost, lost
+      return -sum(k * math.log(max(share, 1e-300))
+                  for k, share in zip((wins, draws, losses), shares) if k)
+
+    lost = optimize.minimize_scalar(
+        likelihood, bounds=(max(0, 1 - 2 * p), 1 - p), method='bounded', options={'xatol': 1e-12}).x
+    variance = (lost + 2 * p - 1) * (1 - p) ** 2 + (2 - 2 * p - 2 * lost) * (0.5 - p) ** 2 + lost * p**2
+    assert abs(mean - p) / math.sqrt(variance / n) == pytest.approx(1.96, abs=1e-3)
 
 
-def test_intervals_of_shared_prompts_hold_the_mean_as_often_as_they_say():
-  of = lambda prompts: lambda rng: intervals.bootstrap(*prompts(*clustered(rng)), resamples=200)
-  assert covered(of(lambda values, prompts: (values, prompts)), 0.0, 200) > 0.88
-  assert covered(of(lambda values, prompts: (values, None)), 0.0, 200) < 0.75
+def clustered(rng, *, between=1.0, within=1.0):
+  """Values [G * EACH] whose samples share an effect of their prompt, and the prompts."""
+  effects = rng.normal(0, between, G)
+  values = effects[:, None] + rng.normal(0, within, (G, EACH))
+  return values.reshape(-1), [f'p{i}' for i in range(G) for _ in range(EACH)]
 
 
-def wins(rng):
-  """Scores against a baseline of 0 that win 62 % of the time, alike for the samples of a prompt."""
-  values, prompts = clustered(rng, between=2.0)
-  return values + math.sqrt(5) * 0.3055, np.zeros_like(values), prompts  # P(N(0, 5) > -0.683) = 0.62
+def test_shared_prompts_lower_the_number_of_samples_that_count():
+  values, prompts = clustered(np.random.default_rng(1), between=2.0)
+  won = values > -0.5
+  p, error = won.mean(), intervals.standard_error(won, prompts)
+  assert intervals.rate(won, prompts) == wilson(
+      p, p * (1 - p) / error**2, stats.t.ppf(0.975, G - 1))
+  # The order of samples does not matter; taken for independent they say too much.
+  order = np.random.default_rng(0).permutation(won.size)
+  assert intervals.rate(won[order], [prompts[i] for i in order]) == pytest.approx(
+      intervals.rate(won, prompts), abs=1e-9)
+  assert np.ptp(intervals.rate(won, prompts)) > 2 * np.ptp(intervals.rate(won))
 
 
-def test_win_rates_of_shared_prompts_hold_the_rate_as_often_as_they_say():
-  def interval(rng, shared):
-    scores, baseline, prompts = wins(rng)
-    found = winrate.win_rate(scores, baseline, prompts=prompts if shared else None)
-    return found.low, found.high
-
-  assert covered(lambda rng: interval(rng, True), 0.62, 60) > 0.86
-  assert covered(lambda rng: interval(rng, False), 0.62, 60) < 0.75
+def test_samples_that_are_all_alike_are_as_many_as_prompts():
+  prompts = ['a', 'b', 'c', 'd'] * 20
+  assert intervals.rate([1.0] * 80, prompts) == wilson(1.0, 4, stats.t.ppf(0.975, 3))
+  # Prompts that are alike among themselves, but not inside, leave all samples.
+  even = np.repeat(range(20), 2).tolist()
+  assert intervals.rate([1.0, 0.0] * 20, even) == wilson(0.5, 40, stats.t.ppf(0.975, 19))
 
 
-def test_a_clean_sweep_of_few_prompts_is_a_few_trials():
-  sweep = winrate.win_rate([1.0] * 80, [0.0] * 80, prompts=['a', 'b', 'c', 'd'] * 20)
-  assert (sweep.low, sweep.high) == winrate.wilson(4, 4)
-  # Prompts that are alike among themselves leave the interval of independent pairs.
-  even = winrate.win_rate([1.0, -1.0] * 20, [0.0] * 40, prompts=np.repeat(range(20), 2).tolist())
-  assert (even.low, even.high) == winrate.wilson(20, 40)
+def games(policies, *, samples=EACH, seed=3):
+  """Outcomes of policies that answered G prompts, later ones better, and the prompts."""
+  rng = np.random.default_rng(seed)
+  scores, _ = coverage.answers_of(rng, G, samples, policies, 0.0)
+  scores = scores.reshape(-1, policies) + 0.4 * np.arange(policies)
+  pairs = list(itertools.combinations(range(policies), 2))
+  return ({pair: winrate.outcomes(*scores[:, pair].T, tolerance=0.2) for pair in pairs},
+          np.repeat(np.arange(G), samples).tolist())
 
 
-def test_ratings_from_prompts_against_the_analytic_error():
-  """Without shared prompts they are those of `ratings`; with them wider by the design effect."""
-  scores, baseline, prompts = wins(np.random.default_rng(3))
-  won = {('new', 'base'): winrate.outcomes(scores, baseline)}
-  [first, second] = [elo.ratings_of_outcomes(won, p, anchor='base')['new']
-                     for p in (list(range(len(prompts))), prompts)]
-  w = winrate.win_rate(scores, baseline)
-  plain = elo.ratings([elo.Match('new', 'base', w.wins, w.draws, w.losses)], anchor='base')['new']
-  assert first.elo == second.elo == pytest.approx(plain.elo, abs=1e-6)
-  assert first.se == pytest.approx(plain.se, rel=0.1)
-  # d elo = 400 / ln 10 / (p (1 - p)) d p.
-  error = intervals.standard_error(won['new', 'base'], prompts)
-  assert second.se == pytest.approx(
-      elo.POINTS_PER_LOGIT * error / (w.rate * (1 - w.rate)), rel=0.12)
-  assert second.low < second.elo - 1.5 * second.se and second.high > second.elo + 1.5 * second.se
-  assert second.se > 1.8 * first.se
+def test_ratings_of_two_policies_have_the_error_of_their_win_rate():
+  won, prompts = games(2)
+  for owners, z in ((list(range(len(prompts))), 1.96), (prompts, stats.t.ppf(0.975, G - 1))):
+    found = elo.ratings_of_outcomes(won, owners, anchor=0, prior_draws=0)[1]
+    p, error = won[0, 1].mean(), intervals.standard_error(won[0, 1], owners)
+    # d elo = 400 / ln 10 / (p (1 - p)) d p.
+    assert found.se == pytest.approx(elo.POINTS_PER_LOGIT * error / (p * (1 - p)), rel=1e-6)
+    assert found.high - found.elo == found.elo - found.low == pytest.approx(z * found.se)
 
 
-def test_the_anchor_has_no_error():
-  won = {('a', 'b'): np.array([1, 0.5, 0, 1.0]), ('b', 'c'): np.array([0, 0, 1, 1.0]),
-         ('a', 'c'): np.array([1, 1, 0, 0.5])}
-  found = elo.ratings_of_outcomes(won, ['p', 'p', 'q', 'r'], anchor='b', resamples=50)
-  assert found['b'] == elo.Rating(1000.0, 1000.0, 1000.0, 0.0) and found['a'].se > 0
+@pytest.mark.parametrize('anchor', [0, None])
+def test_ratings_have_the_errors_of_a_bootstrap_of_prompts(anchor):
+  won, prompts = games(4)
+  found = elo.ratings_of_outcomes(won, prompts, anchor=anchor)
+  rng, drawn = np.random.default_rng(0), []
+  for _ in range(300):
+    rows = (rng.integers(G, size=G)[:, None] * EACH + np.arange(EACH)).reshape(-1)
+    matches = [elo.Match(*pair, x[rows].sum(), 0, (1 - x[rows]).sum()) for pair, x in won.items()]
+    drawn.append([rating.elo for rating in elo.ratings(matches, anchor=anchor).values()])
+  errors = [rating.se for rating in found.values()]
+  np.testing.assert_allclose(errors, np.std(drawn, axis=0), rtol=0.15, atol=1e-6)
+  assert (errors[0] == 0) == (anchor == 0)
+
+
+def test_a_policy_that_won_every_game_has_an_error():
+  sweep = elo.ratings_of_outcomes({('a', 'b'): np.ones(20)}, list(range(20)), anchor='b')['a']
+  # Odds 20.5 to 0.5: p = 41/42, I = 21 p (1 - p) = 0.4881. u of a prompt 1 - p = 1/42:
+  # 20/19 * 20/42^2 + (1/42^2 + (41/42)^2) / 4 = 0.2503; se = 173.72 sqrt(0.2503) / 0.4881 = 178.
+  assert sweep.se == pytest.approx(178.1, abs=0.2) and sweep.low < 1400 < sweep.high
+  one = elo.ratings_of_outcomes({('a', 'b'): np.ones(1)}, ['p'], anchor='b')
+  assert one == elo.ratings([elo.Match('a', 'b', 1, 0, 0)], anchor='b')
+
+
+CASES = [case for case in coverage.cases() if case[:3] in (
+    ('accuracy', 20, 'K = 2'), ('accuracy', 10, 'K = 9'), ('win rate', 10, '16 a prompt'),
+    ('win rate', 100, '1 a prompt, 9 of 10 draws'), ('Elo', 20, '2 policies, 4 a prompt'),
+    ('Elo', 10, '4 policies, 4 a prompt'), ('Elo', 20, '6 policies, 1 a prompt'), ('gold score', 10, '4 a prompt'))]
+
+
+@pytest.mark.parametrize('simulate', [case[3] for case in CASES],
+                         ids=[f'{name} {prompts} {words}' for name, prompts, words, _ in CASES])
+def test_intervals_hold_the_truth_as_often_as_they_say(simulate):
+  """95 % of 600 within 2.5 standard errors of 0.9 %."""
+  assert 0.928 <= coverage.coverage(simulate, 600)[0] <= 0.972
+
+
+@pytest.mark.slow
+def test_the_whole_table_is_that_of_the_page():
+  shown = [line.strip('| ').split(' | ') for line in PAGE.read_text().splitlines()
+           if line.startswith('| ') and '%' in line]
+  found = coverage.table(coverage.RUNS)
+  assert [row[:3] for row in found] == [row[:3] for row in shown]
+  for *words, held, _ in found:
+    assert 93 <= float(held.split()[0]) <= 97, (words, held)
+  for row, other in zip(found, shown, strict=True):
+    assert float(row[3].split()[0]) == pytest.approx(float(other[3].split()[0]), abs=0.3)

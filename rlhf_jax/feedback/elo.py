@@ -3,7 +3,9 @@
 Model (Bradley and Terry 1952): a beats b with probability 1 / (1 + 10^((R_b - R_a) / 400)), so 400
 points are odds of ten to one and one unit of log-odds is 400 / ln 10 = 173.7 points. A draw counts
 as half a win for each, as in Elo's own system; that overstates the variance, so the intervals that
-`ratings` gives matches with many draws are on the wide side; those of `ratings_of_outcomes` are not.
+`ratings` gives matches with many draws are wide; those of `ratings_of_outcomes` are not.
+
+Letters: G groups of games that share a prompt.
 """
 
 import dataclasses
@@ -95,39 +97,65 @@ def ratings(matches, *, anchor=None, level=1000.0, prior_draws=1.0):
   }
 
 
-def ratings_of_outcomes(outcomes, prompts, *, anchor=None, level=1000.0, prior_draws=1.0, resamples=500):
-  """Ratings of policies that answered the same prompts, with intervals from resampling prompts.
+def ratings_of_outcomes(outcomes, prompts, *, anchor=None, level=1000.0, prior_draws=1.0):
+  """Ratings of policies that answered the same prompts, with intervals over prompts.
 
-  `ratings` takes all games for independent. Here games share prompts, and a policy's answer is the same in
-  its games with all others.
+  `ratings` takes all games for independent. Here games share prompts, and a policy's answer is the
+  same in its games with all others. The covariance of the strengths is therefore the sandwich
+
+      I^-1 (G / (G - 1) sum_g u_g u_g^T + prior) I^-1
+
+  where I is the Fisher information and u_g the gradient of the log-likelihood of all games of
+  prompt g (Liang and Zeger 1986, https://doi.org/10.1093/biomet/73.1.13). An imaginary draw counts
+  as half a win and half a loss, each of a prompt of its own, so that a policy that won every game
+  has an error too. Intervals use the quantile of t where a prompt has several games.
 
   Args:
-    outcomes: {(first, second): [n] float, 1 where the first policy won, 0.5 at a draw, 0 where it lost}.
+    outcomes: {(first, second): [n] float, 1 where the first policy won, 0.5 at a draw, 0 where it
+      lost}.
     prompts: n prompts, see intervals.groups.
     anchor, level, prior_draws: see `ratings`.
-    resamples: their number.
 
   Returns:
-    {policy: Rating}; `se` is the deviation over resamples, `low` and `high` their 95 % percentiles.
+    {policy: Rating}; where each pair played one game, with the errors of `ratings`.
 
   Raises:
     UserError: see `ratings`.
   """
+  matches = [Match(*pair, won.sum(), 0, won.size - won.sum()) for pair, won in outcomes.items()]
+  found = ratings(matches, anchor=anchor, level=level, prior_draws=prior_draws)
   group = intervals.groups(prompts, len(prompts))
-  counts = np.bincount(group)
-  won = {pair: np.bincount(group, games) for pair, games in outcomes.items()}
+  if group.max() < 1:
+    return found
+  names = list(found)
+  strengths = np.array([rating.elo for rating in found.values()]) / POINTS_PER_LOGIT
+  information, spread = _spread(outcomes, group, names, strengths, prior_draws)
+  inverse = _covariance(information, None if anchor is None else names.index(anchor))
+  errors = POINTS_PER_LOGIT * np.sqrt(np.maximum(np.diag(inverse @ spread @ inverse), 0))
+  z = intervals.quantile(np.concatenate([group] * len(outcomes)))
+  return {
+    name: Rating(elo, float(elo - z * se), float(elo + z * se), float(se))
+    for name, elo, se in zip(names, POINTS_PER_LOGIT * strengths, errors, strict=True)
+  }
 
-  def rate(times):
-    games = times @ counts
-    matches = [Match(*pair, times @ points, 0, games - times @ points) for pair, points in won.items()]
-    return ratings(matches, anchor=anchor, level=level, prior_draws=prior_draws)
 
-  found = rate(np.ones_like(counts))
-  drawn = [rate(times) for times in intervals.resampled(counts.size, resamples=resamples)]
-  elos = {name: [draw[name].elo for draw in drawn] for name in found}
-  return {name: rating if name == anchor else Rating(
-      rating.elo, *intervals.percentiles(elos[name]), float(np.std(elos[name])))
-          for name, rating in found.items()}
+def _spread(outcomes, group, names, strengths, prior_draws):
+  """Fisher information and the spread of its score over prompts; see `ratings_of_outcomes`.
+
+  Returns:
+    Two [policies, policies] arrays.
+  """
+  scores = np.zeros((len(names), group.max() + 1))
+  information, prior = np.zeros((2, len(names), len(names)))
+  for (first, second), won in outcomes.items():
+    a, b = names.index(first), names.index(second)
+    side = (np.arange(len(names)) == a) * 1.0 - (np.arange(len(names)) == b)
+    chance = 1 / (1 + math.exp(strengths[b] - strengths[a]))
+    scores += np.outer(side, np.bincount(group, won - chance))
+    information += (won.size + prior_draws) * chance * (1 - chance) * np.outer(side, side)
+    prior += (prior_draws / 2) ** 2 * ((1 - chance) ** 2 + chance**2) * np.outer(side, side)
+  count = scores.shape[1]
+  return information, count / (count - 1) * scores @ scores.T + prior
 
 
 def _wins(matches, names, prior_draws):

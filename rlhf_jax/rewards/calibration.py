@@ -26,7 +26,7 @@ class Bin:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-  """Pair accuracy of a reward model with its 95 % bootstrap interval, and its calibration.
+  """Pair accuracy of a reward model with its 95 % interval, and its calibration.
 
   Attributes:
     count: pairs.
@@ -49,16 +49,14 @@ class Calibration:
   bins: tuple[Bin, ...]
 
 
-def pairwise(chosen, rejected, *, prompts=None, bins=10, resamples=1000, seed=0):
+def pairwise(chosen, rejected, *, prompts=None, bins=10):
   """Accuracy and calibration of scores of pairs.
 
   Args:
     chosen: [pairs] scores of the preferred responses.
     rejected: [pairs] scores of the others.
-    prompts: of the pairs; those of one prompt are resampled together. None for all different.
+    prompts: of the pairs; see intervals.rate. None for all different.
     bins: number of equal bins of the confidence over [0.5, 1].
-    resamples: of the bootstrap of the accuracy (percentile interval).
-    seed: of the bootstrap.
 
   Returns:
     Calibration.
@@ -76,7 +74,7 @@ def pairwise(chosen, rejected, *, prompts=None, bins=10, resamples=1000, seed=0)
     raise UserError('calibration: a score is not finite')
   margins = chosen - rejected
   right = margins > 0
-  low, high = intervals.bootstrap(right, prompts, resamples=resamples, seed=seed)
+  low, high = intervals.rate(right, prompts)
   table = reliability(1 / (1 + np.exp(-np.abs(margins))), right, bins=bins)
   return Calibration(
     count=margins.size,

@@ -97,7 +97,7 @@ def run(folder, *, reward_models, train, test, max_length):
                  'interval': f'[{found.accuracy_low:.3f}, {found.accuracy_high:.3f}]',
                  'by_fold': ' '.join(f'{np.mean(part > 0):.3f}' for part in parts),
                  'ece': round(found.ece, 3), 'pairs': found.count})
-  print(tables.stages_table(rows, title='Held-out pair accuracy, 95 % bootstrap interval'))
+  print(tables.stages_table(rows, title='Held-out pair accuracy, 95 % interval'))
   (folder / 'results.json').write_text(json.dumps(rows, indent=2))
 
 

@@ -184,9 +184,9 @@ def test_reward_model_by_numpy(world, tmp_path):
   gaps = np.array([score(ids(pair, 'chosen')) - score(ids(pair, 'rejected')) for pair in pairs])
   assert found['other/pairs'] == 18
   assert found['other/accuracy'] == pytest.approx(np.mean(gaps > 0))
-  interval = intervals.bootstrap(gaps > 0, [pair['prompt'] for pair in pairs])
+  interval = intervals.rate(gaps > 0, [pair['prompt'] for pair in pairs])
   assert (found['other/accuracy_low'], found['other/accuracy_high']) == interval
-  assert interval != intervals.bootstrap(gaps > 0)
+  assert interval != intervals.rate(gaps > 0)
   assert found['other/margin'] == pytest.approx(np.mean(gaps), abs=1e-5)
   assert found['other/loss'] == pytest.approx(np.mean(np.log1p(np.exp(-gaps))), rel=1e-4)
   confidence, ece = 1 / (1 + np.exp(-np.abs(gaps))), 0.0

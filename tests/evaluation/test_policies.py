@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax import intervals
 from rlhf_jax import metrics
 from rlhf_jax import models
 from rlhf_jax import policy as policy_lib
@@ -52,9 +53,12 @@ def test_errors_are_over_prompts_where_samples_share_one():
   rows, ratings = policies.compare(found, 'base')
   # Mean 1; sums of deviations 2 and -2: sqrt(2 / 1 * (4 + 4)) / 4 = 1.
   assert rows[1]['gold_se'] == pytest.approx(1.0)
-  # Prompt b alone wins half, prompt a all: resampling gives rates of 0.5, 0.75 and 1.
-  assert rows[1]['win_rate'] == 0.75 and rows[1]['win_high'] == 1.0
-  assert ratings['new'].low == pytest.approx(1000)  # b twice
+  # Prompt b wins half, prompt a all: sums of deviations 1/2 and -1/2, so the variance of the rate
+  # is 2 / 1 * (1/4 + 1/4) / 16 = 1/16 where that of 4 samples is 3/16 / 4: 3/4 of them count.
+  assert intervals.effective_size(np.array([1, 1, 1, 0]), np.array([0, 0, 1, 1])) == pytest.approx(3)
+  assert (rows[1]['win_low'], rows[1]['win_high']) == intervals.rate([1, 1, 1, 0], ['a', 'a', 'b', 'b'])
+  # t of one degree of freedom is 12.7.
+  assert ratings['new'].high - ratings['new'].elo == pytest.approx(12.706 * ratings['new'].se, rel=1e-3)
 
 
 def test_the_kl_of_greedy_answers_is_at_temperature_one(world):

@@ -1,31 +1,17 @@
-"""Win rates and Wilson's interval by hand."""
+"""Win rates by hand; their intervals are in test_intervals.py."""
 
 import pytest
 
+from rlhf_jax import intervals
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import winrate
-
-
-def test_wilson_by_hand():
-  # n = 10, p = 0.8, z = 2: centre (0.8 + 4/20) / 1.4 = 0.714286;
-  # half sqrt(0.16/10 + 4/400) * 2 / 1.4 = 2 * 0.161245 / 1.4 = 0.230350.
-  low, high = winrate.wilson(8, 10, z=2)
-  assert low == pytest.approx(0.483936, abs=1e-5)
-  assert high == pytest.approx(0.944636, abs=1e-5)
-
-
-def test_wilson_stays_within_0_and_1():
-  # p = 1: low = 1 / (1 + z²/n).
-  low, high = winrate.wilson(20, 20, z=2)
-  assert low == pytest.approx(1 / 1.2) and high == 1
-  assert winrate.wilson(0, 20)[0] == 0
 
 
 def test_draws_count_half():
   result = winrate.win_rate([2, 1, 3, 0], [1, 1, 1, 1])
   assert (result.wins, result.draws, result.losses) == (2, 1, 1)
   assert result.rate == 2.5 / 4
-  assert (result.low, result.high) == winrate.wilson(2.5, 4)
+  assert (result.low, result.high) == intervals.rate([1, 0.5, 1, 0])
 
 
 def test_tolerance_and_infinities():
