@@ -15,6 +15,10 @@ DISK = {
 }
 
 
+# Control characters but tab and line feed: what a terminal takes for commands.
+CONTROLS = re.compile(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]')
+
+
 class UserError(Exception):
   """Something in the command, the config or a file has to change; no bug in the code."""
 
@@ -39,6 +43,16 @@ class Interrupted(KeyboardInterrupt):
   def __init__(self, message, status):
     super().__init__(message)
     self.status = status
+
+
+def printable(text):
+  """Text for a terminal, its control characters spelled out: names and texts of others may hold them."""
+  return CONTROLS.sub(lambda found: f'\\x{ord(found.group()):02x}', text)
+
+
+def brief(text, most=200):
+  """The beginning of a text that may be long."""
+  return text if len(text) <= most else f'{text[:most]}... ({len(text)} characters)'
 
 
 def of_disk(error):

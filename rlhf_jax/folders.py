@@ -1,9 +1,23 @@
 """Which folder a model is in, where a user names that of a run."""
 
+import errno
 import json
+import os
 import pathlib
+import stat
 
 from rlhf_jax import errors
+
+MOST_BYTES = 512 * 2**20  # of a file that is read whole; the largest tokenizers have 40 MiB
+
+
+def check_file(path):
+  """Raises OSError where a file is no ordinary one, which may have no end, or too large to be read whole."""
+  found = os.stat(path)
+  if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+    raise OSError(errno.EINVAL, 'is a device or a pipe, not a file', os.fspath(path))
+  if found.st_size > MOST_BYTES:
+    raise OSError(errno.EFBIG, f'has {found.st_size} bytes, and at most {MOST_BYTES} are read', os.fspath(path))
 
 
 def model(path):
@@ -22,6 +36,7 @@ def model(path):
   """
   path = pathlib.Path(path)
   try:
+    check_file(path / 'config.json')
     fields = json.loads((path / 'config.json').read_text(encoding='utf-8'))
   except (OSError, ValueError, RecursionError):
     fields = {}

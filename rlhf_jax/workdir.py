@@ -134,10 +134,11 @@ def _json(path):
 
 def remove_leftovers(workdir):
   """Removes what an export or a checkpoint that was killed has left half written."""
-  for path in [*workdir.glob('.model.*'), *workdir.glob('checkpoints/*.orbax-checkpoint-tmp*'),
-               *workdir.glob('.*.copy'), *workdir.glob('.write-*'), *workdir.glob(f'.{LOCK}.*'),
+  for path in [*workdir.glob('.*.' + '[0-9a-f]' * 32),
+               *workdir.glob('checkpoints/*.orbax-checkpoint-tmp*'), *workdir.glob('.*.copy'),
+               *workdir.glob('.write-*'), *workdir.glob(f'.{LOCK}.*'),
                *workdir.glob('*.tmp')]:
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 @contextlib.contextmanager

@@ -111,8 +111,8 @@ def test_a_living_holder_beats(tmp_path, monkeypatch):
 def test_what_a_killed_run_left_half_written_is_removed(world, tmp_path):
   config = tiny.sft(world)
   config.steps = 1
-  for name in ('.model.0a1b/shard-00000', 'checkpoints/7.orbax-checkpoint-tmp/state/x', 'config.json.tmp',
-               'metrics.jsonl'):
+  for name in (f'.model.{"0a1b" * 8}/shard-00000', 'checkpoints/7.orbax-checkpoint-tmp/state/x',
+               'config.json.tmp', 'metrics.jsonl'):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text('')
   umask = os.umask(0o027)
@@ -123,3 +123,17 @@ def test_what_a_killed_run_left_half_written_is_removed(world, tmp_path):
   assert not [path for path in tmp_path.rglob('*') if 'tmp' in path.name or path.name.startswith('.')]
   modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / 'model').iterdir()}
   assert modes == {0o640} and stat.S_IMODE((tmp_path / 'model').stat().st_mode) == 0o750
+
+
+def test_the_next_start_removes_what_a_killed_export_leaves(tmp_path):
+  killed = subprocess.run([sys.executable, '-c', '''
+import os, sys
+from rlhf_jax.models import hf_files
+with hf_files.replacing(sys.argv[1]) as model, hf_files.replacing(sys.argv[2]) as adapter:
+  (model / 'config.json').touch()
+  os._exit(9)
+''', tmp_path / 'model', tmp_path / 'adapter'], capture_output=True, text=True, check=False)
+  assert killed.returncode == 9, killed.stderr
+  assert sorted(path.name.split('.')[1] for path in tmp_path.iterdir()) == ['adapter', 'model']
+  workdir_lib.remove_leftovers(tmp_path)
+  assert not list(tmp_path.iterdir())

@@ -5,6 +5,7 @@ its folders. What algorithms ask of a model stands in base.py: `init` and `summa
 `unembed`, `response_states`, `prefill` and `step` of those that write; of decoders also `forward`.
 """
 
+from rlhf_jax.errors import brief
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import families
 from rlhf_jax.models import stack
@@ -35,7 +36,7 @@ def create(fields, *, dtype='float32', remat='none', unroll=1):
   family = fields.get('family', fields.get('model_type'))
   for name, value, options in (('family', family, FAMILIES), ('dtype', dtype, DTYPES), ('remat', remat, stack.REMAT)):
     if value not in options:
-      raise UserError(f'model: {name}={value!r} is not supported; choose from {sorted(options)}')
+      raise UserError(f'model: {name}={brief(repr(value))} is not supported; choose from {sorted(options)}')
   if unroll is not None and unroll < 1:
     raise UserError(f'model: unroll={unroll} must be at least 1, or None')
   config = FAMILIES[family].Config.from_hf(fields)

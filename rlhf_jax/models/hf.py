@@ -14,8 +14,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
-import uuid
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +24,7 @@ from rlhf_jax import folders
 from rlhf_jax import models
 from rlhf_jax import processes
 from rlhf_jax import sharding
+from rlhf_jax.errors import brief
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import hf_arrays
 from rlhf_jax.models import hf_config
@@ -103,25 +102,17 @@ def save(path, model, params, *, tokenizer=None, head=None, max_shard_bytes=MAX_
       classifier with one label, without an unembedding.
     max_shard_bytes: largest safetensors file; a larger model becomes several with an index.
   """
-  path = pathlib.Path(path)
-  temporary = path.parent / f'.{path.name}.{uuid.uuid4().hex}'
   tensors = _tensors(model, params, head)
   if not processes.first():
     for _ in tensors:
       pass
   else:
-    temporary.mkdir(parents=True)
-    try:
-      hf_files.write(temporary, tensors, max_shard_bytes=max_shard_bytes)
+    with hf_files.replacing(path) as folder:
+      hf_files.write(folder, tensors, max_shard_bytes=max_shard_bytes)
       config = _config_json(model, params, tokenizer, head)
-      (temporary / 'config.json').write_text(json.dumps(config, indent=2, sort_keys=True) + '\n')
+      (folder / 'config.json').write_text(json.dumps(config, indent=2, sort_keys=True) + '\n')
       if tokenizer is not None:
-        tokenizer.save_pretrained(temporary)
-      hf_files.settle(temporary)
-      _replace(path, temporary)
-      hf_files.sync(path.parent)
-    finally:
-      shutil.rmtree(temporary, ignore_errors=True)
+        tokenizer.save_pretrained(folder)
   processes.wait()
 
 
@@ -160,11 +151,11 @@ def _check_architectures(file, found, module):
     return
   expected = module.ARCHITECTURE
   if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-    raise UserError(f'{file}: architectures={json.dumps(found)}: must be a list of names, like ["{expected}"]')
+    raise UserError(f'{file}: architectures={brief(json.dumps(found))}: must be a list of names, like ["{expected}"]')
   stem = re.split(r'For[A-Z]|LMHeadModel$', expected)[0]
   of_family = rf'{stem}(\w*Model|For\w+)|{module.CLASSIFIER}'
   if found and not any(re.fullmatch(of_family, name) for name in found):
-    raise UserError(f'{file}: architectures={json.dumps(found)} is not supported, or contradicts model_type, '
+    raise UserError(f'{file}: architectures={brief(json.dumps(found))} is not supported, or contradicts model_type, '
                     f'of which it would be "{expected}"; if the model is one, write that')
 
 
@@ -318,14 +309,3 @@ def _config_json(model, params, tokenizer, head):
     if given is not None and name not in model.config.kept_token_ids:
       config[name] = given
   return config
-
-
-def _replace(path, temporary):
-  """Puts the finished folder in place of an older one."""
-  if not path.exists():
-    temporary.rename(path)
-    return
-  old = path.parent / f'.{path.name}.{uuid.uuid4().hex}'
-  path.rename(old)
-  temporary.rename(path)
-  shutil.rmtree(old)

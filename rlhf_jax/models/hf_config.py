@@ -9,6 +9,7 @@ import json
 import math
 import operator
 
+from rlhf_jax import errors
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import layers
 
@@ -115,14 +116,15 @@ class Fields:
     """
     left = {name: value for name, value in self._fields.items() if name not in IRRELEVANT and value is not None}
     if left:
-      listed = ', '.join(f'{name}={json.dumps(value, default=str)}' for name, value in sorted(left.items()))
+      listed = ', '.join(f'{name}={errors.brief(json.dumps(value, default=str))}'
+                         for name, value in sorted(left.items())[:8])
       raise UserError(f'model config: fields that this model family does not know: {listed}. '
                       'Ignoring them could change what the model computes; remove them if they are not needed')
 
 
 def refusal(name, value, why):
   """The error for a field whose value is not supported."""
-  return UserError(f'model config: {name}={json.dumps(value, default=str)}: {why}')
+  return UserError(f'model config: {name}={errors.brief(json.dumps(value, default=str))}: {why}')
 
 
 def check_divides(values, part, whole, hint=''):

@@ -4,13 +4,16 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 from typing import NamedTuple
+import uuid
 
 import numpy as np
 from safetensors import safe_open
 from safetensors import SafetensorError
 import safetensors.numpy
 
+from rlhf_jax import folders
 from rlhf_jax.errors import UserError
 
 SINGLE = 'model.safetensors'
@@ -25,6 +28,7 @@ def read_json(path):
     UserError: no such file, or not a JSON object.
   """
   try:
+    folders.check_file(path)
     content = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
   except FileNotFoundError:
     raise UserError(f'{path}: no such file; a model folder holds config.json and safetensors files') from None
@@ -86,7 +90,7 @@ class Tensors:
     process. Double precision, which no parameter has, is read as float32.
     """
     entry = self._entries[name]
-    with _opened(entry.file) as file:
+    with opened(entry.file) as file:
       tensor = file.get_slice(entry.name)
       parts = [tensor[index] for index in indices]
       del tensor  # It keeps the file open as well.
@@ -102,10 +106,17 @@ class Tensors:
 
 
 @contextlib.contextmanager
-def _opened(file):
+def opened(file):
+  """A safetensors file, open; the library checks that its header fits its size.
+
+  Raises:
+    UserError: it cannot be read.
+  """
+  if file.exists() and not file.is_file():
+    raise UserError(f'{file}: cannot be read: it is a folder, a device or a pipe, not a file')
   try:
-    with safe_open(file, 'np') as opened:
-      yield opened
+    with safe_open(file, 'np') as tensors:
+      yield tensors
   except (OSError, SafetensorError) as error:
     raise UserError(f'{file}: cannot be read as safetensors ({error}); if it was cut off or is a placeholder '
                     'for the real file, copy or download it again') from None
@@ -144,10 +155,10 @@ def _weight_map(index):
 
 def _entries(file, listed):
   """The tensors of one file, checked against the names that the index lists for it (None: no index)."""
-  with _opened(file) as opened:
+  with opened(file) as tensors:
     entries = []
-    for name in opened.keys():
-      tensor = opened.get_slice(name)
+    for name in tensors.keys():
+      tensor = tensors.get_slice(name)
       entries.append(_Entry(file, name, tuple(tensor.get_shape()), tensor.get_dtype()))
   names = {entry.name for entry in entries}
   if listed is not None and names != listed:
@@ -192,6 +203,30 @@ def write(folder, tensors, *, max_shard_bytes):
     weight_map |= dict.fromkeys(names, final)
   index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
   (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + '\n')
+
+
+@contextlib.contextmanager
+def replacing(path):
+  """A folder to write to, in the place of `path` when the body ends, and removed where it raises.
+
+  What a killed process leaves has a name that `workdir.remove_leftovers` knows.
+  """
+  path = pathlib.Path(path)
+  temporary = path.parent / f'.{path.name}.{uuid.uuid4().hex}'
+  temporary.mkdir(parents=True)
+  try:
+    yield temporary
+    settle(temporary)
+    if path.exists():
+      old = path.parent / f'.{path.name}.{uuid.uuid4().hex}'
+      path.rename(old)
+      temporary.rename(path)
+      shutil.rmtree(old)
+    else:
+      temporary.rename(path)
+    sync(path.parent)
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def settle(folder):

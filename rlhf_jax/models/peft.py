@@ -9,11 +9,11 @@ Letters: L layers, I inputs, O outputs, r rank.
 """
 
 import json
+import math
 import pathlib
 import re
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from rlhf_jax import processes
@@ -66,11 +66,10 @@ def save(path, model, adapters):
         tensors[f'{module}.lora_{letter}.weight'] = np.ascontiguousarray(array.T)
   if not processes.first():
     return
-  path = pathlib.Path(path)
-  path.mkdir(parents=True, exist_ok=True)
-  safetensors.numpy.save_file(tensors, path / WEIGHTS, metadata={'format': 'pt'})
-  (path / CONFIG).write_text(json.dumps(_config(found, model.lora.rslora, fan_in_fan_out=not in_rows), indent=2) + '\n')
-  hf_files.settle(path)
+  config = _config(found, model.lora.rslora, fan_in_fan_out=not in_rows)
+  with hf_files.replacing(path) as folder:
+    safetensors.numpy.save_file(tensors, folder / WEIGHTS, metadata={'format': 'pt'})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
 
 
 def _config(found, rslora, *, fan_in_fan_out):
@@ -102,10 +101,7 @@ def load(path, model):
   path = pathlib.Path(path)
   config = hf_files.read_json(path / CONFIG)
   _check(path, config)
-  try:
-    tensors = safetensors.numpy.load_file(path / WEIGHTS)
-  except (OSError, safetensors.SafetensorError) as error:
-    raise UserError(f'{path / WEIGHTS}: cannot be read: {error}') from None
+  tensors = _tensors(path, model)
   rslora = bool(config.get('use_rslora'))
   shapes, targets, adapters = sharding.paths(model.shapes()), [], {}
   for name, members in _modules(model).items():
@@ -140,11 +136,40 @@ def load(path, model):
   return lora_lib.Lora(tuple(targets), rslora=rslora), adapters
 
 
+def _tensors(path, model):
+  """The adapter's arrays by name, read when the header says that they are no larger than the model's.
+
+  Raises:
+    UserError: no safetensors; or a tensor that is quantised, larger, or not finite.
+  """
+  if not (path / WEIGHTS).exists():
+    raise UserError(f'{path}: no {WEIGHTS}, only {sorted(entry.name for entry in path.iterdir())}; adapters of other '
+                    'kinds (adapter_model.bin, ...) have to be converted to safetensors first')
+  largest = max(math.prod(leaf.shape) for leaf in sharding.paths(model.shapes()).values())
+  with hf_files.opened(path / WEIGHTS) as file:
+    for name in file.keys():
+      part = file.get_slice(name)
+      if part.get_dtype() not in hf_files.FLOATS:
+        raise UserError(f'{path}: {name} is {part.get_dtype()}, which is not floating point; convert it first')
+      if len(part.get_shape()) != 2 or math.prod(part.get_shape()) > largest:
+        raise UserError(f'{path}: {name} has shape {tuple(part.get_shape())}, which no adapter of this model has')
+    tensors = {name: file.get_tensor(name) for name in file.keys()}
+  bad = sorted(name for name, array in tensors.items() if not np.isfinite(array).all())
+  if bad:
+    raise UserError(f'{path}: NaN or infinity in {", ".join(bad[:6])} ({len(bad)}); take another copy of the adapter')
+  return tensors
+
+
 def _check(path, config):
   """Refuses adapters that are not what lora.py computes."""
   if config.get('peft_type') != 'LORA' or config.get('bias', 'none') != 'none':
     raise UserError(f'{path / CONFIG}: peft_type={config.get("peft_type")!r} with bias={config.get("bias")!r}; '
                     "only 'LORA' with bias 'none' is supported")
+  pattern = config.get('alpha_pattern') or {}
+  alphas = [config.get('lora_alpha'), *(pattern.values() if isinstance(pattern, dict) else [pattern])]
+  if not all(isinstance(alpha, (int, float)) and math.isfinite(alpha) for alpha in alphas):
+    raise UserError(f'{path / CONFIG}: lora_alpha={config.get("lora_alpha")!r} with alpha_pattern={pattern!r}: must be a '
+                    'number, and a dict from regexes to numbers')
   other = {name: value for name, value in config.items() if name not in KNOWN and value}
   if other:
     raise UserError(f'{path / CONFIG}: {other} is not supported: the adapter would compute something else')
@@ -206,6 +231,10 @@ def _take(tensors, module):
 def _pattern(config, module):
   """The alpha of a module: of the first key of alpha_pattern that its name ends with, or the general one."""
   for key, alpha in (config.get('alpha_pattern') or {}).items():
-    if re.match(rf'(.*\.)?({key})$', module):
+    try:
+      found = re.match(rf'(.*\.)?({key})$', module)
+    except re.error as error:
+      raise UserError(f'{CONFIG}: alpha_pattern has the key {key!r}, which is no regex: {error}') from None
+    if found:
       return float(alpha)
   return float(config['lora_alpha'])

@@ -20,6 +20,7 @@ import numpy as np
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import hf_config
 
+MOST_WIDTH = 2**16  # of a head; that of a damaged config.json may ask for any memory
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
@@ -38,6 +39,8 @@ class Rope:
   kind = 'default'
 
   def __post_init__(self):
+    if self.head_width > MOST_WIDTH:
+      raise hf_config.refusal('head_dim', self.head_width, f'must be at most {MOST_WIDTH} for rotary positions')
     if 2 * len(self.exponents()) > self.head_width:
       raise hf_config.refusal('head_dim', self.head_width, 'must be even for rotary positions')
 
