@@ -75,7 +75,7 @@ def parse(argv, required=()):
       sys.exit(0)
     return arguments
   except (errors.UserError, flags.Error) as error:
-    sys.exit(f'error: {_plain(" ".join(str(error).split()))}')
+    sys.exit(f'error: {errors.printable(_plain(" ".join(str(error).split())))}')
   except OSError as error:
     path = next((arg.partition('=')[2] for arg in argv if re.match('--?config=', arg)), '')
     sys.exit(f'error: --config={path} cannot be read: name a file that exists, such as '

@@ -13,6 +13,7 @@ from absl import flags
 import jax
 
 from rlhf_jax import command_line
+from rlhf_jax import errors
 from rlhf_jax import policy as policy_lib
 from rlhf_jax import runtime
 
@@ -42,7 +43,8 @@ def main(argv):
         policy.read_prompts(_DATA.value) if _DATA.value else _PROMPT.value, jax.random.key(_SEED.value), max_new_tokens=_MAX_NEW_TOKENS.value,
         temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value,
         ignore_eos=_IGNORE_EOS.value, samples=_NUM_SAMPLES.value)
-    print('\n---\n'.join(p + r for p, r in zip(samples.prompts, samples.responses)))
+    text = '\n---\n'.join(p + r for p, r in zip(samples.prompts, samples.responses))
+    print(errors.printable(text) if sys.stdout.isatty() else text)
 
 
 if __name__ == '__main__':

@@ -112,7 +112,7 @@ def end(message, status, *, together=False):
     together: whether all processes end here; they then wait for each other.
   """
   if message:
-    print(message, file=sys.stderr)
+    print(errors.printable(message), file=sys.stderr)
   sys.stdout.flush()
   sys.stderr.flush()
   if together and jax.distributed.is_initialized():

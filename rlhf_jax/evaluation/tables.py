@@ -13,6 +13,8 @@ import rich.console
 import rich.markup
 import rich.table
 
+from rlhf_jax import errors
+
 _TITLES = {
   'stage': 'Stage',
   'gold': 'Gold score',
@@ -49,7 +51,7 @@ def _table(titles, cells, *, title, width):
   for i, name in enumerate(titles):
     table.add_column(name, justify='right' if i else 'left')
   for row in cells:
-    table.add_row(*map(rich.markup.escape, row))
+    table.add_row(*(rich.markup.escape(errors.printable(cell)) for cell in row))
   out = io.StringIO()
   rich.console.Console(file=out, width=width, color_system=None, highlight=False).print(table)
   return '\n'.join(line.rstrip() for line in out.getvalue().splitlines()).strip('\n')
