@@ -12,9 +12,11 @@ from typing import Any
 import jinja2
 import transformers
 
+from rlhf_jax.data import time_limit
 from rlhf_jax.errors import UserError
 
 Messages = list[dict[str, str]]
+TEMPLATE_SECONDS = 5  # for one conversation, which takes milliseconds
 
 ROLES = {'human': 'user', 'user': 'user', 'gpt': 'assistant', 'assistant': 'assistant',
          'system': 'system', 'tool': 'tool'}
@@ -132,9 +134,14 @@ def render(tokenizer: transformers.PreTrainedTokenizerFast | None, prompt: Seque
 
 def _apply(tokenizer, messages: Messages, *, add_generation_prompt: bool) -> str:
   try:
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    with time_limit.seconds(TEMPLATE_SECONDS):
+      return tokenizer.apply_chat_template(
+          messages, tokenize=False, add_generation_prompt=add_generation_prompt)
   except jinja2.TemplateSyntaxError as error:
     raise UserError(f'config.data.chat_template is not valid Jinja: {error}.') from error
-  except jinja2.TemplateError as error:
-    raise Malformed(f'the chat template rejects this conversation ({error})') from error
+  except time_limit.Exceeded:
+    raise UserError(f'the chat template took more than {TEMPLATE_SECONDS} s for one conversation, and was stopped. '
+                    'Set config.data.chat_template to one that ends.') from None
+  except Exception as error:  # a template is a program, which Jinja's sandbox keeps from harm and not from errors
+    kind = '' if isinstance(error, jinja2.TemplateError) else f'{type(error).__name__}: '
+    raise Malformed(f'the chat template rejects this conversation ({kind}{error})') from error

@@ -40,6 +40,8 @@ from rlhf_jax.errors import UserError
 
 PAD, BOS, EOS = '<|pad|>', '<|bos|>', '<|eos|>'
 BYTES = 256
+REMEDY = ('It must hold tokenizer.json, or vocab.json and merges.txt, of a tokenizer that needs no code of '
+          'its own: nothing that a folder brings is run')
 TOGETHER = 4096  # texts given to a backend at a time, between which a progress bar moves
 
 
@@ -62,14 +64,27 @@ def load(path: str) -> transformers.PreTrainedTokenizerFast:
     raise UserError(f'{path}: no such folder. A tokenizer is a folder with tokenizer.json in it '
                     '(or vocab.json and merges.txt).')
   files = set(os.listdir(path))
+  kind = transformers.AutoTokenizer
+  if 'tokenizer.json' not in files and {'vocab.json', 'merges.txt'} <= files:
+    kind = transformers.GPT2TokenizerFast
   try:
-    if 'tokenizer.json' not in files and {'vocab.json', 'merges.txt'} <= files:
-      tokenizer = transformers.GPT2TokenizerFast.from_pretrained(path, local_files_only=True)
-    else:
-      tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-  except Exception as error:  # transformers raises many kinds for a folder it cannot use.
+    for name in files:
+      if name.endswith(('.json', '.txt', '.jinja', '.model')):
+        folders.check_file(os.path.join(path, name))
+    tokenizer = kind.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    tokenizer('a')
+  except (KeyboardInterrupt, SystemExit):
+    raise
+  except BaseException as error:  # transformers raises many kinds, and tokenizers panics, which is no Exception
     raise UserError(f'{path}: no tokenizer can be loaded from this folder, which holds '
-                    f'{sorted(files)} ({error}).') from error
+                    f'{sorted(files)} ({str(error).strip().partition(chr(10))[0]}). {REMEDY}') from None
+  if largest >= 2**31:
+    raise UserError(f'{path}: the tokenizer has ids up to {largest}, and ids must be below 2^31. {REMEDY}')
+  template = tokenizer.chat_template
+  if not all(isinstance(text, str) for text in (template.values() if isinstance(template, dict) else [template or ''])):
+    raise UserError(f'{path}: chat_template must be text, and is of type {type(template).__name__}. Mend it in '
+                    'tokenizer_config.json.')
   if not tokenizer.is_fast:
     raise UserError(f'{path}: only tokenizers with a tokenizer.json are supported. Load it with '
                     'transformers, convert it to a fast one and save that.')
