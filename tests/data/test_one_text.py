@@ -246,6 +246,29 @@ def test_sampling_reads_the_same_prompts(drawn, folder, tmp_path, monkeypatch, c
   assert len(again) > 400 and all(row in right for row in again)
 
 
+class Rows:
+  """In place of policies.Scorer: scores are lengths, and the rows are kept."""
+
+  def __init__(self, policy):
+    self.policy, self.read = policy, []
+
+  def rows(self, tokens, mask):
+    self.read += [t[m].tolist() for t, m in zip(tokens, mask)]
+    return mask.sum(1).astype(np.float32)
+
+
+def test_calibration_reads_the_same_comparisons(drawn, folder, tmp_path):
+  tokenizer, records, _ = drawn
+  pairs = [r for r in records if len(r[2]) > 1]
+  sources.write(tmp_path / 'pairs.jsonl', [fields for fields, _, _ in pairs])
+  model, params = hf.load(folder)
+  scorer = Rows(policy_lib.TextPolicy(model, params, tokenizer))
+  gaps, prompts = policies.pair_gaps(scorer, str(tmp_path / 'pairs.jsonl'))
+  right = [[ids + alone(tokenizer, answer) for answer in answers] for _, ids, answers in pairs]
+  assert scorer.read[:2 * len(pairs)] == sum(right, [])
+  assert gaps.tolist() == [len(a) - len(b) for a, b in right] and len(prompts) == len(pairs) > 200
+
+
 def test_evaluators_read_the_same_prompts(drawn, folder):
   tokenizer, records, path = drawn
   model, params = hf.load(folder)

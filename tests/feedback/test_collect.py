@@ -22,6 +22,37 @@ def words(prompt, response):
   return float(len(response.split()))
 
 
+def run(folder, world, **changes):
+  settings = dict(
+      policy=str(world / 'model'), prompts=str(world / 'prompts.jsonl'), pairs=12, held_out=6,
+      max_new_tokens=4, temperature=1.0, gold=f'{__name__}:words', annotator_count=2,
+      annotator_temperature=0.5, label_noise=0.0, disagreement=0.0, seed=0)
+  collect.run(folder, **(settings | changes))
+
+
+@pytest.mark.parametrize('distinct', [40, 4])
+def test_held_out_comparisons_are_of_other_prompts(distinct, world, tmp_path):
+  asked = [record['prompt'] for record in rows(world / 'prompts.jsonl')][:distinct]
+  sources.write(tmp_path / 'prompts.jsonl', [{'prompt': asked[i % distinct]} for i in range(40)])
+  run(tmp_path, world, prompts=str(tmp_path / 'prompts.jsonl'))
+  train, test = rows(tmp_path / 'comparisons.jsonl'), rows(tmp_path / 'held_out.jsonl')
+  known, new = ({record['prompt'] for record in part} for part in (train, test))
+  assert not known & new and len(train) > 6 and 1 < len(test) <= 6
+  assert len(known | new) == 4 if distinct == 4 else len(known) == len(train)
+
+
+def test_prompts_are_split_in_their_order_and_share():
+  assert collect.split_prompts(list('abcdef'), 4, 2) == [list('abcd'), list('ef')]
+  assert collect.split_prompts(list('abcdef'), 2, 1) == [list('ab'), list('e')]
+  assert collect.split_prompts(list('aab'), 4, 2) == [list('aaaa'), list('bb')]
+  assert collect.split_prompts(list('abcabc'), 6, 3) == [list('abab') + list('ab'), list('ccc')]
+  assert collect.split_prompts(list('abc'), 90, 1) == [list('ab') * 45, ['c']]
+  assert collect.split_prompts(['a'], 2, 0) == [['a', 'a'], []]
+  assert collect.split_prompts(['a'], 0, 2) == [[], ['a', 'a']]
+  with pytest.raises(errors.UserError, match='pairs=1 and held_out=1 comparisons, and only one prompt'):
+    collect.split_prompts(['a', 'a'], 1, 1)
+
+
 def best_of(folder, world, **changes):
   settings = dict(
       policy=str(world / 'model'), prompts=str(world / 'prompts.jsonl'), count=20, held_out=3,
@@ -46,6 +77,15 @@ def test_the_best_of_the_answers_that_end(world, tmp_path):
   samples = rows(tmp_path / 'samples.jsonl')
   assert len(samples) == 20  # whether they end or not
   assert any(record['completion'].split()[-1] != END for record in samples)
+
+
+def test_held_out_labels_are_of_other_prompts(world, tmp_path):
+  asked = [record['prompt'] for record in rows(world / 'prompts.jsonl')][:5]
+  sources.write(tmp_path / 'prompts.jsonl', [{'prompt': asked[i % 5]} for i in range(20)])
+  best_of(tmp_path, world, prompts=str(tmp_path / 'prompts.jsonl'))
+  known, new = ({record['prompt'] for record in rows(tmp_path / name)}
+                for name in ('labels.jsonl', 'held_out.jsonl'))
+  assert known and new and not known & new
 
 
 def test_labels_are_comparisons(world, tmp_path):
