@@ -100,7 +100,7 @@ def data():
       'kind': 'text',           # for sft: 'text' (packed) or 'completion'
       'max_length': 128,        # tokens of an example
       'on_error': 'stop',       # 'stop' at a malformed record or 'skip' and count it
-      'chat_template': placeholder(str),    # jinja template, where the tokenizer has none
+      'chat_template': placeholder(str),    # jinja template in place of the tokenizer's; None: its own
   }
 
 

@@ -343,6 +343,7 @@ BAD_ON_POLICY = [
     ({'rl.missing_eos_value': -math.inf}, 'config.rl.missing_eos_value=-inf must be a finite number'),
     ({'rl.epochs': True}, 'config.rl.epochs=True must be a whole number'),
     ({'data.held_out_path': 'x'}, "config.data has no key 'held_out_path'"),
+    ({'ptx.chat_template': 'hh'}, "config.ptx has no key 'chat_template'"),
     ({'evals': {'x': {'kind': 'loss'}}}, "config.evals.x.kind='loss' needs an algorithm with a held-out loss"),
     ({'rl.clip_low': 2.0}, 'config.rl.clip_low=2.0 must be in [0, 1]'),
     ({'rl.dual_clip': 0.5}, 'config.rl.dual_clip=0.5 must be above 1, or None'),

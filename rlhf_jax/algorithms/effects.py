@@ -32,7 +32,7 @@ TABLE = (
     ('rl.clip_low rl.clip_high rl.dual_clip rl.value_clip', 'rl.minibatches',
      lambda count, config: count == config.rl.epochs == 1 and config.rl.behaviour == 'forward',
      'with config.rl.epochs=1 too there is one update a rollout, at which the ratio is 1'),
-    ('ptx.path ptx.split ptx.columns ptx.separator ptx.kind ptx.max_length ptx.on_error ptx.chat_template',
+    ('ptx.path ptx.split ptx.columns ptx.separator ptx.kind ptx.max_length ptx.on_error',
      'rl.ptx_coef', (0,), 'no pretraining is mixed in'),
     # PPO.
     ('rl.kl_target rl.kl_horizon', 'rl.kl_controller', ('fixed',), 'config.rl.kl_coef stays as it is'),

@@ -135,9 +135,11 @@ def config(algorithm, settings):
       'max_concurrent': placeholder(int),   # responses sampled at a time, by continuous batching; None: all
       'gather_weights': False,  # over 'fsdp' once a rollout, not once a token; with max_concurrent always
   })
-  found.ptx = ml_collections.ConfigDict(config_lib.data() | {
+  ptx = config_lib.data() | {
       'batch_size': placeholder(int),   # pretraining examples an iteration, shared out over minibatches
-  })
+  }
+  del ptx['chat_template']  # the tokenizer has one, from data.chat_template
+  found.ptx = ml_collections.ConfigDict(ptx)
   found.warn = on_policy_warnings.config()
   found.rl = ml_collections.ConfigDict({
       f.name: placeholder(float) if f.default is None else f.default
