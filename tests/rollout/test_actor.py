@@ -10,7 +10,11 @@ import pytest
 from rlhf_jax import metrics
 from rlhf_jax import sharding
 from rlhf_jax import types
+from rlhf_jax.algorithms import on_policy
+from rlhf_jax.algorithms import setup
+from rlhf_jax.models import hf
 from rlhf_jax.rollout import actor as actor_lib
+import tiny
 
 SLOW = 0.3  # seconds that an update is made to take; the other parts take a few milliseconds
 PARAMS = np.ones((64, 64), np.float32)
@@ -89,3 +93,29 @@ def test_a_step_that_is_not_timed_does_not_wait(actor, update):
   rollout, _, found = actor(params, None, timed=False)
   assert time.perf_counter() - started < SLOW / 2 and not params.is_ready()
   assert found == {} and jax.block_until_ready(rollout) is not None
+
+
+def test_rewards_see_the_prompts_that_the_policy_sees(world):
+  config = tiny.ppo(world)
+  config.data.update({'on_long': 'truncate_left', 'max_prompt_length': 3})
+  config.sampling.samples = 2
+  tokenizer = setup.load_tokenizer(config)
+  model, params = hf.load(world / 'model')
+  mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
+  scored = []
+
+  def score(rollout, examples):
+    scored.extend(examples)
+    return np.zeros(len(examples), np.float32)
+
+  with jax.set_mesh(mesh):
+    examples, iterator, _ = on_policy.read_prompts(config, tokenizer, model)
+    act = on_policy.make_actor(config, tokenizer, model, examples, iterator, score, mesh)
+    rollout, _, _ = act(params, jax.random.key(0), timed=False)
+  read = zip(np.asarray(rollout.tokens)[:, :3], np.asarray(rollout.mask)[:, :3])
+  seen = [' '.join(f'w{token - 4}' for token in row[mask][1:]) for row, mask in read]  # without BOS
+  assert [example.prompt for example in scored] == seen
+  whole = [examples[example.metadata['number']].prompt for example in scored]
+  assert all(text.endswith(left) for text, left in zip(whole, seen))
+  assert sum(text != left for text, left in zip(whole, seen)) > 4
+  assert [s['prompt'] for s in act.samples(tokenizer, {})] == seen
