@@ -61,7 +61,7 @@ def common(algorithm):
       'tokenizer': placeholder(str),    # folder; None: the model's
       'data': data() | {
           'epochs': placeholder(float),         # passes over the data; or set steps
-          'held_out': placeholder(float),       # share of the examples kept for evaluation
+          'held_out': placeholder(float),       # share of the examples kept for evaluation, by prompt
           'held_out_path': placeholder(str),    # or a data set of its own
       },
       'optim': {
