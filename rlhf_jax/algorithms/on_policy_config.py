@@ -116,7 +116,7 @@ def config(algorithm, settings):
       'kind': 'prompt',
       'epochs': placeholder(float),     # passes over the prompts; or set steps
       'max_prompt_length': 64,  # tokens
-      'on_long': 'error',       # a prompt beyond that: 'error', 'drop', or 'truncate_left': rewards see the rest
+      'on_long': 'error',       # a longer prompt: 'error', 'drop' or 'truncate_left', also for rewards
   }
   del data['max_length']
   found.data = ml_collections.ConfigDict(data)

@@ -43,10 +43,11 @@ def write(
   Raises:
     UserError: no query is left for training, or see `queries`.
   """
-  examples, _ = formats.texts(sources.read(path))
-  texts = [e if isinstance(e, str) else e.prompt + e.completion for e in examples]
+  loaded = tokenizers.load(tokenizer)
+  examples, _ = formats.texts(sources.read(path), tokenizer=loaded)
+  documents = [e if isinstance(e, str) else e.prompt + e.completion for e in examples]
   found, report = queries(
-    texts, tokenizers.load(tokenizer), length=length, start_text=start_text, end_text=end_text
+    documents, loaded, length=length, start_text=start_text, end_text=end_text
   )
   logging.info('queries: %s', report)
   texts = [prefix + query.prompt + suffix for query in found]

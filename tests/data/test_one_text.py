@@ -239,6 +239,9 @@ def test_sampling_reads_the_same_prompts(drawn, folder, tmp_path, monkeypatch, c
   flags.FLAGS.mark_as_parsed()
   with flagsaver.flagsaver(model=str(folder), data=path, max_new_tokens=1):
     generate.main(['generate'])
+  with flagsaver.as_parsed(model=str(folder), data=path, prompt=['a']):
+    with pytest.raises(SystemExit, match='--prompt and --data: give one of them'):
+      generate.main(['generate'])
   assert asked.pop() == right and not asked
   # What is collected is read as texts: they give the tokens again.
   rows = [json.loads(line)['prompt'] for line in (tmp_path / 'samples.jsonl').read_text().splitlines()]
