@@ -137,6 +137,10 @@ class Gathered(Iterator[types.LMBatch]):
   def __next__(self) -> types.LMBatch:
     return next(self._batches)
 
+  def close(self) -> None:
+    """Stops making batches."""
+    self._batches.close()
+
   def get_state(self) -> dict[str, Any]:
     """The places of all lanes."""
     places = np.zeros((len(self._held), 3), np.int32)

@@ -1,0 +1,326 @@
+"""Examples that are read and tokenized as they are drawn give what those kept in memory give."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tracemalloc
+
+import jax
+import numpy as np
+import pytest
+import quick
+
+from rlhf_jax import sharding
+from rlhf_jax.data import formats
+from rlhf_jax.data import lanes
+from rlhf_jax.data import packing
+from rlhf_jax.data import pipelines
+from rlhf_jax.data import rows
+from rlhf_jax.data import sources
+from rlhf_jax.data import stored
+from rlhf_jax.data import tokenizers
+from rlhf_jax.errors import UserError
+import tiny
+
+CONVERT = {'completion': formats.completions, 'pairs': formats.completions, 'comparison': formats.comparisons,
+           'prompt': formats.prompts, 'text': formats.texts}
+
+
+@pytest.fixture(scope='module')
+def tokenizer(tmp_path_factory):
+  return tiny.write_tokenizer(tmp_path_factory.mktemp('words'))
+
+
+@pytest.fixture(scope='module')
+def path(tmp_path_factory):
+  """90 comparisons, of which those whose number divides by 9 cannot be used."""
+  records = [{'prompt': tiny.text(i, 1 + i % 4), 'chosen': tiny.text(i, 2 + i % 5) if i % 9 else ' ',
+              'rejected': tiny.text(3 * i + 1, 3), 'margin': i} for i in range(90)]
+  return str(tiny.write_jsonl(tmp_path_factory.mktemp('data') / 'a.jsonl', records))
+
+
+def set_large(monkeypatch):
+  """All data count as more than fit the memory."""
+  for module, name in ((stored, 'SMALL'), (formats, 'SMALL'), (rows, 'KEPT'), (pipelines, 'FEW')):
+    monkeypatch.setattr(module, name, 0)
+  monkeypatch.setattr(rows, 'SAMPLE_TOKENS', 200)
+  monkeypatch.setattr(rows, 'SAMPLE', 16)
+  monkeypatch.setattr(rows, 'TOGETHER', 8)
+
+
+def make(kind, path, tokenizer, what='iterator', **changes):
+  examples, _ = CONVERT[kind](sources.read(path))
+  sizes = {'prompt': {'max_prompt_length': 8}, 'text': {'length': 16}}.get(kind, {'max_length': 16})
+  sizes |= {'seed': 3} if what == 'iterator' else {}
+  sizes |= {'pairs': True} if kind == 'pairs' else {}
+  function = getattr(pipelines, f'{dict(text="lm", pairs="completion").get(kind, kind)}_{what}')
+  return function(examples, tokenizer, **{'batch_size': 8} | sizes | changes)
+
+
+def assert_equal(found, expected):
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize('kind', ['completion', 'pairs', 'comparison', 'prompt'])
+def test_batches_drawn_from_disk_are_those_of_memory(kind, path, tokenizer, monkeypatch):
+  iterator, count = make(kind, path, tokenizer)
+  expected, whole = [next(iterator) for _ in range(25)], make(kind, path, tokenizer, 'batches')
+  assert isinstance(whole, list)
+  set_large(monkeypatch)
+  streamed, streamed_count = make(kind, path, tokenizer)
+  assert streamed_count == count == (90 if kind == 'prompt' else 80)
+  assert_equal([next(streamed) for _ in range(25)], expected)  # more than two epochs
+  again, _ = make(kind, path, tokenizer)
+  again.set_state({'next_index': 20})
+  assert_equal([next(again) for _ in range(5)], expected[20:])
+  batches = make(kind, path, tokenizer, 'batches')
+  for _ in range(2):
+    assert_equal(list(batches), whole)
+
+
+def test_nothing_is_kept_of_what_is_drawn(path, tokenizer, monkeypatch):
+  set_large(monkeypatch)
+  examples, _ = formats.completions(sources.read(path))
+  assert rows.answered(examples, tokenizer, max_length=16).all is None
+  train, held_out = pipelines.split(examples, holdout=0.25, seed=0)
+  assert len(held_out) == 20 and sorted(map(str, [*train, *held_out])) == sorted(map(str, examples))
+  assert not isinstance(train, list) and not isinstance(held_out, list)
+  listed = pipelines.split(list(examples), holdout=0.25, seed=0)
+  assert (list(train), list(held_out)) == listed
+
+
+def test_memory_does_not_grow_with_the_data(tokenizer, tmp_path, monkeypatch):
+  """The peak of Python's and NumPy's memory until a batch is there, of 1.3 and of 13 MB."""
+  set_large(monkeypatch)
+  monkeypatch.setattr(stored, 'CHUNK', 2**16)
+  peaks = []
+  for count in (1000, 1000, 10_000):  # the first time modules and caches come in
+    path = str(tiny.write_jsonl(tmp_path / f'{count}.jsonl', [
+        {'prompt': 'w1 ' * 100, 'completion': 'w2 ' * 330, 'number': i} for i in range(count)]))
+    tracemalloc.start()
+    iterator, found = make('completion', path, tokenizer, max_length=512)
+    next(iterator)
+    peaks.append(tracemalloc.get_traced_memory()[1])
+    tracemalloc.stop()
+    assert found == count
+    iterator.close()
+  assert os.path.getsize(path) > 13e6 and peaks[2] < 1.2 * peaks[1] < 1e6, peaks
+
+
+def test_what_is_said_of_a_sample(path, tokenizer, monkeypatch, caplog):
+  set_large(monkeypatch)
+  with caplog.at_level(logging.WARNING):
+    make('completion', path, tokenizer, max_length=4)
+  (line,) = [message for message in caplog.messages if 'lost' in message]
+  assert line.startswith('of a sample of 16 examples, ')
+
+
+@pytest.mark.parametrize('on_long, complaint', [
+    ('error', r'prompt 3 \(.*a\.jsonl:4\) has 5 tokens, more than'), ('drop', ''), ('truncate_left', '')])
+def test_long_prompts_of_large_data(on_long, complaint, path, tokenizer, monkeypatch):
+  settings = {'max_prompt_length': 4, 'on_long': on_long}
+  if not complaint:
+    expected = make('prompt', path, tokenizer, 'batches', **settings)
+  set_large(monkeypatch)
+  if complaint:
+    with pytest.raises(UserError, match=complaint):
+      make('prompt', path, tokenizer, **settings)
+  else:
+    assert_equal(list(make('prompt', path, tokenizer, 'batches', **settings)), expected)
+    _, count = make('prompt', path, tokenizer, **settings)
+    assert count == (90 if on_long == 'truncate_left' else 68)
+
+
+# Packing.
+
+
+def documents_of(batches):
+  """The documents of packed batches, as tuples of ids."""
+  return [tuple(batch.tokens[row][batch.segments[row] == segment].tolist()) for batch in batches
+          for row in range(len(batch.tokens)) for segment in range(1, batch.segments[row].max() + 1)]
+
+
+def test_lanes_hold_every_document_once_an_epoch(tokenizer, tmp_path, monkeypatch):
+  """Of 60 different texts, in batches of 4 rows of 16, until each lane has read some epochs."""
+  path = str(tiny.write_jsonl(tmp_path / 'a.jsonl', [
+      {'text': f'w{i} ' + tiny.text(i, i % 9)} for i in range(60)]))
+  whole = [tuple(ids.tolist()) for ids in map(lambda row: row.prompt, rows.texts(
+      formats.texts(sources.read(path))[0], tokenizer).all)]
+  set_large(monkeypatch)
+  monkeypatch.setattr(lanes, 'AHEAD', 0)  # windows of LEAST rows
+  iterator, count = make('text', path, tokenizer, batch_size=4)
+  tokens = sum(map(len, whole))
+  assert tokens / 16 <= count <= 1.4 * tokens / 16
+  batches = [next(iterator) for _ in range(12 * count // 4)]
+  found = documents_of(batches)
+  assert set(found) == set(whole)
+  # 12 epochs, as the sample makes them; a lane may be ahead of another, by a window that is not all given.
+  counts = np.array([found.count(document) for document in whole])
+  assert counts.max() - counts.min() <= 2 and abs(counts.mean() - 12) < 1.5, counts
+  fill = np.mean([batch.segments > 0 for batch in batches])
+  kept = packing.pack([np.array(document) for document in whole], length=16, pad_id=0)
+  assert fill > np.mean(kept.segments > 0) - 0.09
+
+
+def test_a_lane_reads_its_own_documents_in_order(tokenizer):
+  """By hand: lane 1 of 3 reads documents 1, 4, 7, ..., as many as fill two rows of 4 tokens."""
+  read = lambda numbers: [np.full(2, number, np.int32) for number in numbers]
+  lane = lanes.Lane(read, 1, 3, length=4, window=2, mean=2.0, seed=0)
+  rows_found = [[int(piece[0]) for piece in lane.row()] for _ in range(4)]
+  assert sorted(rows_found[:2]) == [[1, 4], [7, 10]] and sorted(rows_found[2:]) == [[13, 16], [19, 22]]
+  assert lane.place == (4, 2)
+  lane.place = (0, 1)
+  assert [[int(piece[0]) for piece in lane.row()] for _ in range(3)] == rows_found[1:]
+
+
+@pytest.mark.parametrize('steps', [0, 1, 7, 30])
+def test_lanes_resume_at_the_exact_row(steps, path, tokenizer, monkeypatch):
+  set_large(monkeypatch)
+  monkeypatch.setattr(lanes, 'AHEAD', 0)
+  iterator, _ = make('text', path, tokenizer)
+  for _ in range(steps):
+    next(iterator)
+  state = json.loads(json.dumps(iterator.get_state()))
+  expected = [next(iterator) for _ in range(6)]
+  again, _ = make('text', path, tokenizer)
+  again.set_state(state)
+  assert_equal([next(again) for _ in range(6)], expected)
+  iterator.set_state(state)  # Back, too.
+  assert_equal([next(iterator) for _ in range(6)], expected)
+  other, _ = make('text', path, tokenizer, batch_size=4)
+  with pytest.raises(ValueError, match='batches of 8 rows, not 4'):
+    other.set_state(state)
+
+
+def test_held_out_texts_are_all_there(path, tokenizer, monkeypatch):
+  counted = lambda batches: [jax.tree.map(lambda array: array[valid], batch) for batch, valid in batches]
+  expected = sorted(documents_of(counted(make('text', path, tokenizer, 'batches', batch_size=3))))
+  set_large(monkeypatch)
+  monkeypatch.setattr(pipelines, 'PACKED_BATCHES', 2)
+  batches = make('text', path, tokenizer, 'batches', batch_size=3)
+  found = list(batches)
+  assert sorted(documents_of(counted(found))) == expected and {len(batch.tokens) for batch, _ in found} == {3}
+  assert not found[-1][0].loss_mask[~found[-1][1]].any()
+
+
+# Several processes.
+
+
+def test_local_rows():
+  """Of eight devices here all; without a mesh, and of rows that do not divide, all too."""
+  assert sharding.local_rows(5).all()
+  with jax.set_mesh(sharding.make_mesh({'data': 4, 'fsdp': 2})):
+    assert sharding.local_rows(16).all() and sharding.local_rows(5).all()
+
+
+WORKER = '''
+import json, os, sys
+import jax
+import numpy as np
+jax.distributed.initialize(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+from rlhf_jax import processes, sharding
+from rlhf_jax.data import tokenizers
+import test_streaming
+class Patch:
+  def setattr(self, module, name, value):
+    setattr(module, name, value)
+test_streaming.set_large(Patch())
+tokenizer, path, folder = tokenizers.load(sys.argv[4]), sys.argv[5], sys.argv[6]
+mesh = sharding.make_mesh({'data': 4})
+with jax.set_mesh(mesh):
+  held = sharding.local_rows(8)
+  for kind in ('text', 'completion', 'prompt'):
+    read = []
+    record = test_streaming.stored.Lines.record
+    iterator, _ = test_streaming.make(kind, path, tokenizer)
+    test_streaming.stored.Lines.record = lambda self, index: read.append(index) or record(self, index)
+    state = f'{folder}/{kind}.json'
+    if os.path.exists(state):
+      iterator.set_state(json.load(open(state)))
+    batches = []
+    for _ in range(5):
+      batch = next(iterator)
+      batch = batch[0] if kind == 'prompt' else batch
+      # As the train step sees it: all rows from wherever they lie.
+      batches.append([processes.host(array) for array in jax.tree.leaves(sharding.put_rows(batch, mesh))])
+    test_streaming.stored.Lines.record = record
+    place = iterator.get_state()
+    if jax.process_index() == 0:
+      json.dump(place, open(state, 'w'))
+      name = f'{folder}/{kind}-{len([n for n in os.listdir(folder) if n.startswith(kind + "-")])}.npz'
+      np.savez(name, *[np.stack(leaves) for leaves in zip(*batches)])
+    print(kind, int(held.sum()), len(set(read)), flush=True)
+    processes.wait()
+'''
+
+
+def run_workers(count, devices, port, tokenizer_path, path, folder):
+  """Each worker draws five batches of each kind and saves them with the iterators' states."""
+  root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+  environment = os.environ | {
+      'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': os.pathsep.join([os.path.dirname(root), root, os.path.join(root, 'data')]),
+      'XLA_FLAGS': f'{quick.FLAGS} --xla_force_host_platform_device_count={devices}'}
+  workers = [subprocess.Popen(
+      [sys.executable, '-c', WORKER, f'localhost:{port}', str(count), str(number), tokenizer_path, path, str(folder)],
+      env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for number in range(count)]
+  outputs = [worker.communicate(timeout=300) for worker in workers]
+  assert all(worker.returncode == 0 for worker in workers), [error[-2000:] for _, error in outputs]
+  return [[line.split() for line in output.splitlines() if line.split()[:1][0] in CONVERT] for output, _ in outputs]
+
+
+def test_a_process_reads_and_makes_its_own_rows(path, tokenizer, monkeypatch):
+  """Four quarters of the rows, each made without the others, are the batches."""
+  set_large(monkeypatch)
+  for kind in ('completion', 'prompt', 'text'):
+    whole = [next(iterator) for iterator in [make(kind, path, tokenizer)[0]] for _ in range(6)]
+    drawn, record = [], formats.lazy.Examples.record
+    for quarter in range(4):
+      mine = np.arange(8) // 2 == quarter
+      monkeypatch.setattr(sharding, 'local_rows', lambda rows: mine)
+      iterator, _ = make(kind, path, tokenizer)
+      seen = []
+      monkeypatch.setattr(formats.lazy.Examples, 'record', lambda self, index: seen.append(index) or record(self, index))
+      found = [next(iterator) for _ in range(6)]
+      iterator.close()
+      monkeypatch.setattr(formats.lazy.Examples, 'record', record)
+      drawn.append(len(seen))
+      if kind == 'prompt':
+        assert_equal([indices for _, indices in found], [indices for _, indices in whole])
+        found = [batch for batch, _ in found]
+      expected = [batch for batch, _ in whole] if kind == 'prompt' else whole
+      rows_of = lambda batches: [jax.tree.map(lambda array: array[mine], batch) for batch in batches]
+      assert_equal(rows_of(found), rows_of(expected))
+    if kind != 'text':  # with up to four batches more, which are made ahead; windows of texts have more
+      assert all(12 <= count <= 2 * 11 for count in drawn), drawn
+    monkeypatch.undo()
+    set_large(monkeypatch)
+
+
+@pytest.mark.slow
+def test_four_processes_read_a_quarter_each_and_two_resume(tokenizer, path, tmp_path):
+  """Four processes give the batches of one bit for bit; two resume where they stopped, at the exact row."""
+  import socket
+  ports = []
+  for _ in range(2):
+    with socket.socket() as probe:
+      probe.bind(('localhost', 0))
+      ports.append(probe.getsockname()[1])
+  folder = tmp_path / 'states'
+  folder.mkdir()
+  tokenizer.save_pretrained(tmp_path / 'words')
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    set_large(monkeypatch)
+    iterators = {kind: make(kind, path, tokenizer)[0] for kind in ('text', 'completion', 'prompt')}
+    expected = {kind: [next(iterator) for _ in range(10)] for kind, iterator in iterators.items()}
+  said = run_workers(4, 1, ports[0], str(tmp_path / 'words'), path, folder)
+  for lines in said:
+    assert [(kind, held) for kind, held, _ in lines] == [('text', '2'), ('completion', '2'), ('prompt', '2')]
+  run_workers(2, 2, ports[1], str(tmp_path / 'words'), path, folder)
+  for kind, batches in expected.items():
+    batches = [batch[0] for batch in batches] if kind == 'prompt' else batches
+    for part in range(2):
+      found = np.load(folder / f'{kind}-{part}.npz')
+      leaves = [np.stack(arrays) for arrays in zip(*map(jax.tree.leaves, batches[5 * part:5 * part + 5]))]
+      assert_equal([found[name] for name in found.files], leaves)
