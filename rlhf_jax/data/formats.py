@@ -47,6 +47,7 @@ counted in either case.
 from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
+import functools
 import json
 import re
 from typing import Any, TypeVar
@@ -84,6 +85,9 @@ EMPTY_PROMPT = 'empty prompt'
 
 LARGEST = float(np.finfo(np.float32).max)  # number: they become float32
 PLACES = 1000  # of one reason that a report names
+# Records that are rendered with the chat template before the first batch: of large data no more, as
+# it takes some 40 microseconds a message.
+RENDERED = 10_000
 SMALL = 2**25  # bytes of records whose examples are kept in memory
 # An error of `sources`: the place, and what is wrong without its particulars.
 UNREADABLE = re.compile(r'(.*?:(?:row |item )?\d+): (.*?)(?: \(|[,;] |\. |\.?$)', re.DOTALL)
@@ -220,6 +224,7 @@ def _convert(records: Sequence[Record], one: Callable[[Fields, Tokenizer | None]
   if on_error not in ('stop', 'skip'):
     raise UserError(f"config.data.on_error is {on_error!r}; it must be 'stop' or 'skip'.")
   few = (getattr(records, 'size', None) or 0) <= SMALL
+  outline = tokenizer if few or tokenizer is None else _Outline(tokenizer)
   examples, kept, tally = [], np.zeros(len(records), bool), _Tally()
   for index in progress.bar(range(len(records)), 'reading records', 'records'):
     try:
@@ -231,16 +236,13 @@ def _convert(records: Sequence[Record], one: Callable[[Fields, Tokenizer | None]
       tally.add(problem, place)
       continue
     try:
-      example = _example(record, one, tokenizer)
+      example = _example(record, one, tokenizer if index < RENDERED else outline)
     except _Useless as error:
       tally.add(str(error), record.where)
     except _Fault as error:
-      field, problem, remedy = error.args
-      if record.untyped and isinstance(error, _Missing) and not NAMES & record.fields.keys():
-        remedy = f'The first row of the file must name the columns. {remedy}'
       if on_error == 'stop':
-        raise DataError(f'{record.where}: field {field!r}: {problem}. {remedy} Or set '
-                        "config.data.on_error='skip' to leave such records out.") from error
+        raise _complaint(record, error) from error
+      field, problem, _ = error.args
       tally.add(f'{field}: {problem}', record.where)
     else:
       kept[index] = True
@@ -254,7 +256,41 @@ def _convert(records: Sequence[Record], one: Callable[[Fields, Tokenizer | None]
     raise UserError(f'no record of the data can be used: {report}')
   if few:
     return examples, report
-  return lazy.Examples(records, kept, lambda record: _example(record, one, tokenizer)), report
+  make = functools.partial(_drawn, one=one, tokenizer=tokenizer)
+  return lazy.Examples(records, kept, make, skip=on_error == 'skip'), report
+
+
+def _complaint(record: Record, fault: _Fault) -> DataError:
+  field, problem, remedy = fault.args
+  if record.untyped and isinstance(fault, _Missing) and not NAMES & record.fields.keys():
+    remedy = f'The first row of the file must name the columns. {remedy}'
+  return DataError(f'{record.where}: field {field!r}: {problem}. {remedy} Or set '
+                   "config.data.on_error='skip' to leave such records out.")
+
+
+def _drawn(record: Record, *, one: Callable[[Fields, Tokenizer | None], Example],
+           tokenizer: Tokenizer | None) -> Example:
+  """An example again; raises DataError where the record has changed, or the template rejects it."""
+  try:
+    return _example(record, one, tokenizer)
+  except _Useless as error:
+    raise DataError(f'{record.where}: {error}, and it was not when the data were checked. Start anew.') from error
+  except _Fault as error:
+    raise _complaint(record, error) from error
+
+
+class _Outline:
+  """A tokenizer whose chat template takes no time, to check large data with before they are drawn."""
+
+  eos_token = None
+
+  def __init__(self, tokenizer: Tokenizer):
+    self.chat_template = tokenizer.chat_template
+
+  def apply_chat_template(self, messages: chat.Messages, *, tokenize: bool, add_generation_prompt: bool) -> str:
+    """The roles and texts."""
+    del tokenize
+    return ''.join(f'{m["role"]}:{m["content"]}\n' for m in messages) + 'assistant:' * add_generation_prompt
 
 
 class _Tally:

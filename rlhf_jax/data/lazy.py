@@ -4,21 +4,29 @@ from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
 
+from absl import logging
 import numpy as np
+
+from rlhf_jax.errors import DataError
+
+SKIPPED = 100  # examples in a row that cannot be made
+SAID = 20  # of those that are named
 
 
 class Examples(Sequence):
   """Examples made of the records that are kept."""
 
-  def __init__(self, records: Sequence[Any], kept: np.ndarray, make: Callable[[Any], Any]):
+  def __init__(self, records: Sequence[Any], kept: np.ndarray, make: Callable[[Any], Any], *,
+               skip: bool = False):
     """Takes what makes them.
 
     Args:
       records: as `sources.read` gives them.
       kept: bool [number of records].
-      make: record to example.
+      make: record to example, or DataError.
+      skip: whether the next example takes the place of one that cannot be made.
     """
-    self._records, self._make = records, make
+    self._records, self._make, self._skip = records, make, skip
     self._kept = range(len(kept)) if kept.all() else np.flatnonzero(kept)
 
   def __len__(self):
@@ -27,7 +35,14 @@ class Examples(Sequence):
   def __getitem__(self, index):
     if isinstance(index, slice):
       return Chosen(self, range(*index.indices(len(self))))
-    return self._make(self.record(index))
+    first = range(len(self))[index]
+    for other in range(first, first + SKIPPED + 1):
+      try:
+        return self._make(self.record(other % len(self)))
+      except DataError as error:
+        if not self._skip or other == first + SKIPPED:
+          raise
+        logging.log_first_n(logging.WARNING, '%s The next record takes its place.', SAID, error)
 
   def record(self, index: int) -> Any:
     """The record that example `index` is made of."""

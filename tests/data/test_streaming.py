@@ -21,6 +21,7 @@ from rlhf_jax.data import rows
 from rlhf_jax.data import sources
 from rlhf_jax.data import stored
 from rlhf_jax.data import tokenizers
+from rlhf_jax.errors import DataError
 from rlhf_jax.errors import UserError
 import tiny
 
@@ -131,6 +132,30 @@ def test_long_prompts_of_large_data(on_long, complaint, path, tokenizer, monkeyp
     assert_equal(list(make('prompt', path, tokenizer, 'batches', **settings)), expected)
     _, count = make('prompt', path, tokenizer, **settings)
     assert count == (90 if on_long == 'truncate_left' else 68)
+
+
+def test_templates_reject_what_is_drawn(tokenizer, tmp_path, monkeypatch, caplog):
+  """Of large data only the first conversations are rendered before the first batch."""
+  turns = lambda *roles: {'messages': [{'role': role, 'content': f'w{n}'} for n, role in enumerate(roles)]}
+  good, bad = turns('user', 'assistant'), turns('user', 'user', 'assistant')
+  path = str(tiny.write_jsonl(tmp_path / 'a.jsonl', [good, good, bad, turns('user', 'assistant', 'user', 'assistant')]))
+  tokenizer.save_pretrained(tmp_path / 'words')
+  chatty = tokenizers.load(str(tmp_path / 'words'))
+  chatty.chat_template = (
+      "{% for m in messages %}{% if m['role'] != ['user', 'assistant'][loop.index0 % 2] %}"
+      "{{ raise_exception('roles must alternate') }}{% endif %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+      "{% if add_generation_prompt %}assistant {% endif %}")
+  set_large(monkeypatch)
+  with pytest.raises(DataError, match=r'a\.jsonl:3: .*roles must alternate'):
+    formats.completions(sources.read(path), tokenizer=chatty)
+  monkeypatch.setattr(formats, 'RENDERED', 2)
+  examples, _ = formats.completions(sources.read(path), tokenizer=chatty)
+  assert len(examples) == 4 and examples[0].prompt == 'user w0 assistant '
+  with pytest.raises(DataError, match=r'a\.jsonl:3: .*roles must alternate'):
+    examples[2]
+  examples, _ = formats.completions(sources.read(path), tokenizer=chatty, on_error='skip')
+  assert examples[2] == examples[3] and examples[-1].prompt == 'user w0 assistant w1 user w2 assistant '
+  assert [m for m in caplog.messages if 'a.jsonl:3' in m and m.endswith('The next record takes its place.')]
 
 
 # Packing.
