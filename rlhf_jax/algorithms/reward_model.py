@@ -278,7 +278,7 @@ def normalization_batches(config, examples, tokenizer, sizes):
     data.path = config.preference.normalize_path
     completions = setup.read_examples(data, formats.completions, tokenizer)
     examples = [formats.Comparison(e.prompt, (e.completion,), (0,)) for e in completions]
-  return [batch for batch, _ in pipelines.comparison_batches(examples, tokenizer, **sizes)]
+  return (batch for batch, _ in pipelines.comparison_batches(examples, tokenizer, **sizes))
 
 
 def held_out_loss(batches, prompts, frozen, *, judge, rated, mesh):

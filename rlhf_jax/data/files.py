@@ -1,9 +1,10 @@
 """Records of one file: JSONL, JSON, CSV, TSV or text, these also with .gz, Parquet or ArrayRecord.
 
-JSONL, Parquet and ArrayRecord are read from disk when a record is asked for, see `stored`; of the
-others all records are in memory.
+JSONL, Parquet, ArrayRecord and large texts of a line each are read from disk when a record is asked
+for, see `stored`; of the others all records are in memory.
 """
 
+import codecs
 from collections.abc import Iterator
 import csv
 import functools
@@ -74,6 +75,8 @@ def read(file: str, split: str, separator: str, format: str | None) -> stored.Re
     return stored.Listed([*_json(file, split)])
   if format in DELIMITERS:
     return stored.Listed([*_csv(file, DELIMITERS[format])])
+  if separator == '\n' and not file.lower().endswith('.gz') and os.path.getsize(file) > stored.SMALL:
+    return _text_lines(file)
   return stored.Listed([*_text(file, separator)])
 
 
@@ -258,6 +261,18 @@ def _text(file: str, separator: str) -> Iterator[Record | DataError]:
       too_long = stored.too_long(len(piece))
       yield DataError(f'{where}: {too_long}') if too_long else Record({'text': piece.strip('\n')}, where)
     number += piece.count('\n') + separator.count('\n')
+
+
+def _text_lines(file: str) -> stored.Records:
+  """As `_text`, of lines that stay on disk."""
+  decoder, encoding = codecs.getincrementaldecoder('utf-8')(), 'utf-8-sig'
+  try:
+    for part in _parts(file):
+      decoder.decode(part)
+    decoder.decode(b'', final=True)
+  except UnicodeDecodeError:
+    encoding = 'latin-1'
+  return stored.Lines(file, lambda line: {'text': line.decode(encoding).replace('\r\n', '\n').strip('\n')})
 
 
 def _decode(content: bytes) -> str:

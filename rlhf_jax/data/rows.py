@@ -69,7 +69,7 @@ class Rows:
     if whole:
       self.all = self.sample
     elif sum(row.tokens + BESIDES for row in self.sample) * len(examples) <= KEPT * len(self.sample):
-      self.all = self.sample = encode(examples)
+      self.all = self.sample = encode(list(examples))
 
   def _draw(self) -> tuple[list[Row], bool]:
     """Rows of a sample, and whether they are all there are."""

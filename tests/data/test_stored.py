@@ -132,6 +132,15 @@ def test_large_files_hold_what_small_ones_do(name, tmp_path, request):
   assert len(hidden(tmp_path)) == {'a.jsonl': 1, 'a.jsonl.gz': 2, 'a.parquet': 1, 'a.arrayrecord': 0}[name]
 
 
+@pytest.mark.parametrize('content', [
+    ' one\r\n\n  \ntwo  \n', '\ufeffa\n\u2028b', b'caf\xe9 one\nna\xefve\x85 two\n'], ids=['plain', 'mark', 'latin'])
+def test_large_texts_hold_what_small_ones_do(content, tmp_path, request):
+  path = write(tmp_path / 'a.txt', content)
+  small = list(sources.read(path))
+  request.getfixturevalue('large')
+  assert list(sources.read(path)) == small and len(small) == 2
+
+
 def test_a_directory_of_large_files(large, tmp_path):
   for name in 'ab':
     write(tmp_path / f'{name}.jsonl', ''.join(f'{{"text": "{name}{i}"}}\n' for i in range(3)))
