@@ -11,7 +11,9 @@ import transformers
 
 from rlhf_jax import errors
 from rlhf_jax import models
+from rlhf_jax import optim
 from rlhf_jax import sharding
+from rlhf_jax import types
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.data import tokenizers
 from rlhf_jax.models import heads
@@ -296,3 +298,94 @@ def test_transformers_gives_the_scores_that_we_give(fields, world, tmp_path):
   assert np.ptp(found) > 0.05
   # PPO still gives it the policy's tokens.
   assert learned.same_tokenizer(tokenizers.load(tmp_path / 'model'), tokenizer)
+
+
+def test_each_row_loses_tokens_of_its_own():
+  kept = np.asarray(reward_model.drop_tokens(jax.random.key(0), jnp.ones((4, 3, 40), bool), 0.5))
+  assert len({tuple(row) for row in kept.reshape(12, 40).tolist()}) == 12
+
+
+def test_each_step_loses_tokens_of_its_own(llama):
+  """The same parameters and rows at another step have another loss, at the same step the same."""
+  model, params = llama
+  step = jax.jit(functools.partial(
+      reward_model.train_step, model=model, optimizers={'reward': None}, microbatch_size=0,
+      settings=dataclasses.replace(PLAIN, token_dropout=0.5)))
+  state = types.TrainState(
+      step=jnp.int32(0), key=jax.random.key(0), params={'reward': params},
+      opt_state={'reward': None})
+  first, second, again = (
+      float(step(state.replace(step=jnp.int32(number)), {}, comparisons())[1]['loss'])
+      for number in (0, 1, 0))
+  assert first == again != second
+
+
+@pytest.fixture(scope='module')
+def from_config(world, tmp_path_factory):
+  """Two steps with every key that a batch, a loss or a head depends on.
+
+  Returns:
+    Score (params, tokens of one row) -> float, the texts normalized on, the first batch, parameters
+    and loss, the last state, and the exported parameters.
+  """
+  folder = tmp_path_factory.mktemp('from_config')
+  texts = [{'prompt': tiny.text(i, 2), 'completion': tiny.text(7 * i + 3, 1 + i % 4)}
+           for i in range(20)]
+  config = tiny.reward_model(world)
+  config.data.held_out, config.optim.ema = None, 0.9
+  config.preference.update({
+      'label_smoothing': 0.2, 'centering': 0.1, 'append_eos': False, 'normalize': 'gain_bias',
+      'normalize_path': str(tiny.write_jsonl(folder / 'texts.jsonl', texts))})
+  mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    learner, state = reward_model.create(config, mesh)
+    start = jax.device_get(state.params['reward'])
+    (frozen, first), _ = learner.next_batch(state, timed=False)
+    state, metrics = learner.train_step(state, frozen, first)
+    state, _ = learner.train_step(state, *learner.next_batch(state, timed=False)[0])
+    learner.export(state, folder / 'model')
+  model, exported = hf.load_reward(folder / 'model')
+  jitted = jax.jit(functools.partial(scoring.score, model=model))
+
+  def score(params, row):
+    padded = np.pad(np.array([row], np.int32), ((0, 0), (0, 16 - len(row))))
+    return float(jitted(params, padded, np.arange(16)[None] < len(row))[0])
+
+  return score, texts, jax.device_get(first), start, float(metrics['loss']), state, exported
+
+
+def ids(text):
+  return [4 + int(word[1:]) for word in text.split()]
+
+
+def test_scores_are_normalized_before_the_first_step_and_after_the_last(from_config):
+  """On the texts of their own, which end without an EOS."""
+  score, texts, _, start, _, _, exported = from_config
+  for params in (start, exported):
+    values = [score(params, [tiny.BOS, *ids(text['prompt']), *ids(text['completion'])])
+              for text in texts]
+    np.testing.assert_allclose([np.mean(values), np.std(values)], [0, 1], atol=1e-4)
+
+
+def test_the_first_loss_of_a_config_by_loop(from_config):
+  score, _, batch, start, loss, _, _ = from_config
+  total = 0.0
+  for rows, masks in zip(batch.tokens, batch.mask):
+    chosen, rejected = (row[mask].tolist() for row, mask in zip(rows, masks))
+    assert tiny.EOS not in chosen + rejected
+    better, worse = score(start, chosen), score(start, rejected)
+    gap = better - worse
+    total += 0.8 * np.logaddexp(0, -gap) + 0.2 * np.logaddexp(0, gap) + 0.1 * (better + worse) ** 2
+  assert loss == pytest.approx(total / 16, rel=1e-4)
+
+
+def test_a_reward_model_is_exported_as_its_moving_average(from_config):
+  *_, state, exported = from_config
+  average, now = optim.moving_average(state.opt_state['reward']), state.params['reward']
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6),
+               exported['backbone'], average['backbone'])
+  embedding = lambda params: params['backbone']['embed']['embedding']
+  assert np.abs(embedding(exported) - embedding(now)).max() > 1e-4
+  # The head is the average's too, but for gain and bias.
+  gain = exported['head']['kernel'] / average['head']['kernel']
+  np.testing.assert_allclose(gain, np.full(gain.shape, np.mean(gain)), rtol=1e-4)
