@@ -1,5 +1,7 @@
 """The comparison of policies, the judge, and cross-validated baselines."""
 
+import functools
+import json
 import math
 
 import jax
@@ -129,3 +131,124 @@ def test_bag_of_words_baseline_ranks_unseen_pairs():
   train = [(f'kind words {i}', f'rude words {i}') for i in range(30)]
   gaps = hh.bag_of_words(train, [('kind soul', 'rude soul'), ('rude', 'kind')])
   assert gaps[0] > 0 > gaps[1]
+
+
+COUNT, SLOTS, BEST_OF, TEMPERATURE = 12, 5, 4, 0.7
+SAMPLED = dict(max_new_tokens=SLOTS, temperature=TEMPERATURE, truncate_at='w5', truncate_after=1)
+
+
+def mean_word(prompt, response):
+  """A gold score: the mean number of the words."""
+  del prompt
+  return float(np.mean([int(word[1:]) for word in response.split()] or [0]))
+
+
+def ids(text):
+  return [4 + int(word[1:]) for word in text.split()]
+
+
+def padded(row):
+  """One row of tokens and its mask, [1, 16] each."""
+  tokens = np.pad(np.array([row], np.int32), ((0, 0), (0, 16 - len(row))))
+  return tokens, np.arange(16)[None] < len(row)
+
+
+@pytest.fixture(scope='module')
+def proxy(world):
+  """The reward model's score of a row of tokens, alone and without padding in front."""
+  model, params = hf.load_reward(world / 'reward')
+  score = jax.jit(functools.partial(scoring.score, params, model=model))
+  return lambda row: float(score(*padded(row))[0])
+
+
+@pytest.fixture(scope='module')
+def compared(world, tmp_path_factory):
+  """A whole evaluation of two policies: its results and its folder."""
+  folder, model = tmp_path_factory.mktemp('compared'), models.create(tiny.LLAMA)
+  hf.save(folder / 'ppo' / 'model', model, model.init(jax.random.key(9)),
+          tokenizer=tiny.write_tokenizer(folder / 'ppo' / 'model'))
+  metrics.Writer(folder / 'ppo').close()
+  (folder / 'config.json').write_text('{}')
+  policies.run(
+      folder, title='Two', summary='', workdir=folder,
+      policies=(('base', str(world / 'model')), ('ppo', str(folder / 'ppo'))), baseline='base',
+      trained='ppo', best_of=BEST_OF, reward_model=str(world / 'reward'),
+      comparisons=str(world / 'comparisons.jsonl'), prompts=str(world / 'prompts.jsonl'),
+      samples=COUNT, gold=f'{__name__}:mean_word', gold_path='', curves=('ppo',), seed=3, **SAMPLED)
+  return json.loads((folder / 'results.json').read_text()), folder
+
+
+def rows_of(samples):
+  """The tokens of each sample without padding."""
+  rollout = samples.rollout
+  return [tokens[mask].tolist() for tokens, mask in zip(rollout.tokens, rollout.mask)]
+
+
+def test_the_best_of_n_is_the_best_by_the_reward_model(compared, world, proxy):
+  """Of the samples drawn with the last of the keys, one for each policy and this one."""
+  base = policy_lib.TextPolicy.load(world / 'model')
+  samples = base.sample([tiny.text(7 * i, 1 + i % 5) for i in range(COUNT)],
+                        jax.random.split(jax.random.key(3), 3)[-1], samples=BEST_OF, **SAMPLED)
+  scores = np.reshape([proxy(row) for row in rows_of(samples)], (COUNT, BEST_OF))
+  gold = np.reshape([mean_word('', text) for text in samples.responses], (COUNT, BEST_OF))
+  best = scores.argmax(axis=1)
+  names = [row['stage'] for row in compared[0]['stages']]
+  assert names == ['base', f'best of {BEST_OF}', 'ppo']
+  row = compared[0]['stages'][1]
+  assert row['proxy'] == pytest.approx(scores.max(axis=1).mean(), abs=1e-5)
+  assert row['gold'] == pytest.approx(gold[np.arange(COUNT), best].mean())
+  assert row['kl'] == pytest.approx(math.log(4) - 3 / 4)  # Stiennon et al. 2020, appendix G.3
+
+
+def test_the_kl_is_of_the_policy_from_the_baseline(compared, world):
+  """Of the policy's own answers, at the temperature of their sampling, row by row."""
+  loaded = [policy_lib.TextPolicy.load(path) for path in (compared[1] / 'ppo', world / 'model')]
+  samples = loaded[0].sample([tiny.text(7 * i, 1 + i % 5) for i in range(COUNT)],
+                             jax.random.split(jax.random.key(3), 3)[1], **SAMPLED)
+  total = 0.0
+  for sign, policy in zip((1, -1), loaded):
+    logits = jax.jit(lambda tokens, mask, policy=policy: policy.model.unembed(
+        policy.params, policy.model.forward(
+            policy.params, tokens, np.arange(16)[None], mask.astype(np.int32))[0]))
+    for row, real in zip(rows_of(samples), samples.rollout.response_mask):
+      scores = np.asarray(logits(*padded(row)), np.float64)[0] / TEMPERATURE
+      for t in range(len(row) - real.sum(), len(row)):
+        total += sign * (scores[t - 1, row[t]] - np.log(np.exp(scores[t - 1]).sum()))
+  row = compared[0]['stages'][2]
+  assert row['kl'] == pytest.approx(total / COUNT, rel=1e-3) and abs(row['kl']) > 0.05
+  assert row['kl_per_token'] == pytest.approx(
+      row['kl'] * COUNT / samples.rollout.response_mask.sum(), rel=1e-4)
+
+
+def test_comparisons_are_scored_as_answers_are(compared, world, proxy):
+  """Answers that a token ends have no EOS, so completions get none either."""
+  gaps = []
+  for line in (world / 'comparisons.jsonl').read_text().splitlines():
+    pair = json.loads(line)
+    chosen, rejected = (proxy([tiny.BOS, *ids(pair['prompt']), *ids(pair[side])])
+                        for side in ('chosen', 'rejected'))
+    gaps.append(chosen - rejected)
+  found = compared[0]['reward_model']
+  assert found['count'] == len(gaps) == 48
+  assert found['margin'] == pytest.approx(np.mean(gaps), abs=1e-5)
+  assert found['accuracy'] == pytest.approx(np.mean(np.array(gaps) > 0))
+
+
+def test_each_gap_has_its_own_prompt_in_every_batch(world, proxy, tmp_path, monkeypatch):
+  monkeypatch.setattr(policy_lib, 'BATCH', 4)
+  records = [{'prompt': tiny.text(i, 1 + i % 2),
+              'completions': [tiny.text(3 * i, 2), tiny.text(5 * i, 3)]} for i in range(10)]
+  path = tiny.write_jsonl(tmp_path / 'pairs.jsonl', records)
+  gaps, prompts = policies.pair_gaps(policies.Scorer.load(world / 'reward'), str(path))
+  assert prompts == [record['prompt'] for record in records]
+  expected = [[proxy([tiny.BOS, *ids(record['prompt']), *ids(text), tiny.EOS])
+               for text in record['completions']] for record in records]
+  np.testing.assert_allclose(gaps, [better - worse for better, worse in expected], atol=1e-5)
+
+
+def test_texts_before_and_after_stand_beside_their_own_scores():
+  before, after = answers([1, 2]), answers([3, 4], proxy=np.array([5.0, 6.0]))
+  before.samples.responses, after.samples.responses = ['a', 'b'], ['c', 'd']
+  assert policies.side_by_side(before, after, 1) == [
+      {'prompt': 'p', 'before': 'a', 'after': 'c',
+       'scores': {'before': {'gold': 1.0}, 'after': {'proxy': 5.0, 'gold': 3.0}}}]

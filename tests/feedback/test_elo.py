@@ -93,3 +93,13 @@ def test_update_by_hand():
 def test_impossible_tables_say_why(matches, options, message):
   with pytest.raises(UserError, match=message):
     elo.ratings(matches, **options)
+
+
+def test_intervals_from_resampling_are_of_95_percent():
+  # 1500 of 2000 games won, each of a prompt of its own: the deviation of the log-odds is
+  # 1 / sqrt(2000 * 3/16) = 0.05164, 8.971 points, and 95 % are 1.96 of them on either side.
+  won = np.arange(2000) < 1500
+  outcomes = {('a', 'b'): won.astype(float)}
+  found = elo.ratings_of_outcomes(outcomes, list(range(2000)), anchor='b')['a']
+  assert found.elo == pytest.approx(1190.8, abs=1)
+  assert (found.high - found.low) / 2 == pytest.approx(1.96 * 8.971, rel=0.08)  # 90 %: 16 % less
