@@ -75,13 +75,14 @@ def experience(params, reference, episodes, coef, scale, s):
   dense = np.ndim(episodes[0]['score']) == 1
   x['ends'] = [n if dense else max(n, references.score_slot(n, s['slots'], s['position']) + 1)
                for n in x['lengths']]
-  paid = paid_scores(episodes, scale, s)
+  paid, x['gaps'] = paid_scores(episodes, scale, s), []
   for i, e in enumerate(episodes):
     text, first = e['prompt'] + e['response'], len(e['prompt'])
     for t in range(x['lengths'][i]):
       mine = distribution(params, text, first + t - 1, s['temperature'])
       other = distribution(reference, text, first + t - 1, s['temperature'])
       x['logp'][i, t] = mine[text[first + t]]
+      x['gaps'].append(abs(e['sampled'][t] - x['logp'][i, t]))
       if s['behaviour'] == 'sampler':
         x['logp'][i, t] = e['sampled'][t]
       x['ref'][i, t] = other[text[first + t]]
@@ -163,7 +164,7 @@ def minibatch_gradient(params, episodes, x, rows, coef, s):
   gradient = Gradient(params)
   stats = dict.fromkeys(
       ('policy/loss', 'policy/approxkl', 'policy/clipfrac', 'policy/ratio', 'policy/entropy',
-       'value/loss', 'value/clipfrac'), 0.0)
+       'value/loss', 'value/clipfrac', 'value/mean'), 0.0)
   for i in rows:
     text = episodes[i]['prompt'] + episodes[i]['response']
     first = len(episodes[i]['prompt'])
@@ -193,6 +194,7 @@ def minibatch_gradient(params, episodes, x, rows, coef, s):
       gradient.through_value(text, first + t - 1, s['vf_coef'] * by_value / steps)
       stats['value/loss'] += loss / steps
       stats['value/clipfrac'] += clipped / steps
+      stats['value/mean'] += value(params, text, first + t - 1) / steps
   return gradient, stats
 
 
@@ -219,6 +221,15 @@ def next_coefficient(coef, x, s):
   if s['controller'] == 'adaptive_per_token':
     return references.adaptive_kl_per_token(coef, k1, tokens, target=s['target'])
   return coef
+
+
+def value_statistics(x):
+  """Of returns and of the values before the update, over slots that take part in the return."""
+  slots = [(i, t) for i, end in enumerate(x['ends']) for t in range(end)]
+  returns = [x['returns'][slot] for slot in slots]
+  errors = [x['returns'][slot] - x['values'][slot] for slot in slots]
+  return {'returns/mean': references.mean(returns), 'returns/var': float(np.var(returns)),
+          'value/explained_variance': 1 - float(np.var(errors) / np.var(returns))}
 
 
 def iteration(params, reference, episodes, coef, *, settings, adam, rates, orders, scale, ptx=()):
@@ -259,6 +270,7 @@ def iteration(params, reference, episodes, coef, *, settings, adam, rates, order
   stats |= {
       'objective/kl': kl, 'objective/kl_coef': coef, 'objective/paid_scores': score,
       'objective/rlhf_reward': score - coef * kl,
+      'policy/sampler_gap': references.mean(x['gaps']), **value_statistics(x),
       'objective/entropy': float(x['entropy'].sum()) / len(episodes),
       'response/length': references.mean(x['lengths']),
       'response/eos_rate': references.mean([float(e['ended']) for e in episodes])}

@@ -156,3 +156,17 @@ def test_the_moving_average_by_loop(decay):
     close(optim.moving_average(state)['w'], weights @ np.stack(seen) / weights.sum(), rtol=2e-5, atol=2e-6)
   np.testing.assert_array_equal(state.count, 40)
   assert optim.moving_average(optim.make(**PLAIN).init(params)) is None
+
+
+def test_a_cosine_after_a_warmup_ends_with_the_run():
+  # 2 of 10 steps up to 2; then (1 + cos(pi n / 8)) of the 8 that are left, at n = 0, 2, 4, 8.
+  rate = optim.schedule(2.0, kind='cosine', warmup_steps=2, steps=10)
+  close([rate(t) for t in (1, 2, 4, 6, 10)], [1, 2, 1 + np.sqrt(0.5), 1, 0])
+
+
+def test_gradients_of_bfloat16_add_up_in_float32():
+  # Beyond 256 bfloat16 has steps of 2: 300 ones one after the other stop there.
+  rows = jnp.ones((300, 1), jnp.bfloat16)
+  grad_fn = lambda params, rows: (params * jnp.sum(rows), {'n': jnp.sum(rows)})
+  gradient, metrics = optim.accumulate(grad_fn, jnp.ones((), jnp.bfloat16), rows, 1)
+  assert (float(gradient), float(metrics['n'])) == (300, 300)

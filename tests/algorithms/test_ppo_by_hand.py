@@ -141,12 +141,12 @@ def make_episodes(rng, *, raw, dense, params):
 
 
 def make_rollout(rng, episodes):
-  """The episodes as a padded Rollout and scores."""
+  """The episodes as a padded Rollout and scores, those of tokens with garbage after the ends."""
   tokens = rng.integers(0, VOCAB, (len(episodes), P + R)).astype(np.int32)
   tokens[:, P:] = EOS
   mask, logprobs = np.zeros(tokens.shape, bool), np.zeros((len(episodes), R), np.float32)
   dense = np.ndim(episodes[0]['score'])
-  scores = np.zeros((len(episodes), R) if dense else len(episodes), np.float32)
+  scores = np.full((len(episodes), R) if dense else len(episodes), 9.0, np.float32)
   for i, e in enumerate(episodes):
     text, start = e['prompt'] + e['response'], P - len(e['prompt'])
     tokens[i, start:start + len(text)] = text

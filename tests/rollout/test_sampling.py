@@ -127,3 +127,18 @@ def test_a_row_depends_on_its_own_key_and_logits_alone():
     alone = sampling.sample(keys[row:row + 1], logits[row:row + 1], settings)
     np.testing.assert_array_equal(alone[0], together[0][row:row + 1])
     np.testing.assert_allclose(alone[1], together[1][row:row + 1], atol=1e-6)
+
+
+def test_weight_zero_is_never_drawn_however_sums_are_rounded():
+  """Rounded sums of many weights go up a little where 0 is added: uniforms of such a step."""
+  rng = np.random.default_rng(0)
+  weights = rng.uniform(0, 1, (2000, 393)) * (rng.uniform(size=(2000, 393)) < 0.3)
+  weights = jnp.asarray(weights, jnp.float32)
+  sums = np.asarray(jnp.cumsum(weights, axis=-1))
+  before = np.maximum.accumulate(sums, axis=1)
+  step = (sums[:, 1:] - before[:, :-1]) * (weights[:, 1:] == 0)
+  place = step[:, :350].argmax(axis=1)  # with much to come behind it
+  uniform = np.take_along_axis(before, place[:, None], axis=1)[:, 0] / sums[:, -1]
+  for near in (np.nextafter(uniform, np.float32(0)), uniform, np.nextafter(uniform, np.float32(1))):
+    found, _ = sampling._first_above(jnp.asarray(near), weights)
+    assert (np.take_along_axis(np.asarray(weights), np.asarray(found)[:, None], axis=1) > 0).all()
