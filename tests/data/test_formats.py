@@ -178,6 +178,19 @@ def test_completions_of_different_prompts_have_no_prompt(chatty):
       assert report.left_out == {formats.DIFFERENT_PROMPTS: ('x.jsonl:1',)}
 
 
+@pytest.mark.parametrize('row', [
+    {'prompt': 'p', 'completions': ['a', 'b']},
+    {'prompt': 'p', 'completions': ['a', 'b'], 'ranks': [2, 1]},
+    {'prompt': 'p', 'completions': ['a', 'b'], 'ratings': [1, 2]},
+    {'prompt': 'p', 'completions': ['a', 'b'], 'best': 1},
+    {'prompt': 'p', 'completion': 'a', 'rating': 3},
+    {'prompt': 'p', 'completion': 'a', 'label': True},
+])
+def test_any_comparison_may_have_a_margin(row):
+  assert one(formats.comparisons, row | {'margin': 1.5}).margin == 1.5
+  assert one(formats.comparisons, row).margin == 0.0
+
+
 def test_hh_dialogues_are_cut_after_the_last_assistant_turn():
   start = '\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Why?\n\nAssistant:'
   row = {'chosen': start + ' So.', 'rejected': start + ' No.\n\nHm.'}

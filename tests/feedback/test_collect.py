@@ -2,9 +2,11 @@
 
 import json
 
+import jax
 import pytest
 
 from rlhf_jax import errors
+from rlhf_jax import policy as policy_lib
 from rlhf_jax.data import formats
 from rlhf_jax.data import sources
 from rlhf_jax.feedback import annotators
@@ -121,3 +123,14 @@ def test_the_record_of_agreement():
   both = collect.agreement(panel, [('p', 'a', 'b c'), ('p', 'b c', 'a')])
   assert both == {'fraction': 1.0, 'kappa': 1.0, 'simulated': True}
   assert collect.agreement(panel, [('p', 'a', 'b c')]) == both | {'kappa': None}
+
+
+def test_scores_are_normalized_on_the_first_answer_to_each_prompt(world, tmp_path):
+  best_of(tmp_path, world)
+  prompts = [record['prompt'] for record in rows(world / 'prompts.jsonl')][:20]
+  answers = policy_lib.TextPolicy.load(world / 'model').sample(
+      prompts, jax.random.key(0), samples=24, max_new_tokens=12, truncate_at=END, truncate_after=2)
+  first = [answers.responses[24 * i] for i in range(20)]
+  assert rows(tmp_path / 'samples.jsonl') == [
+      {'prompt': prompt, 'completion': text}
+      for prompt, text in zip(prompts, first) if text.strip()]

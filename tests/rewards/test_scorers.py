@@ -272,3 +272,33 @@ def test_ppo_logs_what_its_reward_is_made_of(world, tmp_path):
   assert np.mean(paid) == pytest.approx(records[-1]['objective/paid_scores'], abs=1e-5)
   assert all(sample['paid_score'] in (-5.0, pytest.approx(sample['score'])) for sample in samples)
   assert -5.0 in paid
+
+
+def numbers(prompts, responses, *, response_tokens, metadata):
+  """Each row's number, if all that is given of it is the row's own."""
+  found = [entry['number'] for entry in metadata]
+  assert list(prompts) == [tiny.text(i, 2) for i in found]
+  words, tokens = [len(text.split()) for text in responses], list(map(len, response_tokens))
+  assert words == tokens == [4, 1, 3, 2, 4]
+  return found
+
+
+def test_a_function_sees_each_rows_own_prompt_response_and_metadata(world, mesh):
+  with jax.set_mesh(mesh):
+    scorer = scorers.function_scorer(numbers, tokenizers.load(world / 'tokenizer'), mesh)
+    scores = scorer(*rollout())
+  np.testing.assert_array_equal(scores, np.arange(B))
+
+
+def test_a_reward_model_of_another_tokenizer_reads_max_length(world, tmp_path, mesh):
+  """BOS, two words of a prompt and the four of the first response are more than five."""
+  own = tiny.write_tokenizer(tmp_path, words=61)
+  model = models.create(tiny.LLAMA | {'vocab_size': tiny.VOCAB + 1})
+  hf.save(tmp_path, model, model.init(jax.random.key(0)), tokenizer=own,
+          head=heads.init_scalar(jax.random.key(1), model.width, scale='normal'))
+  reward = scorers.config()
+  reward.update({'model': str(tmp_path), 'max_length': 5})
+  with jax.set_mesh(mesh):
+    scorer, _ = make(reward, world, mesh)
+    with pytest.raises(errors.UserError, match='reads 5 tokens, but .* number 0 have 7'):
+      scorer(*rollout())
