@@ -277,6 +277,45 @@ def test_nothing_readable_is_an_error_and_nothing_is_lost(copy):
   assert names(copy) == ['1', '2', '3']
 
 
+def test_iterators_stay_where_they_were_if_nothing_is_readable(copy):
+  """The state is whole and the place of one iterator too, but there is none of the other."""
+  iterators = {'data': make_iterator(), 'other': make_iterator()}
+  with checkpoint.Checkpoints(copy, keep=3) as checkpoints:
+    with pytest.raises(errors.UserError, match='nothing'):
+      checkpoints.restore(make_state(9), iterators)
+  for iterator in iterators.values():
+    np.testing.assert_array_equal(next(iterator), next(make_iterator()))
+
+
+class Counting:
+  """An iterator that gives out its own state, as Grain's may, and not a copy."""
+
+  def __init__(self):
+    self.state = {'place': 0, 'seen': [0] * 10000}
+
+  def __next__(self):
+    self.state['place'] += 1
+    self.state['seen'][-1] = self.state['place']
+
+  def get_state(self):
+    return self.state
+
+  def set_state(self, state):
+    self.state = state
+
+
+def test_a_saved_place_does_not_see_the_batches_that_follow(tmp_path):
+  iterator = Counting()
+  next(iterator)
+  with checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
+    checkpoints.save(1, make_state(1), {'data': iterator})
+    next(iterator)
+  found = Counting()
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.restore(make_state(9), {'data': found})
+  assert found.state['place'] == found.state['seen'][-1] == 1
+
+
 def test_a_saved_state_does_not_see_the_steps_that_follow(tmp_path):
   """Writing goes on in the background while the next step reuses the donated buffers."""
   checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)

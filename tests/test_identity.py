@@ -5,12 +5,15 @@ import json
 import os
 import shutil
 
+import jax
+import numpy as np
 import pytest
 
 from rlhf_jax import checkpoint
 from rlhf_jax import errors
 from rlhf_jax import identity
 from rlhf_jax import metrics
+from rlhf_jax import sharding
 from rlhf_jax import train
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms import sft
@@ -200,6 +203,20 @@ def test_a_fork_is_what_its_config_says(world, tmp_path):
   train.run(again, tmp_path / 'again', fork_of=tmp_path / 'old')
   kl, same_seed = (metrics.read(tmp_path / name)[-1]['objective/kl'] for name in ('new', 'again'))
   assert kl != same_seed
+
+
+def test_a_fork_with_another_seed_draws_from_its_keys(begun):
+  """The weights and the moments are the other run's all the same."""
+  config, folder = begun
+  for seed in (config.seed, 9):
+    other = changed(config, {'seed': seed})
+    learner, state = sft.create(other, sharding.make_mesh(dict(other.mesh)))
+    start = jax.device_get(state.params)
+    step, state = train.fork(other, state, learner, folder)
+    assert step == state.step == 4
+    np.testing.assert_array_equal(*map(jax.random.key_data, (state.key, jax.random.key(seed))))
+    assert min(float(np.abs(a - b).max()) for a, b in zip(
+        jax.tree.leaves(start), jax.tree.leaves(state.params))) > 0
 
 
 def test_what_a_run_begins_with_is_that_of_its_last_first_step(begun, data, tmp_path):

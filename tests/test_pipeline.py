@@ -245,3 +245,19 @@ def test_a_stage_of_training_runs_in_its_folder_with_the_pipelines_seed(tmp_path
   assert folder == tmp_path / 'pretrain' and stage.seed == 5 and stage.is_locked
   assert stage.data.path == f'{tmp_path}/texts.jsonl'
   assert (folder / pipeline.DONE).exists()
+
+
+def test_a_finished_stage_may_not_become_longer_and_an_unfinished_one_may(tmp_path, monkeypatch):
+  """Longer, it would not run again, and the stages after it would take it for what it is not."""
+  lengths = []
+  monkeypatch.setattr(train, 'run', lambda stage, folder: lengths.append(stage.steps))
+  config = make_config('$workdir')
+  config.stages = ('pretrain',)
+  pipeline.run(config, tmp_path)
+  config.pretrain.steps += 1
+  with pytest.raises(errors.UserError, match='config.pretrain.steps: 4 -> 5'):
+    pipeline.run(config, tmp_path)
+  (tmp_path / 'pretrain' / pipeline.DONE).unlink()
+  (tmp_path / 'pretrain' / 'checkpoints' / '3').mkdir(parents=True)
+  pipeline.run(config, tmp_path)
+  assert lengths == [4, 5]
