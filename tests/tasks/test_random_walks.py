@@ -133,7 +133,7 @@ def test_files(folder, tmp_path):
 def test_the_walks_are_texts_and_rated_completions(folder):
   records = sources.read(folder / 'walks.jsonl')
   texts, _ = formats.texts(records)
-  assert texts == WALKS
+  assert [text.prompt + text.completion for text in texts] == WALKS
   completions, _ = formats.comparisons(records)
   assert completions[0].ratings == (1.0,)
 
