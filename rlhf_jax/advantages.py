@@ -236,20 +236,21 @@ def update_moments(moments, scores):
 
   Args:
     moments: [3] float32: count, mean, sum of squared deviations so far.
-    scores: [B] float32.
+    scores: [B] float32; those that are NaN do not count.
 
   Returns:
     [3] float32.
   """
   count, mean, total = moments
-  n = scores.size
-  delta = jnp.mean(scores) - mean
+  seen = ~jnp.isnan(scores)
+  n, here = jnp.sum(seen), masked_mean(scores, seen)
+  delta = here - mean
   new = count + n
+  share = n / jnp.maximum(new, 1)
   return jnp.stack([
       new,
-      mean + delta * n / new,
-      total + jnp.sum(jnp.square(scores - jnp.mean(scores)))
-      + jnp.square(delta) * count * n / new,
+      mean + delta * share,
+      total + masked_sum(jnp.square(scores - here), seen) + jnp.square(delta) * count * share,
   ])
 
 
@@ -269,7 +270,7 @@ def by_group(scores, n):
   return scores.reshape(-1, n)
 
 
-def group_advantages(scores, n, *, scale):
+def group_advantages(scores, n, *, scale, kept=None):
   """(score - mean of its group) / (std + 1e-4), one advantage per response.
 
       'group':  std of the group (GRPO: DeepSeekMath §4.1.2, https://arxiv.org/abs/2402.03300)
@@ -283,25 +284,29 @@ def group_advantages(scores, n, *, scale):
     scores: [B] float32, n consecutive responses per prompt.
     n: responses per prompt.
     scale: 'group', 'batch' or 'none'.
+    kept: [B] bool, responses that means and deviations are of; None for all.
 
   Returns:
-    [B] float32, to be given to every token of a response.
+    [B] float32, to be given to every token of a response; 0 for those that are not kept.
 
   Raises:
     ValueError: if n is below 2 or does not divide B, or for an unknown scale.
   """
-  groups = by_group(scores, n)
-  advantages = groups - jnp.mean(groups, axis=1, keepdims=True)
+  kept = jnp.ones(scores.shape, bool) if kept is None else kept
+  groups, present = by_group(scores, n), by_group(kept, n)
+  sums = lambda x: jnp.sum(jnp.where(present, x, 0.0), axis=1, keepdims=True)
+  count = sums(1.0)
+  advantages = jnp.where(present, groups - sums(groups) / jnp.maximum(count, 1), 0.0)
   if scale == 'group':
-    advantages /= jnp.std(groups, axis=1, keepdims=True, ddof=1) + 1e-4
+    advantages /= jnp.sqrt(sums(jnp.square(advantages)) / jnp.maximum(count - 1, 1)) + 1e-4
   elif scale == 'batch':
-    advantages /= jnp.std(scores, ddof=1) + 1e-4
+    advantages /= jnp.sqrt(masked_var(scores, kept, unbiased=True)) + 1e-4
   elif scale != 'none':
     raise ValueError(f'unknown scale {scale!r}: one of {GROUP_SCALES}')
   return advantages.reshape(-1)
 
 
-def equal_groups(scores, n):
+def equal_groups(scores, n, kept=None):
   """Which responses belong to a group whose scores are all equal, [B] bool.
 
   Their advantages are 0, so they teach nothing; DAPO leaves them out and samples others
@@ -311,12 +316,15 @@ def equal_groups(scores, n):
   Args:
     scores: [B] float32, n consecutive responses per prompt.
     n: responses per prompt.
+    kept: [B] bool, responses that are compared; None for all.
 
   Raises:
     ValueError: if n is below 2 or does not divide B.
   """
   groups = by_group(scores, n)
-  return jnp.repeat(jnp.all(groups == groups[:, :1], axis=1), n)
+  present = True if kept is None else by_group(kept, n)
+  least = jnp.min(jnp.where(present, groups, jnp.inf), axis=1)
+  return jnp.repeat(least == jnp.max(jnp.where(present, groups, -jnp.inf), axis=1), n)
 
 
 def overlong_penalty(lengths, *, max_length, cache):

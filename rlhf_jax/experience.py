@@ -50,7 +50,7 @@ class ScoreRules:
       moments: [3] float32, see advantages.update_moments.
 
     Returns:
-      Scores of the same shape and the new moments.
+      Scores of the same shape, 0 where `skip_nan` skipped, and the new moments.
     """
     if self.clip:
       scores = jnp.clip(scores, -self.clip, self.clip)
@@ -60,12 +60,40 @@ class ScoreRules:
     scores = adv.apply_missing_eos(
         scores, self.ended(rollout), mode=self.missing_eos, value=self.missing_eos_value,
         response_mask=rollout.response_mask)
-    return scores, moments
+    known = kept(scores, rollout.response_mask)
+    # In backward passes a NaN behind a mask leaks.
+    return jnp.where(known if scores.ndim == 1 else known[:, None], scores, 0.0), moments
 
 
 def totals(scores, response_mask):
-  """One score a response, [B]: the sum of rewards per token."""
-  return scores if scores.ndim == 1 else jnp.sum(jnp.where(response_mask, scores, 0.0), axis=1)
+  """One score a response, [B]: the sum of rewards per token; NaN where `skip_nan` skipped it."""
+  if scores.ndim == 1:
+    return scores
+  skipped = jnp.isnan(scores) & ~jnp.any(response_mask, axis=1, keepdims=True)
+  return jnp.sum(jnp.where(response_mask | skipped, scores, 0.0), axis=1)
+
+
+def skip_nan(rollout, scores, *, rules):
+  """Takes the responses whose score is NaN out of the update: none of their tokens is trained on.
+
+  Args:
+    rollout: Rollout.
+    scores: [B] float32, or [B, R] for rewards per token.
+    rules: ScoreRules.
+
+  Returns:
+    Rollout whose `response_mask` is empty where it skips, and how many it skips.
+  """
+  mask = rollout.response_mask
+  skipped = jnp.isnan(totals(scores, mask))
+  rollout = rollout.replace(
+      response_mask=mask & ~skipped[:, None], ended=rules.ended(rollout) | skipped)
+  return rollout, jnp.sum(skipped)
+
+
+def kept(scores, response_mask):
+  """The responses [B] bool that `skip_nan` did not skip: any other NaN stays one, and stops the run."""
+  return jnp.any(response_mask, axis=1) | ~jnp.isnan(totals(scores, response_mask))
 
 
 def begin(outputs, fixed, rollout, step_mask, *, behaviour):
@@ -112,26 +140,27 @@ def describe(experience, rollout, scores, paid, outputs, kl_coef, rules):
     {name: scalar}, and of each response {'samples/paid_score': [B]} for samples.jsonl.
   """
   mask, steps = rollout.response_mask, experience.step_mask
-  batch = mask.shape[0]
+  known = kept(scores, mask)
+  batch = jnp.maximum(jnp.sum(known), 1)
   scores, paid = totals(scores, mask), totals(paid, mask)
   # The mean of equal numbers is rounded, and their deviation from it need not be 0.
-  equal = jnp.max(scores) == jnp.min(scores)
+  equal = jnp.max(jnp.where(known, scores, -jnp.inf)) == jnp.min(jnp.where(known, scores, jnp.inf))
   metrics = {
       'objective/entropy': adv.masked_sum(outputs.entropy, mask) / batch,
-      'objective/scores': jnp.mean(scores),
-      'objective/scores_std': jnp.where(equal, 0.0, jnp.std(scores)),
-      'objective/paid_scores': jnp.mean(paid), 'samples/paid_score': paid,
+      'objective/scores': adv.masked_mean(scores, known),
+      'objective/scores_std': jnp.where(equal, 0.0, jnp.sqrt(adv.masked_var(scores, known))),
+      'objective/paid_scores': adv.masked_mean(paid, known), 'samples/paid_score': paid,
       'response/length': jnp.sum(mask) / batch,
-      'response/eos_rate': jnp.mean(rules.ended(rollout)),
+      'response/eos_rate': adv.masked_mean(rules.ended(rollout), known),
   }
   if experience.ref_logprobs is not None:
     log_ratio = experience.logprobs - experience.ref_logprobs
     kl = adv.masked_sum(log_ratio, mask) / batch
-    spread = jnp.std(jnp.sum(jnp.where(mask, log_ratio, 0.0), axis=1))
+    spread = jnp.sqrt(adv.masked_var(jnp.sum(jnp.where(mask, log_ratio, 0.0), axis=1), known))
     metrics |= {
-        'objective/kl': kl, 'objective/kl_se': spread / max(batch - 1, 1) ** 0.5,
+        'objective/kl': kl, 'objective/kl_se': spread / jnp.sqrt(jnp.maximum(batch - 1, 1)),
         'objective/kl_per_token': adv.masked_mean(log_ratio, mask),
-        'objective/kl_coef': kl_coef, 'objective/rlhf_reward': jnp.mean(paid) - kl_coef * kl}
+        'objective/kl_coef': kl_coef, 'objective/rlhf_reward': adv.masked_mean(paid, known) - kl_coef * kl}
   if experience.returns is not None:
     variance = adv.masked_var(experience.returns, steps)
     error = adv.masked_var(experience.returns - experience.values, steps)

@@ -79,7 +79,8 @@ def prepare(outputs, fixed, *, state, rollout, scores, settings):
   experience, gap = experience_lib.begin(outputs, fixed, rollout, mask, behaviour=settings.behaviour)
   extra, scores = state.extra, experience_lib.totals(scores, mask)
   paid, moments = settings.rules.apply(scores, rollout, extra['reward_moments'])
-  equal = adv.equal_groups(paid, n)
+  kept = experience_lib.kept(scores, mask)
+  equal = adv.equal_groups(paid, n, kept)
   if settings.overlong:
     length = settings.max_new_tokens
     paid += adv.overlong_penalty(jnp.sum(mask, axis=1), max_length=length, cache=settings.overlong * length)
@@ -88,7 +89,7 @@ def prepare(outputs, fixed, *, state, rollout, scores, settings):
   if settings.kl_in == 'reward' and settings.kl_coef:
     kl = adv.kl_estimate(experience.logprobs, experience.ref_logprobs, settings.kl_estimator)
     paid -= settings.kl_coef * jnp.sum(kl, axis=1)
-  advantages = adv.group_advantages(paid, n, scale=settings.scale)
+  advantages = adv.group_advantages(paid, n, scale=settings.scale, kept=kept)
   keep = mask & ~equal[:, None] if settings.drop_equal_groups else mask
   advantages = jnp.where(keep, advantages[:, None], 0.0)
   experience = experience.replace(response_mask=keep, step_mask=keep, advantages=advantages)

@@ -7,8 +7,10 @@ import functools
 
 import jax
 
+from rlhf_jax import experience
 from rlhf_jax import forward as forward_lib
 from rlhf_jax import learner
+from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax import update
@@ -134,9 +136,14 @@ def create(config, mesh, settings, train_step, *, reference=True, extra=wiring.f
   if config.ptx.batch_size:
     iterators['ptx'] = sft.ptx_iterator(config, tokenizer, model)
 
+  skip = jax.jit(functools.partial(experience.skip_nan, rules=settings.rules))
+
   def next_batch(state, *, timed):
     policy = trainable.join(frozen['shared'], state.params['policy'])
     rollout, scores, metrics = actor(policy, types.step_keys(state)[0], timed=timed)
+    if scorers.skips_nan(config.reward):
+      rollout, skipped = skip(rollout, scores)
+      metrics |= {'objective/skipped': int(processes.host(skipped))} if timed else {}
     ptx = sharding.put_rows(next(iterators['ptx']), mesh) if 'ptx' in iterators else None
     return (frozen, rollout, scores, ptx), metrics
 

@@ -221,6 +221,7 @@ def objective(state, rollout, scores, *, settings):
   step_mask = rollout.response_mask
   if scores.ndim == 1:
     step_mask = adv.step_mask(step_mask, settings.score_position)
+    step_mask &= experience_lib.kept(scores, rollout.response_mask)[:, None]
   return update.Objective(
       prepare=functools.partial(prepare, state=state, rollout=rollout, scores=scores,
                                 step_mask=step_mask, settings=settings),

@@ -145,8 +145,13 @@ def prompts(block, context):
 
   def evaluate(state):
     found = answers.each(context.policy(state), measure)
+    scores = found.pop('score')
+    kept = scored(block, scores)
     metrics = {name: float(np.mean(values)) for name, values in found.items()}
-    return metrics | {'score_se': intervals.standard_error(found['score'], answers.prompts)}
+    if not kept.any():
+      return metrics
+    return metrics | {'score': float(np.mean(scores[kept])), 'score_se': intervals.standard_error(
+        scores[kept], [prompt for prompt, keep in zip(answers.prompts, kept) if keep])}
 
   return evaluate
 
@@ -168,9 +173,14 @@ def win_rate(block, context):
   baseline = scores(context.start())
 
   def evaluate(state):
-    found = winrate.win_rate(scores(context.policy(state)), baseline, prompts=answers.prompts)
+    new = scores(context.policy(state))
+    kept = scored(block, new + baseline)
+    if not kept.any():
+      return {}
+    found = winrate.win_rate(new[kept], baseline[kept], prompts=[
+        prompt for prompt, keep in zip(answers.prompts, kept) if keep])
     return {'rate': found.rate, 'low': found.low, 'high': found.high,
-            'draws': found.draws / len(baseline)}
+            'draws': found.draws / int(kept.sum())}
 
   return evaluate
 
@@ -210,6 +220,11 @@ def scorer(block, context, answers):
     return scores.sum(axis=1) if scores.ndim == 2 else scores
 
   return apply
+
+
+def scored(block, scores):
+  """Which scores [n] count, bool: all, or those that are not NaN with `reward.on_nan='skip'`."""
+  return ~(np.isnan(scores) & scorers.skips_nan(block.reward))
 
 
 class Answers:

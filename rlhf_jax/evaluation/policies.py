@@ -265,9 +265,9 @@ def frontier(run_folder, judge):
   points = []
   by_step = itertools.groupby(metrics_lib.read_samples(run_folder), lambda s: s['step'])
   for step, samples in by_step:
-    samples = list(samples)
+    samples = [sample for sample in samples if sample['score'] is not None]
     gold = [judge(s['prompt'], s['response']) for s in samples]
-    if step in kl:
+    if step in kl and samples:
       points.append({'step': step, 'kl': kl[step], 'gold': float(np.mean(gold)),
                      'gold_se': intervals.standard_error(gold, [s['prompt'] for s in samples]),
                      'proxy': float(np.mean([s['score'] for s in samples]))})

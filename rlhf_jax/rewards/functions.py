@@ -15,6 +15,7 @@ import os
 import sys
 from typing import NamedTuple
 
+from absl import logging
 import numpy as np
 
 from rlhf_jax import errors
@@ -120,7 +121,7 @@ def check_signature(function, named, usage, positional, keywords=(), *, remedy='
         f'takes {signature}, and is called as {usage}: {error}; {remedy}') from None
 
 
-def call(function, prompts, responses, *, response_tokens, metadata, slots, limit=Limit()):
+def call(function, prompts, responses, *, response_tokens, metadata, slots, limit=Limit(), allow_nan=False):
   """Calls a reward function and checks what it returns.
 
   Args:
@@ -131,6 +132,7 @@ def call(function, prompts, responses, *, response_tokens, metadata, slots, limi
     metadata: n dicts.
     slots: R, width of the result for rewards per token.
     limit: Limit.
+    allow_nan: whether NaN, of which the first is told, is a reward.
 
   Returns:
     [n] float32, or [n, R] float32 for rewards per token, 0 after each response's end.
@@ -158,14 +160,18 @@ def call(function, prompts, responses, *, response_tokens, metadata, slots, limi
   scores = np.zeros((len(rewards), slots) if per_token else len(rewards), np.float32)
   for i, reward in enumerate(rewards):
     if per_token:
-      value = checked(reward, made, i, (len(response_tokens[i]),))
+      value = checked(reward, made, i, (len(response_tokens[i]),), allow_nan=allow_nan)
       scores[i, :len(value)] = value
     else:
-      scores[i] = checked(reward, made, i, (), tokens=len(response_tokens[i]))
+      scores[i] = checked(reward, made, i, (), tokens=len(response_tokens[i]), allow_nan=allow_nan)
+  nan = np.flatnonzero(np.isnan(scores).reshape(len(rewards), -1).any(axis=1))
+  if nan.size:
+    logging.warning('%s returned NaN for %d of %d responses, which are skipped; the first is %s',
+                    made.what, nan.size, len(rewards), guard.named(nan[0], made))
   return scores
 
 
-def checked(reward, call, index, shape, *, tokens=None):
+def checked(reward, call, index, shape, *, tokens=None, allow_nan=False):
   """A reward as a NumPy array.
 
   Args:
@@ -174,6 +180,7 @@ def checked(reward, call, index, shape, *, tokens=None):
     index: of the example.
     shape: () for a number, (its tokens,) for rewards per token.
     tokens: of the response, where a reward for each would do too; for the message.
+    allow_nan: whether it may be NaN.
 
   Raises:
     UserError: it is no number, or of another shape, or not finite.
@@ -193,8 +200,10 @@ def checked(reward, call, index, shape, *, tokens=None):
     tokens = shape[0] if shape else tokens
     choice = '' if tokens is None else f', or one for each of its {tokens} tokens, alike for all examples'
     raise refused(f'{returned}, where an array of shape {shape} was expected: one number{choice}', call)
-  if not all(math.isfinite(v) for v in value.reshape(-1)):
-    raise refused(f'{returned}: every reward must be finite', call)
+  if not all(math.isfinite(v) or allow_nan and math.isnan(v) for v in value.reshape(-1)):
+    remedy = '' if allow_nan or np.isinf(value).any() or not call.key else \
+        "; config.reward.on_nan='skip' leaves out responses whose reward is NaN"
+    raise refused(f'{returned}: every reward must be finite{remedy}', call)
   return value
 
 

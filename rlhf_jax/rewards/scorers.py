@@ -26,6 +26,7 @@ from rlhf_jax.rewards import learned
 from rlhf_jax.rollout import actor
 
 ENSEMBLES = ('mean', 'min', 'variance')
+ON_NAN = ('stop', 'skip')
 SOURCES = ('model', 'models', 'function')
 
 
@@ -40,6 +41,7 @@ def config():
       'ensemble': 'mean',       # or 'min': the worst case; or 'variance': mean - coef * variance
       'ensemble_coef': 1.0,     # of 'variance'
       'parts': {},              # or {name: {'weight': 1.0, and keys from above}}: a weighted sum
+      'on_nan': 'stop',         # or 'skip': a response whose reward is NaN teaches nothing, and is counted
   })
 
 
@@ -51,8 +53,10 @@ def validate(config_reward, key='config.reward'):
   """
   check_keys(config_reward, config(), key, whole=False)
   validate_source(config_reward, key, SOURCES + ('parts',))
+  need(config_reward.get('on_nan', 'stop') in ON_NAN,
+       f'{key}.on_nan={config_reward.get("on_nan")!r} must be one of {", ".join(ON_NAN)}')
   of_part = config()
-  del of_part['parts']
+  del of_part['parts'], of_part['on_nan']
   of_part.weight = 1.0
   for name, part in (config_reward.get('parts') or {}).items():
     part_key = f'{key}.parts.{name}'
@@ -93,7 +97,7 @@ def load_function(block, key):
   return functions.load_reward(block.function, key=f'{key}.function', limit=limit), limit
 
 
-def make(config_reward, tokenizer, mesh, *, load, check, key='config.reward'):
+def make(config_reward, tokenizer, mesh, *, load, check, key='config.reward', allow_nan=False):
   """The scorer of `config.reward`.
 
   Args:
@@ -103,21 +107,23 @@ def make(config_reward, tokenizer, mesh, *, load, check, key='config.reward'):
     load: keywords of hf.load_reward: how a reward model computes.
     check: called with a Model that reads the policy's tokens; raises UserError if it cannot.
     key: dotted name of `config_reward`.
+    allow_nan: whether functions may return NaN, whatever `on_nan` says.
 
   Returns:
     Scorer, and (Model, params) of the first reward model that a critic can start from: its
     tokenizer is the policy's, and its head reads the states of single tokens. None if there is none.
   """
   c = config_reward
+  allow_nan = allow_nan or skips_nan(c)
   if c.get('parts'):
-    made = {name: make(part, tokenizer, mesh, load=load, check=check, key=f'{key}.parts.{name}')
-            for name, part in c.parts.items()}
+    made = {name: make(part, tokenizer, mesh, load=load, check=check, key=f'{key}.parts.{name}',
+                       allow_nan=allow_nan) for name, part in c.parts.items()}
     scorer = weighted({name: (c.parts[name].get('weight', 1.0), scorer)
                        for name, (scorer, _) in made.items()})
     return scorer, first_start(made.values())
   if c.get('function'):
     function, limit = load_function(c, key)
-    return function_scorer(function, tokenizer, mesh, limit=limit), None
+    return function_scorer(function, tokenizer, mesh, limit=limit, allow_nan=allow_nan), None
   load_member = functools.partial(
       model_scorer, tokenizer=tokenizer, mesh=mesh, max_length=c.get('max_length'), load=load,
       check=check)
@@ -127,6 +133,11 @@ def make(config_reward, tokenizer, mesh, *, load, check, key='config.reward'):
   scorer = ensemble([scorer for scorer, _ in made], c.get('ensemble', 'mean'),
                     coef=c.get('ensemble_coef', 1.0))
   return scorer, first_start(made)
+
+
+def skips_nan(config_reward):
+  """Whether responses whose reward is NaN are skipped."""
+  return config_reward.get('on_nan', 'stop') == 'skip'
 
 
 def first_start(made):
@@ -163,7 +174,7 @@ def model_scorer(path, tokenizer, mesh, *, max_length, load, check):
   return score_texts, None
 
 
-def function_scorer(function, tokenizer, mesh, *, limit=functions.Limit()):
+def function_scorer(function, tokenizer, mesh, *, limit=functions.Limit(), allow_nan=False):
   """Scores of a Python function; with several processes each calls it with its part of the batch.
 
   Args:
@@ -171,6 +182,7 @@ def function_scorer(function, tokenizer, mesh, *, limit=functions.Limit()):
     tokenizer: the policy's.
     mesh: device mesh.
     limit: functions.Limit of a call.
+    allow_nan: whether it may return NaN.
 
   Returns:
     Scorer.
@@ -182,7 +194,7 @@ def function_scorer(function, tokenizer, mesh, *, limit=functions.Limit()):
       return functions.call(
           function, [examples[i].prompt for i in rows], [responses[i] for i in rows],
           response_tokens=[ids[i] for i in rows], metadata=[examples[i].metadata for i in rows],
-          slots=rollout.response_mask.shape[1], limit=limit)
+          slots=rollout.response_mask.shape[1], limit=limit, allow_nan=allow_nan)
 
     return sharding.put_rows(processes.share_out(call, len(examples)), mesh)
 

@@ -72,14 +72,15 @@ class Actor:
     jax.block_until_ready(scores)
     scored = time.perf_counter()
     tokens = int(np.sum(processes.host(rollout.response_mask)))
-    parts = {f'reward/{name}': float(np.mean(processes.host(part)))
-             for name, part in scores.parts.items()}
+    parts = {f'reward/{name}': mean(processes.host(part)) for name, part in scores.parts.items()}
     return rollout, scores.total, parts | {
         'seconds/rollout': sampled - started, 'seconds/scoring': scored - sampled,
         'tokens_per_second/rollout': tokens / (sampled - started)}
 
   def samples(self, tokenizer, metrics):
     """The last batch as dicts: prompt, response, score, what a train step adds, and parts if there are.
+
+    A score of NaN is None, and so is one of its parts.
 
     Args:
       tokenizer: the policy's.
@@ -92,12 +93,23 @@ class Actor:
     parts = {name: processes.host(part) for name, part in scores.parts.items()}
     samples = []
     for i, (example, total) in enumerate(zip(examples, processes.host(scores.total))):
-      sample = {'prompt': example.prompt, 'response': responses[i], 'score': float(np.sum(total))}
-      sample |= {name: float(values[i]) for name, values in added.items()}
+      sample = {'prompt': example.prompt, 'response': responses[i], 'score': number(np.sum(total))}
+      if sample['score'] is not None:
+        sample |= {name: float(values[i]) for name, values in added.items()}
       if parts:
-        sample['parts'] = {name: float(part[i]) for name, part in parts.items()}
+        sample['parts'] = {name: number(part[i]) for name, part in parts.items()}
       samples.append(sample)
     return samples
+
+
+def mean(values):
+  """The mean of a part of the scores [B], without those that are NaN."""
+  return float(np.mean(values[~np.isnan(values)])) if not np.isnan(values).all() else float('nan')
+
+
+def number(value):
+  """A score as JSON has it: None where it is NaN."""
+  return None if np.isnan(value) else float(value)
 
 
 def stop_at(strings, tokenizer, sampling, mesh):
