@@ -284,6 +284,26 @@ def fails(prompts, responses, *, response_tokens, metadata):
   return [float(len(response)) for response in responses]
 
 
+def wild(prompts, responses, **_):
+  """A reward function that prints a megabyte, leaves the folder and forks a child that comes back."""
+  print('x' * 2**20)
+  os.chdir('/')
+  if not os.fork():
+    return []
+  os.wait()
+  return [float(len(response)) for response in responses]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('processes', [1, 2])
+def test_a_run_outlives_what_its_reward_function_does(processes, wide, tmp_path):
+  folder = tmp_path / 'run'
+  run(command(wide, folder, {'data': 2}, '--config.steps=3', '--config.reward.model=None',
+              '--config.reward.function=test_processes:wild'), folder, processes=processes, devices=2 // processes)
+  assert (folder / 'model' / 'model.safetensors').exists() and metrics(folder)[-1]['step'] == 2
+  assert log(folder).count('forked a process that returned') == 3 * processes
+
+
 def is_told(number):
   """Sends a signal to the launcher, as a terminal or a scheduler does."""
   return lambda launcher: launcher.send_signal(number)

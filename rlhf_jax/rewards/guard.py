@@ -1,7 +1,8 @@
 """Runs a user's function, so that however it fails the run ends with one line that says where.
 
 An exception, an exit and a time limit that passes become a UserError with the last frames of the
-user's code, and the example that their variables hold. Ctrl-C stays what it is.
+user's code, and the example that their variables hold. Ctrl-C stays what it is. Whatever the
+function does to the working directory is undone, and a child that it forks never becomes a second run.
 """
 
 import contextlib
@@ -64,7 +65,8 @@ def run(function, call):
     UserError: it raised, called sys.exit or os._exit, or took longer than its limit.
   """
   try:
-    with refuse_exit(), time_limit(call):
+    # A child must not come to the end of the time limit: it would wait for a thread that it has not.
+    with same_folder(), refuse_exit(), time_limit(call), one_process(call):
       return function()
   except (KeyboardInterrupt, errors.UserError):
     raise
@@ -178,6 +180,38 @@ def shorter(path):
   """A path relative to the working directory if it is in there."""
   inside = os.path.relpath(path) if os.path.isabs(path) else path
   return path if inside.startswith(os.pardir) else inside
+
+
+@contextlib.contextmanager
+def one_process(call):
+  """Ends children that the body forks and that leave it: they would go on as a second run.
+
+  One that exits does so; one that returns or raises ends with status 1 and says so.
+  """
+  process, status, error = os.getpid(), 1, None
+  try:
+    yield
+  except BaseException as found:
+    error = found
+    raise
+  finally:
+    if os.getpid() != process:
+      if isinstance(error, SystemExit):
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+      else:
+        how = f'raised {type(error).__name__}: {error}' if error else 'returned'
+        os.write(2, f'{call.what} forked a process that {how}: it must end with os._exit(status)\n'.encode())
+      os._exit(status)  # without what the run has in its buffers and does at its end
+
+
+@contextlib.contextmanager
+def same_folder():
+  """Puts the working directory back, which relative paths of the config are meant from."""
+  folder = os.getcwd()
+  try:
+    yield
+  finally:
+    os.chdir(folder)
 
 
 @contextlib.contextmanager

@@ -161,6 +161,26 @@ def test_a_forked_child_exits_and_code_that_no_signal_reaches_is_ended():
   assert 'Timeout (0:00:00.500000)!' in done.stderr and 'line 12 in <lambda>' in done.stderr
 
 
+def test_the_run_goes_on_after_a_megabyte_another_folder_and_children_that_come_back():
+  done = python("""
+      def wild():
+        print('x' * 2**20, flush=True)
+        os.chdir('/')
+        if not os.fork():
+          return 'as a second run'
+        if not os.fork():
+          raise ValueError('as a second run')
+        if not os.fork():
+          sys.exit(3)
+        return sorted(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(3))
+      here = os.getcwd()
+      print(guard.run(wild, guard.Call('mine', timeout=20)), os.getcwd() == here, flush=True)
+      """)
+  assert done.stdout == f'{"x" * 2**20}\n[1, 1, 3] True\n' and done.returncode == 0, done.stderr
+  assert 'mine forked a process that returned: it must end with os._exit(status)' in done.stderr
+  assert 'mine forked a process that raised ValueError: as a second run' in done.stderr
+
+
 def wrong(prompts, responses):
   """A reward function that lacks two arguments."""
 
