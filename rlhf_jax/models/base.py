@@ -30,6 +30,7 @@ class Base:
       outputs of its matmuls).
     unroll: layers unrolled in a scan; None: see stack.unrolled.
     lora: adapters its parameters hold, or None.
+    after_blocks: names of the parameters that follow the blocks, trained with the top ones.
   """
   family: str
   config: Any
@@ -38,6 +39,7 @@ class Base:
   unroll: int | None = 1
   lora: lora_lib.Lora | None = None
   encoder_decoder = False
+  after_blocks = frozenset({'norm', 'project_out', 'unembed'})
 
   @property
   def reads_tokens(self):

@@ -8,6 +8,7 @@ Parameters are a plain dict of arrays; those under 'blocks' have a leading axis 
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 
 from rlhf_jax import sharding
@@ -20,6 +21,7 @@ from rlhf_jax.models import stack
 @dataclasses.dataclass(frozen=True)
 class Encoder(base.Base):
   """An encoder; see base.Base."""
+  after_blocks = frozenset({'pooler'})
 
   def shapes(self):
     blocks = stack.shapes(self._module.Block, self.config, depth=self.config.depth)
@@ -27,7 +29,7 @@ class Encoder(base.Base):
 
   def summary(self, params, tokens, mask):
     """See base.Base: the state of the first token, pooled."""
-    ends = stack.build(self._module.Ends, self.config, self.dtype, params, lora=self.lora)
+    ends = stack.build_ends(self._module.Ends, self.config, self.dtype, params, lora=self.lora)
     positions = jnp.where(mask, types.positions_from_mask(mask), 0)
     x, shared = ends.begin(jnp.where(mask, tokens, 0), positions, tokens.shape[1])
     seen = mask[:, None, None, None, :]
@@ -35,12 +37,16 @@ class Encoder(base.Base):
     def attend(queries, keys, values):
       return layers.attend(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), seen), ()
 
-    build = functools.partial(stack.build, self._module.Block, self.config, self.dtype, lora=self.lora,
-                              prefix='blocks')
     def apply(block, layer, x, _):
       return block(x, layer, shared, attend)
 
-    x, _ = stack.scan(build, params['blocks'], apply, (sharding.split_rows(x), ()),
-                      remat=self.remat, unroll=self.unroll)
+    carry, number = (sharding.split_rows(x), ()), 0
+    stacks = [params['blocks']] + ([params['top']['blocks']] if 'top' in params else [])
+    for blocks in stacks:
+      build = functools.partial(stack.build, self._module.Block, self.config, self.dtype, prefix='blocks',
+                                lora=self.lora if blocks is stacks[-1] else None)
+      carry = stack.scan(build, blocks, apply, carry, first=number, remat=self.remat, unroll=self.unroll)
+      number += jax.tree.leaves(blocks)[0].shape[0]
+    x, _ = carry
     first = jnp.argmax(mask, axis=1)
     return ends.finish(jnp.take_along_axis(x, first[:, None, None], axis=1)[:, 0])

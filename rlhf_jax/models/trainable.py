@@ -4,9 +4,9 @@ Three ways, one shape: a tree of trained parameters and a tree of frozen ones th
 together again without copying an array.
 
   all          everything is trained, nothing is shared; the reference is a copy
-  top layers   the last k blocks, the final norm and the unembedding are trained; what lies below is
-               computed once for policy and reference (trlX's "hydra" models,
-               https://github.com/CarperAI/trlx)
+  top layers   the last k blocks and what follows them (final norm and unembedding, or an encoder's
+               pooler) are trained; what lies below is computed once for policy and reference
+               (trlX's "hydra" models, https://github.com/CarperAI/trlx)
   adapters     low-rank ones (lora.py); the reference is the same weights without them, or with those
                that training started from
 
@@ -26,8 +26,6 @@ from rlhf_jax import sharding
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora as lora_lib
 from rlhf_jax.models import peft
-
-AFTER_BLOCKS = frozenset({'norm', 'project_out', 'unembed'})
 
 
 def join(*trees):
@@ -114,8 +112,8 @@ def _cut(model, params, top):
 
   leaves, structure = jax.tree.flatten(params['blocks'])
   below, above = map(structure.unflatten, zip(*map(cut, leaves)))
-  after = {name: params[name] for name in params if name in AFTER_BLOCKS}
-  before = {name: params[name] for name in params if name not in AFTER_BLOCKS | {'blocks'}}
+  after = {name: params[name] for name in params if name in model.after_blocks}
+  before = {name: params[name] for name in params if name not in model.after_blocks | {'blocks'}}
   return {'top': {'blocks': above}, **after}, {'blocks': below, **before}
 
 

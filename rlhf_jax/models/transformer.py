@@ -134,7 +134,7 @@ class Model(base.Writer):
 
   def _begin(self, params, tokens, positions, segments, key_segments, index, keep, one_text):
     """The module around the blocks, x [B, T, D] before the first, and how a block is applied."""
-    ends = stack.build(self._module.Ends, self.config, self.dtype, params, lora=self.lora)
+    ends = stack.build_ends(self._module.Ends, self.config, self.dtype, params, lora=self.lora)
     real = segments != 0
     reach = self.reach or key_segments.shape[1]
     x, shared = ends.begin(jnp.where(real, tokens, 0), jnp.where(real, positions, 0), reach)

@@ -225,6 +225,36 @@ def test_adapters_are_read(built):
   assert np.abs(expected - score(model, params, *batch)).max() > 0.01
 
 
+@pytest.mark.parametrize('top', [0, 1, 3])
+def test_top_layers_are_read_and_trained(built, top):
+  """Cut in two it scores as before, and gradients are the whole model's: of the top blocks and the pooler."""
+  model, params = built
+  batch = draw_batch(31, 0, 0)
+  expected, gradient = evaluate(model, params, *batch)
+  trained, frozen = trainable.divide(model, jax.tree.map(jnp.copy, params['backbone']), unfrozen_layers=top)
+  assert set(trained) == {'top', 'pooler'}
+  cut = lambda trained: params | {'backbone': trainable.join(frozen, trained)}
+  np.testing.assert_allclose(score(model, cut(trained), *batch), expected, rtol=0, atol=1e-6)
+  found = jax.grad(lambda trained: jnp.sum(jnp.square(score(model, cut(trained), *batch))))(trained)
+  wanted = gradient['backbone']
+  wanted = {'top': {'blocks': jax.tree.map(lambda x: x[3 - top:], wanted['blocks'])}, 'pooler': wanted['pooler']}
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, wanted)
+
+
+def test_adapters_of_the_top_layers(built):
+  """'.*' finds the pooler too, but only the maps of the top blocks have adapters then."""
+  model, params = built
+  adapted = dataclasses.replace(model, lora=lora_lib.Lora(targets=(('.*', 2, 4.0),)))
+  adapters, frozen = trainable.divide(adapted, jax.tree.map(jnp.copy, params['backbone']), unfrozen_layers=1)
+  draw = np.random.default_rng(0)
+  adapters = jax.tree.map(lambda leaf: draw.normal(0, 0.3, leaf.shape).astype(np.float32), adapters)
+  assert set(adapters) == {'top'}
+  batch, merged = draw_batch(31, 0, 0), trainable.whole(adapted, adapters, frozen)
+  found = score(adapted, params | {'backbone': trainable.join(frozen, adapters)}, *batch)
+  np.testing.assert_allclose(found, score(model, params | {'backbone': merged}, *batch), rtol=0, atol=1e-5)
+  assert np.abs(found - score(model, params, *batch)).max() > 0.01
+
+
 def test_every_parameter_has_a_place_on_a_mesh(built):
   model, _ = built
   mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
