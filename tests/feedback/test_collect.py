@@ -102,16 +102,8 @@ def test_too_few_answers_that_end(world, tmp_path):
     best_of(tmp_path, world, completions=24)
 
 
-def run(folder, world, **changes):
-  settings = dict(
-      policy=str(world / 'model'), prompts=str(world / 'prompts.jsonl'), pairs=6, held_out=4, max_new_tokens=6,
-      temperature=1.0, gold=f'{__name__}:words', annotator_count=1, annotator_temperature=0.5, label_noise=0.1,
-      disagreement=0.3, seed=0)
-  collect.run(folder, **(settings | changes))
-
-
 def test_one_annotator_agrees_with_nobody(world, tmp_path):
-  run(tmp_path, world)
+  run(tmp_path, world, annotator_count=1)
   assert rows(tmp_path / 'agreement.json') == [{'fraction': None, 'kappa': None, 'simulated': True}]
   labels = rows(tmp_path / 'comparisons.jsonl') + rows(tmp_path / 'held_out.jsonl')
   assert labels and all(record['annotator'] == 0 for record in labels)
