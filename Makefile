@@ -1,6 +1,8 @@
 # make quickstart    pretraining, SFT, reward model, PPO and the report on an embedded task
 # make test          the tests; `make test ARGS="tests/test_losses.py -k kl"` for some of them
 # make test-slow     the tests that take minutes each
+# make mutants       faults put into a copy of the code one at a time: each must fail its nearest tests;
+#                    `make mutants ARGS='--only "NAME"'` for one of them
 #
 # Each makes a virtual environment in .venv if there is none and installs into it what is missing.
 # `make test PYTHON=python3.13` does so with another Python, 3.11 to 3.13, in .venv-python3.13.
@@ -13,7 +15,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 -c constraints.txt
 
-.PHONY: quickstart test test-slow
+.PHONY: quickstart test test-slow mutants
 
 quickstart: $(VENV)/installed
 	$(BIN)/python -m rlhf_jax.main --config=configs/quickstart.py --workdir=$(WORKDIR)
@@ -23,6 +25,9 @@ test: $(VENV)/installed-test
 
 test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+mutants: $(VENV)/installed-test
+	$(BIN)/python -m tools.mutants $(ARGS)
 
 $(VENV)/installed: setup.py constraints.txt | $(BIN)/pip
 	@echo 'installing rlhf_jax into $(VENV)'
