@@ -289,10 +289,9 @@ def split(examples: Sequence[Any], *, holdout: float,
   if not 0 < holdout < 1:
     raise UserError(f'cannot hold out {holdout} of the examples: config.data.held_out must be '
                     'between 0 and 1.')
-  hashes = lambda text: np.fromiter((text_hash(text(e), seed) for e in examples), np.uint64)
-  keys = hashes(lambda e: e if isinstance(e, str) else e.prompt)
+  keys = _hashes((e if isinstance(e, str) else e.prompt for e in examples), seed, len(examples))
   if len(np.unique(keys)) == 1:
-    keys = hashes(repr)
+    keys = _hashes(map(repr, examples), seed, len(examples))
   if len(np.unique(keys)) < 2:
     raise UserError(f'cannot hold out {holdout} of {len(examples)} examples, which are all the '
                     'same: give different ones, or set config.data.held_out_path.')
@@ -300,10 +299,11 @@ def split(examples: Sequence[Any], *, holdout: float,
   return lazy.take(examples, np.flatnonzero(~held)), lazy.take(examples, np.flatnonzero(held))
 
 
-def text_hash(text: str, seed: int) -> int:
-  """64 bits of a text and a seed, the same in every process and run."""
-  digest = hashlib.blake2b(f'{seed}:{text}'.encode('utf-8', 'surrogatepass'), digest_size=8)
-  return int.from_bytes(digest.digest(), 'little')
+def _hashes(texts: Iterable[str], seed: int, count: int) -> np.ndarray:
+  """64 bits of each text and a seed, the same in every process and run, [N] uint64."""
+  digest = lambda text: hashlib.blake2b(
+      f'{seed}:{text}'.encode('utf-8', 'surrogatepass'), digest_size=8).digest()
+  return np.fromiter((int.from_bytes(digest(text), 'little') for text in texts), np.uint64, count)
 
 
 def held_out(keys: np.ndarray, holdout: float) -> np.ndarray:
