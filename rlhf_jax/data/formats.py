@@ -26,9 +26,10 @@ Prompts, completions, chosen and rejected may each be a string or messages; see 
 may have a `margin`. `texts` and `completions` take the best completion of a comparison.
 
 A record has one prompt, whatever reads it; its fields and the tokenizer decide which:
-  - Of several fields `messages` is the prompt (without an answer at its end); else `instruction`
-    with an `output`; else `prompt`, `conversations`, `instruction`; else what whole dialogues have
-    before the answer; else `text`.
+  - Of several fields `messages` is the prompt; else `instruction` with an `output`; else `prompt`,
+    `conversations`, `instruction`; else what whole dialogues have before the answer; else `text`.
+    An assistant's message at the end of `messages` is the answer, not prompt; so it is in `prompt`
+    and `conversations` of a record without other completions.
   - Where the prompt or a completion is messages, all of the record is: a prompt that is a string is
     the user's message, a completion that is one the assistant's. Strings alone stay as they are.
   - A completion of several messages that begins with the prompt, or with the user or the system, is
