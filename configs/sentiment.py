@@ -10,9 +10,9 @@ continues the first words of snippets. The judge, a logistic model on words and 
 fitted on the half of the data that no model saw, on which the reward model is measured too. The
 policies are compared on first words of that half which PPO had no prompt of.
 
-Measured before prompts were held out, seeds 0 to 2, 512 samples: held-out pair accuracy 0.81 to 0.82; positive samples from 0.50
-to 0.55 before to 0.87 to 0.91 after, at 7 to 9 nats a sequence; distinct-2 from 0.85 to 0.75 to 0.77.
-About 5 minutes on 2 CPU cores.
+Measured on PPO's own prompts, seeds 0 to 2, 512 samples: held-out pair accuracy 0.81 to 0.82;
+positive samples from 0.50 to 0.55 before to 0.87 to 0.91 after, at 7 to 9 nats a sequence;
+distinct-2 from 0.85 to 0.75 to 0.77. About 5 minutes on 2 CPU cores.
 """
 
 import ml_collections
