@@ -405,3 +405,25 @@ def test_the_quickstart_runs_on_two_processes(tmp_path):
   assert [row['stage'] for row in a['stages']] == [row['stage'] for row in b['stages']]
   np.testing.assert_allclose([row['gold'] for row in a['stages']], [row['gold'] for row in b['stages']], atol=1e-5)
   assert log(two).count('[1/7] world') == 1 and (two / 'report.html').exists()
+
+
+@pytest.mark.slow
+def test_two_processes_resume_large_texts_where_four_were_killed(world, tmp_path):
+  """Texts that are packed as they are drawn: the batches are those of one process that was never stopped."""
+  data = tmp_path / 'large.jsonl'
+  with open(data, 'w') as stream:  # 40 MB, and more tokens than are kept
+    for number in range(64_000):
+      stream.write(json.dumps({'text': tiny.text(number, 130 + number % 60)}) + '\n')
+  options = [f'--config.data.path={data}', '--config.data.held_out=0.0002', '--config.steps=12',
+             '--config.checkpoint_every=2']
+  mesh, whole, moved = {'data': 4}, tmp_path / 'whole', tmp_path / 'moved'
+  run(command(world, whole, mesh, *options, stage='sft'), whole, devices=4)
+  arguments = command(world, moved, mesh, *options, stage='sft')
+  four = start(arguments, moved, processes=4)
+  kill_when(four, moved, 5, lambda: os.killpg(four.pid, signal.SIGKILL))
+  four.wait(60)
+  run(arguments, moved, processes=2, devices=2)
+  starts = [json.loads(line)['step'] for line in (moved / 'runs.jsonl').read_text().splitlines()]
+  assert starts[0] == 0 and 0 < starts[1] < 12
+  assert_same_metrics(moved, whole, range(12))
+  assert_same_model(moved, whole)

@@ -187,7 +187,8 @@ def held_out_loss(batches, frozen, *, model, mesh):
 
   def evaluate(state):
     params = setup.averaged(state, 'policy')
-    found = [sums(params, frozen, sharding.put_rows(batch, mesh))
+    # Each is waited for, or the device would hold all batches at once.
+    found = [jax.device_get(sums(params, frozen, sharding.put_rows(batch, mesh)))
              for batch, _ in batches]
     loss = float(sum(total for total, _ in found) / sum(count for _, count in found))
     return {'loss': loss, 'perplexity': float(jnp.exp(loss))}
