@@ -41,7 +41,8 @@ def records(count):
   text = ' '.join(draw.choices(words, weights, k=1_000_000))
   for number in range(count):
     start, length = draw.randrange(len(text) - 1000), min(int(draw.lognormvariate(5.6, 0.6)), 4000)
-    yield {'prompt': f'{number}: {text[start:start + 100]}', 'completion': text[start + 100:start + 200 + length]}
+    middle = start + 100
+    yield {'prompt': f'{number}: {text[start:middle]}', 'completion': text[middle:middle + 100 + length]}
 
 
 def write(path, count):
@@ -101,10 +102,10 @@ def main(_):
       size = os.path.getsize(path) / 2**20
       for kind in FLAGS.kinds:
         for start in ('first', 'second') if kind == FLAGS.kinds[0] else ('second',):
+          call = f'draw({kind!r}, {path!r}, {FLAGS.tokenizer!r}, {FLAGS.batches})'
           done = subprocess.run(
-              [sys.executable, '-c', 'import sys; from benchmarks import data; data.draw(*sys.argv[1:4], int(sys.argv[4]))',
-               kind, path, FLAGS.tokenizer, str(FLAGS.batches)], check=True, capture_output=True, text=True,
-              env=os.environ | {'BEGAN': str(time.time()), 'JAX_PLATFORMS': 'cpu'})
+              [sys.executable, '-c', f'from benchmarks import data; data.{call}'], check=True, capture_output=True,
+              text=True, env=os.environ | {'BEGAN': str(time.time()), 'JAX_PLATFORMS': 'cpu'})
           rows.append({'file': f'{suffix}, {size:.0f} MiB', 'kind': kind, 'start': start,
                        **json.loads(done.stdout.splitlines()[-1])})
           print(rows[-1], flush=True)

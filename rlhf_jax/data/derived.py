@@ -37,7 +37,8 @@ def file(source: str, kind: str, make: Callable[[str], None]) -> str:
   folder, base = os.path.split(os.path.abspath(source))
   cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
   owner = hashlib.sha256(folder.encode()).hexdigest()[:16]
-  places = [os.path.join(folder, f'.{base}.'), os.path.join(cache, 'rlhf_jax', 'data', f'{owner}.{base}.')]
+  places = [os.path.join(folder, f'.{base}.'),
+            os.path.join(cache, 'rlhf_jax', 'data', f'{owner}.{base}.')]
   with _alone(source):
     for place in places:
       if os.path.exists(place + name):
@@ -46,8 +47,8 @@ def file(source: str, kind: str, make: Callable[[str], None]) -> str:
       with contextlib.suppress(_CannotWrite):
         _write(place, name, kind, make)
         return place + name
-  raise UserError(f'{source}: what is made of this file, its .{kind}, can be written neither beside it nor '
-                  f'in {cache}. Make room in one of them, or set XDG_CACHE_HOME to a folder with room.')
+  raise UserError(f'{source}: what is made of this file, its .{kind}, can be written neither '
+                  f'beside it nor in {cache}. Make room, or set XDG_CACHE_HOME to a folder with room.')
 
 
 class _CannotWrite(Exception):
@@ -55,7 +56,9 @@ class _CannotWrite(Exception):
 
 
 def _write(place: str, name: str, kind: str, make: Callable[[str], None]) -> None:
-  temporary = f'{place}{name}.{os.getpid()}.tmp'
+  host = os.uname().nodename
+  temporary = f'{place}{name}.{host}.{os.getpid()}.tmp'
+  old = lambda suffix: glob.glob(f'{glob.escape(place)}*.{suffix}')
   try:
     os.makedirs(os.path.dirname(place), exist_ok=True)
     pathlib.Path(temporary).touch()
@@ -63,9 +66,11 @@ def _write(place: str, name: str, kind: str, make: Callable[[str], None]) -> Non
     raise _CannotWrite from error
   try:
     make(temporary)
-    for old in glob.glob(f'{glob.escape(place)}*.{kind}'):  # of contents that are no more
-      os.remove(old)
     os.replace(temporary, place + name)
+    # Of contents that are no more, or of a process of this machine that was killed: we are alone.
+    for path in [*old(kind), *old(f'{kind}.{glob.escape(host)}.*.tmp')]:
+      if path != place + name:
+        pathlib.Path(path).unlink(missing_ok=True)
   except OSError as error:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
       raise

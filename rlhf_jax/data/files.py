@@ -75,7 +75,8 @@ def read(file: str, split: str, separator: str, format: str | None) -> stored.Re
     return stored.Listed([*_json(file, split)])
   if format in DELIMITERS:
     return stored.Listed([*_csv(file, DELIMITERS[format])])
-  if separator == '\n' and not file.lower().endswith('.gz') and os.path.getsize(file) > stored.SMALL:
+  packed = file.lower().endswith('.gz')
+  if separator == '\n' and not packed and os.path.getsize(file) > stored.SMALL:
     return _text_lines(file)
   return stored.Listed([*_text(file, separator)])
 
@@ -102,8 +103,8 @@ def _parts(file: str, size: int = PART) -> Iterator[bytes]:
         number += part.endswith(b'\n')
         total += len(part)
         if total > most:
-          raise DataError(f'{file}: unpacks to more than {most >> 20} MiB, {MOST_UNPACKED} times its size '
-                          f'(after line {number}); text does not. Unpack it by hand if this is meant.')
+          raise DataError(f'{file}: unpacks to more than {most >> 20} MiB, {MOST_UNPACKED} times its '
+                          f'size (after line {number}); text does not. Unpack it by hand if it should.')
         yield part
   except (EOFError, gzip.BadGzipFile, zlib.error) as error:
     raise DataError(f'{file}: damaged or truncated gzip file after line {number} ({error}). '
@@ -257,9 +258,9 @@ def _text(file: str, separator: str) -> Iterator[Record | DataError]:
     if piece.strip():
       # The place is that of the first line with text in it.
       first = number + piece[:len(piece) - len(piece.lstrip())].count('\n')
-      where = f'{file}:{first}'
-      too_long = stored.too_long(len(piece))
-      yield DataError(f'{where}: {too_long}') if too_long else Record({'text': piece.strip('\n')}, where)
+      where, problem = f'{file}:{first}', stored.too_long(len(piece))
+      yield (DataError(f'{where}: {problem}') if problem
+             else Record({'text': piece.strip('\n')}, where))
     number += piece.count('\n') + separator.count('\n')
 
 
@@ -272,7 +273,8 @@ def _text_lines(file: str) -> stored.Records:
     decoder.decode(b'', final=True)
   except UnicodeDecodeError:
     encoding = 'latin-1'
-  return stored.Lines(file, lambda line: {'text': line.decode(encoding).replace('\r\n', '\n').strip('\n')})
+  clean = lambda line: line.decode(encoding).replace('\r\n', '\n').strip('\n')
+  return stored.Lines(file, lambda line: {'text': clean(line)})
 
 
 def _decode(content: bytes) -> str:

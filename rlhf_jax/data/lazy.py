@@ -1,4 +1,4 @@
-"""Sequences whose items are made when they are asked for, so that they may be longer than memory."""
+"""Sequences whose items are made when they are asked for, so that they may exceed the memory."""
 
 from collections.abc import Callable
 from collections.abc import Sequence

@@ -82,8 +82,8 @@ def completion_iterator(examples: Sequence[formats.Completion], tokenizer: forma
                         ) -> tuple[grain.DatasetIterator, int]:
   """Iterates forever over LMBatch [B, T], one prompt and completion a row.
 
-  Only the completion's tokens, its EOS included, are targets. T = max_length; see `rows.fit` for what
-  becomes of longer ones. With `pairs` they are Pairs [B, P + R] instead, P the length of the
+  Only the completion's tokens, its EOS included, are targets. T = max_length; see `rows.fit` for
+  what becomes of longer ones. With `pairs` they are Pairs [B, P + R] instead, P the length of the
   longest prompt and R of the longest completion. Other arguments, result and errors as for
   `lm_iterator`.
   """

@@ -68,8 +68,10 @@ class Rows:
     self.all = None
     if whole:
       self.all = self.sample
-    elif sum(row.tokens + BESIDES for row in self.sample) * len(examples) <= KEPT * len(self.sample):
-      self.all = self.sample = encode(list(examples))
+    else:
+      size = sum(row.tokens + BESIDES for row in self.sample) / len(self.sample)
+      if size * len(examples) <= KEPT:
+        self.all = self.sample = encode(list(examples))
 
   def _draw(self) -> tuple[list[Row], bool]:
     """Rows of a sample, and whether they are all there are."""
@@ -163,11 +165,12 @@ def fit(row: Row, max_length: int, bos: int | None) -> tuple[np.ndarray, list[np
   """
   longest = max(map(len, row.completions))
   room = max(max_length - longest, max_length // 2)
-  prompt = _truncate_left(row.prompt, room, bos)
+  prompt = truncate_left(row.prompt, room, bos)
   return prompt, [completion[:max_length - len(prompt)] for completion in row.completions]
 
 
-def _truncate_left(prompt: np.ndarray, length: int, bos: int | None) -> np.ndarray:
+def truncate_left(prompt: np.ndarray, length: int, bos: int | None) -> np.ndarray:
+  """The newest `length` tokens of a prompt; a leading BOS stays."""
   if len(prompt) <= length:
     return prompt
   if bos is not None and prompt[0] == bos and length > 1:
@@ -198,7 +201,7 @@ def completion_batch(tokenizer: formats.Tokenizer, *, max_length: int) -> Batch:
 
 
 def pair_batch(rows: Rows, tokenizer: formats.Tokenizer, *, max_length: int) -> Batch:
-  """Rows to Pairs [B, P + R], P the length of the longest prompt of all and R of the longest completion.
+  """Rows to Pairs [B, P + R], P the length of the longest prompt and R of the longest completion.
 
   Raises:
     UserError: a prompt has no tokens.
@@ -208,8 +211,8 @@ def pair_batch(rows: Rows, tokenizer: formats.Tokenizer, *, max_length: int) -> 
     prompt, (completion,) = fit(row, max_length, tokenizer.bos_token_id)
     width, slots = max(width, len(prompt)), max(slots, len(completion))
     if not len(prompt):
-      raise UserError(f'example {number}{lazy.place(rows.examples, number)} has an empty prompt, and an '
-                      'encoder has to read something. Give it a prompt.')
+      raise UserError(f'example {number}{lazy.place(rows.examples, number)} has an empty prompt, and '
+                      'an encoder must read something. Give it a prompt.')
 
   def batch(rows):
     tokens = np.full((len(rows), width + slots), tokenizer.pad_token_id, np.int32)
@@ -294,7 +297,7 @@ def prompts(examples: Sequence[formats.Prompt], tokenizer: formats.Tokenizer, *,
 
 
 def _check_prompts(rows: Rows, sizes: np.ndarray, max_prompt_length: int, on_long: str) -> None:
-  """Raises UserError at the first prompt without tokens, or with too many where that is an error."""
+  """Raises UserError at the first prompt without tokens, or with too many where on_long='error'."""
   wrong = sizes == 0
   if on_long == 'error':
     wrong |= sizes > max_prompt_length
@@ -303,8 +306,8 @@ def _check_prompts(rows: Rows, sizes: np.ndarray, max_prompt_length: int, on_lon
   index = int(np.argmax(wrong))
   where = lazy.place(rows.examples, index)
   if not sizes[index]:
-    raise UserError(f'prompt {index}{where} is empty, and this tokenizer begins no text with a BOS: '
-                    'there is nothing to respond to. Remove the example.')
+    raise UserError(f'prompt {index}{where} is empty, and this tokenizer begins no text with a '
+                    'BOS: there is nothing to respond to. Remove the example.')
   raise UserError(
       f'prompt {index}{where} has {sizes[index]} tokens, more than config.data.max_prompt_length = '
       f'{max_prompt_length}: {rows.examples[index].prompt[:60]!r}... Raise max_prompt_length, or '
@@ -321,10 +324,10 @@ def prompt_batch(tokenizer: formats.Tokenizer, *, max_prompt_length: int) -> Bat
     tokens = np.full((len(rows), max_prompt_length), tokenizer.pad_token_id, np.int32)
     mask = np.zeros((len(rows), max_prompt_length), bool)
     for number, row in _here(rows):
-      ids = _truncate_left(row.prompt, max_prompt_length, tokenizer.bos_token_id)
+      ids = truncate_left(row.prompt, max_prompt_length, tokenizer.bos_token_id)
       if not len(ids):
-        raise UserError('a prompt is empty, and this tokenizer begins no text with a BOS: there is nothing '
-                        "to respond to. Set config.data.on_long to 'drop', which names it, and remove it.")
+        raise UserError('a prompt is empty, and this tokenizer begins no text with a BOS: there is '
+                        'nothing to respond to. Remove the example: a warning at the start names it.')
       tokens[number, max_prompt_length - len(ids):] = ids
       mask[number, max_prompt_length - len(ids):] = True
     return types.Prompts(tokens, mask)

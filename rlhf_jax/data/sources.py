@@ -4,17 +4,17 @@
 each one came from, so that a complaint about a record can name its line. What the fields mean is
 the business of `formats`.
 
-| source                       | one record per                           | place in messages  |
-|------------------------------|------------------------------------------|--------------------|
-| x.jsonl, x.jsonl.gz          | non-blank line, an object                | x.jsonl:17         |
-| x.json, x.json.gz            | element of the list (or of the object's) | x.json:item 16     |
-| x.csv, x.tsv, also .gz       | row, by the column names of the first    | x.csv:17           |
-| x.parquet                    | row                                      | x.parquet:row 16   |
+| source                       | one record per                           | place in messages    |
+|------------------------------|------------------------------------------|----------------------|
+| x.jsonl, x.jsonl.gz          | non-blank line, an object                | x.jsonl:17           |
+| x.json, x.json.gz            | element of the list (or of the object's) | x.json:item 16       |
+| x.csv, x.tsv, also .gz       | row, by the column names of the first    | x.csv:17             |
+| x.parquet                    | row                                      | x.parquet:row 16     |
 | x.arrayrecord                | record, a JSON object                    | x.arrayrecord:row 16 |
-| x.txt, x.txt.gz              | non-blank piece between `separator`s     | x.txt:17           |
-| directory                    | all of the above in its files, sorted    | that of the file   |
-| tfds:NAME                    | example of the TFDS data set             | tfds:NAME:row 16   |
-| any other name               | row of the Hugging Face data set         | NAME:row 16        |
+| x.txt, x.txt.gz              | non-blank piece between `separator`s     | x.txt:17             |
+| directory                    | all of the above in its files, sorted    | that of the file     |
+| tfds:NAME                    | example of the TFDS data set             | tfds:NAME:row 16     |
+| any other name               | row of the Hugging Face data set         | NAME:row 16          |
 
 Lines are counted from 1, as editors do; items and rows from 0, as Python does. Values of CSV and
 TSV are strings (`Record.untyped`).
@@ -61,8 +61,8 @@ def read(path: str, *, split: str = '', columns: Mapping[str, str] | None = None
       of `files.FORMATS`. None goes by the suffix.
 
   Returns:
-    A sequence of at least one record, which reads a record from the disk when it is asked for. Where
-    this one cannot be read, or lacks a column, it raises DataError, which names file and line.
+    A sequence of at least one record, which is read from the disk when it is asked for. One that
+    cannot be read, or lacks a column, raises DataError, which names file and line.
 
   Raises:
     UserError: the source is missing, unknown, empty or lacks the split.
@@ -122,13 +122,13 @@ def _warn_replaced(path: str, records: stored.Records, columns: Mapping[str, str
 
 def _rename(record: Record, *, columns: Mapping[str, str]) -> Record:
   fields = dict(record.fields)
-  for stored in columns.values():
-    if stored not in record.fields:
-      raise DataError(f'{record.where}: there is no field {stored!r}, which config.data.columns '
+  for name in columns.values():
+    if name not in record.fields:
+      raise DataError(f'{record.where}: there is no field {name!r}, which config.data.columns '
                       f'names; the fields are {sorted(record.fields)}.'
                       + (' The first row of the file must name the columns.' if record.untyped else ''))
-    fields.pop(stored, None)
-  fields.update({new: record.fields[stored] for new, stored in columns.items()})
+    fields.pop(name, None)
+  fields.update({new: record.fields[name] for new, name in columns.items()})
   return dataclasses.replace(record, fields=fields)
 
 

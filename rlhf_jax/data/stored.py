@@ -232,8 +232,8 @@ def too_long(size: int) -> str:
   """What to say of a record of so many bytes; '' where it can be read."""
   if size <= LONGEST:
     return ''
-  return (f'longer than {LONGEST >> 20} MiB ({size / 2**20:.3g} MiB), which is the most of a record that can be '
-          'read. Cut it into several.')
+  return (f'longer than {LONGEST >> 20} MiB ({size / 2**20:.3g} MiB), the most of a record that can '
+          'be read. Cut it into several.')
 
 
 def json_object(line: bytes) -> dict[str, Any]:

@@ -63,6 +63,7 @@ def test_the_index_is_made_once_and_anew_for_other_contents(large, tmp_path, mon
   monkeypatch.setattr(stored, '_write_index', lambda *args: made.append(1) or write_index(*args))
   records = sources.read(path)
   assert [record.where for record in records] == [f'{path}:1', f'{path}:3'] and not made
+  write(tmp_path / f'.a.jsonl.{"0" * 16}.lines.{os.uname().nodename}.1.tmp', 'of a process that was killed')
   write(tmp_path / 'a.jsonl', '{"text": "c"}\n')
   assert [record.fields['text'] for record in sources.read(path)] == ['c'] and made
   assert hidden(tmp_path) != [index] and len(hidden(tmp_path)) == 1

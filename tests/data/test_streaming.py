@@ -306,7 +306,8 @@ def test_a_process_reads_and_makes_its_own_rows(path, tokenizer, monkeypatch):
       monkeypatch.setattr(sharding, 'local_rows', lambda rows: mine)
       iterator, _ = make(kind, path, tokenizer)
       seen = []
-      monkeypatch.setattr(formats.lazy.Examples, 'record', lambda self, index: seen.append(index) or record(self, index))
+      monkeypatch.setattr(
+          formats.lazy.Examples, 'record', lambda self, index: seen.append(index) or record(self, index))
       found = [next(iterator) for _ in range(6)]
       iterator.close()
       monkeypatch.setattr(formats.lazy.Examples, 'record', record)
