@@ -366,7 +366,7 @@ def as_read(examples: Sequence[formats.Prompt], tokenizer: formats.Tokenizer, *,
     max_prompt_length: P.
   """
   rows = tokenizers.encode(tokenizer, [e.prompt for e in examples])
-  cut = [_truncate_left(row, max_prompt_length, tokenizer.bos_token_id) for row in rows]
+  cut = [rows_lib.truncate_left(row, max_prompt_length, tokenizer.bos_token_id) for row in rows]
   texts = tokenizers.decode_prompts(tokenizer, cut)
   return [dataclasses.replace(example, prompt=text) if len(short) < len(row) else example
           for example, row, short, text in zip(examples, rows, cut, texts)]
