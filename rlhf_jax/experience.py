@@ -104,7 +104,7 @@ def begin(outputs, fixed, rollout, step_mask, *, behaviour):
     fixed: forward.Fixed.
     rollout: Rollout.
     step_mask: [B, R] bool, positions with a value loss.
-    behaviour: old log-probabilities from the training 'forward' pass or from the 'sampler'.
+    behaviour: 'sampler' for old log-probabilities from the rollout; else they are those of `outputs`.
 
   Returns:
     Experience, and the mean absolute gap between the two kinds of log-probabilities.

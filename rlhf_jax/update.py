@@ -31,11 +31,15 @@ class Schedule:
     microbatch_size: sequences of one forward and backward pass; 0 for the whole minibatch.
     length_buckets: microbatches hold sequences of like length, cut to one of this many lengths; each
       of them is compiled; see lengths.cut. 1 for none.
+    before_like_first: the passes before the update are over the sequences of each minibatch and
+      microbatch of the first epoch together, in the same shapes, and not over all of them or those of
+      like length. In bfloat16 other shapes may give other log-probabilities.
   """
   epochs: int = 1
   minibatches: int = 1
   microbatch_size: int = 0
   length_buckets: int = 1
+  before_like_first: bool = False
 
   def splits(self, batch):
     """Whether a pass is over a part of these sequences at a time."""
@@ -95,8 +99,13 @@ def run(state, rollout, *, forward, objective, optimizers, schedule):
   Returns:
     The next TrainState and metrics: means over all minibatches, and those of `objective.prepare`.
   """
-  learn = _in_one_piece if schedule.in_one_piece(rollout) else _in_minibatches
-  gradients, memory = learn(state, rollout, forward, objective, schedule)
+  keys = jax.random.split(types.step_keys(state)[1], schedule.epochs)
+  orders = jax.lax.map(lambda key: jax.random.permutation(key, rollout.tokens.shape[0]), keys)
+  orders = orders.reshape(schedule.epochs * schedule.minibatches, -1)
+  if schedule.in_one_piece(rollout):
+    gradients, memory = _in_one_piece(state, rollout, forward, objective)
+  else:
+    gradients, memory = _in_minibatches(state, rollout, orders, forward, objective, schedule)
 
   def minibatch(carry, xs):
     params, opt_state, memory = carry
@@ -108,10 +117,7 @@ def run(state, rollout, *, forward, objective, optimizers, schedule):
     params, opt_state, norms = optim.apply(params, opt_state, grads, optimizers)
     return (params, opt_state, memory), metrics | norms
 
-  keys = jax.random.split(types.step_keys(state)[1], schedule.epochs)
-  orders = jax.lax.map(lambda key: jax.random.permutation(key, rollout.tokens.shape[0]), keys)
-  steps = schedule.epochs * schedule.minibatches
-  xs = processes.after({'step': jnp.arange(steps), 'order': orders.reshape(steps, -1)}, memory)
+  xs = processes.after({'step': jnp.arange(len(orders)), 'order': orders}, memory)
   (params, opt_state, (_, (extra, summary))), metrics = jax.lax.scan(
       minibatch, (state.params, state.opt_state, memory), xs)
   first = {'policy/first_ratio': metrics['policy/ratio'][0]} if 'policy/ratio' in metrics else {}
@@ -131,7 +137,7 @@ def _counts(experience):
                 count(jnp.any(experience.response_mask, axis=1)))
 
 
-def _in_one_piece(state, rollout, forward, objective, schedule):
+def _in_one_piece(state, rollout, forward, objective):
   """Gradients of epochs that are one pass over all sequences each.
 
   The first epoch starts from the parameters that sampled. So its forward pass is the one that gives
@@ -141,7 +147,6 @@ def _in_one_piece(state, rollout, forward, objective, schedule):
     (params, memory, xs) -> (gradients, metrics, memory), and the first memory: what the first epoch
     keeps for the others, and (extra, metrics) of `objective.prepare`.
   """
-  del schedule
   fixed = forward.fixed(state.params, rollout)
 
   def gradients(params, memory, xs):
@@ -163,10 +168,11 @@ def _in_one_piece(state, rollout, forward, objective, schedule):
   return gradients, memory
 
 
-def _in_minibatches(state, rollout, forward, objective, schedule):
+def _in_minibatches(state, rollout, orders, forward, objective, schedule):
   """As `_in_one_piece`, of shuffled minibatches, each summed over microbatches of like length."""
   fixed, outputs = before_update(
-      state.params, rollout, objective.step_mask, forward=forward, schedule=schedule)
+      state.params, rollout, objective.step_mask, forward=forward, schedule=schedule,
+      first=orders[:schedule.minibatches])
   experience, *prepared = objective.prepare(outputs, fixed)
 
   def gradients(params, memory, xs):
@@ -176,12 +182,14 @@ def _in_minibatches(state, rollout, forward, objective, schedule):
   return gradients, ((), tuple(prepared))
 
 
-def before_update(params, rollout, step_mask, *, forward, schedule):
+def before_update(params, rollout, step_mask, *, forward, schedule, first=None):
   """The forward passes over a rollout before its first update, a microbatch at a time.
 
   Args:
     params, rollout, forward, schedule: see `run`.
     step_mask: see Objective.
+    first: [minibatches, B / minibatches] int32, the sequences of each minibatch of the first epoch;
+      for `schedule.before_like_first`.
 
   Returns:
     Fixed and Outputs.
@@ -194,13 +202,31 @@ def before_update(params, rollout, step_mask, *, forward, schedule):
     return lengths.fill((fixed, outputs), length - rows.response_mask.shape[1])
 
   rollout = rollout.replace(ended=None)  # the passes do not read it, and it has no positions to cut
-  if not schedule.splits(rollout):
+  found = _pieces(step_mask, schedule, first)
+  if found is None:
     return passes(rollout)
-  order = lengths.order(step_mask)
-  split = jax.tree.map(lambda x: x[order].reshape((-1, schedule.microbatch_size) + x.shape[1:]), (rollout, step_mask))
-  cut = lambda _, part: (None, lengths.cut(passes, *part, schedule.length_buckets))
+  order, buckets = found
+  split = jax.tree.map(lambda x: x[order], (rollout, step_mask))
+  cut = lambda _, part: (None, lengths.cut(passes, *part, buckets))
   out = processes.scan(cut, None, split)[1]
-  return jax.tree.map(lambda x: x.reshape((batch,) + x.shape[2:])[jnp.argsort(order)], out)
+  return jax.tree.map(lambda x: x.reshape((batch,) + x.shape[2:])[jnp.argsort(order.reshape(-1))], out)
+
+
+def _pieces(step_mask, schedule, first):
+  """Which sequences the passes before an update read together; see `before_update`.
+
+  Returns:
+    [pieces, sequences] int32 and the lengths that a piece may be cut to; None for all at once.
+  """
+  size = schedule.microbatch_size
+  if not schedule.before_like_first:
+    if not size or size >= len(step_mask):
+      return None
+    return lengths.order(step_mask).reshape(-1, size), schedule.length_buckets
+  if not size or size >= first.shape[1]:
+    return first, 1
+  order = jax.vmap(lambda rows: rows[lengths.order(step_mask[rows])])(first)
+  return order.reshape(-1, size), schedule.length_buckets
 
 
 def minibatch_gradients(params, experience, *, forward, objective, schedule):

@@ -48,7 +48,9 @@ class Settings:
     missing_eos_value: the constant of that rule.
     clip_scores: bound on |score|; None for none.
     scale_scores: divide the clipped scores by their running standard deviation (trlX).
-    behaviour: old log-probabilities from the training 'forward' pass or from the 'sampler'.
+    behaviour: old log-probabilities from the training 'forward' pass, over all sequences or
+      microbatches; from passes in the shapes of the first epoch's minibatches, 'minibatch', which
+      in bfloat16 keep its ratio at 1 where other shapes round otherwise; or from the 'sampler'.
   """
   microbatch_size: int
   temperature: float
@@ -77,7 +79,8 @@ class Settings:
   @property
   def schedule(self):
     """update.Schedule."""
-    return update.Schedule(self.epochs, self.minibatches, self.microbatch_size, self.length_buckets)
+    return update.Schedule(self.epochs, self.minibatches, self.microbatch_size, self.length_buckets,
+                           before_like_first=self.behaviour == 'minibatch')
 
   @property
   def clips(self):
@@ -165,7 +168,7 @@ def validate(config, device_count):
   one_of(config, 'rl.kl_in', ('reward', 'loss'))
   one_of(config, 'rl.response', ('truncated', 'raw'))
   one_of(config, 'rl.missing_eos', advantages.MISSING_EOS)
-  one_of(config, 'rl.behaviour', ('forward', 'sampler'))
+  one_of(config, 'rl.behaviour', ('forward', 'minibatch', 'sampler'))
   need(0 <= rl.clip_low <= 1, f'config.rl.clip_low={rl.clip_low} must be in [0, 1]')
   for key in ('kl_coef', 'clip_high', 'entropy_coef', 'ptx_coef'):
     need(rl[key] >= 0, f'config.rl.{key}={rl[key]} must be 0 or positive')

@@ -32,7 +32,7 @@ def make(config):
     found = {
         'missing_eos': missing_eos(metrics, config.rl.missing_eos, config.rl.missing_eos_value),
         'equal_scores': equal_scores(metrics),
-        'negative_kl': negative_kl(metrics, filters if config.rl.behaviour == 'forward' else ''),
+        'negative_kl': negative_kl(metrics, filters if config.rl.behaviour != 'sampler' else ''),
         'kl': large_kl(metrics, bounds['kl']),
         'sampler_gap': sampler_gap(metrics, bounds['sampler_gap'], filters)}
     return {kind: line for kind, line in found.items() if line}

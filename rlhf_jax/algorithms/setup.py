@@ -192,7 +192,9 @@ def jit_step(function, state):
   Without the output shardings the compiler may place the new state elsewhere, and the second
   step would compile again.
   """
-  return jax.jit(function, donate_argnums=0, out_shardings=(state_shardings(state), None))
+  platform = next(iter(state.step.sharding.device_set)).platform
+  return jax.jit(function, donate_argnums=0, out_shardings=(state_shardings(state), None),
+                 compiler_options=sharding.rounding(platform))
 
 
 def read_examples(config_data, convert, tokenizer, *, path=None):

@@ -59,7 +59,7 @@ def make(model, sampling, *, samples=1, max_concurrent=0, gather=False):
     return sharding.each_shard(refill, (params, key), prompts)
 
   check_mesh(model, max_concurrent)
-  return jax.jit(generate)
+  return jax.jit(generate, compiler_options=sharding.rounding(sharding.platform()))
 
 
 def check_mesh(model, max_concurrent):
