@@ -193,3 +193,23 @@ def test_bfloat16_file_and_parameters(tmp_path):
   np.testing.assert_array_equal(np.asarray(wide['blocks']['mlp']['up']['kernel'][0]), theirs)
   assert wide['blocks']['mlp']['up']['kernel'].dtype == jnp.float32
   assert narrow['blocks']['mlp']['up']['kernel'].dtype == jnp.bfloat16
+
+
+def test_scores_divided_by_the_number_of_the_layer_unrolled(tmp_path):
+  """Where layers are unrolled their numbers are ints, which have no dtype."""
+  def build(**fields):
+    return families.randomize(transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=29, n_positions=LENGTH, n_embd=12, n_layer=3, n_head=3, **fields)), 0)
+
+  reference = build(scale_attn_by_inverse_layer_idx=True)
+  reference.save_pretrained(tmp_path)
+  model, params = hf.load(tmp_path, unroll=None)
+  tokens, mask = draw_batch(29, 0)
+  rows = mask[:, PROMPT - 1]  # those whose prompt has a token
+  tokens, mask = tokens[rows], mask[rows]
+  states = decode(model, model.unstack(params), tokens, jnp.asarray(mask))
+  ours, real = np.asarray(model.unembed(params, states)), mask[:, PROMPT - 1:]
+  theirs, other = (their_logits(reference, tokens, mask).detach().numpy()[:, PROMPT - 1:][real]
+                   for reference in (reference, build()))
+  assert_near(ours[real], theirs, 2e-4)
+  assert np.abs(theirs - other).max() > 0.01  # the key matters
