@@ -104,7 +104,7 @@ def begin(outputs, fixed, rollout, step_mask, *, behaviour):
     fixed: forward.Fixed.
     rollout: Rollout.
     step_mask: [B, R] bool, positions with a value loss.
-    behaviour: 'sampler' for old log-probabilities from the rollout; else they are those of `outputs`.
+    behaviour: 'sampler' for old log-probabilities from the rollout; else from `outputs`.
 
   Returns:
     Experience, and the mean absolute gap between the two kinds of log-probabilities.

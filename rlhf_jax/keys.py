@@ -7,8 +7,8 @@
 
 import jax
 
-# The parameters of a new scalar head; of new adapters of the model that is trained, and of a critic's
-# on the same weights; the answers of evaluators.
+# The parameters of a new scalar head; of new adapters of the model that is trained, and of a
+# critic's on the same weights; the answers of evaluators.
 HEAD, ADAPTERS, CRITIC_ADAPTERS, EVALUATION = (
     int.from_bytes(name) for name in (b'head', b'lora', b'crit', b'eval'))
 

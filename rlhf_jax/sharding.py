@@ -253,12 +253,12 @@ def put_rows(tree, mesh):
 
 
 def rounding(platform):
-  """Options of jax.jit for programs whose numbers must agree: bfloat16 is rounded where the code says so.
+  """Options of jax.jit for programs whose numbers must agree: bfloat16 is rounded as written.
 
-  XLA leaves roundings out where it likes, in each program elsewhere: in bfloat16 the log-probabilities of
-  the sampler, of a pass over the whole batch and of one over a minibatch differ by 6e-3 a token on the
-  CPU, and by 1e-5 with this option. They are as near to those of float32 with it as without. On
-  other platforms its price is not known, and they keep XLA's choice.
+  XLA leaves roundings out where it likes, in each program and shape elsewhere: in bfloat16 the
+  log-probabilities of the sampler, of a pass over the whole batch and of one over a minibatch differ
+  by 6e-3 a token on the CPU, and by 1e-5 with this option. They are as near to those of float32
+  with it as without. On other platforms its price is not known, and they keep XLA's choice.
 
   Args:
     platform: 'cpu', 'gpu' or 'tpu'.

@@ -32,8 +32,8 @@ class Schedule:
     length_buckets: microbatches hold sequences of like length, cut to one of this many lengths; each
       of them is compiled; see lengths.cut. 1 for none.
     before_like_first: the passes before the update are over the sequences of each minibatch and
-      microbatch of the first epoch together, in the same shapes, and not over all of them or those of
-      like length. In bfloat16 other shapes may give other log-probabilities.
+      microbatch of the first epoch together, in the same shapes; else over all of them, or over
+      microbatches of like length. In bfloat16 other shapes may give other log-probabilities.
   """
   epochs: int = 1
   minibatches: int = 1
@@ -209,7 +209,8 @@ def before_update(params, rollout, step_mask, *, forward, schedule, first=None):
   split = jax.tree.map(lambda x: x[order], (rollout, step_mask))
   cut = lambda _, part: (None, lengths.cut(passes, *part, buckets))
   out = processes.scan(cut, None, split)[1]
-  return jax.tree.map(lambda x: x.reshape((batch,) + x.shape[2:])[jnp.argsort(order.reshape(-1))], out)
+  back = jnp.argsort(order.reshape(-1))
+  return jax.tree.map(lambda x: x.reshape((batch,) + x.shape[2:])[back], out)
 
 
 def _pieces(step_mask, schedule, first):

@@ -486,7 +486,7 @@ WITHOUT = [
      'config.optim.warmup_steps=10 is not below config.steps=10: the learning rate never reaches'),
     ('ppo', {'optim.warmup_from': 0.1}, 'config.optim.warmup_from=0.1 has no effect with config.optim.warmup_steps=0'),
     ('ppo', {'rl.behaviour': 'minibatch', 'rl.minibatches': 1},
-     "config.rl.behaviour='minibatch' has no effect with config.rl.minibatches=1: the first epoch is one"),
+     "config.rl.behaviour='minibatch' has no effect with config.rl.minibatches=1: the first"),
     ('ppo', {'ptx.path': 'x'}, "config.ptx.path='x' has no effect with config.rl.ptx_coef=0.0"),
     ('ppo', {'sampling.truncate_after': 5}, 'config.sampling.truncate_after=5 has no effect with config.sampling.truncate_at=None'),
     ('ppo', {'sampling.gather_weights': True, 'sampling.max_concurrent': 8}, 'config.sampling.gather_weights=True has no effect'),

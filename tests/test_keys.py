@@ -1,9 +1,8 @@
 """Every random draw of a run has a key of its own."""
 
-import types as python_types
-
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from rlhf_jax import keys
@@ -19,7 +18,7 @@ SEED, STEPS, WIDTH = 3, 64, 16
 
 
 def keys_of_steps():
-  """The key of each of the first steps, and the two of its rollout and its update, as NumPy words."""
+  """The key of each of the first steps, and the two of its rollout and its update."""
   found = []
   for step in range(STEPS):
     state = types.TrainState(step, jax.random.key(SEED), {}, {})
@@ -33,9 +32,10 @@ def adapters_of(critic):
   mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
   params = model.init(jax.random.key(0))
   model, trained, frozen = trainable.start(
-      model, params, unfrozen_layers=None, targets=(('mlp/up', 4, 8.0),), rslora=False, path='', seed=SEED)
+      model, params, unfrozen_layers=None, targets=(('mlp/up', 4, 8.0),), rslora=False, path='',
+      seed=SEED)
   if critic:
-    config = python_types.SimpleNamespace(seed=SEED, critic=python_types.SimpleNamespace(kind='adapters', path=None))
+    config = ml_collections.ConfigDict({'seed': SEED, 'critic': {'kind': 'adapters'}})
     trained = wiring.make_critic(config, mesh, model, trained, frozen, None)[1]['backbone']
   return np.asarray(trained['blocks']['mlp']['up']['lora']['a'])
 
@@ -50,7 +50,8 @@ def test_heads_and_adapters_are_drawn_from_no_key_of_a_step():
   stack = jnp.stack(found)
   normals = jax.vmap(lambda key: jax.random.normal(key, head.shape))(stack) * (WIDTH + 1) ** -0.5
   bound = WIDTH ** -0.5
-  uniforms = jax.vmap(lambda key: jax.random.uniform(key, policy.shape, minval=-bound, maxval=bound))(stack)
+  uniforms = jax.vmap(
+      lambda key: jax.random.uniform(key, policy.shape, minval=-bound, maxval=bound))(stack)
   assert np.abs(np.asarray(normals) - head).max(1).min() > 0.1
   for adapters in (policy, critic):
     assert np.abs(np.asarray(uniforms) - adapters).max((1, 2, 3)).min() > 0.1

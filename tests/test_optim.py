@@ -142,7 +142,7 @@ def test_moments_of_another_dtype_and_their_place():
 
 @pytest.mark.parametrize('decay', [0.9, 0.999])
 def test_the_moving_average_by_loop(decay):
-  """A weighted mean of the parameters after each update alone: those before the first are no part of it."""
+  """A weighted mean of the parameters after each update; those before the first are no part."""
   rng = np.random.default_rng(2)
   params = {'w': jnp.asarray(rng.normal(size=5), jnp.float32)}
   optimizer = optim.make(**PLAIN | {'ema': decay})
@@ -153,7 +153,8 @@ def test_the_moving_average_by_loop(decay):
     params = optax.apply_updates(params, updates)
     seen.append(np.asarray(params['w'], np.float64))
     weights = decay ** np.arange(t - 1, -1, -1.0)
-    close(optim.moving_average(state)['w'], weights @ np.stack(seen) / weights.sum(), rtol=2e-5, atol=2e-6)
+    expected = weights @ np.stack(seen) / weights.sum()
+    close(optim.moving_average(state)['w'], expected, rtol=2e-5, atol=2e-6)
   np.testing.assert_array_equal(state.count, 40)
   assert optim.moving_average(optim.make(**PLAIN).init(params)) is None
 

@@ -33,7 +33,8 @@ TABLE = (
      lambda count, config: count == config.rl.epochs == 1 and config.rl.behaviour != 'sampler',
      'with config.rl.epochs=1 too there is one update a rollout, at which the ratio is 1'),
     ('rl.behaviour', 'rl.minibatches',
-     lambda count, config: count == 1 and not config.microbatch_size and config.rl.behaviour == 'minibatch',
+     lambda count, config:
+     count == 1 and not config.microbatch_size and config.rl.behaviour == 'minibatch',
      'the first epoch is one minibatch anyway'),
     ('ptx.path ptx.split ptx.columns ptx.separator ptx.kind ptx.max_length ptx.on_error',
      'rl.ptx_coef', (0,), 'no pretraining is mixed in'),

@@ -176,7 +176,7 @@ def _invert(uniform, logits):
 
 
 def _first_above(uniform, weights):
-  """The first index whose cumulative weight exceeds `uniform` of the sum, [B] int32, and the sum [B].
+  """The first index [B] whose cumulative weight exceeds `uniform` of the sum, and the sum [B].
 
   An index of weight 0 is never the first. Sums are rounded: the cumulative weight of the last index
   of positive weight may be an ulp short of a sum that goes on with zeros, and exceed nothing where

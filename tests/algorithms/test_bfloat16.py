@@ -37,7 +37,7 @@ def test_nothing_is_learnt_at_a_rate_of_zero(minibatches, behaviour, world, tmp_
 
 
 class Pieces:
-  """Stands for forward.Forward: the log-probabilities of a sequence name all sequences of its pass."""
+  """Stands for forward.Forward: log-probabilities that name all sequences of a pass."""
 
   def fixed(self, params, rows):
     del params, rows
@@ -45,7 +45,7 @@ class Pieces:
 
   def outputs(self, params, rows, trunk):
     del params, trunk
-    together = jnp.sum(2.0 ** rows.tokens[:, 0])  # of the first slot, which holds the sequence's number
+    together = jnp.sum(2.0 ** rows.tokens[:, 0])  # the first slot holds the sequence's number
     return forward_lib.Outputs(jnp.full(rows.response_mask.shape, together), None)
 
 
@@ -56,16 +56,18 @@ def test_passes_before_the_update_are_those_of_the_first_epoch(microbatch_size):
   filled = rng.permutation(np.arange(5, 17))
   mask = np.arange(64) < 4 * filled[:, None]
   tokens = np.zeros((12, 70), np.int32) + np.arange(12, dtype=np.int32)[:, None]
-  rollout = types.Rollout(tokens, np.ones_like(tokens, bool), mask, np.zeros(mask.shape, np.float32))
+  rollout = types.Rollout(
+      tokens, np.ones_like(tokens, bool), mask, np.zeros(mask.shape, np.float32))
   first = rng.permutation(12).reshape(3, 4)
-  _, outputs = update.before_update(
-      {}, rollout, jnp.asarray(mask), forward=Pieces(), first=jnp.asarray(first), schedule=update.Schedule(
-          minibatches=3, microbatch_size=microbatch_size, length_buckets=4, before_like_first=True))
+  schedule = update.Schedule(
+      minibatches=3, microbatch_size=microbatch_size, length_buckets=4, before_like_first=True)
+  _, outputs = update.before_update({}, rollout, jnp.asarray(mask), forward=Pieces(),
+                                    schedule=schedule, first=jnp.asarray(first))
   for minibatch in first:
     rows = sorted(minibatch, key=lambda row: filled[row])
     size = microbatch_size or 4
     for piece in (rows[i:i + size] for i in range(0, 4, size)):
-      # A piece is cut to what its longest sequence fills of 16, 32, 48 or 64 slots, if it is a part of a minibatch.
+      # Cut to what its longest sequence fills of 16, 32, 48 or 64 slots; a whole minibatch is not.
       slots = 64 if size == 4 else 16 * -(-max(filled[row] for row in piece) // 4)
       wanted = np.where(np.arange(64) < slots, sum(2.0 ** row for row in piece), 0.0)
       for row in piece:

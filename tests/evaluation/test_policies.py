@@ -67,14 +67,16 @@ def test_the_kl_of_greedy_answers_is_at_temperature_one(world):
   """At temperature 0 logits would be divided by it: infinity less infinity."""
   old, new = (policy_lib.TextPolicy.load(world / 'model') for _ in range(2))
   new.params = jax.tree.map(lambda x: 1.5 * x, old.params)
-  asked = policies.ask({'base': old, 'new': new}, ['w7'], None, lambda *_: 0.0, jax.random.key(0),
+  judge = lambda prompt, response: 0.0
+  asked = policies.ask({'base': old, 'new': new}, ['w7'], None, judge, jax.random.key(0),
                        baseline='base', best_of=0, max_new_tokens=4, temperature=0.0)
 
   rollout = asked['new'].samples.rollout
   (row,), slots = rollout.tokens[rollout.mask][None], int(rollout.response_mask.sum())
 
   def total(policy):
-    hidden, _ = policy.model.forward(policy.params, row[None], np.arange(len(row))[None], np.ones((1, len(row)), int))
+    hidden, _ = policy.model.forward(
+        policy.params, row[None], np.arange(len(row))[None], np.ones((1, len(row)), int))
     logits = np.asarray(policy.model.unembed(policy.params, hidden[0]), np.float64)
     logp = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     return sum(logp[t - 1, row[t]] for t in range(len(row) - slots, len(row)))

@@ -73,7 +73,7 @@ def test_a_vocabulary_of_several_blocks_is_drawn_from_evenly():
 
 
 def test_the_largest_uniform_draws_the_last_token_that_can_be_drawn(monkeypatch):
-  """The cumulative weight of that token is an ulp short of the sum in some rows, and exceeds nothing."""
+  """In some rows its cumulative weight is an ulp short of the sum, and exceeds nothing."""
   rows, vocab, block = 64, 50257, 128
   rng = np.random.default_rng(0)
   logits, lasts = np.full((rows, vocab), -np.inf, np.float32), []
