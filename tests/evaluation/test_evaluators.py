@@ -15,7 +15,6 @@ from rlhf_jax import train
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.algorithms import sft
-from rlhf_jax.evaluation import winrate
 from rlhf_jax.models import hf
 from rlhf_jax.rewards import scoring
 import tiny
@@ -130,8 +129,9 @@ def test_answers_to_one_prompt_are_one_draw(world, recorded, tmp_path):
   scores = joined(recorded[-3:])[3]
   assert found['prompts/score_se'] == pytest.approx(intervals.standard_error(scores, prompts), rel=1e-5)
   assert found['prompts/score_se'] != pytest.approx(intervals.standard_error(scores), rel=1e-3)
-  # All draws, of three prompts.
-  assert (found['win_rate/low'], found['win_rate/high']) == winrate.wilson(1.5, 3)
+  # All draws, of three prompts: t^2 / (3 + t^2) / 2 on either side, with t = 4.3027 of 2.
+  side = 4.3027**2 / (3 + 4.3027**2) / 2
+  assert (found['win_rate/low'], found['win_rate/high']) == pytest.approx((0.5 - side, 0.5 + side), abs=1e-5)
 
 
 def test_text_is_of_the_same_answers(world, recorded):

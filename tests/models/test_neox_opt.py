@@ -1,5 +1,6 @@
 """Config fields of GPT-NeoX and OPT: released files, old and new names, what is refused; their sharding."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,6 +10,8 @@ import pytest
 from rlhf_jax import models
 from rlhf_jax import sharding
 from rlhf_jax.errors import UserError
+from rlhf_jax.models import lora
+from rlhf_jax.models import trainable
 
 NEOX = {'model_type': 'gpt_neox', 'vocab_size': 32, 'hidden_size': 16, 'intermediate_size': 24,
         'num_hidden_layers': 2, 'num_attention_heads': 4}
@@ -125,3 +128,18 @@ def test_dropout_and_the_prefix_of_a_prompt_are_nothing_of_the_model():
   for base in (NEOX, OPT):
     others = dict.fromkeys(('dropout', 'hidden_dropout', 'layerdrop', 'classifier_dropout'), 0.1) | {'prefix': '</s>'}
     assert models.create(base | others) == models.create(base)
+
+
+def test_adapters_of_the_top_layers_beside_projections():
+  """'.*' finds the projections around the blocks too, but only the maps of the top blocks have adapters then."""
+  model = models.create(OPT | {'word_embed_proj_dim': 8})
+  adapted = dataclasses.replace(model, lora=lora.Lora((('.*', 2, 4.0),)))
+  adapters, frozen = trainable.divide(adapted, model.init(jax.random.key(0)), unfrozen_layers=1)
+  draw = np.random.default_rng(0)
+  adapters = jax.tree.map(lambda x: draw.normal(0, 0.3, x.shape).astype(np.float32), adapters)
+  assert set(adapters) == {'top'}
+  tokens, mask = draw.integers(3, 32, (2, 5)), np.ones((2, 5), bool)
+  positions = np.broadcast_to(np.arange(5), tokens.shape)
+  found, _ = adapted.forward(trainable.join(frozen, adapters), tokens, positions, mask)
+  expected, _ = model.forward(trainable.whole(adapted, adapters, frozen), tokens, positions, mask)
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
