@@ -1,6 +1,7 @@
 """Checkpoints of a run: state, data iterators, step, and checksums of them all.
 
-Orbax writes them whole or not at all. What a disk or a copy has damaged since shows in the checksums.
+Orbax writes them whole or not at all. What a disk or a copy has damaged since shows in the
+checksums.
 """
 
 import copy
@@ -58,8 +59,9 @@ class Checkpoints:
     sums, bad = _sums(sharding.paths(state))
     if bad:
       raise errors.UserError(
-          f'{_some(bad)} not finite after step {step}, which is not saved. Lower config.optim.learning_rate, '
-          f'or set config.optim.clip_norm; the checkpoints before this step are in {self.path}')
+          f'{_some(bad)} not finite after step {step}, which is not saved. Lower '
+          'config.optim.learning_rate, or set config.optim.clip_norm; the checkpoints before this '
+          f'step are in {self.path}')
     # On all processes the same, so that any number of them can go on from here.
     places = {name: copy.deepcopy(it.get_state()) for name, it in iterators.items()}
     self._manager.save(step, args=ocp.args.Composite(
@@ -73,9 +75,9 @@ class Checkpoints:
   def restore(self, state, iterators, *, new_optimizers=False):
     """The newest checkpoint that is sound.
 
-    One that cannot be read, does not have its checksums, or has parameters that are not finite is put
-    aside under another name with a warning, and the one before is tried: a run never resumes from a
-    damaged checkpoint and never loses a sound one.
+    One that cannot be read, does not have its checksums, or has parameters that are not finite is
+    put aside under another name with a warning, and the one before is tried: a run never resumes
+    from a damaged checkpoint and never loses a sound one.
 
     Args:
       state: TrainState whose shapes and shardings the result has. Its buffers are freed.
@@ -117,15 +119,16 @@ class Checkpoints:
           'have the model and the optimizer they were saved with, or another --workdir; nothing '
           'was deleted.')
     raise errors.UserError(
-        f'none of the checkpoints {steps} in {self.path} is sound: {steps[0]} {faults[0]}. Put back a copy '
-        'of one, or start in another --workdir; nothing was deleted.')
+        f'none of the checkpoints {steps} in {self.path} is sound: {steps[0]} {faults[0]}. Put back '
+        'a copy of one, or start in another --workdir; nothing was deleted.')
 
   def _sound(self, step, abstract, iterators):
-    """The state of a checkpoint, and what is wrong with it, '' for nothing; the same on all processes."""
+    """The state of a checkpoint, and what is wrong with it, '' for nothing, on all processes."""
     restored, fault = None, ''
     try:
       restored = self._read(step, abstract)
-      if CHECKSUMS in restored and checksums.of_json(restored.iterators) != restored.checksums['iterators']:
+      sums = restored.get(CHECKSUMS)
+      if sums is not None and checksums.of_json(restored.iterators) != sums['iterators']:
         raise ValueError('the checksum of the iterators differs')
       for name, it in iterators.items():
         it.set_state(restored.iterators[name])
@@ -133,7 +136,7 @@ class Checkpoints:
       fault = f'{UNREADABLE} ({_brief(error)})'
     if not processes.all_of(not fault):
       return None, fault or f'{UNREADABLE} by another process'
-    return restored.state, _fault(sharding.paths(restored.state), restored.get(CHECKSUMS), self.path / str(step))
+    return restored.state, _fault(sharding.paths(restored.state), sums, self.path / str(step))
 
   def _read(self, step, abstract):
     """One checkpoint, without a wait for other processes: one that cannot read its part never comes to it."""
@@ -190,7 +193,7 @@ class Checkpoints:
 
 
 def _sums(arrays):
-  """Checksums of arrays, {name: int}, and the names of parameters among them that are not finite."""
+  """Checksums of arrays, {name: int}, and names of parameters among them that are not finite."""
   found = {name: checksums.of(array) for name, array in arrays.items()}
   bad = [name for name, (_, finite) in found.items() if not finite and name.startswith('params/')]
   return {name: checksum for name, (checksum, _) in found.items()}, bad
@@ -206,8 +209,9 @@ def _fault(arrays, saved, path):
   """
   sums, bad = _sums(arrays)
   if saved is None:
-    logging.warning('%s has no checksums: an earlier version wrote it, and damage to it may go unseen', path)
-  damaged = [] if saved is None else [name for name, value in sums.items() if saved['arrays'].get(name) != value]
+    logging.warning('%s has no checksums: an earlier version wrote it, and damage may go unseen', path)
+    saved = {'arrays': sums}
+  damaged = [name for name, checksum in sums.items() if saved['arrays'].get(name) != checksum]
   if damaged:
     return f'is damaged: the checksum of {_some(damaged)} differs'
   return f'has values of {_some(bad)} that are NaN or infinite' if bad else ''
@@ -241,17 +245,21 @@ def load_params(path, name):
   steps = sorted(manager.all_steps(), reverse=True)
   if not steps:
     raise errors.UserError(f'there is no checkpoint in {path}')
+  faults = []
   for step in steps:
     try:
-      params, saved = _params(manager, step, name, with_sums=(path / str(step) / CHECKSUMS).exists())
+      with_sums = (path / str(step) / CHECKSUMS).exists()
+      params, saved = _params(manager, step, name, with_sums=with_sums)
       fault = _fault(sharding.paths({'params': {name: params}}), saved, path / str(step))
     except Exception as error:  # as in Checkpoints.restore
       fault = f'{UNREADABLE} ({_brief(error)})'
     if not fault:
       return params
+    faults.append(fault)
     logging.warning('checkpoint %d in %s %s%s', step, path, fault,
                     '; trying the one before' if step != steps[-1] else '')
-  raise errors.UserError(f'none of the checkpoints {steps} in {path} is sound: {step} {fault}. Put back a copy of one')
+  raise errors.UserError(f'none of the checkpoints {steps} in {path} is sound: {steps[0]} {faults[0]}. '
+                         'Put back a copy of one')
 
 
 def _params(manager, step, name, *, with_sums):

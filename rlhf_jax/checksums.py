@@ -13,9 +13,9 @@ SMALL = 1 << 20  # elements; up to here NumPy is faster than compiling a program
 def of(array):
   """The checksum of an array, and whether its values are finite.
 
-  Any change within one aligned word of 32 bits changes the checksum for certain, and any other change
-  with a probability of 1 - 2^-32. It is computed where the array lies. Not-fully-addressable arrays
-  need a call by every process.
+  Any change within one aligned word of 32 bits changes the checksum for certain, any other change
+  with a probability of 1 - 2^-32. It is computed where the array lies; all processes that hold a
+  part of it must call this.
 
   Args:
     array: jax array, or array of random keys.
@@ -28,7 +28,8 @@ def of(array):
   if array.size > SMALL or not (array.is_fully_addressable or array.is_fully_replicated):
     checksum, finite = _on_devices(array)
   else:
-    checksum, finite = _of_numpy(np.asarray(array.addressable_data(0) if array.is_fully_replicated else array))
+    whole = array.addressable_data(0) if array.is_fully_replicated else array
+    checksum, finite = _of_numpy(np.asarray(whole))
   return int(checksum), bool(finite)
 
 
@@ -46,11 +47,13 @@ def _of_numpy(array):
 
 @jax.jit
 def _on_devices(array):
-  words = array.astype(jnp.uint8) if array.dtype == bool else jax.lax.bitcast_convert_type(array, _word(array.dtype))
-  words = words.astype(jnp.uint32)
-  index = jnp.zeros((), jnp.uint32)
+  words = array
+  if array.dtype != bool:
+    words = jax.lax.bitcast_convert_type(array, _word(array.dtype))
+  words, index = words.astype(jnp.uint32), jnp.zeros((), jnp.uint32)
   for axis, size in enumerate(words.shape):  # not through reshape, which would gather the shards
-    index = index * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    index = index * np.uint32(size % 2**32) + along
   return _mixed(words, index).sum(dtype=jnp.uint32), _finite(array, jnp)
 
 
@@ -59,7 +62,10 @@ def _word(dtype):
 
 
 def _mixed(words, index):
-  """One to one in the word, for every index; after MurmurHash3's finalizer (https://github.com/aappleby/smhasher)."""
+  """One to one in the word, for every index.
+
+  See MurmurHash3's finalizer (https://github.com/aappleby/smhasher).
+  """
   mixed = words ^ (index * np.uint32(0x9E3779B1))
   mixed = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(0x85EBCA6B)
   mixed = (mixed ^ (mixed >> np.uint32(13))) * np.uint32(0xC2B2AE35)

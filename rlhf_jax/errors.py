@@ -46,7 +46,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def printable(text):
-  """Text for a terminal, its control characters spelled out: names and texts of others may hold them."""
+  """Text for a terminal, its control characters spelled out: texts of others may hold them."""
   return CONTROLS.sub(lambda found: f'\\x{ord(found.group()):02x}', text)
 
 

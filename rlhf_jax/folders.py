@@ -12,12 +12,13 @@ MOST_BYTES = 512 * 2**20  # of a file that is read whole; the largest tokenizers
 
 
 def check_file(path):
-  """Raises OSError where a file is no ordinary one, which may have no end, or too large to be read whole."""
+  """Raises OSError where a file may have no end, or is too large to be read whole."""
   found = os.stat(path)
   if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
     raise OSError(errno.EINVAL, 'is a device or a pipe, not a file', os.fspath(path))
   if found.st_size > MOST_BYTES:
-    raise OSError(errno.EFBIG, f'has {found.st_size} bytes, and at most {MOST_BYTES} are read', os.fspath(path))
+    raise OSError(errno.EFBIG, f'has {found.st_size} bytes, and at most {MOST_BYTES} are read',
+                  os.fspath(path))
 
 
 def model(path):

@@ -165,16 +165,16 @@ def test_300_flipped_bits_over_all_files_change_nothing(wide, tmp_path):
   newest, draw = wide / 'checkpoints' / '2', np.random.default_rng(1)
   files = sorted(path.relative_to(newest) for path in newest.rglob('*') if path.is_file())
   ends = np.cumsum([(newest / file).stat().st_size for file in files])
+  expected = [make_state(step, 512).params['policy']['a'] for step in (1, 2)]
   for number in range(300):
     drawn = np.searchsorted(ends, draw.integers(ends[-1]), 'right')
     folder = tmp_path / str(number)
     shutil.copytree(wide / 'checkpoints', folder / 'checkpoints')
     flip(folder / 'checkpoints' / '2' / files[drawn if number % 2 else number % len(files)],
          draw.random(), draw.integers(8))
-    params = checkpoint.load_params(folder, 'policy')
-    step = restore(folder, width=512)
-    assert step in (1, 2)
-    np.testing.assert_array_equal(params['a'], make_state(step, 512).params['policy']['a'])
+    params = checkpoint.load_params(folder, 'policy')  # may do where the iterators will not
+    assert any(np.array_equal(params['a'], sound) for sound in expected)
+    assert restore(folder, width=512) in (1, 2)
     shutil.rmtree(folder)
 
 

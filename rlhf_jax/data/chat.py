@@ -140,8 +140,8 @@ def _apply(tokenizer, messages: Messages, *, add_generation_prompt: bool) -> str
   except jinja2.TemplateSyntaxError as error:
     raise UserError(f'config.data.chat_template is not valid Jinja: {error}.') from error
   except time_limit.Exceeded:
-    raise UserError(f'the chat template took more than {TEMPLATE_SECONDS} s for one conversation, and was stopped. '
-                    'Set config.data.chat_template to one that ends.') from None
-  except Exception as error:  # a template is a program, which Jinja's sandbox keeps from harm and not from errors
+    raise UserError(f'the chat template took more than {TEMPLATE_SECONDS} s for one conversation, and '
+                    'was stopped. Set config.data.chat_template to one that ends.') from None
+  except Exception as error:  # the sandbox keeps a template from harm, and not from errors
     kind = '' if isinstance(error, jinja2.TemplateError) else f'{type(error).__name__}: '
     raise Malformed(f'the chat template rejects this conversation ({kind}{error})') from error

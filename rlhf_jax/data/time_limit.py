@@ -59,4 +59,5 @@ def _watch() -> None:
         if body.polls < 0:
           body.stopped = True
           del _bodies[thread]
-          ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Exceeded))
+          ctypes.pythonapi.PyThreadState_SetAsyncExc(
+              ctypes.c_ulong(thread), ctypes.py_object(Exceeded))

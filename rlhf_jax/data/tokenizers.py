@@ -40,8 +40,8 @@ from rlhf_jax.errors import UserError
 
 PAD, BOS, EOS = '<|pad|>', '<|bos|>', '<|eos|>'
 BYTES = 256
-REMEDY = ('It must hold tokenizer.json, or vocab.json and merges.txt, of a tokenizer that needs no code of '
-          'its own: nothing that a folder brings is run')
+REMEDY = ('It must hold tokenizer.json, or vocab.json and merges.txt, of a tokenizer that needs no '
+          'code of its own: nothing that a folder brings is run')
 TOGETHER = 4096  # texts given to a backend at a time, between which a progress bar moves
 
 
@@ -76,15 +76,17 @@ def load(path: str) -> transformers.PreTrainedTokenizerFast:
     tokenizer('a')
   except (KeyboardInterrupt, SystemExit):
     raise
-  except BaseException as error:  # transformers raises many kinds, and tokenizers panics, which is no Exception
+  except BaseException as error:  # transformers raises many kinds; a panic is no Exception
+    reason = str(error).strip().partition('\n')[0]
     raise UserError(f'{path}: no tokenizer can be loaded from this folder, which holds '
-                    f'{sorted(files)} ({str(error).strip().partition(chr(10))[0]}). {REMEDY}') from None
+                    f'{sorted(files)} ({reason}). {REMEDY}') from None
   if largest >= 2**31:
-    raise UserError(f'{path}: the tokenizer has ids up to {largest}, and ids must be below 2^31. {REMEDY}')
+    raise UserError(f'{path}: the tokenizer has ids up to {largest}; they must be below 2^31.')
   template = tokenizer.chat_template
-  if not all(isinstance(text, str) for text in (template.values() if isinstance(template, dict) else [template or ''])):
-    raise UserError(f'{path}: chat_template must be text, and is of type {type(template).__name__}. Mend it in '
-                    'tokenizer_config.json.')
+  texts = template.values() if isinstance(template, dict) else [template or '']
+  if not all(isinstance(text, str) for text in texts):
+    raise UserError(f'{path}: chat_template must be text, and is of type {type(template).__name__}. '
+                    'Mend it in tokenizer_config.json.')
   if not tokenizer.is_fast:
     raise UserError(f'{path}: only tokenizers with a tokenizer.json are supported. Load it with '
                     'transformers, convert it to a fast one and save that.')

@@ -36,7 +36,8 @@ def create(fields, *, dtype='float32', remat='none', unroll=1):
   family = fields.get('family', fields.get('model_type'))
   for name, value, options in (('family', family, FAMILIES), ('dtype', dtype, DTYPES), ('remat', remat, stack.REMAT)):
     if value not in options:
-      raise UserError(f'model: {name}={brief(repr(value))} is not supported; choose from {sorted(options)}')
+      raise UserError(f'model: {name}={brief(repr(value))} is not supported; choose from '
+                      f'{sorted(options)}')
   if unroll is not None and unroll < 1:
     raise UserError(f'model: unroll={unroll} must be at least 1, or None')
   config = FAMILIES[family].Config.from_hf(fields)

@@ -151,12 +151,13 @@ def _check_architectures(file, found, module):
     return
   expected = module.ARCHITECTURE
   if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-    raise UserError(f'{file}: architectures={brief(json.dumps(found))}: must be a list of names, like ["{expected}"]')
+    raise UserError(f'{file}: architectures={brief(json.dumps(found))}: must be a list of names, '
+                    f'like ["{expected}"]')
   stem = re.split(r'For[A-Z]|LMHeadModel$', expected)[0]
   of_family = rf'{stem}(\w*Model|For\w+)|{module.CLASSIFIER}'
   if found and not any(re.fullmatch(of_family, name) for name in found):
-    raise UserError(f'{file}: architectures={brief(json.dumps(found))} is not supported, or contradicts model_type, '
-                    f'of which it would be "{expected}"; if the model is one, write that')
+    raise UserError(f'{file}: architectures={brief(json.dumps(found))} is not supported, or contradicts '
+                    f'model_type, of which it would be "{expected}"; if the model is one, write that')
 
 
 def _head_names(model):

@@ -137,26 +137,29 @@ def load(path, model):
 
 
 def _tensors(path, model):
-  """The adapter's arrays by name, read when the header says that they are no larger than the model's.
+  """The adapter's arrays by name, read where the header says that none is larger than the model's.
 
   Raises:
     UserError: no safetensors; or a tensor that is quantised, larger, or not finite.
   """
   if not (path / WEIGHTS).exists():
-    raise UserError(f'{path}: no {WEIGHTS}, only {sorted(entry.name for entry in path.iterdir())}; adapters of other '
-                    'kinds (adapter_model.bin, ...) have to be converted to safetensors first')
+    raise UserError(f'{path}: no {WEIGHTS}, only {sorted(entry.name for entry in path.iterdir())}; '
+                    'adapters of other kinds (adapter_model.bin, ...) have to be converted to safetensors first')
   largest = max(math.prod(leaf.shape) for leaf in sharding.paths(model.shapes()).values())
   with hf_files.opened(path / WEIGHTS) as file:
     for name in file.keys():
       part = file.get_slice(name)
       if part.get_dtype() not in hf_files.FLOATS:
-        raise UserError(f'{path}: {name} is {part.get_dtype()}, which is not floating point; convert it first')
+        raise UserError(f'{path}: {name} is {part.get_dtype()}, which is not floating point; '
+                        'convert it first')
       if len(part.get_shape()) != 2 or math.prod(part.get_shape()) > largest:
-        raise UserError(f'{path}: {name} has shape {tuple(part.get_shape())}, which no adapter of this model has')
+        raise UserError(f'{path}: {name} has shape {tuple(part.get_shape())}, which no adapter of '
+                        'this model has')
     tensors = {name: file.get_tensor(name) for name in file.keys()}
   bad = sorted(name for name, array in tensors.items() if not np.isfinite(array).all())
   if bad:
-    raise UserError(f'{path}: NaN or infinity in {", ".join(bad[:6])} ({len(bad)}); take another copy of the adapter')
+    raise UserError(f'{path}: NaN or infinity in {", ".join(bad[:6])} ({len(bad)}); '
+                    'take another copy of the adapter')
   return tensors
 
 
@@ -168,8 +171,8 @@ def _check(path, config):
   pattern = config.get('alpha_pattern') or {}
   alphas = [config.get('lora_alpha'), *(pattern.values() if isinstance(pattern, dict) else [pattern])]
   if not all(isinstance(alpha, (int, float)) and math.isfinite(alpha) for alpha in alphas):
-    raise UserError(f'{path / CONFIG}: lora_alpha={config.get("lora_alpha")!r} with alpha_pattern={pattern!r}: must be a '
-                    'number, and a dict from regexes to numbers')
+    raise UserError(f'{path / CONFIG}: lora_alpha={config.get("lora_alpha")!r} with '
+                    f'alpha_pattern={pattern!r}: must be a number, and a dict from regexes to numbers')
   other = {name: value for name, value in config.items() if name not in KNOWN and value}
   if other:
     raise UserError(f'{path / CONFIG}: {other} is not supported: the adapter would compute something else')
@@ -234,7 +237,8 @@ def _pattern(config, module):
     try:
       found = re.match(rf'(.*\.)?({key})$', module)
     except re.error as error:
-      raise UserError(f'{CONFIG}: alpha_pattern has the key {key!r}, which is no regex: {error}') from None
+      raise UserError(f'{CONFIG}: alpha_pattern has the key {key!r}, which is no regex: '
+                      f'{error}') from None
     if found:
       return float(alpha)
   return float(config['lora_alpha'])

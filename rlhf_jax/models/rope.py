@@ -40,7 +40,8 @@ class Rope:
 
   def __post_init__(self):
     if self.head_width > MOST_WIDTH:
-      raise hf_config.refusal('head_dim', self.head_width, f'must be at most {MOST_WIDTH} for rotary positions')
+      raise hf_config.refusal('head_dim', self.head_width,
+                              f'must be at most {MOST_WIDTH} for rotary positions')
     if 2 * len(self.exponents()) > self.head_width:
       raise hf_config.refusal('head_dim', self.head_width, 'must be even for rotary positions')
 
