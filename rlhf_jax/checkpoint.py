@@ -107,7 +107,6 @@ class Checkpoints:
         if not self._read_only:
           self._put_aside([s for s in steps if s > step])
         return step, state.replace(**restored) if new_optimizers else restored
-      del restored
       faults.append(fault)
       then = 'trying the one before' if step != steps[-1] else 'there is none before'
       logging.warning('checkpoint %d in %s %s; %s', step, self.path, fault, then)
@@ -123,7 +122,7 @@ class Checkpoints:
         'a copy of one, or start in another --workdir; nothing was deleted.')
 
   def _sound(self, step, abstract, iterators):
-    """The state of a checkpoint, and what is wrong with it, '' for nothing, on all processes."""
+    """The state of a checkpoint and '', or None and what is wrong with it; agreed by all processes."""
     restored, fault = None, ''
     try:
       restored = self._read(step, abstract)
@@ -134,9 +133,11 @@ class Checkpoints:
         it.set_state(restored.iterators[name])
     except Exception as error:  # orbax raises a dozen kinds, none of them documented
       fault = f'{UNREADABLE} ({_brief(error)})'
-    if not processes.all_of(not fault):
-      return None, fault or f'{UNREADABLE} by another process'
-    return restored.state, _fault(sharding.paths(restored.state), sums, self.path / str(step))
+    if processes.all_of(not fault):
+      fault = _fault(sharding.paths(restored.state), sums, self.path / str(step))
+      if processes.all_of(not fault):
+        return restored.state, ''
+    return None, fault or f'{UNREADABLE} by another process'
 
   def _read(self, step, abstract):
     """One checkpoint, without a wait for other processes: one that cannot read its part never comes to it."""

@@ -5,6 +5,7 @@ import zlib
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import numpy as np
 
 SMALL = 1 << 20  # elements; up to here NumPy is faster than compiling a program
@@ -26,7 +27,9 @@ def of(array):
   if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
     array = jax.random.key_data(array)
   if array.size > SMALL or not (array.is_fully_addressable or array.is_fully_replicated):
-    checksum, finite = _on_devices(array)
+    mesh = getattr(array.sharding, 'mesh', None) or Mesh(list(array.sharding.device_set), 'device')
+    with jax.set_mesh(mesh):  # the one that is set may be of other devices
+      checksum, finite = _on_devices(array)
   else:
     whole = array.addressable_data(0) if array.is_fully_replicated else array
     checksum, finite = _of_numpy(np.asarray(whole))

@@ -3,6 +3,7 @@
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.sharding import SingleDeviceSharding
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -37,6 +38,15 @@ def test_small_large_and_divided_arrays_have_the_checksum_of_their_bits(dtype, s
   mesh = sharding.make_mesh({'fsdp': 4, 'tensor': 2})
   place = NamedSharding(mesh, P('fsdp', None, 'tensor') if len(shape) == 3 else P())
   assert checksums.of(jax.device_put(array, place)) == expected
+
+
+def test_an_array_may_lie_on_other_devices_than_the_mesh_that_is_set(monkeypatch):
+  expected = checksums.of(jnp.arange(8))
+  monkeypatch.setattr(checksums, 'SMALL', -1)
+  part = sharding.make_mesh({'fsdp': 2}, devices=jax.devices()[2:4])
+  with jax.set_mesh(sharding.make_mesh({'fsdp': 8})):
+    for place in (SingleDeviceSharding(jax.devices()[3]), NamedSharding(part, P('fsdp'))):
+      assert checksums.of(jax.device_put(np.arange(8, dtype=np.int32), place)) == expected
 
 
 def test_every_flipped_bit_and_every_swap_shows():
