@@ -217,8 +217,8 @@ FAULTS = (
           _tests('test_checkpoint', 'test_the_optimizers_figures_may_change_in_a_fork')),
     Fault('a resumed run repeats lines of metrics', 'rlhf_jax/train.py',
           'workdir, resume_step=step', 'workdir, resume_step=10**9',
-          _tests('test_resume',
-                 'test_stopped_runs_end_like_one_that_was_not[rlhf_jax.algorithms.sft-stops3]')),
+          _tests('test_resume', 'test_stopped_runs_end_like_one_that_was_not'
+                 '[rlhf_jax.algorithms.reward_model-stops2]')),
     Fault('one checkpoint is kept', 'rlhf_jax/train.py',
           'keep=config.keep_checkpoints', 'keep=1',
           _tests('test_train', 'test_a_folder_says_what_made_it')),
