@@ -352,7 +352,7 @@ BAD_ON_POLICY = [
     ({'rl.kl_in': 'both'}, "config.rl.kl_in='both' must be one of reward, loss"),
     ({'rl.response': 'cut'}, "config.rl.response='cut' must be one of truncated, raw"),
     ({'rl.missing_eos': 'add'}, "config.rl.missing_eos='add' must be one of"),
-    ({'rl.behaviour': 'old'}, "config.rl.behaviour='old' must be one of forward, sampler"),
+    ({'rl.behaviour': 'old'}, "config.rl.behaviour='old' must be one of forward, minibatch, sampler"),
     ({'reference': 'x', 'model.unfrozen_layers': 1}, "config.reference='x': with config.model.unfrozen_layers=1"),
     ({'data.on_long': 'cut'}, "config.data.on_long='cut' must be one of error, truncate_left"),
     ({'rl.epochs': 0}, 'config.rl.epochs=0 must be positive'),
