@@ -92,7 +92,7 @@ def skip_nan(rollout, scores, *, rules):
 
 
 def kept(scores, response_mask):
-  """The responses [B] bool that `skip_nan` did not skip: any other NaN stays one, and stops the run."""
+  """The responses [B] bool that `skip_nan` did not skip; any other NaN stops the run."""
   return jnp.any(response_mask, axis=1) | ~jnp.isnan(totals(scores, response_mask))
 
 
@@ -160,7 +160,8 @@ def describe(experience, rollout, scores, paid, outputs, kl_coef, rules):
     metrics |= {
         'objective/kl': kl, 'objective/kl_se': spread / jnp.sqrt(jnp.maximum(batch - 1, 1)),
         'objective/kl_per_token': adv.masked_mean(log_ratio, mask),
-        'objective/kl_coef': kl_coef, 'objective/rlhf_reward': adv.masked_mean(paid, known) - kl_coef * kl}
+        'objective/kl_coef': kl_coef,
+        'objective/rlhf_reward': adv.masked_mean(paid, known) - kl_coef * kl}
   if experience.returns is not None:
     variance = adv.masked_var(experience.returns, steps)
     error = adv.masked_var(experience.returns - experience.values, steps)

@@ -320,7 +320,8 @@ def loses(number, kill):
     ('sys.exit', 1, r'\[1\] error: the reward function .*fails .*exit'),
     ('os._exit', 1, r'\[1\] error: the reward function .*fails .*exit'),
     ('C exit', 1, 'process 1 .of 0 to 1. ended with status 0|process 0 .of 0 to 1. '),
-    ('hangs', 1, r'\[1\] error: the reward function .*fails did not return within 5 seconds.*config.reward.timeout'),
+    ('hangs', 1, r'\[1\] error: the reward function .*fails did not return within 5 seconds, at .*'
+     r'`time.sleep\(600\)`, called with \d+ prompts, the first .* with the response .*config.reward.timeout'),
     (loses(0, signal.SIGKILL), 1, r'process 0 \(of 0 to 1\) was killed by signal 9'),
     (loses(1, signal.SIGKILL), 1, r'process 1 \(of 0 to 1\) was killed by signal 9'),
     (loses(1, signal.SIGTERM), 143, 'stopped by SIGTERM after step .*: the same command resumes'),

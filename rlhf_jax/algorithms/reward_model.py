@@ -4,8 +4,8 @@ One forward pass scores every completion of a prompt, so that all C(K, 2) pairs 
 are one batch element: Ouyang et al. 2022, eq. 1 (https://arxiv.org/abs/2203.02155). The score
 is read at the last real token. A tie counts as wrong: a constant scorer has accuracy 0.
 
-The loss of a batch, and the held-out loss, is the mean over the prompts that have one. A prompt whose
-completions all tie has none: it changes neither the mean nor the gradients of the others.
+The loss of a batch, and the held-out loss, is the mean over the prompts that have one. A prompt
+whose completions all tie has none: it changes neither the mean nor the gradients of the others.
 
 Letters: B prompts, K completions of one prompt, T sequence length.
 """
@@ -90,7 +90,7 @@ def comparison_loss(params, batch, *, model, settings):
 
 
 def loss_of_scores(scores, batch, settings):
-  """Per-prompt loss [B] of scores [B, K], and which prompts have one [B] bool, whatever the scores."""
+  """Per-prompt loss [B] of scores [B, K], and which prompts have one, [B] bool."""
   if settings.loss == 'pairwise':
     return losses.pairwise_loss(
         scores, batch.ranks, batch.present, batch.margin, centering=settings.centering,
@@ -282,7 +282,7 @@ def normalization_batches(config, examples, tokenizer, sizes):
 
 
 def held_out_loss(batches, prompts, frozen, *, judge, rated, mesh):
-  """Evaluator of the loss over all batches, as the training has it, and of accuracy and calibration.
+  """Evaluator of the loss that is trained, and of accuracy and calibration, over all batches.
 
   Args:
     batches: list of Comparisons.
@@ -314,7 +314,7 @@ def held_out_loss(batches, prompts, frozen, *, judge, rated, mesh):
 
 
 def pair_metrics(scores, batches, prompts):
-  """Held-out metrics of the pairs of all batches; see calibration.pairwise. {} where there are none.
+  """Held-out metrics of the pairs of all batches, {} without any; see calibration.pairwise.
 
   Args:
     scores: [B, K] of each batch.
@@ -334,7 +334,7 @@ def pair_metrics(scores, batches, prompts):
 
 
 def rating_metrics(scores, batches):
-  """Held-out metrics of scores [B, K] of each batch as guesses of its ratings; see calibration.ratings."""
+  """Held-out metrics of scores [B, K] of each batch as ratings; see calibration.ratings."""
   chosen = lambda arrays: np.concatenate(
       [array[batch.present] for array, batch in zip(arrays, batches)])
   return dataclasses.asdict(calibration.ratings(

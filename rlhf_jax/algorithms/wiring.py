@@ -37,8 +37,8 @@ def wire(config, mesh, base, *, reference=True, critic=None, steps):
     config: of a run.
     mesh: where parameters go.
     base: (Model, all its parameters) of the policy as it starts.
-    reference: all parameters of `config.reference`; True for the policy as it starts, with the adapters
-      of `config.model.lora.path`; False for no reference.
+    reference: all parameters of `config.reference`; True for the policy as it starts, with the
+      adapters of `config.model.lora.path`; False for no reference.
     critic: (Model, params {'backbone', 'head'}) that a separate critic starts from; None for the
       policy's backbone with a new head. Without effect where the config has no critic.
     steps: train steps of the run.

@@ -161,13 +161,14 @@ class Scorer:
     return cls(policy_lib.TextPolicy(model, params, tokenizers.load(path)))
 
   def __call__(self, samples, tokenizer):
-    """Scores [n] of a policy's Samples: of their tokens if its tokenizer is the same, else of their texts."""
+    """Scores [n] of a policy's Samples: of tokens if its tokenizer is the same, else of texts."""
     rollout, own = samples.rollout, self.policy
     if learned.same_tokenizer(own.tokenizer, tokenizer):
       return self.rows(rollout.tokens, rollout.mask)
     ended = learned.with_eos(actor.texts_of(rollout, tokenizer)[1], tokenizer)
     return self.rows(*learned.padded_texts(
-        own.model, own.tokenizer, samples.prompts, samples.responses, ended, max_length=own.model.max_length))
+        own.model, own.tokenizer, samples.prompts, samples.responses, ended,
+        max_length=own.model.max_length))
 
   def rows(self, tokens, mask):
     """Scores [n] of tokens [n, T] and their mask."""

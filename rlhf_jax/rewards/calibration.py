@@ -96,8 +96,8 @@ class Ratings:
     ratings: their number.
     bias: mean of score - rating.
     correlation: Pearson's; 0 where all scores, or all ratings, are equal.
-    rating_error: sum_b (count_b / count) * |mean score_b - mean rating_b| over bins of equal count, in
-      order of the scores: the expected calibration error in units of the ratings.
+    rating_error: sum_b (count_b / count) * |mean score_b - mean rating_b| over bins of equal count,
+      in order of the scores: the expected calibration error in units of the ratings.
   """
 
   ratings: int

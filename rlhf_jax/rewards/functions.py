@@ -26,9 +26,16 @@ NOT_NUMBERS = (bool, np.bool_, str, bytes)
 
 
 class Limit(NamedTuple):
-  """Seconds that a call may take, None for no limit, and the key of the config that says so."""
+  """What a call may do.
+
+  Attributes:
+    seconds: that it may take; None for no limit.
+    key: of the config, that says so.
+    allow_nan: whether NaN is a reward, too.
+  """
   seconds: float | None = TIMEOUT
   key: str = 'config.reward.timeout'
+  allow_nan: bool = False
 
 
 def load(name, *, key='config.reward.function', limit=Limit(TIMEOUT, '')):
@@ -121,7 +128,7 @@ def check_signature(function, named, usage, positional, keywords=(), *, remedy='
         f'takes {signature}, and is called as {usage}: {error}; {remedy}') from None
 
 
-def call(function, prompts, responses, *, response_tokens, metadata, slots, limit=Limit(), allow_nan=False):
+def call(function, prompts, responses, *, response_tokens, metadata, slots, limit=Limit()):
   """Calls a reward function and checks what it returns.
 
   Args:
@@ -132,7 +139,6 @@ def call(function, prompts, responses, *, response_tokens, metadata, slots, limi
     metadata: n dicts.
     slots: R, width of the result for rewards per token.
     limit: Limit.
-    allow_nan: whether NaN, of which the first is told, is a reward.
 
   Returns:
     [n] float32, or [n, R] float32 for rewards per token, 0 after each response's end.
@@ -143,7 +149,7 @@ def call(function, prompts, responses, *, response_tokens, metadata, slots, limi
   """
   made = guard.Call(
       f'the reward function {getattr(function, "__name__", repr(function))}', prompts, responses,
-      *limit, remedy='Once it is fixed, the same command resumes.')
+      limit.seconds, limit.key, remedy='Once it is fixed, the same command resumes.')
 
   def rewards_of():
     rewards = function(prompts, responses, response_tokens=response_tokens, metadata=metadata)
@@ -155,7 +161,7 @@ def call(function, prompts, responses, *, response_tokens, metadata, slots, limi
     returned = f'{len(rewards)} rewards' if len(rewards) != 1 else guard.clipped(rewards[0])
     raise refused(f'{made.what} returned {returned} for {len(responses)} responses: it must return one '
                   'for each', made)
-  first = rewards[0] if rewards else None
+  first, allow_nan = rewards[0] if rewards else None, limit.allow_nan
   per_token = isinstance(first, (list, tuple)) or getattr(first, 'ndim', 0) == 1
   scores = np.zeros((len(rewards), slots) if per_token else len(rewards), np.float32)
   for i, reward in enumerate(rewards):
@@ -201,9 +207,11 @@ def checked(reward, call, index, shape, *, tokens=None, allow_nan=False):
     choice = '' if tokens is None else f', or one for each of its {tokens} tokens, alike for all examples'
     raise refused(f'{returned}, where an array of shape {shape} was expected: one number{choice}', call)
   if not all(math.isfinite(v) or allow_nan and math.isnan(v) for v in value.reshape(-1)):
-    remedy = '' if allow_nan or np.isinf(value).any() or not call.key else \
-        "; config.reward.on_nan='skip' leaves out responses whose reward is NaN"
-    raise refused(f'{returned}: every reward must be finite{remedy}', call)
+    text = f'{returned}: every reward must be finite'
+    if call.key and not np.isinf(value).any():
+      block = call.key.split('.parts.')[0].removesuffix('.timeout')
+      text += f"; {block}.on_nan='skip' leaves out responses whose reward is NaN"
+    raise refused(text, call)
   return value
 
 

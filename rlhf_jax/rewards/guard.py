@@ -1,8 +1,8 @@
 """Runs a user's function, so that however it fails the run ends with one line that says where.
 
 An exception, an exit and a time limit that passes become a UserError with the last frames of the
-user's code, and the example that their variables hold. Ctrl-C stays what it is. Whatever the
-function does to the working directory is undone, and a child that it forks never becomes a second run.
+user's code, and the example that their variables hold. Ctrl-C stays what it is. The working
+directory stays too, and a child that the function forks never becomes a second run.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ def run(function, call):
     UserError: it raised, called sys.exit or os._exit, or took longer than its limit.
   """
   try:
-    # A child must not come to the end of the time limit: it would wait for a thread that it has not.
+    # A child must not come to the end of the time limit: it would wait for a thread that it lacks.
     with same_folder(), refuse_exit(), time_limit(call), one_process(call):
       return function()
   except (KeyboardInterrupt, errors.UserError):
@@ -200,7 +200,8 @@ def one_process(call):
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
       else:
         how = f'raised {type(error).__name__}: {error}' if error else 'returned'
-        os.write(2, f'{call.what} forked a process that {how}: it must end with os._exit(status)\n'.encode())
+        text = f'{call.what} forked a process that {how}: it must end with os._exit(status)\n'
+        os.write(2, text.encode())
       os._exit(status)  # without what the run has in its buffers and does at its end
 
 

@@ -16,15 +16,17 @@ from rlhf_jax import sharding
 from rlhf_jax.data import tokenizers
 from rlhf_jax.rewards import scoring
 
-# Tokenizers that hold the same tokens may differ in case, accents, spaces, digits and other scripts.
-PROBES = ('', 'a', ' a', 'A b', 'Hello,  World!\n', "it's\tna\u00efve \ufb01 1234567", '\u4f60\u597d \U0001f600 \u0391')
-FOUND = 'single_word', 'lstrip', 'rstrip', 'normalized'  # of an added token: where it is found in a text
+# Tokenizers that hold the same tokens may differ in case, accents, spaces, digits and scripts.
+PROBES = ('', 'a', ' a', 'A b', 'Hello,  World!\n', "it's\tna\u00efve \ufb01 1234567",
+          '\u4f60\u597d \U0001f600 \u0391')
+# Of an added token: where in a text it is found.
+FOUND = 'single_word', 'lstrip', 'rstrip', 'normalized'
 # One program for all members of an ensemble that are alike.
 _score = functools.partial(jax.jit, static_argnames=('model',))(scoring.score)
 
 
 def same_tokenizer(a, b):
-  """Whether two tokenizers make the same ids of a prompt and a response, as data/tokenizers.py does.
+  """Whether two tokenizers, used as in data/tokenizers.py, make the same ids of every text.
 
   What makes ids of texts must be the same; so must a BOS in front, and an EOS behind the prompt,
   which an encoder-decoder's has. Their padding tokens may differ: no id that anybody reads is one.

@@ -32,7 +32,8 @@ def apart(model, params, tokenizer, mesh):
     Model, parameters and tokenizer; the same where the padding token is another already. Where the
     embedding has no row to spare it gets some of zeros, which no score depends on.
   """
-  encoder = model.encoder_decoder or not model.reads_tokens  # these find the EOS, or the first token
+  # These find the EOS, or the first token.
+  encoder = model.encoder_decoder or not model.reads_tokens
   if encoder or tokenizer.pad_token_id != tokenizer.eos_token_id:
     return model, params, tokenizer
   tokenizer = copy.deepcopy(tokenizer)

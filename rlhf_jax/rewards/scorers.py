@@ -41,7 +41,7 @@ def config():
       'ensemble': 'mean',       # or 'min': the worst case; or 'variance': mean - coef * variance
       'ensemble_coef': 1.0,     # of 'variance'
       'parts': {},              # or {name: {'weight': 1.0, and keys from above}}: a weighted sum
-      'on_nan': 'stop',         # or 'skip': a response whose reward is NaN teaches nothing, and is counted
+      'on_nan': 'stop',         # or 'skip': responses whose reward is NaN are left out and counted
   })
 
 
@@ -91,9 +91,9 @@ def validate_source(block, key, sources):
     load_function(block, key)
 
 
-def load_function(block, key):
+def load_function(block, key, *, allow_nan=False):
   """The reward function of a block that has one, and the functions.Limit of its calls."""
-  limit = functions.Limit(block.get('timeout', functions.TIMEOUT), f'{key}.timeout')
+  limit = functions.Limit(block.get('timeout', functions.TIMEOUT), f'{key}.timeout', allow_nan)
   return functions.load_reward(block.function, key=f'{key}.function', limit=limit), limit
 
 
@@ -122,8 +122,8 @@ def make(config_reward, tokenizer, mesh, *, load, check, key='config.reward', al
                        for name, (scorer, _) in made.items()})
     return scorer, first_start(made.values())
   if c.get('function'):
-    function, limit = load_function(c, key)
-    return function_scorer(function, tokenizer, mesh, limit=limit, allow_nan=allow_nan), None
+    function, limit = load_function(c, key, allow_nan=allow_nan)
+    return function_scorer(function, tokenizer, mesh, limit=limit), None
   load_member = functools.partial(
       model_scorer, tokenizer=tokenizer, mesh=mesh, max_length=c.get('max_length'), load=load,
       check=check)
@@ -174,7 +174,7 @@ def model_scorer(path, tokenizer, mesh, *, max_length, load, check):
   return score_texts, None
 
 
-def function_scorer(function, tokenizer, mesh, *, limit=functions.Limit(), allow_nan=False):
+def function_scorer(function, tokenizer, mesh, *, limit=functions.Limit()):
   """Scores of a Python function; with several processes each calls it with its part of the batch.
 
   Args:
@@ -182,7 +182,6 @@ def function_scorer(function, tokenizer, mesh, *, limit=functions.Limit(), allow
     tokenizer: the policy's.
     mesh: device mesh.
     limit: functions.Limit of a call.
-    allow_nan: whether it may return NaN.
 
   Returns:
     Scorer.
@@ -194,7 +193,7 @@ def function_scorer(function, tokenizer, mesh, *, limit=functions.Limit(), allow
       return functions.call(
           function, [examples[i].prompt for i in rows], [responses[i] for i in rows],
           response_tokens=[ids[i] for i in rows], metadata=[examples[i].metadata for i in rows],
-          slots=rollout.response_mask.shape[1], limit=limit, allow_nan=allow_nan)
+          slots=rollout.response_mask.shape[1], limit=limit)
 
     return sharding.put_rows(processes.share_out(call, len(examples)), mesh)
 

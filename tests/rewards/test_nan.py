@@ -42,7 +42,8 @@ def rollout(lengths=(1, 5, 3, 4, 2, 5)):
 
 def test_groups_are_those_of_the_others():
   """Advantages of groups of three of which one, or all, are NaN: as if they were smaller groups."""
-  scores, kept = np.array([1, NAN, 4, NAN, NAN, NAN], np.float32), np.array([True, False, True] + [False] * 3)
+  scores = np.array([1, NAN, 4, NAN, NAN, NAN], np.float32)
+  kept = ~np.isnan(scores)
   rules = experience.ScoreRules(end_tokens=(tiny.EOS,), missing_eos='replace', missing_eos_value=-9.0)
   for given in (scores, np.pad(scores[:, None], ((0, 0), (0, R - 1)))):  # or per token, on the first
     made, skipped = experience.skip_nan(rollout(), jnp.asarray(given), rules=rules)
@@ -51,16 +52,18 @@ def test_groups_are_those_of_the_others():
     np.testing.assert_array_equal(experience.kept(jnp.asarray(given), made.response_mask), kept)
     paid, _ = rules.apply(jnp.asarray(given), made, jnp.zeros(3))
     np.testing.assert_array_equal(experience.totals(paid, made.response_mask), [-9, 0, -9, 0, 0, 0])
-  for scale, unit in (('none', 1.0), ('group', np.std([1, 4], ddof=1) + 1e-4), ('batch', np.std([1, 4], ddof=1) + 1e-4)):
+  std = np.std([1, 4], ddof=1) + 1e-4
+  for scale, unit in (('none', 1.0), ('group', std), ('batch', std)):
     np.testing.assert_allclose(
         adv.group_advantages(jnp.nan_to_num(scores, nan=7.0), 3, scale=scale, kept=kept),
         np.array([-1.5, 0, 1.5, 0, 0, 0]) / unit, rtol=1e-6)
-  equal = np.array([2, 7, 2, 1, 2, 7], np.float32)
-  np.testing.assert_array_equal(
-      adv.equal_groups(equal, 3, np.array([True, False, True, True, True, False])), [True] * 3 + [False] * 3)
+  equal = adv.equal_groups(np.array([2, 7, 2, 1, 2, 7], np.float32), 3,
+                           np.array([True, False, True, True, True, False]))
+  np.testing.assert_array_equal(equal, [True] * 3 + [False] * 3)
 
 
-@pytest.mark.parametrize('dense', [False, pytest.param(True, marks=pytest.mark.slow)], ids=['responses', 'tokens'])
+@pytest.mark.parametrize(
+    'dense', [False, pytest.param(True, marks=pytest.mark.slow)], ids=['responses', 'tokens'])
 def test_ppo_learns_as_if_the_response_were_not_there(dense, world):
   """The update of six responses of which two are NaN is that of the other four."""
   config, model = tiny.ppo(world), models.create(tiny.LLAMA)
@@ -95,7 +98,8 @@ def test_a_run_counts_what_it_skips(world, tmp_path):
   config = tiny.ppo(world)
   config.rl.update({'epochs': 1, 'minibatches': 1})
   config.reward.function, config.critic.kind = None, 'trunk'
-  config.reward.parts = {'other': {'function': 'tiny:good_words'}, 'mine': {'function': 'test_nan:no_number'}}
+  config.reward.parts = {
+      'other': {'function': 'tiny:good_words'}, 'mine': {'function': 'test_nan:no_number'}}
   config.reward.on_nan = 'skip'
   config.evals.prompts = tiny.evals(world)['prompts'] | {
       'reward': {'function': 'test_nan:no_number', 'on_nan': 'skip'}}
@@ -126,10 +130,11 @@ def test_stop_is_the_default_and_names_the_key(caplog):
   with pytest.raises(errors.UserError, match="returned nan for example 1, prompt 'q', response 'b': every reward "
                      "must be finite; config.reward.on_nan='skip' leaves out"):
     call([0.5, NAN])
-  np.testing.assert_array_equal(call([0.5, NAN], allow_nan=True), np.float32([0.5, NAN]))
-  np.testing.assert_array_equal(call([[0.5], [NAN]], allow_nan=True)[1, :1], np.float32([NAN]))
+  skip = functions.Limit(allow_nan=True)
+  np.testing.assert_array_equal(call([0.5, NAN], limit=skip), np.float32([0.5, NAN]))
+  np.testing.assert_array_equal(call([[0.5], [NAN]], limit=skip)[1, :1], np.float32([NAN]))
   assert "returned NaN for 1 of 2 responses, which are skipped; the first is example 1, prompt 'q'" in caplog.text
-  for settings in ({}, {'allow_nan': True}):
+  for settings in ({}, {'limit': skip}):
     with pytest.raises(errors.UserError, match='returned inf for example 0.*must be finite. '):
       call([float('inf'), 0.5], **settings)
   reward = scorers.config()
