@@ -1,6 +1,5 @@
 """In bfloat16: a learning rate of 0 leaves the ratio at 1, whatever the shapes of the passes."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
