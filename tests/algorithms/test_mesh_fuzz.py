@@ -34,7 +34,8 @@ ALGORITHMS = (ppo, grpo, ppo, sft, ppo, grpo, ppo, reward_model)  # by seed, in 
 MESHES = [dict(zip(('data', 'fsdp', 'tensor'), sizes)) for sizes in itertools.product((1, 2, 4, 8), repeat=3)
           if np.prod(sizes) == 8]
 
-STILL = 'key/bias$'  # softmax does not see what it adds to all scores of a query
+# Softmax does not see a key's bias, nor differences of scores the head's; a critic has no logits.
+STILL = 'key/bias$|reward/head/bias$|reward/backbone/norm/bias$|critic/backbone/unembed/'
 
 SIZES = {'hidden_size': 16, 'intermediate_size': 32, 'num_hidden_layers': 2, 'num_attention_heads': 4,
          'max_position_embeddings': 32}
