@@ -6,7 +6,6 @@ import html.parser
 import json
 import os
 import pickle
-import re
 import shutil
 import sys
 import time

@@ -35,6 +35,7 @@ from rlhf_jax.data import lanes as lanes_lib
 from rlhf_jax.data import lazy
 from rlhf_jax.data import packing
 from rlhf_jax.data import rows as rows_lib
+from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
 
 # Batches are made ahead of time in the background.

@@ -11,7 +11,6 @@ from rlhf_jax import update
 from rlhf_jax.algorithms import ppo
 import tiny
 
-
 # Large enough that XLA, left alone, rounds in other places over 32 sequences than over 16.
 WIDE = tiny.LLAMA | {'hidden_size': 64, 'intermediate_size': 64, 'max_position_embeddings': 64}
 

@@ -15,7 +15,6 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import references
@@ -100,7 +99,7 @@ def theirs(preset, w, gradients):
   torch = pytest.importorskip('torch')
   param = torch.nn.Parameter(torch.tensor(w, dtype=torch.float64))
   adamw = functools.partial(torch.optim.AdamW, [param])
-  start, each_update = (lambda: None), False
+  each_update = False
   if preset == 'n_plus':  # ppo.py:500 and 575-577
     optimizer = adamw(lr=3e-6, eps=1e-5)
     def step(iteration):

@@ -13,7 +13,6 @@ from rlhf_jax import experience
 from rlhf_jax import forward
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax import models
-from rlhf_jax import sharding
 from rlhf_jax import train
 from rlhf_jax import types
 from rlhf_jax.algorithms import ppo
