@@ -3,7 +3,7 @@
 python -m rlhf_jax.main --config=configs/hh_reward.py:data=FOLDER --workdir=/tmp/hh
 
 5-fold cross-validation: on each fold's training part a tokenizer and reward models from scratch,
-whose mean score decides; accuracy on the rest with a bootstrap interval, beside "the shorter reply
+whose mean score decides; accuracy on the rest with a 95 % interval, beside "the shorter reply
 wins" and a logistic model on bags of words. With 1,842 training pairs only a very small model with
 half of its tokens hidden learns what carries over; pretraining is left out.
 

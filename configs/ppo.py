@@ -14,7 +14,7 @@ from rlhf_jax.algorithms import ppo
 
 
 def get_config(arg=None):
-  """Arguments: debug (2 steps), seed, preset."""
+  """Arguments: debug (2 steps of 16 prompts, without a warmup), seed, preset."""
   arg = c.parse_arg(arg, debug=False, seed=0, preset='n_plus')
   config = ppo.config(arg.preset)
   config.seed = arg.seed

@@ -29,6 +29,7 @@ from rlhf_jax.rollout import sampling as sampling_lib
 from rlhf_jax.rollout import stops
 
 BATCH = 256  # responses decoded or scored at a time; the last batch of what is scored is filled up
+NEW_TOKENS = 128  # of a response, where nobody says
 # Jitted functions of the settings asked for last.
 _sampler = functools.lru_cache(maxsize=16)(sampler.make)
 
@@ -86,7 +87,10 @@ class TextPolicy:
 
   def read_prompts(self, path):
     """Texts of the prompts of a data set, as training reads them; see `formats`."""
-    examples, _ = formats.prompts(sources.read(path), tokenizer=self.tokenizer)
+    try:
+      examples, _ = formats.prompts(sources.read(path), tokenizer=self.tokenizer)
+    except errors.DataError as error:  # no config.data says what to do about it here
+      raise errors.DataError(str(error).removesuffix(formats.SKIP)) from error
     return [example.prompt for example in examples]
 
   def sample(self, prompts, key, *, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
@@ -97,7 +101,7 @@ class TextPolicy:
     Args:
       prompts: texts.
       key: random key.
-      max_new_tokens: R.
+      max_new_tokens: R; None for what the context leaves, 128 at most.
       temperature: 0 takes the likeliest token.
       top_k: see sampling.Sampling.
       top_p: see sampling.Sampling.
@@ -120,6 +124,8 @@ class TextPolicy:
     if not all(map(len, rows)):
       raise errors.UserError('the prompt is empty and this tokenizer has no BOS: give a prompt')
     length = max(map(len, rows))
+    if max_new_tokens is None:
+      max_new_tokens = max(1, min(NEW_TOKENS, self.model.max_length - length))
     if length + max_new_tokens > self.model.max_length:
       raise errors.UserError(
           f'a prompt of {length} tokens and {max_new_tokens} new ones exceed the context of '

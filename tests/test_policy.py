@@ -16,7 +16,7 @@ from rlhf_jax import policy as policy_lib
 from rlhf_jax.models import hf
 import tiny
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROMPTS = [tiny.text(i, 1 + i % 3) for i in range(7)]
 
 
@@ -143,6 +143,18 @@ def test_load_takes_the_model_of_a_finished_run(policy, world, tmp_path):
   same(sample(policy_lib.TextPolicy.load(tmp_path)), sample(policy))
   with pytest.raises(errors.UserError):
     policy_lib.TextPolicy.load(tmp_path / 'nothing')
+
+
+def test_responses_fill_the_context_where_nobody_says_how_long(policy):
+  found = sample(policy, PROMPTS[:2], max_new_tokens=None, ignore_eos=True)
+  assert found.rollout.tokens.shape[1] == policy.model.max_length < policy_lib.NEW_TOKENS
+
+
+def test_a_prompt_that_cannot_be_read_is_named_without_a_config(policy, tmp_path):
+  (tmp_path / 'prompts.jsonl').write_text('{"prompt": "w1"}\n{"prompt": \n')
+  with pytest.raises(errors.DataError, match=r'jsonl:2: not valid JSON \(.*column 11\)') as found:
+    policy.read_prompts(tmp_path / 'prompts.jsonl')
+  assert 'config.' not in str(found.value)
 
 
 def test_command_line(policy, tmp_path):

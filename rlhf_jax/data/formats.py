@@ -81,6 +81,8 @@ DIFFERENT_PROMPTS = 'chosen and rejected answer different prompts'
 SAME_COMPLETIONS = 'all completions are the same'
 EMPTY_COMPLETION = 'empty completion'
 LABELLED_BAD = 'completion labelled false'
+# The end of an error's message.
+SKIP = " Or set config.data.on_error='skip' to leave such records out."
 NO_ANSWER = "the last message must be the assistant's"
 EMPTY_PROMPT = 'empty prompt'
 
@@ -232,7 +234,7 @@ def _convert(records: Sequence[Record], one: Callable[[Fields, Tokenizer | None]
       record = records[index]
     except DataError as error:
       if on_error == 'stop':
-        raise DataError(f"{error} Or set config.data.on_error='skip' to leave such records out.") from error
+        raise DataError(f'{error}{SKIP}') from error
       place, problem = UNREADABLE.match(str(error)).groups()
       tally.add(problem, place)
       continue
@@ -265,8 +267,7 @@ def _complaint(record: Record, fault: _Fault) -> DataError:
   field, problem, remedy = fault.args
   if record.untyped and isinstance(fault, _Missing) and not NAMES & record.fields.keys():
     remedy = f'The first row of the file must name the columns. {remedy}'
-  return DataError(f'{record.where}: field {field!r}: {problem}. {remedy} Or set '
-                   "config.data.on_error='skip' to leave such records out.")
+  return DataError(f'{record.where}: field {field!r}: {problem}. {remedy}{SKIP}')
 
 
 def _drawn(record: Record, *, one: Callable[[Fields, Tokenizer | None], Example],

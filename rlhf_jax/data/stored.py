@@ -243,7 +243,10 @@ def json_object(line: bytes) -> dict[str, Any]:
     DataError: it is no JSON, no object, or has text that is no Unicode.
   """
   try:
-    fields = json.loads(line.decode('utf-8-sig'))
+    fields = json.loads(line.decode('utf-8-sig').rstrip())
+  except json.JSONDecodeError as error:
+    raise DataError(f'not valid JSON ({error.msg}, column {error.colno}). Every line must be one '
+                    'object, such as {"text": "..."}.') from error
   except (ValueError, RecursionError) as error:
     raise DataError(f'not valid JSON ({error}). Every line must be one object, such as '
                     '{"text": "..."}.') from error
