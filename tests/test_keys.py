@@ -35,7 +35,8 @@ def adapters_of(critic):
       model, params, unfrozen_layers=None, targets=(('mlp/up', 4, 8.0),), rslora=False, path='',
       seed=SEED)
   if critic:
-    config = ml_collections.ConfigDict({'seed': SEED, 'critic': {'kind': 'adapters'}})
+    config = ml_collections.ConfigDict({
+        'seed': SEED, 'critic': {'kind': 'adapters'}, 'model': {'lora': {'path': ''}}})
     trained = wiring.make_critic(config, mesh, model, trained, frozen, None)[1]['backbone']
   return np.asarray(trained['blocks']['mlp']['up']['lora']['a'])
 

@@ -367,10 +367,13 @@ def as_read(examples: Sequence[formats.Prompt], tokenizer: formats.Tokenizer, *,
     max_prompt_length: P.
   """
   rows = tokenizers.encode(tokenizer, [e.prompt for e in examples])
-  cut = [rows_lib.truncate_left(row, max_prompt_length, tokenizer.bos_token_id) for row in rows]
-  texts = tokenizers.decode_prompts(tokenizer, cut)
-  return [dataclasses.replace(example, prompt=text) if len(short) < len(row) else example
-          for example, row, short, text in zip(examples, rows, cut, texts)]
+  long = [index for index, row in enumerate(rows) if len(row) > max_prompt_length]
+  texts = tokenizers.decode_prompts(tokenizer, [
+      rows_lib.truncate_left(rows[index], max_prompt_length, tokenizer.bos_token_id) for index in long])
+  read = list(examples)
+  for index, text in zip(long, texts):
+    read[index] = dataclasses.replace(read[index], prompt=text)
+  return read
 
 
 def _prompts(examples: Sequence[formats.Prompt], tokenizer: formats.Tokenizer, *,

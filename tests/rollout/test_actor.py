@@ -72,8 +72,9 @@ def test_the_update_before_is_none_of_the_rollout(actor, update):
   params, _, seconds = metrics.take_step(update, PARAMS, (), timed=False)
   started = time.perf_counter()
   _, _, found = actor(params, None, timed=True)
-  assert time.perf_counter() - started > SLOW / 2, 'the update was still running'
-  assert seconds == {} and found['seconds/rollout'] < SLOW / 2 and found['seconds/scoring'] < SLOW / 2
+  waited = time.perf_counter() - started
+  assert waited > SLOW / 2, 'the update was still running'
+  assert seconds == {} and found['seconds/rollout'] < waited / 2 and found['seconds/scoring'] < waited / 2
   assert found['tokens_per_second/rollout'] == pytest.approx(6 / found['seconds/rollout'])
 
 
@@ -88,10 +89,9 @@ def test_the_update_has_seconds_of_its_own_and_nothing_else_in_them(actor, updat
 
 
 def test_a_step_that_is_not_timed_does_not_wait(actor, update):
-  params, _ = update(PARAMS)
-  started = time.perf_counter()
+  params, _ = update(PARAMS, times=4)
   rollout, _, found = actor(params, None, timed=False)
-  assert time.perf_counter() - started < SLOW / 2 and not params.is_ready()
+  assert not params.is_ready()
   assert found == {} and jax.block_until_ready(rollout) is not None
 
 
