@@ -95,7 +95,7 @@ def next_kl_coef(kl_coef, kl, response_mask, *, controller, target, horizon):
   Args:
     kl_coef: float32 scalar, the coefficient now.
     kl: [B, R] float32, k1 estimate per token.
-    response_mask: [B, R] bool.
+    response_mask: [B, R] bool; a response of no token, as one that is skipped, is no episode.
     controller: 'fixed', 'adaptive' or 'adaptive_per_token'.
     target: the KL to hold, in nats per sequence or per token as above.
     horizon: episodes over which 'adaptive' corrects an error of one.
@@ -106,11 +106,12 @@ def next_kl_coef(kl_coef, kl, response_mask, *, controller, target, horizon):
   if controller == 'fixed':
     return kl_coef
   if controller == 'adaptive':
-    current = masked_sum(kl, response_mask) / kl.shape[0]
-    gain = kl.shape[0] / horizon
+    episodes = jnp.sum(jnp.any(response_mask, axis=1))
+    current = masked_sum(kl, response_mask) / jnp.maximum(episodes, 1)
+    gain = episodes / horizon
   elif controller == 'adaptive_per_token':
     current = masked_mean(kl, response_mask)
-    gain = 0.1
+    gain = 0.1 * jnp.any(response_mask)
   else:
     raise ValueError(f'unknown KL controller {controller!r}: one of {KL_CONTROLLERS}')
   return kl_coef * (1.0 + jnp.clip(current / target - 1.0, -0.2, 0.2) * gain)

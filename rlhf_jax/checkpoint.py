@@ -212,7 +212,9 @@ def _fault(arrays, saved, path):
   if saved is None:
     logging.warning('%s has no checksums: an earlier version wrote it, and damage may go unseen', path)
     saved = {'arrays': sums}
-  damaged = [name for name, checksum in sums.items() if saved['arrays'].get(name) != checksum]
+  listed = saved.get('arrays')
+  listed = listed if isinstance(listed, dict) else {}  # it may be damaged itself
+  damaged = [name for name, checksum in sums.items() if listed.get(name) != checksum]
   if damaged:
     return f'is damaged: the checksum of {_some(damaged)} differs'
   return f'has values of {_some(bad)} that are NaN or infinite' if bad else ''

@@ -96,6 +96,8 @@ def _single(fields, where):
 def _fill(block, fields, key):
   for name, value in fields.items():
     inner = f'{key}.{name}'
+    if value is None and name not in block:  # a key of an earlier version, without effect
+      continue
     errors.need(name in block, f'{key} has no key {name!r}. {config_keys.did_you_mean(name, list(block))}')
     if not isinstance(block[name], ml_collections.ConfigDict):
       value = _tuples(value)

@@ -70,6 +70,14 @@ def test_kl_estimators_by_hand():
   close(adv.kl_estimate(q, p, 'k3'), [[0.30685282]])
 
 
+@pytest.mark.parametrize('controller', ['adaptive', 'adaptive_per_token'])
+def test_responses_that_are_skipped_are_no_episodes_of_the_kl(controller):
+  kl, mask = jnp.full((4, 2), 3.0), jnp.array([[1, 1], [1, 1], [0, 0], [0, 0]], bool)
+  next_coef = functools.partial(adv.next_kl_coef, 0.1, controller=controller, target=5.0, horizon=100.0)
+  assert next_coef(kl, mask) == next_coef(kl[:2], mask[:2]) != 0.1
+  assert next_coef(kl, mask & False) == jnp.float32(0.1)
+
+
 def test_adaptive_kl_by_hand():
   kl = jnp.array([[1.0, 2.0, 99.0], [4.0, 99.0, 99.0]])
   mask = jnp.array([[True, True, False], [True, False, False]])

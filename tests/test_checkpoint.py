@@ -236,6 +236,15 @@ def test_iterators_are_checked(copy):
   assert restore(copy) == 2
 
 
+@pytest.mark.parametrize('key', ['arrays', 'iterators'])
+def test_checksums_that_are_damaged_themselves_give_the_one_before(copy, key):
+  path = copy / 'checkpoints' / '3' / 'checksums' / 'metadata'
+  text = path.read_text()
+  assert f'"{key}"' in text
+  path.write_text(text.replace(f'"{key}"', f'"{key[:-1]}x"'))
+  assert restore(copy) == 2
+
+
 @pytest.mark.parametrize('damage', DAMAGE)
 def test_the_warning_names_the_checkpoint(copy, caplog, damage):
   DAMAGE[damage](copy / 'checkpoints' / '3' / 'state' / 'manifest.ocdbt')

@@ -39,13 +39,13 @@ def file(source: str, kind: str, make: Callable[[str], None]) -> str:
   owner = hashlib.sha256(folder.encode()).hexdigest()[:16]
   places = [os.path.join(folder, f'.{base}.'),
             os.path.join(cache, 'rlhf_jax', 'data', f'{owner}.{base}.')]
-  with _alone(source):
+  with _alone(source) as alone:
     for place in places:
       if os.path.exists(place + name):
         return place + name
     for place in places:
       with contextlib.suppress(_CannotWrite):
-        _write(place, name, kind, make)
+        _write(place, name, kind, make, alone=alone)
         return place + name
   raise UserError(f'{source}: what is made of this file, its .{kind}, can be written neither '
                   f'beside it nor in {cache}. Make room, or set XDG_CACHE_HOME to a folder with room.')
@@ -55,7 +55,8 @@ class _CannotWrite(Exception):
   """The place has no room, or is not ours."""
 
 
-def _write(place: str, name: str, kind: str, make: Callable[[str], None]) -> None:
+def _write(place: str, name: str, kind: str, make: Callable[[str], None], *,
+           alone: bool) -> None:
   host = os.uname().nodename
   temporary = f'{place}{name}.{host}.{os.getpid()}.tmp'
   old = lambda suffix: glob.glob(f'{glob.escape(place)}*.{suffix}')
@@ -67,8 +68,9 @@ def _write(place: str, name: str, kind: str, make: Callable[[str], None]) -> Non
   try:
     make(temporary)
     os.replace(temporary, place + name)
-    # Of contents that are no more, or of a process of this machine that was killed: we are alone.
-    for path in [*old(kind), *old(f'{kind}.{glob.escape(host)}.*.tmp')]:
+    # Of contents that are no more; if we are alone, of a process of this machine that was killed.
+    killed = old(f'{kind}.{glob.escape(host)}.*.tmp') if alone else []
+    for path in [*old(kind), *killed]:
       if path != place + name:
         pathlib.Path(path).unlink(missing_ok=True)
   except OSError as error:
@@ -91,9 +93,11 @@ def fingerprint(source: str) -> str:
 
 
 @contextlib.contextmanager
-def _alone(source: str) -> Iterator[None]:
-  """Locks the file among processes, where the file system can: else each makes what it needs."""
+def _alone(source: str) -> Iterator[bool]:
+  """Locks the file among processes; False where the file system cannot: each makes what it needs."""
   with open(source, 'rb') as stream:
+    alone = False
     with contextlib.suppress(OSError):
       fcntl.flock(stream, fcntl.LOCK_EX)
-    yield
+      alone = True
+    yield alone

@@ -64,7 +64,7 @@ class Lane:
 
   def row(self) -> list[np.ndarray]:
     """Pieces of documents that make the next row."""
-    while self._rows is None or self._given == len(self._rows):
+    while self._rows is None or self._given >= len(self._rows):
       if self._rows is not None:
         self._first, self._given = self._next, 0
       self._rows = self._pack()

@@ -190,7 +190,14 @@ def _part_of(content: bytes) -> Read:
 
 
 def _reader(owner: Any, path: str) -> Read:
-  """Reads parts of a file, which stays open as long as the owner lives."""
+  """Reads parts of a file; one that is not small stays open as long as the owner lives."""
+  if os.path.getsize(path) <= SMALL:  # a folder may have more of them than a process may open
+    def read(offset, size):
+      with open(path, 'rb') as stream:
+        stream.seek(offset)
+        return stream.read(size)
+
+    return read
   descriptor = os.open(path, os.O_RDONLY)
   weakref.finalize(owner, os.close, descriptor)
   return lambda offset, size: os.pread(descriptor, size, offset)

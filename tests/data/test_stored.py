@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import resource
 import threading
 import tracemalloc
 
@@ -67,6 +68,25 @@ def test_the_index_is_made_once_and_anew_for_other_contents(large, tmp_path, mon
   write(tmp_path / 'a.jsonl', '{"text": "c"}\n')
   assert [record.fields['text'] for record in sources.read(path)] == ['c'] and made
   assert hidden(tmp_path) != [index] and len(hidden(tmp_path)) == 1
+
+
+def test_where_files_cannot_be_locked_nobody_removes_what_another_makes(large, tmp_path, monkeypatch):
+  monkeypatch.setattr(derived.fcntl, 'flock', lambda *_: (_ for _ in ()).throw(OSError()))
+  other = f'.a.jsonl.{"0" * 16}.lines.{os.uname().nodename}.1.tmp'
+  write(tmp_path / other, 'of a process that is at it')
+  assert len(sources.read(write(tmp_path / 'a.jsonl', '{"text": "a"}\n'))) == 1
+  assert other in hidden(tmp_path)
+
+
+def test_a_folder_may_have_more_files_than_a_process_may_open(tmp_path):
+  for number in range(60):
+    write(tmp_path / f'{number:02}.jsonl', f'{{"text": "{number}"}}\n')
+  limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+  resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir('/proc/self/fd')) + 30, limit[1]))
+  try:
+    assert [record.fields['text'] for record in sources.read(tmp_path)] == [f'{n}' for n in range(60)]
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, limit)
 
 
 def test_where_the_folder_cannot_be_written_the_cache_is_used(large, tmp_path, monkeypatch):

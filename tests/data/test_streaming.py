@@ -219,6 +219,16 @@ def test_lanes_resume_at_the_exact_row(steps, path, tokenizer, monkeypatch):
     other.set_state(state)
 
 
+def test_a_lane_resumes_where_its_window_has_become_smaller(path, tokenizer, monkeypatch):
+  set_large(monkeypatch)
+  monkeypatch.setattr(lanes, 'AHEAD', 0)
+  iterator, _ = make('text', path, tokenizer)
+  state = iterator.get_state()
+  again, _ = make('text', path, tokenizer)
+  again.set_state({'places': [[0, 10**6] for _ in state['places']]})
+  assert next(again).loss_mask.any()
+
+
 def test_held_out_texts_are_all_there(path, tokenizer, monkeypatch):
   counted = lambda batches: [jax.tree.map(lambda array: array[valid], batch) for batch, valid in batches]
   expected = sorted(documents_of(counted(make('text', path, tokenizer, 'batches', batch_size=3))))
