@@ -107,8 +107,9 @@ def test_a_key_that_is_null_takes_what_its_algorithm_takes(tmp_path):
 
 
 def test_a_run_of_an_older_version_gets_the_defaults_of_new_keys(tmp_path):
-  found = config_files.read(written(ml_collections.ConfigDict({'algorithm': 'sft', 'steps': 3}), tmp_path))
-  assert found.steps == 3 and found.optim.learning_rate == sft.config().optim.learning_rate
+  found = config_files.read(written(ml_collections.ConfigDict({
+      'algorithm': 'sft', 'steps': 3, 'data': {'gone': None}}), tmp_path))
+  assert found.steps == 3 and 'gone' not in found.data and found.optim.learning_rate == sft.config().optim.learning_rate
 
 
 @pytest.mark.parametrize('text, message', [
