@@ -88,8 +88,10 @@ def ratings(rng, prompts, samples, policies, draws):
   # Bradley and Terry's ratings of the true win rates: what endless data would give.
   wins = [(a, b, chance(means[a] - means[b], draws)) for a, b in pairs]
   truth = elo.ratings([elo.Match(a, b, w, 0, 1 - w) for a, b, w in wins], anchor=0, prior_draws=0)
-  return ([(found[i].low, found[i].high) for i in range(1, policies)],
-          [truth[i].elo for i in range(1, policies)])
+  return (
+    [(found[i].low, found[i].high) for i in range(1, policies)],
+    [truth[i].elo for i in range(1, policies)],
+  )
 
 
 def gold(rng, prompts, samples, skewed):
@@ -118,12 +120,28 @@ def cases():
   for samples, prompts in itertools.product((1, 4, 16), (10, 20, 100)):
     add(win_rate, 'win rate', prompts, f'{samples} a prompt', samples=samples, draws=0.0)
   for prompts, samples in ((20, 1), (20, 4), (100, 1), (100, 4)):
-    add(win_rate, 'win rate', prompts, f'{samples} a prompt, half draws', samples=samples, draws=1.1)
+    add(
+      win_rate, 'win rate', prompts, f'{samples} a prompt, half draws', samples=samples, draws=1.1
+    )
   for prompts, samples in ((100, 1), (100, 4)):
-    add(win_rate, 'win rate', prompts, f'{samples} a prompt, 9 of 10 draws', samples=samples, draws=2.7)
+    add(
+      win_rate,
+      'win rate',
+      prompts,
+      f'{samples} a prompt, 9 of 10 draws',
+      samples=samples,
+      draws=2.7,
+    )
   for policies, (prompts, samples) in itertools.product(range(2, 7), ((20, 1), (20, 4), (100, 1))):
-    add(ratings, 'Elo', prompts, f'{policies} policies, {samples} a prompt', samples=samples,
-        policies=policies, draws=0.0)
+    add(
+      ratings,
+      'Elo',
+      prompts,
+      f'{policies} policies, {samples} a prompt',
+      samples=samples,
+      policies=policies,
+      draws=0.0,
+    )
   add(ratings, 'Elo', 10, '4 policies, 4 a prompt', samples=4, policies=4, draws=0.0)
   add(ratings, 'Elo', 50, '4 policies, half draws', samples=1, policies=4, draws=1.1)
   add(ratings, 'Elo', 50, '6 policies, half draws, 4 a prompt', samples=4, policies=6, draws=1.1)

@@ -36,13 +36,19 @@ BATCH, LENGTH = 32, 512
 def records(count):
   """Records of some 500 bytes: words drawn as in language, the commonest the shortest."""
   draw = random.Random(0)
-  words = [''.join(draw.choices('etaoinshrdlucmfw', k=2 + number.bit_length() // 2)) for number in range(WORDS)]
+  words = [
+    ''.join(draw.choices('etaoinshrdlucmfw', k=2 + number.bit_length() // 2))
+    for number in range(WORDS)
+  ]
   weights = [1 / (number + 1) for number in range(WORDS)]
   text = ' '.join(draw.choices(words, weights, k=1_000_000))
   for number in range(count):
     start, length = draw.randrange(len(text) - 1000), min(int(draw.lognormvariate(5.6, 0.6)), 4000)
     middle = start + 100
-    yield {'prompt': f'{number}: {text[start:middle]}', 'completion': text[middle:middle + 100 + length]}
+    yield {
+      'prompt': f'{number}: {text[start:middle]}',
+      'completion': text[middle : middle + 100 + length],
+    }
 
 
 def write(path, count):
@@ -52,6 +58,7 @@ def write(path, count):
       stream.writelines(json.dumps(record) + '\n' for record in records(count))
     return
   import pyarrow.parquet
+
   schema = pyarrow.schema([('prompt', pyarrow.string()), ('completion', pyarrow.string())])
   with pyarrow.parquet.ParquetWriter(path, schema) as writer:
     some = []
@@ -70,25 +77,43 @@ def draw(kind, path, tokenizer, batches):
   from rlhf_jax.data import sources
   from rlhf_jax.data import tokenizers
   import rlhf_jax.main  # all that a run imports
+
   del rlhf_jax.main
   tokenizer, source = tokenizers.load(tokenizer), sources.read(path)
   if kind == 'completion':
     examples, _ = formats.completions(source, tokenizer=tokenizer)
-    iterator, _ = pipelines.completion_iterator(examples, tokenizer, batch_size=BATCH, max_length=LENGTH, seed=0)
+    iterator, _ = pipelines.completion_iterator(
+      examples, tokenizer, batch_size=BATCH, max_length=LENGTH, seed=0
+    )
   elif kind == 'text':
     examples, _ = formats.texts(source, tokenizer=tokenizer)
-    iterator, _ = pipelines.lm_iterator(examples, tokenizer, batch_size=BATCH, length=LENGTH, seed=0)
+    iterator, _ = pipelines.lm_iterator(
+      examples, tokenizer, batch_size=BATCH, length=LENGTH, seed=0
+    )
   else:
     examples, _ = formats.prompts(source, tokenizer=tokenizer)
     iterator, _ = pipelines.prompt_iterator(
-        examples, tokenizer, batch_size=BATCH, max_prompt_length=LENGTH, seed=0, on_long='truncate_left')
+      examples,
+      tokenizer,
+      batch_size=BATCH,
+      max_prompt_length=LENGTH,
+      seed=0,
+      on_long='truncate_left',
+    )
   next(iterator)
   first, cpu = time.time(), time.process_time()
   for _ in range(batches):
     next(iterator)
-  print(json.dumps({
-      'first batch': first - began, 'of CPU': cpu, 'milliseconds a batch': 1000 * (time.time() - first) / batches,
-      'MiB at the peak': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+  print(
+    json.dumps(
+      {
+        'first batch': first - began,
+        'of CPU': cpu,
+        'milliseconds a batch': 1000 * (time.time() - first) / batches,
+        'MiB at the peak': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+      }
+    )
+  )
 
 
 def main(_):
@@ -104,10 +129,20 @@ def main(_):
         for start in ('first', 'second') if kind == FLAGS.kinds[0] else ('second',):
           call = f'draw({kind!r}, {path!r}, {FLAGS.tokenizer!r}, {FLAGS.batches})'
           done = subprocess.run(
-              [sys.executable, '-c', f'from benchmarks import data; data.{call}'], check=True, capture_output=True,
-              text=True, env=os.environ | {'BEGAN': str(time.time()), 'JAX_PLATFORMS': 'cpu'})
-          rows.append({'file': f'{suffix}, {size:.0f} MiB', 'kind': kind, 'start': start,
-                       **json.loads(done.stdout.splitlines()[-1])})
+            [sys.executable, '-c', f'from benchmarks import data; data.{call}'],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=os.environ | {'BEGAN': str(time.time()), 'JAX_PLATFORMS': 'cpu'},
+          )
+          rows.append(
+            {
+              'file': f'{suffix}, {size:.0f} MiB',
+              'kind': kind,
+              'start': start,
+              **json.loads(done.stdout.splitlines()[-1]),
+            }
+          )
           print(rows[-1], flush=True)
   print(tables.stages_table(rows, title=f'{FLAGS.records} records'))
 

@@ -24,7 +24,8 @@ _DATA = flags.DEFINE_string(
 _TEMPERATURE = flags.DEFINE_float('temperature', 1.0, '0 takes the likeliest token.', 0.0)
 _TOP_K = flags.DEFINE_integer('top_k', 0, 'Sample among the k likeliest tokens; 0: all.', 0)
 _TOP_P = flags.DEFINE_float('top_p', 1.0, 'Sample within this probability mass.', 0.0, 1.0)
-_MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', None, 'Length limit; 128 where the context has room for them.', 1)
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+    'max_new_tokens', None, 'Length limit; by default 128, or what the context leaves.', 1)
 _IGNORE_EOS = flags.DEFINE_bool('ignore_eos', False, 'Go on past the end of the text.')
 _NUM_SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Samples of each prompt.', 1)
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the samples.')

@@ -76,23 +76,29 @@ class Config(PretrainedConfig):
 
 def fields(file, **changes):
   """Changes keys of a JSON file; a function is given the value that is there."""
+
   def change(folder):
     found = json.loads((folder / file).read_text())
     for name, value in changes.items():
       found[name] = value(found.get(name)) if callable(value) else value
     (folder / file).write_text(json.dumps(found))
+
   return change
 
 
 def content(file, data):
-  return lambda folder: (folder / file).write_bytes(data if isinstance(data, bytes) else data.encode())
+  return lambda folder: (folder / file).write_bytes(
+    data if isinstance(data, bytes) else data.encode()
+  )
 
 
 def pipe(file):
   """A file that never ends, and to whose end a reader waits for ever."""
+
   def change(folder):
     (folder / file).unlink()
     os.mkfifo(folder / file)
+
   return change
 
 
@@ -100,6 +106,7 @@ def link(file, target):
   def change(folder):
     (folder / file).unlink()
     (folder / file).symlink_to(target)
+
   return change
 
 
@@ -110,28 +117,34 @@ def sparse(file, size):
 
 def pickled(file, name):
   """A pickle that runs code, in place of safetensors."""
+
   def change(folder):
     (folder / file).unlink()
     (folder / name).write_bytes(pickle.dumps(Bomb()))
+
   return change
 
 
 def code(file, **keys):
   """Code of the folder's own, which its JSON names."""
+
   def change(folder):
     (folder / 'own.py').write_text(CODE)
     fields(file, **keys)(folder)
+
   return change
 
 
 def header(change):
   """Changes the header of the weights, a dict, or gives the bytes of another."""
+
   def apply(folder):
     data = (folder / SINGLE).read_bytes()
     size = int.from_bytes(data[:8], 'little')
-    found = change(json.loads(data[8:8 + size]))
+    found = change(json.loads(data[8 : 8 + size]))
     text = found if isinstance(found, bytes) else json.dumps(found).encode()
-    (folder / SINGLE).write_bytes(len(text).to_bytes(8, 'little') + text + data[8 + size:])
+    (folder / SINGLE).write_bytes(len(text).to_bytes(8, 'little') + text + data[8 + size :])
+
   return apply
 
 
@@ -144,6 +157,7 @@ def tensor(file, name, change):
     tensors = safetensors.numpy.load_file(folder / file)
     tensors[name] = np.ascontiguousarray(change(tensors[name]))
     safetensors.numpy.save_file(tensors, folder / file)
+
   return apply
 
 
@@ -152,60 +166,143 @@ def with_nan(array):
 
 
 FOLDERS = {
-    # models
-    'model: pickle alone': (pickled(SINGLE, 'pytorch_model.bin'), r'pytorch_model.bin, ...\) have to be converted'),
-    'model: header of 2^63 bytes': (
-        lambda folder: content(SINGLE, (2**63).to_bytes(8, 'little') + b'x' * 99)(folder), 'cannot be read as safet'),
-    'model: tensor of a terabyte': (entry(shape=[2**19, 2**19], data_offsets=[0, 2**40]), 'cannot be read as safeten'),
-    'model: sizes whose product overflows': (entry(shape=[2**40, 2**40]), 'cannot be read as safetensors'),
-    'model: offsets that overlap': (entry(data_offsets=[0, 2048]), 'cannot be read as safetensors'),
-    'model: negative offsets': (entry(data_offsets=[-2048, 0]), 'cannot be read as safetensors'),
-    'model: unknown dtype': (entry(dtype='OBJECT'), 'cannot be read as safetensors'),
-    'model: header nested without end': (header(lambda _: b'{"a":' * 99999), 'cannot be read as safetensors'),
-    'model: integers': (tensor(SINGLE, UP, lambda x: x.astype(np.int32)), 'is I32'),
-    'model: NaN': (tensor(SINGLE, UP, with_nan), 'NaN or infinity in layers.1.mlp.up_proj.weight'),
-    'model: weights are a pipe': (pipe(SINGLE), 'a folder, a device or a pipe'),
-    'model: index leads to a device': (
-        lambda folder: (content(f'{SINGLE}.index.json', '{"weight_map": {"a": "/dev/zero"}}')(folder),
-                        (folder / SINGLE).unlink()), 'should be the name of a file beside it'),
-    'model: config is a pipe': (pipe('config.json'), 'cannot be read: is a device or a pipe'),
-    'model: config is a device': (link('config.json', '/dev/zero'), 'cannot be read: is a device or a pipe'),
-    'model: config leads to itself': (link('config.json', 'config.json'), 'cannot be read: Too many levels of symb'),
-    'model: config of a terabyte': (sparse('config.json', 2**40), 'cannot be read: has 1099511627776 bytes'),
-    'model: head of a terabyte': (fields('config.json', head_dim=2**40), 'head_dim=1099511627776: must be at most 65536'),
-    'model: vocabulary of a terabyte': (fields('config.json', vocab_size=2**40), r'should be \(1099511627776, 16\)'),
-    'model: negative depth': (fields('config.json', num_hidden_layers=-1), 'num_hidden_layers=-1: must be a positive'),
-    'model: a megabyte for a name': (fields('config.json', hidden_act='x' * 2**20), r'\.\.\. \(1048578 characters\)'),
-    'model: commands to the terminal': (
-        fields('config.json', model_type='\x1b]0;owned\x07\x1b[2J'), r"'\\x1b\]0;owned\\x07\\x1b\[2J' is not supported"),
-    # adapters
-    'adapter: pickle alone': (pickled(WEIGHTS, 'adapter_model.bin'), r'adapter_model.bin, ...\) have to be converted'),
-    'adapter: NaN': (tensor(WEIGHTS, QUERY, with_nan), 'NaN or infinity in .*q_proj.lora_A'),
-    'adapter: integers': (tensor(WEIGHTS, QUERY, lambda x: x.astype(np.int8)), 'is I8, which is not floating point'),
-    'adapter: larger than its model': (
-        tensor(WEIGHTS, QUERY, lambda x: np.zeros((2**12, 16), np.float32)), r'shape \(4096, 16\), which no adapter'),
-    'adapter: scale is text': (fields('adapter_config.json', lora_alpha='much'), "lora_alpha='much'.* must be a number"),
-    'adapter: pattern is no regex': (fields('adapter_config.json', alpha_pattern={'((': 2.0}), r"'\(\(', which is no re"),
-    # tokenizers
-    'tokenizer: code of its own': (
-        code('tokenizer_config.json', tokenizer_class='Own', auto_map={'AutoTokenizer': ['own.Own', 'own.Own']}),
-        'custom code.*nothing that a folder brings is run'),
-    'tokenizer: vocabulary is a list': (
-        fields('tokenizer.json', model=lambda found: found | {'vocab': [1, 2]}), 'expected a map'),
-    'tokenizer: negative id': (
-        fields('tokenizer.json', model=lambda found: found | {'vocab': found['vocab'] | {'w1': -1}}), 'expected u32'),
-    'tokenizer: id beyond 32 bits': (
-        fields('tokenizer.json', model=lambda found: found | {'vocab': found['vocab'] | {'w1': 2**31}}), 'below 2.31'),
-    'tokenizer: adds a token that it does not know': (
-        fields('tokenizer.json', post_processor=lambda found: found | {'special_tokens': {}}), 'no entry found'),
-    'tokenizer: nested without end': (content('tokenizer.json', '[' * 99999), 'recursion'),
-    'tokenizer: random bytes': (content('tokenizer.json', bytes(range(256))), 'no tokenizer can be loaded'),
-    'tokenizer: a pipe': (pipe('tokenizer.json'), 'is a device or a pipe'),
-    'tokenizer: a terabyte': (sparse('tokenizer.json', 2**40), 'has 1099511627776 bytes'),
-    'tokenizer: length is text': (fields('tokenizer_config.json', model_max_length='long'), 'no tokenizer can be lo'),
-    'tokenizer: class is a list': (fields('tokenizer_config.json', tokenizer_class=['a']), 'no tokenizer can be load'),
-    'tokenizer: EOS is a number': (fields('tokenizer_config.json', eos_token=3), 'eos_token has to be either str'),
-    'tokenizer: template is a number': (fields('tokenizer_config.json', chat_template=3), 'chat_template must be text'),
+  # models
+  'model: pickle alone': (
+    pickled(SINGLE, 'pytorch_model.bin'),
+    r'pytorch_model.bin, ...\) have to be converted',
+  ),
+  'model: header of 2^63 bytes': (
+    lambda folder: content(SINGLE, (2**63).to_bytes(8, 'little') + b'x' * 99)(folder),
+    'cannot be read as safet',
+  ),
+  'model: tensor of a terabyte': (
+    entry(shape=[2**19, 2**19], data_offsets=[0, 2**40]),
+    'cannot be read as safeten',
+  ),
+  'model: sizes whose product overflows': (
+    entry(shape=[2**40, 2**40]),
+    'cannot be read as safetensors',
+  ),
+  'model: offsets that overlap': (entry(data_offsets=[0, 2048]), 'cannot be read as safetensors'),
+  'model: negative offsets': (entry(data_offsets=[-2048, 0]), 'cannot be read as safetensors'),
+  'model: unknown dtype': (entry(dtype='OBJECT'), 'cannot be read as safetensors'),
+  'model: header nested without end': (
+    header(lambda _: b'{"a":' * 99999),
+    'cannot be read as safetensors',
+  ),
+  'model: integers': (tensor(SINGLE, UP, lambda x: x.astype(np.int32)), 'is I32'),
+  'model: NaN': (tensor(SINGLE, UP, with_nan), 'NaN or infinity in layers.1.mlp.up_proj.weight'),
+  'model: weights are a pipe': (pipe(SINGLE), 'a folder, a device or a pipe'),
+  'model: index leads to a device': (
+    lambda folder: (
+      content(f'{SINGLE}.index.json', '{"weight_map": {"a": "/dev/zero"}}')(folder),
+      (folder / SINGLE).unlink(),
+    ),
+    'should be the name of a file beside it',
+  ),
+  'model: config is a pipe': (pipe('config.json'), 'cannot be read: is a device or a pipe'),
+  'model: config is a device': (
+    link('config.json', '/dev/zero'),
+    'cannot be read: is a device or a pipe',
+  ),
+  'model: config leads to itself': (
+    link('config.json', 'config.json'),
+    'cannot be read: Too many levels of symb',
+  ),
+  'model: config of a terabyte': (
+    sparse('config.json', 2**40),
+    'cannot be read: has 1099511627776 bytes',
+  ),
+  'model: head of a terabyte': (
+    fields('config.json', head_dim=2**40),
+    'head_dim=1099511627776: must be at most 65536',
+  ),
+  'model: vocabulary of a terabyte': (
+    fields('config.json', vocab_size=2**40),
+    r'should be \(1099511627776, 16\)',
+  ),
+  'model: negative depth': (
+    fields('config.json', num_hidden_layers=-1),
+    'num_hidden_layers=-1: must be a positive',
+  ),
+  'model: a megabyte for a name': (
+    fields('config.json', hidden_act='x' * 2**20),
+    r'\.\.\. \(1048578 characters\)',
+  ),
+  'model: commands to the terminal': (
+    fields('config.json', model_type='\x1b]0;owned\x07\x1b[2J'),
+    r"'\\x1b\]0;owned\\x07\\x1b\[2J' is not supported",
+  ),
+  # adapters
+  'adapter: pickle alone': (
+    pickled(WEIGHTS, 'adapter_model.bin'),
+    r'adapter_model.bin, ...\) have to be converted',
+  ),
+  'adapter: NaN': (tensor(WEIGHTS, QUERY, with_nan), 'NaN or infinity in .*q_proj.lora_A'),
+  'adapter: integers': (
+    tensor(WEIGHTS, QUERY, lambda x: x.astype(np.int8)),
+    'is I8, which is not floating point',
+  ),
+  'adapter: larger than its model': (
+    tensor(WEIGHTS, QUERY, lambda x: np.zeros((2**12, 16), np.float32)),
+    r'shape \(4096, 16\), which no adapter',
+  ),
+  'adapter: scale is text': (
+    fields('adapter_config.json', lora_alpha='much'),
+    "lora_alpha='much'.* must be a number",
+  ),
+  'adapter: pattern is no regex': (
+    fields('adapter_config.json', alpha_pattern={'((': 2.0}),
+    r"'\(\(', which is no re",
+  ),
+  # tokenizers
+  'tokenizer: code of its own': (
+    code(
+      'tokenizer_config.json',
+      tokenizer_class='Own',
+      auto_map={'AutoTokenizer': ['own.Own', 'own.Own']},
+    ),
+    'custom code.*nothing that a folder brings is run',
+  ),
+  'tokenizer: vocabulary is a list': (
+    fields('tokenizer.json', model=lambda found: found | {'vocab': [1, 2]}),
+    'expected a map',
+  ),
+  'tokenizer: negative id': (
+    fields('tokenizer.json', model=lambda found: found | {'vocab': found['vocab'] | {'w1': -1}}),
+    'expected u32',
+  ),
+  'tokenizer: id beyond 32 bits': (
+    fields('tokenizer.json', model=lambda found: found | {'vocab': found['vocab'] | {'w1': 2**31}}),
+    'below 2.31',
+  ),
+  'tokenizer: adds a token that it does not know': (
+    fields('tokenizer.json', post_processor=lambda found: found | {'special_tokens': {}}),
+    'no entry found',
+  ),
+  'tokenizer: nested without end': (content('tokenizer.json', '[' * 99999), 'recursion'),
+  'tokenizer: random bytes': (
+    content('tokenizer.json', bytes(range(256))),
+    'no tokenizer can be loaded',
+  ),
+  'tokenizer: a pipe': (pipe('tokenizer.json'), 'is a device or a pipe'),
+  'tokenizer: a terabyte': (sparse('tokenizer.json', 2**40), 'has 1099511627776 bytes'),
+  'tokenizer: length is text': (
+    fields('tokenizer_config.json', model_max_length='long'),
+    'no tokenizer can be lo',
+  ),
+  'tokenizer: class is a list': (
+    fields('tokenizer_config.json', tokenizer_class=['a']),
+    'no tokenizer can be load',
+  ),
+  'tokenizer: EOS is a number': (
+    fields('tokenizer_config.json', eos_token=3),
+    'eos_token has to be either str',
+  ),
+  'tokenizer: template is a number': (
+    fields('tokenizer_config.json', chat_template=3),
+    'chat_template must be text',
+  ),
 }
 
 
@@ -216,8 +313,11 @@ def test_hostile_folder(case, good, marker, tmp_path):
   shutil.copytree(good, tmp_path / 'good')
   kind, name = case.partition(':')[0], 'adapter' if case.startswith('adapter') else 'model'
   folder = tmp_path / 'good' / name
-  load = {'model': hf.load, 'tokenizer': tokenizers.load,
-          'adapter': lambda path: peft.load(path, models.create(tiny.LLAMA))}[kind]
+  load = {
+    'model': hf.load,
+    'tokenizer': tokenizers.load,
+    'adapter': lambda path: peft.load(path, models.create(tiny.LLAMA)),
+  }[kind]
   load(folder)
   change(folder)
   began = time.process_time()
@@ -234,7 +334,9 @@ def test_there_are_40():
 def test_code_beside_a_model_is_not_run(good, marker, tmp_path):
   """A model that names code, whose weights are those of a known family, needs none."""
   shutil.copytree(good / 'model', tmp_path / 'model')
-  code('config.json', auto_map={'AutoConfig': 'own.Config', 'AutoModelForCausalLM': 'own.Model'})(tmp_path / 'model')
+  code('config.json', auto_map={'AutoConfig': 'own.Config', 'AutoModelForCausalLM': 'own.Model'})(
+    tmp_path / 'model'
+  )
   hf.load(tmp_path / 'model')
   tokenizers.load(tmp_path / 'model')
   assert not marker.exists()
@@ -242,19 +344,23 @@ def test_code_beside_a_model_is_not_run(good, marker, tmp_path):
 
 OUTSIDE = 'the chat template rejects this conversation'
 TEMPLATES = {
-    'loops without end': (
-        '{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}', 'took more than 0.25 s'),
-    'calls without end': (
-        '{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}', 'took more than 0'),
-    'recursion': ('{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}', OUTSIDE),
-    'a long range': ('{{ range(10 ** 9) | list }}', OUTSIDE),
-    'ten terabytes': ("{{ 'x' * 10 ** 13 }}", OUTSIDE),
-    'classes': ("{{ ''.__class__.__mro__[1].__subclasses__() }}", OUTSIDE),
-    'modules': ("{{ cycler.__init__.__globals__.os.popen('touch $MARKER').read() }}", OUTSIDE),
-    'changes of the messages': ("{{ messages.append(1) }}", OUTSIDE),
-    'files': ("{% include '/etc/passwd' %}", OUTSIDE),
-    'an error': ('{{ 1 / 0 }}', OUTSIDE),
-    'no Jinja': ('{% for %}', 'is not valid Jinja'),
+  'loops without end': (
+    '{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}',
+    'took more than 0.25 s',
+  ),
+  'calls without end': (
+    '{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}',
+    'took more than 0',
+  ),
+  'recursion': ('{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}', OUTSIDE),
+  'a long range': ('{{ range(10 ** 9) | list }}', OUTSIDE),
+  'ten terabytes': ("{{ 'x' * 10 ** 13 }}", OUTSIDE),
+  'classes': ("{{ ''.__class__.__mro__[1].__subclasses__() }}", OUTSIDE),
+  'modules': ("{{ cycler.__init__.__globals__.os.popen('touch $MARKER').read() }}", OUTSIDE),
+  'changes of the messages': ("{{ messages.append(1) }}", OUTSIDE),
+  'files': ("{% include '/etc/passwd' %}", OUTSIDE),
+  'an error': ('{{ 1 / 0 }}', OUTSIDE),
+  'no Jinja': ('{% for %}', 'is not valid Jinja'),
 }
 
 
@@ -281,8 +387,20 @@ def test_the_limit_comes_neither_outside_nor_where_there_is_time():
   assert total == 499500
 
 
-TEXTS = ['<script>x()</script>', '"><img src=x onerror=x()>', "' onload='x()", '</pre></style><svg onload=x()>', '&lt;b&gt;',
-         '{{ 7 * 7 }}{% raw %}', '<!--', '-->', ']]>', 'javascript:x()', '</text><g id="x" onclick="x()">', '\x00\x1b[2J\u202e']
+TEXTS = [
+  '<script>x()</script>',
+  '"><img src=x onerror=x()>',
+  "' onload='x()",
+  '</pre></style><svg onload=x()>',
+  '&lt;b&gt;',
+  '{{ 7 * 7 }}{% raw %}',
+  '<!--',
+  '-->',
+  ']]>',
+  'javascript:x()',
+  '</text><g id="x" onclick="x()">',
+  '\x00\x1b[2J\u202e',
+]
 
 
 class Elements(html.parser.HTMLParser):
@@ -307,12 +425,21 @@ class Elements(html.parser.HTMLParser):
 def page(path, text):
   """The report in which all that comes from data is `text`, with a number where names must differ."""
   report.write(
-      path, title=text, summary=text, config_text=json.dumps({'run': {text: text}}, ensure_ascii=False),
-      stages=[{'stage': text, 'gold': 1.0, text: text}],
-      metrics={text: [{'step': step, f'{text}loss': 1.0, f'eval/{text}loss': 2.0, f'{text}kl': 3.0} for step in (0, 1)]},
-      samples=[{'prompt': text, 'before': text, 'after': text, 'scores': {'after': {text: 1.0}}}],
-      frontier=[{'step': text, 'kl': 1.0, 'gold': 1.0}],
-      elo={text: {'elo': 1000.0, 'low': 990.0, 'high': 1010.0}})
+    path,
+    title=text,
+    summary=text,
+    config_text=json.dumps({'run': {text: text}}, ensure_ascii=False),
+    stages=[{'stage': text, 'gold': 1.0, text: text}],
+    metrics={
+      text: [
+        {'step': step, f'{text}loss': 1.0, f'eval/{text}loss': 2.0, f'{text}kl': 3.0}
+        for step in (0, 1)
+      ]
+    },
+    samples=[{'prompt': text, 'before': text, 'after': text, 'scores': {'after': {text: 1.0}}}],
+    frontier=[{'step': text, 'kl': 1.0, 'gold': 1.0}],
+    elo={text: {'elo': 1000.0, 'low': 990.0, 'high': 1010.0}},
+  )
   return Elements(path.read_text(encoding='utf-8'))
 
 
@@ -322,7 +449,10 @@ SVG = {'svg', 'g', 'text', 'tspan', 'path', 'use', 'defs', 'clippath', 'rect', '
 @pytest.mark.filterwarnings('ignore:.*(Glyph|constrained_layout)')
 def test_the_report_has_no_element_from_its_data(tmp_path):
   """All texts at once make the elements, attributes and comments that a plain word makes."""
-  plain, hostile = page(tmp_path / 'plain.html', 'word'), page(tmp_path / 'hostile.html', ''.join(TEXTS))
+  plain, hostile = (
+    page(tmp_path / 'plain.html', 'word'),
+    page(tmp_path / 'hostile.html', ''.join(TEXTS)),
+  )
   shown = ''.join(hostile.text)
   assert all(text in shown for text in TEXTS[:-1])
   # How many ticks a figure has goes by the width of its labels.

@@ -138,10 +138,10 @@ FAULTS = (
     Fault('labels are not smoothed', 'rlhf_jax/algorithms/reward_model.py',
           'label_smoothing=config.preference.label_smoothing', 'label_smoothing=0.0',
           _tests('algorithms/test_reward_model', 'test_the_first_loss_of_a_config_by_loop')),
-    Fault('a list of completions loses its margin', 'rlhf_jax/data/formats.py',
+    Fault('a list of completions loses its margin', 'rlhf_jax/data/shapes.py',
           'ratings, margin)\n', 'ratings)\n',
           _tests('data/test_formats', 'test_any_comparison_may_have_a_margin')),
-    Fault('a rated completion loses its margin', 'rlhf_jax/data/formats.py',
+    Fault('a rated completion loses its margin', 'rlhf_jax/data/shapes.py',
           '(rating,), margin)', '(rating,))',
           _tests('data/test_formats', 'test_any_comparison_may_have_a_margin')),
     # Scorers, and collected labels.

@@ -180,6 +180,25 @@ def normalize(head, scores, mode):
           'bias': (head['bias'] - float(np.mean(scores))) * gain}
 
 
+def normalized_head(params, *, frozen, batches, judge, mode, mesh):
+  """The head, normalized on all completions of some batches.
+
+  Args:
+    params: {'backbone', 'head'}, what of them is trained.
+    frozen: {'backbone': what is not}.
+    batches: () -> iterable of Comparisons.
+    judge: (params, Comparisons) -> see comparison_loss.
+    mode: see `normalize`; 'none' leaves the head as it is and makes no batches.
+    mesh: device mesh.
+  """
+  if mode == 'none':
+    return params['head']
+  values = [(judge(trainable.join(frozen, params), sharding.put_rows(batch, mesh)), batch.present)
+            for batch in batches()]
+  values = np.concatenate([processes.host(scores)[present] for (*_, scores), present in values])
+  return normalize(params['head'], values, mode)
+
+
 def create(config, mesh):
   """The learner of `config.algorithm = 'reward_model'`.
 
@@ -210,16 +229,9 @@ def create(config, mesh):
                       label_smoothing=config.preference.label_smoothing,
                       token_dropout=config.preference.token_dropout)
   judge = jax.jit(functools.partial(comparison_loss, model=model, settings=settings))
-
-  def fitted_head(params):
-    """The head, normalized on the config's texts."""
-    if config.preference.normalize == 'none':
-      return params['head']
-    values = [(judge(trainable.join(frozen, params), sharding.put_rows(batch, mesh)), batch.present)
-              for batch in normalization_batches(config, examples, tokenizer, sizes)]
-    values = np.concatenate([processes.host(scores)[present] for (*_, scores), present in values])
-    return normalize(params['head'], values, config.preference.normalize)
-
+  fitted_head = functools.partial(
+      normalized_head, frozen=frozen, judge=judge, mode=config.preference.normalize, mesh=mesh,
+      batches=functools.partial(normalization_batches, config, examples, tokenizer, sizes))
   params['head'] = fitted_head(params)
   optimizers = {'reward': setup.make_optimizer(config.optim, steps)}
   state = setup.new_state(config.seed, {'reward': params}, optimizers, mesh, model.rules)

@@ -32,8 +32,8 @@ OTHER_DELIMITERS = {
     '\t': "Name the file .tsv, or set config.data.format to 'tsv'.",
 }
 LONGEST_CELL = stored.LONGEST  # characters; csv's own limit, 131072, is less than a long document
-# A .gz that unpacks to more than this many times its size, and to so many bytes, was made to fill
-# the disk: text packs to a fifth, and gzip can reach a thousandth.
+# A .gz that unpacks to more than this many times its size, and to at least LEAST_UNPACKED bytes, is
+# refused, as it could fill the disk: text compresses to a fifth, and gzip can reach a thousandth.
 MOST_UNPACKED = 100
 LEAST_UNPACKED = 2**30
 PART = 2**20  # bytes of a line that are read at once

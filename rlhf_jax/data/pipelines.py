@@ -369,7 +369,8 @@ def as_read(examples: Sequence[formats.Prompt], tokenizer: formats.Tokenizer, *,
   rows = tokenizers.encode(tokenizer, [e.prompt for e in examples])
   long = [index for index, row in enumerate(rows) if len(row) > max_prompt_length]
   texts = tokenizers.decode_prompts(tokenizer, [
-      rows_lib.truncate_left(rows[index], max_prompt_length, tokenizer.bos_token_id) for index in long])
+      rows_lib.truncate_left(rows[index], max_prompt_length, tokenizer.bos_token_id)
+      for index in long])
   read = list(examples)
   for index, text in zip(long, texts):
     read[index] = dataclasses.replace(read[index], prompt=text)

@@ -29,7 +29,7 @@ from rlhf_jax.errors import UserError
 KEPT = 2**23  # tokens of all rows, below which they are kept: 32 MiB
 BESIDES = 32  # tokens that a row's objects take the memory of
 SAMPLE = 4096  # rows of a sample at most
-SAMPLE_TOKENS = 2**19  # after so many a sample is large enough
+SAMPLE_TOKENS = 2**19  # of a sample at most, but for its last rows
 TOGETHER = 64  # rows of a sample made at once
 GOLDEN = 0.6180339887498949  # multiples of it, without their whole part, lie evenly from 0 to 1
 
@@ -117,9 +117,10 @@ def warn_unknown(tokenizer: formats.Tokenizer, rows: Rows) -> None:
 
 
 def texts(examples: Sequence[str | formats.Completion], tokenizer: formats.Tokenizer) -> Rows:
-  """Rows of whole texts, each with its EOS; of a Completion prompt and completion are tokenized apart."""
+  """Rows of whole texts with their EOS; prompt and completion are tokenized apart."""
   def encode(chosen):
-    parts = [(each, '') if isinstance(each, str) else (each.prompt, each.completion) for each in chosen]
+    parts = [(each, '') if isinstance(each, str) else (each.prompt, each.completion)
+             for each in chosen]
     ids = tokenizers.encode_joined(tokenizer, [a for a, _ in parts], [b for _, b in parts])
     return [Row(None, tokenizers.end(tokenizer, row)) for row in ids]
 

@@ -4,6 +4,7 @@
 thread may ask. What is kept in memory does not grow with the data, but where they are small.
 """
 
+import abc
 import bisect
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -51,7 +52,7 @@ class Record:
   untyped: bool = False
 
 
-class Records(Sequence[Record]):
+class Records(Sequence[Record], abc.ABC):
   """A sequence of records by their index.
 
   Attributes:
@@ -66,9 +67,9 @@ class Records(Sequence[Record]):
       raise IndexError(f'record {index} of {len(self)}')
     return self.record(int(index) % len(self))
 
+  @abc.abstractmethod
   def record(self, index: int) -> Record:
     """Record `index`, from 0 to the length less one."""
-    raise NotImplementedError
 
 
 class Listed(Records):
@@ -190,7 +191,7 @@ def _part_of(content: bytes) -> Read:
 
 
 def _reader(owner: Any, path: str) -> Read:
-  """Reads parts of a file; one that is not small stays open as long as the owner lives."""
+  """Reads parts of a file. A large file stays open as long as the owner lives."""
   if os.path.getsize(path) <= SMALL:  # a folder may have more of them than a process may open
     def read(offset, size):
       with open(path, 'rb') as stream:
@@ -236,7 +237,7 @@ def _write_index(read: Read, size: int, path: str) -> None:
 
 
 def too_long(size: int) -> str:
-  """What to say of a record of so many bytes; '' where it can be read."""
+  """The complaint about a record of this many bytes; '' if it can be read."""
   if size <= LONGEST:
     return ''
   return (f'longer than {LONGEST >> 20} MiB ({size / 2**20:.3g} MiB), the most of a record that can '

@@ -179,7 +179,7 @@ def _first_above(uniform, weights):
   """The first index [B] whose cumulative weight exceeds `uniform` of the sum, and the sum [B].
 
   An index of weight 0 is never the first. Sums are rounded: the cumulative weight of the last index
-  of positive weight may be an ulp short of a sum that goes on with zeros, and exceed nothing where
+  of positive weight may be an ulp short of the sum over all, and exceed nothing where
   `uniform` is next to 1. That index is taken then.
   """
   index = jnp.arange(weights.shape[-1])[None]

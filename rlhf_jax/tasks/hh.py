@@ -18,7 +18,8 @@ from rlhf_jax.rewards import calibration
 def write(folder, *, path, count, vocab_size, turns, seed):
   """Writes train_K.jsonl, test_K.jsonl and tokenizer_K for every fold K.
 
-  All comparisons of a prompt, its whole dialogue, are in one fold. A fold's tokenizer comes from its training part alone: both replies of every pair.
+  All comparisons of a prompt, its whole dialogue, are in one fold. A fold's tokenizer comes from its
+  training part alone: both replies of every pair.
 
   Args:
     folder: pathlib.Path they go to.

@@ -8,6 +8,7 @@ import pytest
 
 from rlhf_jax.data import chat
 from rlhf_jax.data import formats
+from rlhf_jax.data import shapes
 from rlhf_jax.data import sources
 from rlhf_jax.data import tokenizers
 from rlhf_jax.data.formats import Comparison
@@ -175,7 +176,7 @@ def test_completions_of_different_prompts_have_no_prompt(chatty):
     rows = records({'prompt': 'Q', **answers}, {'prompt': 'Q', 'chosen': 'a', 'rejected': 'b'})
     for convert in (formats.texts, formats.completions, formats.comparisons, formats.prompts):
       _, report = convert(rows, tokenizer=chatty)
-      assert report.left_out == {formats.DIFFERENT_PROMPTS: ('x.jsonl:1',)}
+      assert report.left_out == {shapes.DIFFERENT_PROMPTS: ('x.jsonl:1',)}
 
 
 @pytest.mark.parametrize('row', [
@@ -224,7 +225,7 @@ def test_completions_labelled_false_are_left_out():
                  {'prompt': 'p', 'completion': 'c', 'label': 0})  # A class, not a verdict.
   examples, report = formats.completions(rows)
   assert [e.completion for e in examples] == ['b', 'c']
-  assert report.left_out == {formats.LABELLED_BAD: ('x.jsonl:1',)}
+  assert report.left_out == {shapes.LABELLED_BAD: ('x.jsonl:1',)}
 
 
 def test_prompts_keep_everything_else_as_metadata(chatty):
@@ -300,7 +301,7 @@ def test_comparisons_of_the_same_text_are_counted_and_left_out():
           {'prompt': 'p', 'completions': ['a', 'a'], 'ratings': [1, 2]},
           {'prompt': 'p', 'completion': 'a', 'rating': 1}]
   examples, report = formats.comparisons(records(*rows))
-  assert report.left_out == {formats.SAME_COMPLETIONS: ('x.jsonl:1', 'x.jsonl:3')}
+  assert report.left_out == {shapes.SAME_COMPLETIONS: ('x.jsonl:1', 'x.jsonl:3')}
   assert len(examples) == report.kept == 4
   # Texts to imitate they are all the same.
   assert len(formats.completions(records(*rows))[0]) == 6
@@ -452,15 +453,15 @@ def test_harmless_rows(shared):
   examples, report = formats.comparisons(rows)
   lines = {reason: [int(place.rsplit(':', 1)[1]) - 1 for place in places]
            for reason, places in report.left_out.items()}
-  assert lines == {formats.DIFFERENT_PROMPTS: [1254, 1688, 1950, 1952, 2036],
-                   formats.EMPTY_COMPLETION: [86, 516, 925, 1103]}
+  assert lines == {shapes.DIFFERENT_PROMPTS: [1254, 1688, 1950, 1952, 2036],
+                   shapes.EMPTY_COMPLETION: [86, 516, 925, 1103]}
   assert len(examples) == report.kept == 2303
   for example, row in zip(examples, rows):  # The first 86 rows line up.
     if row.where == rows[86].where:
       break
     assert example.prompt + example.completions[0] == row.fields['chosen']
     assert example.prompt + example.completions[1] == row.fields['rejected']
-    assert example.prompt.endswith(formats.HH_TURN)
+    assert example.prompt.endswith(shapes.HH_TURN)
 
 
 @pytest.mark.parametrize('name, count, convert', [

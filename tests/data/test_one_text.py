@@ -33,12 +33,28 @@ RECORDS = 500
 LENGTH = 256  # tokens that every prompt and completion has room in
 # It writes the BOS, as Llama's does, and has something behind the EOS of an answer.
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
-    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}")
+  "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
+  "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+  "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 TURN = '\n\nHuman: {}\n\nAssistant:'
 # Most merge with what stands before or behind them.
-PIECES = ('up', 'on', ' upon', ' a', 'time', ' it', "'s", ' \u2603', '\n', '  ', 'x.', '7', '<', '?')
+PIECES = (
+  'up',
+  'on',
+  ' upon',
+  ' a',
+  'time',
+  ' it',
+  "'s",
+  ' \u2603',
+  '\n',
+  '  ',
+  'x.',
+  '7',
+  '<',
+  '?',
+)
 
 
 def words(rng):
@@ -61,8 +77,12 @@ def conversation(rng):
 def chat_shapes(rng, before, good, bad):
   """Records whose prompt is the messages `before`, each with the completions that it has."""
   good_, bad_ = message('assistant', good), message('assistant', bad)
-  forms = lambda text: (text, message('assistant', text), [message('assistant', text)],
-                        before + [message('assistant', text)])
+  forms = lambda text: (
+    text,
+    message('assistant', text),
+    [message('assistant', text)],
+    before + [message('assistant', text)],
+  )
   any_of = lambda text: rng.choice(forms(text))
   some = lambda text: rng.choice(forms(text)[1:])  # messages
   gpt = {'user': 'human', 'assistant': 'gpt', 'system': 'system'}
@@ -79,14 +99,29 @@ def chat_shapes(rng, before, good, bad):
   yield {'chosen': before + [good_], 'rejected': before + [bad_]}, (good, bad)
   yield asked | {'completions': [any_of(good), any_of(bad)]} | verdict, (good, bad)
   # As UltraFeedback has them: the prompt is a part of the conversation alone.
-  yield {'prompt': before[-1]['content'], 'messages': before + [good_],
-         'chosen': before + [good_], 'rejected': before + [bad_]}, (good, bad)
-  yield {'prompt': before[-1]['content'], 'chosen': before + [good_],
-         'rejected': rng.choice((bad, before + [bad_]))}, (good, bad)
+  yield (
+    {
+      'prompt': before[-1]['content'],
+      'messages': before + [good_],
+      'chosen': before + [good_],
+      'rejected': before + [bad_],
+    },
+    (good, bad),
+  )
+  yield (
+    {
+      'prompt': before[-1]['content'],
+      'chosen': before + [good_],
+      'rejected': rng.choice((bad, before + [bad_])),
+    },
+    (good, bad),
+  )
   cut = next((i for i, m in enumerate(before) if m['role'] == 'assistant'), 0)
   if cut:
-    yield {'prompt': before[:cut], 'chosen': before[cut:] + [good_],
-           'rejected': before[cut:] + [bad_]}, (good, bad)
+    yield (
+      {'prompt': before[:cut], 'chosen': before[cut:] + [good_], 'rejected': before[cut:] + [bad_]},
+      (good, bad),
+    )
   if len(before) == 1:
     question = before[0]['content']
     yield {'prompt': question, 'completion': some(good)}, (good,)
@@ -160,7 +195,8 @@ def drawn(folder, tmp_path_factory):
 def examples_of(convert, tokenizer, drawn):
   """Examples of records, none left out."""
   found, report = convert(
-      [sources.Record(fields, f'{i}') for i, (fields, _, _) in enumerate(drawn)], tokenizer=tokenizer)
+    [sources.Record(fields, f'{i}') for i, (fields, _, _) in enumerate(drawn)], tokenizer=tokenizer
+  )
   assert report.kept == report.read == len(drawn)
   return found
 
@@ -179,7 +215,7 @@ def test_training_reads_prompt_and_completion_apart(drawn):
   size = {'batch_size': len(answered)}
   ((batch, _),) = pipelines.completion_batches(examples, tokenizer, max_length=LENGTH, **size)
   for row, (_, ids, _), tokens, target in zip(right, answered, batch.tokens, batch.loss_mask):
-    assert tokens[:len(row)].tolist() == row
+    assert tokens[: len(row)].tolist() == row
     assert np.flatnonzero(target).tolist() == [*range(len(ids), len(row))]
   texts = examples_of(formats.texts, tokenizer, answered)
   ((batch, _),) = pipelines.lm_batches(texts, tokenizer, length=LENGTH, pack=False, **size)
@@ -187,10 +223,12 @@ def test_training_reads_prompt_and_completion_apart(drawn):
   judged = [r for r in records if len(r[2]) > 1 or 'rating' in r[0] or 'label' in r[0]]
   examples = examples_of(formats.comparisons, tokenizer, judged)
   ((batch, _),) = pipelines.comparison_batches(
-      examples, tokenizer, max_length=LENGTH, batch_size=len(judged))
+    examples, tokenizer, max_length=LENGTH, batch_size=len(judged)
+  )
   for (_, ids, answers), tokens, mask in zip(judged, batch.tokens, batch.mask):
     assert [t[m].tolist() for t, m in zip(tokens, mask) if m.any()] == [
-        ids + alone(tokenizer, answer) for answer in answers]
+      ids + alone(tokenizer, answer) for answer in answers
+    ]
   # The records show it: of some, prompt and completion joined are other tokens.
   joined = [tokenizer(tokenizer.decode(row[1:-1]))['input_ids'] for row in right]
   assert sum(row[:-1] != other for row, other in zip(right, joined)) > 30
@@ -206,8 +244,10 @@ def gold(prompt, response):
 def prompt_rows(rollout):
   """The token ids of the prompts of a rollout."""
   length = rollout.tokens.shape[1] - rollout.response_mask.shape[1]
-  return [np.asarray(tokens)[np.asarray(mask)].tolist()
-          for tokens, mask in zip(rollout.tokens[:, :length], rollout.mask[:, :length])]
+  return [
+    np.asarray(tokens)[np.asarray(mask)].tolist()
+    for tokens, mask in zip(rollout.tokens[:, :length], rollout.mask[:, :length])
+  ]
 
 
 def test_sampling_reads_the_same_prompts(drawn, folder, tmp_path, monkeypatch, capsys):
@@ -215,7 +255,8 @@ def test_sampling_reads_the_same_prompts(drawn, folder, tmp_path, monkeypatch, c
   right = [ids for _, ids, _ in records]
   examples = examples_of(formats.prompts, tokenizer, records)
   (((prompts, _), _),) = pipelines.prompt_batches(
-      examples, tokenizer, batch_size=RECORDS, max_prompt_length=LENGTH)
+    examples, tokenizer, batch_size=RECORDS, max_prompt_length=LENGTH
+  )
   assert [t[m].tolist() for t, m in zip(prompts.tokens, prompts.mask)] == right
 
   asked, sample = [], policy_lib.TextPolicy.sample
@@ -231,9 +272,23 @@ def test_sampling_reads_the_same_prompts(drawn, folder, tmp_path, monkeypatch, c
   assert asked.pop() == right
   (tmp_path / 'config.json').write_text('{}')
   policies.run(
-      tmp_path, title='', summary='', workdir=tmp_path, policies=(('one', str(folder)), ('two', str(folder))),
-      baseline='one', trained='one', best_of=0, reward_model='', comparisons='', prompts=path,
-      samples=RECORDS, gold=f'{__name__}:gold', gold_path='', curves=(), **settings)
+    tmp_path,
+    title='',
+    summary='',
+    workdir=tmp_path,
+    policies=(('one', str(folder)), ('two', str(folder))),
+    baseline='one',
+    trained='one',
+    best_of=0,
+    reward_model='',
+    comparisons='',
+    prompts=path,
+    samples=RECORDS,
+    gold=f'{__name__}:gold',
+    gold_path='',
+    curves=(),
+    **settings,
+  )
   assert asked.pop() == asked.pop() == right
   monkeypatch.setattr(runtime, 'configure', lambda: None)
   flags.FLAGS.mark_as_parsed()
@@ -244,7 +299,9 @@ def test_sampling_reads_the_same_prompts(drawn, folder, tmp_path, monkeypatch, c
       generate.main(['generate'])
   assert asked.pop() == right and not asked
   # What is collected is read as texts: they give the tokens again.
-  rows = [json.loads(line)['prompt'] for line in (tmp_path / 'samples.jsonl').read_text().splitlines()]
+  rows = [
+    json.loads(line)['prompt'] for line in (tmp_path / 'samples.jsonl').read_text().splitlines()
+  ]
   again = [row.tolist() for row in tokenizers.encode(tokenizer, rows)]
   assert len(again) > 400 and all(row in right for row in again)
 
@@ -268,7 +325,7 @@ def test_calibration_reads_the_same_comparisons(drawn, folder, tmp_path):
   scorer = Rows(policy_lib.TextPolicy(model, params, tokenizer))
   gaps, prompts = policies.pair_gaps(scorer, str(tmp_path / 'pairs.jsonl'))
   right = [[ids + alone(tokenizer, answer) for answer in answers] for _, ids, answers in pairs]
-  assert scorer.read[:2 * len(pairs)] == sum(right, [])
+  assert scorer.read[: 2 * len(pairs)] == sum(right, [])
   assert gaps.tolist() == [len(a) - len(b) for a, b in right] and len(prompts) == len(pairs) > 200
 
 
@@ -277,12 +334,18 @@ def test_evaluators_read_the_same_prompts(drawn, folder):
   model, params = hf.load(folder)
   mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
   context = evaluators.Context(
-      model=model, tokenizer=tokenizer, mesh=mesh, seed=0, load={}, policy=lambda state: state)
-  block = config_lib.evaluator('text', {
-      'path': path, 'batch_size': RECORDS, 'sampling': {'max_new_tokens': 1}})
+    model=model, tokenizer=tokenizer, mesh=mesh, seed=0, load={}, policy=lambda state: state
+  )
+  block = config_lib.evaluator(
+    'text', {'path': path, 'batch_size': RECORDS, 'sampling': {'max_new_tokens': 1}}
+  )
   found = []
   with jax.set_mesh(mesh):
     answers = evaluators.Answers(block, context)
-    answers.each(params, lambda params, rollout, examples: found.extend(prompt_rows(rollout)) or {
-        'none': np.zeros(RECORDS)})
+    answers.each(
+      params,
+      lambda params, rollout, examples: (
+        found.extend(prompt_rows(rollout)) or {'none': np.zeros(RECORDS)}
+      ),
+    )
   assert found == [ids for _, ids, _ in records]

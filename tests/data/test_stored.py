@@ -15,6 +15,7 @@ import pytest
 from rlhf_jax.data import derived
 from rlhf_jax.data import files
 from rlhf_jax.data import formats
+from rlhf_jax.data import shapes
 from rlhf_jax.data import sources
 from rlhf_jax.data import stored
 from rlhf_jax.errors import DataError
@@ -44,8 +45,14 @@ def test_index_of_lines_is_that_of_a_loop(monkeypatch):
   draw = random.Random(0)
   for _ in range(500):
     monkeypatch.setattr(stored, 'CHUNK', draw.choice([1, 2, 3, 7, 100]))
-    content = ''.join(draw.choices(['\n', ' ', 'a', '{', '\n\n', '  \n', '\r\n'], k=draw.randrange(30))).encode()
-    found = [tuple(map(int, row)) for rows in stored._index(stored._part_of(content), len(content)) for row in rows]
+    content = ''.join(
+      draw.choices(['\n', ' ', 'a', '{', '\n\n', '  \n', '\r\n'], k=draw.randrange(30))
+    ).encode()
+    found = [
+      tuple(map(int, row))
+      for rows in stored._index(stored._part_of(content), len(content))
+      for row in rows
+    ]
     offset, expected = 0, []
     for number, line in enumerate(re.findall(rb'[^\n]*\n|[^\n]+$', content), start=1):
       if line.strip():
@@ -64,13 +71,18 @@ def test_the_index_is_made_once_and_anew_for_other_contents(large, tmp_path, mon
   monkeypatch.setattr(stored, '_write_index', lambda *args: made.append(1) or write_index(*args))
   records = sources.read(path)
   assert [record.where for record in records] == [f'{path}:1', f'{path}:3'] and not made
-  write(tmp_path / f'.a.jsonl.{"0" * 16}.lines.{os.uname().nodename}.1.tmp', 'of a process that was killed')
+  write(
+    tmp_path / f'.a.jsonl.{"0" * 16}.lines.{os.uname().nodename}.1.tmp',
+    'of a process that was killed',
+  )
   write(tmp_path / 'a.jsonl', '{"text": "c"}\n')
   assert [record.fields['text'] for record in sources.read(path)] == ['c'] and made
   assert hidden(tmp_path) != [index] and len(hidden(tmp_path)) == 1
 
 
-def test_where_files_cannot_be_locked_nobody_removes_what_another_makes(large, tmp_path, monkeypatch):
+def test_where_files_cannot_be_locked_nobody_removes_what_another_makes(
+  large, tmp_path, monkeypatch
+):
   monkeypatch.setattr(derived.fcntl, 'flock', lambda *_: (_ for _ in ()).throw(OSError()))
   other = f'.a.jsonl.{"0" * 16}.lines.{os.uname().nodename}.1.tmp'
   write(tmp_path / other, 'of a process that is at it')
@@ -84,7 +96,9 @@ def test_a_folder_may_have_more_files_than_a_process_may_open(tmp_path):
   limit = resource.getrlimit(resource.RLIMIT_NOFILE)
   resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir('/proc/self/fd')) + 30, limit[1]))
   try:
-    assert [record.fields['text'] for record in sources.read(tmp_path)] == [f'{n}' for n in range(60)]
+    assert [record.fields['text'] for record in sources.read(tmp_path)] == [
+      f'{n}' for n in range(60)
+    ]
   finally:
     resource.setrlimit(resource.RLIMIT_NOFILE, limit)
 
@@ -94,8 +108,9 @@ def test_where_the_folder_cannot_be_written_the_cache_is_used(large, tmp_path, m
   folder.mkdir()
   path = write(folder / 'a.jsonl', '{"text": "a"}\n')
   makedirs = os.makedirs
-  refused = lambda place, **options: (_ for _ in ()).throw(PermissionError()) if place == str(folder) else makedirs(
-      place, **options)
+  refused = lambda place, **options: (
+    (_ for _ in ()).throw(PermissionError()) if place == str(folder) else makedirs(place, **options)
+  )
   monkeypatch.setattr(derived.os, 'makedirs', refused)
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
   assert len(sources.read(path)) == 1
@@ -127,16 +142,21 @@ def test_threads_read_the_same_records(large, tmp_path):
 
 @pytest.mark.parametrize('name', ['a.jsonl', 'a.jsonl.gz', 'a.parquet', 'a.arrayrecord'])
 def test_large_files_hold_what_small_ones_do(name, tmp_path, request):
-  rows = [{'prompt': f'p{i}', 'completion': 'c' * (i % 7), 'tags': ['x', 'y'][:i % 3]} for i in range(700)]
+  rows = [
+    {'prompt': f'p{i}', 'completion': 'c' * (i % 7), 'tags': ['x', 'y'][: i % 3]}
+    for i in range(700)
+  ]
   lines = [json.dumps(row).encode() for row in rows]
   path = str(tmp_path / name)
   if name.endswith('parquet'):
     import pyarrow.parquet
+
     table = pyarrow.Table.from_pylist(rows)
     table = table.set_column(1, 'completion', table['completion'].dictionary_encode())
     pyarrow.parquet.write_table(table, path, row_group_size=300)
   elif name.endswith('arrayrecord'):
     from array_record.python import array_record_module
+
     writer = array_record_module.ArrayRecordWriter(path, 'group_size:1')
     for line in lines:
       writer.write(line)
@@ -149,12 +169,20 @@ def test_large_files_hold_what_small_ones_do(name, tmp_path, request):
   assert [record.fields for record in records] == rows and list(records) == small
   order = np.random.default_rng(0).permutation(700)
   assert [records[index] for index in order] == [small[index] for index in order]
-  assert records[-1].where == f'{path}:{"700" if "jsonl" in name else "row 699"}' and records.size > 0
-  assert len(hidden(tmp_path)) == {'a.jsonl': 1, 'a.jsonl.gz': 2, 'a.parquet': 1, 'a.arrayrecord': 0}[name]
+  assert (
+    records[-1].where == f'{path}:{"700" if "jsonl" in name else "row 699"}' and records.size > 0
+  )
+  assert (
+    len(hidden(tmp_path))
+    == {'a.jsonl': 1, 'a.jsonl.gz': 2, 'a.parquet': 1, 'a.arrayrecord': 0}[name]
+  )
 
 
-@pytest.mark.parametrize('content', [
-    ' one\r\n\n  \ntwo  \n', '\ufeffa\n\u2028b', b'caf\xe9 one\nna\xefve\x85 two\n'], ids=['plain', 'mark', 'latin'])
+@pytest.mark.parametrize(
+  'content',
+  [' one\r\n\n  \ntwo  \n', '\ufeffa\n\u2028b', b'caf\xe9 one\nna\xefve\x85 two\n'],
+  ids=['plain', 'mark', 'latin'],
+)
 def test_large_texts_hold_what_small_ones_do(content, tmp_path, request):
   path = write(tmp_path / 'a.txt', content)
   small = list(sources.read(path))
@@ -195,7 +223,7 @@ def test_a_report_counts_more_than_it_names(monkeypatch):
   monkeypatch.setattr(formats, 'PLACES', 2)
   rows = [sources.Record({'prompt': 'a', 'completion': 'b' * (i < 3)}, f'x:{i}') for i in range(10)]
   report = formats.completions(rows)[1]
-  assert report.left_out == {formats.EMPTY_COMPLETION: ('x:3', 'x:4')} and report.kept == 3
+  assert report.left_out == {shapes.EMPTY_COMPLETION: ('x:3', 'x:4')} and report.kept == 3
   assert str(report) == '3 of 10 records kept; 7 left out: empty completion (first: x:3)'
 
 
@@ -203,29 +231,36 @@ def test_a_report_counts_more_than_it_names(monkeypatch):
 
 GOOD = '{"prompt": "p", "completions": ["a", "b"], "ratings": [1, 2]}'
 BAD = {
-    'not valid JSON': '{"prompt": ',
-    'a JSON object was expected': '[1]',
-    'not Unicode': r'{"prompt": "\ud800", "completions": ["a", "b"]}',
-    'ratings: a finite number was expected': '{"prompt": "p", "completions": ["a", "b"], "ratings": [1e39, 1]}',
-    'margin: a finite number was expected': (
-        '{"prompt": "p", "chosen": "a", "rejected": "b", "margin": %s}' % ('9' * 400)),
-    'longer than': '{"prompt": "%s"}' % ('p' * 300),
+  'not valid JSON': '{"prompt": ',
+  'a JSON object was expected': '[1]',
+  'not Unicode': r'{"prompt": "\ud800", "completions": ["a", "b"]}',
+  'ratings: a finite number was expected': '{"prompt": "p", "completions": ["a", "b"], "ratings": [1e39, 1]}',
+  'margin: a finite number was expected': (
+    '{"prompt": "p", "chosen": "a", "rejected": "b", "margin": %s}' % ('9' * 400)
+  ),
+  'longer than': '{"prompt": "%s"}' % ('p' * 300),
 }
 
 
 @pytest.mark.parametrize('problem', BAD, ids=[name.split(':')[0] for name in BAD])
 @pytest.mark.parametrize('size', ['small', 'large'])
-def test_records_that_cannot_be_read_are_skipped_or_named(problem, size, tmp_path, monkeypatch, request):
+def test_records_that_cannot_be_read_are_skipped_or_named(
+  problem, size, tmp_path, monkeypatch, request
+):
   if size == 'large':
     request.getfixturevalue('large')
   monkeypatch.setattr(stored, 'LONGEST', 600 if 'finite' in problem else 200)
   path = write(tmp_path / 'a.jsonl', f'{GOOD}\n\n{BAD[problem]}\n{GOOD}\n')
   with pytest.raises(DataError, match="config.data.on_error='skip'") as caught:
     formats.comparisons(sources.read(path))
-  assert str(caught.value).startswith(f'{path}:3: ') and problem.split(': ')[-1] in str(caught.value)
+  assert str(caught.value).startswith(f'{path}:3: ') and problem.split(': ')[-1] in str(
+    caught.value
+  )
   examples, report = formats.comparisons(sources.read(path), on_error='skip')
   assert [example.prompt for example in examples] == ['p', 'p']
-  assert list(report.left_out.values()) == [(f'{path}:3',)] and f'1 left out: {problem}' in str(report)
+  assert list(report.left_out.values()) == [(f'{path}:3',)] and f'1 left out: {problem}' in str(
+    report
+  )
 
 
 def test_surrogate_pairs_are_text(tmp_path):

@@ -25,8 +25,13 @@ from rlhf_jax.errors import DataError
 from rlhf_jax.errors import UserError
 import tiny
 
-CONVERT = {'completion': formats.completions, 'pairs': formats.completions, 'comparison': formats.comparisons,
-           'prompt': formats.prompts, 'text': formats.texts}
+CONVERT = {
+  'completion': formats.completions,
+  'pairs': formats.completions,
+  'comparison': formats.comparisons,
+  'prompt': formats.prompts,
+  'text': formats.texts,
+}
 
 
 @pytest.fixture(scope='module')
@@ -37,8 +42,15 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope='module')
 def path(tmp_path_factory):
   """90 comparisons, of which those whose number divides by 9 cannot be used."""
-  records = [{'prompt': tiny.text(i, 1 + i % 4), 'chosen': tiny.text(i, 2 + i % 5) if i % 9 else ' ',
-              'rejected': tiny.text(3 * i + 1, 3), 'margin': i} for i in range(90)]
+  records = [
+    {
+      'prompt': tiny.text(i, 1 + i % 4),
+      'chosen': tiny.text(i, 2 + i % 5) if i % 9 else ' ',
+      'rejected': tiny.text(3 * i + 1, 3),
+      'margin': i,
+    }
+    for i in range(90)
+  ]
   return str(tiny.write_jsonl(tmp_path_factory.mktemp('data') / 'a.jsonl', records))
 
 
@@ -93,21 +105,28 @@ def test_nothing_is_kept_of_what_is_drawn(path, tokenizer, monkeypatch):
 
 
 def test_memory_does_not_grow_with_the_data(tokenizer, tmp_path, monkeypatch):
-  """The peak of Python's and NumPy's memory until a batch is there, of 1.3 and of 13 MB."""
+  """The peak of Python's and NumPy's memory until 20 batches are drawn, of 1.3 and of 13 MB."""
   set_large(monkeypatch)
   monkeypatch.setattr(stored, 'CHUNK', 2**16)
-  peaks = []
-  for count in (1000, 1000, 10_000):  # the first time modules and caches come in
-    path = str(tiny.write_jsonl(tmp_path / f'{count}.jsonl', [
-        {'prompt': 'w1 ' * 100, 'completion': 'w2 ' * 330, 'number': i} for i in range(count)]))
+  peaks = {1000: [], 10_000: []}
+  # The first time modules and caches come in; how the threads overlap decides a third of a peak.
+  for count in (1000, 1000, 10_000) * 3:
+    path = str(
+      tiny.write_jsonl(
+        tmp_path / f'{count}.jsonl',
+        [{'prompt': 'w1 ' * 100, 'completion': 'w2 ' * 330, 'number': i} for i in range(count)],
+      )
+    )
     tracemalloc.start()
     iterator, found = make('completion', path, tokenizer, max_length=512)
-    next(iterator)
-    peaks.append(tracemalloc.get_traced_memory()[1])
+    for _ in range(20):  # the background has been as far ahead as it goes
+      next(iterator)
+    peaks[count].append(tracemalloc.get_traced_memory()[1])
     tracemalloc.stop()
     assert found == count
     iterator.close()
-  assert os.path.getsize(path) > 13e6 and peaks[2] < 1.2 * peaks[1] < 1e6, peaks
+  assert os.path.getsize(path) > 13e6
+  assert min(peaks[10_000]) < 1.2 * np.median(peaks[1000]) < 1e6, peaks
 
 
 def test_what_is_said_of_a_sample(path, tokenizer, monkeypatch, caplog):
@@ -118,8 +137,14 @@ def test_what_is_said_of_a_sample(path, tokenizer, monkeypatch, caplog):
   assert line.startswith('of a sample of 16 examples, ')
 
 
-@pytest.mark.parametrize('on_long, complaint', [
-    ('error', r'prompt 3 \(.*a\.jsonl:4\) has 5 tokens, more than'), ('drop', ''), ('truncate_left', '')])
+@pytest.mark.parametrize(
+  'on_long, complaint',
+  [
+    ('error', r'prompt 3 \(.*a\.jsonl:4\) has 5 tokens, more than'),
+    ('drop', ''),
+    ('truncate_left', ''),
+  ],
+)
 def test_long_prompts_of_large_data(on_long, complaint, path, tokenizer, monkeypatch):
   settings = {'max_prompt_length': 4, 'on_long': on_long}
   if not complaint:
@@ -136,15 +161,22 @@ def test_long_prompts_of_large_data(on_long, complaint, path, tokenizer, monkeyp
 
 def test_templates_reject_what_is_drawn(tokenizer, tmp_path, monkeypatch, caplog):
   """Of large data only the first conversations are rendered before the first batch."""
-  turns = lambda *roles: {'messages': [{'role': role, 'content': f'w{n}'} for n, role in enumerate(roles)]}
+  turns = lambda *roles: {
+    'messages': [{'role': role, 'content': f'w{n}'} for n, role in enumerate(roles)]
+  }
   good, bad = turns('user', 'assistant'), turns('user', 'user', 'assistant')
-  path = str(tiny.write_jsonl(tmp_path / 'a.jsonl', [good, good, bad, turns('user', 'assistant', 'user', 'assistant')]))
+  path = str(
+    tiny.write_jsonl(
+      tmp_path / 'a.jsonl', [good, good, bad, turns('user', 'assistant', 'user', 'assistant')]
+    )
+  )
   tokenizer.save_pretrained(tmp_path / 'words')
   chatty = tokenizers.load(str(tmp_path / 'words'))
   chatty.chat_template = (
-      "{% for m in messages %}{% if m['role'] != ['user', 'assistant'][loop.index0 % 2] %}"
-      "{{ raise_exception('roles must alternate') }}{% endif %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
-      "{% if add_generation_prompt %}assistant {% endif %}")
+    "{% for m in messages %}{% if m['role'] != ['user', 'assistant'][loop.index0 % 2] %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+  )
   set_large(monkeypatch)
   with pytest.raises(DataError, match=r'a\.jsonl:3: .*roles must alternate'):
     formats.completions(sources.read(path), tokenizer=chatty)
@@ -154,8 +186,14 @@ def test_templates_reject_what_is_drawn(tokenizer, tmp_path, monkeypatch, caplog
   with pytest.raises(DataError, match=r'a\.jsonl:3: .*roles must alternate'):
     examples[2]
   examples, _ = formats.completions(sources.read(path), tokenizer=chatty, on_error='skip')
-  assert examples[2] == examples[3] and examples[-1].prompt == 'user w0 assistant w1 user w2 assistant '
-  assert [m for m in caplog.messages if 'a.jsonl:3' in m and m.endswith('The next record takes its place.')]
+  assert (
+    examples[2] == examples[3] and examples[-1].prompt == 'user w0 assistant w1 user w2 assistant '
+  )
+  assert [
+    m
+    for m in caplog.messages
+    if 'a.jsonl:3' in m and m.endswith('The next record takes its place.')
+  ]
 
 
 # Packing.
@@ -163,16 +201,27 @@ def test_templates_reject_what_is_drawn(tokenizer, tmp_path, monkeypatch, caplog
 
 def documents_of(batches):
   """The documents of packed batches, as tuples of ids."""
-  return [tuple(batch.tokens[row][batch.segments[row] == segment].tolist()) for batch in batches
-          for row in range(len(batch.tokens)) for segment in range(1, batch.segments[row].max() + 1)]
+  return [
+    tuple(batch.tokens[row][batch.segments[row] == segment].tolist())
+    for batch in batches
+    for row in range(len(batch.tokens))
+    for segment in range(1, batch.segments[row].max() + 1)
+  ]
 
 
 def test_lanes_hold_every_document_once_an_epoch(tokenizer, tmp_path, monkeypatch):
   """Of 60 different texts, in batches of 4 rows of 16, until each lane has read some epochs."""
-  path = str(tiny.write_jsonl(tmp_path / 'a.jsonl', [
-      {'text': f'w{i} ' + tiny.text(i, i % 9)} for i in range(60)]))
-  whole = [tuple(ids.tolist()) for ids in map(lambda row: row.prompt, rows.texts(
-      formats.texts(sources.read(path))[0], tokenizer).all)]
+  path = str(
+    tiny.write_jsonl(
+      tmp_path / 'a.jsonl', [{'text': f'w{i} ' + tiny.text(i, i % 9)} for i in range(60)]
+    )
+  )
+  whole = [
+    tuple(ids.tolist())
+    for ids in map(
+      lambda row: row.prompt, rows.texts(formats.texts(sources.read(path))[0], tokenizer).all
+    )
+  ]
   set_large(monkeypatch)
   monkeypatch.setattr(lanes, 'AHEAD', 0)  # windows of LEAST rows
   iterator, count = make('text', path, tokenizer, batch_size=4)
@@ -194,7 +243,10 @@ def test_a_lane_reads_its_own_documents_in_order(tokenizer):
   read = lambda numbers: [np.full(2, number, np.int32) for number in numbers]
   lane = lanes.Lane(read, 1, 3, length=4, window=2, mean=2.0, seed=0)
   rows_found = [[int(piece[0]) for piece in lane.row()] for _ in range(4)]
-  assert sorted(rows_found[:2]) == [[1, 4], [7, 10]] and sorted(rows_found[2:]) == [[13, 16], [19, 22]]
+  assert sorted(rows_found[:2]) == [[1, 4], [7, 10]] and sorted(rows_found[2:]) == [
+    [13, 16],
+    [19, 22],
+  ]
   assert lane.place == (4, 2)
   lane.place = (0, 1)
   assert [[int(piece[0]) for piece in lane.row()] for _ in range(3)] == rows_found[1:]
@@ -230,13 +282,17 @@ def test_a_lane_resumes_where_its_window_has_become_smaller(path, tokenizer, mon
 
 
 def test_held_out_texts_are_all_there(path, tokenizer, monkeypatch):
-  counted = lambda batches: [jax.tree.map(lambda array: array[valid], batch) for batch, valid in batches]
+  counted = lambda batches: [
+    jax.tree.map(lambda array: array[valid], batch) for batch, valid in batches
+  ]
   expected = sorted(documents_of(counted(make('text', path, tokenizer, 'batches', batch_size=3))))
   set_large(monkeypatch)
   monkeypatch.setattr(pipelines, 'PACKED_BATCHES', 2)
   batches = make('text', path, tokenizer, 'batches', batch_size=3)
   found = list(batches)
-  assert sorted(documents_of(counted(found))) == expected and {len(batch.tokens) for batch, _ in found} == {3}
+  assert sorted(documents_of(counted(found))) == expected and {
+    len(batch.tokens) for batch, _ in found
+  } == {3}
   assert not found[-1][0].loss_mask[~found[-1][1]].any()
 
 
@@ -295,14 +351,36 @@ def run_workers(count, devices, port, tokenizer_path, path, folder):
   """Each worker draws five batches of each kind and saves them with the iterators' states."""
   root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
   environment = os.environ | {
-      'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': os.pathsep.join([os.path.dirname(root), root, os.path.join(root, 'data')]),
-      'XLA_FLAGS': f'{quick.FLAGS} --xla_force_host_platform_device_count={devices}'}
-  workers = [subprocess.Popen(
-      [sys.executable, '-c', WORKER, f'localhost:{port}', str(count), str(number), tokenizer_path, path, str(folder)],
-      env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for number in range(count)]
+    'JAX_PLATFORMS': 'cpu',
+    'PYTHONPATH': os.pathsep.join([os.path.dirname(root), root, os.path.join(root, 'data')]),
+    'XLA_FLAGS': f'{quick.FLAGS} --xla_force_host_platform_device_count={devices}',
+  }
+  workers = [
+    subprocess.Popen(
+      [
+        sys.executable,
+        '-c',
+        WORKER,
+        f'localhost:{port}',
+        str(count),
+        str(number),
+        tokenizer_path,
+        path,
+        str(folder),
+      ],
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for number in range(count)
+  ]
   outputs = [worker.communicate(timeout=300) for worker in workers]
   assert all(worker.returncode == 0 for worker in workers), [error[-2000:] for _, error in outputs]
-  return [[line.split() for line in output.splitlines() if line.split()[:1][0] in CONVERT] for output, _ in outputs]
+  return [
+    [line.split() for line in output.splitlines() if line.split()[:1][0] in CONVERT]
+    for output, _ in outputs
+  ]
 
 
 def test_a_process_reads_and_makes_its_own_rows(path, tokenizer, monkeypatch):
@@ -317,7 +395,10 @@ def test_a_process_reads_and_makes_its_own_rows(path, tokenizer, monkeypatch):
       iterator, _ = make(kind, path, tokenizer)
       seen = []
       monkeypatch.setattr(
-          formats.lazy.Examples, 'record', lambda self, index: seen.append(index) or record(self, index))
+        formats.lazy.Examples,
+        'record',
+        lambda self, index: seen.append(index) or record(self, index),
+      )
       found = [next(iterator) for _ in range(6)]
       iterator.close()
       monkeypatch.setattr(formats.lazy.Examples, 'record', record)
@@ -326,9 +407,13 @@ def test_a_process_reads_and_makes_its_own_rows(path, tokenizer, monkeypatch):
         assert_equal([indices for _, indices in found], [indices for _, indices in whole])
         found = [batch for batch, _ in found]
       expected = [batch for batch, _ in whole] if kind == 'prompt' else whole
-      rows_of = lambda batches: [jax.tree.map(lambda array: array[mine], batch) for batch in batches]
+      rows_of = lambda batches: [
+        jax.tree.map(lambda array: array[mine], batch) for batch in batches
+      ]
       assert_equal(rows_of(found), rows_of(expected))
-    if kind != 'text':  # with up to four batches more, which are made ahead; windows of texts have more
+    if (
+      kind != 'text'
+    ):  # with up to four batches more, which are made ahead; windows of texts have more
       assert all(12 <= count <= 2 * 11 for count in drawn), drawn
     monkeypatch.undo()
     set_large(monkeypatch)
@@ -338,6 +423,7 @@ def test_a_process_reads_and_makes_its_own_rows(path, tokenizer, monkeypatch):
 def test_four_processes_read_a_quarter_each_and_two_resume(tokenizer, path, tmp_path):
   """Four processes give the batches of one bit for bit; two resume where they stopped, at the exact row."""
   import socket
+
   ports = []
   for _ in range(2):
     with socket.socket() as probe:
@@ -352,11 +438,17 @@ def test_four_processes_read_a_quarter_each_and_two_resume(tokenizer, path, tmp_
     expected = {kind: [next(iterator) for _ in range(10)] for kind, iterator in iterators.items()}
   said = run_workers(4, 1, ports[0], str(tmp_path / 'words'), path, folder)
   for lines in said:
-    assert [(kind, held) for kind, held, _ in lines] == [('text', '2'), ('completion', '2'), ('prompt', '2')]
+    assert [(kind, held) for kind, held, _ in lines] == [
+      ('text', '2'),
+      ('completion', '2'),
+      ('prompt', '2'),
+    ]
   run_workers(2, 2, ports[1], str(tmp_path / 'words'), path, folder)
   for kind, batches in expected.items():
     batches = [batch[0] for batch in batches] if kind == 'prompt' else batches
     for part in range(2):
       found = np.load(folder / f'{kind}-{part}.npz')
-      leaves = [np.stack(arrays) for arrays in zip(*map(jax.tree.leaves, batches[5 * part:5 * part + 5]))]
+      leaves = [
+        np.stack(arrays) for arrays in zip(*map(jax.tree.leaves, batches[5 * part : 5 * part + 5]))
+      ]
       assert_equal([found[name] for name in found.files], leaves)

@@ -35,16 +35,23 @@ def rollout(lengths=(1, 5, 3, 4, 2, 5)):
   response_mask = np.arange(R)[None] < np.array(lengths)[:, None]
   mask = np.concatenate([np.ones((B, P), bool), response_mask], axis=1)
   tokens = np.random.default_rng(0).integers(4, tiny.VOCAB, mask.shape).astype(np.int32)
-  return jax.tree.map(jnp.asarray, types.Rollout(
-      tokens, mask, response_mask, np.zeros(response_mask.shape, np.float32)))
+  return jax.tree.map(
+    jnp.asarray,
+    types.Rollout(tokens, mask, response_mask, np.zeros(response_mask.shape, np.float32)),
+  )
 
 
 def test_groups_are_those_of_the_others():
   """Advantages of groups of three of which one, or all, are NaN: as if they were smaller groups."""
   scores = np.array([1, NAN, 4, NAN, NAN, NAN], np.float32)
   kept = ~np.isnan(scores)
-  rules = experience.ScoreRules(end_tokens=(tiny.EOS,), missing_eos='replace', missing_eos_value=-9.0)
-  for given in (scores, np.pad(scores[:, None], ((0, 0), (0, R - 1)))):  # or per token, on the first
+  rules = experience.ScoreRules(
+    end_tokens=(tiny.EOS,), missing_eos='replace', missing_eos_value=-9.0
+  )
+  for given in (
+    scores,
+    np.pad(scores[:, None], ((0, 0), (0, R - 1))),
+  ):  # or per token, on the first
     made, skipped = experience.skip_nan(rollout(), jnp.asarray(given), rules=rules)
     assert skipped == 4
     np.testing.assert_array_equal(made.response_mask.any(axis=1), kept)
@@ -54,25 +61,38 @@ def test_groups_are_those_of_the_others():
   std = np.std([1, 4], ddof=1) + 1e-4
   for scale, unit in (('none', 1.0), ('group', std), ('batch', std)):
     np.testing.assert_allclose(
-        adv.group_advantages(jnp.nan_to_num(scores, nan=7.0), 3, scale=scale, kept=kept),
-        np.array([-1.5, 0, 1.5, 0, 0, 0]) / unit, rtol=1e-6)
-  equal = adv.equal_groups(np.array([2, 7, 2, 1, 2, 7], np.float32), 3,
-                           np.array([True, False, True, True, True, False]))
+      adv.group_advantages(jnp.nan_to_num(scores, nan=7.0), 3, scale=scale, kept=kept),
+      np.array([-1.5, 0, 1.5, 0, 0, 0]) / unit,
+      rtol=1e-6,
+    )
+  equal = adv.equal_groups(
+    np.array([2, 7, 2, 1, 2, 7], np.float32), 3, np.array([True, False, True, True, True, False])
+  )
   np.testing.assert_array_equal(equal, [True] * 3 + [False] * 3)
 
 
 @pytest.mark.parametrize(
-    'dense', [False, pytest.param(True, marks=pytest.mark.slow)], ids=['responses', 'tokens'])
+  'dense', [False, pytest.param(True, marks=pytest.mark.slow)], ids=['responses', 'tokens']
+)
 def test_ppo_learns_as_if_the_response_were_not_there(dense, world):
   """The update of six responses of which two are NaN is that of the other four."""
   config, model = tiny.ppo(world), models.create(tiny.LLAMA)
-  config.rl.update({'epochs': 1, 'minibatches': 1, 'whiten_rewards': True, 'missing_eos': 'subtract',
-                    'scale_scores': True})
+  config.rl.update(
+    {
+      'epochs': 1,
+      'minibatches': 1,
+      'whiten_rewards': True,
+      'missing_eos': 'subtract',
+      'scale_scores': True,
+    }
+  )
   config.rl.missing_eos_value = 0.5
   settings = ppo.Settings.of(config, (tiny.EOS,))
   policy = model.init(jax.random.key(1))
-  params = {'policy': policy, 'critic': {
-      'head': heads.init_scalar(jax.random.key(2), model.width, scale='normal')}}
+  params = {
+    'policy': policy,
+    'critic': {'head': heads.init_scalar(jax.random.key(2), model.width, scale='normal')},
+  }
   frozen = {'shared': {}, 'reference': jax.tree.map(lambda x: 1.1 * x, policy)}
   scores = np.random.default_rng(1).normal(size=(B, R) if dense else B).astype(np.float32)
   kept = np.array([True, False, True, True, False, True])
@@ -81,14 +101,24 @@ def test_ppo_learns_as_if_the_response_were_not_there(dense, world):
 
   def update(rollout, scores):
     step = lambda state, rollout, scores, optimizers: ppo.train_step(
-        state, frozen, skip(rollout, scores)[0], scores, None, models=forward.Models(model),
-        optimizers=optimizers, settings=settings)
+      state,
+      frozen,
+      skip(rollout, scores)[0],
+      scores,
+      None,
+      models=forward.Models(model),
+      optimizers=optimizers,
+      settings=settings,
+    )
     return tiny.one_step(step, params, rollout, jnp.asarray(scores))
 
   found, metrics = update(rollout(), scores)
   expected, same = update(jax.tree.map(lambda x: x[kept], rollout()), scores[kept])
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6),
-               found.params, expected.params)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6),
+    found.params,
+    expected.params,
+  )
   for name in same.keys() - {'samples/paid_score'}:
     np.testing.assert_allclose(metrics[name], same[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
@@ -98,10 +128,13 @@ def test_a_run_counts_what_it_skips(world, tmp_path):
   config.rl.update({'epochs': 1, 'minibatches': 1})
   config.reward.function, config.critic.kind = None, 'trunk'
   config.reward.parts = {
-      'other': {'function': 'tiny:good_words'}, 'mine': {'function': 'test_nan:no_number'}}
+    'other': {'function': 'tiny:good_words'},
+    'mine': {'function': 'test_nan:no_number'},
+  }
   config.reward.on_nan = 'skip'
   config.evals.prompts = tiny.evals(world)['prompts'] | {
-      'reward': {'function': 'test_nan:no_number', 'on_nan': 'skip'}}
+    'reward': {'function': 'test_nan:no_number', 'on_nan': 'skip'}
+  }
   config.steps, config.samples_every = 2, 1
   train.run(config, tmp_path)
   records = [record for record in metrics_lib.read(tmp_path) if 'objective/skipped' in record]
@@ -121,22 +154,37 @@ def test_a_run_counts_what_it_skips(world, tmp_path):
 
 
 def call(reward, **settings):
-  return functions.call(lambda *_, **__: reward, ['p', 'q'], ['a', 'b'], response_tokens=[[1], [2]],
-                        metadata=[{}, {}], slots=2, **settings)
+  return functions.call(
+    lambda *_, **__: reward,
+    ['p', 'q'],
+    ['a', 'b'],
+    response_tokens=[[1], [2]],
+    metadata=[{}, {}],
+    slots=2,
+    **settings,
+  )
 
 
 def test_stop_is_the_default_and_names_the_key(caplog):
-  with pytest.raises(errors.UserError, match="returned nan for example 1, prompt 'q', response 'b': every reward "
-                     "must be finite; config.reward.on_nan='skip' leaves out"):
+  with pytest.raises(
+    errors.UserError,
+    match="returned nan for example 1, prompt 'q', response 'b': every reward "
+    "must be finite; config.reward.on_nan='skip' leaves out",
+  ):
     call([0.5, NAN])
   skip = functions.Limit(allow_nan=True)
   np.testing.assert_array_equal(call([0.5, NAN], limit=skip), np.float32([0.5, NAN]))
   np.testing.assert_array_equal(call([[0.5], [NAN]], limit=skip)[1, :1], np.float32([NAN]))
-  assert "returned NaN for 1 of 2 responses, which are skipped; the first is example 1, prompt 'q'" in caplog.text
+  assert (
+    "returned NaN for 1 of 2 responses, which are skipped; the first is example 1, prompt 'q'"
+    in caplog.text
+  )
   for settings in ({}, {'limit': skip}):
     with pytest.raises(errors.UserError, match='returned inf for example 0.*must be finite. '):
       call([float('inf'), 0.5], **settings)
   reward = scorers.config()
   reward.update({'function': 'test_nan:no_number', 'on_nan': 'zero'})
-  with pytest.raises(errors.UserError, match="config.reward.on_nan='zero' must be one of stop, skip"):
+  with pytest.raises(
+    errors.UserError, match="config.reward.on_nan='zero' must be one of stop, skip"
+  ):
     scorers.validate(reward)

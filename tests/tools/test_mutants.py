@@ -17,21 +17,32 @@ def tree(tmp_path):
   """A function and a test that sees one fault of two, in a new repository."""
   (tmp_path / 'add.py').write_text('def add(a, b):\n  return a + b\n')
   (tmp_path / 'test_add.py').write_text(
-      'import add\n\ndef test_add():\n  assert add.add(2, 2) == 4\n\ndef test_other():\n  assert 0\n')
+    'import add\n\ndef test_add():\n  assert add.add(2, 2) == 4\n\ndef test_other():\n  assert 0\n'
+  )
   subprocess.run(['git', 'init', '-q', tmp_path], check=True)
   return tmp_path
 
 
 def run(tree, *changes, test='test_add'):
-  return mutants.run([faults.Fault(f'{old} for {new}', file, old, new, (f'test_add.py::{test}',))
-                      for file, old, new in changes], tree)
+  return mutants.run(
+    [
+      faults.Fault(f'{old} for {new}', file, old, new, (f'test_add.py::{test}',))
+      for file, old, new in changes
+    ],
+    tree,
+  )
 
 
 def test_what_becomes_of_faults(tree, capsys):
   assert not run(tree, TIMES, MINUS, SYNTAX)
   said = re.sub(r' +\d+\.\d s ', '', capsys.readouterr().out)
-  for line in ('survived a + b for a * b', 'killed a + b for a - b', 'broken a + b for a +',
-               '1 of 3 faults killed', 'not killed: a + b for a * b, a + b for a +'):
+  for line in (
+    'survived a + b for a * b',
+    'killed a + b for a - b',
+    'broken a + b for a +',
+    '1 of 3 faults killed',
+    'not killed: a + b for a * b, a + b for a +',
+  ):
     assert line in said.splitlines()
   assert (tree / 'add.py').read_text() == 'def add(a, b):\n  return a + b\n'
   assert run(tree, MINUS)
@@ -40,7 +51,8 @@ def test_what_becomes_of_faults(tree, capsys):
 def test_a_text_that_is_not_there_and_a_test_that_fails_anyway(tree, capsys):
   assert not run(tree, MINUS, GONE)
   assert capsys.readouterr().out == (
-      'a / b for a: the text to replace must be once in add.py, and is 0 times\n')
+    'a / b for a: the text to replace must be once in add.py, and is 0 times\n'
+  )
   assert not run(tree, MINUS, test='test_other')
   assert capsys.readouterr().out.startswith('without any fault the tests must pass:\n')
 
