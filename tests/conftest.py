@@ -56,7 +56,7 @@ def world(tmp_path_factory):
   return tiny.write(tmp_path_factory.mktemp('world'))
 
 
-MAPPINGS = 20_000  # of memory: a process may have 65,530, and XLA crashes where it gets no more
+MAPPINGS = 40_000  # of memory: a process may have 65,530, and XLA crashes where it gets no more
 
 
 def mappings():
