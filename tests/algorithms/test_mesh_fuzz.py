@@ -38,7 +38,7 @@ MESHES = [
 ]
 
 # Softmax does not see a key's bias, nor differences of scores the head's; a critic has no logits.
-STILL = 'key/bias$|reward/head/bias$|reward/backbone/norm/bias$|critic/backbone/unembed/'
+STILL = 'key/bias$|reward/head/bias$|reward/backbone/norm/bias$|(critic|reward)/backbone/unembed/'
 
 SIZES = {
   'hidden_size': 16,
@@ -342,7 +342,7 @@ def check(seed, folder):
   print(algorithm.__name__, config.to_dict())
   before, expected, metrics = train(seed, algorithm, config, {})
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, expected[0])
-  still = [path for path, by in sharding.paths(moved).items() if by < 1e-6]
+  still = [path for path, by in sharding.paths(moved).items() if by == 0]
   assert all(re.search(STILL, path) for path in still), still
   assert all(np.isfinite(x).all() for x in jax.tree.leaves((expected, metrics)))
   for mesh in meshes:
@@ -353,6 +353,8 @@ def check(seed, folder):
       functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5), found, expected
     )
     for name, value in metrics.items():
+      if name in ('accuracy', 'ties') and metrics.get('ties'):
+        continue  # of completions that are cut to the same tokens: rounding decides
       np.testing.assert_allclose(found_metrics[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
