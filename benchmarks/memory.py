@@ -34,7 +34,8 @@ def sizes(vocab):
   """Workloads of growing batches, and the last of them with twice the width."""
   batches = [dataclasses.replace(BASE, vocab=vocab, batch=batch) for batch in BATCHES]
   wide = dataclasses.replace(
-      batches[-1], width=2 * BASE.width, heads=2 * BASE.heads, mlp=2 * BASE.mlp)
+    batches[-1], width=2 * BASE.width, heads=2 * BASE.heads, mlp=2 * BASE.mlp
+  )
   return [*batches, wide]
 
 
@@ -47,9 +48,12 @@ def temporaries(w, way, mesh):
 def row(w, used):
   """A row of the table, in MiB."""
   mib = lambda values: round(values * 4 / 2**20, 1)
-  return {'stage': f'{w.batch} x {w.response} x {w.width}', 'temporaries': round(used / 2**20),
-          'one array of states': mib(w.batch * w.length * w.width),
-          'logits of the responses': mib(w.batch * w.response * w.vocab)}
+  return {
+    'stage': f'{w.batch} x {w.response} x {w.width}',
+    'temporaries': round(used / 2**20),
+    'one array of states': mib(w.batch * w.length * w.width),
+    'logits of the responses': mib(w.batch * w.response * w.vocab),
+  }
 
 
 def growth(batches, used):

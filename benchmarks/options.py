@@ -18,4 +18,4 @@ flags.DEFINE_string('out', 'runs/benchmarks', 'Folder of the results.')
 def hold_to_cores():
   """Restricts this process, and those it starts, to `--threads` cores where the CPU computes."""
   if FLAGS.device == 'cpu':
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:FLAGS.threads])
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: FLAGS.threads])

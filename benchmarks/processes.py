@@ -10,8 +10,12 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # glibc keeps what is freed, in one arena of huge pages.
-ALLOCATOR = {'MALLOC_TRIM_THRESHOLD_': str(2**30), 'MALLOC_MMAP_THRESHOLD_': str(2**30), 'MALLOC_ARENA_MAX': '1',
-             'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
+ALLOCATOR = {
+  'MALLOC_TRIM_THRESHOLD_': str(2**30),
+  'MALLOC_MMAP_THRESHOLD_': str(2**30),
+  'MALLOC_ARENA_MAX': '1',
+  'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,20 +27,21 @@ class Peer:
     venv: name of its virtual environment; empty for the one this runs in.
     way: what is trained; see workloads.WAYS.
   """
+
   module: str
   venv: str = ''
   way: str = 'separate'
 
 
 PEERS = {
-    'ours': Peer('ours'),
-    'ours-trunk': Peer('ours', way='trunk'),
-    'ours-hydra': Peer('ours', way='hydra'),
-    'ours-lora': Peer('ours', way='lora'),
-    'trl': Peer('trl', 'trl'),
-    'tunix': Peer('tunix', 'tunix'),
-    'easydel': Peer('easydel', 'easydel', way='trunk'),  # it knows no other
-    'hf': Peer('hf', 'trl'),
+  'ours': Peer('ours'),
+  'ours-trunk': Peer('ours', way='trunk'),
+  'ours-hydra': Peer('ours', way='hydra'),
+  'ours-lora': Peer('ours', way='lora'),
+  'trl': Peer('trl', 'trl'),
+  'tunix': Peer('tunix', 'tunix'),
+  'easydel': Peer('easydel', 'easydel', way='trunk'),  # it knows no other
+  'hf': Peer('hf', 'trl'),
 }
 
 
@@ -54,7 +59,9 @@ def python(venv, venvs):
     return sys.executable
   path = pathlib.Path(venvs) / venv / 'bin' / 'python'
   if not path.exists():
-    raise PeerError(f'{path} is not there: install the peer with `VENVS={venvs} benchmarks/install.sh {venv}`')
+    raise PeerError(
+      f'{path} is not there: install the peer with `VENVS={venvs} benchmarks/install.sh {venv}`'
+    )
   return str(path)
 
 
@@ -66,11 +73,22 @@ def environment(device, threads):
   an accelerator computes they do not: the threads that compile for it wait for each other in one arena.
   """
   allocator = ALLOCATOR if device == 'cpu' else {}
-  return os.environ | allocator | {
-      'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': '1', 'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false',
-      'OMP_NUM_THREADS': str(threads), 'JAX_PLATFORMS': {'gpu': 'cuda'}.get(device, device),
-      'CUDA_VISIBLE_DEVICES': os.environ.get('CUDA_VISIBLE_DEVICES', '0') if device == 'gpu' else '',
-      'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
+  return (
+    os.environ
+    | allocator
+    | {
+      'PYTHONPATH': str(ROOT),
+      'PYTHONUNBUFFERED': '1',
+      'HF_HUB_OFFLINE': '1',
+      'TOKENIZERS_PARALLELISM': 'false',
+      'OMP_NUM_THREADS': str(threads),
+      'JAX_PLATFORMS': {'gpu': 'cuda'}.get(device, device),
+      'CUDA_VISIBLE_DEVICES': os.environ.get('CUDA_VISIBLE_DEVICES', '0')
+      if device == 'gpu'
+      else '',
+      'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
+    }
+  )
 
 
 class Process:
@@ -95,10 +113,25 @@ class Process:
     self._name = module
     with open(self._log, 'wb') as stream:
       self._process = subprocess.Popen(
-          [interpreter, '-m', f'benchmarks.peers.{module}', '--workload', workload.to_json(), '--device', device,
-           '--threads', str(threads), *options],
-          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, cwd=ROOT,
-          env=environment(device, threads), text=True)
+        [
+          interpreter,
+          '-m',
+          f'benchmarks.peers.{module}',
+          '--workload',
+          workload.to_json(),
+          '--device',
+          device,
+          '--threads',
+          str(threads),
+          *options,
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stream,
+        cwd=ROOT,
+        env=environment(device, threads),
+        text=True,
+      )
     self.about = self._answer()
 
   def turn(self, command='iterate'):
@@ -126,4 +159,6 @@ class Process:
     if line:
       return json.loads(line)
     tail = ''.join(self._log.read_text(encoding='utf-8', errors='replace').splitlines(True)[-15:])
-    raise PeerError(f'{self._name} ended with status {self._process.wait()}; the end of {self._log}:\n{tail}')
+    raise PeerError(
+      f'{self._name} ended with status {self._process.wait()}; the end of {self._log}:\n{tail}'
+    )

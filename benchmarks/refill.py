@@ -48,6 +48,7 @@ EOS = 0
 @dataclasses.dataclass(frozen=True)
 class Ending(transformer.Model):
   """A decoder that ends with probability 1 / mean after every token."""
+
   mean: int = 32
 
   def unembed(self, params, hidden):
@@ -59,10 +60,21 @@ class Ending(transformer.Model):
 def make_model():
   """The model and its parameters."""
   model = models.create(
-      {'family': 'gpt2', 'vocab_size': FLAGS.vocab, 'n_embd': FLAGS.width, 'n_layer': FLAGS.layers,
-       'n_head': max(FLAGS.width // 64, 1), 'n_positions': FLAGS.prompt + FLAGS.longest},
-      dtype=FLAGS.dtype, unroll=FLAGS.layers)
-  model = Ending(**{field.name: getattr(model, field.name) for field in dataclasses.fields(model)}, mean=FLAGS.mean)
+    {
+      'family': 'gpt2',
+      'vocab_size': FLAGS.vocab,
+      'n_embd': FLAGS.width,
+      'n_layer': FLAGS.layers,
+      'n_head': max(FLAGS.width // 64, 1),
+      'n_positions': FLAGS.prompt + FLAGS.longest,
+    },
+    dtype=FLAGS.dtype,
+    unroll=FLAGS.layers,
+  )
+  model = Ending(
+    **{field.name: getattr(model, field.name) for field in dataclasses.fields(model)},
+    mean=FLAGS.mean,
+  )
   return model, model.init(jax.random.key(0))
 
 
@@ -70,7 +82,9 @@ def ways(model, params):
   """{name: function without arguments that returns a Rollout of all prompts}."""
   rng = np.random.default_rng(0)
   shape = FLAGS.prompts, FLAGS.prompt
-  prompts = types.Prompts(jnp.asarray(rng.integers(1, FLAGS.vocab, shape), jnp.int32), jnp.ones(shape, bool))
+  prompts = types.Prompts(
+    jnp.asarray(rng.integers(1, FLAGS.vocab, shape), jnp.int32), jnp.ones(shape, bool)
+  )
   key = jax.random.key(1)
   geometric = sampling_lib.Sampling(max_new_tokens=FLAGS.longest, eos_id=EOS)
   equal = sampling_lib.Sampling(max_new_tokens=FLAGS.mean, eos_id=EOS, ignore_eos=True)
@@ -78,14 +92,26 @@ def ways(model, params):
   def in_batches(sampling):
     generate = jax.jit(functools.partial(decode.generate, model=model, sampling=sampling))
     starts = range(0, FLAGS.prompts, FLAGS.batch)
+
     def run():
-      parts = [generate(params, jax.tree.map(lambda x: x[start:start + FLAGS.batch], prompts), key, first=start)
-               for start in starts]
+      parts = [
+        generate(
+          params, jax.tree.map(lambda x: x[start : start + FLAGS.batch], prompts), key, first=start
+        )
+        for start in starts
+      ]
       return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+
     return run
 
-  refill = jax.jit(functools.partial(engine.generate, model=model, sampling=geometric, max_concurrent=FLAGS.batch))
-  return {'equal': in_batches(equal), 'refill': lambda: refill(params, prompts, key), 'plain': in_batches(geometric)}
+  refill = jax.jit(
+    functools.partial(engine.generate, model=model, sampling=geometric, max_concurrent=FLAGS.batch)
+  )
+  return {
+    'equal': in_batches(equal),
+    'refill': lambda: refill(params, prompts, key),
+    'plain': in_batches(geometric),
+  }
 
 
 def main(_):
@@ -98,8 +124,10 @@ def main(_):
     first[name] = time.perf_counter() - started
   lengths = np.asarray(found['refill'].response_mask).sum(axis=1)
   differ = np.any(np.asarray(found['refill'].tokens != found['plain'].tokens), axis=1).sum()
-  print(f'{FLAGS.prompts} responses of {lengths.mean():.1f} tokens, the longest {lengths.max()}; batch {FLAGS.batch}; '
-        f'{differ} differ between engine and plain loop')
+  print(
+    f'{FLAGS.prompts} responses of {lengths.mean():.1f} tokens, the longest {lengths.max()}; batch {FLAGS.batch}; '
+    f'{differ} differ between engine and plain loop'
+  )
   seconds = {name: [] for name in runs}
   for _ in range(FLAGS.rounds):
     for name, run in runs.items():
@@ -111,8 +139,10 @@ def main(_):
   medians = {name: statistics.median(times) for name, times in seconds.items()}
   for name, median in medians.items():
     ratio = median / tokens[name] / (medians['equal'] / tokens['equal'])
-    print(f'{name:8} {median:7.2f} {min(seconds[name]):7.2f} {tokens[name] / median:9.0f} {ratio:31.2f} '
-          f'{first[name]:11.1f}')
+    print(
+      f'{name:8} {median:7.2f} {min(seconds[name]):7.2f} {tokens[name] / median:9.0f} {ratio:31.2f} '
+      f'{first[name]:11.1f}'
+    )
   print(f'refill is {medians["plain"] / medians["refill"]:.2f} times as fast as plain')
 
 

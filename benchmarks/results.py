@@ -26,7 +26,11 @@ def seconds(run):
   Returns:
     List of {part: seconds}.
   """
-  inside = statistics.median(split['parts']['scoring'] for split in run['splits']) if run.get('splits') else 0.0
+  inside = (
+    statistics.median(split['parts']['scoring'] for split in run['splits'])
+    if run.get('splits')
+    else 0.0
+  )
   parts = [dict(report['parts']) for report in run['iterations']]
   if inside:
     for row in parts:
@@ -56,29 +60,41 @@ def summarize(runs, about, w, limits, *, way, device):
   total = statistics.median(sum(row.values()) for row in rows) if whole else None
   work = workloads.flops(w, way, about['epochs'])
   item = 4 if device == 'cpu' else 2
-  bound = sum(workloads.bound(w, **limits, way=way, epochs=about['epochs'], item_size=item).values())
+  bound = sum(
+    workloads.bound(w, **limits, way=way, epochs=about['epochs'], item_size=item).values()
+  )
   share = lambda rate, part, limit: rate / middle[part] / limits[limit] if part in middle else None
-  peaks = [report[key] for run in runs for report in (run['first'], *run['iterations'])
-           for key in ['peak' if device == 'cpu' else 'device_peak']]
+  peaks = [
+    report[key]
+    for run in runs
+    for report in (run['first'], *run['iterations'])
+    for key in ['peak' if device == 'cpu' else 'device_peak']
+  ]
   return {
-      'total': total, **{part: middle.get(part) for part in workloads.PARTS},
-      'others': {part: value for part, value in middle.items() if part not in workloads.PARTS},
-      'tokens': w.batch * w.response / middle['rollout'] if 'rollout' in middle else None,
-      'peak': max((x for x in peaks if x is not None), default=None),
-      'compile': statistics.median(sum(run['first']['parts'].values()) for run in runs) - statistics.median(
-          sum(row.values()) for row in rows),
-      'bound': bound, 'times_bound': total / bound if whole else None,
-      'limit': sum(work.values()) / total / limits['matmul'] if whole else None,
-      'update_limit': share(work['update'], 'update', 'matmul'),
-      'decode_limit': share(sum(workloads.decode_bytes(w, item).values()), 'rollout', 'copy')}
+    'total': total,
+    **{part: middle.get(part) for part in workloads.PARTS},
+    'others': {part: value for part, value in middle.items() if part not in workloads.PARTS},
+    'tokens': w.batch * w.response / middle['rollout'] if 'rollout' in middle else None,
+    'peak': max((x for x in peaks if x is not None), default=None),
+    'compile': statistics.median(sum(run['first']['parts'].values()) for run in runs)
+    - statistics.median(sum(row.values()) for row in rows),
+    'bound': bound,
+    'times_bound': total / bound if whole else None,
+    'limit': sum(work.values()) / total / limits['matmul'] if whole else None,
+    'update_limit': share(work['update'], 'update', 'matmul'),
+    'decode_limit': share(sum(workloads.decode_bytes(w, item).values()), 'rollout', 'copy'),
+  }
 
 
 def ratios(rows, base):
   """How many times as fast `base` is as each peer: {name: {'total', 'rollout'}}; None where one has no such part."""
+
   def times(row, part):
     return row[part] / rows[base][part] if row[part] and rows[base][part] else None
 
-  return {name: {part: times(row, part) for part in ('total', 'rollout')} for name, row in rows.items()}
+  return {
+    name: {part: times(row, part) for part in ('total', 'rollout')} for name, row in rows.items()
+  }
 
 
 def table(rows, base, *, title, notes=(), width=150):
@@ -93,17 +109,44 @@ def table(rows, base, *, title, notes=(), width=150):
   """
   out = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, title_justify='left')
   out.add_column('')
-  for name in ('seconds per\niteration', 'rollout', 'scoring', 'update', 'generated\ntokens/s', 'peak\nMiB',
-               'compile\nseconds', 'times the\nlower bound', 'FLOP/s of\nmatmul', 'update\nof matmul',
-               'decode\nof copy', f'{base} is\ntimes as fast', 'in the\nrollout'):
+  for name in (
+    'seconds per\niteration',
+    'rollout',
+    'scoring',
+    'update',
+    'generated\ntokens/s',
+    'peak\nMiB',
+    'compile\nseconds',
+    'times the\nlower bound',
+    'FLOP/s of\nmatmul',
+    'update\nof matmul',
+    'decode\nof copy',
+    f'{base} is\ntimes as fast',
+    'in the\nrollout',
+  ):
     out.add_column(name, justify='right')
   compared = ratios(rows, base)
   for name, row in rows.items():
-    cells = [row['total'], *(row[part] for part in workloads.PARTS), row['tokens'],
-             row['peak'] and row['peak'] / MIB, row['compile'], row['times_bound'], row['limit'],
-             row['update_limit'], row['decode_limit'], compared[name]['total'], compared[name]['rollout']]
+    cells = [
+      row['total'],
+      *(row[part] for part in workloads.PARTS),
+      row['tokens'],
+      row['peak'] and row['peak'] / MIB,
+      row['compile'],
+      row['times_bound'],
+      row['limit'],
+      row['update_limit'],
+      row['decode_limit'],
+      compared[name]['total'],
+      compared[name]['rollout'],
+    ]
     whole = (4, 5)
-    out.add_row(name, *(tables.number(round(cell) if i in whole and cell else cell) for i, cell in enumerate(cells)))
+    out.add_row(
+      name,
+      *(
+        tables.number(round(cell) if i in whole and cell else cell) for i, cell in enumerate(cells)
+      ),
+    )
   text = io.StringIO()
   console = rich.console.Console(file=text, width=width, color_system=None, highlight=False)
   console.print(out)
@@ -122,6 +165,7 @@ def chart(path, rows, bound, title):
     title: above it.
   """
   import matplotlib.figure
+
   bars = {name: row for name, row in rows.items() if row['total']} | {'lower bound': bound}
   figure = matplotlib.figure.Figure(figsize=(8, 1 + 0.5 * len(bars)), layout='constrained')
   axes = figure.subplots()

@@ -39,8 +39,14 @@ FLAGS = options.FLAGS
 def start(peer, w, log):
   """A running processes.Process of a Peer."""
   return processes.Process(
-      processes.python(peer.venv, FLAGS.venvs), peer.module, w, device=FLAGS.device, threads=FLAGS.threads, log=log,
-      options=['--way', peer.way] if peer.way != 'separate' else [])
+    processes.python(peer.venv, FLAGS.venvs),
+    peer.module,
+    w,
+    device=FLAGS.device,
+    threads=FLAGS.threads,
+    log=log,
+    options=['--way', peer.way] if peer.way != 'separate' else [],
+  )
 
 
 def start_limits(names, w, out):
@@ -48,9 +54,18 @@ def start_limits(names, w, out):
   venvs = {'jax': ''}
   if any(processes.PEERS[name].venv == 'trl' for name in names):
     venvs['torch'] = 'trl'
-  return [processes.Process(
-      processes.python(venv, FLAGS.venvs), 'limits', w, device=FLAGS.device, threads=FLAGS.threads,
-      log=out / f'limits-{library}.log', options=['--library', library]) for library, venv in venvs.items()]
+  return [
+    processes.Process(
+      processes.python(venv, FLAGS.venvs),
+      'limits',
+      w,
+      device=FLAGS.device,
+      threads=FLAGS.threads,
+      log=out / f'limits-{library}.log',
+      options=['--library', library],
+    )
+    for library, venv in venvs.items()
+  ]
 
 
 def take_turns(running, limits, rounds):
@@ -68,7 +83,10 @@ def take_turns(running, limits, rounds):
   for name, peer in running.items():
     runs[name] = {'about': peer.about, 'first': peer.turn(), 'iterations': [], 'splits': []}
     seconds = sum(runs[name]['first']['parts'].values())
-    print(f'{name}: set up in {peer.about["setup"]:.0f} s, first iteration in {seconds:.0f} s', flush=True)
+    print(
+      f'{name}: set up in {peer.about["setup"]:.0f} s, first iteration in {seconds:.0f} s',
+      flush=True,
+    )
   for _ in range(rounds):
     measured += [limit.turn() for limit in limits]
     for name, peer in running.items():
@@ -83,7 +101,7 @@ def take_turns(running, limits, rounds):
 def one_run(names, w, limits, out):
   """A run of all peers: {name: run}, and the measurements of the machine."""
   runs, measured = {}, []
-  for group in ([[name] for name in names] if FLAGS.apart else [names]):
+  for group in [[name] for name in names] if FLAGS.apart else [names]:
     running = {}
     try:
       for name in group:
@@ -100,10 +118,18 @@ def one_run(names, w, limits, out):
 def machine():
   """What the machine is, in words and numbers."""
   with open('/proc/cpuinfo', encoding='utf-8') as lines:
-    model = next((line.partition(':')[2].strip() for line in lines if line.startswith('model name')), '')
-  return {'cpu': model or platform.machine(), 'cores': len(os.sched_getaffinity(0)), 'device': FLAGS.device,
-          'threads': FLAGS.threads, 'kernel': platform.release(), 'python': platform.python_version(),
-          'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}
+    model = next(
+      (line.partition(':')[2].strip() for line in lines if line.startswith('model name')), ''
+    )
+  return {
+    'cpu': model or platform.machine(),
+    'cores': len(os.sched_getaffinity(0)),
+    'device': FLAGS.device,
+    'threads': FLAGS.threads,
+    'kernel': platform.release(),
+    'python': platform.python_version(),
+    'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+  }
 
 
 def measure(names, w, out):
@@ -117,24 +143,46 @@ def measure(names, w, out):
   measured = [report for _, reports in done for report in reports]
   limit = {key: max(report[key] for report in measured) for key in ('matmul', 'copy')}
   runs = {name: [run[name] for run, _ in done] for name in names}
-  rows = {name: results.summarize(runs[name], runs[name][0]['about'], w, limit, way=processes.PEERS[name].way,
-                                  device=FLAGS.device) for name in names}
-  return {'workload': json.loads(w.to_json()), 'machine': machine() | {'card': limits[0].about['note']}, 'limits': limit,
-          'flops': workloads.flops(w), 'summary': rows, 'ratios': results.ratios(rows, names[0]), 'runs': runs,
-          'measured_limits': measured}
+  rows = {
+    name: results.summarize(
+      runs[name],
+      runs[name][0]['about'],
+      w,
+      limit,
+      way=processes.PEERS[name].way,
+      device=FLAGS.device,
+    )
+    for name in names
+  }
+  return {
+    'workload': json.loads(w.to_json()),
+    'machine': machine() | {'card': limits[0].about['note']},
+    'limits': limit,
+    'flops': workloads.flops(w),
+    'summary': rows,
+    'ratios': results.ratios(rows, names[0]),
+    'runs': runs,
+    'measured_limits': measured,
+  }
 
 
 def notes(result):
   """Lines below the table: limits, versions, what a reader has to know about the peers."""
   limit, about = result['limits'], result['machine']
-  chip = f'{about["cpu"]}, {about["threads"]} threads' if about['device'] == 'cpu' else about['card']
+  chip = (
+    f'{about["cpu"]}, {about["threads"]} threads' if about['device'] == 'cpu' else about['card']
+  )
   runs = next(iter(result['runs'].values()))
-  lines = [f'{chip}: matmul {limit["matmul"] / 1e9:.0f} GFLOP/s, copy {limit["copy"] / 1e9:.1f} GB/s. '
-           f'Medians of {len(runs)} x {len(runs[0]["iterations"])} iterations.']
+  lines = [
+    f'{chip}: matmul {limit["matmul"] / 1e9:.0f} GFLOP/s, copy {limit["copy"] / 1e9:.1f} GB/s. '
+    f'Medians of {len(runs)} x {len(runs[0]["iterations"])} iterations.'
+  ]
   for name, runs in result['runs'].items():
     about = runs[0]['about']
     versions = ', '.join(f'{package} {version}' for package, version in about['versions'].items())
-    others = ''.join(f'; {part} {value:.2f} s' for part, value in result['summary'][name]['others'].items())
+    others = ''.join(
+      f'; {part} {value:.2f} s' for part, value in result['summary'][name]['others'].items()
+    )
     lines.append(f'{name}: {versions}{"; " if about["note"] else ""}{about["note"]}{others}')
   return lines
 
@@ -168,5 +216,7 @@ if __name__ == '__main__':
   flags.DEFINE_integer('iterations', 5, 'Iterations of each peer after the first, in each run.')
   flags.DEFINE_integer('runs', 1, 'How often all of it is repeated, with new processes.')
   flags.DEFINE_bool('apart', False, 'One peer in memory at a time.')
-  flags.DEFINE_string('venvs', os.environ.get('VENVS', '.venv-peers'), 'Folder of the virtual environments.')
+  flags.DEFINE_string(
+    'venvs', os.environ.get('VENVS', '.venv-peers'), 'Folder of the virtual environments.'
+  )
   app.run(main)

@@ -43,7 +43,14 @@ def points(field):
 def measure(w, log):
   """Median seconds of an iteration, split into parts: {'rollout', 'scoring', 'update'}."""
   process = processes.Process(
-      sys.executable, 'ours', w, device=FLAGS.device, threads=FLAGS.threads, log=log, options=['--way', FLAGS.way])
+    sys.executable,
+    'ours',
+    w,
+    device=FLAGS.device,
+    threads=FLAGS.threads,
+    log=log,
+    options=['--way', FLAGS.way],
+  )
   try:
     process.turn()
     iterations = [process.turn() for _ in range(FLAGS.iterations)]
@@ -71,11 +78,17 @@ def plot(path, found):
   for axes, (field, pairs) in zip(np.atleast_1d(figure.subplots(1, len(found))), found.items()):
     x = [value for value, _ in pairs]
     whole = [sum(parts.values()) for _, parts in pairs]
-    axes.loglog(x, whole, 'o-', color='black', label=f'all, slope {slopes(x, whole)[0]:.2f}', base=2)
+    axes.loglog(
+      x, whole, 'o-', color='black', label=f'all, slope {slopes(x, whole)[0]:.2f}', base=2
+    )
     for part in workloads.PARTS:
       axes.loglog(x, [parts[part] for _, parts in pairs], '.-', label=part, base=2)
-    axes.loglog(x, [whole[-1] * value / x[-1] for value in x], ':', color='grey', label='slope 1', base=2)
-    axes.set_xlabel({'response': 'response length', 'layers': 'depth', 'vocab': 'vocabulary'}.get(field, field))
+    axes.loglog(
+      x, [whole[-1] * value / x[-1] for value in x], ':', color='grey', label='slope 1', base=2
+    )
+    axes.set_xlabel(
+      {'response': 'response length', 'layers': 'depth', 'vocab': 'vocabulary'}.get(field, field)
+    )
     axes.legend(fontsize=7)
   figure.get_axes()[0].set_ylabel('seconds per iteration')
   figure.savefig(path, dpi=120)
@@ -88,8 +101,16 @@ def table(found):
     x = [value for value, _ in pairs]
     whole = [sum(parts.values()) for _, parts in pairs]
     every, last = slopes(x, whole)
-    rows.append({'stage': field, 'from': x[0], 'to': x[-1], **{
-        f'seconds x{value // x[0]}': total for value, total in zip(x, whole)}, 'slope': every, 'at the end': last})
+    rows.append(
+      {
+        'stage': field,
+        'from': x[0],
+        'to': x[-1],
+        **{f'seconds x{value // x[0]}': total for value, total in zip(x, whole)},
+        'slope': every,
+        'at the end': last,
+      }
+    )
   return tables.stages_table(rows, title='Seconds of an iteration', width=130)
 
 
@@ -104,7 +125,9 @@ def main(_):
       found[field].append((getattr(w, field), measure(w, out / 'scaling.log')))
       print('.', end='', flush=True)
   print(f'\n{table(found)}')
-  (out / 'scaling.json').write_text(json.dumps({'base': json.loads(BASE.to_json()), 'found': found}, indent=1))
+  (out / 'scaling.json').write_text(
+    json.dumps({'base': json.loads(BASE.to_json()), 'found': found}, indent=1)
+  )
   plot(out / 'scaling.png', found)
 
 

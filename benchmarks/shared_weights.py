@@ -21,11 +21,11 @@ FLAGS = options.FLAGS
 
 # Config keys that differ from training everything, critic included.
 WAYS = {
-    'all, separate critic': workloads.WAYS['separate'].config,
-    'all, critic on the trunk': workloads.WAYS['trunk'].config,
-    'top half, critic on the trunk': workloads.WAYS['hydra'].config,
-    'adapters, critic on the trunk': workloads.WAYS['lora'].config,
-    'adapters, the critic too': workloads.WAYS['lora'].config | {'critic.kind': 'adapters'},
+  'all, separate critic': workloads.WAYS['separate'].config,
+  'all, critic on the trunk': workloads.WAYS['trunk'].config,
+  'top half, critic on the trunk': workloads.WAYS['hydra'].config,
+  'adapters, critic on the trunk': workloads.WAYS['lora'].config,
+  'adapters, the critic too': workloads.WAYS['lora'].config | {'critic.kind': 'adapters'},
 }
 
 
@@ -34,13 +34,20 @@ def measure(update):
   frozen = update.arguments[0]
   params = update.state.params
   seen = set()
-  sizes = {name: count(tree, seen) for name, tree in (
-      ('policy', (params['policy'], frozen['shared'])), ('critic', params['critic']),
-      ('reference', frozen['reference']), ('moments', update.state.opt_state))}
+  sizes = {
+    name: count(tree, seen)
+    for name, tree in (
+      ('policy', (params['policy'], frozen['shared'])),
+      ('critic', params['critic']),
+      ('reference', frozen['reference']),
+      ('moments', update.state.opt_state),
+    )
+  }
   sizes['temporaries'] = update.step.memory_analysis().temp_size_in_bytes
   sizes['total'] = sum(sizes.values())
   return {name: round(size / 2**20) for name, size in sizes.items()} | {
-      'seconds': updates.seconds(update, FLAGS.timed)[1]}
+    'seconds': updates.seconds(update, FLAGS.timed)[1]
+  }
 
 
 def count(tree, seen):
@@ -59,10 +66,14 @@ def main(_):
   w = workloads.WORKLOADS[FLAGS.workload]
   mesh = sharding.make_mesh({'data': -1})
   with jax.set_mesh(mesh):
-    rows = [{'stage': way, **measure(updates.prepare(updates.make_config(w, changes), mesh))}
-            for way, changes in WAYS.items()]
-  what = (f'GPT-2, {w.layers} layers of width {w.width}, vocabulary {w.vocab}, '
-          f'batch {w.batch} x ({w.prompt} + {w.response}), float32, Adam, 4 epochs')
+    rows = [
+      {'stage': way, **measure(updates.prepare(updates.make_config(w, changes), mesh))}
+      for way, changes in WAYS.items()
+    ]
+  what = (
+    f'GPT-2, {w.layers} layers of width {w.width}, vocabulary {w.vocab}, '
+    f'batch {w.batch} x ({w.prompt} + {w.response}), float32, Adam, 4 epochs'
+  )
   print(tables.stages_table(rows, title=f'MiB and seconds: {what}', width=130))
 
 

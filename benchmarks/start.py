@@ -25,15 +25,25 @@ FLAGS = options.FLAGS
 def start(w, folder, *words):
   """Starts the peer: seconds of its set-up, of compilation, and of its first two iterations."""
   process = processes.Process(
-      sys.executable, 'ours', w, device=FLAGS.device, threads=FLAGS.threads, log=os.path.join(folder, 'log'),
-      options=['--way', FLAGS.way, *words])
+    sys.executable,
+    'ours',
+    w,
+    device=FLAGS.device,
+    threads=FLAGS.threads,
+    log=os.path.join(folder, 'log'),
+    options=['--way', FLAGS.way, *words],
+  )
   try:
     first, second = process.turn(), process.turn()
   finally:
     process.end()
   iterations = [sum(turn['parts'].values()) for turn in (first, second)]
-  return {'set-up': process.about['setup'], 'compilation': first['compilation'], 'first iteration': iterations[0],
-          'second': iterations[1]}
+  return {
+    'set-up': process.about['setup'],
+    'compilation': first['compilation'],
+    'first iteration': iterations[0],
+    'second': iterations[1],
+  }
 
 
 def main(_):
@@ -41,8 +51,10 @@ def main(_):
   w = workloads.WORKLOADS[FLAGS.workload]
   with tempfile.TemporaryDirectory() as folder:
     cache = ['--cache', os.path.join(folder, 'cache')]
-    rows = [{'stage': name, **start(w, folder, *words)} for name, words in (
-        ('no cache', []), ('empty cache', cache), ('next start', cache))]
+    rows = [
+      {'stage': name, **start(w, folder, *words)}
+      for name, words in (('no cache', []), ('empty cache', cache), ('next start', cache))
+    ]
   print(tables.stages_table(rows, title=f'Seconds: {w.name}, {FLAGS.way}, on {FLAGS.device}'))
 
 

@@ -38,12 +38,22 @@ def make_config(w, changes, device='cpu'):
   config.model.init = {'family': 'gpt2', **w.gpt2}
   config.model.dtype = 'float32' if device == 'cpu' else 'bfloat16'
   config.optim.learning_rate = workloads.LEARNING_RATE
-  config.rl.update({
-      'epochs': workloads.EPOCHS, 'minibatches': 1, 'kl_coef': workloads.KL_COEF, 'gamma': workloads.GAMMA,
-      'lam': workloads.LAM, 'clip_low': workloads.CLIP, 'clip_high': workloads.CLIP,
-      'value_clip': workloads.VALUE_CLIP, 'vf_coef': workloads.VALUE_COEF})
-  config.update_from_flattened_dict({
-      key: w.layers // 2 if value == 'half' else value for key, value in changes.items()})
+  config.rl.update(
+    {
+      'epochs': workloads.EPOCHS,
+      'minibatches': 1,
+      'kl_coef': workloads.KL_COEF,
+      'gamma': workloads.GAMMA,
+      'lam': workloads.LAM,
+      'clip_low': workloads.CLIP,
+      'clip_high': workloads.CLIP,
+      'value_clip': workloads.VALUE_CLIP,
+      'vf_coef': workloads.VALUE_COEF,
+    }
+  )
+  config.update_from_flattened_dict(
+    {key: w.layers // 2 if value == 'half' else value for key, value in changes.items()}
+  )
   return config
 
 
@@ -55,6 +65,7 @@ class Update(NamedTuple):
     state: TrainState.
     arguments: what it is given besides: frozen parameters, a rollout of random tokens, scores, no ptx.
   """
+
   step: Any
   state: Any
   arguments: Any
@@ -75,10 +86,20 @@ def prepare(config, mesh):
   policy = jax.jit(model.init, out_shardings=place)(jax.random.key(0))
   wired = wiring.wire(config, mesh, (model, policy), steps=100)
   settings = ppo.Settings.of(config, ())
-  state = setup.new_state(config.seed, wired.params, wired.optimizers, mesh, model.rules,
-                          extra=wiring.first_extra(settings))
-  step = setup.jit_step(functools.partial(
-      ppo.train_step, models=wired.models, optimizers=wired.optimizers, settings=settings), state)
+  state = setup.new_state(
+    config.seed,
+    wired.params,
+    wired.optimizers,
+    mesh,
+    model.rules,
+    extra=wiring.first_extra(settings),
+  )
+  step = setup.jit_step(
+    functools.partial(
+      ppo.train_step, models=wired.models, optimizers=wired.optimizers, settings=settings
+    ),
+    state,
+  )
   arguments = wired.frozen, *episode(config), None
   return Update(step.lower(state, *arguments).compile(), state, arguments)
 
@@ -97,7 +118,11 @@ def seconds(update, count):
 def episode(config):
   """A rollout of random tokens, none of them padding, and scores."""
   rng = np.random.default_rng(0)
-  batch, prompt, response = config.batch_size, config.data.max_prompt_length, config.sampling.max_new_tokens
+  batch, prompt, response = (
+    config.batch_size,
+    config.data.max_prompt_length,
+    config.sampling.max_new_tokens,
+  )
   shape = batch, prompt + response
   real = np.ones(shape, bool)
   tokens = rng.integers(0, config.model.init.vocab_size, shape, dtype=np.int32)

@@ -31,6 +31,7 @@ class Workload:
     batch: B, episodes of an iteration.
     rows: of a forward and backward pass, of which an update adds up the gradients; 0: all at once.
   """
+
   name: str
   layers: int
   width: int
@@ -51,19 +52,30 @@ class Workload:
   def gpt2(self):
     """Fields of config.json."""
     return {
-        'vocab_size': self.vocab, 'n_positions': self.length, 'n_embd': self.width, 'n_layer': self.layers,
-        'n_head': self.heads, 'n_inner': self.mlp, 'resid_pdrop': 0.0, 'embd_pdrop': 0.0, 'attn_pdrop': 0.0}
+      'vocab_size': self.vocab,
+      'n_positions': self.length,
+      'n_embd': self.width,
+      'n_layer': self.layers,
+      'n_head': self.heads,
+      'n_inner': self.mlp,
+      'resid_pdrop': 0.0,
+      'embd_pdrop': 0.0,
+      'attn_pdrop': 0.0,
+    }
 
   def to_json(self):
     """One line of text that `read` understands."""
     return json.dumps(dataclasses.asdict(self))
 
 
-WORKLOADS = {w.name: w for w in (
+WORKLOADS = {
+  w.name: w
+  for w in (
     Workload('xs', 4, 256, 4, 1024, 8192, 64, 64, 32),
     Workload('s', 6, 768, 12, 3072, 50257, 32, 32, 8),
     Workload('m', 24, 2048, 16, 8192, 50257, 256, 256, 128, rows=8),
-)}
+  )
+}
 
 
 def read(text):
@@ -84,6 +96,7 @@ class Way:
     trained_blocks: stacks of blocks that an optimizer step goes over.
     trained_embeddings: embeddings that it goes over.
   """
+
   config: dict
   bodies: float
   trained_bodies: float
@@ -96,11 +109,11 @@ class Way:
 LORA = (('attention/(query|value)$', 16, 32.0),)
 # 'separate' is the work that all peers do.
 WAYS = {
-    'separate': Way({}, 4, 2, 3, 3, 2, 2),
-    'trunk': Way({'critic.kind': 'trunk'}, 3, 1, 3, 3, 1, 1),
-    # The lower half of the blocks is run once for policy and reference, and not at all by the epochs.
-    'hydra': Way({'critic.kind': 'trunk', 'model.unfrozen_layers': 'half'}, 2.5, 0.5, 3, 2, 0.5, 0),
-    'lora': Way({'critic.kind': 'trunk', 'model.lora.targets': LORA}, 3, 1, 2, 2, 0, 0),
+  'separate': Way({}, 4, 2, 3, 3, 2, 2),
+  'trunk': Way({'critic.kind': 'trunk'}, 3, 1, 3, 3, 1, 1),
+  # The lower half of the blocks is run once for policy and reference, and not at all by the epochs.
+  'hydra': Way({'critic.kind': 'trunk', 'model.unfrozen_layers': 'half'}, 2.5, 0.5, 3, 2, 0.5, 0),
+  'lora': Way({'critic.kind': 'trunk', 'model.lora.targets': LORA}, 3, 1, 2, 2, 0, 0),
 }
 
 
@@ -126,9 +139,10 @@ def flops(w, way='separate', epochs=EPOCHS):
   way = WAYS[way]
   body, unembed = body_flops(w, w.length), unembed_flops(w, w.response)
   return {
-      'rollout': body + unembed,
-      'scoring': way.bodies * body + 2 * unembed,
-      'update': epochs * (way.trained_bodies * way.body_passes * body + way.unembed_passes * unembed)}
+    'rollout': body + unembed,
+    'scoring': way.bodies * body + 2 * unembed,
+    'update': epochs * (way.trained_bodies * way.body_passes * body + way.unembed_passes * unembed),
+  }
 
 
 def body_weights(w):
@@ -153,8 +167,10 @@ def decode_bytes(w, item_size):
   """
   steps = w.response - 1  # the first token comes from the prefill
   filled = steps * w.prompt + steps * (steps + 1) / 2
-  return {'weights': steps * weights(w) * item_size,
-          'cache': filled * w.batch * 2 * w.layers * w.width * item_size}
+  return {
+    'weights': steps * weights(w) * item_size,
+    'cache': filled * w.batch * 2 * w.layers * w.width * item_size,
+  }
 
 
 def optimizer_bytes(w, way='separate', epochs=EPOCHS):
@@ -185,6 +201,8 @@ def bound(w, matmul, copy, *, way='separate', epochs=EPOCHS, item_size=4):
   prefill = body_flops(w, w.prompt) + unembed_flops(w, 1)
   decode = work['rollout'] - prefill
   return {
-      'rollout': prefill / matmul + max(decode / matmul, decode_bytes(w, item_size)['weights'] / copy),
-      'scoring': work['scoring'] / matmul,
-      'update': work['update'] / matmul + optimizer_bytes(w, way, epochs) / copy}
+    'rollout': prefill / matmul
+    + max(decode / matmul, decode_bytes(w, item_size)['weights'] / copy),
+    'scoring': work['scoring'] / matmul,
+    'update': work['update'] / matmul + optimizer_bytes(w, way, epochs) / copy,
+  }

@@ -20,8 +20,9 @@ def get_config(arg=None):
   config.data.update({'max_prompt_length': 256, 'on_long': 'truncate_left'})
   config.sampling.max_new_tokens = 256
   config.batch_size, config.steps = 128, 500
-  config.optim.update({
-      'learning_rate': 1e-6, 'warmup_steps': 10, 'warmup_from': 0.1, 'clip_norm': 1.0})
+  config.optim.update(
+    {'learning_rate': 1e-6, 'warmup_steps': 10, 'warmup_from': 0.1, 'clip_norm': 1.0}
+  )
   config.update({'samples_every': 20, 'checkpoint_every': 50})
   if arg.debug:
     config.update({'steps': 2, 'batch_size': 2 * config.sampling.samples})

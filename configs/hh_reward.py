@@ -26,20 +26,32 @@ def get_config(arg=None):
   c.need_argument(arg, 'data', 'the file or folder of HH comparisons')
   folds = range(2 if arg.debug else FOLDS)
   names = [(k, i, f'reward_{k}_{i}') for k in folds for i in range(arg.models)]
-  config = ml_collections.ConfigDict({
-      'seed': arg.seed, 'stages': ('folds', *(name for _, _, name in names), 'evaluate')})
-  config.folds = ml_collections.ConfigDict({
-      'function': 'rlhf_jax.tasks.hh:write', 'path': arg.data,
-      'count': len(folds), 'vocab_size': 8_192, 'turns': 1, 'seed': None})
+  config = ml_collections.ConfigDict(
+    {'seed': arg.seed, 'stages': ('folds', *(name for _, _, name in names), 'evaluate')}
+  )
+  config.folds = ml_collections.ConfigDict(
+    {
+      'function': 'rlhf_jax.tasks.hh:write',
+      'path': arg.data,
+      'count': len(folds),
+      'vocab_size': 8_192,
+      'turns': 1,
+      'seed': None,
+    }
+  )
   for fold, member, name in names:
     config[name] = reward(fold, 1_000 * arg.seed + member, arg.debug)
-  config.evaluate = ml_collections.ConfigDict({
+  config.evaluate = ml_collections.ConfigDict(
+    {
       'function': 'rlhf_jax.tasks.hh:run',
       'reward_models': tuple(
-          tuple(f'$workdir/reward_{k}_{i}/model' for i in range(arg.models)) for k in folds),
+        tuple(f'$workdir/reward_{k}_{i}/model' for i in range(arg.models)) for k in folds
+      ),
       'train': tuple(f'$workdir/folds/train_{k}.jsonl' for k in folds),
       'test': tuple(f'$workdir/folds/test_{k}.jsonl' for k in folds),
-      'max_length': LENGTH})
+      'max_length': LENGTH,
+    }
+  )
   return config
 
 
@@ -48,16 +60,38 @@ def reward(fold, seed, debug):
   stage = reward_model_lib.config()
   stage.seed = seed
   stage.tokenizer = f'$workdir/folds/tokenizer_{fold}'
-  stage.model.init = ml_collections.ConfigDict({
-      'family': 'llama', 'hidden_size': 64, 'intermediate_size': 192, 'num_hidden_layers': 1,
-      'num_attention_heads': 2, 'num_key_value_heads': 2, 'max_position_embeddings': 256,
-      'tie_word_embeddings': True, 'rms_norm_eps': 1e-5})
-  stage.data.update({'path': f'$workdir/folds/train_{fold}.jsonl', 'max_length': LENGTH,
-                     'held_out_path': f'$workdir/folds/test_{fold}.jsonl'})
+  stage.model.init = ml_collections.ConfigDict(
+    {
+      'family': 'llama',
+      'hidden_size': 64,
+      'intermediate_size': 192,
+      'num_hidden_layers': 1,
+      'num_attention_heads': 2,
+      'num_key_value_heads': 2,
+      'max_position_embeddings': 256,
+      'tie_word_embeddings': True,
+      'rms_norm_eps': 1e-5,
+    }
+  )
+  stage.data.update(
+    {
+      'path': f'$workdir/folds/train_{fold}.jsonl',
+      'max_length': LENGTH,
+      'held_out_path': f'$workdir/folds/test_{fold}.jsonl',
+    }
+  )
   stage.batch_size, stage.data.epochs, stage.evals.held_out.every = 32, 4.0, 58
   stage.preference.token_dropout = 0.7
-  stage.optim.update({'learning_rate': 3e-4, 'schedule': 'cosine', 'warmup_steps': 20,
-                      'b2': 0.98, 'weight_decay': 0.1, 'clip_norm': 1.0})
+  stage.optim.update(
+    {
+      'learning_rate': 3e-4,
+      'schedule': 'cosine',
+      'warmup_steps': 20,
+      'b2': 0.98,
+      'weight_decay': 0.1,
+      'clip_norm': 1.0,
+    }
+  )
   stage.log_every = 10
   if debug:
     stage.steps, stage.data.epochs, stage.optim.warmup_steps = 3, None, 0

@@ -17,23 +17,50 @@ from rlhf_jax.algorithms import ppo as ppo_lib
 
 # config.json of meta-llama/Meta-Llama-3-8B (https://arxiv.org/abs/2407.21783, table 3).
 SHAPES = {
-    'family': 'llama', 'vocab_size': 128_256, 'hidden_size': 4096, 'intermediate_size': 14_336,
-    'num_hidden_layers': 32, 'num_attention_heads': 32, 'num_key_value_heads': 8,
-    'max_position_embeddings': 8192, 'rope_theta': 500_000.0, 'rms_norm_eps': 1e-5,
-    'tie_word_embeddings': False,
+  'family': 'llama',
+  'vocab_size': 128_256,
+  'hidden_size': 4096,
+  'intermediate_size': 14_336,
+  'num_hidden_layers': 32,
+  'num_attention_heads': 32,
+  'num_key_value_heads': 8,
+  'max_position_embeddings': 8192,
+  'rope_theta': 500_000.0,
+  'rms_norm_eps': 1e-5,
+  'tie_word_embeddings': False,
 }
-SMALL = {'hidden_size': 64, 'intermediate_size': 128, 'num_hidden_layers': 2, 'num_attention_heads': 4,
-         'num_key_value_heads': 2, 'vocab_size': 512}
+SMALL = {
+  'hidden_size': 64,
+  'intermediate_size': 128,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 4,
+  'num_key_value_heads': 2,
+  'vocab_size': 512,
+}
 
 
 def get_config(arg=None):
   """Arguments: debug (seconds), seed, lora, policy and reward (folders), prompts (a file)."""
-  arg = c.parse_arg(arg, debug=False, seed=0, lora=False, policy='models/llama-3-8b-sft',
-                    reward='models/llama-3-8b-reward', prompts='data/prompts.jsonl')
+  arg = c.parse_arg(
+    arg,
+    debug=False,
+    seed=0,
+    lora=False,
+    policy='models/llama-3-8b-sft',
+    reward='models/llama-3-8b-reward',
+    prompts='data/prompts.jsonl',
+  )
   config = ppo_lib.config('n_plus')
   config.seed = arg.seed
-  config.model.update({'path': arg.policy, 'init': SHAPES, 'dtype': 'bfloat16', 'param_dtype': 'bfloat16',
-                       'remat': 'block'})
+  config.model.update(
+    {
+      'path': arg.policy,
+      'init': SHAPES,
+      'dtype': 'bfloat16',
+      'param_dtype': 'bfloat16',
+      'remat': 'block',
+    }
+  )
   config.reward.model = arg.reward
   config.data.update({'path': arg.prompts, 'max_prompt_length': 512, 'on_long': 'truncate_left'})
   config.sampling.update({'max_new_tokens': 512, 'gather_weights': True})

@@ -27,43 +27,71 @@ def get_config(arg=None):
   """Arguments: debug (seconds), seed, grpo (in place of PPO), lora (adapters of policy and critic), bf16."""
   arg = c.parse_arg(arg, debug=False, seed=0, grpo=False, lora=False, bf16=False)
   rl = 'grpo' if arg.grpo else 'ppo'
-  config = ml_collections.ConfigDict({
+  config = ml_collections.ConfigDict(
+    {
       'seed': arg.seed,
       'stages': ('world', 'pretrain', 'sft', 'compare', 'reward_model', rl, 'evaluate'),
-  })
-  config.world = ml_collections.ConfigDict({
+    }
+  )
+  config.world = ml_collections.ConfigDict(
+    {
       'function': 'rlhf_jax.tasks.reviews:write',
-      'corpus_size': 10_000, 'demonstration_count': 2_000, 'prompt_count': 4_096,
-      'eval_prompt_count': 512, 'vocab_size': 1_024, 'seed': None,
-  })
+      'corpus_size': 10_000,
+      'demonstration_count': 2_000,
+      'prompt_count': 4_096,
+      'eval_prompt_count': 512,
+      'vocab_size': 1_024,
+      'seed': None,
+    }
+  )
   config.pretrain = pretrain()
   config.sft = sft()
-  config.compare = ml_collections.ConfigDict({
+  config.compare = ml_collections.ConfigDict(
+    {
       'function': 'rlhf_jax.feedback.collect:run',
-      'policy': '$workdir/sft', 'prompts': '$workdir/world/prompts.jsonl',
-      'pairs': 8_000, 'held_out': 500, 'max_new_tokens': 36, 'temperature': 1.0,
+      'policy': '$workdir/sft',
+      'prompts': '$workdir/world/prompts.jsonl',
+      'pairs': 8_000,
+      'held_out': 500,
+      'max_new_tokens': 36,
+      'temperature': 1.0,
       'gold': 'rlhf_jax.tasks.reviews:gold_score',
-      'annotator_count': 5, 'annotator_temperature': 0.5, 'label_noise': 0.05,
-      'disagreement': 0.3, 'seed': None,
-  })
+      'annotator_count': 5,
+      'annotator_temperature': 0.5,
+      'label_noise': 0.05,
+      'disagreement': 0.3,
+      'seed': None,
+    }
+  )
   config.reward_model = reward_model()
   config[rl] = grpo() if arg.grpo else ppo()
-  config.evaluate = ml_collections.ConfigDict({
+  config.evaluate = ml_collections.ConfigDict(
+    {
       'function': 'rlhf_jax.evaluation.policies:run',
       'title': 'Quickstart: product reviews',
       'summary': 'The annotators are simulated. Gold is the hidden score they go by, proxy the '
-                 'reward model trained on their labels.',
+      'reward model trained on their labels.',
       'workdir': '$workdir',
-      'policies': (('pretrained', '$workdir/pretrain'), ('sft', '$workdir/sft'),
-                   (rl, f'$workdir/{rl}')),
-      'baseline': 'sft', 'trained': rl, 'best_of': 8,
+      'policies': (
+        ('pretrained', '$workdir/pretrain'),
+        ('sft', '$workdir/sft'),
+        (rl, f'$workdir/{rl}'),
+      ),
+      'baseline': 'sft',
+      'trained': rl,
+      'best_of': 8,
       'reward_model': '$workdir/reward_model/model',
       'comparisons': '$workdir/compare/held_out.jsonl',
-      'prompts': '$workdir/world/eval_prompts.jsonl', 'samples': 512,
-      'max_new_tokens': 36, 'temperature': 1.0,
-      'gold': 'rlhf_jax.tasks.reviews:gold_score', 'gold_path': '',
-      'curves': ('pretrain', 'sft', 'reward_model', rl), 'seed': None,
-  })
+      'prompts': '$workdir/world/eval_prompts.jsonl',
+      'samples': 512,
+      'max_new_tokens': 36,
+      'temperature': 1.0,
+      'gold': 'rlhf_jax.tasks.reviews:gold_score',
+      'gold_path': '',
+      'curves': ('pretrain', 'sft', 'reward_model', rl),
+      'seed': None,
+    }
+  )
   if arg.lora:
     adapters(config[rl])
   if arg.bf16:
@@ -87,23 +115,38 @@ def base(stage, model):
 def pretrain():
   """Language modelling of the whole corpus, packed."""
   stage = base(sft_lib.config(), None)
-  stage.model.init = ml_collections.ConfigDict({
-      'family': 'llama', 'hidden_size': 128, 'intermediate_size': 384,
-      'num_hidden_layers': 4, 'num_attention_heads': 4, 'num_key_value_heads': 2,
-      'max_position_embeddings': 128, 'tie_word_embeddings': True, 'rms_norm_eps': 1e-5,
-  })
+  stage.model.init = ml_collections.ConfigDict(
+    {
+      'family': 'llama',
+      'hidden_size': 128,
+      'intermediate_size': 384,
+      'num_hidden_layers': 4,
+      'num_attention_heads': 4,
+      'num_key_value_heads': 2,
+      'max_position_embeddings': 128,
+      'tie_word_embeddings': True,
+      'rms_norm_eps': 1e-5,
+    }
+  )
   stage.data.update({'path': '$workdir/world/corpus.jsonl', 'max_length': 96, 'held_out': 0.01})
   stage.batch_size, stage.steps = 16, 600
-  stage.optim.update({'learning_rate': 3e-3, 'schedule': 'cosine', 'warmup_steps': 20,
-                      'weight_decay': 0.01})
+  stage.optim.update(
+    {'learning_rate': 3e-3, 'schedule': 'cosine', 'warmup_steps': 20, 'weight_decay': 0.01}
+  )
   return stage
 
 
 def sft():
   """Demonstrations: fluent, on topic, of mixed mood."""
   stage = base(sft_lib.config(), '$workdir/pretrain/model')
-  stage.data.update({'path': '$workdir/world/demonstrations.jsonl', 'kind': 'completion',
-                     'max_length': 48, 'held_out': 0.05})
+  stage.data.update(
+    {
+      'path': '$workdir/world/demonstrations.jsonl',
+      'kind': 'completion',
+      'max_length': 48,
+      'held_out': 0.05,
+    }
+  )
   stage.batch_size, stage.data.epochs = 64, 2.0
   stage.optim.update({'learning_rate': 5e-4, 'schedule': 'cosine', 'warmup_steps': 5})
   return stage
@@ -112,11 +155,17 @@ def sft():
 def reward_model():
   """One epoch over the comparisons, from the SFT model."""
   stage = base(reward_model_lib.config(), '$workdir/sft/model')
-  stage.data.update({'path': '$workdir/compare/comparisons.jsonl', 'max_length': 48,
-                     'held_out_path': '$workdir/compare/held_out.jsonl'})
+  stage.data.update(
+    {
+      'path': '$workdir/compare/comparisons.jsonl',
+      'max_length': 48,
+      'held_out_path': '$workdir/compare/held_out.jsonl',
+    }
+  )
   stage.batch_size, stage.data.epochs = 32, 1.0
-  stage.preference.update({'normalize': 'gain_bias',
-                       'normalize_path': '$workdir/compare/samples.jsonl'})
+  stage.preference.update(
+    {'normalize': 'gain_bias', 'normalize_path': '$workdir/compare/samples.jsonl'}
+  )
   stage.optim.update({'learning_rate': 5e-4, 'schedule': 'cosine', 'warmup_steps': 10})
   return stage
 
@@ -145,10 +194,24 @@ def against_the_reward_model(stage):
   stage.reward.model = '$workdir/reward_model/model'
   stage.sampling.max_new_tokens = 36
   stage.batch_size, stage.steps = 128, 40
-  stage.rl.update({'epochs': 2, 'minibatches': 4, 'kl_coef': 0.15, 'ptx_coef': 0.5,
-                    'missing_eos': 'replace', 'missing_eos_value': -2.0})
-  stage.ptx.update({'path': '$workdir/world/demonstrations.jsonl', 'kind': 'completion',
-                    'max_length': 48, 'batch_size': 32})
+  stage.rl.update(
+    {
+      'epochs': 2,
+      'minibatches': 4,
+      'kl_coef': 0.15,
+      'ptx_coef': 0.5,
+      'missing_eos': 'replace',
+      'missing_eos_value': -2.0,
+    }
+  )
+  stage.ptx.update(
+    {
+      'path': '$workdir/world/demonstrations.jsonl',
+      'kind': 'completion',
+      'max_length': 48,
+      'batch_size': 32,
+    }
+  )
   stage.optim.update({'learning_rate': 3e-4, 'schedule': 'linear'})
   stage.samples_every, stage.checkpoint_every = 10, 20
   return stage
@@ -164,10 +227,12 @@ def adapters(stage):
 
 def debug(config, rl):
   """Shrinks everything to seconds; the figures mean nothing."""
-  config.world.update({'corpus_size': 400, 'demonstration_count': 100, 'prompt_count': 64,
-                       'eval_prompt_count': 32})
-  config.pretrain.model.init.update({'hidden_size': 32, 'intermediate_size': 64,
-                                     'num_hidden_layers': 2})
+  config.world.update(
+    {'corpus_size': 400, 'demonstration_count': 100, 'prompt_count': 64, 'eval_prompt_count': 32}
+  )
+  config.pretrain.model.init.update(
+    {'hidden_size': 32, 'intermediate_size': 64, 'num_hidden_layers': 2}
+  )
   config.pretrain.steps, config.pretrain.optim.warmup_steps = 5, 0
   config.sft.update({'steps': 2, 'batch_size': 8})
   config.sft.data.epochs, config.sft.optim.warmup_steps = None, 0

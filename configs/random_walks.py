@@ -27,8 +27,8 @@ LENGTH = random_walks.MAX_LENGTH - 1
 # not 100 and 40, and a learning rate that falls to 0: with trlX's constant one seeds 0 to 2 of the
 # given model end at 0.91 to 0.92.
 SETTINGS = {
-    'ppo': {'rl.minibatches': 2, 'rl.vf_coef': 1.2},
-    'grpo': {'rl.minibatches': 2, 'rl.normalize': 'token', 'sampling.samples': 7, 'optim.b2': 0.95},
+  'ppo': {'rl.minibatches': 2, 'rl.vf_coef': 1.2},
+  'grpo': {'rl.minibatches': 2, 'rl.normalize': 'token', 'sampling.samples': 7, 'optim.b2': 0.95},
 }
 PRESETS = {'ppo': 'trlx'}
 
@@ -40,22 +40,34 @@ def get_config(arg=None):
   model = arg.model or '$workdir/pretrain'
   stages = ('world', name, 'evaluate') if arg.model else ('world', 'pretrain', name, 'evaluate')
   config = ml_collections.ConfigDict({'seed': arg.seed, 'stages': stages})
-  config.world = ml_collections.ConfigDict({
-      'function': 'rlhf_jax.tasks.random_walks:write', 'walks': 20_000, 'seed': None})
+  config.world = ml_collections.ConfigDict(
+    {'function': 'rlhf_jax.tasks.random_walks:write', 'walks': 20_000, 'seed': None}
+  )
   if not arg.model:
     config.pretrain = pretrain()
   config[name] = train(arg.algorithm, arg.model or '$workdir/pretrain/model')
-  config.evaluate = ml_collections.ConfigDict({
+  config.evaluate = ml_collections.ConfigDict(
+    {
       'function': 'rlhf_jax.evaluation.policies:run',
       'title': 'Random walks',
       'summary': 'Gold is the reward itself: the optimality of the walk.',
       'workdir': '$workdir',
       'policies': (('pretrained', model), (name, f'$workdir/{name}')),
-      'baseline': 'pretrained', 'trained': name, 'best_of': 0, 'reward_model': '',
-      'comparisons': '', 'prompts': '$workdir/world/prompts.jsonl', 'samples': 5_000,
-      'max_new_tokens': LENGTH, 'temperature': 1.0,
-      'gold': 'rlhf_jax.tasks.random_walks:optimality', 'gold_path': '',
-      'curves': stages[1:-1], 'seed': None})
+      'baseline': 'pretrained',
+      'trained': name,
+      'best_of': 0,
+      'reward_model': '',
+      'comparisons': '',
+      'prompts': '$workdir/world/prompts.jsonl',
+      'samples': 5_000,
+      'max_new_tokens': LENGTH,
+      'temperature': 1.0,
+      'gold': 'rlhf_jax.tasks.random_walks:optimality',
+      'gold_path': '',
+      'curves': stages[1:-1],
+      'seed': None,
+    }
+  )
   if arg.debug:
     debug(config, name)
   return config
@@ -67,11 +79,17 @@ def pretrain():
   stage.seed = None
   stage.tokenizer = '$workdir/world/tokenizer'
   stage.model.init = ml_collections.ConfigDict(random_walks.MODEL)
-  stage.data.update({'path': '$workdir/world/texts.jsonl',
-                     'held_out_path': '$workdir/world/walks.jsonl', 'max_length': 44})
+  stage.data.update(
+    {
+      'path': '$workdir/world/texts.jsonl',
+      'held_out_path': '$workdir/world/walks.jsonl',
+      'max_length': 44,
+    }
+  )
   stage.batch_size, stage.data.epochs, stage.evals.held_out.every = 32, 3.0, 50
-  stage.optim.update({'learning_rate': 1e-3, 'schedule': 'cosine', 'warmup_steps': 20,
-                      'clip_norm': 1.0})
+  stage.optim.update(
+    {'learning_rate': 1e-3, 'schedule': 'cosine', 'warmup_steps': 20, 'clip_norm': 1.0}
+  )
   stage.log_every = 10
   return stage
 

@@ -20,8 +20,9 @@ def get_config(arg=None):
   config.data.update({'max_length': 512, 'epochs': 1.0, 'held_out': 0.1})
   config.batch_size = 32
   config.preference.centering = 0.01
-  config.optim.update({'learning_rate': 1e-5, 'schedule': 'cosine', 'warmup_steps': 10,
-                       'b2': 0.95, 'clip_norm': 1.0})
+  config.optim.update(
+    {'learning_rate': 1e-5, 'schedule': 'cosine', 'warmup_steps': 10, 'b2': 0.95, 'clip_norm': 1.0}
+  )
   config.evals.held_out.every, config.checkpoint_every = 100, 200
   if arg.debug:
     config.update({'steps': 2, 'batch_size': 8})

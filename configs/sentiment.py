@@ -30,33 +30,59 @@ def get_config(arg=None):
   """Arguments: debug (seconds), seed, data (a folder)."""
   arg = c.parse_arg(arg, debug=False, seed=0, data='')
   c.need_argument(arg, 'data', 'the folder of rt-polarity.pos and rt-polarity.neg')
-  config = ml_collections.ConfigDict({
+  config = ml_collections.ConfigDict(
+    {
       'seed': arg.seed,
-      'stages': ('split', 'pretrain', 'samples', 'reward_model', 'ppo', 'evaluate')})
-  config.split = ml_collections.ConfigDict({
-      'function': 'rlhf_jax.tasks.polarity:write', 'path': arg.data,
-      'vocab_size': 8_192, 'pairings': 8, 'prompt_words': 3,
-      'prompt_count': 2_048, 'seed': None})
+      'stages': ('split', 'pretrain', 'samples', 'reward_model', 'ppo', 'evaluate'),
+    }
+  )
+  config.split = ml_collections.ConfigDict(
+    {
+      'function': 'rlhf_jax.tasks.polarity:write',
+      'path': arg.data,
+      'vocab_size': 8_192,
+      'pairings': 8,
+      'prompt_words': 3,
+      'prompt_count': 2_048,
+      'seed': None,
+    }
+  )
   config.pretrain = pretrain()
-  config.samples = ml_collections.ConfigDict({
-      'function': 'rlhf_jax.feedback.collect:sample', 'policy': '$workdir/pretrain',
-      'prompts': '$workdir/split/prompts.jsonl', 'count': 512, 'max_new_tokens': RESPONSE,
-      'temperature': 1.0, 'seed': None})
+  config.samples = ml_collections.ConfigDict(
+    {
+      'function': 'rlhf_jax.feedback.collect:sample',
+      'policy': '$workdir/pretrain',
+      'prompts': '$workdir/split/prompts.jsonl',
+      'count': 512,
+      'max_new_tokens': RESPONSE,
+      'temperature': 1.0,
+      'seed': None,
+    }
+  )
   config.reward_model = reward_model()
   config.ppo = ppo()
-  config.evaluate = ml_collections.ConfigDict({
+  config.evaluate = ml_collections.ConfigDict(
+    {
       'function': 'rlhf_jax.evaluation.policies:run',
       'title': 'Film reviews: positive continuations',
       'summary': 'Gold is 1 where the independent judge calls the text positive.',
       'workdir': '$workdir',
       'policies': (('pretrained', '$workdir/pretrain'), ('ppo', '$workdir/ppo')),
-      'baseline': 'pretrained', 'trained': 'ppo', 'best_of': 8,
+      'baseline': 'pretrained',
+      'trained': 'ppo',
+      'best_of': 8,
       'reward_model': '$workdir/reward_model/model',
       'comparisons': '$workdir/split/held_out.jsonl',
-      'prompts': '$workdir/split/held_out_prompts.jsonl', 'samples': 512,
-      'max_new_tokens': RESPONSE, 'temperature': 1.0,
-      'gold': 'rlhf_jax.tasks.polarity:sentiment', 'gold_path': '$workdir/split/judge.jsonl',
-      'curves': ('pretrain', 'reward_model', 'ppo'), 'seed': None})
+      'prompts': '$workdir/split/held_out_prompts.jsonl',
+      'samples': 512,
+      'max_new_tokens': RESPONSE,
+      'temperature': 1.0,
+      'gold': 'rlhf_jax.tasks.polarity:sentiment',
+      'gold_path': '$workdir/split/judge.jsonl',
+      'curves': ('pretrain', 'reward_model', 'ppo'),
+      'seed': None,
+    }
+  )
   if arg.debug:
     debug(config)
   return config
@@ -74,22 +100,30 @@ def base(stage, model):
 
 def llama(*, width, layers):
   """config.json of a small Llama with heads of 32."""
-  return ml_collections.ConfigDict({
-      'family': 'llama', 'hidden_size': width, 'intermediate_size': 3 * width,
-      'num_hidden_layers': layers, 'num_attention_heads': width // 32,
-      'num_key_value_heads': width // 32, 'max_position_embeddings': 128,
-      'tie_word_embeddings': True, 'rms_norm_eps': 1e-5})
+  return ml_collections.ConfigDict(
+    {
+      'family': 'llama',
+      'hidden_size': width,
+      'intermediate_size': 3 * width,
+      'num_hidden_layers': layers,
+      'num_attention_heads': width // 32,
+      'num_key_value_heads': width // 32,
+      'max_position_embeddings': 128,
+      'tie_word_embeddings': True,
+      'rms_norm_eps': 1e-5,
+    }
+  )
 
 
 def pretrain():
   """Language modelling of the snippets, packed."""
   stage = base(sft_lib.config(), None)
   stage.model.init = llama(width=192, layers=3)
-  stage.data.update({'path': '$workdir/split/texts.jsonl', 'max_length': LENGTH,
-                     'held_out': 0.04})
+  stage.data.update({'path': '$workdir/split/texts.jsonl', 'max_length': LENGTH, 'held_out': 0.04})
   stage.batch_size, stage.data.epochs, stage.evals.held_out.every = 16, 5.0, 100
-  stage.optim.update({'learning_rate': 2e-3, 'schedule': 'cosine', 'warmup_steps': 20,
-                      'weight_decay': 0.1})
+  stage.optim.update(
+    {'learning_rate': 2e-3, 'schedule': 'cosine', 'warmup_steps': 20, 'weight_decay': 0.1}
+  )
   return stage
 
 
@@ -97,13 +131,30 @@ def reward_model():
   """Positive over negative. On so few texts a small model from scratch, tokens dropped, wins."""
   stage = base(reward_model_lib.config(), None)
   stage.model.init = llama(width=64, layers=1)
-  stage.data.update({'path': '$workdir/split/pairs.jsonl', 'max_length': LENGTH,
-                     'held_out_path': '$workdir/split/held_out.jsonl'})
+  stage.data.update(
+    {
+      'path': '$workdir/split/pairs.jsonl',
+      'max_length': LENGTH,
+      'held_out_path': '$workdir/split/held_out.jsonl',
+    }
+  )
   stage.batch_size, stage.data.epochs = 32, 1.25
-  stage.preference.update({'token_dropout': 0.5, 'normalize': 'gain_bias',
-                       'normalize_path': '$workdir/samples/samples.jsonl'})
-  stage.optim.update({'learning_rate': 5e-4, 'schedule': 'cosine', 'warmup_steps': 30,
-                      'b2': 0.98, 'weight_decay': 0.1})
+  stage.preference.update(
+    {
+      'token_dropout': 0.5,
+      'normalize': 'gain_bias',
+      'normalize_path': '$workdir/samples/samples.jsonl',
+    }
+  )
+  stage.optim.update(
+    {
+      'learning_rate': 5e-4,
+      'schedule': 'cosine',
+      'warmup_steps': 30,
+      'b2': 0.98,
+      'weight_decay': 0.1,
+    }
+  )
   return stage
 
 

@@ -18,8 +18,9 @@ def get_config(arg=None):
   config.seed = arg.seed
   config.data.update({'kind': 'completion', 'max_length': 512, 'epochs': 2.0, 'held_out': 0.05})
   config.batch_size = 32
-  config.optim.update({'learning_rate': 2e-5, 'schedule': 'cosine', 'warmup_steps': 10,
-                       'b2': 0.95, 'clip_norm': 1.0})
+  config.optim.update(
+    {'learning_rate': 2e-5, 'schedule': 'cosine', 'warmup_steps': 10, 'b2': 0.95, 'clip_norm': 1.0}
+  )
   config.evals.held_out.every, config.checkpoint_every = 100, 200
   if arg.debug:
     config.update({'steps': 2, 'batch_size': 8})

@@ -21,11 +21,19 @@ def get_config(arg=None):
   arg = c.parse_arg(arg, debug=False, seed=0, model='')
   c.need_argument(arg, 'model', 'a Hugging Face folder')
   config = ml_collections.ConfigDict({'seed': arg.seed, 'stages': ('prompts', 'ppo', 'evaluate')})
-  config.prompts = ml_collections.ConfigDict({
-      'function': 'rlhf_jax.tasks.stories:write', 'count': 512,
-      'texts': ('Once upon a time', 'One day', 'There was a little girl named Lily.',
-                'Tom and Sue were best friends.', 'It was a sunny day.'),
-  })
+  config.prompts = ml_collections.ConfigDict(
+    {
+      'function': 'rlhf_jax.tasks.stories:write',
+      'count': 512,
+      'texts': (
+        'Once upon a time',
+        'One day',
+        'There was a little girl named Lily.',
+        'Tom and Sue were best friends.',
+        'It was a sunny day.',
+      ),
+    }
+  )
   ppo = ppo_lib.config('trlx')
   ppo.seed = None
   ppo.model.path = arg.model
@@ -38,18 +46,28 @@ def get_config(arg=None):
   ppo.log_every = 5
   ppo.samples_every, ppo.checkpoint_every = 10, 20
   config.ppo = ppo
-  config.evaluate = ml_collections.ConfigDict({
+  config.evaluate = ml_collections.ConfigDict(
+    {
       'function': 'rlhf_jax.evaluation.policies:run',
       'title': 'Stories with direct speech',
       'summary': 'Gold here is the reward itself: the share of sentences that quote somebody.',
       'workdir': '$workdir',
       'policies': (('base', arg.model), ('ppo', '$workdir/ppo')),
-      'baseline': 'base', 'trained': 'ppo', 'best_of': 0, 'reward_model': '',
-      'comparisons': '', 'prompts': '$workdir/prompts/prompts.jsonl', 'samples': 512,
-      'max_new_tokens': 128, 'temperature': 1.0,
-      'gold': 'rlhf_jax.tasks.stories:direct_speech_of', 'gold_path': '',
-      'curves': ('ppo',), 'seed': None,
-  })
+      'baseline': 'base',
+      'trained': 'ppo',
+      'best_of': 0,
+      'reward_model': '',
+      'comparisons': '',
+      'prompts': '$workdir/prompts/prompts.jsonl',
+      'samples': 512,
+      'max_new_tokens': 128,
+      'temperature': 1.0,
+      'gold': 'rlhf_jax.tasks.stories:direct_speech_of',
+      'gold_path': '',
+      'curves': ('ppo',),
+      'seed': None,
+    }
+  )
   if arg.debug:
     ppo.update({'steps': 2, 'batch_size': 8})
     ppo.sampling.max_new_tokens = 16

@@ -31,12 +31,12 @@ def prepare(outputs, fixed, *, state, rollout, scores, settings):
   mask, extra = rollout.response_mask, state.extra
   found, _ = experience.begin(outputs, fixed, rollout, mask, behaviour=settings.behaviour)
   paid, moments = settings.rules.apply(scores, rollout, extra['reward_moments'])
-  metrics = experience.describe(found, rollout, scores, paid, outputs, extra['kl_coef'],
-                                settings.rules)
+  metrics = experience.describe(
+    found, rollout, scores, paid, outputs, extra['kl_coef'], settings.rules
+  )
   kl = jnp.sum(found.logprobs - found.ref_logprobs, axis=1)
   returns = paid - extra['kl_coef'] * kl
-  found = found.replace(
-      advantages=jnp.where(mask, (returns - jnp.mean(returns))[:, None], 0.0))
+  found = found.replace(advantages=jnp.where(mask, (returns - jnp.mean(returns))[:, None], 0.0))
   return found, extra | {'reward_moments': moments}, metrics
 
 
@@ -49,12 +49,12 @@ def loss(outputs, batch, counts):
 
 def objective(state, rollout, scores, *, settings):
   """What is this algorithm's own: how scores become advantages, and the loss."""
-  ready = functools.partial(
-      prepare, state=state, rollout=rollout, scores=scores, settings=settings)
+  ready = functools.partial(prepare, state=state, rollout=rollout, scores=scores, settings=settings)
   return update.Objective(ready, rollout.response_mask, loss)
 
 
 def create(config, mesh):
   """The learner that the loop runs."""
   return on_policy.create(
-      config, mesh, on_policy_config.Settings, functools.partial(on_policy.train_step, objective))
+    config, mesh, on_policy_config.Settings, functools.partial(on_policy.train_step, objective)
+  )

@@ -49,7 +49,9 @@ def git(root, *arguments):
   """
   done = subprocess.run(['git', '-C', str(root), *arguments], text=True, capture_output=True)
   if done.returncode:
-    raise Error(f'git {arguments[0]} failed in {root}, which must be a git checkout: {done.stderr.strip()}')
+    raise Error(
+      f'git {arguments[0]} failed in {root}, which must be a git checkout: {done.stderr.strip()}'
+    )
   return [part for part in done.stdout.strip('\n').split('\0') if part]
 
 
@@ -73,7 +75,9 @@ def pack(root, archive):
   others = git(root, 'ls-files', '-z', '--others', '--exclude-standard')
   sizes = {path: (root / path).lstat().st_size for path in others if is_file(root / path)}
   untracked, total = set(), 0
-  for path in sorted(sizes, key=lambda path: (sizes[path], path)):  # the smallest first: code before data
+  for path in sorted(
+    sizes, key=lambda path: (sizes[path], path)
+  ):  # the smallest first: code before data
     total += sizes[path]
     if total > MAX_UNTRACKED_BYTES:
       break
@@ -81,8 +85,10 @@ def pack(root, archive):
   files = sorted(tracked | untracked)
   digest = write(root, files, archive)
   megabytes = os.path.getsize(archive) / 1e6
-  summary = (f'commit {commit} with {len(changed)} changed and {len(untracked)} untracked files, '
-             f'{megabytes:.1f} MB')
+  summary = (
+    f'commit {commit} with {len(changed)} changed and {len(untracked)} untracked files, '
+    f'{megabytes:.1f} MB'
+  )
   left_out = {path: size for path, size in sizes.items() if path not in untracked}
   return Shipment(pathlib.Path(archive), files, left_out, digest, summary)
 
@@ -106,11 +112,15 @@ def write(root, files, archive):
   with tarfile.open(archive, 'w:gz') as tar:
     for path in files:
       entry = tar.gettarinfo(root / path, arcname=path)
-      entry.type, entry.linkname = (entry.type, entry.linkname) if entry.issym() else (tarfile.REGTYPE, '')
+      entry.type, entry.linkname = (
+        (entry.type, entry.linkname) if entry.issym() else (tarfile.REGTYPE, '')
+      )
       content = b'' if entry.issym() else (root / path).read_bytes()
       entry.size = len(content)
       tar.addfile(entry, io.BytesIO(content))
-      found.update(f'{path}\0{entry.linkname}\0{entry.mode & 0o100}\0{len(content)}\0'.encode() + content)
+      found.update(
+        f'{path}\0{entry.linkname}\0{entry.mode & 0o100}\0{len(content)}\0'.encode() + content
+      )
     names = '\0'.join(files).encode()
     entry = tarfile.TarInfo(LIST)
     entry.size = len(names)
@@ -128,5 +138,7 @@ def check_arguments(root, shipment, arguments):
     name = os.path.normpath(path)
     if name not in shipment.files and not name.startswith('..'):
       why = 'it is too large' if name in shipment.left_out else 'git ignores it'
-      raise Error(f'{argument}: {path} is not shipped to the TPU, as {why}: '
-                  f'`git add -f {path}`, or put it on SHARED')
+      raise Error(
+        f'{argument}: {path} is not shipped to the TPU, as {why}: '
+        f'`git add -f {path}`, or put it on SHARED'
+      )

@@ -15,17 +15,34 @@ import time
 # States of a node: https://cloud.google.com/tpu/docs/reference/rest/v2/projects.locations.nodes#State
 # COMING are waited for, STOPPED (a person did that; only hosts of their own can be) is started, LOST
 # is made again, and HIDDEN, UNKNOWN and what may come are for a person.
-COMING = ('CREATING', 'STARTING', 'RESTARTING', 'REIMAGING', 'REPAIRING', 'UNHIDING', 'STOPPING', 'DELETING')
+COMING = (
+  'CREATING',
+  'STARTING',
+  'RESTARTING',
+  'REIMAGING',
+  'REPAIRING',
+  'UNHIDING',
+  'STOPPING',
+  'DELETING',
+)
 LOST = ('PREEMPTED', 'TERMINATED')
 # States of a request: https://cloud.google.com/tpu/docs/queued-resources. FAILED and SUSPENDED are final.
 OVER = (None, 'FAILED', 'SUSPENDED')
 CALL_TRIES = 8  # of one call of gcloud
-LOST_POLLS = 20  # a node that is missing for as long (10 minutes) beside an ACTIVE request was deleted
+LOST_POLLS = (
+  20  # a node that is missing for as long (10 minutes) beside an ACTIVE request was deleted
+)
 NODE_POLLS = 240  # a node that stays in one of COMING for as long (2 hours) is for a person
 CALL_SECONDS, CHANGE_SECONDS = 120, 1800  # for a question, and for a creation or deletion
 MISSING = ('NOT_FOUND', 'was not found')
-PERMANENT = (*MISSING, 'PERMISSION_DENIED', 'UNAUTHENTICATED', 'INVALID_ARGUMENT', 'auth login',
-             'unrecognized arguments')
+PERMANENT = (
+  *MISSING,
+  'PERMISSION_DENIED',
+  'UNAUTHENTICATED',
+  'INVALID_ARGUMENT',
+  'auth login',
+  'unrecognized arguments',
+)
 NOT_SET_UP = 3
 
 # Ends what a run before has left behind, as that would keep the chips; first lets it save. Its
@@ -153,8 +170,9 @@ class Tpu:
       return None
     for attempt in range(1, tries + 1):
       try:
-        answer = subprocess.run(command, text=True, capture_output=True, timeout=seconds,
-                                stdin=subprocess.DEVNULL)
+        answer = subprocess.run(
+          command, text=True, capture_output=True, timeout=seconds, stdin=subprocess.DEVNULL
+        )
         error = ' '.join(answer.stderr.split())
         if answer.returncode == 0:
           return check(answer.stdout)
@@ -183,15 +201,24 @@ class Tpu:
 
   def queue_state(self, tries=CALL_TRIES):
     """The state of the request; None where there is none."""
-    return self.call('queued-resources', 'describe', self.name, tries=tries, accept=MISSING, check=state)
+    return self.call(
+      'queued-resources', 'describe', self.name, tries=tries, accept=MISSING, check=state
+    )
 
   def request(self):
     """Asks for the TPU; a request of this name that is there already keeps its place."""
     spot = ['--spot'] if self.spot else []
     self.asking = True
-    self.change('queued-resources', 'create', self.name, f'--node-id={self.name}',
-                f'--accelerator-type={self.accelerator}', f'--runtime-version={self.runtime}', *spot,
-                accept=('ALREADY_EXISTS', 'already exists'))
+    self.change(
+      'queued-resources',
+      'create',
+      self.name,
+      f'--node-id={self.name}',
+      f'--accelerator-type={self.accelerator}',
+      f'--runtime-version={self.runtime}',
+      *spot,
+      accept=('ALREADY_EXISTS', 'already exists'),
+    )
     self.asking = False
 
   def remove(self):
@@ -228,7 +255,9 @@ class Tpu:
     while True:
       node = self.node_state()
       queue = self.queue_state()
-      if node in LOST or node == 'READY' and queue != 'SUSPENDING':  # preemption is seen there first
+      if (
+        node in LOST or node == 'READY' and queue != 'SUSPENDING'
+      ):  # preemption is seen there first
         return node
       if (node is None and queue in OVER) or (node in COMING and queue in ('FAILED', 'SUSPENDED')):
         return queue or 'NONE'
@@ -253,8 +282,15 @@ class Tpu:
     Returns:
       The exit status: the first worker's that is not 0; 255 where ssh failed.
     """
-    return self.stream('tpu-vm', 'ssh', self.name, '--worker=all', '--ssh-flag=-o ServerAliveInterval=30',
-                       '--ssh-flag=-o ServerAliveCountMax=4', f'--command=set -e{text}')
+    return self.stream(
+      'tpu-vm',
+      'ssh',
+      self.name,
+      '--worker=all',
+      '--ssh-flag=-o ServerAliveInterval=30',
+      '--ssh-flag=-o ServerAliveCountMax=4',
+      f'--command=set -e{text}',
+    )
 
   def mount(self):
     """The shell text that mounts SHARED."""
@@ -271,7 +307,9 @@ class Tpu:
       Whether all workers are set up.
     """
     say(f'ships {shipment.summary}')
-    sent = self.stream('tpu-vm', 'scp', str(shipment.archive), f'{self.name}:rlhf_jax.tar.gz', '--worker=all')
+    sent = self.stream(
+      'tpu-vm', 'scp', str(shipment.archive), f'{self.name}:rlhf_jax.tar.gz', '--worker=all'
+    )
     return sent == 0 and self.on_workers(STOP + self.mount() + SETUP % shipment.digest) == 0
 
   def run(self, arguments):

@@ -65,14 +65,18 @@ def pack(folder, arguments=()):
   for argument in arguments:
     name, _, path = argument.partition('=')
     if name == '--workdir' and '://' not in path and not os.path.isabs(path):
-      say(f'{argument} is on the disks of the workers, and lost with them: '
-          f'mount SHARED, and give --workdir=/mnt/shared/{path}')
+      say(
+        f'{argument} is on the disks of the workers, and lost with them: '
+        f'mount SHARED, and give --workdir=/mnt/shared/{path}'
+      )
   if shipment.left_out:
     names = sorted(shipment.left_out, key=shipment.left_out.get, reverse=True)
     shown = ', '.join(f'{name} ({shipment.left_out[name] / 1e6:.1f} MB)' for name in names[:5])
     more = f' and {len(names) - 5} more' if len(names) > 5 else ''
     limit = shipping.MAX_UNTRACKED_BYTES / 1e6
-    say(f'does not ship {shown}{more}: untracked files above {limit:.0f} MB in all; put them on SHARED')
+    say(
+      f'does not ship {shown}{more}: untracked files above {limit:.0f} MB in all; put them on SHARED'
+    )
   return shipment
 
 
@@ -85,8 +89,10 @@ def create(tpu, folder):
     return
   now = tpu.settle()
   if now != 'READY':
-    raise Failure(f'the request for {tpu.name} is {now}: '
-                  f'`{shlex.join(tpu.command("queued-resources", "describe", tpu.name))}` says why')
+    raise Failure(
+      f'the request for {tpu.name} is {now}: '
+      f'`{shlex.join(tpu.command("queued-resources", "describe", tpu.name))}` says why'
+    )
 
 
 def setup(tpu, folder):
@@ -183,7 +189,9 @@ def resume(tpu, folder, *arguments):
     node, queue = tpu.node_state(), tpu.queue_state()
     there = node == 'READY' and queue not in ('SUSPENDING', 'SUSPENDED')
     if there and status not in RESUMABLE:
-      raise Failure(f'the run ended with status {status}, and {tpu.name} is READY: its own error stands above')
+      raise Failure(
+        f'the run ended with status {status}, and {tpu.name} is READY: its own error stands above'
+      )
     say(f'the run ended with status {status}, and {tpu.name} is {node or "gone"}: resumes')
     if time.monotonic() - started > LONG_RUN_POLLS * tpu.poll:
       tries = 0
@@ -203,15 +211,21 @@ def dry_resume(tpu, shipment, arguments):
 
 def report(tpu, interrupted):
   """Names what is left and bills, with the command that deletes it."""
-  delete_request = shlex.join(tpu.command('queued-resources', 'delete', tpu.name, '--force', '--quiet'))
+  delete_request = shlex.join(
+    tpu.command('queued-resources', 'delete', tpu.name, '--force', '--quiet')
+  )
   delete_node = shlex.join(tpu.command('tpu-vm', 'delete', tpu.name, '--quiet'))
   try:
     node, queue = tpu.node_state(tries=2), tpu.queue_state(tries=2)
   except (Failure, KeyboardInterrupt) as error:
-    say(f'cannot tell what is left of {tpu.name}, which may be there and bill: '
-        f'`launch/tpu_vm.sh delete`, or `{delete_request}`; {error}')
+    say(
+      f'cannot tell what is left of {tpu.name}, which may be there and bill: '
+      f'`launch/tpu_vm.sh delete`, or `{delete_request}`; {error}'
+    )
     return
-  ways = f'`launch/tpu_vm.sh delete`, or `{delete_node if queue is None and node else delete_request}`'
+  ways = (
+    f'`launch/tpu_vm.sh delete`, or `{delete_node if queue is None and node else delete_request}`'
+  )
   if node is None and queue is None:
     if tpu.asking:
       say(f'the request for {tpu.name} was cut short, and may still be granted and bill: {ways}')
@@ -236,8 +250,13 @@ def stop(number, frame):
 
 
 VERBS = {  # with the least and the largest number of their arguments
-    'create': (create, 0, 0), 'setup': (setup, 0, 0), 'delete': (delete, 0, 0), 'fetch': (fetch, 2, 2),
-    'run': (run, 1, 10**6), 'resume': (resume, 1, 10**6)}
+  'create': (create, 0, 0),
+  'setup': (setup, 0, 0),
+  'delete': (delete, 0, 0),
+  'fetch': (fetch, 2, 2),
+  'run': (run, 1, 10**6),
+  'resume': (resume, 1, 10**6),
+}
 
 
 def start(arguments):
@@ -252,7 +271,9 @@ def start(arguments):
   if not least <= len(rest) <= most:
     print(__doc__, file=sys.stderr)
     return 2
-  needed = ['TPU_NAME', 'ZONE'] + (['ACCELERATOR', 'RUNTIME'] if verb in ('create', 'resume') else [])
+  needed = ['TPU_NAME', 'ZONE'] + (
+    ['ACCELERATOR', 'RUNTIME'] if verb in ('create', 'resume') else []
+  )
   for name in needed:
     if not os.environ.get(name):
       say(f'set {name}; `launch/tpu_vm.sh` alone says what it is')

@@ -25,6 +25,7 @@ class Chip:
     torus: chips along a dimension from which on it closes to a ring.
     clock: cycles/s.
   """
+
   name: str
   flops: float
   memory: float
@@ -34,11 +35,14 @@ class Chip:
   clock: float
 
 
-CHIPS = {chip.name: chip for chip in (
+CHIPS = {
+  chip.name: chip
+  for chip in (
     Chip('v5e', 197e12, 15.75 * 2**30, 819e9, 50e9, 16, 1.5e9),
     Chip('v5p', 459e12, 95.74 * 2**30, 2765e9, 100e9, 4, 1.75e9),
     Chip('v6e', 918e12, 31.25 * 2**30, 1638e9, 100e9, 16, 1.75e9),
-)}
+  )
+}
 
 
 def of_topology(name):
@@ -56,8 +60,10 @@ def of_topology(name):
   except ValueError:
     extents = ()
   if kind not in CHIPS or not extents or min(extents) < 1:
-    raise UserError(f'--topology={name!r} has to be CHIP:AxB or CHIP:AxBxC, with a chip of {", ".join(CHIPS)}: '
-                    'v5e:16x16 (256 chips), v5p:4x4x4 (64, sold as v5p-128) or v6e:8x8')
+    raise UserError(
+      f'--topology={name!r} has to be CHIP:AxB or CHIP:AxBxC, with a chip of {", ".join(CHIPS)}: '
+      'v5e:16x16 (256 chips), v5p:4x4x4 (64, sold as v5p-128) or v6e:8x8'
+    )
   return CHIPS[kind], extents
 
 

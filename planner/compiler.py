@@ -25,7 +25,11 @@ from rlhf_jax import errors
 TOO_LARGE = re.compile(r'([\d.]+)([KMG])\)? (?:exceeds available HBM|of [\d.]+[KMG] hbm)')
 UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30}
 # libtpu would ask the cloud what machine it is on.
-ENVIRONMENT = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_MIN_LOG_LEVEL': '3'}
+ENVIRONMENT = {
+  'TPU_SKIP_MDS_QUERY': '1',
+  'TPU_WORKER_HOSTNAMES': 'localhost',
+  'TPU_MIN_LOG_LEVEL': '3',
+}
 
 
 class Compiled(NamedTuple):
@@ -40,6 +44,7 @@ class Compiled(NamedTuple):
     seconds: that the compiler took.
     needed: 0; or the temporaries of a program that does not fit the memory, of which nothing else is known.
   """
+
   temporaries: float
   results: float
   cycles: float
@@ -60,16 +65,23 @@ def devices(topology):
   try:
     version = importlib.metadata.version('libtpu')
   except importlib.metadata.PackageNotFoundError:
-    raise errors.UserError('planner needs the TPU compiler, in the package libtpu, which works without a TPU: '
-                           "pip install -e '.[plan]'. Elsewhere keep it out: JAX would look for a TPU first.") from None
+    raise errors.UserError(
+      'planner needs the TPU compiler, in the package libtpu, which works without a TPU: '
+      "pip install -e '.[plan]'. Elsewhere keep it out: JAX would look for a TPU first."
+    ) from None
   try:
     with quiet():
       return topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
   except Exception as error:  # whatever libtpu raises
     text = ' '.join(str(error).split())
-    remedy = ('only one process at a time can load libtpu: wait for the other, or set ALLOW_MULTIPLE_LIBTPU_LOAD=1'
-              if 'lock' in text.lower() or 'in use' in text else 'choose another --topology, such as v5e:4x4')
-    raise errors.UserError(f'libtpu {version} gives no topology {topology!r} ({text[:300]}): {remedy}') from error
+    remedy = (
+      'only one process at a time can load libtpu: wait for the other, or set ALLOW_MULTIPLE_LIBTPU_LOAD=1'
+      if 'lock' in text.lower() or 'in use' in text
+      else 'choose another --topology, such as v5e:4x4'
+    )
+    raise errors.UserError(
+      f'libtpu {version} gives no topology {topology!r} ({text[:300]}): {remedy}'
+    ) from error
 
 
 @contextlib.contextmanager
@@ -102,8 +114,16 @@ def compile(function, arguments, mesh, *, effort, folder):
   with jax.set_mesh(mesh):
     lowered = function.lower(*arguments)
     device = mesh.devices.flat[0]
-    key = '\n'.join([lowered.as_text(), device.device_kind, str([d.id for d in mesh.devices.flat]), str(effort),
-                     jax.__version__, importlib.metadata.version('libtpu')])
+    key = '\n'.join(
+      [
+        lowered.as_text(),
+        device.device_kind,
+        str([d.id for d in mesh.devices.flat]),
+        str(effort),
+        jax.__version__,
+        importlib.metadata.version('libtpu'),
+      ]
+    )
     path = pathlib.Path(folder) / f'{hashlib.sha256(key.encode()).hexdigest()[:32]}.json'
     if path.exists():
       return Compiled(**json.loads(path.read_text()))
@@ -131,8 +151,17 @@ def read(compiled, seconds):
   memory = compiled.memory_analysis()
   totals = hlo.totals(compiled.as_text())
   if totals.unbounded:
-    logging.warning('%d loops have no known number of rounds and are counted once', totals.unbounded)
-  sent = [[kind, size, amount, totals.rounds[kind, size]] for (kind, size), amount in totals.sent.items()]
+    logging.warning(
+      '%d loops have no known number of rounds and are counted once', totals.unbounded
+    )
+  sent = [
+    [kind, size, amount, totals.rounds[kind, size]] for (kind, size), amount in totals.sent.items()
+  ]
   return Compiled(
-      memory.temp_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes, totals.cycles,
-      sorted(sent, key=lambda row: -row[2]), totals.unbounded, seconds)
+    memory.temp_size_in_bytes,
+    memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    totals.cycles,
+    sorted(sent, key=lambda row: -row[2]),
+    totals.unbounded,
+    seconds,
+  )

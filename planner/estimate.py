@@ -20,6 +20,7 @@ HOP = 1e-6
 
 class Time(NamedTuple):
   """Seconds that a program takes at least: for operations, memory, interconnect; and the compiler's, 0 for none."""
+
   flops: float
   memory: float
   interconnect: float
@@ -43,6 +44,7 @@ class Time(NamedTuple):
 
 class Traffic(NamedTuple):
   """What a chip moves in a program: bytes of memory; [(mesh axis, bytes sent, collectives)]; bytes it holds at most."""
+
   memory: float
   sent: list
   held: float
@@ -62,11 +64,15 @@ def bandwidths(mesh, chip, extents):
   Returns:
     {axis: bytes/s} and {chips: bytes/s}.
   """
-  coords = np.array([device.coords for device in mesh.devices.flat]).reshape(*mesh.devices.shape, -1)
+  coords = np.array([device.coords for device in mesh.devices.flat]).reshape(
+    *mesh.devices.shape, -1
+  )
   by_axis, by_size = {}, {}
   names = mesh.axis_names
   for axes in [(i,) for i in range(3)] + [(0, 1), (1, 2), (0, 2), (0, 1, 2)]:
-    line = coords[tuple(slice(None) if i in axes else 0 for i in range(3))].reshape(-1, coords.shape[-1])
+    line = coords[tuple(slice(None) if i in axes else 0 for i in range(3))].reshape(
+      -1, coords.shape[-1]
+    )
     links = 0
     for dimension in range(line.shape[1]):
       span = len(set(line[:, dimension]))
@@ -93,12 +99,19 @@ def time_of(compiled, flops, traffic, *, chips, chip, by_size):
     by_size: see `bandwidths`.
   """
   sending = sum(amount / by_size.get(size, chip.link) for _, size, amount, _ in compiled.sent)
-  return Time(flops / chips / chip.flops, traffic.memory / chip.bandwidth, sending, compiled.cycles / chip.clock)
+  return Time(
+    flops / chips / chip.flops,
+    traffic.memory / chip.bandwidth,
+    sending,
+    compiled.cycles / chip.clock,
+  )
 
 
 def time_before(flops, traffic, *, chips, chip, by_axis):
   """Time of a program that is not compiled yet, from its estimated Traffic; arguments as for `time_of`."""
-  sending = sum(amount / by_axis[axis] + rounds * hops * HOP for axis, amount, rounds, hops in traffic.sent)
+  sending = sum(
+    amount / by_axis[axis] + rounds * hops * HOP for axis, amount, rounds, hops in traffic.sent
+  )
   return Time(flops / chips / chip.flops, traffic.memory / chip.bandwidth, sending)
 
 
@@ -120,6 +133,7 @@ class Shape(NamedTuple):
     splash: whether a kernel keeps the scores of attention to itself.
     itemsize: bytes of a number in the computation.
   """
+
   weights: float
   trained: float
   state: float
@@ -164,16 +178,31 @@ def scoring(s):
 
 def update(s):
   """Traffic of a train step: policy, critic and reference forward, then both trained ones forth and back."""
-  first = _passes(s, rows=s.microbatch, forward=s.models + 1, backward=0, recompute=0, count=s.rows // s.microbatch)
+  first = _passes(
+    s,
+    rows=s.microbatch,
+    forward=s.models + 1,
+    backward=0,
+    recompute=0,
+    count=s.rows // s.microbatch,
+  )
   count = s.epochs * s.rows // s.microbatch
-  then = _passes(s, rows=s.microbatch, forward=s.models, backward=s.models,
-                 recompute=s.models if s.remat == 'block' else 0, count=count)
+  then = _passes(
+    s,
+    rows=s.microbatch,
+    forward=s.models,
+    backward=s.models,
+    recompute=s.models if s.remat == 'block' else 0,
+    count=count,
+  )
   grads = s.trained / s.tensor
   sent = first.sent + then.sent
   if s.fsdp > 1:
     sent.append(('fsdp', count * grads * (s.fsdp - 1) / s.fsdp, count * s.layers, s.fsdp // 2))
   if s.data > 1:
-    sent.append(('data', 2 * count * grads / s.fsdp * (s.data - 1) / s.data, count * s.layers, s.data // 2))
+    sent.append(
+      ('data', 2 * count * grads / s.fsdp * (s.data - 1) / s.data, count * s.layers, s.data // 2)
+    )
   memory = first.memory + then.memory + 2 * s.state * s.epochs * s.rows // s.minibatch
   return Traffic(memory, sent, max(first.held, then.held))
 
@@ -207,14 +236,20 @@ def _passes(s, *, rows, forward, backward, recompute, count):
   held = s.weights / s.tensor
   both = forward + backward + recompute
   sent = _gathers(s, both * count) + _reductions(s, tokens * count, 2 * both, both * count)
-  token = (10 * s.width + 4 * s.inner / s.tensor) * s.itemsize  # what a layer writes and reads of each token
+  token = (
+    10 * s.width + 4 * s.inner / s.tensor
+  ) * s.itemsize  # what a layer writes and reads of each token
   scores = _scores(s, local, length)
   layer = tokens * token + 4 * scores
   weights = (forward + recompute + 2 * backward) * held * (2 if s.fsdp > 1 else 1)
   memory = count * (weights + (forward + recompute + 2 * backward) * s.layers * layer)
-  kept = {'block': tokens * s.width * s.itemsize,
-          'dots': tokens * (5 * s.width + 3 * s.inner / s.tensor) * s.itemsize,
-          'none': tokens * (10 * s.width + 5 * s.inner / s.tensor) * s.itemsize + 2.5 * scores}[s.remat]
+  kept = {
+    'block': tokens * s.width * s.itemsize,
+    'dots': tokens * (5 * s.width + 3 * s.inner / s.tensor) * s.itemsize,
+    'none': tokens * (10 * s.width + 5 * s.inner / s.tensor) * s.itemsize + 2.5 * scores,
+  }[s.remat]
   logits = 3 * 2048 * s.vocab * 4 / s.tensor
-  most = layer + scores + 2 * held / s.layers + logits + (s.models * s.layers * kept if backward else 0)
+  most = (
+    layer + scores + 2 * held / s.layers + logits + (s.models * s.layers * kept if backward else 0)
+  )
   return Traffic(memory, sent, most)

@@ -19,6 +19,7 @@ class Count(NamedTuple):
       operations are not counted.
     unbounded: loops whose number of rounds is unknown, counted as one round.
   """
+
   flops: float
   unbounded: int
 
@@ -48,7 +49,9 @@ def _walk(jaxpr, arguments):
     values = [read(atom) for atom in equation.invars]
     found, outputs = _equation(equation, values)
     flops, unbounded = flops + found.flops, unbounded + found.unbounded
-    known |= {variable: value for variable, value in zip(equation.outvars, outputs) if value is not None}
+    known |= {
+      variable: value for variable, value in zip(equation.outvars, outputs) if value is not None
+    }
   return Count(flops, unbounded), [read(atom) for atom in jaxpr.outvars]
 
 
@@ -78,7 +81,7 @@ def _equation(equation, values):
     jaxpr = getattr(inner[0], 'jaxpr', inner[0])
     split = params['newly_manual_axes'] if name == 'shard_map' else ()
     devices = math.prod(params['mesh'].shape[axis] for axis in split)
-    count, outputs = _walk(jaxpr, values[-len(jaxpr.invars):] if jaxpr.invars else [])
+    count, outputs = _walk(jaxpr, values[-len(jaxpr.invars) :] if jaxpr.invars else [])
     return Count(count.flops * devices, count.unbounded), outputs
   return Count(0.0, 0), _scalar(name, equation, values)
 
@@ -87,8 +90,13 @@ def _dot(equation):
   """2 m n k of every matrix of a batch."""
   left, right = (variable.aval.shape for variable in equation.invars)
   (contracted, _), (batched, _) = equation.params['dimension_numbers']
-  return 2.0 * np.prod(left, dtype=float) * np.prod(right, dtype=float) / np.prod(
-      [left[axis] for axis in contracted], dtype=float) / np.prod([left[axis] for axis in batched], dtype=float)
+  return (
+    2.0
+    * np.prod(left, dtype=float)
+    * np.prod(right, dtype=float)
+    / np.prod([left[axis] for axis in contracted], dtype=float)
+    / np.prod([left[axis] for axis in batched], dtype=float)
+  )
 
 
 def _convolution(equation):
@@ -102,7 +110,7 @@ def _while(equation, values):
   """Rounds of a loop times its body; and the counter after it."""
   params = equation.params
   cond_consts, body_consts = params['cond_nconsts'], params['body_nconsts']
-  carry = values[cond_consts + body_consts:]
+  carry = values[cond_consts + body_consts :]
   body = params['body_jaxpr'].jaxpr
   counter, bound = _bound(params['cond_jaxpr'].jaxpr, values[:cond_consts] + [None] * len(carry))
   outputs = [None] * len(carry)
@@ -114,7 +122,7 @@ def _while(equation, values):
       rounds = max(-(-(bound - carry[index]) // step), 0)
       outputs[index] = carry[index] + rounds * step
   # What a round starts from differs from round to round, but for the constants.
-  count, _ = _walk(body, values[cond_consts:cond_consts + body_consts] + [None] * len(carry))
+  count, _ = _walk(body, values[cond_consts : cond_consts + body_consts] + [None] * len(carry))
   if rounds is None:
     return Count(count.flops, count.unbounded + 1), outputs
   return Count(count.flops * rounds, count.unbounded * rounds), outputs
@@ -139,7 +147,9 @@ def _step(body, before, after):
   for equation in body.eqns:
     if after in equation.outvars and equation.primitive.name == 'add':
       steps = [_integer(atom.val) for atom in equation.invars if isinstance(atom, core.Literal)]
-      if before in [atom for atom in equation.invars if not isinstance(atom, core.Literal)] and steps:
+      if (
+        before in [atom for atom in equation.invars if not isinstance(atom, core.Literal)] and steps
+      ):
         return steps[0]
   return None
 
@@ -148,8 +158,15 @@ def _scalar(name, equation, values):
   """The outputs of arithmetic on known integers."""
   outputs = [None] * len(equation.outvars)
   if len(outputs) == 1 and None not in values and not equation.outvars[0].aval.shape:
-    rule = {'add': lambda a, b: a + b, 'sub': lambda a, b: a - b, 'mul': lambda a, b: a * b, 'max': max, 'min': min,
-            'convert_element_type': lambda a: a, 'copy': lambda a: a}.get(name)
+    rule = {
+      'add': lambda a, b: a + b,
+      'sub': lambda a, b: a - b,
+      'mul': lambda a, b: a * b,
+      'max': max,
+      'min': min,
+      'convert_element_type': lambda a: a,
+      'copy': lambda a: a,
+    }.get(name)
     if rule is not None:
       outputs[0] = rule(*values)
   return outputs
@@ -157,6 +174,10 @@ def _scalar(name, equation, values):
 
 def _integer(value):
   """A whole number of a literal, or None."""
-  if isinstance(value, (bool, np.bool_)) or np.ndim(value) or not np.issubdtype(np.asarray(value).dtype, np.integer):
+  if (
+    isinstance(value, (bool, np.bool_))
+    or np.ndim(value)
+    or not np.issubdtype(np.asarray(value).dtype, np.integer)
+  ):
     return None
   return int(value)

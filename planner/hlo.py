@@ -9,16 +9,32 @@ import math
 import re
 from typing import NamedTuple
 
-BYTES = {'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4,
-         's64': 8, 'u64': 8, 'f64': 8}
+BYTES = {
+  'pred': 1,
+  's8': 1,
+  'u8': 1,
+  's16': 2,
+  'u16': 2,
+  'bf16': 2,
+  'f16': 2,
+  's32': 4,
+  'u32': 4,
+  'f32': 4,
+  's64': 8,
+  'u64': 8,
+  'f64': 8,
+}
 COLLECTIVES = ('all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'collective-permute')
 _HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
 _ARRAY = re.compile(r'\b([a-z]+\d*)\[([\d,]*)\]')
-_CALLED = re.compile(r'\b(?:calls|to_apply|body|condition|branch_computations)=(\{[^}]*\}|%[\w.\-]+)')
+_CALLED = re.compile(
+  r'\b(?:calls|to_apply|body|condition|branch_computations)=(\{[^}]*\}|%[\w.\-]+)'
+)
 
 
 class Instruction(NamedTuple):
   """One line of a computation: its name, the text of its type, opcode, operands' names, and all the rest."""
+
   name: str
   type: str
   opcode: str
@@ -35,6 +51,7 @@ class Totals(NamedTuple):
     rounds: collectives run, by the same keys.
     unbounded: loops whose number of rounds was not found, counted as one.
   """
+
   cycles: float
   sent: dict
   rounds: dict
@@ -93,10 +110,12 @@ def instruction_of(line):
   kind, right = right[:end], right[end:].lstrip()
   start = right.index('(')
   close = _closing(right, start)
-  opcode, inside, rest = right[:start], right[start:close + 1], right[close + 1:]
+  opcode, inside, rest = right[:start], right[start : close + 1], right[close + 1 :]
   if opcode == 'constant':
     rest += f' literal={inside}'
-  return Instruction(name.lstrip('%'), kind, opcode, tuple(re.findall(r'%([\w.\-]+)', inside)), rest)
+  return Instruction(
+    name.lstrip('%'), kind, opcode, tuple(re.findall(r'%([\w.\-]+)', inside)), rest
+  )
 
 
 def _closing(text, start):
@@ -118,7 +137,9 @@ def _flow(instruction):
 
 def _called(instruction):
   """The names of all computations that an instruction refers to."""
-  return [name for names in _CALLED.findall(instruction.rest) for name in re.findall(r'[\w.\-]+', names)]
+  return [
+    name for names in _CALLED.findall(instruction.rest) for name in re.findall(r'[\w.\-]+', names)
+  ]
 
 
 def _by_depth(computations, entry):
@@ -197,14 +218,19 @@ def _collectives(instruction, computations):
   names = _called(instruction)
   inside = [part for name in names for part in computations.get(name, ())]
   # A fusion that goes on with a collective of another holds it too, without the mark of a start.
-  starts = (instruction.opcode == 'async-start' or any('all-reduce-scatter' in name for name in names)
-            or any('"AsyncCollectiveStart"' in part.rest for part in inside))
+  starts = (
+    instruction.opcode == 'async-start'
+    or any('all-reduce-scatter' in name for name in names)
+    or any('"AsyncCollectiveStart"' in part.rest for part in inside)
+  )
   return [(part, _channel(part)) for part in inside if _kind(part.opcode)] if starts else []
 
 
 def _kind(opcode):
   """The name of a collective without '-start', or None."""
-  return next((kind for kind in COLLECTIVES if opcode in (kind, f'{kind}-start', f'{kind}-done')), None)
+  return next(
+    (kind for kind in COLLECTIVES if opcode in (kind, f'{kind}-start', f'{kind}-done')), None
+  )
 
 
 def _channel(instruction):
@@ -229,23 +255,32 @@ def traffic(collective, *, scattered=False):
   size = group_size(collective.rest)
   shapes = _ARRAY.findall(collective.type)
   if collective.opcode == 'all-gather-start':
-    shapes = shapes[len(shapes) // 2:]  # operands and results
+    shapes = shapes[len(shapes) // 2 :]  # operands and results
   elif collective.opcode == 'collective-permute-start':
     shapes = shapes[1:2]  # operand, result and two handles
-  whole = sum(BYTES.get(kind_, 4) * math.prod(int(n) for n in dims.split(',') if n) for kind_, dims in shapes)
+  whole = sum(
+    BYTES.get(kind_, 4) * math.prod(int(n) for n in dims.split(',') if n) for kind_, dims in shapes
+  )
   if kind == 'all-reduce' and scattered:
     kind = 'reduce-scatter'
     return kind, size, whole * (size - 1) / size
   if kind == 'collective-permute':
     return kind, 2, float(whole)
   share = (size - 1) / size
-  factor = {'all-gather': share, 'all-to-all': share, 'all-reduce': 2 * share, 'reduce-scatter': size - 1}[kind]
+  factor = {
+    'all-gather': share,
+    'all-to-all': share,
+    'all-reduce': 2 * share,
+    'reduce-scatter': size - 1,
+  }[kind]
   return kind, size, whole * factor
 
 
 def group_size(rest):
   """Chips of a group, from any of the forms of `replica_groups`."""
-  mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*(?:\{\}|device_ids=[^{]*)?\{([^}]*)\}", rest)
+  mesh = re.search(
+    r'replica_groups=mesh\[([^\]]*)\][^{]*(?:\{\}|device_ids=[^{]*)?\{([^}]*)\}', rest
+  )
   if mesh:
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh.group(1)))
     parts = re.findall(r"'([^':]+)'(?::\(\d+\)(\d+))?", mesh.group(2))

@@ -9,14 +9,14 @@ from rlhf_jax import sharding
 
 # What an array is by its path in `Programs.arrays`; the first pattern found counts.
 KINDS = (
-    (r'^state/opt_state/.*\bmaster/', 'master weights'),
-    (r'^state/opt_state/.*\bema/', 'moving average'),
-    (r'^state/opt_state/', 'moments'),
-    (r'^state/params/policy/|^frozen/shared/', 'policy'),
-    (r'^state/params/critic/', 'critic'),
-    (r'^frozen/reference/', 'reference'),
-    (r'^scored/', 'reward model'),
-    (r'', 'scalars'),
+  (r'^state/opt_state/.*\bmaster/', 'master weights'),
+  (r'^state/opt_state/.*\bema/', 'moving average'),
+  (r'^state/opt_state/', 'moments'),
+  (r'^state/params/policy/|^frozen/shared/', 'policy'),
+  (r'^state/params/critic/', 'critic'),
+  (r'^frozen/reference/', 'reference'),
+  (r'^scored/', 'reward model'),
+  (r'', 'scalars'),
 )
 
 
@@ -45,7 +45,10 @@ def cache(config, model, mesh):
   shards = mesh.shape['data'] * mesh.shape['fsdp']
   if model.config.kv_heads % mesh.shape['tensor'] == 0:
     shards *= mesh.shape['tensor']
-  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((shapes['k'], shapes['v']))) / shards
+  return (
+    sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((shapes['k'], shapes['v'])))
+    / shards
+  )
 
 
 def gradients(config, arrays):

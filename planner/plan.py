@@ -51,7 +51,7 @@ class Planner:
     by_axis, _ = self.bandwidths(tuple(config.mesh[axis] for axis in sharding.AXES))
     return search.estimated(config, made, work, chip=self.chip, chips=self.chips, by_axis=by_axis)
 
-  @functools.lru_cache(maxsize=None)
+  @functools.cache  # noqa: B019
   def bandwidths(self, sizes):
     """See estimate.bandwidths."""
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)), devices=self.devices)
@@ -77,9 +77,14 @@ class Planner:
       found.compiled[name] = compiled
       found.extra[name] = compiled.needed or compiled.temporaries + compiled.results
       found.times[name] = estimate.time_of(
-          # Of code that the compiler took little trouble with, its cycles say nothing about a run.
-          compiled._replace(cycles=compiled.cycles if self.effort >= 0 else 0.0), work[name],
-          search.ESTIMATES[name](traffic), chips=self.chips, chip=self.chip, by_size=by_size)
+        # Of code that the compiler took little trouble with, its cycles say nothing about a run.
+        compiled._replace(cycles=compiled.cycles if self.effort >= 0 else 0.0),
+        work[name],
+        search.ESTIMATES[name](traffic),
+        chips=self.chips,
+        chip=self.chip,
+        by_size=by_size,
+      )
       if not found.fits:
         break
     return found, work
@@ -99,21 +104,35 @@ def plan(planner, config):
 
 
 def _confirmed(planner, config):
-  with rich.progress.Progress(rich.progress.SpinnerColumn(), '{task.description}', rich.progress.TimeElapsedColumn(),
-                              transient=True) as bar:
+  with rich.progress.Progress(
+    rich.progress.SpinnerColumn(),
+    '{task.description}',
+    rich.progress.TimeElapsedColumn(),
+    transient=True,
+  ) as bar:
     task = bar.add_task('', total=None)
-    return planner.confirm(config, lambda name: bar.update(task, description=f'compiling the {name}'))
+    return planner.confirm(
+      config, lambda name: bar.update(task, description=f'compiling the {name}')
+    )
 
 
 def tables_of(planner, found, work):
   """All tables of one Candidate."""
   made_on = planner.mesh(found.config)
   made = programs.make(found.config, made_on)
-  first = report.memory_table(found, memory.cache(found.config, made.model, made_on),
-                              memory.gradients(found.config, made.arrays), planner.chip)
+  first = report.memory_table(
+    found,
+    memory.cache(found.config, made.model, made_on),
+    memory.gradients(found.config, made.arrays),
+    planner.chip,
+  )
   if len(found.times) < len(made.calls):
     return [first]
-  return [first, report.programs_table(found, work, planner.chip, planner.chips), report.collectives_table(found)]
+  return [
+    first,
+    report.programs_table(found, work, planner.chip, planner.chips),
+    report.collectives_table(found),
+  ]
 
 
 def find(planner, config, confirm):
@@ -127,26 +146,41 @@ def find(planner, config, confirm):
   Raises:
     UserError: nothing fits.
   """
-  found = [planner.estimate(varied) for varied in rich.progress.track(
-      list(search.variants(config, planner.chips)), 'estimating', transient=True)]
+  found = [
+    planner.estimate(varied)
+    for varied in rich.progress.track(
+      list(search.variants(config, planner.chips)), 'estimating', transient=True
+    )
+  ]
   found = search.ranked([candidate for candidate in found if candidate is not None])
   if not found or not found[0].fits:
-    raise errors.UserError(f'no mesh of {planner.chips} chips fits this config into '
-                           f'{report.size(planner.chip.memory)} GiB a chip: take more chips, a smaller batch_size, '
-                           'or adapters')
+    raise errors.UserError(
+      f'no mesh of {planner.chips} chips fits this config into '
+      f'{report.size(planner.chip.memory)} GiB a chip: take more chips, a smaller batch_size, '
+      'or adapters'
+    )
   best, asked = [], []
   for candidate in found:
     if len(best) == confirm or not candidate.fits:
       break
-    print(f'{candidate.name}: {report.seconds(candidate.seconds)} s an iteration from its shapes', flush=True)
+    print(
+      f'{candidate.name}: {report.seconds(candidate.seconds)} s an iteration from its shapes',
+      flush=True,
+    )
     confirmed, work = _confirmed(planner, candidate.config)
     asked.append(confirmed)
     if confirmed.fits:
       best.append((confirmed, work))
   if not best:
-    raise errors.UserError('what seemed to fit does not, says the compiler: take more chips or a smaller batch_size')
+    raise errors.UserError(
+      'what seemed to fit does not, says the compiler: take more chips or a smaller batch_size'
+    )
   chosen, work = min(best, key=lambda pair: pair[0].seconds)
-  asked = search.ranked([candidate for candidate in asked if len(candidate.times) == len(chosen.times)])
-  tables = [report.candidates_table(found[:10], f'the fastest of {len(found)}, from their shapes'),
-            report.candidates_table(asked, 'compiled')]
+  asked = search.ranked(
+    [candidate for candidate in asked if len(candidate.times) == len(chosen.times)]
+  )
+  tables = [
+    report.candidates_table(found[:10], f'the fastest of {len(found)}, from their shapes'),
+    report.candidates_table(asked, 'compiled'),
+  ]
   return chosen, tables + tables_of(planner, chosen, work)

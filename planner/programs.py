@@ -29,7 +29,10 @@ from rlhf_jax.rewards import scoring
 from rlhf_jax.rollout import sampler
 
 # What is no parameter and no moment: a few numbers, on every chip.
-SMALL = tuple((rf'^state/{name}$', PartitionSpec()) for name in ('step', 'key', 'extra/kl_coef', 'extra/reward_moments'))
+SMALL = tuple(
+  (rf'^state/{name}$', PartitionSpec())
+  for name in ('step', 'key', 'extra/kl_coef', 'extra/reward_moments')
+)
 STEPS = 1000  # of the learning rate's schedule; no shape depends on it
 
 
@@ -42,6 +45,7 @@ class Programs(NamedTuple):
       model, {} where a function pays the reward}: all that stays on the chips.
     calls: {'rollout', 'scoring', 'update': (jitted function, its arguments)}.
   """
+
   model: Any
   arrays: dict
   calls: dict
@@ -63,14 +67,29 @@ def make(config, mesh):
   def start(params):
     scored = {}
     if config.reward.model:
-      scored = {'backbone': {name: tree for name, tree in params.items() if name != 'unembed'},
-                'head': jax.tree.map(lambda x: x.astype(config.model.param_dtype),
-                                     heads.init_scalar(None, base.width, scale='zero'))}
+      scored = {
+        'backbone': {name: tree for name, tree in params.items() if name != 'unembed'},
+        'head': jax.tree.map(
+          lambda x: x.astype(config.model.param_dtype),
+          heads.init_scalar(None, base.width, scale='zero'),
+        ),
+      }
     wired = wiring.wire(
-        config, mesh, (base, params), reference=params if config.reference else True,
-        critic=(base, scored) if scored else None, steps=STEPS)
-    state = setup.new_state(config.seed, wired.params, wired.optimizers, mesh, wired.models.policy.rules,
-                            extra=wiring.first_extra(settings))
+      config,
+      mesh,
+      (base, params),
+      reference=params if config.reference else True,
+      critic=(base, scored) if scored else None,
+      steps=STEPS,
+    )
+    state = setup.new_state(
+      config.seed,
+      wired.params,
+      wired.optimizers,
+      mesh,
+      wired.models.policy.rules,
+      extra=wiring.first_extra(settings),
+    )
     found.append(wired._replace(params=None, frozen=None))
     return {'state': state, 'frozen': wired.frozen, 'scored': scored}
 
@@ -78,63 +97,97 @@ def make(config, mesh):
   # Every response is taken to be of full length.
   settings = dataclasses.replace(algorithm.Settings.of(config, (0,)), length_buckets=1)
   base = models.create(config.model.init.to_dict(), **setup.model_settings(config.model))
-  params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, config.model.param_dtype), base.shapes())
+  params = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, config.model.param_dtype), base.shapes()
+  )
   with jax.set_mesh(mesh):
     arrays = jax.eval_shape(start, params)
-  wired, = found
+  (wired,) = found
   arrays = place(arrays, sharding.shardings(arrays, SMALL + wired.models.policy.rules, mesh))
-  step = setup.jit_step(functools.partial(
-      algorithm.train_step, models=wired.models, optimizers=wired.optimizers, settings=settings),
-      arrays['state'])
+  step = setup.jit_step(
+    functools.partial(
+      algorithm.train_step, models=wired.models, optimizers=wired.optimizers, settings=settings
+    ),
+    arrays['state'],
+  )
   return Programs(wired.models.policy, arrays, calls(config, mesh, wired.models, step, arrays))
 
 
 def check(config):
   """Raises UserError where a config cannot be planned."""
   if config.get('algorithm') != 'ppo':
-    raise errors.UserError('planner plans single runs of PPO; this config has '
-                           f'algorithm={config.get("algorithm")!r}')
+    raise errors.UserError(
+      f'planner plans single runs of PPO; this config has algorithm={config.get("algorithm")!r}'
+    )
   if not config.model.init:
-    raise errors.UserError('config.model.init is empty: planner reads no folder; give it the fields of '
-                           'config.json')
+    raise errors.UserError(
+      'config.model.init is empty: planner reads no folder; give it the fields of config.json'
+    )
   if config.reward.models or config.reward.parts:
-    raise errors.UserError('config.reward.models and config.reward.parts: planner plans a single '
-                           'reward model or function; leave them empty')
+    raise errors.UserError(
+      'config.reward.models and config.reward.parts: planner plans a single '
+      'reward model or function; leave them empty'
+    )
   if config.model.lora.path or config.critic.path:
-    raise errors.UserError('config.model.lora.path and config.critic.path: planner reads no folder; leave '
-                           'them empty')
+    raise errors.UserError(
+      'config.model.lora.path and config.critic.path: planner reads no folder; leave them empty'
+    )
 
 
 def calls(config, mesh, handles, step, arrays):
   """The jitted programs of an iteration with their arguments; see Programs."""
   rows = sharding.batch_sharding(mesh)
   array = lambda *shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
-  batch, prompt, slots = config.batch_size, config.data.max_prompt_length, config.sampling.max_new_tokens
+  batch, prompt, slots = (
+    config.batch_size,
+    config.data.max_prompt_length,
+    config.sampling.max_new_tokens,
+  )
   length = prompt + slots
   state, frozen, scored = arrays['state'], arrays['frozen'], arrays['scored']
   asked = batch // config.sampling.samples
   prompts = types.Prompts(array(asked, prompt, dtype=jnp.int32), array(asked, prompt, dtype=bool))
   rollout = types.Rollout(
-      array(batch, length, dtype=jnp.int32), array(batch, length, dtype=bool), array(batch, slots, dtype=bool),
-      array(batch, slots, dtype=jnp.float32))
-  tokenizer = python_types.SimpleNamespace(eos_token_id=0, pad_token_id=0)  # which ids makes no difference
+    array(batch, length, dtype=jnp.int32),
+    array(batch, length, dtype=bool),
+    array(batch, slots, dtype=bool),
+    array(batch, slots, dtype=jnp.float32),
+  )
+  tokenizer = python_types.SimpleNamespace(
+    eos_token_id=0, pad_token_id=0
+  )  # which ids makes no difference
   sampling = on_policy_config.make_sampling(config, tokenizer)
-  generate = sampler.make(handles.policy, sampling, samples=config.sampling.samples,
-                          max_concurrent=config.sampling.max_concurrent or 0,
-                          gather=config.sampling.gather_weights)
-  found = {'rollout': (generate, (trainable.join(frozen['shared'], state.params['policy']), prompts, state.key))}
+  generate = sampler.make(
+    handles.policy,
+    sampling,
+    samples=config.sampling.samples,
+    max_concurrent=config.sampling.max_concurrent or 0,
+    gather=config.sampling.gather_weights,
+  )
+  found = {
+    'rollout': (
+      generate,
+      (trainable.join(frozen['shared'], state.params['policy']), prompts, state.key),
+    )
+  }
   if scored:
     score = functools.partial(scoring.score, model=dataclasses.replace(handles.policy, lora=None))
     found['scoring'] = jax.jit(score), (scored, rollout.tokens, rollout.mask)
   ptx = None
   if config.ptx.batch_size:
     ptx_array = functools.partial(array, config.ptx.batch_size, config.ptx.max_length)
-    ptx = types.LMBatch(ptx_array(dtype=jnp.int32), ptx_array(dtype=jnp.int32), ptx_array(dtype=jnp.int32),
-                        ptx_array(dtype=bool))
+    ptx = types.LMBatch(
+      ptx_array(dtype=jnp.int32),
+      ptx_array(dtype=jnp.int32),
+      ptx_array(dtype=jnp.int32),
+      ptx_array(dtype=bool),
+    )
   found['update'] = step, (state, frozen, rollout, array(batch, dtype=jnp.float32), ptx)
   return found
 
 
 def place(tree, shardings):
   """Shapes with the shardings of a tree of the same structure."""
-  return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings)
+  return jax.tree.map(
+    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings
+  )

@@ -20,7 +20,9 @@ def seconds(amount):
 
 
 def _table(title, *columns):
-  table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, title_justify='left', title_style='bold')
+  table = rich.table.Table(
+    title=title, box=rich.box.SIMPLE_HEAD, title_justify='left', title_style='bold'
+  )
   for number, name in enumerate(columns):
     table.add_column(name, justify='right' if number else 'left', no_wrap=True)
   return table
@@ -48,7 +50,9 @@ def memory_table(candidate, cache, grads, chip):
     else:
       table.add_row(f'{name}: temporaries', size(amount))
   table.add_section()
-  table.add_row('most at once', size(candidate.bytes) + ('' if candidate.fits else '  does not fit'))
+  table.add_row(
+    'most at once', size(candidate.bytes) + ('' if candidate.fits else '  does not fit')
+  )
   return table
 
 
@@ -60,18 +64,46 @@ def programs_table(candidate, work, chip, chips):
     work: {program: FLOPs}.
     chip, chips: chips.Chip and their number.
   """
-  table = _table('seconds of an iteration', 'program', 'PFLOP', 'sent GB/chip', 'FLOPs', 'HBM', 'interconnect', 'limit',
-                 'compiler', 'predicted', 'of peak')
+  table = _table(
+    'seconds of an iteration',
+    'program',
+    'PFLOP',
+    'sent GB/chip',
+    'FLOPs',
+    'HBM',
+    'interconnect',
+    'limit',
+    'compiler',
+    'predicted',
+    'of peak',
+  )
   for name, time in candidate.times.items():
     compiled = candidate.compiled.get(name)
     sent = sum(row[2] for row in compiled.sent) / 1e9 if compiled else float('nan')
-    table.add_row(name, f'{work[name] / 1e15:.4g}', f'{sent:.4g}', *map(seconds, time[:3]), time.limit,
-                  seconds(time.compiler) if time.compiler else '-', seconds(time.seconds),
-                  f'{work[name] / chips / chip.flops / time.seconds:.0%}')
+    table.add_row(
+      name,
+      f'{work[name] / 1e15:.4g}',
+      f'{sent:.4g}',
+      *map(seconds, time[:3]),
+      time.limit,
+      seconds(time.compiler) if time.compiler else '-',
+      seconds(time.seconds),
+      f'{work[name] / chips / chip.flops / time.seconds:.0%}',
+    )
   total = sum(work.values())
   table.add_section()
-  table.add_row('iteration', f'{total / 1e15:.4g}', '', '', '', '', '', '', seconds(candidate.seconds),
-                f'{total / chips / chip.flops / candidate.seconds:.0%}')
+  table.add_row(
+    'iteration',
+    f'{total / 1e15:.4g}',
+    '',
+    '',
+    '',
+    '',
+    '',
+    '',
+    seconds(candidate.seconds),
+    f'{total / chips / chip.flops / candidate.seconds:.0%}',
+  )
   return table
 
 
@@ -88,15 +120,30 @@ def collectives_table(candidate):
 
 def candidates_table(candidates, title):
   """Candidates in the order given."""
-  table = _table(title, 'mesh, microbatch, remat', 'GiB', 'rollout', 'scoring', 'update', 'seconds',
-                 'tokens/s', 'from')
+  table = _table(
+    title,
+    'mesh, microbatch, remat',
+    'GiB',
+    'rollout',
+    'scoring',
+    'update',
+    'seconds',
+    'tokens/s',
+    'from',
+  )
   for found in candidates:
     times = found.times
     table.add_row(
-        found.name, size(found.bytes), *(seconds(times[name].seconds) if name in times else '-'
-                                         for name in ('rollout', 'scoring', 'update')),
-        seconds(found.seconds) if found.fits else 'does not fit', f'{found.tokens_per_second:.0f}',
-        'compiler' if found.compiled else 'shapes')
+      found.name,
+      size(found.bytes),
+      *(
+        seconds(times[name].seconds) if name in times else '-'
+        for name in ('rollout', 'scoring', 'update')
+      ),
+      seconds(found.seconds) if found.fits else 'does not fit',
+      f'{found.tokens_per_second:.0f}',
+      'compiler' if found.compiled else 'shapes',
+    )
   return table
 
 

@@ -34,6 +34,7 @@ class Candidate:
     compiled: {program: compiler.Compiled}; empty before the compiler was asked.
     capacity: bytes that a chip has.
   """
+
   config: Any
   kinds: dict
   extra: dict
@@ -59,7 +60,9 @@ class Candidate:
   @property
   def tokens_per_second(self):
     """Generated, while the rollout runs and every response is of full length."""
-    return self.config.batch_size * self.config.sampling.max_new_tokens / self.times['rollout'].seconds
+    return (
+      self.config.batch_size * self.config.sampling.max_new_tokens / self.times['rollout'].seconds
+    )
 
   @property
   def name(self):
@@ -80,12 +83,21 @@ def variants(config, chips):
   divisors = [size for size in range(1, chips + 1) if chips % size == 0]
   fields = config.model.init
   gathers = (False,) if config.sampling.max_concurrent else (False, True)
-  heads = fields.get('num_key_value_heads', fields.get('num_attention_heads', fields.get('n_head', 1)))
+  heads = fields.get(
+    'num_key_value_heads', fields.get('num_attention_heads', fields.get('n_head', 1))
+  )
   for tensor, fsdp in itertools.product(divisors, divisors):
     shards = chips // tensor
-    if chips % (tensor * fsdp) or heads % tensor or minibatch % shards or (config.sampling.max_concurrent or 0) % shards:
+    if (
+      chips % (tensor * fsdp)
+      or heads % tensor
+      or minibatch % shards
+      or (config.sampling.max_concurrent or 0) % shards
+    ):
       continue
-    for factor, remat, gather in itertools.product((1, 2, 4, 8), stack.REMAT, gathers[:1 + (fsdp > 1)]):
+    for factor, remat, gather in itertools.product(
+      (1, 2, 4, 8), stack.REMAT, gathers[: 1 + (fsdp > 1)]
+    ):
       microbatch = shards * factor
       if minibatch % microbatch:
         continue
@@ -99,15 +111,21 @@ def variants(config, chips):
 
 def abstract_mesh(config):
   """A mesh of no TPUs in particular."""
-  return AbstractMesh(tuple(config.mesh[axis] for axis in sharding.AXES), sharding.AXES,
-                      axis_types=(AxisType.Auto,) * len(sharding.AXES),
-                      abstract_device=AbstractDevice('TPU', None, 'tpu'))
+  return AbstractMesh(
+    tuple(config.mesh[axis] for axis in sharding.AXES),
+    sharding.AXES,
+    axis_types=(AxisType.Auto,) * len(sharding.AXES),
+    abstract_device=AbstractDevice('TPU', None, 'tpu'),
+  )
 
 
 def operations(made, mesh):
   """{program: FLOPs} of Programs, over all chips."""
   with jax.set_mesh(mesh):
-    counts = {name: flops.of(function.trace(*arguments)) for name, (function, arguments) in made.calls.items()}
+    counts = {
+      name: flops.of(function.trace(*arguments))
+      for name, (function, arguments) in made.calls.items()
+    }
   return {name: count.flops for name, count in counts.items()}
 
 
@@ -129,18 +147,35 @@ def shape(config, made, mesh):
   microbatch = config.microbatch_size or minibatch
   length = config.data.max_prompt_length + config.sampling.max_new_tokens
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    way = attention.way(model.config, model.dtype, microbatch, length, length, index=0, one_text=True)
+    way = attention.way(
+      model.config, model.dtype, microbatch, length, length, index=0, one_text=True
+    )
   share = sum(owned.values()) / (sum(owned.values()) + whole(shared))
   return estimate.Shape(
-      weights=owned['policy'] + whole(shared), trained=sum(owned.values()),
-      state=kinds.get('moments', 0) + kinds.get('master weights', 0) + share * (kinds['policy'] + kinds['critic']),
-      cache=memory.cache(config, model, mesh), **dict(config.mesh), rows=config.batch_size, minibatch=minibatch,
-      microbatch=microbatch, prompt=config.data.max_prompt_length,
-      response=config.sampling.max_new_tokens, layers=model.config.depth, width=model.width, inner=inner,
-      heads=model.config.heads, vocab=model.vocab_size, models=1 if config.critic.kind == 'trunk' else 2,
-      epochs=config.rl.epochs, remat=config.model.remat, splash=way == 'splash',
-      gather=bool(config.sampling.gather_weights or config.sampling.max_concurrent),
-      itemsize=2 if config.model.dtype == 'bfloat16' else 4)
+    weights=owned['policy'] + whole(shared),
+    trained=sum(owned.values()),
+    state=kinds.get('moments', 0)
+    + kinds.get('master weights', 0)
+    + share * (kinds['policy'] + kinds['critic']),
+    cache=memory.cache(config, model, mesh),
+    **dict(config.mesh),
+    rows=config.batch_size,
+    minibatch=minibatch,
+    microbatch=microbatch,
+    prompt=config.data.max_prompt_length,
+    response=config.sampling.max_new_tokens,
+    layers=model.config.depth,
+    width=model.width,
+    inner=inner,
+    heads=model.config.heads,
+    vocab=model.vocab_size,
+    models=1 if config.critic.kind == 'trunk' else 2,
+    epochs=config.rl.epochs,
+    remat=config.model.remat,
+    splash=way == 'splash',
+    gather=bool(config.sampling.gather_weights or config.sampling.max_concurrent),
+    itemsize=2 if config.model.dtype == 'bfloat16' else 4,
+  )
 
 
 def stays(made, mesh):
@@ -170,12 +205,16 @@ def estimated(config, made, work, *, chip, chips, by_axis):
     of_run = shape(config, made, mesh)
   except errors.UserError:
     return None
-  arrays = programs.place(made.arrays, sharding.shardings(made.arrays, programs.SMALL + made.model.rules, mesh))
+  arrays = programs.place(
+    made.arrays, sharding.shardings(made.arrays, programs.SMALL + made.model.rules, mesh)
+  )
   traffic = {name: ESTIMATES[name](of_run) for name in made.calls}
   extra = {name: found.held for name, found in traffic.items()}
   extra['update'] += memory.gradients(config, arrays)
-  times = {name: estimate.time_before(work[name], found, chips=chips, chip=chip, by_axis=by_axis)
-           for name, found in traffic.items()}
+  times = {
+    name: estimate.time_before(work[name], found, chips=chips, chip=chip, by_axis=by_axis)
+    for name, found in traffic.items()
+  }
   return Candidate(config, kinds, extra, times, {}, chip.memory)
 
 

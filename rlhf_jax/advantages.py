@@ -226,8 +226,7 @@ def gae(rewards, values, *, gamma, lam):
     advantage = delta + gamma * lam * following
     return advantage, advantage
 
-  _, advantages = jax.lax.scan(
-      backward, jnp.zeros_like(deltas[:, 0]), deltas.T, reverse=True)
+  _, advantages = jax.lax.scan(backward, jnp.zeros_like(deltas[:, 0]), deltas.T, reverse=True)
   advantages = advantages.T
   return advantages, advantages + values
 
@@ -248,11 +247,13 @@ def update_moments(moments, scores):
   delta = here - mean
   new = count + n
   share = n / jnp.maximum(new, 1)
-  return jnp.stack([
+  return jnp.stack(
+    [
       new,
       mean + delta * share,
       total + masked_sum(jnp.square(scores - here), seen) + jnp.square(delta) * count * share,
-  ])
+    ]
+  )
 
 
 def running_std(moments):
@@ -266,8 +267,10 @@ def by_group(scores, n):
   """Scores [B] as [B / n, n]: the n responses of a prompt stand one after the other."""
   chex.assert_rank(scores, 1)
   if n < 2 or scores.shape[0] % n:
-    raise ValueError(f'groups of {n} responses in a batch of {scores.shape[0]}: '
-                     'n must be at least 2 and divide the batch')
+    raise ValueError(
+      f'groups of {n} responses in a batch of {scores.shape[0]}: '
+      'n must be at least 2 and divide the batch'
+    )
   return scores.reshape(-1, n)
 
 

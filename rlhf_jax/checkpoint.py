@@ -18,7 +18,6 @@ from rlhf_jax import errors
 from rlhf_jax import processes
 from rlhf_jax import sharding
 
-
 CLOSE_SECONDS = 40  # that a run which fails waits for a checkpoint that is being written
 CHECKSUMS = 'checksums'  # their item in a checkpoint; versions before had none
 UNREADABLE = 'cannot be read'
@@ -38,8 +37,12 @@ class Checkpoints:
     """Opens `workdir`/checkpoints and keeps the newest `keep` of them; None only reads."""
     self.path = pathlib.Path(workdir).resolve() / 'checkpoints'
     self._read_only, self._closed = keep is None, False
-    self._manager = _Manager(self.path, options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep, read_only=self._read_only, create=not self._read_only))
+    self._manager = _Manager(
+      self.path,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, read_only=self._read_only, create=not self._read_only
+      ),
+    )
 
   def latest_step(self):
     """The newest step there is a checkpoint of, or None."""
@@ -59,14 +62,20 @@ class Checkpoints:
     sums, bad = _sums(sharding.paths(state))
     if bad:
       raise errors.UserError(
-          f'{_some(bad)} not finite after step {step}, which is not saved. Lower '
-          'config.optim.learning_rate, or set config.optim.clip_norm; the checkpoints before this '
-          f'step are in {self.path}')
+        f'{_some(bad)} not finite after step {step}, which is not saved. Lower '
+        'config.optim.learning_rate, or set config.optim.clip_norm; the checkpoints before this '
+        f'step are in {self.path}'
+      )
     # On all processes the same, so that any number of them can go on from here.
     places = {name: copy.deepcopy(it.get_state()) for name, it in iterators.items()}
-    self._manager.save(step, args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), iterators=ocp.args.JsonSave(places),
-        checksums=ocp.args.JsonSave({'arrays': sums, 'iterators': checksums.of_json(places)})))
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        iterators=ocp.args.JsonSave(places),
+        checksums=ocp.args.JsonSave({'arrays': sums, 'iterators': checksums.of_json(places)}),
+      ),
+    )
 
   def check(self):
     """Raises what went wrong in a write that has ended, if anything did."""
@@ -97,7 +106,8 @@ class Checkpoints:
     if new_optimizers:
       wanted = {'step': state.step, 'key': state.key, 'params': state.params, 'extra': state.extra}
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted)
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted
+    )
     first = {name: it.get_state() for name, it in iterators.items()}
     jax.tree.map(lambda x: x.delete(), wanted)
     faults = []
@@ -114,12 +124,14 @@ class Checkpoints:
         it.set_state(first[name])
     if all(fault.startswith(UNREADABLE) for fault in faults):
       raise errors.UserError(
-          f'none of the checkpoints {steps} in {self.path} can be read with this config: it must '
-          'have the model and the optimizer they were saved with, or another --workdir; nothing '
-          'was deleted.')
+        f'none of the checkpoints {steps} in {self.path} can be read with this config: it must '
+        'have the model and the optimizer they were saved with, or another --workdir; nothing '
+        'was deleted.'
+      )
     raise errors.UserError(
-        f'none of the checkpoints {steps} in {self.path} is sound: {steps[0]} {faults[0]}. Put back '
-        'a copy of one, or start in another --workdir; nothing was deleted.')
+      f'none of the checkpoints {steps} in {self.path} is sound: {steps[0]} {faults[0]}. Put back '
+      'a copy of one, or start in another --workdir; nothing was deleted.'
+    )
 
   def _sound(self, step, abstract, iterators):
     """The state of a checkpoint and '', or None and what is wrong with it; agreed by all processes."""
@@ -142,16 +154,19 @@ class Checkpoints:
   def _read(self, step, abstract):
     """One checkpoint, without a wait for other processes: one that cannot read its part never comes to it."""
     alone = ocp.options.MultiprocessingOptions(
-        primary_host=jax.process_index(), active_processes={jax.process_index()})
+      primary_host=jax.process_index(), active_processes={jax.process_index()}
+    )
     wanted = ocp.args.StandardRestore(abstract)
     if isinstance(abstract, dict):  # a part of the state
       wanted = ocp.args.PyTreeRestore(
-          abstract, ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True)
+        abstract, ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
+      )
     items = {'state': wanted, 'iterators': ocp.args.JsonRestore()}
     if (self.path / str(step) / CHECKSUMS).exists():
       items[CHECKSUMS] = ocp.args.JsonRestore()
-    with ocp.CheckpointManager(self.path, options=ocp.CheckpointManagerOptions(
-        create=False, multiprocessing_options=alone)) as manager:
+    with ocp.CheckpointManager(
+      self.path, options=ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone)
+    ) as manager:
       return manager.restore(step, args=ocp.args.Composite(**items))
 
   def _put_aside(self, steps):
@@ -182,11 +197,14 @@ class Checkpoints:
     if kind is None:
       self.close()
       return
+
     def close():
       try:
         self.close()
       except Exception as error:
-        logging.warning('the last checkpoint in %s is not whole: %s', self.path, str(error).split('\n')[0])
+        logging.warning(
+          'the last checkpoint in %s is not whole: %s', self.path, str(error).split('\n')[0]
+        )
 
     thread = threading.Thread(target=close, daemon=True)
     thread.start()
@@ -210,7 +228,9 @@ def _fault(arrays, saved, path):
   """
   sums, bad = _sums(arrays)
   if saved is None:
-    logging.warning('%s has no checksums: an earlier version wrote it, and damage may go unseen', path)
+    logging.warning(
+      '%s has no checksums: an earlier version wrote it, and damage may go unseen', path
+    )
     saved = {'arrays': sums}
   listed = saved.get('arrays')
   listed = listed if isinstance(listed, dict) else {}  # it may be damaged itself
@@ -242,9 +262,14 @@ def load_params(path, name):
     UserError: there is no checkpoint, or none is sound.
   """
   path = pathlib.Path(path).resolve() / 'checkpoints'
-  manager = ocp.CheckpointManager(path, item_handlers={
-      'state': ocp.PyTreeCheckpointHandler(), 'iterators': ocp.JsonCheckpointHandler(),
-      CHECKSUMS: ocp.JsonCheckpointHandler()})
+  manager = ocp.CheckpointManager(
+    path,
+    item_handlers={
+      'state': ocp.PyTreeCheckpointHandler(),
+      'iterators': ocp.JsonCheckpointHandler(),
+      CHECKSUMS: ocp.JsonCheckpointHandler(),
+    },
+  )
   steps = sorted(manager.all_steps(), reverse=True)
   if not steps:
     raise errors.UserError(f'there is no checkpoint in {path}')
@@ -259,10 +284,17 @@ def load_params(path, name):
     if not fault:
       return params
     faults.append(fault)
-    logging.warning('checkpoint %d in %s %s%s', step, path, fault,
-                    '; trying the one before' if step != steps[-1] else '')
-  raise errors.UserError(f'none of the checkpoints {steps} in {path} is sound: {steps[0]} {faults[0]}. '
-                         'Put back a copy of one')
+    logging.warning(
+      'checkpoint %d in %s %s%s',
+      step,
+      path,
+      fault,
+      '; trying the one before' if step != steps[-1] else '',
+    )
+  raise errors.UserError(
+    f'none of the checkpoints {steps} in {path} is sound: {steps[0]} {faults[0]}. '
+    'Put back a copy of one'
+  )
 
 
 def _params(manager, step, name, *, with_sums):
@@ -272,8 +304,11 @@ def _params(manager, step, name, *, with_sums):
   saved = manager.item_metadata(step)['state'].tree['params'][name]
   wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), saved)
   places = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=place, dtype=x.dtype), wanted)
-  items = {'state': ocp.args.PyTreeRestore(
-      {'params': {name: wanted}}, restore_args={'params': {name: places}}, partial_restore=True)}
+  items = {
+    'state': ocp.args.PyTreeRestore(
+      {'params': {name: wanted}}, restore_args={'params': {name: places}}, partial_restore=True
+    )
+  }
   if with_sums:
     items[CHECKSUMS] = ocp.args.JsonRestore()
   restored = manager.restore(step, args=ocp.args.Composite(**items))

@@ -21,10 +21,10 @@ from rlhf_jax import runtime
 HELP = {'--help', '-help', '--helpfull', '--helpshort', '-h'}
 # What Python and libraries say of a flag's value, as regex, and what they mean.
 PLAIN = (
-    (r'invalid literal for int\(\).*', 'must be a whole number'),
-    (r'could not convert string to float.*', 'must be a number'),
-    (r"\('Non-boolean argument to boolean flag'.*", 'must be True or False'),
-    (r'Failed to parse .* as a ConfigDict.*', "must be a dict, such as {'path': 'x'}"),
+  (r'invalid literal for int\(\).*', 'must be a whole number'),
+  (r'could not convert string to float.*', 'must be a number'),
+  (r"\('Non-boolean argument to boolean flag'.*", 'must be True or False'),
+  (r'Failed to parse .* as a ConfigDict.*', "must be a dict, such as {'path': 'x'}"),
 )
 
 
@@ -43,7 +43,8 @@ def define_config():
   """Defines --config and --print; returns the flag of the first."""
   flags.DEFINE_bool('print', False, 'Print the config with all overrides as JSON, and end.')
   holder = config_flags.DEFINE_config_file(
-      'config', None, 'Python file with get_config, :arg for variants; or config.json of a run.')
+    'config', None, 'Python file with get_config, :arg for variants; or config.json of a run.'
+  )
   flags.FLAGS['config'].parser = _Parser()
   return holder
 
@@ -63,7 +64,9 @@ def parse(argv, required=()):
   wanted = HELP & set(argv)
   try:
     arguments = _parse([arg for arg in argv if arg not in wanted])
-    config, to_print = (flags.FLAGS[name].value if name in flags.FLAGS else None for name in ('config', 'print'))
+    config, to_print = (
+      flags.FLAGS[name].value if name in flags.FLAGS else None for name in ('config', 'print')
+    )
     if wanted:
       print(_help(config))
       sys.exit(0)
@@ -78,8 +81,10 @@ def parse(argv, required=()):
     sys.exit(f'error: {errors.printable(_plain(" ".join(str(error).split())))}')
   except OSError as error:
     path = next((arg.partition('=')[2] for arg in argv if re.match('--?config=', arg)), '')
-    sys.exit(f'error: --config={path} cannot be read: name a file that exists, such as '
-             f'configs/quickstart.py, from {os.getcwd()} ({str(error).splitlines()[-1].strip()})')
+    sys.exit(
+      f'error: --config={path} cannot be read: name a file that exists, such as '
+      f'configs/quickstart.py, from {os.getcwd()} ({str(error).splitlines()[-1].strip()})'
+    )
   except (AttributeError, KeyError) as error:
     sys.exit(_no_such_key(argv, error))
 
@@ -123,7 +128,9 @@ def _parse(argv):
 
 def _no_such_key(argv, error):
   """The message of a KeyError, where a flag names the key; else the error is raised again."""
-  within = re.search(r'does not support indexing. Attempting to lookup: ([\w.]+)', str(error.args[0]))
+  within = re.search(
+    r'does not support indexing. Attempting to lookup: ([\w.]+)', str(error.args[0])
+  )
   if within:
     key = f'config.{within.group(1)}'
     flag = next((arg for arg in argv if f'-{key}' in arg), key)
@@ -141,12 +148,18 @@ def _no_such_key(argv, error):
 def _help(config):
   """What --help prints: the flags, and the keys of the config if there is one."""
   usage = (sys.modules['__main__'].__doc__ or '').strip()
-  own = [flag for module in (__name__, sys.argv[0]) for flag in flags.FLAGS.get_key_flags_for_module(module)]
+  own = [
+    flag
+    for module in (__name__, sys.argv[0])
+    for flag in flags.FLAGS.get_key_flags_for_module(module)
+  ]
   own = [flag for flag in own if '.' not in flag.name]
   width = max(len(flag.name) for flag in own) + 2
   lines = [f'  --{flag.name:<{width}}{" ".join(flag.help.split())}' for flag in own]
   if 'config' not in flags.FLAGS:
     return '\n'.join([usage, '', *lines])
   if config is None:
-    return '\n'.join([usage, '', *lines, '', 'With --config=FILE, --help prints the keys of that config.'])
+    return '\n'.join(
+      [usage, '', *lines, '', 'With --config=FILE, --help prints the keys of that config.']
+    )
   return '\n'.join([usage, '', *lines, '', 'Keys of the config:', config_help.keys(config)])

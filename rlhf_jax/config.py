@@ -17,9 +17,19 @@ from rlhf_jax import optim
 from rlhf_jax.errors import need
 
 # How an evaluator samples, where neither it nor `config.sampling` says so; temperature 0 is greedy.
-SAMPLING = {'max_new_tokens': 32, 'temperature': 1.0, 'top_k': None, 'top_p': 1.0,
-            'min_new_tokens': 0, 'stop': (), 'truncate_at': None, 'truncate_after': 0}
-EVALUATOR_TYPES = dict(kind=str, every=int, function=str, path=str, split=str, columns=str, count=int, batch_size=int)
+SAMPLING = {
+  'max_new_tokens': 32,
+  'temperature': 1.0,
+  'top_k': None,
+  'top_p': 1.0,
+  'min_new_tokens': 0,
+  'stop': (),
+  'truncate_at': None,
+  'truncate_after': 0,
+}
+EVALUATOR_TYPES = dict(
+  kind=str, every=int, function=str, path=str, split=str, columns=str, count=int, batch_size=int
+)
 # Of setup.py's extra.
 WANDB = 'wandb>=0.31.0,<0.32'
 
@@ -33,74 +43,81 @@ def common(algorithm):
   Args:
     algorithm: name of a module in rlhf_jax/algorithms, or the dotted path of another.
   """
-  return ml_collections.ConfigDict({
-      'algorithm': algorithm,   # module in rlhf_jax/algorithms, or dotted path of another
-      'seed': 0,                # of parameters, data and samples; a stage's None: the pipeline's
-      'steps': placeholder(int),    # train steps; or set data.epochs
-      'batch_size': 32,         # examples of a step over all devices; responses where they are sampled
+  return ml_collections.ConfigDict(
+    {
+      'algorithm': algorithm,  # module in rlhf_jax/algorithms, or dotted path of another
+      'seed': 0,  # of parameters, data and samples; a stage's None: the pipeline's
+      'steps': placeholder(int),  # train steps; or set data.epochs
+      'batch_size': 32,  # examples of a step over all devices; responses where they are sampled
       'microbatch_size': placeholder(int),  # examples of one forward and backward pass; None: all
-      'mesh': {             # devices along each axis; one may be -1: those that are left
-          'data': -1,       # over which the batch is split; each has a copy of the parameters
-          'fsdp': 1,        # over which the batch and the parameters are split
-          'tensor': 1,      # over which the matrices of every layer are split
+      'mesh': {  # devices along each axis; one may be -1: those that are left
+        'data': -1,  # over which the batch is split; each has a copy of the parameters
+        'fsdp': 1,  # over which the batch and the parameters are split
+        'tensor': 1,  # over which the matrices of every layer are split
       },
       'model': {
-          'path': placeholder(str),     # Hugging Face folder; None: a new model of `init`
-          'init': {},           # config.json fields of a new model; vocab_size may be left out
-          'dtype': 'float32',   # of the computation
-          'param_dtype': 'float32',     # of the weights
-          'remat': 'none',      # or recompute in the backward pass: 'block', or 'dots' all but matmuls
-          'unroll': placeholder(int),   # layers unrolled in the compiled loop; None: all of few on CPUs, else 1
-          'unfrozen_layers': placeholder(int),  # train the last k layers only; None: all
-          'lora': {
-              'targets': (),    # ((regex on a linear map's path, rank, alpha), ...); none: no adapters
-              'rslora': False,  # scale by alpha / sqrt(rank) instead of alpha / rank
-              'path': placeholder(str),     # PEFT folder of adapters to start from, instead of `targets`
-          },
+        'path': placeholder(str),  # Hugging Face folder; None: a new model of `init`
+        'init': {},  # config.json fields of a new model; vocab_size may be left out
+        'dtype': 'float32',  # of the computation
+        'param_dtype': 'float32',  # of the weights
+        'remat': 'none',  # or recompute in the backward pass: 'block', or 'dots' all but matmuls
+        'unroll': placeholder(
+          int
+        ),  # layers unrolled in the compiled loop; None: all of few on CPUs, else 1
+        'unfrozen_layers': placeholder(int),  # train the last k layers only; None: all
+        'lora': {
+          'targets': (),  # ((regex on a linear map's path, rank, alpha), ...); none: no adapters
+          'rslora': False,  # scale by alpha / sqrt(rank) instead of alpha / rank
+          'path': placeholder(str),  # PEFT folder of adapters to start from, instead of `targets`
+        },
       },
-      'tokenizer': placeholder(str),    # folder; None: the model's
-      'data': data() | {
-          'epochs': placeholder(float),         # passes over the data; or set steps
-          'held_out': placeholder(float),       # share of the examples kept for evaluation, by prompt
-          'held_out_path': placeholder(str),    # or a data set of its own
+      'tokenizer': placeholder(str),  # folder; None: the model's
+      'data': data()
+      | {
+        'epochs': placeholder(float),  # passes over the data; or set steps
+        'held_out': placeholder(float),  # share of the examples kept for evaluation, by prompt
+        'held_out_path': placeholder(str),  # or a data set of its own
       },
       'optim': {
-          'name': 'adam',       # 'adam' or 'tf_adam'
-          'learning_rate': 1e-3,    # its peak
-          'schedule': 'constant',   # 'constant', 'linear' or 'cosine', the last two to 0
-          'warmup_steps': 0,    # train steps of linear growth to the peak
-          'warmup_from': 0.0,   # share of the peak that it starts from
-          'b1': 0.9,            # decay of Adam's first moment
-          'b2': 0.999,          # decay of its second
-          'eps': 1e-8,          # Adam's
-          'master_dtype': 'float32',    # of the weights that updates add up in, if param_dtype differs
-          'moment_dtype': 'float32',    # of the first moment
-          'ema': placeholder(float),    # decay of an average of the weights: evaluated and exported
-          'weight_decay': 0.0,  # of matrices, as in AdamW
-          'clip_norm': placeholder(float),  # norm of all gradients above which they are scaled down
+        'name': 'adam',  # 'adam' or 'tf_adam'
+        'learning_rate': 1e-3,  # its peak
+        'schedule': 'constant',  # 'constant', 'linear' or 'cosine', the last two to 0
+        'warmup_steps': 0,  # train steps of linear growth to the peak
+        'warmup_from': 0.0,  # share of the peak that it starts from
+        'b1': 0.9,  # decay of Adam's first moment
+        'b2': 0.999,  # decay of its second
+        'eps': 1e-8,  # Adam's
+        'master_dtype': 'float32',  # of the weights that updates add up in, if param_dtype differs
+        'moment_dtype': 'float32',  # of the first moment
+        'ema': placeholder(float),  # decay of an average of the weights: evaluated and exported
+        'weight_decay': 0.0,  # of matrices, as in AdamW
+        'clip_norm': placeholder(float),  # norm of all gradients above which they are scaled down
       },
-      'log_every': 1,           # steps
-      'evals': {},              # {name: keys of an evaluator}; see `evaluator`
-      'checkpoint_every': placeholder(int),     # steps; None: by the clock, and at the end
-      'checkpoint_minutes': 10.0,   # between checkpoints, whatever checkpoint_every says; None: no clock
-      'keep_checkpoints': 2,    # the newest
-      'samples_every': placeholder(int),    # steps between the sampled texts in samples.jsonl
-      'wandb_project': placeholder(str),    # Weights & Biases project to log to as well
-  })
+      'log_every': 1,  # steps
+      'evals': {},  # {name: keys of an evaluator}; see `evaluator`
+      'checkpoint_every': placeholder(int),  # steps; None: by the clock, and at the end
+      'checkpoint_minutes': 10.0,  # between checkpoints, whatever checkpoint_every says; None: no clock
+      'keep_checkpoints': 2,  # the newest
+      'samples_every': placeholder(int),  # steps between the sampled texts in samples.jsonl
+      'wandb_project': placeholder(str),  # Weights & Biases project to log to as well
+    }
+  )
 
 
 def data():
   """Keys of a data set, a dict."""
   return {
-      'path': placeholder(str),     # file, folder, hub name, or tfds:NAME
-      'split': placeholder(str),    # of a hub or tfds data set, or of a folder; None: train
-      'columns': placeholder(str),  # 'prompt=question,completion=answer' where yours differ
-      'format': placeholder(str),   # of the files: jsonl, json, csv, tsv, parquet, arrayrecord, text; None: by suffix
-      'separator': '\n',        # between two texts of a plain text file
-      'kind': 'text',           # for sft: 'text' (packed) or 'completion'
-      'max_length': 128,        # tokens of an example
-      'on_error': 'stop',       # 'stop' at a malformed record or 'skip' and count it
-      'chat_template': placeholder(str),    # jinja template in place of the tokenizer's; None: its own
+    'path': placeholder(str),  # file, folder, hub name, or tfds:NAME
+    'split': placeholder(str),  # of a hub or tfds data set, or of a folder; None: train
+    'columns': placeholder(str),  # 'prompt=question,completion=answer' where yours differ
+    'format': placeholder(
+      str
+    ),  # of the files: jsonl, json, csv, tsv, parquet, arrayrecord, text; None: by suffix
+    'separator': '\n',  # between two texts of a plain text file
+    'kind': 'text',  # for sft: 'text' (packed) or 'completion'
+    'max_length': 128,  # tokens of an example
+    'on_error': 'stop',  # 'stop' at a malformed record or 'skip' and count it
+    'chat_template': placeholder(str),  # jinja template in place of the tokenizer's; None: its own
   }
 
 
@@ -125,31 +142,42 @@ def evaluator(name, block):
   """
   block = ml_collections.ConfigDict(block).to_dict()
   kind = 'function' if block.get('function') else block.get('kind') or name
-  need(kind in ('loss', 'prompts', 'win_rate', 'text', 'function'),
-       f'config.evals.{name}.kind={kind!r} must be one of loss, prompts, win_rate, text; or set '
-       f"config.evals.{name}.function to 'package.module:name'")
+  need(
+    kind in ('loss', 'prompts', 'win_rate', 'text', 'function'),
+    f'config.evals.{name}.kind={kind!r} must be one of loss, prompts, win_rate, text; or set '
+    f"config.evals.{name}.function to 'package.module:name'",
+  )
   found = {
-      'kind': kind,             # 'loss', 'prompts', 'win_rate' or 'text'; None: its name
-      'every': None,            # steps; None: at the end only
+    'kind': kind,  # 'loss', 'prompts', 'win_rate' or 'text'; None: its name
+    'every': None,  # steps; None: at the end only
   }
   if kind == 'function':
-    found['function'] = None    # 'package.module:name' of a user's evaluator
+    found['function'] = None  # 'package.module:name' of a user's evaluator
   else:
-    found['path'] = None        # data set; of the loss None: data.held_out or data.held_out_path
+    found['path'] = None  # data set; of the loss None: data.held_out or data.held_out_path
   if kind in ('prompts', 'win_rate', 'text'):
     found |= {
-        'split': None, 'columns': None,     # as in config.data
-        'count': None,          # the first prompts of the data set; None: all
-        'batch_size': 64,       # answers sampled at a time
-        'sampling': {},         # keys of SAMPLING that differ from config.sampling
+      'split': None,
+      'columns': None,  # as in config.data
+      'count': None,  # the first prompts of the data set; None: all
+      'batch_size': 64,  # answers sampled at a time
+      'sampling': {},  # keys of SAMPLING that differ from config.sampling
     }
   if kind in ('prompts', 'win_rate'):
-    found['reward'] = {}        # keys of rewards/scorers.config
+    found['reward'] = {}  # keys of rewards/scorers.config
   unknown = sorted(block.keys() - found.keys())
-  need(not unknown, f'config.evals.{name}.{unknown and unknown[0]} is no key of kind={kind!r}, '
-       f'which has {", ".join(found)}')
+  need(
+    not unknown,
+    f'config.evals.{name}.{unknown and unknown[0]} is no key of kind={kind!r}, '
+    f'which has {", ".join(found)}',
+  )
   for key in block:
-    config_keys.check_value(block[key], EVALUATOR_TYPES.get(key), f'config.evals.{name}.{key}', optional=key != 'batch_size')
+    config_keys.check_value(
+      block[key],
+      EVALUATOR_TYPES.get(key),
+      f'config.evals.{name}.{key}',
+      optional=key != 'batch_size',
+    )
   found |= block | {'kind': kind}
   return ml_collections.ConfigDict(found)
 
@@ -168,11 +196,15 @@ def validate_evals(evals):
     settings = SAMPLING | dict(block.sampling)
     for option, value in settings.items():
       kind = {'top_k': int, 'truncate_at': str}.get(option, type(SAMPLING[option]))
-      config_keys.check_value(value, kind, f'config.{key}sampling.{option}', optional=SAMPLING[option] is None)
+      config_keys.check_value(
+        value, kind, f'config.{key}sampling.{option}', optional=SAMPLING[option] is None
+      )
     for name in ('max_new_tokens', 'top_p'):
       need(settings[name] > 0, f'config.{key}sampling.{name}={settings[name]} must be positive')
-    need(settings['temperature'] >= 0, f'config.{key}sampling.temperature='
-         f'{settings["temperature"]} must be 0 or positive')
+    need(
+      settings['temperature'] >= 0,
+      f'config.{key}sampling.temperature={settings["temperature"]} must be 0 or positive',
+    )
 
 
 def refuse_evals(evals, kinds, reason):
@@ -201,7 +233,8 @@ def apply_preset(config, presets, name):
     return config
   if name not in presets:
     raise errors.UserError(
-        f'unknown preset {name!r} of {config.algorithm}: one of {", ".join(presets) or "none"}')
+      f'unknown preset {name!r} of {config.algorithm}: one of {", ".join(presets) or "none"}'
+    )
   config.update_from_flattened_dict(presets[name])
   return config
 
@@ -224,7 +257,8 @@ def parse_arg(arg, **defaults):
     key, _, text = part.partition('=')
     if key not in defaults:
       raise errors.UserError(
-          f'config argument {key!r} is unknown; this config takes: {", ".join(defaults)}')
+        f'config argument {key!r} is unknown; this config takes: {", ".join(defaults)}'
+      )
     default = defaults[key]
     try:
       value = text if isinstance(default, str) else ast.literal_eval(text or 'True')
@@ -234,7 +268,8 @@ def parse_arg(arg, **defaults):
       value = float(value)
     if type(value) is not type(default):
       raise errors.UserError(
-          f'config argument {key}={text!r} must be of type {type(default).__name__}')
+        f'config argument {key}={text!r} must be of type {type(default).__name__}'
+      )
     parsed[key] = value
   return ml_collections.ConfigDict(parsed)
 
@@ -260,14 +295,19 @@ def one_of(config, key, choices):
 
 def divides(small, big, small_name, big_name):
   """Raises UserError unless `small` is None or a divisor of `big`."""
-  need(small is None or small > 0 and big % small == 0,
-       f'config.{small_name}={small} does not divide config.{big_name}={big}: change either')
+  need(
+    small is None or small > 0 and big % small == 0,
+    f'config.{small_name}={small} does not divide config.{big_name}={big}: change either',
+  )
 
 
 def optional_positive(block, name, keys):
   """Raises UserError where one of some keys is neither None nor positive."""
   for key in keys:
-    need(block[key] is None or block[key] > 0, f'config.{name}{key}={block[key]} must be positive, or None')
+    need(
+      block[key] is None or block[key] > 0,
+      f'config.{name}{key}={block[key]} must be positive, or None',
+    )
 
 
 def validate(config, device_count):
@@ -280,9 +320,12 @@ def validate(config, device_count):
   Raises:
     UserError: names the key, the value and the remedy.
   """
-  need((config.steps is None) != (config.data.epochs is None) and (config.steps or config.data.epochs or 0) > 0,
-       f'set exactly one of config.steps (now {config.steps}) and config.data.epochs (now '
-       f'{config.data.epochs}), to a positive number')
+  need(
+    (config.steps is None) != (config.data.epochs is None)
+    and (config.steps or config.data.epochs or 0) > 0,
+    f'set exactly one of config.steps (now {config.steps}) and config.data.epochs (now '
+    f'{config.data.epochs}), to a positive number',
+  )
   need(config.batch_size > 0, f'config.batch_size={config.batch_size} must be positive')
   need(config.seed >= 0, f'config.seed={config.seed} must be 0 or positive')
   one_of(config, 'optim.name', optim.OPTIMIZERS)
@@ -291,35 +334,54 @@ def validate(config, device_count):
   for key in ('model.dtype', 'model.param_dtype', 'optim.master_dtype', 'optim.moment_dtype'):
     one_of(config, key, ('float32', 'bfloat16'))
   top = config.model.unfrozen_layers
-  need(top is None or top >= 0, f'config.model.unfrozen_layers={top} must be 0 or more, or None for all')
+  need(
+    top is None or top >= 0,
+    f'config.model.unfrozen_layers={top} must be 0 or more, or None for all',
+  )
   validate_lora(config.model.lora, top)
-  need(config.optim.ema is None or 0 < config.optim.ema < 1,
-       f'config.optim.ema={config.optim.ema} must be in (0, 1), or None')
+  need(
+    config.optim.ema is None or 0 < config.optim.ema < 1,
+    f'config.optim.ema={config.optim.ema} must be in (0, 1), or None',
+  )
   validate_data(config.data, 'data')
-  need(config.model.path or len(config.model.init) > 0,
-       'config.model.path and config.model.init are both empty: name a Hugging Face folder '
-       'or describe a new model')
-  need(config.model.path or config.tokenizer,
-       'config.tokenizer is None and there is no config.model.path to take it from')
-  need(config.keep_checkpoints > 0,
-       f'config.keep_checkpoints={config.keep_checkpoints} must be positive: a run that '
-       'keeps none cannot resume')
+  need(
+    config.model.path or len(config.model.init) > 0,
+    'config.model.path and config.model.init are both empty: name a Hugging Face folder '
+    'or describe a new model',
+  )
+  need(
+    config.model.path or config.tokenizer,
+    'config.tokenizer is None and there is no config.model.path to take it from',
+  )
+  need(
+    config.keep_checkpoints > 0,
+    f'config.keep_checkpoints={config.keep_checkpoints} must be positive: a run that '
+    'keeps none cannot resume',
+  )
   need(config.log_every > 0, f'config.log_every={config.log_every} must be positive')
   optional_positive(
-      config, '', ('checkpoint_every', 'checkpoint_minutes', 'samples_every', 'microbatch_size'))
+    config, '', ('checkpoint_every', 'checkpoint_minutes', 'samples_every', 'microbatch_size')
+  )
   optional_positive(config.optim, 'optim.', ('clip_norm', 'eps'))
   optional_positive(config.model, 'model.', ('unroll',))
   for key in ('b1', 'b2'):
     need(0 <= config.optim[key] < 1, f'config.optim.{key}={config.optim[key]} must be in [0, 1)')
-  need(not config.wandb_project or importlib.util.find_spec('wandb'),
-       f"config.wandb_project={config.wandb_project!r} needs wandb: pip install '{WANDB}', or in a checkout "
-       'pip install -e ".[wandb]"; or leave it at None')
+  need(
+    not config.wandb_project or importlib.util.find_spec('wandb'),
+    f"config.wandb_project={config.wandb_project!r} needs wandb: pip install '{WANDB}', or in a checkout "
+    'pip install -e ".[wandb]"; or leave it at None',
+  )
   validate_evals(config.evals)
   if 'held_out' in config.data:
     held_out, path = config.data.held_out, config.data.held_out_path
-    need(held_out is None or 0 < held_out < 1, f'config.data.held_out={held_out} must be in (0, 1), or None')
-    need(not (held_out and path),
-         f'config.data.held_out={held_out} and config.data.held_out_path={path!r}: set one of them')
+    need(
+      held_out is None or 0 < held_out < 1,
+      f'config.data.held_out={held_out} must be in (0, 1), or None',
+    )
+    need(
+      not (held_out and path),
+      f'config.data.held_out={held_out} and config.data.held_out_path={path!r}: set one of them',
+    )
   warmup_from = config.optim.warmup_from
   need(0 <= warmup_from <= 1, f'config.optim.warmup_from={warmup_from} must be in [0, 1]')
   for key in ('learning_rate', 'warmup_steps', 'weight_decay'):
@@ -337,34 +399,46 @@ def validate_data(block, name):
   Raises:
     UserError: see `validate`.
   """
-  need(block.path, f'config.{name}.path is empty: name a file, a folder, a hub data set or tfds:NAME')
-  need(block.on_error in ('stop', 'skip'),
-       f'config.{name}.on_error={block.on_error!r} must be one of stop, skip')
+  need(
+    block.path, f'config.{name}.path is empty: name a file, a folder, a hub data set or tfds:NAME'
+  )
+  need(
+    block.on_error in ('stop', 'skip'),
+    f'config.{name}.on_error={block.on_error!r} must be one of stop, skip',
+  )
   pairs = [pair.split('=') for pair in (block.columns or '').split(',') if pair]
-  need(all(len(pair) == 2 and all(pair) for pair in pairs) and len(dict(pairs)) == len(pairs),
-       f'config.{name}.columns={block.columns!r} must read new=stored,new=stored, each new one '
-       'once')
-  need(block.format in (None, *FORMATS),
-       f'config.{name}.format={block.format!r} must be one of {", ".join(FORMATS)}, or None')
+  need(
+    all(len(pair) == 2 and all(pair) for pair in pairs) and len(dict(pairs)) == len(pairs),
+    f'config.{name}.columns={block.columns!r} must read new=stored,new=stored, each new one once',
+  )
+  need(
+    block.format in (None, *FORMATS),
+    f'config.{name}.format={block.format!r} must be one of {", ".join(FORMATS)}, or None',
+  )
   length = block.get('max_length', 1)
   need(length > 0, f'config.{name}.max_length={length} must be positive')
 
 
 def validate_lora(lora, unfrozen_layers):
   """The part of `validate` about `config.model.lora`."""
-  need(not lora.path or not lora.targets and unfrozen_layers is None,
-        f'config.model.lora.path={lora.path!r} brings its own targets: leave config.model.lora.targets '
-        'empty and config.model.unfrozen_layers at None')
+  need(
+    not lora.path or not lora.targets and unfrozen_layers is None,
+    f'config.model.lora.path={lora.path!r} brings its own targets: leave config.model.lora.targets '
+    'empty and config.model.unfrozen_layers at None',
+  )
   for target in lora.targets:
     fits = len(target) == 3 and isinstance(target[0], str) and isinstance(target[1], int)
-    need(fits and target[1] > 0 and target[2] > 0,
-          f'config.model.lora.targets has {target!r}: each must be (regex, rank, alpha), rank a '
-          'positive whole number and alpha positive')
+    need(
+      fits and target[1] > 0 and target[2] > 0,
+      f'config.model.lora.targets has {target!r}: each must be (regex, rank, alpha), rank a '
+      'positive whole number and alpha positive',
+    )
     try:
       re.compile(target[0])
     except re.error as error:
       raise errors.UserError(
-          f'config.model.lora.targets: {target[0]!r} is no regular expression: {error}') from None
+        f'config.model.lora.targets: {target[0]!r} is no regular expression: {error}'
+      ) from None
 
 
 def data_shards(config, device_count):
@@ -378,9 +452,11 @@ def data_shards(config, device_count):
 def divides_over_shards(config, device_count, name, size):
   """Raises UserError unless a batch of `size` divides over the data shards."""
   shards = data_shards(config, device_count)
-  need(size % shards == 0,
-       f'config.{name}={size} does not divide over the {shards} data shards of '
-       f'config.mesh={dict(config.mesh)} on {device_count} devices: make it a multiple')
+  need(
+    size % shards == 0,
+    f'config.{name}={size} does not divide over the {shards} data shards of '
+    f'config.mesh={dict(config.mesh)} on {device_count} devices: make it a multiple',
+  )
 
 
 def validate_mesh(config, device_count):
@@ -392,6 +468,8 @@ def validate_mesh(config, device_count):
     known *= max(size, 1)
   free = sum(size == -1 for size in sizes.values())
   need(free <= 1, f'config.mesh={sizes}: only one axis can be -1')
-  need(device_count % known == 0 and (free or known == device_count),
-       f'config.mesh={sizes} does not fit {device_count} devices')
+  need(
+    device_count % known == 0 and (free or known == device_count),
+    f'config.mesh={sizes} does not fit {device_count} devices',
+  )
   divides_over_shards(config, device_count, 'batch_size', config.batch_size)

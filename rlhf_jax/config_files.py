@@ -65,21 +65,31 @@ def of_run(path):
     fields = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
   except ValueError as error:
     raise errors.UserError(f'{path}:{getattr(error, "lineno", 1)}: not JSON: {error}') from None
-  errors.need(isinstance(fields, dict) and ('algorithm' in fields or 'stages' in fields),
-                  f'{path}: has neither algorithm nor stages: it is not the config.json of a run')
+  errors.need(
+    isinstance(fields, dict) and ('algorithm' in fields or 'stages' in fields),
+    f'{path}: has neither algorithm nor stages: it is not the config.json of a run',
+  )
   start = fields.pop('forked_from', None)
   if 'algorithm' in fields:
     return _single(fields, path), start
-  return ml_collections.ConfigDict({
-      name: _single(value, f'{path}: stage {name}') if isinstance(value, dict) and 'algorithm' in value
-      else _tuples(value) for name, value in fields.items()}), start
+  return ml_collections.ConfigDict(
+    {
+      name: _single(value, f'{path}: stage {name}')
+      if isinstance(value, dict) and 'algorithm' in value
+      else _tuples(value)
+      for name, value in fields.items()
+    }
+  ), start
 
 
 def _from_json(path):
   config, start = of_run(path)
   if start:
-    print(f'{path}: this run started from step {start.get("step")} of {start.get("workdir")}; this one starts '
-          'from the beginning', file=sys.stderr)
+    print(
+      f'{path}: this run started from step {start.get("step")} of {start.get("workdir")}; this one starts '
+      'from the beginning',
+      file=sys.stderr,
+    )
   return config
 
 
@@ -98,7 +108,9 @@ def _fill(block, fields, key):
     inner = f'{key}.{name}'
     if value is None and name not in block:  # a key of an earlier version, without effect
       continue
-    errors.need(name in block, f'{key} has no key {name!r}. {config_keys.did_you_mean(name, list(block))}')
+    errors.need(
+      name in block, f'{key} has no key {name!r}. {config_keys.did_you_mean(name, list(block))}'
+    )
     if not isinstance(block[name], ml_collections.ConfigDict):
       value = _tuples(value)
       config_keys.check_value(value, block.get_type(name), inner, optional=True)
@@ -138,7 +150,9 @@ def _from_python(path, arg):
   try:
     loader.exec_module(module)
     function = getattr(module, 'get_config', None)
-    errors.need(callable(function), f'{path}:1: defines no get_config(arg=None), which returns the config')
+    errors.need(
+      callable(function), f'{path}:1: defines no get_config(arg=None), which returns the config'
+    )
     config = function(*([] if arg is None else [arg]))
   except errors.UserError:
     raise
@@ -151,15 +165,22 @@ def _from_python(path, arg):
   line = inspect.unwrap(function).__code__.co_firstlineno
   problem = _problem(config)
   errors.need(not problem, f'{path}:{line}: {problem}')
-  runs = {'config': config} if 'algorithm' in config else {
-      f'config.{name}': stage for name, stage in config.items()
-      if isinstance(stage, ml_collections.ConfigDict) and 'algorithm' in stage}
+  runs = (
+    {'config': config}
+    if 'algorithm' in config
+    else {
+      f'config.{name}': stage
+      for name, stage in config.items()
+      if isinstance(stage, ml_collections.ConfigDict) and 'algorithm' in stage
+    }
+  )
   for key, run in runs.items():
     for block, names in _lacking(run, build.load(run.algorithm).config(), key):
       raise errors.UserError(
-          f'{path}:{_assigned(path, block) or line}: {block} lacks {", ".join(names[:3])}'
-          f'{" and others" if names[3:] else ""}: set single keys, {block}.KEY = ..., or several with '
-          f'{block}.update(...)')
+        f'{path}:{_assigned(path, block) or line}: {block} lacks {", ".join(names[:3])}'
+        f'{" and others" if names[3:] else ""}: set single keys, {block}.KEY = ..., or several with '
+        f'{block}.update(...)'
+      )
   return config
 
 
@@ -169,7 +190,9 @@ def _lacking(block, defaults, key):
   found = [(key, missing)] if missing else []
   for name, default in defaults.items():
     inner = block.get(name)
-    if isinstance(default, ml_collections.ConfigDict) and isinstance(inner, ml_collections.ConfigDict):
+    if isinstance(default, ml_collections.ConfigDict) and isinstance(
+      inner, ml_collections.ConfigDict
+    ):
       found += _lacking(inner, default, f'{key}.{name}')
   return found
 
@@ -177,9 +200,13 @@ def _lacking(block, defaults, key):
 def _assigned(path, key):
   """The line of a file in which alone an attribute of the name of a dotted key is assigned; or None."""
   tree = ast.parse(pathlib.Path(path).read_text(encoding='utf-8'))
-  lines = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assign)
-           for target in node.targets
-           if isinstance(target, ast.Attribute) and target.attr == key.rpartition('.')[2]]
+  lines = [
+    node.lineno
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Assign)
+    for target in node.targets
+    if isinstance(target, ast.Attribute) and target.attr == key.rpartition('.')[2]
+  ]
   return lines[0] if len(lines) == 1 else None
 
 
@@ -187,8 +214,11 @@ def _place(error, path):
   """'FILE:LINE' of an error: the last line of the config file that led to it."""
   if isinstance(error, SyntaxError) and error.filename:
     return f'{os.path.relpath(error.filename)}:{error.lineno or 1}'
-  lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
-           if os.path.abspath(frame.filename) == os.path.abspath(path)]
+  lines = [
+    frame.lineno
+    for frame in traceback.extract_tb(error.__traceback__)
+    if os.path.abspath(frame.filename) == os.path.abspath(path)
+  ]
   return f'{path}:{lines[-1] if lines else 1}'
 
 
@@ -203,25 +233,40 @@ def _explain(error, path):
   if isinstance(error, TypeError) and _wrong_value(error, path):
     return _wrong_value(error, path)
   # A key that is written, or read, that does not exist.
-  key = re.search(r'Key "(\w+)" does not exist', text) or re.match(r'''[\\'"]*(\w+)[\\'"]*(\\n|\n|$)''', text)
+  key = re.search(r'Key "(\w+)" does not exist', text) or re.match(
+    r"""[\\'"]*(\w+)[\\'"]*(\\n|\n|$)""", text
+  )
   if isinstance(error, (AttributeError, KeyError)) and key:
     hint = re.search(r'Did you mean "(\w+)"', text)
-    return f'the config has no key {key.group(1)!r}' + (f'. Did you mean {hint.group(1)!r}?' if hint else '')
+    return f'the config has no key {key.group(1)!r}' + (
+      f'. Did you mean {hint.group(1)!r}?' if hint else ''
+    )
   return f'{type(error).__name__}: {" ".join(text.split())}'
 
 
 def _wrong_value(error, path):
   """What a value must be that a config did not take, by the key's dotted name; '' for other errors."""
   variables = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
-  of_config = [names for names in variables if isinstance(names.get('self'), ml_collections.ConfigDict)
-               and isinstance(names.get('key'), str) and 'value' in names]
+  of_config = [
+    names
+    for names in variables
+    if isinstance(names.get('self'), ml_collections.ConfigDict)
+    and isinstance(names.get('key'), str)
+    and 'value' in names
+  ]
   if not of_config:
     return ''
   block, name, value = (of_config[-1][name] for name in ('self', 'key', 'value'))
-  roots = [root for frame, _ in traceback.walk_tb(error.__traceback__)
-           if os.path.abspath(frame.f_code.co_filename) == os.path.abspath(path)
-           for root in frame.f_locals.values() if isinstance(root, ml_collections.ConfigDict)]
-  key = next((found for found in (_dotted(block, root, 'config') for root in roots) if found), 'config')
+  roots = [
+    root
+    for frame, _ in traceback.walk_tb(error.__traceback__)
+    if os.path.abspath(frame.f_code.co_filename) == os.path.abspath(path)
+    for root in frame.f_locals.values()
+    if isinstance(root, ml_collections.ConfigDict)
+  ]
+  key = next(
+    (found for found in (_dotted(block, root, 'config') for root in roots) if found), 'config'
+  )
   kind = block.get_type(name)
   if kind is ml_collections.ConfigDict:
     return f'{key}.{name}={value!r} must be a dict'
@@ -236,8 +281,11 @@ def _dotted(block, root, key):
   """The dotted name of a block in a config named `key`; None where it is not in there."""
   if block is root:
     return key
-  inner = (_dotted(block, value, f'{key}.{name}') for name, value in root.items()
-           if isinstance(value, ml_collections.ConfigDict))
+  inner = (
+    _dotted(block, value, f'{key}.{name}')
+    for name, value in root.items()
+    if isinstance(value, ml_collections.ConfigDict)
+  )
   return next((found for found in inner if found), None)
 
 
@@ -249,8 +297,10 @@ def _problem(config):
   if 'algorithm' in config:
     return ''
   if 'stages' not in config or 'seed' not in config:
-    return ('the config of get_config() must come from the config() of an algorithm; or have seed, stages, '
-            'and a block for every stage')
+    return (
+      'the config of get_config() must come from the config() of an algorithm; or have seed, stages, '
+      'and a block for every stage'
+    )
   for name, value in config.items():
     if name not in ('seed', 'stages') and not isinstance(value, ml_collections.ConfigDict):
       return f'config.{name}={value!r} has no effect: beside seed and stages a pipeline has blocks of its stages'

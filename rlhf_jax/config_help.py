@@ -60,15 +60,25 @@ def docs(algorithm):
   """{dotted key: doc} of an algorithm's config; '*' stands for the name of an evaluator."""
   module = build.load(algorithm)
   on_policy = 'rl' in module.config()
-  functions = [(config_lib.common, ''), (config_lib.data, 'data.'), (config_lib.evaluator, 'evals.*.'),
-               (scorers.config, 'evals.*.reward.')]
+  functions = [
+    (config_lib.common, ''),
+    (config_lib.data, 'data.'),
+    (config_lib.evaluator, 'evals.*.'),
+    (scorers.config, 'evals.*.reward.'),
+  ]
   if on_policy:
-    functions += [(config_lib.data, 'ptx.'), (scorers.config, 'reward.'), (on_policy_warnings.config, 'warn.'),
-                  (on_policy_config.config, '')]
+    functions += [
+      (config_lib.data, 'ptx.'),
+      (scorers.config, 'reward.'),
+      (on_policy_warnings.config, 'warn.'),
+      (on_policy_config.config, ''),
+    ]
   found = {}
   for function, prefix in (*functions, (module.config, '')):
     found |= {prefix + key.removeprefix('found.'): doc for key, doc in comments(function).items()}
-  for settings in (on_policy_config.Settings, getattr(module, 'Settings', None)) if on_policy else ():
+  for settings in (
+    (on_policy_config.Settings, getattr(module, 'Settings', None)) if on_policy else ()
+  ):
     found |= {f'rl.{key}': doc for key, doc in attributes(settings).items()} if settings else {}
   return found
 
@@ -81,8 +91,11 @@ def comments(function):
       or `name['key'] = default  # doc`.
   """
   source = textwrap.dedent(inspect.getsource(function))
-  beside = {token.start[0]: token.string.lstrip('# ') for token in
-            tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT}
+  beside = {
+    token.start[0]: token.string.lstrip('# ')
+    for token in tokenize.generate_tokens(io.StringIO(source).readline)
+    if token.type == tokenize.COMMENT
+  }
   found = {}
 
   def walk(node, prefix):
@@ -92,7 +105,11 @@ def comments(function):
       if isinstance(node.value, ast.Call) and beside.get(node.lineno):
         found[name] = beside[node.lineno]
       prefix = f'{name}.'
-    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript) and beside.get(node.lineno):
+    if (
+      isinstance(node, ast.Assign)
+      and isinstance(node.targets[0], ast.Subscript)
+      and beside.get(node.lineno)
+    ):
       found[node.targets[0].slice.value] = beside[node.lineno]
     if not isinstance(node, ast.Dict):
       for child in ast.iter_child_nodes(node):

@@ -9,7 +9,12 @@ import ml_collections
 from rlhf_jax.errors import need
 
 # Keys with a default that may be None all the same, for none.
-OPTIONAL = ('config.checkpoint_minutes', 'config.rl.value_clip', 'config.warn.kl', 'config.warn.sampler_gap')
+OPTIONAL = (
+  'config.checkpoint_minutes',
+  'config.rl.value_clip',
+  'config.warn.kl',
+  'config.warn.sampler_gap',
+)
 # Blocks whose keys are not known here: what is in them is checked where it is read.
 OPEN = ('model.init', 'evals', 'reward.parts')
 
@@ -56,13 +61,19 @@ def check_keys(block, defaults, key='config', *, whole=True):
   need(not unknown, unknown and _no_such_key(unknown[0], defaults, key, block.get('algorithm')))
   for name, default in defaults.items():
     if name not in block:
-      need(not whole, f'{key} lacks the key {name!r}: take the config from the config() of its algorithm')
+      need(
+        not whole,
+        f'{key} lacks the key {name!r}: take the config from the config() of its algorithm',
+      )
     elif not isinstance(default, ml_collections.ConfigDict):
       optional = default is None or f'{key}.{name}' in OPTIONAL or name == 'timeout'
       check_value(block[name], defaults.get_type(name), f'{key}.{name}', optional=optional)
     else:
       inner = f'{key}.{name}'
-      need(isinstance(block[name], ml_collections.ConfigDict), f'{inner}={block[name]!r} must be a dict')
+      need(
+        isinstance(block[name], ml_collections.ConfigDict),
+        f'{inner}={block[name]!r} must be a dict',
+      )
       if inner.partition('.')[2] in OPEN:
         check_finite(block[name].to_dict(), inner)
       else:
@@ -92,11 +103,11 @@ def check_value(value, kind, key, *, optional=False):
     return
   number = lambda of: isinstance(value, of) and not isinstance(value, bool)
   fits, what = {
-      int: (number(numbers.Integral), 'a whole number'),
-      float: (number(numbers.Real) and math.isfinite(value), 'a finite number'),
-      bool: (isinstance(value, bool), 'True or False'),
-      str: (isinstance(value, str), 'a string'),
-      tuple: (isinstance(value, (tuple, list)), 'a tuple'),
+    int: (number(numbers.Integral), 'a whole number'),
+    float: (number(numbers.Real) and math.isfinite(value), 'a finite number'),
+    bool: (isinstance(value, bool), 'True or False'),
+    str: (isinstance(value, str), 'a string'),
+    tuple: (isinstance(value, (tuple, list)), 'a tuple'),
   }.get(kind, (True, ''))
   need(fits, f'{key}={value!r} must be {what}{", or None" if optional else ""}')
   check_finite(value, key)
@@ -111,4 +122,7 @@ def check_finite(value, key):
     for item in value:
       check_finite(item, key)
   else:
-    need(not isinstance(value, float) or math.isfinite(value), f'{key}={value!r} must be a finite number')
+    need(
+      not isinstance(value, float) or math.isfinite(value),
+      f'{key}={value!r} must be a finite number',
+    )

@@ -6,12 +6,12 @@ import re
 
 # What libraries write into messages of their own, and what is to be done.
 DISK = {
-    errno.ENOSPC: 'make room',
-    errno.EDQUOT: 'make room, or have the quota raised',
-    errno.EROFS: 'name a --workdir that can be written',
-    errno.ENOTDIR: 'remove what is in the place of the folder',
-    errno.EIO: 'look after the disk',
-    errno.EACCES: 'change its permissions, or name another --workdir',
+  errno.ENOSPC: 'make room',
+  errno.EDQUOT: 'make room, or have the quota raised',
+  errno.EROFS: 'name a --workdir that can be written',
+  errno.ENOTDIR: 'remove what is in the place of the folder',
+  errno.EIO: 'look after the disk',
+  errno.EACCES: 'change its permissions, or name another --workdir',
 }
 
 

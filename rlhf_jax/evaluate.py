@@ -48,15 +48,18 @@ def run(workdir, evals=''):
   elif evals:
     names = evals.split(',')
     config.evals = ml_collections.ConfigDict(
-        {name: block for name, block in config.evals.items() if name in names})
+      {name: block for name, block in config.evals.items() if name in names}
+    )
   build.validate(config, jax.device_count())
   mesh = sharding.make_mesh(dict(config.mesh))
   with jax.set_mesh(mesh):
     learner, state = build.load(config.algorithm).create(config, mesh)
     unknown = [name for name in names or () if name not in learner.evaluators]
     if unknown:
-      raise errors.UserError(f'--evals={evals} names {", ".join(unknown)}: the run has no such '
-                             'evaluator, or no data for it')
+      raise errors.UserError(
+        f'--evals={evals} names {", ".join(unknown)}: the run has no such '
+        'evaluator, or no data for it'
+      )
     checkpoints = checkpoint.Checkpoints(workdir)
     try:
       step, state = checkpoints.restore(state, learner.iterators)
@@ -77,11 +80,13 @@ def read_config(workdir):
   try:
     config, _ = config_files.of_run(path)
   except OSError as error:
-    raise errors.UserError(f'{path} cannot be read ({error}): --workdir must be the folder of a '
-                           'run') from error
+    raise errors.UserError(
+      f'{path} cannot be read ({error}): --workdir must be the folder of a run'
+    ) from error
   if 'stages' in config:
-    raise errors.UserError(f'{workdir} is a pipeline: name the folder of a stage, such as '
-                           f'{workdir}/{config.stages[0]}')
+    raise errors.UserError(
+      f'{workdir} is a pipeline: name the folder of a stage, such as {workdir}/{config.stages[0]}'
+    )
   return config
 
 
@@ -89,8 +94,12 @@ def main():
   """Prints the table."""
   parser = argparse.ArgumentParser(prog='python -m rlhf_jax.evaluate')
   parser.add_argument('--workdir', required=True, help='folder of the run')
-  parser.add_argument('--evals', default='', help='names in config.evals with commas between '
-                      'them, or a JSON object in its place; all of the run by default')
+  parser.add_argument(
+    '--evals',
+    default='',
+    help='names in config.evals with commas between '
+    'them, or a JSON object in its place; all of the run by default',
+  )
   options = parser.parse_args()
   with command_line.one_line():
     runtime.configure()

@@ -24,6 +24,7 @@ class ScoreRules:
     missing_eos: 'none', 'replace' or 'subtract'; see advantages.apply_missing_eos.
     missing_eos_value: the constant of that rule.
   """
+
   end_tokens: tuple = ()
   end_after: int = 0
   clip: float | None = None
@@ -39,7 +40,9 @@ class ScoreRules:
     if not self.end_tokens:
       return jnp.ones(rollout.tokens.shape[0], bool)
     ends = sampling.among(rollout.tokens[:, -length:], self.end_tokens)
-    return jnp.any(ends & rollout.response_mask & (jnp.arange(length) >= self.end_after)[None], axis=1)
+    return jnp.any(
+      ends & rollout.response_mask & (jnp.arange(length) >= self.end_after)[None], axis=1
+    )
 
   def apply(self, scores, rollout, moments):
     """Scores as they are paid.
@@ -58,8 +61,12 @@ class ScoreRules:
       moments = adv.update_moments(moments, totals(scores, rollout.response_mask))
       scores = scores / adv.running_std(moments)
     scores = adv.apply_missing_eos(
-        scores, self.ended(rollout), mode=self.missing_eos, value=self.missing_eos_value,
-        response_mask=rollout.response_mask)
+      scores,
+      self.ended(rollout),
+      mode=self.missing_eos,
+      value=self.missing_eos_value,
+      response_mask=rollout.response_mask,
+    )
     known = kept(scores, rollout.response_mask)
     # In backward passes a NaN behind a mask leaks.
     return jnp.where(known if scores.ndim == 1 else known[:, None], scores, 0.0), moments
@@ -87,7 +94,8 @@ def skip_nan(rollout, scores, *, rules):
   mask = rollout.response_mask
   skipped = jnp.isnan(totals(scores, mask))
   rollout = rollout.replace(
-      response_mask=mask & ~skipped[:, None], ended=rules.ended(rollout) | skipped)
+    response_mask=mask & ~skipped[:, None], ended=rules.ended(rollout) | skipped
+  )
   return rollout, jnp.sum(skipped)
 
 
@@ -114,9 +122,15 @@ def begin(outputs, fixed, rollout, step_mask, *, behaviour):
   logprobs = rollout.logprobs if behaviour == 'sampler' else outputs.logprobs
   gap = adv.masked_mean(jnp.abs(rollout.logprobs - outputs.logprobs), mask)
   return types.Experience(
-      tokens=rollout.tokens, mask=rollout.mask, response_mask=mask, step_mask=step_mask,
-      logprobs=keep(logprobs, mask), ref_logprobs=keep(fixed.ref_logprobs, mask),
-      values=keep(outputs.values, step_mask), trunk=fixed.trunk), gap
+    tokens=rollout.tokens,
+    mask=rollout.mask,
+    response_mask=mask,
+    step_mask=step_mask,
+    logprobs=keep(logprobs, mask),
+    ref_logprobs=keep(fixed.ref_logprobs, mask),
+    values=keep(outputs.values, step_mask),
+    trunk=fixed.trunk,
+  ), gap
 
 
 def describe(experience, rollout, scores, paid, outputs, kl_coef, rules):
@@ -146,26 +160,31 @@ def describe(experience, rollout, scores, paid, outputs, kl_coef, rules):
   # The mean of equal numbers is rounded, and their deviation from it need not be 0.
   equal = jnp.max(jnp.where(known, scores, -jnp.inf)) == jnp.min(jnp.where(known, scores, jnp.inf))
   metrics = {
-      'objective/entropy': adv.masked_sum(outputs.entropy, mask) / batch,
-      'objective/scores': adv.masked_mean(scores, known),
-      'objective/scores_std': jnp.where(equal, 0.0, jnp.sqrt(adv.masked_var(scores, known))),
-      'objective/paid_scores': adv.masked_mean(paid, known), 'samples/paid_score': paid,
-      'response/length': jnp.sum(mask) / batch,
-      'response/eos_rate': adv.masked_mean(rules.ended(rollout), known),
+    'objective/entropy': adv.masked_sum(outputs.entropy, mask) / batch,
+    'objective/scores': adv.masked_mean(scores, known),
+    'objective/scores_std': jnp.where(equal, 0.0, jnp.sqrt(adv.masked_var(scores, known))),
+    'objective/paid_scores': adv.masked_mean(paid, known),
+    'samples/paid_score': paid,
+    'response/length': jnp.sum(mask) / batch,
+    'response/eos_rate': adv.masked_mean(rules.ended(rollout), known),
   }
   if experience.ref_logprobs is not None:
     log_ratio = experience.logprobs - experience.ref_logprobs
     kl = adv.masked_sum(log_ratio, mask) / batch
     spread = jnp.sqrt(adv.masked_var(jnp.sum(jnp.where(mask, log_ratio, 0.0), axis=1), known))
     metrics |= {
-        'objective/kl': kl, 'objective/kl_se': spread / jnp.sqrt(jnp.maximum(batch - 1, 1)),
-        'objective/kl_per_token': adv.masked_mean(log_ratio, mask),
-        'objective/kl_coef': kl_coef,
-        'objective/rlhf_reward': adv.masked_mean(paid, known) - kl_coef * kl}
+      'objective/kl': kl,
+      'objective/kl_se': spread / jnp.sqrt(jnp.maximum(batch - 1, 1)),
+      'objective/kl_per_token': adv.masked_mean(log_ratio, mask),
+      'objective/kl_coef': kl_coef,
+      'objective/rlhf_reward': adv.masked_mean(paid, known) - kl_coef * kl,
+    }
   if experience.returns is not None:
     variance = adv.masked_var(experience.returns, steps)
     error = adv.masked_var(experience.returns - experience.values, steps)
     metrics |= {
-        'returns/mean': adv.masked_mean(experience.returns, steps), 'returns/var': variance,
-        'value/explained_variance': 1.0 - error / jnp.maximum(variance, 1e-8)}
+      'returns/mean': adv.masked_mean(experience.returns, steps),
+      'returns/var': variance,
+      'value/explained_variance': 1.0 - error / jnp.maximum(variance, 1e-8),
+    }
   return metrics

@@ -17,8 +17,9 @@ def check_file(path):
   if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
     raise OSError(errno.EINVAL, 'is a device or a pipe, not a file', os.fspath(path))
   if found.st_size > MOST_BYTES:
-    raise OSError(errno.EFBIG, f'has {found.st_size} bytes, and at most {MOST_BYTES} are read',
-                  os.fspath(path))
+    raise OSError(
+      errno.EFBIG, f'has {found.st_size} bytes, and at most {MOST_BYTES} are read', os.fspath(path)
+    )
 
 
 def model(path):
@@ -46,9 +47,13 @@ def model(path):
   if (path / 'model').is_dir():
     return path / 'model'
   if 'stages' in fields:
-    raise errors.UserError(f'{path}: is the folder of a pipeline: name that of a stage, such as {path}/'
-                           f'{fields["stages"][-1]}')
+    raise errors.UserError(
+      f'{path}: is the folder of a pipeline: name that of a stage, such as {path}/'
+      f'{fields["stages"][-1]}'
+    )
   if 'algorithm' in fields:
-    raise errors.UserError(f'{path}: is the folder of a run that has not finished, and holds no model yet: '
-                           'resume it with the same command')
+    raise errors.UserError(
+      f'{path}: is the folder of a run that has not finished, and holds no model yet: '
+      'resume it with the same command'
+    )
   return path

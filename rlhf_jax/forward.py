@@ -27,6 +27,7 @@ class Models(NamedTuple):
       states, or where there is no critic.
     critic_shared: whether the critic is adapters on the weights that the policy's adapters are on.
   """
+
   policy: Any
   critic: Any = None
   critic_shared: bool = False
@@ -39,6 +40,7 @@ class Models(NamedTuple):
 
 class Outputs(NamedTuple):
   """What policy and critic make of responses: each [B, R] float32; values None without a critic."""
+
   logprobs: Any
   entropy: Any
   values: Any = None
@@ -52,6 +54,7 @@ class Fixed(NamedTuple):
     ref_logprobs: [B, R] float32 of the reference; None without one.
     full_kl: [B, R] float32, KL over the whole vocabulary, where it is asked for; else None.
   """
+
   trunk: Any
   ref_logprobs: Any
   full_kl: Any
@@ -68,6 +71,7 @@ class Forward:
     temperature: what logits are divided by: the one sampled with.
     full_kl: whether to compute the KL over the whole vocabulary.
   """
+
   models: Models
   frozen: Any
   temperature: float
@@ -88,8 +92,11 @@ class Forward:
     length, policy = batch.response_mask.shape[1], self._policy(params)
     states = self.models.policy.response_states(policy, batch.tokens, batch.mask, length, trunk)
     logprobs, entropy = logprobs_lib.token_logprobs(
-        functools.partial(self.models.policy.unembed, policy), states, batch.tokens[:, -length:],
-        temperature=self.temperature)
+      functools.partial(self.models.policy.unembed, policy),
+      states,
+      batch.tokens[:, -length:],
+      temperature=self.temperature,
+    )
     if 'critic' not in params:
       return Outputs(logprobs, entropy)
     if self.models.critic is not None:
@@ -116,15 +123,25 @@ class Forward:
     states = model.response_states(reference, batch.tokens, batch.mask, length, trunk)
     unembed = functools.partial(model.unembed, reference)
     ref_logprobs, _ = logprobs_lib.token_logprobs(
-        unembed, states, batch.tokens[:, -length:], temperature=self.temperature)
+      unembed, states, batch.tokens[:, -length:], temperature=self.temperature
+    )
     if not self.full_kl:
       return Fixed(trunk, ref_logprobs, None)
     policy = self._policy(params)
     policy_states = self.models.policy.response_states(
-        policy, batch.tokens, batch.mask, length, trunk)
-    return Fixed(trunk, ref_logprobs, logprobs_lib.full_kl(
-        functools.partial(self.models.policy.unembed, policy), policy_states, unembed, states,
-        temperature=self.temperature))
+      policy, batch.tokens, batch.mask, length, trunk
+    )
+    return Fixed(
+      trunk,
+      ref_logprobs,
+      logprobs_lib.full_kl(
+        functools.partial(self.models.policy.unembed, policy),
+        policy_states,
+        unembed,
+        states,
+        temperature=self.temperature,
+      ),
+    )
 
   def _policy(self, params):
     return trainable.join(self.frozen['shared'], params['policy'])
@@ -133,5 +150,8 @@ class Forward:
     """States [B, T, D] below the trained layers; None where all layers are trained or adapted."""
     if 'top' not in params['policy']:
       return None
-    return jax.lax.stop_gradient(self.models.policy.trunk(
-        self._policy(params), batch.tokens, types.positions_from_mask(batch.mask), batch.mask))
+    return jax.lax.stop_gradient(
+      self.models.policy.trunk(
+        self._policy(params), batch.tokens, types.positions_from_mask(batch.mask), batch.mask
+      )
+    )

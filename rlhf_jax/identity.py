@@ -26,24 +26,24 @@ RUNS = 'runs.jsonl'
 ABSENT = '(absent)'
 # Keys that a run may be resumed with another value of, and why; all keys below them too.
 MAY_CHANGE = {
-    'steps': 'how long it trains',
-    'data.epochs': 'how long it trains',
-    'log_every': 'what is written, not what is trained',
-    'samples_every': 'what is written, not what is trained',
-    'evals': 'what is measured, not what is trained',
-    'warn': 'what is said, not what is trained',
-    'wandb_project': 'where it is shown',
-    'checkpoint_every': 'when it is saved',
-    'checkpoint_minutes': 'when it is saved',
-    'keep_checkpoints': 'what is kept',
-    'mesh': 'where it is computed; sums agree up to rounding',
-    'microbatch_size': 'how it is cut; sums agree up to rounding',
-    'model.remat': 'how it is computed',
-    'model.unroll': 'how it is compiled',
-    'rl.length_buckets': 'how it is cut; sums agree up to rounding',
-    'sampling.gather_weights': 'how it is computed',
-    'sampling.max_concurrent': 'how it is computed; the responses are the same',
-    'reward.timeout': 'how long it waits',
+  'steps': 'how long it trains',
+  'data.epochs': 'how long it trains',
+  'log_every': 'what is written, not what is trained',
+  'samples_every': 'what is written, not what is trained',
+  'evals': 'what is measured, not what is trained',
+  'warn': 'what is said, not what is trained',
+  'wandb_project': 'where it is shown',
+  'checkpoint_every': 'when it is saved',
+  'checkpoint_minutes': 'when it is saved',
+  'keep_checkpoints': 'what is kept',
+  'mesh': 'where it is computed; sums agree up to rounding',
+  'microbatch_size': 'how it is cut; sums agree up to rounding',
+  'model.remat': 'how it is computed',
+  'model.unroll': 'how it is compiled',
+  'rl.length_buckets': 'how it is cut; sums agree up to rounding',
+  'sampling.gather_weights': 'how it is computed',
+  'sampling.max_concurrent': 'how it is computed; the responses are the same',
+  'reward.timeout': 'how long it waits',
 }
 LENGTH = ('steps', 'data.epochs')
 # Keys that say what an optimizer holds; a fork in which one of them differs starts with new ones.
@@ -56,6 +56,7 @@ ENDS = 2**20  # bytes at either end of a larger file that count
 
 class Change(NamedTuple):
   """A key that differs: dotted, without 'config.', with its values as JSON has them."""
+
   key: str
   before: Any
   after: Any
@@ -155,20 +156,27 @@ def check(config, workdir):
     (allowed if (may_change(change.key) or moved) and not length else refused).append(change)
   if refused:
     raise errors.UserError(differ(refused, workdir, finished=finished))
-  changed = [f'config.{key}={value}' for key, value in input_keys(after).items()
-             if not may_change(key) and inputs.get(key) not in (None, fingerprint(value))]
+  changed = [
+    f'config.{key}={value}'
+    for key, value in input_keys(after).items()
+    if not may_change(key) and inputs.get(key) not in (None, fingerprint(value))
+  ]
   if changed and not finished:
     raise errors.UserError(
-        f'{", ".join(changed)}: the contents have changed since the run in {workdir} started. '
-        'Put back what was there, or name another --workdir; nothing was changed.')
+      f'{", ".join(changed)}: the contents have changed since the run in {workdir} started. '
+      'Put back what was there, or name another --workdir; nothing was changed.'
+    )
   return allowed
 
 
 def changed_code(config, workdir):
   """Keys of user code, such as 'reward.function', whose file has changed since the last start."""
   last = _recorded(workdir, last=True)
-  return [key for key, name in code_keys(plain(config)).items()
-          if last.get(key) not in (None, fingerprint(code_file(name)))]
+  return [
+    key
+    for key, name in code_keys(plain(config)).items()
+    if last.get(key) not in (None, fingerprint(code_file(name)))
+  ]
 
 
 def differ(refused, workdir, *, finished=False, pipeline=False):
@@ -182,13 +190,17 @@ def differ(refused, workdir, *, finished=False, pipeline=False):
   """
   listed = '; '.join(map(str, refused))
   if pipeline:
-    remedy = ('to repeat a stage, delete its folder and those of the stages after it; or add '
-              '--fork=NEWDIR to keep this run and take over the stages before')
+    remedy = (
+      'to repeat a stage, delete its folder and those of the stages after it; or add '
+      '--fork=NEWDIR to keep this run and take over the stages before'
+    )
   else:
     remedy = 'or add --fork=NEWDIR to start there from the last checkpoint of this run'
     remedy += ', with more steps' if finished else ''
-  return (f'{workdir} {"is finished" if finished else "was started"} with another config: {listed}. '
-          f'Name another --workdir; {remedy}. Nothing was changed.')
+  return (
+    f'{workdir} {"is finished" if finished else "was started"} with another config: {listed}. '
+    f'Name another --workdir; {remedy}. Nothing was changed.'
+  )
 
 
 def input_keys(config, prefix=''):
@@ -232,9 +244,15 @@ def fingerprint(value):
     if not root.exists():
       digest.update(f'name {name}'.encode())
       continue
-    files = [root] if root.is_file() else sorted(
-        path for path in root.rglob('*') if path.is_file()
-        and not any(part.startswith('.') for part in path.relative_to(root).parts))
+    files = (
+      [root]
+      if root.is_file()
+      else sorted(
+        path
+        for path in root.rglob('*')
+        if path.is_file() and not any(part.startswith('.') for part in path.relative_to(root).parts)
+      )
+    )
     for file in files:
       size = file.stat().st_size
       digest.update(f'{file.relative_to(root)} {size}\n'.encode())
@@ -265,13 +283,15 @@ def check_steps(config, steps, step, workdir, *, forked):
   """
   if step >= steps and forked:
     raise errors.UserError(
-        f'the checkpoint that {workdir} starts from is after step {step}, and the config asks for {steps} steps '
-        f'in all: set config.steps above {step}')
+      f'the checkpoint that {workdir} starts from is after step {step}, and the config asks for {steps} steps '
+      f'in all: set config.steps above {step}'
+    )
   if step > steps:
     length = f'steps={config.steps}' if config.steps else f'data.epochs={config.data.epochs}'
     raise errors.UserError(
-        f'config.{length}, which is {steps} steps, but the checkpoint in {workdir} is after step '
-        f'{step}: ask for as many or more, or name another --workdir')
+      f'config.{length}, which is {steps} steps, but the checkpoint in {workdir} is after step '
+      f'{step}: ask for as many or more, or name another --workdir'
+    )
 
 
 def start(config, workdir, *, changed, step=None, forked_from=None):
@@ -285,10 +305,18 @@ def start(config, workdir, *, changed, step=None, forked_from=None):
     forked_from: {'workdir', 'step'} of the run it starts from; None for what config.json says.
   """
   held = read(workdir)
-  if held is None or step == 0 or changed or forked_from or held.get('stages') != plain(config).get('stages'):
+  if (
+    held is None
+    or step == 0
+    or changed
+    or forked_from
+    or held.get('stages') != plain(config).get('stages')
+  ):
     forked_from = forked_from or (None if step == 0 else (held or {}).get('forked_from'))
-    write_json(pathlib.Path(workdir) / CONFIG,
-               plain(config) | ({'forked_from': forked_from} if forked_from else {}))
+    write_json(
+      pathlib.Path(workdir) / CONFIG,
+      plain(config) | ({'forked_from': forked_from} if forked_from else {}),
+    )
   record_start(config, workdir, step=step, changed=changed, first=step == 0 or bool(forked_from))
 
 
@@ -311,15 +339,19 @@ def record_start(config, workdir, *, step, changed, first):
     first: whether the run begins here, at step 0 or at that of a fork.
   """
   record = {
-      'time': datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
-      'step': step, 'host': socket.gethostname(), 'pid': os.getpid(),
-      'version': _version(), 'commit': commit(),
-      'overridden': [arg for arg in sys.argv[1:] if arg.lstrip('-').startswith('config')],
-      'changed': {key: [before, after] for key, before, after in changed},
+    'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+    'step': step,
+    'host': socket.gethostname(),
+    'pid': os.getpid(),
+    'version': _version(),
+    'commit': commit(),
+    'overridden': [arg for arg in sys.argv[1:] if arg.lstrip('-').startswith('config')],
+    'changed': {key: [before, after] for key, before, after in changed},
   }
   if step is not None:
     inputs = input_keys(plain(config)) | {
-        key: code_file(name) for key, name in code_keys(plain(config)).items()}
+      key: code_file(name) for key, name in code_keys(plain(config)).items()
+    }
     record |= {'first': first, 'inputs': {key: fingerprint(value) for key, value in inputs.items()}}
   with open(pathlib.Path(workdir) / RUNS, 'a', encoding='utf-8') as file:
     file.write(json.dumps(record) + '\n')
@@ -346,10 +378,15 @@ def _version():
 def commit():
   """The git commit of this code, with '+' where files were changed; None where it is no checkout."""
   folder = pathlib.Path(__file__).parent
+
   def git(*arguments):
-    return subprocess.run(['git', '-C', folder, *arguments], capture_output=True, text=True,
-                          timeout=10, check=True).stdout.strip()
+    return subprocess.run(
+      ['git', '-C', folder, *arguments], capture_output=True, text=True, timeout=10, check=True
+    ).stdout.strip()
+
   try:
-    return git('rev-parse', 'HEAD') + ('+' if git('status', '--porcelain', '--untracked-files=no') else '')
+    return git('rev-parse', 'HEAD') + (
+      '+' if git('status', '--porcelain', '--untracked-files=no') else ''
+    )
   except (OSError, subprocess.SubprocessError):
     return None

@@ -22,8 +22,12 @@ def end_now(number, _):
   """Handles SIGTERM where there is nothing to save."""
   if not _ours(number):
     return
-  _PENDING.append(number)  # what is raised below may be ignored, as in a callback of the garbage collector
-  raise errors.Interrupted(f'stopped by {signal.Signals(number).name}: the same command resumes', 128 + number)
+  _PENDING.append(
+    number
+  )  # what is raised below may be ignored, as in a callback of the garbage collector
+  raise errors.Interrupted(
+    f'stopped by {signal.Signals(number).name}: the same command resumes', 128 + number
+  )
 
 
 def _ours(number):
@@ -37,8 +41,12 @@ def _ours(number):
 
 def check(workdir):
   """Raises Interrupted where a signal came to any process; called by all of them between stages."""
-  if jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(next(_CALLS)):
-    raise errors.Interrupted(f'stopped by SIGTERM: the same command resumes {workdir}', 128 + signal.SIGTERM)
+  if jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(
+    next(_CALLS)
+  ):
+    raise errors.Interrupted(
+      f'stopped by SIGTERM: the same command resumes {workdir}', 128 + signal.SIGTERM
+    )
 
 
 class Signals:
@@ -55,7 +63,9 @@ class Signals:
   def __enter__(self):
     if threading.current_thread() is threading.main_thread():
       # JAX has a handler of its own for SIGTERM where there are several processes.
-      ours = (signal.SIGINT,) if jax.distributed.is_initialized() else (signal.SIGINT, signal.SIGTERM)
+      ours = (
+        (signal.SIGINT,) if jax.distributed.is_initialized() else (signal.SIGINT, signal.SIGTERM)
+      )
       self._before = {number: signal.signal(number, self._handle) for number in ours}
     return self
 
@@ -87,8 +97,10 @@ class Signals:
     """What to raise when the step is saved, an errors.Interrupted."""
     number = self._signal or signal.SIGTERM
     return errors.Interrupted(
-        f'stopped by {signal.Signals(number).name} after step {step}, which is saved in {workdir}: '
-        'the same command resumes', 128 + number)
+      f'stopped by {signal.Signals(number).name} after step {step}, which is saved in {workdir}: '
+      'the same command resumes',
+      128 + number,
+    )
 
   def check(self, workdir, step):
     """Raises Interrupted where a signal has come before the next step."""
@@ -124,8 +136,11 @@ class Clock:
     passed = time.monotonic() - self._begin
     pace = passed / (step - self._first)
     # One process can look after every step. Of several none waits long where steps become slower.
-    wait = 1 if jax.process_count() == 1 else max(
-        1, int(min((self._seconds - passed) / 2, LOOK_SECONDS) / pace))
+    wait = (
+      1
+      if jax.process_count() == 1
+      else max(1, int(min((self._seconds - passed) / 2, LOOK_SECONDS) / pace))
+    )
     wait = processes.agree(0 if passed >= self._seconds else wait)
     self._look = step + wait
     return wait == 0

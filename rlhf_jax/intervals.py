@@ -93,8 +93,10 @@ def rate(values, prompts=None):
 
   # At the mean itself the variance may be 0: the ends are sought beside it.
   low, high = mean - EPSILON, mean + EPSILON
-  return (optimize.brentq(excess, 0.0, low) if low > 0 else 0.0,
-          optimize.brentq(excess, high, 1.0) if high < 1 else 1.0)
+  return (
+    optimize.brentq(excess, 0.0, low) if low > 0 else 0.0,
+    optimize.brentq(excess, high, 1.0) if high < 1 else 1.0,
+  )
 
 
 def effective_size(values, group):

@@ -26,6 +26,7 @@ class Learner:
     set_by: {name in TrainState.extra: dotted keys of the config that set its first value}; a fork in
       which one of them differs starts with its own.
   """
+
   steps: int
   iterators: dict[str, Any]
   next_batch: Callable[..., Any]

@@ -46,7 +46,7 @@ def cut(function, rows, mask, most):
   rooms = stages(slots, 1 if processes.unrolled() else most)
 
   def branch(room):
-    return lambda rows: function(jax.tree.map(lambda x: x[:, :x.shape[1] - (slots - room)], rows))
+    return lambda rows: function(jax.tree.map(lambda x: x[:, : x.shape[1] - (slots - room)], rows))
 
   if len(rooms) == 1:
     return function(rows)

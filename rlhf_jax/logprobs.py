@@ -30,9 +30,13 @@ def _in_chunks(rows_fn, arrays, vocab, chunk):
 
   def split(x):
     x = jnp.pad(x, ((0, 0), (0, chunks * size - length)) + ((0, 0),) * (x.ndim - 2))
-    return sharding.split_rows(jnp.moveaxis(x.reshape((batch, chunks, size) + x.shape[2:]), 1, 0), axis=1)
+    return sharding.split_rows(
+      jnp.moveaxis(x.reshape((batch, chunks, size) + x.shape[2:]), 1, 0), axis=1
+    )
 
-  out = processes.scan(lambda _, xs: (None, jax.checkpoint(rows_fn)(*xs)), None, [split(x) for x in arrays])[1]
+  out = processes.scan(
+    lambda _, xs: (None, jax.checkpoint(rows_fn)(*xs)), None, [split(x) for x in arrays]
+  )[1]
   return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length], out)
 
 
@@ -55,6 +59,7 @@ def token_logprobs(unembed, hidden, targets, *, temperature=1.0, chunk=CHUNK):
   Returns:
     logprobs [B, T] float32 and entropy [B, T] float32, in nats.
   """
+
   def rows(h, y):
     logits = unembed(h) / temperature
     # Below the largest, so that neither term of a peaked distribution's entropy is rounded away.
@@ -63,15 +68,18 @@ def token_logprobs(unembed, hidden, targets, *, temperature=1.0, chunk=CHUNK):
     total = jnp.sum(weights, axis=-1)
     picked = jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0]
     return picked - jnp.log(total), jnp.log(total) - jnp.sum(weights * logits, axis=-1) / total
+
   return _in_chunks(rows, [hidden, targets], _vocab(unembed, hidden), chunk)
 
 
 def cross_entropy(unembed, hidden, targets, *, chunk=CHUNK):
   """Negative log-likelihood of each target, [B, T] float32 nats; no entropy is computed."""
+
   def rows(h, y):
     logits = unembed(h)
     picked = jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked
+
   return _in_chunks(rows, [hidden, targets], _vocab(unembed, hidden), chunk)
 
 
@@ -89,8 +97,10 @@ def full_kl(unembed, hidden, ref_unembed, ref_hidden, *, temperature=1.0, chunk=
   Returns:
     [B, T] float32, nats.
   """
+
   def rows(h, g):
     logp = jax.nn.log_softmax(unembed(h) / temperature, axis=-1)
     ref = jax.nn.log_softmax(ref_unembed(g) / temperature, axis=-1)
     return jnp.sum(jnp.exp(logp) * (logp - ref), axis=-1)
+
   return _in_chunks(rows, [hidden, ref_hidden], _vocab(unembed, hidden), chunk)

@@ -140,8 +140,8 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, *, clip_low, clip_high, 
   """
   chex.assert_equal_shape([logprobs, old_logprobs, advantages])
   return clipped_policy_loss(
-      logprobs - old_logprobs, advantages, clip_low=clip_low, clip_high=clip_high,
-      dual_clip=dual_clip)
+    logprobs - old_logprobs, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
+  )
 
 
 def ppo_value_loss(values, old_values, returns, *, clip):
@@ -192,9 +192,11 @@ def pairwise_loss(scores, ranks, present, margin, *, centering=0.0, label_smooth
   chex.assert_equal_shape([scores, ranks, present])
   better = (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]
   gap = scores[:, :, None] - scores[:, None, :] - margin[:, None, None]
-  loss = (-(1.0 - label_smoothing) * jax.nn.log_sigmoid(gap)
-          - label_smoothing * jax.nn.log_sigmoid(-gap)
-          + centering * jnp.square(scores[:, :, None] + scores[:, None, :]))
+  loss = (
+    -(1.0 - label_smoothing) * jax.nn.log_sigmoid(gap)
+    - label_smoothing * jax.nn.log_sigmoid(-gap)
+    + centering * jnp.square(scores[:, :, None] + scores[:, None, :])
+  )
   pairs = jnp.sum(better, axis=(1, 2))
   total = jnp.sum(jnp.where(better, loss, 0.0), axis=(1, 2))
   return total / jnp.maximum(pairs, 1), pairs > 0

@@ -26,8 +26,11 @@ from rlhf_jax.evaluation import report
 _CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for everything the run writes.')
 _FORK = flags.DEFINE_string(
-    'fork', None, 'New folder for a run with this config that starts from the newest checkpoint in --workdir; of a '
-    'pipeline, from its finished stages up to the first that differs.')
+  'fork',
+  None,
+  'New folder for a run with this config that starts from the newest checkpoint in --workdir; of a '
+  'pipeline, from its finished stages up to the first that differs.',
+)
 
 
 def main(argv):

@@ -164,7 +164,9 @@ class StepLog:
     """
     self.flush()
     self._steps += 1
-    if written:  # the time since the last step that was: the device works off what is not waited for
+    if (
+      written
+    ):  # the time since the last step that was: the device works off what is not waited for
       now = time.perf_counter()
       host_metrics = host_metrics | {'seconds/step': (now - self._clock) / self._steps}
       self._clock, self._steps = now, 0

@@ -16,6 +16,7 @@ OPTIMIZERS = ('adam', 'tf_adam')
 
 class TFAdamState(NamedTuple):
   """Moments of `scale_by_tf_adam`."""
+
   count: jax.Array
   mu: optax.Updates
   nu: optax.Updates
@@ -28,6 +29,7 @@ def scale_by_tf_adam(b1, b2, eps, moment_dtype='float32'):
   (Kingma & Ba 2015, end of §2, https://arxiv.org/abs/1412.6980). With eps = 1e-5 it differs
   from optax and torch for about a thousand steps. lm-human-preferences was trained with it.
   """
+
   def init(params):
     zeros = lambda dtype: jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
     return TFAdamState(jnp.zeros([], jnp.int32), zeros(moment_dtype), zeros(jnp.float32))
@@ -37,7 +39,7 @@ def scale_by_tf_adam(b1, b2, eps, moment_dtype='float32'):
     count = state.count + 1
     mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
     nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.square(g), state.nu, updates)
-    scale = jnp.sqrt(1.0 - b2 ** count) / (1.0 - b1 ** count)
+    scale = jnp.sqrt(1.0 - b2**count) / (1.0 - b1**count)
     updates = jax.tree.map(lambda m, v: scale * m / (jnp.sqrt(v) + eps), mu, nu)
     return updates, TFAdamState(count, optax.tree.cast(mu, moment_dtype), nu)
 
@@ -46,6 +48,7 @@ def scale_by_tf_adam(b1, b2, eps, moment_dtype='float32'):
 
 class MasterState(NamedTuple):
   """The weights of `keep_master` in its dtype, None where the parameters have it; and the inner state."""
+
   master: optax.Params
   inner: optax.OptState
 
@@ -59,6 +62,7 @@ def keep_master(inner, dtype):
     inner: optax optimizer, which sees the copy and gradients of its dtype.
     dtype: of the copy; parameters that have it already get none.
   """
+
   def init(params):
     master = jax.tree.map(lambda p: None if p.dtype == dtype else p.astype(dtype), params)
     return MasterState(master, inner.init(_of(master, params)))
@@ -69,10 +73,16 @@ def keep_master(inner, dtype):
     updates, inner_state = inner.update(grads, state.inner, current)
     new = optax.apply_updates(current, updates)
     # What, added to the parameters in float32 and rounded, gives the rounded copy.
-    updates = jax.tree.map(lambda n, u, p, old: u if n.dtype == old.dtype else n - old.astype(n.dtype),
-                           new, updates, current, params)
-    master = jax.tree.map(lambda old, n: None if old is None else n, state.master, new,
-                          is_leaf=lambda x: x is None)
+    updates = jax.tree.map(
+      lambda n, u, p, old: u if n.dtype == old.dtype else n - old.astype(n.dtype),
+      new,
+      updates,
+      current,
+      params,
+    )
+    master = jax.tree.map(
+      lambda old, n: None if old is None else n, state.master, new, is_leaf=lambda x: x is None
+    )
     return updates, MasterState(master, inner_state)
 
   return optax.GradientTransformation(init, update)
@@ -80,11 +90,14 @@ def keep_master(inner, dtype):
 
 def _of(master, params):
   """The copy where there is one, else the parameter."""
-  return jax.tree.map(lambda m, p: p if m is None else m, master, params, is_leaf=lambda x: x is None)
+  return jax.tree.map(
+    lambda m, p: p if m is None else m, master, params, is_leaf=lambda x: x is None
+  )
 
 
 class AverageState(NamedTuple):
   """The moving average of `average`, the updates it is over, and the inner state."""
+
   ema: optax.Params
   count: jax.Array
   inner: optax.OptState
@@ -106,6 +119,7 @@ def average(inner, decay):
     inner: optax optimizer.
     decay: in (0, 1).
   """
+
   def init(params):
     # A copy: the parameters are donated with the rest of the state, and a buffer only once.
     ema = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
@@ -160,9 +174,24 @@ def schedule(learning_rate, *, kind, warmup_steps, steps, warmup_from=0.0, updat
   return lambda count: main(count // updates)
 
 
-def make(*, name, learning_rate, schedule_kind, warmup_steps, steps, b1, b2, eps,
-         weight_decay, clip_norm, warmup_from=0.0, updates=1, master_dtype='float32',
-         moment_dtype='float32', ema=0.0):
+def make(
+  *,
+  name,
+  learning_rate,
+  schedule_kind,
+  warmup_steps,
+  steps,
+  b1,
+  b2,
+  eps,
+  weight_decay,
+  clip_norm,
+  warmup_from=0.0,
+  updates=1,
+  master_dtype='float32',
+  moment_dtype='float32',
+  ema=0.0,
+):
   """An optax optimizer.
 
   Args:
@@ -192,20 +221,32 @@ def make(*, name, learning_rate, schedule_kind, warmup_steps, steps, b1, b2, eps
     scale = scale_by_tf_adam(b1, b2, eps, moment_dtype)
   else:
     raise errors.UserError(f'optim.name={name!r} is not one of {OPTIMIZERS}')
-  rate = schedule(learning_rate, kind=schedule_kind, warmup_steps=warmup_steps, steps=steps,
-                  warmup_from=warmup_from, updates=updates)
+  rate = schedule(
+    learning_rate,
+    kind=schedule_kind,
+    warmup_steps=warmup_steps,
+    steps=steps,
+    warmup_from=warmup_from,
+    updates=updates,
+  )
   # The same structure whatever the figures, so that a run can go on with another one of them.
   clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
-  optimizer = optax.chain(clip, scale, optax.add_decayed_weights(weight_decay, mask=decayed),
-                          optax.scale_by_learning_rate(rate))
+  optimizer = optax.chain(
+    clip,
+    scale,
+    optax.add_decayed_weights(weight_decay, mask=decayed),
+    optax.scale_by_learning_rate(rate),
+  )
   optimizer = keep_master(optimizer, jnp.dtype(master_dtype))
   return average(optimizer, ema) if ema else optimizer
 
 
 def decayed(params):
   """True for matrices, adapters' too. Norm scales and biases are not decayed, stacked by layer or not."""
+
   def matrix(path, _):
     return str(getattr(path[-1], 'key', path[-1])) in ('kernel', 'embedding', 'a', 'b')
+
   return jax.tree_util.tree_map_with_path(matrix, params)
 
 
@@ -225,13 +266,14 @@ def apply(params, opt_state, grads, optimizers):
     ValueError: parameters that `optimizers` does not name.
   """
   if params.keys() != optimizers.keys():
-    raise ValueError(f'parameters {sorted(params)} need an optimizer or None each; there are {sorted(optimizers)}')
+    raise ValueError(
+      f'parameters {sorted(params)} need an optimizer or None each; there are {sorted(optimizers)}'
+    )
   new_params, new_opt_state, metrics = dict(params), {}, {}
   for name, optimizer in optimizers.items():
     if optimizer is None:
       continue
-    updates, new_opt_state[name] = optimizer.update(
-        grads[name], opt_state[name], params[name])
+    updates, new_opt_state[name] = optimizer.update(grads[name], opt_state[name], params[name])
     new_params[name] = optax.apply_updates(params[name], updates)
     metrics[f'{name}/grad_norm'] = optax.global_norm(grads[name])
     metrics[f'{name}/update_norm'] = optax.global_norm(updates)
@@ -256,7 +298,9 @@ def accumulate(grad_fn, params, rows, size):
     return grad_fn(params, rows)
   split = jax.tree.map(lambda x: x.reshape((-1, size) + x.shape[1:]), rows)
   # Sums of low precision would lose the last microbatches.
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), jax.eval_shape(
-      grad_fn, params, jax.tree.map(lambda x: x[0], split)))
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
+    jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], split)),
+  )
   add = lambda total, part: (jax.tree.map(jnp.add, total, grad_fn(params, part)), None)
   return processes.scan(add, zeros, split)[0]

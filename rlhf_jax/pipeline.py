@@ -46,7 +46,10 @@ def run(config, workdir, *, fork_of=None):
     Interrupted: see train.run.
   """
   runtime.keep_programs()
-  stages = {name: resolve(config[name], pathlib.Path(workdir).absolute(), config.seed) for name in chosen(config)}
+  stages = {
+    name: resolve(config[name], pathlib.Path(workdir).absolute(), config.seed)
+    for name in chosen(config)
+  }
   for name, stage in stages.items():  # a mistake in the last is found before the first runs
     check(name, stage)
   with contextlib.ExitStack() as held:
@@ -58,7 +61,9 @@ def run(config, workdir, *, fork_of=None):
       heading = f'[{number}/{len(stages)}] {name}'
       if processes.agree((folder / DONE).exists()):
         old = f', and was made before {", ".join(ran)} ran' if ran else ''
-        processes.say(f'{heading}: {workdir_lib.finished(folder)}, and the folders of the stages after it{old}')
+        processes.say(
+          f'{heading}: {workdir_lib.finished(folder)}, and the folders of the stages after it{old}'
+        )
         continue
       started = time.perf_counter()
       ran.append(name)
@@ -69,7 +74,9 @@ def run(config, workdir, *, fork_of=None):
       processes.wait_for_file(folder / DONE)
     if not ran:
       report = workdir / 'report.html'
-      processes.say(f'{workdir}: all stages are finished{f"; report {report}" if report.exists() else ""}')
+      processes.say(
+        f'{workdir}: all stages are finished{f"; report {report}" if report.exists() else ""}'
+      )
 
 
 def claim(config, workdir, fork_of, held):
@@ -128,8 +135,9 @@ def differing(config, before, workdir):
   """
   after, refused, allowed = identity.plain(config), [], []
   for change in identity.changes(
-      {key: value for key, value in before.items() if key not in ('stages', 'forked_from')},
-      {key: value for key, value in after.items() if key != 'stages'}):
+    {key: value for key, value in before.items() if key not in ('stages', 'forked_from')},
+    {key: value for key, value in after.items() if key != 'stages'},
+  ):
     name, _, key = change.key.partition('.')
     stages = [name] if key else seeded(before, change.key)
     held = [workdir / stage for stage in stages if begun(workdir / stage)]
@@ -143,8 +151,11 @@ def differing(config, before, workdir):
 
 def seeded(before, key):
   """The stages that take the pipeline's value of a key, such as its seed."""
-  return [name for name, stage in before.items()
-          if isinstance(stage, dict) and key in stage and stage[key] is None]
+  return [
+    name
+    for name, stage in before.items()
+    if isinstance(stage, dict) and key in stage and stage[key] is None
+  ]
 
 
 def begun(folder):
@@ -170,7 +181,9 @@ def take_over(config, source, workdir):
   same_seed = before['seed'] == after['seed']
   for name in dict.fromkeys([*named(before['stages']), *chosen(config)]):
     new = after.get(name)
-    same = new is not None and before.get(name) == new and (same_seed or new.get('seed') is not None)
+    same = (
+      new is not None and before.get(name) == new and (same_seed or new.get('seed') is not None)
+    )
     if not same or not (source / name / DONE).exists():
       break
     if not (workdir / name).exists():
@@ -186,14 +199,19 @@ def chosen(config):
   Raises:
     UserError: one is not a stage of the config.
   """
-  known = [name for name, value in config.items() if isinstance(value, ml_collections.ConfigDict)
-           and ('algorithm' in value or 'function' in value)]
+  known = [
+    name
+    for name, value in config.items()
+    if isinstance(value, ml_collections.ConfigDict)
+    and ('algorithm' in value or 'function' in value)
+  ]
   names = named(config.stages)
   unknown = [name for name in names if name not in known]
   if unknown or not names:
     raise errors.UserError(
-        f'config.stages={",".join(names)!r} names {unknown or "no stage"}: the stages of this '
-        f'config are {", ".join(known)}')
+      f'config.stages={",".join(names)!r} names {unknown or "no stage"}: the stages of this '
+      f'config are {", ".join(known)}'
+    )
   return names
 
 
@@ -208,8 +226,9 @@ def check(name, stage):
     raise errors.UserError(f'stage {name}: {error}') from error
   except (Exception, SystemExit) as error:  # whatever a user's module does
     raise errors.UserError(
-        f'stage {name}: config.{name}.function={stage.function!r} cannot be loaded ({type(error).__name__}: {error}): '
-        "it has to be 'package.module:name' of a function") from error
+      f'stage {name}: config.{name}.function={stage.function!r} cannot be loaded ({type(error).__name__}: {error}): '
+      "it has to be 'package.module:name' of a function"
+    ) from error
   config_keys.check_finite(arguments, f'stage {name}: config.{name}')
   signature = inspect.signature(function)
   try:
@@ -218,8 +237,9 @@ def check(name, stage):
     names = list(signature.parameters)[1:]
     hints = [config_keys.did_you_mean(key, names) for key in arguments if key not in names]
     raise errors.UserError(
-        f'stage {name}: {stage.function} cannot be called with the keys of config.{name} '
-        f'({error}): they must be its arguments. {" ".join(hints[:1])}'.rstrip()) from error
+      f'stage {name}: {stage.function} cannot be called with the keys of config.{name} '
+      f'({error}): they must be its arguments. {" ".join(hints[:1])}'.rstrip()
+    ) from error
 
 
 def called(stage):

@@ -37,14 +37,18 @@ _sampler = functools.lru_cache(maxsize=16)(sampler.make)
 @dataclasses.dataclass
 class Samples:
   """n prompts, their responses, and the tokens of both as a Rollout of NumPy arrays."""
+
   prompts: list[str]
   responses: list[str]
   rollout: types.Rollout
 
   def take(self, index):
     """The samples at positions `index`."""
-    return Samples([self.prompts[i] for i in index], [self.responses[i] for i in index],
-                   jax.tree.map(lambda x: x[np.asarray(index)], self.rollout))
+    return Samples(
+      [self.prompts[i] for i in index],
+      [self.responses[i] for i in index],
+      jax.tree.map(lambda x: x[np.asarray(index)], self.rollout),
+    )
 
 
 @dataclasses.dataclass
@@ -56,6 +60,7 @@ class TextPolicy:
     params: its parameters.
     tokenizer: its tokenizer.
   """
+
   model: Any
   params: Any
   tokenizer: Any
@@ -93,9 +98,22 @@ class TextPolicy:
       raise errors.DataError(str(error).removesuffix(formats.SKIP)) from error
     return [example.prompt for example in examples]
 
-  def sample(self, prompts, key, *, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
-             ignore_eos=False, min_new_tokens=0, stop=(), truncate_at=None, truncate_after=0,
-             samples=1):
+  def sample(
+    self,
+    prompts,
+    key,
+    *,
+    max_new_tokens,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    ignore_eos=False,
+    min_new_tokens=0,
+    stop=(),
+    truncate_at=None,
+    truncate_after=0,
+    samples=1,
+  ):
     """Samples responses to prompts, the same in one batch or a few at a time.
 
     Args:
@@ -128,36 +146,52 @@ class TextPolicy:
       max_new_tokens = max(1, min(NEW_TOKENS, self.model.max_length - length))
     if length + max_new_tokens > self.model.max_length:
       raise errors.UserError(
-          f'a prompt of {length} tokens and {max_new_tokens} new ones exceed the context of '
-          f'{self.model.max_length} tokens: shorten the prompt or lower max_new_tokens')
+        f'a prompt of {length} tokens and {max_new_tokens} new ones exceed the context of '
+        f'{self.model.max_length} tokens: shorten the prompt or lower max_new_tokens'
+      )
     # Before `min_new_tokens` stop tokens cannot be drawn; strings can be there, but end nothing.
     single = {} if min_new_tokens else stops.single_tokens(self.tokenizer, stop)
     sampling = sampling_lib.Sampling(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        eos_id=self.tokenizer.eos_token_id, pad_id=self.tokenizer.pad_token_id,
-        ignore_eos=ignore_eos or truncate_at is not None, min_new_tokens=min_new_tokens,
-        stop_tokens=tuple(single.values()))
-    generate = _sampler(self.model, sampling, samples=samples,
-                        max_concurrent=BATCH if len(prompts) * samples > BATCH else 0)
+      max_new_tokens=max_new_tokens,
+      temperature=temperature,
+      top_k=top_k,
+      top_p=top_p,
+      eos_id=self.tokenizer.eos_token_id,
+      pad_id=self.tokenizer.pad_token_id,
+      ignore_eos=ignore_eos or truncate_at is not None,
+      min_new_tokens=min_new_tokens,
+      stop_tokens=tuple(single.values()),
+    )
+    generate = _sampler(
+      self.model,
+      sampling,
+      samples=samples,
+      max_concurrent=BATCH if len(prompts) * samples > BATCH else 0,
+    )
     padded = left_padded(rows, length, self.tokenizer.pad_token_id)
     rollout = jax.device_get(generate(self.params, padded, key))
     if stop:
       rollout, _ = stops.truncate_at_strings(rollout, self.tokenizer, stop, after=min_new_tokens)
     if truncate_at is not None:
       token = stops.single_token(self.tokenizer, truncate_at, name='truncate_at')
-      rollout, ended = jax.device_get(stops.truncate(
-          rollout, tokens=(token,), after=truncate_after, pad_id=self.tokenizer.pad_token_id))
+      rollout, ended = jax.device_get(
+        stops.truncate(
+          rollout, tokens=(token,), after=truncate_after, pad_id=self.tokenizer.pad_token_id
+        )
+      )
       rollout = rollout.replace(ended=ended)
     prompts = [prompt for prompt in prompts for _ in range(samples)]
     return Samples(prompts, self._responses(prompts, rollout), rollout)
 
   def _responses(self, prompts, rollout):
-    response = rollout.tokens[:, -rollout.response_mask.shape[1]:]
+    response = rollout.tokens[:, -rollout.response_mask.shape[1] :]
     ids = [row[keep] for row, keep in zip(response, rollout.response_mask)]
     texts = tokenizers.decode_continuation(self.tokenizer, ids)
     # A text that begins here has no space in front, which some tokenizers put before words.
-    return [text if prompt else self.tokenizer.decode(row, skip_special_tokens=True)
-            for prompt, text, row in zip(prompts, texts, ids)]
+    return [
+      text if prompt else self.tokenizer.decode(row, skip_special_tokens=True)
+      for prompt, text, row in zip(prompts, texts, ids)
+    ]
 
   def logprobs(self, rollout, *, temperature=1.0):
     """Log-probability of each response, summed over its tokens, [n] float32.
@@ -167,8 +201,9 @@ class TextPolicy:
       temperature: what the logits are divided by; positive.
     """
     return in_batches(
-        lambda batch, start: response_logprobs(
-            self.params, batch, temperature, model=self.model), rollout)
+      lambda batch, start: response_logprobs(self.params, batch, temperature, model=self.model),
+      rollout,
+    )
 
 
 def _with_frozen(path, config, model, trained):
@@ -182,11 +217,13 @@ def _with_frozen(path, config, model, trained):
   """
   if not config['path']:
     raise errors.UserError(
-        f'{path} trains a part of a model that is in no folder (config.model.path is empty), and its '
-        'checkpoints hold that part alone; wait for its end')
+      f'{path} trains a part of a model that is in no folder (config.model.path is empty), and its '
+      'checkpoints hold that part alone; wait for its end'
+    )
   _, params = hf.load(config['path'])
   model, _, frozen = trainable.start(
-      model, params, unfrozen_layers=config['unfrozen_layers'], seed=0, **config['lora'])
+    model, params, unfrozen_layers=config['unfrozen_layers'], seed=0, **config['lora']
+  )
   # Restored arrays lie on the devices of the run, the folder's on one.
   return trainable.whole(model, jax.device_get(trained), frozen)
 
@@ -204,8 +241,11 @@ def response_logprobs(params, rollout, temperature, *, model):
   slots = rollout.response_mask.shape[1]
   states = model.response_states(params, rollout.tokens, rollout.mask, slots)
   values, _ = logprobs.token_logprobs(
-      functools.partial(model.unembed, params), states, rollout.tokens[:, -slots:],
-      temperature=temperature)
+    functools.partial(model.unembed, params),
+    states,
+    rollout.tokens[:, -slots:],
+    temperature=temperature,
+  )
   return jnp.sum(jnp.where(rollout.response_mask, values, 0.0), axis=1)
 
 
@@ -217,7 +257,7 @@ def in_batches(function, tree):
   for start in range(0, count, size):
     index = np.minimum(np.arange(start, start + size), count - 1)
     out = function(jax.tree.map(lambda x: x[index], tree), start)
-    parts.append(jax.tree.map(lambda x: np.asarray(x)[:count - start], out))
+    parts.append(jax.tree.map(lambda x: np.asarray(x)[: count - start], out))
   return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
@@ -226,6 +266,6 @@ def left_padded(rows, length, pad_id):
   tokens = np.full((len(rows), length), pad_id, np.int32)
   mask = np.zeros((len(rows), length), bool)
   for i, row in enumerate(rows):
-    tokens[i, length - len(row):] = row
-    mask[i, length - len(row):] = True
+    tokens[i, length - len(row) :] = row
+    mask[i, length - len(row) :] = True
   return types.Prompts(tokens, mask)

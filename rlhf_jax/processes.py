@@ -133,8 +133,9 @@ def wait_for_file(path):
     time.sleep(0.5)
   if not all_of(path.exists()):
     raise errors.UserError(
-        f'{path.parent} is not the same folder on all {jax.process_count()} processes: --workdir has to lie on a '
-        'file system that they share, such as NFS or a mounted bucket')
+      f'{path.parent} is not the same folder on all {jax.process_count()} processes: --workdir has to lie on a '
+      'file system that they share, such as NFS or a mounted bucket'
+    )
 
 
 def share_out(function, count):

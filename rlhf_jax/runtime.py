@@ -42,7 +42,9 @@ def keep_programs():
     return
   cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME', pathlib.Path.home() / '.cache'))
   jax.config.update('jax_compilation_cache_dir', str(cache / 'rlhf_jax' / 'xla'))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)  # by default 1: a run has many small programs
+  jax.config.update(
+    'jax_persistent_cache_min_compile_time_secs', 0.1
+  )  # by default 1: a run has many small programs
   compilation_cache.reset_cache()  # the first program that was compiled, if any, has settled that there is none
 
 
@@ -50,13 +52,17 @@ def check_devices():
   """Raises UserError, with what to do, where JAX finds no devices."""
   try:
     jax.device_count()
-  except (RuntimeError, AssertionError) as error:  # an AssertionError for a platform without its plugin
+  except (
+    RuntimeError,
+    AssertionError,
+  ) as error:  # an AssertionError for a platform without its plugin
     wanted = os.environ.get('JAX_PLATFORMS')
     reason = (str(error) or 'JAX has no support for it installed').splitlines()[0]
     raise errors.UserError(
-        f'there are no devices for JAX_PLATFORMS={wanted or ""}: {reason}. '
-        + ('Unset it to take the devices that there are, or install' if wanted else 'Install')
-        + ' JAX for yours: pip install -e ".[cuda]" or ".[tpu]"') from error
+      f'there are no devices for JAX_PLATFORMS={wanted or ""}: {reason}. '
+      + ('Unset it to take the devices that there are, or install' if wanted else 'Install')
+      + ' JAX for yours: pip install -e ".[cuda]" or ".[tpu]"'
+    ) from error
 
 
 def quiet():
@@ -66,7 +72,8 @@ def quiet():
   """
   logging.set_verbosity(logging.WARNING)
   logging.get_absl_logger().addFilter(
-      lambda record: 'orbax' not in pathlib.Path(record.pathname).parts)
+    lambda record: 'orbax' not in pathlib.Path(record.pathname).parts
+  )
   for name in ('asyncio', 'concurrent.futures'):  # which Orbax writes with
     std_logging.getLogger(name).setLevel(std_logging.CRITICAL)
 
@@ -88,15 +95,24 @@ def join():
   so on Cloud TPU VMs too, where no variable tells that there are others.
   """
   address = os.environ.get('COORDINATOR_ADDRESS', '')
-  others = (os.environ.get('TPU_WORKER_HOSTNAMES', '').count(',') > 0
-            or any(int(os.environ.get(name, '1')) > 1 for name in ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')))
+  others = os.environ.get('TPU_WORKER_HOSTNAMES', '').count(',') > 0 or any(
+    int(os.environ.get(name, '1')) > 1 for name in ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
+  )
   if address and address != 'auto':
-    missing = [name for name in ('PROCESS_COUNT', 'PROCESS_ID') if not os.environ.get(name, '').isdigit()]
+    missing = [
+      name for name in ('PROCESS_COUNT', 'PROCESS_ID') if not os.environ.get(name, '').isdigit()
+    ]
     if missing:
-      raise errors.UserError(f'COORDINATOR_ADDRESS={address} needs {" and ".join(missing)} beside it, whole numbers')
+      raise errors.UserError(
+        f'COORDINATOR_ADDRESS={address} needs {" and ".join(missing)} beside it, whole numbers'
+      )
     jax.distributed.initialize(
-        address, int(os.environ['PROCESS_COUNT']), int(os.environ['PROCESS_ID']),
-        cluster_detection_method='deactivate', heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+      address,
+      int(os.environ['PROCESS_COUNT']),
+      int(os.environ['PROCESS_ID']),
+      cluster_detection_method='deactivate',
+      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    )
   elif address or others:
     jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
 
@@ -150,7 +166,10 @@ def keep_memory():
   # The arena takes most of the addresses that Linux would give, and frees them to itself: no page is used yet.
   size = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') * 3 // 4
   libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-  libc.free.argtypes, libc.madvise.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+  libc.free.argtypes, libc.madvise.argtypes = (
+    [ctypes.c_void_p],
+    [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int],
+  )
   block = libc.malloc(size)
   if block:
     whole = -block % HUGE

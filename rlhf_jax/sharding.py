@@ -41,12 +41,18 @@ def make_mesh(shape, *, devices=None):
   if unknown:
     raise UserError(f'mesh: unknown axes {unknown}; the axes are {list(AXES)}')
   sizes = [shape.get(axis, 1) for axis in AXES]
-  if sizes.count(-1) > 1 or any(not isinstance(size, int) or size < 1 and size != -1 for size in sizes):
-    raise UserError(f'mesh: {dict(zip(AXES, sizes))}: sizes are positive whole numbers, at most one is -1 (the rest)')
+  if sizes.count(-1) > 1 or any(
+    not isinstance(size, int) or size < 1 and size != -1 for size in sizes
+  ):
+    raise UserError(
+      f'mesh: {dict(zip(AXES, sizes))}: sizes are positive whole numbers, at most one is -1 (the rest)'
+    )
   known = math.prod(size for size in sizes if size != -1)
   sizes = [max(count // known, 1) if size == -1 else size for size in sizes]
   if math.prod(sizes) != count:
-    raise UserError(f'mesh: {dict(zip(AXES, sizes))} needs {math.prod(sizes)} devices, but there are {count}')
+    raise UserError(
+      f'mesh: {dict(zip(AXES, sizes))} needs {math.prod(sizes)} devices, but there are {count}'
+    )
   # jax.make_mesh would refuse to share a dimension of a v5p's or v6e's grid among two axes.
   grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -118,8 +124,13 @@ def each_shard(function, whole, batch):
     return function(whole, batch, 0)
   # Pallas kernels want every axis of the mesh here, even one of size 1.
   axes = set(AXES if tensor == 1 else BATCH[0])
-  call = jax.shard_map(lambda whole, batch, number: function(whole, batch, number[0]), axis_names=axes,
-                       in_specs=(P(), BATCH, BATCH), out_specs=BATCH, check_vma=False)
+  call = jax.shard_map(
+    lambda whole, batch, number: function(whole, batch, number[0]),
+    axis_names=axes,
+    in_specs=(P(), BATCH, BATCH),
+    out_specs=BATCH,
+    check_vma=False,
+  )
   return call(whole, batch, jnp.arange(count))
 
 
@@ -146,8 +157,11 @@ def gathered(tree, rules, axis):
     entries = [(entry,) if isinstance(entry, str) else entry or () for entry in sharding.spec]
     return P(*[tuple(name for name in entry if name != axis) or None for entry in entries])
 
-  return jax.tree.map(lambda x, sharding: jax.lax.with_sharding_constraint(x, spec(sharding)), tree,
-                      shardings(tree, rules, mesh))
+  return jax.tree.map(
+    lambda x, sharding: jax.lax.with_sharding_constraint(x, spec(sharding)),
+    tree,
+    shardings(tree, rules, mesh),
+  )
 
 
 def path_name(path):
@@ -162,7 +176,9 @@ def paths(tree):
 
 def map_with_path(function, tree, *rest):
   """Maps `function(path name, leaf, *leaves of the rest)` over trees of one structure."""
-  return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(path_name(path), *leaves), tree, *rest)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, *leaves: function(path_name(path), *leaves), tree, *rest
+  )
 
 
 def shardings(tree, rules, mesh):
@@ -190,8 +206,10 @@ def shardings(tree, rules, mesh):
     if spec is None and leaf.ndim == 0:
       spec = P()
     if spec is None:
-      raise UserError(f'sharding: no rule for {name!r} of shape {leaf.shape}; '
-                      'add one to the rules (P() to replicate it)')
+      raise UserError(
+        f'sharding: no rule for {name!r} of shape {leaf.shape}; '
+        'add one to the rules (P() to replicate it)'
+      )
     _check(name, leaf.shape, spec, mesh)
     return NamedSharding(mesh, spec)
 
@@ -206,8 +224,10 @@ def _check(name, shape, spec, mesh):
     axes = (axes,) if isinstance(axes, str) else axes or ()
     parts = int(np.prod([mesh.shape[axis] for axis in axes]))
     if size % parts:
-      raise UserError(f'sharding: {name!r} has shape {shape}; dimension {dimension} ({size}) does not divide by '
-                      f'mesh axes {list(axes)} of size {parts}; choose another mesh')
+      raise UserError(
+        f'sharding: {name!r} has shape {shape}; dimension {dimension} ({size}) does not divide by '
+        f'mesh axes {list(axes)} of size {parts}; choose another mesh'
+      )
 
 
 def shard_rows(tree):
@@ -225,7 +245,7 @@ def local_rows(rows):
   if mesh.empty or rows % (mesh.shape['data'] * mesh.shape['fsdp']):
     return np.ones(rows, bool)
   held = np.zeros(rows, bool)
-  for index, in batch_sharding(mesh).addressable_devices_indices_map((rows,)).values():
+  for (index,) in batch_sharding(mesh).addressable_devices_indices_map((rows,)).values():
     held[index] = True
   return held
 

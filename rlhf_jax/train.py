@@ -63,22 +63,34 @@ def run(config, workdir, *, fork_of=None):
       step, state = checkpoints.restore(state, learner.iterators)
     identity.check_steps(config, learner.steps, step, workdir, forked=forked)
     if step:
-      processes.say(f'{source if forked else workdir}: resuming after step {step} of {learner.steps}')
+      processes.say(
+        f'{source if forked else workdir}: resuming after step {step} of {learner.steps}'
+      )
     if processes.first():  # only now: the files of another config's run stay as they are
       learner.describe(workdir)
-      identity.start(config, workdir, step=step, changed=changed,
-                     forked_from={'workdir': source, 'step': step} if forked else None)
+      identity.start(
+        config,
+        workdir,
+        step=step,
+        changed=changed,
+        forked_from={'workdir': source, 'step': step} if forked else None,
+      )
     processes.wait_for_file(workdir / identity.CONFIG)
     if forked:  # from now on it needs no other folder
       checkpoints.save(step, state, learner.iterators)
-    writer = held.enter_context(metrics_lib.Writer(
-        workdir, resume_step=step, config=config.to_dict(), wandb_project=config.wandb_project))
+    writer = held.enter_context(
+      metrics_lib.Writer(
+        workdir, resume_step=step, config=config.to_dict(), wandb_project=config.wandb_project
+      )
+    )
     state = loop(config, learner, state, step, checkpoints, writer, signals)
     learner.export(state, model_path)
     checkpoints.close()
     signals.check(workdir, learner.steps)
   minutes = (time.perf_counter() - began) / 60
-  processes.say(f'{model_path}: {learner.steps} steps, {minutes:.1f} min; {metrics_lib.summary(workdir)}')
+  processes.say(
+    f'{model_path}: {learner.steps} steps, {minutes:.1f} min; {metrics_lib.summary(workdir)}'
+  )
   return model_path
 
 
@@ -94,9 +106,14 @@ def fork(config, state, learner, source):
   Returns:
     Finished steps and the TrainState.
   """
-  differ = {change.key for change in identity.changes(identity.read(source), identity.plain(config))}
-  own = {name: jnp.copy(state.extra[name]) for name, keys in learner.set_by.items()
-         if not differ.isdisjoint(keys)}
+  differ = {
+    change.key for change in identity.changes(identity.read(source), identity.plain(config))
+  }
+  own = {
+    name: jnp.copy(state.extra[name])
+    for name, keys in learner.set_by.items()
+    if not differ.isdisjoint(keys)
+  }
   key = jnp.copy(state.key) if 'seed' in differ else None
   new_optimizers = not differ.isdisjoint(identity.OPTIMIZERS)
   if new_optimizers:
@@ -128,9 +145,15 @@ def loop(config, learner, state, first_step, checkpoints, writer, signals):
   due = lambda step, every: step == steps or (every and step % every == 0)
   clock = interrupts.Clock(config.checkpoint_minutes, first_step)
   signals.check(writer.workdir, first_step)
-  bar = tqdm.tqdm(range(first_step, steps), initial=first_step, total=steps,
-                  desc=pathlib.Path(writer.workdir).name, dynamic_ncols=True,
-                  disable=not processes.first(), postfix='compiling')
+  bar = tqdm.tqdm(
+    range(first_step, steps),
+    initial=first_step,
+    total=steps,
+    desc=pathlib.Path(writer.workdir).name,
+    dynamic_ncols=True,
+    disable=not processes.first(),
+    postfix='compiling',
+  )
   log = metrics_lib.StepLog(writer, bar, learner.warnings)
   for step in bar:
     done = step + 1
@@ -168,6 +191,8 @@ def evaluate(learner, state, names):
   Returns:
     {'NAME/METRIC': number}.
   """
-  return {f'{name}/{metric}': value for name in names
-          for metric, value in learner.evaluators[name](state).items()}
-
+  return {
+    f'{name}/{metric}': value
+    for name in names
+    for metric, value in learner.evaluators[name](state).items()
+  }

@@ -21,6 +21,7 @@ class Prompts:
     tokens: [B, P] int32.
     mask: [B, P] bool, True at real tokens.
   """
+
   tokens: Any
   mask: Any
 
@@ -37,6 +38,7 @@ class Rollout:
       sampled from (temperature, top-k and top-p applied); 0 outside `response_mask`.
     ended: [B] bool, which responses ended by themselves; None where their tokens tell.
   """
+
   tokens: Any
   mask: Any
   response_mask: Any
@@ -53,6 +55,7 @@ class Scores:
     parts: {name: [B] float32}, what the total was made of; empty where it has one source. `a/b` is
       what part `a` was made of.
   """
+
   total: Any
   parts: dict = struct.field(default_factory=dict)
 
@@ -72,6 +75,7 @@ class LMBatch:
     positions: [B, T] int32, counted within each segment.
     loss_mask: [B, T] bool, True where token t is a target (predicted from token t - 1).
   """
+
   tokens: Any
   segments: Any
   positions: Any
@@ -87,6 +91,7 @@ class Pairs:
     mask: [B, T] bool, True at real tokens of either.
     response_mask: [B, R] bool, True at the completion's tokens, which are the targets.
   """
+
   tokens: Any
   mask: Any
   response_mask: Any
@@ -104,6 +109,7 @@ class Comparisons:
     ratings: [B, K] float32, absolute scores where the data has them, else 0.
     margin: [B] float32, by how much the better one should win (Llama 2, eq. 2), else 0.
   """
+
   tokens: Any
   mask: Any
   present: Any
@@ -128,6 +134,7 @@ class Experience:
     returns: [B, R] float32; None without a critic.
     trunk: [B, T, D] states below the trained layers, where only the top ones are trained; else None.
   """
+
   tokens: Any
   mask: Any
   response_mask: Any
@@ -152,6 +159,7 @@ class TrainState:
     extra: an algorithm's own pytree, for PPO its KL coefficient and the moments of the scores. Single
       arrays are replicated, trees of parameters lie where the parameters lie.
   """
+
   step: Any
   key: Any
   params: Any

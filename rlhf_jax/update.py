@@ -35,6 +35,7 @@ class Schedule:
       microbatch of the first epoch together, in the same shapes; else over all of them, or over
       microbatches of like length. In bfloat16 other shapes may give other log-probabilities.
   """
+
   epochs: int = 1
   minibatches: int = 1
   microbatch_size: int = 0
@@ -58,6 +59,7 @@ class Counts(NamedTuple):
     steps: positions with a value loss.
     sequences: sequences with a policy loss.
   """
+
   tokens: Any
   steps: Any
   sequences: Any
@@ -77,6 +79,7 @@ class Objective(NamedTuple):
     extra_gradients: (params, its part of `extra_batch`) -> ({name: gradients}, metrics), added to
       the minibatch's.
   """
+
   prepare: Callable
   step_mask: Any
   loss: Callable
@@ -111,7 +114,9 @@ def run(state, rollout, *, forward, objective, optimizers, schedule):
     params, opt_state, memory = carry
     grads, metrics, memory = gradients(params, memory, xs)
     if objective.extra_batch is not None:
-      extra, extra_metrics = objective.extra_gradients(params, _part(objective.extra_batch, schedule, xs['step']))
+      extra, extra_metrics = objective.extra_gradients(
+        params, _part(objective.extra_batch, schedule, xs['step'])
+      )
       grads |= {name: jax.tree.map(jnp.add, grads[name], extra[name]) for name in extra}
       metrics |= extra_metrics
     params, opt_state, norms = optim.apply(params, opt_state, grads, optimizers)
@@ -119,7 +124,8 @@ def run(state, rollout, *, forward, objective, optimizers, schedule):
 
   xs = processes.after({'step': jnp.arange(len(orders)), 'order': orders}, memory)
   (params, opt_state, (_, (extra, summary))), metrics = jax.lax.scan(
-      minibatch, (state.params, state.opt_state, memory), xs)
+    minibatch, (state.params, state.opt_state, memory), xs
+  )
   first = {'policy/first_ratio': metrics['policy/ratio'][0]} if 'policy/ratio' in metrics else {}
   state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, extra=extra)
   return state, jax.tree.map(jnp.mean, metrics) | summary | first
@@ -133,8 +139,11 @@ def _part(batch, schedule, step):
 
 def _counts(experience):
   count = lambda mask: jnp.maximum(jnp.sum(mask), 1)
-  return Counts(count(experience.response_mask), count(experience.step_mask),
-                count(jnp.any(experience.response_mask, axis=1)))
+  return Counts(
+    count(experience.response_mask),
+    count(experience.step_mask),
+    count(jnp.any(experience.response_mask, axis=1)),
+  )
 
 
 def _in_one_piece(state, rollout, forward, objective):
@@ -152,8 +161,11 @@ def _in_one_piece(state, rollout, forward, objective):
   def gradients(params, memory, xs):
     def loss(params):
       outputs = forward.outputs(params, rollout, fixed.trunk)
-      before = jax.tree.map(lambda new, old: jnp.where(xs['step'] == 0, new, old),
-                            jax.lax.stop_gradient(outputs), memory[0])
+      before = jax.tree.map(
+        lambda new, old: jnp.where(xs['step'] == 0, new, old),
+        jax.lax.stop_gradient(outputs),
+        memory[0],
+      )
       experience, *prepared = objective.prepare(before, fixed)
       experience = objective.minibatch(experience)
       total, metrics = objective.loss(outputs, experience, _counts(experience))
@@ -171,13 +183,20 @@ def _in_one_piece(state, rollout, forward, objective):
 def _in_minibatches(state, rollout, orders, forward, objective, schedule):
   """As `_in_one_piece`, of shuffled minibatches, each summed over microbatches of like length."""
   fixed, outputs = before_update(
-      state.params, rollout, objective.step_mask, forward=forward, schedule=schedule,
-      first=orders[:schedule.minibatches])
+    state.params,
+    rollout,
+    objective.step_mask,
+    forward=forward,
+    schedule=schedule,
+    first=orders[: schedule.minibatches],
+  )
   experience, *prepared = objective.prepare(outputs, fixed)
 
   def gradients(params, memory, xs):
     rows = sharding.shard_rows(jax.tree.map(lambda x: x[xs['order']], experience))
-    return *minibatch_gradients(params, rows, forward=forward, objective=objective, schedule=schedule), memory
+    return *minibatch_gradients(
+      params, rows, forward=forward, objective=objective, schedule=schedule
+    ), memory
 
   return gradients, ((), tuple(prepared))
 
@@ -251,7 +270,9 @@ def minibatch_gradients(params, experience, *, forward, objective, schedule):
     return grad(params, experience)
 
   def cut(params, rows):
-    return lengths.cut(lambda rows: grad(params, rows), rows, rows.step_mask, schedule.length_buckets)
+    return lengths.cut(
+      lambda rows: grad(params, rows), rows, rows.step_mask, schedule.length_buckets
+    )
 
   order = lengths.order(experience.step_mask)
   experience = sharding.shard_rows(jax.tree.map(lambda x: x[order], experience))
@@ -271,6 +292,8 @@ def step(state, loss, batch, *, optimizers, microbatch_size):
   Returns:
     The next TrainState and metrics.
   """
-  grads, metrics = optim.accumulate(jax.grad(loss, has_aux=True), state.params, batch, microbatch_size)
+  grads, metrics = optim.accumulate(
+    jax.grad(loss, has_aux=True), state.params, batch, microbatch_size
+  )
   params, opt_state, norms = optim.apply(state.params, state.opt_state, grads, optimizers)
   return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics | norms

@@ -20,8 +20,17 @@ BEAT_SECONDS = 10
 DEAD_SECONDS = 60  # without a beat from another host
 SETTLE_SECONDS = 1
 # Keys that say which weights a run has; those a fork takes from its checkpoint.
-WEIGHTS = ('algorithm', 'model.path', 'model.init', 'model.lora', 'model.unfrozen_layers', 'model.param_dtype',
-           'critic.kind', 'critic.path', 'tokenizer')
+WEIGHTS = (
+  'algorithm',
+  'model.path',
+  'model.init',
+  'model.lora',
+  'model.unfrozen_layers',
+  'model.param_dtype',
+  'critic.kind',
+  'critic.path',
+  'tokenizer',
+)
 # What a run or a pipeline leaves beside its stages' folders; a folder with none of it is no run's.
 MARKS = ('config.json', 'runs.jsonl', 'checkpoints', 'metrics.jsonl', LOCK)
 
@@ -63,14 +72,21 @@ def check_fork(config, source, workdir):
     raise errors.UserError(f'--fork={workdir} holds another run: name a new folder')
   before = identity.read(source)
   if before is None or not identity.has_checkpoint(source):
-    raise errors.UserError(f'--workdir={source} has no checkpoint for --fork={workdir} to start from')
-  kept = [change for change in identity.changes(before, identity.plain(config))
-          if change.key.startswith(WEIGHTS) and not identity.may_change(change.key)
-          and identity.fingerprint(change.before) != identity.fingerprint(change.after)]
+    raise errors.UserError(
+      f'--workdir={source} has no checkpoint for --fork={workdir} to start from'
+    )
+  kept = [
+    change
+    for change in identity.changes(before, identity.plain(config))
+    if change.key.startswith(WEIGHTS)
+    and not identity.may_change(change.key)
+    and identity.fingerprint(change.before) != identity.fingerprint(change.after)
+  ]
   if kept:
     raise errors.UserError(
-        f'--fork starts from the weights in {source}, which are of another model: '
-        f'{"; ".join(map(str, kept))}. Leave them as they were, or start a new --workdir without --fork')
+      f'--fork starts from the weights in {source}, which are of another model: '
+      f'{"; ".join(map(str, kept))}. Leave them as they were, or start a new --workdir without --fork'
+    )
 
 
 def origin(workdir, fork_of):
@@ -85,8 +101,11 @@ def finished(workdir):
   workdir = pathlib.Path(workdir)
   marks = [path for path in (workdir / 'done.json', workdir / 'model') if path.exists()]
   when = time.strftime('%Y-%m-%d %H:%M', time.localtime(marks[0].stat().st_mtime))
-  held = [f'{name} {workdir / file}' for name, file in (('model', 'model'), ('report', 'report.html'))
-          if (workdir / file).exists()]
+  held = [
+    f'{name} {workdir / file}'
+    for name, file in (('model', 'model'), ('report', 'report.html'))
+    if (workdir / file).exists()
+  ]
   return '; '.join([f'finished on {when}', *held, f'to repeat it delete {workdir}'])
 
 
@@ -103,8 +122,9 @@ def check(workdir):
     raise errors.UserError('--workdir is empty: name a folder for what the run writes')
   if '://' in str(workdir):
     raise errors.UserError(
-        f'--workdir={workdir} is a URL: only the checkpoints could be written there. Mount the '
-        'bucket, for example with gcsfuse, and name the folder where it is mounted')
+      f'--workdir={workdir} is a URL: only the checkpoints could be written there. Mount the '
+      'bucket, for example with gcsfuse, and name the folder where it is mounted'
+    )
   workdir = pathlib.Path(workdir).absolute()  # a user's code may change the working directory
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -114,13 +134,15 @@ def check(workdir):
     probe.unlink()
   except OSError as error:
     raise errors.UserError(
-        f'--workdir={workdir} cannot be written ({error.strerror}): name a folder that can') from None
+      f'--workdir={workdir} cannot be written ({error.strerror}): name a folder that can'
+    ) from None
   foreign = sorted(name for name in held if not name.startswith('.'))
   model = 'model_type' in _json(workdir / 'config.json')  # a model's folder has one too
   if foreign and (model or not set(MARKS) & set(foreign)):
     raise errors.UserError(
-        f'--workdir={workdir} is no folder of a run, and holds {", ".join(foreign[:4])}: name a new '
-        'or an empty folder')
+      f'--workdir={workdir} is no folder of a run, and holds {", ".join(foreign[:4])}: name a new '
+      'or an empty folder'
+    )
   return workdir
 
 
@@ -134,10 +156,14 @@ def _json(path):
 
 def remove_leftovers(workdir):
   """Removes what an export or a checkpoint that was killed has left half written."""
-  for path in [*workdir.glob('.*.' + '[0-9a-f]' * 32),
-               *workdir.glob('checkpoints/*.orbax-checkpoint-tmp*'), *workdir.glob('.*.copy'),
-               *workdir.glob('.write-*'), *workdir.glob(f'.{LOCK}.*'),
-               *workdir.glob('*.tmp')]:
+  for path in [
+    *workdir.glob('.*.' + '[0-9a-f]' * 32),
+    *workdir.glob('checkpoints/*.orbax-checkpoint-tmp*'),
+    *workdir.glob('.*.copy'),
+    *workdir.glob('.write-*'),
+    *workdir.glob(f'.{LOCK}.*'),
+    *workdir.glob('*.tmp'),
+  ]:
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
@@ -151,15 +177,22 @@ def lock(workdir):
   Raises:
     UserError: another process holds it; says which, on which host, and since when.
   """
-  path, ours = pathlib.Path(workdir) / LOCK, {
-      'host': _host(), 'pid': os.getpid(),
-      'started': psutil.Process().create_time(), 'time': time.strftime('%Y-%m-%d %H:%M:%S %Z')}
+  path, ours = (
+    pathlib.Path(workdir) / LOCK,
+    {
+      'host': _host(),
+      'pid': os.getpid(),
+      'started': psutil.Process().create_time(),
+      'time': time.strftime('%Y-%m-%d %H:%M:%S %Z'),
+    },
+  )
   while not _create(path, ours):
     holder = _json(path)
     if _alive(path, holder):
       raise errors.UserError(
-          f'{workdir} is in use by process {holder.get("pid")} on {_name(holder)} since '
-          f'{holder.get("time")}: wait for it to end, or name another --workdir')
+        f'{workdir} is in use by process {holder.get("pid")} on {_name(holder)} since '
+        f'{holder.get("time")}: wait for it to end, or name another --workdir'
+      )
     if _json(path) == holder:
       path.unlink(missing_ok=True)
     if _create(path, ours):
@@ -173,8 +206,12 @@ def lock(workdir):
       with contextlib.suppress(OSError):
         os.utime(path)
       if _json(path).keys() and _json(path) != ours:  # it was taken for dead, while it slept
-        print(f'error: {workdir} was taken over by process {_json(path).get("pid")} on '
-              f'{_name(_json(path))}', file=sys.stderr, flush=True)
+        print(
+          f'error: {workdir} was taken over by process {_json(path).get("pid")} on '
+          f'{_name(_json(path))}',
+          file=sys.stderr,
+          flush=True,
+        )
         os._exit(1)
 
   threading.Thread(target=beat, daemon=True).start()
@@ -230,14 +267,19 @@ def _alive(path, holder):
     try:
       process = psutil.Process(holder['pid'])
       # Clocks are set: it is the same process if it started at about the same time.
-      while (alive := abs(process.create_time() - holder['started']) < 60
-             and process.status() != psutil.STATUS_ZOMBIE) and time.monotonic() < end:
+      while (
+        alive := abs(process.create_time() - holder['started']) < 60
+        and process.status() != psutil.STATUS_ZOMBIE
+      ) and time.monotonic() < end:
         time.sleep(0.05)  # one that was killed just now takes a moment to end
       return alive
     except (psutil.Error, KeyError):
       return False
-  print(f'{path.parent}: looking whether process {holder.get("pid")} on {_name(holder)}, which held it last, '
-        f'still does; up to {DEAD_SECONDS} s', flush=True)
+  print(
+    f'{path.parent}: looking whether process {holder.get("pid")} on {_name(holder)}, which held it last, '
+    f'still does; up to {DEAD_SECONDS} s',
+    flush=True,
+  )
   try:
     first = path.stat().st_mtime
     # Clocks of hosts differ: whether the file is touched is seen by looking twice.

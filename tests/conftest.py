@@ -17,7 +17,8 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 # What is given from outside comes last and counts.
 os.environ['XLA_FLAGS'] = (
-    f'--xla_force_host_platform_device_count=8 {quick.FLAGS} {os.environ.get("XLA_FLAGS", "")}')
+  f'--xla_force_host_platform_device_count=8 {quick.FLAGS} {os.environ.get("XLA_FLAGS", "")}'
+)
 
 import jax
 import pytest
@@ -53,6 +54,7 @@ def compiled():
 def world(tmp_path_factory):
   """A folder with a tiny tokenizer, policy, reward model and data; see tiny.py."""
   import tiny
+
   return tiny.write(tmp_path_factory.mktemp('world'))
 
 

@@ -51,7 +51,7 @@ def kl_estimate(logp, ref_logp, estimator):
   if estimator == 'k1':
     return log_ratio
   if estimator == 'k2':
-    return log_ratio ** 2 / 2
+    return log_ratio**2 / 2
   if estimator == 'k3':
     inverse = math.exp(-log_ratio)  # reference over policy
     return inverse - 1 - math.log(inverse)
@@ -194,7 +194,7 @@ class Adam:
     for name, g in grads.items():
       m = self.m[name] = self.b1 * self.m.get(name, 0.0) + (1 - self.b1) * g
       v = self.v[name] = self.b2 * self.v.get(name, 0.0) + (1 - self.b2) * g * g
-      bias1, bias2 = 1 - self.b1 ** self.t, 1 - self.b2 ** self.t
+      bias1, bias2 = 1 - self.b1**self.t, 1 - self.b2**self.t
       if self.tensorflow:
         change = math.sqrt(bias2) / bias1 * m / (np.sqrt(v) + self.eps)
       else:
@@ -250,7 +250,7 @@ def group_advantages(scores, n, *, scale):
   """Score less the mean of its n neighbours, over std + 1e-4 of the group or of the batch."""
   out = []
   for i in range(0, len(scores), n):
-    group = [float(s) for s in scores[i:i + n]]
+    group = [float(s) for s in scores[i : i + n]]
     over = {'group': group, 'batch': [float(s) for s in scores], 'none': None}[scale]
     divisor = 1.0 if over is None else math.sqrt(variance(over, bessel=True)) + 1e-4
     for score in group:

@@ -20,11 +20,34 @@ import numpy as np
 import references
 
 SETTINGS = dict(
-    epochs=4, minibatches=1, slots=6, temperature=1.0, estimator='k1', kl_in='reward',
-    controller='fixed', target=None, horizon=None, gamma=1.0, lam=0.95, clip_low=0.2,
-    clip_high=0.2, dual_clip=0.0, value_clip=0.2, vf_coef=0.1, entropy_coef=0.0, ptx_coef=0.0,
-    position='eos', missing='none', missing_value=0.0, scale=False, clip_scores=0.0,
-    whiten_rewards=False, whiten_advantages='batch', bessel=False, behaviour='forward')
+  epochs=4,
+  minibatches=1,
+  slots=6,
+  temperature=1.0,
+  estimator='k1',
+  kl_in='reward',
+  controller='fixed',
+  target=None,
+  horizon=None,
+  gamma=1.0,
+  lam=0.95,
+  clip_low=0.2,
+  clip_high=0.2,
+  dual_clip=0.0,
+  value_clip=0.2,
+  vf_coef=0.1,
+  entropy_coef=0.0,
+  ptx_coef=0.0,
+  position='eos',
+  missing='none',
+  missing_value=0.0,
+  scale=False,
+  clip_scores=0.0,
+  whiten_rewards=False,
+  whiten_advantages='batch',
+  bessel=False,
+  behaviour='forward',
+)
 
 
 def state(params, owner, text, index):
@@ -55,7 +78,9 @@ def paid_scores(episodes, scale, s):
   if s['scale']:
     spread = scale.update([sum(x) if np.ndim(x) else x for x in scores])
     scores = [np.divide(x, spread) for x in scores]
-  rule = lambda x, e: references.missing_eos(x, e['ended'], mode=s['missing'], value=s['missing_value'])
+  rule = lambda x, e: references.missing_eos(
+    x, e['ended'], mode=s['missing'], value=s['missing_value']
+  )
   if not np.ndim(episodes[0]['score']):
     return [rule(float(x), e) for x, e in zip(scores, episodes)]
   paid = []
@@ -73,8 +98,10 @@ def experience(params, reference, episodes, coef, scale, s):
   x = {name: table() for name in ('logp', 'ref', 'kl', 'values', 'dense', 'entropy')}
   x['lengths'] = [len(e['response']) for e in episodes]
   dense = np.ndim(episodes[0]['score']) == 1
-  x['ends'] = [n if dense else max(n, references.score_slot(n, s['slots'], s['position']) + 1)
-               for n in x['lengths']]
+  x['ends'] = [
+    n if dense else max(n, references.score_slot(n, s['slots'], s['position']) + 1)
+    for n in x['lengths']
+  ]
   paid, x['gaps'] = paid_scores(episodes, scale, s), []
   for i, e in enumerate(episodes):
     text, first = e['prompt'] + e['response'], len(e['prompt'])
@@ -97,8 +124,12 @@ def experience(params, reference, episodes, coef, scale, s):
       x['values'][i, t] = value(params, text, first + t - 1)
   x['scores'] = [sum(p) for p in paid] if dense else paid
   x['rewards'] = references.token_rewards(
-      x['dense'] if dense else paid, x['kl'], coef if s['kl_in'] == 'reward' else 0.0,
-      x['lengths'], position=s['position'])
+    x['dense'] if dense else paid,
+    x['kl'],
+    coef if s['kl_in'] == 'reward' else 0.0,
+    x['lengths'],
+    position=s['position'],
+  )
   return returns_and_advantages(x, s)
 
 
@@ -115,10 +146,12 @@ def returns_and_advantages(x, s):
   if s['whiten_rewards']:
     x['rewards'] = references.whiten(x['rewards'], steps, shift_mean=False, bessel=s['bessel'])
   x['advantages'], x['returns'] = references.gae(
-      x['rewards'], x['values'], x['ends'], gamma=s['gamma'], lam=s['lam'])
+    x['rewards'], x['values'], x['ends'], gamma=s['gamma'], lam=s['lam']
+  )
   if s['whiten_advantages'] == 'batch':
     x['advantages'] = references.whiten(
-        x['advantages'], tokens, shift_mean=True, bessel=s['bessel'])
+      x['advantages'], tokens, shift_mean=True, bessel=s['bessel']
+    )
   return x
 
 
@@ -158,13 +191,24 @@ def minibatch_gradient(params, episodes, x, rows, coef, s):
     tokens, _ = masks(x, s)
     advantages = np.zeros_like(advantages)
     advantages[rows] = references.whiten(
-        x['advantages'][rows], [tokens[i] for i in rows], shift_mean=True, bessel=s['bessel'])
+      x['advantages'][rows], [tokens[i] for i in rows], shift_mean=True, bessel=s['bessel']
+    )
   count = sum(x['lengths'][i] for i in rows)
   steps = sum(x['ends'][i] for i in rows)
   gradient = Gradient(params)
   stats = dict.fromkeys(
-      ('policy/loss', 'policy/approxkl', 'policy/clipfrac', 'policy/ratio', 'policy/entropy',
-       'value/loss', 'value/clipfrac', 'value/mean'), 0.0)
+    (
+      'policy/loss',
+      'policy/approxkl',
+      'policy/clipfrac',
+      'policy/ratio',
+      'policy/entropy',
+      'value/loss',
+      'value/clipfrac',
+      'value/mean',
+    ),
+    0.0,
+  )
   for i in rows:
     text = episodes[i]['prompt'] + episodes[i]['response']
     first = len(episodes[i]['prompt'])
@@ -173,8 +217,13 @@ def minibatch_gradient(params, episodes, x, rows, coef, s):
       chosen, p = text[first + t], np.exp(logp)
       new, old = logp[chosen], x['logp'][i, t]
       loss, clipped, ratio, by_logp = references.policy_loss(
-          new, old, advantages[i, t], clip_low=s['clip_low'], clip_high=s['clip_high'],
-          dual_clip=s['dual_clip'])
+        new,
+        old,
+        advantages[i, t],
+        clip_low=s['clip_low'],
+        clip_high=s['clip_high'],
+        dual_clip=s['dual_clip'],
+      )
       if s['kl_in'] == 'loss':
         by_logp += coef * kl_slope(new - x['ref'][i, t], s['estimator'])
       entropy = -float(p @ logp)
@@ -189,8 +238,11 @@ def minibatch_gradient(params, episodes, x, rows, coef, s):
       stats['policy/entropy'] += entropy / count
     for t in range(x['ends'][i]):
       loss, clipped, by_value = references.value_loss(
-          value(params, text, first + t - 1), x['values'][i, t], x['returns'][i, t],
-          bound=s['value_clip'])
+        value(params, text, first + t - 1),
+        x['values'][i, t],
+        x['returns'][i, t],
+        bound=s['value_clip'],
+      )
       gradient.through_value(text, first + t - 1, s['vf_coef'] * by_value / steps)
       stats['value/loss'] += loss / steps
       stats['value/clipfrac'] += clipped / steps
@@ -217,7 +269,8 @@ def next_coefficient(coef, x, s):
   k1 = x['logp'] - x['ref']
   if s['controller'] == 'adaptive':
     return references.adaptive_kl_per_sequence(
-        coef, k1, tokens, target=s['target'], horizon=s['horizon'])
+      coef, k1, tokens, target=s['target'], horizon=s['horizon']
+    )
   if s['controller'] == 'adaptive_per_token':
     return references.adaptive_kl_per_token(coef, k1, tokens, target=s['target'])
   return coef
@@ -228,8 +281,11 @@ def value_statistics(x):
   slots = [(i, t) for i, end in enumerate(x['ends']) for t in range(end)]
   returns = [x['returns'][slot] for slot in slots]
   errors = [x['returns'][slot] - x['values'][slot] for slot in slots]
-  return {'returns/mean': references.mean(returns), 'returns/var': float(np.var(returns)),
-          'value/explained_variance': 1 - float(np.var(errors) / np.var(returns))}
+  return {
+    'returns/mean': references.mean(returns),
+    'returns/var': float(np.var(returns)),
+    'value/explained_variance': 1 - float(np.var(errors) / np.var(returns)),
+  }
 
 
 def iteration(params, reference, episodes, coef, *, settings, adam, rates, orders, scale, ptx=()):
@@ -258,20 +314,24 @@ def iteration(params, reference, episodes, coef, *, settings, adam, rates, order
   for order in orders:
     size, share = len(order) // s['minibatches'], len(ptx) // s['minibatches']
     for m in range(s['minibatches']):
-      rows = list(order[m * size:(m + 1) * size])
+      rows = list(order[m * size : (m + 1) * size])
       gradient, stats = minibatch_gradient(params, episodes, x, rows, coef, s)
       if ptx:
-        stats['ptx/loss'] = add_pretraining(gradient, ptx[m * share:(m + 1) * share], s)
+        stats['ptx/loss'] = add_pretraining(gradient, ptx[m * share : (m + 1) * share], s)
       params = adam.step(params, gradient.of, next(rates))
       collected.append(stats)
   stats = {name: references.mean([c[name] for c in collected]) for name in collected[0]}
   kl = float((x['logp'] - x['ref']).sum()) / len(episodes)
   score = references.mean(x['scores'])
   stats |= {
-      'objective/kl': kl, 'objective/kl_coef': coef, 'objective/paid_scores': score,
-      'objective/rlhf_reward': score - coef * kl,
-      'policy/sampler_gap': references.mean(x['gaps']), **value_statistics(x),
-      'objective/entropy': float(x['entropy'].sum()) / len(episodes),
-      'response/length': references.mean(x['lengths']),
-      'response/eos_rate': references.mean([float(e['ended']) for e in episodes])}
+    'objective/kl': kl,
+    'objective/kl_coef': coef,
+    'objective/paid_scores': score,
+    'objective/rlhf_reward': score - coef * kl,
+    'policy/sampler_gap': references.mean(x['gaps']),
+    **value_statistics(x),
+    'objective/entropy': float(x['entropy'].sum()) / len(episodes),
+    'response/length': references.mean(x['lengths']),
+    'response/eos_rate': references.mean([float(e['ended']) for e in episodes]),
+  }
   return params, next_coefficient(coef, x, s), stats

@@ -45,8 +45,10 @@ def test_whiten_by_hand():
   close(adv.whiten(x, mask), [[-2 / root, -1 / root], [3 / root, 0]])
   root = np.sqrt(7)
   close(adv.whiten(x, mask, unbiased=True), [[-2 / root, -1 / root], [3 / root, 0]])
-  close(adv.whiten(x, mask, unbiased=True, shift_mean=False),
-        [[3 - 2 / root, 3 - 1 / root], [3 + 3 / root, 0]])
+  close(
+    adv.whiten(x, mask, unbiased=True, shift_mean=False),
+    [[3 - 2 / root, 3 - 1 / root], [3 + 3 / root, 0]],
+  )
 
 
 def test_gae_by_hand():
@@ -54,7 +56,8 @@ def test_gae_by_hand():
   # delta_1 = 2 + 0 - 0.25 = 1.75; delta_0 = 1 + 0.5 * 0.25 - 0.5 = 0.625.
   # A_1 = 1.75; A_0 = 0.625 + 0.25 * 1.75 = 1.0625. Returns: + V.
   advantages, returns = adv.gae(
-      jnp.array([[1.0, 2.0]]), jnp.array([[0.5, 0.25]]), gamma=0.5, lam=0.5)
+    jnp.array([[1.0, 2.0]]), jnp.array([[0.5, 0.25]]), gamma=0.5, lam=0.5
+  )
   close(advantages, [[1.0625, 1.75]])
   close(returns, [[1.5625, 2.0]])
 
@@ -62,8 +65,12 @@ def test_gae_by_hand():
 def test_kl_estimators_by_hand():
   # log ratio ln 2: k1 0.693147, k2 0.240227, k3 = 1/2 - 1 + ln 2 = 0.193147.
   p, q = jnp.array([[np.log(0.5)]]), jnp.array([[np.log(0.25)]])
-  for estimator, expected in [('k1', 0.69314718), ('k2', 0.24022651), ('k3', 0.19314718),
-                              ('abs', 0.69314718)]:
+  for estimator, expected in [
+    ('k1', 0.69314718),
+    ('k2', 0.24022651),
+    ('k3', 0.19314718),
+    ('abs', 0.69314718),
+  ]:
     close(adv.kl_estimate(p, q, estimator), [[expected]])
   # Seen from the other side: k1 -0.693147, k3 = 2 - 1 - ln 2 = 0.306853.
   close(adv.kl_estimate(q, p, 'k1'), [[-0.69314718]])
@@ -73,7 +80,9 @@ def test_kl_estimators_by_hand():
 @pytest.mark.parametrize('controller', ['adaptive', 'adaptive_per_token'])
 def test_responses_that_are_skipped_are_no_episodes_of_the_kl(controller):
   kl, mask = jnp.full((4, 2), 3.0), jnp.array([[1, 1], [1, 1], [0, 0], [0, 0]], bool)
-  next_coef = functools.partial(adv.next_kl_coef, 0.1, controller=controller, target=5.0, horizon=100.0)
+  next_coef = functools.partial(
+    adv.next_kl_coef, 0.1, controller=controller, target=5.0, horizon=100.0
+  )
   assert next_coef(kl, mask) == next_coef(kl[:2], mask[:2]) != 0.1
   assert next_coef(kl, mask & False) == jnp.float32(0.1)
 
@@ -83,13 +92,16 @@ def test_adaptive_kl_by_hand():
   mask = jnp.array([[True, True, False], [True, False, False]])
   # Sums 3 and 4, mean 3.5 nats a sequence. Target 3.2: error 0.09375; 2 episodes of 100.
   sequence = functools.partial(
-      adv.next_kl_coef, 0.1, kl, mask, controller='adaptive', horizon=100.0)
+    adv.next_kl_coef, 0.1, kl, mask, controller='adaptive', horizon=100.0
+  )
   close(sequence(target=3.2), 0.1 * (1 + 0.09375 * 2 / 100))
   close(sequence(target=1.0), 0.1 * (1 + 0.2 * 2 / 100))  # error 2.5, held to 0.2
   close(sequence(target=35.0), 0.1 * (1 - 0.2 * 2 / 100))  # error -0.9, held to -0.2
   # Mean over the 3 tokens 7/3. Target 2: error 1/6.
-  close(adv.next_kl_coef(0.1, kl, mask, controller='adaptive_per_token', target=2.0,
-                         horizon=100.0), 0.1 * (1 + 0.1 / 6))
+  close(
+    adv.next_kl_coef(0.1, kl, mask, controller='adaptive_per_token', target=2.0, horizon=100.0),
+    0.1 * (1 + 0.1 / 6),
+  )
   assert adv.next_kl_coef(0.1, kl, mask, controller='fixed', target=2.0, horizon=1.0) == 0.1
 
 
@@ -98,24 +110,27 @@ def test_score_positions_by_hand():
   for position, slots in [('last', [2, 2, 2]), ('after_end', [1, 2, 2]), ('eos', [0, 1, 2])]:
     np.testing.assert_array_equal(adv.score_index(mask, position), slots)
     rewards = adv.token_rewards(
-        jnp.array([5.0, 6.0, 7.0]), jnp.ones((3, 3)), 0.5, mask, position=position)
+      jnp.array([5.0, 6.0, 7.0]), jnp.ones((3, 3)), 0.5, mask, position=position
+    )
     expected = np.where(mask, -0.5, 0.0)
     for row, (slot, score) in enumerate(zip(slots, [5, 6, 7])):
       expected[row, slot] += score
     close(rewards, expected)
   np.testing.assert_array_equal(
-      adv.step_mask(mask, 'after_end'),
-      [[True, True, False], [True, True, True], [True, True, True]])
+    adv.step_mask(mask, 'after_end'), [[True, True, False], [True, True, True], [True, True, True]]
+  )
 
 
 def test_a_fractional_score_is_paid_in_full():
-  rewards = adv.token_rewards(jnp.array([0.75]), jnp.zeros((1, 2)), 0.1,
-                              jnp.array([[True, True]]), position='eos')
+  rewards = adv.token_rewards(
+    jnp.array([0.75]), jnp.zeros((1, 2)), 0.1, jnp.array([[True, True]]), position='eos'
+  )
   assert rewards.dtype == jnp.float32
   close(rewards, [[0.0, 0.75]])
   with pytest.raises(AssertionError):  # integers would have been truncated somewhere
-    adv.token_rewards(jnp.array([1]), jnp.zeros((1, 2)), 0.1,
-                      jnp.array([[True, True]]), position='eos')
+    adv.token_rewards(
+      jnp.array([1]), jnp.zeros((1, 2)), 0.1, jnp.array([[True, True]]), position='eos'
+    )
 
 
 def test_missing_eos_by_hand():
@@ -189,11 +204,15 @@ def test_masked_moments_and_whitening_agree_with_loops():
     for bessel in (False, True):
       if bessel and len(numbers) < 2:
         continue
-      close(jitted(adv.masked_var, unbiased=bessel)(x, mask),
-            references.variance(numbers, bessel=bessel))
+      close(
+        jitted(adv.masked_var, unbiased=bessel)(x, mask),
+        references.variance(numbers, bessel=bessel),
+      )
       for shift in (False, True):
-        close(jitted(adv.whiten, shift_mean=shift, unbiased=bessel)(x, mask),
-              references.whiten(x, mask, shift_mean=shift, bessel=bessel))
+        close(
+          jitted(adv.whiten, shift_mean=shift, unbiased=bessel)(x, mask),
+          references.whiten(x, mask, shift_mean=shift, bessel=bessel),
+        )
 
 
 @pytest.mark.parametrize('estimator', ['k1', 'k2', 'k3', 'abs'])
@@ -218,8 +237,10 @@ def test_kl_controllers_agree_with_loops():
     expected = references.adaptive_kl_per_sequence(*args, target=target, horizon=50.0)
     close(found, expected)
     clipped += abs(abs(expected / coef - 1) - 0.2 * len(kl) / 50) < 1e-7
-    close(next_coef(*args, controller='adaptive_per_token', target=target, horizon=50.0),
-          references.adaptive_kl_per_token(*args, target=target))
+    close(
+      next_coef(*args, controller='adaptive_per_token', target=target, horizon=50.0),
+      references.adaptive_kl_per_token(*args, target=target),
+    )
   assert 20 < clipped < 199, 'both the clipped and the free error have to be met'
 
 
@@ -230,11 +251,14 @@ def test_rewards_agree_with_loops(position):
   for case in range(CASES):
     rng, lengths, mask = ragged(case)
     kl = normal(rng, mask)
-    scores = (normal(rng, mask) if position == 'dense'
-              else rng.normal(size=len(lengths)).astype(np.float32))
+    scores = (
+      normal(rng, mask) if position == 'dense' else rng.normal(size=len(lengths)).astype(np.float32)
+    )
     coef = np.float32(rng.uniform(0, 0.3))
-    close(rewards(scores, kl, coef, mask),
-          references.token_rewards(scores, kl, coef, lengths, position=place))
+    close(
+      rewards(scores, kl, coef, mask),
+      references.token_rewards(scores, kl, coef, lengths, position=place),
+    )
 
 
 @pytest.mark.parametrize('mode', adv.MISSING_EOS)
@@ -242,7 +266,9 @@ def test_missing_eos_of_rewards_per_token_is_that_of_their_sums(mode):
   """Paid at the last token; by a loop over tokens, whose sums obey the rule of scores."""
   mask, ended = np.arange(4) < np.array([4, 2, 3])[:, None], np.array([False, True, False])
   rewards = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
-  found = adv.apply_missing_eos(rewards, jnp.asarray(ended), mode=mode, value=0.7, response_mask=mask)
+  found = adv.apply_missing_eos(
+    rewards, jnp.asarray(ended), mode=mode, value=0.7, response_mask=mask
+  )
   for row, (has_eos, length) in enumerate(zip(ended, (4, 2, 3))):
     expected = list(rewards[row, :length])
     if not has_eos and mode == 'replace':
@@ -250,8 +276,11 @@ def test_missing_eos_of_rewards_per_token_is_that_of_their_sums(mode):
     if not has_eos and mode == 'subtract':
       expected[-1] -= 0.7
     close(found[row, :length], expected)
-    close(sum(found[row, :length]), references.missing_eos(
-        float(rewards[row, :length].sum()), has_eos, mode=mode, value=0.7), atol=1e-5)
+    close(
+      sum(found[row, :length]),
+      references.missing_eos(float(rewards[row, :length].sum()), has_eos, mode=mode, value=0.7),
+      atol=1e-5,
+    )
 
 
 def test_missing_eos_agrees_with_loops():
@@ -260,8 +289,9 @@ def test_missing_eos_agrees_with_loops():
     scores = rng.normal(size=5).astype(np.float32)
     ended = rng.random(5) < 0.5
     for mode in ('none', 'replace', 'subtract'):
-      expected = [references.missing_eos(float(s), e, mode=mode, value=0.7)
-                  for s, e in zip(scores, ended)]
+      expected = [
+        references.missing_eos(float(s), e, mode=mode, value=0.7) for s, e in zip(scores, ended)
+      ]
       close(jitted(adv.apply_missing_eos, mode=mode, value=0.7)(scores, ended), expected)
 
 
@@ -330,6 +360,9 @@ def test_group_advantages_ignore_the_order_and_the_offset_of_a_group():
 def test_overlong_penalty_agrees_with_its_three_cases():
   lengths = np.arange(30)
   for max_length, cache in [(20, 5), (20, 20), (20, 1), (7, 3)]:
-    close(jitted(adv.overlong_penalty, max_length=max_length, cache=cache)(lengths), [
-        references.overlong_penalty(n, max_length=max_length, cache=cache)
-        for n in lengths.tolist()])
+    close(
+      jitted(adv.overlong_penalty, max_length=max_length, cache=cache)(lengths),
+      [
+        references.overlong_penalty(n, max_length=max_length, cache=cache) for n in lengths.tolist()
+      ],
+    )

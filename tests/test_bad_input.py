@@ -35,47 +35,64 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # The command line.
 
 COMMANDS = {
-    'unknown key': (
-        ['--config=configs/quickstart.py', '--config.no_such_key=1'],
-        ["--config.no_such_key=1: the config has no key 'no_such_key'", 'lists its keys']),
-    'misspelt key': (
-        ['--config=configs/quickstart.py', '--config.ppo.optim.learning_rat=1'],
-        ["no key 'learning_rat'", "Did you mean 'learning_rate'?"]),
-    'key of another stage': (
-        ['--config=configs/quickstart.py', '--config.sft.ptx_coef=1'], ["no key 'ptx_coef'"]),
-    'unknown file': (
-        ['--config=configs/nothing.py', '--config.seed=1'],
-        ['--config=configs/nothing.py cannot be read', 'name a file that exists']),
-    'unknown argument': (
-        ['--config=configs/quickstart.py:debgu'],
-        ["config argument 'debgu' is unknown", 'this config takes: debug, seed']),
-    'argument of the wrong type': (
-        ['--config=configs/quickstart.py:seed=first'],
-        ["config argument seed='first' must be of type int"]),
-    'unknown option': (
-        ['--confg=configs/quickstart.py'], ["'confg'", 'Did you mean: config']),
-    'wrong type': (
-        ['--config=configs/quickstart.py', '--config.ppo.batch_size=many'],
-        ['error: --config.ppo.batch_size=many: must be a whole number']),
-    'half a step': (
-        ['--config=configs/sft.py', '--config.steps=1.5'], ['error: --config.steps=1.5: must be a whole number']),
-    'no number': (
-        ['--config=configs/sft.py', '--config.optim.b1=x: y'], ['error: --config.optim.b1=x: y: must be a number']),
-    'no boolean': (
-        ['--config=configs/ppo.py', '--config.rl.whiten_rewards=maybe'],
-        ['error: --config.rl.whiten_rewards=maybe: must be True or False']),
-    'no dict': (['--config=configs/ppo.py', '--config.data=3'], ['error: --config.data=3: must be a dict, such as']),
-    'a key below a value': (
-        ['--config=configs/sft.py', '--config.batch_size.x=3'],
-        ['error: --config.batch_size.x=3: config.batch_size is a value, without keys below it']),
-    'no file': (['--config='], ['error: --config is empty: Python file with get_config']),
-    'a folder': (['--config=configs'], ['--config=configs cannot be read: name a file']),
+  'unknown key': (
+    ['--config=configs/quickstart.py', '--config.no_such_key=1'],
+    ["--config.no_such_key=1: the config has no key 'no_such_key'", 'lists its keys'],
+  ),
+  'misspelt key': (
+    ['--config=configs/quickstart.py', '--config.ppo.optim.learning_rat=1'],
+    ["no key 'learning_rat'", "Did you mean 'learning_rate'?"],
+  ),
+  'key of another stage': (
+    ['--config=configs/quickstart.py', '--config.sft.ptx_coef=1'],
+    ["no key 'ptx_coef'"],
+  ),
+  'unknown file': (
+    ['--config=configs/nothing.py', '--config.seed=1'],
+    ['--config=configs/nothing.py cannot be read', 'name a file that exists'],
+  ),
+  'unknown argument': (
+    ['--config=configs/quickstart.py:debgu'],
+    ["config argument 'debgu' is unknown", 'this config takes: debug, seed'],
+  ),
+  'argument of the wrong type': (
+    ['--config=configs/quickstart.py:seed=first'],
+    ["config argument seed='first' must be of type int"],
+  ),
+  'unknown option': (['--confg=configs/quickstart.py'], ["'confg'", 'Did you mean: config']),
+  'wrong type': (
+    ['--config=configs/quickstart.py', '--config.ppo.batch_size=many'],
+    ['error: --config.ppo.batch_size=many: must be a whole number'],
+  ),
+  'half a step': (
+    ['--config=configs/sft.py', '--config.steps=1.5'],
+    ['error: --config.steps=1.5: must be a whole number'],
+  ),
+  'no number': (
+    ['--config=configs/sft.py', '--config.optim.b1=x: y'],
+    ['error: --config.optim.b1=x: y: must be a number'],
+  ),
+  'no boolean': (
+    ['--config=configs/ppo.py', '--config.rl.whiten_rewards=maybe'],
+    ['error: --config.rl.whiten_rewards=maybe: must be True or False'],
+  ),
+  'no dict': (
+    ['--config=configs/ppo.py', '--config.data=3'],
+    ['error: --config.data=3: must be a dict, such as'],
+  ),
+  'a key below a value': (
+    ['--config=configs/sft.py', '--config.batch_size.x=3'],
+    ['error: --config.batch_size.x=3: config.batch_size is a value, without keys below it'],
+  ),
+  'no file': (['--config='], ['error: --config is empty: Python file with get_config']),
+  'a folder': (['--config=configs'], ['--config=configs cannot be read: name a file']),
 }
 
 
 @pytest.fixture
 def command_line(monkeypatch):
   """Parses arguments as main does, and forgets them afterwards."""
+
   def parse(arguments, required=()):
     monkeypatch.setattr(sys, 'argv', ['main', *arguments])
     return command_line_lib.parse(sys.argv, required)
@@ -100,8 +117,15 @@ def test_a_mistake_on_the_command_line(name, command_line):
 
 
 def test_a_key_is_turned_off_on_the_command_line(command_line):
-  command_line(['--config=configs/sft.py', '--config.data.epochs=None', '--config.steps=7',
-                '--config.optim.clip_norm=None', '--config.data.held_out=None'])
+  command_line(
+    [
+      '--config=configs/sft.py',
+      '--config.data.epochs=None',
+      '--config.steps=7',
+      '--config.optim.clip_norm=None',
+      '--config.data.held_out=None',
+    ]
+  )
   config = flags.FLAGS.config
   assert (config.steps, config.data.epochs, config.optim.clip_norm) == (7, None, None)
   assert config.data.held_out is None
@@ -112,8 +136,15 @@ def test_a_key_is_turned_off_on_the_command_line(command_line):
 def test_a_logged_config_runs_again_with_overrides(command_line, tmp_path):
   path = tmp_path / 'config.json'
   path.write_text(json.dumps(sft.config().to_dict() | {'steps': 5}))
-  command_line([f'--config={path}', '--config.data.epochs=2', '--config.steps=None', '--config.model.path=m',
-                "--config.model.lora.targets=(('up', 4, 8.0),)"])
+  command_line(
+    [
+      f'--config={path}',
+      '--config.data.epochs=2',
+      '--config.steps=None',
+      '--config.model.path=m',
+      "--config.model.lora.targets=(('up', 4, 8.0),)",
+    ]
+  )
   config = flags.FLAGS.config
   assert (config.steps, config.data.epochs, config.model.path) == (None, 2.0, 'm')
   assert config.model.lora.targets == (('up', 4, 8.0),)
@@ -128,11 +159,14 @@ def test_the_folder_of_a_run_is_not_its_config(command_line, tmp_path):
   assert caught.value.code == f'error: --config={tmp_path} is a folder: name {tmp_path}/config.json'
 
 
-@pytest.mark.parametrize('arguments, said', [
+@pytest.mark.parametrize(
+  'arguments, said',
+  [
     ([], 'error: --model is missing: A folder.'),
     (['--model=x', '--count=two'], 'error: --count=two: must be a whole number'),
     (['--modle=x'], "error: Unknown command line flag 'modle'. Did you mean: model ?"),
-])
+  ],
+)
 def test_flags_of_a_program_without_a_config(arguments, said, monkeypatch):
   own = flags.FlagValues()
   flags.DEFINE_string('model', None, 'A folder.', flag_values=own)
@@ -144,11 +178,18 @@ def test_flags_of_a_program_without_a_config(arguments, said, monkeypatch):
   assert command_line_lib.parse(['generate', '--model=x', 'y'], ('model',)) == ['generate', 'y']
 
 
-@pytest.mark.parametrize('error, said, status', [
+@pytest.mark.parametrize(
+  'error, said, status',
+  [
     (errors.UserError('bad'), 'error: bad', 1),
     (KeyboardInterrupt(), 'stopped by SIGINT', 130),
-    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), '/x'), 'error: No space left on device (/x): make room', 1),
-])
+    (
+      OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), '/x'),
+      'error: No space left on device (/x): make room',
+      1,
+    ),
+  ],
+)
 def test_programs_that_read_end_in_one_line(error, said, status, monkeypatch):
   ends = []
   monkeypatch.setattr(command_line_lib.runtime, 'end', lambda *end: ends.append(end))
@@ -172,7 +213,9 @@ def test_help_and_the_config_itself_need_no_workdir(option, command_line, capsys
     assert '--config.batch_size=12  ' in out and '--print' in out
 
 
-@pytest.mark.parametrize('arguments, name', [([], 'config'), (['--config=configs/sft.py'], 'workdir')])
+@pytest.mark.parametrize(
+  'arguments, name', [([], 'config'), (['--config=configs/sft.py'], 'workdir')]
+)
 def test_what_must_be_given_is_named(arguments, name, command_line):
   with pytest.raises(SystemExit, match=f'error: --{name} is missing: '):
     command_line(arguments, required=('config', 'workdir'))
@@ -182,20 +225,38 @@ def test_an_argument_that_a_stage_does_not_take(monkeypatch):
   monkeypatch.chdir(ROOT)
   stage = config_files.read('configs/quickstart.py', 'debug').world
   stage.unlock().prompt_cont = 3
-  with pytest.raises(errors.UserError, match="unexpected keyword argument 'prompt_cont'.*Did you mean 'prompt_count'"):
+  with pytest.raises(
+    errors.UserError, match="unexpected keyword argument 'prompt_cont'.*Did you mean 'prompt_count'"
+  ):
     pipeline.check('world', stage)
 
 
-@pytest.mark.parametrize('argument, part', [
+@pytest.mark.parametrize(
+  'argument, part',
+  [
     ('--config.no_such_key=1', "--config.no_such_key=1: the config has no key 'no_such_key'"),
-    ('--config.ppo.batch_size=126',
-     'stage ppo: config.rl.minibatches=4 does not divide config.batch_size=126: change either'),
-])
+    (
+      '--config.ppo.batch_size=126',
+      'stage ppo: config.rl.minibatches=4 does not divide config.batch_size=126: change either',
+    ),
+  ],
+)
 def test_a_command_that_cannot_run_ends_in_one_line(argument, part, tmp_path):
   done = subprocess.run(
-      [sys.executable, '-m', 'rlhf_jax.main', '--config=configs/quickstart.py', argument,
-       f'--workdir={tmp_path}/run'], cwd=ROOT, env=os.environ | {'XLA_FLAGS': ''}, text=True,
-      capture_output=True, timeout=300)
+    [
+      sys.executable,
+      '-m',
+      'rlhf_jax.main',
+      '--config=configs/quickstart.py',
+      argument,
+      f'--workdir={tmp_path}/run',
+    ],
+    cwd=ROOT,
+    env=os.environ | {'XLA_FLAGS': ''},
+    text=True,
+    capture_output=True,
+    timeout=300,
+  )
   assert done.returncode == 1, done.stderr
   assert done.stderr.startswith(f'error: {part}') and done.stderr.count('\n') == 1, done.stderr
   assert not (tmp_path / 'run').exists()
@@ -219,8 +280,11 @@ def one_device(monkeypatch):
 
 def contents(folder):
   """{path: hash} of all files below a folder."""
-  return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-          for path in sorted(folder.rglob('*')) if path.is_file()}
+  return {
+    str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in sorted(folder.rglob('*'))
+    if path.is_file()
+  }
 
 
 def begun(config, folder):
@@ -254,8 +318,10 @@ def bad(world, tmp_path_factory):
     (folder / name).write_text('\n\n' if name.startswith('blank') else '')
   (folder / 'nothing').mkdir()
   tiny.write_jsonl(folder / 'wordless.jsonl', [{'prompt': '', 'completion': ''}])
-  tiny.write_jsonl(folder / 'long.jsonl', [
-      {'prompt': tiny.text(0, 2), 'number': 0}, {'prompt': tiny.text(5, 9), 'number': 1}])
+  tiny.write_jsonl(
+    folder / 'long.jsonl',
+    [{'prompt': tiny.text(0, 2), 'number': 0}, {'prompt': tiny.text(5, 9), 'number': 1}],
+  )
   tiny.write_tokenizer(folder / 'tokenizer', tiny.WORDS + 5)
   shutil.copytree(world / 'reward', folder / 'reward')
   tiny.write_tokenizer(folder / 'reward', tiny.WORDS + 5)
@@ -263,78 +329,132 @@ def bad(world, tmp_path_factory):
 
 
 BAD_FILES = {
-    'no data file': ({'data.path': '{bad}/no.jsonl'},
-                     ['no.jsonl: no such file or directory', 'Set the path of the data']),
-    'no held-out file': ({'data.held_out_path': '{bad}/no.jsonl'},
-                         ['no.jsonl: no such file or directory', 'Set the path of the data']),
-    'no such data set': ({'data.path': 'no-such-data-set'},
-                         ['no-such-data-set', 'no such file or directory']),
-    'no tokenizer': ({'tokenizer': '{bad}/no'},
-                     ['/no: no such folder', 'a folder with tokenizer.json']),
-    'no model': ({'model.path': '{bad}/no', 'tokenizer': '{world}/tokenizer'},
-                 ['/no/config.json: no such file', 'a model folder holds config.json and']),
-    'a model without weights': (
-        {'model.path': '{bad}/tokenizer'}, ['config.json: no such file', 'a model folder holds']),
-    'empty file': ({'data.path': '{bad}/empty.jsonl'},
-                   ['empty.jsonl: the data set is empty', 'at least one record']),
-    'blank lines': ({'data.path': '{bad}/blank.jsonl'},
-                    ['blank.jsonl: the data set is empty', 'at least one record']),
-    'empty text': ({'data.path': '{bad}/empty.txt'},
-                   ['empty.txt: the data set is empty', 'at least one record']),
-    'empty folder': ({'data.path': '{bad}/nothing'},
-                     ['nothing: no data file in this directory', 'files must end in .jsonl']),
-    'too long for the context': (
-        {'data.max_length': 33},
-        ['config.data.max_length: 33 tokens exceed the context of 32', 'Shorten it, or use']),
-    'tokenizer larger than the embedding': (
-        {'tokenizer': '{bad}/tokenizer'},
-        ["has ids up to 68, but the model's vocab_size is 64",
-         'Use the tokenizer that belongs to the model', 'at least 69']),
+  'no data file': (
+    {'data.path': '{bad}/no.jsonl'},
+    ['no.jsonl: no such file or directory', 'Set the path of the data'],
+  ),
+  'no held-out file': (
+    {'data.held_out_path': '{bad}/no.jsonl'},
+    ['no.jsonl: no such file or directory', 'Set the path of the data'],
+  ),
+  'no such data set': (
+    {'data.path': 'no-such-data-set'},
+    ['no-such-data-set', 'no such file or directory'],
+  ),
+  'no tokenizer': (
+    {'tokenizer': '{bad}/no'},
+    ['/no: no such folder', 'a folder with tokenizer.json'],
+  ),
+  'no model': (
+    {'model.path': '{bad}/no', 'tokenizer': '{world}/tokenizer'},
+    ['/no/config.json: no such file', 'a model folder holds config.json and'],
+  ),
+  'a model without weights': (
+    {'model.path': '{bad}/tokenizer'},
+    ['config.json: no such file', 'a model folder holds'],
+  ),
+  'empty file': (
+    {'data.path': '{bad}/empty.jsonl'},
+    ['empty.jsonl: the data set is empty', 'at least one record'],
+  ),
+  'blank lines': (
+    {'data.path': '{bad}/blank.jsonl'},
+    ['blank.jsonl: the data set is empty', 'at least one record'],
+  ),
+  'empty text': (
+    {'data.path': '{bad}/empty.txt'},
+    ['empty.txt: the data set is empty', 'at least one record'],
+  ),
+  'empty folder': (
+    {'data.path': '{bad}/nothing'},
+    ['nothing: no data file in this directory', 'files must end in .jsonl'],
+  ),
+  'too long for the context': (
+    {'data.max_length': 33},
+    ['config.data.max_length: 33 tokens exceed the context of 32', 'Shorten it, or use'],
+  ),
+  'tokenizer larger than the embedding': (
+    {'tokenizer': '{bad}/tokenizer'},
+    [
+      "has ids up to 68, but the model's vocab_size is 64",
+      'Use the tokenizer that belongs to the model',
+      'at least 69',
+    ],
+  ),
 }
 BAD_PROMPTS = {
-    'no prompts': ({'data.path': '{bad}/no.jsonl'},
-                   ['no.jsonl: no such file or directory', 'Set the path of the data']),
-    'empty prompts': ({'data.path': '{bad}/empty.jsonl'},
-                      ['empty.jsonl: the data set is empty', 'at least one record']),
-    'a long prompt': (
-        {'data.path': '{bad}/long.jsonl'},
-        ['prompt 1 has 10 tokens, more than config.data.max_prompt_length = 6',
-         'Raise max_prompt_length', "config.data.on_long to 'truncate_left' or 'drop'"]),
-    'long prompts alone': (
-        {'data.path': '{bad}/long.jsonl', 'data.max_prompt_length': 2, 'data.on_long': 'drop'},
-        ['no prompt of 2 has at most config.data.max_prompt_length = 2', 'Raise it']),
-    'prompt and response too long for the context': (
-        {'data.max_prompt_length': 27},
-        ['config.data.max_prompt_length + config.sampling.max_new_tokens: 33 tokens exceed the '
-         'context of 32', 'Shorten it, or use']),
-    'pretraining rows too long for the context': (
-        {'ptx.path': '{world}/texts.jsonl', 'ptx.batch_size': 16, 'ptx.max_length': 33,
-         'rl.ptx_coef': 1.0},
-        ['config.ptx.max_length: 33 tokens exceed the context of 32', 'Shorten it']),
-    'tokenizer larger than the embedding': (
-        {'tokenizer': '{bad}/tokenizer'},
-        ["has ids up to 68, but the model's vocab_size is 64", 'set the model\'s vocab_size']),
-    "a reward model's tokenizer larger than its embedding": (
-        {'reward.function': None, 'reward.model': '{bad}/reward'},
-        ['/reward has ids up to 68', 'Use the tokenizer that belongs to the model']),
-    'no reward module': (
-        {'reward.function': 'no_such_module:reward'},
-        ["config.reward.function='no_such_module:reward' cannot be loaded",
-         "Write 'package.module:function'"]),
-    'no reward function': (
-        {'reward.function': 'tiny:no_such_function'},
-        ['no_such_function', "Write 'package.module:function'"]),
-    'a reward function without a name': (
-        {'reward.function': 'tiny'},
-        ["'tiny' cannot be loaded", "Write 'package.module:function'"]),
-    'no reward model': (
-        {'reward.function': None, 'reward.model': '{bad}/no'},
-        ['/no/config.json: no such file', 'a model folder holds']),
-    'a language model for a reward': (
-        {'reward.function': None, 'reward.model': '{world}/model'},
-        ['it is not a reward model', 'ForSequenceClassification']),
-    'a reward model for a policy': (
-        {'model.path': '{world}/reward'}, ['it is a reward model, not a language model']),
+  'no prompts': (
+    {'data.path': '{bad}/no.jsonl'},
+    ['no.jsonl: no such file or directory', 'Set the path of the data'],
+  ),
+  'empty prompts': (
+    {'data.path': '{bad}/empty.jsonl'},
+    ['empty.jsonl: the data set is empty', 'at least one record'],
+  ),
+  'a long prompt': (
+    {'data.path': '{bad}/long.jsonl'},
+    [
+      'prompt 1 has 10 tokens, more than config.data.max_prompt_length = 6',
+      'Raise max_prompt_length',
+      "config.data.on_long to 'truncate_left' or 'drop'",
+    ],
+  ),
+  'long prompts alone': (
+    {'data.path': '{bad}/long.jsonl', 'data.max_prompt_length': 2, 'data.on_long': 'drop'},
+    ['no prompt of 2 has at most config.data.max_prompt_length = 2', 'Raise it'],
+  ),
+  'prompt and response too long for the context': (
+    {'data.max_prompt_length': 27},
+    [
+      'config.data.max_prompt_length + config.sampling.max_new_tokens: 33 tokens exceed the '
+      'context of 32',
+      'Shorten it, or use',
+    ],
+  ),
+  'pretraining rows too long for the context': (
+    {
+      'ptx.path': '{world}/texts.jsonl',
+      'ptx.batch_size': 16,
+      'ptx.max_length': 33,
+      'rl.ptx_coef': 1.0,
+    },
+    ['config.ptx.max_length: 33 tokens exceed the context of 32', 'Shorten it'],
+  ),
+  'tokenizer larger than the embedding': (
+    {'tokenizer': '{bad}/tokenizer'},
+    ["has ids up to 68, but the model's vocab_size is 64", "set the model's vocab_size"],
+  ),
+  "a reward model's tokenizer larger than its embedding": (
+    {'reward.function': None, 'reward.model': '{bad}/reward'},
+    ['/reward has ids up to 68', 'Use the tokenizer that belongs to the model'],
+  ),
+  'no reward module': (
+    {'reward.function': 'no_such_module:reward'},
+    [
+      "config.reward.function='no_such_module:reward' cannot be loaded",
+      "Write 'package.module:function'",
+    ],
+  ),
+  'no reward function': (
+    {'reward.function': 'tiny:no_such_function'},
+    ['no_such_function', "Write 'package.module:function'"],
+  ),
+  'a reward function without a name': (
+    {'reward.function': 'tiny'},
+    ["'tiny' cannot be loaded", "Write 'package.module:function'"],
+  ),
+  'no reward model': (
+    {'reward.function': None, 'reward.model': '{bad}/no'},
+    ['/no/config.json: no such file', 'a model folder holds'],
+  ),
+  'a language model for a reward': (
+    {'reward.function': None, 'reward.model': '{world}/model'},
+    ['it is not a reward model', 'ForSequenceClassification'],
+  ),
+  'a reward model for a policy': (
+    {'model.path': '{world}/reward'},
+    ['it is a reward model, not a language model'],
+  ),
 }
 
 
@@ -353,7 +473,11 @@ def fails(config, changes, parts, folder, **places):
   fork = folder.with_name(f'{folder.name}_fork')
   shutil.rmtree(fork, ignore_errors=True)
   with pytest.raises(errors.UserError) as caught:
-    train.run(config, fork, fork_of=None if any(key.startswith(workdir_lib.WEIGHTS) for key in changes) else folder)
+    train.run(
+      config,
+      fork,
+      fork_of=None if any(key.startswith(workdir_lib.WEIGHTS) for key in changes) else folder,
+    )
   for part in parts:
     assert part in str(caught.value), caught.value
   assert contents(folder) == before
@@ -379,18 +503,28 @@ def test_bad_prompts_are_found_before_compilation(name, begun_ppo, world, bad, c
 
 def test_a_text_data_set_of_nothing_has_no_token(begun_sft, world, bad):
   folder, config = begun_sft
-  fails(config, {'data.path': '{bad}/wordless.jsonl', 'data.kind': 'completion'},
-        ['wordless.jsonl', 'completion'], folder, world=world, bad=bad)
+  fails(
+    config,
+    {'data.path': '{bad}/wordless.jsonl', 'data.kind': 'completion'},
+    ['wordless.jsonl', 'completion'],
+    folder,
+    world=world,
+    bad=bad,
+  )
 
 
-@pytest.mark.parametrize('begin, changes, part', [
+@pytest.mark.parametrize(
+  'begin, changes, part',
+  [
     ('begun_sft', {'batch_size': 0}, 'must be positive'),
     ('begun_sft', {'microbatch_size': 5}, 'does not divide'),
     ('begun_ppo', {'rl.minibatches': 3}, 'does not divide'),
     ('begun_ppo', {'sampling.temperature': 0.0}, 'greedy samples teach nothing'),
-])
+  ],
+)
 def test_contradictions_are_found_before_anything_is_read(
-    begin, changes, part, request, monkeypatch):
+  begin, changes, part, request, monkeypatch
+):
   folder, config = request.getfixturevalue(begin)
   for module in (ppo, sft):
     monkeypatch.setattr(module, 'create', lambda *_: pytest.fail('was created'))
@@ -403,8 +537,10 @@ def test_another_model_leaves_the_checkpoints_of_the_first(begun_sft, tmp_path):
   other = config.copy_and_resolve_references()
   other.model.path = f'{tmp_path}/model'
   before = contents(folder)
-  for workdir, source, part in ((folder, None, 'was started with another config: config.model.path: '),
-                                (tmp_path / 'new', folder, 'which are of another model: config.model.path: ')):
+  for workdir, source, part in (
+    (folder, None, 'was started with another config: config.model.path: '),
+    (tmp_path / 'new', folder, 'which are of another model: config.model.path: '),
+  ):
     with pytest.raises(errors.UserError, match=part):
       train.run(other, workdir, fork_of=source)
   assert contents(folder) == before and not (tmp_path / 'new').exists()
@@ -415,45 +551,69 @@ def test_another_model_leaves_the_checkpoints_of_the_first(begun_sft, tmp_path):
 
 def rewards_of(case):
   """A reward function that is wrong in one way."""
+
   def reward(prompts, responses, *, response_tokens, metadata):
     del prompts, metadata
     if case == 'raises':
       raise RuntimeError('the server is away')
     good = [0.5] * len(responses)
     return {
-        'is short': good[:-1], 'is NaN': [float('nan')] + good[1:],
-        'is infinite': good[1:] + [float('inf')], 'is None': None,
-        'is ragged': [[0.0] * (len(row) + 1) for row in response_tokens],
-        'is mixed': [[0.0] * len(row) for row in response_tokens[:-1]] + [0.5]}[case]
+      'is short': good[:-1],
+      'is NaN': [float('nan')] + good[1:],
+      'is infinite': good[1:] + [float('inf')],
+      'is None': None,
+      'is ragged': [[0.0] * (len(row) + 1) for row in response_tokens],
+      'is mixed': [[0.0] * len(row) for row in response_tokens[:-1]] + [0.5],
+    }[case]
+
   return reward
 
 
 BAD_REWARDS = {
-    'raises': ['reward raised RuntimeError: the server is away', 'the same command resumes'],
-    'is short': ['returned 3 rewards for 4 responses', 'it must return one for each'],
-    'is NaN': ['returned nan for example 0', 'every reward must be finite'],
-    'is infinite': ['returned inf for example 3', 'every reward must be finite'],
-    'is None': ['reward returned None for 4 responses', 'it must return one for each'],
-    'is ragged': ['returned [0.0, 0.0, 0.0] for example 0', 'of shape (2,)',
-                  'one for each of its 2 tokens'],
-    'is mixed': ['returned 0.5 for example 3', 'of shape (2,)', 'alike for all examples'],
+  'raises': ['reward raised RuntimeError: the server is away', 'the same command resumes'],
+  'is short': ['returned 3 rewards for 4 responses', 'it must return one for each'],
+  'is NaN': ['returned nan for example 0', 'every reward must be finite'],
+  'is infinite': ['returned inf for example 3', 'every reward must be finite'],
+  'is None': ['reward returned None for 4 responses', 'it must return one for each'],
+  'is ragged': [
+    'returned [0.0, 0.0, 0.0] for example 0',
+    'of shape (2,)',
+    'one for each of its 2 tokens',
+  ],
+  'is mixed': ['returned 0.5 for example 3', 'of shape (2,)', 'alike for all examples'],
 }
 
 
 @pytest.mark.parametrize('case', BAD_REWARDS)
 def test_bad_rewards(case):
   with pytest.raises(errors.UserError) as caught:
-    functions.call(rewards_of(case), ['a'] * 4, ['b'] * 4, response_tokens=[[1, 2]] * 4,
-                   metadata=[{}] * 4, slots=3)
+    functions.call(
+      rewards_of(case),
+      ['a'] * 4,
+      ['b'] * 4,
+      response_tokens=[[1, 2]] * 4,
+      metadata=[{}] * 4,
+      slots=3,
+    )
   for part in BAD_REWARDS[case]:
     assert part in str(caught.value), caught.value
 
 
-@pytest.mark.parametrize('case, parts', [
-    ('raises', ['RuntimeError: the server is away', 'with 16 prompts, the first', 'the same command resumes.']),
+@pytest.mark.parametrize(
+  'case, parts',
+  [
+    (
+      'raises',
+      [
+        'RuntimeError: the server is away',
+        'with 16 prompts, the first',
+        'the same command resumes.',
+      ],
+    ),
     ('is NaN', ['returned nan for example 0, prompt', 'every reward must be finite']),
     ('is short', ['returned 15 rewards for 16 responses', 'must return one for each']),
-])
+  ],
+)
 def test_bad_rewards_stop_a_run_that_can_go_on(case, parts, begun_ppo, tmp_path, monkeypatch):
   folder, config = begun_ppo
   shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
@@ -480,14 +640,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_its_checkpoint(begun_sft
   message = str(caught.value)
   assert 'is not finite at step 4' in message and 'param_norm' in message
   assert 'Lower config.optim.learning_rate' in message and 'clip_norm' in message
-  assert f'{tmp_path}/wild/checkpoints' in message and '--fork=NEWDIR starts from the last' in message
+  assert (
+    f'{tmp_path}/wild/checkpoints' in message and '--fork=NEWDIR starts from the last' in message
+  )
   assert [path.name for path in (tmp_path / 'wild' / 'checkpoints').iterdir()] == ['4']
   assert not (tmp_path / 'wild' / 'model').exists()
   mended = config.copy_and_resolve_references()
   mended.optim.clip_norm = 1.0
   train.run(mended, tmp_path / 'mended', fork_of=tmp_path / 'wild')  # as the message says
-  assert all(np.isfinite(record['loss']) for record in metrics_lib.read(tmp_path / 'mended')
-             if 'loss' in record)
+  assert all(
+    np.isfinite(record['loss'])
+    for record in metrics_lib.read(tmp_path / 'mended')
+    if 'loss' in record
+  )
 
 
 def test_nan_in_the_weights_is_named_at_the_first_step(world, tmp_path, monkeypatch):
@@ -496,7 +661,8 @@ def test_nan_in_the_weights_is_named_at_the_first_step(world, tmp_path, monkeypa
   def poisoned(config, mesh):
     learner, state = create(config, mesh)
     return learner, state.replace(
-        params=jax.tree.map(lambda x: x * np.float32('nan'), state.params))
+      params=jax.tree.map(lambda x: x * np.float32('nan'), state.params)
+    )
 
   monkeypatch.setattr(sft, 'create', poisoned)
   with pytest.raises(errors.UserError, match='loss.*is not finite at step 0. Lower config'):

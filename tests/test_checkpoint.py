@@ -23,7 +23,8 @@ import tiny
 
 # Orbax leaves its reads unfinished where one of them fails.
 pytestmark = pytest.mark.filterwarnings(
-    'ignore::pytest.PytestUnraisableExceptionWarning', 'ignore::RuntimeWarning')
+  'ignore::pytest.PytestUnraisableExceptionWarning', 'ignore::RuntimeWarning'
+)
 
 
 @pytest.fixture(autouse=True)
@@ -32,22 +33,31 @@ def collect():
   yield
   gc.collect()
 
+
 DAMAGE = {
-    'truncated': lambda path: path.write_bytes(path.read_bytes()[:path.stat().st_size // 2]),
-    'emptied': lambda path: path.write_bytes(b''),
-    'missing': lambda path: path.unlink(),
+  'truncated': lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+  'emptied': lambda path: path.write_bytes(b''),
+  'missing': lambda path: path.unlink(),
 }
 
 
 def make_state(step, width=4):
   """A TrainState that tells the step in all its parts."""
   draw = np.random.default_rng(step)
-  params = {'policy': {'a': jnp.asarray(draw.normal(size=(8, width)), jnp.float32),
-                       'b': jnp.asarray(draw.normal(size=3), jnp.float32)}}
+  params = {
+    'policy': {
+      'a': jnp.asarray(draw.normal(size=(8, width)), jnp.float32),
+      'b': jnp.asarray(draw.normal(size=3), jnp.float32),
+    }
+  }
   moments = jax.tree.map(lambda x: x + step, optax.adam(1e-3).init(params['policy']))
   return types.TrainState(
-      step=jnp.int32(step), key=jax.random.key(step), params=params,
-      opt_state={'policy': moments}, extra={'kl_coef': jnp.float32(0.1 * step), 'reward_moments': jnp.full(3, step, jnp.float32)})
+    step=jnp.int32(step),
+    key=jax.random.key(step),
+    params=params,
+    opt_state={'policy': moments},
+    extra={'kl_coef': jnp.float32(0.1 * step), 'reward_moments': jnp.full(3, step, jnp.float32)},
+  )
 
 
 def make_iterator(step=0):
@@ -118,8 +128,14 @@ def test_a_new_folder_gives_the_state_itself(tmp_path):
   assert step == 0 and found is state and checkpoints.latest_step() is None
 
 
-@pytest.mark.parametrize('damage', ['truncated', pytest.param('emptied', marks=pytest.mark.slow),
-                                    pytest.param('missing', marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  'damage',
+  [
+    'truncated',
+    pytest.param('emptied', marks=pytest.mark.slow),
+    pytest.param('missing', marks=pytest.mark.slow),
+  ],
+)
 def test_any_damaged_file_gives_the_newest_or_the_one_before(saved, tmp_path, damage):
   """Some files are spare; whatever is restored is exactly one of the checkpoints."""
   newest = saved / 'checkpoints' / '3'
@@ -131,7 +147,8 @@ def test_any_damaged_file_gives_the_newest_or_the_one_before(saved, tmp_path, da
     DAMAGE[damage](folder / 'checkpoints' / '3' / file)
     steps[str(file)] = restore(folder)
     assert names(folder) == (
-        ['1', '2', '3'] if steps[str(file)] == 3 else ['1', '2', 'unreadable-3'])
+      ['1', '2', '3'] if steps[str(file)] == 3 else ['1', '2', 'unreadable-3']
+    )
   assert set(steps.values()) == {2, 3}
   assert steps['state/manifest.ocdbt'] == 2
   assert steps['iterators/metadata'] == 2
@@ -146,7 +163,9 @@ def flip(path, place, bit):
 
 def array_file(folder, step):
   """The file of the large arrays of a checkpoint."""
-  return max((folder / 'checkpoints' / str(step) / 'state').rglob('*'), key=lambda path: path.stat().st_size)
+  return max(
+    (folder / 'checkpoints' / str(step) / 'state').rglob('*'), key=lambda path: path.stat().st_size
+  )
 
 
 def test_a_flipped_bit_in_an_array_is_found(wide, tmp_path, caplog):
@@ -170,8 +189,11 @@ def test_300_flipped_bits_over_all_files_change_nothing(wide, tmp_path):
     drawn = np.searchsorted(ends, draw.integers(ends[-1]), 'right')
     folder = tmp_path / str(number)
     shutil.copytree(wide / 'checkpoints', folder / 'checkpoints')
-    flip(folder / 'checkpoints' / '2' / files[drawn if number % 2 else number % len(files)],
-         draw.random(), draw.integers(8))
+    flip(
+      folder / 'checkpoints' / '2' / files[drawn if number % 2 else number % len(files)],
+      draw.random(),
+      draw.integers(8),
+    )
     params = checkpoint.load_params(folder, 'policy')  # may do where the iterators will not
     assert any(np.array_equal(params['a'], sound) for sound in expected)
     assert restore(folder, width=512) in (1, 2)
@@ -182,10 +204,14 @@ def test_parameters_alone_are_checked_too(wide, tmp_path, caplog):
   shutil.copytree(wide / 'checkpoints', tmp_path / 'checkpoints')
   path = array_file(tmp_path, 2)
   path.write_bytes(path.read_bytes().translate(bytes(range(255, -1, -1))))
-  np.testing.assert_array_equal(checkpoint.load_params(tmp_path, 'policy')['a'], make_state(1, 512).params['policy']['a'])
+  np.testing.assert_array_equal(
+    checkpoint.load_params(tmp_path, 'policy')['a'], make_state(1, 512).params['policy']['a']
+  )
   assert 'checkpoint 2 in ' in caplog.text and 'trying the one before' in caplog.text
   shutil.rmtree(tmp_path / 'checkpoints' / '1')
-  with pytest.raises(errors.UserError, match=r'none of the checkpoints \[2\] in .* is sound: 2 .*Put back a copy'):
+  with pytest.raises(
+    errors.UserError, match=r'none of the checkpoints \[2\] in .* is sound: 2 .*Put back a copy'
+  ):
     checkpoint.load_params(tmp_path, 'policy')
 
 
@@ -197,7 +223,9 @@ def with_nan(step):
 
 def test_parameters_that_are_not_finite_are_never_saved(copy):
   with checkpoint.Checkpoints(copy, keep=3) as checkpoints:
-    with pytest.raises(errors.UserError, match='params/policy/b not finite after step 4, which is not saved. Lower'):
+    with pytest.raises(
+      errors.UserError, match='params/policy/b not finite after step 4, which is not saved. Lower'
+    ):
       checkpoints.save(4, with_nan(4), {'data': make_iterator()})
   assert names(copy) == ['1', '2', '3'] and restore(copy) == 3
 
@@ -212,11 +240,15 @@ def test_a_checkpoint_with_nan_gives_the_one_before(copy, monkeypatch, caplog):
   assert restore(copy) == 3
   assert names(copy) == ['2', '3', 'unreadable-4']
   warning = next(r.getMessage() for r in caplog.records if 'NaN' in r.getMessage())
-  assert warning.endswith('has values of params/policy/b that are NaN or infinite; trying the one before')
+  assert warning.endswith(
+    'has values of params/policy/b that are NaN or infinite; trying the one before'
+  )
   for step in '23':
     shutil.rmtree(copy / 'checkpoints' / step)
   (copy / 'checkpoints' / 'unreadable-4').rename(copy / 'checkpoints' / '4')
-  with pytest.raises(errors.UserError, match='is sound: 4 has values of params/policy/b that are NaN') as raised:
+  with pytest.raises(
+    errors.UserError, match='is sound: 4 has values of params/policy/b that are NaN'
+  ) as raised:
     restore(copy)
   assert 'learning_rate' not in str(raised.value)
 
@@ -299,6 +331,7 @@ def test_iterators_stay_where_they_were_if_nothing_is_readable(copy):
 
 class Place(dict):
   """An iterator's state that a thread which writes it sees when `moved` is set, and not before."""
+
   moved = threading.Event()
 
   def items(self):
@@ -341,8 +374,9 @@ def test_a_saved_state_does_not_see_the_steps_that_follow(tmp_path):
   big = jax.random.normal(jax.random.key(0), (1 << 21,))
   state = make_state(1).replace(params={'policy': {'a': big}})
   expected = np.array(big)
-  step = jax.jit(lambda s: s.replace(params=jax.tree.map(lambda x: 2 * x + 1, s.params)),
-                 donate_argnums=0)
+  step = jax.jit(
+    lambda s: s.replace(params=jax.tree.map(lambda x: 2 * x + 1, s.params)), donate_argnums=0
+  )
   checkpoints.save(1, state, {})
   for _ in range(5):
     state = step(state)
@@ -354,6 +388,7 @@ def test_a_saved_state_does_not_see_the_steps_that_follow(tmp_path):
 @pytest.mark.parametrize('before, after', [(8, 1), (1, 8), (8, 8)])
 def test_arrays_come_back_where_the_new_run_wants_them(before, after, tmp_path):
   """A run may go on with another number of devices."""
+
   def place(state, count):
     mesh = sharding.make_mesh({'fsdp': count}, devices=jax.devices()[:count])
     split = {'policy': {'a': NamedSharding(mesh, P('fsdp')), 'b': sharding.replicated(mesh)}}
@@ -383,10 +418,14 @@ def content(folder):
   return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
 
 
-@pytest.mark.parametrize('change', [
+@pytest.mark.parametrize(
+  'change',
+  [
     {'model.init.hidden_size': 24, 'model.init.num_attention_heads': 2},
     {'model.init.num_hidden_layers': 1},
-], ids=['width', 'depth'])
+  ],
+  ids=['width', 'depth'],
+)
 def test_a_config_of_another_model_loses_nothing(change, unfinished, tmp_path):
   """The run is refused before anything in its folder is touched, and goes on afterwards."""
   config, folder = unfinished
@@ -410,15 +449,22 @@ def test_the_optimizers_figures_may_change_in_a_fork(unfinished, tmp_path):
   assert names(tmp_path / 'run') == ['4', '5']
 
 
-@pytest.mark.parametrize('change', [
+@pytest.mark.parametrize(
+  'change',
+  [
     {'model.init.hidden_size': 24, 'model.init.num_attention_heads': 2},
     {'model.init.num_hidden_layers': 1},
-], ids=['width', 'depth'])
+  ],
+  ids=['width', 'depth'],
+)
 def test_a_fork_with_another_model_is_refused(change, unfinished, tmp_path):
   config, folder = unfinished
   other = config.copy_and_resolve_references()
   other.update_from_flattened_dict(change)
-  with pytest.raises(errors.UserError, match='--fork starts from the weights in .*, which are of another model: config'):
+  with pytest.raises(
+    errors.UserError,
+    match='--fork starts from the weights in .*, which are of another model: config',
+  ):
     train.run(other, tmp_path / 'run', fork_of=folder)
   assert not (tmp_path / 'run').exists()
 
@@ -431,7 +477,9 @@ def test_a_fork_with_another_optimizer_starts_it_anew(unfinished, tmp_path, capf
   train.run(other, tmp_path / 'run', fork_of=folder)
   assert 'the optimizer starts anew' in capfd.readouterr().out
   kept, found = (checkpoint.load_params(path, 'policy') for path in (folder, tmp_path / 'run'))
-  moved = max(float(abs(a - b).max()) for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(found)))
+  moved = max(
+    float(abs(a - b).max()) for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(found))
+  )
   assert 0 < moved < 10 * other.optim.learning_rate  # from the old weights on
 
 

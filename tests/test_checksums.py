@@ -1,10 +1,9 @@
 """Checksums of arrays against a plain loop, on one device and on many."""
 
 import jax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
-from jax.sharding import SingleDeviceSharding
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
@@ -72,5 +71,7 @@ def test_values_that_are_not_finite_show(small, monkeypatch):
 
 def test_random_keys_and_json():
   assert checksums.of(jax.random.key(1)) == checksums.of(jax.random.key_data(jax.random.key(1)))
-  assert checksums.of_json({'a': (1, 2), 'b': {3: None}}) == checksums.of_json({'b': {'3': None}, 'a': [1, 2]})
+  assert checksums.of_json({'a': (1, 2), 'b': {3: None}}) == checksums.of_json(
+    {'b': {'3': None}, 'a': [1, 2]}
+  )
   assert checksums.of_json({'a': 1}) != checksums.of_json({'a': 2})

@@ -20,45 +20,87 @@ BEGIN = 'from rlhf_jax.algorithms import sft\n\n\ndef get_config(arg=None):\n  c
 PIPELINE = "import ml_collections\n\n\ndef get_config(arg=None):\n  return ml_collections.ConfigDict({'seed': 0, "
 
 
-@pytest.mark.parametrize('text, message', [
+@pytest.mark.parametrize(
+  'text, message',
+  [
     ('x = 1\ndef get_config(arg=None)\n  pass\n', "FILE:2: expected ':': def get_config(arg=None)"),
-    ('def config():\n  pass\n', 'FILE:1: defines no get_config(arg=None), which returns the config'),
-    ('\n\ndef get_config(arg=None):\n  return {}\n', 'FILE:3: get_config() returns a dict: it must return a ConfigDict'),
-    ('def get_config(arg=None):\n  pass\n', 'FILE:1: get_config() returns nothing: it must return a ConfigDict'),
+    (
+      'def config():\n  pass\n',
+      'FILE:1: defines no get_config(arg=None), which returns the config',
+    ),
+    (
+      '\n\ndef get_config(arg=None):\n  return {}\n',
+      'FILE:3: get_config() returns a dict: it must return a ConfigDict',
+    ),
+    (
+      'def get_config(arg=None):\n  pass\n',
+      'FILE:1: get_config() returns nothing: it must return a ConfigDict',
+    ),
     ('import no_such_module\n', "FILE:1: ModuleNotFoundError: No module named 'no_such_module'"),
     ('\nopen("no_such_file")\n', "FILE:2: [Errno 2] No such file or directory: 'no_such_file'"),
     (BEGIN + '  return 1 / 0\n', 'FILE:6: ZeroDivisionError: division by zero'),
-    (BEGIN + '  config.optim.learning_rat = 1\n',
-     "FILE:6: the config has no key 'learning_rat'. Did you mean 'learning_rate'?"),
-    (BEGIN + "  config.data.update({'max_lenght': 3})\n",
-     "FILE:6: the config has no key 'max_lenght'. Did you mean 'max_length'?"),
-    (BEGIN + '\n  config.steps = config.data.epoch\n', "FILE:7: the config has no key 'epoch'. Did you mean 'epochs'?"),
-    (BEGIN + '  config.batch_size.x = 1\n', "FILE:6: AttributeError: 'int' object has no attribute 'x'"),
-    (BEGIN + "  config.batch_size = 'many'\n", "FILE:6: config.batch_size='many' must be a whole number"),
-    (BEGIN + "  config.optim.learning_rate = 'fast'\n",
-     "FILE:6: config.optim.learning_rate='fast' must be a finite number"),
-    (BEGIN + "\n  config.optim.update({'b1': 'x'})\n", "FILE:7: config.optim.b1='x' must be a finite number"),
+    (
+      BEGIN + '  config.optim.learning_rat = 1\n',
+      "FILE:6: the config has no key 'learning_rat'. Did you mean 'learning_rate'?",
+    ),
+    (
+      BEGIN + "  config.data.update({'max_lenght': 3})\n",
+      "FILE:6: the config has no key 'max_lenght'. Did you mean 'max_length'?",
+    ),
+    (
+      BEGIN + '\n  config.steps = config.data.epoch\n',
+      "FILE:7: the config has no key 'epoch'. Did you mean 'epochs'?",
+    ),
+    (
+      BEGIN + '  config.batch_size.x = 1\n',
+      "FILE:6: AttributeError: 'int' object has no attribute 'x'",
+    ),
+    (
+      BEGIN + "  config.batch_size = 'many'\n",
+      "FILE:6: config.batch_size='many' must be a whole number",
+    ),
+    (
+      BEGIN + "  config.optim.learning_rate = 'fast'\n",
+      "FILE:6: config.optim.learning_rate='fast' must be a finite number",
+    ),
+    (
+      BEGIN + "\n  config.optim.update({'b1': 'x'})\n",
+      "FILE:7: config.optim.b1='x' must be a finite number",
+    ),
     (BEGIN + "  config.steps = 'few'\n", "FILE:6: config.steps='few' must be a whole number"),
     (BEGIN + '  config.optim = 3\n', 'FILE:6: config.optim=3 must be a dict'),
-    (BEGIN + "  config.data = {'path': 'x', 'split': None}\n  return config\n",
-     'FILE:6: config.data lacks chat_template, columns, epochs and others: set single keys, config.data.KEY = '),
-    (BEGIN + "  config.update_from_flattened_dict({'steps': 1})\n  del config.unlock().optim.b1\n  return config\n",
-     'FILE:4: config.optim lacks b1: set single keys'),
-    (f"from rlhf_jax.algorithms import sft\n{PIPELINE}'stages': ('a',), 'a': cut()}})\n\n\n"
-     "def cut():\n  run = sft.config()\n  run.data = {'path': 'x'}\n  return run\n",
-     'FILE:11: config.a.data lacks chat_template'),
+    (
+      BEGIN + "  config.data = {'path': 'x', 'split': None}\n  return config\n",
+      'FILE:6: config.data lacks chat_template, columns, epochs and others: set single keys, config.data.KEY = ',
+    ),
+    (
+      BEGIN
+      + "  config.update_from_flattened_dict({'steps': 1})\n  del config.unlock().optim.b1\n  return config\n",
+      'FILE:4: config.optim lacks b1: set single keys',
+    ),
+    (
+      f"from rlhf_jax.algorithms import sft\n{PIPELINE}'stages': ('a',), 'a': cut()}})\n\n\n"
+      "def cut():\n  run = sft.config()\n  run.data = {'path': 'x'}\n  return run\n",
+      'FILE:11: config.a.data lacks chat_template',
+    ),
     ('import sys\nsys.exit(0)\n', 'FILE:2: sys.exit(0) is called: the file must return its config'),
     (BEGIN + '  raise SystemExit\n', 'FILE:6: sys.exit(None) is called'),
     ('x = 1\0\n', 'FILE:1: source code string cannot contain null bytes'),
     (PIPELINE + "'stages': ('a',), 'sede': 3})\n", 'FILE:4: config.sede=3 has no effect: beside'),
-    (PIPELINE + "'steps': 3})\n", 'FILE:4: the config of get_config() must come from the config() of an algorithm; or'),
-])
+    (
+      PIPELINE + "'steps': 3})\n",
+      'FILE:4: the config of get_config() must come from the config() of an algorithm; or',
+    ),
+  ],
+)
 def test_mistakes_in_a_file(text, message, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'mine.py').write_text(text)
   with pytest.raises(errors.UserError) as caught:
     config_files.read('mine.py')
-  assert str(caught.value).startswith(message.replace('FILE', 'mine.py')) and '\n' not in str(caught.value)
+  assert str(caught.value).startswith(message.replace('FILE', 'mine.py')) and '\n' not in str(
+    caught.value
+  )
   assert not str(caught.value).endswith(':')
 
 
@@ -82,14 +124,26 @@ def written(config, folder):
   return str(folder / 'config.json')
 
 
-@pytest.mark.parametrize('name, arg', [('quickstart', 'debug,lora'), ('ppo', None), ('grpo', None), ('hh_reward', 'data=x'),
-                                       ('reward_model', None), ('random_walks', None)])
+@pytest.mark.parametrize(
+  'name, arg',
+  [
+    ('quickstart', 'debug,lora'),
+    ('ppo', None),
+    ('grpo', None),
+    ('hh_reward', 'data=x'),
+    ('reward_model', None),
+    ('random_walks', None),
+  ],
+)
 def test_a_config_comes_back_as_it_was(name, arg, tmp_path):
   config = configured(name, arg)
   found = config_files.read(written(config, tmp_path))
   assert found.to_dict() == config.to_dict() and found.is_locked
-  for block, wanted in ((found, config),) if 'algorithm' in config else (
-      (found[stage], config[stage]) for stage in config.stages if 'algorithm' in config[stage]):
+  for block, wanted in (
+    ((found, config),)
+    if 'algorithm' in config
+    else ((found[stage], config[stage]) for stage in config.stages if 'algorithm' in config[stage])
+  ):
     for key in ('steps', 'batch_size', 'tokenizer', 'samples_every'):
       assert block.get_type(key) is wanted.get_type(key)
     with pytest.raises(AttributeError):
@@ -101,27 +155,50 @@ def test_a_key_that_is_null_takes_what_its_algorithm_takes(tmp_path):
   config.evals = {'held_out': {'kind': 'loss', 'every': None}}
   found = config_files.read(written(config, tmp_path))
   found.data.epochs, found.optim.clip_norm, found.evals.held_out.every = 2, 1, 3
-  assert (found.data.epochs, found.optim.clip_norm) == (2.0, 1.0) and isinstance(found.data.epochs, float)
+  assert (found.data.epochs, found.optim.clip_norm) == (2.0, 1.0) and isinstance(
+    found.data.epochs, float
+  )
   with pytest.raises(TypeError):
     found.data.epochs = 'many'
 
 
 def test_a_run_of_an_older_version_gets_the_defaults_of_new_keys(tmp_path):
-  found = config_files.read(written(ml_collections.ConfigDict({
-      'algorithm': 'sft', 'steps': 3, 'data': {'gone': None}}), tmp_path))
-  assert found.steps == 3 and 'gone' not in found.data and found.optim.learning_rate == sft.config().optim.learning_rate
+  found = config_files.read(
+    written(
+      ml_collections.ConfigDict({'algorithm': 'sft', 'steps': 3, 'data': {'gone': None}}), tmp_path
+    )
+  )
+  assert (
+    found.steps == 3
+    and 'gone' not in found.data
+    and found.optim.learning_rate == sft.config().optim.learning_rate
+  )
 
 
-@pytest.mark.parametrize('text, message', [
-    ('{"algorithm": "sft", "optim": {"learning_rat": 1}}',
-     "FILE: config.optim has no key 'learning_rat'. Did you mean 'learning_rate'?"),
-    ('{"algorithm": "sft", "batch_size": true}', 'FILE: config.batch_size=True must be a whole number'),
+@pytest.mark.parametrize(
+  'text, message',
+  [
+    (
+      '{"algorithm": "sft", "optim": {"learning_rat": 1}}',
+      "FILE: config.optim has no key 'learning_rat'. Did you mean 'learning_rate'?",
+    ),
+    (
+      '{"algorithm": "sft", "batch_size": true}',
+      'FILE: config.batch_size=True must be a whole number',
+    ),
     ('{"algorithm": "sft", "optim": 3}', 'FILE: config.optim=3 must be an object'),
-    ('{"stages": ["a"], "seed": 0, "a": {"algorithm": "sft", "stepz": 3}}', "FILE: stage a: config has no key 'stepz'"),
+    (
+      '{"stages": ["a"], "seed": 0, "a": {"algorithm": "sft", "stepz": 3}}',
+      "FILE: stage a: config has no key 'stepz'",
+    ),
     ('{"algorithm":\n sft}', 'FILE:2: not JSON: '),
-    ('{"model_type": "llama"}', 'FILE: has neither algorithm nor stages: it is not the config.json of a run'),
+    (
+      '{"model_type": "llama"}',
+      'FILE: has neither algorithm nor stages: it is not the config.json of a run',
+    ),
     ('{"algorithm": "no_such"}', "config.algorithm='no_such' cannot be loaded"),
-])
+  ],
+)
 def test_mistakes_in_a_config_json(text, message, tmp_path):
   path = tmp_path / 'config.json'
   path.write_text(text)
@@ -136,7 +213,8 @@ def test_a_rerun_of_a_fork_starts_from_the_beginning(tmp_path, capsys):
   path.write_text(json.dumps(fields | {'forked_from': {'workdir': 'runs/first', 'step': 40}}))
   assert config_files.read(str(path)).to_dict() == fields
   assert capsys.readouterr().err == (
-      f'{path}: this run started from step 40 of runs/first; this one starts from the beginning\n')
+    f'{path}: this run started from step 40 of runs/first; this one starts from the beginning\n'
+  )
 
 
 def test_a_seed_of_a_stage_can_be_set_where_it_is_the_pipelines():

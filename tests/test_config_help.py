@@ -20,8 +20,10 @@ def lines(text):
 @pytest.mark.parametrize('algorithm', ['ppo', 'grpo', 'sft', 'reward_model'])
 def test_every_key_has_a_doc(algorithm):
   docs = config_help.docs(algorithm)
-  keys = [line[len('  --config.'):].split('=')[0]
-          for line in config_help.keys(build.load(algorithm).config()).splitlines()]
+  keys = [
+    line[len('  --config.') :].split('=')[0]
+    for line in config_help.keys(build.load(algorithm).config()).splitlines()
+  ]
   assert len(keys) > 40
   assert [key for key in keys if not docs.get(re.sub('evals[.]held_out', 'evals.*', key))] == []
 
@@ -30,24 +32,51 @@ def test_keys_values_and_docs_of_a_run():
   found = lines(config_help.keys(config_files.read(str(ROOT / 'configs' / 'ppo.py'))))
   assert found['--config.steps'].split(maxsplit=1) == ['1000', 'train steps; or set data.epochs']
   assert found['--config.rl.vf_coef'].split(maxsplit=1) == ['0.1', 'weight of the value loss']
-  assert found['--config.reference'].split(maxsplit=1) == ['None', 'folder; None: the policy as it starts']
-  assert found['--config.reward.ensemble'].startswith("'mean'") and 'worst case' in found['--config.reward.ensemble']
+  assert found['--config.reference'].split(maxsplit=1) == [
+    'None',
+    'folder; None: the policy as it starts',
+  ]
+  assert (
+    found['--config.reward.ensemble'].startswith("'mean'")
+    and 'worst case' in found['--config.reward.ensemble']
+  )
 
 
 def test_docs_are_those_of_the_algorithm_and_its_evaluators():
   config = build.load('sft').config()
-  config.evals = {'mine': {'kind': 'prompts', 'count': 3, 'reward': {'function': 'a:b'}}, 'own': {'function': 'a:b'}}
+  config.evals = {
+    'mine': {'kind': 'prompts', 'count': 3, 'reward': {'function': 'a:b'}},
+    'own': {'function': 'a:b'},
+  }
   found = lines(config_help.keys(config))
-  assert found['--config.data.epochs'].split(maxsplit=1) == ['None', 'passes over the data; or set steps']
-  docs = {key: found[f'--config.{key}'].split('  ')[-1].strip() for key in (
-      'evals.mine.kind', 'evals.mine.count', 'evals.mine.reward.function', 'evals.own.function',
-      'mesh.data', 'mesh.fsdp', 'mesh.tensor')}
+  assert found['--config.data.epochs'].split(maxsplit=1) == [
+    'None',
+    'passes over the data; or set steps',
+  ]
+  docs = {
+    key: found[f'--config.{key}'].split('  ')[-1].strip()
+    for key in (
+      'evals.mine.kind',
+      'evals.mine.count',
+      'evals.mine.reward.function',
+      'evals.own.function',
+      'mesh.data',
+      'mesh.fsdp',
+      'mesh.tensor',
+    )
+  }
   assert len(set(docs.values())) == 7
   assert docs['evals.mine.count'] == 'the first prompts of the data set; None: all'
   assert "'package.module:function' over strings" in docs['evals.mine.reward.function']
-  assert "of a user's evaluator" in docs['evals.own.function'] and 'parameters are split' in docs['mesh.fsdp']
+  assert (
+    "of a user's evaluator" in docs['evals.own.function']
+    and 'parameters are split' in docs['mesh.fsdp']
+  )
   ppo = lines(config_help.keys(build.load('ppo').config()))
-  assert ppo['--config.data.epochs'].split(maxsplit=1) == ['None', 'passes over the prompts; or set steps']
+  assert ppo['--config.data.epochs'].split(maxsplit=1) == [
+    'None',
+    'passes over the prompts; or set steps',
+  ]
 
 
 def test_keys_of_all_stages():

@@ -13,27 +13,57 @@ import tiny
 
 STEPS, COMPARED = 20, 3
 MESHES = {
-    'data 2, fsdp 2, tensor 2': {'data': 2, 'fsdp': 2, 'tensor': 2},
-    'fsdp 8': {'data': 1, 'fsdp': 8, 'tensor': 1},
-    'data 8': {'data': 8, 'fsdp': 1, 'tensor': 1},
+  'data 2, fsdp 2, tensor 2': {'data': 2, 'fsdp': 2, 'tensor': 2},
+  'fsdp 8': {'data': 1, 'fsdp': 8, 'tensor': 1},
+  'data 8': {'data': 8, 'fsdp': 1, 'tensor': 1},
 }
 # The part of each parameter that one device holds, written out by hand for tiny.LLAMA.
 PARTS = {
-    'data 2, fsdp 2, tensor 2': {
-        'embed/embedding': (32, 8), 'query/kernel': (2, 8, 8), 'key/kernel': (2, 8, 4),
-        'value/kernel': (2, 8, 4), 'out/kernel': (2, 8, 8), 'gate/kernel': (2, 8, 16),
-        'up/kernel': (2, 8, 16), 'down/kernel': (2, 16, 8), 'attention_norm/scale': (2, 16),
-        'mlp_norm/scale': (2, 16), 'norm/scale': (16,), 'head/kernel': (16,), 'head/bias': ()},
-    'fsdp 8': {
-        'embed/embedding': (64, 2), 'query/kernel': (2, 2, 16), 'key/kernel': (2, 2, 8),
-        'value/kernel': (2, 2, 8), 'out/kernel': (2, 16, 2), 'gate/kernel': (2, 2, 32),
-        'up/kernel': (2, 2, 32), 'down/kernel': (2, 32, 2), 'attention_norm/scale': (2, 16),
-        'mlp_norm/scale': (2, 16), 'norm/scale': (16,), 'head/kernel': (16,), 'head/bias': ()},
-    'data 8': {
-        'embed/embedding': (64, 16), 'query/kernel': (2, 16, 16), 'key/kernel': (2, 16, 8),
-        'value/kernel': (2, 16, 8), 'out/kernel': (2, 16, 16), 'gate/kernel': (2, 16, 32),
-        'up/kernel': (2, 16, 32), 'down/kernel': (2, 32, 16), 'attention_norm/scale': (2, 16),
-        'mlp_norm/scale': (2, 16), 'norm/scale': (16,), 'head/kernel': (16,), 'head/bias': ()},
+  'data 2, fsdp 2, tensor 2': {
+    'embed/embedding': (32, 8),
+    'query/kernel': (2, 8, 8),
+    'key/kernel': (2, 8, 4),
+    'value/kernel': (2, 8, 4),
+    'out/kernel': (2, 8, 8),
+    'gate/kernel': (2, 8, 16),
+    'up/kernel': (2, 8, 16),
+    'down/kernel': (2, 16, 8),
+    'attention_norm/scale': (2, 16),
+    'mlp_norm/scale': (2, 16),
+    'norm/scale': (16,),
+    'head/kernel': (16,),
+    'head/bias': (),
+  },
+  'fsdp 8': {
+    'embed/embedding': (64, 2),
+    'query/kernel': (2, 2, 16),
+    'key/kernel': (2, 2, 8),
+    'value/kernel': (2, 2, 8),
+    'out/kernel': (2, 16, 2),
+    'gate/kernel': (2, 2, 32),
+    'up/kernel': (2, 2, 32),
+    'down/kernel': (2, 32, 2),
+    'attention_norm/scale': (2, 16),
+    'mlp_norm/scale': (2, 16),
+    'norm/scale': (16,),
+    'head/kernel': (16,),
+    'head/bias': (),
+  },
+  'data 8': {
+    'embed/embedding': (64, 16),
+    'query/kernel': (2, 16, 16),
+    'key/kernel': (2, 16, 8),
+    'value/kernel': (2, 16, 8),
+    'out/kernel': (2, 16, 16),
+    'gate/kernel': (2, 16, 32),
+    'up/kernel': (2, 16, 32),
+    'down/kernel': (2, 32, 16),
+    'attention_norm/scale': (2, 16),
+    'mlp_norm/scale': (2, 16),
+    'norm/scale': (16,),
+    'head/kernel': (16,),
+    'head/bias': (),
+  },
 }
 Run = collections.namedtuple('Run', 'state metrics params batch compiled lengths')
 
@@ -94,7 +124,8 @@ def test_parameters_and_moments_lie_as_the_table_says(many):
     checked[path.split('/')[-2]] += 1
   assert checked['query'] == 6  # Policy and critic, each with two moments.
   assert {s.data.shape[0] for s in found.batch[1].tokens.addressable_shards} == {
-      16 // (MESHES[name]['data'] * MESHES[name]['fsdp'])}
+    16 // (MESHES[name]['data'] * MESHES[name]['fsdp'])
+  }
 
 
 def test_one_compilation_each_whatever_the_prompts_lengths(many):

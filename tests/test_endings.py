@@ -34,10 +34,27 @@ def lose_checkpoints(context):
 
 def start(world, folder, *options, stage='sft', evaluator=''):
   return subprocess.Popen(
-      [sys.executable, '-m', 'rlhf_jax.main',
-       f'--config=tests/tiny.py:stage={stage},world={world},evaluator={evaluator}', f'--workdir={folder}', '--config.steps=9', *options], cwd=ROOT, text=True,
-      env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '', 'PYTHONPATH': f'{ROOT}/tests', 'RUN_FOLDER': f'{folder}'},
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    [
+      sys.executable,
+      '-m',
+      'rlhf_jax.main',
+      f'--config=tests/tiny.py:stage={stage},world={world},evaluator={evaluator}',
+      f'--workdir={folder}',
+      '--config.steps=9',
+      *options,
+    ],
+    cwd=ROOT,
+    text=True,
+    env=os.environ
+    | {
+      'JAX_PLATFORMS': 'cpu',
+      'XLA_FLAGS': '',
+      'PYTHONPATH': f'{ROOT}/tests',
+      'RUN_FOLDER': f'{folder}',
+    },
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
 
 
 def last_line(process, status):
@@ -61,14 +78,26 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(world, tmp_path):
   assert last_line(process, 1).startswith('error: Not a directory (')
 
 
-@pytest.mark.parametrize('error, said', [
-    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), '/runs/x'),
-     'No space left on device (/runs/x): make room; the same command resumes from the last checkpoint'),
-    (ValueError('RESOURCE_EXHAUSTED: Failed to open: "/runs/x/state": No space left on device [os_error_code=28]'),
-     'No space left on device (/runs/x/state): make room; the same command resumes'),
-    (PermissionError(errno.EACCES, os.strerror(errno.EACCES), '/runs/x'), 'Permission denied (/runs/x): change its'),
+@pytest.mark.parametrize(
+  'error, said',
+  [
+    (
+      OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), '/runs/x'),
+      'No space left on device (/runs/x): make room; the same command resumes from the last checkpoint',
+    ),
+    (
+      ValueError(
+        'RESOURCE_EXHAUSTED: Failed to open: "/runs/x/state": No space left on device [os_error_code=28]'
+      ),
+      'No space left on device (/runs/x/state): make room; the same command resumes',
+    ),
+    (
+      PermissionError(errno.EACCES, os.strerror(errno.EACCES), '/runs/x'),
+      'Permission denied (/runs/x): change its',
+    ),
     (ValueError('shapes differ'), None),
-])
+  ],
+)
 def test_errors_of_the_disk_are_said_in_one_line(error, said):
   try:
     try:

@@ -44,9 +44,19 @@ def test_what_is_neither_is_left_to_those_who_read_it(tmp_path):
   assert folders.model(tmp_path) == tmp_path
 
 
-@pytest.mark.parametrize('fields, message', [
-    ({'algorithm': 'sft'}, 'is the folder of a run that has not finished, and holds no model yet: resume it'),
-    ({'stages': ['sft', 'ppo'], 'seed': 0}, 'is the folder of a pipeline: name that of a stage, such as .*/ppo')])
+@pytest.mark.parametrize(
+  'fields, message',
+  [
+    (
+      {'algorithm': 'sft'},
+      'is the folder of a run that has not finished, and holds no model yet: resume it',
+    ),
+    (
+      {'stages': ['sft', 'ppo'], 'seed': 0},
+      'is the folder of a pipeline: name that of a stage, such as .*/ppo',
+    ),
+  ],
+)
 def test_runs_without_a_model(fields, message, tmp_path):
   (tmp_path / 'config.json').write_text(json.dumps(fields))
   with pytest.raises(errors.UserError, match=message):

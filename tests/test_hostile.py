@@ -63,7 +63,7 @@ class Bomb:
     return (eval, ("__import__('pathlib').Path(__import__('os').environ['MARKER']).touch()",))
 
 
-CODE = '''
+CODE = """
 import os, pathlib
 pathlib.Path(os.environ['MARKER']).touch()
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
@@ -71,7 +71,7 @@ class Own(PreTrainedTokenizerFast):
   pass
 class Config(PretrainedConfig):
   model_type = 'own'
-'''
+"""
 
 
 def fields(file, **changes):
@@ -357,7 +357,7 @@ TEMPLATES = {
   'ten terabytes': ("{{ 'x' * 10 ** 13 }}", OUTSIDE),
   'classes': ("{{ ''.__class__.__mro__[1].__subclasses__() }}", OUTSIDE),
   'modules': ("{{ cycler.__init__.__globals__.os.popen('touch $MARKER').read() }}", OUTSIDE),
-  'changes of the messages': ("{{ messages.append(1) }}", OUTSIDE),
+  'changes of the messages': ('{{ messages.append(1) }}', OUTSIDE),
   'files': ("{% include '/etc/passwd' %}", OUTSIDE),
   'an error': ('{{ 1 / 0 }}', OUTSIDE),
   'no Jinja': ('{% for %}', 'is not valid Jinja'),

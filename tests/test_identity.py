@@ -22,8 +22,11 @@ import tiny
 
 def content(folder):
   """{path: (bytes, time of change)} of all files."""
-  return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
-          for path in sorted(folder.rglob('*')) if path.is_file()}
+  return {
+    str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
+    for path in sorted(folder.rglob('*'))
+    if path.is_file()
+  }
 
 
 def changed(config, changes):
@@ -63,25 +66,42 @@ def copied(begun, tmp_path):
 
 
 def test_changes_are_named_in_order_with_both_values():
-  before = {'a': 1, 'b': {'c': [1, 2], 'd': None, 'gone': 0}, 'e': True, 'same': {'x': 1.0, 'y': None}}
+  before = {
+    'a': 1,
+    'b': {'c': [1, 2], 'd': None, 'gone': 0},
+    'e': True,
+    'same': {'x': 1.0, 'y': None},
+  }
   after = {'same': {'x': 1, 'z': None}, 'b': {'c': [1, 3], 'd': 'x', 'new': 5}, 'a': 1, 'e': 1}
   assert [str(change) for change in identity.changes(before, after)] == [
-      'config.b.c: [1, 2] -> [1, 3]', "config.b.d: None -> 'x'", 'config.b.new: (absent) -> 5',
-      'config.b.gone: 0 -> (absent)', 'config.e: True -> 1']
+    'config.b.c: [1, 2] -> [1, 3]',
+    "config.b.d: None -> 'x'",
+    'config.b.new: (absent) -> 5',
+    'config.b.gone: 0 -> (absent)',
+    'config.e: True -> 1',
+  ]
 
 
 @pytest.mark.parametrize('name', identity.MAY_CHANGE)
 def test_keys_that_may_change_are_keys(name):
   *blocks, last = name.split('.')
-  assert any(last in functools.reduce(lambda block, part: block.get(part, {}), blocks, config)
-             for config in (ppo.config(), sft.config()))
+  assert any(
+    last in functools.reduce(lambda block, part: block.get(part, {}), blocks, config)
+    for config in (ppo.config(), sft.config())
+  )
 
 
-@pytest.mark.parametrize('changes, listed', [
+@pytest.mark.parametrize(
+  'changes, listed',
+  [
     ({'optim.learning_rate': 0.5}, 'config.optim.learning_rate: 0.003 -> 0.5'),
     ({'seed': 9}, 'config.seed: 0 -> 9'),
-    ({'batch_size': 8, 'optim.clip_norm': 2.0}, 'config.batch_size: 16 -> 8; config.optim.clip_norm: None -> 2.0'),
-])
+    (
+      {'batch_size': 8, 'optim.clip_norm': 2.0},
+      'config.batch_size: 16 -> 8; config.optim.clip_norm: None -> 2.0',
+    ),
+  ],
+)
 @pytest.mark.parametrize('finished', [False, True])
 def test_another_config_is_named_and_changes_nothing(changes, listed, finished, copied):
   config, folder = copied
@@ -93,7 +113,12 @@ def test_another_config_is_named_and_changes_nothing(changes, listed, finished, 
     train.run(changed(config, changes), folder)
   message = str(caught.value)
   state = 'is finished' if finished else 'was started'
-  for part in (f'{folder} {state} with another config: ', *listed.split('; '), '--fork=NEWDIR', 'Nothing was changed'):
+  for part in (
+    f'{folder} {state} with another config: ',
+    *listed.split('; '),
+    '--fork=NEWDIR',
+    'Nothing was changed',
+  ):
     assert part in message, message
   assert content(folder) == before
 
@@ -103,7 +128,11 @@ def test_keys_that_may_change_are_said_and_written_down(copied, capfd):
   kept = changed(config, {'log_every': 2, 'checkpoint_minutes': 1.0, 'evals.held_out.every': 3})
   train.run(kept, folder)
   out = capfd.readouterr().out
-  for line in ('config.steps: 4 -> 6; from here on the learning rate follows the new length', 'config.log_every: 1 -> 2', 'config.checkpoint_minutes: 10.0 -> 1.0'):
+  for line in (
+    'config.steps: 4 -> 6; from here on the learning rate follows the new length',
+    'config.log_every: 1 -> 2',
+    'config.checkpoint_minutes: 10.0 -> 1.0',
+  ):
     assert f'{folder}: {line}\n' in out
   assert f'{folder}/model: 6 steps, ' in out and 'loss ' in out.splitlines()[-1]
   assert identity.read(folder) == identity.plain(kept)
@@ -136,7 +165,10 @@ def test_data_may_move_but_not_change(copied, data, tmp_path):
 def test_fewer_steps_than_were_taken_are_refused(copied):
   config, folder = copied
   before = content(folder)
-  with pytest.raises(errors.UserError, match=r'config.steps=3, which is 3 steps, but the checkpoint in .* is after step 4'):
+  with pytest.raises(
+    errors.UserError,
+    match=r'config.steps=3, which is 3 steps, but the checkpoint in .* is after step 4',
+  ):
     train.run(changed(config, {'steps': 3}), folder)
   assert content(folder) == before
 
@@ -146,7 +178,9 @@ def test_a_finished_run_says_so(copied, capfd):
   (folder / 'model').mkdir()
   assert train.run(changed(config, {'steps': 4}), folder) == folder / 'model'
   assert f'; model {folder}/model; to repeat it delete {folder}' in capfd.readouterr().out
-  with pytest.raises(errors.UserError, match='is finished with another config: config.steps: 4 -> 6'):
+  with pytest.raises(
+    errors.UserError, match='is finished with another config: config.steps: 4 -> 6'
+  ):
     train.run(config, folder)
 
 
@@ -180,9 +214,14 @@ def test_a_fork_that_cannot_start_leaves_no_folder(copied, tmp_path):
   config, folder = copied
   (tmp_path / 'other').mkdir()
   for changes, source, message in (
-      ({}, tmp_path / 'other', 'has no checkpoint for --fork='),
-      ({'model.path': str(tmp_path)}, folder, 'which are of another model: config.model.path: '),
-      ({'steps': 4}, folder, 'is after step 4, and the config asks for 4 steps in all: set config.steps above 4')):
+    ({}, tmp_path / 'other', 'has no checkpoint for --fork='),
+    ({'model.path': str(tmp_path)}, folder, 'which are of another model: config.model.path: '),
+    (
+      {'steps': 4},
+      folder,
+      'is after step 4, and the config asks for 4 steps in all: set config.steps above 4',
+    ),
+  ):
     with pytest.raises(errors.UserError, match=message):
       train.run(changed(config, changes), tmp_path / 'new', fork_of=source)
     assert not (tmp_path / 'new' / 'config.json').exists()
@@ -215,8 +254,13 @@ def test_a_fork_with_another_seed_draws_from_its_keys(begun):
     step, state = train.fork(other, state, learner, folder)
     assert step == state.step == 4
     np.testing.assert_array_equal(*map(jax.random.key_data, (state.key, jax.random.key(seed))))
-    assert min(float(np.abs(a - b).max()) for a, b in zip(
-        jax.tree.leaves(start), jax.tree.leaves(state.params))) > 0
+    assert (
+      min(
+        float(np.abs(a - b).max())
+        for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(state.params))
+      )
+      > 0
+    )
 
 
 def test_what_a_run_begins_with_is_that_of_its_last_first_step(begun, data, tmp_path):
@@ -257,7 +301,10 @@ def test_code_of_the_user_that_changes_is_said(copied, tmp_path, monkeypatch, ca
   shutil.rmtree(folder / 'model')
   module.write_text('def make(context):\n  return lambda state: {"x": 2}\n')
   train.run(config, folder)
-  assert f'{folder}: the file of config.evals.mine.function has changed since the last start' in capfd.readouterr().out
+  assert (
+    f'{folder}: the file of config.evals.mine.function has changed since the last start'
+    in capfd.readouterr().out
+  )
 
 
 def test_a_run_that_never_took_a_step_is_nobodys(world, tmp_path):
@@ -273,7 +320,9 @@ def test_reading_a_run_leaves_its_damaged_checkpoints(copied):
     if file.is_file():
       file.write_bytes(b'')
   before = content(folder)
-  learner, state = train.build.load('sft').create(config, train.sharding.make_mesh(dict(config.mesh)))
+  learner, state = train.build.load('sft').create(
+    config, train.sharding.make_mesh(dict(config.mesh))
+  )
   with checkpoint.Checkpoints(folder) as checkpoints:
     step, _ = checkpoints.restore(state, learner.iterators)
   assert step == 2 and content(folder) == before

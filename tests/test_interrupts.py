@@ -54,23 +54,33 @@ def test_the_first_process_decides_and_they_seldom_meet(now, monkeypatch):
 
 def script(body):
   """A process that enters Signals and runs the body."""
-  return subprocess.Popen([sys.executable, '-c', textwrap.dedent('''
+  return subprocess.Popen(
+    [
+      sys.executable,
+      '-c',
+      textwrap.dedent("""
       import os, signal, sys, time
       from rlhf_jax import errors, interrupts, runtime
       signal.signal(signal.SIGTERM, interrupts.end_now)  # as main does
       with interrupts.Signals() as signals:
         print('ready', flush=True)
-      ''') + textwrap.indent(textwrap.dedent(body), '  ')], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-      text=True, env=os.environ | {'JAX_PLATFORMS': 'cpu'})
+      """)
+      + textwrap.indent(textwrap.dedent(body), '  '),
+    ],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+  )
 
 
 def test_a_second_ctrl_c_ends_at_once():
-  process = script('''
+  process = script("""
       end = time.monotonic() + 60
       while not signals.stop() and time.monotonic() < end: time.sleep(0.01)
       print('asked', flush=True)
       time.sleep(60)
-      ''')
+      """)
   assert process.stdout.readline() == 'ready\n'
   process.send_signal(signal.SIGINT)
   assert process.stdout.readline() == 'asked\n'
@@ -78,11 +88,13 @@ def test_a_second_ctrl_c_ends_at_once():
   _, said = process.communicate(timeout=30)
   assert process.returncode == 130
   assert 'SIGINT: saving after this step; Ctrl-C again ends at once' in said
-  assert said.splitlines()[-1] == 'stopped at once: the same command resumes from the last checkpoint'
+  assert (
+    said.splitlines()[-1] == 'stopped at once: the same command resumes from the last checkpoint'
+  )
 
 
 def test_a_child_that_the_run_forks_ends_as_it_would_without():
-  process = script('''
+  process = script("""
       child = os.fork()
       if child == 0:
         time.sleep(60)
@@ -90,7 +102,7 @@ def test_a_child_that_the_run_forks_ends_as_it_would_without():
       time.sleep(0.5)
       os.kill(child, signal.SIGTERM)
       print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), signals.stop(), flush=True)
-      ''')
+      """)
   said, _ = process.communicate(timeout=50)
   assert said == f'ready\n{-signal.SIGTERM} False\n'
 
@@ -105,6 +117,8 @@ def test_a_second_ctrl_c_in_a_notebook_interrupts_only_the_run():
 def test_a_signal_before_the_first_step_stops_the_run(tmp_path):
   with interrupts.Signals() as signals:
     os.kill(os.getpid(), signal.SIGTERM)
-    with pytest.raises(errors.Interrupted, match='stopped by SIGTERM after step 7, which is saved') as caught:
+    with pytest.raises(
+      errors.Interrupted, match='stopped by SIGTERM after step 7, which is saved'
+    ) as caught:
       signals.check(tmp_path, 7)
   assert caught.value.status == 143

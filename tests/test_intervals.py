@@ -65,12 +65,16 @@ def test_the_ends_of_an_interval_are_at_1_96_standard_errors(wins, draws, losses
 
     def likelihood(lost, p=p):
       shares = lost + 2 * p - 1, 2 - 2 * p - 2 * lost, lost
-      return -sum(k * math.log(max(share, 1e-300))
-                  for k, share in zip((wins, draws, losses), shares) if k)
+      return -sum(
+        k * math.log(max(share, 1e-300)) for k, share in zip((wins, draws, losses), shares) if k
+      )
 
     lost = optimize.minimize_scalar(
-        likelihood, bounds=(max(0, 1 - 2 * p), 1 - p), method='bounded', options={'xatol': 1e-12}).x
-    variance = (lost + 2 * p - 1) * (1 - p) ** 2 + (2 - 2 * p - 2 * lost) * (0.5 - p) ** 2 + lost * p**2
+      likelihood, bounds=(max(0, 1 - 2 * p), 1 - p), method='bounded', options={'xatol': 1e-12}
+    ).x
+    variance = (
+      (lost + 2 * p - 1) * (1 - p) ** 2 + (2 - 2 * p - 2 * lost) * (0.5 - p) ** 2 + lost * p**2
+    )
     assert abs(mean - p) / math.sqrt(variance / n) == pytest.approx(1.96, abs=1e-3)
 
 
@@ -86,11 +90,13 @@ def test_shared_prompts_lower_the_number_of_samples_that_count():
   won = values > -0.5
   p, error = won.mean(), intervals.standard_error(won, prompts)
   assert intervals.rate(won, prompts) == wilson(
-      p, p * (1 - p) / error**2, stats.t.ppf(0.975, G - 1))
+    p, p * (1 - p) / error**2, stats.t.ppf(0.975, G - 1)
+  )
   # The order of samples does not matter; taken for independent they say too much.
   order = np.random.default_rng(0).permutation(won.size)
   assert intervals.rate(won[order], [prompts[i] for i in order]) == pytest.approx(
-      intervals.rate(won, prompts), abs=1e-9)
+    intervals.rate(won, prompts), abs=1e-9
+  )
   assert np.ptp(intervals.rate(won, prompts)) > 2 * np.ptp(intervals.rate(won))
 
 
@@ -108,8 +114,10 @@ def games(policies, *, samples=EACH, seed=3):
   scores, _ = coverage.answers_of(rng, G, samples, policies, 0.0)
   scores = scores.reshape(-1, policies) + 0.4 * np.arange(policies)
   pairs = list(itertools.combinations(range(policies), 2))
-  return ({pair: winrate.outcomes(*scores[:, pair].T, tolerance=0.2) for pair in pairs},
-          np.repeat(np.arange(G), samples).tolist())
+  return (
+    {pair: winrate.outcomes(*scores[:, pair].T, tolerance=0.2) for pair in pairs},
+    np.repeat(np.arange(G), samples).tolist(),
+  )
 
 
 def test_ratings_of_two_policies_have_the_error_of_their_win_rate():
@@ -145,14 +153,28 @@ def test_a_policy_that_won_every_game_has_an_error():
   assert one == elo.ratings([elo.Match('a', 'b', 1, 0, 0)], anchor='b')
 
 
-CASES = [case for case in coverage.cases() if case[:3] in (
-    ('accuracy', 20, 'K = 2'), ('accuracy', 10, 'K = 9'), ('win rate', 10, '16 a prompt'),
-    ('win rate', 100, '1 a prompt, 9 of 10 draws'), ('Elo', 20, '2 policies, 4 a prompt'),
-    ('Elo', 10, '4 policies, 4 a prompt'), ('Elo', 20, '6 policies, 1 a prompt'), ('gold score', 10, '4 a prompt'))]
+CASES = [
+  case
+  for case in coverage.cases()
+  if case[:3]
+  in (
+    ('accuracy', 20, 'K = 2'),
+    ('accuracy', 10, 'K = 9'),
+    ('win rate', 10, '16 a prompt'),
+    ('win rate', 100, '1 a prompt, 9 of 10 draws'),
+    ('Elo', 20, '2 policies, 4 a prompt'),
+    ('Elo', 10, '4 policies, 4 a prompt'),
+    ('Elo', 20, '6 policies, 1 a prompt'),
+    ('gold score', 10, '4 a prompt'),
+  )
+]
 
 
-@pytest.mark.parametrize('simulate', [case[3] for case in CASES],
-                         ids=[f'{name} {prompts} {words}' for name, prompts, words, _ in CASES])
+@pytest.mark.parametrize(
+  'simulate',
+  [case[3] for case in CASES],
+  ids=[f'{name} {prompts} {words}' for name, prompts, words, _ in CASES],
+)
 def test_intervals_hold_the_truth_as_often_as_they_say(simulate):
   """95 % of 600 within 2.5 standard errors of 0.9 %."""
   assert 0.928 <= coverage.coverage(simulate, 600)[0] <= 0.972
@@ -160,8 +182,11 @@ def test_intervals_hold_the_truth_as_often_as_they_say(simulate):
 
 @pytest.mark.slow
 def test_the_whole_table_is_that_of_the_page():
-  shown = [line.strip('| ').split(' | ') for line in PAGE.read_text().splitlines()
-           if line.startswith('| ') and '%' in line]
+  shown = [
+    line.strip('| ').split(' | ')
+    for line in PAGE.read_text().splitlines()
+    if line.startswith('| ') and '%' in line
+  ]
   found = coverage.table(coverage.RUNS)
   assert [row[:3] for row in found] == [row[:3] for row in shown]
   for *words, held, _ in found:

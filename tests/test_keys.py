@@ -32,11 +32,18 @@ def adapters_of(critic):
   mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
   params = model.init(jax.random.key(0))
   model, trained, frozen = trainable.start(
-      model, params, unfrozen_layers=None, targets=(('mlp/up', 4, 8.0),), rslora=False, path='',
-      seed=SEED)
+    model,
+    params,
+    unfrozen_layers=None,
+    targets=(('mlp/up', 4, 8.0),),
+    rslora=False,
+    path='',
+    seed=SEED,
+  )
   if critic:
-    config = ml_collections.ConfigDict({
-        'seed': SEED, 'critic': {'kind': 'adapters'}, 'model': {'lora': {'path': ''}}})
+    config = ml_collections.ConfigDict(
+      {'seed': SEED, 'critic': {'kind': 'adapters'}, 'model': {'lora': {'path': ''}}}
+    )
     trained = wiring.make_critic(config, mesh, model, trained, frozen, None)[1]['backbone']
   return np.asarray(trained['blocks']['mlp']['up']['lora']['a'])
 
@@ -50,9 +57,10 @@ def test_heads_and_adapters_are_drawn_from_no_key_of_a_step():
   assert len({jax.random.key_data(key).tobytes() for key in found}) == len(found)
   stack = jnp.stack(found)
   normals = jax.vmap(lambda key: jax.random.normal(key, head.shape))(stack) * (WIDTH + 1) ** -0.5
-  bound = WIDTH ** -0.5
+  bound = WIDTH**-0.5
   uniforms = jax.vmap(
-      lambda key: jax.random.uniform(key, policy.shape, minval=-bound, maxval=bound))(stack)
+    lambda key: jax.random.uniform(key, policy.shape, minval=-bound, maxval=bound)
+  )(stack)
   assert np.abs(np.asarray(normals) - head).max(1).min() > 0.1
   for adapters in (policy, critic):
     assert np.abs(np.asarray(uniforms) - adapters).max((1, 2, 3)).min() > 0.1

@@ -45,7 +45,7 @@ def test_rows_are_cut_to_the_next_stage(length):
   def total(rows):
     seen.append(rows['mask'].shape[1])
     assert rows['tokens'].shape[1] == rows['mask'].shape[1] + P
-    response = rows['tokens'][:, -rows['mask'].shape[1]:]
+    response = rows['tokens'][:, -rows['mask'].shape[1] :]
     return jnp.int32(rows['mask'].shape[1]), jnp.sum(jnp.where(rows['mask'], response, 0))
 
   slots, found = jax.jit(lambda rows, mask: lengths.cut(total, rows, mask, 4))(rows, mask)
@@ -62,40 +62,70 @@ def episode(seed):
   mask = (place >= P - prompt[:, None]) & (place < P + response[:, None])
   tokens = np.where(mask, rng.integers(4, tiny.VOCAB, mask.shape), tiny.PAD)
   tokens[np.arange(B)[::2], P + response[::2] - 1] = tiny.EOS
-  rollout = types.Rollout(tokens=jnp.asarray(tokens, jnp.int32), mask=jnp.asarray(mask),
-                          response_mask=jnp.asarray(mask[:, P:]), logprobs=jnp.where(mask[:, P:], -4.0, 0.0))
+  rollout = types.Rollout(
+    tokens=jnp.asarray(tokens, jnp.int32),
+    mask=jnp.asarray(mask),
+    response_mask=jnp.asarray(mask[:, P:]),
+    logprobs=jnp.where(mask[:, P:], -4.0, 0.0),
+  )
   return rollout, jnp.asarray(rng.normal(size=B), jnp.float32)
 
 
-@pytest.mark.parametrize('position, critic, kl, rope', [
-    ('after_end', 'separate', 'k1', None), ('eos', 'trunk', 'full', None),
-    ('eos', 'trunk', 'k1', {'rope_type': 'dynamic', 'factor': 4.0})])
+@pytest.mark.parametrize(
+  'position, critic, kl, rope',
+  [
+    ('after_end', 'separate', 'k1', None),
+    ('eos', 'trunk', 'full', None),
+    ('eos', 'trunk', 'k1', {'rope_type': 'dynamic', 'factor': 4.0}),
+  ],
+)
 def test_ppo_is_the_same_whatever_is_cut(position, critic, kl, rope, world):
   """Two epochs, two rows at a time, against all of them at once."""
   fields = LLAMA | ({'rope_scaling': rope, 'max_position_embeddings': 24} if rope else {})
   model = models.create(fields)
   config = tiny.ppo(world)
-  config.rl.update({'minibatches': 1, 'score_position': position, 'kl_estimator': kl, 'entropy_coef': 0.02})
-  policy, head = model.init(jax.random.key(1)), heads.init_scalar(jax.random.key(2), model.width, scale='normal')
-  value = {'head': head} | ({'backbone': model.init(jax.random.key(3))} if critic == 'separate' else {})
+  config.rl.update(
+    {'minibatches': 1, 'score_position': position, 'kl_estimator': kl, 'entropy_coef': 0.02}
+  )
+  policy, head = (
+    model.init(jax.random.key(1)),
+    heads.init_scalar(jax.random.key(2), model.width, scale='normal'),
+  )
+  value = {'head': head} | (
+    {'backbone': model.init(jax.random.key(3))} if critic == 'separate' else {}
+  )
   frozen = {'shared': {}, 'reference': jax.tree.map(lambda x: 1.1 * x, policy)}
   params = {'policy': policy, 'critic': value}
   optimizers = {name: optax.sgd(0.1) for name in params}
-  state = types.TrainState(step=jnp.int32(0), key=jax.random.key(0), params=params,
-                           opt_state={name: optimizers[name].init(params[name]) for name in params},
-                           extra={'kl_coef': jnp.float32(0.2), 'reward_moments': jnp.zeros(3)})
+  state = types.TrainState(
+    step=jnp.int32(0),
+    key=jax.random.key(0),
+    params=params,
+    opt_state={name: optimizers[name].init(params[name]) for name in params},
+    extra={'kl_coef': jnp.float32(0.2), 'reward_moments': jnp.zeros(3)},
+  )
   handles = forward.Models(model, model if critic == 'separate' else None)
   rollout, scores = episode(4)
 
   def run(size, buckets):
     config.microbatch_size, config.rl.length_buckets = size, buckets
-    return jax.jit(functools.partial(
-        ppo.train_step, models=handles, optimizers=optimizers, settings=ppo.Settings.of(config, (tiny.EOS,))))(
-            state, frozen, rollout, scores, None)
+    return jax.jit(
+      functools.partial(
+        ppo.train_step,
+        models=handles,
+        optimizers=optimizers,
+        settings=ppo.Settings.of(config, (tiny.EOS,)),
+      )
+    )(state, frozen, rollout, scores, None)
 
   whole, expected = run(0, 4)
-  assert max(float(jnp.max(jnp.abs(a - b))) for a, b in zip(
-      jax.tree.leaves(whole.params), jax.tree.leaves(params))) > 1e-3
+  assert (
+    max(
+      float(jnp.max(jnp.abs(a - b)))
+      for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(params))
+    )
+    > 1e-3
+  )
   for parts, found in (run(2, 4), run(2, 1)):
     for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(parts.params), strict=True):
       np.testing.assert_allclose(b, a, rtol=0, atol=2e-6)
@@ -109,7 +139,10 @@ def test_microbatches_are_cut_on_several_devices_too(world):
   config = tiny.ppo(world)
   config.microbatch_size, config.rl.minibatches = 4, 1
   handles, settings = forward.Models(model), ppo.Settings.of(config, (tiny.EOS,))
-  policy, head = model.init(jax.random.key(1)), heads.init_scalar(jax.random.key(2), model.width, scale='normal')
+  policy, head = (
+    model.init(jax.random.key(1)),
+    heads.init_scalar(jax.random.key(2), model.width, scale='normal'),
+  )
   params = {'policy': policy, 'critic': {'head': head}}
   optimizers = {name: optax.sgd(0.1) for name in params}
   rollout, scores = episode(4)
@@ -117,19 +150,31 @@ def test_microbatches_are_cut_on_several_devices_too(world):
   def train(mesh):
     place = lambda tree: jax.device_put(tree, sharding.shardings(tree, model.rules, mesh))
     with jax.set_mesh(mesh):
-      state = types.TrainState(step=jnp.int32(0), key=jax.random.key(0), params=place(params),
-                               opt_state={name: optimizers[name].init(params[name]) for name in params},
-                               extra={'kl_coef': jnp.float32(0.2), 'reward_moments': jnp.zeros(3)})
+      state = types.TrainState(
+        step=jnp.int32(0),
+        key=jax.random.key(0),
+        params=place(params),
+        opt_state={name: optimizers[name].init(params[name]) for name in params},
+        extra={'kl_coef': jnp.float32(0.2), 'reward_moments': jnp.zeros(3)},
+      )
       frozen = {'shared': {}, 'reference': place(jax.tree.map(lambda x: 1.1 * x, policy))}
-      step = functools.partial(ppo.train_step, models=handles, optimizers=optimizers, settings=settings)
+      step = functools.partial(
+        ppo.train_step, models=handles, optimizers=optimizers, settings=settings
+      )
       rows = sharding.put_rows(jax.device_get((rollout, scores)), mesh)
       return jax.device_get(jax.jit(step)(state, frozen, *rows, None))
 
   one = train(sharding.make_mesh({}, devices=jax.devices()[:1]))
   eight = train(sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2}))
   assert one[1]['policy/ratio'] != 1
-  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-6), eight[0].params, one[0].params)
-  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5), eight[1], one[1])
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-6),
+    eight[0].params,
+    one[0].params,
+  )
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5), eight[1], one[1]
+  )
 
 
 def test_cutting_saves_the_work_of_what_is_cut(world):
@@ -148,9 +193,18 @@ def test_cutting_saves_the_work_of_what_is_cut(world):
       jax.debug.callback(widths.append, hidden.shape[1])
       return super().unembed(params, hidden)
 
-  handles = forward.Models(Counting(**{name: getattr(model, name) for name in model.__dataclass_fields__}))
-  params = {'policy': policy, 'critic': {'head': heads.init_scalar(None, model.width, scale='zero')}}
-  jax.block_until_ready(jax.jit(lambda: tiny.before_update(params, frozen, rollout, models=handles, settings=settings))())
+  handles = forward.Models(
+    Counting(**{name: getattr(model, name) for name in model.__dataclass_fields__})
+  )
+  params = {
+    'policy': policy,
+    'critic': {'head': heads.init_scalar(None, model.width, scale='zero')},
+  }
+  jax.block_until_ready(
+    jax.jit(
+      lambda: tiny.before_update(params, frozen, rollout, models=handles, settings=settings)
+    )()
+  )
   jax.effects_barrier()
   # Sorted: 1 and 3, 9 and 16, 17 and 33, 40 and 64; policy and reference.
   assert sorted(map(int, widths)) == [16] * 4 + [48] * 2 + [64] * 2

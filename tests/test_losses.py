@@ -43,7 +43,8 @@ def test_policy_loss_by_hand():
   advantage = jnp.array([[2.0, 2.0, -2.0, 2.0, -2.0]])
   #  1 * 2;  1.2 * 2 clipped;  1.5 * -2 is the smaller;  0.5 * 2 is the smaller;  0.8 * -2
   loss, clipped, found = losses.ppo_policy_loss(
-      jnp.log(ratio), jnp.zeros((1, 5)), advantage, clip_low=0.2, clip_high=0.2)
+    jnp.log(ratio), jnp.zeros((1, 5)), advantage, clip_low=0.2, clip_high=0.2
+  )
   close(loss, [[-2.0, -2.4, 3.0, -1.0, 1.6]])
   close(clipped, [[0, 1, 0, 0, 1]])
   close(found, ratio)
@@ -52,7 +53,8 @@ def test_policy_loss_by_hand():
 def test_asymmetric_and_dual_clip_by_hand():
   ratio, advantage = jnp.array([[1.5, 4.0, 0.5]]), jnp.array([[2.0, -2.0, -2.0]])
   loss, _, _ = losses.ppo_policy_loss(
-      jnp.log(ratio), jnp.zeros((1, 3)), advantage, clip_low=0.1, clip_high=0.3, dual_clip=3.0)
+    jnp.log(ratio), jnp.zeros((1, 3)), advantage, clip_low=0.1, clip_high=0.3, dual_clip=3.0
+  )
   # 1.3 * 2;  4 * 2 = 8 held to 3 * 2 = 6;  0.9 * 2
   close(loss, [[-2.6, 6.0, 1.8]])
 
@@ -68,13 +70,15 @@ def test_log_ratios_by_hand():
   # d ratio_t / d logp_u: each token moves its own ratio by the ratio; a sequence's ratio moves
   # with either token by 4 / 2; GSPO-token's with its own token by 4. Summed over t:
   slope = lambda level: jax.grad(
-      lambda x: jnp.sum(jnp.exp(losses.log_ratio(x, old, mask, level=level))))(new)
+    lambda x: jnp.sum(jnp.exp(losses.log_ratio(x, old, mask, level=level)))
+  )(new)
   close(slope('token'), [[2, 0, 8]])
   close(slope('sequence'), [[4, 0, 4]])
   close(slope('sequence_token'), [[4, 0, 4]])
   # The first token's alone:
   first = lambda level: jax.grad(
-      lambda x: jnp.exp(losses.log_ratio(x, old, mask, level=level))[0, 0])(new)
+    lambda x: jnp.exp(losses.log_ratio(x, old, mask, level=level))[0, 0]
+  )(new)
   close(first('sequence'), [[2, 0, 2]])
   close(first('sequence_token'), [[4, 0, 0]])
 
@@ -82,8 +86,7 @@ def test_log_ratios_by_hand():
 def test_token_weights_by_hand():
   # Lengths 3 and 1 of at most 5: 4 tokens, 2 sequences.
   mask = jnp.array([[True, True, False, True], [True, False, False, False]])
-  weights = lambda normalize: losses.token_weights(
-      mask, 4, 2, normalize=normalize, max_length=5)
+  weights = lambda normalize: losses.token_weights(mask, 4, 2, normalize=normalize, max_length=5)
   close(weights('token'), np.where(mask, 1 / 4, 0))
   close(weights('sequence'), np.where(mask, [[1 / 6], [1 / 2]], 0))  # 1 / (2 * 3), 1 / (2 * 1)
   close(weights('constant'), np.where(mask, 1 / 10, 0))
@@ -115,8 +118,7 @@ def test_first_minibatch_has_the_plain_gradient():
   logprobs = jnp.array([[-1.0, -2.0]])
 
   def total(new):
-    loss, clipped, _ = losses.ppo_policy_loss(
-        new, logprobs, advantage, clip_low=0.2, clip_high=0.2)
+    loss, clipped, _ = losses.ppo_policy_loss(new, logprobs, advantage, clip_low=0.2, clip_high=0.2)
     return loss.sum(), clipped
 
   gradient, clipped = jax.grad(total, has_aux=True)(logprobs)
@@ -133,18 +135,25 @@ def test_pairwise_loss_by_hand():
   # A margin of ln 3 takes the lead away: sigmoid(0) = 1/2.
   close(pair(jnp.array([[log3, 0.0]]), margin=jnp.array([log3]))[0], [np.log(2)])
   # Label wrong with probability 0.1: -0.9 ln 3/4 - 0.1 ln 1/4.
-  close(pair(jnp.array([[log3, 0.0]]), margin=jnp.zeros(1), label_smoothing=0.1)[0],
-        [-0.9 * np.log(0.75) - 0.1 * np.log(0.25)])
+  close(
+    pair(jnp.array([[log3, 0.0]]), margin=jnp.zeros(1), label_smoothing=0.1)[0],
+    [-0.9 * np.log(0.75) - 0.1 * np.log(0.25)],
+  )
   # Centering 0.01 of (2 + 1)^2.
-  close(pair(jnp.array([[2.0, 1.0]]), margin=jnp.zeros(1), centering=0.01)[0],
-        [np.log1p(np.exp(-1)) + 0.09])
+  close(
+    pair(jnp.array([[2.0, 1.0]]), margin=jnp.zeros(1), centering=0.01)[0],
+    [np.log1p(np.exp(-1)) + 0.09],
+  )
 
 
 def test_k_way_loss_by_hand():
   # Ranks 0, 1, 1 of scores 1, 0, 3: pairs (0,1) and (0,2), the tie is no pair.
   loss, valid = losses.pairwise_loss(
-      jnp.array([[1.0, 0.0, 3.0, 9.0]]), jnp.array([[0, 1, 1, 0]]),
-      jnp.array([[True, True, True, False]]), jnp.zeros(1))
+    jnp.array([[1.0, 0.0, 3.0, 9.0]]),
+    jnp.array([[0, 1, 1, 0]]),
+    jnp.array([[True, True, True, False]]),
+    jnp.zeros(1),
+  )
   close(loss, [(np.log1p(np.exp(-1)) + np.log1p(np.exp(2))) / 2])
   assert valid.tolist() == [True]
 
@@ -152,9 +161,10 @@ def test_k_way_loss_by_hand():
 def test_prompts_without_a_comparison_are_marked():
   ranks, present = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
   for loss, valid in [
-      losses.pairwise_loss(jnp.ones((1, 2)), ranks, present, jnp.zeros(1)),
-      losses.pick_best_loss(jnp.ones((1, 2)), ranks, present),
-      losses.rating_loss(jnp.ones((1, 2)), jnp.zeros((1, 2)), ~present)]:
+    losses.pairwise_loss(jnp.ones((1, 2)), ranks, present, jnp.zeros(1)),
+    losses.pick_best_loss(jnp.ones((1, 2)), ranks, present),
+    losses.rating_loss(jnp.ones((1, 2)), jnp.zeros((1, 2)), ~present),
+  ]:
     close(loss, [0.0])
     assert valid.tolist() == [False]
 
@@ -163,9 +173,9 @@ def test_prompts_without_a_comparison_are_marked():
 def test_an_empty_row_has_no_gradient_and_no_nan(name):
   ranks, present = jnp.array([[0, 1], [0, 0]]), jnp.array([[True, True], [False, False]])
   total = {
-      'pairwise': lambda s: losses.pairwise_loss(s, ranks, present, jnp.zeros(2))[0].sum(),
-      'pick_best': lambda s: losses.pick_best_loss(s, ranks, present)[0].sum(),
-      'rating': lambda s: losses.rating_loss(s, jnp.ones((2, 2)), present)[0].sum(),
+    'pairwise': lambda s: losses.pairwise_loss(s, ranks, present, jnp.zeros(2))[0].sum(),
+    'pick_best': lambda s: losses.pick_best_loss(s, ranks, present)[0].sum(),
+    'rating': lambda s: losses.rating_loss(s, jnp.ones((2, 2)), present)[0].sum(),
   }[name]
   gradient = jax.grad(total)(jnp.array([[0.3, 0.1], [0.2, 0.4]]))
   assert np.isfinite(gradient).all()
@@ -176,11 +186,15 @@ def test_an_empty_row_has_no_gradient_and_no_nan(name):
 # Against loops.
 
 
-@pytest.mark.parametrize('settings', [
+@pytest.mark.parametrize(
+  'settings',
+  [
     dict(clip_low=0.2, clip_high=0.2),
     dict(clip_low=0.2, clip_high=0.28),
     dict(clip_low=0.2, clip_high=0.2, dual_clip=1.5),
-], ids=['symmetric', 'asymmetric', 'dual'])
+  ],
+  ids=['symmetric', 'asymmetric', 'dual'],
+)
 def test_policy_loss_and_gradient_agree_with_loops(settings):
   fn = jitted(losses.ppo_policy_loss, **settings)
   gradient_fn = jax.jit(jax.grad(lambda *args: fn(*args)[0].sum()))
@@ -212,8 +226,12 @@ def test_log_ratios_agree_with_loops(level):
     if level == 'token':
       expected = new.astype(np.float64) - old
     else:
-      expected = np.log([[references.sequence_ratio(*row)] for row in zip(
-          new.astype(np.float64), old.astype(np.float64), mask)])
+      expected = np.log(
+        [
+          [references.sequence_ratio(*row)]
+          for row in zip(new.astype(np.float64), old.astype(np.float64), mask)
+        ]
+      )
     new, old = np.where(mask, [new, old], np.nan)
     close(fn(new, old, mask), np.where(mask, expected, 0), rtol=1e-5)
     close(gradient_fn(new, old, mask), mask)  # length times 1 / length, or 1
@@ -226,8 +244,9 @@ def test_normalized_losses_agree_with_loops(normalize):
     mask, (loss,) = holed(case), tokens(case, 1.0)
     weights = fn(mask, mask.sum(), len(mask))
     assert not np.asarray(weights)[~mask].any()
-    close(np.sum(weights * loss),
-          references.normalized(loss, mask, normalize=normalize, max_length=17))
+    close(
+      np.sum(weights * loss), references.normalized(loss, mask, normalize=normalize, max_length=17)
+    )
 
 
 @pytest.mark.parametrize('normalize', losses.NORMALIZERS)
@@ -251,10 +270,13 @@ def test_gspo_and_gspo_token_have_the_same_gradient():
     def total(x):
       ratios = losses.log_ratio(x, old, mask, level=level)
       loss, clipped, _ = losses.clipped_policy_loss(
-          ratios, advantages, clip_low=0.05, clip_high=0.1)
+        ratios, advantages, clip_low=0.05, clip_high=0.1
+      )
       weights = losses.token_weights(
-          mask, mask.sum(), mask.shape[0], normalize='sequence', max_length=0)
+        mask, mask.sum(), mask.shape[0], normalize='sequence', max_length=0
+      )
       return jnp.sum(weights * loss), jnp.sum(clipped)
+
     return jax.grad(total, has_aux=True)(new)
 
   clips = 0
@@ -262,7 +284,8 @@ def test_gspo_and_gspo_token_have_the_same_gradient():
     mask, (old, step, advantages) = holed(case), tokens(case, 1.0, 0.3, 1.0)
     args = old + step, old, mask, np.repeat(advantages[:, :1], mask.shape[1], axis=1)
     (sequence, clipped), (per_token, _) = (
-        jitted(gradient, level=level)(*args) for level in ('sequence', 'sequence_token'))
+      jitted(gradient, level=level)(*args) for level in ('sequence', 'sequence_token')
+    )
     close(sequence, per_token)
     clips += clipped > 0
   assert 20 < clips < CASES - 20, 'both clipped and free sequences are needed'
@@ -276,7 +299,8 @@ def test_value_loss_and_gradient_agree_with_loops(bound):
     old, step, returns = tokens(case, 1.0, 0.3, 1.0)
     new = old + step
     loss, clipped, gradient = each(
-        functools.partial(references.value_loss, bound=bound), new, old, returns)
+      functools.partial(references.value_loss, bound=bound), new, old, returns
+    )
     for found, expected in zip(fn(new, old, returns), (loss, clipped)):
       close(found, expected)
     close(gradient_fn(new, old, returns), gradient)
@@ -287,8 +311,13 @@ def comparison(case):
   rng = np.random.default_rng(case)
   scores, ratings = rng.normal(size=(2, 5, 4)).astype(np.float32)
   present = rng.random((5, 4)) < 0.8
-  return (scores, ratings, rng.integers(0, 4, (5, 4)).astype(np.int32), present,
-          rng.uniform(0, 1, 5).astype(np.float32))
+  return (
+    scores,
+    ratings,
+    rng.integers(0, 4, (5, 4)).astype(np.int32),
+    present,
+    rng.uniform(0, 1, 5).astype(np.float32),
+  )
 
 
 def agree(found, expected):
@@ -303,18 +332,26 @@ def test_pairwise_loss_agrees_with_loops(centering, smoothing):
   fn = jitted(losses.pairwise_loss, centering=centering, label_smoothing=smoothing)
   for case in range(CASES):
     scores, _, ranks, present, margin = comparison(case)
-    agree(fn(scores, ranks, present, margin), [
+    agree(
+      fn(scores, ranks, present, margin),
+      [
         references.pairwise_loss(*row, centering=centering, smoothing=smoothing)
-        for row in zip(scores, ranks, present, margin)])
+        for row in zip(scores, ranks, present, margin)
+      ],
+    )
 
 
 def test_pick_best_and_rating_losses_agree_with_loops():
   for case in range(CASES):
     scores, ratings, ranks, present, _ = comparison(case)
-    agree(jitted(losses.pick_best_loss)(scores, ranks, present),
-          [references.pick_best_loss(*row) for row in zip(scores, ranks, present)])
-    agree(jitted(losses.rating_loss)(scores, ratings, present),
-          [references.rating_loss(*row) for row in zip(scores, ratings, present)])
+    agree(
+      jitted(losses.pick_best_loss)(scores, ranks, present),
+      [references.pick_best_loss(*row) for row in zip(scores, ranks, present)],
+    )
+    agree(
+      jitted(losses.rating_loss)(scores, ratings, present),
+      [references.rating_loss(*row) for row in zip(scores, ratings, present)],
+    )
 
 
 # The log-probabilities the losses stand on.
@@ -322,8 +359,11 @@ def test_pick_best_and_rating_losses_agree_with_loops():
 
 @pytest.mark.parametrize('chunk', [70, 28])
 def test_token_logprobs_and_entropy_agree_with_loops(chunk):
-  fn = jax.jit(lambda kernel, hidden, targets: logprobs_lib.token_logprobs(
-      lambda h: h @ kernel, hidden, targets, temperature=0.7, chunk=chunk))
+  fn = jax.jit(
+    lambda kernel, hidden, targets: logprobs_lib.token_logprobs(
+      lambda h: h @ kernel, hidden, targets, temperature=0.7, chunk=chunk
+    )
+  )
   for case in range(CASES):
     rng = np.random.default_rng(case)
     hidden = rng.normal(size=(2, 5, 3)).astype(np.float32)
@@ -338,13 +378,22 @@ def test_token_logprobs_and_entropy_agree_with_loops(chunk):
 
 @pytest.mark.parametrize('chunk', [70, 28])
 def test_full_kl_agrees_with_loops(chunk):
-  fn = jax.jit(lambda kernel, ref_kernel, hidden, ref_hidden: logprobs_lib.full_kl(
-      lambda h: h @ kernel, hidden, lambda h: h @ ref_kernel, ref_hidden,
-      temperature=1.3, chunk=chunk))
+  fn = jax.jit(
+    lambda kernel, ref_kernel, hidden, ref_hidden: logprobs_lib.full_kl(
+      lambda h: h @ kernel,
+      hidden,
+      lambda h: h @ ref_kernel,
+      ref_hidden,
+      temperature=1.3,
+      chunk=chunk,
+    )
+  )
   for case in range(CASES):
     rng = np.random.default_rng(case)
     h, g = rng.normal(size=(2, 2, 5, 3)).astype(np.float32)
     w, u = rng.normal(size=(2, 3, 7)).astype(np.float32)
     p, q = (x.astype(np.float64) @ k.astype(np.float64) / 1.3 for x, k in [(h, w), (g, u)])
-    close(fn(w, u, h, g).ravel(),
-          [references.full_kl(*rows) for rows in zip(p.reshape(10, 7), q.reshape(10, 7))])
+    close(
+      fn(w, u, h, g).ravel(),
+      [references.full_kl(*rows) for rows in zip(p.reshape(10, 7), q.reshape(10, 7))],
+    )

@@ -51,9 +51,7 @@ def test_what_is_not_finite_is_null(tmp_path):
   with_holes = {'a': math.nan, 'b': math.inf, 'c': 1.0}
   writer = metrics.Writer(tmp_path)
   writer.write(0, with_holes)
-  writer.samples(
-    0, [{'text': 'é', 'scores': {'gold': np.float32('nan'), 'proxy': (1, math.nan)}}]
-  )
+  writer.samples(0, [{'text': 'é', 'scores': {'gold': np.float32('nan'), 'proxy': (1, math.nan)}}])
   writer.close()
   line = (tmp_path / 'metrics.jsonl').read_text()
   assert json.loads(line) == {'step': 0, 'a': None, 'b': None, 'c': 1.0}
@@ -155,9 +153,12 @@ def test_the_seconds_of_a_step_are_those_since_the_last_logged_one(tmp_path, mon
   monkeypatch.setattr(metrics.time, 'perf_counter', lambda: now[0])
   with metrics.Writer(tmp_path) as writer:
     log = metrics.StepLog(writer, tqdm.tqdm(disable=True))
-    for step, (seconds, written) in enumerate(((9.0, True), (0.1, False), (0.1, False), (5.8, True), (2.0, True))):
+    for step, (seconds, written) in enumerate(
+      ((9.0, True), (0.1, False), (0.1, False), (5.8, True), (2.0, True))
+    ):
       now[0] += seconds
       log.add(step, {}, {}, written=written)
     log.flush()
-  assert [(record['step'], round(record['seconds/step'], 6)) for record in metrics.read(tmp_path)] == [
-      (0, 9.0), (3, 2.0), (4, 2.0)]
+  assert [
+    (record['step'], round(record['seconds/step'], 6)) for record in metrics.read(tmp_path)
+  ] == [(0, 9.0), (3, 2.0), (4, 2.0)]

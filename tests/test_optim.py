@@ -14,12 +14,23 @@ from rlhf_jax import optim
 from rlhf_jax import sharding
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
-PLAIN = dict(name='adam', learning_rate=0.1, schedule_kind='constant', warmup_steps=0, steps=10,
-             b1=0.9, b2=0.999, eps=1e-5, weight_decay=0.0, clip_norm=0.0)
+PLAIN = dict(
+  name='adam',
+  learning_rate=0.1,
+  schedule_kind='constant',
+  warmup_steps=0,
+  steps=10,
+  b1=0.9,
+  b2=0.999,
+  eps=1e-5,
+  weight_decay=0.0,
+  clip_norm=0.0,
+)
 
 
 def run(optimizer, params, gradients):
   """Parameters after each gradient."""
+
   @jax.jit
   def step(params, state, grads):
     updates, state = optimizer.update(grads, state, params)
@@ -34,13 +45,17 @@ def run(optimizer, params, gradients):
 @pytest.mark.parametrize('name', optim.OPTIMIZERS)
 def test_adam_agrees_with_loops(name):
   rng = np.random.default_rng(0)
-  gradients = [{'w': (10.0 ** rng.uniform(-6, 0, 8) * rng.choice([-1, 1], 8)).astype(np.float32)}
-               for _ in range(50)]
+  gradients = [
+    {'w': (10.0 ** rng.uniform(-6, 0, 8) * rng.choice([-1, 1], 8)).astype(np.float32)}
+    for _ in range(50)
+  ]
   reference = references.Adam(b1=0.9, b2=0.999, eps=1e-5, tensorflow=name == 'tf_adam')
   params = expected = {'w': np.linspace(-1, 1, 8).astype(np.float32)}
-  for grads, params in zip(gradients, run(optim.make(**PLAIN | {'name': name}), params, gradients)):
+  for grads, updated in zip(
+    gradients, run(optim.make(**PLAIN | {'name': name}), params, gradients)
+  ):
     expected = reference.step(expected, grads, 0.1)
-    close(params['w'], expected['w'], rtol=5e-6, atol=5e-6)  # 50 roundings of a number near 1
+    close(updated['w'], expected['w'], rtol=5e-6, atol=5e-6)  # 50 roundings of a number near 1
 
 
 def test_the_two_forms_differ_at_first():
@@ -61,7 +76,10 @@ def test_schedules_by_hand():
   close([rate(kind='cosine', warmup_steps=0)(t) for t in (0, 5, 10)], [2, 1, 0])
   close([rate(kind='linear', warmup_steps=2)(t) for t in (0, 1, 2, 6, 10)], [0, 1, 2, 1, 0])
   # From a quarter of the peak: 0.5, halfway between that and 2, 2.
-  close([rate(kind='linear', warmup_steps=2, warmup_from=0.25)(t) for t in (0, 1, 2, 6)], [0.5, 1.25, 2, 1])
+  close(
+    [rate(kind='linear', warmup_steps=2, warmup_from=0.25)(t) for t in (0, 1, 2, 6)],
+    [0.5, 1.25, 2, 1],
+  )
 
 
 def test_a_schedule_counts_train_steps():
@@ -76,8 +94,9 @@ def test_gradients_are_clipped_by_their_global_norm():
   # Norm of (3, 4) is 5; clipped to 1 it is (0.6, 0.8). Seen through Adam's first moment.
   optimizer = optim.make(**PLAIN | {'clip_norm': 1.0})
   params = {'a': jnp.zeros(1), 'b': jnp.zeros(1)}
-  _, state = optimizer.update({'a': jnp.array([3.0]), 'b': jnp.array([4.0])},
-                              optimizer.init(params), params)
+  _, state = optimizer.update(
+    {'a': jnp.array([3.0]), 'b': jnp.array([4.0])}, optimizer.init(params), params
+  )
   mu = optax.tree_utils.tree_get(state, 'mu')
   close([mu['a'][0], mu['b'][0]], [0.06, 0.08])
 
@@ -93,8 +112,9 @@ def test_only_matrices_decay():
 @pytest.mark.parametrize('size', [0, 1, 2, 6])
 def test_microbatches_add_up(size):
   rows = jnp.arange(6.0)[:, None]
-  share = jax.grad(lambda w, x: (jnp.sum(jnp.square(x[:, 0] * w)) / 6, {'n': len(x) / 6.0}),
-                   has_aux=True)
+  share = jax.grad(
+    lambda w, x: (jnp.sum(jnp.square(x[:, 0] * w)) / 6, {'n': len(x) / 6.0}), has_aux=True
+  )
   gradient, metrics = optim.accumulate(share, jnp.float32(2.0), rows, size)
   close(gradient, 2 * 2.0 * (1 + 4 + 9 + 16 + 25) / 6)
   close(metrics['n'], 1.0)
@@ -115,17 +135,24 @@ def test_master_weights_add_up_what_bfloat16_would_lose():
   *_, with_master = run(optim.make(**settings), params, grads)
   *_, without = run(optim.make(**settings | {'master_dtype': 'bfloat16'}), params, grads)
   assert with_master['w'].dtype == jnp.bfloat16
-  close(with_master['w'].astype(jnp.float32), 1.4, atol=2 ** -8)
+  close(with_master['w'].astype(jnp.float32), 1.4, atol=2**-8)
   close(without['w'].astype(jnp.float32), 1.5)
 
 
 def test_master_weights_are_those_of_a_float32_run_rounded():
   rng = np.random.default_rng(1)
-  low = {'w': jnp.asarray(rng.normal(size=(40, 3)), jnp.bfloat16), 'scale': jnp.ones(3, jnp.float32)}
-  gradients = [jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), low) for _ in range(20)]
+  low = {
+    'w': jnp.asarray(rng.normal(size=(40, 3)), jnp.bfloat16),
+    'scale': jnp.ones(3, jnp.float32),
+  }
+  gradients = [
+    jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), low) for _ in range(20)
+  ]
   wide = jax.tree.map(lambda p: p.astype(jnp.float32), low)
   optimizer = optim.make(**PLAIN | {'weight_decay': 0.1, 'clip_norm': 1.0})
-  exact = run(optimizer, wide, [jax.tree.map(lambda g: g.astype(jnp.float32), g) for g in gradients])
+  exact = run(
+    optimizer, wide, [jax.tree.map(lambda g: g.astype(jnp.float32), g) for g in gradients]
+  )
   for found, expected in zip(run(optimizer, low, gradients), exact):
     np.testing.assert_array_equal(found['w'], expected['w'].astype(jnp.bfloat16))
     close(found['scale'], expected['scale'])
@@ -149,7 +176,9 @@ def test_the_moving_average_by_loop(decay):
   state, seen = optimizer.init(params), []
   np.testing.assert_array_equal(optim.moving_average(state)['w'], params['w'])
   for t in range(1, 41):
-    updates, state = optimizer.update({'w': jnp.asarray(rng.normal(size=5), jnp.float32)}, state, params)
+    updates, state = optimizer.update(
+      {'w': jnp.asarray(rng.normal(size=5), jnp.float32)}, state, params
+    )
     params = optax.apply_updates(params, updates)
     seen.append(np.asarray(params['w'], np.float64))
     weights = decay ** np.arange(t - 1, -1, -1.0)

@@ -13,8 +13,12 @@ from packaging import requirements
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Imported names whose distribution is called otherwise.
-DISTRIBUTIONS = {'absl': 'absl-py', 'orbax': 'orbax-checkpoint', 'tensorflow_datasets':
-                 'tensorflow-datasets', 'sklearn': 'scikit-learn'}
+DISTRIBUTIONS = {
+  'absl': 'absl-py',
+  'orbax': 'orbax-checkpoint',
+  'tensorflow_datasets': 'tensorflow-datasets',
+  'sklearn': 'scikit-learn',
+}
 OPTIONAL = {'tensorflow-datasets', 'wandb'}
 
 
@@ -46,8 +50,10 @@ def imported(*folders):
           modules |= {alias.name.partition('.')[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
           modules.add(node.module.partition('.')[0])
-  return {normalized(DISTRIBUTIONS.get(module, module))
-          for module in modules - sys.stdlib_module_names - {'rlhf_jax'}}
+  return {
+    normalized(DISTRIBUTIONS.get(module, module))
+    for module in modules - sys.stdlib_module_names - {'rlhf_jax'}
+  }
 
 
 def test_every_import_is_a_declared_requirement_and_the_reverse(declared):
@@ -61,8 +67,11 @@ def test_extras(declared):
 
 
 def test_constraints_are_exact_and_within_the_ranges(declared):
-  lines = [line for line in (ROOT / 'constraints.txt').read_text().splitlines()
-           if line and not line.startswith('#')]
+  lines = [
+    line
+    for line in (ROOT / 'constraints.txt').read_text().splitlines()
+    if line and not line.startswith('#')
+  ]
   pins = [requirements.Requirement(line) for line in lines]
   assert all(re.fullmatch(r'==[^*]+', str(pin.specifier)) for pin in pins)
   for line in declared['install_requires'] + declared['extras_require']['test']:
@@ -75,6 +84,9 @@ def test_constraints_are_exact_and_within_the_ranges(declared):
 
 
 def test_every_package_folder_is_found(declared):
-  folders = {path.parent.relative_to(ROOT).as_posix().replace('/', '.')
-             for package in ('rlhf_jax', 'planner') for path in (ROOT / package).rglob('*.py')}
+  folders = {
+    path.parent.relative_to(ROOT).as_posix().replace('/', '.')
+    for package in ('rlhf_jax', 'planner')
+    for path in (ROOT / package).rglob('*.py')
+  }
   assert folders == set(declared['packages'])

@@ -36,13 +36,26 @@ def ran():
 
 def make_config(world=''):
   """Three stages of functions, and one of training that is not in `stages`."""
-  config = ml_collections.ConfigDict({
-      'seed': 5, 'stages': ('first', 'second', 'third'), 'data': {'path': 'x'},
-      'first': {'function': 'test_pipeline:note', 'text': 'a', 'paths': ('$workdir/x',),
-                'seed': None},
-      'second': {'function': 'test_pipeline:note', 'text': 'from $workdir/first', 'seed': 7,
-                 'paths': (('name', '$workdir/first/note.json'), ('other', 'y'))},
-      'third': {'function': 'test_pipeline:unseeded', 'text': '$workdir'}})
+  config = ml_collections.ConfigDict(
+    {
+      'seed': 5,
+      'stages': ('first', 'second', 'third'),
+      'data': {'path': 'x'},
+      'first': {
+        'function': 'test_pipeline:note',
+        'text': 'a',
+        'paths': ('$workdir/x',),
+        'seed': None,
+      },
+      'second': {
+        'function': 'test_pipeline:note',
+        'text': 'from $workdir/first',
+        'seed': 7,
+        'paths': (('name', '$workdir/first/note.json'), ('other', 'y')),
+      },
+      'third': {'function': 'test_pipeline:unseeded', 'text': '$workdir'},
+    }
+  )
   config.pretrain = tiny.sft(world)
   config.pretrain.seed = None
   return config
@@ -57,7 +70,10 @@ def test_placeholders_and_seeds(tmp_path, ran):
   assert ran == ['first', 'second', 'third']
   assert written(tmp_path / 'first') == ['a', [f'{tmp_path}/x'], 5]
   assert written(tmp_path / 'second') == [
-      f'from {tmp_path}/first', [['name', f'{tmp_path}/first/note.json'], ['other', 'y']], 7]
+    f'from {tmp_path}/first',
+    [['name', f'{tmp_path}/first/note.json'], ['other', 'y']],
+    7,
+  ]
   assert (tmp_path / 'third' / 'note.json').read_text() == str(tmp_path)
   assert json.loads((tmp_path / 'config.json').read_text())['seed'] == 5
 
@@ -106,7 +122,9 @@ def test_a_module_of_a_stage_that_fails_is_said_with_its_line(tmp_path, monkeypa
   (tmp_path / 'broken_stage.py').write_text('x = 1\ny = x / 0\n')
   config = make_config()
   config.third.function = 'broken_stage:run'
-  with pytest.raises(errors.UserError, match='stage third: importing broken_stage raised ZeroDivisionError.*py:2'):
+  with pytest.raises(
+    errors.UserError, match='stage third: importing broken_stage raised ZeroDivisionError.*py:2'
+  ):
     pipeline.run(config, tmp_path / 'run')
 
 
@@ -115,11 +133,15 @@ def test_another_config_of_a_finished_stage_stops_and_changes_nothing(tmp_path, 
   config.stages = ('first', 'second')
   pipeline.run(config, tmp_path)
   before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
-  for changes, listed in (({'first.text': 'b'}, "config.first.text: 'a' -> 'b'"),
-                          ({'seed': 6}, 'config.seed: 5 -> 6')):
+  for changes, listed in (
+    ({'first.text': 'b'}, "config.first.text: 'a' -> 'b'"),
+    ({'seed': 6}, 'config.seed: 5 -> 6'),
+  ):
     other = make_config()
     other.update_from_flattened_dict(changes)
-    with pytest.raises(errors.UserError, match=f'{listed}. Name another --workdir; to repeat a stage, delete'):
+    with pytest.raises(
+      errors.UserError, match=f'{listed}. Name another --workdir; to repeat a stage, delete'
+    ):
       pipeline.run(other, tmp_path)
   assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == before
   assert ran == ['first', 'second']
@@ -133,9 +155,15 @@ def test_a_stage_that_has_not_begun_may_change(tmp_path, ran, capsys):
   other.second.text = 'other'
   pipeline.run(other, tmp_path)
   assert ran == ['first', 'second', 'third']
-  assert f"{tmp_path}: config.second.text: 'from $workdir/first' -> 'other'" in capsys.readouterr().out
+  assert (
+    f"{tmp_path}: config.second.text: 'from $workdir/first' -> 'other'" in capsys.readouterr().out
+  )
   settings = json.loads((tmp_path / 'config.json').read_text())
-  assert settings['second']['text'] == 'other' and settings['stages'] == ['first', 'second', 'third']
+  assert settings['second']['text'] == 'other' and settings['stages'] == [
+    'first',
+    'second',
+    'third',
+  ]
   starts = [json.loads(line) for line in (tmp_path / 'runs.jsonl').read_text().splitlines()]
   assert [list(start['changed']) for start in starts] == [[], ['second.text']]
 
@@ -150,8 +178,11 @@ def test_a_finished_stage_after_one_that_runs_again_is_said_to_be_older(tmp_path
 
 
 def test_the_stages_of_all_starts_are_logged(tmp_path, ran):
-  for stages, logged in ((('second',), ['second']), (('first,second', 'third'), ['first', 'second', 'third']),
-                         (('third',), ['first', 'second', 'third'])):
+  for stages, logged in (
+    (('second',), ['second']),
+    (('first,second', 'third'), ['first', 'second', 'third']),
+    (('third',), ['first', 'second', 'third']),
+  ):
     config = make_config()
     config.stages = stages
     pipeline.run(config, tmp_path)
@@ -189,7 +220,9 @@ def test_a_fork_takes_the_finished_stages_over_up_to_the_first_that_differs(tmp_
   assert written(tmp_path / 'new' / 'first') == written(tmp_path / 'old' / 'first')
   assert (tmp_path / 'new' / 'third' / 'note.json').read_text() == f'{tmp_path}/new'
   assert json.loads((tmp_path / 'new' / 'config.json').read_text())['forked_from'] == {
-      'workdir': f'{tmp_path}/old', 'stages': ['first']}
+    'workdir': f'{tmp_path}/old',
+    'stages': ['first'],
+  }
   pipeline.run(other, tmp_path / 'new', fork_of=tmp_path / 'old')
   pipeline.run(other, tmp_path / 'new')
   assert ran == ['second', 'third']
@@ -200,25 +233,39 @@ def test_a_fork_takes_the_finished_stages_over_up_to_the_first_that_differs(tmp_
     pipeline.run(make_config(), tmp_path / 'third', fork_of=tmp_path / 'nothing')
 
 
-@pytest.mark.parametrize('changes, message', [
-    ({'stages': ('first', 'nothing')},
-     r"config.stages='first,nothing' names \['nothing'\]: the stages of this config are first, "
-     'pretrain, second, third'),
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    (
+      {'stages': ('first', 'nothing')},
+      r"config.stages='first,nothing' names \['nothing'\]: the stages of this config are first, "
+      'pretrain, second, third',
+    ),
     ({'stages': ('seed',)}, r"names \['seed'\]: the stages of this config are first, "),
     ({'stages': ('data',)}, r"names \['data'\]: the stages of this config are first, "),
     ({'stages': ()}, 'names no stage: the stages of this config are first, '),
-    ({'third.function': 'no_such_module:note'},
-     "stage third: config.third.function='no_such_module:note' cannot be loaded.*"
-     "'package.module:name'"),
-    ({'third.function': 'test_pipeline:no_such_function'},
-     "config.third.function='test_pipeline:no_such_function' cannot be loaded"),
-    ({'third.function': 'test_pipeline:note'},
-     'stage third: test_pipeline:note cannot be called with the keys of config.third .missing a'),
-    ({'stages': ('first', 'pretrain'), 'pretrain.batch_size': 5, 'pretrain.microbatch_size': 2},
-     'stage pretrain: config'),
-])
+    (
+      {'third.function': 'no_such_module:note'},
+      "stage third: config.third.function='no_such_module:note' cannot be loaded.*"
+      "'package.module:name'",
+    ),
+    (
+      {'third.function': 'test_pipeline:no_such_function'},
+      "config.third.function='test_pipeline:no_such_function' cannot be loaded",
+    ),
+    (
+      {'third.function': 'test_pipeline:note'},
+      'stage third: test_pipeline:note cannot be called with the keys of config.third .missing a',
+    ),
+    (
+      {'stages': ('first', 'pretrain'), 'pretrain.batch_size': 5, 'pretrain.microbatch_size': 2},
+      'stage pretrain: config',
+    ),
+  ],
+)
 def test_a_mistake_in_the_last_stage_is_found_before_the_first_runs(
-    changes, message, tmp_path, ran):
+  changes, message, tmp_path, ran
+):
   config = make_config()
   pipeline.run(config, tmp_path / 'old')
   ran.clear()
@@ -241,7 +288,7 @@ def test_a_stage_of_training_runs_in_its_folder_with_the_pipelines_seed(tmp_path
   calls = []
   monkeypatch.setattr(train, 'run', lambda stage, folder: calls.append((stage, folder)))
   pipeline.run(config, tmp_path)
-  (stage, folder), = calls
+  ((stage, folder),) = calls
   assert folder == tmp_path / 'pretrain' and stage.seed == 5 and stage.is_locked
   assert stage.data.path == f'{tmp_path}/texts.jsonl'
   assert (folder / pipeline.DONE).exists()

@@ -39,11 +39,16 @@ def test_texts_are_those_of_the_tokens(policy):
   found = sample(policy, temperature=1.0)
   assert found.prompts == PROMPTS
   for prompt, response, tokens, mask, real in zip(
-      PROMPTS, found.responses, found.rollout.tokens, found.rollout.mask,
-      found.rollout.response_mask, strict=True):
+    PROMPTS,
+    found.responses,
+    found.rollout.tokens,
+    found.rollout.mask,
+    found.rollout.response_mask,
+    strict=True,
+  ):
     row = tokens[mask].tolist()
-    assert row[:len(row) - real.sum()] == [tiny.BOS] + [4 + int(w[1:]) for w in prompt.split()]
-    words = [f'w{t - 4}' for t in row[len(row) - real.sum():] if t >= 4]
+    assert row[: len(row) - real.sum()] == [tiny.BOS] + [4 + int(w[1:]) for w in prompt.split()]
+    words = [f'w{t - 4}' for t in row[len(row) - real.sum() :] if t >= 4]
     assert response.split() == words
 
 
@@ -52,8 +57,7 @@ def test_batches_with_a_remainder_are_like_one_batch(policy, monkeypatch):
   logprobs = policy.logprobs(whole.rollout, temperature=0.8)
   monkeypatch.setattr(policy_lib, 'BATCH', 3)
   same(sample(policy, temperature=0.0), whole)
-  np.testing.assert_allclose(
-      policy.logprobs(whole.rollout, temperature=0.8), logprobs, atol=1e-5)
+  np.testing.assert_allclose(policy.logprobs(whole.rollout, temperature=0.8), logprobs, atol=1e-5)
   one = sample(policy, ['w1'] * 7, temperature=1.0, ignore_eos=True)
   assert len({tuple(row) for row in one.rollout.tokens.tolist()}) == 7  # each batch its own key
 
@@ -64,16 +68,20 @@ def test_in_batches(count, batch, monkeypatch):
   seen = []
   tree = {'a': np.arange(count), 'b': np.arange(3 * count).reshape(count, 3)}
   found = policy_lib.in_batches(
-      lambda rows, start: (seen.append((start, len(rows['a']))),
-                           {k: v + 1 for k, v in rows.items()})[1], tree)
+    lambda rows, start: (seen.append((start, len(rows['a']))), {k: v + 1 for k, v in rows.items()})[
+      1
+    ],
+    tree,
+  )
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b + 1), found, tree)
   assert seen == [(s, min(batch, count)) for s in range(0, count, batch)]  # one shape for all
 
 
 def test_logprobs_are_summed_over_the_response(policy):
   found = sample(policy, temperature=0.7)
-  np.testing.assert_allclose(policy.logprobs(found.rollout, temperature=0.7),
-                             found.rollout.logprobs.sum(axis=1), atol=1e-5)
+  np.testing.assert_allclose(
+    policy.logprobs(found.rollout, temperature=0.7), found.rollout.logprobs.sum(axis=1), atol=1e-5
+  )
 
 
 def test_stop_strings_end_responses_behind_them(policy):
@@ -84,7 +92,7 @@ def test_stop_strings_end_responses_behind_them(policy):
     for whole, text in zip(free.responses, found.responses, strict=True):
       words = whole.split(' ')
       ends = [n for n in range(1, len(words) + 1) if any(s in ' '.join(words[:n]) for s in stop)]
-      assert text == ' '.join(words[:ends[0]] if ends else words)
+      assert text == ' '.join(words[: ends[0]] if ends else words)
     assert found.responses != free.responses
   with pytest.raises(errors.UserError, match='a stop string is empty'):
     sample(policy, stop=[''])
@@ -96,8 +104,12 @@ def test_a_token_ends_responses_in_place_of_the_eos(policy):
   token = policy.tokenizer.convert_tokens_to_ids(word)
   found = sample(policy, temperature=1.0, max_new_tokens=12, truncate_at=word, truncate_after=3)
   for row, real, theirs, ended in zip(
-      found.rollout.tokens[:, -12:], found.rollout.response_mask, whole.rollout.tokens[:, -12:],
-      found.rollout.ended, strict=True):
+    found.rollout.tokens[:, -12:],
+    found.rollout.response_mask,
+    whole.rollout.tokens[:, -12:],
+    found.rollout.ended,
+    strict=True,
+  ):
     places = [i for i in range(3, 12) if theirs[i] == token]
     length = places[0] + 1 if places else 12
     assert ended == bool(places) and real.tolist() == [True] * length + [False] * (12 - length)
@@ -160,10 +172,23 @@ def test_a_prompt_that_cannot_be_read_is_named_without_a_config(policy, tmp_path
 def test_command_line(policy, tmp_path):
   hf.save(tmp_path / 'saved', policy.model, policy.params, tokenizer=policy.tokenizer)
   found = subprocess.run(
-      [sys.executable, '-m', 'rlhf_jax.generate', f'--model={tmp_path / "saved"}',
-       '--prompt=w1 w2', '--prompt=w3', '--num_samples=2', '--temperature=0',
-       '--max_new_tokens=5'],
-      cwd=ROOT, env=os.environ | {'XLA_FLAGS': ''}, text=True, capture_output=True, timeout=300)
+    [
+      sys.executable,
+      '-m',
+      'rlhf_jax.generate',
+      f'--model={tmp_path / "saved"}',
+      '--prompt=w1 w2',
+      '--prompt=w3',
+      '--num_samples=2',
+      '--temperature=0',
+      '--max_new_tokens=5',
+    ],
+    cwd=ROOT,
+    env=os.environ | {'XLA_FLAGS': ''},
+    text=True,
+    capture_output=True,
+    timeout=300,
+  )
   assert found.returncode == 0, found.stderr
   prompts = ['w1 w2', 'w1 w2', 'w3', 'w3']
   expected = [p + r for p, r in zip(prompts, sample(policy, prompts).responses, strict=True)]

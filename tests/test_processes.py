@@ -34,7 +34,13 @@ LIMIT = 900
 # Every axis divides by 8.
 WIDE = tiny.LLAMA | {'num_attention_heads': 8, 'num_key_value_heads': 8, 'hidden_size': 32}
 # With two devices a process, 'tensor': 2 stays within one; all else crosses.
-MESHES = [{'data': 8}, {'fsdp': 8}, {'tensor': 8}, {'data': 2, 'fsdp': 2, 'tensor': 2}, {'fsdp': 2, 'tensor': 4}]
+MESHES = [
+  {'data': 8},
+  {'fsdp': 8},
+  {'tensor': 8},
+  {'data': 2, 'fsdp': 2, 'tensor': 2},
+  {'fsdp': 2, 'tensor': 4},
+]
 
 
 @pytest.fixture(scope='session')
@@ -49,15 +55,25 @@ def wide(tmp_path_factory):
 def environment(devices=1):
   """Of a process that has some CPU devices."""
   return os.environ | {
-      'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}', 'PYTHONUNBUFFERED': '1',
-      'XLA_FLAGS': f'{quick.FLAGS} --xla_force_host_platform_device_count={devices}'}
+    'JAX_PLATFORMS': 'cpu',
+    'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}',
+    'PYTHONUNBUFFERED': '1',
+    'XLA_FLAGS': f'{quick.FLAGS} --xla_force_host_platform_device_count={devices}',
+  }
 
 
 def command(world, workdir, mesh, *options, stage='ppo'):
   """The same for one process and for several."""
   sizes = {'data': 1, 'fsdp': 1, 'tensor': 1} | mesh
-  return [sys.executable, '-m', 'rlhf_jax.main', f'--config=tests/tiny.py:stage={stage},world={world}',
-          f'--workdir={workdir}', *(f'--config.mesh.{axis}={size}' for axis, size in sizes.items()), *options]
+  return [
+    sys.executable,
+    '-m',
+    'rlhf_jax.main',
+    f'--config=tests/tiny.py:stage={stage},world={world}',
+    f'--workdir={workdir}',
+    *(f'--config.mesh.{axis}={size}' for axis, size in sizes.items()),
+    *options,
+  ]
 
 
 def start(arguments, workdir, *, processes=1, devices=1):
@@ -65,8 +81,9 @@ def start(arguments, workdir, *, processes=1, devices=1):
   if processes > 1:
     arguments = [LAUNCH, '-n', str(processes), '-d', str(devices), '--', *arguments]
   with open(f'{workdir}.log', 'ab') as log:
-    return subprocess.Popen(arguments, cwd=ROOT, env=environment(devices), stdout=log, stderr=log,
-                            start_new_session=True)
+    return subprocess.Popen(
+      arguments, cwd=ROOT, env=environment(devices), stdout=log, stderr=log, start_new_session=True
+    )
 
 
 def run(arguments, workdir, **sizes):
@@ -81,8 +98,10 @@ def log(workdir):
 
 def metrics(workdir):
   """Every step's metrics but for what a clock says."""
-  return [{name: value for name, value in record.items() if not name.startswith(CLOCKS)}
-          for record in metrics_lib.read(workdir)]
+  return [
+    {name: value for name, value in record.items() if not name.startswith(CLOCKS)}
+    for record in metrics_lib.read(workdir)
+  ]
 
 
 def assert_same_metrics(found, expected, steps):
@@ -93,7 +112,12 @@ def assert_same_metrics(found, expected, steps):
   for a, b in zip(found, expected):
     assert a.keys() == b.keys()
     for name in a:
-      assert abs(a[name] - b[name]) < 1e-5 * max(1.0, abs(b[name])), (a['step'], name, a[name], b[name])
+      assert abs(a[name] - b[name]) < 1e-5 * max(1.0, abs(b[name])), (
+        a['step'],
+        name,
+        a[name],
+        b[name],
+      )
 
 
 def assert_same_model(found, expected):
@@ -128,12 +152,19 @@ def process_of(launcher, number):
 
 def out_of_order(hlo):
   """Pairs of a loop around collectives and others after it that do not need its results, in a scheduled program."""
-  collective = re.compile(r' (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)\(')
-  computations = dict(re.findall(r'^(?:ENTRY )?%?([\w.-]+) \(.*?\{\n(.*?)^\}', hlo, re.MULTILINE | re.DOTALL))
+  collective = re.compile(
+    r' (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)\('
+  )
+  computations = dict(
+    re.findall(r'^(?:ENTRY )?%?([\w.-]+) \(.*?\{\n(.*?)^\}', hlo, re.MULTILINE | re.DOTALL)
+  )
   called = lambda line: re.findall(r'(?:body|condition|to_apply)=%?([\w.-]+)', line)
-  around = functools.cache(lambda name: any(
+  around = functools.cache(
+    lambda name: any(
       collective.search(line) or any(around(inner) for inner in called(line))
-      for line in computations.get(name, '').splitlines()))
+      for line in computations.get(name, '').splitlines()
+    )
+  )
   pairs = []
   for lines in computations.values():
     needed, loops = {}, []
@@ -148,7 +179,9 @@ def out_of_order(hlo):
 
 
 @pytest.mark.parametrize('minibatches, microbatch', [(2, 4), (1, 0)])
-def test_an_update_has_no_loop_around_collectives_with_others_behind_it(minibatches, microbatch, wide, monkeypatch):
+def test_an_update_has_no_loop_around_collectives_with_others_behind_it(
+  minibatches, microbatch, wide, monkeypatch
+):
   """Such a loop would not be waited for, see `processes.unrolled`."""
   monkeypatch.setattr(processes, 'unrolled', lambda: True)
   config = tiny.get_config(f'stage=ppo,world={wide}')
@@ -166,8 +199,13 @@ def test_two_processes_train_like_one_with_two_devices(world, tmp_path):
 
   SIGTERM to one process saves the same step of both, and the same command resumes.
   """
-  options = ['--config.steps=5', '--config.checkpoint_every=2', '--config.samples_every=1',
-             '--config.reward.model=', '--config.reward.function=tiny:good_words']
+  options = [
+    '--config.steps=5',
+    '--config.checkpoint_every=2',
+    '--config.samples_every=1',
+    '--config.reward.model=',
+    '--config.reward.function=tiny:good_words',
+  ]
   one, two = tmp_path / 'one', tmp_path / 'two'
   mesh = {'fsdp': 2}
   alone = start(command(world, one, mesh, *options), one, devices=2)
@@ -175,7 +213,10 @@ def test_two_processes_train_like_one_with_two_devices(world, tmp_path):
   kill_when(launcher, two, 2, lambda: os.kill(process_of(launcher, 1), signal.SIGTERM))
   assert launcher.wait(60) == 143, log(two)
   stopped = metrics(two)[-1]['step'] + 1
-  assert f'stopped by SIGTERM after step {stopped}, which is saved in {two}: the same command' in log(two)
+  assert (
+    f'stopped by SIGTERM after step {stopped}, which is saved in {two}: the same command'
+    in log(two)
+  )
   run(command(world, two, mesh, *options), two, processes=2)
   assert alone.wait(LIMIT) == 0, log(one)
   starts = [json.loads(line)['step'] for line in (two / 'runs.jsonl').read_text().splitlines()]
@@ -200,8 +241,10 @@ def test_ten_stops_of_four_processes(wide, tmp_path):
   for _ in range(10):
     launcher, number = start(arguments, resumed, processes=4), draw.randrange(4)
     before = len((resumed / 'runs.jsonl').read_text().splitlines()) if stopped else 0
-    while not (resumed / 'runs.jsonl').exists() or len(
-        (resumed / 'runs.jsonl').read_text().splitlines()) == before:
+    while (
+      not (resumed / 'runs.jsonl').exists()
+      or len((resumed / 'runs.jsonl').read_text().splitlines()) == before
+    ):
       assert launcher.poll() is None, log(resumed)
       time.sleep(0.02)
     time.sleep(draw.uniform(0.0, 6.0))  # while it compiles, or trains
@@ -212,17 +255,25 @@ def test_ten_stops_of_four_processes(wide, tmp_path):
   starts = [json.loads(line)['step'] for line in (resumed / 'runs.jsonl').read_text().splitlines()]
   assert starts == [0, *stopped] and stopped[-1] > 10
   assert metrics(resumed) == metrics(whole)
-  assert (resumed / 'model/model.safetensors').read_bytes() == (whole / 'model/model.safetensors').read_bytes()
+  assert (resumed / 'model/model.safetensors').read_bytes() == (
+    whole / 'model/model.safetensors'
+  ).read_bytes()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mesh, rows', [*((mesh, 0) for mesh in MESHES), ({'data': 4, 'fsdp': 2}, 8)], ids=str)
+@pytest.mark.parametrize(
+  'mesh, rows', [*((mesh, 0) for mesh in MESHES), ({'data': 4, 'fsdp': 2}, 8)], ids=str
+)
 def test_four_processes_with_two_devices_train_like_one_with_eight(mesh, rows, wide, tmp_path):
   """And with `rows` at work at a time like one where all are."""
   options = ['--config.steps=5', '--config.checkpoint_every=0', '--config.samples_every=1']
   run(command(wide, tmp_path / 'one', mesh, *options), tmp_path / 'one', devices=8)
-  run(command(wide, tmp_path / 'four', mesh, *options, f'--config.sampling.max_concurrent={rows}'), tmp_path / 'four',
-      processes=4, devices=2)
+  run(
+    command(wide, tmp_path / 'four', mesh, *options, f'--config.sampling.max_concurrent={rows}'),
+    tmp_path / 'four',
+    processes=4,
+    devices=2,
+  )
   assert_same_metrics(tmp_path / 'four', tmp_path / 'one', range(5))
   assert_same_model(tmp_path / 'four', tmp_path / 'one')
   assert (tmp_path / 'four' / 'samples.jsonl').read_text().count('\n') == 5 * 16
@@ -239,7 +290,9 @@ def test_one_process_goes_on_where_four_stopped(stage, wide, tmp_path):
   four = start(arguments, moved, processes=4, devices=2)
   kill_when(four, moved, 4, lambda: four.send_signal(signal.SIGTERM))
   assert four.wait(60) == 143 and 'the same command resumes' in log(moved)
-  steps = sorted(int(path.name) for path in (moved / 'checkpoints').iterdir() if path.name.isdigit())
+  steps = sorted(
+    int(path.name) for path in (moved / 'checkpoints').iterdir() if path.name.isdigit()
+  )
   assert steps and 0 < steps[-1] < 8, steps
   name = 'policy' if stage == 'ppo' else 'reward'
   restored = checkpoint.load_params(moved, name)  # By this process, on one of its devices.
@@ -250,7 +303,9 @@ def test_one_process_goes_on_where_four_stopped(stage, wide, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('number', [0, 2])
-def test_a_killed_process_ends_the_job_and_the_restart_ends_like_a_whole_run(number, wide, tmp_path):
+def test_a_killed_process_ends_the_job_and_the_restart_ends_like_a_whole_run(
+  number, wide, tmp_path
+):
   options = ['--config.steps=8', '--config.checkpoint_every=2', '--config.samples_every=3']
   mesh, sizes = {'data': 2, 'fsdp': 4}, {'processes': 4, 'devices': 2}
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
@@ -298,8 +353,19 @@ def wild(prompts, responses, **_):
 @pytest.mark.parametrize('processes', [1, 2])
 def test_a_run_outlives_what_its_reward_function_does(processes, wide, tmp_path):
   folder = tmp_path / 'run'
-  run(command(wide, folder, {'data': 2}, '--config.steps=3', '--config.reward.model=None',
-              '--config.reward.function=test_processes:wild'), folder, processes=processes, devices=2 // processes)
+  run(
+    command(
+      wide,
+      folder,
+      {'data': 2},
+      '--config.steps=3',
+      '--config.reward.model=None',
+      '--config.reward.function=test_processes:wild',
+    ),
+    folder,
+    processes=processes,
+    devices=2 // processes,
+  )
   assert (folder / 'model' / 'model.safetensors').exists() and metrics(folder)[-1]['step'] == 2
   assert log(folder).count('forked a process that returned') == 3 * processes
 
@@ -315,26 +381,57 @@ def loses(number, kill):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('way, status, said', [
+@pytest.mark.parametrize(
+  'way, status, said',
+  [
     ('raises', 1, r'\[1\] error: the reward function .*fails raised ValueError: no reward today'),
     ('sys.exit', 1, r'\[1\] error: the reward function .*fails .*exit'),
     ('os._exit', 1, r'\[1\] error: the reward function .*fails .*exit'),
     ('C exit', 1, 'process 1 .of 0 to 1. ended with status 0|process 0 .of 0 to 1. '),
-    ('hangs', 1, r'\[1\] error: the reward function .*fails did not return within 5 seconds, at .*'
-     r'`time.sleep\(600\)`, called with \d+ prompts, the first .* with the response .*config.reward.timeout'),
+    (
+      'hangs',
+      1,
+      r'\[1\] error: the reward function .*fails did not return within 5 seconds, at .*'
+      r'`time.sleep\(600\)`, called with \d+ prompts, the first .* with the response .*config.reward.timeout',
+    ),
     (loses(0, signal.SIGKILL), 1, r'process 0 \(of 0 to 1\) was killed by signal 9'),
     (loses(1, signal.SIGKILL), 1, r'process 1 \(of 0 to 1\) was killed by signal 9'),
     (loses(1, signal.SIGTERM), 143, 'stopped by SIGTERM after step .*: the same command resumes'),
     (is_told(signal.SIGTERM), 143, 'stopped by SIGTERM after step .*: the same command resumes'),
     (is_told(signal.SIGINT), 130, 'stopped by SIGTERM after step .*: the same command resumes'),
     (is_told(signal.SIGKILL), -9, ''),
-], ids=['raises', 'sys.exit', 'os._exit', 'C exit', 'hangs', 'kill 0', 'kill 1', 'term 1', 'term', 'ctrl-c', 'kill'])
-def test_whatever_ends_one_process_ends_all_within_a_minute(way, status, said, wide, tmp_path, monkeypatch):
+  ],
+  ids=[
+    'raises',
+    'sys.exit',
+    'os._exit',
+    'C exit',
+    'hangs',
+    'kill 0',
+    'kill 1',
+    'term 1',
+    'term',
+    'ctrl-c',
+    'kill',
+  ],
+)
+def test_whatever_ends_one_process_ends_all_within_a_minute(
+  way, status, said, wide, tmp_path, monkeypatch
+):
   run = tmp_path / 'run'
   monkeypatch.setenv('WAY_TO_FAIL', way if isinstance(way, str) else '')
-  launcher = start(command(
-      wide, run, {'data': 2}, '--config.reward.model=None', '--config.reward.function=test_processes:fails',
-      '--config.reward.timeout=5.0'), run, processes=2)
+  launcher = start(
+    command(
+      wide,
+      run,
+      {'data': 2},
+      '--config.reward.model=None',
+      '--config.reward.function=test_processes:fails',
+      '--config.reward.timeout=5.0',
+    ),
+    run,
+    processes=2,
+  )
   if isinstance(way, str):
     wait_until(launcher, run, lambda: (run / 'metrics.jsonl').exists())
     wait_until(launcher, run, lambda: '0/150' in log(run))
@@ -353,9 +450,13 @@ def test_whatever_ends_one_process_ends_all_within_a_minute(way, status, said, w
 
 def members(launcher):
   """The process ids that are left of a launcher's session, but for zombies."""
-  return [process.pid for process in psutil.process_iter()
-          if process.status() != psutil.STATUS_ZOMBIE and _session(process.pid) == launcher.pid
-          and process.pid != launcher.pid]
+  return [
+    process.pid
+    for process in psutil.process_iter()
+    if process.status() != psutil.STATUS_ZOMBIE
+    and _session(process.pid) == launcher.pid
+    and process.pid != launcher.pid
+  ]
 
 
 def _session(pid):
@@ -395,7 +496,12 @@ def test_the_quickstart_runs_on_two_processes(tmp_path):
   """All stages, those that train on both and the others on the first; the results are those of one process."""
   one, two = tmp_path / 'one', tmp_path / 'two'
   arguments = lambda workdir: [
-      sys.executable, '-m', 'rlhf_jax.main', '--config=configs/quickstart.py:debug', f'--workdir={workdir}']
+    sys.executable,
+    '-m',
+    'rlhf_jax.main',
+    '--config=configs/quickstart.py:debug',
+    f'--workdir={workdir}',
+  ]
   run(arguments(one), one, devices=2)
   run(arguments(two), two, processes=2)
   for stage in ('pretrain', 'sft', 'reward_model', 'ppo'):
@@ -404,7 +510,9 @@ def test_the_quickstart_runs_on_two_processes(tmp_path):
     assert_same_metrics(two / stage, one / stage, {0, last})
   a, b = (json.loads((folder / 'evaluate' / 'results.json').read_text()) for folder in (one, two))
   assert [row['stage'] for row in a['stages']] == [row['stage'] for row in b['stages']]
-  np.testing.assert_allclose([row['gold'] for row in a['stages']], [row['gold'] for row in b['stages']], atol=1e-5)
+  np.testing.assert_allclose(
+    [row['gold'] for row in a['stages']], [row['gold'] for row in b['stages']], atol=1e-5
+  )
   assert log(two).count('[1/7] world') == 1 and (two / 'report.html').exists()
 
 
@@ -415,8 +523,12 @@ def test_two_processes_resume_large_texts_where_four_were_killed(world, tmp_path
   with open(data, 'w') as stream:  # 40 MB, and more tokens than are kept
     for number in range(64_000):
       stream.write(json.dumps({'text': tiny.text(number, 130 + number % 60)}) + '\n')
-  options = [f'--config.data.path={data}', '--config.data.held_out=0.0002', '--config.steps=12',
-             '--config.checkpoint_every=2']
+  options = [
+    f'--config.data.path={data}',
+    '--config.data.held_out=0.0002',
+    '--config.steps=12',
+    '--config.checkpoint_every=2',
+  ]
   mesh, whole, moved = {'data': 4}, tmp_path / 'whole', tmp_path / 'moved'
   run(command(world, whole, mesh, *options, stage='sft'), whole, devices=4)
   arguments = command(world, moved, mesh, *options, stage='sft')

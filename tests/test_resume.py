@@ -32,8 +32,10 @@ def metrics(workdir):
   """Every line of metrics.jsonl but for what a clock says."""
   with open(workdir / 'metrics.jsonl', encoding='utf-8') as lines:
     records = [json.loads(line) for line in lines]
-  return [{name: value for name, value in record.items() if not name.startswith(CLOCKS)}
-          for record in records]
+  return [
+    {name: value for name, value in record.items() if not name.startswith(CLOCKS)}
+    for record in records
+  ]
 
 
 def assert_same_run(found, expected):
@@ -87,8 +89,9 @@ def stop_after(monkeypatch, module, steps):
   monkeypatch.setattr(module, 'create', stopping)
 
 
-@pytest.mark.parametrize('module, stops', [
-    (ppo, (4, 7)), (grpo, (4,)), (reward_model, (1, 5)), (sft, (6,))])
+@pytest.mark.parametrize(
+  'module, stops', [(ppo, (4, 7)), (grpo, (4,)), (reward_model, (1, 5)), (sft, (6,))]
+)
 def test_stopped_runs_end_like_one_that_was_not(module, stops, world, tmp_path, monkeypatch):
   config = small(module.__name__.split('.')[-1], world)
   train.run(config, tmp_path / 'whole')
@@ -129,13 +132,19 @@ def test_a_signal_saves_the_step_it_comes_in(module, stops, world, tmp_path, mon
   monkeypatch.setattr(module, 'create', signalling)
   before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
   for step, number in list(numbers.items()):
-    with pytest.raises(errors.Interrupted, match=f'stopped by {number.name} after step {step + 1}, '
-                       'which is saved in .*: the same command resumes') as caught:
+    with pytest.raises(
+      errors.Interrupted,
+      match=f'stopped by {number.name} after step {step + 1}, '
+      'which is saved in .*: the same command resumes',
+    ) as caught:
       train.run(config, tmp_path / 'stopped')
     assert caught.value.status == 128 + number
   train.run(config, tmp_path / 'stopped')
   assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
-  assert [start['step'] for start in starts(tmp_path / 'stopped')] == [0, *(step + 1 for step in stops)]
+  assert [start['step'] for start in starts(tmp_path / 'stopped')] == [
+    0,
+    *(step + 1 for step in stops),
+  ]
   assert_same_run(tmp_path / 'stopped', tmp_path / 'whole')
 
 
@@ -146,12 +155,26 @@ def starts(workdir):
 
 def start(stage, world, workdir, *options):
   """Starts `python -m rlhf_jax.main` on one device."""
-  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '', 'PYTHONPATH': f'{ROOT}/tests'}
+  environment = os.environ | {
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': '',
+    'PYTHONPATH': f'{ROOT}/tests',
+  }
   log = open(f'{workdir}.log', 'ab')
   return subprocess.Popen(
-      [sys.executable, '-m', 'rlhf_jax.main',
-       f'--config=tests/tiny.py:stage={stage},world={world}', f'--workdir={workdir}', *options],
-      cwd=ROOT, env=environment, stdout=log, stderr=log)
+    [
+      sys.executable,
+      '-m',
+      'rlhf_jax.main',
+      f'--config=tests/tiny.py:stage={stage},world={world}',
+      f'--workdir={workdir}',
+      *options,
+    ],
+    cwd=ROOT,
+    env=environment,
+    stdout=log,
+    stderr=log,
+  )
 
 
 def lines(workdir):

@@ -16,11 +16,19 @@ from rlhf_jax import errors
 from rlhf_jax import runtime
 
 WAIT = {'heartbeat_timeout_seconds': runtime.HEARTBEAT_SECONDS}
-NAMES = ('COORDINATOR_ADDRESS', 'PROCESS_COUNT', 'PROCESS_ID', 'TPU_WORKER_HOSTNAMES', 'SLURM_STEP_NUM_TASKS',
-         'OMPI_COMM_WORLD_SIZE')
+NAMES = (
+  'COORDINATOR_ADDRESS',
+  'PROCESS_COUNT',
+  'PROCESS_ID',
+  'TPU_WORKER_HOSTNAMES',
+  'SLURM_STEP_NUM_TASKS',
+  'OMPI_COMM_WORLD_SIZE',
+)
 
 
-@pytest.mark.parametrize('arguments, level', [([], logging.WARNING), (['--verbosity=1'], logging.DEBUG)])
+@pytest.mark.parametrize(
+  'arguments, level', [([], logging.WARNING), (['--verbosity=1'], logging.DEBUG)]
+)
 def test_the_verbosity_of_the_command_line_counts(arguments, level, monkeypatch):
   values, before = flags.FLAGS, logging.get_verbosity()
   monkeypatch.setattr(runtime, 'keep_memory', lambda: None)
@@ -39,15 +47,25 @@ def test_the_verbosity_of_the_command_line_counts(arguments, level, monkeypatch)
 def joined(monkeypatch):
   """Calls of jax.distributed.initialize, by a process without any of the variables."""
   calls = []
-  monkeypatch.setattr(jax.distributed, 'initialize', lambda *args, **rest: calls.append((args, rest)))
+  monkeypatch.setattr(
+    jax.distributed, 'initialize', lambda *args, **rest: calls.append((args, rest))
+  )
   for name in NAMES:
     monkeypatch.delenv(name, raising=False)
   return calls
 
 
-@pytest.mark.parametrize('variables', [
-    {}, {'SLURM_STEP_NUM_TASKS': '1'}, {'TPU_WORKER_HOSTNAMES': 'localhost'}, {'OMPI_COMM_WORLD_SIZE': '1'},
-    {'PROCESS_COUNT': '4'}], ids=str)
+@pytest.mark.parametrize(
+  'variables',
+  [
+    {},
+    {'SLURM_STEP_NUM_TASKS': '1'},
+    {'TPU_WORKER_HOSTNAMES': 'localhost'},
+    {'OMPI_COMM_WORLD_SIZE': '1'},
+    {'PROCESS_COUNT': '4'},
+  ],
+  ids=str,
+)
 def test_alone(joined, monkeypatch, variables):
   for name, value in variables.items():
     monkeypatch.setenv(name, value)
@@ -55,9 +73,16 @@ def test_alone(joined, monkeypatch, variables):
   assert joined == []
 
 
-@pytest.mark.parametrize('variables', [
-    {'SLURM_STEP_NUM_TASKS': '8'}, {'TPU_WORKER_HOSTNAMES': 'a,b'}, {'OMPI_COMM_WORLD_SIZE': '2'},
-    {'COORDINATOR_ADDRESS': 'auto'}], ids=str)
+@pytest.mark.parametrize(
+  'variables',
+  [
+    {'SLURM_STEP_NUM_TASKS': '8'},
+    {'TPU_WORKER_HOSTNAMES': 'a,b'},
+    {'OMPI_COMM_WORLD_SIZE': '2'},
+    {'COORDINATOR_ADDRESS': 'auto'},
+  ],
+  ids=str,
+)
 def test_clusters_that_tell_by_themselves(joined, monkeypatch, variables):
   for name, value in variables.items():
     monkeypatch.setenv(name, value)
@@ -66,12 +91,18 @@ def test_clusters_that_tell_by_themselves(joined, monkeypatch, variables):
 
 
 def test_a_coordinator_that_is_named(joined, monkeypatch):
-  for name, value in {'COORDINATOR_ADDRESS': 'host:1234', 'PROCESS_COUNT': '4', 'PROCESS_ID': '3'}.items():
+  for name, value in {
+    'COORDINATOR_ADDRESS': 'host:1234',
+    'PROCESS_COUNT': '4',
+    'PROCESS_ID': '3',
+  }.items():
     monkeypatch.setenv(name, value)
   runtime.join()
   assert joined == [(('host:1234', 4, 3), WAIT | {'cluster_detection_method': 'deactivate'})]
   monkeypatch.setenv('PROCESS_ID', 'three')
-  with pytest.raises(errors.UserError, match='COORDINATOR_ADDRESS=host:1234 needs PROCESS_ID beside it'):
+  with pytest.raises(
+    errors.UserError, match='COORDINATOR_ADDRESS=host:1234 needs PROCESS_ID beside it'
+  ):
     runtime.join()
 
 
@@ -92,7 +123,9 @@ def test_programs_are_kept_from_python_too(world, tmp_path):
   code = FROM_PYTHON.format(tests=str(pathlib.Path(__file__).parent), model=f'{world}/model')
   environment = os.environ | {'XLA_FLAGS': '', 'XDG_CACHE_HOME': f'{tmp_path}'}
   del environment['JAX_COMPILATION_CACHE_DIR']
-  run = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True, check=True)
+  run = subprocess.run(
+    [sys.executable, '-c', code], env=environment, capture_output=True, text=True, check=True
+  )
   folder, count = run.stdout.split()
   assert folder == f'{tmp_path}/rlhf_jax/xla' and int(count) > 0
 
@@ -106,9 +139,21 @@ def test_programs_stay_where_jax_was_told_to_keep_them(monkeypatch, tmp_path):
 
 def test_devices_that_are_not_there(tmp_path):
   run = subprocess.run(
-      [sys.executable, '-m', 'rlhf_jax.main', '--config=configs/quickstart.py', f'--workdir={tmp_path}/run'],
-      env=os.environ | {'JAX_PLATFORMS': 'cuda'}, capture_output=True, text=True, check=False)
-  assert run.returncode == 1 and run.stderr.startswith('error: ') and run.stderr.count('\n') == 1, run.stderr
+    [
+      sys.executable,
+      '-m',
+      'rlhf_jax.main',
+      '--config=configs/quickstart.py',
+      f'--workdir={tmp_path}/run',
+    ],
+    env=os.environ | {'JAX_PLATFORMS': 'cuda'},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert run.returncode == 1 and run.stderr.startswith('error: ') and run.stderr.count('\n') == 1, (
+    run.stderr
+  )
   assert run.stderr.startswith('error: there are no devices for JAX_PLATFORMS=cuda: '), run.stderr
   assert 'Unset it' in run.stderr and 'pip install -e ".[cuda]"' in run.stderr
   assert not (tmp_path / 'run').exists()
@@ -135,8 +180,13 @@ def test_freed_memory_stays_in_huge_pages_where_the_cpu_computes(tmp_path):
   (tmp_path / 'jax_plugins').mkdir()  # as JAX for CUDA has it
 
   def faults(keep, **environment):
-    run = subprocess.run([sys.executable, '-c', TOUCH.format(keep=keep)], capture_output=True, text=True, check=True,
-                         env=os.environ | environment)
+    run = subprocess.run(
+      [sys.executable, '-c', TOUCH.format(keep=keep)],
+      capture_output=True,
+      text=True,
+      check=True,
+      env=os.environ | environment,
+    )
     return json.loads(run.stdout)
 
   pages = 2**26 // 4096

@@ -13,21 +13,43 @@ from rlhf_jax import sharding
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import heads
 
-GPT2 = {'family': 'gpt2', 'vocab_size': 31, 'n_positions': 16, 'n_embd': 16, 'n_layer': 2, 'n_head': 4}
-LLAMA = {'family': 'llama', 'vocab_size': 32, 'hidden_size': 16, 'intermediate_size': 24, 'num_hidden_layers': 2,
-         'num_attention_heads': 4, 'num_key_value_heads': 2, 'attention_bias': True, 'mlp_bias': True}
+GPT2 = {
+  'family': 'gpt2',
+  'vocab_size': 31,
+  'n_positions': 16,
+  'n_embd': 16,
+  'n_layer': 2,
+  'n_head': 4,
+}
+LLAMA = {
+  'family': 'llama',
+  'vocab_size': 32,
+  'hidden_size': 16,
+  'intermediate_size': 24,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 4,
+  'num_key_value_heads': 2,
+  'attention_bias': True,
+  'mlp_bias': True,
+}
 
 
 def test_mesh_sizes():
   count = jax.device_count()
   assert dict(sharding.make_mesh({'data': -1}).shape) == {'data': count, 'fsdp': 1, 'tensor': 1}
   if count == 8:
-    assert dict(sharding.make_mesh({'tensor': 2, 'fsdp': -1}).shape) == {'data': 1, 'fsdp': 4, 'tensor': 2}
+    assert dict(sharding.make_mesh({'tensor': 2, 'fsdp': -1}).shape) == {
+      'data': 1,
+      'fsdp': 4,
+      'tensor': 2,
+    }
   one = sharding.make_mesh({'data': -1}, devices=jax.devices()[:1])
   assert dict(one.shape) == {'data': 1, 'fsdp': 1, 'tensor': 1}
 
 
-@pytest.mark.parametrize('shape,words', [
+@pytest.mark.parametrize(
+  'shape,words',
+  [
     ({'model': 2}, 'model'),
     ({'data': -1, 'fsdp': -1}, 'at most one'),
     ({'data': 0}, 'positive'),
@@ -35,13 +57,16 @@ def test_mesh_sizes():
     ({'data': 3}, 'needs 3 devices'),
     ({'data': -1, 'fsdp': 3}, 'devices'),
     ({'data': -1, 'tensor': 100}, 'devices'),
-])
+  ],
+)
 def test_bad_meshes_are_explained(shape, words):
   with pytest.raises(UserError, match=words):
     sharding.make_mesh(shape)
 
 
-@pytest.fixture(params=[GPT2, LLAMA, LLAMA | {'tie_word_embeddings': True}], ids=['gpt2', 'llama', 'tied'])
+@pytest.fixture(
+  params=[GPT2, LLAMA, LLAMA | {'tie_word_embeddings': True}], ids=['gpt2', 'llama', 'tied']
+)
 def model(request):
   return models.create(request.param)
 
@@ -57,8 +82,13 @@ def test_rules_name_every_parameter_and_moment(model):
   mesh = mesh_of_eight()
 
   def state(key):
-    params = {'policy': model.init(key),
-              'critic': {'backbone': model.init(key), 'head': heads.init_scalar(key, model.width, scale='normal')}}
+    params = {
+      'policy': model.init(key),
+      'critic': {
+        'backbone': model.init(key),
+        'head': heads.init_scalar(key, model.width, scale='normal'),
+      },
+    }
     return {'params': params, 'opt_state': optax.adamw(1e-3).init(params), 'step': jnp.int32(0)}
 
   places = sharding.shardings(jax.eval_shape(state, jax.random.key(0)), model.rules, mesh)
@@ -83,7 +113,9 @@ def test_unmatched_and_indivisible_parameters_are_named(model):
   with pytest.raises(UserError, match=r"'blocks/adapter/down' of shape \(4, 4\)"):
     sharding.shardings({'blocks': {'adapter': {'down': jnp.zeros((4, 4))}}}, model.rules, mesh)
   odd = {'blocks': {'mlp': {'up': {'kernel': jnp.zeros((2, 16, 7))}}}}
-  with pytest.raises(UserError, match=r"blocks/mlp/up/kernel.*\(2, 16, 7\).*dimension 2.*'tensor'.*size 2"):
+  with pytest.raises(
+    UserError, match=r"blocks/mlp/up/kernel.*\(2, 16, 7\).*dimension 2.*'tensor'.*size 2"
+  ):
     sharding.shardings(odd, model.rules, mesh)
   with pytest.raises(UserError, match='too few dimensions'):
     sharding.shardings({'blocks': {'mlp': {'up': {'kernel': jnp.zeros(2)}}}}, model.rules, mesh)
@@ -95,9 +127,16 @@ def test_batches_are_split_over_data_and_fsdp():
   assert sharding.replicated(mesh).shard_shape((8, 3)) == (8, 3)
 
 
-@pytest.mark.parametrize('fields,shape', [
-    (GPT2, {'data': 8}), (LLAMA, {'fsdp': 8}), (GPT2, {'data': 2, 'fsdp': 2, 'tensor': 2}),
-    (LLAMA, {'data': 2, 'fsdp': 2, 'tensor': 2}), (LLAMA | {'tie_word_embeddings': True}, {'fsdp': 2, 'tensor': 4})])
+@pytest.mark.parametrize(
+  'fields,shape',
+  [
+    (GPT2, {'data': 8}),
+    (LLAMA, {'fsdp': 8}),
+    (GPT2, {'data': 2, 'fsdp': 2, 'tensor': 2}),
+    (LLAMA, {'data': 2, 'fsdp': 2, 'tensor': 2}),
+    (LLAMA | {'tie_word_embeddings': True}, {'fsdp': 2, 'tensor': 4}),
+  ],
+)
 def test_eight_devices_give_the_loss_and_gradient_of_one(fields, shape):
   mesh_of_eight()
   mesh = sharding.make_mesh(shape)
@@ -116,8 +155,11 @@ def test_eight_devices_give_the_loss_and_gradient_of_one(fields, shape):
   places = sharding.shardings(params, model.rules, mesh)
   rows = sharding.batch_sharding(mesh)
   one = jax.jit(jax.value_and_grad(loss))(params, tokens, positions, segments)
-  step = jax.jit(jax.value_and_grad(loss), in_shardings=(places, rows, rows, rows),
-                 out_shardings=(sharding.replicated(mesh), places))
+  step = jax.jit(
+    jax.value_and_grad(loss),
+    in_shardings=(places, rows, rows, rows),
+    out_shardings=(sharding.replicated(mesh), places),
+  )
   many = step(jax.device_put(params, places), tokens, positions, segments)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), many, one)
 
@@ -125,7 +167,7 @@ def test_eight_devices_give_the_loss_and_gradient_of_one(fields, shape):
 @pytest.mark.parametrize('shape', [{}, {'data': 8}, {'data': 2, 'fsdp': 2, 'tensor': 2}], ids=str)
 def test_each_shard_has_its_rows_and_its_number_of_rounds(shape):
   mesh_of_eight()
-  mesh = sharding.make_mesh(shape, devices=jax.devices()[:8 if shape else 1])
+  mesh = sharding.make_mesh(shape, devices=jax.devices()[: 8 if shape else 1])
   count = 8 // shape.get('tensor', 1) if shape else 1
   weights = np.diag(np.arange(1.0, 5.0, dtype=np.float32))
   inside = []
@@ -139,7 +181,9 @@ def test_each_shard_has_its_rows_and_its_number_of_rounds(shape):
 
   with jax.set_mesh(mesh):
     places = tuple(NamedSharding(mesh, spec) for spec in (P('fsdp', 'tensor'), sharding.BATCH))
-    found = jax.jit(lambda *x: sharding.each_shard(double, *x))(*jax.device_put((weights, np.ones((16, 4))), places))
+    found = jax.jit(lambda *x: sharding.each_shard(double, *x))(
+      *jax.device_put((weights, np.ones((16, 4))), places)
+    )
   times = np.repeat(2.0 ** np.arange(count), 16 // count)
   np.testing.assert_array_equal(found, times[:, None] * np.arange(1.0, 5.0)[None])
   assert inside[0][:2] == ((16 // count, 4), (1, shape.get('tensor', 1)))

@@ -48,7 +48,8 @@ def test_a_folder_says_what_made_it(finished, world):
   assert json.loads((folder / 'config.json').read_text()) == json.loads(config.to_json())
   assert json.loads((folder / 'model.json').read_text())['name'] == 'policy'
   assert {'tokenizer.json', 'tokenizer_config.json'} <= {
-      path.name for path in (folder / 'tokenizer').iterdir()}
+    path.name for path in (folder / 'tokenizer').iterdir()
+  }
   assert sorted(path.name for path in (folder / 'checkpoints').iterdir()) == ['4', '5']
 
 

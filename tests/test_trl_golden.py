@@ -35,8 +35,11 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 def load(prefix, folder, *, reward=False):
   """A Hugging Face folder of the arrays named `prefix/...`, read by the package."""
   folder.mkdir()
-  tensors = {name.removeprefix(f'{prefix}/'): GOLDEN[name]
-             for name in GOLDEN.files if name.startswith(f'{prefix}/')}
+  tensors = {
+    name.removeprefix(f'{prefix}/'): GOLDEN[name]
+    for name in GOLDEN.files
+    if name.startswith(f'{prefix}/')
+  }
   save_file(tensors, folder / 'model.safetensors', metadata={'format': 'pt'})
   config = 'reward_config' if reward else 'config'
   (folder / 'config.json').write_text(str(GOLDEN[config]))
@@ -48,16 +51,40 @@ def settings_of(case):
   theirs = json.loads(str(GOLDEN[f'{case}/settings']))
   penalty = theirs['missing_eos_penalty']
   ours = ppo.Settings(
-      epochs=theirs['num_ppo_epochs'], minibatches=theirs['num_mini_batches'],
-      microbatch_size=0, length_buckets=1, temperature=theirs['temperature'], end_tokens=(EOS,), end_after=0, samples=1, max_new_tokens=RESPONSES.shape[1],
-      kl_estimator=theirs['kl_estimator'], kl_in='reward', kl_controller='fixed',
-      kl_target=1.0, kl_horizon=1.0, gamma=theirs['gamma'], lam=theirs['lam'],
-      clip_low=theirs['cliprange'], clip_high=theirs['cliprange'], dual_clip=0.0,
-      value_clip=theirs['cliprange_value'], vf_coef=theirs['vf_coef'], entropy_coef=0.0,
-      ptx_coef=0.0, response='truncated', score_position='after_end',
-      missing_eos='none' if penalty is None else 'subtract', missing_eos_value=penalty or 0.0,
-      scale_scores=False, clip_scores=0.0, whiten_rewards=theirs['whiten_rewards'],
-      whiten_advantages='batch', whiten_unbiased=True, behaviour='forward')
+    epochs=theirs['num_ppo_epochs'],
+    minibatches=theirs['num_mini_batches'],
+    microbatch_size=0,
+    length_buckets=1,
+    temperature=theirs['temperature'],
+    end_tokens=(EOS,),
+    end_after=0,
+    samples=1,
+    max_new_tokens=RESPONSES.shape[1],
+    kl_estimator=theirs['kl_estimator'],
+    kl_in='reward',
+    kl_controller='fixed',
+    kl_target=1.0,
+    kl_horizon=1.0,
+    gamma=theirs['gamma'],
+    lam=theirs['lam'],
+    clip_low=theirs['cliprange'],
+    clip_high=theirs['cliprange'],
+    dual_clip=0.0,
+    value_clip=theirs['cliprange_value'],
+    vf_coef=theirs['vf_coef'],
+    entropy_coef=0.0,
+    ptx_coef=0.0,
+    response='truncated',
+    score_position='after_end',
+    missing_eos='none' if penalty is None else 'subtract',
+    missing_eos_value=penalty or 0.0,
+    scale_scores=False,
+    clip_scores=0.0,
+    whiten_rewards=theirs['whiten_rewards'],
+    whiten_advantages='batch',
+    whiten_unbiased=True,
+    behaviour='forward',
+  )
   return ours, theirs
 
 
@@ -66,17 +93,31 @@ def make_rollout():
   tokens = jnp.asarray(np.concatenate([QUERIES, RESPONSES], axis=1))
   mask = tokens != PAD
   return types.Rollout(
-      tokens=tokens, mask=mask, response_mask=mask[:, QUERIES.shape[1]:],
-      logprobs=jnp.zeros(RESPONSES.shape))
+    tokens=tokens,
+    mask=mask,
+    response_mask=mask[:, QUERIES.shape[1] :],
+    logprobs=jnp.zeros(RESPONSES.shape),
+  )
 
 
 def make_optimizers(learning_rate):
   """AdamW without decay is Adam. Their value head has no bias, so ours is held at 0."""
   make = functools.partial(
-      optim.make, name='adam', learning_rate=learning_rate, schedule_kind='constant',
-      warmup_steps=0, steps=1, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=0.0)
+    optim.make,
+    name='adam',
+    learning_rate=learning_rate,
+    schedule_kind='constant',
+    warmup_steps=0,
+    steps=1,
+    b1=0.9,
+    b2=0.999,
+    eps=1e-8,
+    weight_decay=0.0,
+    clip_norm=0.0,
+  )
   bias = lambda params: jax.tree_util.tree_map_with_path(
-      lambda path, _: jax.tree_util.keystr(path) == "['head']['bias']", params)
+    lambda path, _: jax.tree_util.keystr(path) == "['head']['bias']", params
+  )
   return {'policy': make(), 'critic': optax.chain(make(), optax.masked(optax.set_to_zero(), bias))}
 
 
@@ -91,12 +132,18 @@ def start_fixture(request, tmp_path):
   params = {'policy': policy_params, 'critic': critic_params}
   optimizers = make_optimizers(theirs['learning_rate'])
   state = types.TrainState(
-      step=jnp.int32(0), key=jax.random.key(0), params=params,
-      opt_state={name: optimizers[name].init(params[name]) for name in params},
-      extra={'kl_coef': jnp.float32(theirs['kl_coef']), 'reward_moments': jnp.zeros(3)})
+    step=jnp.int32(0),
+    key=jax.random.key(0),
+    params=params,
+    opt_state={name: optimizers[name].init(params[name]) for name in params},
+    extra={'kl_coef': jnp.float32(theirs['kl_coef']), 'reward_moments': jnp.zeros(3)},
+  )
   arrays = dict(
-      state=state, frozen={'shared': {}, 'reference': reference}, rollout=make_rollout(),
-      scores=jnp.asarray(GOLDEN[f'{case}/raw_scores']))
+    state=state,
+    frozen={'shared': {}, 'reference': reference},
+    rollout=make_rollout(),
+    scores=jnp.asarray(GOLDEN[f'{case}/raw_scores']),
+  )
   static = dict(models=forward.Models(policy, critic), settings=settings)
   return case, arrays, static, optimizers
 
@@ -127,8 +174,11 @@ def test_reward_model_scores_agree(tmp_path):
   model, params = load('reward', tmp_path / 'reward', reward=True)
   rollout = make_rollout()
   hidden, _ = model.forward(
-      params['backbone'], rollout.tokens, types.positions_from_mask(rollout.mask),
-      rollout.mask.astype(jnp.int32))
+    params['backbone'],
+    rollout.tokens,
+    types.positions_from_mask(rollout.mask),
+    rollout.mask.astype(jnp.int32),
+  )
   scores = heads.last_token(heads.apply_scalar(params['head'], hidden), rollout.mask)
   for case in CASES:
     close(scores, GOLDEN[f'{case}/raw_scores'])
@@ -161,7 +211,9 @@ def test_every_minibatch_agrees(start, tmp_path):
 
   @jax.jit
   def step(params, opt_state, batch):
-    grads, metrics = tiny.gradients(params, batch, arrays['frozen'], state.extra['kl_coef'], **static)
+    grads, metrics = tiny.gradients(
+      params, batch, arrays['frozen'], state.extra['kl_coef'], **static
+    )
     return *optim.apply(params, opt_state, grads, optimizers)[:2], metrics
 
   minibatches = static['settings'].minibatches

@@ -26,7 +26,8 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
 def advantages_of(settings):
   """[B, R]: our advantages of TRL's scores, on every token of a response."""
   advantages = adv.group_advantages(
-      GOLDEN['scores'], settings['num_generations'], scale=settings['scale_rewards'])
+    GOLDEN['scores'], settings['num_generations'], scale=settings['scale_rewards']
+  )
   return np.repeat(advantages[:, None], MASK.shape[1], axis=1)
 
 
@@ -49,16 +50,24 @@ def loss(logprobs, batch, counts, settings):
   mask = batch['mask']
   logprobs = jnp.where(mask, logprobs, 0.0)
   ratios = losses.log_ratio(
-      logprobs, batch['old_logprobs'], mask, level=settings['importance_sampling_level'])
+    logprobs, batch['old_logprobs'], mask, level=settings['importance_sampling_level']
+  )
   per_token, clipped, ratio = losses.clipped_policy_loss(
-      ratios, batch['advantages'], clip_low=settings['epsilon'],
-      clip_high=settings['epsilon_high'], dual_clip=settings['delta'] or 0.0)
+    ratios,
+    batch['advantages'],
+    clip_low=settings['epsilon'],
+    clip_high=settings['epsilon_high'],
+    dual_clip=settings['delta'] or 0.0,
+  )
   kl = adv.kl_estimate(logprobs, jnp.where(mask, batch['ref_logprobs'], 0.0), 'k3')
   if settings['use_bias_correction_kl']:
     kl *= ratio
   weights = losses.token_weights(
-      mask, *counts, normalize=NORMALIZE[settings['loss_type']],
-      max_length=settings['max_completion_length'])
+    mask,
+    *counts,
+    normalize=NORMALIZE[settings['loss_type']],
+    max_length=settings['max_completion_length'],
+  )
   total = jnp.sum(weights * (per_token + settings['beta'] * kl))
   return total, (kl, clipped)
 
@@ -67,12 +76,14 @@ def calls(name):
   """What each call of `_compute_loss` saw, our value and gradient of it, and our metrics."""
   settings = SETTINGS[name]
   advantages = advantages_of(settings)
-  step = jax.jit(jax.value_and_grad(
-      functools.partial(loss, settings=settings), has_aux=True))
+  step = jax.jit(jax.value_and_grad(functools.partial(loss, settings=settings), has_aux=True))
   for i, rows in enumerate(GOLDEN[f'{name}/rows']):
-    batch = {'mask': MASK[rows], 'advantages': advantages[rows],
-             'old_logprobs': GOLDEN['old_logprobs'][rows],
-             'ref_logprobs': GOLDEN['ref_logprobs'][rows]}
+    batch = {
+      'mask': MASK[rows],
+      'advantages': advantages[rows],
+      'old_logprobs': GOLDEN['old_logprobs'][rows],
+      'ref_logprobs': GOLDEN['ref_logprobs'][rows],
+    }
     counts = counts_of(settings, MASK[rows])
     yield i, batch, *step(jnp.asarray(GOLDEN[f'{name}/logprobs'][i]), batch, counts)
 
@@ -120,15 +131,23 @@ def test_microbatches_of_trl_add_up_to_one(loss_type):
   settings = SETTINGS[name] | {'gradient_accumulation_steps': 1}
   rows = GOLDEN[f'{name}/rows'][:2].ravel()
   logprobs = GOLDEN[f'{name}/logprobs'][:2].reshape(len(rows), -1)
-  batch = {'mask': MASK[rows], 'advantages': advantages_of(settings)[rows],
-           'old_logprobs': GOLDEN['old_logprobs'][rows],
-           'ref_logprobs': GOLDEN['ref_logprobs'][rows]}
+  batch = {
+    'mask': MASK[rows],
+    'advantages': advantages_of(settings)[rows],
+    'old_logprobs': GOLDEN['old_logprobs'][rows],
+    'ref_logprobs': GOLDEN['ref_logprobs'][rows],
+  }
   value, _ = loss(jnp.asarray(logprobs), batch, counts_of(settings, MASK[rows]), settings)
   close(value, GOLDEN[f'{name}/loss'][:2].sum())
 
 
 def test_overlong_penalty_agrees():
   settings = json.loads(str(GOLDEN['overlong_settings']))
-  close(adv.overlong_penalty(
-      GOLDEN['overlong_lengths'], max_length=settings['max_completion_len'],
-      cache=settings['soft_punish_cache']), GOLDEN['overlong_penalty'])
+  close(
+    adv.overlong_penalty(
+      GOLDEN['overlong_lengths'],
+      max_length=settings['max_completion_len'],
+      cache=settings['soft_punish_cache'],
+    ),
+    GOLDEN['overlong_penalty'],
+  )

@@ -17,7 +17,7 @@ from rlhf_jax import train
 from rlhf_jax import workdir as workdir_lib
 import tiny
 
-HOLD = '''
+HOLD = """
 import sys, time
 from rlhf_jax import errors, workdir
 try:
@@ -26,23 +26,31 @@ try:
     time.sleep(float(sys.argv[2]))
 except errors.UserError as error:
   print(error, flush=True)
-'''
+"""
 
 
 def hold(folder, seconds):
-  return subprocess.Popen([sys.executable, '-c', HOLD, folder, str(seconds)], stdout=subprocess.PIPE, text=True)
+  return subprocess.Popen(
+    [sys.executable, '-c', HOLD, folder, str(seconds)], stdout=subprocess.PIPE, text=True
+  )
 
 
-@pytest.mark.parametrize('workdir, message', [
-    ('', '--workdir is empty'), (' ', '--workdir is empty'),
+@pytest.mark.parametrize(
+  'workdir, message',
+  [
+    ('', '--workdir is empty'),
+    (' ', '--workdir is empty'),
     ('gs://bucket/run', '--workdir=gs://bucket/run is a URL: .* Mount the bucket'),
     ('{tmp}/file', '--workdir=.*/file cannot be written .*: name a folder that can'),
     ('{tmp}/file/run', 'cannot be written'),
     ('/proc/run', '--workdir=/proc/run cannot be written'),
     ('{tmp}/papers', 'is no folder of a run, and holds draft.tex: name a new'),
     ('{world}/model', 'is no folder of a run, and holds config.json, model.safetensors'),
-])
-def test_a_folder_that_cannot_be_used_is_found_before_anything_is_loaded(workdir, message, world, tmp_path, monkeypatch):
+  ],
+)
+def test_a_folder_that_cannot_be_used_is_found_before_anything_is_loaded(
+  workdir, message, world, tmp_path, monkeypatch
+):
   (tmp_path / 'file').write_text('x')
   (tmp_path / 'papers').mkdir()
   (tmp_path / 'papers' / 'draft.tex').write_text('x')
@@ -58,9 +66,14 @@ def test_one_of_two_processes_holds_a_folder(tmp_path):
   (tmp_path / 'metrics.jsonl').write_text('')
   started = [hold(tmp_path, 3) for _ in range(2)]
   said = sorted(process.communicate(timeout=60)[0] for process in started)
-  holder = next(process for process in started if process.pid and f'process {process.pid} on ' in said[0])
+  holder = next(
+    process for process in started if process.pid and f'process {process.pid} on ' in said[0]
+  )
   assert said[1] == 'held\n' and holder in started
-  assert f'{tmp_path} is in use by process {holder.pid} on ' in said[0] and 'name another --workdir' in said[0]
+  assert (
+    f'{tmp_path} is in use by process {holder.pid} on ' in said[0]
+    and 'name another --workdir' in said[0]
+  )
   assert os.listdir(tmp_path) == ['metrics.jsonl']
 
 
@@ -111,8 +124,12 @@ def test_a_living_holder_beats(tmp_path, monkeypatch):
 def test_what_a_killed_run_left_half_written_is_removed(world, tmp_path):
   config = tiny.sft(world)
   config.steps = 1
-  for name in (f'.model.{"0a1b" * 8}/shard-00000', 'checkpoints/7.orbax-checkpoint-tmp/state/x',
-               'config.json.tmp', 'metrics.jsonl'):
+  for name in (
+    f'.model.{"0a1b" * 8}/shard-00000',
+    'checkpoints/7.orbax-checkpoint-tmp/state/x',
+    'config.json.tmp',
+    'metrics.jsonl',
+  ):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text('')
   umask = os.umask(0o027)
@@ -120,19 +137,32 @@ def test_what_a_killed_run_left_half_written_is_removed(world, tmp_path):
     train.run(config, tmp_path)
   finally:
     os.umask(umask)
-  assert not [path for path in tmp_path.rglob('*') if 'tmp' in path.name or path.name.startswith('.')]
+  assert not [
+    path for path in tmp_path.rglob('*') if 'tmp' in path.name or path.name.startswith('.')
+  ]
   modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / 'model').iterdir()}
   assert modes == {0o640} and stat.S_IMODE((tmp_path / 'model').stat().st_mode) == 0o750
 
 
 def test_the_next_start_removes_what_a_killed_export_leaves(tmp_path):
-  killed = subprocess.run([sys.executable, '-c', '''
+  killed = subprocess.run(
+    [
+      sys.executable,
+      '-c',
+      """
 import os, sys
 from rlhf_jax.models import hf_files
 with hf_files.replacing(sys.argv[1]) as model, hf_files.replacing(sys.argv[2]) as adapter:
   (model / 'config.json').touch()
   os._exit(9)
-''', tmp_path / 'model', tmp_path / 'adapter'], capture_output=True, text=True, check=False)
+""",
+      tmp_path / 'model',
+      tmp_path / 'adapter',
+    ],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert killed.returncode == 9, killed.stderr
   assert sorted(path.name.split('.')[1] for path in tmp_path.iterdir()) == ['adapter', 'model']
   workdir_lib.remove_leftovers(tmp_path)

@@ -35,9 +35,16 @@ PAD, BOS, EOS, UNK = range(4)
 WORDS = 60
 VOCAB = WORDS + 4
 LLAMA = {
-    'family': 'llama', 'vocab_size': VOCAB, 'hidden_size': 16, 'intermediate_size': 32,
-    'num_hidden_layers': 2, 'num_attention_heads': 4, 'num_key_value_heads': 2,
-    'max_position_embeddings': 32, 'tie_word_embeddings': True, 'initializer_range': 0.1,
+  'family': 'llama',
+  'vocab_size': VOCAB,
+  'hidden_size': 16,
+  'intermediate_size': 32,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 4,
+  'num_key_value_heads': 2,
+  'max_position_embeddings': 32,
+  'tie_word_embeddings': True,
+  'initializer_range': 0.1,
 }
 
 
@@ -55,13 +62,20 @@ def write(folder):
   write_model(folder / 'model', LLAMA)
   write_model(folder / 'reward', LLAMA, reward=True)
   write_jsonl(folder / 'texts.jsonl', [{'text': text(i, 3 + i % 12)} for i in range(64)])
-  write_jsonl(folder / 'completions.jsonl', [
-      {'prompt': text(i, 1 + i % 4), 'completion': text(3 * i, 2 + i % 5)} for i in range(48)])
-  write_jsonl(folder / 'comparisons.jsonl', [
+  write_jsonl(
+    folder / 'completions.jsonl',
+    [{'prompt': text(i, 1 + i % 4), 'completion': text(3 * i, 2 + i % 5)} for i in range(48)],
+  )
+  write_jsonl(
+    folder / 'comparisons.jsonl',
+    [
       {'prompt': text(i, 1 + i % 3), 'chosen': text(i % 20, 3), 'rejected': text(30 + i % 20, 4)}
-      for i in range(48)])
-  write_jsonl(folder / 'prompts.jsonl', [
-      {'prompt': text(7 * i, 1 + i % 5), 'number': i} for i in range(40)])
+      for i in range(48)
+    ],
+  )
+  write_jsonl(
+    folder / 'prompts.jsonl', [{'prompt': text(7 * i, 1 + i % 5), 'number': i} for i in range(40)]
+  )
   return folder
 
 
@@ -77,14 +91,18 @@ def write_tokenizer(path, words=WORDS):
   """A tokenizer of whole words, with BOS, EOS and padding; returns it."""
   vocabulary = {'<|pad|>': PAD, '<|bos|>': BOS, '<|eos|>': EOS, '<|unk|>': UNK}
   vocabulary |= {f'w{i}': 4 + i for i in range(words)}
-  backend = hf_tokenizers.Tokenizer(
-      hf_tokenizers.models.WordLevel(vocabulary, unk_token='<|unk|>'))
+  backend = hf_tokenizers.Tokenizer(hf_tokenizers.models.WordLevel(vocabulary, unk_token='<|unk|>'))
   backend.pre_tokenizer = hf_tokenizers.pre_tokenizers.WhitespaceSplit()
   backend.post_processor = hf_tokenizers.processors.TemplateProcessing(
-      single='<|bos|> $A', special_tokens=[('<|bos|>', BOS)])
+    single='<|bos|> $A', special_tokens=[('<|bos|>', BOS)]
+  )
   tokenizer = transformers.PreTrainedTokenizerFast(
-      tokenizer_object=backend, pad_token='<|pad|>', bos_token='<|bos|>', eos_token='<|eos|>',
-      unk_token='<|unk|>')
+    tokenizer_object=backend,
+    pad_token='<|pad|>',
+    bos_token='<|bos|>',
+    eos_token='<|eos|>',
+    unk_token='<|unk|>',
+  )
   tokenizer.save_pretrained(path)
   return tokenizer
 
@@ -154,8 +172,12 @@ def on_policy(config, world):
 
 def evals(world, every=2):
   """Blocks of every evaluator that asks a policy: the first 10 prompts, 4 tokens an answer."""
-  asked = lambda: {'path': f'{world}/prompts.jsonl', 'every': every, 'count': 10,
-                   'sampling': {'max_new_tokens': 4}}
+  asked = lambda: {
+    'path': f'{world}/prompts.jsonl',
+    'every': every,
+    'count': 10,
+    'sampling': {'max_new_tokens': 4},
+  }
   scored = lambda: asked() | {'reward': {'function': 'tiny:good_words'}}
   return {'prompts': scored(), 'win_rate': scored(), 'text': asked()}
 
@@ -163,8 +185,9 @@ def evals(world, every=2):
 def mix_in_pretraining(config, world):
   """PPO-ptx on completions.jsonl."""
   config.rl.ptx_coef = 0.5
-  config.ptx.update({'path': f'{world}/completions.jsonl', 'kind': 'completion',
-                     'max_length': 16, 'batch_size': 16})
+  config.ptx.update(
+    {'path': f'{world}/completions.jsonl', 'kind': 'completion', 'max_length': 16, 'batch_size': 16}
+  )
 
 
 def _trained(config, world):
@@ -212,9 +235,12 @@ def one_step(train_step, params, *batch, jit=True):
   """
   optimizers = {name: optax.adam(1e-3, eps=1e-3) for name in params}
   first = types.TrainState(
-      step=jnp.int32(0), key=jax.random.key(0), params=params,
-      opt_state={name: optimizers[name].init(params[name]) for name in params},
-      extra={'kl_coef': jnp.float32(0.1), 'reward_moments': jnp.zeros(3)})
+    step=jnp.int32(0),
+    key=jax.random.key(0),
+    params=params,
+    opt_state={name: optimizers[name].init(params[name]) for name in params},
+    extra={'kl_coef': jnp.float32(0.1), 'reward_moments': jnp.zeros(3)},
+  )
   train_step = functools.partial(train_step, optimizers=optimizers)
   return (jax.jit(train_step) if jit else train_step)(first, *batch)
 
@@ -232,7 +258,8 @@ def before_update(params, frozen, rollout, *, models, settings):
   state = types.TrainState(0, None, params, {}, {'kl_coef': 0.0})
   forward, objective = ppo_parts(state, frozen, rollout, jnp.zeros(1), models, settings)
   return update.before_update(
-      params, rollout, objective.step_mask, forward=forward, schedule=settings.schedule)
+    params, rollout, objective.step_mask, forward=forward, schedule=settings.schedule
+  )
 
 
 def gradients(params, experience, frozen, kl_coef, *, models, settings):
@@ -240,13 +267,15 @@ def gradients(params, experience, frozen, kl_coef, *, models, settings):
   state = types.TrainState(0, None, params, {}, {'kl_coef': kl_coef})
   forward, objective = ppo_parts(state, frozen, experience, jnp.zeros(1), models, settings)
   return update.minibatch_gradients(
-      params, experience, forward=forward, objective=objective, schedule=settings.schedule)
+    params, experience, forward=forward, objective=objective, schedule=settings.schedule
+  )
 
 
 def ppo_parts(state, frozen, rollout, scores, models, settings):
   """The forward passes and the objective that ppo.train_step gives to the update."""
   forward = forward_lib.Forward(
-      models, frozen, settings.temperature, full_kl=settings.kl_estimator == 'full')
+    models, frozen, settings.temperature, full_kl=settings.kl_estimator == 'full'
+  )
   return forward, ppo_lib.objective(state, rollout, scores, settings=settings)
 
 

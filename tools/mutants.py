@@ -65,12 +65,16 @@ def run_tests(tests, tree, programs):
     pytest's exit status, 1 where it hangs; and what it printed.
   """
   # Bytecode is told apart by seconds and sizes: a fault may change neither.
-  environment = os.environ | {'PYTHONPATH': str(tree), 'PYTHONDONTWRITEBYTECODE': '1',
-                              'JAX_COMPILATION_CACHE_DIR': str(programs)}
+  environment = os.environ | {
+    'PYTHONPATH': str(tree),
+    'PYTHONDONTWRITEBYTECODE': '1',
+    'JAX_COMPILATION_CACHE_DIR': str(programs),
+  }
   command = [sys.executable, '-m', 'pytest', '-x', '-p', 'no:cacheprovider', *tests]
   try:
     done = subprocess.run(
-        command, cwd=tree, env=environment, capture_output=True, text=True, timeout=LIMIT)
+      command, cwd=tree, env=environment, capture_output=True, text=True, timeout=LIMIT
+    )
   except subprocess.TimeoutExpired:
     return 1, ''
   return done.returncode, done.stdout + done.stderr
@@ -79,8 +83,11 @@ def run_tests(tests, tree, programs):
 def check(faults, tree, programs):
   """What is wrong before any fault is applied, list of lines."""
   counts = {fault: occurrences(fault, tree) for fault in faults}
-  wrong = [f'{fault.name}: the text to replace must be once in {fault.file}, and is {count} times'
-           for fault, count in counts.items() if count != 1]
+  wrong = [
+    f'{fault.name}: the text to replace must be once in {fault.file}, and is {count} times'
+    for fault, count in counts.items()
+    if count != 1
+  ]
   if wrong:
     return wrong
   tests = dict.fromkeys(test for fault in faults for test in fault.tests)
@@ -123,9 +130,15 @@ def run(faults, root):
 def main():
   """Parses the command line; exits with 1 unless all faults are seen."""
   parser = argparse.ArgumentParser(
-      prog='python -m tools.mutants', description=__doc__.split('\n', maxsplit=1)[0])
-  parser.add_argument('--only', action='append', metavar='NAME', help='may be repeated',
-                      choices=[fault.name for fault in FAULTS])
+    prog='python -m tools.mutants', description=__doc__.split('\n', maxsplit=1)[0]
+  )
+  parser.add_argument(
+    '--only',
+    action='append',
+    metavar='NAME',
+    help='may be repeated',
+    choices=[fault.name for fault in FAULTS],
+  )
   parser.add_argument('--list', action='store_true', help='print them and stop')
   options = parser.parse_args()
   faults = [fault for fault in FAULTS if not options.only or fault.name in options.only]

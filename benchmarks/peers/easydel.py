@@ -34,44 +34,89 @@ def make_tokenizer(vocab):
   backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token='<pad>'))
   backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
   return transformers.PreTrainedTokenizerFast(
-      tokenizer_object=backend, pad_token='<pad>', eos_token='<eos>', padding_side='left')
+    tokenizer_object=backend, pad_token='<pad>', eos_token='<eos>', padding_side='left'
+  )
 
 
 def make_model(kind, w, seed, device):
   """A random Llama with the weights and FLOPs of a workload's GPT-2."""
   config = easydel.LlamaConfig(
-      vocab_size=w.vocab, hidden_size=w.width, intermediate_size=16 * round(w.mlp / 24), num_hidden_layers=w.layers,
-      num_attention_heads=w.heads, num_key_value_heads=w.heads, head_dim=w.width // w.heads,
-      max_position_embeddings=w.length, tie_word_embeddings=True, eos_token_id=w.vocab, pad_token_id=w.vocab - 1,
-      num_labels=1)
+    vocab_size=w.vocab,
+    hidden_size=w.width,
+    intermediate_size=16 * round(w.mlp / 24),
+    num_hidden_layers=w.layers,
+    num_attention_heads=w.heads,
+    num_key_value_heads=w.heads,
+    head_dim=w.width // w.heads,
+    max_position_embeddings=w.length,
+    tie_word_embeddings=True,
+    eos_token_id=w.vocab,
+    pad_token_id=w.vocab - 1,
+    num_labels=1,
+  )
   dtype = jnp.float32 if device == 'cpu' else jnp.bfloat16
   model = kind(config=config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(seed))
-  model.generation_config = transformers.GenerationConfig(eos_token_id=w.vocab, pad_token_id=w.vocab - 1)
+  model.generation_config = transformers.GenerationConfig(
+    eos_token_id=w.vocab, pad_token_id=w.vocab - 1
+  )
   return model
 
 
 def make_trainer(w, device, workdir):
   """PPOTrainer with random models and prompts, set to run on."""
   rows = np.random.default_rng(0).integers(0, w.vocab - 1, (16 * w.batch, w.prompt))
-  data = datasets.Dataset.from_dict({'input_ids': rows.tolist(), 'attention_mask': np.ones_like(rows).tolist()})
+  data = datasets.Dataset.from_dict(
+    {'input_ids': rows.tolist(), 'attention_mask': np.ones_like(rows).tolist()}
+  )
   tokenizer = make_tokenizer(w.vocab)
   arguments = easydel.PPOConfig(
-      save_directory=workdir, total_batch_size=w.batch, num_train_epochs=10**6, max_training_steps=10**6,
-      max_prompt_length=w.prompt, max_completion_length=w.response, num_ppo_epochs=workloads.EPOCHS,
-      kl_coef=workloads.KL_COEF, cliprange=workloads.CLIP, cliprange_value=workloads.VALUE_CLIP,
-      vf_coef=workloads.VALUE_COEF, gamma=workloads.GAMMA, lam=workloads.LAM, temperature=1.0, top_p=1.0, top_k=None,
-      generation_top_p=1.0, generation_top_k=0, generation_do_sample=True, use_esurge_generation=False,
-      learning_rate=workloads.LEARNING_RATE, report_metrics=False, use_wandb=False, do_last_save=False,
-      save_optimizer_state=False, track_memory=False, log_steps=10**6, report_steps=10**6, progress_bar_type='json')
+    save_directory=workdir,
+    total_batch_size=w.batch,
+    num_train_epochs=10**6,
+    max_training_steps=10**6,
+    max_prompt_length=w.prompt,
+    max_completion_length=w.response,
+    num_ppo_epochs=workloads.EPOCHS,
+    kl_coef=workloads.KL_COEF,
+    cliprange=workloads.CLIP,
+    cliprange_value=workloads.VALUE_CLIP,
+    vf_coef=workloads.VALUE_COEF,
+    gamma=workloads.GAMMA,
+    lam=workloads.LAM,
+    temperature=1.0,
+    top_p=1.0,
+    top_k=None,
+    generation_top_p=1.0,
+    generation_top_k=0,
+    generation_do_sample=True,
+    use_esurge_generation=False,
+    learning_rate=workloads.LEARNING_RATE,
+    report_metrics=False,
+    use_wandb=False,
+    do_last_save=False,
+    save_optimizer_state=False,
+    track_memory=False,
+    log_steps=10**6,
+    report_steps=10**6,
+    progress_bar_type='json',
+  )
   return easydel.PPOTrainer(
-      arguments=arguments, model=make_model(easydel.LlamaForCausalLM, w, 0, device),
-      reward_funcs=make_model(easydel.LlamaForSequenceClassification, w, 1, device), train_dataset=data,
-      processing_class=tokenizer, reward_processing_classes=tokenizer)
+    arguments=arguments,
+    model=make_model(easydel.LlamaForCausalLM, w, 0, device),
+    reward_funcs=make_model(easydel.LlamaForSequenceClassification, w, 1, device),
+    train_dataset=data,
+    processing_class=tokenizer,
+    reward_processing_classes=tokenizer,
+  )
 
 
 def take_times(trainer, turns):
   """Has the trainer's methods wait for their turn, and tell the clock when the parts are over."""
-  generate, preprocess, step = trainer.generate_unified, trainer._preprocess_batch_input, trainer._execute_train_step
+  generate, preprocess, step = (
+    trainer.generate_unified,
+    trainer._preprocess_batch_input,
+    trainer._execute_train_step,
+  )
 
   def timed_generate(*args, **kwargs):
     out = jax.block_until_ready(generate(*args, **kwargs))
@@ -103,8 +148,10 @@ def main():
     trainer = make_trainer(options.workload, options.device, workdir)
     take_times(trainer, turns)
     turns.ready(
-        protocol.versions('easydel', 'jax', 'flax'), epochs=1,
-        note='one epoch whatever is asked, value head on the trunk; Llama of the same weights and FLOPs')
+      protocol.versions('easydel', 'jax', 'flax'),
+      epochs=1,
+      note='one epoch whatever is asked, value head on the trunk; Llama of the same weights and FLOPs',
+    )
     trainer.train()
 
 

@@ -16,15 +16,18 @@ from benchmarks.peers import torch_models
 def generate(model, w, prompts):
   """Samples R tokens after each prompt; returns [B, T]."""
   settings = transformers.GenerationConfig(
-      max_new_tokens=w.response, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0)
+    max_new_tokens=w.response, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0
+  )
   with torch.no_grad():
-    return model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), generation_config=settings)
+    return model.generate(
+      input_ids=prompts, attention_mask=torch.ones_like(prompts), generation_config=settings
+    )
 
 
 def forward_backward(model, w, tokens):
   """Gradients of the mean negative log-likelihood of the responses."""
-  logits = model(input_ids=tokens).logits[:, w.prompt - 1:-1]
-  loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, w.prompt:].flatten())
+  logits = model(input_ids=tokens).logits[:, w.prompt - 1 : -1]
+  loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, w.prompt :].flatten())
   loss.backward()
   model.zero_grad()
 
@@ -34,7 +37,9 @@ def main():
   turns, w = torch_models.turns(options), options.workload
   where = 'cpu' if options.device == 'cpu' else 'cuda'
   dtype = torch.float32 if options.device == 'cpu' else torch.bfloat16
-  model = torch_models.language_model(w).to(where, dtype).eval()  # eval: no dropout, which is 0 anyway
+  model = (
+    torch_models.language_model(w).to(where, dtype).eval()
+  )  # eval: no dropout, which is 0 anyway
   turns.ready(protocol.versions('transformers', 'torch'), note='transformers alone, no PPO')
   while True:
     turns.wait()

@@ -35,7 +35,9 @@ def torch_programs(device, threads):
   rows, size = SIZES[device]
   where = 'cpu' if device == 'cpu' else 'cuda'
   wait = torch.cuda.synchronize if where == 'cuda' else lambda: None
-  a = torch.randn(rows, rows, device=where, dtype=torch.float32 if device == 'cpu' else torch.bfloat16)
+  a = torch.randn(
+    rows, rows, device=where, dtype=torch.float32 if device == 'cpu' else torch.bfloat16
+  )
   c = torch.empty_like(a)
   x = torch.zeros(size // 4, device=where)
   y = torch.empty_like(x)

@@ -36,8 +36,11 @@ from rlhf_jax.algorithms import setup
 from rlhf_jax.models import heads
 from rlhf_jax.models import hf
 
-COMPILATION = ('/jax/core/compile/jaxpr_trace_duration', '/jax/core/compile/jaxpr_to_mlir_module_duration',
-               '/jax/core/compile/backend_compile_duration')
+COMPILATION = (
+  '/jax/core/compile/jaxpr_trace_duration',
+  '/jax/core/compile/jaxpr_to_mlir_module_duration',
+  '/jax/core/compile/backend_compile_duration',
+)
 
 
 def write_tokenizer(folder, vocab):
@@ -45,7 +48,9 @@ def write_tokenizer(folder, vocab):
   words = {f't{i}': i for i in range(vocab - 2)} | {'<pad>': vocab - 2, '<eos>': vocab - 1}
   backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token='<pad>'))
   backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-  tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token='<pad>', eos_token='<eos>')
+  tokenizer = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=backend, pad_token='<pad>', eos_token='<eos>'
+  )
   tokenizer.save_pretrained(folder)
   return tokenizer
 
@@ -58,7 +63,9 @@ def write_world(w, folder):
   (folder / 'prompts.jsonl').write_text('\n'.join(lines), encoding='utf-8')
   model = models.create({'family': 'gpt2', **w.gpt2})
   head = heads.init_scalar(jax.random.key(2), model.width, scale='normal')
-  hf.save(folder / 'reward', model, jax.jit(model.init)(jax.random.key(1)), tokenizer=tokenizer, head=head)
+  hf.save(
+    folder / 'reward', model, jax.jit(model.init)(jax.random.key(1)), tokenizer=tokenizer, head=head
+  )
 
 
 def make_config(w, way, folder, device):
@@ -89,13 +96,16 @@ def create(config, mesh):
   @jax.jit
   def passes(params, frozen, rollout):
     forward = forward_lib.Forward(
-        models.reaching(rollout.tokens.shape[1]), frozen, settings.temperature)
+      models.reaching(rollout.tokens.shape[1]), frozen, settings.temperature
+    )
     if settings.schedule.in_one_piece(rollout):
       return forward.fixed(params, rollout)
-    return update.before_update(params, rollout, rollout.response_mask, forward=forward,
-                                schedule=settings.schedule)
+    return update.before_update(
+      params, rollout, rollout.response_mask, forward=forward, schedule=settings.schedule
+    )
 
   return learner, state, passes
+
 
 def compiling():
   """A list to which the seconds of tracing, lowering and compiling are added as they happen."""

@@ -58,7 +58,9 @@ class Turns:
       note: what a reader of the table has to know about this peer.
       epochs: how many it runs.
     """
-    self._say(versions=packages, note=note, epochs=epochs, setup=time.perf_counter() - self._started)
+    self._say(
+      versions=packages, note=note, epochs=epochs, setup=time.perf_counter() - self._started
+    )
 
   def wait(self):
     """Waits for the next command, returns it and starts the clock. Ends the process where there is none."""

@@ -52,7 +52,8 @@ def make_tokenizer(vocab):
   words = {'<pad>': vocab, '<eos>': vocab + 1}
   backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token='<pad>'))
   return transformers.PreTrainedTokenizerFast(
-      tokenizer_object=backend, pad_token='<pad>', eos_token='<eos>', padding_side='left')
+    tokenizer_object=backend, pad_token='<pad>', eos_token='<eos>', padding_side='left'
+  )
 
 
 def make_trainer(w, device, workdir):
@@ -61,14 +62,33 @@ def make_trainer(w, device, workdir):
   if device != 'cpu':
     os.environ['ACCELERATE_MIXED_PRECISION'] = 'bf16'
   args = PPOConfig(
-      output_dir=workdir, total_episodes=10**6 * w.batch, per_device_train_batch_size=rows,
-      gradient_accumulation_steps=w.batch // rows, num_mini_batches=1, local_rollout_forward_batch_size=w.batch,
-      num_ppo_epochs=workloads.EPOCHS, response_length=w.response, temperature=1.0, stop_token=None,
-      missing_eos_penalty=None, kl_coef=workloads.KL_COEF, cliprange=workloads.CLIP,
-      cliprange_value=workloads.VALUE_CLIP, vf_coef=workloads.VALUE_COEF, gamma=workloads.GAMMA,
-      lam=workloads.LAM, learning_rate=workloads.LEARNING_RATE, lr_scheduler_type='constant',
-      num_sample_generations=0, use_cpu=device == 'cpu', bf16=device != 'cpu', gradient_checkpointing=False,
-      report_to='none', save_strategy='no', disable_tqdm=True)
+    output_dir=workdir,
+    total_episodes=10**6 * w.batch,
+    per_device_train_batch_size=rows,
+    gradient_accumulation_steps=w.batch // rows,
+    num_mini_batches=1,
+    local_rollout_forward_batch_size=w.batch,
+    num_ppo_epochs=workloads.EPOCHS,
+    response_length=w.response,
+    temperature=1.0,
+    stop_token=None,
+    missing_eos_penalty=None,
+    kl_coef=workloads.KL_COEF,
+    cliprange=workloads.CLIP,
+    cliprange_value=workloads.VALUE_CLIP,
+    vf_coef=workloads.VALUE_COEF,
+    gamma=workloads.GAMMA,
+    lam=workloads.LAM,
+    learning_rate=workloads.LEARNING_RATE,
+    lr_scheduler_type='constant',
+    num_sample_generations=0,
+    use_cpu=device == 'cpu',
+    bf16=device != 'cpu',
+    gradient_checkpointing=False,
+    report_to='none',
+    save_strategy='no',
+    disable_tqdm=True,
+  )
   prompts = np.random.default_rng(0).integers(0, w.vocab, (16 * w.batch, w.prompt))
   data = datasets.Dataset.from_dict({'input_ids': prompts.tolist()})
   with torch.device('cpu' if device == 'cpu' else 'cuda'):
@@ -78,8 +98,15 @@ def make_trainer(w, device, workdir):
   if device != 'cpu':
     reference.to(torch.bfloat16), reward.to(torch.bfloat16)
   return PPOTrainer(
-      args=args, processing_class=make_tokenizer(w.vocab), train_dataset=data, eval_dataset=data, model=policy,
-      ref_model=reference, reward_model=reward, value_model=critic)
+    args=args,
+    processing_class=make_tokenizer(w.vocab),
+    train_dataset=data,
+    eval_dataset=data,
+    model=policy,
+    ref_model=reference,
+    reward_model=reward,
+    value_model=critic,
+  )
 
 
 def main():
@@ -106,8 +133,8 @@ def main():
     trainer.log = lambda metrics, *args, **kwargs: None
     trainer.dataloader = Prompts(trainer.dataloader, turns)
     with (
-        unittest.mock.patch.object(ppo_trainer, 'batch_generation', timed_generation),
-        unittest.mock.patch.object(np.random, 'permutation', timed_permutation),
+      unittest.mock.patch.object(ppo_trainer, 'batch_generation', timed_generation),
+      unittest.mock.patch.object(np.random, 'permutation', timed_permutation),
     ):
       turns.ready(protocol.versions('trl', 'torch', 'transformers'))
       trainer.train()

@@ -62,9 +62,19 @@ def make_model(w, *, tied, seed, device):
   """A random Qwen2 with the weights and FLOPs of a workload's GPT-2."""
   dtype = jnp.float32 if device == 'cpu' else jnp.bfloat16
   config = qwen2.ModelConfig(
-      num_layers=w.layers, vocab_size=w.vocab, embed_dim=w.width, hidden_dim=16 * round(w.mlp / 24),
-      num_heads=w.heads, head_dim=w.width // w.heads, num_kv_heads=w.heads, rope_theta=10_000, norm_eps=1e-5,
-      use_tied_embedding=tied, dtype=dtype, param_dtype=dtype)
+    num_layers=w.layers,
+    vocab_size=w.vocab,
+    embed_dim=w.width,
+    hidden_dim=16 * round(w.mlp / 24),
+    num_heads=w.heads,
+    head_dim=w.width // w.heads,
+    num_kv_heads=w.heads,
+    rope_theta=10_000,
+    norm_eps=1e-5,
+    use_tied_embedding=tied,
+    dtype=dtype,
+    param_dtype=dtype,
+  )
   return qwen2.Qwen2(config, rngs=nnx.Rngs(seed))
 
 
@@ -77,20 +87,42 @@ def make_learner(w, device):
   """PPOLearner with random models, set to run on."""
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ('fsdp', 'tp'))
   config = rl_cluster.ClusterConfig(
-      role_to_mesh={role: mesh for role in rl_cluster.Role},
-      training_config=rl_cluster.RLTrainingConfig(
-          actor_optimizer=optax.adam(workloads.LEARNING_RATE), critic_optimizer=optax.adam(workloads.LEARNING_RATE),
-          eval_every_n_steps=10**9, max_steps=10**9),
-      rollout_config=base_rollout.RolloutConfig(
-          max_tokens_to_generate=w.response, max_prompt_length=w.prompt, kv_cache_size=w.length, temperature=1.0,
-          top_p=1.0, top_k=None))
+    role_to_mesh={role: mesh for role in rl_cluster.Role},
+    training_config=rl_cluster.RLTrainingConfig(
+      actor_optimizer=optax.adam(workloads.LEARNING_RATE),
+      critic_optimizer=optax.adam(workloads.LEARNING_RATE),
+      eval_every_n_steps=10**9,
+      max_steps=10**9,
+    ),
+    rollout_config=base_rollout.RolloutConfig(
+      max_tokens_to_generate=w.response,
+      max_prompt_length=w.prompt,
+      kv_cache_size=w.length,
+      temperature=1.0,
+      top_p=1.0,
+      top_k=None,
+    ),
+  )
   cluster = rl_cluster.RLCluster(
-      actor=make_model(w, tied=True, seed=0, device=device), reference=make_model(w, tied=True, seed=0, device=device),
-      critic=scalar_model(w, seed=1, device=device), reward=scalar_model(w, seed=2, device=device),
-      tokenizer=Numbers(w.vocab), cluster_config=config)
-  return ppo_learner.PPOLearner(cluster, ppo_learner.PPOConfig(
-      num_iterations=workloads.EPOCHS, gamma=workloads.GAMMA, gae_lambda=workloads.LAM, beta=workloads.KL_COEF,
-      epsilon=workloads.CLIP, clip_range_value=workloads.VALUE_CLIP, kl_method='kl'))
+    actor=make_model(w, tied=True, seed=0, device=device),
+    reference=make_model(w, tied=True, seed=0, device=device),
+    critic=scalar_model(w, seed=1, device=device),
+    reward=scalar_model(w, seed=2, device=device),
+    tokenizer=Numbers(w.vocab),
+    cluster_config=config,
+  )
+  return ppo_learner.PPOLearner(
+    cluster,
+    ppo_learner.PPOConfig(
+      num_iterations=workloads.EPOCHS,
+      gamma=workloads.GAMMA,
+      gae_lambda=workloads.LAM,
+      beta=workloads.KL_COEF,
+      epsilon=workloads.CLIP,
+      clip_range_value=workloads.VALUE_CLIP,
+      kl_method='kl',
+    ),
+  )
 
 
 def take_times(learner, turns):
@@ -130,7 +162,9 @@ def main():
   turns = protocol.Turns(device_peak=jax_device.peak)
   learner = make_learner(options.workload, options.device)
   take_times(learner, turns)
-  turns.ready(protocol.versions('google-tunix', 'jax', 'flax'), note='Qwen2 of the same weights and FLOPs')
+  turns.ready(
+    protocol.versions('google-tunix', 'jax', 'flax'), note='Qwen2 of the same weights and FLOPs'
+  )
   learner.train(prompts(options.workload, learner, turns))
 
 

@@ -38,16 +38,20 @@ def load(name):
     full = f'{__package__}.{name}'
     here = '.' not in name and importlib.util.find_spec(full) is not None
     module = guard.import_module(
-        full if here else name, guard.Call(f'config.algorithm={name!r}: importing it', timeout=functions.TIMEOUT))
+      full if here else name,
+      guard.Call(f'config.algorithm={name!r}: importing it', timeout=functions.TIMEOUT),
+    )
   except ImportError as error:
     raise errors.UserError(
-        f'config.algorithm={name!r} cannot be loaded ({error}): name a module in '
-        'rlhf_jax/algorithms, or the dotted path of a module of yours') from error
+      f'config.algorithm={name!r} cannot be loaded ({error}): name a module in '
+      'rlhf_jax/algorithms, or the dotted path of a module of yours'
+    ) from error
   missing = [part for part in ('config', 'validate', 'create') if not hasattr(module, part)]
   if missing:
     raise errors.UserError(
-        f'config.algorithm={name!r} is a module without {", ".join(missing)}: it must have '
-        'config, validate and create')
+      f'config.algorithm={name!r} is a module without {", ".join(missing)}: it must have '
+      'config, validate and create'
+    )
   return module
 
 

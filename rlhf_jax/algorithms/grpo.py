@@ -33,6 +33,7 @@ class Settings(on_policy_config.Settings):
     drop_equal_groups: leave out the prompts whose responses all score the same (DAPO).
     overlong: share of the response length over which a penalty falls to -1 (DAPO); None for none.
   """
+
   epochs: int = 1
   kl_coef: float = 0.04
   kl_estimator: str = 'k3'
@@ -45,11 +46,24 @@ class Settings(on_policy_config.Settings):
 
 
 PRESETS = {
-    'deepseekmath': {'sampling.samples': 64},
-    'dr_grpo': {'rl.kl_coef': 0.0, 'rl.scale': 'none', 'rl.normalize': 'constant'},
-    'dapo': {'sampling.samples': 16, 'rl.minibatches': 16, 'rl.kl_coef': 0.0, 'rl.clip_high': 0.28,
-             'rl.normalize': 'token', 'rl.drop_equal_groups': True, 'rl.overlong': 0.2},
-    'gspo': {'rl.minibatches': 4, 'rl.kl_coef': 0.0, 'rl.ratio': 'sequence', 'rl.clip_low': 3e-4, 'rl.clip_high': 4e-4},
+  'deepseekmath': {'sampling.samples': 64},
+  'dr_grpo': {'rl.kl_coef': 0.0, 'rl.scale': 'none', 'rl.normalize': 'constant'},
+  'dapo': {
+    'sampling.samples': 16,
+    'rl.minibatches': 16,
+    'rl.kl_coef': 0.0,
+    'rl.clip_high': 0.28,
+    'rl.normalize': 'token',
+    'rl.drop_equal_groups': True,
+    'rl.overlong': 0.2,
+  },
+  'gspo': {
+    'rl.minibatches': 4,
+    'rl.kl_coef': 0.0,
+    'rl.ratio': 'sequence',
+    'rl.clip_low': 3e-4,
+    'rl.clip_high': 4e-4,
+  },
 }
 
 
@@ -64,28 +78,44 @@ def validate(config, device_count):
   """Checks the keys of `config`; see ppo.validate."""
   on_policy_config.validate(config, device_count)
   samples, overlong = config.sampling.samples, config.rl.overlong
-  config_lib.need(config.rl.kl_coef or not config.reference, 'config.reference needs a config.rl.kl_coef above 0')
-  config_lib.need(samples > 1, f'config.sampling.samples={samples} must be at least 2: the others are the baseline')
-  for key, choices in (('scale', adv.GROUP_SCALES), ('normalize', losses.NORMALIZERS),
-                       ('ratio', losses.RATIO_LEVELS), ('kl_estimator', adv.KL_ESTIMATORS[:4])):
+  config_lib.need(
+    config.rl.kl_coef or not config.reference, 'config.reference needs a config.rl.kl_coef above 0'
+  )
+  config_lib.need(
+    samples > 1,
+    f'config.sampling.samples={samples} must be at least 2: the others are the baseline',
+  )
+  for key, choices in (
+    ('scale', adv.GROUP_SCALES),
+    ('normalize', losses.NORMALIZERS),
+    ('ratio', losses.RATIO_LEVELS),
+    ('kl_estimator', adv.KL_ESTIMATORS[:4]),
+  ):
     config_lib.one_of(config, f'rl.{key}', choices)
-  config_lib.need(overlong is None or 0 < overlong <= 1 and config.rl.response == 'truncated',
-                  f"config.rl.overlong={overlong} must be in (0, 1], with config.rl.response='truncated', or None")
+  config_lib.need(
+    overlong is None or 0 < overlong <= 1 and config.rl.response == 'truncated',
+    f"config.rl.overlong={overlong} must be in (0, 1], with config.rl.response='truncated', or None",
+  )
 
 
 def prepare(outputs, fixed, *, state, rollout, scores, settings):
   """Turns a scored rollout into advantages; see ppo.prepare."""
   mask, n = rollout.response_mask, settings.samples
-  experience, gap = experience_lib.begin(outputs, fixed, rollout, mask, behaviour=settings.behaviour)
+  experience, gap = experience_lib.begin(
+    outputs, fixed, rollout, mask, behaviour=settings.behaviour
+  )
   extra, scores = state.extra, experience_lib.totals(scores, mask)
   paid, moments = settings.rules.apply(scores, rollout, extra['reward_moments'])
   kept = experience_lib.kept(scores, mask)
   equal = adv.equal_groups(paid, n, kept)
   if settings.overlong:
     length = settings.max_new_tokens
-    paid += adv.overlong_penalty(jnp.sum(mask, axis=1), max_length=length, cache=settings.overlong * length)
+    paid += adv.overlong_penalty(
+      jnp.sum(mask, axis=1), max_length=length, cache=settings.overlong * length
+    )
   metrics = experience_lib.describe(
-      experience, rollout, scores, paid, outputs, extra['kl_coef'], settings.rules)
+    experience, rollout, scores, paid, outputs, extra['kl_coef'], settings.rules
+  )
   if settings.kl_in == 'reward' and settings.kl_coef:
     kl = adv.kl_estimate(experience.logprobs, experience.ref_logprobs, settings.kl_estimator)
     paid -= settings.kl_coef * jnp.sum(kl, axis=1)
@@ -100,21 +130,33 @@ def prepare(outputs, fixed, *, state, rollout, scores, settings):
 def loss(outputs, experience, counts, *, settings):
   """The clipped loss of a microbatch, as its share of the whole minibatch's mean; see ppo.loss."""
   mask = experience.response_mask
-  weights = losses.token_weights(mask, counts.tokens, counts.sequences, normalize=settings.normalize,
-                                 max_length=settings.max_new_tokens)
+  weights = losses.token_weights(
+    mask,
+    counts.tokens,
+    counts.sequences,
+    normalize=settings.normalize,
+    max_length=settings.max_new_tokens,
+  )
   mean = lambda x: adv.masked_sum(weights * x, mask)
   logprobs = jnp.where(mask, outputs.logprobs, 0.0)
   log_ratio = losses.log_ratio(logprobs, experience.logprobs, mask, level=settings.ratio)
-  policy, clipped, ratio = losses.clipped_policy_loss(log_ratio, experience.advantages, **settings.clips)
+  policy, clipped, ratio = losses.clipped_policy_loss(
+    log_ratio, experience.advantages, **settings.clips
+  )
   total = policy_loss = mean(policy)
   total -= settings.entropy_coef * mean(outputs.entropy) if settings.entropy_coef else 0.0
   if settings.kl_in == 'loss' and settings.kl_coef:
-    total += settings.kl_coef * mean(adv.kl_estimate(logprobs, experience.ref_logprobs, settings.kl_estimator))
+    total += settings.kl_coef * mean(
+      adv.kl_estimate(logprobs, experience.ref_logprobs, settings.kl_estimator)
+    )
   by_token = lambda x: adv.masked_sum(x, mask) / counts.tokens
   return total, {
-      'policy/loss': policy_loss, 'policy/ratio': by_token(ratio),
-      'policy/approxkl': 0.5 * by_token(jnp.square(logprobs - experience.logprobs)),
-      'policy/clipfrac': by_token(clipped), 'policy/entropy': by_token(outputs.entropy)}
+    'policy/loss': policy_loss,
+    'policy/ratio': by_token(ratio),
+    'policy/approxkl': 0.5 * by_token(jnp.square(logprobs - experience.logprobs)),
+    'policy/clipfrac': by_token(clipped),
+    'policy/entropy': by_token(outputs.entropy),
+  }
 
 
 def objective(state, rollout, scores, *, settings):

@@ -49,13 +49,24 @@ def train_step(objective, state, frozen, rollout, scores, ptx, *, models, optimi
   """
   models = models.reaching(rollout.tokens.shape[1])
   forward = forward_lib.Forward(
-      models, frozen, settings.temperature, full_kl=settings.kl_estimator == 'full')
+    models, frozen, settings.temperature, full_kl=settings.kl_estimator == 'full'
+  )
   goal = objective(state, rollout, scores, settings=settings)
   if ptx is not None:
-    goal = goal._replace(extra_batch=ptx, extra_gradients=functools.partial(
-        sft.ptx_gradients, frozen=frozen['shared'], model=models.policy, coef=settings.ptx_coef))
-  return update.run(state, rollout, forward=forward, objective=goal, optimizers=optimizers,
-                    schedule=settings.schedule)
+    goal = goal._replace(
+      extra_batch=ptx,
+      extra_gradients=functools.partial(
+        sft.ptx_gradients, frozen=frozen['shared'], model=models.policy, coef=settings.ptx_coef
+      ),
+    )
+  return update.run(
+    state,
+    rollout,
+    forward=forward,
+    objective=goal,
+    optimizers=optimizers,
+    schedule=settings.schedule,
+  )
 
 
 def read_prompts(config, tokenizer, model):
@@ -67,9 +78,13 @@ def read_prompts(config, tokenizer, model):
   on_policy_config.check_length(config, model)
   examples = setup.read_examples(config.data, formats.prompts, tokenizer)
   return examples, *pipelines.prompt_iterator(
-      examples, tokenizer, batch_size=config.batch_size // config.sampling.samples,
-      max_prompt_length=config.data.max_prompt_length, seed=config.seed,
-      on_long=config.data.on_long)
+    examples,
+    tokenizer,
+    batch_size=config.batch_size // config.sampling.samples,
+    max_prompt_length=config.data.max_prompt_length,
+    seed=config.seed,
+    on_long=config.data.on_long,
+  )
 
 
 def make_actor(config, tokenizer, model, examples, iterator, score, mesh):
@@ -85,18 +100,31 @@ def make_actor(config, tokenizer, model, examples, iterator, score, mesh):
   """
   sampling = on_policy_config.make_sampling(config, tokenizer)
   tokens, after = on_policy_config.end_tokens(config, tokenizer)
-  truncate = jax.jit(lambda rollout: stops.truncate(
-      rollout, tokens=tokens, after=after, pad_id=sampling.pad_id)[0])
-  sample = sampler.make(model, sampling, samples=config.sampling.samples,
-                        max_concurrent=config.sampling.max_concurrent or 0,
-                        gather=config.sampling.gather_weights)
+  truncate = jax.jit(
+    lambda rollout: stops.truncate(rollout, tokens=tokens, after=after, pad_id=sampling.pad_id)[0]
+  )
+  sample = sampler.make(
+    model,
+    sampling,
+    samples=config.sampling.samples,
+    max_concurrent=config.sampling.max_concurrent or 0,
+    gather=config.sampling.gather_weights,
+  )
   return actor_lib.Actor(
-      examples, iterator, sample, score, mesh, samples=config.sampling.samples,
-      cut=actor_lib.stop_at(config.sampling.stop, tokenizer, sampling, mesh),
-      read=truncate if config.rl.response == 'raw' else None,
-      see=functools.partial(pipelines.as_read, tokenizer=tokenizer,
-                            max_prompt_length=config.data.max_prompt_length)
-      if config.data.on_long == 'truncate_left' else None)
+    examples,
+    iterator,
+    sample,
+    score,
+    mesh,
+    samples=config.sampling.samples,
+    cut=actor_lib.stop_at(config.sampling.stop, tokenizer, sampling, mesh),
+    read=truncate if config.rl.response == 'raw' else None,
+    see=functools.partial(
+      pipelines.as_read, tokenizer=tokenizer, max_prompt_length=config.data.max_prompt_length
+    )
+    if config.data.on_long == 'truncate_left'
+    else None,
+  )
 
 
 def create(config, mesh, settings, train_step, *, reference=True, extra=wiring.first_extra):
@@ -119,19 +147,31 @@ def create(config, mesh, settings, train_step, *, reference=True, extra=wiring.f
   tokenizer = setup.load_tokenizer(config)
   base = setup.load_policy(config.model, tokenizer, mesh, config.seed)
   score, scored = scorers.make(
-      config.reward, tokenizer, mesh, load=setup.load_settings(config.model),
-      check=functools.partial(on_policy_config.check_length, config))
+    config.reward,
+    tokenizer,
+    mesh,
+    load=setup.load_settings(config.model),
+    check=functools.partial(on_policy_config.check_length, config),
+  )
   examples, prompts, count = read_prompts(config, tokenizer, base[0])
   steps = setup.train_steps(config, count * config.sampling.samples)
   models, params, frozen, optimizers = wiring.wire(
-      config, mesh, base, steps=steps, reference=reference and wiring.load_reference(config, mesh, base[0]),
-      critic=wiring.load_critic(config, tokenizer, mesh, scored) if 'critic' in config else None)
-  model, settings = models.policy, settings.of(config, *on_policy_config.end_tokens(config, tokenizer))
+    config,
+    mesh,
+    base,
+    steps=steps,
+    reference=reference and wiring.load_reference(config, mesh, base[0]),
+    critic=wiring.load_critic(config, tokenizer, mesh, scored) if 'critic' in config else None,
+  )
+  model, settings = (
+    models.policy,
+    settings.of(config, *on_policy_config.end_tokens(config, tokenizer)),
+  )
   actor = make_actor(config, tokenizer, model, examples, prompts, score, mesh)
-  state = setup.new_state(
-      config.seed, params, optimizers, mesh, model.rules, extra=extra(settings))
-  step = setup.jit_step(functools.partial(
-      train_step, models=models, optimizers=optimizers, settings=settings), state)
+  state = setup.new_state(config.seed, params, optimizers, mesh, model.rules, extra=extra(settings))
+  step = setup.jit_step(
+    functools.partial(train_step, models=models, optimizers=optimizers, settings=settings), state
+  )
   iterators = {'prompts': prompts}
   if config.ptx.batch_size:
     iterators['ptx'] = sft.ptx_iterator(config, tokenizer, model)
@@ -148,13 +188,22 @@ def create(config, mesh, settings, train_step, *, reference=True, extra=wiring.f
     return (frozen, rollout, scores, ptx), metrics
 
   context = setup.policy_context(
-      config, model, tokenizer, mesh, frozen['shared'],
-      functools.partial(wiring.start_of, config, params['policy'], frozen))
+    config,
+    model,
+    tokenizer,
+    mesh,
+    frozen['shared'],
+    functools.partial(wiring.start_of, config, params['policy'], frozen),
+  )
   return learner.Learner(
-      steps=steps, iterators=iterators, next_batch=next_batch, train_step=step,
-      export=setup.policy_exporter(model, tokenizer, frozen['shared']),
-      describe=setup.describer(model, 'policy', tokenizer),
-      evaluators=evaluators.make(config.evals, context),
-      samples=functools.partial(actor.samples, tokenizer),
-      warnings=on_policy_warnings.make(config),
-      set_by={'kl_coef': ('rl.kl_coef', 'rl.kl_controller')}), state
+    steps=steps,
+    iterators=iterators,
+    next_batch=next_batch,
+    train_step=step,
+    export=setup.policy_exporter(model, tokenizer, frozen['shared']),
+    describe=setup.describer(model, 'policy', tokenizer),
+    evaluators=evaluators.make(config.evals, context),
+    samples=functools.partial(actor.samples, tokenizer),
+    warnings=on_policy_warnings.make(config),
+    set_by={'kl_coef': ('rl.kl_coef', 'rl.kl_controller')},
+  ), state

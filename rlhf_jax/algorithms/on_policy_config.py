@@ -52,6 +52,7 @@ class Settings:
       microbatches; from passes in the shapes of the first epoch's minibatches, 'minibatch', which
       in bfloat16 keep its ratio at 1 where other shapes round otherwise; or from the 'sampler'.
   """
+
   microbatch_size: int
   temperature: float
   samples: int
@@ -79,8 +80,13 @@ class Settings:
   @property
   def schedule(self):
     """update.Schedule."""
-    return update.Schedule(self.epochs, self.minibatches, self.microbatch_size, self.length_buckets,
-                           before_like_first=self.behaviour == 'minibatch')
+    return update.Schedule(
+      self.epochs,
+      self.minibatches,
+      self.microbatch_size,
+      self.length_buckets,
+      before_like_first=self.behaviour == 'minibatch',
+    )
 
   @property
   def clips(self):
@@ -91,15 +97,26 @@ class Settings:
   def rules(self):
     """experience.ScoreRules."""
     return experience.ScoreRules(
-        end_tokens=self.end_tokens, end_after=self.end_after, scale=self.scale_scores, clip=self.clip_scores,
-        missing_eos=self.missing_eos, missing_eos_value=self.missing_eos_value)
+      end_tokens=self.end_tokens,
+      end_after=self.end_after,
+      scale=self.scale_scores,
+      clip=self.clip_scores,
+      missing_eos=self.missing_eos,
+      missing_eos_value=self.missing_eos_value,
+    )
 
   @classmethod
   def of(cls, config, end_tokens, end_after=0):
     """The settings of a config, with the tokens that end a response and the first position of them."""
-    return cls(microbatch_size=config.microbatch_size or 0, temperature=config.sampling.temperature,
-               samples=config.sampling.samples, max_new_tokens=config.sampling.max_new_tokens,
-               end_tokens=end_tokens, end_after=end_after, **config.rl)
+    return cls(
+      microbatch_size=config.microbatch_size or 0,
+      temperature=config.sampling.temperature,
+      samples=config.sampling.samples,
+      max_new_tokens=config.sampling.max_new_tokens,
+      end_tokens=end_tokens,
+      end_after=end_after,
+      **config.rl,
+    )
 
 
 def config(algorithm, settings):
@@ -116,37 +133,49 @@ def config(algorithm, settings):
   found.batch_size = 64
   found.optim.learning_rate = 1e-5
   data = config_lib.data() | {
-      'kind': 'prompt',
-      'epochs': placeholder(float),     # passes over the prompts; or set steps
-      'max_prompt_length': 64,  # tokens
-      'on_long': 'error',       # a longer prompt: 'error', 'drop' or 'truncate_left', also for rewards
+    'kind': 'prompt',
+    'epochs': placeholder(float),  # passes over the prompts; or set steps
+    'max_prompt_length': 64,  # tokens
+    'on_long': 'error',  # a longer prompt: 'error', 'drop' or 'truncate_left', also for rewards
   }
   del data['max_length']
   found.data = ml_collections.ConfigDict(data)
-  found.reference = placeholder(str)    # folder; None: the policy as it starts
+  found.reference = placeholder(str)  # folder; None: the policy as it starts
   found.reward = scorers.config()
-  found.sampling = ml_collections.ConfigDict({
-      'max_new_tokens': 32,     # of a response
-      'temperature': 1.0,       # logits are divided by it, in training too
-      'top_k': placeholder(int),    # draw among the k likeliest tokens; None: all
-      'top_p': 1.0,             # draw within this probability mass
-      'min_new_tokens': 0,      # before these no token ends a response
-      'stop': (),               # strings that end a response
-      'truncate_at': placeholder(str),  # with rl.response 'raw': the token that ends the text; None: the EOS
-      'truncate_after': 0,      # the first position at which it does
-      'samples': 1,             # responses to each prompt; must divide batch_size
-      'max_concurrent': placeholder(int),   # responses sampled at a time, by continuous batching; None: all
+  found.sampling = ml_collections.ConfigDict(
+    {
+      'max_new_tokens': 32,  # of a response
+      'temperature': 1.0,  # logits are divided by it, in training too
+      'top_k': placeholder(int),  # draw among the k likeliest tokens; None: all
+      'top_p': 1.0,  # draw within this probability mass
+      'min_new_tokens': 0,  # before these no token ends a response
+      'stop': (),  # strings that end a response
+      'truncate_at': placeholder(
+        str
+      ),  # with rl.response 'raw': the token that ends the text; None: the EOS
+      'truncate_after': 0,  # the first position at which it does
+      'samples': 1,  # responses to each prompt; must divide batch_size
+      'max_concurrent': placeholder(
+        int
+      ),  # responses sampled at a time, by continuous batching; None: all
       'gather_weights': False,  # over 'fsdp' once a rollout, not once a token; with max_concurrent always
-  })
+    }
+  )
   ptx = config_lib.data() | {
-      'batch_size': placeholder(int),   # pretraining examples an iteration, shared out over minibatches
+    'batch_size': placeholder(
+      int
+    ),  # pretraining examples an iteration, shared out over minibatches
   }
   del ptx['chat_template']  # the tokenizer has one, from data.chat_template
   found.ptx = ml_collections.ConfigDict(ptx)
   found.warn = on_policy_warnings.config()
-  found.rl = ml_collections.ConfigDict({
+  found.rl = ml_collections.ConfigDict(
+    {
       f.name: placeholder(float) if f.default is None else f.default
-      for f in dataclasses.fields(settings) if f.default is not dataclasses.MISSING})
+      for f in dataclasses.fields(settings)
+      if f.default is not dataclasses.MISSING
+    }
+  )
   return found
 
 
@@ -172,67 +201,102 @@ def validate(config, device_count):
   need(0 <= rl.clip_low <= 1, f'config.rl.clip_low={rl.clip_low} must be in [0, 1]')
   for key in ('kl_coef', 'clip_high', 'entropy_coef', 'ptx_coef'):
     need(rl[key] >= 0, f'config.rl.{key}={rl[key]} must be 0 or positive')
-  need(rl.dual_clip is None or rl.dual_clip > 1,
-       f'config.rl.dual_clip={rl.dual_clip} must be above 1, or None')
+  need(
+    rl.dual_clip is None or rl.dual_clip > 1,
+    f'config.rl.dual_clip={rl.dual_clip} must be above 1, or None',
+  )
   config_lib.optional_positive(rl, 'rl.', ('clip_scores',))
   for key in ('epochs', 'minibatches', 'length_buckets'):
     need(rl[key] > 0, f'config.rl.{key}={rl[key]} must be positive')
   divides(rl.minibatches, config.batch_size, 'rl.minibatches', 'batch_size')
-  divides(config.microbatch_size, config.batch_size // rl.minibatches,
-          'microbatch_size', 'batch_size / config.rl.minibatches')
+  divides(
+    config.microbatch_size,
+    config.batch_size // rl.minibatches,
+    'microbatch_size',
+    'batch_size / config.rl.minibatches',
+  )
   scorers.validate(config.reward)
-  config_lib.refuse_evals(config.evals, ('loss',), 'an algorithm with a held-out loss: use another kind')
+  config_lib.refuse_evals(
+    config.evals, ('loss',), 'an algorithm with a held-out loss: use another kind'
+  )
   validate_sampling(config, device_count)
   on_policy_warnings.validate(config)
-  need(not (rl.kl_estimator == 'full' and rl.kl_in == 'loss'),
-       "config.rl.kl_estimator='full' works with config.rl.kl_in='reward' only")
-  need(config.model.unfrozen_layers is None or not config.reference,
-       f'config.reference={config.reference!r}: with config.model.unfrozen_layers='
-       f'{config.model.unfrozen_layers} the reference shares the layers below with the policy; '
-       'leave it at None, or set unfrozen_layers to None')
-  need((rl.ptx_coef > 0) == bool(ptx.batch_size),
-       f'config.rl.ptx_coef={rl.ptx_coef} and config.ptx.batch_size='
-       f'{ptx.batch_size}: set both to mix in pretraining, or neither')
+  need(
+    not (rl.kl_estimator == 'full' and rl.kl_in == 'loss'),
+    "config.rl.kl_estimator='full' works with config.rl.kl_in='reward' only",
+  )
+  need(
+    config.model.unfrozen_layers is None or not config.reference,
+    f'config.reference={config.reference!r}: with config.model.unfrozen_layers='
+    f'{config.model.unfrozen_layers} the reference shares the layers below with the policy; '
+    'leave it at None, or set unfrozen_layers to None',
+  )
+  need(
+    (rl.ptx_coef > 0) == bool(ptx.batch_size),
+    f'config.rl.ptx_coef={rl.ptx_coef} and config.ptx.batch_size='
+    f'{ptx.batch_size}: set both to mix in pretraining, or neither',
+  )
   if ptx.batch_size:
     config_lib.validate_data(ptx, 'ptx')
     one_of(config, 'ptx.kind', sft.KINDS)
     divides(rl.minibatches, ptx.batch_size, 'rl.minibatches', 'ptx.batch_size')
     config_lib.divides_over_shards(config, device_count, 'ptx.batch_size', ptx.batch_size)
-  need(not (rl.missing_eos == 'subtract' and rl.missing_eos_value < 0),
-       "config.rl.missing_eos='subtract' takes missing_eos_value off the score: a negative "
-       'one would be a reward for never ending')
+  need(
+    not (rl.missing_eos == 'subtract' and rl.missing_eos_value < 0),
+    "config.rl.missing_eos='subtract' takes missing_eos_value off the score: a negative "
+    'one would be a reward for never ending',
+  )
 
 
 def validate_sampling(config, device_count):
   """The part of `validate` about `config.sampling`."""
   need, rl, sampling = config_lib.need, config.rl, config.sampling
-  need(sampling.temperature > 0,
-       f'config.sampling.temperature={sampling.temperature} must be positive: greedy samples '
-       'teach nothing')
-  need(sampling.max_new_tokens > 0,
-       f'config.sampling.max_new_tokens={sampling.max_new_tokens} must be positive')
+  need(
+    sampling.temperature > 0,
+    f'config.sampling.temperature={sampling.temperature} must be positive: greedy samples '
+    'teach nothing',
+  )
+  need(
+    sampling.max_new_tokens > 0,
+    f'config.sampling.max_new_tokens={sampling.max_new_tokens} must be positive',
+  )
   config_lib.optional_positive(sampling, 'sampling.', ('top_k', 'max_concurrent'))
   need(0 < sampling.top_p <= 1, f'config.sampling.top_p={sampling.top_p} must be in (0, 1]')
-  need(0 <= sampling.min_new_tokens <= sampling.max_new_tokens,
-       f'config.sampling.min_new_tokens={sampling.min_new_tokens} must be from 0 to '
-       f'config.sampling.max_new_tokens={sampling.max_new_tokens}')
-  need(sampling.truncate_after >= 0,
-       f'config.sampling.truncate_after={sampling.truncate_after} must be 0 or positive')
-  need(sampling.truncate_at is None or rl.response == 'raw',
-       f"config.sampling.truncate_at={sampling.truncate_at!r} needs config.rl.response='raw': "
-       'sampling goes past the token')
-  need(not (sampling.stop and rl.response == 'raw'),
-       f"config.sampling.stop={sampling.stop} needs config.rl.response='truncated'")
+  need(
+    0 <= sampling.min_new_tokens <= sampling.max_new_tokens,
+    f'config.sampling.min_new_tokens={sampling.min_new_tokens} must be from 0 to '
+    f'config.sampling.max_new_tokens={sampling.max_new_tokens}',
+  )
+  need(
+    sampling.truncate_after >= 0,
+    f'config.sampling.truncate_after={sampling.truncate_after} must be 0 or positive',
+  )
+  need(
+    sampling.truncate_at is None or rl.response == 'raw',
+    f"config.sampling.truncate_at={sampling.truncate_at!r} needs config.rl.response='raw': "
+    'sampling goes past the token',
+  )
+  need(
+    not (sampling.stop and rl.response == 'raw'),
+    f"config.sampling.stop={sampling.stop} needs config.rl.response='truncated'",
+  )
   need(sampling.samples > 0, f'config.sampling.samples={sampling.samples} must be positive')
   config_lib.divides(sampling.samples, config.batch_size, 'sampling.samples', 'batch_size')
   config_lib.divides_over_shards(
-      config, device_count, 'batch_size / config.sampling.samples', config.batch_size // sampling.samples)
+    config,
+    device_count,
+    'batch_size / config.sampling.samples',
+    config.batch_size // sampling.samples,
+  )
   if sampling.max_concurrent:
-    need(sampling.max_concurrent < config.batch_size,
-         f'config.sampling.max_concurrent={sampling.max_concurrent} must be less than '
-         f'config.batch_size={config.batch_size}, or None to sample all at once')
+    need(
+      sampling.max_concurrent < config.batch_size,
+      f'config.sampling.max_concurrent={sampling.max_concurrent} must be less than '
+      f'config.batch_size={config.batch_size}, or None to sample all at once',
+    )
     config_lib.divides_over_shards(
-        config, device_count, 'sampling.max_concurrent', sampling.max_concurrent)
+      config, device_count, 'sampling.max_concurrent', sampling.max_concurrent
+    )
 
 
 def validate_critic(config):
@@ -243,11 +307,15 @@ def validate_critic(config):
   """
   need, critic = config_lib.need, config.critic
   config_lib.one_of(config, 'critic.kind', ('separate', 'trunk', 'adapters'))
-  need(critic.kind == 'separate' or not critic.path,
-       f'config.critic.kind={critic.kind!r} sits on the policy: it cannot start from '
-       f"config.critic.path={critic.path!r}; use 'separate' or leave the path at None")
-  need(critic.kind != 'adapters' or len(config.model.lora.targets) > 0 or config.model.lora.path,
-       "config.critic.kind='adapters' needs config.model.lora.targets, which it has too")
+  need(
+    critic.kind == 'separate' or not critic.path,
+    f'config.critic.kind={critic.kind!r} sits on the policy: it cannot start from '
+    f"config.critic.path={critic.path!r}; use 'separate' or leave the path at None",
+  )
+  need(
+    critic.kind != 'adapters' or len(config.model.lora.targets) > 0 or config.model.lora.path,
+    "config.critic.kind='adapters' needs config.model.lora.targets, which it has too",
+  )
 
 
 def make_sampling(config, tokenizer):
@@ -259,10 +327,16 @@ def make_sampling(config, tokenizer):
   c = config.sampling
   single = stops.single_tokens(tokenizer, c.stop) if c.stop and not c.min_new_tokens else {}
   return sampling_lib.Sampling(
-      max_new_tokens=c.max_new_tokens, min_new_tokens=c.min_new_tokens, temperature=c.temperature,
-      top_k=c.top_k or 0, top_p=c.top_p, eos_id=tokenizer.eos_token_id,
-      stop_tokens=tuple(single.values()), pad_id=tokenizer.pad_token_id,
-      ignore_eos=config.rl.response == 'raw')
+    max_new_tokens=c.max_new_tokens,
+    min_new_tokens=c.min_new_tokens,
+    temperature=c.temperature,
+    top_k=c.top_k or 0,
+    top_p=c.top_p,
+    eos_id=tokenizer.eos_token_id,
+    stop_tokens=tuple(single.values()),
+    pad_id=tokenizer.pad_token_id,
+    ignore_eos=config.rl.response == 'raw',
+  )
 
 
 def end_tokens(config, tokenizer):
@@ -285,5 +359,6 @@ def check_length(config, model):
     setup.check_length(prompt, model, 'data.max_prompt_length')
     setup.check_length(response, model, 'sampling.max_new_tokens')
   else:
-    setup.check_length(prompt + response, model,
-                       'data.max_prompt_length + config.sampling.max_new_tokens')
+    setup.check_length(
+      prompt + response, model, 'data.max_prompt_length + config.sampling.max_new_tokens'
+    )

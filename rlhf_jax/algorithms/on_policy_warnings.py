@@ -13,10 +13,12 @@ LEAST = 0.01  # nats: a KL nearer to 0 is rounding
 
 def config():
   """Keys of `config.warn`; None for no warning."""
-  return ml_collections.ConfigDict({
-      'kl': 50.0,               # objective/kl, nats a sequence
-      'sampler_gap': 0.1,       # policy/sampler_gap: about 1e-7 in float32, 0.002 to 0.02 in bfloat16
-  })
+  return ml_collections.ConfigDict(
+    {
+      'kl': 50.0,  # objective/kl, nats a sequence
+      'sampler_gap': 0.1,  # policy/sampler_gap: about 1e-7 in float32, 0.002 to 0.02 in bfloat16
+    }
+  )
 
 
 def validate(config):
@@ -30,11 +32,12 @@ def make(config):
 
   def warnings(metrics):
     found = {
-        'missing_eos': missing_eos(metrics, config.rl.missing_eos, config.rl.missing_eos_value),
-        'equal_scores': equal_scores(metrics),
-        'negative_kl': negative_kl(metrics, filters if config.rl.behaviour != 'sampler' else ''),
-        'kl': large_kl(metrics, bounds['kl']),
-        'sampler_gap': sampler_gap(metrics, bounds['sampler_gap'], filters)}
+      'missing_eos': missing_eos(metrics, config.rl.missing_eos, config.rl.missing_eos_value),
+      'equal_scores': equal_scores(metrics),
+      'negative_kl': negative_kl(metrics, filters if config.rl.behaviour != 'sampler' else ''),
+      'kl': large_kl(metrics, bounds['kl']),
+      'sampler_gap': sampler_gap(metrics, bounds['sampler_gap'], filters),
+    }
     return {kind: line for kind, line in found.items() if line}
 
   return warnings
@@ -43,26 +46,33 @@ def make(config):
 def filtered(sampling):
   """The keys of `config.sampling` that leave tokens out; '' if none does."""
   off = {'top_k': (None, 0), 'top_p': (1.0,), 'min_new_tokens': (0,)}
-  return ', '.join(f'config.sampling.{key}={sampling[key]}' for key in off
-                   if sampling[key] not in off[key])
+  return ', '.join(
+    f'config.sampling.{key}={sampling[key]}' for key in off if sampling[key] not in off[key]
+  )
 
 
 def missing_eos(metrics, rule, value):
   """No response ended by itself, and there is a rule for those that do not."""
   if rule == 'none' or metrics.get('response/eos_rate') != 0:
     return ''
-  effect = f'pays {value} for all of them' if rule == 'replace' else f'takes {value} off every score'
-  return (f'no response ended by itself (response/eos_rate is 0), so config.rl.missing_eos={rule!r} '
-          f"{effect}: raise config.sampling.max_new_tokens, or set config.rl.missing_eos='none'")
+  effect = (
+    f'pays {value} for all of them' if rule == 'replace' else f'takes {value} off every score'
+  )
+  return (
+    f'no response ended by itself (response/eos_rate is 0), so config.rl.missing_eos={rule!r} '
+    f"{effect}: raise config.sampling.max_new_tokens, or set config.rl.missing_eos='none'"
+  )
 
 
 def equal_scores(metrics):
   """The reward does not tell responses apart."""
   if metrics.get('objective/scores_std') != 0:
     return ''
-  return (f'all scores of the batch are {metrics["objective/scores"]:.4g} (objective/scores_std is 0), '
-          'which teaches nothing: look at the responses in samples.jsonl (config.samples_every) and at '
-          'config.reward')
+  return (
+    f'all scores of the batch are {metrics["objective/scores"]:.4g} (objective/scores_std is 0), '
+    'which teaches nothing: look at the responses in samples.jsonl (config.samples_every) and at '
+    'config.reward'
+  )
 
 
 def negative_kl(metrics, filters):
@@ -77,8 +87,10 @@ def negative_kl(metrics, filters):
     gap = metrics['policy/sampler_gap']
     causes.append(f'sampler and training pass disagree (policy/sampler_gap is {gap:.2g})')
   causes.append('a batch of few responses')
-  return (f'objective/kl is {kl:.3g} ± {error:.2g}, and a KL cannot be negative: the responses are not '
-          f'drawn from the policy whose log-probabilities are taken. Possible causes: {"; ".join(causes)}')
+  return (
+    f'objective/kl is {kl:.3g} ± {error:.2g}, and a KL cannot be negative: the responses are not '
+    f'drawn from the policy whose log-probabilities are taken. Possible causes: {"; ".join(causes)}'
+  )
 
 
 def large_kl(metrics, bound):
@@ -86,9 +98,11 @@ def large_kl(metrics, bound):
   kl = metrics.get('objective/kl', 0.0)
   if bound is None or kl <= bound:
     return ''
-  return (f'objective/kl is {kl:.3g} nats a sequence, above config.warn.kl={bound}: so far from the '
-          'reference a learned reward says little; raise config.rl.kl_coef, or lower '
-          'config.optim.learning_rate')
+  return (
+    f'objective/kl is {kl:.3g} nats a sequence, above config.warn.kl={bound}: so far from the '
+    'reference a learned reward says little; raise config.rl.kl_coef, or lower '
+    'config.optim.learning_rate'
+  )
 
 
 def sampler_gap(metrics, bound, filters):
@@ -96,7 +110,12 @@ def sampler_gap(metrics, bound, filters):
   gap = metrics.get('policy/sampler_gap', 0.0)
   if bound is None or gap <= bound:
     return ''
-  cause = f'{filters} changes what is sampled from' if filters else (
-      'the usual cause is low precision (config.model.dtype)')
-  return (f'policy/sampler_gap is {gap:.3g} nats a token, above config.warn.sampler_gap={bound}: the '
-          f'update takes the responses for draws of a policy that did not draw them; {cause}')
+  cause = (
+    f'{filters} changes what is sampled from'
+    if filters
+    else ('the usual cause is low precision (config.model.dtype)')
+  )
+  return (
+    f'policy/sampler_gap is {gap:.3g} nats a token, above config.warn.sampler_gap={bound}: the '
+    f'update takes the responses for draws of a policy that did not draw them; {cause}'
+  )

@@ -43,6 +43,7 @@ class Settings(on_policy_config.Settings):
     whiten_advantages: 'batch', 'minibatch' or 'none'.
     whiten_unbiased: divide variances by n - 1.
   """
+
   kl_controller: str = 'fixed'
   kl_target: float = 6.0
   kl_horizon: float = 10_000.0
@@ -59,51 +60,109 @@ class Settings(on_policy_config.Settings):
 # What each preset changes; docs/presets.md has the line of each figure, and where ours differs on
 # purpose. What depends on the task keeps its default: lengths, steps, a batch of one minibatch.
 PRESETS = {
-    # lm-human-preferences (https://arxiv.org/abs/1909.08593), train_policy.py and its launch.py.
-    'openai2019': {
-        'optim.name': 'tf_adam', 'optim.learning_rate': 1e-5, 'optim.schedule': 'linear',
-        'optim.eps': 1e-5, 'rl.epochs': 4, 'rl.minibatches': 1, 'rl.kl_coef': 0.15,
-        'rl.kl_controller': 'adaptive', 'rl.kl_target': 6.0, 'sampling.temperature': 0.7,
-        'rl.response': 'raw', 'rl.score_position': 'last', 'rl.missing_eos': 'replace',
-        'rl.missing_eos_value': -1.0, 'rl.whiten_rewards': True,
-        'rl.whiten_advantages': 'minibatch', 'rl.behaviour': 'sampler', 'critic.kind': 'trunk'},
-    # The N implementation details, TL;DR (https://arxiv.org/abs/2403.17031), ppo.py.
-    'n_plus': {
-        'optim.learning_rate': 3e-6, 'optim.schedule': 'linear', 'optim.eps': 1e-5,
-        'optim.weight_decay': 0.01, 'rl.epochs': 4, 'rl.minibatches': 1, 'rl.kl_coef': 0.05,
-        'sampling.temperature': 0.7, 'rl.score_position': 'after_end', 'rl.missing_eos': 'replace',
-        'rl.missing_eos_value': -1.0, 'rl.behaviour': 'sampler', 'critic.kind': 'separate'},
-    # TRL 1.12, trl.experimental.ppo.
-    'trl': {
-        'optim.learning_rate': 3e-6, 'optim.schedule': 'linear', 'rl.epochs': 4,
-        'rl.minibatches': 1, 'rl.kl_coef': 0.05, 'sampling.temperature': 0.7,
-        'rl.score_position': 'after_end', 'rl.missing_eos': 'none', 'rl.behaviour': 'sampler',
-        'rl.whiten_unbiased': True, 'critic.kind': 'separate'},
-    # trlX, default_ppo_config.
-    'trlx': {
-        'optim.learning_rate': 3e-5, 'optim.schedule': 'constant', 'optim.b2': 0.95,
-        'optim.weight_decay': 1e-6, 'batch_size': 128, 'rl.epochs': 4, 'rl.minibatches': 4,
-        'rl.kl_coef': 0.001, 'sampling.temperature': 1.0, 'rl.vf_coef': 1.0,
-        'rl.score_position': 'eos', 'rl.missing_eos': 'none', 'rl.clip_scores': 10.0,
-        'rl.whiten_advantages': 'minibatch', 'rl.whiten_unbiased': True, 'critic.kind': 'trunk'},
-    # Ouyang et al. 2022, appendices C.4 and E.9 (https://arxiv.org/abs/2203.02155).
-    'instructgpt': {
-        'optim.learning_rate': 8.05e-6, 'critic.learning_rate': 9e-6, 'optim.schedule': 'constant',
-        'optim.warmup_steps': 10, 'optim.warmup_from': 0.1, 'optim.b2': 0.95, 'optim.ema': 0.992,
-        'batch_size': 512, 'rl.epochs': 1, 'rl.minibatches': 8, 'rl.kl_coef': 0.02,
-        'sampling.temperature': 1.0, 'rl.score_position': 'eos', 'rl.missing_eos': 'none',
-        'rl.ptx_coef': 27.8, 'ptx.batch_size': 8 * 512, 'critic.kind': 'separate'},
+  # lm-human-preferences (https://arxiv.org/abs/1909.08593), train_policy.py and its launch.py.
+  'openai2019': {
+    'optim.name': 'tf_adam',
+    'optim.learning_rate': 1e-5,
+    'optim.schedule': 'linear',
+    'optim.eps': 1e-5,
+    'rl.epochs': 4,
+    'rl.minibatches': 1,
+    'rl.kl_coef': 0.15,
+    'rl.kl_controller': 'adaptive',
+    'rl.kl_target': 6.0,
+    'sampling.temperature': 0.7,
+    'rl.response': 'raw',
+    'rl.score_position': 'last',
+    'rl.missing_eos': 'replace',
+    'rl.missing_eos_value': -1.0,
+    'rl.whiten_rewards': True,
+    'rl.whiten_advantages': 'minibatch',
+    'rl.behaviour': 'sampler',
+    'critic.kind': 'trunk',
+  },
+  # The N implementation details, TL;DR (https://arxiv.org/abs/2403.17031), ppo.py.
+  'n_plus': {
+    'optim.learning_rate': 3e-6,
+    'optim.schedule': 'linear',
+    'optim.eps': 1e-5,
+    'optim.weight_decay': 0.01,
+    'rl.epochs': 4,
+    'rl.minibatches': 1,
+    'rl.kl_coef': 0.05,
+    'sampling.temperature': 0.7,
+    'rl.score_position': 'after_end',
+    'rl.missing_eos': 'replace',
+    'rl.missing_eos_value': -1.0,
+    'rl.behaviour': 'sampler',
+    'critic.kind': 'separate',
+  },
+  # TRL 1.12, trl.experimental.ppo.
+  'trl': {
+    'optim.learning_rate': 3e-6,
+    'optim.schedule': 'linear',
+    'rl.epochs': 4,
+    'rl.minibatches': 1,
+    'rl.kl_coef': 0.05,
+    'sampling.temperature': 0.7,
+    'rl.score_position': 'after_end',
+    'rl.missing_eos': 'none',
+    'rl.behaviour': 'sampler',
+    'rl.whiten_unbiased': True,
+    'critic.kind': 'separate',
+  },
+  # trlX, default_ppo_config.
+  'trlx': {
+    'optim.learning_rate': 3e-5,
+    'optim.schedule': 'constant',
+    'optim.b2': 0.95,
+    'optim.weight_decay': 1e-6,
+    'batch_size': 128,
+    'rl.epochs': 4,
+    'rl.minibatches': 4,
+    'rl.kl_coef': 0.001,
+    'sampling.temperature': 1.0,
+    'rl.vf_coef': 1.0,
+    'rl.score_position': 'eos',
+    'rl.missing_eos': 'none',
+    'rl.clip_scores': 10.0,
+    'rl.whiten_advantages': 'minibatch',
+    'rl.whiten_unbiased': True,
+    'critic.kind': 'trunk',
+  },
+  # Ouyang et al. 2022, appendices C.4 and E.9 (https://arxiv.org/abs/2203.02155).
+  'instructgpt': {
+    'optim.learning_rate': 8.05e-6,
+    'critic.learning_rate': 9e-6,
+    'optim.schedule': 'constant',
+    'optim.warmup_steps': 10,
+    'optim.warmup_from': 0.1,
+    'optim.b2': 0.95,
+    'optim.ema': 0.992,
+    'batch_size': 512,
+    'rl.epochs': 1,
+    'rl.minibatches': 8,
+    'rl.kl_coef': 0.02,
+    'sampling.temperature': 1.0,
+    'rl.score_position': 'eos',
+    'rl.missing_eos': 'none',
+    'rl.ptx_coef': 27.8,
+    'ptx.batch_size': 8 * 512,
+    'critic.kind': 'separate',
+  },
 }
 
 
 def config(preset=''):
   """Keys of PPO, a ConfigDict, changed by a preset; raises UserError for one not in PRESETS."""
   found = on_policy_config.config('ppo', Settings)
-  found.critic = ml_collections.ConfigDict({
-      'kind': 'separate',       # 'trunk': a head on the policy's hidden states; or 'adapters'
-      'path': placeholder(str),     # separate: folder to start from; None: the first reward model's
+  found.critic = ml_collections.ConfigDict(
+    {
+      'kind': 'separate',  # 'trunk': a head on the policy's hidden states; or 'adapters'
+      'path': placeholder(str),  # separate: folder to start from; None: the first reward model's
       'learning_rate': placeholder(float),  # None: the policy's
-  })
+    }
+  )
   return config_lib.apply_preset(found, PRESETS, preset)
 
 
@@ -120,12 +179,16 @@ def validate(config, device_count):
   config_lib.one_of(config, 'rl.kl_controller', adv.KL_CONTROLLERS)
   config_lib.one_of(config, 'rl.score_position', adv.SCORE_POSITIONS)
   config_lib.one_of(config, 'rl.whiten_advantages', ('batch', 'minibatch', 'none'))
-  need(rl.kl_controller == 'fixed' or min(rl.kl_coef, rl.kl_target, rl.kl_horizon) > 0,
-       f'config.rl.kl_controller={rl.kl_controller!r} multiplies config.rl.kl_coef: '
-       'it, kl_target and kl_horizon must be positive')
-  need((rl.score_position == 'last') == (rl.response == 'raw'),
-       "config.rl.score_position='last' and config.rl.response='raw' belong together: the last "
-       'position is a token of the response only if sampling goes past the EOS')
+  need(
+    rl.kl_controller == 'fixed' or min(rl.kl_coef, rl.kl_target, rl.kl_horizon) > 0,
+    f'config.rl.kl_controller={rl.kl_controller!r} multiplies config.rl.kl_coef: '
+    'it, kl_target and kl_horizon must be positive',
+  )
+  need(
+    (rl.score_position == 'last') == (rl.response == 'raw'),
+    "config.rl.score_position='last' and config.rl.response='raw' belong together: the last "
+    'position is a token of the response only if sampling goes past the EOS',
+  )
 
 
 def prepare(outputs, fixed, *, state, rollout, scores, step_mask, settings):
@@ -143,27 +206,43 @@ def prepare(outputs, fixed, *, state, rollout, scores, step_mask, settings):
   Returns:
     Experience, `extra` of the next TrainState, and the iteration's metrics.
   """
-  kl_coef, whiten = state.extra['kl_coef'], functools.partial(adv.whiten, unbiased=settings.whiten_unbiased)
+  kl_coef, whiten = (
+    state.extra['kl_coef'],
+    functools.partial(adv.whiten, unbiased=settings.whiten_unbiased),
+  )
   experience, gap = experience_lib.begin(
-      outputs, fixed, rollout, step_mask, behaviour=settings.behaviour)
-  kl = fixed.full_kl if settings.kl_estimator == 'full' else adv.kl_estimate(
-      experience.logprobs, experience.ref_logprobs, settings.kl_estimator)
+    outputs, fixed, rollout, step_mask, behaviour=settings.behaviour
+  )
+  kl = (
+    fixed.full_kl
+    if settings.kl_estimator == 'full'
+    else adv.kl_estimate(experience.logprobs, experience.ref_logprobs, settings.kl_estimator)
+  )
   paid, moments = settings.rules.apply(scores, rollout, state.extra['reward_moments'])
   rewards = adv.token_rewards(
-      paid, kl, kl_coef if settings.kl_in == 'reward' else 0.0, rollout.response_mask,
-      position=settings.score_position)
+    paid,
+    kl,
+    kl_coef if settings.kl_in == 'reward' else 0.0,
+    rollout.response_mask,
+    position=settings.score_position,
+  )
   if settings.whiten_rewards:
     rewards = whiten(rewards, step_mask, shift_mean=False)
-  advantages, returns = adv.gae(
-      rewards, experience.values, gamma=settings.gamma, lam=settings.lam)
+  advantages, returns = adv.gae(rewards, experience.values, gamma=settings.gamma, lam=settings.lam)
   if settings.whiten_advantages == 'batch':
     advantages = whiten(advantages, rollout.response_mask)
   experience = experience.replace(advantages=advantages, returns=returns)
   metrics = experience_lib.describe(
-      experience, rollout, scores, paid, outputs, kl_coef, settings.rules)
+    experience, rollout, scores, paid, outputs, kl_coef, settings.rules
+  )
   next_coef = adv.next_kl_coef(
-      kl_coef, experience.logprobs - experience.ref_logprobs, rollout.response_mask,
-      controller=settings.kl_controller, target=settings.kl_target, horizon=settings.kl_horizon)
+    kl_coef,
+    experience.logprobs - experience.ref_logprobs,
+    rollout.response_mask,
+    controller=settings.kl_controller,
+    target=settings.kl_target,
+    horizon=settings.kl_horizon,
+  )
   extra = {'kl_coef': next_coef, 'reward_moments': moments}
   return experience, extra, metrics | {'policy/sampler_gap': gap}
 
@@ -186,25 +265,28 @@ def loss(outputs, experience, counts, *, kl_coef, settings):
   step_mean = lambda x: adv.masked_sum(x, steps) / counts.steps
   logprobs = jnp.where(mask, outputs.logprobs, 0.0)
   policy, policy_clipped, ratio = losses.ppo_policy_loss(
-      logprobs, experience.logprobs, experience.advantages, **settings.clips)
+    logprobs, experience.logprobs, experience.advantages, **settings.clips
+  )
   value, value_clipped = losses.ppo_value_loss(
-      outputs.values, experience.values, experience.returns, clip=settings.value_clip)
+    outputs.values, experience.values, experience.returns, clip=settings.value_clip
+  )
   policy_loss, value_loss = mean(policy), step_mean(value)
   total = policy_loss + settings.vf_coef * value_loss
   if settings.entropy_coef:  # A zero would be differentiated all the same.
     total -= settings.entropy_coef * mean(outputs.entropy)
   if settings.kl_in == 'loss':
     total += kl_coef * mean(
-        adv.kl_estimate(logprobs, experience.ref_logprobs, settings.kl_estimator))
+      adv.kl_estimate(logprobs, experience.ref_logprobs, settings.kl_estimator)
+    )
   return total, {
-      'policy/loss': policy_loss,
-      'policy/approxkl': 0.5 * mean(jnp.square(logprobs - experience.logprobs)),
-      'policy/clipfrac': mean(policy_clipped),
-      'policy/ratio': mean(ratio),
-      'policy/entropy': mean(outputs.entropy),
-      'value/loss': value_loss,
-      'value/clipfrac': step_mean(value_clipped),
-      'value/mean': step_mean(outputs.values),
+    'policy/loss': policy_loss,
+    'policy/approxkl': 0.5 * mean(jnp.square(logprobs - experience.logprobs)),
+    'policy/clipfrac': mean(policy_clipped),
+    'policy/ratio': mean(ratio),
+    'policy/entropy': mean(outputs.entropy),
+    'value/loss': value_loss,
+    'value/clipfrac': step_mean(value_clipped),
+    'value/mean': step_mean(outputs.values),
   }
 
 
@@ -212,8 +294,11 @@ def whiten_minibatch(experience, *, settings):
   """Experience with its advantages whitened, where that is done by minibatch."""
   if settings.whiten_advantages != 'minibatch':
     return experience
-  return experience.replace(advantages=adv.whiten(
-      experience.advantages, experience.response_mask, unbiased=settings.whiten_unbiased))
+  return experience.replace(
+    advantages=adv.whiten(
+      experience.advantages, experience.response_mask, unbiased=settings.whiten_unbiased
+    )
+  )
 
 
 def objective(state, rollout, scores, *, settings):
@@ -223,11 +308,13 @@ def objective(state, rollout, scores, *, settings):
     step_mask = adv.step_mask(step_mask, settings.score_position)
     step_mask &= experience_lib.kept(scores, rollout.response_mask)[:, None]
   return update.Objective(
-      prepare=functools.partial(prepare, state=state, rollout=rollout, scores=scores,
-                                step_mask=step_mask, settings=settings),
-      step_mask=step_mask,
-      loss=functools.partial(loss, kl_coef=state.extra['kl_coef'], settings=settings),
-      minibatch=functools.partial(whiten_minibatch, settings=settings))
+    prepare=functools.partial(
+      prepare, state=state, rollout=rollout, scores=scores, step_mask=step_mask, settings=settings
+    ),
+    step_mask=step_mask,
+    loss=functools.partial(loss, kl_coef=state.extra['kl_coef'], settings=settings),
+    minibatch=functools.partial(whiten_minibatch, settings=settings),
+  )
 
 
 train_step = functools.partial(on_policy.train_step, objective)

@@ -44,15 +44,19 @@ def config(preset=''):
   found = config_lib.common('reward_model')
   found.data.kind = 'comparison'
   found.evals = config_lib.held_out()
-  found.preference = ml_collections.ConfigDict({
-      'loss': 'pairwise',       # 'pairwise' (K-way too), 'pick_best' or 'rating'
-      'centering': 0.0,         # weight of (r_a + r_b)^2; 0.01 recommended
-      'label_smoothing': 0.0,   # probability that a label is wrong
-      'token_dropout': 0.0,     # share of tokens hidden from each training example
-      'append_eos': True,       # to completions; False for PPO with sampling.truncate_at
-      'normalize': 'none',      # 'gain_bias': mean 0, std 1; 'bias': mean 0; on `normalize_path`
-      'normalize_path': placeholder(str),   # completions to fit on; None: those of the training comparisons
-  })
+  found.preference = ml_collections.ConfigDict(
+    {
+      'loss': 'pairwise',  # 'pairwise' (K-way too), 'pick_best' or 'rating'
+      'centering': 0.0,  # weight of (r_a + r_b)^2; 0.01 recommended
+      'label_smoothing': 0.0,  # probability that a label is wrong
+      'token_dropout': 0.0,  # share of tokens hidden from each training example
+      'append_eos': True,  # to completions; False for PPO with sampling.truncate_at
+      'normalize': 'none',  # 'gain_bias': mean 0, std 1; 'bias': mean 0; on `normalize_path`
+      'normalize_path': placeholder(
+        str
+      ),  # completions to fit on; None: those of the training comparisons
+    }
+  )
   return config_lib.apply_preset(found, {}, preset)
 
 
@@ -64,19 +68,27 @@ def validate(config, device_count):
   """
   del device_count
   config_lib.one_of(config, 'data.kind', ('comparison',))
-  config_lib.refuse_evals(config.evals, ('prompts', 'win_rate', 'text'), "an algorithm that trains a policy: use 'loss'")
+  config_lib.refuse_evals(
+    config.evals, ('prompts', 'win_rate', 'text'), "an algorithm that trains a policy: use 'loss'"
+  )
   config_lib.divides(config.microbatch_size, config.batch_size, 'microbatch_size', 'batch_size')
   config_lib.one_of(config, 'preference.loss', ('pairwise', 'pick_best', 'rating'))
   config_lib.one_of(config, 'preference.normalize', ('none', 'gain_bias', 'bias'))
   preference = config.preference
   for key in ('token_dropout', 'label_smoothing'):
-    config_lib.need(0 <= preference[key] < 1, f'config.preference.{key}={preference[key]} must be in [0, 1)')
-  config_lib.need(preference.centering >= 0, f'config.preference.centering={preference.centering} must be 0 or positive')
+    config_lib.need(
+      0 <= preference[key] < 1, f'config.preference.{key}={preference[key]} must be in [0, 1)'
+    )
+  config_lib.need(
+    preference.centering >= 0,
+    f'config.preference.centering={preference.centering} must be 0 or positive',
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
   """Static choices of a reward-model step; see `config`."""
+
   loss: str
   centering: float
   label_smoothing: float
@@ -93,8 +105,13 @@ def loss_of_scores(scores, batch, settings):
   """Per-prompt loss [B] of scores [B, K], and which prompts have one, [B] bool."""
   if settings.loss == 'pairwise':
     return losses.pairwise_loss(
-        scores, batch.ranks, batch.present, batch.margin, centering=settings.centering,
-        label_smoothing=settings.label_smoothing)
+      scores,
+      batch.ranks,
+      batch.present,
+      batch.margin,
+      centering=settings.centering,
+      label_smoothing=settings.label_smoothing,
+    )
   if settings.loss == 'pick_best':
     return losses.pick_best_loss(scores, batch.ranks, batch.present)
   return losses.rating_loss(scores, batch.ratings, batch.present)
@@ -115,12 +132,19 @@ def drop_tokens(key, mask, rate):
 
 def pair_sums(scores, batch):
   """Right, tied and all pairs, and the summed gap, over the pairs of a batch."""
-  better = (batch.ranks[:, :, None] < batch.ranks[:, None, :]) \
-      & batch.present[:, :, None] & batch.present[:, None, :]
+  better = (
+    (batch.ranks[:, :, None] < batch.ranks[:, None, :])
+    & batch.present[:, :, None]
+    & batch.present[:, None, :]
+  )
   gap = scores[:, :, None] - scores[:, None, :]
   count = lambda x: jnp.sum(x & better)
-  return {'right': count(gap > 0), 'tied': count(gap == 0), 'pairs': jnp.sum(better),
-          'gap': adv.masked_sum(gap, better)}
+  return {
+    'right': count(gap > 0),
+    'tied': count(gap == 0),
+    'pairs': jnp.sum(better),
+    'gap': adv.masked_sum(gap, better),
+  }
 
 
 def train_step(state, frozen, batch, *, model, optimizers, settings, microbatch_size):
@@ -141,24 +165,33 @@ def train_step(state, frozen, batch, *, model, optimizers, settings, microbatch_
   _, counted = loss_of_scores(jnp.zeros(batch.present.shape), batch, settings)
   prompts = jnp.maximum(jnp.sum(counted), 1)
   if settings.token_dropout:
-    batch = batch.replace(mask=drop_tokens(
-        types.step_keys(state)[1], batch.mask, settings.token_dropout))
+    batch = batch.replace(
+      mask=drop_tokens(types.step_keys(state)[1], batch.mask, settings.token_dropout)
+    )
 
   def share(params, rows):
     loss, valid, scores = comparison_loss(
-        trainable.join(frozen, params['reward']), rows, model=model, settings=settings)
+      trainable.join(frozen, params['reward']), rows, model=model, settings=settings
+    )
     loss = adv.masked_sum(loss, valid) / prompts
-    return loss, {'loss': loss, **pair_sums(scores, rows),
-                  'scores': adv.masked_sum(scores, rows.present)}
+    return loss, {
+      'loss': loss,
+      **pair_sums(scores, rows),
+      'scores': adv.masked_sum(scores, rows.present),
+    }
 
   state, metrics = update.step(
-      state, share, batch, optimizers=optimizers, microbatch_size=microbatch_size)
+    state, share, batch, optimizers=optimizers, microbatch_size=microbatch_size
+  )
   right, tied, pairs, gap, scores = map(metrics.pop, ('right', 'tied', 'pairs', 'gap', 'scores'))
   pairs = jnp.maximum(pairs, 1)
   return state, metrics | {
-      'accuracy': right / pairs, 'ties': tied / pairs, 'margin': gap / pairs,
-      'scores/mean': scores / jnp.maximum(jnp.sum(batch.present), 1),
-      'tokens': jnp.sum(batch.mask & batch.present[:, :, None])}
+    'accuracy': right / pairs,
+    'ties': tied / pairs,
+    'margin': gap / pairs,
+    'scores/mean': scores / jnp.maximum(jnp.sum(batch.present), 1),
+    'tokens': jnp.sum(batch.mask & batch.present[:, :, None]),
+  }
 
 
 def normalize(head, scores, mode):
@@ -176,8 +209,7 @@ def normalize(head, scores, mode):
     A head of the same shape.
   """
   gain = 1.0 / max(float(np.std(scores)), 1e-6) if mode == 'gain_bias' else 1.0
-  return {'kernel': head['kernel'] * gain,
-          'bias': (head['bias'] - float(np.mean(scores))) * gain}
+  return {'kernel': head['kernel'] * gain, 'bias': (head['bias'] - float(np.mean(scores))) * gain}
 
 
 def normalized_head(params, *, frozen, batches, judge, mode, mesh):
@@ -193,8 +225,10 @@ def normalized_head(params, *, frozen, batches, judge, mode, mesh):
   """
   if mode == 'none':
     return params['head']
-  values = [(judge(trainable.join(frozen, params), sharding.put_rows(batch, mesh)), batch.present)
-            for batch in batches()]
+  values = [
+    (judge(trainable.join(frozen, params), sharding.put_rows(batch, mesh)), batch.present)
+    for batch in batches()
+  ]
   values = np.concatenate([processes.host(scores)[present] for (*_, scores), present in values])
   return normalize(params['head'], values, mode)
 
@@ -213,31 +247,47 @@ def create(config, mesh):
     UserError: the data or the model does not fit the config.
   """
   tokenizer = setup.load_tokenizer(config)
-  model, params = setup.load_scalar(
-      config.model, tokenizer, mesh, config.seed, head_scale='normal')
+  model, params = setup.load_scalar(config.model, tokenizer, mesh, config.seed, head_scale='normal')
   setup.check_length(config.data.max_length, model, 'data.max_length')
   model, backbone, shared = setup.divide(config, model, params['backbone'], mesh)
   params, frozen = {'backbone': backbone, 'head': params['head']}, {'backbone': shared}
   examples, held_out = setup.hold_out(config, formats.comparisons, tokenizer)
   check_examples(examples, config.preference.loss)
-  sizes = dict(batch_size=config.batch_size, max_length=config.data.max_length,
-               append_eos=config.preference.append_eos)
-  iterator, rows = pipelines.comparison_iterator(
-      examples, tokenizer, seed=config.seed, **sizes)
+  sizes = dict(
+    batch_size=config.batch_size,
+    max_length=config.data.max_length,
+    append_eos=config.preference.append_eos,
+  )
+  iterator, rows = pipelines.comparison_iterator(examples, tokenizer, seed=config.seed, **sizes)
   steps = setup.train_steps(config, rows)
-  settings = Settings(loss=config.preference.loss, centering=config.preference.centering,
-                      label_smoothing=config.preference.label_smoothing,
-                      token_dropout=config.preference.token_dropout)
+  settings = Settings(
+    loss=config.preference.loss,
+    centering=config.preference.centering,
+    label_smoothing=config.preference.label_smoothing,
+    token_dropout=config.preference.token_dropout,
+  )
   judge = jax.jit(functools.partial(comparison_loss, model=model, settings=settings))
   fitted_head = functools.partial(
-      normalized_head, frozen=frozen, judge=judge, mode=config.preference.normalize, mesh=mesh,
-      batches=functools.partial(normalization_batches, config, examples, tokenizer, sizes))
+    normalized_head,
+    frozen=frozen,
+    judge=judge,
+    mode=config.preference.normalize,
+    mesh=mesh,
+    batches=functools.partial(normalization_batches, config, examples, tokenizer, sizes),
+  )
   params['head'] = fitted_head(params)
   optimizers = {'reward': setup.make_optimizer(config.optim, steps)}
   state = setup.new_state(config.seed, {'reward': params}, optimizers, mesh, model.rules)
-  step = setup.jit_step(functools.partial(
-      train_step, model=model, optimizers=optimizers, settings=settings,
-      microbatch_size=config.microbatch_size or 0), state)
+  step = setup.jit_step(
+    functools.partial(
+      train_step,
+      model=model,
+      optimizers=optimizers,
+      settings=settings,
+      microbatch_size=config.microbatch_size or 0,
+    ),
+    state,
+  )
 
   def loss(path):
     chosen = held_out
@@ -245,25 +295,42 @@ def create(config, mesh):
       chosen = setup.read_examples(config.data, formats.comparisons, tokenizer, path=path)
     check_ratings(chosen, settings.loss)
     batches = [batch for batch, _ in pipelines.comparison_batches(chosen, tokenizer, **sizes)]
-    return held_out_loss(batches, [example.prompt for example in chosen], frozen, judge=judge,
-                         rated=settings.loss == 'rating', mesh=mesh)
+    return held_out_loss(
+      batches,
+      [example.prompt for example in chosen],
+      frozen,
+      judge=judge,
+      rated=settings.loss == 'rating',
+      mesh=mesh,
+    )
 
   def export(state, path):
     params = setup.averaged(state, 'reward')
     exported, whole, own = padding.apart(
-        dataclasses.replace(model, lora=None), trainable.whole(model, params['backbone'], shared),
-        tokenizer, mesh)
+      dataclasses.replace(model, lora=None),
+      trainable.whole(model, params['backbone'], shared),
+      tokenizer,
+      mesh,
+    )
     hf.save(path, exported, whole, tokenizer=own, head=fitted_head(params))
 
   context = evaluators.Context(
-      model=model, tokenizer=tokenizer, mesh=mesh, seed=config.seed, loss=loss,
-      load=setup.load_settings(config.model))
+    model=model,
+    tokenizer=tokenizer,
+    mesh=mesh,
+    seed=config.seed,
+    loss=loss,
+    load=setup.load_settings(config.model),
+  )
   return learner.Learner(
-      steps=steps, iterators={'data': iterator},
-      next_batch=lambda state, *, timed: (
-          (frozen, sharding.put_rows(next(iterator), mesh)), {}),
-      train_step=step, export=export, describe=setup.describer(model, 'reward', tokenizer),
-      evaluators=evaluators.make(config.evals, context)), state
+    steps=steps,
+    iterators={'data': iterator},
+    next_batch=lambda state, *, timed: ((frozen, sharding.put_rows(next(iterator), mesh)), {}),
+    train_step=step,
+    export=export,
+    describe=setup.describer(model, 'reward', tokenizer),
+    evaluators=evaluators.make(config.evals, context),
+  ), state
 
 
 def check_examples(examples, loss):
@@ -271,16 +338,18 @@ def check_examples(examples, loss):
   check_ratings(examples, loss)
   if loss != 'rating' and all(len(set(example.ranks)) < 2 for example in examples):
     raise errors.UserError(
-        f"config.preference.loss={loss!r} needs prompts with better and worse completions, and the "
-        "data have none: where each completion has a rating, use 'rating'")
+      f'config.preference.loss={loss!r} needs prompts with better and worse completions, and the '
+      "data have none: where each completion has a rating, use 'rating'"
+    )
 
 
 def check_ratings(examples, loss):
   """Raises UserError where ratings are learned and some example has none."""
   if loss == 'rating' and any(example.ratings is None for example in examples):
     raise errors.UserError(
-        "config.preference.loss='rating' needs a rating of every completion, and the data have "
-        "comparisons without: use 'pairwise' or 'pick_best'")
+      "config.preference.loss='rating' needs a rating of every completion, and the data have "
+      "comparisons without: use 'pairwise' or 'pick_best'"
+    )
 
 
 def normalization_batches(config, examples, tokenizer, sizes):
@@ -310,8 +379,10 @@ def held_out_loss(batches, prompts, frozen, *, judge, rated, mesh):
 
   def evaluate(state):
     params = trainable.join(frozen, setup.averaged(state, 'reward'))
-    found = [jax.tree.map(processes.host, judge(params, sharding.put_rows(batch, mesh)))
-             for batch in batches]
+    found = [
+      jax.tree.map(processes.host, judge(params, sharding.put_rows(batch, mesh)))
+      for batch in batches
+    ]
     count = sum(int(counted.sum()) for _, counted, _ in found)
     loss = sum(float(loss[counted].sum()) for loss, counted, _ in found) / max(count, 1)
     scores = [scores for *_, scores in found]
@@ -340,14 +411,22 @@ def pair_metrics(scores, batches, prompts):
     return {}
   gaps = np.concatenate([gaps for gaps, _ in pairs])
   found = calibration.pairwise(gaps, np.zeros_like(gaps), prompts=owners)
-  return {'accuracy': found.accuracy, 'accuracy_low': found.accuracy_low,
-          'accuracy_high': found.accuracy_high, 'ties': found.ties, 'margin': found.margin,
-          'ece': found.ece, 'pairs': found.count}
+  return {
+    'accuracy': found.accuracy,
+    'accuracy_low': found.accuracy_low,
+    'accuracy_high': found.accuracy_high,
+    'ties': found.ties,
+    'margin': found.margin,
+    'ece': found.ece,
+    'pairs': found.count,
+  }
 
 
 def rating_metrics(scores, batches):
   """Held-out metrics of scores [B, K] of each batch as ratings; see calibration.ratings."""
   chosen = lambda arrays: np.concatenate(
-      [array[batch.present] for array, batch in zip(arrays, batches)])
-  return dataclasses.asdict(calibration.ratings(
-      chosen(scores), chosen([batch.ratings for batch in batches])))
+    [array[batch.present] for array, batch in zip(arrays, batches)]
+  )
+  return dataclasses.asdict(
+    calibration.ratings(chosen(scores), chosen([batch.ratings for batch in batches]))
+  )

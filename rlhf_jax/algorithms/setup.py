@@ -35,8 +35,9 @@ def load_tokenizer(config):
   """The tokenizer of `config.tokenizer`, or of the model's folder."""
   if not config.tokenizer and not os.path.isdir(config.model.path or ''):
     raise errors.UserError(
-        f'config.model.path={config.model.path!r}: no such folder; it has to be a Hugging Face '
-        'folder, or what an earlier stage exported')
+      f'config.model.path={config.model.path!r}: no such folder; it has to be a Hugging Face '
+      'folder, or what an earlier stage exported'
+    )
   tokenizer = tokenizers.load(config.tokenizer or config.model.path)
   if config.data.chat_template:
     chat.use_template(tokenizer, config.data.chat_template)
@@ -68,14 +69,13 @@ def load_policy(config_model, tokenizer, mesh, seed):
   if config_model.path:
     model, params = hf.load(config_model.path, mesh=mesh, **load_settings(config_model))
   else:
-    fields = {'vocab_size': max(tokenizer.get_vocab().values()) + 1,
-              **config_model.init.to_dict()}
+    fields = {'vocab_size': max(tokenizer.get_vocab().values()) + 1, **config_model.init.to_dict()}
     model = models.create(fields, **model_settings(config_model))
-    init = lambda key: jax.tree.map(
-        lambda x: x.astype(config_model.param_dtype), model.init(key))
+    init = lambda key: jax.tree.map(lambda x: x.astype(config_model.param_dtype), model.init(key))
     key = jax.random.key(seed)
-    params = jax.jit(init, out_shardings=sharding.shardings(
-        jax.eval_shape(init, key), model.rules, mesh))(key)
+    params = jax.jit(
+      init, out_shardings=sharding.shardings(jax.eval_shape(init, key), model.rules, mesh)
+    )(key)
   tokenizers.fit(tokenizer, model)
   return model, params
 
@@ -93,8 +93,12 @@ def divide(config, model, params, mesh):
     The Model with its adapters, trained and frozen parameters; see models/trainable.py.
   """
   model, trained, frozen = trainable.start(
-      model, params, unfrozen_layers=config.model.unfrozen_layers, seed=config.seed,
-      **config.model.lora)
+    model,
+    params,
+    unfrozen_layers=config.model.unfrozen_layers,
+    seed=config.seed,
+    **config.model.lora,
+  )
   return model, place(trained, model, mesh), frozen
 
 
@@ -110,7 +114,9 @@ def is_reward_model(path):
     UserError: there is no readable config.json.
   """
   names = hf_files.read_json(folders.model(path) / 'config.json').get('architectures')
-  return isinstance(names, list) and str(names[0] if names else '').endswith('ForSequenceClassification')
+  return isinstance(names, list) and str(names[0] if names else '').endswith(
+    'ForSequenceClassification'
+  )
 
 
 def load_scalar(config_model, tokenizer, mesh, seed, *, head_scale):
@@ -137,8 +143,7 @@ def load_scalar(config_model, tokenizer, mesh, seed, *, head_scale):
 def new_head(model, mesh, seed, scale):
   """A scalar head, placed like the other parameters."""
   key = keys.of(seed, keys.HEAD)
-  return jax.device_put(
-      heads.init_scalar(key, model.width, scale=scale), sharding.replicated(mesh))
+  return jax.device_put(heads.init_scalar(key, model.width, scale=scale), sharding.replicated(mesh))
 
 
 def make_optimizer(config_optim, steps, *, updates=1, learning_rate=None, exported=True):
@@ -153,11 +158,22 @@ def make_optimizer(config_optim, steps, *, updates=1, learning_rate=None, export
   """
   c = config_optim
   return optim.make(
-      name=c.name, learning_rate=c.learning_rate if learning_rate is None else learning_rate, schedule_kind=c.schedule,
-      warmup_steps=c.warmup_steps, warmup_from=c.warmup_from, steps=steps, updates=updates,
-      b1=c.b1, b2=c.b2, eps=c.eps,
-      weight_decay=c.weight_decay, clip_norm=c.clip_norm or 0.0, master_dtype=c.master_dtype,
-      moment_dtype=c.moment_dtype, ema=(c.ema or 0.0) if exported else 0.0)
+    name=c.name,
+    learning_rate=c.learning_rate if learning_rate is None else learning_rate,
+    schedule_kind=c.schedule,
+    warmup_steps=c.warmup_steps,
+    warmup_from=c.warmup_from,
+    steps=steps,
+    updates=updates,
+    b1=c.b1,
+    b2=c.b2,
+    eps=c.eps,
+    weight_decay=c.weight_decay,
+    clip_norm=c.clip_norm or 0.0,
+    master_dtype=c.master_dtype,
+    moment_dtype=c.moment_dtype,
+    ema=(c.ema or 0.0) if exported else 0.0,
+  )
 
 
 def new_state(seed, params, optimizers, mesh, rules, *, extra=None):
@@ -172,13 +188,19 @@ def new_state(seed, params, optimizers, mesh, rules, *, extra=None):
     extra: see TrainState; None for nothing.
   """
   init = lambda params: {name: tx.init(params[name]) for name, tx in optimizers.items() if tx}
-  opt_state = jax.jit(init, out_shardings=sharding.shardings(
-      jax.eval_shape(init, params), rules, mesh))(params)
+  opt_state = jax.jit(
+    init, out_shardings=sharding.shardings(jax.eval_shape(init, params), rules, mesh)
+  )(params)
   extra = extra or {}
   small = jax.device_put(
-      {'step': jnp.int32(0), 'key': jax.random.key(seed)}, sharding.replicated(mesh))
-  return types.TrainState(params=params, opt_state=opt_state, extra=jax.device_put(
-      extra, sharding.shardings(extra, EXTRA_RULES + rules, mesh)), **small)
+    {'step': jnp.int32(0), 'key': jax.random.key(seed)}, sharding.replicated(mesh)
+  )
+  return types.TrainState(
+    params=params,
+    opt_state=opt_state,
+    extra=jax.device_put(extra, sharding.shardings(extra, EXTRA_RULES + rules, mesh)),
+    **small,
+  )
 
 
 def state_shardings(state):
@@ -193,8 +215,12 @@ def jit_step(function, state):
   step would compile again.
   """
   platform = next(iter(state.step.sharding.device_set)).platform
-  return jax.jit(function, donate_argnums=0, out_shardings=(state_shardings(state), None),
-                 compiler_options=sharding.rounding(platform))
+  return jax.jit(
+    function,
+    donate_argnums=0,
+    out_shardings=(state_shardings(state), None),
+    compiler_options=sharding.rounding(platform),
+  )
 
 
 def read_examples(config_data, convert, tokenizer, *, path=None):
@@ -211,8 +237,13 @@ def read_examples(config_data, convert, tokenizer, *, path=None):
   """
   path = path or config_data.path
   columns = dict(pair.split('=') for pair in (config_data.columns or '').split(',') if pair)
-  records = sources.read(path, split=config_data.split or '', columns=columns,
-                         separator=config_data.separator, format=config_data.format)
+  records = sources.read(
+    path,
+    split=config_data.split or '',
+    columns=columns,
+    separator=config_data.separator,
+    format=config_data.format,
+  )
   examples, report = convert(records, tokenizer=tokenizer, on_error=config_data.on_error)
   if report.left_out or report.empty_prompts:
     logging.warning('%s: %s', path, report)
@@ -232,8 +263,7 @@ def hold_out(config, convert, tokenizer):
   """
   examples = read_examples(config.data, convert, tokenizer)
   if config.data.held_out_path:
-    return examples, read_examples(
-        config.data, convert, tokenizer, path=config.data.held_out_path)
+    return examples, read_examples(config.data, convert, tokenizer, path=config.data.held_out_path)
   if not config.data.held_out:
     return examples, []
   return pipelines.split(examples, holdout=config.data.held_out, seed=config.seed)
@@ -250,8 +280,9 @@ def check_length(length, model, key):
   """Raises UserError where rows of `length` tokens exceed the model's context."""
   if length > model.max_length:
     raise errors.UserError(
-        f'config.{key}: {length} tokens exceed the context of {model.max_length} tokens that '
-        'the model was made for. Shorten it, or use a model with a longer context.')
+      f'config.{key}: {length} tokens exceed the context of {model.max_length} tokens that '
+      'the model was made for. Shorten it, or use a model with a longer context.'
+    )
 
 
 def averaged(state, name):
@@ -274,8 +305,12 @@ def save(path, model, trained, frozen, *, tokenizer):
   """
   if model.lora is not None:
     peft.save(path.parent / 'adapter', model, trained)
-  hf.save(path, dataclasses.replace(model, lora=None), trainable.whole(model, trained, frozen),
-          tokenizer=tokenizer)
+  hf.save(
+    path,
+    dataclasses.replace(model, lora=None),
+    trainable.whole(model, trained, frozen),
+    tokenizer=tokenizer,
+  )
 
 
 def describer(model, name, tokenizer):
@@ -286,11 +321,13 @@ def describer(model, name, tokenizer):
     name: of its parameters in `TrainState.params`.
     tokenizer: its tokenizer.
   """
+
   def describe(workdir):
     temporary = workdir / 'model.json.tmp'
     temporary.write_text(json.dumps({'name': name, **model.config.to_hf()}, indent=2))
     os.replace(temporary, workdir / 'model.json')
     tokenizer.save_pretrained(workdir / 'tokenizer')
+
   return describe
 
 
@@ -307,14 +344,22 @@ def policy_context(config, model, tokenizer, mesh, frozen, start, *, loss=None):
     loss: see evaluators.Context.
   """
   return evaluators.Context(
-      model=model, tokenizer=tokenizer, mesh=mesh, seed=config.seed, loss=loss,
-      policy=lambda state: trainable.join(frozen, averaged(state, 'policy')),
-      start=lambda: trainable.join(frozen, start()), load=load_settings(config.model),
-      sampling=config.get('sampling', {}))
+    model=model,
+    tokenizer=tokenizer,
+    mesh=mesh,
+    seed=config.seed,
+    loss=loss,
+    policy=lambda state: trainable.join(frozen, averaged(state, 'policy')),
+    start=lambda: trainable.join(frozen, start()),
+    load=load_settings(config.model),
+    sampling=config.get('sampling', {}),
+  )
 
 
 def policy_exporter(model, tokenizer, frozen):
   """`Learner.export` of an algorithm whose result is `state.params['policy']`."""
+
   def export(state, path):
     save(path, model, averaged(state, 'policy'), frozen, tokenizer=tokenizer)
+
   return export

@@ -120,10 +120,13 @@ def train_step(state, frozen, batch, *, model, optimizers, microbatch_size):
     return loss, {'loss': loss}
 
   state, metrics = update.step(
-      state, share, batch, optimizers=optimizers, microbatch_size=microbatch_size)
+    state, share, batch, optimizers=optimizers, microbatch_size=microbatch_size
+  )
   return state, metrics | {
-      'perplexity': jnp.exp(metrics['loss']), 'tokens': count,
-      'fill': jnp.mean(batch.mask if pairs else batch.segments > 0)}
+    'perplexity': jnp.exp(metrics['loss']),
+    'tokens': count,
+    'fill': jnp.mean(batch.mask if pairs else batch.segments > 0),
+  }
 
 
 def ptx_iterator(config, tokenizer, model):
@@ -132,20 +135,29 @@ def ptx_iterator(config, tokenizer, model):
   check_kind(config.ptx.kind, model, 'ptx.kind')
   if config.ptx.kind == 'text':
     return pipelines.lm_iterator(
-        setup.read_examples(config.ptx, formats.texts, tokenizer), tokenizer,
-        batch_size=config.ptx.batch_size, length=config.ptx.max_length, seed=config.seed)[0]
+      setup.read_examples(config.ptx, formats.texts, tokenizer),
+      tokenizer,
+      batch_size=config.ptx.batch_size,
+      length=config.ptx.max_length,
+      seed=config.seed,
+    )[0]
   return pipelines.completion_iterator(
-      setup.read_examples(config.ptx, formats.completions, tokenizer), tokenizer,
-      batch_size=config.ptx.batch_size, max_length=config.ptx.max_length, seed=config.seed,
-      pairs=model.encoder_decoder)[0]
+    setup.read_examples(config.ptx, formats.completions, tokenizer),
+    tokenizer,
+    batch_size=config.ptx.batch_size,
+    max_length=config.ptx.max_length,
+    seed=config.seed,
+    pairs=model.encoder_decoder,
+  )[0]
 
 
 def check_kind(kind, model, key):
   """Raises UserError where an encoder-decoder would have to read text without prompts."""
   if kind == 'text' and model.encoder_decoder:
     raise errors.UserError(
-        f"config.{key}='text': an encoder-decoder model ({model.family}) learns completions of "
-        "prompts; use 'completion'")
+      f"config.{key}='text': an encoder-decoder model ({model.family}) learns completions of "
+      "prompts; use 'completion'"
+    )
 
 
 def training_batches(config, examples, tokenizer, model):
@@ -153,11 +165,16 @@ def training_batches(config, examples, tokenizer, model):
   data = config.data
   if data.kind == 'text':
     return pipelines.lm_iterator(
-        examples, tokenizer, batch_size=config.batch_size, length=data.max_length,
-        seed=config.seed)
+      examples, tokenizer, batch_size=config.batch_size, length=data.max_length, seed=config.seed
+    )
   return pipelines.completion_iterator(
-      examples, tokenizer, batch_size=config.batch_size, max_length=data.max_length,
-      seed=config.seed, pairs=model.encoder_decoder)
+    examples,
+    tokenizer,
+    batch_size=config.batch_size,
+    max_length=data.max_length,
+    seed=config.seed,
+    pairs=model.encoder_decoder,
+  )
 
 
 def held_out_batches(config, examples, tokenizer, model):
@@ -165,10 +182,15 @@ def held_out_batches(config, examples, tokenizer, model):
   data = config.data
   if data.kind == 'text':
     return pipelines.lm_batches(
-        examples, tokenizer, batch_size=config.batch_size, length=data.max_length)
+      examples, tokenizer, batch_size=config.batch_size, length=data.max_length
+    )
   return pipelines.completion_batches(
-      examples, tokenizer, batch_size=config.batch_size, max_length=data.max_length,
-      pairs=model.encoder_decoder)
+    examples,
+    tokenizer,
+    batch_size=config.batch_size,
+    max_length=data.max_length,
+    pairs=model.encoder_decoder,
+  )
 
 
 def held_out_loss(batches, frozen, *, model, mesh):
@@ -188,8 +210,9 @@ def held_out_loss(batches, frozen, *, model, mesh):
   def evaluate(state):
     params = setup.averaged(state, 'policy')
     # Each is waited for, or the device would hold all batches at once.
-    found = [jax.device_get(sums(params, frozen, sharding.put_rows(batch, mesh)))
-             for batch, _ in batches]
+    found = [
+      jax.device_get(sums(params, frozen, sharding.put_rows(batch, mesh))) for batch, _ in batches
+    ]
     loss = float(sum(total for total, _ in found) / sum(count for _, count in found))
     return {'loss': loss, 'perplexity': float(jnp.exp(loss))}
 
@@ -220,21 +243,28 @@ def create(config, mesh):
   steps = setup.train_steps(config, rows)
   optimizers = {'policy': setup.make_optimizer(config.optim, steps)}
   state = setup.new_state(config.seed, {'policy': params}, optimizers, mesh, model.rules)
-  step = setup.jit_step(functools.partial(
-      train_step, model=model, optimizers=optimizers,
-      microbatch_size=config.microbatch_size or 0), state)
+  step = setup.jit_step(
+    functools.partial(
+      train_step, model=model, optimizers=optimizers, microbatch_size=config.microbatch_size or 0
+    ),
+    state,
+  )
 
   def loss(path):
     chosen = setup.read_examples(config.data, convert, tokenizer, path=path) if path else held_out
     return held_out_loss(
-        held_out_batches(config, chosen, tokenizer, model), frozen, model=model, mesh=mesh)
+      held_out_batches(config, chosen, tokenizer, model), frozen, model=model, mesh=mesh
+    )
 
   context = setup.policy_context(
-      config, model, tokenizer, mesh, frozen, lambda: jax.tree.map(jnp.copy, params), loss=loss)
+    config, model, tokenizer, mesh, frozen, lambda: jax.tree.map(jnp.copy, params), loss=loss
+  )
   return learner.Learner(
-      steps=steps, iterators={'data': iterator},
-      next_batch=lambda state, *, timed: (
-          (frozen, sharding.put_rows(next(iterator), mesh)), {}),
-      train_step=step, export=setup.policy_exporter(model, tokenizer, frozen),
-      describe=setup.describer(model, 'policy', tokenizer),
-      evaluators=evaluators.make(config.evals, context)), state
+    steps=steps,
+    iterators={'data': iterator},
+    next_batch=lambda state, *, timed: ((frozen, sharding.put_rows(next(iterator), mesh)), {}),
+    train_step=step,
+    export=setup.policy_exporter(model, tokenizer, frozen),
+    describe=setup.describer(model, 'policy', tokenizer),
+    evaluators=evaluators.make(config.evals, context),
+  ), state

@@ -24,6 +24,7 @@ class Wiring(NamedTuple):
     frozen: see forward.Forward.
     optimizers: {name of params: optax optimizer}.
   """
+
   models: forward_lib.Models
   params: dict
   frozen: dict
@@ -60,8 +61,12 @@ def wire(config, mesh, base, *, reference=True, critic=None, steps):
     critic_model, params['critic'] = make_critic(config, mesh, model, policy, shared, critic)
     models = models._replace(critic=critic_model, critic_shared=config.critic.kind == 'adapters')
     optimizers['critic'] = setup.make_optimizer(
-        config.optim, steps, updates=updates, learning_rate=config.critic.learning_rate,
-        exported=False)
+      config.optim,
+      steps,
+      updates=updates,
+      learning_rate=config.critic.learning_rate,
+      exported=False,
+    )
   return Wiring(models, params, frozen, optimizers)
 
 
@@ -103,12 +108,16 @@ def load_reference(config, mesh, model):
     return True
   other, params = hf.load(config.reference, mesh=mesh, **setup.load_settings(config.model))
   theirs, ours = other.config.to_hf(), model.config.to_hf()
-  differ = [f'{name} ({theirs.get(name)} and {ours.get(name)})' for name in sorted(theirs | ours)
-            if theirs.get(name) != ours.get(name) and not name.endswith('token_id')]
+  differ = [
+    f'{name} ({theirs.get(name)} and {ours.get(name)})'
+    for name in sorted(theirs | ours)
+    if theirs.get(name) != ours.get(name) and not name.endswith('token_id')
+  ]
   if differ:
     raise errors.UserError(
-        f'config.reference={config.reference!r} differs from the policy in {", ".join(differ)}: '
-        'name a model of the same architecture')
+      f'config.reference={config.reference!r} differs from the policy in {", ".join(differ)}: '
+      'name a model of the same architecture'
+    )
   return params
 
 

@@ -18,28 +18,36 @@ from rlhf_jax.errors import UserError
 Messages = list[dict[str, str]]
 TEMPLATE_SECONDS = 5  # for one conversation, which takes milliseconds
 
-ROLES = {'human': 'user', 'user': 'user', 'gpt': 'assistant', 'assistant': 'assistant',
-         'system': 'system', 'tool': 'tool'}
+ROLES = {
+  'human': 'user',
+  'user': 'user',
+  'gpt': 'assistant',
+  'assistant': 'assistant',
+  'system': 'system',
+  'tool': 'tool',
+}
 
 # Templates by name, neither with a BOS, which is added in tokenizing.
 TEMPLATES = {
-    # "\n\nHuman: ...\n\nAssistant: ...", the format of the Anthropic HH dialogues (Bai et al.
-    # 2022); needs no special tokens. The EOS ends the assistant's turns, so that stopping can be
-    # learnt.
-    'hh': (
-        "{% for message in messages %}"
-        "{% if message['role'] == 'user' %}{{ '\\n\\nHuman: ' + message['content'] }}"
-        "{% elif message['role'] == 'assistant' %}"
-        "{{ '\\n\\nAssistant:' + ' ' + message['content'] + eos_token }}"
-        "{% else %}{{ message['content'] }}{% endif %}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"),
-    # ChatML; the model's tokenizer should know <|im_start|> and <|im_end|> as tokens.
-    'chatml': (
-        "{% for message in messages %}"
-        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"),
+  # "\n\nHuman: ...\n\nAssistant: ...", the format of the Anthropic HH dialogues (Bai et al.
+  # 2022); needs no special tokens. The EOS ends the assistant's turns, so that stopping can be
+  # learnt.
+  'hh': (
+    '{% for message in messages %}'
+    "{% if message['role'] == 'user' %}{{ '\\n\\nHuman: ' + message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{ '\\n\\nAssistant:' + ' ' + message['content'] + eos_token }}"
+    "{% else %}{{ message['content'] }}{% endif %}"
+    '{% endfor %}'
+    "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
+  ),
+  # ChatML; the model's tokenizer should know <|im_start|> and <|im_end|> as tokens.
+  'chatml': (
+    '{% for message in messages %}'
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    '{% endfor %}'
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+  ),
 }
 
 
@@ -65,8 +73,10 @@ def use_template(tokenizer: transformers.PreTrainedTokenizerFast, template: str)
   elif '{' in template:
     text = template
   else:
-    raise UserError(f'config.data.chat_template {template!r} is neither a known name '
-                    f'({", ".join(sorted(TEMPLATES))}), nor a file, nor Jinja text.')
+    raise UserError(
+      f'config.data.chat_template {template!r} is neither a known name '
+      f'({", ".join(sorted(TEMPLATES))}), nor a file, nor Jinja text.'
+    )
   tokenizer.chat_template = text
 
 
@@ -94,8 +104,11 @@ def _message(item: Any) -> dict[str, str]:
   return {'role': ROLES[role], 'content': content}
 
 
-def render(tokenizer: transformers.PreTrainedTokenizerFast | None, prompt: Sequence[dict[str, str]],
-           answer: dict[str, str] | None = None) -> tuple[str, str]:
+def render(
+  tokenizer: transformers.PreTrainedTokenizerFast | None,
+  prompt: Sequence[dict[str, str]],
+  answer: dict[str, str] | None = None,
+) -> tuple[str, str]:
   """The text of a prompt that asks for a response, and of the response to it.
 
   Args:
@@ -113,19 +126,23 @@ def render(tokenizer: transformers.PreTrainedTokenizerFast | None, prompt: Seque
     Malformed: the template rejects these messages (roles that do not alternate, for example).
   """
   if tokenizer is None or not tokenizer.chat_template:
-    raise UserError('the data are conversations, and the tokenizer has no chat template to make '
-                    'text of them. Set config.data.chat_template to '
-                    f'{" or ".join(repr(name) for name in TEMPLATES)}, to a Jinja file, or use a '
-                    'tokenizer that has one.')
+    raise UserError(
+      'the data are conversations, and the tokenizer has no chat template to make '
+      'text of them. Set config.data.chat_template to '
+      f'{" or ".join(repr(name) for name in TEMPLATES)}, to a Jinja file, or use a '
+      'tokenizer that has one.'
+    )
   before = _apply(tokenizer, list(prompt), add_generation_prompt=True)
   if answer is None:
     return before, ''
   whole = _apply(tokenizer, [*prompt, answer], add_generation_prompt=False)
   if not whole.startswith(before):
-    raise UserError('the chat template does not begin an assistant turn with its own generation '
-                    f'prompt: {before[-40:]!r} is not followed by a response in '
-                    f'{whole[-80:]!r}. Set config.data.chat_template to one that does.')
-  completion = whole[len(before):]
+    raise UserError(
+      'the chat template does not begin an assistant turn with its own generation '
+      f'prompt: {before[-40:]!r} is not followed by a response in '
+      f'{whole[-80:]!r}. Set config.data.chat_template to one that does.'
+    )
+  completion = whole[len(before) :]
   ended = completion.rstrip()
   if tokenizer.eos_token and ended.endswith(tokenizer.eos_token):
     completion = ended
@@ -136,12 +153,15 @@ def _apply(tokenizer, messages: Messages, *, add_generation_prompt: bool) -> str
   try:
     with time_limit.seconds(TEMPLATE_SECONDS):
       return tokenizer.apply_chat_template(
-          messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        messages, tokenize=False, add_generation_prompt=add_generation_prompt
+      )
   except jinja2.TemplateSyntaxError as error:
     raise UserError(f'config.data.chat_template is not valid Jinja: {error}.') from error
   except time_limit.Exceeded:
-    raise UserError(f'the chat template took more than {TEMPLATE_SECONDS} s for one conversation, and '
-                    'was stopped. Set config.data.chat_template to one that ends.') from None
+    raise UserError(
+      f'the chat template took more than {TEMPLATE_SECONDS} s for one conversation, and '
+      'was stopped. Set config.data.chat_template to one that ends.'
+    ) from None
   except Exception as error:  # the sandbox keeps a template from harm, and not from errors
     kind = '' if isinstance(error, jinja2.TemplateError) else f'{type(error).__name__}: '
     raise Malformed(f'the chat template rejects this conversation ({kind}{error})') from error

@@ -37,8 +37,10 @@ def file(source: str, kind: str, make: Callable[[str], None]) -> str:
   folder, base = os.path.split(os.path.abspath(source))
   cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
   owner = hashlib.sha256(folder.encode()).hexdigest()[:16]
-  places = [os.path.join(folder, f'.{base}.'),
-            os.path.join(cache, 'rlhf_jax', 'data', f'{owner}.{base}.')]
+  places = [
+    os.path.join(folder, f'.{base}.'),
+    os.path.join(cache, 'rlhf_jax', 'data', f'{owner}.{base}.'),
+  ]
   with _alone(source) as alone:
     for place in places:
       if os.path.exists(place + name):
@@ -47,16 +49,17 @@ def file(source: str, kind: str, make: Callable[[str], None]) -> str:
       with contextlib.suppress(_CannotWrite):
         _write(place, name, kind, make, alone=alone)
         return place + name
-  raise UserError(f'{source}: what is made of this file, its .{kind}, can be written neither '
-                  f'beside it nor in {cache}. Make room, or set XDG_CACHE_HOME to a folder with room.')
+  raise UserError(
+    f'{source}: what is made of this file, its .{kind}, can be written neither '
+    f'beside it nor in {cache}. Make room, or set XDG_CACHE_HOME to a folder with room.'
+  )
 
 
 class _CannotWrite(Exception):
   """The place has no room, or is not ours."""
 
 
-def _write(place: str, name: str, kind: str, make: Callable[[str], None], *,
-           alone: bool) -> None:
+def _write(place: str, name: str, kind: str, make: Callable[[str], None], *, alone: bool) -> None:
   host = os.uname().nodename
   temporary = f'{place}{name}.{host}.{os.getpid()}.tmp'
   old = lambda suffix: glob.glob(f'{glob.escape(place)}*.{suffix}')

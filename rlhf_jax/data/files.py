@@ -22,14 +22,22 @@ from rlhf_jax.errors import DataError
 from rlhf_jax.errors import UserError
 
 # Format of each suffix.
-FORMATS = {'.jsonl': 'jsonl', '.json': 'json', '.csv': 'csv', '.tsv': 'tsv', '.parquet': 'parquet',
-           '.txt': 'text', '.arrayrecord': 'arrayrecord', '.array_record': 'arrayrecord'}
+FORMATS = {
+  '.jsonl': 'jsonl',
+  '.json': 'json',
+  '.csv': 'csv',
+  '.tsv': 'tsv',
+  '.parquet': 'parquet',
+  '.txt': 'text',
+  '.arrayrecord': 'arrayrecord',
+  '.array_record': 'arrayrecord',
+}
 DELIMITERS = {'csv': ',', 'tsv': '\t'}
 # What else may stand between cells, and what to do about it.
 OTHER_DELIMITERS = {
-    ';': 'Save the file with commas between the cells, or with tabs as .tsv.',
-    ',': "Name the file .csv, or set config.data.format to 'csv'.",
-    '\t': "Name the file .tsv, or set config.data.format to 'tsv'.",
+  ';': 'Save the file with commas between the cells, or with tabs as .tsv.',
+  ',': "Name the file .csv, or set config.data.format to 'csv'.",
+  '\t': "Name the file .tsv, or set config.data.format to 'tsv'.",
 }
 LONGEST_CELL = stored.LONGEST  # characters; csv's own limit, 131072, is less than a long document
 # A .gz that unpacks to more than this many times its size, and to at least LEAST_UNPACKED bytes, is
@@ -60,9 +68,10 @@ def read(file: str, split: str, separator: str, format: str | None) -> stored.Re
   format = format or format_of(file)
   if format is None:
     raise UserError(
-        f'{file}: the suffix {_suffix(file)!r} is not known; known are {", ".join(FORMATS)}, each '
-        'also with .gz. Rename the file, or set config.data.format to one of '
-        f'{", ".join(dict.fromkeys(FORMATS.values()))}.')
+      f'{file}: the suffix {_suffix(file)!r} is not known; known are {", ".join(FORMATS)}, each '
+      'also with .gz. Rename the file, or set config.data.format to one of '
+      f'{", ".join(dict.fromkeys(FORMATS.values()))}.'
+    )
   if split and format != 'json':
     raise UserError(f'{file}: split {split!r} has no meaning for a single file; leave it empty.')
   if format == 'jsonl':
@@ -103,12 +112,16 @@ def _parts(file: str, size: int = PART) -> Iterator[bytes]:
         number += part.endswith(b'\n')
         total += len(part)
         if total > most:
-          raise DataError(f'{file}: unpacks to more than {most >> 20} MiB, {MOST_UNPACKED} times its '
-                          f'size (after line {number}); text does not. Unpack it by hand if it should.')
+          raise DataError(
+            f'{file}: unpacks to more than {most >> 20} MiB, {MOST_UNPACKED} times its '
+            f'size (after line {number}); text does not. Unpack it by hand if it should.'
+          )
         yield part
   except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-    raise DataError(f'{file}: damaged or truncated gzip file after line {number} ({error}). '
-                    'Copy or download it again.') from error
+    raise DataError(
+      f'{file}: damaged or truncated gzip file after line {number} ({error}). '
+      'Copy or download it again.'
+    ) from error
   except OSError as error:
     raise UserError(f'{file}: cannot be read ({error.strerror or error}).') from error
 
@@ -145,8 +158,10 @@ def _json(file: str, split: str) -> Iterator[Record | DataError]:
   try:
     value = json.loads(content.decode('utf-8-sig'))
   except json.JSONDecodeError as error:
-    raise DataError(f'{file}:{error.lineno}: not valid JSON ({error.msg}). If every line is an '
-                    'object of its own, name the file .jsonl.') from error
+    raise DataError(
+      f'{file}:{error.lineno}: not valid JSON ({error.msg}). If every line is an '
+      'object of its own, name the file .jsonl.'
+    ) from error
   except (UnicodeDecodeError, RecursionError) as error:
     raise DataError(f'{file}: not valid JSON ({error}).') from error
   if isinstance(value, dict):
@@ -154,15 +169,18 @@ def _json(file: str, split: str) -> Iterator[Record | DataError]:
   elif split:
     raise UserError(f'{file}: split {split!r} has no meaning for a list; leave it empty.')
   if not isinstance(value, list):
-    raise DataError(f'{file}: a list of objects was expected, or an object that holds one, and '
-                    f'this is a {type(value).__name__}.')
+    raise DataError(
+      f'{file}: a list of objects was expected, or an object that holds one, and '
+      f'this is a {type(value).__name__}.'
+    )
   for index, fields in enumerate(value):
     where = f'{file}:item {index}'
     if isinstance(fields, str):
       fields = {'text': fields}
     if not isinstance(fields, dict):
-      yield DataError(f'{where}: an object or a string was expected, and this is a '
-                      f'{type(fields).__name__}.')
+      yield DataError(
+        f'{where}: an object or a string was expected, and this is a {type(fields).__name__}.'
+      )
       continue
     try:
       stored.check_unicode(fields, content)
@@ -173,15 +191,20 @@ def _json(file: str, split: str) -> Iterator[Record | DataError]:
 
 def _only_list(file: str, value: dict[str, Any], split: str) -> list[Any]:
   """The list `split` names, or the one list of objects or strings there is."""
-  lists = {key: items for key, items in value.items()
-           if isinstance(items, list) and items and isinstance(items[0], (dict, str))}
+  lists = {
+    key: items
+    for key, items in value.items()
+    if isinstance(items, list) and items and isinstance(items[0], (dict, str))
+  }
   if split:
     if split not in lists:
       raise UserError(f'{file}: no list of records under {split!r}; there are {sorted(lists)}.')
     return lists[split]
   if len(lists) != 1:
-    raise UserError(f'{file}: this object should hold exactly one list of records, and has '
-                    f'{sorted(lists) or "none"}. Name the one you want as the split.')
+    raise UserError(
+      f'{file}: this object should hold exactly one list of records, and has '
+      f'{sorted(lists) or "none"}. Name the one you want as the split.'
+    )
   return next(iter(lists.values()))
 
 
@@ -195,9 +218,11 @@ def _csv(file: str, delimiter: str) -> Iterator[Record | DataError]:
     try:
       row = next(rows, None)
     except csv.Error as error:
-      raise DataError(f'{where}: the row that begins here is not valid CSV ({error}). A cell with '
-                      f'{delimiter!r}, a quote or a line break must be quoted, and quotes in it '
-                      'doubled.') from error
+      raise DataError(
+        f'{where}: the row that begins here is not valid CSV ({error}). A cell with '
+        f'{delimiter!r}, a quote or a line break must be quoted, and quotes in it '
+        'doubled.'
+      ) from error
     if row is None:
       return
     if not any(row):
@@ -206,9 +231,11 @@ def _csv(file: str, delimiter: str) -> Iterator[Record | DataError]:
       names = _column_names(row, where, delimiter)
       continue
     if len(row) != len(names):
-      yield DataError(f'{where}: {len(row)} cells, and the first row names {len(names)} columns, '
-                      f'{", ".join(names)}. A cell with {delimiter!r} or a line break must be '
-                      'quoted.')
+      yield DataError(
+        f'{where}: {len(row)} cells, and the first row names {len(names)} columns, '
+        f'{", ".join(names)}. A cell with {delimiter!r} or a line break must be '
+        'quoted.'
+      )
       continue
     yield Record({name: cell or None for name, cell in zip(names, row)}, where, untyped=True)
 
@@ -216,13 +243,17 @@ def _csv(file: str, delimiter: str) -> Iterator[Record | DataError]:
 def _column_names(row: list[str], where: str, delimiter: str) -> list[str]:
   for other, remedy in OTHER_DELIMITERS.items() if len(row) == 1 else ():
     if other != delimiter and other in row[0] and all(map(str.strip, row[0].split(other))):
-      raise DataError(f'{where}: one column, {row[0]!r}, and {delimiter!r} must part the cells: are these '
-                      f'separated by {other!r}? {remedy} The first row must name the columns.')
+      raise DataError(
+        f'{where}: one column, {row[0]!r}, and {delimiter!r} must part the cells: are these '
+        f'separated by {other!r}? {remedy} The first row must name the columns.'
+      )
   names = [name.strip() or f'column {number}' for number, name in enumerate(row, start=1)]
   twice = sorted({name for name in names if names.count(name) > 1})
   if twice:
-    raise DataError(f'{where}: two columns are named {twice[0]!r}. The first row must name the columns, '
-                    'each otherwise.')
+    raise DataError(
+      f'{where}: two columns are named {twice[0]!r}. The first row must name the columns, '
+      'each otherwise.'
+    )
   return names
 
 
@@ -236,6 +267,7 @@ def _decoded(file: str) -> Iterator[str]:
 
 def _parquet(file: str) -> stored.Records:
   import pyarrow  # Slow to import and needed by few.
+
   try:
     return stored.Table(file)
   except (pyarrow.ArrowException, OSError) as error:
@@ -244,6 +276,7 @@ def _parquet(file: str) -> stored.Records:
 
 def _array_record(file: str) -> stored.Records:
   import grain
+
   try:
     source = grain.sources.ArrayRecordDataSource(file)
     return stored.Mapped(source, stored.json_object, file, size=os.path.getsize(file))
@@ -257,10 +290,11 @@ def _text(file: str, separator: str) -> Iterator[Record | DataError]:
   for piece in content.split(separator) if separator else [content]:
     if piece.strip():
       # The place is that of the first line with text in it.
-      first = number + piece[:len(piece) - len(piece.lstrip())].count('\n')
+      first = number + piece[: len(piece) - len(piece.lstrip())].count('\n')
       where, problem = f'{file}:{first}', stored.too_long(len(piece))
-      yield (DataError(f'{where}: {problem}') if problem
-             else Record({'text': piece.strip('\n')}, where))
+      yield (
+        DataError(f'{where}: {problem}') if problem else Record({'text': piece.strip('\n')}, where)
+      )
     number += piece.count('\n') + separator.count('\n')
 
 

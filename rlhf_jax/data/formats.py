@@ -51,6 +51,7 @@ class Report:
     empty_prompts: places of the records kept though they ask nothing, the first PLACES of them.
     more: reason (or EMPTY_PROMPT) to the number of further places.
   """
+
   read: int
   left_out: dict[str, tuple[str, ...]]
   empty_prompts: tuple[str, ...] = ()
@@ -67,22 +68,27 @@ class Report:
 
   def __str__(self) -> str:
     parts = [f'{self.kept} of {self.read} records kept']
-    parts += [f'{self.count(reason)} left out: {reason} (first: {places[0]})'
-              for reason, places in sorted(self.left_out.items())]
+    parts += [
+      f'{self.count(reason)} left out: {reason} (first: {places[0]})'
+      for reason, places in sorted(self.left_out.items())
+    ]
     if self.empty_prompts:
-      parts.append(f'{self.count(EMPTY_PROMPT)} kept with an empty prompt (first: '
-                   f'{self.empty_prompts[0]})')
+      parts.append(
+        f'{self.count(EMPTY_PROMPT)} kept with an empty prompt (first: {self.empty_prompts[0]})'
+      )
     return '; '.join(parts)
 
 
-def texts(records: Sequence[Record], *, tokenizer: Tokenizer | None = None,
-          on_error: str = 'stop') -> tuple[Sequence[str | Completion], Report]:
+def texts(
+  records: Sequence[Record], *, tokenizer: Tokenizer | None = None, on_error: str = 'stop'
+) -> tuple[Sequence[str | Completion], Report]:
   """Texts to model as a whole: `text`, or else prompt and completion. See `completions`."""
   return _convert(records, shapes.text_of, tokenizer, on_error)
 
 
-def completions(records: Sequence[Record], *, tokenizer: Tokenizer | None = None,
-                on_error: str = 'stop') -> tuple[Sequence[Completion], Report]:
+def completions(
+  records: Sequence[Record], *, tokenizer: Tokenizer | None = None, on_error: str = 'stop'
+) -> tuple[Sequence[Completion], Report]:
   """Prompts and responses to imitate.
 
   Args:
@@ -100,14 +106,16 @@ def completions(records: Sequence[Record], *, tokenizer: Tokenizer | None = None
   return _convert(records, shapes.completion_of, tokenizer, on_error)
 
 
-def comparisons(records: Sequence[Record], *, tokenizer: Tokenizer | None = None,
-                on_error: str = 'stop') -> tuple[Sequence[Comparison], Report]:
+def comparisons(
+  records: Sequence[Record], *, tokenizer: Tokenizer | None = None, on_error: str = 'stop'
+) -> tuple[Sequence[Comparison], Report]:
   """Judged responses. Arguments, result and errors as for `completions`."""
   return _convert(records, shapes.comparison_of, tokenizer, on_error)
 
 
-def prompts(records: Sequence[Record], *, tokenizer: Tokenizer | None = None,
-            on_error: str = 'stop') -> tuple[Sequence[Prompt], Report]:
+def prompts(
+  records: Sequence[Record], *, tokenizer: Tokenizer | None = None, on_error: str = 'stop'
+) -> tuple[Sequence[Prompt], Report]:
   """Prompts to respond to. Arguments, result and errors as for `completions`.
 
   All fields but the prompt's own become metadata. Messages that end with the assistant's are
@@ -117,8 +125,12 @@ def prompts(records: Sequence[Record], *, tokenizer: Tokenizer | None = None,
   return _convert(records, shapes.prompt_of, tokenizer, on_error)
 
 
-def _convert(records: Sequence[Record], one: Callable[[shapes.Fields, Tokenizer | None], Example],
-             tokenizer: Tokenizer | None, on_error: str) -> tuple[Sequence[Example], Report]:
+def _convert(
+  records: Sequence[Record],
+  one: Callable[[shapes.Fields, Tokenizer | None], Example],
+  tokenizer: Tokenizer | None,
+  on_error: str,
+) -> tuple[Sequence[Example], Report]:
   """All examples where the records are few or in memory, else they are made again at each use."""
   if on_error not in ('stop', 'skip'):
     raise UserError(f"config.data.on_error is {on_error!r}; it must be 'stop' or 'skip'.")
@@ -149,8 +161,12 @@ def _convert(records: Sequence[Record], one: Callable[[shapes.Fields, Tokenizer 
       if one is not shapes.text_of and shapes.asks_nothing(shapes.present(record), example):
         tally.add(EMPTY_PROMPT, record.where)
   empty_prompts = tally.places.pop(EMPTY_PROMPT, ())
-  report = Report(len(records), {reason: tuple(places) for reason, places in tally.places.items()},
-                  tuple(empty_prompts), tally.more)
+  report = Report(
+    len(records),
+    {reason: tuple(places) for reason, places in tally.places.items()},
+    tuple(empty_prompts),
+    tally.more,
+  )
   if not kept.any():
     raise UserError(f'no record of the data can be used: {report}')
   if few:
@@ -167,14 +183,19 @@ def _complaint(record: Record, fault: shapes.Fault) -> DataError:
   return DataError(f'{record.where}: field {field!r}: {problem}. {remedy}{SKIP}')
 
 
-def _drawn(record: Record, *, one: Callable[[shapes.Fields, Tokenizer | None], Example],
-           tokenizer: Tokenizer | None) -> Example:
+def _drawn(
+  record: Record,
+  *,
+  one: Callable[[shapes.Fields, Tokenizer | None], Example],
+  tokenizer: Tokenizer | None,
+) -> Example:
   """An example again; raises DataError where the record has changed, or the template rejects it."""
   try:
     return _example(record, one, tokenizer)
   except shapes.Useless as error:
-    raise DataError(f'{record.where}: {error}, and it was not when the data were checked. Start '
-                    'anew.') from error
+    raise DataError(
+      f'{record.where}: {error}, and it was not when the data were checked. Start anew.'
+    ) from error
   except shapes.Fault as error:
     raise _complaint(record, error) from error
 
@@ -187,8 +208,9 @@ class _Outline:
   def __init__(self, tokenizer: Tokenizer):
     self.chat_template = tokenizer.chat_template
 
-  def apply_chat_template(self, messages: chat.Messages, *, tokenize: bool,
-                          add_generation_prompt: bool) -> str:
+  def apply_chat_template(
+    self, messages: chat.Messages, *, tokenize: bool, add_generation_prompt: bool
+  ) -> str:
     """The roles and texts."""
     del tokenize
     turns = ''.join(f'{m["role"]}:{m["content"]}\n' for m in messages)
@@ -210,6 +232,9 @@ class _Tally:
       self.more[reason] = self.more.get(reason, 0) + 1
 
 
-def _example(record: Record, one: Callable[[shapes.Fields, Tokenizer | None], Example],
-             tokenizer: Tokenizer | None) -> Example:
+def _example(
+  record: Record,
+  one: Callable[[shapes.Fields, Tokenizer | None], Example],
+  tokenizer: Tokenizer | None,
+) -> Example:
   return one(shapes.present(record), tokenizer)

@@ -34,8 +34,9 @@ Read = Callable[[np.ndarray], list[np.ndarray]]  # numbers of documents to their
 class Lane:
   """The rows of one lane, forever."""
 
-  def __init__(self, read: Read, lane: int, lanes: int, *, length: int, window: int, mean: float,
-               seed: int):
+  def __init__(
+    self, read: Read, lane: int, lanes: int, *, length: int, window: int, mean: float, seed: int
+  ):
     """Starts at the first document.
 
     Args:
@@ -131,8 +132,9 @@ class Gathered(Iterator[types.LMBatch]):
   def __init__(self, make: Callable[[], Batches], held: np.ndarray):
     """Prefetches batches in the background; `held` says which of the B lanes they have."""
     self._held = held
-    self._batches = iter(grain.experimental.ThreadPrefetchIterDataset(
-        _Dataset(make), prefetch_buffer_size=PREFETCHED))
+    self._batches = iter(
+      grain.experimental.ThreadPrefetchIterDataset(_Dataset(make), prefetch_buffer_size=PREFETCHED)
+    )
 
   def __next__(self) -> types.LMBatch:
     return next(self._batches)

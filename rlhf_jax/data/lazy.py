@@ -16,8 +16,14 @@ SAID = 20  # of those that are named
 class Examples(Sequence):
   """Examples made of the records that are kept."""
 
-  def __init__(self, records: Sequence[Any], kept: np.ndarray, make: Callable[[Any], Any], *,
-               skip: bool = False):
+  def __init__(
+    self,
+    records: Sequence[Any],
+    kept: np.ndarray,
+    make: Callable[[Any], Any],
+    *,
+    skip: bool = False,
+  ):
     """Takes what makes them.
 
     Args:

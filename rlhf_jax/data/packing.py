@@ -49,8 +49,11 @@ def pad(documents: Sequence[np.ndarray], *, length: int, pad_id: int) -> types.L
 def _pieces(documents: Sequence[np.ndarray], length: int) -> list[np.ndarray]:
   if length < 2:
     raise ValueError(f'rows of {length} tokens hold no target')
-  return [document[start:start + length] for document in documents
-          for start in range(0, len(document) - 1, length - 1)]
+  return [
+    document[start : start + length]
+    for document in documents
+    for start in range(0, len(document) - 1, length - 1)
+  ]
 
 
 def _first_fit(pieces: list[np.ndarray], length: int) -> list[list[np.ndarray]]:
@@ -59,7 +62,7 @@ def _first_fit(pieces: list[np.ndarray], length: int) -> list[list[np.ndarray]]:
   room = []
   for piece in pieces:
     size = len(piece)
-    for slot, left in enumerate(room):
+    for slot, left in enumerate(room):  # noqa: B007
       if left >= size:
         break
     else:
@@ -89,6 +92,6 @@ def batch_of(rows: Sequence[Sequence[np.ndarray]], *, length: int, pad_id: int) 
       tokens[index, start:stop] = piece
       segments[index, start:stop] = segment
       positions[index, start:stop] = np.arange(stop - start)
-      loss_mask[index, start + 1:stop] = True
+      loss_mask[index, start + 1 : stop] = True
       start = stop
   return types.LMBatch(tokens, segments, positions, loss_mask)

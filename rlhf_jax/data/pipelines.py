@@ -51,9 +51,15 @@ Collate = Callable[[np.ndarray, np.ndarray], Any]
 # Iterators.
 
 
-def lm_iterator(texts: Sequence[str | formats.Completion], tokenizer: formats.Tokenizer, *,
-                batch_size: int, length: int, seed: int,
-                pack: bool = True) -> tuple[grain.DatasetIterator, int]:
+def lm_iterator(
+  texts: Sequence[str | formats.Completion],
+  tokenizer: formats.Tokenizer,
+  *,
+  batch_size: int,
+  length: int,
+  seed: int,
+  pack: bool = True,
+) -> tuple[grain.DatasetIterator, int]:
   """Iterates forever over LMBatch [B, T] of whole texts, each followed by the EOS.
 
   Args:
@@ -78,9 +84,15 @@ def lm_iterator(texts: Sequence[str | formats.Completion], tokenizer: formats.To
   return _iterate(collate, range(count), batch_size, seed)
 
 
-def completion_iterator(examples: Sequence[formats.Completion], tokenizer: formats.Tokenizer, *,
-                        batch_size: int, max_length: int, seed: int, pairs: bool = False,
-                        ) -> tuple[grain.DatasetIterator, int]:
+def completion_iterator(
+  examples: Sequence[formats.Completion],
+  tokenizer: formats.Tokenizer,
+  *,
+  batch_size: int,
+  max_length: int,
+  seed: int,
+  pairs: bool = False,
+) -> tuple[grain.DatasetIterator, int]:
   """Iterates forever over LMBatch [B, T], one prompt and completion a row.
 
   Only the completion's tokens, its EOS included, are targets. T = max_length; see `rows.fit` for
@@ -92,9 +104,15 @@ def completion_iterator(examples: Sequence[formats.Completion], tokenizer: forma
   return _iterate(collate, range(len(examples)), batch_size, seed)
 
 
-def comparison_iterator(examples: Sequence[formats.Comparison], tokenizer: formats.Tokenizer, *,
-                        batch_size: int, max_length: int, seed: int, append_eos: bool = True,
-                        ) -> tuple[grain.DatasetIterator, int]:
+def comparison_iterator(
+  examples: Sequence[formats.Comparison],
+  tokenizer: formats.Tokenizer,
+  *,
+  batch_size: int,
+  max_length: int,
+  seed: int,
+  append_eos: bool = True,
+) -> tuple[grain.DatasetIterator, int]:
   """Iterates forever over Comparisons [B, K, T], K that of the example with the most completions.
 
   T = max_length; all completions of a prompt follow the same tokens, and end with the EOS if
@@ -105,9 +123,15 @@ def comparison_iterator(examples: Sequence[formats.Comparison], tokenizer: forma
   return _iterate(collate, range(len(examples)), batch_size, seed)
 
 
-def prompt_iterator(examples: Sequence[formats.Prompt], tokenizer: formats.Tokenizer, *,
-                    batch_size: int, max_prompt_length: int, seed: int, on_long: str = 'error',
-                    ) -> tuple[grain.DatasetIterator, int]:
+def prompt_iterator(
+  examples: Sequence[formats.Prompt],
+  tokenizer: formats.Tokenizer,
+  *,
+  batch_size: int,
+  max_prompt_length: int,
+  seed: int,
+  on_long: str = 'error',
+) -> tuple[grain.DatasetIterator, int]:
   """Iterates forever over pairs of Prompts [B, P] and int32 [B], indices into `examples`.
 
   Args:
@@ -122,8 +146,9 @@ def prompt_iterator(examples: Sequence[formats.Prompt], tokenizer: formats.Token
     UserError: a prompt is longer than P (on_long='error'), has no token, or none is left; or as
       for `lm_iterator`, as are the other arguments.
   """
-  collate, indices = _prompts(examples, tokenizer, max_prompt_length=max_prompt_length,
-                              on_long=on_long)
+  collate, indices = _prompts(
+    examples, tokenizer, max_prompt_length=max_prompt_length, on_long=on_long
+  )
   return _iterate(collate, indices, batch_size, seed)
 
 
@@ -131,16 +156,21 @@ def _check_sizes(count: int, batch_size: int) -> None:
   if batch_size < 1:
     raise UserError(f'batch_size {batch_size} must be positive.')
   if not count:
-    raise UserError('the data have no token to learn from: there are no examples, or only empty '
-                    'texts.')
+    raise UserError(
+      'the data have no token to learn from: there are no examples, or only empty texts.'
+    )
 
 
-def _iterate(collate: Collate, indices: Sequence[int] | np.ndarray, batch_size: int,
-             seed: int) -> tuple[grain.DatasetIterator, int]:
+def _iterate(
+  collate: Collate, indices: Sequence[int] | np.ndarray, batch_size: int, seed: int
+) -> tuple[grain.DatasetIterator, int]:
   _check_sizes(len(indices), batch_size)
   if len(indices) < batch_size:
-    logging.info('%d examples are fewer than the batch size, %d: they are repeated within a batch.',
-                 len(indices), batch_size)
+    logging.info(
+      '%d examples are fewer than the batch size, %d: they are repeated within a batch.',
+      len(indices),
+      batch_size,
+    )
   held = sharding.local_rows(batch_size)
   dataset = _order(indices, seed).batch(batch_size, drop_remainder=True)
   return iter(dataset.map(lambda drawn: collate(drawn, held)).to_iter_dataset(_READ)), len(indices)
@@ -148,24 +178,33 @@ def _iterate(collate: Collate, indices: Sequence[int] | np.ndarray, batch_size: 
 
 def _order(indices: Sequence[int] | np.ndarray, seed: int) -> grain.MapDataset:
   """Indices in the order of all epochs."""
-  source = (grain.MapDataset.range(len(indices)) if isinstance(indices, range)
-            else grain.MapDataset.source(indices))
+  source = (
+    grain.MapDataset.range(len(indices))
+    if isinstance(indices, range)
+    else grain.MapDataset.source(indices)
+  )
   return source.seed(seed).shuffle().repeat()
 
 
-def _stream(rows: rows_lib.Rows, tokenizer: formats.Tokenizer, *, batch_size: int, length: int,
-            seed: int) -> tuple[lanes_lib.Gathered, int]:
+def _stream(
+  rows: rows_lib.Rows, tokenizer: formats.Tokenizer, *, batch_size: int, length: int, seed: int
+) -> tuple[lanes_lib.Gathered, int]:
   """Packs documents as they are drawn: see `lanes`."""
   packed = len(packing.rows_of([row.prompt for row in rows.sample], length=length))
   _check_sizes(packed, batch_size)
   order, held = _order(range(len(rows)), seed), sharding.local_rows(batch_size)
   read = lambda numbers: [row.prompt for row in rows.take([order[int(n)] for n in numbers])]
-  sizes = dict(length=length, window=lanes_lib.window_rows(batch_size, length),
-               mean=sum(row.tokens for row in rows.sample) / len(rows.sample))
+  sizes = dict(
+    length=length,
+    window=lanes_lib.window_rows(batch_size, length),
+    mean=sum(row.tokens for row in rows.sample) / len(rows.sample),
+  )
 
   def make():
-    lanes = [lanes_lib.Lane(read, lane, batch_size, seed=seed, **sizes) if here else None
-             for lane, here in enumerate(held)]
+    lanes = [
+      lanes_lib.Lane(read, lane, batch_size, seed=seed, **sizes) if here else None
+      for lane, here in enumerate(held)
+    ]
     return lanes_lib.Batches(lanes, length=length, pad_id=tokenizer.pad_token_id)
 
   return lanes_lib.Gathered(make, held), max(1, round(packed * len(rows) / len(rows.sample)))
@@ -184,9 +223,14 @@ class Batches(Iterable[tuple[Any, np.ndarray]]):
     return self._make()
 
 
-def lm_batches(texts: Sequence[str | formats.Completion], tokenizer: formats.Tokenizer, *,
-               batch_size: int, length: int,
-               pack: bool = True) -> Iterable[tuple[types.LMBatch, np.ndarray]]:
+def lm_batches(
+  texts: Sequence[str | formats.Completion],
+  tokenizer: formats.Tokenizer,
+  *,
+  batch_size: int,
+  length: int,
+  pack: bool = True,
+) -> Iterable[tuple[types.LMBatch, np.ndarray]]:
   """All texts once, in order, for evaluation: pairs of LMBatch [B, T] and valid, bool [B].
 
   The last batch is filled with copies of its first row, where `valid` is False and no token is a
@@ -200,8 +244,9 @@ def lm_batches(texts: Sequence[str | formats.Completion], tokenizer: formats.Tok
   return _in_order(collate, range(count), batch_size)
 
 
-def _packed_in_order(rows: rows_lib.Rows, tokenizer: formats.Tokenizer, batch_size: int,
-                     length: int) -> Iterator[tuple[types.LMBatch, np.ndarray]]:
+def _packed_in_order(
+  rows: rows_lib.Rows, tokenizer: formats.Tokenizer, batch_size: int, length: int
+) -> Iterator[tuple[types.LMBatch, np.ndarray]]:
   """Batches of some documents packed together at a time."""
   rest, documents, tokens = [], [], 0
   for row in itertools.chain(rows.each('packing'), [None]):
@@ -213,24 +258,34 @@ def _packed_in_order(rows: rows_lib.Rows, tokenizer: formats.Tokenizer, batch_si
       documents, tokens = [], 0
       last = 0 if row else -len(rest) % batch_size
       for start in range(0, len(rest) + last - batch_size + 1, batch_size):
-        some = rest[start:start + batch_size]
-        some_batch = packing.batch_of(some + [some[0]] * (batch_size - len(some)), length=length,
-                                      pad_id=tokenizer.pad_token_id)
+        some = rest[start : start + batch_size]
+        some_batch = packing.batch_of(
+          some + [some[0]] * (batch_size - len(some)), length=length, pad_id=tokenizer.pad_token_id
+        )
         yield _without_copies(some_batch, len(some))
-      rest = rest[len(rest) // batch_size * batch_size:]
+      rest = rest[len(rest) // batch_size * batch_size :]
 
 
-def completion_batches(examples: Sequence[formats.Completion], tokenizer: formats.Tokenizer, *,
-                       batch_size: int, max_length: int, pairs: bool = False,
-                       ) -> Iterable[tuple[types.LMBatch | types.Pairs, np.ndarray]]:
+def completion_batches(
+  examples: Sequence[formats.Completion],
+  tokenizer: formats.Tokenizer,
+  *,
+  batch_size: int,
+  max_length: int,
+  pairs: bool = False,
+) -> Iterable[tuple[types.LMBatch | types.Pairs, np.ndarray]]:
   """As `lm_batches`, for `completion_iterator`."""
   collate = _completions(examples, tokenizer, max_length=max_length, pairs=pairs)
   return _in_order(collate, range(len(examples)), batch_size)
 
 
 def comparison_batches(
-    examples: Sequence[formats.Comparison], tokenizer: formats.Tokenizer, *, batch_size: int,
-    max_length: int, append_eos: bool = True,
+  examples: Sequence[formats.Comparison],
+  tokenizer: formats.Tokenizer,
+  *,
+  batch_size: int,
+  max_length: int,
+  append_eos: bool = True,
 ) -> Iterable[tuple[types.Comparisons, np.ndarray]]:
   """As `lm_batches`, for `comparison_iterator`."""
   collate = _comparisons(examples, tokenizer, max_length=max_length, append_eos=append_eos)
@@ -238,20 +293,26 @@ def comparison_batches(
 
 
 def prompt_batches(
-    examples: Sequence[formats.Prompt], tokenizer: formats.Tokenizer, *, batch_size: int,
-    max_prompt_length: int, on_long: str = 'error',
+  examples: Sequence[formats.Prompt],
+  tokenizer: formats.Tokenizer,
+  *,
+  batch_size: int,
+  max_prompt_length: int,
+  on_long: str = 'error',
 ) -> Iterable[tuple[tuple[types.Prompts, np.ndarray], np.ndarray]]:
   """As `lm_batches`, for pairs of Prompts [B, P] and indices [B]; see `prompt_iterator`."""
-  collate, indices = _prompts(examples, tokenizer, max_prompt_length=max_prompt_length,
-                              on_long=on_long)
+  collate, indices = _prompts(
+    examples, tokenizer, max_prompt_length=max_prompt_length, on_long=on_long
+  )
   return _in_order(collate, indices, batch_size)
 
 
-def _in_order(collate: Collate, indices: Sequence[int] | np.ndarray,
-              batch_size: int) -> Iterable[tuple[Any, np.ndarray]]:
+def _in_order(
+  collate: Collate, indices: Sequence[int] | np.ndarray, batch_size: int
+) -> Iterable[tuple[Any, np.ndarray]]:
   def batches():
     for start in range(0, len(indices), batch_size):
-      drawn = np.asarray(indices[start:start + batch_size], np.int64)
+      drawn = np.asarray(indices[start : start + batch_size], np.int64)
       count = len(drawn)
       drawn = np.append(drawn, np.full(batch_size - count, drawn[0]))
       yield _without_copies(collate(drawn, np.ones(batch_size, bool)), count)
@@ -271,8 +332,9 @@ def _without_copies(batch: Any, count: int) -> tuple[Any, np.ndarray]:
   return batch, valid
 
 
-def split(examples: Sequence[Any], *, holdout: float,
-          seed: int) -> tuple[Sequence[Any], Sequence[Any]]:
+def split(
+  examples: Sequence[Any], *, holdout: float, seed: int
+) -> tuple[Sequence[Any], Sequence[Any]]:
   """Splits examples by prompt into (training, held out), each in their first order.
 
   All examples of a prompt land on the same side: else what is held out would be answers to prompts
@@ -288,14 +350,17 @@ def split(examples: Sequence[Any], *, holdout: float,
     UserError: the fraction is out of range or all examples are the same.
   """
   if not 0 < holdout < 1:
-    raise UserError(f'cannot hold out {holdout} of the examples: config.data.held_out must be '
-                    'between 0 and 1.')
+    raise UserError(
+      f'cannot hold out {holdout} of the examples: config.data.held_out must be between 0 and 1.'
+    )
   keys = _hashes((e if isinstance(e, str) else e.prompt for e in examples), seed, len(examples))
   if len(np.unique(keys)) == 1:
     keys = _hashes(map(repr, examples), seed, len(examples))
   if len(np.unique(keys)) < 2:
-    raise UserError(f'cannot hold out {holdout} of {len(examples)} examples, which are all the '
-                    'same: give different ones, or set config.data.held_out_path.')
+    raise UserError(
+      f'cannot hold out {holdout} of {len(examples)} examples, which are all the '
+      'same: give different ones, or set config.data.held_out_path.'
+    )
   held = held_out(keys, holdout)
   return lazy.take(examples, np.flatnonzero(~held)), lazy.take(examples, np.flatnonzero(held))
 
@@ -303,7 +368,8 @@ def split(examples: Sequence[Any], *, holdout: float,
 def _hashes(texts: Iterable[str], seed: int, count: int) -> np.ndarray:
   """64 bits of each text and a seed, the same in every process and run, [N] uint64."""
   digest = lambda text: hashlib.blake2b(
-      f'{seed}:{text}'.encode('utf-8', 'surrogatepass'), digest_size=8).digest()
+    f'{seed}:{text}'.encode('utf-8', 'surrogatepass'), digest_size=8
+  ).digest()
   return np.fromiter((int.from_bytes(digest(text), 'little') for text in texts), np.uint64, count)
 
 
@@ -335,30 +401,43 @@ def held_out(keys: np.ndarray, holdout: float) -> np.ndarray:
 # The function from indices to a batch.
 
 
-def _lm(rows: rows_lib.Rows, tokenizer: formats.Tokenizer, *, length: int,
-        pack: bool) -> tuple[Collate, int]:
+def _lm(
+  rows: rows_lib.Rows, tokenizer: formats.Tokenizer, *, length: int, pack: bool
+) -> tuple[Collate, int]:
   arrange = packing.pack if pack else packing.pad
-  packed = arrange([row.prompt for row in rows.each('packing')], length=length,
-                   pad_id=tokenizer.pad_token_id)
+  packed = arrange(
+    [row.prompt for row in rows.each('packing')], length=length, pad_id=tokenizer.pad_token_id
+  )
   return lambda drawn, held: jax.tree.map(lambda array: array[drawn], packed), len(packed.tokens)
 
 
-def _completions(examples: Sequence[formats.Completion], tokenizer: formats.Tokenizer, *,
-                 max_length: int, pairs: bool) -> Collate:
+def _completions(
+  examples: Sequence[formats.Completion],
+  tokenizer: formats.Tokenizer,
+  *,
+  max_length: int,
+  pairs: bool,
+) -> Collate:
   rows = rows_lib.answered(examples, tokenizer, max_length=max_length)
   if pairs:
     return _collate(rows, rows_lib.pair_batch(rows, tokenizer, max_length=max_length))
   return _collate(rows, rows_lib.completion_batch(tokenizer, max_length=max_length))
 
 
-def _comparisons(examples: Sequence[formats.Comparison], tokenizer: formats.Tokenizer, *,
-                 max_length: int, append_eos: bool) -> Collate:
+def _comparisons(
+  examples: Sequence[formats.Comparison],
+  tokenizer: formats.Tokenizer,
+  *,
+  max_length: int,
+  append_eos: bool,
+) -> Collate:
   rows = rows_lib.answered(examples, tokenizer, max_length=max_length, append_eos=append_eos)
   return _collate(rows, rows_lib.comparison_batch(rows, tokenizer, max_length=max_length))
 
 
-def as_read(examples: Sequence[formats.Prompt], tokenizer: formats.Tokenizer, *,
-            max_prompt_length: int) -> list[formats.Prompt]:
+def as_read(
+  examples: Sequence[formats.Prompt], tokenizer: formats.Tokenizer, *, max_prompt_length: int
+) -> list[formats.Prompt]:
   """Prompts with the text that on_long='truncate_left' leaves of them, which the policy reads.
 
   Args:
@@ -368,20 +447,29 @@ def as_read(examples: Sequence[formats.Prompt], tokenizer: formats.Tokenizer, *,
   """
   rows = tokenizers.encode(tokenizer, [e.prompt for e in examples])
   long = [index for index, row in enumerate(rows) if len(row) > max_prompt_length]
-  texts = tokenizers.decode_prompts(tokenizer, [
+  texts = tokenizers.decode_prompts(
+    tokenizer,
+    [
       rows_lib.truncate_left(rows[index], max_prompt_length, tokenizer.bos_token_id)
-      for index in long])
+      for index in long
+    ],
+  )
   read = list(examples)
   for index, text in zip(long, texts):
     read[index] = dataclasses.replace(read[index], prompt=text)
   return read
 
 
-def _prompts(examples: Sequence[formats.Prompt], tokenizer: formats.Tokenizer, *,
-             max_prompt_length: int,
-             on_long: str) -> tuple[Collate, Sequence[int] | np.ndarray]:
-  rows, indices = rows_lib.prompts(examples, tokenizer, max_prompt_length=max_prompt_length,
-                                   on_long=on_long)
+def _prompts(
+  examples: Sequence[formats.Prompt],
+  tokenizer: formats.Tokenizer,
+  *,
+  max_prompt_length: int,
+  on_long: str,
+) -> tuple[Collate, Sequence[int] | np.ndarray]:
+  rows, indices = rows_lib.prompts(
+    examples, tokenizer, max_prompt_length=max_prompt_length, on_long=on_long
+  )
   collate = _collate(rows, rows_lib.prompt_batch(tokenizer, max_prompt_length=max_prompt_length))
   return lambda drawn, held: (collate(drawn, held), np.asarray(drawn, np.int32)), indices
 

@@ -10,8 +10,9 @@ from rlhf_jax import processes
 DELAY_SECONDS = 3.0
 
 
-def bar(items: Iterable[Any] | None, what: str, unit: str, *,
-        total: int | None = None) -> tqdm.tqdm:
+def bar(
+  items: Iterable[Any] | None, what: str, unit: str, *, total: int | None = None
+) -> tqdm.tqdm:
   """tqdm's bar, which the first process shows after some seconds and removes at the end.
 
   Args:
@@ -20,5 +21,13 @@ def bar(items: Iterable[Any] | None, what: str, unit: str, *,
     unit: what they are, in the plural.
     total: number of items, where it is known and `items` does not tell.
   """
-  return tqdm.tqdm(items, desc=what, unit=f' {unit}', total=total, delay=DELAY_SECONDS, leave=False,
-                   dynamic_ncols=True, disable=not processes.first())
+  return tqdm.tqdm(
+    items,
+    desc=what,
+    unit=f' {unit}',
+    total=total,
+    delay=DELAY_SECONDS,
+    leave=False,
+    dynamic_ncols=True,
+    disable=not processes.first(),
+  )

@@ -43,6 +43,7 @@ class Row:
     prompt: int32 [P]; of a text all of it.
     completions: K arrays, int32 [R]; none of a text or prompt.
   """
+
   example: Any
   prompt: np.ndarray
   completions: tuple[np.ndarray, ...] = ()
@@ -81,7 +82,7 @@ class Rows:
       indices = (np.arange(1, SAMPLE + 1) * GOLDEN % 1 * count).astype(np.int64)
     rows, tokens = [], 0
     while len(rows) < len(indices) and tokens < SAMPLE_TOKENS:
-      rows += self._encode([self.examples[i] for i in indices[len(rows):len(rows) + TOGETHER]])
+      rows += self._encode([self.examples[i] for i in indices[len(rows) : len(rows) + TOGETHER]])
       tokens += sum(row.tokens for row in rows[-TOGETHER:])
     return rows, len(rows) == count
 
@@ -110,7 +111,8 @@ class Rows:
 def warn_unknown(tokenizer: formats.Tokenizer, rows: Rows) -> None:
   """See `tokenizers.warn_unknown`; each text counts."""
   tokenizers.warn_unknown(
-      tokenizer, [ids for row in rows.sample for ids in (row.prompt, *row.completions)])
+    tokenizer, [ids for row in rows.sample for ids in (row.prompt, *row.completions)]
+  )
 
 
 # Texts.
@@ -118,9 +120,11 @@ def warn_unknown(tokenizer: formats.Tokenizer, rows: Rows) -> None:
 
 def texts(examples: Sequence[str | formats.Completion], tokenizer: formats.Tokenizer) -> Rows:
   """Rows of whole texts with their EOS; prompt and completion are tokenized apart."""
+
   def encode(chosen):
-    parts = [(each, '') if isinstance(each, str) else (each.prompt, each.completion)
-             for each in chosen]
+    parts = [
+      (each, '') if isinstance(each, str) else (each.prompt, each.completion) for each in chosen
+    ]
     ids = tokenizers.encode_joined(tokenizer, [a for a, _ in parts], [b for _, b in parts])
     return [Row(None, tokenizers.end(tokenizer, row)) for row in ids]
 
@@ -132,17 +136,27 @@ def texts(examples: Sequence[str | formats.Completion], tokenizer: formats.Token
 # Prompts with one or more completions.
 
 
-def answered(examples: Sequence[formats.Completion] | Sequence[formats.Comparison],
-             tokenizer: formats.Tokenizer, *, max_length: int, append_eos: bool = True) -> Rows:
+def answered(
+  examples: Sequence[formats.Completion] | Sequence[formats.Comparison],
+  tokenizer: formats.Tokenizer,
+  *,
+  max_length: int,
+  append_eos: bool = True,
+) -> Rows:
   """Rows of prompts with their completions; says how many `fit` cuts."""
+
   def encode(chosen):
-    texts = [each.completions if isinstance(each, formats.Comparison) else (each.completion,)
-             for each in chosen]
+    texts = [
+      each.completions if isinstance(each, formats.Comparison) else (each.completion,)
+      for each in chosen
+    ]
     flat = tokenizers.encode_continuation(tokenizer, [text for each in texts for text in each])
     ended = iter([tokenizers.end(tokenizer, ids) for ids in flat] if append_eos else flat)
     asked = tokenizers.encode(tokenizer, [each.prompt for each in chosen])
-    return [Row(example, prompt, tuple(next(ended) for _ in each))
-            for example, prompt, each in zip(chosen, asked, texts)]
+    return [
+      Row(example, prompt, tuple(next(ended) for _ in each))
+      for example, prompt, each in zip(chosen, asked, texts)
+    ]
 
   rows = Rows(examples, encode)
   warn_unknown(tokenizer, rows)
@@ -152,9 +166,15 @@ def answered(examples: Sequence[formats.Completion] | Sequence[formats.Compariso
     cut_prompts += len(prompt) < len(row.prompt)
     cut_completions += any(len(a) < len(b) for a, b in zip(completions, row.completions))
   if cut_prompts or cut_completions:
-    logging.warning('of %s%d examples, %d lost the beginning of the prompt and %d the end of a '
-                    'completion, to fit %d tokens (config.data.max_length).',
-                    rows.of_all(), len(rows.sample), cut_prompts, cut_completions, max_length)
+    logging.warning(
+      'of %s%d examples, %d lost the beginning of the prompt and %d the end of a '
+      'completion, to fit %d tokens (config.data.max_length).',
+      rows.of_all(),
+      len(rows.sample),
+      cut_prompts,
+      cut_completions,
+      max_length,
+    )
   return rows
 
 
@@ -167,7 +187,7 @@ def fit(row: Row, max_length: int, bos: int | None) -> tuple[np.ndarray, list[np
   longest = max(map(len, row.completions))
   room = max(max_length - longest, max_length // 2)
   prompt = truncate_left(row.prompt, room, bos)
-  return prompt, [completion[:max_length - len(prompt)] for completion in row.completions]
+  return prompt, [completion[: max_length - len(prompt)] for completion in row.completions]
 
 
 def truncate_left(prompt: np.ndarray, length: int, bos: int | None) -> np.ndarray:
@@ -175,8 +195,8 @@ def truncate_left(prompt: np.ndarray, length: int, bos: int | None) -> np.ndarra
   if len(prompt) <= length:
     return prompt
   if bos is not None and prompt[0] == bos and length > 1:
-    return np.concatenate([prompt[:1], prompt[len(prompt) - length + 1:]])
-  return prompt[len(prompt) - length:]
+    return np.concatenate([prompt[:1], prompt[len(prompt) - length + 1 :]])
+  return prompt[len(prompt) - length :]
 
 
 Batch = Callable[[Sequence[Row | None]], Any]  # B rows to a batch
@@ -184,6 +204,7 @@ Batch = Callable[[Sequence[Row | None]], Any]  # B rows to a batch
 
 def completion_batch(tokenizer: formats.Tokenizer, *, max_length: int) -> Batch:
   """Rows to LMBatch [B, T], T = max_length."""
+
   def batch(rows):
     tokens = np.full((len(rows), max_length), tokenizer.pad_token_id, np.int32)
     real = np.zeros((len(rows), max_length), bool)
@@ -194,7 +215,7 @@ def completion_batch(tokenizer: formats.Tokenizer, *, max_length: int) -> Batch:
       tokens[number, :size] = np.concatenate([prompt, completion])
       real[number, :size] = True
       # Without any prompt there is nothing that the first token could be predicted from.
-      loss_mask[number, max(len(prompt), 1):size] = True
+      loss_mask[number, max(len(prompt), 1) : size] = True
     positions = np.where(real, np.arange(max_length, dtype=np.int32), 0)
     return types.LMBatch(tokens, real.astype(np.int32), positions, loss_mask)
 
@@ -212,8 +233,10 @@ def pair_batch(rows: Rows, tokenizer: formats.Tokenizer, *, max_length: int) -> 
     prompt, (completion,) = fit(row, max_length, tokenizer.bos_token_id)
     width, slots = max(width, len(prompt)), max(slots, len(completion))
     if not len(prompt):
-      raise UserError(f'example {number}{lazy.place(rows.examples, number)} has an empty prompt, and '
-                      'an encoder must read something. Give it a prompt.')
+      raise UserError(
+        f'example {number}{lazy.place(rows.examples, number)} has an empty prompt, and '
+        'an encoder must read something. Give it a prompt.'
+      )
 
   def batch(rows):
     tokens = np.full((len(rows), width + slots), tokenizer.pad_token_id, np.int32)
@@ -263,16 +286,22 @@ def _here(rows: Sequence[Row | None]) -> Iterator[tuple[int, Row]]:
 # Prompts alone.
 
 
-def prompts(examples: Sequence[formats.Prompt], tokenizer: formats.Tokenizer, *,
-            max_prompt_length: int, on_long: str) -> tuple[Rows, np.ndarray | range]:
+def prompts(
+  examples: Sequence[formats.Prompt],
+  tokenizer: formats.Tokenizer,
+  *,
+  max_prompt_length: int,
+  on_long: str,
+) -> tuple[Rows, np.ndarray | range]:
   """Rows of prompts, and the indices of those to draw; see `pipelines.prompt_iterator`.
 
   Whether a prompt is too long is known from its tokens alone: but for 'truncate_left' all of them
   are tokenized here.
   """
   if on_long not in ('error', 'truncate_left', 'drop'):
-    raise UserError(f"config.data.on_long is {on_long!r}; it must be 'error', 'truncate_left' or "
-                    "'drop'.")
+    raise UserError(
+      f"config.data.on_long is {on_long!r}; it must be 'error', 'truncate_left' or 'drop'."
+    )
 
   def encode(chosen):
     ids = tokenizers.encode(tokenizer, [each.prompt for each in chosen])
@@ -289,11 +318,19 @@ def prompts(examples: Sequence[formats.Prompt], tokenizer: formats.Tokenizer, *,
     long, seen = np.count_nonzero(sizes > max_prompt_length), len(rows)
     indices = np.flatnonzero(sizes <= max_prompt_length) if on_long == 'drop' else range(len(rows))
   if len(rows) and not len(indices):
-    raise UserError(f'no prompt of {len(rows)} has at most config.data.max_prompt_length = '
-                    f'{max_prompt_length} tokens. Raise it.')
+    raise UserError(
+      f'no prompt of {len(rows)} has at most config.data.max_prompt_length = '
+      f'{max_prompt_length} tokens. Raise it.'
+    )
   if long:
-    logging.warning('%d of %s%d prompts are longer than %d tokens; on_long is %r.', long,
-                    rows.of_all() if seen < len(rows) else '', seen, max_prompt_length, on_long)
+    logging.warning(
+      '%d of %s%d prompts are longer than %d tokens; on_long is %r.',
+      long,
+      rows.of_all() if seen < len(rows) else '',
+      seen,
+      max_prompt_length,
+      on_long,
+    )
   return rows, indices
 
 
@@ -307,12 +344,15 @@ def _check_prompts(rows: Rows, sizes: np.ndarray, max_prompt_length: int, on_lon
   index = int(np.argmax(wrong))
   where = lazy.place(rows.examples, index)
   if not sizes[index]:
-    raise UserError(f'prompt {index}{where} is empty, and this tokenizer begins no text with a '
-                    'BOS: there is nothing to respond to. Remove the example.')
+    raise UserError(
+      f'prompt {index}{where} is empty, and this tokenizer begins no text with a '
+      'BOS: there is nothing to respond to. Remove the example.'
+    )
   raise UserError(
-      f'prompt {index}{where} has {sizes[index]} tokens, more than config.data.max_prompt_length = '
-      f'{max_prompt_length}: {rows.examples[index].prompt[:60]!r}... Raise max_prompt_length, or '
-      "set config.data.on_long to 'truncate_left' or 'drop'.")
+    f'prompt {index}{where} has {sizes[index]} tokens, more than config.data.max_prompt_length = '
+    f'{max_prompt_length}: {rows.examples[index].prompt[:60]!r}... Raise max_prompt_length, or '
+    "set config.data.on_long to 'truncate_left' or 'drop'."
+  )
 
 
 def prompt_batch(tokenizer: formats.Tokenizer, *, max_prompt_length: int) -> Batch:
@@ -321,16 +361,19 @@ def prompt_batch(tokenizer: formats.Tokenizer, *, max_prompt_length: int) -> Bat
   Raises:
     UserError: by the batch, where a prompt has no tokens.
   """
+
   def batch(rows):
     tokens = np.full((len(rows), max_prompt_length), tokenizer.pad_token_id, np.int32)
     mask = np.zeros((len(rows), max_prompt_length), bool)
     for number, row in _here(rows):
       ids = truncate_left(row.prompt, max_prompt_length, tokenizer.bos_token_id)
       if not len(ids):
-        raise UserError('a prompt is empty, and this tokenizer begins no text with a BOS: there is '
-                        'nothing to respond to. Remove the example: a warning at the start names it.')
-      tokens[number, max_prompt_length - len(ids):] = ids
-      mask[number, max_prompt_length - len(ids):] = True
+        raise UserError(
+          'a prompt is empty, and this tokenizer begins no text with a BOS: there is '
+          'nothing to respond to. Remove the example: a warning at the start names it.'
+        )
+      tokens[number, max_prompt_length - len(ids) :] = ids
+      mask[number, max_prompt_length - len(ids) :] = True
     return types.Prompts(tokens, mask)
 
   return batch

@@ -64,8 +64,18 @@ SCALARS = ('margin', 'rating', 'label', 'best')
 LISTS = ('ranks', 'ratings', 'completions', 'messages', 'conversations')
 
 # All fields that mean something.
-NAMES = {'text', 'prompt', 'completion', 'instruction', 'input', 'output', 'chosen', 'rejected',
-         *SCALARS, *LISTS}
+NAMES = {
+  'text',
+  'prompt',
+  'completion',
+  'instruction',
+  'input',
+  'output',
+  'chosen',
+  'rejected',
+  *SCALARS,
+  *LISTS,
+}
 
 DIFFERENT_PROMPTS = 'chosen and rejected answer different prompts'
 SAME_COMPLETIONS = 'all completions are the same'
@@ -79,6 +89,7 @@ LARGEST = float(np.finfo(np.float32).max)  # number: they become float32
 @dataclasses.dataclass(frozen=True)
 class Completion:
   """A prompt and the response to imitate."""
+
   prompt: str
   completion: str
 
@@ -94,6 +105,7 @@ class Comparison:
     ratings: K absolute scores, or None if the data has none.
     margin: by how much the better should win, 0 if the data does not say.
   """
+
   prompt: str
   completions: tuple[str, ...]
   ranks: tuple[int, ...]
@@ -109,6 +121,7 @@ class Prompt:
     prompt: the text.
     metadata: all other fields of the record, for reward functions.
   """
+
   prompt: str
   metadata: Fields
 
@@ -255,6 +268,7 @@ class _Asked:
     prompt: a text, or the messages that the chat template makes one of.
     answer: the assistant's message that follows these in the field, or None.
   """
+
   field: str
   prompt: str | chat.Messages
   answer: dict[str, str] | None = None
@@ -341,8 +355,11 @@ def _cut(fields: Fields, name: str) -> tuple[str, str]:
   text = _string(fields, name)
   prompt, turn, reply = text.rpartition(HH_TURN)
   if not turn:
-    raise Fault(name, f'without a prompt field, a whole dialogue with {HH_TURN!r} was expected',
-                 'Add a prompt field.')
+    raise Fault(
+      name,
+      f'without a prompt field, a whole dialogue with {HH_TURN!r} was expected',
+      'Add a prompt field.',
+    )
   return prompt + turn, reply
 
 
@@ -367,15 +384,16 @@ def _if_messages(completion: Any) -> chat.Messages | None:
 def _whole(before: chat.Messages, completion: chat.Messages) -> chat.Messages:
   """The conversation up to the end of a completion, which may repeat it as a whole."""
   opens = completion[0]['role'] not in ('assistant', 'tool')
-  repeats = len(completion) > 1 and (opens or completion[:len(before)] == before)
+  repeats = len(completion) > 1 and (opens or completion[: len(before)] == before)
   return completion if repeats else before + completion
 
 
 # Completions.
 
 
-def _completed(asked: _Asked, completion: Any, field: str,
-               tokenizer: Tokenizer | None) -> tuple[str, str]:
+def _completed(
+  asked: _Asked, completion: Any, field: str, tokenizer: Tokenizer | None
+) -> tuple[str, str]:
   """Prompt and a completion as texts."""
   if not isinstance(completion, str):
     return _render(asked.prompt, _parse(completion, field)[-1], field, tokenizer)
@@ -395,7 +413,8 @@ def _pair(fields: Fields, tokenizer: Tokenizer | None) -> tuple[str, str, str]:
   if asked.field == 'chosen' and isinstance(asked.prompt, str):
     given = [_cut(fields, name)[1] for name in names]
   (prompt, chosen), (_, rejected) = (
-      _completed(asked, value, name, tokenizer) for value, name in zip(given, names))
+    _completed(asked, value, name, tokenizer) for value, name in zip(given, names)
+  )
   return prompt, chosen, rejected
 
 
@@ -420,8 +439,11 @@ def _list(fields: Fields, tokenizer: Tokenizer | None, margin: float) -> Compari
   else:
     ranks = range(len(values))
   if ratings is None and len(values) < 2:
-    raise Fault('completions', 'at least two completions were expected where none is rated',
-                 'Add a completion or ratings.')
+    raise Fault(
+      'completions',
+      'at least two completions were expected where none is rated',
+      'Add a completion or ratings.',
+    )
   return Comparison(pairs[0][0], tuple(text for _, text in pairs), tuple(ranks), ratings, margin)
 
 
@@ -441,8 +463,9 @@ def _parse(value: Any, field: str) -> chat.Messages:
     raise Fault(field, str(error), 'Correct it.') from error
 
 
-def _render(prompt: chat.Messages, answer: dict[str, str] | None, field: str,
-            tokenizer: Tokenizer | None) -> tuple[str, str]:
+def _render(
+  prompt: chat.Messages, answer: dict[str, str] | None, field: str, tokenizer: Tokenizer | None
+) -> tuple[str, str]:
   if answer is not None and answer['role'] != 'assistant':
     raise Fault(field, NO_ANSWER, 'Add the answer.')
   if not prompt:
@@ -459,9 +482,15 @@ def _render(prompt: chat.Messages, answer: dict[str, str] | None, field: str,
 
 
 def _missing(fields: Fields, name: str) -> Missing:
-  names = [other if len(other) <= LONGEST_NAME else f'{other[:LONGEST_NAME - 3]}...' for other in sorted(fields)]
-  return Missing(name, f'missing among {names}',
-                  'Name the columns in config.data.columns if yours are called otherwise.')
+  names = [
+    other if len(other) <= LONGEST_NAME else f'{other[: LONGEST_NAME - 3]}...'
+    for other in sorted(fields)
+  ]
+  return Missing(
+    name,
+    f'missing among {names}',
+    'Name the columns in config.data.columns if yours are called otherwise.',
+  )
 
 
 def _string(fields: Fields, name: str) -> str:

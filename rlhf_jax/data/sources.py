@@ -43,8 +43,14 @@ NAMED = 5  # files, in a message
 LOOKED_AT = 100_000  # records, for a warning
 
 
-def read(path: str, *, split: str = '', columns: Mapping[str, str] | None = None,
-         separator: str = '\n', format: str | None = None) -> stored.Records:
+def read(
+  path: str,
+  *,
+  split: str = '',
+  columns: Mapping[str, str] | None = None,
+  separator: str = '\n',
+  format: str | None = None,
+) -> stored.Records:
   """The records of a source, in order.
 
   Args:
@@ -76,8 +82,10 @@ def read(path: str, *, split: str = '', columns: Mapping[str, str] | None = None
   elif os.path.isfile(path):
     records = files.read(path, split, separator, format)
   elif _looks_local(path):
-    raise UserError(f'{path}: no such file or directory (current directory: {os.getcwd()}). '
-                    'Set the path of the data to a file that exists.')
+    raise UserError(
+      f'{path}: no such file or directory (current directory: {os.getcwd()}). '
+      'Set the path of the data to a file that exists.'
+    )
   else:
     records = _hub(path, split or 'train')
   if not len(records):
@@ -98,9 +106,14 @@ def write(path: str | os.PathLike, records: Iterable[dict[str, Any]]) -> None:
 
 def _looks_local(path: str) -> bool:
   first = path.split('/')[0]
-  return (path.startswith(('/', '.', '~')) or path.endswith(os.sep) or path.count('/') > 1
-          or '\\' in path or files.format_of(path) is not None
-          or (first != path and os.path.isdir(first)))
+  return (
+    path.startswith(('/', '.', '~'))
+    or path.endswith(os.sep)
+    or path.count('/') > 1
+    or '\\' in path
+    or files.format_of(path) is not None
+    or (first != path and os.path.isdir(first))
+  )
 
 
 def _warn_replaced(path: str, records: stored.Records, columns: Mapping[str, str]) -> None:
@@ -115,41 +128,62 @@ def _warn_replaced(path: str, records: stored.Records, columns: Mapping[str, str
         count += records[index].fields.get(new) not in (None, '')
     if count:
       logging.warning(
-          '%s: %s=%s of config.data.columns replaces a filled field %r in %d of %s%d records. Name '
-          'another column if you meant to keep it.', path, new, old, new, count,
-          'the first ' if len(first) < len(records) else '', len(first))
+        '%s: %s=%s of config.data.columns replaces a filled field %r in %d of %s%d records. Name '
+        'another column if you meant to keep it.',
+        path,
+        new,
+        old,
+        new,
+        count,
+        'the first ' if len(first) < len(records) else '',
+        len(first),
+      )
 
 
 def _rename(record: Record, *, columns: Mapping[str, str]) -> Record:
   fields = dict(record.fields)
   for name in columns.values():
     if name not in record.fields:
-      raise DataError(f'{record.where}: there is no field {name!r}, which config.data.columns '
-                      f'names; the fields are {sorted(record.fields)}.'
-                      + (' The first row of the file must name the columns.' if record.untyped else ''))
+      raise DataError(
+        f'{record.where}: there is no field {name!r}, which config.data.columns '
+        f'names; the fields are {sorted(record.fields)}.'
+        + (' The first row of the file must name the columns.' if record.untyped else '')
+      )
     fields.pop(name, None)
   fields.update({new: record.fields[name] for new, name in columns.items()})
   return dataclasses.replace(record, fields=fields)
 
 
 def _directory(path: str, split: str, separator: str, format: str | None) -> stored.Records:
-  found = sorted(str(p) for p in pathlib.Path(path).rglob('*') if p.is_file()
-                 and not any(part.startswith('.') for part in p.relative_to(path).parts))
+  found = sorted(
+    str(p)
+    for p in pathlib.Path(path).rglob('*')
+    if p.is_file() and not any(part.startswith('.') for part in p.relative_to(path).parts)
+  )
   known = [file for file in found if format or files.format_of(file)]
   if not known:
-    raise UserError(f'{path}: no data file in this directory; files must end in '
-                    f'{", ".join(files.FORMATS)} (or these and .gz). Rename yours, or say how to '
-                    'read them with config.data.format.')
+    raise UserError(
+      f'{path}: no data file in this directory; files must end in '
+      f'{", ".join(files.FORMATS)} (or these and .gz). Rename yours, or say how to '
+      'read them with config.data.format.'
+    )
   relative = lambda names: [os.path.relpath(name, path) for name in names]
   chosen = [file for file in known if _in_split(file, split)] if split else known
   if not chosen:
-    raise UserError(f'{path}: no file of split {split!r} among {", ".join(relative(known))}. '
-                    'Name one of these, or no split at all.')
+    raise UserError(
+      f'{path}: no file of split {split!r} among {", ".join(relative(known))}. '
+      'Name one of these, or no split at all.'
+    )
   passed_over = relative(file for file in found if not (format or files.format_of(file)))
   if passed_over:
-    logging.warning('%s: %d of %d files passed over, whose suffixes are not known: %s%s.', path,
-                    len(passed_over), len(found), ', '.join(passed_over[:NAMED]),
-                    ', ...' if passed_over[NAMED:] else '')
+    logging.warning(
+      '%s: %d of %d files passed over, whose suffixes are not known: %s%s.',
+      path,
+      len(passed_over),
+      len(found),
+      ', '.join(passed_over[:NAMED]),
+      ', ...' if passed_over[NAMED:] else '',
+    )
   return stored.Joined([files.read(file, '', separator, format) for file in chosen])
 
 
@@ -165,13 +199,15 @@ def _tfds(path: str, split: str) -> stored.Records:
   try:
     import tensorflow_datasets as tfds
   except ImportError as error:
-    raise UserError(f'{path}: reading TFDS data sets needs an extra package; '
-                    "pip install 'rlhf_jax[tfds]'.") from error
+    raise UserError(
+      f"{path}: reading TFDS data sets needs an extra package; pip install 'rlhf_jax[tfds]'."
+    ) from error
   try:
     source = tfds.data_source(path.removeprefix('tfds:'), split=split)
   except Exception as error:  # TFDS raises many kinds, some of its own, some of the network's.
     raise UserError(
-        f'{path}, split {split!r}: TFDS cannot give this data set ({error}).') from error
+      f'{path}, split {split!r}: TFDS cannot give this data set ({error}).'
+    ) from error
   return stored.Mapped(source, _plain, path)
 
 
@@ -190,6 +226,7 @@ def _plain(value: Any) -> Any:
 
 def _hub(path: str, split: str) -> stored.Records:
   import datasets  # takes a second, and few runs need it
+
   name, _, config = path.partition(':')
   silent = _hub_silence(name)
   if silent:
@@ -198,18 +235,23 @@ def _hub(path: str, split: str) -> stored.Records:
   try:
     rows = datasets.load_dataset(name, config or None, split=split)
   except Exception as error:  # Many kinds, some of the network's.
-    reason = (f'the hub gives no answer ({silent})' if silent and isinstance(error, ConnectionError)
-              else _one_line(error))
+    reason = (
+      f'the hub gives no answer ({silent})'
+      if silent and isinstance(error, ConnectionError)
+      else _one_line(error)
+    )
     raise UserError(
-        f'{path}: no such file or directory (current directory: {os.getcwd()}), and it cannot be '
-        f'loaded as a Hugging Face data set, split {split!r}: {reason}. Check the name and the '
-        'network.') from error
+      f'{path}: no such file or directory (current directory: {os.getcwd()}), and it cannot be '
+      f'loaded as a Hugging Face data set, split {split!r}: {reason}. Check the name and the '
+      'network.'
+    ) from error
   return stored.Mapped(rows, dict, path)
 
 
 def _hub_silence(name: str) -> str:
   """Why the hub gives no answer about a data set; '' where it gives one, be it a refusal."""
   import huggingface_hub
+
   try:
     huggingface_hub.HfApi().dataset_info(name, timeout=HUB_SECONDS)
   except huggingface_hub.errors.HFValidationError:

@@ -47,6 +47,7 @@ class Record:
     where: the place it came from, for messages.
     untyped: whether all values are strings, numbers and lists too, as in CSV.
   """
+
   fields: dict[str, Any]
   where: str
   untyped: bool = False
@@ -58,6 +59,7 @@ class Records(Sequence[Record], abc.ABC):
   Attributes:
     size: bytes of the data as they are stored, None where all of them are in memory.
   """
+
   size: int | None = None
 
   def __getitem__(self, index):
@@ -90,8 +92,14 @@ class Listed(Records):
 class Mapped(Records):
   """Records of another source of random access, such as a public data set."""
 
-  def __init__(self, source: Sequence[Any], fields: Callable[[Any], dict[str, Any]], name: str, *,
-               size: int | None = None):
+  def __init__(
+    self,
+    source: Sequence[Any],
+    fields: Callable[[Any], dict[str, Any]],
+    name: str,
+    *,
+    size: int | None = None,
+  ):
     """`fields` makes a record's of an item; places are those of rows of `name`."""
     self._source, self._fields, self._name, self.size = source, fields, name, size
 
@@ -145,8 +153,9 @@ class Lines(Records):
   The index of a file that is not small is kept on disk, see `derived`, and read from there.
   """
 
-  def __init__(self, file: str, parse: Callable[[bytes], dict[str, Any]], *,
-               content: bytes | str | None = None):
+  def __init__(
+    self, file: str, parse: Callable[[bytes], dict[str, Any]], *, content: bytes | str | None = None
+  ):
     """Finds the lines, or the index of them.
 
     Args:
@@ -187,12 +196,13 @@ class Lines(Records):
 
 
 def _part_of(content: bytes) -> Read:
-  return lambda offset, size: content[offset:offset + size]
+  return lambda offset, size: content[offset : offset + size]
 
 
 def _reader(owner: Any, path: str) -> Read:
   """Reads parts of a file. A large file stays open as long as the owner lives."""
   if os.path.getsize(path) <= SMALL:  # a folder may have more of them than a process may open
+
     def read(offset, size):
       with open(path, 'rb') as stream:
         stream.seek(offset)
@@ -215,7 +225,7 @@ def _index(read: Read, size: int) -> Iterator[np.ndarray]:
     first = np.concatenate([first, data[here - base]])  # bytes of the lines that begin so far
     if base + len(data) == size and starts[-1] < size:
       ends = np.append(ends, size)  # the last line has no break
-    starts, count = starts[:len(ends)], len(ends)
+    starts, count = starts[: len(ends)], len(ends)
     rows = np.stack([starts, ends - starts, number + np.arange(count)], axis=1)
     yield rows[_filled(read, rows, first[:count])]
     start, number, first = int(ends[-1]) if count else start, number + count, first[count:]
@@ -240,8 +250,10 @@ def too_long(size: int) -> str:
   """The complaint about a record of this many bytes; '' if it can be read."""
   if size <= LONGEST:
     return ''
-  return (f'longer than {LONGEST >> 20} MiB ({size / 2**20:.3g} MiB), the most of a record that can '
-          'be read. Cut it into several.')
+  return (
+    f'longer than {LONGEST >> 20} MiB ({size / 2**20:.3g} MiB), the most of a record that can '
+    'be read. Cut it into several.'
+  )
 
 
 def json_object(line: bytes) -> dict[str, Any]:
@@ -253,14 +265,19 @@ def json_object(line: bytes) -> dict[str, Any]:
   try:
     fields = json.loads(line.decode('utf-8-sig').rstrip())
   except json.JSONDecodeError as error:
-    raise DataError(f'not valid JSON ({error.msg}, column {error.colno}). Every line must be one '
-                    'object, such as {"text": "..."}.') from error
+    raise DataError(
+      f'not valid JSON ({error.msg}, column {error.colno}). Every line must be one '
+      'object, such as {"text": "..."}.'
+    ) from error
   except (ValueError, RecursionError) as error:
-    raise DataError(f'not valid JSON ({error}). Every line must be one object, such as '
-                    '{"text": "..."}.') from error
+    raise DataError(
+      f'not valid JSON ({error}). Every line must be one object, such as {{"text": "..."}}.'
+    ) from error
   if not isinstance(fields, dict):
-    raise DataError(f'a JSON object was expected, such as {{"text": "..."}}, and this is a '
-                    f'{type(fields).__name__}.')
+    raise DataError(
+      f'a JSON object was expected, such as {{"text": "..."}}, and this is a '
+      f'{type(fields).__name__}.'
+    )
   check_unicode(fields, line)
   return fields
 
@@ -277,8 +294,9 @@ def check_unicode(value: Any, source: bytes) -> None:
   try:
     json.dumps(value, ensure_ascii=False).encode()
   except UnicodeEncodeError as error:
-    raise DataError(f'not Unicode: {error.object[error.start]!r} is one half of a surrogate pair. '
-                    'Remove it.') from error
+    raise DataError(
+      f'not Unicode: {error.object[error.start]!r} is one half of a surrogate pair. Remove it.'
+    ) from error
 
 
 # Tables.
@@ -299,6 +317,7 @@ class Table(Records):
     """
     import pyarrow  # Slow to import and needed by few.
     import pyarrow.parquet
+
     self._file, self._last = file, (-1, None, None)
     # Else it holds the whole of a row group's bytes.
     with pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=CHUNK) as parquet:
@@ -333,9 +352,13 @@ class Table(Records):
 def _write_table(parquet: Any, path: str) -> None:
   """Writes an Arrow file with BATCH rows in all batches but the last."""
   import pyarrow
-  plain = pyarrow.schema([  # Arrow files have one dictionary for all batches.
+
+  plain = pyarrow.schema(
+    [  # Arrow files have one dictionary for all batches.
       field.with_type(field.type.value_type) if pyarrow.types.is_dictionary(field.type) else field
-      for field in parquet.schema_arrow])
+      for field in parquet.schema_arrow
+    ]
+  )
   with pyarrow.OSFile(path, 'wb') as sink, pyarrow.ipc.new_file(sink, plain) as writer:
     table = plain.empty_table()
     for batch in parquet.iter_batches(BATCH):

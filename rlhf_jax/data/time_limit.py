@@ -60,4 +60,5 @@ def _watch() -> None:
           body.stopped = True
           del _bodies[thread]
           ctypes.pythonapi.PyThreadState_SetAsyncExc(
-              ctypes.c_ulong(thread), ctypes.py_object(Exceeded))
+            ctypes.c_ulong(thread), ctypes.py_object(Exceeded)
+          )

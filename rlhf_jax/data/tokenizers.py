@@ -40,8 +40,10 @@ from rlhf_jax.errors import UserError
 
 PAD, BOS, EOS = '<|pad|>', '<|bos|>', '<|eos|>'
 BYTES = 256
-REMEDY = ('It must hold tokenizer.json, or vocab.json and merges.txt, of a tokenizer that needs no '
-          'code of its own: nothing that a folder brings is run')
+REMEDY = (
+  'It must hold tokenizer.json, or vocab.json and merges.txt, of a tokenizer that needs no '
+  'code of its own: nothing that a folder brings is run'
+)
 TOGETHER = 4096  # texts given to a backend at a time, between which a progress bar moves
 
 
@@ -61,8 +63,10 @@ def load(path: str) -> transformers.PreTrainedTokenizerFast:
   """
   path = os.fspath(folders.model(path))
   if not os.path.isdir(path):
-    raise UserError(f'{path}: no such folder. A tokenizer is a folder with tokenizer.json in it '
-                    '(or vocab.json and merges.txt).')
+    raise UserError(
+      f'{path}: no such folder. A tokenizer is a folder with tokenizer.json in it '
+      '(or vocab.json and merges.txt).'
+    )
   files = set(os.listdir(path))
   kind = transformers.AutoTokenizer
   if 'tokenizer.json' not in files and {'vocab.json', 'merges.txt'} <= files:
@@ -78,35 +82,48 @@ def load(path: str) -> transformers.PreTrainedTokenizerFast:
     raise
   except BaseException as error:  # transformers raises many kinds; a panic is no Exception
     reason = str(error).strip().partition('\n')[0]
-    raise UserError(f'{path}: no tokenizer can be loaded from this folder, which holds '
-                    f'{sorted(files)} ({reason}). {REMEDY}') from None
+    raise UserError(
+      f'{path}: no tokenizer can be loaded from this folder, which holds '
+      f'{sorted(files)} ({reason}). {REMEDY}'
+    ) from None
   if largest >= 2**31:
     raise UserError(f'{path}: the tokenizer has ids up to {largest}; they must be below 2^31.')
   template = tokenizer.chat_template
   texts = template.values() if isinstance(template, dict) else [template or '']
   if not all(isinstance(text, str) for text in texts):
-    raise UserError(f'{path}: chat_template must be text, and is of type {type(template).__name__}. '
-                    'Mend it in tokenizer_config.json.')
+    raise UserError(
+      f'{path}: chat_template must be text, and is of type {type(template).__name__}. '
+      'Mend it in tokenizer_config.json.'
+    )
   if not tokenizer.is_fast:
-    raise UserError(f'{path}: only tokenizers with a tokenizer.json are supported. Load it with '
-                    'transformers, convert it to a fast one and save that.')
+    raise UserError(
+      f'{path}: only tokenizers with a tokenizer.json are supported. Load it with '
+      'transformers, convert it to a fast one and save that.'
+    )
   if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:
     tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
   if tokenizer.eos_token_id is None:
-    raise UserError(f'{path}: the tokenizer has no EOS token, so nothing could end a response. '
-                    'Set eos_token in tokenizer_config.json.')
+    raise UserError(
+      f'{path}: the tokenizer has no EOS token, so nothing could end a response. '
+      'Set eos_token in tokenizer_config.json.'
+    )
   if tokenizer.pad_token_id is None:
     tokenizer.pad_token = tokenizer.eos_token
-    _warn_once(f'{path}: the tokenizer has no padding token: the EOS, {tokenizer.eos_token!r}, is '
-               'used. No mask here depends on it.')
+    _warn_once(
+      f'{path}: the tokenizer has no padding token: the EOS, {tokenizer.eos_token!r}, is '
+      'used. No mask here depends on it.'
+    )
   elif tokenizer.pad_token_id == tokenizer.eos_token_id:
-    _warn_once(f'{path}: the padding token is the EOS, {tokenizer.eos_token!r}. No mask here '
-               'depends on it; programs that take padding from token ids overlook the EOS.')
+    _warn_once(
+      f'{path}: the padding token is the EOS, {tokenizer.eos_token!r}. No mask here '
+      'depends on it; programs that take padding from token ids overlook the EOS.'
+    )
   return tokenizer
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int,
-              path: str) -> transformers.PreTrainedTokenizerFast:
+def train_bpe(
+  texts: Iterable[str], vocab_size: int, path: str
+) -> transformers.PreTrainedTokenizerFast:
   """Trains a byte-level BPE tokenizer and saves it as a folder.
 
   Every string encodes and decodes back exactly, unless it spells a special token. Ids 0, 1 and 2
@@ -126,20 +143,30 @@ def train_bpe(texts: Iterable[str], vocab_size: int,
   """
   specials = [PAD, BOS, EOS]
   if vocab_size < BYTES + len(specials):
-    raise UserError(f'vocab_size {vocab_size} is too small for a byte-level tokenizer: at least '
-                    f'{BYTES + len(specials)} are needed (256 bytes, 3 special tokens).')
+    raise UserError(
+      f'vocab_size {vocab_size} is too small for a byte-level tokenizer: at least '
+      f'{BYTES + len(specials)} are needed (256 bytes, 3 special tokens).'
+    )
   backend = hf_tokenizers.Tokenizer(hf_tokenizers.models.BPE())
   backend.pre_tokenizer = hf_tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   backend.decoder = hf_tokenizers.decoders.ByteLevel()
   trainer = hf_tokenizers.trainers.BpeTrainer(
-      vocab_size=vocab_size, special_tokens=specials, show_progress=False,
-      initial_alphabet=hf_tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab_size=vocab_size,
+    special_tokens=specials,
+    show_progress=False,
+    initial_alphabet=hf_tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+  )
   backend.train_from_iterator(texts, trainer)
   backend.post_processor = hf_tokenizers.processors.TemplateProcessing(
-      single=f'{BOS} $A', special_tokens=[(BOS, specials.index(BOS))])
+    single=f'{BOS} $A', special_tokens=[(BOS, specials.index(BOS))]
+  )
   tokenizer = transformers.PreTrainedTokenizerFast(
-      tokenizer_object=backend, pad_token=PAD, bos_token=BOS, eos_token=EOS,
-      clean_up_tokenization_spaces=False)
+    tokenizer_object=backend,
+    pad_token=PAD,
+    bos_token=BOS,
+    eos_token=EOS,
+    clean_up_tokenization_spaces=False,
+  )
   tokenizer.save_pretrained(path)
   return load(path)
 
@@ -153,9 +180,10 @@ def check(tokenizer: transformers.PreTrainedTokenizerFast, model_vocab_size: int
   largest = max(tokenizer.get_vocab().values())
   if largest >= model_vocab_size:
     raise UserError(
-        f'the tokenizer {tokenizer.name_or_path or ""} has ids up to {largest}, but the model\'s '
-        f'vocab_size is {model_vocab_size}. Use the tokenizer that belongs to the model, or set '
-        f'the model\'s vocab_size to at least {largest + 1}.')
+      f"the tokenizer {tokenizer.name_or_path or ''} has ids up to {largest}, but the model's "
+      f'vocab_size is {model_vocab_size}. Use the tokenizer that belongs to the model, or set '
+      f"the model's vocab_size to at least {largest + 1}."
+    )
 
 
 @functools.cache
@@ -163,8 +191,9 @@ def _warn_once(message: str) -> None:
   logging.warning('%s', message)
 
 
-def warn_unknown(tokenizer: transformers.PreTrainedTokenizerFast,
-                 rows: Sequence[np.ndarray]) -> None:
+def warn_unknown(
+  tokenizer: transformers.PreTrainedTokenizerFast, rows: Sequence[np.ndarray]
+) -> None:
   """Says in one line which share of the tokens is unknown: text that the tokenizer cannot encode.
 
   Args:
@@ -178,10 +207,15 @@ def warn_unknown(tokenizer: transformers.PreTrainedTokenizerFast,
   total = sum(map(len, rows))
   if sum(counts):
     logging.warning(
-        '%.3g %% of the tokens (%d of %d, in %d of %d texts) are %r: text that the tokenizer '
-        'cannot encode. Use one made for such text, or clean the texts.',
-        100 * sum(counts) / total, sum(counts), total, np.count_nonzero(counts), len(rows),
-        tokenizer.unk_token)
+      '%.3g %% of the tokens (%d of %d, in %d of %d texts) are %r: text that the tokenizer '
+      'cannot encode. Use one made for such text, or clean the texts.',
+      100 * sum(counts) / total,
+      sum(counts),
+      total,
+      np.count_nonzero(counts),
+      len(rows),
+      tokenizer.unk_token,
+    )
 
 
 _apart: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -203,8 +237,9 @@ def fit(tokenizer: transformers.PreTrainedTokenizerFast, model: Any) -> None:
     respond_apart(tokenizer)
 
 
-def encode(tokenizer: transformers.PreTrainedTokenizerFast,
-           texts: Sequence[str]) -> list[np.ndarray]:
+def encode(
+  tokenizer: transformers.PreTrainedTokenizerFast, texts: Sequence[str]
+) -> list[np.ndarray]:
   """Ids of texts that begin a sequence, each int32 [length].
 
   The BOS comes first if the tokenizer adds one by itself and the text does not spell it already,
@@ -219,42 +254,56 @@ def encode(tokenizer: transformers.PreTrainedTokenizerFast,
   return [row if row.size and row[0] == bos else np.insert(row, 0, bos) for row in rows]
 
 
-def encode_continuation(tokenizer: transformers.PreTrainedTokenizerFast,
-                        texts: Sequence[str]) -> list[np.ndarray]:
+def encode_continuation(
+  tokenizer: transformers.PreTrainedTokenizerFast, texts: Sequence[str]
+) -> list[np.ndarray]:
   """Ids of responses: of texts that go on where others stop, each int32 [length], no special tokens added."""
   return _ids(_responding(tokenizer), texts)
 
 
-def encode_joined(tokenizer: transformers.PreTrainedTokenizerFast, prompts: Sequence[str],
-                  completions: Sequence[str]) -> list[np.ndarray]:
+def encode_joined(
+  tokenizer: transformers.PreTrainedTokenizerFast,
+  prompts: Sequence[str],
+  completions: Sequence[str],
+) -> list[np.ndarray]:
   """Ids of prompts and of what follows each, tokenized apart, int32 [length]; without an EOS."""
-  return [np.concatenate(pair) for pair in zip(
-      encode(tokenizer, prompts), encode_continuation(tokenizer, completions))]
+  return [
+    np.concatenate(pair)
+    for pair in zip(encode(tokenizer, prompts), encode_continuation(tokenizer, completions))
+  ]
 
 
-def spans(tokenizer: transformers.PreTrainedTokenizerFast,
-          texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+def spans(
+  tokenizer: transformers.PreTrainedTokenizerFast, texts: Sequence[str]
+) -> list[tuple[np.ndarray, np.ndarray]]:
   """Of each text its ids, without BOS or EOS, and how many of its characters end with each; int32 [length]."""
   backend = tokenizer.backend_tokenizer
   backend.no_truncation()
   backend.no_padding()
-  return [(np.array(one.ids, np.int32), np.array([end for _, end in one.offsets], np.int32))
-          for one in _encoded(backend.encode_batch, texts)]
+  return [
+    (np.array(one.ids, np.int32), np.array([end for _, end in one.offsets], np.int32))
+    for one in _encoded(backend.encode_batch, texts)
+  ]
 
 
-def decode_continuation(tokenizer: transformers.PreTrainedTokenizerFast,
-                        rows: Sequence[Sequence[int]], *, skip_special_tokens: bool = True) -> list[str]:
+def decode_continuation(
+  tokenizer: transformers.PreTrainedTokenizerFast,
+  rows: Sequence[Sequence[int]],
+  *,
+  skip_special_tokens: bool = True,
+) -> list[str]:
   """Texts of ids that follow others, such as responses; special tokens are left out, or spelled out."""
   rows = [np.asarray(row).tolist() for row in rows]
   return _responding(tokenizer).decode_batch(rows, skip_special_tokens=skip_special_tokens)
 
 
-def decode_prompts(tokenizer: transformers.PreTrainedTokenizerFast,
-                   rows: Sequence[np.ndarray]) -> list[str]:
+def decode_prompts(
+  tokenizer: transformers.PreTrainedTokenizerFast, rows: Sequence[np.ndarray]
+) -> list[str]:
   """Texts of what is left of prompts' ids; special tokens are spelled out, but those that `encode` adds."""
   bos = _leading_bos(tokenizer)
   eos = tokenizer.eos_token_id if tokenizer in _apart else None
-  rows = [row[int(row[0] == bos):len(row) - int(row[-1] == eos)] for row in rows]
+  rows = [row[int(row[0] == bos) : len(row) - int(row[-1] == eos)] for row in rows]
   return decode_continuation(tokenizer, rows, skip_special_tokens=False)
 
 
@@ -271,15 +320,16 @@ def _ids(backend: hf_tokenizers.Tokenizer, texts: Sequence[str]) -> list[np.ndar
   return [np.array(one.ids, np.int32) for one in _encoded(backend.encode_batch_fast, texts)]
 
 
-def _encoded(encode_batch: Callable[..., list[hf_tokenizers.Encoding]],
-             texts: Iterable[str]) -> Iterator[hf_tokenizers.Encoding]:
+def _encoded(
+  encode_batch: Callable[..., list[hf_tokenizers.Encoding]], texts: Iterable[str]
+) -> Iterator[hf_tokenizers.Encoding]:
   texts = list(texts)
   if len(texts) <= TOGETHER:
     yield from encode_batch(texts, add_special_tokens=False)
     return
   with progress.bar(None, 'tokenizing', 'texts', total=len(texts)) as bar:
     for start in range(0, len(texts), TOGETHER):
-      encoded = encode_batch(texts[start:start + TOGETHER], add_special_tokens=False)
+      encoded = encode_batch(texts[start : start + TOGETHER], add_special_tokens=False)
       yield from encoded
       bar.update(len(encoded))
 
@@ -297,7 +347,8 @@ def _responding(tokenizer: transformers.PreTrainedTokenizerFast) -> hf_tokenizer
 # The copies, by tokenizer, with the vocabulary's size at the time: making one takes a second for a
 # large vocabulary, and tokens may be added later.
 _copies: weakref.WeakKeyDictionary[Any, tuple[int, hf_tokenizers.Tokenizer]] = (
-    weakref.WeakKeyDictionary())
+  weakref.WeakKeyDictionary()
+)
 
 
 def _continuation(tokenizer: transformers.PreTrainedTokenizerFast) -> hf_tokenizers.Tokenizer:

@@ -59,6 +59,7 @@ class Context:
       where there are no such data; None for an algorithm without a held-out loss.
     sampling: keys of config.SAMPLING that the run samples with.
   """
+
   model: Any
   tokenizer: Any
   mesh: Any
@@ -111,8 +112,10 @@ def make(evals, context):
 
 def loss(block, context):
   """The algorithm's loss on held-out data, and what else it measures there."""
-  config_lib.need(context.loss, "kind='loss' needs an algorithm with a held-out loss: sft or "
-                  'reward_model; use another kind')
+  config_lib.need(
+    context.loss,
+    "kind='loss' needs an algorithm with a held-out loss: sft or reward_model; use another kind",
+  )
   return context.loss(block.path)
 
 
@@ -135,13 +138,16 @@ def prompts(block, context):
   score = scorer(block, context, answers)
   start, temperature = context.start(), answers.sampling.temperature or 1.0
   logprobs = lambda params, rollout: processes.host(
-      policy_lib.response_logprobs(params, rollout, temperature, model=context.model))
+    policy_lib.response_logprobs(params, rollout, temperature, model=context.model)
+  )
 
   def measure(params, rollout, examples):
-    return {'score': score(rollout, examples),
-            'kl': logprobs(params, rollout) - logprobs(start, rollout),
-            'length': processes.host(rollout.response_mask).sum(1),
-            'eos_rate': answers.ended(rollout)}
+    return {
+      'score': score(rollout, examples),
+      'kl': logprobs(params, rollout) - logprobs(start, rollout),
+      'length': processes.host(rollout.response_mask).sum(1),
+      'eos_rate': answers.ended(rollout),
+    }
 
   def evaluate(state):
     found = answers.each(context.policy(state), measure)
@@ -150,8 +156,12 @@ def prompts(block, context):
     metrics = {name: float(np.mean(values)) for name, values in found.items()}
     if not kept.any():
       return metrics
-    return metrics | {'score': float(np.mean(scores[kept])), 'score_se': intervals.standard_error(
-        scores[kept], [prompt for prompt, keep in zip(answers.prompts, kept) if keep])}
+    return metrics | {
+      'score': float(np.mean(scores[kept])),
+      'score_se': intervals.standard_error(
+        scores[kept], [prompt for prompt, keep in zip(answers.prompts, kept) if keep]
+      ),
+    }
 
   return evaluate
 
@@ -168,8 +178,9 @@ def win_rate(block, context):
   """
   answers = Answers(block, context)
   score = scorer(block, context, answers)
-  scores = lambda params: answers.each(params, lambda params, rollout, examples: {
-      'score': score(rollout, examples)})['score']
+  scores = lambda params: answers.each(
+    params, lambda params, rollout, examples: {'score': score(rollout, examples)}
+  )['score']
   baseline = scores(context.start())
 
   def evaluate(state):
@@ -177,10 +188,17 @@ def win_rate(block, context):
     kept = scored(block, new + baseline)
     if not kept.any():
       return {}
-    found = winrate.win_rate(new[kept], baseline[kept], prompts=[
-        prompt for prompt, keep in zip(answers.prompts, kept) if keep])
-    return {'rate': found.rate, 'low': found.low, 'high': found.high,
-            'draws': found.draws / int(kept.sum())}
+    found = winrate.win_rate(
+      new[kept],
+      baseline[kept],
+      prompts=[prompt for prompt, keep in zip(answers.prompts, kept) if keep],
+    )
+    return {
+      'rate': found.rate,
+      'low': found.low,
+      'high': found.high,
+      'draws': found.draws / int(kept.sum()),
+    }
 
   return evaluate
 
@@ -188,8 +206,7 @@ def win_rate(block, context):
 def text(block, context):
   """Statistics of the texts of answers; see text.statistics."""
   answers = Answers(block, context)
-  texts = lambda params, rollout, examples: {
-      'text': actor.texts_of(rollout, context.tokenizer)[0]}
+  texts = lambda params, rollout, examples: {'text': actor.texts_of(rollout, context.tokenizer)[0]}
   return lambda state: text_lib.statistics(answers.each(context.policy(state), texts)['text'])
 
 
@@ -212,8 +229,13 @@ def load_user(block, key):
 def scorer(block, context, answers):
   """(Rollout, examples) -> scores [B] NumPy float32, sums over tokens where they are per token."""
   score, _ = scorers.make(
-      block.reward, context.tokenizer, context.mesh, load=context.load, key='reward',
-      check=lambda model: check_length(model, answers.length, answers.sampling.max_new_tokens))
+    block.reward,
+    context.tokenizer,
+    context.mesh,
+    load=context.load,
+    key='reward',
+    check=lambda model: check_length(model, answers.length, answers.sampling.max_new_tokens),
+  )
 
   def apply(rollout, examples):
     scores = processes.host(types.Scores.of(score(rollout, examples)).total)
@@ -250,7 +272,7 @@ class Answers:
     self._mesh, self._seed, tokenizer = context.mesh, context.seed, context.tokenizer
     columns = dict(pair.split('=') for pair in (block.columns or '').split(',') if pair)
     records = sources.read(block.path, split=block.split or '', columns=columns)
-    self._examples = formats.prompts(records, tokenizer=tokenizer)[0][:block.count]
+    self._examples = formats.prompts(records, tokenizer=tokenizer)[0][: block.count]
     self.prompts = [example.prompt for example in self._examples]
     self.length = max(map(len, tokenizers.encode(tokenizer, self.prompts)))
     self.sampling, self._cut = make_sampling(block.sampling, context)
@@ -259,7 +281,8 @@ class Answers:
     shards = sharding.shards()[0]
     size = -(-min(block.batch_size, len(self._examples)) // shards) * shards
     self._batches = pipelines.prompt_batches(
-        self._examples, tokenizer, batch_size=size, max_prompt_length=self.length)
+      self._examples, tokenizer, batch_size=size, max_prompt_length=self.length
+    )
     self._sample = sampler.make(context.model, self.sampling)
 
   def each(self, params, measure):
@@ -276,7 +299,8 @@ class Answers:
     parts = []
     for number, ((batch, index), valid) in enumerate(self._batches):
       rollout = self._sample(
-          params, sharding.put_rows(batch, self._mesh), jax.random.fold_in(key, number))
+        params, sharding.put_rows(batch, self._mesh), jax.random.fold_in(key, number)
+      )
       rollout = self._cut(rollout) if self._cut else rollout
       measured = measure(params, rollout, [self._examples[i] for i in index])
       parts.append({name: np.asarray(values)[valid] for name, values in measured.items()})
@@ -285,7 +309,8 @@ class Answers:
   def ended(self, rollout):
     """Which answers ended by themselves, [B] NumPy bool."""
     return processes.host(
-        sampling_lib.ended(rollout, self.sampling) if rollout.ended is None else rollout.ended)
+      sampling_lib.ended(rollout, self.sampling) if rollout.ended is None else rollout.ended
+    )
 
 
 def make_sampling(settings, context):
@@ -302,8 +327,12 @@ def make_sampling(settings, context):
   single = stops.single_tokens(tokenizer, strings) if not settings['min_new_tokens'] else {}
   settings['top_k'] = settings['top_k'] or 0
   sampling = sampling_lib.Sampling(
-      **settings, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
-      stop_tokens=tuple(single.values()), ignore_eos=text is not None)
+    **settings,
+    eos_id=tokenizer.eos_token_id,
+    pad_id=tokenizer.pad_token_id,
+    stop_tokens=tuple(single.values()),
+    ignore_eos=text is not None,
+  )
   if text is None:
     return sampling, actor.stop_at(strings, tokenizer, sampling, context.mesh)
   token = stops.single_token(tokenizer, text, name='sampling.truncate_at')
@@ -320,6 +349,7 @@ def check_length(model, prompt, response):
   """Raises UserError where a prompt and an answer exceed the model's context."""
   length = max(prompt, response) if model.encoder_decoder else prompt + response
   config_lib.need(
-      length <= model.max_length,
-      f'prompts of up to {prompt} tokens and {response} new ones exceed the context of '
-      f'{model.max_length} tokens: shorten the prompts, or lower sampling.max_new_tokens')
+    length <= model.max_length,
+    f'prompts of up to {prompt} tokens and {response} new ones exceed the context of '
+    f'{model.max_length} tokens: shorten the prompts, or lower sampling.max_new_tokens',
+  )

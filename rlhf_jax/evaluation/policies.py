@@ -38,15 +38,36 @@ from rlhf_jax.rollout import actor
 @dataclasses.dataclass
 class Answers:
   """What one policy said: samples, proxy and gold scores [n], KL to the baseline in nats."""
+
   samples: policy_lib.Samples
   proxy: np.ndarray
   gold: np.ndarray
   kl: float
 
 
-def run(folder, *, title, summary, workdir, policies, baseline, trained, best_of, reward_model,
-        comparisons, prompts, samples, max_new_tokens, temperature, gold, gold_path, curves, seed,
-        truncate_at=None, truncate_after=0):
+def run(
+  folder,
+  *,
+  title,
+  summary,
+  workdir,
+  policies,
+  baseline,
+  trained,
+  best_of,
+  reward_model,
+  comparisons,
+  prompts,
+  samples,
+  max_new_tokens,
+  temperature,
+  gold,
+  gold_path,
+  curves,
+  seed,
+  truncate_at=None,
+  truncate_after=0,
+):
   """Evaluates policies, prints the table and writes results.json and workdir/report.html.
 
   Args:
@@ -81,31 +102,60 @@ def run(folder, *, title, summary, workdir, policies, baseline, trained, best_of
   scorer = Scorer.load(reward_model) if reward_model else None
   asked = loaded[trained].read_prompts(prompts)
   questions = [asked[i % len(asked)] for i in range(samples)]
-  answers = ask(loaded, questions, scorer, judge, jax.random.key(seed), baseline=baseline,
-                best_of=best_of, max_new_tokens=max_new_tokens, temperature=temperature,
-                truncate_at=truncate_at, truncate_after=truncate_after)
+  answers = ask(
+    loaded,
+    questions,
+    scorer,
+    judge,
+    jax.random.key(seed),
+    baseline=baseline,
+    best_of=best_of,
+    max_new_tokens=max_new_tokens,
+    temperature=temperature,
+    truncate_at=truncate_at,
+    truncate_after=truncate_after,
+  )
 
   rows, ratings = compare(answers, baseline)
   print(tables.stages_table(rows, title=f'{title}, {samples} samples of each', width=120))
-  quality = calibrate(
-      scorer, comparisons, append_eos=truncate_at is None) if comparisons else None
-  results = {'stages': rows, 'reward_model': quality,
-             'elo': {name: dataclasses.asdict(rating) for name, rating in ratings.items()},
-             'texts': {name: text.statistics(a.samples.responses) for name, a in answers.items()}}
+  quality = calibrate(scorer, comparisons, append_eos=truncate_at is None) if comparisons else None
+  results = {
+    'stages': rows,
+    'reward_model': quality,
+    'elo': {name: dataclasses.asdict(rating) for name, rating in ratings.items()},
+    'texts': {name: text.statistics(a.samples.responses) for name, a in answers.items()},
+  }
   (folder / 'results.json').write_text(json.dumps(results, indent=2))
   workdir = pathlib.Path(workdir)
   report.write(
-      workdir / 'report.html', title=title, summary=summary, stages=rows,
-      metrics={name: metrics_lib.read(workdir / name) for name in curves},
-      frontier=frontier(policies[trained], judge),
-      calibration=quality, elo=results['elo'],
-      samples=side_by_side(answers[baseline], answers[trained], 24),
-      config_text=(workdir / 'config.json').read_text())
+    workdir / 'report.html',
+    title=title,
+    summary=summary,
+    stages=rows,
+    metrics={name: metrics_lib.read(workdir / name) for name in curves},
+    frontier=frontier(policies[trained], judge),
+    calibration=quality,
+    elo=results['elo'],
+    samples=side_by_side(answers[baseline], answers[trained], 24),
+    config_text=(workdir / 'config.json').read_text(),
+  )
   print(f'report: {workdir / "report.html"}')
 
 
-def ask(policies, questions, scorer, judge, key, *, baseline, best_of, max_new_tokens,
-        temperature, truncate_at=None, truncate_after=0):
+def ask(
+  policies,
+  questions,
+  scorer,
+  judge,
+  key,
+  *,
+  baseline,
+  best_of,
+  max_new_tokens,
+  temperature,
+  truncate_at=None,
+  truncate_after=0,
+):
   """Every policy's scored answers, and right behind the baseline its best of n.
 
   Args:
@@ -125,33 +175,44 @@ def ask(policies, questions, scorer, judge, key, *, baseline, best_of, max_new_t
     {name: Answers}.
   """
   sample = lambda name, key, samples=1: policies[name].sample(
-      questions, key, max_new_tokens=max_new_tokens, temperature=temperature, samples=samples,
-      truncate_at=truncate_at, truncate_after=truncate_after)
+    questions,
+    key,
+    max_new_tokens=max_new_tokens,
+    temperature=temperature,
+    samples=samples,
+    truncate_at=truncate_at,
+    truncate_after=truncate_after,
+  )
 
   proxy = lambda said: scorer(said, policies[name].tokenizer)
 
   def scored(said, kl):
-    return Answers(said, proxy(said) if scorer else None, np.array(
-        [judge(p, r) for p, r in zip(said.prompts, said.responses)]), kl)
+    return Answers(
+      said,
+      proxy(said) if scorer else None,
+      np.array([judge(p, r) for p, r in zip(said.prompts, said.responses)]),
+      kl,
+    )
 
   keys = jax.random.split(key, len(policies) + 1)
   answers = {}
   for key, name in zip(keys, policies):
     said = sample(name, key)
-    answers[name] = scored(said, mean_kl(
-        policies[name], policies[baseline], said.rollout, temperature))
+    answers[name] = scored(
+      said, mean_kl(policies[name], policies[baseline], said.rollout, temperature)
+    )
     if name == baseline and best_of:
       many = sample(name, keys[-1], best_of)
       best = proxy(many).reshape(-1, best_of).argmax(axis=1)
       chosen = many.take(np.arange(len(questions)) * best_of + best)
-      answers[f'best of {best_of}'] = scored(
-          chosen, math.log(best_of) - (best_of - 1) / best_of)
+      answers[f'best of {best_of}'] = scored(chosen, math.log(best_of) - (best_of - 1) / best_of)
   return answers
 
 
 @dataclasses.dataclass
 class Scorer:
   """A reward model with its tokenizer; called with n Samples it gives scores [n]."""
+
   policy: policy_lib.TextPolicy
 
   @classmethod
@@ -166,15 +227,22 @@ class Scorer:
     if learned.same_tokenizer(own.tokenizer, tokenizer):
       return self.rows(rollout.tokens, rollout.mask)
     ended = learned.with_eos(actor.texts_of(rollout, tokenizer)[1], tokenizer)
-    return self.rows(*learned.padded_texts(
-        own.model, own.tokenizer, samples.prompts, samples.responses, ended,
-        max_length=own.model.max_length))
+    return self.rows(
+      *learned.padded_texts(
+        own.model,
+        own.tokenizer,
+        samples.prompts,
+        samples.responses,
+        ended,
+        max_length=own.model.max_length,
+      )
+    )
 
   def rows(self, tokens, mask):
     """Scores [n] of tokens [n, T] and their mask."""
     return policy_lib.in_batches(
-        lambda rows, start: _score(self.policy.params, *rows, model=self.policy.model),
-        (tokens, mask))
+      lambda rows, start: _score(self.policy.params, *rows, model=self.policy.model), (tokens, mask)
+    )
 
 
 @functools.partial(jax.jit, static_argnames=('model',))
@@ -190,8 +258,12 @@ def mean_kl(policy, reference, rollout, temperature):
   if policy is reference:
     return 0.0
   temperature = temperature or 1.0
-  return float(np.mean(policy.logprobs(rollout, temperature=temperature)
-                       - reference.logprobs(rollout, temperature=temperature)))
+  return float(
+    np.mean(
+      policy.logprobs(rollout, temperature=temperature)
+      - reference.logprobs(rollout, temperature=temperature)
+    )
+  )
 
 
 def compare(answers, baseline):
@@ -209,21 +281,33 @@ def compare(answers, baseline):
   """
   prompts = answers[baseline].samples.prompts
   ratings = elo.ratings_of_outcomes(
-      {(first, second): winrate.outcomes(answers[first].gold, answers[second].gold)
-       for first, second in itertools.combinations(answers, 2)}, prompts, anchor=baseline)
+    {
+      (first, second): winrate.outcomes(answers[first].gold, answers[second].gold)
+      for first, second in itertools.combinations(answers, 2)
+    },
+    prompts,
+    anchor=baseline,
+  )
   rows = []
   for name, answer in answers.items():
     win = winrate.win_rate(answer.gold, answers[baseline].gold, prompts=prompts)
-    rows.append({
-        'stage': name, 'gold': float(answer.gold.mean()),
+    rows.append(
+      {
+        'stage': name,
+        'gold': float(answer.gold.mean()),
         'gold_se': intervals.standard_error(answer.gold, prompts),
         'proxy': None if answer.proxy is None else float(answer.proxy.mean()),
         'kl': answer.kl,
         'kl_per_token': answer.kl / float(answer.samples.rollout.response_mask.sum(1).mean()),
         'win_rate': win.rate,
-        'win_low': win.low, 'win_high': win.high, 'elo': ratings[name].elo,
-        'elo_low': ratings[name].low, 'elo_high': ratings[name].high,
-        'distinct_2': text.distinct(answer.samples.responses, 2)})
+        'win_low': win.low,
+        'win_high': win.high,
+        'elo': ratings[name].elo,
+        'elo_low': ratings[name].low,
+        'elo_high': ratings[name].high,
+        'distinct_2': text.distinct(answer.samples.responses, 2),
+      }
+    )
   return rows, ratings
 
 
@@ -239,8 +323,12 @@ def pair_gaps(scorer, path, *, max_length=0, append_eos=True):
   tokenizer = scorer.policy.tokenizer
   examples, _ = formats.comparisons(sources.read(path), tokenizer=tokenizer)
   batches = pipelines.comparison_batches(
-      examples, tokenizer, batch_size=min(policy_lib.BATCH, len(examples)),
-      max_length=max_length or scorer.policy.model.max_length, append_eos=append_eos)
+    examples,
+    tokenizer,
+    batch_size=min(policy_lib.BATCH, len(examples)),
+    max_length=max_length or scorer.policy.model.max_length,
+    append_eos=append_eos,
+  )
   gaps, prompts, first = [], [], 0
   for batch, _ in batches:
     tokens, mask = (x.reshape((-1,) + x.shape[2:]) for x in (batch.tokens, batch.mask))
@@ -255,31 +343,47 @@ def pair_gaps(scorer, path, *, max_length=0, append_eos=True):
 def calibrate(scorer, path, *, append_eos=True):
   """Calibration of a reward model on held-out pairs, as a dict; see `pair_gaps`."""
   gaps, prompts = pair_gaps(scorer, path, append_eos=append_eos)
-  return dataclasses.asdict(
-      calibration_lib.pairwise(gaps, np.zeros_like(gaps), prompts=prompts))
+  return dataclasses.asdict(calibration_lib.pairwise(gaps, np.zeros_like(gaps), prompts=prompts))
 
 
 def frontier(run_folder, judge):
   """Gold and proxy score against KL over a PPO run, from its logged samples."""
-  kl = {record['step']: record['objective/kl'] for record in metrics_lib.read(run_folder)
-        if 'objective/kl' in record}
+  kl = {
+    record['step']: record['objective/kl']
+    for record in metrics_lib.read(run_folder)
+    if 'objective/kl' in record
+  }
   points = []
   by_step = itertools.groupby(metrics_lib.read_samples(run_folder), lambda s: s['step'])
   for step, samples in by_step:
     samples = [sample for sample in samples if sample['score'] is not None]
     gold = [judge(s['prompt'], s['response']) for s in samples]
     if step in kl and samples:
-      points.append({'step': step, 'kl': kl[step], 'gold': float(np.mean(gold)),
-                     'gold_se': intervals.standard_error(gold, [s['prompt'] for s in samples]),
-                     'proxy': float(np.mean([s['score'] for s in samples]))})
+      points.append(
+        {
+          'step': step,
+          'kl': kl[step],
+          'gold': float(np.mean(gold)),
+          'gold_se': intervals.standard_error(gold, [s['prompt'] for s in samples]),
+          'proxy': float(np.mean([s['score'] for s in samples])),
+        }
+      )
   return points
 
 
 def side_by_side(before, after, count):
   """The first `count` answers of two policies to the same prompts, for the report."""
-  pick = lambda answers, i: {name: float(values[i]) for name, values in (
-      ('proxy', answers.proxy), ('gold', answers.gold)) if values is not None}
-  return [{'prompt': before.samples.prompts[i], 'before': before.samples.responses[i],
-           'after': after.samples.responses[i],
-           'scores': {'before': pick(before, i), 'after': pick(after, i)}}
-          for i in range(min(count, len(before.gold)))]
+  pick = lambda answers, i: {
+    name: float(values[i])
+    for name, values in (('proxy', answers.proxy), ('gold', answers.gold))
+    if values is not None
+  }
+  return [
+    {
+      'prompt': before.samples.prompts[i],
+      'before': before.samples.responses[i],
+      'after': after.samples.responses[i],
+      'scores': {'before': pick(before, i), 'after': pick(after, i)},
+    }
+    for i in range(min(count, len(before.gold)))
+  ]

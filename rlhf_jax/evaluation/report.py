@@ -216,9 +216,13 @@ def of_stages(folder, *, workdir, title, summary, curves):
   """
   del folder
   workdir = pathlib.Path(workdir)
-  write(workdir / 'report.html', title=title, summary=summary,
-        metrics={name: metrics_lib.read(workdir / name) for name in curves},
-        config_text=(workdir / 'config.json').read_text())
+  write(
+    workdir / 'report.html',
+    title=title,
+    summary=summary,
+    metrics={name: metrics_lib.read(workdir / name) for name in curves},
+    config_text=(workdir / 'config.json').read_text(),
+  )
 
 
 def of_run(workdir, *, title):
@@ -232,5 +236,9 @@ def of_run(workdir, *, title):
     The path, a pathlib.Path.
   """
   workdir = pathlib.Path(workdir)
-  return write(workdir / 'report.html', title=title, metrics={title: metrics_lib.read(workdir)},
-               config_text=(workdir / 'config.json').read_text())
+  return write(
+    workdir / 'report.html',
+    title=title,
+    metrics={title: metrics_lib.read(workdir)},
+    config_text=(workdir / 'config.json').read_text(),
+  )

@@ -81,14 +81,10 @@ def _cell(row, key):
     return f'{value:.2f}' + (f' ± {row["gold_se"]:.2f}' if _has(row, 'gold_se') else '')
   if key == 'win_rate':
     interval = _has(row, 'win_low') and _has(row, 'win_high')
-    return f'{value:.2f}' + (
-      f' [{row["win_low"]:.2f}, {row["win_high"]:.2f}]' if interval else ''
-    )
+    return f'{value:.2f}' + (f' [{row["win_low"]:.2f}, {row["win_high"]:.2f}]' if interval else '')
   if key == 'elo':
     interval = _has(row, 'elo_low') and _has(row, 'elo_high')
-    return f'{value:.0f}' + (
-      f' ± {(row["elo_high"] - row["elo_low"]) / 2:.0f}' if interval else ''
-    )
+    return f'{value:.0f}' + (f' ± {(row["elo_high"] - row["elo_low"]) / 2:.0f}' if interval else '')
   if key in ('proxy', 'kl'):
     return f'{value:.2f}'
   return number(value)

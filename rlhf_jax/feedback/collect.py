@@ -15,8 +15,22 @@ from rlhf_jax.feedback import annotators
 from rlhf_jax.rewards import functions
 
 
-def run(folder, *, policy, prompts, pairs, held_out, max_new_tokens, temperature, gold,
-        annotator_count, annotator_temperature, label_noise, disagreement, seed):
+def run(
+  folder,
+  *,
+  policy,
+  prompts,
+  pairs,
+  held_out,
+  max_new_tokens,
+  temperature,
+  gold,
+  annotator_count,
+  annotator_temperature,
+  label_noise,
+  disagreement,
+  seed,
+):
   """Samples pairs of answers, has them labelled, and writes both splits of the comparisons.
 
   Writes comparisons.jsonl and held_out.jsonl ({"prompt", "chosen", "rejected", "annotator",
@@ -40,20 +54,32 @@ def run(folder, *, policy, prompts, pairs, held_out, max_new_tokens, temperature
   """
   asked = policy_lib.TextPolicy.load(policy)
   questions = sum(split_prompts(asked.read_prompts(prompts), pairs, held_out), [])
-  samples = asked.sample(questions, jax.random.key(seed), max_new_tokens=max_new_tokens,
-                         temperature=temperature, samples=2)
+  samples = asked.sample(
+    questions,
+    jax.random.key(seed),
+    max_new_tokens=max_new_tokens,
+    temperature=temperature,
+    samples=2,
+  )
   triples = list(zip(questions, samples.responses[::2], samples.responses[1::2]))
   # An answer of nothing at all is no text that a reward model could read.
   shown = lambda part: [(q, a, b) for q, a, b in part if a.strip() and b.strip()]
   train, test = shown(triples[:pairs]), shown(triples[pairs:])
   triples = train + test
   panel = annotators.SimulatedAnnotators(
-      functions.load_gold(gold), count=annotator_count, seed=seed,
-      temperature=annotator_temperature, label_noise=label_noise, disagreement=disagreement)
+    functions.load_gold(gold),
+    count=annotator_count,
+    seed=seed,
+    temperature=annotator_temperature,
+    label_noise=label_noise,
+    disagreement=disagreement,
+  )
   sources.write(folder / 'comparisons.jsonl', panel.label(train))
   sources.write(folder / 'held_out.jsonl', panel.label(test))
-  sources.write(folder / 'samples.jsonl', [
-      {'prompt': q, 'completion': text} for q, a, b in triples for text in (a, b)])
+  sources.write(
+    folder / 'samples.jsonl',
+    [{'prompt': q, 'completion': text} for q, a, b in triples for text in (a, b)],
+  )
   sources.write(folder / 'agreement.json', [agreement(panel, triples[:200])])
 
 
@@ -93,19 +119,39 @@ def split_prompts(prompts, pairs, held_out):
   if held_out:
     if len(distinct) < 2 and pairs:
       raise errors.UserError(
-          f'pairs={pairs} and held_out={held_out} comparisons, and only one prompt: give two '
-          'different ones, or held_out=0')
+        f'pairs={pairs} and held_out={held_out} comparisons, and only one prompt: give two '
+        'different ones, or held_out=0'
+      )
     count = round(len(distinct) * held_out / (pairs + held_out))
     count = min(max(count, 1), len(distinct) - bool(pairs))
-  last = set(distinct[len(distinct) - count:])
+  last = set(distinct[len(distinct) - count :])
   parts = [p for p in prompts if p not in last], [p for p in prompts if p in last]
-  return [[part[i % len(part)] for i in range(wanted)]
-          for part, wanted in zip(parts, (pairs, held_out))]
+  return [
+    [part[i % len(part)] for i in range(wanted)] for part, wanted in zip(parts, (pairs, held_out))
+  ]
 
 
-def best_of(folder, *, policy, prompts, count, held_out, completions, samples, max_new_tokens,
-            temperature, truncate_at, truncate_after, gold, gold_path, annotator_count,
-            annotator_temperature, label_noise, disagreement, seed):
+def best_of(
+  folder,
+  *,
+  policy,
+  prompts,
+  count,
+  held_out,
+  completions,
+  samples,
+  max_new_tokens,
+  temperature,
+  truncate_at,
+  truncate_after,
+  gold,
+  gold_path,
+  annotator_count,
+  annotator_temperature,
+  label_noise,
+  disagreement,
+  seed,
+):
   """Has the best of several answers to each prompt picked, as lm-human-preferences does.
 
   Only answers that end with `truncate_at` are shown, as in Ziegler et al. 2019
@@ -142,12 +188,19 @@ def best_of(folder, *, policy, prompts, count, held_out, completions, samples, m
   asked = policy_lib.TextPolicy.load(policy)
   questions = asked.read_prompts(prompts)[:count]
   answers = asked.sample(
-      questions, jax.random.key(seed), samples=samples, max_new_tokens=max_new_tokens,
-      temperature=temperature, truncate_at=truncate_at, truncate_after=truncate_after)
+    questions,
+    jax.random.key(seed),
+    samples=samples,
+    max_new_tokens=max_new_tokens,
+    temperature=temperature,
+    truncate_at=truncate_at,
+    truncate_after=truncate_after,
+  )
   groups = []
   for first in range(0, len(answers.prompts), samples):
-    ended = [answers.responses[i] for i in range(first, first + samples)
-             if answers.rollout.ended[i]]
+    ended = [
+      answers.responses[i] for i in range(first, first + samples) if answers.rollout.ended[i]
+    ]
     if len(ended) >= completions:
       groups.append((answers.prompts[first], tuple(ended[:completions])))
   known = {prompt for prompt, _ in groups[:held_out]}
@@ -155,21 +208,42 @@ def best_of(folder, *, policy, prompts, count, held_out, completions, samples, m
   train = [group for group in groups if group[0] not in known]
   if not train:
     raise errors.UserError(
-        f'of {len(questions)} prompts only {len(groups)} have {completions} answers of {samples} '
-        f'that end with {truncate_at!r}, and {held_out} of these are held out: give more prompts '
-        'or samples, or lower truncate_after')
+      f'of {len(questions)} prompts only {len(groups)} have {completions} answers of {samples} '
+      f'that end with {truncate_at!r}, and {held_out} of these are held out: give more prompts '
+      'or samples, or lower truncate_after'
+    )
   panel = annotators.SimulatedAnnotators(
-      functions.load_gold(gold, gold_path), count=annotator_count, seed=seed,
-      temperature=annotator_temperature, label_noise=label_noise, disagreement=disagreement)
+    functions.load_gold(gold, gold_path),
+    count=annotator_count,
+    seed=seed,
+    temperature=annotator_temperature,
+    label_noise=label_noise,
+    disagreement=disagreement,
+  )
   sources.write(folder / 'held_out.jsonl', panel.label_best(test))
   sources.write(folder / 'labels.jsonl', panel.label_best(train))
-  sources.write(folder / 'samples.jsonl', [
-      {'prompt': prompt, 'completion': text} for prompt, text in
-      zip(answers.prompts[::samples], answers.responses[::samples]) if text.strip()])
+  sources.write(
+    folder / 'samples.jsonl',
+    [
+      {'prompt': prompt, 'completion': text}
+      for prompt, text in zip(answers.prompts[::samples], answers.responses[::samples])
+      if text.strip()
+    ],
+  )
 
 
-def sample(folder, *, policy, prompts, count, max_new_tokens, temperature, seed,
-           truncate_at=None, truncate_after=0):
+def sample(
+  folder,
+  *,
+  policy,
+  prompts,
+  count,
+  max_new_tokens,
+  temperature,
+  seed,
+  truncate_at=None,
+  truncate_after=0,
+):
   """Writes samples.jsonl: a policy's answers, {"prompt", "completion"}, to normalize scores on.
 
   Args:
@@ -186,9 +260,18 @@ def sample(folder, *, policy, prompts, count, max_new_tokens, temperature, seed,
   asked = policy_lib.TextPolicy.load(policy)
   questions = asked.read_prompts(prompts)
   samples = asked.sample(
-      [questions[i % len(questions)] for i in range(count)], jax.random.key(seed),
-      max_new_tokens=max_new_tokens, temperature=temperature, truncate_at=truncate_at,
-      truncate_after=truncate_after)
-  sources.write(folder / 'samples.jsonl', [
+    [questions[i % len(questions)] for i in range(count)],
+    jax.random.key(seed),
+    max_new_tokens=max_new_tokens,
+    temperature=temperature,
+    truncate_at=truncate_at,
+    truncate_after=truncate_after,
+  )
+  sources.write(
+    folder / 'samples.jsonl',
+    [
       {'prompt': prompt, 'completion': response}
-      for prompt, response in zip(samples.prompts, samples.responses) if response.strip()])
+      for prompt, response in zip(samples.prompts, samples.responses)
+      if response.strip()
+    ],
+  )

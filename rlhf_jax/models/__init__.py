@@ -15,8 +15,11 @@ from rlhf_jax.models.seq2seq import Seq2Seq
 from rlhf_jax.models.transformer import Model
 
 DTYPES = ('float32', 'bfloat16')
-CLASSES = (dict.fromkeys(families.DECODERS, Model) | dict.fromkeys(families.ENCODERS, Encoder)
-           | dict.fromkeys(families.ENCODER_DECODERS, Seq2Seq))
+CLASSES = (
+  dict.fromkeys(families.DECODERS, Model)
+  | dict.fromkeys(families.ENCODERS, Encoder)
+  | dict.fromkeys(families.ENCODER_DECODERS, Seq2Seq)
+)
 
 
 def create(fields, *, dtype='float32', remat='none', unroll=1):
@@ -34,10 +37,15 @@ def create(fields, *, dtype='float32', remat='none', unroll=1):
   """
   fields = dict(fields)
   family = fields.get('family', fields.get('model_type'))
-  for name, value, options in (('family', family, FAMILIES), ('dtype', dtype, DTYPES), ('remat', remat, stack.REMAT)):
+  for name, value, options in (
+    ('family', family, FAMILIES),
+    ('dtype', dtype, DTYPES),
+    ('remat', remat, stack.REMAT),
+  ):
     if value not in options:
-      raise UserError(f'model: {name}={brief(repr(value))} is not supported; choose from '
-                      f'{sorted(options)}')
+      raise UserError(
+        f'model: {name}={brief(repr(value))} is not supported; choose from {sorted(options)}'
+      )
   if unroll is not None and unroll < 1:
     raise UserError(f'model: unroll={unroll} must be at least 1, or None')
   config = FAMILIES[family].Config.from_hf(fields)

@@ -49,7 +49,7 @@ def causal(config, dtype, segments, key_segments, *, index, one_text):
     queries are the last t; layer is an int or an int32 scalar.
   """
   if _known(index):  # Nothing is written further on.
-    key_segments = key_segments[:, :int(index) + segments.shape[1]]
+    key_segments = key_segments[:, : int(index) + segments.shape[1]]
   slots = key_segments.shape[1]
   # A window as long as the keys is none.
   windows = [window if window < slots else 0 for window in config.windows] or [0]
@@ -57,21 +57,30 @@ def causal(config, dtype, segments, key_segments, *, index, one_text):
   kind_of_layer = [kinds.index(window) for window in windows]
   chosen = way(config, dtype, *segments.shape, slots, index=index, one_text=one_text)
   if chosen == 'plain':
-    masks = [layers.attention_mask(segments, key_segments, index=index, window=window) for window in kinds]
+    masks = [
+      layers.attention_mask(segments, key_segments, index=index, window=window) for window in kinds
+    ]
 
     def attend(layer, queries, keys, values):
       keys, values = keys[:, :, :slots], values[:, :, :slots]
       mask = masks[0] if len(masks) == 1 else jnp.stack(masks)[jnp.array(kind_of_layer)[layer]]
-      return layers.attend(queries, keys, values, mask[..., -queries.shape[1]:, :], score_cap=config.score_cap)
+      return layers.attend(
+        queries, keys, values, mask[..., -queries.shape[1] :, :], score_cap=config.score_cap
+      )
 
     return attend
   if chosen == 'blocks':
-    function, rows = functools.partial(blocks, index=index, score_cap=config.score_cap), (segments, key_segments)
+    function, rows = (
+      functools.partial(blocks, index=index, score_cap=config.score_cap),
+      (segments, key_segments),
+    )
   elif chosen == 'splash':
     function, rows = functools.partial(splash, score_cap=config.score_cap), (segments,)
   else:
     function, rows = cudnn, (segments,)
-  functions = [functools.partial(on_shards, functools.partial(function, window=window)) for window in kinds]
+  functions = [
+    functools.partial(on_shards, functools.partial(function, window=window)) for window in kinds
+  ]
 
   def attend(layer, queries, keys, values):
     operands = queries, keys[:, :, :slots], values[:, :, :slots], *rows
@@ -94,8 +103,16 @@ def way(config, dtype, batch, time, slots, *, index, one_text):
       return 'splash'
     # It has neither segments without a bound on their number, nor caps. Windows would be as long as they
     # should, but over the real tokens only.
-    if (platform == 'gpu' and one_text and not windowed and not config.score_cap and config.head_width % 8 == 0
-        and config.head_width <= 128 and jnp.dtype(dtype).itemsize == 2 and _ampere()):
+    if (
+      platform == 'gpu'
+      and one_text
+      and not windowed
+      and not config.score_cap
+      and config.head_width % 8 == 0
+      and config.head_width <= 128
+      and jnp.dtype(dtype).itemsize == 2
+      and _ampere()
+    ):
       return 'cudnn'
   return 'blocks' if min(time, slots) >= BLOCKS * BLOCK[platform] else 'plain'
 
@@ -131,8 +148,12 @@ def on_shards(function, queries, keys, values, *rows):
     return function(*operands)
   over_rows = sharding.row_spec()
   over_time, over_heads = P(*over_rows, None, 'tensor'), P(*over_rows, 'tensor')
-  return jax.shard_map(function, in_specs=(over_time, over_heads, over_heads) + (over_rows,) * len(rows),
-                       out_specs=over_time, check_vma=False)(*operands)
+  return jax.shard_map(
+    function,
+    in_specs=(over_time, over_heads, over_heads) + (over_rows,) * len(rows),
+    out_specs=over_time,
+    check_vma=False,
+  )(*operands)
 
 
 def blocks(queries, keys, values, segments, key_segments, *, index, window, score_cap):
@@ -156,11 +177,22 @@ def blocks(queries, keys, values, segments, key_segments, *, index, window, scor
   index, segments = index + segments.shape[1] - time, segments[:, -time:]
   block = BLOCK[sharding.platform()]
   t, s = min(block, time), min(block, slots)
-  grouped = queries.reshape(batch, time, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
-  cut = [_cut(grouped, t, axis=3), _cut(keys, s, axis=2), _cut(values, s, axis=2),
-         _cut(segments, t, axis=1), _cut(key_segments, s, axis=1)]
-  pairs = [(i, j) for i in range(len(cut[0])) for j in range(len(cut[1]))
-           if not _known(index) or _meet(index + i * t, t, j * s, s, window)]
+  grouped = queries.reshape(batch, time, kv_heads, heads // kv_heads, width).transpose(
+    0, 2, 3, 1, 4
+  )
+  cut = [
+    _cut(grouped, t, axis=3),
+    _cut(keys, s, axis=2),
+    _cut(values, s, axis=2),
+    _cut(segments, t, axis=1),
+    _cut(key_segments, s, axis=1),
+  ]
+  pairs = [
+    (i, j)
+    for i in range(len(cut[0]))
+    for j in range(len(cut[1]))
+    if not _known(index) or _meet(index + i * t, t, j * s, s, window)
+  ]
   mixed = _blocks(*cut, jnp.int32(index), np.array(pairs, np.int32), window, score_cap)
   mixed = mixed.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, heads * width)
   return mixed[:, :time]
@@ -169,8 +201,10 @@ def blocks(queries, keys, values, segments, key_segments, *, index, window, scor
 def _cut(x, size, *, axis):
   """x in blocks of `size` along an axis, filled up with zeros; the number of the block is a new first axis."""
   count = -(-x.shape[axis] // size)
-  x = jnp.pad(x, [(0, count * size - length if i == axis else 0) for i, length in enumerate(x.shape)])
-  x = x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1:])
+  x = jnp.pad(
+    x, [(0, count * size - length if i == axis else 0) for i, length in enumerate(x.shape)]
+  )
+  x = x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
   return jnp.moveaxis(x, axis, 0)
 
 
@@ -206,12 +240,17 @@ def _forward(queries, keys, values, segments, key_segments, index, pairs, window
     weights = jnp.where(seen, jnp.exp(scores - top), 0.0)
     shrink = jnp.exp(most[i] - top)
     added = _matmul(weights.astype(values.dtype), values[j])
-    return (mixed.at[i].set(shrink * mixed[i] + added), most.at[i].set(top),
-            total.at[i].set(shrink * total[i] + weights.sum(axis=-1, keepdims=True))), None
+    return (
+      mixed.at[i].set(shrink * mixed[i] + added),
+      most.at[i].set(top),
+      total.at[i].set(shrink * total[i] + weights.sum(axis=-1, keepdims=True)),
+    ), None
 
   low = float(jnp.finfo(jnp.float32).min)
   column = jnp.zeros((*queries.shape[:-1], 1), jnp.float32)
-  (mixed, most, total), _ = jax.lax.scan(step, (jnp.zeros(queries.shape, jnp.float32), column + low, column), pairs)
+  (mixed, most, total), _ = jax.lax.scan(
+    step, (jnp.zeros(queries.shape, jnp.float32), column + low, column), pairs
+  )
   anybody = total > 0
   total = jnp.where(anybody, total, 1.0)
   mixed = (mixed / total).astype(values.dtype)
@@ -234,8 +273,11 @@ def _backward(window, score_cap, kept, gradient):
     if score_cap:
       d_scores *= 1 - jnp.square(scores / score_cap)
     weights, d_scores = weights.astype(values.dtype), d_scores.astype(keys.dtype)
-    return (d_queries.at[i].add(_matmul(d_scores, keys[j])), d_keys.at[j].add(_over_queries(d_scores, queries[i])),
-            d_values.at[j].add(_over_queries(weights, gradient[i]))), None
+    return (
+      d_queries.at[i].add(_matmul(d_scores, keys[j])),
+      d_keys.at[j].add(_over_queries(d_scores, queries[i])),
+      d_values.at[j].add(_over_queries(weights, gradient[i])),
+    ), None
 
   zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (queries, keys, values))
   found, _ = jax.lax.scan(step, zeros, pairs)
@@ -251,7 +293,9 @@ def _scores(queries, keys, segments, key_segments, index, pair, window, score_ca
   t, s = segments.shape[-1], key_segments.shape[-1]
   # Masks are the same for all layers: if nothing tied them to the queries, JAX would compute those of all pairs
   # ahead of a scan over layers.
-  queries, segments, index = jax.lax.optimization_barrier((queries[i], segments[i], index + i * t - j * s))
+  queries, segments, index = jax.lax.optimization_barrier(
+    (queries[i], segments[i], index + i * t - j * s)
+  )
   seen = layers.attention_mask(segments, key_segments[j], index=index, window=window)
   return layers.cap(_matmul(queries, keys[j].swapaxes(-1, -2)), score_cap), seen
 
@@ -278,17 +322,22 @@ def splash(queries, keys, values, segments, *, window, score_cap, interpret=Fals
   length, time = segments.shape[1], queries.shape[1]
   size = -(-length // LANES) * LANES
   fill = ((0, 0), (0, 0), (0, size - length), (0, 0))
-  queries = jnp.pad(queries.swapaxes(1, 2), ((0, 0), (0, 0), (length - time, size - length), (0, 0)))
+  queries = jnp.pad(
+    queries.swapaxes(1, 2), ((0, 0), (0, 0), (length - time, size - length), (0, 0))
+  )
   keys, values = jnp.pad(keys, fill), jnp.pad(values, fill)
   segments = jnp.pad(segments, ((0, 0), (0, size - length)))
   seen = splash_attention.LocalMask((size, size), (window - 1 if window else None, 0), 0)
   block = math.gcd(size, SPLASH)
   sizes = splash_attention.BlockSizes(*[block] * 8)
   kernel = splash_attention.make_splash_mha_single_device(
-      splash_attention.MultiHeadMask([seen] * queries.shape[1]), block_sizes=sizes,
-      attn_logits_soft_cap=score_cap or None, interpret=interpret)
+    splash_attention.MultiHeadMask([seen] * queries.shape[1]),
+    block_sizes=sizes,
+    attn_logits_soft_cap=score_cap or None,
+    interpret=interpret,
+  )
   mixed = jax.vmap(kernel)(queries, keys, values, splash_attention.SegmentIds(segments, segments))
-  return mixed[:, :, length - time:length].swapaxes(1, 2).reshape(queries.shape[0], time, -1)
+  return mixed[:, :, length - time : length].swapaxes(1, 2).reshape(queries.shape[0], time, -1)
 
 
 def cudnn(queries, keys, values, segments, *, window):
@@ -310,9 +359,15 @@ def cudnn(queries, keys, values, segments, *, window):
   # What cuDNN writes beyond the real tokens, values or gradients, is not said.
   operands = queries, keys.swapaxes(1, 2), values.swapaxes(1, 2)
   operands = [jnp.where(real, _permute(x, order, back), 0) for x in operands]
-  mixed = jax.nn.dot_product_attention(*operands, scale=1.0, is_causal=True, query_seq_lengths=count,
-                                       key_value_seq_lengths=count, implementation='cudnn')
-  mixed = _permute(jnp.where(real, mixed, 0), back, order)[:, length - time:length]
+  mixed = jax.nn.dot_product_attention(
+    *operands,
+    scale=1.0,
+    is_causal=True,
+    query_seq_lengths=count,
+    key_value_seq_lengths=count,
+    implementation='cudnn',
+  )
+  mixed = _permute(jnp.where(real, mixed, 0), back, order)[:, length - time : length]
   return mixed.reshape(*mixed.shape[:2], -1)
 
 
@@ -322,5 +377,7 @@ def _permute(x, order, back):
   return jnp.take_along_axis(x, order[:, :, None, None], axis=1)
 
 
-_permute.defvjp(lambda x, order, back: (_permute(x, order, back), (order, back)),
-                lambda kept, gradient: (_permute(gradient, *kept[::-1]), None, None))
+_permute.defvjp(
+  lambda x, order, back: (_permute(x, order, back), (order, back)),
+  lambda kept, gradient: (_permute(gradient, *kept[::-1]), None, None),
+)

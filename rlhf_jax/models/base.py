@@ -32,6 +32,7 @@ class Base:
     lora: adapters its parameters hold, or None.
     after_blocks: names of the parameters that follow the blocks, trained with the top ones.
   """
+
   family: str
   config: Any
   dtype: str = 'float32'

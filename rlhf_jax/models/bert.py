@@ -29,6 +29,7 @@ Block = blocks.Block
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(hf_config.Config):
   """The fields of a BERT config.json that change what is computed, and the special token ids."""
+
   hidden_size: int
   intermediate_size: int
   num_hidden_layers: int
@@ -41,7 +42,10 @@ class Config(hf_config.Config):
 
   MODEL_TYPE = 'bert'
   ONLY = hf_config.Config.ONLY | {
-      'is_decoder': False, 'add_cross_attention': False, 'position_embedding_type': 'absolute'}
+    'is_decoder': False,
+    'add_cross_attention': False,
+    'position_embedding_type': 'absolute',
+  }
   tie_word_embeddings = True
   head = 'classifier'
   norm_first = False
@@ -84,14 +88,23 @@ def sources(config, *, top='bert', pooler='bert.pooler.dense'):
   del config
   layer = f'{top}.encoder.layer.{{layer}}'
   kinds = {'embed': 'word', 'positions': 'position', 'types': 'token_type'}
-  found = naming.embeddings({
-      ours: f'{top}.embeddings.{theirs}_embeddings' for ours, theirs in kinds.items()})
-  found |= naming.norms({
+  found = naming.embeddings(
+    {ours: f'{top}.embeddings.{theirs}_embeddings' for ours, theirs in kinds.items()}
+  )
+  found |= naming.norms(
+    {
       'norm': f'{top}.embeddings.LayerNorm',
       'blocks/attention_norm': f'{layer}.attention.output.LayerNorm',
-      'blocks/mlp_norm': f'{layer}.output.LayerNorm'})
-  parts = {'attention/query': 'attention.self.query', 'attention/key': 'attention.self.key',
-           'attention/value': 'attention.self.value', 'attention/out': 'attention.output.dense',
-           'mlp/up': 'intermediate.dense', 'mlp/down': 'output.dense'}
+      'blocks/mlp_norm': f'{layer}.output.LayerNorm',
+    }
+  )
+  parts = {
+    'attention/query': 'attention.self.query',
+    'attention/key': 'attention.self.key',
+    'attention/value': 'attention.self.value',
+    'attention/out': 'attention.output.dense',
+    'mlp/up': 'intermediate.dense',
+    'mlp/down': 'output.dense',
+  }
   maps = {f'blocks/{ours}': f'{layer}.{theirs}' for ours, theirs in parts.items()}
   return found | naming.linears({'pooler': pooler, **maps}, bias=True)

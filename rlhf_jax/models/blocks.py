@@ -13,19 +13,19 @@ from rlhf_jax.models import rope
 # Sharding of all parameters that a family can have. The first rule that fits a path counts, so a
 # family that wants another one puts it in front. Numbers of positions (2050) divide by little.
 RULES = (
-    (r'(^|/)embed/embedding$', P('tensor', 'fsdp')),
-    (r'(^|/)positions/embedding$', P(None, 'fsdp')),
-    (r'(^|/)blocks/(attention|cross)/(query|key|value)/kernel$', P(None, 'fsdp', 'tensor')),
-    (r'(^|/)blocks/(attention|cross)/(query|key|value)/bias$', P(None, 'tensor')),
-    (r'(^|/)blocks/(attention|cross)/out/kernel$', P(None, 'tensor', 'fsdp')),
-    (r'(^|/)blocks/mlp/(gate|up)/kernel$', P(None, 'fsdp', 'tensor')),
-    (r'(^|/)blocks/mlp/(gate|up)/bias$', P(None, 'tensor')),
-    (r'(^|/)blocks/mlp/down/kernel$', P(None, 'tensor', 'fsdp')),
-    (r'(^|/)blocks/((attention|cross)/out|mlp/down)/bias$', P()),
-    (r'(^|/)(blocks/(attention/)?\w+_)?norm/(scale|bias|offset)$', P()),
-    (r'(^|/)pooler/kernel$', P('fsdp', 'tensor')),
-    (r'(^|/)pooler/bias$', P('tensor')),
-    (r'(^|/)unembed/kernel$', P('fsdp', 'tensor')),
+  (r'(^|/)embed/embedding$', P('tensor', 'fsdp')),
+  (r'(^|/)positions/embedding$', P(None, 'fsdp')),
+  (r'(^|/)blocks/(attention|cross)/(query|key|value)/kernel$', P(None, 'fsdp', 'tensor')),
+  (r'(^|/)blocks/(attention|cross)/(query|key|value)/bias$', P(None, 'tensor')),
+  (r'(^|/)blocks/(attention|cross)/out/kernel$', P(None, 'tensor', 'fsdp')),
+  (r'(^|/)blocks/mlp/(gate|up)/kernel$', P(None, 'fsdp', 'tensor')),
+  (r'(^|/)blocks/mlp/(gate|up)/bias$', P(None, 'tensor')),
+  (r'(^|/)blocks/mlp/down/kernel$', P(None, 'tensor', 'fsdp')),
+  (r'(^|/)blocks/((attention|cross)/out|mlp/down)/bias$', P()),
+  (r'(^|/)(blocks/(attention/)?\w+_)?norm/(scale|bias|offset)$', P()),
+  (r'(^|/)pooler/kernel$', P('fsdp', 'tensor')),
+  (r'(^|/)pooler/bias$', P('tensor')),
+  (r'(^|/)unembed/kernel$', P('fsdp', 'tensor')),
 )
 
 
@@ -36,6 +36,7 @@ class Block(nnx.Module):
     config: hf_config.Config of a family.
     dtype: of the computation.
   """
+
   # Families put others in their place.
   Norm, Attention = layers.LayerNorm, layers.Attention
 
@@ -84,6 +85,7 @@ class Block(nnx.Module):
 
 class Ends(nnx.Module):
   """What stands before and after the blocks: the embedding of tokens, and a norm."""
+
   Norm = layers.LayerNorm
 
   def __init__(self, config, *, dtype, rngs):
@@ -124,8 +126,9 @@ class LearnedEnds(Ends):
   def __init__(self, config, *, dtype, rngs):
     super().__init__(config, dtype=dtype, rngs=rngs)
     self.first = config.first_position
-    self.positions = nnx.Embed(self.first + config.max_length, config.block_width, dtype=dtype,
-                               rngs=rngs)
+    self.positions = nnx.Embed(
+      self.first + config.max_length, config.block_width, dtype=dtype, rngs=rngs
+    )
 
   def begin(self, tokens, positions, slots):
     del slots

@@ -21,6 +21,7 @@ from rlhf_jax.models import stack
 @dataclasses.dataclass(frozen=True)
 class Encoder(base.Base):
   """An encoder; see base.Base."""
+
   after_blocks = frozenset({'pooler'})
 
   def shapes(self):
@@ -43,9 +44,17 @@ class Encoder(base.Base):
     carry, number = (sharding.split_rows(x), ()), 0
     stacks = [params['blocks']] + ([params['top']['blocks']] if 'top' in params else [])
     for blocks in stacks:
-      build = functools.partial(stack.build, self._module.Block, self.config, self.dtype, prefix='blocks',
-                                lora=self.lora if blocks is stacks[-1] else None)
-      carry = stack.scan(build, blocks, apply, carry, first=number, remat=self.remat, unroll=self.unroll)
+      build = functools.partial(
+        stack.build,
+        self._module.Block,
+        self.config,
+        self.dtype,
+        prefix='blocks',
+        lora=self.lora if blocks is stacks[-1] else None,
+      )
+      carry = stack.scan(
+        build, blocks, apply, carry, first=number, remat=self.remat, unroll=self.unroll
+      )
       number += jax.tree.leaves(blocks)[0].shape[0]
     x, _ = carry
     first = jnp.argmax(mask, axis=1)

@@ -40,6 +40,7 @@ class Family(Protocol):
     Config: the fields of its config.json, and what the models read of them.
     Ends: the module of the parameters outside of the blocks.
   """
+
   ARCHITECTURE: str
   CLASSIFIER: str
   PREFIX: str
@@ -61,6 +62,7 @@ class OneStack(Family, Protocol):
     Ends: what stands before and after the layers. `finish` of an encoder is given the first token's
       state [B, D].
   """
+
   Block: type[blocks.Block]
   Ends: type[blocks.Ends]
 
@@ -74,6 +76,7 @@ class EncoderDecoderConfig(Protocol):
     decoder_start_token_id: what every response starts from.
     pooled: whether the score's head reads states through `Ends.pooler`.
   """
+
   num_layers: int
   num_decoder_layers: int
   scale_decoder_outputs: bool
@@ -126,24 +129,25 @@ class EncoderDecoder(Family, Protocol):
     EncoderBlock, DecoderBlock: layers of the two sides.
     Side: the rest of each side.
   """
+
   EncoderBlock: type[blocks.Block]
   DecoderBlock: type[DecoderBlock]
   Side: type[Side]
 
 
 DECODERS: dict[str, OneStack] = {
-    'gemma': gemma,
-    'gemma2': gemma2,
-    'gemma3': gemma3,
-    'gemma3_text': gemma3,
-    'gpt2': gpt2,
-    'gpt_neox': neox,
-    'llama': llama,
-    'mistral': mistral,
-    'opt': opt,
-    'phi3': phi3,
-    'qwen2': qwen2,
-    'qwen3': qwen3,
+  'gemma': gemma,
+  'gemma2': gemma2,
+  'gemma3': gemma3,
+  'gemma3_text': gemma3,
+  'gpt2': gpt2,
+  'gpt_neox': neox,
+  'llama': llama,
+  'mistral': mistral,
+  'opt': opt,
+  'phi3': phi3,
+  'qwen2': qwen2,
+  'qwen3': qwen3,
 }
 ENCODERS: dict[str, OneStack] = {'bert': bert, 'roberta': roberta}
 ENCODER_DECODERS: dict[str, EncoderDecoder] = {'t5': t5}

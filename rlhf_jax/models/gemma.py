@@ -17,6 +17,7 @@ IGNORED_TENSORS, RULES = llama.IGNORED_TENSORS, llama.RULES
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(llama.BaseConfig):
   """The fields of a Gemma config.json that change what is computed, and the special token ids."""
+
   num_key_value_heads: int = 16
   head_dim: int = 256
   max_position_embeddings: int = 8192
@@ -53,11 +54,13 @@ class Norm(nnx.Module):
 
 class Block(llama.Block):
   """One layer."""
+
   Norm = Norm
 
 
 class Ends(llama.Ends):
   """What stands before and after the blocks."""
+
   Norm = Norm
 
   def begin(self, tokens, positions, slots):

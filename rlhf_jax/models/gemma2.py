@@ -22,6 +22,7 @@ Ends = gemma.Ends
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(windowed.Config):
   """The fields of a Gemma 2 config.json that change what is computed, and the special token ids."""
+
   num_key_value_heads: int = 4
   head_dim: int = 256
   max_position_embeddings: int = 8192
@@ -64,7 +65,7 @@ class Config(windowed.Config):
 
   @property
   def query_scale(self):
-    return self.query_pre_attn_scalar ** -0.5
+    return self.query_pre_attn_scalar**-0.5
 
 
 class Block(gemma.Block):
@@ -83,8 +84,12 @@ class Block(gemma.Block):
 
 def sources(config):
   """Where each parameter lies in a Hugging Face file: {path: Source}."""
-  names = {'attention_post_norm': 'post_attention', 'mlp_norm': 'pre_feedforward',
-           'mlp_post_norm': 'post_feedforward'}
-  norms = naming.scales({f'blocks/{ours}': f'layers.{{layer}}.{theirs}_layernorm'
-                         for ours, theirs in names.items()})
+  names = {
+    'attention_post_norm': 'post_attention',
+    'mlp_norm': 'pre_feedforward',
+    'mlp_post_norm': 'post_feedforward',
+  }
+  norms = naming.scales(
+    {f'blocks/{ours}': f'layers.{{layer}}.{theirs}_layernorm' for ours, theirs in names.items()}
+  )
   return gemma.sources(config) | gemma.offsets(norms)

@@ -32,6 +32,7 @@ class Config(gemma2.Config):
 
   `rope` turns the layers that see the whole text, `local_rope` those with windows.
   """
+
   max_position_embeddings: int = 131072
   attn_logit_softcapping: float | None = None
   final_logit_softcapping: float | None = None
@@ -42,10 +43,15 @@ class Config(gemma2.Config):
   @classmethod
   def from_hf(cls, fields):
     if 'gemma3' in (fields.get('family'), fields.get('model_type')) or 'text_config' in fields:
-      raise hf_config.refusal('model_type', 'gemma3', (
+      raise hf_config.refusal(
+        'model_type',
+        'gemma3',
+        (
           "a model of texts and images, of which only the text model is supported, model_type 'gemma3_text'. To save "
           'it with transformers, make a Gemma3ForCausalLM of the text_config and set its `model` to '
-          '`model.language_model` of the Gemma3ForConditionalGeneration'))
+          '`model.language_model` of the Gemma3ForConditionalGeneration'
+        ),
+      )
     return super().from_hf(fields)
 
   @classmethod
@@ -69,16 +75,27 @@ class Config(gemma2.Config):
       raise hf_config.refusal(name, given, 'must be a dict')
     if 'rope_scaling' in fields:
       if given:
-        raise UserError('model config: rope_parameters and rope_scaling are both present; keep one of them')
+        raise UserError(
+          'model config: rope_parameters and rope_scaling are both present; keep one of them'
+        )
       name, given = 'rope_scaling', {windowed.FULL: fields.raw('rope_scaling')}
     given, shared = hf_config.Fields(given), dict(head_width=head_width, limit=limit)
     taken = {
-        'rope': rope.read(name, given.raw(windowed.FULL, {}), theta=fields.number('rope_theta', 1e6), **shared),
-        'local_rope': rope.read(name, given.raw(windowed.SLIDING, {}),
-                                theta=fields.number('rope_local_base_freq', 1e4), **shared)}
+      'rope': rope.read(
+        name, given.raw(windowed.FULL, {}), theta=fields.number('rope_theta', 1e6), **shared
+      ),
+      'local_rope': rope.read(
+        name,
+        given.raw(windowed.SLIDING, {}),
+        theta=fields.number('rope_local_base_freq', 1e4),
+        **shared,
+      ),
+    }
     given.finish()
     if any(isinstance(one, rope.Yarn) and not one.truncate for one in taken.values()):
-      raise hf_config.refusal('truncate', False, 'of this family transformers reads it as true; write that')
+      raise hf_config.refusal(
+        'truncate', False, 'of this family transformers reads it as true; write that'
+      )
     return taken
 
   def to_hf(self):
@@ -89,17 +106,23 @@ class Config(gemma2.Config):
     # Only the newer spelling has scalings of both.
     del fields['rope_theta'], fields['rope_scaling']
     both = {windowed.FULL: self.rope, windowed.SLIDING: self.local_rope}
-    return fields | {'rope_parameters': {kind: {'rope_type': one.kind, 'rope_theta': one.theta, **(one.scaling() or {})}
-                                         for kind, one in both.items()}}
+    return fields | {
+      'rope_parameters': {
+        kind: {'rope_type': one.kind, 'rope_theta': one.theta, **(one.scaling() or {})}
+        for kind, one in both.items()
+      }
+    }
 
 
 class Attention(qwen3.Attention):
   """The projections, with a norm of each head of queries and keys."""
+
   Norm = gemma.Norm
 
 
 class Block(gemma2.Block):
   """One layer."""
+
   Attention = Attention
 
   def __init__(self, config, *, dtype, rngs):

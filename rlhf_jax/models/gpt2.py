@@ -20,8 +20,8 @@ UNEMBED = 'lm_head.weight'
 IGNORED_TENSORS = r'(^|\.)attn\.(bias|masked_bias)$'
 # The vocabulary (50257) divides by nothing, so the embedding is split along its width only.
 RULES = (
-    (r'(^|/)embed/embedding$', P(None, 'fsdp')),
-    (r'(^|/)unembed/kernel$', P('fsdp', None)),
+  (r'(^|/)embed/embedding$', P(None, 'fsdp')),
+  (r'(^|/)unembed/kernel$', P('fsdp', None)),
 ) + blocks.RULES
 
 Ends = blocks.LearnedEnds
@@ -35,6 +35,7 @@ class Config(hf_config.Config):
     reorder_and_upcast_attn: scaling before and softmax in float32 is what we always do; kept to
       write it back.
   """
+
   n_positions: int = 1024
   n_embd: int
   n_layer: int
@@ -70,7 +71,7 @@ class Config(hf_config.Config):
 
   @property
   def query_scale(self):
-    return self.head_width ** -0.5 if self.scale_attn_weights else 1.0
+    return self.head_width**-0.5 if self.scale_attn_weights else 1.0
 
   def std(self, path):
     """See hf_config.Config.
@@ -100,8 +101,9 @@ def sources(config):
   """Where each parameter lies in a Hugging Face file: {path: Source}."""
   layer = 'h.{layer}'
   found = naming.embeddings({'embed': 'wte', 'positions': 'wpe'})
-  found |= naming.norms({
-      'norm': 'ln_f', 'blocks/attention_norm': f'{layer}.ln_1', 'blocks/mlp_norm': f'{layer}.ln_2'})
+  found |= naming.norms(
+    {'norm': 'ln_f', 'blocks/attention_norm': f'{layer}.ln_1', 'blocks/mlp_norm': f'{layer}.ln_2'}
+  )
   for name, columns in zip(('query', 'key', 'value'), naming.side_by_side(*[config.width] * 3)):
     found |= naming.conv1d(f'blocks/attention/{name}', f'{layer}.attn.c_attn', columns=columns)
   found |= naming.conv1d('blocks/attention/out', f'{layer}.attn.c_proj')

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 RULES = (
-    (r'head/kernel$', P(None)),
-    (r'head/bias$', P()),
+  (r'head/kernel$', P(None)),
+  (r'head/bias$', P()),
 )
 
 
@@ -28,7 +28,9 @@ def init_scalar(key, width, *, scale):
   """
   if scale not in ('zero', 'normal'):
     raise ValueError(f"scale is {scale!r}; it must be 'zero' or 'normal'")
-  kernel = jnp.zeros(width) if scale == 'zero' else jax.random.normal(key, (width,)) * (width + 1) ** -0.5
+  kernel = (
+    jnp.zeros(width) if scale == 'zero' else jax.random.normal(key, (width,)) * (width + 1) ** -0.5
+  )
   return {'kernel': kernel, 'bias': jnp.zeros(())}
 
 
@@ -42,7 +44,9 @@ def apply_scalar(head, hidden):
   Returns:
     [...] float32.
   """
-  return hidden.astype(jnp.float32) @ head['kernel'].astype(jnp.float32) + head['bias'].astype(jnp.float32)
+  return hidden.astype(jnp.float32) @ head['kernel'].astype(jnp.float32) + head['bias'].astype(
+    jnp.float32
+  )
 
 
 def last_token(values, mask):

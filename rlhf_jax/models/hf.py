@@ -54,10 +54,14 @@ def load(path, *, mesh=None, dtype='float32', remat='none', unroll=1, param_dtyp
   model, module, tensors = _open(path, dtype=dtype, remat=remat, unroll=unroll)
   weight, _ = _head_names(model)
   if isinstance(model, models.Encoder):
-    raise UserError(f'{path}: a {model.family} model reads texts and writes none; it can be a reward model only')
+    raise UserError(
+      f'{path}: a {model.family} model reads texts and writes none; it can be a reward model only'
+    )
   if weight in tensors.names():
-    raise UserError(f'{path}: holds {weight}: it is a reward model, not a language model; '
-                    'give the folder of a language model')
+    raise UserError(
+      f'{path}: holds {weight}: it is a reward model, not a language model; '
+      'give the folder of a language model'
+    )
   shapes, sources = model.shapes(), module.sources(model.config)
   if 'unembed' in shapes:
     sources['unembed/kernel'] = Source(module.UNEMBED, transpose=True)
@@ -81,7 +85,9 @@ def load_reward(path, *, mesh=None, dtype='float32', remat='none', unroll=1, par
   model, module, tensors = _open(path, dtype=dtype, remat=remat, unroll=unroll)
   head = _read_head(path, tensors, model)
   shapes = {name: tree for name, tree in model.shapes().items() if name != 'unembed'}
-  backbone = _read(path, tensors, model, shapes, module.sources(model.config), mesh=mesh, param_dtype=param_dtype)
+  backbone = _read(
+    path, tensors, model, shapes, module.sources(model.config), mesh=mesh, param_dtype=param_dtype
+  )
   head = jax.tree.map(lambda leaf: leaf.astype(param_dtype), head)
   place = sharding.replicated(mesh) if mesh is not None else None
   return model, {'backbone': backbone, 'head': jax.device_put(head, place)}
@@ -119,11 +125,15 @@ def save(path, model, params, *, tokenizer=None, head=None, max_shard_bytes=MAX_
 def _model(path, **settings):
   """The Model that a folder's config.json describes."""
   if os.path.isfile(path):
-    raise UserError(f'{path}: is a file; a model is a folder with config.json and safetensors files')
+    raise UserError(
+      f'{path}: is a file; a model is a folder with config.json and safetensors files'
+    )
   file = pathlib.Path(path) / 'config.json'
   fields = hf_files.read_json(file)
   if not isinstance(fields.get('model_type'), str):
-    raise UserError(f'{file}: model_type is missing or not a string; it names the family, one of {sorted(FAMILIES)}')
+    raise UserError(
+      f'{file}: model_type is missing or not a string; it names the family, one of {sorted(FAMILIES)}'
+    )
   try:
     model = models.create(fields, **settings)
   except UserError as error:
@@ -151,13 +161,17 @@ def _check_architectures(file, found, module):
     return
   expected = module.ARCHITECTURE
   if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-    raise UserError(f'{file}: architectures={brief(json.dumps(found))}: must be a list of names, '
-                    f'like ["{expected}"]')
+    raise UserError(
+      f'{file}: architectures={brief(json.dumps(found))}: must be a list of names, '
+      f'like ["{expected}"]'
+    )
   stem = re.split(r'For[A-Z]|LMHeadModel$', expected)[0]
   of_family = rf'{stem}(\w*Model|For\w+)|{module.CLASSIFIER}'
   if found and not any(re.fullmatch(of_family, name) for name in found):
-    raise UserError(f'{file}: architectures={brief(json.dumps(found))} is not supported, or contradicts '
-                    f'model_type, of which it would be "{expected}"; if the model is one, write that')
+    raise UserError(
+      f'{file}: architectures={brief(json.dumps(found))} is not supported, or contradicts '
+      f'model_type, of which it would be "{expected}"; if the model is one, write that'
+    )
 
 
 def _head_names(model):
@@ -170,15 +184,22 @@ def _read_head(path, tensors, model):
   names = tensors.names()
   weight, bias = _head_names(model)
   if weight not in names:
-    raise UserError(f'{path}: has no {weight}: it is not a reward model '
-                    f'({FAMILIES[model.family].CLASSIFIER} with num_labels 1)')
+    raise UserError(
+      f'{path}: has no {weight}: it is not a reward model '
+      f'({FAMILIES[model.family].CLASSIFIER} with num_labels 1)'
+    )
   if tensors.shape(weight) != (1, model.width):
-    raise UserError(f'{path}: {weight} has shape {tensors.shape(weight)}; '
-                    f'a reward model has one label: (1, {model.width})')
+    raise UserError(
+      f'{path}: {weight} has shape {tensors.shape(weight)}; '
+      f'a reward model has one label: (1, {model.width})'
+    )
   expected = {weight: (1, model.width)} | ({bias: (1,)} if bias in names else {})
   _check(path, tensors, expected)
   kernel = tensors.read(weight, ())[0]
-  return {'kernel': kernel, 'bias': tensors.read(bias, ())[0] if bias in names else np.zeros((), kernel.dtype)}
+  return {
+    'kernel': kernel,
+    'bias': tensors.read(bias, ())[0] if bias in names else np.zeros((), kernel.dtype),
+  }
 
 
 def _read(path, tensors, model, shapes, sources, *, mesh, param_dtype):
@@ -200,11 +221,18 @@ def _read(path, tensors, model, shapes, sources, *, mesh, param_dtype):
   else:
     places = sharding.shardings(shapes, model.rules, mesh)
   params = sharding.map_with_path(
-      lambda name, leaf, place: hf_arrays.read(tensors, sources[name], leaf.shape, place, param_dtype), shapes, places)
+    lambda name, leaf, place: hf_arrays.read(
+      tensors, sources[name], leaf.shape, place, param_dtype
+    ),
+    shapes,
+    places,
+  )
   bad = tensors.not_finite()
   if bad:
-    raise UserError(f'{path}: NaN or infinity in {_some(bad)}; the weights are damaged, '
-                    'take another copy or an earlier checkpoint')
+    raise UserError(
+      f'{path}: NaN or infinity in {_some(bad)}; the weights are damaged, '
+      'take another copy or an earlier checkpoint'
+    )
   return params
 
 
@@ -216,7 +244,7 @@ def _expected(leaves, sources):
   expected = {}
   for path, leaf in leaves.items():
     source = sources[path]
-    shape = (*leaf.shape[1 if source.stacked else 0:-1], widths[source.name])
+    shape = (*leaf.shape[1 if source.stacked else 0 : -1], widths[source.name])
     # No model is that deep: a mistyped depth is found among the first of its layers.
     for layer in range(min(leaf.shape[0], 10000) if source.stacked else 1):
       expected[source.name.format(layer=layer)] = shape[::-1] if source.transpose else shape
@@ -238,17 +266,25 @@ def _check(path, tensors, expected, *, extra=()):
   names = tensors.names()
   there = {name: shape for name, shape in expected.items() if name in names}
   found = {
-      'missing': set(expected) - names,
-      'not of this model': extra,
-      'wrong shape': [f'{name} is {tensors.shape(name)} and should be {shape}'
-                      for name, shape in there.items() if tensors.shape(name) != shape],
-      'not floating point (quantised weights have to be converted first)': [
-          f'{name} is {tensors.dtype(name)}' for name in there if tensors.dtype(name) not in hf_files.FLOATS],
+    'missing': set(expected) - names,
+    'not of this model': extra,
+    'wrong shape': [
+      f'{name} is {tensors.shape(name)} and should be {shape}'
+      for name, shape in there.items()
+      if tensors.shape(name) != shape
+    ],
+    'not floating point (quantised weights have to be converted first)': [
+      f'{name} is {tensors.dtype(name)}'
+      for name in there
+      if tensors.dtype(name) not in hf_files.FLOATS
+    ],
   }
   problems = [f'{label}: {_some(wrong)}' for label, wrong in found.items() if wrong]
   if problems:
-    raise UserError(f'{path}: tensors do not fit config.json: {"; ".join(problems)}. '
-                    'Take both from the same model')
+    raise UserError(
+      f'{path}: tensors do not fit config.json: {"; ".join(problems)}. '
+      'Take both from the same model'
+    )
 
 
 def _some(names):
@@ -259,16 +295,25 @@ def _some(names):
 def _check_copy(path, tensors, model, sources):
   """Makes sure that an unembedding beside a tied embedding is a copy of it, as it will not be used."""
   copy = FAMILIES[model.family].UNEMBED
-  if not model.config.tie_word_embeddings or copy not in tensors.names() or 'embed/embedding' not in sources:
+  if (
+    not model.config.tie_word_embeddings
+    or copy not in tensors.names()
+    or 'embed/embedding' not in sources
+  ):
     return
   embedding = sources['embed/embedding'].name
   rows, width = tensors.shape(embedding)
   step = max(hf_arrays.STEP_BYTES // (4 * width), 1)
   if tensors.shape(copy) != (rows, width) or not all(
-      np.array_equal(*(tensors.read(name, (slice(first, min(first + step, rows)),)) for name in (copy, embedding)))
-      for first in range(0, rows, step)):
-    raise UserError(f'{path}: {copy} differs from {embedding}, but config.json has tie_word_embeddings true, or '
-                    f'lacks it where that is the default; set it to false to use {copy}, or remove the tensor')
+    np.array_equal(
+      *(tensors.read(name, (slice(first, min(first + step, rows)),)) for name in (copy, embedding))
+    )
+    for first in range(0, rows, step)
+  ):
+    raise UserError(
+      f'{path}: {copy} differs from {embedding}, but config.json has tie_word_embeddings true, or '
+      f'lacks it where that is the default; set it to false to use {copy}, or remove the tensor'
+    )
 
 
 def _tensors(model, params, head):
@@ -280,7 +325,12 @@ def _tensors(model, params, head):
     groups[source.name].append((source, leaves[path]))
   for name, members in groups.items():
     sources = [source for source, _ in members]
-    layers = zip(*(hf_arrays.layers(leaf) if source.stacked else [processes.host(leaf)] for source, leaf in members))
+    layers = zip(
+      *(
+        hf_arrays.layers(leaf) if source.stacked else [processes.host(leaf)]
+        for source, leaf in members
+      )
+    )
     for layer, parts in enumerate(layers):
       yield module.PREFIX + name.format(layer=layer), hf_arrays.join(sources, parts)
   if head is not None:
@@ -298,8 +348,9 @@ def _config_json(model, params, tokenizer, head):
   """The dict for config.json."""
   module = FAMILIES[model.family]
   config = model.config.to_hf()
-  config['torch_dtype'] = str(next(leaf.dtype for leaf in jax.tree.leaves(params)
-                                   if jnp.issubdtype(leaf.dtype, jnp.floating)))
+  config['torch_dtype'] = str(
+    next(leaf.dtype for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating))
+  )
   config['architectures'] = [module.ARCHITECTURE if head is None else module.CLASSIFIER]
   if head is not None:
     # Two entries of labels make the default of two; the number of labels is their count.

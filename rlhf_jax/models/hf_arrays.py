@@ -36,7 +36,11 @@ def read(tensors, source, shape, place, dtype):
   if step >= shape[0]:
     return _part(tensors, source, shape, 0, place, dtype)
   stack = jnp.zeros(shape, dtype, device=place)
-  part_place = NamedSharding(place.mesh, P(None, *place.spec[1:])) if isinstance(place, NamedSharding) else place
+  part_place = (
+    NamedSharding(place.mesh, P(None, *place.spec[1:]))
+    if isinstance(place, NamedSharding)
+    else place
+  )
   for first in range(0, shape[0], step):
     part_shape = (min(step, shape[0] - first), *shape[1:])
     stack = _put(place)(stack, _part(tensors, source, part_shape, first, part_place), first)
@@ -48,7 +52,9 @@ def layers(stack):
   """Yields the layers of a stack as numpy arrays, gathered from their devices a few at a time."""
   depth, step = stack.shape[0], _layers_at_once(stack.shape, stack.dtype)
   for first in range(0, depth, step):
-    yield from processes.host(stack if step >= depth else _cut(stack, first, min(step, depth - first)))
+    yield from processes.host(
+      stack if step >= depth else _cut(stack, first, min(step, depth - first))
+    )
 
 
 def join(sources, parts):
@@ -64,7 +70,7 @@ def join(sources, parts):
     for source, part in zip(sources, parts):
       done = 0
       for run in source.columns.runs(0, part.shape[-1]):
-        whole[..., run] = part[..., done:done + run.stop - run.start]
+        whole[..., run] = part[..., done : done + run.stop - run.start]
         done += run.stop - run.start
   return _flip(whole) if sources[0].transpose else whole
 
@@ -73,11 +79,13 @@ def _layers_at_once(shape, dtype):
   return max(STEP_BYTES // (math.prod(shape[1:]) * jnp.dtype(dtype).itemsize), 1)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _put(place):
   """Function (stack, layers, first) -> stack with the layers written at `first`, in place."""
+
   def put(stack, part, first):
     return jax.lax.dynamic_update_slice_in_dim(stack, part.astype(stack.dtype), first, axis=0)
+
   return jax.jit(put, donate_argnums=0, out_shardings=place)
 
 
@@ -108,7 +116,9 @@ def _slices(tensors, source, bounds):
   indices = [(*inner, run) for run in source.columns.runs(last.start, last.stop)]
   indices = [index[::-1] for index in indices] if source.transpose else indices
   axis = 0 if source.transpose else len(inner)
-  found = [tensors.read(source.name.format(layer=number), *indices, axis=axis) for number in numbers]
+  found = [
+    tensors.read(source.name.format(layer=number), *indices, axis=axis) for number in numbers
+  ]
   if not source.stacked:
     return found[0].T if source.transpose else found[0]
   stack = np.stack(found) if len(found) > 1 else found[0][None]
@@ -119,5 +129,5 @@ def _flip(array):
   """[inputs, outputs] -> contiguous [outputs, inputs]; in strips, because a cache does not hold the whole."""
   flipped = np.empty(array.shape[::-1], array.dtype)
   for first in range(0, len(array), 64):
-    flipped[:, first:first + 64] = array[first:first + 64].T
+    flipped[:, first : first + 64] = array[first : first + 64].T
   return flipped

@@ -16,18 +16,61 @@ from rlhf_jax.models import layers
 # Fields that change nothing in the functions computed here: dropout is always 0 in RLHF, the
 # labels' names and the pooling of unused heads are not ours, the rest is about the library
 # that wrote the file.
-IRRELEVANT = frozenset({
-    'model_type', 'family', 'architectures', '_name_or_path', 'transformers_version',
-    'dtype', 'torch_dtype', 'use_cache', 'return_dict', 'output_attentions', 'output_hidden_states',
-    'attn_pdrop', 'embd_pdrop', 'resid_pdrop', 'attention_dropout', 'dropout', 'activation_dropout', 'layerdrop',
-    'hidden_dropout', 'hidden_dropout_prob', 'attention_probs_dropout_prob', 'classifier_dropout', 'prefix',
-    'summary_activation', 'summary_first_dropout', 'summary_proj_to_labels', 'summary_type', 'summary_use_proj',
-    'task_specific_params', 'problem_type', 'id2label', 'label2id', 'num_labels', '_num_labels',
-    'chunk_size_feed_forward', 'pretraining_tp', 'gradient_checkpointing', 'output_past',
-    'is_llama_config', 'transformers.js_config', 'dropout_rate',
-    'directionality', 'pooler_fc_size', 'pooler_num_attention_heads', 'pooler_num_fc_layers', 'pooler_size_per_head',
-    'pooler_type', 'cache_implementation', 'auto_map', 'tokenizer_class', '_attn_implementation_autoset',
-})
+IRRELEVANT = frozenset(
+  {
+    'model_type',
+    'family',
+    'architectures',
+    '_name_or_path',
+    'transformers_version',
+    'dtype',
+    'torch_dtype',
+    'use_cache',
+    'return_dict',
+    'output_attentions',
+    'output_hidden_states',
+    'attn_pdrop',
+    'embd_pdrop',
+    'resid_pdrop',
+    'attention_dropout',
+    'dropout',
+    'activation_dropout',
+    'layerdrop',
+    'hidden_dropout',
+    'hidden_dropout_prob',
+    'attention_probs_dropout_prob',
+    'classifier_dropout',
+    'prefix',
+    'summary_activation',
+    'summary_first_dropout',
+    'summary_proj_to_labels',
+    'summary_type',
+    'summary_use_proj',
+    'task_specific_params',
+    'problem_type',
+    'id2label',
+    'label2id',
+    'num_labels',
+    '_num_labels',
+    'chunk_size_feed_forward',
+    'pretraining_tp',
+    'gradient_checkpointing',
+    'output_past',
+    'is_llama_config',
+    'transformers.js_config',
+    'dropout_rate',
+    'directionality',
+    'pooler_fc_size',
+    'pooler_num_attention_heads',
+    'pooler_num_fc_layers',
+    'pooler_size_per_head',
+    'pooler_type',
+    'cache_implementation',
+    'auto_map',
+    'tokenizer_class',
+    '_attn_implementation_autoset',
+  }
+)
 
 REQUIRED = object()
 TokenId = int | tuple | None
@@ -59,9 +102,16 @@ class Fields:
   def integer(self, name, default=REQUIRED, *, least=1):
     """A whole number, a positive one unless `least` says otherwise."""
     value = self.raw(name, default)
-    if value is not default and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-      raise refusal(name, value, 'must be a positive whole number' if least == 1 else
-                    f'must be a whole number of at least {least}')
+    if value is not default and (
+      isinstance(value, bool) or not isinstance(value, int) or value < least
+    ):
+      raise refusal(
+        name,
+        value,
+        'must be a positive whole number'
+        if least == 1
+        else f'must be a whole number of at least {least}',
+      )
     return value
 
   def integers(self, *names):
@@ -114,12 +164,20 @@ class Fields:
     Raises:
       UserError: naming the fields and their values.
     """
-    left = {name: value for name, value in self._fields.items() if name not in IRRELEVANT and value is not None}
+    left = {
+      name: value
+      for name, value in self._fields.items()
+      if name not in IRRELEVANT and value is not None
+    }
     if left:
-      listed = ', '.join(f'{name}={errors.brief(json.dumps(value, default=str))}'
-                         for name, value in sorted(left.items())[:8])
-      raise UserError(f'model config: fields that this model family does not know: {listed}. '
-                      'Ignoring them could change what the model computes; remove them if they are not needed')
+      listed = ', '.join(
+        f'{name}={errors.brief(json.dumps(value, default=str))}'
+        for name, value in sorted(left.items())[:8]
+      )
+      raise UserError(
+        f'model config: fields that this model family does not know: {listed}. '
+        'Ignoring them could change what the model computes; remove them if they are not needed'
+      )
 
 
 def refusal(name, value, why):
@@ -137,20 +195,21 @@ def _numbers(fields, name):
   """Takes a list of positive numbers, as a tuple."""
   value = fields.raw(name)
   if not isinstance(value, (list, tuple)) or not all(
-      isinstance(entry, (int, float)) and entry > 0 for entry in value):
+    isinstance(entry, (int, float)) and entry > 0 for entry in value
+  ):
     raise refusal(name, value, 'must be a list of positive numbers')
   return tuple(map(float, value))
 
 
 _READERS = {
-    int: Fields.integer,
-    int | None: lambda fields, name: fields.integer(name, None),
-    float: Fields.number,
-    float | None: lambda fields, name: fields.number(name, None),
-    bool: Fields.flag,
-    str: lambda fields, name: fields.choice(name, layers.ACTIVATIONS),
-    tuple: _numbers,
-    TokenId: Fields.token_id,
+  int: Fields.integer,
+  int | None: lambda fields, name: fields.integer(name, None),
+  float: Fields.number,
+  float | None: lambda fields, name: fields.number(name, None),
+  bool: Fields.flag,
+  str: lambda fields, name: fields.choice(name, layers.ACTIVATIONS),
+  tuple: _numbers,
+  TokenId: Fields.token_id,
 }
 
 
@@ -192,6 +251,7 @@ class Config:
     score_cap: c of c tanh(scores / c) on attention scores; 0 for none.
     logit_cap: the same on the logits.
   """
+
   vocab_size: int
   bos_token_id: TokenId = None
   eos_token_id: TokenId = None
@@ -225,7 +285,7 @@ class Config:
 
   @property
   def query_scale(self):
-    return self.head_width ** -0.5
+    return self.head_width**-0.5
 
   @classmethod
   def from_hf(cls, fields):
@@ -234,8 +294,11 @@ class Config:
     Raises:
       UserError: naming a field that is missing, unknown or not supported.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(cls)
-                if field.default is not dataclasses.MISSING}
+    defaults = {
+      field.name: field.default
+      for field in dataclasses.fields(cls)
+      if field.default is not dataclasses.MISSING
+    }
     fields = Fields({**defaults, **fields})
     config = cls(**cls.take(fields))
     for name, supported in cls.ONLY.items():
@@ -255,8 +318,11 @@ class Config:
     Returns:
       {name: value}.
     """
-    return taken | {field.name: fields.typed(field) for field in dataclasses.fields(cls)
-                    if field.name not in taken}
+    return taken | {
+      field.name: fields.typed(field)
+      for field in dataclasses.fields(cls)
+      if field.name not in taken
+    }
 
   def check(self):
     """Raises UserError where fields do not go together."""

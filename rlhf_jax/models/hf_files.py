@@ -31,18 +31,23 @@ def read_json(path):
     folders.check_file(path)
     content = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
   except FileNotFoundError:
-    raise UserError(f'{path}: no such file; a model folder holds config.json and safetensors files') from None
+    raise UserError(
+      f'{path}: no such file; a model folder holds config.json and safetensors files'
+    ) from None
   except OSError as error:
     raise UserError(f'{path}: cannot be read: {error.strerror}') from None
   except (ValueError, RecursionError) as error:
     raise UserError(f'{path}: not JSON: {error}; mend it or copy it again') from None
   if not isinstance(content, dict):
-    raise UserError(f'{path}: holds a JSON {type(content).__name__} and should hold an object, {{...}}')
+    raise UserError(
+      f'{path}: holds a JSON {type(content).__name__} and should hold an object, {{...}}'
+    )
   return content
 
 
 class _Entry(NamedTuple):
   """One tensor: the file it is in, its name there, shape and dtype as safetensors spells it."""
+
   file: pathlib.Path
   name: str
   shape: tuple
@@ -68,8 +73,10 @@ class Tensors:
         name = entry.name.removeprefix(prefix)
         other = self._entries.setdefault(name, entry)
         if other is not entry:
-          raise UserError(f'{folder}: {entry.name} is there twice, in {other.file.name} (as {other.name}) '
-                          f'and {entry.file.name}; remove one of them')
+          raise UserError(
+            f'{folder}: {entry.name} is there twice, in {other.file.name} (as {other.name}) '
+            f'and {entry.file.name}; remove one of them'
+          )
 
   def names(self):
     """Names of all tensors, without the prefix."""
@@ -118,8 +125,10 @@ def opened(file):
     with safe_open(file, 'np') as tensors:
       yield tensors
   except (OSError, SafetensorError) as error:
-    raise UserError(f'{file}: cannot be read as safetensors ({error}); if it was cut off or is a placeholder '
-                    'for the real file, copy or download it again') from None
+    raise UserError(
+      f'{file}: cannot be read as safetensors ({error}); if it was cut off or is a placeholder '
+      'for the real file, copy or download it again'
+    ) from None
 
 
 def _layout(folder):
@@ -128,17 +137,23 @@ def _layout(folder):
   if not index.exists():
     if not single.exists():
       held = sorted(os.listdir(folder)) if folder.is_dir() else []
-      raise UserError(f'{folder}: no {SINGLE} and no {INDEX}, only {held}; '
-                      'files of other kinds (pytorch_model.bin, ...) have to be converted to safetensors first')
+      raise UserError(
+        f'{folder}: no {SINGLE} and no {INDEX}, only {held}; '
+        'files of other kinds (pytorch_model.bin, ...) have to be converted to safetensors first'
+      )
     return {single: None}
   layout = {}
   for name, file in _weight_map(index).items():
     layout.setdefault(folder / file, set()).add(name)
   missing = sorted(file.name for file in layout if not file.exists())
   if missing:
-    raise UserError(f'{index}: names files that are not there: {", ".join(missing)}; copy or download them')
+    raise UserError(
+      f'{index}: names files that are not there: {", ".join(missing)}; copy or download them'
+    )
   if single.exists() and single not in layout:
-    raise UserError(f'{folder}: holds both {SINGLE} and {INDEX} with other files; remove those that are out of date')
+    raise UserError(
+      f'{folder}: holds both {SINGLE} and {INDEX} with other files; remove those that are out of date'
+    )
   return dict(sorted(layout.items()))
 
 
@@ -149,7 +164,9 @@ def _weight_map(index):
     raise UserError(f'{index}: has no weight_map from names of tensors to names of files')
   for name, file in found.items():
     if not isinstance(file, str) or pathlib.PurePath(file).name != file:
-      raise UserError(f'{index}: weight_map[{name!r}] is {file!r} and should be the name of a file beside it')
+      raise UserError(
+        f'{index}: weight_map[{name!r}] is {file!r} and should be the name of a file beside it'
+      )
   return found
 
 
@@ -162,10 +179,15 @@ def _entries(file, listed):
       entries.append(_Entry(file, name, tuple(tensor.get_shape()), tensor.get_dtype()))
   names = {entry.name for entry in entries}
   if listed is not None and names != listed:
-    problems = [f'{label} {", ".join(sorted(wrong)[:8])} ({len(wrong)})'
-                for label, wrong in (('lacks', listed - names), ('holds, unlisted,', names - listed)) if wrong]
-    raise UserError(f'{file}: does not hold what {INDEX} says: it {"; it ".join(problems)}; '
-                    'the files are of different models or writings, take all from one')
+    problems = [
+      f'{label} {", ".join(sorted(wrong)[:8])} ({len(wrong)})'
+      for label, wrong in (('lacks', listed - names), ('holds, unlisted,', names - listed))
+      if wrong
+    ]
+    raise UserError(
+      f'{file}: does not hold what {INDEX} says: it {"; it ".join(problems)}; '
+      'the files are of different models or writings, take all from one'
+    )
   return entries
 
 

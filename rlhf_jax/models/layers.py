@@ -31,12 +31,12 @@ def _gelu_tanh_jvp(primals, tangents):
 
 
 ACTIVATIONS = {
-    'gelu': lambda x: jax.nn.gelu(x, approximate=False),
-    'gelu_new': gelu_tanh,
-    'gelu_pytorch_tanh': gelu_tanh,
-    'relu': jax.nn.relu,
-    'silu': jax.nn.silu,
-    'swish': jax.nn.silu,
+  'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+  'gelu_new': gelu_tanh,
+  'gelu_pytorch_tanh': gelu_tanh,
+  'relu': jax.nn.relu,
+  'silu': jax.nn.silu,
+  'swish': jax.nn.silu,
 }
 
 
@@ -57,7 +57,9 @@ def attention_mask(segments, key_segments, *, index, window=0):
   Returns:
     [B, 1, 1, T, S] bool, to broadcast over K and G.
   """
-  back = (index + jnp.arange(segments.shape[1]))[:, None] - jnp.arange(key_segments.shape[1])[None, :]
+  back = (index + jnp.arange(segments.shape[1]))[:, None] - jnp.arange(key_segments.shape[1])[
+    None, :
+  ]
   causal = (back >= 0) & (back < window) if window else back >= 0
   queries = segments[:, :, None]
   same = (queries == key_segments[:, None, :]) & (queries != 0)
@@ -92,7 +94,9 @@ def attend(queries, keys, values, mask, *, bias=None, score_cap=0.0):
   weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
   weights = weights.reshape(batch, kv_heads, groups * time, slots)
   # Dividing the mixture and not the weights saves a pass over [T, S], and its gradient two.
-  if groups * time == 1:  # A vector times a matrix each: XLA on the CPU is a fifth faster without a matmul.
+  if (
+    groups * time == 1
+  ):  # A vector times a matrix each: XLA on the CPU is a fifth faster without a matmul.
     mixed = jnp.sum(weights[:, :, 0, :, None] * values, axis=2, keepdims=True)
   else:
     mixed = jnp.matmul(weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
@@ -103,7 +107,7 @@ def attend(queries, keys, values, mask, *, bias=None, score_cap=0.0):
 
 def tail(x, y):
   """The last positions of x [B, T, D], as many as y [B, t, D] has: the residual of a layer whose queries are those."""
-  return x[:, x.shape[1] - y.shape[1]:]
+  return x[:, x.shape[1] - y.shape[1] :]
 
 
 def matmul(x, kernel, **options):
@@ -127,7 +131,9 @@ def unembed(hidden, embedding):
   embedding = embedding.astype(hidden.dtype)
   if hidden.ndim > 2:
     return matmul(hidden, embedding.T, preferred_element_type=jnp.float32)
-  columns = jnp.matmul(embedding, jax.lax.optimization_barrier(hidden.T), preferred_element_type=jnp.float32)
+  columns = jnp.matmul(
+    embedding, jax.lax.optimization_barrier(hidden.T), preferred_element_type=jnp.float32
+  )
   return jax.lax.optimization_barrier(columns).T
 
 
@@ -176,16 +182,24 @@ class LayerNorm(nnx.LayerNorm):
 
   def __init__(self, config, *, dtype, rngs, width=None):
     affine = config.norm_affine
-    super().__init__(width or config.block_width, epsilon=config.norm_epsilon, use_bias=affine,
-                     use_scale=affine, dtype=dtype, use_fast_variance=False, rngs=rngs)
+    super().__init__(
+      width or config.block_width,
+      epsilon=config.norm_epsilon,
+      use_bias=affine,
+      use_scale=affine,
+      dtype=dtype,
+      use_fast_variance=False,
+      rngs=rngs,
+    )
 
 
 class RMSNorm(nnx.RMSNorm):
   """RMSNorm; statistics in float32. Arguments as for `LayerNorm`."""
 
   def __init__(self, config, *, dtype, rngs, width=None):
-    super().__init__(width or config.block_width, epsilon=config.norm_epsilon, dtype=dtype,
-                     rngs=rngs)
+    super().__init__(
+      width or config.block_width, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs
+    )
 
 
 class MLP(nnx.Module):

@@ -22,6 +22,7 @@ RULES = blocks.RULES
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BaseConfig(hf_config.Config):
   """The fields that the config.json of Llama and of all its relatives have."""
+
   hidden_size: int
   intermediate_size: int
   num_hidden_layers: int
@@ -50,8 +51,10 @@ class BaseConfig(hf_config.Config):
     if 'head_dim' not in fields:
       hf_config.check_divides(sizes, 'num_attention_heads', 'hidden_size', ', or head_dim be given')
     head_width = fields.integer('head_dim', width // heads)
-    sizes |= {'head_dim': head_width,
-              'num_key_value_heads': fields.integer('num_key_value_heads', heads)}
+    sizes |= {
+      'head_dim': head_width,
+      'num_key_value_heads': fields.integer('num_key_value_heads', heads),
+    }
     ropes = cls.take_ropes(fields, head_width=head_width, limit=limit)
     return super().take(fields, **sizes, **ropes, **taken)
 
@@ -72,6 +75,7 @@ class BaseConfig(hf_config.Config):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(BaseConfig):
   """The fields of a Llama config.json that change what is computed, and the special token ids."""
+
   max_position_embeddings: int = 2048
   hidden_act: str = 'silu'
   attention_bias: bool = False
@@ -83,11 +87,13 @@ class Config(BaseConfig):
 
 class Block(blocks.Block):
   """One layer."""
+
   Norm = layers.RMSNorm
 
 
 class Ends(blocks.RotaryEnds):
   """What stands before and after the blocks."""
+
   Norm = layers.RMSNorm
 
 
@@ -95,12 +101,18 @@ def sources(config):
   """Where each parameter lies in a Hugging Face file: {path: Source}."""
   layer = 'layers.{layer}'
   found = naming.embeddings({'embed': 'embed_tokens'})
-  found |= naming.scales({
-      'norm': 'norm', 'blocks/attention_norm': f'{layer}.input_layernorm',
-      'blocks/mlp_norm': f'{layer}.post_attention_layernorm'})
+  found |= naming.scales(
+    {
+      'norm': 'norm',
+      'blocks/attention_norm': f'{layer}.input_layernorm',
+      'blocks/mlp_norm': f'{layer}.post_attention_layernorm',
+    }
+  )
   for ours, theirs in (('query', 'q'), ('key', 'k'), ('value', 'v'), ('out', 'o')):
     found |= naming.torch_linear(
-        f'blocks/attention/{ours}', f'{layer}.self_attn.{theirs}_proj',
-        bias=config.out_bias if ours == 'out' else config.attention_bias)
+      f'blocks/attention/{ours}',
+      f'{layer}.self_attn.{theirs}_proj',
+      bias=config.out_bias if ours == 'out' else config.attention_bias,
+    )
   mlp = {f'blocks/mlp/{name}': f'{layer}.mlp.{name}_proj' for name in ('gate', 'up', 'down')}
   return found | naming.linears(mlp, bias=config.mlp_bias)

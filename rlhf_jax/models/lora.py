@@ -31,6 +31,7 @@ class Lora:
     rslora: s = alpha / sqrt(rank) (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732) instead
       of alpha / rank.
   """
+
   targets: tuple
   rslora: bool = False
 
@@ -38,13 +39,16 @@ class Lora:
     """(rank, s) of the map at a path, or None."""
     for pattern, rank, alpha in self.targets:
       if re.search(pattern, path):
-        return rank, alpha / (rank ** 0.5 if self.rslora else rank)
+        return rank, alpha / (rank**0.5 if self.rslora else rank)
     return None
 
   def apply(self, path, adapter, x):
     """s x A B of the map at `path`, [..., O] float32, for x [..., I]."""
     low = layers.matmul(x, adapter['a'].astype(x.dtype))
-    return layers.matmul(low, adapter['b'].astype(x.dtype), preferred_element_type=jnp.float32) * self.find(path)[1]
+    return (
+      layers.matmul(low, adapter['b'].astype(x.dtype), preferred_element_type=jnp.float32)
+      * self.find(path)[1]
+    )
 
 
 def attach(module, lora, *, prefix):
@@ -61,9 +65,19 @@ def rules(base):
   Args:
     base: a family's rules, ((regex, PartitionSpec), ...).
   """
-  kernels = [(pattern.removesuffix('kernel$'), spec) for pattern, spec in base if pattern.endswith('/kernel$')]
-  return tuple(rule for pattern, spec in kernels for rule in (
-      (f'{pattern}lora/a$', P(*spec[:-1], None)), (f'{pattern}lora/b$', P(*spec[:-2], None, spec[-1]))))
+  kernels = [
+    (pattern.removesuffix('kernel$'), spec)
+    for pattern, spec in base
+    if pattern.endswith('/kernel$')
+  ]
+  return tuple(
+    rule
+    for pattern, spec in kernels
+    for rule in (
+      (f'{pattern}lora/a$', P(*spec[:-1], None)),
+      (f'{pattern}lora/b$', P(*spec[:-2], None, spec[-1])),
+    )
+  )
 
 
 def init(key, params, lora):
@@ -80,20 +94,27 @@ def init(key, params, lora):
   Raises:
     UserError: a pattern of `lora` that finds no linear map.
   """
-  kernels = {name.removesuffix('/kernel'): leaf for name, leaf in sharding.paths(params).items()
-             if name.endswith('/kernel')}
+  kernels = {
+    name.removesuffix('/kernel'): leaf
+    for name, leaf in sharding.paths(params).items()
+    if name.endswith('/kernel')
+  }
   for pattern, *_ in lora.targets:
     if not any(re.search(pattern, path) for path in kernels):
-      raise UserError(f'config.model.lora.targets: {pattern!r} is found in no linear map of this model; '
-                      f'it has {", ".join(sorted(kernels))}')
+      raise UserError(
+        f'config.model.lora.targets: {pattern!r} is found in no linear map of this model; '
+        f'it has {", ".join(sorted(kernels))}'
+      )
   adapters = {}
   for number, (path, kernel) in enumerate(kernels.items()):
     found = lora.find(path)
     if found is None:
       continue
     *stack, inputs, outputs = kernel.shape
-    bound = inputs ** -0.5
-    a = jax.random.uniform(jax.random.fold_in(key, number), (*stack, inputs, found[0]), minval=-bound, maxval=bound)
+    bound = inputs**-0.5
+    a = jax.random.uniform(
+      jax.random.fold_in(key, number), (*stack, inputs, found[0]), minval=-bound, maxval=bound
+    )
     insert(adapters, path, {'lora': {'a': a, 'b': jnp.zeros((*stack, found[0], outputs))}})
   return adapters
 
@@ -125,7 +146,9 @@ def merge(params, adapters, lora, *, sign=1):
     if f'{path}/lora/a' not in leaves or path == name:
       return kernel
     scale = sign * lora.find(path)[1]
-    update = leaves[f'{path}/lora/a'].astype(jnp.float32) @ leaves[f'{path}/lora/b'].astype(jnp.float32)
+    update = leaves[f'{path}/lora/a'].astype(jnp.float32) @ leaves[f'{path}/lora/b'].astype(
+      jnp.float32
+    )
     return (kernel.astype(jnp.float32) + scale * update).astype(kernel.dtype)
 
   return sharding.map_with_path(add, params)

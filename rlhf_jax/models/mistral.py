@@ -14,6 +14,7 @@ Block, Ends, sources = llama.Block, llama.Ends, llama.sources
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(llama.BaseConfig):
   """The fields of a Mistral config.json that change what is computed, and the special token ids."""
+
   num_key_value_heads: int = 8
   max_position_embeddings: int = 131072
   hidden_act: str = 'silu'

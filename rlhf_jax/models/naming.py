@@ -19,6 +19,7 @@ class Columns:
     block: how many lie together; None: all of them.
     stride: from the beginning of one block to the next.
   """
+
   offset: int = 0
   block: int | None = None
   stride: int = 0
@@ -60,6 +61,7 @@ class Source:
     transpose: the file holds [out, in] where the parameter is [in, out].
     columns: which of the tensor's are this parameter's; parameters of one name share them all.
   """
+
   name: str
   transpose: bool = False
   columns: Columns = WHOLE
@@ -80,8 +82,10 @@ def torch_linear(path, name, *, bias, columns=WHOLE):
 
 def conv1d(path, name, *, columns=WHOLE):
   """The parameters of a layer at `path` whose kernel the file keeps as [in, out]."""
-  return {f'{path}/kernel': Source(f'{name}.weight', columns=columns),
-          f'{path}/bias': Source(f'{name}.bias', columns=columns)}
+  return {
+    f'{path}/kernel': Source(f'{name}.weight', columns=columns),
+    f'{path}/bias': Source(f'{name}.bias', columns=columns),
+  }
 
 
 def linears(names, *, bias):

@@ -22,6 +22,7 @@ Ends = blocks.RotaryEnds
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(hf_config.Config):
   """The fields of a GPT-NeoX config.json that change what is computed, and the special token ids."""
+
   hidden_size: int
   intermediate_size: int
   num_hidden_layers: int
@@ -50,13 +51,18 @@ class Config(hf_config.Config):
     fields = super().to_hf()
     del fields['rope']
     # The family's own words, which readers old and new know; they do not read the usual ones.
-    return fields | {'rotary_emb_base': self.rope.theta, 'rotary_pct': self.rope.part,
-                     'rope_scaling': self.rope.scaling()}
+    return fields | {
+      'rotary_emb_base': self.rope.theta,
+      'rotary_pct': self.rope.part,
+      'rope_scaling': self.rope.scaling(),
+    }
 
 
 def _rope(fields, *, head_width, limit):
   """Takes the rotary positions; files have two words of their own for the base and the part of a head that turns."""
-  renamed = {name: fields.raw(name, None) for name in ('rope_parameters', 'rope_scaling', rope.ORIGINAL)}
+  renamed = {
+    name: fields.raw(name, None) for name in ('rope_parameters', 'rope_scaling', rope.ORIGINAL)
+  }
   renamed['rope_theta'] = fields.number('rotary_emb_base', 10000.0)
   renamed['partial_rotary_factor'] = fields.number('rotary_pct', 0.25)
   found = rope.from_hf(hf_config.Fields(renamed), head_width=head_width, limit=limit, partial=True)
@@ -85,14 +91,23 @@ def sources(config):
   """Where each parameter lies in a Hugging Face file: {path: Source}."""
   layer, bias = 'layers.{layer}', config.attention_bias
   found = naming.embeddings({'embed': 'embed_in'})
-  found |= naming.norms({
-      'norm': 'final_layer_norm', 'blocks/attention_norm': f'{layer}.input_layernorm',
-      'blocks/mlp_norm': f'{layer}.post_attention_layernorm'})
+  found |= naming.norms(
+    {
+      'norm': 'final_layer_norm',
+      'blocks/attention_norm': f'{layer}.input_layernorm',
+      'blocks/mlp_norm': f'{layer}.post_attention_layernorm',
+    }
+  )
   # One tensor of all heads' query, key and value, head by head.
   for name, columns in zip(('query', 'key', 'value'), naming.taking_turns(3, config.head_width)):
     found |= naming.torch_linear(
-        f'blocks/attention/{name}', f'{layer}.attention.query_key_value', bias=bias, columns=columns)
+      f'blocks/attention/{name}', f'{layer}.attention.query_key_value', bias=bias, columns=columns
+    )
   found |= naming.torch_linear('blocks/attention/out', f'{layer}.attention.dense', bias=bias)
-  return found | naming.linears({
+  return found | naming.linears(
+    {
       'blocks/mlp/up': f'{layer}.mlp.dense_h_to_4h',
-      'blocks/mlp/down': f'{layer}.mlp.dense_4h_to_h'}, bias=True)
+      'blocks/mlp/down': f'{layer}.mlp.dense_4h_to_h',
+    },
+    bias=True,
+  )

@@ -28,6 +28,7 @@ Block = blocks.Block
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(hf_config.Config):
   """The fields of an OPT config.json that change what is computed, and the special token ids."""
+
   hidden_size: int
   word_embed_proj_dim: int
   ffn_dim: int
@@ -105,12 +106,16 @@ def sources(config):
   found = naming.embeddings({'embed': 'embed_tokens', 'positions': 'embed_positions'})
   if config.projected:
     found |= naming.linears({name: name for name in ('project_in', 'project_out')}, bias=False)
-  attention = {f'blocks/attention/{ours}': f'{layer}.self_attn.{theirs}_proj'
-               for ours, theirs in (('query', 'q'), ('key', 'k'), ('value', 'v'), ('out', 'out'))}
+  attention = {
+    f'blocks/attention/{ours}': f'{layer}.self_attn.{theirs}_proj'
+    for ours, theirs in (('query', 'q'), ('key', 'k'), ('value', 'v'), ('out', 'out'))
+  }
   mlp = {'blocks/mlp/up': f'{layer}.fc1', 'blocks/mlp/down': f'{layer}.fc2'}
   found |= naming.linears(attention | mlp, bias=config.enable_bias)
-  norms = {'blocks/attention_norm': f'{layer}.self_attn_layer_norm',
-           'blocks/mlp_norm': f'{layer}.final_layer_norm'}
+  norms = {
+    'blocks/attention_norm': f'{layer}.self_attn_layer_norm',
+    'blocks/mlp_norm': f'{layer}.final_layer_norm',
+  }
   if config.final_norm:
     norms['norm'] = 'final_layer_norm'
   return found | naming.norms(norms if config.layer_norm_elementwise_affine else {})

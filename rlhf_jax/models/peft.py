@@ -27,12 +27,33 @@ from rlhf_jax.models.naming import Source
 CONFIG, WEIGHTS, PREFIX = 'adapter_config.json', 'adapter_model.safetensors', 'base_model.model.'
 # Fields that are read here, or that change nothing once an adapter is trained. Any other has to be
 # null, false or empty: it may make the adapter something that lora.py does not compute.
-KNOWN = frozenset({
-    'r', 'lora_alpha', 'rank_pattern', 'alpha_pattern', 'use_rslora', 'fan_in_fan_out', 'peft_type', 'bias',
-    'target_modules', 'exclude_modules', 'layers_to_transform', 'layers_pattern', 'lora_dropout', 'task_type',
-    'base_model_name_or_path', 'revision', 'auto_mapping', 'inference_mode', 'init_lora_weights', 'peft_version',
-    'megatron_core', 'qalora_group_size', 'loftq_config',
-})
+KNOWN = frozenset(
+  {
+    'r',
+    'lora_alpha',
+    'rank_pattern',
+    'alpha_pattern',
+    'use_rslora',
+    'fan_in_fan_out',
+    'peft_type',
+    'bias',
+    'target_modules',
+    'exclude_modules',
+    'layers_to_transform',
+    'layers_pattern',
+    'lora_dropout',
+    'task_type',
+    'base_model_name_or_path',
+    'revision',
+    'auto_mapping',
+    'inference_mode',
+    'init_lora_weights',
+    'peft_version',
+    'megatron_core',
+    'qalora_group_size',
+    'loftq_config',
+  }
+)
 
 
 def save(path, model, adapters):
@@ -51,9 +72,15 @@ def save(path, model, adapters):
     if not adapted:
       continue
     scale = model.lora.find(adapted[0][0])[1]
-    parts = [(processes.host(leaves[f'{path}/lora/a']).astype(np.float32),
-              processes.host(leaves[f'{path}/lora/b']).astype(np.float32) * (model.lora.find(path)[1] / scale), source)
-             for path, source in adapted]
+    parts = [
+      (
+        processes.host(leaves[f'{path}/lora/a']).astype(np.float32),
+        processes.host(leaves[f'{path}/lora/b']).astype(np.float32)
+        * (model.lora.find(path)[1] / scale),
+        source,
+      )
+      for path, source in adapted
+    ]
     kernels = [shapes[f'{path}/kernel'].shape for path, _ in members]
     a, b = _fuse(parts, sum(shape[-1] for shape in kernels))
     in_rows = adapted[0][1].transpose
@@ -74,14 +101,24 @@ def save(path, model, adapters):
 
 def _config(found, rslora, *, fan_in_fan_out):
   """The dict of adapter_config.json, for {regex on a module's name: (rank, scale)}."""
-  alphas = {name: scale * (rank ** 0.5 if rslora else rank) for name, (rank, scale) in found.items()}
+  alphas = {name: scale * (rank**0.5 if rslora else rank) for name, (rank, scale) in found.items()}
   ranks = {name: rank for name, (rank, _) in found.items()}
   first = next(iter(found))
   return {
-      'peft_type': 'LORA', 'task_type': None, 'base_model_name_or_path': None, 'inference_mode': True,
-      'bias': 'none', 'lora_dropout': 0.0, 'fan_in_fan_out': fan_in_fan_out, 'use_rslora': rslora,
-      'target_modules': '|'.join(found), 'r': ranks[first], 'lora_alpha': alphas[first],
-      'rank_pattern': ranks, 'alpha_pattern': alphas}
+    'peft_type': 'LORA',
+    'task_type': None,
+    'base_model_name_or_path': None,
+    'inference_mode': True,
+    'bias': 'none',
+    'lora_dropout': 0.0,
+    'fan_in_fan_out': fan_in_fan_out,
+    'use_rslora': rslora,
+    'target_modules': '|'.join(found),
+    'r': ranks[first],
+    'lora_alpha': alphas[first],
+    'rank_pattern': ranks,
+    'alpha_pattern': alphas,
+  }
 
 
 def load(path, model):
@@ -113,26 +150,37 @@ def load(path, model):
       continue
     a, b = present[0]
     if any(pair[0].shape != a.shape or pair[1].shape != b.shape for pair in present):
-      raise UserError(f'{path}: the adapters of {name} have different shapes in different layers; '
-                      'one rank for all layers is supported')
-    alphas = {_pattern(config, name.format(layer=number))
-              for number, pair in zip(numbers, taken) if pair is not None}
+      raise UserError(
+        f'{path}: the adapters of {name} have different shapes in different layers; '
+        'one rank for all layers is supported'
+      )
+    alphas = {
+      _pattern(config, name.format(layer=number))
+      for number, pair in zip(numbers, taken)
+      if pair is not None
+    }
     if len(alphas) > 1:
-      raise UserError(f'{path}: alpha_pattern gives {name} different alphas in different layers: {sorted(alphas)}')
+      raise UserError(
+        f'{path}: alpha_pattern gives {name} different alphas in different layers: {sorted(alphas)}'
+      )
     pairs = [(np.zeros_like(a), np.zeros_like(b)) if pair is None else pair for pair in taken]
     a, b = (np.stack(part) if stacked else part[0] for part in zip(*pairs))
     for where, source in members:
       inputs, outputs = shapes[f'{where}/kernel'].shape[-2:]
       if a.shape[-2] != inputs or b.shape[-1] < outputs:
-        raise UserError(f'{path}: the adapter of {name} is for a map from {a.shape[-2]} to {b.shape[-1]}; the model '
-                        f'has one from {inputs} to {outputs}')
+        raise UserError(
+          f'{path}: the adapter of {name} is for a map from {a.shape[-2]} to {b.shape[-1]}; the model '
+          f'has one from {inputs} to {outputs}'
+        )
       lora_lib.insert(adapters, where, {'lora': {'a': a, 'b': b[..., _columns(source, outputs)]}})
       targets.append((f'^{re.escape(where)}$', a.shape[-1], alphas.copy().pop()))
   # Beside the adapter of an unembedding PEFT keeps a copy of the frozen weight.
   tensors = {name for name in tensors if not name.endswith('.base_layer.weight')}
   if tensors:
-    raise UserError(f'{path}: tensors that fit no linear map of a {model.family} model of this config: '
-                    f'{", ".join(sorted(tensors)[:6])} ({len(tensors)} in all)')
+    raise UserError(
+      f'{path}: tensors that fit no linear map of a {model.family} model of this config: '
+      f'{", ".join(sorted(tensors)[:6])} ({len(tensors)} in all)'
+    )
   return lora_lib.Lora(tuple(targets), rslora=rslora), adapters
 
 
@@ -143,39 +191,54 @@ def _tensors(path, model):
     UserError: no safetensors; or a tensor that is quantised, larger, or not finite.
   """
   if not (path / WEIGHTS).exists():
-    raise UserError(f'{path}: no {WEIGHTS}, only {sorted(entry.name for entry in path.iterdir())}; '
-                    'adapters of other kinds (adapter_model.bin, ...) have to be converted to safetensors first')
+    raise UserError(
+      f'{path}: no {WEIGHTS}, only {sorted(entry.name for entry in path.iterdir())}; '
+      'adapters of other kinds (adapter_model.bin, ...) have to be converted to safetensors first'
+    )
   largest = max(math.prod(leaf.shape) for leaf in sharding.paths(model.shapes()).values())
   with hf_files.opened(path / WEIGHTS) as file:
     for name in file.keys():
       part = file.get_slice(name)
       if part.get_dtype() not in hf_files.FLOATS:
-        raise UserError(f'{path}: {name} is {part.get_dtype()}, which is not floating point; '
-                        'convert it first')
+        raise UserError(
+          f'{path}: {name} is {part.get_dtype()}, which is not floating point; convert it first'
+        )
       if len(part.get_shape()) != 2 or math.prod(part.get_shape()) > largest:
-        raise UserError(f'{path}: {name} has shape {tuple(part.get_shape())}, which no adapter of '
-                        'this model has')
+        raise UserError(
+          f'{path}: {name} has shape {tuple(part.get_shape())}, which no adapter of this model has'
+        )
     tensors = {name: file.get_tensor(name) for name in file.keys()}
   bad = sorted(name for name, array in tensors.items() if not np.isfinite(array).all())
   if bad:
-    raise UserError(f'{path}: NaN or infinity in {", ".join(bad[:6])} ({len(bad)}); '
-                    'take another copy of the adapter')
+    raise UserError(
+      f'{path}: NaN or infinity in {", ".join(bad[:6])} ({len(bad)}); '
+      'take another copy of the adapter'
+    )
   return tensors
 
 
 def _check(path, config):
   """Refuses adapters that are not what lora.py computes."""
   if config.get('peft_type') != 'LORA' or config.get('bias', 'none') != 'none':
-    raise UserError(f'{path / CONFIG}: peft_type={config.get("peft_type")!r} with bias={config.get("bias")!r}; '
-                    "only 'LORA' with bias 'none' is supported")
+    raise UserError(
+      f'{path / CONFIG}: peft_type={config.get("peft_type")!r} with bias={config.get("bias")!r}; '
+      "only 'LORA' with bias 'none' is supported"
+    )
   pattern = config.get('alpha_pattern') or {}
-  alphas = [config.get('lora_alpha'), *(pattern.values() if isinstance(pattern, dict) else [pattern])]
+  alphas = [
+    config.get('lora_alpha'),
+    *(pattern.values() if isinstance(pattern, dict) else [pattern]),
+  ]
   if not all(isinstance(alpha, (int, float)) and math.isfinite(alpha) for alpha in alphas):
-    raise UserError(f'{path / CONFIG}: lora_alpha={config.get("lora_alpha")!r} with '
-                    f'alpha_pattern={pattern!r}: must be a number, and a dict from regexes to numbers')
+    raise UserError(
+      f'{path / CONFIG}: lora_alpha={config.get("lora_alpha")!r} with '
+      f'alpha_pattern={pattern!r}: must be a number, and a dict from regexes to numbers'
+    )
   other = {name: value for name, value in config.items() if name not in KNOWN and value}
   if other:
-    raise UserError(f'{path / CONFIG}: {other} is not supported: the adapter would compute something else')
+    raise UserError(
+      f'{path / CONFIG}: {other} is not supported: the adapter would compute something else'
+    )
 
 
 def _modules(model):
@@ -212,7 +275,7 @@ def _fuse(parts, width):
   row = 0
   for _, part, source in parts:
     rank = part.shape[-2]
-    b[..., row:row + rank, _columns(source, part.shape[-1])] = part
+    b[..., row : row + rank, _columns(source, part.shape[-1])] = part
     row += rank
   return a, b
 
@@ -237,8 +300,9 @@ def _pattern(config, module):
     try:
       found = re.match(rf'(.*\.)?({key})$', module)
     except re.error as error:
-      raise UserError(f'{CONFIG}: alpha_pattern has the key {key!r}, which is no regex: '
-                      f'{error}') from None
+      raise UserError(
+        f'{CONFIG}: alpha_pattern has the key {key!r}, which is no regex: {error}'
+      ) from None
     if found:
       return float(alpha)
   return float(config['lora_alpha'])

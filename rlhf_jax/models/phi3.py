@@ -17,12 +17,18 @@ IGNORED_TENSORS, RULES = llama.IGNORED_TENSORS, llama.RULES
 Block, Ends = llama.Block, llama.Ends
 
 # Two older names of LongRoPE; what others call YaRN no Phi has.
-ROPES = {'default': rope.Rope, 'longrope': rope.LongRope, 'su': rope.LongRope, 'yarn': rope.LongRope}
+ROPES = {
+  'default': rope.Rope,
+  'longrope': rope.LongRope,
+  'su': rope.LongRope,
+  'yarn': rope.LongRope,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(llama.BaseConfig):
   """The fields of a Phi-3 config.json that change what is computed, and the special token ids."""
+
   max_position_embeddings: int = 4096
   hidden_act: str = 'silu'
   rms_norm_eps: float = 1e-5
@@ -30,12 +36,18 @@ class Config(llama.BaseConfig):
 
   MODEL_TYPE = 'phi3'
   ONLY = llama.BaseConfig.ONLY | {
-      'lm_head_bias': False, 'full_attn_mod': 1, 'interpolate_factor': 1}
+    'lm_head_bias': False,
+    'full_attn_mod': 1,
+    'interpolate_factor': 1,
+  }
 
   @classmethod
   def take_ropes(cls, fields, *, head_width, limit):
-    return {'rope': rope.from_hf(fields, head_width=head_width, limit=limit, original=4096,
-                                 partial=True, kinds=ROPES)}
+    return {
+      'rope': rope.from_hf(
+        fields, head_width=head_width, limit=limit, original=4096, partial=True, kinds=ROPES
+      )
+    }
 
   def to_hf(self):
     fields = super().to_hf()
@@ -55,8 +67,10 @@ def sources(config):
   queries, keys = config.heads * config.head_width, config.kv_heads * config.head_width
   for name, columns in zip(('query', 'key', 'value'), naming.side_by_side(queries, keys, keys)):
     found |= naming.torch_linear(
-        f'blocks/attention/{name}', f'{layer}.self_attn.qkv_proj', bias=False, columns=columns)
+      f'blocks/attention/{name}', f'{layer}.self_attn.qkv_proj', bias=False, columns=columns
+    )
   for name, columns in zip(('gate', 'up'), naming.side_by_side(config.inner, config.inner)):
     found |= naming.torch_linear(
-        f'blocks/mlp/{name}', f'{layer}.mlp.gate_up_proj', bias=False, columns=columns)
+      f'blocks/mlp/{name}', f'{layer}.mlp.gate_up_proj', bias=False, columns=columns
+    )
   return found

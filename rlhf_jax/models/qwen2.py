@@ -18,6 +18,7 @@ Block, Ends, sources = llama.Block, llama.Ends, llama.sources
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(windowed.Config):
   """The fields of a Qwen 2 config.json that change what is computed, and the special token ids."""
+
   num_key_value_heads: int = 32
   max_position_embeddings: int = 32768
   hidden_act: str = 'silu'
@@ -34,5 +35,10 @@ class Config(windowed.Config):
     if not used:
       fields.raw('sliding_window', None)
     slides = used and 'sliding_window' in fields
-    return super().take(fields, slides=lambda layer: slides and layer >= first,
-                        use_sliding_window=used, max_window_layers=first, **taken)
+    return super().take(
+      fields,
+      slides=lambda layer: slides and layer >= first,
+      use_sliding_window=used,
+      max_window_layers=first,
+      **taken,
+    )

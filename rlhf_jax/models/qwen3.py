@@ -18,13 +18,16 @@ IGNORED_TENSORS, RULES = llama.IGNORED_TENSORS, llama.RULES
 Ends = llama.Ends
 
 # The norms of queries and keys by the names of their tensors.
-HEAD_NORMS = {f'blocks/attention/{ours}_norm': f'layers.{{layer}}.self_attn.{theirs}_norm'
-              for ours, theirs in (('query', 'q'), ('key', 'k'))}
+HEAD_NORMS = {
+  f'blocks/attention/{ours}_norm': f'layers.{{layer}}.self_attn.{theirs}_norm'
+  for ours, theirs in (('query', 'q'), ('key', 'k'))
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(qwen2.Config):
   """The fields of a Qwen 3 config.json that change what is computed, and the special token ids."""
+
   head_dim: int = 128
   attention_bias: bool = False
 
@@ -34,6 +37,7 @@ class Config(qwen2.Config):
 
 class Attention(layers.Attention):
   """The projections, with an RMSNorm of each head of queries and keys."""
+
   Norm = layers.RMSNorm
 
   def __init__(self, config, *, dtype, rngs):
@@ -48,6 +52,7 @@ class Attention(layers.Attention):
 
 class Block(llama.Block):
   """One layer."""
+
   Attention = Attention
 
 

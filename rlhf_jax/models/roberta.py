@@ -22,6 +22,7 @@ class Config(bert.Config):
   Attributes:
     pad_token_id: positions up to this one are spare, a text's begin after it.
   """
+
   MODEL_TYPE = 'roberta'
   head = 'classifier.out_proj'
   kept_token_ids = ('pad_token_id',)
@@ -29,10 +30,15 @@ class Config(bert.Config):
   def check(self):
     super().check()
     if not isinstance(self.pad_token_id, int) or self.pad_token_id < 0:
-      raise hf_config.refusal('pad_token_id', self.pad_token_id, 'must be a token id: positions begin after it')
+      raise hf_config.refusal(
+        'pad_token_id', self.pad_token_id, 'must be a token id: positions begin after it'
+      )
     if self.max_length < 1:
-      raise hf_config.refusal('max_position_embeddings', self.max_position_embeddings,
-                              f'must be more than {self.first_position}, where the positions begin')
+      raise hf_config.refusal(
+        'max_position_embeddings',
+        self.max_position_embeddings,
+        f'must be more than {self.first_position}, where the positions begin',
+      )
 
   @property
   def first_position(self):

@@ -22,6 +22,7 @@ from rlhf_jax.models import hf_config
 
 MOST_WIDTH = 2**16  # of a head; that of a damaged config.json may ask for any memory
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
   """Pair i of the R / 2 turns by theta^(-2 i / R) radians per position.
@@ -32,6 +33,7 @@ class Rope:
     part: R / H.
     limit: positions the model was made for.
   """
+
   head_width: int
   theta: float = 10000.0
   part: float = 1.0
@@ -40,8 +42,9 @@ class Rope:
 
   def __post_init__(self):
     if self.head_width > MOST_WIDTH:
-      raise hf_config.refusal('head_dim', self.head_width,
-                              f'must be at most {MOST_WIDTH} for rotary positions')
+      raise hf_config.refusal(
+        'head_dim', self.head_width, f'must be at most {MOST_WIDTH} for rotary positions'
+      )
     if 2 * len(self.exponents()) > self.head_width:
       raise hf_config.refusal('head_dim', self.head_width, 'must be even for rotary positions')
 
@@ -95,13 +98,20 @@ class Rope:
     if self.kind == 'default':
       return None
     own = {name: getattr(self, name) for name in _own_fields(type(self))}
-    return {'rope_type': self.kind, **{name: list(value) if isinstance(value, tuple) else value
-                                       for name, value in own.items() if value is not None}}
+    return {
+      'rope_type': self.kind,
+      **{
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in own.items()
+        if value is not None
+      },
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Linear(Rope):
   """Positions are divided by a factor (Chen et al. 2023, https://arxiv.org/abs/2306.15595)."""
+
   factor: float
   kind = 'linear'
 
@@ -112,6 +122,7 @@ class Linear(Rope):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Proportional(Rope):
   """All pairs of the head are counted, but only the first share of them turns; positions are divided by a factor."""
+
   factor: float = 1.0
   kind = 'proportional'
 
@@ -121,7 +132,7 @@ class Proportional(Rope):
 
   def frequencies(self, slots):
     frequencies = super().frequencies(slots) / self.factor
-    frequencies[int(self.part * self.head_width // 2):] = 0
+    frequencies[int(self.part * self.head_width // 2) :] = 0
     return frequencies
 
   def to_hf(self):
@@ -138,13 +149,16 @@ class Dynamic(Rope):
 
   For n = max(S, limit): base = theta (factor n / limit - (factor - 1))^(R / (R - 2)).
   """
+
   factor: float
   kind = 'dynamic'
 
   def __post_init__(self):
     super().__post_init__()
     if self.turning < 3:
-      raise hf_config.refusal('head_dim', self.head_width, "must be at least 4 for rotary positions of type 'dynamic'")
+      raise hf_config.refusal(
+        'head_dim', self.head_width, "must be at least 4 for rotary positions of type 'dynamic'"
+      )
 
   def frequencies(self, slots):
     growth = self.factor * max(slots, self.limit) / self.limit - (self.factor - 1)
@@ -159,6 +173,7 @@ class Llama3(Rope):
   Slow pairs make fewer than `low_freq_factor` turns in `original_max_position_embeddings`
   positions, fast ones more than `high_freq_factor`.
   """
+
   factor: float
   low_freq_factor: float
   high_freq_factor: float
@@ -168,7 +183,9 @@ class Llama3(Rope):
   def frequencies(self, slots):
     frequencies = super().frequencies(slots)
     turns = self.original_max_position_embeddings * frequencies / (2 * np.pi)
-    kept = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
+    kept = np.clip(
+      (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1
+    )
     return frequencies * (kept + (1 - kept) / self.factor)
 
 
@@ -183,6 +200,7 @@ class Yarn(Rope):
     attention_factor: the scale; without it 0.1 m ln(factor) + 1, of m = 1 or as the quotient of
       `mscale` and `mscale_all_dim`.
   """
+
   factor: float
   original_max_position_embeddings: int
   beta_fast: float = 32.0
@@ -211,6 +229,7 @@ class Yarn(Rope):
   def scale(self):
     def grown(mscale):
       return 0.1 * mscale * math.log(self.factor) + 1 if self.factor > 1 else 1.0
+
     if self.attention_factor is not None:
       return self.attention_factor
     if self.mscale and self.mscale_all_dim:
@@ -228,6 +247,7 @@ class LongRope(Rope):
     attention_factor: the scale; without it sqrt(1 + ln f / ln original), where f is `factor` or
       else limit / original.
   """
+
   short_factor: tuple
   long_factor: tuple
   original_max_position_embeddings: int
@@ -239,10 +259,14 @@ class LongRope(Rope):
     super().__post_init__()
     for name in ('short_factor', 'long_factor'):
       if len(getattr(self, name)) != len(self.exponents()):
-        raise hf_config.refusal(name, getattr(self, name), f'must have {len(self.exponents())} numbers')
+        raise hf_config.refusal(
+          name, getattr(self, name), f'must have {len(self.exponents())} numbers'
+        )
 
   def frequencies(self, slots):
-    divisors = self.long_factor if slots > self.original_max_position_embeddings else self.short_factor
+    divisors = (
+      self.long_factor if slots > self.original_max_position_embeddings else self.short_factor
+    )
     return super().frequencies(slots) / np.array(divisors)
 
   @property
@@ -250,7 +274,11 @@ class LongRope(Rope):
     if self.attention_factor is not None:
       return self.attention_factor
     factor = self.factor or self.limit / self.original_max_position_embeddings
-    return math.sqrt(1 + math.log(factor) / math.log(self.original_max_position_embeddings)) if factor > 1 else 1.0
+    return (
+      math.sqrt(1 + math.log(factor) / math.log(self.original_max_position_embeddings))
+      if factor > 1
+      else 1.0
+    )
 
 
 KINDS = {cls.kind: cls for cls in (Rope, Linear, Proportional, Dynamic, Llama3, Yarn, LongRope)}
@@ -276,13 +304,25 @@ def from_hf(fields, *, head_width, limit, original=None, partial=False, kinds=No
   """
   name = 'rope_parameters' if 'rope_parameters' in fields else 'rope_scaling'
   if name == 'rope_parameters' and 'rope_scaling' in fields:
-    raise UserError('model config: rope_parameters and rope_scaling are both present; keep one of them')
-  return read(name, fields.raw(name, {}), head_width=head_width, limit=limit, partial=partial, kinds=kinds,
-              theta=fields.number('rope_theta', 10000.0), part=fields.number('partial_rotary_factor', 1.0),
-              original=fields.integer(ORIGINAL, original))
+    raise UserError(
+      'model config: rope_parameters and rope_scaling are both present; keep one of them'
+    )
+  return read(
+    name,
+    fields.raw(name, {}),
+    head_width=head_width,
+    limit=limit,
+    partial=partial,
+    kinds=kinds,
+    theta=fields.number('rope_theta', 10000.0),
+    part=fields.number('partial_rotary_factor', 1.0),
+    original=fields.integer(ORIGINAL, original),
+  )
 
 
-def read(name, given, *, head_width, limit, theta, part=1.0, original=None, partial=False, kinds=None):
+def read(
+  name, given, *, head_width, limit, theta, part=1.0, original=None, partial=False, kinds=None
+):
   """Reads one dict of rotary parameters.
 
   Args:
@@ -308,7 +348,9 @@ def read(name, given, *, head_width, limit, theta, part=1.0, original=None, part
   try:
     theta, part = inner.number('rope_theta', theta), inner.number('partial_rotary_factor', part)
     if part > 1 or part < 1 and not (partial or kind == 'proportional'):
-      raise hf_config.refusal('partial_rotary_factor', part, 'must be at most 1' if partial else 'only 1 is supported')
+      raise hf_config.refusal(
+        'partial_rotary_factor', part, 'must be at most 1' if partial else 'only 1 is supported'
+      )
     taken = {name: _take(inner, field) for name, field in own.items()}
     inner.finish()
   except UserError as error:
@@ -342,5 +384,7 @@ def rotate(x, table):
   cos, sin = table
   turning = 2 * cos.shape[-1]
   first, second = jnp.split(x[..., :turning].astype(jnp.float32), 2, axis=-1)
-  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+  turned = jnp.concatenate(
+    [first * cos - second * sin, second * cos + first * sin], axis=-1
+  ).astype(x.dtype)
   return turned if turning == x.shape[-1] else jnp.concatenate([turned, x[..., turning:]], axis=-1)

@@ -24,6 +24,7 @@ from rlhf_jax.models import stack
 @dataclasses.dataclass(frozen=True)
 class Seq2Seq(base.Writer):
   """An encoder-decoder; see base.Writer. Adapters have paths like 'decoder/blocks/cross/query'."""
+
   encoder_decoder = True
 
   @property
@@ -33,14 +34,18 @@ class Seq2Seq(base.Writer):
   @property
   def _sides(self):
     """Class and number of the blocks on either side."""
-    return {'encoder': (self._module.EncoderBlock, self.config.num_layers),
-            'decoder': (self._module.DecoderBlock, self.config.num_decoder_layers)}
+    return {
+      'encoder': (self._module.EncoderBlock, self.config.num_layers),
+      'decoder': (self._module.DecoderBlock, self.config.num_decoder_layers),
+    }
 
   def shapes(self):
     config = self.config
     tree = stack.shapes(self._module.Ends, config)
     for side, (block, depth) in self._sides.items():
-      tree[side] = stack.shapes(self._module.Side, config) | {'blocks': stack.shapes(block, config, depth=depth)}
+      tree[side] = stack.shapes(self._module.Side, config) | {
+        'blocks': stack.shapes(block, config, depth=depth)
+      }
     return self._with_unembed(tree)
 
   def encode(self, params, tokens, mask):
@@ -60,8 +65,12 @@ class Seq2Seq(base.Writer):
     def attend(queries, keys, values):
       return layers.attend(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), seen, bias=bias), ()
 
-    x, _ = self._scan(params, 'encoder', lambda block, layer, x, _: block(x, layer, None, attend),
-                      (self._embed(params, tokens, mask), ()))
+    x, _ = self._scan(
+      params,
+      'encoder',
+      lambda block, layer, x, _: block(x, layer, None, attend),
+      (self._embed(params, tokens, mask), ()),
+    )
     return side.norm(x)
 
   def decode(self, params, tokens, mask, encoded, prompt, cache=None):
@@ -92,7 +101,10 @@ class Seq2Seq(base.Writer):
       if cache is None:
         theirs = [y.swapaxes(1, 2) for y in block.cross.keys_and_values(encoded)]
       else:
-        theirs = [jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False) for name in ('cross_k', 'cross_v')]
+        theirs = [
+          jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False)
+          for name in ('cross_k', 'cross_v')
+        ]
 
       def attend(queries, keys, values):
         keys, values, updated = stack.remember(memory, layer, keys, values)
@@ -106,12 +118,17 @@ class Seq2Seq(base.Writer):
     x, memory = self._scan(params, 'decoder', apply, (self._embed(params, tokens, mask), memory))
     if cache is None:
       return side.norm(x), None
-    written = {'k': memory[0], 'v': memory[1], 'segments': key_segments, 'index': index + tokens.shape[1]}
+    written = {
+      'k': memory[0],
+      'v': memory[1],
+      'segments': key_segments,
+      'index': index + tokens.shape[1],
+    }
     return side.norm(x), cache | written
 
   def unembed(self, params, hidden):
     if self.config.scale_decoder_outputs:
-      hidden = hidden * self.config.width ** -0.5
+      hidden = hidden * self.config.width**-0.5
     return self._logits(params, hidden)
 
   def response_states(self, params, tokens, mask, slots, trunk=None):
@@ -145,14 +162,22 @@ class Seq2Seq(base.Writer):
     shape = (config.num_decoder_layers, batch, config.kv_heads, slots, config.head_width)
     empty = sharding.split_rows(jnp.zeros(shape, self.dtype), axis=1)
     cross_k, cross_v = self._cross_keys_and_values(params, encoded)
-    cache = {'k': empty, 'v': empty, 'index': jnp.zeros((), jnp.int32),
-             'segments': sharding.split_rows(jnp.zeros((batch, slots), jnp.int32)),
-             'cross_k': cross_k, 'cross_v': cross_v, 'prompt': mask}
+    cache = {
+      'k': empty,
+      'v': empty,
+      'index': jnp.zeros((), jnp.int32),
+      'segments': sharding.split_rows(jnp.zeros((batch, slots), jnp.int32)),
+      'cross_k': cross_k,
+      'cross_v': cross_v,
+      'prompt': mask,
+    }
     start = jnp.full((batch,), config.decoder_start_token_id, jnp.int32)
     return self.step(params, start, jnp.ones((batch,), bool), cache)
 
   def step(self, params, token, alive, cache):
-    hidden, cache = self.decode(params, token[:, None], alive[:, None], None, cache['prompt'], cache)
+    hidden, cache = self.decode(
+      params, token[:, None], alive[:, None], None, cache['prompt'], cache
+    )
     return hidden[:, 0], cache
 
   def _cross_keys_and_values(self, params, encoded):
@@ -160,15 +185,20 @@ class Seq2Seq(base.Writer):
     build = self._block_builder('decoder')
 
     def one(_, layer_params):
-      return None, [sharding.split_rows(y.swapaxes(1, 2)) for y in build(layer_params).cross.keys_and_values(encoded)]
+      return None, [
+        sharding.split_rows(y.swapaxes(1, 2))
+        for y in build(layer_params).cross.keys_and_values(encoded)
+      ]
 
     return processes.scan(one, None, params['decoder']['blocks'])[1]
 
   def _shift(self, tokens, mask):
     """Right-padded tokens and mask [B, T] as the decoder reads them: the start token, then all but the last."""
     start = jnp.full_like(tokens[:, :1], self.config.decoder_start_token_id)
-    return (jnp.concatenate([start, tokens[:, :-1]], axis=1),
-            jnp.concatenate([jnp.ones_like(mask[:, :1]), mask[:, :-1]], axis=1))
+    return (
+      jnp.concatenate([start, tokens[:, :-1]], axis=1),
+      jnp.concatenate([jnp.ones_like(mask[:, :1]), mask[:, :-1]], axis=1),
+    )
 
   def _embed(self, params, tokens, mask):
     return sharding.split_rows(self._ends(params).embed(jnp.where(mask, tokens, 0)))
@@ -180,9 +210,21 @@ class Seq2Seq(base.Writer):
     return stack.build(cls, self.config, self.dtype, params, lora=self.lora, prefix=prefix)
 
   def _block_builder(self, side):
-    return functools.partial(stack.build, self._sides[side][0], self.config, self.dtype, lora=self.lora,
-                             prefix=f'{side}/blocks')
+    return functools.partial(
+      stack.build,
+      self._sides[side][0],
+      self.config,
+      self.dtype,
+      lora=self.lora,
+      prefix=f'{side}/blocks',
+    )
 
   def _scan(self, params, side, apply, carry):
-    return stack.scan(self._block_builder(side), params[side]['blocks'], apply, carry, remat=self.remat,
-                      unroll=self.unroll)
+    return stack.scan(
+      self._block_builder(side),
+      params[side]['blocks'],
+      apply,
+      carry,
+      remat=self.remat,
+      unroll=self.unroll,
+    )

@@ -22,23 +22,25 @@ from rlhf_jax.models import lora as lora_lib
 
 # What a block keeps for its backward pass: everything, its input, or also its matmuls' outputs.
 REMAT = {
-    'none': None,
-    'block': jax.checkpoint_policies.nothing_saveable,
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'none': None,
+  'block': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 # The deepest stack that is unrolled where nobody says. Steps take 0.5 to 0.9 of the time; to compile PPO takes
 # 3 seconds longer with 12 layers, and 30 with 24.
 UNROLLED = 12
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _split(cls, config, dtype, lora, prefix):
   """The graph of a module, and its parameters as a dict of ShapeDtypeStructs."""
+
   def build():
     module = cls(config, dtype=dtype, rngs=nnx.Rngs(0))
     if lora is not None:
       lora_lib.attach(module, lora, prefix=prefix)
     return module
+
   graph, state = nnx.split(nnx.eval_shape(build))
   return graph, nnx.to_pure_dict(state)
 
@@ -66,8 +68,10 @@ def build_ends(cls, config, dtype, params, *, lora=None):
 def shapes(cls, config, *, depth=None):
   """Parameters of a module as ShapeDtypeStructs, float32; stacked on a leading axis of `depth`."""
   leading = () if depth is None else (depth,)
-  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leading + leaf.shape, jnp.float32),
-                      _split(cls, config, 'float32', None, '')[1])
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leading + leaf.shape, jnp.float32),
+    _split(cls, config, 'float32', None, '')[1],
+  )
 
 
 def draw(key, tree, std):
@@ -81,8 +85,11 @@ def draw(key, tree, std):
   Returns:
     Tree of float32 arrays.
   """
-  drawn = {name: math.prod(leaf.shape) for name, leaf in sharding.paths(tree).items()
-           if not name.endswith(('scale', 'bias', 'offset'))}
+  drawn = {
+    name: math.prod(leaf.shape)
+    for name, leaf in sharding.paths(tree).items()
+    if not name.endswith(('scale', 'bias', 'offset'))
+  }
   # One draw, cut into pieces: each of its own would take half a second to compile.
   normal = jax.random.normal(key, (sum(drawn.values()),))
   starts = dict(zip(drawn, itertools.accumulate(drawn.values(), initial=0)))
@@ -90,7 +97,7 @@ def draw(key, tree, std):
   def fill(name, leaf):
     if name not in drawn:
       return jnp.ones(leaf.shape) if name.endswith('scale') else jnp.zeros(leaf.shape)
-    piece = normal[starts[name]:starts[name] + drawn[name]]
+    piece = normal[starts[name] : starts[name] + drawn[name]]
     return piece.reshape(leaf.shape) * std(name)
 
   return sharding.map_with_path(fill, tree)
@@ -143,7 +150,9 @@ def scan(build_block, params, apply, carry, *, first=0, remat='none', unroll=1):
     block = jax.checkpoint(block, policy=REMAT[remat], prevent_cse=False)
     # The loop keeps the recomputation apart from the first pass; without one XLA merges the two.
     unroll = min(unroll, max(depth // 2, 1))
-  return jax.lax.scan(block, carry, (first + jnp.arange(depth), params), unroll=processes.unrolled() or unroll)[0]
+  return jax.lax.scan(
+    block, carry, (first + jnp.arange(depth), params), unroll=processes.unrolled() or unroll
+  )[0]
 
 
 def remember(memory, layer, keys, values):
@@ -178,4 +187,4 @@ def remember(memory, layer, keys, values):
 
 
 def _put(layers, layer, x):
-  return layers[:layer] + (x,) + layers[layer + 1:]
+  return layers[:layer] + (x,) + layers[layer + 1 :]

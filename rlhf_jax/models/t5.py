@@ -31,12 +31,17 @@ ARCHITECTURE = 'T5ForConditionalGeneration'
 CLASSIFIER = 'T5ForSequenceClassification'
 PREFIX, UNEMBED = '', 'lm_head.weight'
 # Copies of the embedding, and a bias that old files hold and nothing reads.
-IGNORED_TENSORS = r'((en|de)coder\.embed_tokens\.weight|EncDecAttention\.relative_attention_bias\.weight)$'
+IGNORED_TENSORS = (
+  r'((en|de)coder\.embed_tokens\.weight|EncDecAttention\.relative_attention_bias\.weight)$'
+)
 RULES = ((r'(^|/)distances/embedding$', P()),) + blocks.RULES
 
 # The activation by the kind of feed-forward layer; 'gated-gelu' is the tanh approximation.
-FEED_FORWARD = {**{name: name for name in layers.ACTIVATIONS},
-                **{f'gated-{name}': name for name in layers.ACTIVATIONS}, 'gated-gelu': 'gelu_new'}
+FEED_FORWARD = {
+  **{name: name for name in layers.ACTIVATIONS},
+  **{f'gated-{name}': name for name in layers.ACTIVATIONS},
+  'gated-gelu': 'gelu_new',
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +52,7 @@ class Config(hf_config.Config):
     n_positions: tokens of a row that the model was made for; distances have no end, so more will do.
     pooled: between decoder and score lies transformers' dense layer with its tanh.
   """
+
   n_positions: int = 512
   d_model: int
   d_kv: int = 64
@@ -82,22 +88,33 @@ class Config(hf_config.Config):
     fields.only('dense_act_fn', FEED_FORWARD[kind])
     pad, start = fields.token_id('pad_token_id'), fields.token_id('decoder_start_token_id')
     return super().take(
-        fields, num_layers=depth, num_decoder_layers=fields.integer('num_decoder_layers', depth),
-        feed_forward_proj=kind, tie_word_embeddings=tied,
-        scale_decoder_outputs=fields.flag('scale_decoder_outputs', tied), pad_token_id=pad,
-        decoder_start_token_id=pad if start is None else start, **taken)
+      fields,
+      num_layers=depth,
+      num_decoder_layers=fields.integer('num_decoder_layers', depth),
+      feed_forward_proj=kind,
+      tie_word_embeddings=tied,
+      scale_decoder_outputs=fields.flag('scale_decoder_outputs', tied),
+      pad_token_id=pad,
+      decoder_start_token_id=pad if start is None else start,
+      **taken,
+    )
 
   def check(self):
     start, buckets = self.decoder_start_token_id, self.relative_attention_num_buckets
     if not isinstance(start, int) or not 0 <= start < self.vocab_size:
-      raise hf_config.refusal('decoder_start_token_id', start, 'must be a token id; without it pad_token_id counts')
+      raise hf_config.refusal(
+        'decoder_start_token_id', start, 'must be a token id; without it pad_token_id counts'
+      )
     if self.scale_decoder_outputs and not self.tie_word_embeddings:
       raise hf_config.refusal('scale_decoder_outputs', True, 'needs tie_word_embeddings=true')
     if buckets < 4:
       raise hf_config.refusal('relative_attention_num_buckets', buckets, 'must be at least 4')
     if self.relative_attention_max_distance <= buckets // 2:
-      raise hf_config.refusal('relative_attention_max_distance', self.relative_attention_max_distance,
-                              f'must be more than half of relative_attention_num_buckets={buckets}')
+      raise hf_config.refusal(
+        'relative_attention_max_distance',
+        self.relative_attention_max_distance,
+        f'must be more than half of relative_attention_num_buckets={buckets}',
+      )
 
   def to_hf(self):
     fields = super().to_hf() | {'is_encoder_decoder': True}
@@ -110,8 +127,11 @@ class Config(hf_config.Config):
     which one could tell before; nor does config.json say whether there is a dense layer.
     """
     untied = not self.scale_decoder_outputs and 'lm_head.weight' in names
-    return dataclasses.replace(self, tie_word_embeddings=self.tie_word_embeddings and not untied,
-                               pooled='classification_head.dense.weight' in names)
+    return dataclasses.replace(
+      self,
+      tie_word_embeddings=self.tie_word_embeddings and not untied,
+      pooled='classification_head.dense.weight' in names,
+    )
 
   @property
   def gated(self):
@@ -141,7 +161,7 @@ class Config(hf_config.Config):
       fan_in = self.num_heads * self.d_kv
     elif path.endswith('down/kernel'):
       fan_in = self.d_ff
-    return self.initializer_factor * fan_in ** -0.5
+    return self.initializer_factor * fan_in**-0.5
 
 
 def buckets_one_way(count, max_distance, length):
@@ -163,12 +183,15 @@ def buckets_one_way(count, max_distance, length):
   distances = np.arange(length)
   ratios = np.maximum(distances, exact).astype(np.float32) / np.float32(exact)
   logs = np.log(ratios.astype(np.float64)).astype(np.float32)
-  wide = exact + (logs / np.float32(math.log(max_distance / exact)) * np.float32(count - exact)).astype(np.int32)
+  wide = exact + (
+    logs / np.float32(math.log(max_distance / exact)) * np.float32(count - exact)
+  ).astype(np.int32)
   return np.where(distances < exact, distances, np.minimum(wide, count - 1)).astype(np.int32)
 
 
 class EncoderBlock(blocks.Block):
   """One layer of the encoder."""
+
   Norm = layers.RMSNorm
 
 
@@ -191,7 +214,10 @@ class Side(nnx.Module):
   """What encoder and decoder have beside their blocks: a norm at the end, and a bias by distance."""
 
   def __init__(self, config, *, dtype, rngs):
-    self.count, self.max_distance = config.relative_attention_num_buckets, config.relative_attention_max_distance
+    self.count, self.max_distance = (
+      config.relative_attention_num_buckets,
+      config.relative_attention_max_distance,
+    )
     self.distances = nnx.Embed(self.count, config.heads, rngs=rngs)
     self.norm = layers.RMSNorm(config, dtype=dtype, rngs=rngs)
 
@@ -199,7 +225,9 @@ class Side(nnx.Module):
     """See families.Side; half of the buckets are for each direction."""
     count = self.count // 2
     offset = np.arange(length)[None, :] - np.arange(length)[:, None]
-    bucket = buckets_one_way(count, self.max_distance, length)[np.abs(offset)] + count * (offset > 0)
+    bucket = buckets_one_way(count, self.max_distance, length)[np.abs(offset)] + count * (
+      offset > 0
+    )
     return self._bias(bucket)
 
   def backwards(self, index, time, slots):
@@ -209,7 +237,9 @@ class Side(nnx.Module):
     return self._bias(table[jnp.clip(back, 0, slots - 1)])
 
   def _bias(self, bucket):
-    return self.distances.embedding[...].astype(jnp.float32)[bucket].transpose(2, 0, 1)[None, :, None]
+    return (
+      self.distances.embedding[...].astype(jnp.float32)[bucket].transpose(2, 0, 1)[None, :, None]
+    )
 
 
 class Ends(nnx.Module):
@@ -240,12 +270,17 @@ def _side(side, top, config):
   kernels = {'query': 'q', 'key': 'k', 'value': 'v', 'out': 'o'}
   mlp = {'gate': 'wi_0', 'up': 'wi_1', 'down': 'wo'} if config.gated else {'up': 'wi', 'down': 'wo'}
   found = naming.scales({f'{side}/norm': f'{top}.final_layer_norm'})
-  found |= naming.embeddings({
-      f'{side}/distances': f'{top}.block.0.layer.0.SelfAttention.relative_attention_bias'})
+  found |= naming.embeddings(
+    {f'{side}/distances': f'{top}.block.0.layer.0.SelfAttention.relative_attention_bias'}
+  )
   for number, (part, name) in enumerate(parts.items()):
     layer = f'{top}.block.{{layer}}.layer.{number}'
     found |= naming.scales({f'{side}/blocks/{part}_norm': f'{layer}.layer_norm'})
-    found |= naming.linears({
+    found |= naming.linears(
+      {
         f'{side}/blocks/{part}/{ours}': f'{layer}.{name}.{theirs}'
-        for ours, theirs in (mlp if part == 'mlp' else kernels).items()}, bias=False)
+        for ours, theirs in (mlp if part == 'mlp' else kernels).items()
+      },
+      bias=False,
+    )
   return found

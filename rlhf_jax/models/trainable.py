@@ -54,7 +54,9 @@ def divide(model, params, *, unfrozen_layers=None, seed=0):
   Raises:
     UserError: k is larger than the depth, or the model has no single stack of blocks.
   """
-  trained, frozen = (params, {}) if unfrozen_layers is None else _cut(model, params, unfrozen_layers)
+  trained, frozen = (
+    (params, {}) if unfrozen_layers is None else _cut(model, params, unfrozen_layers)
+  )
   if model.lora is None:
     return trained, frozen
   frozen = join(frozen, trained)
@@ -77,7 +79,9 @@ def start(model, params, *, unfrozen_layers, targets, rslora, path, seed):
     lora, adapters = peft.load(path, model)
     return dataclasses.replace(model, lora=lora), adapters, params
   if targets:
-    model = dataclasses.replace(model, lora=lora_lib.Lora(tuple(map(tuple, targets)), rslora=rslora))
+    model = dataclasses.replace(
+      model, lora=lora_lib.Lora(tuple(map(tuple, targets)), rslora=rslora)
+    )
   return model, *divide(model, params, unfrozen_layers=unfrozen_layers, seed=seed)
 
 
@@ -96,17 +100,21 @@ def has_adapters(params):
 def _cut(model, params, top):
   """Cuts the blocks into the `top` last ones, trained with what follows them, and the frozen rest."""
   if 'blocks' not in params:
-    raise UserError(f'config.model.unfrozen_layers={top}: a {model.family} model has no single stack of layers '
-                    'to freeze the bottom of; set it to None')
+    raise UserError(
+      f'config.model.unfrozen_layers={top}: a {model.family} model has no single stack of layers '
+      'to freeze the bottom of; set it to None'
+    )
   depth = model.config.depth
   if top > depth:
     raise UserError(f'config.model.unfrozen_layers={top}: the model has {depth} layers')
 
   def cut(stack):
-    if isinstance(stack, jax.core.Tracer):  # shapes of a plan: there is nothing to place or to delete
-      return stack[:depth - top], stack[depth - top:]
+    if isinstance(
+      stack, jax.core.Tracer
+    ):  # shapes of a plan: there is nothing to place or to delete
+      return stack[: depth - top], stack[depth - top :]
     places = (stack.sharding, stack.sharding)
-    pieces = jax.jit(lambda x: (x[:depth - top], x[depth - top:]), out_shardings=places)(stack)
+    pieces = jax.jit(lambda x: (x[: depth - top], x[depth - top :]), out_shardings=places)(stack)
     stack.delete()
     return pieces
 
@@ -135,5 +143,7 @@ def whole(model, trained, frozen):
     params = lora_lib.merge(frozen, trained, model.lora)
   if 'top' not in params:
     return params
-  stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), params['blocks'], params['top']['blocks'])
+  stacked = jax.tree.map(
+    lambda *parts: jnp.concatenate(parts), params['blocks'], params['top']['blocks']
+  )
   return {name: value for name, value in params.items() if name != 'top'} | {'blocks': stacked}

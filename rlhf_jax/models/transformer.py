@@ -31,6 +31,7 @@ class Model(base.Writer):
     reach: slots that rotary positions go by where they depend on the length (see rope.py); 0: those
       of the call.
   """
+
   reach: int = 0
 
   def shapes(self):
@@ -108,16 +109,27 @@ class Model(base.Writer):
       key_segments = jax.lax.dynamic_update_slice(cache['segments'], segments, (0, index))
       memory = (cache['k'], cache['v'], index)
     keep = keep or tokens.shape[1]
-    ends, x, apply = self._begin(params, tokens, positions, segments, key_segments, index, keep, one_text)
+    ends, x, apply = self._begin(
+      params, tokens, positions, segments, key_segments, index, keep, one_text
+    )
     carry = (x, memory)
-    carry = self._scan(params['blocks'], apply, carry, top='top' not in params) if trunk is None else (trunk, ())
+    carry = (
+      self._scan(params['blocks'], apply, carry, top='top' not in params)
+      if trunk is None
+      else (trunk, ())
+    )
     if 'top' in params:
       carry = self._scan(params['top']['blocks'], apply, carry, top=True)
     x, memory = carry
     x = ends.finish(x[:, -keep:])
     if cache is None:
       return x, None
-    return x, {'k': memory[0], 'v': memory[1], 'segments': key_segments, 'index': index + tokens.shape[1]}
+    return x, {
+      'k': memory[0],
+      'v': memory[1],
+      'segments': key_segments,
+      'index': index + tokens.shape[1],
+    }
 
   def trunk(self, params, tokens, positions, segments):
     """Runs the layers below those under 'top', which are the same for policy and reference.
@@ -129,7 +141,9 @@ class Model(base.Writer):
       [B, T, D] in the compute dtype.
     """
     one_text, segments = segments.dtype == bool, segments.astype(jnp.int32)
-    _, x, apply = self._begin(params, tokens, positions, segments, segments, 0, tokens.shape[1], one_text)
+    _, x, apply = self._begin(
+      params, tokens, positions, segments, segments, 0, tokens.shape[1], one_text
+    )
     return self._scan(params['blocks'], apply, (x, ()), top=False)[0]
 
   def _begin(self, params, tokens, positions, segments, key_segments, index, keep, one_text):
@@ -138,7 +152,9 @@ class Model(base.Writer):
     real = segments != 0
     reach = self.reach or key_segments.shape[1]
     x, shared = ends.begin(jnp.where(real, tokens, 0), jnp.where(real, positions, 0), reach)
-    mix = attention.causal(self.config, self.dtype, segments, key_segments, index=index, one_text=one_text)
+    mix = attention.causal(
+      self.config, self.dtype, segments, key_segments, index=index, one_text=one_text
+    )
 
     def apply(block, layer, x, memory):
       # In a scan all layers have the same shapes.
@@ -157,17 +173,31 @@ class Model(base.Writer):
     if self._unrolled and self.remat == 'none' and not isinstance(params, tuple):
       params = stack.unstack(params)
     depth = len(params) if isinstance(params, tuple) else jax.tree.leaves(params)[0].shape[0]
-    build = functools.partial(stack.build, self._module.Block, self.config, self.dtype,
-                              lora=self.lora if top else None, prefix='blocks')
-    return stack.scan(build, params, apply, carry, first=self.config.depth - depth if top else 0,
-                      remat=self.remat, unroll=self.unroll)
+    build = functools.partial(
+      stack.build,
+      self._module.Block,
+      self.config,
+      self.dtype,
+      lora=self.lora if top else None,
+      prefix='blocks',
+    )
+    return stack.scan(
+      build,
+      params,
+      apply,
+      carry,
+      first=self.config.depth - depth if top else 0,
+      remat=self.remat,
+      unroll=self.unroll,
+    )
 
   def unembed(self, params, hidden):
     return layers.cap(self._logits(params, hidden), self.config.logit_cap)
 
   def response_states(self, params, tokens, mask, slots, trunk=None):
-    hidden, _ = self.forward(params, tokens, types.positions_from_mask(mask), mask, trunk=trunk,
-                             keep=slots + 1)
+    hidden, _ = self.forward(
+      params, tokens, types.positions_from_mask(mask), mask, trunk=trunk, keep=slots + 1
+    )
     return hidden[:, :-1]
 
   def summary(self, params, tokens, mask):
@@ -177,11 +207,18 @@ class Model(base.Writer):
 
   def prefill(self, params, tokens, mask, slots):
     batch, length = tokens.shape
-    hidden, cache = self.forward(params, tokens, types.positions_from_mask(mask), mask,
-                                 self.init_cache(batch, length + slots, unstacked=isinstance(params['blocks'], tuple)),
-                                 keep=1)
+    hidden, cache = self.forward(
+      params,
+      tokens,
+      types.positions_from_mask(mask),
+      mask,
+      self.init_cache(batch, length + slots, unstacked=isinstance(params['blocks'], tuple)),
+      keep=1,
+    )
     return hidden[:, -1], cache | {'position': jnp.sum(mask, axis=1, dtype=jnp.int32)}
 
   def step(self, params, token, alive, cache):
-    hidden, written = self.forward(params, token[:, None], cache['position'][:, None], alive[:, None], cache)
+    hidden, written = self.forward(
+      params, token[:, None], cache['position'][:, None], alive[:, None], cache
+    )
     return hidden[:, 0], written | {'position': cache['position'] + 1}

@@ -11,6 +11,7 @@ FULL, SLIDING = 'full_attention', 'sliding_attention'
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(llama.BaseConfig):
   """The fields of Llama's relatives, the window, and for every layer FULL or SLIDING."""
+
   sliding_window: int | None = 4096
   layer_types: tuple
 
@@ -30,14 +31,19 @@ class Config(llama.BaseConfig):
     types = fields.raw('layer_types', None)
     if types is None:
       types = [SLIDING if slides(layer) else FULL for layer in range(depth)]
-    if (not isinstance(types, (list, tuple)) or len(types) != depth
-        or not all(kind in (FULL, SLIDING) for kind in types)):
+    if (
+      not isinstance(types, (list, tuple))
+      or len(types) != depth
+      or not all(kind in (FULL, SLIDING) for kind in types)
+    ):
       raise hf_config.refusal('layer_types', types, f'must be {depth} of {FULL!r} and {SLIDING!r}')
     if SLIDING in types and window is None:
-      raise hf_config.refusal('layer_types', types,
-                              f'{SLIDING!r} needs a sliding_window that is in use')
-    return super().take(fields, num_hidden_layers=depth, sliding_window=window,
-                        layer_types=tuple(types), **taken)
+      raise hf_config.refusal(
+        'layer_types', types, f'{SLIDING!r} needs a sliding_window that is in use'
+      )
+    return super().take(
+      fields, num_hidden_layers=depth, sliding_window=window, layer_types=tuple(types), **taken
+    )
 
   @property
   def windows(self):

@@ -33,6 +33,7 @@ class Limit(NamedTuple):
     key: of the config, that says so.
     allow_nan: whether NaN is a reward, too.
   """
+
   seconds: float | None = TIMEOUT
   key: str = 'config.reward.timeout'
   allow_nan: bool = False
@@ -56,12 +57,15 @@ def load(name, *, key='config.reward.function', limit=Limit(TIMEOUT, '')):
     if not attribute or not all(module.split('.')):
       raise ImportError('it names no module, or no function')
     found = guard.import_module(
-        module, guard.Call(f'{key}={name!r}: importing {module}', timeout=limit.seconds, key=limit.key))
+      module,
+      guard.Call(f'{key}={name!r}: importing {module}', timeout=limit.seconds, key=limit.key),
+    )
     return getattr(found, attribute)
   except (ImportError, AttributeError) as error:
     raise errors.UserError(
-        f'{key}={name!r} cannot be loaded ({error}). Write '
-        "'package.module:function', importable from the working directory.") from error
+      f'{key}={name!r} cannot be loaded ({error}). Write '
+      "'package.module:function', importable from the working directory."
+    ) from error
 
 
 def load_reward(name, *, key='config.reward.function', limit=Limit()):
@@ -72,9 +76,13 @@ def load_reward(name, *, key='config.reward.function', limit=Limit()):
   """
   function = load(name, key=key, limit=limit)
   check_signature(
-      function, f'{key}={name!r}',
-      'f(prompts, responses, response_tokens=..., metadata=...)', 2, ('response_tokens', 'metadata'),
-      remedy='write def f(prompts, responses, *, response_tokens, metadata), or **_ for the last two')
+    function,
+    f'{key}={name!r}',
+    'f(prompts, responses, response_tokens=..., metadata=...)',
+    2,
+    ('response_tokens', 'metadata'),
+    remedy='write def f(prompts, responses, *, response_tokens, metadata), or **_ for the last two',
+  )
   return function
 
 
@@ -103,7 +111,9 @@ def load_gold(name, path=''):
   return gold
 
 
-def check_signature(function, named, usage, positional, keywords=(), *, remedy='change its arguments'):
+def check_signature(
+  function, named, usage, positional, keywords=(), *, remedy='change its arguments'
+):
   """Raises UserError unless a function takes certain arguments.
 
   Args:
@@ -124,8 +134,7 @@ def check_signature(function, named, usage, positional, keywords=(), *, remedy='
   try:
     signature.bind(*[None] * positional, **dict.fromkeys(keywords))
   except TypeError as error:
-    raise config_error(
-        f'takes {signature}, and is called as {usage}: {error}; {remedy}') from None
+    raise config_error(f'takes {signature}, and is called as {usage}: {error}; {remedy}') from None
 
 
 def call(function, prompts, responses, *, response_tokens, metadata, slots, limit=Limit()):
@@ -148,32 +157,47 @@ def call(function, prompts, responses, *, response_tokens, metadata, slots, limi
       NaN, infinity or what is no number; names the example.
   """
   made = guard.Call(
-      f'the reward function {getattr(function, "__name__", repr(function))}', prompts, responses,
-      limit.seconds, limit.key, remedy='Once it is fixed, the same command resumes.')
+    f'the reward function {getattr(function, "__name__", repr(function))}',
+    prompts,
+    responses,
+    limit.seconds,
+    limit.key,
+    remedy='Once it is fixed, the same command resumes.',
+  )
 
   def rewards_of():
     rewards = function(prompts, responses, response_tokens=response_tokens, metadata=metadata)
     # A generator's code runs here, under guard.
-    return list(rewards) if np.iterable(rewards) and not isinstance(rewards, (str, dict)) else [rewards]
+    return (
+      list(rewards) if np.iterable(rewards) and not isinstance(rewards, (str, dict)) else [rewards]
+    )
 
   rewards = guard.run(rewards_of, made)
   if len(rewards) != len(responses):
     returned = f'{len(rewards)} rewards' if len(rewards) != 1 else guard.clipped(rewards[0])
-    raise refused(f'{made.what} returned {returned} for {len(responses)} responses: it must return one '
-                  'for each', made)
+    raise refused(
+      f'{made.what} returned {returned} for {len(responses)} responses: it must return one '
+      'for each',
+      made,
+    )
   first, allow_nan = rewards[0] if rewards else None, limit.allow_nan
   per_token = isinstance(first, (list, tuple)) or getattr(first, 'ndim', 0) == 1
   scores = np.zeros((len(rewards), slots) if per_token else len(rewards), np.float32)
   for i, reward in enumerate(rewards):
     if per_token:
       value = checked(reward, made, i, (len(response_tokens[i]),), allow_nan=allow_nan)
-      scores[i, :len(value)] = value
+      scores[i, : len(value)] = value
     else:
       scores[i] = checked(reward, made, i, (), tokens=len(response_tokens[i]), allow_nan=allow_nan)
   nan = np.flatnonzero(np.isnan(scores).reshape(len(rewards), -1).any(axis=1))
   if nan.size:
-    logging.warning('%s returned NaN for %d of %d responses, which are skipped; the first is %s',
-                    made.what, nan.size, len(rewards), guard.named(nan[0], made))
+    logging.warning(
+      '%s returned NaN for %d of %d responses, which are skipped; the first is %s',
+      made.what,
+      nan.size,
+      len(rewards),
+      guard.named(nan[0], made),
+    )
   return scores
 
 
@@ -194,18 +218,26 @@ def checked(reward, call, index, shape, *, tokens=None, allow_nan=False):
   returned = f'{call.what} returned {guard.clipped(reward)} for {guard.named(index, call)}'
   wrong, value = [], None
   try:
-    wrong = [item for item in np.asarray(reward, object).reshape(-1) if isinstance(item, NOT_NUMBERS)]
+    wrong = [
+      item for item in np.asarray(reward, object).reshape(-1) if isinstance(item, NOT_NUMBERS)
+    ]
     value = np.asarray(reward, np.float32)
   except Exception:  # of NumPy, or of another library's array
     pass
   if wrong:
     raise refused(
-        f'{returned}: {guard.clipped(wrong[0])} is a {type(wrong[0]).__name__}, and every reward must be '
-        'a number, such as float(...) of it', call)
+      f'{returned}: {guard.clipped(wrong[0])} is a {type(wrong[0]).__name__}, and every reward must be '
+      'a number, such as float(...) of it',
+      call,
+    )
   if value is None or value.shape != shape:
     tokens = shape[0] if shape else tokens
-    choice = '' if tokens is None else f', or one for each of its {tokens} tokens, alike for all examples'
-    raise refused(f'{returned}, where an array of shape {shape} was expected: one number{choice}', call)
+    choice = (
+      '' if tokens is None else f', or one for each of its {tokens} tokens, alike for all examples'
+    )
+    raise refused(
+      f'{returned}, where an array of shape {shape} was expected: one number{choice}', call
+    )
   if not all(math.isfinite(v) or allow_nan and math.isnan(v) for v in value.reshape(-1)):
     text = f'{returned}: every reward must be finite'
     if call.key and not np.isinf(value).any():

@@ -22,8 +22,14 @@ from rlhf_jax import errors
 GRACE = 60.0  # seconds after the limit at which a function that no signal reaches ends the process
 MOST_FRAMES, MOST_TEXT = 3, 160
 # Between the run and the user's code; the last ones are Python's import.
-OURS = (__name__, 'rlhf_jax.rewards.functions', 'rlhf_jax.evaluation.evaluators', 'importlib',
-        'importlib._bootstrap', 'importlib._bootstrap_external')
+OURS = (
+  __name__,
+  'rlhf_jax.rewards.functions',
+  'rlhf_jax.evaluation.evaluators',
+  'importlib',
+  'importlib._bootstrap',
+  'importlib._bootstrap_external',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +44,7 @@ class Call:
     key: of the config, that holds `timeout`; '' for none.
     remedy: a last sentence of messages.
   """
+
   what: str
   prompts: tuple | list = ()
   responses: tuple | list = ()
@@ -71,20 +78,25 @@ def run(function, call):
   except (KeyboardInterrupt, errors.UserError):
     raise
   except Expired as error:
-    remedy = f'Make it faster, or raise {call.key} (None: no limit).' if call.key else 'Make it faster.'
+    remedy = (
+      f'Make it faster, or raise {call.key} (None: no limit).' if call.key else 'Make it faster.'
+    )
     raise errors.UserError(
-        f'{call.what} did not return within {call.timeout:g} seconds{error}. {remedy} '
-        f'{call.remedy}'.rstrip()) from error
+      f'{call.what} did not return within {call.timeout:g} seconds{error}. {remedy} '
+      f'{call.remedy}'.rstrip()
+    ) from error
   except (Exited, SystemExit) as error:
     how = error if isinstance(error, Exited) else f'sys.exit({error.code!r})'
     raise errors.UserError(
-        f'{call.what} called {how}{place(error, call)}: it must return, or raise an exception. '
-        f'{call.remedy}'.rstrip()) from error
+      f'{call.what} called {how}{place(error, call)}: it must return, or raise an exception. '
+      f'{call.remedy}'.rstrip()
+    ) from error
   except BaseException as error:  # some are no Exception, such as asyncio's CancelledError
     text = ' '.join(str(error.msg if in_file(error) else error).split())
     raise errors.UserError(
-        f'{call.what} raised {type(error).__name__}: {text}{place(error, call)}. --verbosity=1 '
-        f'shows all of its traceback. {call.remedy}'.rstrip()) from error
+      f'{call.what} raised {type(error).__name__}: {text}{place(error, call)}. --verbosity=1 '
+      f'shows all of its traceback. {call.remedy}'.rstrip()
+    ) from error
 
 
 def import_module(name, call):
@@ -98,6 +110,7 @@ def import_module(name, call):
     ModuleNotFoundError: there is none of this name.
     UserError: it raised something, called sys.exit or os._exit, or took longer than its limit.
   """
+
   def found():
     try:
       return importlib.import_module(name), None
@@ -140,24 +153,32 @@ def described(stack, call):
   own = [pair for pair in lines if file(pair[0]) == file(frames[0][0])]
   if own and own[-1] not in shown:  # deep in a library: the user's own line is what helps
     shown = own[-1:] + shown[1:]
-  lines = [f'{shorter(file(frame))}:{line} in {frame.f_code.co_name}: '
-           f'`{linecache.getline(file(frame), line).strip()}`' for frame, line in shown]
+  lines = [
+    f'{shorter(file(frame))}:{line} in {frame.f_code.co_name}: '
+    f'`{linecache.getline(file(frame), line).strip()}`'
+    for frame, line in shown
+  ]
   text = f', at {"; then ".join(lines)}' if lines else ''
   index = example_of([frame for frame, _ in frames], call)
   if index is not None:
     return f'{text}, with {named(index, call)}'
   if not call.prompts:
     return text
-  return f'{text}, called with {len(call.prompts)} prompts, the first {clipped(call.prompts[0])} ' \
-         f'with the response {clipped(call.responses[0])}'
+  return (
+    f'{text}, called with {len(call.prompts)} prompts, the first {clipped(call.prompts[0])} '
+    f'with the response {clipped(call.responses[0])}'
+  )
 
 
 def example_of(frames, call):
   """The number of the example that the variables of the innermost frame hold, or else None."""
   for frame in reversed(frames):
     held = {value for value in frame.f_locals.values() if isinstance(value, str) and value}
-    for wanted in (lambda p, r: p in held and r in held, lambda p, r: r in held,
-                   lambda p, r: p in held):
+    for wanted in (
+      lambda p, r: p in held and r in held,
+      lambda p, r: r in held,
+      lambda p, r: p in held,
+    ):
       for index, pair in enumerate(zip(call.prompts, call.responses)):
         if wanted(*pair):
           return index
@@ -166,14 +187,16 @@ def example_of(frames, call):
 
 def named(index, call):
   """The example of a batch, for messages."""
-  return (f'example {index}, prompt {clipped(call.prompts[index])}, response '
-          f'{clipped(call.responses[index])}')
+  return (
+    f'example {index}, prompt {clipped(call.prompts[index])}, response '
+    f'{clipped(call.responses[index])}'
+  )
 
 
 def clipped(value):
   """A value's repr, shortened to a length that a line can hold."""
   text = repr(value)
-  return text if len(text) <= MOST_TEXT else f'{text[:MOST_TEXT - 3]}...'
+  return text if len(text) <= MOST_TEXT else f'{text[: MOST_TEXT - 3]}...'
 
 
 def shorter(path):

@@ -17,8 +17,15 @@ from rlhf_jax.data import tokenizers
 from rlhf_jax.rewards import scoring
 
 # Tokenizers that hold the same tokens may differ in case, accents, spaces, digits and scripts.
-PROBES = ('', 'a', ' a', 'A b', 'Hello,  World!\n', "it's\tna\u00efve \ufb01 1234567",
-          '\u4f60\u597d \U0001f600 \u0391')
+PROBES = (
+  '',
+  'a',
+  ' a',
+  'A b',
+  'Hello,  World!\n',
+  "it's\tna\u00efve \ufb01 1234567",
+  '\u4f60\u597d \U0001f600 \u0391',
+)
 # Of an added token: where in a text it is found.
 FOUND = 'single_word', 'lstrip', 'rstrip', 'normalized'
 # One program for all members of an ensemble that are alike.
@@ -33,13 +40,16 @@ def same_tokenizer(a, b):
   """
   ids = lambda of, tokenizer: [row.tolist() for row in of(tokenizer, PROBES)]
   if a.eos_token_id != b.eos_token_id or any(
-      ids(of, a) != ids(of, b) for of in (tokenizers.encode, tokenizers.encode_continuation)):
+    ids(of, a) != ids(of, b) for of in (tokenizers.encode, tokenizers.encode_continuation)
+  ):
     return False
   padding = {t.pad_token for t in (a, b) if t.pad_token_id != t.eos_token_id}
   (components, *tokens), (others, *their_tokens) = _encoding(a), _encoding(b)
   return components == others and all(
-      mine.get(text) == theirs.get(text) for mine, theirs in zip(tokens, their_tokens)
-      for text in (mine.keys() | theirs.keys()) - padding)
+    mine.get(text) == theirs.get(text)
+    for mine, theirs in zip(tokens, their_tokens)
+    for text in (mine.keys() | theirs.keys()) - padding
+  )
 
 
 def _encoding(tokenizer):
@@ -84,6 +94,7 @@ def of_texts(model, params, tokenizer, *, max_length, mesh):
   Returns:
     Function (prompts, responses, ended) -> [n] float32 NumPy; see `padded_texts`.
   """
+
   def apply(prompts, responses, ended):
     rows = padded_texts(model, tokenizer, prompts, responses, ended, max_length=max_length)
     return processes.host(_score(params, *sharding.put_rows(rows, mesh), model=model))
@@ -113,13 +124,14 @@ def padded_texts(model, tokenizer, prompts, responses, ended, *, max_length):
   longest = max(range(len(rows)), key=lambda i: len(rows[i]))
   if len(rows[longest]) > max_length:
     raise errors.UserError(
-        f'the reward model reads {max_length} tokens, but prompt and response number '
-        f'{longest} have {len(rows[longest])} in its tokenizer: raise '
-        'config.reward.max_length or lower config.sampling.max_new_tokens')
+      f'the reward model reads {max_length} tokens, but prompt and response number '
+      f'{longest} have {len(rows[longest])} in its tokenizer: raise '
+      'config.reward.max_length or lower config.sampling.max_new_tokens'
+    )
   tokens = np.full((len(rows), max_length), tokenizer.pad_token_id, np.int32)
   mask = np.zeros((len(rows), max_length), bool)
   for i, row in enumerate(rows):
-    tokens[i, :len(row)], mask[i, :len(row)] = row, True
+    tokens[i, : len(row)], mask[i, : len(row)] = row, True
   return tokens, mask
 
 
@@ -133,6 +145,10 @@ def _token_rows(model, tokenizer, prompts, responses, ended):
     # Word pieces differ at the joint of two texts, and an encoder was always shown an end.
     texts = map(''.join, zip(prompts, responses))
     return [tokenizers.end(tokenizer, row) for row in tokenizers.encode(tokenizer, texts)]
-  rows = [np.concatenate(pair) for pair in zip(
-      tokenizers.encode(tokenizer, prompts), tokenizers.encode_continuation(tokenizer, responses))]
+  rows = [
+    np.concatenate(pair)
+    for pair in zip(
+      tokenizers.encode(tokenizer, prompts), tokenizers.encode_continuation(tokenizer, responses)
+    )
+  ]
   return [tokenizers.end(tokenizer, row) if end else row for row, end in zip(rows, ended)]

@@ -42,8 +42,9 @@ def apart(model, params, tokenizer, mesh):
   if size <= model.vocab_size:
     return model, params, tokenizer
   size = -(-size // MULTIPLE) * MULTIPLE
-  grow = jax.jit(lambda x: jnp.pad(x, ((0, size - x.shape[0]), (0, 0))),
-                 out_shardings=sharding.replicated(mesh))
+  grow = jax.jit(
+    lambda x: jnp.pad(x, ((0, size - x.shape[0]), (0, 0))), out_shardings=sharding.replicated(mesh)
+  )
   embed = params['embed'] | {'embedding': grow(params['embed']['embedding'])}
   config = dataclasses.replace(model.config, vocab_size=size)
   return dataclasses.replace(model, config=config), params | {'embed': embed}, tokenizer

@@ -32,17 +32,19 @@ SOURCES = ('model', 'models', 'function')
 
 def config():
   """Keys of `config.reward`. Those above `parts` are also the keys of a part."""
-  return ml_collections.ConfigDict({
-      'model': placeholder(str),        # folder of a reward model
-      'models': (),                     # or folders of the members of an ensemble
-      'function': placeholder(str),     # or 'package.module:function' over strings
-      'timeout': functions.TIMEOUT,     # seconds that the function may take for a batch; None: no limit
-      'max_length': placeholder(int),   # of models with their own tokenizer; None: their context
-      'ensemble': 'mean',       # or 'min': the worst case; or 'variance': mean - coef * variance
-      'ensemble_coef': 1.0,     # of 'variance'
-      'parts': {},              # or {name: {'weight': 1.0, and keys from above}}: a weighted sum
-      'on_nan': 'stop',         # or 'skip': responses whose reward is NaN are left out and counted
-  })
+  return ml_collections.ConfigDict(
+    {
+      'model': placeholder(str),  # folder of a reward model
+      'models': (),  # or folders of the members of an ensemble
+      'function': placeholder(str),  # or 'package.module:function' over strings
+      'timeout': functions.TIMEOUT,  # seconds that the function may take for a batch; None: no limit
+      'max_length': placeholder(int),  # of models with their own tokenizer; None: their context
+      'ensemble': 'mean',  # or 'min': the worst case; or 'variance': mean - coef * variance
+      'ensemble_coef': 1.0,  # of 'variance'
+      'parts': {},  # or {name: {'weight': 1.0, and keys from above}}: a weighted sum
+      'on_nan': 'stop',  # or 'skip': responses whose reward is NaN are left out and counted
+    }
+  )
 
 
 def validate(config_reward, key='config.reward'):
@@ -53,15 +55,19 @@ def validate(config_reward, key='config.reward'):
   """
   check_keys(config_reward, config(), key, whole=False)
   validate_source(config_reward, key, SOURCES + ('parts',))
-  need(config_reward.get('on_nan', 'stop') in ON_NAN,
-       f'{key}.on_nan={config_reward.get("on_nan")!r} must be one of {", ".join(ON_NAN)}')
+  need(
+    config_reward.get('on_nan', 'stop') in ON_NAN,
+    f'{key}.on_nan={config_reward.get("on_nan")!r} must be one of {", ".join(ON_NAN)}',
+  )
   of_part = config()
   del of_part['parts'], of_part['on_nan']
   of_part.weight = 1.0
   for name, part in (config_reward.get('parts') or {}).items():
     part_key = f'{key}.parts.{name}'
-    need(isinstance(part, ml_collections.ConfigDict),
-         f"{part_key}={part!r} must be a dict, such as {{'weight': 1.0, 'model': 'FOLDER'}}")
+    need(
+      isinstance(part, ml_collections.ConfigDict),
+      f"{part_key}={part!r} must be a dict, such as {{'weight': 1.0, 'model': 'FOLDER'}}",
+    )
     check_keys(part, of_part, part_key, whole=False)
     validate_source(part, part_key, SOURCES)
 
@@ -76,11 +82,15 @@ def validate_source(block, key, sources):
   """
   present = [name for name in sources if block.get(name)]
   *names, last = [f'{key}.{name}' for name in sources]
-  need(len(present) == 1,
-       f'set exactly one of {", ".join(names)} and {last} (now {", ".join(present) or "none"})')
+  need(
+    len(present) == 1,
+    f'set exactly one of {", ".join(names)} and {last} (now {", ".join(present) or "none"})',
+  )
   models, how = block.get('models') or (), block.get('ensemble', 'mean')
-  need(not models or isinstance(models, (tuple, list)) and len(models) > 1,
-       f"{key}.models={models!r} must name two folders or more, such as ('a', 'b')")
+  need(
+    not models or isinstance(models, (tuple, list)) and len(models) > 1,
+    f"{key}.models={models!r} must name two folders or more, such as ('a', 'b')",
+  )
   need(how in ENSEMBLES, f'{key}.ensemble={how!r} must be one of {", ".join(ENSEMBLES)}')
   timeout = block.get('timeout', functions.TIMEOUT)
   need(timeout is None or timeout > 0, f'{key}.timeout={timeout} must be positive, or None')
@@ -116,22 +126,39 @@ def make(config_reward, tokenizer, mesh, *, load, check, key='config.reward', al
   c = config_reward
   allow_nan = allow_nan or skips_nan(c)
   if c.get('parts'):
-    made = {name: make(part, tokenizer, mesh, load=load, check=check, key=f'{key}.parts.{name}',
-                       allow_nan=allow_nan) for name, part in c.parts.items()}
-    scorer = weighted({name: (c.parts[name].get('weight', 1.0), scorer)
-                       for name, (scorer, _) in made.items()})
+    made = {
+      name: make(
+        part,
+        tokenizer,
+        mesh,
+        load=load,
+        check=check,
+        key=f'{key}.parts.{name}',
+        allow_nan=allow_nan,
+      )
+      for name, part in c.parts.items()
+    }
+    scorer = weighted(
+      {name: (c.parts[name].get('weight', 1.0), scorer) for name, (scorer, _) in made.items()}
+    )
     return scorer, first_start(made.values())
   if c.get('function'):
     function, limit = load_function(c, key, allow_nan=allow_nan)
     return function_scorer(function, tokenizer, mesh, limit=limit), None
   load_member = functools.partial(
-      model_scorer, tokenizer=tokenizer, mesh=mesh, max_length=c.get('max_length'), load=load,
-      check=check)
+    model_scorer,
+    tokenizer=tokenizer,
+    mesh=mesh,
+    max_length=c.get('max_length'),
+    load=load,
+    check=check,
+  )
   made = [load_member(path) for path in c.get('models') or (c.model,)]
   if len(made) == 1:
     return made[0]
-  scorer = ensemble([scorer for scorer, _ in made], c.get('ensemble', 'mean'),
-                    coef=c.get('ensemble_coef', 1.0))
+  scorer = ensemble(
+    [scorer for scorer, _ in made], c.get('ensemble', 'mean'), coef=c.get('ensemble_coef', 1.0)
+  )
   return scorer, first_start(made)
 
 
@@ -168,7 +195,8 @@ def model_scorer(path, tokenizer, mesh, *, max_length, load, check):
   def score_texts(rollout, examples):
     responses, ids = actor.texts_of(rollout, tokenizer)
     scores = apply(
-        [example.prompt for example in examples], responses, learned.with_eos(ids, tokenizer))
+      [example.prompt for example in examples], responses, learned.with_eos(ids, tokenizer)
+    )
     return sharding.put_rows(scores, mesh)
 
   return score_texts, None
@@ -186,14 +214,20 @@ def function_scorer(function, tokenizer, mesh, *, limit=functions.Limit()):
   Returns:
     Scorer.
   """
+
   def score(rollout, examples):
     responses, ids = actor.texts_of(rollout, tokenizer)
 
     def call(rows):
       return functions.call(
-          function, [examples[i].prompt for i in rows], [responses[i] for i in rows],
-          response_tokens=[ids[i] for i in rows], metadata=[examples[i].metadata for i in rows],
-          slots=rollout.response_mask.shape[1], limit=limit)
+        function,
+        [examples[i].prompt for i in rows],
+        [responses[i] for i in rows],
+        response_tokens=[ids[i] for i in rows],
+        metadata=[examples[i].metadata for i in rows],
+        slots=rollout.response_mask.shape[1],
+        limit=limit,
+      )
 
     return sharding.put_rows(processes.share_out(call, len(examples)), mesh)
 
@@ -236,9 +270,11 @@ def ensemble(scorers, how, *, coef=0.0):
     Scorer of types.Scores, whose parts are the members' own scores, 'member_0' and so on. It raises
     UserError if some members score responses and others tokens.
   """
+
   def score(rollout, examples):
-    made = {f'member_{i}': types.Scores.of(member(rollout, examples))
-            for i, member in enumerate(scorers)}
+    made = {
+      f'member_{i}': types.Scores.of(member(rollout, examples)) for i, member in enumerate(scorers)
+    }
     check_alike(made)
     return _ensemble(made, rollout.response_mask, coef, how=how)
 
@@ -251,8 +287,9 @@ def check_alike(made):
   if by_token and len(by_token) < len(made):
     others = [name for name in made if name not in by_token]
     raise errors.UserError(
-        f'the rewards {", ".join(by_token)} score tokens, and {", ".join(others)} whole responses: '
-        'rewards that are combined must all score tokens, or all score responses')
+      f'the rewards {", ".join(by_token)} score tokens, and {", ".join(others)} whole responses: '
+      'rewards that are combined must all score tokens, or all score responses'
+    )
 
 
 @jax.jit

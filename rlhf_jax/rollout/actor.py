@@ -19,8 +19,9 @@ from rlhf_jax.rollout import stops
 class Actor:
   """Makes a scored rollout of a batch of prompts each time it is called."""
 
-  def __init__(self, examples, iterator, sample, score, mesh, *, samples=1, cut=None, read=None,
-               see=None):
+  def __init__(
+    self, examples, iterator, sample, score, mesh, *, samples=1, cut=None, read=None, see=None
+  ):
     """Keeps what makes a rollout.
 
     Args:
@@ -73,9 +74,16 @@ class Actor:
     scored = time.perf_counter()
     tokens = int(np.sum(processes.host(rollout.response_mask)))
     parts = {f'reward/{name}': mean(processes.host(part)) for name, part in scores.parts.items()}
-    return rollout, scores.total, parts | {
-        'seconds/rollout': sampled - started, 'seconds/scoring': scored - sampled,
-        'tokens_per_second/rollout': tokens / (sampled - started)}
+    return (
+      rollout,
+      scores.total,
+      parts
+      | {
+        'seconds/rollout': sampled - started,
+        'seconds/scoring': scored - sampled,
+        'tokens_per_second/rollout': tokens / (sampled - started),
+      },
+    )
 
   def samples(self, tokenizer, metrics):
     """The last batch as dicts: prompt, response, score, what a train step adds, and parts if there are.
@@ -87,8 +95,11 @@ class Actor:
       metrics: of the train step on that batch; those called samples/NAME, [B], become NAME.
     """
     examples, rollout, scores = self._last
-    added = {name.removeprefix('samples/'): processes.host(values)
-             for name, values in metrics.items() if name.startswith('samples/')}
+    added = {
+      name.removeprefix('samples/'): processes.host(values)
+      for name, values in metrics.items()
+      if name.startswith('samples/')
+    }
     responses, _ = texts_of(rollout, tokenizer)
     parts = {name: processes.host(part) for name, part in scores.parts.items()}
     samples = []
@@ -130,7 +141,8 @@ def stop_at(strings, tokenizer, sampling, mesh):
   def cut(rollout):
     ended = processes.host(sampling_lib.ended(rollout, sampling))
     rollout, found = stops.truncate_at_strings(
-        jax.tree.map(processes.host, rollout), tokenizer, strings, after=sampling.min_new_tokens)
+      jax.tree.map(processes.host, rollout), tokenizer, strings, after=sampling.min_new_tokens
+    )
     return sharding.put_rows(rollout.replace(ended=ended | found), mesh)
 
   return cut
@@ -147,6 +159,6 @@ def texts_of(rollout, tokenizer):
     List of texts without special tokens, and list of token id lists with them.
   """
   mask = processes.host(rollout.response_mask)
-  tokens = processes.host(rollout.tokens)[:, -mask.shape[1]:]
+  tokens = processes.host(rollout.tokens)[:, -mask.shape[1] :]
   ids = [row[keep].tolist() for row, keep in zip(tokens, mask)]
   return tokenizers.decode_continuation(tokenizer, ids), ids

@@ -20,9 +20,14 @@ _SLOTS = {'k': -2, 'v': -2, 'segments': -1}
 
 def _map(function, cache, *others):
   """Maps function(name, axis of rows, leaf, *leaves) over all but the index."""
+
   def apply(name):
-    return jax.tree.map(lambda x, *rest: function(name, x.ndim - 4 if name in _STATES else 0, x, *rest),
-                        cache[name], *(other[name] for other in others))
+    return jax.tree.map(
+      lambda x, *rest: function(name, x.ndim - 4 if name in _STATES else 0, x, *rest),
+      cache[name],
+      *(other[name] for other in others),
+    )
+
   return {name: apply(name) for name in cache if name != 'index'}
 
 
@@ -33,12 +38,15 @@ def empty(shapes, index):
     shapes: of a cache, as ShapeDtypeStructs.
     index: slot that the next step writes, an int.
   """
-  zeros = _map(lambda name, axis, x: sharding.split_rows(jnp.zeros(x.shape, x.dtype), axis=axis), shapes)
+  zeros = _map(
+    lambda name, axis, x: sharding.split_rows(jnp.zeros(x.shape, x.dtype), axis=axis), shapes
+  )
   return zeros | {'index': jnp.int32(index)}
 
 
 def grow(cache, count):
   """Room for `count` more tokens, an int, behind the others."""
+
   def pad(name, axis, x):
     if name not in _SLOTS or not count:
       return x
@@ -51,7 +59,9 @@ def grow(cache, count):
 
 def repeat(cache, count):
   """Every row `count` times, the copies side by side."""
-  return cache | _map(lambda name, axis, x: sharding.split_rows(jnp.repeat(x, count, axis=axis), axis=axis), cache)
+  return cache | _map(
+    lambda name, axis, x: sharding.split_rows(jnp.repeat(x, count, axis=axis), axis=axis), cache
+  )
 
 
 def take(cache, rows):
@@ -69,6 +79,7 @@ def put(cache, row, source, source_row, length):
     source_row: which of its rows, an int32 scalar.
     length: slots to copy, an int; all tokens of the row are in the last `length` before the index.
   """
+
   def copy(name, axis, x, other):
     piece = jax.lax.dynamic_slice_in_dim(other, source_row, 1, axis)
     starts = [0] * x.ndim
@@ -86,6 +97,7 @@ def put(cache, row, source, source_row, length):
 
 def shift(cache, count):
   """Everything moved `count` slots (an int) towards the first, the index too; what falls off is lost."""
+
   def move(name, axis, x):
     if name not in _SLOTS:
       return x

@@ -41,15 +41,18 @@ def generate(params, prompts, key, *, model, sampling, samples=1, first=0):
 
   def draw(logits, t):
     return sampling_lib.sample(
-        jax.vmap(jax.random.fold_in, (0, None))(keys, t), logits, sampling, t)
+      jax.vmap(jax.random.fold_in, (0, None))(keys, t), logits, sampling, t
+    )
 
   def write(s, token, logprob):
     """Puts the token of slot t, where the response is still running, and ends it at the EOS or a stop token."""
     alive = ~s['done']
     token = jnp.where(alive, token, sampling.pad_id)
     columns = {'tokens': token, 'mask': alive, 'logprobs': jnp.where(alive, logprob, 0.0)}
-    out = {name: jax.lax.dynamic_update_slice_in_dim(s[name], column[:, None], s['t'], axis=1)
-           for name, column in columns.items()}
+    out = {
+      name: jax.lax.dynamic_update_slice_in_dim(s[name], column[:, None], s['t'], axis=1)
+      for name, column in columns.items()
+    }
     done = s['done'] | sampling_lib.stops(token, sampling)
     return s | out | {'token': token, 'done': done, 't': s['t'] + 1}
 
@@ -64,21 +67,24 @@ def generate(params, prompts, key, *, model, sampling, samples=1, first=0):
     hidden, cache = jnp.repeat(hidden, samples, axis=0), cache_lib.repeat(cache, samples)
     prompts = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), prompts)
   state = {
-      'cache': cache,
-      't': jnp.int32(0),
-      'token': jnp.zeros([batch], jnp.int32),
-      'done': jnp.zeros([batch], bool),
-      'tokens': jnp.full([batch, slots], sampling.pad_id, jnp.int32),
-      'mask': jnp.zeros([batch, slots], bool),
-      'logprobs': jnp.zeros([batch, slots], jnp.float32),
+    'cache': cache,
+    't': jnp.int32(0),
+    'token': jnp.zeros([batch], jnp.int32),
+    'done': jnp.zeros([batch], bool),
+    'tokens': jnp.full([batch, slots], sampling.pad_id, jnp.int32),
+    'mask': jnp.zeros([batch, slots], bool),
+    'logprobs': jnp.zeros([batch, slots], jnp.float32),
   }
   state = write(state, *draw(model.unembed(params, hidden), 0))
   for before, room in zip([rooms[0]] + rooms, rooms):
     state['cache'] = cache_lib.grow(state['cache'], room - before)
     state = jax.lax.while_loop(lambda s: (s['t'] < room) & ~jnp.all(s['done']), step, state)
-    state['t'] = jnp.int32(room)  # or all have ended; a number, so that the rounds of the next stage are known
+    state['t'] = jnp.int32(
+      room
+    )  # or all have ended; a number, so that the rounds of the next stage are known
   return types.Rollout(
-      tokens=jnp.concatenate([prompts.tokens, state['tokens']], axis=1),
-      mask=jnp.concatenate([prompts.mask, state['mask']], axis=1),
-      response_mask=state['mask'],
-      logprobs=state['logprobs'])
+    tokens=jnp.concatenate([prompts.tokens, state['tokens']], axis=1),
+    mask=jnp.concatenate([prompts.mask, state['mask']], axis=1),
+    response_mask=state['mask'],
+    logprobs=state['logprobs'],
+  )

@@ -54,12 +54,15 @@ def generate(params, prompts, key, *, model, sampling, max_concurrent, samples=1
   work = _Work(params, prompts, key, model, sampling, max_concurrent, samples, first)
   s = jax.lax.while_loop(work.plenty, work.turn, work.start())
   s = work.finish(s)
-  tokens, logprobs, lengths = (s[name][:work.count] for name in ('tokens', 'logprobs', 'lengths'))
+  tokens, logprobs, lengths = (s[name][: work.count] for name in ('tokens', 'logprobs', 'lengths'))
   mask = jnp.arange(sampling.max_new_tokens)[None] < lengths[:, None]
   prompts = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), prompts)
   return types.Rollout(
-      tokens=jnp.concatenate([prompts.tokens, tokens], axis=1),
-      mask=jnp.concatenate([prompts.mask, mask], axis=1), response_mask=mask, logprobs=logprobs)
+    tokens=jnp.concatenate([prompts.tokens, tokens], axis=1),
+    mask=jnp.concatenate([prompts.mask, mask], axis=1),
+    response_mask=mask,
+    logprobs=logprobs,
+  )
 
 
 class _Work:
@@ -73,7 +76,12 @@ class _Work:
   """
 
   def __init__(self, params, prompts, key, model, sampling, max_concurrent, samples, first):
-    self.params, self.model, self.sampling, self.samples = model.unstack(params), model, sampling, samples
+    self.params, self.model, self.sampling, self.samples = (
+      model.unstack(params),
+      model,
+      sampling,
+      samples,
+    )
     number, length = prompts.tokens.shape
     self.count = number * samples
     self.batch = min(max_concurrent, self.count)
@@ -85,7 +93,11 @@ class _Work:
     self.keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(self.none + 1))
     self.limit = sampling.max_new_tokens
     self.margin = MARGIN
-    self.rooms = {'short': self.limit // SHORT, 'long': self.limit} if self.limit >= LONG else {'short': self.limit}
+    self.rooms = (
+      {'short': self.limit // SHORT, 'long': self.limit}
+      if self.limit >= LONG
+      else {'short': self.limit}
+    )
     self.last = list(self.rooms)[-1]
     # Slots that a prompt takes, and that a row has when it moves to another cache. Of an
     # encoder-decoder only the start token of the response is in slots.
@@ -97,18 +109,23 @@ class _Work:
   def start(self):
     """Nothing is prefilled, and all rows are free."""
     return {
-        'next': jnp.int32(0),
-        'group': jnp.int32(-1),
-        'cache': self.empty(self.group, 0, self.read),
-        'token': jnp.zeros(self.size, jnp.int32),
-        'ended': jnp.zeros(self.size, bool),
-        'tokens': jnp.full((self.none, self.limit), self.sampling.pad_id, jnp.int32),
-        'logprobs': jnp.zeros((self.none, self.limit), jnp.float32),
-        'lengths': jnp.zeros(self.none, jnp.int32),
-    } | {name: {'cache': self.empty(self.batch, room + self.margin, self.most),
-                'response': jnp.full(self.batch, self.none, jnp.int32),
-                'token': jnp.zeros(self.batch, jnp.int32),
-                'count': jnp.zeros(self.batch, jnp.int32)} for name, room in self.rooms.items()}
+      'next': jnp.int32(0),
+      'group': jnp.int32(-1),
+      'cache': self.empty(self.group, 0, self.read),
+      'token': jnp.zeros(self.size, jnp.int32),
+      'ended': jnp.zeros(self.size, bool),
+      'tokens': jnp.full((self.none, self.limit), self.sampling.pad_id, jnp.int32),
+      'logprobs': jnp.zeros((self.none, self.limit), jnp.float32),
+      'lengths': jnp.zeros(self.none, jnp.int32),
+    } | {
+      name: {
+        'cache': self.empty(self.batch, room + self.margin, self.most),
+        'response': jnp.full(self.batch, self.none, jnp.int32),
+        'token': jnp.zeros(self.batch, jnp.int32),
+        'count': jnp.zeros(self.batch, jnp.int32),
+      }
+      for name, room in self.rooms.items()
+    }
 
   def empty(self, rows, room, index):
     """A cache without tokens, with room for a prompt and some more slots."""
@@ -136,10 +153,11 @@ class _Work:
     i, pool = s['next'] % self.size, s['short']
     row = jnp.argmin(self.busy(s, 'short'))
     pool = {
-        'cache': cache_lib.put(pool['cache'], row, s['cache'], i // self.samples, self.read),
-        'response': pool['response'].at[row].set(jnp.where(s['ended'][i], self.none, s['next'])),
-        'token': pool['token'].at[row].set(s['token'][i]),
-        'count': pool['count'].at[row].set(1)}
+      'cache': cache_lib.put(pool['cache'], row, s['cache'], i // self.samples, self.read),
+      'response': pool['response'].at[row].set(jnp.where(s['ended'][i], self.none, s['next'])),
+      'token': pool['token'].at[row].set(s['token'][i]),
+      'count': pool['count'].at[row].set(1),
+    }
     return s | {'next': s['next'] + 1, 'short': pool}
 
   def prefill(self, s):
@@ -147,9 +165,11 @@ class _Work:
     # Of `next` alone, which the loop around this leaves as it is, XLA would do all of it outside, every time.
     group = s['group'] + 1
     prompts = jax.tree.map(
-        lambda x: jax.lax.dynamic_slice_in_dim(x, group * self.group, self.group), self.prompts)
+      lambda x: jax.lax.dynamic_slice_in_dim(x, group * self.group, self.group), self.prompts
+    )
     hidden, cache = self.model.prefill(
-        self.params, prompts.tokens, prompts.mask, int(self.model.encoder_decoder))
+      self.params, prompts.tokens, prompts.mask, int(self.model.encoder_decoder)
+    )
     hidden = jnp.repeat(hidden, self.samples, axis=0)
     responses = group * self.size + jnp.arange(self.size)
     s, token, ended = self.draw(s, hidden, responses, jnp.zeros(self.size, jnp.int32))
@@ -170,9 +190,14 @@ class _Work:
     short, long = s['short'], s['long']
     row = jnp.argmax(jnp.where(self.busy(s, 'short'), short['count'], 0))
     free = jnp.argmin(self.busy(s, 'long'))
-    moved = {name: long[name].at[free].set(short[name][row]) for name in ('response', 'token', 'count')}
+    moved = {
+      name: long[name].at[free].set(short[name][row]) for name in ('response', 'token', 'count')
+    }
     moved['cache'] = cache_lib.put(long['cache'], free, short['cache'], row, self.most)
-    return s | {'long': moved, 'short': short | {'response': short['response'].at[row].set(self.none)}}
+    return s | {
+      'long': moved,
+      'short': short | {'response': short['response'].at[row].set(self.none)},
+    }
 
   # Steps
 
@@ -183,32 +208,46 @@ class _Work:
     # devices of other data shards too, and those may have left the loop.
     logits = sharding.split_rows(self.model.unembed(self.params, hidden))
     token, logprob = sampling_lib.sample(keys, logits, self.sampling, index)
-    written = {name: s[name].at[responses, index].set(column, mode='drop')
-               for name, column in (('tokens', token), ('logprobs', logprob))}
+    written = {
+      name: s[name].at[responses, index].set(column, mode='drop')
+      for name, column in (('tokens', token), ('logprobs', logprob))
+    }
     written['lengths'] = s['lengths'].at[responses].set(index + 1, mode='drop')
     ended = (index + 1 == self.limit) | sampling_lib.stops(token, self.sampling)
     return s | written, token, ended
 
   def step(self, s, name):
     """One more token of each row in a cache."""
+
     def movable(cache):
       # A row that moves takes `most` slots before the index along, however few of them are its tokens.
-      longest = jnp.max(jnp.where(self.busy(s, name), self.read + s[name]['count'], 0), initial=self.most)
+      longest = jnp.max(
+        jnp.where(self.busy(s, name), self.read + s[name]['count'], 0), initial=self.most
+      )
       return cache['index'] - longest >= self.margin
 
     pool = s[name]
-    cache = jax.lax.while_loop(movable, lambda cache: cache_lib.shift(cache, self.margin), pool['cache'])
+    cache = jax.lax.while_loop(
+      movable, lambda cache: cache_lib.shift(cache, self.margin), pool['cache']
+    )
     hidden, cache = self.model.step(self.params, pool['token'], self.busy(s, name), cache)
     s, token, ended = self.draw(s, hidden, pool['response'], pool['count'])
-    return s | {name: {'cache': cache, 'token': token, 'count': pool['count'] + 1,
-                       'response': jnp.where(ended, self.none, pool['response'])}}
+    return s | {
+      name: {
+        'cache': cache,
+        'token': token,
+        'count': pool['count'] + 1,
+        'response': jnp.where(ended, self.none, pool['response']),
+      }
+    }
 
   def turn(self, s):
     """Moves and refills rows, and makes steps until there is something to move or to refill."""
     if 'long' not in s:
       s = jax.lax.while_loop(self.refillable, self.refill, s)
       return jax.lax.while_loop(
-          lambda s: self.plenty(s) & ~self.refillable(s), lambda s: self.step(s, 'short'), s)
+        lambda s: self.plenty(s) & ~self.refillable(s), lambda s: self.step(s, 'short'), s
+      )
 
     def long_first(s):
       # Where a row waits for a place there, or where more rows are at work.
@@ -219,8 +258,12 @@ class _Work:
 
     s = jax.lax.while_loop(self.movable, self.move, s)
     s = jax.lax.while_loop(self.refillable, self.refill, s)
-    s = jax.lax.while_loop(lambda s: settled(s) & ~long_first(s), lambda s: self.step(s, 'short'), s)
-    return jax.lax.while_loop(lambda s: settled(s) & long_first(s), lambda s: self.step(s, 'long'), s)
+    s = jax.lax.while_loop(
+      lambda s: settled(s) & ~long_first(s), lambda s: self.step(s, 'short'), s
+    )
+    return jax.lax.while_loop(
+      lambda s: settled(s) & long_first(s), lambda s: self.step(s, 'long'), s
+    )
 
   # The end
 
@@ -237,8 +280,11 @@ class _Work:
     for size, rest in zip(sizes, sizes[1:] + [0]):
       order = jnp.argsort(~self.busy(s, self.last), stable=True)[:size]
       pool = s[self.last]
-      s = s | {self.last: {name: x[order] for name, x in pool.items() if name != 'cache'} | {
-          'cache': cache_lib.take(pool['cache'], order)}}
+      s = s | {
+        self.last: {name: x[order] for name, x in pool.items() if name != 'cache'}
+        | {'cache': cache_lib.take(pool['cache'], order)}
+      }
       s = jax.lax.while_loop(
-          lambda s: self.number(s, self.last) > rest, lambda s: self.step(s, self.last), s)
+        lambda s: self.number(s, self.last) > rest, lambda s: self.step(s, self.last), s
+      )
     return s

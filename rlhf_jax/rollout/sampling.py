@@ -31,6 +31,7 @@ class Sampling:
   Raises:
     UserError: `min_new_tokens` exceeds `max_new_tokens`.
   """
+
   max_new_tokens: int
   temperature: float = 1.0
   top_k: int = 0
@@ -44,8 +45,9 @@ class Sampling:
   def __post_init__(self):
     if self.min_new_tokens > self.max_new_tokens:
       raise errors.UserError(
-          f'min_new_tokens={self.min_new_tokens} exceeds max_new_tokens={self.max_new_tokens}: '
-          'lower it')
+        f'min_new_tokens={self.min_new_tokens} exceeds max_new_tokens={self.max_new_tokens}: '
+        'lower it'
+      )
 
   @property
   def ends(self):
@@ -74,7 +76,7 @@ def ended(rollout, sampling):
     rollout: Rollout.
     sampling: the Sampling it was drawn with.
   """
-  response = rollout.tokens[:, -rollout.response_mask.shape[1]:]
+  response = rollout.tokens[:, -rollout.response_mask.shape[1] :]
   if not sampling.ends:
     return jnp.ones(response.shape[0], bool)
   return jnp.any(among(response, sampling.ends) & rollout.response_mask, axis=1)
@@ -145,8 +147,9 @@ def sample(keys, logits, sampling, index=0):
   if sampling.temperature == 0:
     tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return tokens, jnp.zeros(tokens.shape, jnp.float32)
-  logits = filter_logits(logits, temperature=sampling.temperature,
-                         top_k=sampling.top_k, top_p=sampling.top_p)
+  logits = filter_logits(
+    logits, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
+  )
   return _invert(jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys), logits)
 
 

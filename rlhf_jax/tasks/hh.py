@@ -32,8 +32,14 @@ def write(folder, *, path, count, vocab_size, turns, seed):
   """
   examples, report = formats.comparisons(sources.read(path))
   print(f'{path}: {report}')
-  records = [{'prompt': last_turns(e.prompt, turns), 'chosen': e.completions[0],
-              'rejected': e.completions[1]} for e in examples]
+  records = [
+    {
+      'prompt': last_turns(e.prompt, turns),
+      'chosen': e.completions[0],
+      'rejected': e.completions[1],
+    }
+    for e in examples
+  ]
   fold_of = folds_of([e.prompt for e in examples], count, seed)
   for fold in range(count):
     train = [r for r, f in zip(records, fold_of) if f != fold]
@@ -69,7 +75,7 @@ def last_turns(prompt, count):
     return prompt
   pieces = prompt.split('\n\n')
   starts = [i for i, piece in enumerate(pieces) if piece.startswith(('Human:', 'Assistant:'))]
-  return '\n\n' + '\n\n'.join(pieces[starts[-count]:]) if len(starts) > count else prompt
+  return '\n\n' + '\n\n'.join(pieces[starts[-count] :]) if len(starts) > count else prompt
 
 
 def run(folder, *, reward_models, train, test, max_length):
@@ -84,20 +90,29 @@ def run(folder, *, reward_models, train, test, max_length):
   """
   gaps, prompts = {'reward model': [], 'bag of words': [], 'shorter wins': []}, []
   for paths, fitted_on, tested_on in zip(reward_models, train, test):
-    found = [policies.pair_gaps(policies.Scorer.load(path), tested_on, max_length=max_length) for path in paths]
+    found = [
+      policies.pair_gaps(policies.Scorer.load(path), tested_on, max_length=max_length)
+      for path in paths
+    ]
     gaps['reward model'].append(np.mean([gaps for gaps, _ in found], axis=0))
     prompts += found[0][1]
     gaps['bag of words'].append(bag_of_words(pairs_of(fitted_on), pairs_of(tested_on)))
-    gaps['shorter wins'].append(np.array(
-        [float(len(b) - len(a)) for a, b in pairs_of(tested_on)]))
+    gaps['shorter wins'].append(np.array([float(len(b) - len(a)) for a, b in pairs_of(tested_on)]))
   rows = []
   for name, parts in gaps.items():
     found = calibration.pairwise(
-        np.concatenate(parts), np.zeros(sum(map(len, parts))), prompts=prompts)
-    rows.append({'stage': name, 'accuracy': round(found.accuracy, 4),
-                 'interval': f'[{found.accuracy_low:.3f}, {found.accuracy_high:.3f}]',
-                 'by_fold': ' '.join(f'{np.mean(part > 0):.3f}' for part in parts),
-                 'ece': round(found.ece, 3), 'pairs': found.count})
+      np.concatenate(parts), np.zeros(sum(map(len, parts))), prompts=prompts
+    )
+    rows.append(
+      {
+        'stage': name,
+        'accuracy': round(found.accuracy, 4),
+        'interval': f'[{found.accuracy_low:.3f}, {found.accuracy_high:.3f}]',
+        'by_fold': ' '.join(f'{np.mean(part > 0):.3f}' for part in parts),
+        'ece': round(found.ece, 3),
+        'pairs': found.count,
+      }
+    )
   print(tables.stages_table(rows, title='Held-out pair accuracy, 95 % interval'))
   (folder / 'results.json').write_text(json.dumps(rows, indent=2))
 
@@ -111,8 +126,10 @@ def pairs_of(path):
 def bag_of_words(train, test):
   """Gaps [n] of a logistic model on the words of the two replies, fitted on `train` pairs."""
   vectorizer = CountVectorizer(binary=True, min_df=2).fit([text for pair in train for text in pair])
-  difference = lambda pairs: (vectorizer.transform([a for a, _ in pairs]).astype(float)
-                              - vectorizer.transform([b for _, b in pairs]))
+  difference = lambda pairs: (
+    vectorizer.transform([a for a, _ in pairs]).astype(float)
+    - vectorizer.transform([b for _, b in pairs])
+  )
   x = difference(train)
   sign = np.where(np.arange(len(train)) % 2, 1, -1)
   model = LogisticRegression(C=0.03, fit_intercept=False, max_iter=1000)

@@ -43,13 +43,19 @@ def write(folder, *, path, vocab_size, pairings, prompt_words, prompt_count, see
   sources.write(folder / 'held_out.jsonl', pairs(judged, 1, rng))
   sources.write(folder / 'texts.jsonl', [{'text': text} for text in texts])
   sources.write(folder / 'pairs.jsonl', pairs(train, pairings, rng))
-  sources.write(folder / 'prompts.jsonl', [
-      {'prompt': asked[i % len(asked)]} for i in range(prompt_count)])
+  sources.write(
+    folder / 'prompts.jsonl', [{'prompt': asked[i % len(asked)]} for i in range(prompt_count)]
+  )
   rng.shuffle(others)
   known = set(asked)
-  sources.write(folder / 'held_out_prompts.jsonl', [
-      {'prompt': prompt} for prompt in dict.fromkeys(openings(others, prompt_words))
-      if prompt not in known])
+  sources.write(
+    folder / 'held_out_prompts.jsonl',
+    [
+      {'prompt': prompt}
+      for prompt in dict.fromkeys(openings(others, prompt_words))
+      if prompt not in known
+    ],
+  )
   tokenizers.train_bpe(texts, vocab_size, str(folder / 'tokenizer'))
 
 
@@ -78,9 +84,10 @@ def write_documents(folder, *, path, vocab_size, snippets, shuffles, seed):
   documents = []
   for _ in range(shuffles):
     for lines in train.values():
-      ended = [line if line.endswith(' .') else line + ' .'
-               for line in rng.sample(lines, len(lines))]
-      documents += [' '.join(ended[i:i + snippets]) for i in range(0, len(ended), snippets)]
+      ended = [
+        line if line.endswith(' .') else line + ' .' for line in rng.sample(lines, len(lines))
+      ]
+      documents += [' '.join(ended[i : i + snippets]) for i in range(0, len(ended), snippets)]
   rng.shuffle(documents)
   write_judge(folder, judged)
   sources.write(folder / 'documents.jsonl', [{'text': text} for text in documents])
@@ -94,14 +101,16 @@ def halves(path, rng):
     records = sources.read(str(pathlib.Path(path) / name), format='text')
     lines = [record.fields['text'].strip() for record in records]
     rng.shuffle(lines)
-    first[label], second[label] = lines[:len(lines) // 2], lines[len(lines) // 2:]
+    first[label], second[label] = lines[: len(lines) // 2], lines[len(lines) // 2 :]
   return first, second
 
 
 def write_judge(folder, lines):
   """Writes judge.jsonl from {label: lines}."""
-  sources.write(folder / 'judge.jsonl', [
-      {'text': line, 'label': label} for label, each in lines.items() for line in each])
+  sources.write(
+    folder / 'judge.jsonl',
+    [{'text': line, 'label': label} for label, each in lines.items() for line in each],
+  )
 
 
 def pairs(lines, pairings, rng):
@@ -109,8 +118,10 @@ def pairs(lines, pairings, rng):
   records = []
   for _ in range(pairings):
     negatives = rng.sample(lines[0], len(lines[0]))
-    records += [{'prompt': '', 'chosen': a, 'rejected': b}
-                for a, b in zip(rng.sample(lines[1], len(lines[1])), negatives)]
+    records += [
+      {'prompt': '', 'chosen': a, 'rejected': b}
+      for a, b in zip(rng.sample(lines[1], len(lines[1])), negatives)
+    ]
   return records
 
 
@@ -137,6 +148,7 @@ def judge(path):
   """
   records = [record.fields for record in sources.read(path)]
   model = make_pipeline(
-      CountVectorizer(binary=True, ngram_range=(1, 2), min_df=2, token_pattern=r'\S+'),
-      LogisticRegression(C=0.3, max_iter=1000))
+    CountVectorizer(binary=True, ngram_range=(1, 2), min_df=2, token_pattern=r'\S+'),
+    LogisticRegression(C=0.3, max_iter=1000),
+  )
   return model.fit([r['text'] for r in records], [r['label'] for r in records])

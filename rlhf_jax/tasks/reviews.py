@@ -222,9 +222,7 @@ def _opinions() -> dict[tuple[str, ...], float]:
   for category in grammar.CATEGORIES:
     strengths |= {category.praise: 1.0, category.complaint: -1.0}
   return {
-    tuple(phrase.split()): strength
-    for phrases, strength in strengths.items()
-    for phrase in phrases
+    tuple(phrase.split()): strength for phrases, strength in strengths.items() for phrase in phrases
   }
 
 
@@ -300,8 +298,9 @@ def _topic(sentences: list[list[str]], product: str) -> float:
   return (2 * right - len(mentions)) / max(len(mentions), 2)
 
 
-def write(folder, *, corpus_size, demonstration_count, prompt_count, eval_prompt_count,
-          vocab_size, seed):
+def write(
+  folder, *, corpus_size, demonstration_count, prompt_count, eval_prompt_count, vocab_size, seed
+):
   """Writes the world as files: the first stage of the quickstart.
 
   corpus.jsonl {"text"}, demonstrations.jsonl {"prompt", "completion"}, prompts.jsonl and

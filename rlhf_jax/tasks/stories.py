@@ -15,8 +15,7 @@ def write(folder, *, texts, count):
     texts: what the prompts are.
     count: records.
   """
-  sources.write(folder / 'prompts.jsonl',
-                [{'prompt': texts[i % len(texts)]} for i in range(count)])
+  sources.write(folder / 'prompts.jsonl', [{'prompt': texts[i % len(texts)]} for i in range(count)])
 
 
 def direct_speech(prompts, responses, *, response_tokens, metadata):

@@ -15,8 +15,10 @@ import tiny
 WIDE = tiny.LLAMA | {'hidden_size': 64, 'intermediate_size': 64, 'max_position_embeddings': 64}
 
 
-@pytest.mark.parametrize('minibatches, behaviour', [
-    (1, 'forward'), (2, 'forward'), pytest.param(2, 'minibatch', marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  'minibatches, behaviour',
+  [(1, 'forward'), (2, 'forward'), pytest.param(2, 'minibatch', marks=pytest.mark.slow)],
+)
 def test_nothing_is_learnt_at_a_rate_of_zero(minibatches, behaviour, world, tmp_path):
   """Policy, reference and behaviour are one model: ratio 1, KL 0, and the sampler agrees."""
   tiny.write_model(tmp_path / 'model', WIDE)
@@ -55,19 +57,22 @@ def test_passes_before_the_update_are_those_of_the_first_epoch(microbatch_size):
   mask = np.arange(64) < 4 * filled[:, None]
   tokens = np.zeros((12, 70), np.int32) + np.arange(12, dtype=np.int32)[:, None]
   rollout = types.Rollout(
-      tokens, np.ones_like(tokens, bool), mask, np.zeros(mask.shape, np.float32))
+    tokens, np.ones_like(tokens, bool), mask, np.zeros(mask.shape, np.float32)
+  )
   first = rng.permutation(12).reshape(3, 4)
   schedule = update.Schedule(
-      minibatches=3, microbatch_size=microbatch_size, length_buckets=4, before_like_first=True)
-  _, outputs = update.before_update({}, rollout, jnp.asarray(mask), forward=Pieces(),
-                                    schedule=schedule, first=jnp.asarray(first))
+    minibatches=3, microbatch_size=microbatch_size, length_buckets=4, before_like_first=True
+  )
+  _, outputs = update.before_update(
+    {}, rollout, jnp.asarray(mask), forward=Pieces(), schedule=schedule, first=jnp.asarray(first)
+  )
   for minibatch in first:
     rows = sorted(minibatch, key=lambda row: filled[row])
     size = microbatch_size or 4
-    for piece in (rows[i:i + size] for i in range(0, 4, size)):
+    for piece in (rows[i : i + size] for i in range(0, 4, size)):
       # Cut to what its longest sequence fills of 16, 32, 48 or 64 slots; a whole minibatch is not.
       slots = 64 if size == 4 else 16 * -(-max(filled[row] for row in piece) // 4)
-      wanted = np.where(np.arange(64) < slots, sum(2.0 ** row for row in piece), 0.0)
+      wanted = np.where(np.arange(64) < slots, sum(2.0**row for row in piece), 0.0)
       for row in piece:
         np.testing.assert_array_equal(outputs.logprobs[row], wanted)
   assert lengths.stages(64, 4) == [16, 32, 48, 64]

@@ -18,20 +18,34 @@ from rlhf_jax.algorithms import grpo
 import tiny
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / 'golden' / 'trl_grpo.npz')
-CASES = {name: case for name, case in json.loads(str(GOLDEN['settings'])).items()
-         if not (case['beta'] and case['use_bias_correction_kl'])}
+CASES = {
+  name: case
+  for name, case in json.loads(str(GOLDEN['settings'])).items()
+  if not (case['beta'] and case['use_bias_correction_kl'])
+}
 NORMALIZE = {'grpo': 'sequence', 'bnpo': 'token', 'dapo': 'token', 'dr_grpo': 'constant'}
-BASE = dict(microbatch_size=0, temperature=1.0, samples=2, max_new_tokens=6, end_tokens=(tiny.EOS,),
-            end_after=0)
+BASE = dict(
+  microbatch_size=0,
+  temperature=1.0,
+  samples=2,
+  max_new_tokens=6,
+  end_tokens=(tiny.EOS,),
+  end_after=0,
+)
 
 
 def settings_of(case):
   """Our settings for TRL's."""
   return grpo.Settings(
-      **BASE | {'samples': case['num_generations'], 'max_new_tokens': case['max_completion_length']},
-      kl_coef=case['beta'], scale=case['scale_rewards'], normalize=NORMALIZE[case['loss_type']],
-      ratio=case['importance_sampling_level'], clip_low=case['epsilon'],
-      clip_high=case['epsilon_high'], dual_clip=case['delta'])
+    **BASE | {'samples': case['num_generations'], 'max_new_tokens': case['max_completion_length']},
+    kl_coef=case['beta'],
+    scale=case['scale_rewards'],
+    normalize=NORMALIZE[case['loss_type']],
+    ratio=case['importance_sampling_level'],
+    clip_low=case['epsilon'],
+    clip_high=case['epsilon_high'],
+    dual_clip=case['delta'],
+  )
 
 
 @pytest.mark.parametrize('name', CASES)
@@ -44,9 +58,14 @@ def test_loss_and_gradient_are_those_of_trl(name):
     if CASES[name]['loss_type'] == 'dapo':
       tokens = mask.sum() * len(rows) * accumulation / len(mask)
     batch = types.Experience(
-        tokens=None, mask=None, response_mask=mask[rows], step_mask=mask[rows],
-        logprobs=GOLDEN['old_logprobs'][rows], ref_logprobs=np.where(mask[rows], GOLDEN['ref_logprobs'][rows], 0),
-        advantages=advantages[rows])
+      tokens=None,
+      mask=None,
+      response_mask=mask[rows],
+      step_mask=mask[rows],
+      logprobs=GOLDEN['old_logprobs'][rows],
+      ref_logprobs=np.where(mask[rows], GOLDEN['ref_logprobs'][rows], 0),
+      advantages=advantages[rows],
+    )
     counts = update.Counts(tokens, tokens, len(rows) * accumulation)
 
     def loss(logprobs):
@@ -61,12 +80,21 @@ def test_loss_and_gradient_are_those_of_trl(name):
 def prepared(settings, scores=None):
   """Response mask, advantages and metrics of the golden responses."""
   mask = GOLDEN['mask']
-  rollout = types.Rollout(np.full(mask.shape, 9), mask, mask, np.where(mask, -1.0, 0.0).astype(np.float32))
+  rollout = types.Rollout(
+    np.full(mask.shape, 9), mask, mask, np.where(mask, -1.0, 0.0).astype(np.float32)
+  )
   outputs = forward.Outputs(*[jnp.asarray(rollout.logprobs)] * 2)
-  state = types.TrainState(0, None, {}, {}, {'kl_coef': settings.kl_coef, 'reward_moments': jnp.zeros(3)})
+  state = types.TrainState(
+    0, None, {}, {}, {'kl_coef': settings.kl_coef, 'reward_moments': jnp.zeros(3)}
+  )
   experience, _, metrics = grpo.prepare(
-      outputs, forward.Fixed(None, jnp.asarray(rollout.logprobs) - 0.5 * mask, None), state=state, rollout=rollout,
-      scores=jnp.asarray(GOLDEN['scores'] if scores is None else scores), settings=settings)
+    outputs,
+    forward.Fixed(None, jnp.asarray(rollout.logprobs) - 0.5 * mask, None),
+    state=state,
+    rollout=rollout,
+    scores=jnp.asarray(GOLDEN['scores'] if scores is None else scores),
+    settings=settings,
+  )
   return np.asarray(experience.response_mask), np.asarray(experience.advantages), metrics
 
 
@@ -75,7 +103,7 @@ def test_groups_of_equal_scores_are_left_out():
   settings = grpo.Settings(**BASE | {'samples': n}, drop_equal_groups=True, kl_coef=0.0)
   mask, advantages, metrics = prepared(settings)
   equal = np.zeros(len(mask), bool)
-  equal[n:2 * n] = True  # the golden scores' second group is all equal
+  equal[n : 2 * n] = True  # the golden scores' second group is all equal
   np.testing.assert_array_equal(mask, GOLDEN['mask'] & ~equal[:, None])
   assert not advantages[equal].any() and advantages[~equal].any()
   assert metrics['groups/equal'] == pytest.approx(equal.mean())

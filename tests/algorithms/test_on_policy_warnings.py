@@ -13,37 +13,78 @@ from rlhf_jax.algorithms import on_policy_warnings
 from rlhf_jax.algorithms import ppo
 import tiny
 
-FINE = {'response/eos_rate': 0.5, 'objective/scores': 0.4, 'objective/scores_std': 0.1,
-        'objective/kl': 3.0, 'objective/kl_se': 0.2, 'policy/sampler_gap': 1e-6}
+FINE = {
+  'response/eos_rate': 0.5,
+  'objective/scores': 0.4,
+  'objective/scores_std': 0.1,
+  'objective/kl': 3.0,
+  'objective/kl_se': 0.2,
+  'policy/sampler_gap': 1e-6,
+}
 
 
 def warnings(metrics, **keys):
   config = ppo.config()
-  config.update_from_flattened_dict({name.replace('__', '.'): value for name, value in keys.items()})
+  config.update_from_flattened_dict(
+    {name.replace('__', '.'): value for name, value in keys.items()}
+  )
   return on_policy_warnings.make(config)(FINE | metrics)
 
 
 CASES = {
-    'missing EOS, replaced': (
-        {'response/eos_rate': 0.0}, {'rl__missing_eos': 'replace'}, 'missing_eos',
-        ['response/eos_rate is 0', "config.rl.missing_eos='replace' pays -1.0 for all",
-         'config.sampling.max_new_tokens']),
-    'missing EOS, subtracted': (
-        {'response/eos_rate': 0.0}, {'rl__missing_eos': 'subtract', 'rl__missing_eos_value': 1.0},
-        'missing_eos', ['takes 1.0 off every score']),
-    'equal scores': ({'objective/scores_std': 0.0}, {}, 'equal_scores',
-                     ['all scores of the batch are 0.4', 'config.reward']),
-    'negative KL': ({'objective/kl': -0.7}, {}, 'negative_kl',
-                    ['objective/kl is -0.7 ± 0.2', 'policy/sampler_gap is 1e-06', 'few responses']),
-    'negative KL by a filter': ({'objective/kl': -0.7}, {'sampling__top_p': 0.9}, 'negative_kl',
-                                ['config.sampling.top_p=0.9 leaves tokens out']),
-    'large KL': ({'objective/kl': 60.0}, {}, 'kl',
-                 ['objective/kl is 60 nats', 'config.warn.kl=50.0', 'config.rl.kl_coef']),
-    'a bound of its own': ({'objective/kl': 4.0}, {'warn__kl': 2.0}, 'kl', ['config.warn.kl=2.0']),
-    'gap': ({'policy/sampler_gap': 0.2}, {}, 'sampler_gap',
-            ['policy/sampler_gap is 0.2', 'config.warn.sampler_gap=0.1', 'config.model.dtype']),
-    'gap by a filter': ({'policy/sampler_gap': 0.2}, {'sampling__top_k': 5}, 'sampler_gap',
-                        ['config.sampling.top_k=5 changes']),
+  'missing EOS, replaced': (
+    {'response/eos_rate': 0.0},
+    {'rl__missing_eos': 'replace'},
+    'missing_eos',
+    [
+      'response/eos_rate is 0',
+      "config.rl.missing_eos='replace' pays -1.0 for all",
+      'config.sampling.max_new_tokens',
+    ],
+  ),
+  'missing EOS, subtracted': (
+    {'response/eos_rate': 0.0},
+    {'rl__missing_eos': 'subtract', 'rl__missing_eos_value': 1.0},
+    'missing_eos',
+    ['takes 1.0 off every score'],
+  ),
+  'equal scores': (
+    {'objective/scores_std': 0.0},
+    {},
+    'equal_scores',
+    ['all scores of the batch are 0.4', 'config.reward'],
+  ),
+  'negative KL': (
+    {'objective/kl': -0.7},
+    {},
+    'negative_kl',
+    ['objective/kl is -0.7 ± 0.2', 'policy/sampler_gap is 1e-06', 'few responses'],
+  ),
+  'negative KL by a filter': (
+    {'objective/kl': -0.7},
+    {'sampling__top_p': 0.9},
+    'negative_kl',
+    ['config.sampling.top_p=0.9 leaves tokens out'],
+  ),
+  'large KL': (
+    {'objective/kl': 60.0},
+    {},
+    'kl',
+    ['objective/kl is 60 nats', 'config.warn.kl=50.0', 'config.rl.kl_coef'],
+  ),
+  'a bound of its own': ({'objective/kl': 4.0}, {'warn__kl': 2.0}, 'kl', ['config.warn.kl=2.0']),
+  'gap': (
+    {'policy/sampler_gap': 0.2},
+    {},
+    'sampler_gap',
+    ['policy/sampler_gap is 0.2', 'config.warn.sampler_gap=0.1', 'config.model.dtype'],
+  ),
+  'gap by a filter': (
+    {'policy/sampler_gap': 0.2},
+    {'sampling__top_k': 5},
+    'sampler_gap',
+    ['config.sampling.top_k=5 changes'],
+  ),
 }
 
 
@@ -55,13 +96,19 @@ def test_each_is_one_line_that_names_figure_and_key(metrics, keys, kind, parts):
     assert part in found[kind]
 
 
-@pytest.mark.parametrize('metrics, keys', [
+@pytest.mark.parametrize(
+  'metrics, keys',
+  [
     ({}, {}),
     ({'response/eos_rate': 0.0}, {}),  # no rule
     ({'objective/kl': -0.5}, {}),  # 2.5 standard errors
     ({'objective/kl': -0.009, 'objective/kl_se': 0.0}, {}),  # rounding
-    ({'objective/kl': 60.0, 'policy/sampler_gap': 0.2}, {'warn__kl': None, 'warn__sampler_gap': None}),
-])
+    (
+      {'objective/kl': 60.0, 'policy/sampler_gap': 0.2},
+      {'warn__kl': None, 'warn__sampler_gap': None},
+    ),
+  ],
+)
 def test_none_where_nothing_is_wrong(metrics, keys):
   assert warnings(metrics, **keys) == {}
 
@@ -83,12 +130,17 @@ def test_equal_scores_have_no_deviation_and_a_kl_has_its_standard_error():
   mask = jnp.ones((3, 2), bool)
   rollout = types.Rollout(jnp.ones((3, 4), int), jnp.ones((3, 4), bool), mask, jnp.zeros((3, 2)))
   ratios = jnp.array([[0.1, 0.2], [0.3, 0.3], [0.5, 0.4]])  # sums 0.3, 0.6, 0.9
-  batch = types.Experience(rollout.tokens, rollout.mask, mask, mask, ratios, ref_logprobs=0 * ratios)
+  batch = types.Experience(
+    rollout.tokens, rollout.mask, mask, mask, ratios, ref_logprobs=0 * ratios
+  )
   outputs = type('Outputs', (), {'entropy': 0 * ratios})
   describe = lambda scores: experience.describe(
-      batch, rollout, scores, scores - 1, outputs, 0.5, experience.ScoreRules())
+    batch, rollout, scores, scores - 1, outputs, 0.5, experience.ScoreRules()
+  )
   equal = describe(jnp.full(3, 0.1))
-  assert equal['objective/scores_std'] == 0 and equal['objective/paid_scores'] == pytest.approx(-0.9)
+  assert equal['objective/scores_std'] == 0 and equal['objective/paid_scores'] == pytest.approx(
+    -0.9
+  )
   assert equal['samples/paid_score'].tolist() == pytest.approx([-0.9] * 3)
   found = describe(jnp.array([1.0, 2.0, 6.0]))
   assert found['objective/scores_std'] == pytest.approx((14 / 3) ** 0.5)  # (4 + 1 + 9) / 3
@@ -110,20 +162,32 @@ def test_a_run_logs_each_once(world, tmp_path, caplog):
   config.rl.update({'epochs': 1, 'minibatches': 1})
   train.run(config, tmp_path / 'run')
   found = [record.getMessage() for record in caplog.records if 'all scores' in record.getMessage()]
-  assert found == ['step 0: all scores of the batch are 0.5 (objective/scores_std is 0), '
-                   'which teaches nothing: look at the responses in samples.jsonl '
-                   '(config.samples_every) and at config.reward']
+  assert found == [
+    'step 0: all scores of the batch are 0.5 (objective/scores_std is 0), '
+    'which teaches nothing: look at the responses in samples.jsonl '
+    '(config.samples_every) and at config.reward'
+  ]
   first, last = metrics_lib.read(tmp_path / 'run')
   assert min(first['seconds/update'], last['seconds/update']) > 0
 
 
 def test_each_kind_once_and_the_bar_and_the_lines_have_one_name(tmp_path, caplog):
-  writer, bar = metrics_lib.Writer(tmp_path), tqdm.tqdm(disable=False, file=open(tmp_path / 'bar', 'w'))
-  log = metrics_lib.StepLog(writer, bar, lambda metrics: {'a': 'first'} | (
-      {'b': 'second'} if metrics['tokens'] > 30 else {}))
+  writer, bar = (
+    metrics_lib.Writer(tmp_path),
+    tqdm.tqdm(disable=False, file=open(tmp_path / 'bar', 'w')),
+  )
+  log = metrics_lib.StepLog(
+    writer,
+    bar,
+    lambda metrics: {'a': 'first'} | ({'b': 'second'} if metrics['tokens'] > 30 else {}),
+  )
   for step in range(4):
-    values = {'tokens': jnp.float32(20 + 10 * step), 'objective/scores': jnp.float32(1),
-              'objective/paid_scores': jnp.float32(2), 'samples/paid_score': jnp.ones(5)}
+    values = {
+      'tokens': jnp.float32(20 + 10 * step),
+      'objective/scores': jnp.float32(1),
+      'objective/paid_scores': jnp.float32(2),
+      'samples/paid_score': jnp.ones(5),
+    }
     log.add(step, values, {'seconds/update': 0.5}, written=True)
   log.flush()
   writer.close()

@@ -51,11 +51,20 @@ def test_a_name_that_is_nowhere(outside):
     build.load('my_reinforc')
 
 
-@pytest.mark.parametrize('text, message', [
-    ('x = 1 / 0\n', 'importing it raised ZeroDivisionError: division by zero, at broken.py:1 in <module>: `x = 1 / 0`'),
-    ('def config(:\n', 'importing it raised SyntaxError: invalid syntax, at broken.py:1: `def config(:`'),
+@pytest.mark.parametrize(
+  'text, message',
+  [
+    (
+      'x = 1 / 0\n',
+      'importing it raised ZeroDivisionError: division by zero, at broken.py:1 in <module>: `x = 1 / 0`',
+    ),
+    (
+      'def config(:\n',
+      'importing it raised SyntaxError: invalid syntax, at broken.py:1: `def config(:`',
+    ),
     ('import sys\nsys.exit(0)\n', r'importing it called sys.exit(0), at broken.py:2'),
-])
+  ],
+)
 def test_a_module_that_fails(text, message, outside):
   (outside / 'broken.py').write_text(text)
   with pytest.raises(errors.UserError) as caught:
@@ -65,5 +74,7 @@ def test_a_module_that_fails(text, message, outside):
 
 @pytest.mark.parametrize('name', ['..x', '', 3])
 def test_what_names_no_module(name):
-  with pytest.raises(errors.UserError, match='config.algorithm=.* cannot be loaded .it names no module'):
+  with pytest.raises(
+    errors.UserError, match='config.algorithm=.* cannot be loaded .it names no module'
+  ):
     build.load(name)

@@ -26,8 +26,15 @@ def settings(world):
   """One epoch of two minibatches at temperature 0.7, advantages whitened in each."""
   config = tiny.ppo(world)
   config.sampling.temperature = 0.7
-  config.rl.update({'epochs': 1, 'whiten_advantages': 'minibatch', 'entropy_coef': 0.01,
-                     'missing_eos': 'replace', 'kl_controller': 'adaptive'})
+  config.rl.update(
+    {
+      'epochs': 1,
+      'whiten_advantages': 'minibatch',
+      'entropy_coef': 0.01,
+      'missing_eos': 'replace',
+      'kl_controller': 'adaptive',
+    }
+  )
   return ppo.Settings.of(config, (tiny.EOS,))
 
 
@@ -42,12 +49,17 @@ def episode():
   tokens = np.where(mask, np.random.default_rng(0).integers(4, tiny.VOCAB, (B, P)), tiny.PAD)
   prompts = types.Prompts(jnp.asarray(tokens, jnp.int32), jnp.asarray(mask))
   rollout = jax.jit(functools.partial(decode.generate, model=MODEL, sampling=SAMPLING))(
-      policy, prompts, jax.random.key(17))
+    policy, prompts, jax.random.key(17)
+  )
   lengths = np.asarray(rollout.response_mask).sum(1)
   assert lengths.min() < R and lengths.max() == R
   head = heads.init_scalar(jax.random.key(4), MODEL.width, scale='normal')
-  return {'policy': policy, 'critic': {'head': head}}, reference, rollout, jax.random.normal(
-      jax.random.key(5), (B,))
+  return (
+    {'policy': policy, 'critic': {'head': head}},
+    reference,
+    rollout,
+    jax.random.normal(jax.random.key(5), (B,)),
+  )
 
 
 def update(episode, settings, rollout=None, jit=True):
@@ -55,7 +67,8 @@ def update(episode, settings, rollout=None, jit=True):
   params, reference, first, scores = episode
   step = functools.partial(ppo.train_step, models=forward.Models(MODEL), settings=settings)
   state, metrics = tiny.one_step(
-      step, params, {'shared': {}, 'reference': reference}, rollout or first, scores, None, jit=jit)
+    step, params, {'shared': {}, 'reference': reference}, rollout or first, scores, None, jit=jit
+  )
   return jax.device_get((state.params, metrics))
 
 
@@ -85,8 +98,9 @@ def test_what_padding_holds_changes_nothing(episode, settings, expected):
   rollout = episode[2]
   garbage = jax.random.randint(jax.random.key(9), rollout.tokens.shape, 0, tiny.VOCAB)
   dirty = rollout.replace(
-      tokens=jnp.where(rollout.mask, rollout.tokens, garbage),
-      logprobs=jnp.where(rollout.response_mask, rollout.logprobs, -50.0))
+    tokens=jnp.where(rollout.mask, rollout.tokens, garbage),
+    logprobs=jnp.where(rollout.response_mask, rollout.logprobs, -50.0),
+  )
   assert (dirty.tokens != rollout.tokens).sum() > 10
   for a, b in zip(*map(jax.tree.leaves, (update(episode, settings, dirty), expected))):
     np.testing.assert_array_equal(a, b)

@@ -39,11 +39,15 @@ def learning(world, critic, function):
   return config
 
 
-@pytest.mark.parametrize('critic, function', [
+@pytest.mark.parametrize(
+  'critic, function',
+  [
     ('separate', 'tiny:good_words'),
     ('trunk', 'tiny:good_words'),
     ('separate', f'{__name__}:good_tokens'),
-], ids=['its own critic', 'critic on the trunk', 'rewards per token'])
+  ],
+  ids=['its own critic', 'critic on the trunk', 'rewards per token'],
+)
 def test_it_learns_to_use_good_words(critic, function, world):
   config = learning(world, critic, function)
   _, state, history, _ = tiny.train(ppo, config, ITERATIONS)
@@ -63,9 +67,9 @@ def test_a_few_rows_at_a_time_sample_the_same(shape, rows, world):
   mesh = sharding.make_mesh(shape, devices=devices.first(8 if shape else 1))
   found = []
   with jax.set_mesh(mesh):
-    for rows in (0, rows):
+    for max_concurrent in (0, rows):
       config = tiny.ppo(world)
-      config.sampling.max_concurrent = rows
+      config.sampling.max_concurrent = max_concurrent
       learner, state = ppo.create(config, mesh)
       batch, _ = learner.next_batch(state, timed=False)
       _, rollout, scores, _ = batch
@@ -77,8 +81,15 @@ def test_a_few_rows_at_a_time_sample_the_same(shape, rows, world):
 def test_the_state_carries_the_kl_coefficient_and_the_moments_of_the_scores(world):
   config = tiny.ppo(world)
   config.reward.function = f'{__name__}:first_token'
-  config.rl.update({'scale_scores': True, 'kl_controller': 'adaptive', 'kl_target': 0.05,
-                     'kl_horizon': 100.0, 'kl_coef': 0.2})
+  config.rl.update(
+    {
+      'scale_scores': True,
+      'kl_controller': 'adaptive',
+      'kl_target': 0.05,
+      'kl_horizon': 100.0,
+      'kl_coef': 0.2,
+    }
+  )
   mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
   seen, coef = [], 0.2
   with jax.set_mesh(mesh):
@@ -91,9 +102,13 @@ def test_the_state_carries_the_kl_coefficient_and_the_moments_of_the_scores(worl
       np.testing.assert_allclose(metrics['objective/kl_coef'], coef, rtol=1e-5)
       # Scores are divided by the deviation of all scores so far, these included.
       np.testing.assert_allclose(
-          metrics['objective/paid_scores'], scores.mean() / np.std(seen, ddof=1), rtol=1e-4)
+        metrics['objective/paid_scores'], scores.mean() / np.std(seen, ddof=1), rtol=1e-4
+      )
       np.testing.assert_allclose(
-          state.extra['reward_moments'], [len(seen), np.mean(seen), np.var(seen) * len(seen)], rtol=1e-4)
+        state.extra['reward_moments'],
+        [len(seen), np.mean(seen), np.var(seen) * len(seen)],
+        rtol=1e-4,
+      )
       error = np.clip(float(metrics['objective/kl']) / 0.05 - 1, -0.2, 0.2)
       coef *= 1 + error * config.batch_size / 100
       np.testing.assert_allclose(state.extra['kl_coef'], coef, rtol=1e-5)
@@ -103,10 +118,14 @@ def test_the_state_carries_the_kl_coefficient_and_the_moments_of_the_scores(worl
 
 def test_each_step_has_keys_of_its_own(world):
   """The same prompts and parameters at another step give another rollout, at the same the same."""
-  state = types.TrainState(step=jnp.int32(0), key=jax.random.key(0), params={}, opt_state={},
-                           extra={'kl_coef': 0.0, 'reward_moments': None})
-  keys = [jax.random.key_data(types.step_keys(state.replace(step=jnp.int32(i))))
-          for i in range(30)]
+  state = types.TrainState(
+    step=jnp.int32(0),
+    key=jax.random.key(0),
+    params={},
+    opt_state={},
+    extra={'kl_coef': 0.0, 'reward_moments': None},
+  )
+  keys = [jax.random.key_data(types.step_keys(state.replace(step=jnp.int32(i)))) for i in range(30)]
   assert len({tuple(row) for row in np.concatenate(keys).tolist()}) == 60
   mesh, prompts = sharding.make_mesh({}, devices=jax.devices()[:1]), []
   with jax.set_mesh(mesh):
@@ -174,26 +193,40 @@ def test_a_reward_per_token_on_the_last_one_is_a_score(world):
   config.rl.update({'missing_eos': 'subtract', 'missing_eos_value': 2.0})
   settings = ppo.Settings.of(config, (tiny.EOS,))
   policy = MODEL.init(jax.random.key(1))
-  params = {'policy': policy, 'critic': {
-      'head': heads.init_scalar(jax.random.key(2), MODEL.width, scale='normal')}}
+  params = {
+    'policy': policy,
+    'critic': {'head': heads.init_scalar(jax.random.key(2), MODEL.width, scale='normal')},
+  }
   frozen = {'shared': {}, 'reference': jax.tree.map(lambda x: 1.1 * x, policy)}
   lengths = np.array([1, 6, 3, 5, 2, 6, 4, 6])
   response_mask = np.arange(6)[None] < lengths[:, None]
   mask = np.concatenate([np.ones((8, 3), bool), response_mask], axis=1)
   tokens = np.random.default_rng(0).integers(4, tiny.VOCAB, mask.shape).astype(np.int32)
   tokens[np.arange(4), 2 + lengths[:4]] = tiny.EOS  # the others have none, which costs them
-  rollout = jax.tree.map(jnp.asarray, types.Rollout(
-      tokens, mask, response_mask, np.zeros(response_mask.shape, np.float32)))
+  rollout = jax.tree.map(
+    jnp.asarray,
+    types.Rollout(tokens, mask, response_mask, np.zeros(response_mask.shape, np.float32)),
+  )
   scores = np.random.default_rng(1).normal(size=8).astype(np.float32)
   dense = np.zeros(response_mask.shape, np.float32)
   dense[np.arange(8), lengths - 1] = scores
 
   def update(scores):
     step = lambda state, scores, optimizers: ppo.train_step(
-        state, frozen, rollout, scores, None, models=forward.Models(MODEL), optimizers=optimizers,
-        settings=settings)
+      state,
+      frozen,
+      rollout,
+      scores,
+      None,
+      models=forward.Models(MODEL),
+      optimizers=optimizers,
+      settings=settings,
+    )
     state, metrics = tiny.one_step(step, params, jnp.asarray(scores))
     return jax.device_get((state.params, metrics))
 
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-               update(scores), update(dense))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+    update(scores),
+    update(dense),
+  )

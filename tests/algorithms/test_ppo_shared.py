@@ -49,9 +49,12 @@ def episode():
   place = np.arange(P + R)[None]
   mask = (place >= P - prompt[:, None]) & (place < P + response[:, None])
   tokens = np.where(mask, rng.integers(4, tiny.VOCAB, mask.shape), tiny.PAD)
-  rollout = types.Rollout(tokens=jnp.asarray(tokens, jnp.int32), mask=jnp.asarray(mask),
-                          response_mask=jnp.asarray(mask[:, P:]),
-                          logprobs=jnp.where(mask[:, P:], -4.0, 0.0))
+  rollout = types.Rollout(
+    tokens=jnp.asarray(tokens, jnp.int32),
+    mask=jnp.asarray(mask),
+    response_mask=jnp.asarray(mask[:, P:]),
+    logprobs=jnp.where(mask[:, P:], -4.0, 0.0),
+  )
   return rollout, jnp.asarray(rng.normal(size=B), jnp.float32)
 
 
@@ -62,15 +65,27 @@ def update(params, frozen, handles, settings, moves):
     moves: function from trained parameters to those the gradients are taken at, away from a ratio of one.
   """
   rollout, scores = episode()
-  state = types.TrainState(step=jnp.int32(0), key=jax.random.key(0), params=params, opt_state={},
-                           extra={'kl_coef': jnp.float32(0.2), 'reward_moments': jnp.zeros(3)})
+  state = types.TrainState(
+    step=jnp.int32(0),
+    key=jax.random.key(0),
+    params=params,
+    opt_state={},
+    extra={'kl_coef': jnp.float32(0.2), 'reward_moments': jnp.zeros(3)},
+  )
 
   @jax.jit
   def run(state, frozen):
     experience, _, metrics = tiny.experience(
-        state, frozen, rollout, scores, models=handles, settings=settings)
-    grads, stats = tiny.gradients(moves(state.params), experience, frozen, state.extra['kl_coef'],
-                                 models=handles, settings=settings)
+      state, frozen, rollout, scores, models=handles, settings=settings
+    )
+    grads, stats = tiny.gradients(
+      moves(state.params),
+      experience,
+      frozen,
+      state.extra['kl_coef'],
+      models=handles,
+      settings=settings,
+    )
     return experience, grads, metrics | stats
 
   return run(state, frozen)
@@ -98,12 +113,21 @@ def test_top_layers_agree_with_the_plain_computation(top, tied, settings):
   whole = jax.tree.map(jnp.copy, params)
   trained, shared = trainable.divide(model, params, unfrozen_layers=top)
   reference, critic = noisy(trained, 5), {'head': head(model)}
-  ours = update({'policy': trained, 'critic': critic}, {'shared': shared, 'reference': reference},
-                forward.Models(model), settings, grown)
+  ours = update(
+    {'policy': trained, 'critic': critic},
+    {'shared': shared, 'reference': reference},
+    forward.Models(model),
+    settings,
+    grown,
+  )
 
-  theirs = update({'policy': whole, 'critic': critic},
-                  {'shared': {}, 'reference': trainable.whole(model, reference, shared)},
-                  forward.Models(model), settings, functools.partial(grown_above, top=top))
+  theirs = update(
+    {'policy': whole, 'critic': critic},
+    {'shared': {}, 'reference': trainable.whole(model, reference, shared)},
+    forward.Models(model),
+    settings,
+    functools.partial(grown_above, top=top),
+  )
   for name in ('logprobs', 'ref_logprobs', 'values', 'advantages', 'returns'):
     np.testing.assert_allclose(getattr(ours[0], name), getattr(theirs[0], name), rtol=0, atol=2e-5)
   for name, value in theirs[2].items():
@@ -113,7 +137,7 @@ def test_top_layers_agree_with_the_plain_computation(top, tied, settings):
   assert len(found) >= 1 + 9 * (top > 0) + (not tied)
   for path, grad in found.items():
     value = expected[path.removeprefix('top/')]
-    value = value[DEPTH - top:] if path.startswith('top/') else value
+    value = value[DEPTH - top :] if path.startswith('top/') else value
     np.testing.assert_allclose(grad, value, rtol=1e-4, atol=1e-6, err_msg=path)
 
 
@@ -135,21 +159,33 @@ def test_gradients_of_adapters_follow_from_those_of_their_kernels(top, settings)
   adapters, critic = noisy(adapters, 6), {'head': head(model)}
   base = trainable.whole(plain, {}, shared)
   _, grads, metrics = update(
-      {'policy': adapters, 'critic': critic}, {'shared': shared, 'reference': {}},
-      forward.Models(model), settings, lambda params: params)
+    {'policy': adapters, 'critic': critic},
+    {'shared': shared, 'reference': {}},
+    forward.Models(model),
+    settings,
+    lambda params: params,
+  )
   _, expected, theirs = update(
-      {'policy': trainable.whole(model, adapters, shared), 'critic': critic},
-      {'shared': {}, 'reference': base}, forward.Models(plain), settings, lambda params: params)
+    {'policy': trainable.whole(model, adapters, shared), 'critic': critic},
+    {'shared': {}, 'reference': base},
+    forward.Models(plain),
+    settings,
+    lambda params: params,
+  )
   for name, value in theirs.items():
     np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
   found, kernels = sharding.paths(grads['policy']), sharding.paths(expected['policy'])
   values = sharding.paths(adapters)
   for path in {name.rpartition('/')[0] for name in found}:
     kernel = path.removeprefix('top/').removesuffix('/lora')
-    dw = np.asarray(kernels[f'{kernel}/kernel'])[-len(values[f'{path}/a']):]
+    dw = np.asarray(kernels[f'{kernel}/kernel'])[-len(values[f'{path}/a']) :]
     a, b, scale = values[f'{path}/a'], values[f'{path}/b'], LORA.find(kernel)[1]
-    np.testing.assert_allclose(found[f'{path}/a'], scale * dw @ b.swapaxes(1, 2), rtol=1e-3, atol=1e-6)
-    np.testing.assert_allclose(found[f'{path}/b'], scale * a.swapaxes(1, 2) @ dw, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(
+      found[f'{path}/a'], scale * dw @ b.swapaxes(1, 2), rtol=1e-3, atol=1e-6
+    )
+    np.testing.assert_allclose(
+      found[f'{path}/b'], scale * a.swapaxes(1, 2) @ dw, rtol=1e-3, atol=1e-6
+    )
 
 
 def config_of(world, kind):
@@ -164,9 +200,15 @@ def config_of(world, kind):
   return config
 
 
-@pytest.mark.parametrize('kind', [
-    'top', 'lora adapters', pytest.param('lora', marks=pytest.mark.slow),
-    pytest.param('top lora adapters', marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  'kind',
+  [
+    'top',
+    'lora adapters',
+    pytest.param('lora', marks=pytest.mark.slow),
+    pytest.param('top lora adapters', marks=pytest.mark.slow),
+  ],
+)
 def test_it_learns_and_keeps_one_copy(kind, world, tmp_path):
   learner, state, history, _ = tiny.train(ppo, config_of(world, kind), 40)
   assert history[0]['objective/kl'] == pytest.approx(0.0, abs=1e-5)
@@ -188,17 +230,24 @@ def test_it_learns_and_keeps_one_copy(kind, world, tmp_path):
   exported = model.response_states(params, rollout.tokens, rollout.mask, R)
   settings = config_of(world, kind).model
   trained_model, *_ = trainable.start(
-      *hf.load(world / 'model'), unfrozen_layers=settings.unfrozen_layers, seed=0, **settings.lora)
+    *hf.load(world / 'model'), unfrozen_layers=settings.unfrozen_layers, seed=0, **settings.lora
+  )
   (frozen, *_), _ = learner.next_batch(state, timed=False)
   trained = trainable.join(frozen['shared'], state.params['policy'])
   np.testing.assert_allclose(
-      exported, trained_model.response_states(trained, rollout.tokens, rollout.mask, R),
-      rtol=0, atol=2e-4)
+    exported,
+    trained_model.response_states(trained, rollout.tokens, rollout.mask, R),
+    rtol=0,
+    atol=2e-4,
+  )
   if 'lora' in kind:
     lora, adapters = peft.load(tmp_path / 'adapter', model)
     base, base_params = hf.load(world / 'model')
     again = dataclasses.replace(base, lora=lora).response_states(
-        trainable.join(base_params, adapters), rollout.tokens, rollout.mask, R)
-    np.testing.assert_allclose(again, exported, rtol=0, atol=2e-4)  # B A added to the weight rounds otherwise
+      trainable.join(base_params, adapters), rollout.tokens, rollout.mask, R
+    )
+    np.testing.assert_allclose(
+      again, exported, rtol=0, atol=2e-4
+    )  # B A added to the weight rounds otherwise
   else:
     assert not (tmp_path / 'adapter').exists()

@@ -36,57 +36,146 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 
 # What every reference has, or leaves to a default that changes nothing.
 COMMON = {
-    'batch_size': 64, 'optim.name': 'adam', 'optim.schedule': 'constant', 'optim.warmup_steps': 0,
-    'optim.warmup_from': 0.0, 'optim.b1': 0.9, 'optim.b2': 0.999, 'optim.eps': 1e-8,
-    'optim.weight_decay': 0.0, 'optim.clip_norm': None, 'optim.ema': None,
-    'optim.master_dtype': 'float32', 'optim.moment_dtype': 'float32',
-    'critic.path': None, 'critic.learning_rate': None, 'ptx.batch_size': None,
-    'sampling.top_k': None, 'sampling.top_p': 1.0, 'sampling.samples': 1,
-    'rl.epochs': 4, 'rl.minibatches': 1, 'rl.length_buckets': 4,
-    'rl.kl_in': 'reward', 'rl.kl_estimator': 'k1', 'rl.kl_controller': 'fixed',
-    'rl.kl_target': 6.0, 'rl.kl_horizon': 10_000.0, 'rl.gamma': 1.0, 'rl.lam': 0.95,
-    'rl.clip_low': 0.2, 'rl.clip_high': 0.2, 'rl.dual_clip': None, 'rl.value_clip': 0.2,
-    'rl.vf_coef': 0.1, 'rl.entropy_coef': 0.0, 'rl.ptx_coef': 0.0, 'rl.response': 'truncated',
-    'rl.missing_eos': 'none', 'rl.missing_eos_value': -1.0, 'rl.clip_scores': None,
-    'rl.scale_scores': False, 'rl.behaviour': 'forward', 'rl.whiten_rewards': False,
-    'rl.whiten_advantages': 'batch', 'rl.whiten_unbiased': False}
+  'batch_size': 64,
+  'optim.name': 'adam',
+  'optim.schedule': 'constant',
+  'optim.warmup_steps': 0,
+  'optim.warmup_from': 0.0,
+  'optim.b1': 0.9,
+  'optim.b2': 0.999,
+  'optim.eps': 1e-8,
+  'optim.weight_decay': 0.0,
+  'optim.clip_norm': None,
+  'optim.ema': None,
+  'optim.master_dtype': 'float32',
+  'optim.moment_dtype': 'float32',
+  'critic.path': None,
+  'critic.learning_rate': None,
+  'ptx.batch_size': None,
+  'sampling.top_k': None,
+  'sampling.top_p': 1.0,
+  'sampling.samples': 1,
+  'rl.epochs': 4,
+  'rl.minibatches': 1,
+  'rl.length_buckets': 4,
+  'rl.kl_in': 'reward',
+  'rl.kl_estimator': 'k1',
+  'rl.kl_controller': 'fixed',
+  'rl.kl_target': 6.0,
+  'rl.kl_horizon': 10_000.0,
+  'rl.gamma': 1.0,
+  'rl.lam': 0.95,
+  'rl.clip_low': 0.2,
+  'rl.clip_high': 0.2,
+  'rl.dual_clip': None,
+  'rl.value_clip': 0.2,
+  'rl.vf_coef': 0.1,
+  'rl.entropy_coef': 0.0,
+  'rl.ptx_coef': 0.0,
+  'rl.response': 'truncated',
+  'rl.missing_eos': 'none',
+  'rl.missing_eos_value': -1.0,
+  'rl.clip_scores': None,
+  'rl.scale_scores': False,
+  'rl.behaviour': 'forward',
+  'rl.whiten_rewards': False,
+  'rl.whiten_advantages': 'batch',
+  'rl.whiten_unbiased': False,
+}
 KEYS = {
-    'openai2019': COMMON | {
-        'optim.name': 'tf_adam', 'optim.learning_rate': 1e-5, 'optim.schedule': 'linear',
-        'optim.eps': 1e-5, 'critic.kind': 'trunk', 'sampling.temperature': 0.7, 'rl.kl_coef': 0.15,
-        'rl.kl_controller': 'adaptive', 'rl.response': 'raw', 'rl.score_position': 'last',
-        'rl.missing_eos': 'replace', 'rl.behaviour': 'sampler', 'rl.whiten_rewards': True,
-        'rl.whiten_advantages': 'minibatch'},
-    'n_plus': COMMON | {
-        'optim.learning_rate': 3e-6, 'optim.schedule': 'linear', 'optim.eps': 1e-5,
-        'optim.weight_decay': 0.01, 'critic.kind': 'separate', 'sampling.temperature': 0.7,
-        'rl.kl_coef': 0.05, 'rl.score_position': 'after_end', 'rl.missing_eos': 'replace',
-        'rl.behaviour': 'sampler'},
-    'trl': COMMON | {
-        'optim.learning_rate': 3e-6, 'optim.schedule': 'linear', 'critic.kind': 'separate',
-        'sampling.temperature': 0.7, 'rl.kl_coef': 0.05, 'rl.score_position': 'after_end',
-        'rl.behaviour': 'sampler', 'rl.whiten_unbiased': True},
-    'trlx': COMMON | {
-        'batch_size': 128, 'optim.learning_rate': 3e-5, 'optim.b2': 0.95,
-        'optim.weight_decay': 1e-6, 'critic.kind': 'trunk', 'sampling.temperature': 1.0,
-        'rl.minibatches': 4, 'rl.kl_coef': 0.001, 'rl.vf_coef': 1.0, 'rl.score_position': 'eos',
-        'rl.clip_scores': 10.0, 'rl.whiten_advantages': 'minibatch', 'rl.whiten_unbiased': True},
-    'instructgpt': COMMON | {
-        'batch_size': 512, 'optim.learning_rate': 8.05e-6, 'optim.warmup_steps': 10,
-        'optim.warmup_from': 0.1, 'optim.b2': 0.95, 'optim.ema': 0.992, 'critic.kind': 'separate',
-        'critic.learning_rate': 9e-6, 'ptx.batch_size': 4096, 'sampling.temperature': 1.0,
-        'rl.epochs': 1, 'rl.minibatches': 8, 'rl.kl_coef': 0.02, 'rl.ptx_coef': 27.8,
-        'rl.score_position': 'eos'},
+  'openai2019': COMMON
+  | {
+    'optim.name': 'tf_adam',
+    'optim.learning_rate': 1e-5,
+    'optim.schedule': 'linear',
+    'optim.eps': 1e-5,
+    'critic.kind': 'trunk',
+    'sampling.temperature': 0.7,
+    'rl.kl_coef': 0.15,
+    'rl.kl_controller': 'adaptive',
+    'rl.response': 'raw',
+    'rl.score_position': 'last',
+    'rl.missing_eos': 'replace',
+    'rl.behaviour': 'sampler',
+    'rl.whiten_rewards': True,
+    'rl.whiten_advantages': 'minibatch',
+  },
+  'n_plus': COMMON
+  | {
+    'optim.learning_rate': 3e-6,
+    'optim.schedule': 'linear',
+    'optim.eps': 1e-5,
+    'optim.weight_decay': 0.01,
+    'critic.kind': 'separate',
+    'sampling.temperature': 0.7,
+    'rl.kl_coef': 0.05,
+    'rl.score_position': 'after_end',
+    'rl.missing_eos': 'replace',
+    'rl.behaviour': 'sampler',
+  },
+  'trl': COMMON
+  | {
+    'optim.learning_rate': 3e-6,
+    'optim.schedule': 'linear',
+    'critic.kind': 'separate',
+    'sampling.temperature': 0.7,
+    'rl.kl_coef': 0.05,
+    'rl.score_position': 'after_end',
+    'rl.behaviour': 'sampler',
+    'rl.whiten_unbiased': True,
+  },
+  'trlx': COMMON
+  | {
+    'batch_size': 128,
+    'optim.learning_rate': 3e-5,
+    'optim.b2': 0.95,
+    'optim.weight_decay': 1e-6,
+    'critic.kind': 'trunk',
+    'sampling.temperature': 1.0,
+    'rl.minibatches': 4,
+    'rl.kl_coef': 0.001,
+    'rl.vf_coef': 1.0,
+    'rl.score_position': 'eos',
+    'rl.clip_scores': 10.0,
+    'rl.whiten_advantages': 'minibatch',
+    'rl.whiten_unbiased': True,
+  },
+  'instructgpt': COMMON
+  | {
+    'batch_size': 512,
+    'optim.learning_rate': 8.05e-6,
+    'optim.warmup_steps': 10,
+    'optim.warmup_from': 0.1,
+    'optim.b2': 0.95,
+    'optim.ema': 0.992,
+    'critic.kind': 'separate',
+    'critic.learning_rate': 9e-6,
+    'ptx.batch_size': 4096,
+    'sampling.temperature': 1.0,
+    'rl.epochs': 1,
+    'rl.minibatches': 8,
+    'rl.kl_coef': 0.02,
+    'rl.ptx_coef': 27.8,
+    'rl.score_position': 'eos',
+  },
 }
 # The rate in the first, seventh and last of 12 iterations; the slots that responses of 1, 3 and 6
 # tokens in 6 slots are paid in.
 RATES = {
-    'openai2019': (1e-5, 5e-6, 1e-5 / 12), 'n_plus': (3e-6, 1.5e-6, 2.5e-7),
-    'trl': (3e-6, 1.5e-6, 2.5e-7), 'trlx': (3e-5, 3e-5, 3e-5),
-    # From a tenth over 10 iterations: 0.1, 0.1 + 0.9 * 6 / 10 = 0.64, 1.
-    'instructgpt': (8.05e-7, 5.152e-6, 8.05e-6)}
-PAID = {'openai2019': [5, 5, 5], 'n_plus': [1, 3, 5], 'trl': [1, 3, 5], 'trlx': [0, 2, 5],
-        'instructgpt': [0, 2, 5]}
+  'openai2019': (1e-5, 5e-6, 1e-5 / 12),
+  'n_plus': (3e-6, 1.5e-6, 2.5e-7),
+  'trl': (3e-6, 1.5e-6, 2.5e-7),
+  'trlx': (3e-5, 3e-5, 3e-5),
+  # From a tenth over 10 iterations: 0.1, 0.1 + 0.9 * 6 / 10 = 0.64, 1.
+  'instructgpt': (8.05e-7, 5.152e-6, 8.05e-6),
+}
+PAID = {
+  'openai2019': [5, 5, 5],
+  'n_plus': [1, 3, 5],
+  'trl': [1, 3, 5],
+  'trlx': [0, 2, 5],
+  'instructgpt': [0, 2, 5],
+}
 
 
 # Optimizers and schedules, by torch.
@@ -102,6 +191,7 @@ def theirs(preset, w, gradients):
   each_update = False
   if preset == 'n_plus':  # ppo.py:500 and 575-577
     optimizer = adamw(lr=3e-6, eps=1e-5)
+
     def step(iteration):
       optimizer.param_groups[0]['lr'] = (1 - iteration / ITERATIONS) * 3e-6
   elif preset == 'trl':  # ppo_trainer.py:494-496 and 912, with the defaults of TrainingArguments
@@ -133,14 +223,24 @@ def tensorflow_adam(w, gradients):
   """tf.train.AdamOptimizer (utils/core.py:627) at a rate of train_policy.py:172-173."""
   adam = references.Adam(b1=0.9, b2=0.999, eps=1e-5, tensorflow=True)
   updates = len(gradients) // ITERATIONS
-  return [adam.step({'w': w}, {'w': g}, 1e-5 * (1 - n // updates / ITERATIONS))['w'] - w
-          for n, g in enumerate(gradients)]
+  return [
+    adam.step({'w': w}, {'w': g}, 1e-5 * (1 - n // updates / ITERATIONS))['w'] - w
+    for n, g in enumerate(gradients)
+  ]
 
 
 def make_optimizers(config):
   """The optimizers that a run of this config wires up."""
-  model = models.create({'model_type': 'gpt2', 'vocab_size': 8, 'n_layer': 1, 'n_embd': 4,
-                         'n_head': 1, 'n_positions': 8})
+  model = models.create(
+    {
+      'model_type': 'gpt2',
+      'vocab_size': 8,
+      'n_layer': 1,
+      'n_embd': 4,
+      'n_head': 1,
+      'n_positions': 8,
+    }
+  )
   mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
   params = model.init(jax.random.key(0))
   return wiring.wire(config, mesh, (model, params), steps=ITERATIONS).optimizers
@@ -155,7 +255,8 @@ def ours(optimizer, w, gradients):
     return state, changes
 
   changes = jax.jit(functools.partial(jax.lax.scan, step))(
-      optimizer.init(params), jnp.asarray(gradients, jnp.float32))[1]
+    optimizer.init(params), jnp.asarray(gradients, jnp.float32)
+  )[1]
   return changes['kernel'], changes['scale']
 
 
@@ -206,26 +307,31 @@ def last_token(x, *, coef, ddof, clip, rows):
   rewards = np.where(real, -coef * (x['logprobs'] - x['ref']), 0)
   rewards[np.arange(B), LENGTHS - 1] += np.clip(x['scores'], -clip, clip)
   advantages, returns = gae(rewards, np.where(real, x['values'], 0))
-  parts = [whiten(advantages[m:m + rows], real[m:m + rows], ddof=ddof) for m in range(0, B, rows)]
+  parts = [
+    whiten(advantages[m : m + rows], real[m : m + rows], ddof=ddof) for m in range(0, B, rows)
+  ]
   return np.where(real, np.concatenate(parts), 0), np.where(real, returns, 0)
 
 
 EXPECTED = {
-    'openai2019': openai2019,
-    'n_plus': n_plus,
-    'trl': functools.partial(n_plus, ddof=1, replace=False),
-    'trlx': functools.partial(last_token, coef=0.001, ddof=1, clip=10, rows=B // 4),
-    'instructgpt': functools.partial(last_token, coef=0.02, ddof=0, clip=np.inf, rows=B)}
+  'openai2019': openai2019,
+  'n_plus': n_plus,
+  'trl': functools.partial(n_plus, ddof=1, replace=False),
+  'trlx': functools.partial(last_token, coef=0.001, ddof=1, clip=10, rows=B // 4),
+  'instructgpt': functools.partial(last_token, coef=0.02, ddof=0, clip=np.inf, rows=B),
+}
 
 
 def make_rollout(lengths, slots, ended=None, logprobs=None):
   """A Rollout of responses of some lengths, without prompts; all end by themselves if not said."""
   mask = np.arange(slots) < np.asarray(lengths)[:, None]
   return types.Rollout(
-      tokens=jnp.zeros(mask.shape, jnp.int32), mask=jnp.asarray(mask),
-      response_mask=jnp.asarray(mask),
-      logprobs=jnp.zeros(mask.shape) if logprobs is None else jnp.where(mask, logprobs, 0),
-      ended=jnp.ones(len(mask), bool) if ended is None else jnp.asarray(ended))
+    tokens=jnp.zeros(mask.shape, jnp.int32),
+    mask=jnp.asarray(mask),
+    response_mask=jnp.asarray(mask),
+    logprobs=jnp.zeros(mask.shape) if logprobs is None else jnp.where(mask, logprobs, 0),
+    ended=jnp.ones(len(mask), bool) if ended is None else jnp.asarray(ended),
+  )
 
 
 def prepared(settings, x, preset):
@@ -233,13 +339,18 @@ def prepared(settings, x, preset):
   to = lambda name: jnp.asarray(x[name], jnp.float32)
   lengths = np.full(B, R) if preset == 'openai2019' else LENGTHS
   rollout = make_rollout(lengths, R, ENDED, to('sampled'))
-  state = types.TrainState(0, None, {}, {}, {'kl_coef': jnp.float32(settings.kl_coef),
-                                             'reward_moments': jnp.zeros(3)})
+  state = types.TrainState(
+    0, None, {}, {}, {'kl_coef': jnp.float32(settings.kl_coef), 'reward_moments': jnp.zeros(3)}
+  )
   goal = ppo.objective(state, rollout, to('scores'), settings=settings)
-  batch, *_ = goal.prepare(forward.Outputs(to('logprobs'), to('logprobs'), to('values')),
-                           forward.Fixed(None, to('ref'), None))
-  parts = [goal.minibatch(jax.tree.map(lambda a, rows=rows: a[rows], batch))
-           for rows in np.arange(B).reshape(settings.minibatches, -1)]
+  batch, *_ = goal.prepare(
+    forward.Outputs(to('logprobs'), to('logprobs'), to('values')),
+    forward.Fixed(None, to('ref'), None),
+  )
+  parts = [
+    goal.minibatch(jax.tree.map(lambda a, rows=rows: a[rows], batch))
+    for rows in np.arange(B).reshape(settings.minibatches, -1)
+  ]
   advantages = np.concatenate([part.advantages for part in parts])
   return advantages, np.where(batch.step_mask, batch.returns, 0)
 
@@ -276,20 +387,36 @@ def rows_of_steps(schedule):
 
   def prepare(outputs, fixed):
     batch = types.Experience(
-        tokens=rollout.tokens, mask=rollout.mask, response_mask=rollout.mask,
-        step_mask=rollout.mask, logprobs=outputs.logprobs, advantages=outputs.logprobs)
+      tokens=rollout.tokens,
+      mask=rollout.mask,
+      response_mask=rollout.mask,
+      step_mask=rollout.mask,
+      logprobs=outputs.logprobs,
+      advantages=outputs.logprobs,
+    )
     return batch, {}, {}
 
   goal = update.Objective(
-      prepare, rollout.mask, lambda outputs, batch, counts: (jnp.sum(outputs.logprobs), {}))
-  state = types.TrainState(jnp.int32(0), jax.random.key(0), {'policy': jnp.zeros(B)},
-                           {'policy': record.init(None)}, {})
-  step = jax.jit(lambda state: update.run(
-      state, rollout, forward=record, objective=goal, optimizers={'policy': record},
-      schedule=schedule)[0])
+    prepare, rollout.mask, lambda outputs, batch, counts: (jnp.sum(outputs.logprobs), {})
+  )
+  state = types.TrainState(
+    jnp.int32(0), jax.random.key(0), {'policy': jnp.zeros(B)}, {'policy': record.init(None)}, {}
+  )
+  step = jax.jit(
+    lambda state: update.run(
+      state,
+      rollout,
+      forward=record,
+      objective=goal,
+      optimizers={'policy': record},
+      schedule=schedule,
+    )[0]
+  )
   log = np.asarray(step(step(state)).opt_state['policy'][1])
-  return [[set(np.flatnonzero(row)) for row in epoch]
-          for epoch in log.reshape(2 * schedule.epochs, schedule.minibatches, B)]
+  return [
+    [set(np.flatnonzero(row)) for row in epoch]
+    for epoch in log.reshape(2 * schedule.epochs, schedule.minibatches, B)
+  ]
 
 
 # The tests.
@@ -351,7 +478,8 @@ def test_where_the_score_is_paid(preset):
   rollout = make_rollout([1, 3, 6], 6)
   position = ppo.config(preset).rl.score_position
   rewards = ppo.adv.token_rewards(
-      jnp.ones(3), jnp.zeros((3, 6)), 0.1, rollout.response_mask, position=position)
+    jnp.ones(3), jnp.zeros((3, 6)), 0.1, rollout.response_mask, position=position
+  )
   assert np.argmax(rewards, axis=1).tolist() == PAID[preset] and rewards.sum() == 3
 
 
@@ -360,7 +488,7 @@ def test_trlx_itself_pays_later():
   # of n tokens, plus one, is where the slice of rewards ends; it has a slot for each token of the
   # longest response.
   def slot(n, longest):
-    return len(range(longest)[:(1 + n) + 1]) - 1
+    return len(range(longest)[: (1 + n) + 1]) - 1
 
   assert [slot(n, 6) for n in (1, 3, 5, 6)] == [2, 4, 5, 5]  # two behind the last token
   mask = make_rollout([1, 3, 5, 6], 6).response_mask
@@ -386,8 +514,10 @@ def test_trlx_clips_then_updates_the_moments_then_divides():
   # accelerate_ppo_trainer.py:364-379. By hand, the first batch: (10, -10, 3, -4) has mean -0.25 and
   # squared deviations 225 - 4 / 16 = 224.75, so its deviation is sqrt(224.75 / 3) = 8.6554.
   rules, moments = experience.ScoreRules(scale=True, clip=10.0), jnp.zeros(3)
-  for scores, expected in [([12, -20, 3, -4], [1.155343, -1.155343, 0.346603, -0.462137]),
-                           ([40, 0.5, -1, 2], [1.487249, 0.074362, -0.148725, 0.297450])]:
+  for scores, expected in [
+    ([12, -20, 3, -4], [1.155343, -1.155343, 0.346603, -0.462137]),
+    ([40, 0.5, -1, 2], [1.487249, 0.074362, -0.148725, 0.297450]),
+  ]:
     paid, moments = rules.apply(jnp.array(scores, jnp.float32), make_rollout([1] * 4, 2), moments)
     close(paid, expected)
   # Rewards per token are clipped one by one, and their sums are what the moments are of: the first

@@ -33,7 +33,8 @@ def adapted(world, tmp_path_factory):
   leaves, structure = jax.tree.flatten(adapters)
   keys = jax.random.split(jax.random.key(5), len(leaves))
   adapters = structure.unflatten(
-      [0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves)])
+    [0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves)]
+  )
   peft.save(folder / 'adapter', model, adapters)
   hf.save(folder / 'merged', base, trainable.whole(model, adapters, params))
   return folder
@@ -58,7 +59,10 @@ def rollout():
 @pytest.mark.parametrize('algorithm', [ppo, grpo], ids=['ppo', 'grpo'])
 def test_the_reference_is_the_policy_as_it_starts(algorithm, world, adapted):
   """Without the adapters the KL was 1.10 nats; the right numbers are those of the merged weights."""
-  config, mesh = config_of(algorithm, world, adapted), sharding.make_mesh({}, devices=jax.devices()[:1])
+  config, mesh = (
+    config_of(algorithm, world, adapted),
+    sharding.make_mesh({}, devices=jax.devices()[:1]),
+  )
   merged = hf.load(adapted / 'merged')[1]
   with jax.set_mesh(mesh):
     found = {}
@@ -91,7 +95,9 @@ def test_a_run_from_adapters(world, adapted, tmp_path):
   unmerged = trainable.whole(dataclasses.replace(base, lora=lora), adapters, params)
   first = hf.load(adapted / 'merged')[1]
   for path, merged in sharding.paths(hf.load(tmp_path / 'model')[1]).items():
-    np.testing.assert_allclose(merged, sharding.paths(unmerged)[path], rtol=0, atol=1e-5, err_msg=path)
+    np.testing.assert_allclose(
+      merged, sharding.paths(unmerged)[path], rtol=0, atol=1e-5, err_msg=path
+    )
     if path.endswith('mlp/up/kernel'):
       before, plain = sharding.paths(first)[path], sharding.paths(params)[path]
       moved, given = np.abs(merged - before).max(), np.abs(before - plain).max()

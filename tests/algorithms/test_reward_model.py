@@ -25,7 +25,8 @@ import tiny
 
 B, K, T = 8, 4, 9
 PLAIN = reward_model.Settings(
-    loss='pairwise', centering=0.0, label_smoothing=0.0, token_dropout=0.0)
+  loss='pairwise', centering=0.0, label_smoothing=0.0, token_dropout=0.0
+)
 
 
 @pytest.fixture(scope='module')
@@ -48,16 +49,20 @@ def comparisons(seed=0, garbage=0):
   mask = (np.arange(T) < rng.integers(2, T + 1, (B, K, 1))) & present[..., None]
   tokens = np.where(mask, rng.integers(4, tiny.VOCAB, (B, K, T)), garbage)
   return Comparisons(
-      tokens=tokens.astype(np.int32), mask=mask, present=present,
-      ranks=np.where(present, rng.integers(0, 3, (B, K)), garbage).astype(np.int32),
-      ratings=np.where(present, rng.normal(size=(B, K)), garbage).astype(np.float32),
-      margin=rng.uniform(0, 0.5, B).astype(np.float32))
+    tokens=tokens.astype(np.int32),
+    mask=mask,
+    present=present,
+    ranks=np.where(present, rng.integers(0, 3, (B, K)), garbage).astype(np.int32),
+    ratings=np.where(present, rng.normal(size=(B, K)), garbage).astype(np.float32),
+    margin=rng.uniform(0, 0.5, B).astype(np.float32),
+  )
 
 
 def loss_of(llama, batch, settings):
   model, params = llama
-  loss, valid, scores = jax.jit(functools.partial(
-      reward_model.comparison_loss, model=model, settings=settings))(params, batch)
+  loss, valid, scores = jax.jit(
+    functools.partial(reward_model.comparison_loss, model=model, settings=settings)
+  )(params, batch)
   return np.asarray(loss), np.asarray(valid), np.asarray(scores)
 
 
@@ -77,17 +82,25 @@ def test_k_way_loss_is_the_mean_over_pairs_scored_one_by_one(llama, score_of):
   settings = dataclasses.replace(PLAIN, centering=0.01, label_smoothing=0.1)
   loss, valid, scores = loss_of(llama, batch, settings)
   for b in range(B):
-    single = [float(score_of(jnp.asarray(batch.tokens[b, k:k + 1]),
-                             jnp.asarray(batch.mask[b, k:k + 1]))[0]) for k in range(K)]
-    np.testing.assert_allclose(scores[b][batch.present[b]],
-                               np.array(single)[batch.present[b]], atol=1e-5)
+    single = [
+      float(
+        score_of(jnp.asarray(batch.tokens[b, k : k + 1]), jnp.asarray(batch.mask[b, k : k + 1]))[0]
+      )
+      for k in range(K)
+    ]
+    np.testing.assert_allclose(
+      scores[b][batch.present[b]], np.array(single)[batch.present[b]], atol=1e-5
+    )
     pairs = []
     for i in np.flatnonzero(batch.present[b]):
       for j in np.flatnonzero(batch.present[b]):
         if batch.ranks[b, i] < batch.ranks[b, j]:
           gap = single[i] - single[j] - batch.margin[b]
-          pairs.append(0.9 * np.logaddexp(0, -gap) + 0.1 * np.logaddexp(0, gap)
-                       + 0.01 * (single[i] + single[j]) ** 2)
+          pairs.append(
+            0.9 * np.logaddexp(0, -gap)
+            + 0.1 * np.logaddexp(0, gap)
+            + 0.01 * (single[i] + single[j]) ** 2
+          )
     assert valid[b] == bool(pairs)
     np.testing.assert_allclose(loss[b], np.mean(pairs) if pairs else 0.0, rtol=1e-5, atol=1e-6)
   assert not valid.all() and valid.any()  # A prompt with nothing but ties has no pair.
@@ -106,10 +119,14 @@ def test_k_way_gradient_is_the_sum_over_pairs(llama):
   whole = gradient(params, batch)
   parts = jax.tree.map(jnp.zeros_like, whole)
   for b in range(B):
-    pairs = [(i, j) for i in range(K) for j in range(K)
-             if batch.present[b, [i, j]].all() and batch.ranks[b, i] < batch.ranks[b, j]]
+    pairs = [
+      (i, j)
+      for i in range(K)
+      for j in range(K)
+      if batch.present[b, [i, j]].all() and batch.ranks[b, i] < batch.ranks[b, j]
+    ]
     for pair in pairs:
-      one = jax.tree.map(lambda x: x[b:b + 1, list(pair)] if x.ndim > 1 else x[b:b + 1], batch)
+      one = jax.tree.map(lambda x: x[b : b + 1, list(pair)] if x.ndim > 1 else x[b : b + 1], batch)
       parts = jax.tree.map(lambda a, g: a + g / len(pairs), parts, gradient(params, one))
   for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts)):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
@@ -118,8 +135,10 @@ def test_k_way_gradient_is_the_sum_over_pairs(llama):
 @pytest.mark.parametrize('loss', ['pairwise', 'pick_best', 'rating'])
 def test_what_is_absent_or_padding_changes_nothing(llama, loss):
   settings = dataclasses.replace(PLAIN, loss=loss)
-  for clean, dirty in zip(loss_of(llama, comparisons(), settings)[:2],
-                          loss_of(llama, comparisons(garbage=tiny.EOS), settings)[:2]):
+  for clean, dirty in zip(
+    loss_of(llama, comparisons(), settings)[:2],
+    loss_of(llama, comparisons(garbage=tiny.EOS), settings)[:2],
+  ):
     np.testing.assert_array_equal(clean, dirty)
 
 
@@ -133,8 +152,9 @@ def test_the_score_is_read_at_the_last_real_token_on_either_side(llama, score_of
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
   model, params = llama
   n = lengths[0]
-  hidden, _ = model.forward(params['backbone'], jnp.asarray(tokens[:1, :n]), jnp.arange(n)[None],
-                            jnp.ones((1, n), bool))
+  hidden, _ = model.forward(
+    params['backbone'], jnp.asarray(tokens[:1, :n]), jnp.arange(n)[None], jnp.ones((1, n), bool)
+  )
   by_hand = hidden[0, -1] @ params['head']['kernel'] + params['head']['bias']
   np.testing.assert_allclose(expected[0], by_hand, rtol=0, atol=1e-5)
 
@@ -146,8 +166,13 @@ def test_microbatches_are_the_full_batch(llama):
   outcomes = []
   for size in (0, 2):
     state, metrics = tiny.one_step(
-        functools.partial(reward_model.train_step, model=model, settings=settings,
-                          microbatch_size=size), {'reward': params}, {}, comparisons())
+      functools.partial(
+        reward_model.train_step, model=model, settings=settings, microbatch_size=size
+      ),
+      {'reward': params},
+      {},
+      comparisons(),
+    )
     outcomes.append((state.params, metrics))
   batch = comparisons()
   assert metrics['tokens'] == (batch.mask & batch.present[:, :, None]).sum()
@@ -163,8 +188,9 @@ def test_prompts_without_a_loss_change_nothing(llama):
   assert 0 < counted.sum() < B
   step = functools.partial(reward_model.train_step, model=model, settings=PLAIN, microbatch_size=0)
   (whole, metrics), (alone, same) = (
-      tiny.one_step(step, {'reward': params}, {}, rows)
-      for rows in (batch, jax.tree.map(lambda x: x[counted], batch)))
+    tiny.one_step(step, {'reward': params}, {}, rows)
+    for rows in (batch, jax.tree.map(lambda x: x[counted], batch))
+  )
   assert metrics['loss'] == pytest.approx(losses[counted].mean(), rel=1e-5)
   assert metrics['loss'] == pytest.approx(float(same['loss']), rel=1e-5)
   for a, b in zip(*map(jax.tree.leaves, (whole.params, alone.params))):
@@ -173,10 +199,18 @@ def test_prompts_without_a_loss_change_nothing(llama):
 
 def rated(world, folder):
   """A config of a run on ratings: single completions, and two of one prompt of which some tie."""
-  records = [{'prompt': tiny.text(i, 2), 'completion': tiny.text(3 * i, 3), 'rating': i % 7 - 2.0}
-             for i in range(20)]
-  records += [{'prompt': tiny.text(i, 3), 'completions': [tiny.text(5 * i, 2), tiny.text(7 * i, 4)],
-               'ratings': [1.0, 1.0 + i % 2]} for i in range(20)]
+  records = [
+    {'prompt': tiny.text(i, 2), 'completion': tiny.text(3 * i, 3), 'rating': i % 7 - 2.0}
+    for i in range(20)
+  ]
+  records += [
+    {
+      'prompt': tiny.text(i, 3),
+      'completions': [tiny.text(5 * i, 2), tiny.text(7 * i, 4)],
+      'ratings': [1.0, 1.0 + i % 2],
+    }
+    for i in range(20)
+  ]
   config = tiny.reward_model(world)
   config.data.path = str(tiny.write_jsonl(folder / 'rated.jsonl', records))
   config.preference.loss = 'rating'
@@ -186,30 +220,48 @@ def rated(world, folder):
 def test_a_run_on_ratings_ends_and_measures_what_it_learns(world, tmp_path):
   """It crashed at its last step, where single completions have no pairs; the loss was that of pairs."""
   config = rated(world, tmp_path)
-  config.evals.single = {'kind': 'loss', 'path': str(tiny.write_jsonl(tmp_path / 'single.jsonl', [
-      {'prompt': tiny.text(i, 2), 'completion': tiny.text(2 * i, 3), 'rating': i % 4} for i in range(20)]))}
+  config.evals.single = {
+    'kind': 'loss',
+    'path': str(
+      tiny.write_jsonl(
+        tmp_path / 'single.jsonl',
+        [
+          {'prompt': tiny.text(i, 2), 'completion': tiny.text(2 * i, 3), 'rating': i % 4}
+          for i in range(20)
+        ],
+      )
+    ),
+  }
   learner, state, history, found = tiny.train(reward_model, config, 2)
   model, params = models.create(tiny.LLAMA), state.params['reward']
   score = jax.jit(functools.partial(scoring.score, model=model))
   assert found['held_out/prompts'] == 8 and found['single/prompts'] == 20
-  assert 'held_out/ece' not in found and 'single/accuracy' not in found and found['held_out/pairs'] > 0
+  assert (
+    'held_out/ece' not in found and 'single/accuracy' not in found and found['held_out/pairs'] > 0
+  )
 
   words = lambda text: [4 + int(word[1:]) for word in text.split()]
-  rows = [[tiny.BOS, *words(tiny.text(i, 2)), *words(tiny.text(2 * i, 3)), tiny.EOS] for i in range(20)]
-  scores = np.array([float(score(params, np.array([row], np.int32), np.ones((1, 7), bool))[0]) for row in rows])
+  rows = [
+    [tiny.BOS, *words(tiny.text(i, 2)), *words(tiny.text(2 * i, 3)), tiny.EOS] for i in range(20)
+  ]
+  scores = np.array(
+    [float(score(params, np.array([row], np.int32), np.ones((1, 7), bool))[0]) for row in rows]
+  )
   ratings = np.arange(20) % 4
   assert found['single/loss'] == pytest.approx(np.mean((scores - ratings) ** 2), rel=1e-4)
   assert found['single/bias'] == pytest.approx(np.mean(scores) - 1.5, abs=1e-4)
   assert found['single/correlation'] == pytest.approx(np.corrcoef(scores, ratings)[0, 1], abs=1e-4)
   order = np.argsort(scores)  # ten bins of two
-  gaps = [abs((scores - ratings)[order[i:i + 2]].sum()) for i in range(0, 20, 2)]
+  gaps = [abs((scores - ratings)[order[i : i + 2]].sum()) for i in range(0, 20, 2)]
   assert found['single/rating_error'] == pytest.approx(sum(gaps) / 20, abs=1e-4)
 
 
 def test_held_out_data_need_ratings_too(world, tmp_path):
   config = rated(world, tmp_path)
   config.data.update({'held_out': None, 'held_out_path': f'{world}/comparisons.jsonl'})
-  with pytest.raises(errors.UserError, match="held_out: .*'rating' needs a rating of every completion"):
+  with pytest.raises(
+    errors.UserError, match="held_out: .*'rating' needs a rating of every completion"
+  ):
     tiny.train(reward_model, config, 0)
 
 
@@ -251,7 +303,7 @@ def test_normalization_folds_into_the_exported_head(mode, world, tmp_path):
         words = [4 + int(w[1:]) for w in tiny.text(start, length).split()]
         row = [tiny.BOS, *prompt, *words, tiny.EOS]
         tokens = np.zeros((1, 16), np.int32)
-        tokens[0, :len(row)] = row
+        tokens[0, : len(row)] = row
         values[name].append(float(score(weights, tokens, np.arange(16)[None] < len(row))[0]))
   before, after = np.array(values['before']), np.array(values['after'])
   np.testing.assert_allclose(after.mean(), 0.0, atol=1e-5)
@@ -260,19 +312,31 @@ def test_normalization_folds_into_the_exported_head(mode, world, tmp_path):
   np.testing.assert_allclose(after, (before - before.mean()) / gain, atol=1e-4)
 
 
-GPT2 = {'family': 'gpt2', 'vocab_size': tiny.VOCAB, 'n_positions': 32, 'n_embd': 16, 'n_layer': 2, 'n_head': 2,
-        'initializer_range': 0.3}
+GPT2 = {
+  'family': 'gpt2',
+  'vocab_size': tiny.VOCAB,
+  'n_positions': 32,
+  'n_embd': 16,
+  'n_layer': 2,
+  'n_head': 2,
+  'initializer_range': 0.3,
+}
 
 
-@pytest.mark.parametrize('fields', [GPT2, tiny.LLAMA | {'vocab_size': tiny.VOCAB + 6}],
-                         ids=['gpt2', 'llama with a spare row'])
+@pytest.mark.parametrize(
+  'fields',
+  [GPT2, tiny.LLAMA | {'vocab_size': tiny.VOCAB + 6}],
+  ids=['gpt2', 'llama with a spare row'],
+)
 def test_transformers_gives_the_scores_that_we_give(fields, world, tmp_path):
   """Padded with the EOS, as GPT-2 is: transformers would read the score before the EOS."""
   torch = pytest.importorskip('torch')
   tiny.write_model(tmp_path / 'start', fields, reward=True)
   for file in (tmp_path / 'start').glob('tokenizer*.json'):
     padded = '"pad_token": "<|pad|>"'
-    file.write_text(file.read_text().replace(padded, '"pad_token": "<|eos|>"').replace('<|pad|>', 'spare'))
+    file.write_text(
+      file.read_text().replace(padded, '"pad_token": "<|eos|>"').replace('<|pad|>', 'spare')
+    )
   tokenizer = tokenizers.load(tmp_path / 'start')
   assert tokenizer.pad_token_id == tiny.EOS and len(tokenizer) == tiny.VOCAB
   config = tiny.reward_model(world)
@@ -285,9 +349,13 @@ def test_transformers_gives_the_scores_that_we_give(fields, world, tmp_path):
   assert theirs.eos_token == '<|eos|>' != theirs.pad_token
   texts = [tiny.text(i, 2 + i) + '<|eos|>' for i in range(4)]
   batch = theirs(texts, padding=True, return_tensors='pt')
-  classifier = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / 'model').eval()
+  classifier = transformers.AutoModelForSequenceClassification.from_pretrained(
+    tmp_path / 'model'
+  ).eval()
   with torch.no_grad():
-    found = classifier(input_ids=batch['input_ids'], attention_mask=batch['attention_mask']).logits[:, 0]
+    found = classifier(input_ids=batch['input_ids'], attention_mask=batch['attention_mask']).logits[
+      :, 0
+    ]
   first = hf.load_reward(tmp_path / 'start')
   again = hf.load_reward(tmp_path / 'model')
   assert again[0].vocab_size == (128 if fields is GPT2 else tiny.VOCAB + 6)
@@ -308,15 +376,22 @@ def test_each_row_loses_tokens_of_its_own():
 def test_each_step_loses_tokens_of_its_own(llama):
   """The same parameters and rows at another step have another loss, at the same step the same."""
   model, params = llama
-  step = jax.jit(functools.partial(
-      reward_model.train_step, model=model, optimizers={'reward': None}, microbatch_size=0,
-      settings=dataclasses.replace(PLAIN, token_dropout=0.5)))
+  step = jax.jit(
+    functools.partial(
+      reward_model.train_step,
+      model=model,
+      optimizers={'reward': None},
+      microbatch_size=0,
+      settings=dataclasses.replace(PLAIN, token_dropout=0.5),
+    )
+  )
   state = types.TrainState(
-      step=jnp.int32(0), key=jax.random.key(0), params={'reward': params},
-      opt_state={'reward': None})
+    step=jnp.int32(0), key=jax.random.key(0), params={'reward': params}, opt_state={'reward': None}
+  )
   first, second, again = (
-      float(step(state.replace(step=jnp.int32(number)), {}, comparisons())[1]['loss'])
-      for number in (0, 1, 0))
+    float(step(state.replace(step=jnp.int32(number)), {}, comparisons())[1]['loss'])
+    for number in (0, 1, 0)
+  )
   assert first == again != second
 
 
@@ -329,13 +404,20 @@ def from_config(world, tmp_path_factory):
     and loss, the last state, and the exported parameters.
   """
   folder = tmp_path_factory.mktemp('from_config')
-  texts = [{'prompt': tiny.text(i, 2), 'completion': tiny.text(7 * i + 3, 1 + i % 4)}
-           for i in range(20)]
+  texts = [
+    {'prompt': tiny.text(i, 2), 'completion': tiny.text(7 * i + 3, 1 + i % 4)} for i in range(20)
+  ]
   config = tiny.reward_model(world)
   config.data.held_out, config.optim.ema = None, 0.9
-  config.preference.update({
-      'label_smoothing': 0.2, 'centering': 0.1, 'append_eos': False, 'normalize': 'gain_bias',
-      'normalize_path': str(tiny.write_jsonl(folder / 'texts.jsonl', texts))})
+  config.preference.update(
+    {
+      'label_smoothing': 0.2,
+      'centering': 0.1,
+      'append_eos': False,
+      'normalize': 'gain_bias',
+      'normalize_path': str(tiny.write_jsonl(folder / 'texts.jsonl', texts)),
+    }
+  )
   mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
   with jax.set_mesh(mesh):
     learner, state = reward_model.create(config, mesh)
@@ -362,8 +444,9 @@ def test_scores_are_normalized_before_the_first_step_and_after_the_last(from_con
   """On the texts of their own, which end without an EOS."""
   score, texts, _, start, _, _, exported = from_config
   for params in (start, exported):
-    values = [score(params, [tiny.BOS, *ids(text['prompt']), *ids(text['completion'])])
-              for text in texts]
+    values = [
+      score(params, [tiny.BOS, *ids(text['prompt']), *ids(text['completion'])]) for text in texts
+    ]
     np.testing.assert_allclose([np.mean(values), np.std(values)], [0, 1], atol=1e-4)
 
 
@@ -382,8 +465,11 @@ def test_the_first_loss_of_a_config_by_loop(from_config):
 def test_a_reward_model_is_exported_as_its_moving_average(from_config):
   *_, state, exported = from_config
   average, now = optim.moving_average(state.opt_state['reward']), state.params['reward']
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6),
-               exported['backbone'], average['backbone'])
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6),
+    exported['backbone'],
+    average['backbone'],
+  )
   embedding = lambda params: params['backbone']['embed']['embedding']
   assert np.abs(embedding(exported) - embedding(now)).max() > 1e-4
   # The head is the average's too, but for gain and bias.

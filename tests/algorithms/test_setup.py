@@ -32,14 +32,15 @@ def test_a_table_under_other_names(tmp_path):
   with pytest.raises(errors.UserError, match=r"a\.dat: the suffix '\.dat' is not known"):
     setup.read_examples(data(path, columns=columns), formats.completions, None)
   assert setup.read_examples(
-      data(path, columns=columns, format='tsv'), formats.completions, None) == [
-          formats.Completion('007', 'a\nb')]
+    data(path, columns=columns, format='tsv'), formats.completions, None
+  ) == [formats.Completion('007', 'a\nb')]
 
 
 def test_pairs_left_out_and_empty_prompts_are_said(tmp_path, caplog):
   path = tmp_path / 'a.jsonl'
-  pair = lambda prompt, chosen: json.dumps(
-      {'prompt': prompt, 'chosen': chosen, 'rejected': 'b'}) + '\n'
+  pair = lambda prompt, chosen: (
+    json.dumps({'prompt': prompt, 'chosen': chosen, 'rejected': 'b'}) + '\n'
+  )
   path.write_text(pair('p', 'a'))
   assert len(setup.read_examples(data(path), formats.comparisons, None)) == 1
   assert not caplog.records
@@ -47,8 +48,9 @@ def test_pairs_left_out_and_empty_prompts_are_said(tmp_path, caplog):
   assert len(setup.read_examples(data(path), formats.comparisons, None)) == 1
   (record,) = caplog.records
   assert record.getMessage() == (
-      f'{path}: 1 of 2 records kept; 1 left out: all completions are the same (first: {path}:1); '
-      f'1 kept with an empty prompt (first: {path}:2)')
+    f'{path}: 1 of 2 records kept; 1 left out: all completions are the same (first: {path}:1); '
+    f'1 kept with an empty prompt (first: {path}:2)'
+  )
   caplog.clear()
   path.write_text(pair('', 'a'))
   setup.read_examples(data(path), formats.comparisons, None)
@@ -61,11 +63,16 @@ def test_the_figures_of_an_optimizer_are_the_configs():
   config = sft.config()
   config.optim.update({'learning_rate': 0.1, 'clip_norm': 1.0, 'weight_decay': 0.5, 'b1': 0.9})
   optimizer = setup.make_optimizer(config.optim, 10)
-  params, grads = ({'kernel': jnp.full((1, 1), kernel), 'bias': jnp.full(1, bias)}
-                   for kernel, bias in ((2.0, 2.0), (3.0, 4.0)))
+  params, grads = (
+    {'kernel': jnp.full((1, 1), kernel), 'bias': jnp.full(1, bias)}
+    for kernel, bias in ((2.0, 2.0), (3.0, 4.0))
+  )
   updates, state = optimizer.update(grads, optimizer.init(params), params)
-  (moment,) = (leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-               if 'mu' in jax.tree_util.keystr(path) and 'kernel' in jax.tree_util.keystr(path))
+  (moment,) = (
+    leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    if 'mu' in jax.tree_util.keystr(path) and 'kernel' in jax.tree_util.keystr(path)
+  )
   np.testing.assert_allclose(moment, [[0.06]], rtol=1e-6)
   np.testing.assert_allclose(updates['kernel'], [[-0.2]], rtol=1e-5)
   np.testing.assert_allclose(updates['bias'], [-0.1], rtol=1e-5)
@@ -85,5 +92,9 @@ def test_a_policy_is_exported_as_its_moving_average(world, tmp_path):
   _, found = hf.load(tmp_path / 'model')
   average = optim.moving_average(state)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), found, average)
-  assert min(float(jnp.abs(a - b).max()) for a, b in zip(
-      jax.tree.leaves(found), jax.tree.leaves(params))) > 1e-4
+  assert (
+    min(
+      float(jnp.abs(a - b).max()) for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(params))
+    )
+    > 1e-4
+  )

@@ -36,14 +36,19 @@ def rows(batch=8, width=12, seed=0, garbage=0):
   real = place < length
   tokens = np.where(real, rng.integers(4, tiny.VOCAB, (batch, width)), garbage)
   return types.LMBatch(
-      tokens.astype(np.int32), real.astype(np.int32),
-      np.where(real, place, 0).astype(np.int32), real & (place >= np.maximum(prompt, 1)))
+    tokens.astype(np.int32),
+    real.astype(np.int32),
+    np.where(real, place, 0).astype(np.int32),
+    real & (place >= np.maximum(prompt, 1)),
+  )
 
 
 def test_it_learns_to_continue_and_to_end(world, tmp_path):
   """The next word follows from the last one, and the text ends after three words."""
-  tiny.write_jsonl(tmp_path / 'data.jsonl', [
-      {'prompt': tiny.text(i, 2), 'completion': tiny.text(i + 22, 3)} for i in range(60)])
+  tiny.write_jsonl(
+    tmp_path / 'data.jsonl',
+    [{'prompt': tiny.text(i, 2), 'completion': tiny.text(i + 22, 3)} for i in range(60)],
+  )
   config = tiny.sft(world, 'completion')
   config.data.update({'path': f'{tmp_path}/data.jsonl', 'held_out': 0.1, 'max_length': 7})
   config.batch_size, config.optim.learning_rate = 32, 0.02
@@ -51,7 +56,9 @@ def test_it_learns_to_continue_and_to_end(world, tmp_path):
   assert 3.5 < history[0]['loss'] < 5  # log 64 is 4.16.
   assert history[-1]['loss'] < 0.1
   assert held_out['held_out/loss'] < 2.5  # Of texts that begin with a word of their own.
-  np.testing.assert_allclose(held_out['held_out/perplexity'], np.exp(held_out['held_out/loss']), rtol=1e-5)
+  np.testing.assert_allclose(
+    held_out['held_out/perplexity'], np.exp(held_out['held_out/loss']), rtol=1e-5
+  )
 
 
 def test_the_loss_is_the_mean_over_targets_by_loop(llama, losses_of):
@@ -61,8 +68,9 @@ def test_the_loss_is_the_mean_over_targets_by_loop(llama, losses_of):
   total, count = 0.0, 0
   for tokens, real, targets in zip(batch.tokens, batch.segments, batch.loss_mask):
     length = real.sum()
-    hidden, _ = model.forward(params, jnp.asarray(tokens[None]), jnp.arange(12)[None],
-                              jnp.asarray(real[None]))
+    hidden, _ = model.forward(
+      params, jnp.asarray(tokens[None]), jnp.arange(12)[None], jnp.asarray(real[None])
+    )
     logp = np.asarray(jax.nn.log_softmax(model.unembed(params, hidden[0])), np.float64)
     for t in range(1, length):
       if targets[t]:
@@ -70,8 +78,10 @@ def test_the_loss_is_the_mean_over_targets_by_loop(llama, losses_of):
   assert count == mask.sum() == batch.loss_mask.sum()
   np.testing.assert_allclose(losses[mask].sum(), total, rtol=1e-6)
   np.testing.assert_allclose(
-      jax.jit(functools.partial(sft.mean_loss, frozen={}, model=model))(params, batch=batch), total / count,
-      rtol=1e-6)
+    jax.jit(functools.partial(sft.mean_loss, frozen={}, model=model))(params, batch=batch),
+    total / count,
+    rtol=1e-6,
+  )
 
 
 def test_what_padding_holds_changes_nothing(llama, losses_of):
@@ -116,11 +126,13 @@ def test_evaluation_counts_every_held_out_target_once(world, losses_of, tmp_path
   tokens = np.zeros((10, 13), np.int32)
   for i, record in enumerate(records):
     words = [4 + int(word[1:]) for word in record['completion'].split()]
-    tokens[i, :i + 4] = [tiny.BOS, 5, *words, tiny.EOS]
+    tokens[i, : i + 4] = [tiny.BOS, 5, *words, tiny.EOS]
   place = np.broadcast_to(np.arange(13, dtype=np.int32), tokens.shape)
   real = place < np.arange(4, 14)[:, None]
-  losses, mask = losses_of(state.params['policy'], batch=types.LMBatch(
-      tokens, real.astype(np.int32), place, real & (place >= 2)))
+  losses, mask = losses_of(
+    state.params['policy'],
+    batch=types.LMBatch(tokens, real.astype(np.int32), place, real & (place >= 2)),
+  )
   np.testing.assert_allclose(held_out['held_out/loss'], np.asarray(losses)[mask].mean(), rtol=1e-5)
 
 
@@ -139,7 +151,8 @@ def test_what_is_evaluated_is_the_average_that_is_exported(world, tmp_path):
     found = learner.evaluators['held_out'](state)['loss']
     learner.export(state, tmp_path / 'model')
     now = learner.evaluators['held_out'](
-        state.replace(opt_state={'policy': state.opt_state['policy'].inner}))['loss']
+      state.replace(opt_state={'policy': state.opt_state['policy'].inner})
+    )['loss']
   weights = 0.9 ** np.arange(11, -1, -1.0)
   mean = {name: np.average([lora[name] for lora in seen], axis=0, weights=weights) for name in 'ab'}
   _, before = hf.load(world / 'model')

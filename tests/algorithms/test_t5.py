@@ -31,9 +31,20 @@ PROMPTS = (1, 5, 2, 3, 4, 1)  # lengths; B = 6
 RESPONSES = (4, 1, 3, 2, 4, 4)
 ENDED = (True, True, True, True, False, True)
 RATE = 0.02
-FIELDS = {'family': 't5', 'vocab_size': VOCAB, 'd_model': 10, 'd_kv': 3, 'd_ff': 12, 'num_layers': 2,
-          'num_decoder_layers': 1, 'num_heads': 2, 'relative_attention_num_buckets': 6,
-          'relative_attention_max_distance': 5, 'pad_token_id': START, 'eos_token_id': EOS}
+FIELDS = {
+  'family': 't5',
+  'vocab_size': VOCAB,
+  'd_model': 10,
+  'd_kv': 3,
+  'd_ff': 12,
+  'num_layers': 2,
+  'num_decoder_layers': 1,
+  'num_heads': 2,
+  'relative_attention_num_buckets': 6,
+  'relative_attention_max_distance': 5,
+  'pad_token_id': START,
+  'eos_token_id': EOS,
+}
 FIRST = models.create(FIELDS)
 FLAN = models.create(FIELDS | {'feed_forward_proj': 'gated-gelu', 'tie_word_embeddings': False})
 
@@ -55,14 +66,20 @@ class Reference:
 
     def make(name, params):
       hf.save(folder / name, model, params)
-      made = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder / name, attn_implementation='eager')
+      made = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+        folder / name, attn_implementation='eager'
+      )
       return made.double().eval()
 
     self.torch, self.config = torch, config
     self.policy, self.frozen = make('policy', params['policy']), make('frozen', frozen)
-    self.critic = make('critic', params['critic']['backbone']) if 'backbone' in params['critic'] else None
-    self.head = {name: torch.tensor(np.asarray(leaf, np.float64), requires_grad=True)
-                 for name, leaf in params['critic']['head'].items()}
+    self.critic = (
+      make('critic', params['critic']['backbone']) if 'backbone' in params['critic'] else None
+    )
+    self.head = {
+      name: torch.tensor(np.asarray(leaf, np.float64), requires_grad=True)
+      for name, leaf in params['critic']['head'].items()
+    }
     self.adam = references.Adam(b1=0.9, b2=0.999, eps=config.optim.eps, tensorflow=False)
 
   def states(self, t5, episode):
@@ -76,30 +93,44 @@ class Reference:
     """[length], and the entropies."""
     states = self.states(t5, episode)
     if t5.config.scale_decoder_outputs:
-      states = states * t5.config.d_model ** -0.5
+      states = states * t5.config.d_model**-0.5
     every = self.torch.log_softmax(t5.lm_head(states), dim=-1)
     return every[range(len(states)), episode['response']], -(every.exp() * every).sum(dim=-1)
 
   def values(self, episode):
-    return self.states(self.critic or self.policy, episode) @ self.head['kernel'] + self.head['bias']
+    return (
+      self.states(self.critic or self.policy, episode) @ self.head['kernel'] + self.head['bias']
+    )
 
   def parameters(self):
     """All that is trained, by name."""
     owners = {'policy': self.policy} | ({'critic': self.critic} if self.critic else {})
-    found = {f'{owner}/{name}': parameter for owner, t5 in owners.items() for name, parameter in t5.named_parameters()}
+    found = {
+      f'{owner}/{name}': parameter
+      for owner, t5 in owners.items()
+      for name, parameter in t5.named_parameters()
+    }
     return found | {f'head/{name}': leaf for name, leaf in self.head.items()}
 
   def experience(self, episodes):
     """Tables [B, R] with zeros where there is nothing."""
     c = self.config.rl
     lengths = [len(e['response']) for e in episodes]
-    table = lambda function: np.array([
-        np.pad(function(e).detach().numpy(), (0, R - len(e['response']))) for e in episodes])
-    x = {'logp': table(lambda e: self.logprobs(self.policy, e)[0]), 'values': table(self.values),
-         'ref': table(lambda e: self.logprobs(self.frozen, e)[0])}
+    table = lambda function: np.array(
+      [np.pad(function(e).detach().numpy(), (0, R - len(e['response']))) for e in episodes]
+    )
+    x = {
+      'logp': table(lambda e: self.logprobs(self.policy, e)[0]),
+      'values': table(self.values),
+      'ref': table(lambda e: self.logprobs(self.frozen, e)[0]),
+    }
     kl = references.kl_estimate(x['logp'], x['ref'], 'k1')
-    rewards = references.token_rewards([e['score'] for e in episodes], kl, c.kl_coef, lengths, position='eos')
-    x['advantages'], x['returns'] = references.gae(rewards, x['values'], lengths, gamma=c.gamma, lam=c.lam)
+    rewards = references.token_rewards(
+      [e['score'] for e in episodes], kl, c.kl_coef, lengths, position='eos'
+    )
+    x['advantages'], x['returns'] = references.gae(
+      rewards, x['values'], lengths, gamma=c.gamma, lam=c.lam
+    )
     mask = [[t < n for t in range(R)] for n in lengths]
     x['advantages'] = references.whiten(x['advantages'], mask, shift_mean=True, bessel=False)
     return x | {'kl': kl}
@@ -108,26 +139,56 @@ class Reference:
     """One Adam step; returns statistics."""
     c, count = self.config.rl, sum(len(episodes[i]['response']) for i in rows)
     parameters = self.parameters()
-    stats = dict.fromkeys(('policy/loss', 'policy/ratio', 'policy/clipfrac', 'value/loss', 'value/clipfrac',
-                           'policy/entropy'), 0.0)
+    stats = dict.fromkeys(
+      (
+        'policy/loss',
+        'policy/ratio',
+        'policy/clipfrac',
+        'value/loss',
+        'value/clipfrac',
+        'policy/entropy',
+      ),
+      0.0,
+    )
     total = 0.0  # its gradient is the loss's
     for i in rows:
-      (logprobs, entropies), values = self.logprobs(self.policy, episodes[i]), self.values(episodes[i])
+      (logprobs, entropies), values = (
+        self.logprobs(self.policy, episodes[i]),
+        self.values(episodes[i]),
+      )
       for t in range(len(logprobs)):
         loss, clipped, ratio, by_logp = references.policy_loss(
-            logprobs[t].item(), x['logp'][i, t], x['advantages'][i, t], clip_low=c.clip_low, clip_high=c.clip_high)
+          logprobs[t].item(),
+          x['logp'][i, t],
+          x['advantages'][i, t],
+          clip_low=c.clip_low,
+          clip_high=c.clip_high,
+        )
         value_loss, value_clipped, by_value = references.value_loss(
-            values[t].item(), x['values'][i, t], x['returns'][i, t], bound=c.value_clip)
-        total = total + (by_logp * logprobs[t] + c.vf_coef * by_value * values[t]
-                         - c.entropy_coef * entropies[t]) / count
-        for name, number in (('policy/loss', loss), ('policy/ratio', ratio), ('policy/clipfrac', clipped),
-                             ('value/loss', value_loss), ('value/clipfrac', value_clipped),
-                             ('policy/entropy', entropies[t].item())):
+          values[t].item(), x['values'][i, t], x['returns'][i, t], bound=c.value_clip
+        )
+        total = (
+          total
+          + (
+            by_logp * logprobs[t] + c.vf_coef * by_value * values[t] - c.entropy_coef * entropies[t]
+          )
+          / count
+        )
+        for name, number in (
+          ('policy/loss', loss),
+          ('policy/ratio', ratio),
+          ('policy/clipfrac', clipped),
+          ('value/loss', value_loss),
+          ('value/clipfrac', value_clipped),
+          ('policy/entropy', entropies[t].item()),
+        ):
           stats[name] += number / count
     gradients = self.torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     arrays = {name: parameter.detach().numpy().copy() for name, parameter in parameters.items()}
-    gradients = {name: np.zeros_like(arrays[name]) if g is None else g.numpy()
-                 for name, g in zip(parameters, gradients)}
+    gradients = {
+      name: np.zeros_like(arrays[name]) if g is None else g.numpy()
+      for name, g in zip(parameters, gradients)
+    }
     with self.torch.no_grad():
       for name, array in self.adam.step(arrays, gradients, RATE).items():
         parameters[name].copy_(self.torch.tensor(array))
@@ -149,8 +210,13 @@ def make_episodes(rng):
   for n, m, ended in zip(PROMPTS, RESPONSES, ENDED):
     response = rng.choice(others, m).tolist()
     response[-1] = EOS if ended else response[-1]
-    episodes.append({'prompt': rng.choice(others, n).tolist(), 'response': response,
-                     'score': float(np.float32(rng.normal()))})
+    episodes.append(
+      {
+        'prompt': rng.choice(others, n).tolist(),
+        'response': response,
+        'score': float(np.float32(rng.normal())),
+      }
+    )
   return episodes
 
 
@@ -161,15 +227,20 @@ def make_rollout(rng, episodes):
   for i, e in enumerate(episodes):
     here = slice(P - len(e['prompt']), P + len(e['response']))
     tokens[i, here], mask[i, here] = e['prompt'] + e['response'], True
-  rollout = types.Rollout(tokens=tokens, mask=mask, response_mask=mask[:, P:],
-                          logprobs=np.zeros((len(episodes), R), np.float32))
+  rollout = types.Rollout(
+    tokens=tokens,
+    mask=mask,
+    response_mask=mask[:, P:],
+    logprobs=np.zeros((len(episodes), R), np.float32),
+  )
   return jax.tree.map(jnp.asarray, rollout), jnp.array([e['score'] for e in episodes], jnp.float32)
 
 
 def make_params(rng, model, critic):
   """Policy and critic, and a reference that is not far from the policy."""
   draw = lambda scale, tree: jax.tree.map(
-      lambda leaf: leaf + (scale * rng.normal(size=leaf.shape)).astype(np.float32), tree)
+    lambda leaf: leaf + (scale * rng.normal(size=leaf.shape)).astype(np.float32), tree
+  )
   head = {'kernel': rng.normal(0, 0.3, model.width).astype(np.float32), 'bias': np.float32(0.1)}
   policy, other = draw(0.1, model.init(jax.random.key(0))), draw(0.3, zeros(model))
   backbone = {'backbone': other} if critic == 'separate' else {}
@@ -180,7 +251,9 @@ def zeros(model):
   return jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), model.shapes())
 
 
-@pytest.mark.parametrize('model,critic', [(FIRST, 'separate'), (FLAN, 'trunk')], ids=['first', 'flan'])
+@pytest.mark.parametrize(
+  'model,critic', [(FIRST, 'separate'), (FLAN, 'trunk')], ids=['first', 'flan']
+)
 def test_ppo_update_agrees_with_torch(model, critic, tmp_path):
   """Two epochs of two minibatches."""
   config = ppo.config()
@@ -193,26 +266,47 @@ def test_ppo_update_agrees_with_torch(model, critic, tmp_path):
 
   optimizers = dict.fromkeys(params, setup.make_optimizer(config.optim, 4))
   state = types.TrainState(
-      step=jnp.int32(0), key=jax.random.key(3), params=params, opt_state={name: optimizers[name].init(params[name]) for name in params},
-      extra={'kl_coef': jnp.float32(config.rl.kl_coef), 'reward_moments': jnp.zeros(3)})
+    step=jnp.int32(0),
+    key=jax.random.key(3),
+    params=params,
+    opt_state={name: optimizers[name].init(params[name]) for name in params},
+    extra={'kl_coef': jnp.float32(config.rl.kl_coef), 'reward_moments': jnp.zeros(3)},
+  )
   keys = jax.random.split(types.step_keys(state)[1], config.rl.epochs)
-  expected = reference.iteration(episodes, [jax.random.permutation(key, len(episodes)) for key in keys])
-  step = jax.jit(functools.partial(
-      ppo.train_step, models=forward.Models(model, model if critic == 'separate' else None), optimizers=optimizers,
-      settings=ppo.Settings.of(config, (EOS,))))
-  state, metrics = step(state, {'shared': {}, 'reference': frozen}, *make_rollout(rng, episodes), None)
+  expected = reference.iteration(
+    episodes, [jax.random.permutation(key, len(episodes)) for key in keys]
+  )
+  step = jax.jit(
+    functools.partial(
+      ppo.train_step,
+      models=forward.Models(model, model if critic == 'separate' else None),
+      optimizers=optimizers,
+      settings=ppo.Settings.of(config, (EOS,)),
+    )
+  )
+  state, metrics = step(
+    state, {'shared': {}, 'reference': frozen}, *make_rollout(rng, episodes), None
+  )
 
   assert metrics['policy/first_ratio'] == pytest.approx(1.0, abs=1e-5)
   for name, value in expected.items():
     np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
-  assert expected['policy/clipfrac'] > 0 and expected['value/clipfrac'] > 0, 'the clips have to bite'
+  assert expected['policy/clipfrac'] > 0 and expected['value/clipfrac'] > 0, (
+    'the clips have to bite'
+  )
   after = Reference(tmp_path / 'after', model, state.params, frozen, config).parameters()
   before = Reference(tmp_path / 'before', model, params, frozen, config).parameters()
   trained = reference.parameters()
   assert sorted(after) == sorted(trained)
   for name, parameter in trained.items():
-    np.testing.assert_allclose(after[name].detach(), parameter.detach(), rtol=0, atol=2e-4, err_msg=name)
-  moved = [np.abs((trained[name] - before[name]).detach()).max().item() for name in trained if 'policy/' in name]
+    np.testing.assert_allclose(
+      after[name].detach(), parameter.detach(), rtol=0, atol=2e-4, err_msg=name
+    )
+  moved = [
+    np.abs((trained[name] - before[name]).detach()).max().item()
+    for name in trained
+    if 'policy/' in name
+  ]
   assert np.mean(np.array(moved) > RATE / 4) > 0.8
 
 
@@ -242,9 +336,19 @@ def test_rollout_has_the_logprobs_of_its_policy():
 # with ever larger ones.
 NUMBERS, SLOTS = 20, 5
 SMALL_FLAN = {
-    'family': 't5', 'd_model': 32, 'd_kv': 8, 'd_ff': 64, 'num_layers': 1, 'num_decoder_layers': 1, 'num_heads': 4,
-    'relative_attention_num_buckets': 8, 'relative_attention_max_distance': 16, 'feed_forward_proj': 'gated-gelu',
-    'tie_word_embeddings': False, 'pad_token_id': tiny.PAD}
+  'family': 't5',
+  'd_model': 32,
+  'd_kv': 8,
+  'd_ff': 64,
+  'num_layers': 1,
+  'num_decoder_layers': 1,
+  'num_heads': 4,
+  'relative_attention_num_buckets': 8,
+  'relative_attention_max_distance': 16,
+  'feed_forward_proj': 'gated-gelu',
+  'tie_word_embeddings': False,
+  'pad_token_id': tiny.PAD,
+}
 
 
 def increasing_numbers(prompts, responses, *, response_tokens, metadata):
@@ -265,8 +369,13 @@ def task(tmp_path_factory):
   tiny.write_tokenizer(folder / 'tokenizer', words=NUMBERS)
   starts = range(NUMBERS - SLOTS)
   tiny.write_jsonl(folder / 'prompts.jsonl', [{'prompt': f'w{i}'} for i in starts])
-  tiny.write_jsonl(folder / 'answers.jsonl', [
-      {'prompt': f'w{i}', 'completion': ' '.join(f'w{i + 1 + t}' for t in range(SLOTS))} for i in starts])
+  tiny.write_jsonl(
+    folder / 'answers.jsonl',
+    [
+      {'prompt': f'w{i}', 'completion': ' '.join(f'w{i + 1 + t}' for t in range(SLOTS))}
+      for i in starts
+    ],
+  )
   return folder
 
 
@@ -324,8 +433,13 @@ def test_reward_model_learns_what_is_in_order_and_pays_ppo(task, tmp_path):
   rng = np.random.default_rng(0)
   rows = [rng.choice(NUMBERS, 4, replace=False) for _ in range(300)]
   text = lambda row: ' '.join(f'w{number}' for number in row)
-  tiny.write_jsonl(task / 'comparisons.jsonl', [
-      {'prompt': 'w0', 'chosen': text(sorted(row)), 'rejected': text(sorted(row)[::-1])} for row in rows])
+  tiny.write_jsonl(
+    task / 'comparisons.jsonl',
+    [
+      {'prompt': 'w0', 'chosen': text(sorted(row)), 'rejected': text(sorted(row)[::-1])}
+      for row in rows
+    ],
+  )
   config = from_nothing(reward_model.config(), task, 'comparisons.jsonl')
   config.data.held_out, config.steps = 0.2, 60
   learner, state, _, held_out = tiny.train(reward_model, config, 60)

@@ -11,7 +11,7 @@ def test_slopes():
   x = [2, 4, 8, 16, 32]
   assert scaling.slopes(x, [3 * v for v in x]) == pytest.approx((1, 1))
   assert scaling.slopes(x, [v * v for v in x]) == pytest.approx((2, 2))
-  every, last = scaling.slopes(x, [100 + v for v in x])   # something constant beside it
+  every, last = scaling.slopes(x, [100 + v for v in x])  # something constant beside it
   assert every < last < 1
 
 
@@ -25,7 +25,9 @@ def test_each_field_spans_a_factor_of_16():
 def test_table_and_plot(tmp_path):
   parts = lambda total: {'rollout': total / 4, 'scoring': total / 4, 'update': total / 2}
   found = {'batch': [(v, parts(v / 8)) for v in (4, 8, 16, 32, 64)]}
-  line = next(line for line in scaling.table(found).splitlines() if line.strip().startswith('batch'))
+  line = next(
+    line for line in scaling.table(found).splitlines() if line.strip().startswith('batch')
+  )
   assert [float(cell) for cell in line.split()[1:]] == [4, 64, 0.5, 1, 2, 4, 8, 1, 1]
   scaling.plot(tmp_path / 'plot.png', found)
   assert (tmp_path / 'plot.png').read_bytes().startswith(b'\x89PNG')
@@ -33,7 +35,9 @@ def test_table_and_plot(tmp_path):
 
 def test_growth_of_memory():
   batches = [workloads.Workload('', 1, 8, 1, 8, 100, 4, 4, batch) for batch in (2, 4, 8)]
-  used = [1000 + 3 * 4 * w.batch * 8 * 8 for w in batches]  # three arrays of [B, T, D] and something constant
+  used = [
+    1000 + 3 * 4 * w.batch * 8 * 8 for w in batches
+  ]  # three arrays of [B, T, D] and something constant
   assert memory.growth(batches, used) == pytest.approx(3)
 
 

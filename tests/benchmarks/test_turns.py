@@ -16,7 +16,8 @@ W = workloads.Workload('tiny', 2, 16, 2, 32, 40, 5, 4, 8)
 
 def start(module, tmp_path, *options):
   return processes.Process(
-      sys.executable, module, W, device='cpu', threads=1, log=tmp_path / 'log', options=options)
+    sys.executable, module, W, device='cpu', threads=1, log=tmp_path / 'log', options=options
+  )
 
 
 @pytest.mark.parametrize('way', ['separate', 'hydra'])
@@ -28,14 +29,18 @@ def test_ours_takes_turns(tmp_path, monkeypatch, capsys, way):
     runs, _ = run.take_turns({name: peer}, [], 2)
   finally:
     peer.end()
-  assert re.search(rf'^{name}: set up in \d+ s, first iteration in \d+ s$', capsys.readouterr().out, re.MULTILINE)
+  assert re.search(
+    rf'^{name}: set up in \d+ s, first iteration in \d+ s$', capsys.readouterr().out, re.MULTILINE
+  )
   timed = runs[name]
   first, iterations = timed['first'], timed['iterations']
   assert 'jax' in peer.about['versions']
   for report in (first, *iterations):
     assert set(report['parts']) == set(workloads.PARTS) and min(report['parts'].values()) > 0
     assert report['peak'] > 2**20 and report['device_peak'] is None
-  row = results.summarize([timed], peer.about, W, {'matmul': 1e9, 'copy': 1e9}, way=way, device='cpu')
+  row = results.summarize(
+    [timed], peer.about, W, {'matmul': 1e9, 'copy': 1e9}, way=way, device='cpu'
+  )
   assert row['total'] > 0 and row['compile'] > 0
   assert row['total'] == pytest.approx(sum(map(sum, (r['parts'].values() for r in iterations))) / 2)
 
@@ -81,8 +86,13 @@ def test_limits_are_measured(tmp_path):
 @pytest.mark.parametrize('device, name', [('gpu', 'NVIDIA H200'), ('cpu', 'Xeon, 2 threads')])
 def test_the_table_names_what_computed(device, name):
   about = {'versions': {'jax': '1.0'}, 'note': ''}
-  result = {'limits': {'matmul': 7e14, 'copy': 4e12}, 'summary': {'ours': {'others': {}}},
-            'machine': {'device': device, 'cpu': 'Xeon', 'threads': 2, 'card': 'NVIDIA H200'},
-            'runs': {'ours': [{'about': about, 'iterations': [{}, {}]}] * 3}}
+  result = {
+    'limits': {'matmul': 7e14, 'copy': 4e12},
+    'summary': {'ours': {'others': {}}},
+    'machine': {'device': device, 'cpu': 'Xeon', 'threads': 2, 'card': 'NVIDIA H200'},
+    'runs': {'ours': [{'about': about, 'iterations': [{}, {}]}] * 3},
+  }
   assert run.notes(result) == [
-      f'{name}: matmul 700000 GFLOP/s, copy 4000.0 GB/s. Medians of 3 x 2 iterations.', 'ours: jax 1.0']
+    f'{name}: matmul 700000 GFLOP/s, copy 4000.0 GB/s. Medians of 3 x 2 iterations.',
+    'ours: jax 1.0',
+  ]

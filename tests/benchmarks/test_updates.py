@@ -34,7 +34,13 @@ def test_what_an_update_holds(mesh, monkeypatch):
   assert policy == 4 * (40 * 16 + 9 * 16 + 2 * block + 2 * 16)
   assert shared_weights.count(update.state.params['policy'], seen) == 0
   row = shared_weights.measure(update)
-  assert row['total'] >= 0 and set(row) >= {'policy', 'critic', 'reference', 'moments', 'temporaries'}
+  assert row['total'] >= 0 and set(row) >= {
+    'policy',
+    'critic',
+    'reference',
+    'moments',
+    'temporaries',
+  }
   state, metrics = update.step(update.state, *update.arguments)
   assert int(state.step) == 1 and np.isfinite(float(metrics['policy/loss']))
 

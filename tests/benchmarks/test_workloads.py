@@ -20,15 +20,19 @@ def test_forward_pass_by_hand():
 def test_iteration_by_hand():
   body, unembed = 12800 + 2000, 800
   assert workloads.flops(SMALL) == {
-      'rollout': body + unembed,
-      'scoring': 4 * body + 2 * unembed,                # policy, critic, reference, reward model
-      'update': 4 * (2 * 3 * body + 3 * unembed)}       # 4 epochs, forward and twice that backward
+    'rollout': body + unembed,
+    'scoring': 4 * body + 2 * unembed,  # policy, critic, reference, reward model
+    'update': 4 * (2 * 3 * body + 3 * unembed),
+  }  # 4 epochs, forward and twice that backward
   assert workloads.flops(SMALL, epochs=1)['update'] == 6 * body + 3 * unembed
   trunk = workloads.flops(SMALL, 'trunk')
   assert (trunk['scoring'], trunk['update']) == (3 * body + 2 * unembed, 4 * 3 * (body + unembed))
-  hydra = workloads.flops(SMALL, 'hydra')               # half a body each for trunk, policy and reference
-  assert (hydra['scoring'], hydra['update']) == (2.5 * body + 2 * unembed, 4 * (1.5 * body + 2 * unembed))
-  lora = workloads.flops(SMALL, 'lora')                 # no gradient of any frozen weight
+  hydra = workloads.flops(SMALL, 'hydra')  # half a body each for trunk, policy and reference
+  assert (hydra['scoring'], hydra['update']) == (
+    2.5 * body + 2 * unembed,
+    4 * (1.5 * body + 2 * unembed),
+  )
+  lora = workloads.flops(SMALL, 'lora')  # no gradient of any frozen weight
   assert lora['update'] == 4 * 2 * (body + unembed)
 
 

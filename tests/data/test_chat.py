@@ -18,14 +18,18 @@ def tokenizer(tmp_path):
 def test_hh_template(tokenizer):
   chat.use_template(tokenizer, 'hh')
   assert chat.render(tokenizer, ASK, ANSWER) == (
-      'Be kind.\n\nHuman: Hi\n\nAssistant:', ' Hello.<|eos|>')
+    'Be kind.\n\nHuman: Hi\n\nAssistant:',
+    ' Hello.<|eos|>',
+  )
   assert chat.render(tokenizer, ASK) == ('Be kind.\n\nHuman: Hi\n\nAssistant:', '')
 
 
 def test_chatml_template(tokenizer):
   chat.use_template(tokenizer, 'chatml')
-  prompt = ('<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n'
-            '<|im_start|>assistant\n')
+  prompt = (
+    '<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n'
+    '<|im_start|>assistant\n'
+  )
   # <|im_end|> is not this tokenizer's EOS, so what follows it stays.
   assert chat.render(tokenizer, ASK, ANSWER) == (prompt, 'Hello.<|im_end|>\n')
   tokenizer.eos_token = '<|im_end|>'
@@ -51,7 +55,9 @@ def test_templates_that_are_none(tokenizer):
 
 def test_the_generation_prompt_must_begin_the_answer(tokenizer):
   chat.use_template(
-      tokenizer, "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-      "{% if add_generation_prompt %}<think>{% endif %}")
+    tokenizer,
+    "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    '{% if add_generation_prompt %}<think>{% endif %}',
+  )
   with pytest.raises(UserError, match='does not begin an assistant turn'):
     chat.render(tokenizer, ASK, ANSWER)

@@ -35,7 +35,7 @@ LENGTH = 256  # tokens that every prompt and completion has room in
 TEMPLATE = (
   "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
   "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
-  "{% if add_generation_prompt %}<assistant>{% endif %}"
+  '{% if add_generation_prompt %}<assistant>{% endif %}'
 )
 TURN = '\n\nHuman: {}\n\nAssistant:'
 # Most merge with what stands before or behind them.

@@ -39,7 +39,8 @@ def test_long_documents_overlap_by_one():
 def test_unpacked_rows():
   batch = packing.pad(documents(2, 5, 1, 3), length=4, pad_id=0)
   np.testing.assert_array_equal(
-      batch.tokens, [[10, 11, 0, 0], [20, 21, 22, 23], [23, 24, 0, 0], [40, 41, 42, 0]])
+    batch.tokens, [[10, 11, 0, 0], [20, 21, 22, 23], [23, 24, 0, 0], [40, 41, 42, 0]]
+  )
   np.testing.assert_array_equal(batch.segments > 0, batch.tokens > 0)
   np.testing.assert_array_equal(batch.segments.max(1), [1, 1, 1, 1])
 
@@ -56,14 +57,15 @@ def test_any_documents(length):
   assert got == want
   # A target's input is in its own document, one position before.
   np.testing.assert_array_equal(batch.segments[rows, columns], batch.segments[rows, columns - 1])
-  np.testing.assert_array_equal(batch.positions[rows, columns],
-                                batch.positions[rows, columns - 1] + 1)
+  np.testing.assert_array_equal(
+    batch.positions[rows, columns], batch.positions[rows, columns - 1] + 1
+  )
   # Numbers grow along a row from 1 without gaps; padding is only at the end.
   for segments, positions in zip(batch.segments, batch.positions):
     real = segments[segments > 0]
     assert real[0] == 1 and set(np.diff(real)) <= {0, 1}
-    np.testing.assert_array_equal(segments[len(real):], 0)
-    np.testing.assert_array_equal(positions[:len(real)] == 0, np.diff(real, prepend=0) == 1)
+    np.testing.assert_array_equal(segments[len(real) :], 0)
+    np.testing.assert_array_equal(positions[: len(real)] == 0, np.diff(real, prepend=0) == 1)
   again = packing.pack(docs, length=length, pad_id=0)
   np.testing.assert_array_equal(batch.tokens, again.tokens)
 

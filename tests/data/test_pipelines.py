@@ -65,24 +65,29 @@ def prompt_iterator(tokenizer, count=7, **changes):
 
 def test_completion_rows(tokenizer, ids):
   examples = [Completion('ab', 'cd'), Completion('', 'e'), Completion('<|bos|>a', 'b<|eos|>')]
-  (batch, valid), = pipelines.completion_batches(examples, tokenizer, batch_size=3, max_length=6)
+  ((batch, valid),) = pipelines.completion_batches(examples, tokenizer, batch_size=3, max_length=6)
   np.testing.assert_array_equal(batch.tokens, ids('<abcd>', '<e>...', '<ab>..'))
   np.testing.assert_array_equal(batch.loss_mask, bits('000111', '011000', '001100'))
   np.testing.assert_array_equal(batch.segments, bits('111111', '111000', '111100'))
   np.testing.assert_array_equal(
-      batch.positions, [[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 0, 0], [0, 1, 2, 3, 0, 0]])
+    batch.positions, [[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 0, 0], [0, 1, 2, 3, 0, 0]]
+  )
   assert batch.segments.dtype == batch.positions.dtype == batch.tokens.dtype == np.int32
   assert valid.all()
 
 
 def test_comparison_rows(tokenizer, ids):
-  examples = [Comparison('a', ('b', 'cd'), (1, 0), (0.5, 2.0), 1.5),
-              Comparison('ab', ('c', 'd', 'e'), (0, 1, 1))]
-  (batch, _), = pipelines.comparison_batches(examples, tokenizer, batch_size=2, max_length=5)
-  np.testing.assert_array_equal(batch.tokens, [
-      ids('<ab>.', '<acd>', '.....'), ids('<abc>', '<abd>', '<abe>')])
-  np.testing.assert_array_equal(batch.mask, [
-      bits('11110', '11111', '00000'), bits('11111', '11111', '11111')])
+  examples = [
+    Comparison('a', ('b', 'cd'), (1, 0), (0.5, 2.0), 1.5),
+    Comparison('ab', ('c', 'd', 'e'), (0, 1, 1)),
+  ]
+  ((batch, _),) = pipelines.comparison_batches(examples, tokenizer, batch_size=2, max_length=5)
+  np.testing.assert_array_equal(
+    batch.tokens, [ids('<ab>.', '<acd>', '.....'), ids('<abc>', '<abd>', '<abe>')]
+  )
+  np.testing.assert_array_equal(
+    batch.mask, [bits('11110', '11111', '00000'), bits('11111', '11111', '11111')]
+  )
   np.testing.assert_array_equal(batch.present, [[T, T, F], [T, T, T]])
   np.testing.assert_array_equal(batch.ranks, [[1, 0, 0], [0, 1, 1]])
   np.testing.assert_array_equal(batch.ratings, [[0.5, 2, 0], [0, 0, 0]])
@@ -92,16 +97,18 @@ def test_comparison_rows(tokenizer, ids):
 
 def test_comparison_rows_without_an_eos(tokenizer, ids):
   examples = [Comparison('ab', ('c', 'de'), (0, 1))]
-  (batch, _), = pipelines.comparison_batches(
-      examples, tokenizer, batch_size=1, max_length=6, append_eos=False)
+  ((batch, _),) = pipelines.comparison_batches(
+    examples, tokenizer, batch_size=1, max_length=6, append_eos=False
+  )
   rows = [row[mask].tolist() for row, mask in zip(batch.tokens[0], batch.mask[0])]
   assert rows == ids('<abc', '<abde')
 
 
 def test_prompt_rows_are_left_padded(tokenizer, ids):
   examples = [Prompt('ab', {}), Prompt('', {}), Prompt('cde', {})]
-  ((batch, indices), _), = pipelines.prompt_batches(
-      examples, tokenizer, batch_size=3, max_prompt_length=4)
+  (((batch, indices), _),) = pipelines.prompt_batches(
+    examples, tokenizer, batch_size=3, max_prompt_length=4
+  )
   np.testing.assert_array_equal(batch.tokens, ids('.<ab', '...<', '<cde'))
   np.testing.assert_array_equal(batch.mask, bits('0111', '0001', '1111'))
   np.testing.assert_array_equal(indices, [0, 1, 2])
@@ -109,12 +116,12 @@ def test_prompt_rows_are_left_padded(tokenizer, ids):
 
 
 def test_lm_rows(tokenizer, ids):
-  (batch, _), = pipelines.lm_batches(['a', 'bc', 'd'], tokenizer, batch_size=2, length=6)
+  ((batch, _),) = pipelines.lm_batches(['a', 'bc', 'd'], tokenizer, batch_size=2, length=6)
   # <a> and d's row mates: first fit puts <d> behind <a>, <bc> has a row of its own.
   np.testing.assert_array_equal(batch.tokens, ids('<a><d>', '<bc>..'))
   np.testing.assert_array_equal(batch.segments, [[1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 0, 0]])
   np.testing.assert_array_equal(batch.loss_mask, bits('011011', '011100'))
-  (batch, _), = pipelines.lm_batches(['a', 'bc'], tokenizer, batch_size=2, length=4, pack=False)
+  ((batch, _),) = pipelines.lm_batches(['a', 'bc'], tokenizer, batch_size=2, length=4, pack=False)
   np.testing.assert_array_equal(batch.tokens, ids('<a>.', '<bc>'))
 
 
@@ -123,13 +130,18 @@ def test_iterators_yield_the_types(tokenizer):
   lm, rows = pipelines.lm_iterator(['a', 'b', 'cdefg'], tokenizer, length=6, **settings)
   assert rows == 3  # <a><b>, <cdefg and g>.
   completion, rows = pipelines.completion_iterator(
-      [Completion('a', 'b')] * 5, tokenizer, max_length=4, **settings)
+    [Completion('a', 'b')] * 5, tokenizer, max_length=4, **settings
+  )
   assert rows == 5
   comparison, rows = pipelines.comparison_iterator(
-      [Comparison('a', ('b', 'c'), (0, 1))], tokenizer, max_length=4, **settings)
+    [Comparison('a', ('b', 'c'), (0, 1))], tokenizer, max_length=4, **settings
+  )
   assert rows == 1
-  for iterator, kind, shape in ((lm, types.LMBatch, (2, 6)), (completion, types.LMBatch, (2, 4)),
-                                (comparison, types.Comparisons, (2, 2, 4))):
+  for iterator, kind, shape in (
+    (lm, types.LMBatch, (2, 6)),
+    (completion, types.LMBatch, (2, 4)),
+    (comparison, types.Comparisons, (2, 2, 4)),
+  ):
     batch = next(iterator)
     assert type(batch) is kind and batch.tokens.shape == shape
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(batch))
@@ -173,15 +185,18 @@ def test_state_resumes_at_the_exact_batch(tokenizer, steps):
 
 
 def test_orbax_saves_and_restores_iterators(tokenizer, tmp_path):
-  make = lambda: pipelines.lm_iterator(
-      list(LETTERS), tokenizer, batch_size=4, length=6, seed=3)[0]
+  make = lambda: pipelines.lm_iterator(list(LETTERS), tokenizer, batch_size=4, length=6, seed=3)[0]
   iterator = make()
   for _ in range(3):
     next(iterator)
   with ocp.CheckpointManager(tmp_path) as manager:
-    manager.save(3, args=ocp.args.Composite(
+    manager.save(
+      3,
+      args=ocp.args.Composite(
         state=ocp.args.StandardSave({'step': np.int32(3)}),
-        data=grain.checkpoint.CheckpointSave(iterator)))
+        data=grain.checkpoint.CheckpointSave(iterator),
+      ),
+    )
     manager.wait_until_finished()
     want = [next(iterator) for _ in range(4)]
     again = make()
@@ -214,7 +229,9 @@ def test_last_batch_is_filled_with_rows_that_do_not_count(tokenizer, ids):
   np.testing.assert_array_equal(batches[1][0].present, [[T, T], [F, F]])
   batches = pipelines.prompt_batches(prompts(3), tokenizer, batch_size=2, max_prompt_length=2)
   assert [(indices.tolist(), valid.tolist()) for (_, indices), valid in batches] == [
-      ([0, 1], [T, T]), ([2, 2], [T, F])]
+    ([0, 1], [T, T]),
+    ([2, 2], [T, F]),
+  ]
 
 
 def test_no_examples_make_no_batches_and_no_iterator(tokenizer):
@@ -243,12 +260,17 @@ def test_split():
 
 def comparisons_of(counts):
   """As many comparisons of each prompt as its count says."""
-  return [Comparison(f'q{i}', (f'a{j}', f'b{j}'), (0, 1))
-          for i, count in enumerate(counts) for j in range(count)]
+  return [
+    Comparison(f'q{i}', (f'a{j}', f'b{j}'), (0, 1))
+    for i, count in enumerate(counts)
+    for j in range(count)
+  ]
 
 
-@pytest.mark.parametrize('make', [
-    lambda e: e, lambda e: Prompt(e.prompt, {}), lambda e: Completion(e.prompt, e.completions[0])])
+@pytest.mark.parametrize(
+  'make',
+  [lambda e: e, lambda e: Prompt(e.prompt, {}), lambda e: Completion(e.prompt, e.completions[0])],
+)
 def test_split_holds_prompts_apart(make):
   rng = np.random.default_rng(0)
   for seed in range(20):
@@ -276,7 +298,8 @@ def test_split_of_few_prompts():
 def test_split_holds_every_prompt_out_equally_often():
   examples = comparisons_of([1] * 30 + [2] * 10)
   times = collections.Counter(
-      e.prompt for seed in range(400) for e in pipelines.split(examples, holdout=0.2, seed=seed)[1])
+    e.prompt for seed in range(400) for e in pipelines.split(examples, holdout=0.2, seed=seed)[1]
+  )
   # Binomial(400, 0.2): mean 80, standard deviation 8.
   assert all(abs(times[f'q{i}'] - 80 * (1 + (i > 29))) < 34 * (1 + (i > 29)) for i in range(40))
 
@@ -285,8 +308,9 @@ def test_split_holds_every_prompt_out_equally_often():
 
 
 def completion_row(tokenizer, prompt, completion, max_length):
-  (batch, _), = pipelines.completion_batches([Completion(prompt, completion)], tokenizer,
-                                             batch_size=1, max_length=max_length)
+  ((batch, _),) = pipelines.completion_batches(
+    [Completion(prompt, completion)], tokenizer, batch_size=1, max_length=max_length
+  )
   return batch.tokens.tolist(), batch.loss_mask.tolist()
 
 
@@ -309,7 +333,7 @@ def test_prompts_keep_half_the_row_and_completions_lose_their_end(tokenizer, ids
 
 def test_all_completions_of_a_comparison_follow_the_same_tokens(tokenizer, ids):
   pair = Comparison('abcdef', ('x', 'xyz'), (0, 1))
-  (batch, _), = pipelines.comparison_batches([pair], tokenizer, batch_size=1, max_length=8)
+  ((batch, _),) = pipelines.comparison_batches([pair], tokenizer, batch_size=1, max_length=8)
   np.testing.assert_array_equal(batch.tokens[0], ids('<defx>..', '<defxyz>'))
 
 
@@ -321,15 +345,20 @@ def test_nothing_is_cut_that_fits_exactly(tokenizer, ids, caplog):
 def test_long_prompts(tokenizer, ids, caplog):
   examples = [Prompt('ab', {}), Prompt('abcdef', {}), Prompt('c', {})]
   settings = {'batch_size': 3, 'max_prompt_length': 4}
-  with pytest.raises(UserError, match=r"prompt 1 has 7 tokens, more than "
-                     r"config\.data\.max_prompt_length = 4: 'abcdef'.*config\.data\.on_long"):
+  with pytest.raises(
+    UserError,
+    match=r'prompt 1 has 7 tokens, more than '
+    r"config\.data\.max_prompt_length = 4: 'abcdef'.*config\.data\.on_long",
+  ):
     pipelines.prompt_batches(examples, tokenizer, **settings)
-  ((batch, _), _), = pipelines.prompt_batches(
-      examples, tokenizer, on_long='truncate_left', **settings)
+  (((batch, _), _),) = pipelines.prompt_batches(
+    examples, tokenizer, on_long='truncate_left', **settings
+  )
   np.testing.assert_array_equal(batch.tokens, ids('.<ab', '<def', '..<c'))
   with caplog.at_level(logging.WARNING):
-    ((batch, indices), valid), = pipelines.prompt_batches(
-        examples, tokenizer, on_long='drop', **settings)
+    (((batch, indices), valid),) = pipelines.prompt_batches(
+      examples, tokenizer, on_long='drop', **settings
+    )
   np.testing.assert_array_equal(batch.tokens, ids('.<ab', '..<c', '.<ab'))
   assert (indices.tolist(), valid.tolist()) == ([0, 2, 0], [T, T, F])
   assert '1 of 3 prompts are longer than 4 tokens' in caplog.text
@@ -340,28 +369,40 @@ def test_long_prompts(tokenizer, ids, caplog):
 
 
 def test_as_read_is_the_text_of_the_tokens_that_are_left(tokenizer, ids):
-  examples = [Prompt('ab', {'n': 0}), Prompt('a<|eos|>bcdef', {'n': 1}), Prompt('a<|eos|>cd', {'n': 2})]
+  examples = [
+    Prompt('ab', {'n': 0}),
+    Prompt('a<|eos|>bcdef', {'n': 1}),
+    Prompt('a<|eos|>cd', {'n': 2}),
+  ]
   read = pipelines.as_read(examples, tokenizer, max_prompt_length=4)
   assert read == [examples[0], Prompt('def', {'n': 1}), Prompt('<|eos|>cd', {'n': 2})]
-  ((batch, _), _), = pipelines.prompt_batches(
-      examples, tokenizer, on_long='truncate_left', batch_size=3, max_prompt_length=4)
+  (((batch, _), _),) = pipelines.prompt_batches(
+    examples, tokenizer, on_long='truncate_left', batch_size=3, max_prompt_length=4
+  )
   np.testing.assert_array_equal(batch.tokens, ids('.<ab', '<def', '<>cd'))
-  ((again, _), _), = pipelines.prompt_batches(read, tokenizer, batch_size=3, max_prompt_length=4)
+  (((again, _), _),) = pipelines.prompt_batches(read, tokenizer, batch_size=3, max_prompt_length=4)
   np.testing.assert_array_equal(again.tokens, batch.tokens)
 
 
-@pytest.mark.parametrize('make', [
+@pytest.mark.parametrize(
+  'make',
+  [
     lambda t: pipelines.lm_iterator(['w0 zz'], t, batch_size=1, length=8, seed=0),
     lambda t: pipelines.completion_iterator(
-        [Completion('w0', 'zz')], t, batch_size=1, max_length=8, seed=0),
+      [Completion('w0', 'zz')], t, batch_size=1, max_length=8, seed=0
+    ),
     lambda t: pipelines.comparison_iterator(
-        [Comparison('w0', ('zz', 'w1'), (0, 1))], t, batch_size=1, max_length=8, seed=0),
+      [Comparison('w0', ('zz', 'w1'), (0, 1))], t, batch_size=1, max_length=8, seed=0
+    ),
     lambda t: pipelines.prompt_iterator(
-        [Prompt('zz w0', {})], t, batch_size=1, max_prompt_length=8, seed=0)])
+      [Prompt('zz w0', {})], t, batch_size=1, max_prompt_length=8, seed=0
+    ),
+  ],
+)
 def test_text_that_cannot_be_encoded_is_said(tmp_path, caplog, make):
   make(tiny.write_tokenizer(tmp_path))
   (message,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-  assert "(1 of " in message and "are '<|unk|>': text that the tokenizer" in message
+  assert '(1 of ' in message and "are '<|unk|>': text that the tokenizer" in message
 
 
 def test_texts_without_a_target_are_an_error(tokenizer, shared):
@@ -374,8 +415,9 @@ def test_texts_without_a_target_are_an_error(tokenizer, shared):
 
 def test_without_a_bos_the_first_token_is_no_target(shared):
   walks = tokenizers.load(str(shared / 'models/randomwalks'))
-  (batch, _), = pipelines.completion_batches([Completion('', 'ab')], walks, batch_size=1,
-                                             max_length=4)
+  ((batch, _),) = pipelines.completion_batches(
+    [Completion('', 'ab')], walks, batch_size=1, max_length=4
+  )
   np.testing.assert_array_equal(batch.tokens, [[0, 1, 21, 22]])
   np.testing.assert_array_equal(batch.loss_mask, [[F, T, T, F]])
 
@@ -383,7 +425,8 @@ def test_without_a_bos_the_first_token_is_no_target(shared):
 def test_padding_with_the_eos_keeps_the_real_one(shared):
   """GPT-2 pads with its EOS: only masks tell the two apart."""
   gpt2 = tokenizers.load(str(shared / 'models/gpt2-tokenizer'))
-  (batch, _), = pipelines.completion_batches([Completion('Hello', ' world')], gpt2, batch_size=1,
-                                             max_length=5)
+  ((batch, _),) = pipelines.completion_batches(
+    [Completion('Hello', ' world')], gpt2, batch_size=1, max_length=5
+  )
   np.testing.assert_array_equal(batch.tokens, [[15496, 995, 50256, 50256, 50256]])
   np.testing.assert_array_equal(batch.loss_mask, [[F, T, T, F, F]])

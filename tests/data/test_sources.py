@@ -52,9 +52,14 @@ def test_gzipped_jsonl(tmp_path):
   assert places(records) == ['a.jsonl.gz:1', 'a.jsonl.gz:2']
 
 
-@pytest.mark.parametrize('line, complaint', [
-    ('{"text": ', 'not valid JSON'), ('["a"]', 'a JSON object was expected'),
-    ('7', 'a JSON object was expected')])
+@pytest.mark.parametrize(
+  'line, complaint',
+  [
+    ('{"text": ', 'not valid JSON'),
+    ('["a"]', 'a JSON object was expected'),
+    ('7', 'a JSON object was expected'),
+  ],
+)
 def test_bad_jsonl_line_is_named(tmp_path, line, complaint):
   path = write(tmp_path / 'a.jsonl', '{"text": "one"}\n' + line + '\n')
   with pytest.raises(DataError, match=complaint) as caught:
@@ -71,7 +76,7 @@ def test_jsonl_that_is_not_utf8_is_named(tmp_path):
 def test_truncated_and_damaged_gzip(tmp_path):
   whole = gzip.compress(b''.join(b'{"text": "%d"}\n' % i for i in range(1000)))
   with pytest.raises(DataError, match=r'cut\.jsonl\.gz: damaged or truncated gzip file after line'):
-    sources.read(write(tmp_path / 'cut.jsonl.gz', whole[:len(whole) // 2]))
+    sources.read(write(tmp_path / 'cut.jsonl.gz', whole[: len(whole) // 2]))
   with pytest.raises(DataError, match='after line 0'):
     sources.read(write(tmp_path / 'no.jsonl.gz', b'not gzip at all'))
 
@@ -104,9 +109,12 @@ def test_malformed_json_names_the_line(tmp_path):
 
 def test_parquet(tmp_path):
   pyarrow = pytest.importorskip('pyarrow')
-  import pyarrow.parquet
-  rows = [{'prompt': 'a', 'completions': ['x', 'y'], 'rating': 1.5},
-          {'prompt': 'b', 'completions': ['z'], 'rating': None}]
+  pytest.importorskip('pyarrow.parquet')
+
+  rows = [
+    {'prompt': 'a', 'completions': ['x', 'y'], 'rating': 1.5},
+    {'prompt': 'b', 'completions': ['z'], 'rating': None},
+  ]
   path = str(tmp_path / 'a.parquet')
   pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
   records = sources.read(path)
@@ -127,7 +135,9 @@ def test_text_separators(tmp_path):
   assert fields(records) == [{'text': 'x\ny'}, {'text': 'z'}]
   assert places(records) == ['a.txt:2', 'a.txt:6']
   assert [r['text'] for r in fields(sources.read(path, separator='\n\n'))] == [
-      'x\ny\n<|endoftext|>', 'z\n<|endoftext|>']
+    'x\ny\n<|endoftext|>',
+    'z\n<|endoftext|>',
+  ]
   whole = sources.read(path, separator='')
   assert len(whole) == 1 and whole[0].where == f'{path}:2'
 
@@ -142,8 +152,11 @@ def test_latin1_is_the_fallback_for_text(tmp_path):
 @pytest.mark.parametrize('name', ['a.pos', 'prompts.jsnl', 'prompts.xlsx', 'prompts', 'a.zst.gz'])
 def test_unknown_suffixes_are_read_only_as_what_the_config_says(tmp_path, name):
   path = write(tmp_path / name, '{"text": "a"}\n')
-  with pytest.raises(UserError, match=r"the suffix '.*' is not known; known are \.jsonl, .*"
-                     r'set config\.data\.format to one of .*, text, arrayrecord\.') as caught:
+  with pytest.raises(
+    UserError,
+    match=r"the suffix '.*' is not known; known are \.jsonl, .*"
+    r'set config\.data\.format to one of .*, text, arrayrecord\.',
+  ) as caught:
     sources.read(path)
   assert str(caught.value).startswith(f'{path}: ')
   if not name.endswith('.gz'):
@@ -171,23 +184,35 @@ def test_reading_that_takes_long_shows_its_progress(tmp_path, monkeypatch, capsy
 # CSV and TSV.
 
 
-ROWS = [{'prompt': '007', 'completion': ' a, "b"\nc\t', 'id': '1.50'},
-        {'prompt': 'caf\xe9 \u2028 \u4f60', 'completion': ' ', 'id': None}]
+ROWS = [
+  {'prompt': '007', 'completion': ' a, "b"\nc\t', 'id': '1.50'},
+  {'prompt': 'caf\xe9 \u2028 \u4f60', 'completion': ' ', 'id': None},
+]
 
 
 def table(delimiter=',', end='\r\n'):
   """ROWS as a spreadsheet saves them, with an empty line and an empty row."""
   cells = lambda *row: delimiter.join(row) + end
-  return (cells('prompt', 'completion', '', 'id') + cells('007', '" a, ""b""\nc\t"', '', '1.50')
-          + end + cells('', '', '', '') + cells(ROWS[1]['prompt'], ' ', 'x', ''))
+  return (
+    cells('prompt', 'completion', '', 'id')
+    + cells('007', '" a, ""b""\nc\t"', '', '1.50')
+    + end
+    + cells('', '', '', '')
+    + cells(ROWS[1]['prompt'], ' ', 'x', '')
+  )
 
 
-@pytest.mark.parametrize('name, content', [
+@pytest.mark.parametrize(
+  'name, content',
+  [
     ('a.csv', table().encode('utf-8-sig')),
     ('a.csv', table(end='\n').removesuffix('\n')),
     ('a.tsv', table('\t')),
     ('a.TSV.gz', gzip.compress(table('\t').encode('utf-8-sig'))),
-    ('a.csv.gz', gzip.compress(table().encode()))], ids=['bom', 'no last newline', 'tsv', 'tsv.gz', 'csv.gz'])
+    ('a.csv.gz', gzip.compress(table().encode())),
+  ],
+  ids=['bom', 'no last newline', 'tsv', 'tsv.gz', 'csv.gz'],
+)
 def test_csv_is_read_by_the_names_of_its_columns(tmp_path, name, content):
   records = sources.read(write(tmp_path / name, content))
   # A column without a name keeps its place as one; what is empty is absent.
@@ -203,14 +228,18 @@ def test_csv_holds_long_texts(tmp_path):
   assert record.fields == {'text': text}
 
 
-@pytest.mark.parametrize('content, line, complaint', [
+@pytest.mark.parametrize(
+  'content, line, complaint',
+  [
     ('p,c\na,b\n"a\n\n",b,c\n', 3, 'the first row names 2 columns, p, c'),
     ('p,c\na\n', 2, '1 cells, and the first row'),
     ('p,c\na,b\n"a,b\nc,d\n', 3, 'the row that begins here is not valid CSV'),
-    ('p,c\na,"b" c\n', 2, "not valid CSV .*quotes in it doubled"),
+    ('p,c\na,"b" c\n', 2, 'not valid CSV .*quotes in it doubled'),
     ('p,p\na,b\n', 1, "two columns are named 'p'"),
     (b'p,c\n"\n",b\ncaf\xe9,b\n', 4, 'not UTF-8'),
-    ('p\n1\n'.encode('utf-16'), 1, 'not UTF-8')])
+    ('p\n1\n'.encode('utf-16'), 1, 'not UTF-8'),
+  ],
+)
 def test_bad_rows_of_csv_are_named(tmp_path, content, line, complaint):
   path = write(tmp_path / 'a.csv', content)
   with pytest.raises(DataError, match=complaint) as caught:
@@ -218,15 +247,33 @@ def test_bad_rows_of_csv_are_named(tmp_path, content, line, complaint):
   assert str(caught.value).startswith(f'{path}:{line}: ')
 
 
-@pytest.mark.parametrize('name, content, parts', [
-    ('a.csv', 'prompt;completion\np;c, d\n',
-     [":1: one column, 'prompt;completion', and ',' must part the cells: are these separated by ';'? Save the file"]),
-    ('a.csv', 'prompt\tcompletion\np\tc\n',
-     ["separated by '\\t'? Name the file .tsv, or set config.data.format to 'tsv'"]),
-    ('a.tsv', '\nprompt,completion\np,c\n',
-     [":2: one column, 'prompt,completion'", "separated by ','? Name the file .csv"]),
-    ('a.csv', 'yes,yes\nno,yes\n', ["two columns are named 'yes'. The first row must name the columns"]),
-])
+@pytest.mark.parametrize(
+  'name, content, parts',
+  [
+    (
+      'a.csv',
+      'prompt;completion\np;c, d\n',
+      [
+        ":1: one column, 'prompt;completion', and ',' must part the cells: are these separated by ';'? Save the file"
+      ],
+    ),
+    (
+      'a.csv',
+      'prompt\tcompletion\np\tc\n',
+      ["separated by '\\t'? Name the file .tsv, or set config.data.format to 'tsv'"],
+    ),
+    (
+      'a.tsv',
+      '\nprompt,completion\np,c\n',
+      [":2: one column, 'prompt,completion'", "separated by ','? Name the file .csv"],
+    ),
+    (
+      'a.csv',
+      'yes,yes\nno,yes\n',
+      ["two columns are named 'yes'. The first row must name the columns"],
+    ),
+  ],
+)
 def test_other_separators_are_named(tmp_path, name, content, parts):
   with pytest.raises(DataError) as caught:
     sources.read(write(tmp_path / name, content))
@@ -241,10 +288,15 @@ def test_one_column_may_hold_separators(tmp_path, content):
 
 def test_csv_without_a_header_is_told_so(tmp_path):
   path = write(tmp_path / 'a.csv', f'{"how " * 20}?,fine\nwhy?,so\n')
-  with pytest.raises(DataError, match=r"there is no field 'q'.* The first row of the file must name the columns."):
+  with pytest.raises(
+    DataError, match=r"there is no field 'q'.* The first row of the file must name the columns."
+  ):
     list(sources.read(path, columns={'prompt': 'q'}))
-  with pytest.raises(DataError, match=r"field 'prompt': missing among \['fine', '(how )+h?o?w?\.\.\.'\]. The first "
-                     'row of the file must name the columns. Name the columns in'):
+  with pytest.raises(
+    DataError,
+    match=r"field 'prompt': missing among \['fine', '(how )+h?o?w?\.\.\.'\]. The first "
+    'row of the file must name the columns. Name the columns in',
+  ):
     formats.completions(sources.read(path))
 
 
@@ -282,18 +334,33 @@ def test_directories_say_which_files_are_passed_over(tmp_path, caplog):
     write(tmp_path / name, 'three\n')
   assert [r.fields['text'] for r in sources.read(tmp_path)] == ['one', 'two']
   (record,) = caplog.records
-  assert record.getMessage() == (f'{tmp_path}: 2 of 4 files passed over, whose suffixes are not '
-                                 'known: README.md, c.pos.')
+  assert record.getMessage() == (
+    f'{tmp_path}: 2 of 4 files passed over, whose suffixes are not known: README.md, c.pos.'
+  )
   assert [r.fields['text'] for r in sources.read(tmp_path, format='text')] == [
-      'three', 'text', 'one', '{"text": "two"}', 'three']
+    'three',
+    'text',
+    'one',
+    '{"text": "two"}',
+    'three',
+  ]
   assert len(caplog.records) == 1
 
 
 def test_sources_that_are_not_there(tmp_path, monkeypatch):
   (tmp_path / 'data').mkdir()
   monkeypatch.chdir(tmp_path)
-  for path in (str(tmp_path / 'a.jsonl'), './nowhere', 'some/where/a', 'b.json', 'c.csv',
-               'd/e.tsv.gz', '.nowhere', '~/prompts', 'data/prompts'):
+  for path in (
+    str(tmp_path / 'a.jsonl'),
+    './nowhere',
+    'some/where/a',
+    'b.json',
+    'c.csv',
+    'd/e.tsv.gz',
+    '.nowhere',
+    '~/prompts',
+    'data/prompts',
+  ):
     with pytest.raises(UserError, match='no such file or directory') as caught:
       sources.read(path)
     assert str(caught.value).startswith(path)
@@ -329,14 +396,19 @@ def test_columns_can_be_swapped(tmp_path):
 
 
 def test_columns_that_replace_a_filled_field_say_so(tmp_path, caplog):
-  rows = [{'prompt': 'old', 'question': 'q'}, {'prompt': '', 'question': 'q'},
-          {'prompt': None, 'question': 'q'}, {'question': 'q'}]
+  rows = [
+    {'prompt': 'old', 'question': 'q'},
+    {'prompt': '', 'question': 'q'},
+    {'prompt': None, 'question': 'q'},
+    {'question': 'q'},
+  ]
   path = write(tmp_path / 'a.jsonl', ''.join(json.dumps(row) + '\n' for row in rows))
   assert fields(sources.read(path, columns={'prompt': 'question'})) == [{'prompt': 'q'}] * 4
   (record,) = caplog.records
   assert record.getMessage() == (
-      f"{path}: prompt=question of config.data.columns replaces a filled field 'prompt' in 1 of 4 "
-      'records. Name another column if you meant to keep it.')
+    f"{path}: prompt=question of config.data.columns replaces a filled field 'prompt' in 1 of 4 "
+    'records. Name another column if you meant to keep it.'
+  )
   caplog.clear()
   path = write(tmp_path / 'b.jsonl', '{"prompt": "p", "completion": "c"}\n')
   sources.read(path, columns={'prompt': 'completion', 'completion': 'prompt'})
@@ -381,7 +453,7 @@ def test_hub_data_set(monkeypatch):
 
 def test_a_hub_that_gives_no_answer_is_not_asked_again(tmp_path):
   """What was loaded from it before is still read; anything else fails within seconds."""
-  script = '''
+  script = """
 import datasets, json, pathlib, shutil, sys, time
 from rlhf_jax.data import sources
 from rlhf_jax.errors import UserError
@@ -400,12 +472,16 @@ except UserError as error:
   print(error)
 print(sources.read('me/tiny')[0].fields)
 print(time.monotonic() - start)
-'''
+"""
   answer = subprocess.run(
-      [sys.executable, '-c', script, str(tmp_path)], text=True, stdout=subprocess.PIPE, check=True,
-      cwd=pathlib.Path(__file__).parents[2],
-      env=os.environ | {'HF_ENDPOINT': 'http://127.0.0.1:9', 'HF_HUB_OFFLINE': '0',
-                        'HF_HOME': str(tmp_path)})
+    [sys.executable, '-c', script, str(tmp_path)],
+    text=True,
+    stdout=subprocess.PIPE,
+    check=True,
+    cwd=pathlib.Path(__file__).parents[2],
+    env=os.environ
+    | {'HF_ENDPOINT': 'http://127.0.0.1:9', 'HF_HUB_OFFLINE': '0', 'HF_HOME': str(tmp_path)},
+  )
   error, fields, seconds = answer.stdout.splitlines()
   assert error.startswith('me/unknown: no such file or directory (current directory: ')
   assert 'the hub gives no answer (ConnectError: ' in error
@@ -416,8 +492,9 @@ print(time.monotonic() - start)
 def test_shared_corpora(shared):
   reviews = sources.read(str(shared / 'data/rt-polarity/rt-polarity.pos'), format='text')
   assert len(reviews) == 5331
-  stories = sources.read(str(shared / 'data/text/tinystories_sample.txt'),
-                         separator='<|endoftext|>')
+  stories = sources.read(
+    str(shared / 'data/text/tinystories_sample.txt'), separator='<|endoftext|>'
+  )
   assert len(stories) == 5
   assert stories[0].fields['text'].startswith('Once upon a time there was a little boy named Ben.')
   assert len(sources.read(str(shared / 'data/gsm8k'), split='test')) == 1319

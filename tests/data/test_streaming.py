@@ -175,7 +175,7 @@ def test_templates_reject_what_is_drawn(tokenizer, tmp_path, monkeypatch, caplog
   chatty.chat_template = (
     "{% for m in messages %}{% if m['role'] != ['user', 'assistant'][loop.index0 % 2] %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
-    "{% if add_generation_prompt %}assistant {% endif %}"
+    '{% if add_generation_prompt %}assistant {% endif %}'
   )
   set_large(monkeypatch)
   with pytest.raises(DataError, match=r'a\.jsonl:3: .*roles must alternate'):
@@ -306,7 +306,7 @@ def test_local_rows():
     assert sharding.local_rows(16).all() and sharding.local_rows(5).all()
 
 
-WORKER = '''
+WORKER = """
 import json, os, sys
 import jax
 import numpy as np
@@ -344,7 +344,7 @@ with jax.set_mesh(mesh):
       np.savez(name, *[np.stack(leaves) for leaves in zip(*batches)])
     print(kind, int(held.sum()), len(set(read)), flush=True)
     processes.wait()
-'''
+"""
 
 
 def run_workers(count, devices, port, tokenizer_path, path, folder):

@@ -14,7 +14,7 @@ from rlhf_jax.errors import UserError
 import tiny
 
 # Spaces at both ends, doubled, before punctuation; bytes outside the training texts.
-STRINGS = ['', ' ', 'a b  c .\n\n', ' it \'s , ok ?', 'caf\xe9 \u2603 \U0001f600\t\r\n', '\x00\x7f']
+STRINGS = ['', ' ', 'a b  c .\n\n', " it 's , ok ?", 'caf\xe9 \u2603 \U0001f600\t\r\n', '\x00\x7f']
 
 
 @pytest.fixture(scope='module')
@@ -57,7 +57,10 @@ def test_prompt_begins_with_bos_once(bpe):
   tokenizer, _ = bpe
   letters = tokenizer.convert_tokens_to_ids(['a', 'b'])
   assert lists(tokenizers.encode(tokenizer, ['ab', '<|bos|>ab', ''])) == [
-      [1, *letters], [1, *letters], [1]]
+    [1, *letters],
+    [1, *letters],
+    [1],
+  ]
   assert lists(tokenizers.encode_continuation(tokenizer, ['ab', ''])) == [letters, []]
 
 
@@ -109,7 +112,8 @@ def test_folders_without_a_tokenizer(tmp_path):
 def test_missing_pad_becomes_eos_and_missing_eos_is_an_error(bpe, tmp_path):
   backend = bpe[0].backend_tokenizer
   transformers.PreTrainedTokenizerFast(
-      tokenizer_object=backend, eos_token='<|eos|>').save_pretrained(tmp_path / 'eos')
+    tokenizer_object=backend, eos_token='<|eos|>'
+  ).save_pretrained(tmp_path / 'eos')
   tokenizer = tokenizers.load(str(tmp_path / 'eos'))
   assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
   transformers.PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / 'no')
@@ -120,7 +124,8 @@ def test_missing_pad_becomes_eos_and_missing_eos_is_an_error(bpe, tmp_path):
 def test_padding_with_the_eos_is_said_once(bpe, tmp_path, caplog):
   backend = bpe[0].backend_tokenizer
   make = lambda **tokens: transformers.PreTrainedTokenizerFast(
-      tokenizer_object=backend, eos_token='<|eos|>', **tokens)
+    tokenizer_object=backend, eos_token='<|eos|>', **tokens
+  )
   make(pad_token='<|pad|>').save_pretrained(tmp_path / 'own')
   make().save_pretrained(tmp_path / 'none')
   make(pad_token='<|eos|>').save_pretrained(tmp_path / 'eos')
@@ -129,7 +134,8 @@ def test_padding_with_the_eos_is_said_once(bpe, tmp_path, caplog):
       tokenizers.load(str(tmp_path / name))
   first, second = [record.getMessage() for record in caplog.records]
   assert first.startswith(
-      f"{tmp_path / 'none'}: the tokenizer has no padding token: the EOS, '<|eos|>', is used")
+    f"{tmp_path / 'none'}: the tokenizer has no padding token: the EOS, '<|eos|>', is used"
+  )
   assert second.startswith(f"{tmp_path / 'eos'}: the padding token is the EOS, '<|eos|>'")
 
 
@@ -139,7 +145,8 @@ def test_unknown_tokens_are_counted(tmp_path, bpe, caplog):
   tokenizers.warn_unknown(known, rows)
   (record,) = caplog.records
   assert record.getMessage().startswith(
-      "30 % of the tokens (3 of 10, in 2 of 3 texts) are '<|unk|>'")
+    "30 % of the tokens (3 of 10, in 2 of 3 texts) are '<|unk|>'"
+  )
   caplog.clear()
   tokenizers.warn_unknown(known, rows[:1])
   tokenizers.warn_unknown(bpe[0], tokenizers.encode(bpe[0], STRINGS))  # none is unknown to bytes
@@ -150,8 +157,10 @@ def test_unknown_tokens_are_counted(tmp_path, bpe, caplog):
 
 def test_many_texts_are_encoded_like_few_and_with_a_progress_bar(bpe, monkeypatch, capsys):
   texts = [f'the {number} cats' for number in range(10)]
-  encoded = lambda: (lists(tokenizers.encode(bpe[0], texts)),
-                     [lists(pair) for pair in tokenizers.spans(bpe[0], texts)])
+  encoded = lambda: (
+    lists(tokenizers.encode(bpe[0], texts)),
+    [lists(pair) for pair in tokenizers.spans(bpe[0], texts)],
+  )
   whole = encoded()
   assert not capsys.readouterr().err
   monkeypatch.setattr(tokenizers, 'TOGETHER', 4)
@@ -165,7 +174,7 @@ def test_many_texts_are_encoded_like_few_and_with_a_progress_bar(bpe, monkeypatc
 def test_stories260k(shared):
   tokenizer = tokenizers.load(str(shared / 'models/stories260K'))
   text = "Once upon a time, Lily's caf\xe9 had 3 dogs.\n"
-  ids, = tokenizers.encode(tokenizer, [text])
+  (ids,) = tokenizers.encode(tokenizer, [text])
   assert len(ids) == 21 and ids[0] == tokenizer.bos_token_id == 1
   assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
@@ -178,8 +187,8 @@ def test_no_space_between_prompt_and_completion(shared):
   for _ in range(50):
     prompt = 'Once' + ''.join(rng.choices(words, k=3))
     completion = ''.join(rng.choices(words, k=3))
-    first, = tokenizers.encode(tokenizer, [prompt])
-    rest, = tokenizers.encode_continuation(tokenizer, [completion])
+    (first,) = tokenizers.encode(tokenizer, [prompt])
+    (rest,) = tokenizers.encode_continuation(tokenizer, [completion])
     assert tokenizer.decode([*first, *rest], skip_special_tokens=True) == prompt + completion
     assert tokenizers.decode_continuation(tokenizer, [rest]) == [completion]
 
@@ -205,9 +214,12 @@ def test_encoder_decoders_read_and_write_texts_that_end(tmp_path):
   backend = hf_tokenizers.Tokenizer(hf_tokenizers.models.WordLevel(vocabulary, unk_token='<unk>'))
   backend.pre_tokenizer = hf_tokenizers.pre_tokenizers.Metaspace()
   backend.decoder = hf_tokenizers.decoders.Metaspace()
-  backend.post_processor = hf_tokenizers.processors.TemplateProcessing(single='$A </s>', special_tokens=[('</s>', 1)])
+  backend.post_processor = hf_tokenizers.processors.TemplateProcessing(
+    single='$A </s>', special_tokens=[('</s>', 1)]
+  )
   transformers.PreTrainedTokenizerFast(
-      tokenizer_object=backend, pad_token='<pad>', eos_token='</s>', unk_token='<unk>').save_pretrained(tmp_path)
+    tokenizer_object=backend, pad_token='<pad>', eos_token='</s>', unk_token='<unk>'
+  ).save_pretrained(tmp_path)
   tokenizer = tokenizers.load(tmp_path)
   assert [row.tolist() for row in tokenizers.encode(tokenizer, ['go on'])] == [[3, 4]]
   assert [row.tolist() for row in tokenizers.encode_continuation(tokenizer, ['on'])] == [[5]]
@@ -223,8 +235,12 @@ def test_berts_ends_are_bos_and_eos(tmp_path):
   backend.pre_tokenizer = hf_tokenizers.pre_tokenizers.BertPreTokenizer()
   backend.post_processor = hf_tokenizers.processors.BertProcessing(('[SEP]', 2), ('[CLS]', 1))
   transformers.PreTrainedTokenizerFast(
-      tokenizer_object=backend, pad_token='[PAD]', cls_token='[CLS]', sep_token='[SEP]',
-      unk_token='[UNK]').save_pretrained(tmp_path)
+    tokenizer_object=backend,
+    pad_token='[PAD]',
+    cls_token='[CLS]',
+    sep_token='[SEP]',
+    unk_token='[UNK]',
+  ).save_pretrained(tmp_path)
   tokenizer = tokenizers.load(tmp_path)
   (row,) = tokenizers.encode(tokenizer, ['going'])
   assert tokenizers.end(tokenizer, row).tolist() == tokenizer('going')['input_ids'] == [1, 4, 5, 2]

@@ -96,11 +96,12 @@ def test_prompts_by_numpy(algorithm, world, recorded):
   kl = [logprob(model, policy, *pair) - logprob(model, start, *pair) for pair in zip(ids, tokens)]
   assert len(set(map(len, tokens))) > 1  # some end before the others
   assert found == {
-      'prompts/score': pytest.approx(np.mean(scores), rel=1e-6),
-      'prompts/score_se': pytest.approx(np.std(scores, ddof=1) / math.sqrt(PROMPTS), rel=1e-6),
-      'prompts/kl': pytest.approx(np.mean(kl), rel=1e-3, abs=1e-5),
-      'prompts/length': sum(map(len, tokens)) / PROMPTS,
-      'prompts/eos_rate': sum(row[-1] == tiny.EOS for row in tokens) / PROMPTS}
+    'prompts/score': pytest.approx(np.mean(scores), rel=1e-6),
+    'prompts/score_se': pytest.approx(np.std(scores, ddof=1) / math.sqrt(PROMPTS), rel=1e-6),
+    'prompts/kl': pytest.approx(np.mean(kl), rel=1e-3, abs=1e-5),
+    'prompts/length': sum(map(len, tokens)) / PROMPTS,
+    'prompts/eos_rate': sum(row[-1] == tiny.EOS for row in tokens) / PROMPTS,
+  }
   assert abs(found['prompts/kl']) > 0.01
 
 
@@ -123,15 +124,22 @@ def test_answers_to_one_prompt_are_one_draw(world, recorded, tmp_path):
   config = tiny.sft(world, 'completion')
   config.evals = blocks(world, 'prompts', 'win_rate')
   for block in config.evals.values():
-    block.path = str(tiny.write_jsonl(
-        tmp_path / 'p.jsonl', [{'prompt': prompt, 'number': 0} for prompt in prompts]))
+    block.path = str(
+      tiny.write_jsonl(
+        tmp_path / 'p.jsonl', [{'prompt': prompt, 'number': 0} for prompt in prompts]
+      )
+    )
   _, _, _, found = tiny.train(sft, config, 0)
   scores = joined(recorded[-3:])[3]
-  assert found['prompts/score_se'] == pytest.approx(intervals.standard_error(scores, prompts), rel=1e-5)
+  assert found['prompts/score_se'] == pytest.approx(
+    intervals.standard_error(scores, prompts), rel=1e-5
+  )
   assert found['prompts/score_se'] != pytest.approx(intervals.standard_error(scores), rel=1e-3)
   # All draws, of three prompts: t^2 / (3 + t^2) / 2 on either side, with t = 4.3027 of 2.
   side = 4.3027**2 / (3 + 4.3027**2) / 2
-  assert (found['win_rate/low'], found['win_rate/high']) == pytest.approx((0.5 - side, 0.5 + side), abs=1e-5)
+  assert (found['win_rate/low'], found['win_rate/high']) == pytest.approx(
+    (0.5 - side, 0.5 + side), abs=1e-5
+  )
 
 
 def test_text_is_of_the_same_answers(world, recorded):
@@ -169,18 +177,28 @@ def test_a_learned_scorer_and_a_stop_string(world):
 
 def test_reward_model_by_numpy(world, tmp_path):
   """Accuracy, margin, loss and ECE of pairs that are scored one at a time."""
-  pairs = [{'prompt': tiny.text(i % 6, 2), 'chosen': tiny.text(2 * i, 3), 'rejected': tiny.text(5 * i + 1, 2)}
-           for i in range(18)]
+  pairs = [
+    {
+      'prompt': tiny.text(i % 6, 2),
+      'chosen': tiny.text(2 * i, 3),
+      'rejected': tiny.text(5 * i + 1, 2),
+    }
+    for i in range(18)
+  ]
   config = tiny.reward_model(world)
   config.evals.other = {'kind': 'loss', 'path': str(tiny.write_jsonl(tmp_path / 'p.jsonl', pairs))}
   learner, state, _, found = tiny.train(reward_model, config, 2)
   assert {'held_out/accuracy', 'other/accuracy'} < found.keys()
   model, _ = hf.load_reward(world / 'reward')
-  ids = lambda pair, side: [tiny.BOS, *(
-      4 + int(word[1:]) for word in f'{pair["prompt"]} {pair[side]}'.split()), tiny.EOS]
+  ids = lambda pair, side: [
+    tiny.BOS,
+    *(4 + int(word[1:]) for word in f'{pair["prompt"]} {pair[side]}'.split()),
+    tiny.EOS,
+  ]
   params = jax.device_get(state.params['reward'])
-  score = lambda row: float(scoring.score(
-      params, np.array([row], np.int32), np.ones((1, len(row)), bool), model=model)[0])
+  score = lambda row: float(
+    scoring.score(params, np.array([row], np.int32), np.ones((1, len(row)), bool), model=model)[0]
+  )
   gaps = np.array([score(ids(pair, 'chosen')) - score(ids(pair, 'rejected')) for pair in pairs])
   assert found['other/pairs'] == 18
   assert found['other/accuracy'] == pytest.approx(np.mean(gaps > 0))
@@ -197,17 +215,43 @@ def test_reward_model_by_numpy(world, tmp_path):
   assert found['other/ece'] == pytest.approx(ece, abs=1e-4)
 
 
-@pytest.mark.parametrize('algorithm, block, message', [
-    ('ppo', {'kind': 'loss'}, "config.evals.x: kind='loss' needs an algorithm with a held-out loss"),
+@pytest.mark.parametrize(
+  'algorithm, block, message',
+  [
+    (
+      'ppo',
+      {'kind': 'loss'},
+      "config.evals.x: kind='loss' needs an algorithm with a held-out loss",
+    ),
     ('reward_model', 'text', "config.evals.x: kind='text' needs an algorithm that trains a policy"),
-    ('sft', {'function': 'tiny:nothing'}, "config.evals.x: function='tiny:nothing' cannot be loaded"),
-    ('sft', {'function': f'{__name__}:exits'},
-     r'config.evals.x: the evaluator .*:exits called sys.exit\(0\), at .* in exits: '),
-    ('sft', {'function': f'{__name__}:exits_later'}, r'the evaluator .*:exits_later called sys.exit\(0\), at '),
-    ('sft', {'function': f'{__name__}:of_nothing'}, r'of_nothing.* takes \(\), and is called as f\(context\)'),
+    (
+      'sft',
+      {'function': 'tiny:nothing'},
+      "config.evals.x: function='tiny:nothing' cannot be loaded",
+    ),
+    (
+      'sft',
+      {'function': f'{__name__}:exits'},
+      r'config.evals.x: the evaluator .*:exits called sys.exit\(0\), at .* in exits: ',
+    ),
+    (
+      'sft',
+      {'function': f'{__name__}:exits_later'},
+      r'the evaluator .*:exits_later called sys.exit\(0\), at ',
+    ),
+    (
+      'sft',
+      {'function': f'{__name__}:of_nothing'},
+      r'of_nothing.* takes \(\), and is called as f\(context\)',
+    ),
     ('sft', {'kind': 'text', 'path': '/no.jsonl'}, 'config.evals.x: .*/no.jsonl'),
-    ('sft', 'long', 'config.evals.x: prompts of up to 6 tokens and 30 new ones exceed the context of 32'),
-])
+    (
+      'sft',
+      'long',
+      'config.evals.x: prompts of up to 6 tokens and 30 new ones exceed the context of 32',
+    ),
+  ],
+)
 def test_what_an_algorithm_cannot_evaluate_is_named(algorithm, block, message, world):
   config = getattr(tiny, algorithm)(world)
   if isinstance(block, str):
@@ -255,8 +299,10 @@ def test_alone_they_may_be_others_than_those_of_the_run(finished, world):
   block = tiny.evals(world)['text'] | {'count': 3}
   _, found = evaluate.run(finished, json.dumps({'few': block | {'kind': 'text'}}))
   assert 'few/unique' in found and len(found) == 6
-  for evals, message in (('nothing', 'names nothing: the run has no such evaluator'),
-                         ('{"x"', 'is no JSON')):
+  for evals, message in (
+    ('nothing', 'names nothing: the run has no such evaluator'),
+    ('{"x"', 'is no JSON'),
+  ):
     with pytest.raises(errors.UserError, match=message):
       evaluate.run(finished, evals)
 

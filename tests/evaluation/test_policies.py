@@ -35,9 +35,14 @@ def answers(gold, *, proxy=None, kl=0.0, lengths=None):
 
 def test_rows_and_ratings_by_hand():
   rows, ratings = policies.compare(
-      {'base': answers([0, 0, 0, 0]),
-       'new': answers([1, 1, 1, -1], proxy=np.array([2.0, 4.0, 0.0, 2.0]), kl=6.0,
-                      lengths=[4, 4, 2, 2])}, 'base')
+    {
+      'base': answers([0, 0, 0, 0]),
+      'new': answers(
+        [1, 1, 1, -1], proxy=np.array([2.0, 4.0, 0.0, 2.0]), kl=6.0, lengths=[4, 4, 2, 2]
+      ),
+    },
+    'base',
+  )
   new = rows[1]
   assert new['gold'] == 0.5 and new['proxy'] == 2.0 and new['win_rate'] == 0.75
   assert new['gold_se'] == pytest.approx(1.0 / math.sqrt(4))  # s = 1 with n - 1
@@ -57,10 +62,16 @@ def test_errors_are_over_prompts_where_samples_share_one():
   assert rows[1]['gold_se'] == pytest.approx(1.0)
   # Prompt b wins half, prompt a all: sums of deviations 1/2 and -1/2, so the variance of the rate
   # is 2 / 1 * (1/4 + 1/4) / 16 = 1/16 where that of 4 samples is 3/16 / 4: 3/4 of them count.
-  assert intervals.effective_size(np.array([1, 1, 1, 0]), np.array([0, 0, 1, 1])) == pytest.approx(3)
-  assert (rows[1]['win_low'], rows[1]['win_high']) == intervals.rate([1, 1, 1, 0], ['a', 'a', 'b', 'b'])
+  assert intervals.effective_size(np.array([1, 1, 1, 0]), np.array([0, 0, 1, 1])) == pytest.approx(
+    3
+  )
+  assert (rows[1]['win_low'], rows[1]['win_high']) == intervals.rate(
+    [1, 1, 1, 0], ['a', 'a', 'b', 'b']
+  )
   # t of one degree of freedom is 12.7.
-  assert ratings['new'].high - ratings['new'].elo == pytest.approx(12.706 * ratings['new'].se, rel=1e-3)
+  assert ratings['new'].high - ratings['new'].elo == pytest.approx(
+    12.706 * ratings['new'].se, rel=1e-3
+  )
 
 
 def test_the_kl_of_greedy_answers_is_at_temperature_one(world):
@@ -68,15 +79,25 @@ def test_the_kl_of_greedy_answers_is_at_temperature_one(world):
   old, new = (policy_lib.TextPolicy.load(world / 'model') for _ in range(2))
   new.params = jax.tree.map(lambda x: 1.5 * x, old.params)
   judge = lambda prompt, response: 0.0
-  asked = policies.ask({'base': old, 'new': new}, ['w7'], None, judge, jax.random.key(0),
-                       baseline='base', best_of=0, max_new_tokens=4, temperature=0.0)
+  asked = policies.ask(
+    {'base': old, 'new': new},
+    ['w7'],
+    None,
+    judge,
+    jax.random.key(0),
+    baseline='base',
+    best_of=0,
+    max_new_tokens=4,
+    temperature=0.0,
+  )
 
   rollout = asked['new'].samples.rollout
   (row,), slots = rollout.tokens[rollout.mask][None], int(rollout.response_mask.sum())
 
   def total(policy):
     hidden, _ = policy.model.forward(
-        policy.params, row[None], np.arange(len(row))[None], np.ones((1, len(row)), int))
+      policy.params, row[None], np.arange(len(row))[None], np.ones((1, len(row)), int)
+    )
     logits = np.asarray(policy.model.unembed(policy.params, hidden[0]), np.float64)
     logp = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     return sum(logp[t - 1, row[t]] for t in range(len(row) - slots, len(row)))
@@ -89,8 +110,13 @@ def test_frontier_joins_samples_and_metrics(tmp_path):
   writer = metrics.Writer(tmp_path)
   for step, kl in ((0, 0.0), (9, 2.5)):
     writer.write(step, {'objective/kl': kl})
-  writer.samples(9, [{'prompt': prompt, 'response': 'a' * count, 'score': 1.5, 'paid_score': -1.0}
-                     for prompt, count in (('p', 1), ('p', 3), ('q', 4), ('q', 4))])
+  writer.samples(
+    9,
+    [
+      {'prompt': prompt, 'response': 'a' * count, 'score': 1.5, 'paid_score': -1.0}
+      for prompt, count in (('p', 1), ('p', 3), ('q', 4), ('q', 4))
+    ],
+  )
   writer.close()
   [point] = policies.frontier(tmp_path, lambda prompt, response: float(len(response)))
   # As in test_intervals.py: two prompts, not four samples.
@@ -101,8 +127,10 @@ def test_the_reward_model_reads_texts_where_its_tokenizer_is_another(world, tmp_
   """The policy has a word a token, the reward model a few bytes; ids say nothing to it."""
   own = tokenizers.train_bpe(['w1 w2 w3'], 270, tmp_path)
   model = models.create(tiny.LLAMA | {'vocab_size': 270, 'max_position_embeddings': 48})
-  params = {'backbone': model.init(jax.random.key(5)),
-            'head': heads.init_scalar(jax.random.key(6), model.width, scale='normal')}
+  params = {
+    'backbone': model.init(jax.random.key(5)),
+    'head': heads.init_scalar(jax.random.key(6), model.width, scale='normal'),
+  }
   hf.save(tmp_path, model, params['backbone'], tokenizer=own, head=params['head'])
   asked, prompts, responses = tokenizers.load(world / 'tokenizer'), ['w1 w2', 'w3'], ['w6', 'w8 w9']
   tokens = np.array([[tiny.BOS, 5, 6, 10, tiny.EOS], [tiny.PAD, tiny.BOS, 7, 12, 13]], np.int32)
@@ -115,16 +143,25 @@ def test_the_reward_model_reads_texts_where_its_tokenizer_is_another(world, tmp_
     row = own.encode(prompts[i]) + own.encode(responses[i], add_special_tokens=False)
     row += [own.eos_token_id] * ended
     padded = jnp.asarray([row + [own.pad_token_id] * (48 - len(row))])
-    assert found[i] == pytest.approx(float(expect(padded, jnp.arange(48)[None] < len(row))[0]), abs=1e-5)
+    assert found[i] == pytest.approx(
+      float(expect(padded, jnp.arange(48)[None] < len(row))[0]), abs=1e-5
+    )
   same = policies.Scorer.load(world / 'reward')
   np.testing.assert_array_equal(
-      same(samples, asked), same.rows(samples.rollout.tokens, samples.rollout.mask))
+    same(samples, asked), same.rows(samples.rollout.tokens, samples.rollout.mask)
+  )
 
 
 def test_judge_learns_words(tmp_path):
   path = tmp_path / 'judge.jsonl'
-  sources.write(path, [{'text': f'a {word} film {i}', 'label': label}
-                       for i in range(20) for word, label in (('lovely', 1), ('dreary', 0))])
+  sources.write(
+    path,
+    [
+      {'text': f'a {word} film {i}', 'label': label}
+      for i in range(20)
+      for word, label in (('lovely', 1), ('dreary', 0))
+    ],
+  )
   call = polarity.sentiment(str(path))
   assert call('what a', ' lovely time') == 1.0 and call('a dreary', ' time') == 0.0
 
@@ -167,16 +204,33 @@ def proxy(world):
 def compared(world, tmp_path_factory):
   """A whole evaluation of two policies: its results and its folder."""
   folder, model = tmp_path_factory.mktemp('compared'), models.create(tiny.LLAMA)
-  hf.save(folder / 'ppo' / 'model', model, model.init(jax.random.key(9)),
-          tokenizer=tiny.write_tokenizer(folder / 'ppo' / 'model'))
+  hf.save(
+    folder / 'ppo' / 'model',
+    model,
+    model.init(jax.random.key(9)),
+    tokenizer=tiny.write_tokenizer(folder / 'ppo' / 'model'),
+  )
   metrics.Writer(folder / 'ppo').close()
   (folder / 'config.json').write_text('{}')
   policies.run(
-      folder, title='Two', summary='', workdir=folder,
-      policies=(('base', str(world / 'model')), ('ppo', str(folder / 'ppo'))), baseline='base',
-      trained='ppo', best_of=BEST_OF, reward_model=str(world / 'reward'),
-      comparisons=str(world / 'comparisons.jsonl'), prompts=str(world / 'prompts.jsonl'),
-      samples=COUNT, gold=f'{__name__}:mean_word', gold_path='', curves=('ppo',), seed=3, **SAMPLED)
+    folder,
+    title='Two',
+    summary='',
+    workdir=folder,
+    policies=(('base', str(world / 'model')), ('ppo', str(folder / 'ppo'))),
+    baseline='base',
+    trained='ppo',
+    best_of=BEST_OF,
+    reward_model=str(world / 'reward'),
+    comparisons=str(world / 'comparisons.jsonl'),
+    prompts=str(world / 'prompts.jsonl'),
+    samples=COUNT,
+    gold=f'{__name__}:mean_word',
+    gold_path='',
+    curves=('ppo',),
+    seed=3,
+    **SAMPLED,
+  )
   return json.loads((folder / 'results.json').read_text()), folder
 
 
@@ -189,8 +243,12 @@ def rows_of(samples):
 def test_the_best_of_n_is_the_best_by_the_reward_model(compared, world, proxy):
   """Of the samples drawn with the last of the keys, one for each policy and this one."""
   base = policy_lib.TextPolicy.load(world / 'model')
-  samples = base.sample([tiny.text(7 * i, 1 + i % 5) for i in range(COUNT)],
-                        jax.random.split(jax.random.key(3), 3)[-1], samples=BEST_OF, **SAMPLED)
+  samples = base.sample(
+    [tiny.text(7 * i, 1 + i % 5) for i in range(COUNT)],
+    jax.random.split(jax.random.key(3), 3)[-1],
+    samples=BEST_OF,
+    **SAMPLED,
+  )
   scores = np.reshape([proxy(row) for row in rows_of(samples)], (COUNT, BEST_OF))
   gold = np.reshape([mean_word('', text) for text in samples.responses], (COUNT, BEST_OF))
   best = scores.argmax(axis=1)
@@ -205,13 +263,19 @@ def test_the_best_of_n_is_the_best_by_the_reward_model(compared, world, proxy):
 def test_the_kl_is_of_the_policy_from_the_baseline(compared, world):
   """Of the policy's own answers, at the temperature of their sampling, row by row."""
   loaded = [policy_lib.TextPolicy.load(path) for path in (compared[1] / 'ppo', world / 'model')]
-  samples = loaded[0].sample([tiny.text(7 * i, 1 + i % 5) for i in range(COUNT)],
-                             jax.random.split(jax.random.key(3), 3)[1], **SAMPLED)
+  samples = loaded[0].sample(
+    [tiny.text(7 * i, 1 + i % 5) for i in range(COUNT)],
+    jax.random.split(jax.random.key(3), 3)[1],
+    **SAMPLED,
+  )
   total = 0.0
   for sign, policy in zip((1, -1), loaded):
-    logits = jax.jit(lambda tokens, mask, policy=policy: policy.model.unembed(
-        policy.params, policy.model.forward(
-            policy.params, tokens, np.arange(16)[None], mask.astype(np.int32))[0]))
+    logits = jax.jit(
+      lambda tokens, mask, policy=policy: policy.model.unembed(
+        policy.params,
+        policy.model.forward(policy.params, tokens, np.arange(16)[None], mask.astype(np.int32))[0],
+      )
+    )
     for row, real in zip(rows_of(samples), samples.rollout.response_mask):
       scores = np.asarray(logits(*padded(row)), np.float64)[0] / TEMPERATURE
       for t in range(len(row) - real.sum(), len(row)):
@@ -219,7 +283,8 @@ def test_the_kl_is_of_the_policy_from_the_baseline(compared, world):
   row = compared[0]['stages'][2]
   assert row['kl'] == pytest.approx(total / COUNT, rel=1e-3) and abs(row['kl']) > 0.05
   assert row['kl_per_token'] == pytest.approx(
-      row['kl'] * COUNT / samples.rollout.response_mask.sum(), rel=1e-4)
+    row['kl'] * COUNT / samples.rollout.response_mask.sum(), rel=1e-4
+  )
 
 
 def test_comparisons_are_scored_as_answers_are(compared, world, proxy):
@@ -227,8 +292,9 @@ def test_comparisons_are_scored_as_answers_are(compared, world, proxy):
   gaps = []
   for line in (world / 'comparisons.jsonl').read_text().splitlines():
     pair = json.loads(line)
-    chosen, rejected = (proxy([tiny.BOS, *ids(pair['prompt']), *ids(pair[side])])
-                        for side in ('chosen', 'rejected'))
+    chosen, rejected = (
+      proxy([tiny.BOS, *ids(pair['prompt']), *ids(pair[side])]) for side in ('chosen', 'rejected')
+    )
     gaps.append(chosen - rejected)
   found = compared[0]['reward_model']
   assert found['count'] == len(gaps) == 48
@@ -238,13 +304,20 @@ def test_comparisons_are_scored_as_answers_are(compared, world, proxy):
 
 def test_each_gap_has_its_own_prompt_in_every_batch(world, proxy, tmp_path, monkeypatch):
   monkeypatch.setattr(policy_lib, 'BATCH', 4)
-  records = [{'prompt': tiny.text(i, 1 + i % 2),
-              'completions': [tiny.text(3 * i, 2), tiny.text(5 * i, 3)]} for i in range(10)]
+  records = [
+    {'prompt': tiny.text(i, 1 + i % 2), 'completions': [tiny.text(3 * i, 2), tiny.text(5 * i, 3)]}
+    for i in range(10)
+  ]
   path = tiny.write_jsonl(tmp_path / 'pairs.jsonl', records)
   gaps, prompts = policies.pair_gaps(policies.Scorer.load(world / 'reward'), str(path))
   assert prompts == [record['prompt'] for record in records]
-  expected = [[proxy([tiny.BOS, *ids(record['prompt']), *ids(text), tiny.EOS])
-               for text in record['completions']] for record in records]
+  expected = [
+    [
+      proxy([tiny.BOS, *ids(record['prompt']), *ids(text), tiny.EOS])
+      for text in record['completions']
+    ]
+    for record in records
+  ]
   np.testing.assert_allclose(gaps, [better - worse for better, worse in expected], atol=1e-5)
 
 
@@ -252,5 +325,10 @@ def test_texts_before_and_after_stand_beside_their_own_scores():
   before, after = answers([1, 2]), answers([3, 4], proxy=np.array([5.0, 6.0]))
   before.samples.responses, after.samples.responses = ['a', 'b'], ['c', 'd']
   assert policies.side_by_side(before, after, 1) == [
-      {'prompt': 'p', 'before': 'a', 'after': 'c',
-       'scores': {'before': {'gold': 1.0}, 'after': {'proxy': 5.0, 'gold': 3.0}}}]
+    {
+      'prompt': 'p',
+      'before': 'a',
+      'after': 'c',
+      'scores': {'before': {'gold': 1.0}, 'after': {'proxy': 5.0, 'gold': 3.0}},
+    }
+  ]

@@ -155,7 +155,17 @@ def test_the_first_panels_are_those_people_look_for(tmp_path):
 
 
 def test_the_curves_of_ppo_that_papers_show(tmp_path):
-  names = ['scores', 'paid_scores', 'kl', 'kl_coef', 'entropy', 'kl_per_token', 'rlhf_reward', 'scores_std', 'kl_se']
+  names = [
+    'scores',
+    'paid_scores',
+    'kl',
+    'kl_coef',
+    'entropy',
+    'kl_per_token',
+    'rlhf_reward',
+    'scores_std',
+    'kl_se',
+  ]
   names = [f'objective/{name}' for name in names]
   names += ['policy/entropy', 'policy/loss', 'policy/approxkl', 'value/loss', 'returns/var', 'aaa']
   records = [dict.fromkeys(names, 1.0) | {'step': i} for i in range(3)]
@@ -168,8 +178,9 @@ def test_the_report_of_stages(tmp_path):
   (tmp_path / 'ppo').mkdir()
   (tmp_path / 'ppo' / 'metrics.jsonl').write_text('{"step": 0, "objective/kl": 1.5}\n')
   (tmp_path / 'config.json').write_text('{"seed": 7}')
-  report.of_stages(tmp_path / 'report', workdir=tmp_path, title='t', summary='What to expect.',
-                   curves=('ppo',))
+  report.of_stages(
+    tmp_path / 'report', workdir=tmp_path, title='t', summary='What to expect.', curves=('ppo',)
+  )
   text = (tmp_path / 'report.html').read_text()
   assert all(part in text for part in ('objective/kl', 'What to expect.', '&#34;seed&#34;: 7'))
 

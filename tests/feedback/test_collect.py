@@ -26,9 +26,19 @@ def words(prompt, response):
 
 def run(folder, world, **changes):
   settings = dict(
-      policy=str(world / 'model'), prompts=str(world / 'prompts.jsonl'), pairs=12, held_out=6,
-      max_new_tokens=4, temperature=1.0, gold=f'{__name__}:words', annotator_count=2,
-      annotator_temperature=0.5, label_noise=0.0, disagreement=0.0, seed=0)
+    policy=str(world / 'model'),
+    prompts=str(world / 'prompts.jsonl'),
+    pairs=12,
+    held_out=6,
+    max_new_tokens=4,
+    temperature=1.0,
+    gold=f'{__name__}:words',
+    annotator_count=2,
+    annotator_temperature=0.5,
+    label_noise=0.0,
+    disagreement=0.0,
+    seed=0,
+  )
   collect.run(folder, **(settings | changes))
 
 
@@ -51,16 +61,32 @@ def test_prompts_are_split_in_their_order_and_share():
   assert collect.split_prompts(list('abc'), 90, 1) == [list('ab') * 45, ['c']]
   assert collect.split_prompts(['a'], 2, 0) == [['a', 'a'], []]
   assert collect.split_prompts(['a'], 0, 2) == [[], ['a', 'a']]
-  with pytest.raises(errors.UserError, match='pairs=1 and held_out=1 comparisons, and only one prompt'):
+  with pytest.raises(
+    errors.UserError, match='pairs=1 and held_out=1 comparisons, and only one prompt'
+  ):
     collect.split_prompts(['a', 'a'], 1, 1)
 
 
 def best_of(folder, world, **changes):
   settings = dict(
-      policy=str(world / 'model'), prompts=str(world / 'prompts.jsonl'), count=20, held_out=3,
-      completions=2, samples=24, max_new_tokens=12, temperature=1.0, truncate_at=END,
-      truncate_after=2, gold=f'{__name__}:words', gold_path='', annotator_count=2,
-      annotator_temperature=0.0, label_noise=0.0, disagreement=0.0, seed=0)
+    policy=str(world / 'model'),
+    prompts=str(world / 'prompts.jsonl'),
+    count=20,
+    held_out=3,
+    completions=2,
+    samples=24,
+    max_new_tokens=12,
+    temperature=1.0,
+    truncate_at=END,
+    truncate_after=2,
+    gold=f'{__name__}:words',
+    gold_path='',
+    annotator_count=2,
+    annotator_temperature=0.0,
+    label_noise=0.0,
+    disagreement=0.0,
+    seed=0,
+  )
   collect.best_of(folder, **(settings | changes))
 
 
@@ -85,8 +111,10 @@ def test_held_out_labels_are_of_other_prompts(world, tmp_path):
   asked = [record['prompt'] for record in rows(world / 'prompts.jsonl')][:5]
   sources.write(tmp_path / 'prompts.jsonl', [{'prompt': asked[i % 5]} for i in range(20)])
   best_of(tmp_path, world, prompts=str(tmp_path / 'prompts.jsonl'))
-  known, new = ({record['prompt'] for record in rows(tmp_path / name)}
-                for name in ('labels.jsonl', 'held_out.jsonl'))
+  known, new = (
+    {record['prompt'] for record in rows(tmp_path / name)}
+    for name in ('labels.jsonl', 'held_out.jsonl')
+  )
   assert known and new and not known & new
 
 
@@ -110,7 +138,9 @@ def test_one_annotator_agrees_with_nobody(world, tmp_path):
 
 
 def test_the_record_of_agreement():
-  panel = annotators.SimulatedAnnotators(words, count=3, temperature=0.0, label_noise=0.0, disagreement=0.0)
+  panel = annotators.SimulatedAnnotators(
+    words, count=3, temperature=0.0, label_noise=0.0, disagreement=0.0
+  )
   # Everyone prefers the longer one: with both labels kappa is 1, with one label there is none.
   both = collect.agreement(panel, [('p', 'a', 'b c'), ('p', 'b c', 'a')])
   assert both == {'fraction': 1.0, 'kappa': 1.0, 'simulated': True}
@@ -121,8 +151,9 @@ def test_scores_are_normalized_on_the_first_answer_to_each_prompt(world, tmp_pat
   best_of(tmp_path, world)
   prompts = [record['prompt'] for record in rows(world / 'prompts.jsonl')][:20]
   answers = policy_lib.TextPolicy.load(world / 'model').sample(
-      prompts, jax.random.key(0), samples=24, max_new_tokens=12, truncate_at=END, truncate_after=2)
+    prompts, jax.random.key(0), samples=24, max_new_tokens=12, truncate_at=END, truncate_after=2
+  )
   first = [answers.responses[24 * i] for i in range(20)]
   assert rows(tmp_path / 'samples.jsonl') == [
-      {'prompt': prompt, 'completion': text}
-      for prompt, text in zip(prompts, first) if text.strip()]
+    {'prompt': prompt, 'completion': text} for prompt, text in zip(prompts, first) if text.strip()
+  ]

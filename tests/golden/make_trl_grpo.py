@@ -72,16 +72,33 @@ PAD, BOS, EOS, VOCAB = 0, 1, 2, 31
 PROMPTS, N, R, MAX_LENGTH = 5, 4, 8, 11
 B = PROMPTS * N
 MODEL = dict(
-    vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
-    tie_word_embeddings=False, initializer_range=0.25,
-    pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
+  vocab_size=VOCAB,
+  hidden_size=16,
+  intermediate_size=24,
+  num_hidden_layers=2,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  max_position_embeddings=32,
+  tie_word_embeddings=False,
+  initializer_range=0.25,
+  pad_token_id=PAD,
+  bos_token_id=BOS,
+  eos_token_id=EOS,
+)
 WHOLE = dict(per_device_train_batch_size=B, gradient_accumulation_steps=1, steps_per_generation=1)
-SPLIT = dict(per_device_train_batch_size=B // 4, gradient_accumulation_steps=2,
-             steps_per_generation=4)
+SPLIT = dict(
+  per_device_train_batch_size=B // 4, gradient_accumulation_steps=2, steps_per_generation=4
+)
 COMMON = dict(
-    scale_rewards='group', beta=0.0, use_bias_correction_kl=False, delta=None,
-    num_generations=N, num_iterations=2, max_completion_length=MAX_LENGTH, learning_rate=2e-2)
+  scale_rewards='group',
+  beta=0.0,
+  use_bias_correction_kl=False,
+  delta=None,
+  num_generations=N,
+  num_iterations=2,
+  max_completion_length=MAX_LENGTH,
+  learning_rate=2e-2,
+)
 TOKEN = COMMON | dict(importance_sampling_level='token', epsilon=0.2, epsilon_high=0.28)
 SEQUENCE = COMMON | dict(importance_sampling_level='sequence', epsilon=0.1, epsilon_high=0.15)
 
@@ -126,8 +143,12 @@ def make_tokenizer():
   words = {'<pad>': PAD, '<bos>': BOS, '<eos>': EOS} | {f't{i}': i for i in range(3, VOCAB)}
   model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token='<pad>'))
   return transformers.PreTrainedTokenizerFast(
-      tokenizer_object=model, pad_token='<pad>', bos_token='<bos>', eos_token='<eos>',
-      padding_side='left')
+    tokenizer_object=model,
+    pad_token='<pad>',
+    bos_token='<bos>',
+    eos_token='<eos>',
+    padding_side='left',
+  )
 
 
 def rollout(prompts, trainer):
@@ -136,11 +157,11 @@ def rollout(prompts, trainer):
   queries, responses, mask, scores = make_data()
   assert len(prompts) == B
   return {
-      'prompt_ids': [queries[i // N] for i in range(B)],
-      'completion_ids': responses,
-      'logprobs': None,
-      'env_mask': [row[:len(r)].astype(int).tolist() for row, r in zip(mask, responses)],
-      'score': scores.tolist(),
+    'prompt_ids': [queries[i // N] for i in range(B)],
+    'completion_ids': responses,
+    'logprobs': None,
+    'env_mask': [row[: len(r)].astype(int).tolist() for row, r in zip(mask, responses)],
+    'score': scores.tolist(),
   }
 
 
@@ -148,7 +169,6 @@ def recording(trainer_class):
   """The trainer with a record of what goes into its loss and what comes out."""
 
   class Recording(trainer_class):
-
     def __init__(self, *args, **kwargs):
       super().__init__(*args, **kwargs)
       self.record, self.batch = [], None
@@ -165,12 +185,18 @@ def recording(trainer_class):
 
     def _compute_loss(self, model, inputs):
       loss = super()._compute_loss(model, inputs)
-      gradient, = torch.autograd.grad(loss, self.logprobs, retain_graph=True)
+      (gradient,) = torch.autograd.grad(loss, self.logprobs, retain_graph=True)
       logged = {'kl': 'kl', 'clip_low': 'clip_ratio/low_mean', 'clip_high': 'clip_ratio/high_mean'}
       metrics = {k: (self._metrics['train'].get(v) or [0.0])[-1] for k, v in logged.items()}
-      self.record.append(metrics | {
-          'rows': inputs['rows'].numpy().astype(np.int32), 'loss': loss.item(),
-          'logprobs': self.logprobs.detach().numpy().copy(), 'gradients': gradient.numpy()})
+      self.record.append(
+        metrics
+        | {
+          'rows': inputs['rows'].numpy().astype(np.int32),
+          'loss': loss.item(),
+          'logprobs': self.logprobs.detach().numpy().copy(),
+          'gradients': gradient.numpy(),
+        }
+      )
       return loss
 
   return Recording
@@ -188,16 +214,31 @@ def run_case(settings, workdir):
   """One generation and its updates by TRL. Returns the record per call, and the batch."""
   iteration = settings['steps_per_generation'] // settings['gradient_accumulation_steps']
   args = trl.GRPOConfig(
-      output_dir=str(workdir), max_steps=2 * iteration, lr_scheduler_type='constant',
-      model_init_kwargs={'dtype': 'float32'}, seed=3, use_cpu=True, bf16=False,
-      gradient_checkpointing=False, shuffle_dataset=False, report_to='none',
-      save_strategy='no', logging_strategy='no', disable_tqdm=True, **settings)
+    output_dir=str(workdir),
+    max_steps=2 * iteration,
+    lr_scheduler_type='constant',
+    model_init_kwargs={'dtype': 'float32'},
+    seed=3,
+    use_cpu=True,
+    bf16=False,
+    gradient_checkpointing=False,
+    shuffle_dataset=False,
+    report_to='none',
+    save_strategy='no',
+    logging_strategy='no',
+    disable_tqdm=True,
+    **settings,
+  )
   token_level = settings['importance_sampling_level'] == 'sequence_token'
   trainer_class = gspo_token.GRPOTrainer if token_level else trl.GRPOTrainer
   trainer = recording(trainer_class)(
-      model=make_model(workdir), args=args, processing_class=make_tokenizer(),
-      reward_funcs=lambda score, **_: score, rollout_func=rollout,
-      train_dataset=datasets.Dataset.from_dict({'prompt': [f't{i + 3}' for i in range(PROMPTS)]}))
+    model=make_model(workdir),
+    args=args,
+    processing_class=make_tokenizer(),
+    reward_funcs=lambda score, **_: score,
+    rollout_func=rollout,
+    train_dataset=datasets.Dataset.from_dict({'prompt': [f't{i + 3}' for i in range(PROMPTS)]}),
+  )
   if trainer.ref_model is not None:
     torch.manual_seed(1)
     with torch.no_grad():
@@ -216,8 +257,12 @@ def main():
   cases = make_cases()
   _, _, mask, scores = make_data()
   versions = {p.__name__: p.__version__ for p in (trl, torch, transformers)}
-  arrays = {'versions': json.dumps(versions), 'settings': json.dumps(cases),
-            'mask': mask, 'scores': scores}
+  arrays = {
+    'versions': json.dumps(versions),
+    'settings': json.dumps(cases),
+    'mask': mask,
+    'scores': scores,
+  }
 
   def share(name, value):
     """Cases that share an array must agree on it."""
@@ -239,8 +284,11 @@ def main():
   overlong = dict(max_completion_len=10, soft_punish_cache=4)
   lengths = np.arange(13, dtype=np.int32)
   penalty = get_soft_overlong_punishment(**overlong)([[0] * n for n in lengths])
-  arrays |= {'overlong_settings': json.dumps(overlong), 'overlong_lengths': lengths,
-             'overlong_penalty': np.asarray(penalty, np.float32)}
+  arrays |= {
+    'overlong_settings': json.dumps(overlong),
+    'overlong_lengths': lengths,
+    'overlong_penalty': np.asarray(penalty, np.float32),
+  }
   np.savez_compressed(out, **arrays)
   print(f'{out}: {out.stat().st_size / 1024:.0f} KB, {len(arrays)} arrays')
 

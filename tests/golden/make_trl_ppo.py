@@ -83,21 +83,61 @@ B, R = 16, 7
 PROMPT_LENGTHS = [1, 2, 3, 4, 5, 5, 4, 3, 2, 1, 3, 5, 2, 4, 1, 5]
 # Length of a response and whether it ends in EOS: EOS alone, early, on the last slot, nowhere.
 RESPONSES = [
-    (1, True), (2, True), (3, True), (7, True), (7, False), (5, True), (6, True), (7, False),
-    (4, True), (7, True), (3, True), (7, False), (5, True), (6, True), (7, False), (2, True)]
+  (1, True),
+  (2, True),
+  (3, True),
+  (7, True),
+  (7, False),
+  (5, True),
+  (6, True),
+  (7, False),
+  (4, True),
+  (7, True),
+  (3, True),
+  (7, False),
+  (5, True),
+  (6, True),
+  (7, False),
+  (2, True),
+]
 MODEL = dict(
-    vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
-    tie_word_embeddings=False, initializer_range=0.25,
-    pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
+  vocab_size=VOCAB,
+  hidden_size=16,
+  intermediate_size=24,
+  num_hidden_layers=2,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  max_position_embeddings=32,
+  tie_word_embeddings=False,
+  initializer_range=0.25,
+  pad_token_id=PAD,
+  bos_token_id=BOS,
+  eos_token_id=EOS,
+)
 COMMON = dict(kl_coef=0.05, cliprange=0.2, cliprange_value=0.2, vf_coef=0.1, learning_rate=1e-3)
 CASES = {
-    'plain': COMMON | dict(
-        num_ppo_epochs=2, num_mini_batches=2, temperature=0.7, missing_eos_penalty=1.0,
-        whiten_rewards=False, kl_estimator='k1', gamma=1.0, lam=0.95),
-    'whitened': COMMON | dict(
-        num_ppo_epochs=4, num_mini_batches=1, temperature=1.3, missing_eos_penalty=None,
-        whiten_rewards=True, kl_estimator='k3', gamma=0.97, lam=0.9),
+  'plain': COMMON
+  | dict(
+    num_ppo_epochs=2,
+    num_mini_batches=2,
+    temperature=0.7,
+    missing_eos_penalty=1.0,
+    whiten_rewards=False,
+    kl_estimator='k1',
+    gamma=1.0,
+    lam=0.95,
+  ),
+  'whitened': COMMON
+  | dict(
+    num_ppo_epochs=4,
+    num_mini_batches=1,
+    temperature=1.3,
+    missing_eos_penalty=None,
+    whiten_rewards=True,
+    kl_estimator='k3',
+    gamma=0.97,
+    lam=0.9,
+  ),
 }
 PER_TOKEN = ('logprobs', 'ref_logprobs', 'values', 'rewards', 'advantages', 'returns', 'kl')
 MASKS = ('padding_mask', 'padding_mask_p1')
@@ -159,8 +199,12 @@ def make_tokenizer():
   words = {'<pad>': PAD, '<bos>': BOS, '<eos>': EOS} | {f't{i}': i for i in range(3, VOCAB)}
   model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token='<pad>'))
   return transformers.PreTrainedTokenizerFast(
-      tokenizer_object=model, pad_token='<pad>', bos_token='<bos>', eos_token='<eos>',
-      padding_side='left')
+    tokenizer_object=model,
+    pad_token='<pad>',
+    bos_token='<bos>',
+    eos_token='<eos>',
+    padding_side='left',
+  )
 
 
 def run_case(settings, workdir):
@@ -171,7 +215,7 @@ def run_case(settings, workdir):
   def fixed_generation(model, queries, rows, pad_token_id, generation_config):
     tokens = torch.cat([queries, responses], 1)
     logits = ppo_trainer.forward(model, tokens, pad_token_id).logits
-    logits = logits[:, queries.shape[1] - 1:-1]
+    logits = logits[:, queries.shape[1] - 1 : -1]
     return tokens, logits / generation_config.temperature
 
   permutation = np.random.permutation
@@ -181,20 +225,40 @@ def run_case(settings, workdir):
     return orders[-1]
 
   args = PPOConfig(
-      output_dir=workdir, total_episodes=B, per_device_train_batch_size=B,
-      gradient_accumulation_steps=1, local_rollout_forward_batch_size=B, response_length=R,
-      stop_token='eos', num_sample_generations=0, lr_scheduler_type='constant',
-      max_grad_norm=1e-3, seed=3, use_cpu=True, bf16=False, gradient_checkpointing=False,
-      report_to='none', save_strategy='no', disable_tqdm=True, **settings)
+    output_dir=workdir,
+    total_episodes=B,
+    per_device_train_batch_size=B,
+    gradient_accumulation_steps=1,
+    local_rollout_forward_batch_size=B,
+    response_length=R,
+    stop_token='eos',
+    num_sample_generations=0,
+    lr_scheduler_type='constant',
+    max_grad_norm=1e-3,
+    seed=3,
+    use_cpu=True,
+    bf16=False,
+    gradient_checkpointing=False,
+    report_to='none',
+    save_strategy='no',
+    disable_tqdm=True,
+    **settings,
+  )
   data = datasets.Dataset.from_dict({'input_ids': prompts})
   trainer = RecordingTrainer(
-      args=args, processing_class=make_tokenizer(), train_dataset=data, eval_dataset=data,
-      model=models['policy'], ref_model=models['reference'],
-      reward_model=models['reward'], value_model=models['value'])
+    args=args,
+    processing_class=make_tokenizer(),
+    train_dataset=data,
+    eval_dataset=data,
+    model=models['policy'],
+    ref_model=models['reference'],
+    reward_model=models['reward'],
+    value_model=models['value'],
+  )
   np.random.seed(4)
   with (
-      unittest.mock.patch.object(ppo_trainer, 'batch_generation', fixed_generation),
-      unittest.mock.patch.object(np.random, 'permutation', recorded_permutation),
+    unittest.mock.patch.object(ppo_trainer, 'batch_generation', fixed_generation),
+    unittest.mock.patch.object(np.random, 'permutation', recorded_permutation),
   ):
     trainer.train()
   group = trainer.optimizer.param_groups[0]
@@ -217,11 +281,11 @@ def case_arrays(name):
   ended = (record['responses'] == EOS).any(1).numpy()
   penalty = np.where(ended, 0.0, settings['missing_eos_penalty'] or 0.0).astype(np.float32)
   arrays = {
-      'settings': json.dumps(settings),
-      'metrics': json.dumps(record['metrics']),
-      'permutations': orders.astype(np.int32),
-      'scores': record['scores'].numpy(),
-      'raw_scores': record['scores'].numpy() + penalty,
+    'settings': json.dumps(settings),
+    'metrics': json.dumps(record['metrics']),
+    'permutations': orders.astype(np.int32),
+    'scores': record['scores'].numpy(),
+    'raw_scores': record['scores'].numpy() + penalty,
   }
   arrays |= {key: record[key].numpy() for key in (*PER_TOKEN, *MASKS)}
   arrays |= {key: record[local][..., 0].numpy() for key, local in PER_MINIBATCH.items()}
@@ -240,10 +304,10 @@ def main():
   torch.set_num_threads(1)
   packages = (trl, torch, transformers)
   arrays = {
-      'versions': json.dumps({p.__name__: p.__version__ for p in packages}),
-      'config': json.dumps({'model_type': 'llama', **MODEL}),
-      'reward_config': json.dumps({'model_type': 'llama', **MODEL, 'num_labels': 1}),
-      'cases': list(CASES),
+    'versions': json.dumps({p.__name__: p.__version__ for p in packages}),
+    'config': json.dumps({'model_type': 'llama', **MODEL}),
+    'reward_config': json.dumps({'model_type': 'llama', **MODEL, 'num_labels': 1}),
+    'cases': list(CASES),
   }
   for role, model in make_models().items():
     arrays |= parameters(model, role)

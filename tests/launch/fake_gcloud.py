@@ -14,15 +14,26 @@ import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 HOME = os.path.join(HERE, 'home')
-NEXT_NODE = {'CREATING': 'READY', 'STARTING': 'READY', 'RESTARTING': 'READY', 'REIMAGING': 'READY',
-             'REPAIRING': 'READY', 'STOPPING': 'STOPPED', 'DELETING': None}
-NEXT_QUEUE = {'WAITING_FOR_RESOURCES': ('PROVISIONING', 'CREATING'), 'PROVISIONING': ('ACTIVE', 'READY'),
-              'SUSPENDING': ('SUSPENDED', None)}
+NEXT_NODE = {
+  'CREATING': 'READY',
+  'STARTING': 'READY',
+  'RESTARTING': 'READY',
+  'REIMAGING': 'READY',
+  'REPAIRING': 'READY',
+  'STOPPING': 'STOPPED',
+  'DELETING': None,
+}
+NEXT_QUEUE = {
+  'WAITING_FOR_RESOURCES': ('PROVISIONING', 'CREATING'),
+  'PROVISIONING': ('ACTIVE', 'READY'),
+  'SUSPENDING': ('SUSPENDED', None),
+}
 NOT_FOUND = (1, '', 'ERROR: (gcloud.compute.tpus) NOT_FOUND: Resource was not found')
 
 
 def new_home():
   import shutil  # only here: this program starts a thousand times
+
   shutil.rmtree(HOME, ignore_errors=True)
 
 
@@ -38,7 +49,9 @@ def queued(verb, world):
     world['queue'] = world['node'] = None
     new_home()
     return 0, '', 'Deleted [mine].'
-  answer = json.dumps({'name': 'mine', 'state': {'state': world['queue'], 'stateInitiator': 'SERVICE'}})
+  answer = json.dumps(
+    {'name': 'mine', 'state': {'state': world['queue'], 'stateInitiator': 'SERVICE'}}
+  )
   if world['queue'] in NEXT_QUEUE and world['queue'] not in world['stuck']:
     world['queue'], world['node'] = NEXT_QUEUE[world['queue']]
   return 0, answer, ''
@@ -75,7 +88,11 @@ def workers(verb, world, arguments):
   text = text.replace('/dev/shm/', f'{HOME}/').replace('/mnt/shared', f'{HOME}/shared')
   env = os.environ | {'HOME': HOME, 'PATH': f'{HERE}/worker:{os.environ["PATH"]}'}
   os.chdir(HOME)
-  return os.waitstatus_to_exitcode(os.waitpid(os.posix_spawnp('bash', ['bash', '-c', text], env), 0)[1]), '', ''
+  return (
+    os.waitstatus_to_exitcode(os.waitpid(os.posix_spawnp('bash', ['bash', '-c', text], env), 0)[1]),
+    '',
+    '',
+  )
 
 
 def find_fault(world, text):

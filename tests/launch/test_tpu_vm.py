@@ -12,27 +12,43 @@ import time
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-SETTINGS = {'TPU_NAME': 'mine', 'ZONE': 'us-central1-a', 'ACCELERATOR': 'v5litepod-16',
-            'RUNTIME': 'v2-alpha-tpuv5-lite', 'POLL_SECONDS': '0.02'}
+SETTINGS = {
+  'TPU_NAME': 'mine',
+  'ZONE': 'us-central1-a',
+  'ACCELERATOR': 'v5litepod-16',
+  'RUNTIME': 'v2-alpha-tpuv5-lite',
+  'POLL_SECONDS': '0.02',
+}
 AT = '--zone=us-central1-a'
-CREATE = ['compute', 'tpus', 'queued-resources', 'create', 'mine', '--node-id=mine',
-          '--accelerator-type=v5litepod-16', '--runtime-version=v2-alpha-tpuv5-lite']
+CREATE = [
+  'compute',
+  'tpus',
+  'queued-resources',
+  'create',
+  'mine',
+  '--node-id=mine',
+  '--accelerator-type=v5litepod-16',
+  '--runtime-version=v2-alpha-tpuv5-lite',
+]
 DELETE = ['compute', 'tpus', 'queued-resources', 'delete', 'mine', '--force', '--quiet']
 QUEUE, NODE = ['queued-resources', 'describe'], ['tpu-vm', 'describe']
 RUN, SETUP = ['ssh', '-m rlhf_jax.main '], ['ssh', 'uv venv']
-UNAVAILABLE = {'code': 1, 'err': 'ERROR: (gcloud) HttpError 503: The service is currently UNAVAILABLE.'}
+UNAVAILABLE = {
+  'code': 1,
+  'err': 'ERROR: (gcloud) HttpError 503: The service is currently UNAVAILABLE.',
+}
 PREEMPTED = {'node': 'PREEMPTED', 'queue': 'SUSPENDED'}
 READY = {'node': 'READY', 'queue': 'ACTIVE'}
 ARGUMENTS = ['--config=configs/x.py', "--workdir=/mnt/it's a b"]
 # The workers' python3 makes a virtual environment, whose Python writes down what it is told.
-PYTHON3 = '''#!/bin/sh
+PYTHON3 = """#!/bin/sh
 case "$*" in
   *" venv "*) mkdir -p .venv/bin && cp "${0%/*}/python" .venv/bin/python ;;
 esac
-'''
-PYTHON = '''#!/bin/sh
+"""
+PYTHON = """#!/bin/sh
 printf '%s\\n' "$COORDINATOR_ADDRESS" "$@" >> "$HOME/runs"
-'''
+"""
 
 
 @pytest.fixture(scope='module')
@@ -40,8 +56,12 @@ def checkout(tmp_path_factory):
   """A git checkout of the launch scripts and a few files more."""
   root = tmp_path_factory.mktemp('checkout')
   shutil.copytree(ROOT / 'launch', root / 'launch', ignore=shutil.ignore_patterns('__pycache__'))
-  for path, text in {'constraints.txt': 'jax\n', 'configs/x.py': 'steps = 1\n', 'rlhf_jax/main.py': 'pass\n',
-                     '.gitignore': '__pycache__/\nruns/\n'}.items():
+  for path, text in {
+    'constraints.txt': 'jax\n',
+    'configs/x.py': 'steps = 1\n',
+    'rlhf_jax/main.py': 'pass\n',
+    '.gitignore': '__pycache__/\nruns/\n',
+  }.items():
     (root / path).parent.mkdir(exist_ok=True)
     (root / path).write_text(text)
   git(root, 'init', '--quiet')
@@ -69,7 +89,9 @@ class Cloud:
     (folder / 'worker' / 'python3').write_text(PYTHON3)
     (folder / 'worker' / 'python').write_text(PYTHON)
     for name in ('sudo', 'mountpoint'):
-      (folder / 'worker' / name).write_text(f'#!/bin/sh\necho {name} "$@" >> "$HOME/mounts"\n[ {name} = sudo ]\n')
+      (folder / 'worker' / name).write_text(
+        f'#!/bin/sh\necho {name} "$@" >> "$HOME/mounts"\n[ {name} = sudo ]\n'
+      )
     for path in (folder / 'gcloud', *(folder / 'worker').iterdir()):
       path.chmod(0o755)
     self.set(node=None, queue=None)
@@ -92,12 +114,27 @@ class Cloud:
     """Starts the script; `constants` are statements on its modules tpu_vm and tpu_node."""
     command = [self.checkout / 'launch' / 'tpu_vm.sh', *arguments]
     if constants:
-      command = [sys.executable, '-c', f'import sys\nsys.path.insert(0, {str(self.checkout / "launch")!r})\n'
-                 f'import tpu_node, tpu_vm\n{constants}\nsys.exit(tpu_vm.start(sys.argv[1:]))', *arguments]
-    env = {name: value for name, value in os.environ.items() if name not in (*SETTINGS, 'PROJECT', 'SPOT', 'SHARED')}
+      command = [
+        sys.executable,
+        '-c',
+        f'import sys\nsys.path.insert(0, {str(self.checkout / "launch")!r})\n'
+        f'import tpu_node, tpu_vm\n{constants}\nsys.exit(tpu_vm.start(sys.argv[1:]))',
+        *arguments,
+      ]
+    env = {
+      name: value
+      for name, value in os.environ.items()
+      if name not in (*SETTINGS, 'PROJECT', 'SPOT', 'SHARED')
+    }
     env |= {'PATH': f'{self.folder}{os.pathsep}{os.environ["PATH"]}'} | SETTINGS | settings
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env,
-                            start_new_session=True)
+    return subprocess.Popen(
+      command,
+      text=True,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      env=env,
+      start_new_session=True,
+    )
 
   def run(self, *arguments, **settings):
     """Its exit status and what it wrote to stderr."""
@@ -108,7 +145,9 @@ class Cloud:
   def calls(self, *words):
     """The calls whose arguments contain all words."""
     lines = (self.folder / 'calls.jsonl').read_text().splitlines()
-    return [call for call in map(json.loads, lines) if all(word in ' '.join(call) for word in words)]
+    return [
+      call for call in map(json.loads, lines) if all(word in ' '.join(call) for word in words)
+    ]
 
   def count(self, *words):
     return len(self.calls(*words))
@@ -146,7 +185,9 @@ def test_create_asks_and_waits(cloud):
   assert code == 0, err
   assert cloud.calls()[0] == [*CREATE, '--spot', '--format=json', AT, '--project=ours']
   assert cloud.count('create') == 1 and 'its request PROVISIONING' in err
-  assert 'mine is left, READY, and bills until it is deleted' in bills(err) and '--project=ours' in bills(err)
+  assert 'mine is left, READY, and bills until it is deleted' in bills(
+    err
+  ) and '--project=ours' in bills(err)
 
 
 def test_resume_creates_sets_up_and_runs(cloud):
@@ -157,7 +198,9 @@ def test_resume_creates_sets_up_and_runs(cloud):
   assert (cloud.folder / 'home' / 'rlhf_jax.pid').read_text().strip().isdigit()
   assert cloud.count('delete') == 0 and cloud.count('scp') == 1 and cloud.count(*SETUP) == 1
   assert all('--worker=all' in call for call in cloud.calls('ssh'))
-  assert any('ServerAliveInterval' in word for word in cloud.calls(*RUN)[0])  # a dead connection ends
+  assert any(
+    'ServerAliveInterval' in word for word in cloud.calls(*RUN)[0]
+  )  # a dead connection ends
   cloud.fault()
   code, err = cloud.run('resume', *ARGUMENTS)
   assert code == 0 and cloud.count('scp') == 0 and cloud.count('create') == 0, err
@@ -167,8 +210,17 @@ def test_resume_creates_sets_up_and_runs(cloud):
 def test_fetch_and_delete(cloud):
   cloud.set(**READY)
   code, err = cloud.run('fetch', '/mnt/shared/runs/a', 'runs/a')
-  assert code == 0 and cloud.calls()[0] == ['compute', 'tpus', 'tpu-vm', 'scp', '--recurse', 'mine:/mnt/shared/runs/a',
-                                            'runs/a', '--worker=0', AT]
+  assert code == 0 and cloud.calls()[0] == [
+    'compute',
+    'tpus',
+    'tpu-vm',
+    'scp',
+    '--recurse',
+    'mine:/mnt/shared/runs/a',
+    'runs/a',
+    '--worker=0',
+    AT,
+  ]
   assert 'READY' in bills(err)
   code, err = cloud.run('delete')
   assert code == 0 and cloud.calls('delete') == [[*DELETE, '--format=json', AT]]
@@ -181,22 +233,38 @@ def test_dry_run_prints_what_a_run_would_ask_and_asks_nothing(cloud):
   assert cloud.run('--dry-run', *arguments, SHARED='a:/b', SPOT='1')[0] == 0
   assert cloud.calls() == []
   cloud.set(**PREEMPTED)
-  subprocess.run(['bash', '-c', cloud.out], env=os.environ | {'PATH': f'{cloud.folder}:{os.environ["PATH"]}'})
-  printed = [' '.join(call) for call in cloud.calls() if 'scp' not in call]  # the archive has another name each time
+  subprocess.run(
+    ['bash', '-c', cloud.out], env=os.environ | {'PATH': f'{cloud.folder}:{os.environ["PATH"]}'}
+  )
+  printed = [
+    ' '.join(call) for call in cloud.calls() if 'scp' not in call
+  ]  # the archive has another name each time
   cloud.set(**PREEMPTED)
   code, err = cloud.run(*arguments, SHARED='a:/b', SPOT='1')
   assert code == 0 and set(printed) <= {' '.join(call) for call in cloud.calls()}, err
-  assert [line.split()[3] for line in printed] == ['describe', 'delete', 'create', 'describe', 'ssh', 'ssh', 'ssh']
+  assert [line.split()[3] for line in printed] == [
+    'describe',
+    'delete',
+    'create',
+    'describe',
+    'ssh',
+    'ssh',
+    'ssh',
+  ]
 
 
-@pytest.mark.parametrize('arguments', [[], ['launch'], ['run'], ['fetch', 'one'], ['create', 'more']])
+@pytest.mark.parametrize(
+  'arguments', [[], ['launch'], ['run'], ['fetch', 'one'], ['create', 'more']]
+)
 def test_wrong_commands_show_the_usage(cloud, arguments):
   code, err = cloud.run(*arguments)
   assert code == 2 and 'launch/tpu_vm.sh [--dry-run] COMMAND' in err and cloud.calls() == []
 
 
-@pytest.mark.parametrize('verb, missing', [
-    ('delete', 'TPU_NAME'), ('delete', 'ZONE'), ('create', 'ACCELERATOR'), ('create', 'RUNTIME')])
+@pytest.mark.parametrize(
+  'verb, missing',
+  [('delete', 'TPU_NAME'), ('delete', 'ZONE'), ('create', 'ACCELERATOR'), ('create', 'RUNTIME')],
+)
 def test_missing_settings_are_named(cloud, verb, missing):
   code, err = cloud.run(verb, **{missing: ''})
   assert code == 1 and f'set {missing}' in err and cloud.calls() == []
@@ -229,10 +297,16 @@ def test_503_that_stays_is_bounded_and_resume_keeps_its_place_in_the_queue(cloud
 
 def test_what_cannot_be_asked_is_named(cloud):
   """Nothing is deleted or made because gcloud cannot be asked, which is not tried again."""
-  cloud.set({'words': ['describe'], 'times': 99, 'code': 1, 'err': 'ERROR: PERMISSION_DENIED: log in'}, **READY)
+  cloud.set(
+    {'words': ['describe'], 'times': 99, 'code': 1, 'err': 'ERROR: PERMISSION_DENIED: log in'},
+    **READY,
+  )
   code, err = cloud.run('resume', *ARGUMENTS)
   assert code == 1 and cloud.count('delete') == cloud.count('create') == 0 and cloud.count() == 2
-  assert 'cannot tell what is left of mine, which may be there and bill' in bills(err) and 'PERMISSION_DENIED' in err
+  assert (
+    'cannot tell what is left of mine, which may be there and bill' in bills(err)
+    and 'PERMISSION_DENIED' in err
+  )
 
 
 def test_a_line_on_stderr_is_no_state(cloud):
@@ -252,14 +326,18 @@ def test_an_answer_without_a_state_is_asked_again(cloud, out):
 
 def test_a_gcloud_that_hangs_is_asked_again(cloud):
   cloud.set({'words': NODE, 'sleep': 60}, **READY)
-  code, err = cloud.run('resume', *ARGUMENTS, constants='tpu_node.Tpu.call.__kwdefaults__["seconds"] = 1')
+  code, err = cloud.run(
+    'resume', *ARGUMENTS, constants='tpu_node.Tpu.call.__kwdefaults__["seconds"] = 1'
+  )
   assert code == 0 and cloud.runs() and 'no answer in 1 s' in err
 
 
 def test_creation_that_answers_503_and_was_made_is_not_made_twice(cloud):
   cloud.set({'words': ['create'], 'late': True, **UNAVAILABLE})
   code, err = cloud.run('resume', *ARGUMENTS)
-  assert code == 0 and cloud.runs() and cloud.count('create') == 2 and cloud.count('delete') == 0, err
+  assert code == 0 and cloud.runs() and cloud.count('create') == 2 and cloud.count('delete') == 0, (
+    err
+  )
 
 
 def test_deletion_that_fails_is_repeated(cloud):
@@ -278,7 +356,9 @@ def test_a_node_without_a_request_is_deleted_and_named(cloud):
   assert code == 0 and cloud.world()['node'] is None and 'nothing is left' in err
 
 
-@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+  'number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_signals_name_what_is_left(cloud, number, code):
   cloud.set(stuck=['WAITING_FOR_RESOURCES'])
   process = cloud.start('resume', *ARGUMENTS)
@@ -286,7 +366,10 @@ def test_signals_name_what_is_left(cloud, number, code):
     pass
   process.send_signal(number)
   _, err = process.communicate(timeout=30)
-  assert process.returncode == code and 'WAITING_FOR_RESOURCES, and bills as soon as it is granted' in bills(err)
+  assert (
+    process.returncode == code
+    and 'WAITING_FOR_RESOURCES, and bills as soon as it is granted' in bills(err)
+  )
   assert cloud.count('delete') == 0
 
 
@@ -297,13 +380,17 @@ def test_a_request_that_is_cut_short_is_named(cloud):
     time.sleep(0.05)
   process.terminate()
   _, err = process.communicate(timeout=30)
-  assert process.returncode == 143 and 'was cut short, and may still be granted and bill' in bills(err)
+  assert process.returncode == 143 and 'was cut short, and may still be granted and bill' in bills(
+    err
+  )
 
 
 # The TPU goes, or is on its way.
 
 
-@pytest.mark.parametrize('state', ['CREATING', 'STARTING', 'RESTARTING', 'REPAIRING', 'STOPPING', 'STOPPED'])
+@pytest.mark.parametrize(
+  'state', ['CREATING', 'STARTING', 'RESTARTING', 'REPAIRING', 'STOPPING', 'STOPPED']
+)
 def test_a_tpu_on_its_way_is_waited_for(cloud, state):
   cloud.set(node=state, queue='ACTIVE')
   code, err = cloud.run('resume', *ARGUMENTS)
@@ -338,8 +425,15 @@ def test_preempted_in_the_middle_of_the_run_makes_another_and_resumes(cloud):
 @pytest.mark.parametrize('words', [QUEUE, SETUP, ['scp'], RUN])
 def test_preempted_at_any_moment_starts_over(cloud, words):
   """While it is created, copied to, set up, or when it has just begun to run."""
-  cloud.set({'words': words, 'skip': words == QUEUE, 'code': 255 if words != QUEUE else 0,
-             'out': json.dumps({'state': {'state': 'SUSPENDING'}}), 'world': PREEMPTED})
+  cloud.set(
+    {
+      'words': words,
+      'skip': words == QUEUE,
+      'code': 255 if words != QUEUE else 0,
+      'out': json.dumps({'state': {'state': 'SUSPENDING'}}),
+      'world': PREEMPTED,
+    }
+  )
   code, err = cloud.run('resume', *ARGUMENTS)
   assert code == 0 and cloud.runs(), err
   assert cloud.count('create') == 2 and cloud.count('delete') == 1
@@ -370,6 +464,7 @@ def test_a_tpu_that_is_always_preempted_ends_after_a_few_tries(cloud):
 def test_waits_grow_up_to_a_limit_and_differ(monkeypatch):
   monkeypatch.syspath_prepend(ROOT / 'launch')
   import tpu_node  # not a package: it is run by its path
+
   for attempt, most in ((1, 30), (2, 60), (3, 120), (6, 600), (50, 600)):
     waits = {tpu_node.back_off(attempt, 30, 600) for _ in range(20)}
     assert len(waits) > 1 and most / 2 <= min(waits) and max(waits) <= most
@@ -389,7 +484,12 @@ def test_create_says_what_became_of_the_request(cloud, state):
 def test_a_failed_setup_is_set_up_again(cloud):
   cloud.set({'words': SETUP, 'code': 1}, **READY)
   code, err = cloud.run('resume', *ARGUMENTS)
-  assert code == 0 and cloud.runs() and cloud.count(*SETUP) == 2 and 'the setup failed, try 1 of 3' in err
+  assert (
+    code == 0
+    and cloud.runs()
+    and cloud.count(*SETUP) == 2
+    and 'the setup failed, try 1 of 3' in err
+  )
 
 
 def test_a_setup_that_was_cut_short_is_set_up_again(cloud):
@@ -422,9 +522,13 @@ def test_a_run_that_was_stopped_resumes_where_the_tpu_is_ready(cloud, status):
 def test_a_run_that_is_always_stopped_ends_unless_it_lasts(cloud):
   cloud.set({'words': RUN, 'times': 4, 'code': 143}, **READY)
   code, err = cloud.run('resume', *ARGUMENTS, constants='tpu_vm.TRIES = 3')
-  assert code == 1 and cloud.count(*RUN) == 3 and '3 tries in a row' in err and 'READY' in bills(err)
+  assert (
+    code == 1 and cloud.count(*RUN) == 3 and '3 tries in a row' in err and 'READY' in bills(err)
+  )
   cloud.fault({'words': RUN, 'times': 4, 'code': 143})
-  code, err = cloud.run('resume', *ARGUMENTS, constants='tpu_vm.TRIES = 3; tpu_vm.LONG_RUN_POLLS = 0')
+  code, err = cloud.run(
+    'resume', *ARGUMENTS, constants='tpu_vm.TRIES = 3; tpu_vm.LONG_RUN_POLLS = 0'
+  )
   assert code == 0 and cloud.count(*RUN) == 5, err
 
 
@@ -433,7 +537,9 @@ def test_resume_ends_where_the_run_itself_fails(cloud):
   cloud.set({'words': RUN, 'code': 1}, **READY)
   code, err = cloud.run('resume', *ARGUMENTS)
   assert code == 1 and cloud.count(*RUN) == 1
-  assert 'the run ended with status 1, and mine is READY' in err and 'mine is left, READY' in bills(err)
+  assert 'the run ended with status 1, and mine is READY' in err and 'mine is left, READY' in bills(
+    err
+  )
 
 
 def test_run_gives_the_status_of_the_run(cloud):
@@ -447,8 +553,15 @@ def test_a_run_before_saves_before_the_next_begins(cloud):
   cloud.set(**READY)
   assert cloud.run('setup')[0] == 0
   home = cloud.folder / 'home'
-  left = subprocess.Popen(['bash', '-c', f'trap "echo saved > {home}/saved; exit 143" TERM\necho up\n'
-                           'while :; do sleep 0.05; done', 'rlhf_jax.main'], stdout=subprocess.PIPE)
+  left = subprocess.Popen(
+    [
+      'bash',
+      '-c',
+      f'trap "echo saved > {home}/saved; exit 143" TERM\necho up\nwhile :; do sleep 0.05; done',
+      'rlhf_jax.main',
+    ],
+    stdout=subprocess.PIPE,
+  )
   left.stdout.readline()
   (home / 'rlhf_jax.pid').write_text(f'{left.pid}\n')
   process = cloud.start('run', *ARGUMENTS)
@@ -459,7 +572,7 @@ def test_a_run_before_saves_before_the_next_begins(cloud):
 def test_shared_is_mounted_at_setup_and_after_a_reboot(cloud):
   cloud.set(**READY)
   mount = f'sudo mount -t nfs -o hard,vers=3 10.0.0.2:/vol1 {cloud.folder}/home/shared'
-  for number in (1, 2):  # the second needs no setup, and its worker has lost the mount
+  for _ in (1, 2):  # the second needs no setup, and its worker has lost the mount
     (cloud.folder / 'home' / 'mounts').unlink(missing_ok=True)
     assert cloud.run('resume', *ARGUMENTS, SHARED='10.0.0.2:/vol1')[0] == 0
     assert mount in (cloud.folder / 'home' / 'mounts').read_text().splitlines()
@@ -492,10 +605,12 @@ def test_setup_ships_the_checkout_as_it_is(own):
 
 def test_a_newer_commit_or_a_changed_file_is_set_up_again(own):
   own.set(**READY)
+
   def resumed():
     own.fault()
     assert own.run('resume', *ARGUMENTS)[0] == 0
     return own.count(*SETUP)
+
   assert [resumed(), resumed()] == [1, 0]
   (own.checkout / 'constraints.txt').write_text('jax==1\n')
   assert [resumed(), resumed()] == [1, 0]
@@ -509,7 +624,9 @@ def test_a_newer_commit_or_a_changed_file_is_set_up_again(own):
 def test_files_that_change_during_a_resume_do_not_change_the_run(own):
   """What a new TPU is given in the middle of a run is what the first was given."""
   own.set({'words': RUN, 'code': 255, 'world': PREEMPTED}, **READY)
-  (own.folder / 'worker' / 'python3').write_text(PYTHON3 + f'echo edited > "{own.checkout}/configs/x.py"\n')
+  (own.folder / 'worker' / 'python3').write_text(
+    PYTHON3 + f'echo edited > "{own.checkout}/configs/x.py"\n'
+  )
   assert own.run('resume', *ARGUMENTS)[0] == 0 and own.count(*SETUP) == 2
   assert (own.folder / 'home' / 'rlhf_jax' / 'configs' / 'x.py').read_text() == 'steps = 1\n'
 
@@ -522,13 +639,22 @@ def test_large_untracked_files_are_left_out_and_named(own):
   code, err = own.run('setup')
   home = own.folder / 'home' / 'rlhf_jax'
   assert code == 0 and (home / 'rewards.py').exists() and not (home / 'data.jsonl').exists()
-  assert 'does not ship data.jsonl (60.0 MB): untracked files above 50 MB in all; put them on SHARED' in err
+  assert (
+    'does not ship data.jsonl (60.0 MB): untracked files above 50 MB in all; put them on SHARED'
+    in err
+  )
   own.fault()
   code, err = own.run('resume', '--config=configs/x.py', '--config.data.path=data.jsonl')
-  assert code == 1 and 'data.jsonl is not shipped to the TPU, as it is too large' in err and own.count('ssh') == 0
+  assert (
+    code == 1
+    and 'data.jsonl is not shipped to the TPU, as it is too large' in err
+    and own.count('ssh') == 0
+  )
 
 
-@pytest.mark.parametrize('arguments', [['--config=runs/config.json:seed=1'], ['--config', './runs/config.json']])
+@pytest.mark.parametrize(
+  'arguments', [['--config=runs/config.json:seed=1'], ['--config', './runs/config.json']]
+)
 def test_a_config_that_git_ignores_is_refused_before_a_tpu_is_asked_for(own, arguments):
   (own.checkout / 'runs').mkdir()
   (own.checkout / 'runs' / 'config.json').touch()

@@ -16,9 +16,20 @@ from rlhf_jax.models import attention
 from rlhf_jax.models import layers
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
-GEMMA2 = {'family': 'gemma2', 'vocab_size': 29, 'hidden_size': 12, 'intermediate_size': 20, 'num_hidden_layers': 2,
-          'num_attention_heads': 4, 'num_key_value_heads': 2, 'head_dim': 8, 'max_position_embeddings': 32768,
-          'sliding_window': 40, 'query_pre_attn_scalar': 6, 'initializer_range': 0.3}
+GEMMA2 = {
+  'family': 'gemma2',
+  'vocab_size': 29,
+  'hidden_size': 12,
+  'intermediate_size': 20,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 4,
+  'num_key_value_heads': 2,
+  'head_dim': 8,
+  'max_position_embeddings': 32768,
+  'sliding_window': 40,
+  'query_pre_attn_scalar': 6,
+  'initializer_range': 0.3,
+}
 
 
 @pytest.fixture
@@ -30,7 +41,7 @@ def small_blocks(monkeypatch):
 def ragged(length):
   """Rows with padding on both sides, three texts, holes, no padding, and nothing at all."""
   segments = np.zeros((5, length), np.int32)
-  segments[0, length // 3:-5] = 1
+  segments[0, length // 3 : -5] = 1
   segments[1] = 1 + (np.arange(length) >= length // 2) + (np.arange(length) >= length - 7)
   segments[2, ::2] = 1
   segments[3] = 1
@@ -40,17 +51,28 @@ def ragged(length):
 def draw(rows, length, dtype=jnp.float32, heads=HEADS, width=WIDTH):
   """Queries, keys, values, and weights for a sum over the result."""
   random = np.random.default_rng(0)
-  shapes = ((rows, length, heads, width), *[(rows, KV_HEADS, length, width)] * 2, (rows, length, heads * width))
+  shapes = (
+    (rows, length, heads, width),
+    *[(rows, KV_HEADS, length, width)] * 2,
+    (rows, length, heads * width),
+  )
   return [jnp.asarray(random.normal(size=shape), dtype) for shape in shapes]
 
 
 def plain(queries, keys, values, segments, *, window=0, score_cap=0.0):
-  return layers.attend(queries, keys, values, layers.attention_mask(segments, segments, index=0, window=window),
-                       score_cap=score_cap)
+  return layers.attend(
+    queries,
+    keys,
+    values,
+    layers.attention_mask(segments, segments, index=0, window=window),
+    score_cap=score_cap,
+  )
 
 
 def in_blocks(queries, keys, values, segments, *, window=0, score_cap=0.0, index=0):
-  return attention.blocks(queries, keys, values, segments, segments, index=index, window=window, score_cap=score_cap)
+  return attention.blocks(
+    queries, keys, values, segments, segments, index=index, window=window, score_cap=score_cap
+  )
 
 
 def results(function, queries, keys, values, weights, segments):
@@ -71,23 +93,31 @@ def results(function, queries, keys, values, weights, segments):
 
 def agree(found, expected, atol):
   for x, y in zip(found, expected, strict=True):
-    np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), rtol=0, atol=atol)
+    np.testing.assert_allclose(
+      np.asarray(x, np.float32), np.asarray(y, np.float32), rtol=0, atol=atol
+    )
 
 
 @pytest.mark.parametrize('window,score_cap', [(0, 0.0), (5, 0.0), (0, 1.5), (20, 1.5)])
 def test_blocks_against_a_loop(small_blocks, window, score_cap):
   segments = np.asarray(ragged(40))
   queries, keys, values, _ = map(np.asarray, draw(5, 40))
-  found = in_blocks(*map(jnp.asarray, (queries, keys, values, segments)), window=window, score_cap=score_cap)
+  found = in_blocks(
+    *map(jnp.asarray, (queries, keys, values, segments)), window=window, score_cap=score_cap
+  )
   expected = np.zeros(found.shape)
   for row, t in zip(*np.nonzero(segments)):
-    seen = [s for s in range(t + 1) if segments[row, s] == segments[row, t] and (not window or t - s < window)]
+    seen = [
+      s
+      for s in range(t + 1)
+      if segments[row, s] == segments[row, t] and (not window or t - s < window)
+    ]
     for head in range(HEADS):
       k = head // (HEADS // KV_HEADS)
       scores = np.array([queries[row, t, head] @ keys[row, k, s] for s in seen])
       weights = np.exp(score_cap * np.tanh(scores / score_cap) if score_cap else scores)
       mixed = sum(weight * values[row, k, s] for weight, s in zip(weights / weights.sum(), seen))
-      expected[row, t, head * WIDTH:(head + 1) * WIDTH] = mixed
+      expected[row, t, head * WIDTH : (head + 1) * WIDTH] = mixed
   np.testing.assert_allclose(np.where(segments[:, :, None], found, 0), expected, rtol=0, atol=1e-5)
 
 
@@ -97,14 +127,19 @@ def test_blocks_against_a_loop(small_blocks, window, score_cap):
 def test_blocks_and_their_gradients(small_blocks, length, window, score_cap, index):
   segments, operands = ragged(length), draw(5, length)
   settings = dict(window=window, score_cap=score_cap)
-  agree(results(functools.partial(in_blocks, index=index, **settings), *operands, segments),
-        results(functools.partial(plain, **settings), *operands, segments), 1e-5)
+  agree(
+    results(functools.partial(in_blocks, index=index, **settings), *operands, segments),
+    results(functools.partial(plain, **settings), *operands, segments),
+    1e-5,
+  )
 
 
 def test_blocks_in_bfloat16(small_blocks):
   segments = ragged(64)
   exact = results(plain, *draw(5, 64), segments)
-  bfloat16 = [results(function, *draw(5, 64, jnp.bfloat16), segments) for function in (in_blocks, plain)]
+  bfloat16 = [
+    results(function, *draw(5, 64, jnp.bfloat16), segments) for function in (in_blocks, plain)
+  ]
   assert bfloat16[0][0].dtype == bfloat16[0][1].dtype == jnp.bfloat16
   errors = [[float(jnp.abs(x - y).max()) for x, y in zip(found, exact)] for found in bfloat16]
   for blocks, all_at_once in zip(*errors):
@@ -119,17 +154,30 @@ def test_blocks_of_the_last_queries_and_of_a_part_of_the_cache(small_blocks):
   np.testing.assert_allclose(last, whole[:, -7:], rtol=0, atol=1e-6)
   # Slots 20 to 49 as a call of their own.
   for index in (20, jnp.int32(20)):
-    part = attention.blocks(queries[:, 20:], keys, values, segments[:, 20:], segments, index=index, window=9,
-                            score_cap=0.0)
-    np.testing.assert_allclose(part, in_blocks(queries, keys, values, segments, window=9)[:, 20:], rtol=0, atol=1e-6)
+    part = attention.blocks(
+      queries[:, 20:],
+      keys,
+      values,
+      segments[:, 20:],
+      segments,
+      index=index,
+      window=9,
+      score_cap=0.0,
+    )
+    np.testing.assert_allclose(
+      part, in_blocks(queries, keys, values, segments, window=9)[:, 20:], rtol=0, atol=1e-6
+    )
 
 
 def test_the_kernel_for_tpus():
   # A length that is no multiple of anything; a width that is no multiple of a TPU's lanes.
   segments, operands = ragged(150), draw(5, 150)
   for settings in (dict(window=0, score_cap=0.0), dict(window=20, score_cap=1.5)):
-    agree(results(functools.partial(attention.splash, interpret=True, **settings), *operands, segments),
-          results(functools.partial(plain, **settings), *operands, segments), 2e-5)
+    agree(
+      results(functools.partial(attention.splash, interpret=True, **settings), *operands, segments),
+      results(functools.partial(plain, **settings), *operands, segments),
+      2e-5,
+    )
 
 
 def one_text(length):
@@ -149,11 +197,17 @@ def cudnn_on_a_cpu(monkeypatch):
 
   garble_gradient.defvjp(lambda x, count: (x, count), lambda count, dx: (garble(dx, count), None))
 
-  def stand_in(queries, keys, values, *, query_seq_lengths, key_value_seq_lengths, implementation, **settings):
+  def stand_in(
+    queries, keys, values, *, query_seq_lengths, key_value_seq_lengths, implementation, **settings
+  ):
     assert implementation == 'cudnn' and set(settings) == {'scale', 'is_causal'}
     operands = [garble_gradient(x, key_value_seq_lengths) for x in (queries, keys, values)]
-    mixed = real(*operands, **settings, query_seq_lengths=query_seq_lengths,
-                 key_value_seq_lengths=key_value_seq_lengths)
+    mixed = real(
+      *operands,
+      **settings,
+      query_seq_lengths=query_seq_lengths,
+      key_value_seq_lengths=key_value_seq_lengths,
+    )
     return garble(mixed, query_seq_lengths)
 
   monkeypatch.setattr(jax.nn, 'dot_product_attention', stand_in)
@@ -163,8 +217,11 @@ def cudnn_on_a_cpu(monkeypatch):
 def test_rows_are_moved_for_cudnn_and_back(monkeypatch, length):
   cudnn_on_a_cpu(monkeypatch)
   segments, operands = one_text(length), draw(5, length)
-  agree(results(functools.partial(attention.cudnn, window=0), *operands, segments),
-        results(plain, *operands, segments), 1e-5)
+  agree(
+    results(functools.partial(attention.cudnn, window=0), *operands, segments),
+    results(plain, *operands, segments),
+    1e-5,
+  )
   last = attention.cudnn(operands[0][:, -7:], *operands[1:3], segments, window=0)
   agree([last], [attention.cudnn(*operands[:3], segments, window=0)[:, -7:]], 1e-6)
 
@@ -177,7 +234,9 @@ def test_cudnn_is_called_without_a_mask(monkeypatch, count, length):
   attend = functools.partial(attention.on_shards, functools.partial(attention.cudnn, window=0))
   loss = lambda *operands: jnp.sum(attend(*operands, one_text(length)[:4]).astype(jnp.float32))
   gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-  mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 2 if count == 8 else 1), devices=devices.first(count))
+  mesh = sharding.make_mesh(
+    dict.fromkeys(sharding.AXES, 2 if count == 8 else 1), devices=devices.first(count)
+  )
   with jax.set_mesh(mesh):
     text = gradient.trace(*operands).lower(lowering_platforms=('cuda',)).as_text()
   for part in ('__cudnn$fmhaSoftmax(', '__cudnn$fmhaSoftmaxBackward(', 'PADDING_CAUSAL'):
@@ -185,8 +244,11 @@ def test_cudnn_is_called_without_a_mask(monkeypatch, count, length):
   assert 'ScaleBias' not in text and 'scatter' not in text
 
 
-@pytest.mark.parametrize('function', [
-    in_blocks, functools.partial(attention.splash, window=0, score_cap=0.0, interpret=True)], ids=['blocks', 'splash'])
+@pytest.mark.parametrize(
+  'function',
+  [in_blocks, functools.partial(attention.splash, window=0, score_cap=0.0, interpret=True)],
+  ids=['blocks', 'splash'],
+)
 def test_eight_devices(small_blocks, function):
   """Rows over 'data' and 'fsdp', heads over 'tensor'; nothing has to be sent."""
   mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2}, devices=devices.first(8))
@@ -195,19 +257,54 @@ def test_eight_devices(small_blocks, function):
   expected = results(function, *operands, segments)
   over_heads = jax.sharding.PartitionSpec(*sharding.BATCH, 'tensor')
   with jax.set_mesh(mesh):
-    agree(results(functools.partial(attention.on_shards, function), *operands, segments), expected, 1e-5)
-    places = [jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*sharding.BATCH, None, 'tensor')),
-              *[jax.sharding.NamedSharding(mesh, over_heads)] * 2]
-    call = jax.jit(jax.grad(lambda *x: jnp.sum(attention.on_shards(function, *x, segments)), argnums=(0, 1, 2)))
-    text = call.lower(*[jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-                        for x, place in zip(operands, places)]).compile().as_text()
-  assert not any(name in text for name in ('all-gather', 'all-to-all', 'all-reduce', 'collective-permute'))
+    agree(
+      results(functools.partial(attention.on_shards, function), *operands, segments), expected, 1e-5
+    )
+    places = [
+      jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*sharding.BATCH, None, 'tensor')),
+      *[jax.sharding.NamedSharding(mesh, over_heads)] * 2,
+    ]
+    call = jax.jit(
+      jax.grad(lambda *x: jnp.sum(attention.on_shards(function, *x, segments)), argnums=(0, 1, 2))
+    )
+    text = (
+      call.lower(
+        *[
+          jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+          for x, place in zip(operands, places)
+        ]
+      )
+      .compile()
+      .as_text()
+    )
+  assert not any(
+    name in text for name in ('all-gather', 'all-to-all', 'all-reduce', 'collective-permute')
+  )
 
 
-def choose(monkeypatch, platform, *, length=1024, dtype='bfloat16', slots=0, index=0, one_text=True, batch=4, **fields):
+def choose(
+  monkeypatch,
+  platform,
+  *,
+  length=1024,
+  dtype='bfloat16',
+  slots=0,
+  index=0,
+  one_text=True,
+  batch=4,
+  **fields,
+):
   monkeypatch.setattr(sharding, 'platform', lambda: platform)
   usual = GEMMA2 | {'head_dim': 64, 'sliding_window': 4096, 'attn_logit_softcapping': None}
-  return attention.way(models.create(usual | fields).config, dtype, batch, length, slots or length, index=index, one_text=one_text)
+  return attention.way(
+    models.create(usual | fields).config,
+    dtype,
+    batch,
+    length,
+    slots or length,
+    index=index,
+    one_text=one_text,
+  )
 
 
 def test_the_choice(monkeypatch):
@@ -219,9 +316,16 @@ def test_the_choice(monkeypatch):
   # Queries into a cache from an unknown slot on.
   assert chosen('tpu', slots=2048, index=jnp.int32(5)) == 'blocks'
   assert chosen('gpu', length=64) == 'cudnn' and chosen('gpu', dtype='float32') == 'blocks'
-  for other in (dict(one_text=False), dict(sliding_window=100), dict(attn_logit_softcapping=50.0), dict(head_dim=256)):
+  for other in (
+    dict(one_text=False),
+    dict(sliding_window=100),
+    dict(attn_logit_softcapping=50.0),
+    dict(head_dim=256),
+  ):
     assert chosen('gpu', **other) == 'blocks' and chosen('gpu', length=512, **other) == 'plain'
-  with jax.set_mesh(sharding.make_mesh({'fsdp': 2, 'tensor': 4}, devices=devices.first(8))):  # of 2 key/value heads
+  with jax.set_mesh(
+    sharding.make_mesh({'fsdp': 2, 'tensor': 4}, devices=devices.first(8))
+  ):  # of 2 key/value heads
     assert chosen('tpu') == 'blocks'
   with jax.set_mesh(sharding.make_mesh({'fsdp': 8}, devices=devices.first(8))):
     assert chosen('tpu') == 'blocks' and chosen('tpu', batch=8) == 'splash'
@@ -229,7 +333,9 @@ def test_the_choice(monkeypatch):
 
 def test_the_platform_is_that_of_the_mesh():
   assert sharding.platform() == jax.default_backend()
-  tpu = jax.sharding.AbstractMesh((1, 1, 1), sharding.AXES, abstract_device=jax.sharding.AbstractDevice('', 1, 'tpu'))
+  tpu = jax.sharding.AbstractMesh(
+    (1, 1, 1), sharding.AXES, abstract_device=jax.sharding.AbstractDevice('', 1, 'tpu')
+  )
   with jax.sharding.use_abstract_mesh(tpu):
     assert sharding.platform() == 'tpu'
 
@@ -237,7 +343,9 @@ def test_the_platform_is_that_of_the_mesh():
 @pytest.mark.parametrize('unroll', [1, 2])
 def test_a_model_with_windows_in_every_other_layer(monkeypatch, unroll):
   """Training, and a prompt read into a cache, in blocks and all at once."""
-  model = dataclasses.replace(models.create(GEMMA2), unroll=unroll, remat='block' if unroll == 1 else 'none')
+  model = dataclasses.replace(
+    models.create(GEMMA2), unroll=unroll, remat='block' if unroll == 1 else 'none'
+  )
   params = model.init(jax.random.key(0))
   mask = (ragged(96) == 1)[jnp.array([0, 1, 3, 4])]
   tokens = jnp.asarray(np.random.default_rng(0).integers(0, 29, mask.shape), jnp.int32)
@@ -245,7 +353,9 @@ def test_a_model_with_windows_in_every_other_layer(monkeypatch, unroll):
   def run(params):
     states = model.response_states(params, tokens, mask, 50)
     state, _ = model.prefill(params, tokens, mask, 3)
-    return jnp.sum(states * mask[:, -50:, None]) + jnp.sum(state * mask[:, -1:]), states * mask[:, -50:, None]
+    return jnp.sum(states * mask[:, -50:, None]) + jnp.sum(state * mask[:, -1:]), states * mask[
+      :, -50:, None
+    ]
 
   found = []
   for block in (1024, 16):

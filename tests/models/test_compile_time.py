@@ -16,20 +16,20 @@ SIZES = {'hidden_size': 12, 'intermediate_size': 20, 'num_attention_heads': 2}
 GROUPED = SIZES | {'num_key_value_heads': 1}
 WINDOWED = GROUPED | {'head_dim': 6, 'sliding_window': 3}
 FIELDS = {
-    'bert': SIZES,
-    'gemma': GROUPED | {'head_dim': 6},
-    'gemma2': WINDOWED,
-    'gemma3_text': WINDOWED | {'sliding_window_pattern': 2},
-    'gpt2': {'n_embd': 12, 'n_head': 2},
-    'gpt_neox': SIZES,
-    'llama': GROUPED,
-    'mistral': WINDOWED,
-    'opt': {'hidden_size': 12, 'ffn_dim': 20, 'num_attention_heads': 2},
-    'phi3': GROUPED | {'sliding_window': 3},
-    'qwen2': WINDOWED | {'use_sliding_window': True, 'max_window_layers': 2},
-    'qwen3': WINDOWED | {'use_sliding_window': True, 'max_window_layers': 2},
-    'roberta': SIZES | {'pad_token_id': 0},
-    't5': {'d_model': 12, 'd_kv': 6, 'd_ff': 20, 'num_heads': 2, 'pad_token_id': 0},
+  'bert': SIZES,
+  'gemma': GROUPED | {'head_dim': 6},
+  'gemma2': WINDOWED,
+  'gemma3_text': WINDOWED | {'sliding_window_pattern': 2},
+  'gpt2': {'n_embd': 12, 'n_head': 2},
+  'gpt_neox': SIZES,
+  'llama': GROUPED,
+  'mistral': WINDOWED,
+  'opt': {'hidden_size': 12, 'ffn_dim': 20, 'num_attention_heads': 2},
+  'phi3': GROUPED | {'sliding_window': 3},
+  'qwen2': WINDOWED | {'use_sliding_window': True, 'max_window_layers': 2},
+  'qwen3': WINDOWED | {'use_sliding_window': True, 'max_window_layers': 2},
+  'roberta': SIZES | {'pad_token_id': 0},
+  't5': {'d_model': 12, 'd_kv': 6, 'd_ff': 20, 'num_heads': 2, 'pad_token_id': 0},
 }
 DEPTHS = {'gpt2': ['n_layer'], 't5': ['num_layers', 'num_decoder_layers']}
 
@@ -89,6 +89,7 @@ def no_cache():
 @pytest.mark.parametrize('family', FIELDS)
 def test_a_deep_model_compiles_as_fast(family, program, no_cache):
   """The shortest of three times each, in turns, because others may be using the machine."""
+
   def seconds(depth):
     begin = time.perf_counter()
     lower(family, depth, program).compile()

@@ -26,8 +26,17 @@ import families  # Needs transformers.
 
 LENGTH = 13
 SEEDS, QUICK_SEEDS = 24, 3
-BERT = {'family': 'bert', 'vocab_size': 31, 'hidden_size': 12, 'intermediate_size': 20, 'num_hidden_layers': 3,
-        'num_attention_heads': 4, 'max_position_embeddings': 16, 'initializer_range': 0.3, 'pad_token_id': 0}
+BERT = {
+  'family': 'bert',
+  'vocab_size': 31,
+  'hidden_size': 12,
+  'intermediate_size': 20,
+  'num_hidden_layers': 3,
+  'num_attention_heads': 4,
+  'max_position_embeddings': 16,
+  'initializer_range': 0.3,
+  'pad_token_id': 0,
+}
 ROBERTA = BERT | {'family': 'roberta', 'pad_token_id': 1}
 
 
@@ -36,16 +45,27 @@ def draw_config(seed):
   draw = np.random.default_rng(seed)
   count = int(draw.integers(1, 5))
   return dict(
-      vocab_size=int(draw.integers(17, 60)), hidden_size=count * int(draw.integers(2, 8)),
-      intermediate_size=int(draw.integers(7, 40)), num_hidden_layers=int(draw.integers(1, 4)),
-      num_attention_heads=count, max_position_embeddings=LENGTH + int(draw.integers(4, 9)),
-      type_vocab_size=int(draw.integers(1, 4)), hidden_act=families.pick(draw, ['gelu', 'relu', 'gelu_new', 'silu']),
-      layer_norm_eps=families.pick(draw, [1e-12, 1e-5]), pad_token_id=int(draw.integers(0, 3)), num_labels=1)
+    vocab_size=int(draw.integers(17, 60)),
+    hidden_size=count * int(draw.integers(2, 8)),
+    intermediate_size=int(draw.integers(7, 40)),
+    num_hidden_layers=int(draw.integers(1, 4)),
+    num_attention_heads=count,
+    max_position_embeddings=LENGTH + int(draw.integers(4, 9)),
+    type_vocab_size=int(draw.integers(1, 4)),
+    hidden_act=families.pick(draw, ['gelu', 'relu', 'gelu_new', 'silu']),
+    layer_norm_eps=families.pick(draw, [1e-12, 1e-5]),
+    pad_token_id=int(draw.integers(0, 3)),
+    num_labels=1,
+  )
 
 
 REFERENCES = {
-    'bert': lambda **fields: transformers.BertForSequenceClassification(transformers.BertConfig(**fields)),
-    'roberta': lambda **fields: transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**fields)),
+  'bert': lambda **fields: transformers.BertForSequenceClassification(
+    transformers.BertConfig(**fields)
+  ),
+  'roberta': lambda **fields: transformers.RobertaForSequenceClassification(
+    transformers.RobertaConfig(**fields)
+  ),
 }
 
 
@@ -59,7 +79,9 @@ def draw_batch(vocab_size, pad, seed):
 
 def their_scores(reference, tokens, mask):
   """[B] as a torch tensor."""
-  return reference(torch.tensor(tokens).long(), attention_mask=torch.tensor(mask).long()).logits[:, 0]
+  return reference(torch.tensor(tokens).long(), attention_mask=torch.tensor(mask).long()).logits[
+    :, 0
+  ]
 
 
 @functools.partial(jax.jit, static_argnames='model')
@@ -71,9 +93,11 @@ def score(model, params, tokens, mask):
 @functools.partial(jax.jit, static_argnames='model')
 def evaluate(model, params, tokens, mask):
   """Scores, and the gradient of their sum of squares."""
+
   def loss(params):
     scores = score(model, params, tokens, mask)
     return jnp.sum(jnp.square(scores)), scores
+
   gradient, scores = jax.grad(loss, has_aux=True)(params)
   return scores, gradient
 
@@ -81,6 +105,7 @@ def evaluate(model, params, tokens, mask):
 @dataclasses.dataclass
 class Case:
   """A reference, its folder, what we read from there, and what both make of a batch."""
+
   reference: object
   folder: object
   seed: int
@@ -89,7 +114,9 @@ class Case:
     self.reference.set_attn_implementation('eager')
     self.reference.save_pretrained(self.folder / 'theirs')
     self.model, self.params = hf.load_reward(self.folder / 'theirs')
-    self.tokens, self.mask = draw_batch(self.model.vocab_size, self.reference.config.pad_token_id, self.seed)
+    self.tokens, self.mask = draw_batch(
+      self.model.vocab_size, self.reference.config.pad_token_id, self.seed
+    )
 
   @functools.cached_property
   def theirs(self):
@@ -109,9 +136,16 @@ def assert_near(ours, theirs, relative, *, floor=0.0):
   np.testing.assert_allclose(ours, theirs, rtol=0, atol=max(relative * np.abs(theirs).max(), floor))
 
 
-@pytest.fixture(scope='module', params=[
-    pytest.param((family, seed), id=f'{family}-{seed}', marks=() if seed < QUICK_SEEDS else pytest.mark.slow)
-    for family in REFERENCES for seed in range(SEEDS)])
+@pytest.fixture(
+  scope='module',
+  params=[
+    pytest.param(
+      (family, seed), id=f'{family}-{seed}', marks=() if seed < QUICK_SEEDS else pytest.mark.slow
+    )
+    for family in REFERENCES
+    for seed in range(SEEDS)
+  ],
+)
 def case(request, tmp_path_factory):
   family, seed = request.param
   reference = families.randomize(REFERENCES[family](**draw_config(seed)), seed)
@@ -125,7 +159,7 @@ def test_scores_agree(case):
 
 def test_gradients_agree(case):
   """Of every parameter: ours are saved like weights and loaded by transformers, so that the names are theirs."""
-  case.theirs
+  case.theirs  # noqa: B018  computes the gradients
   gradient = case.ours[1]
   hf.save(case.folder / 'gradient', case.model, gradient['backbone'], head=gradient['head'])
   ours = transformers.AutoModelForSequenceClassification.from_pretrained(case.folder / 'gradient')
@@ -137,10 +171,17 @@ def test_gradients_agree(case):
 
 
 def test_saved_folder_loads_in_transformers_and_in_ours(case):
-  hf.save(case.folder / 'ours', case.model, case.params['backbone'], head=case.params['head'], max_shard_bytes=1000)
+  hf.save(
+    case.folder / 'ours',
+    case.model,
+    case.params['backbone'],
+    head=case.params['head'],
+    max_shard_bytes=1000,
+  )
   assert len(list((case.folder / 'ours').glob('*.safetensors'))) > 1
   reloaded = transformers.AutoModelForSequenceClassification.from_pretrained(
-      case.folder / 'ours', attn_implementation='eager').eval()
+    case.folder / 'ours', attn_implementation='eager'
+  ).eval()
   assert type(reloaded) is type(case.reference) and reloaded.config.num_labels == 1
   assert_near(their_scores(reloaded, case.tokens, case.mask).detach().numpy(), case.theirs, 1e-5)
   again, params_again = hf.load_reward(case.folder / 'ours')
@@ -165,7 +206,7 @@ def test_a_text_scores_the_same_wherever_it_lies_and_whatever_pads_it(built):
   for garbage in (0, -100, 10**6):
     tokens = np.full(mask.shape, garbage, np.int32)
     for row, place in enumerate(places):
-      tokens[row, place] = text[:len(place)]
+      tokens[row, place] = text[: len(place)]
     scores.append(np.asarray(score(model, params, tokens, mask)))
   assert np.isfinite(scores).all()
   np.testing.assert_array_equal(scores, np.broadcast_to(scores[0], (3, 4)))
@@ -197,8 +238,11 @@ def test_remat_and_unroll_change_no_value():
   head = {'kernel': np.linspace(-1, 1, model.width), 'bias': np.float32(0)}
   params = {'backbone': model.init(jax.random.key(0)), 'head': head}
   other = dataclasses.replace(model, remat='block', unroll=2)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-               evaluate(other, params, *batch), evaluate(model, params, *batch))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    evaluate(other, params, *batch),
+    evaluate(model, params, *batch),
+  )
 
 
 def test_bfloat16_computes_in_bfloat16(built):
@@ -213,7 +257,9 @@ def test_bfloat16_computes_in_bfloat16(built):
 def test_adapters_are_read(built):
   """The model with adapters equals the one they are merged into."""
   model, params = built
-  adapted = dataclasses.replace(model, lora=lora_lib.Lora(targets=(('query|value', 2, 4.0), ('pooler', 2, 2.0))))
+  adapted = dataclasses.replace(
+    model, lora=lora_lib.Lora(targets=(('query|value', 2, 4.0), ('pooler', 2, 2.0)))
+  )
   adapters = lora_lib.init(jax.random.key(1), params['backbone'], adapted.lora)
   draw = np.random.default_rng(0)
   adapters = jax.tree.map(lambda leaf: draw.normal(0, 0.3, leaf.shape).astype(np.float32), adapters)
@@ -231,13 +277,18 @@ def test_top_layers_are_read_and_trained(built, top):
   model, params = built
   batch = draw_batch(31, 0, 0)
   expected, gradient = evaluate(model, params, *batch)
-  trained, frozen = trainable.divide(model, jax.tree.map(jnp.copy, params['backbone']), unfrozen_layers=top)
+  trained, frozen = trainable.divide(
+    model, jax.tree.map(jnp.copy, params['backbone']), unfrozen_layers=top
+  )
   assert set(trained) == {'top', 'pooler'}
   cut = lambda trained: params | {'backbone': trainable.join(frozen, trained)}
   np.testing.assert_allclose(score(model, cut(trained), *batch), expected, rtol=0, atol=1e-6)
   found = jax.grad(lambda trained: jnp.sum(jnp.square(score(model, cut(trained), *batch))))(trained)
   wanted = gradient['backbone']
-  wanted = {'top': {'blocks': jax.tree.map(lambda x: x[3 - top:], wanted['blocks'])}, 'pooler': wanted['pooler']}
+  wanted = {
+    'top': {'blocks': jax.tree.map(lambda x: x[3 - top :], wanted['blocks'])},
+    'pooler': wanted['pooler'],
+  }
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, wanted)
 
 
@@ -245,13 +296,17 @@ def test_adapters_of_the_top_layers(built):
   """'.*' finds the pooler too, but only the maps of the top blocks have adapters then."""
   model, params = built
   adapted = dataclasses.replace(model, lora=lora_lib.Lora(targets=(('.*', 2, 4.0),)))
-  adapters, frozen = trainable.divide(adapted, jax.tree.map(jnp.copy, params['backbone']), unfrozen_layers=1)
+  adapters, frozen = trainable.divide(
+    adapted, jax.tree.map(jnp.copy, params['backbone']), unfrozen_layers=1
+  )
   draw = np.random.default_rng(0)
   adapters = jax.tree.map(lambda leaf: draw.normal(0, 0.3, leaf.shape).astype(np.float32), adapters)
   assert set(adapters) == {'top'}
   batch, merged = draw_batch(31, 0, 0), trainable.whole(adapted, adapters, frozen)
   found = score(adapted, params | {'backbone': trainable.join(frozen, adapters)}, *batch)
-  np.testing.assert_allclose(found, score(model, params | {'backbone': merged}, *batch), rtol=0, atol=1e-5)
+  np.testing.assert_allclose(
+    found, score(model, params | {'backbone': merged}, *batch), rtol=0, atol=1e-5
+  )
   assert np.abs(found - score(model, params, *batch)).max() > 0.01
 
 
@@ -261,14 +316,17 @@ def test_every_parameter_has_a_place_on_a_mesh(built):
   sharding.shardings(model.shapes(), model.rules, mesh)
 
 
-@pytest.mark.parametrize('fields,words', [
+@pytest.mark.parametrize(
+  'fields,words',
+  [
     (BERT | {'is_decoder': True}, 'is_decoder=true'),
     (BERT | {'position_embedding_type': 'relative_key'}, 'position_embedding_type="relative_key"'),
     (BERT | {'num_attention_heads': 5}, 'num_attention_heads=5'),
     (BERT | {'embedding_size': 8}, 'embedding_size=8'),
     (ROBERTA | {'pad_token_id': None}, 'pad_token_id=null'),
     (ROBERTA | {'max_position_embeddings': 2}, 'max_position_embeddings=2'),
-])
+  ],
+)
 def test_config_fields_are_refused_by_name(fields, words):
   with pytest.raises(UserError, match=words):
     models.create(fields)
@@ -283,19 +341,53 @@ def test_an_encoder_is_no_language_model(built, tmp_path):
 
 def test_config_of_a_released_checkpoint():
   """The config.json of google-bert/bert-base-uncased and FacebookAI/roberta-base."""
-  bert = models.create({
-      'architectures': ['BertForMaskedLM'], 'attention_probs_dropout_prob': 0.1, 'gradient_checkpointing': False,
-      'hidden_act': 'gelu', 'hidden_dropout_prob': 0.1, 'hidden_size': 768, 'initializer_range': 0.02,
-      'intermediate_size': 3072, 'layer_norm_eps': 1e-12, 'max_position_embeddings': 512, 'model_type': 'bert',
-      'num_attention_heads': 12, 'num_hidden_layers': 12, 'pad_token_id': 0, 'position_embedding_type': 'absolute',
-      'transformers_version': '4.6.0.dev0', 'type_vocab_size': 2, 'use_cache': True, 'vocab_size': 30522})
-  roberta = models.create({
-      'architectures': ['RobertaForMaskedLM'], 'attention_probs_dropout_prob': 0.1, 'bos_token_id': 0,
-      'eos_token_id': 2, 'hidden_act': 'gelu', 'hidden_dropout_prob': 0.1, 'hidden_size': 768,
-      'initializer_range': 0.02, 'intermediate_size': 3072, 'layer_norm_eps': 1e-05, 'max_position_embeddings': 514,
-      'model_type': 'roberta', 'num_attention_heads': 12, 'num_hidden_layers': 12, 'pad_token_id': 1,
-      'type_vocab_size': 1, 'vocab_size': 50265})
+  bert = models.create(
+    {
+      'architectures': ['BertForMaskedLM'],
+      'attention_probs_dropout_prob': 0.1,
+      'gradient_checkpointing': False,
+      'hidden_act': 'gelu',
+      'hidden_dropout_prob': 0.1,
+      'hidden_size': 768,
+      'initializer_range': 0.02,
+      'intermediate_size': 3072,
+      'layer_norm_eps': 1e-12,
+      'max_position_embeddings': 512,
+      'model_type': 'bert',
+      'num_attention_heads': 12,
+      'num_hidden_layers': 12,
+      'pad_token_id': 0,
+      'position_embedding_type': 'absolute',
+      'transformers_version': '4.6.0.dev0',
+      'type_vocab_size': 2,
+      'use_cache': True,
+      'vocab_size': 30522,
+    }
+  )
+  roberta = models.create(
+    {
+      'architectures': ['RobertaForMaskedLM'],
+      'attention_probs_dropout_prob': 0.1,
+      'bos_token_id': 0,
+      'eos_token_id': 2,
+      'hidden_act': 'gelu',
+      'hidden_dropout_prob': 0.1,
+      'hidden_size': 768,
+      'initializer_range': 0.02,
+      'intermediate_size': 3072,
+      'layer_norm_eps': 1e-05,
+      'max_position_embeddings': 514,
+      'model_type': 'roberta',
+      'num_attention_heads': 12,
+      'num_hidden_layers': 12,
+      'pad_token_id': 1,
+      'type_vocab_size': 1,
+      'vocab_size': 50265,
+    }
+  )
   for model, parameters in ((bert, 109_482_240), (roberta, 124_645_632)):
     assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(model.shapes())) == parameters
-    assert model == models.create(model.config.to_hf()) and hash(model) == hash(models.create(model.config.to_hf()))
+    assert model == models.create(model.config.to_hf()) and hash(model) == hash(
+      models.create(model.config.to_hf())
+    )
     assert model.max_length == 512

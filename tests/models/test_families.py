@@ -15,24 +15,30 @@ from rlhf_jax.models import gpt2
 from rlhf_jax.models import hf_config
 from rlhf_jax.models import t5
 
-PROTOCOLS = (dict.fromkeys(families.DECODERS, families.OneStack)
-             | dict.fromkeys(families.ENCODERS, families.OneStack)
-             | dict.fromkeys(families.ENCODER_DECODERS, families.EncoderDecoder))
+PROTOCOLS = (
+  dict.fromkeys(families.DECODERS, families.OneStack)
+  | dict.fromkeys(families.ENCODERS, families.OneStack)
+  | dict.fromkeys(families.ENCODER_DECODERS, families.EncoderDecoder)
+)
 
 
 def functions(cls):
   """{name: function} of the constructor, the call and the public methods of a class."""
-  return {name: method for base in reversed(cls.__mro__) if base.__module__.startswith('rlhf_jax')
-          for name, method in vars(base).items() if inspect.isfunction(method)
-          and (name in ('__init__', '__call__') or not name.startswith('_'))}
+  return {
+    name: method
+    for base in reversed(cls.__mro__)
+    if base.__module__.startswith('rlhf_jax')
+    for name, method in vars(base).items()
+    if inspect.isfunction(method) and (name in ('__init__', '__call__') or not name.startswith('_'))
+  }
 
 
 def signature_problem(found, wanted, *, bound):
   """What a function's arguments lack or add; `bound`: whether it has a self like the wanted one."""
   found = list(inspect.signature(found).parameters.values())
-  wanted = list(inspect.signature(wanted).parameters.values())[0 if bound else 1:]
-  same = [(p.name, p.kind) for p in found[:len(wanted)]] == [(p.name, p.kind) for p in wanted]
-  if same and all(p.default is not p.empty for p in found[len(wanted):]):
+  wanted = list(inspect.signature(wanted).parameters.values())[0 if bound else 1 :]
+  same = [(p.name, p.kind) for p in found[: len(wanted)]] == [(p.name, p.kind) for p in wanted]
+  if same and all(p.default is not p.empty for p in found[len(wanted) :]):
     return None
   return f'has the arguments {[p.name for p in found]}, not {[p.name for p in wanted]}'
 
@@ -42,8 +48,11 @@ def class_problems(found, wanted):
   for name, method in functions(wanted).items():
     if name == '__init__' and dataclasses.is_dataclass(wanted):
       continue  # Its arguments are the fields.
-    problem = (signature_problem(getattr(found, name), method, bound=True)
-               if callable(getattr(found, name, None)) else 'is missing')
+    problem = (
+      signature_problem(getattr(found, name), method, bound=True)
+      if callable(getattr(found, name, None))
+      else 'is missing'
+    )
     if problem:
       yield f'{name} {problem}'
 
@@ -81,7 +90,9 @@ def test_every_family_fulfils_its_protocol(family):
 def test_every_config_says_what_models_read(family):
   config = test_compile_time.build(family, 2).config
   names = {name for name in dir(hf_config.Config) if not name.startswith('_')} | {
-      'vocab_size', 'tie_word_embeddings'}
+    'vocab_size',
+    'tie_word_embeddings',
+  }
   if family in families.ENCODER_DECODERS:
     names |= set(typing.get_type_hints(families.EncoderDecoderConfig))
   assert not [name for name in sorted(names) if getattr(config, name, names) is names]
@@ -112,12 +123,28 @@ class OneWay(t5.Side):
   both_ways = None
 
 
-@pytest.mark.parametrize('module,protocol,words', [
-    *[(changed(gpt2, **{name: None}), families.OneStack, f'{name} is missing') for name in (
-        'ARCHITECTURE', 'CLASSIFIER', 'PREFIX', 'UNEMBED', 'IGNORED_TENSORS', 'RULES', 'Config',
-        'Ends', 'Block', 'sources')],
-    *[(changed(t5, **{name: None}), families.EncoderDecoder, f'{name} is missing') for name in (
-        'EncoderBlock', 'DecoderBlock', 'Side')],
+@pytest.mark.parametrize(
+  'module,protocol,words',
+  [
+    *[
+      (changed(gpt2, **{name: None}), families.OneStack, f'{name} is missing')
+      for name in (
+        'ARCHITECTURE',
+        'CLASSIFIER',
+        'PREFIX',
+        'UNEMBED',
+        'IGNORED_TENSORS',
+        'RULES',
+        'Config',
+        'Ends',
+        'Block',
+        'sources',
+      )
+    ],
+    *[
+      (changed(t5, **{name: None}), families.EncoderDecoder, f'{name} is missing')
+      for name in ('EncoderBlock', 'DecoderBlock', 'Side')
+    ],
     (changed(gpt2, RULES=['x']), families.OneStack, "RULES is no <class 'tuple'>"),
     (changed(gpt2, Config=dict), families.OneStack, 'Config is no Config'),
     (changed(gpt2, Block=OtherBlock), families.OneStack, 'Block.__call__ has the arguments'),
@@ -125,7 +152,8 @@ class OneWay(t5.Side):
     (changed(gpt2, sources=lambda: {}), families.OneStack, 'sources has the arguments []'),
     (changed(t5, Side=OneWay), families.EncoderDecoder, 'Side.both_ways is missing'),
     (changed(t5, DecoderBlock=t5.EncoderBlock), families.EncoderDecoder, 'DecoderBlock.__call__'),
-])
+  ],
+)
 def test_what_a_family_lacks_is_found(module, protocol, words):
   assert words in '; '.join(problems(module, protocol))
 

@@ -29,5 +29,7 @@ def test_scales():
 
 def test_last_token_wherever_the_padding_is():
   values = jnp.arange(12.0).reshape(3, 4)
-  mask = jnp.array([[True, True, False, False], [False, False, True, True], [True, False, True, False]])
+  mask = jnp.array(
+    [[True, True, False, False], [False, False, True, True], [True, False, True, False]]
+  )
   np.testing.assert_array_equal(heads.last_token(values, mask), [1.0, 7.0, 10.0])

@@ -18,16 +18,32 @@ from rlhf_jax.models import hf_arrays
 from rlhf_jax.models import llama
 from rlhf_jax.models import naming
 
-GPT2 = {'family': 'gpt2', 'vocab_size': 30, 'n_positions': 16, 'n_embd': 8, 'n_layer': 2, 'n_head': 2}
-LLAMA = {'family': 'llama', 'vocab_size': 32, 'hidden_size': 8, 'intermediate_size': 12, 'num_hidden_layers': 2,
-         'num_attention_heads': 4, 'num_key_value_heads': 2}
+GPT2 = {
+  'family': 'gpt2',
+  'vocab_size': 30,
+  'n_positions': 16,
+  'n_embd': 8,
+  'n_layer': 2,
+  'n_head': 2,
+}
+LLAMA = {
+  'family': 'llama',
+  'vocab_size': 32,
+  'hidden_size': 8,
+  'intermediate_size': 12,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 4,
+  'num_key_value_heads': 2,
+}
 
 
 def build(fields):
   model = models.create(fields)
   params = model.init(jax.random.key(0))
   noise = np.random.default_rng(0)
-  return model, jax.tree.map(lambda leaf: leaf + noise.normal(size=leaf.shape).astype(np.float32), params)
+  return model, jax.tree.map(
+    lambda leaf: leaf + noise.normal(size=leaf.shape).astype(np.float32), params
+  )
 
 
 def assert_same(found, expected):
@@ -52,7 +68,9 @@ def rewrite(folder, change):
 def test_missing_extra_and_misshapen_tensors_are_all_named(saved):
   folder, model, _ = saved
   names = sorted(safetensors.numpy.load_file(folder / 'model.safetensors'))
-  norm = next(name for name in names if name.endswith('norm.weight') or name.endswith('ln_f.weight'))
+  norm = next(
+    name for name in names if name.endswith('norm.weight') or name.endswith('ln_f.weight')
+  )
   layer = next(name for name in names if '.1.' in name)
 
   def change(tensors):
@@ -112,11 +130,19 @@ def test_bad_folders_are_explained(saved, tmp_path):
 @pytest.mark.parametrize('bias', [0.0, -1.25])
 def test_reward_model_round_trip(saved, tmp_path, bias):
   _, model, params = saved
-  head = heads.init_scalar(jax.random.key(1), model.width, scale='normal') | {'bias': jnp.float32(bias)}
+  head = heads.init_scalar(jax.random.key(1), model.width, scale='normal') | {
+    'bias': jnp.float32(bias)
+  }
   hf.save(tmp_path / 'reward', model, params, head=head)
   again, found = hf.load_reward(tmp_path / 'reward')
   assert again == model
-  assert_same(found, {'backbone': {name: value for name, value in params.items() if name != 'unembed'}, 'head': head})
+  assert_same(
+    found,
+    {
+      'backbone': {name: value for name, value in params.items() if name != 'unembed'},
+      'head': head,
+    },
+  )
   stored = safetensors.numpy.load_file(tmp_path / 'reward' / 'model.safetensors')
   assert stored['score.weight'].shape == (1, model.width)
   assert ('score.bias' in stored) == (bias != 0)
@@ -124,7 +150,10 @@ def test_reward_model_round_trip(saved, tmp_path, bias):
     hf.load(tmp_path / 'reward')
   with pytest.raises(UserError, match='no score.weight'):
     hf.load_reward(saved[0])
-  rewrite(tmp_path / 'reward', lambda tensors: tensors.update({'score.weight': np.zeros((2, model.width), np.float32)}))
+  rewrite(
+    tmp_path / 'reward',
+    lambda tensors: tensors.update({'score.weight': np.zeros((2, model.width), np.float32)}),
+  )
   with pytest.raises(UserError, match='one label'):
     hf.load_reward(tmp_path / 'reward')
 
@@ -144,7 +173,9 @@ def test_sharded_files_onto_a_mesh_and_back(saved, tmp_path):
   assert_same(hf.load(tmp_path / 'again')[1], params)
 
 
-@pytest.mark.parametrize('shape', [None, {'data': 2, 'fsdp': 2, 'tensor': 2}], ids=['one device', 'eight'])
+@pytest.mark.parametrize(
+  'shape', [None, {'data': 2, 'fsdp': 2, 'tensor': 2}], ids=['one device', 'eight']
+)
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_a_layer_at_a_time_is_the_same_as_all_at_once(shape, dtype, saved, tmp_path, monkeypatch):
   """Stacks too large to pass through the host as one: on the way in, and on the way out."""
@@ -155,23 +186,37 @@ def test_a_layer_at_a_time_is_the_same_as_all_at_once(shape, dtype, saved, tmp_p
   _, found = hf.load(folder, mesh=mesh, param_dtype=dtype)
   assert_same(found, params)
   assert jax.tree.map(lambda leaf: (leaf.dtype, leaf.sharding), found) == jax.tree.map(
-      lambda leaf: (leaf.dtype, leaf.sharding), params)
+    lambda leaf: (leaf.dtype, leaf.sharding), params
+  )
   hf.save(tmp_path / 'again', model, found)
   assert_same(hf.load(tmp_path / 'again', param_dtype=dtype)[1], params)
 
 
-@pytest.mark.parametrize('columns', [
-    naming.side_by_side(8, 8, 8), naming.side_by_side(8, 8, 8)[::-1], naming.taking_turns(3, 4),
-    naming.taking_turns(3, 1), [naming.Columns(16), *naming.taking_turns(2, 2)]])
+@pytest.mark.parametrize(
+  'columns',
+  [
+    naming.side_by_side(8, 8, 8),
+    naming.side_by_side(8, 8, 8)[::-1],
+    naming.taking_turns(3, 4),
+    naming.taking_turns(3, 1),
+    [naming.Columns(16), *naming.taking_turns(2, 2)],
+  ],
+)
 @pytest.mark.parametrize('shape', [None, {'fsdp': 2, 'tensor': 4}], ids=['one device', 'eight'])
 def test_fused_tensors_of_any_order(columns, shape, tmp_path, monkeypatch):
   """Query, key and value in one [out, in] tensor: column j lies at offset + j // block * stride + j % block."""
   names = ('query', 'key', 'value')
 
   def sources(config):
-    found = {path: source for path, source in own(config).items() if not any(name in path for name in names)}
+    found = {
+      path: source
+      for path, source in own(config).items()
+      if not any(name in path for name in names)
+    }
     for name, which in zip(names, columns):
-      found |= naming.torch_linear(f'blocks/attention/{name}', 'h.{layer}.qkv', bias=True, columns=which)
+      found |= naming.torch_linear(
+        f'blocks/attention/{name}', 'h.{layer}.qkv', bias=True, columns=which
+      )
     return found
 
   own = gpt2.sources
@@ -180,7 +225,10 @@ def test_fused_tensors_of_any_order(columns, shape, tmp_path, monkeypatch):
   hf.save(tmp_path, model, params)
   stored = safetensors.numpy.load_file(tmp_path / 'model.safetensors')
   for name, which in zip(names, columns):
-    there = [which.offset + j // (which.block or 8) * which.stride + j % (which.block or 8) for j in range(8)]
+    there = [
+      which.offset + j // (which.block or 8) * which.stride + j % (which.block or 8)
+      for j in range(8)
+    ]
     ours = params['blocks']['attention'][name]
     np.testing.assert_array_equal(stored['transformer.h.1.qkv.weight'][there], ours['kernel'][1].T)
     np.testing.assert_array_equal(stored['transformer.h.1.qkv.bias'][there], ours['bias'][1])
@@ -190,10 +238,17 @@ def test_fused_tensors_of_any_order(columns, shape, tmp_path, monkeypatch):
 
 def test_widths_of_fused_parameters_add_up(tmp_path, monkeypatch):
   """Grouped queries: 8, 4 and 4 columns of one tensor of 16."""
+
   def sources(config):
-    found = {path: source for path, source in own(config).items() if 'attention/' not in path or 'out' in path}
+    found = {
+      path: source
+      for path, source in own(config).items()
+      if 'attention/' not in path or 'out' in path
+    }
     for name, which in zip(('query', 'key', 'value'), naming.side_by_side(8, 4, 4)):
-      found |= naming.torch_linear(f'blocks/attention/{name}', 'layers.{layer}.qkv', bias=False, columns=which)
+      found |= naming.torch_linear(
+        f'blocks/attention/{name}', 'layers.{layer}.qkv', bias=False, columns=which
+      )
     return found
 
   own = llama.sources
@@ -202,15 +257,21 @@ def test_widths_of_fused_parameters_add_up(tmp_path, monkeypatch):
   hf.save(tmp_path, model, params)
   attention = params['blocks']['attention']
   np.testing.assert_array_equal(
-      safetensors.numpy.load_file(tmp_path / 'model.safetensors')['model.layers.0.qkv.weight'],
-      np.concatenate([attention[name]['kernel'][0] for name in ('query', 'key', 'value')], axis=1).T)
+    safetensors.numpy.load_file(tmp_path / 'model.safetensors')['model.layers.0.qkv.weight'],
+    np.concatenate([attention[name]['kernel'][0] for name in ('query', 'key', 'value')], axis=1).T,
+  )
   assert_same(hf.load(tmp_path)[1], params)
-  rewrite(tmp_path, lambda tensors: tensors.update({'model.layers.1.qkv.weight': np.zeros((24, 8), np.float32)}))
+  rewrite(
+    tmp_path,
+    lambda tensors: tensors.update({'model.layers.1.qkv.weight': np.zeros((24, 8), np.float32)}),
+  )
   with pytest.raises(UserError, match=r'layers.1.qkv.weight is \(24, 8\) and should be \(16, 8\)'):
     hf.load(tmp_path)
 
 
-@pytest.mark.parametrize('columns', [naming.Columns(5), naming.Columns(3, 2, 7), naming.Columns(0, 4, 4)])
+@pytest.mark.parametrize(
+  'columns', [naming.Columns(5), naming.Columns(3, 2, 7), naming.Columns(0, 4, 4)]
+)
 def test_runs_of_columns(columns):
   block = columns.block or 100
   there = [columns.offset + j // block * columns.stride + j % block for j in range(12)]
@@ -257,5 +318,11 @@ def test_tokenizer_and_its_ids_are_saved_beside(saved, tmp_path, shared):
   tokenizer = transformers.AutoTokenizer.from_pretrained(shared / 'models' / 'stories260K')
   hf.save(tmp_path / 'whole', model, params, tokenizer=tokenizer)
   again, _ = hf.load(tmp_path / 'whole')
-  assert (again.config.bos_token_id, again.config.eos_token_id, again.config.pad_token_id) == (1, 2, 0)
-  assert transformers.AutoTokenizer.from_pretrained(tmp_path / 'whole').encode('a cat') == tokenizer.encode('a cat')
+  assert (again.config.bos_token_id, again.config.eos_token_id, again.config.pad_token_id) == (
+    1,
+    2,
+    0,
+  )
+  assert transformers.AutoTokenizer.from_pretrained(tmp_path / 'whole').encode(
+    'a cat'
+  ) == tokenizer.encode('a cat')

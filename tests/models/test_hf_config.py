@@ -8,11 +8,19 @@ from rlhf_jax import models
 from rlhf_jax.errors import UserError
 
 GPT2 = {'model_type': 'gpt2', 'vocab_size': 30, 'n_embd': 8, 'n_layer': 2, 'n_head': 2}
-LLAMA = {'model_type': 'llama', 'vocab_size': 30, 'hidden_size': 8, 'intermediate_size': 12,
-         'num_hidden_layers': 2, 'num_attention_heads': 4}
+LLAMA = {
+  'model_type': 'llama',
+  'vocab_size': 30,
+  'hidden_size': 8,
+  'intermediate_size': 12,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 4,
+}
 
 
-@pytest.mark.parametrize('base,change,words', [
+@pytest.mark.parametrize(
+  'base,change,words',
+  [
     (GPT2, {'add_cross_attention': True}, 'add_cross_attention=true'),
     (GPT2, {'is_encoder_decoder': True}, 'is_encoder_decoder=true'),
     (GPT2, {'activation_function': 'mish'}, 'activation_function="mish"'),
@@ -33,13 +41,37 @@ LLAMA = {'model_type': 'llama', 'vocab_size': 30, 'hidden_size': 8, 'intermediat
     (LLAMA, {'rope_interleaved': True}, 'rope_interleaved=true'),
     (LLAMA, {'rms_norm_eps': -1}, 'rms_norm_eps=-1'),
     (LLAMA, {'rope_scaling': {'type': 'mrope', 'factor': 2.0}}, 'rope_scaling.rope_type="mrope"'),
-    (LLAMA, {'rope_parameters': {'rope_type': 'axial', 'factor': 2.0}}, 'rope_parameters.rope_type="axial"'),
-    (LLAMA, {'rope_parameters': {'rope_type': 'default', 'partial_rotary_factor': 0.5}}, 'partial_rotary_factor=0.5'),
-    (LLAMA, {'rope_parameters': {'rope_type': 'linear', 'factor': 2.0, 'beta_fast': 1}}, 'beta_fast=1'),
-    (LLAMA, {'rope_parameters': {'rope_type': 'llama3', 'factor': 2.0}}, "'low_freq_factor' is missing"),
-    (LLAMA, {'rope_scaling': {'type': 'linear', 'factor': 2.0}, 'rope_parameters': {'rope_type': 'default'}}, 'both'),
+    (
+      LLAMA,
+      {'rope_parameters': {'rope_type': 'axial', 'factor': 2.0}},
+      'rope_parameters.rope_type="axial"',
+    ),
+    (
+      LLAMA,
+      {'rope_parameters': {'rope_type': 'default', 'partial_rotary_factor': 0.5}},
+      'partial_rotary_factor=0.5',
+    ),
+    (
+      LLAMA,
+      {'rope_parameters': {'rope_type': 'linear', 'factor': 2.0, 'beta_fast': 1}},
+      'beta_fast=1',
+    ),
+    (
+      LLAMA,
+      {'rope_parameters': {'rope_type': 'llama3', 'factor': 2.0}},
+      "'low_freq_factor' is missing",
+    ),
+    (
+      LLAMA,
+      {
+        'rope_scaling': {'type': 'linear', 'factor': 2.0},
+        'rope_parameters': {'rope_type': 'default'},
+      },
+      'both',
+    ),
     (LLAMA, {'rope_scaling': 'linear'}, 'rope_scaling="linear"'),
-])
+  ],
+)
 def test_refused(base, change, words):
   with pytest.raises(UserError) as error:
     models.create(base | change)
@@ -48,16 +80,45 @@ def test_refused(base, change, words):
 
 @pytest.mark.parametrize('base', [GPT2, LLAMA])
 def test_fields_about_other_things_are_accepted(base):
-  models.create(base | {'torch_dtype': 'bfloat16', 'transformers_version': '4.0', 'use_cache': True,
-                       'architectures': ['X'], 'attention_dropout': 0.1, 'task_specific_params': {}, 'n_ctx': None})
+  models.create(
+    base
+    | {
+      'torch_dtype': 'bfloat16',
+      'transformers_version': '4.0',
+      'use_cache': True,
+      'architectures': ['X'],
+      'attention_dropout': 0.1,
+      'task_specific_params': {},
+      'n_ctx': None,
+    }
+  )
 
 
-@pytest.mark.parametrize('fields', [
-    GPT2 | {'n_inner': 20, 'activation_function': 'relu', 'eos_token_id': [1, 2], 'tie_word_embeddings': False},
-    LLAMA | {'head_dim': 6, 'rope_scaling': {'type': 'linear', 'factor': 2}, 'rope_theta': 500000.0},
-    LLAMA | {'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
-                              'original_max_position_embeddings': 8192}, 'num_key_value_heads': 2},
-])
+@pytest.mark.parametrize(
+  'fields',
+  [
+    GPT2
+    | {
+      'n_inner': 20,
+      'activation_function': 'relu',
+      'eos_token_id': [1, 2],
+      'tie_word_embeddings': False,
+    },
+    LLAMA
+    | {'head_dim': 6, 'rope_scaling': {'type': 'linear', 'factor': 2}, 'rope_theta': 500000.0},
+    LLAMA
+    | {
+      'rope_scaling': {
+        'rope_type': 'llama3',
+        'factor': 8.0,
+        'low_freq_factor': 1.0,
+        'high_freq_factor': 4.0,
+        'original_max_position_embeddings': 8192,
+      },
+      'num_key_value_heads': 2,
+    },
+  ],
+)
 def test_written_config_reads_back(fields):
   model = models.create(fields)
   assert models.create(json.loads(json.dumps(model.config.to_hf()))) == model

@@ -19,7 +19,9 @@ def looped_attention(queries, keys, values, allowed):
         seen = [s for s in range(keys.shape[2]) if allowed[b, t, s]]
         scores = np.array([queries[b, t, n] @ keys[b, k, s] for s in seen])
         weights = np.exp(scores - scores.max())
-        mixed[b, t, n] = sum(weight * values[b, k, s] for weight, s in zip(weights / weights.sum(), seen))
+        mixed[b, t, n] = sum(
+          weight * values[b, k, s] for weight, s in zip(weights / weights.sum(), seen)
+        )
   return mixed.reshape(batch, time, heads * width)
 
 
@@ -31,7 +33,9 @@ def test_attend_against_a_loop(heads, kv_heads):
   allowed = draw.random((2, 3, 7)) < 0.5
   allowed[:, :, 0] = True
   found = layers.attend(queries, keys, values, allowed[:, None, None])
-  np.testing.assert_allclose(found, looped_attention(queries, keys, values, allowed), rtol=0, atol=1e-5)
+  np.testing.assert_allclose(
+    found, looped_attention(queries, keys, values, allowed), rtol=0, atol=1e-5
+  )
 
 
 def test_large_scores_and_fully_masked_rows_give_no_nan():
@@ -50,7 +54,9 @@ def test_mask_by_hand():
   segments = jnp.array([[1, 1, 2, 0]])
   mask = layers.attention_mask(segments, segments, index=0)
   assert mask.shape == (1, 1, 1, 4, 4)
-  np.testing.assert_array_equal(mask[0, 0, 0], [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]])
+  np.testing.assert_array_equal(
+    mask[0, 0, 0], [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+  )
   decode = layers.attention_mask(jnp.array([[1]]), jnp.array([[0, 1, 1, 1]]), index=jnp.int32(2))
   np.testing.assert_array_equal(decode[0, 0, 0], [[0, 1, 1, 0]])
 
@@ -62,5 +68,8 @@ def test_gelu_derivatives_are_those_of_the_formula():
     return jax.nn.gelu(x, approximate=True)
 
   np.testing.assert_allclose(layers.gelu_tanh(x), plain(x), rtol=0, atol=1e-6)
-  for derivative in (lambda f: jax.grad(lambda x: f(x).sum())(x), lambda f: jax.jvp(f, (x,), (jnp.ones_like(x),))[1]):
+  for derivative in (
+    lambda f: jax.grad(lambda x: f(x).sum())(x),
+    lambda f: jax.jvp(f, (x,), (jnp.ones_like(x),))[1],
+  ):
     np.testing.assert_allclose(derivative(layers.gelu_tanh), derivative(plain), rtol=0, atol=1e-5)

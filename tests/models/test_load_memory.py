@@ -23,10 +23,24 @@ from rlhf_jax import sharding
 from rlhf_jax.models import hf
 from rlhf_jax.models import hf_arrays
 
-LLAMA = {'model_type': 'llama', 'vocab_size': 32000, 'hidden_size': 2048, 'intermediate_size': 8192,
-         'num_hidden_layers': 31, 'num_attention_heads': 32, 'num_key_value_heads': 8}
-SMALL = {'model_type': 'llama', 'vocab_size': 4000, 'hidden_size': 256, 'intermediate_size': 768,
-         'num_hidden_layers': 24, 'num_attention_heads': 8, 'num_key_value_heads': 4}
+LLAMA = {
+  'model_type': 'llama',
+  'vocab_size': 32000,
+  'hidden_size': 2048,
+  'intermediate_size': 8192,
+  'num_hidden_layers': 31,
+  'num_attention_heads': 32,
+  'num_key_value_heads': 8,
+}
+SMALL = {
+  'model_type': 'llama',
+  'vocab_size': 4000,
+  'hidden_size': 256,
+  'intermediate_size': 768,
+  'num_hidden_layers': 24,
+  'num_attention_heads': 8,
+  'num_key_value_heads': 4,
+}
 SLACK = 500 * 10**6
 
 
@@ -39,12 +53,23 @@ def write_llama(folder, fields, shards):
   folder.mkdir()
   (folder / 'config.json').write_text(json.dumps(fields))
   config, draw = models.create(fields).config, np.random.default_rng(0)
-  heads, kv_heads, width = config.heads * config.head_width, config.kv_heads * config.head_width, config.width
+  heads, kv_heads, width = (
+    config.heads * config.head_width,
+    config.kv_heads * config.head_width,
+    config.width,
+  )
   inner = config.intermediate_size
-  layer = {'input_layernorm': (width,), 'post_attention_layernorm': (width,), 'self_attn.q_proj': (heads, width),
-           'self_attn.k_proj': (kv_heads, width), 'self_attn.v_proj': (kv_heads, width),
-           'self_attn.o_proj': (width, heads), 'mlp.gate_proj': (inner, width), 'mlp.up_proj': (inner, width),
-           'mlp.down_proj': (width, inner)}
+  layer = {
+    'input_layernorm': (width,),
+    'post_attention_layernorm': (width,),
+    'self_attn.q_proj': (heads, width),
+    'self_attn.k_proj': (kv_heads, width),
+    'self_attn.v_proj': (kv_heads, width),
+    'self_attn.o_proj': (width, heads),
+    'mlp.gate_proj': (inner, width),
+    'mlp.up_proj': (inner, width),
+    'mlp.down_proj': (width, inner),
+  }
   shapes = {'model.embed_tokens.weight': (config.vocab_size, width)}
   for number in range(config.depth):
     shapes |= {f'model.layers.{number}.{name}.weight': shape for name, shape in layer.items()}
@@ -59,14 +84,18 @@ def write_llama(folder, fields, shards):
     file = f'model-{number:05d}-of-{shards:05d}.safetensors'
     weight_map |= dict.fromkeys(names, file)
     ends = np.cumsum([sizes[name] for name in names]).tolist()
-    header = json.dumps({name: {'dtype': 'BF16', 'shape': shapes[name], 'data_offsets': [end - sizes[name], end]}
-                         for name, end in zip(names, ends)}).encode()
+    header = json.dumps(
+      {
+        name: {'dtype': 'BF16', 'shape': shapes[name], 'data_offsets': [end - sizes[name], end]}
+        for name, end in zip(names, ends)
+      }
+    ).encode()
     with open(folder / file, 'wb') as out:
       out.write(len(header).to_bytes(8, 'little') + header)
       for name in names:
         bits = draw.integers(0, 2**16, sizes[name] // 2, dtype=np.uint16)
         # Sign and fraction at random, the exponent of 2^-7 to 2^-4.
-        out.write(((bits & 0x81ff) | 0x3c00).astype('<u2').tobytes())
+        out.write(((bits & 0x81FF) | 0x3C00).astype('<u2').tobytes())
   index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
   (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
   return total, max(sizes.values())
@@ -74,14 +103,19 @@ def write_llama(folder, fields, shards):
 
 def assert_same_bytes(folder, other):
   """Compares all tensors of two folders by their bytes."""
-  where = [json.loads((path / 'model.safetensors.index.json').read_text())['weight_map'] for path in (folder, other)]
+  where = [
+    json.loads((path / 'model.safetensors.index.json').read_text())['weight_map']
+    for path in (folder, other)
+  ]
   assert where[0].keys() == where[1].keys()
   for name in where[0]:
     found = []
     for path, files in zip((folder, other), where):
       with safe_open(path / files[name], 'np') as file:
         found.append(file.get_tensor(name))
-    assert found[0].dtype == found[1].dtype == ml_dtypes.bfloat16 and found[0].shape == found[1].shape
+    assert (
+      found[0].dtype == found[1].dtype == ml_dtypes.bfloat16 and found[0].shape == found[1].shape
+    )
     assert np.array_equal(*(array.view(np.uint16) for array in found)), name
 
 
@@ -101,24 +135,53 @@ def measure(folder, again, shape, param_dtype, max_shard_bytes):
   middle = time.monotonic()
   if again:
     hf.save(again, model, params, max_shard_bytes=int(max_shard_bytes))
-  print(json.dumps({'params': held, 'load': loaded, 'load_seconds': middle - start,
-                    'save': memory('VmHWM') - before, 'save_seconds': time.monotonic() - middle}))
+  print(
+    json.dumps(
+      {
+        'params': held,
+        'load': loaded,
+        'load_seconds': middle - start,
+        'save': memory('VmHWM') - before,
+        'save_seconds': time.monotonic() - middle,
+      }
+    )
+  )
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not pathlib.Path('/proc/self/status').exists(), reason='reads the peak of memory from /proc')
+@pytest.mark.skipif(
+  not pathlib.Path('/proc/self/status').exists(), reason='reads the peak of memory from /proc'
+)
 def test_two_billion_parameters_within_memory_and_back_bit_by_bit(tmp_path):
   total, largest = write_llama(tmp_path / 'model', LLAMA, 5)
   assert total / 2 > 2e9
-  for shape, dtype, again in ((None, 'bfloat16', 'again'), ({'fsdp': 4, 'tensor': 2}, 'bfloat16', ''),
-                              (None, 'float32', '')):
+  for shape, dtype, again in (
+    (None, 'bfloat16', 'again'),
+    ({'fsdp': 4, 'tensor': 2}, 'bfloat16', ''),
+    (None, 'float32', ''),
+  ):
     done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path / 'model'), str(tmp_path / again) if again else '', json.dumps(shape),
-         dtype, str(10**9)], capture_output=True, text=True, check=False)
+      [
+        sys.executable,
+        __file__,
+        str(tmp_path / 'model'),
+        str(tmp_path / again) if again else '',
+        json.dumps(shape),
+        dtype,
+        str(10**9),
+      ],
+      capture_output=True,
+      text=True,
+      check=False,
+    )
     assert not done.returncode, done.stderr
     found = json.loads(done.stdout)
-    print(shape, dtype, {name: round(value / (1 if 'seconds' in name else 1e6), 1) for name, value in found.items()},
-          f'bound {(3 * largest + SLACK) / 1e6:.1f}')
+    print(
+      shape,
+      dtype,
+      {name: round(value / (1 if 'seconds' in name else 1e6), 1) for name, value in found.items()},
+      f'bound {(3 * largest + SLACK) / 1e6:.1f}',
+    )
     assert found['params'] >= total
     assert found['load'] - found['params'] < 3 * largest + SLACK
     if again:
@@ -141,8 +204,10 @@ def test_the_host_holds_a_few_tensors_at_a_time(shape, tmp_path, monkeypatch):
   hf.save(tmp_path / 'again', model, params, max_shard_bytes=15 * 10**6)
   saving = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
-  print(f'{total / 1e6:.1f} MB of parameters, {largest / 1e6:.1f} largest: {loading / 1e6:.1f} loading, '
-        f'{saving / 1e6:.1f} saving')
+  print(
+    f'{total / 1e6:.1f} MB of parameters, {largest / 1e6:.1f} largest: {loading / 1e6:.1f} loading, '
+    f'{saving / 1e6:.1f} saving'
+  )
   assert loading < 3 * largest
   assert saving < 15 * 10**6 + 3 * largest
   assert_same_bytes(tmp_path / 'model', tmp_path / 'again')

@@ -13,32 +13,87 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora
 from rlhf_jax.models import trainable
 
-NEOX = {'model_type': 'gpt_neox', 'vocab_size': 32, 'hidden_size': 16, 'intermediate_size': 24,
-        'num_hidden_layers': 2, 'num_attention_heads': 4}
-OPT = {'model_type': 'opt', 'vocab_size': 32, 'hidden_size': 16, 'ffn_dim': 24, 'num_hidden_layers': 2,
-       'num_attention_heads': 4}
+NEOX = {
+  'model_type': 'gpt_neox',
+  'vocab_size': 32,
+  'hidden_size': 16,
+  'intermediate_size': 24,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 4,
+}
+OPT = {
+  'model_type': 'opt',
+  'vocab_size': 32,
+  'hidden_size': 16,
+  'ffn_dim': 24,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 4,
+}
 
 # As published.
 PYTHIA_70M = {
-    'architectures': ['GPTNeoXForCausalLM'], 'bos_token_id': 0, 'eos_token_id': 0, 'hidden_act': 'gelu',
-    'hidden_size': 512, 'initializer_range': 0.02, 'intermediate_size': 2048, 'layer_norm_eps': 1e-05,
-    'max_position_embeddings': 2048, 'model_type': 'gpt_neox', 'num_attention_heads': 8, 'num_hidden_layers': 6,
-    'rotary_emb_base': 10000, 'rotary_pct': 0.25, 'tie_word_embeddings': False, 'torch_dtype': 'float16',
-    'transformers_version': '4.24.0', 'use_cache': True, 'use_parallel_residual': True, 'vocab_size': 50304}
+  'architectures': ['GPTNeoXForCausalLM'],
+  'bos_token_id': 0,
+  'eos_token_id': 0,
+  'hidden_act': 'gelu',
+  'hidden_size': 512,
+  'initializer_range': 0.02,
+  'intermediate_size': 2048,
+  'layer_norm_eps': 1e-05,
+  'max_position_embeddings': 2048,
+  'model_type': 'gpt_neox',
+  'num_attention_heads': 8,
+  'num_hidden_layers': 6,
+  'rotary_emb_base': 10000,
+  'rotary_pct': 0.25,
+  'tie_word_embeddings': False,
+  'torch_dtype': 'float16',
+  'transformers_version': '4.24.0',
+  'use_cache': True,
+  'use_parallel_residual': True,
+  'vocab_size': 50304,
+}
 OPT_125M = {
-    '_name_or_path': 'opt-125m', 'activation_dropout': 0.0, 'activation_function': 'relu',
-    'architectures': ['OPTForCausalLM'], 'attention_dropout': 0.0, 'bos_token_id': 2, 'do_layer_norm_before': True,
-    'dropout': 0.1, 'eos_token_id': 2, 'ffn_dim': 3072, 'hidden_size': 768, 'init_std': 0.02, 'layerdrop': 0.0,
-    'max_position_embeddings': 2048, 'model_type': 'opt', 'num_attention_heads': 12, 'num_hidden_layers': 12,
-    'pad_token_id': 1, 'prefix': '</s>', 'torch_dtype': 'float16', 'transformers_version': '4.21.0.dev0',
-    'use_cache': True, 'vocab_size': 50272, 'word_embed_proj_dim': 768}
+  '_name_or_path': 'opt-125m',
+  'activation_dropout': 0.0,
+  'activation_function': 'relu',
+  'architectures': ['OPTForCausalLM'],
+  'attention_dropout': 0.0,
+  'bos_token_id': 2,
+  'do_layer_norm_before': True,
+  'dropout': 0.1,
+  'eos_token_id': 2,
+  'ffn_dim': 3072,
+  'hidden_size': 768,
+  'init_std': 0.02,
+  'layerdrop': 0.0,
+  'max_position_embeddings': 2048,
+  'model_type': 'opt',
+  'num_attention_heads': 12,
+  'num_hidden_layers': 12,
+  'pad_token_id': 1,
+  'prefix': '</s>',
+  'torch_dtype': 'float16',
+  'transformers_version': '4.21.0.dev0',
+  'use_cache': True,
+  'vocab_size': 50272,
+  'word_embed_proj_dim': 768,
+}
 OPT_350M = OPT_125M | {
-    '_name_or_path': 'opt-350m', 'do_layer_norm_before': False, 'ffn_dim': 4096, 'hidden_size': 1024,
-    'num_attention_heads': 16, 'num_hidden_layers': 24, 'word_embed_proj_dim': 512}
+  '_name_or_path': 'opt-350m',
+  'do_layer_norm_before': False,
+  'ffn_dim': 4096,
+  'hidden_size': 1024,
+  'num_attention_heads': 16,
+  'num_hidden_layers': 24,
+  'word_embed_proj_dim': 512,
+}
 
 
-@pytest.mark.parametrize('fields,width,parameters', [
-    (PYTHIA_70M, 512, 70_426_624), (OPT_125M, 768, 125_239_296), (OPT_350M, 512, 331_196_416)])
+@pytest.mark.parametrize(
+  'fields,width,parameters',
+  [(PYTHIA_70M, 512, 70_426_624), (OPT_125M, 768, 125_239_296), (OPT_350M, 512, 331_196_416)],
+)
 def test_released_files_are_read_and_written(fields, width, parameters):
   model = models.create(fields)
   assert model.width == width
@@ -49,40 +104,64 @@ def test_released_files_are_read_and_written(fields, width, parameters):
 def test_missing_fields_are_what_transformers_takes_for_them():
   neox, opt = models.create(NEOX).config, models.create(OPT).config
   transformers = pytest.importorskip('transformers')
-  for config, theirs in ((neox, transformers.GPTNeoXConfig(**NEOX)), (opt, transformers.OPTConfig(**OPT))):
+  for config, theirs in (
+    (neox, transformers.GPTNeoXConfig(**NEOX)),
+    (opt, transformers.OPTConfig(**OPT)),
+  ):
     # A field that theirs has and we do not know would be refused.
-    again = models.create(theirs.to_dict() | {name: None for name in ('bos_token_id', 'eos_token_id', 'pad_token_id')})
+    again = models.create(
+      theirs.to_dict() | {name: None for name in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
+    )
     assert again.config == config
 
 
 def test_old_and_new_names_of_rope_are_one_model():
   def rope(**fields):
     return models.create(NEOX | fields).config.rope
+
   linear = {'rope_type': 'linear', 'factor': 2.0}
   old = rope(rotary_emb_base=300, rotary_pct=0.5, rope_scaling={'type': 'linear', 'factor': 2.0})
   assert old == rope(rope_parameters=linear | {'rope_theta': 300.0, 'partial_rotary_factor': 0.5})
-  assert old == rope(rotary_emb_base=300, rotary_pct=0.5, rope_scaling=linear, rope_theta=300.0,
-                     partial_rotary_factor=0.5)
+  assert old == rope(
+    rotary_emb_base=300,
+    rotary_pct=0.5,
+    rope_scaling=linear,
+    rope_theta=300.0,
+    partial_rotary_factor=0.5,
+  )
   assert (old.theta, old.part, old.turning, old.kind) == (300.0, 0.5, 2, 'linear')
   assert (rope().theta, rope().part, rope().turning) == (10000.0, 0.25, 1)
   # The dict goes first, as in transformers.
-  assert rope(rotary_pct=0.5, rope_parameters={'rope_type': 'default', 'partial_rotary_factor': 1.0}).part == 1.0
+  assert (
+    rope(
+      rotary_pct=0.5, rope_parameters={'rope_type': 'default', 'partial_rotary_factor': 1.0}
+    ).part
+    == 1.0
+  )
   assert rope(rope_scaling={'type': 'dynamic', 'factor': 2.0}, rotary_pct=1).limit == 2048
 
 
-@pytest.mark.parametrize('rope_type', ['default', 'linear', 'dynamic', 'yarn', 'llama3', 'proportional'])
+@pytest.mark.parametrize(
+  'rope_type', ['default', 'linear', 'dynamic', 'yarn', 'llama3', 'proportional']
+)
 def test_written_rope_is_read_back(rope_type):
   parameters = {'rope_type': rope_type, 'rope_theta': 77.0, 'partial_rotary_factor': 0.75}
   if rope_type != 'default':
     parameters['factor'] = 4.0
   if rope_type == 'llama3':
-    parameters |= {'low_freq_factor': 1.0, 'high_freq_factor': 4.0, 'original_max_position_embeddings': 9}
+    parameters |= {
+      'low_freq_factor': 1.0,
+      'high_freq_factor': 4.0,
+      'original_max_position_embeddings': 9,
+    }
   model = models.create(NEOX | {'hidden_size': 32, 'rope_parameters': parameters})
   assert models.create(json.loads(json.dumps(model.config.to_hf()))) == model
   assert (model.config.rope.theta, model.config.rope.part) == (77.0, 0.75)
 
 
-@pytest.mark.parametrize('base,change,words', [
+@pytest.mark.parametrize(
+  'base,change,words',
+  [
     (NEOX, {'num_attention_heads': 3}, 'num_attention_heads=3'),
     (NEOX, {'num_attention_heads': 16, 'rotary_pct': 1.0}, 'must be even'),
     (NEOX, {'rotary_pct': 1.5}, 'partial_rotary_factor=1.5'),
@@ -90,7 +169,14 @@ def test_written_rope_is_read_back(rope_type):
     (NEOX, {'rope_theta': 500.0}, 'rope_theta=500.0'),
     (NEOX, {'partial_rotary_factor': 0.5}, 'partial_rotary_factor=0.5'),
     (NEOX, {'rope_scaling': {'type': 'mrope'}}, 'rope_scaling.rope_type="mrope"'),
-    (NEOX, {'rope_scaling': {'type': 'linear', 'factor': 2.0}, 'rope_parameters': {'rope_type': 'default'}}, 'both'),
+    (
+      NEOX,
+      {
+        'rope_scaling': {'type': 'linear', 'factor': 2.0},
+        'rope_parameters': {'rope_type': 'default'},
+      },
+      'both',
+    ),
     (NEOX, {'hidden_act': 'mish'}, 'hidden_act="mish"'),
     (NEOX, {'num_key_value_heads': 2}, 'num_key_value_heads=2'),
     (NEOX, {'use_parallel_residual': 1}, 'use_parallel_residual=1'),
@@ -103,17 +189,25 @@ def test_written_rope_is_read_back(rope_type):
     (OPT, {'quantization_config': {'bits': 4}}, 'quantization_config={"bits": 4}'),
     (OPT, {'intermediate_size': 24}, 'intermediate_size=24'),
     (OPT, {'ffn_dim': None}, "'ffn_dim' is missing"),
-])
+  ],
+)
 def test_refused(base, change, words):
   with pytest.raises(UserError) as error:
     models.create(base | change)
   assert words in str(error.value)
 
 
-@pytest.mark.parametrize('fields', [
-    NEOX, NEOX | {'tie_word_embeddings': True, 'attention_bias': False}, OPT,
+@pytest.mark.parametrize(
+  'fields',
+  [
+    NEOX,
+    NEOX | {'tie_word_embeddings': True, 'attention_bias': False},
+    OPT,
     OPT | {'word_embed_proj_dim': 8, 'tie_word_embeddings': False},
-    OPT | {'do_layer_norm_before': False}, OPT | {'layer_norm_elementwise_affine': False, 'enable_bias': False}])
+    OPT | {'do_layer_norm_before': False},
+    OPT | {'layer_norm_elementwise_affine': False, 'enable_bias': False},
+  ],
+)
 def test_every_parameter_has_a_place_and_a_source(fields):
   model = models.create(fields)
   mesh = sharding.make_mesh({'fsdp': 2, 'tensor': 4})
@@ -126,7 +220,9 @@ def test_every_parameter_has_a_place_and_a_source(fields):
 
 def test_dropout_and_the_prefix_of_a_prompt_are_nothing_of_the_model():
   for base in (NEOX, OPT):
-    others = dict.fromkeys(('dropout', 'hidden_dropout', 'layerdrop', 'classifier_dropout'), 0.1) | {'prefix': '</s>'}
+    others = dict.fromkeys(
+      ('dropout', 'hidden_dropout', 'layerdrop', 'classifier_dropout'), 0.1
+    ) | {'prefix': '</s>'}
     assert models.create(base | others) == models.create(base)
 
 

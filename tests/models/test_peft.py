@@ -23,38 +23,84 @@ TINY = dict(vocab_size=29, bos_token_id=0, eos_token_id=1, pad_token_id=2)
 
 
 def gpt2():
-  return transformers.GPT2LMHeadModel(transformers.GPT2Config(
-      n_embd=12, n_head=2, n_layer=3, n_positions=16, tie_word_embeddings=False, **TINY))
+  return transformers.GPT2LMHeadModel(
+    transformers.GPT2Config(
+      n_embd=12, n_head=2, n_layer=3, n_positions=16, tie_word_embeddings=False, **TINY
+    )
+  )
 
 
 def llama():
-  return transformers.LlamaForCausalLM(transformers.LlamaConfig(
-      hidden_size=16, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-      attention_bias=True, tie_word_embeddings=False, **TINY))
+  return transformers.LlamaForCausalLM(
+    transformers.LlamaConfig(
+      hidden_size=16,
+      intermediate_size=20,
+      num_hidden_layers=2,
+      num_attention_heads=4,
+      num_key_value_heads=2,
+      attention_bias=True,
+      tie_word_embeddings=False,
+      **TINY,
+    )
+  )
 
 
 def phi3():
-  return transformers.Phi3ForCausalLM(transformers.Phi3Config(
-      hidden_size=16, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **TINY))
+  return transformers.Phi3ForCausalLM(
+    transformers.Phi3Config(
+      hidden_size=16,
+      intermediate_size=20,
+      num_hidden_layers=2,
+      num_attention_heads=4,
+      num_key_value_heads=2,
+      **TINY,
+    )
+  )
 
 
 def t5():
-  return transformers.T5ForConditionalGeneration(transformers.T5Config(
-      d_model=12, d_kv=5, d_ff=20, num_layers=2, num_decoder_layers=3, num_heads=2,
-      feed_forward_proj='gated-gelu', tie_word_embeddings=False, decoder_start_token_id=2, **TINY))
+  return transformers.T5ForConditionalGeneration(
+    transformers.T5Config(
+      d_model=12,
+      d_kv=5,
+      d_ff=20,
+      num_layers=2,
+      num_decoder_layers=3,
+      num_heads=2,
+      feed_forward_proj='gated-gelu',
+      tie_word_embeddings=False,
+      decoder_start_token_id=2,
+      **TINY,
+    )
+  )
 
 
 # Family, our targets, and PEFT's.
 CASES = {
-    'gpt2': (gpt2, (('attention/(query|value)$', 3, 6.0), ('mlp/up$', 2, 5.0), ('unembed', 4, 2.0)),
-             dict(target_modules=['c_attn', 'c_proj', 'lm_head'], fan_in_fan_out=True)),
-    'llama': (llama, (('attention/(query|key)$', 2, 8.0), ('gate$', 5, 4.0)),
-              dict(target_modules=['q_proj', 'down_proj', 'lm_head'], rank_pattern={'q_proj': 3},
-                   alpha_pattern={r'layers\.\d+\.mlp.down_proj': 7})),
-    'phi3': (phi3, (('attention/(query|value)$', 2, 8.0), ('mlp/(gate|up)$', 3, 4.0)),
-             dict(target_modules=['qkv_proj', 'o_proj', 'gate_up_proj'])),
-    't5': (t5, (('attention/(query|value)$', 2, 8.0), ('decoder/blocks/mlp/up$', 3, 4.0)),
-           dict(target_modules=['q', 'k', 'wo'])),
+  'gpt2': (
+    gpt2,
+    (('attention/(query|value)$', 3, 6.0), ('mlp/up$', 2, 5.0), ('unembed', 4, 2.0)),
+    dict(target_modules=['c_attn', 'c_proj', 'lm_head'], fan_in_fan_out=True),
+  ),
+  'llama': (
+    llama,
+    (('attention/(query|key)$', 2, 8.0), ('gate$', 5, 4.0)),
+    dict(
+      target_modules=['q_proj', 'down_proj', 'lm_head'],
+      rank_pattern={'q_proj': 3},
+      alpha_pattern={r'layers\.\d+\.mlp.down_proj': 7},
+    ),
+  ),
+  'phi3': (
+    phi3,
+    (('attention/(query|value)$', 2, 8.0), ('mlp/(gate|up)$', 3, 4.0)),
+    dict(target_modules=['qkv_proj', 'o_proj', 'gate_up_proj']),
+  ),
+  't5': (
+    t5,
+    (('attention/(query|value)$', 2, 8.0), ('decoder/blocks/mlp/up$', 3, 4.0)),
+    dict(target_modules=['q', 'k', 'wo']),
+  ),
 }
 
 
@@ -74,7 +120,9 @@ def base_of(build, folder):
 
 def rows():
   rng = np.random.default_rng(1)
-  return rng.integers(3, TINY['vocab_size'], (3, 7)).astype(np.int32), rng.integers(3, 29, (3, 5)).astype(np.int32)
+  return rng.integers(3, TINY['vocab_size'], (3, 7)).astype(np.int32), rng.integers(
+    3, 29, (3, 5)
+  ).astype(np.int32)
 
 
 def our_logits(model, params):
@@ -93,9 +141,11 @@ def their_logits(model):
   prompt, response = (torch.tensor(x).long() for x in rows())
   with torch.no_grad():
     if not model.config.is_encoder_decoder:
-      return model(torch.cat([prompt, response], 1)).logits[:, -response.shape[1] - 1:-1].numpy()
+      return model(torch.cat([prompt, response], 1)).logits[:, -response.shape[1] - 1 : -1].numpy()
     start = torch.full((len(response), 1), model.config.decoder_start_token_id)
-    return model(input_ids=prompt, decoder_input_ids=torch.cat([start, response[:, :-1]], 1)).logits.numpy()
+    return model(
+      input_ids=prompt, decoder_input_ids=torch.cat([start, response[:, :-1]], 1)
+    ).logits.numpy()
 
 
 def drawn(adapters, seed):
@@ -111,7 +161,10 @@ def test_peft_reads_what_we_write(case, rslora, tmp_path):
   model = dataclasses.replace(plain, lora=lora_lib.Lora(targets, rslora=rslora))
   adapters, frozen = trainable.divide(model, params)
   np.testing.assert_array_equal(
-      our_logits(model, trainable.join(frozen, adapters)), our_logits(plain, params), 'B is zero at the start')
+    our_logits(model, trainable.join(frozen, adapters)),
+    our_logits(plain, params),
+    'B is zero at the start',
+  )
   adapters = drawn(adapters, 2)
   peft.save(tmp_path, model, adapters)
   ours = our_logits(model, trainable.join(frozen, adapters))
@@ -121,14 +174,20 @@ def test_peft_reads_what_we_write(case, rslora, tmp_path):
   merged = trainable.whole(model, adapters, frozen)
   np.testing.assert_allclose(our_logits(plain, merged), ours, rtol=0, atol=1e-5)
   lora, again = peft.load(tmp_path, plain)
-  np.testing.assert_allclose(our_logits(dataclasses.replace(plain, lora=lora), trainable.join(params, again)), ours,
-                             rtol=0, atol=1e-5)
+  np.testing.assert_allclose(
+    our_logits(dataclasses.replace(plain, lora=lora), trainable.join(params, again)),
+    ours,
+    rtol=0,
+    atol=1e-5,
+  )
 
 
 @pytest.mark.parametrize('rslora', [False, True])
 def test_we_read_what_peft_writes(case, rslora, tmp_path):
   build, folder, _, options = case
-  config = theirs.LoraConfig(r=4, lora_alpha=6, use_rslora=rslora, init_lora_weights=False, **options)
+  config = theirs.LoraConfig(
+    r=4, lora_alpha=6, use_rslora=rslora, init_lora_weights=False, **options
+  )
   torch.manual_seed(3)
   adapted = theirs.get_peft_model(base_of(build, folder), config).eval()
   adapted.save_pretrained(tmp_path)
@@ -139,8 +198,11 @@ def test_we_read_what_peft_writes(case, rslora, tmp_path):
   assert np.abs(ours - our_logits(plain, params)).max() > 1e-2
   np.testing.assert_allclose(ours, their_logits(adapted), rtol=0, atol=1e-5)
   np.testing.assert_allclose(
-      our_logits(plain, trainable.whole(model, adapters, params)), their_logits(adapted.merge_and_unload()),
-      rtol=0, atol=1e-5)
+    our_logits(plain, trainable.whole(model, adapters, params)),
+    their_logits(adapted.merge_and_unload()),
+    rtol=0,
+    atol=1e-5,
+  )
 
 
 def test_adapters_of_the_top_layers_are_written_for_these(tmp_path):
@@ -151,7 +213,9 @@ def test_adapters_of_the_top_layers_are_written_for_these(tmp_path):
   adapters, frozen = trainable.divide(model, params, unfrozen_layers=1)
   adapters = drawn(adapters, 1)
   peft.save(tmp_path / 'adapter', model, adapters)
-  adapted = theirs.PeftModel.from_pretrained(base_of(gpt2, tmp_path / 'base'), tmp_path / 'adapter').eval()
+  adapted = theirs.PeftModel.from_pretrained(
+    base_of(gpt2, tmp_path / 'base'), tmp_path / 'adapter'
+  ).eval()
   ours = our_logits(model, trainable.join(frozen, adapters))
   np.testing.assert_allclose(their_logits(adapted), ours, rtol=0, atol=1e-5)
 
@@ -163,8 +227,12 @@ def test_merge_and_unmerge(case):
   adapters = drawn(lora_lib.init(jax.random.key(0), params, lora), 4)
   merged = lora_lib.merge(params, adapters, lora)
   before = sharding.paths(params)
-  changed = {name for name, leaf in sharding.paths(merged).items() if np.abs(leaf - before[name]).max() > 0}
-  adapted = {name.removesuffix('/lora/a') for name in sharding.paths(adapters) if name.endswith('/a')}
+  changed = {
+    name for name, leaf in sharding.paths(merged).items() if np.abs(leaf - before[name]).max() > 0
+  }
+  adapted = {
+    name.removesuffix('/lora/a') for name in sharding.paths(adapters) if name.endswith('/a')
+  }
   assert changed == {f'{name}/kernel' for name in adapted}
   back = lora_lib.merge(merged, adapters, lora, sign=-1)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), back, params)
@@ -182,9 +250,16 @@ def broken(tmp_path, change):
   return tmp_path / 'adapter', plain
 
 
-@pytest.mark.parametrize('change,message', [
-    ({'use_dora': True}, 'use_dora'), ({'peft_type': 'IA3'}, 'IA3'), ({'bias': 'all'}, "bias='all'"),
-    ({'modules_to_save': ['lm_head']}, 'modules_to_save'), ({'some_new_field': 3}, 'some_new_field')])
+@pytest.mark.parametrize(
+  'change,message',
+  [
+    ({'use_dora': True}, 'use_dora'),
+    ({'peft_type': 'IA3'}, 'IA3'),
+    ({'bias': 'all'}, "bias='all'"),
+    ({'modules_to_save': ['lm_head']}, 'modules_to_save'),
+    ({'some_new_field': 3}, 'some_new_field'),
+  ],
+)
 def test_adapters_that_compute_something_else_are_refused(change, message, tmp_path):
   folder, model = broken(tmp_path, change)
   with pytest.raises(UserError, match=message):
@@ -201,5 +276,8 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
 
 def test_a_pattern_that_finds_nothing_is_named():
   with pytest.raises(UserError, match="'atention'.*blocks/attention/query"):
-    lora_lib.init(jax.random.key(0), {'blocks': {'attention': {'query': {'kernel': jnp.zeros((1, 2, 2))}}}},
-                  lora_lib.Lora((('atention', 1, 1.0),)))
+    lora_lib.init(
+      jax.random.key(0),
+      {'blocks': {'attention': {'query': {'kernel': jnp.zeros((1, 2, 2))}}}},
+      lora_lib.Lora((('atention', 1, 1.0),)),
+    )

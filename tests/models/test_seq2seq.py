@@ -29,11 +29,32 @@ import families  # Needs transformers.
 PROMPT, RESPONSE = 9, 6
 SEEDS, QUICK_SEEDS = 24, 3
 START, EOS = 0, 1
-KINDS = ['relu', 'gated-gelu', 'gelu', 'gated-silu', 'gelu_new', 'silu', 'gated-relu', 'gated-gelu_new']
-FLAN = {'family': 't5', 'vocab_size': 31, 'd_model': 12, 'd_kv': 5, 'd_ff': 20, 'num_layers': 2,
-        'num_decoder_layers': 3, 'num_heads': 4, 'relative_attention_num_buckets': 8,
-        'relative_attention_max_distance': 12, 'feed_forward_proj': 'gated-gelu', 'tie_word_embeddings': False,
-        'pad_token_id': 0, 'eos_token_id': 1}
+KINDS = [
+  'relu',
+  'gated-gelu',
+  'gelu',
+  'gated-silu',
+  'gelu_new',
+  'silu',
+  'gated-relu',
+  'gated-gelu_new',
+]
+FLAN = {
+  'family': 't5',
+  'vocab_size': 31,
+  'd_model': 12,
+  'd_kv': 5,
+  'd_ff': 20,
+  'num_layers': 2,
+  'num_decoder_layers': 3,
+  'num_heads': 4,
+  'relative_attention_num_buckets': 8,
+  'relative_attention_max_distance': 12,
+  'feed_forward_proj': 'gated-gelu',
+  'tie_word_embeddings': False,
+  'pad_token_id': 0,
+  'eos_token_id': 1,
+}
 FIRST = FLAN | {'feed_forward_proj': 'relu', 'tie_word_embeddings': True}
 
 
@@ -42,13 +63,24 @@ def draw_config(seed, **more):
   draw = np.random.default_rng(seed)
   buckets = int(draw.integers(4, 17))
   return transformers.T5Config(
-      vocab_size=int(draw.integers(17, 60)), d_model=int(draw.integers(6, 21)), d_kv=int(draw.integers(2, 8)),
-      d_ff=int(draw.integers(7, 40)), num_layers=int(draw.integers(1, 4)), num_decoder_layers=int(draw.integers(1, 4)),
-      num_heads=int(draw.integers(1, 4)), relative_attention_num_buckets=buckets,
-      relative_attention_max_distance=buckets // 2 + int(draw.integers(1, 9)),
-      layer_norm_epsilon=families.pick(draw, [1e-6, 1e-3]), feed_forward_proj=KINDS[seed % len(KINDS)],
-      initializer_factor=0.5, tie_word_embeddings=seed % 3 == 0, decoder_start_token_id=START, eos_token_id=EOS,
-      pad_token_id=0, **more)
+    vocab_size=int(draw.integers(17, 60)),
+    d_model=int(draw.integers(6, 21)),
+    d_kv=int(draw.integers(2, 8)),
+    d_ff=int(draw.integers(7, 40)),
+    num_layers=int(draw.integers(1, 4)),
+    num_decoder_layers=int(draw.integers(1, 4)),
+    num_heads=int(draw.integers(1, 4)),
+    relative_attention_num_buckets=buckets,
+    relative_attention_max_distance=buckets // 2 + int(draw.integers(1, 9)),
+    layer_norm_epsilon=families.pick(draw, [1e-6, 1e-3]),
+    feed_forward_proj=KINDS[seed % len(KINDS)],
+    initializer_factor=0.5,
+    tie_word_embeddings=seed % 3 == 0,
+    decoder_start_token_id=START,
+    eos_token_id=EOS,
+    pad_token_id=0,
+    **more,
+  )
 
 
 def t5_reference(seed):
@@ -61,11 +93,13 @@ def t5_reference(seed):
 
 def draw_batch(vocab_size, seed):
   """Tokens [4, P + R] and mask: prompts of 9, 5 and 1 tokens padded on the left, one on the right, ragged responses."""
-  tokens = np.random.default_rng(seed).integers(2, vocab_size, (4, PROMPT + RESPONSE)).astype(np.int32)
+  tokens = (
+    np.random.default_rng(seed).integers(2, vocab_size, (4, PROMPT + RESPONSE)).astype(np.int32)
+  )
   mask = np.ones(tokens.shape, bool)
-  mask[1, :PROMPT - 5], mask[2, :PROMPT - 1], mask[3, 6:PROMPT] = False, False, False
+  mask[1, : PROMPT - 5], mask[2, : PROMPT - 1], mask[3, 6:PROMPT] = False, False, False
   for row, length in enumerate((6, 4, 6, 1)):
-    mask[row, PROMPT + length:] = False
+    mask[row, PROMPT + length :] = False
   return tokens, mask
 
 
@@ -73,7 +107,9 @@ def their_logits(reference, tokens, mask):
   """[B, R, V] as a torch tensor."""
   tokens, mask = torch.tensor(tokens).long(), torch.tensor(mask).long()
   shifted = torch.cat([torch.full((len(tokens), 1), START), tokens[:, PROMPT:-1]], dim=1)
-  return reference(tokens[:, :PROMPT], attention_mask=mask[:, :PROMPT], decoder_input_ids=shifted).logits
+  return reference(
+    tokens[:, :PROMPT], attention_mask=mask[:, :PROMPT], decoder_input_ids=shifted
+  ).logits
 
 
 @functools.partial(jax.jit, static_argnames='model')
@@ -86,10 +122,14 @@ def respond(model, params, tokens, mask):
 @functools.partial(jax.jit, static_argnames='model')
 def evaluate(model, params, tokens, mask):
   """Those, and the gradient of the responses' mean loss."""
+
   def loss(params):
     hidden, logits = respond(model, params, tokens, mask)
-    logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, PROMPT:, None], axis=-1)[..., 0]
+    logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, PROMPT:, None], axis=-1)[
+      ..., 0
+    ]
     return -jnp.mean(logprobs, where=mask[:, PROMPT:]), (hidden, logits)
+
   gradient, (hidden, logits) = jax.grad(loss, has_aux=True)(params)
   return hidden, logits, gradient
 
@@ -115,6 +155,7 @@ def summarize(model, params, tokens, mask):
 @dataclasses.dataclass
 class Case:
   """A reference, its folder, what we read from there, and what both make of a batch."""
+
   reference: object
   folder: object
   seed: int
@@ -145,8 +186,13 @@ def assert_near(ours, theirs, relative, *, floor=0.0):
   np.testing.assert_allclose(ours, theirs, rtol=0, atol=max(relative * np.abs(theirs).max(), floor))
 
 
-@pytest.fixture(scope='module', params=[
-    pytest.param(seed, marks=() if seed < QUICK_SEEDS else pytest.mark.slow) for seed in range(SEEDS)])
+@pytest.fixture(
+  scope='module',
+  params=[
+    pytest.param(seed, marks=() if seed < QUICK_SEEDS else pytest.mark.slow)
+    for seed in range(SEEDS)
+  ],
+)
 def case(request, tmp_path_factory):
   return Case(t5_reference(request.param), tmp_path_factory.mktemp('t5'), request.param)
 
@@ -165,9 +211,11 @@ def test_unembedding_and_its_scale_are_those_of_the_file(case):
 
 def test_gradients_agree(case):
   """Of every parameter: ours are saved like weights and loaded by transformers, so that the names are theirs."""
-  case.theirs
+  case.theirs  # noqa: B018  computes the gradients
   hf.save(case.folder / 'gradient', case.model, case.ours[2])
-  ours = dict(transformers.AutoModelForSeq2SeqLM.from_pretrained(case.folder / 'gradient').named_parameters())
+  ours = dict(
+    transformers.AutoModelForSeq2SeqLM.from_pretrained(case.folder / 'gradient').named_parameters()
+  )
   theirs = {name: parameter.grad.numpy() for name, parameter in case.reference.named_parameters()}
   assert sorted(ours) == sorted(theirs)
   floor = 1e-6 * max(np.abs(gradient).max() for gradient in theirs.values())
@@ -183,7 +231,9 @@ def test_cached_decode_equals_full_forward(case):
 def test_saved_folder_loads_in_transformers_and_in_ours(case):
   hf.save(case.folder / 'ours', case.model, case.params, max_shard_bytes=3000)
   assert len(list((case.folder / 'ours').glob('*.safetensors'))) > 1
-  reloaded = transformers.AutoModelForSeq2SeqLM.from_pretrained(case.folder / 'ours', attn_implementation='eager')
+  reloaded = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+    case.folder / 'ours', attn_implementation='eager'
+  )
   assert type(reloaded) is type(case.reference)
   with torch.no_grad():
     logits = their_logits(reloaded.eval(), case.tokens, case.mask).numpy()
@@ -211,12 +261,18 @@ def test_reward_model_of_transformers(case):
 
   def their_scores(reference):
     with torch.no_grad():
-      return reference(torch.tensor(tokens).long(), attention_mask=torch.tensor(mask).long()).logits.numpy()[:, 0]
+      return reference(
+        torch.tensor(tokens).long(), attention_mask=torch.tensor(mask).long()
+      ).logits.numpy()[:, 0]
 
-  score = heads.apply_scalar(params['head'], summarize(model, params['backbone'], tokens, jnp.asarray(mask)))
+  score = heads.apply_scalar(
+    params['head'], summarize(model, params['backbone'], tokens, jnp.asarray(mask))
+  )
   assert_near(np.asarray(score), their_scores(reference), 2e-4)
   hf.save(case.folder / 'our_reward', model, params['backbone'], head=params['head'])
-  reloaded = transformers.AutoModelForSequenceClassification.from_pretrained(case.folder / 'our_reward').eval()
+  reloaded = transformers.AutoModelForSequenceClassification.from_pretrained(
+    case.folder / 'our_reward'
+  ).eval()
   assert reloaded.config.num_labels == 1
   assert_near(their_scores(reloaded), their_scores(reference), 1e-5)
 
@@ -230,14 +286,22 @@ def built(request):
 def test_reward_model_of_ours_is_read_again(built, tmp_path):
   """With a linear head on the decoder's state, which transformers has not."""
   model, params = built
-  head = heads.init_scalar(jax.random.key(1), model.width, scale='normal') | {'bias': jnp.float32(0.5)}
+  head = heads.init_scalar(jax.random.key(1), model.width, scale='normal') | {
+    'bias': jnp.float32(0.5)
+  }
   hf.save(tmp_path / 'reward', model, params, head=head)
   again, both = hf.load_reward(tmp_path / 'reward')
-  assert json.loads((tmp_path / 'reward' / 'config.json').read_text())['architectures'] == [t5.CLASSIFIER]
+  assert json.loads((tmp_path / 'reward' / 'config.json').read_text())['architectures'] == [
+    t5.CLASSIFIER
+  ]
   jax.tree.map(np.testing.assert_array_equal, both['head'], head)
   tokens, mask = draw_texts(model.vocab_size)
-  np.testing.assert_array_equal(*(summarize(m, p, tokens, jnp.asarray(mask))
-                                  for m, p in ((model, params), (again, both['backbone']))))
+  np.testing.assert_array_equal(
+    *(
+      summarize(m, p, tokens, jnp.asarray(mask))
+      for m, p in ((model, params), (again, both['backbone']))
+    )
+  )
   with pytest.raises(UserError, match='it is a reward model'):
     hf.load(tmp_path / 'reward')
 
@@ -247,12 +311,14 @@ def test_prompt_padded_on_either_side_or_not_at_all(built):
   model, params = built
   draw = np.random.default_rng(1)
   prompt, response = draw.integers(2, 31, 4), draw.integers(2, 31, RESPONSE)
-  alone = respond(model, params, np.concatenate([prompt, response])[None], np.ones((1, 4 + RESPONSE), bool))[0]
+  alone = respond(
+    model, params, np.concatenate([prompt, response])[None], np.ones((1, 4 + RESPONSE), bool)
+  )[0]
   tokens = draw.integers(0, 31, (3, PROMPT + RESPONSE))
   mask = np.zeros(tokens.shape, bool)
   mask[:, PROMPT:], tokens[:, PROMPT:] = True, response
   for row, before in enumerate((0, 2, PROMPT - 4)):
-    mask[row, before:before + 4], tokens[row, before:before + 4] = True, prompt
+    mask[row, before : before + 4], tokens[row, before : before + 4] = True, prompt
   padded = np.asarray(respond(model, params, tokens, mask)[0])
   np.testing.assert_allclose(padded, np.broadcast_to(alone, padded.shape), rtol=0, atol=1e-5)
 
@@ -279,7 +345,9 @@ def test_summary_is_of_the_text_wherever_it_lies(built):
   for row, place in enumerate(places):
     tokens[row, place], mask[row, place] = text, True
   summaries = np.asarray(summarize(model, params, tokens, mask))
-  np.testing.assert_allclose(summaries[:3], np.broadcast_to(alone, (3, model.width)), rtol=0, atol=1e-5)
+  np.testing.assert_allclose(
+    summaries[:3], np.broadcast_to(alone, (3, model.width)), rtol=0, atol=1e-5
+  )
   assert np.isfinite(summaries).all()
 
 
@@ -300,16 +368,20 @@ def test_cache_holds_what_was_read(built):
   assert after['cross_k'].shape == after['cross_v'].shape == (*shape, PROMPT, config.d_kv)
   np.testing.assert_array_equal(before['cross_k'], after['cross_k'])
   assert (int(before['index']), int(after['index'])) == (1, 2)
-  np.testing.assert_array_equal(after['segments'][:, :3], [[1, 1, 0], [1, 0, 0], [1, 1, 0], [1, 1, 0]])
+  np.testing.assert_array_equal(
+    after['segments'][:, :3], [[1, 1, 0], [1, 0, 0], [1, 1, 0], [1, 1, 0]]
+  )
 
 
 def test_trunk_is_refused(built):
   model, params = built
   with pytest.raises(ValueError, match='no trunk'):
-    model.response_states(params, *map(jnp.asarray, draw_batch(31, 0)), RESPONSE, trunk=jnp.zeros(()))
+    model.response_states(
+      params, *map(jnp.asarray, draw_batch(31, 0)), RESPONSE, trunk=jnp.zeros(())
+    )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def states_and_gradient(**settings):
   model = models.create(FLAN, **settings)
   tokens, mask = draw_batch(31, 6)
@@ -317,10 +389,15 @@ def states_and_gradient(**settings):
   return hidden, gradient
 
 
-@pytest.mark.parametrize('settings', [{'remat': 'block'}, {'remat': 'dots', 'unroll': 8}, {'unroll': 2}])
+@pytest.mark.parametrize(
+  'settings', [{'remat': 'block'}, {'remat': 'dots', 'unroll': 8}, {'unroll': 2}]
+)
 def test_remat_and_unroll_change_no_value(settings):
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-               states_and_gradient(**settings), states_and_gradient())
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    states_and_gradient(**settings),
+    states_and_gradient(),
+  )
 
 
 def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits():
@@ -335,21 +412,32 @@ def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits():
 
 
 def test_initialization_has_the_configured_scale():
-  model = models.create(FLAN | {'d_model': 64, 'd_kv': 16, 'd_ff': 256, 'vocab_size': 500, 'initializer_factor': 0.5})
+  model = models.create(
+    FLAN | {'d_model': 64, 'd_kv': 16, 'd_ff': 256, 'vocab_size': 500, 'initializer_factor': 0.5}
+  )
   params = sharding.paths(model.init(jax.random.key(0)))
   for name, deviation in {
-      'embed/embedding': 1, 'unembed/kernel': 64 ** -0.5, 'encoder/distances/embedding': 64 ** -0.5,
-      'encoder/blocks/attention/query/kernel': (64 * 16) ** -0.5, 'decoder/blocks/cross/key/kernel': 64 ** -0.5,
-      'decoder/blocks/cross/out/kernel': (4 * 16) ** -0.5, 'decoder/blocks/mlp/gate/kernel': 64 ** -0.5,
-      'encoder/blocks/mlp/down/kernel': 256 ** -0.5}.items():
-    np.testing.assert_allclose(params[name].std(), 0.5 * deviation, rtol=0.25 if 'distances' in name else 0.03)
+    'embed/embedding': 1,
+    'unembed/kernel': 64**-0.5,
+    'encoder/distances/embedding': 64**-0.5,
+    'encoder/blocks/attention/query/kernel': (64 * 16) ** -0.5,
+    'decoder/blocks/cross/key/kernel': 64**-0.5,
+    'decoder/blocks/cross/out/kernel': (4 * 16) ** -0.5,
+    'decoder/blocks/mlp/gate/kernel': 64**-0.5,
+    'encoder/blocks/mlp/down/kernel': 256**-0.5,
+  }.items():
+    np.testing.assert_allclose(
+      params[name].std(), 0.5 * deviation, rtol=0.25 if 'distances' in name else 0.03
+    )
   assert not np.array_equal(*params['encoder/blocks/mlp/up/kernel'])
 
 
 def test_eight_devices_compute_what_one_does():
   """Parameters and adapters split over 2 x 2 x 2 devices; all of them have a place there."""
   lora = lora_lib.Lora(targets=(('query|down|unembed', 2, 4.0),))
-  model = dataclasses.replace(models.create(FLAN | {'vocab_size': 32, 'd_kv': 6, 'pooled': True}), lora=lora)
+  model = dataclasses.replace(
+    models.create(FLAN | {'vocab_size': 32, 'd_kv': 6, 'pooled': True}), lora=lora
+  )
   params = model.init(jax.random.key(0))
   both = trainable.join(params, lora_lib.init(jax.random.key(1), params, lora))
   tokens, mask = draw_batch(32, 9)
@@ -363,8 +451,14 @@ def test_eight_devices_compute_what_one_does():
 
 def test_adapters_are_read_on_both_sides():
   """The model with adapters equals the one they are merged into, decoding too."""
-  lora = lora_lib.Lora(targets=(('encoder/blocks/attention/(query|value)', 2, 4.0), ('decoder/blocks/cross', 3, 3.0),
-                                ('decoder/blocks/mlp/gate', 1, 1.0), ('unembed', 2, 2.0)))
+  lora = lora_lib.Lora(
+    targets=(
+      ('encoder/blocks/attention/(query|value)', 2, 4.0),
+      ('decoder/blocks/cross', 3, 3.0),
+      ('decoder/blocks/mlp/gate', 1, 1.0),
+      ('unembed', 2, 2.0),
+    )
+  )
   plain = models.create(FLAN)
   adapted = dataclasses.replace(plain, lora=lora)
   params = plain.init(jax.random.key(0))
@@ -378,24 +472,40 @@ def test_adapters_are_read_on_both_sides():
   assert_near(np.asarray(found[1]), np.asarray(expected[1]), 1e-5)
   assert np.abs(expected[1] - respond(plain, params, tokens, mask)[1]).max() > 0.1
   wanted = mask[:, PROMPT:]
-  assert_near(np.asarray(decode(adapted, both, tokens, jnp.asarray(mask)))[wanted], np.asarray(found[0])[wanted], 1e-5)
-  reached = {name for name, leaf in sharding.paths(found[2]).items() if 'lora' in name and np.abs(leaf).max() > 0}
+  assert_near(
+    np.asarray(decode(adapted, both, tokens, jnp.asarray(mask)))[wanted],
+    np.asarray(found[0])[wanted],
+    1e-5,
+  )
+  reached = {
+    name
+    for name, leaf in sharding.paths(found[2]).items()
+    if 'lora' in name and np.abs(leaf).max() > 0
+  }
   assert reached == set(sharding.paths(adapters))
 
 
-@pytest.mark.parametrize('count,max_distance', [(32, 128), (16, 128), (8, 20), (4, 3), (5, 7), (17, 40), (32, 17)])
+@pytest.mark.parametrize(
+  'count,max_distance', [(32, 128), (16, 128), (8, 20), (4, 3), (5, 7), (17, 40), (32, 17)]
+)
 def test_buckets_are_those_of_transformers(count, max_distance):
   """On distances up to 700, in both directions and in one."""
   theirs = transformers.models.t5.modeling_t5.T5Attention._relative_position_bucket
   offset = torch.arange(-700, 701)
-  one_way = theirs(offset[:701], bidirectional=False, num_buckets=count, max_distance=max_distance).numpy()[::-1]
+  one_way = theirs(
+    offset[:701], bidirectional=False, num_buckets=count, max_distance=max_distance
+  ).numpy()[::-1]
   np.testing.assert_array_equal(t5.buckets_one_way(count, max_distance, 701), one_way)
-  both_ways = theirs(offset, bidirectional=True, num_buckets=count, max_distance=max_distance).numpy()
+  both_ways = theirs(
+    offset, bidirectional=True, num_buckets=count, max_distance=max_distance
+  ).numpy()
   table, half = t5.buckets_one_way(count // 2, max_distance, 701), count // 2
   np.testing.assert_array_equal(table[np.abs(offset)] + half * (offset.numpy() > 0), both_ways)
 
 
-@pytest.mark.parametrize('changed,words', [
+@pytest.mark.parametrize(
+  'changed,words',
+  [
     ({'feed_forward_proj': 'gated-tanh'}, 'feed_forward_proj="gated-tanh"'),
     ({'dense_act_fn': 'relu'}, 'dense_act_fn="relu".*gelu_new'),
     ({'is_gated_act': False}, 'is_gated_act=false'),
@@ -406,7 +516,8 @@ def test_buckets_are_those_of_transformers(count, max_distance):
     ({'pad_token_id': None}, 'decoder_start_token_id=null'),
     ({'decoder_start_token_id': 31}, 'decoder_start_token_id=31'),
     ({'sparsity': 2}, 'sparsity=2'),
-])
+  ],
+)
 def test_config_fields_are_refused_by_name(changed, words):
   with pytest.raises(UserError, match=words):
     models.create(FLAN | changed)
@@ -414,15 +525,39 @@ def test_config_fields_are_refused_by_name(changed, words):
 
 def test_config_of_a_released_checkpoint():
   """The config.json of google/flan-t5-small."""
-  model = models.create({
-      'architectures': ['T5ForConditionalGeneration'], 'd_ff': 1024, 'd_kv': 64, 'd_model': 512,
-      'decoder_start_token_id': 0, 'dropout_rate': 0.1, 'eos_token_id': 1, 'feed_forward_proj': 'gated-gelu',
-      'initializer_factor': 1.0, 'is_encoder_decoder': True, 'is_gated_act': True, 'layer_norm_epsilon': 1e-06,
-      'model_type': 't5', 'n_positions': 512, 'num_decoder_layers': 8, 'num_heads': 6, 'num_layers': 8,
-      'output_past': True, 'pad_token_id': 0, 'relative_attention_max_distance': 128,
-      'relative_attention_num_buckets': 32, 'task_specific_params': {'summarization': {'max_length': 200}},
-      'tie_word_embeddings': False, 'transformers_version': '4.23.1', 'use_cache': True, 'vocab_size': 32128})
-  assert hash(model) == hash(models.create(model.config.to_hf())) and model == models.create(model.config.to_hf())
+  model = models.create(
+    {
+      'architectures': ['T5ForConditionalGeneration'],
+      'd_ff': 1024,
+      'd_kv': 64,
+      'd_model': 512,
+      'decoder_start_token_id': 0,
+      'dropout_rate': 0.1,
+      'eos_token_id': 1,
+      'feed_forward_proj': 'gated-gelu',
+      'initializer_factor': 1.0,
+      'is_encoder_decoder': True,
+      'is_gated_act': True,
+      'layer_norm_epsilon': 1e-06,
+      'model_type': 't5',
+      'n_positions': 512,
+      'num_decoder_layers': 8,
+      'num_heads': 6,
+      'num_layers': 8,
+      'output_past': True,
+      'pad_token_id': 0,
+      'relative_attention_max_distance': 128,
+      'relative_attention_num_buckets': 32,
+      'task_specific_params': {'summarization': {'max_length': 200}},
+      'tie_word_embeddings': False,
+      'transformers_version': '4.23.1',
+      'use_cache': True,
+      'vocab_size': 32128,
+    }
+  )
+  assert hash(model) == hash(models.create(model.config.to_hf())) and model == models.create(
+    model.config.to_hf()
+  )
   assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(model.shapes())) == 76_961_152
   assert (model.width, model.vocab_size, model.max_length) == (512, 32128, 512)
 

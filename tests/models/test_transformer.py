@@ -13,11 +13,28 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models import hf
 from rlhf_jax.types import positions_from_mask
 
-GPT2 = {'family': 'gpt2', 'vocab_size': 31, 'n_positions': 32, 'n_embd': 12, 'n_layer': 2, 'n_head': 3,
-        'scale_attn_by_inverse_layer_idx': True, 'initializer_range': 0.3}
-LLAMA = {'family': 'llama', 'vocab_size': 31, 'hidden_size': 12, 'intermediate_size': 20, 'num_hidden_layers': 3,
-         'num_attention_heads': 4, 'num_key_value_heads': 2, 'head_dim': 6, 'max_position_embeddings': 32,
-         'initializer_range': 0.3}
+GPT2 = {
+  'family': 'gpt2',
+  'vocab_size': 31,
+  'n_positions': 32,
+  'n_embd': 12,
+  'n_layer': 2,
+  'n_head': 3,
+  'scale_attn_by_inverse_layer_idx': True,
+  'initializer_range': 0.3,
+}
+LLAMA = {
+  'family': 'llama',
+  'vocab_size': 31,
+  'hidden_size': 12,
+  'intermediate_size': 20,
+  'num_hidden_layers': 3,
+  'num_attention_heads': 4,
+  'num_key_value_heads': 2,
+  'head_dim': 6,
+  'max_position_embeddings': 32,
+  'initializer_range': 0.3,
+}
 PROMPT, RESPONSE = 7, 5
 
 
@@ -49,10 +66,14 @@ def test_cached_decode_equals_full_forward(built, spare):
   full, none = forward(params, tokens, positions, mask)
   assert none is None
   cache = model.init_cache(3, PROMPT + RESPONSE + spare)
-  hidden, cache = forward(params, tokens[:, :PROMPT], positions[:, :PROMPT], mask[:, :PROMPT], cache)
+  hidden, cache = forward(
+    params, tokens[:, :PROMPT], positions[:, :PROMPT], mask[:, :PROMPT], cache
+  )
   pieces = [hidden]
   for t in range(PROMPT, PROMPT + RESPONSE):
-    hidden, cache = forward(params, tokens[:, t:t + 1], positions[:, t:t + 1], mask[:, t:t + 1], cache)
+    hidden, cache = forward(
+      params, tokens[:, t : t + 1], positions[:, t : t + 1], mask[:, t : t + 1], cache
+    )
     pieces.append(hidden)
   assert int(cache['index']) == PROMPT + RESPONSE
   decoded = np.concatenate(pieces, axis=1)
@@ -63,7 +84,9 @@ def test_cache_has_the_promised_shape(built):
   model, _, _ = built
   cache = model.init_cache(3, 9)
   config = model.config
-  assert cache['k'].shape == cache['v'].shape == (config.depth, 3, config.kv_heads, 9, config.head_width)
+  assert (
+    cache['k'].shape == cache['v'].shape == (config.depth, 3, config.kv_heads, 9, config.head_width)
+  )
   assert cache['segments'].shape == (3, 9) and cache['index'].shape == ()
 
 
@@ -76,10 +99,14 @@ def test_packed_segments_equal_separate_rows(built):
   packed = np.asarray(forward(params, tokens, positions, segments)[0])
   for start, stop in ((0, 5), (5, 9)):
     alone = np.zeros((1, 12), np.int32)
-    alone[0, :stop - start] = tokens[0, start:stop]
+    alone[0, : stop - start] = tokens[0, start:stop]
     mask = np.arange(12)[None] < stop - start
-    separate = np.asarray(forward(params, alone, np.arange(12)[None].astype(np.int32), mask.astype(np.int32))[0])
-    np.testing.assert_allclose(packed[0, start:stop], separate[0, :stop - start], rtol=0, atol=1e-5)
+    separate = np.asarray(
+      forward(params, alone, np.arange(12)[None].astype(np.int32), mask.astype(np.int32))[0]
+    )
+    np.testing.assert_allclose(
+      packed[0, start:stop], separate[0, : stop - start], rtol=0, atol=1e-5
+    )
 
 
 def test_garbage_in_padded_slots_changes_nothing(built):
@@ -90,7 +117,9 @@ def test_garbage_in_padded_slots_changes_nothing(built):
   positions = np.asarray(positions_from_mask(jnp.asarray(mask)))
   clean = np.asarray(forward(params, tokens, positions, mask)[0])
   for garbage in (0, 30, -100, 10**6):
-    dirty = np.asarray(forward(params, np.where(mask, tokens, garbage), np.where(mask, positions, garbage), mask)[0])
+    dirty = np.asarray(
+      forward(params, np.where(mask, tokens, garbage), np.where(mask, positions, garbage), mask)[0]
+    )
     np.testing.assert_array_equal(dirty[mask], clean[mask])
     assert np.isfinite(dirty).all()
 
@@ -103,7 +132,9 @@ def test_left_padded_right_padded_and_unpadded_agree(built):
   rows[0, 6:], mask[0, 6:] = tokens[0], True
   rows[1, :6], mask[1, :6] = tokens[0], True
   hidden = np.asarray(forward(params, rows, positions_from_mask(jnp.asarray(mask)), mask)[0])
-  alone = np.asarray(model.forward(params, tokens, jnp.arange(6)[None], jnp.ones((1, 6), jnp.int32))[0])
+  alone = np.asarray(
+    model.forward(params, tokens, jnp.arange(6)[None], jnp.ones((1, 6), jnp.int32))[0]
+  )
   np.testing.assert_allclose(hidden[0, 6:], alone[0], rtol=0, atol=1e-5)
   np.testing.assert_allclose(hidden[1, :6], alone[0], rtol=0, atol=1e-5)
 
@@ -121,7 +152,7 @@ def test_gradient_is_finite_with_rows_of_nothing_but_padding(built):
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient(params)))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def loss_and_gradient(**settings):
   tokens, segments = draw_tokens((2, 6)), np.ones((2, 6), np.int32)
   positions = np.broadcast_to(np.arange(6), (2, 6))
@@ -133,10 +164,15 @@ def loss_and_gradient(**settings):
   return jax.jit(jax.value_and_grad(loss))(model.init(jax.random.key(1)))
 
 
-@pytest.mark.parametrize('settings', [{'remat': 'block'}, {'remat': 'dots'}, {'unroll': 2}, {'unroll': 8}])
+@pytest.mark.parametrize(
+  'settings', [{'remat': 'block'}, {'remat': 'dots'}, {'unroll': 2}, {'unroll': 8}]
+)
 def test_remat_and_unroll_change_no_value(settings):
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-               loss_and_gradient(**settings), loss_and_gradient())
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+    loss_and_gradient(**settings),
+    loss_and_gradient(),
+  )
 
 
 @pytest.mark.parametrize('unroll', [1, 3])
@@ -145,8 +181,10 @@ def test_remat_saves_memory_however_unrolled(unroll):
 
   def temporary_bytes(remat):
     model = models.create(LLAMA, remat=remat, unroll=unroll)
+
     def loss(params):
       return jnp.mean(jnp.square(model.forward(params, tokens, tokens, tokens + 1)[0]))
+
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     return jax.jit(jax.grad(loss)).lower(shapes).compile().memory_analysis().temp_size_in_bytes
 
@@ -186,12 +224,15 @@ def test_model_is_hashable_and_says_its_sizes():
   assert (model.width, model.vocab_size, model.max_length) == (12, 31, 32)
 
 
-@pytest.mark.parametrize('fields,settings,words', [
+@pytest.mark.parametrize(
+  'fields,settings,words',
+  [
     ({'family': 'mamba'}, {}, "family='mamba'"),
     ({}, {'dtype': 'float16'}, "dtype='float16'"),
     ({}, {'remat': 'everything'}, "remat='everything'"),
     ({}, {'unroll': 0}, 'unroll=0'),
-])
+  ],
+)
 def test_unknown_settings_are_refused(fields, settings, words):
   with pytest.raises(UserError, match=words):
     models.create(LLAMA | fields, **settings)
@@ -201,7 +242,9 @@ def test_stories260k_mean_loss_of_a_story(shared):
   """1.316 nats per token on the first story, 373 tokens, BOS in front (the folder's README)."""
   tokenizers = pytest.importorskip('tokenizers')
   model, params = hf.load(shared / 'models' / 'stories260K')
-  tokenizer = tokenizers.Tokenizer.from_file(str(shared / 'models' / 'stories260K' / 'tokenizer.json'))
+  tokenizer = tokenizers.Tokenizer.from_file(
+    str(shared / 'models' / 'stories260K' / 'tokenizer.json')
+  )
   text = (shared / 'data' / 'text' / 'tinystories_sample.txt').read_text()
   story = text.split('<|endoftext|>')[0].strip()
   ids = tokenizer.encode(story, add_special_tokens=False).ids
@@ -223,9 +266,12 @@ def test_stories260k_greedy_text(shared):
   def decode(params):
     def step(carry, position):
       token, cache = carry
-      hidden, cache = model.forward(params, token[None, None], position[None, None], jnp.ones((1, 1), jnp.int32), cache)
+      hidden, cache = model.forward(
+        params, token[None, None], position[None, None], jnp.ones((1, 1), jnp.int32), cache
+      )
       token = jnp.argmax(model.unembed(params, hidden)[0, 0]).astype(jnp.int32)
       return (token, cache), token
+
     return jax.lax.scan(step, (jnp.int32(1), model.init_cache(1, 256)), jnp.arange(256))[1]
 
   tokenizer = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))

@@ -29,10 +29,12 @@ FIRST_TOKEN = 3  # Those below are special in all references.
 
 def draw_batch(vocab_size, seed):
   """Tokens [5, T] and mask: rows padded on the left (two), on the right, not at all, and but for one token."""
-  tokens = np.random.default_rng(seed).integers(FIRST_TOKEN, vocab_size, (5, LENGTH)).astype(np.int32)
+  tokens = (
+    np.random.default_rng(seed).integers(FIRST_TOKEN, vocab_size, (5, LENGTH)).astype(np.int32)
+  )
   mask = np.ones((5, LENGTH), bool)
   mask[0, :3] = False
-  mask[1, :PROMPT - 1] = False
+  mask[1, : PROMPT - 1] = False
   mask[2, 9:] = False
   mask[4, :-1] = False
   return tokens, mask
@@ -46,18 +48,25 @@ def next_tokens(mask):
 def their_logits(reference, tokens, mask):
   """[B, T, V] as a torch tensor."""
   positions = np.array(positions_from_mask(jnp.asarray(mask)))
-  return reference(torch.tensor(tokens).long(), attention_mask=torch.tensor(mask).long(),
-                   position_ids=torch.tensor(positions).long()).logits
+  return reference(
+    torch.tensor(tokens).long(),
+    attention_mask=torch.tensor(mask).long(),
+    position_ids=torch.tensor(positions).long(),
+  ).logits
 
 
 @functools.partial(jax.jit, static_argnames='model', compiler_options=quick.OPTIONS)
 def evaluate(model, params, tokens, mask):
   """Hidden states, logits and the gradient of the mean LM loss."""
+
   def loss(params):
     hidden, _ = model.forward(params, tokens, positions_from_mask(mask), mask)
     logits = model.unembed(params, hidden)
-    logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)[..., 0]
+    logprobs = jnp.take_along_axis(
+      jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1
+    )[..., 0]
     return -jnp.mean(logprobs, where=next_tokens(mask)), (hidden, logits)
+
   gradient, (hidden, logits) = jax.grad(loss, has_aux=True)(params)
   return hidden, logits, gradient
 
@@ -78,6 +87,7 @@ def decode(model, params, tokens, mask):
 @dataclasses.dataclass
 class Case:
   """A reference, its folder, what we read from there, and what both make of a batch."""
+
   reference: object
   folder: object
   seed: int
@@ -95,7 +105,9 @@ class Case:
     wanted = torch.tensor(next_tokens(self.mask))
     targets = torch.tensor(self.tokens[:, 1:]).long()
     torch.nn.functional.cross_entropy(logits[:, :-1][wanted], targets[wanted]).backward()
-    gradients = {name: parameter.grad.numpy() for name, parameter in self.reference.named_parameters()}
+    gradients = {
+      name: parameter.grad.numpy() for name, parameter in self.reference.named_parameters()
+    }
     return logits.detach().numpy(), gradients
 
   @functools.cached_property
@@ -109,9 +121,16 @@ def assert_near(ours, theirs, relative, *, floor=0.0):
   np.testing.assert_allclose(ours, theirs, rtol=0, atol=max(relative * np.abs(theirs).max(), floor))
 
 
-@pytest.fixture(scope='module', params=[
-    pytest.param((family, seed), id=f'{family}-{seed}', marks=() if seed < QUICK_SEEDS else pytest.mark.slow)
-    for family in families.FAMILIES for seed in range(SEEDS)])
+@pytest.fixture(
+  scope='module',
+  params=[
+    pytest.param(
+      (family, seed), id=f'{family}-{seed}', marks=() if seed < QUICK_SEEDS else pytest.mark.slow
+    )
+    for family in families.FAMILIES
+    for seed in range(SEEDS)
+  ],
+)
 def case(request, tmp_path_factory):
   family, seed = request.param
   return Case(families.FAMILIES[family](seed), tmp_path_factory.mktemp(family), seed)
@@ -126,7 +145,9 @@ def test_logits_agree_at_real_positions(case):
 def test_gradients_agree(case):
   """Of every parameter: ours are saved like weights and loaded by transformers, so that the names are theirs."""
   hf.save(case.folder / 'gradient', case.model, case.ours[2])
-  ours = dict(transformers.AutoModelForCausalLM.from_pretrained(case.folder / 'gradient').named_parameters())
+  ours = dict(
+    transformers.AutoModelForCausalLM.from_pretrained(case.folder / 'gradient').named_parameters()
+  )
   theirs = case.theirs[1]
   assert sorted(ours) == sorted(theirs)
   # Some are zero but for rounding: keys' biases, where nothing rotates them.
@@ -137,15 +158,19 @@ def test_gradients_agree(case):
 
 def test_cached_decode_equals_full_forward(case):
   decoded = decode(case.model, case.params, case.tokens, jnp.asarray(case.mask))
-  full = np.asarray(case.ours[0])[:, PROMPT - 1:]
-  compared = case.mask[:, PROMPT - 1:] & case.mask[:, PROMPT - 1:PROMPT]  # A row without a prompt is not decoded.
+  full = np.asarray(case.ours[0])[:, PROMPT - 1 :]
+  compared = (
+    case.mask[:, PROMPT - 1 :] & case.mask[:, PROMPT - 1 : PROMPT]
+  )  # A row without a prompt is not decoded.
   assert_near(np.asarray(decoded)[compared], full[compared], 1e-5)
 
 
 def test_saved_folder_loads_in_transformers_and_in_ours(case):
   hf.save(case.folder / 'ours', case.model, case.params, max_shard_bytes=1000)
   assert len(list((case.folder / 'ours').glob('*.safetensors'))) > 1
-  reloaded = transformers.AutoModelForCausalLM.from_pretrained(case.folder / 'ours', attn_implementation='eager')
+  reloaded = transformers.AutoModelForCausalLM.from_pretrained(
+    case.folder / 'ours', attn_implementation='eager'
+  )
   assert type(reloaded) is type(case.reference)
   with torch.no_grad():
     logits = their_logits(reloaded.eval(), case.tokens, case.mask).numpy()
@@ -160,11 +185,16 @@ def test_reward_model_of_transformers(family, tmp_path):
   """Scores of a sequence classifier with one label: ours of its file, theirs of ours."""
   config = families.FAMILIES[family](3).config
   config.num_labels = 1
-  reference = families.randomize(transformers.AutoModelForSequenceClassification.from_config(config), 3)
+  reference = families.randomize(
+    transformers.AutoModelForSequenceClassification.from_config(config), 3
+  )
   reference.save_pretrained(tmp_path / 'theirs')
   model, params = hf.load_reward(tmp_path / 'theirs')
   tokens, mask = draw_batch(model.vocab_size, 0)
-  tokens, mask = tokens[2:4], mask[2:4]  # Theirs counts positions from the first slot, padding or not.
+  tokens, mask = (
+    tokens[2:4],
+    mask[2:4],
+  )  # Theirs counts positions from the first slot, padding or not.
   tokens[~mask] = config.pad_token_id
 
   @jax.jit
@@ -173,11 +203,15 @@ def test_reward_model_of_transformers(family, tmp_path):
 
   def their_scores(reference):
     with torch.no_grad():
-      return reference(torch.tensor(tokens).long(), attention_mask=torch.tensor(mask).long()).logits.numpy()[:, 0]
+      return reference(
+        torch.tensor(tokens).long(), attention_mask=torch.tensor(mask).long()
+      ).logits.numpy()[:, 0]
 
   assert_near(np.asarray(score(params, tokens, jnp.asarray(mask))), their_scores(reference), 2e-4)
   hf.save(tmp_path / 'ours', model, params['backbone'], head=params['head'])
-  reloaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / 'ours').eval()
+  reloaded = transformers.AutoModelForSequenceClassification.from_pretrained(
+    tmp_path / 'ours'
+  ).eval()
   assert reloaded.config.num_labels == 1
   assert_near(their_scores(reloaded), their_scores(reference), 1e-5)
 
@@ -197,9 +231,16 @@ def test_bfloat16_file_and_parameters(tmp_path):
 
 def test_scores_divided_by_the_number_of_the_layer_unrolled(tmp_path):
   """Where layers are unrolled their numbers are ints, which have no dtype."""
+
   def build(**fields):
-    return families.randomize(transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=29, n_positions=LENGTH, n_embd=12, n_layer=3, n_head=3, **fields)), 0)
+    return families.randomize(
+      transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+          vocab_size=29, n_positions=LENGTH, n_embd=12, n_layer=3, n_head=3, **fields
+        )
+      ),
+      0,
+    )
 
   reference = build(scale_attn_by_inverse_layer_idx=True)
   reference.save_pretrained(tmp_path)
@@ -208,8 +249,10 @@ def test_scores_divided_by_the_number_of_the_layer_unrolled(tmp_path):
   rows = mask[:, PROMPT - 1]  # those whose prompt has a token
   tokens, mask = tokens[rows], mask[rows]
   states = decode(model, model.unstack(params), tokens, jnp.asarray(mask))
-  ours, real = np.asarray(model.unembed(params, states)), mask[:, PROMPT - 1:]
-  theirs, other = (their_logits(reference, tokens, mask).detach().numpy()[:, PROMPT - 1:][real]
-                   for reference in (reference, build()))
+  ours, real = np.asarray(model.unembed(params, states)), mask[:, PROMPT - 1 :]
+  theirs, other = (
+    their_logits(reference, tokens, mask).detach().numpy()[:, PROMPT - 1 :][real]
+    for reference in (reference, build())
+  )
   assert_near(ours[real], theirs, 2e-4)
   assert np.abs(theirs - other).max() > 0.01  # the key matters

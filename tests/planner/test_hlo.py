@@ -13,7 +13,7 @@ from rlhf_jax import sharding
 
 # As XLA for TPUs writes them, shortened: a loop of 10 - 2 rounds whose body gathers once, in three fusions
 # that overlap it with two matmuls, and within it a loop of 4 rounds that reduces and scatters.
-MODULE = textwrap.dedent('''\
+MODULE = textwrap.dedent("""\
     HloModule jit_f, is_scheduled=true
 
     %add (x: f32[], y: f32[]) -> f32[] {
@@ -86,30 +86,40 @@ MODULE = textwrap.dedent('''\
       %permuted = (bf16[4,8], bf16[4,8], u32[], u32[]) collective-permute-start(%a), channel_id=4
       ROOT %out = bf16[4,8]{1,0} get-tuple-element(%while.5), index=1, backend_config={"estimated_cycles":"3"}
     }
-    ''')
+    """)
 
 
 def test_loops_and_collectives_that_overlap_with_computation():
   found = hlo.totals(MODULE)
   assert found.unbounded == 0
   assert found.cycles == 3 + 8 * (100 + 50 + 4 * 7)
-  assert found.rounds == {('all-gather', 8): 8, ('reduce-scatter', 4): 32, ('all-reduce', 4): 8,
-                          ('collective-permute', 2): 1}
-  assert found.sent == pytest.approx({
-      ('all-gather', 8): 8 * 32 * 8 * 2 * 7 / 8,      # rounds, elements, bytes, all but the own part
+  assert found.rounds == {
+    ('all-gather', 8): 8,
+    ('reduce-scatter', 4): 32,
+    ('all-reduce', 4): 8,
+    ('collective-permute', 2): 1,
+  }
+  assert found.sent == pytest.approx(
+    {
+      ('all-gather', 8): 8 * 32 * 8 * 2 * 7 / 8,  # rounds, elements, bytes, all but the own part
       ('reduce-scatter', 4): 32 * 64 * 4 * 3 / 4,
       ('all-reduce', 4): 8 * 1 * 2 * 3 / 4,
-      ('collective-permute', 2): 4 * 8 * 2})
+      ('collective-permute', 2): 4 * 8 * 2,
+    }
+  )
 
 
-@pytest.mark.parametrize('text, chips', [
+@pytest.mark.parametrize(
+  'text, chips',
+  [
     ("replica_groups=mesh['a'=4,'b'=64], device_ids=([64,4]T(1,0)) {'b'}, dimensions={2}", 64),
     ("replica_groups=mesh['a'=4,'b'=64] {'a','b'}, use_global_device_ids=true", 256),
     ("replica_groups=mesh['a'=64] {'a':(4)16}", 16),
     ('replica_groups=[8,32]<=[32,8]T(1,0), dimensions={0}', 32),
     ('replica_groups={{0,2,4},{1,3,5}}', 3),
     ('channel_id=1', 1),
-])
+  ],
+)
 def test_chips_of_a_group(text, chips):
   assert hlo.group_size(text) == chips
 
@@ -117,16 +127,25 @@ def test_chips_of_a_group(text, chips):
 def test_what_xla_compiles_for_eight_devices():
   mesh = sharding.make_mesh({'fsdp': 8})
   rows, width, layers = 64, 32, 5
-  put = lambda shape, spec: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+  put = lambda shape, spec: jax.ShapeDtypeStruct(
+    shape, jnp.float32, sharding=NamedSharding(mesh, spec)
+  )
 
   def apply(x, weights):
     def layer(x, w):
       return jnp.tanh(jax.lax.with_sharding_constraint(x @ w, P('fsdp', None))), None
+
     return jax.lax.scan(layer, x, weights)[0]
 
   with jax.set_mesh(mesh):
-    text = jax.jit(apply).lower(put((rows, width), P('fsdp', None)),
-                                put((layers, width, width), P(None, 'fsdp', None))).compile().as_text()
+    text = (
+      jax.jit(apply)
+      .lower(
+        put((rows, width), P('fsdp', None)), put((layers, width, width), P(None, 'fsdp', None))
+      )
+      .compile()
+      .as_text()
+    )
   found = hlo.totals(text)
   assert found.unbounded == 0
   assert found.rounds == {('all-gather', 8): layers}

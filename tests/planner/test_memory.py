@@ -14,10 +14,10 @@ import tiny
 MESH = {'data': 2, 'fsdp': 2, 'tensor': 2}
 LORA = (('attention/(query|value)$', 4, 8.0),)
 WAYS = {
-    'all': {},
-    'bfloat16': {'model.param_dtype': 'bfloat16', 'model.dtype': 'bfloat16', 'optim.ema': 0.9},
-    'adapters': {'model.lora.targets': LORA, 'critic.kind': 'adapters'},
-    'top layer, critic on the trunk': {'model.unfrozen_layers': 1, 'critic.kind': 'trunk'},
+  'all': {},
+  'bfloat16': {'model.param_dtype': 'bfloat16', 'model.dtype': 'bfloat16', 'optim.ema': 0.9},
+  'adapters': {'model.lora.targets': LORA, 'critic.kind': 'adapters'},
+  'top layer, critic on the trunk': {'model.unfrozen_layers': 1, 'critic.kind': 'trunk'},
 }
 
 
@@ -32,8 +32,12 @@ def run_config(world, way):
 def held(tree):
   """Bytes on the first device, each buffer once however many trees it is in."""
   first = jax.devices()[0]
-  shards = {shard.data.unsafe_buffer_pointer(): shard.data.nbytes for leaf in jax.tree.leaves(tree)
-            for shard in leaf.addressable_shards if shard.device == first and shard.data.size}
+  shards = {
+    shard.data.unsafe_buffer_pointer(): shard.data.nbytes
+    for leaf in jax.tree.leaves(tree)
+    for shard in leaf.addressable_shards
+    if shard.device == first and shard.data.size
+  }
   return sum(shards.values())
 
 
@@ -45,7 +49,9 @@ def test_every_kind_takes_what_it_takes_in_a_run(way, world):
     learner, state = ppo.create(config, mesh)
     (frozen, *_), _ = learner.next_batch(state, timed=False)
   made = programs.make(config, mesh)
-  structure = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding.shard_shape(x.shape)), tree)
+  structure = lambda tree: jax.tree.map(
+    lambda x: (x.shape, x.dtype, x.sharding.shard_shape(x.shape)), tree
+  )
   assert structure(made.arrays['state'].params) == structure(state.params)
   assert structure(made.arrays['state'].opt_state) == structure(state.opt_state)
   assert structure(made.arrays['frozen']) == structure(frozen)
@@ -65,16 +71,23 @@ def test_cache_and_gradients(world):
   mesh = sharding.make_mesh(MESH)
   made = programs.make(config, mesh)
   # Keys and values of 2 layers, 16 rows over 4 shards, 2 heads over 2, 12 tokens, width 4, float32.
-  assert memory.cache(config, models.create(tiny.LLAMA), mesh) == 2 * 2 * (16 / 4) * (2 / 2) * 12 * 4 * 4
+  assert (
+    memory.cache(config, models.create(tiny.LLAMA), mesh) == 2 * 2 * (16 / 4) * (2 / 2) * 12 * 4 * 4
+  )
   kinds = memory.by_kind(made.arrays)
   assert memory.gradients(config, made.arrays) == kinds['policy'] + kinds['critic']
   config.microbatch_size = 4  # float32 sums beside them
   assert memory.gradients(config, made.arrays) == 2 * (kinds['policy'] + kinds['critic'])
 
 
-@pytest.mark.parametrize('key, value, message', [
-    ('algorithm', 'sft', 'plans single runs of PPO'), ('model.init', {}, 'config.model.init is empty'),
-    ('critic.path', 'folder', 'reads no folder')])
+@pytest.mark.parametrize(
+  'key, value, message',
+  [
+    ('algorithm', 'sft', 'plans single runs of PPO'),
+    ('model.init', {}, 'config.model.init is empty'),
+    ('critic.path', 'folder', 'reads no folder'),
+  ],
+)
 def test_what_cannot_be_planned(key, value, message, world):
   config = run_config(world, 'all')
   with config.ignore_type():

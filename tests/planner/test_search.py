@@ -34,7 +34,9 @@ def candidate(llama, mesh, **keys):
   config.mesh = dict(zip(sharding.AXES, mesh))
   config.update_from_flattened_dict(keys)
   work = {'rollout': 8e15, 'scoring': 7.6e15, 'update': 2.55e17}
-  return search.estimated(config, made, work, chip=chips.CHIPS['v5e'], chips=math.prod(mesh), by_axis=LINKS)
+  return search.estimated(
+    config, made, work, chip=chips.CHIPS['v5e'], chips=math.prod(mesh), by_axis=LINKS
+  )
 
 
 def test_variants_are_valid_runs():
@@ -53,7 +55,9 @@ def test_variants_divide_the_rows_sampled_at_a_time():
   config.sampling.max_concurrent = 96
   found = list(search.variants(config, CHIPS))
   assert {varied.mesh.data * varied.mesh.fsdp for varied in found} == {32}
-  assert not any(varied.sampling.gather_weights for varied in found)  # They are gathered in any case.
+  assert not any(
+    varied.sampling.gather_weights for varied in found
+  )  # They are gathered in any case.
 
 
 def test_a_mesh_that_does_not_divide_the_model_is_no_candidate(llama):
@@ -80,8 +84,10 @@ def test_gathering_the_weights_once_costs_memory_and_saves_time(llama):
 
 
 def test_what_recomputation_and_microbatches_change(llama):
-  memory = {remat: candidate(llama, (1, 64, 4), **{'model.remat': remat}).extra['update']
-            for remat in ('block', 'dots', 'none')}
+  memory = {
+    remat: candidate(llama, (1, 64, 4), **{'model.remat': remat}).extra['update']
+    for remat in ('block', 'dots', 'none')
+  }
   assert memory['block'] < memory['dots'] < memory['none']
   large, small = (candidate(llama, (1, 64, 4), microbatch_size=size) for size in (256, 64))
   assert small.extra['update'] < large.extra['update']
@@ -89,7 +95,9 @@ def test_what_recomputation_and_microbatches_change(llama):
 
 
 def test_order(llama):
-  fast, slow = (candidate(llama, (1, 32, 8), **{'sampling.gather_weights': gather}) for gather in (True, False))
+  fast, slow = (
+    candidate(llama, (1, 32, 8), **{'sampling.gather_weights': gather}) for gather in (True, False)
+  )
   large = candidate(llama, (256, 1, 1))
   assert fast.seconds < slow.seconds and fast.fits and slow.fits and not large.fits
   assert search.ranked([large, slow, fast]) == [fast, slow, large]
@@ -114,7 +122,8 @@ def test_the_run_of_the_config_at_its_small_size(world, tmp_path):
   """The same file, with folders of a tiny model: two steps."""
   for variant in ('', ',lora'):
     config = ppo_llama3_8b.get_config(
-        f'debug{variant},policy={world}/model,reward={world}/reward,prompts={world}/prompts.jsonl')
+      f'debug{variant},policy={world}/model,reward={world}/reward,prompts={world}/prompts.jsonl'
+    )
     assert config.model.init.num_hidden_layers == tiny.LLAMA['num_hidden_layers']
     assert (train.run(config, tmp_path / f'run{variant}') / 'config.json').exists()
 

@@ -11,7 +11,7 @@ pytest.importorskip('libtpu')
 
 PLAN = ['-m', 'planner', '--config=configs/ppo_llama3_8b.py:debug', '--effort=-1']
 # Attention and its gradients on 2 x 2 chips: rows over 'data', heads over 'tensor'; scores would be 4 GiB a chip.
-KERNELS = '''
+KERNELS = """
 import functools, jax, jax.numpy as jnp
 from rlhf_jax import sharding
 from rlhf_jax.models import attention
@@ -33,14 +33,20 @@ for width, window, score_cap in ((64, 0, 0.0), (128, 3000, 50.0), (256, 0, 0.0))
   assert not any(name in text for name in ('all-gather', 'all-reduce', 'all-to-all')), text
   assert compiled.memory_analysis().temp_size_in_bytes < 2**29, compiled.memory_analysis()
 print('compiled')
-'''
+"""
 
 
 def run(*arguments, cache, command=PLAN):
   env = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
-  return subprocess.run([sys.executable, *command, *arguments], capture_output=True, text=True, check=False,
-                        timeout=600, cwd=pathlib.Path(__file__).resolve().parents[2],
-                        env=env | {'XDG_CACHE_HOME': str(cache), 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'COLUMNS': '200'})
+  return subprocess.run(
+    [sys.executable, *command, *arguments],
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=600,
+    cwd=pathlib.Path(__file__).resolve().parents[2],
+    env=env | {'XDG_CACHE_HOME': str(cache), 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'COLUMNS': '200'},
+  )
 
 
 @pytest.fixture(scope='module')
@@ -49,10 +55,23 @@ def cache(tmp_path_factory):
 
 
 def test_a_plan_and_its_report(cache, tmp_path):
-  done = run('--topology=v5e:2x2', '--config.sampling.max_new_tokens=64', f'--report={tmp_path}/plan.md', cache=cache)
+  done = run(
+    '--topology=v5e:2x2',
+    '--config.sampling.max_new_tokens=64',
+    f'--report={tmp_path}/plan.md',
+    cache=cache,
+  )
   assert done.returncode == 0, done.stderr
   assert 'no known number of rounds' not in done.stderr  # though a rollout has several stages
-  for part in ('master weights', 'most at once', 'rollout', 'scoring', 'update', 'all-reduce', '4 chips of v5e'):
+  for part in (
+    'master weights',
+    'most at once',
+    'rollout',
+    'scoring',
+    'update',
+    'all-reduce',
+    '4 chips of v5e',
+  ):
     assert part in done.stdout
   assert done.stdout.count('does not fit') == 0
   text = (tmp_path / 'plan.md').read_text()
@@ -67,9 +86,11 @@ def test_a_search(cache):
 
 
 def test_mistakes_are_said_in_one_line(cache):
-  for arguments, message in ((['--topology=v5e:3x7'], 'choose another --topology'),
-                             (['--topology=v5x:2x2'], 'has to be CHIP:AxB'),
-                             (['--topology=v5e:2x2', '--config.mesh.tensor=3'], 'config.mesh')):
+  for arguments, message in (
+    (['--topology=v5e:3x7'], 'choose another --topology'),
+    (['--topology=v5x:2x2'], 'has to be CHIP:AxB'),
+    (['--topology=v5e:2x2', '--config.mesh.tensor=3'], 'config.mesh'),
+  ):
     done = run(*arguments, cache=cache)
     assert done.returncode == 1 and message in done.stderr and 'Traceback' not in done.stderr
 

@@ -21,8 +21,10 @@ import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROMPTS, RESPONSES = ['one', 'two', 'two'], ['a b', 'c', 'd e f']
-BATCH = guard.Call('the reward function mine', PROMPTS, RESPONSES, timeout=0.3, key='config.reward.timeout')
-SOURCE = '''
+BATCH = guard.Call(
+  'the reward function mine', PROMPTS, RESPONSES, timeout=0.3, key='config.reward.timeout'
+)
+SOURCE = """
 import asyncio, os, sys, time
 def grade(how, response):
   if how == 'divides':
@@ -48,7 +50,7 @@ def swallow(responses):
       time.sleep(60)
     except:
       return [0.0]
-'''
+"""
 
 
 @pytest.fixture(scope='module')
@@ -62,13 +64,19 @@ def mine(tmp_path_factory):
 
 
 ENDS = {
-    'divides': ['mine raised ZeroDivisionError: division by zero, at ', 'py:5 in grade: `return 1 / 0`',
-                '--verbosity=1 shows all'],
-    'exits': ['mine called sys.exit(0), at ', 'py:7 in grade: `sys.exit(0)`', 'it must return'],
-    'exits at once': ['mine called os._exit(0), at ', 'py:9 in grade: `os._exit(0)`'],
-    'is cancelled': ['mine raised CancelledError', 'py:11 in grade'],
-    'sleeps': ['mine did not return within 0.3 seconds, at ', 'py:13 in grade: `time.sleep(60)`',
-               'raise config.reward.timeout (None: no limit)'],
+  'divides': [
+    'mine raised ZeroDivisionError: division by zero, at ',
+    'py:5 in grade: `return 1 / 0`',
+    '--verbosity=1 shows all',
+  ],
+  'exits': ['mine called sys.exit(0), at ', 'py:7 in grade: `sys.exit(0)`', 'it must return'],
+  'exits at once': ['mine called os._exit(0), at ', 'py:9 in grade: `os._exit(0)`'],
+  'is cancelled': ['mine raised CancelledError', 'py:11 in grade'],
+  'sleeps': [
+    'mine did not return within 0.3 seconds, at ',
+    'py:13 in grade: `time.sleep(60)`',
+    'raise config.reward.timeout (None: no limit)',
+  ],
 }
 
 
@@ -77,8 +85,11 @@ def test_every_end_is_one_line_with_the_users_frames_and_the_example(how, mine):
   with pytest.raises(errors.UserError) as caught:
     guard.run(functools.partial(mine.score, how, RESPONSES), BATCH)
   message = str(caught.value)
-  for part in [*ENDS[how], 'mine_for_guard.py:20 in score: `return [grade(',
-               "with example 1, prompt 'two', response 'c'"]:
+  for part in [
+    *ENDS[how],
+    'mine_for_guard.py:20 in score: `return [grade(',
+    "with example 1, prompt 'two', response 'c'",
+  ]:
     assert part in message, message
   assert '\n' not in message and 'guard.py:6' not in message and '<listcomp>' not in message
 
@@ -98,13 +109,16 @@ def test_the_example_has_the_prompt_of_the_frame_too():
   call = guard.Call('mine', ['one', 'two'], ['same', 'same'])
   with pytest.raises(errors.UserError, match="with example 1, prompt 'two', response 'same'"):
     guard.run(lambda: grade('two', 'same'), call)
-  with pytest.raises(errors.UserError, match="called with 2 prompts, the first 'one' with the response 'same'"):
+  with pytest.raises(
+    errors.UserError, match="called with 2 prompts, the first 'one' with the response 'same'"
+  ):
     guard.run(lambda: 1 / 0, call)
 
 
 def test_ctrl_c_stays_ctrl_c():
   def interrupted():
     raise KeyboardInterrupt
+
   with pytest.raises(KeyboardInterrupt):
     guard.run(interrupted, BATCH)
 
@@ -141,12 +155,14 @@ def test_another_thread_has_no_signals_and_works():
 def python(code):
   """Runs code in a process without JAX."""
   code = 'from rlhf_jax.rewards import guard\nimport os, sys, time\n' + textwrap.dedent(code)
-  return subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+  return subprocess.run(
+    [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=60
+  )
 
 
 def test_a_forked_child_exits_and_code_that_no_signal_reaches_is_ended():
   """A loop in C that does not ask for signals: no handler runs."""
-  done = python('''
+  done = python("""
       def forks():
         child = os.fork()
         if not child:
@@ -156,7 +172,7 @@ def test_a_forked_child_exits_and_code_that_no_signal_reaches_is_ended():
       print(guard.run(forks, call), flush=True)
       guard.GRACE = 0.3
       guard.run(lambda: sum(range(10**12)), call)
-      ''')
+      """)
   assert done.stdout == '7\n' and done.returncode == 1
   assert 'Timeout (0:00:00.500000)!' in done.stderr and 'line 12 in <lambda>' in done.stderr
 
@@ -193,11 +209,17 @@ def gold_that_fails(prompt, response):
 number = 3
 
 
-@pytest.mark.parametrize('name, message', [
-    ('wrong', r"takes \(prompts, responses\), and is called as f\(prompts, responses, response_tokens=..., "
-              r"metadata=...\): .*unexpected keyword argument 'response_tokens'; write def f\("),
+@pytest.mark.parametrize(
+  'name, message',
+  [
+    (
+      'wrong',
+      r'takes \(prompts, responses\), and is called as f\(prompts, responses, response_tokens=..., '
+      r"metadata=...\): .*unexpected keyword argument 'response_tokens'; write def f\(",
+    ),
     ('number', 'is of type int: it must be a function'),
-])
+  ],
+)
 def test_a_wrong_signature_is_found_when_it_is_loaded(name, message):
   with pytest.raises(errors.UserError, match=f'config.reward.function=.*:{name}.* {message}'):
     functions.load_reward(f'{__name__}:{name}')
@@ -207,19 +229,25 @@ def test_a_wrong_signature_is_found_when_it_is_loaded(name, message):
 def test_gold_scores_are_guarded_too():
   gold = functions.load_gold(f'{__name__}:gold_that_fails')
   assert gold('p', 'fine') == 1.5
-  for response, message in (('bad', "returned 'much' for example 0, prompt 'p', response 'bad'.*is a str"),
-                            ('nan', "returned nan for example 0.*must be finite")):
+  for response, message in (
+    ('bad', "returned 'much' for example 0, prompt 'p', response 'bad'.*is a str"),
+    ('nan', 'returned nan for example 0.*must be finite'),
+  ):
     with pytest.raises(errors.UserError, match=f'the gold score .*gold_that_fails {message}'):
       gold('p', response)
   with pytest.raises(
-      errors.UserError, match=r'gold=.*wrong.* takes \(prompts, responses\), and is called as f\(gold_path\)'):
+    errors.UserError,
+    match=r'gold=.*wrong.* takes \(prompts, responses\), and is called as f\(gold_path\)',
+  ):
     functions.load_gold(f'{__name__}:wrong', 'data')
 
 
 def test_asyncio_is_whole():
   """A cancellation inside the function that it handles itself is its own affair."""
+
   async def cancelled():
     task = asyncio.ensure_future(asyncio.sleep(5))
     task.cancel()
     return await asyncio.gather(task, return_exceptions=True)
+
   assert isinstance(guard.run(lambda: asyncio.run(cancelled()), BATCH)[0], asyncio.CancelledError)

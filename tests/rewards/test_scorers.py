@@ -38,8 +38,13 @@ def reward_models(world, tmp_path_factory):
   for seed in (21, 22):
     folders.append(str(tmp_path_factory.mktemp(f'reward_{seed}')))
     model, keys = models.create(tiny.LLAMA), jax.random.split(jax.random.key(seed))
-    hf.save(folders[-1], model, model.init(keys[0]), tokenizer=tiny.write_tokenizer(folders[-1]),
-            head=heads.init_scalar(keys[1], model.width, scale='normal'))
+    hf.save(
+      folders[-1],
+      model,
+      model.init(keys[0]),
+      tokenizer=tiny.write_tokenizer(folders[-1]),
+      head=heads.init_scalar(keys[1], model.width, scale='normal'),
+    )
   return folders
 
 
@@ -50,8 +55,11 @@ def rollout():
   response_mask = np.arange(R)[None] < np.array([4, 1, 3, 2, 4])[:, None]
   mask = np.concatenate([np.ones((B, P), bool), response_mask], axis=1)
   made = types.Rollout(
-      jnp.asarray(np.where(mask, tokens, tiny.PAD)), jnp.asarray(mask),
-      jnp.asarray(response_mask), None)
+    jnp.asarray(np.where(mask, tokens, tiny.PAD)),
+    jnp.asarray(mask),
+    jnp.asarray(response_mask),
+    None,
+  )
   return made, [formats.Prompt(tiny.text(i, 2), {'number': i}) for i in range(B)]
 
 
@@ -69,8 +77,10 @@ def fixed(scores):
 def total_of(scores, rollout):
   """Python loop: one number a response."""
   mask = np.asarray(rollout.response_mask)
-  return [sum(score[t] for t in range(R) if mask[i, t]) if np.ndim(score) else score
-          for i, score in enumerate(scores)]
+  return [
+    sum(score[t] for t in range(R) if mask[i, t]) if np.ndim(score) else score
+    for i, score in enumerate(scores)
+  ]
 
 
 @pytest.mark.parametrize('by_token', [False, True])
@@ -86,14 +96,17 @@ def test_weighted_sum(by_token):
   assert set(scores.parts) == set(weights)
   for (name, weight), value in zip(weights.items(), values):
     np.testing.assert_allclose(
-        scores.parts[name], [weight * x for x in total_of(value, batch)], rtol=0, atol=1e-6)
+      scores.parts[name], [weight * x for x in total_of(value, batch)], rtol=0, atol=1e-6
+    )
   np.testing.assert_allclose(
-      sum(scores.parts.values()), total_of(np.asarray(scores.total), batch), rtol=0, atol=1e-5)
+    sum(scores.parts.values()), total_of(np.asarray(scores.total), batch), rtol=0, atol=1e-5
+  )
 
 
 @pytest.mark.parametrize('by_token', [False, True])
-@pytest.mark.parametrize('how, coef', [
-    ('mean', 0.7), ('min', 0.7), ('variance', 0.0), ('variance', 0.7)])
+@pytest.mark.parametrize(
+  'how, coef', [('mean', 0.7), ('min', 0.7), ('variance', 0.0), ('variance', 0.7)]
+)
 def test_ensemble(how, coef, by_token):
   batch, examples = rollout()
   values = random_scores(4, by_token)
@@ -102,12 +115,16 @@ def test_ensemble(how, coef, by_token):
   for index in np.ndindex(values[0].shape):
     members = [float(value[index]) for value in values]
     mean = sum(members) / 4
-    expected = {'mean': mean, 'min': min(members),
-                'variance': mean - coef * sum((m - mean) ** 2 for m in members) / 4}[how]
+    expected = {
+      'mean': mean,
+      'min': min(members),
+      'variance': mean - coef * sum((m - mean) ** 2 for m in members) / 4,
+    }[how]
     assert float(scores.total[index]) == pytest.approx(expected, abs=1e-6)
   for i, value in enumerate(values):
     np.testing.assert_allclose(
-        scores.parts[f'member_{i}'], total_of(value, batch), rtol=0, atol=1e-6)
+      scores.parts[f'member_{i}'], total_of(value, batch), rtol=0, atol=1e-6
+    )
 
 
 def test_ensemble_by_hand():
@@ -122,9 +139,12 @@ def test_ensemble_by_hand():
 def test_what_a_part_is_made_of_keeps_its_name():
   batch, examples = rollout()
   one, two, other = random_scores(3, False)
-  scores = scorers.weighted({
+  scores = scorers.weighted(
+    {
       'quality': (2.0, scorers.ensemble([fixed(one), fixed(two)], 'min')),
-      'length': (1.0, fixed(other))})(batch, examples)
+      'length': (1.0, fixed(other)),
+    }
+  )(batch, examples)
   assert set(scores.parts) == {'quality', 'quality/member_0', 'quality/member_1', 'length'}
   np.testing.assert_allclose(scores.parts['quality'], 2 * np.minimum(one, two), rtol=1e-6)
   np.testing.assert_array_equal(scores.parts['quality/member_1'], two)
@@ -141,8 +161,9 @@ def test_scores_of_responses_and_of_tokens_are_not_combined():
 
 
 def make(config_reward, world, mesh):
-  return scorers.make(config_reward, tokenizers.load(world / 'tokenizer'), mesh, load={},
-                      check=lambda model: None)
+  return scorers.make(
+    config_reward, tokenizers.load(world / 'tokenizer'), mesh, load={}, check=lambda model: None
+  )
 
 
 @pytest.mark.parametrize('how', scorers.ENSEMBLES)
@@ -163,8 +184,11 @@ def test_an_ensemble_of_reward_models(how, world, reward_models, mesh, compiled)
     score = jax.jit(scoring.score, static_argnames='model')
     members.append(np.asarray(score(params, batch.tokens, batch.mask, model=model)))
   assert np.std(members, axis=0).min() > 1e-3, 'the members differ'
-  expected = {'mean': np.mean(members, axis=0), 'min': np.min(members, axis=0),
-              'variance': np.mean(members, axis=0) - 0.5 * np.var(members, axis=0)}[how]
+  expected = {
+    'mean': np.mean(members, axis=0),
+    'min': np.min(members, axis=0),
+    'variance': np.mean(members, axis=0) - 0.5 * np.var(members, axis=0),
+  }[how]
   np.testing.assert_allclose(found.total, expected, rtol=0, atol=1e-5)
   for i, member in enumerate(members):
     np.testing.assert_allclose(found.parts[f'member_{i}'], member, rtol=0, atol=1e-5)
@@ -176,9 +200,10 @@ def test_an_ensemble_of_reward_models(how, world, reward_models, mesh, compiled)
 def test_a_weighted_sum_from_a_config(world, reward_models, mesh):
   reward = scorers.config()
   reward.parts = {
-      'good': {'weight': 3.0, 'function': 'tiny:good_words'},
-      'learned': {'weight': 0.5, 'models': tuple(reward_models[:2]), 'ensemble': 'min'},
-      'plain': {'model': reward_models[2]}}  # its weight is 1
+    'good': {'weight': 3.0, 'function': 'tiny:good_words'},
+    'learned': {'weight': 0.5, 'models': tuple(reward_models[:2]), 'ensemble': 'min'},
+    'plain': {'model': reward_models[2]},
+  }  # its weight is 1
   scorers.validate(reward)
   batch, examples = rollout()
   with jax.set_mesh(mesh):
@@ -186,8 +211,12 @@ def test_a_weighted_sum_from_a_config(world, reward_models, mesh):
     found = scorer(batch, examples)
   assert start is not None
   alone = {}
-  sources = {'good': {'function': 'tiny:good_words'}, 'plain': {'model': reward_models[2]},
-             'a': {'model': reward_models[0]}, 'b': {'model': reward_models[1]}}
+  sources = {
+    'good': {'function': 'tiny:good_words'},
+    'plain': {'model': reward_models[2]},
+    'a': {'model': reward_models[0]},
+    'b': {'model': reward_models[1]},
+  }
   for name, source in sources.items():
     one = scorers.config()
     one.update(source)
@@ -207,8 +236,11 @@ def test_keys_can_be_changed_on_the_command_line(monkeypatch):
     values(['main', *arguments])
     return holder.value
 
-  found = parse({'good': {'weight': 1.0, 'function': 'tiny:good_words'}},
-                '--reward.parts.good.weight=0.5', '--reward.max_length=7')
+  found = parse(
+    {'good': {'weight': 1.0, 'function': 'tiny:good_words'}},
+    '--reward.parts.good.weight=0.5',
+    '--reward.max_length=7',
+  )
   assert found.parts.good.to_dict() == {'weight': 0.5, 'function': 'tiny:good_words'}
   assert found.max_length == 7
   for arguments in (["--reward.models=('a', 'b')"], ['--reward.models=a', '--reward.models=b']):
@@ -219,7 +251,9 @@ def test_keys_can_be_changed_on_the_command_line(monkeypatch):
 def test_a_function_that_cannot_be_loaded_names_its_key(world, mesh):
   reward = scorers.config()
   reward.parts = {'mine': {'function': 'no_such_module:f'}}
-  with pytest.raises(errors.UserError, match="reward.parts.mine.function='no_such_module:f' cannot"):
+  with pytest.raises(
+    errors.UserError, match="reward.parts.mine.function='no_such_module:f' cannot"
+  ):
     make(reward, world, mesh)
 
 
@@ -234,13 +268,18 @@ def test_a_function_has_its_time_limit_in_parts_too(world, mesh):
   scorers.validate(reward)
   with jax.set_mesh(mesh):
     scorer, _ = make(reward, world, mesh)
-    with pytest.raises(errors.UserError, match='sleeps did not return within 0.2 seconds, at .*`time.sleep'
-                       '.*raise config.reward.parts.slow.timeout'):
+    with pytest.raises(
+      errors.UserError,
+      match='sleeps did not return within 0.2 seconds, at .*`time.sleep'
+      '.*raise config.reward.parts.slow.timeout',
+    ):
       scorer(*rollout())
   reward.parts.slow.timeout = None
   scorers.validate(reward)
   reward.parts.slow.timeout = 0.0
-  with pytest.raises(errors.UserError, match='config.reward.parts.slow.timeout=0.0 must be positive, or None'):
+  with pytest.raises(
+    errors.UserError, match='config.reward.parts.slow.timeout=0.0 must be positive, or None'
+  ):
     scorers.validate(reward)
 
 
@@ -248,26 +287,31 @@ def test_ppo_logs_what_its_reward_is_made_of(world, tmp_path):
   config = tiny.ppo(world)
   config.steps, config.samples_every = 3, 3
   config.reward.function = None
-  config.reward.parts = {'good': {'weight': 2.0, 'function': 'tiny:good_words'},
-                         'learned': {'weight': 0.25, 'model': f'{world}/reward'}}
+  config.reward.parts = {
+    'good': {'weight': 2.0, 'function': 'tiny:good_words'},
+    'learned': {'weight': 0.25, 'model': f'{world}/reward'},
+  }
   config.rl.update({'missing_eos': 'replace', 'missing_eos_value': -5.0})
   train.run(config, tmp_path)
   records = metrics_lib.read(tmp_path)
   assert len(records) == 3
   for record in records:
     assert record['reward/good'] + record['reward/learned'] == pytest.approx(
-        record['objective/scores'], abs=1e-5)
+      record['objective/scores'], abs=1e-5
+    )
     # Hardly any response of six tokens ends by itself.
     assert record['objective/paid_scores'] < record['objective/scores'] - 1
   samples = metrics_lib.read_samples(tmp_path)
   assert len(samples) == config.batch_size
   for sample in samples:
     assert sum(sample['parts'].values()) == pytest.approx(sample['score'], abs=1e-5)
-    good = tiny.good_words([sample['prompt']], [sample['response']], response_tokens=None,
-                           metadata=[{'number': 0}])
+    good = tiny.good_words(
+      [sample['prompt']], [sample['response']], response_tokens=None, metadata=[{'number': 0}]
+    )
     assert sample['parts']['good'] == pytest.approx(2 * good[0], abs=1e-6)
   assert np.mean([sample['score'] for sample in samples]) == pytest.approx(
-      records[-1]['objective/scores'], abs=1e-5)
+    records[-1]['objective/scores'], abs=1e-5
+  )
   paid = [sample['paid_score'] for sample in samples]
   assert np.mean(paid) == pytest.approx(records[-1]['objective/paid_scores'], abs=1e-5)
   assert all(sample['paid_score'] in (-5.0, pytest.approx(sample['score'])) for sample in samples)
@@ -294,8 +338,13 @@ def test_a_reward_model_of_another_tokenizer_reads_max_length(world, tmp_path, m
   """BOS, two words of a prompt and the four of the first response are more than five."""
   own = tiny.write_tokenizer(tmp_path, words=61)
   model = models.create(tiny.LLAMA | {'vocab_size': tiny.VOCAB + 1})
-  hf.save(tmp_path, model, model.init(jax.random.key(0)), tokenizer=own,
-          head=heads.init_scalar(jax.random.key(1), model.width, scale='normal'))
+  hf.save(
+    tmp_path,
+    model,
+    model.init(jax.random.key(0)),
+    tokenizer=own,
+    head=heads.init_scalar(jax.random.key(1), model.width, scale='normal'),
+  )
   reward = scorers.config()
   reward.update({'model': str(tmp_path), 'max_length': 5})
   with jax.set_mesh(mesh):

@@ -74,7 +74,11 @@ def test_the_update_before_is_none_of_the_rollout(actor, update):
   _, _, found = actor(params, None, timed=True)
   waited = time.perf_counter() - started
   assert waited > SLOW / 2, 'the update was still running'
-  assert seconds == {} and found['seconds/rollout'] < waited / 2 and found['seconds/scoring'] < waited / 2
+  assert (
+    seconds == {}
+    and found['seconds/rollout'] < waited / 2
+    and found['seconds/scoring'] < waited / 2
+  )
   assert found['tokens_per_second/rollout'] == pytest.approx(6 / found['seconds/rollout'])
 
 

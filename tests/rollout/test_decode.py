@@ -19,8 +19,9 @@ import tiny
 
 EOS, PAD = 3, 0
 # Row i: probabilities of what follows token i, of which 3 is the EOS.
-CHAIN = np.array([[0.1, 0.4, 0.3, 0.2], [0.3, 0.1, 0.1, 0.5], [0.25, 0.25, 0.4, 0.1],
-                  [0.7, 0.1, 0.1, 0.1]])
+CHAIN = np.array(
+  [[0.1, 0.4, 0.3, 0.2], [0.3, 0.1, 0.1, 0.5], [0.25, 0.25, 0.4, 0.1], [0.7, 0.1, 0.1, 0.1]]
+)
 calls = []
 
 
@@ -50,8 +51,9 @@ def ragged(lengths, width, vocab, seed=0, garbage=False):
   rng = np.random.default_rng(seed)
   mask = np.arange(width)[None] >= width - np.array(lengths)[:, None]
   tokens = np.full(mask.shape, PAD, np.int32)
-  tokens[mask] = np.concatenate([np.random.default_rng([seed, i]).integers(4, vocab, n)
-                                 for i, n in enumerate(lengths)])
+  tokens[mask] = np.concatenate(
+    [np.random.default_rng([seed, i]).integers(4, vocab, n) for i, n in enumerate(lengths)]
+  )
   if garbage:
     tokens = np.where(mask, tokens, rng.integers(0, vocab, mask.shape)).astype(np.int32)
   return types.Prompts(jnp.asarray(tokens), jnp.asarray(mask))
@@ -71,8 +73,13 @@ def llama():
 def chain(batch, **settings):
   """Responses of the Markov chain to the prompt [2]."""
   prompts = types.Prompts(jnp.full((batch, 1), 2), jnp.ones((batch, 1), bool))
-  return generate(jnp.log(CHAIN), prompts, jax.random.key(0), Markov(),
-                  sampling_lib.Sampling(pad_id=PAD, **settings))
+  return generate(
+    jnp.log(CHAIN),
+    prompts,
+    jax.random.key(0),
+    Markov(),
+    sampling_lib.Sampling(pad_id=PAD, **settings),
+  )
 
 
 def test_frequencies_of_whole_responses_are_within_four_sigma():
@@ -86,8 +93,9 @@ def test_frequencies_of_whole_responses_are_within_four_sigma():
       for c in range(4) if b not in (EOS, None) else [None]:
         row = [t for t in (a, b, c) if t is not None]
         p = np.prod([CHAIN[i, j] for i, j in zip([2] + row, row)])
-        exact[tuple(row + [PAD] * (3 - len(row)))] = exact.get(
-            tuple(row + [PAD] * (3 - len(row))), 0.0) + p
+        exact[tuple(row + [PAD] * (3 - len(row)))] = (
+          exact.get(tuple(row + [PAD] * (3 - len(row))), 0.0) + p
+        )
   assert abs(sum(exact.values()) - 1) < 1e-9
   rows, counts = np.unique(responses, axis=0, return_counts=True)
   counts = dict(zip(map(tuple, rows.tolist()), counts))
@@ -98,21 +106,26 @@ def test_frequencies_of_whole_responses_are_within_four_sigma():
 
 def test_masks_and_logprobs_end_at_the_eos():
   found = chain(500, max_new_tokens=5, eos_id=EOS)
-  for tokens, mask, whole, logprobs in zip(*map(np.asarray, (
-      found.tokens[:, 1:], found.response_mask, found.mask, found.logprobs))):
+  for tokens, mask, whole, logprobs in zip(
+    *map(np.asarray, (found.tokens[:, 1:], found.response_mask, found.mask, found.logprobs))
+  ):
     ends = np.flatnonzero(tokens == EOS)
     length = ends[0] + 1 if len(ends) else 5
     np.testing.assert_array_equal(mask, np.arange(5) < length)
     np.testing.assert_array_equal(whole, np.append(True, mask))
     assert (tokens[length:] == PAD).all() and (logprobs[length:] == 0).all()
-    before = np.append(2, tokens[:length - 1])
+    before = np.append(2, tokens[: length - 1])
     np.testing.assert_allclose(logprobs[:length], np.log(CHAIN[before, tokens[:length]]), atol=1e-6)
 
 
 def test_padding_that_is_the_eos_does_not_eat_it():
-  found = generate(jnp.log(CHAIN), types.Prompts(jnp.full((200, 1), 2), jnp.ones((200, 1), bool)),
-                   jax.random.key(0), Markov(),
-                   sampling_lib.Sampling(max_new_tokens=4, eos_id=EOS, pad_id=EOS))
+  found = generate(
+    jnp.log(CHAIN),
+    types.Prompts(jnp.full((200, 1), 2), jnp.ones((200, 1), bool)),
+    jax.random.key(0),
+    Markov(),
+    sampling_lib.Sampling(max_new_tokens=4, eos_id=EOS, pad_id=EOS),
+  )
   ended = np.asarray((found.tokens[:, 1:] == EOS) & found.response_mask)
   assert (ended.sum(1) <= 1).all() and ended.any()
   short = np.asarray(found.response_mask).sum(1) < 4
@@ -136,9 +149,13 @@ def test_the_loop_ends_with_the_last_row(ends_after, expected):
   step[np.arange(9), np.arange(1, 10)] = 0.0
   start = jnp.array([[9 - ends_after], [8]])  # The second row ends at once.
   del calls[:]
-  found = generate(jnp.asarray(step), types.Prompts(start, jnp.ones((2, 1), bool)),
-                   jax.random.key(0), Markov(),
-                   sampling_lib.Sampling(max_new_tokens=6, eos_id=9))
+  found = generate(
+    jnp.asarray(step),
+    types.Prompts(start, jnp.ones((2, 1), bool)),
+    jax.random.key(0),
+    Markov(),
+    sampling_lib.Sampling(max_new_tokens=6, eos_id=9),
+  )
   jax.effects_barrier()
   assert len(calls) == expected
   np.testing.assert_array_equal(np.asarray(found.response_mask).sum(1), [expected, 1])
@@ -146,16 +163,18 @@ def test_the_loop_ends_with_the_last_row(ends_after, expected):
 
 LENGTHS = (6, 1, 3, 5, 2)
 NUCLEUS = sampling_lib.Sampling(
-    max_new_tokens=8, temperature=0.7, top_k=12, top_p=0.9, eos_id=EOS, pad_id=PAD)
+  max_new_tokens=8, temperature=0.7, top_k=12, top_p=0.9, eos_id=EOS, pad_id=PAD
+)
 PLAIN = dataclasses.replace(NUCLEUS, top_k=0, top_p=1.0)
 
 
 def full_logits(model, params, rollout):
   """Logits that predict the response, by one forward pass without a cache."""
-  hidden, _ = model.forward(params, rollout.tokens, types.positions_from_mask(rollout.mask),
-                            rollout.mask)
+  hidden, _ = model.forward(
+    params, rollout.tokens, types.positions_from_mask(rollout.mask), rollout.mask
+  )
   slots = rollout.response_mask.shape[1]
-  return hidden[:, -slots - 1:-1], model.unembed(params, hidden[:, -slots - 1:-1])
+  return hidden[:, -slots - 1 : -1], model.unembed(params, hidden[:, -slots - 1 : -1])
 
 
 @pytest.mark.parametrize('sampling', [PLAIN, NUCLEUS], ids=['plain', 'nucleus'])
@@ -166,19 +185,25 @@ def test_logprobs_are_those_of_the_filtered_distribution(llama, sampling):
   mask = np.asarray(found.response_mask)
   assert 0 < mask.sum() < mask.size  # Some responses end early.
   hidden, logits = full_logits(model, params, found)
-  filtered = jax.vmap(functools.partial(
-      sampling_lib.filter_logits, temperature=0.7, top_k=sampling.top_k, top_p=sampling.top_p))(
-          logits)
-  exact = np.take_along_axis(np.asarray(jax.nn.log_softmax(filtered)),
-                             np.asarray(found.tokens[:, 6:, None]), axis=-1)[..., 0]
+  filtered = jax.vmap(
+    functools.partial(
+      sampling_lib.filter_logits, temperature=0.7, top_k=sampling.top_k, top_p=sampling.top_p
+    )
+  )(logits)
+  exact = np.take_along_axis(
+    np.asarray(jax.nn.log_softmax(filtered)), np.asarray(found.tokens[:, 6:, None]), axis=-1
+  )[..., 0]
   np.testing.assert_allclose(np.asarray(found.logprobs)[mask], exact[mask], rtol=0, atol=1e-5)
   forward, _ = logprobs_lib.token_logprobs(
-      functools.partial(model.unembed, params), hidden, found.tokens[:, 6:], temperature=0.7)
+    functools.partial(model.unembed, params), hidden, found.tokens[:, 6:], temperature=0.7
+  )
   gap = np.abs(np.asarray(forward) - np.asarray(found.logprobs))[mask].max()
   assert gap < 1e-5 if sampling is PLAIN else gap > 0.05
 
 
-@pytest.mark.parametrize('rope', [None, {'rope_type': 'dynamic', 'factor': 4.0}], ids=['rope', 'dynamic'])
+@pytest.mark.parametrize(
+  'rope', [None, {'rope_type': 'dynamic', 'factor': 4.0}], ids=['rope', 'dynamic']
+)
 @pytest.mark.parametrize('unroll', [1, 2])
 def test_a_cache_that_grows_is_a_forward_pass_over_all_tokens(unroll, rope):
   """Three stages; some rows end in the first, some in the last."""
@@ -192,8 +217,12 @@ def test_a_cache_that_grows_is_a_forward_pass_over_all_tokens(unroll, rope):
   mask = np.asarray(found.response_mask)
   assert mask.sum(1).min() < 16 and mask.sum(1).max() > 33
   hidden, _ = full_logits(model, params, found)
-  forward, _ = logprobs_lib.token_logprobs(functools.partial(model.unembed, params), hidden, found.tokens[:, 6:])
-  np.testing.assert_allclose(np.asarray(found.logprobs)[mask], np.asarray(forward)[mask], rtol=0, atol=5e-5)
+  forward, _ = logprobs_lib.token_logprobs(
+    functools.partial(model.unembed, params), hidden, found.tokens[:, 6:]
+  )
+  np.testing.assert_allclose(
+    np.asarray(found.logprobs)[mask], np.asarray(forward)[mask], rtol=0, atol=5e-5
+  )
 
 
 def test_greedy_is_the_argmax_of_a_loop_without_a_cache(llama):
@@ -209,11 +238,11 @@ def test_greedy_is_the_argmax_of_a_loop_without_a_cache(llama):
     return jnp.argmax(model.unembed(params, hidden[0, length - 1]))
 
   for row, length in enumerate(LENGTHS):
-    tokens = np.asarray(prompts.tokens)[row, 6 - length:].tolist()
+    tokens = np.asarray(prompts.tokens)[row, 6 - length :].tolist()
     for _ in range(8):
       padded = np.array([tokens + [0] * (14 - len(tokens))])
       tokens.append(int(next_token(padded, len(tokens))))
-    np.testing.assert_array_equal(found[row, 6 - length:], tokens)
+    np.testing.assert_array_equal(found[row, 6 - length :], tokens)
 
 
 def test_left_padding_changes_nothing(llama):

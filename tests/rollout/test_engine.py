@@ -20,8 +20,13 @@ from rlhf_jax import sharding
 from rlhf_jax import types
 
 
-@pytest.mark.parametrize('name', [pytest.param(name, marks=pytest.mark.slow) if name in ('gpt2', 'mistral') else name
-                                  for name in FAMILIES])
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=pytest.mark.slow) if name in ('gpt2', 'mistral') else name
+    for name in FAMILIES
+  ],
+)
 def test_tokens_of_the_plain_loop_in_every_family(name):
   """Two caches, rows that outgrow the first, both caches moved several times, and a group that is not full."""
   model, params = family(name)
@@ -33,37 +38,53 @@ def test_tokens_of_the_plain_loop_in_every_family(name):
   assert lengths.min() < 18 and lengths.max() > 40 and len(set(lengths)) > 5
 
 
-@pytest.mark.parametrize('count, max_concurrent, length', [(11, 3, 9), (5, 8, 9), (7, 1, 64), (4, 4, 1)])
+@pytest.mark.parametrize(
+  'count, max_concurrent, length', [(11, 3, 9), (5, 8, 9), (7, 1, 64), (4, 4, 1)]
+)
 def test_any_number_of_prompts_responses_at_a_time_and_tokens(count, max_concurrent, length):
   model, params = family('llama')
   settings = sampling(length)
-  same(refill(params, prompts(count), jax.random.key(2), model, settings, max_concurrent),
-       plain(params, prompts(count), jax.random.key(2), model, settings))
+  same(
+    refill(params, prompts(count), jax.random.key(2), model, settings, max_concurrent),
+    plain(params, prompts(count), jax.random.key(2), model, settings),
+  )
 
 
 def test_rows_that_all_move_before_they_have_grown():
   """The queue is empty soon after all rows were at work together, none of them long."""
   model, params = family('llama')
   settings = sampling(72, temperature=1.3)
-  same(refill(params, prompts(32), jax.random.key(1), model, settings, 16),
-       plain(params, prompts(32), jax.random.key(1), model, settings))
+  same(
+    refill(params, prompts(32), jax.random.key(1), model, settings, 16),
+    plain(params, prompts(32), jax.random.key(1), model, settings),
+  )
 
 
-@pytest.mark.parametrize('changes', [{'eos_id': None}, {'ignore_eos': True, 'temperature': 0.0},
-                                     {'temperature': 0.7, 'top_k': 12, 'top_p': 0.9, 'pad_id': EOS}])
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'eos_id': None},
+    {'ignore_eos': True, 'temperature': 0.0},
+    {'temperature': 0.7, 'top_k': 12, 'top_p': 0.9, 'pad_id': EOS},
+  ],
+)
 def test_ways_of_sampling(changes):
   model, params = family('llama')
   settings = sampling(20, **changes)
-  same(refill(params, prompts(9), jax.random.key(3), model, settings, 4),
-       plain(params, prompts(9), jax.random.key(3), model, settings))
+  same(
+    refill(params, prompts(9), jax.random.key(3), model, settings, 4),
+    plain(params, prompts(9), jax.random.key(3), model, settings),
+  )
 
 
 def biased(model, params, eos):
   """The model with `eos` added to the logit of the EOS."""
+
   @dataclasses.dataclass(frozen=True)
   class Biased(type(model)):
     def unembed(self, params, hidden):
       return super().unembed(params, hidden).at[..., EOS].add(eos)
+
   return Biased(**{f.name: getattr(model, f.name) for f in dataclasses.fields(model)}), params
 
 
@@ -80,8 +101,13 @@ def test_samples_of_a_prompt_are_those_of_the_prompt_repeated(count, samples, ma
   model, params = family('gpt2')
   repeated = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), prompts(count))
   expected = plain(params, repeated, jax.random.key(6), model, sampling(20))
-  same(plain(params, prompts(count), jax.random.key(6), model, sampling(20), samples=samples), expected)
-  same(refill(params, prompts(count), jax.random.key(6), model, sampling(20), max_concurrent, samples), expected)
+  same(
+    plain(params, prompts(count), jax.random.key(6), model, sampling(20), samples=samples), expected
+  )
+  same(
+    refill(params, prompts(count), jax.random.key(6), model, sampling(20), max_concurrent, samples),
+    expected,
+  )
   assert len(np.unique(np.asarray(expected.tokens), axis=0)) > count
 
 
@@ -97,23 +123,29 @@ def test_batches_of_the_plain_loop_go_on_with_the_number_of_their_first_row():
   model, params = family('llama')
   whole = plain(params, prompts(10), jax.random.key(1), model, sampling(20))
   for first in (0, 4, 8):
-    part = jax.tree.map(lambda x: x[first:first + 4], prompts(10))
-    same(plain(params, part, jax.random.key(1), model, sampling(20), first=first),
-         jax.tree.map(lambda x: x[first:first + 4], whole))
+    part = jax.tree.map(lambda x: x[first : first + 4], prompts(10))
+    same(
+      plain(params, part, jax.random.key(1), model, sampling(20), first=first),
+      jax.tree.map(lambda x: x[first : first + 4], whole),
+    )
 
 
 def test_what_the_padding_holds_changes_nothing():
   model, params = family('llama')
-  clean, dirty = (refill(params, prompts(9, garbage=garbage), jax.random.key(1), model, sampling(20), 4)
-                  for garbage in (False, True))
+  clean, dirty = (
+    refill(params, prompts(9, garbage=garbage), jax.random.key(1), model, sampling(20), 4)
+    for garbage in (False, True)
+  )
   np.testing.assert_array_equal(clean.tokens[:, 7:], dirty.tokens[:, 7:])
   np.testing.assert_array_equal(clean.logprobs, dirty.logprobs)
 
 
 def test_unrolled_layers_have_caches_of_their_own():
   model, params = family('llama', unroll=2)
-  same(refill(params, prompts(9), jax.random.key(1), model, sampling(70), 4),
-       plain(params, prompts(9), jax.random.key(1), *family('llama')[:1], sampling(70)))
+  same(
+    refill(params, prompts(9), jax.random.key(1), model, sampling(70), 4),
+    plain(params, prompts(9), jax.random.key(1), *family('llama')[:1], sampling(70)),
+  )
 
 
 @pytest.mark.parametrize('name', FAMILIES)
@@ -124,7 +156,9 @@ def test_on_gpus_matrices_are_cast_once_and_layers_apart(monkeypatch, name):
   assert name == 't5' or isinstance(ready['blocks'], tuple)
   dtypes = {path: leaf.dtype for path, leaf in sharding.paths(ready).items()}
   small = {path for path, dtype in dtypes.items() if dtype == jnp.bfloat16}
-  assert small == {path for path in dtypes if path.endswith(('kernel', 'embedding')) and 'distances' not in path}
+  assert small == {
+    path for path in dtypes if path.endswith(('kernel', 'embedding')) and 'distances' not in path
+  }
   given = prompts(4)
 
   @jax.jit
@@ -137,13 +171,17 @@ def test_on_gpus_matrices_are_cast_once_and_layers_apart(monkeypatch, name):
     np.testing.assert_allclose(found, expected, rtol=0, atol=0.02 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize('generate', [plain, functools.partial(refill, max_concurrent=4)], ids=['plain', 'refill'])
+@pytest.mark.parametrize(
+  'generate', [plain, functools.partial(refill, max_concurrent=4)], ids=['plain', 'refill']
+)
 def test_on_gpus_layers_have_caches_of_their_own(monkeypatch, generate):
   model, params = family('llama')
   expected = plain(params, prompts(9), jax.random.key(1), model, sampling(70))
   monkeypatch.setattr(sharding, 'platform', lambda: 'gpu')
   jax.clear_caches()
-  same(generate(params, prompts(9), jax.random.key(1), model=model, sampling=sampling(70)), expected)
+  same(
+    generate(params, prompts(9), jax.random.key(1), model=model, sampling=sampling(70)), expected
+  )
   jax.clear_caches()
 
 
@@ -162,6 +200,7 @@ def test_prompts_are_read_once_and_rows_are_kept_busy():
   @dataclasses.dataclass(frozen=True)
   class Counting:
     """Counts down from the prompt's last token to the EOS, 0."""
+
     encoder_decoder = False
 
     def reaching(self, length):
@@ -178,7 +217,9 @@ def test_prompts_are_read_once_and_rows_are_kept_busy():
 
     def step(self, params, token, alive, cache):
       jax.debug.callback(lambda alive: calls.append(int(alive.sum())), alive)
-      segments = jax.lax.dynamic_update_slice(cache['segments'], alive[:, None].astype(jnp.int32), (0, cache['index']))
+      segments = jax.lax.dynamic_update_slice(
+        cache['segments'], alive[:, None].astype(jnp.int32), (0, cache['index'])
+      )
       return token[:, None].astype(jnp.float32), {'segments': segments, 'index': cache['index'] + 1}
 
     def unembed(self, params, hidden):

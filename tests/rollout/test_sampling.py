@@ -10,12 +10,12 @@ from rlhf_jax.rollout import sampling
 DRAWS = 20_000
 PROBS = np.array([0.30, 0.02, 0.18, 0.10, 0.25, 0.05, 0.08, 0.02])
 CASES = {
-    'plain': {},
-    'temperature 0.5': {'temperature': 0.5},
-    'temperature 2': {'temperature': 2.0},
-    'top-k 3': {'top_k': 3},
-    'top-p 0.7': {'top_p': 0.7},
-    'all three': {'temperature': 0.7, 'top_k': 5, 'top_p': 0.8},
+  'plain': {},
+  'temperature 0.5': {'temperature': 0.5},
+  'temperature 2': {'temperature': 2.0},
+  'top-k 3': {'top_k': 3},
+  'top-p 0.7': {'top_p': 0.7},
+  'all three': {'temperature': 0.7, 'top_k': 5, 'top_p': 0.8},
 }
 
 
@@ -24,7 +24,7 @@ def expected(probs, *, temperature=1.0, top_k=0, top_p=1.0):
   probs = probs ** (1 / temperature)
   probs = probs / probs.sum()
   order = np.argsort(-probs, kind='stable')
-  keep = order[:top_k or len(probs)]
+  keep = order[: top_k or len(probs)]
   filtered = np.zeros_like(probs)
   filtered[keep] = probs[keep] / probs[keep].sum()
   kept, before = np.zeros_like(probs), 0.0
@@ -95,8 +95,11 @@ def test_the_largest_uniform_draws_the_last_token_that_can_be_drawn(monkeypatch)
 def test_filters_against_loops(seed):
   rng = np.random.default_rng(seed)
   probs = rng.dirichlet(np.full(13, 0.5), size=6)
-  settings = {'temperature': float(rng.uniform(0.3, 2)), 'top_k': int(rng.integers(0, 16)),
-              'top_p': float(rng.uniform(0.1, 1))}
+  settings = {
+    'temperature': float(rng.uniform(0.3, 2)),
+    'top_k': int(rng.integers(0, 16)),
+    'top_p': float(rng.uniform(0.1, 1)),
+  }
   logits = jnp.log(jnp.asarray(probs, jnp.float32))
   found = jax.nn.softmax(sampling.filter_logits(logits, **settings))
   settings['top_k'] = min(settings['top_k'], 13)
@@ -124,9 +127,9 @@ def test_a_row_depends_on_its_own_key_and_logits_alone():
   settings = sampling.Sampling(max_new_tokens=1, temperature=0.8, top_k=6, top_p=0.9)
   together = sampling.sample(keys, logits, settings)
   for row in range(6):
-    alone = sampling.sample(keys[row:row + 1], logits[row:row + 1], settings)
-    np.testing.assert_array_equal(alone[0], together[0][row:row + 1])
-    np.testing.assert_allclose(alone[1], together[1][row:row + 1], atol=1e-6)
+    alone = sampling.sample(keys[row : row + 1], logits[row : row + 1], settings)
+    np.testing.assert_array_equal(alone[0], together[0][row : row + 1])
+    np.testing.assert_allclose(alone[1], together[1][row : row + 1], atol=1e-6)
 
 
 def test_weight_zero_is_never_drawn_however_sums_are_rounded():

@@ -15,8 +15,9 @@ def rows(path):
 
 def test_folds_test_every_pair_once_and_never_train_on_it(tmp_path):
   data = tmp_path / 'pairs.jsonl'
-  sources.write(data, [{'prompt': f'q{i}', 'chosen': f' good {i}', 'rejected': f' bad {i}'}
-                       for i in range(23)])
+  sources.write(
+    data, [{'prompt': f'q{i}', 'chosen': f' good {i}', 'rejected': f' bad {i}'} for i in range(23)]
+  )
   hh.write(tmp_path, path=str(data), count=4, vocab_size=270, turns=0, seed=1)
   tested = []
   for fold in range(4):
@@ -29,8 +30,13 @@ def test_folds_test_every_pair_once_and_never_train_on_it(tmp_path):
 def test_folds_hold_dialogues_apart(tmp_path):
   data = tmp_path / 'pairs.jsonl'
   turn = '\n\nHuman: {}\n\nAssistant:'
-  sources.write(data, [{'chosen': turn.format(i % 9) + f' good {i}',
-                        'rejected': turn.format(i % 9) + f' bad {i}'} for i in range(30)])
+  sources.write(
+    data,
+    [
+      {'chosen': turn.format(i % 9) + f' good {i}', 'rejected': turn.format(i % 9) + f' bad {i}'}
+      for i in range(30)
+    ],
+  )
   hh.write(tmp_path, path=str(data), count=3, vocab_size=270, turns=1, seed=0)
   dialogue = lambda row: int(row['chosen'].split()[-1]) % 9
   for fold in range(3):
@@ -54,8 +60,15 @@ def test_the_judges_half_is_seen_by_no_model(tmp_path):
   for name in ('pos', 'neg'):
     lines = [' '.join(rng.choices(words, k=9)) + f' {name} {i}' for i in range(40)]
     (tmp_path / f'rt-polarity.{name}').write_text('\n'.join(lines))
-  polarity.write(tmp_path, path=str(tmp_path), vocab_size=300, pairings=3, prompt_words=2,
-                 prompt_count=100, seed=0)
+  polarity.write(
+    tmp_path,
+    path=str(tmp_path),
+    vocab_size=300,
+    pairings=3,
+    prompt_words=2,
+    prompt_count=100,
+    seed=0,
+  )
   judge = {r['text']: r['label'] for r in rows(tmp_path / 'judge.jsonl')}
   texts = {r['text'] for r in rows(tmp_path / 'texts.jsonl')}
   assert len(judge) == len(texts) == 40 and not judge.keys() & texts
@@ -80,7 +93,8 @@ def test_documents_are_snippets_of_one_polarity(tmp_path):
     lines = [f'{name} {i}' + (' .' if i % 2 else '') for i in range(20)]
     (tmp_path / f'rt-polarity.{name}').write_text('\n'.join(lines))
   polarity.write_documents(
-      tmp_path, path=str(tmp_path), vocab_size=300, snippets=4, shuffles=3, seed=0)
+    tmp_path, path=str(tmp_path), vocab_size=300, snippets=4, shuffles=3, seed=0
+  )
   judged = {r['text'].removesuffix(' .') for r in rows(tmp_path / 'judge.jsonl')}
   documents = [r['text'] for r in rows(tmp_path / 'documents.jsonl')]
   assert len(documents) == 3 * 2 * 3  # 10 snippets of each polarity make 4 + 4 + 2
@@ -93,8 +107,14 @@ def test_documents_are_snippets_of_one_polarity(tmp_path):
 
 def test_the_judges_probability_is_of_the_response_alone(tmp_path):
   data = tmp_path / 'judge.jsonl'
-  sources.write(data, [{'text': text, 'label': label} for text, label in
-                       (('good fun', 1), ('bad fun', 0)) for _ in range(20)])
+  sources.write(
+    data,
+    [
+      {'text': text, 'label': label}
+      for text, label in (('good fun', 1), ('bad fun', 0))
+      for _ in range(20)
+    ],
+  )
   gold = polarity.positivity(str(data))
   assert gold('bad', ' good') > 0.6 and gold('good', ' bad') < 0.4
   assert gold('bad', ' good') == gold('good', ' good') and gold('', ' what') == gold('', ' else')
