@@ -12,6 +12,7 @@ setuptools.setup(
   license_files=['LICENSE'],
   python_requires='>=3.11,<3.14',
   packages=setuptools.find_packages(include=['rlhf_jax*', 'planner*']),
+  package_data={'rlhf_jax': ['py.typed'], 'planner': ['py.typed']},
   install_requires=[
     'absl-py>=2.5.1,<3',
     'chex>=0.1.92,<0.2',

@@ -90,3 +90,9 @@ def test_every_package_folder_is_found(declared):
     for path in (ROOT / package).rglob('*.py')
   }
   assert folders == set(declared['packages'])
+
+
+def test_packages_are_typed(declared):
+  for package in ('rlhf_jax', 'planner'):
+    assert 'py.typed' in declared['package_data'][package]
+    assert (ROOT / package / 'py.typed').is_file()

@@ -500,7 +500,8 @@ def test_buckets_are_those_of_transformers(count, max_distance):
     offset, bidirectional=True, num_buckets=count, max_distance=max_distance
   ).numpy()
   table, half = t5.buckets_one_way(count // 2, max_distance, 701), count // 2
-  np.testing.assert_array_equal(table[np.abs(offset)] + half * (offset.numpy() > 0), both_ways)
+  distances = offset.numpy()
+  np.testing.assert_array_equal(table[np.abs(distances)] + half * (distances > 0), both_ways)
 
 
 @pytest.mark.parametrize(
