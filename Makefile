@@ -3,6 +3,7 @@
 # make lint          formatting and lint by ruff, and the layers of .importlinter
 # make format        formats the files and fixes what ruff can fix
 # make test-slow     the tests that take minutes each
+# make docs          the documentation site in docs/_build/html; a warning is an error
 # make mutants       faults put into a copy of the code one at a time: each must fail its nearest tests;
 #                    `make mutants ARGS='--only "NAME"'` for one of them
 #
@@ -17,7 +18,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 -c constraints.txt
 
-.PHONY: quickstart test lint format test-slow mutants
+.PHONY: quickstart test lint format docs test-slow mutants
 
 quickstart: $(VENV)/installed
 	$(BIN)/python -m rlhf_jax.main --config=configs/quickstart.py --workdir=$(WORKDIR)
@@ -37,6 +38,9 @@ format: $(VENV)/installed-test
 test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
+docs: $(VENV)/installed-docs
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -q -W --keep-going -d docs/_build/doctrees docs docs/_build/html $(ARGS)
+
 mutants: $(VENV)/installed-test
 	$(BIN)/python -m tools.mutants $(ARGS)
 
@@ -48,6 +52,11 @@ $(VENV)/installed: setup.py constraints.txt | $(BIN)/pip
 $(VENV)/installed-test: setup.py constraints.txt | $(BIN)/pip
 	@echo 'installing rlhf_jax and what its tests need into $(VENV)'
 	$(PIP) -e '.[test]'
+	@touch $@ $(VENV)/installed
+
+$(VENV)/installed-docs: setup.py constraints.txt | $(BIN)/pip
+	@echo 'installing rlhf_jax and what its documentation needs into $(VENV)'
+	$(PIP) -e '.[docs]'
 	@touch $@ $(VENV)/installed
 
 $(BIN)/pip:

@@ -56,6 +56,12 @@ setuptools.setup(
       'peft>=0.21.2,<0.22; python_version < "3.12"',
       'torch==2.13.0; python_version < "3.12"',
     ],
+    'docs': [
+      'myst-nb>=1.4.0,<2',
+      'sphinx>=9.0.4,<10',
+      'sphinx-book-theme>=1.4.0,<2',
+      'sphinx-copybutton>=0.5.2,<0.6',
+    ],
     'cuda': ['jax[cuda13]'],
     'tpu': ['jax[tpu]'],
     # For planner on a machine without TPUs: JAX pins the release of libtpu that fits its own.

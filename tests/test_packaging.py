@@ -62,7 +62,7 @@ def test_every_import_is_a_declared_requirement_and_the_reverse(declared):
 
 def test_extras(declared):
   extras = declared['extras_require']
-  assert set(extras) == {'test', 'cuda', 'tpu', 'plan', 'tfds', 'wandb', 'notebooks'}
+  assert set(extras) == {'test', 'docs', 'cuda', 'tpu', 'plan', 'tfds', 'wandb', 'notebooks'}
   assert OPTIONAL <= names(extras['tfds'] + extras['wandb'])
 
 
@@ -74,7 +74,8 @@ def test_constraints_are_exact_and_within_the_ranges(declared):
   ]
   pins = [requirements.Requirement(line) for line in lines]
   assert all(re.fullmatch(r'==[^*]+', str(pin.specifier)) for pin in pins)
-  for line in declared['install_requires'] + declared['extras_require']['test']:
+  extras = declared['extras_require']
+  for line in declared['install_requires'] + extras['test'] + extras['docs']:
     wanted = requirements.Requirement(line)
     found = [pin for pin in pins if normalized(pin.name) == normalized(wanted.name)]
     assert found, f'{wanted.name} has no pin'

@@ -4,17 +4,17 @@
 each one came from, so that a complaint about a record can name its line. What the fields mean is
 the business of `formats`.
 
-| source                       | one record per                           | place in messages    |
-|------------------------------|------------------------------------------|----------------------|
-| x.jsonl, x.jsonl.gz          | non-blank line, an object                | x.jsonl:17           |
-| x.json, x.json.gz            | element of the list (or of the object's) | x.json:item 16       |
-| x.csv, x.tsv, also .gz       | row, by the column names of the first    | x.csv:17             |
-| x.parquet                    | row                                      | x.parquet:row 16     |
-| x.arrayrecord                | record, a JSON object                    | x.arrayrecord:row 16 |
-| x.txt, x.txt.gz              | non-blank piece between `separator`s     | x.txt:17             |
-| directory                    | all of the above in its files, sorted    | that of the file     |
-| tfds:NAME                    | example of the TFDS data set             | tfds:NAME:row 16     |
-| any other name               | row of the Hugging Face data set         | NAME:row 16          |
+    | source                       | one record per                           | place in messages    |
+    |------------------------------|------------------------------------------|----------------------|
+    | x.jsonl, x.jsonl.gz          | non-blank line, an object                | x.jsonl:17           |
+    | x.json, x.json.gz            | element of the list (or of the object's) | x.json:item 16       |
+    | x.csv, x.tsv, also .gz       | row, by the column names of the first    | x.csv:17             |
+    | x.parquet                    | row                                      | x.parquet:row 16     |
+    | x.arrayrecord                | record, a JSON object                    | x.arrayrecord:row 16 |
+    | x.txt, x.txt.gz              | non-blank piece between `separator`s     | x.txt:17             |
+    | directory                    | all of the above in its files, sorted    | that of the file     |
+    | tfds:NAME                    | example of the TFDS data set             | tfds:NAME:row 16     |
+    | any other name               | row of the Hugging Face data set         | NAME:row 16          |
 
 Lines are counted from 1, as editors do; items and rows from 0, as Python does. Values of CSV and
 TSV are strings (`Record.untyped`).
@@ -61,7 +61,7 @@ def read(
       file that is one object, the key whose list is wanted.
     columns: new name to stored name, for data that call their columns otherwise:
       {'prompt': 'question', 'completion': 'answer'}.
-    separator: what stands between two texts of a plain text file: a line break, '\n\n' for
+    separator: what stands between two texts of a plain text file: a line break, '\\n\\n' for
       paragraphs, '<|endoftext|>'; '' makes the whole file one text.
     format: of a file whatever its suffix, and of all files of a directory: 'text' or another value
       of `files.FORMATS`. None goes by the suffix.

@@ -1,0 +1,61 @@
+"""Lets docstrings be plain text in the API reference.
+
+reStructuredText gives `*` and `|` a meaning, so a formula such as |a - b| * c would be an error.
+They are escaped here, except in backticks. An indented paragraph between the summary and the
+sections, such as a formula or a table, is shown as a literal block.
+"""
+
+import re
+
+SECTION = re.compile(r'(Args|Arguments|Attributes|Raises|Returns|Yields):$')
+
+
+def plain(lines):
+  """The lines of a docstring as reStructuredText, with its sections left for napoleon."""
+  end = next((i for i, line in enumerate(lines) if SECTION.match(line)), len(lines))
+  described = []
+  for block, literal in blocks(lines[:end]):
+    described += ['', '::', '', *block, ''] if literal else escape(block)
+  return described + escape(lines[end:])
+
+
+def blocks(lines):
+  """Splits lines into runs: (lines, whether they are an indented paragraph).
+
+  An indented paragraph follows a blank line and is indented by two or more.
+  """
+  runs = []
+  for i, line in enumerate(lines):
+    literal = bool(runs) and runs[-1][1]
+    if line.strip():
+      starts = line.startswith('  ') and not lines[i - 1].strip()
+      literal = line.startswith('  ') if literal else starts
+    if not runs or runs[-1][1] != literal:
+      runs.append(([], literal))
+    runs[-1][0].append(line)
+  return runs
+
+
+def escape(lines):
+  """The lines with `*` and `|` escaped where they are not in backticks."""
+  pattern = re.compile(r'(`[^`]*`)|([*|])')
+  text = pattern.sub(lambda found: found.group(1) or '\\' + found.group(2), '\n'.join(lines))
+  return text.split('\n') if lines else []
+
+
+def process(app, what, name, subject, options, lines):
+  """Rewrites a docstring before napoleon reads it."""
+  lines[:] = plain(lines)
+
+
+def skip(app, what, name, subject, skipped, options):
+  """Leaves out fields of named tuples: the docstring of the class describes them."""
+  return True if type(subject).__name__ == '_tuplegetter' else None
+
+
+def setup(app):
+  """Hooks into autodoc; napoleon's priority is 500."""
+  app.setup_extension('sphinx.ext.autodoc')
+  app.connect('autodoc-process-docstring', process, priority=400)
+  app.connect('autodoc-skip-member', skip)
+  return {'parallel_read_safe': True, 'parallel_write_safe': True}
