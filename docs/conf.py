@@ -17,6 +17,7 @@ copyright = author
 extensions = [
   'myst_nb',
   'docstrings',
+  'generated',
   'notebooks',
   'sphinx.ext.autodoc',
   'sphinx.ext.mathjax',

@@ -6,6 +6,7 @@
 import ml_collections
 
 from rlhf_jax import config as config_lib
+from rlhf_jax.evaluation import glossary
 
 SURE = 3.0  # standard errors below 0 at which a KL is called negative
 LEAST = 0.01  # nats: a KL nearer to 0 is rounding
@@ -76,20 +77,24 @@ def equal_scores(metrics):
 
 
 def negative_kl(metrics, filters):
-  """A KL below 0 by more than chance: the responses are no draws of the policy."""
+  """A KL below 0 by more than chance: the responses are not samples of the policy."""
   kl, error = metrics.get('objective/kl', 0.0), metrics.get('objective/kl_se', 0.0)
   if kl >= -max(SURE * error, LEAST):
     return ''
   causes = []
   if filters:
-    causes.append(f'{filters} leaves tokens out that the log-probabilities count')
+    causes.append(f'{filters} excludes tokens in the sampler, but not in the log-probabilities')
   if 'policy/sampler_gap' in metrics:
     gap = metrics['policy/sampler_gap']
-    causes.append(f'sampler and training pass disagree (policy/sampler_gap is {gap:.2g})')
-  causes.append('a batch of few responses')
+    causes.append(
+      f'the sampler and the training pass compute different log-probabilities '
+      f'(policy/sampler_gap is {gap:.2g})'
+    )
+  causes.append('the batch has few responses')
   return (
-    f'objective/kl is {kl:.3g} ± {error:.2g}, and a KL cannot be negative: the responses are not '
-    f'drawn from the policy whose log-probabilities are taken. Possible causes: {"; ".join(causes)}'
+    f'objective/kl is {kl:.3g} ± {error:.2g}, but a KL divergence cannot be negative: the '
+    'responses were not sampled from the policy whose log-probabilities are taken. '
+    f'Possible causes: {"; ".join(causes)}. See {glossary.link("objective/kl")}'
   )
 
 

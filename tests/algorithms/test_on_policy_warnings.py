@@ -58,13 +58,18 @@ CASES = {
     {'objective/kl': -0.7},
     {},
     'negative_kl',
-    ['objective/kl is -0.7 ± 0.2', 'policy/sampler_gap is 1e-06', 'few responses'],
+    [
+      'objective/kl is -0.7 ± 0.2',
+      'policy/sampler_gap is 1e-06',
+      'few responses',
+      'See docs/metrics.md#objective-kl',
+    ],
   ),
   'negative KL by a filter': (
     {'objective/kl': -0.7},
     {'sampling__top_p': 0.9},
     'negative_kl',
-    ['config.sampling.top_p=0.9 leaves tokens out'],
+    ['config.sampling.top_p=0.9 excludes tokens in the sampler'],
   ),
   'large KL': (
     {'objective/kl': 60.0},

@@ -1,0 +1,671 @@
+"""The glossary: what every metric that a run writes means, and when to worry about it.
+
+docs/metrics.md is made from it and explains the symbols of the formulas. A test compares it with
+the metrics that runs write.
+
+Words in capitals stand for names that a config chooses: EVAL is a name in `config.evals`; PART is a
+name in `config.reward.parts` or a member of an ensemble; MODEL is `policy`, `critic` or `reward`.
+"""
+
+import re
+from typing import NamedTuple
+
+PAGE = 'docs/metrics.md'
+
+
+class Metric(NamedTuple):
+  """An entry of the glossary.
+
+  Attributes:
+    name: as in metrics.jsonl, with EVAL, PART and MODEL in place of names that a config chooses.
+    meaning: one or two sentences.
+    formula: in LaTeX; '' if the meaning says it all.
+    unit: of the values.
+    worry: which values are a reason to look closer, and what to do; '' for none.
+  """
+
+  name: str
+  meaning: str
+  formula: str
+  unit: str
+  worry: str = ''
+
+  @property
+  def anchor(self):
+    """The name of its section on the page: lower case, with '-' for every other character."""
+    return re.sub(r'[^a-z0-9]+', '-', self.name.lower())
+
+
+OBJECTIVE = (
+  Metric(
+    'objective/scores',
+    'The mean score of the responses, as the reward gave it.',
+    r'\frac{1}{N} \sum_i r(x_i, y_i)',
+    'units of the reward',
+    'It should rise. If it rises while held-out or human judgement falls, the policy exploits the '
+    'reward: raise `rl.kl_coef`, stop earlier, or use a better reward.',
+  ),
+  Metric(
+    'objective/scores_std',
+    'The standard deviation of the scores over the batch.',
+    r'\sqrt{\frac{1}{N} \sum_i (r_i - \bar r)^2}',
+    'units of the reward',
+    'At 0 all responses score the same, so nothing can be learned from the batch. Look at the '
+    'responses in samples.jsonl and at the reward.',
+  ),
+  Metric(
+    'objective/paid_scores',
+    'The mean score after the rules of `config.rl`: `clip_scores`, `scale_scores`, `missing_eos`, '
+    'and for GRPO `overlong`. The policy is trained on these scores.',
+    r'\frac{1}{N} \sum_i \tilde r_i',
+    'units of the reward',
+    'If it is far below `objective/scores`, the rule on a missing EOS applies to many responses: '
+    'see `response/eos_rate`.',
+  ),
+  Metric(
+    'objective/kl',
+    'How far the policy is from the reference: the mean over responses of the log-ratio of the '
+    'two, summed over tokens (the k1 estimate, whatever `rl.kl_estimator` is). It is 0 in the '
+    'first step if the reference is the policy as it starts.',
+    r'\frac{1}{N} \sum_i \sum_t'
+    r' \log \frac{\pi_{old}(y_{i,t} \mid x_i, y_{i,<t})}{\pi_{ref}(y_{i,t} \mid x_i, y_{i,<t})}',
+    'nats per response',
+    'Above about 50 (`warn.kl`) a learned reward is no longer reliable: raise `rl.kl_coef` or '
+    'lower `optim.learning_rate`. A KL divergence is never negative, but an estimate of it from '
+    'samples can be. A value slightly below 0, within 3 times `objective/kl_se`, is noise. A value '
+    'that stays below that means that the responses were not drawn from the distribution whose '
+    'log-probabilities are taken, so the KL penalty is wrong; the run logs a warning. It has two '
+    'usual causes. `sampling.top_k`, `sampling.top_p` and `sampling.min_new_tokens` exclude tokens '
+    'in the sampler only: turn them off. Or the sampler and the training pass compute different '
+    'log-probabilities, often because of low precision: see `policy/sampler_gap`.',
+  ),
+  Metric(
+    'objective/kl_se',
+    'The standard error of `objective/kl` over the responses of the batch.',
+    r'\frac{1}{\sqrt{N - 1}} \, \mathrm{std}_i \Big(\sum_t \log \frac{\pi_{old}}{\pi_{ref}}\Big)',
+    'nats per response',
+    'If it is as large as the KL itself, one batch is not enough to estimate the KL: average over '
+    'several steps, or raise `batch_size`.',
+  ),
+  Metric(
+    'objective/kl_per_token',
+    'The log-ratio of policy and reference, as a mean over tokens. Unlike `objective/kl` it does '
+    'not grow with the length of responses.',
+    r'\frac{1}{\sum_i |y_i|} \sum_{i,t} \log \frac{\pi_{old}}{\pi_{ref}}',
+    'nats per token',
+    'See `objective/kl`.',
+  ),
+  Metric(
+    'objective/kl_coef',
+    'The coefficient of the KL penalty in this step. It is constant unless `rl.kl_controller` is '
+    'adaptive.',
+    r'\beta',
+    'units of the reward per nat',
+    'If an adaptive coefficient keeps growing, the KL stays above `rl.kl_target`.',
+  ),
+  Metric(
+    'objective/rlhf_reward',
+    'What RLHF maximizes: the mean score that the policy is trained on, minus the KL penalty.',
+    r'\frac{1}{N} \sum_i \tilde r_i - \beta \, \mathrm{KL}',
+    'units of the reward',
+    'It should rise. If it falls while `objective/scores` rises, the penalty costs more than the '
+    'scores gain.',
+  ),
+  Metric(
+    'objective/entropy',
+    'The entropy of the policy at the sampling temperature, summed over the tokens of a response.',
+    r'-\frac{1}{N} \sum_i \sum_t \sum_{v} \pi(v \mid x_i, y_{i,<t}) \log \pi(v \mid x_i, y_{i,<t})',
+    'nats per response',
+    'It grows with the length of responses. Near 0 the policy gives the same response each time: '
+    'raise `rl.kl_coef`, `rl.entropy_coef` or the temperature.',
+  ),
+  Metric(
+    'objective/skipped',
+    'How many responses were left out of the update because their reward is NaN '
+    "(`reward.on_nan='skip'`).",
+    r'\sum_i \mathbb{1}[r_i = \mathrm{NaN}]',
+    'responses',
+    'Anything above a few: the update sees a biased part of the batch. Fix the reward function.',
+  ),
+  Metric(
+    'reward/PART',
+    'The mean of one part of the score: a term of the weighted sum in `reward.parts`, times its '
+    'weight, or a member of an ensemble (`member_0` and so on).',
+    r'\frac{1}{N} \sum_i w_k \, r_k(x_i, y_i)',
+    'units of the reward',
+    'If one part rises and the others fall, the policy exploits that part. If members of an '
+    'ensemble drift apart, the policy has left the data that they were trained on.',
+  ),
+)
+
+RESPONSES = (
+  Metric(
+    'response/length',
+    'The mean number of tokens in a response, its EOS included.',
+    r'\frac{1}{N} \sum_i |y_i|',
+    'tokens',
+    'If it climbs to `sampling.max_new_tokens`, the reward may favour length, or the policy no '
+    'longer ends its responses.',
+  ),
+  Metric(
+    'response/eos_rate',
+    'The fraction of responses that ended with an EOS or a stop string, and were not cut off.',
+    r'\frac{1}{N} \sum_i \mathbb{1}[y_i \text{ ended}]',
+    'fraction',
+    'At 0 no response ends: raise `sampling.max_new_tokens`, or fine-tune on completions that end '
+    'with an EOS. With a rule on a missing EOS (`rl.missing_eos`) all responses then get the '
+    "rule's score.",
+  ),
+)
+
+POLICY = (
+  Metric(
+    'policy/loss',
+    'The policy loss: the clipped surrogate, as a mean over minibatches. For an algorithm of your '
+    'own it is whatever its loss reports.',
+    r'-\mathbb{E}_t \big[\min(\rho_t A_t, \, \mathrm{clip}(\rho_t, 1 - \epsilon_{low}, '
+    r'1 + \epsilon_{high}) A_t)\big]',
+    'units of the advantages',
+    'Its value does not measure progress: advantages are centred, so it stays near 0. Watch '
+    '`objective/scores` instead.',
+  ),
+  Metric(
+    'policy/ratio',
+    'The importance ratio of the trained policy to the policy that sampled, a mean over tokens and '
+    'minibatches. For GSPO it is the ratio of whole sequences.',
+    r'\mathbb{E}_t[\rho_t], \quad \rho_t = \frac{\pi(y_t \mid x, y_{<t})}'
+    r'{\pi_{old}(y_t \mid x, y_{<t})}',
+    'ratio',
+    'It stays near 1. Far from 1 the update is too large: lower `optim.learning_rate` or '
+    '`rl.epochs`.',
+  ),
+  Metric(
+    'policy/first_ratio',
+    '`policy/ratio` of the first minibatch, before any update.',
+    r'\mathbb{E}_t[\rho_t] \text{ at step } 0',
+    'ratio',
+    'It must be 1, up to rounding: the two policies are the same. If it is not, the sampler or the '
+    'pass before the update computes otherwise than the training pass. In bfloat16 '
+    "`rl.behaviour='minibatch'` keeps it at 1.",
+  ),
+  Metric(
+    'policy/approxkl',
+    'An estimate of how far the update has moved the policy from the policy that sampled, a mean '
+    'over tokens and minibatches. It is not the KL from the reference.',
+    r'\frac{1}{2} \, \mathbb{E}_t \big[(\log \pi - \log \pi_{old})^2\big]',
+    'nats per token',
+    'Above about 0.1 the updates of one iteration are too large: lower `optim.learning_rate` or '
+    '`rl.epochs`.',
+  ),
+  Metric(
+    'policy/clipfrac',
+    'The fraction of tokens whose loss the clip decides.',
+    r'\mathbb{E}_t \big[\mathbb{1}[\text{the clipped term is the larger loss}]\big]',
+    'fraction',
+    'Above about 0.3 most of the update is thrown away: lower `optim.learning_rate` or '
+    '`rl.epochs`. At 0 over many steps the updates may be too small.',
+  ),
+  Metric(
+    'policy/entropy',
+    'The entropy of the policy at the sampling temperature, a mean over tokens and minibatches.',
+    r'-\mathbb{E}_t \sum_{v} \pi(v \mid x, y_{<t}) \log \pi(v \mid x, y_{<t})',
+    'nats per token',
+    'A fast fall towards 0 means that the policy collapses to few responses: raise `rl.kl_coef` or '
+    '`rl.entropy_coef`.',
+  ),
+  Metric(
+    'policy/sampler_gap',
+    'The mean absolute difference between the log-probabilities that the sampler recorded and '
+    'those of the training pass, over the same tokens.',
+    r'\mathbb{E}_t \big|\log \pi_{sampler} - \log \pi_{old}\big|',
+    'nats per token',
+    'About 1e-7 in float32, 0.002 to 0.02 in bfloat16. Above `warn.sampler_gap` (0.1) the update '
+    'treats the responses as samples of a policy that did not draw them. The usual causes are low '
+    'precision (`model.dtype`) and `sampling.top_k`, `top_p` or `min_new_tokens`.',
+  ),
+  Metric(
+    'groups/equal',
+    'GRPO: the fraction of responses whose whole group has the same score. Their advantages are 0.',
+    r'\frac{1}{N} \sum_i \mathbb{1}[\text{all scores of the group of } i \text{ are equal}]',
+    'fraction',
+    'Near 1 the batch teaches nothing: the prompts are too easy or too hard for the policy.',
+  ),
+  Metric(
+    'ptx/loss',
+    'The language-modelling loss on the pretraining examples that PPO-ptx mixes in.',
+    r'-\mathbb{E}_t \log \pi(y_t \mid y_{<t})',
+    'nats per token',
+    'If it rises, the policy forgets: raise `rl.ptx_coef`.',
+  ),
+)
+
+CRITIC = (
+  Metric(
+    'value/loss',
+    'The loss of the critic, as a mean over positions and minibatches.',
+    r'\frac{1}{2} \, \mathbb{E}_t \max\big((V_t - G_t)^2, \, (\mathrm{clip}(V_t, V_t^{old} \pm '
+    r'\epsilon_V) - G_t)^2\big)',
+    'squared units of the reward',
+    'Compare it with `returns/var`: half of that is the loss of a critic that predicts the mean.',
+  ),
+  Metric(
+    'value/explained_variance',
+    'How much of the variance of the returns the critic predicts, before the update.',
+    r'1 - \frac{\mathrm{Var}[G_t - V_t]}{\mathrm{Var}[G_t]}',
+    'fraction, at most 1',
+    'It should rise from about 0 towards 1. If it stays below 0, the critic is worse than a '
+    'constant: raise `critic.learning_rate` or `rl.vf_coef`, or start it from the reward model.',
+  ),
+  Metric(
+    'value/clipfrac',
+    'The fraction of positions where the clip of the value decides the loss.',
+    r'\mathbb{E}_t \big[\mathbb{1}[\text{the clipped square is the larger}]\big]',
+    'fraction',
+    'A high fraction in early steps slows the critic down: raise `rl.value_clip`.',
+  ),
+  Metric(
+    'value/mean',
+    'The mean value that the critic predicts during the update.',
+    r'\mathbb{E}_t[V_t]',
+    'units of the reward',
+    'It should follow `returns/mean`.',
+  ),
+  Metric(
+    'returns/mean',
+    'The mean return: what the critic is trained to predict.',
+    r'\mathbb{E}_t[G_t], \quad G_t = A_t + V_t',
+    'units of the reward',
+  ),
+  Metric(
+    'returns/var',
+    'The variance of the returns.',
+    r'\mathrm{Var}[G_t]',
+    'squared units of the reward',
+  ),
+)
+
+LANGUAGE_MODEL = (
+  Metric(
+    'loss',
+    'The loss of the batch. Pretraining and SFT: the negative log-likelihood of the target tokens. '
+    'Reward model: the loss that `preference.loss` names, a mean over prompts.',
+    r'-\mathbb{E}_t \log \pi(y_t \mid y_{<t})',
+    'nats per token; reward model: nats, or squared units of the ratings',
+    'A constant scorer has a pairwise loss of log 2 = 0.693 on pairs. If the loss falls here and '
+    'rises in `held_out/loss`, the model overfits.',
+  ),
+  Metric(
+    'perplexity',
+    'The exponential of the loss of pretraining or SFT.',
+    r'\exp(\text{loss})',
+    'tokens',
+    'At the size of the vocabulary the model has learned nothing.',
+  ),
+  Metric(
+    'tokens',
+    'Pretraining and SFT: target tokens of the batch. Reward model: tokens that it reads.',
+    '',
+    'tokens',
+  ),
+  Metric(
+    'fill',
+    'The fraction of positions in the batch that hold a token and not padding.',
+    '',
+    'fraction',
+    'If it is low, most of the computation is wasted: lower `data.max_length`.',
+  ),
+)
+
+REWARD_MODEL = (
+  Metric(
+    'accuracy',
+    'Reward model: the fraction of pairs of the batch in which the preferred completion scores '
+    'higher. A tie counts as wrong.',
+    r'\frac{1}{n} \sum_{pairs} \mathbb{1}[r_{chosen} > r_{rejected}]',
+    'fraction',
+    'At 0.5 the model guesses. Far above `held_out/accuracy` it overfits.',
+  ),
+  Metric(
+    'ties',
+    'Reward model: the fraction of pairs of the batch whose scores are exactly equal.',
+    r'\frac{1}{n} \sum_{pairs} \mathbb{1}[r_{chosen} = r_{rejected}]',
+    'fraction',
+    'Above 0 the model does not see a difference, such as when `data.max_length` cuts it off.',
+  ),
+  Metric(
+    'margin',
+    'Reward model: the mean difference of the scores of the two completions of a pair.',
+    r'\frac{1}{n} \sum_{pairs} (r_{chosen} - r_{rejected})',
+    'units of the score; log-odds for the pairwise loss',
+  ),
+  Metric(
+    'scores/mean',
+    'Reward model: the mean score of all completions in the batch.',
+    r'\mathbb{E}[r]',
+    'units of the score',
+    'Only differences of scores are trained, so it may drift: `preference.centering` holds it near '
+    '0, and `preference.normalize` shifts it at the end.',
+  ),
+)
+
+EVALUATORS = (
+  Metric(
+    'EVAL/loss',
+    "Evaluator `loss`: the algorithm's loss on the held-out data.",
+    '',
+    'as `loss`',
+    'If it rises while `loss` falls, the model overfits: stop earlier, or use more data.',
+  ),
+  Metric(
+    'EVAL/perplexity',
+    'Evaluator `loss` of pretraining and SFT: the exponential of the held-out loss.',
+    r'\exp(\text{loss})',
+    'tokens',
+  ),
+  Metric(
+    'EVAL/prompts',
+    'Evaluator `loss` of a reward model: the held-out prompts that have a loss.',
+    '',
+    'prompts',
+  ),
+  Metric(
+    'EVAL/pairs',
+    'Evaluator `loss` of a reward model: the held-out pairs.',
+    '',
+    'pairs',
+    'With fewer than 100 the interval of the accuracy is wide.',
+  ),
+  Metric(
+    'EVAL/accuracy',
+    'Evaluator `loss` of a reward model: the fraction of held-out pairs in which the preferred '
+    'completion scores higher. A tie counts as wrong.',
+    r'\frac{1}{n} \sum_{pairs} \mathbb{1}[r_{chosen} > r_{rejected}]',
+    'fraction',
+    'On pairs that people judged, 60 to 80 % is usual: people do not agree more often. At 0.5 the '
+    'model guesses.',
+  ),
+  Metric(
+    'EVAL/accuracy_low',
+    'The lower end of the 95 % interval of the accuracy, over prompts.',
+    '',
+    'fraction',
+    'If it is below 0.5, the data do not show that the model has learned anything.',
+  ),
+  Metric(
+    'EVAL/accuracy_high',
+    'The upper end of the 95 % interval of the accuracy.',
+    '',
+    'fraction',
+  ),
+  Metric(
+    'EVAL/ties',
+    'Evaluator `loss` of a reward model: the fraction of held-out pairs with equal scores.',
+    r'\frac{1}{n} \sum_{pairs} \mathbb{1}[r_{chosen} = r_{rejected}]',
+    'fraction',
+    'See `ties`.',
+  ),
+  Metric(
+    'EVAL/margin',
+    'Evaluator `loss` of a reward model: the mean difference of scores of the held-out pairs.',
+    r'\frac{1}{n} \sum_{pairs} (r_{chosen} - r_{rejected})',
+    'units of the score',
+  ),
+  Metric(
+    'EVAL/ece',
+    'Evaluator `loss` of a reward model: the expected calibration error over 10 bins of the '
+    'confidence, the probability that the model gives to the completion it prefers.',
+    r'\sum_b \frac{n_b}{n} \, |\mathrm{accuracy}_b - \mathrm{confidence}_b|, \quad '
+    r'\text{confidence} = \sigma(|r_{chosen} - r_{rejected}|)',
+    'fraction',
+    'Above about 0.1 the differences of scores are no log-odds. An overconfident model '
+    'needs fewer steps or `preference.label_smoothing`.',
+  ),
+  Metric(
+    'EVAL/ratings',
+    'Evaluator `loss` of a reward model of ratings: the held-out ratings.',
+    '',
+    'ratings',
+  ),
+  Metric(
+    'EVAL/bias',
+    'Evaluator `loss` of a reward model of ratings: the mean of score minus rating.',
+    r'\mathbb{E}[r - \text{rating}]',
+    'units of the ratings',
+    'Far from 0 the held-out ratings differ from those that the model was trained on.',
+  ),
+  Metric(
+    'EVAL/correlation',
+    "Evaluator `loss` of a reward model of ratings: Pearson's correlation of scores and ratings.",
+    r'\mathrm{corr}(r, \text{rating})',
+    'from -1 to 1',
+    'Near 0 the model has learned nothing.',
+  ),
+  Metric(
+    'EVAL/rating_error',
+    'Evaluator `loss` of a reward model of ratings: the calibration error, over 10 bins of equal '
+    'count in the order of the scores.',
+    r'\sum_b \frac{n_b}{n} \, |\bar r_b - \overline{\text{rating}}_b|',
+    'units of the ratings',
+  ),
+  Metric(
+    'EVAL/score',
+    'Evaluator `prompts`: the mean score of the answers to held-out prompts. Every evaluation uses '
+    'the same random keys.',
+    r'\mathbb{E}[r(x, y)]',
+    'units of the reward of the evaluator',
+    'If it falls while `objective/scores` rises, the policy exploits the reward that it is trained '
+    'on.',
+  ),
+  Metric(
+    'EVAL/score_se',
+    'The standard error of the score, over prompts.',
+    '',
+    'units of the reward of the evaluator',
+  ),
+  Metric(
+    'EVAL/kl',
+    'Evaluator `prompts`: the KL of the policy from the policy as it started, estimated on the '
+    'answers at the sampling temperature.',
+    r'\mathbb{E}_y \Big[\log \frac{\pi(y \mid x)}{\pi_{start}(y \mid x)}\Big]',
+    'nats per response',
+    'See `objective/kl`, also for values below 0.',
+  ),
+  Metric(
+    'EVAL/length',
+    'Evaluator `prompts`: the mean number of tokens in an answer.',
+    '',
+    'tokens',
+    'See `response/length`.',
+  ),
+  Metric(
+    'EVAL/eos_rate',
+    'Evaluator `prompts`: the fraction of answers that ended by themselves.',
+    '',
+    'fraction',
+    'See `response/eos_rate`.',
+  ),
+  Metric(
+    'EVAL/rate',
+    "Evaluator `win_rate`: how often the policy's answer scores higher than the answer of the "
+    'policy as it started. A draw counts one half.',
+    r'\frac{\text{wins} + \text{draws} / 2}{\text{prompts}}',
+    'fraction',
+    'Below 0.5 training has made the policy worse by this judge.',
+  ),
+  Metric(
+    'EVAL/low',
+    'The lower end of the 95 % interval of the win rate, over prompts.',
+    '',
+    'fraction',
+    'If 0.5 is between `low` and `high`, the data do not tell the two policies apart.',
+  ),
+  Metric(
+    'EVAL/high',
+    'The upper end of the 95 % interval of the win rate.',
+    '',
+    'fraction',
+  ),
+  Metric(
+    'EVAL/draws',
+    'Evaluator `win_rate`: the fraction of prompts where both answers score the same.',
+    '',
+    'fraction',
+    'Near 1 the judge cannot tell the answers apart, or the answers are the same.',
+  ),
+  Metric(
+    'EVAL/distinct_1',
+    'Evaluator `text`: different words over all words of the answers.',
+    r'\frac{|\text{different 1-grams}|}{|\text{1-grams}|}',
+    'fraction',
+    'A fall means less variety. It falls with the number of texts: compare equal sets only.',
+  ),
+  Metric(
+    'EVAL/distinct_2',
+    'Evaluator `text`: different pairs of adjacent words over all such pairs.',
+    r'\frac{|\text{different 2-grams}|}{|\text{2-grams}|}',
+    'fraction',
+    'See `EVAL/distinct_1`.',
+  ),
+  Metric(
+    'EVAL/mean_words',
+    'Evaluator `text`: the mean number of words in an answer.',
+    '',
+    'words',
+  ),
+  Metric(
+    'EVAL/repetition_3',
+    'Evaluator `text`: the fraction of the 3-grams of an answer that occur earlier in it, a mean '
+    'over answers.',
+    r'1 - \frac{|\text{different 3-grams}|}{|\text{3-grams}|}',
+    'fraction',
+    'A rise means that answers repeat themselves.',
+  ),
+  Metric(
+    'EVAL/unique',
+    'Evaluator `text`: the fraction of different texts among the answers.',
+    '',
+    'fraction',
+    'A fall towards 0 means that the policy gives the same answer to every prompt.',
+  ),
+  Metric(
+    'EVAL/empty',
+    'Evaluator `text`: the fraction of answers without any text.',
+    '',
+    'fraction',
+    'A rise means that the policy learns to end at once.',
+  ),
+)
+
+OPTIMIZER = (
+  Metric(
+    'MODEL/grad_norm',
+    'The norm of the gradients before they are clipped, a mean over minibatches.',
+    r'\lVert g \rVert_2',
+    'units of the loss per unit of a parameter',
+    'Spikes come before a run diverges: set `optim.clip_norm` or lower `optim.learning_rate`. At 0 '
+    'nothing is learned.',
+  ),
+  Metric(
+    'MODEL/update_norm',
+    'The norm of the change of the parameters, a mean over minibatches.',
+    r'\lVert \Delta\theta \rVert_2',
+    'units of a parameter',
+    'Above about 1 % of `MODEL/param_norm` a step is large.',
+  ),
+  Metric(
+    'MODEL/param_norm',
+    'The norm of the trained parameters after the update.',
+    r'\lVert \theta \rVert_2',
+    'units of a parameter',
+  ),
+)
+
+TIMES = (
+  Metric(
+    'seconds/step',
+    'Wall time of a step, a mean over the steps since the last logged one. It includes evaluations '
+    'and checkpoints.',
+    '',
+    'seconds',
+  ),
+  Metric(
+    'seconds/rollout',
+    'Time to sample the responses of a step.',
+    '',
+    'seconds',
+    'If it is most of a step, try `sampling.max_concurrent` and `sampling.gather_weights`.',
+  ),
+  Metric(
+    'seconds/scoring',
+    'Time to score the responses of a step.',
+    '',
+    'seconds',
+    'If a reward function takes most of a step, make it work on the whole batch at once.',
+  ),
+  Metric(
+    'seconds/update',
+    'Time of the train step on the device. The first one includes compilation.',
+    '',
+    'seconds',
+  ),
+  Metric(
+    'tokens_per_second/rollout',
+    'Response tokens over `seconds/rollout`.',
+    '',
+    'tokens per second',
+  ),
+  Metric(
+    'tokens_per_second/update',
+    '`tokens` over `seconds/update`.',
+    '',
+    'tokens per second',
+  ),
+)
+
+GROUPS = {
+  'Scores and KL': OBJECTIVE,
+  'Responses': RESPONSES,
+  'Policy': POLICY,
+  'Critic': CRITIC,
+  'Pretraining and SFT': LANGUAGE_MODEL,
+  'Reward models': REWARD_MODEL,
+  'Evaluators': EVALUATORS,
+  'Optimizer': OPTIMIZER,
+  'Time': TIMES,
+}
+METRICS = tuple(metric for metrics in GROUPS.values() for metric in metrics)
+
+
+_EXACT = {metric.name: metric for metric in METRICS}
+# `policy/score` is no metric of an evaluator, and `reward/grad_norm` no part of a score.
+_PREFIXES = '|'.join(sorted({name.split('/')[0] for name in _EXACT}))
+_NAMES = {
+  'EVAL': rf'(?!(?:{_PREFIXES})/)[^/]+',
+  'MODEL': '[^/]+',
+  'PART': '(?!(?:grad|update|param)_norm$).+',
+}
+
+
+def find(name):
+  """Finds the entry of a metric.
+
+  Args:
+    name: as in metrics.jsonl, such as 'objective/kl' or 'held_out/loss'.
+
+  Returns:
+    Metric, or None if there is no entry, as for the metrics of a user's own evaluator.
+  """
+  if name in _EXACT:
+    return _EXACT[name]
+  return next((metric for metric in METRICS if _pattern(metric).fullmatch(name)), None)
+
+
+def link(name):
+  """Returns where a metric is explained, such as 'docs/metrics.md#objective-kl'; '' if nowhere."""
+  metric = find(name)
+  return f'{PAGE}#{metric.anchor}' if metric else ''
+
+
+def _pattern(metric):
+  """Returns a regex of the names that an entry is for."""
+  return re.compile('/'.join(_NAMES.get(part, re.escape(part)) for part in metric.name.split('/')))
