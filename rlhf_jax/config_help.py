@@ -88,7 +88,7 @@ def comments(function):
 
   Args:
     function: in which `'key': default,  # doc` stands in a dict, alone or in `name.block = ...({...})`,
-      or `name['key'] = default  # doc`.
+      or `name['key'] = default  # doc`. If the default spans lines, the doc may follow its end.
   """
   source = textwrap.dedent(inspect.getsource(function))
   beside = {
@@ -117,8 +117,9 @@ def comments(function):
       return
     for key, value in zip(node.keys, node.values):
       name = f'{prefix}{key.value}'
-      if beside.get(key.lineno):
-        found[name] = beside[key.lineno]
+      doc = beside.get(key.lineno) or beside.get(value.end_lineno)
+      if doc:
+        found[name] = doc
       walk(value, f'{name}.')
 
   walk(ast.parse(source), '')
