@@ -37,6 +37,7 @@ myst_enable_extensions = ['amsmath', 'colon_fence', 'deflist', 'dollarmath']
 myst_heading_anchors = 4
 
 # Docstrings write code as `name`.
+smartquotes = False
 default_role = 'code'
 autodoc_default_options = {'members': True, 'member-order': 'bysource'}
 autodoc_typehints_format = 'short'

@@ -157,14 +157,14 @@ def evaluator(name, block):
     found['path'] = None  # data set; of the loss None: data.held_out or data.held_out_path
   if kind in ('prompts', 'win_rate', 'text'):
     found |= {
-      'split': None,
+      'split': None,  # as in config.data
       'columns': None,  # as in config.data
       'count': None,  # the first prompts of the data set; None: all
       'batch_size': 64,  # answers sampled at a time
-      'sampling': {},  # keys of SAMPLING that differ from config.sampling
+      'sampling': {},  # keys of config.sampling that differ, temperature 0 is greedy
     }
   if kind in ('prompts', 'win_rate'):
-    found['reward'] = {}  # keys of rewards/scorers.config
+    found['reward'] = {}  # keys of config.reward
   unknown = sorted(block.keys() - found.keys())
   need(
     not unknown,

@@ -2,6 +2,8 @@
 
 import re
 
+import config_reference
+
 from rlhf_jax.evaluation import glossary
 
 MARK = '<!-- generated -->'
@@ -32,7 +34,7 @@ def linked(text):
   return re.sub(r'`([^`]+)`', link, text)
 
 
-PAGES = {'metrics': metrics}
+PAGES = {'config': config_reference.page, 'metrics': metrics}
 
 
 def fill(app, page, source):
