@@ -36,8 +36,10 @@ nb_execution_mode = 'off'
 myst_enable_extensions = ['amsmath', 'colon_fence', 'deflist', 'dollarmath']
 myst_heading_anchors = 4
 
-# Docstrings write code as `name`.
+# Quotes in texts are often code, such as 'adam'.
 smartquotes = False
+
+# Docstrings write code as `name`.
 default_role = 'code'
 autodoc_default_options = {'members': True, 'member-order': 'bysource'}
 autodoc_typehints_format = 'short'
