@@ -2,10 +2,10 @@
 
     python -m benchmarks.coverage [RUNS]
 
-prints the table of docs/intervals.md. Each case draws data RUNS times, of new parameters each time (how
-good the policies are, how sure the reward model is), and counts how often the 95 % interval holds
-the true value, which is computed from the parameters and not from data. Answers to one prompt share
-an effect of the prompt.
+prints the table of docs/intervals.md. Each case draws data RUNS times, of new parameters each time
+(how good the policies are, how sure the reward model is), and counts how often the 95 % interval
+holds the true value, which is computed from the parameters and not from data. Answers to one prompt
+share an effect of the prompt.
 
 Letters: G prompts, S samples or rankings of each, K answers of a ranking.
 """
@@ -55,7 +55,7 @@ def accuracy(rng, prompts, rankings, answers, ties):
 
 
 def answers_of(rng, prompts, samples, policies, spread):
-  """Scores [G, S, policies] of answers, whose prompts suit the policies differently, and their means."""
+  """Draws scores [G, S, policies], with an effect of prompts on policies, and the true means."""
   means = rng.normal(0, spread, policies)
   effects = np.sqrt(SHARED) * rng.normal(size=(prompts, 1, policies))
   noise = np.sqrt(1 - SHARED) * rng.normal(size=(prompts, samples, policies))

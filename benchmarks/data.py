@@ -2,9 +2,9 @@
 
 python -m benchmarks.data --records 1000000 --tokenizer FOLDER
 
-Makes records of prompt and completion, 500 bytes a record, as JSONL and as Parquet in a temporary folder, and for
-each of them starts a process that imports the library, opens the data as SFT and PPO do and draws batches; then the
-same again, as a second start finds the index of the first.
+Makes records of prompt and completion, 500 bytes a record, as JSONL and as Parquet in a temporary
+folder, and for each of them starts a process that imports the library, opens the data as SFT and
+PPO do and draws batches; then the same again, as a second start finds the index of the first.
 """
 
 import json
@@ -70,7 +70,7 @@ def write(path, count):
 
 
 def draw(kind, path, tokenizer, batches):
-  """Prints the seconds to the first batch, by the clock and of all cores, those of the next ones, and the memory at the peak, as JSON."""
+  """Prints JSON: wall and CPU seconds to the first batch and of the next ones, and peak memory."""
   began = float(os.environ['BEGAN'])
   from rlhf_jax.data import formats
   from rlhf_jax.data import pipelines

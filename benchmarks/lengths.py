@@ -1,8 +1,8 @@
 """python -m benchmarks.lengths
 
-Updates on responses whose lengths are geometric, in microbatches: of all slots, and of rows of like length, cut to
-it (rlhf_jax/lengths.py). The same rows of full length show what a slot costs. The model is that of a workload; the
-times are those of a whole update, after the first.
+Updates on responses whose lengths are geometric, in microbatches: of all slots, and of rows of like
+length, cut to it (rlhf_jax/lengths.py). The same rows of full length show what a slot costs. The
+model is that of a workload; the times are those of a whole update, after the first.
 """
 
 import dataclasses

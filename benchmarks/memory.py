@@ -2,11 +2,11 @@
 
 python -m benchmarks.memory
 
-The compiler's account of the temporaries of one update, the most it needs at a time beyond its arguments and
-results, for growing numbers of response tokens. Beside it what the logits of all response tokens would take once.
-Then by how many arrays of [B, T, D] it grows with the batch, for this vocabulary and for a small one: were there an
-array of [B, R, V], the two would differ. Nothing is run; peak memory of whole processes is a column of
-benchmarks.run.
+The compiler's account of the temporaries of one update, the most it needs at a time beyond its
+arguments and results, for growing numbers of response tokens. Beside it what the logits of all
+response tokens would take once. Then by how many arrays of [B, T, D] it grows with the batch, for
+this vocabulary and for a small one: were there an array of [B, R, V], the two would differ. Nothing
+is run; peak memory of whole processes is a column of benchmarks.run.
 
 Letters: B batch, R response length, T with the prompt, D width, V vocabulary.
 """

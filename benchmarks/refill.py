@@ -125,7 +125,8 @@ def main(_):
   lengths = np.asarray(found['refill'].response_mask).sum(axis=1)
   differ = np.any(np.asarray(found['refill'].tokens != found['plain'].tokens), axis=1).sum()
   print(
-    f'{FLAGS.prompts} responses of {lengths.mean():.1f} tokens, the longest {lengths.max()}; batch {FLAGS.batch}; '
+    f'{FLAGS.prompts} responses of {lengths.mean():.1f} tokens, the longest {lengths.max()}; '
+    f'batch {FLAGS.batch}; '
     f'{differ} differ between engine and plain loop'
   )
   seconds = {name: [] for name in runs}
@@ -140,7 +141,8 @@ def main(_):
   for name, median in medians.items():
     ratio = median / tokens[name] / (medians['equal'] / tokens['equal'])
     print(
-      f'{name:8} {median:7.2f} {min(seconds[name]):7.2f} {tokens[name] / median:9.0f} {ratio:31.2f} '
+      f'{name:8} {median:7.2f} {min(seconds[name]):7.2f} {tokens[name] / median:9.0f} '
+      f'{ratio:31.2f} '
       f'{first[name]:11.1f}'
     )
   print(f'refill is {medians["plain"] / medians["refill"]:.2f} times as fast as plain')

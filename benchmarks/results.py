@@ -1,7 +1,8 @@
 """From the iterations that were timed to medians, ratios, the table and the chart.
 
-A peer's runs are a list of {'first': report, 'iterations': [report, ...], 'splits': [report, ...]}, reports as
-benchmarks/peers/protocol.py makes them: {'parts': {part: seconds}, 'peak': bytes, 'device_peak': bytes or None}.
+A peer's runs are a list of {'first': report, 'iterations': [report, ...], 'splits': [report, ...]},
+reports as benchmarks/peers/protocol.py makes them: {'parts': {part: seconds}, 'peak': bytes,
+'device_peak': bytes or None}.
 """
 
 import io
@@ -51,8 +52,9 @@ def summarize(runs, about, w, limits, *, way, device):
     device: 'cpu', 'gpu' or 'tpu'.
 
   Returns:
-    Dict; None where the peer does no such thing. Seconds are medians over all iterations after the first of all
-    runs; 'compile' is by how much the first one took longer; memory is the most of any run.
+    Dict; None where the peer does no such thing. Seconds are medians over all iterations after the
+    first of all runs; 'compile' is by how much the first one took longer; memory is the most of any
+    run.
   """
   rows = [row for run in runs for row in seconds(run)]
   middle = {part: statistics.median(row[part] for row in rows) for part in rows[0]}
@@ -87,7 +89,7 @@ def summarize(runs, about, w, limits, *, way, device):
 
 
 def ratios(rows, base):
-  """How many times as fast `base` is as each peer: {name: {'total', 'rollout'}}; None where one has no such part."""
+  """Speed of `base` relative to each peer, {name: {'total', 'rollout'}}; None if not measured."""
 
   def times(row, part):
     return row[part] / rows[base][part] if row[part] and rows[base][part] else None
@@ -156,7 +158,7 @@ def table(rows, base, *, title, notes=(), width=150):
 
 
 def chart(path, rows, bound, title):
-  """A bar for each peer, in seconds by part, and one for the lower bound of the work all of them do.
+  """Draws a bar for each peer, in seconds by part, and one for the lower bound of their work.
 
   Args:
     path: the PNG file.

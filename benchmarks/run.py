@@ -2,21 +2,23 @@
 
 python -m benchmarks.run --workload xs|s|m --peers ours,trl,tunix,easydel,hf
 
-Peers: ours (the work all of them do: a critic of its own), ours-trunk (the value head on the policy's trunk),
-ours-hydra (that, and the upper half of the layers trained), ours-lora (that, and adapters only), trl, tunix,
-easydel, hf (transformers alone: generation, and a forward and backward pass). The first one named is what the
-others are compared with.
+Peers: ours (the work all of them do: a critic of its own), ours-trunk (the value head on the
+policy's trunk), ours-hydra (that, and the upper half of the layers trained), ours-lora (that, and
+adapters only), trl, tunix, easydel, hf (transformers alone: generation, and a forward and backward
+pass). The first one named is what the others are compared with.
 
-Each peer is a process in a virtual environment of its own, which `benchmarks/install.sh PEER` makes; where it
-cannot, VENVS/PEER/bin/python may be a script that calls any Python with the peer's packages. All are started,
-then each runs an iteration in turn, again and again; the first turn, in which programs are compiled, is told
-apart. Between them two large matrix products and copies measure what the machine can do. `--runs` repeats all
-of it with new processes. Where the peers do not fit into memory at once, `--apart` has one at a time, from its
-start to its end: then they take turns only from run to run.
+Each peer is a process in a virtual environment of its own, which `benchmarks/install.sh PEER`
+makes; where it cannot, VENVS/PEER/bin/python may be a script that calls any Python with the peer's
+packages. All are started, then each runs an iteration in turn, again and again; the first turn, in
+which programs are compiled, is told apart. Between them two large matrix products and copies
+measure what the machine can do. `--runs` repeats all of it with new processes. Where the peers do
+not fit into memory at once, `--apart` has one at a time, from its start to its end: then they take
+turns only from run to run.
 
 Prints a table; writes OUT/WORKLOAD-DEVICE.json, .txt and .png.
 
-On a CPU all are held to `--threads` cores and compute in float32; on a GPU, with `--device gpu`, in bfloat16.
+On a CPU all are held to `--threads` cores and compute in float32; on a GPU, with `--device gpu`, in
+bfloat16.
 """
 
 import json
@@ -200,7 +202,10 @@ def main(_):
     result = measure(names, w, out)
   except processes.PeerError as error:
     raise SystemExit(f'error: {error}') from None
-  title = f'{w.name}: {w.layers} x {w.width}, vocabulary {w.vocab}, {w.batch} x ({w.prompt} + {w.response}) tokens'
+  title = (
+    f'{w.name}: {w.layers} x {w.width}, vocabulary {w.vocab}, '
+    f'{w.batch} x ({w.prompt} + {w.response}) tokens'
+  )
   text = results.table(result['summary'], names[0], title=title, notes=notes(result))
   print(f'\n{text}')
   stem = out / f'{w.name}-{FLAGS.device}'

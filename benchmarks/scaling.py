@@ -1,11 +1,11 @@
-"""Seconds of a PPO iteration against batch, response length, depth and vocabulary, each over a factor of 16.
+"""Seconds of a PPO iteration as batch, response length, depth or vocabulary grows 16-fold.
 
 python -m benchmarks.scaling
 
-Our own peer, as benchmarks/run.py runs it, on workloads that differ from one another in one number only. Each point
-is the median of a few iterations after the first. The table has the slope in a double logarithmic plot (1 where
-cost is linear, less where something constant stands beside it, 2 where it is quadratic), over all points and of
-the last doubling. Writes OUT/scaling.json and .png.
+Our own peer, as benchmarks/run.py runs it, on workloads that differ from one another in one number
+only. Each point is the median of a few iterations after the first. The table has the slope in a
+double logarithmic plot (1 where cost is linear, less where something constant stands beside it, 2
+where it is quadratic), over all points and of the last doubling. Writes OUT/scaling.json and .png.
 """
 
 import dataclasses

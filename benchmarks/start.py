@@ -2,10 +2,11 @@
 
 python -m benchmarks.start --workload s
 
-Our own peer three times: without a cache of compiled programs, with one that is empty, and with the one that the
-start before filled, which is what a user's second start finds. Compilation is that of the rollout, the reward
-model and the train step, by JAX's clock: tracing, lowering, and compiling or reading the cache. The first iteration
-takes longer than the next one by more than that, as it also gets the memory that the others use again.
+Our own peer three times: without a cache of compiled programs, with one that is empty, and with the
+one that the start before filled, which is what a user's second start finds. Compilation is that of
+the rollout, the reward model and the train step, by JAX's clock: tracing, lowering, and compiling
+or reading the cache. The first iteration takes longer than the next one by more than that, as it
+also gets the memory that the others use again.
 """
 
 import os

@@ -1,6 +1,7 @@
-"""The PPO update of a workload by itself: config, arrays and the jitted train step, without data or files.
+"""The PPO update of a workload alone: config, arrays and the jitted train step; no data or files.
 
-What benchmarks/shared_weights.py and memory.py compile, and the config that benchmarks/peers/ours.py runs.
+What benchmarks/shared_weights.py and memory.py compile, and the config that
+benchmarks/peers/ours.py runs.
 """
 
 import functools
@@ -63,7 +64,8 @@ class Update(NamedTuple):
   Attributes:
     step: compiled (state, *arguments) -> (state, metrics), `state` donated.
     state: TrainState.
-    arguments: what it is given besides: frozen parameters, a rollout of random tokens, scores, no ptx.
+    arguments: what it is given besides: frozen parameters, a rollout of random tokens, scores, no
+      ptx.
   """
 
   step: Any
@@ -105,7 +107,7 @@ def prepare(config, mesh):
 
 
 def seconds(update, count):
-  """The state after `count` + 1 updates, and the median time of all but the first, which warms up."""
+  """Returns the state after `count` + 1 updates, and the median time of all but the first."""
   state, times = update.state, []
   for _ in range(count + 1):
     started = time.perf_counter()

@@ -1,8 +1,8 @@
-"""What the benchmarks run: the shapes, their FLOPs counted by hand, and the least time they can take.
+"""The workloads of the benchmarks: shapes, FLOPs counted by hand, and lower bounds of their time.
 
-All of them are GPT-2 with random weights on random prompts: no early stop, temperature 1, 4 epochs of one
-minibatch, a critic and a reward model of the policy's size. Needs nothing but Python, as every peer reads it
-in its own virtual environment.
+All of them are GPT-2 with random weights on random prompts: no early stop, temperature 1, 4 epochs
+of one minibatch, a critic and a reward model of the policy's size. Needs nothing but Python, as
+every peer reads it in its own virtual environment.
 
 Letters: B batch, P prompt length, R response length, T = P + R, V vocabulary, D width.
 """
@@ -118,7 +118,7 @@ WAYS = {
 
 
 def body_flops(w, length):
-  """Of the blocks over B rows of `length` tokens, causal attention counted as half of the square."""
+  """FLOPs of the blocks on B sequences of `length` tokens; attention is half of the square."""
   linear = 2 * (4 * w.width**2 + 2 * w.width * w.mlp)
   attention = 4 * w.width * length / 2
   return w.batch * length * w.layers * (linear + attention)
@@ -132,9 +132,9 @@ def unembed_flops(w, slots):
 def flops(w, way='separate', epochs=EPOCHS):
   """Floating-point operations of one iteration: {'rollout', 'scoring', 'update'}.
 
-  Scoring is a forward pass each of policy, critic, reference and reward model, the first and third with
-  log-probabilities of the response; the update does a forward and a backward pass of policy and critic in
-  each epoch. Norms, activations, softmax and sampling are not counted.
+  Scoring is a forward pass each of policy, critic, reference and reward model, the first and third
+  with log-probabilities of the response; the update does a forward and a backward pass of policy
+  and critic in each epoch. Norms, activations, softmax and sampling are not counted.
   """
   way = WAYS[way]
   body, unembed = body_flops(w, w.length), unembed_flops(w, w.response)
@@ -174,7 +174,7 @@ def decode_bytes(w, item_size):
 
 
 def optimizer_bytes(w, way='separate', epochs=EPOCHS):
-  """Bytes Adam moves in an iteration: weights and moments read and written, gradients read, in float32."""
+  """Bytes Adam moves in an iteration, in float32: weights and moments twice, gradients once."""
   way = WAYS[way]
   trained = way.trained_blocks * body_weights(w) + way.trained_embeddings * w.vocab * w.width
   return epochs * 7 * 4 * trained
@@ -183,8 +183,8 @@ def optimizer_bytes(w, way='separate', epochs=EPOCHS):
 def bound(w, matmul, copy, *, way='separate', epochs=EPOCHS, item_size=4):
   """The least seconds of an iteration at the machine's measured limits.
 
-  FLOPs at the rate of a large matmul; a decode step takes at least as long as its weights take to read; the
-  update also takes Adam's traffic.
+  FLOPs at the rate of a large matmul; a decode step takes at least as long as its weights take to
+  read; the update also takes Adam's traffic.
 
   Args:
     w: Workload.

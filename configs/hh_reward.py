@@ -7,8 +7,8 @@ whose mean score decides; accuracy on the rest with a 95 % interval, beside "the
 wins" and a logistic model on bags of words. With 1,842 training pairs only a very small model with
 half of its tokens hidden learns what carries over; pretraining is left out.
 
-Expected, seed 0: accuracy 0.615 [0.594, 0.636], the logistic model 0.621 [0.602, 0.641], the shorter
-reply 0.552. About 5 minutes on 2 CPU cores.
+Expected, seed 0: accuracy 0.615 [0.594, 0.636], the logistic model 0.621 [0.602, 0.641], the
+shorter reply 0.552. About 5 minutes on 2 CPU cores.
 """
 
 import ml_collections

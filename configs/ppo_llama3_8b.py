@@ -1,15 +1,17 @@
 """PPO of Llama 3 8B with a critic, a reward model and a reference of its size.
 
 python -m planner --config=configs/ppo_llama3_8b.py --topology=v5e:16x16 --search
-python -m rlhf_jax.main --config=configs/ppo_llama3_8b.py:policy=FOLDER,reward=FOLDER,prompts=FILE --workdir=DIR
+python -m rlhf_jax.main --workdir=DIR \\
+    --config=configs/ppo_llama3_8b.py:policy=FOLDER,reward=FOLDER,prompts=FILE
 
-FOLDERs are Hugging Face folders: the policy after SFT, and a reward model of the same tokenizer, which
-the critic starts from too. `:lora` trains adapters of rank 64 on the linear maps of policy and critic
-instead of all weights; the reference is then the policy with its adapters off.
+FOLDERs are Hugging Face folders: the policy after SFT, and a reward model of the same tokenizer,
+which the critic starts from too. `:lora` trains adapters of rank 64 on the linear maps of policy
+and critic instead of all weights; the reference is then the policy with its adapters off.
 
-The recipe is that of N+ (https://arxiv.org/abs/2403.17031), with 512 episodes of up to 512 + 512 tokens
-an iteration. Weights and computation are bfloat16, updates add up in float32. Nobody has run it at this
-size: docs/plan.md has what the TPU compiler says of it on three kinds of chips, and which meshes fit.
+The recipe is that of N+ (https://arxiv.org/abs/2403.17031), with 512 episodes of up to 512 + 512
+tokens an iteration. Weights and computation are bfloat16, updates add up in float32. Nobody has run
+it at this size: docs/plan.md has what the TPU compiler says of it on three kinds of chips, and
+which meshes fit.
 """
 
 from rlhf_jax import config as c

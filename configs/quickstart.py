@@ -10,8 +10,8 @@ https://arxiv.org/abs/2203.02155) against a reward model that saw their labels a
 Expected, seed 0, 512 samples: gold score of SFT 0.02 (standard error 0.05), of PPO 1.74 (0.06), win
 rate 0.84. With other random numbers and held-out examples, seeds 0 to 4 gave SFT 0.07 to 0.22, PPO
 1.66 to 1.88, win rate 0.79 to 0.84. 4 to 6 minutes on 2 CPU cores, compilation included. Seed 0 of
-`:lora`, where PPO trains adapters and takes twice the steps: 1.55 (0.06) and 0.79; of `:grpo` in place
-of PPO: 1.17 (0.05) and 0.74. `:bf16` gave 1.81 and 0.81 with the earlier ones.
+`:lora`, where PPO trains adapters and takes twice the steps: 1.55 (0.06) and 0.79; of `:grpo` in
+place of PPO: 1.17 (0.05) and 0.74. `:bf16` gave 1.81 and 0.81 with the earlier ones.
 """
 
 import ml_collections
@@ -24,7 +24,7 @@ from rlhf_jax.algorithms import sft as sft_lib
 
 
 def get_config(arg=None):
-  """Arguments: debug (seconds), seed, grpo (in place of PPO), lora (adapters of policy and critic), bf16."""
+  """Arguments: debug (seconds), seed, grpo (instead of PPO), lora (policy and critic), bf16."""
   arg = c.parse_arg(arg, debug=False, seed=0, grpo=False, lora=False, bf16=False)
   rl = 'grpo' if arg.grpo else 'ppo'
   config = ml_collections.ConfigDict(
@@ -171,7 +171,7 @@ def reward_model():
 
 
 def ppo():
-  """PPO-ptx against the reward model; too short for InstructGPT's warmup and average of the weights."""
+  """PPO-ptx against the reward model; too short for InstructGPT's warmup and weight averaging."""
   stage = against_the_reward_model(ppo_lib.config('instructgpt'))
   stage.optim.update({'warmup_steps': 0, 'warmup_from': 0.0, 'ema': None})
   stage.critic.learning_rate = None
@@ -179,7 +179,7 @@ def ppo():
 
 
 def grpo():
-  """GRPO with the KL in the reward and pretraining mixed in, as the PPO above; 4 responses a prompt."""
+  """GRPO with the KL in the reward and pretraining mixed in, as in PPO; 4 responses to a prompt."""
   stage = against_the_reward_model(grpo_lib.config())
   stage.sampling.samples = 4
   stage.rl.update({'kl_in': 'reward', 'kl_estimator': 'k1', 'normalize': 'token'})

@@ -11,8 +11,8 @@ examples/randomwalks. `objective/scores` of the rl stage is the sampled optimali
 Expected of PPO, seed 0, 5,000 samples: optimality 0.34 before (0.346 is exact for uniform steps)
 and 0.98 after, first above 0.9 at iteration 6; loss of the pretrained model on the example's walks
 0.714, whose entropy is 0.705. 2 to 3 minutes on 2 CPU cores shared with others.
-From one pretrained model (model=FOLDER): PPO, seeds 0 to 5, 0.97 to 0.99, first above 0.9 at iteration 4
-to 8; GRPO, seeds 0 to 2, 0.99, first above 0.9 at iteration 5 or 6.
+From one pretrained model (model=FOLDER): PPO, seeds 0 to 5, 0.97 to 0.99, first above 0.9 at
+iteration 4 to 8; GRPO, seeds 0 to 2, 0.99, first above 0.9 at iteration 5 or 6.
 """
 
 import ml_collections
@@ -23,9 +23,9 @@ from rlhf_jax.algorithms import sft
 from rlhf_jax.tasks import random_walks
 
 LENGTH = random_walks.MAX_LENGTH - 1
-# What differs from `common` of each algorithm. PPO: trlX's settings, but for minibatches of 70 and 70,
-# not 100 and 40, and a learning rate that falls to 0: with trlX's constant one seeds 0 to 2 of the
-# given model end at 0.91 to 0.92.
+# What differs from `common` of each algorithm. PPO: trlX's settings, but for minibatches of 70 and
+# 70, not 100 and 40, and a learning rate that falls to 0: with trlX's constant one seeds 0 to 2 of
+# the given model end at 0.91 to 0.92.
 SETTINGS = {
   'ppo': {'rl.minibatches': 2, 'rl.vf_coef': 1.2},
   'grpo': {'rl.minibatches': 2, 'rl.normalize': 'token', 'sampling.samples': 7, 'optim.b2': 0.95},

@@ -94,7 +94,7 @@ def pack(root, archive):
 
 
 def is_file(path):
-  """Whether it is a file or a link, not a folder (a submodule) or missing (deleted, not committed)."""
+  """Whether it is a file or link, not a folder (submodule) or missing (deleted, not committed)."""
   try:
     mode = path.lstat().st_mode
   except OSError:

@@ -1,4 +1,4 @@
-"""One Cloud TPU and its place in the queue: what gcloud says of them, and what its workers are told.
+"""One Cloud TPU and its queued request: their states in gcloud, and commands on the workers.
 
 The part of launch/tpu_vm.sh that talks to gcloud.
 """
@@ -13,8 +13,8 @@ import sys
 import time
 
 # States of a node: https://cloud.google.com/tpu/docs/reference/rest/v2/projects.locations.nodes#State
-# COMING are waited for, STOPPED (a person did that; only hosts of their own can be) is started, LOST
-# is made again, and HIDDEN, UNKNOWN and what may come are for a person.
+# The launcher waits for those in COMING, starts a STOPPED node (stopped by a person; only single
+# hosts can be), and creates a LOST one again. HIDDEN, UNKNOWN and others need a person.
 COMING = (
   'CREATING',
   'STARTING',
@@ -26,7 +26,8 @@ COMING = (
   'DELETING',
 )
 LOST = ('PREEMPTED', 'TERMINATED')
-# States of a request: https://cloud.google.com/tpu/docs/queued-resources. FAILED and SUSPENDED are final.
+# States of a request: https://cloud.google.com/tpu/docs/queued-resources. FAILED and SUSPENDED are
+# final.
 OVER = (None, 'FAILED', 'SUSPENDED')
 CALL_TRIES = 8  # of one call of gcloud
 LOST_POLLS = (
@@ -55,10 +56,12 @@ if [ -n "$pid" ] && grep -qs rlhf_jax.main "/proc/$pid/cmdline"; then
   kill -KILL "$pid" 2>/dev/null && sleep 2 || true
 fi"""
 MOUNT = """
-command -v mount.nfs >/dev/null || { sudo apt-get -q update && sudo apt-get -q install -y nfs-common; }
+command -v mount.nfs >/dev/null ||
+  { sudo apt-get -q update && sudo apt-get -q install -y nfs-common; }
 sudo mkdir -p /mnt/shared
 mountpoint -q /mnt/shared || sudo mount -t nfs -o hard,vers=3 %s /mnt/shared"""
-# The images' own Python is too old. The digest is written last: a setup that was cut short does not count.
+# The images' own Python is too old. The digest is written last: a setup that was cut short does not
+# count.
 SETUP = """
 mkdir -p rlhf_jax && cd rlhf_jax
 rm -f .shipped_digest
@@ -87,7 +90,7 @@ def say(text):
 
 
 def back_off(attempt, base, longest):
-  """Seconds before the next attempt: doubled each time, up to `longest`; less up to half of it at random.
+  """Seconds before the next attempt: doubled up to `longest`, minus up to half of it at random.
 
   Args:
     attempt: how many have failed, from 1.
@@ -98,7 +101,7 @@ def back_off(attempt, base, longest):
 
 
 def state(answer):
-  """The state in gcloud's JSON of a node ({state: READY}) or of a request ({state: {state: ACTIVE}}).
+  """The state in gcloud's JSON of a node ({state: READY}) or a request ({state: {state: ACTIVE}}).
 
   Raises:
     ValueError: where there is none.
@@ -297,7 +300,7 @@ class Tpu:
     return MOUNT % shlex.quote(self.shared) if self.shared else ''
 
   def holds(self, shipment):
-    """Exit status of a look at all workers: 0 where all hold these files, NOT_SET_UP where one does not."""
+    """Checks all workers; returns 0 if all hold these files, NOT_SET_UP if one does not."""
     return self.on_workers(CHECK % shipment.digest + self.mount())
 
   def setup(self, shipment):

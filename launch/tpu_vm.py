@@ -75,7 +75,8 @@ def pack(folder, arguments=()):
     more = f' and {len(names) - 5} more' if len(names) > 5 else ''
     limit = shipping.MAX_UNTRACKED_BYTES / 1e6
     say(
-      f'does not ship {shown}{more}: untracked files above {limit:.0f} MB in all; put them on SHARED'
+      f'does not ship {shown}{more}: untracked files above {limit:.0f} MB in all; '
+      'put them on SHARED'
     )
   return shipment
 

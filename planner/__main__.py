@@ -1,4 +1,4 @@
-"""python -m planner --config=configs/ppo_llama3_8b.py --topology=v5e:16x16 [--search] [--config.key=value]
+"""python -m planner --config=FILE --topology=v5e:16x16 [--search] [--config.key=value]
 
 Compiles rollout, scoring and train step of a PPO config for TPUs that nobody has to own, and prints
 what they need and how long they take. --search tries other meshes, microbatches and recomputations.
@@ -48,12 +48,13 @@ def run(config, topology):
   report.show(tables)
   whole = report.size(planner.chip.memory)
   summary = (
-    f'{planner.chips} chips of {planner.chip.name}; mesh (data x fsdp x tensor), microbatch, recomputation: '
+    f'{planner.chips} chips of {planner.chip.name}; mesh (data x fsdp x tensor), microbatch, '
+    'recomputation: '
     f'{chosen.name}. {report.size(chosen.bytes)} of {whole} GiB on each chip, '
   )
   summary += (
-    f'{report.seconds(chosen.seconds)} s an iteration, {chosen.tokens_per_second:.0f} tokens/s in the '
-    'rollout.'
+    f'{report.seconds(chosen.seconds)} s an iteration, '
+    f'{chosen.tokens_per_second:.0f} tokens/s in the rollout.'
     if chosen.fits
     else 'which does not fit.'
   )

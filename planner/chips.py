@@ -1,9 +1,9 @@
 """What a chip can do, as published.
 
-Peaks, memory and bandwidths: https://cloud.google.com/tpu/docs/v5e, /v5p and /v6e. Interconnect is per
-direction, half of the bidirectional figure there, and is divided by the ports of a chip. The clock is not
-published: it is the peak over the operations of a cycle, 2 for each cell of the matrix units (4 of 128 x
-128 in v5e, 8 in v5p, 4 of 256 x 256 in v6e).
+Peaks, memory and bandwidths: https://cloud.google.com/tpu/docs/v5e, /v5p and /v6e. Interconnect is
+per direction, half of the bidirectional figure there, and is divided by the ports of a chip. The
+clock is not published: it is the peak over the operations of a cycle, 2 for each cell of the matrix
+units (4 of 128 x 128 in v5e, 8 in v5p, 4 of 256 x 256 in v6e).
 """
 
 import dataclasses

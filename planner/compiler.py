@@ -42,7 +42,8 @@ class Compiled(NamedTuple):
     sent: [[kind of collective, chips of a group, bytes, times run], ...].
     unbounded: loops counted once for want of a number of rounds.
     seconds: that the compiler took.
-    needed: 0; or the temporaries of a program that does not fit the memory, of which nothing else is known.
+    needed: 0; or the temporaries of a program that does not fit the memory, of which nothing else
+      is known.
   """
 
   temporaries: float
@@ -75,7 +76,8 @@ def devices(topology):
   except Exception as error:  # whatever libtpu raises
     text = ' '.join(str(error).split())
     remedy = (
-      'only one process at a time can load libtpu: wait for the other, or set ALLOW_MULTIPLE_LIBTPU_LOAD=1'
+      'only one process at a time can load libtpu: wait for the other, or set '
+      'ALLOW_MULTIPLE_LIBTPU_LOAD=1'
       if 'lock' in text.lower() or 'in use' in text
       else 'choose another --topology, such as v5e:4x4'
     )
@@ -86,7 +88,7 @@ def devices(topology):
 
 @contextlib.contextmanager
 def quiet():
-  """Keeps what libtpu writes to stderr while it is loaded, complaints about a TPU that is not there, to itself."""
+  """Hides what libtpu writes to stderr while it is loaded: complaints that there is no TPU."""
   sys.stderr.flush()
   kept = os.dup(2)
   with open(os.devnull, 'w') as nowhere:

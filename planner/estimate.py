@@ -1,25 +1,28 @@
-"""How long a program takes at least: operations, memory and interconnect, each at its published peak.
+"""Lower bounds of a program's time: operations, memory and interconnect at their published peaks.
 
 The greatest of the three is the roofline; the compiler's own estimate, where there is one, stands
-beside it. Before a program is compiled its traffic is estimated from the shapes, per layer and pass:
+beside it. Before a program is compiled its traffic is estimated from the shapes, per layer and
+pass:
 
   weights          gathered over 'fsdp', read from memory; their gradients reduced the other way
   activations      reduced over 'tensor' after attention and after the MLP
   keys and values  read once for every token
 
-Letters: B rows, T tokens, R response tokens, L layers, D width, F feed-forward width, N heads, V vocabulary.
+Letters: B rows, T tokens, R response tokens, L layers, D width, F feed-forward width, N heads, V
+vocabulary.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-# A reduction or gather over a group waits for this at each step of its way; https://jax-ml.github.io/scaling-book.
+# A reduction or gather over a group waits for this at each step of its way;
+# https://jax-ml.github.io/scaling-book.
 HOP = 1e-6
 
 
 class Time(NamedTuple):
-  """Seconds that a program takes at least: for operations, memory, interconnect; and the compiler's, 0 for none."""
+  """Lower bounds in seconds: operations, memory, interconnect; and the compiler's estimate or 0."""
 
   flops: float
   memory: float
@@ -33,7 +36,7 @@ class Time(NamedTuple):
 
   @property
   def seconds(self):
-    """What is predicted: the roofline, or the compiler's estimate of the computation where it is more."""
+    """The predicted seconds: the roofline, or the compiler's estimate if it is higher."""
     return max(self)
 
   @property
@@ -43,7 +46,7 @@ class Time(NamedTuple):
 
 
 class Traffic(NamedTuple):
-  """What a chip moves in a program: bytes of memory; [(mesh axis, bytes sent, collectives)]; bytes it holds at most."""
+  """A chip's traffic: bytes of memory; [(mesh axis, bytes sent, collectives)]; most bytes held."""
 
   memory: float
   sent: list
@@ -53,8 +56,8 @@ class Traffic(NamedTuple):
 def bandwidths(mesh, chip, extents):
   """Bytes/s that a chip can send along each mesh axis, and by the size of a group of chips.
 
-  A group that spans a dimension of the grid uses both of its links there if it closes to a ring, else
-  one. A group of another size than any axis is given one link.
+  A group that spans a dimension of the grid uses both of its links there if it closes to a ring,
+  else one. A group of another size than any axis is given one link.
 
   Args:
     mesh: of a topology's devices.
@@ -108,7 +111,7 @@ def time_of(compiled, flops, traffic, *, chips, chip, by_size):
 
 
 def time_before(flops, traffic, *, chips, chip, by_axis):
-  """Time of a program that is not compiled yet, from its estimated Traffic; arguments as for `time_of`."""
+  """Time of a program not compiled yet, from its estimated Traffic; arguments as in `time_of`."""
   sending = sum(
     amount / by_axis[axis] + rounds * hops * HOP for axis, amount, rounds, hops in traffic.sent
   )
@@ -160,7 +163,7 @@ class Shape(NamedTuple):
 
 
 def rollout(s):
-  """Traffic of a rollout: cache and weights are read for every token, the weights gathered then or once."""
+  """Traffic of a rollout: a token reads cache and weights, gathered for each token or once."""
   rows = s.rows / (s.data * s.fsdp)
   held, steps = s.weights / s.tensor, s.response
   each = s.fsdp > 1 and not s.gather
@@ -177,7 +180,7 @@ def scoring(s):
 
 
 def update(s):
-  """Traffic of a train step: policy, critic and reference forward, then both trained ones forth and back."""
+  """Traffic of a train step: three models forward, then policy and critic forward and backward."""
   first = _passes(
     s,
     rows=s.microbatch,

@@ -27,8 +27,8 @@ class Count(NamedTuple):
 def of(traced):
   """The operations of a traced program.
 
-  A `while_loop` is taken to go on until its counter meets its bound, as if no row ended early, and a Pallas
-  kernel to leave out no block (splash attention does, above the diagonal).
+  A `while_loop` is taken to go on until its counter meets its bound, as if no row ended early, and
+  a Pallas kernel to leave out no block (splash attention does, above the diagonal).
 
   Args:
     traced: from jax.jit(f).trace(...).
@@ -41,7 +41,7 @@ def of(traced):
 
 
 def _walk(jaxpr, arguments):
-  """Count of a jaxpr, and its outputs where they are known integers; `arguments` are ints or None."""
+  """Returns the Count of a jaxpr and its outputs: ints if known, else None, as `arguments` are."""
   known = dict(zip(jaxpr.invars, arguments))
   read = lambda atom: _integer(atom.val) if isinstance(atom, core.Literal) else known.get(atom)
   flops, unbounded = 0.0, 0
@@ -129,7 +129,7 @@ def _while(equation, values):
 
 
 def _bound(cond, arguments):
-  """(index of the input, bound) of the one comparison `input < bound` in a loop's condition, or Nones."""
+  """Returns (index of the input, bound) of a loop's only comparison `input < bound`, or Nones."""
   known = dict(zip(cond.invars, arguments))
   read = lambda atom: _integer(atom.val) if isinstance(atom, core.Literal) else known.get(atom)
   for equation in cond.eqns:

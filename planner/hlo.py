@@ -1,7 +1,8 @@
-"""What a compiled program does, read from its HLO: collectives and the compiler's cycles, loops counted.
+"""Collectives and estimated cycles of a compiled program, read from its HLO, with loops counted.
 
 Of XLA for TPUs: cycles are its cost model's, one figure for each scheduled instruction; collectives
-that overlap with computation are inside of fusions, once where they start and again where they go on.
+that overlap with computation are inside of fusions, once where they start and again where they go
+on.
 """
 
 import collections
@@ -33,7 +34,7 @@ _CALLED = re.compile(
 
 
 class Instruction(NamedTuple):
-  """One line of a computation: its name, the text of its type, opcode, operands' names, and all the rest."""
+  """One line of a computation: name, type as text, opcode, operands' names, and the rest."""
 
   name: str
   type: str
@@ -129,7 +130,7 @@ def _closing(text, start):
 
 
 def _flow(instruction):
-  """Computations whose instructions run one after another where an instruction is: loops, branches, calls."""
+  """Returns the computations that an instruction runs: those of loops, branches and calls."""
   if instruction.opcode not in ('while', 'conditional', 'call'):
     return []
   return _called(instruction)
@@ -241,8 +242,9 @@ def _channel(instruction):
 def traffic(collective, *, scattered=False):
   """What each chip of a group sends in a collective, around a ring.
 
-  Of n chips: (n - 1) / n of the whole for a gather (of the result), a reduction that scatters (of the
-  operand) or an exchange; twice that for a reduction that everybody gets; all of it for a permutation.
+  Of n chips: (n - 1) / n of the whole for a gather (of the result), a reduction that scatters (of
+  the operand) or an exchange; twice that for a reduction that everybody gets; all of it for a
+  permutation.
 
   Args:
     collective: the Instruction.

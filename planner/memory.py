@@ -1,4 +1,4 @@
-"""Bytes on each chip: what stays there between programs, by kind, and what a program needs beside it."""
+"""Bytes on each chip: what stays between programs, by kind, and what a program adds."""
 
 import math
 import re
@@ -39,7 +39,7 @@ def by_kind(arrays):
 
 
 def cache(config, model, mesh):
-  """Bytes per chip of the keys and values of a rollout: rows split over 'data' and 'fsdp', heads over 'tensor'."""
+  """Bytes of a rollout's cache per chip: split over 'data' and 'fsdp', its heads over 'tensor'."""
   length = config.data.max_prompt_length + config.sampling.max_new_tokens
   shapes = jax.eval_shape(lambda: model.init_cache(config.batch_size, length))
   shards = mesh.shape['data'] * mesh.shape['fsdp']

@@ -58,7 +58,7 @@ class Planner:
     return estimate.bandwidths(mesh, self.chip, self.extents)
 
   def confirm(self, config, progress):
-    """Candidate of a config as the compiler sees it, and its {program: FLOPs}; stops at what does not fit.
+    """Returns a config's compiled Candidate and {program: FLOPs}; stops if a program does not fit.
 
     Args:
       config: from ppo.config.

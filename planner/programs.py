@@ -1,7 +1,7 @@
 """The programs of a PPO iteration and their arguments, as shapes that lie on a mesh.
 
-The state is made by the functions that make the real one, under `jax.eval_shape`, and lies where their
-rules put it. Reward model and critic are taken to have the policy's shapes.
+The state is made by the functions that make the real one, under `jax.eval_shape`, and lies where
+their rules put it. Reward model and critic are taken to have the policy's shapes.
 
 Letters: B batch, P prompt length, R response length, T = P + R.
 """

@@ -1,6 +1,7 @@
 """Which mesh, microbatch and recomputation fit in memory, and which of them are fastest.
 
-All are estimated from shapes; the compiler then confirms the most promising, until enough of them fit.
+All are estimated from shapes; the compiler then confirms the most promising, until enough of them
+fit.
 """
 
 import dataclasses
@@ -66,14 +67,14 @@ class Candidate:
 
   @property
   def name(self):
-    """Mesh, microbatch, recomputation and whether a rollout gathers the weights, in a few characters."""
+    """Mesh, microbatch, recomputation and whether rollouts gather weights, in a few characters."""
     mesh = ' x '.join(str(self.config.mesh[axis]) for axis in sharding.AXES)
     gather = ', gathered' if self.config.sampling.gather_weights else ''
     return f'{mesh}, {self.config.microbatch_size or "all"}, {self.config.model.remat}{gather}'
 
 
 def variants(config, chips):
-  """Configs of all meshes whose sizes divide the model, with the microbatches and recomputations to try.
+  """Configs of all meshes that divide the model, with the microbatches and recomputations to try.
 
   Args:
     config: the config to vary.

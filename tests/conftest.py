@@ -62,7 +62,7 @@ MAPPINGS = 40_000  # of memory: a process may have 65,530, and XLA crashes where
 
 
 def mappings():
-  """How many mappings this process has, some for each compiled program; 0 where that cannot be read."""
+  """Returns how many mappings this process has, some per compiled program; 0 if that is unknown."""
   try:
     return pathlib.Path('/proc/self/maps').read_bytes().count(b'\n')
   except OSError:

@@ -1,4 +1,4 @@
-"""XLA's options for tests, which compile much and compute little: without LLVM's optimizations they take half the time."""
+"""XLA's options for tests, which mostly compile: no LLVM optimizations, which halves their time."""
 
 import importlib.metadata
 

@@ -102,7 +102,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def wide(tmp_path_factory):
-  """Checkpoints of the steps 1 and 2, with arrays too large to lie in Orbax's index, which has checksums."""
+  """Checkpoints of steps 1 and 2, with arrays too large for Orbax's index, which has checksums."""
   return save(tmp_path_factory.mktemp('wide'), (1, 2), width=512)
 
 

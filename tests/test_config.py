@@ -634,7 +634,8 @@ WITHOUT = [
   (
     'sft',
     {'data.separator': '\n\n'},
-    "config.data.separator='\\n\\n' has no effect with config.data.path='data.jsonl': it parts the texts of a text file",
+    "config.data.separator='\\n\\n' has no effect with config.data.path='data.jsonl': "
+    'it parts the texts of a text file',
   ),
   (
     'sft',
@@ -690,7 +691,8 @@ WITHOUT = [
   (
     'ppo',
     ONE_UPDATE | {'rl.clip_high': 0.3},
-    'config.rl.clip_high=0.3 has no effect with config.rl.minibatches=1: with config.rl.epochs=1 too there',
+    'config.rl.clip_high=0.3 has no effect with config.rl.minibatches=1: '
+    'with config.rl.epochs=1 too there',
   ),
   (
     'ppo',
@@ -751,12 +753,14 @@ WITHOUT = [
   (
     'ppo',
     PARTS | {'reward.parts': {'a': {'function': 'tiny:good_words', 'max_length': 3}}},
-    "config.reward.parts.a.max_length=3 has no effect with config.reward.parts.a.function='tiny:good_words'",
+    'config.reward.parts.a.max_length=3 has no effect with '
+    "config.reward.parts.a.function='tiny:good_words'",
   ),
   (
     'ppo',
     {'evals': {'prompts': {'path': 'p', 'reward': {'model': 'm', 'ensemble': 'min'}}}},
-    "config.evals.prompts.reward.ensemble='min' has no effect with config.evals.prompts.reward.models=None",
+    "config.evals.prompts.reward.ensemble='min' has no effect with "
+    'config.evals.prompts.reward.models=None',
   ),
 ]
 

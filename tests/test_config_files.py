@@ -16,8 +16,13 @@ from rlhf_jax.algorithms import sft
 import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-BEGIN = 'from rlhf_jax.algorithms import sft\n\n\ndef get_config(arg=None):\n  config = sft.config()\n'  # 5 lines
-PIPELINE = "import ml_collections\n\n\ndef get_config(arg=None):\n  return ml_collections.ConfigDict({'seed': 0, "
+BEGIN = (  # 5 lines
+  'from rlhf_jax.algorithms import sft\n\n\ndef get_config(arg=None):\n  config = sft.config()\n'
+)
+PIPELINE = (
+  'import ml_collections\n\n\ndef get_config(arg=None):\n'
+  "  return ml_collections.ConfigDict({'seed': 0, "
+)
 
 
 @pytest.mark.parametrize(
@@ -71,11 +76,13 @@ PIPELINE = "import ml_collections\n\n\ndef get_config(arg=None):\n  return ml_co
     (BEGIN + '  config.optim = 3\n', 'FILE:6: config.optim=3 must be a dict'),
     (
       BEGIN + "  config.data = {'path': 'x', 'split': None}\n  return config\n",
-      'FILE:6: config.data lacks chat_template, columns, epochs and others: set single keys, config.data.KEY = ',
+      'FILE:6: config.data lacks chat_template, columns, epochs and others: set single keys, '
+      'config.data.KEY = ',
     ),
     (
       BEGIN
-      + "  config.update_from_flattened_dict({'steps': 1})\n  del config.unlock().optim.b1\n  return config\n",
+      + "  config.update_from_flattened_dict({'steps': 1})\n"
+      + '  del config.unlock().optim.b1\n  return config\n',
       'FILE:4: config.optim lacks b1: set single keys',
     ),
     (

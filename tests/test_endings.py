@@ -1,4 +1,4 @@
-"""However a run ends early, its process ends too, with a status other than 0 and one line that says why."""
+"""However a run ends early, its process exits with a non-zero status and one line on the cause."""
 
 import errno
 import os
@@ -83,11 +83,13 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(world, tmp_path):
   [
     (
       OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), '/runs/x'),
-      'No space left on device (/runs/x): make room; the same command resumes from the last checkpoint',
+      'No space left on device (/runs/x): make room; the same command resumes from the last '
+      'checkpoint',
     ),
     (
       ValueError(
-        'RESOURCE_EXHAUSTED: Failed to open: "/runs/x/state": No space left on device [os_error_code=28]'
+        'RESOURCE_EXHAUSTED: Failed to open: "/runs/x/state": No space left on device '
+        '[os_error_code=28]'
       ),
       'No space left on device (/runs/x/state): make room; the same command resumes',
     ),

@@ -1,4 +1,4 @@
-"""Folders, templates and texts made to do harm: nothing in them runs, and each ends in one line, soon."""
+"""Malicious folders, templates and texts: nothing in them runs; each ends soon, with one line."""
 
 import collections
 import dataclasses
@@ -423,7 +423,7 @@ class Elements(html.parser.HTMLParser):
 
 
 def page(path, text):
-  """The report in which all that comes from data is `text`, with a number where names must differ."""
+  """A report in which everything from data is `text`, with a number where names must differ."""
   report.write(
     path,
     title=text,

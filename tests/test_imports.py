@@ -9,7 +9,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def test_imports_go_one_way():
-  lint = 'import sys; from importlinter import cli; sys.exit(cli.lint_imports(no_cache=True, no_logo=True))'
+  lint = (
+    'import sys; from importlinter import cli; '
+    'sys.exit(cli.lint_imports(no_cache=True, no_logo=True))'
+  )
   done = subprocess.run(
     [sys.executable, '-c', lint], cwd=ROOT, capture_output=True, text=True, check=False
   )

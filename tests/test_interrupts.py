@@ -40,7 +40,7 @@ def test_one_process_looks_after_every_step(now):
 
 
 def test_the_first_process_decides_and_they_seldom_meet(now, monkeypatch):
-  """Each process follows the first one's answers: replayed to one with another clock, they give the same steps."""
+  """The first process's answers, replayed to a process with another clock, give the same steps."""
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   answers = []
   monkeypatch.setattr(processes, 'agree', lambda answer: answers.append(answer) or answer)

@@ -45,8 +45,8 @@ def test_without_draws_a_rate_has_wilsons_interval(wins, losses):
 
 
 def test_with_draws_it_is_tangos():
-  # Fagerland, Lydersen and Laake 2014 (https://doi.org/10.1002/sim.6148), airway data: 1 and 7 of 21
-  # pairs are discordant; the interval of the difference of shares is -0.517 to -0.026.
+  # Fagerland, Lydersen and Laake 2014 (https://doi.org/10.1002/sim.6148), airway data: 1 and 7 of
+  # 21 pairs are discordant; the interval of the difference of shares is -0.517 to -0.026.
   low, high = intervals.rate([1] + [0] * 7 + [0.5] * 13)
   assert (2 * low - 1, 2 * high - 1) == pytest.approx((-0.517, -0.026), abs=5e-4)
   # All drawn: n (2 p - 1)^2 = z^2 (2 p - 1) (1 - (2 p - 1)), so 2 p - 1 = z^2 / (n + z^2).

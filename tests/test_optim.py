@@ -83,7 +83,8 @@ def test_schedules_by_hand():
 
 
 def test_a_schedule_counts_train_steps():
-  # 10 train steps of 3 optimizer steps each: the rate changes at every third, and the last one is a tenth.
+  # 10 train steps of 3 optimizer steps each: the rate changes at every third, and the last one is a
+  # tenth.
   rate = optim.schedule(2.0, kind='linear', warmup_steps=0, steps=10, updates=3)
   close([rate(t) for t in (0, 1, 2, 3, 5, 6, 27, 29)], [2, 2, 2, 1.8, 1.8, 1.6, 0.2, 0.2])
   rate = optim.schedule(2.0, kind='constant', warmup_steps=4, warmup_from=0.5, steps=10, updates=2)
@@ -128,7 +129,8 @@ def test_unknown_names_are_user_errors():
 
 
 def test_master_weights_add_up_what_bfloat16_would_lose():
-  # Between 1 and 2 bfloat16 has steps of 2^-7; a hundred updates of 1e-3 are 0.1, each alone is none.
+  # Between 1 and 2 bfloat16 has steps of 2^-7; a hundred updates of 1e-3 are 0.1, each alone is
+  # none.
   params = {'w': jnp.full(3, 1.5, jnp.bfloat16)}
   settings = PLAIN | {'learning_rate': 1e-3}
   grads = [{'w': jnp.ones(3, jnp.bfloat16)}] * 100

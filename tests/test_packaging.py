@@ -41,7 +41,7 @@ def normalized(name):
 
 
 def imported(*folders):
-  """Distributions that the Python files below some folders import, the standard library's left out."""
+  """Distributions that the Python files in some folders import, without the standard library's."""
   modules = set()
   for folder in folders:
     for path in (ROOT / folder).rglob('*.py'):

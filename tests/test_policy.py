@@ -85,7 +85,7 @@ def test_logprobs_are_summed_over_the_response(policy):
 
 
 def test_stop_strings_end_responses_behind_them(policy):
-  """Against the responses without: of one token ('w7'), inside of a word ('2'), of several words."""
+  """Against responses without stops: one token ('w7'), within a word ('2'), several words."""
   free = sample(policy, temperature=1.0, max_new_tokens=12, ignore_eos=True)
   for stop in (['w7'], ['2'], ['w1', 'w4 ', 'w33 w']):
     found = sample(policy, temperature=1.0, max_new_tokens=12, ignore_eos=True, stop=stop)

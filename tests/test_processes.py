@@ -151,7 +151,7 @@ def process_of(launcher, number):
 
 
 def out_of_order(hlo):
-  """Pairs of a loop around collectives and others after it that do not need its results, in a scheduled program."""
+  """Pairs of a loop of collectives and a later scheduled collective independent of it."""
   collective = re.compile(
     r' (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)\('
   )
@@ -195,7 +195,7 @@ def test_an_update_has_no_loop_around_collectives_with_others_behind_it(
 
 
 def test_two_processes_train_like_one_with_two_devices(world, tmp_path):
-  """PPO with a reward in Python and pretraining mixed in: parameters split over both, each scoring its part.
+  """PPO with a Python reward and ptx: parameters split over both, each scores its own part.
 
   SIGTERM to one process saves the same step of both, and the same command resumes.
   """
@@ -340,7 +340,7 @@ def fails(prompts, responses, *, response_tokens, metadata):
 
 
 def wild(prompts, responses, **_):
-  """A reward function that prints a megabyte, leaves the folder and forks a child that comes back."""
+  """A reward function that prints a megabyte, changes the folder and forks a child that returns."""
   print('x' * 2**20)
   os.chdir('/')
   if not os.fork():
@@ -392,7 +392,8 @@ def loses(number, kill):
       'hangs',
       1,
       r'\[1\] error: the reward function .*fails did not return within 5 seconds, at .*'
-      r'`time.sleep\(600\)`, called with \d+ prompts, the first .* with the response .*config.reward.timeout',
+      r'`time.sleep\(600\)`, called with \d+ prompts, the first .* with the response '
+      r'.*config.reward.timeout',
     ),
     (loses(0, signal.SIGKILL), 1, r'process 0 \(of 0 to 1\) was killed by signal 9'),
     (loses(1, signal.SIGKILL), 1, r'process 1 \(of 0 to 1\) was killed by signal 9'),
@@ -493,7 +494,7 @@ def test_all_pass_over_a_checkpoint_that_one_cannot_read(wide, tmp_path):
 
 @pytest.mark.slow
 def test_the_quickstart_runs_on_two_processes(tmp_path):
-  """All stages, those that train on both and the others on the first; the results are those of one process."""
+  """All stages, trained on both, functions on the first; the results are those of one process."""
   one, two = tmp_path / 'one', tmp_path / 'two'
   arguments = lambda workdir: [
     sys.executable,
@@ -518,7 +519,7 @@ def test_the_quickstart_runs_on_two_processes(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_resume_large_texts_where_four_were_killed(world, tmp_path):
-  """Texts that are packed as they are drawn: the batches are those of one process that was never stopped."""
+  """Texts packed as they are drawn: the batches equal those of one uninterrupted process."""
   data = tmp_path / 'large.jsonl'
   with open(data, 'w') as stream:  # 40 MB, and more tokens than are kept
     for number in range(64_000):

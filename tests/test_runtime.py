@@ -160,7 +160,8 @@ def test_devices_that_are_not_there(tmp_path):
 
 
 HUGE_PAGES = pathlib.Path('/sys/kernel/mm/transparent_hugepage/enabled')
-# Touches 64 MiB eight times, each time freed, and prints page faults of the first time and of all others.
+# Touches 64 MiB eight times, each time freed, and prints page faults of the first time and of all
+# others.
 TOUCH = """
 import json, resource
 if {keep}:

@@ -3,13 +3,13 @@
 python -m benchmarks.peers.easydel --workload xs
 
 Its own `train()`, on prompts in memory, with its compiled generation. It runs one epoch whatever
-`num_ppo_epochs` says, and its value head sits on the policy's trunk: a fraction of the others' work. Its GPT-2
-has no reward model: its Llama stands in, with the attention's heads, tied embeddings and a gated feed-forward
-layer two thirds as wide, which has as many weights and FLOPs.
+`num_ppo_epochs` says, and its value head sits on the policy's trunk: a fraction of the others'
+work. Its GPT-2 has no reward model: its Llama stands in, with the attention's heads, tied
+embeddings and a gated feed-forward layer two thirds as wide, which has as many weights and FLOPs.
 
-The clock: rollout is `generate_unified`, scoring the rest of `_preprocess_batch_input`, the update the rest of
-`_execute_train_step`. Tuned in its favour: no filtering in the sampler, no logging, no checkpoints, glibc's
-allocator as benchmarks/run.py sets it.
+The clock: rollout is `generate_unified`, scoring the rest of `_preprocess_batch_input`, the update
+the rest of `_execute_train_step`. Tuned in its favour: no filtering in the sampler, no logging, no
+checkpoints, glibc's allocator as benchmarks/run.py sets it.
 """
 
 import tempfile
@@ -150,7 +150,8 @@ def main():
     turns.ready(
       protocol.versions('easydel', 'jax', 'flax'),
       epochs=1,
-      note='one epoch whatever is asked, value head on the trunk; Llama of the same weights and FLOPs',
+      note='one epoch whatever is asked, value head on the trunk; Llama of the same weights and '
+      'FLOPs',
     )
     trainer.train()
 

@@ -2,8 +2,8 @@
 
 python -m benchmarks.peers.hf --workload xs
 
-What an RLHF loop written on it could not be faster than. The loss is cross-entropy over the response; there is no
-critic, no reward model and no optimizer.
+What an RLHF loop written on it could not be faster than. The loss is cross-entropy over the
+response; there is no critic, no reward model and no optimizer.
 """
 
 import torch

@@ -2,8 +2,8 @@
 
 python -m benchmarks.peers.limits --workload xs --library torch
 
-Takes turns with the peers, so that what is measured is the machine they ran on. float32 on a CPU, bfloat16
-elsewhere. benchmarks/run.py asks every library there is and keeps the best.
+Takes turns with the peers, so that what is measured is the machine they ran on. float32 on a CPU,
+bfloat16 elsewhere. benchmarks/run.py asks every library there is and keeps the best.
 """
 
 import importlib

@@ -2,13 +2,15 @@
 
 python -m benchmarks.peers.ours --workload xs --way separate
 
-The learner is what `algorithms/ppo.create` makes of a config, and an iteration is what train.py's loop does with
-it. Scoring by the reward model is a call of its own; the rest of scoring (the reference's log-probabilities) is
-compiled into the train step. So the clock gives both to the update, and at `split` the same function compiled
-apart says how much of it is scoring: benchmarks/run.py moves that many seconds. Policy and critic are not read
-before the update: its first forward pass gives their log-probabilities and values too.
+The learner is what `algorithms/ppo.create` makes of a config, and an iteration is what train.py's
+loop does with it. Scoring by the reward model is a call of its own; the rest of scoring (the
+reference's log-probabilities) is compiled into the train step. So the clock gives both to the
+update, and at `split` the same function compiled apart says how much of it is scoring:
+benchmarks/run.py moves that many seconds. Policy and critic are not read before the update: its
+first forward pass gives their log-probabilities and values too.
 
-A turn's report has the seconds of compilation in it, as JAX counts them. With `--cache DIR` compiled programs are kept in DIR and read from it, as the library does by default.
+A turn's report has the seconds of compilation in it, as JAX counts them. With `--cache DIR`
+compiled programs are kept in DIR and read from it, as the library does by default.
 """
 
 import json

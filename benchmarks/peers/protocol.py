@@ -1,8 +1,8 @@
-"""How a peer's process speaks with benchmarks/run.py: a line in for each iteration, a line of JSON out.
+"""How a peer's process talks to benchmarks/run.py: a line in per iteration, a line of JSON out.
 
-A peer says what it is once it is set up, then waits. At `iterate` it runs one iteration, taking the time of its
-parts, and reports; at the end of its input it ends. So only one peer computes at a time, and several can take
-turns. Whatever else it prints goes to standard error.
+A peer says what it is once it is set up, then waits. At `iterate` it runs one iteration, taking the
+time of its parts, and reports; at the end of its input it ends. So only one peer computes at a
+time, and several can take turns. Whatever else it prints goes to standard error.
 
 Needs nothing but Python: peers run in virtual environments of their own.
 """
@@ -18,7 +18,7 @@ from benchmarks import workloads
 
 
 def arguments(doc, **texts):
-  """What every peer is told on its command line: workload, device, threads, what is trained; and `texts`."""
+  """Reads the flags of every peer: workload, device, threads, what is trained; and `texts`."""
   parser = argparse.ArgumentParser(description=doc.splitlines()[0])
   parser.add_argument('--workload', type=workloads.read, required=True)
   parser.add_argument('--device', choices=('cpu', 'gpu', 'tpu'), default='cpu')
@@ -63,7 +63,7 @@ class Turns:
     )
 
   def wait(self):
-    """Waits for the next command, returns it and starts the clock. Ends the process where there is none."""
+    """Waits for the next command, starts the clock and returns it; exits if the input has ended."""
     command = sys.stdin.readline().strip()
     if not command:
       self._out.flush()
@@ -85,7 +85,7 @@ class Turns:
     self._parts[target] = self._parts.get(target, 0.0) + seconds
 
   def report(self, **more):
-    """Ends the iteration: its parts in seconds, the most memory held so far in bytes, and `more`."""
+    """Ends the iteration and reports seconds by part, peak memory in bytes, and `more`."""
     self._say(parts=self._parts, peak=peak(), device_peak=self._device_peak(), **more)
 
   def _say(self, **message):

@@ -2,14 +2,16 @@
 
 python -m benchmarks.peers.trl --workload xs
 
-Its own `train()`, on prompts in memory. The clock: generation is `batch_generation`; scoring is what follows
-until the first epoch draws its permutation; the update ends where the loop asks for the next prompts. The
-behaviour's log-probabilities come from the logits of generation, so scoring has one forward pass less than ours.
+Its own `train()`, on prompts in memory. The clock: generation is `batch_generation`; scoring is
+what follows until the first epoch draws its permutation; the update ends where the loop asks for
+the next prompts. The behaviour's log-probabilities come from the logits of generation, so scoring
+has one forward pass less than ours.
 
-Tuned in its favour: all rows in one pass, glibc's allocator as benchmarks/run.py sets it, dropout off, no
-logging to disk, TRL's own default attention (sdpa), `use_cache` as it is. On a GPU policy and critic have float32
-weights and run under autocast to bfloat16, generation too, which TRL leaves in float32; the frozen models are
-bfloat16. `bf16=True` alone would not reach the trainer's own Accelerator: it reads the environment.
+Tuned in its favour: all rows in one pass, glibc's allocator as benchmarks/run.py sets it, dropout
+off, no logging to disk, TRL's own default attention (sdpa), `use_cache` as it is. On a GPU policy
+and critic have float32 weights and run under autocast to bfloat16, generation too, which TRL leaves
+in float32; the frozen models are bfloat16. `bf16=True` alone would not reach the trainer's own
+Accelerator: it reads the environment.
 """
 
 import os

@@ -2,14 +2,15 @@
 
 python -m benchmarks.peers.tunix --workload xs
 
-Its own `train()`, vanilla rollout engine, on prompts in memory. It has no GPT-2: its Qwen2 stands in, with the
-attention's heads, tied embeddings and a gated feed-forward layer two thirds as wide, which has as many weights
-and FLOPs. Norms and SiLU cost less than GPT-2's. Critic and reward model have a scalar head in place of the
-vocabulary.
+Its own `train()`, vanilla rollout engine, on prompts in memory. It has no GPT-2: its Qwen2 stands
+in, with the attention's heads, tied embeddings and a gated feed-forward layer two thirds as wide,
+which has as many weights and FLOPs. Norms and SiLU cost less than GPT-2's. Critic and reward model
+have a scalar head in place of the vocabulary.
 
-The clock: rollout is `RLCluster.generate`, scoring the rest of `_generate_and_compute_advantage`, and the update
-ends where the loop asks for the next prompts. Tuned in its favour: one micro-batch, no sorting in the sampler,
-a cache as long as prompt and response, glibc's allocator as benchmarks/run.py sets it.
+The clock: rollout is `RLCluster.generate`, scoring the rest of `_generate_and_compute_advantage`,
+and the update ends where the loop asks for the next prompts. Tuned in its favour: one micro-batch,
+no sorting in the sampler, a cache as long as prompt and response, glibc's allocator as
+benchmarks/run.py sets it.
 """
 
 from flax import nnx
@@ -29,7 +30,7 @@ from benchmarks.peers import protocol
 
 
 class Numbers:
-  """What Tunix asks of a tokenizer: a text is its ids, written as numbers; id 1 comes first, as BOS.
+  """The tokenizer interface of Tunix: a text is its ids, written as numbers, after BOS, id 1.
 
   Padding and EOS lie outside of the vocabulary: no prompt has them and no response ends.
   """

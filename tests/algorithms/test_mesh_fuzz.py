@@ -1,7 +1,8 @@
-"""Random updates on meshes of eight devices against one device: all parameters, moments and metrics.
+"""Random updates on meshes of eight devices equal one device: parameters, moments and metrics.
 
-A seed draws an algorithm, a family, adapters, frozen layers, a critic, settings, a schedule whose minibatches
-divide over the devices or not, and three meshes. What config validation refuses is drawn again.
+A seed draws an algorithm, a family, adapters, frozen layers, a critic, settings, a schedule whose
+minibatches divide over the devices or not, and three meshes. What config validation refuses is
+drawn again.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Warnings about the metrics of a step: when there is one, what it names, and that it comes once."""
+"""Warnings about the metrics of a step: when they come, what they name, and that they come once."""
 
 import jax.numpy as jnp
 import pytest

@@ -56,7 +56,8 @@ def test_a_name_that_is_nowhere(outside):
   [
     (
       'x = 1 / 0\n',
-      'importing it raised ZeroDivisionError: division by zero, at broken.py:1 in <module>: `x = 1 / 0`',
+      'importing it raised ZeroDivisionError: division by zero, at broken.py:1 in <module>: '
+      '`x = 1 / 0`',
     ),
     (
       'def config(:\n',

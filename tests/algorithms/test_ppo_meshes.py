@@ -1,4 +1,4 @@
-"""A PPO update on several devices is the update on one, where minibatches do not divide over them too."""
+"""PPO updates on several devices equal one device, even if minibatches do not divide over them."""
 
 import functools
 
@@ -31,7 +31,7 @@ FAMILIES = {'gpt2': GPT2, 'llama': tiny.LLAMA}
 
 
 def update(model, settings, batch, mesh):
-  """Parameters before and after one update on a mesh, and its metrics; plain SGD, so that gradients show."""
+  """Returns parameters before and after an update with SGD on a mesh, and its metrics."""
   policy = model.init(jax.random.key(1))
   head = heads.init_scalar(jax.random.key(2), model.width, scale='normal')
   params = {'policy': policy, 'critic': {'head': head}}

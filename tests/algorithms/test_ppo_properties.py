@@ -165,7 +165,7 @@ def test_microbatches_are_the_full_batch_with_pretraining_mixed_in(world):
 
 @pytest.mark.parametrize('critic, unfrozen', [('separate', None), ('trunk', 1)])
 def test_an_epoch_in_one_piece_is_one_of_microbatches(critic, unfrozen, world):
-  """In one piece the first epoch's forward pass makes the experience; microbatches have passes before it."""
+  """The first epoch's forward pass gives the experience; with microbatches, one before it does."""
   config = tiny.ppo(world)
   config.critic.kind, config.model.unfrozen_layers = critic, unfrozen
   config.rl.update({'epochs': 3, 'minibatches': 1, 'whiten_advantages': 'minibatch'})

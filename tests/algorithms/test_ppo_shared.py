@@ -62,7 +62,8 @@ def update(params, frozen, handles, settings, moves):
   """Experience, gradients of the one minibatch, and metrics.
 
   Args:
-    moves: function from trained parameters to those the gradients are taken at, away from a ratio of one.
+    moves: function from trained parameters to those the gradients are taken at, away from a ratio
+      of one.
   """
   rollout, scores = episode()
   state = types.TrainState(
@@ -108,7 +109,7 @@ def head(model):
 @pytest.mark.parametrize('top', [0, 1, DEPTH])
 @pytest.mark.parametrize('tied', [False, True])
 def test_top_layers_agree_with_the_plain_computation(top, tied, settings):
-  """Same experience, losses and gradients as with all parameters in one tree, but for the frozen ones'."""
+  """Experience, losses and gradients equal those of one tree of parameters, except frozen ones."""
   model, params = build(tied)
   whole = jax.tree.map(jnp.copy, params)
   trained, shared = trainable.divide(model, params, unfrozen_layers=top)

@@ -58,7 +58,7 @@ def rollout():
 
 @pytest.mark.parametrize('algorithm', [ppo, grpo], ids=['ppo', 'grpo'])
 def test_the_reference_is_the_policy_as_it_starts(algorithm, world, adapted):
-  """Without the adapters the KL was 1.10 nats; the right numbers are those of the merged weights."""
+  """Without the adapters the KL was 1.10 nats; the right numbers come from the merged weights."""
   config, mesh = (
     config_of(algorithm, world, adapted),
     sharding.make_mesh({}, devices=jax.devices()[:1]),

@@ -181,7 +181,7 @@ def test_microbatches_are_the_full_batch(llama):
 
 
 def test_prompts_without_a_loss_change_nothing(llama):
-  """The loss of a batch is the mean over the prompts that have a pair, so rows of ties may be added."""
+  """The loss is the mean over the prompts that have a pair, so ties can be added to a batch."""
   model, params = llama
   batch = comparisons()
   losses, counted, _ = loss_of(llama, batch, PLAIN)
@@ -218,7 +218,7 @@ def rated(world, folder):
 
 
 def test_a_run_on_ratings_ends_and_measures_what_it_learns(world, tmp_path):
-  """It crashed at its last step, where single completions have no pairs; the loss was that of pairs."""
+  """Single completions have no pairs; evaluating their pairwise loss crashed the last step."""
   config = rated(world, tmp_path)
   config.evals.single = {
     'kind': 'loss',

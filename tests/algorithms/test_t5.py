@@ -1,7 +1,7 @@
 """Encoder-decoders in the algorithms: rollouts, a PPO update against torch, and a task to learn.
 
-The reference of the update runs transformers' T5 in double precision on one episode at a time, without padding;
-what PPO does with the numbers is references.py's, gradients are torch's.
+The reference of the update runs transformers' T5 in double precision on one episode at a time,
+without padding; what PPO does with the numbers is references.py's, gradients are torch's.
 """
 
 import functools

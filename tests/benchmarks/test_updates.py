@@ -29,7 +29,8 @@ def test_what_an_update_holds(mesh, monkeypatch):
   update = updates.prepare(updates.make_config(W, {}), mesh)
   seen = set()
   policy = shared_weights.count(update.state.params['policy'], seen)
-  # GPT-2: token and position embeddings, two norms with biases, four linear maps with biases; the final norm.
+  # GPT-2: token and position embeddings, two norms with biases, four linear maps with biases; the
+  # final norm.
   block = 2 * 2 * 16 + 4 * 16 * 16 + 4 * 16 + 2 * 16 * 64 + 64 + 16
   assert policy == 4 * (40 * 16 + 9 * 16 + 2 * block + 2 * 16)
   assert shared_weights.count(update.state.params['policy'], seen) == 0

@@ -9,9 +9,11 @@ SMALL = workloads.Workload('small', 2, 4, 2, 8, 10, 3, 2, 5)
 
 
 def test_forward_pass_by_hand():
-  # A token's maps: query, key, value, output 4 x 16 weights, feed-forward 32 + 32: 128, two operations each.
+  # A token's maps: query, key, value, output 4 x 16 weights, feed-forward 32 + 32: 128, two
+  # operations each.
   linear = 5 * 5 * 2 * 256
-  # Scores and their sum over values: 2 x 2 x 4 operations for each pair, half of 5 x 5 pairs, 2 layers.
+  # Scores and their sum over values: 2 x 2 x 4 operations for each pair, half of 5 x 5 pairs, 2
+  # layers.
   attention = 5 * 2 * 16 * 12.5
   assert workloads.body_flops(SMALL, 5) == linear + attention
   assert workloads.unembed_flops(SMALL, 2) == 5 * 2 * 2 * 4 * 10
@@ -43,8 +45,8 @@ def test_totals_of_the_workloads(name, giga):
 
 def test_bytes_by_hand():
   assert workloads.weights(SMALL) == 2 * 128 + 40
-  # The first of 2 tokens comes from the prefill; the one step reads the weights, and 3 + 1 slots of 5 rows:
-  # key and value, 2 layers, width 4.
+  # The first of 2 tokens comes from the prefill; the one step reads the weights, and 3 + 1 slots of
+  # 5 rows: key and value, 2 layers, width 4.
   assert workloads.decode_bytes(SMALL, 4) == {'weights': 296 * 4, 'cache': 4 * 5 * 2 * 2 * 4 * 4}
   # Weight and two moments read and written, gradient read; twice the model; 4 epochs.
   assert workloads.optimizer_bytes(SMALL) == 4 * 28 * 2 * 296

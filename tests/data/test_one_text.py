@@ -1,4 +1,4 @@
-"""Every stage reads the same prompt of a record: 500 random ones of all shapes, against transformers.
+"""Every stage reads the same prompt: 500 random records of all shapes, against transformers.
 
 The right tokens of messages are those of transformers' apply_chat_template, of texts those of the
 tokenizer called on them; a completion's those of its text by itself, and the EOS.

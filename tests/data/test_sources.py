@@ -254,7 +254,8 @@ def test_bad_rows_of_csv_are_named(tmp_path, content, line, complaint):
       'a.csv',
       'prompt;completion\np;c, d\n',
       [
-        ":1: one column, 'prompt;completion', and ',' must part the cells: are these separated by ';'? Save the file"
+        ":1: one column, 'prompt;completion', and ',' must part the cells: are these separated by "
+        "';'? Save the file"
       ],
     ),
     (

@@ -24,7 +24,7 @@ from rlhf_jax.errors import UserError
 
 @pytest.fixture
 def large(monkeypatch):
-  """All files count as large: their index or copy is kept on disk, examples are made at each use."""
+  """Treats all files as large: index or copy on disk, examples made at each use."""
   monkeypatch.setattr(stored, 'SMALL', 0)
   monkeypatch.setattr(formats, 'SMALL', 0)
 
@@ -234,7 +234,9 @@ BAD = {
   'not valid JSON': '{"prompt": ',
   'a JSON object was expected': '[1]',
   'not Unicode': r'{"prompt": "\ud800", "completions": ["a", "b"]}',
-  'ratings: a finite number was expected': '{"prompt": "p", "completions": ["a", "b"], "ratings": [1e39, 1]}',
+  'ratings: a finite number was expected': (
+    '{"prompt": "p", "completions": ["a", "b"], "ratings": [1e39, 1]}'
+  ),
   'margin: a finite number was expected': (
     '{"prompt": "p", "chosen": "a", "rejected": "b", "margin": %s}' % ('9' * 400)
   ),

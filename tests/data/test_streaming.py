@@ -174,7 +174,8 @@ def test_templates_reject_what_is_drawn(tokenizer, tmp_path, monkeypatch, caplog
   chatty = tokenizers.load(str(tmp_path / 'words'))
   chatty.chat_template = (
     "{% for m in messages %}{% if m['role'] != ['user', 'assistant'][loop.index0 % 2] %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ m['role'] }} {{ m['content'] }} {% endfor %}"
     '{% if add_generation_prompt %}assistant {% endif %}'
   )
   set_large(monkeypatch)
@@ -230,7 +231,8 @@ def test_lanes_hold_every_document_once_an_epoch(tokenizer, tmp_path, monkeypatc
   batches = [next(iterator) for _ in range(12 * count // 4)]
   found = documents_of(batches)
   assert set(found) == set(whole)
-  # 12 epochs, as the sample makes them; a lane may be ahead of another, by a window that is not all given.
+  # 12 epochs, as the sample makes them; a lane may be ahead of another, by a window that is not all
+  # given.
   counts = np.array([found.count(document) for document in whole])
   assert counts.max() - counts.min() <= 2 and abs(counts.mean() - 12) < 1.5, counts
   fill = np.mean([batch.segments > 0 for batch in batches])
@@ -326,7 +328,7 @@ with jax.set_mesh(mesh):
     read = []
     record = test_streaming.stored.Lines.record
     iterator, _ = test_streaming.make(kind, path, tokenizer)
-    test_streaming.stored.Lines.record = lambda self, index: read.append(index) or record(self, index)
+    test_streaming.stored.Lines.record = lambda self, i: read.append(i) or record(self, i)
     state = f'{folder}/{kind}.json'
     if os.path.exists(state):
       iterator.set_state(json.load(open(state)))
@@ -335,12 +337,14 @@ with jax.set_mesh(mesh):
       batch = next(iterator)
       batch = batch[0] if kind == 'prompt' else batch
       # As the train step sees it: all rows from wherever they lie.
-      batches.append([processes.host(array) for array in jax.tree.leaves(sharding.put_rows(batch, mesh))])
+      leaves = jax.tree.leaves(sharding.put_rows(batch, mesh))
+      batches.append([processes.host(array) for array in leaves])
     test_streaming.stored.Lines.record = record
     place = iterator.get_state()
     if jax.process_index() == 0:
       json.dump(place, open(state, 'w'))
-      name = f'{folder}/{kind}-{len([n for n in os.listdir(folder) if n.startswith(kind + "-")])}.npz'
+      number = len([n for n in os.listdir(folder) if n.startswith(f'{kind}-')])
+      name = f'{folder}/{kind}-{number}.npz'
       np.savez(name, *[np.stack(leaves) for leaves in zip(*batches)])
     print(kind, int(held.sum()), len(set(read)), flush=True)
     processes.wait()
@@ -421,7 +425,7 @@ def test_a_process_reads_and_makes_its_own_rows(path, tokenizer, monkeypatch):
 
 @pytest.mark.slow
 def test_four_processes_read_a_quarter_each_and_two_resume(tokenizer, path, tmp_path):
-  """Four processes give the batches of one bit for bit; two resume where they stopped, at the exact row."""
+  """Four processes read the batches of one process bit for bit; two resume at the exact row."""
   import socket
 
   ports = []

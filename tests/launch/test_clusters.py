@@ -61,7 +61,7 @@ def sbatch_options():
 
 
 def start_job(fake, *arguments, answers=None, folder=None, **variables):
-  """Starts the job as SLURM does: a copy of the script elsewhere, told the folder of the submission."""
+  """Starts the job as SLURM does: from a copy of the script, with the folder of the submission."""
   folder = folder or fake / 'checkout'
   copy = shutil.copy(LAUNCH / 'slurm.sbatch', fake / 'slurm_script')
   (fake / 'answers.json').write_text(json.dumps(answers or {}))

@@ -1,4 +1,4 @@
-"""launch/local.sh with small commands: numbers, output, the end of all where one fails or is stopped."""
+"""launch/local.sh with small commands: numbers, output, and that all end if one fails or stops."""
 
 import json
 import os
@@ -14,7 +14,7 @@ LOCAL = pathlib.Path(__file__).resolve().parents[2] / 'launch' / 'local.sh'
 
 
 def start(*arguments, **variables):
-  """Starts it as a terminal would: in the background of a script an interrupt is ignored from the start."""
+  """Starts it as a terminal does: a script's background jobs ignore interrupts from the start."""
   return subprocess.Popen(
     [LOCAL, *arguments],
     text=True,
@@ -34,7 +34,7 @@ def run(*arguments, **variables):
 
 
 def command(text):
-  """A Python command of the processes; `number` is that of the process, `say` writes a line at once."""
+  """A Python command for each process: `number` is its number, `say` writes a line at once."""
   return [
     '--',
     sys.executable,
@@ -113,7 +113,8 @@ def test_one_that_fails_ends_all(death, words):
     '-n',
     '3',
     *command(
-      f'signal.signal(signal.SIGTERM, signal.SIG_IGN)\nif number == 1:\n  time.sleep(0.5)\n  {death}\ntime.sleep(300)'
+      'signal.signal(signal.SIGTERM, signal.SIG_IGN)\n'
+      f'if number == 1:\n  time.sleep(0.5)\n  {death}\ntime.sleep(300)'
     ),
   )
   out, err = process.communicate(timeout=60)
@@ -227,8 +228,8 @@ def test_one_that_ends_well_alone_ends_all():
   _, err = process.communicate(timeout=30)
   assert process.returncode == 1 and alive(process.pid) == []
   assert (
-    'process 1 (of 0 to 2) ended with status 0, and 2 still worked 1 s later; the others were ended.'
-    in err
+    'process 1 (of 0 to 2) ended with status 0, and 2 still worked 1 s later; '
+    'the others were ended.' in err
   )
 
 

@@ -1,4 +1,4 @@
-"""launch/tpu_vm.sh against a gcloud that fails in odd ways (fake_gcloud.py), in a small checkout."""
+"""launch/tpu_vm.sh in a small checkout, with a gcloud that fails in odd ways (fake_gcloud.py)."""
 
 import json
 import os
@@ -583,7 +583,7 @@ def test_shared_is_mounted_at_setup_and_after_a_reboot(cloud):
 
 
 def test_setup_ships_the_checkout_as_it_is(own):
-  """Uncommitted and untracked files, without ignored ones; what was deleted goes, a run's own files stay."""
+  """Ships uncommitted and untracked files, not ignored ones; deletes deleted ones; keeps runs."""
   own.set(**READY)
   assert own.run('setup')[0] == 0
   home = own.folder / 'home' / 'rlhf_jax'

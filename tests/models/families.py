@@ -1,7 +1,8 @@
 """Random small models of transformers, one function per family; the references of the parity tests.
 
 Each takes a seed and gives a model with all parameters (norms and biases too) drawn; what a family
-has kinds of (rotary scalings, ...) goes by the seed, so that any 24 seeds in a row have all of them.
+has kinds of (rotary scalings, ...) goes by the seed, so that any 24 seeds in a row have all of
+them.
 """
 
 import numpy as np
@@ -24,7 +25,7 @@ def rope_type(seed):
 
 
 def rope_parameters(draw, seed, turning):
-  """Those of the seed's type, for `turning` coordinates of each head; some change only beyond 8 or 10 positions."""
+  """Those of the seed's type, for `turning` coordinates; some change after 8 or 10 positions."""
   divisors = [1 + draw.random((turning + 1) // 2) * most for most in (1, 9)]
   own = {
     'yarn': {

@@ -1,4 +1,4 @@
-"""Every way to attend against `layers.attend` and a loop, on ragged, packed and empty rows; memory; and the choice."""
+"""Every implementation of attention against `layers.attend` and a loop; memory; and the choice."""
 
 import dataclasses
 import functools
@@ -76,7 +76,7 @@ def in_blocks(queries, keys, values, segments, *, window=0, score_cap=0.0, index
 
 
 def results(function, queries, keys, values, weights, segments):
-  """What real tokens get, and the gradients of a sum over it; both without NaN even where nobody looks."""
+  """Outputs of real tokens and the gradients of their sum; no NaN anywhere, not even in padding."""
   real = (segments != 0)[:, :, None]
 
   @jax.jit
@@ -185,7 +185,7 @@ def one_text(length):
 
 
 def cudnn_on_a_cpu(monkeypatch):
-  """XLA in the place of cuDNN, with garbage where cuDNN leaves what it likes, in the gradients too."""
+  """XLA in place of cuDNN, with garbage wherever cuDNN leaves results undefined, gradients too."""
   real = jax.nn.dot_product_attention
 
   def garble(x, count):
@@ -368,7 +368,7 @@ def test_a_model_with_windows_in_every_other_layer(monkeypatch, unroll):
 
 @pytest.mark.parametrize('window', [1000, 32768])
 def test_memory_grows_with_the_length_and_not_with_its_square(window):
-  """Forward and backward with recomputation, compiled for 2 k to 32 k tokens; all scores of 32 k would be 16 GiB."""
+  """Forward and backward with remat at 2 k to 32 k tokens; all scores of 32 k would be 16 GiB."""
   model = models.create(GEMMA2 | {'sliding_window': window}, remat='block')
   params = jax.eval_shape(model.init, jax.random.key(0))
 

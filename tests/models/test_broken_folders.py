@@ -1,4 +1,4 @@
-"""A corpus of broken model folders: each gives one clear error that names what is at fault and what to do."""
+"""A corpus of broken model folders: each gives one clear error with the fault and the remedy."""
 
 import json
 import os
@@ -594,7 +594,8 @@ CORPUS = [
     'tensor twice, both listed',
     'shards',
     twice,
-    'norm.weight is there twice, in model-00001-of-00003.safetensors .* and model-00003-of-00003.*; remove one',
+    'norm.weight is there twice, in model-00001-of-00003.safetensors .* and '
+    'model-00003-of-00003.*; remove one',
   ),
   (
     'one file and shards',

@@ -158,7 +158,7 @@ def test_scores_agree(case):
 
 
 def test_gradients_agree(case):
-  """Of every parameter: ours are saved like weights and loaded by transformers, so that the names are theirs."""
+  """Gradients of all parameters: saved as weights, which transformers maps to its names."""
   case.theirs  # noqa: B018  computes the gradients
   gradient = case.ours[1]
   hf.save(case.folder / 'gradient', case.model, gradient['backbone'], head=gradient['head'])
@@ -197,7 +197,7 @@ def built(request):
 
 
 def test_a_text_scores_the_same_wherever_it_lies_and_whatever_pads_it(built):
-  """Left, right, or with masked tokens in between, with ids outside the vocabulary; a row of nothing is finite."""
+  """Padding left, right or between, with ids outside the vocabulary; empty sequences are finite."""
   model, params = built
   text = np.random.default_rng(3).integers(3, 31, 5).astype(np.int32)
   places = [[0, 1, 2, 3, 4], [8, 9, 10, 11, 12], [0, 2, 3, 7, 11], []]
@@ -273,7 +273,7 @@ def test_adapters_are_read(built):
 
 @pytest.mark.parametrize('top', [0, 1, 3])
 def test_top_layers_are_read_and_trained(built, top):
-  """Cut in two it scores as before, and gradients are the whole model's: of the top blocks and the pooler."""
+  """A split model gives the same scores and gradients of the top blocks and the pooler."""
   model, params = built
   batch = draw_batch(31, 0, 0)
   expected, gradient = evaluate(model, params, *batch)

@@ -204,7 +204,7 @@ def test_a_layer_at_a_time_is_the_same_as_all_at_once(shape, dtype, saved, tmp_p
 )
 @pytest.mark.parametrize('shape', [None, {'fsdp': 2, 'tensor': 4}], ids=['one device', 'eight'])
 def test_fused_tensors_of_any_order(columns, shape, tmp_path, monkeypatch):
-  """Query, key and value in one [out, in] tensor: column j lies at offset + j // block * stride + j % block."""
+  """Query, key, value in one [out, in] tensor: j is at offset + j // block * stride + j % block."""
   names = ('query', 'key', 'value')
 
   def sources(config):

@@ -1,4 +1,4 @@
-"""Attention against a loop over heads and positions; activations against automatic differentiation."""
+"""Attention against a loop over heads and positions; activations against autodiff."""
 
 import jax
 import jax.numpy as jnp

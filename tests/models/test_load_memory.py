@@ -120,7 +120,7 @@ def assert_same_bytes(folder, other):
 
 
 def memory(name):
-  """Bytes this process has in memory ('VmRSS') or has had at most ('VmHWM', unlike ru_maxrss not its parent's)."""
+  """Memory of this process in bytes: now ('VmRSS') or peak ('VmHWM'; ru_maxrss is inherited)."""
   return 1024 * int(pathlib.Path('/proc/self/status').read_text().split(f'{name}:')[1].split()[0])
 
 
@@ -205,7 +205,8 @@ def test_the_host_holds_a_few_tensors_at_a_time(shape, tmp_path, monkeypatch):
   saving = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
   print(
-    f'{total / 1e6:.1f} MB of parameters, {largest / 1e6:.1f} largest: {loading / 1e6:.1f} loading, '
+    f'{total / 1e6:.1f} MB of parameters, {largest / 1e6:.1f} largest: '
+    f'{loading / 1e6:.1f} loading, '
     f'{saving / 1e6:.1f} saving'
   )
   assert loading < 3 * largest

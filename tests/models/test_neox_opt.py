@@ -1,4 +1,4 @@
-"""Config fields of GPT-NeoX and OPT: released files, old and new names, what is refused; their sharding."""
+"""Config fields of GPT-NeoX and OPT: released files, old and new names, refusals; sharding."""
 
 import dataclasses
 import json
@@ -227,7 +227,7 @@ def test_dropout_and_the_prefix_of_a_prompt_are_nothing_of_the_model():
 
 
 def test_adapters_of_the_top_layers_beside_projections():
-  """'.*' finds the projections around the blocks too, but only the maps of the top blocks have adapters then."""
+  """'.*' matches the projections around the blocks too, but only the top blocks get adapters."""
   model = models.create(OPT | {'word_embed_proj_dim': 8})
   adapted = dataclasses.replace(model, lora=lora.Lora((('.*', 2, 4.0),)))
   adapters, frozen = trainable.divide(adapted, model.init(jax.random.key(0)), unfrozen_layers=1)

@@ -1,4 +1,4 @@
-"""Config fields of Llama's relatives: released files, missing and null fields, what is refused, what is written."""
+"""Config fields of Llama's relatives: released files, missing and null fields, refusals, output."""
 
 import json
 
@@ -32,7 +32,8 @@ def config(fields):
 @pytest.mark.parametrize(
   'fields',
   [
-    # As published: Mistral 7B v0.3, Qwen2.5 0.5B, Qwen3 0.6B, Gemma 2B, Gemma 2 2B, Gemma 3 1B, Phi-4-mini.
+    # As published: Mistral 7B v0.3, Qwen2.5 0.5B, Qwen3 0.6B, Gemma 2B, Gemma 2 2B, Gemma 3 1B,
+    # Phi-4-mini.
     {
       'model_type': 'mistral',
       'vocab_size': 32768,

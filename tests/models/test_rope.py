@@ -1,4 +1,4 @@
-"""Rotary positions: frequencies by hand and against transformers, tables, rotation, spellings in config.json."""
+"""Rotary positions: frequencies by hand and against transformers, tables, rotation, config.json."""
 
 import json
 import math
@@ -46,7 +46,7 @@ def test_llama3_by_hand():
 
 
 def test_yarn_by_hand():
-  """128 positions make 2 turns at pair 4 ln(128 / 4 pi) / ln 10000 = 1.008, and half a turn at 1.61."""
+  """128 positions: 2 turns at pair 4 ln(128 / 4 pi) / ln 10000 = 1.008, half a turn at 1.61."""
   yarn = rope.Yarn(
     head_width=8, factor=4.0, original_max_position_embeddings=128, beta_fast=2.0, beta_slow=0.5
   )
@@ -72,7 +72,7 @@ def test_yarn_by_hand():
 
 
 def test_longrope_by_hand():
-  """The slots decide, not the positions; without a factor the scale is that of limit / original = 4."""
+  """Slots decide, not positions; without a factor the scale is that of limit / original = 4."""
   long = rope.LongRope(
     head_width=8,
     limit=64,
@@ -264,7 +264,7 @@ def test_refused(change, words):
   ids=['dynamic', 'longrope'],
 )
 def test_long_texts_change_nothing_beside_them(scaling):
-  """A short text's states are the same with and without a text that fills the slots; longer slots do change them."""
+  """A text that fills the slots does not change a short text's states; more slots do."""
   model = models.create(LLAMA | {'rope_scaling': scaling})
   params = model.init(jax.random.key(0))
   tokens = np.random.default_rng(0).integers(0, 31, (2, 12)).astype(np.int32)

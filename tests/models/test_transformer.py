@@ -1,4 +1,4 @@
-"""Properties of the backbone: caches, packing, padding, scans; and the real models where they are present."""
+"""Properties of the backbone: caches, packing, padding, scans; and real models if present."""
 
 import functools
 import json
@@ -59,7 +59,7 @@ def ragged_mask():
 
 @pytest.mark.parametrize('spare', [0, 6])
 def test_cached_decode_equals_full_forward(built, spare):
-  """A ragged prefill, then one token at a time, into a cache of the exact and of a larger length."""
+  """A ragged prefill, then one token at a time, into a cache of the exact or a larger length."""
   model, params, forward = built
   tokens, mask = draw_tokens((3, PROMPT + RESPONSE)), ragged_mask()
   positions = np.asarray(positions_from_mask(jnp.asarray(mask)))

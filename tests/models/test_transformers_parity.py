@@ -28,7 +28,7 @@ FIRST_TOKEN = 3  # Those below are special in all references.
 
 
 def draw_batch(vocab_size, seed):
-  """Tokens [5, T] and mask: rows padded on the left (two), on the right, not at all, and but for one token."""
+  """Tokens [5, T] and mask: padded left (two), right, not at all, and all but one token."""
   tokens = (
     np.random.default_rng(seed).integers(FIRST_TOKEN, vocab_size, (5, LENGTH)).astype(np.int32)
   )
@@ -143,7 +143,7 @@ def test_logits_agree_at_real_positions(case):
 
 
 def test_gradients_agree(case):
-  """Of every parameter: ours are saved like weights and loaded by transformers, so that the names are theirs."""
+  """Gradients of all parameters: saved as weights, which transformers maps to its names."""
   hf.save(case.folder / 'gradient', case.model, case.ours[2])
   ours = dict(
     transformers.AutoModelForCausalLM.from_pretrained(case.folder / 'gradient').named_parameters()

@@ -1,4 +1,4 @@
-"""Layers that are unrolled, the last of which computes what is read alone, against layers in a scan."""
+"""Unrolled layers, the last of which computes only what is read, against layers in a scan."""
 
 import dataclasses
 import functools

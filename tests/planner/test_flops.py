@@ -129,22 +129,25 @@ def test_the_count_of_all_programs_of_llama_3_8b_is_the_one_by_hand(monkeypatch)
   down = inner * width
   weights = layers * (2 * width * width + 2 * width * kv_width + 3 * down)  # of the blocks, 6.98e9
   attention = lambda queries, keys: layers * 4 * queries * keys * heads * head_width
-  # Blocks of 128 x 128 are left out above the diagonal, and 7 matmuls of each are needed for 2 forward ones.
+  # Blocks of 128 x 128 are left out above the diagonal, and 7 matmuls of each are needed for 2
+  # forward ones.
   blocks, blocks_of_prompt = (
     length // 128 * (length // 128 + 1) / 2,
     prompt // 128 * (prompt // 128 + 1) / 2,
   )
   forward = batch * (2 * length * weights + blocks * attention(128, 128))
   logits = batch * response * 2 * width * vocab
-  # Four stages of 128 tokens, of which the first comes from the prompt; the keys are the whole cache of the stage.
+  # Four stages of 128 tokens, of which the first comes from the prompt; the keys are the whole
+  # cache of the stage.
   stages = attention(127, 640) + attention(128, 768) + attention(128, 896) + attention(128, 1024)
   decode = (
     batch
     * (2 * (prompt + response - 1) * weights + blocks_of_prompt * attention(128, 128) + stages)
     + logits
   )
-  # Policy, critic and reference once; then 4 epochs of 2 models: forth, again but for the last matmul
-  # of a block, and back, twice as much and a third time the scores. Logits are computed again as well.
+  # Policy, critic and reference once; then 4 epochs of 2 models: forth, again but for the last
+  # matmul of a block, and back, twice as much and a third time the scores. Logits are computed
+  # again as well.
   again = forward - batch * length * 2 * layers * down
   back = 2 * forward + batch * blocks * attention(128, 128) / 2
   update = 3 * forward + 2 * logits + 4 * (2 * (forward + again + back) + 4 * logits)

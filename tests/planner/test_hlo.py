@@ -11,8 +11,9 @@ import pytest
 from planner import hlo
 from rlhf_jax import sharding
 
-# As XLA for TPUs writes them, shortened: a loop of 10 - 2 rounds whose body gathers once, in three fusions
-# that overlap it with two matmuls, and within it a loop of 4 rounds that reduces and scatters.
+# As XLA for TPUs writes them, shortened: a loop of 10 - 2 rounds whose body gathers once, in three
+# fusions that overlap it with two matmuls, and within it a loop of 4 rounds that reduces and
+# scatters.
 MODULE = textwrap.dedent("""\
     HloModule jit_f, is_scheduled=true
 
@@ -24,24 +25,29 @@ MODULE = textwrap.dedent("""\
 
     %starts (p: bf16[4,8]) -> (bf16[4,8], bf16[32,8]) {
       %p = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
-      %all-gather.1 = bf16[32,8]{1,0:T(8,128)S(1)} all-gather(%p), channel_id=1, replica_groups=mesh['a'=8] {'a'}
-      ROOT %start = (bf16[4,8], bf16[32,8]) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+      %all-gather.1 = bf16[32,8]{1,0:T(8,128)S(1)} all-gather(%p), channel_id=1, \
+        replica_groups=mesh['a'=8] {'a'}
+      ROOT %start = (bf16[4,8], bf16[32,8]) custom-call(%all-gather.1), \
+        custom_call_target="AsyncCollectiveStart"
     }
 
     %goes_on (p.1: bf16[4,8]) -> bf16[32,8] {
       %p.1 = bf16[4,8]{1,0} parameter(0)
-      ROOT %all-gather.2 = bf16[32,8]{1,0} all-gather(%p.1), channel_id=1, replica_groups=mesh['a'=8] {'a'}
+      ROOT %all-gather.2 = bf16[32,8]{1,0} all-gather(%p.1), channel_id=1, \
+        replica_groups=mesh['a'=8] {'a'}
     }
 
     %all-reduce-scatter.1 (p.2: f32[64]) -> f32[16] {
       %p.2 = f32[64]{0} parameter(0)
-      %all-reduce.1 = f32[64]{0} all-reduce(%p.2), channel_id=2, replica_groups=[4,4]<=[16], to_apply=%add
+      %all-reduce.1 = f32[64]{0} all-reduce(%p.2), channel_id=2, \
+        replica_groups=[4,4]<=[16], to_apply=%add
       ROOT %slice = f32[16]{0} dynamic-slice(%all-reduce.1)
     }
 
     %inner_body (s.1: (s32[], f32[64])) -> (s32[], f32[64]) {
       %s.1 = (s32[]{:T(128)}, f32[64]{0}) parameter(0)
-      %f.1 = f32[16]{0} fusion(%s.1), kind=kCustom, calls=%all-reduce-scatter.1, backend_config={"estimated_cycles":"7"}
+      %f.1 = f32[16]{0} fusion(%s.1), kind=kCustom, calls=%all-reduce-scatter.1, \
+        backend_config={"estimated_cycles":"7"}
       ROOT %t.1 = (s32[], f32[64]{0}) tuple(%s.1, %f.1)
     }
 
@@ -56,8 +62,10 @@ MODULE = textwrap.dedent("""\
       %s.3 = (s32[], bf16[4,8]{1,0}) parameter(0)
       %zero = s32[] constant(0)
       %g.3 = bf16[4,8]{1,0} get-tuple-element(%s.3), index=1
-      %f.3 = (bf16[4,8], bf16[32,8]) fusion(%g.3), kind=kCustom, calls=%starts, config={"estimated_cycles":"100"}
-      %f.4 = bf16[32,8]{1,0} fusion(%f.3), kind=kCustom, calls=%goes_on, backend_config={"estimated_cycles":"50"}
+      %f.3 = (bf16[4,8], bf16[32,8]) fusion(%g.3), kind=kCustom, calls=%starts, \
+        config={"estimated_cycles":"100"}
+      %f.4 = bf16[32,8]{1,0} fusion(%f.3), kind=kCustom, calls=%goes_on, \
+        backend_config={"estimated_cycles":"50"}
       %kernel.1 = f32[16]{0} custom-call(%f.4), frontend_attributes={kernel_metadata={
     "xprof_metadata":"{\\"block_q\\": 512}"
     }}, metadata={op_name="jit(f)/pallas_call"}, backend_config={"custom_call_config":{}}
@@ -74,7 +82,8 @@ MODULE = textwrap.dedent("""\
       %i.4 = s32[] get-tuple-element(%s.4), index=0
       %next = s32[] add(%i.4, %one)
       %lt.4 = pred[] compare(%next, %ten), direction=LT
-      %done = pred[] all-reduce(%lt.4), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+      %done = pred[] all-reduce(%lt.4), channel_id=3, \
+        replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
       ROOT %and = pred[] and(%lt.4, %done)
     }
 
@@ -84,7 +93,8 @@ MODULE = textwrap.dedent("""\
       %t.5 = (s32[], bf16[4,8]{1,0}) tuple(%two, %a)
       %while.5 = (s32[], bf16[4,8]) while(%t.5), condition=%outer_cond, body=%outer_body
       %permuted = (bf16[4,8], bf16[4,8], u32[], u32[]) collective-permute-start(%a), channel_id=4
-      ROOT %out = bf16[4,8]{1,0} get-tuple-element(%while.5), index=1, backend_config={"estimated_cycles":"3"}
+      ROOT %out = bf16[4,8]{1,0} get-tuple-element(%while.5), index=1, \
+        backend_config={"estimated_cycles":"3"}
     }
     """)
 

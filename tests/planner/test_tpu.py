@@ -10,7 +10,8 @@ import pytest
 pytest.importorskip('libtpu')
 
 PLAN = ['-m', 'planner', '--config=configs/ppo_llama3_8b.py:debug', '--effort=-1']
-# Attention and its gradients on 2 x 2 chips: rows over 'data', heads over 'tensor'; scores would be 4 GiB a chip.
+# Attention and its gradients on 2 x 2 chips: rows over 'data', heads over 'tensor'; scores would be
+# 4 GiB a chip.
 KERNELS = """
 import functools, jax, jax.numpy as jnp
 from rlhf_jax import sharding

@@ -55,13 +55,14 @@ def test_a_calibrated_scorer_has_a_small_error():
 
 
 def test_pairs_of_one_prompt_count_together():
-  """K-way comparisons: the pairs of a prompt stand or fall together, so 10 prompts are 10 trials."""
+  """K-way comparisons: all pairs of a prompt are right or all wrong; 10 prompts are 10 trials."""
   margins = np.repeat([1.0] * 6 + [-1.0] * 4, 20)
   alone = calibration.pairwise(margins, np.zeros(200))
   shared = calibration.pairwise(margins, np.zeros(200), prompts=np.repeat(range(10), 20).tolist())
   assert alone.accuracy == shared.accuracy == 0.6
-  # The variance over prompts is 10 / 9 * 0.24 / 10: 9 samples; Wilson's half width with t of 9, 2.262,
-  # z sqrt(0.24 / 9 + z^2 / 4 / 81) / (1 + z^2 / 9), is 0.297; of 200 samples with 1.96 it is 0.0673.
+  # The variance over prompts is 10 / 9 * 0.24 / 10: 9 samples; Wilson's half width with t of 9,
+  # 2.262, z sqrt(0.24 / 9 + z^2 / 4 / 81) / (1 + z^2 / 9), is 0.297; of 200 samples with 1.96 it is
+  # 0.0673.
   assert shared.accuracy_high - shared.accuracy_low == pytest.approx(0.594, abs=1e-3)
   assert alone.accuracy_high - alone.accuracy_low == pytest.approx(0.1346, abs=1e-4)
 

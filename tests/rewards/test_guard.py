@@ -1,4 +1,4 @@
-"""However a user's function ends, one line says where; alarms, handlers and children are left as they were."""
+"""However a user's function ends, one line names the place; alarms, handlers, children stay."""
 
 import asyncio
 import functools

@@ -145,7 +145,7 @@ T5 = {
 
 @pytest.mark.parametrize('family', ['t5', 'llama'])
 def test_a_reward_model_reads_the_rows_that_it_learned_from(family, world, tmp_path, mesh):
-  """An encoder-decoder's have an EOS behind the prompt, whatever its policy writes; a decoder's none."""
+  """An encoder-decoder's prompts end with EOS, whatever its policy writes; a decoder's do not."""
   model = models.create(T5 if family == 't5' else tiny.LLAMA)
   own, theirs = tiny.write_tokenizer(tmp_path), tokenizers.load(world / 'tokenizer')
   params = {

@@ -1,4 +1,4 @@
-"""The actor's clocks: each part's seconds hold that part alone, and nobody waits who is not timed."""
+"""The actor's clocks: seconds of a part cover that part alone; nothing waits unless it is timed."""
 
 import time
 

@@ -28,7 +28,7 @@ from rlhf_jax import types
   ],
 )
 def test_tokens_of_the_plain_loop_in_every_family(name):
-  """Two caches, rows that outgrow the first, both caches moved several times, and a group that is not full."""
+  """Two caches, sequences that outgrow the first, several moves of both, and a group not full."""
   model, params = family(name)
   settings = sampling(72, temperature=1.3)
   found = refill(params, prompts(21), jax.random.key(1), model, settings, 8)

@@ -16,7 +16,7 @@ P = 2
 
 
 def rollout(rng, batch, slots, vocab, holes):
-  """Random tokens in responses of random lengths, with others' in between where there are `holes`."""
+  """Random tokens in responses of random lengths; with `holes`, other tokens between them."""
   lengths = rng.integers(0, slots + 1, batch)
   real = np.arange(slots)[None] < lengths[:, None]
   mask = real & (rng.random(real.shape) < 0.8) if holes else real
@@ -69,7 +69,7 @@ def test_truncation_at_tokens_against_loops(tokens, after, holes):
 
 
 def test_the_first_seed():
-  """Against lm-human-preferences' two functions in NumPy: the first '.' from position 16 of 24 on."""
+  """Against lm-human-preferences' two functions in NumPy: the first '.' after position 16 of 24."""
   rng = np.random.default_rng(0)
   given = rollout(rng, 200, 24, 30, False)
   given = given.replace(response_mask=np.ones((200, 24), bool), mask=np.ones((200, 26), bool))
