@@ -1,4 +1,4 @@
-"""T5 against transformers: logits, gradients, decoding and files; and what must not change any of it.
+"""T5 against transformers: logits, gradients, decoding, files; and what must not change them.
 
 Three random configurations here, the other 21 under the mark 'slow'.
 """
@@ -84,7 +84,7 @@ def draw_config(seed, **more):
 
 
 def t5_reference(seed):
-  """A random T5: tied with a scale, untied without, and tied without as transformers 5 makes them by itself."""
+  """A random T5: tied with a scale, untied without, and tied without, transformers 5's default."""
   reference = transformers.T5ForConditionalGeneration(draw_config(seed))
   if seed % 3 == 1:
     reference.lm_head.weight = torch.nn.Parameter(torch.zeros_like(reference.lm_head.weight))
@@ -92,7 +92,7 @@ def t5_reference(seed):
 
 
 def draw_batch(vocab_size, seed):
-  """Tokens [4, P + R] and mask: prompts of 9, 5 and 1 tokens padded on the left, one on the right, ragged responses."""
+  """Tokens [4, P + R] and mask: prompts padded left (9, 5, 1 tokens) or right, ragged responses."""
   tokens = (
     np.random.default_rng(seed).integers(2, vocab_size, (4, PROMPT + RESPONSE)).astype(np.int32)
   )
@@ -210,7 +210,7 @@ def test_unembedding_and_its_scale_are_those_of_the_file(case):
 
 
 def test_gradients_agree(case):
-  """Of every parameter: ours are saved like weights and loaded by transformers, so that the names are theirs."""
+  """Gradients of all parameters: saved as weights, which transformers maps to its names."""
   case.theirs  # noqa: B018  computes the gradients
   hf.save(case.folder / 'gradient', case.model, case.ours[2])
   ours = dict(
@@ -252,7 +252,7 @@ def draw_texts(vocab_size):
 
 
 def test_reward_model_of_transformers(case):
-  """Scores of T5ForSequenceClassification with its dense layer: ours of its file, theirs of ours."""
+  """Scores of T5ForSequenceClassification with its dense layer, whose file we read and write."""
   config = draw_config(case.seed, num_labels=1)
   reference = families.randomize(transformers.T5ForSequenceClassification(config), case.seed)
   reference.save_pretrained(case.folder / 'their_reward')
@@ -324,7 +324,7 @@ def test_prompt_padded_on_either_side_or_not_at_all(built):
 
 
 def test_garbage_in_padded_slots_changes_nothing(built):
-  """Any ids, even outside the vocabulary: not one bit, and no NaN; a row without a prompt has none either."""
+  """Padding with any ids, even outside the vocabulary, changes no bit; no NaN without a prompt."""
   model, params = built
   tokens, mask = draw_batch(31, seed=2)
   mask[0, :PROMPT] = False
