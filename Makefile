@@ -1,11 +1,11 @@
 # make quickstart    pretraining, SFT, reward model, PPO and the report on an embedded task
 # make test          the tests; `make test ARGS="tests/test_losses.py -k kl"` for some of them
+# make test-slow     the tests that take minutes each
 # make lint          formatting and lint by ruff, and the layers of .importlinter
 # make format        formats the files and fixes what ruff can fix
-# make test-slow     the tests that take minutes each
 # make docs          the documentation site in docs/_build/html; a warning is an error
-# make mutants       faults put into a copy of the code one at a time: each must fail its nearest tests;
-#                    `make mutants ARGS='--only "NAME"'` for one of them
+# make mutants       faults put into a copy of the code one at a time: each must fail its nearest
+#                    tests; `make mutants ARGS='--only "NAME"'` for one of them
 #
 # Each makes a virtual environment in .venv if there is none and installs into it what is missing.
 # `make test PYTHON=python3.13` does so with another Python, 3.11 to 3.13, in .venv-python3.13.
@@ -16,7 +16,8 @@ WORKDIR ?= runs/quickstart
 ARGS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 \
+  -c constraints.txt
 
 .PHONY: quickstart test lint format docs test-slow mutants
 
@@ -39,7 +40,8 @@ test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 docs: $(VENV)/installed-docs
-	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -q -W --keep-going -d docs/_build/doctrees docs docs/_build/html $(ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -q -W --keep-going -d docs/_build/doctrees \
+	  docs docs/_build/html $(ARGS)
 
 mutants: $(VENV)/installed-test
 	$(BIN)/python -m tools.mutants $(ARGS)
