@@ -56,7 +56,7 @@ def standard_error(values, prompts=None):
 
 
 def rate(values, prompts=None):
-  """95 % interval of the mean of values that are 0, 1/2 or 1: a win rate, an accuracy.
+  """95 % interval of the mean of values in [0, 1]: a win rate, an accuracy.
 
   The rates p that a score test does not reject. With w, d, l the shares of wins, draws and losses,
 
@@ -71,8 +71,11 @@ def rate(values, prompts=None):
   https://www150.statcan.gc.ca/n1/en/catalogue/12-001-X19980024356). A bootstrap of 10 prompts is
   too narrow: it covers 89 to 93 %.
 
+  With values other than 0, 1/2 and 1, such as a judge's probabilities, v(p) is p (1 - p), the most
+  that the variance of values in [0, 1] with mean p can be: the interval is then on the wide side.
+
   Args:
-    values: [n] numbers, each 0, 1/2 or 1.
+    values: [n] numbers in [0, 1].
     prompts: see `groups`.
 
   Returns:
@@ -81,7 +84,8 @@ def rate(values, prompts=None):
   values = np.asarray(values, float)
   group = groups(prompts, values.size)
   size, z = effective_size(values, group), quantile(group)
-  mean, lost = values.mean(), (values == 0).mean()
+  mean = values.mean()
+  lost = (values == 0).mean() if np.isin(values, (0, 0.5, 1)).all() else 1 - mean
 
   def excess(p):
     """n_eff (mean - p)^2 - z^2 v(p): below 0 between the ends of the interval."""

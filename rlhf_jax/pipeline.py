@@ -5,6 +5,9 @@ of train.py, or a `function` 'package.module:name', called with its folder and i
 string '$workdir' in any value stands for the pipeline's folder, and a stage whose seed is None takes
 the pipeline's.
 
+A function may have an attribute `check`, a function of the same keys, which is called before the
+first stage runs and raises UserError if they are wrong.
+
 A finished stage is not run again; delete its folder to repeat it. --config.stages=ppo,evaluate
 runs these alone.
 """
@@ -240,6 +243,10 @@ def check(name, stage):
       f'stage {name}: {stage.function} cannot be called with the keys of config.{name} '
       f'({error}): they must be its arguments. {" ".join(hints[:1])}'.rstrip()
     ) from error
+  try:
+    getattr(function, 'check', lambda **_: None)(**arguments)
+  except errors.UserError as error:
+    raise errors.UserError(f'stage {name}: {error}') from error
 
 
 def called(stage):

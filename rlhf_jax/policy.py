@@ -42,6 +42,12 @@ class Samples:
   responses: list[str]
   rollout: types.Rollout
 
+  @property
+  def response_tokens(self):
+    """The token ids of each response, n lists of int."""
+    mask = self.rollout.response_mask
+    return [row[keep].tolist() for row, keep in zip(self.rollout.tokens[:, -mask.shape[1] :], mask)]
+
   def take(self, index):
     """The samples at positions `index`."""
     return Samples(
@@ -92,11 +98,15 @@ class TextPolicy:
 
   def read_prompts(self, path):
     """Texts of the prompts of a data set, as training reads them; see `formats`."""
+    return [example.prompt for example in self.read_examples(path)]
+
+  def read_examples(self, path):
+    """The prompts of a data set with their other columns, a list of formats.Prompt."""
     try:
       examples, _ = formats.prompts(sources.read(path), tokenizer=self.tokenizer)
     except errors.DataError as error:  # no config.data says what to do about it here
       raise errors.DataError(str(error).removesuffix(formats.SKIP)) from error
-    return [example.prompt for example in examples]
+    return list(examples)
 
   def sample(
     self,

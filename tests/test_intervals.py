@@ -193,3 +193,10 @@ def test_the_whole_table_is_that_of_the_page():
     assert 93 <= float(held.split()[0]) <= 97, (words, held)
   for row, other in zip(found, shown, strict=True):
     assert float(row[3].split()[0]) == pytest.approx(float(other[3].split()[0]), abs=0.3)
+
+
+def test_the_interval_of_probabilities_is_wilsons_of_their_mean():
+  """Of values between 0 and 1: the interval of as many wins and losses with the same mean."""
+  assert intervals.rate([0.9, 0.1, 0.7, 0.3, 0.75, 0.25]) == pytest.approx(
+    intervals.rate([1, 1, 1, 0, 0, 0])
+  )

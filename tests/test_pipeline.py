@@ -28,6 +28,17 @@ def unseeded(folder, *, text):
   (folder / 'note.json').write_text(text)
 
 
+def checked(folder, *, text):
+  """A stage with a check of its own."""
+
+
+def check(*, text):
+  errors.need(text != 'bad', f'{text=} is not allowed')
+
+
+checked.check = check
+
+
 @pytest.fixture(autouse=True)
 def ran():
   RAN.clear()
@@ -256,6 +267,10 @@ def test_a_fork_takes_the_finished_stages_over_up_to_the_first_that_differs(tmp_
     (
       {'third.function': 'test_pipeline:note'},
       'stage third: test_pipeline:note cannot be called with the keys of config.third .missing a',
+    ),
+    (
+      {'third.function': 'test_pipeline:checked', 'third.text': 'bad'},
+      "stage third: text='bad' is not allowed",
     ),
     (
       {'stages': ('first', 'pretrain'), 'pretrain.batch_size': 5, 'pretrain.microbatch_size': 2},

@@ -34,7 +34,17 @@ def win_rate(scores, baseline, *, tolerance=0.0, prompts=None):
   Raises:
     UserError: no pairs, different lengths, or a score that is NaN.
   """
-  won = outcomes(scores, baseline, tolerance=tolerance)
+  return of_outcomes(outcomes(scores, baseline, tolerance=tolerance), prompts)
+
+
+def of_outcomes(won, prompts=None):
+  """The WinRate of games.
+
+  Args:
+    won: [pairs] floats in [0, 1]: 1 for a win, 0.5 for a draw, 0 for a loss. Other values, of a judge
+      that is not sure, count among the draws.
+    prompts: of the pairs; see intervals.groups. None for all different.
+  """
   wins, losses = int((won == 1).sum()), int((won == 0).sum())
   low, high = intervals.rate(won, prompts)
   return WinRate(wins, won.size - wins - losses, losses, float(won.mean()), low, high)

@@ -83,6 +83,14 @@ def run(
   sources.write(folder / 'agreement.json', [agreement(panel, triples[:200])])
 
 
+def check(*, gold, gold_path='', **_):
+  """Checks `gold` of `run` and `best_of` before the first stage runs; see pipeline.check."""
+  functions.check_gold(gold, gold_path)
+
+
+run.check = check
+
+
 def agreement(panel, triples):
   """The record of how far a panel agrees on (prompt, a, b); None where it cannot disagree.
 
@@ -230,6 +238,9 @@ def best_of(
       if text.strip()
     ],
   )
+
+
+best_of.check = check
 
 
 def sample(

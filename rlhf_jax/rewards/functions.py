@@ -87,28 +87,68 @@ def load_reward(name, *, key='config.reward.function', limit=Limit()):
 
 
 def load_gold(name, path=''):
-  """A gold score: (prompt, response) -> float; a UserError says where it failed, and with what.
+  """A gold score: (prompt, response) -> float. See `guarded_gold` for its errors.
 
   Args:
-    name: 'package.module:function' of it, or with `path` of a function that makes it of that.
+    name: 'package.module:function' of it, or with `path` of a function that makes it from that.
     path: data that it is made from, or ''.
 
   Raises:
-    UserError: there is none, or it does not take these arguments.
+    UserError: there is no such function, or it does not take these arguments.
   """
-  found, what = load(name, key='gold'), f'the gold score {name}'
-  if path:
-    check_signature(found, f'gold={name!r} with a gold_path', 'f(gold_path)', 1)
-    made = found
-    found = guard.run(lambda: made(path), guard.Call(what))
-  check_signature(found, f'gold={name!r}', 'f(prompt, response)', 2)
+  function = load_made(name, path)
+  check_gold_signature(function, f'gold={name!r}')
+  return guarded_gold(function, f'the gold score {name}')
 
-  def gold(prompt, response):
+
+def check_gold(name, path=''):
+  """Raises the UserError that `load_gold` would, as far as it shows before the data exist."""
+  function = load(name, key='gold')
+  if path:
+    check_maker(function, f'gold={name!r} with a gold_path')
+  else:
+    check_gold_signature(function, f'gold={name!r}')
+
+
+def check_gold_signature(function, named):
+  """Raises UserError unless a function can be called as f(prompt, response)."""
+  check_signature(function, named, 'f(prompt, response)', 2)
+
+
+def check_maker(function, named):
+  """Raises UserError unless a function can be called with a path."""
+  check_signature(function, named, 'f(gold_path)', 1)
+
+
+def load_made(name, path='', *, key='gold'):
+  """The function called `package.module:function`, or what that function makes from a path.
+
+  Args:
+    name: 'package.module:function'.
+    path: data that the function is made from; '' if it is the function itself.
+    key: dotted name of the config key that holds `name`, for error messages.
+  """
+  function = load(name, key=key)
+  if not path:
+    return function
+  check_maker(function, f'{key}={name!r} with a gold_path')
+  return guard.run(lambda: function(path), guard.Call(f'the gold score {name}'))
+
+
+def guarded_gold(function, what):
+  """(prompt, response) -> float of a gold function; a UserError names what failed, and its example.
+
+  Args:
+    function: (prompt, response) -> number.
+    what: its name in messages.
+  """
+
+  def gold_fn(prompt, response):
     call = guard.Call(what, (prompt,), (response,), TIMEOUT)
-    score = guard.run(lambda: found(prompt, response), call)
+    score = guard.run(lambda: function(prompt, response), call)
     return float(checked(score, call, 0, ()))
 
-  return gold
+  return gold_fn
 
 
 def check_signature(

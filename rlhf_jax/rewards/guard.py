@@ -26,6 +26,7 @@ OURS = (
   __name__,
   'rlhf_jax.rewards.functions',
   'rlhf_jax.evaluation.evaluators',
+  'rlhf_jax.evaluation.judges',
   'importlib',
   'importlib._bootstrap',
   'importlib._bootstrap_external',

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from rlhf_jax.data import formats
 from rlhf_jax.data import sources
 from rlhf_jax.data import tokenizers
-from rlhf_jax.evaluation import policies
+from rlhf_jax.evaluation import reward_models as reward_models_lib
 from rlhf_jax.evaluation import tables
 from rlhf_jax.rewards import calibration
 
@@ -91,7 +91,9 @@ def run(folder, *, reward_models, train, test, max_length):
   gaps, prompts = {'reward model': [], 'bag of words': [], 'shorter wins': []}, []
   for paths, fitted_on, tested_on in zip(reward_models, train, test):
     found = [
-      policies.pair_gaps(policies.Scorer.load(path), tested_on, max_length=max_length)
+      reward_models_lib.pair_gaps(
+        reward_models_lib.Scorer.load(path), tested_on, max_length=max_length
+      )
       for path in paths
     ]
     gaps['reward model'].append(np.mean([gaps for gaps, _ in found], axis=0))

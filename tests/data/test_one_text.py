@@ -25,6 +25,7 @@ from rlhf_jax.data import sources
 from rlhf_jax.data import tokenizers
 from rlhf_jax.evaluation import evaluators
 from rlhf_jax.evaluation import policies
+from rlhf_jax.evaluation import reward_models
 from rlhf_jax.feedback import collect
 from rlhf_jax.models import hf
 import tiny
@@ -307,12 +308,12 @@ def test_sampling_reads_the_same_prompts(drawn, folder, tmp_path, monkeypatch, c
 
 
 class Rows:
-  """In place of policies.Scorer: scores are lengths, and the rows are kept."""
+  """In place of reward_models.Scorer: scores are lengths, and the rows are kept."""
 
   def __init__(self, policy):
     self.policy, self.read = policy, []
 
-  def rows(self, tokens, mask):
+  def score_tokens(self, tokens, mask):
     self.read += [t[m].tolist() for t, m in zip(tokens, mask)]
     return mask.sum(1).astype(np.float32)
 
@@ -323,7 +324,7 @@ def test_calibration_reads_the_same_comparisons(drawn, folder, tmp_path):
   sources.write(tmp_path / 'pairs.jsonl', [fields for fields, _, _ in pairs])
   model, params = hf.load(folder)
   scorer = Rows(policy_lib.TextPolicy(model, params, tokenizer))
-  gaps, prompts = policies.pair_gaps(scorer, str(tmp_path / 'pairs.jsonl'))
+  gaps, prompts = reward_models.pair_gaps(scorer, str(tmp_path / 'pairs.jsonl'))
   right = [[ids + alone(tokenizer, answer) for answer in answers] for _, ids, answers in pairs]
   assert scorer.read[: 2 * len(pairs)] == sum(right, [])
   assert gaps.tolist() == [len(a) - len(b) for a, b in right] and len(prompts) == len(pairs) > 200

@@ -9,14 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax import errors
 from rlhf_jax import intervals
 from rlhf_jax import metrics
 from rlhf_jax import models
 from rlhf_jax import policy as policy_lib
 from rlhf_jax import types
+from rlhf_jax.data import shapes
 from rlhf_jax.data import sources
 from rlhf_jax.data import tokenizers
+from rlhf_jax.evaluation import comparison
+from rlhf_jax.evaluation import judges
 from rlhf_jax.evaluation import policies
+from rlhf_jax.evaluation import reward_models
 from rlhf_jax.models import heads
 from rlhf_jax.models import hf
 from rlhf_jax.rewards import scoring
@@ -30,11 +35,11 @@ def answers(gold, *, proxy=None, kl=0.0, lengths=None):
   mask = np.ones((n, 4), bool) if lengths is None else np.arange(4) < np.array(lengths)[:, None]
   rollout = types.Rollout(None, None, mask, None)
   samples = policy_lib.Samples(['p'] * n, ['a b c'] * n, rollout)
-  return policies.Answers(samples, proxy, np.array(gold, float), kl)
+  return comparison.Answers(samples, proxy, np.array(gold, float), kl)
 
 
 def test_rows_and_ratings_by_hand():
-  rows, ratings = policies.compare(
+  rows, ratings = comparison.compare(
     {
       'base': answers([0, 0, 0, 0]),
       'new': answers(
@@ -57,7 +62,7 @@ def test_errors_are_over_prompts_where_samples_share_one():
   found = {'base': answers([0.0] * 4), 'new': answers([1, 3, 4, -4])}
   for answer in found.values():
     answer.samples.prompts = ['a', 'a', 'b', 'b']
-  rows, ratings = policies.compare(found, 'base')
+  rows, ratings = comparison.compare(found, 'base')
   # Mean 1; sums of deviations 2 and -2: sqrt(2 / 1 * (4 + 4)) / 4 = 1.
   assert rows[1]['gold_se'] == pytest.approx(1.0)
   # Prompt b wins half, prompt a all: sums of deviations 1/2 and -1/2, so the variance of the rate
@@ -78,17 +83,11 @@ def test_the_kl_of_greedy_answers_is_at_temperature_one(world):
   """At temperature 0 logits would be divided by it: infinity less infinity."""
   old, new = (policy_lib.TextPolicy.load(world / 'model') for _ in range(2))
   new.params = jax.tree.map(lambda x: 1.5 * x, old.params)
-  judge = lambda prompt, response: 0.0
-  asked = policies.ask(
+  asked = comparison.ask(
     {'base': old, 'new': new},
-    ['w7'],
-    None,
-    judge,
-    jax.random.key(0),
-    baseline='base',
-    best_of=0,
-    max_new_tokens=4,
-    temperature=0.0,
+    [shapes.Prompt('w7', {})],
+    judges.load(lambda prompt, response: 0.0),
+    comparison.Settings(baseline='base', max_new_tokens=4, temperature=0.0),
   )
 
   rollout = asked['new'].samples.rollout
@@ -118,7 +117,8 @@ def test_frontier_joins_samples_and_metrics(tmp_path):
     ],
   )
   writer.close()
-  [point] = policies.frontier(tmp_path, lambda prompt, response: float(len(response)))
+  judge = judges.load(lambda prompt, response: float(len(response)))
+  [point] = policies.frontier(tmp_path, judge)
   # As in test_intervals.py: two prompts, not four samples.
   assert point == {'step': 9, 'kl': 2.5, 'gold': 3.0, 'gold_se': 1.0, 'proxy': 1.5}
 
@@ -136,7 +136,7 @@ def test_the_reward_model_reads_texts_where_its_tokenizer_is_another(world, tmp_
   tokens = np.array([[tiny.BOS, 5, 6, 10, tiny.EOS], [tiny.PAD, tiny.BOS, 7, 12, 13]], np.int32)
   mask = tokens != tiny.PAD
   samples = policy_lib.Samples(prompts, responses, types.Rollout(tokens, mask, mask[:, 3:], None))
-  found = policies.Scorer.load(tmp_path)(samples, asked)
+  found = reward_models.Scorer.load(tmp_path)(samples, asked)
 
   expect = jax.jit(lambda *row: scoring.score(params, *row, model=model))
   for i, ended in enumerate((True, False)):
@@ -146,9 +146,9 @@ def test_the_reward_model_reads_texts_where_its_tokenizer_is_another(world, tmp_
     assert found[i] == pytest.approx(
       float(expect(padded, jnp.arange(48)[None] < len(row))[0]), abs=1e-5
     )
-  same = policies.Scorer.load(world / 'reward')
+  same = reward_models.Scorer.load(world / 'reward')
   np.testing.assert_array_equal(
-    same(samples, asked), same.rows(samples.rollout.tokens, samples.rollout.mask)
+    same(samples, asked), same.score_tokens(samples.rollout.tokens, samples.rollout.mask)
   )
 
 
@@ -309,7 +309,7 @@ def test_each_gap_has_its_own_prompt_in_every_batch(world, proxy, tmp_path, monk
     for i in range(10)
   ]
   path = tiny.write_jsonl(tmp_path / 'pairs.jsonl', records)
-  gaps, prompts = policies.pair_gaps(policies.Scorer.load(world / 'reward'), str(path))
+  gaps, prompts = reward_models.pair_gaps(reward_models.Scorer.load(world / 'reward'), str(path))
   assert prompts == [record['prompt'] for record in records]
   expected = [
     [
@@ -324,7 +324,7 @@ def test_each_gap_has_its_own_prompt_in_every_batch(world, proxy, tmp_path, monk
 def test_texts_before_and_after_stand_beside_their_own_scores():
   before, after = answers([1, 2]), answers([3, 4], proxy=np.array([5.0, 6.0]))
   before.samples.responses, after.samples.responses = ['a', 'b'], ['c', 'd']
-  assert policies.side_by_side(before, after, 1) == [
+  assert comparison.side_by_side(before, after, 1) == [
     {
       'prompt': 'p',
       'before': 'a',
@@ -332,3 +332,58 @@ def test_texts_before_and_after_stand_beside_their_own_scores():
       'scores': {'before': {'gold': 1.0}, 'after': {'proxy': 5.0, 'gold': 3.0}},
     }
   ]
+
+
+def words(prompts, responses_a, responses_b, *, metadata):
+  """A judge of pairs: the response whose words are the higher numbers on average is better."""
+  assert all('number' in entry for entry in metadata)
+  mean = lambda text: mean_word('', text)
+  return [np.sign(mean(a) - mean(b)) for a, b in zip(responses_a, responses_b)]
+
+
+def test_a_judge_of_pairs_gives_the_rates_and_ratings_of_its_scores(compared, world):
+  """The same preferences from pairs as from scores: win rates and Elo are equal."""
+  paths = {'base': world / 'model', 'ppo': compared[1] / 'ppo'}
+  loaded = {name: policy_lib.TextPolicy.load(path) for name, path in paths.items()}
+  examples = loaded['base'].read_examples(world / 'prompts.jsonl')
+  settings = comparison.Settings(samples=COUNT, seed=3, **SAMPLED)
+  by_pairs, by_scores = (
+    comparison.compare_policies(loaded, examples, judges.load(function), settings)
+    for function in (words, mean_word)
+  )
+  assert by_pairs.baseline == 'base' and by_pairs.rows[1]['gold'] is None
+  columns = ('stage', 'kl', 'win_rate', 'win_low', 'win_high', 'elo', 'elo_low', 'distinct_2')
+  for one, other in zip(by_pairs.rows, by_scores.rows, strict=True):
+    assert [one[key] for key in columns] == [other[key] for key in columns]
+  assert by_scores.rows[1]['win_rate'] not in (0.0, 0.5, 1.0)
+
+
+STAGE = {
+  'policies': (('sft', 'a'), ('ppo', 'b')),
+  'baseline': 'sft',
+  'trained': 'ppo',
+  'best_of': 0,
+  'reward_model': '',
+  'comparisons': '',
+  'gold': f'{__name__}:mean_word',
+  'gold_path': '',
+}
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({}, None),
+    ({'baseline': 'sftt'}, "baseline='sftt' is the name of none .* Did you mean 'sft'"),
+    ({'trained': 'grpo'}, "trained='grpo' is the name of none .* They are sft, ppo."),
+    ({'gold': f'{__name__}:mean_wrod'}, "gold='.*:mean_wrod' cannot be loaded"),
+    ({'best_of': 4}, 'best_of=4 needs a reward model'),
+    ({'comparisons': 'x'}, "comparisons='x' needs a reward model"),
+  ],
+)
+def test_mistakes_of_the_stage_are_found_before_the_first_stage_runs(changes, message):
+  if message is None:
+    policies.run.check(**STAGE | changes)
+  else:
+    with pytest.raises(errors.UserError, match=message):
+      policies.run.check(**STAGE | changes)

@@ -1,0 +1,301 @@
+"""Policies compared on the same prompts: scores, win rates and Elo ratings by a judge.
+
+`compare_policies` does the work for `rlhf evaluate`, for `rlhf_jax.compare` and for the last stage
+of a pipeline (policies.py). Every policy answers the same prompts. A judge scores the responses
+(the gold score) or compares pairs of them; a reward model, if given, adds the proxy score.
+
+Letters: n samples.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import itertools
+import math
+
+import jax
+import numpy as np
+
+from rlhf_jax import config_keys
+from rlhf_jax import errors
+from rlhf_jax import intervals
+from rlhf_jax import policy as policy_lib
+from rlhf_jax.evaluation import text
+from rlhf_jax.evaluation import winrate
+from rlhf_jax.feedback import elo
+from rlhf_jax.rewards import learned
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+  """How policies are compared.
+
+  Attributes:
+    baseline: name of the policy that win rates and KLs are against; '' for the first.
+    samples: n, responses of each policy; prompts repeat if there are fewer. 0: one to each prompt.
+    best_of: n of best-of-n of the baseline by the reward model; 0 for none.
+    seed: of the samples.
+    max_new_tokens: see policy.TextPolicy.sample.
+    temperature: likewise.
+    truncate_at: likewise.
+    truncate_after: likewise.
+  """
+
+  baseline: str = ''
+  samples: int = 0
+  best_of: int = 0
+  seed: int = 0
+  max_new_tokens: int | None = None
+  temperature: float = 1.0
+  truncate_at: str | None = None
+  truncate_after: int = 0
+
+  @property
+  def sampling(self):
+    """Keywords of policy.TextPolicy.sample."""
+    names = 'max_new_tokens', 'temperature', 'truncate_at', 'truncate_after'
+    return {name: getattr(self, name) for name in names}
+
+
+@dataclasses.dataclass
+class Answers:
+  """Responses of one policy, with their scores.
+
+  Attributes:
+    samples: Samples.
+    proxy: [n] scores of the reward model; None without one.
+    gold: [n] scores of the judge; None if it compares pairs.
+    kl: from the baseline, nats per sequence; None if the two have different tokenizers.
+  """
+
+  samples: policy_lib.Samples
+  proxy: np.ndarray | None
+  gold: np.ndarray | None
+  kl: float | None
+
+
+@dataclasses.dataclass
+class Comparison:
+  """The result of comparing policies.
+
+  Attributes:
+    baseline: name of the policy that win rates and KLs are against.
+    answers: {name: Answers}.
+    rows: of the table, one a policy; see tables.stages_table.
+    ratings: {name: elo.Rating}, the baseline's is 1000.
+  """
+
+  baseline: str
+  answers: Mapping[str, Answers]
+  rows: Sequence[Mapping]
+  ratings: Mapping[str, elo.Rating]
+
+  def results(self):
+    """The figures as JSON has them, without the samples."""
+    return {
+      'stages': self.rows,
+      'elo': {name: dataclasses.asdict(rating) for name, rating in self.ratings.items()},
+      'texts': {name: text.statistics(a.samples.responses) for name, a in self.answers.items()},
+    }
+
+
+def compare_policies(policies, examples, judge, settings=Settings(), *, reward_model=None):
+  """Samples responses of all policies to the same prompts and compares them by a judge.
+
+  Args:
+    policies: {name: policy.TextPolicy}.
+    examples: list of formats.Prompt: prompts with the metadata that the judge reads.
+    judge: judges.Judge.
+    settings: Settings.
+    reward_model: reward_models.Scorer of the proxy score, or None.
+
+  Returns:
+    Comparison.
+
+  Raises:
+    UserError: the baseline is none of the policies, the judge fails, or a prompt is too long.
+  """
+  settings = dataclasses.replace(settings, baseline=settings.baseline or next(iter(policies)))
+  check_name(settings.baseline, policies, 'baseline')
+  errors.need(
+    not settings.best_of or reward_model is not None,
+    f'best_of={settings.best_of} needs a reward model, which picks the best of the samples',
+  )
+  errors.need(examples, 'there are no prompts to compare the policies on')
+  judge.check_examples(examples)
+  count = settings.samples or len(examples)
+  examples = [examples[i % len(examples)] for i in range(count)]
+  answers = ask(policies, examples, judge, settings, reward_model=reward_model)
+  metadata = [example.metadata for example in examples]
+  rows, ratings = compare(
+    answers, settings.baseline, outcomes=outcomes_of_pairs(answers, judge, metadata)
+  )
+  return Comparison(settings.baseline, answers, rows, ratings)
+
+
+def check_name(name, names, key):
+  """Raises UserError unless `name` is one of the policies' names."""
+  if name not in names:
+    hint = config_keys.did_you_mean(name, list(names)).replace('The keys are', 'They are')
+    raise errors.UserError(f'{key}={name!r} is the name of none of the policies. {hint}')
+
+
+def ask(policies, examples, judge, settings, *, reward_model=None):
+  """Samples and scores responses of every policy; best-of-n follows the baseline.
+
+  Args:
+    policies: see `compare_policies`.
+    examples: n formats.Prompt.
+    judge: judges.Judge.
+    settings: Settings with a baseline.
+    reward_model: reward_models.Scorer, or None.
+
+  Returns:
+    {name: Answers}.
+  """
+  baseline, best_of = settings.baseline, settings.best_of
+  prompts = [example.prompt for example in examples]
+  metadata = [example.metadata for example in examples]
+
+  def scored(name, samples, kl):
+    tokenizer = policies[name].tokenizer
+    return Answers(
+      samples,
+      None if reward_model is None else reward_model(samples, tokenizer),
+      None if judge.score is None else judge.score(samples, metadata, tokenizer),
+      kl,
+    )
+
+  keys = jax.random.split(jax.random.key(settings.seed), len(policies) + 1)
+  answers = {}
+  for key, name in zip(keys, policies):
+    samples = policies[name].sample(prompts, key, **settings.sampling)
+    kl = mean_kl(policies[name], policies[baseline], samples.rollout, settings.temperature)
+    answers[name] = scored(name, samples, kl)
+    if name == baseline and best_of:
+      many = policies[name].sample(prompts, keys[-1], samples=best_of, **settings.sampling)
+      scores = reward_model(many, policies[name].tokenizer).reshape(-1, best_of)
+      best = many.take(np.arange(len(prompts)) * best_of + scores.argmax(axis=1))
+      kl = math.log(best_of) - (best_of - 1) / best_of
+      answers[f'best of {best_of}'] = scored(name, best, kl)
+  return answers
+
+
+def mean_kl(policy, reference, rollout, temperature):
+  """Mean over samples of log pi(y|x) - log pi_ref(y|x), nats per sequence (k1).
+
+  Both at the sampling temperature; at 1 if that is 0, as in evaluators.prompts.
+
+  Returns:
+    A float; None if the two have different tokenizers.
+  """
+  if policy is reference:
+    return 0.0
+  if not learned.same_tokenizer(policy.tokenizer, reference.tokenizer):
+    return None
+  temperature = temperature or 1.0
+  return float(
+    np.mean(
+      policy.logprobs(rollout, temperature=temperature)
+      - reference.logprobs(rollout, temperature=temperature)
+    )
+  )
+
+
+def outcomes_of_pairs(answers, judge, metadata):
+  """Who wins between each two policies.
+
+  Args:
+    answers: {name: Answers}.
+    judge: judges.Judge.
+    metadata: n dicts.
+
+  Returns:
+    {(first, second): [n] float in [0, 1]}: 1 if the first wins, 0.5 for a draw, 0 if the second
+    wins.
+  """
+  if judge.prefer is None:
+    return outcomes_of_scores(answers)
+  return {
+    (first, second): 0.5
+    + 0.5 * judge.prefer(answers[first].samples, answers[second].samples, metadata)
+    for first, second in itertools.combinations(answers, 2)
+  }
+
+
+def outcomes_of_scores(answers):
+  """Who has the higher gold score between each two policies; see `outcomes_of_pairs`."""
+  return {
+    (first, second): winrate.outcomes(answers[first].gold, answers[second].gold)
+    for first, second in itertools.combinations(answers, 2)
+  }
+
+
+def compare(answers, baseline, *, outcomes=None):
+  """Table rows and Elo ratings on the same prompts.
+
+  Standard errors and intervals are over prompts if several samples share one; see intervals.py.
+  The games of the ratings are between responses to the same prompts, so their intervals always are.
+
+  Args:
+    answers: {name: Answers}.
+    baseline: name.
+    outcomes: see `outcomes_of_pairs`; None for those of the gold scores.
+
+  Returns:
+    Rows for tables.stages_table, and {name: Rating} with the baseline at 1000.
+  """
+  outcomes = outcomes_of_scores(answers) if outcomes is None else outcomes
+  prompts = answers[baseline].samples.prompts
+  ratings = {baseline: elo.Rating(1000.0, 1000.0, 1000.0, 0.0)}
+  if outcomes:
+    ratings = elo.ratings_of_outcomes(outcomes, prompts, anchor=baseline)
+  rows = []
+  for name, answer in answers.items():
+    win = winrate.of_outcomes(against(outcomes, name, baseline, len(prompts)), prompts)
+    length = float(answer.samples.rollout.response_mask.sum(1).mean())
+    rows.append(
+      {
+        'stage': name,
+        'gold': None if answer.gold is None else float(answer.gold.mean()),
+        'gold_se': None if answer.gold is None else intervals.standard_error(answer.gold, prompts),
+        'proxy': None if answer.proxy is None else float(answer.proxy.mean()),
+        'kl': answer.kl,
+        'kl_per_token': None if answer.kl is None else answer.kl / length,
+        'win_rate': win.rate,
+        'win_low': win.low,
+        'win_high': win.high,
+        'elo': ratings[name].elo,
+        'elo_low': ratings[name].low,
+        'elo_high': ratings[name].high,
+        'distinct_2': text.distinct(answer.samples.responses, 2),
+      }
+    )
+  return rows, ratings
+
+
+def against(outcomes, name, baseline, count):
+  """Outcomes [count] of a policy's games against the baseline; all draws against itself."""
+  if name == baseline:
+    return np.full(count, 0.5)
+  if (name, baseline) in outcomes:
+    return outcomes[name, baseline]
+  return 1 - outcomes[baseline, name]
+
+
+def side_by_side(before, after, count):
+  """The first `count` responses of two policies to the same prompts, for the report."""
+  pick = lambda answers, i: {
+    name: float(values[i])
+    for name, values in (('proxy', answers.proxy), ('gold', answers.gold))
+    if values is not None
+  }
+  return [
+    {
+      'prompt': before.samples.prompts[i],
+      'before': before.samples.responses[i],
+      'after': after.samples.responses[i],
+      'scores': {'before': pick(before, i), 'after': pick(after, i)},
+    }
+    for i in range(min(count, len(before.samples.prompts)))
+  ]
