@@ -37,7 +37,7 @@ def measure(update):
   sizes = {
     name: count(tree, seen)
     for name, tree in (
-      ('policy', (params['policy'], frozen['shared'])),
+      ('policy', (params['policy'], frozen['policy'])),
       ('critic', params['critic']),
       ('reference', frozen['reference']),
       ('moments', update.state.opt_state),

@@ -12,7 +12,7 @@ KINDS = (
   (r'^state/opt_state/.*\bmaster/', 'master weights'),
   (r'^state/opt_state/.*\bema/', 'moving average'),
   (r'^state/opt_state/', 'moments'),
-  (r'^state/params/policy/|^frozen/shared/', 'policy'),
+  (r'^state/params/policy/|^frozen/policy/', 'policy'),
   (r'^state/params/critic/', 'critic'),
   (r'^frozen/reference/', 'reference'),
   (r'^scored/', 'reward model'),

@@ -167,7 +167,7 @@ def calls(config, mesh, handles, step, arrays):
   found = {
     'rollout': (
       generate,
-      (trainable.join(frozen['shared'], state.params['policy']), prompts, state.key),
+      (trainable.merge(frozen['policy'], state.params['policy']), prompts, state.key),
     )
   }
   if scored:

@@ -138,7 +138,7 @@ def shape(config, made, mesh):
     made: Programs of it, or of one that differs in mesh, microbatch and recomputation.
     mesh: Mesh or AbstractMesh of this config.
   """
-  model, state, shared = made.model, made.arrays['state'], made.arrays['frozen']['shared']
+  model, state, frozen_policy = made.model, made.arrays['state'], made.arrays['frozen']['policy']
   whole = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
   kinds = stays(made, mesh)
   fields = model.config.to_hf()
@@ -151,9 +151,9 @@ def shape(config, made, mesh):
     way = attention.way(
       model.config, model.dtype, microbatch, length, length, index=0, one_text=True
     )
-  share = sum(owned.values()) / (sum(owned.values()) + whole(shared))
+  share = sum(owned.values()) / (sum(owned.values()) + whole(frozen_policy))
   return estimate.Shape(
-    weights=owned['policy'] + whole(shared),
+    weights=owned['policy'] + whole(frozen_policy),
     trained=sum(owned.values()),
     state=kinds.get('moments', 0)
     + kinds.get('master weights', 0)

@@ -32,10 +32,10 @@ class Models(NamedTuple):
   critic: Any = None
   critic_shared: bool = False
 
-  def reaching(self, length):
+  def with_max_length(self, length):
     """The same for sequences of T = `length`, of which some positions may be cut."""
-    critic = self.critic and self.critic.reaching(length)
-    return self._replace(policy=self.policy.reaching(length), critic=critic)
+    critic = self.critic and self.critic.with_max_length(length)
+    return self._replace(policy=self.policy.with_max_length(length), critic=critic)
 
 
 class Outputs(NamedTuple):
@@ -66,7 +66,7 @@ class Forward:
 
   Attributes:
     models: Models.
-    frozen: {'shared': parameters of the policy that are not trained, 'reference': the reference's
+    frozen: {'policy': parameters of the policy that are not trained, 'reference': the reference's
       that are not among them, its adapters too if it has some; left out without a reference}.
     temperature: what logits are divided by: the one sampled with.
     full_kl: whether to compute the KL over the whole vocabulary.
@@ -100,8 +100,8 @@ class Forward:
     if 'critic' not in params:
       return Outputs(logprobs, entropy)
     if self.models.critic is not None:
-      shared, trunk = (self.frozen['shared'], trunk) if self.models.critic_shared else ({}, None)
-      critic = trainable.join(shared, params['critic']['backbone'])
+      shared, trunk = (self.frozen['policy'], trunk) if self.models.critic_shared else ({}, None)
+      critic = trainable.merge(shared, params['critic']['backbone'])
       states = self.models.critic.response_states(critic, batch.tokens, batch.mask, length, trunk)
     return Outputs(logprobs, entropy, heads.apply_scalar(params['critic']['head'], states))
 
@@ -119,7 +119,7 @@ class Forward:
     model = self.models.policy
     if not trainable.has_adapters(self.frozen['reference']):
       model = dataclasses.replace(model, lora=None)
-    reference = trainable.join(self.frozen['shared'], self.frozen['reference'])
+    reference = trainable.merge(self.frozen['policy'], self.frozen['reference'])
     states = model.response_states(reference, batch.tokens, batch.mask, length, trunk)
     unembed = functools.partial(model.unembed, reference)
     ref_logprobs, _ = logprobs_lib.token_logprobs(
@@ -144,7 +144,7 @@ class Forward:
     )
 
   def _policy(self, params):
-    return trainable.join(self.frozen['shared'], params['policy'])
+    return trainable.merge(self.frozen['policy'], params['policy'])
 
   def _trunk(self, params, batch):
     """States [B, T, D] below the trained layers; None where all layers are trained or adapted."""

@@ -235,7 +235,7 @@ def _with_frozen(path, config, model, trained):
     model, params, unfrozen_layers=config['unfrozen_layers'], seed=0, **config['lora']
   )
   # Restored arrays lie on the devices of the run, the folder's on one.
-  return trainable.whole(model, jax.device_get(trained), frozen)
+  return trainable.merge_lora(model, jax.device_get(trained), frozen)
 
 
 @functools.partial(jax.jit, static_argnames=('model',))

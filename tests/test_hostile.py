@@ -43,7 +43,7 @@ def good(tmp_path_factory):
   tiny.write_model(root / 'model', tiny.LLAMA)
   model, params = hf.load(root / 'model')
   adapted = dataclasses.replace(model, lora=lora_lib.Lora((('attention/query$', 2, 4.0),)))
-  peft.save(root / 'adapter', adapted, trainable.divide(adapted, params)[0])
+  peft.save(root / 'adapter', adapted, trainable.split_trainable(adapted, params)[0])
   return root
 
 

@@ -94,7 +94,7 @@ def test_ppo_is_the_same_whatever_is_cut(position, critic, kl, rope, world):
   value = {'head': head} | (
     {'backbone': model.init(jax.random.key(3))} if critic == 'separate' else {}
   )
-  frozen = {'shared': {}, 'reference': jax.tree.map(lambda x: 1.1 * x, policy)}
+  frozen = {'policy': {}, 'reference': jax.tree.map(lambda x: 1.1 * x, policy)}
   params = {'policy': policy, 'critic': value}
   optimizers = {name: optax.sgd(0.1) for name in params}
   state = types.TrainState(
@@ -157,7 +157,7 @@ def test_microbatches_are_cut_on_several_devices_too(world):
         opt_state={name: optimizers[name].init(params[name]) for name in params},
         extra={'kl_coef': jnp.float32(0.2), 'reward_moments': jnp.zeros(3)},
       )
-      frozen = {'shared': {}, 'reference': place(jax.tree.map(lambda x: 1.1 * x, policy))}
+      frozen = {'policy': {}, 'reference': place(jax.tree.map(lambda x: 1.1 * x, policy))}
       step = functools.partial(
         ppo.train_step, models=handles, optimizers=optimizers, settings=settings
       )
@@ -185,7 +185,7 @@ def test_cutting_saves_the_work_of_what_is_cut(world):
   settings = ppo.Settings.of(config, (tiny.EOS,))
   rollout, _ = episode(0)
   policy = model.init(jax.random.key(1))
-  frozen = {'shared': {}, 'reference': policy}
+  frozen = {'policy': {}, 'reference': policy}
   widths = []
 
   class Counting(type(model)):

@@ -140,7 +140,7 @@ def start_fixture(request, tmp_path):
   )
   arrays = dict(
     state=state,
-    frozen={'shared': {}, 'reference': reference},
+    frozen={'policy': {}, 'reference': reference},
     rollout=make_rollout(),
     scores=jnp.asarray(GOLDEN[f'{case}/raw_scores']),
   )

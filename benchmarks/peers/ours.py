@@ -98,7 +98,7 @@ def create(config, mesh):
   @jax.jit
   def passes(params, frozen, rollout):
     forward = forward_lib.Forward(
-      models.reaching(rollout.tokens.shape[1]), frozen, settings.temperature
+      models.with_max_length(rollout.tokens.shape[1]), frozen, settings.temperature
     )
     if settings.schedule.in_one_piece(rollout):
       return forward.fixed(params, rollout)

@@ -47,7 +47,7 @@ def train_step(objective, state, frozen, rollout, scores, ptx, *, models, optimi
   Returns:
     The next TrainState and metrics: scalars, and samples/NAME [B].
   """
-  models = models.reaching(rollout.tokens.shape[1])
+  models = models.with_max_length(rollout.tokens.shape[1])
   forward = forward_lib.Forward(
     models, frozen, settings.temperature, full_kl=settings.kl_estimator == 'full'
   )
@@ -56,7 +56,7 @@ def train_step(objective, state, frozen, rollout, scores, ptx, *, models, optimi
     goal = goal._replace(
       extra_batch=ptx,
       extra_gradients=functools.partial(
-        sft.ptx_gradients, frozen=frozen['shared'], model=models.policy, coef=settings.ptx_coef
+        sft.ptx_gradients, frozen=frozen['policy'], model=models.policy, coef=settings.ptx_coef
       ),
     )
   return update.run(
@@ -179,7 +179,7 @@ def create(config, mesh, settings, train_step, *, reference=True, extra=wiring.f
   skip = jax.jit(functools.partial(experience.skip_nan, rules=settings.rules))
 
   def next_batch(state, *, timed):
-    policy = trainable.join(frozen['shared'], state.params['policy'])
+    policy = trainable.merge(frozen['policy'], state.params['policy'])
     rollout, scores, metrics = actor(policy, types.step_keys(state)[0], timed=timed)
     if scorers.skips_nan(config.reward):
       rollout, skipped = skip(rollout, scores)
@@ -192,7 +192,7 @@ def create(config, mesh, settings, train_step, *, reference=True, extra=wiring.f
     model,
     tokenizer,
     mesh,
-    frozen['shared'],
+    frozen['policy'],
     functools.partial(wiring.start_of, config, params['policy'], frozen),
   )
   return learner.Learner(
@@ -200,7 +200,7 @@ def create(config, mesh, settings, train_step, *, reference=True, extra=wiring.f
     iterators=iterators,
     next_batch=next_batch,
     train_step=step,
-    export=setup.policy_exporter(model, tokenizer, frozen['shared']),
+    export=setup.policy_exporter(model, tokenizer, frozen['policy']),
     describe=setup.describer(model, 'policy', tokenizer),
     evaluators=evaluators.make(config.evals, context),
     samples=functools.partial(actor.samples, tokenizer),

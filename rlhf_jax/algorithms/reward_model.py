@@ -171,7 +171,7 @@ def train_step(state, frozen, batch, *, model, optimizers, settings, microbatch_
 
   def share(params, rows):
     loss, valid, scores = comparison_loss(
-      trainable.join(frozen, params['reward']), rows, model=model, settings=settings
+      trainable.merge(frozen, params['reward']), rows, model=model, settings=settings
     )
     loss = adv.masked_sum(loss, valid) / prompts
     return loss, {
@@ -226,7 +226,7 @@ def normalized_head(params, *, frozen, batches, judge, mode, mesh):
   if mode == 'none':
     return params['head']
   values = [
-    (judge(trainable.join(frozen, params), sharding.put_rows(batch, mesh)), batch.present)
+    (judge(trainable.merge(frozen, params), sharding.put_rows(batch, mesh)), batch.present)
     for batch in batches()
   ]
   values = np.concatenate([processes.host(scores)[present] for (*_, scores), present in values])
@@ -249,8 +249,8 @@ def create(config, mesh):
   tokenizer = setup.load_tokenizer(config)
   model, params = setup.load_scalar(config.model, tokenizer, mesh, config.seed, head_scale='normal')
   setup.check_length(config.data.max_length, model, 'data.max_length')
-  model, backbone, shared = setup.divide(config, model, params['backbone'], mesh)
-  params, frozen = {'backbone': backbone, 'head': params['head']}, {'backbone': shared}
+  model, backbone, frozen_backbone = setup.split_trainable(config, model, params['backbone'], mesh)
+  params, frozen = {'backbone': backbone, 'head': params['head']}, {'backbone': frozen_backbone}
   examples, held_out = setup.hold_out(config, formats.comparisons, tokenizer)
   check_examples(examples, config.preference.loss)
   sizes = dict(
@@ -308,7 +308,7 @@ def create(config, mesh):
     params = setup.averaged(state, 'reward')
     exported, whole, own = padding.apart(
       dataclasses.replace(model, lora=None),
-      trainable.whole(model, params['backbone'], shared),
+      trainable.merge_lora(model, params['backbone'], frozen_backbone),
       tokenizer,
       mesh,
     )
@@ -378,7 +378,7 @@ def held_out_loss(batches, prompts, frozen, *, judge, rated, mesh):
   """
 
   def evaluate(state):
-    params = trainable.join(frozen, setup.averaged(state, 'reward'))
+    params = trainable.merge(frozen, setup.averaged(state, 'reward'))
     found = [
       jax.tree.map(processes.host, judge(params, sharding.put_rows(batch, mesh)))
       for batch in batches

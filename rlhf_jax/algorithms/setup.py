@@ -80,7 +80,7 @@ def load_policy(config_model, tokenizer, mesh, seed):
   return model, params
 
 
-def divide(config, model, params, mesh):
+def split_trainable(config, model, params, mesh):
   """Divides parameters into those that `config.model` trains and the frozen rest.
 
   Args:
@@ -308,7 +308,7 @@ def save(path, model, trained, frozen, *, tokenizer):
   hf.save(
     path,
     dataclasses.replace(model, lora=None),
-    trainable.whole(model, trained, frozen),
+    trainable.merge_lora(model, trained, frozen),
     tokenizer=tokenizer,
   )
 
@@ -349,8 +349,8 @@ def policy_context(config, model, tokenizer, mesh, frozen, start, *, loss=None):
     mesh=mesh,
     seed=config.seed,
     loss=loss,
-    policy=lambda state: trainable.join(frozen, averaged(state, 'policy')),
-    start=lambda: trainable.join(frozen, start()),
+    policy=lambda state: trainable.merge(frozen, averaged(state, 'policy')),
+    start=lambda: trainable.merge(frozen, start()),
     load=load_settings(config.model),
     sampling=config.get('sampling', {}),
   )

@@ -59,7 +59,7 @@ def token_losses(params, frozen, batch, *, model):
     losses [B, n] float32 nats and their mask [B, n] bool; n = T - 1 and slot t is token t + 1, or
     for Pairs the R slots of the completion.
   """
-  params = trainable.join(frozen, params)
+  params = trainable.merge(frozen, params)
   if isinstance(batch, types.Pairs):
     slots = batch.response_mask.shape[1]
     states = model.response_states(params, batch.tokens, batch.mask, slots)
@@ -236,7 +236,7 @@ def create(config, mesh):
   model, params = setup.load_policy(config.model, tokenizer, mesh, config.seed)
   setup.check_length(config.data.max_length, model, 'data.max_length')
   check_kind(config.data.kind, model, 'data.kind')
-  model, params, frozen = setup.divide(config, model, params, mesh)
+  model, params, frozen = setup.split_trainable(config, model, params, mesh)
   convert = formats.texts if config.data.kind == 'text' else formats.completions
   examples, held_out = setup.hold_out(config, convert, tokenizer)
   iterator, rows = training_batches(config, examples, tokenizer, model)

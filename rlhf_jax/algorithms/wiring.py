@@ -47,8 +47,8 @@ def wire(config, mesh, base, *, reference=True, critic=None, steps):
   Returns:
     Wiring.
   """
-  model, policy, shared = setup.divide(config, *base, mesh)
-  frozen, models, params = {'shared': shared}, forward_lib.Models(model), {'policy': policy}
+  model, policy, frozen_policy = setup.split_trainable(config, *base, mesh)
+  frozen, models, params = {'policy': frozen_policy}, forward_lib.Models(model), {'policy': policy}
   if reference is True:
     # New adapters change nothing yet: without them the frozen weights are the policy as it starts.
     new = model.lora is not None and not config.model.lora.path
@@ -58,7 +58,7 @@ def wire(config, mesh, base, *, reference=True, critic=None, steps):
   updates = config.rl.epochs * config.rl.minibatches
   optimizers = {'policy': setup.make_optimizer(config.optim, steps, updates=updates)}
   if 'critic' in config:
-    critic_model, params['critic'] = make_critic(config, mesh, model, policy, shared, critic)
+    critic_model, params['critic'] = make_critic(config, mesh, model, policy, frozen_policy, critic)
     models = models._replace(critic=critic_model, critic_shared=config.critic.kind == 'adapters')
     optimizers['critic'] = setup.make_optimizer(
       config.optim,
@@ -70,7 +70,7 @@ def wire(config, mesh, base, *, reference=True, critic=None, steps):
   return Wiring(models, params, frozen, optimizers)
 
 
-def make_critic(config, mesh, model, trained, shared, start):
+def make_critic(config, mesh, model, trained, frozen_policy, start):
   """The critic `config.critic` asks for.
 
   Args:
@@ -78,7 +78,7 @@ def make_critic(config, mesh, model, trained, shared, start):
     mesh: device mesh.
     model: the policy's Model.
     trained: its trained parameters.
-    shared: its other parameters.
+    frozen_policy: its other parameters.
     start: see `critic` of `wire`.
 
   Returns:
@@ -90,11 +90,13 @@ def make_critic(config, mesh, model, trained, shared, start):
   if config.critic.kind == 'adapters':
     if config.model.lora.path:  # new ones would be on the weights before that training
       return model, {'backbone': jax.tree.map(jnp.copy, trained), 'head': head()}
-    adapters = trainable.new_adapters(model, shared, key=keys.of(config.seed, keys.CRITIC_ADAPTERS))
+    adapters = trainable.new_adapters(
+      model, frozen_policy, key=keys.of(config.seed, keys.CRITIC_ADAPTERS)
+    )
     return model, {'backbone': setup.place(adapters, model, mesh), 'head': head()}
   if start is not None:
     return start[0], jax.tree.map(jnp.copy, start[1])
-  policy = jax.tree.map(jnp.copy, trainable.whole(model, trained, shared))
+  policy = jax.tree.map(jnp.copy, trainable.merge_lora(model, trained, frozen_policy))
   return dataclasses.replace(model, lora=None), {'backbone': policy, 'head': head()}
 
 

@@ -161,7 +161,7 @@ class Writer(Base):
     """
     raise NotImplementedError
 
-  def reaching(self, length):
+  def with_max_length(self, length):
     """The model for rows that will have `length` tokens, of which a call or its cache may hold fewer."""
     del length
     return self

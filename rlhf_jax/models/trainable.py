@@ -1,6 +1,6 @@
 """Which parameters are trained, and which are frozen and shared by policy, critic and reference.
 
-Three ways, one shape: a tree of trained parameters and a tree of frozen ones that `join` puts
+Three ways, one shape: a tree of trained parameters and a tree of frozen ones that `merge` puts
 together again without copying an array.
 
   all          everything is trained, nothing is shared; the reference is a copy
@@ -28,17 +28,17 @@ from rlhf_jax.models import lora as lora_lib
 from rlhf_jax.models import peft
 
 
-def join(*trees):
+def merge(*trees):
   """One tree of several; nothing is copied. Of two leaves with one path the later tree's counts."""
-  joined = {}
+  merged = {}
   for tree in trees:
     for name, value in tree.items():
-      both = name in joined and isinstance(value, dict)
-      joined[name] = join(joined[name], value) if both else value
-  return joined
+      both = name in merged and isinstance(value, dict)
+      merged[name] = merge(merged[name], value) if both else value
+  return merged
 
 
-def divide(model, params, *, unfrozen_layers=None, seed=0):
+def split_trainable(model, params, *, unfrozen_layers=None, seed=0):
   """Divides a model's parameters into trained and frozen ones.
 
   Args:
@@ -49,17 +49,17 @@ def divide(model, params, *, unfrozen_layers=None, seed=0):
     seed: of new adapters.
 
   Returns:
-    (trained, frozen): trees of which `join` makes what the model's functions take.
+    (trained, frozen): trees of which `merge` makes what the model's functions take.
 
   Raises:
     UserError: k is larger than the depth, or the model has no single stack of blocks.
   """
   trained, frozen = (
-    (params, {}) if unfrozen_layers is None else _cut(model, params, unfrozen_layers)
+    (params, {}) if unfrozen_layers is None else _split_layers(model, params, unfrozen_layers)
   )
   if model.lora is None:
     return trained, frozen
-  frozen = join(frozen, trained)
+  frozen = merge(frozen, trained)
   return new_adapters(model, frozen, key=keys.of(seed, keys.ADAPTERS)), frozen
 
 
@@ -68,7 +68,7 @@ def start(model, params, *, unfrozen_layers, targets, rslora, path, seed):
 
   Args:
     model: Model without adapters.
-    params, unfrozen_layers, seed: see `divide`.
+    params, unfrozen_layers, seed: see `split_trainable`.
     targets, rslora: of lora.Lora; no targets, no adapters.
     path: folder of PEFT to take trained adapters and their targets from, or None.
 
@@ -82,7 +82,7 @@ def start(model, params, *, unfrozen_layers, targets, rslora, path, seed):
     model = dataclasses.replace(
       model, lora=lora_lib.Lora(tuple(map(tuple, targets)), rslora=rslora)
     )
-  return model, *divide(model, params, unfrozen_layers=unfrozen_layers, seed=seed)
+  return model, *split_trainable(model, params, unfrozen_layers=unfrozen_layers, seed=seed)
 
 
 def new_adapters(model, frozen, *, key):
@@ -97,46 +97,46 @@ def has_adapters(params):
   return any(name.endswith('lora/a') for name in sharding.paths(params))
 
 
-def _cut(model, params, top):
-  """Cuts the blocks into the `top` last ones, trained with what follows them, and the frozen rest."""
+def _split_layers(model, params, unfrozen_layers):
+  """Splits off the last `unfrozen_layers` blocks and what follows them: (trained, frozen)."""
   if 'blocks' not in params:
     raise UserError(
-      f'config.model.unfrozen_layers={top}: a {model.family} model has no single stack of layers '
-      'to freeze the bottom of; set it to None'
+      f'config.model.unfrozen_layers={unfrozen_layers}: a {model.family} model has no single stack '
+      'of layers to freeze the bottom of; set it to None'
     )
   depth = model.config.depth
-  if top > depth:
-    raise UserError(f'config.model.unfrozen_layers={top}: the model has {depth} layers')
+  if unfrozen_layers > depth:
+    raise UserError(f'config.model.unfrozen_layers={unfrozen_layers}: the model has {depth} layers')
+  number = depth - unfrozen_layers  # of frozen layers
 
-  def cut(stack):
-    if isinstance(
-      stack, jax.core.Tracer
-    ):  # shapes of a plan: there is nothing to place or to delete
-      return stack[: depth - top], stack[depth - top :]
-    places = (stack.sharding, stack.sharding)
-    pieces = jax.jit(lambda x: (x[: depth - top], x[depth - top :]), out_shardings=places)(stack)
+  def split(stack):
+    # Of the shapes of a plan there is nothing to place or to delete.
+    if isinstance(stack, jax.core.Tracer):
+      return stack[:number], stack[number:]
+    shardings = (stack.sharding, stack.sharding)
+    parts = jax.jit(lambda x: (x[:number], x[number:]), out_shardings=shardings)(stack)
     stack.delete()
-    return pieces
+    return parts
 
   leaves, structure = jax.tree.flatten(params['blocks'])
-  below, above = map(structure.unflatten, zip(*map(cut, leaves)))
+  lower, upper = map(structure.unflatten, zip(*map(split, leaves)))
   after = {name: params[name] for name in params if name in model.after_blocks}
   before = {name: params[name] for name in params if name not in model.after_blocks | {'blocks'}}
-  return {'top': {'blocks': above}, **after}, {'blocks': below, **before}
+  return {'top': {'blocks': upper}, **after}, {'blocks': lower, **before}
 
 
-def whole(model, trained, frozen):
+def merge_lora(model, trained, frozen):
   """All parameters of a model as `hf.save` writes them: blocks in one stack, adapters merged.
 
   Args:
     model: Model.
-    trained, frozen: as from `divide`.
+    trained, frozen: as from `split_trainable`.
 
   Returns:
     Parameters without adapters; arrays that nothing was done to are not copied.
   """
   if model.lora is None:
-    params = join(frozen, trained)
+    params = merge(frozen, trained)
   elif 'top' in trained:
     params = frozen | {'top': lora_lib.merge(frozen['top'], trained['top'], model.lora)}
   else:

@@ -28,18 +28,18 @@ class Model(base.Writer):
   """A decoder; see base.Writer.
 
   Attributes:
-    reach: slots that rotary positions go by where they depend on the length (see rope.py); 0: those
-      of the call.
+    sequence_length: the length that rotary positions depend on, if they depend on any (see
+      rope.py); 0 for that of the call.
   """
 
-  reach: int = 0
+  sequence_length: int = 0
 
   def shapes(self):
     blocks = stack.shapes(self._module.Block, self.config, depth=self.config.depth)
     return self._with_unembed(stack.shapes(self._module.Ends, self.config) | {'blocks': blocks})
 
-  def reaching(self, length):
-    return dataclasses.replace(self, reach=length)
+  def with_max_length(self, length):
+    return dataclasses.replace(self, sequence_length=length)
 
   @property
   def _unrolled(self):
@@ -150,8 +150,10 @@ class Model(base.Writer):
     """The module around the blocks, x [B, T, D] before the first, and how a block is applied."""
     ends = stack.build_ends(self._module.Ends, self.config, self.dtype, params, lora=self.lora)
     real = segments != 0
-    reach = self.reach or key_segments.shape[1]
-    x, shared = ends.begin(jnp.where(real, tokens, 0), jnp.where(real, positions, 0), reach)
+    sequence_length = self.sequence_length or key_segments.shape[1]
+    x, shared = ends.begin(
+      jnp.where(real, tokens, 0), jnp.where(real, positions, 0), sequence_length
+    )
     mix = attention.causal(
       self.config, self.dtype, segments, key_segments, index=index, one_text=one_text
     )

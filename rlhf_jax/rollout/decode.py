@@ -36,16 +36,16 @@ def generate(params, prompts, key, *, model, sampling, samples=1, first=0):
     Rollout of the B n rows, those of a prompt side by side, with T = P + R.
   """
   batch = prompts.tokens.shape[0] * samples
-  slots = sampling.max_new_tokens
+  response_length = sampling.max_new_tokens
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(batch))
 
-  def draw(logits, t):
+  def sample_token(logits, t):
     return sampling_lib.sample(
       jax.vmap(jax.random.fold_in, (0, None))(keys, t), logits, sampling, t
     )
 
-  def write(s, token, logprob):
-    """Puts the token of slot t, where the response is still running, and ends it at the EOS or a stop token."""
+  def append_token(s, token, logprob):
+    """Writes token t of the responses that still run; the EOS or a stop token ends them."""
     alive = ~s['done']
     token = jnp.where(alive, token, sampling.pad_id)
     columns = {'tokens': token, 'mask': alive, 'logprobs': jnp.where(alive, logprob, 0.0)}
@@ -58,11 +58,14 @@ def generate(params, prompts, key, *, model, sampling, samples=1, first=0):
 
   def step(s):
     hidden, cache = model.step(params, s['token'], ~s['done'], s['cache'])
-    return write(s | {'cache': cache}, *draw(model.unembed(params, hidden), s['t']))
+    return append_token(s | {'cache': cache}, *sample_token(model.unembed(params, hidden), s['t']))
 
-  model, params = model.reaching(prompts.tokens.shape[1] + slots), model.unstack(params)
-  rooms = lengths.stages(slots, STAGES)
-  hidden, cache = model.prefill(params, prompts.tokens, prompts.mask, rooms[0])
+  model, params = (
+    model.with_max_length(prompts.tokens.shape[1] + response_length),
+    model.unstack(params),
+  )
+  stages = lengths.stages(response_length, STAGES)
+  hidden, cache = model.prefill(params, prompts.tokens, prompts.mask, stages[0])
   if samples > 1:
     hidden, cache = jnp.repeat(hidden, samples, axis=0), cache_lib.repeat(cache, samples)
     prompts = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), prompts)
@@ -71,17 +74,16 @@ def generate(params, prompts, key, *, model, sampling, samples=1, first=0):
     't': jnp.int32(0),
     'token': jnp.zeros([batch], jnp.int32),
     'done': jnp.zeros([batch], bool),
-    'tokens': jnp.full([batch, slots], sampling.pad_id, jnp.int32),
-    'mask': jnp.zeros([batch, slots], bool),
-    'logprobs': jnp.zeros([batch, slots], jnp.float32),
+    'tokens': jnp.full([batch, response_length], sampling.pad_id, jnp.int32),
+    'mask': jnp.zeros([batch, response_length], bool),
+    'logprobs': jnp.zeros([batch, response_length], jnp.float32),
   }
-  state = write(state, *draw(model.unembed(params, hidden), 0))
-  for before, room in zip([rooms[0]] + rooms, rooms):
-    state['cache'] = cache_lib.grow(state['cache'], room - before)
-    state = jax.lax.while_loop(lambda s: (s['t'] < room) & ~jnp.all(s['done']), step, state)
-    state['t'] = jnp.int32(
-      room
-    )  # or all have ended; a number, so that the rounds of the next stage are known
+  state = append_token(state, *sample_token(model.unembed(params, hidden), 0))
+  for before, stage in zip([stages[0]] + stages, stages):
+    state['cache'] = cache_lib.grow(state['cache'], stage - before)
+    state = jax.lax.while_loop(lambda s: (s['t'] < stage) & ~jnp.all(s['done']), step, state)
+    # Or all have ended. A number, so that the rounds of the next stage are known.
+    state['t'] = jnp.int32(stage)
   return types.Rollout(
     tokens=jnp.concatenate([prompts.tokens, state['tokens']], axis=1),
     mask=jnp.concatenate([prompts.mask, state['mask']], axis=1),

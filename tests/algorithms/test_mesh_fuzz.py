@@ -218,7 +218,7 @@ def draw(seed, folder):
     config.optim.update({'eps': 1e-3, 'learning_rate': 0.01})
     config.batch_size = shards * config.get('sampling', {}).get('samples', 1) * pick((1, 2, 3))
     if family == 't5':
-      config.model.unfrozen_layers = None  # as trainable.divide asks
+      config.model.unfrozen_layers = None  # as trainable.split_trainable asks
       if algorithm is sft:
         config.data.kind = 'completion'
     if algorithm is sft:

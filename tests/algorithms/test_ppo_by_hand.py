@@ -185,7 +185,7 @@ class LastToken:
 
   lora: None = None
 
-  def reaching(self, length):
+  def with_max_length(self, length):
     return self
 
   def forward(self, params, tokens, positions, segments, cache=None):
@@ -360,7 +360,7 @@ def test_two_iterations_agree(preset, keys, changed):
       ptx=texts,
     )
     state, metrics = train_step(
-      state, {'shared': {}, 'reference': reference}, *make_rollout(rng, episodes), ptx
+      state, {'policy': {}, 'reference': reference}, *make_rollout(rng, episodes), ptx
     )
     for name, value in expected.items():
       np.testing.assert_allclose(metrics[name], value, rtol=2e-5, atol=2e-5, err_msg=name)

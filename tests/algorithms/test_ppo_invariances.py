@@ -67,7 +67,7 @@ def update(episode, settings, rollout=None, jit=True):
   params, reference, first, scores = episode
   step = functools.partial(ppo.train_step, models=forward.Models(MODEL), settings=settings)
   state, metrics = tiny.one_step(
-    step, params, {'shared': {}, 'reference': reference}, rollout or first, scores, None, jit=jit
+    step, params, {'policy': {}, 'reference': reference}, rollout or first, scores, None, jit=jit
   )
   return jax.device_get((state.params, metrics))
 

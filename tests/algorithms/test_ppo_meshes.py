@@ -61,7 +61,7 @@ def update(model, settings, batch, mesh):
     )
     batch = sharding.put_rows((rollout, scores), mesh)
     after, metrics = jax.jit(step)(
-      state, {'shared': {}, 'reference': place(reference)}, *batch, None
+      state, {'policy': {}, 'reference': place(reference)}, *batch, None
     )
     return jax.device_get((params, after.params, metrics))
 

@@ -197,7 +197,7 @@ def test_a_reward_per_token_on_the_last_one_is_a_score(world):
     'policy': policy,
     'critic': {'head': heads.init_scalar(jax.random.key(2), MODEL.width, scale='normal')},
   }
-  frozen = {'shared': {}, 'reference': jax.tree.map(lambda x: 1.1 * x, policy)}
+  frozen = {'policy': {}, 'reference': jax.tree.map(lambda x: 1.1 * x, policy)}
   lengths = np.array([1, 6, 3, 5, 2, 6, 4, 6])
   response_mask = np.arange(6)[None] < lengths[:, None]
   mask = np.concatenate([np.ones((8, 3), bool), response_mask], axis=1)

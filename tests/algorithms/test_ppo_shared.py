@@ -112,11 +112,11 @@ def test_top_layers_agree_with_the_plain_computation(top, tied, settings):
   """Experience, losses and gradients equal those of one tree of parameters, except frozen ones."""
   model, params = build(tied)
   whole = jax.tree.map(jnp.copy, params)
-  trained, shared = trainable.divide(model, params, unfrozen_layers=top)
+  trained, frozen_policy = trainable.split_trainable(model, params, unfrozen_layers=top)
   reference, critic = noisy(trained, 5), {'head': head(model)}
   ours = update(
     {'policy': trained, 'critic': critic},
-    {'shared': shared, 'reference': reference},
+    {'policy': frozen_policy, 'reference': reference},
     forward.Models(model),
     settings,
     grown,
@@ -124,7 +124,7 @@ def test_top_layers_agree_with_the_plain_computation(top, tied, settings):
 
   theirs = update(
     {'policy': whole, 'critic': critic},
-    {'shared': {}, 'reference': trainable.whole(model, reference, shared)},
+    {'policy': {}, 'reference': trainable.merge_lora(model, reference, frozen_policy)},
     forward.Models(model),
     settings,
     functools.partial(grown_above, top=top),
@@ -156,19 +156,19 @@ def test_gradients_of_adapters_follow_from_those_of_their_kernels(top, settings)
   """W' = W + s A B, so dA = s dW' B^T and dB = s A^T dW'."""
   plain, params = build(tied=True)
   model = dataclasses.replace(plain, lora=LORA)
-  adapters, shared = trainable.divide(model, params, unfrozen_layers=top)
+  adapters, frozen_policy = trainable.split_trainable(model, params, unfrozen_layers=top)
   adapters, critic = noisy(adapters, 6), {'head': head(model)}
-  base = trainable.whole(plain, {}, shared)
+  base = trainable.merge_lora(plain, {}, frozen_policy)
   _, grads, metrics = update(
     {'policy': adapters, 'critic': critic},
-    {'shared': shared, 'reference': {}},
+    {'policy': frozen_policy, 'reference': {}},
     forward.Models(model),
     settings,
     lambda params: params,
   )
   _, expected, theirs = update(
-    {'policy': trainable.whole(model, adapters, shared), 'critic': critic},
-    {'shared': {}, 'reference': base},
+    {'policy': trainable.merge_lora(model, adapters, frozen_policy), 'critic': critic},
+    {'policy': {}, 'reference': base},
     forward.Models(plain),
     settings,
     lambda params: params,
@@ -234,7 +234,7 @@ def test_it_learns_and_keeps_one_copy(kind, world, tmp_path):
     *hf.load(world / 'model'), unfrozen_layers=settings.unfrozen_layers, seed=0, **settings.lora
   )
   (frozen, *_), _ = learner.next_batch(state, timed=False)
-  trained = trainable.join(frozen['shared'], state.params['policy'])
+  trained = trainable.merge(frozen['policy'], state.params['policy'])
   np.testing.assert_allclose(
     exported,
     trained_model.response_states(trained, rollout.tokens, rollout.mask, R),
@@ -245,7 +245,7 @@ def test_it_learns_and_keeps_one_copy(kind, world, tmp_path):
     lora, adapters = peft.load(tmp_path / 'adapter', model)
     base, base_params = hf.load(world / 'model')
     again = dataclasses.replace(base, lora=lora).response_states(
-      trainable.join(base_params, adapters), rollout.tokens, rollout.mask, R
+      trainable.merge(base_params, adapters), rollout.tokens, rollout.mask, R
     )
     np.testing.assert_allclose(
       again, exported, rtol=0, atol=2e-4

@@ -29,14 +29,14 @@ def adapted(world, tmp_path_factory):
   folder = tmp_path_factory.mktemp('adapted')
   base, params = hf.load(world / 'model')
   model = dataclasses.replace(base, lora=LORA)
-  adapters, _ = trainable.divide(model, params)
+  adapters, _ = trainable.split_trainable(model, params)
   leaves, structure = jax.tree.flatten(adapters)
   keys = jax.random.split(jax.random.key(5), len(leaves))
   adapters = structure.unflatten(
     [0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves)]
   )
   peft.save(folder / 'adapter', model, adapters)
-  hf.save(folder / 'merged', base, trainable.whole(model, adapters, params))
+  hf.save(folder / 'merged', base, trainable.merge_lora(model, adapters, params))
   return folder
 
 
@@ -92,7 +92,7 @@ def test_a_run_from_adapters(world, adapted, tmp_path):
   learner.export(state, tmp_path / 'model')
   base, params = hf.load(world / 'model')
   lora, adapters = peft.load(tmp_path / 'adapter', base)
-  unmerged = trainable.whole(dataclasses.replace(base, lora=lora), adapters, params)
+  unmerged = trainable.merge_lora(dataclasses.replace(base, lora=lora), adapters, params)
   first = hf.load(adapted / 'merged')[1]
   for path, merged in sharding.paths(hf.load(tmp_path / 'model')[1]).items():
     np.testing.assert_allclose(

@@ -285,7 +285,7 @@ def test_ppo_update_agrees_with_torch(model, critic, tmp_path):
     )
   )
   state, metrics = step(
-    state, {'shared': {}, 'reference': frozen}, *make_rollout(rng, episodes), None
+    state, {'policy': {}, 'reference': frozen}, *make_rollout(rng, episodes), None
   )
 
   assert metrics['policy/first_ratio'] == pytest.approx(1.0, abs=1e-5)

@@ -263,7 +263,7 @@ def test_adapters_are_read(built):
   adapters = lora_lib.init(jax.random.key(1), params['backbone'], adapted.lora)
   draw = np.random.default_rng(0)
   adapters = jax.tree.map(lambda leaf: draw.normal(0, 0.3, leaf.shape).astype(np.float32), adapters)
-  both = params | {'backbone': trainable.join(params['backbone'], adapters)}
+  both = params | {'backbone': trainable.merge(params['backbone'], adapters)}
   merged = params | {'backbone': lora_lib.merge(params['backbone'], adapters, adapted.lora)}
   batch = draw_batch(31, 0, 0)
   expected, found = score(model, merged, *batch), score(adapted, both, *batch)
@@ -277,11 +277,11 @@ def test_top_layers_are_read_and_trained(built, top):
   model, params = built
   batch = draw_batch(31, 0, 0)
   expected, gradient = evaluate(model, params, *batch)
-  trained, frozen = trainable.divide(
+  trained, frozen = trainable.split_trainable(
     model, jax.tree.map(jnp.copy, params['backbone']), unfrozen_layers=top
   )
   assert set(trained) == {'top', 'pooler'}
-  cut = lambda trained: params | {'backbone': trainable.join(frozen, trained)}
+  cut = lambda trained: params | {'backbone': trainable.merge(frozen, trained)}
   np.testing.assert_allclose(score(model, cut(trained), *batch), expected, rtol=0, atol=1e-6)
   found = jax.grad(lambda trained: jnp.sum(jnp.square(score(model, cut(trained), *batch))))(trained)
   wanted = gradient['backbone']
@@ -296,14 +296,14 @@ def test_adapters_of_the_top_layers(built):
   """'.*' finds the pooler too, but only the maps of the top blocks have adapters then."""
   model, params = built
   adapted = dataclasses.replace(model, lora=lora_lib.Lora(targets=(('.*', 2, 4.0),)))
-  adapters, frozen = trainable.divide(
+  adapters, frozen = trainable.split_trainable(
     adapted, jax.tree.map(jnp.copy, params['backbone']), unfrozen_layers=1
   )
   draw = np.random.default_rng(0)
   adapters = jax.tree.map(lambda leaf: draw.normal(0, 0.3, leaf.shape).astype(np.float32), adapters)
   assert set(adapters) == {'top'}
-  batch, merged = draw_batch(31, 0, 0), trainable.whole(adapted, adapters, frozen)
-  found = score(adapted, params | {'backbone': trainable.join(frozen, adapters)}, *batch)
+  batch, merged = draw_batch(31, 0, 0), trainable.merge_lora(adapted, adapters, frozen)
+  found = score(adapted, params | {'backbone': trainable.merge(frozen, adapters)}, *batch)
   np.testing.assert_allclose(
     found, score(model, params | {'backbone': merged}, *batch), rtol=0, atol=1e-5
   )

@@ -230,12 +230,16 @@ def test_adapters_of_the_top_layers_beside_projections():
   """'.*' matches the projections around the blocks too, but only the top blocks get adapters."""
   model = models.create(OPT | {'word_embed_proj_dim': 8})
   adapted = dataclasses.replace(model, lora=lora.Lora((('.*', 2, 4.0),)))
-  adapters, frozen = trainable.divide(adapted, model.init(jax.random.key(0)), unfrozen_layers=1)
+  adapters, frozen = trainable.split_trainable(
+    adapted, model.init(jax.random.key(0)), unfrozen_layers=1
+  )
   draw = np.random.default_rng(0)
   adapters = jax.tree.map(lambda x: draw.normal(0, 0.3, x.shape).astype(np.float32), adapters)
   assert set(adapters) == {'top'}
   tokens, mask = draw.integers(3, 32, (2, 5)), np.ones((2, 5), bool)
   positions = np.broadcast_to(np.arange(5), tokens.shape)
-  found, _ = adapted.forward(trainable.join(frozen, adapters), tokens, positions, mask)
-  expected, _ = model.forward(trainable.whole(adapted, adapters, frozen), tokens, positions, mask)
+  found, _ = adapted.forward(trainable.merge(frozen, adapters), tokens, positions, mask)
+  expected, _ = model.forward(
+    trainable.merge_lora(adapted, adapters, frozen), tokens, positions, mask
+  )
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

@@ -159,23 +159,23 @@ def test_peft_reads_what_we_write(case, rslora, tmp_path):
   build, folder, targets, _ = case
   plain, params = hf.load(folder)
   model = dataclasses.replace(plain, lora=lora_lib.Lora(targets, rslora=rslora))
-  adapters, frozen = trainable.divide(model, params)
+  adapters, frozen = trainable.split_trainable(model, params)
   np.testing.assert_array_equal(
-    our_logits(model, trainable.join(frozen, adapters)),
+    our_logits(model, trainable.merge(frozen, adapters)),
     our_logits(plain, params),
     'B is zero at the start',
   )
   adapters = drawn(adapters, 2)
   peft.save(tmp_path, model, adapters)
-  ours = our_logits(model, trainable.join(frozen, adapters))
+  ours = our_logits(model, trainable.merge(frozen, adapters))
   assert np.abs(ours - our_logits(plain, params)).max() > 1e-2
   adapted = theirs.PeftModel.from_pretrained(base_of(build, folder), tmp_path).eval()
   np.testing.assert_allclose(their_logits(adapted), ours, rtol=0, atol=1e-5)
-  merged = trainable.whole(model, adapters, frozen)
+  merged = trainable.merge_lora(model, adapters, frozen)
   np.testing.assert_allclose(our_logits(plain, merged), ours, rtol=0, atol=1e-5)
   lora, again = peft.load(tmp_path, plain)
   np.testing.assert_allclose(
-    our_logits(dataclasses.replace(plain, lora=lora), trainable.join(params, again)),
+    our_logits(dataclasses.replace(plain, lora=lora), trainable.merge(params, again)),
     ours,
     rtol=0,
     atol=1e-5,
@@ -194,11 +194,11 @@ def test_we_read_what_peft_writes(case, rslora, tmp_path):
   plain, params = hf.load(folder)
   lora, adapters = peft.load(tmp_path, plain)
   model = dataclasses.replace(plain, lora=lora)
-  ours = our_logits(model, trainable.join(params, adapters))
+  ours = our_logits(model, trainable.merge(params, adapters))
   assert np.abs(ours - our_logits(plain, params)).max() > 1e-2
   np.testing.assert_allclose(ours, their_logits(adapted), rtol=0, atol=1e-5)
   np.testing.assert_allclose(
-    our_logits(plain, trainable.whole(model, adapters, params)),
+    our_logits(plain, trainable.merge_lora(model, adapters, params)),
     their_logits(adapted.merge_and_unload()),
     rtol=0,
     atol=1e-5,
@@ -210,13 +210,13 @@ def test_adapters_of_the_top_layers_are_written_for_these(tmp_path):
   gpt2().save_pretrained(tmp_path / 'base')
   plain, params = hf.load(tmp_path / 'base')
   model = dataclasses.replace(plain, lora=lora_lib.Lora((('attention/query$', 2, 4.0),)))
-  adapters, frozen = trainable.divide(model, params, unfrozen_layers=1)
+  adapters, frozen = trainable.split_trainable(model, params, unfrozen_layers=1)
   adapters = drawn(adapters, 1)
   peft.save(tmp_path / 'adapter', model, adapters)
   adapted = theirs.PeftModel.from_pretrained(
     base_of(gpt2, tmp_path / 'base'), tmp_path / 'adapter'
   ).eval()
-  ours = our_logits(model, trainable.join(frozen, adapters))
+  ours = our_logits(model, trainable.merge(frozen, adapters))
   np.testing.assert_allclose(their_logits(adapted), ours, rtol=0, atol=1e-5)
 
 
@@ -244,7 +244,7 @@ def broken(tmp_path, change):
   llama().save_pretrained(tmp_path / 'base')
   plain, params = hf.load(tmp_path / 'base')
   model = dataclasses.replace(plain, lora=lora_lib.Lora((('attention/query$', 2, 4.0),)))
-  peft.save(tmp_path / 'adapter', model, trainable.divide(model, params)[0])
+  peft.save(tmp_path / 'adapter', model, trainable.split_trainable(model, params)[0])
   config = json.loads((tmp_path / 'adapter' / peft.CONFIG).read_text()) | change
   (tmp_path / 'adapter' / peft.CONFIG).write_text(json.dumps(config))
   return tmp_path / 'adapter', plain

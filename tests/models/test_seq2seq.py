@@ -439,7 +439,7 @@ def test_eight_devices_compute_what_one_does():
     models.create(FLAN | {'vocab_size': 32, 'd_kv': 6, 'pooled': True}), lora=lora
   )
   params = model.init(jax.random.key(0))
-  both = trainable.join(params, lora_lib.init(jax.random.key(1), params, lora))
+  both = trainable.merge(params, lora_lib.init(jax.random.key(1), params, lora))
   tokens, mask = draw_batch(32, 9)
   alone = respond(model, both, tokens, mask)
   mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
@@ -465,7 +465,7 @@ def test_adapters_are_read_on_both_sides():
   adapters = lora_lib.init(jax.random.key(1), params, lora)
   draw = np.random.default_rng(0)
   adapters = jax.tree.map(lambda leaf: draw.normal(0, 0.3, leaf.shape).astype(np.float32), adapters)
-  both = trainable.join(params, adapters)
+  both = trainable.merge(params, adapters)
   tokens, mask = draw_batch(31, 8)
   expected = respond(plain, lora_lib.merge(params, adapters, lora), tokens, mask)
   found = evaluate(adapted, both, tokens, jnp.asarray(mask))

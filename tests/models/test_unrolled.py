@@ -86,7 +86,8 @@ def ragged():
 def states(model, params, frozen=None):
   tokens, mask = ragged()
   return (
-    model.response_states(trainable.join(frozen or {}, params), tokens, mask, R) * mask[:, P:, None]
+    model.response_states(trainable.merge(frozen or {}, params), tokens, mask, R)
+    * mask[:, P:, None]
   )
 
 
@@ -141,7 +142,7 @@ def test_rollouts(built, top):
       path='',
       seed=0,
     )
-    params = trainable.join(frozen, trained)
+    params = trainable.merge(frozen, trained)
   found = generate(params, Prompts(tokens, mask), jax.random.key(3), model=unrolled)
   np.testing.assert_array_equal(found.tokens, wanted.tokens)
   agree(found.logprobs, wanted.logprobs)

@@ -56,7 +56,7 @@ def test_every_kind_takes_what_it_takes_in_a_run(way, world):
   assert structure(made.arrays['state'].opt_state) == structure(state.opt_state)
   assert structure(made.arrays['frozen']) == structure(frozen)
   kinds = memory.by_kind(made.arrays)
-  assert kinds['policy'] == held((state.params['policy'], frozen['shared']))
+  assert kinds['policy'] == held((state.params['policy'], frozen['policy']))
   assert kinds['critic'] == held(state.params['critic'])
   assert kinds.get('reference', 0) == held(frozen['reference'])
   optimizer = state.opt_state

@@ -93,7 +93,7 @@ def test_ppo_learns_as_if_the_response_were_not_there(dense, world):
     'policy': policy,
     'critic': {'head': heads.init_scalar(jax.random.key(2), model.width, scale='normal')},
   }
-  frozen = {'shared': {}, 'reference': jax.tree.map(lambda x: 1.1 * x, policy)}
+  frozen = {'policy': {}, 'reference': jax.tree.map(lambda x: 1.1 * x, policy)}
   scores = np.random.default_rng(1).normal(size=(B, R) if dense else B).astype(np.float32)
   kept = np.array([True, False, True, True, False, True])
   scores[~kept] = NAN

@@ -29,7 +29,7 @@ calls = []
 class Markov:
   """A language model that knows the last token alone, and counts its calls."""
 
-  def reaching(self, length):
+  def with_max_length(self, length):
     return self
 
   def unstack(self, params):

@@ -203,7 +203,7 @@ def test_prompts_are_read_once_and_rows_are_kept_busy():
 
     encoder_decoder = False
 
-    def reaching(self, length):
+    def with_max_length(self, length):
       return self
 
     def unstack(self, params):
