@@ -129,7 +129,7 @@ def begin(outputs, fixed, rollout, step_mask, *, behaviour):
     logprobs=keep(logprobs, mask),
     ref_logprobs=keep(fixed.ref_logprobs, mask),
     values=keep(outputs.values, step_mask),
-    trunk=fixed.trunk,
+    frozen_states=fixed.frozen_states,
   ), gap
 
 

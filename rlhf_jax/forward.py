@@ -50,12 +50,12 @@ class Fixed(NamedTuple):
   """What stays the same over the epochs of an update.
 
   Attributes:
-    trunk: [B, T, D] states below the trained layers, where only the top ones are trained; else None.
+    frozen_states: [B, T, D] states below the trained layers; None if the lowest is trained too.
     ref_logprobs: [B, R] float32 of the reference; None without one.
     full_kl: [B, R] float32, KL over the whole vocabulary, where it is asked for; else None.
   """
 
-  trunk: Any
+  frozen_states: Any
   ref_logprobs: Any
   full_kl: Any
 
@@ -77,20 +77,22 @@ class Forward:
   temperature: float
   full_kl: bool = False
 
-  def outputs(self, params, batch, trunk=None):
+  def outputs(self, params, batch, frozen_states=None):
     """Policy and critic on finished responses.
 
     Args:
       params: {'policy': ..., 'critic': {'head': ..., 'backbone': ... if it has one}}; no 'critic'
         where there is none.
       batch: Rollout or Experience.
-      trunk: [B, T, D], see Fixed.
+      frozen_states: [B, T, D], see Fixed.
 
     Returns:
       Outputs.
     """
     length, policy = batch.response_mask.shape[1], self._policy(params)
-    states = self.models.policy.response_states(policy, batch.tokens, batch.mask, length, trunk)
+    states = self.models.policy.response_states(
+      policy, batch.tokens, batch.mask, length, frozen_states
+    )
     logprobs, entropy = logprobs_lib.token_logprobs(
       functools.partial(self.models.policy.unembed, policy),
       states,
@@ -100,9 +102,13 @@ class Forward:
     if 'critic' not in params:
       return Outputs(logprobs, entropy)
     if self.models.critic is not None:
-      shared, trunk = (self.frozen['policy'], trunk) if self.models.critic_shared else ({}, None)
+      shared, frozen_states = (
+        (self.frozen['policy'], frozen_states) if self.models.critic_shared else ({}, None)
+      )
       critic = trainable.merge(shared, params['critic']['backbone'])
-      states = self.models.critic.response_states(critic, batch.tokens, batch.mask, length, trunk)
+      states = self.models.critic.response_states(
+        critic, batch.tokens, batch.mask, length, frozen_states
+      )
     return Outputs(logprobs, entropy, heads.apply_scalar(params['critic']['head'], states))
 
   def fixed(self, params, batch):
@@ -112,27 +118,27 @@ class Forward:
       params: before the update.
       batch: Rollout.
     """
-    trunk = self._trunk(params, batch)
+    frozen_states = self._frozen_states(params, batch)
     if 'reference' not in self.frozen:
-      return Fixed(trunk, None, None)
+      return Fixed(frozen_states, None, None)
     length = batch.response_mask.shape[1]
     model = self.models.policy
     if not trainable.has_adapters(self.frozen['reference']):
       model = dataclasses.replace(model, lora=None)
     reference = trainable.merge(self.frozen['policy'], self.frozen['reference'])
-    states = model.response_states(reference, batch.tokens, batch.mask, length, trunk)
+    states = model.response_states(reference, batch.tokens, batch.mask, length, frozen_states)
     unembed = functools.partial(model.unembed, reference)
     ref_logprobs, _ = logprobs_lib.token_logprobs(
       unembed, states, batch.tokens[:, -length:], temperature=self.temperature
     )
     if not self.full_kl:
-      return Fixed(trunk, ref_logprobs, None)
+      return Fixed(frozen_states, ref_logprobs, None)
     policy = self._policy(params)
     policy_states = self.models.policy.response_states(
-      policy, batch.tokens, batch.mask, length, trunk
+      policy, batch.tokens, batch.mask, length, frozen_states
     )
     return Fixed(
-      trunk,
+      frozen_states,
       ref_logprobs,
       logprobs_lib.full_kl(
         functools.partial(self.models.policy.unembed, policy),
@@ -146,12 +152,12 @@ class Forward:
   def _policy(self, params):
     return trainable.merge(self.frozen['policy'], params['policy'])
 
-  def _trunk(self, params, batch):
+  def _frozen_states(self, params, batch):
     """States [B, T, D] below the trained layers; None where all layers are trained or adapted."""
     if 'top' not in params['policy']:
       return None
     return jax.lax.stop_gradient(
-      self.models.policy.trunk(
+      self.models.policy.run_frozen_layers(
         self._policy(params), batch.tokens, types.positions_from_mask(batch.mask), batch.mask
       )
     )

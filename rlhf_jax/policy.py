@@ -248,12 +248,12 @@ def response_logprobs(params, rollout, temperature, *, model):
     temperature: what the logits are divided by; positive.
     model: Model.
   """
-  slots = rollout.response_mask.shape[1]
-  states = model.response_states(params, rollout.tokens, rollout.mask, slots)
+  response_length = rollout.response_mask.shape[1]
+  states = model.response_states(params, rollout.tokens, rollout.mask, response_length)
   values, _ = logprobs.token_logprobs(
     functools.partial(model.unembed, params),
     states,
-    rollout.tokens[:, -slots:],
+    rollout.tokens[:, -response_length:],
     temperature=temperature,
   )
   return jnp.sum(jnp.where(rollout.response_mask, values, 0.0), axis=1)

@@ -132,7 +132,7 @@ class Experience:
     ref_logprobs: [B, R] float32 of the reference; None without one.
     values: [B, R] float32 of the critic before the update; None without one.
     returns: [B, R] float32; None without a critic.
-    trunk: [B, T, D] states below the trained layers, where only the top ones are trained; else None.
+    frozen_states: [B, T, D] states below the trained layers; None if the lowest is trained too.
   """
 
   tokens: Any
@@ -144,7 +144,7 @@ class Experience:
   ref_logprobs: Any = None
   values: Any = None
   returns: Any = None
-  trunk: Any = None
+  frozen_states: Any = None
 
 
 @struct.dataclass

@@ -160,7 +160,7 @@ def _in_one_piece(state, rollout, forward, objective):
 
   def gradients(params, memory, xs):
     def loss(params):
-      outputs = forward.outputs(params, rollout, fixed.trunk)
+      outputs = forward.outputs(params, rollout, fixed.frozen_states)
       before = jax.tree.map(
         lambda new, old: jnp.where(xs['step'] == 0, new, old),
         jax.lax.stop_gradient(outputs),
@@ -174,7 +174,7 @@ def _in_one_piece(state, rollout, forward, objective):
     grads, (metrics, memory) = jax.grad(loss, has_aux=True)(params)
     return grads, metrics, memory
 
-  outputs = jax.eval_shape(forward.outputs, state.params, rollout, fixed.trunk)
+  outputs = jax.eval_shape(forward.outputs, state.params, rollout, fixed.frozen_states)
   prepared = jax.eval_shape(objective.prepare, outputs, fixed)[1:]
   memory = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (outputs, prepared))
   return gradients, memory
@@ -217,7 +217,7 @@ def before_update(params, rollout, step_mask, *, forward, schedule, first=None):
 
   def passes(rows):
     fixed = forward.fixed(params, rows)
-    outputs = forward.outputs(params, rows, fixed.trunk)
+    outputs = forward.outputs(params, rows, fixed.frozen_states)
     return lengths.fill((fixed, outputs), length - rows.response_mask.shape[1])
 
   rollout = rollout.replace(ended=None)  # the passes do not read it, and it has no positions to cut
@@ -263,7 +263,7 @@ def minibatch_gradients(params, experience, *, forward, objective, schedule):
   counts = _counts(experience)
 
   def loss(params, rows):
-    return objective.loss(forward.outputs(params, rows, rows.trunk), rows, counts)
+    return objective.loss(forward.outputs(params, rows, rows.frozen_states), rows, counts)
 
   grad = jax.grad(loss, has_aux=True)
   if not schedule.splits(experience):

@@ -118,29 +118,29 @@ class Writer(Base):
     """
     raise NotImplementedError
 
-  def response_states(self, params, tokens, mask, slots, trunk=None):
+  def response_states(self, params, tokens, mask, response_length, frozen_states=None):
     """Hidden states that predict the response tokens of finished rollouts.
 
     Args:
       params: from `init` or `hf.load`.
       tokens: [B, P + R] int32, left-padded prompt then right-padded response.
       mask: [B, P + R] bool.
-      slots: R.
-      trunk: None, or what a decoder's `trunk` gave for the same tokens.
+      response_length: R.
+      frozen_states: None, or what a decoder's `run_frozen_layers` returned for the same tokens.
 
     Returns:
       [B, R, D]; slot t predicts response token t.
     """
     raise NotImplementedError
 
-  def prefill(self, params, tokens, mask, slots):
+  def prefill(self, params, tokens, mask, response_length):
     """Reads prompts into a new cache.
 
     Args:
       params: from `init`, `hf.load` or `unstack`.
       tokens: [B, P] int32, left-padded.
       mask: [B, P] bool.
-      slots: R, the response length to make room for.
+      response_length: R, the response length to make room for.
 
     Returns:
       The state [B, D] that predicts the first response token, and the cache for `step`.

@@ -60,7 +60,7 @@ class Config(hf_config.Config):
     return self.max_position_embeddings - self.first_position
 
 
-class Ends(blocks.LearnedEnds):
+class Embedder(blocks.LearnedEmbedder):
   """What stands before and after the blocks."""
 
   def __init__(self, config, *, dtype, rngs):
@@ -68,11 +68,11 @@ class Ends(blocks.LearnedEnds):
     self.types = nnx.Embed(config.type_vocab_size, config.width, dtype=dtype, rngs=rngs)
     self.pooler = layers.Linear(config.width, config.width, bias=True, dtype=dtype, rngs=rngs)
 
-  def begin(self, tokens, positions, slots):
-    x, shared = super().begin(tokens, positions, slots)
-    return self.norm(x + self.types(jnp.zeros_like(tokens))), shared
+  def embed_inputs(self, tokens, positions, length):
+    x, table = super().embed_inputs(tokens, positions, length)
+    return self.norm(x + self.types(jnp.zeros_like(tokens))), table
 
-  def finish(self, x):
+  def pool(self, x):
     """The first token's state [B, D] after the blocks -> what the classifier reads."""
     return jnp.tanh(self.pooler(x))
 

@@ -1,6 +1,6 @@
 """Blocks, and what stands before and after them: what most families share.
 
-Letters: B batch, T tokens, S slots that the positions of a call can reach, V vocabulary, D width, N
+Letters: B batch, T tokens, S length that rotary tables are made for, V vocabulary, D width, N
 heads, K key/value heads, H head width.
 """
 
@@ -62,20 +62,20 @@ class Block(nnx.Module):
       x [B, t, D] of the next layer, and what `attend` returned beside the mixed values.
     """
     normed = self.attention_norm(x) if self.norm_first else x
-    mixed, memory = self.mix(normed, layer, table, attend)
-    x = layers.tail(x, mixed) + mixed
+    attended, memory = self.self_attention(normed, layer, table, attend)
+    x = layers.tail(x, attended) + attended
     if self.norm_first:
       return x + self.mlp(self.mlp_norm(x)), memory
     x = self.attention_norm(x)
     return self.mlp_norm(x + self.mlp(x)), memory
 
-  def mix(self, x, layer, table, attend):
+  def self_attention(self, x, layer, table, attend):
     """Attention of a layer to x [B, T, D]: [B, t, D], and the memory from `attend`."""
     queries, keys, values = self.attention.project(x)
     if table is not None:
       queries, keys = rope.rotate(queries, table), rope.rotate(keys, table)
-    mixed, memory = attend(queries * self.scale(layer, queries.dtype), keys, values)
-    return self.attention.out(mixed), memory
+    attended, memory = attend(queries * self.scale(layer, queries.dtype), keys, values)
+    return self.attention.out(attended), memory
 
   def scale(self, layer, dtype):
     """What the queries of a layer are multiplied by, a float or a scalar of their dtype."""
@@ -83,7 +83,7 @@ class Block(nnx.Module):
     return self.query_scale
 
 
-class Ends(nnx.Module):
+class Embedder(nnx.Module):
   """What stands before and after the blocks: the embedding of tokens, and a norm."""
 
   Norm = layers.LayerNorm
@@ -92,35 +92,35 @@ class Ends(nnx.Module):
     self.embed = nnx.Embed(config.vocab_size, config.width, dtype=dtype, rngs=rngs)
     self.norm = self.Norm(config, dtype=dtype, rngs=rngs)
 
-  def begin(self, tokens, positions, slots):
+  def embed_inputs(self, tokens, positions, length):
     """What the blocks read.
 
     Args:
       tokens, positions: [B, T] int32; the latter are counted from 0.
-      slots: S.
+      length: S.
 
     Returns:
       x [B, T, D], and what all blocks share: rotary tables or None.
     """
     raise NotImplementedError
 
-  def finish(self, x):
+  def final_norm(self, x):
     """x after the blocks -> hidden states [B, T, D]."""
     return self.norm(x)
 
 
-class RotaryEnds(Ends):
+class RotaryEmbedder(Embedder):
   """Positions turn queries and keys inside the blocks."""
 
   def __init__(self, config, *, dtype, rngs):
     super().__init__(config, dtype=dtype, rngs=rngs)
     self.rope = config.rope
 
-  def begin(self, tokens, positions, slots):
-    return self.embed(tokens), self.rope.table(positions, slots)
+  def embed_inputs(self, tokens, positions, length):
+    return self.embed(tokens), self.rope.table(positions, length)
 
 
-class LearnedEnds(Ends):
+class LearnedEmbedder(Embedder):
   """Every position has an embedding of its own."""
 
   def __init__(self, config, *, dtype, rngs):
@@ -130,6 +130,6 @@ class LearnedEnds(Ends):
       self.first + config.max_length, config.block_width, dtype=dtype, rngs=rngs
     )
 
-  def begin(self, tokens, positions, slots):
-    del slots
+  def embed_inputs(self, tokens, positions, length):
+    del length
     return self.embed(tokens) + self.positions(positions + self.first), None

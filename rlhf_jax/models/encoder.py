@@ -26,20 +26,22 @@ class Encoder(base.Base):
 
   def shapes(self):
     blocks = stack.shapes(self._module.Block, self.config, depth=self.config.depth)
-    return stack.shapes(self._module.Ends, self.config) | {'blocks': blocks}
+    return stack.shapes(self._module.Embedder, self.config) | {'blocks': blocks}
 
   def summary(self, params, tokens, mask):
     """See base.Base: the state of the first token, pooled."""
-    ends = stack.build_ends(self._module.Ends, self.config, self.dtype, params, lora=self.lora)
+    embedder = stack.build_embedder(
+      self._module.Embedder, self.config, self.dtype, params, lora=self.lora
+    )
     positions = jnp.where(mask, types.positions_from_mask(mask), 0)
-    x, shared = ends.begin(jnp.where(mask, tokens, 0), positions, tokens.shape[1])
+    x, table = embedder.embed_inputs(jnp.where(mask, tokens, 0), positions, tokens.shape[1])
     seen = mask[:, None, None, None, :]
 
     def attend(queries, keys, values):
       return layers.attend(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), seen), ()
 
     def apply(block, layer, x, _):
-      return block(x, layer, shared, attend)
+      return block(x, layer, table, attend)
 
     carry, number = (sharding.split_rows(x), ()), 0
     stacks = [params['blocks']] + ([params['top']['blocks']] if 'top' in params else [])
@@ -58,4 +60,4 @@ class Encoder(base.Base):
       number += jax.tree.leaves(blocks)[0].shape[0]
     x, _ = carry
     first = jnp.argmax(mask, axis=1)
-    return ends.finish(jnp.take_along_axis(x, first[:, None, None], axis=1)[:, 0])
+    return embedder.pool(jnp.take_along_axis(x, first[:, None, None], axis=1)[:, 0])

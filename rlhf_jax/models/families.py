@@ -38,7 +38,7 @@ class Family(Protocol):
     IGNORED_TENSORS: regex of tensors that may lie beside the parameters.
     RULES: sharding of the parameters, ((regex on the path, PartitionSpec), ...); the first counts.
     Config: the fields of its config.json, and what the models read of them.
-    Ends: the module of the parameters outside of the blocks.
+    Embedder: the module of the parameters outside of the blocks.
   """
 
   ARCHITECTURE: str
@@ -48,7 +48,7 @@ class Family(Protocol):
   IGNORED_TENSORS: str
   RULES: tuple
   Config: type[hf_config.Config]
-  Ends: type[nnx.Module]
+  Embedder: type[nnx.Module]
 
   def sources(self, config):
     """Where each parameter lies in the files, {path: naming.Source}; UNEMBED apart."""
@@ -59,12 +59,12 @@ class OneStack(Family, Protocol):
 
   Attributes:
     Block: a layer.
-    Ends: what stands before and after the layers. `finish` of an encoder is given the first token's
-      state [B, D].
+    Embedder: what stands before and after the layers. That of an encoder has a method `pool`, from
+      the first token's state [B, D] to what a head reads.
   """
 
   Block: type[blocks.Block]
-  Ends: type[blocks.Ends]
+  Embedder: type[blocks.Embedder]
 
 
 class EncoderDecoderConfig(Protocol):
@@ -74,7 +74,7 @@ class EncoderDecoderConfig(Protocol):
     num_layers, num_decoder_layers: blocks of the encoder and of the decoder.
     scale_decoder_outputs: whether the unembedding reads states times D^-0.5.
     decoder_start_token_id: what every response starts from.
-    pooled: whether the score's head reads states through `Ends.pooler`.
+    pooled: whether the score's head reads states through `Embedder.pooler`.
   """
 
   num_layers: int
@@ -90,12 +90,12 @@ class DecoderBlock(Protocol):
   def __init__(self, config, *, dtype, rngs):
     """See blocks.Block."""
 
-  def __call__(self, x, layer, attend, read):
+  def __call__(self, x, layer, attend, cross_attend):
     """Applies the layer.
 
     Args:
       x, layer, attend: see blocks.Block.
-      read: (queries [B, T, N, H]) -> [B, T, N * H], from the encoder's states.
+      cross_attend: (queries [B, T, N, H]) -> [B, T, N * H], from the encoder's states.
 
     Returns:
       x of the next layer, and what `attend` returned beside the mixed values.
@@ -108,15 +108,15 @@ class Side(Protocol):
   def __init__(self, config, *, dtype, rngs):
     """See blocks.Block."""
 
-  def both_ways(self, length):
+  def bidirectional_bias(self, length):
     """The bias [1, N, 1, T, T] float32 of the scores among T tokens that see each other."""
 
-  def backwards(self, index, time, slots):
+  def causal_bias(self, index, query_length, key_length):
     """The bias [1, N, 1, T, S] float32 of T queries that see S slots up to their own.
 
     Args:
       index: slot of the first query.
-      time, slots: T and S.
+      query_length, key_length: T and S.
     """
 
 
@@ -125,7 +125,7 @@ class EncoderDecoder(Family, Protocol):
 
   Attributes:
     Config: an EncoderDecoderConfig too.
-    Ends: a module with `embed` of both sides, and `pooler` if the config is `pooled`.
+    Embedder: a module with `embed` of both sides, and `pooler` if the config is `pooled`.
     EncoderBlock, DecoderBlock: layers of the two sides.
     Side: the rest of each side.
   """

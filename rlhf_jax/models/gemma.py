@@ -58,14 +58,14 @@ class Block(llama.Block):
   Norm = Norm
 
 
-class Ends(llama.Ends):
+class Embedder(llama.Embedder):
   """What stands before and after the blocks."""
 
   Norm = Norm
 
-  def begin(self, tokens, positions, slots):
-    x, shared = super().begin(tokens, positions, slots)
-    return x * jnp.asarray(x.shape[-1] ** 0.5, x.dtype), shared
+  def embed_inputs(self, tokens, positions, length):
+    x, table = super().embed_inputs(tokens, positions, length)
+    return x * jnp.asarray(x.shape[-1] ** 0.5, x.dtype), table
 
 
 def sources(config):

@@ -16,7 +16,7 @@ ARCHITECTURE = 'Gemma2ForCausalLM'
 CLASSIFIER = 'Gemma2ForSequenceClassification'
 PREFIX, UNEMBED = llama.PREFIX, llama.UNEMBED
 IGNORED_TENSORS, RULES = llama.IGNORED_TENSORS, llama.RULES
-Ends = gemma.Ends
+Embedder = gemma.Embedder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,8 +77,8 @@ class Block(gemma.Block):
     self.mlp_post_norm = self.Norm(config, dtype=dtype, rngs=rngs)
 
   def __call__(self, x, layer, table, attend):
-    mixed, memory = self.mix(self.attention_norm(x), layer, table, attend)
-    x = layers.tail(x, mixed) + self.attention_post_norm(mixed)
+    attended, memory = self.self_attention(self.attention_norm(x), layer, table, attend)
+    x = layers.tail(x, attended) + self.attention_post_norm(attended)
     return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x))), memory
 
 

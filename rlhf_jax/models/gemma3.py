@@ -3,7 +3,7 @@
 Gemma 2 with norms over each head's query and key in place of the cap on attention scores, windows
 of the text in five layers of six, and other rotary positions in these.
 
-Letters: B batch, T tokens, S slots that the positions of a call can reach, D width, H head width.
+Letters: B batch, T tokens, S length that rotary tables are made for, D width, H head width.
 """
 
 import dataclasses
@@ -135,17 +135,17 @@ class Block(gemma2.Block):
     return super().__call__(x, layer, [part[kind] for part in table], attend)
 
 
-class Ends(gemma.Ends):
+class Embedder(gemma.Embedder):
   """What stands before and after the blocks."""
 
   def __init__(self, config, *, dtype, rngs):
     super().__init__(config, dtype=dtype, rngs=rngs)
     self.local_rope = config.local_rope
 
-  def begin(self, tokens, positions, slots):
-    """See blocks.Ends; the tables are [2, B, T, 1, H / 2]: of layers that see all, and windows."""
-    x, table = super().begin(tokens, positions, slots)
-    return x, [jnp.stack(parts) for parts in zip(table, self.local_rope.table(positions, slots))]
+  def embed_inputs(self, tokens, positions, length):
+    """See blocks.Embedder; tables [2, B, T, 1, H / 2] of layers with full attention and windows."""
+    x, table = super().embed_inputs(tokens, positions, length)
+    return x, [jnp.stack(parts) for parts in zip(table, self.local_rope.table(positions, length))]
 
 
 def sources(config):

@@ -24,7 +24,7 @@ RULES = (
   (r'(^|/)unembed/kernel$', P('fsdp', None)),
 ) + blocks.RULES
 
-Ends = blocks.LearnedEnds
+Embedder = blocks.LearnedEmbedder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -91,7 +91,7 @@ class Block(blocks.Block):
   Norm = layers.RMSNorm
 
 
-class Ends(blocks.RotaryEnds):
+class Embedder(blocks.RotaryEmbedder):
   """What stands before and after the blocks."""
 
   Norm = layers.RMSNorm

@@ -8,7 +8,7 @@ ARCHITECTURE = 'MistralForCausalLM'
 CLASSIFIER = 'MistralForSequenceClassification'
 PREFIX, UNEMBED = llama.PREFIX, llama.UNEMBED
 IGNORED_TENSORS, RULES = llama.IGNORED_TENSORS, llama.RULES
-Block, Ends, sources = llama.Block, llama.Ends, llama.sources
+Block, Embedder, sources = llama.Block, llama.Embedder, llama.sources
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

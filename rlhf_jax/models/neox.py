@@ -16,7 +16,7 @@ UNEMBED = 'embed_out.weight'
 IGNORED_TENSORS = r'(^|\.)attention\.(bias|masked_bias|rotary_emb\.inv_freq)$'
 RULES = blocks.RULES
 
-Ends = blocks.RotaryEnds
+Embedder = blocks.RotaryEmbedder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,9 +82,9 @@ class Block(blocks.Block):
   def __call__(self, x, layer, table, attend):
     if not self.parallel:
       return super().__call__(x, layer, table, attend)
-    mixed, memory = self.mix(self.attention_norm(x), layer, table, attend)
-    x = layers.tail(x, mixed)
-    return x + mixed + self.mlp(self.mlp_norm(x)), memory
+    attended, memory = self.self_attention(self.attention_norm(x), layer, table, attend)
+    x = layers.tail(x, attended)
+    return x + attended + self.mlp(self.mlp_norm(x)), memory
 
 
 def sources(config):

@@ -1,6 +1,6 @@
 """OPT (Zhang et al. 2022, https://arxiv.org/abs/2205.01068).
 
-Letters: B batch, T tokens, S slots that the positions of a call can reach, D width of the blocks, E
+Letters: B batch, T tokens, S length that rotary tables are made for, D width of the blocks, E
 width of the word embeddings and of the hidden states that the logits are read from (D but for
 opt-350m).
 """
@@ -67,35 +67,35 @@ class Config(hf_config.Config):
     return self.word_embed_proj_dim != self.hidden_size
 
   @property
-  def final_norm(self):
+  def has_final_norm(self):
     """Whether a norm follows the last block."""
     return self.do_layer_norm_before and not self._remove_final_layer_norm
 
 
-class Ends(blocks.LearnedEnds):
+class Embedder(blocks.LearnedEmbedder):
   """What stands before and after the blocks: also maps between E and D, and maybe no norm."""
 
   def __init__(self, config, *, dtype, rngs):
     super().__init__(config, dtype=dtype, rngs=rngs)
-    self.projected, self.final_norm = config.projected, config.final_norm
+    self.projected, self.has_final_norm = config.projected, config.has_final_norm
     if self.projected:
       shared = dict(bias=False, dtype=dtype, rngs=rngs)
       self.project_in = layers.Linear(config.width, config.hidden_size, **shared)
       self.project_out = layers.Linear(config.hidden_size, config.width, **shared)
-    if not self.final_norm:
+    if not self.has_final_norm:
       del self.norm
 
-  def begin(self, tokens, positions, slots):
+  def embed_inputs(self, tokens, positions, length):
     """tokens and positions [B, T], and S -> x [B, T, D], and None for the blocks."""
-    del slots
+    del length
     x = self.embed(tokens)
     if self.projected:
       x = self.project_in(x)
     return x + self.positions(positions + self.first), None
 
-  def finish(self, x):
+  def final_norm(self, x):
     """x after the blocks -> hidden states [B, T, E]."""
-    if self.final_norm:
+    if self.has_final_norm:
       x = self.norm(x)
     return self.project_out(x) if self.projected else x
 
@@ -116,6 +116,6 @@ def sources(config):
     'blocks/attention_norm': f'{layer}.self_attn_layer_norm',
     'blocks/mlp_norm': f'{layer}.final_layer_norm',
   }
-  if config.final_norm:
+  if config.has_final_norm:
     norms['norm'] = 'final_layer_norm'
   return found | naming.norms(norms if config.layer_norm_elementwise_affine else {})

@@ -14,7 +14,7 @@ ARCHITECTURE = 'Phi3ForCausalLM'
 CLASSIFIER = 'Phi3ForSequenceClassification'
 PREFIX, UNEMBED = llama.PREFIX, llama.UNEMBED
 IGNORED_TENSORS, RULES = llama.IGNORED_TENSORS, llama.RULES
-Block, Ends = llama.Block, llama.Ends
+Block, Embedder = llama.Block, llama.Embedder
 
 # Two older names of LongRoPE; what others call YaRN no Phi has.
 ROPES = {

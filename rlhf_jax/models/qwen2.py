@@ -12,7 +12,7 @@ ARCHITECTURE = 'Qwen2ForCausalLM'
 CLASSIFIER = 'Qwen2ForSequenceClassification'
 PREFIX, UNEMBED = llama.PREFIX, llama.UNEMBED
 IGNORED_TENSORS, RULES = llama.IGNORED_TENSORS, llama.RULES
-Block, Ends, sources = llama.Block, llama.Ends, llama.sources
+Block, Embedder, sources = llama.Block, llama.Embedder, llama.sources
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ ARCHITECTURE = 'Qwen3ForCausalLM'
 CLASSIFIER = 'Qwen3ForSequenceClassification'
 PREFIX, UNEMBED = llama.PREFIX, llama.UNEMBED
 IGNORED_TENSORS, RULES = llama.IGNORED_TENSORS, llama.RULES
-Ends = llama.Ends
+Embedder = llama.Embedder
 
 # The norms of queries and keys by the names of their tensors.
 HEAD_NORMS = {

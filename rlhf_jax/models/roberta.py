@@ -12,7 +12,7 @@ ARCHITECTURE = CLASSIFIER = 'RobertaForSequenceClassification'
 # A buffer of old files, the pretraining's head, and a pooler that nothing reads.
 IGNORED_TENSORS = r'(embeddings\.position_ids$|^lm_head\.|^roberta\.pooler\.)'
 PREFIX, UNEMBED, RULES = bert.PREFIX, bert.UNEMBED, bert.RULES
-Block, Ends = bert.Block, bert.Ends
+Block, Embedder = bert.Block, bert.Embedder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

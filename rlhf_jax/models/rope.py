@@ -62,29 +62,29 @@ class Rope:
     """2 i / R of each pair, float64."""
     return np.arange(0, self.turning, 2) / self.turning
 
-  def frequencies(self, slots):
+  def frequencies(self, length):
     """Radians per position of each pair.
 
     Args:
-      slots: S.
+      length: S.
 
     Returns:
       [R / 2] float64 numpy array.
     """
-    del slots
+    del length
     return self.theta ** -self.exponents()
 
-  def table(self, positions, slots):
+  def table(self, positions, length):
     """Cosines and sines of all positions, computed once for all layers.
 
     Args:
       positions: [B, T] int32.
-      slots: S.
+      length: S.
 
     Returns:
       Two [B, T, 1, R / 2] float32, to broadcast over heads.
     """
-    frequencies = self.frequencies(slots).astype(np.float32)
+    frequencies = self.frequencies(length).astype(np.float32)
     angles = positions[:, :, None, None] * frequencies[None, None, None, :]
     return jnp.cos(angles) * self.scale, jnp.sin(angles) * self.scale
 
@@ -115,8 +115,8 @@ class Linear(Rope):
   factor: float
   kind = 'linear'
 
-  def frequencies(self, slots):
-    return super().frequencies(slots) / self.factor
+  def frequencies(self, length):
+    return super().frequencies(length) / self.factor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,8 +130,8 @@ class Proportional(Rope):
   def turning(self):
     return self.head_width
 
-  def frequencies(self, slots):
-    frequencies = super().frequencies(slots) / self.factor
+  def frequencies(self, length):
+    frequencies = super().frequencies(length) / self.factor
     frequencies[int(self.part * self.head_width // 2) :] = 0
     return frequencies
 
@@ -160,8 +160,8 @@ class Dynamic(Rope):
         'head_dim', self.head_width, "must be at least 4 for rotary positions of type 'dynamic'"
       )
 
-  def frequencies(self, slots):
-    growth = self.factor * max(slots, self.limit) / self.limit - (self.factor - 1)
+  def frequencies(self, length):
+    growth = self.factor * max(length, self.limit) / self.limit - (self.factor - 1)
     base = self.theta * growth ** (self.turning / (self.turning - 2))
     return base ** -self.exponents()
 
@@ -180,8 +180,8 @@ class Llama3(Rope):
   original_max_position_embeddings: int
   kind = 'llama3'
 
-  def frequencies(self, slots):
-    frequencies = super().frequencies(slots)
+  def frequencies(self, length):
+    frequencies = super().frequencies(length)
     turns = self.original_max_position_embeddings * frequencies / (2 * np.pi)
     kept = np.clip(
       (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1
@@ -211,8 +211,8 @@ class Yarn(Rope):
   mscale_all_dim: float | None = None
   kind = 'yarn'
 
-  def frequencies(self, slots):
-    frequencies = super().frequencies(slots)
+  def frequencies(self, length):
+    frequencies = super().frequencies(length)
     low, high = self._pair(self.beta_fast), self._pair(self.beta_slow)
     if self.truncate:
       low, high = math.floor(low), math.ceil(high)
@@ -263,11 +263,11 @@ class LongRope(Rope):
           name, getattr(self, name), f'must have {len(self.exponents())} numbers'
         )
 
-  def frequencies(self, slots):
+  def frequencies(self, length):
     divisors = (
-      self.long_factor if slots > self.original_max_position_embeddings else self.short_factor
+      self.long_factor if length > self.original_max_position_embeddings else self.short_factor
     )
-    return super().frequencies(slots) / np.array(divisors)
+    return super().frequencies(length) / np.array(divisors)
 
   @property
   def scale(self):

@@ -41,7 +41,7 @@ class Seq2Seq(base.Writer):
 
   def shapes(self):
     config = self.config
-    tree = stack.shapes(self._module.Ends, config)
+    tree = stack.shapes(self._module.Embedder, config)
     for side, (block, depth) in self._sides.items():
       tree[side] = stack.shapes(self._module.Side, config) | {
         'blocks': stack.shapes(block, config, depth=depth)
@@ -60,10 +60,12 @@ class Seq2Seq(base.Writer):
       [B, P, D] in the compute dtype.
     """
     side = self._build(self._module.Side, params['encoder'], 'encoder')
-    seen, bias = mask[:, None, None, None, :], side.both_ways(tokens.shape[1])
+    visible, bias = mask[:, None, None, None, :], side.bidirectional_bias(tokens.shape[1])
 
     def attend(queries, keys, values):
-      return layers.attend(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), seen, bias=bias), ()
+      return layers.attend(
+        queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), visible, bias=bias
+      ), ()
 
     x, _ = self._scan(
       params,
@@ -94,26 +96,26 @@ class Seq2Seq(base.Writer):
     if cache is not None:
       index, memory = cache['index'], (cache['k'], cache['v'], cache['index'])
       key_segments = jax.lax.dynamic_update_slice(cache['segments'], segments, (0, index))
-    before = layers.attention_mask(segments, key_segments, index=index)
-    bias = side.backwards(index, tokens.shape[1], key_segments.shape[1])
+    causal = layers.attention_mask(segments, key_segments, index=index)
+    bias = side.causal_bias(index, tokens.shape[1], key_segments.shape[1])
 
     def apply(block, layer, x, memory):
       if cache is None:
-        theirs = [y.swapaxes(1, 2) for y in block.cross.keys_and_values(encoded)]
+        cross = [y.swapaxes(1, 2) for y in block.cross.keys_and_values(encoded)]
       else:
-        theirs = [
+        cross = [
           jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False)
           for name in ('cross_k', 'cross_v')
         ]
 
       def attend(queries, keys, values):
         keys, values, updated = stack.remember(memory, layer, keys, values)
-        return layers.attend(queries, keys, values, before, bias=bias), updated
+        return layers.attend(queries, keys, values, causal, bias=bias), updated
 
-      def read(queries):
-        return layers.attend(queries, *theirs, prompt[:, None, None, None, :])
+      def cross_attend(queries):
+        return layers.attend(queries, *cross, prompt[:, None, None, None, :])
 
-      return block(x, layer, attend, read)
+      return block(x, layer, attend, cross_attend)
 
     x, memory = self._scan(params, 'decoder', apply, (self._embed(params, tokens, mask), memory))
     if cache is None:
@@ -131,13 +133,13 @@ class Seq2Seq(base.Writer):
       hidden = hidden * self.config.width**-0.5
     return self._logits(params, hidden)
 
-  def response_states(self, params, tokens, mask, slots, trunk=None):
-    """See base.Writer; there are no layers that policy and reference share, so no trunk."""
-    if trunk is not None:
-      raise ValueError('an encoder-decoder has no trunk')
-    prompt, prompt_mask = tokens[:, :-slots], mask[:, :-slots]
+  def response_states(self, params, tokens, mask, response_length, frozen_states=None):
+    """See base.Writer; there are no layers that policy and reference share, so no frozen states."""
+    if frozen_states is not None:
+      raise ValueError('an encoder-decoder has no frozen states: pass None')
+    prompt, prompt_mask = tokens[:, :-response_length], mask[:, :-response_length]
     encoded = self.encode(params, prompt, prompt_mask)
-    shifted = self._shift(tokens[:, -slots:], mask[:, -slots:])
+    shifted = self._shift(tokens[:, -response_length:], mask[:, -response_length:])
     return self.decode(params, *shifted, encoded, prompt_mask)[0]
 
   def summary(self, params, tokens, mask):
@@ -153,20 +155,20 @@ class Seq2Seq(base.Writer):
     hidden, _ = self.decode(params, *self._shift(tokens, mask), encoded, mask)
     last = jnp.maximum(jnp.sum(mask, axis=1) - 1, 0)
     state = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    return jnp.tanh(self._ends(params).pooler(state)) if self.config.pooled else state
+    return jnp.tanh(self._embedder(params).pooler(state)) if self.config.pooled else state
 
-  def prefill(self, params, tokens, mask, slots):
+  def prefill(self, params, tokens, mask, response_length):
     """See base.Writer; reads the token that every response starts from, too."""
     encoded = self.encode(params, tokens, mask)
     batch, config = tokens.shape[0], self.config
-    shape = (config.num_decoder_layers, batch, config.kv_heads, slots, config.head_width)
+    shape = (config.num_decoder_layers, batch, config.kv_heads, response_length, config.head_width)
     empty = sharding.split_rows(jnp.zeros(shape, self.dtype), axis=1)
     cross_k, cross_v = self._cross_keys_and_values(params, encoded)
     cache = {
       'k': empty,
       'v': empty,
       'index': jnp.zeros((), jnp.int32),
-      'segments': sharding.split_rows(jnp.zeros((batch, slots), jnp.int32)),
+      'segments': sharding.split_rows(jnp.zeros((batch, response_length), jnp.int32)),
       'cross_k': cross_k,
       'cross_v': cross_v,
       'prompt': mask,
@@ -201,10 +203,10 @@ class Seq2Seq(base.Writer):
     )
 
   def _embed(self, params, tokens, mask):
-    return sharding.split_rows(self._ends(params).embed(jnp.where(mask, tokens, 0)))
+    return sharding.split_rows(self._embedder(params).embed(jnp.where(mask, tokens, 0)))
 
-  def _ends(self, params):
-    return self._build(self._module.Ends, params, '')
+  def _embedder(self, params):
+    return self._build(self._module.Embedder, params, '')
 
   def _build(self, cls, params, prefix):
     return stack.build(cls, self.config, self.dtype, params, lora=self.lora, prefix=prefix)

@@ -60,7 +60,7 @@ def build(cls, config, dtype, params, *, lora=None, prefix=''):
   return nnx.merge(graph, {name: params[name] for name in state})
 
 
-def build_ends(cls, config, dtype, params, *, lora=None):
+def build_embedder(cls, config, dtype, params, *, lora=None):
   """As `build`, of what stands around blocks: where only top ones are trained it has no adapters."""
   return build(cls, config, dtype, params, lora=None if 'top' in params else lora)
 

@@ -164,7 +164,7 @@ class Config(hf_config.Config):
     return self.initializer_factor * fan_in**-0.5
 
 
-def buckets_one_way(count, max_distance, length):
+def causal_buckets(count, max_distance, length):
   """The bucket of each distance 0 .. length - 1 on one side.
 
   Half of the buckets are for one distance each, the others widen up to `max_distance`, from where on
@@ -203,10 +203,10 @@ class DecoderBlock(EncoderBlock):
     self.cross_norm = self.Norm(config, dtype=dtype, rngs=rngs)
     self.cross = layers.Attention(config, dtype=dtype, rngs=rngs)
 
-  def __call__(self, x, layer, attend, read):
-    mixed, memory = self.mix(self.attention_norm(x), layer, None, attend)
-    x = x + mixed
-    x = x + self.cross.out(read(self.cross.queries(self.cross_norm(x))))
+  def __call__(self, x, layer, attend, cross_attend):
+    attended, memory = self.self_attention(self.attention_norm(x), layer, None, attend)
+    x = x + attended
+    x = x + self.cross.out(cross_attend(self.cross.queries(self.cross_norm(x))))
     return x + self.mlp(self.mlp_norm(x)), memory
 
 
@@ -221,20 +221,18 @@ class Side(nnx.Module):
     self.distances = nnx.Embed(self.count, config.heads, rngs=rngs)
     self.norm = layers.RMSNorm(config, dtype=dtype, rngs=rngs)
 
-  def both_ways(self, length):
+  def bidirectional_bias(self, length):
     """See families.Side; half of the buckets are for each direction."""
     count = self.count // 2
     offset = np.arange(length)[None, :] - np.arange(length)[:, None]
-    bucket = buckets_one_way(count, self.max_distance, length)[np.abs(offset)] + count * (
-      offset > 0
-    )
+    bucket = causal_buckets(count, self.max_distance, length)[np.abs(offset)] + count * (offset > 0)
     return self._bias(bucket)
 
-  def backwards(self, index, time, slots):
+  def causal_bias(self, index, query_length, key_length):
     """See families.Side."""
-    back = (index + jnp.arange(time))[:, None] - jnp.arange(slots)[None, :]
-    table = jnp.asarray(buckets_one_way(self.count, self.max_distance, slots))
-    return self._bias(table[jnp.clip(back, 0, slots - 1)])
+    back = (index + jnp.arange(query_length))[:, None] - jnp.arange(key_length)[None, :]
+    table = jnp.asarray(causal_buckets(self.count, self.max_distance, key_length))
+    return self._bias(table[jnp.clip(back, 0, key_length - 1)])
 
   def _bias(self, bucket):
     return (
@@ -242,7 +240,7 @@ class Side(nnx.Module):
     )
 
 
-class Ends(nnx.Module):
+class Embedder(nnx.Module):
   """The embedding that both sides share, and the dense layer in front of the score where there is one."""
 
   def __init__(self, config, *, dtype, rngs):

@@ -36,7 +36,7 @@ class Model(base.Writer):
 
   def shapes(self):
     blocks = stack.shapes(self._module.Block, self.config, depth=self.config.depth)
-    return self._with_unembed(stack.shapes(self._module.Ends, self.config) | {'blocks': blocks})
+    return self._with_unembed(stack.shapes(self._module.Embedder, self.config) | {'blocks': blocks})
 
   def with_max_length(self, length):
     return dataclasses.replace(self, sequence_length=length)
@@ -80,7 +80,9 @@ class Model(base.Writer):
       params = params | {'top': params['top'] | {'blocks': stack.unstack(params['top']['blocks'])}}
     return params
 
-  def forward(self, params, tokens, positions, segments, cache=None, trunk=None, keep=None):
+  def forward(
+    self, params, tokens, positions, segments, cache=None, frozen_states=None, last_positions=None
+  ):
     """Runs the backbone.
 
     A token attends to itself and earlier tokens of its row with the same non-zero segment;
@@ -92,10 +94,10 @@ class Model(base.Writer):
       segments: [B, T] int32, 0 at padding; or a bool mask, where a row is one text (which cuDNN needs).
       cache: None, or a cache with room for T more tokens; the caller counts, beyond the end
         the last slots are overwritten.
-      trunk: None, or what the method `trunk` gave for the same tokens; only the layers above
-        it are run. Not with a cache.
-      keep: positions at the end whose states are wanted; None: all. Where layers are unrolled the
-        last one computes no others.
+      frozen_states: None, or what `run_frozen_layers` returned for the same tokens; then only the
+        layers above are run. Not with a cache.
+      last_positions: number of positions at the end whose states are needed; None for all. If the
+        layers are unrolled, the last one computes no others.
 
     Returns:
       Hidden states [B, T, D] (or [B, keep, D]) after the final norm, in the compute dtype; and
@@ -108,20 +110,20 @@ class Model(base.Writer):
       index = cache['index']
       key_segments = jax.lax.dynamic_update_slice(cache['segments'], segments, (0, index))
       memory = (cache['k'], cache['v'], index)
-    keep = keep or tokens.shape[1]
-    ends, x, apply = self._begin(
-      params, tokens, positions, segments, key_segments, index, keep, one_text
+    last_positions = last_positions or tokens.shape[1]
+    embedder, x, apply = self._embed_inputs(
+      params, tokens, positions, segments, key_segments, index, last_positions, one_text
     )
     carry = (x, memory)
     carry = (
-      self._scan(params['blocks'], apply, carry, top='top' not in params)
-      if trunk is None
-      else (trunk, ())
+      self._scan_layers(params['blocks'], apply, carry, trainable='top' not in params)
+      if frozen_states is None
+      else (frozen_states, ())
     )
     if 'top' in params:
-      carry = self._scan(params['top']['blocks'], apply, carry, top=True)
+      carry = self._scan_layers(params['top']['blocks'], apply, carry, trainable=True)
     x, memory = carry
-    x = ends.finish(x[:, -keep:])
+    x = embedder.final_norm(x[:, -last_positions:])
     if cache is None:
       return x, None
     return x, {
@@ -131,7 +133,7 @@ class Model(base.Writer):
       'index': index + tokens.shape[1],
     }
 
-  def trunk(self, params, tokens, positions, segments):
+  def run_frozen_layers(self, params, tokens, positions, segments):
     """Runs the layers below those under 'top', which are the same for policy and reference.
 
     Args:
@@ -141,37 +143,43 @@ class Model(base.Writer):
       [B, T, D] in the compute dtype.
     """
     one_text, segments = segments.dtype == bool, segments.astype(jnp.int32)
-    _, x, apply = self._begin(
+    _, x, apply = self._embed_inputs(
       params, tokens, positions, segments, segments, 0, tokens.shape[1], one_text
     )
-    return self._scan(params['blocks'], apply, (x, ()), top=False)[0]
+    return self._scan_layers(params['blocks'], apply, (x, ()), trainable=False)[0]
 
-  def _begin(self, params, tokens, positions, segments, key_segments, index, keep, one_text):
+  def _embed_inputs(
+    self, params, tokens, positions, segments, key_segments, index, last_positions, one_text
+  ):
     """The module around the blocks, x [B, T, D] before the first, and how a block is applied."""
-    ends = stack.build_ends(self._module.Ends, self.config, self.dtype, params, lora=self.lora)
+    embedder = stack.build_embedder(
+      self._module.Embedder, self.config, self.dtype, params, lora=self.lora
+    )
     real = segments != 0
     sequence_length = self.sequence_length or key_segments.shape[1]
-    x, shared = ends.begin(
+    x, table = embedder.embed_inputs(
       jnp.where(real, tokens, 0), jnp.where(real, positions, 0), sequence_length
     )
-    mix = attention.causal(
+    causal_attention = attention.causal(
       self.config, self.dtype, segments, key_segments, index=index, one_text=one_text
     )
 
     def apply(block, layer, x, memory):
       # In a scan all layers have the same shapes.
-      wanted = keep if isinstance(layer, int) and layer == self.config.depth - 1 else x.shape[1]
+      num_queries = (
+        last_positions if isinstance(layer, int) and layer == self.config.depth - 1 else x.shape[1]
+      )
 
       def attend(queries, keys, values):
         keys, values, updated = stack.remember(memory, layer, keys, values)
-        return mix(layer, queries[:, -wanted:], keys, values), updated
+        return causal_attention(layer, queries[:, -num_queries:], keys, values), updated
 
-      return block(x, layer, shared, attend)
+      return block(x, layer, table, attend)
 
-    return ends, sharding.split_rows(x), apply
+    return embedder, sharding.split_rows(x), apply
 
-  def _scan(self, params, apply, carry, *, top):
-    """Applies the stacked blocks `params`, which end at the last layer (`top`) or begin at the first."""
+  def _scan_layers(self, params, apply, carry, *, trainable):
+    """Applies stacked blocks: the last layers, with adapters, if `trainable`; else the first."""
     if self._unrolled and self.remat == 'none' and not isinstance(params, tuple):
       params = stack.unstack(params)
     depth = len(params) if isinstance(params, tuple) else jax.tree.leaves(params)[0].shape[0]
@@ -180,7 +188,7 @@ class Model(base.Writer):
       self._module.Block,
       self.config,
       self.dtype,
-      lora=self.lora if top else None,
+      lora=self.lora if trainable else None,
       prefix='blocks',
     )
     return stack.scan(
@@ -188,7 +196,7 @@ class Model(base.Writer):
       params,
       apply,
       carry,
-      first=self.config.depth - depth if top else 0,
+      first=self.config.depth - depth if trainable else 0,
       remat=self.remat,
       unroll=self.unroll,
     )
@@ -196,9 +204,14 @@ class Model(base.Writer):
   def unembed(self, params, hidden):
     return layers.cap(self._logits(params, hidden), self.config.logit_cap)
 
-  def response_states(self, params, tokens, mask, slots, trunk=None):
+  def response_states(self, params, tokens, mask, response_length, frozen_states=None):
     hidden, _ = self.forward(
-      params, tokens, types.positions_from_mask(mask), mask, trunk=trunk, keep=slots + 1
+      params,
+      tokens,
+      types.positions_from_mask(mask),
+      mask,
+      frozen_states=frozen_states,
+      last_positions=response_length + 1,
     )
     return hidden[:, :-1]
 
@@ -207,15 +220,17 @@ class Model(base.Writer):
     hidden, _ = self.forward(params, tokens, types.positions_from_mask(mask), mask)
     return heads.last_token(hidden, mask)
 
-  def prefill(self, params, tokens, mask, slots):
+  def prefill(self, params, tokens, mask, response_length):
     batch, length = tokens.shape
     hidden, cache = self.forward(
       params,
       tokens,
       types.positions_from_mask(mask),
       mask,
-      self.init_cache(batch, length + slots, unstacked=isinstance(params['blocks'], tuple)),
-      keep=1,
+      self.init_cache(
+        batch, length + response_length, unstacked=isinstance(params['blocks'], tuple)
+      ),
+      last_positions=1,
     )
     return hidden[:, -1], cache | {'position': jnp.sum(mask, axis=1, dtype=jnp.int32)}
 

@@ -136,7 +136,7 @@ class Scheduler:
     """A cache without tokens, with room for a prompt and some more slots."""
     like = jax.ShapeDtypeStruct((rows, self.prompts.tokens.shape[1]), jnp.int32)
     prefill = functools.partial(
-      self.model.prefill, slots=capacity + int(self.model.encoder_decoder)
+      self.model.prefill, response_length=capacity + int(self.model.encoder_decoder)
     )
     _, shapes = jax.eval_shape(prefill, self.params, like, like.update(dtype=bool))
     return cache_lib.empty(shapes, index)

@@ -43,8 +43,8 @@ class Pieces:
     del params, rows
     return forward_lib.Fixed(None, None, None)
 
-  def outputs(self, params, rows, trunk):
-    del params, trunk
+  def outputs(self, params, rows, frozen_states):
+    del params, frozen_states
     together = jnp.sum(2.0 ** rows.tokens[:, 0])  # the first slot holds the sequence's number
     return forward_lib.Outputs(jnp.full(rows.response_mask.shape, together), None)
 

@@ -192,10 +192,10 @@ class LastToken:
     del segments
     return params['token'][tokens] + params['place'][positions], cache
 
-  def response_states(self, params, tokens, mask, slots, trunk=None):
-    del trunk
+  def response_states(self, params, tokens, mask, response_length, frozen_states=None):
+    del frozen_states
     return self.forward(params, tokens, types.positions_from_mask(mask), mask)[0][
-      :, -slots - 1 : -1
+      :, -response_length - 1 : -1
     ]
 
   def unembed(self, params, hidden):

@@ -367,7 +367,7 @@ class Record:
   def fixed(self, params, rollout):
     return forward.Fixed(None, None, None)
 
-  def outputs(self, params, batch, trunk=None):
+  def outputs(self, params, batch, frozen_states=None):
     rows = params['policy'][batch.tokens[:, 0]][:, None]
     return forward.Outputs(rows, rows, rows)
 

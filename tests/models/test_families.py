@@ -112,15 +112,15 @@ class OtherBlock(blocks.Block):
     return attend(x, layer)
 
 
-class OtherEnds(gpt2.Ends):
+class OtherEmbedder(gpt2.Embedder):
   """It wants one more argument."""
 
-  def begin(self, tokens, positions, slots, mask):
-    return super().begin(tokens, positions, slots), mask
+  def embed_inputs(self, tokens, positions, length, mask):
+    return super().embed_inputs(tokens, positions, length), mask
 
 
 class OneWay(t5.Side):
-  both_ways = None
+  bidirectional_bias = None
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ class OneWay(t5.Side):
         'IGNORED_TENSORS',
         'RULES',
         'Config',
-        'Ends',
+        'Embedder',
         'Block',
         'sources',
       )
@@ -148,9 +148,13 @@ class OneWay(t5.Side):
     (changed(gpt2, RULES=['x']), families.OneStack, "RULES is no <class 'tuple'>"),
     (changed(gpt2, Config=dict), families.OneStack, 'Config is no Config'),
     (changed(gpt2, Block=OtherBlock), families.OneStack, 'Block.__call__ has the arguments'),
-    (changed(gpt2, Ends=OtherEnds), families.OneStack, 'Ends.begin has the arguments'),
+    (
+      changed(gpt2, Embedder=OtherEmbedder),
+      families.OneStack,
+      'Embedder.embed_inputs has the arguments',
+    ),
     (changed(gpt2, sources=lambda: {}), families.OneStack, 'sources has the arguments []'),
-    (changed(t5, Side=OneWay), families.EncoderDecoder, 'Side.both_ways is missing'),
+    (changed(t5, Side=OneWay), families.EncoderDecoder, 'Side.bidirectional_bias is missing'),
     (changed(t5, DecoderBlock=t5.EncoderBlock), families.EncoderDecoder, 'DecoderBlock.__call__'),
   ],
 )

@@ -143,9 +143,9 @@ def test_types_against_transformers(kind, seed):
   )
   fields = hf_config.Fields({'rope_parameters': parameters})
   ours = rope.from_hf(fields, head_width=head_width, limit=limit, partial=True)
-  for slots in (1024, 32768, 200000):
-    theirs, scale = ROPE_INIT_FUNCTIONS[kind](config, 'cpu', seq_len=slots)
-    np.testing.assert_allclose(ours.frequencies(slots), theirs.numpy(), rtol=2e-5)
+  for length in (1024, 32768, 200000):
+    theirs, scale = ROPE_INIT_FUNCTIONS[kind](config, 'cpu', seq_len=length)
+    np.testing.assert_allclose(ours.frequencies(length), theirs.numpy(), rtol=2e-5)
     assert ours.scale == pytest.approx(scale)
 
 

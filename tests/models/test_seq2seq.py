@@ -373,11 +373,11 @@ def test_cache_holds_what_was_read(built):
   )
 
 
-def test_trunk_is_refused(built):
+def test_frozen_states_are_refused(built):
   model, params = built
-  with pytest.raises(ValueError, match='no trunk'):
+  with pytest.raises(ValueError, match='no frozen states'):
     model.response_states(
-      params, *map(jnp.asarray, draw_batch(31, 0)), RESPONSE, trunk=jnp.zeros(())
+      params, *map(jnp.asarray, draw_batch(31, 0)), RESPONSE, frozen_states=jnp.zeros(())
     )
 
 
@@ -495,11 +495,11 @@ def test_buckets_are_those_of_transformers(count, max_distance):
   one_way = theirs(
     offset[:701], bidirectional=False, num_buckets=count, max_distance=max_distance
   ).numpy()[::-1]
-  np.testing.assert_array_equal(t5.buckets_one_way(count, max_distance, 701), one_way)
+  np.testing.assert_array_equal(t5.causal_buckets(count, max_distance, 701), one_way)
   both_ways = theirs(
     offset, bidirectional=True, num_buckets=count, max_distance=max_distance
   ).numpy()
-  table, half = t5.buckets_one_way(count // 2, max_distance, 701), count // 2
+  table, half = t5.causal_buckets(count // 2, max_distance, 701), count // 2
   distances = offset.numpy()
   np.testing.assert_array_equal(table[np.abs(distances)] + half * (distances > 0), both_ways)
 

@@ -35,8 +35,10 @@ class Markov:
   def unstack(self, params):
     return params
 
-  def prefill(self, params, tokens, mask, slots):
-    return self.step(params, tokens[:, -1], mask[:, -1], {'seen': jnp.zeros((len(tokens), slots))})
+  def prefill(self, params, tokens, mask, response_length):
+    return self.step(
+      params, tokens[:, -1], mask[:, -1], {'seen': jnp.zeros((len(tokens), response_length))}
+    )
 
   def step(self, params, token, alive, cache):
     jax.debug.callback(lambda: calls.append(1))
@@ -173,8 +175,10 @@ def full_logits(model, params, rollout):
   hidden, _ = model.forward(
     params, rollout.tokens, types.positions_from_mask(rollout.mask), rollout.mask
   )
-  slots = rollout.response_mask.shape[1]
-  return hidden[:, -slots - 1 : -1], model.unembed(params, hidden[:, -slots - 1 : -1])
+  response_length = rollout.response_mask.shape[1]
+  return hidden[:, -response_length - 1 : -1], model.unembed(
+    params, hidden[:, -response_length - 1 : -1]
+  )
 
 
 @pytest.mark.parametrize('sampling', [PLAIN, NUCLEUS], ids=['plain', 'nucleus'])

@@ -209,10 +209,10 @@ def test_prompts_are_read_once_and_rows_are_kept_busy():
     def unstack(self, params):
       return params
 
-    def prefill(self, params, tokens, mask, slots):
+    def prefill(self, params, tokens, mask, response_length):
       jax.debug.callback(lambda: calls.append('prefill'))
       batch, length = tokens.shape
-      segments = jnp.pad(mask.astype(jnp.int32), ((0, 0), (0, slots)))
+      segments = jnp.pad(mask.astype(jnp.int32), ((0, 0), (0, response_length)))
       return tokens[:, -1:].astype(jnp.float32), {'segments': segments, 'index': jnp.int32(length)}
 
     def step(self, params, token, alive, cache):
