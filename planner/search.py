@@ -148,7 +148,7 @@ def shape(config, made, mesh):
   microbatch = config.microbatch_size or minibatch
   length = config.data.max_prompt_length + config.sampling.max_new_tokens
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    way = attention.way(
+    impl = attention.attention_impl(
       model.config, model.dtype, microbatch, length, length, index=0, one_text=True
     )
   share = sum(owned.values()) / (sum(owned.values()) + whole(frozen_policy))
@@ -173,7 +173,7 @@ def shape(config, made, mesh):
     models=1 if config.critic.kind == 'trunk' else 2,
     epochs=config.rl.epochs,
     remat=config.model.remat,
-    splash=way == 'splash',
+    splash=impl == 'splash',
     gather=bool(config.sampling.gather_weights or config.sampling.max_concurrent),
     itemsize=2 if config.model.dtype == 'bfloat16' else 4,
   )

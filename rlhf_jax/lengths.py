@@ -1,6 +1,6 @@
-"""Rows of responses sorted by length, and computations cut to what the longest of them fills.
+"""Length buckets: responses sorted by length, and computations truncated to the longest of them.
 
-Letters: B rows, R response slots.
+Letters: B sequences, R response length.
 """
 
 import jax
@@ -8,52 +8,53 @@ import jax.numpy as jnp
 
 from rlhf_jax import processes
 
-SHORTEST = 16  # slots that make another program worth its compilation
+MIN_BUCKET = 16  # positions that make another program worth its compilation
 
 
-def stages(slots, most):
-  """At most `most` lengths of a response, `SHORTEST` slots apart at least, the last all of `slots`."""
-  count = min(most, max(slots // SHORTEST, 1))
-  return [slots * (stage + 1) // count for stage in range(count)]
+def bucket_lengths(length, max_buckets):
+  """At most `max_buckets` lengths, at least `MIN_BUCKET` apart; the last one is `length`."""
+  count = min(max_buckets, max(length // MIN_BUCKET, 1))
+  return [length * (bucket + 1) // count for bucket in range(count)]
 
 
-def filled(mask):
-  """Slots of a mask [B, R] bool up to the last that is set, [B] int32."""
+def used_lengths(mask):
+  """The number of positions up to the last True of a mask [B, R]; [B] int32."""
   return jnp.max(jnp.where(mask, jnp.arange(1, mask.shape[1] + 1), 0), axis=1)
 
 
-def order(mask):
-  """Rows of a mask [B, R] bool from the one that fills fewest slots on, [B] int32."""
-  return jnp.argsort(filled(mask))
+def order_by_length(mask):
+  """The indices [B] int32 that sort the sequences of a mask [B, R] from short to long."""
+  return jnp.argsort(used_lengths(mask))
 
 
-def cut(function, rows, mask, most):
-  """`function(rows)` without slots at the end that no row fills.
+def run_bucketed(function, batch, mask, max_buckets):
+  """`function(batch)` without the positions at the end that no sequence uses.
 
-  It is compiled for each of a few lengths, of which the rows at hand choose one.
+  The function is compiled for each of a few lengths. The longest sequence selects one.
 
   Args:
-    function: of rows; the shapes of what it returns do not depend on their slots.
-    rows: pytree of arrays [B, slots, ...] that end with the slots of the response.
-    mask: [B, R] bool, the slots that count.
-    most: lengths that it is compiled for, at most.
+    function: of the batch; the shapes of its result do not depend on the response length.
+    batch: pytree of arrays [B, T, ...] that end with the positions of the response.
+    mask: [B, R] bool, the positions that count.
+    max_buckets: the largest number of lengths to compile for.
 
   Returns:
-    What `function` does.
+    The result of `function`.
   """
-  slots = mask.shape[1]
+  length = mask.shape[1]
   # Where no loop may have collectives in it, no branch has any either.
-  rooms = stages(slots, 1 if processes.unrolled() else most)
+  buckets = bucket_lengths(length, 1 if processes.unrolled() else max_buckets)
 
-  def branch(room):
-    return lambda rows: function(jax.tree.map(lambda x: x[:, : x.shape[1] - (slots - room)], rows))
+  def branch(bucket):
+    truncate = lambda x: x[:, : x.shape[1] - (length - bucket)]
+    return lambda batch: function(jax.tree.map(truncate, batch))
 
-  if len(rooms) == 1:
-    return function(rows)
-  index = jnp.sum(jnp.max(filled(mask)) > jnp.array(rooms[:-1]))
-  return jax.lax.switch(index, [branch(room) for room in rooms], rows)
+  if len(buckets) == 1:
+    return function(batch)
+  index = jnp.sum(jnp.max(used_lengths(mask)) > jnp.array(buckets[:-1]))
+  return jax.lax.switch(index, [branch(bucket) for bucket in buckets], batch)
 
 
-def fill(tree, slots):
-  """Zeros behind arrays [B, r, ...] whose response has lost its last `slots`."""
-  return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, slots)] + [(0, 0)] * (x.ndim - 2)), tree)
+def pad_response(tree, count):
+  """Appends `count` zeros to the responses of arrays [B, r, ...]."""
+  return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, count)] + [(0, 0)] * (x.ndim - 2)), tree)

@@ -30,7 +30,7 @@ class Schedule:
     minibatches: optimizer steps a pass; must divide the batch.
     microbatch_size: sequences of one forward and backward pass; 0 for the whole minibatch.
     length_buckets: microbatches hold sequences of like length, cut to one of this many lengths; each
-      of them is compiled; see lengths.cut. 1 for none.
+      of them is compiled; see lengths.run_bucketed. 1 for none.
     before_like_first: the passes before the update are over the sequences of each minibatch and
       microbatch of the first epoch together, in the same shapes; else over all of them, or over
       microbatches of like length. In bfloat16 other shapes may give other log-probabilities.
@@ -42,13 +42,13 @@ class Schedule:
   length_buckets: int = 1
   before_like_first: bool = False
 
-  def splits(self, batch):
+  def has_microbatches(self, batch):
     """Whether a pass is over a part of these sequences at a time."""
     return 0 < self.microbatch_size < batch.tokens.shape[0]
 
-  def in_one_piece(self, rollout):
+  def is_full_batch(self, rollout):
     """Whether an epoch is one forward and backward pass over all sequences."""
-    return self.minibatches == 1 and not self.splits(rollout)
+    return self.minibatches == 1 and not self.has_microbatches(rollout)
 
 
 class Counts(NamedTuple):
@@ -105,10 +105,10 @@ def run(state, rollout, *, forward, objective, optimizers, schedule):
   keys = jax.random.split(types.step_keys(state)[1], schedule.epochs)
   orders = jax.lax.map(lambda key: jax.random.permutation(key, rollout.tokens.shape[0]), keys)
   orders = orders.reshape(schedule.epochs * schedule.minibatches, -1)
-  if schedule.in_one_piece(rollout):
-    gradients, memory = _in_one_piece(state, rollout, forward, objective)
+  if schedule.is_full_batch(rollout):
+    gradients, memory = _full_batch_gradients(state, rollout, forward, objective)
   else:
-    gradients, memory = _in_minibatches(state, rollout, orders, forward, objective, schedule)
+    gradients, memory = _minibatch_gradients(state, rollout, orders, forward, objective, schedule)
 
   def minibatch(carry, xs):
     params, opt_state, memory = carry
@@ -146,7 +146,7 @@ def _counts(experience):
   )
 
 
-def _in_one_piece(state, rollout, forward, objective):
+def _full_batch_gradients(state, rollout, forward, objective):
   """Gradients of epochs that are one pass over all sequences each.
 
   The first epoch starts from the parameters that sampled. So its forward pass is the one that gives
@@ -180,8 +180,8 @@ def _in_one_piece(state, rollout, forward, objective):
   return gradients, memory
 
 
-def _in_minibatches(state, rollout, orders, forward, objective, schedule):
-  """As `_in_one_piece`, of shuffled minibatches, each summed over microbatches of like length."""
+def _minibatch_gradients(state, rollout, orders, forward, objective, schedule):
+  """As `_full_batch_gradients`, of shuffled minibatches, each summed over its microbatches."""
   fixed, outputs = before_update(
     state.params,
     rollout,
@@ -218,21 +218,21 @@ def before_update(params, rollout, step_mask, *, forward, schedule, first=None):
   def passes(rows):
     fixed = forward.fixed(params, rows)
     outputs = forward.outputs(params, rows, fixed.frozen_states)
-    return lengths.fill((fixed, outputs), length - rows.response_mask.shape[1])
+    return lengths.pad_response((fixed, outputs), length - rows.response_mask.shape[1])
 
   rollout = rollout.replace(ended=None)  # the passes do not read it, and it has no positions to cut
-  found = _pieces(step_mask, schedule, first)
-  if found is None:
+  pieces = _microbatches_before(step_mask, schedule, first)
+  if pieces is None:
     return passes(rollout)
-  order, buckets = found
+  order, buckets = pieces
   split = jax.tree.map(lambda x: x[order], (rollout, step_mask))
-  cut = lambda _, part: (None, lengths.cut(passes, *part, buckets))
+  cut = lambda _, part: (None, lengths.run_bucketed(passes, *part, buckets))
   out = processes.scan(cut, None, split)[1]
   back = jnp.argsort(order.reshape(-1))
   return jax.tree.map(lambda x: x.reshape((batch,) + x.shape[2:])[back], out)
 
 
-def _pieces(step_mask, schedule, first):
+def _microbatches_before(step_mask, schedule, first):
   """Which sequences the passes before an update read together; see `before_update`.
 
   Returns:
@@ -242,10 +242,10 @@ def _pieces(step_mask, schedule, first):
   if not schedule.before_like_first:
     if not size or size >= len(step_mask):
       return None
-    return lengths.order(step_mask).reshape(-1, size), schedule.length_buckets
+    return lengths.order_by_length(step_mask).reshape(-1, size), schedule.length_buckets
   if not size or size >= first.shape[1]:
     return first, 1
-  order = jax.vmap(lambda rows: rows[lengths.order(step_mask[rows])])(first)
+  order = jax.vmap(lambda rows: rows[lengths.order_by_length(step_mask[rows])])(first)
   return order.reshape(-1, size), schedule.length_buckets
 
 
@@ -266,15 +266,15 @@ def minibatch_gradients(params, experience, *, forward, objective, schedule):
     return objective.loss(forward.outputs(params, rows, rows.frozen_states), rows, counts)
 
   grad = jax.grad(loss, has_aux=True)
-  if not schedule.splits(experience):
+  if not schedule.has_microbatches(experience):
     return grad(params, experience)
 
   def cut(params, rows):
-    return lengths.cut(
+    return lengths.run_bucketed(
       lambda rows: grad(params, rows), rows, rows.step_mask, schedule.length_buckets
     )
 
-  order = lengths.order(experience.step_mask)
+  order = lengths.order_by_length(experience.step_mask)
   experience = sharding.shard_rows(jax.tree.map(lambda x: x[order], experience))
   return optim.accumulate(cut, params, experience, schedule.microbatch_size)
 

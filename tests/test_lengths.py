@@ -24,16 +24,16 @@ LLAMA = tiny.LLAMA | {'max_position_embeddings': P + R}
 def test_stages_end_with_the_longest_response():
   for slots in range(1, 200):
     for most in (1, 3, 4):
-      rooms = lengths.stages(slots, most)
-      assert rooms[-1] == slots and len(rooms) <= most and rooms == sorted(set(rooms))
-      assert len(rooms) == 1 or rooms[0] >= 16
+      buckets = lengths.bucket_lengths(slots, most)
+      assert buckets[-1] == slots and len(buckets) <= most and buckets == sorted(set(buckets))
+      assert len(buckets) == 1 or buckets[0] >= 16
 
 
 def test_what_is_filled_and_in_which_order():
   mask = np.random.default_rng(0).random((20, 7)) < 0.3
   expected = [max([slot + 1 for slot in range(7) if row[slot]], default=0) for row in mask]
-  assert lengths.filled(jnp.asarray(mask)).tolist() == expected
-  assert [expected[i] for i in lengths.order(jnp.asarray(mask))] == sorted(expected)
+  assert lengths.used_lengths(jnp.asarray(mask)).tolist() == expected
+  assert [expected[i] for i in lengths.order_by_length(jnp.asarray(mask))] == sorted(expected)
 
 
 @pytest.mark.parametrize('length', [0, 1, 15, 16, 17, 32, 47, 63, 64])
@@ -48,9 +48,9 @@ def test_rows_are_cut_to_the_next_stage(length):
     response = rows['tokens'][:, -rows['mask'].shape[1] :]
     return jnp.int32(rows['mask'].shape[1]), jnp.sum(jnp.where(rows['mask'], response, 0))
 
-  slots, found = jax.jit(lambda rows, mask: lengths.cut(total, rows, mask, 4))(rows, mask)
+  slots, found = jax.jit(lambda rows, mask: lengths.run_bucketed(total, rows, mask, 4))(rows, mask)
   assert sorted(seen) == [16, 32, 48, 64]
-  assert slots == next(room for room in (16, 32, 48, 64) if room >= length)
+  assert slots == next(bucket for bucket in (16, 32, 48, 64) if bucket >= length)
   assert found == np.sum(np.where(mask, rows['tokens'][:, P:], 0))
 
 

@@ -100,7 +100,7 @@ def create(config, mesh):
     forward = forward_lib.Forward(
       models.with_max_length(rollout.tokens.shape[1]), frozen, settings.temperature
     )
-    if settings.schedule.in_one_piece(rollout):
+    if settings.schedule.is_full_batch(rollout):
       return forward.fixed(params, rollout)
     return update.before_update(
       params, rollout, rollout.response_mask, forward=forward, schedule=settings.schedule

@@ -1,4 +1,4 @@
-"""How the layers of a decoder attend, by device and length; `way` is the one place that chooses.
+"""How the layers of a decoder attend, by device and length; `attention_impl` is the one place that chooses.
 
   plain   `layers.attend`: all scores at once. Short texts, and one token into a cache.
   blocks  block by block in JAX, on any device: memory grows with the length, not with its square.
@@ -50,56 +50,58 @@ def causal(config, dtype, segments, key_segments, *, index, one_text):
   """
   if _known(index):  # Nothing is written further on.
     key_segments = key_segments[:, : int(index) + segments.shape[1]]
-  slots = key_segments.shape[1]
+  key_length = key_segments.shape[1]
   # A window as long as the keys is none.
-  windows = [window if window < slots else 0 for window in config.windows] or [0]
-  kinds = sorted(set(windows))
-  kind_of_layer = [kinds.index(window) for window in windows]
-  chosen = way(config, dtype, *segments.shape, slots, index=index, one_text=one_text)
-  if chosen == 'plain':
+  windows = [window if window < key_length else 0 for window in config.windows] or [0]
+  window_sizes = sorted(set(windows))
+  window_of_layer = [window_sizes.index(window) for window in windows]
+  impl = attention_impl(config, dtype, *segments.shape, key_length, index=index, one_text=one_text)
+  if impl == 'plain':
     masks = [
-      layers.attention_mask(segments, key_segments, index=index, window=window) for window in kinds
+      layers.attention_mask(segments, key_segments, index=index, window=window)
+      for window in window_sizes
     ]
 
     def attend(layer, queries, keys, values):
-      keys, values = keys[:, :, :slots], values[:, :, :slots]
-      mask = masks[0] if len(masks) == 1 else jnp.stack(masks)[jnp.array(kind_of_layer)[layer]]
+      keys, values = keys[:, :, :key_length], values[:, :, :key_length]
+      mask = masks[0] if len(masks) == 1 else jnp.stack(masks)[jnp.array(window_of_layer)[layer]]
       return layers.attend(
         queries, keys, values, mask[..., -queries.shape[1] :, :], score_cap=config.score_cap
       )
 
     return attend
-  if chosen == 'blocks':
+  if impl == 'blocks':
     function, rows = (
       functools.partial(blocks, index=index, score_cap=config.score_cap),
       (segments, key_segments),
     )
-  elif chosen == 'splash':
+  elif impl == 'splash':
     function, rows = functools.partial(splash, score_cap=config.score_cap), (segments,)
   else:
     function, rows = cudnn, (segments,)
   functions = [
-    functools.partial(on_shards, functools.partial(function, window=window)) for window in kinds
+    functools.partial(on_shards, functools.partial(function, window=window))
+    for window in window_sizes
   ]
 
   def attend(layer, queries, keys, values):
-    operands = queries, keys[:, :, :slots], values[:, :, :slots], *rows
-    if len(kinds) == 1:
+    operands = queries, keys[:, :, :key_length], values[:, :, :key_length], *rows
+    if len(window_sizes) == 1:
       return functions[0](*operands)
     if isinstance(layer, int):
-      return functions[kind_of_layer[layer]](*operands)
-    return jax.lax.switch(jnp.array(kind_of_layer)[layer], functions, *operands)
+      return functions[window_of_layer[layer]](*operands)
+    return jax.lax.switch(jnp.array(window_of_layer)[layer], functions, *operands)
 
   return attend
 
 
-def way(config, dtype, batch, time, slots, *, index, one_text):
+def attention_impl(config, dtype, batch, query_length, key_length, *, index, one_text):
   """How to attend: 'plain', 'blocks', 'splash' or 'cudnn'; arguments as for `causal`, shapes as numbers."""
   platform = sharding.platform()
-  whole = time == slots and _known(index)
-  windowed = any(0 < window < slots for window in config.windows)
-  if whole and _divides(batch, config.heads, config.kv_heads):
-    if platform == 'tpu' and time >= LANES and config.head_width % 64 == 0:
+  full_sequence = query_length == key_length and _known(index)
+  windowed = any(0 < window < key_length for window in config.windows)
+  if full_sequence and _divides(batch, config.heads, config.kv_heads):
+    if platform == 'tpu' and query_length >= LANES and config.head_width % 64 == 0:
       return 'splash'
     # It has neither segments without a bound on their number, nor caps. Windows would be as long as they
     # should, but over the real tokens only.
@@ -114,7 +116,7 @@ def way(config, dtype, batch, time, slots, *, index, one_text):
       and _ampere()
     ):
       return 'cudnn'
-  return 'blocks' if min(time, slots) >= BLOCKS * BLOCK[platform] else 'plain'
+  return 'blocks' if min(query_length, key_length) >= BLOCKS * BLOCK[platform] else 'plain'
 
 
 def _known(index):
@@ -172,33 +174,33 @@ def blocks(queries, keys, values, segments, key_segments, *, index, window, scor
   Returns:
     [B, t, N * H] of the dtype of the values; 0 for queries that see nothing.
   """
-  batch, time, heads, width = queries.shape
-  kv_heads, slots = keys.shape[1:3]
-  index, segments = index + segments.shape[1] - time, segments[:, -time:]
+  batch, query_length, heads, width = queries.shape
+  kv_heads, key_length = keys.shape[1:3]
+  index, segments = index + segments.shape[1] - query_length, segments[:, -query_length:]
   block = BLOCK[sharding.platform()]
-  t, s = min(block, time), min(block, slots)
-  grouped = queries.reshape(batch, time, kv_heads, heads // kv_heads, width).transpose(
+  t, s = min(block, query_length), min(block, key_length)
+  grouped = queries.reshape(batch, query_length, kv_heads, heads // kv_heads, width).transpose(
     0, 2, 3, 1, 4
   )
-  cut = [
-    _cut(grouped, t, axis=3),
-    _cut(keys, s, axis=2),
-    _cut(values, s, axis=2),
-    _cut(segments, t, axis=1),
-    _cut(key_segments, s, axis=1),
+  split = [
+    _split_blocks(grouped, t, axis=3),
+    _split_blocks(keys, s, axis=2),
+    _split_blocks(values, s, axis=2),
+    _split_blocks(segments, t, axis=1),
+    _split_blocks(key_segments, s, axis=1),
   ]
   pairs = [
     (i, j)
-    for i in range(len(cut[0]))
-    for j in range(len(cut[1]))
-    if not _known(index) or _meet(index + i * t, t, j * s, s, window)
+    for i in range(len(split[0]))
+    for j in range(len(split[1]))
+    if not _known(index) or _can_attend(index + i * t, t, j * s, s, window)
   ]
-  mixed = _blocks(*cut, jnp.int32(index), np.array(pairs, np.int32), window, score_cap)
-  mixed = mixed.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, heads * width)
-  return mixed[:, :time]
+  output = _blocks(*split, jnp.int32(index), np.array(pairs, np.int32), window, score_cap)
+  output = output.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, heads * width)
+  return output[:, :query_length]
 
 
-def _cut(x, size, *, axis):
+def _split_blocks(x, size, *, axis):
   """x in blocks of `size` along an axis, filled up with zeros; the number of the block is a new first axis."""
   count = -(-x.shape[axis] // size)
   x = jnp.pad(
@@ -208,7 +210,7 @@ def _cut(x, size, *, axis):
   return jnp.moveaxis(x, axis, 0)
 
 
-def _meet(query, queries, key, keys, window):
+def _can_attend(query, queries, key, keys, window):
   """Whether one of so many queries from slot `query` on may see one of the keys from slot `key` on."""
   return query + queries - 1 >= key and (not window or query - window < key + keys - 1)
 
@@ -233,43 +235,45 @@ def _blocks(queries, keys, values, segments, key_segments, index, pairs, window,
 
 def _forward(queries, keys, values, segments, key_segments, index, pairs, window, score_cap):
   def step(carry, pair):
-    mixed, most, total = carry
+    output, running_max, total = carry
     i, j = pair
-    scores, seen = _scores(queries, keys, segments, key_segments, index, pair, window, score_cap)
-    top = jnp.maximum(most[i], jnp.max(scores, axis=-1, where=seen, initial=low, keepdims=True))
-    weights = jnp.where(seen, jnp.exp(scores - top), 0.0)
-    shrink = jnp.exp(most[i] - top)
-    added = _matmul(weights.astype(values.dtype), values[j])
+    scores, visible = _scores(queries, keys, segments, key_segments, index, pair, window, score_cap)
+    new_max = jnp.maximum(
+      running_max[i], jnp.max(scores, axis=-1, where=visible, initial=lowest, keepdims=True)
+    )
+    weights = jnp.where(visible, jnp.exp(scores - new_max), 0.0)
+    correction = jnp.exp(running_max[i] - new_max)
+    update = _matmul(weights.astype(values.dtype), values[j])
     return (
-      mixed.at[i].set(shrink * mixed[i] + added),
-      most.at[i].set(top),
-      total.at[i].set(shrink * total[i] + weights.sum(axis=-1, keepdims=True)),
+      output.at[i].set(correction * output[i] + update),
+      running_max.at[i].set(new_max),
+      total.at[i].set(correction * total[i] + weights.sum(axis=-1, keepdims=True)),
     ), None
 
-  low = float(jnp.finfo(jnp.float32).min)
+  lowest = float(jnp.finfo(jnp.float32).min)
   column = jnp.zeros((*queries.shape[:-1], 1), jnp.float32)
-  (mixed, most, total), _ = jax.lax.scan(
-    step, (jnp.zeros(queries.shape, jnp.float32), column + low, column), pairs
+  (output, running_max, total), _ = jax.lax.scan(
+    step, (jnp.zeros(queries.shape, jnp.float32), column + lowest, column), pairs
   )
-  anybody = total > 0
-  total = jnp.where(anybody, total, 1.0)
-  mixed = (mixed / total).astype(values.dtype)
-  logs = jnp.where(anybody, most + jnp.log(total), 0.0)
-  return mixed, (queries, keys, values, segments, key_segments, index, pairs, mixed, logs)
+  any_visible = total > 0
+  total = jnp.where(any_visible, total, 1.0)
+  output = (output / total).astype(values.dtype)
+  logsumexp = jnp.where(any_visible, running_max + jnp.log(total), 0.0)
+  return output, (queries, keys, values, segments, key_segments, index, pairs, output, logsumexp)
 
 
-def _backward(window, score_cap, kept, gradient):
-  queries, keys, values, segments, key_segments, index, pairs, mixed, logs = kept
+def _backward(window, score_cap, residuals, gradient):
+  queries, keys, values, segments, key_segments, index, pairs, output, logsumexp = residuals
   gradient = gradient.astype(values.dtype)
   # What a softmax takes off each of its gradients, sum_j p_j dp_j.
-  common = jnp.sum(gradient.astype(jnp.float32) * mixed.astype(jnp.float32), axis=-1, keepdims=True)
+  delta = jnp.sum(gradient.astype(jnp.float32) * output.astype(jnp.float32), axis=-1, keepdims=True)
 
   def step(carry, pair):
     d_queries, d_keys, d_values = carry
     i, j = pair
-    scores, seen = _scores(queries, keys, segments, key_segments, index, pair, window, score_cap)
-    weights = jnp.where(seen, jnp.exp(scores - logs[i]), 0.0)
-    d_scores = weights * (_matmul(gradient[i], values[j].swapaxes(-1, -2)) - common[i])
+    scores, visible = _scores(queries, keys, segments, key_segments, index, pair, window, score_cap)
+    weights = jnp.where(visible, jnp.exp(scores - logsumexp[i]), 0.0)
+    d_scores = weights * (_matmul(gradient[i], values[j].swapaxes(-1, -2)) - delta[i])
     if score_cap:
       d_scores *= 1 - jnp.square(scores / score_cap)
     weights, d_scores = weights.astype(values.dtype), d_scores.astype(keys.dtype)
@@ -280,8 +284,8 @@ def _backward(window, score_cap, kept, gradient):
     ), None
 
   zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (queries, keys, values))
-  found, _ = jax.lax.scan(step, zeros, pairs)
-  return tuple(d.astype(x.dtype) for d, x in zip(found, (queries, keys, values))) + (None,) * 4
+  gradients, _ = jax.lax.scan(step, zeros, pairs)
+  return tuple(d.astype(x.dtype) for d, x in zip(gradients, (queries, keys, values))) + (None,) * 4
 
 
 _blocks.defvjp(_forward, _backward)
@@ -296,8 +300,8 @@ def _scores(queries, keys, segments, key_segments, index, pair, window, score_ca
   queries, segments, index = jax.lax.optimization_barrier(
     (queries[i], segments[i], index + i * t - j * s)
   )
-  seen = layers.attention_mask(segments, key_segments[j], index=index, window=window)
-  return layers.cap(_matmul(queries, keys[j].swapaxes(-1, -2)), score_cap), seen
+  visible = layers.attention_mask(segments, key_segments[j], index=index, window=window)
+  return layers.cap(_matmul(queries, keys[j].swapaxes(-1, -2)), score_cap), visible
 
 
 def _matmul(rows, columns):
@@ -319,25 +323,29 @@ def splash(queries, keys, values, segments, *, window, score_cap, interpret=Fals
   The kernel has segments, a window, caps and grouped queries. Padding is a segment like any other, in
   which every token sees itself, so there is no softmax of nothing.
   """
-  length, time = segments.shape[1], queries.shape[1]
+  length, query_length = segments.shape[1], queries.shape[1]
   size = -(-length // LANES) * LANES
   fill = ((0, 0), (0, 0), (0, size - length), (0, 0))
   queries = jnp.pad(
-    queries.swapaxes(1, 2), ((0, 0), (0, 0), (length - time, size - length), (0, 0))
+    queries.swapaxes(1, 2), ((0, 0), (0, 0), (length - query_length, size - length), (0, 0))
   )
   keys, values = jnp.pad(keys, fill), jnp.pad(values, fill)
   segments = jnp.pad(segments, ((0, 0), (0, size - length)))
-  seen = splash_attention.LocalMask((size, size), (window - 1 if window else None, 0), 0)
+  visible = splash_attention.LocalMask((size, size), (window - 1 if window else None, 0), 0)
   block = math.gcd(size, SPLASH)
   sizes = splash_attention.BlockSizes(*[block] * 8)
   kernel = splash_attention.make_splash_mha_single_device(
-    splash_attention.MultiHeadMask([seen] * queries.shape[1]),
+    splash_attention.MultiHeadMask([visible] * queries.shape[1]),
     block_sizes=sizes,
     attn_logits_soft_cap=score_cap or None,
     interpret=interpret,
   )
-  mixed = jax.vmap(kernel)(queries, keys, values, splash_attention.SegmentIds(segments, segments))
-  return mixed[:, :, length - time : length].swapaxes(1, 2).reshape(queries.shape[0], time, -1)
+  output = jax.vmap(kernel)(queries, keys, values, splash_attention.SegmentIds(segments, segments))
+  return (
+    output[:, :, length - query_length : length]
+    .swapaxes(1, 2)
+    .reshape(queries.shape[0], query_length, -1)
+  )
 
 
 def cudnn(queries, keys, values, segments, *, window):
@@ -347,9 +355,9 @@ def cudnn(queries, keys, values, segments, *, window):
   causal hides all padding from them, and their number is all that has to be said.
   """
   del window
-  length, time = segments.shape[1], queries.shape[1]
+  length, query_length = segments.shape[1], queries.shape[1]
   odd = length % 2  # Gradients are of an even number of slots only.
-  queries = jnp.pad(queries, ((0, 0), (length - time, odd), (0, 0), (0, 0)))
+  queries = jnp.pad(queries, ((0, 0), (length - query_length, odd), (0, 0), (0, 0)))
   keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, odd), (0, 0))) for x in (keys, values))
   segments = jnp.pad(segments, ((0, 0), (0, odd)))
   order = jnp.argsort(segments == 0, axis=1, stable=True)
@@ -359,7 +367,7 @@ def cudnn(queries, keys, values, segments, *, window):
   # What cuDNN writes beyond the real tokens, values or gradients, is not said.
   operands = queries, keys.swapaxes(1, 2), values.swapaxes(1, 2)
   operands = [jnp.where(real, _permute(x, order, back), 0) for x in operands]
-  mixed = jax.nn.dot_product_attention(
+  output = jax.nn.dot_product_attention(
     *operands,
     scale=1.0,
     is_causal=True,
@@ -367,8 +375,8 @@ def cudnn(queries, keys, values, segments, *, window):
     key_value_seq_lengths=count,
     implementation='cudnn',
   )
-  mixed = _permute(jnp.where(real, mixed, 0), back, order)[:, length - time : length]
-  return mixed.reshape(*mixed.shape[:2], -1)
+  output = _permute(jnp.where(real, output, 0), back, order)[:, length - query_length : length]
+  return output.reshape(*output.shape[:2], -1)
 
 
 @jax.custom_vjp
@@ -379,5 +387,5 @@ def _permute(x, order, back):
 
 _permute.defvjp(
   lambda x, order, back: (_permute(x, order, back), (order, back)),
-  lambda kept, gradient: (_permute(gradient, *kept[::-1]), None, None),
+  lambda residuals, gradient: (_permute(gradient, *residuals[::-1]), None, None),
 )

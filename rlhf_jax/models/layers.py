@@ -82,27 +82,27 @@ def attend(queries, keys, values, mask, *, bias=None, score_cap=0.0):
   Returns:
     [B, T, N * H] of the dtype of the values.
   """
-  batch, time, heads, head_width = queries.shape
-  kv_heads, slots = keys.shape[1:3]
+  batch, query_length, heads, head_width = queries.shape
+  kv_heads, key_length = keys.shape[1:3]
   groups = heads // kv_heads
-  rows = queries.reshape(batch, time, kv_heads, groups, head_width).transpose(0, 2, 3, 1, 4)
-  rows = rows.reshape(batch, kv_heads, groups * time, head_width)
+  rows = queries.reshape(batch, query_length, kv_heads, groups, head_width).transpose(0, 2, 3, 1, 4)
+  rows = rows.reshape(batch, kv_heads, groups * query_length, head_width)
   # Plain batched matrices: with one einsum each, XLA on the CPU transposes the scores instead.
   scores = jnp.matmul(rows, keys.swapaxes(2, 3), preferred_element_type=jnp.float32)
-  scores = cap(scores.reshape(batch, kv_heads, groups, time, slots), score_cap)
+  scores = cap(scores.reshape(batch, kv_heads, groups, query_length, key_length), score_cap)
   scores = jnp.where(mask, scores if bias is None else scores + bias, jnp.finfo(jnp.float32).min)
   weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-  weights = weights.reshape(batch, kv_heads, groups * time, slots)
+  weights = weights.reshape(batch, kv_heads, groups * query_length, key_length)
   # Dividing the mixture and not the weights saves a pass over [T, S], and its gradient two.
   if (
-    groups * time == 1
+    groups * query_length == 1
   ):  # A vector times a matrix each: XLA on the CPU is a fifth faster without a matmul.
     mixed = jnp.sum(weights[:, :, 0, :, None] * values, axis=2, keepdims=True)
   else:
     mixed = jnp.matmul(weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
   mixed = (mixed / weights.sum(axis=-1, keepdims=True)).astype(values.dtype)
-  mixed = mixed.reshape(batch, kv_heads, groups, time, head_width).transpose(0, 3, 1, 2, 4)
-  return mixed.reshape(batch, time, heads * head_width)
+  mixed = mixed.reshape(batch, kv_heads, groups, query_length, head_width).transpose(0, 3, 1, 2, 4)
+  return mixed.reshape(batch, query_length, heads * head_width)
 
 
 def tail(x, y):

@@ -64,7 +64,7 @@ def generate(params, prompts, key, *, model, sampling, samples=1, first=0):
     model.with_max_length(prompts.tokens.shape[1] + response_length),
     model.unstack(params),
   )
-  stages = lengths.stages(response_length, STAGES)
+  stages = lengths.bucket_lengths(response_length, STAGES)
   hidden, cache = model.prefill(params, prompts.tokens, prompts.mask, stages[0])
   if samples > 1:
     hidden, cache = jnp.repeat(hidden, samples, axis=0), cache_lib.repeat(cache, samples)

@@ -75,4 +75,4 @@ def test_passes_before_the_update_are_those_of_the_first_epoch(microbatch_size):
       wanted = np.where(np.arange(64) < slots, sum(2.0**row for row in piece), 0.0)
       for row in piece:
         np.testing.assert_array_equal(outputs.logprobs[row], wanted)
-  assert lengths.stages(64, 4) == [16, 32, 48, 64]
+  assert lengths.bucket_lengths(64, 4) == [16, 32, 48, 64]

@@ -288,7 +288,7 @@ def choose(
   *,
   length=1024,
   dtype='bfloat16',
-  slots=0,
+  key_length=0,
   index=0,
   one_text=True,
   batch=4,
@@ -296,12 +296,12 @@ def choose(
 ):
   monkeypatch.setattr(sharding, 'platform', lambda: platform)
   usual = GEMMA2 | {'head_dim': 64, 'sliding_window': 4096, 'attn_logit_softcapping': None}
-  return attention.way(
+  return attention.attention_impl(
     models.create(usual | fields).config,
     dtype,
     batch,
     length,
-    slots or length,
+    key_length or length,
     index=index,
     one_text=one_text,
   )
@@ -314,7 +314,7 @@ def test_the_choice(monkeypatch):
   assert chosen('tpu', sliding_window=100, attn_logit_softcapping=50.0, one_text=False) == 'splash'
   assert chosen('tpu', head_dim=40) == 'blocks'
   # Queries into a cache from an unknown slot on.
-  assert chosen('tpu', slots=2048, index=jnp.int32(5)) == 'blocks'
+  assert chosen('tpu', key_length=2048, index=jnp.int32(5)) == 'blocks'
   assert chosen('gpu', length=64) == 'cudnn' and chosen('gpu', dtype='float32') == 'blocks'
   for other in (
     dict(one_text=False),

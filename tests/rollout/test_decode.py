@@ -216,7 +216,7 @@ def test_a_cache_that_grows_is_a_forward_pass_over_all_tokens(unroll, rope):
   model = models.create(fields | ({'rope_scaling': rope} if rope else {}), unroll=unroll)
   params = model.init(jax.random.key(5))
   sampling = sampling_lib.Sampling(max_new_tokens=50, eos_id=EOS, pad_id=PAD)
-  assert lengths_lib.stages(50, decode.STAGES) == [16, 33, 50]
+  assert lengths_lib.bucket_lengths(50, decode.STAGES) == [16, 33, 50]
   found = generate(params, ragged(lengths, 6, 24), jax.random.key(5), model, sampling)
   mask = np.asarray(found.response_mask)
   assert mask.sum(1).min() < 16 and mask.sum(1).max() > 33
