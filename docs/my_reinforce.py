@@ -29,9 +29,9 @@ def config(preset=''):
 def prepare(outputs, fixed, *, state, rollout, scores, settings):
   """Scores [B] to advantages [B, R]: score - kl_coef KL, minus its mean over the batch."""
   mask, extra = rollout.response_mask, state.extra
-  found, _ = experience.begin(outputs, fixed, rollout, mask, behaviour=settings.behaviour)
+  found, _ = experience.make_experience(outputs, fixed, rollout, mask, behaviour=settings.behaviour)
   paid, moments = settings.rules.apply(scores, rollout, extra['reward_moments'])
-  metrics = experience.describe(
+  metrics = experience.rollout_metrics(
     found, rollout, scores, paid, outputs, extra['kl_coef'], settings.rules
   )
   kl = jnp.sum(found.logprobs - found.ref_logprobs, axis=1)

@@ -158,12 +158,12 @@ def score_index(response_mask, position):
   Returns:
     [B] int32.
   """
-  slots = response_mask.shape[1]
+  num_positions = response_mask.shape[1]
   length = jnp.sum(response_mask, axis=1, dtype=jnp.int32)
   if position == 'last':
-    return jnp.full_like(length, slots - 1)
+    return jnp.full_like(length, num_positions - 1)
   if position == 'after_end':
-    return jnp.minimum(length, slots - 1)
+    return jnp.minimum(length, num_positions - 1)
   if position == 'eos':
     return jnp.maximum(length - 1, 0)
   raise ValueError(f'unknown score_position {position!r}: one of {SCORE_POSITIONS}')
@@ -171,8 +171,8 @@ def score_index(response_mask, position):
 
 def step_mask(response_mask, position):
   """Slots that take part in the return: real tokens and the one that holds the score."""
-  slots = jnp.arange(response_mask.shape[1])[None, :]
-  return response_mask | (slots == score_index(response_mask, position)[:, None])
+  positions = jnp.arange(response_mask.shape[1])[None, :]
+  return response_mask | (positions == score_index(response_mask, position)[:, None])
 
 
 def token_rewards(scores, kl, kl_coef, response_mask, *, position):

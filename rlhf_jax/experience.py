@@ -39,7 +39,7 @@ class ScoreRules:
     length = rollout.response_mask.shape[1]
     if not self.end_tokens:
       return jnp.ones(rollout.tokens.shape[0], bool)
-    ends = sampling.among(rollout.tokens[:, -length:], self.end_tokens)
+    ends = sampling.is_in(rollout.tokens[:, -length:], self.end_tokens)
     return jnp.any(
       ends & rollout.response_mask & (jnp.arange(length) >= self.end_after)[None], axis=1
     )
@@ -67,7 +67,7 @@ class ScoreRules:
       value=self.missing_eos_value,
       response_mask=rollout.response_mask,
     )
-    known = kept(scores, rollout.response_mask)
+    known = not_skipped(scores, rollout.response_mask)
     # In backward passes a NaN behind a mask leaks.
     return jnp.where(known if scores.ndim == 1 else known[:, None], scores, 0.0), moments
 
@@ -99,12 +99,12 @@ def skip_nan(rollout, scores, *, rules):
   return rollout, jnp.sum(skipped)
 
 
-def kept(scores, response_mask):
+def not_skipped(scores, response_mask):
   """The responses [B] bool that `skip_nan` did not skip; any other NaN stops the run."""
   return jnp.any(response_mask, axis=1) | ~jnp.isnan(totals(scores, response_mask))
 
 
-def begin(outputs, fixed, rollout, step_mask, *, behaviour):
+def make_experience(outputs, fixed, rollout, step_mask, *, behaviour):
   """Experience without advantages.
 
   Args:
@@ -133,7 +133,7 @@ def begin(outputs, fixed, rollout, step_mask, *, behaviour):
   ), gap
 
 
-def describe(experience, rollout, scores, paid, outputs, kl_coef, rules):
+def rollout_metrics(experience, rollout, scores, paid, outputs, kl_coef, rules):
   """Metrics of a scored rollout: sums per response averaged over responses, masks applied.
 
   `objective/scores` is what the reward gave, `objective/paid_scores` what the policy is trained on.
@@ -154,7 +154,7 @@ def describe(experience, rollout, scores, paid, outputs, kl_coef, rules):
     {name: scalar}, and of each response {'samples/paid_score': [B]} for samples.jsonl.
   """
   mask, steps = rollout.response_mask, experience.step_mask
-  known = kept(scores, mask)
+  known = not_skipped(scores, mask)
   batch = jnp.maximum(jnp.sum(known), 1)
   scores, paid = totals(scores, mask), totals(paid, mask)
   # The mean of equal numbers is rounded, and their deviation from it need not be 0.

@@ -101,19 +101,19 @@ def validate(config, device_count):
 def prepare(outputs, fixed, *, state, rollout, scores, settings):
   """Turns a scored rollout into advantages; see ppo.prepare."""
   mask, n = rollout.response_mask, settings.samples
-  experience, gap = experience_lib.begin(
+  experience, gap = experience_lib.make_experience(
     outputs, fixed, rollout, mask, behaviour=settings.behaviour
   )
   extra, scores = state.extra, experience_lib.totals(scores, mask)
   paid, moments = settings.rules.apply(scores, rollout, extra['reward_moments'])
-  kept = experience_lib.kept(scores, mask)
+  kept = experience_lib.not_skipped(scores, mask)
   equal = adv.equal_groups(paid, n, kept)
   if settings.overlong:
     length = settings.max_new_tokens
     paid += adv.overlong_penalty(
       jnp.sum(mask, axis=1), max_length=length, cache=settings.overlong * length
     )
-  metrics = experience_lib.describe(
+  metrics = experience_lib.rollout_metrics(
     experience, rollout, scores, paid, outputs, extra['kl_coef'], settings.rules
   )
   if settings.kl_in == 'reward' and settings.kl_coef:

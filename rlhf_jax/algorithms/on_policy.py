@@ -117,9 +117,9 @@ def make_actor(config, tokenizer, model, examples, iterator, score, mesh):
     score,
     mesh,
     samples=config.sampling.samples,
-    cut=actor_lib.stop_at(config.sampling.stop, tokenizer, sampling, mesh),
-    read=truncate if config.rl.response == 'raw' else None,
-    see=functools.partial(
+    truncate=actor_lib.stop_at(config.sampling.stop, tokenizer, sampling, mesh),
+    for_scoring=truncate if config.rl.response == 'raw' else None,
+    as_prompted=functools.partial(
       pipelines.as_read, tokenizer=tokenizer, max_prompt_length=config.data.max_prompt_length
     )
     if config.data.on_long == 'truncate_left'

@@ -347,7 +347,7 @@ def end_tokens(config, tokenizer):
   """
   text = config.sampling.truncate_at
   if text is None:
-    return make_sampling(config, tokenizer).ends, 0
+    return make_sampling(config, tokenizer).end_tokens, 0
   token = stops.single_token(tokenizer, text, name='config.sampling.truncate_at')
   return (token,), config.sampling.truncate_after
 

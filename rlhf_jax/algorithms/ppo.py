@@ -210,7 +210,7 @@ def prepare(outputs, fixed, *, state, rollout, scores, step_mask, settings):
     state.extra['kl_coef'],
     functools.partial(adv.whiten, unbiased=settings.whiten_unbiased),
   )
-  experience, gap = experience_lib.begin(
+  experience, gap = experience_lib.make_experience(
     outputs, fixed, rollout, step_mask, behaviour=settings.behaviour
   )
   kl = (
@@ -232,7 +232,7 @@ def prepare(outputs, fixed, *, state, rollout, scores, step_mask, settings):
   if settings.whiten_advantages == 'batch':
     advantages = whiten(advantages, rollout.response_mask)
   experience = experience.replace(advantages=advantages, returns=returns)
-  metrics = experience_lib.describe(
+  metrics = experience_lib.rollout_metrics(
     experience, rollout, scores, paid, outputs, kl_coef, settings.rules
   )
   next_coef = adv.next_kl_coef(
@@ -306,7 +306,7 @@ def objective(state, rollout, scores, *, settings):
   step_mask = rollout.response_mask
   if scores.ndim == 1:
     step_mask = adv.step_mask(step_mask, settings.score_position)
-    step_mask &= experience_lib.kept(scores, rollout.response_mask)[:, None]
+    step_mask &= experience_lib.not_skipped(scores, rollout.response_mask)[:, None]
   return update.Objective(
     prepare=functools.partial(
       prepare, state=state, rollout=rollout, scores=scores, step_mask=step_mask, settings=settings

@@ -20,7 +20,17 @@ class Actor:
   """Makes a scored rollout of a batch of prompts each time it is called."""
 
   def __init__(
-    self, examples, iterator, sample, score, mesh, *, samples=1, cut=None, read=None, see=None
+    self,
+    examples,
+    iterator,
+    sample,
+    score,
+    mesh,
+    *,
+    samples=1,
+    truncate=None,
+    for_scoring=None,
+    as_prompted=None,
   ):
     """Keeps what makes a rollout.
 
@@ -32,15 +42,18 @@ class Actor:
         types.Scores of them.
       mesh: device mesh.
       samples: n.
-      cut: Rollout -> Rollout that is scored and trained on; None for as it is.
-      read: Rollout -> Rollout as the scorer reads it; None for as it is.
-      see: examples of a batch -> the same with the prompts that the policy sees; None: as they are.
+      truncate: Rollout -> the Rollout that is scored and trained on; None to change nothing.
+      for_scoring: Rollout -> the Rollout that the scorer reads; None to change nothing.
+      as_prompted: examples of a batch -> the same with the prompts that the policy reads; None to
+        change nothing.
     """
     self.examples, self.iterator = examples, iterator
-    same = lambda value: value
-    self._sample, self._score, self._cut, self._read = sample, score, cut or same, read or same
-    self._see = see or same
-    self._mesh, self._samples, self._last = mesh, samples, None
+    identity = lambda value: value
+    self._sample, self._score = sample, score
+    self._truncate = truncate or identity
+    self._for_scoring = for_scoring or identity
+    self._as_prompted = as_prompted or identity
+    self._mesh, self._samples, self._last_batch = mesh, samples, None
 
   def __call__(self, params, key, *, timed):
     """One batch of experience.
@@ -56,24 +69,26 @@ class Actor:
       each part of the scores as reward/NAME.
     """
     prompts, index = next(self.iterator)
-    examples = self._see([self.examples[i] for i in np.asarray(index)])
+    examples = self._as_prompted([self.examples[i] for i in np.asarray(index)])
     examples = [example for example in examples for _ in range(self._samples)]
     if timed:
       jax.block_until_ready(params)  # else the rollout's time would hold the update before it
     started = time.perf_counter()
-    rollout = self._cut(self._sample(params, sharding.put_rows(prompts, self._mesh), key))
+    rollout = self._truncate(self._sample(params, sharding.put_rows(prompts, self._mesh), key))
     if timed:
       jax.block_until_ready(rollout)
     sampled = time.perf_counter()
-    read = self._read(rollout)
-    scores = types.Scores.of(self._score(read, examples))
-    self._last = examples, read, scores
+    scored_rollout = self._for_scoring(rollout)
+    scores = types.Scores.of(self._score(scored_rollout, examples))
+    self._last_batch = examples, scored_rollout, scores
     if not timed:
       return rollout, scores.total, {}
     jax.block_until_ready(scores)
     scored = time.perf_counter()
     tokens = int(np.sum(processes.host(rollout.response_mask)))
-    parts = {f'reward/{name}': mean(processes.host(part)) for name, part in scores.parts.items()}
+    parts = {
+      f'reward/{name}': nan_mean(processes.host(part)) for name, part in scores.parts.items()
+    }
     return (
       rollout,
       scores.total,
@@ -94,7 +109,7 @@ class Actor:
       tokenizer: the policy's.
       metrics: of the train step on that batch; those called samples/NAME, [B], become NAME.
     """
-    examples, rollout, scores = self._last
+    examples, rollout, scores = self._last_batch
     added = {
       name.removeprefix('samples/'): processes.host(values)
       for name, values in metrics.items()
@@ -104,21 +119,25 @@ class Actor:
     parts = {name: processes.host(part) for name, part in scores.parts.items()}
     samples = []
     for i, (example, total) in enumerate(zip(examples, processes.host(scores.total))):
-      sample = {'prompt': example.prompt, 'response': responses[i], 'score': number(np.sum(total))}
+      sample = {
+        'prompt': example.prompt,
+        'response': responses[i],
+        'score': float_or_none(np.sum(total)),
+      }
       if sample['score'] is not None:
         sample |= {name: float(values[i]) for name, values in added.items()}
       if parts:
-        sample['parts'] = {name: number(part[i]) for name, part in parts.items()}
+        sample['parts'] = {name: float_or_none(part[i]) for name, part in parts.items()}
       samples.append(sample)
     return samples
 
 
-def mean(values):
+def nan_mean(values):
   """The mean of a part of the scores [B], without those that are NaN."""
   return float(np.mean(values[~np.isnan(values)])) if not np.isnan(values).all() else float('nan')
 
 
-def number(value):
+def float_or_none(value):
   """A score as JSON has it: None where it is NaN."""
   return None if np.isnan(value) else float(value)
 
@@ -138,14 +157,14 @@ def stop_at(strings, tokenizer, sampling, mesh):
   if not strings:
     return None
 
-  def cut(rollout):
+  def truncate(rollout):
     ended = processes.host(sampling_lib.ended(rollout, sampling))
     rollout, found = stops.truncate_at_strings(
       jax.tree.map(processes.host, rollout), tokenizer, strings, after=sampling.min_new_tokens
     )
     return sharding.put_rows(rollout.replace(ended=ended | found), mesh)
 
-  return cut
+  return truncate
 
 
 def texts_of(rollout, tokenizer):

@@ -53,7 +53,7 @@ def generate(params, prompts, key, *, model, sampling, samples=1, first=0):
       name: jax.lax.dynamic_update_slice_in_dim(s[name], column[:, None], s['t'], axis=1)
       for name, column in columns.items()
     }
-    done = s['done'] | sampling_lib.stops(token, sampling)
+    done = s['done'] | sampling_lib.ends_response(token, sampling)
     return s | out | {'token': token, 'done': done, 't': s['t'] + 1}
 
   def step(s):

@@ -228,7 +228,7 @@ class Scheduler:
       for name, column in (('tokens', token), ('logprobs', logprob))
     }
     written['lengths'] = s['lengths'].at[responses].set(index + 1, mode='drop')
-    ended = (index + 1 == self.response_length) | sampling_lib.stops(token, self.sampling)
+    ended = (index + 1 == self.response_length) | sampling_lib.ends_response(token, self.sampling)
     return s | written, token, ended
 
   def step(self, s, name):

@@ -50,20 +50,20 @@ class Sampling:
       )
 
   @property
-  def ends(self):
+  def end_tokens(self):
     """Ids of the EOS and the stop tokens, a tuple without duplicates."""
     eos = () if self.eos_id is None else (self.eos_id,)
     return tuple(dict.fromkeys(eos + tuple(self.stop_tokens)))
 
 
-def among(tokens, ids):
+def is_in(tokens, ids):
   """Which tokens, an array of any shape, are one of `ids`, a tuple; bool of the same shape."""
   return jnp.isin(tokens, jnp.array(ids, jnp.int32))
 
 
-def stops(token, sampling):
+def ends_response(token, sampling):
   """Which tokens drawn last, [B] int32, end their response while sampling; [B] bool."""
-  return among(token, () if sampling.ignore_eos else sampling.ends)
+  return is_in(token, () if sampling.ignore_eos else sampling.end_tokens)
 
 
 def ended(rollout, sampling):
@@ -77,12 +77,12 @@ def ended(rollout, sampling):
     sampling: the Sampling it was drawn with.
   """
   response = rollout.tokens[:, -rollout.response_mask.shape[1] :]
-  if not sampling.ends:
+  if not sampling.end_tokens:
     return jnp.ones(response.shape[0], bool)
-  return jnp.any(among(response, sampling.ends) & rollout.response_mask, axis=1)
+  return jnp.any(is_in(response, sampling.end_tokens) & rollout.response_mask, axis=1)
 
 
-def forbid_ends(logits, index, sampling):
+def mask_end_tokens(logits, index, sampling):
   """Logits with -inf at the EOS and the stop tokens of responses shorter than `min_new_tokens`.
 
   As transformers' MinNewTokensLengthLogitsProcessor and vLLM's min_tokens do.
@@ -95,11 +95,11 @@ def forbid_ends(logits, index, sampling):
   Returns:
     [B, V] float32.
   """
-  if not sampling.min_new_tokens or not sampling.ends:
+  if not sampling.min_new_tokens or not sampling.end_tokens:
     return logits
   early = jnp.broadcast_to(index, logits.shape[:1]) < sampling.min_new_tokens
-  ends = among(jnp.arange(logits.shape[1]), sampling.ends)
-  return jnp.where(early[:, None] & ends[None], -jnp.inf, logits)
+  end_tokens = is_in(jnp.arange(logits.shape[1]), sampling.end_tokens)
+  return jnp.where(early[:, None] & end_tokens[None], -jnp.inf, logits)
 
 
 def filter_logits(logits, *, temperature, top_k, top_p):
@@ -123,10 +123,10 @@ def filter_logits(logits, *, temperature, top_k, top_p):
     kth = jax.lax.top_k(logits, top_k)[0][:, -1:]
     logits = jnp.where(logits < kth, -jnp.inf, logits)
   if top_p < 1.0:
-    falling = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
-    probs = jax.nn.softmax(falling, axis=-1)
+    descending = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+    probs = jax.nn.softmax(descending, axis=-1)
     kept = jnp.cumsum(probs, axis=-1) - probs < top_p
-    smallest = jnp.min(jnp.where(kept, falling, jnp.inf), axis=-1, keepdims=True)
+    smallest = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
     logits = jnp.where(logits < smallest, -jnp.inf, logits)
   return logits
 
@@ -143,17 +143,17 @@ def sample(keys, logits, sampling, index=0):
   Returns:
     tokens [B] int32 and logprobs [B] float32 under the filtered distribution (0 if greedy).
   """
-  logits = forbid_ends(logits, index, sampling)
+  logits = mask_end_tokens(logits, index, sampling)
   if sampling.temperature == 0:
     tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return tokens, jnp.zeros(tokens.shape, jnp.float32)
   logits = filter_logits(
     logits, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
   )
-  return _invert(jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys), logits)
+  return _inverse_cdf_sample(jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys), logits)
 
 
-def _invert(uniform, logits):
+def _inverse_cdf_sample(uniform, logits):
   """Tokens drawn by inverting the cumulative distribution, first to a block of tokens, then within it.
 
   Two uniforms a row, where the Gumbel trick needs one for each token, which costs more than

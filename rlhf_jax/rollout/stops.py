@@ -32,11 +32,11 @@ def truncate(rollout, *, tokens, after=0, pad_id):
   Returns:
     Rollout and found [B] bool: whether there is such a token.
   """
-  slots = rollout.response_mask.shape[1]
-  ends = jnp.isin(rollout.tokens[:, -slots:], jnp.array(tokens, jnp.int32))
-  ends = ends & rollout.response_mask & (jnp.arange(slots) >= after)[None]
+  response_length = rollout.response_mask.shape[1]
+  ends = jnp.isin(rollout.tokens[:, -response_length:], jnp.array(tokens, jnp.int32))
+  ends = ends & rollout.response_mask & (jnp.arange(response_length) >= after)[None]
   keep = jnp.cumsum(ends, axis=1) - ends == 0
-  return _keep(rollout, keep, pad_id, jnp), jnp.any(ends, axis=1)
+  return _mask_tokens(rollout, keep, pad_id, jnp), jnp.any(ends, axis=1)
 
 
 def truncate_at_strings(rollout, tokenizer, strings, *, after=0):
@@ -59,15 +59,17 @@ def truncate_at_strings(rollout, tokenizer, strings, *, after=0):
   Raises:
     UserError: a string is empty.
   """
-  _check(strings)
+  _check_not_empty(strings)
   mask = rollout.response_mask
   response = rollout.tokens[:, -mask.shape[1] :]
-  lengths = _completed([row[real] for row, real in zip(response, mask)], tokenizer, strings, after)
+  lengths = _lengths_at_strings(
+    [row[real] for row, real in zip(response, mask)], tokenizer, strings, after
+  )
   keep = np.ones(mask.shape, bool)
   for row, length in enumerate(lengths):
     if length:
       keep[row, np.flatnonzero(mask[row])[length - 1] + 1 :] = False
-  return _keep(rollout, keep, tokenizer.pad_token_id, np), lengths > 0
+  return _mask_tokens(rollout, keep, tokenizer.pad_token_id, np), lengths > 0
 
 
 def single_tokens(tokenizer, strings):
@@ -80,7 +82,7 @@ def single_tokens(tokenizer, strings):
   Raises:
     UserError: a string is empty.
   """
-  _check(strings)
+  _check_not_empty(strings)
   rows = tokenizers.encode_continuation(tokenizer, strings)
   texts = tokenizers.decode_continuation(tokenizer, rows, skip_special_tokens=False)
   return {
@@ -101,34 +103,34 @@ def single_token(tokenizer, text, *, name):
   Raises:
     UserError: it is several tokens, or none.
   """
-  found = single_tokens(tokenizer, (text,))
-  if text not in found:
+  ids = single_tokens(tokenizer, (text,))
+  if text not in ids:
     raise errors.UserError(
       f'{name}={text!r} must be one token of the tokenizer; use stop strings for longer ones'
     )
-  return found[text]
+  return ids[text]
 
 
-def _check(strings):
+def _check_not_empty(strings):
   if not all(strings):
     raise errors.UserError(
       'a stop string is empty, and would end every response at once: remove it'
     )
 
 
-def _keep(rollout, keep, pad_id, xp):
+def _mask_tokens(rollout, keep, pad_id, xp):
   """A rollout without the tokens where `keep` [B, R] is False; xp is numpy or jax.numpy."""
   prompt = rollout.tokens.shape[1] - keep.shape[1]
-  whole = xp.concatenate([xp.ones((keep.shape[0], prompt), bool), keep], axis=1)
+  keep_sequence = xp.concatenate([xp.ones((keep.shape[0], prompt), bool), keep], axis=1)
   return rollout.replace(
-    tokens=xp.where(whole, rollout.tokens, pad_id),
-    mask=rollout.mask & whole,
+    tokens=xp.where(keep_sequence, rollout.tokens, pad_id),
+    mask=rollout.mask & keep_sequence,
     response_mask=rollout.response_mask & keep,
     logprobs=xp.where(keep, rollout.logprobs, 0.0),
   )
 
 
-def _completed(rows, tokenizer, strings, after):
+def _lengths_at_strings(rows, tokenizer, strings, after):
   """Of each row of ids, how many complete the first of the strings; 0 where none does. int [B].
 
   Found by bisection: what the text of some tokens holds, that of more tokens holds too.

@@ -139,7 +139,7 @@ def test_equal_scores_have_no_deviation_and_a_kl_has_its_standard_error():
     rollout.tokens, rollout.mask, mask, mask, ratios, ref_logprobs=0 * ratios
   )
   outputs = type('Outputs', (), {'entropy': 0 * ratios})
-  describe = lambda scores: experience.describe(
+  describe = lambda scores: experience.rollout_metrics(
     batch, rollout, scores, scores - 1, outputs, 0.5, experience.ScoreRules()
   )
   equal = describe(jnp.full(3, 0.1))

@@ -127,6 +127,6 @@ def test_ended_against_loops(seed):
 
 def test_settings_are_checked_and_hashable():
   settings = sampling_lib.Sampling(max_new_tokens=4, eos_id=3, stop_tokens=(5, 3))
-  assert settings.ends == (3, 5) and hash(settings) == hash(dataclasses.replace(settings))
+  assert settings.end_tokens == (3, 5) and hash(settings) == hash(dataclasses.replace(settings))
   with pytest.raises(errors.UserError, match='min_new_tokens=5 exceeds max_new_tokens=4'):
     dataclasses.replace(settings, min_new_tokens=5)
