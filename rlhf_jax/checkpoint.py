@@ -145,9 +145,9 @@ class Checkpoints:
         it.set_state(restored.iterators[name])
     except Exception as error:  # orbax raises a dozen kinds, none of them documented
       fault = f'{UNREADABLE} ({_brief(error)})'
-    if processes.all_of(not fault):
+    if processes.all_true(not fault):
       fault = _fault(sharding.paths(restored.state), sums, self.path / str(step))
-      if processes.all_of(not fault):
+      if processes.all_true(not fault):
         return restored.state, ''
     return None, fault or f'{UNREADABLE} by another process'
 
@@ -173,12 +173,12 @@ class Checkpoints:
     """Renames unreadable checkpoints, so that their steps can be written again."""
     if not steps:
       return
-    if processes.first():
+    if processes.is_main_process():
       for step in steps:
         name = f'unreadable-{step}'
         taken = len(list(self.path.glob(f'{name}*')))
         (self.path / str(step)).rename(self.path / (f'{name}-{taken}' if taken else name))
-    processes.wait()
+    processes.barrier()
     self._manager.reload()
 
   def close(self):

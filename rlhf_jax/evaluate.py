@@ -104,7 +104,7 @@ def main():
   with command_line.one_line():
     runtime.configure()
     step, metrics = run(options.workdir, options.evals)
-    if processes.first():
+    if processes.is_main_process():
       print(tables.metrics_table(metrics, title=f'{options.workdir} after {step} steps'))
 
 

@@ -141,6 +141,6 @@ class Clock:
       if jax.process_count() == 1
       else max(1, int(min((self._seconds - passed) / 2, LOOK_SECONDS) / pace))
     )
-    wait = processes.agree(0 if passed >= self._seconds else wait)
+    wait = processes.broadcast_scalar(0 if passed >= self._seconds else wait)
     self._look = step + wait
     return wait == 0

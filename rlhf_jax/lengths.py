@@ -43,7 +43,7 @@ def run_bucketed(function, batch, mask, max_buckets):
   """
   length = mask.shape[1]
   # Where no loop may have collectives in it, no branch has any either.
-  buckets = bucket_lengths(length, 1 if processes.unrolled() else max_buckets)
+  buckets = bucket_lengths(length, 1 if processes.must_unroll() else max_buckets)
 
   def branch(bucket):
     truncate = lambda x: x[:, : x.shape[1] - (length - bucket)]

@@ -48,7 +48,7 @@ def main(argv):
     logging.debug('details', exc_info=True)
     runtime.end(str(error) and f'error: {error}', 1)
   except errors.Interrupted as stop:
-    runtime.end(str(stop) if processes.first() else '', stop.status, together=True)
+    runtime.end(str(stop) if processes.is_main_process() else '', stop.status, together=True)
   except KeyboardInterrupt:
     runtime.end('stopped by SIGINT: the same command resumes', 130)
   except BaseException as error:  # a user's code may raise SystemExit
@@ -69,7 +69,7 @@ def run():
     pipeline.run(config, workdir, fork_of=fork_of)
     return
   train.run(config, workdir, fork_of=fork_of)
-  if processes.first():
+  if processes.is_main_process():
     report.of_run(workdir, title=config.algorithm)
 
 

@@ -55,7 +55,7 @@ class Writer:
       DataError: a line of an earlier run cannot be read.
     """
     self.workdir = pathlib.Path(workdir)
-    self._closed = not processes.first()
+    self._closed = not processes.is_main_process()
     if self._closed:
       return
     self.workdir.mkdir(parents=True, exist_ok=True)
@@ -208,7 +208,7 @@ class StepLog:
   def _warn(self, step, values):
     """Logs the warnings that this run has not logged yet."""
     for kind, line in self._warnings(values).items():
-      if kind not in self._warned and processes.first():
+      if kind not in self._warned and processes.is_main_process():
         logging.warning('step %d: %s', step, line)
       self._warned.add(kind)
 

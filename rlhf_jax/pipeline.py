@@ -56,28 +56,28 @@ def run(config, workdir, *, fork_of=None):
   for name, stage in stages.items():  # a mistake in the last is found before the first runs
     check(name, stage)
   with contextlib.ExitStack() as held:
-    processes.on_first(lambda: claim(config, workdir, fork_of, held))
+    processes.run_on_main_process(lambda: claim(config, workdir, fork_of, held))
     workdir, ran = pathlib.Path(workdir).absolute(), []
     for number, (name, stage) in enumerate(stages.items(), 1):
       interrupts.check(workdir)
       folder = workdir / name
       heading = f'[{number}/{len(stages)}] {name}'
-      if processes.agree((folder / DONE).exists()):
+      if processes.broadcast_scalar((folder / DONE).exists()):
         old = f', and was made before {", ".join(ran)} ran' if ran else ''
-        processes.say(
+        processes.print_on_main(
           f'{heading}: {workdir_lib.finished(folder)}, and the folders of the stages after it{old}'
         )
         continue
       started = time.perf_counter()
       ran.append(name)
-      processes.say(heading)
+      processes.print_on_main(heading)
       run_stage(stage, folder)
-      if processes.first():
+      if processes.is_main_process():
         identity.write_json(folder / DONE, {'seconds': round(time.perf_counter() - started, 1)})
       processes.wait_for_file(folder / DONE)
     if not ran:
       report = workdir / 'report.html'
-      processes.say(
+      processes.print_on_main(
         f'{workdir}: all stages are finished{f"; report {report}" if report.exists() else ""}'
       )
 
@@ -260,7 +260,7 @@ def run_stage(stage, folder):
   """Runs one stage whose placeholders are resolved; one that does not train on the first process alone."""
   if 'algorithm' in stage:
     train.run(stage, folder)
-  if 'algorithm' in stage or not processes.first():
+  if 'algorithm' in stage or not processes.is_main_process():
     return
   folder.mkdir(parents=True, exist_ok=True)
   function, arguments = called(stage)

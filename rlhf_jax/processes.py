@@ -1,4 +1,4 @@
-"""Several processes: which of them writes, what they agree on, and host work they share out.
+"""Several processes: which of them writes, what it broadcasts, and host work divided among them.
 
 All processes run the same program on the same host-side data, and only arrays on devices are
 divided among them. What one of them decides by looking at a file, or at a clock, it has to tell
@@ -19,19 +19,19 @@ from rlhf_jax import errors
 VISIBLE_SECONDS = 60  # network file systems remember for a while that a file was not there
 
 
-def first():
-  """Whether this process is the one that writes files and speaks to the terminal."""
+def is_main_process():
+  """Returns whether this process writes files and prints to the terminal: process 0."""
   return jax.process_index() == 0
 
 
-def say(message):
-  """Prints a line on the first process."""
-  if first():
+def print_on_main(message):
+  """Prints a line on the main process."""
+  if is_main_process():
     print(message, flush=True)
 
 
-def unrolled():
-  """Whether loops around collectives are to be unrolled: on CPU devices of several processes.
+def must_unroll():
+  """Whether loops around collectives must be unrolled: on CPU devices of several processes.
 
   XLA's CPU runtime goes on behind such a loop before the loop has ended, with all that does not need
   its results. Other collectives then meet those of the loop in an order that differs from process to
@@ -42,28 +42,28 @@ def unrolled():
 
 
 def scan(function, carry, xs):
-  """`jax.lax.scan` of a loop whose steps have collectives: unrolled where `unrolled` says so."""
-  return jax.lax.scan(function, carry, xs, unroll=unrolled())
+  """`jax.lax.scan` of a loop whose steps have collectives: unrolled if `must_unroll()` is true."""
+  return jax.lax.scan(function, carry, xs, unroll=must_unroll())
 
 
-def after(xs, tree):
+def sequence_after(xs, tree):
   """Integers `xs` with a data dependency on `tree`, for a loop too long to unroll.
 
-  Where `unrolled` is true, a loop that reads the result starts only after `tree` is computed.
+  If `must_unroll()` is true, a loop that reads the result starts only after `tree` is computed.
 
   Args:
     xs: pytree of integers that the loop reads.
     tree: pytree of floats: what has collectives besides the loop.
   """
-  if not unrolled():
+  if not must_unroll():
     return xs
   # 0, which the compiler cannot know.
   zero = jnp.isnan(sum(jnp.sum(leaf) for leaf in jax.tree.leaves(tree)))
   return jax.tree.map(lambda x: x + zero.astype(x.dtype), xs)
 
 
-def host(array):
-  """The whole of an array as NumPy on every process, wherever its shards are."""
+def to_host(array):
+  """Returns a whole array as NumPy on every process, wherever its shards are."""
   if not isinstance(array, jax.Array) or array.is_fully_addressable:
     return np.asarray(array)
   if not array.is_fully_replicated:
@@ -77,69 +77,71 @@ def _same(x):
   return x
 
 
-def gathered(x):
-  """Every process's NumPy array, of one shape and dtype, as [processes, ...] on all of them."""
+def all_gather(x):
+  """Returns the NumPy arrays of all processes, of one shape and dtype, as [processes, ...]."""
   x = np.asarray(x)[None]
   if jax.process_count() == 1:
     return x
   mesh = Mesh(np.array(jax.devices()).reshape(jax.process_count(), -1), ('processes', 'devices'))
   place = NamedSharding(mesh, P('processes'))
-  return host(jax.make_array_from_process_local_data(place, x, (jax.process_count(), *x.shape[1:])))
+  return to_host(
+    jax.make_array_from_process_local_data(place, x, (jax.process_count(), *x.shape[1:]))
+  )
 
 
-def agree(answer):
-  """The first process's answer, a bool or an int, on all of them."""
-  return gathered(np.asarray(answer, bool if isinstance(answer, bool) else np.int32))[0].item()
+def broadcast_scalar(value):
+  """Returns the main process's value, a bool or an int, on all processes."""
+  return all_gather(np.asarray(value, bool if isinstance(value, bool) else np.int32))[0].item()
 
 
-def on_first(function):
-  """Calls a function on the first process; the others wait, and stop where it raises UserError.
+def run_on_main_process(function):
+  """Calls a function on the main process; the others wait, and stop if it raises UserError.
 
   Returns:
-    What the function returned; None on the others.
+    What the function returned on the main process; None on the others.
   """
   result, error = None, None
-  if first():
+  if is_main_process():
     try:
       result = function()
-    except errors.UserError as found:
-      error = found
-  if agree(error is not None):
-    raise error or errors.UserError('')  # the first says why
+    except errors.UserError as caught:
+      error = caught
+  if broadcast_scalar(error is not None):
+    raise error or errors.UserError('')  # the main process prints why
   return result
 
 
-def all_of(answer):
-  """Whether the answer, a bool, is true on every process."""
-  return bool(gathered(np.bool_(answer)).all())
+def all_true(value):
+  """Returns whether a bool is true on every process."""
+  return bool(all_gather(np.bool_(value)).all())
 
 
-def wait():
-  """Returns when every process has come here."""
-  all_of(True)
+def barrier():
+  """Returns when every process has called it."""
+  all_true(True)
 
 
 def wait_for_file(path):
-  """Returns when every process sees a file that the first one has written.
+  """Returns when every process sees a file that the main process has written.
 
   Raises:
     UserError: one of them does not: their working directories are not the same folder.
   """
-  wait()
+  barrier()
   if jax.process_count() == 1:
     return
   path, end = pathlib.Path(path), time.monotonic() + VISIBLE_SECONDS
   while not path.exists() and time.monotonic() < end:
     time.sleep(0.5)
-  if not all_of(path.exists()):
+  if not all_true(path.exists()):
     raise errors.UserError(
       f'{path.parent} is not the same folder on all {jax.process_count()} processes: --workdir has to lie on a '
       'file system that they share, such as NFS or a mounted bucket'
     )
 
 
-def share_out(function, count):
-  """Host work on `count` rows, each process doing a part of them and getting the results of all.
+def map_over_processes(function, count):
+  """Divides host work on `count` rows among the processes; each gets the results of all rows.
 
   Args:
     function: rows, int [m], to NumPy [m, ...]: of the same shape and dtype but for m on all processes.
@@ -153,5 +155,5 @@ def share_out(function, count):
   if processes == 1:
     return function(np.arange(count))
   size = -(-count // processes)
-  mine = np.minimum(np.arange(size) + size * jax.process_index(), count - 1)
-  return np.concatenate(gathered(function(mine)))[:count]
+  own = np.minimum(np.arange(size) + size * jax.process_index(), count - 1)
+  return np.concatenate(all_gather(function(own)))[:count]

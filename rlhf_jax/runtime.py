@@ -33,7 +33,7 @@ def configure():
   join()
   keep_programs()
   check_devices()
-  processes.wait()  # the first collective allows 30 seconds; those after it any time
+  processes.barrier()  # the first collective allows 30 seconds; those after it any time
 
 
 def keep_programs():

@@ -43,30 +43,32 @@ def run(config, workdir, *, fork_of=None):
   build.validate(config, jax.device_count())
   began = time.perf_counter()
   with contextlib.ExitStack() as held:
-    changed = processes.on_first(lambda: workdir_lib.claim(config, workdir, fork_of, held))
+    changed = processes.run_on_main_process(
+      lambda: workdir_lib.claim(config, workdir, fork_of, held)
+    )
     workdir = pathlib.Path(workdir).absolute()
     model_path = workdir / 'model'
-    if processes.agree(model_path.exists()):
-      processes.say(workdir_lib.finished(workdir))
+    if processes.broadcast_scalar(model_path.exists()):
+      processes.print_on_main(workdir_lib.finished(workdir))
       return model_path
-    processes.say(f'{workdir}: loading data and models')
+    processes.print_on_main(f'{workdir}: loading data and models')
     mesh = sharding.make_mesh(dict(config.mesh))
     held.enter_context(jax.set_mesh(mesh))
     learner, state = build.load(config.algorithm).create(config, mesh)
     signals = held.enter_context(interrupts.Signals())
     checkpoints = held.enter_context(checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints))
     source = workdir_lib.origin(workdir, fork_of)
-    forked = bool(source) and not processes.agree(identity.has_checkpoint(workdir))
+    forked = bool(source) and not processes.broadcast_scalar(identity.has_checkpoint(workdir))
     if forked:
       step, state = fork(config, state, learner, source)
     else:
       step, state = checkpoints.restore(state, learner.iterators)
     identity.check_steps(config, learner.steps, step, workdir, forked=forked)
     if step:
-      processes.say(
+      processes.print_on_main(
         f'{source if forked else workdir}: resuming after step {step} of {learner.steps}'
       )
-    if processes.first():  # only now: the files of another config's run stay as they are
+    if processes.is_main_process():  # only now: the files of another config's run stay as they are
       learner.describe(workdir)
       identity.start(
         config,
@@ -88,7 +90,7 @@ def run(config, workdir, *, fork_of=None):
     checkpoints.close()
     signals.check(workdir, learner.steps)
   minutes = (time.perf_counter() - began) / 60
-  processes.say(
+  processes.print_on_main(
     f'{model_path}: {learner.steps} steps, {minutes:.1f} min; {metrics_lib.summary(workdir)}'
   )
   return model_path
@@ -117,7 +119,7 @@ def fork(config, state, learner, source):
   key = jnp.copy(state.key) if 'seed' in differ else None
   new_optimizers = not differ.isdisjoint(identity.OPTIMIZERS)
   if new_optimizers:
-    processes.say(f'{source}: the optimizer starts anew, with its learning-rate schedule')
+    processes.print_on_main(f'{source}: the optimizer starts anew, with its learning-rate schedule')
   with checkpoint.Checkpoints(source) as checkpoints:
     step, state = checkpoints.restore(state, learner.iterators, new_optimizers=new_optimizers)
   return step, state.replace(extra=state.extra | own, key=state.key if key is None else key)
@@ -151,7 +153,7 @@ def loop(config, learner, state, first_step, checkpoints, writer, signals):
     total=steps,
     desc=pathlib.Path(writer.workdir).name,
     dynamic_ncols=True,
-    disable=not processes.first(),
+    disable=not processes.is_main_process(),
     postfix='compiling',
   )
   log = metrics_lib.StepLog(writer, bar, learner.warnings)

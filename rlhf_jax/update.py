@@ -122,7 +122,7 @@ def run(state, rollout, *, forward, objective, optimizers, schedule):
     params, opt_state, norms = optim.apply(params, opt_state, grads, optimizers)
     return (params, opt_state, memory), metrics | norms
 
-  xs = processes.after({'step': jnp.arange(len(orders)), 'order': orders}, memory)
+  xs = processes.sequence_after({'step': jnp.arange(len(orders)), 'order': orders}, memory)
   (params, opt_state, (_, (extra, summary))), metrics = jax.lax.scan(
     minibatch, (state.params, state.opt_state, memory), xs
   )

@@ -43,12 +43,14 @@ def test_the_first_process_decides_and_they_seldom_meet(now, monkeypatch):
   """The first process's answers, replayed to a process with another clock, give the same steps."""
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   answers = []
-  monkeypatch.setattr(processes, 'agree', lambda answer: answers.append(answer) or answer)
+  monkeypatch.setattr(
+    processes, 'broadcast_scalar', lambda answer: answers.append(answer) or answer
+  )
   first = due_steps(interrupts.Clock(10.0, 0), now, lambda step: 1.0, 2000)
   assert first == [600, 1200, 1800]
   assert len(answers) < 100
   told = iter(answers)
-  monkeypatch.setattr(processes, 'agree', lambda answer: next(told))
+  monkeypatch.setattr(processes, 'broadcast_scalar', lambda answer: next(told))
   assert due_steps(interrupts.Clock(10.0, 0), now, lambda step: 7.0, 2000) == first
 
 

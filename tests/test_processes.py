@@ -182,8 +182,8 @@ def out_of_order(hlo):
 def test_an_update_has_no_loop_around_collectives_with_others_behind_it(
   minibatches, microbatch, wide, monkeypatch
 ):
-  """Such a loop would not be waited for, see `processes.unrolled`."""
-  monkeypatch.setattr(processes, 'unrolled', lambda: True)
+  """Such a loop would not be waited for, see `processes.must_unroll`."""
+  monkeypatch.setattr(processes, 'must_unroll', lambda: True)
   config = tiny.get_config(f'stage=ppo,world={wide}')
   config.rl.minibatches, config.microbatch_size = minibatches, microbatch
   mesh = sharding.make_mesh({'fsdp': 2}, devices=jax.devices()[:2])

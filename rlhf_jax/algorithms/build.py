@@ -71,5 +71,5 @@ def validate(config, device_count):
   config_lib.validate(config, device_count)
   evaluators.validate(config.evals)
   module.validate(config, device_count)
-  for line in effects.without(config, defaults) if processes.first() else ():
+  for line in effects.without(config, defaults) if processes.is_main_process() else ():
     logging.warning('%s', line)

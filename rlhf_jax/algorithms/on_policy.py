@@ -183,7 +183,7 @@ def create(config, mesh, settings, train_step, *, reference=True, extra=wiring.f
     rollout, scores, metrics = actor(policy, types.step_keys(state)[0], timed=timed)
     if scorers.skips_nan(config.reward):
       rollout, skipped = skip(rollout, scores)
-      metrics |= {'objective/skipped': int(processes.host(skipped))} if timed else {}
+      metrics |= {'objective/skipped': int(processes.to_host(skipped))} if timed else {}
     ptx = sharding.put_rows(next(iterators['ptx']), mesh) if 'ptx' in iterators else None
     return (frozen, rollout, scores, ptx), metrics
 

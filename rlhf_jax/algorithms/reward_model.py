@@ -229,7 +229,7 @@ def normalized_head(params, *, frozen, batches, judge, mode, mesh):
     (judge(trainable.merge(frozen, params), sharding.put_rows(batch, mesh)), batch.present)
     for batch in batches()
   ]
-  values = np.concatenate([processes.host(scores)[present] for (*_, scores), present in values])
+  values = np.concatenate([processes.to_host(scores)[present] for (*_, scores), present in values])
   return normalize(params['head'], values, mode)
 
 
@@ -380,7 +380,7 @@ def held_out_loss(batches, prompts, frozen, *, judge, rated, mesh):
   def evaluate(state):
     params = trainable.merge(frozen, setup.averaged(state, 'reward'))
     found = [
-      jax.tree.map(processes.host, judge(params, sharding.put_rows(batch, mesh)))
+      jax.tree.map(processes.to_host, judge(params, sharding.put_rows(batch, mesh)))
       for batch in batches
     ]
     count = sum(int(counted.sum()) for _, counted, _ in found)

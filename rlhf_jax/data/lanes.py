@@ -149,7 +149,7 @@ class Gathered(Iterator[types.LMBatch]):
     own = np.array(self._batches.get_state()['places'], np.int64).reshape(-1, 2)
     places[self._held] = np.stack([own[:, 0] >> HALF, own[:, 0] % 2**HALF, own[:, 1]], axis=1)
     # Processes that have the same lane are at the same place.
-    places = np.max(processes.gathered(places), axis=0).astype(np.int64)
+    places = np.max(processes.all_gather(places), axis=0).astype(np.int64)
     first = (places[:, 0] << HALF) + places[:, 1]
     return {'places': np.stack([first, places[:, 2]], axis=1).tolist()}
 

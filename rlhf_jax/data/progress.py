@@ -29,5 +29,5 @@ def bar(
     delay=DELAY_SECONDS,
     leave=False,
     dynamic_ncols=True,
-    disable=not processes.first(),
+    disable=not processes.is_main_process(),
   )

@@ -137,7 +137,7 @@ def prompts(block, context):
   answers = Answers(block, context)
   score = scorer(block, context, answers)
   start, temperature = context.start(), answers.sampling.temperature or 1.0
-  logprobs = lambda params, rollout: processes.host(
+  logprobs = lambda params, rollout: processes.to_host(
     policy_lib.response_logprobs(params, rollout, temperature, model=context.model)
   )
 
@@ -145,7 +145,7 @@ def prompts(block, context):
     return {
       'score': score(rollout, examples),
       'kl': logprobs(params, rollout) - logprobs(start, rollout),
-      'length': processes.host(rollout.response_mask).sum(1),
+      'length': processes.to_host(rollout.response_mask).sum(1),
       'eos_rate': answers.ended(rollout),
     }
 
@@ -238,7 +238,7 @@ def scorer(block, context, answers):
   )
 
   def apply(rollout, examples):
-    scores = processes.host(types.Scores.of(score(rollout, examples)).total)
+    scores = processes.to_host(types.Scores.of(score(rollout, examples)).total)
     return scores.sum(axis=1) if scores.ndim == 2 else scores
 
   return apply
@@ -308,7 +308,7 @@ class Answers:
 
   def ended(self, rollout):
     """Which answers ended by themselves, [B] NumPy bool."""
-    return processes.host(
+    return processes.to_host(
       sampling_lib.ended(rollout, self.sampling) if rollout.ended is None else rollout.ended
     )
 

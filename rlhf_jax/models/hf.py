@@ -109,7 +109,7 @@ def save(path, model, params, *, tokenizer=None, head=None, max_shard_bytes=MAX_
     max_shard_bytes: largest safetensors file; a larger model becomes several with an index.
   """
   tensors = _tensors(model, params, head)
-  if not processes.first():
+  if not processes.is_main_process():
     for _ in tensors:
       pass
   else:
@@ -119,7 +119,7 @@ def save(path, model, params, *, tokenizer=None, head=None, max_shard_bytes=MAX_
       (folder / 'config.json').write_text(json.dumps(config, indent=2, sort_keys=True) + '\n')
       if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-  processes.wait()
+  processes.barrier()
 
 
 def _model(path, **settings):
@@ -327,7 +327,7 @@ def _tensors(model, params, head):
     sources = [source for source, _ in members]
     layers = zip(
       *(
-        hf_arrays.layers(leaf) if source.stacked else [processes.host(leaf)]
+        hf_arrays.layers(leaf) if source.stacked else [processes.to_host(leaf)]
         for source, leaf in members
       )
     )
@@ -335,13 +335,13 @@ def _tensors(model, params, head):
       yield module.PREFIX + name.format(layer=layer), hf_arrays.join(sources, parts)
   if head is not None:
     weight, bias = _head_names(model)
-    yield weight, processes.host(head['kernel'])[None]
-    value = processes.host(head['bias'])
+    yield weight, processes.to_host(head['kernel'])[None]
+    value = processes.to_host(head['bias'])
     if value != 0 or model.config.head != hf_config.SCORE:
       yield bias, value[None]
   elif not model.config.tie_word_embeddings:
     source = Source(module.UNEMBED, transpose=True)
-    yield source.name, hf_arrays.join([source], [processes.host(leaves['unembed/kernel'])])
+    yield source.name, hf_arrays.join([source], [processes.to_host(leaves['unembed/kernel'])])
 
 
 def _config_json(model, params, tokenizer, head):

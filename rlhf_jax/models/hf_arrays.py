@@ -52,7 +52,7 @@ def layers(stack):
   """Yields the layers of a stack as numpy arrays, gathered from their devices a few at a time."""
   depth, step = stack.shape[0], _layers_at_once(stack.shape, stack.dtype)
   for first in range(0, depth, step):
-    yield from processes.host(
+    yield from processes.to_host(
       stack if step >= depth else _cut(stack, first, min(step, depth - first))
     )
 

@@ -74,8 +74,8 @@ def save(path, model, adapters):
     scale = model.lora.find(adapted[0][0])[1]
     parts = [
       (
-        processes.host(leaves[f'{path}/lora/a']).astype(np.float32),
-        processes.host(leaves[f'{path}/lora/b']).astype(np.float32)
+        processes.to_host(leaves[f'{path}/lora/a']).astype(np.float32),
+        processes.to_host(leaves[f'{path}/lora/b']).astype(np.float32)
         * (model.lora.find(path)[1] / scale),
         source,
       )
@@ -91,7 +91,7 @@ def save(path, model, adapters):
       here = (a, b) if number is None else (a[index], b[index])
       for letter, array in zip('AB', here):
         tensors[f'{module}.lora_{letter}.weight'] = np.ascontiguousarray(array.T)
-  if not processes.first():
+  if not processes.is_main_process():
     return
   config = _config(found, model.lora.rslora, fan_in_fan_out=not in_rows)
   with hf_files.replacing(path) as folder:

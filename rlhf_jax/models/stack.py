@@ -151,7 +151,7 @@ def scan(build_block, params, apply, carry, *, first=0, remat='none', unroll=1):
     # The loop keeps the recomputation apart from the first pass; without one XLA merges the two.
     unroll = min(unroll, max(depth // 2, 1))
   return jax.lax.scan(
-    block, carry, (first + jnp.arange(depth), params), unroll=processes.unrolled() or unroll
+    block, carry, (first + jnp.arange(depth), params), unroll=processes.must_unroll() or unroll
   )[0]
 
 

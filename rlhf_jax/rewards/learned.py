@@ -97,7 +97,7 @@ def of_texts(model, params, tokenizer, *, max_length, mesh):
 
   def apply(prompts, responses, ended):
     rows = padded_texts(model, tokenizer, prompts, responses, ended, max_length=max_length)
-    return processes.host(_score(params, *sharding.put_rows(rows, mesh), model=model))
+    return processes.to_host(_score(params, *sharding.put_rows(rows, mesh), model=model))
 
   return apply
 

@@ -229,7 +229,7 @@ def function_scorer(function, tokenizer, mesh, *, limit=functions.Limit()):
         limit=limit,
       )
 
-    return sharding.put_rows(processes.share_out(call, len(examples)), mesh)
+    return sharding.put_rows(processes.map_over_processes(call, len(examples)), mesh)
 
   return score
 

@@ -85,9 +85,9 @@ class Actor:
       return rollout, scores.total, {}
     jax.block_until_ready(scores)
     scored = time.perf_counter()
-    tokens = int(np.sum(processes.host(rollout.response_mask)))
+    tokens = int(np.sum(processes.to_host(rollout.response_mask)))
     parts = {
-      f'reward/{name}': nan_mean(processes.host(part)) for name, part in scores.parts.items()
+      f'reward/{name}': nan_mean(processes.to_host(part)) for name, part in scores.parts.items()
     }
     return (
       rollout,
@@ -111,14 +111,14 @@ class Actor:
     """
     examples, rollout, scores = self._last_batch
     added = {
-      name.removeprefix('samples/'): processes.host(values)
+      name.removeprefix('samples/'): processes.to_host(values)
       for name, values in metrics.items()
       if name.startswith('samples/')
     }
     responses, _ = texts_of(rollout, tokenizer)
-    parts = {name: processes.host(part) for name, part in scores.parts.items()}
+    parts = {name: processes.to_host(part) for name, part in scores.parts.items()}
     samples = []
-    for i, (example, total) in enumerate(zip(examples, processes.host(scores.total))):
+    for i, (example, total) in enumerate(zip(examples, processes.to_host(scores.total))):
       sample = {
         'prompt': example.prompt,
         'response': responses[i],
@@ -158,9 +158,9 @@ def stop_at(strings, tokenizer, sampling, mesh):
     return None
 
   def truncate(rollout):
-    ended = processes.host(sampling_lib.ended(rollout, sampling))
+    ended = processes.to_host(sampling_lib.ended(rollout, sampling))
     rollout, found = stops.truncate_at_strings(
-      jax.tree.map(processes.host, rollout), tokenizer, strings, after=sampling.min_new_tokens
+      jax.tree.map(processes.to_host, rollout), tokenizer, strings, after=sampling.min_new_tokens
     )
     return sharding.put_rows(rollout.replace(ended=ended | found), mesh)
 
@@ -177,7 +177,7 @@ def texts_of(rollout, tokenizer):
   Returns:
     List of texts without special tokens, and list of token id lists with them.
   """
-  mask = processes.host(rollout.response_mask)
-  tokens = processes.host(rollout.tokens)[:, -mask.shape[1] :]
+  mask = processes.to_host(rollout.response_mask)
+  tokens = processes.to_host(rollout.tokens)[:, -mask.shape[1] :]
   ids = [row[keep].tolist() for row, keep in zip(tokens, mask)]
   return tokenizers.decode_continuation(tokenizer, ids), ids

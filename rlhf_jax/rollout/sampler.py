@@ -87,7 +87,7 @@ def check_mesh(model, max_concurrent):
       f'{model.config.kv_heads} of keys and values must divide over the {tensor} parts of '
       'config.mesh.tensor; choose another mesh, or set config.sampling.max_concurrent to None'
     )
-  if max_concurrent and tensor > 1 and processes.unrolled():
+  if max_concurrent and tensor > 1 and processes.must_unroll():
     raise errors.UserError(
       f'{name} with {tensor} parts of config.mesh.tensor: between CPU devices of several processes '
       'loops of unknown length cannot have collectives in them; set config.sampling.max_concurrent '

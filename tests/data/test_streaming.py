@@ -338,7 +338,7 @@ with jax.set_mesh(mesh):
       batch = batch[0] if kind == 'prompt' else batch
       # As the train step sees it: all rows from wherever they lie.
       leaves = jax.tree.leaves(sharding.put_rows(batch, mesh))
-      batches.append([processes.host(array) for array in leaves])
+      batches.append([processes.to_host(array) for array in leaves])
     test_streaming.stored.Lines.record = record
     place = iterator.get_state()
     if jax.process_index() == 0:
@@ -347,7 +347,7 @@ with jax.set_mesh(mesh):
       name = f'{folder}/{kind}-{number}.npz'
       np.savez(name, *[np.stack(leaves) for leaves in zip(*batches)])
     print(kind, int(held.sum()), len(set(read)), flush=True)
-    processes.wait()
+    processes.barrier()
 """
 
 

@@ -176,7 +176,7 @@ def test_meshes_that_cannot_do_it_are_refused_when_the_sampler_is_made(
 
 
 def test_parts_over_tensor_are_refused_where_loops_can_have_no_collectives(monkeypatch):
-  monkeypatch.setattr(processes, 'unrolled', lambda: True)
+  monkeypatch.setattr(processes, 'must_unroll', lambda: True)
   with jax.set_mesh(sharding.make_mesh({'data': 4, 'tensor': 2}, devices=devices.first(8))):
     sampler.make(family('llama')[0], sampling(9))
     with pytest.raises(
