@@ -22,11 +22,11 @@ SHAPES has the published curves of sentiment (Huang et al. 2023, "The N Implemen
 RLHF with PPO").
 
 Expected of the small run, seed 0, start and mean of the last 10 of 150 updates:
-objective/paid_scores -0.55 to 0.70, objective/kl 0 to 6.0, objective/kl_coef 0.15 to 0.12 (0.087 at
-update 15), objective/entropy 84 to 69, value/loss 3.7 to 1.5; policy/approxkl at most 0.014,
-policy/clipfrac 0.14, both in the first update. Accuracy of the reward model 0.74; gold score from
-0.53 to 0.70, win rate 0.70 (512 samples). The published size has run for 2 steps only. 12 minutes
-on 2 CPU cores shared with others.
+objective/postprocessed_scores -0.55 to 0.70, objective/kl 0 to 6.0, objective/kl_coef 0.15 to 0.12
+(0.087 at update 15), objective/entropy_per_response 84 to 69, value/loss 3.7 to 1.5;
+policy/approxkl at most 0.014, policy/clipfrac 0.14, both in the first update. Accuracy of the
+reward model 0.74; gold score from 0.53 to 0.70, win rate 0.70 (512 samples).
+The published size has run for 2 steps only. 12 minutes on 2 CPU cores shared with others.
 """
 
 import ml_collections
@@ -39,8 +39,9 @@ from rlhf_jax.algorithms import sft as sft_lib
 
 SHAPES = (
   'Published curves of sentiment (GPT-2 124M, 10 seeds, about 1,950 updates): '
-  'objective/paid_scores -0.5 to 1.8, objective/kl 0 to 6, objective/kl_coef 0.15 to 0.25, '
-  'objective/entropy 53 to 44, value/loss 4 to 0.7, policy/approxkl at most 4.5e-4, '
+  'objective/postprocessed_scores -0.5 to 1.8, objective/kl 0 to 6, '
+  'objective/kl_coef 0.15 to 0.25, '
+  'objective/entropy_per_response 53 to 44, value/loss 4 to 0.7, policy/approxkl at most 4.5e-4, '
   'policy/clipfrac at most 0.0016.'
 )
 BOOKS = {

@@ -30,12 +30,12 @@ def prepare(outputs, fixed, *, state, rollout, scores, settings):
   """Scores [B] to advantages [B, R]: score - kl_coef KL, minus its mean over the batch."""
   mask, extra = rollout.response_mask, state.extra
   found, _ = experience.make_experience(outputs, fixed, rollout, mask, behaviour=settings.behaviour)
-  paid, moments = settings.rules.apply(scores, rollout, extra['reward_moments'])
+  postprocessed, moments = settings.rules.apply(scores, rollout, extra['reward_moments'])
   metrics = experience.rollout_metrics(
-    found, rollout, scores, paid, outputs, extra['kl_coef'], settings.rules
+    found, rollout, scores, postprocessed, outputs, extra['kl_coef'], settings.rules
   )
   kl = jnp.sum(found.logprobs - found.ref_logprobs, axis=1)
-  returns = paid - extra['kl_coef'] * kl
+  returns = postprocessed - extra['kl_coef'] * kl
   found = found.replace(advantages=jnp.where(mask, (returns - jnp.mean(returns))[:, None], 0.0))
   return found, extra | {'reward_moments': moments}, metrics
 

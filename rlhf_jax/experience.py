@@ -14,7 +14,7 @@ from rlhf_jax.rollout import sampling
 
 @dataclasses.dataclass(frozen=True)
 class ScoreRules:
-  """What is done to scores before they are paid.
+  """What is done to scores before the policy is trained on them.
 
   Attributes:
     end_tokens: token ids that end a response; () for none.
@@ -45,7 +45,7 @@ class ScoreRules:
     )
 
   def apply(self, scores, rollout, moments):
-    """Scores as they are paid.
+    """Returns the scores that the policy is trained on.
 
     Args:
       scores: [B] float32, or [B, R] for rewards per token.
@@ -133,38 +133,39 @@ def make_experience(outputs, fixed, rollout, step_mask, *, behaviour):
   ), gap
 
 
-def rollout_metrics(experience, rollout, scores, paid, outputs, kl_coef, rules):
+def rollout_metrics(experience, rollout, scores, postprocessed, outputs, kl_coef, rules):
   """Metrics of a scored rollout: sums per response averaged over responses, masks applied.
 
-  `objective/scores` is what the reward gave, `objective/paid_scores` what the policy is trained on.
-  TRL reports the second as objective/scores where an EOS is missing. `objective/entropy` is the
-  distribution's, where TRL has -log p of the sampled tokens; `objective/rlhf_reward` takes off the
-  k1 estimate whatever is paid for. See docs/presets.md.
+  `objective/scores` is what the reward gave, `objective/postprocessed_scores` what the policy is
+  trained on. TRL reports the second as objective/scores if an EOS is missing.
+  `objective/entropy_per_response` is the entropy of the distribution, where TRL has -log p of the
+  sampled tokens. `objective/rlhf_reward` subtracts the k1 estimate of the KL, whatever the policy
+  is penalized with. See docs/presets.md.
 
   Args:
     experience: Experience; with 'returns' where there is a critic.
     rollout: Rollout.
     scores: [B] or [B, R] float32, before the rules.
-    paid: [B] or [B, R] float32, after them.
+    postprocessed: [B] or [B, R] float32, after them.
     outputs: forward.Outputs before the update.
     kl_coef: float32 scalar.
     rules: ScoreRules.
 
   Returns:
-    {name: scalar}, and of each response {'samples/paid_score': [B]} for samples.jsonl.
+    {name: scalar}, and of each response {'samples/postprocessed_score': [B]} for samples.jsonl.
   """
   mask, steps = rollout.response_mask, experience.step_mask
   known = not_skipped(scores, mask)
   batch = jnp.maximum(jnp.sum(known), 1)
-  scores, paid = totals(scores, mask), totals(paid, mask)
+  scores, postprocessed = totals(scores, mask), totals(postprocessed, mask)
   # The mean of equal numbers is rounded, and their deviation from it need not be 0.
   equal = jnp.max(jnp.where(known, scores, -jnp.inf)) == jnp.min(jnp.where(known, scores, jnp.inf))
   metrics = {
-    'objective/entropy': adv.masked_sum(outputs.entropy, mask) / batch,
+    'objective/entropy_per_response': adv.masked_sum(outputs.entropy, mask) / batch,
     'objective/scores': adv.masked_mean(scores, known),
     'objective/scores_std': jnp.where(equal, 0.0, jnp.sqrt(adv.masked_var(scores, known))),
-    'objective/paid_scores': adv.masked_mean(paid, known),
-    'samples/paid_score': paid,
+    'objective/postprocessed_scores': adv.masked_mean(postprocessed, known),
+    'samples/postprocessed_score': postprocessed,
     'response/length': jnp.sum(mask) / batch,
     'response/eos_rate': adv.masked_mean(rules.ended(rollout), known),
   }
@@ -177,7 +178,7 @@ def rollout_metrics(experience, rollout, scores, paid, outputs, kl_coef, rules):
       'objective/kl_se': spread / jnp.sqrt(jnp.maximum(batch - 1, 1)),
       'objective/kl_per_token': adv.masked_mean(log_ratio, mask),
       'objective/kl_coef': kl_coef,
-      'objective/rlhf_reward': adv.masked_mean(paid, known) - kl_coef * kl,
+      'objective/rlhf_reward': adv.masked_mean(postprocessed, known) - kl_coef * kl,
     }
   if experience.returns is not None:
     variance = adv.masked_var(experience.returns, steps)

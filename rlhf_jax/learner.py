@@ -21,7 +21,8 @@ class Learner:
     describe: (workdir) writes what a reader of the checkpoints needs, before the first step.
     evaluators: {name in config.evals: (state) -> metrics}; see evaluation/evaluators.py.
     samples: (metrics of the last step) -> the texts of its batch as dicts with prompt, response, score
-      and paid_score (after rules on it), for samples.jsonl; empty where the algorithm samples none.
+      and postprocessed_score (after the rules of config.rl), for samples.jsonl; empty if the
+      algorithm samples none.
     warnings: (metrics of a step, as numbers) -> {kind: line}; each kind is logged once a run.
     set_by: {name in TrainState.extra: dotted keys of the config that set its first value}; a fork in
       which one of them differs starts with its own.

@@ -28,7 +28,7 @@ SHOWN = {
   'accuracy': 'acc',
   'held_out/accuracy': 'held-out acc',
   'objective/scores': 'score',
-  'objective/paid_scores': 'paid_score',
+  'objective/postprocessed_scores': 'postprocessed_score',
   'objective/kl': 'kl',
   'response/length': 'len',
 }

@@ -70,8 +70,9 @@ def value(params, text, index):
   return float(h @ params['critic/kernel'] + params['critic/bias'])
 
 
-def paid_scores(episodes, scale, s):
-  """Postprocesses scores: clips, scales by all clipped ones so far, then the missing-EOS rule."""
+def postprocess_scores(episodes, scale, s):
+  """Scores that the policy is trained on: clipped, scaled by the standard deviation
+  of all clipped ones so far, then the missing-EOS rule."""
   scores = [e['score'] for e in episodes]
   if s['clip_scores']:
     scores = [np.clip(x, -s['clip_scores'], s['clip_scores']) for x in scores]
@@ -83,13 +84,13 @@ def paid_scores(episodes, scale, s):
   )
   if not np.ndim(episodes[0]['score']):
     return [rule(float(x), e) for x, e in zip(scores, episodes)]
-  paid = []
+  postprocessed = []
   for x, e in zip(scores, episodes):  # the last token makes the sum of them what the rule says
     total = float(rule(sum(x), e))
     replaced = s['missing'] == 'replace' and not e['ended']
     others = [0.0] * (len(x) - 1) if replaced else list(x[:-1])
-    paid.append(np.array(others + [total - sum(others)]))
-  return paid
+    postprocessed.append(np.array(others + [total - sum(others)]))
+  return postprocessed
 
 
 def experience(params, reference, episodes, coef, scale, s):
@@ -102,7 +103,7 @@ def experience(params, reference, episodes, coef, scale, s):
     n if dense else max(n, references.score_slot(n, s['slots'], s['position']) + 1)
     for n in x['lengths']
   ]
-  paid, x['gaps'] = paid_scores(episodes, scale, s), []
+  postprocessed, x['gaps'] = postprocess_scores(episodes, scale, s), []
   for i, e in enumerate(episodes):
     text, first = e['prompt'] + e['response'], len(e['prompt'])
     for t in range(x['lengths'][i]):
@@ -119,12 +120,12 @@ def experience(params, reference, episodes, coef, scale, s):
       else:
         x['kl'][i, t] = references.kl_estimate(x['logp'][i, t], x['ref'][i, t], s['estimator'])
       if dense:
-        x['dense'][i, t] = paid[i][t]
+        x['dense'][i, t] = postprocessed[i][t]
     for t in range(x['ends'][i]):
       x['values'][i, t] = value(params, text, first + t - 1)
-  x['scores'] = [sum(p) for p in paid] if dense else paid
+  x['scores'] = [sum(p) for p in postprocessed] if dense else postprocessed
   x['rewards'] = references.token_rewards(
-    x['dense'] if dense else paid,
+    x['dense'] if dense else postprocessed,
     x['kl'],
     coef if s['kl_in'] == 'reward' else 0.0,
     x['lengths'],
@@ -202,7 +203,7 @@ def minibatch_gradient(params, episodes, x, rows, coef, s):
       'policy/approxkl',
       'policy/clipfrac',
       'policy/ratio',
-      'policy/entropy',
+      'policy/entropy_per_token',
       'value/loss',
       'value/clipfrac',
       'value/mean',
@@ -235,7 +236,7 @@ def minibatch_gradient(params, episodes, x, rows, coef, s):
       stats['policy/approxkl'] += 0.5 * (new - old) ** 2 / count
       stats['policy/clipfrac'] += clipped / count
       stats['policy/ratio'] += ratio / count
-      stats['policy/entropy'] += entropy / count
+      stats['policy/entropy_per_token'] += entropy / count
     for t in range(x['ends'][i]):
       loss, clipped, by_value = references.value_loss(
         value(params, text, first + t - 1),
@@ -326,11 +327,11 @@ def iteration(params, reference, episodes, coef, *, settings, adam, rates, order
   stats |= {
     'objective/kl': kl,
     'objective/kl_coef': coef,
-    'objective/paid_scores': score,
+    'objective/postprocessed_scores': score,
     'objective/rlhf_reward': score - coef * kl,
     'policy/sampler_gap': references.mean(x['gaps']),
     **value_statistics(x),
-    'objective/entropy': float(x['entropy'].sum()) / len(episodes),
+    'objective/entropy_per_response': float(x['entropy'].sum()) / len(episodes),
     'response/length': references.mean(x['lengths']),
     'response/eos_rate': references.mean([float(e['ended']) for e in episodes]),
   }

@@ -197,7 +197,7 @@ def test_experience_agrees(start):
   close(np.where(steps, experience.returns, 0), np.where(steps, golden('returns'), 0))
   close(experience.advantages, golden('advantages'))
   theirs = json.loads(str(golden('metrics')))
-  close(metrics['objective/paid_scores'], theirs['objective/scores'])
+  close(metrics['objective/postprocessed_scores'], theirs['objective/scores'])
   if static['settings'].kl_estimator == 'k1':  # ours reports k1 whatever is paid for
     close(metrics['objective/kl'], theirs['objective/kl'])
     close(metrics['objective/rlhf_reward'], theirs['objective/rlhf_reward'])

@@ -105,21 +105,21 @@ def prepare(outputs, fixed, *, state, rollout, scores, settings):
     outputs, fixed, rollout, mask, behaviour=settings.behaviour
   )
   extra, scores = state.extra, experience_lib.totals(scores, mask)
-  paid, moments = settings.rules.apply(scores, rollout, extra['reward_moments'])
+  postprocessed, moments = settings.rules.apply(scores, rollout, extra['reward_moments'])
   kept = experience_lib.not_skipped(scores, mask)
-  equal = adv.equal_groups(paid, n, kept)
+  equal = adv.equal_groups(postprocessed, n, kept)
   if settings.overlong:
     length = settings.max_new_tokens
-    paid += adv.overlong_penalty(
+    postprocessed += adv.overlong_penalty(
       jnp.sum(mask, axis=1), max_length=length, cache=settings.overlong * length
     )
   metrics = experience_lib.rollout_metrics(
-    experience, rollout, scores, paid, outputs, extra['kl_coef'], settings.rules
+    experience, rollout, scores, postprocessed, outputs, extra['kl_coef'], settings.rules
   )
   if settings.kl_in == 'reward' and settings.kl_coef:
     kl = adv.kl_estimate(experience.logprobs, experience.ref_logprobs, settings.kl_estimator)
-    paid -= settings.kl_coef * jnp.sum(kl, axis=1)
-  advantages = adv.group_advantages(paid, n, scale=settings.scale, kept=kept)
+    postprocessed -= settings.kl_coef * jnp.sum(kl, axis=1)
+  advantages = adv.group_advantages(postprocessed, n, scale=settings.scale, kept=kept)
   keep = mask & ~equal[:, None] if settings.drop_equal_groups else mask
   advantages = jnp.where(keep, advantages[:, None], 0.0)
   experience = experience.replace(response_mask=keep, step_mask=keep, advantages=advantages)
@@ -155,7 +155,7 @@ def loss(outputs, experience, counts, *, settings):
     'policy/ratio': by_token(ratio),
     'policy/approxkl': 0.5 * by_token(jnp.square(logprobs - experience.logprobs)),
     'policy/clipfrac': by_token(clipped),
-    'policy/entropy': by_token(outputs.entropy),
+    'policy/entropy_per_token': by_token(outputs.entropy),
   }
 
 

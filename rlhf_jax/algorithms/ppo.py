@@ -218,9 +218,9 @@ def prepare(outputs, fixed, *, state, rollout, scores, step_mask, settings):
     if settings.kl_estimator == 'full'
     else adv.kl_estimate(experience.logprobs, experience.ref_logprobs, settings.kl_estimator)
   )
-  paid, moments = settings.rules.apply(scores, rollout, state.extra['reward_moments'])
+  postprocessed, moments = settings.rules.apply(scores, rollout, state.extra['reward_moments'])
   rewards = adv.token_rewards(
-    paid,
+    postprocessed,
     kl,
     kl_coef if settings.kl_in == 'reward' else 0.0,
     rollout.response_mask,
@@ -233,7 +233,7 @@ def prepare(outputs, fixed, *, state, rollout, scores, step_mask, settings):
     advantages = whiten(advantages, rollout.response_mask)
   experience = experience.replace(advantages=advantages, returns=returns)
   metrics = experience_lib.rollout_metrics(
-    experience, rollout, scores, paid, outputs, kl_coef, settings.rules
+    experience, rollout, scores, postprocessed, outputs, kl_coef, settings.rules
   )
   next_coef = adv.next_kl_coef(
     kl_coef,
@@ -283,7 +283,7 @@ def loss(outputs, experience, counts, *, kl_coef, settings):
     'policy/approxkl': 0.5 * mean(jnp.square(logprobs - experience.logprobs)),
     'policy/clipfrac': mean(policy_clipped),
     'policy/ratio': mean(ratio),
-    'policy/entropy': mean(outputs.entropy),
+    'policy/entropy_per_token': mean(outputs.entropy),
     'value/loss': value_loss,
     'value/clipfrac': step_mean(value_clipped),
     'value/mean': step_mean(outputs.values),

@@ -54,7 +54,7 @@ OBJECTIVE = (
     'responses in samples.jsonl and at the reward.',
   ),
   Metric(
-    'objective/paid_scores',
+    'objective/postprocessed_scores',
     'The mean score after the rules of `config.rl`: `clip_scores`, `scale_scores`, `missing_eos`, '
     'and for GRPO `overlong`. The policy is trained on these scores.',
     r'\frac{1}{N} \sum_i \tilde r_i',
@@ -112,7 +112,7 @@ OBJECTIVE = (
     'scores gain.',
   ),
   Metric(
-    'objective/entropy',
+    'objective/entropy_per_response',
     'The entropy of the policy at the sampling temperature, summed over the tokens of a response.',
     r'-\frac{1}{N} \sum_i \sum_t \sum_{v} \pi(v \mid x_i, y_{i,<t}) \log \pi(v \mid x_i, y_{i,<t})',
     'nats per response',
@@ -206,7 +206,7 @@ POLICY = (
     '`rl.epochs`. At 0 over many steps the updates may be too small.',
   ),
   Metric(
-    'policy/entropy',
+    'policy/entropy_per_token',
     'The entropy of the policy at the sampling temperature, a mean over tokens and minibatches.',
     r'-\mathbb{E}_t \sum_{v} \pi(v \mid x, y_{<t}) \log \pi(v \mid x, y_{<t})',
     'nats per token',

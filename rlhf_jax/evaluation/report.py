@@ -21,13 +21,13 @@ _MOST_PANELS = 9
 _FIRST = (
   ('gold',),
   ('objective/scores', 'score'),
-  ('objective/paid_scores',),
+  ('objective/postprocessed_scores',),
   ('reward',),
   ('loss',),
   ('accuracy',),
   ('objective/kl', 'kl'),
   ('objective/kl_coef',),
-  ('objective/entropy', 'entropy'),
+  ('objective/entropy_per_response', 'entropy'),
   ('length',),
   ('clip',),
 )

@@ -114,8 +114,8 @@ def test_a_penalty_in_the_reward_is_the_kl_of_the_response():
   n, lengths = 2, GOLDEN['mask'].sum(1)
   settings = grpo.Settings(**BASE, kl_coef=2.0, kl_in='reward', kl_estimator='k1', scale='none')
   scores = np.asarray(GOLDEN['scores'])
-  paid = (scores - lengths).reshape(-1, n)
-  expected = (paid - paid.mean(1, keepdims=True)).reshape(-1, 1) * GOLDEN['mask']
+  postprocessed = (scores - lengths).reshape(-1, n)
+  expected = (postprocessed - postprocessed.mean(1, keepdims=True)).reshape(-1, 1) * GOLDEN['mask']
   np.testing.assert_allclose(prepared(settings)[1], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -123,8 +123,8 @@ def test_overlong_responses_lose_up_to_one():
   """With half of 6 tokens as the cache: 0 up to 3 tokens, then a third less for each more."""
   settings = grpo.Settings(**BASE | {'max_new_tokens': 6}, overlong=0.5, kl_coef=0.0, scale='none')
   lengths = GOLDEN['mask'].sum(1)
-  paid = -np.clip((lengths - 3) / 3, 0, 1).reshape(-1, 2)
-  expected = (paid - paid.mean(1, keepdims=True)).reshape(-1, 1) * GOLDEN['mask']
+  postprocessed = -np.clip((lengths - 3) / 3, 0, 1).reshape(-1, 2)
+  expected = (postprocessed - postprocessed.mean(1, keepdims=True)).reshape(-1, 1) * GOLDEN['mask']
   found = prepared(settings, np.zeros(len(lengths), np.float32))[1]
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 

@@ -143,10 +143,10 @@ def test_equal_scores_have_no_deviation_and_a_kl_has_its_standard_error():
     batch, rollout, scores, scores - 1, outputs, 0.5, experience.ScoreRules()
   )
   equal = describe(jnp.full(3, 0.1))
-  assert equal['objective/scores_std'] == 0 and equal['objective/paid_scores'] == pytest.approx(
-    -0.9
-  )
-  assert equal['samples/paid_score'].tolist() == pytest.approx([-0.9] * 3)
+  assert equal['objective/scores_std'] == 0 and equal[
+    'objective/postprocessed_scores'
+  ] == pytest.approx(-0.9)
+  assert equal['samples/postprocessed_score'].tolist() == pytest.approx([-0.9] * 3)
   found = describe(jnp.array([1.0, 2.0, 6.0]))
   assert found['objective/scores_std'] == pytest.approx((14 / 3) ** 0.5)  # (4 + 1 + 9) / 3
   assert found['objective/scores'] == 3 and found['objective/rlhf_reward'] == pytest.approx(2 - 0.3)
@@ -190,13 +190,13 @@ def test_each_kind_once_and_the_bar_and_the_lines_have_one_name(tmp_path, caplog
     values = {
       'tokens': jnp.float32(20 + 10 * step),
       'objective/scores': jnp.float32(1),
-      'objective/paid_scores': jnp.float32(2),
-      'samples/paid_score': jnp.ones(5),
+      'objective/postprocessed_scores': jnp.float32(2),
+      'samples/postprocessed_score': jnp.ones(5),
     }
     log.add(step, values, {'seconds/update': 0.5}, written=True)
   log.flush()
   writer.close()
   assert [record.getMessage() for record in caplog.records] == ['step 0: first', 'step 2: second']
-  assert bar.postfix == 'score=1, paid_score=2'
+  assert bar.postfix == 'score=1, postprocessed_score=2'
   record = metrics_lib.read(tmp_path)[1]
-  assert record['tokens_per_second/update'] == 60 and 'samples/paid_score' not in record
+  assert record['tokens_per_second/update'] == 60 and 'samples/postprocessed_score' not in record

@@ -102,7 +102,7 @@ def test_the_state_carries_the_kl_coefficient_and_the_moments_of_the_scores(worl
       np.testing.assert_allclose(metrics['objective/kl_coef'], coef, rtol=1e-5)
       # Scores are divided by the deviation of all scores so far, these included.
       np.testing.assert_allclose(
-        metrics['objective/paid_scores'], scores.mean() / np.std(seen, ddof=1), rtol=1e-4
+        metrics['objective/postprocessed_scores'], scores.mean() / np.std(seen, ddof=1), rtol=1e-4
       )
       np.testing.assert_allclose(
         state.extra['reward_moments'],

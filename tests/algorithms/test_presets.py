@@ -518,13 +518,15 @@ def test_trlx_clips_then_updates_the_moments_then_divides():
     ([12, -20, 3, -4], [1.155343, -1.155343, 0.346603, -0.462137]),
     ([40, 0.5, -1, 2], [1.487249, 0.074362, -0.148725, 0.297450]),
   ]:
-    paid, moments = rules.apply(jnp.array(scores, jnp.float32), make_rollout([1] * 4, 2), moments)
-    close(paid, expected)
+    postprocessed, moments = rules.apply(
+      jnp.array(scores, jnp.float32), make_rollout([1] * 4, 2), moments
+    )
+    close(postprocessed, expected)
   # Rewards per token are clipped one by one, and their sums are what the moments are of: the first
   # batch's, of responses of two tokens.
   dense = jnp.array([[12, 0], [-20, 0], [1, 2], [0, -4]], jnp.float32)
-  paid, moments = rules.apply(dense, make_rollout([2] * 4, 2), jnp.zeros(3))
-  close(jnp.sum(paid, axis=1), [1.155343, -1.155343, 0.346603, -0.462137])
+  postprocessed, moments = rules.apply(dense, make_rollout([2] * 4, 2), jnp.zeros(3))
+  close(jnp.sum(postprocessed, axis=1), [1.155343, -1.155343, 0.346603, -0.462137])
 
 
 @pytest.mark.parametrize('preset', ppo.PRESETS)

@@ -146,7 +146,7 @@ class Reference:
         'policy/clipfrac',
         'value/loss',
         'value/clipfrac',
-        'policy/entropy',
+        'policy/entropy_per_token',
       ),
       0.0,
     )
@@ -180,7 +180,7 @@ class Reference:
           ('policy/clipfrac', clipped),
           ('value/loss', value_loss),
           ('value/clipfrac', value_clipped),
-          ('policy/entropy', entropies[t].item()),
+          ('policy/entropy_per_token', entropies[t].item()),
         ):
           stats[name] += number / count
     gradients = self.torch.autograd.grad(total, list(parameters.values()), allow_unused=True)

@@ -112,7 +112,7 @@ def test_frontier_joins_samples_and_metrics(tmp_path):
   writer.samples(
     9,
     [
-      {'prompt': prompt, 'response': 'a' * count, 'score': 1.5, 'paid_score': -1.0}
+      {'prompt': prompt, 'response': 'a' * count, 'score': 1.5, 'postprocessed_score': -1.0}
       for prompt, count in (('p', 1), ('p', 3), ('q', 4), ('q', 4))
     ],
   )

@@ -157,7 +157,7 @@ def test_the_first_panels_are_those_people_look_for(tmp_path):
 def test_the_curves_of_ppo_that_papers_show(tmp_path):
   names = [
     'scores',
-    'paid_scores',
+    'postprocessed_scores',
     'kl',
     'kl_coef',
     'entropy',
@@ -167,7 +167,14 @@ def test_the_curves_of_ppo_that_papers_show(tmp_path):
     'kl_se',
   ]
   names = [f'objective/{name}' for name in names]
-  names += ['policy/entropy', 'policy/loss', 'policy/approxkl', 'value/loss', 'returns/var', 'aaa']
+  names += [
+    'policy/entropy_per_token',
+    'policy/loss',
+    'policy/approxkl',
+    'value/loss',
+    'returns/var',
+    'aaa',
+  ]
   records = [dict.fromkeys(names, 1.0) | {'step': i} for i in range(3)]
   text = report.write(tmp_path / 'r.html', title='t', metrics={'ppo': records}).read_text()
   labels = re.findall(r'aria-label="([^"]*)"', text)

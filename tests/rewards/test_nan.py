@@ -55,11 +55,11 @@ def test_groups_are_those_of_the_others():
     made, skipped = experience.skip_nan(rollout(), jnp.asarray(given), rules=rules)
     assert skipped == 4
     np.testing.assert_array_equal(made.response_mask.any(axis=1), kept)
+    np.testing.assert_array_equal(experience.not_skipped(jnp.asarray(given), made.response_mask), kept)
+    postprocessed, _ = rules.apply(jnp.asarray(given), made, jnp.zeros(3))
     np.testing.assert_array_equal(
-      experience.not_skipped(jnp.asarray(given), made.response_mask), kept
+      experience.totals(postprocessed, made.response_mask), [-9, 0, -9, 0, 0, 0]
     )
-    paid, _ = rules.apply(jnp.asarray(given), made, jnp.zeros(3))
-    np.testing.assert_array_equal(experience.totals(paid, made.response_mask), [-9, 0, -9, 0, 0, 0])
   std = np.std([1, 4], ddof=1) + 1e-4
   for scale, unit in (('none', 1.0), ('group', std), ('batch', std)):
     np.testing.assert_allclose(
@@ -121,7 +121,7 @@ def test_ppo_learns_as_if_the_response_were_not_there(dense, world):
     found.params,
     expected.params,
   )
-  for name in same.keys() - {'samples/paid_score'}:
+  for name in same.keys() - {'samples/postprocessed_score'}:
     np.testing.assert_allclose(metrics[name], same[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 

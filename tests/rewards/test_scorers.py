@@ -300,7 +300,7 @@ def test_ppo_logs_what_its_reward_is_made_of(world, tmp_path):
       record['objective/scores'], abs=1e-5
     )
     # Hardly any response of six tokens ends by itself.
-    assert record['objective/paid_scores'] < record['objective/scores'] - 1
+    assert record['objective/postprocessed_scores'] < record['objective/scores'] - 1
   samples = metrics_lib.read_samples(tmp_path)
   assert len(samples) == config.batch_size
   for sample in samples:
@@ -312,10 +312,14 @@ def test_ppo_logs_what_its_reward_is_made_of(world, tmp_path):
   assert np.mean([sample['score'] for sample in samples]) == pytest.approx(
     records[-1]['objective/scores'], abs=1e-5
   )
-  paid = [sample['paid_score'] for sample in samples]
-  assert np.mean(paid) == pytest.approx(records[-1]['objective/paid_scores'], abs=1e-5)
-  assert all(sample['paid_score'] in (-5.0, pytest.approx(sample['score'])) for sample in samples)
-  assert -5.0 in paid
+  postprocessed = [sample['postprocessed_score'] for sample in samples]
+  assert np.mean(postprocessed) == pytest.approx(
+    records[-1]['objective/postprocessed_scores'], abs=1e-5
+  )
+  assert all(
+    sample['postprocessed_score'] in (-5.0, pytest.approx(sample['score'])) for sample in samples
+  )
+  assert -5.0 in postprocessed
 
 
 def numbers(prompts, responses, *, response_tokens, metadata):
