@@ -11,7 +11,10 @@ setuptools.setup(
   license='Apache-2.0',
   license_files=['LICENSE'],
   python_requires='>=3.11,<3.14',
-  packages=setuptools.find_packages(include=['rlhf_jax*', 'planner*']),
+  # The configs travel inside the package; config_files.find knows them by name.
+  packages=[*setuptools.find_packages(include=['rlhf_jax*', 'planner*']), 'rlhf_jax.configs'],
+  package_dir={'rlhf_jax.configs': 'configs'},
+  entry_points={'console_scripts': ['rlhf = rlhf_jax.cli:main']},
   package_data={'rlhf_jax': ['py.typed'], 'planner': ['py.typed']},
   install_requires=[
     'absl-py>=2.5.1,<3',

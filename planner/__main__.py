@@ -1,15 +1,15 @@
-"""python -m planner --config=FILE --topology=v5e:16x16 [--search] [--config.key=value]
+"""rlhf plan --config=ppo_llama3_8b --topology=v5e:16x16 [--search] [--config.KEY=VALUE ...]
 
 Compiles rollout, scoring and train step of a PPO config for TPUs that nobody has to own, and prints
 what they need and how long they take. --search tries other meshes, microbatches and recomputations.
+
+python -m planner does the same.
 """
 
-import functools
 import pathlib
 import shlex
 import sys
 
-from absl import app
 from absl import flags
 from absl import logging
 import jax
@@ -83,5 +83,10 @@ def main(argv):
     sys.exit(f'error: {error}')
 
 
+def start():
+  """Reads the command line and runs it."""
+  command_line.start(main, required=('config',))
+
+
 if __name__ == '__main__':
-  app.run(main, flags_parser=functools.partial(command_line.parse, required=('config',)))
+  start()

@@ -1,14 +1,18 @@
-"""The command line of a program: its flags, --config with its overrides --config.KEY=VALUE, --help and --print.
+"""The command line of a program: flags, --config, overrides --config.KEY=VALUE, --help, --print.
 
-What a user can mend is said in one line, of the flags in `parse`, of what follows in `one_line`.
+Errors that a user can fix are printed in one line: those of the flags by `parse`, later ones by
+`one_line`.
 """
 
+import argparse
 import contextlib
 import functools
 import os
+import pathlib
 import re
 import sys
 
+from absl import app
 from absl import flags
 from absl import logging
 from ml_collections import config_flags
@@ -29,34 +33,80 @@ PLAIN = (
 
 
 class _Parser(flags.ArgumentParser):
-  """Reads `FILE[:arg]` as config_files does."""
+  """Reads `CONFIG[:arg]` as config_files does; remembers it in `text`."""
 
-  def parse(self, path):
-    path, colon, arg = path.partition(':')
-    errors.need(path, f'--config is empty: {flags.FLAGS["config"].help}')
-    logged = os.path.join(path, 'config.json')
-    errors.need(not os.path.isfile(logged), f'--config={path} is a folder: name {logged}')
-    return config_files.read(path, arg if colon else None)
+  text = ''
+
+  def parse(self, text):
+    self.text = text
+    name, colon, arg = text.partition(':')
+    errors.need(name, f'--config is empty: {flags.FLAGS["config"].help}')
+    return config_files.read(config_files.find(name), arg if colon else None)
+
+
+class Arguments(argparse.ArgumentParser):
+  """The parser of a program without a config; prints an error in one line.
+
+  Attributes:
+    command: of the program, such as 'rlhf report'.
+    usage: the docstring of its module, which --help prints above the options.
+  """
+
+  def __init__(self, command, usage):
+    super().__init__(
+      prog=command,
+      usage=argparse.SUPPRESS,
+      description=usage,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+      allow_abbrev=False,
+    )
+
+  def error(self, message):
+    sys.exit(f'error: {message}. `{self.prog} --help` lists the options.')
 
 
 def define_config():
   """Defines --config and --print; returns the flag of the first."""
   flags.DEFINE_bool('print', False, 'Print the config with all overrides as JSON, and end.')
   holder = config_flags.DEFINE_config_file(
-    'config', None, 'Python file with get_config, :arg for variants; or config.json of a run.'
+    'config',
+    None,
+    'Name of a config of the package, such as quickstart; Python file with get_config; or '
+    'config.json of a run. :ARG behind it selects a variant.',
   )
   flags.FLAGS['config'].parser = _Parser()
   return holder
 
 
-def parse(argv, required=()):
-  """Parses the command line, `--config.KEY=None` too; a mistake in it is said in one line.
+def default_workdir():
+  """The folder runs/CONFIG-ARG of the config on the command line; '' for a config.json."""
+  name, colon, arg = flags.FLAGS['config'].parser.text.partition(':')
+  if name.endswith('.json'):
+    return ''
+  return os.path.join(
+    'runs', re.sub(r'[^\w.]+', '-', f'{pathlib.Path(name).stem}{colon}{arg}').strip('-')
+  )
+
+
+def start(main, required=()):
+  """Runs a program.
+
+  Args:
+    main: function of its command line, without flags; --help prints the docstring of its module.
+    required: flags that must be given, except with --help and --print.
+  """
+  app.run(main, flags_parser=functools.partial(parse, required=required, module=main.__module__))
+
+
+def parse(argv, required=(), module='__main__'):
+  """Parses the command line, `--config.KEY=None` too; prints a mistake in it in one line.
 
   With --help or --print it prints what was asked for, and ends the process.
 
   Args:
     argv: with the program's name first.
-    required: flags that must be given, but for --help and --print.
+    required: flags that must be given, except with --help and --print.
+    module: name of the program's module, which has its usage and its flags.
 
   Returns:
     The arguments that are no flags.
@@ -68,7 +118,7 @@ def parse(argv, required=()):
       flags.FLAGS[name].value if name in flags.FLAGS else None for name in ('config', 'print')
     )
     if wanted:
-      print(_help(config))
+      print(_help(config, module))
       sys.exit(0)
     for name in ('config',) if to_print else required:
       if flags.FLAGS[name].value is None:
@@ -80,20 +130,17 @@ def parse(argv, required=()):
   except (errors.UserError, flags.Error) as error:
     sys.exit(f'error: {errors.printable(_plain(" ".join(str(error).split())))}')
   except OSError as error:
-    path = next((arg.partition('=')[2] for arg in argv if re.match('--?config=', arg)), '')
-    sys.exit(
-      f'error: --config={path} cannot be read: name a file that exists, such as '
-      f'configs/quickstart.py, from {os.getcwd()} ({str(error).splitlines()[-1].strip()})'
-    )
+    path = flags.FLAGS['config'].parser.text
+    sys.exit(f'error: --config={path} cannot be read ({str(error).splitlines()[-1].strip()})')
   except (AttributeError, KeyError) as error:
     sys.exit(_no_such_key(argv, error))
 
 
 @contextlib.contextmanager
 def one_line():
-  """Ends the process with one line where its body raises what a user can mend, or Ctrl-C comes.
+  """Ends the process with one line at Ctrl-C, or if its body raises an error that a user can fix.
 
-  For programs that read; a run says how to resume it.
+  For programs that only read; a run prints how to resume it.
   """
   try:
     yield
@@ -110,7 +157,7 @@ def one_line():
 
 
 def _plain(text):
-  """What absl says of a flag, in plain words."""
+  """absl's message about a flag, in plain words."""
   for pattern, plain in PLAIN:
     text = re.sub(rf'^flag (--.*?): {pattern}$', rf'flag \1: {plain}', text)
   return text.removeprefix('flag ')
@@ -145,13 +192,12 @@ def _no_such_key(argv, error):
   return f'error: {flag}: the config has no key {key!r}. {hint}'
 
 
-def _help(config):
+def _help(config, module):
   """What --help prints: the flags, and the keys of the config if there is one."""
-  usage = (sys.modules['__main__'].__doc__ or '').strip()
+  usage = (sys.modules[module].__doc__ or '').strip()
+  program = sys.argv[0] if module == '__main__' else module
   own = [
-    flag
-    for module in (__name__, sys.argv[0])
-    for flag in flags.FLAGS.get_key_flags_for_module(module)
+    flag for name in (__name__, program) for flag in flags.FLAGS.get_key_flags_for_module(name)
   ]
   own = [flag for flag in own if '.' not in flag.name]
   width = max(len(flag.name) for flag in own) + 2
@@ -160,6 +206,13 @@ def _help(config):
     return '\n'.join([usage, '', *lines])
   if config is None:
     return '\n'.join(
-      [usage, '', *lines, '', 'With --config=FILE, --help prints the keys of that config.']
+      [
+        usage,
+        '',
+        *lines,
+        '',
+        f'Configs: {", ".join(config_files.names())}.',
+        'With --config=CONFIG, --help prints the keys of that config.',
+      ]
     )
   return '\n'.join([usage, '', *lines, '', 'Keys of the config:', config_help.keys(config)])

@@ -1,9 +1,14 @@
 """Configs from files: what get_config() of a Python file returns, or the config.json of a run.
 
+A Python file may import other files of its folder. The configs that come with the package are found
+by name, such as 'quickstart': a wheel has them in rlhf_jax/configs, a checkout in configs.
+
 A mistake in a file is a UserError of one line that names the file and the line.
 """
 
 import ast
+import contextlib
+import difflib
 import importlib.machinery
 import importlib.util
 import inspect
@@ -20,6 +25,42 @@ from ml_collections.config_dict import placeholder
 from rlhf_jax import config_keys
 from rlhf_jax import errors
 from rlhf_jax.algorithms import build
+
+PACKAGE = pathlib.Path(__file__).resolve().parent
+
+
+def find(name):
+  """The path of a config.
+
+  Args:
+    name: path of a file, or the name of a config of the package.
+
+  Raises:
+    UserError: there is neither; suggests the nearest name.
+  """
+  if os.path.isfile(name):
+    return name
+  logged = os.path.join(name, 'config.json')
+  errors.need(not os.path.isfile(logged), f'--config={name} is a folder: name {logged}')
+  if name in names():
+    return str(folder() / f'{name}.py')
+  like = difflib.get_close_matches(pathlib.Path(name).stem, names(), 1, 0.6)
+  hint = f'Did you mean {like[0]!r}? ' if like else ''
+  raise errors.UserError(
+    f'--config={name}: there is no such file in {os.getcwd()}, and no config of that name. {hint}'
+    f'The configs are {", ".join(names())}.'
+  )
+
+
+def names():
+  """The names of the configs that come with the package, sorted."""
+  return sorted(path.stem for path in folder().glob('[a-z]*.py'))
+
+
+def folder():
+  """The folder of the configs that come with the package."""
+  installed = PACKAGE / 'configs'
+  return installed if installed.is_dir() else PACKAGE.parent / 'configs'
 
 
 def read(path, arg=None):
@@ -148,12 +189,13 @@ def _from_python(path, arg):
   module = importlib.util.module_from_spec(importlib.util.spec_from_loader('config_file', loader))
   sys.modules['config_file'] = module  # dataclasses look for the module of a class
   try:
-    loader.exec_module(module)
-    function = getattr(module, 'get_config', None)
-    errors.need(
-      callable(function), f'{path}:1: defines no get_config(arg=None), which returns the config'
-    )
-    config = function(*([] if arg is None else [arg]))
+    with importable(os.path.dirname(os.path.abspath(path))):
+      loader.exec_module(module)
+      function = getattr(module, 'get_config', None)
+      errors.need(
+        callable(function), f'{path}:1: defines no get_config(arg=None), which returns the config'
+      )
+      config = function(*([] if arg is None else [arg]))
   except errors.UserError:
     raise
   except OSError as error:
@@ -182,6 +224,16 @@ def _from_python(path, arg):
         f'{block}.update(...)'
       )
   return config
+
+
+@contextlib.contextmanager
+def importable(folder):
+  """Lets files of a folder be imported, as Python does for the folder of a script."""
+  sys.path.insert(0, folder)
+  try:
+    yield
+  finally:
+    sys.path.remove(folder)
 
 
 def _lacking(block, defaults, key):

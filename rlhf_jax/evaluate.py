@@ -1,11 +1,23 @@
-"""python -m rlhf_jax.evaluate --workdir=RUN [--evals=NAMES or JSON]
+"""rlhf evaluate --policies NAME=FOLDER,NAME=FOLDER --prompts FILE --judge JUDGE [--workdir OUT]
+rlhf evaluate --workdir RUN [--evals NAMES or JSON]
 
-Runs the evaluators of a run's config.json on its newest checkpoint and prints their metrics: after
-the end of the run, the numbers of its last evaluation. --evals=held_out,prompts picks some of
-them; --evals='{"text": {"path": "prompts.jsonl"}}' takes the place of `config.evals`.
+The first form compares policies without training. Each answers the same prompts, and a judge scores
+the responses or compares them in pairs. It prints a table with Elo ratings and win rates over the
+first policy, and some responses side by side. results.json and report.html go to OUT. FOLDER is a
+Hugging Face folder or the folder of a run. JUDGE is one of
+
+  MODULE:FUNCTION      f(prompt, response) -> number, a reward function of a batch, or a function
+                       f(prompts, responses_a, responses_b) -> numbers from -1 (b is better) to 1
+  exact_match:COLUMN   1 if the response equals that column of the prompts, else 0
+  FOLDER               a reward model, whose higher score wins
+
+The second form runs the evaluators of a run's config.json on its newest checkpoint. After the end
+of the run these are the numbers of its last evaluation. --evals=held_out,prompts selects some of them;
+--evals='{"text": {"path": "prompts.jsonl"}}' replaces `config.evals`.
+
+python -m rlhf_jax.evaluate does the same.
 """
 
-import argparse
 import json
 import pathlib
 
@@ -21,6 +33,8 @@ from rlhf_jax import runtime
 from rlhf_jax import sharding
 from rlhf_jax import train
 from rlhf_jax.algorithms import build
+from rlhf_jax.evaluation import comparison
+from rlhf_jax.evaluation import policies
 from rlhf_jax.evaluation import tables
 
 
@@ -90,23 +104,93 @@ def read_config(workdir):
   return config
 
 
-def main():
-  """Prints the table."""
-  parser = argparse.ArgumentParser(prog='python -m rlhf_jax.evaluate')
-  parser.add_argument('--workdir', required=True, help='folder of the run')
-  parser.add_argument(
-    '--evals',
-    default='',
-    help='names in config.evals with commas between '
-    'them, or a JSON object in its place; all of the run by default',
+def named_folders(text):
+  """{name: folder} of 'NAME=FOLDER,NAME=FOLDER'.
+
+  Raises:
+    UserError: it has another form, or a name occurs twice.
+  """
+  pairs = [pair.partition('=')[::2] for pair in text.split(',')]
+  named = dict(pairs)
+  errors.need(
+    all(name and folder for name, folder in pairs) and len(named) == len(pairs),
+    f'--policies={text!r} must be NAME=FOLDER,NAME=FOLDER with different names',
   )
-  options = parser.parse_args()
+  return named
+
+
+def compare(options):
+  """Compares policies; see the top of the file.
+
+  Args:
+    options: of `parser`.
+
+  Raises:
+    UserError: an option is wrong or missing.
+  """
+  named = named_folders(options.policies)
+  for name in ('prompts', 'judge'):
+    errors.need(getattr(options, name), f'--{name} is missing: --policies needs --prompts, --judge')
+  workdir = pathlib.Path(options.workdir or f'runs/compare-{"-".join(named)}')
+  errors.need(
+    not (workdir / 'config.json').exists(),
+    f'--workdir={workdir} holds a run, whose report would be lost: name another folder',
+  )
+  settings = comparison.Settings(
+    baseline=options.baseline,
+    samples=options.samples,
+    best_of=options.best_of,
+    seed=options.seed,
+    max_new_tokens=options.max_new_tokens,
+    temperature=options.temperature,
+  )
+  policies.compare_folders(
+    workdir,
+    named,
+    prompts=options.prompts,
+    judge=options.judge,
+    reward_model=options.reward_model,
+    settings=settings,
+  )
+
+
+def parser():
+  """The parser of the command line."""
+  found = command_line.Arguments('rlhf evaluate', __doc__)
+  add = found.add_argument
+  add('--policies', default='', help='names and folders of the policies to compare')
+  add('--prompts', default='', help='data set of prompts, with the columns that the judge reads')
+  add('--judge', default='', help='who decides which response is better; see above')
+  add('--workdir', default='', help='folder of the results, or of the run to evaluate')
+  add('--baseline', default='', help='policy that win rates and KLs are against; first by default')
+  add('--reward_model', default='', help='folder of a reward model, for a column of proxy scores')
+  add('--samples', type=int, default=0, help='responses of each policy; one a prompt by default')
+  add('--best_of', type=int, default=0, help='adds best-of-n of the baseline by --reward_model')
+  add(
+    '--max_new_tokens', type=int, help='of a response; by default 128, or what the context leaves'
+  )
+  add('--temperature', type=float, default=1.0, help='of sampling; 0 takes the likeliest token')
+  add('--seed', type=int, default=0, help='of the samples')
+  add('--evals', default='', help='evaluators of the run, or a JSON object; by default all')
+  return found
+
+
+def start():
+  """Reads the command line and prints the table."""
+  options = parser().parse_args()
   with command_line.one_line():
+    errors.need(
+      options.policies or options.workdir,
+      'set --policies, to compare policies, or --workdir, to run the evaluators of a run',
+    )
     runtime.configure()
+    if options.policies:
+      compare(options)
+      return
     step, metrics = run(options.workdir, options.evals)
     if processes.is_main_process():
       print(tables.metrics_table(metrics, title=f'{options.workdir} after {step} steps'))
 
 
 if __name__ == '__main__':
-  main()
+  start()

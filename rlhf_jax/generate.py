@@ -1,14 +1,17 @@
-"""python -m rlhf_jax.generate --model DIR --prompt "..."
-python -m rlhf_jax.generate --model DIR --data FILE
+"""rlhf generate --model=FOLDER --prompt="..." [--prompt=@FILE ...]
+rlhf generate --model=FOLDER --data=FILE
 
-Text from a Hugging Face folder, from a finished run, or from the newest checkpoint of a run
-that has not finished.
+Samples text from a Hugging Face folder, from a finished run, or from the newest checkpoint of a run
+that has not finished. In a prompt \\n is a line break, \\t a tab and \\\\ a backslash; @FILE stands
+for the text of a file, as it is but for a line break at its end.
+
+python -m rlhf_jax.generate does the same.
 """
 
-import functools
+import pathlib
+import re
 import sys
 
-from absl import app
 from absl import flags
 import jax
 
@@ -18,7 +21,9 @@ from rlhf_jax import policy as policy_lib
 from rlhf_jax import runtime
 
 _MODEL = flags.DEFINE_string('model', None, "Hugging Face folder, or a run's working directory.")
-_PROMPT = flags.DEFINE_multi_string('prompt', [''], 'What to continue; may be given repeatedly.')
+_PROMPT = flags.DEFINE_multi_string(
+  'prompt', [''], 'What to continue, or @FILE; may be given repeatedly.'
+)
 _DATA = flags.DEFINE_string(
   'data', None, 'Or a data set, whose prompts are read as in training, by the chat template.'
 )
@@ -28,21 +33,23 @@ _TOP_P = flags.DEFINE_float('top_p', 1.0, 'Sample within this probability mass.'
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
   'max_new_tokens', None, 'Length limit; by default 128, or what the context leaves.', 1
 )
-_IGNORE_EOS = flags.DEFINE_bool('ignore_eos', False, 'Go on past the end of the text.')
+_IGNORE_EOS = flags.DEFINE_bool('ignore_eos', False, 'Continue past the end of the text.')
 _NUM_SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Samples of each prompt.', 1)
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the samples.')
+ESCAPED = {'n': '\n', 't': '\t', '\\': '\\'}
 
 
 def main(argv):
-  """Prints prompt and response, samples parted by a line."""
+  """Prints each prompt with its response, with a line of dashes between samples."""
   if len(argv) > 1:
     sys.exit(f'error: unexpected arguments {argv[1:]}: every option begins with --')
   if _DATA.value and _PROMPT.present:
     sys.exit('error: --prompt and --data: give one of them')
   with command_line.one_line():
+    texts = [prompt_of(text) for text in _PROMPT.value]
     runtime.configure()
     policy = policy_lib.TextPolicy.load(_MODEL.value)
-    prompts = policy.read_prompts(_DATA.value) if _DATA.value else _PROMPT.value
+    prompts = policy.read_prompts(_DATA.value) if _DATA.value else texts
     samples = policy.sample(
       prompts,
       jax.random.key(_SEED.value),
@@ -57,5 +64,27 @@ def main(argv):
     print(errors.printable(text) if sys.stdout.isatty() else text)
 
 
+def prompt_of(text):
+  """The prompt that a value of --prompt stands for; see the top of the file.
+
+  Raises:
+    UserError: it names a file that cannot be read.
+  """
+  if not text.startswith('@'):
+    return re.sub(r'\\([nt\\])', lambda found: ESCAPED[found.group(1)], text)
+  try:
+    return pathlib.Path(text[1:]).read_text(encoding='utf-8').removesuffix('\n')
+  except (OSError, ValueError) as error:
+    raise errors.UserError(
+      f'--prompt={text}: {text[1:]} cannot be read ({error}). A prompt that begins with @ must be '
+      'in a file.'
+    ) from error
+
+
+def start():
+  """Reads the command line and prints the samples."""
+  command_line.start(main, required=('model',))
+
+
 if __name__ == '__main__':
-  app.run(main, flags_parser=functools.partial(command_line.parse, required=('model',)))
+  start()

@@ -1,16 +1,17 @@
-"""python -m rlhf_jax.main --config=configs/X.py[:arg] --workdir=DIR [--config.key=value]
+"""rlhf run --config=CONFIG[:ARG] [--workdir=DIR] [--config.KEY=VALUE ...]
 
-Runs one stage, or a pipeline of stages where the config has `stages`. The same command with
-the same --workdir resumes. SIGTERM or Ctrl-C saves first; a second Ctrl-C does not. --help behind
---config=FILE prints the keys of the config, --print the config itself with all overrides.
+Trains what a config describes: one algorithm, or a pipeline of stages. CONFIG is the name of a
+config of the package, such as quickstart, or a file. The same command resumes. SIGTERM and Ctrl-C
+save before they stop the run; a second Ctrl-C stops it at once. With --config=CONFIG, --help prints
+the keys of the config, and --print the config itself with all overrides.
+
+python -m rlhf_jax.main does the same.
 """
 
-import functools
 import signal
 import sys
 import traceback
 
-from absl import app
 from absl import flags
 from absl import logging
 
@@ -24,7 +25,11 @@ from rlhf_jax import train
 from rlhf_jax.evaluation import report
 
 _CONFIG = command_line.define_config()
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for everything the run writes.')
+_WORKDIR = flags.DEFINE_string(
+  'workdir',
+  None,
+  'Folder for everything the run writes; by default runs/ and the name of the config.',
+)
 _FORK = flags.DEFINE_string(
   'fork',
   None,
@@ -34,7 +39,7 @@ _FORK = flags.DEFINE_string(
 
 
 def main(argv):
-  """Runs the config; whatever ends it early is said in one line, with a status other than 0.
+  """Runs the config; if it ends early, prints why in one line and exits with a status other than 0.
 
   The status is 1 for errors, and 128 + the signal's number for a run that was asked to stop: 143
   for SIGTERM, 130 for Ctrl-C.
@@ -62,9 +67,7 @@ def run():
   runtime.configure()
   config = _CONFIG.value
   config.lock()
-  workdir, fork_of = _WORKDIR.value, None
-  if _FORK.value:
-    workdir, fork_of = _FORK.value, _WORKDIR.value
+  workdir, fork_of = folders()
   if 'stages' in config:
     pipeline.run(config, workdir, fork_of=fork_of)
     return
@@ -73,5 +76,24 @@ def run():
     report.of_run(workdir, title=config.algorithm)
 
 
+def folders():
+  """The folder of the run, and that of the run it is a fork of or None."""
+  workdir = _WORKDIR.value
+  if workdir is None:
+    workdir = command_line.default_workdir()
+    errors.need(
+      workdir and not _FORK.value,
+      '--workdir is missing: name '
+      + ('the folder of the run that --fork starts from' if _FORK.value else 'a new folder'),
+    )
+    processes.say(f'--workdir={workdir}')
+  return (_FORK.value, workdir) if _FORK.value else (workdir, None)
+
+
+def start():
+  """Reads the command line and runs it."""
+  command_line.start(main, required=('config',))
+
+
 if __name__ == '__main__':
-  app.run(main, flags_parser=functools.partial(command_line.parse, required=('config', 'workdir')))
+  start()

@@ -49,7 +49,7 @@ COMMANDS = {
   ),
   'unknown file': (
     ['--config=configs/nothing.py', '--config.seed=1'],
-    ['--config=configs/nothing.py cannot be read', 'name a file that exists'],
+    ['--config=configs/nothing.py: there is no such file in ', 'The configs are grpo, '],
   ),
   'unknown argument': (
     ['--config=configs/quickstart.py:debgu'],
@@ -84,8 +84,12 @@ COMMANDS = {
     ['--config=configs/sft.py', '--config.batch_size.x=3'],
     ['error: --config.batch_size.x=3: config.batch_size is a value, without keys below it'],
   ),
-  'no file': (['--config='], ['error: --config is empty: Python file with get_config']),
-  'a folder': (['--config=configs'], ['--config=configs cannot be read: name a file']),
+  'no file': (['--config='], ['error: --config is empty: Name of a config']),
+  'a folder': (['--config=configs'], ['--config=configs: there is no such file in ']),
+  'misspelt name': (
+    ['--config=quikstart:debug'],
+    ['--config=quikstart: there is no such file in ', "Did you mean 'quickstart'? The configs are"],
+  ),
 }
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import sys
 
 import ml_collections
 import pytest
@@ -23,6 +24,26 @@ PIPELINE = (
   'import ml_collections\n\n\ndef get_config(arg=None):\n'
   "  return ml_collections.ConfigDict({'seed': 0, "
 )
+
+
+def test_a_file_may_import_files_of_its_folder(tmp_path, monkeypatch):
+  (tmp_path / 'shared_settings.py').write_text('steps = 77\n')
+  path = tmp_path / 'mine.py'
+  path.write_text(
+    'import shared_settings\n'
+    + BEGIN
+    + '  from shared_settings import steps\n  config.steps = steps\n  return config\n'
+  )
+  monkeypatch.chdir(ROOT)
+  before = list(sys.path)
+  assert config_files.read(str(path)).steps == 77 and sys.path == before
+
+
+@pytest.mark.parametrize('name', ['quickstart', 'configs/quickstart.py'])
+def test_a_config_is_found_by_name_and_by_path(name, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  assert pathlib.Path(config_files.find(name)).resolve() == ROOT / 'configs' / 'quickstart.py'
+  assert 'quickstart' in config_files.names()
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,15 @@
 """setup.py declares what the code imports, and constraints.txt pins what setup.py declares."""
 
 import ast
+import json
+import os
 import pathlib
 import re
+import shutil
+import subprocess
 import sys
 from unittest import mock
+import zipfile
 
 import pytest
 
@@ -90,7 +95,59 @@ def test_every_package_folder_is_found(declared):
     for package in ('rlhf_jax', 'planner')
     for path in (ROOT / package).rglob('*.py')
   }
-  assert folders == set(declared['packages'])
+  assert folders | {'rlhf_jax.configs'} == set(declared['packages'])
+  assert [path for path in (ROOT / 'configs').iterdir() if path.is_dir()] in (
+    [],
+    [ROOT / 'configs' / '__pycache__'],
+  ), 'setup.py must name folders below configs/'
+
+
+@pytest.fixture(scope='module')
+def installed(tmp_path_factory):
+  """A folder with the contents of the wheel, built from a copy of the files it is made from."""
+  folder = tmp_path_factory.mktemp('wheel')
+  source = folder / 'source'
+  source.mkdir()
+  for name in ('setup.py', 'pyproject.toml', 'LICENSE'):
+    shutil.copy(ROOT / name, source)
+  for name in ('rlhf_jax', 'planner', 'configs'):
+    shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns('__pycache__'))
+  build = f'from setuptools import build_meta; build_meta.build_wheel({str(folder)!r})'
+  subprocess.run([sys.executable, '-c', build], cwd=source, capture_output=True, check=True)
+  [wheel] = folder.glob('*.whl')
+  with zipfile.ZipFile(wheel) as file:
+    file.extractall(folder / 'site')
+  return folder / 'site'
+
+
+def test_the_wheel_has_the_modules_the_configs_and_the_command(installed):
+  packed = {path.relative_to(installed) for path in installed.rglob('*.py')}
+  expected = {
+    path.relative_to(ROOT)
+    for package in ('rlhf_jax', 'planner')
+    for path in (ROOT / package).rglob('*.py')
+  } | {pathlib.Path('rlhf_jax', 'configs', path.name) for path in (ROOT / 'configs').glob('*.py')}
+  assert packed == expected
+  [points] = installed.glob('*.dist-info/entry_points.txt')
+  assert 'rlhf = rlhf_jax.cli:main' in points.read_text()
+
+
+def test_a_config_is_found_by_name_in_an_empty_folder(installed, tmp_path):
+  """With the unpacked wheel alone, as `rlhf run --config=quickstart:debug` would do."""
+  code = (
+    'import sys; from rlhf_jax import cli; sys.argv[0] = "rlhf"; cli.main(); print(cli.__file__)'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code, 'run', '--config=quickstart:debug', '--print'],
+    cwd=tmp_path,
+    env=os.environ | {'PYTHONPATH': str(installed), 'PYTHONSAFEPATH': '1', 'XLA_FLAGS': ''},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  printed = json.loads(done.stdout)
+  assert printed['ppo']['batch_size'] == 16 and printed['stages'][-1] == 'evaluate'
 
 
 def test_packages_are_typed(declared):

@@ -90,6 +90,35 @@ class Comparison:
   rows: Sequence[Mapping]
   ratings: Mapping[str, elo.Rating]
 
+  def samples(self):
+    """One dict a prompt: the prompt, and every policy's response with its scores."""
+    scores = lambda answer, i: {
+      key: float(values[i])
+      for key, values in (('gold', answer.gold), ('proxy', answer.proxy))
+      if values is not None
+    }
+    prompts = self.answers[self.baseline].samples.prompts
+    return [
+      {
+        'prompt': prompt,
+        'responses': {
+          name: {'response': answer.samples.responses[i]} | scores(answer, i)
+          for name, answer in self.answers.items()
+        },
+      }
+      for i, prompt in enumerate(prompts)
+    ]
+
+  def text(self, count):
+    """The responses of all policies to the first `count` prompts, one below the other."""
+    lines = []
+    for sample in self.samples()[:count]:
+      lines.append(f'prompt: {sample["prompt"]}')
+      for name, entry in sample['responses'].items():
+        scores = ', '.join(f'{key} {entry[key]:.2f}' for key in ('gold', 'proxy') if key in entry)
+        lines.append(f'  {name}{f" ({scores})" if scores else ""}: {entry["response"].strip()}')
+    return errors.printable('\n'.join(lines))
+
   def results(self):
     """The figures as JSON has them, without the samples."""
     return {

@@ -11,14 +11,19 @@ import pathlib
 import numpy as np
 
 from rlhf_jax import errors
+from rlhf_jax import identity
 from rlhf_jax import intervals
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax import policy as policy_lib
+from rlhf_jax.data import sources
 from rlhf_jax.evaluation import comparison
 from rlhf_jax.evaluation import judges
 from rlhf_jax.evaluation import report
 from rlhf_jax.evaluation import reward_models
 from rlhf_jax.evaluation import tables
+
+REPORT = 'report.json'  # what report.html is made from, except metrics and config
+SAMPLES = 24  # that the report shows
 
 
 def run(
@@ -44,7 +49,7 @@ def run(
   truncate_at=None,
   truncate_after=0,
 ):
-  """Evaluates policies, prints the table and writes results.json and workdir/report.html.
+  """Evaluates policies, prints the table, writes results.json, and the report into `workdir`.
 
   Args:
     folder: where results.json goes.
@@ -96,21 +101,92 @@ def run(
   if comparisons:
     quality = reward_models.calibrate(scorer, comparisons, append_eos=truncate_at is None)
   results = compared.results() | {'reward_model': quality}
-  (folder / 'results.json').write_text(json.dumps(results, indent=2))
+  identity.write_json(folder / 'results.json', results)
+  parts = {
+    'title': title,
+    'summary': summary,
+    'stages': compared.rows,
+    'frontier': frontier(policies[trained], judge),
+    'calibration': quality,
+    'elo': results['elo'],
+    'samples': comparison.side_by_side(
+      compared.answers[baseline], compared.answers[trained], SAMPLES
+    ),
+    'curves': curves,
+  }
+  identity.write_json(pathlib.Path(workdir) / REPORT, parts)
+  print(f'report: {write_report(workdir)}')
+
+
+def write_report(workdir):
+  """Writes report.html from report.json, the metrics of the stages and config.json in a folder.
+
+  Args:
+    workdir: of a pipeline, or of a comparison of policies, which has no config.json.
+
+  Returns:
+    The path of the report.
+  """
   workdir = pathlib.Path(workdir)
-  report.write(
+  parts = json.loads((workdir / REPORT).read_text(encoding='utf-8'))
+  config = workdir / 'config.json'
+  return report.write(
     workdir / 'report.html',
-    title=title,
-    summary=summary,
-    stages=compared.rows,
-    metrics={name: metrics_lib.read(workdir / name) for name in curves},
-    frontier=frontier(policies[trained], judge),
-    calibration=quality,
-    elo=results['elo'],
-    samples=comparison.side_by_side(compared.answers[baseline], compared.answers[trained], 24),
-    config_text=(workdir / 'config.json').read_text(),
+    metrics={name: metrics_lib.read(workdir / name) for name in parts.pop('curves')},
+    config_text=config.read_text() if config.exists() else '',
+    **parts,
   )
-  print(f'report: {workdir / "report.html"}')
+
+
+def compare_folders(workdir, policies, *, prompts, judge, reward_model, settings):
+  """Compares policies without a pipeline: prints the table and some samples, and writes the report.
+
+  Writes results.json, samples.jsonl (all responses with their scores) and report.html.
+
+  Args:
+    workdir: pathlib.Path of the folder for them.
+    policies: {name: folder of a language model or of the run that trained it}.
+    prompts: data set of prompts. Messages become texts by the chat template of the first policy
+      that has one, the same for all.
+    judge: text; see evaluation/judges.py.
+    reward_model: folder of a reward model for the proxy score, or ''.
+    settings: comparison.Settings.
+
+  Raises:
+    UserError: a name, the judge, a folder or the prompts cannot be used.
+  """
+  if settings.baseline:
+    comparison.check_name(settings.baseline, policies, 'baseline')
+  errors.need(
+    reward_model or not settings.best_of,
+    f'best_of={settings.best_of} needs a reward model: set reward_model',
+  )
+  made = judges.load(judge)
+  scorer = reward_models.Scorer.load(reward_model) if reward_model else None
+  loaded = {name: policy_lib.TextPolicy.load(path) for name, path in policies.items()}
+  templated = [policy for policy in loaded.values() if policy.tokenizer.chat_template]
+  examples = (templated or list(loaded.values()))[0].read_examples(prompts)
+  compared = comparison.compare_policies(loaded, examples, made, settings, reward_model=scorer)
+  count = len(compared.answers[compared.baseline].samples.prompts)
+  title = f'{" against ".join(policies)}: {count} responses each'
+  print(tables.stages_table(compared.rows, title=title, width=120))
+  print(compared.text(3))
+  workdir.mkdir(parents=True, exist_ok=True)
+  sources.write(workdir / 'samples.jsonl', compared.samples())
+  identity.write_json(workdir / 'results.json', compared.results() | {'judge': judge})
+  others = [name for name in policies if name != compared.baseline] or [compared.baseline]
+  parts = {
+    'title': title,
+    'summary': f'Prompts {prompts}, judge {judge}, baseline {compared.baseline}.',
+    'stages': compared.rows,
+    'elo': compared.results()['elo'],
+    'samples': comparison.side_by_side(
+      compared.answers[compared.baseline], compared.answers[others[-1]], SAMPLES
+    ),
+    'curves': (),
+  }
+  identity.write_json(workdir / REPORT, parts)
+  print(f'report: {write_report(workdir)}')
 
 
 def check(*, policies, baseline, trained, best_of, reward_model, comparisons, gold, gold_path, **_):

@@ -1,0 +1,62 @@
+"""rlhf report --workdir=RUN
+
+Writes report.html again from the files in the folder of a run, a pipeline or a comparison of
+policies, for example after an update of the package. Nothing is trained or sampled.
+
+python -m rlhf_jax.report does the same.
+"""
+
+import pathlib
+
+from rlhf_jax import command_line
+from rlhf_jax import errors
+from rlhf_jax import identity
+from rlhf_jax.evaluation import policies
+from rlhf_jax.evaluation import report
+
+
+def write(workdir):
+  """Writes the report of a run, a pipeline or a comparison.
+
+  Args:
+    workdir: its folder.
+
+  Returns:
+    The path of the report.
+
+  Raises:
+    UserError: there is none of them in the folder.
+  """
+  workdir = pathlib.Path(workdir)
+  if (workdir / policies.REPORT).exists():
+    return policies.write_report(workdir)
+  config = identity.read(workdir) or {}
+  if 'algorithm' in config:
+    return report.of_run(workdir, title=config['algorithm'])
+  errors.need(
+    'stages' in config,
+    f'--workdir={workdir} is not the folder of a run: it has no config.json of one',
+  )
+  # A pipeline that has not evaluated its policies: learning curves alone.
+  stages = {name: value for name, value in config.items() if isinstance(value, dict)}
+  report.of_stages(
+    workdir,
+    workdir=workdir,
+    title=next((stage['title'] for stage in stages.values() if 'title' in stage), workdir.name),
+    summary='',
+    curves=[name for name, stage in stages.items() if 'algorithm' in stage],
+  )
+  return workdir / 'report.html'
+
+
+def start():
+  """Reads the command line and writes the report."""
+  parser = command_line.Arguments('rlhf report', __doc__)
+  parser.add_argument('--workdir', required=True, help='folder of the run')
+  options = parser.parse_args()
+  with command_line.one_line():
+    print(f'report: {write(options.workdir)}')
+
+
+if __name__ == '__main__':
+  start()
