@@ -24,6 +24,7 @@ setuptools.setup(
     'grain>=0.2.18,<0.3',
     'huggingface_hub>=2.4.0,<3',
     'jax>=0.10.2,<0.13',
+    'jaxtyping>=0.3.11,<0.4',
     'jinja2>=3.1.6,<4',
     'markupsafe>=3.0.4,<4',
     'matplotlib>=3.11.2,<4',

@@ -10,6 +10,7 @@ its values; algorithms/ppo.py collects them into presets.
 import chex
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 KL_ESTIMATORS = ('k1', 'k2', 'k3', 'abs', 'full')
 KL_CONTROLLERS = ('fixed', 'adaptive', 'adaptive_per_token')
@@ -18,24 +19,32 @@ MISSING_EOS = ('none', 'replace', 'subtract')
 GROUP_SCALES = ('group', 'batch', 'none')
 
 
-def masked_sum(x, mask):
+def masked_sum(x: Shaped[Array, '*shape'], mask: Bool[Array, '*shape']) -> Shaped[Array, '']:
   """Sum of `x` where `mask`; a NaN behind the mask does not leak."""
   return jnp.sum(jnp.where(mask, x, 0.0))
 
 
-def masked_mean(x, mask):
+def masked_mean(x: Shaped[Array, '*shape'], mask: Bool[Array, '*shape']) -> Float[Array, '']:
   """Mean of `x` where `mask`; 0 where the mask is empty."""
   return masked_sum(x, mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
-def masked_var(x, mask, *, unbiased=False):
+def masked_var(
+  x: Shaped[Array, '*shape'], mask: Bool[Array, '*shape'], *, unbiased: bool = False
+) -> Float[Array, '']:
   """Variance of `x` where `mask`, divided by n, or by n - 1 if `unbiased` (Bessel)."""
   count = jnp.sum(mask)
   total = masked_sum(jnp.square(x - masked_mean(x, mask)), mask)
   return total / jnp.maximum(count - int(unbiased), 1)
 
 
-def whiten(x, mask, *, shift_mean=True, unbiased=False):
+def whiten(
+  x: Float[Array, 'B R'],
+  mask: Bool[Array, 'B R'],
+  *,
+  shift_mean: bool = True,
+  unbiased: bool = False,
+) -> Float[Array, 'B R']:
   """Scales to unit variance over real tokens: (x - mean) * rsqrt(var + 1e-8).
 
   Args:
@@ -55,7 +64,9 @@ def whiten(x, mask, *, shift_mean=True, unbiased=False):
   return jnp.where(mask, white if shift_mean else white + mean, 0.0)
 
 
-def kl_estimate(logprobs, ref_logprobs, estimator):
+def kl_estimate(
+  logprobs: Float[Array, 'B R'], ref_logprobs: Float[Array, 'B R'], estimator: str
+) -> Float[Array, 'B R']:
   """Per-token estimate of KL(policy || reference) from samples of the policy.
 
   With d = logprobs - ref_logprobs: k1 = d (unbiased, signed), k2 = d^2 / 2,
@@ -83,7 +94,15 @@ def kl_estimate(logprobs, ref_logprobs, estimator):
   raise ValueError(f'unknown KL estimator {estimator!r}: one of {KL_ESTIMATORS}')
 
 
-def next_kl_coef(kl_coef, kl, response_mask, *, controller, target, horizon):
+def next_kl_coef(
+  kl_coef: float | Float[Array, ''],
+  kl: Float[Array, 'B R'],
+  response_mask: Bool[Array, 'B R'],
+  *,
+  controller: str,
+  target: float | Float[Array, ''],
+  horizon: float | Float[Array, ''],
+) -> float | Float[Array, '']:
   """The KL coefficient for the next iteration.
 
   'adaptive' (Ziegler et al. 2019 §2.2, https://arxiv.org/abs/1909.08593): on the KL summed
@@ -117,7 +136,14 @@ def next_kl_coef(kl_coef, kl, response_mask, *, controller, target, horizon):
   return kl_coef * (1.0 + jnp.clip(current / target - 1.0, -0.2, 0.2) * gain)
 
 
-def apply_missing_eos(scores, has_eos, *, mode, value, response_mask=None):
+def apply_missing_eos(
+  scores: Float[Array, ' B'] | Float[Array, 'B R'],
+  has_eos: Bool[Array, ' B'],
+  *,
+  mode: str,
+  value: float,
+  response_mask: Bool[Array, 'B R'] | None = None,
+) -> Float[Array, ' B'] | Float[Array, 'B R']:
   """Scores after the rule for responses that never ended.
 
   Two rules share a name in the literature: 'replace' puts `value` in place of the score
@@ -146,7 +172,7 @@ def apply_missing_eos(scores, has_eos, *, mode, value, response_mask=None):
   raise ValueError(f'unknown missing_eos {mode!r}: one of {MISSING_EOS}')
 
 
-def score_index(response_mask, position):
+def score_index(response_mask: Bool[Array, 'B R'], position: str) -> Int[Array, ' B']:
   """Where in the response the score is paid.
 
   Args:
@@ -169,13 +195,20 @@ def score_index(response_mask, position):
   raise ValueError(f'unknown score_position {position!r}: one of {SCORE_POSITIONS}')
 
 
-def step_mask(response_mask, position):
+def step_mask(response_mask: Bool[Array, 'B R'], position: str) -> Bool[Array, 'B R']:
   """Slots that take part in the return: real tokens and the one that holds the score."""
   positions = jnp.arange(response_mask.shape[1])[None, :]
   return response_mask | (positions == score_index(response_mask, position)[:, None])
 
 
-def token_rewards(scores, kl, kl_coef, response_mask, *, position):
+def token_rewards(
+  scores: Float[Array, ' B'] | Float[Array, 'B R'],
+  kl: Float[Array, 'B R'],
+  kl_coef: float | Float[Array, ''],
+  response_mask: Bool[Array, 'B R'],
+  *,
+  position: str,
+) -> Float[Array, 'B R']:
   """r_t = -kl_coef * kl_t, plus the score on one slot (or a reward on every slot).
 
   See Ziegler et al. 2019, eq. 2 (https://arxiv.org/abs/1909.08593).
@@ -199,7 +232,9 @@ def token_rewards(scores, kl, kl_coef, response_mask, *, position):
   return penalty.at[rows, score_index(response_mask, position)].add(scores)
 
 
-def gae(rewards, values, *, gamma, lam):
+def gae(
+  rewards: Float[Array, 'B R'], values: Float[Array, 'B R'], *, gamma: float, lam: float
+) -> tuple[Float[Array, 'B R'], Float[Array, 'B R']]:
   """Generalized advantage estimation over a finished episode.
 
       delta_t = r_t + gamma * V_{t+1} - V_t,   A_t = delta_t + gamma * lam * A_{t+1}
@@ -231,7 +266,7 @@ def gae(rewards, values, *, gamma, lam):
   return advantages, advantages + values
 
 
-def update_moments(moments, scores):
+def update_moments(moments: Float[Array, '3'], scores: Float[Array, ' B']) -> Float[Array, '3']:
   """Running count, mean and sum of squared deviations (Chan et al. 1979, parallel update).
 
   Args:
@@ -256,14 +291,14 @@ def update_moments(moments, scores):
   )
 
 
-def running_std(moments):
+def running_std(moments: Float[Array, '3']) -> Float[Array, '']:
   """Standard deviation (n - 1) of all scores seen; 1 where all of them are equal, up to rounding."""
   count, mean, total = moments
   std = jnp.sqrt(total / jnp.maximum(count - 1, 1))
   return jnp.where(std > 1e-6 * jnp.abs(mean), std, 1.0)
 
 
-def by_group(scores, n):
+def by_group(scores: Shaped[Array, ' B'], n: int) -> Shaped[Array, 'G {n}']:
   """Scores [B] as [B / n, n]: the n responses of a prompt stand one after the other."""
   chex.assert_rank(scores, 1)
   if n < 2 or scores.shape[0] % n:
@@ -274,7 +309,9 @@ def by_group(scores, n):
   return scores.reshape(-1, n)
 
 
-def group_advantages(scores, n, *, scale, kept=None):
+def group_advantages(
+  scores: Float[Array, ' B'], n: int, *, scale: str, kept: Bool[Array, ' B'] | None = None
+) -> Float[Array, ' B']:
   """(score - mean of its group) / (std + 1e-4), one advantage per response.
 
       'group':  std of the group (GRPO: DeepSeekMath §4.1.2, https://arxiv.org/abs/2402.03300)
@@ -310,7 +347,9 @@ def group_advantages(scores, n, *, scale, kept=None):
   return advantages.reshape(-1)
 
 
-def equal_groups(scores, n, kept=None):
+def equal_groups(
+  scores: Float[Array, ' B'], n: int, kept: Bool[Array, ' B'] | None = None
+) -> Bool[Array, ' B']:
   """Which responses belong to a group whose scores are all equal, [B] bool.
 
   Their advantages are 0, so they teach nothing; DAPO leaves them out and samples others
@@ -331,7 +370,9 @@ def equal_groups(scores, n, kept=None):
   return jnp.repeat(least == jnp.max(jnp.where(present, groups, -jnp.inf), axis=1), n)
 
 
-def overlong_penalty(lengths, *, max_length, cache):
+def overlong_penalty(
+  lengths: Int[Array, ' B'], *, max_length: float, cache: float
+) -> Float[Array, ' B']:
   """clip((max_length - cache - length) / cache, -1, 0), to be added to the scores.
 
   0 up to `max_length - cache` tokens, then falling to -1 at `max_length`.

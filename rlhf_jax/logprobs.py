@@ -5,14 +5,17 @@ where they are large: a scan unembeds a few positions of every row at a time, an
 pass unembeds them again. Where all of them are no more than a chunk, they are kept instead.
 """
 
+from collections.abc import Callable
 import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from rlhf_jax import processes
 from rlhf_jax import sharding
 
+Unembed = Callable[[Float[Array, '... D']], Float[Array, '... V']]
 CHUNK = 2**25  # logits held at once on each device: 128 MiB in float32
 
 
@@ -44,7 +47,14 @@ def _vocab(unembed, hidden):
   return jax.eval_shape(unembed, hidden).shape[-1]
 
 
-def token_logprobs(unembed, hidden, targets, *, temperature=1.0, chunk=CHUNK):
+def token_logprobs(
+  unembed: Unembed,
+  hidden: Float[Array, 'B T D'],
+  targets: Int[Array, 'B T'],
+  *,
+  temperature: float = 1.0,
+  chunk: int = CHUNK,
+) -> tuple[Float[Array, 'B T'], Float[Array, 'B T']]:
   """Log-probability of each target and entropy of the distribution it is drawn from.
 
       logp = logits[target] - logsumexp(logits),  logits = unembed(hidden) / temperature
@@ -72,7 +82,9 @@ def token_logprobs(unembed, hidden, targets, *, temperature=1.0, chunk=CHUNK):
   return _in_chunks(rows, [hidden, targets], _vocab(unembed, hidden), chunk)
 
 
-def cross_entropy(unembed, hidden, targets, *, chunk=CHUNK):
+def cross_entropy(
+  unembed: Unembed, hidden: Float[Array, 'B T D'], targets: Int[Array, 'B T'], *, chunk: int = CHUNK
+) -> Float[Array, 'B T']:
   """Negative log-likelihood of each target, [B, T] float32 nats; no entropy is computed."""
 
   def rows(h, y):
@@ -83,14 +95,22 @@ def cross_entropy(unembed, hidden, targets, *, chunk=CHUNK):
   return _in_chunks(rows, [hidden, targets], _vocab(unembed, hidden), chunk)
 
 
-def full_kl(unembed, hidden, ref_unembed, ref_hidden, *, temperature=1.0, chunk=CHUNK):
+def full_kl(
+  unembed: Unembed,
+  hidden: Float[Array, 'B T D'],
+  ref_unembed: Unembed,
+  ref_hidden: Float[Array, 'B T E'],
+  *,
+  temperature: float = 1.0,
+  chunk: int = CHUNK,
+) -> Float[Array, 'B T']:
   """KL(policy || reference) over the whole vocabulary, per token.
 
   Args:
     unembed: the policy's unembedding.
     hidden: [B, T, D] of the policy.
     ref_unembed: the reference's unembedding.
-    ref_hidden: [B, T, D'] of the reference.
+    ref_hidden: [B, T, E] of the reference.
     temperature: what both logits are divided by.
     chunk: logits held at once on each device.
 

@@ -9,12 +9,19 @@ minibatch, so that microbatches add up to the true mean and not to a mean of mea
 import chex
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Num
 
 RATIO_LEVELS = ('token', 'sequence', 'sequence_token')
 NORMALIZERS = ('token', 'sequence', 'constant')
 
 
-def log_ratio(logprobs, old_logprobs, mask, *, level):
+def log_ratio(
+  logprobs: Float[Array, 'B R'],
+  old_logprobs: Float[Array, 'B R'],
+  mask: Bool[Array, 'B R'],
+  *,
+  level: str,
+) -> Float[Array, 'B R']:
   """Log of the importance ratio, of each token or of its whole sequence.
 
   With d_t = logprobs_t - old_logprobs_t and s = sum_t d_t / length over the sequence's tokens:
@@ -54,7 +61,14 @@ def log_ratio(logprobs, old_logprobs, mask, *, level):
   raise ValueError(f'unknown ratio level {level!r}: one of {RATIO_LEVELS}')
 
 
-def token_weights(mask, tokens, sequences, *, normalize, max_length):
+def token_weights(
+  mask: Bool[Array, 'B R'],
+  tokens: Num[ArrayLike, ''],
+  sequences: Num[ArrayLike, ''],
+  *,
+  normalize: str,
+  max_length: int,
+) -> Float[Array, 'B R']:
   """Weights w such that sum(w * loss) over a whole minibatch is the normalized loss.
 
       'token':     1 / tokens                         (DAPO eq. 12; TRL's BNPO)
@@ -94,7 +108,14 @@ def token_weights(mask, tokens, sequences, *, normalize, max_length):
   return mask / jnp.maximum(count, 1).astype(jnp.float32)
 
 
-def clipped_policy_loss(log_ratios, advantages, *, clip_low, clip_high, dual_clip=None):
+def clipped_policy_loss(
+  log_ratios: Float[Array, 'B R'],
+  advantages: Float[Array, 'B R'],
+  *,
+  clip_low: float,
+  clip_high: float,
+  dual_clip: float | None = None,
+) -> tuple[Float[Array, 'B R'], Float[Array, 'B R'], Float[Array, 'B R']]:
   """-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), ratio = exp(log_ratios).
 
   The loss of `ppo_policy_loss`, for a ratio that need not be of one token: see `log_ratio`.
@@ -119,7 +140,15 @@ def clipped_policy_loss(log_ratios, advantages, *, clip_low, clip_high, dual_cli
   return loss, (clip > plain).astype(jnp.float32), ratio
 
 
-def ppo_policy_loss(logprobs, old_logprobs, advantages, *, clip_low, clip_high, dual_clip=None):
+def ppo_policy_loss(
+  logprobs: Float[Array, 'B R'],
+  old_logprobs: Float[Array, 'B R'],
+  advantages: Float[Array, 'B R'],
+  *,
+  clip_low: float,
+  clip_high: float,
+  dual_clip: float | None = None,
+) -> tuple[Float[Array, 'B R'], Float[Array, 'B R'], Float[Array, 'B R']]:
   """-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), per token.
 
   See Schulman et al. 2017, eq. 7 (https://arxiv.org/abs/1707.06347). Unequal clips are
@@ -144,7 +173,13 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, *, clip_low, clip_high, 
   )
 
 
-def ppo_value_loss(values, old_values, returns, *, clip):
+def ppo_value_loss(
+  values: Float[Array, 'B R'],
+  old_values: Float[Array, 'B R'],
+  returns: Float[Array, 'B R'],
+  *,
+  clip: float | None,
+) -> tuple[Float[Array, 'B R'], Float[Array, 'B R']]:
   """0.5 * max((V - G)^2, (clip(V, V_old - clip, V_old + clip) - G)^2), per token.
 
   See lm-human-preferences, `train_policy.py`.
@@ -166,7 +201,15 @@ def ppo_value_loss(values, old_values, returns, *, clip):
   return 0.5 * jnp.maximum(plain, near), (near > plain).astype(jnp.float32)
 
 
-def pairwise_loss(scores, ranks, present, margin, *, centering=0.0, label_smoothing=0.0):
+def pairwise_loss(
+  scores: Float[Array, 'B K'],
+  ranks: Int[Array, 'B K'],
+  present: Bool[Array, 'B K'],
+  margin: Float[Array, ' B'],
+  *,
+  centering: float = 0.0,
+  label_smoothing: float = 0.0,
+) -> tuple[Float[Array, ' B'], Bool[Array, ' B']]:
   """Bradley-Terry loss over all pairs of one prompt's completions, per prompt.
 
       mean over pairs with rank_i < rank_j of
@@ -202,7 +245,9 @@ def pairwise_loss(scores, ranks, present, margin, *, centering=0.0, label_smooth
   return total / jnp.maximum(pairs, 1), pairs > 0
 
 
-def pick_best_loss(scores, ranks, present):
+def pick_best_loss(
+  scores: Float[Array, 'B K'], ranks: Int[Array, 'B K'], present: Bool[Array, 'B K']
+) -> tuple[Float[Array, ' B'], Bool[Array, ' B']]:
   """Softmax cross-entropy of the best completion among K, per prompt.
 
   See Ziegler et al. 2019, eq. 1 (https://arxiv.org/abs/1909.08593).
@@ -222,7 +267,9 @@ def pick_best_loss(scores, ranks, present):
   return jnp.where(valid, loss, 0.0), valid
 
 
-def rating_loss(scores, ratings, present):
+def rating_loss(
+  scores: Float[Array, 'B K'], ratings: Float[Array, 'B K'], present: Bool[Array, 'B K']
+) -> tuple[Float[Array, ' B'], Bool[Array, ' B']]:
   """Squared error to absolute ratings, mean over a prompt's completions.
 
   Args:

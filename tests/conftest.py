@@ -1,4 +1,4 @@
-"""Eight fake CPU devices, strict broadcasting, and the shared data where it is present.
+"""Eight fake CPU devices, strict broadcasting, checked shapes, and the shared data if present.
 
 Compiled programs are kept for the session: runs that are stopped and resumed, here and in
 subprocesses, compile the same ones again.
@@ -21,7 +21,15 @@ os.environ['XLA_FLAGS'] = (
 )
 
 import jax
+import jaxtyping
 import pytest
+
+# The functions of arrays: arguments and results are checked against their annotations.
+CHECKED = ('advantages', 'losses', 'logprobs')
+jaxtyping.install_import_hook(
+  [f'rlhf_jax.{name}' for name in CHECKED],
+  'beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))',  # an int is a float, too
+)
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 

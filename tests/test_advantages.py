@@ -127,7 +127,7 @@ def test_a_fractional_score_is_paid_in_full():
   )
   assert rewards.dtype == jnp.float32
   close(rewards, [[0.0, 0.75]])
-  with pytest.raises(AssertionError):  # integers would have been truncated somewhere
+  with pytest.raises((AssertionError, TypeError)):  # integers would have been truncated somewhere
     adv.token_rewards(
       jnp.array([1]), jnp.zeros((1, 2)), 0.1, jnp.array([[True, True]]), position='eos'
     )
@@ -267,7 +267,11 @@ def test_missing_eos_of_rewards_per_token_is_that_of_their_sums(mode):
   mask, ended = np.arange(4) < np.array([4, 2, 3])[:, None], np.array([False, True, False])
   rewards = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
   found = adv.apply_missing_eos(
-    rewards, jnp.asarray(ended), mode=mode, value=0.7, response_mask=mask
+    jnp.asarray(rewards),
+    jnp.asarray(ended),
+    mode=mode,
+    value=0.7,
+    response_mask=jnp.asarray(mask),
   )
   for row, (has_eos, length) in enumerate(zip(ended, (4, 2, 3))):
     expected = list(rewards[row, :length])
@@ -347,9 +351,9 @@ def test_group_advantages_agree_with_loops(scale):
 
 def test_group_advantages_ignore_the_order_and_the_offset_of_a_group():
   rng = np.random.default_rng(0)
-  scores = rng.normal(size=(5, 4)).astype(np.float32)
+  scores = jnp.asarray(rng.normal(size=(5, 4)), jnp.float32)
   order = np.stack([rng.permutation(4) for _ in range(5)])
-  take = lambda x: np.take_along_axis(np.reshape(x, (5, 4)), order, axis=1).ravel()
+  take = lambda x: jnp.take_along_axis(jnp.reshape(x, (5, 4)), order, axis=1).ravel()
   for scale in ('group', 'none'):
     advantages = adv.group_advantages(scores.ravel(), 4, scale=scale)
     close(adv.group_advantages(take(scores), 4, scale=scale), take(advantages), atol=1e-5)

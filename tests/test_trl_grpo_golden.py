@@ -26,7 +26,7 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
 def advantages_of(settings):
   """[B, R]: our advantages of TRL's scores, on every token of a response."""
   advantages = adv.group_advantages(
-    GOLDEN['scores'], settings['num_generations'], scale=settings['scale_rewards']
+    jnp.asarray(GOLDEN['scores']), settings['num_generations'], scale=settings['scale_rewards']
   )
   return np.repeat(advantages[:, None], MASK.shape[1], axis=1)
 
@@ -120,7 +120,7 @@ def test_clip_fractions_and_kl_agree(name):
       close(fraction, GOLDEN[f'{name}/clip_{side}'][i])
       seen[side] += fraction
     if settings['beta']:
-      close(adv.masked_mean(kl, mask), GOLDEN[f'{name}/kl'][i])
+      close(adv.masked_mean(kl, jnp.asarray(mask)), GOLDEN[f'{name}/kl'][i])
   assert min(seen.values()) > 0, 'both clips have to act'
 
 
@@ -137,6 +137,7 @@ def test_microbatches_of_trl_add_up_to_one(loss_type):
     'old_logprobs': GOLDEN['old_logprobs'][rows],
     'ref_logprobs': GOLDEN['ref_logprobs'][rows],
   }
+  batch = jax.tree.map(jnp.asarray, batch)
   value, _ = loss(jnp.asarray(logprobs), batch, counts_of(settings, MASK[rows]), settings)
   close(value, GOLDEN[f'{name}/loss'][:2].sum())
 
@@ -145,7 +146,7 @@ def test_overlong_penalty_agrees():
   settings = json.loads(str(GOLDEN['overlong_settings']))
   close(
     adv.overlong_penalty(
-      GOLDEN['overlong_lengths'],
+      jnp.asarray(GOLDEN['overlong_lengths']),
       max_length=settings['max_completion_len'],
       cache=settings['soft_punish_cache'],
     ),
