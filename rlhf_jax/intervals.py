@@ -8,17 +8,22 @@ docs/intervals.md has the coverage by simulation.
 Letters: n samples, G groups: prompts, or samples where no two share one.
 """
 
+from collections.abc import Hashable
+from collections.abc import Sequence
 import math
 
+from jaxtyping import Int, Num, Shaped
 import numpy as np
 from scipy import optimize
 from scipy import special
 
+Values = Sequence[float] | Shaped[np.ndarray, ' n']
+Prompts = Sequence[Hashable] | None
 NORMAL = 1.96
 EPSILON = 1e-9
 
 
-def groups(prompts, count):
+def groups(prompts: Prompts, count: int) -> Int[np.ndarray, '{count}']:
   """The number of the group of each sample.
 
   Args:
@@ -33,7 +38,7 @@ def groups(prompts, count):
   return found if len(index) > 1 else np.arange(count)
 
 
-def standard_error(values, prompts=None):
+def standard_error(values: Values, prompts: Prompts = None) -> float:
   """Standard error of the mean of values.
 
       sqrt(G / (G - 1) sum_g (sum_{i in g} values_i - mean)^2) / n
@@ -55,7 +60,7 @@ def standard_error(values, prompts=None):
   return float(np.sqrt(sums.size / (sums.size - 1) * np.sum(sums**2)) / values.size)
 
 
-def rate(values, prompts=None):
+def rate(values: Values, prompts: Prompts = None) -> tuple[float, float]:
   """95 % interval of the mean of values in [0, 1]: a win rate, an accuracy.
 
   The rates p that a score test does not reject. With w, d, l the shares of wins, draws and losses,
@@ -103,7 +108,7 @@ def rate(values, prompts=None):
   )
 
 
-def effective_size(values, group):
+def effective_size(values: Num[np.ndarray, ' n'], group: Int[np.ndarray, ' n']) -> float:
   """How many independent samples tell as much about the mean; see `rate`.
 
   Args:
@@ -122,7 +127,7 @@ def effective_size(values, group):
   return values.size * np.var(values) * values.size / between if between > EPSILON else values.size
 
 
-def quantile(group):
+def quantile(group: Int[np.ndarray, ' n']) -> float:
   """97.5 % quantile of an estimate over its error: of t with G - 1, or normal where n = G.
 
   Args:

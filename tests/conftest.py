@@ -25,7 +25,7 @@ import jaxtyping
 import pytest
 
 # The functions of arrays: arguments and results are checked against their annotations.
-CHECKED = ('advantages', 'losses', 'logprobs')
+CHECKED = ('advantages', 'intervals', 'losses', 'logprobs')
 jaxtyping.install_import_hook(
   [f'rlhf_jax.{name}' for name in CHECKED],
   'beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))',  # an int is a float, too
