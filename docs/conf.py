@@ -18,9 +18,9 @@ extensions = [
   'myst_nb',
   'docstrings',
   'generated',
+  'mathml',
   'notebooks',
   'sphinx.ext.autodoc',
-  'sphinx.ext.mathjax',
   'sphinx.ext.napoleon',
   'sphinx_copybutton',
 ]
@@ -30,6 +30,10 @@ html_theme = 'sphinx_book_theme'
 html_title = 'rlhf_jax'
 html_show_sphinx = False
 html_show_copyright = False
+html_theme_options = {'navbar_persistent': []}  # the sidebar has the search field
+html_math_renderer = 'mathml'
+html_static_path = ['_static']
+html_css_files = ['site.css']
 
 # Notebooks are committed with their outputs; the tests execute them.
 nb_execution_mode = 'off'

@@ -15,7 +15,7 @@ def plain(lines):
   end = next((i for i, line in enumerate(lines) if SECTION.match(line)), len(lines))
   described = []
   for block, literal in blocks(lines[:end]):
-    described += ['', '::', '', *block, ''] if literal else escape(block)
+    described += ['', '.. code-block:: none', '', *block, ''] if literal else escape(block)
   return described + escape(lines[end:])
 
 

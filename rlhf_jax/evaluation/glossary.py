@@ -67,8 +67,8 @@ OBJECTIVE = (
     'How far the policy is from the reference: the mean over responses of the log-ratio of the '
     'two, summed over tokens (the k1 estimate, whatever `rl.kl_estimator` is). It is 0 in the '
     'first step if the reference is the policy as it starts.',
-    r'\frac{1}{N} \sum_i \sum_t'
-    r' \log \frac{\pi_{old}(y_{i,t} \mid x_i, y_{i,<t})}{\pi_{ref}(y_{i,t} \mid x_i, y_{i,<t})}',
+    r'\frac{1}{N} \sum_i \sum_t \log \frac{\pi_{\mathrm{old}}(y_{i,t} \mid x_i, y_{i,<t})}'
+    r'{\pi_{\mathrm{ref}}(y_{i,t} \mid x_i, y_{i,<t})}',
     'nats per response',
     'Above about 50 (`warn.kl`) a learned reward is no longer reliable: raise `rl.kl_coef` or '
     'lower `optim.learning_rate`. A KL divergence is never negative, but an estimate of it from '
@@ -82,7 +82,8 @@ OBJECTIVE = (
   Metric(
     'objective/kl_se',
     'The standard error of `objective/kl` over the responses of the batch.',
-    r'\frac{1}{\sqrt{N - 1}} \, \mathrm{std}_i \Big(\sum_t \log \frac{\pi_{old}}{\pi_{ref}}\Big)',
+    r'\frac{1}{\sqrt{N - 1}} \, \mathrm{std}_i \left(\sum_t \log '
+    r'\frac{\pi_{\mathrm{old}}}{\pi_{\mathrm{ref}}}\right)',
     'nats per response',
     'If it is as large as the KL itself, one batch is not enough to estimate the KL: average over '
     'several steps, or raise `batch_size`.',
@@ -91,7 +92,7 @@ OBJECTIVE = (
     'objective/kl_per_token',
     'The log-ratio of policy and reference, as a mean over tokens. Unlike `objective/kl` it does '
     'not grow with the length of responses.',
-    r'\frac{1}{\sum_i |y_i|} \sum_{i,t} \log \frac{\pi_{old}}{\pi_{ref}}',
+    r'\frac{1}{\sum_i |y_i|} \sum_{i,t} \log \frac{\pi_{\mathrm{old}}}{\pi_{\mathrm{ref}}}',
     'nats per token',
     'See `objective/kl`.',
   ),
@@ -163,8 +164,8 @@ POLICY = (
     'policy/loss',
     'The policy loss: the clipped surrogate, as a mean over minibatches. For an algorithm of your '
     'own it is whatever its loss reports.',
-    r'-\mathbb{E}_t \big[\min(\rho_t A_t, \, \mathrm{clip}(\rho_t, 1 - \epsilon_{low}, '
-    r'1 + \epsilon_{high}) A_t)\big]',
+    r'-\mathbb{E}_t \left[\min(\rho_t A_t, \, \mathrm{clip}(\rho_t, 1 - \epsilon_{\mathrm{low}}, '
+    r'1 + \epsilon_{\mathrm{high}}) A_t)\right]',
     'units of the advantages',
     'Its value does not measure progress: advantages are centred, so it stays near 0. Watch '
     '`objective/scores` instead.',
@@ -174,7 +175,7 @@ POLICY = (
     'The importance ratio of the trained policy to the policy that sampled, a mean over tokens and '
     'minibatches. For GSPO it is the ratio of whole sequences.',
     r'\mathbb{E}_t[\rho_t], \quad \rho_t = \frac{\pi(y_t \mid x, y_{<t})}'
-    r'{\pi_{old}(y_t \mid x, y_{<t})}',
+    r'{\pi_{\mathrm{old}}(y_t \mid x, y_{<t})}',
     'ratio',
     'It stays near 1. Far from 1 the update is too large: lower `optim.learning_rate` or '
     '`rl.epochs`.',
@@ -192,7 +193,7 @@ POLICY = (
     'policy/approxkl',
     'An estimate of how far the update has moved the policy from the policy that sampled, a mean '
     'over tokens and minibatches. It is not the KL from the reference.',
-    r'\frac{1}{2} \, \mathbb{E}_t \big[(\log \pi - \log \pi_{old})^2\big]',
+    r'\frac{1}{2} \, \mathbb{E}_t \left[(\log \pi - \log \pi_{\mathrm{old}})^2\right]',
     'nats per token',
     'Above about 0.1 the updates of one iteration are too large: lower `optim.learning_rate` or '
     '`rl.epochs`.',
@@ -200,7 +201,7 @@ POLICY = (
   Metric(
     'policy/clipfrac',
     'The fraction of tokens whose loss the clip decides.',
-    r'\mathbb{E}_t \big[\mathbb{1}[\text{the clipped term is the larger loss}]\big]',
+    r'\mathbb{E}_t \left[\mathbb{1}[\text{the clipped term is the larger loss}]\right]',
     'fraction',
     'Above about 0.3 most of the update is thrown away: lower `optim.learning_rate` or '
     '`rl.epochs`. At 0 over many steps the updates may be too small.',
@@ -217,7 +218,7 @@ POLICY = (
     'policy/sampler_gap',
     'The mean absolute difference between the log-probabilities that the sampler recorded and '
     'those of the training pass, over the same tokens.',
-    r'\mathbb{E}_t \big|\log \pi_{sampler} - \log \pi_{old}\big|',
+    r'\mathbb{E}_t \left|\log \pi_{\mathrm{sampler}} - \log \pi_{\mathrm{old}}\right|',
     'nats per token',
     'About 1e-7 in float32, 0.002 to 0.02 in bfloat16. Above `warn.sampler_gap` (0.1) the update '
     'treats the responses as samples of a policy that did not draw them. The usual causes are low '
@@ -243,8 +244,8 @@ CRITIC = (
   Metric(
     'value/loss',
     'The loss of the critic, as a mean over positions and minibatches.',
-    r'\frac{1}{2} \, \mathbb{E}_t \max\big((V_t - G_t)^2, \, (\mathrm{clip}(V_t, V_t^{old} \pm '
-    r'\epsilon_V) - G_t)^2\big)',
+    r'\frac{1}{2} \, \mathbb{E}_t \max\left((V_t - G_t)^2, \, '
+    r'(\mathrm{clip}(V_t, V_t^{\mathrm{old}} \pm \epsilon_V) - G_t)^2\right)',
     'squared units of the reward',
     'Compare it with `returns/var`: half of that is the loss of a critic that predicts the mean.',
   ),
@@ -259,7 +260,7 @@ CRITIC = (
   Metric(
     'value/clipfrac',
     'The fraction of positions where the clip of the value decides the loss.',
-    r'\mathbb{E}_t \big[\mathbb{1}[\text{the clipped square is the larger}]\big]',
+    r'\mathbb{E}_t \left[\mathbb{1}[\text{the clipped square is the larger}]\right]',
     'fraction',
     'A high fraction in early steps slows the critic down: raise `rl.value_clip`.',
   ),
@@ -321,21 +322,21 @@ REWARD_MODEL = (
     'accuracy',
     'Reward model: the fraction of pairs of the batch in which the preferred completion scores '
     'higher. A tie counts as wrong.',
-    r'\frac{1}{n} \sum_{pairs} \mathbb{1}[r_{chosen} > r_{rejected}]',
+    r'\frac{1}{n} \sum_{\mathrm{pairs}} \mathbb{1}[r_{\mathrm{chosen}} > r_{\mathrm{rejected}}]',
     'fraction',
     'At 0.5 the model guesses. Far above `held_out/accuracy` it overfits.',
   ),
   Metric(
     'ties',
     'Reward model: the fraction of pairs of the batch whose scores are exactly equal.',
-    r'\frac{1}{n} \sum_{pairs} \mathbb{1}[r_{chosen} = r_{rejected}]',
+    r'\frac{1}{n} \sum_{\mathrm{pairs}} \mathbb{1}[r_{\mathrm{chosen}} = r_{\mathrm{rejected}}]',
     'fraction',
     'Above 0 the model does not see a difference, such as when `data.max_length` cuts it off.',
   ),
   Metric(
     'margin',
     'Reward model: the mean difference of the scores of the two completions of a pair.',
-    r'\frac{1}{n} \sum_{pairs} (r_{chosen} - r_{rejected})',
+    r'\frac{1}{n} \sum_{\mathrm{pairs}} (r_{\mathrm{chosen}} - r_{\mathrm{rejected}})',
     'units of the score; log-odds for the pairwise loss',
   ),
   Metric(
@@ -379,7 +380,7 @@ EVALUATORS = (
     'EVAL/accuracy',
     'Evaluator `loss` of a reward model: the fraction of held-out pairs in which the preferred '
     'completion scores higher. A tie counts as wrong.',
-    r'\frac{1}{n} \sum_{pairs} \mathbb{1}[r_{chosen} > r_{rejected}]',
+    r'\frac{1}{n} \sum_{\mathrm{pairs}} \mathbb{1}[r_{\mathrm{chosen}} > r_{\mathrm{rejected}}]',
     'fraction',
     'On pairs that people judged, 60 to 80 % is usual: people do not agree more often. At 0.5 the '
     'model guesses.',
@@ -400,14 +401,14 @@ EVALUATORS = (
   Metric(
     'EVAL/ties',
     'Evaluator `loss` of a reward model: the fraction of held-out pairs with equal scores.',
-    r'\frac{1}{n} \sum_{pairs} \mathbb{1}[r_{chosen} = r_{rejected}]',
+    r'\frac{1}{n} \sum_{\mathrm{pairs}} \mathbb{1}[r_{\mathrm{chosen}} = r_{\mathrm{rejected}}]',
     'fraction',
     'See `ties`.',
   ),
   Metric(
     'EVAL/margin',
     'Evaluator `loss` of a reward model: the mean difference of scores of the held-out pairs.',
-    r'\frac{1}{n} \sum_{pairs} (r_{chosen} - r_{rejected})',
+    r'\frac{1}{n} \sum_{\mathrm{pairs}} (r_{\mathrm{chosen}} - r_{\mathrm{rejected}})',
     'units of the score',
   ),
   Metric(
@@ -415,7 +416,7 @@ EVALUATORS = (
     'Evaluator `loss` of a reward model: the expected calibration error over 10 bins of the '
     'confidence, the probability that the model gives to the completion it prefers.',
     r'\sum_b \frac{n_b}{n} \, |\mathrm{accuracy}_b - \mathrm{confidence}_b|, \quad '
-    r'\text{confidence} = \sigma(|r_{chosen} - r_{rejected}|)',
+    r'\text{confidence} = \sigma(|r_{\mathrm{chosen}} - r_{\mathrm{rejected}}|)',
     'fraction',
     'Above about 0.1 the differences of scores are no log-odds. An overconfident model '
     'needs fewer steps or `preference.label_smoothing`.',
@@ -466,7 +467,7 @@ EVALUATORS = (
     'EVAL/kl',
     'Evaluator `prompts`: the KL of the policy from the policy as it started, estimated on the '
     'answers at the sampling temperature.',
-    r'\mathbb{E}_y \Big[\log \frac{\pi(y \mid x)}{\pi_{start}(y \mid x)}\Big]',
+    r'\mathbb{E}_y \left[\log \frac{\pi(y \mid x)}{\pi_{\mathrm{start}}(y \mid x)}\right]',
     'nats per response',
     'See `objective/kl`, also for values below 0.',
   ),

@@ -124,7 +124,7 @@ def test_docstrings_are_plain_text(extension):
     r'The mean of \|x\| \* y, see `f(*x)`.',
     '',
     '',
-    '::',
+    '.. code-block:: none',
     '',
     '    loss = |a| * b',
     '         + c',
@@ -148,3 +148,15 @@ def test_links_of_notebooks_lead_to_pages(extension):
   text = json.dumps({'cells': [cell], 'metadata': {}, 'nbformat': 4, 'nbformat_minor': 5})
   page = json.loads(extension('notebooks').page(text))
   assert page['cells'][0]['source'] == ['[KL](../metrics.md#objective-kl)']
+
+
+def test_formulas_are_mathml(extension):
+  pytest.importorskip('sphinx')  # of the extra `docs`
+  translate = extension('mathml').translate
+  assert '<mfrac>' in translate(r'\frac{1}{2}', block=False)
+  assert translate(r'\big(x\Bigr)', block=True) == translate('(x)', block=True)
+  assert translate(r'a, \dots', block=False) == translate(r'a, \ldots', block=False)
+  with pytest.raises(ValueError, match='nonsense'):
+    translate(r'\nonsense', block=False)
+  for metric in glossary.METRICS:
+    assert not metric.formula or '<math' in translate(metric.formula, block=True)
