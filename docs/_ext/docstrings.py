@@ -7,6 +7,8 @@ sections, such as a formula or a table, is shown as a literal block.
 
 import re
 
+from sphinx.domains.python import PyObject
+
 SECTION = re.compile(r'(Args|Arguments|Attributes|Raises|Returns|Yields):$')
 
 
@@ -49,8 +51,9 @@ def process(app, what, name, subject, options, lines):
 
 
 def skip(app, what, name, subject, skipped, options):
-  """Leaves out fields of named tuples: the docstring of the class describes them."""
-  return True if type(subject).__name__ == '_tuplegetter' else None
+  """Leaves out what every named tuple or dataclass of arrays has: fields, and `replace`."""
+  field = type(subject).__name__ == '_tuplegetter'
+  return True if field or (what == 'class' and name == 'replace') else None
 
 
 def setup(app):
@@ -58,4 +61,6 @@ def setup(app):
   app.setup_extension('sphinx.ext.autodoc')
   app.connect('autodoc-process-docstring', process, priority=400)
   app.connect('autodoc-skip-member', skip)
+  for field in PyObject.doc_field_types:  # as the docstrings call them
+    field.label = {'variable': 'Attributes', 'parameter': 'Args'}.get(field.name, field.label)
   return {'parallel_read_safe': True, 'parallel_write_safe': True}

@@ -108,6 +108,7 @@ def test_page_of_metrics(extension):
 
 
 def test_docstrings_are_plain_text(extension):
+  pytest.importorskip('sphinx')  # of the extra `docs`
   lines = [
     'The mean of |x| * y, see `f(*x)`.',
     '',
@@ -151,7 +152,7 @@ def test_links_of_notebooks_lead_to_pages(extension):
 
 
 def test_formulas_are_mathml(extension):
-  pytest.importorskip('sphinx')  # of the extra `docs`
+  pytest.importorskip('sphinx')
   translate = extension('mathml').translate
   assert '<mfrac>' in translate(r'\frac{1}{2}', block=False)
   assert translate(r'\big(x\Bigr)', block=True) == translate('(x)', block=True)
