@@ -21,6 +21,8 @@ from rlhf_jax.algorithms import on_policy_config
 from rlhf_jax.algorithms import on_policy_warnings
 from rlhf_jax.rewards import scorers
 
+PIPELINE = {'seed': 'of all stages whose seed is None', 'stages': 'that run, in order'}
+
 
 def keys(config):
   """Lines `--config.KEY=VALUE  doc` for all keys of a single run or a pipeline.
@@ -33,8 +35,7 @@ def keys(config):
   """
   if 'algorithm' in config:
     return '\n'.join(_lines(config, docs(config.algorithm), 'config'))
-  top = {'seed': 'of all stages whose seed is None', 'stages': 'that run, in order'}
-  lines = _lines({name: config[name] for name in top}, top, 'config')
+  lines = _lines({name: config[name] for name in PIPELINE}, PIPELINE, 'config')
   for name, value in config.items():
     if isinstance(value, ml_collections.ConfigDict):
       found = docs(value.algorithm) if 'algorithm' in value else arguments(value.function)

@@ -126,9 +126,15 @@ def presets():
 
 
 def stages():
-  """The arguments of the functions that the stages of shipped pipelines call."""
-  lines = ['## Stages that call a function', '']
-  lines += ['A stage of a pipeline with the key `function` has its arguments as further keys.', '']
+  """The keys of a pipeline, and the arguments of the functions that shipped pipelines call."""
+  lines = ['## Pipelines', '', 'A config with `stages` is a pipeline.', '']
+  lines += ['| key | meaning |', '|---|---|']
+  lines += [f'| {code(key)} | {text(doc)} |' for key, doc in config_help.PIPELINE.items()]
+  lines += ['| `STAGE.algorithm` | a stage that trains: it has the keys of its algorithm |']
+  lines += [
+    '| `STAGE.function` | or a stage that calls a function, with its arguments as keys |',
+    '',
+  ]
   for name in functions():
     parameters = dict(list(inspect.signature(load(name)).parameters.items())[1:])
     docs = config_help.arguments(name)

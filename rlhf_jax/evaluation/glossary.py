@@ -203,7 +203,7 @@ POLICY = (
     'The fraction of tokens whose loss the clip decides.',
     r'\mathbb{E}_t \left[\mathbb{1}[\text{the clipped term is the larger loss}]\right]',
     'fraction',
-    'Above about 0.3 most of the update is thrown away: lower `optim.learning_rate` or '
+    'Above about 0.3 much of the update is thrown away: lower `optim.learning_rate` or '
     '`rl.epochs`. At 0 over many steps the updates may be too small.',
   ),
   Metric(
@@ -299,8 +299,8 @@ LANGUAGE_MODEL = (
     'perplexity',
     'The exponential of the loss of pretraining or SFT.',
     r'\exp(\text{loss})',
-    'tokens',
-    'At the size of the vocabulary the model has learned nothing.',
+    'equally likely tokens',
+    'If it is as large as the vocabulary, the model has learned nothing.',
   ),
   Metric(
     'tokens',
@@ -361,7 +361,7 @@ EVALUATORS = (
     'EVAL/perplexity',
     'Evaluator `loss` of pretraining and SFT: the exponential of the held-out loss.',
     r'\exp(\text{loss})',
-    'tokens',
+    'equally likely tokens',
   ),
   Metric(
     'EVAL/prompts',
@@ -591,7 +591,7 @@ TIMES = (
   ),
   Metric(
     'seconds/rollout',
-    'Time to sample the responses of a step.',
+    'Time to sample the responses of a step. The first one includes compilation.',
     '',
     'seconds',
     'If it is most of a step, try `sampling.max_concurrent` and `sampling.gather_weights`.',
