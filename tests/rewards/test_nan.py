@@ -55,7 +55,9 @@ def test_groups_are_those_of_the_others():
     made, skipped = experience.skip_nan(rollout(), jnp.asarray(given), rules=rules)
     assert skipped == 4
     np.testing.assert_array_equal(made.response_mask.any(axis=1), kept)
-    np.testing.assert_array_equal(experience.not_skipped(jnp.asarray(given), made.response_mask), kept)
+    np.testing.assert_array_equal(
+      experience.not_skipped(jnp.asarray(given), made.response_mask), kept
+    )
     postprocessed, _ = rules.apply(jnp.asarray(given), made, jnp.zeros(3))
     np.testing.assert_array_equal(
       experience.totals(postprocessed, made.response_mask), [-9, 0, -9, 0, 0, 0]
