@@ -102,10 +102,10 @@ class Forward:
     if 'critic' not in params:
       return Outputs(logprobs, entropy)
     if self.models.critic is not None:
-      shared, frozen_states = (
+      frozen_policy, frozen_states = (
         (self.frozen['policy'], frozen_states) if self.models.critic_shared else ({}, None)
       )
-      critic = trainable.merge(shared, params['critic']['backbone'])
+      critic = trainable.merge(frozen_policy, params['critic']['backbone'])
       states = self.models.critic.response_states(
         critic, batch.tokens, batch.mask, length, frozen_states
       )

@@ -597,7 +597,7 @@ def test_bad_rewards(case):
       ['b'] * 4,
       response_tokens=[[1, 2]] * 4,
       metadata=[{}] * 4,
-      slots=3,
+      response_length=3,
     )
   for part in BAD_REWARDS[case]:
     assert part in str(caught.value), caught.value

@@ -57,13 +57,13 @@ def token_losses(params, frozen, batch, *, model):
 
   Returns:
     losses [B, n] float32 nats and their mask [B, n] bool; n = T - 1 and slot t is token t + 1, or
-    for Pairs the R slots of the completion.
+    for Pairs the R positions of the completion.
   """
   params = trainable.merge(frozen, params)
   if isinstance(batch, types.Pairs):
-    slots = batch.response_mask.shape[1]
-    states = model.response_states(params, batch.tokens, batch.mask, slots)
-    targets, mask = batch.tokens[:, -slots:], batch.response_mask
+    response_length = batch.response_mask.shape[1]
+    states = model.response_states(params, batch.tokens, batch.mask, response_length)
+    targets, mask = batch.tokens[:, -response_length:], batch.response_mask
   else:
     hidden, _ = model.forward(params, batch.tokens, batch.positions, batch.segments)
     states, targets, mask = hidden[:, :-1], batch.tokens[:, 1:], batch.loss_mask[:, 1:]

@@ -28,7 +28,7 @@ class Base:
     dtype: of the computation, 'float32' or 'bfloat16'; softmax and norms are float32 always.
     remat: 'none', 'block' (recompute each block in the backward pass) or 'dots' (keep the
       outputs of its matmuls).
-    unroll: layers unrolled in a scan; None: see stack.unrolled.
+    unroll: layers unrolled in a scan; None: see stack.default_unroll.
     lora: adapters its parameters hold, or None.
     after_blocks: names of the parameters that follow the blocks, trained with the top ones.
   """
@@ -81,7 +81,7 @@ class Base:
     Returns:
       Pure dict of float32 arrays; under 'blocks' stacked on a leading axis of layers.
     """
-    return stack.draw(key, self.shapes(), self.config.std)
+    return stack.init_params(key, self.shapes(), self.config.std)
 
   def shapes(self):
     """The tree of parameters, without adapters, as float32 ShapeDtypeStructs."""
@@ -99,8 +99,8 @@ class Base:
 
 
 @dataclasses.dataclass(frozen=True)
-class Writer(Base):
-  """A model that writes texts too: a decoder, or an encoder with a decoder."""
+class LanguageModel(Base):
+  """A model that generates text: a decoder, or an encoder-decoder."""
 
   @property
   def reads_tokens(self):

@@ -1,6 +1,6 @@
 """An encoder-decoder as functions of its parameters: the encoder reads the prompt, the decoder writes the response.
 
-Letters: B batch, P prompt length, R response slots, T tokens of this call, S slots of the decoder's
+Letters: B batch, P prompt length, R response length, T tokens of this call, S slots of the decoder's
 cache, L decoder layers, V vocabulary, D width, N heads, H head width.
 
 Parameters are a plain dict: 'embed', 'encoder' and 'decoder' with 'blocks' stacked on a leading
@@ -22,8 +22,8 @@ from rlhf_jax.models import stack
 
 
 @dataclasses.dataclass(frozen=True)
-class Seq2Seq(base.Writer):
-  """An encoder-decoder; see base.Writer. Adapters have paths like 'decoder/blocks/cross/query'."""
+class Seq2Seq(base.LanguageModel):
+  """An encoder-decoder; see base.LanguageModel. Adapters have paths like 'decoder/blocks/cross/query'."""
 
   encoder_decoder = True
 
@@ -109,7 +109,7 @@ class Seq2Seq(base.Writer):
         ]
 
       def attend(queries, keys, values):
-        keys, values, updated = stack.remember(memory, layer, keys, values)
+        keys, values, updated = stack.update_cache(memory, layer, keys, values)
         return layers.attend(queries, keys, values, causal, bias=bias), updated
 
       def cross_attend(queries):
@@ -134,7 +134,7 @@ class Seq2Seq(base.Writer):
     return self._logits(params, hidden)
 
   def response_states(self, params, tokens, mask, response_length, frozen_states=None):
-    """See base.Writer; there are no layers that policy and reference share, so no frozen states."""
+    """See base.LanguageModel; there are no layers that policy and reference share, so no frozen states."""
     if frozen_states is not None:
       raise ValueError('an encoder-decoder has no frozen states: pass None')
     prompt, prompt_mask = tokens[:, :-response_length], mask[:, :-response_length]
@@ -158,7 +158,7 @@ class Seq2Seq(base.Writer):
     return jnp.tanh(self._embedder(params).pooler(state)) if self.config.pooled else state
 
   def prefill(self, params, tokens, mask, response_length):
-    """See base.Writer; reads the token that every response starts from, too."""
+    """See base.LanguageModel; reads the token that every response starts from, too."""
     encoded = self.encode(params, tokens, mask)
     batch, config = tokens.shape[0], self.config
     shape = (config.num_decoder_layers, batch, config.kv_heads, response_length, config.head_width)

@@ -28,7 +28,7 @@ REMAT = {
 }
 # The deepest stack that is unrolled where nobody says. Steps take 0.5 to 0.9 of the time; to compile PPO takes
 # 3 seconds longer with 12 layers, and 30 with 24.
-UNROLLED = 12
+MAX_UNROLLED = 12
 
 
 @functools.cache
@@ -74,7 +74,7 @@ def shapes(cls, config, *, depth=None):
   )
 
 
-def draw(key, tree, std):
+def init_params(key, tree, std):
   """Draws parameters: kernels and embeddings normal, scales 1, biases and offsets 0.
 
   Args:
@@ -85,20 +85,20 @@ def draw(key, tree, std):
   Returns:
     Tree of float32 arrays.
   """
-  drawn = {
+  sizes = {
     name: math.prod(leaf.shape)
     for name, leaf in sharding.paths(tree).items()
     if not name.endswith(('scale', 'bias', 'offset'))
   }
   # One draw, cut into pieces: each of its own would take half a second to compile.
-  normal = jax.random.normal(key, (sum(drawn.values()),))
-  starts = dict(zip(drawn, itertools.accumulate(drawn.values(), initial=0)))
+  normal = jax.random.normal(key, (sum(sizes.values()),))
+  starts = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0)))
 
   def fill(name, leaf):
-    if name not in drawn:
+    if name not in sizes:
       return jnp.ones(leaf.shape) if name.endswith('scale') else jnp.zeros(leaf.shape)
-    piece = normal[starts[name] : starts[name] + drawn[name]]
-    return piece.reshape(leaf.shape) * std(name)
+    values = normal[starts[name] : starts[name] + sizes[name]]
+    return values.reshape(leaf.shape) * std(name)
 
   return sharding.map_with_path(fill, tree)
 
@@ -111,9 +111,9 @@ def unstack(params):
   return tuple(structure.unflatten(layer) for layer in zip(*split))
 
 
-def unrolled(depth):
-  """Layers of a stack that are unrolled where nobody says: on CPUs all of up to `UNROLLED`, else one."""
-  return depth if sharding.platform() == 'cpu' and depth <= UNROLLED else 1
+def default_unroll(depth):
+  """Layers of a stack that are unrolled where nobody says: on CPUs all of up to `MAX_UNROLLED`, else one."""
+  return depth if sharding.platform() == 'cpu' and depth <= MAX_UNROLLED else 1
 
 
 def scan(build_block, params, apply, carry, *, first=0, remat='none', unroll=1):
@@ -126,7 +126,7 @@ def scan(build_block, params, apply, carry, *, first=0, remat='none', unroll=1):
     carry: (x [B, T, D], memory); memory is any pytree.
     first: number of the first of these layers.
     remat: a name in REMAT.
-    unroll: layers unrolled in the scan; None: see `unrolled`.
+    unroll: layers unrolled in the scan; None: see `default_unroll`.
 
   Returns:
     The carry after the last block.
@@ -145,7 +145,7 @@ def scan(build_block, params, apply, carry, *, first=0, remat='none', unroll=1):
     x, memory = apply(build_block(params), layer, *carry)
     return (sharding.split_rows(x), memory), None
 
-  unroll = min(unroll or unrolled(depth), depth)
+  unroll = min(unroll or default_unroll(depth), depth)
   if remat != 'none':
     block = jax.checkpoint(block, policy=REMAT[remat], prevent_cse=False)
     # The loop keeps the recomputation apart from the first pass; without one XLA merges the two.
@@ -155,7 +155,7 @@ def scan(build_block, params, apply, carry, *, first=0, remat='none', unroll=1):
   )[0]
 
 
-def remember(memory, layer, keys, values):
+def update_cache(memory, layer, keys, values):
   """Writes a layer's keys and values [B, T, K, H] into the cache; returns all of that layer's, [B, K, S, H].
 
   The whole cache is carried through the scan and written in place: as an output of the scan it
@@ -177,7 +177,11 @@ def remember(memory, layer, keys, values):
   if isinstance(all_keys, tuple):
     keys = jax.lax.dynamic_update_slice(all_keys[layer], keys, (0, 0, index, 0))
     values = jax.lax.dynamic_update_slice(all_values[layer], values, (0, 0, index, 0))
-    return keys, values, (_put(all_keys, layer, keys), _put(all_values, layer, values), index)
+    return (
+      keys,
+      values,
+      (_set_layer(all_keys, layer, keys), _set_layer(all_values, layer, values), index),
+    )
   start = (layer, 0, 0, index, 0)
   all_keys = jax.lax.dynamic_update_slice(all_keys, keys[None], start)
   all_values = jax.lax.dynamic_update_slice(all_values, values[None], start)
@@ -186,5 +190,5 @@ def remember(memory, layer, keys, values):
   return keys, values, (all_keys, all_values, index)
 
 
-def _put(layers, layer, x):
+def _set_layer(layers, layer, x):
   return layers[:layer] + (x,) + layers[layer + 1 :]

@@ -1,7 +1,7 @@
 """A decoder as functions of its parameters: stacked blocks under one scan, one static cache.
 
 Letters: B batch, T tokens of this call, S cache length, L layers, V vocabulary, D width, K
-key/value heads, H head width, R response slots.
+key/value heads, H head width, R response length.
 
 Parameters are a plain dict of arrays; those under 'blocks' have a leading axis of layers. Where
 only the top layers are trained (see trainable.py) the dict holds them apart, under 'top/blocks'.
@@ -24,8 +24,8 @@ from rlhf_jax.models import stack
 
 
 @dataclasses.dataclass(frozen=True)
-class Model(base.Writer):
-  """A decoder; see base.Writer.
+class Model(base.LanguageModel):
+  """A decoder; see base.LanguageModel.
 
   Attributes:
     sequence_length: the length that rotary positions depend on, if they depend on any (see
@@ -43,7 +43,7 @@ class Model(base.Writer):
 
   @property
   def _unrolled(self):
-    return (self.unroll or stack.unrolled(self.config.depth)) >= self.config.depth
+    return (self.unroll or stack.default_unroll(self.config.depth)) >= self.config.depth
 
   def init_cache(self, batch, length, *, unstacked=False):
     """An empty cache for `length` tokens a row.
@@ -66,7 +66,7 @@ class Model(base.Writer):
     return {'k': empty, 'v': empty, 'segments': segments, 'index': np.int32(0)}
 
   def unstack(self, params):
-    """See base.Writer.
+    """See base.LanguageModel.
 
     Where the layers are unrolled, and on GPUs, each becomes a tree of its own: out of the stack
     every step would copy it once more. On an H200 a step of 128 rows, 24 layers and width 2048
@@ -171,7 +171,7 @@ class Model(base.Writer):
       )
 
       def attend(queries, keys, values):
-        keys, values, updated = stack.remember(memory, layer, keys, values)
+        keys, values, updated = stack.update_cache(memory, layer, keys, values)
         return causal_attention(layer, queries[:, -num_queries:], keys, values), updated
 
       return block(x, layer, table, attend)

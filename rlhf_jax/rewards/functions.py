@@ -177,7 +177,9 @@ def check_signature(
     raise config_error(f'takes {signature}, and is called as {usage}: {error}; {remedy}') from None
 
 
-def call(function, prompts, responses, *, response_tokens, metadata, slots, limit=Limit()):
+def call(
+  function, prompts, responses, *, response_tokens, metadata, response_length, limit=Limit()
+):
   """Calls a reward function and checks what it returns.
 
   Args:
@@ -186,7 +188,7 @@ def call(function, prompts, responses, *, response_tokens, metadata, slots, limi
     responses: n texts.
     response_tokens: n lists of token ids.
     metadata: n dicts.
-    slots: R, width of the result for rewards per token.
+    response_length: R, width of the result for rewards per token.
     limit: Limit.
 
   Returns:
@@ -222,7 +224,7 @@ def call(function, prompts, responses, *, response_tokens, metadata, slots, limi
     )
   first, allow_nan = rewards[0] if rewards else None, limit.allow_nan
   per_token = isinstance(first, (list, tuple)) or getattr(first, 'ndim', 0) == 1
-  scores = np.zeros((len(rewards), slots) if per_token else len(rewards), np.float32)
+  scores = np.zeros((len(rewards), response_length) if per_token else len(rewards), np.float32)
   for i, reward in enumerate(rewards):
     if per_token:
       value = checked(reward, made, i, (len(response_tokens[i]),), allow_nan=allow_nan)

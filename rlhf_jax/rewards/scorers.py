@@ -225,7 +225,7 @@ def function_scorer(function, tokenizer, mesh, *, limit=functions.Limit()):
         [responses[i] for i in rows],
         response_tokens=[ids[i] for i in rows],
         metadata=[examples[i].metadata for i in rows],
-        slots=rollout.response_mask.shape[1],
+        response_length=rollout.response_mask.shape[1],
         limit=limit,
       )
 

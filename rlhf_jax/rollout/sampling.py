@@ -18,12 +18,12 @@ class Sampling:
   """How responses are drawn. Frozen, so that it can be a static argument of a jitted function.
 
   Attributes:
-    max_new_tokens: R, response slots.
+    max_new_tokens: R, response length.
     temperature: logits are divided by it; 0 takes the likeliest token.
     top_k: keep the k likeliest tokens; 0 keeps all.
     top_p: keep the smallest set of likeliest tokens whose probability reaches p; 1 keeps all.
     eos_id: the token that ends a response; None for none.
-    pad_id: what fills the slots after the end.
+    pad_id: what fills the positions after the end.
     ignore_eos: go on to `max_new_tokens` whatever is sampled, stop tokens too.
     min_new_tokens: tokens before the first that may be the EOS or a stop token.
     stop_tokens: ids that end a response as the EOS does; they stay in it.

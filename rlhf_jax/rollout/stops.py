@@ -27,7 +27,7 @@ def truncate(rollout, *, tokens, after=0, pad_id):
     rollout: Rollout, as a rule made with `ignore_eos`.
     tokens: ids, a tuple.
     after: response position from which on they count; tokens before it end nothing.
-    pad_id: what fills the slots behind.
+    pad_id: what fills the positions behind.
 
   Returns:
     Rollout and found [B] bool: whether there is such a token.

@@ -152,8 +152,8 @@ def test_rollouts(built, top):
   'platform, depth, layers',
   [
     ('cpu', 2, 2),
-    ('cpu', stack.UNROLLED, stack.UNROLLED),
-    ('cpu', stack.UNROLLED + 1, 1),
+    ('cpu', stack.MAX_UNROLLED, stack.MAX_UNROLLED),
+    ('cpu', stack.MAX_UNROLLED + 1, 1),
     ('tpu', 2, 1),
     ('gpu', 2, 1),
   ],

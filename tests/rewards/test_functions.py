@@ -13,9 +13,14 @@ METADATA = [{'number': i} for i in range(3)]
 NAN, INFINITY = float('nan'), float('inf')
 
 
-def call(function, slots=4):
+def call(function, response_length=4):
   return functions.call(
-    function, PROMPTS, RESPONSES, response_tokens=TOKENS, metadata=METADATA, slots=slots
+    function,
+    PROMPTS,
+    RESPONSES,
+    response_tokens=TOKENS,
+    metadata=METADATA,
+    response_length=response_length,
   )
 
 
@@ -67,7 +72,7 @@ def test_an_empty_first_response_among_rewards_per_token():
     ['', 'c'],
     response_tokens=[[], [7]],
     metadata=METADATA[:2],
-    slots=2,
+    response_length=2,
   )
   assert scores.tolist() == [[0, 0], [3, 0]]
 

@@ -164,7 +164,7 @@ def call(reward, **settings):
     ['a', 'b'],
     response_tokens=[[1], [2]],
     metadata=[{}, {}],
-    slots=2,
+    response_length=2,
     **settings,
   )
 

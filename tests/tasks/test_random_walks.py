@@ -102,7 +102,7 @@ def test_the_reward_function():
     ['da', 'nbjna', 'd'],
     response_tokens=[[]] * 3,
     metadata=[{}] * 3,
-    slots=9,
+    response_length=9,
   )
   assert scores.tolist() == pytest.approx([1.0, 4 / 7, 0.0])
 

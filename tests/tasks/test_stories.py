@@ -31,6 +31,6 @@ def test_direct_speech_is_a_reward_function():
     texts,
     response_tokens=[[]] * len(texts),
     metadata=[{}] * len(texts),
-    slots=3,
+    response_length=3,
   )
   assert scores.tolist() == pytest.approx([share for _, share in TEXTS.values()])
