@@ -248,7 +248,7 @@ def _batched(function, keywords):
         samples.responses[part],
         response_tokens=tokens[part],
         metadata=metadata[part],
-        slots=samples.rollout.response_mask.shape[1],
+        response_length=samples.rollout.response_mask.shape[1],
         limit=LIMIT,
       )
       scores.append(values.sum(axis=1) if values.ndim == 2 else values)
