@@ -149,7 +149,7 @@ def shape(config, made, mesh):
   length = config.data.max_prompt_length + config.sampling.max_new_tokens
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     impl = attention.attention_impl(
-      model.config, model.dtype, microbatch, length, length, index=0, one_text=True
+      model.config, model.dtype, microbatch, length, length, index=0, single_segment=True
     )
   share = sum(owned.values()) / (sum(owned.values()) + whole(frozen_policy))
   return estimate.Shape(

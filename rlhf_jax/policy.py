@@ -73,7 +73,7 @@ class TextPolicy:
 
   def __post_init__(self):
     if self.model.encoder_decoder:
-      tokenizers.respond_apart(self.tokenizer)
+      tokenizers.set_encoder_decoder(self.tokenizer)
 
   @classmethod
   def load(cls, path):

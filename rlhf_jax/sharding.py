@@ -88,7 +88,7 @@ def split_rows(x, *, axis=0):
 
 
 def row_spec():
-  """PartitionSpec of an axis of rows on the mesh that is set: BATCH, but inside `each_shard` P(None)."""
+  """PartitionSpec of an axis of rows on the mesh that is set: BATCH, but inside `map_shards` P(None)."""
   manual = jax.sharding.get_abstract_mesh().manual_axes
   return P(tuple(axis for axis in BATCH[0] if axis not in manual) or None)
 
@@ -96,7 +96,7 @@ def row_spec():
 def shards():
   """Parts of the rows and parts over 'tensor' that the mesh which is set makes; (1, 1) without one.
 
-  Inside `each_shard` rows have one part: they are those of one shard.
+  Inside `map_shards` rows have one part: they are those of one shard.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or not set(AXES) <= set(mesh.axis_names):
@@ -105,7 +105,7 @@ def shards():
   return data * fsdp, tensor
 
 
-def each_shard(function, whole, batch):
+def map_shards(function, shared, batch):
   """Inside jit: what a function gives for the rows of each data shard, as if there were no other shards.
 
   Nothing inside waits for other shards, so a loop has as many rounds as its shard needs. Over 'tensor'
@@ -113,7 +113,7 @@ def each_shard(function, whole, batch):
 
   Args:
     function: (whole, rows of one shard, number of the shard) -> tree of arrays with rows first.
-    whole: tree of arrays that every shard reads; whatever of it is split over 'fsdp' is gathered first.
+    shared: tree of arrays that every shard reads; whatever of it is split over 'fsdp' is gathered first.
     batch: tree of arrays with rows first, which divide over the shards.
 
   Returns:
@@ -121,17 +121,17 @@ def each_shard(function, whole, batch):
   """
   count, tensor = shards()
   if count == 1:
-    return function(whole, batch, 0)
+    return function(shared, batch, 0)
   # Pallas kernels want every axis of the mesh here, even one of size 1.
   axes = set(AXES if tensor == 1 else BATCH[0])
   call = jax.shard_map(
-    lambda whole, batch, number: function(whole, batch, number[0]),
+    lambda shared, batch, number: function(shared, batch, number[0]),
     axis_names=axes,
     in_specs=(P(), BATCH, BATCH),
     out_specs=BATCH,
     check_vma=False,
   )
-  return call(whole, batch, jnp.arange(count))
+  return call(shared, batch, jnp.arange(count))
 
 
 def platform():
@@ -141,7 +141,7 @@ def platform():
   return device.platform if device else jax.default_backend()
 
 
-def gathered(tree, rules, axis):
+def gather(tree, rules, axis):
   """Inside jit: parameters as `rules` split them, but whole along one axis of the mesh, where a mesh is set.
 
   Args:
@@ -272,7 +272,7 @@ def put_rows(tree, mesh):
   return jax.tree.map(put, tree)
 
 
-def rounding(platform):
+def compiler_options(platform):
   """Options of jax.jit for programs whose numbers must agree: bfloat16 is rounded as written.
 
   XLA leaves roundings out where it likes, in each program and shape elsewhere: in bfloat16 the

@@ -181,7 +181,7 @@ def test_each_shard_has_its_rows_and_its_number_of_rounds(shape):
 
   with jax.set_mesh(mesh):
     places = tuple(NamedSharding(mesh, spec) for spec in (P('fsdp', 'tensor'), sharding.BATCH))
-    found = jax.jit(lambda *x: sharding.each_shard(double, *x))(
+    found = jax.jit(lambda *x: sharding.map_shards(double, *x))(
       *jax.device_put((weights, np.ones((16, 4))), places)
     )
   times = np.repeat(2.0 ** np.arange(count), 16 // count)

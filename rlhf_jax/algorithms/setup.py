@@ -219,7 +219,7 @@ def jit_step(function, state):
     function,
     donate_argnums=0,
     out_shardings=(state_shardings(state), None),
-    compiler_options=sharding.rounding(platform),
+    compiler_options=sharding.compiler_options(platform),
   )
 
 

@@ -8,7 +8,7 @@ position as a training completion:
   completion  encode_continuation(completion) + [eos]
 
 Encoder-decoders read a prompt and write a response as two texts, each of which begins and ends
-(see `respond_apart`):
+(see `set_encoder_decoder`):
 
   prompt      encode(prompt) + [eos]
   response    encode(response) + [eos]
@@ -218,12 +218,12 @@ def warn_unknown(
     )
 
 
-_apart: weakref.WeakSet[Any] = weakref.WeakSet()
+_encoder_decoder: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def respond_apart(tokenizer: transformers.PreTrainedTokenizerFast) -> None:
+def set_encoder_decoder(tokenizer: transformers.PreTrainedTokenizerFast) -> None:
   """Makes this tokenizer that of an encoder-decoder, whose responses do not go on where prompts stop."""
-  _apart.add(tokenizer)
+  _encoder_decoder.add(tokenizer)
 
 
 def fit(tokenizer: transformers.PreTrainedTokenizerFast, model: Any) -> None:
@@ -234,7 +234,7 @@ def fit(tokenizer: transformers.PreTrainedTokenizerFast, model: Any) -> None:
   """
   check(tokenizer, model.vocab_size)
   if model.encoder_decoder:
-    respond_apart(tokenizer)
+    set_encoder_decoder(tokenizer)
 
 
 def encode(
@@ -243,11 +243,11 @@ def encode(
   """Ids of texts that begin a sequence, each int32 [length].
 
   The BOS comes first if the tokenizer adds one by itself and the text does not spell it already,
-  as rendered chat templates do. After `respond_apart` the EOS comes last.
+  as rendered chat templates do. After `set_encoder_decoder` the EOS comes last.
   """
   bos = _leading_bos(tokenizer)
   rows = _ids(tokenizer.backend_tokenizer, texts)
-  if tokenizer in _apart:
+  if tokenizer in _encoder_decoder:
     rows = [end(tokenizer, row) for row in rows]
   if bos is None:
     return rows
@@ -302,7 +302,7 @@ def decode_prompts(
 ) -> list[str]:
   """Texts of what is left of prompts' ids; special tokens are spelled out, but those that `encode` adds."""
   bos = _leading_bos(tokenizer)
-  eos = tokenizer.eos_token_id if tokenizer in _apart else None
+  eos = tokenizer.eos_token_id if tokenizer in _encoder_decoder else None
   rows = [row[int(row[0] == bos) : len(row) - int(row[-1] == eos)] for row in rows]
   return decode_continuation(tokenizer, rows, skip_special_tokens=False)
 
@@ -341,7 +341,7 @@ def _leading_bos(tokenizer: transformers.PreTrainedTokenizerFast) -> int | None:
 
 
 def _responding(tokenizer: transformers.PreTrainedTokenizerFast) -> hf_tokenizers.Tokenizer:
-  return tokenizer.backend_tokenizer if tokenizer in _apart else _continuation(tokenizer)
+  return tokenizer.backend_tokenizer if tokenizer in _encoder_decoder else _continuation(tokenizer)
 
 
 # The copies, by tokenizer, with the vocabulary's size at the time: making one takes a second for a

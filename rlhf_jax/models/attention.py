@@ -33,7 +33,7 @@ BLOCKS = 4
 LANES, SPLASH = 128, 512
 
 
-def causal(config, dtype, segments, key_segments, *, index, one_text):
+def causal(config, dtype, segments, key_segments, *, index, single_segment):
   """Prepares attention for all layers of a pass.
 
   Args:
@@ -42,7 +42,7 @@ def causal(config, dtype, segments, key_segments, *, index, one_text):
     segments: [B, T] int32 of the queries, 0 at padding.
     key_segments: [B, S] int32 of the keys.
     index: slot of the first query among the keys; a number, known while tracing, or an int32 scalar.
-    one_text: whether rows are known to have no segments but 0 and 1.
+    single_segment: whether rows are known to have no segments but 0 and 1.
 
   Returns:
     (layer, queries [B, t, N, H] already scaled, keys and values [B, K, S, H]) -> [B, t, N * H], where the
@@ -55,7 +55,9 @@ def causal(config, dtype, segments, key_segments, *, index, one_text):
   windows = [window if window < key_length else 0 for window in config.windows] or [0]
   window_sizes = sorted(set(windows))
   window_of_layer = [window_sizes.index(window) for window in windows]
-  impl = attention_impl(config, dtype, *segments.shape, key_length, index=index, one_text=one_text)
+  impl = attention_impl(
+    config, dtype, *segments.shape, key_length, index=index, single_segment=single_segment
+  )
   if impl == 'plain':
     masks = [
       layers.attention_mask(segments, key_segments, index=index, window=window)
@@ -95,7 +97,7 @@ def causal(config, dtype, segments, key_segments, *, index, one_text):
   return attend
 
 
-def attention_impl(config, dtype, batch, query_length, key_length, *, index, one_text):
+def attention_impl(config, dtype, batch, query_length, key_length, *, index, single_segment):
   """How to attend: 'plain', 'blocks', 'splash' or 'cudnn'; arguments as for `causal`, shapes as numbers."""
   platform = sharding.platform()
   full_sequence = query_length == key_length and _known(index)
@@ -107,7 +109,7 @@ def attention_impl(config, dtype, batch, query_length, key_length, *, index, one
     # should, but over the real tokens only.
     if (
       platform == 'gpu'
-      and one_text
+      and single_segment
       and not windowed
       and not config.score_cap
       and config.head_width % 8 == 0
@@ -301,7 +303,7 @@ def _scores(queries, keys, segments, key_segments, index, pair, window, score_ca
     (queries[i], segments[i], index + i * t - j * s)
   )
   visible = layers.attention_mask(segments, key_segments[j], index=index, window=window)
-  return layers.cap(_matmul(queries, keys[j].swapaxes(-1, -2)), score_cap), visible
+  return layers.soft_cap(_matmul(queries, keys[j].swapaxes(-1, -2)), score_cap), visible
 
 
 def _matmul(rows, columns):

@@ -63,7 +63,7 @@ class Block(nnx.Module):
     """
     normed = self.attention_norm(x) if self.norm_first else x
     attended, memory = self.self_attention(normed, layer, table, attend)
-    x = layers.tail(x, attended) + attended
+    x = layers.take_last(x, attended) + attended
     if self.norm_first:
       return x + self.mlp(self.mlp_norm(x)), memory
     x = self.attention_norm(x)

@@ -78,7 +78,7 @@ class Block(gemma.Block):
 
   def __call__(self, x, layer, table, attend):
     attended, memory = self.self_attention(self.attention_norm(x), layer, table, attend)
-    x = layers.tail(x, attended) + self.attention_post_norm(attended)
+    x = layers.take_last(x, attended) + self.attention_post_norm(attended)
     return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x))), memory
 
 

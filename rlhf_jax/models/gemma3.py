@@ -91,7 +91,7 @@ class Config(gemma2.Config):
         **shared,
       ),
     }
-    given.finish()
+    given.refuse_unread()
     if any(isinstance(one, rope.Yarn) and not one.truncate for one in taken.values()):
       raise hf_config.refusal(
         'truncate', False, 'of this family transformers reads it as true; write that'

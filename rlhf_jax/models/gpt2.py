@@ -104,7 +104,7 @@ def sources(config):
   found |= naming.norms(
     {'norm': 'ln_f', 'blocks/attention_norm': f'{layer}.ln_1', 'blocks/mlp_norm': f'{layer}.ln_2'}
   )
-  for name, columns in zip(('query', 'key', 'value'), naming.side_by_side(*[config.width] * 3)):
+  for name, columns in zip(('query', 'key', 'value'), naming.concatenated(*[config.width] * 3)):
     found |= naming.conv1d(f'blocks/attention/{name}', f'{layer}.attn.c_attn', columns=columns)
   found |= naming.conv1d('blocks/attention/out', f'{layer}.attn.c_proj')
   found |= naming.conv1d('blocks/mlp/up', f'{layer}.mlp.c_fc')

@@ -332,7 +332,7 @@ def _tensors(model, params, head):
       )
     )
     for layer, parts in enumerate(layers):
-      yield module.PREFIX + name.format(layer=layer), hf_arrays.join(sources, parts)
+      yield module.PREFIX + name.format(layer=layer), hf_arrays.assemble(sources, parts)
   if head is not None:
     weight, bias = _head_names(model)
     yield weight, processes.to_host(head['kernel'])[None]
@@ -341,7 +341,7 @@ def _tensors(model, params, head):
       yield bias, value[None]
   elif not model.config.tie_word_embeddings:
     source = Source(module.UNEMBED, transpose=True)
-    yield source.name, hf_arrays.join([source], [processes.to_host(leaves['unembed/kernel'])])
+    yield source.name, hf_arrays.assemble([source], [processes.to_host(leaves['unembed/kernel'])])
 
 
 def _config_json(model, params, tokenizer, head):

@@ -57,7 +57,7 @@ def layers(stack):
     )
 
 
-def join(sources, parts):
+def assemble(sources, parts):
   """The tensor of a file from the parameters that share it, or from the only one.
 
   Args:

@@ -78,7 +78,7 @@ SCORE = 'score'
 
 
 class Fields:
-  """Takes the fields of a config one by one; `finish` refuses what nobody took.
+  """Takes the fields of a config one by one; `refuse_unread` refuses what nobody took.
 
   Args:
     fields: the dict of a config.json, or the same names written in a config of ours.
@@ -158,7 +158,7 @@ class Fields:
     """The value of a dataclass field, read as its type says; a str is an activation."""
     return _READERS[field.type](self, field.name)
 
-  def finish(self):
+  def refuse_unread(self):
     """Refuses fields that were not taken and are not known to be irrelevant.
 
     Raises:
@@ -303,7 +303,7 @@ class Config:
     config = cls(**cls.take(fields))
     for name, supported in cls.ONLY.items():
       fields.only(name, supported)
-    fields.finish()
+    fields.refuse_unread()
     config.check()
     return config
 

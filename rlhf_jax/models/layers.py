@@ -40,7 +40,7 @@ ACTIVATIONS = {
 }
 
 
-def cap(x, bound):
+def soft_cap(x, bound):
   """bound * tanh(x / bound), or x where the bound is 0 (Gemma 2, https://arxiv.org/abs/2408.00118, §2)."""
   return bound * jnp.tanh(x / bound) if bound else x
 
@@ -89,7 +89,7 @@ def attend(queries, keys, values, mask, *, bias=None, score_cap=0.0):
   rows = rows.reshape(batch, kv_heads, groups * query_length, head_width)
   # Plain batched matrices: with one einsum each, XLA on the CPU transposes the scores instead.
   scores = jnp.matmul(rows, keys.swapaxes(2, 3), preferred_element_type=jnp.float32)
-  scores = cap(scores.reshape(batch, kv_heads, groups, query_length, key_length), score_cap)
+  scores = soft_cap(scores.reshape(batch, kv_heads, groups, query_length, key_length), score_cap)
   scores = jnp.where(mask, scores if bias is None else scores + bias, jnp.finfo(jnp.float32).min)
   weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
   weights = weights.reshape(batch, kv_heads, groups * query_length, key_length)
@@ -105,7 +105,7 @@ def attend(queries, keys, values, mask, *, bias=None, score_cap=0.0):
   return mixed.reshape(batch, query_length, heads * head_width)
 
 
-def tail(x, y):
+def take_last(x, y):
   """The last positions of x [B, T, D], as many as y [B, t, D] has: the residual of a layer whose queries are those."""
   return x[:, x.shape[1] - y.shape[1] :]
 

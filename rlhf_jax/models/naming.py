@@ -41,12 +41,12 @@ class Columns:
 WHOLE = Columns()
 
 
-def side_by_side(*widths):
+def concatenated(*widths):
   """Columns of parameters that lie in one tensor one after another, for each of their widths."""
   return [Columns(offset) for offset in itertools.accumulate(widths[:-1], initial=0)]
 
 
-def taking_turns(count, block):
+def interleaved(count, block):
   """Columns of `count` parameters of which each in turn has `block`: [heads, count, block] flattened."""
   return [Columns(part * block, block, count * block) for part in range(count)]
 

@@ -44,8 +44,8 @@ class Config(hf_config.Config):
     sizes = fields.integers('hidden_size', 'num_attention_heads', 'max_position_embeddings')
     width, heads, limit = sizes.values()
     hf_config.check_divides(sizes, 'num_attention_heads', 'hidden_size')
-    turning = _rope(fields, head_width=width // heads, limit=limit)
-    return super().take(fields, **sizes, rope=turning, **taken)
+    rotary = _rope(fields, head_width=width // heads, limit=limit)
+    return super().take(fields, **sizes, rope=rotary, **taken)
 
   def to_hf(self):
     fields = super().to_hf()
@@ -83,7 +83,7 @@ class Block(blocks.Block):
     if not self.parallel:
       return super().__call__(x, layer, table, attend)
     attended, memory = self.self_attention(self.attention_norm(x), layer, table, attend)
-    x = layers.tail(x, attended)
+    x = layers.take_last(x, attended)
     return x + attended + self.mlp(self.mlp_norm(x)), memory
 
 
@@ -99,7 +99,7 @@ def sources(config):
     }
   )
   # One tensor of all heads' query, key and value, head by head.
-  for name, columns in zip(('query', 'key', 'value'), naming.taking_turns(3, config.head_width)):
+  for name, columns in zip(('query', 'key', 'value'), naming.interleaved(3, config.head_width)):
     found |= naming.torch_linear(
       f'blocks/attention/{name}', f'{layer}.attention.query_key_value', bias=bias, columns=columns
     )

@@ -65,11 +65,11 @@ def sources(config):
   """Where each parameter lies in a Hugging Face file: {path: Source}."""
   found, layer = llama.sources(config), 'layers.{layer}'
   queries, keys = config.heads * config.head_width, config.kv_heads * config.head_width
-  for name, columns in zip(('query', 'key', 'value'), naming.side_by_side(queries, keys, keys)):
+  for name, columns in zip(('query', 'key', 'value'), naming.concatenated(queries, keys, keys)):
     found |= naming.torch_linear(
       f'blocks/attention/{name}', f'{layer}.self_attn.qkv_proj', bias=False, columns=columns
     )
-  for name, columns in zip(('gate', 'up'), naming.side_by_side(config.inner, config.inner)):
+  for name, columns in zip(('gate', 'up'), naming.concatenated(config.inner, config.inner)):
     found |= naming.torch_linear(
       f'blocks/mlp/{name}', f'{layer}.mlp.gate_up_proj', bias=False, columns=columns
     )

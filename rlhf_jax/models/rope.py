@@ -54,13 +54,13 @@ class Rope:
     return 1.0
 
   @property
-  def turning(self):
+  def rotary_width(self):
     """R."""
     return int(self.head_width * self.part)
 
   def exponents(self):
     """2 i / R of each pair, float64."""
-    return np.arange(0, self.turning, 2) / self.turning
+    return np.arange(0, self.rotary_width, 2) / self.rotary_width
 
   def frequencies(self, length):
     """Radians per position of each pair.
@@ -127,7 +127,7 @@ class Proportional(Rope):
   kind = 'proportional'
 
   @property
-  def turning(self):
+  def rotary_width(self):
     return self.head_width
 
   def frequencies(self, length):
@@ -155,14 +155,14 @@ class Dynamic(Rope):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.turning < 3:
+    if self.rotary_width < 3:
       raise hf_config.refusal(
         'head_dim', self.head_width, "must be at least 4 for rotary positions of type 'dynamic'"
       )
 
   def frequencies(self, length):
     growth = self.factor * max(length, self.limit) / self.limit - (self.factor - 1)
-    base = self.theta * growth ** (self.turning / (self.turning - 2))
+    base = self.theta * growth ** (self.rotary_width / (self.rotary_width - 2))
     return base ** -self.exponents()
 
 
@@ -216,14 +216,14 @@ class Yarn(Rope):
     low, high = self._pair(self.beta_fast), self._pair(self.beta_slow)
     if self.truncate:
       low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, self.turning - 1)
+    low, high = max(low, 0), min(high, self.rotary_width - 1)
     divided = np.clip((np.arange(len(frequencies)) - low) / ((high - low) or 0.001), 0, 1)
     return frequencies * (1 - divided + divided / self.factor)
 
   def _pair(self, turns):
     """The i, a real number, that makes so many turns in the original length."""
     length = self.original_max_position_embeddings / (2 * math.pi * turns)
-    return self.turning * math.log(length) / (2 * math.log(self.theta))
+    return self.rotary_width * math.log(length) / (2 * math.log(self.theta))
 
   @property
   def scale(self):
@@ -352,7 +352,7 @@ def read(
         'partial_rotary_factor', part, 'must be at most 1' if partial else 'only 1 is supported'
       )
     taken = {name: _take(inner, field) for name, field in own.items()}
-    inner.finish()
+    inner.refuse_unread()
   except UserError as error:
     raise UserError(f'{error} (inside {name} of type {kind!r})') from None
   return kinds[kind](head_width=head_width, theta=theta, part=part, limit=limit, **taken)
@@ -382,9 +382,13 @@ def rotate(x, table):
     Same shape and dtype as x; the arithmetic is float32.
   """
   cos, sin = table
-  turning = 2 * cos.shape[-1]
-  first, second = jnp.split(x[..., :turning].astype(jnp.float32), 2, axis=-1)
+  rotary_width = 2 * cos.shape[-1]
+  first, second = jnp.split(x[..., :rotary_width].astype(jnp.float32), 2, axis=-1)
   turned = jnp.concatenate(
     [first * cos - second * sin, second * cos + first * sin], axis=-1
   ).astype(x.dtype)
-  return turned if turning == x.shape[-1] else jnp.concatenate([turned, x[..., turning:]], axis=-1)
+  return (
+    turned
+    if rotary_width == x.shape[-1]
+    else jnp.concatenate([turned, x[..., rotary_width:]], axis=-1)
+  )

@@ -103,7 +103,7 @@ class Model(base.LanguageModel):
       Hidden states [B, T, D] (or [B, keep, D]) after the final norm, in the compute dtype; and
       None, or the cache with these tokens written and its index advanced by T.
     """
-    one_text, segments = segments.dtype == bool, segments.astype(jnp.int32)
+    single_segment, segments = segments.dtype == bool, segments.astype(jnp.int32)
     if cache is None:
       key_segments, index, memory = segments, 0, ()
     else:
@@ -112,7 +112,7 @@ class Model(base.LanguageModel):
       memory = (cache['k'], cache['v'], index)
     last_positions = last_positions or tokens.shape[1]
     embedder, x, apply = self._embed_inputs(
-      params, tokens, positions, segments, key_segments, index, last_positions, one_text
+      params, tokens, positions, segments, key_segments, index, last_positions, single_segment
     )
     carry = (x, memory)
     carry = (
@@ -142,14 +142,14 @@ class Model(base.LanguageModel):
     Returns:
       [B, T, D] in the compute dtype.
     """
-    one_text, segments = segments.dtype == bool, segments.astype(jnp.int32)
+    single_segment, segments = segments.dtype == bool, segments.astype(jnp.int32)
     _, x, apply = self._embed_inputs(
-      params, tokens, positions, segments, segments, 0, tokens.shape[1], one_text
+      params, tokens, positions, segments, segments, 0, tokens.shape[1], single_segment
     )
     return self._scan_layers(params['blocks'], apply, (x, ()), trainable=False)[0]
 
   def _embed_inputs(
-    self, params, tokens, positions, segments, key_segments, index, last_positions, one_text
+    self, params, tokens, positions, segments, key_segments, index, last_positions, single_segment
   ):
     """The module around the blocks, x [B, T, D] before the first, and how a block is applied."""
     embedder = stack.build_embedder(
@@ -161,7 +161,7 @@ class Model(base.LanguageModel):
       jnp.where(real, tokens, 0), jnp.where(real, positions, 0), sequence_length
     )
     causal_attention = attention.causal(
-      self.config, self.dtype, segments, key_segments, index=index, one_text=one_text
+      self.config, self.dtype, segments, key_segments, index=index, single_segment=single_segment
     )
 
     def apply(block, layer, x, memory):
@@ -202,7 +202,7 @@ class Model(base.LanguageModel):
     )
 
   def unembed(self, params, hidden):
-    return layers.cap(self._logits(params, hidden), self.config.logit_cap)
+    return layers.soft_cap(self._logits(params, hidden), self.config.logit_cap)
 
   def response_states(self, params, tokens, mask, response_length, frozen_states=None):
     hidden, _ = self.forward(

@@ -40,13 +40,13 @@ def make(model, sampling, *, samples=1, max_concurrent=0, gather=False):
   def generate(params, prompts, key):
     check_mesh(model, max_concurrent)
     settings = dict(model=model, sampling=sampling, samples=samples)
-    params = sharding.gathered(params, model.rules, 'fsdp') if gather or max_concurrent else params
+    params = sharding.gather(params, model.rules, 'fsdp') if gather or max_concurrent else params
     if not max_concurrent:
       return decode.generate(params, prompts, key, **settings)
     shards, _ = sharding.shards()
 
-    def refill(whole, prompts, shard):
-      params, key = whole
+    def generate_shard(replicated, prompts, shard):
+      params, key = replicated
       return engine.generate(
         params,
         prompts,
@@ -56,10 +56,10 @@ def make(model, sampling, *, samples=1, max_concurrent=0, gather=False):
         first=shard * prompts.tokens.shape[0] * samples,
       )
 
-    return sharding.each_shard(refill, (params, key), prompts)
+    return sharding.map_shards(generate_shard, (params, key), prompts)
 
   check_mesh(model, max_concurrent)
-  return jax.jit(generate, compiler_options=sharding.rounding(sharding.platform()))
+  return jax.jit(generate, compiler_options=sharding.compiler_options(sharding.platform()))
 
 
 def check_mesh(model, max_concurrent):

@@ -223,7 +223,7 @@ def test_encoder_decoders_read_and_write_texts_that_end(tmp_path):
   tokenizer = tokenizers.load(tmp_path)
   assert [row.tolist() for row in tokenizers.encode(tokenizer, ['go on'])] == [[3, 4]]
   assert [row.tolist() for row in tokenizers.encode_continuation(tokenizer, ['on'])] == [[5]]
-  tokenizers.respond_apart(tokenizer)
+  tokenizers.set_encoder_decoder(tokenizer)
   assert [row.tolist() for row in tokenizers.encode(tokenizer, ['go on', ''])] == [[3, 4, 1], [1]]
   assert [row.tolist() for row in tokenizers.encode_continuation(tokenizer, ['on'])] == [[4]]
   assert tokenizers.decode_continuation(tokenizer, [[4, 3, 1]]) == ['on go']

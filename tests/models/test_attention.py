@@ -290,7 +290,7 @@ def choose(
   dtype='bfloat16',
   key_length=0,
   index=0,
-  one_text=True,
+  single_segment=True,
   batch=4,
   **fields,
 ):
@@ -303,7 +303,7 @@ def choose(
     length,
     key_length or length,
     index=index,
-    one_text=one_text,
+    single_segment=single_segment,
   )
 
 
@@ -311,13 +311,15 @@ def test_the_choice(monkeypatch):
   chosen = functools.partial(choose, monkeypatch)
   assert [chosen('cpu', length=length) for length in (1, 511, 512)] == ['plain', 'plain', 'blocks']
   assert [chosen('tpu', length=length) for length in (1, 127, 128)] == ['plain', 'plain', 'splash']
-  assert chosen('tpu', sliding_window=100, attn_logit_softcapping=50.0, one_text=False) == 'splash'
+  assert (
+    chosen('tpu', sliding_window=100, attn_logit_softcapping=50.0, single_segment=False) == 'splash'
+  )
   assert chosen('tpu', head_dim=40) == 'blocks'
   # Queries into a cache from an unknown slot on.
   assert chosen('tpu', key_length=2048, index=jnp.int32(5)) == 'blocks'
   assert chosen('gpu', length=64) == 'cudnn' and chosen('gpu', dtype='float32') == 'blocks'
   for other in (
-    dict(one_text=False),
+    dict(single_segment=False),
     dict(sliding_window=100),
     dict(attn_logit_softcapping=50.0),
     dict(head_dim=256),

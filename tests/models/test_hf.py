@@ -195,11 +195,11 @@ def test_a_layer_at_a_time_is_the_same_as_all_at_once(shape, dtype, saved, tmp_p
 @pytest.mark.parametrize(
   'columns',
   [
-    naming.side_by_side(8, 8, 8),
-    naming.side_by_side(8, 8, 8)[::-1],
-    naming.taking_turns(3, 4),
-    naming.taking_turns(3, 1),
-    [naming.Columns(16), *naming.taking_turns(2, 2)],
+    naming.concatenated(8, 8, 8),
+    naming.concatenated(8, 8, 8)[::-1],
+    naming.interleaved(3, 4),
+    naming.interleaved(3, 1),
+    [naming.Columns(16), *naming.interleaved(2, 2)],
   ],
 )
 @pytest.mark.parametrize('shape', [None, {'fsdp': 2, 'tensor': 4}], ids=['one device', 'eight'])
@@ -245,7 +245,7 @@ def test_widths_of_fused_parameters_add_up(tmp_path, monkeypatch):
       for path, source in own(config).items()
       if 'attention/' not in path or 'out' in path
     }
-    for name, which in zip(('query', 'key', 'value'), naming.side_by_side(8, 4, 4)):
+    for name, which in zip(('query', 'key', 'value'), naming.concatenated(8, 4, 4)):
       found |= naming.torch_linear(
         f'blocks/attention/{name}', 'layers.{layer}.qkv', bias=False, columns=which
       )

@@ -129,8 +129,8 @@ def test_old_and_new_names_of_rope_are_one_model():
     rope_theta=300.0,
     partial_rotary_factor=0.5,
   )
-  assert (old.theta, old.part, old.turning, old.kind) == (300.0, 0.5, 2, 'linear')
-  assert (rope().theta, rope().part, rope().turning) == (10000.0, 0.25, 1)
+  assert (old.theta, old.part, old.rotary_width, old.kind) == (300.0, 0.5, 2, 'linear')
+  assert (rope().theta, rope().part, rope().rotary_width) == (10000.0, 0.25, 1)
   # The dict goes first, as in transformers.
   assert (
     rope(

@@ -110,7 +110,7 @@ def test_attention_in_a_kernel_and_in_blocks():
 def test_every_data_shard_counts():
   """And their parts over 'tensor', which are not named inside, count once."""
   with jax.set_mesh(sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})):
-    product = functools.partial(sharding.each_shard, lambda weights, rows, number: rows @ weights)
+    product = functools.partial(sharding.map_shards, lambda weights, rows, number: rows @ weights)
     assert count(product, (K, N), (4 * M, K)) == (4 * MATMUL, 0)
 
 

@@ -155,7 +155,7 @@ def test_a_reward_model_reads_the_rows_that_it_learned_from(family, world, tmp_p
   hf.save(tmp_path, model, params['backbone'], tokenizer=own, head=params['head'])
   tokenizers.fit(own, model)
   if family == 'llama':
-    tokenizers.respond_apart(theirs)  # of an encoder-decoder as the policy
+    tokenizers.set_encoder_decoder(theirs)  # of an encoder-decoder as the policy
   score, start = scorers.model_scorer(
     str(tmp_path), theirs, mesh, max_length=16, load={}, check=lambda model: None
   )
