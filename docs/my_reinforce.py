@@ -21,23 +21,23 @@ validate = on_policy_config.validate
 
 def config(preset=''):
   """The keys that on-policy algorithms share; one pass over each rollout, no presets."""
-  found = on_policy_config.config('my_reinforce', on_policy_config.Settings)
-  found.rl.epochs = 1
-  return config_lib.apply_preset(found, {}, preset)
+  defaults = on_policy_config.config('my_reinforce', on_policy_config.Settings)
+  defaults.rl.epochs = 1
+  return config_lib.apply_preset(defaults, {}, preset)
 
 
 def prepare(outputs, fixed, *, state, rollout, scores, settings):
   """Scores [B] to advantages [B, R]: score - kl_coef KL, minus its mean over the batch."""
   mask, extra = rollout.response_mask, state.extra
-  found, _ = experience.make_experience(outputs, fixed, rollout, mask, behaviour=settings.behaviour)
+  batch, _ = experience.make_experience(outputs, fixed, rollout, mask, behaviour=settings.behaviour)
   postprocessed, moments = settings.rules.apply(scores, rollout, extra['reward_moments'])
   metrics = experience.rollout_metrics(
-    found, rollout, scores, postprocessed, outputs, extra['kl_coef'], settings.rules
+    batch, rollout, scores, postprocessed, outputs, extra['kl_coef'], settings.rules
   )
-  kl = jnp.sum(found.logprobs - found.ref_logprobs, axis=1)
+  kl = jnp.sum(batch.logprobs - batch.ref_logprobs, axis=1)
   returns = postprocessed - extra['kl_coef'] * kl
-  found = found.replace(advantages=jnp.where(mask, (returns - jnp.mean(returns))[:, None], 0.0))
-  return found, extra | {'reward_moments': moments}, metrics
+  batch = batch.replace(advantages=jnp.where(mask, (returns - jnp.mean(returns))[:, None], 0.0))
+  return batch, extra | {'reward_moments': moments}, metrics
 
 
 def loss(outputs, batch, counts):

@@ -138,14 +138,14 @@ def compile(function, arguments, mesh, *, effort, folder):
       if match is None:
         raise
       needed = float(match.group(1)) * UNITS[match.group(2)]
-      found = Compiled(0.0, 0.0, 0.0, [], 0, time.perf_counter() - started, needed)
+      result = Compiled(0.0, 0.0, 0.0, [], 0, time.perf_counter() - started, needed)
     else:
-      found = read(compiled, time.perf_counter() - started)
+      result = read(compiled, time.perf_counter() - started)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_suffix('.tmp')
-  temporary.write_text(json.dumps(found._asdict()))
+  temporary.write_text(json.dumps(result._asdict()))
   os.replace(temporary, path)
-  return found
+  return result
 
 
 def read(compiled, seconds):

@@ -47,8 +47,8 @@ def _walk(jaxpr, arguments):
   flops, unbounded = 0.0, 0
   for equation in jaxpr.eqns:
     values = [read(atom) for atom in equation.invars]
-    found, outputs = _equation(equation, values)
-    flops, unbounded = flops + found.flops, unbounded + found.unbounded
+    count, outputs = _equation(equation, values)
+    flops, unbounded = flops + count.flops, unbounded + count.unbounded
     known |= {
       variable: value for variable, value in zip(equation.outvars, outputs) if value is not None
     }

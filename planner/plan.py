@@ -41,8 +41,8 @@ class Planner:
     remat = config.model.remat
     if remat not in self._made:
       mesh = self.mesh(config)
-      made = programs.make(config, mesh)
-      self._made[remat] = made, search.operations(made, mesh)
+      built = programs.make(config, mesh)
+      self._made[remat] = built, search.operations(built, mesh)
     return self._made[remat]
 
   def estimate(self, config):
@@ -65,18 +65,18 @@ class Planner:
       progress: (name of a program) -> None, called before each is compiled.
     """
     mesh = self.mesh(config)
-    made = programs.make(config, mesh)
+    built = programs.make(config, mesh)
     work = self.work(config)[1]
-    traffic = search.shape(config, made, mesh)
+    traffic = search.shape(config, built, mesh)
     _, by_size = self.bandwidths(tuple(config.mesh[axis] for axis in sharding.AXES))
-    found = search.Candidate(config, memory.by_kind(made.arrays), {}, {}, {}, self.chip.memory)
-    for name in sorted(made.calls, key=ORDER.index):
+    candidate = search.Candidate(config, memory.by_kind(built.arrays), {}, {}, {}, self.chip.memory)
+    for name in sorted(built.calls, key=ORDER.index):
       progress(name)
-      function, arguments = made.calls[name]
+      function, arguments = built.calls[name]
       compiled = compiler.compile(function, arguments, mesh, effort=self.effort, folder=self.folder)
-      found.compiled[name] = compiled
-      found.extra[name] = compiled.needed or compiled.temporaries + compiled.results
-      found.times[name] = estimate.time_of(
+      candidate.compiled[name] = compiled
+      candidate.extra[name] = compiled.needed or compiled.temporaries + compiled.results
+      candidate.times[name] = estimate.time_of(
         # Of code that the compiler took little trouble with, its cycles say nothing about a run.
         compiled._replace(cycles=compiled.cycles if self.effort >= 0 else 0.0),
         work[name],
@@ -85,9 +85,9 @@ class Planner:
         chip=self.chip,
         by_size=by_size,
       )
-      if not found.fits:
+      if not candidate.fits:
         break
-    return found, work
+    return candidate, work
 
 
 def plan(planner, config):
@@ -99,8 +99,8 @@ def plan(planner, config):
   build.validate(config, planner.chips)
   config = config.copy_and_resolve_references()
   config.mesh = dict(zip(sharding.AXES, planner.mesh(config).devices.shape))
-  found, work = _confirmed(planner, config)
-  return found, tables_of(planner, found, work)
+  candidate, work = _confirmed(planner, config)
+  return candidate, tables_of(planner, candidate, work)
 
 
 def _confirmed(planner, config):
@@ -116,22 +116,22 @@ def _confirmed(planner, config):
     )
 
 
-def tables_of(planner, found, work):
+def tables_of(planner, candidate, work):
   """All tables of one Candidate."""
-  made_on = planner.mesh(found.config)
-  made = programs.make(found.config, made_on)
+  made_on = planner.mesh(candidate.config)
+  built = programs.make(candidate.config, made_on)
   first = report.memory_table(
-    found,
-    memory.cache(found.config, made.model, made_on),
-    memory.gradients(found.config, made.arrays),
+    candidate,
+    memory.cache(candidate.config, built.model, made_on),
+    memory.gradients(candidate.config, built.arrays),
     planner.chip,
   )
-  if len(found.times) < len(made.calls):
+  if len(candidate.times) < len(built.calls):
     return [first]
   return [
     first,
-    report.programs_table(found, work, planner.chip, planner.chips),
-    report.collectives_table(found),
+    report.programs_table(candidate, work, planner.chip, planner.chips),
+    report.collectives_table(candidate),
   ]
 
 

@@ -164,7 +164,7 @@ def calls(config, mesh, handles, step, arrays):
     max_concurrent=config.sampling.max_concurrent or 0,
     gather=config.sampling.gather_weights,
   )
-  found = {
+  programs = {
     'rollout': (
       generate,
       (trainable.merge(frozen['policy'], state.params['policy']), prompts, state.key),
@@ -172,7 +172,7 @@ def calls(config, mesh, handles, step, arrays):
   }
   if scored:
     score = functools.partial(scoring.score, model=dataclasses.replace(handles.policy, lora=None))
-    found['scoring'] = jax.jit(score), (scored, rollout.tokens, rollout.mask)
+    programs['scoring'] = jax.jit(score), (scored, rollout.tokens, rollout.mask)
   ptx = None
   if config.ptx.batch_size:
     ptx_array = functools.partial(array, config.ptx.batch_size, config.ptx.max_length)
@@ -182,8 +182,8 @@ def calls(config, mesh, handles, step, arrays):
       ptx_array(dtype=jnp.int32),
       ptx_array(dtype=bool),
     )
-  found['update'] = step, (state, frozen, rollout, array(batch, dtype=jnp.float32), ptx)
-  return found
+  programs['update'] = step, (state, frozen, rollout, array(batch, dtype=jnp.float32), ptx)
+  return programs
 
 
 def place(tree, shardings):

@@ -102,14 +102,14 @@ class Checkpoints:
     steps = sorted(self._manager.all_steps(), reverse=True)
     if not steps:
       return 0, state
-    wanted = state
+    target = state
     if new_optimizers:
-      wanted = {'step': state.step, 'key': state.key, 'params': state.params, 'extra': state.extra}
+      target = {'step': state.step, 'key': state.key, 'params': state.params, 'extra': state.extra}
     abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target
     )
     first = {name: it.get_state() for name, it in iterators.items()}
-    jax.tree.map(lambda x: x.delete(), wanted)
+    jax.tree.map(lambda x: x.delete(), target)
     faults = []
     for step in steps:
       restored, fault = self._sound(step, abstract, iterators)
@@ -156,12 +156,12 @@ class Checkpoints:
     alone = ocp.options.MultiprocessingOptions(
       primary_host=jax.process_index(), active_processes={jax.process_index()}
     )
-    wanted = ocp.args.StandardRestore(abstract)
+    target = ocp.args.StandardRestore(abstract)
     if isinstance(abstract, dict):  # a part of the state
-      wanted = ocp.args.PyTreeRestore(
+      target = ocp.args.PyTreeRestore(
         abstract, ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
       )
-    items = {'state': wanted, 'iterators': ocp.args.JsonRestore()}
+    items = {'state': target, 'iterators': ocp.args.JsonRestore()}
     if (self.path / str(step) / CHECKSUMS).exists():
       items[CHECKSUMS] = ocp.args.JsonRestore()
     with ocp.CheckpointManager(
@@ -213,9 +213,9 @@ class Checkpoints:
 
 def _sums(arrays):
   """Checksums of arrays, {name: int}, and names of parameters among them that are not finite."""
-  found = {name: checksums.of(array) for name, array in arrays.items()}
-  bad = [name for name, (_, finite) in found.items() if not finite and name.startswith('params/')]
-  return {name: checksum for name, (checksum, _) in found.items()}, bad
+  results = {name: checksums.of(array) for name, array in arrays.items()}
+  bad = [name for name, (_, finite) in results.items() if not finite and name.startswith('params/')]
+  return {name: checksum for name, (checksum, _) in results.items()}, bad
 
 
 def _fault(arrays, saved, path):
@@ -302,11 +302,11 @@ def _params(manager, step, name, *, with_sums):
   # Where the arrays lay says nothing here: other devices, or other processes, may have held them.
   place = SingleDeviceSharding(jax.local_devices()[0])
   saved = manager.item_metadata(step)['state'].tree['params'][name]
-  wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), saved)
-  places = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=place, dtype=x.dtype), wanted)
+  target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), saved)
+  places = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=place, dtype=x.dtype), target)
   items = {
     'state': ocp.args.PyTreeRestore(
-      {'params': {name: wanted}}, restore_args={'params': {name: places}}, partial_restore=True
+      {'params': {name: target}}, restore_args={'params': {name: places}}, partial_restore=True
     )
   }
   if with_sums:

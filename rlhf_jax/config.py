@@ -147,16 +147,16 @@ def evaluator(name, block):
     f'config.evals.{name}.kind={kind!r} must be one of loss, prompts, win_rate, text; or set '
     f"config.evals.{name}.function to 'package.module:name'",
   )
-  found = {
+  keys = {
     'kind': kind,  # 'loss', 'prompts', 'win_rate' or 'text'; None: its name
     'every': None,  # steps; None: at the end only
   }
   if kind == 'function':
-    found['function'] = None  # 'package.module:name' of a user's evaluator
+    keys['function'] = None  # 'package.module:name' of a user's evaluator
   else:
-    found['path'] = None  # data set; of the loss None: data.held_out or data.held_out_path
+    keys['path'] = None  # data set; of the loss None: data.held_out or data.held_out_path
   if kind in ('prompts', 'win_rate', 'text'):
-    found |= {
+    keys |= {
       'split': None,  # as in config.data
       'columns': None,  # as in config.data
       'count': None,  # the first prompts of the data set; None: all
@@ -164,12 +164,12 @@ def evaluator(name, block):
       'sampling': {},  # keys of config.sampling that differ, temperature 0 is greedy
     }
   if kind in ('prompts', 'win_rate'):
-    found['reward'] = {}  # keys of config.reward
-  unknown = sorted(block.keys() - found.keys())
+    keys['reward'] = {}  # keys of config.reward
+  unknown = sorted(block.keys() - keys.keys())
   need(
     not unknown,
     f'config.evals.{name}.{unknown and unknown[0]} is no key of kind={kind!r}, '
-    f'which has {", ".join(found)}',
+    f'which has {", ".join(keys)}',
   )
   for key in block:
     config_keys.check_value(
@@ -178,8 +178,8 @@ def evaluator(name, block):
       f'config.evals.{name}.{key}',
       optional=key != 'batch_size',
     )
-  found |= block | {'kind': kind}
-  return ml_collections.ConfigDict(found)
+  keys |= block | {'kind': kind}
+  return ml_collections.ConfigDict(keys)
 
 
 def validate_evals(evals):

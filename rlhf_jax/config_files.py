@@ -239,14 +239,14 @@ def importable(folder):
 def _lacking(block, defaults, key):
   """(dotted name, missing keys) of the blocks below one that a dict has replaced."""
   missing = [name for name in defaults if name not in block]
-  found = [(key, missing)] if missing else []
+  lacking = [(key, missing)] if missing else []
   for name, default in defaults.items():
     inner = block.get(name)
     if isinstance(default, ml_collections.ConfigDict) and isinstance(
       inner, ml_collections.ConfigDict
     ):
-      found += _lacking(inner, default, f'{key}.{name}')
-  return found
+      lacking += _lacking(inner, default, f'{key}.{name}')
+  return lacking
 
 
 def _assigned(path, key):

@@ -74,14 +74,14 @@ def docs(algorithm):
       (on_policy_warnings.config, 'warn.'),
       (on_policy_config.config, ''),
     ]
-  found = {}
+  entries = {}
   for function, prefix in (*functions, (module.config, '')):
-    found |= {prefix + key.removeprefix('found.'): doc for key, doc in comments(function).items()}
+    entries |= {prefix + key.removeprefix('keys.'): doc for key, doc in comments(function).items()}
   for settings in (
     (on_policy_config.Settings, getattr(module, 'Settings', None)) if on_policy else ()
   ):
-    found |= {f'rl.{key}': doc for key, doc in attributes(settings).items()} if settings else {}
-  return found
+    entries |= {f'rl.{key}': doc for key, doc in attributes(settings).items()} if settings else {}
+  return entries
 
 
 def comments(function):
@@ -97,21 +97,21 @@ def comments(function):
     for token in tokenize.generate_tokens(io.StringIO(source).readline)
     if token.type == tokenize.COMMENT
   }
-  found = {}
+  entries = {}
 
   def walk(node, prefix):
     if isinstance(node, ast.Assign) and isinstance(node.targets[0], (ast.Attribute, ast.Name)):
       target = node.targets[0]
       name = target.attr if isinstance(target, ast.Attribute) else target.id
       if isinstance(node.value, ast.Call) and beside.get(node.lineno):
-        found[name] = beside[node.lineno]
+        entries[name] = beside[node.lineno]
       prefix = f'{name}.'
     if (
       isinstance(node, ast.Assign)
       and isinstance(node.targets[0], ast.Subscript)
       and beside.get(node.lineno)
     ):
-      found[node.targets[0].slice.value] = beside[node.lineno]
+      entries[node.targets[0].slice.value] = beside[node.lineno]
     if not isinstance(node, ast.Dict):
       for child in ast.iter_child_nodes(node):
         walk(child, prefix)
@@ -120,11 +120,11 @@ def comments(function):
       name = f'{prefix}{key.value}'
       doc = beside.get(key.lineno) or beside.get(value.end_lineno)
       if doc:
-        found[name] = doc
+        entries[name] = doc
       walk(value, f'{name}.')
 
   walk(ast.parse(source), '')
-  return found
+  return entries
 
 
 def attributes(settings):
@@ -140,15 +140,15 @@ def arguments(function):
   return attributes(pipeline.called(ml_collections.ConfigDict({'function': function}))[0])
 
 
-def _lines(block, found, key, prefix=''):
+def _lines(block, entries, key, prefix=''):
   """Lines of a block's keys, those of its blocks after it."""
   lines = []
   for name, value in block.items():
     if isinstance(value, (ml_collections.ConfigDict, dict)) and len(value):
-      lines += _lines(value, found, f'{key}.{name}', f'{prefix}{name}.')
+      lines += _lines(value, entries, f'{key}.{name}', f'{prefix}{name}.')
       continue
     value = value.to_dict() if isinstance(value, ml_collections.ConfigDict) else value
     line = f'  --{key}.{name}={value!r}'
-    doc = found.get(re.sub(r'^evals\.[^.]+', 'evals.*', f'{prefix}{name}'), '')
+    doc = entries.get(re.sub(r'^evals\.[^.]+', 'evals.*', f'{prefix}{name}'), '')
     lines.append(f'{line:<50}  {doc}'.rstrip())
   return lines

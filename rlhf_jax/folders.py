@@ -13,12 +13,12 @@ MOST_BYTES = 512 * 2**20  # of a file that is read whole; the largest tokenizers
 
 def check_file(path):
   """Raises OSError where a file may have no end, or is too large to be read whole."""
-  found = os.stat(path)
-  if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+  status = os.stat(path)
+  if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
     raise OSError(errno.EINVAL, 'is a device or a pipe, not a file', os.fspath(path))
-  if found.st_size > MOST_BYTES:
+  if status.st_size > MOST_BYTES:
     raise OSError(
-      errno.EFBIG, f'has {found.st_size} bytes, and at most {MOST_BYTES} are read', os.fspath(path)
+      errno.EFBIG, f'has {status.st_size} bytes, and at most {MOST_BYTES} are read', os.fspath(path)
     )
 
 

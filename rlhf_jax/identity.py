@@ -83,12 +83,12 @@ def read(workdir):
   """
   path = pathlib.Path(workdir) / CONFIG
   try:
-    found = json.loads(path.read_text())
+    config = json.loads(path.read_text())
   except FileNotFoundError:
     return None
   except ValueError as error:
     raise errors.UserError(f'{path} is not JSON ({error}): name another --workdir') from None
-  return found if isinstance(found, dict) else None
+  return config if isinstance(config, dict) else None
 
 
 def changes(before, after, prefix=''):
@@ -102,15 +102,15 @@ def changes(before, after, prefix=''):
   Returns:
     List of Change, in the order of `after`.
   """
-  found = []
+  differences = []
   for key in [*after, *(key for key in before if key not in after)]:
     old, new = before.get(key, ABSENT), after.get(key, ABSENT)
     name = f'{prefix}{key}'
     if isinstance(old, dict) and isinstance(new, dict):
-      found += changes(old, new, f'{name}.')
+      differences += changes(old, new, f'{name}.')
     elif not _same(old, new):
-      found.append(Change(name, old, new))
-  return found
+      differences.append(Change(name, old, new))
+  return differences
 
 
 def _same(old, new):
@@ -205,24 +205,24 @@ def differ(refused, workdir, *, finished=False, pipeline=False):
 
 def input_keys(config, prefix=''):
   """{dotted key: value} of the keys that name files or folders."""
-  found = {}
+  values = {}
   for key, value in config.items():
     if isinstance(value, dict):
-      found |= input_keys(value, f'{prefix}{key}.')
+      values |= input_keys(value, f'{prefix}{key}.')
     elif value and (key.endswith('path') or key in INPUTS) and isinstance(value, (str, list)):
-      found[f'{prefix}{key}'] = value
-  return found
+      values[f'{prefix}{key}'] = value
+  return values
 
 
 def code_keys(config, prefix=''):
   """{dotted key: 'module' or 'module:name'} of the keys that name code of the user's."""
-  found = {}
+  names = {}
   for key, value in config.items():
     if isinstance(value, dict):
-      found |= code_keys(value, f'{prefix}{key}.')
+      names |= code_keys(value, f'{prefix}{key}.')
     elif isinstance(value, str) and (key == 'function' or key == 'algorithm' and '.' in value):
-      found[f'{prefix}{key}'] = value
-  return found
+      names[f'{prefix}{key}'] = value
+  return names
 
 
 def code_file(name):
@@ -304,15 +304,15 @@ def start(config, workdir, *, changed, step=None, forked_from=None):
     step: finished steps that this start resumes from; None of a pipeline.
     forked_from: {'workdir', 'step'} of the run it starts from; None for what config.json says.
   """
-  held = read(workdir)
+  recorded = read(workdir)
   if (
-    held is None
+    recorded is None
     or step == 0
     or changed
     or forked_from
-    or held.get('stages') != plain(config).get('stages')
+    or recorded.get('stages') != plain(config).get('stages')
   ):
-    forked_from = forked_from or (None if step == 0 else (held or {}).get('forked_from'))
+    forked_from = forked_from or (None if step == 0 else (recorded or {}).get('forked_from'))
     write_json(
       pathlib.Path(workdir) / CONFIG,
       plain(config) | ({'forked_from': forked_from} if forked_from else {}),
@@ -359,13 +359,13 @@ def record_start(config, workdir, *, step, changed, first):
 
 def _recorded(workdir, *, last=False):
   """{key: fingerprint} of the start at which the run began, or of the last; {} where it is not known."""
-  path, found = pathlib.Path(workdir) / RUNS, {}
+  path, inputs = pathlib.Path(workdir) / RUNS, {}
   for line in path.read_text(encoding='utf-8').splitlines() if path.exists() else ():
     with contextlib.suppress(ValueError):  # a start that was killed while it wrote
       start = json.loads(line)
       if last or start.get('first'):
-        found = start.get('inputs', {})
-  return found
+        inputs = start.get('inputs', {})
+  return inputs
 
 
 def _version():

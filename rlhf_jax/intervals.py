@@ -34,8 +34,8 @@ def groups(prompts: Prompts, count: int) -> Int[np.ndarray, '{count}']:
     [n] int, from 0 to G - 1.
   """
   index = {}
-  found = np.array([index.setdefault(prompt, len(index)) for prompt in prompts or ()], int)
-  return found if len(index) > 1 else np.arange(count)
+  numbers = np.array([index.setdefault(prompt, len(index)) for prompt in prompts or ()], int)
+  return numbers if len(index) > 1 else np.arange(count)
 
 
 def standard_error(values: Values, prompts: Prompts = None) -> float:

@@ -282,10 +282,10 @@ def _drop_from(path, step):
   """Rewrites the file without its lines from `step` on."""
   if not path.exists():
     return
-  kept = ''.join(line for line, record in _lines(path) if record['step'] < step)
+  lines = ''.join(line for line, record in _lines(path) if record['step'] < step)
   temporary = path.with_suffix('.tmp')
   with open(temporary, 'w', encoding='utf-8', newline='\n') as file:
-    file.write(kept)
+    file.write(lines)
     file.flush()
     os.fsync(file.fileno())
   os.replace(temporary, path)

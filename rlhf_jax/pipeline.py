@@ -55,8 +55,8 @@ def run(config, workdir, *, fork_of=None):
   }
   for name, stage in stages.items():  # a mistake in the last is found before the first runs
     check(name, stage)
-  with contextlib.ExitStack() as held:
-    processes.run_on_main_process(lambda: claim(config, workdir, fork_of, held))
+  with contextlib.ExitStack() as stack:
+    processes.run_on_main_process(lambda: claim(config, workdir, fork_of, stack))
     workdir, ran = pathlib.Path(workdir).absolute(), []
     for number, (name, stage) in enumerate(stages.items(), 1):
       interrupts.check(workdir)
@@ -82,14 +82,14 @@ def run(config, workdir, *, fork_of=None):
       )
 
 
-def claim(config, workdir, fork_of, held):
+def claim(config, workdir, fork_of, stack):
   """Takes a folder for the pipeline, before anything is loaded; see workdir.claim.
 
   Raises:
     UserError: the folder cannot be used, is in use, or a stage in it has begun with another config.
   """
   workdir = workdir_lib.check(workdir)
-  held.enter_context(workdir_lib.lock(workdir))
+  stack.enter_context(workdir_lib.lock(workdir))
   workdir_lib.remove_leftovers(workdir)
   before = identity.read(workdir)
   changed = differing(config, before, workdir) if before else []

@@ -244,10 +244,10 @@ def local_rows(rows):
   mesh = jax.sharding.get_mesh()
   if mesh.empty or rows % (mesh.shape['data'] * mesh.shape['fsdp']):
     return np.ones(rows, bool)
-  held = np.zeros(rows, bool)
+  local = np.zeros(rows, bool)
   for (index,) in batch_sharding(mesh).addressable_devices_indices_map((rows,)).values():
-    held[index] = True
-  return held
+    local[index] = True
+  return local
 
 
 def put_rows(tree, mesh):

@@ -42,9 +42,9 @@ def run(config, workdir, *, fork_of=None):
   runtime.keep_programs()
   build.validate(config, jax.device_count())
   began = time.perf_counter()
-  with contextlib.ExitStack() as held:
+  with contextlib.ExitStack() as stack:
     changed = processes.run_on_main_process(
-      lambda: workdir_lib.claim(config, workdir, fork_of, held)
+      lambda: workdir_lib.claim(config, workdir, fork_of, stack)
     )
     workdir = pathlib.Path(workdir).absolute()
     model_path = workdir / 'model'
@@ -53,10 +53,10 @@ def run(config, workdir, *, fork_of=None):
       return model_path
     processes.print_on_main(f'{workdir}: loading data and models')
     mesh = sharding.make_mesh(dict(config.mesh))
-    held.enter_context(jax.set_mesh(mesh))
+    stack.enter_context(jax.set_mesh(mesh))
     learner, state = build.load(config.algorithm).create(config, mesh)
-    signals = held.enter_context(interrupts.Signals())
-    checkpoints = held.enter_context(checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints))
+    signals = stack.enter_context(interrupts.Signals())
+    checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints))
     source = workdir_lib.origin(workdir, fork_of)
     forked = bool(source) and not processes.broadcast_scalar(identity.has_checkpoint(workdir))
     if forked:
@@ -80,7 +80,7 @@ def run(config, workdir, *, fork_of=None):
     processes.wait_for_file(workdir / identity.CONFIG)
     if forked:  # from now on it needs no other folder
       checkpoints.save(step, state, learner.iterators)
-    writer = held.enter_context(
+    writer = stack.enter_context(
       metrics_lib.Writer(
         workdir, resume_step=step, config=config.to_dict(), wandb_project=config.wandb_project
       )
@@ -144,7 +144,7 @@ def loop(config, learner, state, first_step, checkpoints, writer, signals):
     Interrupted: by a signal, when the state is saved.
   """
   steps = learner.steps
-  due = lambda step, every: step == steps or (every and step % every == 0)
+  is_due = lambda step, every: step == steps or (every and step % every == 0)
   clock = interrupts.Clock(config.checkpoint_minutes, first_step)
   signals.check(writer.workdir, first_step)
   bar = tqdm.tqdm(
@@ -159,20 +159,20 @@ def loop(config, learner, state, first_step, checkpoints, writer, signals):
   log = metrics_lib.StepLog(writer, bar, learner.warnings)
   for step in bar:
     done = step + 1
-    logged = done == 1 or due(done, config.log_every)
+    logged = done == 1 or is_due(done, config.log_every)
     batch, host_metrics = learner.next_batch(state, timed=logged)
     state, metrics, seconds = metrics_lib.take_step(learner.train_step, state, batch, timed=logged)
     log.add(step, metrics, host_metrics | seconds, written=logged)
 
-    evals = [name for name in learner.evaluators if due(done, config.evals[name].get('every'))]
+    evals = [name for name in learner.evaluators if is_due(done, config.evals[name].get('every'))]
     if evals:
       log.flush()
       log.write(step, evaluate(learner, state, evals))
-    if due(done, config.samples_every):
+    if is_due(done, config.samples_every):
       writer.samples(step, learner.samples(metrics))
     checkpoints.check()
     stop = signals.stop()
-    if due(done, config.checkpoint_every) or clock.due(done) or stop:
+    if is_due(done, config.checkpoint_every) or clock.due(done) or stop:
       log.flush()  # stops the run where the state is not finite: it is never saved
       checkpoints.save(done, state, learner.iterators)
       clock.restart(done)

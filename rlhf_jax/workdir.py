@@ -35,14 +35,14 @@ WEIGHTS = (
 MARKS = ('config.json', 'runs.jsonl', 'checkpoints', 'metrics.jsonl', LOCK)
 
 
-def claim(config, workdir, fork_of, held):
+def claim(config, workdir, fork_of, stack):
   """Takes a folder for a run, before anything is loaded.
 
   Args:
     config: of the run.
     workdir: its folder.
     fork_of: folder of the run it is to start from; None for none.
-    held: ExitStack that keeps the lock.
+    stack: ExitStack that keeps the lock.
 
   Returns:
     List of identity.Change since the last start.
@@ -51,7 +51,7 @@ def claim(config, workdir, fork_of, held):
     UserError: the folder cannot be used, is in use, or is another config's.
   """
   workdir = check(workdir)
-  held.enter_context(lock(workdir))
+  stack.enter_context(lock(workdir))
   remove_leftovers(workdir)
   if fork_of:
     check_fork(config, fork_of, workdir)
@@ -67,32 +67,32 @@ def claim(config, workdir, fork_of, held):
 
 def check_fork(config, source, workdir):
   """Raises UserError where a run cannot start in `workdir` from the newest checkpoint in `source`."""
-  held = identity.read(workdir)
-  if held and (held.get('forked_from') or {}).get('workdir') != os.path.abspath(source):
+  recorded = identity.read(workdir)
+  if recorded and (recorded.get('forked_from') or {}).get('workdir') != os.path.abspath(source):
     raise errors.UserError(f'--fork={workdir} holds another run: name a new folder')
   before = identity.read(source)
   if before is None or not identity.has_checkpoint(source):
     raise errors.UserError(
       f'--workdir={source} has no checkpoint for --fork={workdir} to start from'
     )
-  kept = [
+  differences = [
     change
     for change in identity.changes(before, identity.plain(config))
     if change.key.startswith(WEIGHTS)
     and not identity.may_change(change.key)
     and identity.fingerprint(change.before) != identity.fingerprint(change.after)
   ]
-  if kept:
+  if differences:
     raise errors.UserError(
       f'--fork starts from the weights in {source}, which are of another model: '
-      f'{"; ".join(map(str, kept))}. Leave them as they were, or start a new --workdir without --fork'
+      f'{"; ".join(map(str, differences))}. Leave them as they were, or start a new --workdir without --fork'
     )
 
 
 def origin(workdir, fork_of):
   """The folder of the run that the one in `workdir` is a fork of; None where it is none."""
-  held = identity.read(workdir) or {}
-  source = (held.get('forked_from') or {}).get('workdir') or fork_of
+  config = identity.read(workdir) or {}
+  source = (config.get('forked_from') or {}).get('workdir') or fork_of
   return source and os.path.abspath(source)
 
 
@@ -101,12 +101,12 @@ def finished(workdir):
   workdir = pathlib.Path(workdir)
   marks = [path for path in (workdir / 'done.json', workdir / 'model') if path.exists()]
   when = time.strftime('%Y-%m-%d %H:%M', time.localtime(marks[0].stat().st_mtime))
-  held = [
+  results = [
     f'{name} {workdir / file}'
     for name, file in (('model', 'model'), ('report', 'report.html'))
     if (workdir / file).exists()
   ]
-  return '; '.join([f'finished on {when}', *held, f'to repeat it delete {workdir}'])
+  return '; '.join([f'finished on {when}', *results, f'to repeat it delete {workdir}'])
 
 
 def check(workdir):
@@ -128,7 +128,7 @@ def check(workdir):
   workdir = pathlib.Path(workdir).absolute()  # a user's code may change the working directory
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    held = [entry.name for entry in os.scandir(workdir)]
+    names = [entry.name for entry in os.scandir(workdir)]
     probe = workdir / f'.write-{os.getpid()}'
     probe.write_text('x')
     probe.unlink()
@@ -136,7 +136,7 @@ def check(workdir):
     raise errors.UserError(
       f'--workdir={workdir} cannot be written ({error.strerror}): name a folder that can'
     ) from None
-  foreign = sorted(name for name in held if not name.startswith('.'))
+  foreign = sorted(name for name in names if not name.startswith('.'))
   model = 'model_type' in _json(workdir / 'config.json')  # a model's folder has one too
   if foreign and (model or not set(MARKS) & set(foreign)):
     raise errors.UserError(
@@ -148,10 +148,10 @@ def check(workdir):
 
 def _json(path):
   try:
-    found = json.loads(path.read_text())
+    content = json.loads(path.read_text())
   except (OSError, ValueError):
     return {}
-  return found if isinstance(found, dict) else {}
+  return content if isinstance(content, dict) else {}
 
 
 def remove_leftovers(workdir):
@@ -231,10 +231,10 @@ def _name(holder):
 
 def _create(path, content):
   """Whether the lock is ours now. It appears with its content, so that nobody reads half of it."""
-  mine = path.with_name(f'.{path.name}.{os.getpid()}.{threading.get_ident()}')
-  mine.write_text(json.dumps(content))
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}.{threading.get_ident()}')
+  temporary.write_text(json.dumps(content))
   try:
-    os.link(mine, path)
+    os.link(temporary, path)
     return True
   except FileExistsError:
     return False
@@ -246,7 +246,7 @@ def _create(path, content):
     except FileExistsError:
       return False
   finally:
-    mine.unlink()
+    temporary.unlink()
 
 
 def _host():

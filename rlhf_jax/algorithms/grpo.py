@@ -69,9 +69,9 @@ PRESETS = {
 
 def config(preset=''):
   """Keys of GRPO; see ppo.config."""
-  found = on_policy_config.config('grpo', Settings)
-  found.sampling.samples, found.optim.learning_rate = 8, 1e-6
-  return config_lib.apply_preset(found, PRESETS, preset)
+  defaults = on_policy_config.config('grpo', Settings)
+  defaults.sampling.samples, defaults.optim.learning_rate = 8, 1e-6
+  return config_lib.apply_preset(defaults, PRESETS, preset)
 
 
 def validate(config, device_count):
@@ -106,8 +106,8 @@ def prepare(outputs, fixed, *, state, rollout, scores, settings):
   )
   extra, scores = state.extra, experience_lib.totals(scores, mask)
   postprocessed, moments = settings.rules.apply(scores, rollout, extra['reward_moments'])
-  kept = experience_lib.not_skipped(scores, mask)
-  equal = adv.equal_groups(postprocessed, n, kept)
+  valid = experience_lib.not_skipped(scores, mask)
+  equal = adv.equal_groups(postprocessed, n, valid)
   if settings.overlong:
     length = settings.max_new_tokens
     postprocessed += adv.overlong_penalty(
@@ -119,7 +119,7 @@ def prepare(outputs, fixed, *, state, rollout, scores, settings):
   if settings.kl_in == 'reward' and settings.kl_coef:
     kl = adv.kl_estimate(experience.logprobs, experience.ref_logprobs, settings.kl_estimator)
     postprocessed -= settings.kl_coef * jnp.sum(kl, axis=1)
-  advantages = adv.group_advantages(postprocessed, n, scale=settings.scale, kept=kept)
+  advantages = adv.group_advantages(postprocessed, n, scale=settings.scale, kept=valid)
   keep = mask & ~equal[:, None] if settings.drop_equal_groups else mask
   advantages = jnp.where(keep, advantages[:, None], 0.0)
   experience = experience.replace(response_mask=keep, step_mask=keep, advantages=advantages)

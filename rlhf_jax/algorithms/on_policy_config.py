@@ -129,9 +129,9 @@ def config(algorithm, settings):
   Returns:
     ConfigDict.
   """
-  found = config_lib.common(algorithm)
-  found.batch_size = 64
-  found.optim.learning_rate = 1e-5
+  defaults = config_lib.common(algorithm)
+  defaults.batch_size = 64
+  defaults.optim.learning_rate = 1e-5
   data = config_lib.data() | {
     'kind': 'prompt',
     'epochs': placeholder(float),  # passes over the prompts; or set steps
@@ -139,10 +139,10 @@ def config(algorithm, settings):
     'on_long': 'error',  # a longer prompt: 'error', 'drop' or 'truncate_left', also for rewards
   }
   del data['max_length']
-  found.data = ml_collections.ConfigDict(data)
-  found.reference = placeholder(str)  # folder; None: the policy as it starts
-  found.reward = scorers.config()
-  found.sampling = ml_collections.ConfigDict(
+  defaults.data = ml_collections.ConfigDict(data)
+  defaults.reference = placeholder(str)  # folder; None: the policy as it starts
+  defaults.reward = scorers.config()
+  defaults.sampling = ml_collections.ConfigDict(
     {
       'max_new_tokens': 32,  # of a response
       'temperature': 1.0,  # logits are divided by it, in training too
@@ -167,16 +167,16 @@ def config(algorithm, settings):
     ),  # pretraining examples an iteration, shared out over minibatches
   }
   del ptx['chat_template']  # the tokenizer has one, from data.chat_template
-  found.ptx = ml_collections.ConfigDict(ptx)
-  found.warn = on_policy_warnings.config()
-  found.rl = ml_collections.ConfigDict(
+  defaults.ptx = ml_collections.ConfigDict(ptx)
+  defaults.warn = on_policy_warnings.config()
+  defaults.rl = ml_collections.ConfigDict(
     {
       f.name: placeholder(float) if f.default is None else f.default
       for f in dataclasses.fields(settings)
       if f.default is not dataclasses.MISSING
     }
   )
-  return found
+  return defaults
 
 
 def validate(config, device_count):

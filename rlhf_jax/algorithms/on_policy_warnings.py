@@ -32,14 +32,14 @@ def make(config):
   bounds, filters = dict(config.warn), filtered(config.sampling)
 
   def warnings(metrics):
-    found = {
+    messages = {
       'missing_eos': missing_eos(metrics, config.rl.missing_eos, config.rl.missing_eos_value),
       'equal_scores': equal_scores(metrics),
       'negative_kl': negative_kl(metrics, filters if config.rl.behaviour != 'sampler' else ''),
       'kl': large_kl(metrics, bounds['kl']),
       'sampler_gap': sampler_gap(metrics, bounds['sampler_gap'], filters),
     }
-    return {kind: line for kind, line in found.items() if line}
+    return {kind: line for kind, line in messages.items() if line}
 
   return warnings
 

@@ -155,15 +155,15 @@ PRESETS = {
 
 def config(preset=''):
   """Keys of PPO, a ConfigDict, changed by a preset; raises UserError for one not in PRESETS."""
-  found = on_policy_config.config('ppo', Settings)
-  found.critic = ml_collections.ConfigDict(
+  defaults = on_policy_config.config('ppo', Settings)
+  defaults.critic = ml_collections.ConfigDict(
     {
       'kind': 'separate',  # 'trunk': a head on the policy's hidden states; or 'adapters'
       'path': placeholder(str),  # separate: folder to start from; None: the first reward model's
       'learning_rate': placeholder(float),  # None: the policy's
     }
   )
-  return config_lib.apply_preset(found, PRESETS, preset)
+  return config_lib.apply_preset(defaults, PRESETS, preset)
 
 
 def validate(config, device_count):

@@ -41,10 +41,10 @@ from rlhf_jax.rewards import scoring
 
 def config(preset=''):
   """Keys of a reward model from comparisons, rankings, picks or ratings; it has no presets."""
-  found = config_lib.common('reward_model')
-  found.data.kind = 'comparison'
-  found.evals = config_lib.held_out()
-  found.preference = ml_collections.ConfigDict(
+  defaults = config_lib.common('reward_model')
+  defaults.data.kind = 'comparison'
+  defaults.evals = config_lib.held_out()
+  defaults.preference = ml_collections.ConfigDict(
     {
       'loss': 'pairwise',  # 'pairwise' (K-way too), 'pick_best' or 'rating'
       'centering': 0.0,  # weight of (r_a + r_b)^2; 0.01 recommended
@@ -57,7 +57,7 @@ def config(preset=''):
       ),  # completions to fit on; None: those of the training comparisons
     }
   )
-  return config_lib.apply_preset(found, {}, preset)
+  return config_lib.apply_preset(defaults, {}, preset)
 
 
 def validate(config, device_count):
@@ -169,7 +169,7 @@ def train_step(state, frozen, batch, *, model, optimizers, settings, microbatch_
       mask=drop_tokens(types.step_keys(state)[1], batch.mask, settings.token_dropout)
     )
 
-  def share(params, rows):
+  def loss_fn(params, rows):
     loss, valid, scores = comparison_loss(
       trainable.merge(frozen, params['reward']), rows, model=model, settings=settings
     )
@@ -181,7 +181,7 @@ def train_step(state, frozen, batch, *, model, optimizers, settings, microbatch_
     }
 
   state, metrics = update.step(
-    state, share, batch, optimizers=optimizers, microbatch_size=microbatch_size
+    state, loss_fn, batch, optimizers=optimizers, microbatch_size=microbatch_size
   )
   right, tied, pairs, gap, scores = map(metrics.pop, ('right', 'tied', 'pairs', 'gap', 'scores'))
   pairs = jnp.maximum(pairs, 1)
@@ -212,21 +212,21 @@ def normalize(head, scores, mode):
   return {'kernel': head['kernel'] * gain, 'bias': (head['bias'] - float(np.mean(scores))) * gain}
 
 
-def normalized_head(params, *, frozen, batches, judge, mode, mesh):
+def normalized_head(params, *, frozen, batches, loss_fn, mode, mesh):
   """The head, normalized on all completions of some batches.
 
   Args:
     params: {'backbone', 'head'}, what of them is trained.
     frozen: {'backbone': what is not}.
     batches: () -> iterable of Comparisons.
-    judge: (params, Comparisons) -> see comparison_loss.
+    loss_fn: (params, Comparisons) -> see comparison_loss.
     mode: see `normalize`; 'none' leaves the head as it is and makes no batches.
     mesh: device mesh.
   """
   if mode == 'none':
     return params['head']
   values = [
-    (judge(trainable.merge(frozen, params), sharding.put_rows(batch, mesh)), batch.present)
+    (loss_fn(trainable.merge(frozen, params), sharding.put_rows(batch, mesh)), batch.present)
     for batch in batches()
   ]
   values = np.concatenate([processes.to_host(scores)[present] for (*_, scores), present in values])
@@ -266,11 +266,11 @@ def create(config, mesh):
     label_smoothing=config.preference.label_smoothing,
     token_dropout=config.preference.token_dropout,
   )
-  judge = jax.jit(functools.partial(comparison_loss, model=model, settings=settings))
+  loss_fn = jax.jit(functools.partial(comparison_loss, model=model, settings=settings))
   fitted_head = functools.partial(
     normalized_head,
     frozen=frozen,
-    judge=judge,
+    loss_fn=loss_fn,
     mode=config.preference.normalize,
     mesh=mesh,
     batches=functools.partial(normalization_batches, config, examples, tokenizer, sizes),
@@ -299,7 +299,7 @@ def create(config, mesh):
       batches,
       [example.prompt for example in chosen],
       frozen,
-      judge=judge,
+      loss_fn=loss_fn,
       rated=settings.loss == 'rating',
       mesh=mesh,
     )
@@ -362,14 +362,14 @@ def normalization_batches(config, examples, tokenizer, sizes):
   return (batch for batch, _ in pipelines.comparison_batches(examples, tokenizer, **sizes))
 
 
-def held_out_loss(batches, prompts, frozen, *, judge, rated, mesh):
+def held_out_loss(batches, prompts, frozen, *, loss_fn, rated, mesh):
   """Evaluator of the loss that is trained, and of accuracy and calibration, over all batches.
 
   Args:
     batches: list of Comparisons.
     prompts: the text of each of their rows, in order.
     frozen: the model's parameters that are not trained.
-    judge: (params, Comparisons) -> see comparison_loss.
+    loss_fn: (params, Comparisons) -> see comparison_loss.
     rated: whether the model learns ratings, whose calibration is measured too.
     mesh: device mesh.
 
@@ -379,13 +379,13 @@ def held_out_loss(batches, prompts, frozen, *, judge, rated, mesh):
 
   def evaluate(state):
     params = trainable.merge(frozen, setup.averaged(state, 'reward'))
-    found = [
-      jax.tree.map(processes.to_host, judge(params, sharding.put_rows(batch, mesh)))
+    results = [
+      jax.tree.map(processes.to_host, loss_fn(params, sharding.put_rows(batch, mesh)))
       for batch in batches
     ]
-    count = sum(int(counted.sum()) for _, counted, _ in found)
-    loss = sum(float(loss[counted].sum()) for loss, counted, _ in found) / max(count, 1)
-    scores = [scores for *_, scores in found]
+    count = sum(int(counted.sum()) for _, counted, _ in results)
+    loss = sum(float(loss[counted].sum()) for loss, counted, _ in results) / max(count, 1)
+    scores = [scores for *_, scores in results]
     metrics = {'loss': loss, 'prompts': count} if count else {}
     metrics |= pair_metrics(scores, batches, prompts)
     if rated:  # the gap of two ratings is no log-odds, so no confidence to be calibrated
@@ -410,15 +410,15 @@ def pair_metrics(scores, batches, prompts):
   if not owners:
     return {}
   gaps = np.concatenate([gaps for gaps, _ in pairs])
-  found = calibration.pairwise(gaps, np.zeros_like(gaps), prompts=owners)
+  result = calibration.pairwise(gaps, np.zeros_like(gaps), prompts=owners)
   return {
-    'accuracy': found.accuracy,
-    'accuracy_low': found.accuracy_low,
-    'accuracy_high': found.accuracy_high,
-    'ties': found.ties,
-    'margin': found.margin,
-    'ece': found.ece,
-    'pairs': found.count,
+    'accuracy': result.accuracy,
+    'accuracy_low': result.accuracy_low,
+    'accuracy_high': result.accuracy_high,
+    'ties': result.ties,
+    'margin': result.margin,
+    'ece': result.ece,
+    'pairs': result.count,
   }
 
 

@@ -30,9 +30,9 @@ KINDS = ('text', 'completion')
 
 def config(preset=''):
   """Keys of pretraining (`data.kind` 'text') and supervised fine-tuning ('completion'); it has no presets."""
-  found = config_lib.common('sft')
-  found.evals = config_lib.held_out()
-  return config_lib.apply_preset(found, {}, preset)
+  defaults = config_lib.common('sft')
+  defaults.evals = config_lib.held_out()
+  return config_lib.apply_preset(defaults, {}, preset)
 
 
 def validate(config, device_count):
@@ -115,12 +115,12 @@ def train_step(state, frozen, batch, *, model, optimizers, microbatch_size):
   pairs = isinstance(batch, types.Pairs)
   count = jnp.maximum(jnp.sum(batch.response_mask if pairs else batch.loss_mask[:, 1:]), 1)
 
-  def share(params, rows):
+  def loss_fn(params, rows):
     loss = adv.masked_sum(*token_losses(params['policy'], frozen, rows, model=model)) / count
     return loss, {'loss': loss}
 
   state, metrics = update.step(
-    state, share, batch, optimizers=optimizers, microbatch_size=microbatch_size
+    state, loss_fn, batch, optimizers=optimizers, microbatch_size=microbatch_size
   )
   return state, metrics | {
     'perplexity': jnp.exp(metrics['loss']),
@@ -210,10 +210,12 @@ def held_out_loss(batches, frozen, *, model, mesh):
   def evaluate(state):
     params = setup.averaged(state, 'policy')
     # Each is waited for, or the device would hold all batches at once.
-    found = [
+    sums_and_counts = [
       jax.device_get(sums(params, frozen, sharding.put_rows(batch, mesh))) for batch, _ in batches
     ]
-    loss = float(sum(total for total, _ in found) / sum(count for _, count in found))
+    loss = float(
+      sum(total for total, _ in sums_and_counts) / sum(count for _, count in sums_and_counts)
+    )
     return {'loss': loss, 'perplexity': float(jnp.exp(loss))}
 
   return evaluate if batches else None

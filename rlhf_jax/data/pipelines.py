@@ -475,8 +475,8 @@ def _prompts(
 
 
 def _collate(rows: rows_lib.Rows, batch: rows_lib.Batch) -> Collate:
-  def collate(drawn: np.ndarray, held: np.ndarray) -> Any:
-    here = iter(rows.take(np.asarray(drawn)[held]))
-    return batch([next(here) if kept else None for kept in held])
+  def collate(drawn: np.ndarray, local: np.ndarray) -> Any:
+    here = iter(rows.take(np.asarray(drawn)[local]))
+    return batch([next(here) if is_local else None for is_local in local])
 
   return collate

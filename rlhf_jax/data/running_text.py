@@ -46,15 +46,15 @@ def write(
   loaded = tokenizers.load(tokenizer)
   examples, _ = formats.texts(sources.read(path), tokenizer=loaded)
   documents = [e if isinstance(e, str) else e.prompt + e.completion for e in examples]
-  found, report = queries(
+  chosen, report = queries(
     documents, loaded, length=length, start_text=start_text, end_text=end_text
   )
   logging.info('queries: %s', report)
-  texts = [prefix + query.prompt + suffix for query in found]
+  texts = [prefix + query.prompt + suffix for query in chosen]
   known = set(texts[:held_out])
   rest = [text for text in texts[held_out:] if text not in known]
   if not rest:
-    raise UserError(f'{len(found)} queries, and {held_out} of them are held out: give more texts.')
+    raise UserError(f'{len(chosen)} queries, and {held_out} of them are held out: give more texts.')
   sources.write(folder / 'held_out.jsonl', [{'prompt': text} for text in texts[:held_out]])
   sources.write(folder / 'prompts.jsonl', [{'prompt': text} for text in rest])
 

@@ -155,12 +155,12 @@ def _rename(record: Record, *, columns: Mapping[str, str]) -> Record:
 
 
 def _directory(path: str, split: str, separator: str, format: str | None) -> stored.Records:
-  found = sorted(
+  paths = sorted(
     str(p)
     for p in pathlib.Path(path).rglob('*')
     if p.is_file() and not any(part.startswith('.') for part in p.relative_to(path).parts)
   )
-  known = [file for file in found if format or files.format_of(file)]
+  known = [file for file in paths if format or files.format_of(file)]
   if not known:
     raise UserError(
       f'{path}: no data file in this directory; files must end in '
@@ -174,13 +174,13 @@ def _directory(path: str, split: str, separator: str, format: str | None) -> sto
       f'{path}: no file of split {split!r} among {", ".join(relative(known))}. '
       'Name one of these, or no split at all.'
     )
-  passed_over = relative(file for file in found if not (format or files.format_of(file)))
+  passed_over = relative(file for file in paths if not (format or files.format_of(file)))
   if passed_over:
     logging.warning(
       '%s: %d of %d files passed over, whose suffixes are not known: %s%s.',
       path,
       len(passed_over),
-      len(found),
+      len(paths),
       ', '.join(passed_over[:NAMED]),
       ', ...' if passed_over[NAMED:] else '',
     )

@@ -100,14 +100,14 @@ def make(evals, context):
       names the evaluator.
   """
   kinds = {'loss': loss, 'prompts': prompts, 'win_rate': win_rate, 'text': text, 'function': user}
-  made = {}
+  evaluators = {}
   for name, block in evals.items():
     block = config_lib.evaluator(name, block)
     try:
-      made[name] = kinds[block.kind](block, context)
+      evaluators[name] = kinds[block.kind](block, context)
     except errors.UserError as error:
       raise errors.UserError(f'config.evals.{name}: {error}') from error
-  return {name: evaluate for name, evaluate in made.items() if evaluate is not None}
+  return {name: evaluate for name, evaluate in evaluators.items() if evaluate is not None}
 
 
 def loss(block, context):
@@ -150,16 +150,16 @@ def prompts(block, context):
     }
 
   def evaluate(state):
-    found = answers.each(context.policy(state), measure)
-    scores = found.pop('score')
-    kept = scored(block, scores)
-    metrics = {name: float(np.mean(values)) for name, values in found.items()}
-    if not kept.any():
+    measures = answers.each(context.policy(state), measure)
+    scores = measures.pop('score')
+    valid = scored(block, scores)
+    metrics = {name: float(np.mean(values)) for name, values in measures.items()}
+    if not valid.any():
       return metrics
     return metrics | {
-      'score': float(np.mean(scores[kept])),
+      'score': float(np.mean(scores[valid])),
       'score_se': intervals.standard_error(
-        scores[kept], [prompt for prompt, keep in zip(answers.prompts, kept) if keep]
+        scores[valid], [prompt for prompt, keep in zip(answers.prompts, valid) if keep]
       ),
     }
 
@@ -185,19 +185,19 @@ def win_rate(block, context):
 
   def evaluate(state):
     new = scores(context.policy(state))
-    kept = scored(block, new + baseline)
-    if not kept.any():
+    valid = scored(block, new + baseline)
+    if not valid.any():
       return {}
-    found = winrate.win_rate(
-      new[kept],
-      baseline[kept],
-      prompts=[prompt for prompt, keep in zip(answers.prompts, kept) if keep],
+    result = winrate.win_rate(
+      new[valid],
+      baseline[valid],
+      prompts=[prompt for prompt, keep in zip(answers.prompts, valid) if keep],
     )
     return {
-      'rate': found.rate,
-      'low': found.low,
-      'high': found.high,
-      'draws': found.draws / int(kept.sum()),
+      'rate': result.rate,
+      'low': result.low,
+      'high': result.high,
+      'draws': result.draws / int(valid.sum()),
     }
 
   return evaluate

@@ -103,9 +103,9 @@ def agreement(panel, triples):
   """
   if panel.count < 2:
     return {'fraction': None, 'kappa': None, 'simulated': True}
-  found = annotators.agreement(panel.votes(triples))
-  kappa = None if math.isnan(found.kappa) else found.kappa
-  return {'fraction': found.fraction, 'kappa': kappa, 'simulated': True}
+  result = annotators.agreement(panel.votes(triples))
+  kappa = None if math.isnan(result.kappa) else result.kappa
+  return {'fraction': result.fraction, 'kappa': kappa, 'simulated': True}
 
 
 def split_prompts(prompts, pairs, held_out):

@@ -123,12 +123,12 @@ def ratings_of_outcomes(outcomes, prompts, *, anchor=None, level=1000.0, prior_d
     UserError: see `ratings`.
   """
   matches = [Match(*pair, won.sum(), 0, won.size - won.sum()) for pair, won in outcomes.items()]
-  found = ratings(matches, anchor=anchor, level=level, prior_draws=prior_draws)
+  result = ratings(matches, anchor=anchor, level=level, prior_draws=prior_draws)
   group = intervals.groups(prompts, len(prompts))
   if group.max() < 1:
-    return found
-  names = list(found)
-  strengths = np.array([rating.elo for rating in found.values()]) / POINTS_PER_LOGIT
+    return result
+  names = list(result)
+  strengths = np.array([rating.elo for rating in result.values()]) / POINTS_PER_LOGIT
   information, spread = _spread(outcomes, group, names, strengths, prior_draws)
   inverse = _covariance(information, None if anchor is None else names.index(anchor))
   errors = POINTS_PER_LOGIT * np.sqrt(np.maximum(np.diag(inverse @ spread @ inverse), 0))

@@ -198,7 +198,7 @@ def call(
     UserError: the function raised, exited or took too long, or returned the wrong number of rewards,
       NaN, infinity or what is no number; names the example.
   """
-  made = guard.Call(
+  guarded = guard.Call(
     f'the reward function {getattr(function, "__name__", repr(function))}',
     prompts,
     responses,
@@ -214,31 +214,33 @@ def call(
       list(rewards) if np.iterable(rewards) and not isinstance(rewards, (str, dict)) else [rewards]
     )
 
-  rewards = guard.run(rewards_of, made)
+  rewards = guard.run(rewards_of, guarded)
   if len(rewards) != len(responses):
     returned = f'{len(rewards)} rewards' if len(rewards) != 1 else guard.clipped(rewards[0])
     raise refused(
-      f'{made.what} returned {returned} for {len(responses)} responses: it must return one '
+      f'{guarded.what} returned {returned} for {len(responses)} responses: it must return one '
       'for each',
-      made,
+      guarded,
     )
   first, allow_nan = rewards[0] if rewards else None, limit.allow_nan
   per_token = isinstance(first, (list, tuple)) or getattr(first, 'ndim', 0) == 1
   scores = np.zeros((len(rewards), response_length) if per_token else len(rewards), np.float32)
   for i, reward in enumerate(rewards):
     if per_token:
-      value = checked(reward, made, i, (len(response_tokens[i]),), allow_nan=allow_nan)
+      value = checked(reward, guarded, i, (len(response_tokens[i]),), allow_nan=allow_nan)
       scores[i, : len(value)] = value
     else:
-      scores[i] = checked(reward, made, i, (), tokens=len(response_tokens[i]), allow_nan=allow_nan)
+      scores[i] = checked(
+        reward, guarded, i, (), tokens=len(response_tokens[i]), allow_nan=allow_nan
+      )
   nan = np.flatnonzero(np.isnan(scores).reshape(len(rewards), -1).any(axis=1))
   if nan.size:
     logging.warning(
       '%s returned NaN for %d of %d responses, which are skipped; the first is %s',
-      made.what,
+      guarded.what,
       nan.size,
       len(rewards),
-      guard.named(nan[0], made),
+      guard.named(nan[0], guarded),
     )
   return scores
 

@@ -126,7 +126,7 @@ def make(config_reward, tokenizer, mesh, *, load, check, key='config.reward', al
   c = config_reward
   allow_nan = allow_nan or skips_nan(c)
   if c.get('parts'):
-    made = {
+    scorers = {
       name: make(
         part,
         tokenizer,
@@ -139,9 +139,9 @@ def make(config_reward, tokenizer, mesh, *, load, check, key='config.reward', al
       for name, part in c.parts.items()
     }
     scorer = weighted(
-      {name: (c.parts[name].get('weight', 1.0), scorer) for name, (scorer, _) in made.items()}
+      {name: (c.parts[name].get('weight', 1.0), scorer) for name, (scorer, _) in scorers.items()}
     )
-    return scorer, first_start(made.values())
+    return scorer, first_start(scorers.values())
   if c.get('function'):
     function, limit = load_function(c, key, allow_nan=allow_nan)
     return function_scorer(function, tokenizer, mesh, limit=limit), None
@@ -153,13 +153,13 @@ def make(config_reward, tokenizer, mesh, *, load, check, key='config.reward', al
     load=load,
     check=check,
   )
-  made = [load_member(path) for path in c.get('models') or (c.model,)]
-  if len(made) == 1:
-    return made[0]
+  scorers = [load_member(path) for path in c.get('models') or (c.model,)]
+  if len(scorers) == 1:
+    return scorers[0]
   scorer = ensemble(
-    [scorer for scorer, _ in made], c.get('ensemble', 'mean'), coef=c.get('ensemble_coef', 1.0)
+    [scorer for scorer, _ in scorers], c.get('ensemble', 'mean'), coef=c.get('ensemble_coef', 1.0)
   )
-  return scorer, first_start(made)
+  return scorer, first_start(scorers)
 
 
 def skips_nan(config_reward):
@@ -167,9 +167,9 @@ def skips_nan(config_reward):
   return config_reward.get('on_nan', 'stop') == 'skip'
 
 
-def first_start(made):
+def first_start(pairs):
   """The first (Model, params) in pairs of a scorer and (Model, params) or None; else None."""
-  return next((start for _, start in made if start is not None), None)
+  return next((start for _, start in pairs if start is not None), None)
 
 
 def model_scorer(path, tokenizer, mesh, *, max_length, load, check):
@@ -247,9 +247,11 @@ def weighted(parts):
   weights = {name: float(weight) for name, (weight, _) in parts.items()}
 
   def score(rollout, examples):
-    made = {name: types.Scores.of(scorer(rollout, examples)) for name, (_, scorer) in parts.items()}
-    check_alike(made)
-    return _weighted(made, weights, rollout.response_mask)
+    scores = {
+      name: types.Scores.of(scorer(rollout, examples)) for name, (_, scorer) in parts.items()
+    }
+    check_alike(scores)
+    return _weighted(scores, weights, rollout.response_mask)
 
   return score
 
@@ -281,11 +283,11 @@ def ensemble(scorers, how, *, coef=0.0):
   return score
 
 
-def check_alike(made):
+def check_alike(members):
   """Raises UserError if some of {name: Scores} score responses and others tokens."""
-  by_token = [name for name, scores in made.items() if scores.total.ndim == 2]
-  if by_token and len(by_token) < len(made):
-    others = [name for name in made if name not in by_token]
+  by_token = [name for name, scores in members.items() if scores.total.ndim == 2]
+  if by_token and len(by_token) < len(members):
+    others = [name for name in members if name not in by_token]
     raise errors.UserError(
       f'the rewards {", ".join(by_token)} score tokens, and {", ".join(others)} whole responses: '
       'rewards that are combined must all score tokens, or all score responses'

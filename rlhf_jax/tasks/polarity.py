@@ -126,18 +126,18 @@ def pairs(lines, pairings, rng):
 
 
 def sentiment(path):
-  """(prompt, response) -> 1.0 if `judge` calls their text positive, else 0.0."""
-  model = judge(path)
+  """(prompt, response) -> 1.0 if the judge calls their text positive, else 0.0."""
+  model = fit_judge(path)
   return lambda prompt, response: float(model.predict([prompt + response])[0])
 
 
 def positivity(path):
-  """(prompt, response) -> probability that the response is positive, by `judge`, in (0, 1)."""
-  model = judge(path)
+  """(prompt, response) -> probability that the response is positive, by the judge, in (0, 1)."""
+  model = fit_judge(path)
   return lambda prompt, response: float(model.predict_proba([response])[0, 1])
 
 
-def judge(path):
+def fit_judge(path):
   """An independent judge of sentiment: a logistic model on bags of words and word pairs.
 
   Args:

@@ -229,25 +229,25 @@ def _opinions() -> dict[tuple[str, ...], float]:
 @functools.cache
 def _mentions() -> dict[tuple[str, ...], frozenset[str]]:
   """For each product, feature and behaviour: the products for which a mention is on topic."""
-  found = {}
+  products = {}
   for category in grammar.CATEGORIES:
     for phrase in category.features + category.praise + category.complaint:
-      found[tuple(phrase.split())] = frozenset(category.products)
-    found |= {(product,): frozenset((product,)) for product in category.products}
-  return found
+      products[tuple(phrase.split())] = frozenset(category.products)
+    products |= {(product,): frozenset((product,)) for product in category.products}
+  return products
 
 
 def _phrases(words: list[str], known: dict) -> list[tuple[int, tuple[str, ...]]]:
   """Position and words of every known phrase; the longest where several begin, no overlaps."""
-  found, i = [], 0
+  matches, i = [], 0
   longest = max(map(len, known))
   while i < len(words):
     sizes = (size for size in range(longest, 0, -1) if tuple(words[i : i + size]) in known)
     size = next(sizes, 0)
     if size:
-      found.append((i, tuple(words[i : i + size])))
+      matches.append((i, tuple(words[i : i + size])))
     i += max(size, 1)
-  return found
+  return matches
 
 
 def _form(sentences: list[list[str]], *, finished: bool) -> float:
