@@ -32,6 +32,7 @@ setuptools.setup(
     'numpy>=2.4.6,<3',
     'optax>=0.2.8,<0.3',
     'orbax-checkpoint>=0.12.8,<0.13',
+    'pandas>=3.1.1,<4',
     'psutil>=7.2.2,<8',
     'pyarrow>=26.0.1,<27',
     'rich>=15.0.0,<16',

@@ -144,6 +144,23 @@ def _single(fields, where):
   return config
 
 
+def override(config, values):
+  """Sets keys of a config, as --config.KEY=VALUE does.
+
+  Args:
+    config: ConfigDict of an algorithm.
+    values: {dotted key: value}; a dict sets several keys of a block.
+
+  Raises:
+    UserError: there is no such key, or the value has another type.
+  """
+  for key, value in values.items():
+    for part in reversed(key.split('.')):
+      value = {part: value}
+    with config.unlocked():
+      _fill(config, value, 'config')
+
+
 def _fill(block, fields, key):
   for name, value in fields.items():
     inner = f'{key}.{name}'

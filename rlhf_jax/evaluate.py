@@ -28,10 +28,10 @@ from rlhf_jax import checkpoint
 from rlhf_jax import command_line
 from rlhf_jax import config_files
 from rlhf_jax import errors
+from rlhf_jax import loop
 from rlhf_jax import processes
 from rlhf_jax import runtime
 from rlhf_jax import sharding
-from rlhf_jax import train
 from rlhf_jax.algorithms import build
 from rlhf_jax.evaluation import comparison
 from rlhf_jax.evaluation import policies
@@ -81,7 +81,7 @@ def run(workdir, evals=''):
       checkpoints.close()
     if not step:
       raise errors.UserError(f'there is no checkpoint in {workdir}/checkpoints')
-    return step, train.evaluate(learner, state, names or list(learner.evaluators))
+    return step, loop.evaluate(learner, state, names or list(learner.evaluators))
 
 
 def read_config(workdir):

@@ -1,4 +1,4 @@
-"""What the loop in train.py asks of an algorithm."""
+"""What the loop in loop.py asks of an algorithm."""
 
 from collections.abc import Callable
 import dataclasses

@@ -18,10 +18,10 @@ from absl import logging
 from rlhf_jax import command_line
 from rlhf_jax import errors
 from rlhf_jax import interrupts
+from rlhf_jax import loop
 from rlhf_jax import pipeline
 from rlhf_jax import processes
 from rlhf_jax import runtime
-from rlhf_jax import train
 from rlhf_jax.evaluation import report
 
 _CONFIG = command_line.define_config()
@@ -71,7 +71,7 @@ def run():
   if 'stages' in config:
     pipeline.run(config, workdir, fork_of=fork_of)
     return
-  train.run(config, workdir, fork_of=fork_of)
+  loop.run(config, workdir, fork_of=fork_of)
   if processes.is_main_process():
     report.of_run(workdir, title=config.algorithm)
 

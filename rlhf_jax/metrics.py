@@ -41,7 +41,7 @@ class Writer:
     workdir: pathlib.Path, made if it is not there.
   """
 
-  def __init__(self, workdir, *, resume_step=0, wandb_project='', config=None):
+  def __init__(self, workdir, *, resume_step=0, wandb_project='', config=None, on_metrics=None):
     """Opens the files of a run.
 
     Args:
@@ -49,6 +49,7 @@ class Writer:
       resume_step: the first step that will be written; what stands there from it on is dropped.
       wandb_project: also log to this Weights & Biases project; '' for not at all.
       config: plain dict of settings, shown by Weights & Biases.
+      on_metrics: called as (step, metrics) after each line of metrics; None for nothing.
 
     Raises:
       UserError: `wandb_project` is set and wandb is not installed.
@@ -61,6 +62,7 @@ class Writer:
     self.workdir.mkdir(parents=True, exist_ok=True)
     for name in (METRICS, SAMPLES):
       _drop_from(self.workdir / name, resume_step)
+    self._on_metrics = on_metrics
     self._metrics = open(self.workdir / METRICS, 'a', encoding='utf-8')
     self._samples = open(self.workdir / SAMPLES, 'a', encoding='utf-8')
     # File names tell seconds only: without the suffix a quick restart writes over the events.
@@ -87,6 +89,8 @@ class Writer:
       self._tensorboard.add_scalar(name, value, int(step))
     if self._wandb is not None:
       self._wandb.log(finite, step=int(step))
+    if self._on_metrics is not None:
+      self._on_metrics(int(step), values)
 
   def samples(self, step, samples):
     """Appends one line `{"step": step, ...}` for each dict of JSON values (texts, scores)."""

@@ -1,7 +1,7 @@
 """Stages in order, each in its own folder: pretraining, SFT, reward model, PPO and so on.
 
 `config.stages` names them. A stage is a sub-config that either has an `algorithm`, and is a run
-of train.py, or a `function` 'package.module:name', called with its folder and its other keys. A
+of loop.py, or a `function` 'package.module:name', called with its folder and its other keys. A
 string '$workdir' in any value stands for the pipeline's folder, and a stage whose seed is None takes
 the pipeline's.
 
@@ -25,9 +25,9 @@ from rlhf_jax import config_keys
 from rlhf_jax import errors
 from rlhf_jax import identity
 from rlhf_jax import interrupts
+from rlhf_jax import loop
 from rlhf_jax import processes
 from rlhf_jax import runtime
-from rlhf_jax import train
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.algorithms import build
 from rlhf_jax.rewards import guard
@@ -46,7 +46,7 @@ def run(config, workdir, *, fork_of=None):
 
   Raises:
     UserError: a stage is unknown, its input is bad, or it has begun with another config.
-    Interrupted: see train.run.
+    Interrupted: see loop.run.
   """
   runtime.keep_programs()
   stages = {
@@ -259,7 +259,7 @@ def called(stage):
 def run_stage(stage, folder):
   """Runs one stage whose placeholders are resolved; one that does not train on the first process alone."""
   if 'algorithm' in stage:
-    train.run(stage, folder)
+    loop.run(stage, folder)
   if 'algorithm' in stage or not processes.is_main_process():
     return
   folder.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ import numpy as np
 
 from rlhf_jax import checkpoint
 from rlhf_jax import errors
+from rlhf_jax import folders
 from rlhf_jax import logprobs
 from rlhf_jax import models
 from rlhf_jax import runtime
@@ -24,6 +25,7 @@ from rlhf_jax.data import sources
 from rlhf_jax.data import tokenizers
 from rlhf_jax.models import hf
 from rlhf_jax.models import trainable
+from rlhf_jax.rewards import learned
 from rlhf_jax.rollout import sampler
 from rlhf_jax.rollout import sampling as sampling_lib
 from rlhf_jax.rollout import stops
@@ -41,6 +43,18 @@ class Samples:
   prompts: list[str]
   responses: list[str]
   rollout: types.Rollout
+
+  def __len__(self):
+    return len(self.prompts)
+
+  def to_pandas(self):
+    """A DataFrame with the columns prompt and response."""
+    import pandas
+
+    return pandas.DataFrame({'prompt': self.prompts, 'response': self.responses})
+
+  def _repr_html_(self):
+    return self.to_pandas().to_html()
 
   @property
   def response_tokens(self):
@@ -65,11 +79,13 @@ class TextPolicy:
     model: Model.
     params: its parameters.
     tokenizer: its tokenizer.
+    path: its Hugging Face folder, a pathlib.Path; None if it has none, as a checkpoint.
   """
 
   model: Any
   params: Any
   tokenizer: Any
+  path: pathlib.Path | None = None
 
   def __post_init__(self):
     if self.model.encoder_decoder:
@@ -85,7 +101,7 @@ class TextPolicy:
     path = pathlib.Path(path)
     runtime.keep_programs()
     if (path / 'model').is_dir() or not (path / 'checkpoints').is_dir():
-      return cls(*hf.load(path, unroll=None), tokenizers.load(path))
+      return cls(*hf.load(path, unroll=None), tokenizers.load(path), folders.model(path))
     fields = json.loads((path / 'model.json').read_text())
     name = fields.pop('name')
     if name != 'policy':
@@ -108,12 +124,17 @@ class TextPolicy:
       raise errors.DataError(str(error).removesuffix(formats.SKIP)) from error
     return list(examples)
 
+  def save(self, path):
+    """Writes a Hugging Face folder with the tokenizer, which `load` and transformers read."""
+    hf.save(pathlib.Path(path), self.model, self.params, tokenizer=self.tokenizer)
+    self.path = pathlib.Path(path)
+
   def sample(
     self,
     prompts,
-    key,
+    key=0,
     *,
-    max_new_tokens,
+    max_new_tokens=None,
     temperature=1.0,
     top_k=0,
     top_p=1.0,
@@ -128,7 +149,7 @@ class TextPolicy:
 
     Args:
       prompts: texts.
-      key: random key.
+      key: random key, or the int that seeds one.
       max_new_tokens: R; None for what the context leaves, 128 at most.
       temperature: 0 takes the likeliest token.
       top_k: see sampling.Sampling.
@@ -148,6 +169,9 @@ class TextPolicy:
       UserError: a prompt has no token, a stop string is empty, `truncate_at` is not one token, or
         prompt and response exceed the model's context.
     """
+    if isinstance(prompts, str):
+      raise errors.UserError('prompts is a string: give a list of strings')
+    key = jax.random.key(key) if isinstance(key, int) else key
     rows = tokenizers.encode(self.tokenizer, prompts)
     if not all(map(len, rows)):
       raise errors.UserError('the prompt is empty and this tokenizer has no BOS: give a prompt')
@@ -203,8 +227,54 @@ class TextPolicy:
       for prompt, text, row in zip(prompts, texts, ids)
     ]
 
-  def logprobs(self, rollout, *, temperature=1.0):
+  def chat(self, messages, key=0, *, max_new_tokens=None, temperature=1.0):
+    """Samples the assistant's next message, by the tokenizer's chat template.
+
+    Args:
+      messages: list of {'role': ..., 'content': ...}, the last one the user's; or the user's text.
+      key: random key, or the int that seeds one.
+      max_new_tokens: see `sample`.
+      temperature: see `sample`.
+
+    Returns:
+      The message, a text.
+
+    Raises:
+      UserError: the tokenizer has no chat template, or it rejects the messages.
+    """
+    if isinstance(messages, str):
+      messages = [{'role': 'user', 'content': messages}]
+    examples, _ = formats.prompts([{'messages': messages}], tokenizer=self.tokenizer)
+    samples = self.sample(
+      [examples[0].prompt], key, max_new_tokens=max_new_tokens, temperature=temperature
+    )
+    return samples.responses[0]
+
+  def logprobs(self, prompts, responses, *, temperature=1.0):
     """Log-probability of each response, summed over its tokens, [n] float32.
+
+    No EOS is added to the responses.
+
+    Args:
+      prompts: n texts.
+      responses: n texts.
+      temperature: what the logits are divided by; positive.
+    """
+    prompts = tokenizers.encode(self.tokenizer, prompts)
+    responses = tokenizers.encode_continuation(self.tokenizer, responses)
+    pad = self.tokenizer.pad_token_id
+    left = left_padded(prompts, max(map(len, prompts)), pad)
+    tokens, mask = learned.right_padded(responses, max(1, *map(len, responses)), pad)
+    rollout = types.Rollout(
+      tokens=np.concatenate([left.tokens, tokens], axis=1),
+      mask=np.concatenate([left.mask, mask], axis=1),
+      response_mask=mask,
+      logprobs=np.zeros(mask.shape, np.float32),
+    )
+    return self.rollout_logprobs(rollout, temperature=temperature)
+
+  def rollout_logprobs(self, rollout, *, temperature=1.0):
+    """Log-probability of each response of a rollout, summed over its tokens, [n] float32.
 
     Args:
       rollout: Rollout of n sequences.

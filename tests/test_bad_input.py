@@ -19,10 +19,10 @@ from rlhf_jax import command_line as command_line_lib
 from rlhf_jax import config as config_lib
 from rlhf_jax import config_files
 from rlhf_jax import errors
+from rlhf_jax import loop
 from rlhf_jax import main
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax import pipeline
-from rlhf_jax import train
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms import sft
@@ -294,7 +294,7 @@ def contents(folder):
 def begun(config, folder):
   """A run of 4 steps with checkpoints of steps 2 and 4, as if it had been stopped there."""
   config.checkpoint_every = 2
-  train.run(config, folder)
+  loop.run(config, folder)
   shutil.rmtree(folder / 'model')
   config.steps = 6
   return folder, config
@@ -477,7 +477,7 @@ def fails(config, changes, parts, folder, **places):
   fork = folder.with_name(f'{folder.name}_fork')
   shutil.rmtree(fork, ignore_errors=True)
   with pytest.raises(errors.UserError) as caught:
-    train.run(
+    loop.run(
       config,
       fork,
       fork_of=None if any(key.startswith(workdir_lib.WEIGHTS) for key in changes) else folder,
@@ -546,7 +546,7 @@ def test_another_model_leaves_the_checkpoints_of_the_first(begun_sft, tmp_path):
     (tmp_path / 'new', folder, 'which are of another model: config.model.path: '),
   ):
     with pytest.raises(errors.UserError, match=part):
-      train.run(other, workdir, fork_of=source)
+      loop.run(other, workdir, fork_of=source)
   assert contents(folder) == before and not (tmp_path / 'new').exists()
 
 
@@ -625,13 +625,13 @@ def test_bad_rewards_stop_a_run_that_can_go_on(case, parts, begun_ppo, tmp_path,
   with monkeypatch.context() as patch:
     patch.setattr(tiny, 'good_words', rewards_of(case))
     with pytest.raises(errors.UserError) as caught:
-      train.run(config, tmp_path)
+      loop.run(config, tmp_path)
   for part in parts:
     assert part in str(caught.value), caught.value
   assert contents(tmp_path / 'checkpoints') == before
   assert not (tmp_path / 'model').exists()
   if case == 'raises':  # once it is fixed, the same command resumes
-    train.run(config, tmp_path)
+    loop.run(config, tmp_path)
     assert {record['step'] for record in metrics_lib.read(tmp_path)} == set(range(6))
 
 
@@ -640,7 +640,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_its_checkpoint(begun_sft
   wild = config.copy_and_resolve_references()
   wild.optim.learning_rate, wild.checkpoint_every = 1e30, 1
   with pytest.raises(errors.UserError) as caught:
-    train.run(wild, tmp_path / 'wild', fork_of=folder)
+    loop.run(wild, tmp_path / 'wild', fork_of=folder)
   message = str(caught.value)
   assert 'is not finite at step 4' in message and 'param_norm' in message
   assert 'Lower config.optim.learning_rate' in message and 'clip_norm' in message
@@ -651,7 +651,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_its_checkpoint(begun_sft
   assert not (tmp_path / 'wild' / 'model').exists()
   mended = config.copy_and_resolve_references()
   mended.optim.clip_norm = 1.0
-  train.run(mended, tmp_path / 'mended', fork_of=tmp_path / 'wild')  # as the message says
+  loop.run(mended, tmp_path / 'mended', fork_of=tmp_path / 'wild')  # as the message says
   assert all(
     np.isfinite(record['loss'])
     for record in metrics_lib.read(tmp_path / 'mended')
@@ -670,7 +670,7 @@ def test_nan_in_the_weights_is_named_at_the_first_step(world, tmp_path, monkeypa
 
   monkeypatch.setattr(sft, 'create', poisoned)
   with pytest.raises(errors.UserError, match='loss.*is not finite at step 0. Lower config'):
-    train.run(tiny.sft(world), tmp_path)
+    loop.run(tiny.sft(world), tmp_path)
   assert not (tmp_path / 'model').exists()
 
 
@@ -684,5 +684,5 @@ def test_a_config_is_validated_before_anything_is_made_of_it(monkeypatch, world,
 
   monkeypatch.setattr(sft, 'create', create)
   with pytest.raises(errors.UserError, match='enough'):
-    train.run(tiny.sft(world), tmp_path)
+    loop.run(tiny.sft(world), tmp_path)
   assert order == ['validate', 'create']

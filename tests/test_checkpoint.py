@@ -16,8 +16,8 @@ import pytest
 from rlhf_jax import checkpoint
 from rlhf_jax import checksums
 from rlhf_jax import errors
+from rlhf_jax import loop
 from rlhf_jax import sharding
-from rlhf_jax import train
 from rlhf_jax import types
 import tiny
 
@@ -435,9 +435,9 @@ def test_a_config_of_another_model_loses_nothing(change, unfinished, tmp_path):
   other = config.copy_and_resolve_references()
   other.update_from_flattened_dict(change)
   with pytest.raises(errors.UserError, match='another --workdir'):
-    train.run(other, workdir)
+    loop.run(other, workdir)
   assert content(workdir) == before
-  assert (train.run(config, workdir) / 'model.safetensors').exists()
+  assert (loop.run(config, workdir) / 'model.safetensors').exists()
 
 
 def test_the_optimizers_figures_may_change_in_a_fork(unfinished, tmp_path):
@@ -445,7 +445,7 @@ def test_the_optimizers_figures_may_change_in_a_fork(unfinished, tmp_path):
   other = config.copy_and_resolve_references()
   other.optim.update({'learning_rate': 1e-4, 'weight_decay': 0.1, 'clip_norm': 1.0})
   other.steps = 5
-  train.run(other, tmp_path / 'run', fork_of=folder)
+  loop.run(other, tmp_path / 'run', fork_of=folder)
   assert names(tmp_path / 'run') == ['4', '5']
 
 
@@ -465,7 +465,7 @@ def test_a_fork_with_another_model_is_refused(change, unfinished, tmp_path):
     errors.UserError,
     match='--fork starts from the weights in .*, which are of another model: config',
   ):
-    train.run(other, tmp_path / 'run', fork_of=folder)
+    loop.run(other, tmp_path / 'run', fork_of=folder)
   assert not (tmp_path / 'run').exists()
 
 
@@ -474,7 +474,7 @@ def test_a_fork_with_another_optimizer_starts_it_anew(unfinished, tmp_path, capf
   other = config.copy_and_resolve_references()
   other.optim.update({'ema': 0.5, 'name': 'tf_adam'})
   other.steps = 6
-  train.run(other, tmp_path / 'run', fork_of=folder)
+  loop.run(other, tmp_path / 'run', fork_of=folder)
   assert 'the optimizer starts anew' in capfd.readouterr().out
   kept, found = (checkpoint.load_params(path, 'policy') for path in (folder, tmp_path / 'run'))
   moved = max(
@@ -492,5 +492,5 @@ def unfinished(world, tmp_path_factory):
   config.tokenizer = f'{world}/tokenizer'
   config.checkpoint_every = 2
   folder = tmp_path_factory.mktemp('unfinished') / 'run'
-  shutil.rmtree(train.run(config, folder))
+  shutil.rmtree(loop.run(config, folder))
   return config, folder

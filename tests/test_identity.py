@@ -12,9 +12,9 @@ import pytest
 from rlhf_jax import checkpoint
 from rlhf_jax import errors
 from rlhf_jax import identity
+from rlhf_jax import loop
 from rlhf_jax import metrics
 from rlhf_jax import sharding
-from rlhf_jax import train
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms import sft
 import tiny
@@ -53,7 +53,7 @@ def begun(world, data, tmp_path_factory):
   config.optim.schedule = 'linear'
   config.steps, config.checkpoint_every = 4, 2
   folder = tmp_path_factory.mktemp('begun') / 'run'
-  train.run(config, folder)
+  loop.run(config, folder)
   shutil.rmtree(folder / 'model')
   return changed(config, {'steps': 6}), folder
 
@@ -110,7 +110,7 @@ def test_another_config_is_named_and_changes_nothing(changes, listed, finished, 
     config = changed(config, {'steps': 4})
   before = content(folder)
   with pytest.raises(errors.UserError) as caught:
-    train.run(changed(config, changes), folder)
+    loop.run(changed(config, changes), folder)
   message = str(caught.value)
   state = 'is finished' if finished else 'was started'
   for part in (
@@ -126,7 +126,7 @@ def test_another_config_is_named_and_changes_nothing(changes, listed, finished, 
 def test_keys_that_may_change_are_said_and_written_down(copied, capfd):
   config, folder = copied
   kept = changed(config, {'log_every': 2, 'checkpoint_minutes': 1.0, 'evals.held_out.every': 3})
-  train.run(kept, folder)
+  loop.run(kept, folder)
   out = capfd.readouterr().out
   for line in (
     'config.steps: 4 -> 6; from here on the learning rate follows the new length',
@@ -156,7 +156,7 @@ def test_data_may_move_but_not_change(copied, data, tmp_path):
   try:
     data.write_text('\n'.join(lines[1:]))
     with pytest.raises(errors.UserError, match='config.data.path=.* have changed since the run'):
-      train.run(config, folder)
+      loop.run(config, folder)
   finally:
     data.write_bytes(kept)
   identity.check(config, folder)
@@ -169,26 +169,26 @@ def test_fewer_steps_than_were_taken_are_refused(copied):
     errors.UserError,
     match=r'config.steps=3, which is 3 steps, but the checkpoint in .* is after step 4',
   ):
-    train.run(changed(config, {'steps': 3}), folder)
+    loop.run(changed(config, {'steps': 3}), folder)
   assert content(folder) == before
 
 
 def test_a_finished_run_says_so(copied, capfd):
   config, folder = copied
   (folder / 'model').mkdir()
-  assert train.run(changed(config, {'steps': 4}), folder) == folder / 'model'
+  assert loop.run(changed(config, {'steps': 4}), folder) == folder / 'model'
   assert f'; model {folder}/model; to repeat it delete {folder}' in capfd.readouterr().out
   with pytest.raises(
     errors.UserError, match='is finished with another config: config.steps: 4 -> 6'
   ):
-    train.run(config, folder)
+    loop.run(config, folder)
 
 
 def test_a_fork_starts_from_the_newest_checkpoint(copied, tmp_path):
   config, folder = copied
   before = content(folder)
   other = changed(config, {'optim.learning_rate': 1e-4, 'steps': 5})
-  train.run(other, tmp_path / 'new', fork_of=folder)
+  loop.run(other, tmp_path / 'new', fork_of=folder)
   assert content(folder) == before
   assert {record['step'] for record in metrics.read(tmp_path / 'new')} == {4}
   origin = {'workdir': str(folder), 'step': 4}
@@ -197,11 +197,11 @@ def test_a_fork_starts_from_the_newest_checkpoint(copied, tmp_path):
   expected = (tmp_path / 'new' / 'model' / 'model.safetensors').read_bytes()
   shutil.rmtree(tmp_path / 'new' / 'model')
   shutil.rmtree(tmp_path / 'new' / 'checkpoints')
-  train.run(other, tmp_path / 'new')
+  loop.run(other, tmp_path / 'new')
   assert (tmp_path / 'new' / 'model' / 'model.safetensors').read_bytes() == expected
   shutil.rmtree(tmp_path / 'new' / 'model')
   shutil.move(folder, tmp_path / 'away')  # from now on it needs no other folder
-  train.run(other, tmp_path / 'new')
+  loop.run(other, tmp_path / 'new')
   assert identity.read(tmp_path / 'new')['forked_from'] == origin
   assert [start['step'] for start in starts(tmp_path / 'new')] == [4, 4, 5]
 
@@ -223,23 +223,23 @@ def test_a_fork_that_cannot_start_leaves_no_folder(copied, tmp_path):
     ),
   ):
     with pytest.raises(errors.UserError, match=message):
-      train.run(changed(config, changes), tmp_path / 'new', fork_of=source)
+      loop.run(changed(config, changes), tmp_path / 'new', fork_of=source)
     assert not (tmp_path / 'new' / 'config.json').exists()
-  train.run(config, tmp_path / 'new', fork_of=folder)
+  loop.run(config, tmp_path / 'new', fork_of=folder)
   with pytest.raises(errors.UserError, match='--fork=.* holds another run: name a new folder'):
-    train.run(config, tmp_path / 'new', fork_of=tmp_path / 'other')
+    loop.run(config, tmp_path / 'new', fork_of=tmp_path / 'other')
 
 
 def test_a_fork_is_what_its_config_says(world, tmp_path):
   """Also where a checkpoint holds what the config sets: PPO's coefficient, and the random key."""
   config = tiny.ppo(world)
   config.steps = 1
-  train.run(config, tmp_path / 'old')
+  loop.run(config, tmp_path / 'old')
   other = changed(config, {'rl.kl_coef': 5.0, 'seed': 9, 'steps': 2})
-  train.run(other, tmp_path / 'new', fork_of=tmp_path / 'old')
+  loop.run(other, tmp_path / 'new', fork_of=tmp_path / 'old')
   assert metrics.read(tmp_path / 'new')[-1]['objective/kl_coef'] == 5.0
   again = changed(config, {'rl.kl_coef': 5.0, 'steps': 2})
-  train.run(again, tmp_path / 'again', fork_of=tmp_path / 'old')
+  loop.run(again, tmp_path / 'again', fork_of=tmp_path / 'old')
   kl, same_seed = (metrics.read(tmp_path / name)[-1]['objective/kl'] for name in ('new', 'again'))
   assert kl != same_seed
 
@@ -251,7 +251,7 @@ def test_a_fork_with_another_seed_draws_from_its_keys(begun):
     other = changed(config, {'seed': seed})
     learner, state = sft.create(other, sharding.make_mesh(dict(other.mesh)))
     start = jax.device_get(state.params)
-    step, state = train.fork(other, state, learner, folder)
+    step, state = loop.fork(other, state, learner, folder)
     assert step == state.step == 4
     np.testing.assert_array_equal(*map(jax.random.key_data, (state.key, jax.random.key(seed))))
     assert (
@@ -268,7 +268,7 @@ def test_what_a_run_begins_with_is_that_of_its_last_first_step(begun, data, tmp_
   other = tmp_path / 'other.jsonl'
   other.write_text('\n'.join(data.read_text().splitlines()[:30]))
   for path in (data, other):  # the first is killed before its first checkpoint
-    train.run(changed(config, {'data.path': str(path)}), tmp_path / 'run')
+    loop.run(changed(config, {'data.path': str(path)}), tmp_path / 'run')
     shutil.rmtree(tmp_path / 'run' / 'model')
     if path == data:
       shutil.rmtree(tmp_path / 'run' / 'checkpoints')
@@ -297,10 +297,10 @@ def test_code_of_the_user_that_changes_is_said(copied, tmp_path, monkeypatch, ca
   config = changed(config, {'steps': 5})
   with config.unlocked():
     config.evals.mine = {'function': 'my_evaluator:make'}
-  train.run(config, folder)
+  loop.run(config, folder)
   shutil.rmtree(folder / 'model')
   module.write_text('def make(context):\n  return lambda state: {"x": 2}\n')
-  train.run(config, folder)
+  loop.run(config, folder)
   assert (
     f'{folder}: the file of config.evals.mine.function has changed since the last start'
     in capfd.readouterr().out
@@ -320,9 +320,7 @@ def test_reading_a_run_leaves_its_damaged_checkpoints(copied):
     if file.is_file():
       file.write_bytes(b'')
   before = content(folder)
-  learner, state = train.build.load('sft').create(
-    config, train.sharding.make_mesh(dict(config.mesh))
-  )
+  learner, state = loop.build.load('sft').create(config, loop.sharding.make_mesh(dict(config.mesh)))
   with checkpoint.Checkpoints(folder) as checkpoints:
     step, _ = checkpoints.restore(state, learner.iterators)
   assert step == 2 and content(folder) == before

@@ -7,8 +7,8 @@ import ml_collections
 import pytest
 
 from rlhf_jax import errors
+from rlhf_jax import loop
 from rlhf_jax import pipeline
-from rlhf_jax import train
 import tiny
 
 RAN = []
@@ -301,7 +301,7 @@ def test_a_stage_of_training_runs_in_its_folder_with_the_pipelines_seed(tmp_path
   config = make_config('$workdir')
   config.stages = ('pretrain',)
   calls = []
-  monkeypatch.setattr(train, 'run', lambda stage, folder: calls.append((stage, folder)))
+  monkeypatch.setattr(loop, 'run', lambda stage, folder: calls.append((stage, folder)))
   pipeline.run(config, tmp_path)
   ((stage, folder),) = calls
   assert folder == tmp_path / 'pretrain' and stage.seed == 5 and stage.is_locked
@@ -312,7 +312,7 @@ def test_a_stage_of_training_runs_in_its_folder_with_the_pipelines_seed(tmp_path
 def test_a_finished_stage_may_not_become_longer_and_an_unfinished_one_may(tmp_path, monkeypatch):
   """Longer, it would not run again, and the stages after it would take it for what it is not."""
   lengths = []
-  monkeypatch.setattr(train, 'run', lambda stage, folder: lengths.append(stage.steps))
+  monkeypatch.setattr(loop, 'run', lambda stage, folder: lengths.append(stage.steps))
   config = make_config('$workdir')
   config.stages = ('pretrain',)
   pipeline.run(config, tmp_path)

@@ -54,10 +54,12 @@ def test_texts_are_those_of_the_tokens(policy):
 
 def test_batches_with_a_remainder_are_like_one_batch(policy, monkeypatch):
   whole = sample(policy, temperature=0.0)
-  logprobs = policy.logprobs(whole.rollout, temperature=0.8)
+  logprobs = policy.rollout_logprobs(whole.rollout, temperature=0.8)
   monkeypatch.setattr(policy_lib, 'BATCH', 3)
   same(sample(policy, temperature=0.0), whole)
-  np.testing.assert_allclose(policy.logprobs(whole.rollout, temperature=0.8), logprobs, atol=1e-5)
+  np.testing.assert_allclose(
+    policy.rollout_logprobs(whole.rollout, temperature=0.8), logprobs, atol=1e-5
+  )
   one = sample(policy, ['w1'] * 7, temperature=1.0, ignore_eos=True)
   assert len({tuple(row) for row in one.rollout.tokens.tolist()}) == 7  # each batch its own key
 
@@ -80,7 +82,9 @@ def test_in_batches(count, batch, monkeypatch):
 def test_logprobs_are_summed_over_the_response(policy):
   found = sample(policy, temperature=0.7)
   np.testing.assert_allclose(
-    policy.logprobs(found.rollout, temperature=0.7), found.rollout.logprobs.sum(axis=1), atol=1e-5
+    policy.rollout_logprobs(found.rollout, temperature=0.7),
+    found.rollout.logprobs.sum(axis=1),
+    atol=1e-5,
   )
 
 

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from rlhf_jax import errors
-from rlhf_jax import train
+from rlhf_jax import loop
 from rlhf_jax.algorithms import grpo
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms import reward_model
@@ -94,17 +94,17 @@ def stop_after(monkeypatch, module, steps):
 )
 def test_stopped_runs_end_like_one_that_was_not(module, stops, world, tmp_path, monkeypatch):
   config = small(module.__name__.split('.')[-1], world)
-  train.run(config, tmp_path / 'whole')
+  loop.run(config, tmp_path / 'whole')
   for step in stops:
     with monkeypatch.context() as patch:
       stop_after(patch, module, step)
       with pytest.raises(Stopped):
-        train.run(config, tmp_path / 'stopped')
+        loop.run(config, tmp_path / 'stopped')
     assert not (tmp_path / 'stopped' / 'model').exists()
-  train.run(config, tmp_path / 'stopped')
+  loop.run(config, tmp_path / 'stopped')
   assert_same_run(tmp_path / 'stopped', tmp_path / 'whole')
   before = (tmp_path / 'whole' / 'metrics.jsonl').read_bytes()
-  train.run(config, tmp_path / 'whole')  # A finished run stays as it is.
+  loop.run(config, tmp_path / 'whole')  # A finished run stays as it is.
   assert (tmp_path / 'whole' / 'metrics.jsonl').read_bytes() == before
 
 
@@ -113,7 +113,7 @@ def test_a_signal_saves_the_step_it_comes_in(module, stops, world, tmp_path, mon
   """With default settings no checkpoint is due before the end."""
   config = small(module.__name__.rpartition('.')[2], world)
   config.checkpoint_every = None
-  train.run(config, tmp_path / 'whole')
+  loop.run(config, tmp_path / 'whole')
   numbers = {step: number for step, number in zip(stops, (signal.SIGTERM, signal.SIGINT))}
   create = module.create
 
@@ -137,9 +137,9 @@ def test_a_signal_saves_the_step_it_comes_in(module, stops, world, tmp_path, mon
       match=f'stopped by {number.name} after step {step + 1}, '
       'which is saved in .*: the same command resumes',
     ) as caught:
-      train.run(config, tmp_path / 'stopped')
+      loop.run(config, tmp_path / 'stopped')
     assert caught.value.status == 128 + number
-  train.run(config, tmp_path / 'stopped')
+  loop.run(config, tmp_path / 'stopped')
   assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
   assert [start['step'] for start in starts(tmp_path / 'stopped')] == [
     0,

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from rlhf_jax import errors
-from rlhf_jax import train
+from rlhf_jax import loop
 from rlhf_jax import workdir as workdir_lib
 import tiny
 
@@ -54,11 +54,11 @@ def test_a_folder_that_cannot_be_used_is_found_before_anything_is_loaded(
   (tmp_path / 'file').write_text('x')
   (tmp_path / 'papers').mkdir()
   (tmp_path / 'papers' / 'draft.tex').write_text('x')
-  monkeypatch.setattr(train.build, 'load', lambda name: pytest.fail('loaded'))
-  monkeypatch.setattr(train.build, 'validate', lambda *_: None)
+  monkeypatch.setattr(loop.build, 'load', lambda name: pytest.fail('loaded'))
+  monkeypatch.setattr(loop.build, 'validate', lambda *_: None)
   before = sorted(tmp_path.rglob('*'))
   with pytest.raises(errors.UserError, match=message):
-    train.run(tiny.sft(world), workdir.format(tmp=tmp_path, world=world))
+    loop.run(tiny.sft(world), workdir.format(tmp=tmp_path, world=world))
   assert sorted(tmp_path.rglob('*')) == before
 
 
@@ -134,7 +134,7 @@ def test_what_a_killed_run_left_half_written_is_removed(world, tmp_path):
     (tmp_path / name).write_text('')
   umask = os.umask(0o027)
   try:
-    train.run(config, tmp_path)
+    loop.run(config, tmp_path)
   finally:
     os.umask(umask)
   assert not [

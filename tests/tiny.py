@@ -19,9 +19,9 @@ import transformers
 
 from rlhf_jax import config as config_lib
 from rlhf_jax import forward as forward_lib
+from rlhf_jax import loop as loop_lib
 from rlhf_jax import models
 from rlhf_jax import sharding
-from rlhf_jax import train as train_lib
 from rlhf_jax import types
 from rlhf_jax import update
 from rlhf_jax.algorithms import grpo as grpo_lib
@@ -218,7 +218,7 @@ def train(algorithm, config, steps, mesh=None):
       batch, _ = learner.next_batch(state, timed=False)
       state, metrics = learner.train_step(state, *batch)
       history.append(jax.device_get(metrics))
-    return learner, state, history, train_lib.evaluate(learner, state, list(learner.evaluators))
+    return learner, state, history, loop_lib.evaluate(learner, state, list(learner.evaluators))
 
 
 def one_step(train_step, params, *batch, jit=True):

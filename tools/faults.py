@@ -59,8 +59,8 @@ FAULTS = (
   Fault(
     'the KL has the reference at temperature 1',
     'rlhf_jax/evaluation/comparison.py',
-    'reference.logprobs(rollout, temperature=temperature)',
-    'reference.logprobs(rollout)',
+    'reference.rollout_logprobs(rollout, temperature=temperature)',
+    'reference.rollout_logprobs(rollout)',
     _tests('evaluation/test_policies', 'test_the_kl_is_of_the_policy_from_the_baseline'),
   ),
   Fault(
@@ -419,28 +419,28 @@ FAULTS = (
   ),
   Fault(
     'a fork forgets what its config sets',
-    'rlhf_jax/train.py',
+    'rlhf_jax/loop.py',
     'extra=state.extra | own',
     'extra=state.extra',
     _tests('test_identity', 'test_a_fork_is_what_its_config_says'),
   ),
   Fault(
     'a fork keeps the random key of the other seed',
-    'rlhf_jax/train.py',
+    'rlhf_jax/loop.py',
     'key=state.key if key is None else key',
     'key=state.key',
     _tests('test_identity', 'test_a_fork_with_another_seed_draws_from_its_keys'),
   ),
   Fault(
     'a fork is not saved before its first step',
-    'rlhf_jax/train.py',
+    'rlhf_jax/loop.py',
     'if forked:  #',
     'if False:  #',
     _tests('test_checkpoint', 'test_the_optimizers_figures_may_change_in_a_fork'),
   ),
   Fault(
     'a resumed run repeats lines of metrics',
-    'rlhf_jax/train.py',
+    'rlhf_jax/loop.py',
     'workdir, resume_step=step',
     'workdir, resume_step=10**9',
     _tests(
@@ -450,7 +450,7 @@ FAULTS = (
   ),
   Fault(
     'one checkpoint is kept',
-    'rlhf_jax/train.py',
+    'rlhf_jax/loop.py',
     'keep=config.keep_checkpoints',
     'keep=1',
     _tests('test_train', 'test_a_folder_says_what_made_it'),

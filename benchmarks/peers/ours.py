@@ -2,7 +2,7 @@
 
 python -m benchmarks.peers.ours --workload xs --way separate
 
-The learner is what `algorithms/ppo.create` makes of a config, and an iteration is what train.py's
+The learner is what `algorithms/ppo.create` makes of a config, and an iteration is what loop.py's
 loop does with it. Scoring by the reward model is a call of its own; the rest of scoring (the
 reference's log-probabilities) is compiled into the train step. So the clock gives both to the
 update, and at `split` the same function compiled apart says how much of it is scoring:
@@ -122,7 +122,7 @@ def compiling():
 
 
 def iterate(learner, state, turns, compilation_seconds):
-  """One turn of the loop in train.py; returns the next state and what the train step was given."""
+  """One turn of the loop in loop.py; returns the next state and what the train step was given."""
   compilation_seconds.clear()
   batch, metrics = learner.next_batch(state, timed=True)
   turns.lap('rollout')

@@ -20,6 +20,8 @@ from rlhf_jax import config_keys
 from rlhf_jax import errors
 from rlhf_jax import intervals
 from rlhf_jax import policy as policy_lib
+from rlhf_jax.evaluation import plots
+from rlhf_jax.evaluation import tables
 from rlhf_jax.evaluation import text
 from rlhf_jax.evaluation import winrate
 from rlhf_jax.feedback import elo
@@ -119,6 +121,38 @@ class Comparison:
         lines.append(f'  {name}{f" ({scores})" if scores else ""}: {entry["response"].strip()}')
     return errors.printable('\n'.join(lines))
 
+  @property
+  def table(self):
+    """The rows as a pandas DataFrame, without columns that are empty."""
+    import pandas
+
+    return pandas.DataFrame(list(self.rows)).set_index('stage').dropna(axis=1, how='all')
+
+  @property
+  def responses(self):
+    """A pandas DataFrame of the prompts and every policy's response, with the judge's scores."""
+    import pandas
+
+    columns = {'prompt': self.answers[self.baseline].samples.prompts}
+    for name, answers in self.answers.items():
+      columns[name] = answers.samples.responses
+      if answers.gold is not None:
+        columns[f'{name} score'] = answers.gold
+    return pandas.DataFrame(columns)
+
+  def plot(self):
+    """Draws win rates over the baseline and Elo ratings; returns a matplotlib Figure."""
+    return plots.ratings(self.rows, self.baseline)
+
+  def __str__(self):
+    return tables.stages_table(self.rows)
+
+  def _repr_html_(self):
+    titles, cells = tables.stages(self.rows)
+    import pandas
+
+    return pandas.DataFrame(cells, columns=titles).to_html(index=False)
+
   def results(self):
     """The figures as JSON has them, without the samples."""
     return {
@@ -136,7 +170,7 @@ def compare_policies(policies, examples, judge, settings=Settings(), *, reward_m
     examples: list of formats.Prompt: prompts with the metadata that the judge reads.
     judge: judges.Judge.
     settings: Settings.
-    reward_model: reward_models.Scorer of the proxy score, or None.
+    reward_model: reward_models.RewardModel of the proxy score, or None.
 
   Returns:
     Comparison.
@@ -177,7 +211,7 @@ def ask(policies, examples, judge, settings, *, reward_model=None):
     examples: n formats.Prompt.
     judge: judges.Judge.
     settings: Settings with a baseline.
-    reward_model: reward_models.Scorer, or None.
+    reward_model: reward_models.RewardModel, or None.
 
   Returns:
     {name: Answers}.
@@ -190,7 +224,7 @@ def ask(policies, examples, judge, settings, *, reward_model=None):
     tokenizer = policies[name].tokenizer
     return Answers(
       samples,
-      None if reward_model is None else reward_model(samples, tokenizer),
+      None if reward_model is None else reward_model.score_samples(samples, tokenizer),
       None if judge.score is None else judge.score(samples, metadata, tokenizer),
       kl,
     )
@@ -203,7 +237,7 @@ def ask(policies, examples, judge, settings, *, reward_model=None):
     answers[name] = scored(name, samples, kl)
     if name == baseline and best_of:
       many = policies[name].sample(prompts, keys[-1], samples=best_of, **settings.sampling)
-      scores = reward_model(many, policies[name].tokenizer).reshape(-1, best_of)
+      scores = reward_model.score_samples(many, policies[name].tokenizer).reshape(-1, best_of)
       best = many.take(np.arange(len(prompts)) * best_of + scores.argmax(axis=1))
       kl = math.log(best_of) - (best_of - 1) / best_of
       answers[f'best of {best_of}'] = scored(name, best, kl)
@@ -225,8 +259,8 @@ def mean_kl(policy, reference, rollout, temperature):
   temperature = temperature or 1.0
   return float(
     np.mean(
-      policy.logprobs(rollout, temperature=temperature)
-      - reference.logprobs(rollout, temperature=temperature)
+      policy.rollout_logprobs(rollout, temperature=temperature)
+      - reference.rollout_logprobs(rollout, temperature=temperature)
     )
   )
 

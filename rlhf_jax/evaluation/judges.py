@@ -78,7 +78,7 @@ def load(judge, *, key='judge', path=''):
   """The Judge that a text names, or that a function or a reward model is.
 
   Args:
-    judge: a text, see the top of the file; a Python function; a reward_models.Scorer; or a Judge.
+    judge: a text, see the top of the file; a Python function; a reward_models.RewardModel; or a Judge.
     key: name of the option or config key, for messages.
     path: data that `module:function` makes the judge from; '' if it is the judge itself.
 
@@ -87,7 +87,7 @@ def load(judge, *, key='judge', path=''):
   """
   if isinstance(judge, Judge):
     return judge
-  if isinstance(judge, reward_models.Scorer):
+  if isinstance(judge, reward_models.RewardModel):
     return of_reward_model(judge, 'reward model')
   if callable(judge):
     return of_function(judge, getattr(judge, '__name__', 'judge'), key)
@@ -99,7 +99,7 @@ def load(judge, *, key='judge', path=''):
     return of_function(functions.load_made(judge, path, key=key), judge, key)
   if not pathlib.Path(judge).is_dir():
     raise errors.UserError(f'{key}={judge!r}: there is no such folder. {_kinds(key)}')
-  return of_reward_model(reward_models.Scorer.load(judge), judge)
+  return of_reward_model(reward_models.RewardModel.load(judge), judge)
 
 
 def check(judge, *, key='judge', path=''):
@@ -145,10 +145,12 @@ def of_reward_model(scorer, name):
   """The Judge that prefers the higher score of a reward model.
 
   Args:
-    scorer: reward_models.Scorer.
+    scorer: reward_models.RewardModel.
     name: for messages.
   """
-  return Judge(name=name, score=lambda samples, metadata, tokenizer: scorer(samples, tokenizer))
+  return Judge(
+    name=name, score=lambda samples, metadata, tokenizer: scorer.score_samples(samples, tokenizer)
+  )
 
 
 def exact_match(column):

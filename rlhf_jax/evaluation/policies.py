@@ -79,7 +79,7 @@ def run(
   policies = dict(policies)
   judge = judges.load(gold, key='gold', path=gold_path)
   loaded = {name: policy_lib.TextPolicy.load(path) for name, path in policies.items()}
-  scorer = reward_models.Scorer.load(reward_model) if reward_model else None
+  scorer = reward_models.RewardModel.load(reward_model) if reward_model else None
   compared = comparison.compare_policies(
     loaded,
     loaded[trained].read_examples(prompts),
@@ -162,7 +162,7 @@ def compare_folders(workdir, policies, *, prompts, judge, reward_model, settings
     f'best_of={settings.best_of} needs a reward model: set reward_model',
   )
   made = judges.load(judge)
-  scorer = reward_models.Scorer.load(reward_model) if reward_model else None
+  scorer = reward_models.RewardModel.load(reward_model) if reward_model else None
   loaded = {name: policy_lib.TextPolicy.load(path) for name, path in policies.items()}
   templated = [policy for policy in loaded.values() if policy.tokenizer.chat_template]
   examples = (templated or list(loaded.values()))[0].read_examples(prompts)

@@ -9,6 +9,7 @@ import functools
 import jax
 import numpy as np
 
+from rlhf_jax import folders
 from rlhf_jax import policy as policy_lib
 from rlhf_jax.data import formats
 from rlhf_jax.data import pipelines
@@ -22,18 +23,53 @@ from rlhf_jax.rollout import actor
 
 
 @dataclasses.dataclass
-class Scorer:
-  """A reward model with its tokenizer; called with n Samples it returns scores [n]."""
+class RewardModel:
+  """A reward model with its tokenizer: texts in, scores out.
+
+  It can be called like a reward function, with prompts and responses; see rewards/functions.py.
+
+  Attributes:
+    policy: its model, parameters and tokenizer.
+  """
 
   policy: policy_lib.TextPolicy
+
+  @property
+  def path(self):
+    """Its Hugging Face folder, a pathlib.Path."""
+    return self.policy.path
 
   @classmethod
   def load(cls, path):
     """From a Hugging Face folder of a sequence classifier with one label."""
     model, params = hf.load_reward(path, unroll=None)
-    return cls(policy_lib.TextPolicy(model, params, tokenizers.load(path)))
+    return cls(policy_lib.TextPolicy(model, params, tokenizers.load(path), folders.model(path)))
 
-  def __call__(self, samples, tokenizer):
+  def __call__(self, prompts, responses, *, response_tokens=None, metadata=None):
+    """As `score`; the other arguments of a reward function are not used."""
+    del response_tokens, metadata
+    return self.score(prompts, responses)
+
+  def score(self, prompts, responses):
+    """Scores [n] of responses, which end with an EOS, as in training by default.
+
+    Args:
+      prompts: n texts.
+      responses: n texts.
+    """
+    own = self.policy
+    return self.score_tokens(
+      *learned.padded_texts(
+        own.model,
+        own.tokenizer,
+        prompts,
+        responses,
+        [True] * len(responses),
+        max_length=own.model.max_length,
+      )
+    )
+
+  def score_samples(self, samples, tokenizer):
     """Scores [n] of Samples: of their tokens if the reward model has the same tokenizer, else of
     their texts.
 
@@ -73,7 +109,7 @@ def pair_gaps(scorer, path, *, max_length=0, append_eos=True):
   """Gaps r_better - r_worse [n] of a data set of comparisons, and their n prompts.
 
   Args:
-    scorer: Scorer.
+    scorer: RewardModel.
     path: data set.
     max_length: tokens of a sequence; 0 for the model's context.
     append_eos: see pipelines.comparison_batches.

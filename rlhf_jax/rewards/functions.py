@@ -6,9 +6,13 @@ A reward function is called once a batch as
 
 with lists of equal length: texts, texts, lists of token ids, and dicts that hold the other
 columns of each prompt's record. It returns one number a response, or for rewards per token one
-list a response with a number for each of its tokens.
+list a response with a number for each of its tokens. It may leave out `response_tokens` or
+`metadata`.
 """
 
+import contextlib
+import contextvars
+import functools
 import inspect
 import math
 import os
@@ -23,6 +27,8 @@ from rlhf_jax.rewards import guard
 
 TIMEOUT = 600.0  # seconds of a call, where the config says nothing else
 NOT_NUMBERS = (bool, np.bool_, str, bytes)
+# Functions that Python code gave a run, by the name that the config has for them; see `given`.
+_GIVEN = contextvars.ContextVar('given', default={})  # noqa: B039  never changed
 
 
 class Limit(NamedTuple):
@@ -39,6 +45,20 @@ class Limit(NamedTuple):
   allow_nan: bool = False
 
 
+@contextlib.contextmanager
+def given(functions):
+  """Makes functions of this process available to `load` while the body runs.
+
+  Args:
+    functions: {name as in a config: function}.
+  """
+  token = _GIVEN.set(_GIVEN.get() | functions)
+  try:
+    yield
+  finally:
+    _GIVEN.reset(token)
+
+
 def load(name, *, key='config.reward.function', limit=Limit(TIMEOUT, '')):
   """The function called `package.module:function`; the working directory is searched too.
 
@@ -50,6 +70,8 @@ def load(name, *, key='config.reward.function', limit=Limit(TIMEOUT, '')):
   Raises:
     UserError: there is no such module or function, or the module fails; names its file and line.
   """
+  if name in _GIVEN.get():
+    return _GIVEN.get()[name]
   module, _, attribute = name.partition(':')
   if os.getcwd() not in sys.path:
     sys.path.insert(0, os.getcwd())
@@ -75,15 +97,54 @@ def load_reward(name, *, key='config.reward.function', limit=Limit()):
     UserError: there is none, or it does not take the arguments of a reward function.
   """
   function = load(name, key=key, limit=limit)
-  check_signature(
-    function,
-    f'{key}={name!r}',
-    'f(prompts, responses, response_tokens=..., metadata=...)',
-    2,
-    ('response_tokens', 'metadata'),
-    remedy='write def f(prompts, responses, *, response_tokens, metadata), or **_ for the last two',
-  )
-  return function
+  keywords = keywords_of(function)
+  if keywords is None:
+    check_signature(
+      function,
+      f'{key}={name!r}',
+      'f(prompts, responses, response_tokens=..., metadata=...)',
+      2,
+      ('response_tokens', 'metadata'),
+      remedy='write def f(prompts, responses, *, response_tokens, metadata), without what it does '
+      'not need of the last two',
+    )
+  return with_keywords(function, keywords)
+
+
+def keywords_of(function):
+  """Which of `response_tokens` and `metadata` a function of prompts and responses takes.
+
+  Returns:
+    Tuple of names; both if the signature is unknown, as of functions in C; None if the function
+    cannot be called with any choice of them.
+  """
+  names = 'response_tokens', 'metadata'
+  if not callable(function):
+    return None
+  try:
+    signature = inspect.signature(function)
+  except (TypeError, ValueError):
+    return names
+  for keywords in (names, names[1:], names[:1], ()):
+    try:
+      signature.bind(None, None, **dict.fromkeys(keywords))
+      return keywords
+    except TypeError:
+      continue
+  return None
+
+
+def with_keywords(function, keywords):
+  """A function of both keywords that passes on those that `function` takes; see `keywords_of`."""
+  if keywords == ('response_tokens', 'metadata'):
+    return function
+
+  @functools.wraps(function)
+  def reward_fn(prompts, responses, *, response_tokens, metadata):
+    data = {'response_tokens': response_tokens, 'metadata': metadata}
+    return function(prompts, responses, **{name: data[name] for name in keywords})
+
+  return reward_fn
 
 
 def load_gold(name, path=''):

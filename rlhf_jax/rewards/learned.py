@@ -128,8 +128,17 @@ def padded_texts(model, tokenizer, prompts, responses, ended, *, max_length):
       f'{longest} have {len(rows[longest])} in its tokenizer: raise '
       'config.reward.max_length or lower config.sampling.max_new_tokens'
     )
-  tokens = np.full((len(rows), max_length), tokenizer.pad_token_id, np.int32)
-  mask = np.zeros((len(rows), max_length), bool)
+  return right_padded(rows, max_length, tokenizer.pad_token_id)
+
+
+def right_padded(rows, length, pad_id):
+  """Pads rows of token ids to `length`.
+
+  Returns:
+    Tokens [n, length] int32 and their mask [n, length] bool.
+  """
+  tokens = np.full((len(rows), length), pad_id, np.int32)
+  mask = np.zeros((len(rows), length), bool)
   for i, row in enumerate(rows):
     tokens[i, : len(row)], mask[i, : len(row)] = row, True
   return tokens, mask

@@ -92,7 +92,7 @@ def run(folder, *, reward_models, train, test, max_length):
   for paths, fitted_on, tested_on in zip(reward_models, train, test):
     found = [
       reward_models_lib.pair_gaps(
-        reward_models_lib.Scorer.load(path), tested_on, max_length=max_length
+        reward_models_lib.RewardModel.load(path), tested_on, max_length=max_length
       )
       for path in paths
     ]

@@ -6,8 +6,8 @@ import tqdm
 
 from rlhf_jax import errors
 from rlhf_jax import experience
+from rlhf_jax import loop
 from rlhf_jax import metrics as metrics_lib
-from rlhf_jax import train
 from rlhf_jax import types
 from rlhf_jax.algorithms import on_policy_warnings
 from rlhf_jax.algorithms import ppo
@@ -165,7 +165,7 @@ def test_a_run_logs_each_once(world, tmp_path, caplog):
   config.reward.function = f'{__name__}:always_half'
   config.steps, config.log_every, config.critic.kind = 3, 3, 'trunk'
   config.rl.update({'epochs': 1, 'minibatches': 1})
-  train.run(config, tmp_path / 'run')
+  loop.run(config, tmp_path / 'run')
   found = [record.getMessage() for record in caplog.records if 'all scores' in record.getMessage()]
   assert found == [
     'step 0: all scores of the batch are 0.5 (objective/scores_std is 0), '

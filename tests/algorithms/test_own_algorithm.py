@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax import errors
+from rlhf_jax import loop
 from rlhf_jax import metrics
-from rlhf_jax import train
 from rlhf_jax.algorithms import build
 import tiny
 
@@ -32,7 +32,7 @@ def test_it_is_found_and_learns(outside, world):
   config.algorithm = 'my_reinforce'
   config.batch_size, config.steps, config.optim.learning_rate = 64, 20, 0.01
   config.rl.kl_coef = 0.01
-  train.run(config, outside / 'run')
+  loop.run(config, outside / 'run')
   scores = [record['objective/scores'] for record in metrics.read(outside / 'run')]
   assert np.mean(scores[-3:]) > np.mean(scores[:2]) + 0.2, scores
 

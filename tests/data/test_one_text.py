@@ -308,7 +308,7 @@ def test_sampling_reads_the_same_prompts(drawn, folder, tmp_path, monkeypatch, c
 
 
 class Rows:
-  """In place of reward_models.Scorer: scores are lengths, and the rows are kept."""
+  """In place of reward_models.RewardModel: scores are lengths, and the rows are kept."""
 
   def __init__(self, policy):
     self.policy, self.read = policy, []

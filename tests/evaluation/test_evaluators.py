@@ -11,7 +11,7 @@ import pytest
 from rlhf_jax import errors
 from rlhf_jax import evaluate
 from rlhf_jax import intervals
-from rlhf_jax import train
+from rlhf_jax import loop
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.algorithms import sft
@@ -270,7 +270,7 @@ def finished(world, tmp_path_factory):
   config.evals.prompts.every, config.evals.text.every = 3, None
   config.steps, config.log_every = 5, 5
   folder = tmp_path_factory.mktemp('evaluated') / 'run'
-  train.run(config, folder)
+  loop.run(config, folder)
   return folder
 
 

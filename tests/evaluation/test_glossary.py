@@ -5,9 +5,9 @@ import re
 import jax
 import pytest
 
+from rlhf_jax import loop
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax import sharding
-from rlhf_jax import train
 from rlhf_jax.algorithms import build
 from rlhf_jax.evaluation import glossary
 import tiny
@@ -57,7 +57,7 @@ def ppo(world, folder):
 def written(config, folder):
   """The names of the metrics that a run of one step writes."""
   config.steps = 1
-  train.run(config, folder)
+  loop.run(config, folder)
   return {name for record in metrics_lib.read(folder) for name in record} - {'step'}
 
 

@@ -136,7 +136,7 @@ def test_the_reward_model_reads_texts_where_its_tokenizer_is_another(world, tmp_
   tokens = np.array([[tiny.BOS, 5, 6, 10, tiny.EOS], [tiny.PAD, tiny.BOS, 7, 12, 13]], np.int32)
   mask = tokens != tiny.PAD
   samples = policy_lib.Samples(prompts, responses, types.Rollout(tokens, mask, mask[:, 3:], None))
-  found = reward_models.Scorer.load(tmp_path)(samples, asked)
+  found = reward_models.RewardModel.load(tmp_path).score_samples(samples, asked)
 
   expect = jax.jit(lambda *row: scoring.score(params, *row, model=model))
   for i, ended in enumerate((True, False)):
@@ -146,9 +146,10 @@ def test_the_reward_model_reads_texts_where_its_tokenizer_is_another(world, tmp_
     assert found[i] == pytest.approx(
       float(expect(padded, jnp.arange(48)[None] < len(row))[0]), abs=1e-5
     )
-  same = reward_models.Scorer.load(world / 'reward')
+  same = reward_models.RewardModel.load(world / 'reward')
   np.testing.assert_array_equal(
-    same(samples, asked), same.score_tokens(samples.rollout.tokens, samples.rollout.mask)
+    same.score_samples(samples, asked),
+    same.score_tokens(samples.rollout.tokens, samples.rollout.mask),
   )
 
 
@@ -309,7 +310,9 @@ def test_each_gap_has_its_own_prompt_in_every_batch(world, proxy, tmp_path, monk
     for i in range(10)
   ]
   path = tiny.write_jsonl(tmp_path / 'pairs.jsonl', records)
-  gaps, prompts = reward_models.pair_gaps(reward_models.Scorer.load(world / 'reward'), str(path))
+  gaps, prompts = reward_models.pair_gaps(
+    reward_models.RewardModel.load(world / 'reward'), str(path)
+  )
   assert prompts == [record['prompt'] for record in records]
   expected = [
     [

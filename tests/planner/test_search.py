@@ -11,8 +11,8 @@ from planner import programs
 from planner import report
 from planner import search
 from rlhf_jax import errors
+from rlhf_jax import loop
 from rlhf_jax import sharding
-from rlhf_jax import train
 from rlhf_jax.algorithms import build
 import tiny
 
@@ -125,7 +125,7 @@ def test_the_run_of_the_config_at_its_small_size(world, tmp_path):
       f'debug{variant},policy={world}/model,reward={world}/reward,prompts={world}/prompts.jsonl'
     )
     assert config.model.init.num_hidden_layers == tiny.LLAMA['num_hidden_layers']
-    assert (train.run(config, tmp_path / f'run{variant}') / 'config.json').exists()
+    assert (loop.run(config, tmp_path / f'run{variant}') / 'config.json').exists()
 
 
 def test_a_section_of_the_report_is_replaced(tmp_path):

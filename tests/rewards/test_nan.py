@@ -11,9 +11,9 @@ from rlhf_jax import advantages as adv
 from rlhf_jax import errors
 from rlhf_jax import experience
 from rlhf_jax import forward
+from rlhf_jax import loop
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax import models
-from rlhf_jax import train
 from rlhf_jax import types
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.models import heads
@@ -140,7 +140,7 @@ def test_a_run_counts_what_it_skips(world, tmp_path):
     'reward': {'function': 'test_nan:no_number', 'on_nan': 'skip'}
   }
   config.steps, config.samples_every = 2, 1
-  train.run(config, tmp_path)
+  loop.run(config, tmp_path)
   records = [record for record in metrics_lib.read(tmp_path) if 'objective/skipped' in record]
   samples = metrics_lib.read_samples(tmp_path)
   for step, record in enumerate(records):

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from rlhf_jax import errors
+from rlhf_jax import loop
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax import models
 from rlhf_jax import sharding
-from rlhf_jax import train
 from rlhf_jax import types
 from rlhf_jax.data import formats
 from rlhf_jax.data import tokenizers
@@ -292,7 +292,7 @@ def test_ppo_logs_what_its_reward_is_made_of(world, tmp_path):
     'learned': {'weight': 0.25, 'model': f'{world}/reward'},
   }
   config.rl.update({'missing_eos': 'replace', 'missing_eos_value': -5.0})
-  train.run(config, tmp_path)
+  loop.run(config, tmp_path)
   records = metrics_lib.read(tmp_path)
   assert len(records) == 3
   for record in records:

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from rlhf_jax import loop
 from rlhf_jax import policy as policy_lib
 from rlhf_jax import sharding
-from rlhf_jax import train
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms import setup
 from rlhf_jax.models import hf
@@ -28,7 +28,7 @@ def finished(world, tmp_path_factory):
   config.update({'steps': 5, 'log_every': 2, 'checkpoint_every': 1})
   config.evals.held_out.every = 3
   folder = tmp_path_factory.mktemp('finished') / 'run'
-  assert train.run(config, folder) == folder / 'model'
+  assert loop.run(config, folder) == folder / 'model'
   return config, folder
 
 
@@ -56,7 +56,7 @@ def test_a_folder_says_what_made_it(finished, world):
 def test_a_finished_run_is_left_alone(finished):
   config, folder = finished
   before = {path: path.stat().st_mtime_ns for path in folder.rglob('*')}
-  assert train.run(config, folder) == folder / 'model'
+  assert loop.run(config, folder) == folder / 'model'
   assert {path: path.stat().st_mtime_ns for path in folder.rglob('*')} == before
 
 
@@ -90,7 +90,7 @@ def still(world, tmp_path_factory):
     config.seed, config.steps, config.samples_every = seed, 2, 1
     config.optim.learning_rate, config.critic.kind, config.rl.epochs = 0.0, 'trunk', 1
     workdir = folder / str(len(list(folder.iterdir())))
-    train.run(config, workdir)
+    loop.run(config, workdir)
     responses = [line['response'] for line in records(workdir / 'samples.jsonl')]
     assert len(responses) == 32
     return responses[:16], responses[16:], records(workdir / 'metrics.jsonl')
@@ -139,7 +139,7 @@ def test_a_checkpoint_of_a_part_is_read_with_the_rest(part, world, tmp_path):
     config.model.lora.targets = (('attention/', 2, 4.0),)
   else:
     config.model.unfrozen_layers = 1
-  train.run(config, tmp_path / 'run')
+  loop.run(config, tmp_path / 'run')
   exported = policy_lib.TextPolicy.load(tmp_path / 'run').params
   (tmp_path / 'run' / 'model').rename(tmp_path / 'model')
   found = policy_lib.TextPolicy.load(tmp_path / 'run').params

@@ -23,7 +23,7 @@ from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.algorithms import build
 
 
-def run(config, workdir, *, fork_of=None):
+def run(config, workdir, *, fork_of=None, on_metrics=None):
   """Trains to the end, resuming from the newest checkpoint in `workdir` if there is one.
 
   Args:
@@ -31,6 +31,8 @@ def run(config, workdir, *, fork_of=None):
     workdir: folder of this run. Ends with `model/` (a Hugging Face folder), `metrics.jsonl`,
       `tensorboard/`, `checkpoints/`, `config.json` and `runs.jsonl`.
     fork_of: workdir of another run, from whose newest checkpoint this one starts; None for none.
+    on_metrics: called on the main process as (step, metrics) when metrics are logged; None for
+      nothing.
 
   Returns:
     The path of the exported model.
@@ -82,10 +84,14 @@ def run(config, workdir, *, fork_of=None):
       checkpoints.save(step, state, learner.iterators)
     writer = stack.enter_context(
       metrics_lib.Writer(
-        workdir, resume_step=step, config=config.to_dict(), wandb_project=config.wandb_project
+        workdir,
+        resume_step=step,
+        config=config.to_dict(),
+        wandb_project=config.wandb_project,
+        on_metrics=on_metrics,
       )
     )
-    state = loop(config, learner, state, step, checkpoints, writer, signals)
+    state = run_steps(config, learner, state, step, checkpoints, writer, signals)
     learner.export(state, model_path)
     checkpoints.close()
     signals.check(workdir, learner.steps)
@@ -125,7 +131,7 @@ def fork(config, state, learner, source):
   return step, state.replace(extra=state.extra | own, key=state.key if key is None else key)
 
 
-def loop(config, learner, state, first_step, checkpoints, writer, signals):
+def run_steps(config, learner, state, first_step, checkpoints, writer, signals):
   """Steps from `first_step` to `learner.steps`.
 
   Args:

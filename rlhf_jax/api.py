@@ -1,0 +1,430 @@
+"""RLHF from Python, for notebooks and scripts: `import rlhf_jax as rl`.
+
+    policy = rl.load('FOLDER')
+    print(policy.sample(['Review of the kettle:']).responses)
+    run = rl.train(policy, prompts=['Review of the kettle:'], reward_fn=brevity, steps=50)
+    run.metrics, run.plot(), run.samples, run.report()
+    rl.compare({'before': policy, 'after': run}, prompts=prompts, judge=brevity)
+
+`train` starts from the base configs of the command line, so a run from Python and one from `rlhf
+run` are the same: in the folder of the run, config.json holds every setting, and either resumes
+what the other has begun.
+"""
+
+import collections.abc
+import contextlib
+import functools
+import importlib
+import json
+import math
+import os
+import pathlib
+import sys
+import tempfile
+from typing import Any
+
+from rlhf_jax import config_files
+from rlhf_jax import errors
+from rlhf_jax import loop as loop_lib
+from rlhf_jax import metrics as metrics_lib
+from rlhf_jax import policy as policy_lib
+from rlhf_jax import processes
+from rlhf_jax import runtime
+from rlhf_jax.algorithms import build
+from rlhf_jax.algorithms import setup
+from rlhf_jax.data import formats
+from rlhf_jax.data import sources
+from rlhf_jax.data import tokenizers
+from rlhf_jax.evaluation import comparison
+from rlhf_jax.evaluation import judges
+from rlhf_jax.evaluation import plots
+from rlhf_jax.evaluation import report
+from rlhf_jax.evaluation import reward_models
+from rlhf_jax.rewards import functions
+
+# The argument of `train` that holds the data of each algorithm; the first one decides the algorithm.
+DATA = {
+  'ppo': ('prompts',),
+  'grpo': ('prompts',),
+  'sft': ('samples', 'texts'),
+  'reward_model': ('comparisons',),
+}
+# The field of a record that a bare string fills.
+FIELD = {'prompts': 'prompt', 'texts': 'text'}
+VOCABULARY = 1024  # tokens of a tokenizer that is trained on `texts`
+
+
+def load(path):
+  """Loads a policy or a reward model.
+
+  Args:
+    path: Hugging Face folder, or the folder of a run; of an unfinished run the newest checkpoint.
+
+  Returns:
+    policy.TextPolicy, or reward_models.RewardModel if the folder holds one.
+
+  Raises:
+    UserError: there is no model in the folder, or it cannot be read.
+  """
+  path = pathlib.Path(path)
+  finished = (path / 'model').is_dir() or not (path / 'checkpoints').is_dir()
+  if finished and setup.is_reward_model(path):
+    return reward_models.RewardModel.load(path)
+  return policy_lib.TextPolicy.load(path)
+
+
+def train(
+  policy=None,
+  *,
+  prompts=None,
+  samples=None,
+  comparisons=None,
+  texts=None,
+  reward_fn=None,
+  algorithm=None,
+  preset='',
+  steps=None,
+  seed=0,
+  workdir=None,
+  overrides=None,
+):
+  """Trains a model; with the arguments and the folder of an earlier call it resumes that run.
+
+  Data are a list, a pandas DataFrame, a datasets.Dataset, or the path of a data set. Records have
+  the fields that docs/data.md lists. Set exactly one of `prompts`, `samples`, `comparisons` and
+  `texts`.
+
+  Args:
+    policy: what training starts from: a model from `load`, a Run, or a folder. None for a new model
+      of the shape that `overrides` give as model.init.
+    prompts: prompts for on-policy RL: strings or records; other fields reach the reward function.
+    samples: prompts with completions, for SFT.
+    comparisons: better and worse completions, for a reward model.
+    texts: documents, for language modelling: strings or records.
+    reward_fn: reward of on-policy RL: a function (prompts, responses) -> one number for each
+      response, see rewards/functions.py; a reward model from `load`; its Run; or its folder.
+    algorithm: 'ppo', 'grpo', 'sft', 'reward_model', or the dotted path of a module; None: PPO for
+      prompts, a reward model for comparisons, else SFT.
+    preset: of the algorithm's config; '' for the default.
+    steps: train steps; None for those of the base config.
+    seed: of parameters, data and samples.
+    workdir: folder of the run; None for a new temporary folder, which is printed.
+    overrides: {config key: value}, such as {'rl.kl_coef': 0.05, 'batch_size': 64}; `rlhf run
+      --config=ALGORITHM --help` lists the keys.
+
+  Returns:
+    Run. After Ctrl-C, the run so far; the same call resumes it if it names its `workdir`.
+
+  Raises:
+    UserError: an argument, the data or a config key is wrong; names it.
+  """
+  kind, data = _the_data(
+    {'prompts': prompts, 'samples': samples, 'comparisons': comparisons, 'texts': texts}
+  )
+  algorithm = algorithm or next(name for name, kinds in DATA.items() if kind in kinds)
+  kinds = DATA.get(algorithm, (kind,))
+  errors.need(kind in kinds, f'algorithm={algorithm!r} takes {" or ".join(kinds)}, not {kind}')
+  runtime.quiet()
+  if workdir is None:
+    workdir = tempfile.mkdtemp(prefix='rlhf_jax_')
+    processes.print_on_main(f'the run is in {workdir}; name a workdir to resume it')
+  workdir = pathlib.Path(workdir).absolute()
+  config = _base_config(algorithm, preset, seed)
+  if steps is not None:
+    config.steps, config.data.epochs = steps, None
+  if algorithm == 'sft':
+    config.data.kind = 'text' if kind == 'texts' else 'completion'
+  config.data.path = _data_path(data, kind, workdir)
+  config_files.override(config, overrides or {})
+  if policy is not None:
+    config.model.path = _model_path(policy, workdir)
+  elif not config.model.path:
+    config.tokenizer = config.tokenizer or _new_tokenizer(config, kind, workdir)
+  with contextlib.ExitStack() as stack:
+    if reward_fn is not None:
+      errors.need('reward' in config, f'algorithm={algorithm!r} takes no reward_fn')
+      stack.enter_context(_set_reward(config.reward, reward_fn))
+    try:
+      loop_lib.run(config.lock(), workdir, on_metrics=plots.live())
+    except errors.Interrupted as stop:
+      processes.print_on_main(str(stop))
+  run = Run(workdir)
+  if processes.is_main_process() and (workdir / metrics_lib.METRICS).exists():
+    run.report()
+  return run
+
+
+class Run:
+  """A run: its metrics, samples, model and report, read from its folder.
+
+  Attributes:
+    workdir: folder of the run, a pathlib.Path.
+  """
+
+  def __init__(self, workdir):
+    self.workdir = pathlib.Path(workdir)
+    errors.need((self.workdir / 'config.json').exists(), f'{workdir} is not the folder of a run')
+
+  def __repr__(self):
+    state = 'stopped' if self.stopped else 'finished'
+    return f'Run({str(self.workdir)!r}, {state}: {metrics_lib.summary(self.workdir)})'
+
+  @property
+  def config(self):
+    """The settings of the run, a dict."""
+    return json.loads((self.workdir / 'config.json').read_text())
+
+  @property
+  def stopped(self):
+    """Whether the run has not reached its last step."""
+    return not (self.workdir / 'model').exists()
+
+  @property
+  def metrics(self):
+    """The logged metrics, a pandas DataFrame: a row for each logged step, a column for each name.
+
+    docs/metrics.md explains the names.
+    """
+    import pandas
+
+    merged = {}  # training and evaluation of a step are two records
+    for record in metrics_lib.read(self.workdir):
+      merged[record['step']] = merged.get(record['step'], {}) | record
+    return pandas.DataFrame(list(merged.values()), columns=None if merged else ['step']).set_index(
+      'step'
+    )
+
+  @property
+  def samples(self):
+    """The logged samples, a pandas DataFrame with step, prompt, response, score and others."""
+    import pandas
+
+    return pandas.DataFrame(metrics_lib.read_samples(self.workdir))
+
+  @functools.cached_property
+  def model(self):
+    """The trained policy or reward model; of a stopped run, a policy from its newest checkpoint."""
+    return load(self.workdir)
+
+  @property
+  def policy(self):
+    """The trained policy, a TextPolicy.
+
+    Raises:
+      UserError: the run trains a reward model.
+    """
+    reward = isinstance(self.model, reward_models.RewardModel)
+    errors.need(not reward, f'{self.workdir} trains a reward model: it is at run.model')
+    return self.model
+
+  def score(self, prompts, responses):
+    """Scores [n] of responses by the trained reward model.
+
+    Raises:
+      UserError: the run trains a policy.
+    """
+    reward = isinstance(self.model, reward_models.RewardModel)
+    errors.need(reward, f'{self.workdir} trains a policy, which gives no scores')
+    return self.model.score(prompts, responses)
+
+  def plot(self, names=None):
+    """Draws metrics over steps.
+
+    Args:
+      names: of metrics; None for the most important ones that the run has.
+
+    Returns:
+      matplotlib Figure; a notebook shows it.
+    """
+    return plots.figure(metrics_lib.read(self.workdir), names)
+
+  def report(self):
+    """Writes report.html and returns its path."""
+    return report.of_run(self.workdir, title=self.config['algorithm'])
+
+
+def compare(
+  policies, *, prompts, judge, baseline='', samples=0, max_new_tokens=None, temperature=1.0, seed=0
+):
+  """Compares policies on the same prompts: scores, win rates with intervals, Elo ratings.
+
+  Args:
+    policies: {name: model from `load`, Run, or folder}.
+    prompts: as for `train`; other fields reach the judge.
+    judge: a function (prompts, responses) -> scores or one of the other forms of
+      evaluation/judges.py, such as a judge of pairs; a reward model, its Run, or its folder;
+      'exact_match:COLUMN'; or 'module:function'.
+    baseline: name of the policy that win rates and KLs are against; '' for the first.
+    samples: responses of each policy; prompts repeat if there are fewer. 0: one to each prompt.
+    max_new_tokens: tokens of a response; None for 128, or what the context leaves.
+    temperature: of sampling; 0 takes the most likely token.
+    seed: of the samples.
+
+  Returns:
+    comparison.Comparison: `table`, `responses`, `plot()`; a notebook shows it as a table.
+
+  Raises:
+    UserError: a policy or the judge cannot be loaded, or the judge fails.
+  """
+  errors.need(policies, 'policies is empty: give {name: policy}')
+  loaded = {name: _model(policy) for name, policy in policies.items()}
+  for name, policy in loaded.items():
+    errors.need(
+      isinstance(policy, policy_lib.TextPolicy),
+      f'policies[{name!r}] is a reward model: it must be a policy',
+    )
+  first = next(iter(loaded.values()))
+  if isinstance(prompts, (str, os.PathLike)):
+    examples = first.read_examples(os.fspath(prompts))
+  else:
+    records = _records(prompts, 'prompts')
+    examples = list(formats.prompts(records, tokenizer=first.tokenizer)[0])
+  settings = comparison.Settings(
+    baseline=baseline,
+    samples=samples,
+    max_new_tokens=max_new_tokens,
+    temperature=temperature,
+    seed=seed,
+  )
+  judge = judges.load(judge.model if isinstance(judge, Run) else judge)
+  return comparison.compare_policies(loaded, examples, judge, settings)
+
+
+def _the_data(given):
+  """The name and value of the one data argument that is set."""
+  present = [name for name, value in given.items() if value is not None]
+  errors.need(
+    len(present) == 1,
+    f'set exactly one of {", ".join(given)} (now {", ".join(present) or "none"})',
+  )
+  return present[0], given[present[0]]
+
+
+def _base_config(algorithm, preset, seed):
+  """The config file of an algorithm; the module's own config if there is no file."""
+  if algorithm in config_files.names():
+    arguments = [f'seed={seed}'] + ([f'preset={preset}'] if preset else [])
+    return config_files.read(config_files.find(algorithm), ','.join(arguments))
+  config = build.load(algorithm).config(preset)
+  config.seed = seed
+  return config
+
+
+def _model(model):
+  """A loaded model of what `load` returned, a Run, or a folder."""
+  if isinstance(model, Run):
+    return model.model
+  return load(model) if isinstance(model, (str, os.PathLike)) else model
+
+
+def _model_path(model, workdir):
+  """The folder of a model; one that has none is saved."""
+  if isinstance(model, (str, os.PathLike)):
+    return os.path.abspath(model) if os.path.isdir(model) else os.fspath(model)
+  if isinstance(model, Run) and not model.stopped:
+    return str((model.workdir / 'model').absolute())
+  model = _model(model)
+  errors.need(
+    isinstance(model, (policy_lib.TextPolicy, reward_models.RewardModel)),
+    f'policy is of type {type(model).__name__}: it must be a model from load(), a Run or a folder',
+  )
+  if model.path is None:
+    model.save(_inputs(workdir) / 'model')
+  return str(pathlib.Path(model.path).absolute())
+
+
+def _new_tokenizer(config, kind, workdir):
+  """The folder of a tokenizer trained on the run's texts."""
+  errors.need(
+    config.model.init and kind == 'texts',
+    'policy=None needs texts, which its tokenizer is trained on, and overrides of model.init, '
+    "such as {'model.init': {'family': 'llama', 'hidden_size': 128, ...}}; or give a policy",
+  )
+  folder = _inputs(workdir) / 'tokenizer'
+  if not folder.exists():
+    examples, _ = formats.texts(sources.read(config.data.path))
+    size = config.model.init.get('vocab_size', VOCABULARY)
+    tokenizers.train_bpe((example for example in examples), size, str(folder))
+  return str(folder)
+
+
+@contextlib.contextmanager
+def _set_reward(config_reward, reward_fn):
+  """Sets `config.reward`; a function that no module has is found by its name in the body."""
+  if not callable(reward_fn) or isinstance(reward_fn, (Run, reward_models.RewardModel)):
+    config_reward.model = _model_path(reward_fn, None)
+    yield
+    return
+  name = _importable(reward_fn)
+  if name:
+    config_reward.function = name
+    yield
+    return
+  config_reward.function = f'in_memory:{getattr(reward_fn, "__name__", "reward_fn")}'
+  with functions.given({config_reward.function: reward_fn}):
+    yield
+
+
+def _importable(function):
+  """'module:name' if another process can import the function by it; else ''."""
+  module, name = getattr(function, '__module__', None), getattr(function, '__qualname__', '')
+  if module in (None, '__main__') or not name.isidentifier():
+    return ''
+  found = getattr(sys.modules.get(module), name, None)
+  return f'{module}:{name}' if found is function and importlib.util.find_spec(module) else ''
+
+
+def _inputs(workdir):
+  """The folder inside the run's for what was given in memory."""
+  folder = workdir / '.inputs'
+  folder.mkdir(parents=True, exist_ok=True)
+  return folder
+
+
+def _data_path(data, kind, workdir):
+  """The path of a data set; data in memory are written as JSONL."""
+  if isinstance(data, (str, os.PathLike)):
+    return os.fspath(data)
+  path = _inputs(workdir) / f'{kind}.jsonl'
+  lines = []
+  for number, record in enumerate(_records(data, kind), 1):
+    try:
+      lines.append(json.dumps(record, ensure_ascii=False, allow_nan=False, default=_plain) + '\n')
+    except (TypeError, ValueError) as error:
+      raise errors.UserError(
+        f'{kind}: record {number} cannot be written as JSON: {error}'
+      ) from None
+  path.write_text(''.join(lines), encoding='utf-8')
+  return str(path)
+
+
+def _records(data, kind):
+  """Records of a list, a DataFrame or a datasets.Dataset: dicts without missing values."""
+  if hasattr(data, 'to_dict') and hasattr(data, 'columns'):  # pandas
+    data = data.to_dict('records')
+  errors.need(
+    isinstance(data, collections.abc.Iterable) and not isinstance(data, dict),
+    f'{kind} is of type {type(data).__name__}: it must be a list, a DataFrame, a Dataset or a path',
+  )
+  records = []
+  for number, record in enumerate(data, 1):
+    if isinstance(record, str) and kind in FIELD:
+      record = {FIELD[kind]: record}
+    if not isinstance(record, dict):
+      text = ' or a string' if kind in FIELD else ''
+      raise errors.UserError(
+        f'{kind}: record {number} is of type {type(record).__name__}: it must be a dict{text}'
+      )
+    records.append({str(name): value for name, value in record.items() if not _missing(value)})
+  return records
+
+
+def _missing(value: Any) -> bool:
+  return value is None or isinstance(value, float) and math.isnan(value)
+
+
+def _plain(value):
+  """NumPy scalars and arrays as JSON has them."""
+  if hasattr(value, 'tolist'):
+    return value.tolist()
+  raise TypeError(f'a {type(value).__name__} is not JSON')

@@ -1,0 +1,100 @@
+"""Figures for notebooks: metrics of a run, also while it trains, and comparisons of policies."""
+
+import io
+import sys
+import time
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from rlhf_jax import metrics as metrics_lib
+
+SECONDS = 2.0  # between two live figures
+PANELS = 6  # of a figure whose metrics nobody has named
+
+
+class Plot(Figure):
+  """A Figure that notebooks show without pyplot."""
+
+  def _repr_png_(self):
+    buffer = io.BytesIO()
+    FigureCanvasAgg(self).print_png(buffer)
+    return buffer.getvalue()
+
+
+def figure(records, names=None):
+  """Draws metrics over steps, one panel each.
+
+  Args:
+    records: list of dicts with a `step`, as metrics.read returns them.
+    names: of metrics; None for those that the progress bar shows.
+
+  Returns:
+    Plot.
+  """
+  if names is None:
+    names = [name for name in metrics_lib.SHOWN if any(name in record for record in records)]
+    names = names[:PANELS]
+  columns = min(3, max(1, len(names)))
+  rows = max(1, -(-len(names) // columns))
+  plot = Plot(figsize=(3.4 * columns, 2.3 * rows), layout='constrained')
+  for axes, name in zip(plot.subplots(rows, columns, squeeze=False).flat, names):
+    points = [(record['step'], record[name]) for record in records if name in record]
+    axes.plot(*zip(*points) if points else ([], []), marker='.', markersize=3, linewidth=1)
+    axes.set_title(name, fontsize=9)
+    axes.set_xlabel('step', fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.2)
+  for axes in plot.axes[len(names) :]:
+    axes.remove()
+  return plot
+
+
+def ratings(rows, baseline):
+  """Draws win rates over the baseline and Elo ratings, with their 95 % intervals.
+
+  Args:
+    rows: as comparison.compare returns them.
+    baseline: name of the baseline.
+
+  Returns:
+    Plot.
+  """
+  plot = Plot(figsize=(7.0, 1.2 + 0.35 * len(rows)), layout='constrained')
+  panels = (('win', 'win_rate', f'win rate over {baseline}'), ('elo', 'elo', 'Elo rating'))
+  left, right = plot.subplots(1, 2, sharey=True)
+  for axes, (prefix, key, label) in zip((left, right), panels):
+    for y, row in enumerate(rows[::-1]):
+      axes.plot([row[f'{prefix}_low'], row[f'{prefix}_high']], [y, y], color='C0', alpha=0.4, lw=5)
+      axes.plot(row[key], y, color='C0', marker='o')
+    axes.set_xlabel(label)
+    axes.grid(alpha=0.2)
+  left.set_yticks(range(len(rows)), [row['stage'] for row in rows[::-1]])
+  left.axvline(0.5, color='gray', linestyle='--', linewidth=0.8)
+  return plot
+
+
+def live():
+  """Returns a function for loop.run(on_metrics=...) that draws the metrics below a notebook's cell.
+
+  Returns:
+    (step, metrics) -> None; None outside of a notebook.
+  """
+  shell = sys.modules.get('IPython') and sys.modules['IPython'].get_ipython()
+  if shell is None or not hasattr(shell, 'kernel'):
+    return None
+  from IPython import display
+
+  records, shown = [], {'handle': None, 'time': 0.0}
+
+  def draw(step, metrics):
+    records.append({'step': step} | metrics)
+    if time.monotonic() - shown['time'] < SECONDS:
+      return
+    shown['time'] = time.monotonic()
+    if shown['handle'] is None:
+      shown['handle'] = display.display(figure(records), display_id=True)
+    else:
+      shown['handle'].update(figure(records))
+
+  return draw
