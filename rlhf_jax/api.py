@@ -34,6 +34,7 @@ from rlhf_jax.algorithms import build
 from rlhf_jax.algorithms import setup
 from rlhf_jax.data import formats
 from rlhf_jax.data import sources
+from rlhf_jax.data import stored
 from rlhf_jax.data import tokenizers
 from rlhf_jax.evaluation import comparison
 from rlhf_jax.evaluation import judges
@@ -277,7 +278,10 @@ def compare(
   if isinstance(prompts, (str, os.PathLike)):
     examples = first.read_examples(os.fspath(prompts))
   else:
-    records = _records(prompts, 'prompts')
+    records = [
+      stored.Record(fields, f'prompts: record {number}')
+      for number, fields in enumerate(_records(prompts, 'prompts'), 1)
+    ]
     examples = list(formats.prompts(records, tokenizer=first.tokenizer)[0])
   settings = comparison.Settings(
     baseline=baseline,

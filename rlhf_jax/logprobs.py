@@ -52,7 +52,7 @@ def token_logprobs(
   hidden: Float[Array, 'B T D'],
   targets: Int[Array, 'B T'],
   *,
-  temperature: float = 1.0,
+  temperature: float | Float[Array, ''] = 1.0,
   chunk: int = CHUNK,
 ) -> tuple[Float[Array, 'B T'], Float[Array, 'B T']]:
   """Log-probability of each target and entropy of the distribution it is drawn from.
@@ -101,7 +101,7 @@ def full_kl(
   ref_unembed: Unembed,
   ref_hidden: Float[Array, 'B T E'],
   *,
-  temperature: float = 1.0,
+  temperature: float | Float[Array, ''] = 1.0,
   chunk: int = CHUNK,
 ) -> Float[Array, 'B T']:
   """KL(policy || reference) over the whole vocabulary, per token.

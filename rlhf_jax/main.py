@@ -86,7 +86,7 @@ def folders():
       '--workdir is missing: name '
       + ('the folder of the run that --fork starts from' if _FORK.value else 'a new folder'),
     )
-    processes.say(f'--workdir={workdir}')
+    processes.print_on_main(f'--workdir={workdir}')
   return (_FORK.value, workdir) if _FORK.value else (workdir, None)
 
 

@@ -22,6 +22,7 @@ from rlhf_jax import runtime
 from rlhf_jax import types
 from rlhf_jax.data import formats
 from rlhf_jax.data import sources
+from rlhf_jax.data import stored
 from rlhf_jax.data import tokenizers
 from rlhf_jax.models import hf
 from rlhf_jax.models import trainable
@@ -244,7 +245,8 @@ class TextPolicy:
     """
     if isinstance(messages, str):
       messages = [{'role': 'user', 'content': messages}]
-    examples, _ = formats.prompts([{'messages': messages}], tokenizer=self.tokenizer)
+    record = stored.Record({'messages': messages}, 'the messages')
+    examples, _ = formats.prompts([record], tokenizer=self.tokenizer)
     samples = self.sample(
       [examples[0].prompt], key, max_new_tokens=max_new_tokens, temperature=temperature
     )

@@ -71,8 +71,7 @@ def value(params, text, index):
 
 
 def postprocess_scores(episodes, scale, s):
-  """Scores that the policy is trained on: clipped, scaled by the standard deviation
-  of all clipped ones so far, then the missing-EOS rule."""
+  """Postprocesses scores: clips, scales by all clipped ones so far, then the missing-EOS rule."""
   scores = [e['score'] for e in episodes]
   if s['clip_scores']:
     scores = [np.clip(x, -s['clip_scores'], s['clip_scores']) for x in scores]

@@ -441,8 +441,8 @@ FAULTS = (
   Fault(
     'a resumed run repeats lines of metrics',
     'rlhf_jax/loop.py',
-    'workdir, resume_step=step',
-    'workdir, resume_step=10**9',
+    'resume_step=step',
+    'resume_step=10**9',
     _tests(
       'test_resume',
       'test_stopped_runs_end_like_one_that_was_not[rlhf_jax.algorithms.reward_model-stops2]',
