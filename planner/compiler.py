@@ -68,7 +68,7 @@ def devices(topology):
   except importlib.metadata.PackageNotFoundError:
     raise errors.UserError(
       'planner needs the TPU compiler, in the package libtpu, which works without a TPU: '
-      "pip install -e '.[plan]'. Elsewhere keep it out: JAX would look for a TPU first."
+      "pip install 'jax[tpu]'. Elsewhere keep it out: JAX would look for a TPU first."
     ) from None
   try:
     with quiet():

@@ -368,8 +368,8 @@ def validate(config, device_count):
     need(0 <= config.optim[key] < 1, f'config.optim.{key}={config.optim[key]} must be in [0, 1)')
   need(
     not config.wandb_project or importlib.util.find_spec('wandb'),
-    f"config.wandb_project={config.wandb_project!r} needs wandb: pip install '{WANDB}', or in a checkout "
-    'pip install -e ".[wandb]"; or leave it at None',
+    f'config.wandb_project={config.wandb_project!r} needs the package wandb: '
+    f"pip install '{WANDB}'; or leave it at None",
   )
   validate_evals(config.evals)
   if 'held_out' in config.data:

@@ -17,6 +17,7 @@ from rlhf_jax import identity
 from rlhf_jax import interrupts
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax import processes
+from rlhf_jax import progress
 from rlhf_jax import runtime
 from rlhf_jax import sharding
 from rlhf_jax import workdir as workdir_lib
@@ -158,9 +159,8 @@ def run_steps(config, learner, state, first_step, checkpoints, writer, signals):
     initial=first_step,
     total=steps,
     desc=pathlib.Path(writer.workdir).name,
-    dynamic_ncols=True,
-    disable=not processes.is_main_process(),
     postfix='compiling',
+    **progress.display(),
   )
   log = metrics_lib.StepLog(writer, bar, learner.warnings)
   for step in bar:
@@ -169,6 +169,9 @@ def run_steps(config, learner, state, first_step, checkpoints, writer, signals):
     batch, host_metrics = learner.next_batch(state, timed=logged)
     state, metrics, seconds = metrics_lib.take_step(learner.train_step, state, batch, timed=logged)
     log.add(step, metrics, host_metrics | seconds, written=logged)
+    if step == first_step:  # its metrics replace 'compiling'
+      bar.set_postfix_str('', refresh=False)
+      log.flush()
 
     evals = [name for name in learner.evaluators if is_due(done, config.evals[name].get('every'))]
     if evals:

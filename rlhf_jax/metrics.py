@@ -301,8 +301,7 @@ def _start_wandb(workdir, project, config):
     import wandb
   except ImportError:
     raise UserError(
-      f'wandb_project={project!r} needs the wandb package: pip install "rlhf_jax[wandb]", '
-      'or leave it empty'
+      f'wandb_project={project!r} needs the package wandb: pip install wandb; or leave it empty'
     ) from None
   path = workdir / 'wandb_id'
   if not path.exists():

@@ -61,7 +61,7 @@ def check_devices():
     raise errors.UserError(
       f'there are no devices for JAX_PLATFORMS={wanted or ""}: {reason}. '
       + ('Unset it to take the devices that there are, or install' if wanted else 'Install')
-      + ' JAX for yours: pip install -e ".[cuda]" or ".[tpu]"'
+      + ' JAX for yours: pip install "jax[cuda13]" or "jax[tpu]"'
     ) from error
 
 

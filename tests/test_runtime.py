@@ -155,7 +155,7 @@ def test_devices_that_are_not_there(tmp_path):
     run.stderr
   )
   assert run.stderr.startswith('error: there are no devices for JAX_PLATFORMS=cuda: '), run.stderr
-  assert 'Unset it' in run.stderr and 'pip install -e ".[cuda]"' in run.stderr
+  assert 'Unset it' in run.stderr and 'pip install "jax[cuda13]"' in run.stderr
   assert not (tmp_path / 'run').exists()
 
 

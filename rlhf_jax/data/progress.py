@@ -5,7 +5,7 @@ from typing import Any
 
 import tqdm
 
-from rlhf_jax import processes
+from rlhf_jax import progress
 
 DELAY_SECONDS = 3.0
 
@@ -13,7 +13,7 @@ DELAY_SECONDS = 3.0
 def bar(
   items: Iterable[Any] | None, what: str, unit: str, *, total: int | None = None
 ) -> tqdm.tqdm:
-  """tqdm's bar, which the first process shows after some seconds and removes at the end.
+  """A progress bar that appears after some seconds; a terminal shows it only until the end.
 
   Args:
     items: to go through; None to call `update` by hand.
@@ -28,6 +28,5 @@ def bar(
     total=total,
     delay=DELAY_SECONDS,
     leave=False,
-    dynamic_ncols=True,
-    disable=not processes.is_main_process(),
+    **progress.display(),
   )

@@ -200,7 +200,8 @@ def _tfds(path: str, split: str) -> stored.Records:
     import tensorflow_datasets as tfds
   except ImportError as error:
     raise UserError(
-      f"{path}: reading TFDS data sets needs an extra package; pip install 'rlhf_jax[tfds]'."
+      f'{path}: reading TFDS data sets needs further packages: pip install tensorflow-datasets '
+      'importlib_resources'
     ) from error
   try:
     source = tfds.data_source(path.removeprefix('tfds:'), split=split)
