@@ -11,8 +11,8 @@ LOG_FORMAT = '{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{pos
 class Lines:
   """A stream that writes each drawing of a bar as a line, without carriage returns.
 
-  tqdm begins a drawing with a carriage return, pads it with spaces to erase the one before, and erases
-  a bar that shall not stay with an empty one.
+  tqdm begins a drawing with a carriage return, pads it with spaces to erase the one before, and
+  removes a bar by an empty drawing.
   """
 
   def __init__(self, stream):
