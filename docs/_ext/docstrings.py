@@ -56,10 +56,26 @@ def skip(app, what, name, subject, skipped, options):
   return True if field or (what == 'class' and name == 'replace') else None
 
 
+def annotate(app, what, name, subject, options, signature, returned):
+  """Writes the types of arrays in a signature as the source does."""
+  return source_types(signature), source_types(returned)
+
+
+def source_types(text):
+  """A signature, or None, with `Float[Array, 'B R']` and `Num[ArrayLike, '']` as in the source."""
+  if not text:
+    return text
+  text = re.sub(r'~?\b(?:jax\.)?jaxlib\._jax\.Array\b', 'Array', text.replace('~jaxtyping.', ''))
+  array = r"(\w+)\[Array, ('[^']*')\] \| \1\[[~\w.]*ndarray, \2\]"
+  scalars = r'(?: \| [~\w.]*(?:number|bool|int|float|complex)\b)+'
+  return re.sub(array + scalars, r'\1[ArrayLike, \2]', text)
+
+
 def setup(app):
   """Hooks into autodoc; napoleon's priority is 500."""
   app.setup_extension('sphinx.ext.autodoc')
   app.connect('autodoc-process-docstring', process, priority=400)
+  app.connect('autodoc-process-signature', annotate)
   app.connect('autodoc-skip-member', skip)
   for field in PyObject.doc_field_types:  # as the docstrings call them
     field.label = {'variable': 'Attributes', 'parameter': 'Args'}.get(field.name, field.label)

@@ -140,6 +140,16 @@ def test_docstrings_are_plain_text(extension):
   assert extension('docstrings').plain([]) == []
 
 
+def test_signatures_have_the_types_of_the_source(extension):
+  pytest.importorskip('sphinx')
+  types = extension('docstrings').source_types
+  array = "(mask: ~jaxtyping.Bool[jaxlib._jax.Array, 'B R'], level: str)"
+  assert types(array) == "(mask: Bool[Array, 'B R'], level: str)"
+  number = "~jaxtyping.Num[jaxlib._jax.Array, ''] | ~jaxtyping.Num[ndarray, ''] | ~numpy.number"
+  assert types(f'(x: {number} | int | float, y: int)') == "(x: Num[ArrayLike, ''], y: int)"
+  assert types(None) is None
+
+
 def test_links_of_notebooks_lead_to_pages(extension):
   cell = {
     'cell_type': 'markdown',
