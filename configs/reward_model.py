@@ -5,7 +5,7 @@ python -m rlhf_jax.main --config=configs/reward_model.py --workdir=DIR \\
 
 One epoch, as in InstructGPT (Ouyang et al. 2022, https://arxiv.org/abs/2203.02155): more overfits.
 `held_out/accuracy` is that of held-out pairs. `--config.preference.loss` is 'pairwise', 'pick_best'
-or 'rating', the last two with `--config.preference.centering=0`; README.md lists the kinds of
+or 'rating', the last two with `--config.preference.centering=0`; docs/data.md lists the kinds of
 records.
 """
 

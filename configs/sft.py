@@ -4,7 +4,7 @@ python -m rlhf_jax.main --config=configs/sft.py --workdir=DIR \\
     --config.model.path=FOLDER --config.data.path=FILE
 
 Learns the completions of prompts. `--config.data.kind=text` learns whole texts instead, packed into
-rows. README.md lists the kinds of records. `--config.data.epochs=X` sets the length of the run.
+rows. docs/data.md lists the kinds of records. `--config.data.epochs=X` sets the length of the run.
 """
 
 from rlhf_jax import config as c
