@@ -112,7 +112,7 @@ def average(inner, decay):
   update on, as with Adam's bias correction: the parameters before training are no part of it.
 
   Each array is averaged by itself, the A and B of an adapter too. So the adapter that is exported
-  is A_ema B_ema, of their rank, and not the average of the products A_i B_i; README.md says how
+  is A_ema B_ema, of their rank, and not the average of the products A_i B_i; docs/models.md says how
   far apart the two are.
 
   Args:
