@@ -85,18 +85,24 @@ def test_files_of_the_code_that_pages_name_exist(page):
 
 
 def commands(page):
-  """The commands of a page: lines of shell blocks, and code in the text that begins like one."""
-  lines = []
-  for language, text in blocks(page):
-    if language == 'sh':
-      lines += re.sub(r'\\\n\s*', '', text).splitlines()
-  lines += re.findall(r'`((?:rlhf|python -m) [^`]+)`', prose(page))
-  for line in lines:
-    words = shlex.split(line, comments=True)
-    while words and re.match(r'[A-Z_]+=', words[0]):  # variables in front
-      words = words[1:]
-    if words:
-      yield words
+  """The commands of a page, as lists of words: shell blocks, and code in the text."""
+  texts = [text for language, text in blocks(page) if language == 'sh']
+  inline = re.findall(r'`((?:rlhf|python -m) [^`]+)`', prose(page))
+  for text in [*texts, *(text.replace('\n', ' ') for text in inline)]:
+    pending = ''
+    for line in text.replace('\\\n', ' ').splitlines():
+      pending += line
+      try:
+        words = shlex.split(pending, comments=True)
+      except ValueError:  # the quotation ends in a later line
+        pending += '\n'
+        continue
+      pending = ''
+      while words and re.match(r'[A-Z_]+=', words[0]):  # variables in front
+        words = words[1:]
+      if words:
+        yield words
+    assert not pending
 
 
 @pytest.mark.parametrize('page', PAGES, ids=NAMES)
@@ -137,8 +143,8 @@ def parse(words):
 
 def check_arguments(program, arguments):
   """Checks the arguments of a command of ours; those of other programs are not known."""
-  if any(re.fullmatch(r'--config=(\.\.\.|[A-Z]+)', argument) for argument in arguments):
-    return  # the reader fills it in
+  if any(re.fullmatch(r'(--config=)?(\.\.\.|[A-Z]+|runs/\S+)', argument) for argument in arguments):
+    return  # the reader fills it in, or it is of a run
   options = [argument for argument in arguments if argument.startswith('--config')]
   if options:
     parse_config(options)
