@@ -40,7 +40,7 @@ test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 docs: $(VENV)/installed-docs
-	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -q -W --keep-going -d docs/_build/doctrees \
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -q -E -W --keep-going -d docs/_build/doctrees \
 	  docs docs/_build/html $(ARGS)
 
 mutants: $(VENV)/installed-test

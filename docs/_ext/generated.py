@@ -43,13 +43,7 @@ def fill(app, page, source):
     source[0] = source[0].replace(MARK, PAGES[page]())
 
 
-def outdated(app, env, added, changed, removed):
-  """The pages that every build reads again: the code may have changed."""
-  return list(PAGES)
-
-
 def setup(app):
   """Hooks into the reading of pages."""
-  app.connect('env-get-outdated', outdated)
   app.connect('source-read', fill)
   return {'parallel_read_safe': True, 'parallel_write_safe': True}
