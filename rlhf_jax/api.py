@@ -42,8 +42,9 @@ from rlhf_jax.evaluation import plots
 from rlhf_jax.evaluation import report
 from rlhf_jax.evaluation import reward_models
 from rlhf_jax.rewards import functions
+from rlhf_jax.rewards import scorers
 
-# The argument of `train` that holds the data of each algorithm; the first one decides the algorithm.
+# The arguments of `train` that hold data, by algorithm: without `algorithm`, the first that fits.
 DATA = {
   'ppo': ('prompts',),
   'grpo': ('prompts',),
@@ -52,6 +53,8 @@ DATA = {
 }
 # The field of a record that a bare string fills.
 FIELD = {'prompts': 'prompt', 'texts': 'text'}
+# The keys of config.reward that name a reward.
+REWARDS = scorers.SOURCES + ('parts',)
 VOCABULARY = 1024  # tokens of a tokenizer that is trained on `texts`
 
 
@@ -142,7 +145,13 @@ def train(
   elif not config.model.path:
     config.tokenizer = config.tokenizer or _new_tokenizer(config, kind, workdir)
   with contextlib.ExitStack() as stack:
-    if reward_fn is not None:
+    if reward_fn is None:
+      errors.need(
+        'reward' not in config or any(config.reward.get(name) for name in REWARDS),
+        f'algorithm={algorithm!r} needs a reward_fn: a function (prompts, responses), a reward '
+        'model or its folder; or set a key of config.reward in overrides',
+      )
+    else:
       errors.need('reward' in config, f'algorithm={algorithm!r} takes no reward_fn')
       stack.enter_context(_set_reward(config.reward, reward_fn))
     try:
@@ -290,7 +299,8 @@ def compare(
     temperature=temperature,
     seed=seed,
   )
-  judge = judges.load(judge.model if isinstance(judge, Run) else judge)
+  judge = judge.model if isinstance(judge, Run) else judge
+  judge = judges.load(os.fspath(judge) if isinstance(judge, os.PathLike) else judge)
   return comparison.compare_policies(loaded, examples, judge, settings)
 
 
@@ -321,8 +331,8 @@ def _model(model):
   return load(model) if isinstance(model, (str, os.PathLike)) else model
 
 
-def _model_path(model, workdir):
-  """The folder of a model; one that has none is saved."""
+def _model_path(model, workdir, argument='policy'):
+  """The folder of a model that is an argument of `train`; one that has none is saved."""
   if isinstance(model, (str, os.PathLike)):
     return os.path.abspath(model) if os.path.isdir(model) else os.fspath(model)
   if isinstance(model, Run) and not model.stopped:
@@ -330,7 +340,8 @@ def _model_path(model, workdir):
   model = _model(model)
   errors.need(
     isinstance(model, (policy_lib.TextPolicy, reward_models.RewardModel)),
-    f'policy is of type {type(model).__name__}: it must be a model from load(), a Run or a folder',
+    f'{argument} is of type {type(model).__name__}: it must be a model from load(), a Run or a '
+    'folder',
   )
   if model.path is None:
     model.save(_inputs(workdir) / 'model')
@@ -356,7 +367,7 @@ def _new_tokenizer(config, kind, workdir):
 def _set_reward(config_reward, reward_fn):
   """Sets `config.reward`; a function that no module has is found by its name in the body."""
   if not callable(reward_fn) or isinstance(reward_fn, (Run, reward_models.RewardModel)):
-    config_reward.model = _model_path(reward_fn, None)
+    config_reward.model = _model_path(reward_fn, None, 'reward_fn')
     yield
     return
   name = _importable(reward_fn)
@@ -364,7 +375,7 @@ def _set_reward(config_reward, reward_fn):
     config_reward.function = name
     yield
     return
-  config_reward.function = f'in_memory:{getattr(reward_fn, "__name__", "reward_fn")}'
+  config_reward.function = f'{functions.IN_MEMORY}{getattr(reward_fn, "__name__", "reward_fn")}'
   with functions.given({config_reward.function: reward_fn}):
     yield
 

@@ -27,6 +27,7 @@ from rlhf_jax.rewards import guard
 
 TIMEOUT = 600.0  # seconds of a call, where the config says nothing else
 NOT_NUMBERS = (bool, np.bool_, str, bytes)
+IN_MEMORY = 'in_memory:'  # begins the names of functions that no module has
 # Functions that Python code gave a run, by the name that the config has for them; see `given`.
 _GIVEN = contextvars.ContextVar('given', default={})  # noqa: B039  never changed
 
@@ -72,6 +73,11 @@ def load(name, *, key='config.reward.function', limit=Limit(TIMEOUT, '')):
   """
   if name in _GIVEN.get():
     return _GIVEN.get()[name]
+  if name.startswith(IN_MEMORY):
+    raise errors.UserError(
+      f'{key}={name!r} was a function of the Python process that started the run. Move it to a '
+      f"module and set {key} to 'package.module:function'."
+    )
   module, _, attribute = name.partition(':')
   if os.getcwd() not in sys.path:
     sys.path.insert(0, os.getcwd())
