@@ -1,6 +1,6 @@
 """GRPO of your model against your reward: no critic, a group of responses to each prompt.
 
-python -m rlhf_jax.main --config=configs/grpo.py:preset=dr_grpo --workdir=DIR \\
+rlhf run --config=grpo:preset=dr_grpo --workdir=DIR \\
     --config.model.path=FOLDER --config.data.path=FILE --config.reward.function=module:function
 
 `--config.reward.model=FOLDER` takes a reward model in place of the function. `config.batch_size`

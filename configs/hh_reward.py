@@ -1,6 +1,6 @@
 """Reward models of Anthropic's HH comparisons (Bai et al. 2022, https://arxiv.org/abs/2204.05862).
 
-python -m rlhf_jax.main --config=configs/hh_reward.py:data=FOLDER --workdir=/tmp/hh
+rlhf run --config=hh_reward:data=FOLDER --workdir=/tmp/hh
 
 5-fold cross-validation: on each fold's training part a tokenizer and reward models from scratch,
 whose mean score decides; accuracy on the rest with a 95 % interval, beside "the shorter reply

@@ -3,8 +3,8 @@
 At the published size; the constants are those of launch.py in
 https://github.com/openai/lm-human-preferences:
 
-python -m rlhf_jax.main --workdir=DIR \\
-    --config=configs/lm_human_preferences.py:task=tldr,data=TEXTS,model=FOLDER,labels=FILE
+rlhf run --workdir=DIR \\
+    --config=lm_human_preferences:task=tldr,data=TEXTS,model=FOLDER,labels=FILE
 
 The task is sentiment, descriptiveness, tldr or cnndm. TEXTS are the documents that queries are cut
 from: books, posts or articles. FOLDER is a Hugging Face folder of GPT-2. FILE has records
@@ -12,7 +12,7 @@ from: books, posts or articles. FOLDER is a Hugging Face folder of GPT-2. FILE h
 
 At a size for CPUs, `sentiment` alone, with all stages and simulated annotators:
 
-python -m rlhf_jax.main --workdir=DIR --config=configs/lm_human_preferences.py:small,data=FOLDER
+rlhf run --workdir=DIR --config=lm_human_preferences:small,data=FOLDER
 
 FOLDER holds rt-polarity.pos and rt-polarity.neg of Pang & Lee 2005
 (https://arxiv.org/abs/cs/0506075). The annotators go by the probability of a judge, fitted on text

@@ -1,6 +1,6 @@
 """PPO of your model against your reward.
 
-python -m rlhf_jax.main --config=configs/ppo.py:preset=n_plus --workdir=DIR \\
+rlhf run --config=ppo:preset=n_plus --workdir=DIR \\
     --config.model.path=FOLDER --config.data.path=FILE --config.reward.model=FOLDER
 
 `--config.reward.function=module:function` takes a Python function in place of the reward model; see

@@ -1,8 +1,8 @@
 """PPO of Llama 3 8B with a critic, a reward model and a reference of its size.
 
-python -m planner --config=configs/ppo_llama3_8b.py --topology=v5e:16x16 --search
-python -m rlhf_jax.main --workdir=DIR \\
-    --config=configs/ppo_llama3_8b.py:policy=FOLDER,reward=FOLDER,prompts=FILE
+rlhf plan --config=ppo_llama3_8b --topology=v5e:16x16 --search
+rlhf run --workdir=DIR \\
+    --config=ppo_llama3_8b:policy=FOLDER,reward=FOLDER,prompts=FILE
 
 FOLDERs are Hugging Face folders: the policy after SFT, and a reward model of the same tokenizer,
 which the critic starts from too. `:lora` trains adapters of rank 64 on the linear maps of policy

@@ -1,7 +1,7 @@
 """The whole of RLHF on an embedded world of product reviews; no download.
 
-python -m rlhf_jax.main --config=configs/quickstart.py --workdir=/tmp/quickstart
-python -m rlhf_jax.main --config=configs/quickstart.py:debug --workdir=/tmp/debug
+rlhf run --config=quickstart --workdir=/tmp/quickstart
+rlhf run --config=quickstart:debug --workdir=/tmp/debug
 
 A small Llama is pretrained on reviews of every mood, fine-tuned on demonstrations, compared by
 simulated annotators, and trained by PPO-ptx (Ouyang et al. 2022,

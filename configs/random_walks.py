@@ -1,8 +1,8 @@
 """RL on trlX's random walks: a small GPT-2 learns the shortest ways to a goal on a graph.
 
-python -m rlhf_jax.main --config=configs/random_walks.py --workdir=/tmp/walks
-python -m rlhf_jax.main --config=configs/random_walks.py:seed=1 --workdir=/tmp/walks_1
-python -m rlhf_jax.main --config=configs/random_walks.py:debug --workdir=/tmp/debug
+rlhf run --config=random_walks --workdir=/tmp/walks
+rlhf run --config=random_walks:seed=1 --workdir=/tmp/walks_1
+rlhf run --config=random_walks:debug --workdir=/tmp/debug
 
 The task and its source are described in rlhf_jax/tasks/random_walks.py. A model is pretrained on
 20,000 random walks, then trained on the optimality of its own walks, much as in trlX's

@@ -1,6 +1,6 @@
 """A reward model from your comparisons.
 
-python -m rlhf_jax.main --config=configs/reward_model.py --workdir=DIR \\
+rlhf run --config=reward_model --workdir=DIR \\
     --config.model.path=FOLDER --config.data.path=FILE
 
 One epoch, as in InstructGPT (Ouyang et al. 2022, https://arxiv.org/abs/2203.02155): more overfits.

@@ -1,6 +1,6 @@
 """PPO for positive film reviews on real text, judged by a model that saw other text.
 
-python -m rlhf_jax.main --config=configs/sentiment.py:data=FOLDER --workdir=/tmp/sentiment
+rlhf run --config=sentiment:data=FOLDER --workdir=/tmp/sentiment
 
 FOLDER holds rt-polarity.pos and rt-polarity.neg of Pang & Lee 2005
 (https://arxiv.org/abs/cs/0506075).

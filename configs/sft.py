@@ -1,6 +1,6 @@
 """Supervised fine-tuning of your model on your data.
 
-python -m rlhf_jax.main --config=configs/sft.py --workdir=DIR \\
+rlhf run --config=sft --workdir=DIR \\
     --config.model.path=FOLDER --config.data.path=FILE
 
 Learns the completions of prompts. `--config.data.kind=text` learns whole texts instead, packed into

@@ -1,6 +1,6 @@
 """PPO on a real pretrained story model with a Python reward: more direct speech.
 
-python -m rlhf_jax.main --config=configs/stories.py:model=FOLDER --workdir=/tmp/stories
+rlhf run --config=stories:model=FOLDER --workdir=/tmp/stories
 
 FOLDER is a Hugging Face folder of stories260K of llama2.c, a Llama of 260 K parameters trained on
 TinyStories (Eldan & Li 2023, https://arxiv.org/abs/2305.07759). The reward is the share of
