@@ -23,7 +23,7 @@ NORMAL = 1.96
 EPSILON = 1e-9
 
 
-def groups(prompts: Prompts, count: int) -> Int[np.ndarray, '{count}']:
+def groups(prompts: Prompts, count: int) -> Int[np.ndarray, '{count}']:  # noqa: F821
   """The number of the group of each sample.
 
   Args:

@@ -862,7 +862,8 @@ def test_wandb_is_missed_before_anything_is_loaded(monkeypatch):
     importlib.util, 'find_spec', lambda name: None if name == 'wandb' else object()
   )
   with pytest.raises(
-    errors.UserError, match="config.wandb_project='mine' needs the package wandb: pip install 'wandb>="
+    errors.UserError,
+    match="config.wandb_project='mine' needs the package wandb: pip install 'wandb>=",
   ):
     build.validate(config, 1)
   assert f"'{config_lib.WANDB}'" in (CONFIGS[0].parents[1] / 'setup.py').read_text()

@@ -143,7 +143,9 @@ def test_wandb_is_asked_for_and_keeps_its_run(tmp_path, monkeypatch):
 
 def test_wandb_missing_says_how_to_get_it(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'wandb', None)
-  with pytest.raises(UserError, match="wandb_project='p' needs the package wandb: pip install wandb;"):
+  with pytest.raises(
+    UserError, match="wandb_project='p' needs the package wandb: pip install wandb;"
+  ):
     metrics.Writer(tmp_path, wandb_project='p')
 
 
