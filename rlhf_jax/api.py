@@ -14,6 +14,7 @@ what the other has begun.
 import collections.abc
 import contextlib
 import functools
+import html
 import importlib
 import json
 import math
@@ -249,8 +250,16 @@ class Run:
     return plots.figure(metrics_lib.read(self.workdir), names)
 
   def report(self):
-    """Writes report.html and returns its path."""
-    return report.of_run(self.workdir, title=self.config['algorithm'])
+    """Writes report.html and returns its path; a notebook shows the page."""
+    return Report(report.of_run(self.workdir, title=self.config['algorithm']))
+
+
+class Report(type(pathlib.Path())):
+  """The path of a report, which notebooks show as a page."""
+
+  def _repr_html_(self):
+    page = html.escape(self.read_text(encoding='utf-8'))
+    return f'<iframe sandbox="allow-scripts" srcdoc="{page}" width="100%" height="600"></iframe>'
 
 
 def compare(

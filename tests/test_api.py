@@ -1,8 +1,10 @@
 """`import rlhf_jax as rl`: what load, train, compare and Run return, write and refuse."""
 
+import html
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -77,7 +79,10 @@ def test_a_run_has_metrics_samples_a_policy_and_a_report(ppo, world):
     np.testing.assert_allclose(samples.score, scores, atol=1e-6)
     assert ppo.metrics.loc[step, 'objective/scores'] == pytest.approx(np.mean(scores), abs=1e-6)
   assert len(ppo.policy.sample(['w1', 'w2'], max_new_tokens=3).responses) == 2
-  assert pathlib.Path(ppo.report()).read_text().startswith('<!')
+  page = ppo.report()
+  assert page == ppo.workdir / 'report.html' and page.read_text().startswith('<!')
+  shown = re.search('srcdoc="(.*?)"', page._repr_html_(), re.DOTALL).group(1)
+  assert html.unescape(shown) == page.read_text()
   [axes] = ppo.plot(['objective/scores']).axes
   np.testing.assert_array_equal(axes.lines[0].get_ydata(), ppo.metrics['objective/scores'])
   assert ppo.plot()._repr_png_().startswith(b'\x89PNG')

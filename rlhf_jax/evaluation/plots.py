@@ -1,5 +1,6 @@
 """Figures for notebooks: metrics of a run, also while it trains, and comparisons of policies."""
 
+import importlib
 import io
 import sys
 import time
@@ -83,7 +84,7 @@ def live():
   shell = sys.modules.get('IPython') and sys.modules['IPython'].get_ipython()
   if shell is None or not hasattr(shell, 'kernel'):
     return None
-  from IPython import display
+  display = importlib.import_module('IPython.display')  # a notebook has it
 
   records, shown = [], {'handle': None, 'time': 0.0}
 
