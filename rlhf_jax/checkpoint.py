@@ -143,6 +143,8 @@ class Checkpoints:
         raise ValueError('the checksum of the iterators differs')
       for name, it in iterators.items():
         it.set_state(restored.iterators[name])
+    except errors.UserError:  # the config asks for other data: the same on all processes
+      raise
     except Exception as error:  # orbax raises a dozen kinds, none of them documented
       fault = f'{UNREADABLE} ({_brief(error)})'
     if processes.all_true(not fault):

@@ -91,6 +91,30 @@ def read(workdir):
   return config if isinstance(config, dict) else None
 
 
+def completed(before, defaults):
+  """A recorded config with defaults for the keys that the version which wrote it did not have.
+
+  Args:
+    before: config.json of a run as a dict, or None.
+    defaults: config of the run's algorithm with its defaults, a dict.
+
+  Returns:
+    A dict with the keys of both; `before` as it is if it is of another algorithm or None.
+  """
+  if before is None or before.get('algorithm') != defaults.get('algorithm'):
+    return before
+  return _completed(before, defaults)
+
+
+def _completed(before, defaults):
+  found = defaults | before
+  for key, default in defaults.items():
+    # An evaluator is there or not: 'evals' is set as a whole.
+    if key != 'evals' and isinstance(default, dict) and isinstance(before.get(key), dict):
+      found[key] = _completed(before[key], default)
+  return found
+
+
 def changes(before, after, prefix=''):
   """The keys that differ between two dicts of JSON; None is as good as absent.
 
@@ -130,12 +154,13 @@ def has_checkpoint(workdir):
   return saved.is_dir() and any(entry.name.isdigit() for entry in saved.iterdir())
 
 
-def check(config, workdir):
+def check(config, workdir, defaults):
   """Compares a config with that of the run in `workdir`.
 
   Args:
     config: ConfigDict of a single run.
     workdir: folder.
+    defaults: see `completed`.
 
   Returns:
     List of Change that the run may be resumed with; [] for a new one.
@@ -143,7 +168,8 @@ def check(config, workdir):
   Raises:
     UserError: other keys differ, or input files hold something else; names all of them.
   """
-  before, finished = read(workdir), (pathlib.Path(workdir) / 'model').exists()
+  before = completed(read(workdir), defaults)
+  finished = (pathlib.Path(workdir) / 'model').exists()
   if before is None and (finished or has_checkpoint(workdir)):
     raise errors.UserError(f'{workdir} holds a run without its {CONFIG}: name another --workdir')
   if not finished and not has_checkpoint(workdir):

@@ -44,10 +44,10 @@ def run(config, workdir, *, fork_of=None, on_metrics=None):
   """
   runtime.keep_programs()
   build.validate(config, jax.device_count())
-  began = time.perf_counter()
+  began, defaults = time.perf_counter(), build.defaults(config.algorithm)
   with contextlib.ExitStack() as stack:
     changed = processes.run_on_main_process(
-      lambda: workdir_lib.claim(config, workdir, fork_of, stack)
+      lambda: workdir_lib.claim(config, workdir, fork_of, stack, defaults)
     )
     workdir = pathlib.Path(workdir).absolute()
     model_path = workdir / 'model'
@@ -115,9 +115,8 @@ def fork(config, state, learner, source):
   Returns:
     Finished steps and the TrainState.
   """
-  differ = {
-    change.key for change in identity.changes(identity.read(source), identity.plain(config))
-  }
+  before = identity.completed(identity.read(source), build.defaults(config.algorithm))
+  differ = {change.key for change in identity.changes(before, identity.plain(config))}
   own = {
     name: jnp.copy(state.extra[name])
     for name, keys in learner.set_by.items()

@@ -91,7 +91,7 @@ def claim(config, workdir, fork_of, stack):
   workdir = workdir_lib.check(workdir)
   stack.enter_context(workdir_lib.lock(workdir))
   workdir_lib.remove_leftovers(workdir)
-  before = identity.read(workdir)
+  before = recorded(workdir)
   changed = differing(config, before, workdir) if before else []
   for change in changed:
     print(f'{workdir}: {change}', flush=True)
@@ -106,6 +106,17 @@ def claim(config, workdir, fork_of, stack):
   if origin and 'stages' not in origin:  # not all of them are taken over yet
     origin |= {'stages': take_over(config, origin['workdir'], workdir)}
     identity.start(config, workdir, changed=[], forked_from=origin)
+
+
+def recorded(workdir):
+  """config.json of a pipeline; a key that it lacks, as of an earlier version, has its default."""
+  before = identity.read(workdir)
+  return before and {
+    name: identity.completed(stage, build.defaults(stage['algorithm']))
+    if isinstance(stage, dict) and 'algorithm' in stage
+    else stage
+    for name, stage in before.items()
+  }
 
 
 def with_stages(config, before):
@@ -180,7 +191,7 @@ def take_over(config, source, workdir):
     Their names.
   """
   source, names = pathlib.Path(source), []
-  before, after = identity.read(source), identity.plain(config)
+  before, after = recorded(source), identity.plain(config)
   same_seed = before['seed'] == after['seed']
   for name in dict.fromkeys([*named(before['stages']), *chosen(config)]):
     new = after.get(name)

@@ -35,7 +35,7 @@ WEIGHTS = (
 MARKS = ('config.json', 'runs.jsonl', 'checkpoints', 'metrics.jsonl', LOCK)
 
 
-def claim(config, workdir, fork_of, stack):
+def claim(config, workdir, fork_of, stack, defaults):
   """Takes a folder for a run, before anything is loaded.
 
   Args:
@@ -43,6 +43,7 @@ def claim(config, workdir, fork_of, stack):
     workdir: its folder.
     fork_of: folder of the run it is to start from; None for none.
     stack: ExitStack that keeps the lock.
+    defaults: see identity.completed.
 
   Returns:
     List of identity.Change since the last start.
@@ -54,8 +55,8 @@ def claim(config, workdir, fork_of, stack):
   stack.enter_context(lock(workdir))
   remove_leftovers(workdir)
   if fork_of:
-    check_fork(config, fork_of, workdir)
-  changed = identity.check(config, workdir)
+    check_fork(config, fork_of, workdir, defaults)
+  changed = identity.check(config, workdir, defaults)
   for change in changed:
     scheduled = change.key in identity.LENGTH and config.optim.schedule != 'constant'
     note = '; from here on the learning rate follows the new length' if scheduled else ''
@@ -65,12 +66,12 @@ def claim(config, workdir, fork_of, stack):
   return changed
 
 
-def check_fork(config, source, workdir):
+def check_fork(config, source, workdir, defaults):
   """Raises UserError where a run cannot start in `workdir` from the newest checkpoint in `source`."""
   recorded = identity.read(workdir)
   if recorded and (recorded.get('forked_from') or {}).get('workdir') != os.path.abspath(source):
     raise errors.UserError(f'--fork={workdir} holds another run: name a new folder')
-  before = identity.read(source)
+  before = identity.completed(identity.read(source), defaults)
   if before is None or not identity.has_checkpoint(source):
     raise errors.UserError(
       f'--workdir={source} has no checkpoint for --fork={workdir} to start from'

@@ -356,6 +356,26 @@ class Counting:
     self.state = state
 
 
+class Unfit:
+  """An iterator that cannot resume from its saved place with this config."""
+
+  def get_state(self):
+    return {'number': 0}
+
+  def set_state(self, state):
+    raise errors.UserError('set config.batch_size to 8')
+
+
+def test_data_that_cannot_resume_with_this_config_are_named_as_the_reason(tmp_path, caplog):
+  """The checkpoint is sound: it is not put aside, and the message is that of the data."""
+  with checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
+    checkpoints.save(1, make_state(1), {'data': Unfit()})
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    with pytest.raises(errors.UserError, match='^set config.batch_size to 8$'):
+      checkpoints.restore(make_state(0), {'data': Unfit()})
+  assert (tmp_path / 'checkpoints' / '1').is_dir() and 'trying the one before' not in caplog.text
+
+
 def test_a_saved_place_does_not_see_the_batches_that_follow(tmp_path):
   iterator, found = Counting(), Counting()
   next(iterator)

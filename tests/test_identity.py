@@ -15,6 +15,7 @@ from rlhf_jax import identity
 from rlhf_jax import loop
 from rlhf_jax import metrics
 from rlhf_jax import sharding
+from rlhf_jax.algorithms import build
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms import sft
 import tiny
@@ -34,6 +35,11 @@ def changed(config, changes):
   with other.unlocked(), other.ignore_type():
     other.update_from_flattened_dict(changes)
   return other
+
+
+def check(config, folder):
+  """The changes that a run in a folder may be resumed with."""
+  return identity.check(config, folder, build.defaults('sft'))
 
 
 @pytest.fixture(scope='module')
@@ -142,16 +148,29 @@ def test_keys_that_may_change_are_said_and_written_down(copied, capfd):
   assert starts[1].keys() >= {'time', 'host', 'version', 'commit', 'overridden', 'inputs'}
 
 
+def test_a_key_that_the_version_before_did_not_have_counts_as_its_default(copied):
+  config, folder = copied
+  recorded = identity.read(folder)
+  del recorded['optim']['warmup_from'], recorded['evals']['held_out']
+  (folder / 'config.json').write_text(json.dumps(recorded))
+  assert 'evals.held_out' in {change.key for change in check(config, folder)}
+  with pytest.raises(
+    errors.UserError, match='another config: config.optim.warmup_from: 0.0 -> 0.5'
+  ):
+    check(changed(config, {'optim.warmup_from': 0.5, 'optim.warmup_steps': 2}), folder)
+  loop.run(config, folder)  # resumes
+
+
 def test_data_may_move_but_not_change(copied, data, tmp_path):
   config, folder = copied
   moved = tmp_path / 'moved.jsonl'
   shutil.copy(data, moved)
-  allowed = identity.check(changed(config, {'data.path': str(moved)}), folder)
+  allowed = check(changed(config, {'data.path': str(moved)}), folder)
   assert {change.key for change in allowed} == {'data.path', 'steps'}
   lines = moved.read_text().splitlines()
   moved.write_text('\n'.join(lines[1:]))
   with pytest.raises(errors.UserError, match=f'config.data.path: .*{data.name}. -> .*moved.jsonl'):
-    identity.check(changed(config, {'data.path': str(moved)}), folder)
+    check(changed(config, {'data.path': str(moved)}), folder)
   kept = data.read_bytes()
   try:
     data.write_text('\n'.join(lines[1:]))
@@ -159,7 +178,7 @@ def test_data_may_move_but_not_change(copied, data, tmp_path):
       loop.run(config, folder)
   finally:
     data.write_bytes(kept)
-  identity.check(config, folder)
+  check(config, folder)
 
 
 def test_fewer_steps_than_were_taken_are_refused(copied):
@@ -272,9 +291,9 @@ def test_what_a_run_begins_with_is_that_of_its_last_first_step(begun, data, tmp_
     shutil.rmtree(tmp_path / 'run' / 'model')
     if path == data:
       shutil.rmtree(tmp_path / 'run' / 'checkpoints')
-  assert identity.check(changed(config, {'data.path': str(other)}), tmp_path / 'run') == []
+  assert check(changed(config, {'data.path': str(other)}), tmp_path / 'run') == []
   with pytest.raises(errors.UserError, match='config.data.path: '):
-    identity.check(config, tmp_path / 'run')
+    check(config, tmp_path / 'run')
 
 
 def test_the_model_of_a_runs_folder_is_what_counts(tmp_path):
@@ -311,7 +330,7 @@ def test_a_run_that_never_took_a_step_is_nobodys(world, tmp_path):
   config = tiny.sft(world)
   (tmp_path / 'metrics.jsonl').write_text('{"step": 0}\n')
   identity.start(config, tmp_path, changed=[], step=0)
-  assert identity.check(changed(config, {'seed': 5}), tmp_path) == []
+  assert check(changed(config, {'seed': 5}), tmp_path) == []
 
 
 def test_reading_a_run_leaves_its_damaged_checkpoints(copied):

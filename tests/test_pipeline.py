@@ -158,6 +158,22 @@ def test_another_config_of_a_finished_stage_stops_and_changes_nothing(tmp_path, 
   assert ran == ['first', 'second']
 
 
+def test_keys_that_the_version_before_did_not_have_count_as_their_defaults(tmp_path, monkeypatch):
+  monkeypatch.setattr(loop, 'run', lambda stage, folder: None)
+  config = make_config('$workdir')
+  config.stages = ('pretrain',)
+  pipeline.run(config, tmp_path / 'old')
+  recorded = json.loads((tmp_path / 'old' / 'config.json').read_text())
+  del recorded['pretrain']['optim']['warmup_from']
+  (tmp_path / 'old' / 'config.json').write_text(json.dumps(recorded))
+  pipeline.run(config, tmp_path / 'old')
+  pipeline.run(config, tmp_path / 'new', fork_of=tmp_path / 'old')
+  assert (tmp_path / 'new' / 'pretrain' / pipeline.DONE).exists()
+  config.pretrain.optim.warmup_from = 0.5
+  with pytest.raises(errors.UserError, match='config.pretrain.optim.warmup_from: 0.0 -> 0.5'):
+    pipeline.run(config, tmp_path / 'old')
+
+
 def test_a_stage_that_has_not_begun_may_change(tmp_path, ran, capsys):
   config = make_config()
   config.stages = ('first',)

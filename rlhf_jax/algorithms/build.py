@@ -14,6 +14,7 @@ from absl import logging
 from rlhf_jax import config as config_lib
 from rlhf_jax import config_keys
 from rlhf_jax import errors
+from rlhf_jax import identity
 from rlhf_jax import processes
 from rlhf_jax.algorithms import effects
 from rlhf_jax.evaluation import evaluators
@@ -53,6 +54,11 @@ def load(name):
       'config, validate and create'
     )
   return module
+
+
+def defaults(name):
+  """The config of an algorithm with its defaults, a dict as config.json has it."""
+  return identity.plain(load(name).config())
 
 
 def validate(config, device_count):

@@ -21,6 +21,7 @@ import numpy as np
 from rlhf_jax import processes
 from rlhf_jax import types
 from rlhf_jax.data import packing
+from rlhf_jax.errors import UserError
 
 AHEAD = 2**21  # tokens in the windows of all lanes, if these have from LEAST to MOST rows
 # Rows of a window: 64 pack as well as all documents together, 8 leave 3 to 9 % more padding.
@@ -154,10 +155,18 @@ class Gathered(Iterator[types.LMBatch]):
     return {'places': np.stack([first, places[:, 2]], axis=1).tolist()}
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Resumes behind the batch at which `get_state` was called."""
+    """Resumes behind the batch at which `get_state` was called.
+
+    Raises:
+      UserError: it was called with batches of another size, which stand elsewhere in the data.
+    """
     places = state['places']
     if len(places) != len(self._held):
-      raise ValueError(f'the state is of batches of {len(places)} rows, not {len(self._held)}')
+      raise UserError(
+        f'the checkpoint has the place in the texts for a batch_size of {len(places)}, and the '
+        f'config has {len(self._held)}: set config.batch_size (for ptx: config.ptx.batch_size) to '
+        f'{len(places)}. Texts that are tokenized during training need the same one to resume.'
+      )
     self._batches.set_state({'places': [places[lane] for lane in np.flatnonzero(self._held)]})
 
 

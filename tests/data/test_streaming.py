@@ -269,7 +269,7 @@ def test_lanes_resume_at_the_exact_row(steps, path, tokenizer, monkeypatch):
   iterator.set_state(state)  # Back, too.
   assert_equal([next(iterator) for _ in range(6)], expected)
   other, _ = make('text', path, tokenizer, batch_size=4)
-  with pytest.raises(ValueError, match='batches of 8 rows, not 4'):
+  with pytest.raises(UserError, match='batch_size of 8, and the config has 4: set config.batch_s'):
     other.set_state(state)
 
 
