@@ -204,10 +204,10 @@ def newcomer():
   page = ROOT / 'docs' / 'get_started.md'
   section = page.read_text().split('## PPO on your own prompts', 1)[1].split('Useful changes')[0]
   found = re.findall(r'^```(\S*)\n(.*?)^```$', section, re.M | re.S)
-  lines = [line for language, text in found if language == 'sh' for line in text.splitlines()]
+  shell = ''.join(text for language, text in found if language == 'sh')
   files = [text for language, text in found if language != 'sh']
   named = [re.match(r'# (\S+)\n(.*)', text, re.S).groups() for text in files]
-  return lines, {name: text for name, text in named}
+  return shell.replace('\\\n', '').splitlines(), {name: text for name, text in named}
 
 
 def test_from_clone_to_ppo_on_own_prompts_with_an_own_reward(tmp_path, monkeypatch):
