@@ -10,6 +10,7 @@ import sys
 
 from absl import flags
 import jax
+import ml_collections
 from ml_collections import config_flags
 import pytest
 
@@ -17,6 +18,10 @@ from rlhf_jax import cli
 from rlhf_jax import config_files
 from rlhf_jax import evaluate
 from rlhf_jax import models
+from rlhf_jax.algorithms import grpo
+from rlhf_jax.algorithms import ppo
+from rlhf_jax.algorithms import reward_model
+from rlhf_jax.algorithms import sft
 from rlhf_jax.data import tokenizers
 from rlhf_jax.evaluation import glossary
 from rlhf_jax.models import hf
@@ -28,6 +33,7 @@ PAGES = [
   *sorted(path for path in (ROOT / 'docs').rglob('*.md') if '_build' not in path.parts),
 ]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+ALGORITHMS = (sft, reward_model, ppo, grpo)
 # Commands of other programs, which a page may name.
 OTHERS = ('git', 'pip', 'hf', 'cp', 'make', 'sbatch', 'kubectl')
 PROGRAMS = {
@@ -82,6 +88,32 @@ def test_files_of_the_code_that_pages_name_exist(page):
     r'`((?:rlhf_jax|tests|configs|launch|tools|docs|benchmarks|planner)/[\w./]*)`', prose(page)
   )
   assert not [name for name in named if not (ROOT / name).exists() and '_build' not in name]
+
+
+@pytest.fixture(scope='module')
+def keys():
+  """The dotted keys of all algorithms, and their blocks."""
+  found = set()
+
+  def add(block, prefix):
+    for name in block:
+      found.add(prefix + name)
+      if isinstance(block[name], ml_collections.ConfigDict):
+        add(block[name], f'{prefix}{name}.')
+
+  for algorithm in ALGORITHMS:
+    add(algorithm.config(), '')
+  return found
+
+
+@pytest.mark.parametrize('page', PAGES, ids=NAMES)
+def test_config_keys_that_pages_name_exist(page, keys):
+  text = prose(page)
+  if page.name == 'coming_from.md':  # the first column has the names of others
+    text = re.sub(r'^\|[^|]*\|', '|', text, flags=re.M)
+  tops = '|'.join({key.partition('.')[0] for key in keys if '.' in key})
+  named = re.findall(rf'`(?:--config\.|config\.)?((?:{tops})\.\w+(?:\.\w+)*)[`=]', text)
+  assert not [key for key in named if key not in keys and not re.search(r'^evals|\.py$', key)]
 
 
 def commands(page):
