@@ -45,61 +45,59 @@ def common(algorithm):
   """
   return ml_collections.ConfigDict(
     {
-      'algorithm': algorithm,  # module in rlhf_jax/algorithms, or dotted path of another
-      'seed': 0,  # of parameters, data and samples; a stage's None: the pipeline's
-      'steps': placeholder(int),  # train steps; or set data.epochs
-      'batch_size': 32,  # examples of a step over all devices; responses where they are sampled
-      'microbatch_size': placeholder(int),  # examples of one forward and backward pass; None: all
-      'mesh': {  # devices along each axis; one may be -1: those that are left
-        'data': -1,  # over which the batch is split; each has a copy of the parameters
-        'fsdp': 1,  # over which the batch and the parameters are split
-        'tensor': 1,  # over which the matrices of every layer are split
+      'algorithm': algorithm,  # name in rlhf_jax/algorithms, or dotted path of your own module
+      'seed': 0,  # random seed; None in a stage: the pipeline's
+      'steps': placeholder(int),  # number of train steps; or set data.epochs
+      'batch_size': 32,  # examples per step on all devices; in RL, responses per step
+      'microbatch_size': placeholder(int),  # examples per forward and backward pass; None: all
+      'mesh': {  # number of devices on each axis; -1 on one axis: all that are left
+        'data': -1,  # splits the batch; each device has a copy of the parameters
+        'fsdp': 1,  # splits the batch and the parameters
+        'tensor': 1,  # splits the matrices of every layer
       },
       'model': {
-        'path': placeholder(str),  # Hugging Face folder; None: a new model of `init`
-        'init': {},  # config.json fields of a new model; vocab_size may be left out
+        'path': placeholder(str),  # Hugging Face folder; None: a new model, see init
+        'init': {},  # config.json fields of a new model; vocab_size is optional
         'dtype': 'float32',  # of the computation
         'param_dtype': 'float32',  # of the weights
-        'remat': 'none',  # or recompute in the backward pass: 'block', or 'dots' all but matmuls
-        'unroll': placeholder(
-          int
-        ),  # layers unrolled in the compiled loop; None: all of few on CPUs, else 1
-        'unfrozen_layers': placeholder(int),  # train the last k layers only; None: all
+        'remat': 'none',  # recompute: 'none', 'block' (whole blocks) or 'dots' (all but matmuls)
+        'unroll': placeholder(int),  # layers unrolled in the loop; None: all if few, on CPU; else 1
+        'unfrozen_layers': placeholder(int),  # train only the last k layers; None: all
         'lora': {
-          'targets': (),  # ((regex on a linear map's path, rank, alpha), ...); none: no adapters
+          'targets': (),  # ((regex on a linear map's path, rank, alpha), ...); (): no adapters
           'rslora': False,  # scale by alpha / sqrt(rank) instead of alpha / rank
-          'path': placeholder(str),  # PEFT folder of adapters to start from, instead of `targets`
+          'path': placeholder(str),  # PEFT folder of adapters to start from, instead of targets
         },
       },
-      'tokenizer': placeholder(str),  # folder; None: the model's
+      'tokenizer': placeholder(str),  # folder of the tokenizer; None: the model's
       'data': data()
       | {
         'epochs': placeholder(float),  # passes over the data; or set steps
-        'held_out': placeholder(float),  # share of the examples kept for evaluation, by prompt
-        'held_out_path': placeholder(str),  # or a data set of its own
+        'held_out': placeholder(float),  # fraction of examples held out for evaluation, by prompt
+        'held_out_path': placeholder(str),  # or a separate data set for evaluation
       },
       'optim': {
         'name': 'adam',  # 'adam' or 'tf_adam'
-        'learning_rate': 1e-3,  # its peak
-        'schedule': 'constant',  # 'constant', 'linear' or 'cosine', the last two to 0
+        'learning_rate': 1e-3,  # peak of the schedule
+        'schedule': 'constant',  # 'constant', or 'linear' or 'cosine' down to 0
         'warmup_steps': 0,  # train steps of linear growth to the peak
-        'warmup_from': 0.0,  # share of the peak that it starts from
+        'warmup_from': 0.0,  # fraction of the peak at which warmup starts
         'b1': 0.9,  # decay of Adam's first moment
-        'b2': 0.999,  # decay of its second
-        'eps': 1e-8,  # Adam's
-        'master_dtype': 'float32',  # of the weights that updates add up in, if param_dtype differs
-        'moment_dtype': 'float32',  # of the first moment
-        'ema': placeholder(float),  # decay of an average of the weights: evaluated and exported
-        'weight_decay': 0.0,  # of matrices, as in AdamW
-        'clip_norm': placeholder(float),  # norm of all gradients above which they are scaled down
+        'b2': 0.999,  # decay of Adam's second moment
+        'eps': 1e-8,  # Adam's epsilon
+        'master_dtype': 'float32',  # of the copy that the optimizer updates, if param_dtype differs
+        'moment_dtype': 'float32',  # of Adam's first moment
+        'ema': placeholder(float),  # decay of an average of the weights, evaluated and exported
+        'weight_decay': 0.0,  # decoupled, as in AdamW; of matrices only
+        'clip_norm': placeholder(float),  # largest global norm of the gradients; None: no clipping
       },
-      'log_every': 1,  # steps
-      'evals': {},  # {name: keys of an evaluator}; see `evaluator`
-      'checkpoint_every': placeholder(int),  # steps; None: by the clock, and at the end
-      'checkpoint_minutes': 10.0,  # between checkpoints, whatever checkpoint_every says; None: no clock
-      'keep_checkpoints': 2,  # the newest
-      'samples_every': placeholder(int),  # steps between the sampled texts in samples.jsonl
-      'wandb_project': placeholder(str),  # Weights & Biases project to log to as well
+      'log_every': 1,  # steps between log lines
+      'evals': {},  # {name: keys of an evaluator}; see evals.NAME
+      'checkpoint_every': placeholder(int),  # steps between checkpoints; None: checkpoint_minutes
+      'checkpoint_minutes': 10.0,  # minutes between checkpoints; None: checkpoint_every
+      'keep_checkpoints': 2,  # newest checkpoints to keep
+      'samples_every': placeholder(int),  # steps between samples in samples.jsonl; None: no samples
+      'wandb_project': placeholder(str),  # Weights & Biases project to log to; None: none
     }
   )
 
@@ -107,17 +105,15 @@ def common(algorithm):
 def data():
   """Keys of a data set, a dict."""
   return {
-    'path': placeholder(str),  # file, folder, hub name, or tfds:NAME
-    'split': placeholder(str),  # of a hub or tfds data set, or of a folder; None: train
-    'columns': placeholder(str),  # 'prompt=question,completion=answer' where yours differ
-    'format': placeholder(
-      str
-    ),  # of the files: jsonl, json, csv, tsv, parquet, arrayrecord, text; None: by suffix
+    'path': placeholder(str),  # file, folder, name of a Hugging Face data set, or tfds:NAME
+    'split': placeholder(str),  # of a public data set, or a folder; None: train
+    'columns': placeholder(str),  # names of your columns, such as prompt=question,completion=answer
+    'format': placeholder(str),  # jsonl, json, csv, tsv, parquet, arrayrecord, text; None: suffix
     'separator': '\n',  # between two texts of a plain text file
-    'kind': 'text',  # for sft: 'text' (packed) or 'completion'
+    'kind': 'text',  # of the examples; sft: 'text' (packed) or 'completion'
     'max_length': 128,  # tokens of an example
-    'on_error': 'stop',  # 'stop' at a malformed record or 'skip' and count it
-    'chat_template': placeholder(str),  # jinja template in place of the tokenizer's; None: its own
+    'on_error': 'stop',  # malformed records: 'stop', or 'skip' and count them
+    'chat_template': placeholder(str),  # jinja template; None: the tokenizer's
   }
 
 
@@ -149,7 +145,7 @@ def evaluator(name, block):
   )
   keys = {
     'kind': kind,  # 'loss', 'prompts', 'win_rate' or 'text'; None: its name
-    'every': None,  # steps; None: at the end only
+    'every': None,  # steps between evaluations; None: only at the end
   }
   if kind == 'function':
     keys['function'] = None  # 'package.module:name' of a user's evaluator
@@ -159,9 +155,9 @@ def evaluator(name, block):
     keys |= {
       'split': None,  # as in config.data
       'columns': None,  # as in config.data
-      'count': None,  # the first prompts of the data set; None: all
+      'count': None,  # number of prompts, the first ones; None: all
       'batch_size': 64,  # answers sampled at a time
-      'sampling': {},  # keys of config.sampling that differ, temperature 0 is greedy
+      'sampling': {},  # keys of config.sampling that differ; temperature 0 is greedy
     }
   if kind in ('prompts', 'win_rate'):
     keys['reward'] = {}  # keys of config.reward

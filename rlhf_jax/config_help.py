@@ -21,7 +21,7 @@ from rlhf_jax.algorithms import on_policy_config
 from rlhf_jax.algorithms import on_policy_warnings
 from rlhf_jax.rewards import scorers
 
-PIPELINE = {'seed': 'of all stages whose seed is None', 'stages': 'that run, in order'}
+PIPELINE = {'seed': 'of all stages whose seed is None', 'stages': 'names of stages, in order'}
 
 
 def keys(config):

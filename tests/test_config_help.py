@@ -30,11 +30,14 @@ def test_every_key_has_a_doc(algorithm):
 
 def test_keys_values_and_docs_of_a_run():
   found = lines(config_help.keys(config_files.read(str(ROOT / 'configs' / 'ppo.py'))))
-  assert found['--config.steps'].split(maxsplit=1) == ['1000', 'train steps; or set data.epochs']
+  assert found['--config.steps'].split(maxsplit=1) == [
+    '1000',
+    'number of train steps; or set data.epochs',
+  ]
   assert found['--config.rl.vf_coef'].split(maxsplit=1) == ['0.1', 'weight of the value loss']
   assert found['--config.reference'].split(maxsplit=1) == [
     'None',
-    'folder; None: the policy as it starts',
+    'folder of the reference; None: the policy as it starts',
   ]
   assert (
     found['--config.reward.ensemble'].startswith("'mean'")
@@ -66,11 +69,10 @@ def test_docs_are_those_of_the_algorithm_and_its_evaluators():
     )
   }
   assert len(set(docs.values())) == 7
-  assert docs['evals.mine.count'] == 'the first prompts of the data set; None: all'
-  assert "'package.module:function' over strings" in docs['evals.mine.reward.function']
+  assert docs['evals.mine.count'] == 'number of prompts, the first ones; None: all'
+  assert "a Python function 'package.module:function'" in docs['evals.mine.reward.function']
   assert (
-    "of a user's evaluator" in docs['evals.own.function']
-    and 'parameters are split' in docs['mesh.fsdp']
+    "of a user's evaluator" in docs['evals.own.function'] and 'the parameters' in docs['mesh.fsdp']
   )
   ppo = lines(config_help.keys(build.load('ppo').config()))
   assert ppo['--config.data.epochs'].split(maxsplit=1) == [

@@ -27,11 +27,15 @@ class Settings(on_policy_config.Settings):
   """Static choices of a GRPO train step; those above `scale` have other defaults than on_policy's.
 
   Attributes:
-    scale: what advantages are divided by: 'group', 'batch' or 'none'; see advantages.group_advantages.
-    normalize: the mean over 'token', 'sequence' or 'constant'; see losses.token_weights.
-    ratio: of a 'token', a 'sequence' or 'sequence_token'; see losses.log_ratio.
-    drop_equal_groups: leave out the prompts whose responses all score the same (DAPO).
-    overlong: share of the response length over which a penalty falls to -1 (DAPO); None for none.
+    scale: what divides the advantages: the standard deviation of the scores of the 'group' or of
+      the 'batch', or 'none'; see advantages.group_advantages.
+    normalize: what the loss is averaged over: 'token', 'sequence', or 'constant' (max_new_tokens
+      per sequence); see losses.token_weights.
+    ratio: level of the importance ratio: 'token', 'sequence' or 'sequence_token'; see
+      losses.log_ratio.
+    drop_equal_groups: leave out prompts whose responses all have the same score (DAPO).
+    overlong: fraction of max_new_tokens over which a length penalty falls to -1 (DAPO); None: no
+      penalty.
   """
 
   epochs: int = 1

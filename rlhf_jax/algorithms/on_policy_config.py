@@ -32,25 +32,27 @@ class Settings:
     end_tokens: token ids that end a response; () for none.
     end_after: the first position at which they do.
     epochs: passes over each rollout.
-    minibatches: optimizer steps a pass; must divide the batch.
-    length_buckets: see update.Schedule.
-    kl_coef: coefficient of the KL penalty; what it starts with where it adapts.
+    minibatches: optimizer steps per pass; must divide batch_size.
+    length_buckets: number of lengths that microbatches are cut to, each compiled once; 1 cuts none.
+      See update.Schedule.
+    kl_coef: coefficient of the KL penalty; its first value if rl.kl_controller adapts it.
     kl_estimator: 'k1', 'k2', 'k3', 'abs' or 'full' (over the vocabulary); see advantages.kl_estimate.
-    kl_in: 'reward' (Ziegler et al.) or 'loss' (GRPO).
-    clip_low: policy clip below 1.
-    clip_high: policy clip above 1.
-    dual_clip: bound on the loss of negative advantages, in advantages; None for none.
+    kl_in: where the KL penalty is: in the 'reward' (Ziegler et al.) or in the 'loss' (GRPO).
+    clip_low: the ratio is clipped at 1 - clip_low.
+    clip_high: the ratio is clipped at 1 + clip_high.
+    dual_clip: the loss of a negative advantage A is at most -dual_clip * A; None: no bound.
     entropy_coef: weight of the entropy bonus.
     ptx_coef: weight of the language-modelling loss on pretraining examples (PPO-ptx).
-    response: 'truncated' trains on what stands before the EOS; 'raw' on all R tokens, which
-      are sampled past the EOS (lm-human-preferences). The reward sees the truncated text.
-    missing_eos: 'none', 'replace' or 'subtract'; see advantages.apply_missing_eos.
-    missing_eos_value: the constant of that rule.
-    clip_scores: bound on |score|; None for none.
+    response: 'truncated' ends a response at its EOS; 'raw' samples past the EOS and trains on all
+      max_new_tokens tokens (lm-human-preferences). The reward always reads the truncated text.
+    missing_eos: rule for responses without an EOS: 'replace' their score by missing_eos_value,
+      'subtract' it from their score, or 'none'.
+    missing_eos_value: the value of that rule.
+    clip_scores: scores are clipped to [-clip_scores, clip_scores]; None: no clipping.
     scale_scores: divide the clipped scores by their running standard deviation (trlX).
-    behaviour: old log-probabilities from the training 'forward' pass, over all sequences or
-      microbatches; from passes in the shapes of the first epoch's minibatches, 'minibatch', which
-      in bfloat16 keep its ratio at 1 where other shapes round otherwise; or from the 'sampler'.
+    behaviour: where the old log-probabilities come from: 'forward', a pass before the update;
+      'minibatch', the same pass in the shapes of the first epoch's minibatches, which keeps the
+      first ratio at 1 in bfloat16 too; or the 'sampler'.
   """
 
   microbatch_size: int
@@ -135,36 +137,30 @@ def config(algorithm, settings):
   data = config_lib.data() | {
     'kind': 'prompt',
     'epochs': placeholder(float),  # passes over the prompts; or set steps
-    'max_prompt_length': 64,  # tokens
-    'on_long': 'error',  # a longer prompt: 'error', 'drop' or 'truncate_left', also for rewards
+    'max_prompt_length': 64,  # tokens of a prompt
+    'on_long': 'error',  # longer prompts: 'error', 'drop' or 'truncate_left' (for the reward too)
   }
   del data['max_length']
   defaults.data = ml_collections.ConfigDict(data)
-  defaults.reference = placeholder(str)  # folder; None: the policy as it starts
+  defaults.reference = placeholder(str)  # folder of the reference; None: the policy as it starts
   defaults.reward = scorers.config()
   defaults.sampling = ml_collections.ConfigDict(
     {
-      'max_new_tokens': 32,  # of a response
-      'temperature': 1.0,  # logits are divided by it, in training too
-      'top_k': placeholder(int),  # draw among the k likeliest tokens; None: all
-      'top_p': 1.0,  # draw within this probability mass
-      'min_new_tokens': 0,  # before these no token ends a response
+      'max_new_tokens': 32,  # tokens of a response
+      'temperature': 1.0,  # divides the logits, in training too
+      'top_k': placeholder(int),  # sample among the k most likely tokens; None: all
+      'top_p': 1.0,  # sample within this probability mass
+      'min_new_tokens': 0,  # tokens before the first that may end a response
       'stop': (),  # strings that end a response
-      'truncate_at': placeholder(
-        str
-      ),  # with rl.response 'raw': the token that ends the text; None: the EOS
-      'truncate_after': 0,  # the first position at which it does
-      'samples': 1,  # responses to each prompt; must divide batch_size
-      'max_concurrent': placeholder(
-        int
-      ),  # responses sampled at a time, by continuous batching; None: all
-      'gather_weights': False,  # over 'fsdp' once a rollout, not once a token; with max_concurrent always
+      'truncate_at': placeholder(str),  # if rl.response='raw': token that ends the text; None: EOS
+      'truncate_after': 0,  # position from which truncate_at ends the text
+      'samples': 1,  # responses per prompt; must divide batch_size
+      'max_concurrent': placeholder(int),  # size of the continuous batch of responses; None: all
+      'gather_weights': False,  # gather 'fsdp' shards once per rollout; max_concurrent always does
     }
   )
   ptx = config_lib.data() | {
-    'batch_size': placeholder(
-      int
-    ),  # pretraining examples an iteration, shared out over minibatches
+    'batch_size': placeholder(int),  # pretraining examples per iteration, split over minibatches
   }
   del ptx['chat_template']  # the tokenizer has one, from data.chat_template
   defaults.ptx = ml_collections.ConfigDict(ptx)

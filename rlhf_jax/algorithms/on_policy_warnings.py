@@ -16,8 +16,8 @@ def config():
   """Keys of `config.warn`; None for no warning."""
   return ml_collections.ConfigDict(
     {
-      'kl': 50.0,  # objective/kl, nats a sequence
-      'sampler_gap': 0.1,  # policy/sampler_gap: about 1e-7 in float32, 0.002 to 0.02 in bfloat16
+      'kl': 50.0,  # warn if objective/kl is above, in nats per response
+      'sampler_gap': 0.1,  # warn if policy/sampler_gap is above, in nats per token
     }
   )
 

@@ -32,16 +32,17 @@ class Settings(on_policy_config.Settings):
 
   Attributes:
     kl_controller: 'fixed', 'adaptive' or 'adaptive_per_token'; see advantages.next_kl_coef.
-    kl_target: nats per sequence for 'adaptive', per token for 'adaptive_per_token'.
-    kl_horizon: episodes, for 'adaptive'.
+    kl_target: the KL to hold: nats per response for 'adaptive', per token for 'adaptive_per_token'.
+    kl_horizon: responses over which 'adaptive' corrects the coefficient.
     gamma: discount per token.
-    lam: GAE's trace decay.
-    value_clip: clip around the old value; None for none.
+    lam: lambda of GAE.
+    value_clip: how far a value may move from the old value in the loss; None: no clipping.
     vf_coef: weight of the value loss.
-    score_position: 'last', 'after_end' or 'eos'; see advantages.score_index.
-    whiten_rewards: scale rewards to unit variance, keeping their mean.
-    whiten_advantages: 'batch', 'minibatch' or 'none'.
-    whiten_unbiased: divide variances by n - 1.
+    score_position: position that gets the score: the 'last' of all, the one 'after_end' of the
+      response, or its last token, 'eos'; see advantages.score_index.
+    whiten_rewards: scale rewards to unit variance; their mean stays.
+    whiten_advantages: whiten advantages over the 'batch', over each 'minibatch', or 'none'.
+    whiten_unbiased: divide variances by n - 1 instead of n.
   """
 
   kl_controller: str = 'fixed'
@@ -158,9 +159,9 @@ def config(preset=''):
   defaults = on_policy_config.config('ppo', Settings)
   defaults.critic = ml_collections.ConfigDict(
     {
-      'kind': 'separate',  # 'trunk': a head on the policy's hidden states; or 'adapters'
-      'path': placeholder(str),  # separate: folder to start from; None: the first reward model's
-      'learning_rate': placeholder(float),  # None: the policy's
+      'kind': 'separate',  # 'separate' model, 'trunk' (head on the policy's states) or 'adapters'
+      'path': placeholder(str),  # folder of a separate critic; None: the first reward model
+      'learning_rate': placeholder(float),  # of the critic; None: the policy's
     }
   )
   return config_lib.apply_preset(defaults, PRESETS, preset)

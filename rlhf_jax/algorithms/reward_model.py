@@ -46,15 +46,13 @@ def config(preset=''):
   defaults.evals = config_lib.held_out()
   defaults.preference = ml_collections.ConfigDict(
     {
-      'loss': 'pairwise',  # 'pairwise' (K-way too), 'pick_best' or 'rating'
+      'loss': 'pairwise',  # 'pairwise' (also for rankings), 'pick_best' or 'rating'
       'centering': 0.0,  # weight of (r_a + r_b)^2; 0.01 recommended
       'label_smoothing': 0.0,  # probability that a label is wrong
-      'token_dropout': 0.0,  # share of tokens hidden from each training example
-      'append_eos': True,  # to completions; False for PPO with sampling.truncate_at
-      'normalize': 'none',  # 'gain_bias': mean 0, std 1; 'bias': mean 0; on `normalize_path`
-      'normalize_path': placeholder(
-        str
-      ),  # completions to fit on; None: those of the training comparisons
+      'token_dropout': 0.0,  # fraction of tokens hidden from each training example
+      'append_eos': True,  # end completions with an EOS; False for PPO with sampling.truncate_at
+      'normalize': 'none',  # 'gain_bias': scores of mean 0 and std 1; 'bias': of mean 0; or 'none'
+      'normalize_path': placeholder(str),  # completions to normalize on; None: those of training
     }
   )
   return config_lib.apply_preset(defaults, {}, preset)

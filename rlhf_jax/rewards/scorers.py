@@ -35,14 +35,14 @@ def config():
   return ml_collections.ConfigDict(
     {
       'model': placeholder(str),  # folder of a reward model
-      'models': (),  # or folders of the members of an ensemble
-      'function': placeholder(str),  # or 'package.module:function' over strings
-      'timeout': functions.TIMEOUT,  # seconds that the function may take for a batch; None: no limit
-      'max_length': placeholder(int),  # of models with their own tokenizer; None: their context
-      'ensemble': 'mean',  # or 'min': the worst case; or 'variance': mean - coef * variance
-      'ensemble_coef': 1.0,  # of 'variance'
-      'parts': {},  # or {name: {'weight': 1.0, and keys from above}}: a weighted sum
-      'on_nan': 'stop',  # or 'skip': responses whose reward is NaN are left out and counted
+      'models': (),  # or folders of an ensemble of reward models
+      'function': placeholder(str),  # or a Python function 'package.module:function'
+      'timeout': functions.TIMEOUT,  # seconds that the function may take per batch; None: no limit
+      'max_length': placeholder(int),  # tokens of a model with its own tokenizer; None: its context
+      'ensemble': 'mean',  # 'mean', 'min' (worst case) or 'variance': mean - coef * variance
+      'ensemble_coef': 1.0,  # coef of 'variance'
+      'parts': {},  # or {name: {'weight': 1.0, keys from above}}: a weighted sum
+      'on_nan': 'stop',  # responses whose reward is NaN: 'stop' the run, or 'skip' and count them
     }
   )
 
