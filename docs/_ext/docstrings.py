@@ -47,7 +47,9 @@ def escape(lines):
 
 def process(app, what, name, subject, options, lines):
   """Rewrites a docstring before napoleon reads it."""
-  lines[:] = plain(lines)
+  # Napoleon would take what stands before a colon in the first line of a property for its type.
+  first = [''] if what in ('attribute', 'property') else []
+  lines[:] = first + plain(lines)
 
 
 def skip(app, what, name, subject, skipped, options):
