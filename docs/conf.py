@@ -30,7 +30,10 @@ html_theme = 'sphinx_book_theme'
 html_title = 'rlhf_jax'
 html_show_sphinx = False
 html_show_copyright = False
-html_theme_options = {'navbar_persistent': []}  # the sidebar has the search field
+html_theme_options = {
+  'footer_content_items': [],
+  'navbar_persistent': [],  # the sidebar has the search field
+}
 html_math_renderer = 'mathml'
 html_static_path = ['_static']
 html_css_files = ['site.css']

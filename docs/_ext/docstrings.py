@@ -47,9 +47,15 @@ def escape(lines):
 
 def process(app, what, name, subject, options, lines):
   """Rewrites a docstring before napoleon reads it."""
-  # Napoleon would take what stands before a colon in the first line of a property for its type.
-  first = [''] if what in ('attribute', 'property') else []
-  lines[:] = first + plain(lines)
+  lines[:] = plain(lines)
+
+
+def restore(app, what, name, subject, options, lines):
+  """Undoes that napoleon takes the text before the first colon of a property for its type."""
+  found = next((line for line in lines if line.startswith(':type: ')), None)
+  if what in ('attribute', 'property') and found:
+    lines.remove(found)
+    lines[0] = f'{found.removeprefix(":type: ")}: {lines[0]}'
 
 
 def skip(app, what, name, subject, skipped, options):
@@ -77,6 +83,7 @@ def setup(app):
   """Hooks into autodoc; napoleon's priority is 500."""
   app.setup_extension('sphinx.ext.autodoc')
   app.connect('autodoc-process-docstring', process, priority=400)
+  app.connect('autodoc-process-docstring', restore, priority=600)
   app.connect('autodoc-process-signature', annotate)
   app.connect('autodoc-skip-member', skip)
   for field in PyObject.doc_field_types:  # as the docstrings call them
