@@ -58,8 +58,8 @@ def common(algorithm):
       'model': {
         'path': placeholder(str),  # Hugging Face folder; None: a new model, see init
         'init': {},  # config.json fields of a new model; vocab_size is optional
-        'dtype': 'float32',  # of the computation
-        'param_dtype': 'float32',  # of the weights
+        'dtype': 'float32',  # dtype of the computation
+        'param_dtype': 'float32',  # dtype of the weights
         'remat': 'none',  # recompute: 'none', 'block' (whole blocks) or 'dots' (all but matmuls)
         'unroll': placeholder(int),  # layers unrolled in the loop; None: all if few, on CPU; else 1
         'unfrozen_layers': placeholder(int),  # train only the last k layers; None: all
@@ -85,19 +85,19 @@ def common(algorithm):
         'b1': 0.9,  # decay of Adam's first moment
         'b2': 0.999,  # decay of Adam's second moment
         'eps': 1e-8,  # Adam's epsilon
-        'master_dtype': 'float32',  # of the copy that the optimizer updates, if param_dtype differs
-        'moment_dtype': 'float32',  # of Adam's first moment
+        'master_dtype': 'float32',  # dtype of the optimizer's weights, if param_dtype differs
+        'moment_dtype': 'float32',  # dtype of Adam's first moment
         'ema': placeholder(float),  # decay of an average of the weights, evaluated and exported
         'weight_decay': 0.0,  # decoupled, as in AdamW; of matrices only
         'clip_norm': placeholder(float),  # largest global norm of the gradients; None: no clipping
       },
       'log_every': 1,  # steps between log lines
       'evals': {},  # {name: keys of an evaluator}; see evals.NAME
-      'checkpoint_every': placeholder(int),  # steps between checkpoints; None: checkpoint_minutes
-      'checkpoint_minutes': 10.0,  # minutes between checkpoints; None: checkpoint_every
+      'checkpoint_every': placeholder(int),  # steps between checkpoints, besides checkpoint_minutes
+      'checkpoint_minutes': 10.0,  # minutes between checkpoints; None: no limit
       'keep_checkpoints': 2,  # newest checkpoints to keep
       'samples_every': placeholder(int),  # steps between samples in samples.jsonl; None: no samples
-      'wandb_project': placeholder(str),  # Weights & Biases project to log to; None: none
+      'wandb_project': placeholder(str),  # Weights & Biases project to log to; None: only files
     }
   )
 

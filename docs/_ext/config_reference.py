@@ -82,7 +82,7 @@ def table(found):
   everyone = set().union(*found.values())
   lines = []
   if everyone < set(modules()):
-    lines += [f'For `algorithm` {" and ".join(sorted(code(name) for name in everyone))}.', '']
+    lines += [f'For {" and ".join(sorted(code(name) for name in everyone))} only.', '']
   lines += ['| key | type | default | meaning |', '|---|---|---|---|']
   for key, by_algorithm in found.items():
     rows = collections.defaultdict(list)
