@@ -150,7 +150,7 @@ def one_line():
   except KeyboardInterrupt:
     runtime.end('stopped by SIGINT', 130)
   except Exception as error:
-    reason = errors.of_disk(error)
+    reason = errors.explain_disk_error(error)
     if reason is None:
       raise
     runtime.end(f'error: {reason.partition("; the same command")[0]}', 1)

@@ -4,40 +4,42 @@ import errno
 import os
 import re
 
-# What libraries write into messages of their own, and what is to be done.
-DISK = {
-  errno.ENOSPC: 'make room',
-  errno.EDQUOT: 'make room, or have the quota raised',
-  errno.EROFS: 'name a --workdir that can be written',
-  errno.ENOTDIR: 'remove what is in the place of the folder',
-  errno.EIO: 'look after the disk',
-  errno.EACCES: 'change its permissions, or name another --workdir',
+# What to do about an error of the file system.
+DISK_REMEDIES = {
+  errno.ENOSPC: 'free some space',
+  errno.EDQUOT: 'free some space, or ask for a larger quota',
+  errno.EROFS: 'choose a --workdir that can be written',
+  errno.ENOTDIR: 'remove the file that has the name of a folder',
+  errno.EIO: 'check the disk',
+  errno.EACCES: 'change its permissions, or choose another --workdir',
 }
 
 
-# Control characters but tab and line feed: what a terminal takes for commands.
-CONTROLS = re.compile(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]')
+# Control characters except tab and line feed: a terminal may interpret them as commands.
+CONTROL_CHARACTERS = re.compile(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]')
 
 
 class UserError(Exception):
-  """Something in the command, the config or a file has to change; no bug in the code."""
+  """A mistake in the command, the config or a file, not a bug in the code."""
 
 
 class DataError(UserError):
-  """A record cannot be read; the message names file, line and field."""
+  """A record that cannot be read; the message names the file, line and field."""
 
 
 def need(condition, message):
-  """Raises UserError with a message unless the condition holds."""
+  """Raises UserError with `message` unless `condition` is true."""
   if not condition:
     raise UserError(message)
 
 
 class Interrupted(KeyboardInterrupt):
-  """The run was asked to stop, by SIGTERM or Ctrl-C, and can be resumed; no `except Exception` holds it up.
+  """SIGTERM or Ctrl-C stopped the run, which can be resumed.
+
+  It is a KeyboardInterrupt so that `except Exception` does not catch it.
 
   Attributes:
-    status: exit status of the process, 128 + the signal's number.
+    status: Exit status of the process: 128 + the number of the signal.
   """
 
   def __init__(self, message, status):
@@ -46,22 +48,28 @@ class Interrupted(KeyboardInterrupt):
 
 
 def printable(text):
-  """Text for a terminal, its control characters spelled out: texts of others may hold them."""
-  return CONTROLS.sub(lambda found: f'\\x{ord(found.group()):02x}', text)
+  """Returns text that is safe to print: control characters, which data may hold, are escaped."""
+  return CONTROL_CHARACTERS.sub(lambda match: f'\\x{ord(match.group()):02x}', text)
 
 
-def brief(text, most=200):
-  """The beginning of a text that may be long."""
-  return text if len(text) <= most else f'{text[:most]}... ({len(text)} characters)'
+def brief(text, max_length=200):
+  """Returns the text, cut after `max_length` characters."""
+  if len(text) <= max_length:
+    return text
+  return f'{text[:max_length]}... ({len(text)} characters)'
 
 
-def of_disk(error):
-  """What a file system's error says, in one line; None for an error of another kind."""
+def explain_disk_error(error):
+  """Returns one line about an error of the file system and its remedy; None for other errors.
+
+  Some libraries put the system's text into a message of their own, so the text is searched too.
+  """
   while error is not None:
-    for number, remedy in DISK.items():
+    for number, remedy in DISK_REMEDIES.items():
       text = os.strerror(number)
       if getattr(error, 'errno', None) == number or text in str(error):
-        place = getattr(error, 'filename', None) or re.search(r'(?<=")/[^"]+|$', str(error)).group()
-        return f'{text}{f" ({place})" if place else ""}: {remedy}; the same command resumes from the last checkpoint'
+        path = getattr(error, 'filename', None) or re.search(r'(?<=")/[^"]+|$', str(error)).group()
+        where = f' ({path})' if path else ''
+        return f'{text}{where}: {remedy}; the same command resumes from the last checkpoint'
     error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
   return None

@@ -1,4 +1,4 @@
-"""What the loop in loop.py asks of an algorithm."""
+"""The interface between the training loop (loop.py) and an algorithm."""
 
 from collections.abc import Callable
 import dataclasses
@@ -7,25 +7,29 @@ from typing import Any
 
 @dataclasses.dataclass
 class Learner:
-  """An algorithm, ready to run: the functions that the loop calls.
+  """The functions of an algorithm that the loop calls.
 
   Attributes:
-    steps: train steps of the whole run.
-    iterators: {name: grain iterator}, all the data it reads; saved with every checkpoint.
-    next_batch: (state, timed=bool) -> (batch, metrics): the arguments of `train_step` after
-      the state, read from the data or sampled from the policy, and host-side metrics, with
-      times if it may wait for the device to take them.
-    train_step: jitted (state, *batch) -> (state, metrics), `state` donated. Metrics are scalars, and
-      under 'samples/NAME' [B] for the samples of the batch.
-    export: (state, path) writes the result of the run to a folder.
-    describe: (workdir) writes what a reader of the checkpoints needs, before the first step.
-    evaluators: {name in config.evals: (state) -> metrics}; see evaluation/evaluators.py.
-    samples: (metrics of the last step) -> the texts of its batch as dicts with prompt, response, score
-      and postprocessed_score (after the rules of config.rl), for samples.jsonl; empty if the
-      algorithm samples none.
-    warnings: (metrics of a step, as numbers) -> {kind: line}; each kind is logged once a run.
-    set_by: {name in TrainState.extra: dotted keys of the config that set its first value}; a fork in
-      which one of them differs starts with its own.
+    steps: Number of train steps of the run.
+    iterators: Dict from a name to a Grain iterator, for all data that the algorithm reads; saved
+      in every checkpoint.
+    next_batch: Function (state, timed=bool) -> (batch, metrics). `batch` is a tuple of the
+      arguments of `train_step` after the state, read from the data or sampled from the policy.
+      `metrics` are computed on the host. If `timed`, it may wait for the device to measure times.
+    train_step: Jitted function (state, *batch) -> (state, metrics) that donates `state`. Metrics
+      are scalars, or arrays [B] under 'samples/NAME' for `samples`.
+    export: Function of (state, path) that writes the result of the run to a folder.
+    describe: Function of (workdir) that writes, before the first step, the files needed to read
+      the checkpoints.
+    evaluators: Dict from a name in config.evals to a function (state) -> metrics; see
+      evaluation/evaluators.py.
+    samples: Function of the metrics of the last step that returns its batch for samples.jsonl: a
+      list of dicts with prompt, response, score and postprocessed_score (the score after the rules
+      of config.rl). The list is empty if the algorithm does not sample.
+    warnings: Function of the metrics of a step, as numbers, that returns a dict from the kind of a
+      warning to its text; each kind is logged once a run.
+    set_by: Dict from a name in TrainState.extra to the dotted config keys that set its initial
+      value. If one of these keys differs in a fork, the fork starts with the new initial value.
   """
 
   steps: int

@@ -1,7 +1,7 @@
-"""The loop: every algorithm runs through it.
+"""The training loop, shared by all algorithms.
 
-Set up, restore, then: next batch, step, log, evaluate, checkpoint. Whatever an algorithm does
-differently is in its own file, behind `learner.Learner`.
+Sets up, restores, then repeats: next batch, train step, log, evaluate, checkpoint. What differs
+between algorithms is in their own files, behind `learner.Learner`.
 """
 
 import contextlib
@@ -28,19 +28,19 @@ def run(config, workdir, *, fork_of=None, on_metrics=None):
   """Trains to the end, resuming from the newest checkpoint in `workdir` if there is one.
 
   Args:
-    config: a single-stage config; see config.py.
-    workdir: folder of this run. Ends with `model/` (a Hugging Face folder), `metrics.jsonl`,
-      `tensorboard/`, `checkpoints/`, `config.json` and `runs.jsonl`.
-    fork_of: workdir of another run, from whose newest checkpoint this one starts; None for none.
-    on_metrics: called on the main process as (step, metrics) when metrics are logged; None for
-      nothing.
+    config: Single-stage config; see config.py.
+    workdir: Folder of this run. At the end it holds `model/` (a Hugging Face folder),
+      `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `config.json` and `runs.jsonl`.
+    fork_of: Workdir of another run, from whose newest checkpoint this run starts, or None.
+    on_metrics: Function of (step, metrics), called on the main process when metrics are logged, or
+      None.
 
   Returns:
     The path of the exported model.
 
   Raises:
-    UserError: bad input, or the run in `workdir` has another config; with the remedy.
-    Interrupted: SIGTERM or Ctrl-C; the state is saved.
+    UserError: The input is bad, or the run in `workdir` has another config.
+    Interrupted: SIGTERM or Ctrl-C stopped the run; the state is saved.
   """
   runtime.keep_programs()
   build.validate(config, jax.device_count())
@@ -71,7 +71,7 @@ def run(config, workdir, *, fork_of=None, on_metrics=None):
       processes.print_on_main(
         f'{source if forked else workdir}: resuming after step {step} of {learner.steps}'
       )
-    if processes.is_main_process():  # only now: the files of another config's run stay as they are
+    if processes.is_main_process():  # after all checks, so that an error leaves the files unchanged
       learner.describe(workdir)
       identity.start(
         config,
@@ -81,7 +81,7 @@ def run(config, workdir, *, fork_of=None, on_metrics=None):
         forked_from={'workdir': source, 'step': step} if forked else None,
       )
     processes.wait_for_file(workdir / identity.CONFIG)
-    if forked:  # from now on it needs no other folder
+    if forked:  # the fork no longer needs the folder of the other run
       checkpoints.save(step, state, learner.iterators)
     writer = stack.enter_context(
       metrics_lib.Writer(
@@ -104,50 +104,53 @@ def run(config, workdir, *, fork_of=None, on_metrics=None):
 
 
 def fork(config, state, learner, source):
-  """The newest checkpoint of another run, with what this run's config says otherwise.
+  """Restores the newest checkpoint of another run, except for state whose config keys changed.
 
   Args:
-    config: the run's config.
-    state: its first TrainState; its buffers are freed.
-    learner: Learner.
-    source: folder of the other run.
+    config: Config of this run.
+    state: Initial TrainState of this run; its buffers are freed.
+    learner: Learner of this run.
+    source: Folder of the other run.
 
   Returns:
-    Finished steps and the TrainState.
+    The number of finished steps and the TrainState.
   """
   before = identity.completed(identity.read(source), build.defaults(config.algorithm))
-  differ = {change.key for change in identity.changes(before, identity.plain(config))}
-  own = {
+  changed = {change.key for change in identity.changes(before, identity.plain(config))}
+  new_extra = {
     name: jnp.copy(state.extra[name])
     for name, keys in learner.set_by.items()
-    if not differ.isdisjoint(keys)
+    if not changed.isdisjoint(keys)
   }
-  key = jnp.copy(state.key) if 'seed' in differ else None
-  new_optimizers = not differ.isdisjoint(identity.OPTIMIZERS)
+  new_key = jnp.copy(state.key) if 'seed' in changed else None
+  new_optimizers = not changed.isdisjoint(identity.OPTIMIZERS)
   if new_optimizers:
-    processes.print_on_main(f'{source}: the optimizer starts anew, with its learning-rate schedule')
+    processes.print_on_main(
+      f'{source}: the optimizer state and the learning-rate schedule start anew'
+    )
   with checkpoint.Checkpoints(source) as checkpoints:
     step, state = checkpoints.restore(state, learner.iterators, new_optimizers=new_optimizers)
-  return step, state.replace(extra=state.extra | own, key=state.key if key is None else key)
+  key = state.key if new_key is None else new_key
+  return step, state.replace(extra=state.extra | new_extra, key=key)
 
 
 def run_steps(config, learner, state, first_step, checkpoints, writer, signals):
-  """Steps from `first_step` to `learner.steps`.
+  """Takes the train steps from `first_step` to `learner.steps`.
 
   Args:
-    config: the run's config.
-    learner: Learner.
+    config: Config of the run.
+    learner: Learner of the run.
     state: TrainState at `first_step`; donated.
-    first_step: finished steps.
-    checkpoints: Checkpoints.
-    writer: metrics.Writer.
-    signals: interrupts.Signals.
+    first_step: Number of finished steps.
+    checkpoints: Checkpoints of the run.
+    writer: metrics.Writer of the run.
+    signals: interrupts.Signals, already entered.
 
   Returns:
     The last TrainState.
 
   Raises:
-    Interrupted: by a signal, when the state is saved.
+    Interrupted: A signal stopped the run; the state is saved.
   """
   steps = learner.steps
   is_due = lambda step, every: step == steps or (every and step % every == 0)
@@ -181,7 +184,7 @@ def run_steps(config, learner, state, first_step, checkpoints, writer, signals):
     checkpoints.check()
     stop = signals.stop()
     if is_due(done, config.checkpoint_every) or clock.due(done) or stop:
-      log.flush()  # stops the run where the state is not finite: it is never saved
+      log.flush()  # raises if a metric is not finite, so that a bad state is never saved
       checkpoints.save(done, state, learner.iterators)
       clock.restart(done)
     if stop:
@@ -191,15 +194,15 @@ def run_steps(config, learner, state, first_step, checkpoints, writer, signals):
 
 
 def evaluate(learner, state, names):
-  """Runs evaluators.
+  """Runs some of the evaluators.
 
   Args:
-    learner: Learner.
-    state: TrainState.
-    names: of `learner.evaluators`.
+    learner: Learner of the run.
+    state: TrainState to evaluate.
+    names: Keys of `learner.evaluators`.
 
   Returns:
-    {'NAME/METRIC': number}.
+    Dict from 'NAME/METRIC' to a number.
   """
   return {
     f'{name}/{metric}': value

@@ -58,7 +58,7 @@ def main(argv):
     runtime.end('stopped by SIGINT: the same command resumes', 130)
   except BaseException as error:  # a user's code may raise SystemExit
     logging.debug('details', exc_info=True)
-    reason = errors.of_disk(error)
+    reason = errors.explain_disk_error(error)
     runtime.end(f'error: {reason}' if reason else traceback.format_exc().rstrip(), 1)
 
 

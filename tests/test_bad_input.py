@@ -189,7 +189,7 @@ def test_flags_of_a_program_without_a_config(arguments, said, monkeypatch):
     (KeyboardInterrupt(), 'stopped by SIGINT', 130),
     (
       OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), '/x'),
-      'error: No space left on device (/x): make room',
+      'error: No space left on device (/x): free some space',
       1,
     ),
   ],

@@ -495,7 +495,7 @@ def test_a_fork_with_another_optimizer_starts_it_anew(unfinished, tmp_path, capf
   other.optim.update({'ema': 0.5, 'name': 'tf_adam'})
   other.steps = 6
   loop.run(other, tmp_path / 'run', fork_of=folder)
-  assert 'the optimizer starts anew' in capfd.readouterr().out
+  assert 'the optimizer state and the learning-rate schedule start anew' in capfd.readouterr().out
   kept, found = (checkpoint.load_params(path, 'policy') for path in (folder, tmp_path / 'run'))
   moved = max(
     float(abs(a - b).max()) for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(found))

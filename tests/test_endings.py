@@ -83,7 +83,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(world, tmp_path):
   [
     (
       OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), '/runs/x'),
-      'No space left on device (/runs/x): make room; the same command resumes from the last '
+      'No space left on device (/runs/x): free some space; the same command resumes from the last '
       'checkpoint',
     ),
     (
@@ -91,7 +91,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(world, tmp_path):
         'RESOURCE_EXHAUSTED: Failed to open: "/runs/x/state": No space left on device '
         '[os_error_code=28]'
       ),
-      'No space left on device (/runs/x/state): make room; the same command resumes',
+      'No space left on device (/runs/x/state): free some space; the same command resumes',
     ),
     (
       PermissionError(errno.EACCES, os.strerror(errno.EACCES), '/runs/x'),
@@ -107,5 +107,5 @@ def test_errors_of_the_disk_are_said_in_one_line(error, said):
     except Exception as caught:
       raise RuntimeError('in a thread') from caught
   except RuntimeError as outer:
-    found = errors.of_disk(outer)
+    found = errors.explain_disk_error(outer)
   assert found is said if said is None else found.startswith(said)

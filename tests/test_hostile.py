@@ -482,4 +482,4 @@ def test_errors_and_tables_tell_a_terminal_nothing(monkeypatch, capsys):
   monkeypatch.setattr(os, '_exit', lambda status: None)
   runtime.end(f'error: {ESCAPES}', 1)
   printed = capsys.readouterr().err + tables.stages_table([{'stage': ESCAPES, 'note': ESCAPES}])
-  assert not errors.CONTROLS.search(printed) and r'\x1b]0;owned' in printed
+  assert not errors.CONTROL_CHARACTERS.search(printed) and r'\x1b]0;owned' in printed

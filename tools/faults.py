@@ -420,15 +420,15 @@ FAULTS = (
   Fault(
     'a fork forgets what its config sets',
     'rlhf_jax/loop.py',
-    'extra=state.extra | own',
+    'extra=state.extra | new_extra',
     'extra=state.extra',
     _tests('test_identity', 'test_a_fork_is_what_its_config_says'),
   ),
   Fault(
     'a fork keeps the random key of the other seed',
     'rlhf_jax/loop.py',
-    'key=state.key if key is None else key',
-    'key=state.key',
+    'key = state.key if new_key is None else new_key',
+    'key = state.key',
     _tests('test_identity', 'test_a_fork_with_another_seed_draws_from_its_keys'),
   ),
   Fault(
