@@ -137,7 +137,7 @@ def attributes(settings):
 
 def arguments(function):
   """{argument: doc} of a stage's function 'package.module:name'."""
-  return attributes(pipeline.called(ml_collections.ConfigDict({'function': function}))[0])
+  return attributes(pipeline.load_function(ml_collections.ConfigDict({'function': function}))[0])
 
 
 def _lines(block, entries, key, prefix=''):

@@ -45,7 +45,7 @@ MAY_CHANGE = {
   'sampling.max_concurrent': 'how it is computed; the responses are the same',
   'reward.timeout': 'how long it waits',
 }
-LENGTH = ('steps', 'data.epochs')
+LENGTH_KEYS = ('steps', 'data.epochs')
 # Keys that say what an optimizer holds; a fork in which one of them differs starts with new ones.
 OPTIMIZERS = ('optim.name', 'optim.ema', 'optim.master_dtype', 'optim.moment_dtype')
 # Keys that name files: they may move, but must hold the same.
@@ -70,7 +70,7 @@ def _short(value):
   return text if len(text) <= 120 else text[:117] + '...'
 
 
-def plain(config):
+def to_plain_dict(config):
   """A config as JSON has it: a dict, lists for tuples."""
   return json.loads(json.dumps(config.to_dict()))
 
@@ -174,14 +174,14 @@ def check(config, workdir, defaults):
     raise errors.UserError(f'{workdir} holds a run without its {CONFIG}: name another --workdir')
   if not finished and not has_checkpoint(workdir):
     return []  # nothing that another config could start from
-  after, inputs = plain(config), _recorded(workdir)
+  after, inputs = to_plain_dict(config), _recorded(workdir)
   allowed, refused = [], []
   for change in changes({k: v for k, v in before.items() if k != 'forked_from'}, after):
     moved = change.key in inputs and inputs[change.key] == fingerprint(change.after)
-    length = finished and change.key in LENGTH
+    length = finished and change.key in LENGTH_KEYS
     (allowed if (may_change(change.key) or moved) and not length else refused).append(change)
   if refused:
-    raise errors.UserError(differ(refused, workdir, finished=finished))
+    raise errors.UserError(explain_refusal(refused, workdir, finished=finished))
   changed = [
     f'config.{key}={value}'
     for key, value in input_keys(after).items()
@@ -200,12 +200,12 @@ def changed_code(config, workdir):
   last = _recorded(workdir, last=True)
   return [
     key
-    for key, name in code_keys(plain(config)).items()
+    for key, name in code_keys(to_plain_dict(config)).items()
     if last.get(key) not in (None, fingerprint(code_file(name)))
   ]
 
 
-def differ(refused, workdir, *, finished=False, pipeline=False):
+def explain_refusal(refused, workdir, *, finished=False, pipeline=False):
   """What to say of keys that differ.
 
   Args:
@@ -320,7 +320,7 @@ def check_steps(config, steps, step, workdir, *, forked):
     )
 
 
-def start(config, workdir, *, changed, step=None, forked_from=None):
+def record_start(config, workdir, *, changed, step=None, forked_from=None):
   """Writes config.json where it is new or has changed, and a line to runs.jsonl.
 
   Args:
@@ -336,14 +336,14 @@ def start(config, workdir, *, changed, step=None, forked_from=None):
     or step == 0
     or changed
     or forked_from
-    or recorded.get('stages') != plain(config).get('stages')
+    or recorded.get('stages') != to_plain_dict(config).get('stages')
   ):
     forked_from = forked_from or (None if step == 0 else (recorded or {}).get('forked_from'))
     write_json(
       pathlib.Path(workdir) / CONFIG,
-      plain(config) | ({'forked_from': forked_from} if forked_from else {}),
+      to_plain_dict(config) | ({'forked_from': forked_from} if forked_from else {}),
     )
-  record_start(config, workdir, step=step, changed=changed, first=step == 0 or bool(forked_from))
+  _append_start(config, workdir, step=step, changed=changed, first=step == 0 or bool(forked_from))
 
 
 def write_json(path, value):
@@ -354,7 +354,7 @@ def write_json(path, value):
   os.replace(temporary, path)
 
 
-def record_start(config, workdir, *, step, changed, first):
+def _append_start(config, workdir, *, step, changed, first):
   """Appends a line to runs.jsonl: when, where, with which code, and what was overridden.
 
   Args:
@@ -375,8 +375,8 @@ def record_start(config, workdir, *, step, changed, first):
     'changed': {key: [before, after] for key, before, after in changed},
   }
   if step is not None:
-    inputs = input_keys(plain(config)) | {
-      key: code_file(name) for key, name in code_keys(plain(config)).items()
+    inputs = input_keys(to_plain_dict(config)) | {
+      key: code_file(name) for key, name in code_keys(to_plain_dict(config)).items()
     }
     record |= {'first': first, 'inputs': {key: fingerprint(value) for key, value in inputs.items()}}
   with open(pathlib.Path(workdir) / RUNS, 'a', encoding='utf-8') as file:

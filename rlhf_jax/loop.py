@@ -73,7 +73,7 @@ def run(config, workdir, *, fork_of=None, on_metrics=None):
       )
     if processes.is_main_process():  # after all checks, so that an error leaves the files unchanged
       learner.describe(workdir)
-      identity.start(
+      identity.record_start(
         config,
         workdir,
         step=step,
@@ -116,7 +116,7 @@ def fork(config, state, learner, source):
     The number of finished steps and the TrainState.
   """
   before = identity.completed(identity.read(source), build.defaults(config.algorithm))
-  changed = {change.key for change in identity.changes(before, identity.plain(config))}
+  changed = {change.key for change in identity.changes(before, identity.to_plain_dict(config))}
   new_extra = {
     name: jnp.copy(state.extra[name])
     for name, keys in learner.set_by.items()

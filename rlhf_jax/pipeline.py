@@ -1,15 +1,16 @@
-"""Stages in order, each in its own folder: pretraining, SFT, reward model, PPO and so on.
+"""Pipelines: several stages in order, such as pretraining, SFT, reward model and PPO.
 
-`config.stages` names them. A stage is a sub-config that either has an `algorithm`, and is a run
-of loop.py, or a `function` 'package.module:name', called with its folder and its other keys. A
-string '$workdir' in any value stands for the pipeline's folder, and a stage whose seed is None takes
-the pipeline's.
+Each stage has its own folder. `config.stages` names the stages to run. A stage is a sub-config of
+one of two kinds. One with an `algorithm` is run by loop.py. One with a `function`, such as
+'package.module:name', calls it with the folder of the stage and its other keys. In any value,
+'$workdir' is replaced by the folder of the pipeline. A stage whose seed is None takes the seed of
+the pipeline.
 
-A function may have an attribute `check`, a function of the same keys, which is called before the
-first stage runs and raises UserError if they are wrong.
+A function may have an attribute `check`, a function of the same keys without the folder. It is
+called before the first stage runs and raises UserError if a key is wrong.
 
 A finished stage is not run again; delete its folder to repeat it. --config.stages=ppo,evaluate
-runs these alone.
+runs only these two stages.
 """
 
 import contextlib
@@ -40,20 +41,20 @@ def run(config, workdir, *, fork_of=None):
 
   Args:
     config: ConfigDict with `stages`, `seed`, and a sub-config for every stage.
-    workdir: folder; stage X writes to workdir/X.
-    fork_of: folder of another run of the pipeline, whose finished stages are taken over up to the
-      first that differs; None for none.
+    workdir: Folder of the pipeline; stage X writes to workdir/X.
+    fork_of: Folder of another run of the pipeline, whose finished stages are copied up to the
+      first that differs, or None.
 
   Raises:
-    UserError: a stage is unknown, its input is bad, or it has begun with another config.
-    Interrupted: see loop.run.
+    UserError: A stage is unknown, its input is bad, or it was started with another config.
+    Interrupted: See loop.run.
   """
   runtime.keep_programs()
   stages = {
     name: resolve(config[name], pathlib.Path(workdir).absolute(), config.seed)
-    for name in chosen(config)
+    for name in stage_names(config)
   }
-  for name, stage in stages.items():  # a mistake in the last is found before the first runs
+  for name, stage in stages.items():  # finds a mistake in any stage before the first one runs
     check(name, stage)
   with contextlib.ExitStack() as stack:
     processes.run_on_main_process(lambda: claim(config, workdir, fork_of, stack))
@@ -63,9 +64,9 @@ def run(config, workdir, *, fork_of=None):
       folder = workdir / name
       heading = f'[{number}/{len(stages)}] {name}'
       if processes.broadcast_scalar((folder / DONE).exists()):
-        old = f', and was made before {", ".join(ran)} ran' if ran else ''
+        note = f'; it was finished before {", ".join(ran)} ran' if ran else ''
         processes.print_on_main(
-          f'{heading}: {workdir_lib.finished(folder)}, and the folders of the stages after it{old}'
+          f'{heading}: {workdir_lib.finished(folder)} and the folders of the later stages{note}'
         )
         continue
       started = time.perf_counter()
@@ -83,33 +84,39 @@ def run(config, workdir, *, fork_of=None):
 
 
 def claim(config, workdir, fork_of, stack):
-  """Takes a folder for the pipeline, before anything is loaded; see workdir.claim.
+  """Checks and locks the folder of a pipeline and records its config; see workdir.claim.
+
+  Args:
+    config: ConfigDict of the pipeline.
+    workdir: Folder of the pipeline.
+    fork_of: Folder of another run of the pipeline, or None.
+    stack: ExitStack that holds the lock.
 
   Raises:
-    UserError: the folder cannot be used, is in use, or a stage in it has begun with another config.
+    UserError: The folder cannot be used or is in use, or a stage was started with another config.
   """
   workdir = workdir_lib.check(workdir)
   stack.enter_context(workdir_lib.lock(workdir))
   workdir_lib.remove_leftovers(workdir)
   before = recorded(workdir)
-  changed = differing(config, before, workdir) if before else []
+  changed = check_changes(config, before, workdir) if before else []
   for change in changed:
     print(f'{workdir}: {change}', flush=True)
-  config = with_stages(config, before or {})
+  config = with_earlier_stages(config, before or {})
   origin = (before or {}).get('forked_from')
   if fork_of and before and (origin or {}).get('workdir') != os.path.abspath(fork_of):
-    raise errors.UserError(f'--fork={workdir} holds another run: name a new folder')
+    raise errors.UserError(f'--fork={workdir} holds another run: choose a new folder')
   if fork_of and not before:
     origin = {'workdir': os.path.abspath(fork_of)}
     check_fork(fork_of)
-  identity.start(config, workdir, changed=changed, forked_from=origin)
-  if origin and 'stages' not in origin:  # not all of them are taken over yet
-    origin |= {'stages': take_over(config, origin['workdir'], workdir)}
-    identity.start(config, workdir, changed=[], forked_from=origin)
+  identity.record_start(config, workdir, changed=changed, forked_from=origin)
+  if origin and 'stages' not in origin:  # not all stages are copied yet
+    origin |= {'stages': copy_finished_stages(config, origin['workdir'], workdir)}
+    identity.record_start(config, workdir, changed=[], forked_from=origin)
 
 
 def recorded(workdir):
-  """config.json of a pipeline; a key that it lacks, as of an earlier version, has its default."""
+  """Reads config.json of a pipeline; keys that an earlier version did not have get their defaults."""
   before = identity.read(workdir)
   return before and {
     name: identity.completed(stage, build.defaults(stage['algorithm']))
@@ -119,52 +126,59 @@ def recorded(workdir):
   }
 
 
-def with_stages(config, before):
-  """A config whose `stages` names those of earlier starts too, in order; `before` is config.json, or {}."""
-  earlier, now = named(before.get('stages', ())), chosen(config)
+def with_earlier_stages(config, before):
+  """Returns a config whose `stages` also has those of earlier starts, in order.
+
+  Args:
+    config: ConfigDict of the pipeline.
+    before: Content of config.json, or {}.
+  """
+  earlier, now = split_names(before.get('stages', ())), stage_names(config)
   config = config.copy_and_resolve_references()
   with config.ignore_type():
     config.stages = tuple(now if set(now) >= set(earlier) else dict.fromkeys([*earlier, *now]))
   return config
 
 
-def named(stages):
-  """The names in `config.stages`; on the command line commas part them."""
+def split_names(stages):
+  """Returns the names in `config.stages`; an entry from the command line may hold several."""
   return [name.strip() for entry in stages for name in entry.split(',')]
 
 
-def differing(config, before, workdir):
-  """Compares the stages that have begun with what a config says.
+def check_changes(config, before, workdir):
+  """Compares a config with that of earlier starts and returns the changes, all of them allowed.
+
+  Keys of a stage that has not started may change, and so may the keys of identity.MAY_CHANGE.
 
   Args:
     config: ConfigDict of the pipeline.
-    before: config.json of `workdir`.
-    workdir: folder.
+    before: Content of config.json in `workdir`.
+    workdir: Folder of the pipeline.
 
   Returns:
-    List of identity.Change of what has not begun, or may change.
+    List of identity.Change.
 
   Raises:
-    UserError: a stage differs in another key.
+    UserError: Another key of a stage that has started differs.
   """
-  after, refused, allowed = identity.plain(config), [], []
+  after, refused, allowed = identity.to_plain_dict(config), [], []
   for change in identity.changes(
     {key: value for key, value in before.items() if key not in ('stages', 'forked_from')},
     {key: value for key, value in after.items() if key != 'stages'},
   ):
     name, _, key = change.key.partition('.')
-    stages = [name] if key else seeded(before, change.key)
-    held = [workdir / stage for stage in stages if begun(workdir / stage)]
-    done = [folder for folder in held if (folder / DONE).exists()]
-    free = identity.may_change(key) and not (done and key in identity.LENGTH)
-    (allowed if not held or free else refused).append(change)
+    stages = [name] if key else stages_that_inherit(before, change.key)
+    started = [workdir / stage for stage in stages if has_started(workdir / stage)]
+    done = [folder for folder in started if (folder / DONE).exists()]
+    free = identity.may_change(key) and not (done and key in identity.LENGTH_KEYS)
+    (allowed if not started or free else refused).append(change)
   if refused:
-    raise errors.UserError(identity.differ(refused, workdir, pipeline=True))
+    raise errors.UserError(identity.explain_refusal(refused, workdir, pipeline=True))
   return allowed
 
 
-def seeded(before, key):
-  """The stages that take the pipeline's value of a key, such as its seed."""
+def stages_that_inherit(before, key):
+  """Returns the names of the stages that take the pipeline's value of a key, such as its seed."""
   return [
     name
     for name, stage in before.items()
@@ -172,28 +186,33 @@ def seeded(before, key):
   ]
 
 
-def begun(folder):
-  """Whether a stage has results: it is finished, or has steps to resume from."""
+def has_started(folder):
+  """Returns whether a stage is finished or has a checkpoint to resume from."""
   return (folder / DONE).exists() or (folder / 'model').exists() or identity.has_checkpoint(folder)
 
 
 def check_fork(source):
-  """Raises UserError where a folder is no pipeline's."""
+  """Raises UserError if a folder does not hold a pipeline."""
   before = identity.read(source)
   if before is None or 'stages' not in before:
     raise errors.UserError(f'--workdir={source} is not the folder of a pipeline: --fork needs one')
 
 
-def take_over(config, source, workdir):
+def copy_finished_stages(config, source, workdir):
   """Copies the finished stages of another run of the pipeline, up to the first that differs.
 
+  Args:
+    config: ConfigDict of the new run.
+    source: Folder of the other run.
+    workdir: Folder of the new run.
+
   Returns:
-    Their names.
+    List of the names of the copied stages.
   """
   source, names = pathlib.Path(source), []
-  before, after = recorded(source), identity.plain(config)
+  before, after = recorded(source), identity.to_plain_dict(config)
   same_seed = before['seed'] == after['seed']
-  for name in dict.fromkeys([*named(before['stages']), *chosen(config)]):
+  for name in dict.fromkeys([*split_names(before['stages']), *stage_names(config)]):
     new = after.get(name)
     same = (
       new is not None and before.get(name) == new and (same_seed or new.get('seed') is not None)
@@ -201,17 +220,17 @@ def take_over(config, source, workdir):
     if not same or not (source / name / DONE).exists():
       break
     if not (workdir / name).exists():
-      print(f'{name}: taken from {source / name}', flush=True)
+      print(f'{name}: copied from {source / name}', flush=True)
       workdir_lib.copy(source / name, workdir / name)
     names.append(name)
   return names
 
 
-def chosen(config):
-  """The names in `config.stages`.
+def stage_names(config):
+  """Returns the names in `config.stages`.
 
   Raises:
-    UserError: one is not a stage of the config.
+    UserError: A name is not a stage of the config.
   """
   known = [
     name
@@ -219,7 +238,7 @@ def chosen(config):
     if isinstance(value, ml_collections.ConfigDict)
     and ('algorithm' in value or 'function' in value)
   ]
-  names = named(config.stages)
+  names = split_names(config.stages)
   unknown = [name for name in names if name not in known]
   if unknown or not names:
     raise errors.UserError(
@@ -230,18 +249,18 @@ def chosen(config):
 
 
 def check(name, stage):
-  """Raises UserError where a stage cannot run, as far as its config tells."""
+  """Raises UserError if the config of a stage shows that it cannot run."""
   try:
     if 'algorithm' in stage:
       build.validate(stage, jax.device_count())
       return
-    function, arguments = called(stage)
+    function, arguments = load_function(stage)
   except errors.UserError as error:
     raise errors.UserError(f'stage {name}: {error}') from error
-  except (Exception, SystemExit) as error:  # whatever a user's module does
+  except (Exception, SystemExit) as error:  # a user's module may raise anything
     raise errors.UserError(
-      f'stage {name}: config.{name}.function={stage.function!r} cannot be loaded ({type(error).__name__}: {error}): '
-      "it has to be 'package.module:name' of a function"
+      f'stage {name}: config.{name}.function={stage.function!r} cannot be loaded '
+      f"({type(error).__name__}: {error}): it must be 'package.module:name' of a function"
     ) from error
   config_keys.check_finite(arguments, f'stage {name}: config.{name}')
   signature = inspect.signature(function)
@@ -260,26 +279,26 @@ def check(name, stage):
     raise errors.UserError(f'stage {name}: {error}') from error
 
 
-def called(stage):
-  """The function of a stage, and its arguments but for the folder."""
+def load_function(stage):
+  """Returns the function of a stage and a dict of its arguments without the folder."""
   arguments = stage.to_dict()
   module, _, name = arguments.pop('function').partition(':')
   return getattr(guard.import_module(module, guard.Call(f'importing {module}')), name), arguments
 
 
 def run_stage(stage, folder):
-  """Runs one stage whose placeholders are resolved; one that does not train on the first process alone."""
+  """Runs one stage, a function only on the main process. See `resolve` for `stage`."""
   if 'algorithm' in stage:
     loop.run(stage, folder)
   if 'algorithm' in stage or not processes.is_main_process():
     return
   folder.mkdir(parents=True, exist_ok=True)
-  function, arguments = called(stage)
+  function, arguments = load_function(stage)
   function(folder, **arguments)
 
 
 def resolve(stage, workdir, seed):
-  """A copy of a stage's config with '$workdir' replaced and a seed of None set."""
+  """Returns a copy of a stage's config with '$workdir' replaced and a seed that is not None."""
   stage = stage.copy_and_resolve_references()
   with stage.ignore_type():
     stage.update(_replaced(stage.to_dict(), str(workdir)))

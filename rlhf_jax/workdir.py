@@ -58,7 +58,7 @@ def claim(config, workdir, fork_of, stack, defaults):
     check_fork(config, fork_of, workdir, defaults)
   changed = identity.check(config, workdir, defaults)
   for change in changed:
-    scheduled = change.key in identity.LENGTH and config.optim.schedule != 'constant'
+    scheduled = change.key in identity.LENGTH_KEYS and config.optim.schedule != 'constant'
     note = '; from here on the learning rate follows the new length' if scheduled else ''
     print(f'{workdir}: {change}{note}', flush=True)
   for key in identity.changed_code(config, workdir):
@@ -78,7 +78,7 @@ def check_fork(config, source, workdir, defaults):
     )
   differences = [
     change
-    for change in identity.changes(before, identity.plain(config))
+    for change in identity.changes(before, identity.to_plain_dict(config))
     if change.key.startswith(WEIGHTS)
     and not identity.may_change(change.key)
     and identity.fingerprint(change.before) != identity.fingerprint(change.after)

@@ -104,7 +104,7 @@ def valid(config, devices):
 
 def check_stages(config, folder):
   """Every stage of a config is valid once it is resolved."""
-  names = pipeline.chosen(config)
+  names = pipeline.stage_names(config)
   assert len(set(names)) == len(names) >= 3
   for name in names:
     stage = pipeline.resolve(config[name], folder, config.seed)

@@ -141,7 +141,7 @@ def test_keys_that_may_change_are_said_and_written_down(copied, capfd):
   ):
     assert f'{folder}: {line}\n' in out
   assert f'{folder}/model: 6 steps, ' in out and 'loss ' in out.splitlines()[-1]
-  assert identity.read(folder) == identity.plain(kept)
+  assert identity.read(folder) == identity.to_plain_dict(kept)
   starts = [json.loads(line) for line in (folder / 'runs.jsonl').read_text().splitlines()]
   assert [start['step'] for start in starts] == [0, 4]
   assert starts[1]['changed']['steps'] == [4, 6] and starts[1]['pid'] == os.getpid()
@@ -211,7 +211,7 @@ def test_a_fork_starts_from_the_newest_checkpoint(copied, tmp_path):
   assert content(folder) == before
   assert {record['step'] for record in metrics.read(tmp_path / 'new')} == {4}
   origin = {'workdir': str(folder), 'step': 4}
-  assert identity.read(tmp_path / 'new') == identity.plain(other) | {'forked_from': origin}
+  assert identity.read(tmp_path / 'new') == identity.to_plain_dict(other) | {'forked_from': origin}
   # It was killed before its first checkpoint: it starts from there again, without --fork too.
   expected = (tmp_path / 'new' / 'model' / 'model.safetensors').read_bytes()
   shutil.rmtree(tmp_path / 'new' / 'model')
@@ -329,7 +329,7 @@ def test_code_of_the_user_that_changes_is_said(copied, tmp_path, monkeypatch, ca
 def test_a_run_that_never_took_a_step_is_nobodys(world, tmp_path):
   config = tiny.sft(world)
   (tmp_path / 'metrics.jsonl').write_text('{"step": 0}\n')
-  identity.start(config, tmp_path, changed=[], step=0)
+  identity.record_start(config, tmp_path, changed=[], step=0)
   assert check(changed(config, {'seed': 5}), tmp_path) == []
 
 

@@ -200,8 +200,8 @@ def test_a_finished_stage_after_one_that_runs_again_is_said_to_be_older(tmp_path
   shutil.rmtree(tmp_path / 'second')
   pipeline.run(make_config(), tmp_path)
   out = capsys.readouterr().out
-  assert '[3/3] third: finished on ' in out and ', and was made before second ran' in out
-  assert out.count('was made before') == 1
+  assert '[3/3] third: finished on ' in out and '; it was finished before second ran' in out
+  assert out.count('was finished before') == 1
 
 
 def test_the_stages_of_all_starts_are_logged(tmp_path, ran):

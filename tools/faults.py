@@ -474,7 +474,7 @@ FAULTS = (
   Fault(
     'a finished stage may become longer',
     'rlhf_jax/pipeline.py',
-    ' and not (done and key in identity.LENGTH)',
+    ' and not (done and key in identity.LENGTH_KEYS)',
     '',
     _tests(
       'test_pipeline', 'test_a_finished_stage_may_not_become_longer_and_an_unfinished_one_may'
