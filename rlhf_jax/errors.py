@@ -8,10 +8,10 @@ import re
 DISK_REMEDIES = {
   errno.ENOSPC: 'free some space',
   errno.EDQUOT: 'free some space, or ask for a larger quota',
-  errno.EROFS: 'choose a --workdir that can be written',
+  errno.EROFS: 'name a --workdir that can be written',
   errno.ENOTDIR: 'remove the file that has the name of a folder',
   errno.EIO: 'check the disk',
-  errno.EACCES: 'change its permissions, or choose another --workdir',
+  errno.EACCES: 'change its permissions, or name another --workdir',
 }
 
 

@@ -105,7 +105,7 @@ def claim(config, workdir, fork_of, stack):
   config = with_earlier_stages(config, before or {})
   origin = (before or {}).get('forked_from')
   if fork_of and before and (origin or {}).get('workdir') != os.path.abspath(fork_of):
-    raise errors.UserError(f'--fork={workdir} holds another run: choose a new folder')
+    raise errors.UserError(f'--fork={workdir} holds another run: name a new folder')
   if fork_of and not before:
     origin = {'workdir': os.path.abspath(fork_of)}
     check_fork(fork_of)
