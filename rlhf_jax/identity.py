@@ -1,8 +1,8 @@
-"""What a workdir's run is: its config, its input files, and every start of it.
+"""Records and checks the identity of a run: its config, its input files, and all its starts.
 
-A workdir belongs to one config. `config.json` holds it, `runs.jsonl` has a line for every start.
-A start with another config names the keys that differ and stops, unless all of them are in
-MAY_CHANGE; so do input files whose contents have changed.
+A workdir belongs to one config, which `config.json` holds; `runs.jsonl` has a line for each start.
+A start with another config is refused with a list of the keys that differ, unless all of them are
+in MAY_CHANGE. A start is also refused if the contents of an input file have changed.
 """
 
 import contextlib
@@ -24,38 +24,44 @@ from rlhf_jax import folders
 CONFIG = 'config.json'
 RUNS = 'runs.jsonl'
 ABSENT = '(absent)'
-# Keys that a run may be resumed with another value of, and why; all keys below them too.
+# Keys whose value may change when a run resumes, and what they affect; also all keys below them.
 MAY_CHANGE = {
   'steps': 'how long it trains',
   'data.epochs': 'how long it trains',
-  'log_every': 'what is written, not what is trained',
-  'samples_every': 'what is written, not what is trained',
+  'log_every': 'what is logged, not what is trained',
+  'samples_every': 'what is logged, not what is trained',
   'evals': 'what is measured, not what is trained',
-  'warn': 'what is said, not what is trained',
-  'wandb_project': 'where it is shown',
-  'checkpoint_every': 'when it is saved',
-  'checkpoint_minutes': 'when it is saved',
-  'keep_checkpoints': 'what is kept',
-  'mesh': 'where it is computed; sums agree up to rounding',
-  'microbatch_size': 'how it is cut; sums agree up to rounding',
+  'warn': 'what is reported, not what is trained',
+  'wandb_project': 'where metrics are shown',
+  'checkpoint_every': 'when checkpoints are saved',
+  'checkpoint_minutes': 'when checkpoints are saved',
+  'keep_checkpoints': 'how many checkpoints are kept',
+  'mesh': 'on which devices it is computed; sums agree up to rounding',
+  'microbatch_size': 'how a batch is split; sums agree up to rounding',
   'model.remat': 'how it is computed',
   'model.unroll': 'how it is compiled',
-  'rl.length_buckets': 'how it is cut; sums agree up to rounding',
+  'rl.length_buckets': 'how a batch is split; sums agree up to rounding',
   'sampling.gather_weights': 'how it is computed',
   'sampling.max_concurrent': 'how it is computed; the responses are the same',
   'reward.timeout': 'how long it waits',
 }
 LENGTH_KEYS = ('steps', 'data.epochs')
-# Keys that say what an optimizer holds; a fork in which one of them differs starts with new ones.
+# Keys that determine the optimizer state; if one of them differs, a fork starts with a new state.
 OPTIMIZERS = ('optim.name', 'optim.ema', 'optim.master_dtype', 'optim.moment_dtype')
-# Keys that name files: they may move, but must hold the same.
+# Keys that name files, besides those that end in 'path'. The files may move but not change.
 INPUTS = ('tokenizer', 'reference', 'model', 'models')
-WHOLE = 2**26  # bytes up to which a file counts whole
-ENDS = 2**20  # bytes at either end of a larger file that count
+MAX_HASHED = 2**26  # bytes; a file up to this size is hashed completely
+HASHED_AT_ENDS = 2**20  # bytes that are hashed at each end of a larger file
 
 
 class Change(NamedTuple):
-  """A key that differs: dotted, without 'config.', with its values as JSON has them."""
+  """A config key with two values.
+
+  Attributes:
+    key: Dotted key without 'config.'.
+    before: JSON value in the earlier config, or ABSENT.
+    after: JSON value in the new config, or ABSENT.
+  """
 
   key: str
   before: Any
@@ -71,15 +77,15 @@ def _short(value):
 
 
 def to_plain_dict(config):
-  """A config as JSON has it: a dict, lists for tuples."""
+  """Returns a config as it is read back from JSON: a nested dict, with lists for tuples."""
   return json.loads(json.dumps(config.to_dict()))
 
 
 def read(workdir):
-  """config.json of a workdir, a dict; None where there is none.
+  """Returns config.json of a workdir as a dict, or None if there is none.
 
   Raises:
-    UserError: it is not JSON.
+    UserError: The file is not JSON.
   """
   path = pathlib.Path(workdir) / CONFIG
   try:
@@ -92,14 +98,14 @@ def read(workdir):
 
 
 def completed(before, defaults):
-  """A recorded config with defaults for the keys that the version which wrote it did not have.
+  """Adds the defaults of keys that the version which wrote a config did not have.
 
   Args:
-    before: config.json of a run as a dict, or None.
-    defaults: config of the run's algorithm with its defaults, a dict.
+    before: Content of a run's config.json, or None.
+    defaults: Default config of the run's algorithm, a dict.
 
   Returns:
-    A dict with the keys of both; `before` as it is if it is of another algorithm or None.
+    A dict with the keys of both; `before` itself if it is None or of another algorithm.
   """
   if before is None or before.get('algorithm') != defaults.get('algorithm'):
     return before
@@ -109,19 +115,19 @@ def completed(before, defaults):
 def _completed(before, defaults):
   found = defaults | before
   for key, default in defaults.items():
-    # An evaluator is there or not: 'evals' is set as a whole.
+    # The names in 'evals' belong to the run: none of them is a default.
     if key != 'evals' and isinstance(default, dict) and isinstance(before.get(key), dict):
       found[key] = _completed(before[key], default)
   return found
 
 
 def changes(before, after, prefix=''):
-  """The keys that differ between two dicts of JSON; None is as good as absent.
+  """Returns the keys that differ between two configs; None counts as absent.
 
   Args:
-    before: nested dict.
-    after: nested dict.
-    prefix: of the keys' names.
+    before: Nested dict of JSON values.
+    after: Nested dict of JSON values.
+    prefix: Text before each key.
 
   Returns:
     List of Change, in the order of `after`.
@@ -138,42 +144,42 @@ def changes(before, after, prefix=''):
 
 
 def _same(old, new):
-  """Whether two values are: true is not 1, and None is as good as absent."""
+  """Returns whether two values are the same; True is not 1, and None counts as absent."""
   old, new = (None if value is ABSENT else value for value in (old, new))
   return isinstance(old, bool) == isinstance(new, bool) and old == new
 
 
 def may_change(key):
-  """Whether a run may be resumed with another value of a dotted key."""
+  """Returns whether a run may resume with another value of a dotted key."""
   return any(key == name or key.startswith(f'{name}.') for name in MAY_CHANGE)
 
 
 def has_checkpoint(workdir):
-  """Whether there is a checkpoint in a workdir."""
+  """Returns whether there is a checkpoint in a workdir."""
   saved = pathlib.Path(workdir) / 'checkpoints'
   return saved.is_dir() and any(entry.name.isdigit() for entry in saved.iterdir())
 
 
 def check(config, workdir, defaults):
-  """Compares a config with that of the run in `workdir`.
+  """Compares a config with that of the run in `workdir` and returns the changes, all allowed.
 
   Args:
     config: ConfigDict of a single run.
-    workdir: folder.
-    defaults: see `completed`.
+    workdir: Folder of the run.
+    defaults: See `completed`.
 
   Returns:
-    List of Change that the run may be resumed with; [] for a new one.
+    List of Change; empty for a new run.
 
   Raises:
-    UserError: other keys differ, or input files hold something else; names all of them.
+    UserError: Other keys, or the contents of input files, differ; the message lists all of them.
   """
   before = completed(read(workdir), defaults)
   finished = (pathlib.Path(workdir) / 'model').exists()
   if before is None and (finished or has_checkpoint(workdir)):
     raise errors.UserError(f'{workdir} holds a run without its {CONFIG}: name another --workdir')
   if not finished and not has_checkpoint(workdir):
-    return []  # nothing that another config could start from
+    return []  # there is nothing to resume
   after, inputs = to_plain_dict(config), _recorded(workdir)
   allowed, refused = [], []
   for change in changes({k: v for k, v in before.items() if k != 'forked_from'}, after):
@@ -190,13 +196,13 @@ def check(config, workdir, defaults):
   if changed and not finished:
     raise errors.UserError(
       f'{", ".join(changed)}: the contents have changed since the run in {workdir} started. '
-      'Put back what was there, or name another --workdir; nothing was changed.'
+      'Restore them, or name another --workdir; the run was not changed.'
     )
   return allowed
 
 
 def changed_code(config, workdir):
-  """Keys of user code, such as 'reward.function', whose file has changed since the last start."""
+  """Returns the keys of user code, such as 'reward.function', that changed since the last start."""
   last = _recorded(workdir, last=True)
   return [
     key
@@ -206,31 +212,31 @@ def changed_code(config, workdir):
 
 
 def explain_refusal(refused, workdir, *, finished=False, pipeline=False):
-  """What to say of keys that differ.
+  """Returns the error message for changes that are not allowed.
 
   Args:
-    refused: list of Change.
-    workdir: folder of the run.
-    finished: whether the run is.
-    pipeline: whether it is a pipeline of stages.
+    refused: List of Change.
+    workdir: Folder of the run.
+    finished: Whether the run is finished.
+    pipeline: Whether it is the run of a pipeline.
   """
   listed = '; '.join(map(str, refused))
   if pipeline:
     remedy = (
       'to repeat a stage, delete its folder and those of the stages after it; or add '
-      '--fork=NEWDIR to keep this run and take over the stages before'
+      '--fork=NEWDIR to keep this run and copy the stages before it'
     )
   else:
-    remedy = 'or add --fork=NEWDIR to start there from the last checkpoint of this run'
+    remedy = 'or add --fork=NEWDIR to start in NEWDIR from the last checkpoint of this run'
     remedy += ', with more steps' if finished else ''
   return (
     f'{workdir} {"is finished" if finished else "was started"} with another config: {listed}. '
-    f'Name another --workdir; {remedy}. Nothing was changed.'
+    f'Name another --workdir; {remedy}. The run was not changed.'
   )
 
 
 def input_keys(config, prefix=''):
-  """{dotted key: value} of the keys that name files or folders."""
+  """Returns {dotted key: value} of the keys that name files or folders."""
   values = {}
   for key, value in config.items():
     if isinstance(value, dict):
@@ -241,7 +247,7 @@ def input_keys(config, prefix=''):
 
 
 def code_keys(config, prefix=''):
-  """{dotted key: 'module' or 'module:name'} of the keys that name code of the user's."""
+  """Returns {dotted key: 'module' or 'module:name'} of the keys that name a user's code."""
   names = {}
   for key, value in config.items():
     if isinstance(value, dict):
@@ -252,7 +258,7 @@ def code_keys(config, prefix=''):
 
 
 def code_file(name):
-  """The file of a module, or of 'module:name'; the name itself where there is none."""
+  """Returns the file of 'module' or 'module:name', or the name itself if there is no file."""
   try:
     return importlib.util.find_spec(name.partition(':')[0]).origin
   except (ImportError, AttributeError, ValueError):
@@ -260,9 +266,13 @@ def code_file(name):
 
 
 def fingerprint(value):
-  """A hash of what a path holds, or of the name itself where it is no path; of a list, of all.
+  """Returns a hash of the contents of a path.
 
-  Of the folder of a run its model counts, of files above 64 MiB the size and the first and last MiB.
+  If the path does not exist, its name is hashed. Of the folder of a run, only the model is hashed.
+  Of a file above 64 MiB, the size and the first and last MiB are hashed.
+
+  Args:
+    value: A path, or a list of paths that are hashed together.
   """
   digest = hashlib.sha256()
   for name in value if isinstance(value, list) else [value]:
@@ -283,9 +293,9 @@ def fingerprint(value):
       size = file.stat().st_size
       digest.update(f'{file.relative_to(root)} {size}\n'.encode())
       with open(file, 'rb') as opened:
-        digest.update(opened.read(WHOLE if size <= WHOLE else ENDS))
-        if size > WHOLE:
-          opened.seek(-ENDS, os.SEEK_END)
+        digest.update(opened.read(MAX_HASHED if size <= MAX_HASHED else HASHED_AT_ENDS))
+        if size > MAX_HASHED:
+          opened.seek(-HASHED_AT_ENDS, os.SEEK_END)
           digest.update(opened.read())
   return digest.hexdigest()[:16]
 
@@ -298,37 +308,38 @@ def _model(path):
 
 
 def check_steps(config, steps, step, workdir, *, forked):
-  """Raises UserError where a run has taken more steps already than its config asks for.
+  """Raises UserError if a run has already taken more steps than its config asks for.
 
   Args:
-    config: ConfigDict.
-    steps: that the config asks for.
-    step: finished ones.
-    workdir: folder.
-    forked: whether this is the first start of a fork, which must take a step.
+    config: ConfigDict of the run.
+    steps: Number of steps that the config asks for.
+    step: Number of finished steps.
+    workdir: Folder of the run.
+    forked: Whether this is the first start of a fork, which must take at least one step.
   """
   if step >= steps and forked:
     raise errors.UserError(
-      f'the checkpoint that {workdir} starts from is after step {step}, and the config asks for {steps} steps '
-      f'in all: set config.steps above {step}'
+      f'the checkpoint that {workdir} starts from is after step {step}, and the config asks for '
+      f'{steps} steps in total: set config.steps above {step}'
     )
   if step > steps:
     length = f'steps={config.steps}' if config.steps else f'data.epochs={config.data.epochs}'
     raise errors.UserError(
       f'config.{length}, which is {steps} steps, but the checkpoint in {workdir} is after step '
-      f'{step}: ask for as many or more, or name another --workdir'
+      f'{step}: set at least {step} steps, or name another --workdir'
     )
 
 
 def record_start(config, workdir, *, changed, step=None, forked_from=None):
-  """Writes config.json where it is new or has changed, and a line to runs.jsonl.
+  """Writes config.json if it is new or has changed, and appends a line to runs.jsonl.
 
   Args:
-    config: ConfigDict.
-    workdir: folder.
-    changed: list of Change since the last start.
-    step: finished steps that this start resumes from; None of a pipeline.
-    forked_from: {'workdir', 'step'} of the run it starts from; None for what config.json says.
+    config: ConfigDict of the run.
+    workdir: Folder of the run.
+    changed: List of Change since the last start.
+    step: Step that this start resumes from, 0 for a new run, None for a pipeline.
+    forked_from: {'workdir', 'step'} of the run that this one starts from; None keeps the value in
+      config.json.
   """
   recorded = read(workdir)
   if (
@@ -347,7 +358,7 @@ def record_start(config, workdir, *, changed, step=None, forked_from=None):
 
 
 def write_json(path, value):
-  """Writes a JSON file whole or not at all."""
+  """Writes a JSON file atomically."""
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(path.name + '.tmp')
   temporary.write_text(json.dumps(value, indent=2))
@@ -355,14 +366,14 @@ def write_json(path, value):
 
 
 def _append_start(config, workdir, *, step, changed, first):
-  """Appends a line to runs.jsonl: when, where, with which code, and what was overridden.
+  """Appends a line to runs.jsonl: the time, host, code version and overridden keys of a start.
 
   Args:
-    config: ConfigDict.
-    workdir: folder.
-    step: finished steps that this start resumes from.
-    changed: list of Change since the start before.
-    first: whether the run begins here, at step 0 or at that of a fork.
+    config: ConfigDict of the run.
+    workdir: Folder of the run.
+    step: Step that this start resumes from, None for a pipeline.
+    changed: List of Change since the last start.
+    first: Whether the run begins with this start, at step 0 or from the checkpoint of a fork.
   """
   record = {
     'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
@@ -384,10 +395,10 @@ def _append_start(config, workdir, *, step, changed, first):
 
 
 def _recorded(workdir, *, last=False):
-  """{key: fingerprint} of the start at which the run began, or of the last; {} where it is not known."""
+  """Returns {key: fingerprint} of the first start of a run, or of the last; {} if not recorded."""
   path, inputs = pathlib.Path(workdir) / RUNS, {}
   for line in path.read_text(encoding='utf-8').splitlines() if path.exists() else ():
-    with contextlib.suppress(ValueError):  # a start that was killed while it wrote
+    with contextlib.suppress(ValueError):  # the process was killed while it wrote the line
       start = json.loads(line)
       if last or start.get('first'):
         inputs = start.get('inputs', {})
@@ -402,7 +413,7 @@ def _version():
 
 
 def commit():
-  """The git commit of this code, with '+' where files were changed; None where it is no checkout."""
+  """Returns the git commit of this code, with '+' if files were changed; None outside a git checkout."""
   folder = pathlib.Path(__file__).parent
 
   def git(*arguments):

@@ -123,7 +123,7 @@ def test_another_config_is_named_and_changes_nothing(changes, listed, finished, 
     f'{folder} {state} with another config: ',
     *listed.split('; '),
     '--fork=NEWDIR',
-    'Nothing was changed',
+    'The run was not changed',
   ):
     assert part in message, message
   assert content(folder) == before
@@ -238,7 +238,7 @@ def test_a_fork_that_cannot_start_leaves_no_folder(copied, tmp_path):
     (
       {'steps': 4},
       folder,
-      'is after step 4, and the config asks for 4 steps in all: set config.steps above 4',
+      'is after step 4, and the config asks for 4 steps in total: set config.steps above 4',
     ),
   ):
     with pytest.raises(errors.UserError, match=message):

@@ -58,7 +58,7 @@ def load(name):
 
 def defaults(name):
   """The config of an algorithm with its defaults, a dict as config.json has it."""
-  return identity.plain(load(name).config())
+  return identity.to_plain_dict(load(name).config())
 
 
 def validate(config, device_count):
