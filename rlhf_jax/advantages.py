@@ -10,7 +10,7 @@ its values; algorithms/ppo.py collects them into presets.
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
 
 KL_ESTIMATORS = ('k1', 'k2', 'k3', 'abs', 'full')
 KL_CONTROLLERS = ('fixed', 'adaptive', 'adaptive_per_token')
@@ -19,18 +19,22 @@ MISSING_EOS = ('none', 'replace', 'subtract')
 GROUP_SCALES = ('group', 'batch', 'none')
 
 
-def masked_sum(x: Shaped[Array, '*shape'], mask: Bool[Array, '*shape']) -> Shaped[Array, '']:
+def masked_sum(
+  x: Shaped[ArrayLike, '*shape'], mask: Bool[ArrayLike, '*shape']
+) -> Shaped[Array, '']:
   """Sum of `x` where `mask`; a NaN behind the mask does not leak."""
   return jnp.sum(jnp.where(mask, x, 0.0))
 
 
-def masked_mean(x: Shaped[Array, '*shape'], mask: Bool[Array, '*shape']) -> Float[Array, '']:
+def masked_mean(
+  x: Shaped[ArrayLike, '*shape'], mask: Bool[ArrayLike, '*shape']
+) -> Float[Array, '']:
   """Mean of `x` where `mask`; 0 where the mask is empty."""
   return masked_sum(x, mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
 def masked_var(
-  x: Shaped[Array, '*shape'], mask: Bool[Array, '*shape'], *, unbiased: bool = False
+  x: Shaped[ArrayLike, '*shape'], mask: Bool[ArrayLike, '*shape'], *, unbiased: bool = False
 ) -> Float[Array, '']:
   """Variance of `x` where `mask`, divided by n, or by n - 1 if `unbiased` (Bessel)."""
   count = jnp.sum(mask)
@@ -39,8 +43,8 @@ def masked_var(
 
 
 def whiten(
-  x: Float[Array, 'B R'],
-  mask: Bool[Array, 'B R'],
+  x: Float[ArrayLike, 'B R'],
+  mask: Bool[ArrayLike, 'B R'],
   *,
   shift_mean: bool = True,
   unbiased: bool = False,
@@ -65,7 +69,7 @@ def whiten(
 
 
 def kl_estimate(
-  logprobs: Float[Array, 'B R'], ref_logprobs: Float[Array, 'B R'], estimator: str
+  logprobs: Float[ArrayLike, 'B R'], ref_logprobs: Float[ArrayLike, 'B R'], estimator: str
 ) -> Float[Array, 'B R']:
   """Per-token estimate of KL(policy || reference) from samples of the policy.
 
@@ -95,13 +99,13 @@ def kl_estimate(
 
 
 def next_kl_coef(
-  kl_coef: float | Float[Array, ''],
-  kl: Float[Array, 'B R'],
-  response_mask: Bool[Array, 'B R'],
+  kl_coef: float | Float[ArrayLike, ''],
+  kl: Float[ArrayLike, 'B R'],
+  response_mask: Bool[ArrayLike, 'B R'],
   *,
   controller: str,
-  target: float | Float[Array, ''],
-  horizon: float | Float[Array, ''],
+  target: float | Float[ArrayLike, ''],
+  horizon: float | Float[ArrayLike, ''],
 ) -> float | Float[Array, '']:
   """The KL coefficient for the next iteration.
 
@@ -137,12 +141,12 @@ def next_kl_coef(
 
 
 def apply_missing_eos(
-  scores: Float[Array, ' B'] | Float[Array, 'B R'],
-  has_eos: Bool[Array, ' B'],
+  scores: Float[ArrayLike, ' B'] | Float[ArrayLike, 'B R'],
+  has_eos: Bool[ArrayLike, ' B'],
   *,
   mode: str,
   value: float,
-  response_mask: Bool[Array, 'B R'] | None = None,
+  response_mask: Bool[ArrayLike, 'B R'] | None = None,
 ) -> Float[Array, ' B'] | Float[Array, 'B R']:
   """Scores after the rule for responses that never ended.
 
@@ -172,7 +176,7 @@ def apply_missing_eos(
   raise ValueError(f'unknown missing_eos {mode!r}: one of {MISSING_EOS}')
 
 
-def score_index(response_mask: Bool[Array, 'B R'], position: str) -> Int[Array, ' B']:
+def score_index(response_mask: Bool[ArrayLike, 'B R'], position: str) -> Int[Array, ' B']:
   """Where in the response the score is paid.
 
   Args:
@@ -195,17 +199,17 @@ def score_index(response_mask: Bool[Array, 'B R'], position: str) -> Int[Array, 
   raise ValueError(f'unknown score_position {position!r}: one of {SCORE_POSITIONS}')
 
 
-def step_mask(response_mask: Bool[Array, 'B R'], position: str) -> Bool[Array, 'B R']:
+def step_mask(response_mask: Bool[ArrayLike, 'B R'], position: str) -> Bool[Array, 'B R']:
   """Slots that take part in the return: real tokens and the one that holds the score."""
   positions = jnp.arange(response_mask.shape[1])[None, :]
   return response_mask | (positions == score_index(response_mask, position)[:, None])
 
 
 def token_rewards(
-  scores: Float[Array, ' B'] | Float[Array, 'B R'],
-  kl: Float[Array, 'B R'],
-  kl_coef: float | Float[Array, ''],
-  response_mask: Bool[Array, 'B R'],
+  scores: Float[ArrayLike, ' B'] | Float[ArrayLike, 'B R'],
+  kl: Float[ArrayLike, 'B R'],
+  kl_coef: float | Float[ArrayLike, ''],
+  response_mask: Bool[ArrayLike, 'B R'],
   *,
   position: str,
 ) -> Float[Array, 'B R']:
@@ -233,7 +237,7 @@ def token_rewards(
 
 
 def gae(
-  rewards: Float[Array, 'B R'], values: Float[Array, 'B R'], *, gamma: float, lam: float
+  rewards: Float[ArrayLike, 'B R'], values: Float[ArrayLike, 'B R'], *, gamma: float, lam: float
 ) -> tuple[Float[Array, 'B R'], Float[Array, 'B R']]:
   """Generalized advantage estimation over a finished episode.
 
@@ -266,7 +270,9 @@ def gae(
   return advantages, advantages + values
 
 
-def update_moments(moments: Float[Array, '3'], scores: Float[Array, ' B']) -> Float[Array, '3']:
+def update_moments(
+  moments: Float[ArrayLike, '3'], scores: Float[ArrayLike, ' B']
+) -> Float[Array, '3']:
   """Running count, mean and sum of squared deviations (Chan et al. 1979, parallel update).
 
   Args:
@@ -291,14 +297,14 @@ def update_moments(moments: Float[Array, '3'], scores: Float[Array, ' B']) -> Fl
   )
 
 
-def running_std(moments: Float[Array, '3']) -> Float[Array, '']:
+def running_std(moments: Float[ArrayLike, '3']) -> Float[Array, '']:
   """Standard deviation (n - 1) of all scores seen; 1 where all of them are equal, up to rounding."""
   count, mean, total = moments
   std = jnp.sqrt(total / jnp.maximum(count - 1, 1))
   return jnp.where(std > 1e-6 * jnp.abs(mean), std, 1.0)
 
 
-def by_group(scores: Shaped[Array, ' B'], n: int) -> Shaped[Array, 'G {n}']:
+def by_group(scores: Shaped[ArrayLike, ' B'], n: int) -> Shaped[ArrayLike, 'G {n}']:
   """Scores [B] as [B / n, n]: the n responses of a prompt stand one after the other."""
   chex.assert_rank(scores, 1)
   if n < 2 or scores.shape[0] % n:
@@ -310,7 +316,7 @@ def by_group(scores: Shaped[Array, ' B'], n: int) -> Shaped[Array, 'G {n}']:
 
 
 def group_advantages(
-  scores: Float[Array, ' B'], n: int, *, scale: str, kept: Bool[Array, ' B'] | None = None
+  scores: Float[ArrayLike, ' B'], n: int, *, scale: str, kept: Bool[ArrayLike, ' B'] | None = None
 ) -> Float[Array, ' B']:
   """(score - mean of its group) / (std + 1e-4), one advantage per response.
 
@@ -348,7 +354,7 @@ def group_advantages(
 
 
 def equal_groups(
-  scores: Float[Array, ' B'], n: int, kept: Bool[Array, ' B'] | None = None
+  scores: Float[ArrayLike, ' B'], n: int, kept: Bool[ArrayLike, ' B'] | None = None
 ) -> Bool[Array, ' B']:
   """Which responses belong to a group whose scores are all equal, [B] bool.
 
@@ -371,7 +377,7 @@ def equal_groups(
 
 
 def overlong_penalty(
-  lengths: Int[Array, ' B'], *, max_length: float, cache: float
+  lengths: Int[ArrayLike, ' B'], *, max_length: float, cache: float
 ) -> Float[Array, ' B']:
   """clip((max_length - cache - length) / cache, -1, 0), to be added to the scores.
 

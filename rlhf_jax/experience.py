@@ -6,8 +6,10 @@ Letters: B batch, P prompt length, R response length, T = P + R.
 import dataclasses
 
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Num
 
 from rlhf_jax import advantages as adv
+from rlhf_jax import forward
 from rlhf_jax import types
 from rlhf_jax.rollout import sampling
 
@@ -25,14 +27,14 @@ class ScoreRules:
     missing_eos_value: the constant of that rule.
   """
 
-  end_tokens: tuple = ()
+  end_tokens: tuple[int, ...] = ()
   end_after: int = 0
   clip: float | None = None
   scale: bool = False
   missing_eos: str = 'none'
   missing_eos_value: float = 0.0
 
-  def ended(self, rollout):
+  def ended(self, rollout: types.Rollout) -> Bool[Array, ' B']:
     """Which responses [B] ended by themselves; all of them where no token ends one."""
     if rollout.ended is not None:
       return rollout.ended
@@ -44,7 +46,9 @@ class ScoreRules:
       ends & rollout.response_mask & (jnp.arange(length) >= self.end_after)[None], axis=1
     )
 
-  def apply(self, scores, rollout, moments):
+  def apply(
+    self, scores: types.ScoreArray, rollout: types.Rollout, moments: Float[ArrayLike, '3']
+  ) -> tuple[types.ScoreArray, Float[Array, '3']]:
     """Returns the scores that the policy is trained on.
 
     Args:
@@ -72,7 +76,7 @@ class ScoreRules:
     return jnp.where(known if scores.ndim == 1 else known[:, None], scores, 0.0), moments
 
 
-def totals(scores, response_mask):
+def totals(scores: types.ScoreArray, response_mask: Bool[ArrayLike, 'B R']) -> Float[Array, ' B']:
   """One score a response, [B]: the sum of rewards per token; NaN where `skip_nan` skipped it."""
   if scores.ndim == 1:
     return scores
@@ -80,7 +84,9 @@ def totals(scores, response_mask):
   return jnp.sum(jnp.where(response_mask | skipped, scores, 0.0), axis=1)
 
 
-def skip_nan(rollout, scores, *, rules):
+def skip_nan(
+  rollout: types.Rollout, scores: types.ScoreArray, *, rules: ScoreRules
+) -> tuple[types.Rollout, Int[Array, '']]:
   """Takes the responses whose score is NaN out of the update: none of their tokens is trained on.
 
   Args:
@@ -99,12 +105,21 @@ def skip_nan(rollout, scores, *, rules):
   return rollout, jnp.sum(skipped)
 
 
-def not_skipped(scores, response_mask):
+def not_skipped(
+  scores: types.ScoreArray, response_mask: Bool[ArrayLike, 'B R']
+) -> Bool[Array, ' B']:
   """The responses [B] bool that `skip_nan` did not skip; any other NaN stops the run."""
   return jnp.any(response_mask, axis=1) | ~jnp.isnan(totals(scores, response_mask))
 
 
-def make_experience(outputs, fixed, rollout, step_mask, *, behaviour):
+def make_experience(
+  outputs: forward.Outputs,
+  fixed: forward.Fixed,
+  rollout: types.Rollout,
+  step_mask: Bool[ArrayLike, 'B R'],
+  *,
+  behaviour: str,
+) -> tuple[types.Experience, Float[Array, '']]:
   """Experience without advantages.
 
   Args:
@@ -133,7 +148,15 @@ def make_experience(outputs, fixed, rollout, step_mask, *, behaviour):
   ), gap
 
 
-def rollout_metrics(experience, rollout, scores, postprocessed, outputs, kl_coef, rules):
+def rollout_metrics(
+  experience: types.Experience,
+  rollout: types.Rollout,
+  scores: types.ScoreArray,
+  postprocessed: types.ScoreArray,
+  outputs: forward.Outputs,
+  kl_coef: float | Float[ArrayLike, ''],
+  rules: ScoreRules,
+) -> dict[str, Num[Array, '...']]:
   """Metrics of a scored rollout: sums per response averaged over responses, masks applied.
 
   `objective/scores` is what the reward gave, `objective/postprocessed_scores` what the policy is

@@ -8,12 +8,14 @@ Letters: B batch, P prompt length, R response length, T = P + R, D width.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
+from jaxtyping import Array, Float, PyTree
 
 from rlhf_jax import logprobs as logprobs_lib
 from rlhf_jax import types
+from rlhf_jax.models import base
 from rlhf_jax.models import heads
 from rlhf_jax.models import trainable
 
@@ -28,11 +30,11 @@ class Models(NamedTuple):
     critic_shared: whether the critic is adapters on the weights that the policy's adapters are on.
   """
 
-  policy: Any
-  critic: Any = None
+  policy: base.LanguageModel
+  critic: base.LanguageModel | None = None
   critic_shared: bool = False
 
-  def with_max_length(self, length):
+  def with_max_length(self, length: int) -> 'Models':
     """The same for sequences of T = `length`, of which some positions may be cut."""
     critic = self.critic and self.critic.with_max_length(length)
     return self._replace(policy=self.policy.with_max_length(length), critic=critic)
@@ -41,9 +43,9 @@ class Models(NamedTuple):
 class Outputs(NamedTuple):
   """What policy and critic make of responses: each [B, R] float32; values None without a critic."""
 
-  logprobs: Any
-  entropy: Any
-  values: Any = None
+  logprobs: Float[Array, 'B R']
+  entropy: Float[Array, 'B R']
+  values: Float[Array, 'B R'] | None = None
 
 
 class Fixed(NamedTuple):
@@ -55,9 +57,9 @@ class Fixed(NamedTuple):
     full_kl: [B, R] float32, KL over the whole vocabulary, where it is asked for; else None.
   """
 
-  frozen_states: Any
-  ref_logprobs: Any
-  full_kl: Any
+  frozen_states: Float[Array, 'B T D'] | None
+  ref_logprobs: Float[Array, 'B R'] | None
+  full_kl: Float[Array, 'B R'] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +75,16 @@ class Forward:
   """
 
   models: Models
-  frozen: Any
+  frozen: dict[str, PyTree]
   temperature: float
   full_kl: bool = False
 
-  def outputs(self, params, batch, frozen_states=None):
+  def outputs(
+    self,
+    params: dict[str, PyTree],
+    batch: types.Rollout | types.Experience,
+    frozen_states: Float[Array, 'B T D'] | None = None,
+  ) -> Outputs:
     """Policy and critic on finished responses.
 
     Args:
@@ -111,7 +118,7 @@ class Forward:
       )
     return Outputs(logprobs, entropy, heads.apply_scalar(params['critic']['head'], states))
 
-  def fixed(self, params, batch):
+  def fixed(self, params: dict[str, PyTree], batch: types.Rollout) -> Fixed:
     """Fixed of finished responses.
 
     Args:

@@ -10,7 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from rlhf_jax import processes
 from rlhf_jax import sharding
@@ -49,8 +49,8 @@ def _vocab(unembed, hidden):
 
 def token_logprobs(
   unembed: Unembed,
-  hidden: Float[Array, 'B T D'],
-  targets: Int[Array, 'B T'],
+  hidden: Float[ArrayLike, 'B T D'],
+  targets: Int[ArrayLike, 'B T'],
   *,
   temperature: float | Float[Array, ''] = 1.0,
   chunk: int = CHUNK,
@@ -83,7 +83,11 @@ def token_logprobs(
 
 
 def cross_entropy(
-  unembed: Unembed, hidden: Float[Array, 'B T D'], targets: Int[Array, 'B T'], *, chunk: int = CHUNK
+  unembed: Unembed,
+  hidden: Float[ArrayLike, 'B T D'],
+  targets: Int[ArrayLike, 'B T'],
+  *,
+  chunk: int = CHUNK,
 ) -> Float[Array, 'B T']:
   """Negative log-likelihood of each target, [B, T] float32 nats; no entropy is computed."""
 
@@ -97,9 +101,9 @@ def cross_entropy(
 
 def full_kl(
   unembed: Unembed,
-  hidden: Float[Array, 'B T D'],
+  hidden: Float[ArrayLike, 'B T D'],
   ref_unembed: Unembed,
-  ref_hidden: Float[Array, 'B T E'],
+  ref_hidden: Float[ArrayLike, 'B T E'],
   *,
   temperature: float | Float[Array, ''] = 1.0,
   chunk: int = CHUNK,

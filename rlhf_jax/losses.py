@@ -16,9 +16,9 @@ NORMALIZERS = ('token', 'sequence', 'constant')
 
 
 def log_ratio(
-  logprobs: Float[Array, 'B R'],
-  old_logprobs: Float[Array, 'B R'],
-  mask: Bool[Array, 'B R'],
+  logprobs: Float[ArrayLike, 'B R'],
+  old_logprobs: Float[ArrayLike, 'B R'],
+  mask: Bool[ArrayLike, 'B R'],
   *,
   level: str,
 ) -> Float[Array, 'B R']:
@@ -62,7 +62,7 @@ def log_ratio(
 
 
 def token_weights(
-  mask: Bool[Array, 'B R'],
+  mask: Bool[ArrayLike, 'B R'],
   tokens: Num[ArrayLike, ''],
   sequences: Num[ArrayLike, ''],
   *,
@@ -109,8 +109,8 @@ def token_weights(
 
 
 def clipped_policy_loss(
-  log_ratios: Float[Array, 'B R'],
-  advantages: Float[Array, 'B R'],
+  log_ratios: Float[ArrayLike, 'B R'],
+  advantages: Float[ArrayLike, 'B R'],
   *,
   clip_low: float,
   clip_high: float,
@@ -141,9 +141,9 @@ def clipped_policy_loss(
 
 
 def ppo_policy_loss(
-  logprobs: Float[Array, 'B R'],
-  old_logprobs: Float[Array, 'B R'],
-  advantages: Float[Array, 'B R'],
+  logprobs: Float[ArrayLike, 'B R'],
+  old_logprobs: Float[ArrayLike, 'B R'],
+  advantages: Float[ArrayLike, 'B R'],
   *,
   clip_low: float,
   clip_high: float,
@@ -174,9 +174,9 @@ def ppo_policy_loss(
 
 
 def ppo_value_loss(
-  values: Float[Array, 'B R'],
-  old_values: Float[Array, 'B R'],
-  returns: Float[Array, 'B R'],
+  values: Float[ArrayLike, 'B R'],
+  old_values: Float[ArrayLike, 'B R'],
+  returns: Float[ArrayLike, 'B R'],
   *,
   clip: float | None,
 ) -> tuple[Float[Array, 'B R'], Float[Array, 'B R']]:
@@ -202,10 +202,10 @@ def ppo_value_loss(
 
 
 def pairwise_loss(
-  scores: Float[Array, 'B K'],
-  ranks: Int[Array, 'B K'],
-  present: Bool[Array, 'B K'],
-  margin: Float[Array, ' B'],
+  scores: Float[ArrayLike, 'B K'],
+  ranks: Int[ArrayLike, 'B K'],
+  present: Bool[ArrayLike, 'B K'],
+  margin: Float[ArrayLike, ' B'],
   *,
   centering: float = 0.0,
   label_smoothing: float = 0.0,
@@ -246,7 +246,7 @@ def pairwise_loss(
 
 
 def pick_best_loss(
-  scores: Float[Array, 'B K'], ranks: Int[Array, 'B K'], present: Bool[Array, 'B K']
+  scores: Float[ArrayLike, 'B K'], ranks: Int[ArrayLike, 'B K'], present: Bool[ArrayLike, 'B K']
 ) -> tuple[Float[Array, ' B'], Bool[Array, ' B']]:
   """Softmax cross-entropy of the best completion among K, per prompt.
 
@@ -268,7 +268,7 @@ def pick_best_loss(
 
 
 def rating_loss(
-  scores: Float[Array, 'B K'], ratings: Float[Array, 'B K'], present: Bool[Array, 'B K']
+  scores: Float[ArrayLike, 'B K'], ratings: Float[ArrayLike, 'B K'], present: Bool[ArrayLike, 'B K']
 ) -> tuple[Float[Array, ' B'], Bool[Array, ' B']]:
   """Squared error to absolute ratings, mean over a prompt's completions.
 

@@ -6,11 +6,13 @@ Masks are made where tokens are made and travel with them. No code derives a mas
 `tokens == pad_id` later: where the padding token is the EOS, that would eat the EOS.
 """
 
-from typing import Any
-
 from flax import struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree
+
+# One score for each response, or rewards per token.
+ScoreArray = Float[ArrayLike, ' B'] | Float[ArrayLike, 'B R']
 
 
 @struct.dataclass
@@ -22,8 +24,8 @@ class Prompts:
     mask: [B, P] bool, True at real tokens.
   """
 
-  tokens: Any
-  mask: Any
+  tokens: Int[Array, 'B P']
+  mask: Bool[Array, 'B P']
 
 
 @struct.dataclass
@@ -39,11 +41,11 @@ class Rollout:
     ended: [B] bool, which responses ended by themselves; None where their tokens tell.
   """
 
-  tokens: Any
-  mask: Any
-  response_mask: Any
-  logprobs: Any
-  ended: Any = None
+  tokens: Int[Array, 'B T']
+  mask: Bool[Array, 'B T']
+  response_mask: Bool[Array, 'B R']
+  logprobs: Float[Array, 'B R']
+  ended: Bool[Array, ' B'] | None = None
 
 
 @struct.dataclass
@@ -56,11 +58,11 @@ class Scores:
       what part `a` was made of.
   """
 
-  total: Any
-  parts: dict = struct.field(default_factory=dict)
+  total: ScoreArray
+  parts: dict[str, Float[Array, ' B']] = struct.field(default_factory=dict)
 
   @classmethod
-  def of(cls, scores):
+  def of(cls, scores: 'Scores | ScoreArray') -> 'Scores':
     """Scores of an array of totals; those that are Scores already stay as they are."""
     return scores if isinstance(scores, cls) else cls(scores)
 
@@ -76,10 +78,10 @@ class LMBatch:
     loss_mask: [B, T] bool, True where token t is a target (predicted from token t - 1).
   """
 
-  tokens: Any
-  segments: Any
-  positions: Any
-  loss_mask: Any
+  tokens: Int[Array, 'B T']
+  segments: Int[Array, 'B T']
+  positions: Int[Array, 'B T']
+  loss_mask: Bool[Array, 'B T']
 
 
 @struct.dataclass
@@ -92,9 +94,9 @@ class Pairs:
     response_mask: [B, R] bool, True at the completion's tokens, which are the targets.
   """
 
-  tokens: Any
-  mask: Any
-  response_mask: Any
+  tokens: Int[Array, 'B T']
+  mask: Bool[Array, 'B T']
+  response_mask: Bool[Array, 'B R']
 
 
 @struct.dataclass
@@ -110,12 +112,12 @@ class Comparisons:
     margin: [B] float32, by how much the better one should win (Llama 2, eq. 2), else 0.
   """
 
-  tokens: Any
-  mask: Any
-  present: Any
-  ranks: Any
-  ratings: Any
-  margin: Any
+  tokens: Int[Array, 'B K T']
+  mask: Bool[Array, 'B K T']
+  present: Bool[Array, 'B K']
+  ranks: Int[Array, 'B K']
+  ratings: Float[Array, 'B K']
+  margin: Float[Array, ' B']
 
 
 @struct.dataclass
@@ -135,16 +137,16 @@ class Experience:
     frozen_states: [B, T, D] states below the trained layers; None if the lowest is trained too.
   """
 
-  tokens: Any
-  mask: Any
-  response_mask: Any
-  step_mask: Any
-  logprobs: Any
-  advantages: Any = None
-  ref_logprobs: Any = None
-  values: Any = None
-  returns: Any = None
-  frozen_states: Any = None
+  tokens: Int[Array, 'B T']
+  mask: Bool[Array, 'B T']
+  response_mask: Bool[Array, 'B R']
+  step_mask: Bool[Array, 'B R']
+  logprobs: Float[Array, 'B R']
+  advantages: Float[Array, 'B R'] | None = None
+  ref_logprobs: Float[Array, 'B R'] | None = None
+  values: Float[Array, 'B R'] | None = None
+  returns: Float[Array, 'B R'] | None = None
+  frozen_states: Float[Array, 'B T D'] | None = None
 
 
 @struct.dataclass
@@ -160,14 +162,14 @@ class TrainState:
       arrays are replicated, trees of parameters lie where the parameters lie.
   """
 
-  step: Any
-  key: Any
-  params: Any
-  opt_state: Any
-  extra: Any = struct.field(default_factory=dict)
+  step: Int[Array, '']
+  key: Key[Array, '']
+  params: PyTree[Float[Array, '...']]
+  opt_state: PyTree[Array]
+  extra: PyTree[Array] = struct.field(default_factory=dict)
 
 
-def positions_from_mask(mask):
+def positions_from_mask(mask: Bool[ArrayLike, 'B T']) -> Int[Array, 'B T']:
   """Positions of real tokens, counted from 0: the exclusive cumulative sum of the mask.
 
   Args:
@@ -180,6 +182,6 @@ def positions_from_mask(mask):
   return jnp.cumsum(mask, axis=-1) - mask
 
 
-def step_keys(state):
+def step_keys(state: TrainState) -> Key[Array, '2']:
   """The random keys of this step's rollout and of its update, never used again."""
   return jax.random.split(jax.random.fold_in(state.key, state.step))

@@ -9,11 +9,14 @@ Letters: B batch, R response length.
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Num, PyTree
+import optax
 
+from rlhf_jax import forward as forward_lib
 from rlhf_jax import lengths
 from rlhf_jax import optim
 from rlhf_jax import processes
@@ -42,11 +45,11 @@ class Schedule:
   length_buckets: int = 1
   before_like_first: bool = False
 
-  def has_microbatches(self, batch):
+  def has_microbatches(self, batch: types.Rollout | types.Experience) -> bool:
     """Whether a pass is over a part of these sequences at a time."""
     return 0 < self.microbatch_size < batch.tokens.shape[0]
 
-  def is_full_batch(self, rollout):
+  def is_full_batch(self, rollout: types.Rollout) -> bool:
     """Whether an epoch is one forward and backward pass over all sequences."""
     return self.minibatches == 1 and not self.has_microbatches(rollout)
 
@@ -60,9 +63,13 @@ class Counts(NamedTuple):
     sequences: sequences with a policy loss.
   """
 
-  tokens: Any
-  steps: Any
-  sequences: Any
+  tokens: Int[Array, '']
+  steps: Int[Array, '']
+  sequences: Int[Array, '']
+
+
+Metrics = dict[str, Num[Array, '...']]
+Optimizers = dict[str, optax.GradientTransformation]
 
 
 class Objective(NamedTuple):
@@ -80,15 +87,23 @@ class Objective(NamedTuple):
       the minibatch's.
   """
 
-  prepare: Callable
-  step_mask: Any
-  loss: Callable
-  minibatch: Callable = lambda experience: experience
-  extra_batch: Any = None
-  extra_gradients: Callable | None = None
+  prepare: Callable[..., tuple[types.Experience, PyTree, Metrics]]
+  step_mask: Bool[Array, 'B R']
+  loss: Callable[..., tuple[Float[Array, ''], Metrics]]
+  minibatch: Callable[[types.Experience], types.Experience] = lambda experience: experience
+  extra_batch: PyTree[Array] = None
+  extra_gradients: Callable[..., tuple[dict[str, PyTree], Metrics]] | None = None
 
 
-def run(state, rollout, *, forward, objective, optimizers, schedule):
+def run(
+  state: types.TrainState,
+  rollout: types.Rollout,
+  *,
+  forward: forward_lib.Forward,
+  objective: Objective,
+  optimizers: Optimizers,
+  schedule: Schedule,
+) -> tuple[types.TrainState, Metrics]:
   """Updates the parameters from one rollout.
 
   Args:
@@ -201,7 +216,15 @@ def _minibatch_gradients(state, rollout, orders, forward, objective, schedule):
   return gradients, ((), tuple(prepared))
 
 
-def before_update(params, rollout, step_mask, *, forward, schedule, first=None):
+def before_update(
+  params: dict[str, PyTree],
+  rollout: types.Rollout,
+  step_mask: Bool[Array, 'B R'],
+  *,
+  forward: forward_lib.Forward,
+  schedule: Schedule,
+  first: Int[Array, 'M n'] | None = None,
+) -> tuple[forward_lib.Fixed, forward_lib.Outputs]:
   """The forward passes over a rollout before its first update, a microbatch at a time.
 
   Args:
@@ -249,7 +272,14 @@ def _microbatches_before(step_mask, schedule, first):
   return order.reshape(-1, size), schedule.length_buckets
 
 
-def minibatch_gradients(params, experience, *, forward, objective, schedule):
+def minibatch_gradients(
+  params: dict[str, PyTree],
+  experience: types.Experience,
+  *,
+  forward: forward_lib.Forward,
+  objective: Objective,
+  schedule: Schedule,
+) -> tuple[dict[str, PyTree], Metrics]:
   """Gradients of one minibatch, summed over its microbatches.
 
   Args:
@@ -279,7 +309,14 @@ def minibatch_gradients(params, experience, *, forward, objective, schedule):
   return optim.accumulate(cut, params, experience, schedule.microbatch_size)
 
 
-def step(state, loss, batch, *, optimizers, microbatch_size):
+def step(
+  state: types.TrainState,
+  loss: Callable[..., tuple[Float[Array, ''], Metrics]],
+  batch: PyTree[Array],
+  *,
+  optimizers: Optimizers,
+  microbatch_size: int,
+) -> tuple[types.TrainState, Metrics]:
   """One optimizer step on a batch of data.
 
   Args:

@@ -4,6 +4,7 @@ Compiled programs are kept for the session: runs that are stopped and resumed, h
 subprocesses, compile the same ones again.
 """
 
+import dataclasses
 import itertools
 import os
 import pathlib
@@ -25,11 +26,34 @@ import jaxtyping
 import pytest
 
 # The functions of arrays: arguments and results are checked against their annotations.
-CHECKED = ('advantages', 'intervals', 'losses', 'logprobs')
+CHECKED = (
+  'advantages',
+  'experience',
+  'forward',
+  'intervals',
+  'lengths',
+  'logprobs',
+  'losses',
+  'rewards.calibration',
+  'rewards.functions',
+  'rewards.learned',
+  'rewards.padding',
+  'rewards.scorers',
+  'rewards.scoring',
+  'rollout',
+  'types',
+  'update',
+)
 jaxtyping.install_import_hook(
   [f'rlhf_jax.{name}' for name in CHECKED],
   'beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))',  # an int is a float, too
 )
+
+from rlhf_jax import types
+
+# JAX fills its trees with shapes, shardings and arrays with more axes, so these hold anything.
+for cls in filter(dataclasses.is_dataclass, vars(types).values()):
+  cls.__init__ = cls.__init__.__wrapped__
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 

@@ -256,7 +256,8 @@ def experience(state, frozen, rollout, scores, *, models, settings):
 def before_update(params, frozen, rollout, *, models, settings):
   """PPO's forward passes before an update: Fixed and Outputs."""
   state = types.TrainState(0, None, params, {}, {'kl_coef': 0.0})
-  forward, objective = ppo_parts(state, frozen, rollout, jnp.zeros(1), models, settings)
+  scores = jnp.zeros(len(rollout.tokens))
+  forward, objective = ppo_parts(state, frozen, rollout, scores, models, settings)
   return update.before_update(
     params, rollout, objective.step_mask, forward=forward, schedule=settings.schedule
   )
@@ -265,7 +266,8 @@ def before_update(params, frozen, rollout, *, models, settings):
 def gradients(params, experience, frozen, kl_coef, *, models, settings):
   """PPO's gradients of one minibatch, and metrics."""
   state = types.TrainState(0, None, params, {}, {'kl_coef': kl_coef})
-  forward, objective = ppo_parts(state, frozen, experience, jnp.zeros(1), models, settings)
+  scores = jnp.zeros(len(experience.tokens))
+  forward, objective = ppo_parts(state, frozen, experience, scores, models, settings)
   return update.minibatch_gradients(
     params, experience, forward=forward, objective=objective, schedule=settings.schedule
   )

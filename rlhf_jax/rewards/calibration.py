@@ -5,6 +5,7 @@ gives to the answer it prefers. It is right if that is the chosen one. A tie cou
 reported: a constant scorer has accuracy 0, not 1.
 """
 
+from collections.abc import Sequence
 import dataclasses
 
 import numpy as np
@@ -49,7 +50,13 @@ class Calibration:
   bins: tuple[Bin, ...]
 
 
-def pairwise(chosen, rejected, *, prompts=None, bins=10):
+def pairwise(
+  chosen: Sequence[float] | np.ndarray,
+  rejected: Sequence[float] | np.ndarray,
+  *,
+  prompts: intervals.Prompts = None,
+  bins: int = 10,
+) -> Calibration:
   """Accuracy and calibration of scores of pairs.
 
   Args:
@@ -106,7 +113,7 @@ class Ratings:
   rating_error: float
 
 
-def ratings(scores, given, *, bins=10):
+def ratings(scores: intervals.Values, given: intervals.Values, *, bins: int = 10) -> Ratings:
   """Calibration of scores that guess ratings.
 
   Args:
@@ -130,7 +137,9 @@ def ratings(scores, given, *, bins=10):
   )
 
 
-def reliability(confidences, right, *, bins=10, low=0.5):
+def reliability(
+  confidences: intervals.Values, right: intervals.Values, *, bins: int = 10, low: float = 0.5
+) -> tuple[Bin, ...]:
   """Confidence against accuracy, in equal bins of the confidence over [low, 1].
 
   Args:
@@ -155,7 +164,7 @@ def reliability(confidences, right, *, bins=10, low=0.5):
   return tuple(table)
 
 
-def expected_calibration_error(table):
+def expected_calibration_error(table: tuple[Bin, ...]) -> float:
   """sum_b (count_b / count) * |accuracy_b - confidence_b| over bins that hold something.
 
   See Guo et al. 2017, eq. 3 (https://arxiv.org/abs/1706.04599).

@@ -10,6 +10,9 @@ list a response with a number for each of its tokens. It may leave out `response
 `metadata`.
 """
 
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
 import contextlib
 import contextvars
 import functools
@@ -20,6 +23,7 @@ import sys
 from typing import NamedTuple
 
 from absl import logging
+from jaxtyping import Float
 import numpy as np
 
 from rlhf_jax import errors
@@ -245,8 +249,15 @@ def check_signature(
 
 
 def call(
-  function, prompts, responses, *, response_tokens, metadata, response_length, limit=Limit()
-):
+  function: Callable,
+  prompts: Sequence[str],
+  responses: Sequence[str],
+  *,
+  response_tokens: Sequence[Sequence[int]],
+  metadata: Sequence[Mapping],
+  response_length: int,
+  limit: Limit = Limit(),
+) -> Float[np.ndarray, ' n'] | Float[np.ndarray, 'n {response_length}']:
   """Calls a reward function and checks what it returns.
 
   Args:

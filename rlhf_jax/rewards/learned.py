@@ -3,19 +3,26 @@
 Letters: B batch, T sequence length.
 """
 
+from collections.abc import Callable
+from collections.abc import Sequence
 import functools
 import json
 
 import jax
+from jaxtyping import Array, Bool, Float, Int, PyTree
 import numpy as np
+import transformers
 
 from rlhf_jax import errors
 from rlhf_jax import models
 from rlhf_jax import processes
 from rlhf_jax import sharding
+from rlhf_jax import types
 from rlhf_jax.data import tokenizers
+from rlhf_jax.models import base
 from rlhf_jax.rewards import scoring
 
+Tokenizer = transformers.PreTrainedTokenizerFast
 # Tokenizers that hold the same tokens may differ in case, accents, spaces, digits and scripts.
 PROBES = (
   '',
@@ -32,7 +39,7 @@ FOUND = 'single_word', 'lstrip', 'rstrip', 'normalized'
 _score = functools.partial(jax.jit, static_argnames=('model',))(scoring.score)
 
 
-def same_tokenizer(a, b):
+def same_tokenizer(a: Tokenizer, b: Tokenizer) -> bool:
   """Whether two tokenizers, used as in data/tokenizers.py, make the same ids of every text.
 
   What makes ids of texts must be the same; so must a BOS in front, and an EOS behind the prompt,
@@ -68,7 +75,9 @@ def _encoding(tokenizer):
   return components, tokenizer.get_vocab(), added
 
 
-def of_tokens(model, params):
+def of_tokens(
+  model: base.Base, params: dict[str, PyTree]
+) -> Callable[[types.Rollout], Float[Array, ' B']]:
   """Scorer of rollouts whose policy and reward model share a tokenizer.
 
   Args:
@@ -81,7 +90,14 @@ def of_tokens(model, params):
   return lambda rollout: _score(params, rollout.tokens, rollout.mask, model=model)
 
 
-def of_texts(model, params, tokenizer, *, max_length, mesh):
+def of_texts(
+  model: base.Base,
+  params: dict[str, PyTree],
+  tokenizer: Tokenizer,
+  *,
+  max_length: int,
+  mesh: jax.sharding.Mesh,
+) -> Callable[..., Float[np.ndarray, ' n']]:
   """Scorer of strings, for a reward model that has its own tokenizer.
 
   Args:
@@ -102,7 +118,15 @@ def of_texts(model, params, tokenizer, *, max_length, mesh):
   return apply
 
 
-def padded_texts(model, tokenizer, prompts, responses, ended, *, max_length):
+def padded_texts(
+  model: base.Base,
+  tokenizer: Tokenizer,
+  prompts: Sequence[str],
+  responses: Sequence[str],
+  ended: Sequence[bool],
+  *,
+  max_length: int,
+) -> tuple[Int[np.ndarray, 'n T'], Bool[np.ndarray, 'n T']]:
   """Prompts and responses as a reward model with its own tokenizer reads them.
 
   Args:
@@ -131,7 +155,9 @@ def padded_texts(model, tokenizer, prompts, responses, ended, *, max_length):
   return right_padded(rows, max_length, tokenizer.pad_token_id)
 
 
-def right_padded(rows, length, pad_id):
+def right_padded(
+  rows: Sequence[Sequence[int] | np.ndarray], length: int, pad_id: int
+) -> tuple[Int[np.ndarray, 'n T'], Bool[np.ndarray, 'n T']]:
   """Pads rows of token ids to `length`.
 
   Returns:
@@ -144,7 +170,7 @@ def right_padded(rows, length, pad_id):
   return tokens, mask
 
 
-def with_eos(rows, tokenizer):
+def with_eos(rows: Sequence[Sequence[int]], tokenizer: Tokenizer) -> list[bool]:
   """Which rows of token ids end with the EOS: n bools."""
   return [bool(row) and row[-1] == tokenizer.eos_token_id for row in rows]
 

@@ -8,14 +8,22 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
+import transformers
 
 from rlhf_jax import sharding
 from rlhf_jax.data import tokenizers
+from rlhf_jax.models import base
 
 MULTIPLE = 64  # vocabularies of such a size divide over devices
 
 
-def apart(model, params, tokenizer, mesh):
+def apart(
+  model: base.Base,
+  params: PyTree,
+  tokenizer: transformers.PreTrainedTokenizerFast,
+  mesh: jax.sharding.Mesh,
+) -> tuple[base.Base, PyTree, transformers.PreTrainedTokenizerFast]:
   """Gives a decoder a padding token of its own where it is padded with the EOS, as GPT-2 is.
 
   Its score is read at the EOS, and transformers' sequence classifiers read theirs at the last token

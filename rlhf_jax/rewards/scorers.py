@@ -6,6 +6,9 @@ that combines others returns types.Scores, which also holds what the total was m
 Letters: B batch, R response length, M members of an ensemble.
 """
 
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
 import functools
 
 import jax
@@ -25,6 +28,7 @@ from rlhf_jax.rewards import functions
 from rlhf_jax.rewards import learned
 from rlhf_jax.rollout import actor
 
+Scorer = Callable[..., types.ScoreArray | types.Scores]
 ENSEMBLES = ('mean', 'min', 'variance')
 ON_NAN = ('stop', 'skip')
 SOURCES = ('model', 'models', 'function')
@@ -234,7 +238,7 @@ def function_scorer(function, tokenizer, mesh, *, limit=functions.Limit()):
   return score
 
 
-def weighted(parts):
+def weighted(parts: Mapping[str, tuple[float, Scorer]]) -> Scorer:
   """The weighted sum of scorers: sum_i weight_i * score_i.
 
   Args:
@@ -256,7 +260,7 @@ def weighted(parts):
   return score
 
 
-def ensemble(scorers, how, *, coef=0.0):
+def ensemble(scorers: Sequence[Scorer], how: str, *, coef: float = 0.0) -> Scorer:
   """One score from several reward models.
 
   'mean' is the mean of the members, 'min' the worst case, 'variance' mean - coef * variance, with
@@ -283,7 +287,7 @@ def ensemble(scorers, how, *, coef=0.0):
   return score
 
 
-def check_alike(members):
+def check_alike(members: Mapping[str, types.Scores]) -> None:
   """Raises UserError if some of {name: Scores} score responses and others tokens."""
   by_token = [name for name, scores in members.items() if scores.total.ndim == 2]
   if by_token and len(by_token) < len(members):

@@ -3,12 +3,21 @@
 Letters: B prompts, K completions of one prompt, T sequence length.
 """
 
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 import numpy as np
 
+from rlhf_jax import types
+from rlhf_jax.models import base
 from rlhf_jax.models import heads
 
 
-def score(params, tokens, mask, *, model):
+def score(
+  params: dict[str, PyTree],
+  tokens: Int[ArrayLike, 'n T'],
+  mask: Bool[ArrayLike, 'n T'],
+  *,
+  model: base.Base,
+) -> Float[Array, ' n']:
   """The reward of each row, read at its last real token.
 
   Args:
@@ -23,13 +32,17 @@ def score(params, tokens, mask, *, model):
   return heads.apply_scalar(params['head'], model.summary(params['backbone'], tokens, mask))
 
 
-def comparison_scores(params, batch, *, model):
+def comparison_scores(
+  params: dict[str, PyTree], batch: types.Comparisons, *, model: base.Base
+) -> Float[Array, 'B K']:
   """The scores [B, K] of every completion of Comparisons."""
   tokens, mask = (x.reshape((-1,) + x.shape[2:]) for x in (batch.tokens, batch.mask))
   return score(params, tokens, mask, model=model).reshape(batch.present.shape)
 
 
-def pair_gaps(scores, batch):
+def pair_gaps(
+  scores: Float[ArrayLike, 'B K'], batch: types.Comparisons
+) -> tuple[Float[ArrayLike, ' n'], Int[np.ndarray, ' n']]:
   """Gaps r_better - r_worse of all pairs of a batch, [n] float32, and the row of each, [n] int."""
   ranks, present = np.asarray(batch.ranks), np.asarray(batch.present)
   better = (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]

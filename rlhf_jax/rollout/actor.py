@@ -3,10 +3,14 @@
 Letters: B batch, n responses of a prompt, R response length.
 """
 
+from collections.abc import Callable
+from collections.abc import Sequence
 import time
 
 import jax
+from jaxtyping import Array, Float, Key, PyTree
 import numpy as np
+import transformers
 
 from rlhf_jax import processes
 from rlhf_jax import sharding
@@ -55,7 +59,9 @@ class Actor:
     self._as_prompted = as_prompted or identity
     self._mesh, self._samples, self._last_batch = mesh, samples, None
 
-  def __call__(self, params, key, *, timed):
+  def __call__(
+    self, params: PyTree, key: Key[Array, ''], *, timed: bool
+  ) -> tuple[types.Rollout, types.ScoreArray, dict[str, float]]:
     """One batch of experience.
 
     Args:
@@ -100,7 +106,9 @@ class Actor:
       },
     )
 
-  def samples(self, tokenizer, metrics):
+  def samples(
+    self, tokenizer: transformers.PreTrainedTokenizerFast, metrics: dict[str, Array]
+  ) -> list[dict]:
     """The last batch as dicts: prompt, response, score, what a train step adds, and parts if there are.
 
     A score of NaN is None, and so is one of its parts.
@@ -132,17 +140,22 @@ class Actor:
     return samples
 
 
-def nan_mean(values):
+def nan_mean(values: Float[np.ndarray, ' B']) -> float:
   """The mean of a part of the scores [B], without those that are NaN."""
   return float(np.mean(values[~np.isnan(values)])) if not np.isnan(values).all() else float('nan')
 
 
-def float_or_none(value):
+def float_or_none(value: float | np.floating) -> float | None:
   """A score as JSON has it: None where it is NaN."""
   return None if np.isnan(value) else float(value)
 
 
-def stop_at(strings, tokenizer, sampling, mesh):
+def stop_at(
+  strings: Sequence[str],
+  tokenizer: transformers.PreTrainedTokenizerFast,
+  sampling: sampling_lib.Sampling,
+  mesh: jax.sharding.Mesh,
+) -> Callable[[types.Rollout], types.Rollout] | None:
   """Ends responses at stop strings of their text, on the host.
 
   Args:
@@ -167,7 +180,9 @@ def stop_at(strings, tokenizer, sampling, mesh):
   return truncate
 
 
-def texts_of(rollout, tokenizer):
+def texts_of(
+  rollout: types.Rollout, tokenizer: transformers.PreTrainedTokenizerFast
+) -> tuple[list[str], list[list[int]]]:
   """The responses of a rollout.
 
   Args:

@@ -9,9 +9,11 @@ Letters: B batch, K key/value heads, S slots, H head width.
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Int, PyTree
 
 from rlhf_jax import sharding
 
+Cache = dict[str, PyTree]
 # Arrays [..., B, K, S, H]; what a cache holds beside them has its rows in front.
 _STATES = ('k', 'v', 'cross_k', 'cross_v')
 # Axes of slots, from behind.
@@ -31,7 +33,7 @@ def _map(function, cache, *others):
   return {name: apply(name) for name in cache if name != 'index'}
 
 
-def empty(shapes, index):
+def empty(shapes: Cache, index: int) -> Cache:
   """A cache without tokens.
 
   Args:
@@ -44,7 +46,7 @@ def empty(shapes, index):
   return zeros | {'index': jnp.int32(index)}
 
 
-def grow(cache, count):
+def grow(cache: Cache, count: int) -> Cache:
   """Room for `count` more tokens, an int, behind the others."""
 
   def pad(name, axis, x):
@@ -57,19 +59,25 @@ def grow(cache, count):
   return cache | _map(pad, cache)
 
 
-def repeat(cache, count):
+def repeat(cache: Cache, count: int) -> Cache:
   """Every row `count` times, the copies side by side."""
   return cache | _map(
     lambda name, axis, x: sharding.split_rows(jnp.repeat(x, count, axis=axis), axis=axis), cache
   )
 
 
-def take(cache, rows):
+def take(cache: Cache, rows: Int[Array, ' B']) -> Cache:
   """The rows at positions `rows`, an int32 vector."""
   return cache | _map(lambda name, axis, x: jnp.take(x, rows, axis=axis), cache)
 
 
-def put(cache, row, source, source_row, length):
+def put(
+  cache: Cache,
+  row: Int[ArrayLike, ''],
+  source: Cache,
+  source_row: Int[ArrayLike, ''],
+  length: int,
+) -> Cache:
   """A row of another cache in place of a row of this one, ending at this one's index.
 
   Args:
@@ -95,7 +103,7 @@ def put(cache, row, source, source_row, length):
   return cache | _map(copy, cache, source)
 
 
-def shift(cache, count):
+def shift(cache: Cache, count: int) -> Cache:
   """Everything moved `count` slots (an int) towards the first, the index too; what falls off is lost."""
 
   def move(name, axis, x):

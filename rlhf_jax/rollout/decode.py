@@ -8,16 +8,27 @@ Letters: B batch, n samples of a prompt, P prompt length, R response length, V v
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Int, Key, PyTree
 
 from rlhf_jax import lengths
 from rlhf_jax import types
+from rlhf_jax.models import base
 from rlhf_jax.rollout import cache as cache_lib
 from rlhf_jax.rollout import sampling as sampling_lib
 
 STAGES = 4  # at most; each is compiled
 
 
-def generate(params, prompts, key, *, model, sampling, samples=1, first=0):
+def generate(
+  params: PyTree,
+  prompts: types.Prompts,
+  key: Key[Array, ''],
+  *,
+  model: base.LanguageModel,
+  sampling: sampling_lib.Sampling,
+  samples: int = 1,
+  first: Int[ArrayLike, ''] = 0,
+) -> types.Rollout:
   """Samples a response to each prompt.
 
   The loop ends on the device as soon as every row has ended. Row i draws from its own key,

@@ -18,9 +18,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Int, Key, PyTree
 
 from rlhf_jax import sharding
 from rlhf_jax import types
+from rlhf_jax.models import base
 from rlhf_jax.rollout import cache as cache_lib
 from rlhf_jax.rollout import sampling as sampling_lib
 
@@ -32,7 +34,17 @@ MARGIN = 16
 DRAIN_DIVISORS = (2, 4)
 
 
-def generate(params, prompts, key, *, model, sampling, max_concurrent, samples=1, first=0):
+def generate(
+  params: PyTree,
+  prompts: types.Prompts,
+  key: Key[Array, ''],
+  *,
+  model: base.LanguageModel,
+  sampling: sampling_lib.Sampling,
+  max_concurrent: int,
+  samples: int = 1,
+  first: Int[ArrayLike, ''] = 0,
+) -> types.Rollout:
   """Samples responses as `decode.generate` does for all prompts at once, token for token.
 
   To be jitted with `model`, `sampling`, `max_concurrent` and `samples` static. Needs caches for B

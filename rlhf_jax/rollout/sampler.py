@@ -7,16 +7,29 @@ shards, nor continuous batching, nor the number of responses decoded at a time c
 Letters: B prompts, n samples of each, P prompt length, R response length, T = P + R.
 """
 
+from collections.abc import Callable
+
 import jax
+from jaxtyping import Array, Key, PyTree
 
 from rlhf_jax import errors
 from rlhf_jax import processes
 from rlhf_jax import sharding
+from rlhf_jax import types
+from rlhf_jax.models import base
 from rlhf_jax.rollout import decode
 from rlhf_jax.rollout import engine
+from rlhf_jax.rollout import sampling as sampling_lib
 
 
-def make(model, sampling, *, samples=1, max_concurrent=0, gather=False):
+def make(
+  model: base.LanguageModel,
+  sampling: sampling_lib.Sampling,
+  *,
+  samples: int = 1,
+  max_concurrent: int = 0,
+  gather: bool = False,
+) -> Callable[[PyTree, types.Prompts, Key[Array, '']], types.Rollout]:
   """Makes the function that samples responses.
 
   Args:
@@ -62,7 +75,7 @@ def make(model, sampling, *, samples=1, max_concurrent=0, gather=False):
   return jax.jit(generate, compiler_options=sharding.compiler_options(sharding.platform()))
 
 
-def check_mesh(model, max_concurrent):
+def check_mesh(model: base.LanguageModel, max_concurrent: int) -> None:
   """Checks that the mesh which is set can decode `max_concurrent` responses at a time.
 
   Raises:

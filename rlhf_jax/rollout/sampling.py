@@ -7,8 +7,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from rlhf_jax import errors
+from rlhf_jax import types
 
 BLOCK = 128  # tokens of a block; about the square root of a vocabulary
 
@@ -50,23 +52,23 @@ class Sampling:
       )
 
   @property
-  def end_tokens(self):
+  def end_tokens(self) -> tuple[int, ...]:
     """Ids of the EOS and the stop tokens, a tuple without duplicates."""
     eos = () if self.eos_id is None else (self.eos_id,)
     return tuple(dict.fromkeys(eos + tuple(self.stop_tokens)))
 
 
-def is_in(tokens, ids):
+def is_in(tokens: Int[ArrayLike, '*shape'], ids: tuple[int, ...]) -> Bool[Array, '*shape']:
   """Which tokens, an array of any shape, are one of `ids`, a tuple; bool of the same shape."""
   return jnp.isin(tokens, jnp.array(ids, jnp.int32))
 
 
-def ends_response(token, sampling):
+def ends_response(token: Int[ArrayLike, ' B'], sampling: Sampling) -> Bool[Array, ' B']:
   """Which tokens drawn last, [B] int32, end their response while sampling; [B] bool."""
   return is_in(token, () if sampling.ignore_eos else sampling.end_tokens)
 
 
-def ended(rollout, sampling):
+def ended(rollout: types.Rollout, sampling: Sampling) -> Bool[Array, ' B']:
   """Which responses ended by themselves, with the EOS or a stop token; [B] bool.
 
   With `ignore_eos`, which of them hold such a token. All of them where nothing can end a response.
@@ -82,7 +84,11 @@ def ended(rollout, sampling):
   return jnp.any(is_in(response, sampling.end_tokens) & rollout.response_mask, axis=1)
 
 
-def mask_end_tokens(logits, index, sampling):
+def mask_end_tokens(
+  logits: Float[ArrayLike, 'B V'],
+  index: Int[ArrayLike, ''] | Int[ArrayLike, ' B'],
+  sampling: Sampling,
+) -> Float[ArrayLike, 'B V']:
   """Logits with -inf at the EOS and the stop tokens of responses shorter than `min_new_tokens`.
 
   As transformers' MinNewTokensLengthLogitsProcessor and vLLM's min_tokens do.
@@ -102,7 +108,9 @@ def mask_end_tokens(logits, index, sampling):
   return jnp.where(early[:, None] & end_tokens[None], -jnp.inf, logits)
 
 
-def filter_logits(logits, *, temperature, top_k, top_p):
+def filter_logits(
+  logits: Float[ArrayLike, 'B V'], *, temperature: float, top_k: int, top_p: float
+) -> Float[Array, 'B V']:
   """Logits of the distribution that is sampled from; what is filtered out is -inf.
 
   Nucleus filtering follows Holtzman et al. 2020 (https://arxiv.org/abs/1904.09751): a token
@@ -131,7 +139,12 @@ def filter_logits(logits, *, temperature, top_k, top_p):
   return logits
 
 
-def sample(keys, logits, sampling, index=0):
+def sample(
+  keys: Key[Array, ' B'],
+  logits: Float[ArrayLike, 'B V'],
+  sampling: Sampling,
+  index: Int[ArrayLike, ''] | Int[ArrayLike, ' B'] = 0,
+) -> tuple[Int[Array, ' B'], Float[Array, ' B']]:
   """Draws one token for each response.
 
   Args:

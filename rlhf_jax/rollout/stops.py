@@ -6,16 +6,24 @@ is what a policy is trained on.
 Letters: B batch, P prompt length, R response length, T = P + R.
 """
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
+from jaxtyping import Array, Bool
 import numpy as np
+import transformers
 
 from rlhf_jax import errors
+from rlhf_jax import types
 from rlhf_jax.data import tokenizers
 
+Tokenizer = transformers.PreTrainedTokenizerFast
 REPLACEMENT = '\ufffd'  # stands for bytes that are no character, as the first of several are
 
 
-def truncate(rollout, *, tokens, after=0, pad_id):
+def truncate(
+  rollout: types.Rollout, *, tokens: tuple[int, ...], after: int = 0, pad_id: int
+) -> tuple[types.Rollout, Bool[Array, ' B']]:
   """Truncates responses behind the first of some tokens. To be jitted with keywords static.
 
   A response without any of them stays as it is; what it is paid instead of its score is the
@@ -39,7 +47,9 @@ def truncate(rollout, *, tokens, after=0, pad_id):
   return _mask_tokens(rollout, keep, pad_id, jnp), jnp.any(ends, axis=1)
 
 
-def truncate_at_strings(rollout, tokenizer, strings, *, after=0):
+def truncate_at_strings(
+  rollout: types.Rollout, tokenizer: Tokenizer, strings: Sequence[str], *, after: int = 0
+) -> tuple[types.Rollout, Bool[np.ndarray, ' B']]:
   """Truncates responses behind the token that completes the first of some strings, on the host.
 
   The text is that of all tokens of `response_mask`, special ones spelled out. A string may end
@@ -72,7 +82,7 @@ def truncate_at_strings(rollout, tokenizer, strings, *, after=0):
   return _mask_tokens(rollout, keep, tokenizer.pad_token_id, np), lengths > 0
 
 
-def single_tokens(tokenizer, strings):
+def single_tokens(tokenizer: Tokenizer, strings: Sequence[str]) -> dict[str, int]:
   """The strings that are one token each: {string: id}.
 
   As `Sampling.stop_tokens` they end a response on the device. Their string can be spelled by other
@@ -92,7 +102,7 @@ def single_tokens(tokenizer, strings):
   }
 
 
-def single_token(tokenizer, text, *, name):
+def single_token(tokenizer: Tokenizer, text: str, *, name: str) -> int:
   """The id of a text that must be one token.
 
   Args:

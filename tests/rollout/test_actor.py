@@ -64,14 +64,14 @@ def actor():
   score = lambda rollout, examples: np.ones(len(examples), np.float32)
   with jax.set_mesh(mesh):
     made = actor_lib.Actor(['one', 'two'], batches(), sample, score, mesh)
-    made(PARAMS, None, timed=True)  # compiles
+    made(PARAMS, jax.random.key(0), timed=True)  # compiles
     yield made
 
 
 def test_the_update_before_is_none_of_the_rollout(actor, update):
   params, _, seconds = metrics.take_step(update, PARAMS, (), timed=False)
   started = time.perf_counter()
-  _, _, found = actor(params, None, timed=True)
+  _, _, found = actor(params, jax.random.key(0), timed=True)
   waited = time.perf_counter() - started
   assert waited > SLOW / 2, 'the update was still running'
   assert (
@@ -85,7 +85,7 @@ def test_the_update_before_is_none_of_the_rollout(actor, update):
 def test_the_update_has_seconds_of_its_own_and_nothing_else_in_them(actor, update):
   started = time.perf_counter()
   params, _ = update(PARAMS, times=5)  # it is still running when the next is due
-  rollout, scores, _ = actor(params, None, timed=False)
+  rollout, scores, _ = actor(params, jax.random.key(0), timed=False)
   params, _, found = metrics.take_step(update, params, (rollout, scores), timed=True)
   assert params.is_ready()
   # A sixth of the time but for noise, of which there is much on a shared machine.
@@ -94,7 +94,7 @@ def test_the_update_has_seconds_of_its_own_and_nothing_else_in_them(actor, updat
 
 def test_a_step_that_is_not_timed_does_not_wait(actor, update):
   params, _ = update(PARAMS, times=4)
-  rollout, _, found = actor(params, None, timed=False)
+  rollout, _, found = actor(params, jax.random.key(0), timed=False)
   assert not params.is_ready()
   assert found == {} and jax.block_until_ready(rollout) is not None
 
