@@ -4,10 +4,11 @@ What benchmarks/shared_weights.py and memory.py compile, and the config that
 benchmarks/peers/ours.py runs.
 """
 
+from collections.abc import Callable
 import functools
 import statistics
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,9 +69,9 @@ class Update(NamedTuple):
       ptx.
   """
 
-  step: Any
-  state: Any
-  arguments: Any
+  step: Callable
+  state: types.TrainState
+  arguments: tuple
 
 
 def prepare(config, mesh):

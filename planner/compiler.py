@@ -49,7 +49,7 @@ class Compiled(NamedTuple):
   temporaries: float
   results: float
   cycles: float
-  sent: list
+  sent: list[list]
   unbounded: int
   seconds: float
   needed: float = 0.0

@@ -49,7 +49,7 @@ class Traffic(NamedTuple):
   """A chip's traffic: bytes of memory; [(mesh axis, bytes sent, collectives)]; most bytes held."""
 
   memory: float
-  sent: list
+  sent: list[tuple[str, float, float]]
   held: float
 
 

@@ -39,7 +39,7 @@ class Instruction(NamedTuple):
   name: str
   type: str
   opcode: str
-  operands: tuple
+  operands: tuple[str, ...]
   rest: str
 
 
@@ -54,8 +54,8 @@ class Totals(NamedTuple):
   """
 
   cycles: float
-  sent: dict
-  rounds: dict
+  sent: dict[tuple[str, int], float]
+  rounds: dict[tuple[str, int], int]
   unbounded: int
 
 

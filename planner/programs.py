@@ -6,14 +6,16 @@ their rules put it. Reward model and critic are taken to have the policy's shape
 Letters: B batch, P prompt length, R response length, T = P + R.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import types as python_types
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import PyTree
 
 from rlhf_jax import errors
 from rlhf_jax import models
@@ -23,6 +25,7 @@ from rlhf_jax.algorithms import build
 from rlhf_jax.algorithms import on_policy_config
 from rlhf_jax.algorithms import setup
 from rlhf_jax.algorithms import wiring
+from rlhf_jax.models import base
 from rlhf_jax.models import heads
 from rlhf_jax.models import trainable
 from rlhf_jax.rewards import scoring
@@ -46,9 +49,9 @@ class Programs(NamedTuple):
     calls: {'rollout', 'scoring', 'update': (jitted function, its arguments)}.
   """
 
-  model: Any
-  arrays: dict
-  calls: dict
+  model: base.LanguageModel
+  arrays: dict[str, PyTree]
+  calls: dict[str, tuple[Callable, tuple]]
 
 
 def make(config, mesh):

@@ -6,11 +6,12 @@ fit.
 
 import dataclasses
 import itertools
-from typing import Any
 
 import jax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+import ml_collections
 
+from planner import compiler
 from planner import estimate
 from planner import flops
 from planner import memory
@@ -36,11 +37,11 @@ class Candidate:
     capacity: bytes that a chip has.
   """
 
-  config: Any
-  kinds: dict
-  extra: dict
-  times: dict
-  compiled: dict
+  config: ml_collections.ConfigDict
+  kinds: dict[str, float]
+  extra: dict[str, float]
+  times: dict[str, estimate.Time]
+  compiled: dict[str, compiler.Compiled]
   capacity: float
 
   @property

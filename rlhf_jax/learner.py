@@ -1,8 +1,12 @@
 """The interface between the training loop (loop.py) and an algorithm."""
 
 from collections.abc import Callable
+from collections.abc import Iterator
 import dataclasses
-from typing import Any
+
+from jaxtyping import Array
+
+from rlhf_jax import types
 
 
 @dataclasses.dataclass
@@ -33,12 +37,12 @@ class Learner:
   """
 
   steps: int
-  iterators: dict[str, Any]
-  next_batch: Callable[..., Any]
-  train_step: Callable[..., Any]
+  iterators: dict[str, Iterator]
+  next_batch: Callable[..., tuple[tuple, dict[str, float]]]
+  train_step: Callable[..., tuple[types.TrainState, dict[str, Array]]]
   export: Callable[..., None]
   describe: Callable[..., None]
   evaluators: dict[str, Callable[..., dict]] = dataclasses.field(default_factory=dict)
   samples: Callable[[dict], list[dict]] = lambda metrics: []
   warnings: Callable[[dict], dict[str, str]] = lambda metrics: {}
-  set_by: dict[str, tuple] = dataclasses.field(default_factory=dict)
+  set_by: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)

@@ -59,7 +59,7 @@ class Settings:
   temperature: float
   samples: int
   max_new_tokens: int
-  end_tokens: tuple
+  end_tokens: tuple[int, ...]
   end_after: int
   epochs: int = 4
   minibatches: int = 1

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
+import optax
 
 from rlhf_jax import errors
 from rlhf_jax import forward as forward_lib
@@ -26,9 +28,9 @@ class Wiring(NamedTuple):
   """
 
   models: forward_lib.Models
-  params: dict
-  frozen: dict
-  optimizers: dict
+  params: dict[str, PyTree]
+  frozen: dict[str, PyTree]
+  optimizers: dict[str, optax.GradientTransformation]
 
 
 def wire(config, mesh, base, *, reference=True, critic=None, steps):

@@ -17,7 +17,9 @@ import dataclasses
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 import numpy as np
+import transformers
 
 from rlhf_jax import config as config_lib
 from rlhf_jax import errors
@@ -33,6 +35,7 @@ from rlhf_jax.data import sources
 from rlhf_jax.data import tokenizers
 from rlhf_jax.evaluation import text as text_lib
 from rlhf_jax.evaluation import winrate
+from rlhf_jax.models import base
 from rlhf_jax.rewards import functions
 from rlhf_jax.rewards import guard
 from rlhf_jax.rewards import scorers
@@ -40,6 +43,8 @@ from rlhf_jax.rollout import actor
 from rlhf_jax.rollout import sampler
 from rlhf_jax.rollout import sampling as sampling_lib
 from rlhf_jax.rollout import stops
+
+Evaluator = Callable[[types.TrainState], dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,14 +65,14 @@ class Context:
     sampling: keys of config.SAMPLING that the run samples with.
   """
 
-  model: Any
-  tokenizer: Any
-  mesh: Any
+  model: base.Base
+  tokenizer: transformers.PreTrainedTokenizerFast
+  mesh: jax.sharding.Mesh
   seed: int
   load: Mapping[str, Any]
-  policy: Callable[..., Any] | None = None
-  start: Callable[[], Any] | None = None
-  loss: Callable[..., Any] | None = None
+  policy: Callable[[types.TrainState], PyTree] | None = None
+  start: Callable[[], PyTree] | None = None
+  loss: Callable[[str | None], Evaluator | None] | None = None
   sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax import sharding
 from rlhf_jax.models import heads
+from rlhf_jax.models import hf_config
 from rlhf_jax.models import layers
 from rlhf_jax.models import lora as lora_lib
 from rlhf_jax.models import stack
@@ -34,7 +34,7 @@ class Base:
   """
 
   family: str
-  config: Any
+  config: hf_config.Config
   dtype: str = 'float32'
   remat: str = 'none'
   unroll: int | None = 1

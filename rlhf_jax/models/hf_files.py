@@ -50,7 +50,7 @@ class _Entry(NamedTuple):
 
   file: pathlib.Path
   name: str
-  shape: tuple
+  shape: tuple[int, ...]
   dtype: str
 
 

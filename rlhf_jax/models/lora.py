@@ -32,7 +32,7 @@ class Lora:
       of alpha / rank.
   """
 
-  targets: tuple
+  targets: tuple[tuple[str, int, float], ...]
   rslora: bool = False
 
   def find(self, path):

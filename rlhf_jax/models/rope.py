@@ -248,8 +248,8 @@ class LongRope(Rope):
       else limit / original.
   """
 
-  short_factor: tuple
-  long_factor: tuple
+  short_factor: tuple[float, ...]
+  long_factor: tuple[float, ...]
   original_max_position_embeddings: int
   factor: float | None = None
   attention_factor: float | None = None
