@@ -20,6 +20,7 @@ setuptools.setup(
     'absl-py>=2.5.1,<3',
     'chex>=0.1.92,<0.2',
     'datasets>=5.2.0,<6',
+    'docutils>=0.22.4,<0.23',
     'flax>=0.12.8,<0.13',
     'grain>=0.2.18,<0.3',
     'huggingface_hub>=2.4.0,<3',

@@ -23,6 +23,7 @@ from rlhf_jax import folders
 
 CONFIG = 'config.json'
 RUNS = 'runs.jsonl'
+BASE = 'base_config.json'
 ABSENT = '(absent)'
 # Keys whose value may change when a run resumes, and what they affect; also all keys below them.
 MAY_CHANGE = {
@@ -147,6 +148,33 @@ def _same(old, new):
   """Returns whether two values are the same; True is not 1, and None counts as absent."""
   old, new = (None if value is ABSENT else value for value in (old, new))
   return isinstance(old, bool) == isinstance(new, bool) and old == new
+
+
+def write_base(config, workdir):
+  """Writes the base config of the run's algorithm, for reports to show what the run changed.
+
+  Args:
+    config: ConfigDict of the algorithm's module, without the run's changes.
+    workdir: Folder of the run.
+  """
+  write_json(pathlib.Path(workdir) / BASE, to_plain_dict(config))
+
+
+def from_base(config, workdir):
+  """Returns the keys of a run's config that differ from the base config of its algorithm.
+
+  Args:
+    config: The run's config, a dict.
+    workdir: Folder of the run.
+
+  Returns:
+    List of Change; None if the base config is not known.
+  """
+  path = pathlib.Path(workdir) / BASE
+  if not path.exists():
+    return None
+  found = changes(json.loads(path.read_text()), config)
+  return [change for change in found if not change.key.startswith('forked_from')]
 
 
 def may_change(key):

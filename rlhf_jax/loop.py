@@ -30,7 +30,8 @@ def run(config, workdir, *, fork_of=None, on_metrics=None):
   Args:
     config: Single-stage config; see config.py.
     workdir: Folder of this run. At the end it holds `model/` (a Hugging Face folder),
-      `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `config.json` and `runs.jsonl`.
+      `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `config.json`, `base_config.json` and
+      `runs.jsonl`.
     fork_of: Workdir of another run, from whose newest checkpoint this run starts, or None.
     on_metrics: Function of (step, metrics), called on the main process when metrics are logged, or
       None.
@@ -73,6 +74,7 @@ def run(config, workdir, *, fork_of=None, on_metrics=None):
       )
     if processes.is_main_process():  # after all checks, so that an error leaves the files unchanged
       learner.describe(workdir)
+      identity.write_base(build.load(config.algorithm).config(), workdir)
       identity.record_start(
         config,
         workdir,

@@ -44,9 +44,9 @@ FAULTS = (
   ),
   Fault(
     'the KL of best-of-n is the logarithm alone',
-    'rlhf_jax/evaluation/comparison.py',
-    '- (best_of - 1) / best_of',
-    '',
+    'rlhf_jax/evaluation/best_of_n.py',
+    'return math.log(n) - (n - 1) / n',
+    'return math.log(n)',
     _tests('evaluation/test_policies', 'test_the_best_of_n_is_the_best_by_the_reward_model'),
   ),
   Fault(

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import itertools
-import math
 
 import jax
 import numpy as np
@@ -20,6 +19,7 @@ from rlhf_jax import config_keys
 from rlhf_jax import errors
 from rlhf_jax import intervals
 from rlhf_jax import policy as policy_lib
+from rlhf_jax.evaluation import best_of_n
 from rlhf_jax.evaluation import plots
 from rlhf_jax.evaluation import tables
 from rlhf_jax.evaluation import text
@@ -68,12 +68,14 @@ class Answers:
     proxy: [n] scores of the reward model; None without one.
     gold: [n] scores of the judge; None if it compares pairs.
     kl: from the baseline, nats per sequence; None if the two have different tokenizers.
+    curve: of best-of-n, the points of best_of_n.curve; else ().
   """
 
   samples: policy_lib.Samples
   proxy: np.ndarray | None
   gold: np.ndarray | None
   kl: float | None
+  curve: Sequence[Mapping] = ()
 
 
 @dataclasses.dataclass
@@ -110,6 +112,10 @@ class Comparison:
       }
       for i, prompt in enumerate(prompts)
     ]
+
+  def best_of_curve(self):
+    """The points of best-of-n for the report; () if it was not asked for."""
+    return next((answer.curve for answer in self.answers.values() if answer.curve), ())
 
   def text(self, count):
     """The responses of all policies to the first `count` prompts, one below the other."""
@@ -239,9 +245,18 @@ def ask(policies, examples, judge, settings, *, reward_model=None):
       many = policies[name].sample(prompts, keys[-1], samples=best_of, **settings.sampling)
       scores = reward_model.score_samples(many, policies[name].tokenizer).reshape(-1, best_of)
       best = many.take(np.arange(len(prompts)) * best_of + scores.argmax(axis=1))
-      kl = math.log(best_of) - (best_of - 1) / best_of
-      answers[f'best of {best_of}'] = scored(name, best, kl)
+      answer = scored(name, best, best_of_n.kl(best_of))
+      answer.curve = best_of_n.curve(scores, gold_of_each(many, judge, best_of), prompts)
+      answers[f'best of {best_of}'] = answer
   return answers
+
+
+def gold_of_each(samples, judge, count):
+  """Gold scores [P, count] of all samples of best-of-n; None if the judge is no text function."""
+  if judge.score_text is None:
+    return None
+  pairs = zip(samples.prompts, samples.responses)
+  return np.reshape([judge.score_text(*pair) for pair in pairs], (-1, count))
 
 
 def mean_kl(policy, reference, rollout, temperature):

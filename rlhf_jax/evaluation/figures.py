@@ -1,7 +1,8 @@
 """Figures of the report, as SVG text to put into an HTML page.
 
 Axes and words take the colour of the page's text, so that they are readable on light and dark
-pages alike. Nothing goes through pyplot, so no figure outlives its function.
+pages alike. Nothing goes through pyplot, so no figure outlives its function. The SVG has no style
+sheet and no style attributes: the report's security policy allows the styles of its own page alone.
 """
 
 import html
@@ -24,7 +25,6 @@ _STYLE = {
   'text.color': _INK,
   'axes.edgecolor': _INK,
   'axes.labelcolor': _INK,
-  'axes.titlesize': 10,
   'axes.spines.top': False,
   'axes.spines.right': False,
   'axes.linewidth': 0.6,
@@ -38,16 +38,17 @@ _STYLE = {
   'text.parse_math': False,
   'lines.linewidth': 1.5,
 }
+_LINES = 'stroke-linejoin="round" stroke-linecap="butt"'  # the style sheet of matplotlib's SVG
 _MOST_POINTS = 300
 
 
 def curve(title, lines):
-  """One metric over steps.
+  """One metric over steps. The page has its name above the figure.
 
   Args:
-    title: name of the metric.
-    lines: {label: list of (step, value)}; None, NaN and infinite values leave a gap. A label
-      other than '' is shown.
+    title: name of the metric, for screen readers.
+    lines: {label: list of (step, value)}; None, NaN and infinite values leave a gap. Labels are
+      shown if there are several.
 
   Returns:
     SVG text.
@@ -61,52 +62,75 @@ def curve(title, lines):
       shown = np.unique(np.linspace(0, len(points) - 1, _MOST_POINTS).astype(int))
       smooth = _running_mean(values, len(values) // 25)
       if len(values) < 50:
-        axes.plot(steps, values, color=colour, label=label, marker='.', markersize=4)
+        axes.plot(steps, values, color=colour, label=_short(label), marker='.', markersize=4)
       else:
         axes.plot(steps[shown], values[shown], color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(steps[shown], smooth[shown], color=colour, label=label)
-    axes.set_title(title, loc='left')
+        axes.plot(steps[shown], smooth[shown], color=colour, label=_short(label))
     axes.set_xlabel('step')
     axes.locator_params(nbins=5)
-    if any(lines):
+    if len(lines) > 1:
       axes.legend(fontsize=8)
 
-  return _svg(draw, (3.6, 2.3), title)
+  return _svg(draw, (3.6, 2.1), title)
 
 
-def frontier(points):
-  """Gold and proxy score over KL, joined in the order of the steps.
+def frontier(points, best_of=()):
+  """Gold and proxy score over KL, joined in the order of the steps, and beside them best-of-n.
 
   Args:
-    points: list, not empty, of {"step", "kl" in nats, "gold", "gold_se", "proxy"}; the last three
-      may be missing.
+    points: list of {"step", "kl" in nats, "gold", "gold_se", "proxy"}; the last three may be
+      missing.
+    best_of: list of {"n", "kl", "gold", "gold_se", "proxy"}, of best_of_n.curve. One of the two
+      lists is not empty.
   """
   points = sorted(points, key=lambda point: point.get('step', 0))
-  kl = [_finite(point.get('kl')) for point in points]
+  both = [*points, *best_of]
 
   def draw(figure):
     named = (('gold', 'gold score', GREEN), ('proxy', 'proxy score', ORANGE))
-    panels = [panel for panel in named if any(panel[0] in point for point in points)]
+    panels = [panel for panel in named if any(panel[0] in point for point in both)]
     rows = figure.subplots(max(1, len(panels)), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (key, label, colour) in zip(rows, panels, strict=False):
-      values = [_finite(point.get(key)) for point in points]
-      errors = [_finite(point.get(f'{key}_se'), 0.0) for point in points]
-      axes.errorbar(kl, values, errors, color=colour, marker='o', markersize=3, elinewidth=0.8)
-      axes.set_ylabel(label)
-      for end, offset, side in ((0, (8, -4), 'left'), (-1, (-5, 6), 'right')):
-        if math.isfinite(kl[end]) and math.isfinite(values[end]):
-          axes.annotate(
-            f'step {points[end].get("step", "")}',
-            (kl[end], values[end]),
-            offset,
-            textcoords='offset points',
-            horizontalalignment=side,
-            fontsize=7,
-          )
-      axes.margins(y=0.15)
+    for axes, (key, name, colour) in zip(rows, panels, strict=False):
+      _frontier_line(axes, points, key, 'step', colour, 'policy in training')
+      _frontier_line(axes, best_of, key, 'n', BLUE, 'best of n, upper bound of KL', style='--')
+      axes.set_ylabel(name)
+      axes.margins(y=0.2)
     rows[-1].set_xlabel('KL from the reference policy (nats per sequence)')
+    if points and best_of:
+      rows[0].legend(fontsize=8)
 
-  return _svg(draw, (5.2, 4.0), 'Scores over KL')
+  return _svg(draw, (5.2, 4.4), 'Scores over KL')
+
+
+def _frontier_line(axes, points, key, counter, colour, label, style='-'):
+  """One line of `frontier`, with its first and last point named."""
+  points = [point for point in points if key in point]
+  kl = [_finite(point.get('kl')) for point in points]
+  values = [_finite(point[key]) for point in points]
+  if not points:
+    return
+  errors = [_finite(point.get(f'{key}_se'), 0.0) for point in points]
+  axes.errorbar(
+    kl,
+    values,
+    errors,
+    color=colour,
+    label=label,
+    linestyle=style,
+    marker='o',
+    markersize=3,
+    elinewidth=0.8,
+  )
+  for end, offset, side in ((0, (6, -9), 'left'), (-1, (-4, 6), 'right'))[: len(points)]:
+    if math.isfinite(kl[end]) and math.isfinite(values[end]):
+      axes.annotate(
+        f'{counter} {points[end].get(counter, "")}',
+        (kl[end], values[end]),
+        offset,
+        textcoords='offset points',
+        horizontalalignment=side,
+        fontsize=7,
+      )
 
 
 def reliability(bins):
@@ -146,7 +170,7 @@ def ratings(elo):
       rating = elo[name]
       axes.plot([rating['low'], rating['high']], [row, row], color=BLUE, alpha=0.4, linewidth=5)
       axes.plot(rating['elo'], row, color=BLUE, marker='o', markersize=5)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), map(_short, names))
     axes.set_ylim(-0.6, len(names) - 0.4)
     axes.set_xlabel('Elo rating, with its 95 % interval')
 
@@ -155,6 +179,10 @@ def ratings(elo):
 
 def _finite(value, otherwise=math.nan):
   return float(value) if value is not None and math.isfinite(value) else otherwise
+
+
+def _short(name):
+  return name if len(name) <= 40 else f'{name[:39]}…'
 
 
 def _running_mean(values, half):
@@ -181,9 +209,18 @@ def _svg(draw, size, title):
     figure.savefig(out, format='svg', metadata={'Date': None})
   svg = out.getvalue()
   svg = svg[svg.index('<svg') :]
-  svg = re.sub(r'<metadata>.*?</metadata>', '', svg, flags=re.DOTALL)
+  svg = re.sub(r'<metadata>.*?</metadata>|<style .*?</style>', '', svg, flags=re.DOTALL)
   svg = re.sub(r' xmlns(:\w+)?="[^"]*"', '', svg)
   svg = re.sub(r' (width|height)="[\d.]+pt"', '', svg, count=2)
   svg = re.sub(r'<g id="[^"]*"', '<g', svg)
-  svg = svg.replace('<svg', f'<svg role="img" aria-label="{html.escape(title)}"', 1)
-  return svg.replace(_INK, 'currentColor')
+  svg = re.sub(r'(<[^<>]*) style="([^"]*)"', _attributes, svg)
+  named = f'<svg role="img" aria-label="{html.escape(title)}" {_LINES}'
+  return svg.replace('<svg', named, 1).replace(_INK, 'currentColor')
+
+
+def _attributes(found):
+  """A tag with attributes in place of its style, which the page's security policy forbids."""
+  properties = (part.partition(':')[::2] for part in found.group(2).split(';') if part.strip())
+  named = ((name.strip(), value.strip()) for name, value in properties)
+  kept = (f' {name}="{value}"' for name, value in named if name not in ('font', 'font-family'))
+  return found.group(1) + ''.join(kept)

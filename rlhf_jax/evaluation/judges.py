@@ -56,6 +56,7 @@ class Judge:
     prefer: (Samples of a, Samples of b, metadata) -> [n] from -1 (b is better) to 1 (a is better).
     score_text: (prompt, response) -> score, if the judge reads one text at a time; else None.
     column: of the prompts' records, which the judge reads; '' for none.
+    doc: what its scores are, in one line; '' if the function has no docstring.
   """
 
   name: str
@@ -63,6 +64,12 @@ class Judge:
   prefer: Callable[..., np.ndarray] | None = None
   score_text: Callable[[str, str], float] | None = None
   column: str = ''
+  doc: str = ''
+
+  @property
+  def described(self):
+    """The judge's name and what its scores are, for reports."""
+    return f'{self.name}: {self.doc}' if self.doc else self.name
 
   def check_examples(self, examples):
     """Raises UserError if a prompt's record lacks the judge's column."""
@@ -96,7 +103,10 @@ def load(judge, *, key='judge', path=''):
   if kind == EXACT_MATCH:
     return exact_match(name)
   if _names_function(judge):
-    return of_function(functions.load_made(judge, path, key=key), judge, key)
+    loaded = of_function(functions.load_made(judge, path, key=key), judge, key)
+    if loaded.doc or not path:
+      return loaded
+    return dataclasses.replace(loaded, doc=_first_line(functions.load(judge, key=key)))
   if not pathlib.Path(judge).is_dir():
     raise errors.UserError(f'{key}={judge!r}: there is no such folder. {_kinds(key)}')
   return of_reward_model(reward_models.RewardModel.load(judge), judge)
@@ -149,7 +159,9 @@ def of_reward_model(scorer, name):
     name: for messages.
   """
   return Judge(
-    name=name, score=lambda samples, metadata, tokenizer: scorer.score_samples(samples, tokenizer)
+    name=name,
+    score=lambda samples, metadata, tokenizer: scorer.score_samples(samples, tokenizer),
+    doc='The score of a reward model.',
   )
 
 
@@ -164,7 +176,12 @@ def exact_match(column):
     pairs = zip(samples.responses, metadata)
     return np.array([float(text.strip() == str(entry[column]).strip()) for text, entry in pairs])
 
-  return Judge(name=f'{EXACT_MATCH}:{column}', score=score, column=column)
+  return Judge(
+    name=f'{EXACT_MATCH}:{column}',
+    score=score,
+    column=column,
+    doc=f'1 if the response equals {column} of the record, else 0.',
+  )
 
 
 def of_function(function, name, key='judge'):
@@ -179,17 +196,23 @@ def of_function(function, name, key='judge'):
     UserError: it has none of the forms.
   """
   form, keywords = form_of(function, f'{key}={name!r}')
+  doc = _first_line(function)
   if form == 'pairs':
-    return Judge(name=name, prefer=_pairwise(function, name, keywords))
+    return Judge(name=name, prefer=_pairwise(function, name, keywords), doc=doc)
   if form == 'batch':
-    return Judge(name=name, score=_batched(function, keywords))
+    return Judge(name=name, score=_batched(function, keywords), doc=doc)
   gold_fn = functions.guarded_gold(function, f'the {key} {name}')
 
   def score(samples, metadata, tokenizer):
     del metadata, tokenizer
     return np.array([gold_fn(*pair) for pair in zip(samples.prompts, samples.responses)])
 
-  return Judge(name=name, score=score, score_text=gold_fn)
+  return Judge(name=name, score=score, score_text=gold_fn, doc=doc)
+
+
+def _first_line(function):
+  """The first line of a function's docstring; '' if it has none."""
+  return (inspect.getdoc(function) or '').partition('\n')[0]
 
 
 def form_of(function, named):

@@ -1,61 +1,139 @@
-"""The HTML of the report, a Jinja template that loads nothing from anywhere."""
+"""The HTML of the report, a Jinja template that loads nothing from anywhere.
 
-TEMPLATE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{{ title }}</title>
-<style>
-:root { --page: #fbfbfa; --card: #ffffff; --ink: #1d2430; --soft: #667085; --line: #e4e7ec;
-  --accent: #2563eb; --after: #22a06b; }
+Its security policy allows this file's script and style sheet by their hashes and nothing else. So
+even if a prompt, a response or a config got into the page as HTML, no script or style in it
+would run.
+"""
+
+import base64
+import hashlib
+import json
+
+import jinja2
+import markupsafe
+
+STYLE = """
+:root { --page: #fbfbfa; --card: #ffffff; --ink: #1d2430; --soft: #5d6778; --line: #e4e7ec;
+  --accent: #2563eb; --after: #1a7f54; --best: #eef4ff; }
 @media (prefers-color-scheme: dark) { :root { --page: #14171c; --card: #1c2027; --ink: #e6e9ef;
-  --soft: #98a2b3; --line: #303743; --accent: #7aa7ff; --after: #4cc38a; } }
+  --soft: #9aa5b5; --line: #303743; --accent: #7aa7ff; --after: #4cc38a; --best: #22304a; } }
 * { box-sizing: border-box; }
+[hidden] { display: none !important; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 68rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+main { max-width: 72rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0.5rem 0; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 0.75rem; padding-top: 0.75rem;
   border-top: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.5rem 0 0.5rem; }
+h4 { font-size: 0.9rem; margin: 0; }
 p { margin: 0.5rem 0; max-width: 46rem; }
 nav { display: flex; flex-wrap: wrap; gap: 0.25rem 1rem; margin: 0.75rem 0; }
 a { color: var(--accent); text-decoration: none; }
 a:hover { text-decoration: underline; }
+code { font-size: 0.9em; }
 .scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line);
-  border-radius: 10px; }
+  border-radius: 10px; margin: 0.5rem 0; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.5rem 0.8rem; text-align: right; white-space: nowrap; }
+th, td { padding: 0.4rem 0.8rem; text-align: right; white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; font-size: 0.85rem; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child, td.text, th.text { text-align: left; }
+td.wrap { white-space: normal; overflow-wrap: anywhere; text-align: left; min-width: 9rem; }
 tbody tr { border-top: 1px solid var(--line); }
-.stages tbody tr:last-child td:first-child { font-weight: 600; }
+tr.best { background: var(--best); font-weight: 600; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   padding: 0.6rem; }
 figure svg { display: block; width: 100%; height: auto; }
+figure h4 { padding: 0 0.2rem 0.3rem; overflow-wrap: anywhere; }
+svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 figcaption, .note { color: var(--soft); font-size: 0.875rem; }
+.bar { width: 7rem; height: 0.7rem; display: block; }
+.bar rect { fill: var(--accent); }
 .grid { display: grid; gap: 0.75rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); }
 .wide { display: grid; gap: 0.75rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
+form { display: flex; flex-wrap: wrap; gap: 0.5rem 1rem; align-items: end; margin: 0.75rem 0; }
+label { display: grid; gap: 0.15rem; color: var(--soft); font-size: 0.8rem; max-width: 100%; }
+input, select { font: inherit; font-size: 0.95rem; color: var(--ink); background: var(--card);
+  border: 1px solid var(--line); border-radius: 6px; padding: 0.3rem 0.5rem; max-width: 100%; }
+select { max-width: 18rem; }
+input[type=search] { width: 100%; }
+label.search { flex: 1 1 12rem; max-width: 24rem; }
+input[type=number] { width: 6.5rem; }
+output { color: var(--soft); font-size: 0.875rem; padding-bottom: 0.35rem; }
+.samples { display: grid; gap: 0.75rem; }
+.samples.single { grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
 .sample { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-  padding: 0.8rem 1rem; margin: 0.75rem 0; }
+  padding: 0.8rem 1rem; }
 .prompt { font-weight: 600; }
-.prompt, .said { white-space: pre-wrap; overflow-wrap: anywhere; }
+.prompt, .response { white-space: pre-wrap; overflow-wrap: anywhere; }
 .pair { display: grid; gap: 0.5rem 1.5rem; margin-top: 0.5rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); }
 .pair > div { border-left: 3px solid var(--line); padding-left: 0.75rem; }
 .pair > div.after { border-color: var(--after); }
 .tag { font-size: 0.8rem; color: var(--soft); }
+.metric { font-size: 0.9rem; break-inside: avoid; padding: 0.5rem 0; }
+.metric p { margin: 0.25rem 0; }
+.metric:target { background: var(--best); }
+.metrics { columns: 2 24rem; column-gap: 2.5rem; }
+.formula { overflow-x: auto; padding: 0.2rem 0; }
 details { margin: 0.75rem 0; }
 summary { cursor: pointer; color: var(--accent); }
+@media (max-width: 30rem) { th, td { padding: 0.35rem 0.28rem; font-size: 0.78rem; }
+  main { padding: 1rem 0.75rem 3rem; } td.wrap { min-width: 6rem; } .bar { width: 3rem; } }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem;
   overflow-x: auto; font-size: 0.85rem; line-height: 1.4; }
-</style>
+"""
+
+# Filters, searches and sorts the samples. Texts are compared and never made into HTML.
+SCRIPT = """
+(() => {
+  const form = document.getElementById('filter');
+  if (!form) return;
+  const list = document.getElementById('sample-list');
+  const cards = Array.from(list.children);
+  const fields = form.elements;
+  const update = () => {
+    const words = fields.search.value.toLowerCase().split(/\\s+/);
+    const group = fields.group ? fields.group.value : '';
+    const limits = fields.score ? [fields.least, fields.most].map(x => x.valueAsNumber) : [];
+    const limited = limits.some(x => !isNaN(x));
+    const score = card => fields.score ? JSON.parse(card.dataset.scores)[fields.score.value] : NaN;
+    let count = 0;
+    for (const card of cards) {
+      const text = card.textContent.toLowerCase(), value = score(card);
+      card.hidden = !(words.every(word => text.includes(word)) &&
+        (!group || JSON.parse(card.dataset.groups).includes(group)) &&
+        !(limited && value === undefined) && !(value < limits[0]) && !(value > limits[1]));
+      count += !card.hidden;
+    }
+    const sign = fields.order ? Number(fields.order.value) : 0;
+    const key = card => sign * (score(card) ?? -sign * Infinity);
+    list.append(...(sign ? [...cards].sort((a, b) => key(b) - key(a) || 0) : cards));
+    fields.count.value = count + ' of ' + cards.length;
+  };
+  form.addEventListener('input', update);
+  form.addEventListener('submit', event => event.preventDefault());
+  form.hidden = false;
+  update();
+})();
+"""
+
+TEMPLATE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{{ policy }}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{{ title }}</title>
+<style>{{ style }}</style>
 </head>
 <body>
+{% macro named(name) -%}
+{% if name in anchors %}<a href="#{{ anchors[name] }}">{{ name }}</a>{% else %}{{ name }}{% endif %}
+{%- endmacro %}
 <main>
 <h1>{{ title }}</h1>
 {% if summary %}<p>{{ summary }}</p>{% endif %}
@@ -65,12 +143,13 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: 10p
 
 {% if stages %}
 <h2 id="stages">Stages</h2>
-<div class="scroll"><table class="stages">
+<div class="scroll"><table>
 <thead><tr>
 {% for name in titles %}<th>{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in stages %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+<tr{% if loop.index0 == best %} class="best"{% endif %}>
+{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
 <p class="note">{{ stages_note }}</p>
 {% endif %}
@@ -78,21 +157,38 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: 10p
 {% if frontier or ratings %}
 <h2 id="frontier">Scores and ratings</h2>
 <div class="wide">
-{% if frontier %}<figure>{{ frontier }}<figcaption>What the policy pays in KL, and what it gets.
-Proxy rising while gold stalls or falls is over-optimisation of the reward model: the best policy
-stands where gold peaks. Bars are standard errors.</figcaption></figure>{% endif %}
+{% if frontier %}<figure>{{ frontier }}<figcaption>The score that the policy reaches for its KL.
+If the proxy score rises while the gold score stalls or falls, the policy exploits the reward model:
+the best policy is where gold peaks. Bars are standard errors.{% if best_of %} Best of n takes the
+best of n samples of the baseline by the reward model, without training. Its KL is an upper bound,
+log n − (n − 1) / n.{% endif %}</figcaption></figure>{% endif %}
 {% if ratings %}<figure>{{ ratings }}<figcaption>Elo of every policy from all pairwise matches: 400
-points are odds of ten to one. Bands that overlap leave the order open.</figcaption></figure>
-{% endif %}
+points are odds of ten to one. If two intervals overlap, the order is not certain.</figcaption>
+</figure>{% endif %}
 </div>
+{% endif %}
+
+{% if final %}
+<h2 id="final">Final figures</h2>
+<div class="scroll"><table>
+<thead><tr>{% if final|length > 1 %}<th class="text">Stage</th>{% endif %}
+<th class="text">Metric</th><th>First</th><th>Last</th><th>Best</th><th>Step</th></tr></thead>
+<tbody>
+{% for stage, rows in final %}{% for row in rows %}
+<tr>{% if final|length > 1 %}<td class="text">{{ stage if loop.first else '' }}</td>{% endif %}
+<td class="text">{{ named(row[0]) }}</td>
+{% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}{% endfor %}</tbody></table></div>
+<p class="note">First and last are the first and last logged values; step is the step of the best
+one. Metrics of training are of one batch, so their best value is partly luck.</p>
 {% endif %}
 
 {% if calibration %}
 <h2 id="calibration">The reward model on held-out pairs</h2>
 <div class="wide">
-{% if reliability %}<figure>{{ reliability }}<figcaption>On the dashed line the model is as often
-right as it claims; below it, it is too sure of itself. Larger points hold more pairs.</figcaption>
-</figure>{% endif %}
+{% if reliability %}<figure>{{ reliability }}<figcaption>On the dashed line the model is right as
+often as its confidence says; below the line it is overconfident. Larger points have more pairs.
+</figcaption></figure>{% endif %}
 <div class="scroll"><table><tbody>
 {% for name, value in calibration %}<tr><td>{{ name }}</td><td>{{ value }}</td></tr>
 {% endfor %}</tbody></table></div>
@@ -100,43 +196,139 @@ right as it claims; below it, it is too sure of itself. Larger points hold more 
 {% endif %}
 
 {% if samples %}
-<h2 id="samples">The same prompts, before and after</h2>
+<h2 id="samples">Samples</h2>
+<form id="filter" hidden>
+<label class="search">Search<input name="search" type="search"></label>
+{% if groups %}<label>Group<select name="group">
+<option value="">all</option>
+{% for group in groups %}<option value="{{ group }}">{{ group }}</option>{% endfor %}
+</select></label>{% endif %}
+{% if score_names %}<label>Score<select name="score">
+{% for name in score_names %}<option value="{{ name }}">{{ name }}</option>{% endfor %}
+</select></label>
+<label>At least<input name="least" type="number" step="any"></label>
+<label>At most<input name="most" type="number" step="any"></label>
+<label>Order<select name="order"><option value="0">as sampled</option>
+<option value="1">highest score first</option><option value="-1">lowest score first</option>
+</select></label>{% endif %}
+<output name="count"></output>
+</form>
+<div id="sample-list" class="samples{% if samples[0].texts|length == 1 %} single{% endif %}">
 {% for sample in samples %}
-<div class="sample">
+<div class="sample" data-scores="{{ sample.scores|json }}" data-groups="{{ sample.groups|json }}">
 <div class="prompt">{{ sample.prompt }}</div>
 <div class="pair">
-<div><div class="tag">before{{ sample.before_scores }}</div>
-<div class="said">{{ sample.before }}</div></div>
-<div class="after"><div class="tag">after{{ sample.after_scores }}</div>
-<div class="said">{{ sample.after }}</div></div>
+{% for text in sample.texts %}<div class="{{ text.side }}"><div class="tag">{{ text.label }}</div>
+<div class="response">{{ text.text }}</div></div>
+{% endfor %}</div>
 </div>
-</div>
-{% endfor %}
+{% endfor %}</div>
 {% endif %}
 
 {% if curves %}
 <h2 id="curves">Learning curves</h2>
-<p class="note">Faint lines are the logged values, bold ones a running mean.</p>
+<p class="note">In long runs faint lines are the logged values and bold ones a running mean. A
+metric that does not change has no figure.</p>
 {% for curve in curves %}
 <h3>{{ curve.stage }}</h3>
 <div class="grid">
-{% for svg in curve.panels %}<figure>{{ svg }}</figure>
+{% for name, svg in curve.panels %}<figure><h4>{{ named(name) }}</h4>{{ svg }}</figure>
 {% endfor %}</div>
-<details><summary>Every metric of {{ curve.stage }}</summary>
+<details><summary>All metrics of {{ curve.stage }}</summary>
 <div class="scroll"><table>
 <thead><tr><th>Metric</th><th>First</th><th>Last</th><th>Least</th><th>Most</th></tr></thead>
 <tbody>
 {% for row in curve.rows %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+<tr><td>{{ named(row[0]) }}</td>{% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div></details>
 {% endfor %}
 {% endif %}
 
-{% if config_text %}
+{% if times %}
+<h2 id="time">Time of a step</h2>
+<div class="scroll"><table>
+<thead><tr>{% if times|length > 1 %}<th class="text">Stage</th>{% endif %}
+<th class="text">Part</th><th>Seconds</th><th>Fraction</th><th></th><th>First step</th>
+</tr></thead>
+<tbody>
+{% for stage, rows in times %}{% for part, seconds, fraction, first in rows %}
+<tr>{% if times|length > 1 %}<td class="text">{{ stage if loop.first else '' }}</td>{% endif %}
+<td class="text">{{ part }}</td><td>{{ seconds }}</td>
+<td>{{ '%.0f'|format(100 * fraction) }} %</td>
+<td><svg class="bar" role="presentation"><rect width="{{ '%.1f'|format(100 * fraction) }}%"
+height="100%"/></svg></td><td>{{ first }}</td></tr>
+{% endfor %}{% endfor %}</tbody></table></div>
+<p class="note">Seconds are medians over the logged steps after the first. The first step includes
+compilation, so its seconds stand alone. Other: data, logs, evaluations and checkpoints.</p>
+{% endif %}
+
+{% if config_text or differences %}
 <h2 id="config">Configuration</h2>
-<details><summary>Show</summary><pre>{{ config_text }}</pre></details>
+{% for stage, changes in differences %}
+<details{% if differences|length == 1 %} open{% endif %}>
+<summary>{{ stage }}: {{ changes|length }} keys differ from the base config of the
+algorithm</summary>
+{% if changes %}
+<div class="scroll"><table>
+<thead><tr><th>Key</th><th class="text">Base</th><th class="text">This run</th></tr></thead>
+<tbody>
+{% for key, base, value in changes %}<tr><td><code>{{ key }}</code></td>
+<td class="wrap"><code>{{ base }}</code></td><td class="wrap"><code>{{ value }}</code></td></tr>
+{% endfor %}</tbody></table></div>
+{% endif %}
+</details>
+{% endfor %}
+{% if config_text %}<details><summary>The whole config</summary>
+<pre>{{ config_text }}</pre></details>
+{% endif %}
+{% endif %}
+
+{% if metrics %}
+<h2 id="metrics">Metrics</h2>
+<p class="note">{{ metrics_note }}</p>
+<div class="metrics">
+{% for metric in metrics %}<div class="metric" id="metric-{{ metric.anchor }}">
+<h4>{{ metric.name }}</h4>
+<p>{{ metric.meaning }}</p>
+{% if metric.formula %}<div class="formula">{{ metric.formula }}</div>{% endif %}
+<p class="note">Unit: {{ metric.unit }}.</p>
+{% if metric.worry %}<p><b>When to worry:</b> {{ metric.worry }}</p>{% endif %}
+</div>
+{% endfor %}</div>
 {% endif %}
 </main>
+<script>{{ script }}</script>
 </body>
 </html>
 """
+
+
+def render(values):
+  """The page.
+
+  Args:
+    values: {name: value} of the variables of TEMPLATE but those of the policy; texts are escaped.
+  """
+  environment = jinja2.Environment(
+    autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+  )
+  environment.filters['json'] = lambda value: json.dumps(value, ensure_ascii=False)
+  fixed = {
+    'policy': policy(),
+    'style': markupsafe.Markup(STYLE),
+    'script': markupsafe.Markup(SCRIPT),
+  }
+  return environment.from_string(TEMPLATE).render(values | fixed)
+
+
+def policy():
+  """The security policy: the script and the style sheet above, and nothing else."""
+  return (
+    f"default-src 'none'; script-src '{_hash(SCRIPT)}'; style-src '{_hash(STYLE)}'; "
+    "base-uri 'none'; form-action 'none'"
+  )
+
+
+def _hash(text):
+  digest = hashlib.sha256(text.encode()).digest()
+  return f'sha256-{base64.b64encode(digest).decode()}'

@@ -107,6 +107,8 @@ def run(
     'summary': summary,
     'stages': compared.rows,
     'frontier': frontier(policies[trained], judge),
+    'best_of': compared.best_of_curve(),
+    'gold': judge.described,
     'calibration': quality,
     'elo': results['elo'],
     'samples': comparison.side_by_side(
@@ -129,13 +131,8 @@ def write_report(workdir):
   """
   workdir = pathlib.Path(workdir)
   parts = json.loads((workdir / REPORT).read_text(encoding='utf-8'))
-  config = workdir / 'config.json'
-  return report.write(
-    workdir / 'report.html',
-    metrics={name: metrics_lib.read(workdir / name) for name in parts.pop('curves')},
-    config_text=config.read_text() if config.exists() else '',
-    **parts,
-  )
+  stages = {name: workdir / name for name in parts.pop('curves')}
+  return report.write(workdir / 'report.html', **report.read(workdir, stages), **parts)
 
 
 def compare_folders(workdir, policies, *, prompts, judge, reward_model, settings):
@@ -179,6 +176,7 @@ def compare_folders(workdir, policies, *, prompts, judge, reward_model, settings
     'title': title,
     'summary': f'Prompts {prompts}, judge {judge}, baseline {compared.baseline}.',
     'stages': compared.rows,
+    'gold': made.described,
     'elo': compared.results()['elo'],
     'samples': comparison.side_by_side(
       compared.answers[compared.baseline], compared.answers[others[-1]], SAMPLES

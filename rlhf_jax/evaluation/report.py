@@ -1,36 +1,31 @@
 """The report of a run: one HTML file with tables, figures and samples, and nothing outside it.
 
-Every part may be missing: a run of a single stage has only learning curves and a configuration.
+Every part may be missing: the report of a single run has no table of stages, for example.
 """
 
-import math
+import json
 import os
 import pathlib
+import re
 
-import jinja2
 import markupsafe
 
+from rlhf_jax import identity
 from rlhf_jax import metrics as metrics_lib
+from rlhf_jax.evaluation import curves
 from rlhf_jax.evaluation import figures
+from rlhf_jax.evaluation import formulas
+from rlhf_jax.evaluation import glossary
 from rlhf_jax.evaluation import page
+from rlhf_jax.evaluation import samples as samples_lib
 from rlhf_jax.evaluation import tables
 
-_MOST_PANELS = 9
-# What people look for first, as parts of metric names, of which the first that there is counts; the
-# rest follows in alphabetical order.
-_FIRST = (
-  ('gold',),
-  ('objective/scores', 'score'),
-  ('objective/postprocessed_scores',),
-  ('reward',),
-  ('loss',),
-  ('accuracy',),
-  ('objective/kl', 'kl'),
-  ('objective/kl_coef',),
-  ('objective/entropy_per_response', 'entropy'),
-  ('length',),
-  ('clip',),
-)
+# Words in capitals in the names of the glossary.
+_PLACES = {
+  'EVAL': 'EVAL stands for the name of an evaluator in config.evals.',
+  'PART': 'PART stands for a part of the reward.',
+  'MODEL': 'MODEL stands for policy, critic or reward.',
+}
 
 
 def write(
@@ -39,59 +34,80 @@ def write(
   title,
   summary='',
   stages=(),
+  gold='',
   metrics=None,
   frontier=(),
+  best_of=(),
   calibration=None,
   elo=None,
   samples=(),
+  logged=(),
   config_text='',
+  differences=None,
 ):
   """Writes the report.
 
   Args:
-    path: the HTML file; written aside and then renamed, so it is never half there.
+    path: the HTML file; it is replaced as a whole, so it is never incomplete.
     title: of the page.
     summary: a plain sentence or two under the title.
     stages: list of rows of the stage table; see `tables`.
+    gold: what the gold score is in this run.
     metrics: {stage: list of dicts of its metrics.jsonl}.
     frontier: list of {"step", "kl", "gold", "gold_se", "proxy"} of one policy as it was trained.
+    best_of: best-of-n beside the frontier; see best_of_n.curve.
     calibration: a Calibration as a dict (dataclasses.asdict), None for none.
     elo: {policy: a Rating as a dict}, None for none.
     samples: list of {"prompt", "before", "after"} and, if known, "scores": {"before": {name:
       number}, "after": {name: number}}.
+    logged: records of samples.jsonl, shown if there are no `samples`.
     config_text: the configuration, to be read by people.
+    differences: {stage: list of identity.Change from the base config}.
 
   Returns:
     The path, a pathlib.Path.
   """
   titles, rows = tables.stages(stages)
-  curves = [_curves(stage, records) for stage, records in (metrics or {}).items() if records]
+  records = {stage: lines for stage, lines in (metrics or {}).items() if lines}
+  series = {stage: curves.series(lines) for stage, lines in records.items()}
+  entries, anchors = _glossary(name for found in series.values() for name in found)
+  cards = samples_lib.pairs(samples) or samples_lib.logged(logged)
+  unique = lambda key: list(dict.fromkeys(name for card in cards for name in card[key]))
+  bins = calibration['bins'] if calibration else ()
   parts = {
     'stages': rows,
-    'frontier': _safe(figures.frontier(frontier)) if frontier else '',
+    'frontier': _safe(figures.frontier(frontier, best_of)) if frontier or best_of else '',
     'ratings': _safe(figures.ratings(elo)) if elo else '',
+    'final': _final(series),
     'calibration': _calibration_rows(calibration) if calibration else [],
-    'samples': [_sample(sample) for sample in samples],
-    'curves': curves,
+    'samples': cards,
+    'curves': [_curves(stage, found) for stage, found in series.items()],
+    'times': _times(records),
+    'differences': [(stage, _changes(found)) for stage, found in (differences or {}).items()],
     'config_text': config_text,
+    'metrics': entries,
   }
-  bins = calibration['bins'] if calibration else ()
-  environment = jinja2.Environment(
-    autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-  )
-  html = environment.from_string(page.TEMPLATE).render(
-    title=title,
-    summary=summary,
-    titles=titles,
-    stages_note=_stages_note(stages),
-    reliability=_safe(figures.reliability(bins)) if any(row['count'] for row in bins) else '',
-    contents=_contents(parts),
-    **parts,
+  html = page.render(
+    parts
+    | {
+      'title': title,
+      'summary': summary,
+      'titles': titles,
+      'best': tables.best(stages),
+      'stages_note': _stages_note(stages, gold),
+      'best_of': bool(best_of),
+      'reliability': _safe(figures.reliability(bins)) if any(row['count'] for row in bins) else '',
+      'groups': unique('groups'),
+      'score_names': unique('scores'),
+      'anchors': anchors,
+      'metrics_note': _metrics_note(entries),
+      'contents': _contents(parts),
+    }
   )
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(path.name + '.tmp')
-  temporary.write_text(html, encoding='utf-8')
+  temporary.write_text(html, encoding='utf-8', errors='replace')
   os.replace(temporary, path)
   return path
 
@@ -105,73 +121,94 @@ def _contents(parts):
   sections = (
     ('Stages', 'stages', parts['stages']),
     ('Scores and ratings', 'frontier', parts['frontier'] or parts['ratings']),
+    ('Final figures', 'final', parts['final']),
     ('Reward model', 'calibration', parts['calibration']),
     ('Samples', 'samples', parts['samples']),
     ('Learning curves', 'curves', parts['curves']),
-    ('Configuration', 'config', parts['config_text']),
+    ('Time', 'time', parts['times']),
+    ('Configuration', 'config', parts['config_text'] or parts['differences']),
+    ('Metrics', 'metrics', parts['metrics']),
   )
   return [(name, anchor) for name, anchor, there in sections if there]
 
 
-def _stages_note(rows):
+def _stages_note(rows, gold):
   """What the columns mean, for those columns that there are."""
   notes = {
-    'gold': 'Gold score ± standard error: the hidden score that no training stage sees.',
-    'proxy': 'Proxy score: what the learned reward model gives.',
-    'kl': 'KL: nats per sequence from the reference policy.',
-    'win_rate': 'Win rate: over the baseline on the same prompts, draws half, 95 % interval.',
+    'gold': f'Gold score ± standard error. {f"Gold is {gold}" if gold else ""}'.rstrip(' .') + '.',
+    'proxy': 'Proxy score: the score of the reward model.',
+    'kl': 'KL: nats per response, from the baseline.',
+    'win_rate': 'Win rate: over the baseline on the same prompts, a draw is half a win, with its '
+    '95 % interval.',
     'elo': 'Elo: from matches between all stages, ± half the 95 % interval.',
   }
-  return ' '.join(note for key, note in notes.items() if any(key in row for row in rows))
+  found = [note for key, note in notes.items() if any(row.get(key) is not None for row in rows)]
+  return ' '.join([*found, 'The best row is highlighted.'])
 
 
-def _curves(stage, records):
+def _final(series):
+  """(stage, rows of text) of the table of final figures."""
+  found = ((stage, curves.final(metrics)) for stage, metrics in series.items())
+  texts = lambda row: [row[0], *map(tables.number, row[1:])]
+  return [(stage, [texts(row) for row in rows]) for stage, rows in found if rows]
+
+
+def _curves(stage, series):
   """The panels of a stage's first metrics, and first, last, least and most of all of them."""
-  names = list(dict.fromkeys(name for record in records for name in record if name != 'step'))
-  series = {}
-  for name in names:
-    points = [(record['step'], record[name]) for record in records if name in record]
-    if any(_is_number(value) for _, value in points):
-      series[name] = points
-  panels = {}
-  # False sorts first: training before evaluation.
-  for name in sorted(series, key=lambda name: (name.startswith(('eval', 'held_out')), name)):
-    panels.setdefault(_plain(name), {})[name] = series[name]
-  shown = []
-  for title in _ordered(panels)[:_MOST_PANELS]:
-    lines = panels[title]
-    labelled = lines if len(lines) > 1 else {'': next(iter(lines.values()))}
-    shown.append(_safe(figures.curve(title, labelled)))
-  rows = []
-  for name, points in sorted(series.items()):
-    values = [float(value) for _, value in points if _is_number(value)]
-    summary = (values[0], values[-1], min(values), max(values))
-    rows.append([name, *map(tables.number, summary)])
-  return {'stage': stage, 'panels': shown, 'rows': rows}
+  panels = [
+    (name, _safe(figures.curve(name, lines))) for name, lines in curves.panels(series).items()
+  ]
+  rows = [[name, *map(tables.number, values)] for name, *values in curves.ranges(series)]
+  return {'stage': stage, 'panels': panels, 'rows': rows}
 
 
-def _plain(name):
-  """The name without its split, so that training and evaluation share a panel."""
-  for prefix in ('train/', 'held_out/', 'eval/', 'train_', 'eval_'):
-    name = name.removeprefix(prefix)
-  return name
+def _times(records):
+  """(stage, rows of text) of the table of times."""
+  found = ((stage, curves.times(lines)) for stage, lines in records.items())
+  texts = lambda row: (row[0], f'{row[1]:.3g}', row[2], f'{row[3]:.3g}')
+  return [(stage, [texts(row) for row in rows]) for stage, rows in found if rows]
 
 
-def _ordered(names):
-  """The names, those that people look for first: of each sort the shortest, then all others."""
-  left = sorted(names)
-  first = []
-  for parts in _FIRST:
-    part = next((part for part in parts if any(part in name for name in left)), None)
-    match = min((name for name in left if part and part in name), key=len, default=None)
-    if match is not None:
-      first.append(match)
-      left.remove(match)
-  return first + left
+def _changes(changes):
+  """Rows (key, base value, value) of a config's differences."""
+  text = lambda value: value if value == identity.ABSENT else repr(value)
+  return [(change.key, text(change.before), text(change.after)) for change in changes]
 
 
-def _is_number(value):
-  return isinstance(value, (int, float)) and math.isfinite(value)
+def _glossary(names):
+  """The glossary's entries of metrics, with HTML in place of Markdown, and {name: anchor}."""
+  found = {name: glossary.find(name) for name in names}
+  found = {name: metric for name, metric in found.items() if metric}
+  there = set(found.values())
+  entries = [metric for metric in glossary.METRICS if metric in there]
+  links = {metric.name: f'metric-{metric.anchor}' for metric in entries}
+
+  def html(text):
+    parts = re.split('`([^`]+)`', text)
+    for i in range(1, len(parts), 2):
+      link = links.get(parts[i])
+      code = markupsafe.Markup('<code>{}</code>').format(parts[i])
+      parts[i] = markupsafe.Markup('<a href="#{}">{}</a>').format(link, code) if link else code
+    return markupsafe.Markup('').join(parts)
+
+  shown = [
+    {
+      'name': metric.name,
+      'anchor': metric.anchor,
+      'meaning': html(metric.meaning),
+      'formula': formulas.mathml(metric.formula, block=True) if metric.formula else '',
+      'unit': html(metric.unit),
+      'worry': html(metric.worry),
+    }
+    for metric in entries
+  ]
+  return shown, {name: links[metric.name] for name, metric in found.items()}
+
+
+def _metrics_note(entries):
+  """What the words in capitals in the names of the entries mean."""
+  words = {word for metric in entries for word in metric['name'].split('/')}
+  return ' '.join(note for word, note in _PLACES.items() if word in words)
 
 
 def _calibration_rows(calibration):
@@ -188,19 +225,26 @@ def _calibration_rows(calibration):
   ]
 
 
-def _sample(sample):
-  scores = sample.get('scores') or {}
+def read(workdir, stages):
+  """What the report shows of the files of a run.
 
-  def text(side):
-    named = (scores.get(side) or {}).items()
-    return ''.join(f' · {name} {value:.2f}' for name, value in named if _is_number(value))
+  Args:
+    workdir: folder with config.json, or without one for a comparison of policies.
+    stages: {name: folder of a run}, in order.
 
+  Returns:
+    {'metrics', 'config_text', 'differences'}, arguments of `write`.
+  """
+  path = pathlib.Path(workdir) / identity.CONFIG
+  config = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+  differences = {
+    name: identity.from_base(config.get(name, {}) if 'stages' in config else config, folder)
+    for name, folder in stages.items()
+  }
   return {
-    'prompt': sample['prompt'],
-    'before': sample['before'].strip(),
-    'after': sample['after'].strip(),
-    'before_scores': text('before'),
-    'after_scores': text('after'),
+    'metrics': {name: metrics_lib.read(folder) for name, folder in stages.items()},
+    'config_text': json.dumps(config, indent=2, ensure_ascii=False) if config else '',
+    'differences': {name: found for name, found in differences.items() if found is not None},
   }
 
 
@@ -216,17 +260,13 @@ def of_stages(folder, *, workdir, title, summary, curves):
   """
   del folder
   workdir = pathlib.Path(workdir)
-  write(
-    workdir / 'report.html',
-    title=title,
-    summary=summary,
-    metrics={name: metrics_lib.read(workdir / name) for name in curves},
-    config_text=(workdir / 'config.json').read_text(),
-  )
+  files = read(workdir, {name: workdir / name for name in curves})
+  logged = [sample for name in curves for sample in metrics_lib.read_samples(workdir / name)]
+  write(workdir / 'report.html', title=title, summary=summary, logged=logged, **files)
 
 
 def of_run(workdir, *, title):
-  """The report of a single run: its learning curves and its config.json.
+  """The report of a single run: final figures, samples, learning curves, times and configuration.
 
   Args:
     workdir: of the run; the report goes to report.html there.
@@ -236,9 +276,6 @@ def of_run(workdir, *, title):
     The path, a pathlib.Path.
   """
   workdir = pathlib.Path(workdir)
-  return write(
-    workdir / 'report.html',
-    title=title,
-    metrics={title: metrics_lib.read(workdir)},
-    config_text=(workdir / 'config.json').read_text(),
-  )
+  files = read(workdir, {title: workdir})
+  logged = metrics_lib.read_samples(workdir)
+  return write(workdir / 'report.html', title=title, logged=logged, **files)

@@ -20,6 +20,7 @@ _TITLES = {
   'gold': 'Gold score',
   'proxy': 'Proxy score',
   'kl': 'KL (nats)',
+  'kl_per_token': 'KL per token',
   'win_rate': 'Win rate',
   'elo': 'Elo',
 }
@@ -33,6 +34,16 @@ def stages(rows):
   keys = known + [key for key in others if key not in _TITLES and key not in _PARTS]
   titles = [_TITLES.get(key, key.replace('_', ' ').capitalize()) for key in keys]
   return titles, [[_cell(row, key) for key in keys] for row in rows]
+
+
+def best(rows):
+  """The index of the best row: by gold score, else by win rate, Elo or proxy score; None if no row
+  has any of these."""
+  for key in ('gold', 'win_rate', 'elo', 'proxy'):
+    known = [i for i, row in enumerate(rows) if _has(row, key)]
+    if known:
+      return max(known, key=lambda i: rows[i][key])
+  return None
 
 
 def stages_table(rows, *, title='', width=100):
