@@ -53,7 +53,7 @@ def run(config, workdir, *, fork_of=None, on_metrics=None):
     workdir = pathlib.Path(workdir).absolute()
     model_path = workdir / 'model'
     if processes.broadcast_scalar(model_path.exists()):
-      processes.print_on_main(workdir_lib.finished(workdir))
+      processes.print_on_main(workdir_lib.describe_finished(workdir))
       return model_path
     processes.print_on_main(f'{workdir}: loading data and models')
     mesh = sharding.make_mesh(dict(config.mesh))
@@ -61,7 +61,7 @@ def run(config, workdir, *, fork_of=None, on_metrics=None):
     learner, state = build.load(config.algorithm).create(config, mesh)
     signals = stack.enter_context(interrupts.Signals())
     checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints))
-    source = workdir_lib.origin(workdir, fork_of)
+    source = workdir_lib.fork_source(workdir, fork_of)
     forked = bool(source) and not processes.broadcast_scalar(identity.has_checkpoint(workdir))
     if forked:
       step, state = fork(config, state, learner, source)

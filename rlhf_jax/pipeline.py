@@ -66,7 +66,8 @@ def run(config, workdir, *, fork_of=None):
       if processes.broadcast_scalar((folder / DONE).exists()):
         note = f'; it was finished before {", ".join(ran)} ran' if ran else ''
         processes.print_on_main(
-          f'{heading}: {workdir_lib.finished(folder)} and the folders of the later stages{note}'
+          f'{heading}: {workdir_lib.describe_finished(folder)} and the folders of the later '
+          f'stages{note}'
         )
         continue
       started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The folder of a run: whether it can be used, who uses it, and how another run starts from it."""
+"""The folder of a run: checks that it can be used, the lock on it, and forks of its run."""
 
 import contextlib
 import json
@@ -16,11 +16,11 @@ from rlhf_jax import errors
 from rlhf_jax import identity
 
 LOCK = 'lock'
-BEAT_SECONDS = 10
-DEAD_SECONDS = 60  # without a beat from another host
-SETTLE_SECONDS = 1
-# Keys that say which weights a run has; those a fork takes from its checkpoint.
-WEIGHTS = (
+HEARTBEAT_SECONDS = 10  # between two touches of the lock file
+DEAD_SECONDS = 60  # a holder on another host is dead if it does not touch the file for this long
+SETTLE_SECONDS = 1  # for another process to finish what it does to the lock file, or to exit
+# Keys that determine the weights of a run, which a fork takes from a checkpoint.
+WEIGHT_KEYS = (
   'algorithm',
   'model.path',
   'model.init',
@@ -31,25 +31,25 @@ WEIGHTS = (
   'critic.path',
   'tokenizer',
 )
-# What a run or a pipeline leaves beside its stages' folders; a folder with none of it is no run's.
-MARKS = ('config.json', 'runs.jsonl', 'checkpoints', 'metrics.jsonl', LOCK)
+# Files of a run or a pipeline; a folder with other files but none of these holds neither.
+RUN_FILES = ('config.json', 'runs.jsonl', 'checkpoints', 'metrics.jsonl', LOCK)
 
 
 def claim(config, workdir, fork_of, stack, defaults):
-  """Takes a folder for a run, before anything is loaded.
+  """Checks and locks the folder of a run before anything is loaded.
 
   Args:
-    config: of the run.
-    workdir: its folder.
-    fork_of: folder of the run it is to start from; None for none.
-    stack: ExitStack that keeps the lock.
-    defaults: see identity.completed.
+    config: Config of the run.
+    workdir: Folder of the run.
+    fork_of: Folder of the run whose checkpoint this one starts from, or None.
+    stack: ExitStack that holds the lock.
+    defaults: See identity.completed.
 
   Returns:
     List of identity.Change since the last start.
 
   Raises:
-    UserError: the folder cannot be used, is in use, or is another config's.
+    UserError: The folder cannot be used, is in use, or holds a run with another config.
   """
   workdir = check(workdir)
   stack.enter_context(lock(workdir))
@@ -59,7 +59,7 @@ def claim(config, workdir, fork_of, stack, defaults):
   changed = identity.check(config, workdir, defaults)
   for change in changed:
     scheduled = change.key in identity.LENGTH_KEYS and config.optim.schedule != 'constant'
-    note = '; from here on the learning rate follows the new length' if scheduled else ''
+    note = '; from now on the learning-rate schedule has the new length' if scheduled else ''
     print(f'{workdir}: {change}{note}', flush=True)
   for key in identity.changed_code(config, workdir):
     print(f'{workdir}: the file of config.{key} has changed since the last start', flush=True)
@@ -67,7 +67,7 @@ def claim(config, workdir, fork_of, stack, defaults):
 
 
 def check_fork(config, source, workdir, defaults):
-  """Raises UserError where a run cannot start in `workdir` from the newest checkpoint in `source`."""
+  """Raises UserError if a run in `workdir` cannot start from the newest checkpoint in `source`."""
   recorded = identity.read(workdir)
   if recorded and (recorded.get('forked_from') or {}).get('workdir') != os.path.abspath(source):
     raise errors.UserError(f'--fork={workdir} holds another run: name a new folder')
@@ -79,29 +79,30 @@ def check_fork(config, source, workdir, defaults):
   differences = [
     change
     for change in identity.changes(before, identity.to_plain_dict(config))
-    if change.key.startswith(WEIGHTS)
+    if change.key.startswith(WEIGHT_KEYS)
     and not identity.may_change(change.key)
     and identity.fingerprint(change.before) != identity.fingerprint(change.after)
   ]
   if differences:
     raise errors.UserError(
-      f'--fork starts from the weights in {source}, which are of another model: '
-      f'{"; ".join(map(str, differences))}. Leave them as they were, or start a new --workdir without --fork'
+      f'--fork starts from the weights in {source}, which belong to another model: '
+      f'{"; ".join(map(str, differences))}. Restore these keys, or start a new --workdir without '
+      '--fork'
     )
 
 
-def origin(workdir, fork_of):
-  """The folder of the run that the one in `workdir` is a fork of; None where it is none."""
+def fork_source(workdir, fork_of):
+  """Returns the folder of the run that the run in `workdir` is a fork of, or None."""
   config = identity.read(workdir) or {}
   source = (config.get('forked_from') or {}).get('workdir') or fork_of
   return source and os.path.abspath(source)
 
 
-def finished(workdir):
-  """What to say of a finished run, or of a finished stage."""
+def describe_finished(workdir):
+  """Returns a line about a finished run or stage: the time, the results, and how to repeat it."""
   workdir = pathlib.Path(workdir)
-  marks = [path for path in (workdir / 'done.json', workdir / 'model') if path.exists()]
-  when = time.strftime('%Y-%m-%d %H:%M', time.localtime(marks[0].stat().st_mtime))
+  ends = [path for path in (workdir / 'done.json', workdir / 'model') if path.exists()]
+  when = time.strftime('%Y-%m-%d %H:%M', time.localtime(ends[0].stat().st_mtime))
   results = [
     f'{name} {workdir / file}'
     for name, file in (('model', 'model'), ('report', 'report.html'))
@@ -111,13 +112,14 @@ def finished(workdir):
 
 
 def check(workdir):
-  """Finds out, before anything is loaded, that a run cannot be in a folder.
+  """Checks, before anything is loaded, that a folder can hold a run, and creates it.
 
   Returns:
-    pathlib.Path of the folder, which exists.
+    Absolute pathlib.Path of the folder.
 
   Raises:
-    UserError: no folder is named, it is a URL or a file, holds other things, or cannot be written.
+    UserError: The name is empty, a URL or a file, or the folder holds other files or cannot be
+      written.
   """
   if not workdir or not str(workdir).strip():
     raise errors.UserError('--workdir is empty: name a folder for what the run writes')
@@ -138,11 +140,12 @@ def check(workdir):
       f'--workdir={workdir} cannot be written ({error.strerror}): name a folder that can'
     ) from None
   foreign = sorted(name for name in names if not name.startswith('.'))
-  model = 'model_type' in _json(workdir / 'config.json')  # a model's folder has one too
-  if foreign and (model or not set(MARKS) & set(foreign)):
+  # The folder of a model has a config.json, too.
+  model = 'model_type' in _json(workdir / 'config.json')
+  if foreign and (model or not set(RUN_FILES) & set(foreign)):
     raise errors.UserError(
-      f'--workdir={workdir} is no folder of a run, and holds {", ".join(foreign[:4])}: name a new '
-      'or an empty folder'
+      f'--workdir={workdir} is not the folder of a run, and holds {", ".join(foreign[:4])}: name '
+      'a new or an empty folder'
     )
   return workdir
 
@@ -156,7 +159,7 @@ def _json(path):
 
 
 def remove_leftovers(workdir):
-  """Removes what an export or a checkpoint that was killed has left half written."""
+  """Removes the incomplete files of killed exports and checkpoints."""
   for path in [
     *workdir.glob('.*.' + '[0-9a-f]' * 32),
     *workdir.glob('checkpoints/*.orbax-checkpoint-tmp*'),
@@ -170,23 +173,21 @@ def remove_leftovers(workdir):
 
 @contextlib.contextmanager
 def lock(workdir):
-  """Holds a folder for this process; one whose holder is dead is taken over.
+  """Locks a folder for this process, also if the process that held the lock is dead.
 
-  The holder touches the file `lock` every ten seconds. On its own host it is dead when its process
-  is gone; on another, when it has not touched the file for a minute.
+  The holder touches the file `lock` every ten seconds. A holder on this host is dead if its process
+  is gone; a holder on another host is dead if it has not touched the file for a minute.
 
   Raises:
-    UserError: another process holds it; says which, on which host, and since when.
+    UserError: Another process holds the lock; the message names it, its host, and since when.
   """
-  path, ours = (
-    pathlib.Path(workdir) / LOCK,
-    {
-      'host': _host(),
-      'pid': os.getpid(),
-      'started': psutil.Process().create_time(),
-      'time': time.strftime('%Y-%m-%d %H:%M:%S %Z'),
-    },
-  )
+  path = pathlib.Path(workdir) / LOCK
+  ours = {
+    'host': _host(),
+    'pid': os.getpid(),
+    'started': psutil.Process().create_time(),
+    'time': time.strftime('%Y-%m-%d %H:%M:%S %Z'),
+  }
   while not _create(path, ours):
     holder = _json(path)
     if _alive(path, holder):
@@ -197,19 +198,21 @@ def lock(workdir):
     if _json(path) == holder:
       path.unlink(missing_ok=True)
     if _create(path, ours):
-      time.sleep(SETTLE_SECONDS)  # one that saw the same dead holder may have taken ours for its
+      # Another process that saw the same dead holder may remove our file instead of the old one.
+      time.sleep(SETTLE_SECONDS)
       if _json(path) == ours:
         break
   ended = threading.Event()
 
   def beat():
-    while not ended.wait(BEAT_SECONDS):
+    while not ended.wait(HEARTBEAT_SECONDS):
       with contextlib.suppress(OSError):
         os.utime(path)
-      if _json(path).keys() and _json(path) != ours:  # it was taken for dead, while it slept
+      # If this process was suspended, another one may have taken it for dead.
+      if _json(path).keys() and _json(path) != ours:
         print(
-          f'error: {workdir} was taken over by process {_json(path).get("pid")} on '
-          f'{_name(_json(path))}',
+          f'error: process {_json(path).get("pid")} on {_name(_json(path))} has taken the lock on '
+          f'{workdir}',
           file=sys.stderr,
           flush=True,
         )
@@ -222,7 +225,7 @@ def lock(workdir):
     ended.set()
     if _json(path) == ours:
       path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # a run that has not begun leaves no folder
+    with contextlib.suppress(OSError):  # removes the folder if it is empty
       path.parent.rmdir()
 
 
@@ -231,7 +234,7 @@ def _name(holder):
 
 
 def _create(path, content):
-  """Whether the lock is ours now. It appears with its content, so that nobody reads half of it."""
+  """Creates the lock file if there is none, atomically, and returns whether it did."""
   temporary = path.with_name(f'.{path.name}.{os.getpid()}.{threading.get_ident()}')
   temporary.write_text(json.dumps(content))
   try:
@@ -239,7 +242,7 @@ def _create(path, content):
     return True
   except FileExistsError:
     return False
-  except OSError:  # a file system without hard links
+  except OSError:  # the file system has no hard links
     try:
       with open(path, 'x', encoding='utf-8') as file:
         file.write(json.dumps(content))
@@ -251,39 +254,40 @@ def _create(path, content):
 
 
 def _host():
-  """The name of this host, and what tells its boots and its containers apart."""
+  """Returns the name of this host with the IDs of its boot and of the container."""
   try:
     boot = pathlib.Path('/proc/sys/kernel/random/boot_id').read_text().strip()
     return f'{socket.gethostname()} {boot} {os.readlink("/proc/self/ns/pid")}'
-  except OSError:  # no Linux
+  except OSError:  # not Linux
     return socket.gethostname()
 
 
 def _alive(path, holder):
-  """Whether the holder of a lock still is."""
+  """Returns whether the process that holds a lock is still alive; this may take a minute."""
   if not holder:
     return False
   if holder.get('host') == _host():
     end = time.monotonic() + SETTLE_SECONDS
     try:
       process = psutil.Process(holder['pid'])
-      # Clocks are set: it is the same process if it started at about the same time.
+      # A PID may be reused: it is the same process if it started at about the same time, within a
+      # minute because the clock may have been adjusted.
       while (
         alive := abs(process.create_time() - holder['started']) < 60
         and process.status() != psutil.STATUS_ZOMBIE
       ) and time.monotonic() < end:
-        time.sleep(0.05)  # one that was killed just now takes a moment to end
+        time.sleep(0.05)  # a process that was just killed takes a moment to end
       return alive
     except (psutil.Error, KeyError):
       return False
   print(
-    f'{path.parent}: looking whether process {holder.get("pid")} on {_name(holder)}, which held it last, '
-    f'still does; up to {DEAD_SECONDS} s',
+    f'{path.parent}: checking whether process {holder.get("pid")} on {_name(holder)} still uses '
+    f'it; up to {DEAD_SECONDS} s',
     flush=True,
   )
   try:
     first = path.stat().st_mtime
-    # Clocks of hosts differ: whether the file is touched is seen by looking twice.
+    # The clocks of hosts differ, so the time is compared with an earlier one, not with now.
     end = time.monotonic() + DEAD_SECONDS
     while time.monotonic() < end:
       time.sleep(1)
@@ -295,18 +299,19 @@ def _alive(path, holder):
 
 
 def copy(source, target):
-  """A copy of a run's folder, there as a whole or not at all.
+  """Copies the folder of a run; `target` appears when the copy is complete.
 
-  What is large, and never written in place, is linked where both are on one disk.
+  Weights and checkpoints, which are never written in place, are hard links if both folders are on
+  one disk.
   """
-  half = target.with_name(f'.{target.name}.copy')
-  shutil.rmtree(half, ignore_errors=True)
-  half.parent.mkdir(parents=True, exist_ok=True)
-  shutil.copytree(source, half, copy_function=_link)
-  half.rename(target)
+  temporary = target.with_name(f'.{target.name}.copy')
+  shutil.rmtree(temporary, ignore_errors=True)
+  temporary.parent.mkdir(parents=True, exist_ok=True)
+  shutil.copytree(source, temporary, copy_function=_copy_or_link)
+  temporary.rename(target)
 
 
-def _link(source, target):
+def _copy_or_link(source, target):
   large = source.endswith('.safetensors') or 'checkpoints' in pathlib.Path(source).parts
   try:
     if not large:

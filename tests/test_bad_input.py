@@ -480,7 +480,7 @@ def fails(config, changes, parts, folder, **places):
     loop.run(
       config,
       fork,
-      fork_of=None if any(key.startswith(workdir_lib.WEIGHTS) for key in changes) else folder,
+      fork_of=None if any(key.startswith(workdir_lib.WEIGHT_KEYS) for key in changes) else folder,
     )
   for part in parts:
     assert part in str(caught.value), caught.value
@@ -543,7 +543,7 @@ def test_another_model_leaves_the_checkpoints_of_the_first(begun_sft, tmp_path):
   before = contents(folder)
   for workdir, source, part in (
     (folder, None, 'was started with another config: config.model.path: '),
-    (tmp_path / 'new', folder, 'which are of another model: config.model.path: '),
+    (tmp_path / 'new', folder, 'which belong to another model: config.model.path: '),
   ):
     with pytest.raises(errors.UserError, match=part):
       loop.run(other, workdir, fork_of=source)

@@ -483,7 +483,7 @@ def test_a_fork_with_another_model_is_refused(change, unfinished, tmp_path):
   other.update_from_flattened_dict(change)
   with pytest.raises(
     errors.UserError,
-    match='--fork starts from the weights in .*, which are of another model: config',
+    match='--fork starts from the weights in .*, which belong to another model: config',
   ):
     loop.run(other, tmp_path / 'run', fork_of=folder)
   assert not (tmp_path / 'run').exists()

@@ -135,7 +135,7 @@ def test_keys_that_may_change_are_said_and_written_down(copied, capfd):
   loop.run(kept, folder)
   out = capfd.readouterr().out
   for line in (
-    'config.steps: 4 -> 6; from here on the learning rate follows the new length',
+    'config.steps: 4 -> 6; from now on the learning-rate schedule has the new length',
     'config.log_every: 1 -> 2',
     'config.checkpoint_minutes: 10.0 -> 1.0',
   ):
@@ -234,7 +234,7 @@ def test_a_fork_that_cannot_start_leaves_no_folder(copied, tmp_path):
   (tmp_path / 'other').mkdir()
   for changes, source, message in (
     ({}, tmp_path / 'other', 'has no checkpoint for --fork='),
-    ({'model.path': str(tmp_path)}, folder, 'which are of another model: config.model.path: '),
+    ({'model.path': str(tmp_path)}, folder, 'which belong to another model: config.model.path: '),
     (
       {'steps': 4},
       folder,

@@ -44,8 +44,8 @@ def hold(folder, seconds):
     ('{tmp}/file', '--workdir=.*/file cannot be written .*: name a folder that can'),
     ('{tmp}/file/run', 'cannot be written'),
     ('/proc/run', '--workdir=/proc/run cannot be written'),
-    ('{tmp}/papers', 'is no folder of a run, and holds draft.tex: name a new'),
-    ('{world}/model', 'is no folder of a run, and holds config.json, model.safetensors'),
+    ('{tmp}/papers', 'is not the folder of a run, and holds draft.tex: name a new'),
+    ('{world}/model', 'is not the folder of a run, and holds config.json, model.safetensors'),
   ],
 )
 def test_a_folder_that_cannot_be_used_is_found_before_anything_is_loaded(
@@ -112,7 +112,7 @@ def test_a_holder_on_another_host_lives_while_it_beats(beats, tmp_path, monkeypa
 
 
 def test_a_living_holder_beats(tmp_path, monkeypatch):
-  monkeypatch.setattr(workdir_lib, 'BEAT_SECONDS', 0.05)
+  monkeypatch.setattr(workdir_lib, 'HEARTBEAT_SECONDS', 0.05)
   with workdir_lib.lock(tmp_path):
     first = (tmp_path / 'lock').stat().st_mtime_ns
     end = time.monotonic() + 10
