@@ -54,7 +54,7 @@ def test_a_folder_that_cannot_be_used_is_found_before_anything_is_loaded(
   (tmp_path / 'file').write_text('x')
   (tmp_path / 'papers').mkdir()
   (tmp_path / 'papers' / 'draft.tex').write_text('x')
-  monkeypatch.setattr(loop.build, 'load', lambda name: pytest.fail('loaded'))
+  monkeypatch.setattr(loop.sharding, 'make_mesh', lambda *_: pytest.fail('loaded'))
   monkeypatch.setattr(loop.build, 'validate', lambda *_: None)
   before = sorted(tmp_path.rglob('*'))
   with pytest.raises(errors.UserError, match=message):
