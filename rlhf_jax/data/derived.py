@@ -1,7 +1,7 @@
-"""Files made from a data file, such as an index of its lines, and kept for the next start.
+"""Files derived from a data file, such as an index of its lines, and kept for later runs.
 
-They lie beside the data as hidden files, or in the user's cache where that folder cannot be
-written. Their names hold a fingerprint of the data, so one made of other contents is never read.
+They are hidden files beside the data, or in the user's cache if that folder cannot be written.
+Their names contain a fingerprint of the data, so a file derived from other contents is never read.
 """
 
 from collections.abc import Callable
@@ -16,22 +16,22 @@ import pathlib
 
 from rlhf_jax.errors import UserError
 
-SAMPLES = 32  # blocks of the data that the fingerprint reads
-BLOCK = 4096  # bytes of each
+SAMPLES = 32  # blocks of the data in the fingerprint
+BLOCK = 4096  # bytes of a block
 
 
 def file(source: str, kind: str, make: Callable[[str], None]) -> str:
-  """The path of a file made from another, which is made first where it is not there.
+  """Returns the path of a derived file, and writes it first if it does not exist.
 
-  Of several processes on one machine one makes it and the others wait.
+  If several processes of one machine need it, one writes it and the others wait.
 
   Args:
-    source: path of the data.
-    kind: what it is, its suffix; with a version where what is in it may change.
-    make: (path) writes it.
+    source: Path of the data.
+    kind: Suffix of the derived file; include a version if its contents may change.
+    make: Writes the derived file to a path.
 
   Raises:
-    UserError: it can be written neither beside the data nor in the cache.
+    UserError: The file can be written neither beside the data nor in the cache.
   """
   name = f'{fingerprint(source)}.{kind}'
   folder, base = os.path.split(os.path.abspath(source))
@@ -50,13 +50,13 @@ def file(source: str, kind: str, make: Callable[[str], None]) -> str:
         _write(place, name, kind, make, alone=alone)
         return place + name
   raise UserError(
-    f'{source}: what is made of this file, its .{kind}, can be written neither '
-    f'beside it nor in {cache}. Make room, or set XDG_CACHE_HOME to a folder with room.'
+    f'{source}: the .{kind} file derived from this file can be written neither beside it nor '
+    f'in {cache}. Free some space, or set XDG_CACHE_HOME to a folder with space.'
   )
 
 
 class _CannotWrite(Exception):
-  """The place has no room, or is not ours."""
+  """The folder has no space, or may not be written."""
 
 
 def _write(place: str, name: str, kind: str, make: Callable[[str], None], *, alone: bool) -> None:
@@ -71,7 +71,7 @@ def _write(place: str, name: str, kind: str, make: Callable[[str], None], *, alo
   try:
     make(temporary)
     os.replace(temporary, place + name)
-    # Of contents that are no more; if we are alone, of a process of this machine that was killed.
+    # Remove files of earlier contents and, under the lock, of killed processes of this machine.
     killed = old(f'{kind}.{glob.escape(host)}.*.tmp') if alone else []
     for path in [*old(kind), *killed]:
       if path != place + name:
@@ -85,7 +85,7 @@ def _write(place: str, name: str, kind: str, make: Callable[[str], None], *, alo
 
 
 def fingerprint(source: str) -> str:
-  """Hex digits that change with the file's size, time of change, and samples of its contents."""
+  """Returns a hash of the file's size, modification time and samples of its contents."""
   state = os.stat(source)
   digest = hashlib.sha256(f'{state.st_size} {state.st_mtime_ns}'.encode())
   with open(source, 'rb') as stream:
@@ -97,7 +97,7 @@ def fingerprint(source: str) -> str:
 
 @contextlib.contextmanager
 def _alone(source: str) -> Iterator[bool]:
-  """Locks the file among processes; False where the file system cannot: each makes what it needs."""
+  """Locks the file. Yields False if the file system cannot: then each process writes its own."""
   with open(source, 'rb') as stream:
     alone = False
     with contextlib.suppress(OSError):

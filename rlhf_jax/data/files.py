@@ -1,7 +1,7 @@
 """Records of one file: JSONL, JSON, CSV, TSV or text, these also with .gz, Parquet or ArrayRecord.
 
-JSONL, Parquet, ArrayRecord and large texts of a line each are read from disk when a record is asked
-for, see `stored`; of the others all records are in memory.
+JSONL, Parquet, ArrayRecord and large text files with one record a line stay on disk: see `stored`.
+The records of other files are held in memory.
 """
 
 import codecs
@@ -21,7 +21,7 @@ from rlhf_jax.data.stored import Record
 from rlhf_jax.errors import DataError
 from rlhf_jax.errors import UserError
 
-# Format of each suffix.
+# The format of each suffix.
 FORMATS = {
   '.jsonl': 'jsonl',
   '.json': 'json',
@@ -33,47 +33,49 @@ FORMATS = {
   '.array_record': 'arrayrecord',
 }
 DELIMITERS = {'csv': ',', 'tsv': '\t'}
-# What else may stand between cells, and what to do about it.
+# Delimiters that users confuse, and how to fix the file.
 OTHER_DELIMITERS = {
   ';': 'Save the file with commas between the cells, or with tabs as .tsv.',
   ',': "Name the file .csv, or set config.data.format to 'csv'.",
   '\t': "Name the file .tsv, or set config.data.format to 'tsv'.",
 }
-LONGEST_CELL = stored.LONGEST  # characters; csv's own limit, 131072, is less than a long document
-# A .gz that unpacks to more than this many times its size, and to at least LEAST_UNPACKED bytes, is
-# refused, as it could fill the disk: text compresses to a fifth, and gzip can reach a thousandth.
-MOST_UNPACKED = 100
-LEAST_UNPACKED = 2**30
+LONGEST_CELL = (
+  stored.LONGEST
+)  # characters; the csv module's limit of 131072 is too small for a long document
+# A .gz file that unpacks to more than MAX_EXPANSION times its size, and to at least MIN_UNPACKED
+# bytes, is an error: it could fill the disk. Text shrinks to a fifth, gzip can reach a thousandth.
+MAX_EXPANSION = 100
+MIN_UNPACKED = 2**30
 PART = 2**20  # bytes of a line that are read at once
 
 
 def format_of(file: str) -> str | None:
-  """The format that the file's suffix stands for, None where it is not known."""
+  """Returns the format of a file by its suffix; None if the suffix is unknown."""
   return FORMATS.get(_suffix(file))
 
 
 def read(file: str, split: str, separator: str, format: str | None) -> stored.Records:
-  """Records of a file.
+  """Returns the records of a file.
 
   Args:
-    file: path.
-    split: of a JSON file that is one object, the key whose list is wanted; '' of any other.
-    separator: of text; see `sources.read`.
-    format: one of FORMATS' values; None goes by the suffix.
+    file: Path.
+    split: The key of the list to read, in a JSON file that holds one object; '' for other files.
+    separator: Separator of text records; see `sources.read`.
+    format: A value of FORMATS; None selects the format by suffix.
 
   Raises:
-    UserError: the suffix is not known, or the file has no splits.
-    DataError: the file is damaged; names the line.
+    UserError: The suffix is unknown, or the file has no splits.
+    DataError: The file is damaged; the message names the line.
   """
   format = format or format_of(file)
   if format is None:
     raise UserError(
-      f'{file}: the suffix {_suffix(file)!r} is not known; known are {", ".join(FORMATS)}, each '
+      f'{file}: unknown suffix {_suffix(file)!r}; known suffixes are {", ".join(FORMATS)}, each '
       'also with .gz. Rename the file, or set config.data.format to one of '
       f'{", ".join(dict.fromkeys(FORMATS.values()))}.'
     )
   if split and format != 'json':
-    raise UserError(f'{file}: split {split!r} has no meaning for a single file; leave it empty.')
+    raise UserError(f'{file}: a single file has no split {split!r}; leave the split empty.')
   if format == 'jsonl':
     return _jsonl(file)
   if format == 'parquet':
@@ -95,26 +97,26 @@ def _suffix(file: str) -> str:
 
 
 def _parts(file: str, size: int = PART) -> Iterator[bytes]:
-  """A file in parts: lines with their breaks, those longer than `size` in several.
+  """Yields the lines of a file with their line breaks; a line longer than `size` in several parts.
 
-  Only b'\\n' ends a line, as JSON strings may hold U+2028.
+  Only b'\\n' ends a line, because JSON strings may contain U+2028.
 
   Raises:
-    UserError: the file cannot be read.
-    DataError: a .gz is damaged, or unpacks to more than text does.
+    UserError: The file cannot be read.
+    DataError: A .gz file is damaged, or unpacks to more than text does.
   """
   packed = file.lower().endswith('.gz')
   number, total = 0, 0
   try:
-    most = max(MOST_UNPACKED * os.path.getsize(file), LEAST_UNPACKED) if packed else math.inf
+    limit = max(MAX_EXPANSION * os.path.getsize(file), MIN_UNPACKED) if packed else math.inf
     with (gzip.open if packed else open)(file, 'rb') as stream:
       while part := stream.readline(size):
         number += part.endswith(b'\n')
         total += len(part)
-        if total > most:
+        if total > limit:
           raise DataError(
-            f'{file}: unpacks to more than {most >> 20} MiB, {MOST_UNPACKED} times its '
-            f'size (after line {number}); text does not. Unpack it by hand if it should.'
+            f'{file}: unpacks to more than {limit >> 20} MiB, {MAX_EXPANSION} times its '
+            f'size (after line {number}), which text does not. If it is right, unpack it yourself.'
           )
         yield part
   except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -139,7 +141,7 @@ def _jsonl(file: str) -> stored.Records:
 
 
 def _small(file: str) -> bytes | None:
-  """What a file unpacks to, None where that is not small."""
+  """Returns the unpacked contents of a file; None if they are larger than stored.SMALL."""
   content = bytearray()
   for part in _parts(file):
     content += part
@@ -160,27 +162,25 @@ def _json(file: str, split: str) -> Iterator[Record | DataError]:
   except json.JSONDecodeError as error:
     raise DataError(
       f'{file}:{error.lineno}: not valid JSON ({error.msg}). If every line is an '
-      'object of its own, name the file .jsonl.'
+      'object, name the file .jsonl.'
     ) from error
   except (UnicodeDecodeError, RecursionError) as error:
     raise DataError(f'{file}: not valid JSON ({error}).') from error
   if isinstance(value, dict):
     value = _only_list(file, value, split)
   elif split:
-    raise UserError(f'{file}: split {split!r} has no meaning for a list; leave it empty.')
+    raise UserError(f'{file}: a list has no split {split!r}; leave the split empty.')
   if not isinstance(value, list):
     raise DataError(
-      f'{file}: a list of objects was expected, or an object that holds one, and '
-      f'this is a {type(value).__name__}.'
+      f'{file}: must be a list of objects, or an object that holds one, but is a '
+      f'{type(value).__name__}.'
     )
   for index, fields in enumerate(value):
     where = f'{file}:item {index}'
     if isinstance(fields, str):
       fields = {'text': fields}
     if not isinstance(fields, dict):
-      yield DataError(
-        f'{where}: an object or a string was expected, and this is a {type(fields).__name__}.'
-      )
+      yield DataError(f'{where}: must be an object or a string, but is a {type(fields).__name__}.')
       continue
     try:
       stored.check_unicode(fields, content)
@@ -190,7 +190,7 @@ def _json(file: str, split: str) -> Iterator[Record | DataError]:
 
 
 def _only_list(file: str, value: dict[str, Any], split: str) -> list[Any]:
-  """The list `split` names, or the one list of objects or strings there is."""
+  """Returns the list of records under the key `split`, or the only list of records."""
   lists = {
     key: items
     for key, items in value.items()
@@ -198,30 +198,29 @@ def _only_list(file: str, value: dict[str, Any], split: str) -> list[Any]:
   }
   if split:
     if split not in lists:
-      raise UserError(f'{file}: no list of records under {split!r}; there are {sorted(lists)}.')
+      raise UserError(f'{file}: no list of records under {split!r}; the lists are {sorted(lists)}.')
     return lists[split]
   if len(lists) != 1:
     raise UserError(
-      f'{file}: this object should hold exactly one list of records, and has '
-      f'{sorted(lists) or "none"}. Name the one you want as the split.'
+      f'{file}: the object must hold exactly one list of records, but has '
+      f'{sorted(lists) or "none"}. Set the split to the key of the list to read.'
     )
   return next(iter(lists.values()))
 
 
 def _csv(file: str, delimiter: str) -> Iterator[Record | DataError]:
-  """Rows by the names in the first; an empty cell is None, a row of empty cells is skipped."""
+  """Yields rows by the column names of the first; empty cells are None, empty rows are skipped."""
   csv.field_size_limit(LONGEST_CELL)
   rows = csv.reader(_decoded(file), delimiter=delimiter, strict=True)
   names = None
   while True:
-    where = f'{file}:{rows.line_num + 1}'  # cells may hold line breaks: where the row begins
+    where = f'{file}:{rows.line_num + 1}'  # the first line of the row: cells may hold line breaks
     try:
       row = next(rows, None)
     except csv.Error as error:
       raise DataError(
-        f'{where}: the row that begins here is not valid CSV ({error}). A cell with '
-        f'{delimiter!r}, a quote or a line break must be quoted, and quotes in it '
-        'doubled.'
+        f'{where}: the row that starts here is not valid CSV ({error}). Quote every cell with '
+        f'{delimiter!r}, a quote or a line break, and double the quotes in it.'
       ) from error
     if row is None:
       return
@@ -232,9 +231,8 @@ def _csv(file: str, delimiter: str) -> Iterator[Record | DataError]:
       continue
     if len(row) != len(names):
       yield DataError(
-        f'{where}: {len(row)} cells, and the first row names {len(names)} columns, '
-        f'{", ".join(names)}. A cell with {delimiter!r} or a line break must be '
-        'quoted.'
+        f'{where}: the row has {len(row)} cells, but the first row names {len(names)} columns: '
+        f'{", ".join(names)}. Quote every cell with {delimiter!r} or a line break.'
       )
       continue
     yield Record({name: cell or None for name, cell in zip(names, row)}, where, untyped=True)
@@ -244,15 +242,15 @@ def _column_names(row: list[str], where: str, delimiter: str) -> list[str]:
   for other, remedy in OTHER_DELIMITERS.items() if len(row) == 1 else ():
     if other != delimiter and other in row[0] and all(map(str.strip, row[0].split(other))):
       raise DataError(
-        f'{where}: one column, {row[0]!r}, and {delimiter!r} must part the cells: are these '
-        f'separated by {other!r}? {remedy} The first row must name the columns.'
+        f'{where}: there is one column, {row[0]!r}; cells must be separated by {delimiter!r}. Are '
+        f'these separated by {other!r}? {remedy} The first row must name the columns.'
       )
   names = [name.strip() or f'column {number}' for number, name in enumerate(row, start=1)]
   twice = sorted({name for name in names if names.count(name) > 1})
   if twice:
     raise DataError(
-      f'{where}: two columns are named {twice[0]!r}. The first row must name the columns, '
-      'each otherwise.'
+      f'{where}: two columns are named {twice[0]!r}. The first row must give every column its '
+      'own name.'
     )
   return names
 
@@ -266,7 +264,7 @@ def _decoded(file: str) -> Iterator[str]:
 
 
 def _parquet(file: str) -> stored.Records:
-  import pyarrow  # Slow to import and needed by few.
+  import pyarrow  # slow to import, and few runs need it
 
   try:
     return stored.Table(file)
@@ -280,7 +278,7 @@ def _array_record(file: str) -> stored.Records:
   try:
     source = grain.sources.ArrayRecordDataSource(file)
     return stored.Mapped(source, stored.json_object, file, size=os.path.getsize(file))
-  except Exception as error:  # the reader's own, not documented
+  except Exception as error:  # the reader's errors are undocumented
     raise DataError(f'{file}: not a readable ArrayRecord file ({error}).') from error
 
 
@@ -289,7 +287,7 @@ def _text(file: str, separator: str) -> Iterator[Record | DataError]:
   number = 1
   for piece in content.split(separator) if separator else [content]:
     if piece.strip():
-      # The place is that of the first line with text in it.
+      # The record is at its first line with text.
       first = number + piece[: len(piece) - len(piece.lstrip())].count('\n')
       where, problem = f'{file}:{first}', stored.too_long(len(piece))
       yield (
@@ -299,7 +297,7 @@ def _text(file: str, separator: str) -> Iterator[Record | DataError]:
 
 
 def _text_lines(file: str) -> stored.Records:
-  """As `_text`, of lines that stay on disk."""
+  """As `_text`, for lines that stay on disk."""
   decoder, encoding = codecs.getincrementaldecoder('utf-8')(), 'utf-8-sig'
   try:
     for part in _parts(file):
@@ -312,7 +310,7 @@ def _text_lines(file: str) -> stored.Records:
 
 
 def _decode(content: bytes) -> str:
-  """UTF-8, or latin-1 for older corpora: it accepts any byte, so it comes second."""
+  """Decodes UTF-8, or else latin-1, which accepts any byte and is that of older corpora."""
   try:
     return content.decode('utf-8-sig')
   except UnicodeDecodeError:

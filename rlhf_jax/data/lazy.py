@@ -1,4 +1,4 @@
-"""Sequences whose items are made when they are asked for, so that they may exceed the memory."""
+"""Lazy sequences: items are made when they are accessed, so that data may exceed memory."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ import numpy as np
 
 from rlhf_jax.errors import DataError
 
-SKIPPED = 100  # examples in a row that cannot be made
-SAID = 20  # of those that are named
+MAX_SKIPPED = 100  # consecutive examples that may be skipped
+MAX_REPORTED = 20  # skipped examples that are logged
 
 
 class Examples(Sequence):
-  """Examples made of the records that are kept."""
+  """The examples of those records that are kept."""
 
   def __init__(
     self,
@@ -24,13 +24,13 @@ class Examples(Sequence):
     *,
     skip: bool = False,
   ):
-    """Takes what makes them.
+    """Stores the records and the function that converts them.
 
     Args:
-      records: as `sources.read` gives them.
-      kept: bool [number of records].
-      make: record to example, or DataError.
-      skip: whether the next example takes the place of one that cannot be made.
+      records: Records, as `sources.read` returns them.
+      kept: [number of records] bool, records to use.
+      make: Converts a record to an example, or raises DataError.
+      skip: Whether an example that cannot be made is replaced by the next one.
     """
     self._records, self._make, self._skip = records, make, skip
     self._kept = range(len(kept)) if kept.all() else np.flatnonzero(kept)
@@ -42,21 +42,23 @@ class Examples(Sequence):
     if isinstance(index, slice):
       return Chosen(self, range(*index.indices(len(self))))
     first = range(len(self))[index]
-    for other in range(first, first + SKIPPED + 1):
+    for other in range(first, first + MAX_SKIPPED + 1):
       try:
         return self._make(self.record(other % len(self)))
       except DataError as error:
-        if not self._skip or other == first + SKIPPED:
+        if not self._skip or other == first + MAX_SKIPPED:
           raise
-        logging.log_first_n(logging.WARNING, '%s The next record takes its place.', SAID, error)
+        logging.log_first_n(
+          logging.WARNING, '%s The next record is used instead.', MAX_REPORTED, error
+        )
 
   def record(self, index: int) -> Any:
-    """The record that example `index` is made of."""
+    """Returns the record of example `index`."""
     return self._records[int(self._kept[index])]
 
 
 class Chosen(Sequence):
-  """Those items of a sequence that some indices name, in their order."""
+  """The items of a sequence at some indices, in the order of the indices."""
 
   def __init__(self, items: Sequence[Any], indices: Sequence[int] | np.ndarray):
     self._items, self._indices = items, indices
@@ -70,17 +72,17 @@ class Chosen(Sequence):
     return self._items[int(self._indices[index])]
 
   def record(self, index: int) -> Any:
-    """See `Examples.record`; of items that have none an error."""
+    """See `Examples.record`; AttributeError if the items have no records."""
     return self._items.record(int(self._indices[index]))
 
 
 def take(items: Sequence[Any], indices: np.ndarray) -> Sequence[Any]:
-  """The items that some indices name: a list of a list's."""
+  """Returns the items at some indices: a list if `items` is a list, else a lazy sequence."""
   return [items[index] for index in indices] if isinstance(items, list) else Chosen(items, indices)
 
 
 def place(items: Sequence[Any], index: int) -> str:
-  """Where an example was stored, ' (x.jsonl:17)'; '' of a list of examples."""
+  """Returns where an example was stored, such as ' (x.jsonl:17)'; '' for a list of examples."""
   try:
     return f' ({items.record(index).where})'
   except AttributeError:

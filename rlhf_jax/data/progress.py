@@ -1,4 +1,4 @@
-"""A progress bar for what takes long before the first step: reading and tokenizing."""
+"""A progress bar for slow work before the first step: reading and tokenizing."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,13 +13,13 @@ DELAY_SECONDS = 3.0
 def bar(
   items: Iterable[Any] | None, what: str, unit: str, *, total: int | None = None
 ) -> tqdm.tqdm:
-  """A progress bar that appears after some seconds; a terminal shows it only until the end.
+  """Returns a progress bar that appears after some seconds and disappears at the end.
 
   Args:
-    items: to go through; None to call `update` by hand.
-    what: is done to them.
-    unit: what they are, in the plural.
-    total: number of items, where it is known and `items` does not tell.
+    items: The items to iterate over; None to call `update` by hand.
+    what: Description of the work.
+    unit: Name of the items, in the plural.
+    total: Number of items, if `items` has no length.
   """
   return tqdm.tqdm(
     items,

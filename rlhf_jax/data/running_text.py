@@ -1,4 +1,4 @@
-"""Prompts out of running text: windows of documents that start after and end with given texts."""
+"""Prompts from running text: windows of documents that start after and end with given strings."""
 
 from collections.abc import Sequence
 import pathlib
@@ -11,7 +11,7 @@ from rlhf_jax.data import sources
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
 
-NO_START = 'no start_text, or nothing behind it'
+NO_START = 'no start_text, or nothing after it'
 NO_END = 'no end_text within the window'
 
 
@@ -27,21 +27,22 @@ def write(
   suffix: str,
   held_out: int,
 ) -> None:
-  """A stage of a pipeline: writes queries as prompts.jsonl and held_out.jsonl, {"prompt"}.
+  """Writes queries as prompts.jsonl and held_out.jsonl, {"prompt"}: a stage of a pipeline.
 
   Args:
-    folder: where they go.
-    path: data set of documents.
-    tokenizer: folder, or one of a model with its tokenizer.
-    length: see `queries`; prefix and suffix are not counted.
-    start_text: likewise.
-    end_text: likewise.
-    prefix: in front of each query, such as 'Article:\\n\\n'.
-    suffix: behind each query, such as '\\n\\nTL;DR:'.
-    held_out: queries for evaluation, the first ones; equal ones are not among the prompts.
+    folder: Folder of the two files.
+    path: Data set of documents.
+    tokenizer: Folder of a tokenizer, or of a model with its tokenizer.
+    length: See `queries`; prefix and suffix do not count.
+    start_text: See `queries`.
+    end_text: See `queries`.
+    prefix: Text before each query, such as 'Article:\\n\\n'.
+    suffix: Text after each query, such as '\\n\\nTL;DR:'.
+    held_out: The number of queries for evaluation, the first ones. Queries equal to one of them
+      are not among the prompts.
 
   Raises:
-    UserError: no query is left for training, or see `queries`.
+    UserError: No query is left for training, or see `queries`.
   """
   loaded = tokenizers.load(tokenizer)
   examples, _ = formats.texts(sources.read(path), tokenizer=loaded)
@@ -54,7 +55,9 @@ def write(
   known = set(texts[:held_out])
   rest = [text for text in texts[held_out:] if text not in known]
   if not rest:
-    raise UserError(f'{len(chosen)} queries, and {held_out} of them are held out: give more texts.')
+    raise UserError(
+      f'all {len(chosen)} queries are held out (held_out={held_out}): provide more texts.'
+    )
   sources.write(folder / 'held_out.jsonl', [{'prompt': text} for text in texts[:held_out]])
   sources.write(folder / 'prompts.jsonl', [{'prompt': text} for text in rest])
 
@@ -69,33 +72,33 @@ def queries(
 ) -> tuple[list[formats.Prompt], formats.Report]:
   """Takes one query from each document, as lm-human-preferences does.
 
-  The query is what follows the first `start_text`, at most `length` tokens of it, up to and with
-  the last `end_text` among these. Both are matched as tokens: GPT-2's '.' is not found in '...'.
+  The query starts after the first `start_text`, has at most `length` tokens, and ends with the last
+  `end_text` among these. Both are matched as tokens: GPT-2's '.' does not match in '...'.
   See `tf_dataset` in lm_human_preferences/language/datasets.py of
   https://github.com/openai/lm-human-preferences.
 
   Where we differ:
-  - Queries are texts, which are tokenized anew. Those tokens can differ from the document's where
-    it is cut inside of a word. If they exceed `length`, the query ends earlier, at an `end_text`
-    where that is asked for.
-  - A document that ends with its first `start_text` is left out; there it is taken from its start.
-  - `start_text` and `end_text` may be several tokens each; there they are one.
-  - `length` includes the BOS where the tokenizer begins texts with one; GPT-2's does not.
-  - Shorter queries are padded on the left, by `pipelines.prompt_iterator`; there on the right.
-  - There is no `query_prefix` and `query_suffix`: put these around the prompts that come back.
+  - Queries are texts, which are tokenized again. The tokens can differ from the document's if the
+    cut is inside a word. If they exceed `length`, the query ends earlier, at an `end_text` if there
+    is one to end with.
+  - A document that ends with its first `start_text` is left out; theirs is taken from its start.
+  - `start_text` and `end_text` may have several tokens each; theirs have one.
+  - `length` includes the BOS if the tokenizer adds one; GPT-2's does not.
+  - Shorter queries are padded on the left, by `pipelines.prompt_iterator`; theirs on the right.
+  - There are no `query_prefix` and `query_suffix`: add them to the returned prompts.
 
   Args:
-    texts: documents.
-    tokenizer: as `tokenizers.load` gives it.
-    length: tokens of a query, at most; `config.data.max_prompt_length`.
-    start_text: None starts with the document.
-    end_text: None ends anywhere.
+    texts: Documents.
+    tokenizer: Tokenizer, as `tokenizers.load` returns it.
+    length: Maximum number of tokens of a query; `config.data.max_prompt_length`.
+    start_text: Text before the query; None starts at the beginning of the document.
+    end_text: Text that the query ends with; None ends anywhere.
 
   Returns:
-    (prompts without metadata in the documents' order, what was left out and why).
+    (prompts without metadata, in the order of the documents; Report of the documents left out).
 
   Raises:
-    UserError: no document is left, or `start_text` or `end_text` is no token.
+    UserError: No document is left, or `start_text` or `end_text` has no tokens.
   """
   start, end = (
     _tokens(tokenizer, name, text)
@@ -130,16 +133,16 @@ def _query(
   end: np.ndarray | None,
   length: int,
 ) -> str | None:
-  """The longest part of a window that may end where it does and fits, or None.
+  """Returns the longest query in a window that ends with `end` and fits; None if there is none.
 
   Args:
-    text: the document.
-    begin: characters before the window.
-    ids: tokens of the window.
-    behind: characters of the document up to the end of each.
-    tokenizer: its tokenizer.
-    end: ids that a query ends with, or None.
-    length: tokens that it has at most.
+    text: Document.
+    begin: Number of characters before the window.
+    ids: Tokens of the window.
+    behind: Number of characters of the document up to the end of each token.
+    tokenizer: Tokenizer.
+    end: Ids that the query must end with, or None.
+    length: Maximum number of tokens.
   """
   counts = range(1, len(ids) + 1) if end is None else _ends(ids, end)
   for count in reversed(counts):
@@ -154,12 +157,12 @@ def _tokens(tokenizer: formats.Tokenizer, name: str, text: str | None) -> np.nda
     return None
   (ids,) = tokenizers.encode_continuation(tokenizer, [text])
   if not len(ids):
-    raise UserError(f'{name} {text!r} is no token. Use None for no rule.')
+    raise UserError(f'{name} {text!r} has no tokens. Use None for no rule.')
   return ids
 
 
 def _ends(ids: np.ndarray, part: np.ndarray) -> list[int]:
-  """Tokens up to the end of each place where `part` stands in `ids`, in rising order."""
+  """Returns the number of tokens up to the end of each occurrence of `part` in `ids`, sorted."""
   places = np.flatnonzero(ids == part[-1]) + 1
   return [
     int(place)
@@ -169,5 +172,5 @@ def _ends(ids: np.ndarray, part: np.ndarray) -> list[int]:
 
 
 def _first(ids: np.ndarray, part: np.ndarray) -> int | None:
-  """Tokens up to the end of the first place where `part` stands in `ids`; None without one."""
+  """Returns the number of tokens up to the end of the first occurrence of `part`, or None."""
   return next(iter(_ends(ids, part)), None)

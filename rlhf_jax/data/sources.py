@@ -1,23 +1,22 @@
 """Records from files, directories and public data sets.
 
-`read` turns whatever holds the data into a sequence of records: the fields as they are, and where
-each one came from, so that a complaint about a record can name its line. What the fields mean is
-the business of `formats`.
+`read` returns the records of any supported source: their fields, unchanged, and the place each one
+came from, so that an error message can name the line. `formats` interprets the fields.
 
-    | source                       | one record per                           | place in messages    |
-    |------------------------------|------------------------------------------|----------------------|
-    | x.jsonl, x.jsonl.gz          | non-blank line, an object                | x.jsonl:17           |
-    | x.json, x.json.gz            | element of the list (or of the object's) | x.json:item 16       |
-    | x.csv, x.tsv, also .gz       | row, by the column names of the first    | x.csv:17             |
-    | x.parquet                    | row                                      | x.parquet:row 16     |
-    | x.arrayrecord                | record, a JSON object                    | x.arrayrecord:row 16 |
-    | x.txt, x.txt.gz              | non-blank piece between `separator`s     | x.txt:17             |
-    | directory                    | all of the above in its files, sorted    | that of the file     |
-    | tfds:NAME                    | example of the TFDS data set             | tfds:NAME:row 16     |
-    | any other name               | row of the Hugging Face data set         | NAME:row 16          |
+  | source                       | one record per                           | place in messages    |
+  |------------------------------|------------------------------------------|----------------------|
+  | x.jsonl, x.jsonl.gz          | non-blank line, an object                | x.jsonl:17           |
+  | x.json, x.json.gz            | element of the list (or of the object's) | x.json:item 16       |
+  | x.csv, x.tsv, also .gz       | row, by the column names of the first    | x.csv:17             |
+  | x.parquet                    | row                                      | x.parquet:row 16     |
+  | x.arrayrecord                | record, a JSON object                    | x.arrayrecord:row 16 |
+  | x.txt, x.txt.gz              | non-blank text between `separator`s      | x.txt:17             |
+  | directory                    | all of the above in its files, sorted    | that of the file     |
+  | tfds:NAME                    | example of the TFDS data set             | tfds:NAME:row 16     |
+  | any other name               | row of the Hugging Face data set         | NAME:row 16          |
 
-Lines are counted from 1, as editors do; items and rows from 0, as Python does. Values of CSV and
-TSV are strings (`Record.untyped`).
+Lines are numbered from 1, as in editors; items and rows from 0, as in Python. All values of CSV and
+TSV files are strings (`Record.untyped`).
 """
 
 from collections.abc import Iterable
@@ -38,9 +37,9 @@ from rlhf_jax.data.stored import Record
 from rlhf_jax.errors import DataError
 from rlhf_jax.errors import UserError
 
-HUB_SECONDS = 10  # for the hub's first answer
-NAMED = 5  # files, in a message
-LOOKED_AT = 100_000  # records, for a warning
+HUB_SECONDS = 10  # timeout of the first request to the hub
+MAX_NAMED = 5  # files listed in a message
+MAX_CHECKED = 100_000  # records checked for replaced fields
 
 
 def read(
@@ -51,28 +50,28 @@ def read(
   separator: str = '\n',
   format: str | None = None,
 ) -> stored.Records:
-  """The records of a source, in order.
+  """Returns the records of a source, in order.
 
   Args:
     path: a file, a directory, `tfds:NAME`, or the name of a Hugging Face data set, which may
-      carry its configuration as in `openai/gsm8k:main`.
-    split: of a public data set, the split's name ('' is 'train'). Of a directory, only files
-      named after it are read: `test` takes test.jsonl and test-00000-of-00002.parquet. Of a JSON
-      file that is one object, the key whose list is wanted.
-    columns: new name to stored name, for data that call their columns otherwise:
+      include a configuration, as in `openai/gsm8k:main`.
+    split: The split of a public data set ('' means 'train'). In a directory, only files named
+      after the split are read: `test` selects test.jsonl and test-00000-of-00002.parquet. In a JSON
+      file that holds one object, the key of the list to read.
+    columns: {new name: stored name}, to rename columns:
       {'prompt': 'question', 'completion': 'answer'}.
-    separator: what stands between two texts of a plain text file: a line break, '\\n\\n' for
-      paragraphs, '<|endoftext|>'; '' makes the whole file one text.
-    format: of a file whatever its suffix, and of all files of a directory: 'text' or another value
-      of `files.FORMATS`. None goes by the suffix.
+    separator: The text between two records of a plain text file: a line break, '\\n\\n' for
+      paragraphs, '<|endoftext|>'. '' makes the whole file one record.
+    format: The format of the file, or of all files in the directory, whatever their suffixes: a
+      value of `files.FORMATS`. None selects the format by suffix.
 
   Returns:
-    A sequence of at least one record, which is read from the disk when it is asked for. One that
-    cannot be read, or lacks a column, raises DataError, which names file and line.
+    A sequence of at least one record. Records are read from disk when they are accessed; one that
+    cannot be read, or lacks a column, raises a DataError that names file and line.
 
   Raises:
-    UserError: the source is missing, unknown, empty or lacks the split.
-    DataError: a whole file is damaged; names it.
+    UserError: The source is missing, unknown or empty, or has no such split.
+    DataError: A whole file is damaged; the message names it.
   """
   path = os.fspath(path)
   if path.startswith('tfds:'):
@@ -97,7 +96,7 @@ def read(
 
 
 def write(path: str | os.PathLike, records: Iterable[dict[str, Any]]) -> None:
-  """Writes records as JSONL, whole or not at all."""
+  """Writes records as JSONL, atomically."""
   temporary = f'{os.fspath(path)}.tmp'
   with open(temporary, 'w', encoding='utf-8') as stream:
     stream.writelines(json.dumps(record, ensure_ascii=False) + '\n' for record in records)
@@ -117,19 +116,19 @@ def _looks_local(path: str) -> bool:
 
 
 def _warn_replaced(path: str, records: stored.Records, columns: Mapping[str, str]) -> None:
-  """Says which filled fields the new names replace, of the first records."""
-  first = range(min(len(records), LOOKED_AT))
+  """Warns if renamed columns replace fields that have values in the first records."""
+  first = range(min(len(records), MAX_CHECKED))
   for new, old in columns.items():
-    if new in columns.values():  # renamed itself
+    if new in columns.values():  # is renamed too
       continue
     count = 0
     for index in first:
-      with contextlib.suppress(DataError):  # whoever reads them all says so
+      with contextlib.suppress(DataError):  # reported when the records are converted
         count += records[index].fields.get(new) not in (None, '')
     if count:
       logging.warning(
-        '%s: %s=%s of config.data.columns replaces a filled field %r in %d of %s%d records. Name '
-        'another column if you meant to keep it.',
+        '%s: %s=%s in config.data.columns replaces field %r, which has a value in %d of %s%d '
+        'records. Use another column to keep that field.',
         path,
         new,
         old,
@@ -146,7 +145,7 @@ def _rename(record: Record, *, columns: Mapping[str, str]) -> Record:
     if name not in record.fields:
       raise DataError(
         f'{record.where}: there is no field {name!r}, which config.data.columns '
-        f'names; the fields are {sorted(record.fields)}.'
+        f'refers to; the fields are {sorted(record.fields)}.'
         + (' The first row of the file must name the columns.' if record.untyped else '')
       )
     fields.pop(name, None)
@@ -164,25 +163,25 @@ def _directory(path: str, split: str, separator: str, format: str | None) -> sto
   if not known:
     raise UserError(
       f'{path}: no data file in this directory; files must end in '
-      f'{", ".join(files.FORMATS)} (or these and .gz). Rename yours, or say how to '
-      'read them with config.data.format.'
+      f'{", ".join(files.FORMATS)}, or one of these with .gz. Rename the files, or set '
+      'config.data.format.'
     )
   relative = lambda names: [os.path.relpath(name, path) for name in names]
   chosen = [file for file in known if _in_split(file, split)] if split else known
   if not chosen:
     raise UserError(
-      f'{path}: no file of split {split!r} among {", ".join(relative(known))}. '
-      'Name one of these, or no split at all.'
+      f'{path}: no file belongs to split {split!r}; the files are {", ".join(relative(known))}. '
+      'Use the split of one of them, or no split.'
     )
-  passed_over = relative(file for file in paths if not (format or files.format_of(file)))
-  if passed_over:
+  skipped = relative(file for file in paths if not (format or files.format_of(file)))
+  if skipped:
     logging.warning(
-      '%s: %d of %d files passed over, whose suffixes are not known: %s%s.',
+      '%s: skipped %d of %d files with unknown suffixes: %s%s.',
       path,
-      len(passed_over),
+      len(skipped),
       len(paths),
-      ', '.join(passed_over[:NAMED]),
-      ', ...' if passed_over[NAMED:] else '',
+      ', '.join(skipped[:MAX_NAMED]),
+      ', ...' if skipped[MAX_NAMED:] else '',
     )
   return stored.Joined([files.read(file, '', separator, format) for file in chosen])
 
@@ -200,20 +199,20 @@ def _tfds(path: str, split: str) -> stored.Records:
     import tensorflow_datasets as tfds
   except ImportError as error:
     raise UserError(
-      f'{path}: reading TFDS data sets needs further packages: pip install tensorflow-datasets '
+      f'{path}: reading TFDS data sets needs two more packages: pip install tensorflow-datasets '
       'importlib_resources'
     ) from error
   try:
     source = tfds.data_source(path.removeprefix('tfds:'), split=split)
-  except Exception as error:  # TFDS raises many kinds, some of its own, some of the network's.
+  except Exception as error:  # TFDS raises errors of its own and of the network
     raise UserError(
-      f'{path}, split {split!r}: TFDS cannot give this data set ({error}).'
+      f'{path}, split {split!r}: TFDS cannot load this data set ({error}).'
     ) from error
   return stored.Mapped(source, _plain, path)
 
 
 def _plain(value: Any) -> Any:
-  """NumPy scalars, arrays and bytes, as TFDS gives them, to Python's own types."""
+  """Converts the NumPy scalars, arrays and bytes of TFDS to built-in types."""
   if isinstance(value, Mapping):
     return {key: _plain(item) for key, item in value.items()}
   if isinstance(value, bytes):
@@ -226,18 +225,18 @@ def _plain(value: Any) -> Any:
 
 
 def _hub(path: str, split: str) -> stored.Records:
-  import datasets  # takes a second, and few runs need it
+  import datasets  # slow to import, and few runs need it
 
   name, _, config = path.partition(':')
   silent = _hub_silence(name)
   if silent:
-    # With this it reads its cache or fails, and does not try again for half a minute.
+    # Offline it reads its cache or fails at once, instead of retrying for half a minute.
     datasets.config.HF_HUB_OFFLINE = True
   try:
     rows = datasets.load_dataset(name, config or None, split=split)
-  except Exception as error:  # Many kinds, some of the network's.
+  except Exception as error:  # of many types, some of the network
     reason = (
-      f'the hub gives no answer ({silent})'
+      f'the hub does not respond ({silent})'
       if silent and isinstance(error, ConnectionError)
       else _one_line(error)
     )
@@ -250,7 +249,7 @@ def _hub(path: str, split: str) -> stored.Records:
 
 
 def _hub_silence(name: str) -> str:
-  """Why the hub gives no answer about a data set; '' where it gives one, be it a refusal."""
+  """Returns why the hub does not respond to a request; '' if it does, even with a refusal."""
   import huggingface_hub
 
   try:
@@ -259,7 +258,7 @@ def _hub_silence(name: str) -> str:
     return ''
   except huggingface_hub.errors.HfHubHTTPError as error:
     return _one_line(error) if error.response.status_code >= 500 else ''
-  except Exception as error:  # of the library that it uses for HTTP
+  except Exception as error:  # of the HTTP library that it uses
     return _one_line(error)
   return ''
 

@@ -1,7 +1,7 @@
-"""Records that stay on disk: sequences that read and parse one when it is asked for.
+"""Records that stay on disk: sequences that read and parse a record when it is accessed.
 
-`sequence[i]` raises DataError where record i cannot be read, and the others stay readable; any
-thread may ask. What is kept in memory does not grow with the data, but where they are small.
+`sequence[i]` raises DataError if record i cannot be read; the other records stay readable. All
+sequences are thread-safe. Memory does not grow with the data, except for small files.
 """
 
 import abc
@@ -23,15 +23,15 @@ import numpy as np
 from rlhf_jax.data import derived
 from rlhf_jax.errors import DataError
 
-# Bytes of one record. A tokenizer takes some 60 bytes of memory for each of a text, and the longest
-# novels have 6 MiB: beyond this a file has lost its line breaks, or was made to fill the memory.
+# Bytes of one record. A tokenizer needs about 60 bytes of memory per byte of text, and the longest
+# novels have 6 MiB: a longer record has lost its line breaks, or is meant to exhaust the memory.
 LONGEST = 16 * 2**20
-SMALL = 16 * 2**20  # bytes of a file of which nothing is kept on disk
+SMALL = 16 * 2**20  # bytes; files up to this size get no index or copy on disk
 CHUNK = 2**23  # bytes read at once
 BATCH = 256  # rows of a table read at once
 
 INT = np.dtype(np.int64)
-COLUMNS = 3  # of the index: offset and size of a line in bytes, and its number
+COLUMNS = 3  # of the index: a line's offset and size in bytes, and its number
 BLANK = np.frombuffer(b' \t\r\n\v\f', np.uint8)
 ESCAPED_SURROGATE = re.compile(rb'\\u[dD][89a-fA-F]')
 
@@ -43,9 +43,9 @@ class Record:
   """One example as it was stored.
 
   Attributes:
-    fields: column name to value, nothing dropped.
-    where: the place it came from, for messages.
-    untyped: whether all values are strings, numbers and lists too, as in CSV.
+    fields: {column name: value}, complete.
+    where: The place it came from, for messages.
+    untyped: Whether all values are strings, even numbers and lists, as in CSV.
   """
 
   fields: dict[str, Any]
@@ -54,10 +54,10 @@ class Record:
 
 
 class Records(Sequence[Record], abc.ABC):
-  """A sequence of records by their index.
+  """A sequence of records.
 
   Attributes:
-    size: bytes of the data as they are stored, None where all of them are in memory.
+    size: Bytes of the stored data; None if all records are in memory.
   """
 
   size: int | None = None
@@ -71,11 +71,11 @@ class Records(Sequence[Record], abc.ABC):
 
   @abc.abstractmethod
   def record(self, index: int) -> Record:
-    """Record `index`, from 0 to the length less one."""
+    """Returns record `index`, from 0 to len(self) - 1."""
 
 
 class Listed(Records):
-  """Records that are in memory, and in place of those that cannot be read the errors."""
+  """Records in memory; a record that cannot be read is represented by its error."""
 
   def __init__(self, items: Sequence[Record | DataError]):
     self._items = items
@@ -90,7 +90,7 @@ class Listed(Records):
 
 
 class Mapped(Records):
-  """Records of another source of random access, such as a public data set."""
+  """Records of another random-access source, such as a public data set."""
 
   def __init__(
     self,
@@ -100,7 +100,7 @@ class Mapped(Records):
     *,
     size: int | None = None,
   ):
-    """`fields` makes a record's of an item; places are those of rows of `name`."""
+    """Stores the source; `fields` converts an item to fields, and messages say `NAME:row i`."""
     self._source, self._fields, self._name, self.size = source, fields, name, size
 
   def __len__(self):
@@ -148,23 +148,23 @@ class Changed(Records):
 
 
 class Lines(Records):
-  """The lines of a file that are not blank, found by an index of their offsets.
+  """The lines of a file that are not blank, located by an index of their offsets.
 
-  The index of a file that is not small is kept on disk, see `derived`, and read from there.
+  The index of a file larger than SMALL is kept on disk: see `derived`.
   """
 
   def __init__(
     self, file: str, parse: Callable[[bytes], dict[str, Any]], *, content: bytes | str | None = None
   ):
-    """Finds the lines, or the index of them.
+    """Indexes the lines, or opens an existing index.
 
     Args:
-      file: path, for places too.
-      parse: a line's bytes to fields; raises DataError.
-      content: what has the lines, where `file` is packed: bytes, or the path of another file.
+      file: Path, which messages name.
+      parse: Converts the bytes of a line to fields, or raises DataError.
+      content: The lines, if `file` is packed: bytes, or the path of the unpacked file.
 
     Raises:
-      OSError: the file cannot be read.
+      OSError: The file cannot be read.
     """
     self._file, self._parse = file, parse
     if isinstance(content, bytes):
@@ -200,8 +200,8 @@ def _part_of(content: bytes) -> Read:
 
 
 def _reader(owner: Any, path: str) -> Read:
-  """Reads parts of a file. A large file stays open as long as the owner lives."""
-  if os.path.getsize(path) <= SMALL:  # a folder may have more of them than a process may open
+  """Returns a reader of parts of a file, which stays open while `owner` lives if it is large."""
+  if os.path.getsize(path) <= SMALL:  # a folder may have more files than a process may open
 
     def read(offset, size):
       with open(path, 'rb') as stream:
@@ -215,16 +215,16 @@ def _reader(owner: Any, path: str) -> Read:
 
 
 def _index(read: Read, size: int) -> Iterator[np.ndarray]:
-  """Parts [n, 3] of an index: offset, size and number of each line that is not blank."""
+  """Yields parts [n, 3] of an index: offset, size and number of each line that is not blank."""
   start, number, first = 0, 1, np.zeros(0, np.uint8)
   for base in range(0, size, CHUNK):
     data = np.frombuffer(read(base, CHUNK), np.uint8)
     ends = np.flatnonzero(data == ord('\n')) + base + 1
     starts = np.concatenate([[start], ends])
     here = starts[(starts >= base) & (starts < base + len(data))]
-    first = np.concatenate([first, data[here - base]])  # bytes of the lines that begin so far
+    first = np.concatenate([first, data[here - base]])  # first bytes of the lines that have begun
     if base + len(data) == size and starts[-1] < size:
-      ends = np.append(ends, size)  # the last line has no break
+      ends = np.append(ends, size)  # the last line has no line break
     starts, count = starts[: len(ends)], len(ends)
     rows = np.stack([starts, ends - starts, number + np.arange(count)], axis=1)
     yield rows[_filled(read, rows, first[:count])]
@@ -232,7 +232,7 @@ def _index(read: Read, size: int) -> Iterator[np.ndarray]:
 
 
 def _filled(read: Read, rows: np.ndarray, first: np.ndarray) -> np.ndarray:
-  """Which lines are not blank; `first` is the first byte of each."""
+  """Returns which lines are not blank; `first` holds the first byte of each."""
   filled = np.ones(len(rows), bool)
   for row in np.flatnonzero(np.isin(first, BLANK)):
     offset, size, _ = map(int, rows[row])
@@ -247,20 +247,20 @@ def _write_index(read: Read, size: int, path: str) -> None:
 
 
 def too_long(size: int) -> str:
-  """The complaint about a record of this many bytes; '' if it can be read."""
+  """Returns the error message for a record of `size` bytes; '' if it is not too long."""
   if size <= LONGEST:
     return ''
   return (
-    f'longer than {LONGEST >> 20} MiB ({size / 2**20:.3g} MiB), the most of a record that can '
-    'be read. Cut it into several.'
+    f'a record may have {LONGEST >> 20} MiB at most, but this one has {size / 2**20:.3g} MiB. '
+    'Split it into several.'
   )
 
 
 def json_object(line: bytes) -> dict[str, Any]:
-  """The fields of a record that is one JSON object.
+  """Parses the fields of a record that is one JSON object.
 
   Raises:
-    DataError: it is no JSON, no object, or has text that is no Unicode.
+    DataError: The line is not JSON, not an object, or contains text that is not Unicode.
   """
   try:
     fields = json.loads(line.decode('utf-8-sig').rstrip())
@@ -275,19 +275,18 @@ def json_object(line: bytes) -> dict[str, Any]:
     ) from error
   if not isinstance(fields, dict):
     raise DataError(
-      f'a JSON object was expected, such as {{"text": "..."}}, and this is a '
-      f'{type(fields).__name__}.'
+      f'must be a JSON object, such as {{"text": "..."}}, but is a {type(fields).__name__}.'
     )
   check_unicode(fields, line)
   return fields
 
 
 def check_unicode(value: Any, source: bytes) -> None:
-  """Raises DataError where JSON holds one half of a surrogate pair, which no tokenizer can encode.
+  """Raises DataError if JSON contains half a surrogate pair, which no tokenizer can encode.
 
   Args:
-    value: what was read.
-    source: the JSON that it was read from.
+    value: The parsed value.
+    source: The JSON that it was parsed from.
   """
   if not ESCAPED_SURROGATE.search(source):
     return
@@ -295,7 +294,7 @@ def check_unicode(value: Any, source: bytes) -> None:
     json.dumps(value, ensure_ascii=False).encode()
   except UnicodeEncodeError as error:
     raise DataError(
-      f'not Unicode: {error.object[error.start]!r} is one half of a surrogate pair. Remove it.'
+      f'not Unicode: {error.object[error.start]!r} is half a surrogate pair. Remove it.'
     ) from error
 
 
@@ -303,23 +302,23 @@ def check_unicode(value: Any, source: bytes) -> None:
 
 
 class Table(Records):
-  """The rows of a Parquet file, from a copy of it as an Arrow file of small batches.
+  """The rows of a Parquet file, read from a copy of it: an Arrow file of small batches.
 
-  A row group must be read whole to read a row, and has as many as a million: the copy of a file
-  that is not small is kept on disk, see `derived`.
+  Parquet must read a whole row group, of up to a million rows, to read one row. The copy of a file
+  larger than SMALL is kept on disk: see `derived`.
   """
 
   def __init__(self, file: str):
-    """Opens the file, or its copy.
+    """Opens the file and its copy.
 
     Raises:
-      pyarrow.ArrowException, OSError: the file is damaged.
+      pyarrow.ArrowException, OSError: The file is damaged.
     """
-    import pyarrow  # Slow to import and needed by few.
+    import pyarrow  # slow to import, and few runs need it
     import pyarrow.parquet
 
     self._file, self._last = file, (-1, None, None)
-    # Else it holds the whole of a row group's bytes.
+    # Otherwise it buffers the bytes of a whole row group.
     with pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=CHUNK) as parquet:
       metadata, self.size = parquet.metadata, os.path.getsize(file)
       sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
@@ -342,7 +341,7 @@ class Table(Records):
     row = index - (int(self._ends[number - 1]) if number else 0)
     if last != number:
       batch, rows = self._batch(number), None
-    elif rows is None:  # the second of this batch: they are read in order
+    elif rows is None:  # the second access to this batch: rows are read in order
       rows = batch.to_pylist()
     self._last = number, batch, rows
     fields = rows[row] if rows else batch.slice(row, 1).to_pylist()[0]
@@ -350,11 +349,11 @@ class Table(Records):
 
 
 def _write_table(parquet: Any, path: str) -> None:
-  """Writes an Arrow file with BATCH rows in all batches but the last."""
+  """Writes an Arrow file whose batches have BATCH rows, except the last."""
   import pyarrow
 
   plain = pyarrow.schema(
-    [  # Arrow files have one dictionary for all batches.
+    [  # an Arrow file has one dictionary for all batches
       field.with_type(field.type.value_type) if pyarrow.types.is_dictionary(field.type) else field
       for field in parquet.schema_arrow
     ]

@@ -1,4 +1,4 @@
-"""A limit on the time of Python code that may never end, in any thread."""
+"""A time limit for Python code that may never end, in any thread."""
 
 from collections.abc import Iterator
 import contextlib
@@ -16,7 +16,7 @@ class Exceeded(Exception):
 
 @dataclasses.dataclass
 class _Body:
-  polls: int  # that are left to it
+  polls: int  # polls left until the limit
   stopped: bool = False
 
 
@@ -27,18 +27,18 @@ _watcher: list[threading.Thread] = []
 
 @contextlib.contextmanager
 def seconds(limit: float) -> Iterator[None]:
-  """Raises Exceeded in the body, between two of its bytecodes, when it has taken too long.
+  """Raises Exceeded in the body, between two bytecodes, when it has run for too long.
 
-  One call into C, such as a multiplication of a text by a large number, ends before. The limit is
-  good to a quarter of a second, and does not count time in which the process was stopped.
+  A single call into C, such as multiplying a string by a large number, is not interrupted. The
+  limit is accurate to a quarter of a second. Time while the process is suspended does not count.
 
   Args:
-    limit: in seconds.
+    limit: Time limit in seconds.
   """
   thread, body = threading.get_ident(), _Body(int(limit / POLL) + 1)
   with _lock:
     _bodies[thread] = body
-    if not (_watcher and _watcher[0].is_alive()):  # a fork has none
+    if not (_watcher and _watcher[0].is_alive()):  # a forked process has no watcher
       _watcher[:] = [threading.Thread(target=_watch, daemon=True)]
       _watcher[0].start()
   try:
@@ -47,7 +47,7 @@ def seconds(limit: float) -> Iterator[None]:
     with _lock:
       _bodies.pop(thread, None)
     if body.stopped:
-      time.sleep(2 * POLL)  # the exception may still be on its way, and must not come outside
+      time.sleep(2 * POLL)  # the exception may still be pending, and must not be raised outside
 
 
 def _watch() -> None:

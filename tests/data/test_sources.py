@@ -56,8 +56,8 @@ def test_gzipped_jsonl(tmp_path):
   'line, complaint',
   [
     ('{"text": ', 'not valid JSON'),
-    ('["a"]', 'a JSON object was expected'),
-    ('7', 'a JSON object was expected'),
+    ('["a"]', 'must be a JSON object'),
+    ('7', 'must be a JSON object'),
   ],
 )
 def test_bad_jsonl_line_is_named(tmp_path, line, complaint):
@@ -94,7 +94,7 @@ def test_json_object_with_several_lists_needs_a_split(tmp_path):
   with pytest.raises(UserError, match=r"exactly one list.*\['rows', 'walks'\].*split"):
     sources.read(path)
   assert fields(sources.read(path, split='walks')) == [{'text': 'ab'}, {'text': 'c'}]
-  with pytest.raises(UserError, match=r"under 'test'; there are \['rows', 'walks'\]"):
+  with pytest.raises(UserError, match=r"under 'test'; the lists are \['rows', 'walks'\]"):
     sources.read(path, split='test')
 
 
@@ -103,7 +103,7 @@ def test_malformed_json_names_the_line(tmp_path):
     sources.read(write(tmp_path / 'a.json', '{"text": "one"}\n{"text": "two"}\n'))
   with pytest.raises(DataError, match=r'b\.json:item 1: .* a int'):
     list(sources.read(write(tmp_path / 'b.json', '[{"text": "one"}, 2]')))
-  with pytest.raises(DataError, match='a list of objects was expected'):
+  with pytest.raises(DataError, match='must be a list of objects'):
     sources.read(write(tmp_path / 'c.json', '3'))
 
 
@@ -154,7 +154,7 @@ def test_unknown_suffixes_are_read_only_as_what_the_config_says(tmp_path, name):
   path = write(tmp_path / name, '{"text": "a"}\n')
   with pytest.raises(
     UserError,
-    match=r"the suffix '.*' is not known; known are \.jsonl, .*"
+    match=r"unknown suffix '.*'; known suffixes are \.jsonl, .*"
     r'set config\.data\.format to one of .*, text, arrayrecord\.',
   ) as caught:
     sources.read(path)
@@ -231,10 +231,10 @@ def test_csv_holds_long_texts(tmp_path):
 @pytest.mark.parametrize(
   'content, line, complaint',
   [
-    ('p,c\na,b\n"a\n\n",b,c\n', 3, 'the first row names 2 columns, p, c'),
-    ('p,c\na\n', 2, '1 cells, and the first row'),
-    ('p,c\na,b\n"a,b\nc,d\n', 3, 'the row that begins here is not valid CSV'),
-    ('p,c\na,"b" c\n', 2, 'not valid CSV .*quotes in it doubled'),
+    ('p,c\na,b\n"a\n\n",b,c\n', 3, 'the first row names 2 columns: p, c'),
+    ('p,c\na\n', 2, '1 cells, but the first row'),
+    ('p,c\na,b\n"a,b\nc,d\n', 3, 'the row that starts here is not valid CSV'),
+    ('p,c\na,"b" c\n', 2, 'not valid CSV .*double the quotes in it'),
     ('p,p\na,b\n', 1, "two columns are named 'p'"),
     (b'p,c\n"\n",b\ncaf\xe9,b\n', 4, 'not UTF-8'),
     ('p\n1\n'.encode('utf-16'), 1, 'not UTF-8'),
@@ -271,7 +271,7 @@ def test_bad_rows_of_csv_are_named(tmp_path, content, line, complaint):
     (
       'a.csv',
       'yes,yes\nno,yes\n',
-      ["two columns are named 'yes'. The first row must name the columns"],
+      ["two columns are named 'yes'. The first row must give every column"],
     ),
   ],
 )
@@ -322,7 +322,7 @@ def test_directory_in_sorted_order_and_by_split(tmp_path):
   assert texts('') == ['c', 'a', 'b']
   assert texts('train') == ['a', 'b']
   assert texts('test') == ['c']
-  with pytest.raises(UserError, match=r"no file of split 'valid' among .*sub/test\.txt"):
+  with pytest.raises(UserError, match=r"no file belongs to split 'valid'; .*sub/test\.txt"):
     texts('valid')
 
 
@@ -336,7 +336,7 @@ def test_directories_say_which_files_are_passed_over(tmp_path, caplog):
   assert [r.fields['text'] for r in sources.read(tmp_path)] == ['one', 'two']
   (record,) = caplog.records
   assert record.getMessage() == (
-    f'{tmp_path}: 2 of 4 files passed over, whose suffixes are not known: README.md, c.pos.'
+    f'{tmp_path}: skipped 2 of 4 files with unknown suffixes: README.md, c.pos.'
   )
   assert [r.fields['text'] for r in sources.read(tmp_path, format='text')] == [
     'three',
@@ -379,7 +379,7 @@ def test_empty_sources(tmp_path):
 
 
 def test_split_of_a_single_file_is_refused(tmp_path):
-  with pytest.raises(UserError, match="split 'train' has no meaning for a single file"):
+  with pytest.raises(UserError, match="a single file has no split 'train'"):
     sources.read(write(tmp_path / 'a.jsonl', '{"text": "a"}\n'), split='train')
 
 
@@ -407,8 +407,8 @@ def test_columns_that_replace_a_filled_field_say_so(tmp_path, caplog):
   assert fields(sources.read(path, columns={'prompt': 'question'})) == [{'prompt': 'q'}] * 4
   (record,) = caplog.records
   assert record.getMessage() == (
-    f"{path}: prompt=question of config.data.columns replaces a filled field 'prompt' in 1 of 4 "
-    'records. Name another column if you meant to keep it.'
+    f"{path}: prompt=question in config.data.columns replaces field 'prompt', which has a value in 1 "
+    'of 4 records. Use another column to keep that field.'
   )
   caplog.clear()
   path = write(tmp_path / 'b.jsonl', '{"prompt": "p", "completion": "c"}\n')
@@ -426,7 +426,7 @@ def test_tfds_source(monkeypatch):
   records = sources.read('tfds:imdb', split='test')
   assert fields(records) == [{'text': 'caf\xe9', 'label': 1, 'scores': [1.5, 2.0]}]
   assert records[0].where == 'tfds:imdb:row 0'
-  with pytest.raises(UserError, match="tfds:other, split 'train': TFDS cannot give"):
+  with pytest.raises(UserError, match="tfds:other, split 'train': TFDS cannot load"):
     sources.read('tfds:other')
 
 
@@ -485,7 +485,7 @@ print(time.monotonic() - start)
   )
   error, fields, seconds = answer.stdout.splitlines()
   assert error.startswith('me/unknown: no such file or directory (current directory: ')
-  assert 'the hub gives no answer (ConnectError: ' in error
+  assert 'the hub does not respond (ConnectError: ' in error
   assert fields == "{'prompt': 'a'}"
   assert float(seconds) < 15  # five retries took 23
 

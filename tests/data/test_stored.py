@@ -232,7 +232,7 @@ def test_a_report_counts_more_than_it_names(monkeypatch):
 GOOD = '{"prompt": "p", "completions": ["a", "b"], "ratings": [1, 2]}'
 BAD = {
   'not valid JSON': '{"prompt": ',
-  'a JSON object was expected': '[1]',
+  'must be a JSON object': '[1]',
   'not Unicode': r'{"prompt": "\ud800", "completions": ["a", "b"]}',
   'ratings: a finite number was expected': (
     '{"prompt": "p", "completions": ["a", "b"], "ratings": [1e39, 1]}'
@@ -288,7 +288,7 @@ def test_texts_that_are_too_long_are_skipped(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name', ['a.jsonl.gz', 'a.json.gz', 'a.csv.gz', 'a.txt.gz'])
 def test_a_gzip_file_that_unpacks_beyond_the_limit_is_named(name, tmp_path, monkeypatch):
-  monkeypatch.setattr(files, 'LEAST_UNPACKED', 2**20)
+  monkeypatch.setattr(files, 'MIN_UNPACKED', 2**20)
   path = write(tmp_path / name, gzip.compress(bytes(2**22)))
   with pytest.raises(DataError, match=r'unpacks to more than 1 MiB, 100 times its size') as caught:
     sources.read(path)

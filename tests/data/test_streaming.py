@@ -193,7 +193,7 @@ def test_templates_reject_what_is_drawn(tokenizer, tmp_path, monkeypatch, caplog
   assert [
     m
     for m in caplog.messages
-    if 'a.jsonl:3' in m and m.endswith('The next record takes its place.')
+    if 'a.jsonl:3' in m and m.endswith('The next record is used instead.')
   ]
 
 
