@@ -199,8 +199,7 @@ def _tfds(path: str, split: str) -> stored.Records:
     import tensorflow_datasets as tfds
   except ImportError as error:
     raise UserError(
-      f'{path}: reading TFDS data sets needs two more packages: pip install tensorflow-datasets '
-      'importlib_resources'
+      f"{path}: TFDS data sets need two more packages: pip install 'rlhf_jax[tfds]'"
     ) from error
   try:
     source = tfds.data_source(path.removeprefix('tfds:'), split=split)

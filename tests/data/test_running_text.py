@@ -96,7 +96,7 @@ def test_reasons_are_counted(bpe):
   }
   with pytest.raises(UserError, match='no text gives a query of 3 tokens: 0 of 1 records kept'):
     running_text.queries(['ab'], bpe, length=3, start_text='.', end_text=None)
-  with pytest.raises(UserError, match="end_text '' is no token"):
+  with pytest.raises(UserError, match="end_text '' has no tokens"):
     running_text.queries(texts, bpe, length=3, start_text='.', end_text='')
 
 
@@ -146,7 +146,7 @@ def test_a_stage_writes_prompts_and_held_out_ones(tmp_path):
   )
   assert held_out == ['Q: ab.\n\nTL;DR:']
   assert prompts == ['Q: ba.\n\nTL;DR:', 'Q: abba.\n\nTL;DR:']
-  with pytest.raises(UserError, match='4 queries, and 3 of them are held out'):
+  with pytest.raises(UserError, match='all 4 queries are held out'):
     running_text.write(tmp_path, held_out=3, **settings)
 
 

@@ -254,8 +254,8 @@ def test_bad_rows_of_csv_are_named(tmp_path, content, line, complaint):
       'a.csv',
       'prompt;completion\np;c, d\n',
       [
-        ":1: one column, 'prompt;completion', and ',' must part the cells: are these separated by "
-        "';'? Save the file"
+        ":1: there is one column, 'prompt;completion'; cells must be separated by ','. Are these "
+        "separated by ';'? Save the file"
       ],
     ),
     (
@@ -266,7 +266,7 @@ def test_bad_rows_of_csv_are_named(tmp_path, content, line, complaint):
     (
       'a.tsv',
       '\nprompt,completion\np,c\n',
-      [":2: one column, 'prompt,completion'", "separated by ','? Name the file .csv"],
+      [":2: there is one column, 'prompt,completion'", "separated by ','? Name the file .csv"],
     ),
     (
       'a.csv',

@@ -240,7 +240,7 @@ BAD = {
   'margin: a finite number was expected': (
     '{"prompt": "p", "chosen": "a", "rejected": "b", "margin": %s}' % ('9' * 400)
   ),
-  'longer than': '{"prompt": "%s"}' % ('p' * 300),
+  'a record may have': '{"prompt": "%s"}' % ('p' * 300),
 }
 
 
