@@ -155,8 +155,9 @@ def train(
     else:
       errors.need('reward' in config, f'algorithm={algorithm!r} takes no reward_fn')
       stack.enter_context(_set_reward(config.reward, reward_fn))
+    on_metrics = stack.enter_context(plots.live())
     try:
-      loop_lib.run(config.lock(), workdir, on_metrics=plots.live())
+      loop_lib.run(config.lock(), workdir, on_metrics=on_metrics)
     except errors.Interrupted as stop:
       processes.print_on_main(str(stop))
   run = Run(workdir)

@@ -155,10 +155,23 @@ def override(config, values):
     UserError: there is no such key, or the value has another type.
   """
   for key, value in values.items():
-    for part in reversed(key.split('.')):
-      value = {part: value}
     with config.unlocked():
-      _fill(config, value, 'config')
+      _set(config, key.split('.'), value, 'config')
+
+
+def _set(block, parts, value, key):
+  """Sets the key `parts` of a block; new keys are allowed inside the blocks of config_keys.OPEN."""
+  name, *rest = parts
+  if rest and isinstance(block.get(name), ml_collections.ConfigDict):
+    _set(block[name], rest, value, f'{key}.{name}')
+    return
+  for part in reversed(rest):
+    value = {part: value}
+  inside_open = any(f'{key}.'.startswith(f'config.{name}.') for name in config_keys.OPEN)
+  if inside_open and name not in block:
+    block[name] = _tuples(value)
+  else:
+    _fill(block, {name: value}, key)
 
 
 def _fill(block, fields, key):

@@ -54,6 +54,9 @@ class Samples:
 
     return pandas.DataFrame({'prompt': self.prompts, 'response': self.responses})
 
+  def __repr__(self):
+    return repr(self.to_pandas())
+
   def _repr_html_(self):
     return self.to_pandas().to_html()
 

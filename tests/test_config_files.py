@@ -252,3 +252,26 @@ def test_a_seed_of_a_stage_can_be_set_where_it_is_the_pipelines():
     config.ppo.seed = 'one'
   assert pipeline.resolve(config.ppo, 'x', 0).seed == 4
   build.validate(pipeline.resolve(config.ppo, 'x', 0), 1)
+
+
+def test_an_override_of_one_key_keeps_the_others_of_an_open_block():
+  config = sft.config()
+  config_files.override(
+    config,
+    {
+      'evals.held_out.every': 5,
+      'evals.texts.kind': 'text',
+      'evals.texts.every': 2,
+      'model.init.family': 'llama',
+      'model.init.vocab_size': 64,
+    },
+  )
+  assert config.evals.to_dict() == {
+    'held_out': {'kind': 'loss', 'every': 5},
+    'texts': {'kind': 'text', 'every': 2},
+  }
+  assert config.model.init.to_dict() == {'family': 'llama', 'vocab_size': 64}
+  with pytest.raises(errors.UserError, match='config.evals.held_out.every'):
+    config_files.override(config, {'evals.held_out.every': 'often'})
+  with pytest.raises(errors.UserError, match="config.optim has no key 'learning_rat'"):
+    config_files.override(config, {'optim.learning_rat': 1.0})

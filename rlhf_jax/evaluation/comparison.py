@@ -150,7 +150,7 @@ class Comparison:
     """Draws win rates over the baseline and Elo ratings; returns a matplotlib Figure."""
     return plots.ratings(self.rows, self.baseline)
 
-  def __str__(self):
+  def __repr__(self):
     return tables.stages_table(self.rows)
 
   def _repr_html_(self):

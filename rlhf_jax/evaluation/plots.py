@@ -1,5 +1,6 @@
 """Figures for notebooks: metrics of a run, also while it trains, and comparisons of policies."""
 
+import contextlib
 import importlib
 import io
 import sys
@@ -75,27 +76,34 @@ def ratings(rows, baseline):
   return plot
 
 
+@contextlib.contextmanager
 def live():
-  """Returns a function for loop.run(on_metrics=...) that draws the metrics below a notebook's cell.
+  """Draws metrics below a notebook's cell while the body runs, the last of them at its end.
 
-  Returns:
-    (step, metrics) -> None; None outside of a notebook.
+  Yields:
+    (step, metrics) -> None for loop.run(on_metrics=...); None outside of a notebook.
   """
   shell = sys.modules.get('IPython') and sys.modules['IPython'].get_ipython()
   if shell is None or not hasattr(shell, 'kernel'):
-    return None
+    yield None
+    return
   display = importlib.import_module('IPython.display')  # a notebook has it
 
-  records, shown = [], {'handle': None, 'time': 0.0}
+  records, handle, drawn = [], None, 0.0
 
   def draw(step, metrics):
+    nonlocal handle, drawn
     records.append({'step': step} | metrics)
-    if time.monotonic() - shown['time'] < SECONDS:
+    if time.monotonic() - drawn < SECONDS:
       return
-    shown['time'] = time.monotonic()
-    if shown['handle'] is None:
-      shown['handle'] = display.display(figure(records), display_id=True)
+    drawn = time.monotonic()
+    if handle is None:
+      handle = display.display(figure(records), display_id=True)
     else:
-      shown['handle'].update(figure(records))
+      handle.update(figure(records))
 
-  return draw
+  try:
+    yield draw
+  finally:
+    if handle is not None:
+      handle.update(figure(records))
