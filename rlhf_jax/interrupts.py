@@ -1,4 +1,4 @@
-"""When a run saves and stops: signals, and a clock, the same step on all processes."""
+"""Decides when a run saves and stops, at the same step on all processes: by signals or a clock."""
 
 import itertools
 import os
@@ -12,26 +12,25 @@ from jax.experimental import multihost_utils
 from rlhf_jax import errors
 from rlhf_jax import processes
 
-LOOK_SECONDS = 30  # between two looks at the clock, at the pace so far
+CHECK_SECONDS = 30  # at most this long between two checks of the clock, at the speed so far
 _PROCESS = os.getpid()
-_PENDING = []
-_CALLS = itertools.count(1)  # over all runs of the process: JAX wants numbers that grow
+_PENDING = []  # signals that `interrupt_now` received
+_CALLS = itertools.count(1)  # over all runs of the process, because JAX needs increasing numbers
 
 
-def end_now(number, _):
-  """Handles SIGTERM where there is nothing to save."""
-  if not _ours(number):
+def interrupt_now(number, _):
+  """Handles SIGTERM while there is nothing to save."""
+  if not _is_for_this_process(number):
     return
-  _PENDING.append(
-    number
-  )  # what is raised below may be ignored, as in a callback of the garbage collector
+  # Python ignores the exception below in some places, such as callbacks of the garbage collector.
+  _PENDING.append(number)
   raise errors.Interrupted(
     f'stopped by {signal.Signals(number).name}: the same command resumes', 128 + number
   )
 
 
-def _ours(number):
-  """Whether a signal is for this process; a child that it forked ends, as it would without a handler."""
+def _is_for_this_process(number):
+  """Returns whether this process set the handler; a forked child, which inherits it, ends here."""
   if os.getpid() == _PROCESS:
     return True
   signal.signal(number, signal.SIG_DFL)
@@ -40,7 +39,7 @@ def _ours(number):
 
 
 def check(workdir):
-  """Raises Interrupted where a signal came to any process; called by all of them between stages."""
+  """Raises Interrupted if any process received SIGTERM; all processes call it between stages."""
   if jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(
     next(_CALLS)
   ):
@@ -50,23 +49,23 @@ def check(workdir):
 
 
 class Signals:
-  """SIGTERM and Ctrl-C ask for a stop while this is entered; a second Ctrl-C ends at once.
+  """Context in which SIGTERM and Ctrl-C request a stop; a second Ctrl-C ends the process at once.
 
-  With several processes JAX tells all of them of a SIGTERM to any, and which step they all reach.
+  If one of several processes receives SIGTERM, JAX chooses a step at which all of them stop.
   """
 
   def __init__(self):
     self._signal, self._before = _PENDING[-1] if _PENDING else None, {}
-    # In a notebook the process has more to lose than this run.
-    self._alone = signal.getsignal(signal.SIGTERM) is end_now
+    # A notebook's process must survive, because it holds more than this run.
+    self._may_exit = signal.getsignal(signal.SIGTERM) is interrupt_now
 
   def __enter__(self):
     if threading.current_thread() is threading.main_thread():
-      # JAX has a handler of its own for SIGTERM where there are several processes.
-      ours = (
+      # With several processes, JAX has its own handler for SIGTERM.
+      numbers = (
         (signal.SIGINT,) if jax.distributed.is_initialized() else (signal.SIGINT, signal.SIGTERM)
       )
-      self._before = {number: signal.signal(number, self._handle) for number in ours}
+      self._before = {number: signal.signal(number, self._handle) for number in numbers}
     return self
 
   def __exit__(self, *_):
@@ -74,10 +73,10 @@ class Signals:
       signal.signal(number, handler)
 
   def _handle(self, number, _):
-    if not _ours(number):
+    if not _is_for_this_process(number):
       return
     if self._signal == signal.SIGINT == number:
-      if not self._alone:
+      if not self._may_exit:
         raise KeyboardInterrupt
       _write('stopped at once: the same command resumes from the last checkpoint')
       os._exit(128 + number)
@@ -87,14 +86,14 @@ class Signals:
     again = 'Ctrl-C again ends at once, without' if number == signal.SIGINT else 'then it ends'
     _write(f'{signal.Signals(number).name}: saving after this step; {again}')
 
-  def stop(self):
-    """Whether all processes have come to the step to stop after; called after every step."""
+  def should_stop(self):
+    """Returns whether to stop now; all processes call it after every step."""
     if jax.distributed.is_initialized():
       return multihost_utils.reached_preemption_sync_point(next(_CALLS))
     return self._signal is not None
 
   def interrupted(self, workdir, step):
-    """What to raise when the step is saved, an errors.Interrupted."""
+    """Returns the errors.Interrupted to raise after a step is saved."""
     number = self._signal or signal.SIGTERM
     return errors.Interrupted(
       f'stopped by {signal.Signals(number).name} after step {step}, which is saved in {workdir}: '
@@ -103,8 +102,8 @@ class Signals:
     )
 
   def check(self, workdir, step):
-    """Raises Interrupted where a signal has come before the next step."""
-    if self.stop():
+    """Raises Interrupted if a stop was requested before the next step."""
+    if self.should_stop():
       raise self.interrupted(workdir, step)
 
 
@@ -114,33 +113,34 @@ def _write(line):
 
 
 class Clock:
-  """Says when some minutes have passed, by the first process's clock.
+  """A timer in minutes that goes off at the same step on all processes.
 
-  All processes look at it after the same steps, some seconds apart at the pace so far, so that they
-  seldom wait for each other.
+  The clock of the main process decides. All processes check it after the same steps, some seconds
+  apart at the speed so far, so that they rarely wait for each other.
   """
 
   def __init__(self, minutes, step):
-    """Starts at `step`; minutes of None never pass."""
+    """Starts the timer at `step`; with None for `minutes` it never goes off."""
     self._seconds = None if minutes is None else 60 * minutes
     self.restart(step)
 
   def restart(self, step):
-    """Starts anew at `step`."""
-    self._begin, self._first, self._look = time.monotonic(), step, step + 1
+    """Restarts the timer at `step`."""
+    self._began, self._first_step, self._next_check = time.monotonic(), step, step + 1
 
   def due(self, step):
-    """Whether the minutes have passed; called after every step, counted from 1."""
-    if self._seconds is None or step < self._look:
+    """Returns whether the minutes have passed; called after every step, counted from 1."""
+    if self._seconds is None or step < self._next_check:
       return False
-    passed = time.monotonic() - self._begin
-    pace = passed / (step - self._first)
-    # One process can look after every step. Of several none waits long where steps become slower.
+    elapsed = time.monotonic() - self._began
+    step_seconds = elapsed / (step - self._first_step)
+    # A single process checks after every step. Several check after half of the remaining time at
+    # the latest, so that they are not very late if steps become slower.
     wait = (
       1
       if jax.process_count() == 1
-      else max(1, int(min((self._seconds - passed) / 2, LOOK_SECONDS) / pace))
+      else max(1, int(min((self._seconds - elapsed) / 2, CHECK_SECONDS) / step_seconds))
     )
-    wait = processes.broadcast_scalar(0 if passed >= self._seconds else wait)
-    self._look = step + wait
+    wait = processes.broadcast_scalar(0 if elapsed >= self._seconds else wait)
+    self._next_check = step + wait
     return wait == 0

@@ -184,7 +184,7 @@ def run_steps(config, learner, state, first_step, checkpoints, writer, signals):
     if is_due(done, config.samples_every):
       writer.samples(step, learner.samples(metrics))
     checkpoints.check()
-    stop = signals.stop()
+    stop = signals.should_stop()
     if is_due(done, config.checkpoint_every) or clock.due(done) or stop:
       log.flush()  # raises if a metric is not finite, so that a bad state is never saved
       checkpoints.save(done, state, learner.iterators)

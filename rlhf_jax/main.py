@@ -46,7 +46,7 @@ def main(argv):
   """
   if len(argv) > 1:
     sys.exit(f'error: unexpected arguments {argv[1:]}: every option begins with --')
-  signal.signal(signal.SIGTERM, interrupts.end_now)
+  signal.signal(signal.SIGTERM, interrupts.interrupt_now)
   try:
     run()
   except errors.UserError as error:

@@ -63,7 +63,7 @@ def script(body):
       textwrap.dedent("""
       import os, signal, sys, time
       from rlhf_jax import errors, interrupts, runtime
-      signal.signal(signal.SIGTERM, interrupts.end_now)  # as main does
+      signal.signal(signal.SIGTERM, interrupts.interrupt_now)  # as main does
       with interrupts.Signals() as signals:
         print('ready', flush=True)
       """)
@@ -79,7 +79,7 @@ def script(body):
 def test_a_second_ctrl_c_ends_at_once():
   process = script("""
       end = time.monotonic() + 60
-      while not signals.stop() and time.monotonic() < end: time.sleep(0.01)
+      while not signals.should_stop() and time.monotonic() < end: time.sleep(0.01)
       print('asked', flush=True)
       time.sleep(60)
       """)
@@ -103,7 +103,7 @@ def test_a_child_that_the_run_forks_ends_as_it_would_without():
         os._exit(0)
       time.sleep(0.5)
       os.kill(child, signal.SIGTERM)
-      print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), signals.stop(), flush=True)
+      print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), signals.should_stop(), flush=True)
       """)
   said, _ = process.communicate(timeout=50)
   assert said == f'ready\n{-signal.SIGTERM} False\n'
