@@ -1,15 +1,15 @@
-"""How the layers of a decoder attend, by device and length; `attention_impl` is the one place that chooses.
+"""Implementations of causal attention; `attention_impl` chooses one by device and length.
 
-  plain   `layers.attend`: all scores at once. Short texts, and one token into a cache.
-  blocks  block by block in JAX, on any device: memory grows with the length, not with its square.
-  splash  the Pallas kernel that comes with JAX, on TPUs.
+  plain   `layers.attend`: all scores at once, for short sequences and for decoding one token.
+  blocks  Block by block in JAX, on any device: memory is linear in the length, not quadratic.
+  splash  The Pallas kernel that comes with JAX, on TPUs.
   cudnn   cuDNN's flash attention, on GPUs in bfloat16.
 
-All follow the rules of `layers.attention_mask`. At padding they give finite numbers, not the same
-ones. Through all but 'plain' only reverse-mode derivatives are possible.
+All of them mask as `layers.attention_mask` does. Outputs at padding are finite but differ between
+implementations. All but 'plain' support reverse-mode differentiation only.
 
-Letters: B rows, T queries, S keys, N heads, K key/value heads, G = N / K, H head width; I and J blocks
-of t queries and s keys.
+Letters: B batch, T queries, S keys, N heads, K key/value heads, G = N / K, H head width; I blocks
+of t queries, J blocks of s keys.
 """
 
 import functools
@@ -24,34 +24,34 @@ import numpy as np
 from rlhf_jax import sharding
 from rlhf_jax.models import layers
 
-# Queries and keys of a block. On 2 CPU cores, 4 heads of width 64, forward and backward: 2 x 1024 tokens take
-# 66 ms in blocks of 128, 80 of 256, 135 of 512, and 180 all at once.
-BLOCK = {'cpu': 128, 'gpu': 256, 'tpu': 256}
-# So many blocks of queries and of keys, at least: below, all at once is as fast or faster.
-BLOCKS = 4
-# Of the TPU: lengths are multiples of its lanes, and splash is given blocks of so many tokens.
-LANES, SPLASH = 128, 512
+# Queries or keys per block. On 2 CPU cores with 4 heads of width 64, forward and backward over
+# 2 x 1024 tokens take 66 ms with blocks of 128, 80 with 256, 135 with 512, and 180 with 'plain'.
+BLOCK_SIZE = {'cpu': 128, 'gpu': 256, 'tpu': 256}
+# With fewer blocks of queries or of keys, 'plain' is as fast or faster.
+MIN_BLOCKS = 4
+# Lengths on a TPU are padded to a multiple of its lanes; splash gets blocks of this many tokens.
+TPU_LANES, SPLASH_BLOCK_SIZE = 128, 512
 
 
 def causal(config, dtype, segments, key_segments, *, index, single_segment):
-  """Prepares attention for all layers of a pass.
+  """Returns the attention function of a forward pass, shared by all layers.
 
   Args:
     config: hf_config.Config of a family.
-    dtype: of queries, keys and values.
-    segments: [B, T] int32 of the queries, 0 at padding.
-    key_segments: [B, S] int32 of the keys.
-    index: slot of the first query among the keys; a number, known while tracing, or an int32 scalar.
-    single_segment: whether rows are known to have no segments but 0 and 1.
+    dtype: Dtype of queries, keys and values.
+    segments: [B, T] int32, segments of the queries, 0 at padding.
+    key_segments: [B, S] int32, segments of the keys.
+    index: Slot of the first query among the keys: a Python or numpy integer, or an int32 scalar.
+    single_segment: Whether every sequence is known to have no segments but 0 and 1.
 
   Returns:
-    (layer, queries [B, t, N, H] already scaled, keys and values [B, K, S, H]) -> [B, t, N * H], where the
-    queries are the last t; layer is an int or an int32 scalar.
+    Function (layer, queries [B, t, N, H] already scaled, keys and values [B, K, S, H]) ->
+    [B, t, N * H]. The queries are the last t of T; layer is an int or an int32 scalar.
   """
-  if _known(index):  # Nothing is written further on.
+  if _is_static(index):  # Slots after the last query are empty.
     key_segments = key_segments[:, : int(index) + segments.shape[1]]
   key_length = key_segments.shape[1]
-  # A window as long as the keys is none.
+  # A window of at least S slots masks nothing.
   windows = [window if window < key_length else 0 for window in config.windows] or [0]
   window_sizes = sorted(set(windows))
   window_of_layer = [window_sizes.index(window) for window in windows]
@@ -73,21 +73,21 @@ def causal(config, dtype, segments, key_segments, *, index, single_segment):
 
     return attend
   if impl == 'blocks':
-    function, rows = (
+    function, batch_arrays = (
       functools.partial(blocks, index=index, score_cap=config.score_cap),
       (segments, key_segments),
     )
   elif impl == 'splash':
-    function, rows = functools.partial(splash, score_cap=config.score_cap), (segments,)
+    function, batch_arrays = functools.partial(splash, score_cap=config.score_cap), (segments,)
   else:
-    function, rows = cudnn, (segments,)
+    function, batch_arrays = cudnn, (segments,)
   functions = [
     functools.partial(on_shards, functools.partial(function, window=window))
     for window in window_sizes
   ]
 
   def attend(layer, queries, keys, values):
-    operands = queries, keys[:, :, :key_length], values[:, :, :key_length], *rows
+    operands = queries, keys[:, :, :key_length], values[:, :, :key_length], *batch_arrays
     if len(window_sizes) == 1:
       return functions[0](*operands)
     if isinstance(layer, int):
@@ -98,15 +98,23 @@ def causal(config, dtype, segments, key_segments, *, index, single_segment):
 
 
 def attention_impl(config, dtype, batch, query_length, key_length, *, index, single_segment):
-  """How to attend: 'plain', 'blocks', 'splash' or 'cudnn'; arguments as for `causal`, shapes as numbers."""
+  """Chooses an implementation of attention.
+
+  Args:
+    config, dtype, index, single_segment: See `causal`.
+    batch, query_length, key_length: B, T and S.
+
+  Returns:
+    'plain', 'blocks', 'splash' or 'cudnn'.
+  """
   platform = sharding.platform()
-  full_sequence = query_length == key_length and _known(index)
+  full_sequence = query_length == key_length and _is_static(index)
   windowed = any(0 < window < key_length for window in config.windows)
   if full_sequence and _divides(batch, config.heads, config.kv_heads):
-    if platform == 'tpu' and query_length >= LANES and config.head_width % 64 == 0:
+    if platform == 'tpu' and query_length >= TPU_LANES and config.head_width % 64 == 0:
       return 'splash'
-    # It has neither segments without a bound on their number, nor caps. Windows would be as long as they
-    # should, but over the real tokens only.
+    # cuDNN has no score caps and no unbounded number of segments. Its windows would count real
+    # tokens, not slots.
     if (
       platform == 'gpu'
       and single_segment
@@ -118,69 +126,81 @@ def attention_impl(config, dtype, batch, query_length, key_length, *, index, sin
       and _ampere()
     ):
       return 'cudnn'
-  return 'blocks' if min(query_length, key_length) >= BLOCKS * BLOCK[platform] else 'plain'
+  is_long = min(query_length, key_length) >= MIN_BLOCKS * BLOCK_SIZE[platform]
+  return 'blocks' if is_long else 'plain'
 
 
-def _known(index):
-  """Whether a slot is a number and not an array."""
+def _is_static(index):
+  """Returns whether a slot is known while tracing: a number, not an array."""
   return isinstance(index, (int, np.integer))
 
 
 def _divides(batch, *heads):
-  """Whether rows and heads divide over the mesh, if there is one."""
-  rows, tensor = sharding.shards()
-  return batch % rows == 0 and all(number % tensor == 0 for number in heads)
+  """Returns whether the batch and the numbers of heads divide evenly over the mesh, if any."""
+  data, tensor = sharding.shards()
+  return batch % data == 0 and all(number % tensor == 0 for number in heads)
 
 
 def _ampere():
-  """Whether the GPU, if it is here, is one that cuDNN has flash attention for; AMD's are 'gfx...'."""
+  """Returns whether the GPU has cuDNN's flash attention: Ampere or later.
+
+  Assumes that it has if no GPU is present, as when compiling for another machine. The compute
+  capability of AMD's GPUs starts with 'gfx'.
+  """
   capability = str(getattr(jax.devices()[0], 'compute_capability', '8.0'))
   return capability[0].isdigit() and float(capability) >= 8
 
 
-def on_shards(function, queries, keys, values, *rows):
-  """Calls a function for the rows and heads of each device, where a mesh is set and they divide over it.
+def on_shards(function, queries, keys, values, *batch_arrays):
+  """Calls an attention function on each device's shard of the sequences and heads.
+
+  Calls it on the full arrays if no mesh is set or if they do not divide over it.
 
   Args:
-    function: (queries, keys, values, *rows) -> [B, T, N * H].
+    function: (queries, keys, values, *batch_arrays) -> [B, T, N * H].
     queries: [B, T, N, H].
     keys, values: [B, K, S, H].
-    rows: arrays with an axis of rows first.
+    batch_arrays: Arrays whose first axis is B.
+
+  Returns:
+    [B, T, N * H].
   """
-  operands = queries, keys, values, *rows
+  operands = queries, keys, values, *batch_arrays
   if sharding.shards() == (1, 1) or not _divides(queries.shape[0], queries.shape[2], keys.shape[1]):
     return function(*operands)
-  over_rows = sharding.row_spec()
-  over_time, over_heads = P(*over_rows, None, 'tensor'), P(*over_rows, 'tensor')
+  batch_spec = sharding.row_spec()
+  # Heads are the third axis of queries and outputs, the second of keys and values.
+  query_spec, key_spec = P(*batch_spec, None, 'tensor'), P(*batch_spec, 'tensor')
   return jax.shard_map(
     function,
-    in_specs=(over_time, over_heads, over_heads) + (over_rows,) * len(rows),
-    out_specs=over_time,
+    in_specs=(query_spec, key_spec, key_spec) + (batch_spec,) * len(batch_arrays),
+    out_specs=query_spec,
     check_vma=False,
   )(*operands)
 
 
 def blocks(queries, keys, values, segments, key_segments, *, index, window, score_cap):
-  """Attention block by block, with a running maximum; FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691).
+  """Computes attention block by block, with a running maximum.
 
-  Kept for the backward pass are the operands, the result and the logarithm of each softmax's
-  denominator (§3.1, algorithms 1 and 2); blocks of scores are computed again. Blocks in which nobody
-  sees anybody, above the diagonal or before the window, are left out if `index` is known.
+  See FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691), §3.1, algorithms 1 and 2. The
+  backward pass stores the operands, the output and the log of each softmax's denominator; it
+  recomputes blocks of scores. If `index` is static, blocks that are masked everywhere because they
+  lie above the diagonal or before the window are skipped.
 
   Args:
     queries: [B, t, N, H], already scaled; the last t of T.
     keys, values: [B, K, S, H].
-    segments, key_segments, index, window: see `layers.attention_mask`.
-    score_cap: see `hf_config.Config`.
+    segments, key_segments, index, window: See `layers.attention_mask`.
+    score_cap: See `hf_config.Config`.
 
   Returns:
-    [B, t, N * H] of the dtype of the values; 0 for queries that see nothing.
+    [B, t, N * H] in the dtype of the values; 0 for queries whose keys are all masked.
   """
   batch, query_length, heads, width = queries.shape
   kv_heads, key_length = keys.shape[1:3]
   index, segments = index + segments.shape[1] - query_length, segments[:, -query_length:]
-  block = BLOCK[sharding.platform()]
-  t, s = min(block, query_length), min(block, key_length)
+  block_size = BLOCK_SIZE[sharding.platform()]
+  t, s = min(block_size, query_length), min(block_size, key_length)
   grouped = queries.reshape(batch, query_length, kv_heads, heads // kv_heads, width).transpose(
     0, 2, 3, 1, 4
   )
@@ -195,7 +215,7 @@ def blocks(queries, keys, values, segments, key_segments, *, index, window, scor
     (i, j)
     for i in range(len(split[0]))
     for j in range(len(split[1]))
-    if not _known(index) or _can_attend(index + i * t, t, j * s, s, window)
+    if not _is_static(index) or _can_attend(index + i * t, t, j * s, s, window)
   ]
   output = _blocks(*split, jnp.int32(index), np.array(pairs, np.int32), window, score_cap)
   output = output.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, heads * width)
@@ -203,7 +223,7 @@ def blocks(queries, keys, values, segments, key_segments, *, index, window, scor
 
 
 def _split_blocks(x, size, *, axis):
-  """x in blocks of `size` along an axis, filled up with zeros; the number of the block is a new first axis."""
+  """Splits an axis of x, padded with zeros, into blocks of `size`, numbered by a new first axis."""
   count = -(-x.shape[axis] // size)
   x = jnp.pad(
     x, [(0, count * size - length if i == axis else 0) for i, length in enumerate(x.shape)]
@@ -212,25 +232,26 @@ def _split_blocks(x, size, *, axis):
   return jnp.moveaxis(x, axis, 0)
 
 
-def _can_attend(query, queries, key, keys, window):
-  """Whether one of so many queries from slot `query` on may see one of the keys from slot `key` on."""
-  return query + queries - 1 >= key and (not window or query - window < key + keys - 1)
+def _can_attend(first_query, num_queries, first_key, num_keys, window):
+  """Returns whether any query of one block may attend to any key of another, by their slots."""
+  last_query, last_key = first_query + num_queries - 1, first_key + num_keys - 1
+  return last_query >= first_key and (not window or first_query - window < last_key)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
 def _blocks(queries, keys, values, segments, key_segments, index, pairs, window, score_cap):
-  """Blocks of attention.
+  """Computes `blocks` on operands that are split into blocks, with its own backward pass.
 
   Args:
     queries: [I, B, K, G, t, H].
     keys, values: [J, B, K, s, H].
     segments, key_segments: [I, B, t] and [J, B, s].
     index: int32 scalar.
-    pairs: [., 2] int32, blocks of queries and of keys to bring together.
-    window, score_cap: see `blocks`.
+    pairs: [pairs, 2] int32, each a block of queries and a block of keys that it attends to.
+    window, score_cap: See `blocks`.
 
   Returns:
-    [I, B, K, G, t, H] of the dtype of the values.
+    [I, B, K, G, t, H] in the dtype of the values.
   """
   return _forward(queries, keys, values, segments, key_segments, index, pairs, window, score_cap)[0]
 
@@ -267,7 +288,7 @@ def _forward(queries, keys, values, segments, key_segments, index, pairs, window
 def _backward(window, score_cap, residuals, gradient):
   queries, keys, values, segments, key_segments, index, pairs, output, logsumexp = residuals
   gradient = gradient.astype(values.dtype)
-  # What a softmax takes off each of its gradients, sum_j p_j dp_j.
+  # The gradient of softmax is ds_j = p_j (dp_j - delta) with delta = sum_j p_j dp_j.
   delta = jnp.sum(gradient.astype(jnp.float32) * output.astype(jnp.float32), axis=-1, keepdims=True)
 
   def step(carry, pair):
@@ -294,11 +315,11 @@ _blocks.defvjp(_forward, _backward)
 
 
 def _scores(queries, keys, segments, key_segments, index, pair, window, score_cap):
-  """Scores [B, K, G, t, s] float32 of a pair of blocks, and who sees whom, [B, 1, 1, t, s]."""
+  """Returns scores [B, K, G, t, s] float32 and mask [B, 1, 1, t, s] of a pair of blocks."""
   i, j = pair
   t, s = segments.shape[-1], key_segments.shape[-1]
-  # Masks are the same for all layers: if nothing tied them to the queries, JAX would compute those of all pairs
-  # ahead of a scan over layers.
+  # Masks are the same for all layers. Without a dependency on the queries, JAX would compute the
+  # masks of all pairs before a scan over layers.
   queries, segments, index = jax.lax.optimization_barrier(
     (queries[i], segments[i], index + i * t - j * s)
   )
@@ -306,39 +327,45 @@ def _scores(queries, keys, segments, key_segments, index, pair, window, score_ca
   return layers.soft_cap(_matmul(queries, keys[j].swapaxes(-1, -2)), score_cap), visible
 
 
-def _matmul(rows, columns):
-  """[B, K, G, t, x] @ [B, K, x, y] -> [B, K, G, t, y] float32, as one matrix for each key/value head."""
-  flat = rows.reshape(*rows.shape[:2], -1, rows.shape[-1])
-  product = jnp.matmul(flat, columns, preferred_element_type=jnp.float32)
-  return product.reshape(*rows.shape[:-1], columns.shape[-1])
+def _matmul(left, right):
+  """Returns [B, K, G, t, x] @ [B, K, x, y] as [B, K, G, t, y] float32, one matmul per K."""
+  flat = left.reshape(*left.shape[:2], -1, left.shape[-1])
+  product = jnp.matmul(flat, right, preferred_element_type=jnp.float32)
+  return product.reshape(*left.shape[:-1], right.shape[-1])
 
 
 def _over_queries(left, right):
-  """[B, K, G, t, x] and [B, K, G, t, y] -> [B, K, x, y] float32, summed over G and t."""
+  """Sums products of [B, K, G, t, x] and [B, K, G, t, y] over G and t: [B, K, x, y] float32."""
   left, right = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (left, right))
   return jnp.matmul(left.swapaxes(-1, -2), right, preferred_element_type=jnp.float32)
 
 
 def splash(queries, keys, values, segments, *, window, score_cap, interpret=False):
-  """Attention of whole texts with the Pallas kernel for TPUs; arguments and result as for `blocks`, S = T.
+  """Computes attention over full sequences (S = T) with the Pallas kernel for TPUs.
 
-  The kernel has segments, a window, caps and grouped queries. Padding is a segment like any other, in
-  which every token sees itself, so there is no softmax of nothing.
+  The kernel supports segments, a window, caps and grouped queries. It treats padding as one more
+  segment, in which every token sees itself, so no softmax is empty.
+
+  Args:
+    queries, keys, values, segments, window, score_cap: See `blocks`.
+    interpret: Whether to run the kernel in Pallas' interpreter, on any device.
+
+  Returns:
+    [B, t, N * H] in the dtype of the values.
   """
   length, query_length = segments.shape[1], queries.shape[1]
-  size = -(-length // LANES) * LANES
-  fill = ((0, 0), (0, 0), (0, size - length), (0, 0))
+  size = -(-length // TPU_LANES) * TPU_LANES
+  padding = ((0, 0), (0, 0), (0, size - length), (0, 0))
   queries = jnp.pad(
     queries.swapaxes(1, 2), ((0, 0), (0, 0), (length - query_length, size - length), (0, 0))
   )
-  keys, values = jnp.pad(keys, fill), jnp.pad(values, fill)
+  keys, values = jnp.pad(keys, padding), jnp.pad(values, padding)
   segments = jnp.pad(segments, ((0, 0), (0, size - length)))
-  visible = splash_attention.LocalMask((size, size), (window - 1 if window else None, 0), 0)
-  block = math.gcd(size, SPLASH)
-  sizes = splash_attention.BlockSizes(*[block] * 8)
+  mask = splash_attention.LocalMask((size, size), (window - 1 if window else None, 0), 0)
+  block_size = math.gcd(size, SPLASH_BLOCK_SIZE)
   kernel = splash_attention.make_splash_mha_single_device(
-    splash_attention.MultiHeadMask([visible] * queries.shape[1]),
-    block_sizes=sizes,
+    splash_attention.MultiHeadMask([mask] * queries.shape[1]),
+    block_sizes=splash_attention.BlockSizes(*[block_size] * 8),
     attn_logits_soft_cap=score_cap or None,
     interpret=interpret,
   )
@@ -351,14 +378,21 @@ def splash(queries, keys, values, segments, *, window, score_cap, interpret=Fals
 
 
 def cudnn(queries, keys, values, segments, *, window):
-  """Attention of one text a row with cuDNN; arguments and result as for `blocks`, S = T, no window.
+  """Computes attention over full sequences (S = T) of one segment each with cuDNN.
 
-  A mask would be a bias of [T, T]. But with the real tokens moved to the front, in their order, to be
-  causal hides all padding from them, and their number is all that has to be said.
+  cuDNN would take a mask as a bias of [T, T]. Instead, the real tokens are moved to the front, in
+  order: a causal mask then hides all padding from them, and cuDNN needs only their number.
+
+  Args:
+    queries, keys, values, segments: See `blocks`.
+    window: Ignored; `attention_impl` chooses cuDNN only for layers without windows.
+
+  Returns:
+    [B, t, N * H] in the dtype of the values.
   """
   del window
   length, query_length = segments.shape[1], queries.shape[1]
-  odd = length % 2  # Gradients are of an even number of slots only.
+  odd = length % 2  # The backward pass of cuDNN needs an even length.
   queries = jnp.pad(queries, ((0, 0), (length - query_length, odd), (0, 0), (0, 0)))
   keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, odd), (0, 0))) for x in (keys, values))
   segments = jnp.pad(segments, ((0, 0), (0, odd)))
@@ -366,7 +400,7 @@ def cudnn(queries, keys, values, segments, *, window):
   back = jnp.argsort(order, axis=1)
   count = jnp.maximum(jnp.sum(segments != 0, axis=1, dtype=jnp.int32), 1)
   real = (jnp.arange(length + odd)[None] < count[:, None])[:, :, None, None]
-  # What cuDNN writes beyond the real tokens, values or gradients, is not said.
+  # What cuDNN writes after the real tokens, in outputs or gradients, is undefined.
   operands = queries, keys.swapaxes(1, 2), values.swapaxes(1, 2)
   operands = [jnp.where(real, _permute(x, order, back), 0) for x in operands]
   output = jax.nn.dot_product_attention(
@@ -383,7 +417,10 @@ def cudnn(queries, keys, values, segments, *, window):
 
 @jax.custom_vjp
 def _permute(x, order, back):
-  """x [B, T, N, H] in another order [B, T] along T; `back` undoes it. Its gradient is a gather, not a scatter."""
+  """Reorders x [B, T, N, H] along T by `order` [B, T], whose inverse is `back`.
+
+  The inverse makes the gradient a gather instead of a scatter.
+  """
   return jnp.take_along_axis(x, order[:, :, None, None], axis=1)
 
 

@@ -35,7 +35,7 @@ GEMMA2 = {
 @pytest.fixture
 def small_blocks(monkeypatch):
   """Blocks of 16, so that a few dozen tokens are many of them."""
-  monkeypatch.setitem(attention.BLOCK, sharding.platform(), 16)
+  monkeypatch.setitem(attention.BLOCK_SIZE, sharding.platform(), 16)
 
 
 def ragged(length):
@@ -361,7 +361,7 @@ def test_a_model_with_windows_in_every_other_layer(monkeypatch, unroll):
 
   found = []
   for block in (1024, 16):
-    monkeypatch.setitem(attention.BLOCK, sharding.platform(), block)
+    monkeypatch.setitem(attention.BLOCK_SIZE, sharding.platform(), block)
     (_, states), gradients = jax.jit(jax.value_and_grad(run, has_aux=True))(params)
     found.append([states, *jax.tree.leaves(gradients)])
   for x, y in zip(*found, strict=True):

@@ -131,7 +131,7 @@ def test_data_shards_have_queues_of_their_own_and_wait_for_nobody(name, shape):
 
 def test_data_shards_and_attention_in_blocks(monkeypatch):
   """Which splits heads over 'tensor' by a `shard_map` inside that of the data shards."""
-  monkeypatch.setitem(attention.BLOCK, sharding.platform(), 4)
+  monkeypatch.setitem(attention.BLOCK_SIZE, sharding.platform(), 4)
   calls = []
   monkeypatch.setattr(
     attention, 'blocks', lambda *x, plain=attention.blocks, **y: calls.append(x) or plain(*x, **y)
