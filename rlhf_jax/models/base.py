@@ -1,4 +1,7 @@
-"""What decoders, encoder-decoders and encoders share: the static half of a model."""
+"""Base classes of decoders, encoder-decoders and encoders: the static half of a model.
+
+Letters: B batch, T tokens, P prompt length, R response length, V vocabulary, D width.
+"""
 
 import dataclasses
 import functools
@@ -14,23 +17,24 @@ from rlhf_jax.models import lora as lora_lib
 from rlhf_jax.models import stack
 from rlhf_jax.models.families import FAMILIES
 
-# Parameters that every family reads in the compute dtype and in no other.
+# Parameters that every family uses in the compute dtype only.
 _MATRICES = 'kernel', 'embed/embedding', 'positions/embedding', 'lora/a', 'lora/b'
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-  """A model without its parameters; hashable, so static under jit.
+  """A model without its parameters; hashable, so it can be a static argument of jit.
 
   Attributes:
-    family: a name in FAMILIES.
-    config: the family's Config.
-    dtype: of the computation, 'float32' or 'bfloat16'; softmax and norms are float32 always.
-    remat: 'none', 'block' (recompute each block in the backward pass) or 'dots' (keep the
-      outputs of its matmuls).
-    unroll: layers unrolled in a scan; None: see stack.default_unroll.
-    lora: adapters its parameters hold, or None.
-    after_blocks: names of the parameters that follow the blocks, trained with the top ones.
+    family: Name in FAMILIES.
+    config: The family's Config.
+    dtype: Compute dtype, 'float32' or 'bfloat16'; softmax and norms are always float32.
+    remat: What the backward pass recomputes: 'none', 'block' (each block) or 'dots' (each block
+      except its matmuls).
+    unroll: Layers unrolled in a scan, or None for stack.default_unroll.
+    lora: The adapters that its parameters include, or None.
+    encoder_decoder: Whether an encoder reads the prompt and a decoder writes the response.
+    after_blocks: Names of the parameters after the blocks; they are trained with the top blocks.
   """
 
   family: str
@@ -43,8 +47,8 @@ class Base:
   after_blocks = frozenset({'norm', 'project_out', 'unembed'})
 
   @property
-  def reads_tokens(self):
-    """Whether heads read the states of single tokens, so that a critic can start from it."""
+  def has_token_states(self):
+    """Whether heads read one state per token, as a critic must."""
     return False
 
   @property
@@ -59,12 +63,12 @@ class Base:
 
   @property
   def max_length(self):
-    """Tokens of a row that the model was made for; some families have no positions for more."""
+    """Longest sequence that the model was made for; some families have no positions beyond it."""
     return self.config.max_length
 
   @property
   def rules(self):
-    """Sharding of the parameters and heads: tuple of (regex on the '/'-joined path, PartitionSpec)."""
+    """Sharding rules of parameters and heads: (regex on the path, PartitionSpec) pairs."""
     return lora_lib.rules(self._module.RULES) + self._module.RULES + heads.RULES
 
   @property
@@ -73,27 +77,30 @@ class Base:
 
   @functools.partial(jax.jit, static_argnums=0)
   def init(self, key):
-    """Draws parameters, without adapters.
+    """Initializes parameters, without adapters.
 
     Args:
-      key: random key.
+      key: Random key.
 
     Returns:
-      Pure dict of float32 arrays; under 'blocks' stacked on a leading axis of layers.
+      Nested dict of float32 arrays; those under 'blocks' have a leading axis of layers.
     """
     return stack.init_params(key, self.shapes(), self.config.std)
 
   def shapes(self):
-    """The tree of parameters, without adapters, as float32 ShapeDtypeStructs."""
+    """Returns the tree of parameters, without adapters, as float32 ShapeDtypeStructs."""
     raise NotImplementedError
 
   def summary(self, params, tokens, mask):
-    """The state [B, D] that a scalar head reads a text's score from.
+    """Computes the state from which a scalar head reads the score of a sequence.
 
     Args:
-      params: from `init`, `hf.load` or `hf.load_reward`.
+      params: Parameters from `init`, `hf.load` or `hf.load_reward`.
       tokens: [B, T] int32, padded on either side; those outside the mask are not read.
       mask: [B, T] bool.
+
+    Returns:
+      [B, D].
     """
     raise NotImplementedError
 
@@ -103,14 +110,14 @@ class LanguageModel(Base):
   """A model that generates text: a decoder, or an encoder-decoder."""
 
   @property
-  def reads_tokens(self):
+  def has_token_states(self):
     return True
 
   def unembed(self, params, hidden):
-    """Logits of the next token.
+    """Computes logits of the next token.
 
     Args:
-      params: from `init` or `hf.load`.
+      params: Parameters from `init` or `hf.load`.
       hidden: [..., D], states from any of the methods below.
 
     Returns:
@@ -119,17 +126,17 @@ class LanguageModel(Base):
     raise NotImplementedError
 
   def response_states(self, params, tokens, mask, response_length, frozen_states=None):
-    """Hidden states that predict the response tokens of finished rollouts.
+    """Computes the hidden states that predict the response tokens of finished rollouts.
 
     Args:
-      params: from `init` or `hf.load`.
+      params: Parameters from `init` or `hf.load`.
       tokens: [B, P + R] int32, left-padded prompt then right-padded response.
       mask: [B, P + R] bool.
       response_length: R.
-      frozen_states: None, or what a decoder's `run_frozen_layers` returned for the same tokens.
+      frozen_states: Result of a decoder's `run_frozen_layers` for the same tokens, or None.
 
     Returns:
-      [B, R, D]; slot t predicts response token t.
+      [B, R, D]; state t predicts response token t.
     """
     raise NotImplementedError
 
@@ -137,39 +144,40 @@ class LanguageModel(Base):
     """Reads prompts into a new cache.
 
     Args:
-      params: from `init`, `hf.load` or `unstack`.
+      params: Parameters from `init`, `hf.load` or `unstack`.
       tokens: [B, P] int32, left-padded.
       mask: [B, P] bool.
-      response_length: R, the response length to make room for.
+      response_length: R, number of response tokens for which the cache has slots.
 
     Returns:
       The state [B, D] that predicts the first response token, and the cache for `step`.
     """
     raise NotImplementedError
 
-  def step(self, params, token, alive, cache):
-    """Reads one more token of each row.
+  def step(self, params, token, active, cache):
+    """Reads one more token of each sequence.
 
     Args:
-      params: as for `prefill`.
+      params: See `prefill`.
       token: [B] int32.
-      alive: [B] bool; the tokens of other rows are not read.
-      cache: from `prefill` or `step`.
+      active: [B] bool, False for finished sequences, whose tokens are not read.
+      cache: Cache from `prefill` or `step`.
 
     Returns:
-      The state [B, D] that predicts the token after it, and the cache.
+      The state [B, D] that predicts the next token, and the updated cache.
     """
     raise NotImplementedError
 
   def with_max_length(self, length):
-    """The model for rows that will have `length` tokens, of which a call or its cache may hold fewer."""
+    """Returns the model for sequences that grow to `length` tokens, even if a call has fewer."""
     del length
     return self
 
   def unstack(self, params):
-    """Parameters as a loop of many small steps reads them best: on GPUs matrices in the compute dtype.
+    """Returns the parameters in the layout that is fastest for a decode loop.
 
-    Else every step would read them in their own dtype, write them in this one, and read that.
+    On GPUs, matrices are cast to the compute dtype once; otherwise every step would read them in
+    their own dtype, write them in the compute dtype and read them again.
     """
     if sharding.platform() != 'gpu':
       return params
@@ -181,14 +189,14 @@ class LanguageModel(Base):
     return sharding.map_with_path(cast, params)
 
   def _with_unembed(self, tree):
-    """Adds the unembedding's shape to a tree of parameters where it is not the embedding."""
+    """Adds the unembedding's shape to a tree of parameters, unless it is tied to the embedding."""
     if self.config.tie_word_embeddings:
       return tree
     kernel = jax.ShapeDtypeStruct((self.width, self.vocab_size), jnp.float32)
     return tree | {'unembed': {'kernel': kernel}}
 
   def _logits(self, params, hidden):
-    """States [..., D] times the unembedding, tied or not, and its adapter: [..., V] float32."""
+    """Multiplies states [..., D] by the unembedding, with its adapter if any: [..., V] float32."""
     if self.config.tie_word_embeddings:
       logits = layers.unembed(hidden, params['embed']['embedding'])
     else:

@@ -1,8 +1,8 @@
-"""An encoder as functions of its parameters: it reads a text, for a reward model to score.
+"""An encoder as functions of its parameters, for reward models.
 
-Letters: B batch, T tokens, D width, V vocabulary, L layers.
+Letters: B batch, T tokens, D width.
 
-Parameters are a plain dict of arrays; those under 'blocks' have a leading axis of layers.
+Parameters are a nested dict of arrays; those under 'blocks' have a leading axis of layers.
 """
 
 import dataclasses
@@ -29,21 +29,21 @@ class Encoder(base.Base):
     return stack.shapes(self._module.Embedder, self.config) | {'blocks': blocks}
 
   def summary(self, params, tokens, mask):
-    """See base.Base: the state of the first token, pooled."""
+    """See base.Base; the state is that of the first token, after the pooler."""
     embedder = stack.build_embedder(
       self._module.Embedder, self.config, self.dtype, params, lora=self.lora
     )
     positions = jnp.where(mask, types.positions_from_mask(mask), 0)
     x, table = embedder.embed_inputs(jnp.where(mask, tokens, 0), positions, tokens.shape[1])
-    seen = mask[:, None, None, None, :]
+    visible = mask[:, None, None, None, :]
 
     def attend(queries, keys, values):
-      return layers.attend(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), seen), ()
+      return layers.attend(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), visible), ()
 
     def apply(block, layer, x, _):
       return block(x, layer, table, attend)
 
-    carry, number = (sharding.split_rows(x), ()), 0
+    carry, first_layer = (sharding.split_rows(x), ()), 0
     stacks = [params['blocks']] + ([params['top']['blocks']] if 'top' in params else [])
     for blocks in stacks:
       build = functools.partial(
@@ -55,9 +55,9 @@ class Encoder(base.Base):
         lora=self.lora if blocks is stacks[-1] else None,
       )
       carry = stack.scan(
-        build, blocks, apply, carry, first=number, remat=self.remat, unroll=self.unroll
+        build, blocks, apply, carry, first=first_layer, remat=self.remat, unroll=self.unroll
       )
-      number += jax.tree.leaves(blocks)[0].shape[0]
+      first_layer += jax.tree.leaves(blocks)[0].shape[0]
     x, _ = carry
     first = jnp.argmax(mask, axis=1)
     return embedder.pool(jnp.take_along_axis(x, first[:, None, None], axis=1)[:, 0])

@@ -1,11 +1,13 @@
-"""An encoder-decoder as functions of its parameters: the encoder reads the prompt, the decoder writes the response.
+"""An encoder-decoder as functions of its parameters.
 
-Letters: B batch, P prompt length, R response length, T tokens of this call, S slots of the decoder's
-cache, L decoder layers, V vocabulary, D width, N heads, H head width.
+The encoder reads the prompt, the decoder writes the response.
 
-Parameters are a plain dict: 'embed', 'encoder' and 'decoder' with 'blocks' stacked on a leading
-axis of layers each, and 'unembed' where it is not the embedding. Tokens are told apart by their
-distance alone, so padding on either side changes nothing as long as it is masked.
+Letters: B batch, P prompt length, R response length, T tokens of this call, S slots of the
+decoder's cache, L decoder layers, V vocabulary, D width, N heads, H head width.
+
+Parameters are a nested dict: 'embed', 'encoder' and 'decoder', whose 'blocks' have a leading axis
+of layers, and 'unembed' unless it is tied to the embedding. Positions are relative, so masked
+padding on either side changes nothing.
 """
 
 import dataclasses
@@ -23,17 +25,20 @@ from rlhf_jax.models import stack
 
 @dataclasses.dataclass(frozen=True)
 class Seq2Seq(base.LanguageModel):
-  """An encoder-decoder; see base.LanguageModel. Adapters have paths like 'decoder/blocks/cross/query'."""
+  """An encoder-decoder; see base.LanguageModel.
+
+  Adapters have paths like 'decoder/blocks/cross/query'.
+  """
 
   encoder_decoder = True
 
   @property
-  def reads_tokens(self):
+  def has_token_states(self):
     return not self.config.pooled
 
   @property
   def _sides(self):
-    """Class and number of the blocks on either side."""
+    """{'encoder' or 'decoder': (block class, number of blocks)}."""
     return {
       'encoder': (self._module.EncoderBlock, self.config.num_layers),
       'decoder': (self._module.DecoderBlock, self.config.num_decoder_layers),
@@ -52,7 +57,7 @@ class Seq2Seq(base.LanguageModel):
     """Runs the encoder.
 
     Args:
-      params: from `init` or `hf.load`.
+      params: Parameters from `init` or `hf.load`.
       tokens: [B, P] int32; those outside the mask are not read.
       mask: [B, P] bool.
 
@@ -75,20 +80,20 @@ class Seq2Seq(base.LanguageModel):
     )
     return side.norm(x)
 
-  def decode(self, params, tokens, mask, encoded, prompt, cache=None):
+  def decode(self, params, tokens, mask, encoded, prompt_mask, cache=None):
     """Runs the decoder.
 
     Args:
-      params: as for `encode`.
-      tokens: [B, T] int32, shifted: what stands at a slot predicts the token that belongs there.
+      params: See `encode`.
+      tokens: [B, T] int32, shifted right: the token at slot t predicts response token t.
       mask: [B, T] bool.
       encoded: [B, P, D] from `encode`; None with a cache.
-      prompt: [B, P] bool, mask of the prompt.
-      cache: None, or a cache with room for T more tokens.
+      prompt_mask: [B, P] bool.
+      cache: None, or a cache with at least T empty slots.
 
     Returns:
-      States [B, T, D] after the final norm, in the compute dtype; and None, or the cache with these
-      tokens written.
+      Hidden states [B, T, D] after the final norm, in the compute dtype; and None, or the cache
+      with these tokens written.
     """
     side = self._build(self._module.Side, params['decoder'], 'decoder')
     segments = mask.astype(jnp.int32)
@@ -113,7 +118,7 @@ class Seq2Seq(base.LanguageModel):
         return layers.attend(queries, keys, values, causal, bias=bias), updated
 
       def cross_attend(queries):
-        return layers.attend(queries, *cross, prompt[:, None, None, None, :])
+        return layers.attend(queries, *cross, prompt_mask[:, None, None, None, :])
 
       return block(x, layer, attend, cross_attend)
 
@@ -134,9 +139,9 @@ class Seq2Seq(base.LanguageModel):
     return self._logits(params, hidden)
 
   def response_states(self, params, tokens, mask, response_length, frozen_states=None):
-    """See base.LanguageModel; there are no layers that policy and reference share, so no frozen states."""
+    """See base.LanguageModel; policy and reference share no layers, so `frozen_states` is None."""
     if frozen_states is not None:
-      raise ValueError('an encoder-decoder has no frozen states: pass None')
+      raise ValueError('an encoder-decoder has no frozen states: pass frozen_states=None')
     prompt, prompt_mask = tokens[:, :-response_length], mask[:, :-response_length]
     encoded = self.encode(params, prompt, prompt_mask)
     shifted = self._shift(tokens[:, -response_length:], mask[:, -response_length:])
@@ -145,10 +150,11 @@ class Seq2Seq(base.LanguageModel):
   def summary(self, params, tokens, mask):
     """See base.Base.
 
-    Encoder and decoder both read the text, the decoder shifted by one token; the state is the one
-    that predicts the last real token, as in transformers' T5ForSequenceClassification.
+    The encoder and the decoder both read the text; the decoder's input is shifted right by one
+    token. As in transformers' T5ForSequenceClassification, the state is the one that predicts the
+    last real token.
     """
-    # Real tokens to the left: a masked one in between does not count as distance either.
+    # Moves real tokens to the left, so masked tokens between them do not add to their distance.
     order = jnp.argsort(~mask, axis=1, stable=True)
     tokens, mask = (jnp.take_along_axis(x, order, axis=1) for x in (tokens, mask))
     encoded = self.encode(params, tokens, mask)
@@ -158,7 +164,7 @@ class Seq2Seq(base.LanguageModel):
     return jnp.tanh(self._embedder(params).pooler(state)) if self.config.pooled else state
 
   def prefill(self, params, tokens, mask, response_length):
-    """See base.LanguageModel; reads the token that every response starts from, too."""
+    """See base.LanguageModel; also reads the decoder's start token."""
     encoded = self.encode(params, tokens, mask)
     batch, config = tokens.shape[0], self.config
     shape = (config.num_decoder_layers, batch, config.kv_heads, response_length, config.head_width)
@@ -176,14 +182,14 @@ class Seq2Seq(base.LanguageModel):
     start = jnp.full((batch,), config.decoder_start_token_id, jnp.int32)
     return self.step(params, start, jnp.ones((batch,), bool), cache)
 
-  def step(self, params, token, alive, cache):
+  def step(self, params, token, active, cache):
     hidden, cache = self.decode(
-      params, token[:, None], alive[:, None], None, cache['prompt'], cache
+      params, token[:, None], active[:, None], None, cache['prompt'], cache
     )
     return hidden[:, 0], cache
 
   def _cross_keys_and_values(self, params, encoded):
-    """What every layer of the decoder reads of the prompt: two [L, B, N, P, H], computed once per prompt."""
+    """Computes the cross-attention keys and values of all decoder layers, two [L, B, N, P, H]."""
     build = self._block_builder('decoder')
 
     def one(_, layer_params):
@@ -195,7 +201,7 @@ class Seq2Seq(base.LanguageModel):
     return processes.scan(one, None, params['decoder']['blocks'])[1]
 
   def _shift(self, tokens, mask):
-    """Right-padded tokens and mask [B, T] as the decoder reads them: the start token, then all but the last."""
+    """Shifts right-padded tokens and mask [B, T] right by one, behind the decoder's start token."""
     start = jnp.full_like(tokens[:, :1], self.config.decoder_start_token_id)
     return (
       jnp.concatenate([start, tokens[:, :-1]], axis=1),

@@ -1,10 +1,10 @@
-"""A decoder as functions of its parameters: stacked blocks under one scan, one static cache.
+"""A decoder as functions of its parameters: stacked blocks under one scan, a cache of fixed length.
 
 Letters: B batch, T tokens of this call, S cache length, L layers, V vocabulary, D width, K
 key/value heads, H head width, R response length.
 
-Parameters are a plain dict of arrays; those under 'blocks' have a leading axis of layers. Where
-only the top layers are trained (see trainable.py) the dict holds them apart, under 'top/blocks'.
+Parameters are a nested dict of arrays; those under 'blocks' have a leading axis of layers. If only
+the top layers are trained (see trainable.py), they are under 'top/blocks' instead.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ class Model(base.LanguageModel):
   """A decoder; see base.LanguageModel.
 
   Attributes:
-    sequence_length: the length that rotary positions depend on, if they depend on any (see
-      rope.py); 0 for that of the call.
+    sequence_length: Length for rotary positions that depend on one (see rope.py); 0 for the
+      length of the call or of its cache.
   """
 
   sequence_length: int = 0
@@ -46,16 +46,16 @@ class Model(base.LanguageModel):
     return (self.unroll or stack.default_unroll(self.config.depth)) >= self.config.depth
 
   def init_cache(self, batch, length, *, unstacked=False):
-    """An empty cache for `length` tokens a row.
+    """Returns an empty cache.
 
     Args:
       batch, length: B and S.
-      unstacked: for parameters from `unstack`.
+      unstacked: Whether the layers are separate arrays, for parameters from `unstack`.
 
     Returns:
-      Dict with 'k' and 'v' [L, B, K, S, H] (or tuples of L arrays), 'segments' [B, S] int32 (0:
-      nothing there) and 'index', the int32 slot that the next call writes first: a number, so that the
-      first call knows it.
+      Dict with 'k' and 'v' [L, B, K, S, H] (if unstacked, tuples of L arrays [B, K, S, H]),
+      'segments' [B, S] int32, 0 in empty slots, and 'index', the first slot that the next call
+      writes: a numpy int32, so it is static in the first call.
     """
     shape = (batch, self.config.kv_heads, length, self.config.head_width)
     if unstacked:
@@ -68,9 +68,10 @@ class Model(base.LanguageModel):
   def unstack(self, params):
     """See base.LanguageModel.
 
-    Where the layers are unrolled, and on GPUs, each becomes a tree of its own: out of the stack
-    every step would copy it once more. On an H200 a step of 128 rows, 24 layers and width 2048
-    takes 5.8 ms so and 8.0 otherwise; the loop compiles in 32 seconds and not in 6.
+    If the layers are unrolled, and always on GPUs, each layer becomes a separate tree; otherwise
+    every step would copy each layer out of the stack. On an H200, a step of 128 sequences, 24
+    layers and width 2048 takes 5.8 ms with separate trees and 8.0 ms with the stack; the loop
+    compiles in 32 instead of 6 seconds.
     """
     params = super().unstack(params)
     if not self._unrolled and sharding.platform() != 'gpu':
@@ -85,23 +86,24 @@ class Model(base.LanguageModel):
   ):
     """Runs the backbone.
 
-    A token attends to itself and earlier tokens of its row with the same non-zero segment;
-    with a cache, also to those written before. Tokens and positions at segment 0 are not read.
+    A token attends to itself and to earlier tokens of its sequence with the same non-zero segment,
+    including those in the cache. Tokens and positions at segment 0 are not read.
 
     Args:
-      params: from `init` or `hf.load`.
+      params: Parameters from `init` or `hf.load`.
       tokens, positions: [B, T] int32.
-      segments: [B, T] int32, 0 at padding; or a bool mask, where a row is one text (which cuDNN needs).
-      cache: None, or a cache with room for T more tokens; the caller counts, beyond the end
-        the last slots are overwritten.
-      frozen_states: None, or what `run_frozen_layers` returned for the same tokens; then only the
-        layers above are run. Not with a cache.
-      last_positions: number of positions at the end whose states are needed; None for all. If the
-        layers are unrolled, the last one computes no others.
+      segments: [B, T] int32, 0 at padding; or a bool mask if each sequence is a single segment,
+        which cuDNN attention needs.
+      cache: None, or a cache with at least T empty slots. This is not checked: a call that does
+        not fit overwrites the last slots.
+      frozen_states: None, or the result of `run_frozen_layers` for the same tokens, so that only
+        the layers above them run. Not supported with a cache.
+      last_positions: Number of positions, from the end, whose states are returned; None for all
+        T. If the layers are unrolled, the last layer computes only these.
 
     Returns:
-      Hidden states [B, T, D] (or [B, keep, D]) after the final norm, in the compute dtype; and
-      None, or the cache with these tokens written and its index advanced by T.
+      Hidden states [B, T, D] (or [B, last_positions, D]) after the final norm, in the compute
+      dtype; and None, or the cache with these tokens written and its index advanced by T.
     """
     single_segment, segments = segments.dtype == bool, segments.astype(jnp.int32)
     if cache is None:
@@ -134,10 +136,10 @@ class Model(base.LanguageModel):
     }
 
   def run_frozen_layers(self, params, tokens, positions, segments):
-    """Runs the layers below those under 'top', which are the same for policy and reference.
+    """Runs the frozen layers below those under 'top', which policy and reference share.
 
     Args:
-      params, tokens, positions, segments: see `forward`.
+      params, tokens, positions, segments: See `forward`.
 
     Returns:
       [B, T, D] in the compute dtype.
@@ -151,7 +153,11 @@ class Model(base.LanguageModel):
   def _embed_inputs(
     self, params, tokens, positions, segments, key_segments, index, last_positions, single_segment
   ):
-    """The module around the blocks, x [B, T, D] before the first, and how a block is applied."""
+    """Embeds the inputs and prepares attention.
+
+    Returns:
+      (embedder, x [B, T, D], function that applies a block, as in `stack.scan`).
+    """
     embedder = stack.build_embedder(
       self._module.Embedder, self.config, self.dtype, params, lora=self.lora
     )
@@ -165,7 +171,7 @@ class Model(base.LanguageModel):
     )
 
     def apply(block, layer, x, memory):
-      # In a scan all layers have the same shapes.
+      # Only an unrolled layer can drop queries: in a scan, all layers have the same shapes.
       num_queries = (
         last_positions if isinstance(layer, int) and layer == self.config.depth - 1 else x.shape[1]
       )
@@ -179,7 +185,7 @@ class Model(base.LanguageModel):
     return embedder, sharding.split_rows(x), apply
 
   def _scan_layers(self, params, apply, carry, *, trainable):
-    """Applies stacked blocks: the last layers, with adapters, if `trainable`; else the first."""
+    """Applies blocks: the top ones, with adapters, if `trainable`; else the bottom ones."""
     if self._unrolled and self.remat == 'none' and not isinstance(params, tuple):
       params = stack.unstack(params)
     depth = len(params) if isinstance(params, tuple) else jax.tree.leaves(params)[0].shape[0]
@@ -234,8 +240,8 @@ class Model(base.LanguageModel):
     )
     return hidden[:, -1], cache | {'position': jnp.sum(mask, axis=1, dtype=jnp.int32)}
 
-  def step(self, params, token, alive, cache):
+  def step(self, params, token, active, cache):
     hidden, written = self.forward(
-      params, token[:, None], cache['position'][:, None], alive[:, None], cache
+      params, token[:, None], cache['position'][:, None], active[:, None], cache
     )
     return hidden[:, 0], written | {'position': cache['position'] + 1}

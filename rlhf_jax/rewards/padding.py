@@ -41,7 +41,7 @@ def apart(
     embedding has no row to spare it gets some of zeros, which no score depends on.
   """
   # These find the EOS, or the first token.
-  encoder = model.encoder_decoder or not model.reads_tokens
+  encoder = model.encoder_decoder or not model.has_token_states
   if encoder or tokenizer.pad_token_id != tokenizer.eos_token_id:
     return model, params, tokenizer
   tokenizer = copy.deepcopy(tokenizer)

@@ -193,7 +193,10 @@ def model_scorer(path, tokenizer, mesh, *, max_length, load, check):
   if learned.same_tokenizer(own, tokenizer):
     check(model)
     score = learned.of_tokens(model, params)
-    return lambda rollout, examples: score(rollout), (model, params) if model.reads_tokens else None
+    return lambda rollout, examples: score(rollout), (
+      model,
+      params,
+    ) if model.has_token_states else None
   apply = learned.of_texts(model, params, own, max_length=max_length or model.max_length, mesh=mesh)
 
   def score_texts(rollout, examples):

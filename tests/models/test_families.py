@@ -165,6 +165,6 @@ def test_what_a_family_lacks_is_found(module, protocol, words):
 def test_a_critic_starts_from_a_model_that_reads_single_tokens():
   for family in test_compile_time.FIELDS:
     model = test_compile_time.build(family, 1)
-    assert model.reads_tokens == (family not in families.ENCODERS)
+    assert model.has_token_states == (family not in families.ENCODERS)
   # The last is T5: its pooled states are read of whole texts.
-  assert not models.create(model.config.to_hf() | {'pooled': True}).reads_tokens
+  assert not models.create(model.config.to_hf() | {'pooled': True}).has_token_states
