@@ -1,10 +1,10 @@
 """From scores to advantages: KL estimators and controllers, reward vectors, GAE, groups.
 
-Letters: B batch, R response length, n responses per prompt. Every function of tokens takes a
-mask; what a masked slot holds never reaches a result. All arithmetic is float32.
+Letters: B batch, R response length, n responses per prompt. Functions of tokens take a mask;
+the contents of masked positions never affect a result. All arithmetic is float32.
 
-Where published implementations differ, the choice is an argument with the field's names for
-its values; algorithms/ppo.py collects them into presets.
+If published implementations differ, the choice is an argument whose values have the field's names;
+algorithms/ppo.py collects them in presets.
 """
 
 import chex
@@ -22,21 +22,21 @@ GROUP_SCALES = ('group', 'batch', 'none')
 def masked_sum(
   x: Shaped[ArrayLike, '*shape'], mask: Bool[ArrayLike, '*shape']
 ) -> Shaped[Array, '']:
-  """Sum of `x` where `mask`; a NaN behind the mask does not leak."""
+  """Sum of `x` where `mask` is True; a NaN elsewhere has no effect."""
   return jnp.sum(jnp.where(mask, x, 0.0))
 
 
 def masked_mean(
   x: Shaped[ArrayLike, '*shape'], mask: Bool[ArrayLike, '*shape']
 ) -> Float[Array, '']:
-  """Mean of `x` where `mask`; 0 where the mask is empty."""
+  """Mean of `x` where `mask` is True; 0 if it is nowhere."""
   return masked_sum(x, mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
 def masked_var(
   x: Shaped[ArrayLike, '*shape'], mask: Bool[ArrayLike, '*shape'], *, unbiased: bool = False
 ) -> Float[Array, '']:
-  """Variance of `x` where `mask`, divided by n, or by n - 1 if `unbiased` (Bessel)."""
+  """Variance of `x` where `mask` is True: divides by n, or by n - 1 if `unbiased`."""
   count = jnp.sum(mask)
   total = masked_sum(jnp.square(x - masked_mean(x, mask)), mask)
   return total / jnp.maximum(count - int(unbiased), 1)
@@ -54,9 +54,9 @@ def whiten(
   Args:
     x: [B, R] float32.
     mask: [B, R] bool.
-    shift_mean: whether the result has mean 0; if not, the mean is added back. PPO whitens
-      advantages with and rewards without the shift (lm-human-preferences, `whiten`).
-    unbiased: divide the variance by n - 1 (TRL, trlX) and not n (lm-human-preferences).
+    shift_mean: whether the result has mean 0; if not, the mean is kept. PPO shifts advantages, but
+      not rewards (lm-human-preferences, `whiten`).
+    unbiased: divide the variance by n - 1 (TRL, trlX) instead of n (lm-human-preferences).
 
   Returns:
     [B, R] float32; masked slots hold 0.
@@ -71,16 +71,16 @@ def whiten(
 def kl_estimate(
   logprobs: Float[ArrayLike, 'B R'], ref_logprobs: Float[ArrayLike, 'B R'], estimator: str
 ) -> Float[Array, 'B R']:
-  """Per-token estimate of KL(policy || reference) from samples of the policy.
+  """Estimates KL(policy || reference) for each token, from samples of the policy.
 
   With d = logprobs - ref_logprobs: k1 = d (unbiased, signed), k2 = d^2 / 2,
   k3 = exp(-d) - 1 + d (unbiased, never negative), abs = |d|.
   See Schulman, "Approximating KL divergence" (http://joschu.net/blog/kl-approx.html).
-  The fifth, `full`, needs the whole vocabulary: `logprobs.full_kl`.
+  The exact KL, 'full', needs the whole vocabulary: see `logprobs.full_kl`.
 
   Args:
-    logprobs: [B, R] float32 of the policy.
-    ref_logprobs: [B, R] float32 of the reference.
+    logprobs: [B, R] float32, log-probabilities by the policy.
+    ref_logprobs: [B, R] float32, log-probabilities by the reference.
     estimator: 'k1', 'k2', 'k3' or 'abs'.
 
   Returns:
@@ -107,21 +107,21 @@ def next_kl_coef(
   target: float | Float[ArrayLike, ''],
   horizon: float | Float[ArrayLike, ''],
 ) -> float | Float[Array, '']:
-  """The KL coefficient for the next iteration.
+  """Returns the KL coefficient of the next iteration.
 
-  'adaptive' (Ziegler et al. 2019 §2.2, https://arxiv.org/abs/1909.08593): on the KL summed
-    over each response, nats per sequence,
+  'adaptive' (Ziegler et al. 2019 §2.2, https://arxiv.org/abs/1909.08593) controls the KL summed over
+    each response, in nats per sequence:
       kl_coef * (1 + clip(KL / target - 1, -0.2, 0.2) * B / horizon).
-  'adaptive_per_token' (RL4LMs): on the mean KL per token, nats per token,
+  'adaptive_per_token' (RL4LMs) controls the mean KL per token, in nats:
       kl_coef * (1 + clip(KL / target - 1, -0.2, 0.2) * 0.1).
 
   Args:
-    kl_coef: float32 scalar, the coefficient now.
+    kl_coef: float32 scalar, the current coefficient.
     kl: [B, R] float32, k1 estimate per token.
-    response_mask: [B, R] bool; a response of no token, as one that is skipped, is no episode.
+    response_mask: [B, R] bool; a response without tokens, such as a skipped one, is not an episode.
     controller: 'fixed', 'adaptive' or 'adaptive_per_token'.
-    target: the KL to hold, in nats per sequence or per token as above.
-    horizon: episodes over which 'adaptive' corrects an error of one.
+    target: target KL, in nats per sequence or per token as above.
+    horizon: number of episodes in which 'adaptive' corrects the coefficient by the relative error.
 
   Returns:
     float32 scalar.
@@ -148,21 +148,21 @@ def apply_missing_eos(
   value: float,
   response_mask: Bool[ArrayLike, 'B R'] | None = None,
 ) -> Float[Array, ' B'] | Float[Array, 'B R']:
-  """Scores after the rule for responses that never ended.
+  """Applies the rule for responses without an EOS to their scores.
 
-  Two rules share a name in the literature: 'replace' puts `value` in place of the score
-  (lm-human-preferences and N+ use -1), 'subtract' takes `value` off it (TRL).
+  Two rules share a name in the literature: 'replace' sets the score to `value`
+  (lm-human-preferences and N+ use -1); 'subtract' subtracts `value` from it (TRL).
 
   Args:
-    scores: [B] float32, or [B, R] for rewards per token, whose sum is the score: then `value` is
-      paid at the last token, and 'replace' takes away what the others earned.
+    scores: [B] float32, or [B, R] for rewards per token, whose sum is the score. Then the last token
+      gets `value`, and 'replace' sets the rewards of the others to 0.
     has_eos: [B] bool.
     mode: 'none', 'replace' or 'subtract'.
     value: the constant.
-    response_mask: [B, R] bool; needed for rewards per token.
+    response_mask: [B, R] bool; only needed for rewards per token.
 
   Returns:
-    float32 of the shape of `scores`.
+    float32 array with the shape of `scores`.
   """
   if scores.ndim == 2:
     last = jnp.arange(scores.shape[1])[None] == score_index(response_mask, 'eos')[:, None]
@@ -177,13 +177,12 @@ def apply_missing_eos(
 
 
 def score_index(response_mask: Bool[ArrayLike, 'B R'], position: str) -> Int[Array, ' B']:
-  """Where in the response the score is paid.
+  """Returns the position in the response that gets the score.
 
   Args:
     response_mask: [B, R] bool, True at real response tokens.
-    position: 'last', the last slot of the fixed length (lm-human-preferences);
-      'after_end', the slot after the last real token where there is one, else the last
-      (N+, TRL); 'eos', the last real token (trlX).
+    position: 'last', the last of the R positions (lm-human-preferences); 'after_end', the position
+      after the last real token, or the last position (N+, TRL); 'eos', the last real token (trlX).
 
   Returns:
     [B] int32.
@@ -200,7 +199,7 @@ def score_index(response_mask: Bool[ArrayLike, 'B R'], position: str) -> Int[Arr
 
 
 def step_mask(response_mask: Bool[ArrayLike, 'B R'], position: str) -> Bool[Array, 'B R']:
-  """Slots that take part in the return: real tokens and the one that holds the score."""
+  """Returns the positions of the return: real tokens and the position that gets the score."""
   positions = jnp.arange(response_mask.shape[1])[None, :]
   return response_mask | (positions == score_index(response_mask, position)[:, None])
 
@@ -213,16 +212,16 @@ def token_rewards(
   *,
   position: str,
 ) -> Float[Array, 'B R']:
-  """r_t = -kl_coef * kl_t, plus the score on one slot (or a reward on every slot).
+  """r_t = -kl_coef * kl_t, plus the score at one position (or a reward at every position).
 
   See Ziegler et al. 2019, eq. 2 (https://arxiv.org/abs/1909.08593).
 
   Args:
-    scores: [B] float32, or [B, R] for rewards per token, which are added where they stand.
+    scores: [B] float32, or [B, R] for rewards per token, which are added position by position.
     kl: [B, R] float32 KL estimate per token.
     kl_coef: float32 scalar.
     response_mask: [B, R] bool.
-    position: see `score_index`; without effect on per-token rewards.
+    position: see `score_index`; rewards per token ignore it.
 
   Returns:
     [B, R] float32.
@@ -239,13 +238,13 @@ def token_rewards(
 def gae(
   rewards: Float[ArrayLike, 'B R'], values: Float[ArrayLike, 'B R'], *, gamma: float, lam: float
 ) -> tuple[Float[Array, 'B R'], Float[Array, 'B R']]:
-  """Generalized advantage estimation over a finished episode.
+  """Generalized advantage estimation for finished episodes.
 
       delta_t = r_t + gamma * V_{t+1} - V_t,   A_t = delta_t + gamma * lam * A_{t+1}
 
-  with V = A = 0 after the last slot. See Schulman et al. 2016, eq. 16
-  (https://arxiv.org/abs/1506.02438). Ragged episodes need no mask here: rewards and values
-  must be 0 in the slots after each episode's end.
+  with V = A = 0 after the last position. See Schulman et al. 2016, eq. 16
+  (https://arxiv.org/abs/1506.02438). Ragged episodes need no mask: rewards and values
+  must be 0 after the end of each episode.
 
   Args:
     rewards: [B, R] float32.
@@ -273,11 +272,11 @@ def gae(
 def update_moments(
   moments: Float[ArrayLike, '3'], scores: Float[ArrayLike, ' B']
 ) -> Float[Array, '3']:
-  """Running count, mean and sum of squared deviations (Chan et al. 1979, parallel update).
+  """Updates a running count, mean and sum of squared deviations (Chan et al. 1979).
 
   Args:
     moments: [3] float32: count, mean, sum of squared deviations so far.
-    scores: [B] float32; those that are NaN do not count.
+    scores: [B] float32; NaNs are ignored.
 
   Returns:
     [3] float32.
@@ -298,14 +297,14 @@ def update_moments(
 
 
 def running_std(moments: Float[ArrayLike, '3']) -> Float[Array, '']:
-  """Standard deviation (n - 1) of all scores seen; 1 where all of them are equal, up to rounding."""
+  """Standard deviation (n - 1) of all scores so far; 1 if they are equal up to rounding."""
   count, mean, total = moments
   std = jnp.sqrt(total / jnp.maximum(count - 1, 1))
   return jnp.where(std > 1e-6 * jnp.abs(mean), std, 1.0)
 
 
 def by_group(scores: Shaped[ArrayLike, ' B'], n: int) -> Shaped[ArrayLike, 'G {n}']:
-  """Scores [B] as [B / n, n]: the n responses of a prompt stand one after the other."""
+  """Reshapes scores [B] to [B / n, n]: the n responses of a prompt are consecutive."""
   chex.assert_rank(scores, 1)
   if n < 2 or scores.shape[0] % n:
     raise ValueError(
@@ -318,23 +317,23 @@ def by_group(scores: Shaped[ArrayLike, ' B'], n: int) -> Shaped[ArrayLike, 'G {n
 def group_advantages(
   scores: Float[ArrayLike, ' B'], n: int, *, scale: str, kept: Bool[ArrayLike, ' B'] | None = None
 ) -> Float[Array, ' B']:
-  """(score - mean of its group) / (std + 1e-4), one advantage per response.
+  """(score - mean of its group) / (std + 1e-4), one advantage for each response.
 
       'group':  std of the group (GRPO: DeepSeekMath §4.1.2, https://arxiv.org/abs/2402.03300)
       'batch':  std of all scores of the batch (Lite PPO, https://arxiv.org/abs/2508.08221)
       'none':   no division (Dr. GRPO, https://arxiv.org/abs/2503.20783)
 
-  The standard deviations divide by n - 1, that of the batch by B - 1, and 1e-4 is added to
-  them, as in TRL; the papers say neither.
+  As in TRL, variances divide by n - 1 (by B - 1 for 'batch') and 1e-4 is added to the standard
+  deviations; the papers specify neither.
 
   Args:
     scores: [B] float32, n consecutive responses per prompt.
     n: responses per prompt.
     scale: 'group', 'batch' or 'none'.
-    kept: [B] bool, responses that means and deviations are of; None for all.
+    kept: [B] bool, responses that count; None for all.
 
   Returns:
-    [B] float32, to be given to every token of a response; 0 for those that are not kept.
+    [B] float32, the advantage of every token of a response; 0 for responses that do not count.
 
   Raises:
     ValueError: if n is below 2 or does not divide B, or for an unknown scale.
@@ -356,16 +355,16 @@ def group_advantages(
 def equal_groups(
   scores: Float[ArrayLike, ' B'], n: int, kept: Bool[ArrayLike, ' B'] | None = None
 ) -> Bool[Array, ' B']:
-  """Which responses belong to a group whose scores are all equal, [B] bool.
+  """Returns which responses [B] bool belong to a group whose scores are all equal.
 
-  Their advantages are 0, so they teach nothing; DAPO leaves them out and samples others
-  (eq. 11, https://arxiv.org/abs/2503.14476). The scores are compared themselves: the standard
-  deviation of equal scores is not 0 where their mean rounds.
+  Their advantages are 0, so they give no gradient; DAPO drops them and samples others (eq. 11,
+  https://arxiv.org/abs/2503.14476). The scores themselves are compared, because the standard
+  deviation of equal scores need not be 0 in floating point.
 
   Args:
     scores: [B] float32, n consecutive responses per prompt.
     n: responses per prompt.
-    kept: [B] bool, responses that are compared; None for all.
+    kept: [B] bool, responses that count; None for all.
 
   Raises:
     ValueError: if n is below 2 or does not divide B.
@@ -379,15 +378,15 @@ def equal_groups(
 def overlong_penalty(
   lengths: Int[ArrayLike, ' B'], *, max_length: float, cache: float
 ) -> Float[Array, ' B']:
-  """clip((max_length - cache - length) / cache, -1, 0), to be added to the scores.
+  """clip((max_length - cache - length) / cache, -1, 0), a term that is added to the scores.
 
   0 up to `max_length - cache` tokens, then falling to -1 at `max_length`.
-  See DAPO, eq. 13 (https://arxiv.org/abs/2503.14476), where they are 20,480 and 4,096.
+  See DAPO, eq. 13 (https://arxiv.org/abs/2503.14476), where `max_length` is 20,480 and `cache` 4,096.
 
   Args:
     lengths: [B] int32, tokens of each response.
-    max_length: tokens at which the penalty is -1, usually the most that are sampled.
-    cache: tokens over which it falls.
+    max_length: length at which the penalty is -1, usually the maximum length of a response.
+    cache: number of tokens over which it falls from 0 to -1.
 
   Returns:
     [B] float32.

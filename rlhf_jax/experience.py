@@ -1,4 +1,4 @@
-"""What on-policy algorithms make of a scored rollout before they differ: masks, rules on scores, metrics.
+"""The steps that on-policy algorithms share after scoring: masks, rules on scores, metrics.
 
 Letters: B batch, P prompt length, R response length, T = P + R.
 """
@@ -16,15 +16,15 @@ from rlhf_jax.rollout import sampling
 
 @dataclasses.dataclass(frozen=True)
 class ScoreRules:
-  """What is done to scores before the policy is trained on them.
+  """Rules that are applied to scores before the policy is trained on them.
 
   Attributes:
-    end_tokens: token ids that end a response; () for none.
-    end_after: the first position at which they do.
-    clip: bound on |score|; None for none.
-    scale: divide the clipped scores by their running standard deviation (trlX).
+    end_tokens: ids of the tokens that end a response; () for none.
+    end_after: first position at which they end it.
+    clip: bound of |score|; None for none.
+    scale: whether to divide the clipped scores by their running standard deviation (trlX).
     missing_eos: 'none', 'replace' or 'subtract'; see advantages.apply_missing_eos.
-    missing_eos_value: the constant of that rule.
+    missing_eos_value: constant of that rule.
   """
 
   end_tokens: tuple[int, ...] = ()
@@ -35,7 +35,7 @@ class ScoreRules:
   missing_eos_value: float = 0.0
 
   def ended(self, rollout: types.Rollout) -> Bool[Array, ' B']:
-    """Which responses [B] ended by themselves; all of them where no token ends one."""
+    """Returns which responses [B] ended by themselves; all of them if no token ends one."""
     if rollout.ended is not None:
       return rollout.ended
     length = rollout.response_mask.shape[1]
@@ -57,7 +57,7 @@ class ScoreRules:
       moments: [3] float32, see advantages.update_moments.
 
     Returns:
-      Scores of the same shape, 0 where `skip_nan` skipped, and the new moments.
+      Scores of the same shape, 0 for skipped responses (see `skip_nan`), and the new moments.
     """
     if self.clip:
       scores = jnp.clip(scores, -self.clip, self.clip)
@@ -72,12 +72,12 @@ class ScoreRules:
       response_mask=rollout.response_mask,
     )
     known = not_skipped(scores, rollout.response_mask)
-    # In backward passes a NaN behind a mask leaks.
+    # A NaN would pass through masks in the backward pass.
     return jnp.where(known if scores.ndim == 1 else known[:, None], scores, 0.0), moments
 
 
 def totals(scores: types.ScoreArray, response_mask: Bool[ArrayLike, 'B R']) -> Float[Array, ' B']:
-  """One score a response, [B]: the sum of rewards per token; NaN where `skip_nan` skipped it."""
+  """Returns one score a response, [B]: sums of rewards per token; NaN for skipped responses."""
   if scores.ndim == 1:
     return scores
   skipped = jnp.isnan(scores) & ~jnp.any(response_mask, axis=1, keepdims=True)
@@ -87,7 +87,7 @@ def totals(scores: types.ScoreArray, response_mask: Bool[ArrayLike, 'B R']) -> F
 def skip_nan(
   rollout: types.Rollout, scores: types.ScoreArray, *, rules: ScoreRules
 ) -> tuple[types.Rollout, Int[Array, '']]:
-  """Takes the responses whose score is NaN out of the update: none of their tokens is trained on.
+  """Removes the responses whose score is NaN from the update.
 
   Args:
     rollout: Rollout.
@@ -95,7 +95,7 @@ def skip_nan(
     rules: ScoreRules.
 
   Returns:
-    Rollout whose `response_mask` is empty where it skips, and how many it skips.
+    Rollout with empty masks for the skipped responses, and their number.
   """
   mask = rollout.response_mask
   skipped = jnp.isnan(totals(scores, mask))
@@ -108,7 +108,7 @@ def skip_nan(
 def not_skipped(
   scores: types.ScoreArray, response_mask: Bool[ArrayLike, 'B R']
 ) -> Bool[Array, ' B']:
-  """The responses [B] bool that `skip_nan` did not skip; any other NaN stops the run."""
+  """Returns which responses [B] `skip_nan` did not skip; any other NaN stops the run."""
   return jnp.any(response_mask, axis=1) | ~jnp.isnan(totals(scores, response_mask))
 
 
@@ -120,17 +120,17 @@ def make_experience(
   *,
   behaviour: str,
 ) -> tuple[types.Experience, Float[Array, '']]:
-  """Experience without advantages.
+  """Makes an Experience without advantages.
 
   Args:
     outputs: forward.Outputs before the update.
     fixed: forward.Fixed.
     rollout: Rollout.
     step_mask: [B, R] bool, positions with a value loss.
-    behaviour: 'sampler' for old log-probabilities from the rollout; else from `outputs`.
+    behaviour: 'sampler' to take the old log-probabilities from the rollout, else from `outputs`.
 
   Returns:
-    Experience, and the mean absolute gap between the two kinds of log-probabilities.
+    Experience, and the mean absolute difference between the two log-probabilities.
   """
   mask = rollout.response_mask
   keep = lambda x, mask: None if x is None else jnp.where(mask, x, 0.0)

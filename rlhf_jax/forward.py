@@ -1,7 +1,7 @@
 """The forward passes over finished responses: log-probabilities, entropies and values.
 
-Policy, critic and reference read the same sequences. Each algorithm asks for them here, before its
-update and inside its loss.
+Policy, critic and reference read the same sequences. Every algorithm calls these functions, before
+its update and in its loss.
 
 Letters: B batch, P prompt length, R response length, T = P + R, D width.
 """
@@ -21,13 +21,13 @@ from rlhf_jax.models import trainable
 
 
 class Models(NamedTuple):
-  """Static handles.
+  """The models of an algorithm, without parameters; static under jit.
 
   Attributes:
-    policy: Model.
-    critic: Model of a critic with a backbone; None where the value head reads the policy's hidden
-      states, or where there is no critic.
-    critic_shared: whether the critic is adapters on the weights that the policy's adapters are on.
+    policy: Model of the policy.
+    critic: Model of a critic with a backbone; None if the value head reads the policy's hidden
+      states, or if there is no critic.
+    critic_shared: whether the critic is adapters on the frozen weights of the policy.
   """
 
   policy: base.LanguageModel
@@ -35,13 +35,13 @@ class Models(NamedTuple):
   critic_shared: bool = False
 
   def with_max_length(self, length: int) -> 'Models':
-    """The same for sequences of T = `length`, of which some positions may be cut."""
+    """Returns the models for sequences of up to `length` tokens, some of which may be cut."""
     critic = self.critic and self.critic.with_max_length(length)
     return self._replace(policy=self.policy.with_max_length(length), critic=critic)
 
 
 class Outputs(NamedTuple):
-  """What policy and critic make of responses: each [B, R] float32; values None without a critic."""
+  """Outputs of policy and critic on responses, [B, R] float32; values are None without a critic."""
 
   logprobs: Float[Array, 'B R']
   entropy: Float[Array, 'B R']
@@ -49,12 +49,12 @@ class Outputs(NamedTuple):
 
 
 class Fixed(NamedTuple):
-  """What stays the same over the epochs of an update.
+  """Quantities that do not change during an update.
 
   Attributes:
-    frozen_states: [B, T, D] states below the trained layers; None if the lowest is trained too.
-    ref_logprobs: [B, R] float32 of the reference; None without one.
-    full_kl: [B, R] float32, KL over the whole vocabulary, where it is asked for; else None.
+    frozen_states: [B, T, D] outputs of the frozen lower layers; None if there are none.
+    ref_logprobs: [B, R] float32, log-probabilities by the reference; None without a reference.
+    full_kl: [B, R] float32, KL over the whole vocabulary; None unless Forward.full_kl.
   """
 
   frozen_states: Float[Array, 'B T D'] | None
@@ -64,13 +64,14 @@ class Fixed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-  """The forward passes of an update, as functions of the trained parameters and some responses.
+  """The forward passes of an update, as functions of the trained parameters and a batch.
 
   Attributes:
     models: Models.
-    frozen: {'policy': parameters of the policy that are not trained, 'reference': the reference's
-      that are not among them, its adapters too if it has some; left out without a reference}.
-    temperature: what logits are divided by: the one sampled with.
+    frozen: {'policy': frozen parameters of the policy, 'reference': reference parameters that are
+      not already among the policy's frozen parameters, including its adapters}. Without a reference
+      there is no 'reference'.
+    temperature: temperature of the sampler, which divides the logits.
     full_kl: whether to compute the KL over the whole vocabulary.
   """
 
@@ -85,11 +86,11 @@ class Forward:
     batch: types.Rollout | types.Experience,
     frozen_states: Float[Array, 'B T D'] | None = None,
   ) -> Outputs:
-    """Policy and critic on finished responses.
+    """Runs policy and critic on finished responses.
 
     Args:
-      params: {'policy': ..., 'critic': {'head': ..., 'backbone': ... if it has one}}; no 'critic'
-        where there is none.
+      params: trained parameters, {'policy': ..., 'critic': {'head': ..., 'backbone': ...}}; the
+        critic and its backbone are optional.
       batch: Rollout or Experience.
       frozen_states: [B, T, D], see Fixed.
 
@@ -119,10 +120,10 @@ class Forward:
     return Outputs(logprobs, entropy, heads.apply_scalar(params['critic']['head'], states))
 
   def fixed(self, params: dict[str, PyTree], batch: types.Rollout) -> Fixed:
-    """Fixed of finished responses.
+    """Computes what does not change during the update.
 
     Args:
-      params: before the update.
+      params: trained parameters before the update.
       batch: Rollout.
     """
     frozen_states = self._frozen_states(params, batch)
@@ -160,7 +161,7 @@ class Forward:
     return trainable.merge(self.frozen['policy'], params['policy'])
 
   def _frozen_states(self, params, batch):
-    """States [B, T, D] below the trained layers; None where all layers are trained or adapted."""
+    """Returns the outputs [B, T, D] of the frozen lower layers; None if there are none."""
     if 'top' not in params['policy']:
       return None
     return jax.lax.stop_gradient(

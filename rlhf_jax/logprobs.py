@@ -1,8 +1,8 @@
 """Hidden states to log-probabilities and entropy of given tokens, in chunks.
 
-Letters: B batch, T sequence length, D width, V vocabulary. The [B, T, V] logits are never held
-where they are large: a scan unembeds a few positions of every row at a time, and the backward
-pass unembeds them again. Where all of them are no more than a chunk, they are kept instead.
+Letters: B batch, T sequence length, D width, V vocabulary. Large [B, T, V] logits are never
+held: a scan unembeds a few positions of every sequence at a time, and the backward pass recomputes
+them. Logits that fit in one chunk are kept instead.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from rlhf_jax import processes
 from rlhf_jax import sharding
 
 Unembed = Callable[[Float[Array, '... D']], Float[Array, '... V']]
-CHUNK = 2**25  # logits held at once on each device: 128 MiB in float32
+CHUNK = 2**25  # logits held at a time on each device: 128 MiB in float32
 
 
 def _in_chunks(rows_fn, arrays, vocab, chunk):
-  """Maps `rows_fn` over arrays [B, T, ...], so many positions at a time that B x t x `vocab` is a chunk.
+  """Maps `rows_fn` over arrays [B, T, ...] in slices of T whose logits fill one chunk.
 
-  Chunks are cut along T, so that every device works on rows of its own in each.
+  T is sliced, not B, so that every device works on its own sequences in each chunk.
   """
   batch, length = arrays[0].shape[:2]
   at_once = max(math.prod(sharding.shards()) * chunk // (batch * vocab), 1)
@@ -55,16 +55,16 @@ def token_logprobs(
   temperature: float | Float[Array, ''] = 1.0,
   chunk: int = CHUNK,
 ) -> tuple[Float[Array, 'B T'], Float[Array, 'B T']]:
-  """Log-probability of each target and entropy of the distribution it is drawn from.
+  """Computes the log-probability of each target and the entropy of its distribution.
 
       logp = logits[target] - logsumexp(logits),  logits = unembed(hidden) / temperature
 
   Args:
     unembed: function from hidden [..., D] to float32 logits [..., V].
-    hidden: [B, T, D] states, each of which predicts the target of its own slot.
+    hidden: [B, T, D] states; each predicts the target at its own position.
     targets: [B, T] int32.
-    temperature: what the logits are divided by.
-    chunk: logits held at once on each device.
+    temperature: temperature that divides the logits.
+    chunk: number of logits held at a time on each device.
 
   Returns:
     logprobs [B, T] float32 and entropy [B, T] float32, in nats.
@@ -72,7 +72,7 @@ def token_logprobs(
 
   def rows(h, y):
     logits = unembed(h) / temperature
-    # Below the largest, so that neither term of a peaked distribution's entropy is rounded away.
+    # Subtract the maximum, so that rounding loses neither term of a peaked distribution's entropy.
     logits = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.exp(logits)
     total = jnp.sum(weights, axis=-1)
@@ -89,7 +89,7 @@ def cross_entropy(
   *,
   chunk: int = CHUNK,
 ) -> Float[Array, 'B T']:
-  """Negative log-likelihood of each target, [B, T] float32 nats; no entropy is computed."""
+  """Negative log-likelihood of each target, [B, T] float32, in nats; without the entropy."""
 
   def rows(h, y):
     logits = unembed(h)
@@ -108,15 +108,15 @@ def full_kl(
   temperature: float | Float[Array, ''] = 1.0,
   chunk: int = CHUNK,
 ) -> Float[Array, 'B T']:
-  """KL(policy || reference) over the whole vocabulary, per token.
+  """Computes KL(policy || reference) over the whole vocabulary for each token.
 
   Args:
-    unembed: the policy's unembedding.
-    hidden: [B, T, D] of the policy.
-    ref_unembed: the reference's unembedding.
-    ref_hidden: [B, T, E] of the reference.
-    temperature: what both logits are divided by.
-    chunk: logits held at once on each device.
+    unembed: unembedding of the policy.
+    hidden: [B, T, D] states of the policy.
+    ref_unembed: unembedding of the reference.
+    ref_hidden: [B, T, E] states of the reference.
+    temperature: temperature that divides both logits.
+    chunk: number of logits held at a time on each device.
 
   Returns:
     [B, T] float32, nats.

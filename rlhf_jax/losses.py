@@ -1,9 +1,9 @@
 """Losses as pure functions of arrays: no model, no config.
 
 Letters: B batch, R response length, K completions, T sequence length. Per-token losses
-return per-token values, to be summed over a mask and divided by the count of the whole
-minibatch, so that microbatches add up to the true mean and not to a mean of means.
-`token_weights` does the same for the means of GRPO's family.
+return one value a token. Sum them over a mask and divide by the count of the whole minibatch: then
+microbatches add up to the true mean instead of a mean of means. `token_weights` does the same for
+the means of the GRPO family.
 """
 
 import chex
@@ -22,7 +22,7 @@ def log_ratio(
   *,
   level: str,
 ) -> Float[Array, 'B R']:
-  """Log of the importance ratio, of each token or of its whole sequence.
+  """Computes the log of the importance ratio of each token or of its whole sequence.
 
   With d_t = logprobs_t - old_logprobs_t and s = sum_t d_t / length over the sequence's tokens:
 
@@ -30,14 +30,14 @@ def log_ratio(
       'sequence':        s on every token                      (GSPO)
       'sequence_token':  sg(s) + logprobs_t - sg(logprobs_t)   (GSPO-token)
 
-  where sg stops the gradient. The last has the value of 'sequence', but each token's gradient
-  is its own, so that advantages may differ within a sequence. For equal advantages and
-  normalization by sequence the gradients of the last two are the same.
+  where sg stops the gradient. The last has the value of 'sequence', but every token has its own
+  gradient, so advantages may differ within a sequence. If they are equal and the loss is normalized
+  by sequence, the last two have the same gradients.
   See GSPO, eq. 7 and §4.3 (https://arxiv.org/abs/2507.18071).
 
   Args:
-    logprobs: [B, R] float32, of the policy being trained.
-    old_logprobs: [B, R] float32, of the policy that sampled.
+    logprobs: [B, R] float32, log-probabilities by the policy being trained.
+    old_logprobs: [B, R] float32, log-probabilities by the policy that sampled.
     mask: [B, R] bool, True at response tokens; it may have holes.
     level: 'token', 'sequence' or 'sequence_token'.
 
@@ -69,14 +69,14 @@ def token_weights(
   normalize: str,
   max_length: int,
 ) -> Float[Array, 'B R']:
-  """Weights w such that sum(w * loss) over a whole minibatch is the normalized loss.
+  """Returns weights w such that sum(w * loss) over a minibatch is the normalized loss.
 
       'token':     1 / tokens                         (DAPO eq. 12; TRL's BNPO)
       'sequence':  1 / (sequences * length of the sequence)    (GRPO, DeepSeekMath eq. 3)
       'constant':  1 / (sequences * max_length)       (Dr. GRPO)
 
-  'token' weighs all tokens alike, 'sequence' all sequences alike, and 'constant' all tokens
-  alike whatever the lengths of the others. Count `tokens` and `sequences` once, over the
+  'token' weighs all tokens of the minibatch equally, 'sequence' all sequences equally; 'constant'
+  gives every token the same weight in every minibatch. Count `tokens` and `sequences` once, over the
   whole minibatch; the weighted sums of its microbatches then add up to its loss. To leave
   sequences out (DAPO's groups of equal scores), clear their mask and do not count them.
   See DeepSeekMath (https://arxiv.org/abs/2402.03300), DAPO (https://arxiv.org/abs/2503.14476)
@@ -87,8 +87,8 @@ def token_weights(
     tokens: scalar, response tokens in the minibatch.
     sequences: scalar, sequences in the minibatch. An empty one counts, as it does in TRL.
     normalize: 'token', 'sequence' or 'constant'.
-    max_length: the most tokens a response can have; used by 'constant' only. It is not R,
-      which is smaller where a microbatch is cut to its longest response.
+    max_length: maximum number of tokens of a response; used by 'constant' only. R may be smaller,
+      because a microbatch is truncated to its longest response.
 
   Returns:
     [B, R] float32; masked slots hold 0.
@@ -118,17 +118,17 @@ def clipped_policy_loss(
 ) -> tuple[Float[Array, 'B R'], Float[Array, 'B R'], Float[Array, 'B R']]:
   """-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), ratio = exp(log_ratios).
 
-  The loss of `ppo_policy_loss`, for a ratio that need not be of one token: see `log_ratio`.
+  The loss of `ppo_policy_loss` for any ratio of `log_ratio`, such as that of a sequence.
 
   Args:
     log_ratios: [B, R] float32.
     advantages: [B, R] float32.
-    clip_low: how far below 1 the ratio counts.
-    clip_high: how far above 1 the ratio counts.
-    dual_clip: None for none.
+    clip_low: the ratio is clipped at 1 - clip_low.
+    clip_high: the ratio is clipped at 1 + clip_high.
+    dual_clip: bound c of the loss of negative advantages; None for none.
 
   Returns:
-    loss [B, R], clipped [B, R] (1 where the clip decides) and ratio [B, R].
+    loss [B, R], clipped [B, R] (1 where the clipped term is larger) and ratio [B, R].
   """
   chex.assert_equal_shape([log_ratios, advantages])
   ratio = jnp.exp(log_ratios)
@@ -157,15 +157,15 @@ def ppo_policy_loss(
   https://arxiv.org/abs/1912.09729).
 
   Args:
-    logprobs: [B, R] float32, of the policy being trained.
-    old_logprobs: [B, R] float32, of the policy that sampled.
+    logprobs: [B, R] float32, log-probabilities by the policy being trained.
+    old_logprobs: [B, R] float32, log-probabilities by the policy that sampled.
     advantages: [B, R] float32.
-    clip_low: how far below 1 the ratio counts.
-    clip_high: how far above 1 the ratio counts.
-    dual_clip: None for none.
+    clip_low: the ratio is clipped at 1 - clip_low.
+    clip_high: the ratio is clipped at 1 + clip_high.
+    dual_clip: bound c of the loss of negative advantages; None for none.
 
   Returns:
-    loss [B, R], clipped [B, R] (1 where the clip decides) and ratio [B, R].
+    loss [B, R], clipped [B, R] (1 where the clipped term is larger) and ratio [B, R].
   """
   chex.assert_equal_shape([logprobs, old_logprobs, advantages])
   return clipped_policy_loss(
@@ -185,13 +185,13 @@ def ppo_value_loss(
   See lm-human-preferences, `train_policy.py`.
 
   Args:
-    values: [B, R] float32, of the critic being trained.
-    old_values: [B, R] float32, of the critic at the time of the rollout.
+    values: [B, R] float32, values by the critic being trained.
+    old_values: [B, R] float32, values by the critic before the update.
     returns: [B, R] float32.
-    clip: how far from the old value counts; None for any.
+    clip: maximum distance from the old value; None for no clipping.
 
   Returns:
-    loss [B, R] and clipped [B, R] (1 where the clip decides).
+    loss [B, R] and clipped [B, R] (1 where the clipped term is larger).
   """
   chex.assert_equal_shape([values, old_values, returns])
   plain = jnp.square(values - returns)
@@ -216,21 +216,21 @@ def pairwise_loss(
         -(1 - s) log sigmoid(r_i - r_j - margin) - s log sigmoid(-(r_i - r_j - margin))
         + centering * (r_i + r_j)^2
 
-  Two completions are the usual preference pair; K of them are InstructGPT's loss, eq. 1
-  (https://arxiv.org/abs/2203.02155), where each completion costs one forward pass and every
-  prompt weighs the same. Margin: Llama 2, eq. 2 (https://arxiv.org/abs/2307.09288).
+  With K = 2 this is the usual loss of preference pairs; with more it is InstructGPT's, eq. 1
+  (https://arxiv.org/abs/2203.02155): one forward pass a completion, and the same weight for every
+  prompt. Margin: Llama 2, eq. 2 (https://arxiv.org/abs/2307.09288).
   Centering: Eisenstein et al. 2023 (https://arxiv.org/abs/2312.09244), 0.01 recommended.
 
   Args:
     scores: [B, K] float32.
-    ranks: [B, K] int32, 0 is best; tied pairs are left out.
+    ranks: [B, K] int32, 0 is best; tied pairs are skipped.
     present: [B, K] bool.
     margin: [B] float32.
-    centering: weight of the squared sum.
+    centering: weight of the squared sums.
     label_smoothing: probability s that a label is wrong.
 
   Returns:
-    loss [B], 0 for a prompt without a pair, and has_pair [B] bool.
+    loss [B], 0 for prompts without a pair, and has_pair [B] bool.
   """
   chex.assert_equal_shape([scores, ranks, present])
   better = (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]
@@ -270,7 +270,7 @@ def pick_best_loss(
 def rating_loss(
   scores: Float[ArrayLike, 'B K'], ratings: Float[ArrayLike, 'B K'], present: Bool[ArrayLike, 'B K']
 ) -> tuple[Float[Array, ' B'], Bool[Array, ' B']]:
-  """Squared error to absolute ratings, mean over a prompt's completions.
+  """Squared error of absolute ratings, averaged over a prompt's completions.
 
   Args:
     scores: [B, K] float32.
@@ -278,7 +278,7 @@ def rating_loss(
     present: [B, K] bool.
 
   Returns:
-    loss [B] and valid [B] bool.
+    loss [B] and valid [B] bool (at least one completion).
   """
   error = jnp.where(present, jnp.square(scores - ratings), 0.0)
   count = jnp.sum(present, axis=-1)

@@ -1,9 +1,9 @@
-"""The few pytrees that travel between data, rollout, algorithms and checkpoints.
+"""The pytrees that data, rollout, algorithms and checkpoints exchange.
 
 Letters: B batch, K completions of one prompt, P prompt length, R response length, T = P + R.
 
-Masks are made where tokens are made and travel with them. No code derives a mask from
-`tokens == pad_id` later: where the padding token is the EOS, that would eat the EOS.
+Masks are made together with the tokens and stay with them. No code derives a mask from
+`tokens == pad_id`: if the padding token is the EOS, that would drop the EOS.
 """
 
 from flax import struct
@@ -17,7 +17,7 @@ ScoreArray = Float[ArrayLike, ' B'] | Float[ArrayLike, 'B R']
 
 @struct.dataclass
 class Prompts:
-  """Left-padded prompts, so that every row writes its first response token at the same index.
+  """Left-padded prompts: all sequences write their first response token at the same index.
 
   Attributes:
     tokens: [B, P] int32.
@@ -35,10 +35,10 @@ class Rollout:
   Attributes:
     tokens: [B, T] int32, left-padded prompt then right-padded response.
     mask: [B, T] bool, True at real tokens of either.
-    response_mask: [B, R] bool, True at sampled tokens, the EOS included.
+    response_mask: [B, R] bool, True at sampled tokens, including the EOS.
     logprobs: [B, R] float32, log-probability of each token under the distribution it was
       sampled from (temperature, top-k and top-p applied); 0 outside `response_mask`.
-    ended: [B] bool, which responses ended by themselves; None where their tokens tell.
+    ended: [B] bool, which responses ended by themselves; None if their tokens show it.
   """
 
   tokens: Int[Array, 'B T']
@@ -50,12 +50,12 @@ class Rollout:
 
 @struct.dataclass
 class Scores:
-  """What a scorer gives a rollout, before the rules of experience.ScoreRules.
+  """The scores of a rollout, before the rules of experience.ScoreRules.
 
   Attributes:
     total: [B] float32, or [B, R] for rewards per token.
-    parts: {name: [B] float32}, what the total was made of; empty where it has one source. `a/b` is
-      what part `a` was made of.
+    parts: {name: [B] float32}, the terms of the total; empty if it has a single source. `a/b` is a
+      term of part `a`.
   """
 
   total: ScoreArray
@@ -63,13 +63,13 @@ class Scores:
 
   @classmethod
   def of(cls, scores: 'Scores | ScoreArray') -> 'Scores':
-    """Scores of an array of totals; those that are Scores already stay as they are."""
+    """Returns `scores` if they are Scores, else Scores with this array as the total."""
     return scores if isinstance(scores, cls) else cls(scores)
 
 
 @struct.dataclass
 class LMBatch:
-  """Rows for a language-modelling loss, packed or one example a row.
+  """Rows of tokens for a language-modelling loss, packed or one example in each.
 
   Attributes:
     tokens: [B, T] int32.
@@ -86,7 +86,7 @@ class LMBatch:
 
 @struct.dataclass
 class Pairs:
-  """Prompts and completions apart, for models whose encoder reads the prompt.
+  """Prompts and completions, for models whose encoder reads the prompt.
 
   Attributes:
     tokens: [B, T] int32, left-padded prompt then right-padded completion.
@@ -101,15 +101,15 @@ class Pairs:
 
 @struct.dataclass
 class Comparisons:
-  """K completions of each prompt, ordered by a human (or a simulated one).
+  """K completions of each prompt, ranked by a human annotator or a simulated one.
 
   Attributes:
     tokens: [B, K, T] int32, prompt and completion, right-padded.
     mask: [B, K, T] bool, True at real tokens.
-    present: [B, K] bool, False where a prompt has fewer than K completions.
+    present: [B, K] bool, False at the padding of prompts with fewer than K completions.
     ranks: [B, K] int32, 0 is best, equal ranks are a tie.
-    ratings: [B, K] float32, absolute scores where the data has them, else 0.
-    margin: [B] float32, by how much the better one should win (Llama 2, eq. 2), else 0.
+    ratings: [B, K] float32, absolute scores; 0 if the data has none.
+    margin: [B] float32, the margin of the better completion (Llama 2, eq. 2); 0 if the data has none.
   """
 
   tokens: Int[Array, 'B K T']
@@ -122,19 +122,19 @@ class Comparisons:
 
 @struct.dataclass
 class Experience:
-  """A scored rollout, ready for the update. Positions outside the masks hold zeros.
+  """A scored rollout, ready for the update. Positions outside the masks are zero.
 
   Attributes:
     tokens: [B, T] int32.
     mask: [B, T] bool.
     response_mask: [B, R] bool, positions with a policy loss.
-    step_mask: [B, R] bool, positions with a value loss: those and the one the score is paid on.
-    logprobs: [B, R] float32 of the behaviour policy.
+    step_mask: [B, R] bool, positions with a value loss: `response_mask` and the position that gets the score.
+    logprobs: [B, R] float32, log-probabilities by the behaviour policy.
     advantages: [B, R] float32.
-    ref_logprobs: [B, R] float32 of the reference; None without one.
-    values: [B, R] float32 of the critic before the update; None without one.
+    ref_logprobs: [B, R] float32, log-probabilities by the reference; None without a reference.
+    values: [B, R] float32, values of the critic before the update; None without a critic.
     returns: [B, R] float32; None without a critic.
-    frozen_states: [B, T, D] states below the trained layers; None if the lowest is trained too.
+    frozen_states: [B, T, D] outputs of the frozen lower layers; None if there are none.
   """
 
   tokens: Int[Array, 'B T']
@@ -151,15 +151,15 @@ class Experience:
 
 @struct.dataclass
 class TrainState:
-  """Everything a training run needs to resume exactly, but for the data.
+  """Everything that a run needs to resume exactly, except the place in the data.
 
   Attributes:
     step: int32 scalar, finished train steps.
-    key: random key; folded with `step`, never reused.
+    key: random key of the run; each step folds in its number.
     params: trainable parameters, for PPO {'policy': ..., 'critic': ...}.
-    opt_state: optax state of the same shape of dict.
-    extra: an algorithm's own pytree, for PPO its KL coefficient and the moments of the scores. Single
-      arrays are replicated, trees of parameters lie where the parameters lie.
+    opt_state: optax states, a dict with the same names.
+    extra: an algorithm's own pytree; for PPO its KL coefficient and the moments of the scores.
+      Single arrays are replicated; trees of parameters are sharded like the parameters.
   """
 
   step: Int[Array, '']
@@ -170,18 +170,18 @@ class TrainState:
 
 
 def positions_from_mask(mask: Bool[ArrayLike, 'B T']) -> Int[Array, 'B T']:
-  """Positions of real tokens, counted from 0: the exclusive cumulative sum of the mask.
+  """Returns the positions of real tokens, from 0: the exclusive cumulative sum of the mask.
 
   Args:
     mask: [B, T] bool.
 
   Returns:
-    [B, T] int32. Padding gets the position of the next real token, which nobody reads.
+    [B, T] int32. Padding gets the position of the next real token, which no code reads.
   """
   mask = mask.astype(jnp.int32)
   return jnp.cumsum(mask, axis=-1) - mask
 
 
 def step_keys(state: TrainState) -> Key[Array, '2']:
-  """The random keys of this step's rollout and of its update, never used again."""
+  """Returns the random keys of this step's rollout and of its update."""
   return jax.random.split(jax.random.fold_in(state.key, state.step))

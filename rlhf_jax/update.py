@@ -1,8 +1,8 @@
 """The update: epochs, minibatches and microbatches of any loss.
 
-`run` learns from a rollout, `step` from a batch of data. What saves work is here, for every
-algorithm: a first epoch whose forward pass also gives the behaviour policy's log-probabilities,
-microbatches of sequences of like length, states below frozen layers that are computed once.
+`run` learns from a rollout, `step` from a batch of data. The optimizations are here, for every
+algorithm: the forward pass of the first epoch also gives the behaviour policy's log-probabilities,
+microbatches hold sequences of similar length, and frozen layers run once.
 
 Letters: B batch, R response length.
 """
@@ -26,17 +26,17 @@ from rlhf_jax import types
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """How a rollout is gone through.
+  """How the update divides a rollout.
 
   Attributes:
     epochs: passes over each rollout.
-    minibatches: optimizer steps a pass; must divide the batch.
+    minibatches: optimizer steps of an epoch; must divide the batch.
     microbatch_size: sequences of one forward and backward pass; 0 for the whole minibatch.
-    length_buckets: microbatches hold sequences of like length, cut to one of this many lengths; each
-      of them is compiled; see lengths.run_bucketed. 1 for none.
-    before_like_first: the passes before the update are over the sequences of each minibatch and
-      microbatch of the first epoch together, in the same shapes; else over all of them, or over
-      microbatches of like length. In bfloat16 other shapes may give other log-probabilities.
+    length_buckets: microbatches hold sequences of similar length, truncated to one of this many
+      lengths, each of which is compiled; see lengths.run_bucketed. 1 turns this off.
+    before_like_first: whether the forward passes before the update use the minibatches and
+      microbatches of the first epoch, in the same shapes, instead of the whole rollout or
+      microbatches of similar length. In bfloat16 other shapes may give other log-probabilities.
   """
 
   epochs: int = 1
@@ -46,7 +46,7 @@ class Schedule:
   before_like_first: bool = False
 
   def has_microbatches(self, batch: types.Rollout | types.Experience) -> bool:
-    """Whether a pass is over a part of these sequences at a time."""
+    """Whether a pass over this batch is split into microbatches."""
     return 0 < self.microbatch_size < batch.tokens.shape[0]
 
   def is_full_batch(self, rollout: types.Rollout) -> bool:
@@ -55,7 +55,7 @@ class Schedule:
 
 
 class Counts(NamedTuple):
-  """What a minibatch holds, at least 1 each: the divisors of its means.
+  """Sizes of a minibatch, each at least 1: the divisors of its means.
 
   Attributes:
     tokens: positions with a policy loss.
@@ -73,18 +73,18 @@ Optimizers = dict[str, optax.GradientTransformation]
 
 
 class Objective(NamedTuple):
-  """What an algorithm optimizes: the three places where on-policy algorithms differ.
+  """The parts of the update in which on-policy algorithms differ.
 
   Attributes:
-    prepare: (Outputs, Fixed) before the update -> (Experience, extra of the next TrainState, metrics),
-      over the whole batch.
-    step_mask: [B, R] bool, the positions that any loss reads.
-    loss: (Outputs, Experience, Counts) -> (share of the minibatch's mean loss, metrics that add up
-      over microbatches).
-    minibatch: Experience -> Experience, done to each minibatch before it is split.
-    extra_batch: pytree [n, ...], shared out over the minibatches; None for none.
-    extra_gradients: (params, its part of `extra_batch`) -> ({name: gradients}, metrics), added to
-      the minibatch's.
+    prepare: (Outputs, Fixed) before the update -> (Experience, extra of the next TrainState,
+      metrics), for the whole batch.
+    step_mask: [B, R] bool, positions that any loss reads.
+    loss: (Outputs, Experience, Counts) of a microbatch -> (its share of the minibatch's mean loss,
+      metrics that add up over microbatches).
+    minibatch: Experience -> Experience, applied to each minibatch before it is split.
+    extra_batch: pytree [n, ...], divided among the minibatches; None for none.
+    extra_gradients: (params, part of `extra_batch`) -> ({name: gradients}, metrics), added to those
+      of the minibatch.
   """
 
   prepare: Callable[..., tuple[types.Experience, PyTree, Metrics]]
@@ -147,7 +147,7 @@ def run(
 
 
 def _part(batch, schedule, step):
-  """The part of an extra batch that belongs to a step's minibatch."""
+  """Returns the part of an extra batch for the minibatch of a step."""
   part = lambda x: x.reshape((schedule.minibatches, -1) + x.shape[1:])[step % schedule.minibatches]
   return jax.tree.map(part, batch)
 
@@ -162,14 +162,14 @@ def _counts(experience):
 
 
 def _full_batch_gradients(state, rollout, forward, objective):
-  """Gradients of epochs that are one pass over all sequences each.
+  """Returns a function of gradients for epochs that are one pass over the whole batch.
 
-  The first epoch starts from the parameters that sampled. So its forward pass is the one that gives
-  the behaviour policy's log-probabilities, too.
+  The first epoch starts from the parameters that sampled, so its forward pass also gives the
+  behaviour policy's log-probabilities.
 
   Returns:
-    (params, memory, xs) -> (gradients, metrics, memory), and the first memory: what the first epoch
-    keeps for the others, and (extra, metrics) of `objective.prepare`.
+    (params, memory, xs) -> (gradients, metrics, memory), and the initial memory: outputs that the
+    first epoch keeps for the later ones, and (extra, metrics) of `objective.prepare`.
   """
   fixed = forward.fixed(state.params, rollout)
 
@@ -196,7 +196,7 @@ def _full_batch_gradients(state, rollout, forward, objective):
 
 
 def _minibatch_gradients(state, rollout, orders, forward, objective, schedule):
-  """As `_full_batch_gradients`, of shuffled minibatches, each summed over its microbatches."""
+  """As `_full_batch_gradients`, for shuffled minibatches, summed over their microbatches."""
   fixed, outputs = before_update(
     state.params,
     rollout,
@@ -225,13 +225,13 @@ def before_update(
   schedule: Schedule,
   first: Int[Array, 'M n'] | None = None,
 ) -> tuple[forward_lib.Fixed, forward_lib.Outputs]:
-  """The forward passes over a rollout before its first update, a microbatch at a time.
+  """Runs the forward passes over a rollout before its update, one microbatch at a time.
 
   Args:
     params, rollout, forward, schedule: see `run`.
     step_mask: see Objective.
-    first: [minibatches, B / minibatches] int32, the sequences of each minibatch of the first epoch;
-      for `schedule.before_like_first`.
+    first: [minibatches, B / minibatches] int32, sequences of each minibatch of the first epoch, for
+      `schedule.before_like_first`.
 
   Returns:
     Fixed and Outputs.
@@ -243,7 +243,9 @@ def before_update(
     outputs = forward.outputs(params, rows, fixed.frozen_states)
     return lengths.pad_response((fixed, outputs), length - rows.response_mask.shape[1])
 
-  rollout = rollout.replace(ended=None)  # the passes do not read it, and it has no positions to cut
+  rollout = rollout.replace(
+    ended=None
+  )  # the passes do not read it, and it has no position axis to truncate
   pieces = _microbatches_before(step_mask, schedule, first)
   if pieces is None:
     return passes(rollout)
@@ -256,10 +258,11 @@ def before_update(
 
 
 def _microbatches_before(step_mask, schedule, first):
-  """Which sequences the passes before an update read together; see `before_update`.
+  """Returns the microbatches of the passes before an update; see `before_update`.
 
   Returns:
-    [pieces, sequences] int32 and the lengths that a piece may be cut to; None for all at once.
+    Indices [microbatches, sequences] int32 and the number of length buckets; None for the whole
+    batch at once.
   """
   size = schedule.microbatch_size
   if not schedule.before_like_first:
@@ -280,7 +283,7 @@ def minibatch_gradients(
   objective: Objective,
   schedule: Schedule,
 ) -> tuple[dict[str, PyTree], Metrics]:
-  """Gradients of one minibatch, summed over its microbatches.
+  """Computes the gradients of one minibatch, summed over its microbatches.
 
   Args:
     params, forward, objective, schedule: see `run`.
@@ -317,11 +320,11 @@ def step(
   optimizers: Optimizers,
   microbatch_size: int,
 ) -> tuple[types.TrainState, Metrics]:
-  """One optimizer step on a batch of data.
+  """Takes one optimizer step on a batch of data.
 
   Args:
     state: TrainState.
-    loss: (params, a part of the batch) -> (share of the batch's mean loss, metrics that add up).
+    loss: (params, microbatch) -> (its share of the batch's mean loss, metrics that add up).
     batch: pytree of [B, ...] arrays.
     optimizers: see optim.apply.
     microbatch_size: examples of one forward and backward pass; 0 for all.
