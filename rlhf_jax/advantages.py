@@ -109,8 +109,8 @@ def next_kl_coef(
 ) -> float | Float[Array, '']:
   """Returns the KL coefficient of the next iteration.
 
-  'adaptive' (Ziegler et al. 2019 §2.2, https://arxiv.org/abs/1909.08593) controls the KL summed over
-    each response, in nats per sequence:
+  'adaptive' (Ziegler et al. 2019 §2.2, https://arxiv.org/abs/1909.08593) controls the KL summed
+    over each response, in nats per sequence:
       kl_coef * (1 + clip(KL / target - 1, -0.2, 0.2) * B / horizon).
   'adaptive_per_token' (RL4LMs) controls the mean KL per token, in nats:
       kl_coef * (1 + clip(KL / target - 1, -0.2, 0.2) * 0.1).
@@ -154,8 +154,8 @@ def apply_missing_eos(
   (lm-human-preferences and N+ use -1); 'subtract' subtracts `value` from it (TRL).
 
   Args:
-    scores: [B] float32, or [B, R] for rewards per token, whose sum is the score. Then the last token
-      gets `value`, and 'replace' sets the rewards of the others to 0.
+    scores: [B] float32, or [B, R] for rewards per token, whose sum is the score. Then the last
+      token gets `value`, and 'replace' sets the rewards of the others to 0.
     has_eos: [B] bool.
     mode: 'none', 'replace' or 'subtract'.
     value: the constant.
@@ -381,7 +381,7 @@ def overlong_penalty(
   """clip((max_length - cache - length) / cache, -1, 0), a term that is added to the scores.
 
   0 up to `max_length - cache` tokens, then falling to -1 at `max_length`.
-  See DAPO, eq. 13 (https://arxiv.org/abs/2503.14476), where `max_length` is 20,480 and `cache` 4,096.
+  See DAPO, eq. 13 (https://arxiv.org/abs/2503.14476), where they are 20,480 and 4,096 tokens.
 
   Args:
     lengths: [B] int32, tokens of each response.

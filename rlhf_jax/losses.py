@@ -76,8 +76,8 @@ def token_weights(
       'constant':  1 / (sequences * max_length)       (Dr. GRPO)
 
   'token' weighs all tokens of the minibatch equally, 'sequence' all sequences equally; 'constant'
-  gives every token the same weight in every minibatch. Count `tokens` and `sequences` once, over the
-  whole minibatch; the weighted sums of its microbatches then add up to its loss. To leave
+  gives every token the same weight in every minibatch. Count `tokens` and `sequences` once, over
+  the whole minibatch; the weighted sums of its microbatches then add up to its loss. To leave
   sequences out (DAPO's groups of equal scores), clear their mask and do not count them.
   See DeepSeekMath (https://arxiv.org/abs/2402.03300), DAPO (https://arxiv.org/abs/2503.14476)
   and Dr. GRPO §3 (https://arxiv.org/abs/2503.20783).

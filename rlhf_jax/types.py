@@ -109,7 +109,7 @@ class Comparisons:
     present: [B, K] bool, False at the padding of prompts with fewer than K completions.
     ranks: [B, K] int32, 0 is best, equal ranks are a tie.
     ratings: [B, K] float32, absolute scores; 0 if the data has none.
-    margin: [B] float32, the margin of the better completion (Llama 2, eq. 2); 0 if the data has none.
+    margin: [B] float32, margin of the better completion (Llama 2, eq. 2); 0 if there is none.
   """
 
   tokens: Int[Array, 'B K T']
@@ -128,7 +128,8 @@ class Experience:
     tokens: [B, T] int32.
     mask: [B, T] bool.
     response_mask: [B, R] bool, positions with a policy loss.
-    step_mask: [B, R] bool, positions with a value loss: `response_mask` and the position that gets the score.
+    step_mask: [B, R] bool, positions with a value loss: `response_mask`, and the position that
+      gets the score.
     logprobs: [B, R] float32, log-probabilities by the behaviour policy.
     advantages: [B, R] float32.
     ref_logprobs: [B, R] float32, log-probabilities by the reference; None without a reference.
