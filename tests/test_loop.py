@@ -10,6 +10,7 @@ import pytest
 from rlhf_jax import loop
 from rlhf_jax import policy as policy_lib
 from rlhf_jax import sharding
+from rlhf_jax.algorithms import build
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms import setup
 from rlhf_jax.models import hf
@@ -46,6 +47,8 @@ def test_metrics_are_written_when_they_are_due(finished):
 def test_a_folder_says_what_made_it(finished, world):
   config, folder = finished
   assert json.loads((folder / 'config.json').read_text()) == json.loads(config.to_json())
+  base = json.loads((folder / 'base_config.json').read_text())
+  assert base == json.loads(build.load(config.algorithm).config().to_json())
   assert json.loads((folder / 'model.json').read_text())['name'] == 'policy'
   assert {'tokenizer.json', 'tokenizer_config.json'} <= {
     path.name for path in (folder / 'tokenizer').iterdir()

@@ -77,7 +77,7 @@ output { color: var(--soft); font-size: 0.875rem; padding-bottom: 0.35rem; }
 .metric p { margin: 0.25rem 0; }
 .metric:target { background: var(--best); }
 .metrics { columns: 2 24rem; column-gap: 2.5rem; }
-.formula { overflow-x: auto; padding: 0.2rem 0; }
+.formula { overflow-x: auto; padding: 0.2rem 0; font-size: 1.15em; }
 details { margin: 0.75rem 0; }
 summary { cursor: pointer; color: var(--accent); }
 @media (max-width: 30rem) { th, td { padding: 0.35rem 0.28rem; font-size: 0.78rem; }

@@ -122,3 +122,15 @@ def test_a_preference_must_lie_between_minus_one_and_one():
   judge = judges.load(f'{HERE}:too_sure')
   with pytest.raises(errors.UserError, match='too_sure returned 3 for example 0.* from -1 '):
     judge.prefer(samples(['a']), samples(['b']), [{}])
+
+
+def maker(path):
+  """A score that is made from data."""
+  return lambda prompt, response: float(len(path))
+
+
+def test_a_report_says_what_the_judge_is():
+  assert judges.load(f'{HERE}:maker', path='data').described == (
+    f'{HERE}:maker: A score that is made from data.'
+  )
+  assert judges.load(f'{HERE}:single').described == f'{HERE}:single'

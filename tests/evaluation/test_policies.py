@@ -259,6 +259,11 @@ def test_the_best_of_n_is_the_best_by_the_reward_model(compared, world, proxy):
   assert row['proxy'] == pytest.approx(scores.max(axis=1).mean(), abs=1e-5)
   assert row['gold'] == pytest.approx(gold[np.arange(COUNT), best].mean())
   assert row['kl'] == pytest.approx(math.log(4) - 3 / 4)  # Stiennon et al. 2020, appendix G.3
+  parts = json.loads((compared[1] / policies.REPORT).read_text())
+  first, *_, last = parts['best_of']
+  assert (last['gold'], last['kl']) == (pytest.approx(row['gold']), row['kl'])
+  assert first['gold'] == pytest.approx(gold.mean())  # the best of one: no choice
+  assert parts['gold'] == f'{__name__}:mean_word: A gold score: the mean number of the words.'
 
 
 def test_the_kl_is_of_the_policy_from_the_baseline(compared, world):
