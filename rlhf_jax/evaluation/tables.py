@@ -20,9 +20,9 @@ _TITLES = {
   'gold': 'Gold score',
   'proxy': 'Proxy score',
   'kl': 'KL (nats)',
-  'kl_per_token': 'KL per token',
   'win_rate': 'Win rate',
   'elo': 'Elo',
+  'kl_per_token': 'KL per token',
 }
 _PARTS = frozenset(('gold_se', 'win_low', 'win_high', 'elo_low', 'elo_high'))
 
