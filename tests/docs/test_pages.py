@@ -14,6 +14,7 @@ import ml_collections
 from ml_collections import config_flags
 import pytest
 
+import rlhf_jax as rl
 from rlhf_jax import cli
 from rlhf_jax import config_files
 from rlhf_jax import evaluate
@@ -113,7 +114,9 @@ def test_config_keys_that_pages_name_exist(page, keys):
     text = re.sub(r'^\|[^|]*\|', '|', text, flags=re.M)
   tops = '|'.join({key.partition('.')[0] for key in keys if '.' in key})
   named = re.findall(rf'`(?:--config\.|config\.)?((?:{tops})\.\w+(?:\.\w+)*)[`=]', text)
-  assert not [key for key in named if key not in keys and not re.search(r'^evals|\.py$', key)]
+  api = {f'rl.{name}' for name in rl.__all__}  # `import rlhf_jax as rl`
+  named = [key for key in named if not re.search(r'^evals|\.py$', key)]
+  assert not [key for key in named if key not in keys | api]
 
 
 def commands(page):
