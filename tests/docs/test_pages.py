@@ -240,9 +240,8 @@ def newcomer():
   section = page.read_text().split('## PPO on your own prompts', 1)[1].split('Useful changes')[0]
   found = re.findall(r'^```(\S*)\n(.*?)^```$', section, re.M | re.S)
   shell = ''.join(text for language, text in found if language == 'sh')
-  files = [text for language, text in found if language != 'sh']
-  named = [re.match(r'# (\S+)\n(.*)', text, re.S).groups() for text in files]
-  return shell.replace('\\\n', '').splitlines(), {name: text for name, text in named}
+  files = re.findall(r'`(\S+)`:\n\n```\w+\n(.*?)^```$', section, re.M | re.S)
+  return shell.replace('\\\n', '').splitlines(), dict(files)
 
 
 def test_from_clone_to_ppo_on_own_prompts_with_an_own_reward(tmp_path, monkeypatch):
@@ -253,6 +252,7 @@ def test_from_clone_to_ppo_on_own_prompts_with_an_own_reward(tmp_path, monkeypat
   monkeypatch.chdir(tmp_path)
   for name, text in files.items():
     pathlib.Path(name).write_text(text)
+  pathlib.Path('rlhf_jax', 'rlhf_jax').mkdir(parents=True)  # the clone
   # In place of the download: a GPT-2 that is tiny. In place of the installation: this process.
   tokenizer = tokenizers.train_bpe(files['prompts.csv'].splitlines(), 280, 'tokenizer')
   fields = {'family': 'gpt2', 'n_embd': 8, 'n_layer': 1, 'n_head': 2, 'n_positions': 320}
