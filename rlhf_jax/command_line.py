@@ -23,7 +23,7 @@ from rlhf_jax import errors
 from rlhf_jax import runtime
 
 HELP = {'--help', '-help', '--helpfull', '--helpshort', '-h'}
-# What Python and libraries say of a flag's value, as regex, and what they mean.
+# Messages of Python and of libraries about a flag's value (regular expressions), in plain words.
 PLAIN = (
   (r'invalid literal for int\(\).*', 'must be a whole number'),
   (r'could not convert string to float.*', 'must be a number'),
@@ -33,7 +33,7 @@ PLAIN = (
 
 
 class _Parser(flags.ArgumentParser):
-  """Reads `CONFIG[:arg]` as config_files does; remembers it in `text`."""
+  """Reads `CONFIG[:arg]` with config_files, and keeps the argument in `text`."""
 
   text = ''
 
@@ -67,12 +67,12 @@ class Arguments(argparse.ArgumentParser):
 
 def define_config():
   """Defines --config and --print; returns the flag of the first."""
-  flags.DEFINE_bool('print', False, 'Print the config with all overrides as JSON, and end.')
+  flags.DEFINE_bool('print', False, 'Print the config with all overrides as JSON and exit.')
   holder = config_flags.DEFINE_config_file(
     'config',
     None,
     'Name of a config of the package, such as quickstart; Python file with get_config; or '
-    'config.json of a run. :ARG behind it selects a variant.',
+    'config.json of a run. Add :ARG for a variant, such as quickstart:debug.',
   )
   flags.FLAGS['config'].parser = _Parser()
   return holder
@@ -99,9 +99,9 @@ def start(main, required=()):
 
 
 def parse(argv, required=(), module='__main__'):
-  """Parses the command line, `--config.KEY=None` too; prints a mistake in it in one line.
+  """Parses the command line, including `--config.KEY=None`.
 
-  With --help or --print it prints what was asked for, and ends the process.
+  Exits with a message of one line if there is a mistake in it, and after --help and --print.
 
   Args:
     argv: with the program's name first.
@@ -109,7 +109,7 @@ def parse(argv, required=(), module='__main__'):
     module: name of the program's module, which has its usage and its flags.
 
   Returns:
-    The arguments that are no flags.
+    The arguments that are not flags.
   """
   wanted = HELP & set(argv)
   try:
@@ -174,7 +174,7 @@ def _parse(argv):
 
 
 def _no_such_key(argv, error):
-  """The message of a KeyError, where a flag names the key; else the error is raised again."""
+  """The message for a KeyError of a key that a flag names; raises any other error again."""
   within = re.search(
     r'does not support indexing. Attempting to lookup: ([\w.]+)', str(error.args[0])
   )
@@ -188,12 +188,12 @@ def _no_such_key(argv, error):
   if not key or flag is None:
     raise error
   hint = re.search(r'Did you mean "(\w+)"', str(error.args[0]))
-  hint = f'Did you mean {hint.group(1)!r}?' if hint else '--help behind --config lists its keys.'
+  hint = f'Did you mean {hint.group(1)!r}?' if hint else 'Add --help to list its keys.'
   return f'error: {flag}: the config has no key {key!r}. {hint}'
 
 
 def _help(config, module):
-  """What --help prints: the flags, and the keys of the config if there is one."""
+  """The text of --help: the flags, and the keys of the config if there is one."""
   usage = (sys.modules[module].__doc__ or '').strip()
   program = sys.argv[0] if module == '__main__' else module
   own = [

@@ -12,8 +12,8 @@ Hugging Face folder or the folder of a run. JUDGE is one of
   FOLDER               a reward model, whose higher score wins
 
 The second form runs the evaluators of a run's config.json on its newest checkpoint. After the end
-of the run these are the numbers of its last evaluation. --evals=held_out,prompts selects some of them;
---evals='{"text": {"path": "prompts.jsonl"}}' replaces `config.evals`.
+of the run these are the numbers of its last evaluation. --evals=held_out,prompts selects some of
+them; --evals='{"text": {"path": "prompts.jsonl"}}' replaces `config.evals`.
 
 python -m rlhf_jax.evaluate does the same.
 """
@@ -58,7 +58,7 @@ def run(workdir, evals=''):
     try:
       config.evals = ml_collections.ConfigDict(json.loads(evals))
     except ValueError as error:
-      raise errors.UserError(f'--evals={evals} is no JSON: {error}') from error
+      raise errors.UserError(f'--evals={evals} is not JSON: {error}') from error
   elif evals:
     names = evals.split(',')
     config.evals = ml_collections.ConfigDict(
@@ -129,8 +129,12 @@ def compare(options):
     UserError: an option is wrong or missing.
   """
   named = named_folders(options.policies)
-  for name in ('prompts', 'judge'):
-    errors.need(getattr(options, name), f'--{name} is missing: --policies needs --prompts, --judge')
+  errors.need(options.prompts, '--prompts is missing: name the data set that the policies answer')
+  errors.need(
+    options.judge,
+    '--judge is missing: name a function, a column or a reward model; `rlhf evaluate --help` has '
+    'the forms',
+  )
   workdir = pathlib.Path(options.workdir or f'runs/compare-{"-".join(named)}')
   errors.need(
     not (workdir / 'config.json').exists(),
@@ -160,16 +164,18 @@ def parser():
   add = found.add_argument
   add('--policies', default='', help='names and folders of the policies to compare')
   add('--prompts', default='', help='data set of prompts, with the columns that the judge reads')
-  add('--judge', default='', help='who decides which response is better; see above')
+  add('--judge', default='', help='decides which response is better; see above')
   add('--workdir', default='', help='folder of the results, or of the run to evaluate')
   add('--baseline', default='', help='policy that win rates and KLs are against; first by default')
   add('--reward_model', default='', help='folder of a reward model, for a column of proxy scores')
   add('--samples', type=int, default=0, help='responses of each policy; one a prompt by default')
   add('--best_of', type=int, default=0, help='adds best-of-n of the baseline by --reward_model')
   add(
-    '--max_new_tokens', type=int, help='of a response; by default 128, or what the context leaves'
+    '--max_new_tokens',
+    type=int,
+    help='length limit of a response; by default 128, or less if the context is shorter',
   )
-  add('--temperature', type=float, default=1.0, help='of sampling; 0 takes the likeliest token')
+  add('--temperature', type=float, default=1.0, help='of sampling; 0 selects the most likely token')
   add('--seed', type=int, default=0, help='of the samples')
   add('--evals', default='', help='evaluators of the run, or a JSON object; by default all')
   return found

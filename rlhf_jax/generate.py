@@ -21,21 +21,21 @@ from rlhf_jax import policy as policy_lib
 from rlhf_jax import runtime
 
 _MODEL = flags.DEFINE_string('model', None, "Hugging Face folder, or a run's working directory.")
-_PROMPT = flags.DEFINE_multi_string(
-  'prompt', [''], 'What to continue, or @FILE; may be given repeatedly.'
-)
+_PROMPT = flags.DEFINE_multi_string('prompt', [''], 'What to continue, or @FILE')
 _DATA = flags.DEFINE_string(
-  'data', None, 'Or a data set, whose prompts are read as in training, by the chat template.'
+  'data', None, 'Or a data set of prompts, read as in training, with the chat template.'
 )
-_TEMPERATURE = flags.DEFINE_float('temperature', 1.0, '0 takes the likeliest token.', 0.0)
-_TOP_K = flags.DEFINE_integer('top_k', 0, 'Sample among the k likeliest tokens; 0: all.', 0)
-_TOP_P = flags.DEFINE_float('top_p', 1.0, 'Sample within this probability mass.', 0.0, 1.0)
+_TEMPERATURE = flags.DEFINE_float('temperature', 1.0, '0 selects the most likely token.', 0.0)
+_TOP_K = flags.DEFINE_integer('top_k', 0, 'Sample from the k most likely tokens; 0: from all.', 0)
+_TOP_P = flags.DEFINE_float(
+  'top_p', 1.0, 'Sample from the most likely tokens with this total probability.', 0.0, 1.0
+)
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-  'max_new_tokens', None, 'Length limit; by default 128, or what the context leaves.', 1
+  'max_new_tokens', None, 'Length limit; by default 128, or less if the context is shorter.', 1
 )
 _IGNORE_EOS = flags.DEFINE_bool('ignore_eos', False, 'Continue past the end of the text.')
-_NUM_SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Samples of each prompt.', 1)
-_SEED = flags.DEFINE_integer('seed', 0, 'Of the samples.')
+_NUM_SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Responses to each prompt.', 1)
+_SEED = flags.DEFINE_integer('seed', 0, 'Seed of the samples.')
 ESCAPED = {'n': '\n', 't': '\t', '\\': '\\'}
 
 
@@ -44,7 +44,7 @@ def main(argv):
   if len(argv) > 1:
     sys.exit(f'error: unexpected arguments {argv[1:]}: every option begins with --')
   if _DATA.value and _PROMPT.present:
-    sys.exit('error: --prompt and --data: give one of them')
+    sys.exit('error: set only one of --prompt and --data')
   with command_line.one_line():
     texts = [prompt_of(text) for text in _PROMPT.value]
     runtime.configure()

@@ -63,7 +63,7 @@ def main(argv):
 
 
 def run():
-  """Runs what the command line names."""
+  """Runs the config of the command line in its folder."""
   runtime.configure()
   config = _CONFIG.value
   config.lock()
@@ -77,7 +77,7 @@ def run():
 
 
 def folders():
-  """The folder of the run, and that of the run it is a fork of or None."""
+  """The folder of the run, and the folder of the run that it is a fork of, or None."""
   workdir = _WORKDIR.value
   if workdir is None:
     workdir = command_line.default_workdir()

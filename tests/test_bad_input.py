@@ -37,7 +37,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 COMMANDS = {
   'unknown key': (
     ['--config=configs/quickstart.py', '--config.no_such_key=1'],
-    ["--config.no_such_key=1: the config has no key 'no_such_key'", 'lists its keys'],
+    ["--config.no_such_key=1: the config has no key 'no_such_key'", 'Add --help to list its keys'],
   ),
   'misspelt key': (
     ['--config=configs/quickstart.py', '--config.ppo.optim.learning_rat=1'],

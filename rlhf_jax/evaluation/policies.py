@@ -165,7 +165,7 @@ def compare_folders(workdir, policies, *, prompts, judge, reward_model, settings
   examples = (templated or list(loaded.values()))[0].read_examples(prompts)
   compared = comparison.compare_policies(loaded, examples, made, settings, reward_model=scorer)
   count = len(compared.answers[compared.baseline].samples.prompts)
-  title = f'{" against ".join(policies)}: {count} responses each'
+  title = f'{" against ".join(policies)}: {count} responses each, judged by {judge}'
   print(tables.stages_table(compared.rows, title=title, width=120))
   print(compared.text(3))
   workdir.mkdir(parents=True, exist_ok=True)

@@ -296,7 +296,7 @@ def test_sampling_reads_the_same_prompts(drawn, folder, tmp_path, monkeypatch, c
   with flagsaver.flagsaver(model=str(folder), data=path, max_new_tokens=1):
     generate.main(['generate'])
   with flagsaver.as_parsed(model=str(folder), data=path, prompt=['a']):
-    with pytest.raises(SystemExit, match='--prompt and --data: give one of them'):
+    with pytest.raises(SystemExit, match='set only one of --prompt and --data'):
       generate.main(['generate'])
   assert asked.pop() == right and not asked
   # What is collected is read as texts: they give the tokens again.

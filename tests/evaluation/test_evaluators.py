@@ -301,7 +301,7 @@ def test_alone_they_may_be_others_than_those_of_the_run(finished, world):
   assert 'few/unique' in found and len(found) == 6
   for evals, message in (
     ('nothing', 'names nothing: the run has no such evaluator'),
-    ('{"x"', 'is no JSON'),
+    ('{"x"', 'is not JSON'),
   ):
     with pytest.raises(errors.UserError, match=message):
       evaluate.run(finished, evals)
