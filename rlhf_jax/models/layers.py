@@ -1,4 +1,4 @@
-"""What the model families share: attention, activations, linear maps.
+"""Layers that the model families share: attention, activations, linear maps, norms.
 
 Letters: B batch, T queries, S keys (cache length where there is a cache), D width, N heads,
 K key/value heads, G = N / K queries sharing one of them, H head width, F feed-forward width.
@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 @jax.custom_jvp
 def gelu_tanh(x):
-  """GELU's tanh approximation (Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415).
+  """Computes GELU's tanh approximation (Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415).
 
-  The backward pass keeps x alone; what automatic differentiation keeps is a third of all the
+  The backward pass stores only x. What automatic differentiation would store is a third of the
   memory of a GPT-2 block.
   """
   return jax.nn.gelu(x, approximate=True)
@@ -41,18 +41,22 @@ ACTIVATIONS = {
 
 
 def soft_cap(x, bound):
-  """bound * tanh(x / bound), or x where the bound is 0 (Gemma 2, https://arxiv.org/abs/2408.00118, §2)."""
+  """Returns bound * tanh(x / bound), or x if the bound is 0.
+
+  See Gemma 2 (https://arxiv.org/abs/2408.00118), §2.
+  """
   return bound * jnp.tanh(x / bound) if bound else x
 
 
 def attention_mask(segments, key_segments, *, index, window=0):
-  """Who may look at whom: causally, within equal non-zero segments.
+  """Returns the mask of causal attention within equal non-zero segments.
 
   Args:
-    segments: [B, T] int32 of the queries, 0 at padding.
-    key_segments: [B, S] int32 of the keys, 0 at padding and at cache slots not yet written.
-    index: slot of the first query among the keys, an int or an int32 scalar.
-    window: slots a token sees, counted back from itself; 0: all.
+    segments: [B, T] int32, segments of the queries, 0 at padding.
+    key_segments: [B, S] int32, segments of the keys, 0 at padding and in empty cache slots.
+    index: Slot of the first query among the keys, an int or an int32 scalar.
+    window: Number of slots that a token attends to, counted back from and including its own; 0
+      for no limit.
 
   Returns:
     [B, 1, 1, T, S] bool, to broadcast over K and G.
@@ -67,36 +71,35 @@ def attention_mask(segments, key_segments, *, index, window=0):
 
 
 def attend(queries, keys, values, mask, *, bias=None, score_cap=0.0):
-  """Grouped-query attention; keys and values are not repeated for the queries that share them.
+  """Computes grouped-query attention without repeating keys and values.
 
-  Scores and softmax are float32. A row whose mask is False everywhere gives the mean of the
-  values, which nobody reads, and not NaN, which would spread.
+  Scores and softmax are float32. A query whose keys are all masked gets the mean of the values
+  instead of NaN, which would spread; nothing reads it.
 
   Args:
     queries: [B, T, N, H], already scaled.
     keys, values: [B, K, S, H].
     mask: [B, 1, 1, T, S] bool (T or B may be 1).
-    bias: None, or float32 to add to the scores, of a shape that broadcasts to [B, K, G, T, S].
-    score_cap: see `hf_config.Config`.
+    bias: None, or float32 added to the scores; broadcasts to [B, K, G, T, S].
+    score_cap: See `hf_config.Config`.
 
   Returns:
-    [B, T, N * H] of the dtype of the values.
+    [B, T, N * H] in the dtype of the values.
   """
   batch, query_length, heads, head_width = queries.shape
   kv_heads, key_length = keys.shape[1:3]
   groups = heads // kv_heads
   rows = queries.reshape(batch, query_length, kv_heads, groups, head_width).transpose(0, 2, 3, 1, 4)
   rows = rows.reshape(batch, kv_heads, groups * query_length, head_width)
-  # Plain batched matrices: with one einsum each, XLA on the CPU transposes the scores instead.
+  # Batched matmuls, because XLA on the CPU transposes the scores of an einsum.
   scores = jnp.matmul(rows, keys.swapaxes(2, 3), preferred_element_type=jnp.float32)
   scores = soft_cap(scores.reshape(batch, kv_heads, groups, query_length, key_length), score_cap)
   scores = jnp.where(mask, scores if bias is None else scores + bias, jnp.finfo(jnp.float32).min)
   weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
   weights = weights.reshape(batch, kv_heads, groups * query_length, key_length)
-  # Dividing the mixture and not the weights saves a pass over [T, S], and its gradient two.
-  if (
-    groups * query_length == 1
-  ):  # A vector times a matrix each: XLA on the CPU is a fifth faster without a matmul.
+  # Dividing the output instead of the weights saves one pass over [T, S], and two in the gradient.
+  if groups * query_length == 1:
+    # For vector-matrix products, a sum is 20 % faster than a matmul in XLA on the CPU.
     mixed = jnp.sum(weights[:, :, 0, :, None] * values, axis=2, keepdims=True)
   else:
     mixed = jnp.matmul(weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
@@ -106,27 +109,30 @@ def attend(queries, keys, values, mask, *, bias=None, score_cap=0.0):
 
 
 def take_last(x, y):
-  """The last positions of x [B, T, D], as many as y [B, t, D] has: the residual of a layer whose queries are those."""
+  """Returns the last t positions of x [B, T, D], for t the length of y [B, t, D].
+
+  They are the residual of a layer that computes queries only at these positions.
+  """
   return x[:, x.shape[1] - y.shape[1] :]
 
 
 def matmul(x, kernel, **options):
-  """x [..., D] @ kernel [D, F] over one flat axis of rows.
+  """Computes x [..., D] @ kernel [D, F] with the leading axes of x flattened into one.
 
-  With more axes the gradient of the kernel contracts several of them, for which XLA on the CPU
-  first transposes (and recomputes) the incoming gradient: 10 ms against 4 for an MLP of width
-  128 on 2048 tokens.
+  Otherwise the gradient of the kernel contracts several axes, for which XLA on the CPU first
+  transposes (and recomputes) the incoming gradient: 10 ms instead of 4 for an MLP of width 128 on
+  2048 tokens.
   """
   rows = x.reshape(-1, x.shape[-1])
   return jnp.matmul(rows, kernel, **options).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def unembed(hidden, embedding):
-  """Logits hidden [..., D] @ embedding [V, D] transposed, [..., V] float32.
+  """Computes logits, hidden [..., D] times the transpose of embedding [V, D]: [..., V] float32.
 
-  A few rows, as a decode step has, are multiplied from the right: XLA on the CPU takes 9 ms so and
-  13 ms otherwise for 8 rows, D 768 and V 50257, of which reading the embedding is 7. The barriers
-  keep its simplifier from turning that round.
+  A decode step, whose hidden states are [B, D], computes embedding @ hidden.T instead: for B = 8,
+  D = 768 and V = 50257, XLA on the CPU takes 9 instead of 13 ms, of which 7 are reading the
+  embedding. The barriers keep XLA's simplifier from swapping the operands back.
   """
   embedding = embedding.astype(hidden.dtype)
   if hidden.ndim > 2:
@@ -138,13 +144,13 @@ def unembed(hidden, embedding):
 
 
 class LowRank(nnx.Module):
-  """s x A B: the adapter of a linear map; see lora.py.
+  """The low-rank adapter of a linear map, scale * x A B; see lora.py.
 
   Args:
-    inputs, outputs: of the map.
-    rank: columns of A.
-    scale: s.
-    dtype: of the computation.
+    inputs, outputs: Widths of the map.
+    rank: Number of columns of A.
+    scale: Factor of the adapter's output.
+    dtype: Compute dtype.
   """
 
   def __init__(self, inputs, outputs, rank, scale, *, dtype):
@@ -152,12 +158,12 @@ class LowRank(nnx.Module):
     self.a = nnx.Param(jnp.zeros((inputs, rank)))
     self.b = nnx.Param(jnp.zeros((rank, outputs)))
 
-  def __call__(self, rows):
-    return (rows @ self.a[...].astype(self.dtype)) @ self.b[...].astype(self.dtype) * self.scale
+  def __call__(self, x):
+    return (x @ self.a[...].astype(self.dtype)) @ self.b[...].astype(self.dtype) * self.scale
 
 
 class Linear(nnx.Linear):
-  """x [..., D] -> [..., F] over one flat axis of rows; see `matmul`."""
+  """A linear map [..., D] -> [..., F] that flattens the leading axes; see `matmul`."""
 
   def __init__(self, inputs, outputs, *, bias, dtype, rngs):
     super().__init__(inputs, outputs, use_bias=bias, dtype=dtype, rngs=rngs)
@@ -172,12 +178,12 @@ class Linear(nnx.Linear):
 
 
 class LayerNorm(nnx.LayerNorm):
-  """LayerNorm; statistics in float32, the variance from the centred values.
+  """LayerNorm with statistics in float32 and the variance of the centred values.
 
   Args:
     config: hf_config.Config of a family.
-    dtype: of the computation.
-    width: of what is normed; None: D of the blocks.
+    dtype: Dtype of the output.
+    width: Size of the normalized axis; None for the width of the blocks.
   """
 
   def __init__(self, config, *, dtype, rngs, width=None):
@@ -194,7 +200,7 @@ class LayerNorm(nnx.LayerNorm):
 
 
 class RMSNorm(nnx.RMSNorm):
-  """RMSNorm; statistics in float32. Arguments as for `LayerNorm`."""
+  """RMSNorm with statistics in float32; see `LayerNorm` for the arguments."""
 
   def __init__(self, config, *, dtype, rngs, width=None):
     super().__init__(
@@ -203,11 +209,11 @@ class RMSNorm(nnx.RMSNorm):
 
 
 class MLP(nnx.Module):
-  """down(act(up x)), or with a gate down(act(gate x) * up x).
+  """The MLP of a block: down(act(up(x))), or if it is gated, down(act(gate(x)) * up(x)).
 
   Args:
     config: hf_config.Config of a family.
-    dtype: of the computation.
+    dtype: Compute dtype.
   """
 
   def __init__(self, config, *, dtype, rngs):
@@ -224,11 +230,11 @@ class MLP(nnx.Module):
 
 
 class Attention(nnx.Module):
-  """The four projections of attention; mixing over time is the caller's, who owns mask and cache.
+  """The four projections of attention. The caller, who owns mask and cache, mixes the values.
 
   Args:
     config: hf_config.Config of a family.
-    dtype: of the computation.
+    dtype: Compute dtype.
   """
 
   def __init__(self, config, *, dtype, rngs):
@@ -241,15 +247,15 @@ class Attention(nnx.Module):
     self.out = Linear(self.heads * self.head_width, width, bias=config.out_bias, **shared)
 
   def queries(self, x):
-    """[B, T, D] -> [B, T, N, H]."""
+    """Projects x [B, T, D] to queries [B, T, N, H]."""
     return self._split(self.query(x), self.heads)
 
   def keys_and_values(self, x):
-    """[B, S, D] -> two [B, S, K, H]."""
+    """Projects x [B, S, D] to keys and values [B, S, K, H]."""
     return self._split(self.key(x), self.kv_heads), self._split(self.value(x), self.kv_heads)
 
   def project(self, x):
-    """x [B, T, D] -> queries [B, T, N, H], keys and values [B, T, K, H]."""
+    """Projects x [B, T, D] to queries [B, T, N, H], keys and values [B, T, K, H]."""
     return self.queries(x), *self.keys_and_values(x)
 
   def _split(self, y, heads):

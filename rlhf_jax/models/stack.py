@@ -1,11 +1,11 @@
-"""Stacked blocks under one scan, and the split of Flax modules into a graph and a dict of arrays.
+"""Stacked blocks under one scan, and Flax modules as functions of a dict of parameters.
 
 Letters: B batch, T tokens of this call, S cache length, L layers, D width, K key/value heads, H
 head width.
 
-Flax modules are split once into a graph (static) and a plain dict of their parameters, and merged
-again inside the functions, one slice per layer inside the scan, so that compile time does not
-grow with depth.
+Each Flax module is split once into a static graph and a dict of parameters. `build` merges the
+two inside traced functions: one layer at a time in the scan, so compile time does not grow with
+depth.
 """
 
 import functools
@@ -20,20 +20,21 @@ from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax.models import lora as lora_lib
 
-# What a block keeps for its backward pass: everything, its input, or also its matmuls' outputs.
+# What a block saves for its backward pass: everything, its input only, or its input and the
+# outputs of its matmuls.
 REMAT = {
   'none': None,
   'block': jax.checkpoint_policies.nothing_saveable,
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-# The deepest stack that is unrolled where nobody says. Steps take 0.5 to 0.9 of the time; to compile PPO takes
-# 3 seconds longer with 12 layers, and 30 with 24.
+# Depth up to which stacks are unrolled by default. Steps then take 0.5 to 0.9 of the time;
+# compiling PPO takes 3 seconds longer with 12 layers, and 30 seconds longer with 24.
 MAX_UNROLLED = 12
 
 
 @functools.cache
 def _split(cls, config, dtype, lora, prefix):
-  """The graph of a module, and its parameters as a dict of ShapeDtypeStructs."""
+  """Returns the graph of a module, and its parameters as a dict of ShapeDtypeStructs."""
 
   def build():
     module = cls(config, dtype=dtype, rngs=nnx.Rngs(0))
@@ -46,27 +47,35 @@ def _split(cls, config, dtype, lora, prefix):
 
 
 def build(cls, config, dtype, params, *, lora=None, prefix=''):
-  """A module with its parameters.
+  """Builds a module with given parameters.
 
   Args:
     cls: nnx.Module class, called as cls(config, dtype=dtype, rngs=rngs).
-    config: of the family, hashable.
-    dtype: of the computation.
-    params: dict that holds its parameters, and may hold more.
-    lora: None, or lora.Lora, whose adapters the module has where its patterns say.
-    prefix: path of the module among the parameters, for those patterns.
+    config: Config of the family, hashable.
+    dtype: Compute dtype.
+    params: Dict with the module's parameters, and possibly others.
+    lora: lora.Lora whose patterns choose the maps that have adapters, or None.
+    prefix: Path of the module in the model, which these patterns match.
+
+  Returns:
+    An instance of `cls`.
   """
   graph, state = _split(cls, config, dtype, lora, prefix)
   return nnx.merge(graph, {name: params[name] for name in state})
 
 
 def build_embedder(cls, config, dtype, params, *, lora=None):
-  """As `build`, of what stands around blocks: where only top ones are trained it has no adapters."""
+  """Builds the module outside of the blocks; it has no adapters if only top blocks are trained."""
   return build(cls, config, dtype, params, lora=None if 'top' in params else lora)
 
 
 def shapes(cls, config, *, depth=None):
-  """Parameters of a module as ShapeDtypeStructs, float32; stacked on a leading axis of `depth`."""
+  """Returns a module's parameters as float32 ShapeDtypeStructs.
+
+  Args:
+    cls, config: See `build`.
+    depth: Size of a leading axis of layers; None for no such axis.
+  """
   leading = () if depth is None else (depth,)
   return jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leading + leaf.shape, jnp.float32),
@@ -75,12 +84,12 @@ def shapes(cls, config, *, depth=None):
 
 
 def init_params(key, tree, std):
-  """Draws parameters: kernels and embeddings normal, scales 1, biases and offsets 0.
+  """Initializes parameters: kernels and embeddings normal, scales 1, biases and offsets 0.
 
   Args:
-    key: random key.
-    tree: of ShapeDtypeStructs.
-    std: function from a parameter's path to its standard deviation.
+    key: Random key.
+    tree: Tree of ShapeDtypeStructs.
+    std: Function from a parameter's path to its standard deviation.
 
   Returns:
     Tree of float32 arrays.
@@ -90,7 +99,7 @@ def init_params(key, tree, std):
     for name, leaf in sharding.paths(tree).items()
     if not name.endswith(('scale', 'bias', 'offset'))
   }
-  # One draw, cut into pieces: each of its own would take half a second to compile.
+  # One draw for all, because compiling a draw per parameter would take half a second each.
   normal = jax.random.normal(key, (sum(sizes.values()),))
   starts = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0)))
 
@@ -104,15 +113,15 @@ def init_params(key, tree, std):
 
 
 def unstack(params):
-  """Stacked parameters as a tuple of layers, which `scan` applies one by one without a loop."""
+  """Splits stacked parameters into a tuple of layers, which `scan` then unrolls."""
   leaves, structure = jax.tree.flatten(params)
-  # The gradient of a split is one concatenation; that of slices would be a sum of padded layers.
+  # The gradient of a split is one concatenation; that of slices is a sum of padded layers.
   split = [[x[0] for x in jax.lax.split(leaf, [1] * leaf.shape[0])] for leaf in leaves]
   return tuple(structure.unflatten(layer) for layer in zip(*split))
 
 
 def default_unroll(depth):
-  """Layers of a stack that are unrolled where nobody says: on CPUs all of up to `MAX_UNROLLED`, else one."""
+  """Returns the default `unroll`: on CPUs the depth if it is at most `MAX_UNROLLED`, else 1."""
   return depth if sharding.platform() == 'cpu' and depth <= MAX_UNROLLED else 1
 
 
@@ -120,13 +129,14 @@ def scan(build_block, params, apply, carry, *, first=0, remat='none', unroll=1):
   """Applies blocks one after another.
 
   Args:
-    build_block: from the parameters of one layer to the block.
-    params: dict of their parameters, each with a leading axis of layers; or from `unstack`.
-    apply: (block, layer, x, memory) -> (x, memory); `layer` is the int32 number of the layer.
+    build_block: Function from the parameters of one layer to its block.
+    params: Dict of parameters, each with a leading axis of layers; or a tuple from `unstack`.
+    apply: Function (block, layer, x, memory) -> (x, memory). `layer` is the index of the layer,
+      an int for parameters from `unstack`, else an int32 scalar.
     carry: (x [B, T, D], memory); memory is any pytree.
-    first: number of the first of these layers.
-    remat: a name in REMAT.
-    unroll: layers unrolled in the scan; None: see `default_unroll`.
+    first: Index of the first of these layers in the model.
+    remat: Name in REMAT.
+    unroll: Layers unrolled in the scan, or None for `default_unroll`.
 
   Returns:
     The carry after the last block.
@@ -148,7 +158,7 @@ def scan(build_block, params, apply, carry, *, first=0, remat='none', unroll=1):
   unroll = min(unroll or default_unroll(depth), depth)
   if remat != 'none':
     block = jax.checkpoint(block, policy=REMAT[remat], prevent_cse=False)
-    # The loop keeps the recomputation apart from the first pass; without one XLA merges the two.
+    # Without a loop, XLA would merge the recomputation with the forward pass.
     unroll = min(unroll, max(depth // 2, 1))
   return jax.lax.scan(
     block, carry, (first + jnp.arange(depth), params), unroll=processes.must_unroll() or unroll
@@ -156,19 +166,19 @@ def scan(build_block, params, apply, carry, *, first=0, remat='none', unroll=1):
 
 
 def update_cache(memory, layer, keys, values):
-  """Writes a layer's keys and values [B, T, K, H] into the cache; returns all of that layer's, [B, K, S, H].
+  """Writes a layer's new keys and values into the cache.
 
-  The whole cache is carried through the scan and written in place: as an output of the scan it
-  would be copied every step.
+  The cache of all layers is carried through the scan and written in place. As an output of the
+  scan, it would be copied every step.
 
   Args:
-    memory: () without a cache, or (keys, values [L, B, K, S, H], index of the first slot to write);
-      keys and values may be tuples of L [B, K, S, H], where `layer` is a Python int.
-    layer: int32 scalar.
+    memory: () without a cache, or (keys, values [L, B, K, S, H], index of the first slot to
+      write). If `layer` is an int, keys and values may be tuples of L arrays [B, K, S, H].
+    layer: Index of the layer, an int or an int32 scalar.
     keys, values: [B, T, K, H].
 
   Returns:
-    Keys and values [B, K, S, H] (S = T without a cache), and the new memory.
+    All keys and values of the layer, [B, K, S, H] (S = T without a cache), and the new memory.
   """
   keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
   if not memory:
