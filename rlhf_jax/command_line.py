@@ -129,6 +129,8 @@ def parse(argv, required=(), module='__main__'):
     return arguments
   except (errors.UserError, flags.Error) as error:
     sys.exit(f'error: {errors.printable(_plain(" ".join(str(error).split())))}')
+  except BrokenPipeError:  # what reads --help or --print, such as `head`, has ended
+    os._exit(1)
   except OSError as error:
     path = flags.FLAGS['config'].parser.text
     sys.exit(f'error: --config={path} cannot be read ({str(error).splitlines()[-1].strip()})')
