@@ -5,8 +5,8 @@ import sys
 
 import tqdm
 
+from rlhf_jax import loop
 from rlhf_jax import progress
-from rlhf_jax import train
 import tiny
 
 
@@ -52,7 +52,7 @@ def test_a_run_shows_that_it_compiles_until_its_first_step_is_done(world, tmp_pa
   stream = stderr(monkeypatch, terminal=False)
   config = tiny.sft(world)
   config.steps = 2
-  train.run(config, tmp_path / 'sft')
+  loop.run(config, tmp_path / 'sft')
   lines = [line for line in stream.getvalue().splitlines() if line.startswith('sft: ')]
   assert [line.split()[1] for line in lines[:3]] == ['0/2', '1/2', '2/2']
   assert 'compiling' in lines[0] and ', loss=' in lines[1]
