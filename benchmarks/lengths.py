@@ -41,7 +41,7 @@ def shorten(rollout, mean):
 
 def main(_):
   options.hold_to_cores()
-  runtime.keep_memory()
+  runtime.configure_malloc()
   w = dataclasses.replace(
     workloads.WORKLOADS[FLAGS.workload], response=FLAGS.longest, batch=FLAGS.rows
   )

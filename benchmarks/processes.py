@@ -68,10 +68,10 @@ def python(venv, venvs):
 def environment(device, threads):
   """Environment of every peer: threads, no network, no preallocation; on a CPU, glibc keeps memory.
 
-  The allocator's settings are those `rlhf_jax.runtime.keep_memory` makes for us, and help all peers
-  on a CPU: with glibc's own they spend a third of their time on pages that the kernel zeroes again
-  and again. Where an accelerator computes they do not: the threads that compile for it wait for
-  each other in one arena.
+  The allocator's settings are those of `rlhf_jax.runtime.configure_malloc`, and help all peers on a
+  CPU: with glibc's own they spend a third of their time on pages that the kernel zeroes again and
+  again. Where an accelerator computes they do not: the threads that compile for it wait for each
+  other in one arena.
   """
   allocator = ALLOCATOR if device == 'cpu' else {}
   return (

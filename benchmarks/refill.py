@@ -115,7 +115,7 @@ def ways(model, params):
 
 
 def main(_):
-  runtime.keep_memory()
+  runtime.configure_malloc()
   runs = ways(*make_model())
   found, first = {}, {}
   for name, run in runs.items():

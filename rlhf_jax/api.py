@@ -129,7 +129,7 @@ def train(
   algorithm = algorithm or next(name for name, kinds in DATA.items() if kind in kinds)
   kinds = DATA.get(algorithm, (kind,))
   errors.need(kind in kinds, f'algorithm={algorithm!r} takes {" or ".join(kinds)}, not {kind}')
-  runtime.quiet()
+  runtime.hide_library_logs()
   if workdir is None:
     workdir = tempfile.mkdtemp(prefix='rlhf_jax_')
     processes.print_on_main(f'the run is in {workdir}; name a workdir to resume it')

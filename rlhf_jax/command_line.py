@@ -148,14 +148,14 @@ def one_line():
     yield
   except errors.UserError as error:
     logging.debug('details', exc_info=True)
-    runtime.end(f'error: {error}', 1)
+    runtime.exit_now(f'error: {error}', 1)
   except KeyboardInterrupt:
-    runtime.end('stopped by SIGINT', 130)
+    runtime.exit_now('stopped by SIGINT', 130)
   except Exception as error:
     reason = errors.explain_disk_error(error)
     if reason is None:
       raise
-    runtime.end(f'error: {reason.partition("; the same command")[0]}', 1)
+    runtime.exit_now(f'error: {reason.partition("; the same command")[0]}', 1)
 
 
 def _plain(text):

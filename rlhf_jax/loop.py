@@ -43,7 +43,7 @@ def run(config, workdir, *, fork_of=None, on_metrics=None):
     UserError: The input is bad, or the run in `workdir` has another config.
     Interrupted: SIGTERM or Ctrl-C stopped the run; the state is saved.
   """
-  runtime.keep_programs()
+  runtime.enable_compilation_cache()
   build.validate(config, jax.device_count())
   began, defaults = time.perf_counter(), build.defaults(config.algorithm)
   with contextlib.ExitStack() as stack:

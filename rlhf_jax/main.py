@@ -51,15 +51,15 @@ def main(argv):
     run()
   except errors.UserError as error:
     logging.debug('details', exc_info=True)
-    runtime.end(str(error) and f'error: {error}', 1)
+    runtime.exit_now(str(error) and f'error: {error}', 1)
   except errors.Interrupted as stop:
-    runtime.end(str(stop) if processes.is_main_process() else '', stop.status, together=True)
+    runtime.exit_now(str(stop) if processes.is_main_process() else '', stop.status, together=True)
   except KeyboardInterrupt:
-    runtime.end('stopped by SIGINT: the same command resumes', 130)
+    runtime.exit_now('stopped by SIGINT: the same command resumes', 130)
   except BaseException as error:  # a user's code may raise SystemExit
     logging.debug('details', exc_info=True)
     reason = errors.explain_disk_error(error)
-    runtime.end(f'error: {reason}' if reason else traceback.format_exc().rstrip(), 1)
+    runtime.exit_now(f'error: {reason}' if reason else traceback.format_exc().rstrip(), 1)
 
 
 def run():

@@ -49,7 +49,7 @@ def run(config, workdir, *, fork_of=None):
     UserError: A stage is unknown, its input is bad, or it was started with another config.
     Interrupted: See loop.run.
   """
-  runtime.keep_programs()
+  runtime.enable_compilation_cache()
   stages = {
     name: resolve(config[name], pathlib.Path(workdir).absolute(), config.seed)
     for name in stage_names(config)

@@ -103,7 +103,7 @@ class TextPolicy:
       UserError: there is nothing to load.
     """
     path = pathlib.Path(path)
-    runtime.keep_programs()
+    runtime.enable_compilation_cache()
     if (path / 'model').is_dir() or not (path / 'checkpoints').is_dir():
       return cls(*hf.load(path, unroll=None), tokenizers.load(path), folders.model(path))
     fields = json.loads((path / 'model.json').read_text())

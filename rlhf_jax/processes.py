@@ -1,8 +1,8 @@
-"""Several processes: which of them writes, what it broadcasts, and host work divided among them.
+"""Communication between the processes of a run: broadcasts, barriers, and division of host work.
 
-All processes run the same program on the same host-side data, and only arrays on devices are
-divided among them. What one of them decides by looking at a file, or at a clock, it has to tell
-the others: a process that takes another branch leaves them waiting for ever.
+All processes run the same program on the same host-side data; only arrays on devices are sharded
+over them. A decision that depends on a file or a clock must be made by one process and broadcast:
+a process that takes another branch leaves the others waiting forever.
 """
 
 import pathlib
@@ -16,11 +16,11 @@ import numpy as np
 
 from rlhf_jax import errors
 
-VISIBLE_SECONDS = 60  # network file systems remember for a while that a file was not there
+VISIBLE_SECONDS = 60  # network file systems cache for a while that a file does not exist
 
 
 def is_main_process():
-  """Returns whether this process writes files and prints to the terminal: process 0."""
+  """Returns whether this is process 0, which writes files and prints to the terminal."""
   return jax.process_index() == 0
 
 
@@ -31,39 +31,39 @@ def print_on_main(message):
 
 
 def must_unroll():
-  """Whether loops around collectives must be unrolled: on CPU devices of several processes.
+  """Returns whether loops around collectives must be unrolled: on the CPUs of several processes.
 
-  XLA's CPU runtime goes on behind such a loop before the loop has ended, with all that does not need
-  its results. Other collectives then meet those of the loop in an order that differs from process to
-  process, and Gloo tells messages apart by their order alone: a run ends, hangs or sums what does not
-  belong together.
+  While such a loop runs, XLA's CPU runtime already executes later operations that do not need its
+  results. Their collectives then interleave with those of the loop in an order that differs between
+  processes. Gloo matches messages by their order alone, so a run crashes, hangs, or sums the wrong
+  arrays.
   """
   return jax.process_count() > 1 and jax.default_backend() == 'cpu'
 
 
 def scan(function, carry, xs):
-  """`jax.lax.scan` of a loop whose steps have collectives: unrolled if `must_unroll()` is true."""
+  """Calls `jax.lax.scan`, unrolled if `must_unroll()`, for a loop whose steps have collectives."""
   return jax.lax.scan(function, carry, xs, unroll=must_unroll())
 
 
 def sequence_after(xs, tree):
-  """Integers `xs` with a data dependency on `tree`, for a loop too long to unroll.
+  """Returns `xs` with a data dependency on `tree`, for a loop that is too long to unroll.
 
-  If `must_unroll()` is true, a loop that reads the result starts only after `tree` is computed.
+  If `must_unroll()`, a loop that reads the result starts only after `tree` is computed.
 
   Args:
-    xs: pytree of integers that the loop reads.
-    tree: pytree of floats: what has collectives besides the loop.
+    xs: Pytree of integers that the loop reads.
+    tree: Pytree of floats, computed with collectives outside the loop.
   """
   if not must_unroll():
     return xs
-  # 0, which the compiler cannot know.
+  # The compiler cannot know that this is 0.
   zero = jnp.isnan(sum(jnp.sum(leaf) for leaf in jax.tree.leaves(tree)))
   return jax.tree.map(lambda x: x + zero.astype(x.dtype), xs)
 
 
 def to_host(array):
-  """Returns a whole array as NumPy on every process, wherever its shards are."""
+  """Returns an array as NumPy on every process, gathered if it is sharded over processes."""
   if not isinstance(array, jax.Array) or array.is_fully_addressable:
     return np.asarray(array)
   if not array.is_fully_replicated:
@@ -78,27 +78,30 @@ def _same(x):
 
 
 def all_gather(x):
-  """Returns the NumPy arrays of all processes, of one shape and dtype, as [processes, ...]."""
+  """Returns the arrays of all processes, which have one shape and dtype, as [processes, ...]."""
   x = np.asarray(x)[None]
   if jax.process_count() == 1:
     return x
   mesh = Mesh(np.array(jax.devices()).reshape(jax.process_count(), -1), ('processes', 'devices'))
-  place = NamedSharding(mesh, P('processes'))
+  array_sharding = NamedSharding(mesh, P('processes'))
   return to_host(
-    jax.make_array_from_process_local_data(place, x, (jax.process_count(), *x.shape[1:]))
+    jax.make_array_from_process_local_data(array_sharding, x, (jax.process_count(), *x.shape[1:]))
   )
 
 
 def broadcast_scalar(value):
-  """Returns the main process's value, a bool or an int, on all processes."""
+  """Returns the value of the main process, a bool or an int, on all processes."""
   return all_gather(np.asarray(value, bool if isinstance(value, bool) else np.int32))[0].item()
 
 
 def run_on_main_process(function):
-  """Calls a function on the main process; the others wait, and stop if it raises UserError.
+  """Calls a function on the main process, while the others wait.
 
   Returns:
-    What the function returned on the main process; None on the others.
+    The result of the function on the main process; None on the others.
+
+  Raises:
+    UserError: The function raised it; all processes raise it.
   """
   result, error = None, None
   if is_main_process():
@@ -107,7 +110,7 @@ def run_on_main_process(function):
     except errors.UserError as caught:
       error = caught
   if broadcast_scalar(error is not None):
-    raise error or errors.UserError('')  # the main process prints why
+    raise error or errors.UserError('')  # the main process prints the message
   return result
 
 
@@ -117,15 +120,15 @@ def all_true(value):
 
 
 def barrier():
-  """Returns when every process has called it."""
+  """Waits until every process has called it."""
   all_true(True)
 
 
 def wait_for_file(path):
-  """Returns when every process sees a file that the main process has written.
+  """Waits until every process sees a file that the main process has written.
 
   Raises:
-    UserError: one of them does not: their working directories are not the same folder.
+    UserError: A process does not see it, because its workdir is another folder.
   """
   barrier()
   if jax.process_count() == 1:
@@ -135,25 +138,25 @@ def wait_for_file(path):
     time.sleep(0.5)
   if not all_true(path.exists()):
     raise errors.UserError(
-      f'{path.parent} is not the same folder on all {jax.process_count()} processes: --workdir has to lie on a '
-      'file system that they share, such as NFS or a mounted bucket'
+      f'{path.parent} is not the same folder on all {jax.process_count()} processes: --workdir '
+      'must be on a file system that they share, such as NFS or a mounted bucket'
     )
 
 
 def map_over_processes(function, count):
-  """Divides host work on `count` rows among the processes; each gets the results of all rows.
+  """Computes `function(np.arange(count))` with the rows divided among the processes.
 
   Args:
-    function: rows, int [m], to NumPy [m, ...]: of the same shape and dtype but for m on all processes.
-      Where the rows do not divide, some of the last process's are asked for twice.
-    count: n, at least 1.
+    function: Function from row indices, int [m], to NumPy [m, ...]. Shape and dtype are the same on
+      all processes. If `count` is not divisible, the last processes repeat the last row.
+    count: Number of rows n, at least 1.
 
   Returns:
-    NumPy [n, ...], the same on all processes.
+    NumPy array [n, ...], the same on all processes.
   """
   processes = jax.process_count()
   if processes == 1:
     return function(np.arange(count))
   size = -(-count // processes)
-  own = np.minimum(np.arange(size) + size * jax.process_index(), count - 1)
-  return np.concatenate(all_gather(function(own)))[:count]
+  rows = np.minimum(np.arange(size) + size * jax.process_index(), count - 1)
+  return np.concatenate(all_gather(function(rows)))[:count]

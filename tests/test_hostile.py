@@ -480,6 +480,6 @@ def test_samples_tell_a_terminal_nothing(monkeypatch, capsys):
 
 def test_errors_and_tables_tell_a_terminal_nothing(monkeypatch, capsys):
   monkeypatch.setattr(os, '_exit', lambda status: None)
-  runtime.end(f'error: {ESCAPES}', 1)
+  runtime.exit_now(f'error: {ESCAPES}', 1)
   printed = capsys.readouterr().err + tables.stages_table([{'stage': ESCAPES, 'note': ESCAPES}])
   assert not errors.CONTROL_CHARACTERS.search(printed) and r'\x1b]0;owned' in printed

@@ -31,7 +31,7 @@ NAMES = (
 )
 def test_the_verbosity_of_the_command_line_counts(arguments, level, monkeypatch):
   values, before = flags.FLAGS, logging.get_verbosity()
-  monkeypatch.setattr(runtime, 'keep_memory', lambda: None)
+  monkeypatch.setattr(runtime, 'configure_malloc', lambda: None)
   try:
     values['verbosity'].unparse()
     logging.set_verbosity(logging.INFO)  # as absl's app.run begins
@@ -69,7 +69,7 @@ def joined(monkeypatch):
 def test_alone(joined, monkeypatch, variables):
   for name, value in variables.items():
     monkeypatch.setenv(name, value)
-  runtime.join()
+  runtime.join_processes()
   assert joined == []
 
 
@@ -86,7 +86,7 @@ def test_alone(joined, monkeypatch, variables):
 def test_clusters_that_tell_by_themselves(joined, monkeypatch, variables):
   for name, value in variables.items():
     monkeypatch.setenv(name, value)
-  runtime.join()
+  runtime.join_processes()
   assert joined == [((), WAIT)]
 
 
@@ -97,13 +97,11 @@ def test_a_coordinator_that_is_named(joined, monkeypatch):
     'PROCESS_ID': '3',
   }.items():
     monkeypatch.setenv(name, value)
-  runtime.join()
+  runtime.join_processes()
   assert joined == [(('host:1234', 4, 3), WAIT | {'cluster_detection_method': 'deactivate'})]
   monkeypatch.setenv('PROCESS_ID', 'three')
-  with pytest.raises(
-    errors.UserError, match='COORDINATOR_ADDRESS=host:1234 needs PROCESS_ID beside it'
-  ):
-    runtime.join()
+  with pytest.raises(errors.UserError, match='COORDINATOR_ADDRESS=host:1234 also needs PROCESS_ID'):
+    runtime.join_processes()
 
 
 # Prints where programs are kept, and how many are there after a run of a model from Python.
@@ -133,7 +131,7 @@ def test_programs_are_kept_from_python_too(world, tmp_path):
 def test_programs_stay_where_jax_was_told_to_keep_them(monkeypatch, tmp_path):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
   before = jax.config.jax_compilation_cache_dir
-  runtime.keep_programs()
+  runtime.enable_compilation_cache()
   assert jax.config.jax_compilation_cache_dir == before and list(tmp_path.iterdir()) == []
 
 
@@ -166,7 +164,7 @@ TOUCH = """
 import json, resource
 if {keep}:
   from rlhf_jax import runtime
-  runtime.keep_memory()
+  runtime.configure_malloc()
 faults = []
 for _ in range(8):
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
