@@ -6,6 +6,7 @@ import tqdm
 
 from rlhf_jax import errors
 from rlhf_jax import experience
+from rlhf_jax import forward
 from rlhf_jax import loop
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax import types
@@ -138,7 +139,7 @@ def test_equal_scores_have_no_deviation_and_a_kl_has_its_standard_error():
   batch = types.Experience(
     rollout.tokens, rollout.mask, mask, mask, ratios, ref_logprobs=0 * ratios
   )
-  outputs = type('Outputs', (), {'entropy': 0 * ratios})
+  outputs = forward.Outputs(ratios, 0 * ratios)
   describe = lambda scores: experience.rollout_metrics(
     batch, rollout, scores, scores - 1, outputs, 0.5, experience.ScoreRules()
   )

@@ -15,6 +15,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import references
@@ -358,11 +359,11 @@ def prepared(settings, x, preset):
 # Minibatches.
 
 
-class Record:
+class Record(forward.Forward):
   """A model whose gradient says which rows a minibatch has; an optimizer that writes them down."""
 
   def __init__(self, steps):
-    self.steps = steps
+    object.__setattr__(self, 'steps', steps)  # Forward is frozen
 
   def fixed(self, params, rollout):
     return forward.Fixed(None, None, None)
@@ -408,7 +409,7 @@ def rows_of_steps(schedule):
       rollout,
       forward=record,
       objective=goal,
-      optimizers={'policy': record},
+      optimizers={'policy': optax.GradientTransformation(record.init, record.update)},
       schedule=schedule,
     )[0]
   )

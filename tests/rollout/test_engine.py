@@ -18,6 +18,7 @@ import pytest
 
 from rlhf_jax import sharding
 from rlhf_jax import types
+from rlhf_jax.models import base
 
 
 @pytest.mark.parametrize(
@@ -198,13 +199,11 @@ def test_prompts_are_read_once_and_rows_are_kept_busy():
   calls = []
 
   @dataclasses.dataclass(frozen=True)
-  class Counting:
+  class Counting(base.LanguageModel):
     """Counts down from the prompt's last token to the EOS, 0."""
 
-    encoder_decoder = False
-
-    def with_max_length(self, length):
-      return self
+    family: str = 'counting'
+    config: None = None
 
     def unstack(self, params):
       return params
