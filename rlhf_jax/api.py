@@ -368,8 +368,9 @@ def _new_tokenizer(config, kind, workdir):
   folder = _inputs(workdir) / 'tokenizer'
   if not folder.exists():
     examples, _ = formats.texts(sources.read(config.data.path))
+    whole = (x if isinstance(x, str) else x.prompt + x.completion for x in examples)
     size = config.model.init.get('vocab_size', VOCABULARY)
-    tokenizers.train_bpe((example for example in examples), size, str(folder))
+    tokenizers.train_bpe(whole, size, str(folder))
   return str(folder)
 
 

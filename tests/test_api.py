@@ -230,6 +230,15 @@ def test_pretraining_of_a_new_model_on_texts(tmp_path):
   assert isinstance(run.policy.sample(['the number'], max_new_tokens=4).responses[0], str)
 
 
+def test_texts_may_be_prompts_with_completions(tmp_path):
+  rows = [{'prompt': f'{i} and', 'completion': f' {i + 1}'} for i in range(16)]
+  init = {name: value for name, value in tiny.LLAMA.items() if name != 'vocab_size'}
+  overrides = OFFLINE | {'model.init': init, 'batch_size': 8}
+  run = rl.train(texts=rows, steps=1, workdir=tmp_path / 'run', overrides=overrides)
+  tokenizer = run.policy.tokenizer
+  assert tokenizer.decode(tokenizer('3 and 4').input_ids, skip_special_tokens=True) == '3 and 4'
+
+
 def test_logprobs_are_those_of_the_tokens(world):
   """w1 | w5 w6, by hand: log p(w5 | bos w1) + log p(w6 | bos w1 w5)."""
   policy = rl.load(world / 'model')

@@ -64,7 +64,10 @@ def _table(titles, cells, *, title, width):
   for row in cells:
     table.add_row(*(rich.markup.escape(errors.printable(cell)) for cell in row))
   out = io.StringIO()
-  rich.console.Console(file=out, width=width, color_system=None, highlight=False).print(table)
+  console = rich.console.Console(
+    file=out, width=width, color_system=None, highlight=False, force_jupyter=False
+  )
+  console.print(table)
   return '\n'.join(line.rstrip() for line in out.getvalue().splitlines()).strip('\n')
 
 
