@@ -1,7 +1,6 @@
-"""Checkpoints of a run: state, data iterators, step, and checksums of them all.
+"""Checkpoints of a run: state, data iterators, step, and checksums of all of them.
 
-Orbax writes them whole or not at all. What a disk or a copy has damaged since shows in the
-checksums.
+Orbax writes a checkpoint atomically. The checksums detect later damage by a disk or a copy.
 """
 
 import copy
@@ -18,23 +17,28 @@ from rlhf_jax import errors
 from rlhf_jax import processes
 from rlhf_jax import sharding
 
-CLOSE_SECONDS = 40  # that a run which fails waits for a checkpoint that is being written
-CHECKSUMS = 'checksums'  # their item in a checkpoint; versions before had none
+CLOSE_SECONDS = 40  # longest time that a failed run waits for a checkpoint to be written
+CHECKSUMS = 'checksums'  # item of a checkpoint; earlier versions wrote none
 UNREADABLE = 'cannot be read'
 
 
 class _Manager(ocp.CheckpointManager):
-  """Orbax's, without its own question whether the job is preempted: the loop asks that."""
+  """Orbax's manager without its check for preemption, which the loop does."""
 
   def reached_preemption(self, step):
     return False
 
 
 class Checkpoints:
-  """The checkpoints of one working directory; as a context, closed where it ends."""
+  """The checkpoints of one workdir. Use it as a context manager to close it."""
 
   def __init__(self, workdir, *, keep=None):
-    """Opens `workdir`/checkpoints and keeps the newest `keep` of them; None only reads."""
+    """Opens the folder of the checkpoints.
+
+    Args:
+      workdir: Folder of the run; its checkpoints are in `workdir`/checkpoints.
+      keep: Number of newest checkpoints to keep, or None to open the folder read-only.
+    """
     self.path = pathlib.Path(workdir).resolve() / 'checkpoints'
     self._read_only, self._closed = keep is None, False
     self._manager = _Manager(
@@ -45,59 +49,59 @@ class Checkpoints:
     )
 
   def latest_step(self):
-    """The newest step there is a checkpoint of, or None."""
+    """Returns the step of the newest checkpoint, or None."""
     return self._manager.latest_step()
 
   def save(self, step, state, iterators):
-    """Starts writing; the files appear under their name when all are complete.
+    """Starts to write a checkpoint, which gets its name when it is complete.
 
     Args:
-      step: finished train steps.
-      state: TrainState.
-      iterators: {name: grain iterator}.
+      step: Number of finished train steps.
+      state: TrainState to save.
+      iterators: Dict from a name to a Grain iterator.
 
     Raises:
-      UserError: a parameter is not finite; nothing is saved.
+      UserError: A parameter is not finite; nothing is saved.
     """
     sums, bad = _sums(sharding.paths(state))
     if bad:
       raise errors.UserError(
-        f'{_some(bad)} not finite after step {step}, which is not saved. Lower '
-        'config.optim.learning_rate, or set config.optim.clip_norm; the checkpoints before this '
-        f'step are in {self.path}'
+        f'{_shorten(bad)} not finite after step {step}, which is not saved. Lower '
+        'config.optim.learning_rate, or set config.optim.clip_norm; earlier checkpoints are in '
+        f'{self.path}'
       )
-    # On all processes the same, so that any number of them can go on from here.
-    places = {name: copy.deepcopy(it.get_state()) for name, it in iterators.items()}
+    # All processes have the same iterator states, so any number of processes can resume.
+    positions = {name: copy.deepcopy(it.get_state()) for name, it in iterators.items()}
     self._manager.save(
       step,
       args=ocp.args.Composite(
         state=ocp.args.StandardSave(state),
-        iterators=ocp.args.JsonSave(places),
-        checksums=ocp.args.JsonSave({'arrays': sums, 'iterators': checksums.of_json(places)}),
+        iterators=ocp.args.JsonSave(positions),
+        checksums=ocp.args.JsonSave({'arrays': sums, 'iterators': checksums.of_json(positions)}),
       ),
     )
 
   def check(self):
-    """Raises what went wrong in a write that has ended, if anything did."""
+    """Raises the error of an earlier write, if it failed."""
     self._manager.check_for_errors()
 
   def restore(self, state, iterators, *, new_optimizers=False):
-    """The newest checkpoint that is sound.
+    """Restores the newest intact checkpoint.
 
-    One that cannot be read, does not have its checksums, or has parameters that are not finite is
-    put aside under another name with a warning, and the one before is tried: a run never resumes
-    from a damaged checkpoint and never loses a sound one.
+    A checkpoint is damaged if it cannot be read, if a checksum differs, or if a parameter is not
+    finite. A damaged checkpoint is logged and renamed, and the one before it is tried: a run never
+    resumes from a damaged checkpoint, and no file is deleted.
 
     Args:
-      state: TrainState whose shapes and shardings the result has. Its buffers are freed.
-      iterators: {name: grain iterator}, set to where they were.
-      new_optimizers: whether `state.opt_state` stays as it is.
+      state: TrainState with the shapes and shardings of the result. Its buffers are freed.
+      iterators: Dict from a name to a Grain iterator; they are set to their saved positions.
+      new_optimizers: Whether to keep `state.opt_state` instead of restoring it.
 
     Returns:
-      The step (0 and `state` itself where there is no checkpoint) and the TrainState.
+      The step and the TrainState; 0 and `state` itself if there is no checkpoint.
 
     Raises:
-      UserError: there are checkpoints and none is sound.
+      UserError: There are checkpoints, but none is intact.
     """
     steps = sorted(self._manager.all_steps(), reverse=True)
     if not steps:
@@ -112,29 +116,38 @@ class Checkpoints:
     jax.tree.map(lambda x: x.delete(), target)
     faults = []
     for step in steps:
-      restored, fault = self._sound(step, abstract, iterators)
+      restored, fault = self._restore_step(step, abstract, iterators)
       if not fault:
         if not self._read_only:
-          self._put_aside([s for s in steps if s > step])
+          self._rename_damaged([s for s in steps if s > step])
         return step, state.replace(**restored) if new_optimizers else restored
       faults.append(fault)
-      then = 'trying the one before' if step != steps[-1] else 'there is none before'
-      logging.warning('checkpoint %d in %s %s; %s', step, self.path, fault, then)
+      next_action = 'trying the one before' if step != steps[-1] else 'there is none before'
+      logging.warning('checkpoint %d in %s %s; %s', step, self.path, fault, next_action)
       for name, it in iterators.items():
         it.set_state(first[name])
     if all(fault.startswith(UNREADABLE) for fault in faults):
       raise errors.UserError(
-        f'none of the checkpoints {steps} in {self.path} can be read with this config: it must '
-        'have the model and the optimizer they were saved with, or another --workdir; nothing '
+        f'none of the checkpoints {steps} in {self.path} can be read with this config: use the '
+        'model and the optimizer that they were saved with, or name another --workdir; nothing '
         'was deleted.'
       )
     raise errors.UserError(
-      f'none of the checkpoints {steps} in {self.path} is sound: {steps[0]} {faults[0]}. Put back '
-      'a copy of one, or start in another --workdir; nothing was deleted.'
+      f'none of the checkpoints {steps} in {self.path} is intact: {steps[0]} {faults[0]}. Restore '
+      'one from a copy, or name another --workdir; nothing was deleted.'
     )
 
-  def _sound(self, step, abstract, iterators):
-    """The state of a checkpoint and '', or None and what is wrong with it; agreed by all processes."""
+  def _restore_step(self, step, abstract, iterators):
+    """Restores one checkpoint, or finds out on all processes that it is damaged.
+
+    Args:
+      step: Step of the checkpoint.
+      abstract: Pytree of ShapeDtypeStruct with the shapes and shardings of the state.
+      iterators: Dict from a name to a Grain iterator; they are set to their saved positions.
+
+    Returns:
+      The state and '', or None and the end of a sentence about what is wrong with the checkpoint.
+    """
     restored, fault = None, ''
     try:
       restored = self._read(step, abstract)
@@ -143,9 +156,9 @@ class Checkpoints:
         raise ValueError('the checksum of the iterators differs')
       for name, it in iterators.items():
         it.set_state(restored.iterators[name])
-    except errors.UserError:  # the config asks for other data: the same on all processes
+    except errors.UserError:  # the config asks for other data, on all processes alike
       raise
-    except Exception as error:  # orbax raises a dozen kinds, none of them documented
+    except Exception as error:  # Orbax raises a dozen types, none of them documented
       fault = f'{UNREADABLE} ({_brief(error)})'
     if processes.all_true(not fault):
       fault = _fault(sharding.paths(restored.state), sums, self.path / str(step))
@@ -154,12 +167,12 @@ class Checkpoints:
     return None, fault or f'{UNREADABLE} by another process'
 
   def _read(self, step, abstract):
-    """One checkpoint, without a wait for other processes: one that cannot read its part never comes to it."""
-    alone = ocp.options.MultiprocessingOptions(
+    """Reads one checkpoint without a barrier, which a process that fails would not reach."""
+    this_process = ocp.options.MultiprocessingOptions(
       primary_host=jax.process_index(), active_processes={jax.process_index()}
     )
     target = ocp.args.StandardRestore(abstract)
-    if isinstance(abstract, dict):  # a part of the state
+    if isinstance(abstract, dict):  # the state without the optimizer's
       target = ocp.args.PyTreeRestore(
         abstract, ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
       )
@@ -167,24 +180,25 @@ class Checkpoints:
     if (self.path / str(step) / CHECKSUMS).exists():
       items[CHECKSUMS] = ocp.args.JsonRestore()
     with ocp.CheckpointManager(
-      self.path, options=ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone)
+      self.path,
+      options=ocp.CheckpointManagerOptions(create=False, multiprocessing_options=this_process),
     ) as manager:
       return manager.restore(step, args=ocp.args.Composite(**items))
 
-  def _put_aside(self, steps):
-    """Renames unreadable checkpoints, so that their steps can be written again."""
+  def _rename_damaged(self, steps):
+    """Renames damaged checkpoints, so that their steps can be written again."""
     if not steps:
       return
     if processes.is_main_process():
       for step in steps:
         name = f'unreadable-{step}'
-        taken = len(list(self.path.glob(f'{name}*')))
-        (self.path / str(step)).rename(self.path / (f'{name}-{taken}' if taken else name))
+        count = len(list(self.path.glob(f'{name}*')))
+        (self.path / str(step)).rename(self.path / (f'{name}-{count}' if count else name))
     processes.barrier()
     self._manager.reload()
 
   def close(self):
-    """Waits until everything is written. A second call does nothing."""
+    """Waits until everything is written, and closes. A second call does nothing."""
     if self._closed:
       return
     self._closed = True
@@ -195,7 +209,7 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind, *_):
-    """Closes; after an error neither waits for ever nor raises another."""
+    """Closes. After an error it waits for a limited time and does not raise another error."""
     if kind is None:
       self.close()
       return
@@ -205,7 +219,7 @@ class Checkpoints:
         self.close()
       except Exception as error:
         logging.warning(
-          'the last checkpoint in %s is not whole: %s', self.path, str(error).split('\n')[0]
+          'the last checkpoint in %s is incomplete: %s', self.path, str(error).split('\n')[0]
         )
 
     thread = threading.Thread(target=close, daemon=True)
@@ -214,35 +228,35 @@ class Checkpoints:
 
 
 def _sums(arrays):
-  """Checksums of arrays, {name: int}, and names of parameters among them that are not finite."""
+  """Returns {name: checksum} of arrays, and the names of parameters that are not finite."""
   results = {name: checksums.of(array) for name, array in arrays.items()}
   bad = [name for name, (_, finite) in results.items() if not finite and name.startswith('params/')]
   return {name: checksum for name, (checksum, _) in results.items()}, bad
 
 
 def _fault(arrays, saved, path):
-  """What is wrong with the arrays of a checkpoint, '' for nothing.
+  """Returns the end of a sentence about what is wrong with a checkpoint, or ''.
 
   Args:
-    arrays: {name: array}, all of the state or a part of it.
-    saved: what its item of checksums holds; None where it has none.
-    path: of the checkpoint.
+    arrays: Dict from a name to an array, for all of the state or a part of it.
+    saved: Content of the checkpoint's item of checksums, or None if there is none.
+    path: Path of the checkpoint.
   """
   sums, bad = _sums(arrays)
   if saved is None:
     logging.warning(
-      '%s has no checksums: an earlier version wrote it, and damage may go unseen', path
+      '%s has no checksums: an earlier version wrote it, and damage may not be detected', path
     )
     saved = {'arrays': sums}
   listed = saved.get('arrays')
-  listed = listed if isinstance(listed, dict) else {}  # it may be damaged itself
+  listed = listed if isinstance(listed, dict) else {}  # the checksums may be damaged, too
   damaged = [name for name, checksum in sums.items() if listed.get(name) != checksum]
   if damaged:
-    return f'is damaged: the checksum of {_some(damaged)} differs'
-  return f'has values of {_some(bad)} that are NaN or infinite' if bad else ''
+    return f'is damaged: the checksum of {_shorten(damaged)} differs'
+  return f'has values of {_shorten(bad)} that are NaN or infinite' if bad else ''
 
 
-def _some(names):
+def _shorten(names):
   return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
 
 
@@ -251,17 +265,17 @@ def _brief(error):
 
 
 def load_params(path, name):
-  """The parameters `name` of the newest sound checkpoint under `path`, without a config.
+  """Returns the parameters `name` of the newest intact checkpoint, without a config.
 
   Args:
-    path: a run's working directory.
-    name: key within TrainState.params, such as 'policy'.
+    path: Folder of a run.
+    name: Key of TrainState.params, such as 'policy'.
 
   Returns:
     Pytree of arrays on the default device.
 
   Raises:
-    UserError: there is no checkpoint, or none is sound.
+    UserError: There is no checkpoint, or none is intact.
   """
   path = pathlib.Path(path).resolve() / 'checkpoints'
   manager = ocp.CheckpointManager(
@@ -294,21 +308,25 @@ def load_params(path, name):
       '; trying the one before' if step != steps[-1] else '',
     )
   raise errors.UserError(
-    f'none of the checkpoints {steps} in {path} is sound: {steps[0]} {faults[0]}. '
-    'Put back a copy of one'
+    f'none of the checkpoints {steps} in {path} is intact: {steps[0]} {faults[0]}. '
+    'Restore one from a copy'
   )
 
 
 def _params(manager, step, name, *, with_sums):
-  """The parameters `name` of a checkpoint, and what its item of checksums holds, or None."""
-  # Where the arrays lay says nothing here: other devices, or other processes, may have held them.
-  place = SingleDeviceSharding(jax.local_devices()[0])
+  """Returns the parameters `name` of a checkpoint, and its item of checksums or None."""
+  # The saved shardings may be for other devices or other processes.
+  on_device = SingleDeviceSharding(jax.local_devices()[0])
   saved = manager.item_metadata(step)['state'].tree['params'][name]
-  target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), saved)
-  places = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=place, dtype=x.dtype), target)
+  target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_device), saved)
+  restore_args = jax.tree.map(
+    lambda x: ocp.ArrayRestoreArgs(sharding=on_device, dtype=x.dtype), target
+  )
   items = {
     'state': ocp.args.PyTreeRestore(
-      {'params': {name: target}}, restore_args={'params': {name: places}}, partial_restore=True
+      {'params': {name: target}},
+      restore_args={'params': {name: restore_args}},
+      partial_restore=True,
     )
   }
   if with_sums:

@@ -1,4 +1,4 @@
-"""Checksums of arrays, the same on whichever devices, and in however many parts, an array lies."""
+"""Checksums of arrays that do not depend on the sharding of an array."""
 
 import json
 import zlib
@@ -8,36 +8,36 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
-SMALL = 1 << 20  # elements; up to here NumPy is faster than compiling a program
+MAX_NUMPY = 1 << 20  # elements; up to this size NumPy is faster than compiling a program
 
 
 def of(array):
-  """The checksum of an array, and whether its values are finite.
+  """Returns the checksum of an array and whether its values are finite.
 
-  Any change within one aligned word of 32 bits changes the checksum for certain, any other change
-  with a probability of 1 - 2^-32. It is computed where the array lies; all processes that hold a
-  part of it must call this.
+  Any change within one aligned word of 32 bits always changes the checksum, any other change with a
+  probability of 1 - 2^-32. The checksum is computed on the devices of the array; all processes that
+  hold a shard of it must call this.
 
   Args:
-    array: jax array, or array of random keys.
+    array: JAX array, or array of random keys.
 
   Returns:
     The checksum, an int below 2^32, and a bool.
   """
   if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
     array = jax.random.key_data(array)
-  if array.size > SMALL or not (array.is_fully_addressable or array.is_fully_replicated):
+  if array.size > MAX_NUMPY or not (array.is_fully_addressable or array.is_fully_replicated):
     mesh = getattr(array.sharding, 'mesh', None) or Mesh(list(array.sharding.device_set), 'device')
-    with jax.set_mesh(mesh):  # the one that is set may be of other devices
+    with jax.set_mesh(mesh):  # the current mesh may have other devices
       checksum, finite = _on_devices(array)
   else:
-    whole = array.addressable_data(0) if array.is_fully_replicated else array
-    checksum, finite = _of_numpy(np.asarray(whole))
+    local = array.addressable_data(0) if array.is_fully_replicated else array
+    checksum, finite = _of_numpy(np.asarray(local))
   return int(checksum), bool(finite)
 
 
 def of_json(value):
-  """The checksum of a value as JSON has it."""
+  """Returns the checksum of a value as it is read back from JSON."""
   return zlib.crc32(json.dumps(json.loads(json.dumps(value)), sort_keys=True).encode())
 
 
@@ -54,7 +54,7 @@ def _on_devices(array):
   if array.dtype != bool:
     words = jax.lax.bitcast_convert_type(array, _word(array.dtype))
   words, index = words.astype(jnp.uint32), jnp.zeros((), jnp.uint32)
-  for axis, size in enumerate(words.shape):  # not through reshape, which would gather the shards
+  for axis, size in enumerate(words.shape):  # without a reshape, which would gather the shards
     along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
     index = index * np.uint32(size % 2**32) + along
   return _mixed(words, index).sum(dtype=jnp.uint32), _finite(array, jnp)
@@ -65,7 +65,7 @@ def _word(dtype):
 
 
 def _mixed(words, index):
-  """One to one in the word, for every index.
+  """Mixes words with their indices; for each index it is a bijection of the words.
 
   See MurmurHash3's finalizer (https://github.com/aappleby/smhasher).
   """

@@ -210,7 +210,8 @@ def test_parameters_alone_are_checked_too(wide, tmp_path, caplog):
   assert 'checkpoint 2 in ' in caplog.text and 'trying the one before' in caplog.text
   shutil.rmtree(tmp_path / 'checkpoints' / '1')
   with pytest.raises(
-    errors.UserError, match=r'none of the checkpoints \[2\] in .* is sound: 2 .*Put back a copy'
+    errors.UserError,
+    match=r'none of the checkpoints \[2\] in .* is intact: 2 .*Restore one from a copy',
   ):
     checkpoint.load_params(tmp_path, 'policy')
 
@@ -247,7 +248,7 @@ def test_a_checkpoint_with_nan_gives_the_one_before(copy, monkeypatch, caplog):
     shutil.rmtree(copy / 'checkpoints' / step)
   (copy / 'checkpoints' / 'unreadable-4').rename(copy / 'checkpoints' / '4')
   with pytest.raises(
-    errors.UserError, match='is sound: 4 has values of params/policy/b that are NaN'
+    errors.UserError, match='is intact: 4 has values of params/policy/b that are NaN'
   ) as raised:
     restore(copy)
   assert 'learning_rate' not in str(raised.value)

@@ -32,7 +32,7 @@ def test_small_large_and_divided_arrays_have_the_checksum_of_their_bits(dtype, s
   words = np.frombuffer(raw.tobytes(), f'uint{8 * raw.dtype.itemsize}').tolist()
   expected = by_hand(words), True
   assert checksums.of(array) == expected
-  monkeypatch.setattr(checksums, 'SMALL', -1)
+  monkeypatch.setattr(checksums, 'MAX_NUMPY', -1)
   assert checksums.of(array) == expected
   mesh = sharding.make_mesh({'fsdp': 4, 'tensor': 2})
   place = NamedSharding(mesh, P('fsdp', None, 'tensor') if len(shape) == 3 else P())
@@ -41,7 +41,7 @@ def test_small_large_and_divided_arrays_have_the_checksum_of_their_bits(dtype, s
 
 def test_an_array_may_lie_on_other_devices_than_the_mesh_that_is_set(monkeypatch):
   expected = checksums.of(jnp.arange(8))
-  monkeypatch.setattr(checksums, 'SMALL', -1)
+  monkeypatch.setattr(checksums, 'MAX_NUMPY', -1)
   part = sharding.make_mesh({'fsdp': 2}, devices=jax.devices()[2:4])
   with jax.set_mesh(sharding.make_mesh({'fsdp': 8})):
     for place in (SingleDeviceSharding(jax.devices()[3]), NamedSharding(part, P('fsdp'))):
@@ -63,7 +63,7 @@ def test_every_flipped_bit_and_every_swap_shows():
 
 @pytest.mark.parametrize('small', [-1, 100])
 def test_values_that_are_not_finite_show(small, monkeypatch):
-  monkeypatch.setattr(checksums, 'SMALL', small)
+  monkeypatch.setattr(checksums, 'MAX_NUMPY', small)
   for value, finite in ((1.0, True), (np.nan, False), (np.inf, False)):
     assert checksums.of(jnp.array([0.0, value], jnp.bfloat16))[1] == finite
   assert checksums.of(jnp.array([1, 2]))[1]
