@@ -1,8 +1,9 @@
-"""Language models as functions of their parameters; Hugging Face weights in and out.
+"""Language models as functions of their parameters, and Hugging Face weights in and out.
 
 `create` builds a model from the fields of a config.json; `hf.load` and `hf.save` read and write
-its folders. What algorithms ask of a model stands in base.py: `init` and `summary` of any;
-`unembed`, `response_states`, `prefill` and `step` of those that write; of decoders also `forward`.
+model folders. base.py defines the methods that algorithms call: every model has `init` and
+`summary`; models that generate text also have `unembed`, `response_states`, `prefill` and `step`;
+decoders also have `forward`.
 """
 
 from rlhf_jax.errors import brief
@@ -23,17 +24,17 @@ CLASSES = (
 
 
 def create(fields, *, dtype='float32', remat='none', unroll=1):
-  """Builds a model from field names of Hugging Face's config.json.
+  """Builds a model from the fields of a Hugging Face config.json.
 
   Args:
-    fields: mapping with 'family' (or 'model_type') and the family's fields.
-    dtype, remat, unroll: see transformer.Model.
+    fields: Mapping with 'family' (or 'model_type') and the family's fields.
+    dtype, remat, unroll: See base.Base.
 
   Returns:
     Model, Seq2Seq or Encoder.
 
   Raises:
-    UserError: an unknown family, or a field that is missing, unknown or not supported.
+    UserError: If the family is unknown, or a field is missing, unknown or not supported.
   """
   fields = dict(fields)
   family = fields.get('family', fields.get('model_type'))

@@ -1,7 +1,7 @@
 """BERT (Devlin et al. 2018, https://arxiv.org/abs/1810.04805), as a reward model.
 
-It reads texts and writes none: the model is transformers' BertForSequenceClassification, whose score
-looks at the first token through a dense layer and a tanh. A text is one segment: token types are 0.
+BERT does not generate text. The model is transformers' BertForSequenceClassification, whose head
+reads the first token's state through a dense layer and a tanh. All token types are 0.
 
 Letters: B batch, T tokens, D width.
 """
@@ -19,7 +19,7 @@ from rlhf_jax.models import naming
 
 ARCHITECTURE = CLASSIFIER = 'BertForSequenceClassification'
 PREFIX, UNEMBED = '', None
-# A buffer of old files, and the pretraining's heads.
+# A buffer in old files, and the heads of pretraining.
 IGNORED_TENSORS = r'(embeddings\.position_ids$|^cls\.)'
 RULES = ((r'(^|/)(embed|types)/embedding$', P(None, 'fsdp')),) + blocks.RULES
 
@@ -28,7 +28,7 @@ Block = blocks.Block
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(hf_config.Config):
-  """The fields of a BERT config.json that change what is computed, and the special token ids."""
+  """The fields of a BERT config.json that affect the computation, and the special token ids."""
 
   hidden_size: int
   intermediate_size: int
@@ -61,7 +61,7 @@ class Config(hf_config.Config):
 
 
 class Embedder(blocks.LearnedEmbedder):
-  """What stands before and after the blocks."""
+  """The parameters outside of the blocks: embeddings, their norm, and the pooler."""
 
   def __init__(self, config, *, dtype, rngs):
     super().__init__(config, dtype=dtype, rngs=rngs)
@@ -73,27 +73,27 @@ class Embedder(blocks.LearnedEmbedder):
     return self.norm(x + self.types(jnp.zeros_like(tokens))), table
 
   def pool(self, x):
-    """The first token's state [B, D] after the blocks -> what the classifier reads."""
+    """Maps the first token's state x [B, D] after the blocks to the state that the head reads."""
     return jnp.tanh(self.pooler(x))
 
 
-def sources(config, *, top='bert', pooler='bert.pooler.dense'):
-  """Where each parameter lies in a Hugging Face file: {path: Source}.
+def sources(config, *, prefix='bert', pooler='bert.pooler.dense'):
+  """Returns the source of each parameter in Hugging Face files, {path: Source}.
 
   Args:
     config: Config.
-    top: what the names begin with.
-    pooler: name of the dense layer that looks at the first token.
+    prefix: Prefix of tensor names.
+    pooler: Name of the pooler's dense layer.
   """
   del config
-  layer = f'{top}.encoder.layer.{{layer}}'
+  layer = f'{prefix}.encoder.layer.{{layer}}'
   kinds = {'embed': 'word', 'positions': 'position', 'types': 'token_type'}
-  found = naming.embeddings(
-    {ours: f'{top}.embeddings.{theirs}_embeddings' for ours, theirs in kinds.items()}
+  mapping = naming.embeddings(
+    {ours: f'{prefix}.embeddings.{theirs}_embeddings' for ours, theirs in kinds.items()}
   )
-  found |= naming.norms(
+  mapping |= naming.norms(
     {
-      'norm': f'{top}.embeddings.LayerNorm',
+      'norm': f'{prefix}.embeddings.LayerNorm',
       'blocks/attention_norm': f'{layer}.attention.output.LayerNorm',
       'blocks/mlp_norm': f'{layer}.output.LayerNorm',
     }
@@ -107,4 +107,4 @@ def sources(config, *, top='bert', pooler='bert.pooler.dense'):
     'mlp/down': 'output.dense',
   }
   maps = {f'blocks/{ours}': f'{layer}.{theirs}' for ours, theirs in parts.items()}
-  return found | naming.linears({'pooler': pooler, **maps}, bias=True)
+  return mapping | naming.linears({'pooler': pooler, **maps}, bias=True)

@@ -1,7 +1,7 @@
-"""Blocks, and what stands before and after them: what most families share.
+"""Blocks and embedders that most families share.
 
-Letters: B batch, T tokens, S length that rotary tables are made for, V vocabulary, D width, N
-heads, K key/value heads, H head width.
+Letters: B batch, T tokens, S sequence length for rotary positions (see rope.py), D width, N heads,
+K key/value heads, H head width.
 """
 
 from flax import nnx
@@ -10,8 +10,9 @@ from jax.sharding import PartitionSpec as P
 from rlhf_jax.models import layers
 from rlhf_jax.models import rope
 
-# Sharding of all parameters that a family can have. The first rule that fits a path counts, so a
-# family that wants another one puts it in front. Numbers of positions (2050) divide by little.
+# Sharding of all parameters that a family can have. The first rule that matches a path applies, so
+# a family puts its own rules first. The axis of positions is not sharded, because few mesh sizes
+# divide sizes like 2050.
 RULES = (
   (r'(^|/)embed/embedding$', P('tensor', 'fsdp')),
   (r'(^|/)positions/embedding$', P(None, 'fsdp')),
@@ -30,14 +31,14 @@ RULES = (
 
 
 class Block(nnx.Module):
-  """One layer: attention and an MLP, each with a norm before it or, by the config, after its sum.
+  """One layer: attention and an MLP, with norms before them or after the residual sums.
 
   Args:
     config: hf_config.Config of a family.
-    dtype: of the computation.
+    dtype: Compute dtype.
   """
 
-  # Families put others in their place.
+  # Families override these.
   Norm, Attention = layers.LayerNorm, layers.Attention
 
   def __init__(self, config, *, dtype, rngs):
@@ -53,13 +54,13 @@ class Block(nnx.Module):
 
     Args:
       x: [B, T, D].
-      layer: int or int32 scalar, number of the layer from 0.
-      table: cosines and sines of the positions; None where positions do not turn.
-      attend: (queries [B, T, N, H], keys and values [B, T, K, H]) -> ([B, t, N * H], memory), of
-        all T positions or the last t.
+      layer: Index of the layer from 0, an int or an int32 scalar.
+      table: Cosines and sines from `Rope.table`; None without rotary positions.
+      attend: Function (queries [B, T, N, H], keys and values [B, T, K, H]) -> (outputs
+        [B, t, N * H] of the last t positions, memory).
 
     Returns:
-      x [B, t, D] of the next layer, and what `attend` returned beside the mixed values.
+      x [B, t, D] for the next layer, and the memory from `attend`.
     """
     normed = self.attention_norm(x) if self.norm_first else x
     attended, memory = self.self_attention(normed, layer, table, attend)
@@ -70,7 +71,7 @@ class Block(nnx.Module):
     return self.mlp_norm(x + self.mlp(x)), memory
 
   def self_attention(self, x, layer, table, attend):
-    """Attention of a layer to x [B, T, D]: [B, t, D], and the memory from `attend`."""
+    """Applies attention to x [B, T, D]; returns [B, t, D] and the memory from `attend`."""
     queries, keys, values = self.attention.project(x)
     if table is not None:
       queries, keys = rope.rotate(queries, table), rope.rotate(keys, table)
@@ -78,13 +79,13 @@ class Block(nnx.Module):
     return self.attention.out(attended), memory
 
   def scale(self, layer, dtype):
-    """What the queries of a layer are multiplied by, a float or a scalar of their dtype."""
+    """Returns the factor of the queries in a layer: a float, or a scalar of their dtype."""
     del layer, dtype
     return self.query_scale
 
 
 class Embedder(nnx.Module):
-  """What stands before and after the blocks: the embedding of tokens, and a norm."""
+  """The parameters outside of the blocks: the embedding of tokens and the final norm."""
 
   Norm = layers.LayerNorm
 
@@ -93,24 +94,25 @@ class Embedder(nnx.Module):
     self.norm = self.Norm(config, dtype=dtype, rngs=rngs)
 
   def embed_inputs(self, tokens, positions, length):
-    """What the blocks read.
+    """Embeds tokens and positions.
 
     Args:
-      tokens, positions: [B, T] int32; the latter are counted from 0.
+      tokens: [B, T] int32.
+      positions: [B, T] int32, counted from 0.
       length: S.
 
     Returns:
-      x [B, T, D], and what all blocks share: rotary tables or None.
+      x [B, T, D], and the cosines and sines from `Rope.table`, or None without rotary positions.
     """
     raise NotImplementedError
 
   def final_norm(self, x):
-    """x after the blocks -> hidden states [B, T, D]."""
+    """Returns the hidden states [B, T, D] from the last block's output x."""
     return self.norm(x)
 
 
 class RotaryEmbedder(Embedder):
-  """Positions turn queries and keys inside the blocks."""
+  """An embedder for rotary positions, which the blocks apply to queries and keys."""
 
   def __init__(self, config, *, dtype, rngs):
     super().__init__(config, dtype=dtype, rngs=rngs)
@@ -121,15 +123,15 @@ class RotaryEmbedder(Embedder):
 
 
 class LearnedEmbedder(Embedder):
-  """Every position has an embedding of its own."""
+  """An embedder with a learned embedding per position."""
 
   def __init__(self, config, *, dtype, rngs):
     super().__init__(config, dtype=dtype, rngs=rngs)
-    self.first = config.first_position
+    self.first_position = config.first_position
     self.positions = nnx.Embed(
-      self.first + config.max_length, config.block_width, dtype=dtype, rngs=rngs
+      self.first_position + config.max_length, config.block_width, dtype=dtype, rngs=rngs
     )
 
   def embed_inputs(self, tokens, positions, length):
     del length
-    return self.embed(tokens) + self.positions(positions + self.first), None
+    return self.embed(tokens) + self.positions(positions + self.first_position), None

@@ -1,4 +1,4 @@
-"""The model families by the `model_type` of their config.json, and what a family's file must have.
+"""The model families by the `model_type` of their config.json, and the interface of their files.
 
 Letters: B batch, T tokens of this call, S slots of the cache (T without one), D width, N heads, H
 head width.
@@ -27,18 +27,19 @@ from rlhf_jax.models import t5
 
 
 class Family(Protocol):
-  """What the file of every family has.
+  """The interface of every family's file.
 
   Attributes:
-    ARCHITECTURE: transformers' class of its language models, or of its reward models if it has no
-      others.
-    CLASSIFIER: transformers' class of its reward models.
-    PREFIX: of the tensors' names in files of whole models; files of bare backbones lack it.
-    UNEMBED: the tensor of an unembedding that is not the embedding; None if it never has one.
-    IGNORED_TENSORS: regex of tensors that may lie beside the parameters.
-    RULES: sharding of the parameters, ((regex on the path, PartitionSpec), ...); the first counts.
-    Config: the fields of its config.json, and what the models read of them.
-    Embedder: the module of the parameters outside of the blocks.
+    ARCHITECTURE: The transformers class of its language models, or of its reward models if it has
+      no language models.
+    CLASSIFIER: The transformers class of its reward models.
+    PREFIX: Prefix of tensor names in files of full models; files of bare backbones lack it.
+    UNEMBED: Name of an untied unembedding's tensor; None if the family never has one.
+    IGNORED_TENSORS: Regex of tensors that are not parameters and may be in the files.
+    RULES: Sharding of the parameters, ((regex on the path, PartitionSpec), ...); the first match
+      applies.
+    Config: The fields of its config.json, and the attributes that the models read.
+    Embedder: Module of the parameters outside of the blocks.
   """
 
   ARCHITECTURE: str
@@ -51,16 +52,16 @@ class Family(Protocol):
   Embedder: type[nnx.Module]
 
   def sources(self, config):
-    """Where each parameter lies in the files, {path: naming.Source}; UNEMBED apart."""
+    """Returns the source of each parameter but UNEMBED in the files, {path: naming.Source}."""
 
 
 class OneStack(Family, Protocol):
   """A family of decoders (transformer.Model) or of encoders (encoder.Encoder).
 
   Attributes:
-    Block: a layer.
-    Embedder: what stands before and after the layers. That of an encoder has a method `pool`, from
-      the first token's state [B, D] to what a head reads.
+    Block: Module of one layer.
+    Embedder: Module of the parameters outside of the blocks. An encoder's has a method `pool`,
+      which maps the first token's state [B, D] to the state that a head reads.
   """
 
   Block: type[blocks.Block]
@@ -68,13 +69,13 @@ class OneStack(Family, Protocol):
 
 
 class EncoderDecoderConfig(Protocol):
-  """What the Config of an encoder-decoder says beside hf_config.Config.
+  """The attributes that the Config of an encoder-decoder has in addition to hf_config.Config.
 
   Attributes:
-    num_layers, num_decoder_layers: blocks of the encoder and of the decoder.
-    scale_decoder_outputs: whether the unembedding reads states times D^-0.5.
-    decoder_start_token_id: what every response starts from.
-    pooled: whether the score's head reads states through `Embedder.pooler`.
+    num_layers, num_decoder_layers: Numbers of blocks in the encoder and the decoder.
+    scale_decoder_outputs: Whether states are multiplied by D^-0.5 before the unembedding.
+    decoder_start_token_id: First input of the decoder.
+    pooled: Whether states go through `Embedder.pooler` before the head of a reward model.
   """
 
   num_layers: int
@@ -85,7 +86,7 @@ class EncoderDecoderConfig(Protocol):
 
 
 class DecoderBlock(Protocol):
-  """A layer that also reads the encoder's states, through its layers.Attention `cross`."""
+  """A layer that also attends to the encoder's states, with its layers.Attention `cross`."""
 
   def __init__(self, config, *, dtype, rngs):
     """See blocks.Block."""
@@ -94,28 +95,32 @@ class DecoderBlock(Protocol):
     """Applies the layer.
 
     Args:
-      x, layer, attend: see blocks.Block.
-      cross_attend: (queries [B, T, N, H]) -> [B, T, N * H], from the encoder's states.
+      x, layer, attend: See blocks.Block.
+      cross_attend: Function from queries [B, T, N, H] to [B, T, N * H] that attends to the
+        encoder's states.
 
     Returns:
-      x of the next layer, and what `attend` returned beside the mixed values.
+      x for the next layer, and the memory from `attend`.
     """
 
 
 class Side(Protocol):
-  """What each side has beside its blocks: a module `norm` for the end, and biases of scores."""
+  """The parameters of the encoder or the decoder outside of its blocks.
+
+  It has a final norm, the module `norm`, and biases of the attention scores.
+  """
 
   def __init__(self, config, *, dtype, rngs):
     """See blocks.Block."""
 
   def bidirectional_bias(self, length):
-    """The bias [1, N, 1, T, T] float32 of the scores among T tokens that see each other."""
+    """Returns the bias [1, N, 1, T, T] float32 of bidirectional attention among T tokens."""
 
   def causal_bias(self, index, query_length, key_length):
-    """The bias [1, N, 1, T, S] float32 of T queries that see S slots up to their own.
+    """Returns the bias [1, N, 1, T, S] float32 of causal attention.
 
     Args:
-      index: slot of the first query.
+      index: Slot of the first query among the keys.
       query_length, key_length: T and S.
     """
 
@@ -124,10 +129,10 @@ class EncoderDecoder(Family, Protocol):
   """A family of encoder-decoders (seq2seq.Seq2Seq).
 
   Attributes:
-    Config: an EncoderDecoderConfig too.
-    Embedder: a module with `embed` of both sides, and `pooler` if the config is `pooled`.
-    EncoderBlock, DecoderBlock: layers of the two sides.
-    Side: the rest of each side.
+    Config: Also an EncoderDecoderConfig.
+    Embedder: Module with the shared embedding `embed`, and `pooler` if the config is `pooled`.
+    EncoderBlock, DecoderBlock: Modules of one layer of the encoder and of the decoder.
+    Side: Module of the other parameters of the encoder, and of the decoder.
   """
 
   EncoderBlock: type[blocks.Block]

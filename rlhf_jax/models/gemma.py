@@ -1,4 +1,7 @@
-"""Gemma (Mesnard et al. 2024, https://arxiv.org/abs/2403.08295): Llama with scaled embeddings and norms of 1 + w."""
+"""Gemma (Mesnard et al. 2024, https://arxiv.org/abs/2403.08295).
+
+Gemma is Llama with scaled embeddings, and norms whose parameter is the scale minus 1.
+"""
 
 import dataclasses
 
@@ -16,7 +19,7 @@ IGNORED_TENSORS, RULES = llama.IGNORED_TENSORS, llama.RULES
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(llama.BaseConfig):
-  """The fields of a Gemma config.json that change what is computed, and the special token ids."""
+  """The fields of a Gemma config.json that affect the computation, and the special token ids."""
 
   num_key_value_heads: int = 16
   head_dim: int = 256
@@ -31,14 +34,14 @@ class Config(llama.BaseConfig):
   @classmethod
   def take(cls, fields, **taken):
     taken = super().take(fields, **taken)
-    if taken['hidden_act'] == 'gelu':  # What the first files say, and do not mean.
+    if taken['hidden_act'] == 'gelu':  # The first files say 'gelu' but mean the approximation.
       taken['hidden_act'] = 'gelu_pytorch_tanh'
     fields.only('hidden_activation', taken['hidden_act'])
     return taken
 
 
 class Norm(nnx.Module):
-  """RMSNorm times 1 + offset; in float32. Arguments as for `layers.LayerNorm`."""
+  """RMSNorm with scale 1 + offset, in float32; see `layers.LayerNorm` for the arguments."""
 
   def __init__(self, config, *, dtype, rngs, width=None):
     del rngs
@@ -59,7 +62,7 @@ class Block(llama.Block):
 
 
 class Embedder(llama.Embedder):
-  """What stands before and after the blocks."""
+  """The parameters outside of the blocks; embeddings are multiplied by sqrt(D)."""
 
   Norm = Norm
 
@@ -69,10 +72,10 @@ class Embedder(llama.Embedder):
 
 
 def sources(config):
-  """Where each parameter lies in a Hugging Face file: {path: Source}."""
+  """Returns the source of each parameter in Hugging Face files, {path: Source}."""
   return offsets(llama.sources(config))
 
 
-def offsets(found):
-  """Sources {path: Source} with the norms' scales as what is added to 1."""
-  return {path.replace('norm/scale', 'norm/offset'): source for path, source in found.items()}
+def offsets(mapping):
+  """Renames the scales of norms to offsets in the sources {path: Source} of parameters."""
+  return {path.replace('norm/scale', 'norm/offset'): source for path, source in mapping.items()}

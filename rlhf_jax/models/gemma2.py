@@ -1,7 +1,7 @@
 """Gemma 2 (Riviere et al. 2024, https://arxiv.org/abs/2408.00118).
 
-Gemma with soft caps on attention scores and logits, norms after attention and MLP too, and
-windows of the text in every other layer.
+Gemma 2 is Gemma with soft caps on attention scores and logits, additional norms after attention
+and MLP, and sliding windows in every other layer.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ Embedder = gemma.Embedder
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(windowed.Config):
-  """The fields of a Gemma 2 config.json that change what is computed, and the special token ids."""
+  """The fields of a Gemma 2 config.json that affect the computation, and the special token ids."""
 
   num_key_value_heads: int = 4
   head_dim: int = 256
@@ -38,8 +38,10 @@ class Config(windowed.Config):
   @classmethod
   def take(cls, fields, **taken):
     activation = fields.choice('hidden_activation', layers.ACTIVATIONS, 'gelu_pytorch_tanh')
-    taken = super().take(fields, slides=cls.sliding_rule(fields), hidden_act=activation, **taken)
-    # Old files say these twice.
+    taken = super().take(
+      fields, is_sliding=cls.sliding_rule(fields), hidden_act=activation, **taken
+    )
+    # Old files have these two fields under a second name.
     fields.only('hidden_act', activation)
     fields.only('sliding_window_size', taken['sliding_window'])
     return taken
@@ -51,7 +53,7 @@ class Config(windowed.Config):
 
   @classmethod
   def sliding_rule(cls, fields):
-    """Layer -> whether it sees a window, in files that do not say it of each."""
+    """Returns a function from a layer to whether it has a window, for files without layer_types."""
     del fields
     return lambda layer: layer % 2 == 0
 
@@ -69,7 +71,7 @@ class Config(windowed.Config):
 
 
 class Block(gemma.Block):
-  """One layer; there are norms on both sides of attention and MLP."""
+  """One layer, with norms before and after attention and MLP."""
 
   def __init__(self, config, *, dtype, rngs):
     super().__init__(config, dtype=dtype, rngs=rngs)
@@ -83,7 +85,7 @@ class Block(gemma.Block):
 
 
 def sources(config):
-  """Where each parameter lies in a Hugging Face file: {path: Source}."""
+  """Returns the source of each parameter in Hugging Face files, {path: Source}."""
   names = {
     'attention_post_norm': 'post_attention',
     'mlp_norm': 'pre_feedforward',

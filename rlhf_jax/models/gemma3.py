@@ -1,9 +1,9 @@
 """The text model of Gemma 3 (Kamath et al. 2025, https://arxiv.org/abs/2503.19786).
 
-Gemma 2 with norms over each head's query and key in place of the cap on attention scores, windows
-of the text in five layers of six, and other rotary positions in these.
+It is Gemma 2 with a norm over each head's query and key instead of the cap on attention scores,
+sliding windows in five of six layers, and different rotary positions in these layers.
 
-Letters: B batch, T tokens, S length that rotary tables are made for, D width, H head width.
+Letters: B batch, T tokens, H head width.
 """
 
 import dataclasses
@@ -28,9 +28,9 @@ IGNORED_TENSORS, RULES = llama.IGNORED_TENSORS, llama.RULES
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(gemma2.Config):
-  """The fields of a Gemma 3 config.json that change what is computed, and the special token ids.
+  """The fields of a Gemma 3 config.json that affect the computation, and the special token ids.
 
-  `rope` turns the layers that see the whole text, `local_rope` those with windows.
+  Layers with full attention use `rope`; layers with windows use `local_rope`.
   """
 
   max_position_embeddings: int = 131072
@@ -47,8 +47,9 @@ class Config(gemma2.Config):
         'model_type',
         'gemma3',
         (
-          "a model of texts and images, of which only the text model is supported, model_type 'gemma3_text'. To save "
-          'it with transformers, make a Gemma3ForCausalLM of the text_config and set its `model` to '
+          'this is a model of text and images, of which only the text model is supported, with '
+          "model_type 'gemma3_text'. To save the text model with transformers, create a "
+          'Gemma3ForCausalLM from the text_config and set its `model` to '
           '`model.language_model` of the Gemma3ForConditionalGeneration'
         ),
       )
@@ -56,66 +57,67 @@ class Config(gemma2.Config):
 
   @classmethod
   def take(cls, fields, **taken):
-    # Their model has this field and does not read it.
+    # transformers defines this field for Gemma 3 but ignores it.
     fields.only('attn_logit_softcapping', None)
     return super().take(fields, **taken)
 
   @classmethod
   def sliding_rule(cls, fields):
-    if 'layer_types' in fields:  # Written beside them, and not read.
+    if 'layer_types' in fields:  # transformers also writes the pattern, but does not read it.
       fields.raw('_sliding_window_pattern', None)
     every = fields.integer('sliding_window_pattern', 6)
     return lambda layer: (layer + 1) % every != 0
 
   @classmethod
-  def take_ropes(cls, fields, *, head_width, limit):
+  def take_ropes(cls, fields, *, head_width, max_positions):
     name = 'rope_parameters'
-    given = fields.raw(name, {})
-    if not hasattr(given, 'keys'):
-      raise hf_config.refusal(name, given, 'must be a dict')
+    parameters = fields.raw(name, {})
+    if not hasattr(parameters, 'keys'):
+      raise hf_config.refusal(name, parameters, 'must be a dict')
     if 'rope_scaling' in fields:
-      if given:
+      if parameters:
         raise UserError(
           'model config: rope_parameters and rope_scaling are both present; keep one of them'
         )
-      name, given = 'rope_scaling', {windowed.FULL: fields.raw('rope_scaling')}
-    given, shared = hf_config.Fields(given), dict(head_width=head_width, limit=limit)
-    taken = {
+      name, parameters = 'rope_scaling', {windowed.FULL: fields.raw('rope_scaling')}
+    parameters = hf_config.Fields(parameters)
+    shared = dict(head_width=head_width, max_positions=max_positions)
+    ropes = {
       'rope': rope.read(
-        name, given.raw(windowed.FULL, {}), theta=fields.number('rope_theta', 1e6), **shared
+        name, parameters.raw(windowed.FULL, {}), theta=fields.number('rope_theta', 1e6), **shared
       ),
       'local_rope': rope.read(
         name,
-        given.raw(windowed.SLIDING, {}),
+        parameters.raw(windowed.SLIDING, {}),
         theta=fields.number('rope_local_base_freq', 1e4),
         **shared,
       ),
     }
-    given.refuse_unread()
-    if any(isinstance(one, rope.Yarn) and not one.truncate for one in taken.values()):
+    parameters.refuse_unread()
+    if any(isinstance(one, rope.Yarn) and not one.truncate for one in ropes.values()):
       raise hf_config.refusal(
-        'truncate', False, 'of this family transformers reads it as true; write that'
+        'truncate', False, 'transformers treats it as true in this family; set it to true'
       )
-    return taken
+    return ropes
 
   def to_hf(self):
     fields = super().to_hf()
     del fields['local_rope']
-    if self.local_rope.kind == 'default':
+    if self.local_rope.rope_type == 'default':
       return fields | {'rope_local_base_freq': self.local_rope.theta}
-    # Only the newer spelling has scalings of both.
+    # Only the newer `rope_parameters` can scale both.
     del fields['rope_theta'], fields['rope_scaling']
     both = {windowed.FULL: self.rope, windowed.SLIDING: self.local_rope}
     return fields | {
       'rope_parameters': {
-        kind: {'rope_type': one.kind, 'rope_theta': one.theta, **(one.scaling() or {})}
-        for kind, one in both.items()
+        layer_type: {'rope_type': one.rope_type, 'rope_theta': one.theta, **(one.scaling() or {})}
+        for layer_type, one in both.items()
       }
     }
 
 
 class Attention(qwen3.Attention):
-  """The projections, with a norm of each head of queries and keys."""
+  """The projections of attention, with a norm over each head's query and key."""
 
   Norm = gemma.Norm
 
@@ -127,27 +129,27 @@ class Block(gemma2.Block):
 
   def __init__(self, config, *, dtype, rngs):
     super().__init__(config, dtype=dtype, rngs=rngs)
-    self.slides = tuple(int(kind == windowed.SLIDING) for kind in config.layer_types)
+    self.is_sliding = tuple(int(kind == windowed.SLIDING) for kind in config.layer_types)
 
   def __call__(self, x, layer, table, attend):
-    """See blocks.Block; `table` holds those of both kinds of layers, stacked."""
-    kind = jnp.array(self.slides)[layer]
+    """See blocks.Block; `table` is from `Embedder.embed_inputs`."""
+    kind = jnp.array(self.is_sliding)[layer]
     return super().__call__(x, layer, [part[kind] for part in table], attend)
 
 
 class Embedder(gemma.Embedder):
-  """What stands before and after the blocks."""
+  """The parameters outside of the blocks, with rotary positions for both types of layers."""
 
   def __init__(self, config, *, dtype, rngs):
     super().__init__(config, dtype=dtype, rngs=rngs)
     self.local_rope = config.local_rope
 
   def embed_inputs(self, tokens, positions, length):
-    """See blocks.Embedder; tables [2, B, T, 1, H / 2] of layers with full attention and windows."""
+    """See blocks.Embedder; returns tables [2, B, T, 1, H / 2], of full and of sliding layers."""
     x, table = super().embed_inputs(tokens, positions, length)
     return x, [jnp.stack(parts) for parts in zip(table, self.local_rope.table(positions, length))]
 
 
 def sources(config):
-  """Where each parameter lies in a Hugging Face file: {path: Source}."""
+  """Returns the source of each parameter in Hugging Face files, {path: Source}."""
   return gemma2.sources(config) | gemma.offsets(naming.scales(qwen3.HEAD_NORMS))

@@ -1,6 +1,6 @@
 """GPT-2 (Radford et al. 2019).
 
-Letters: L layers, D width, N heads, H head width, F feed-forward width.
+Letters: L layers.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ ARCHITECTURE = 'GPT2LMHeadModel'
 CLASSIFIER = 'GPT2ForSequenceClassification'
 PREFIX = 'transformer.'
 UNEMBED = 'lm_head.weight'
-# Causal masks that old files hold beside the parameters.
+# Causal masks in old files.
 IGNORED_TENSORS = r'(^|\.)attn\.(bias|masked_bias)$'
-# The vocabulary (50257) divides by nothing, so the embedding is split along its width only.
+# No mesh size divides the vocabulary (50257), so the embedding is sharded along its width only.
 RULES = (
   (r'(^|/)embed/embedding$', P(None, 'fsdp')),
   (r'(^|/)unembed/kernel$', P('fsdp', None)),
@@ -29,11 +29,11 @@ Embedder = blocks.LearnedEmbedder
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(hf_config.Config):
-  """The fields of a GPT-2 config.json that change what is computed, and the special token ids.
+  """The fields of a GPT-2 config.json that affect the computation, and the special token ids.
 
   Attributes:
-    reorder_and_upcast_attn: scaling before and softmax in float32 is what we always do; kept to
-      write it back.
+    reorder_and_upcast_attn: No effect here, because queries are always scaled first and softmax is
+      always float32; stored only to be written to config.json again.
   """
 
   n_positions: int = 1024
@@ -76,8 +76,8 @@ class Config(hf_config.Config):
   def std(self, path):
     """See hf_config.Config.
 
-    The two outputs a layer that the residual stream adds up are smaller by sqrt(2 L)
-    (Radford et al. 2019, §2.3, as in their code).
+    The two kernels per layer whose outputs are added to the residual stream are smaller by a
+    factor of sqrt(2 L) (Radford et al. 2019, §2.3, as in their code).
     """
     if path.endswith(('attention/out/kernel', 'mlp/down/kernel')):
       return self.initializer_range * (2 * self.n_layer) ** -0.5
@@ -85,7 +85,7 @@ class Config(hf_config.Config):
 
 
 class Block(blocks.Block):
-  """One layer; its scores may be divided by its number, counted from 1."""
+  """One layer, whose attention scores can be divided by its number, counted from 1."""
 
   def __init__(self, config, *, dtype, rngs):
     super().__init__(config, dtype=dtype, rngs=rngs)
@@ -98,14 +98,14 @@ class Block(blocks.Block):
 
 
 def sources(config):
-  """Where each parameter lies in a Hugging Face file: {path: Source}."""
+  """Returns the source of each parameter in Hugging Face files, {path: Source}."""
   layer = 'h.{layer}'
-  found = naming.embeddings({'embed': 'wte', 'positions': 'wpe'})
-  found |= naming.norms(
+  mapping = naming.embeddings({'embed': 'wte', 'positions': 'wpe'})
+  mapping |= naming.norms(
     {'norm': 'ln_f', 'blocks/attention_norm': f'{layer}.ln_1', 'blocks/mlp_norm': f'{layer}.ln_2'}
   )
   for name, columns in zip(('query', 'key', 'value'), naming.concatenated(*[config.width] * 3)):
-    found |= naming.conv1d(f'blocks/attention/{name}', f'{layer}.attn.c_attn', columns=columns)
-  found |= naming.conv1d('blocks/attention/out', f'{layer}.attn.c_proj')
-  found |= naming.conv1d('blocks/mlp/up', f'{layer}.mlp.c_fc')
-  return found | naming.conv1d('blocks/mlp/down', f'{layer}.mlp.c_proj')
+    mapping |= naming.conv1d(f'blocks/attention/{name}', f'{layer}.attn.c_attn', columns=columns)
+  mapping |= naming.conv1d('blocks/attention/out', f'{layer}.attn.c_proj')
+  mapping |= naming.conv1d('blocks/mlp/up', f'{layer}.mlp.c_fc')
+  return mapping | naming.conv1d('blocks/mlp/down', f'{layer}.mlp.c_proj')

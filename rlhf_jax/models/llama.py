@@ -1,6 +1,7 @@
-"""Llama (Touvron et al. 2023, https://arxiv.org/abs/2302.13971; grouped queries: Llama 2; rope scaling: Llama 3.1).
+"""Llama (Touvron et al. 2023, https://arxiv.org/abs/2302.13971).
 
-Most decoders since are Llama with a few changes; their files say these and take the rest from here.
+Includes the grouped queries of Llama 2 and the rope scaling of Llama 3.1. Most later decoders are
+Llama with a few changes: their files define only the changes and import the rest from here.
 """
 
 import dataclasses
@@ -14,14 +15,14 @@ from rlhf_jax.models import rope
 ARCHITECTURE = 'LlamaForCausalLM'
 CLASSIFIER = 'LlamaForSequenceClassification'
 PREFIX, UNEMBED = 'model.', 'lm_head.weight'
-# Buffers that old files hold beside the parameters.
+# Buffers in old files.
 IGNORED_TENSORS = r'(^|\.)rotary_emb\.inv_freq$'
 RULES = blocks.RULES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BaseConfig(hf_config.Config):
-  """The fields that the config.json of Llama and of all its relatives have."""
+  """The fields of config.json that Llama and all families derived from it have."""
 
   hidden_size: int
   intermediate_size: int
@@ -36,7 +37,7 @@ class BaseConfig(hf_config.Config):
   tie_word_embeddings: bool = False
   initializer_range: float = 0.02
 
-  # Of families that have biases as fields they are taken already.
+  # These apply only to families that do not read the biases as fields.
   ONLY = hf_config.Config.ONLY | {'attention_bias': False, 'mlp_bias': False}
   attention_bias = mlp_bias = False
   gated = True
@@ -47,21 +48,23 @@ class BaseConfig(hf_config.Config):
   @classmethod
   def take(cls, fields, **taken):
     sizes = fields.integers('hidden_size', 'num_attention_heads', 'max_position_embeddings')
-    width, heads, limit = sizes.values()
+    width, heads, max_positions = sizes.values()
     if 'head_dim' not in fields:
-      hf_config.check_divides(sizes, 'num_attention_heads', 'hidden_size', ', or head_dim be given')
+      hf_config.check_divides(
+        sizes, 'num_attention_heads', 'hidden_size', ', or head_dim must be set'
+      )
     head_width = fields.integer('head_dim', width // heads)
     sizes |= {
       'head_dim': head_width,
       'num_key_value_heads': fields.integer('num_key_value_heads', heads),
     }
-    ropes = cls.take_ropes(fields, head_width=head_width, limit=limit)
+    ropes = cls.take_ropes(fields, head_width=head_width, max_positions=max_positions)
     return super().take(fields, **sizes, **ropes, **taken)
 
   @classmethod
-  def take_ropes(cls, fields, *, head_width, limit):
-    """Takes {name: rope.Rope} of the family's fields; see rope.from_hf."""
-    return {'rope': rope.from_hf(fields, head_width=head_width, limit=limit)}
+  def take_ropes(cls, fields, *, head_width, max_positions):
+    """Reads the rotary positions, {field of the Config: rope.Rope}; see rope.from_hf."""
+    return {'rope': rope.from_hf(fields, head_width=head_width, max_positions=max_positions)}
 
   def check(self):
     hf_config.check_divides(vars(self), 'num_key_value_heads', 'num_attention_heads')
@@ -74,7 +77,7 @@ class BaseConfig(hf_config.Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(BaseConfig):
-  """The fields of a Llama config.json that change what is computed, and the special token ids."""
+  """The fields of a Llama config.json that affect the computation, and the special token ids."""
 
   max_position_embeddings: int = 2048
   hidden_act: str = 'silu'
@@ -92,16 +95,16 @@ class Block(blocks.Block):
 
 
 class Embedder(blocks.RotaryEmbedder):
-  """What stands before and after the blocks."""
+  """The parameters outside of the blocks."""
 
   Norm = layers.RMSNorm
 
 
 def sources(config):
-  """Where each parameter lies in a Hugging Face file: {path: Source}."""
+  """Returns the source of each parameter in Hugging Face files, {path: Source}."""
   layer = 'layers.{layer}'
-  found = naming.embeddings({'embed': 'embed_tokens'})
-  found |= naming.scales(
+  mapping = naming.embeddings({'embed': 'embed_tokens'})
+  mapping |= naming.scales(
     {
       'norm': 'norm',
       'blocks/attention_norm': f'{layer}.input_layernorm',
@@ -109,10 +112,10 @@ def sources(config):
     }
   )
   for ours, theirs in (('query', 'q'), ('key', 'k'), ('value', 'v'), ('out', 'o')):
-    found |= naming.torch_linear(
+    mapping |= naming.torch_linear(
       f'blocks/attention/{ours}',
       f'{layer}.self_attn.{theirs}_proj',
       bias=config.out_bias if ours == 'out' else config.attention_bias,
     )
   mlp = {f'blocks/mlp/{name}': f'{layer}.mlp.{name}_proj' for name in ('gate', 'up', 'down')}
-  return found | naming.linears(mlp, bias=config.mlp_bias)
+  return mapping | naming.linears(mlp, bias=config.mlp_bias)

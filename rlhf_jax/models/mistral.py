@@ -1,4 +1,4 @@
-"""Mistral (Jiang et al. 2023, https://arxiv.org/abs/2310.06825): Llama whose tokens see a window of the text."""
+"""Mistral (Jiang et al. 2023, https://arxiv.org/abs/2310.06825): Llama with sliding windows."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ Block, Embedder, sources = llama.Block, llama.Embedder, llama.sources
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(llama.BaseConfig):
-  """The fields of a Mistral config.json that change what is computed, and the special token ids."""
+  """The fields of a Mistral config.json that affect the computation, and the special token ids."""
 
   num_key_value_heads: int = 8
   max_position_embeddings: int = 131072

@@ -12,7 +12,7 @@ ARCHITECTURE = 'GPTNeoXForCausalLM'
 CLASSIFIER = 'GPTNeoXForSequenceClassification'
 PREFIX = 'gpt_neox.'
 UNEMBED = 'embed_out.weight'
-# Causal masks and frequencies that old files hold beside the parameters.
+# Causal masks and rotary frequencies in old files.
 IGNORED_TENSORS = r'(^|\.)attention\.(bias|masked_bias|rotary_emb\.inv_freq)$'
 RULES = blocks.RULES
 
@@ -21,7 +21,7 @@ Embedder = blocks.RotaryEmbedder
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(hf_config.Config):
-  """The fields of a GPT-NeoX config.json that change what is computed, and the special token ids."""
+  """The fields of a GPT-NeoX config.json that affect the computation, and the special token ids."""
 
   hidden_size: int
   intermediate_size: int
@@ -40,40 +40,42 @@ class Config(hf_config.Config):
 
   @classmethod
   def take(cls, fields, **taken):
-    fields.raw('is_decoder', False)  # Theirs has it and reads it nowhere.
+    fields.raw('is_decoder', False)  # transformers defines this field but ignores it.
     sizes = fields.integers('hidden_size', 'num_attention_heads', 'max_position_embeddings')
-    width, heads, limit = sizes.values()
+    width, heads, max_positions = sizes.values()
     hf_config.check_divides(sizes, 'num_attention_heads', 'hidden_size')
-    rotary = _rope(fields, head_width=width // heads, limit=limit)
+    rotary = _rope(fields, head_width=width // heads, max_positions=max_positions)
     return super().take(fields, **sizes, rope=rotary, **taken)
 
   def to_hf(self):
     fields = super().to_hf()
     del fields['rope']
-    # The family's own words, which readers old and new know; they do not read the usual ones.
+    # transformers, old and new, reads these names of this family instead of the usual ones.
     return fields | {
       'rotary_emb_base': self.rope.theta,
-      'rotary_pct': self.rope.part,
+      'rotary_pct': self.rope.rotary_fraction,
       'rope_scaling': self.rope.scaling(),
     }
 
 
-def _rope(fields, *, head_width, limit):
-  """Takes the rotary positions; files have two words of their own for the base and the part of a head that turns."""
+def _rope(fields, *, head_width, max_positions):
+  """Reads the rotary positions; NeoX has its own names for the base and the rotated fraction."""
   renamed = {
     name: fields.raw(name, None) for name in ('rope_parameters', 'rope_scaling', rope.ORIGINAL)
   }
   renamed['rope_theta'] = fields.number('rotary_emb_base', 10000.0)
   renamed['partial_rotary_factor'] = fields.number('rotary_pct', 0.25)
-  found = rope.from_hf(hf_config.Fields(renamed), head_width=head_width, limit=limit, partial=True)
-  # Some versions of transformers write the same under the usual names too, and read them nowhere.
-  fields.only('rope_theta', found.theta)
-  fields.only('partial_rotary_factor', found.part)
-  return found
+  rotary = rope.from_hf(
+    hf_config.Fields(renamed), head_width=head_width, max_positions=max_positions, partial=True
+  )
+  # Some versions of transformers also write both under the usual names, but do not read them.
+  fields.only('rope_theta', rotary.theta)
+  fields.only('partial_rotary_factor', rotary.rotary_fraction)
+  return rotary
 
 
 class Block(blocks.Block):
-  """One layer; the MLP reads what attention reads (beside it, "parallel") or the sum after it."""
+  """One layer; the MLP reads the input of attention (in "parallel") or the sum after attention."""
 
   def __init__(self, config, *, dtype, rngs):
     super().__init__(config, dtype=dtype, rngs=rngs)
@@ -88,23 +90,23 @@ class Block(blocks.Block):
 
 
 def sources(config):
-  """Where each parameter lies in a Hugging Face file: {path: Source}."""
+  """Returns the source of each parameter in Hugging Face files, {path: Source}."""
   layer, bias = 'layers.{layer}', config.attention_bias
-  found = naming.embeddings({'embed': 'embed_in'})
-  found |= naming.norms(
+  mapping = naming.embeddings({'embed': 'embed_in'})
+  mapping |= naming.norms(
     {
       'norm': 'final_layer_norm',
       'blocks/attention_norm': f'{layer}.input_layernorm',
       'blocks/mlp_norm': f'{layer}.post_attention_layernorm',
     }
   )
-  # One tensor of all heads' query, key and value, head by head.
+  # One tensor has the query, key and value of each head in turn.
   for name, columns in zip(('query', 'key', 'value'), naming.interleaved(3, config.head_width)):
-    found |= naming.torch_linear(
+    mapping |= naming.torch_linear(
       f'blocks/attention/{name}', f'{layer}.attention.query_key_value', bias=bias, columns=columns
     )
-  found |= naming.torch_linear('blocks/attention/out', f'{layer}.attention.dense', bias=bias)
-  return found | naming.linears(
+  mapping |= naming.torch_linear('blocks/attention/out', f'{layer}.attention.dense', bias=bias)
+  return mapping | naming.linears(
     {
       'blocks/mlp/up': f'{layer}.mlp.dense_h_to_4h',
       'blocks/mlp/down': f'{layer}.mlp.dense_4h_to_h',

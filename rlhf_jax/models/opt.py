@@ -1,8 +1,7 @@
 """OPT (Zhang et al. 2022, https://arxiv.org/abs/2205.01068).
 
-Letters: B batch, T tokens, S length that rotary tables are made for, D width of the blocks, E
-width of the word embeddings and of the hidden states that the logits are read from (D but for
-opt-350m).
+Letters: B batch, T tokens, D width of the blocks, E width of the token embeddings and of the
+hidden states that the unembedding reads (equal to D except in opt-350m).
 """
 
 import dataclasses
@@ -18,7 +17,7 @@ ARCHITECTURE = 'OPTForCausalLM'
 CLASSIFIER = 'OPTForSequenceClassification'
 PREFIX = 'model.decoder.'
 UNEMBED = 'lm_head.weight'
-# A number that old files hold beside the parameters.
+# A version number in old files.
 IGNORED_TENSORS = r'(^|\.)version$'
 RULES = ((r'(^|/)project_(in|out)/kernel$', P('fsdp', None)),) + blocks.RULES
 
@@ -27,7 +26,7 @@ Block = blocks.Block
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(hf_config.Config):
-  """The fields of an OPT config.json that change what is computed, and the special token ids."""
+  """The fields of an OPT config.json that affect the computation, and the special token ids."""
 
   hidden_size: int
   word_embed_proj_dim: int
@@ -58,8 +57,8 @@ class Config(hf_config.Config):
   @classmethod
   def take(cls, fields, **taken):
     width = fields.integer('hidden_size')
-    embedded = fields.integer('word_embed_proj_dim', width)
-    return super().take(fields, hidden_size=width, word_embed_proj_dim=embedded, **taken)
+    embed_width = fields.integer('word_embed_proj_dim', width)
+    return super().take(fields, hidden_size=width, word_embed_proj_dim=embed_width, **taken)
 
   @property
   def projected(self):
@@ -73,7 +72,7 @@ class Config(hf_config.Config):
 
 
 class Embedder(blocks.LearnedEmbedder):
-  """What stands before and after the blocks: also maps between E and D, and maybe no norm."""
+  """The parameters outside of the blocks, with maps between E and D, and an optional final norm."""
 
   def __init__(self, config, *, dtype, rngs):
     super().__init__(config, dtype=dtype, rngs=rngs)
@@ -86,36 +85,35 @@ class Embedder(blocks.LearnedEmbedder):
       del self.norm
 
   def embed_inputs(self, tokens, positions, length):
-    """tokens and positions [B, T], and S -> x [B, T, D], and None for the blocks."""
     del length
     x = self.embed(tokens)
     if self.projected:
       x = self.project_in(x)
-    return x + self.positions(positions + self.first), None
+    return x + self.positions(positions + self.first_position), None
 
   def final_norm(self, x):
-    """x after the blocks -> hidden states [B, T, E]."""
+    """Returns the hidden states [B, T, E] from the last block's output x."""
     if self.has_final_norm:
       x = self.norm(x)
     return self.project_out(x) if self.projected else x
 
 
 def sources(config):
-  """Where each parameter lies in a Hugging Face file: {path: Source}."""
+  """Returns the source of each parameter in Hugging Face files, {path: Source}."""
   layer = 'layers.{layer}'
-  found = naming.embeddings({'embed': 'embed_tokens', 'positions': 'embed_positions'})
+  mapping = naming.embeddings({'embed': 'embed_tokens', 'positions': 'embed_positions'})
   if config.projected:
-    found |= naming.linears({name: name for name in ('project_in', 'project_out')}, bias=False)
+    mapping |= naming.linears({name: name for name in ('project_in', 'project_out')}, bias=False)
   attention = {
     f'blocks/attention/{ours}': f'{layer}.self_attn.{theirs}_proj'
     for ours, theirs in (('query', 'q'), ('key', 'k'), ('value', 'v'), ('out', 'out'))
   }
   mlp = {'blocks/mlp/up': f'{layer}.fc1', 'blocks/mlp/down': f'{layer}.fc2'}
-  found |= naming.linears(attention | mlp, bias=config.enable_bias)
+  mapping |= naming.linears(attention | mlp, bias=config.enable_bias)
   norms = {
     'blocks/attention_norm': f'{layer}.self_attn_layer_norm',
     'blocks/mlp_norm': f'{layer}.final_layer_norm',
   }
   if config.has_final_norm:
     norms['norm'] = 'final_layer_norm'
-  return found | naming.norms(norms if config.layer_norm_elementwise_affine else {})
+  return mapping | naming.norms(norms if config.layer_norm_elementwise_affine else {})

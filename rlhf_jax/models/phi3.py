@@ -1,7 +1,7 @@
 """Phi-3, 3.5 and Phi-4-mini (Abdin et al. 2024, https://arxiv.org/abs/2404.14219).
 
-Llama in files of other tensors, with windows of the text, rotary positions of a part of each head
-in some, and LongRoPE.
+Phi-3 is Llama with fused tensors in its files, sliding windows and LongRoPE; some models rotate
+only a fraction of each head.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ PREFIX, UNEMBED = llama.PREFIX, llama.UNEMBED
 IGNORED_TENSORS, RULES = llama.IGNORED_TENSORS, llama.RULES
 Block, Embedder = llama.Block, llama.Embedder
 
-# Two older names of LongRoPE; what others call YaRN no Phi has.
-ROPES = {
+# 'su' and 'yarn' are older names of LongRoPE; no Phi model uses the YaRN of other families.
+ROPE_TYPES = {
   'default': rope.Rope,
   'longrope': rope.LongRope,
   'su': rope.LongRope,
@@ -27,7 +27,7 @@ ROPES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(llama.BaseConfig):
-  """The fields of a Phi-3 config.json that change what is computed, and the special token ids."""
+  """The fields of a Phi-3 config.json that affect the computation, and the special token ids."""
 
   max_position_embeddings: int = 4096
   hidden_act: str = 'silu'
@@ -42,17 +42,22 @@ class Config(llama.BaseConfig):
   }
 
   @classmethod
-  def take_ropes(cls, fields, *, head_width, limit):
+  def take_ropes(cls, fields, *, head_width, max_positions):
     return {
       'rope': rope.from_hf(
-        fields, head_width=head_width, limit=limit, original=4096, partial=True, kinds=ROPES
+        fields,
+        head_width=head_width,
+        max_positions=max_positions,
+        original_length=4096,
+        partial=True,
+        rope_types=ROPE_TYPES,
       )
     }
 
   def to_hf(self):
     fields = super().to_hf()
-    if self.rope.kind == 'longrope':
-      # Theirs takes it from here, whatever stands beside the factors.
+    if self.rope.rope_type == 'longrope':
+      # transformers reads it here and ignores the one in `rope_scaling`.
       fields[rope.ORIGINAL] = self.rope.original_max_position_embeddings
     return fields
 
@@ -62,15 +67,15 @@ class Config(llama.BaseConfig):
 
 
 def sources(config):
-  """Where each parameter lies in a Hugging Face file: {path: Source}."""
-  found, layer = llama.sources(config), 'layers.{layer}'
+  """Returns the source of each parameter in Hugging Face files, {path: Source}."""
+  mapping, layer = llama.sources(config), 'layers.{layer}'
   queries, keys = config.heads * config.head_width, config.kv_heads * config.head_width
   for name, columns in zip(('query', 'key', 'value'), naming.concatenated(queries, keys, keys)):
-    found |= naming.torch_linear(
+    mapping |= naming.torch_linear(
       f'blocks/attention/{name}', f'{layer}.self_attn.qkv_proj', bias=False, columns=columns
     )
   for name, columns in zip(('gate', 'up'), naming.concatenated(config.inner, config.inner)):
-    found |= naming.torch_linear(
+    mapping |= naming.torch_linear(
       f'blocks/mlp/{name}', f'{layer}.mlp.gate_up_proj', bias=False, columns=columns
     )
-  return found
+  return mapping

@@ -1,6 +1,6 @@
-"""Qwen 2 and 2.5 (Yang et al. 2024, https://arxiv.org/abs/2407.10671): Llama with biases of queries, keys and values.
+"""Qwen 2 and 2.5 (Yang et al. 2024, https://arxiv.org/abs/2407.10671).
 
-The upper layers may see a window of the text.
+Qwen 2 is Llama with biases of queries, keys and values. Upper layers may have sliding windows.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ Block, Embedder, sources = llama.Block, llama.Embedder, llama.sources
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(windowed.Config):
-  """The fields of a Qwen 2 config.json that change what is computed, and the special token ids."""
+  """The fields of a Qwen 2 config.json that affect the computation, and the special token ids."""
 
   num_key_value_heads: int = 32
   max_position_embeddings: int = 32768
@@ -34,10 +34,10 @@ class Config(windowed.Config):
     used, first = fields.flag('use_sliding_window'), fields.integer('max_window_layers', least=0)
     if not used:
       fields.raw('sliding_window', None)
-    slides = used and 'sliding_window' in fields
+    has_windows = used and 'sliding_window' in fields
     return super().take(
       fields,
-      slides=lambda layer: slides and layer >= first,
+      is_sliding=lambda layer: has_windows and layer >= first,
       use_sliding_window=used,
       max_window_layers=first,
       **taken,

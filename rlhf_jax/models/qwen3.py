@@ -1,6 +1,7 @@
-"""Qwen 3 (Yang et al. 2025, https://arxiv.org/abs/2505.09388): Llama with norms over each head's query and key.
+"""Qwen 3 (Yang et al. 2025, https://arxiv.org/abs/2505.09388).
 
-Layers may see windows of the text as in Qwen 2.
+Qwen 3 is Llama with a norm over each head's query and key. Layers may have sliding windows, as in
+Qwen 2.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ PREFIX, UNEMBED = llama.PREFIX, llama.UNEMBED
 IGNORED_TENSORS, RULES = llama.IGNORED_TENSORS, llama.RULES
 Embedder = llama.Embedder
 
-# The norms of queries and keys by the names of their tensors.
+# {path of a query or key norm: name of its tensor}.
 HEAD_NORMS = {
   f'blocks/attention/{ours}_norm': f'layers.{{layer}}.self_attn.{theirs}_norm'
   for ours, theirs in (('query', 'q'), ('key', 'k'))
@@ -26,7 +27,7 @@ HEAD_NORMS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(qwen2.Config):
-  """The fields of a Qwen 3 config.json that change what is computed, and the special token ids."""
+  """The fields of a Qwen 3 config.json that affect the computation, and the special token ids."""
 
   head_dim: int = 128
   attention_bias: bool = False
@@ -36,7 +37,7 @@ class Config(qwen2.Config):
 
 
 class Attention(layers.Attention):
-  """The projections, with an RMSNorm of each head of queries and keys."""
+  """The projections of attention, with an RMSNorm over each head's query and key."""
 
   Norm = layers.RMSNorm
 
@@ -57,5 +58,5 @@ class Block(llama.Block):
 
 
 def sources(config):
-  """Where each parameter lies in a Hugging Face file: {path: Source}."""
+  """Returns the source of each parameter in Hugging Face files, {path: Source}."""
   return llama.sources(config) | naming.scales(HEAD_NORMS)

@@ -1,14 +1,15 @@
-"""Rotary positions (Su et al. 2021, https://arxiv.org/abs/2104.09864) and the ways to stretch them over longer texts.
+"""Rotary positions (Su et al. 2021, https://arxiv.org/abs/2104.09864) and their scalings.
 
-Letters: B batch, T tokens of this call, S slots that its positions can reach (of the cache, or T),
-H head width, R coordinates of a head that turn, the first of its H.
+Letters: B batch, T tokens of this call, S sequence length (slots of the cache, or T without one),
+H head width, R rotated coordinates, the first of each head.
 
-With 'dynamic' and 'longrope' all tokens turn slower in a long text. transformers goes by the
-largest position of each call: what it makes of a text depends on the texts beside it, and a cache
-keeps the keys it turned before the text became long. Here S decides. It is the same for a rollout
-into a cache of S slots and for a later pass over all S of them, so the ratio of their
-probabilities is 1. Where the longest text of the call fills S, the two are the same; a row of
-short texts packed to more than the original length turns as one long text.
+The frequencies of 'dynamic' and 'longrope' depend on the sequence length. transformers uses the
+largest position of each call. So its result for a sequence depends on the other sequences of the
+batch, and a cache keeps keys that were rotated before the sequence became long. Here the
+frequencies depend on S, which is the same for a rollout into a cache of S slots and for a later
+pass over all S of them, so their probability ratio is 1. If the longest sequence of the call fills
+S, the result equals that of transformers. Short texts packed into a sequence longer than the
+original length are rotated as one long text.
 """
 
 import dataclasses
@@ -20,50 +21,51 @@ import numpy as np
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import hf_config
 
-MOST_WIDTH = 2**16  # of a head; that of a damaged config.json may ask for any memory
+MAX_HEAD_WIDTH = 2**16  # a damaged config.json could otherwise ask for any amount of memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
-  """Pair i of the R / 2 turns by theta^(-2 i / R) radians per position.
+  """Plain rotary positions: pair i of R / 2 rotates by theta^(-2 i / R) radians per position.
 
   Attributes:
     head_width: H.
-    theta: base of the frequencies.
-    part: R / H.
-    limit: positions the model was made for.
+    theta: Base of the frequencies.
+    rotary_fraction: R / H.
+    max_positions: Number of positions that the model was made for.
+    rope_type: Name of the scaling in a config.json.
   """
 
   head_width: int
   theta: float = 10000.0
-  part: float = 1.0
-  limit: int = 0
-  kind = 'default'
+  rotary_fraction: float = 1.0
+  max_positions: int = 0
+  rope_type = 'default'
 
   def __post_init__(self):
-    if self.head_width > MOST_WIDTH:
+    if self.head_width > MAX_HEAD_WIDTH:
       raise hf_config.refusal(
-        'head_dim', self.head_width, f'must be at most {MOST_WIDTH} for rotary positions'
+        'head_dim', self.head_width, f'must be at most {MAX_HEAD_WIDTH} for rotary positions'
       )
     if 2 * len(self.exponents()) > self.head_width:
       raise hf_config.refusal('head_dim', self.head_width, 'must be even for rotary positions')
 
   @property
   def scale(self):
-    """What cosines and sines are multiplied by."""
+    """Factor of the cosines and sines."""
     return 1.0
 
   @property
   def rotary_width(self):
     """R."""
-    return int(self.head_width * self.part)
+    return int(self.head_width * self.rotary_fraction)
 
   def exponents(self):
-    """2 i / R of each pair, float64."""
+    """Returns 2 i / R of each pair, [R / 2] float64."""
     return np.arange(0, self.rotary_width, 2) / self.rotary_width
 
   def frequencies(self, length):
-    """Radians per position of each pair.
+    """Computes the radians per position of each pair.
 
     Args:
       length: S.
@@ -75,7 +77,7 @@ class Rope:
     return self.theta ** -self.exponents()
 
   def table(self, positions, length):
-    """Cosines and sines of all positions, computed once for all layers.
+    """Computes the cosines and sines of all positions, once for all layers.
 
     Args:
       positions: [B, T] int32.
@@ -89,20 +91,21 @@ class Rope:
     return jnp.cos(angles) * self.scale, jnp.sin(angles) * self.scale
 
   def to_hf(self):
-    """The older spelling, `rope_theta` and `rope_scaling`, which old and new readers understand."""
-    part = {} if self.part == 1 else {'partial_rotary_factor': self.part}
-    return {'rope_theta': self.theta, **part, 'rope_scaling': self.scaling()}
+    """Returns the fields of a config.json, in the older form that every reader understands."""
+    fraction = self.rotary_fraction
+    partial = {} if fraction == 1 else {'partial_rotary_factor': fraction}
+    return {'rope_theta': self.theta, **partial, 'rope_scaling': self.scaling()}
 
   def scaling(self):
-    """The dict for `rope_scaling`, None where there is nothing to say."""
-    if self.kind == 'default':
+    """Returns the dict for `rope_scaling`, or None without scaling."""
+    if self.rope_type == 'default':
       return None
-    own = {name: getattr(self, name) for name in _own_fields(type(self))}
+    parameters = {name: getattr(self, name) for name in _type_fields(type(self))}
     return {
-      'rope_type': self.kind,
+      'rope_type': self.rope_type,
       **{
         name: list(value) if isinstance(value, tuple) else value
-        for name, value in own.items()
+        for name, value in parameters.items()
         if value is not None
       },
     }
@@ -110,10 +113,10 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Linear(Rope):
-  """Positions are divided by a factor (Chen et al. 2023, https://arxiv.org/abs/2306.15595)."""
+  """Divides positions by a factor (Chen et al. 2023, https://arxiv.org/abs/2306.15595)."""
 
   factor: float
-  kind = 'linear'
+  rope_type = 'linear'
 
   def frequencies(self, length):
     return super().frequencies(length) / self.factor
@@ -121,10 +124,14 @@ class Linear(Rope):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Proportional(Rope):
-  """All pairs of the head are counted, but only the first share of them turns; positions are divided by a factor."""
+  """Rotates a fraction of the head, with frequencies as if all of it rotated.
+
+  Here R = H, and the frequencies of all but the first `rotary_fraction` of the pairs are 0.
+  Positions are divided by a factor.
+  """
 
   factor: float = 1.0
-  kind = 'proportional'
+  rope_type = 'proportional'
 
   @property
   def rotary_width(self):
@@ -132,26 +139,27 @@ class Proportional(Rope):
 
   def frequencies(self, length):
     frequencies = super().frequencies(length) / self.factor
-    frequencies[int(self.part * self.head_width // 2) :] = 0
+    frequencies[int(self.rotary_fraction * self.head_width // 2) :] = 0
     return frequencies
 
   def to_hf(self):
     return {'rope_theta': self.theta, 'rope_scaling': self.scaling()}
 
   def scaling(self):
-    # This type has no other spelling of it.
-    return super().scaling() | {'partial_rotary_factor': self.part}
+    # This type reads the fraction only from this dict.
+    return super().scaling() | {'partial_rotary_factor': self.rotary_fraction}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dynamic(Rope):
-  """The base grows with the length, so that the slowest pair is as if its positions were divided by a factor.
+  """Increases the base of the frequencies with the length.
 
-  For n = max(S, limit): base = theta (factor n / limit - (factor - 1))^(R / (R - 2)).
+  With n = max(S, max_positions) and growth = factor * n / max_positions - (factor - 1), the base is
+  theta * growth^(R / (R - 2)), which divides the lowest frequency by growth.
   """
 
   factor: float
-  kind = 'dynamic'
+  rope_type = 'dynamic'
 
   def __post_init__(self):
     super().__post_init__()
@@ -161,44 +169,49 @@ class Dynamic(Rope):
       )
 
   def frequencies(self, length):
-    growth = self.factor * max(length, self.limit) / self.limit - (self.factor - 1)
+    stretch = max(length, self.max_positions) / self.max_positions
+    growth = self.factor * stretch - (self.factor - 1)
     base = self.theta * growth ** (self.rotary_width / (self.rotary_width - 2))
     return base ** -self.exponents()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3(Rope):
-  """Slow pairs are divided by a factor, fast ones kept, those between blended (Llama 3.1's rule).
+  """Divides low frequencies by a factor, keeps high ones and blends those between (Llama 3.1).
 
-  Slow pairs make fewer than `low_freq_factor` turns in `original_max_position_embeddings`
-  positions, fast ones more than `high_freq_factor`.
+  Over `original_max_position_embeddings` positions, pairs of low frequency make fewer than
+  `low_freq_factor` turns, pairs of high frequency more than `high_freq_factor`.
   """
 
   factor: float
   low_freq_factor: float
   high_freq_factor: float
   original_max_position_embeddings: int
-  kind = 'llama3'
+  rope_type = 'llama3'
 
   def frequencies(self, length):
     frequencies = super().frequencies(length)
     turns = self.original_max_position_embeddings * frequencies / (2 * np.pi)
-    kept = np.clip(
+    weight = np.clip(
       (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1
     )
-    return frequencies * (kept + (1 - kept) / self.factor)
+    return frequencies * (weight + (1 - weight) / self.factor)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Yarn(Rope):
-  """YaRN (Peng et al. 2023, https://arxiv.org/abs/2309.00071, §3.2 to 3.4): as Llama 3, blended linearly over i.
+  """YaRN (Peng et al. 2023, https://arxiv.org/abs/2309.00071, §3.2 to 3.4).
+
+  Like Llama3, it divides low frequencies by a factor and keeps high ones, but blends linearly in i.
 
   Attributes:
-    beta_fast, beta_slow: turns in the original length from which a pair is kept, and up to which
-      it is divided by the factor.
-    truncate: whether the pairs where these are met are rounded outwards to whole ones.
-    attention_factor: the scale; without it 0.1 m ln(factor) + 1, of m = 1 or as the quotient of
-      `mscale` and `mscale_all_dim`.
+    factor: Divisor of low frequencies.
+    original_max_position_embeddings: Original length, over which turns are counted.
+    beta_fast: Number of turns from which a frequency is kept.
+    beta_slow: Number of turns up to which a frequency is divided.
+    truncate: Whether the values of i at which pairs make these turns are rounded outwards.
+    attention_factor: The scale. If None, it is f(1) with f(m) = 0.1 m ln(factor) + 1; if mscale and
+      mscale_all_dim are set, f(mscale) / f(mscale_all_dim).
   """
 
   factor: float
@@ -209,7 +222,7 @@ class Yarn(Rope):
   attention_factor: float | None = None
   mscale: float | None = None
   mscale_all_dim: float | None = None
-  kind = 'yarn'
+  rope_type = 'yarn'
 
   def frequencies(self, length):
     frequencies = super().frequencies(length)
@@ -221,31 +234,33 @@ class Yarn(Rope):
     return frequencies * (1 - divided + divided / self.factor)
 
   def _pair(self, turns):
-    """The i, a real number, that makes so many turns in the original length."""
+    """Returns the real i whose pair makes this many turns in the original length."""
     length = self.original_max_position_embeddings / (2 * math.pi * turns)
     return self.rotary_width * math.log(length) / (2 * math.log(self.theta))
 
   @property
   def scale(self):
-    def grown(mscale):
+    def scale(mscale):
       return 0.1 * mscale * math.log(self.factor) + 1 if self.factor > 1 else 1.0
 
     if self.attention_factor is not None:
       return self.attention_factor
     if self.mscale and self.mscale_all_dim:
-      return grown(self.mscale) / grown(self.mscale_all_dim)
-    return grown(1.0)
+      return scale(self.mscale) / scale(self.mscale_all_dim)
+    return scale(1.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LongRope(Rope):
-  """LongRoPE (Ding et al. 2024, https://arxiv.org/abs/2402.13753): a searched divisor for each pair.
+  """LongRoPE (Ding et al. 2024, https://arxiv.org/abs/2402.13753): a searched divisor per pair.
 
   Attributes:
-    short_factor, long_factor: R / 2 divisors each, used up to `original_max_position_embeddings`
-      slots and beyond.
-    attention_factor: the scale; without it sqrt(1 + ln f / ln original), where f is `factor` or
-      else limit / original.
+    short_factor: R / 2 divisors for S up to `original_max_position_embeddings`.
+    long_factor: R / 2 divisors for longer S.
+    original_max_position_embeddings: Original length.
+    factor: Ratio of the maximum to the original length; None for
+      max_positions / original_max_position_embeddings.
+    attention_factor: The scale; None for sqrt(1 + ln(factor) / ln(original length)).
   """
 
   short_factor: tuple[float, ...]
@@ -253,7 +268,7 @@ class LongRope(Rope):
   original_max_position_embeddings: int
   factor: float | None = None
   attention_factor: float | None = None
-  kind = 'longrope'
+  rope_type = 'longrope'
 
   def __post_init__(self):
     super().__post_init__()
@@ -273,7 +288,7 @@ class LongRope(Rope):
   def scale(self):
     if self.attention_factor is not None:
       return self.attention_factor
-    factor = self.factor or self.limit / self.original_max_position_embeddings
+    factor = self.factor or self.max_positions / self.original_max_position_embeddings
     return (
       math.sqrt(1 + math.log(factor) / math.log(self.original_max_position_embeddings))
       if factor > 1
@@ -281,26 +296,30 @@ class LongRope(Rope):
     )
 
 
-KINDS = {cls.kind: cls for cls in (Rope, Linear, Proportional, Dynamic, Llama3, Yarn, LongRope)}
+ROPE_TYPES = {
+  cls.rope_type: cls for cls in (Rope, Linear, Proportional, Dynamic, Llama3, Yarn, LongRope)
+}
 ORIGINAL = 'original_max_position_embeddings'
 
 
-def from_hf(fields, *, head_width, limit, original=None, partial=False, kinds=None):
-  """Takes `rope_parameters`, or the older `rope_scaling` and `rope_theta`, from `hf_config.Fields`.
+def from_hf(
+  fields, *, head_width, max_positions, original_length=None, partial=False, rope_types=None
+):
+  """Reads `rope_parameters`, or the older `rope_scaling` and `rope_theta`, of a config.json.
 
   Args:
-    fields: of a config.json.
+    fields: hf_config.Fields of the config.json.
     head_width: H.
-    limit: positions the model was made for.
-    original: of the family's files where they do not say `original_max_position_embeddings`.
-    partial: whether the family can turn a part of each head.
-    kinds: {type: class}; None: KINDS.
+    max_positions: Number of positions that the model was made for.
+    original_length: The family's default of `original_max_position_embeddings`, or None.
+    partial: Whether the family can rotate a fraction of each head.
+    rope_types: {type: class}; None for ROPE_TYPES.
 
   Returns:
     A Rope.
 
   Raises:
-    UserError: for a type that is not among the kinds, or parameters it does not have.
+    UserError: If the type is not in `rope_types`, or has no such parameters.
   """
   name = 'rope_parameters' if 'rope_parameters' in fields else 'rope_scaling'
   if name == 'rope_parameters' and 'rope_scaling' in fields:
@@ -311,84 +330,106 @@ def from_hf(fields, *, head_width, limit, original=None, partial=False, kinds=No
     name,
     fields.raw(name, {}),
     head_width=head_width,
-    limit=limit,
+    max_positions=max_positions,
     partial=partial,
-    kinds=kinds,
+    rope_types=rope_types,
     theta=fields.number('rope_theta', 10000.0),
-    part=fields.number('partial_rotary_factor', 1.0),
-    original=fields.integer(ORIGINAL, original),
+    rotary_fraction=fields.number('partial_rotary_factor', 1.0),
+    original_length=fields.integer(ORIGINAL, original_length),
   )
 
 
 def read(
-  name, given, *, head_width, limit, theta, part=1.0, original=None, partial=False, kinds=None
+  name,
+  parameters,
+  *,
+  head_width,
+  max_positions,
+  theta,
+  rotary_fraction=1.0,
+  original_length=None,
+  partial=False,
+  rope_types=None,
 ):
   """Reads one dict of rotary parameters.
 
   Args:
-    name: of the field that holds the dict.
-    given: the dict.
-    head_width, limit, partial, kinds: see `from_hf`.
-    theta, part: where the dict has none.
-    original: None, or the original length that stands beside the dict and goes before the one in it.
+    name: Name of the field that holds the dict, for messages.
+    parameters: The dict.
+    head_width, max_positions, partial, rope_types: See `from_hf`.
+    theta, rotary_fraction: Defaults if the dict has none.
+    original_length: Original length from outside of the dict, which overrides the one in it; or
+      None.
 
-  Returns, Raises: see `from_hf`.
+  Returns:
+    A Rope.
+
+  Raises:
+    UserError: See `from_hf`.
   """
-  if not hasattr(given, 'keys'):
-    raise hf_config.refusal(name, given, 'must be a dict')
-  given, kinds = dict(given), kinds or KINDS
-  older = given.pop('type', None)
-  kind = given.pop('rope_type', None) or older or 'default'
-  if not isinstance(kind, str) or kind not in kinds:
-    raise hf_config.refusal(f'{name}.rope_type', kind, f'must be one of {sorted(kinds)}')
-  own = _own_fields(kinds[kind])
-  if ORIGINAL in own:
-    given[ORIGINAL] = original or given.get(ORIGINAL) or limit
-  inner = hf_config.Fields(given)
+  if not hasattr(parameters, 'keys'):
+    raise hf_config.refusal(name, parameters, 'must be a dict')
+  parameters, rope_types = dict(parameters), rope_types or ROPE_TYPES
+  older_name = parameters.pop('type', None)
+  rope_type = parameters.pop('rope_type', None) or older_name or 'default'
+  if not isinstance(rope_type, str) or rope_type not in rope_types:
+    raise hf_config.refusal(f'{name}.rope_type', rope_type, f'must be one of {sorted(rope_types)}')
+  cls = rope_types[rope_type]
+  type_fields = _type_fields(cls)
+  if ORIGINAL in type_fields:
+    parameters[ORIGINAL] = original_length or parameters.get(ORIGINAL) or max_positions
+  inner = hf_config.Fields(parameters)
   try:
-    theta, part = inner.number('rope_theta', theta), inner.number('partial_rotary_factor', part)
-    if part > 1 or part < 1 and not (partial or kind == 'proportional'):
+    theta = inner.number('rope_theta', theta)
+    fraction = inner.number('partial_rotary_factor', rotary_fraction)
+    if fraction > 1 or fraction < 1 and not (partial or rope_type == 'proportional'):
       raise hf_config.refusal(
-        'partial_rotary_factor', part, 'must be at most 1' if partial else 'only 1 is supported'
+        'partial_rotary_factor', fraction, 'must be at most 1' if partial else 'only 1 is supported'
       )
-    taken = {name: _take(inner, field) for name, field in own.items()}
+    values = {name: _read_field(inner, field) for name, field in type_fields.items()}
     inner.refuse_unread()
   except UserError as error:
-    raise UserError(f'{error} (inside {name} of type {kind!r})') from None
-  return kinds[kind](head_width=head_width, theta=theta, part=part, limit=limit, **taken)
+    raise UserError(f'{error} (inside {name} of type {rope_type!r})') from None
+  return cls(
+    head_width=head_width,
+    theta=theta,
+    rotary_fraction=fraction,
+    max_positions=max_positions,
+    **values,
+  )
 
 
-def _own_fields(cls):
-  """The fields {name: dataclass field} that a class has beyond those of every Rope."""
+def _type_fields(cls):
+  """Returns the fields {name: dataclass field} that a class has in addition to those of Rope."""
   common = {field.name for field in dataclasses.fields(Rope)}
   return {field.name: field for field in dataclasses.fields(cls) if field.name not in common}
 
 
-def _take(fields, field):
-  """Takes the value of a dataclass field from `hf_config.Fields`, or its default."""
+def _read_field(fields, field):
+  """Reads the value of a dataclass field from `hf_config.Fields`, or returns its default."""
   if field.name not in fields and field.default is not dataclasses.MISSING:
     return field.default
   return fields.typed(field)
 
 
 def rotate(x, table):
-  """Turns the pairs (i, i + R / 2) of coordinates by the angles of their positions.
+  """Rotates the pairs (i, i + R / 2) of coordinates by the angles of their positions.
 
   Args:
     x: [B, T, heads, H].
-    table: cosines and sines from `Rope.table`.
+    table: Cosines and sines from `Rope.table`.
 
   Returns:
-    Same shape and dtype as x; the arithmetic is float32.
+    Array of the shape and dtype of x; the arithmetic is float32.
   """
   cos, sin = table
   rotary_width = 2 * cos.shape[-1]
   first, second = jnp.split(x[..., :rotary_width].astype(jnp.float32), 2, axis=-1)
-  turned = jnp.concatenate(
+  rotated = jnp.concatenate(
     [first * cos - second * sin, second * cos + first * sin], axis=-1
   ).astype(x.dtype)
   return (
-    turned
+    rotated
     if rotary_width == x.shape[-1]
-    else jnp.concatenate([turned, x[..., rotary_width:]], axis=-1)
+    else jnp.concatenate([rotated, x[..., rotary_width:]], axis=-1)
   )

@@ -1,17 +1,15 @@
 """T5 (Raffel et al. 2020, https://arxiv.org/abs/1910.10683), T5 v1.1 and Flan-T5.
 
-What tells the generations apart is in config.json: the first has a ReLU, one matrix for embedding
-and unembedding, and hidden states scaled by D^-0.5 in front of it; T5 v1.1, from which Flan-T5
-(Chung et al. 2022, https://arxiv.org/abs/2210.11416) was tuned, has gated GELUs, two matrices and no
-scale.
+The versions differ in their config.json. The original T5 has a ReLU, tied embeddings, and hidden
+states scaled by D^-0.5 before the unembedding. T5 v1.1, from which Flan-T5 (Chung et al. 2022,
+https://arxiv.org/abs/2210.11416) was tuned, has gated GELUs, an untied unembedding and no scale.
 
-A reward model of ours reads its score from the decoder's state with a linear head, kept as
-'score.weight'. transformers' T5ForSequenceClassification has a dense layer and a tanh in between
-('pooled'); its folders are read and written as such, but of a linear head it knows nothing, and
-would put random layers in its place.
+The reward models that we train read the score from the decoder's state with a linear head, saved as
+'score.weight'. transformers' T5ForSequenceClassification has a dense layer and a tanh before the
+head ('pooled'). We read and write such folders too. transformers cannot load our linear head: it
+would use randomly initialized layers instead.
 
-Letters: B batch, T tokens, S keys, P prompt length, V vocabulary, D width, N heads, H head width, F
-feed-forward width.
+Letters: D width, H head width.
 """
 
 import dataclasses
@@ -30,13 +28,13 @@ from rlhf_jax.models import naming
 ARCHITECTURE = 'T5ForConditionalGeneration'
 CLASSIFIER = 'T5ForSequenceClassification'
 PREFIX, UNEMBED = '', 'lm_head.weight'
-# Copies of the embedding, and a bias that old files hold and nothing reads.
+# Copies of the embedding, and an unused bias in old files.
 IGNORED_TENSORS = (
   r'((en|de)coder\.embed_tokens\.weight|EncDecAttention\.relative_attention_bias\.weight)$'
 )
 RULES = ((r'(^|/)distances/embedding$', P()),) + blocks.RULES
 
-# The activation by the kind of feed-forward layer; 'gated-gelu' is the tanh approximation.
+# {feed_forward_proj: activation}; 'gated-gelu' is the tanh approximation.
 FEED_FORWARD = {
   **{name: name for name in layers.ACTIVATIONS},
   **{f'gated-{name}': name for name in layers.ACTIVATIONS},
@@ -46,11 +44,12 @@ FEED_FORWARD = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(hf_config.Config):
-  """The fields of a T5 config.json that change what is computed, and the special token ids.
+  """The fields of a T5 config.json that affect the computation, and the special token ids.
 
   Attributes:
-    n_positions: tokens of a row that the model was made for; distances have no end, so more will do.
-    pooled: between decoder and score lies transformers' dense layer with its tanh.
+    n_positions: Longest sequence that the model was made for. Longer ones work too, because
+      positions are relative.
+    pooled: Whether a reward model has transformers' dense layer and tanh before the head.
   """
 
   n_positions: int = 512
@@ -83,7 +82,7 @@ class Config(hf_config.Config):
   def take(cls, fields, **taken):
     depth, tied = fields.integer('num_layers'), fields.flag('tie_word_embeddings')
     kind = fields.choice('feed_forward_proj', FEED_FORWARD)
-    # What transformers derives from `feed_forward_proj` and writes beside it.
+    # transformers derives these from `feed_forward_proj` and also writes them.
     fields.only('is_gated_act', kind.startswith('gated-'))
     fields.only('dense_act_fn', FEED_FORWARD[kind])
     pad, start = fields.token_id('pad_token_id'), fields.token_id('decoder_start_token_id')
@@ -103,7 +102,7 @@ class Config(hf_config.Config):
     start, buckets = self.decoder_start_token_id, self.relative_attention_num_buckets
     if not isinstance(start, int) or not 0 <= start < self.vocab_size:
       raise hf_config.refusal(
-        'decoder_start_token_id', start, 'must be a token id; without it pad_token_id counts'
+        'decoder_start_token_id', start, 'must be a token id; the default is pad_token_id'
       )
     if self.scale_decoder_outputs and not self.tie_word_embeddings:
       raise hf_config.refusal('scale_decoder_outputs', True, 'needs tie_word_embeddings=true')
@@ -123,8 +122,9 @@ class Config(hf_config.Config):
   def for_tensors(self, names):
     """See hf_config.Config.
 
-    transformers 5 writes `tie_word_embeddings: true` for every T5, and apart from it the scale, by
-    which one could tell before; nor does config.json say whether there is a dense layer.
+    config.json leaves two things open. transformers 5 writes `tie_word_embeddings: true` for every
+    T5, and a separate field for the scale, which used to follow from it. Also, no field tells
+    whether a reward model has a dense layer.
     """
     untied = not self.scale_decoder_outputs and 'lm_head.weight' in names
     return dataclasses.replace(
@@ -148,9 +148,9 @@ class Config(hf_config.Config):
   def std(self, path):
     """See hf_config.Config.
 
-    Queries are not scaled by H^-0.5, their kernel is instead. The unembedding starts like any other
-    kernel (as in t5x, https://github.com/google-research/t5x), not with transformers' deviation of 1,
-    which would make the first logits as large as D^0.5.
+    The kernel of the queries is scaled by H^-0.5 because the queries are not. The unembedding is
+    initialized like any other kernel (as in t5x, https://github.com/google-research/t5x). With
+    transformers' standard deviation of 1, the first logits would be as large as D^0.5.
     """
     fan_in = self.d_model
     if path == 'embed/embedding':
@@ -165,16 +165,16 @@ class Config(hf_config.Config):
 
 
 def causal_buckets(count, max_distance, length):
-  """The bucket of each distance 0 .. length - 1 on one side.
+  """Returns the bucket of each distance 0 .. length - 1 in one direction.
 
-  Half of the buckets are for one distance each, the others widen up to `max_distance`, from where on
-  all share the last (Raffel et al. 2020, §2.1). Distances on the edge of two buckets go where
-  float32 arithmetic puts them, so that is what is used here too.
+  Half of the buckets have one distance each. The others widen logarithmically up to
+  `max_distance`; larger distances are all in the last bucket (Raffel et al. 2020, §2.1). The
+  bucket of a distance at an edge depends on rounding, so this uses float32, as transformers does.
 
   Args:
-    count: of buckets.
-    max_distance: more than count // 2.
-    length: of the table.
+    count: Number of buckets.
+    max_distance: Distance from which all are in the last bucket; more than count // 2.
+    length: Number of distances.
 
   Returns:
     [length] int32 numpy array.
@@ -211,7 +211,10 @@ class DecoderBlock(EncoderBlock):
 
 
 class Side(nnx.Module):
-  """What encoder and decoder have beside their blocks: a norm at the end, and a bias by distance."""
+  """The parameters of the encoder or the decoder outside of its blocks.
+
+  They are the final norm and the biases of attention scores by distance.
+  """
 
   def __init__(self, config, *, dtype, rngs):
     self.count, self.max_distance = (
@@ -222,7 +225,7 @@ class Side(nnx.Module):
     self.norm = layers.RMSNorm(config, dtype=dtype, rngs=rngs)
 
   def bidirectional_bias(self, length):
-    """See families.Side; half of the buckets are for each direction."""
+    """See families.Side; each direction has half of the buckets."""
     count = self.count // 2
     offset = np.arange(length)[None, :] - np.arange(length)[:, None]
     bucket = causal_buckets(count, self.max_distance, length)[np.abs(offset)] + count * (offset > 0)
@@ -241,7 +244,7 @@ class Side(nnx.Module):
 
 
 class Embedder(nnx.Module):
-  """The embedding that both sides share, and the dense layer in front of the score where there is one."""
+  """The embedding that encoder and decoder share, and the pooler if the config is `pooled`."""
 
   def __init__(self, config, *, dtype, rngs):
     self.embed = nnx.Embed(config.vocab_size, config.width, dtype=dtype, rngs=rngs)
@@ -250,35 +253,35 @@ class Embedder(nnx.Module):
 
 
 def sources(config):
-  """Where each parameter lies in a Hugging Face file: {path: Source}."""
+  """Returns the source of each parameter in Hugging Face files, {path: Source}."""
   prefix = 'transformer.' if config.pooled else ''
-  found = naming.embeddings({'embed': f'{prefix}shared'})
+  mapping = naming.embeddings({'embed': f'{prefix}shared'})
   for side in ('encoder', 'decoder'):
-    found |= _side(side, prefix + side, config)
+    mapping |= _side_sources(side, prefix + side, config)
   if config.pooled:
-    found |= naming.linears({'pooler': 'classification_head.dense'}, bias=True)
-  return found
+    mapping |= naming.linears({'pooler': 'classification_head.dense'}, bias=True)
+  return mapping
 
 
-def _side(side, top, config):
-  """Those of the encoder or the decoder."""
+def _side_sources(side, prefix, config):
+  """Returns the sources of the encoder's or the decoder's parameters."""
   parts = {'attention': 'SelfAttention', 'cross': 'EncDecAttention', 'mlp': 'DenseReluDense'}
   if side == 'encoder':
     del parts['cross']
   kernels = {'query': 'q', 'key': 'k', 'value': 'v', 'out': 'o'}
   mlp = {'gate': 'wi_0', 'up': 'wi_1', 'down': 'wo'} if config.gated else {'up': 'wi', 'down': 'wo'}
-  found = naming.scales({f'{side}/norm': f'{top}.final_layer_norm'})
-  found |= naming.embeddings(
-    {f'{side}/distances': f'{top}.block.0.layer.0.SelfAttention.relative_attention_bias'}
+  mapping = naming.scales({f'{side}/norm': f'{prefix}.final_layer_norm'})
+  mapping |= naming.embeddings(
+    {f'{side}/distances': f'{prefix}.block.0.layer.0.SelfAttention.relative_attention_bias'}
   )
   for number, (part, name) in enumerate(parts.items()):
-    layer = f'{top}.block.{{layer}}.layer.{number}'
-    found |= naming.scales({f'{side}/blocks/{part}_norm': f'{layer}.layer_norm'})
-    found |= naming.linears(
+    layer = f'{prefix}.block.{{layer}}.layer.{number}'
+    mapping |= naming.scales({f'{side}/blocks/{part}_norm': f'{layer}.layer_norm'})
+    mapping |= naming.linears(
       {
         f'{side}/blocks/{part}/{ours}': f'{layer}.{name}.{theirs}'
         for ours, theirs in (mlp if part == 'mlp' else kernels).items()
       },
       bias=False,
     )
-  return found
+  return mapping

@@ -1,4 +1,4 @@
-"""Families in which each layer sees either the whole text or a window of it."""
+"""The base config of families whose layers have either full attention or a sliding window."""
 
 import dataclasses
 
@@ -10,36 +10,39 @@ FULL, SLIDING = 'full_attention', 'sliding_attention'
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(llama.BaseConfig):
-  """The fields of Llama's relatives, the window, and for every layer FULL or SLIDING."""
+  """The fields of Llama's Config, the window, and FULL or SLIDING for each layer."""
 
   sliding_window: int | None = 4096
   layer_types: tuple
 
   @classmethod
-  def take(cls, fields, *, slides, **taken):
+  def take(cls, fields, *, is_sliding, **taken):
     """See hf_config.Config.
 
     Args:
-      fields: of a config.json.
-      slides: layer -> whether it sees a window, by the rule for files that have no `layer_types`.
-      **taken: fields that the family has taken.
+      fields: hf_config.Fields of a config.json.
+      is_sliding: Function from a layer to whether it has a window, for files without
+        `layer_types`.
+      **taken: Values that the family has already read.
 
     Raises:
-      UserError: `layer_types` is not that, or there are windows of no length.
+      UserError: If `layer_types` is invalid or needs a `sliding_window` that is not set.
     """
     depth, window = fields.integer('num_hidden_layers'), fields.integer('sliding_window', None)
     types = fields.raw('layer_types', None)
     if types is None:
-      types = [SLIDING if slides(layer) else FULL for layer in range(depth)]
+      types = [SLIDING if is_sliding(layer) else FULL for layer in range(depth)]
     if (
       not isinstance(types, (list, tuple))
       or len(types) != depth
       or not all(kind in (FULL, SLIDING) for kind in types)
     ):
-      raise hf_config.refusal('layer_types', types, f'must be {depth} of {FULL!r} and {SLIDING!r}')
+      raise hf_config.refusal(
+        'layer_types', types, f'must be a list of {depth} entries, each {FULL!r} or {SLIDING!r}'
+      )
     if SLIDING in types and window is None:
       raise hf_config.refusal(
-        'layer_types', types, f'{SLIDING!r} needs a sliding_window that is in use'
+        'layer_types', types, f'{SLIDING!r} needs sliding_window to be set and not disabled'
       )
     return super().take(
       fields, num_hidden_layers=depth, sliding_window=window, layer_types=tuple(types), **taken

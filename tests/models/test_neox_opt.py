@@ -129,13 +129,18 @@ def test_old_and_new_names_of_rope_are_one_model():
     rope_theta=300.0,
     partial_rotary_factor=0.5,
   )
-  assert (old.theta, old.part, old.rotary_width, old.kind) == (300.0, 0.5, 2, 'linear')
-  assert (rope().theta, rope().part, rope().rotary_width) == (10000.0, 0.25, 1)
+  assert (old.theta, old.rotary_fraction, old.rotary_width, old.rope_type) == (
+    300.0,
+    0.5,
+    2,
+    'linear',
+  )
+  assert (rope().theta, rope().rotary_fraction, rope().rotary_width) == (10000.0, 0.25, 1)
   # The dict goes first, as in transformers.
   assert (
     rope(
       rotary_pct=0.5, rope_parameters={'rope_type': 'default', 'partial_rotary_factor': 1.0}
-    ).part
+    ).rotary_fraction
     == 1.0
   )
   assert rope(rope_scaling={'type': 'dynamic', 'factor': 2.0}, rotary_pct=1).limit == 2048
@@ -156,7 +161,7 @@ def test_written_rope_is_read_back(rope_type):
     }
   model = models.create(NEOX | {'hidden_size': 32, 'rope_parameters': parameters})
   assert models.create(json.loads(json.dumps(model.config.to_hf()))) == model
-  assert (model.config.rope.theta, model.config.rope.part) == (77.0, 0.75)
+  assert (model.config.rope.theta, model.config.rope.rotary_fraction) == (77.0, 0.75)
 
 
 @pytest.mark.parametrize(

@@ -249,7 +249,7 @@ def test_gemma3_has_two_ropes():
   old = GEMMA3 | {'rope_theta': 3e5, 'rope_local_base_freq': 2e3, 'rope_scaling': LINEAR}
   new = {FULL: LINEAR | {'rope_theta': 3e5}, SLIDING: {'rope_type': 'default', 'rope_theta': 2e3}}
   assert config(old) == config(GEMMA3 | {'rope_parameters': new})
-  assert (config(old).rope.factor, config(old).local_rope.kind) == (8.0, 'default')
+  assert (config(old).rope.factor, config(old).local_rope.rope_type) == (8.0, 'default')
   assert 'rope_parameters' not in config(old).to_hf()
   both = config(GEMMA3 | {'rope_parameters': {FULL: None, SLIDING: LINEAR}})
   assert (both.rope.theta, both.local_rope.theta, both.local_rope.factor) == (1e6, 1e4, 8.0)
@@ -262,7 +262,7 @@ def test_phi3_takes_the_original_length_from_outside():
   found = config(
     PHI3 | {'rope_scaling': inside | {'type': 'yarn'}, 'original_max_position_embeddings': 9}
   )
-  assert found.rope.kind == 'longrope' and found.rope.original_max_position_embeddings == 9
+  assert found.rope.rope_type == 'longrope' and found.rope.original_max_position_embeddings == 9
   assert found.to_hf()['original_max_position_embeddings'] == 9
   assert config(found.to_hf()) == found
 
@@ -277,7 +277,7 @@ def test_phi3_takes_the_original_length_from_outside():
     (MISTRAL, {'rms_norm_eps': None}, "'rms_norm_eps' is missing"),
     (QWEN2, {'use_mrope': True}, 'use_mrope=true'),
     (QWEN2, {'max_window_layers': -1}, 'max_window_layers=-1'),
-    (QWEN2, {'layer_types': [SLIDING] * 3}, 'needs a sliding_window that is in use'),
+    (QWEN2, {'layer_types': [SLIDING] * 3}, 'needs sliding_window to be set'),
     (QWEN2, {'layer_types': [FULL] * 2}, 'must be 3 of'),
     (QWEN3, {'layer_types': ['chunked_attention'] * 3}, 'chunked_attention'),
     (QWEN3, {'mlp_bias': True}, 'mlp_bias=true'),

@@ -17,10 +17,10 @@ PLAIN = [1, 0.1, 0.01, 0.001]  # Of 8 coordinates and base 10000.
 
 
 def test_types_without_bands_by_hand():
-  shared = dict(head_width=8, limit=16)
+  shared = dict(head_width=8, max_positions=16)
   np.testing.assert_allclose(rope.Rope(**shared).frequencies(99), PLAIN)
   np.testing.assert_allclose(rope.Linear(factor=4.0, **shared).frequencies(99), np.divide(PLAIN, 4))
-  half = rope.Proportional(factor=2.0, part=0.5, **shared)
+  half = rope.Proportional(factor=2.0, rotary_fraction=0.5, **shared)
   np.testing.assert_allclose(half.frequencies(99), [0.5, 0.05, 0, 0])
   # 32 slots of 16: the base grows by (3 * 2 - 2)^(8 / 6).
   dynamic = rope.Dynamic(factor=3.0, **shared)
@@ -72,10 +72,10 @@ def test_yarn_by_hand():
 
 
 def test_longrope_by_hand():
-  """Slots decide, not positions; without a factor the scale is that of limit / original = 4."""
+  """The divisors depend on S, and the default scale on max_positions / original length = 4."""
   long = rope.LongRope(
     head_width=8,
-    limit=64,
+    max_positions=64,
     original_max_position_embeddings=16,
     short_factor=(1.0, 1.0, 1.0, 2.0),
     long_factor=(1.0, 2.0, 4.0, 8.0),
@@ -142,7 +142,7 @@ def test_types_against_transformers(kind, seed):
     rope_parameters=dict(parameters),
   )
   fields = hf_config.Fields({'rope_parameters': parameters})
-  ours = rope.from_hf(fields, head_width=head_width, limit=limit, partial=True)
+  ours = rope.from_hf(fields, head_width=head_width, max_positions=limit, partial=True)
   for length in (1024, 32768, 200000):
     theirs, scale = ROPE_INIT_FUNCTIONS[kind](config, 'cpu', seq_len=length)
     np.testing.assert_allclose(ours.frequencies(length), theirs.numpy(), rtol=2e-5)
@@ -160,7 +160,7 @@ def test_rotation_depends_on_distances_only():
 @pytest.mark.parametrize('head_width,part,turned', [(8, 0.5, 4), (7, 0.8, 6), (6, 1.0, 6)])
 def test_a_part_of_a_head_turns(head_width, part, turned):
   """The first coordinates, in pairs (i, i + R / 2); of an odd number one more."""
-  partial = rope.Rope(head_width=head_width, part=part)
+  partial = rope.Rope(head_width=head_width, rotary_fraction=part)
   x = np.random.default_rng(0).normal(size=(1, 1, 2, head_width)).astype(np.float32)
   found = rope.rotate(jnp.asarray(x), partial.table(jnp.array([[5]]), 6))
   np.testing.assert_array_equal(found[..., turned:], x[..., turned:])
