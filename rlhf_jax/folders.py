@@ -1,4 +1,4 @@
-"""Which folder a model is in, where a user names that of a run."""
+"""Finds the folder of a model if a user names the folder of a run, and checks files."""
 
 import errno
 import json
@@ -8,33 +8,33 @@ import stat
 
 from rlhf_jax import errors
 
-MOST_BYTES = 512 * 2**20  # of a file that is read whole; the largest tokenizers have 40 MiB
+MAX_BYTES = 512 * 2**20  # largest file that is read at once; the largest tokenizers have 40 MiB
 
 
 def check_file(path):
-  """Raises OSError where a file may have no end, or is too large to be read whole."""
+  """Raises OSError if a file may have no end, or is too large to be read at once."""
   status = os.stat(path)
   if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
     raise OSError(errno.EINVAL, 'is a device or a pipe, not a file', os.fspath(path))
-  if status.st_size > MOST_BYTES:
+  if status.st_size > MAX_BYTES:
     raise OSError(
-      errno.EFBIG, f'has {status.st_size} bytes, and at most {MOST_BYTES} are read', os.fspath(path)
+      errno.EFBIG, f'has {status.st_size} bytes, and at most {MAX_BYTES} are read', os.fspath(path)
     )
 
 
 def model(path):
-  """The Hugging Face folder that a path names: itself, or `model/` in the folder of a finished run.
+  """Returns the Hugging Face folder for a path: itself, or `model/` in the folder of a run.
 
-  Both have a config.json; that of a model has a `model_type`, that of a run an `algorithm`.
+  Both have a config.json: that of a model has a `model_type`, that of a run an `algorithm`.
 
   Args:
-    path: folder.
+    path: Folder of a model or of a finished run.
 
   Returns:
-    pathlib.Path; where there is nothing it knows, the path itself.
+    pathlib.Path of the model; the path itself if it is neither.
 
   Raises:
-    UserError: it is the folder of a pipeline, or of a run that has not finished.
+    UserError: It is the folder of a pipeline, or of a run that has not finished.
   """
   path = pathlib.Path(path)
   try:
@@ -48,7 +48,7 @@ def model(path):
     return path / 'model'
   if 'stages' in fields:
     raise errors.UserError(
-      f'{path}: is the folder of a pipeline: name that of a stage, such as {path}/'
+      f'{path}: is the folder of a pipeline: name the folder of a stage, such as {path}/'
       f'{fields["stages"][-1]}'
     )
   if 'algorithm' in fields:

@@ -1,7 +1,7 @@
-"""What a run leaves for people to read: metrics.jsonl, TensorBoard events, samples.jsonl.
+"""Writes and reads the log files of a run: metrics.jsonl, TensorBoard events, samples.jsonl.
 
-Each line of a `.jsonl` file is written whole and flushed, so a killed process costs at most the
-line it was writing; resuming drops that line and every line from the resumed step on.
+Each line of a `.jsonl` file is flushed, so a killed process loses at most the line that it was
+writing. When a run resumes, that line and all lines from the resumed step on are removed.
 """
 
 import json
@@ -21,8 +21,8 @@ from rlhf_jax.errors import UserError
 
 METRICS = 'metrics.jsonl'
 SAMPLES = 'samples.jsonl'
-# What the progress bar shows of the metrics that a run has, and as what.
-SHOWN = {
+# Metrics that the progress bar shows, if a run has them, and their labels.
+PROGRESS_METRICS = {
   'loss': 'loss',
   'held_out/loss': 'held-out loss',
   'accuracy': 'acc',
@@ -35,25 +35,25 @@ SHOWN = {
 
 
 class Writer:
-  """Appends metrics and text samples of one run to its workdir; one that is not the first process's does nothing.
+  """Appends metrics and text samples of a run to its workdir; only on the main process.
 
   Attributes:
-    workdir: pathlib.Path, made if it is not there.
+    workdir: pathlib.Path of the folder, created if it does not exist.
   """
 
   def __init__(self, workdir, *, resume_step=0, wandb_project='', config=None, on_metrics=None):
     """Opens the files of a run.
 
     Args:
-      workdir: folder of metrics.jsonl, samples.jsonl and tensorboard/.
-      resume_step: the first step that will be written; what stands there from it on is dropped.
-      wandb_project: also log to this Weights & Biases project; '' for not at all.
-      config: plain dict of settings, shown by Weights & Biases.
-      on_metrics: called as (step, metrics) after each line of metrics; None for nothing.
+      workdir: Folder of metrics.jsonl, samples.jsonl and tensorboard/.
+      resume_step: First step that will be written; existing lines from this step on are removed.
+      wandb_project: Weights & Biases project to log to as well, or ''.
+      config: Plain dict of settings, shown by Weights & Biases.
+      on_metrics: Function of (step, metrics), called after each line of metrics, or None.
 
     Raises:
       UserError: `wandb_project` is set and wandb is not installed.
-      DataError: a line of an earlier run cannot be read.
+      DataError: A line of an earlier start cannot be read.
     """
     self.workdir = pathlib.Path(workdir)
     self._closed = not processes.is_main_process()
@@ -65,7 +65,7 @@ class Writer:
     self._on_metrics = on_metrics
     self._metrics = open(self.workdir / METRICS, 'a', encoding='utf-8')
     self._samples = open(self.workdir / SAMPLES, 'a', encoding='utf-8')
-    # File names tell seconds only: without the suffix a quick restart writes over the events.
+    # File names count seconds: without the suffix, a quick restart overwrites the events.
     self._tensorboard = tensorboardX.SummaryWriter(
       str(self.workdir / 'tensorboard'),
       purge_step=resume_step,
@@ -77,8 +77,8 @@ class Writer:
     """Appends one line `{"step": step, name: value, ...}`; a value that is not finite is null.
 
     Args:
-      step: int.
-      metrics: {name: number}; NumPy and JAX scalars are welcome.
+      step: Train step, counted from 0.
+      metrics: Dict from a name to a number, NumPy scalar or JAX scalar.
     """
     if self._closed:
       return
@@ -116,16 +116,16 @@ class Writer:
 
 
 def take_step(train_step, state, batch, *, timed):
-  """Takes a train step, and its time if asked to: that of its work on the device alone.
+  """Takes a train step and measures its time on the device if `timed`.
 
   Args:
-    train_step: (state, *batch) -> (state, metrics).
-    state: TrainState.
-    batch: tuple of its other arguments.
-    timed: whether to wait for the device, before and after the step.
+    train_step: Function (state, *batch) -> (state, metrics).
+    state: TrainState, the first argument.
+    batch: Tuple of the other arguments.
+    timed: Whether to wait for the device, before and after the step.
 
   Returns:
-    The next state, the step's metrics, and {'seconds/update': number}; {} if not timed.
+    The next state, the metrics of the step, and {'seconds/update': number}, or {} if not `timed`.
   """
   if not timed:
     return *train_step(state, *batch), {}
@@ -136,41 +136,40 @@ def take_step(train_step, state, batch, *, timed):
 
 
 class StepLog:
-  """Logs train steps to a Writer and beside the progress bar, and warnings about their metrics.
+  """Logs the metrics of train steps to a Writer and the progress bar, with warnings about them.
 
-  The host reads the metrics of a step only after the next step has been given to the device, so
-  that the device never waits for the log.
+  The host reads the metrics of a step only after the next step has been dispatched, so that the
+  device never waits for the log.
   """
 
   def __init__(self, writer, bar, warnings=lambda metrics: {}):
     """Starts the clock of `seconds/step`.
 
     Args:
-      writer: Writer.
-      bar: tqdm's progress bar.
-      warnings: see learner.Learner.
+      writer: Writer of the run.
+      bar: Progress bar of tqdm.
+      warnings: Function from metrics to a dict of warnings; see learner.Learner.
     """
     self._writer, self._bar = writer, bar
     self._warnings, self._warned = warnings, set()
     self._clock, self._steps, self._waiting = time.perf_counter(), 0, None
 
   def add(self, step, metrics, host_metrics, *, written):
-    """Logs the step before, and keeps this one for the next call.
+    """Logs the previous step, and stores this one until the next call.
 
     Args:
-      step: int.
-      metrics: {name: scalar on the device}; samples/NAME, [B], is not logged.
-      host_metrics: {name: number}.
-      written: whether the Writer gets this step; the progress bar always does.
+      step: Train step, counted from 0.
+      metrics: Dict from a name to a scalar on the device. Arrays named samples/NAME are not logged.
+      host_metrics: Dict from a name to a number.
+      written: Whether the Writer gets the metrics of this step; the progress bar always does.
 
     Raises:
-      UserError: a metric of the step before is NaN or infinite.
+      UserError: A metric of the previous step is NaN or infinite.
     """
     self.flush()
     self._steps += 1
-    if (
-      written
-    ):  # the time since the last step that was: the device works off what is not waited for
+    if written:
+      # The mean since the last written step, because the device runs behind the host in between.
       now = time.perf_counter()
       host_metrics = host_metrics | {'seconds/step': (now - self._clock) / self._steps}
       self._clock, self._steps = now, 0
@@ -178,10 +177,10 @@ class StepLog:
     self._waiting = step, metrics, host_metrics, written
 
   def flush(self):
-    """Logs the last step that was added, unless it is logged already. Waits for the device.
+    """Waits for the last added step and logs it, unless it is already logged.
 
     Raises:
-      UserError: one of its metrics is NaN or infinite.
+      UserError: A metric of the step is NaN or infinite.
     """
     if self._waiting is None:
       return
@@ -191,8 +190,8 @@ class StepLog:
     if bad:
       raise UserError(
         f'{", ".join(bad[:4])} is not finite at step {step}. Lower config.optim.learning_rate, '
-        'set config.optim.clip_norm, or look at the batch; the checkpoints before this step '
-        f'are in {self._writer.workdir}/checkpoints, and --fork=NEWDIR starts from the last with '
+        'set config.optim.clip_norm, or check the data; earlier checkpoints are in '
+        f'{self._writer.workdir}/checkpoints, and --fork=NEWDIR starts from the last one with '
         'another config.'
       )
     values |= host_metrics
@@ -204,29 +203,33 @@ class StepLog:
       self._writer.write(step, values)
 
   def write(self, step, metrics):
-    """Writes {name: number} at once, such as those of an evaluation; nothing if it is empty."""
+    """Writes a dict of metrics, such as those of an evaluation, immediately, if it is not empty."""
     if metrics:
       self._writer.write(step, metrics)
       self._show(metrics)
 
   def _warn(self, step, values):
-    """Logs the warnings that this run has not logged yet."""
+    """Logs the warnings whose kind has not been logged yet."""
     for kind, line in self._warnings(values).items():
       if kind not in self._warned and processes.is_main_process():
         logging.warning('step %d: %s', step, line)
       self._warned.add(kind)
 
   def _show(self, values):
-    shown = {short: f'{values[name]:.3g}' for name, short in SHOWN.items() if name in values}
+    shown = {
+      short: f'{values[name]:.3g}' for name, short in PROGRESS_METRICS.items() if name in values
+    }
     if shown:
       self._bar.set_postfix(shown, refresh=False)
 
 
 def read(workdir):
-  """The metrics of a run, a list of dicts with a `step`; null comes back as NaN, no file as [].
+  """Returns the metrics of a run as a list of dicts, each with a `step`; null becomes NaN.
+
+  The list is empty if there is no file. An incomplete last line is ignored.
 
   Raises:
-    DataError: a line is not JSON, other than an unfinished last one.
+    DataError: A line is not JSON.
   """
   records = [record for _, record in _lines(pathlib.Path(workdir) / METRICS)]
   return [
@@ -236,15 +239,17 @@ def read(workdir):
 
 
 def summary(workdir):
-  """The last values of a run's metrics that the progress bar shows, a text."""
+  """Returns the last values of the metrics of a run that the progress bar shows, as a text."""
   last = {}
   for record in read(workdir):
     last |= record
-  return ', '.join(f'{short} {last[name]:.3g}' for name, short in SHOWN.items() if name in last)
+  return ', '.join(
+    f'{short} {last[name]:.3g}' for name, short in PROGRESS_METRICS.items() if name in last
+  )
 
 
 def read_samples(workdir):
-  """The text samples of a run, a list of dicts with a `step`; no file as []."""
+  """Returns the text samples of a run as a list of dicts, each with a `step`; [] without a file."""
   return [record for _, record in _lines(pathlib.Path(workdir) / SAMPLES)]
 
 
@@ -254,7 +259,7 @@ def _append(file, record):
 
 
 def _nulls(value):
-  """The value with every float that JSON cannot say replaced by None."""
+  """Returns the value with None for each float that is not finite, which JSON does not have."""
   if isinstance(value, dict):
     return {key: _nulls(item) for key, item in value.items()}
   if isinstance(value, (list, tuple)):
@@ -265,7 +270,7 @@ def _nulls(value):
 
 
 def _lines(path):
-  """Yields (line with its end, record) of every whole line; what follows the last is torn."""
+  """Yields (line, record) for each line; an incomplete last line is left out."""
   if not path.exists():
     return
   with open(path, encoding='utf-8', errors='replace', newline='\n') as file:
@@ -277,13 +282,13 @@ def _lines(path):
         record['step']
       except (ValueError, KeyError, TypeError):
         raise DataError(
-          f'{path}:{number}: not a JSON object with a "step"; delete the line to go on'
+          f'{path}:{number}: not a JSON object with a "step"; delete the line to continue'
         ) from None
       yield line, record
 
 
 def _drop_from(path, step):
-  """Rewrites the file without its lines from `step` on."""
+  """Removes the lines of a file from `step` on."""
   if not path.exists():
     return
   lines = ''.join(line for line, record in _lines(path) if record['step'] < step)
@@ -296,7 +301,7 @@ def _drop_from(path, step):
 
 
 def _start_wandb(workdir, project, config):
-  """The Weights & Biases run of this workdir, the same one when the workdir is resumed."""
+  """Starts the Weights & Biases run of a workdir, or continues it if the workdir has one."""
   try:
     import wandb
   except ImportError:

@@ -53,7 +53,7 @@ def test_what_is_neither_is_left_to_those_who_read_it(tmp_path):
     ),
     (
       {'stages': ['sft', 'ppo'], 'seed': 0},
-      'is the folder of a pipeline: name that of a stage, such as .*/ppo',
+      'is the folder of a pipeline: name the folder of a stage, such as .*/ppo',
     ),
   ],
 )

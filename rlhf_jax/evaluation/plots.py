@@ -35,7 +35,9 @@ def figure(records, names=None):
     Plot.
   """
   if names is None:
-    names = [name for name in metrics_lib.SHOWN if any(name in record for record in records)]
+    names = [
+      name for name in metrics_lib.PROGRESS_METRICS if any(name in record for record in records)
+    ]
     names = names[:PANELS]
   columns = min(3, max(1, len(names)))
   rows = max(1, -(-len(names) // columns))
