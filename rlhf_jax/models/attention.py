@@ -42,7 +42,7 @@ def causal(config, dtype, segments, key_segments, *, index, single_segment):
     segments: [B, T] int32, segments of the queries, 0 at padding.
     key_segments: [B, S] int32, segments of the keys.
     index: Slot of the first query among the keys: a Python or numpy integer, or an int32 scalar.
-    single_segment: Whether every sequence is known to have no segments but 0 and 1.
+    single_segment: Whether every sequence is known to have only the segments 0 and 1.
 
   Returns:
     Function (layer, queries [B, t, N, H] already scaled, keys and values [B, K, S, H]) ->

@@ -48,17 +48,17 @@ class Base:
 
   @property
   def has_token_states(self):
-    """Whether heads read one state per token, as a critic must."""
+    """Whether a head can read one state per token, as a critic's does."""
     return False
 
   @property
   def width(self):
-    """D."""
+    """Width of the hidden states, D."""
     return self.config.width
 
   @property
   def vocab_size(self):
-    """V."""
+    """Size of the vocabulary, V."""
     return self.config.vocab_size
 
   @property

@@ -52,7 +52,7 @@ class Config(hf_config.Config):
 
   @classmethod
   def take(cls, fields, **taken):
-    fields.flag('tie_word_embeddings', True)  # There is no unembedding.
+    fields.flag('tie_word_embeddings', True)  # has no effect without an unembedding
     return super().take(fields, **taken)
 
   @property

@@ -56,7 +56,7 @@ class Norm(nnx.Module):
 
 
 class Block(llama.Block):
-  """One layer."""
+  """One layer, with Gemma's RMSNorm."""
 
   Norm = Norm
 

@@ -41,7 +41,7 @@ class Config(windowed.Config):
     taken = super().take(
       fields, is_sliding=cls.sliding_rule(fields), hidden_act=activation, **taken
     )
-    # Old files have these two fields under a second name.
+    # Old files repeat these two fields under other names.
     fields.only('hidden_act', activation)
     fields.only('sliding_window_size', taken['sliding_window'])
     return taken

@@ -105,7 +105,7 @@ class Config(gemma2.Config):
     del fields['local_rope']
     if self.local_rope.rope_type == 'default':
       return fields | {'rope_local_base_freq': self.local_rope.theta}
-    # Only the newer `rope_parameters` can scale both.
+    # Only the newer `rope_parameters` can scale both types of layers.
     del fields['rope_theta'], fields['rope_scaling']
     both = {windowed.FULL: self.rope, windowed.SLIDING: self.local_rope}
     return fields | {
@@ -123,7 +123,7 @@ class Attention(qwen3.Attention):
 
 
 class Block(gemma2.Block):
-  """One layer."""
+  """One layer, with the rotary positions of its type."""
 
   Attention = Attention
 

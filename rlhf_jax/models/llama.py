@@ -89,13 +89,13 @@ class Config(BaseConfig):
 
 
 class Block(blocks.Block):
-  """One layer."""
+  """One layer, with RMSNorm."""
 
   Norm = layers.RMSNorm
 
 
 class Embedder(blocks.RotaryEmbedder):
-  """The parameters outside of the blocks."""
+  """The parameters outside of the blocks: the embedding of tokens and the final RMSNorm."""
 
   Norm = layers.RMSNorm
 

@@ -50,7 +50,7 @@ class Config(hf_config.Config):
   def to_hf(self):
     fields = super().to_hf()
     del fields['rope']
-    # transformers, old and new, reads these names of this family instead of the usual ones.
+    # For this family, every version of transformers reads these names and not the usual ones.
     return fields | {
       'rotary_emb_base': self.rope.theta,
       'rotary_pct': self.rope.rotary_fraction,

@@ -52,7 +52,7 @@ class Attention(layers.Attention):
 
 
 class Block(llama.Block):
-  """One layer."""
+  """One layer, with norms over each head's query and key."""
 
   Attention = Attention
 

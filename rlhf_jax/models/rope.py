@@ -57,7 +57,7 @@ class Rope:
 
   @property
   def rotary_width(self):
-    """R."""
+    """Number of rotated coordinates, R."""
     return int(self.head_width * self.rotary_fraction)
 
   def exponents(self):

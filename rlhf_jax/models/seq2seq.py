@@ -201,7 +201,7 @@ class Seq2Seq(base.LanguageModel):
     return processes.scan(one, None, params['decoder']['blocks'])[1]
 
   def _shift(self, tokens, mask):
-    """Shifts right-padded tokens and mask [B, T] right by one, behind the decoder's start token."""
+    """Prepends the start token to right-padded tokens [B, T] and their mask, and drops the last."""
     start = jnp.full_like(tokens[:, :1], self.config.decoder_start_token_id)
     return (
       jnp.concatenate([start, tokens[:, :-1]], axis=1),

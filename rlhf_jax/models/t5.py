@@ -190,7 +190,7 @@ def causal_buckets(count, max_distance, length):
 
 
 class EncoderBlock(blocks.Block):
-  """One layer of the encoder."""
+  """One layer of the encoder, with RMSNorm."""
 
   Norm = layers.RMSNorm
 
