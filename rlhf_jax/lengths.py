@@ -1,4 +1,4 @@
-"""Length buckets: responses sorted by length, and computations truncated to the longest of them.
+"""Length buckets: sort responses by length, and truncate a computation to the longest in its batch.
 
 Letters: B sequences, R response length.
 """
@@ -11,22 +11,22 @@ from jaxtyping import Array, ArrayLike, Bool, Int, PyTree, Shaped
 
 from rlhf_jax import processes
 
-MIN_BUCKET = 16  # positions that make another program worth its compilation
+MIN_BUCKET = 16  # positions; a smaller saving is not worth compiling another program
 
 
 def bucket_lengths(length: int, max_buckets: int) -> list[int]:
-  """At most `max_buckets` lengths, at least `MIN_BUCKET` apart; the last one is `length`."""
+  """Returns at most `max_buckets` lengths, at least `MIN_BUCKET` apart; the last one is `length`."""
   count = min(max_buckets, max(length // MIN_BUCKET, 1))
   return [length * (bucket + 1) // count for bucket in range(count)]
 
 
 def used_lengths(mask: Bool[ArrayLike, 'B R']) -> Int[Array, ' B']:
-  """The number of positions up to the last True of a mask [B, R]; [B] int32."""
+  """Returns the number of positions up to the last True of each row of `mask`, int32."""
   return jnp.max(jnp.where(mask, jnp.arange(1, mask.shape[1] + 1), 0), axis=1)
 
 
 def order_by_length(mask: Bool[ArrayLike, 'B R']) -> Int[Array, ' B']:
-  """The indices [B] int32 that sort the sequences of a mask [B, R] from short to long."""
+  """Returns the int32 indices that sort the sequences of `mask` from short to long."""
   return jnp.argsort(used_lengths(mask))
 
 
@@ -36,21 +36,21 @@ def run_bucketed(
   mask: Bool[ArrayLike, 'B R'],
   max_buckets: int,
 ) -> PyTree[Array]:
-  """`function(batch)` without the positions at the end that no sequence uses.
+  """Calls `function(batch)` without the trailing positions that no sequence uses.
 
-  The function is compiled for each of a few lengths. The longest sequence selects one.
+  The function is compiled for at most `max_buckets` lengths. The longest sequence selects one.
 
   Args:
-    function: of the batch; the shapes of its result do not depend on the response length.
-    batch: pytree of arrays [B, T, ...] that end with the positions of the response.
-    mask: [B, R] bool, the positions that count.
-    max_buckets: the largest number of lengths to compile for.
+    function: Function of the batch; its result's shapes must not depend on the response length.
+    batch: Pytree of arrays [B, T, ...] whose last R positions are the response.
+    mask: [B, R] bool, True at the positions in use.
+    max_buckets: Largest number of lengths to compile for.
 
   Returns:
     The result of `function`.
   """
   length = mask.shape[1]
-  # Where no loop may have collectives in it, no branch has any either.
+  # If loops must not contain collectives, branches must not either.
   buckets = bucket_lengths(length, 1 if processes.must_unroll() else max_buckets)
 
   def branch(bucket):

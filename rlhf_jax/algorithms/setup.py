@@ -142,7 +142,7 @@ def load_scalar(config_model, tokenizer, mesh, seed, *, head_scale):
 
 def new_head(model, mesh, seed, scale):
   """A scalar head, placed like the other parameters."""
-  key = keys.of(seed, keys.HEAD)
+  key = keys.for_purpose(seed, keys.HEAD)
   return jax.device_put(heads.init_scalar(key, model.width, scale=scale), sharding.replicated(mesh))
 
 

@@ -93,7 +93,7 @@ def make_critic(config, mesh, model, trained, frozen_policy, start):
     if config.model.lora.path:  # new ones would be on the weights before that training
       return model, {'backbone': jax.tree.map(jnp.copy, trained), 'head': head()}
     adapters = trainable.new_adapters(
-      model, frozen_policy, key=keys.of(config.seed, keys.CRITIC_ADAPTERS)
+      model, frozen_policy, key=keys.for_purpose(config.seed, keys.CRITIC_ADAPTERS)
     )
     return model, {'backbone': setup.place(adapters, model, mesh), 'head': head()}
   if start is not None:

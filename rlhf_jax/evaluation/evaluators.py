@@ -300,7 +300,7 @@ class Answers:
     Returns:
       {name: NumPy array of n values}, in the order of the prompts.
     """
-    key = keys.of(self._seed, keys.EVALUATION)
+    key = keys.for_purpose(self._seed, keys.EVALUATION)
     parts = []
     for number, ((batch, index), valid) in enumerate(self._batches):
       rollout = self._sample(

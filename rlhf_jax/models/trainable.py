@@ -60,7 +60,7 @@ def split_trainable(model, params, *, unfrozen_layers=None, seed=0):
   if model.lora is None:
     return trained, frozen
   frozen = merge(frozen, trained)
-  return new_adapters(model, frozen, key=keys.of(seed, keys.ADAPTERS)), frozen
+  return new_adapters(model, frozen, key=keys.for_purpose(seed, keys.ADAPTERS)), frozen
 
 
 def start(model, params, *, unfrozen_layers, targets, rslora, path, seed):
