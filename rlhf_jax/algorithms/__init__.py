@@ -1,1 +1,1 @@
-"""One file an algorithm; see build.py for what each must have."""
+"""One module per algorithm; build.py describes what each must define."""

@@ -1,8 +1,8 @@
-"""Finds the module of an algorithm, and checks a config with it.
+"""Loads the module of an algorithm and validates a config with it.
 
-An algorithm is a module with `config(preset='') -> ConfigDict`, `validate(config, device_count)` and
-`create(config, mesh) -> (learner.Learner, first TrainState)`. A preset changes values, not keys: a
-config with other keys than `config()` has, or with values of another type, is an error.
+An algorithm is a module with `config(preset='') -> ConfigDict`, `validate(config, device_count)`
+and `create(config, mesh) -> (learner.Learner, first TrainState)`. A preset changes values, not
+keys: a run's config must have the same keys as `config()`, with values of the same types.
 """
 
 import importlib.util
@@ -23,19 +23,20 @@ from rlhf_jax.rewards import guard
 
 
 def load(name):
-  """The module of an algorithm.
+  """Imports the module of an algorithm.
 
   Args:
-    name: of a module here, or the dotted path of another; the working directory is searched too.
+    name: A module of this package, or the dotted path of any other. The working directory is
+      searched too.
 
   Raises:
-    UserError: there is no such module, it fails, or it is no algorithm.
+    UserError: The module does not exist, fails to import, or is not an algorithm.
   """
   if os.getcwd() not in sys.path:
     sys.path.insert(0, os.getcwd())
   try:
     if not isinstance(name, str) or not all(name.split('.')):
-      raise ImportError('it names no module')
+      raise ImportError('not a module name')
     full = f'{__package__}.{name}'
     here = '.' not in name and importlib.util.find_spec(full) is not None
     module = guard.import_module(
@@ -44,32 +45,32 @@ def load(name):
     )
   except ImportError as error:
     raise errors.UserError(
-      f'config.algorithm={name!r} cannot be loaded ({error}): name a module in '
-      'rlhf_jax/algorithms, or the dotted path of a module of yours'
+      f'config.algorithm={name!r} cannot be loaded ({error}): name a module of '
+      'rlhf_jax/algorithms, or give the dotted path of your own module'
     ) from error
   missing = [part for part in ('config', 'validate', 'create') if not hasattr(module, part)]
   if missing:
     raise errors.UserError(
-      f'config.algorithm={name!r} is a module without {", ".join(missing)}: it must have '
+      f'config.algorithm={name!r} is a module without {", ".join(missing)}: it must define '
       'config, validate and create'
     )
   return module
 
 
 def defaults(name):
-  """The config of an algorithm with its defaults, a dict as config.json has it."""
+  """Returns the default config of an algorithm as a plain dict, as in config.json."""
   return identity.to_plain_dict(load(name).config())
 
 
 def validate(config, device_count):
-  """Checks a run's config before anything is loaded or compiled; warns of keys without effect.
+  """Validates a run's config before anything is loaded, and warns about keys without effect.
 
   Args:
-    config: of a single run.
-    device_count: devices of all processes.
+    config: Config of a single run.
+    device_count: Number of devices over all processes.
 
   Raises:
-    UserError: names the key, the value and the remedy.
+    UserError: A value is invalid. The message names the key, the value and the remedy.
   """
   module = load(config.algorithm)
   defaults = module.config()
@@ -77,5 +78,5 @@ def validate(config, device_count):
   config_lib.validate(config, device_count)
   evaluators.validate(config.evals)
   module.validate(config, device_count)
-  for line in effects.without(config, defaults) if processes.is_main_process() else ():
+  for line in effects.warnings(config, defaults) if processes.is_main_process() else ():
     logging.warning('%s', line)

@@ -1,41 +1,41 @@
-"""Keys that do nothing in some setting: one table, read after the checks of a config.
+"""Warnings about config keys that have no effect together with the value of another key.
 
-Where such a key differs from its default somebody expects something of it, and is told. A key that
-contradicts another is an error instead, and stands in the `validate` of its algorithm.
+They are reported after a config is validated, for keys that differ from their defaults. Keys that
+contradict each other are errors, which the `validate` of each algorithm raises.
 """
 
 import ml_collections
 
 from rlhf_jax.rewards import scorers
 
-# (keys, the other key, the values of it with which they have no effect, why). Values are a tuple, or a
-# function of (value, config). Keys that a config lacks are passed over.
+# (keys, other key, values, reason): `keys` have no effect if `other key` has one of `values`, which
+# is a tuple or a predicate of (value, config). Keys that a config lacks are skipped.
 TABLE = (
   (
     'data.separator',
     'data.path',
     lambda path, config: _has_records(path),
-    'it parts the texts of a text file',
+    'it separates the texts of a plain text file',
   ),
   (
     'ptx.separator',
     'ptx.path',
     lambda path, config: _has_records(path),
-    'it parts the texts of a text file',
+    'it separates the texts of a plain text file',
   ),
   (
     'data.held_out data.held_out_path',
     'evals',
     lambda evals, config: not _held_out_losses(evals),
-    "no evaluator of kind 'loss' reads it",
+    "only evaluators of kind 'loss' read it",
   ),
-  ('model.lora.rslora', 'model.lora.targets', ((),), 'only new adapters are scaled by it'),
+  ('model.lora.rslora', 'model.lora.targets', ((),), 'it scales new adapters only'),
   ('optim.warmup_from', 'optim.warmup_steps', (0,), 'there is no warmup'),
   (
     'samples_every',
     'algorithm',
     lambda name, config: 'sampling' not in config,
-    'it samples no texts',
+    'this algorithm samples no responses',
   ),
   # Reward models.
   (
@@ -50,22 +50,22 @@ TABLE = (
     'sampling.truncate_after',
     'sampling.truncate_at',
     (None,),
-    'no token but the EOS ends a response',
+    'only the EOS ends a response',
   ),
   (
     'sampling.gather_weights',
     'sampling.max_concurrent',
     lambda slots, config: slots is not None,
-    'the weights are gathered once a rollout anyway',
+    'the weights are gathered once per rollout anyway',
   ),
-  ('rl.missing_eos_value', 'rl.missing_eos', ('none',), 'a missing EOS changes no score'),
+  ('rl.missing_eos_value', 'rl.missing_eos', ('none',), 'a missing EOS does not change the score'),
   ('rl.kl_in rl.kl_estimator', 'rl.kl_coef', (0,), 'there is no KL penalty'),
-  ('rl.length_buckets', 'microbatch_size', (None,), 'only microbatches are cut by length'),
+  ('rl.length_buckets', 'microbatch_size', (None,), 'only microbatches are grouped by length'),
   (
     'rl.clip_low rl.clip_high rl.dual_clip rl.value_clip',
     'rl.minibatches',
     lambda count, config: count == config.rl.epochs == 1 and config.rl.behaviour != 'sampler',
-    'with config.rl.epochs=1 too there is one update a rollout, at which the ratio is 1',
+    'with config.rl.epochs=1 there is one update per rollout, and its ratio is always 1',
   ),
   (
     'rl.behaviour',
@@ -79,20 +79,20 @@ TABLE = (
     'ptx.path ptx.split ptx.columns ptx.separator ptx.kind ptx.max_length ptx.on_error',
     'rl.ptx_coef',
     (0,),
-    'no pretraining is mixed in',
+    'no pretraining batches are used',
   ),
   # PPO.
   (
     'rl.kl_target rl.kl_horizon',
     'rl.kl_controller',
     ('fixed',),
-    'config.rl.kl_coef stays as it is',
+    'config.rl.kl_coef is constant',
   ),
   (
     'rl.kl_horizon',
     'rl.kl_controller',
     ('adaptive_per_token',),
-    'config.rl.kl_coef changes by a fixed share',
+    'config.rl.kl_coef changes by a fixed factor',
   ),
   ('rl.value_clip critic.learning_rate', 'rl.vf_coef', (0,), 'the critic is not trained'),
   (
@@ -102,23 +102,23 @@ TABLE = (
     'nothing is whitened',
   ),
 )
-# The same of a block of scorers.config.
+# The same for the keys of a block with the keys of scorers.config().
 REWARDS = (
-  ('max_length', 'function', lambda name, config: bool(name), 'a function is given whole texts'),
+  ('max_length', 'function', lambda name, config: bool(name), 'a function gets the full texts'),
   ('ensemble ensemble_coef', 'models', ((), None), 'there is no ensemble'),
-  ('ensemble_coef', 'ensemble', ('mean', 'min', None), "it is the coefficient of 'variance'"),
+  ('ensemble_coef', 'ensemble', ('mean', 'min', None), "only 'variance' uses it"),
 )
 
 
-def without(config, defaults):
-  """What a run sets and has no effect, and a warmup without an end.
+def warnings(config, defaults):
+  """Returns a warning for each setting without effect, and for a warmup longer than the run.
 
   Args:
-    config: of a single run, which is valid.
-    defaults: the config() of its algorithm.
+    config: Valid config of a single run.
+    defaults: Default config of its algorithm.
 
   Returns:
-    List of lines for the user.
+    List of messages.
   """
   lines = _lines(TABLE, config, defaults, 'config')
   for key, block in _rewards(config):
@@ -127,7 +127,7 @@ def without(config, defaults):
 
 
 def _endless_warmup(config):
-  """A warmup that the run is too short for, where the config says how long it is."""
+  """Returns a warning if `config.steps` is set and is not above the warmup steps."""
   warmup = config.optim.warmup_steps
   return (
     []
@@ -140,7 +140,7 @@ def _endless_warmup(config):
 
 
 def _lines(table, config, defaults, prefix):
-  """The rows of a table that apply to a block whose dotted name is `prefix`; a key is named once."""
+  """Returns the warnings of a table for a block named `prefix`, at most one per key."""
   lines = {}
   for keys, other, values, reason in table:
     given = _value(config, other)
@@ -155,7 +155,7 @@ def _lines(table, config, defaults, prefix):
 
 
 def _value(config, key):
-  """The value of a dotted key; None where there is no such key."""
+  """Returns the value of a dotted key, or None if there is no such key."""
   for part in key.split('.'):
     if part not in config:
       return None
@@ -168,7 +168,7 @@ def _plain(value):
 
 
 def _rewards(config):
-  """(dotted name, block) of every reward of a run: its own, its evaluators', and the parts of each."""
+  """Returns (dotted name, block) for the run's reward, its evaluators' rewards and their parts."""
   blocks = [('config.reward', config.reward)] if 'reward' in config else []
   blocks += [
     (f'config.evals.{name}.reward', block.reward)
@@ -183,7 +183,7 @@ def _rewards(config):
 
 
 def _held_out_losses(evals):
-  """Names of the evaluators that compute a loss on what the run holds out."""
+  """Returns the names of the evaluators that compute the loss on the run's held-out data."""
   return [
     name
     for name, block in evals.items()
@@ -192,19 +192,19 @@ def _held_out_losses(evals):
 
 
 def _losses_without_data(config, defaults):
-  """Evaluators of the held-out loss, other than those that every run has, where nothing is held out."""
+  """Returns a warning for each added held-out-loss evaluator if the run holds out no data."""
   if config.data.get('held_out') or config.data.get('held_out_path'):
     return []
   return [
-    f'config.evals.{name} has no effect with config.data.held_out=None: set it, config.data.held_out_path '
-    f'or config.evals.{name}.path'
+    f'config.evals.{name} has no effect with config.data.held_out=None: set config.data.held_out, '
+    f'config.data.held_out_path or config.evals.{name}.path'
     for name in _held_out_losses(config.evals)
     if _plain(config.evals[name]) != _plain(defaults.evals.get(name))
   ]
 
 
 def _has_records(path):
-  """Whether a path names a file of records, in which nothing stands between texts."""
+  """Returns whether a path names a file of records, which needs no separator between texts."""
   return bool(path) and path.lower().removesuffix('.gz').endswith(
     ('.jsonl', '.json', '.parquet', '.csv', '.tsv')
   )

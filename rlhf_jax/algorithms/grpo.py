@@ -1,11 +1,14 @@
-"""Group relative policy optimization: the other responses to a prompt are the baseline, no critic.
+"""Group relative policy optimization: a prompt's other responses are the baseline; no critic.
 
-GRPO (Shao et al. 2024, https://arxiv.org/abs/2402.03300), Dr. GRPO (https://arxiv.org/abs/2503.20783),
-DAPO (https://arxiv.org/abs/2503.14476) and GSPO (https://arxiv.org/abs/2507.18071) are presets.
-TRL multiplies the KL in the loss by the ratio, takes the mean over the tokens of the whole rollout for 'dapo',
-and keeps groups of equal scores; we do not. DAPO samples others in their place; we leave them out.
+GRPO (Shao et al. 2024, https://arxiv.org/abs/2402.03300) is the default. Presets change it to
+Dr. GRPO (https://arxiv.org/abs/2503.20783), DAPO (https://arxiv.org/abs/2503.14476) or
+GSPO (https://arxiv.org/abs/2507.18071).
 
-Letters: B batch, n responses of a prompt, R response length.
+Differences from TRL: it multiplies the KL in the loss by the ratio, averages the loss of 'dapo'
+over the tokens of the whole rollout, and keeps groups of equal scores. We do none of these.
+Difference from DAPO: it samples new groups in place of those with equal scores; we leave them out.
+
+Letters: B batch, n responses per prompt, R response length.
 """
 
 import dataclasses
@@ -24,17 +27,17 @@ from rlhf_jax.algorithms import on_policy_config
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(on_policy_config.Settings):
-  """Static choices of a GRPO train step; those above `scale` have other defaults than on_policy's.
+  """Static settings of a GRPO train step. The first four only change defaults of the base class.
 
   Attributes:
-    scale: what divides the advantages: the standard deviation of the scores of the 'group' or of
-      the 'batch', or 'none'; see advantages.group_advantages.
-    normalize: what the loss is averaged over: 'token', 'sequence', or 'constant' (max_new_tokens
-      per sequence); see losses.token_weights.
-    ratio: level of the importance ratio: 'token', 'sequence' or 'sequence_token'; see
+    scale: Divisor of the advantages: the standard deviation of the scores of the 'group' or of
+      the 'batch', or 'none'. See advantages.group_advantages.
+    normalize: What the loss is averaged over: 'token', 'sequence', or 'constant' (max_new_tokens
+      per sequence). See losses.token_weights.
+    ratio: Level of the importance ratio: 'token', 'sequence' or 'sequence_token'. See
       losses.log_ratio.
-    drop_equal_groups: leave out prompts whose responses all have the same score (DAPO).
-    overlong: fraction of max_new_tokens over which a length penalty falls to -1 (DAPO); None: no
+    drop_equal_groups: Whether to leave out prompts whose responses all have the same score (DAPO).
+    overlong: Fraction of max_new_tokens over which a length penalty falls to -1 (DAPO); None for no
       penalty.
   """
 
@@ -72,22 +75,23 @@ PRESETS = {
 
 
 def config(preset=''):
-  """Keys of GRPO; see ppo.config."""
+  """Returns the default config of GRPO, changed by a preset; see ppo.config."""
   defaults = on_policy_config.config('grpo', Settings)
   defaults.sampling.samples, defaults.optim.learning_rate = 8, 1e-6
   return config_lib.apply_preset(defaults, PRESETS, preset)
 
 
 def validate(config, device_count):
-  """Checks the keys of `config`; see ppo.validate."""
+  """Validates a config of GRPO; see ppo.validate."""
   on_policy_config.validate(config, device_count)
   samples, overlong = config.sampling.samples, config.rl.overlong
   config_lib.need(
-    config.rl.kl_coef or not config.reference, 'config.reference needs a config.rl.kl_coef above 0'
+    config.rl.kl_coef or not config.reference, 'config.reference needs config.rl.kl_coef above 0'
   )
   config_lib.need(
     samples > 1,
-    f'config.sampling.samples={samples} must be at least 2: the others are the baseline',
+    f'config.sampling.samples={samples} must be at least 2: the baseline of a response '
+    'is the other responses to the same prompt',
   )
   for key, choices in (
     ('scale', adv.GROUP_SCALES),
@@ -98,12 +102,12 @@ def validate(config, device_count):
     config_lib.one_of(config, f'rl.{key}', choices)
   config_lib.need(
     overlong is None or 0 < overlong <= 1 and config.rl.response == 'truncated',
-    f"config.rl.overlong={overlong} must be in (0, 1], with config.rl.response='truncated', or None",
+    f"config.rl.overlong={overlong} must be None, or in (0, 1] with config.rl.response='truncated'",
   )
 
 
 def prepare(outputs, fixed, *, state, rollout, scores, settings):
-  """Turns a scored rollout into advantages; see ppo.prepare."""
+  """Computes advantages from a scored rollout; see ppo.prepare."""
   mask, n = rollout.response_mask, settings.samples
   experience, gap = experience_lib.make_experience(
     outputs, fixed, rollout, mask, behaviour=settings.behaviour
@@ -132,7 +136,7 @@ def prepare(outputs, fixed, *, state, rollout, scores, settings):
 
 
 def loss(outputs, experience, counts, *, settings):
-  """The clipped loss of a microbatch, as its share of the whole minibatch's mean; see ppo.loss."""
+  """Computes a microbatch's part of the minibatch's mean clipped loss; see ppo.loss."""
   mask = experience.response_mask
   weights = losses.token_weights(
     mask,
@@ -164,7 +168,7 @@ def loss(outputs, experience, counts, *, settings):
 
 
 def objective(state, rollout, scores, *, settings):
-  """GRPO's update.Objective for a scored rollout; see on_policy.train_step."""
+  """Returns GRPO's update.Objective for a scored rollout; see on_policy.train_step."""
   ready = functools.partial(prepare, state=state, rollout=rollout, scores=scores, settings=settings)
   return update.Objective(ready, rollout.response_mask, functools.partial(loss, settings=settings))
 
@@ -173,5 +177,5 @@ train_step = functools.partial(on_policy.train_step, objective)
 
 
 def create(config, mesh):
-  """The learner of `config.algorithm = 'grpo'`; see on_policy.create."""
+  """Creates the learner of `config.algorithm = 'grpo'`; see on_policy.create."""
   return on_policy.create(config, mesh, Settings, train_step, reference=config.rl.kl_coef > 0)

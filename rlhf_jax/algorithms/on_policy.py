@@ -1,4 +1,4 @@
-"""The train step and the learner of on-policy algorithms.
+"""The train step and the learner that on-policy algorithms share.
 
 Letters: B batch, R response length.
 """
@@ -30,22 +30,23 @@ from rlhf_jax.rollout import stops
 
 
 def train_step(objective, state, frozen, rollout, scores, ptx, *, models, optimizers, settings):
-  """One iteration after the rollout. To be jitted with `state` donated.
+  """Updates the models on one scored rollout. Jit it with `state` donated.
 
   Args:
-    objective: (state, rollout, scores, *, settings) -> update.Objective: all that is an algorithm's own.
-    state: TrainState with params and opt_state {'policy': ..., 'critic': ... where there is one}, and
-      extra {'kl_coef': scalar, 'reward_moments': [3]}, float32, and the algorithm's own.
-    frozen: see forward.Forward.
+    objective: Function (state, rollout, scores, *, settings) -> update.Objective, the only part
+      that is specific to an algorithm.
+    state: TrainState with params and opt_state {'policy': ..., 'critic': ... if there is one}, and
+      extra {'kl_coef': scalar, 'reward_moments': [3]} float32, plus any entries of the algorithm.
+    frozen: Parameters that are not trained; see forward.Forward.
     rollout: Rollout of B responses, sampled from `state.params['policy']`.
     scores: [B] float32, or [B, R] for rewards per token.
-    ptx: LMBatch or Pairs whose examples are shared out over the minibatches, or None.
+    ptx: LMBatch or Pairs of pretraining examples, split over the minibatches, or None.
     models: forward.Models.
     optimizers: {name of params: optax optimizer}.
     settings: Settings.
 
   Returns:
-    The next TrainState and metrics: scalars, and samples/NAME [B].
+    The next TrainState and metrics: scalars, and [B] arrays named samples/NAME.
   """
   models = models.with_max_length(rollout.tokens.shape[1])
   forward = forward_lib.Forward(
@@ -70,10 +71,13 @@ def train_step(objective, state, frozen, rollout, scores, ptx, *, models, optimi
 
 
 def read_prompts(config, tokenizer, model):
-  """The prompts of a config: list of formats.Prompt, the iterator over them, and their number.
+  """Reads the prompts of a config.
+
+  Returns:
+    List of formats.Prompt, the iterator over batches of them, and the number of prompts per epoch.
 
   Raises:
-    UserError: prompts are missing or do not fit the model's context.
+    UserError: There are no prompts, or they do not fit the model's context.
   """
   on_policy_config.check_length(config, model)
   examples = setup.read_examples(config.data, formats.prompts, tokenizer)
@@ -88,15 +92,16 @@ def read_prompts(config, tokenizer, model):
 
 
 def make_actor(config, tokenizer, model, examples, iterator, score, mesh):
-  """The Actor of a config.
+  """Creates the Actor of a run.
 
   Args:
-    config: of a run.
-    tokenizer: the policy's.
-    model: the policy's Model.
-    examples, iterator: see `read_prompts`.
-    score: scorer.
-    mesh: device mesh.
+    config: Config of the run.
+    tokenizer: Tokenizer of the policy.
+    model: Model of the policy.
+    examples: List of formats.Prompt.
+    iterator: Iterator over batches of prompts; see `read_prompts`.
+    score: Scorer.
+    mesh: Device mesh.
   """
   sampling = on_policy_config.make_sampling(config, tokenizer)
   tokens, after = on_policy_config.end_tokens(config, tokenizer)
@@ -128,25 +133,25 @@ def make_actor(config, tokenizer, model, examples, iterator, score, mesh):
 
 
 def create(config, mesh, settings, train_step, *, reference=True, extra=wiring.first_extra):
-  """The learner of an on-policy algorithm.
+  """Creates the learner of an on-policy algorithm.
 
   Args:
-    config: of a run.
-    mesh: device mesh.
-    settings: its class of settings.
-    train_step: the function of this name with an objective, or of its arguments without.
-    reference: whether there is one.
-    extra: settings -> the first TrainState.extra.
+    config: Config of the run.
+    mesh: Device mesh.
+    settings: Class of the algorithm's settings.
+    train_step: Function with the arguments of `train_step` above except `objective`.
+    reference: Whether the algorithm uses a reference policy.
+    extra: Function from settings to the first TrainState.extra.
 
   Returns:
     learner.Learner and the first TrainState.
 
   Raises:
-    UserError: data, models and config do not fit together.
+    UserError: The data, the models and the config do not fit together.
   """
   tokenizer = setup.load_tokenizer(config)
   base = setup.load_policy(config.model, tokenizer, mesh, config.seed)
-  score, scored = scorers.make(
+  score, reward_model = scorers.make(
     config.reward,
     tokenizer,
     mesh,
@@ -161,7 +166,9 @@ def create(config, mesh, settings, train_step, *, reference=True, extra=wiring.f
     base,
     steps=steps,
     reference=reference and wiring.load_reference(config, mesh, base[0]),
-    critic=wiring.load_critic(config, tokenizer, mesh, scored) if 'critic' in config else None,
+    critic=wiring.load_critic(config, tokenizer, mesh, reward_model)
+    if 'critic' in config
+    else None,
   )
   model, settings = (
     models.policy,
@@ -193,7 +200,7 @@ def create(config, mesh, settings, train_step, *, reference=True, extra=wiring.f
     tokenizer,
     mesh,
     frozen['policy'],
-    functools.partial(wiring.start_of, config, params['policy'], frozen),
+    functools.partial(wiring.initial_policy, config, params['policy'], frozen),
   )
   return learner.Learner(
     steps=steps,

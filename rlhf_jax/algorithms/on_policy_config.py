@@ -1,6 +1,6 @@
-"""Keys, checks and settings that on-policy algorithms share.
+"""Config keys, checks and settings that on-policy algorithms share.
 
-Letters: B batch, n responses of a prompt, R response length.
+Letters: B batch, n responses per prompt, R response length.
 """
 
 import dataclasses
@@ -22,24 +22,25 @@ from rlhf_jax.rollout import stops
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-  """Static choices of an on-policy train step. Those with a default are the keys of `config.rl`.
+  """Static settings of an on-policy train step. Fields with a default are the keys of `config.rl`.
 
   Attributes:
     microbatch_size: sequences of one forward and backward pass; 0 for the whole minibatch.
-    temperature: the one sampled with; logits of policy and reference are divided by it.
-    samples: n, responses to each prompt.
+    temperature: sampling temperature; logits of policy and reference are divided by it.
+    samples: n, responses per prompt.
     max_new_tokens: R.
     end_tokens: token ids that end a response; () for none.
-    end_after: the first position at which they do.
+    end_after: first position at which `end_tokens` end a response.
     epochs: passes over each rollout.
     minibatches: optimizer steps per pass; must divide batch_size.
     length_buckets: number of lengths that microbatches are cut to, each compiled once; 1 cuts none.
       See update.Schedule.
     kl_coef: coefficient of the KL penalty; its first value if rl.kl_controller adapts it.
-    kl_estimator: 'k1', 'k2', 'k3', 'abs' or 'full' (over the vocabulary); see advantages.kl_estimate.
+    kl_estimator: 'k1', 'k2', 'k3', 'abs' or 'full' (over the vocabulary); see
+      advantages.kl_estimate.
     kl_in: where the KL penalty is: in the 'reward' (Ziegler et al.) or in the 'loss' (GRPO).
-    clip_low: the ratio is clipped at 1 - clip_low.
-    clip_high: the ratio is clipped at 1 + clip_high.
+    clip_low: lower clip range: the ratio is clipped at 1 - clip_low.
+    clip_high: upper clip range: the ratio is clipped at 1 + clip_high.
     dual_clip: the loss of a negative advantage A is at most -dual_clip * A; None: no bound.
     entropy_coef: weight of the entropy bonus.
     ptx_coef: weight of the language-modelling loss on pretraining examples (PPO-ptx).
@@ -81,7 +82,7 @@ class Settings:
 
   @property
   def schedule(self):
-    """update.Schedule."""
+    """Returns the update.Schedule of these settings."""
     return update.Schedule(
       self.epochs,
       self.minibatches,
@@ -92,12 +93,12 @@ class Settings:
 
   @property
   def clips(self):
-    """Keywords of losses.clipped_policy_loss."""
+    """Returns the clip arguments of losses.clipped_policy_loss."""
     return {'clip_low': self.clip_low, 'clip_high': self.clip_high, 'dual_clip': self.dual_clip}
 
   @property
   def rules(self):
-    """experience.ScoreRules."""
+    """Returns the experience.ScoreRules of these settings."""
     return experience.ScoreRules(
       end_tokens=self.end_tokens,
       end_after=self.end_after,
@@ -109,7 +110,7 @@ class Settings:
 
   @classmethod
   def of(cls, config, end_tokens, end_after=0):
-    """The settings of a config, with the tokens that end a response and the first position of them."""
+    """Returns the settings of a config; see `end_tokens` for the other arguments."""
     return cls(
       microbatch_size=config.microbatch_size or 0,
       temperature=config.sampling.temperature,
@@ -122,11 +123,11 @@ class Settings:
 
 
 def config(algorithm, settings):
-  """Keys of an on-policy algorithm.
+  """Returns the default config of an on-policy algorithm.
 
   Args:
-    algorithm: its name.
-    settings: its class of settings, `Settings` or a subclass.
+    algorithm: Name of the algorithm.
+    settings: Class of its settings, `Settings` or a subclass.
 
   Returns:
     ConfigDict.
@@ -176,14 +177,14 @@ def config(algorithm, settings):
 
 
 def validate(config, device_count):
-  """Checks the keys that on-policy algorithms share.
+  """Validates the keys that on-policy algorithms share.
 
   Args:
-    config: from `config`.
-    device_count: devices of all processes.
+    config: ConfigDict with the keys of `config`.
+    device_count: Number of devices over all processes.
 
   Raises:
-    UserError: names the key, the value and the remedy.
+    UserError: A value is invalid. The message names the key, the value and the remedy.
   """
   need, one_of, divides = config_lib.need, config_lib.one_of, config_lib.divides
   rl, ptx = config.rl, config.ptx
@@ -224,13 +225,13 @@ def validate(config, device_count):
   need(
     config.model.unfrozen_layers is None or not config.reference,
     f'config.reference={config.reference!r}: with config.model.unfrozen_layers='
-    f'{config.model.unfrozen_layers} the reference shares the layers below with the policy; '
-    'leave it at None, or set unfrozen_layers to None',
+    f'{config.model.unfrozen_layers} the reference shares the frozen layers with the policy; '
+    'set config.reference to None, or config.model.unfrozen_layers to None',
   )
   need(
     (rl.ptx_coef > 0) == bool(ptx.batch_size),
     f'config.rl.ptx_coef={rl.ptx_coef} and config.ptx.batch_size='
-    f'{ptx.batch_size}: set both to mix in pretraining, or neither',
+    f'{ptx.batch_size}: set both to add a pretraining loss, or neither',
   )
   if ptx.batch_size:
     config_lib.validate_data(ptx, 'ptx')
@@ -239,18 +240,19 @@ def validate(config, device_count):
     config_lib.divides_over_shards(config, device_count, 'ptx.batch_size', ptx.batch_size)
   need(
     not (rl.missing_eos == 'subtract' and rl.missing_eos_value < 0),
-    "config.rl.missing_eos='subtract' takes missing_eos_value off the score: a negative "
-    'one would be a reward for never ending',
+    "config.rl.missing_eos='subtract' subtracts config.rl.missing_eos_value="
+    f'{rl.missing_eos_value} from the score, which would reward responses without an EOS: set a '
+    'positive value',
   )
 
 
 def validate_sampling(config, device_count):
-  """The part of `validate` about `config.sampling`."""
+  """Validates `config.sampling`; see `validate`."""
   need, rl, sampling = config_lib.need, config.rl, config.sampling
   need(
     sampling.temperature > 0,
-    f'config.sampling.temperature={sampling.temperature} must be positive: greedy samples '
-    'teach nothing',
+    f'config.sampling.temperature={sampling.temperature} must be positive: with greedy '
+    'decoding, training explores nothing',
   )
   need(
     sampling.max_new_tokens > 0,
@@ -269,8 +271,8 @@ def validate_sampling(config, device_count):
   )
   need(
     sampling.truncate_at is None or rl.response == 'raw',
-    f"config.sampling.truncate_at={sampling.truncate_at!r} needs config.rl.response='raw': "
-    'sampling goes past the token',
+    f"config.sampling.truncate_at={sampling.truncate_at!r} needs config.rl.response='raw', which "
+    'samples past that token',
   )
   need(
     not (sampling.stop and rl.response == 'raw'),
@@ -296,30 +298,27 @@ def validate_sampling(config, device_count):
 
 
 def validate_critic(config):
-  """Checks the keys of `config.critic`.
+  """Validates `config.critic`.
 
   Raises:
-    UserError: see `validate`.
+    UserError: A value is invalid; see `validate`.
   """
   need, critic = config_lib.need, config.critic
   config_lib.one_of(config, 'critic.kind', ('separate', 'trunk', 'adapters'))
   need(
     critic.kind == 'separate' or not critic.path,
-    f'config.critic.kind={critic.kind!r} sits on the policy: it cannot start from '
-    f"config.critic.path={critic.path!r}; use 'separate' or leave the path at None",
+    f"config.critic.kind={critic.kind!r} uses the policy's weights: it cannot start from "
+    f"config.critic.path={critic.path!r}; use kind 'separate' or set the path to None",
   )
   need(
     critic.kind != 'adapters' or len(config.model.lora.targets) > 0 or config.model.lora.path,
-    "config.critic.kind='adapters' needs config.model.lora.targets, which it has too",
+    "config.critic.kind='adapters' needs config.model.lora.targets: the critic adapts the same "
+    'weights as the policy',
   )
 
 
 def make_sampling(config, tokenizer):
-  """Sampling of a config with the tokenizer's EOS and padding.
-
-  Raises:
-    UserError: `config.sampling.truncate_at` is not one token.
-  """
+  """Returns the sampling.Sampling of a config, with the tokenizer's EOS and padding tokens."""
   c = config.sampling
   single = stops.single_tokens(tokenizer, c.stop) if c.stop and not c.min_new_tokens else {}
   return sampling_lib.Sampling(
@@ -336,10 +335,10 @@ def make_sampling(config, tokenizer):
 
 
 def end_tokens(config, tokenizer):
-  """Token ids that end a response, and the position from which on they do.
+  """Returns the token ids that end a response and the first position at which they do.
 
   Raises:
-    UserError: `config.sampling.truncate_at` is not one token.
+    UserError: `config.sampling.truncate_at` is not a single token.
   """
   text = config.sampling.truncate_at
   if text is None:
@@ -349,7 +348,7 @@ def end_tokens(config, tokenizer):
 
 
 def check_length(config, model):
-  """Raises UserError where a prompt and its response exceed a model's context."""
+  """Raises UserError if a prompt and its response exceed the model's context."""
   prompt, response = config.data.max_prompt_length, config.sampling.max_new_tokens
   if model.encoder_decoder:
     setup.check_length(prompt, model, 'data.max_prompt_length')

@@ -1,6 +1,6 @@
-"""Warnings about the metrics of an on-policy step: what looks like learning and is not.
+"""Warnings about metrics of an on-policy step that point to a mistake.
 
-`config.warn` names the bounds. The loop logs each warning once a run.
+`config.warn` has the bounds. The loop logs each kind of warning once per run.
 """
 
 import ml_collections
@@ -8,12 +8,12 @@ import ml_collections
 from rlhf_jax import config as config_lib
 from rlhf_jax.evaluation import glossary
 
-SURE = 3.0  # standard errors below 0 at which a KL is called negative
-LEAST = 0.01  # nats: a KL nearer to 0 is rounding
+NEGATIVE_KL_ERRORS = 3.0  # standard errors below 0 from which a KL counts as negative
+KL_ROUNDING = 0.01  # nats; a KL closer to 0 counts as 0
 
 
 def config():
-  """Keys of `config.warn`; None for no warning."""
+  """Returns the keys of `config.warn`; None disables a warning."""
   return ml_collections.ConfigDict(
     {
       'kl': 50.0,  # warn if objective/kl is above, in nats per response
@@ -23,13 +23,13 @@ def config():
 
 
 def validate(config):
-  """Checks the keys of `config.warn`; a UserError names the key and the value."""
+  """Raises UserError if a value of `config.warn` is invalid."""
   config_lib.optional_positive(config.warn, 'warn.', ('kl', 'sampler_gap'))
 
 
 def make(config):
-  """What `learner.Learner.warnings` is for a config: metrics of a step -> {kind: line}."""
-  bounds, filters = dict(config.warn), filtered(config.sampling)
+  """Returns `learner.Learner.warnings`: a function from a step's metrics to {kind: message}."""
+  bounds, filters = dict(config.warn), token_filters(config.sampling)
 
   def warnings(metrics):
     messages = {
@@ -44,8 +44,8 @@ def make(config):
   return warnings
 
 
-def filtered(sampling):
-  """The keys of `config.sampling` that leave tokens out; '' if none does."""
+def token_filters(sampling):
+  """Returns the settings of `config.sampling` that exclude tokens, as text; '' if none does."""
   off = {'top_k': (None, 0), 'top_p': (1.0,), 'min_new_tokens': (0,)}
   return ', '.join(
     f'config.sampling.{key}={sampling[key]}' for key in off if sampling[key] not in off[key]
@@ -53,33 +53,35 @@ def filtered(sampling):
 
 
 def missing_eos(metrics, rule, value):
-  """No response ended by itself, and there is a rule for those that do not."""
+  """Warns if no response has an EOS although the score depends on it."""
   if rule == 'none' or metrics.get('response/eos_rate') != 0:
     return ''
   effect = (
-    f'pays {value} for all of them' if rule == 'replace' else f'takes {value} off every score'
+    f'replaces every score by {value}'
+    if rule == 'replace'
+    else f'subtracts {value} from every score'
   )
   return (
-    f'no response ended by itself (response/eos_rate is 0), so config.rl.missing_eos={rule!r} '
+    f'no response ended with an EOS (response/eos_rate is 0), so config.rl.missing_eos={rule!r} '
     f"{effect}: raise config.sampling.max_new_tokens, or set config.rl.missing_eos='none'"
   )
 
 
 def equal_scores(metrics):
-  """The reward does not tell responses apart."""
+  """Warns if all responses have the same score."""
   if metrics.get('objective/scores_std') != 0:
     return ''
   return (
     f'all scores of the batch are {metrics["objective/scores"]:.4g} (objective/scores_std is 0), '
-    'which teaches nothing: look at the responses in samples.jsonl (config.samples_every) and at '
-    'config.reward'
+    'so there is nothing to learn: check config.reward, and the responses in samples.jsonl '
+    '(config.samples_every)'
   )
 
 
 def negative_kl(metrics, filters):
-  """A KL below 0 by more than chance: the responses are not samples of the policy."""
+  """Warns if the KL is negative beyond chance: the policy did not sample the responses."""
   kl, error = metrics.get('objective/kl', 0.0), metrics.get('objective/kl_se', 0.0)
-  if kl >= -max(SURE * error, LEAST):
+  if kl >= -max(NEGATIVE_KL_ERRORS * error, KL_ROUNDING):
     return ''
   causes = []
   if filters:
@@ -99,28 +101,28 @@ def negative_kl(metrics, filters):
 
 
 def large_kl(metrics, bound):
-  """The policy is far from its reference."""
+  """Warns if the policy is far from its reference."""
   kl = metrics.get('objective/kl', 0.0)
   if bound is None or kl <= bound:
     return ''
   return (
-    f'objective/kl is {kl:.3g} nats a sequence, above config.warn.kl={bound}: so far from the '
-    'reference a learned reward says little; raise config.rl.kl_coef, or lower '
+    f'objective/kl is {kl:.3g} nats per response, above config.warn.kl={bound}: a learned reward is '
+    'unreliable this far from the reference; raise config.rl.kl_coef or lower '
     'config.optim.learning_rate'
   )
 
 
 def sampler_gap(metrics, bound, filters):
-  """Sampler and training pass give the same tokens other log-probabilities."""
+  """Warns if the sampler and the training pass compute different log-probabilities."""
   gap = metrics.get('policy/sampler_gap', 0.0)
   if bound is None or gap <= bound:
     return ''
   cause = (
-    f'{filters} changes what is sampled from'
+    f'{filters} excludes tokens in the sampler only'
     if filters
-    else ('the usual cause is low precision (config.model.dtype)')
+    else 'the usual cause is low precision (config.model.dtype)'
   )
   return (
-    f'policy/sampler_gap is {gap:.3g} nats a token, above config.warn.sampler_gap={bound}: the '
-    f'update takes the responses for draws of a policy that did not draw them; {cause}'
+    f'policy/sampler_gap is {gap:.3g} nats per token, above config.warn.sampler_gap={bound}: the '
+    f'responses were not sampled from the policy that the update assumes; {cause}'
   )

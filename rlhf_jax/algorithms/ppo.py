@@ -1,8 +1,8 @@
-"""Proximal policy optimization of a language model against scores and a KL penalty.
+"""Proximal policy optimization of a language model on scores with a KL penalty.
 
-Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), Stiennon et al. 2020
-(https://arxiv.org/abs/2009.01325), Ouyang et al. 2022 (https://arxiv.org/abs/2203.02155).
-The choices these make differently are keys of `config.rl`, and presets below.
+See Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), Stiennon et al. 2020
+(https://arxiv.org/abs/2009.01325) and Ouyang et al. 2022 (https://arxiv.org/abs/2203.02155).
+Where they differ there is a key of `config.rl`; the presets below set these keys.
 
 One iteration is a rollout, scoring, and a train step: the forward passes of forward.py, `prepare`
 (rewards with the KL penalty, GAE), and update.py's epochs and minibatches of `loss`.
@@ -28,15 +28,15 @@ from rlhf_jax.algorithms import on_policy_config
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(on_policy_config.Settings):
-  """Static choices of a PPO train step, besides those of all on-policy algorithms.
+  """Static settings of a PPO train step, in addition to those of all on-policy algorithms.
 
   Attributes:
     kl_controller: 'fixed', 'adaptive' or 'adaptive_per_token'; see advantages.next_kl_coef.
-    kl_target: the KL to hold: nats per response for 'adaptive', per token for 'adaptive_per_token'.
+    kl_target: target KL: nats per response for 'adaptive', per token for 'adaptive_per_token'.
     kl_horizon: responses over which 'adaptive' corrects the coefficient.
     gamma: discount per token.
     lam: lambda of GAE.
-    value_clip: how far a value may move from the old value in the loss; None: no clipping.
+    value_clip: largest distance of a value from the old value in the loss; None: no clipping.
     vf_coef: weight of the value loss.
     score_position: position that gets the score: the 'last' of all, the one 'after_end' of the
       response, or its last token, 'eos'; see advantages.score_index.
@@ -58,8 +58,9 @@ class Settings(on_policy_config.Settings):
   whiten_unbiased: bool = False
 
 
-# What each preset changes; docs/presets.md has the line of each figure, and where ours differs on
-# purpose. What depends on the task keeps its default: lengths, steps, a batch of one minibatch.
+# Values that each preset changes. docs/presets.md has the source line of each value, and where ours
+# differs on purpose. Values that depend on the task keep their defaults: lengths, steps, and the
+# batch size of presets with one minibatch.
 PRESETS = {
   # lm-human-preferences (https://arxiv.org/abs/1909.08593), train_policy.py and its launch.py.
   'openai2019': {
@@ -155,7 +156,17 @@ PRESETS = {
 
 
 def config(preset=''):
-  """Keys of PPO, a ConfigDict, changed by a preset; raises UserError for one not in PRESETS."""
+  """Returns the default config of PPO, changed by a preset.
+
+  Args:
+    preset: Name in PRESETS, or '' for the defaults.
+
+  Returns:
+    ConfigDict.
+
+  Raises:
+    UserError: The preset is unknown.
+  """
   defaults = on_policy_config.config('ppo', Settings)
   defaults.critic = ml_collections.ConfigDict(
     {
@@ -168,7 +179,7 @@ def config(preset=''):
 
 
 def validate(config, device_count):
-  """Checks the keys of `config`; a UserError names the key, the value and the remedy."""
+  """Validates a config of PPO; see on_policy_config.validate."""
   on_policy_config.validate(config, device_count)
   on_policy_config.validate_critic(config)
   need, rl = config_lib.need, config.rl
@@ -182,18 +193,18 @@ def validate(config, device_count):
   config_lib.one_of(config, 'rl.whiten_advantages', ('batch', 'minibatch', 'none'))
   need(
     rl.kl_controller == 'fixed' or min(rl.kl_coef, rl.kl_target, rl.kl_horizon) > 0,
-    f'config.rl.kl_controller={rl.kl_controller!r} multiplies config.rl.kl_coef: '
-    'it, kl_target and kl_horizon must be positive',
+    f'with config.rl.kl_controller={rl.kl_controller!r}, config.rl.kl_coef, config.rl.kl_target '
+    'and config.rl.kl_horizon must be positive',
   )
   need(
     (rl.score_position == 'last') == (rl.response == 'raw'),
-    "config.rl.score_position='last' and config.rl.response='raw' belong together: the last "
+    "config.rl.score_position='last' and config.rl.response='raw' need each other: the last "
     'position is a token of the response only if sampling goes past the EOS',
   )
 
 
 def prepare(outputs, fixed, *, state, rollout, scores, step_mask, settings):
-  """Turns a scored rollout into advantages and returns.
+  """Computes advantages and returns from a scored rollout.
 
   Args:
     outputs: forward.Outputs of policy and critic before the update.
@@ -201,11 +212,11 @@ def prepare(outputs, fixed, *, state, rollout, scores, step_mask, settings):
     state: TrainState before the update.
     rollout: Rollout.
     scores: [B] float32, or [B, R] for rewards per token.
-    step_mask: [B, R] bool, positions that take part in the return.
+    step_mask: [B, R] bool, positions that count in the return.
     settings: Settings.
 
   Returns:
-    Experience, `extra` of the next TrainState, and the iteration's metrics.
+    Experience, `extra` of the next TrainState, and metrics.
   """
   kl_coef, whiten = (
     state.extra['kl_coef'],
@@ -249,17 +260,17 @@ def prepare(outputs, fixed, *, state, rollout, scores, step_mask, settings):
 
 
 def loss(outputs, experience, counts, *, kl_coef, settings):
-  """The clipped losses of a microbatch, as its share of the whole minibatch's mean.
+  """Computes a microbatch's part of the minibatch's mean clipped losses.
 
   Args:
-    outputs: forward.Outputs of the policy and critic that are trained.
+    outputs: forward.Outputs of the current policy and critic.
     experience: Experience of the microbatch.
     counts: update.Counts of the minibatch.
-    kl_coef: float32 scalar, used where the KL is in the loss.
+    kl_coef: float32 scalar, used if the KL penalty is in the loss.
     settings: Settings.
 
   Returns:
-    Scalar loss, and metrics that add up over microbatches.
+    Scalar loss, and metrics that are summed over microbatches.
   """
   mask, steps = experience.response_mask, experience.step_mask
   mean = lambda x: adv.masked_sum(x, mask) / counts.tokens
@@ -273,7 +284,7 @@ def loss(outputs, experience, counts, *, kl_coef, settings):
   )
   policy_loss, value_loss = mean(policy), step_mean(value)
   total = policy_loss + settings.vf_coef * value_loss
-  if settings.entropy_coef:  # A zero would be differentiated all the same.
+  if settings.entropy_coef:  # JAX would differentiate the entropy even if multiplied by 0.
     total -= settings.entropy_coef * mean(outputs.entropy)
   if settings.kl_in == 'loss':
     total += kl_coef * mean(
@@ -292,7 +303,7 @@ def loss(outputs, experience, counts, *, kl_coef, settings):
 
 
 def whiten_minibatch(experience, *, settings):
-  """Experience with its advantages whitened, where that is done by minibatch."""
+  """Whitens the advantages of a minibatch if `whiten_advantages` is 'minibatch'."""
   if settings.whiten_advantages != 'minibatch':
     return experience
   return experience.replace(
@@ -303,7 +314,7 @@ def whiten_minibatch(experience, *, settings):
 
 
 def objective(state, rollout, scores, *, settings):
-  """PPO's update.Objective for a scored rollout; see on_policy.train_step."""
+  """Returns PPO's update.Objective for a scored rollout; see on_policy.train_step."""
   step_mask = rollout.response_mask
   if scores.ndim == 1:
     step_mask = adv.step_mask(step_mask, settings.score_position)
@@ -322,5 +333,5 @@ train_step = functools.partial(on_policy.train_step, objective)
 
 
 def create(config, mesh):
-  """The learner of `config.algorithm = 'ppo'`; see on_policy.create."""
+  """Creates the learner of `config.algorithm = 'ppo'`; see on_policy.create."""
   return on_policy.create(config, mesh, Settings, train_step)

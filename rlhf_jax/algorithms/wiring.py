@@ -1,4 +1,4 @@
-"""Puts policy, reference and critic of an on-policy run together: arrays for a run, shapes for a plan."""
+"""Builds the policy, reference and critic of an on-policy run, as arrays or (traced) as shapes."""
 
 import dataclasses
 from typing import NamedTuple
@@ -18,12 +18,12 @@ from rlhf_jax.models import trainable
 
 
 class Wiring(NamedTuple):
-  """The models of a run and how they are trained; arrays, or shapes where it is traced.
+  """The models of a run, their parameters and optimizers; shapes instead of arrays if traced.
 
   Attributes:
     models: forward.Models.
-    params: {'policy': trained parameters, 'critic': ... where there is one}.
-    frozen: see forward.Forward.
+    params: {'policy': trained parameters, 'critic': ... if there is one}.
+    frozen: parameters that are not trained; see forward.Forward.
     optimizers: {name of params: optax optimizer}.
   """
 
@@ -34,17 +34,17 @@ class Wiring(NamedTuple):
 
 
 def wire(config, mesh, base, *, reference=True, critic=None, steps):
-  """Puts policy, reference and critic together as a config says.
+  """Builds the policy, reference and critic of a config.
 
   Args:
-    config: of a run.
-    mesh: where parameters go.
-    base: (Model, all its parameters) of the policy as it starts.
-    reference: all parameters of `config.reference`; True for the policy as it starts, with the
-      adapters of `config.model.lora.path`; False for no reference.
+    config: Config of the run.
+    mesh: Device mesh for the parameters.
+    base: (Model, all its parameters) of the initial policy.
+    reference: All parameters of `config.reference`; True for the initial policy, with the adapters
+      of `config.model.lora.path`; False for no reference.
     critic: (Model, params {'backbone', 'head'}) that a separate critic starts from; None for the
-      policy's backbone with a new head. Without effect where the config has no critic.
-    steps: train steps of the run.
+      policy's backbone with a new head. Ignored if the config has no critic.
+    steps: Train steps of the run.
 
   Returns:
     Wiring.
@@ -52,7 +52,7 @@ def wire(config, mesh, base, *, reference=True, critic=None, steps):
   model, policy, frozen_policy = setup.split_trainable(config, *base, mesh)
   frozen, models, params = {'policy': frozen_policy}, forward_lib.Models(model), {'policy': policy}
   if reference is True:
-    # New adapters change nothing yet: without them the frozen weights are the policy as it starts.
+    # New adapters have no effect yet, so the frozen weights alone are the initial policy.
     new = model.lora is not None and not config.model.lora.path
     frozen['reference'] = {} if new else jax.tree.map(jnp.copy, policy)
   elif reference is not False:
@@ -73,24 +73,24 @@ def wire(config, mesh, base, *, reference=True, critic=None, steps):
 
 
 def make_critic(config, mesh, model, trained, frozen_policy, start):
-  """The critic `config.critic` asks for.
+  """Creates the critic of `config.critic`.
 
   Args:
-    config: of a run.
-    mesh: device mesh.
-    model: the policy's Model.
-    trained: its trained parameters.
-    frozen_policy: its other parameters.
-    start: see `critic` of `wire`.
+    config: Config of the run.
+    mesh: Device mesh.
+    model: Model of the policy.
+    trained: Trained parameters of the policy.
+    frozen_policy: Frozen parameters of the policy.
+    start: Argument `critic` of `wire`.
 
   Returns:
-    Model, or None for a head on the policy's hidden states, and trained params.
+    Model, or None for a head on the policy's hidden states, and trained parameters.
   """
   head = lambda: setup.new_head(model, mesh, config.seed, 'zero')
   if config.critic.kind == 'trunk':
     return None, {'head': head()}
   if config.critic.kind == 'adapters':
-    if config.model.lora.path:  # new ones would be on the weights before that training
+    if config.model.lora.path:  # New adapters would discard the training in that folder.
       return model, {'backbone': jax.tree.map(jnp.copy, trained), 'head': head()}
     adapters = trainable.new_adapters(
       model, frozen_policy, key=keys.for_purpose(config.seed, keys.CRITIC_ADAPTERS)
@@ -103,10 +103,10 @@ def make_critic(config, mesh, model, trained, frozen_policy, start):
 
 
 def load_reference(config, mesh, model):
-  """All parameters of `config.reference`; True where that is None.
+  """Returns all parameters of `config.reference`, or True if it is None.
 
   Raises:
-    UserError: it is another architecture than the policy, as whose parameters it is used.
+    UserError: The architecture differs from the policy's, whose Model the reference uses.
   """
   if not config.reference:
     return True
@@ -120,15 +120,22 @@ def load_reference(config, mesh, model):
   if differ:
     raise errors.UserError(
       f'config.reference={config.reference!r} differs from the policy in {", ".join(differ)}: '
-      'name a model of the same architecture'
+      'use a model of the same architecture'
     )
   return params
 
 
-def load_critic(config, tokenizer, mesh, scored):
-  """(Model, params) that the critic starts from: `config.critic.path`, or else the reward model."""
+def load_critic(config, tokenizer, mesh, reward_model):
+  """Returns the initial (Model, params) of the critic: `config.critic.path` or the reward model.
+
+  Args:
+    config: Config of the run.
+    tokenizer: Tokenizer of the policy.
+    mesh: Device mesh.
+    reward_model: (Model, params) of the reward model, or None; see scorers.make.
+  """
   if not config.critic.path:
-    return scored
+    return reward_model
   config_model = config.model.copy_and_resolve_references()
   config_model.path = config.critic.path
   critic, params = setup.load_scalar(config_model, tokenizer, mesh, config.seed, head_scale='zero')
@@ -137,12 +144,20 @@ def load_critic(config, tokenizer, mesh, scored):
 
 
 def first_extra(settings):
-  """TrainState.extra of an on-policy algorithm: the KL coefficient, and the moments of the scores."""
+  """Returns the first TrainState.extra: the KL coefficient and the moments of the scores."""
   return {'kl_coef': jnp.float32(settings.kl_coef), 'reward_moments': jnp.zeros(3)}
 
 
-def start_of(config, policy, frozen):
-  """The policy's trained parameters before the first step: the reference's where it is the same."""
+def initial_policy(config, policy, frozen):
+  """Returns the policy's trained parameters before the first step.
+
+  These are the reference's own arrays if the reference is the initial policy, else a copy.
+
+  Args:
+    config: Config of the run.
+    policy: Trained parameters, which the first train step will donate.
+    frozen: Parameters that are not trained; see forward.Forward.
+  """
   if frozen.get('reference') and not config.reference:
     return frozen['reference']
   return jax.tree.map(jnp.copy, policy)

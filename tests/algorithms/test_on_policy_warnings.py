@@ -39,7 +39,7 @@ CASES = {
     'missing_eos',
     [
       'response/eos_rate is 0',
-      "config.rl.missing_eos='replace' pays -1.0 for all",
+      "config.rl.missing_eos='replace' replaces every score by -1.0",
       'config.sampling.max_new_tokens',
     ],
   ),
@@ -47,7 +47,7 @@ CASES = {
     {'response/eos_rate': 0.0},
     {'rl__missing_eos': 'subtract', 'rl__missing_eos_value': 1.0},
     'missing_eos',
-    ['takes 1.0 off every score'],
+    ['subtracts 1.0 from every score'],
   ),
   'equal scores': (
     {'objective/scores_std': 0.0},
@@ -89,7 +89,7 @@ CASES = {
     {'policy/sampler_gap': 0.2},
     {'sampling__top_k': 5},
     'sampler_gap',
-    ['config.sampling.top_k=5 changes'],
+    ['config.sampling.top_k=5 excludes tokens'],
   ),
 }
 
@@ -170,8 +170,8 @@ def test_a_run_logs_each_once(world, tmp_path, caplog):
   found = [record.getMessage() for record in caplog.records if 'all scores' in record.getMessage()]
   assert found == [
     'step 0: all scores of the batch are 0.5 (objective/scores_std is 0), '
-    'which teaches nothing: look at the responses in samples.jsonl '
-    '(config.samples_every) and at config.reward'
+    'so there is nothing to learn: check config.reward, and the responses in samples.jsonl '
+    '(config.samples_every)'
   ]
   first, last = metrics_lib.read(tmp_path / 'run')
   assert min(first['seconds/update'], last['seconds/update']) > 0

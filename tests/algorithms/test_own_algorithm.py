@@ -76,6 +76,6 @@ def test_a_module_that_fails(text, message, outside):
 @pytest.mark.parametrize('name', ['..x', '', 3])
 def test_what_names_no_module(name):
   with pytest.raises(
-    errors.UserError, match='config.algorithm=.* cannot be loaded .it names no module'
+    errors.UserError, match='config.algorithm=.* cannot be loaded .not a module name'
   ):
     build.load(name)

@@ -170,7 +170,7 @@ def test_load_by_name(tmp_path, monkeypatch):
     ('tiny:no_such_function', 'no_such_function'),
     ('tiny', 'tiny'),
     (':f', "':f'"),
-    ('..x:f', 'names no module'),
+    ('..x:f', 'not a module name'),
   ],
 )
 def test_what_cannot_be_loaded(name, cause):
