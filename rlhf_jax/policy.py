@@ -125,7 +125,7 @@ class TextPolicy:
     try:
       examples, _ = formats.prompts(sources.read(path), tokenizer=self.tokenizer)
     except errors.DataError as error:  # no config.data says what to do about it here
-      raise errors.DataError(str(error).removesuffix(formats.SKIP)) from error
+      raise errors.DataError(str(error).removesuffix(formats.SKIP_HINT)) from error
     return list(examples)
 
   def save(self, path):

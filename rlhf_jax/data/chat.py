@@ -88,7 +88,7 @@ def parse(value: Any) -> Messages:
   """
   items = [value] if isinstance(value, dict) else value
   if not isinstance(items, (list, tuple)) or not items:
-    raise Malformed('text or messages were expected, such as [{"role": "user", "content": "Hi"}]')
+    raise Malformed('must be text or messages, such as [{"role": "user", "content": "Hi"}]')
   return [_message(item) for item in items]
 
 

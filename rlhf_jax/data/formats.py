@@ -1,8 +1,8 @@
-"""Records to examples, many at a time; `shapes` says what a record means.
+"""Converts all records of a source to examples; `shapes` converts one record.
 
-A record that cannot be understood stops the reading with its place, or is counted and left out
-with on_error='skip'. A record that is understood but of no use (see `Report`) is left out and
-counted in either case.
+An invalid record raises an error that names its place, or is left out and counted if
+on_error='skip'. A valid record that is of no use, such as one with an empty completion, is always
+left out and counted; see `Report`.
 """
 
 from collections.abc import Callable
@@ -28,28 +28,29 @@ from rlhf_jax.errors import UserError
 
 Example = TypeVar('Example')
 
-# The end of an error's message.
-SKIP = " Or set config.data.on_error='skip' to leave such records out."
+# Last sentence of an error message.
+SKIP_HINT = " Or set config.data.on_error='skip' to leave such records out."
 EMPTY_PROMPT = 'empty prompt'
 
-PLACES = 1000  # of one reason that a report names
-# Records that are rendered with the chat template before the first batch: of large data no more, as
-# it takes some 40 microseconds a message.
-RENDERED = 10_000
-SMALL = 2**25  # bytes of records whose examples are kept in memory
-# An error of `sources`: the place, and what is wrong without its particulars.
-UNREADABLE = re.compile(r'(.*?:(?:row |item )?\d+): (.*?)(?: \(|[,;] |\. |\.?$)', re.DOTALL)
+MAX_PLACES = 1000  # places that a report stores per reason
+# Records of large data that are rendered with the chat template before the first batch. Rendering
+# takes about 40 microseconds per message.
+MAX_RENDERED = 10_000
+SMALL = 2**25  # bytes; the examples of smaller data are kept in memory
+# Matches the place and the problem, without details, in an error message of `sources`.
+READ_ERROR = re.compile(r'(.*?:(?:row |item )?\d+): (.*?)(?: \(|[,;] |\. |\.?$)', re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What became of the records.
+  """Numbers of records that were used and left out.
 
   Attributes:
-    read: number of records.
-    left_out: reason to the places of the records left out for it, the first PLACES of them.
-    empty_prompts: places of the records kept though they ask nothing, the first PLACES of them.
-    more: reason (or EMPTY_PROMPT) to the number of further places.
+    read: Number of records.
+    left_out: {reason: places of the first MAX_PLACES records that are left out for it}.
+    empty_prompts: Places of the first MAX_PLACES records that are used although their prompt is
+      empty.
+    more: {reason or EMPTY_PROMPT: number of records beyond MAX_PLACES}.
   """
 
   read: int
@@ -59,10 +60,11 @@ class Report:
 
   @property
   def kept(self) -> int:
+    """Number of records that are used."""
     return self.read - sum(self.count(reason) for reason in self.left_out)
 
   def count(self, reason: str) -> int:
-    """Number of records that the reason (or EMPTY_PROMPT) is true of."""
+    """Returns the number of records with the reason, which may be EMPTY_PROMPT."""
     places = self.empty_prompts if reason == EMPTY_PROMPT else self.left_out[reason]
     return len(places) + self.more.get(reason, 0)
 
@@ -82,83 +84,90 @@ class Report:
 def texts(
   records: Sequence[Record], *, tokenizer: Tokenizer | None = None, on_error: str = 'stop'
 ) -> tuple[Sequence[str | Completion], Report]:
-  """Texts to model as a whole: `text`, or else prompt and completion. See `completions`."""
-  return _convert(records, shapes.text_of, tokenizer, on_error)
+  """Converts records to texts, or to prompts with completions if they have no `text`.
+
+  Arguments, result and errors as for `completions`.
+  """
+  return _convert(records, shapes.to_text, tokenizer, on_error)
 
 
 def completions(
   records: Sequence[Record], *, tokenizer: Tokenizer | None = None, on_error: str = 'stop'
 ) -> tuple[Sequence[Completion], Report]:
-  """Prompts and responses to imitate.
+  """Converts records to prompts and responses to imitate.
 
   Args:
-    records: as `sources.read` gives them.
-    tokenizer: the model's, for its chat template; None only where there is no model yet.
-    on_error: 'stop' or 'skip', for records that cannot be understood.
+    records: Records, as `sources.read` returns them.
+    tokenizer: The model's tokenizer, for its chat template; None if there is no model yet.
+    on_error: 'stop' raises an error for an invalid record, 'skip' leaves it out.
 
   Returns:
-    (examples in the records' order, what was left out).
+    (examples in the order of the records, Report of the records that are left out).
 
   Raises:
-    DataError: with on_error='stop'; says place, field, what was expected and what to do.
-    UserError: nothing is left, or a chat template is needed and missing.
+    DataError: A record is invalid and on_error='stop'. The message contains the place, the field,
+      the problem and the remedy.
+    UserError: No record can be used, or the data needs a chat template and there is none.
   """
-  return _convert(records, shapes.completion_of, tokenizer, on_error)
+  return _convert(records, shapes.to_completion, tokenizer, on_error)
 
 
 def comparisons(
   records: Sequence[Record], *, tokenizer: Tokenizer | None = None, on_error: str = 'stop'
 ) -> tuple[Sequence[Comparison], Report]:
-  """Judged responses. Arguments, result and errors as for `completions`."""
-  return _convert(records, shapes.comparison_of, tokenizer, on_error)
+  """Converts records to comparisons. Arguments, result and errors as for `completions`."""
+  return _convert(records, shapes.to_comparison, tokenizer, on_error)
 
 
 def prompts(
   records: Sequence[Record], *, tokenizer: Tokenizer | None = None, on_error: str = 'stop'
 ) -> tuple[Sequence[Prompt], Report]:
-  """Prompts to respond to. Arguments, result and errors as for `completions`.
+  """Converts records to prompts. Arguments, result and errors as for `completions`.
 
-  All fields but the prompt's own become metadata. Messages that end with the assistant's are
-  taken as a prompt with that answer, which metadata['completion'] then holds; in `prompt` and
-  `conversations` only where the record has no other completion.
+  All fields except the prompt become metadata. If the messages end with an answer of the assistant,
+  the answer becomes metadata['completion']; in the fields `prompt` and `conversations`, only if the
+  record has no other completion.
   """
-  return _convert(records, shapes.prompt_of, tokenizer, on_error)
+  return _convert(records, shapes.to_prompt, tokenizer, on_error)
 
 
 def _convert(
   records: Sequence[Record],
-  one: Callable[[shapes.Fields, Tokenizer | None], Example],
+  convert: Callable[[shapes.Fields, Tokenizer | None], Example],
   tokenizer: Tokenizer | None,
   on_error: str,
 ) -> tuple[Sequence[Example], Report]:
-  """All examples where the records are few or in memory, else they are made again at each use."""
+  """Converts records with `convert`: at once if the data is small, else on each access.
+
+  All records are checked here in either case.
+  """
   if on_error not in ('stop', 'skip'):
     raise UserError(f"config.data.on_error is {on_error!r}; it must be 'stop' or 'skip'.")
   few = (getattr(records, 'size', None) or 0) <= SMALL
-  outline = tokenizer if few or tokenizer is None else _Outline(tokenizer)
+  cheap = tokenizer if few or tokenizer is None else _PlainTemplate(tokenizer)
   examples, kept, tally = [], np.zeros(len(records), bool), _Tally()
   for index in progress.bar(range(len(records)), 'reading records', 'records'):
     try:
       record = records[index]
     except DataError as error:
       if on_error == 'stop':
-        raise DataError(f'{error}{SKIP}') from error
-      place, problem = UNREADABLE.match(str(error)).groups()
+        raise DataError(f'{error}{SKIP_HINT}') from error
+      place, problem = READ_ERROR.match(str(error)).groups()
       tally.add(problem, place)
       continue
     try:
-      example = _example(record, one, tokenizer if index < RENDERED else outline)
-    except shapes.Useless as error:
+      example = _example(record, convert, tokenizer if index < MAX_RENDERED else cheap)
+    except shapes.Unusable as error:
       tally.add(str(error), record.where)
-    except shapes.Fault as error:
+    except shapes.InvalidRecord as error:
       if on_error == 'stop':
-        raise _complaint(record, error) from error
+        raise _data_error(record, error) from error
       field, problem, _ = error.args
       tally.add(f'{field}: {problem}', record.where)
     else:
       kept[index] = True
       examples += [example] * few
-      if one is not shapes.text_of and shapes.asks_nothing(shapes.present(record), example):
+      if convert is not shapes.to_text and shapes.has_blank_prompt(shapes.present(record), example):
         tally.add(EMPTY_PROMPT, record.where)
   empty_prompts = tally.places.pop(EMPTY_PROMPT, ())
   report = Report(
@@ -171,37 +180,42 @@ def _convert(
     raise UserError(f'no record of the data can be used: {report}')
   if few:
     return examples, report
-  make = functools.partial(_drawn, one=one, tokenizer=tokenizer)
+  make = functools.partial(_convert_again, convert=convert, tokenizer=tokenizer)
   return lazy.Examples(records, kept, make, skip=on_error == 'skip'), report
 
 
-def _complaint(record: Record, fault: shapes.Fault) -> DataError:
-  field, problem, remedy = fault.args
-  unnamed = record.untyped and not shapes.NAMES & record.fields.keys()
-  if unnamed and isinstance(fault, shapes.Missing):
+def _data_error(record: Record, error: shapes.InvalidRecord) -> DataError:
+  field, problem, remedy = error.args
+  no_header = record.untyped and not shapes.FIELD_NAMES & record.fields.keys()
+  if no_header and isinstance(error, shapes.MissingField):
     remedy = f'The first row of the file must name the columns. {remedy}'
-  return DataError(f'{record.where}: field {field!r}: {problem}. {remedy}{SKIP}')
+  return DataError(f'{record.where}: field {field!r}: {problem}. {remedy}{SKIP_HINT}')
 
 
-def _drawn(
+def _convert_again(
   record: Record,
   *,
-  one: Callable[[shapes.Fields, Tokenizer | None], Example],
+  convert: Callable[[shapes.Fields, Tokenizer | None], Example],
   tokenizer: Tokenizer | None,
 ) -> Example:
-  """An example again; raises DataError where the record has changed, or the template rejects it."""
+  """Converts a record that was checked before.
+
+  Raises:
+    DataError: The record has changed, or the chat template rejects it.
+  """
   try:
-    return _example(record, one, tokenizer)
-  except shapes.Useless as error:
+    return _example(record, convert, tokenizer)
+  except shapes.Unusable as error:
     raise DataError(
-      f'{record.where}: {error}, and it was not when the data were checked. Start anew.'
+      f'{record.where}: {error}, although it was valid when the data was checked. '
+      'Start the run again.'
     ) from error
-  except shapes.Fault as error:
-    raise _complaint(record, error) from error
+  except shapes.InvalidRecord as error:
+    raise _data_error(record, error) from error
 
 
-class _Outline:
-  """A tokenizer whose chat template takes no time, to check large data with before they are drawn."""
+class _PlainTemplate:
+  """A tokenizer with a chat template that takes no time, to check large data quickly."""
 
   eos_token = None
 
@@ -211,14 +225,14 @@ class _Outline:
   def apply_chat_template(
     self, messages: chat.Messages, *, tokenize: bool, add_generation_prompt: bool
   ) -> str:
-    """The roles and texts."""
+    """Returns the roles and contents of the messages, one per line."""
     del tokenize
     turns = ''.join(f'{m["role"]}:{m["content"]}\n' for m in messages)
     return turns + 'assistant:' * add_generation_prompt
 
 
 class _Tally:
-  """Places by reason, the first PLACES of each; of the others their number."""
+  """Collects places by reason: the first MAX_PLACES, and the number of the others."""
 
   def __init__(self):
     self.places: dict[str, list[str]] = {}
@@ -226,7 +240,7 @@ class _Tally:
 
   def add(self, reason: str, place: str) -> None:
     places = self.places.setdefault(reason, [])
-    if len(places) < PLACES:
+    if len(places) < MAX_PLACES:
       places.append(place)
     else:
       self.more[reason] = self.more.get(reason, 0) + 1
@@ -234,7 +248,7 @@ class _Tally:
 
 def _example(
   record: Record,
-  one: Callable[[shapes.Fields, Tokenizer | None], Example],
+  convert: Callable[[shapes.Fields, Tokenizer | None], Example],
   tokenizer: Tokenizer | None,
 ) -> Example:
-  return one(shapes.present(record), tokenizer)
+  return convert(shapes.present(record), tokenizer)

@@ -1,44 +1,49 @@
-"""One record to an example: the shapes that preference and instruction data come in.
+"""Converts one record to an example, for all common formats of preference and instruction data.
 
-Whole texts, for `texts` and `prompts`:
+The functions of `formats` accept these records:
+
+Texts, for `texts` and `prompts`:
   text
 
 Completions, for `completions`, `texts` and `prompts`:
   prompt, completion
-  messages                            the last one the assistant's
-  instruction, input, output          Alpaca; input is optional; output counts where the record is
-                                      a comparison too
+  messages                            the last message is the assistant's
+  instruction, input, output          Alpaca; input is optional; `completions` and `texts` use
+                                      output even if the record is also a comparison
 
-Comparisons, for `comparisons`, and for `completions` and `texts` by their best completion:
+Comparisons, for `comparisons`; `completions` and `texts` use the best completion:
   prompt, chosen, rejected
-  chosen, rejected                    whole dialogues (Anthropic HH), as strings or messages
-  prompt, completions                 from best to worst
-  prompt, completions, ranks          smaller is better, equal is a tie
+  chosen, rejected                    full dialogues (Anthropic HH), as strings or messages
+  prompt, completions                 ordered from best to worst
+  prompt, completions, ranks          smaller is better, equal ranks are ties
   prompt, completions, ratings        larger is better
-  prompt, completions, best           the index of the best one, the rest tie
+  prompt, completions, best           index of the best completion, the others are tied
   a completion with rating or label   one number, or true or false
 
-Prompts, for `prompts`: any of the above that has a prompt, or text alone; all other fields are
+Prompts, for `prompts`: any of the above that has a prompt, or text alone. All other fields become
 metadata.
 
-Prompts, completions, chosen and rejected may each be a string or messages; see `chat`. In place of
-`prompt` a record may have `messages`, `conversations`, or `instruction` and `input`. Any comparison
-may have a `margin`. `texts` and `completions` take the best completion of a comparison.
+Prompts, completions, chosen and rejected may each be a string or messages; see `chat`. Instead
+of `prompt`, a record may have `messages`, `conversations`, or `instruction` and `input`. Any
+comparison may have a `margin`.
 
-A record has one prompt, whatever reads it; its fields and the tokenizer decide which:
-  - Of several fields `messages` is the prompt; else `instruction` with an `output`; else `prompt`,
-    `conversations`, `instruction`; else what whole dialogues have before the answer; else `text`.
-    An assistant's message at the end of `messages` is the answer, not prompt; so it is in `prompt`
-    and `conversations` of a record without other completions.
-  - Where the prompt or a completion is messages, all of the record is: a prompt that is a string is
-    the user's message, a completion that is one the assistant's. Strings alone stay as they are.
-  - A completion of several messages that begins with the prompt, or with the user or the system, is
-    the whole conversation, and what it has before the answer is the prompt. Other messages follow
-    the prompt, and all but the last become part of it.
-  - Completions that answer different prompts make the record useless.
-  - `instruction` and `input` are a user's message where the tokenizer has a chat template, else a
-    text with headings. All other messages without a template are an error.
-In CSV, numbers, true and false, and lists are written as in JSON; all other fields are texts.
+A record has the same prompt for every function that reads it. Its fields and the tokenizer
+determine the prompt:
+  - The first of these that the record has holds the prompt: `messages`; `instruction`, if there is
+    an `output`; `prompt`; `conversations`; `instruction`; the part of full dialogues before the
+    answer; `text`.
+  - If `messages` ends with an assistant's message, this message is the answer and not part of the
+    prompt. The same holds for `prompt` and `conversations` if the record has no other completion.
+  - If the prompt or a completion consists of messages, strings become messages too: the prompt the
+    user's, a completion the assistant's. If all are strings, they are used unchanged.
+  - A completion of several messages is the full conversation if it repeats the prompt or starts
+    with a message of the user or system; the prompt is then everything before its last message.
+    Otherwise the messages continue the prompt, and all but the last one become part of it.
+  - A record whose completions answer different prompts is left out.
+  - `instruction` and `input` become a user's message if the tokenizer has a chat template, else a
+    text with headings. Any other messages require a chat template.
+In CSV files, numbers, true and false, and lists are written as in JSON; all other fields are
+strings.
 """
 
 from collections.abc import Sequence
@@ -55,16 +60,16 @@ from rlhf_jax.data.sources import Record
 Tokenizer = transformers.PreTrainedTokenizerFast
 Fields = dict[str, Any]
 
-# Characters of a field's name in messages: where the names are missing these are texts.
-LONGEST_NAME = 60
+# Characters of a field name that a message quotes. If a file has no header, the names are texts.
+MAX_NAME_LENGTH = 60
 HH_TURN = '\n\nAssistant:'
 
-# Fields that are not always texts: what JSON has there, and CSV writes.
+# Fields that may hold JSON values other than strings. In CSV files they are parsed as JSON.
 SCALARS = ('margin', 'rating', 'label', 'best')
 LISTS = ('ranks', 'ratings', 'completions', 'messages', 'conversations')
 
-# All fields that mean something.
-NAMES = {
+# All fields that are interpreted.
+FIELD_NAMES = {
   'text',
   'prompt',
   'completion',
@@ -80,10 +85,10 @@ NAMES = {
 DIFFERENT_PROMPTS = 'chosen and rejected answer different prompts'
 SAME_COMPLETIONS = 'all completions are the same'
 EMPTY_COMPLETION = 'empty completion'
-LABELLED_BAD = 'completion labelled false'
+LABELLED_FALSE = 'completion labelled false'
 NO_ANSWER = "the last message must be the assistant's"
 
-LARGEST = float(np.finfo(np.float32).max)  # number: they become float32
+MAX_NUMBER = float(np.finfo(np.float32).max)  # numbers are converted to float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,14 +101,14 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-  """K responses to one prompt, judged.
+  """K responses to one prompt, with their ranks.
 
   Attributes:
-    prompt: what all of them answer.
+    prompt: The prompt of all completions.
     completions: K texts.
-    ranks: K integers, 0 is best, equal ranks are a tie.
+    ranks: K integers; 0 is best, equal ranks are ties.
     ratings: K absolute scores, or None if the data has none.
-    margin: by how much the better should win, 0 if the data does not say.
+    margin: Difference by which the better completion should win; 0 if the data has none.
   """
 
   prompt: str
@@ -115,86 +120,92 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """What a response is sampled for.
+  """A prompt to sample a response for.
 
   Attributes:
-    prompt: the text.
-    metadata: all other fields of the record, for reward functions.
+    prompt: The text.
+    metadata: All other fields of the record, for reward functions.
   """
 
   prompt: str
   metadata: Fields
 
 
-class Fault(Exception):
-  """The record cannot be understood: args are the field, what is wrong and a remedy."""
+class InvalidRecord(Exception):
+  """The record is invalid; the arguments are the field, the problem and the remedy."""
 
 
-class Missing(Fault):
+class MissingField(InvalidRecord):
   """The record lacks a field."""
 
 
-class Useless(Exception):
-  """The record is understood and left out; the argument is the reason."""
+class Unusable(Exception):
+  """The record is valid but of no use and left out; the argument is the reason."""
 
 
 def present(record: Record) -> Fields:
-  """The fields that are not null, as columns of tables are where a row lacks them, with their types."""
+  """Returns the fields that are not null, and parses the values of CSV files.
+
+  Tables store null if a row lacks a column.
+  """
   fields = {name: value for name, value in record.fields.items() if value is not None}
   return _typed(fields) if record.untyped else fields
 
 
 def _typed(fields: Fields) -> Fields:
-  """The fields of a CSV row, all strings, with JSON's values where these are meant."""
+  """Returns the fields of a CSV row, with the strings of SCALARS and LISTS parsed as JSON."""
   typed = dict(fields)
-  for names, kinds in ((SCALARS, (bool, int, float)), (LISTS, (list,))):
+  for names, types in ((SCALARS, (bool, int, float)), (LISTS, (list,))):
     for name in fields.keys() & set(names):
       text = fields[name]
       try:
         value = json.loads(text.lower() if text.lower() in ('true', 'false') else text)
       except (ValueError, RecursionError):
-        continue  # A text; whatever needs more of this field says so.
-      if isinstance(value, kinds):
+        continue  # A string. Code that needs another type raises InvalidRecord.
+      if isinstance(value, types):
         typed[name] = value
   return typed
 
 
-def asks_nothing(fields: Fields, example: Any) -> bool:
-  """Whether the prompt is blank, or what a template is put around: its last message."""
-  source = _source(fields)
-  asked = example.prompt if source is None else fields[source]
-  if isinstance(asked, str):
-    return not example.prompt.strip() or not (asked.strip() or fields.get('input'))
+def has_blank_prompt(fields: Fields, example: Any) -> bool:
+  """Returns whether the prompt is blank before a template is applied.
+
+  A conversation is blank if its last message before the answer is.
+  """
+  source = _prompt_field(fields)
+  value = example.prompt if source is None else fields[source]
+  if isinstance(value, str):
+    return not example.prompt.strip() or not (value.strip() or fields.get('input'))
   try:
-    asked = [message for message in chat.parse(asked) if message['role'] != 'assistant']
-  except chat.Malformed:  # No messages: the prompt came from another field.
+    messages = [message for message in chat.parse(value) if message['role'] != 'assistant']
+  except chat.Malformed:  # The prompt came from another field.
     return not example.prompt.strip()
-  return bool(asked) and not asked[-1]['content'].strip()
+  return bool(messages) and not messages[-1]['content'].strip()
 
 
-# One record.
+# The conversions.
 
 
-def text_of(fields: Fields, tokenizer: Tokenizer | None) -> str | Completion:
-  """A whole text, or else prompt and completion. Arguments and errors as for `completion_of`."""
+def to_text(fields: Fields, tokenizer: Tokenizer | None) -> str | Completion:
+  """Converts a record to a text or a Completion. Arguments and errors as for `to_completion`."""
   if 'text' in fields:
     return _string(fields, 'text')
-  return completion_of(fields, tokenizer)
+  return to_completion(fields, tokenizer)
 
 
-def completion_of(fields: Fields, tokenizer: Tokenizer | None) -> Completion:
-  """A prompt and the response to imitate.
+def to_completion(fields: Fields, tokenizer: Tokenizer | None) -> Completion:
+  """Converts a record to a prompt and the response to imitate.
 
   Args:
-    fields: as `present` gives them.
-    tokenizer: for its chat template.
+    fields: Fields, as `present` returns them.
+    tokenizer: Tokenizer with the chat template, or None.
 
   Raises:
-    Fault: the record cannot be understood.
-    Useless: it is understood and has nothing to imitate.
+    InvalidRecord: The record is invalid.
+    Unusable: The record is valid but has no response to imitate.
   """
   if fields.get('label') is False:
-    raise Useless(LABELLED_BAD)
+    raise Unusable(LABELLED_FALSE)
   if not _alpaca(fields) and ('chosen' in fields or 'completions' in fields):
     example = _comparison(fields, tokenizer)
     return Completion(example.prompt, example.completions[example.ranks.index(0)])
@@ -202,33 +213,33 @@ def completion_of(fields: Fields, tokenizer: Tokenizer | None) -> Completion:
 
 
 def _prompt_and_completion(fields: Fields, tokenizer: Tokenizer | None) -> tuple[str, str]:
-  asked = _asked(fields, tokenizer)
-  if asked.answer is not None:
-    return _render(asked.prompt, asked.answer, asked.field, tokenizer)
-  if asked.field == 'messages':
-    raise Fault('messages', NO_ANSWER, 'Add the answer.')
-  if asked.field == 'instruction':
-    return _completed(asked, _string(fields, 'output'), 'output', tokenizer)
+  raw = _raw_prompt(fields, tokenizer)
+  if raw.answer is not None:
+    return _render(raw.prompt, raw.answer, raw.field, tokenizer)
+  if raw.field == 'messages':
+    raise InvalidRecord('messages', NO_ANSWER, 'Add the answer.')
+  if raw.field == 'instruction':
+    return _render_completion(raw, _string(fields, 'output'), 'output', tokenizer)
   if 'completion' not in fields:
     raise _missing(fields, 'completion')
-  return _completed(asked, fields['completion'], 'completion', tokenizer)
+  return _render_completion(raw, fields['completion'], 'completion', tokenizer)
 
 
-def comparison_of(fields: Fields, tokenizer: Tokenizer | None) -> Comparison:
-  """Judged responses. Arguments and errors as for `completion_of`."""
+def to_comparison(fields: Fields, tokenizer: Tokenizer | None) -> Comparison:
+  """Converts a record to a Comparison. Arguments and errors as for `to_completion`."""
   example = _comparison(fields, tokenizer)
   if example.ratings is None and len(set(example.completions)) == 1:
-    raise Useless(SAME_COMPLETIONS)
+    raise Unusable(SAME_COMPLETIONS)
   return example
 
 
 def _comparison(fields: Fields, tokenizer: Tokenizer | None) -> Comparison:
   margin = _number(fields['margin'], 'margin') if 'margin' in fields else 0.0
   if 'chosen' in fields or 'rejected' in fields:
-    prompt, *completions = _pair(fields, tokenizer)
+    prompt, *completions = _pair_texts(fields, tokenizer)
     return Comparison(prompt, tuple(completions), (0, 1), margin=margin)
   if 'completions' in fields:
-    return _list(fields, tokenizer, margin)
+    return _ranked_list(fields, tokenizer, margin)
   score = 'rating' if 'rating' in fields else 'label'
   if score not in fields:
     raise _missing(fields, 'chosen')
@@ -238,35 +249,35 @@ def _comparison(fields: Fields, tokenizer: Tokenizer | None) -> Comparison:
   return Comparison(prompt, (completion,), (0,), (rating,), margin)
 
 
-def prompt_of(fields: Fields, tokenizer: Tokenizer | None) -> Prompt:
-  """A prompt to respond to. Arguments and errors as for `completion_of`."""
-  if 'text' in fields and _source(fields) is None:
-    asked = _Asked('text', _string(fields, 'text'))
+def to_prompt(fields: Fields, tokenizer: Tokenizer | None) -> Prompt:
+  """Converts a record to a Prompt. Arguments and errors as for `to_completion`."""
+  if 'text' in fields and _prompt_field(fields) is None:
+    raw = _RawPrompt('text', _string(fields, 'text'))
   else:
-    asked = _asked(fields, tokenizer)
-  rest = dict(fields)
-  if asked.field != 'chosen':
-    del rest[asked.field]
-  if asked.field == 'instruction':
-    rest.pop('input', None)
-  if asked.answer is not None:
-    rest['completion'] = asked.answer['content']
-  if isinstance(asked.prompt, str):
-    return Prompt(asked.prompt, rest)
-  return Prompt(_render(asked.prompt, None, asked.field, tokenizer)[0], rest)
+    raw = _raw_prompt(fields, tokenizer)
+  metadata = dict(fields)
+  if raw.field != 'chosen':
+    del metadata[raw.field]
+  if raw.field == 'instruction':
+    metadata.pop('input', None)
+  if raw.answer is not None:
+    metadata['completion'] = raw.answer['content']
+  if isinstance(raw.prompt, str):
+    return Prompt(raw.prompt, metadata)
+  return Prompt(_render(raw.prompt, None, raw.field, tokenizer)[0], metadata)
 
 
 # The prompt of a record.
 
 
 @dataclasses.dataclass(frozen=True)
-class _Asked:
-  """What all completions of a record answer.
+class _RawPrompt:
+  """The prompt of a record before the chat template is applied.
 
   Attributes:
-    field: where it stands; 'chosen' for whole dialogues.
-    prompt: a text, or the messages that the chat template makes one of.
-    answer: the assistant's message that follows these in the field, or None.
+    field: Name of the field that holds the prompt; 'chosen' for full dialogues.
+    prompt: A text, or messages for the chat template.
+    answer: The assistant's message after the prompt in the same field, or None.
   """
 
   field: str
@@ -274,27 +285,26 @@ class _Asked:
   answer: dict[str, str] | None = None
 
 
-def _asked(fields: Fields, tokenizer: Tokenizer | None) -> _Asked:
-  """What a record asks. Fields and tokenizer decide it, never the stage that reads the record.
+def _raw_prompt(fields: Fields, tokenizer: Tokenizer | None) -> _RawPrompt:
+  """Returns the prompt of a record, by the rules of the module's docstring.
 
-  Where any completion is messages, all of the record is, and a string is the user's or the
-  assistant's message. Where a completion repeats the conversation, that is the prompt.
+  Only the fields and the tokenizer determine it, not the stage that reads the record.
   """
-  asked = _question(fields, tokenizer)
-  completions = [messages for messages in map(_if_messages, _completions(fields)) if messages]
+  raw = _stored_prompt(fields, tokenizer)
+  completions = [messages for messages in map(_messages_or_none, _completions(fields)) if messages]
   if not completions:
-    return asked
-  before = asked.prompt
+    return raw
+  before = raw.prompt
   if isinstance(before, str):
     before = [{'role': 'user', 'content': before}]
-  prompts = [_whole(before, messages)[:-1] for messages in completions]
+  prompts = [_conversation(before, messages)[:-1] for messages in completions]
   if any(prompt != prompts[0] for prompt in prompts):
-    raise Useless(DIFFERENT_PROMPTS)
-  return dataclasses.replace(asked, prompt=prompts[0])
+    raise Unusable(DIFFERENT_PROMPTS)
+  return dataclasses.replace(raw, prompt=prompts[0])
 
 
-def _source(fields: Fields) -> str | None:
-  """The field that a record's prompt is in, 'chosen' for whole dialogues; or None."""
+def _prompt_field(fields: Fields) -> str | None:
+  """Returns the field that holds the prompt, 'chosen' for full dialogues, or None."""
   if _alpaca(fields) and 'messages' not in fields:
     return 'instruction'
   names = ('messages', 'prompt', 'conversations', 'instruction')
@@ -306,28 +316,29 @@ def _alpaca(fields: Fields) -> bool:
   return 'instruction' in fields and 'output' in fields
 
 
-def _question(fields: Fields, tokenizer: Tokenizer | None) -> _Asked:
-  """What the field of the prompt says, whatever the completions are."""
-  name = _source(fields)
+def _stored_prompt(fields: Fields, tokenizer: Tokenizer | None) -> _RawPrompt:
+  """Returns the prompt in the field that holds it; the completions may extend it."""
+  name = _prompt_field(fields)
   if name is None:
     raise _missing(fields, 'prompt')
   if name == 'instruction':
-    return _Asked(name, _instruction(fields, tokenizer))
+    return _RawPrompt(name, _instruction_prompt(fields, tokenizer))
   if name == 'chosen':
-    return _Asked(name, _before_dialogues(fields))
+    return _RawPrompt(name, _dialogue_prompt(fields))
   if name != 'messages' and isinstance(fields[name], str):
-    return _Asked(name, fields[name])
+    return _RawPrompt(name, fields[name])
   messages = _parse(fields[name], name)
   answered = messages[-1]['role'] == 'assistant'
   if answered and (name == 'messages' or not _completions(fields)):
-    return _Asked(name, messages[:-1], messages[-1])
-  return _Asked(name, messages)
+    return _RawPrompt(name, messages[:-1], messages[-1])
+  return _RawPrompt(name, messages)
 
 
-def _instruction(fields: Fields, tokenizer: Tokenizer | None) -> str | chat.Messages:
-  """Instruction and optional input, as a conversation if there is a template for one.
+def _instruction_prompt(fields: Fields, tokenizer: Tokenizer | None) -> str | chat.Messages:
+  """Returns instruction and optional input as a conversation if the tokenizer has a template.
 
-  Otherwise with the headings of https://github.com/tatsu-lab/stanford_alpaca, without its preamble.
+  Otherwise returns a text with the headings of https://github.com/tatsu-lab/stanford_alpaca,
+  without its preamble.
   """
   instruction = _string(fields, 'instruction')
   context = _string(fields, 'input') if fields.get('input') else ''
@@ -338,33 +349,33 @@ def _instruction(fields: Fields, tokenizer: Tokenizer | None) -> str | chat.Mess
   return f'### Instruction:\n{instruction}\n\n{context}### Response:\n'
 
 
-def _before_dialogues(fields: Fields) -> str | chat.Messages:
-  """What stands before two whole dialogues: their common prompt as HH texts, else no message."""
+def _dialogue_prompt(fields: Fields) -> str | chat.Messages:
+  """Returns the prompt that two HH dialogues share, or [] if they are lists of messages."""
   if all(isinstance(fields[name], str) for name in ('chosen', 'rejected')):
-    (prompt, _), (other, _) = (_cut(fields, name) for name in ('chosen', 'rejected'))
+    (prompt, _), (other, _) = (_split_dialogue(fields, name) for name in ('chosen', 'rejected'))
     if prompt != other:
-      raise Useless(DIFFERENT_PROMPTS)
+      raise Unusable(DIFFERENT_PROMPTS)
     return prompt
   for name in ('chosen', 'rejected'):
     _parse(fields[name], name)
   return []
 
 
-def _cut(fields: Fields, name: str) -> tuple[str, str]:
-  """An HH dialogue, cut after the last place where the assistant begins to speak."""
+def _split_dialogue(fields: Fields, name: str) -> tuple[str, str]:
+  """Splits an HH dialogue into prompt and reply, after the last HH_TURN."""
   text = _string(fields, name)
   prompt, turn, reply = text.rpartition(HH_TURN)
   if not turn:
-    raise Fault(
+    raise InvalidRecord(
       name,
-      f'without a prompt field, a whole dialogue with {HH_TURN!r} was expected',
+      f'must be a dialogue with {HH_TURN!r} if there is no prompt field',
       'Add a prompt field.',
     )
   return prompt + turn, reply
 
 
 def _completions(fields: Fields) -> list[Any]:
-  """The completions of a record as they stand, but for Alpaca's, always a string."""
+  """Returns the completions of a record unchanged, without Alpaca's output (always a string)."""
   if 'chosen' in fields and 'rejected' in fields:
     return [fields['chosen'], fields['rejected']]
   if isinstance(fields.get('completions'), list):
@@ -372,17 +383,17 @@ def _completions(fields: Fields) -> list[Any]:
   return [fields['completion']] if 'completion' in fields and 'messages' not in fields else []
 
 
-def _if_messages(completion: Any) -> chat.Messages | None:
-  """A completion that is messages, the last one the assistant's; None for anything else."""
+def _messages_or_none(completion: Any) -> chat.Messages | None:
+  """Returns a completion's messages if the last one is the assistant's, else None."""
   try:
     messages = chat.parse(completion)
-  except chat.Malformed:  # A text; or nothing, which whoever needs this completion says.
+  except chat.Malformed:  # A string, or an invalid value that is reported where it is used.
     return None
   return messages if messages[-1]['role'] == 'assistant' else None
 
 
-def _whole(before: chat.Messages, completion: chat.Messages) -> chat.Messages:
-  """The conversation up to the end of a completion, which may repeat it as a whole."""
+def _conversation(before: chat.Messages, completion: chat.Messages) -> chat.Messages:
+  """Returns the conversation with the completion, which may already repeat the conversation."""
   opens = completion[0]['role'] not in ('assistant', 'tool')
   repeats = len(completion) > 1 and (opens or completion[: len(before)] == before)
   return completion if repeats else before + completion
@@ -391,64 +402,64 @@ def _whole(before: chat.Messages, completion: chat.Messages) -> chat.Messages:
 # Completions.
 
 
-def _completed(
-  asked: _Asked, completion: Any, field: str, tokenizer: Tokenizer | None
+def _render_completion(
+  raw: _RawPrompt, completion: Any, field: str, tokenizer: Tokenizer | None
 ) -> tuple[str, str]:
-  """Prompt and a completion as texts."""
+  """Returns (prompt, completion) as texts."""
   if not isinstance(completion, str):
-    return _render(asked.prompt, _parse(completion, field)[-1], field, tokenizer)
-  if isinstance(asked.prompt, str):
-    return asked.prompt, _not_empty(completion)
-  return _render(asked.prompt, {'role': 'assistant', 'content': completion}, field, tokenizer)
+    return _render(raw.prompt, _parse(completion, field)[-1], field, tokenizer)
+  if isinstance(raw.prompt, str):
+    return raw.prompt, _require_text(completion)
+  return _render(raw.prompt, {'role': 'assistant', 'content': completion}, field, tokenizer)
 
 
-def _pair(fields: Fields, tokenizer: Tokenizer | None) -> tuple[str, str, str]:
-  """Prompt, chosen, rejected."""
+def _pair_texts(fields: Fields, tokenizer: Tokenizer | None) -> tuple[str, str, str]:
+  """Returns (prompt, chosen, rejected) as texts."""
   names = 'chosen', 'rejected'
   for name in names:
     if name not in fields:
       raise _missing(fields, name)
-  asked = _asked(fields, tokenizer)
-  given = [fields[name] for name in names]
-  if asked.field == 'chosen' and isinstance(asked.prompt, str):
-    given = [_cut(fields, name)[1] for name in names]
+  raw = _raw_prompt(fields, tokenizer)
+  values = [fields[name] for name in names]
+  if raw.field == 'chosen' and isinstance(raw.prompt, str):
+    values = [_split_dialogue(fields, name)[1] for name in names]
   (prompt, chosen), (_, rejected) = (
-    _completed(asked, value, name, tokenizer) for value, name in zip(given, names)
+    _render_completion(raw, value, name, tokenizer) for value, name in zip(values, names)
   )
   return prompt, chosen, rejected
 
 
-def _list(fields: Fields, tokenizer: Tokenizer | None, margin: float) -> Comparison:
-  """Several completions with a verdict."""
-  asked = _asked(fields, tokenizer)
+def _ranked_list(fields: Fields, tokenizer: Tokenizer | None, margin: float) -> Comparison:
+  """Converts a record with `completions` to a Comparison."""
+  raw = _raw_prompt(fields, tokenizer)
   values = fields['completions']
   if not isinstance(values, list) or not values:
-    raise Fault('completions', 'a list of completions was expected', 'Give at least one.')
-  pairs = [_completed(asked, value, 'completions', tokenizer) for value in values]
+    raise InvalidRecord('completions', 'must be a non-empty list', 'List at least one completion.')
+  pairs = [_render_completion(raw, value, 'completions', tokenizer) for value in values]
   ratings = None
   if 'ratings' in fields:
     ratings = tuple(_numbers(fields, 'ratings', len(values)))
-    ranks = _dense([-rating for rating in ratings])
+    ranks = _dense_ranks([-rating for rating in ratings])
   elif 'ranks' in fields:
-    ranks = _dense(_numbers(fields, 'ranks', len(values)))
+    ranks = _dense_ranks(_numbers(fields, 'ranks', len(values)))
   elif 'best' in fields:
     best = fields['best']
     if isinstance(best, bool) or not isinstance(best, int) or not 0 <= best < len(values):
-      raise Fault('best', 'the index of one of the completions was expected', 'Count from 0.')
+      raise InvalidRecord('best', 'must be the index of a completion', 'Count from 0.')
     ranks = [int(index != best) for index in range(len(values))]
   else:
     ranks = range(len(values))
   if ratings is None and len(values) < 2:
-    raise Fault(
+    raise InvalidRecord(
       'completions',
-      'at least two completions were expected where none is rated',
+      'must hold at least two completions if there are no ratings',
       'Add a completion or ratings.',
     )
   return Comparison(pairs[0][0], tuple(text for _, text in pairs), tuple(ranks), ratings, margin)
 
 
-def _dense(values: Sequence[float]) -> list[int]:
-  """Ranks 0, 1, 2, ... of the values, smallest first, equal for equal ones."""
+def _dense_ranks(values: Sequence[float]) -> list[int]:
+  """Returns the ranks 0, 1, 2, ... of the values, 0 for the smallest; equal values share one."""
   order = {value: rank for rank, value in enumerate(sorted(set(values)))}
   return [order[value] for value in values]
 
@@ -460,36 +471,36 @@ def _parse(value: Any, field: str) -> chat.Messages:
   try:
     return chat.parse(value)
   except chat.Malformed as error:
-    raise Fault(field, str(error), 'Correct it.') from error
+    raise InvalidRecord(field, str(error), 'Fix the value.') from error
 
 
 def _render(
   prompt: chat.Messages, answer: dict[str, str] | None, field: str, tokenizer: Tokenizer | None
 ) -> tuple[str, str]:
   if answer is not None and answer['role'] != 'assistant':
-    raise Fault(field, NO_ANSWER, 'Add the answer.')
+    raise InvalidRecord(field, NO_ANSWER, 'Add the answer.')
   if not prompt:
-    raise Fault(field, 'there is no message before the answer', 'Add the question.')
+    raise InvalidRecord(field, 'has no message before the answer', 'Add the question.')
   if answer is not None and not answer['content'].strip():
-    raise Useless(EMPTY_COMPLETION)
+    raise Unusable(EMPTY_COMPLETION)
   try:
     return chat.render(tokenizer, prompt, answer)
   except chat.Malformed as error:
-    raise Fault(field, str(error), 'Correct the messages or the template.') from error
+    raise InvalidRecord(field, str(error), 'Fix the messages or the template.') from error
 
 
 # Values.
 
 
-def _missing(fields: Fields, name: str) -> Missing:
+def _missing(fields: Fields, name: str) -> MissingField:
   names = [
-    other if len(other) <= LONGEST_NAME else f'{other[: LONGEST_NAME - 3]}...'
+    other if len(other) <= MAX_NAME_LENGTH else f'{other[: MAX_NAME_LENGTH - 3]}...'
     for other in sorted(fields)
   ]
-  return Missing(
+  return MissingField(
     name,
     f'missing among {names}',
-    'Name the columns in config.data.columns if yours are called otherwise.',
+    'If your columns have other names, set config.data.columns.',
   )
 
 
@@ -497,24 +508,28 @@ def _string(fields: Fields, name: str) -> str:
   if name not in fields:
     raise _missing(fields, name)
   if not isinstance(fields[name], str):
-    raise Fault(name, f'a string was expected, not a {type(fields[name]).__name__}', 'Correct it.')
+    raise InvalidRecord(
+      name, f'must be a string, not {type(fields[name]).__name__}', 'Fix the value.'
+    )
   return fields[name]
 
 
-def _not_empty(completion: str) -> str:
+def _require_text(completion: str) -> str:
   if not completion.strip():
-    raise Useless(EMPTY_COMPLETION)
+    raise Unusable(EMPTY_COMPLETION)
   return completion
 
 
 def _number(value: Any, field: str) -> float:
-  if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
-    raise Fault(field, 'a finite number was expected', f'It must lie within {LARGEST:.3g} of 0.')
+  if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MAX_NUMBER:
+    raise InvalidRecord(
+      field, 'must be a finite number', f'The largest absolute value is {MAX_NUMBER:.3g}.'
+    )
   return float(value)
 
 
 def _numbers(fields: Fields, name: str, count: int) -> list[float]:
   values = fields[name]
   if not isinstance(values, list) or len(values) != count:
-    raise Fault(name, 'a list with one number for each completion was expected', 'Correct it.')
+    raise InvalidRecord(name, 'must be a list with one number per completion', 'Fix the list.')
   return [_number(value, name) for value in values]

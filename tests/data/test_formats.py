@@ -275,7 +275,7 @@ def test_completions_labelled_false_are_left_out():
   )  # A class, not a verdict.
   examples, report = formats.completions(rows)
   assert [e.completion for e in examples] == ['b', 'c']
-  assert report.left_out == {shapes.LABELLED_BAD: ('x.jsonl:1',)}
+  assert report.left_out == {shapes.LABELLED_FALSE: ('x.jsonl:1',)}
 
 
 def test_prompts_keep_everything_else_as_metadata(chatty):
@@ -299,11 +299,15 @@ def test_nulls_of_tables_are_absent_fields():
 @pytest.mark.parametrize(
   'convert, row, complaint',
   [
-    (formats.texts, {'text': 3}, "field 'text': a string was expected, not a int"),
+    (formats.texts, {'text': 3}, "field 'text': must be a string, not int"),
     (formats.completions, {'completion': 'a'}, r"field 'prompt': missing among \['completion'\]"),
     (formats.completions, {'prompt': 'a'}, "field 'completion': missing"),
-    (formats.completions, {'prompt': 3, 'completion': 'a'}, "field 'prompt': text or messages"),
-    (formats.completions, {'messages': []}, "field 'messages': text or messages were expected"),
+    (
+      formats.completions,
+      {'prompt': 3, 'completion': 'a'},
+      "field 'prompt': must be text or messages",
+    ),
+    (formats.completions, {'messages': []}, "field 'messages': must be text or messages"),
     (formats.completions, {'messages': [{'role': 'user'}, GOOD]}, 'content of a message'),
     (formats.completions, {'messages': [{'role': 'boss', 'content': ''}]}, 'role of a message'),
     (formats.completions, {'messages': ['hello']}, 'every message must be an object'),
@@ -313,30 +317,38 @@ def test_nulls_of_tables_are_absent_fields():
     (formats.completions, {'instruction': 'a'}, "field 'output': missing"),
     (formats.comparisons, {'text': 'a'}, "field 'chosen': missing"),
     (formats.comparisons, {'prompt': 'a', 'chosen': 'b'}, "field 'rejected': missing"),
-    (formats.comparisons, {'chosen': 'b', 'rejected': 'c'}, "field 'chosen': without a prompt"),
+    (
+      formats.comparisons,
+      {'chosen': 'b', 'rejected': 'c'},
+      "field 'chosen': must be a dialogue with",
+    ),
     (formats.comparisons, {'completions': ['b', 'c']}, "field 'prompt': missing"),
-    (formats.comparisons, {'prompt': 'a', 'completions': 'bc'}, "field 'completions': a list"),
+    (
+      formats.comparisons,
+      {'prompt': 'a', 'completions': 'bc'},
+      "field 'completions': must be a non-empty list",
+    ),
     (formats.comparisons, {'prompt': 'a', 'completions': ['b']}, 'at least two'),
     (formats.comparisons, {'prompt': 'a', 'completions': ['b', 'c'], 'best': 2}, "field 'best'"),
     (
       formats.comparisons,
       {'prompt': 'a', 'completions': ['b', 'c'], 'ranks': [1]},
-      "field 'ranks': a list with one number for each",
+      "field 'ranks': must be a list with one number per completion",
     ),
     (
       formats.comparisons,
       {'prompt': 'a', 'completions': ['b', 'c'], 'ratings': [1, 'x']},
-      "field 'ratings': a finite number",
+      "field 'ratings': must be a finite number",
     ),
     (
       formats.comparisons,
       {'prompt': 'a', 'completion': 'b', 'rating': float('nan')},
-      "field 'rating': a finite number",
+      "field 'rating': must be a finite number",
     ),
     (
       formats.comparisons,
       {'prompt': 'a', 'chosen': 'b', 'rejected': 'c', 'margin': True},
-      "field 'margin': a finite number",
+      "field 'margin': must be a finite number",
     ),
     (formats.prompts, {'question': 'a'}, "field 'prompt': missing.*config.data.columns"),
   ],
@@ -526,10 +538,10 @@ def test_labels_of_csv_as_spreadsheets_and_pandas_write_them(tmp_path):
 @pytest.mark.parametrize(
   'header, row, complaint',
   [
-    ('prompt,completion,rating', 'p,a,good', "field 'rating': a finite number"),
-    ('prompt,completion,rating', 'p,a,nan', "field 'rating': a finite number"),
+    ('prompt,completion,rating', 'p,a,good', "field 'rating': must be a finite number"),
+    ('prompt,completion,rating', 'p,a,nan', "field 'rating': must be a finite number"),
     ('prompt,completion,rating', 'p,a,', "field 'chosen': missing"),
-    ('prompt,completions', 'p,a|b', "field 'completions': a list"),
+    ('prompt,completions', 'p,a|b', "field 'completions': must be a non-empty list"),
     ('prompt,completions,best', 'p,"[""a"", ""b""]",1.5', "field 'best'"),
     ('prompt,chosen,rejected', 'p,a,', "field 'rejected': missing"),
   ],
@@ -543,7 +555,7 @@ def test_cells_that_are_not_what_their_column_needs_are_named(tmp_path, header, 
 
 
 def test_strings_for_numbers_are_refused_where_the_file_could_say_otherwise():
-  with pytest.raises(DataError, match="field 'rating': a finite number"):
+  with pytest.raises(DataError, match="field 'rating': must be a finite number"):
     formats.comparisons(records({'prompt': 'p', 'completion': 'a', 'rating': '1'}))
 
 

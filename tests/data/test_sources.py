@@ -296,7 +296,7 @@ def test_csv_without_a_header_is_told_so(tmp_path):
   with pytest.raises(
     DataError,
     match=r"field 'prompt': missing among \['fine', '(how )+h?o?w?\.\.\.'\]. The first "
-    'row of the file must name the columns. Name the columns in',
+    'row of the file must name the columns. If your columns have other names',
   ):
     formats.completions(sources.read(path))
 

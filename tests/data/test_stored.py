@@ -220,7 +220,7 @@ def test_examples_of_large_files_are_those_of_small_ones(tmp_path, request):
 
 
 def test_a_report_counts_more_than_it_names(monkeypatch):
-  monkeypatch.setattr(formats, 'PLACES', 2)
+  monkeypatch.setattr(formats, 'MAX_PLACES', 2)
   rows = [sources.Record({'prompt': 'a', 'completion': 'b' * (i < 3)}, f'x:{i}') for i in range(10)]
   report = formats.completions(rows)[1]
   assert report.left_out == {shapes.EMPTY_COMPLETION: ('x:3', 'x:4')} and report.kept == 3
@@ -234,10 +234,10 @@ BAD = {
   'not valid JSON': '{"prompt": ',
   'must be a JSON object': '[1]',
   'not Unicode': r'{"prompt": "\ud800", "completions": ["a", "b"]}',
-  'ratings: a finite number was expected': (
+  'ratings: must be a finite number': (
     '{"prompt": "p", "completions": ["a", "b"], "ratings": [1e39, 1]}'
   ),
-  'margin: a finite number was expected': (
+  'margin: must be a finite number': (
     '{"prompt": "p", "chosen": "a", "rejected": "b", "margin": %s}' % ('9' * 400)
   ),
   'a record may have': '{"prompt": "%s"}' % ('p' * 300),

@@ -181,7 +181,7 @@ def test_templates_reject_what_is_drawn(tokenizer, tmp_path, monkeypatch, caplog
   set_large(monkeypatch)
   with pytest.raises(DataError, match=r'a\.jsonl:3: .*roles must alternate'):
     formats.completions(sources.read(path), tokenizer=chatty)
-  monkeypatch.setattr(formats, 'RENDERED', 2)
+  monkeypatch.setattr(formats, 'MAX_RENDERED', 2)
   examples, _ = formats.completions(sources.read(path), tokenizer=chatty)
   assert len(examples) == 4 and examples[0].prompt == 'user w0 assistant '
   with pytest.raises(DataError, match=r'a\.jsonl:3: .*roles must alternate'):
