@@ -6,9 +6,8 @@
     run.metrics, run.plot(), run.samples, run.report()
     rl.compare({'before': policy, 'after': run}, prompts=prompts, judge=brevity)
 
-`train` starts from the base configs of the command line, so a run from Python and one from `rlhf
-run` are the same: in the folder of the run, config.json holds every setting, and either resumes
-what the other has begun.
+`train` uses the same base configs as `rlhf run`. config.json in the folder of the run holds every
+setting, and each of the two can resume a run that the other started.
 """
 
 import collections.abc
@@ -26,6 +25,7 @@ from typing import Any
 
 from rlhf_jax import config_files
 from rlhf_jax import errors
+from rlhf_jax import identity
 from rlhf_jax import loop as loop_lib
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax import policy as policy_lib
@@ -45,31 +45,33 @@ from rlhf_jax.evaluation import reward_models
 from rlhf_jax.rewards import functions
 from rlhf_jax.rewards import scorers
 
-# The arguments of `train` that hold data, by algorithm: without `algorithm`, the first that fits.
+# Data arguments of `train` that each algorithm takes. If `algorithm` is None, `train` uses the first
+# algorithm that takes the given argument.
 DATA = {
   'ppo': ('prompts',),
   'grpo': ('prompts',),
   'sft': ('samples', 'texts'),
   'reward_model': ('comparisons',),
 }
-# The field of a record that a bare string fills.
+# Field of a record that holds the text, if a record is given as a string.
 FIELD = {'prompts': 'prompt', 'texts': 'text'}
-# The keys of config.reward that name a reward.
+# Keys of config.reward that set a reward.
 REWARDS = scorers.SOURCES + ('parts',)
-VOCABULARY = 1024  # tokens of a tokenizer that is trained on `texts`
+VOCABULARY = 1024  # default vocabulary size of a tokenizer that is trained on `texts`
 
 
 def load(path):
   """Loads a policy or a reward model.
 
   Args:
-    path: Hugging Face folder, or the folder of a run; of an unfinished run the newest checkpoint.
+    path: Hugging Face folder, or the folder of a run. If the run is unfinished, the policy of its
+      newest checkpoint is loaded.
 
   Returns:
     policy.TextPolicy, or reward_models.RewardModel if the folder holds one.
 
   Raises:
-    UserError: there is no model in the folder, or it cannot be read.
+    UserError: If there is no model in the folder, or it cannot be read.
   """
   path = pathlib.Path(path)
   finished = (path / 'model').is_dir() or not (path / 'checkpoints').is_dir()
@@ -93,37 +95,39 @@ def train(
   workdir=None,
   overrides=None,
 ):
-  """Trains a model; with the arguments and the folder of an earlier call it resumes that run.
+  """Trains a model, or resumes an earlier call with the same arguments and `workdir`.
 
-  Data are a list, a pandas DataFrame, a datasets.Dataset, or the path of a data set. Records have
-  the fields that docs/data.md lists. Set exactly one of `prompts`, `samples`, `comparisons` and
-  `texts`.
+  Data are a list, a pandas DataFrame, a datasets.Dataset, or the path of a data set. docs/data.md
+  lists the fields of records. Set exactly one of `prompts`, `samples`, `comparisons` and `texts`.
 
   Args:
-    policy: what training starts from: a model from `load`, a Run, or a folder. None for a new model
-      of the shape that `overrides` give as model.init.
-    prompts: prompts for on-policy RL: strings or records; other fields reach the reward function.
-    samples: prompts with completions, for SFT.
-    comparisons: better and worse completions, for a reward model.
-    texts: documents, for language modelling: strings or records.
-    reward_fn: reward of on-policy RL: a function (prompts, responses) -> one number for each
-      response, see rewards/functions.py; a reward model from `load`; its Run; or its folder.
-    algorithm: 'ppo', 'grpo', 'sft', 'reward_model', or the dotted path of a module; None: PPO for
-      prompts, a reward model for comparisons, else SFT.
-    preset: of the algorithm's config; '' for the default.
-    steps: train steps; None for those of the base config.
-    seed: of parameters, data and samples.
-    workdir: folder of the run; None for a new temporary folder, which is printed.
-    overrides: {config key: value}, such as {'rl.kl_coef': 0.05, 'batch_size': 64}; `rlhf run
+    policy: Initial model: a model from `load`, a Run, or a folder. None for a new model, whose
+      shape `overrides` must give as model.init.
+    prompts: Prompts for on-policy RL: strings or records. The reward function receives the other
+      fields of the records as metadata.
+    samples: Prompts with completions, for SFT.
+    comparisons: Better and worse completions, for a reward model.
+    texts: Documents for language modelling: strings or records.
+    reward_fn: Reward of on-policy RL: a function (prompts, responses) -> one number per response
+      (see rewards/functions.py), or its name 'module:function'; a reward model from `load`, its
+      Run or its folder.
+    algorithm: Name of an algorithm, such as 'ppo', 'grpo', 'sft' or 'reward_model', or the dotted
+      path of a module. None for PPO with prompts, a reward model with comparisons, else SFT.
+    preset: Preset of the algorithm's config; '' for the default.
+    steps: Number of train steps; None for the base config's.
+    seed: Random seed of parameters, data order and samples.
+    workdir: Folder of the run; None for a new temporary folder, whose path is printed.
+    overrides: {config key: value}, such as {'rl.kl_coef': 0.05, 'batch_size': 64}. `rlhf run
       --config=ALGORITHM --help` lists the keys.
 
   Returns:
-    Run. After Ctrl-C, the run so far; the same call resumes it if it names its `workdir`.
+    Run. After Ctrl-C, the run so far, which the same call with this `workdir` resumes.
 
   Raises:
-    UserError: an argument, the data or a config key is wrong; names it.
+    UserError: If an argument, the data or a config key is wrong; the message names it.
+    KeyboardInterrupt: After Ctrl-C before the first step, or a second Ctrl-C.
   """
-  kind, data = _the_data(
+  kind, data = _only_argument(
     {'prompts': prompts, 'samples': samples, 'comparisons': comparisons, 'texts': texts}
   )
   algorithm = algorithm or next(name for name, kinds in DATA.items() if kind in kinds)
@@ -132,7 +136,7 @@ def train(
   runtime.hide_library_logs()
   if workdir is None:
     workdir = tempfile.mkdtemp(prefix='rlhf_jax_')
-    processes.print_on_main(f'the run is in {workdir}; name a workdir to resume it')
+    processes.print_on_main(f'writing the run to {workdir}; to resume it, pass this as workdir')
   workdir = pathlib.Path(workdir).absolute()
   config = _base_config(algorithm, preset, seed)
   if steps is not None:
@@ -158,7 +162,11 @@ def train(
     on_metrics = stack.enter_context(plots.live())
     try:
       loop_lib.run(config.lock(), workdir, on_metrics=on_metrics)
-    except errors.Interrupted as stop:
+    except KeyboardInterrupt as stop:
+      if not (workdir / identity.CONFIG).exists():
+        raise KeyboardInterrupt(f'stopped before the first step: {workdir} holds no run') from stop
+      if not isinstance(stop, errors.Interrupted):
+        raise
       processes.print_on_main(str(stop))
   run = Run(workdir)
   if processes.is_main_process() and (workdir / metrics_lib.METRICS).exists():
@@ -167,10 +175,10 @@ def train(
 
 
 class Run:
-  """A run: its metrics, samples, model and report, read from its folder.
+  """Metrics, samples, model and report of a run, read from its folder.
 
   Attributes:
-    workdir: folder of the run, a pathlib.Path.
+    workdir: Folder of the run, a pathlib.Path.
   """
 
   def __init__(self, workdir):
@@ -183,23 +191,23 @@ class Run:
 
   @property
   def config(self):
-    """The settings of the run, a dict."""
+    """The config of the run, a dict."""
     return json.loads((self.workdir / 'config.json').read_text())
 
   @property
   def stopped(self):
-    """Whether the run has not reached its last step."""
+    """Whether the run stopped before its last step."""
     return not (self.workdir / 'model').exists()
 
   @property
   def metrics(self):
-    """The logged metrics, a pandas DataFrame: a row for each logged step, a column for each name.
+    """The logged metrics, a pandas DataFrame with one row per logged step.
 
-    docs/metrics.md explains the names.
+    docs/metrics.md explains the columns.
     """
     import pandas
 
-    merged = {}  # training and evaluation of a step are two records
+    merged = {}  # metrics.jsonl has separate records for the training and evaluation of a step
     for record in metrics_lib.read(self.workdir):
       merged[record['step']] = merged.get(record['step'], {}) | record
     return pandas.DataFrame(list(merged.values()), columns=None if merged else ['step']).set_index(
@@ -208,14 +216,14 @@ class Run:
 
   @property
   def samples(self):
-    """The logged samples, a pandas DataFrame with step, prompt, response, score and others."""
+    """The logged samples, a pandas DataFrame with columns such as step, prompt, response, score."""
     import pandas
 
     return pandas.DataFrame(metrics_lib.read_samples(self.workdir))
 
   @functools.cached_property
   def model(self):
-    """The trained policy or reward model; of a stopped run, a policy from its newest checkpoint."""
+    """The trained policy or reward model; if the run stopped, its newest checkpoint's policy."""
     return load(self.workdir)
 
   @property
@@ -223,40 +231,42 @@ class Run:
     """The trained policy, a TextPolicy.
 
     Raises:
-      UserError: the run trains a reward model.
+      UserError: If the run trains a reward model.
     """
-    reward = isinstance(self.model, reward_models.RewardModel)
-    errors.need(not reward, f'{self.workdir} trains a reward model: it is at run.model')
+    is_reward_model = isinstance(self.model, reward_models.RewardModel)
+    errors.need(
+      not is_reward_model, f'{self.workdir} trains a reward model, not a policy: use run.model'
+    )
     return self.model
 
   def score(self, prompts, responses):
-    """Scores [n] of responses by the trained reward model.
+    """Returns the trained reward model's scores [n] of n responses.
 
     Raises:
-      UserError: the run trains a policy.
+      UserError: If the run trains a policy.
     """
-    reward = isinstance(self.model, reward_models.RewardModel)
-    errors.need(reward, f'{self.workdir} trains a policy, which gives no scores')
+    is_reward_model = isinstance(self.model, reward_models.RewardModel)
+    errors.need(is_reward_model, f'{self.workdir} trains a policy, which gives no scores')
     return self.model.score(prompts, responses)
 
   def plot(self, names=None):
     """Draws metrics over steps.
 
     Args:
-      names: of metrics; None for the most important ones that the run has.
+      names: Names of metrics; None for the most important metrics of the run.
 
     Returns:
-      matplotlib Figure; a notebook shows it.
+      matplotlib Figure, which notebooks display.
     """
     return plots.figure(metrics_lib.read(self.workdir), names)
 
   def report(self):
-    """Writes report.html and returns its path; a notebook shows the page."""
+    """Writes report.html and returns its path, which notebooks display as the page."""
     return Report(report.of_run(self.workdir, title=self.config['algorithm']))
 
 
 class Report(type(pathlib.Path())):
-  """The path of a report, which notebooks show as a page."""
+  """Path of a report, which notebooks display as the page."""
 
   def _repr_html_(self):
     page = html.escape(self.read_text(encoding='utf-8'))
@@ -270,21 +280,23 @@ def compare(
 
   Args:
     policies: {name: model from `load`, Run, or folder}.
-    prompts: as for `train`; other fields reach the judge.
-    judge: a function (prompts, responses) -> scores or one of the other forms of
-      evaluation/judges.py, such as a judge of pairs; a reward model, its Run, or its folder;
+    prompts: Prompts, as for `train`. The judge receives the other fields as metadata.
+    judge: A function (prompts, responses) -> scores, or another form that evaluation/judges.py
+      describes, such as a pairwise judge; a reward model, its Run, or its folder;
       'exact_match:COLUMN'; or 'module:function'.
-    baseline: name of the policy that win rates and KLs are against; '' for the first.
-    samples: responses of each policy; prompts repeat if there are fewer. 0: one to each prompt.
-    max_new_tokens: tokens of a response; None for 128, or what the context leaves.
-    temperature: of sampling; 0 takes the most likely token.
-    seed: of the samples.
+    baseline: Name of the policy that win rates and KLs are relative to; '' for the first.
+    samples: Number of responses per policy; prompts repeat if there are fewer. 0 for one response
+      to each prompt.
+    max_new_tokens: Maximum number of tokens of a response; None for 128, or less if the context is
+      shorter.
+    temperature: Sampling temperature; 0 selects the most likely token.
+    seed: Random seed of the samples.
 
   Returns:
-    comparison.Comparison: `table`, `responses`, `plot()`; a notebook shows it as a table.
+    comparison.Comparison with `table`, `responses` and `plot()`. Notebooks display it as a table.
 
   Raises:
-    UserError: a policy or the judge cannot be loaded, or the judge fails.
+    UserError: If a policy or the judge cannot be loaded, or the judge fails.
   """
   errors.need(policies, 'policies is empty: give {name: policy}')
   loaded = {name: _model(policy) for name, policy in policies.items()}
@@ -314,8 +326,8 @@ def compare(
   return comparison.compare_policies(loaded, examples, judge, settings)
 
 
-def _the_data(given):
-  """The name and value of the one data argument that is set."""
+def _only_argument(given):
+  """Returns the name and value of the only data argument that is not None."""
   present = [name for name, value in given.items() if value is not None]
   errors.need(
     len(present) == 1,
@@ -325,7 +337,7 @@ def _the_data(given):
 
 
 def _base_config(algorithm, preset, seed):
-  """The config file of an algorithm; the module's own config if there is no file."""
+  """Returns the config of an algorithm's config file, or of its module if there is no file."""
   if algorithm in config_files.names():
     arguments = [f'seed={seed}'] + ([f'preset={preset}'] if preset else [])
     return config_files.read(config_files.find(algorithm), ','.join(arguments))
@@ -335,14 +347,14 @@ def _base_config(algorithm, preset, seed):
 
 
 def _model(model):
-  """A loaded model of what `load` returned, a Run, or a folder."""
+  """Returns the loaded model of a model, a Run or a folder."""
   if isinstance(model, Run):
     return model.model
   return load(model) if isinstance(model, (str, os.PathLike)) else model
 
 
 def _model_path(model, workdir, argument='policy'):
-  """The folder of a model that is an argument of `train`; one that has none is saved."""
+  """Returns the folder of a model that is an argument of `train`. Saves it if it has no folder."""
   if isinstance(model, (str, os.PathLike)):
     return os.path.abspath(model) if os.path.isdir(model) else os.fspath(model)
   if isinstance(model, Run) and not model.stopped:
@@ -359,10 +371,10 @@ def _model_path(model, workdir, argument='policy'):
 
 
 def _new_tokenizer(config, kind, workdir):
-  """The folder of a tokenizer trained on the run's texts."""
+  """Trains a tokenizer on the run's texts, unless it exists, and returns its folder."""
   errors.need(
     config.model.init and kind == 'texts',
-    'policy=None needs texts, which its tokenizer is trained on, and overrides of model.init, '
+    'policy=None needs texts, to train a tokenizer on, and model.init in overrides, '
     "such as {'model.init': {'family': 'llama', 'hidden_size': 128, ...}}; or give a policy",
   )
   folder = _inputs(workdir) / 'tokenizer'
@@ -376,12 +388,15 @@ def _new_tokenizer(config, kind, workdir):
 
 @contextlib.contextmanager
 def _set_reward(config_reward, reward_fn):
-  """Sets `config.reward`; a function that no module has is found by its name in the body."""
-  if not callable(reward_fn) or isinstance(reward_fn, (Run, reward_models.RewardModel)):
+  """Sets `config.reward`. The body can load a function by name even if no module defines it."""
+  is_text = isinstance(reward_fn, str) and not os.path.isdir(reward_fn)
+  name = reward_fn if is_text and judges.names_function(reward_fn) else ''
+  is_model = not callable(reward_fn) or isinstance(reward_fn, (Run, reward_models.RewardModel))
+  if is_model and not name:
     config_reward.model = _model_path(reward_fn, None, 'reward_fn')
     yield
     return
-  name = _importable(reward_fn)
+  name = name or _importable(reward_fn)
   if name:
     config_reward.function = name
     yield
@@ -392,7 +407,7 @@ def _set_reward(config_reward, reward_fn):
 
 
 def _importable(function):
-  """'module:name' if another process can import the function by it; else ''."""
+  """Returns 'module:name' if another process can import the function, else ''."""
   module, name = getattr(function, '__module__', None), getattr(function, '__qualname__', '')
   if module in (None, '__main__') or not name.isidentifier():
     return ''
@@ -401,14 +416,14 @@ def _importable(function):
 
 
 def _inputs(workdir):
-  """The folder inside the run's for what was given in memory."""
+  """Creates and returns the folder in the run's folder for arguments that were given in memory."""
   folder = workdir / '.inputs'
   folder.mkdir(parents=True, exist_ok=True)
   return folder
 
 
 def _data_path(data, kind, workdir):
-  """The path of a data set; data in memory are written as JSONL."""
+  """Returns the path of a data set. Writes data that were given in memory as JSONL."""
   if isinstance(data, (str, os.PathLike)):
     return os.fspath(data)
   path = _inputs(workdir) / f'{kind}.jsonl'
@@ -425,7 +440,7 @@ def _data_path(data, kind, workdir):
 
 
 def _records(data, kind):
-  """Records of a list, a DataFrame or a datasets.Dataset: dicts without missing values."""
+  """Returns the records of a list, DataFrame or datasets.Dataset as dicts without missing values."""
   if hasattr(data, 'to_dict') and hasattr(data, 'columns'):  # pandas
     data = data.to_dict('records')
   errors.need(
@@ -450,7 +465,7 @@ def _missing(value: Any) -> bool:
 
 
 def _plain(value):
-  """NumPy scalars and arrays as JSON has them."""
+  """Converts a NumPy scalar or array for json.dumps."""
   if hasattr(value, 'tolist'):
     return value.tolist()
-  raise TypeError(f'a {type(value).__name__} is not JSON')
+  raise TypeError(f'JSON has no type for {type(value).__name__}')

@@ -138,6 +138,34 @@ def test_ctrl_c_returns_the_run_so_far_and_the_same_call_resumes(ppo, world, tmp
   assert same_parameters(run.workdir / 'model', ppo.workdir / 'model')
 
 
+def test_the_name_of_a_reward_function_is_the_function(ppo, world):
+  """A run with another config would not resume in the same folder."""
+  run = rl.train(
+    world / 'model',
+    prompts=records(world / 'prompts.jsonl'),
+    reward_fn='tiny:good_words',
+    steps=3,
+    workdir=ppo.workdir,
+    overrides=PPO,
+  )
+  assert run.config == ppo.config and run.config['reward']['function'] == 'tiny:good_words'
+
+
+def test_ctrl_c_before_the_first_step_leaves_no_run(world, tmp_path, monkeypatch):
+  code = 'import os\nimport signal\nos.kill(os.getpid(), signal.SIGINT)\n'
+  (tmp_path / 'stops_while_loading.py').write_text(code)
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.syspath_prepend(tmp_path)
+  with pytest.raises(KeyboardInterrupt, match='before the first step: .*/run holds no run'):
+    rl.train(
+      world / 'model',
+      prompts=['w1'],
+      reward_fn='stops_while_loading:reward_fn',
+      workdir=tmp_path / 'run',
+    )
+  assert not (tmp_path / 'run' / 'config.json').exists()
+
+
 @pytest.fixture(scope='module')
 def sft_of_a_path(world, tmp_path_factory):
   return rl.train(
@@ -315,6 +343,7 @@ def test_policies_are_compared_by_a_reward_model(reward, world):
     ({'prompts': [{'x': object()}]}, 'prompts: record 1 cannot be written as JSON'),
     ({'prompts': ['w1'], 'policy': 3}, 'policy is of type int'),
     ({'prompts': ['w1'], 'reward_fn': 3}, 'reward_fn is of type int'),
+    ({'prompts': ['w1'], 'reward_fn': 'tiny:nobody'}, "config.reward.function='tiny:nobody'"),
     ({'prompts': ['w1'], 'policy': None}, 'policy=None needs texts'),
     ({'prompts': ['w1']}, "algorithm='ppo' needs a reward_fn"),
     ({'prompts': ['w1'], 'overrides': {'rl.kl_coeff': 1.0}}, "no key 'kl_coeff'.*'kl_coef'"),

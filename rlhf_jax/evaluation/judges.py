@@ -102,7 +102,7 @@ def load(judge, *, key='judge', path=''):
   kind, _, name = judge.partition(':')
   if kind == EXACT_MATCH:
     return exact_match(name)
-  if _names_function(judge):
+  if names_function(judge):
     loaded = of_function(functions.load_made(judge, path, key=key), judge, key)
     if loaded.doc or not path:
       return loaded
@@ -129,7 +129,7 @@ def check(judge, *, key='judge', path=''):
   kind, colon, name = judge.partition(':')
   if kind == EXACT_MATCH and colon:
     errors.need(name, f'{key}={judge!r} names no column. {_kinds(key)}')
-  elif _names_function(judge):
+  elif names_function(judge):
     function = functions.load(judge, key=key)
     if path:
       functions.check_maker(function, f'{key}={judge!r} with a {key}_path')
@@ -140,8 +140,9 @@ def check(judge, *, key='judge', path=''):
     errors.need(folder, f'{key}={judge!r} names neither a function nor a folder. {_kinds(key)}')
 
 
-def _names_function(judge):
-  return re.fullmatch(r'[\w.]+:\w+', judge)
+def names_function(text):
+  """Returns whether a text has the form module:function."""
+  return re.fullmatch(r'[\w.]+:\w+', text) is not None
 
 
 def _kinds(key):
