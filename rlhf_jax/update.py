@@ -69,7 +69,7 @@ class Counts(NamedTuple):
 
 
 Metrics = dict[str, Num[Array, '...']]
-Optimizers = dict[str, optax.GradientTransformation]
+Optimizers = dict[str, optax.GradientTransformation | None]
 
 
 class Objective(NamedTuple):

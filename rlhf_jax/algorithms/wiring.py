@@ -30,7 +30,7 @@ class Wiring(NamedTuple):
   models: forward_lib.Models
   params: dict[str, PyTree]
   frozen: dict[str, PyTree]
-  optimizers: dict[str, optax.GradientTransformation]
+  optimizers: dict[str, optax.GradientTransformation | None]
 
 
 def wire(config, mesh, base, *, reference=True, critic=None, steps):

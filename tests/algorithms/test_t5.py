@@ -303,7 +303,7 @@ def test_ppo_update_agrees_with_torch(model, critic, tmp_path):
       after[name].detach(), parameter.detach(), rtol=0, atol=2e-4, err_msg=name
     )
   moved = [
-    np.abs((trained[name] - before[name]).detach()).max().item()
+    (trained[name] - before[name]).detach().abs().max().item()
     for name in trained
     if 'policy/' in name
   ]

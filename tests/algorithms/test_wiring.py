@@ -114,10 +114,10 @@ def test_a_token_ends_responses_from_its_first_position_on(world):
   assert ppo.Settings.of(config, *ends).rules.ended(rollout).tolist() == [True, False]
 
 
-def test_evaluators_sample_as_the_run_does_but_for_their_own_keys(world):
+def test_evaluators_sample_as_the_run_does_but_for_their_own_keys(world, mesh):
   config = tiny.ppo(world)
   config.sampling.update({'temperature': 0.7, 'top_k': 9, 'max_new_tokens': 6})
   tokenizer = tokenizers.load(world / 'tokenizer')
-  context = setup.policy_context(config, models.create(tiny.LLAMA), tokenizer, None, {}, dict)
+  context = setup.policy_context(config, models.create(tiny.LLAMA), tokenizer, mesh, {}, dict)
   sampling, _ = evaluators.make_sampling({'max_new_tokens': 4}, context)
   assert (sampling.temperature, sampling.top_k, sampling.max_new_tokens) == (0.7, 9, 4)
