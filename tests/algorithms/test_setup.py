@@ -29,7 +29,7 @@ def test_a_table_under_other_names(tmp_path):
   path = tmp_path / 'a.dat'
   path.write_text('question\tanswer\n007\t"a\nb"\n')
   columns = 'prompt=question,completion=answer'
-  with pytest.raises(errors.UserError, match=r"a\.dat: the suffix '\.dat' is not known"):
+  with pytest.raises(errors.UserError, match=r"a\.dat: unknown suffix '\.dat'"):
     setup.read_examples(data(path, columns=columns), formats.completions, None)
   assert setup.read_examples(
     data(path, columns=columns, format='tsv'), formats.completions, None
