@@ -57,26 +57,26 @@ class Block(nnx.Module):
       layer: Index of the layer from 0, an int or an int32 scalar.
       table: Cosines and sines from `Rope.table`; None without rotary positions.
       attend: Function (queries [B, T, N, H], keys and values [B, T, K, H]) -> (outputs
-        [B, t, N * H] of the last t positions, memory).
+        [B, t, N * H] of the last t positions, updated kv_cache of `stack.update_cache`).
 
     Returns:
-      x [B, t, D] for the next layer, and the memory from `attend`.
+      x [B, t, D] for the next layer, and the `kv_cache` from `attend`.
     """
     normed = self.attention_norm(x) if self.norm_first else x
-    attended, memory = self.self_attention(normed, layer, table, attend)
+    attended, kv_cache = self.self_attention(normed, layer, table, attend)
     x = layers.take_last(x, attended) + attended
     if self.norm_first:
-      return x + self.mlp(self.mlp_norm(x)), memory
+      return x + self.mlp(self.mlp_norm(x)), kv_cache
     x = self.attention_norm(x)
-    return self.mlp_norm(x + self.mlp(x)), memory
+    return self.mlp_norm(x + self.mlp(x)), kv_cache
 
   def self_attention(self, x, layer, table, attend):
-    """Applies attention to x [B, T, D]; returns [B, t, D] and the memory from `attend`."""
+    """Applies attention to x [B, T, D]; returns [B, t, D] and the `kv_cache` from `attend`."""
     queries, keys, values = self.attention.project(x)
     if table is not None:
       queries, keys = rope.rotate(queries, table), rope.rotate(keys, table)
-    attended, memory = attend(queries * self.scale(layer, queries.dtype), keys, values)
-    return self.attention.out(attended), memory
+    attended, kv_cache = attend(queries * self.scale(layer, queries.dtype), keys, values)
+    return self.attention.out(attended), kv_cache
 
   def scale(self, layer, dtype):
     """Returns the factor of the queries in a layer: a float, or a scalar of their dtype."""

@@ -100,7 +100,7 @@ class DecoderBlock(Protocol):
         encoder's states.
 
     Returns:
-      x for the next layer, and the memory from `attend`.
+      x for the next layer, and the `kv_cache` from `attend`.
     """
 
 

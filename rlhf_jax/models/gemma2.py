@@ -79,9 +79,9 @@ class Block(gemma.Block):
     self.mlp_post_norm = self.Norm(config, dtype=dtype, rngs=rngs)
 
   def __call__(self, x, layer, table, attend):
-    attended, memory = self.self_attention(self.attention_norm(x), layer, table, attend)
+    attended, kv_cache = self.self_attention(self.attention_norm(x), layer, table, attend)
     x = layers.take_last(x, attended) + self.attention_post_norm(attended)
-    return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x))), memory
+    return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x))), kv_cache
 
 
 def sources(config):

@@ -84,9 +84,9 @@ class Block(blocks.Block):
   def __call__(self, x, layer, table, attend):
     if not self.parallel:
       return super().__call__(x, layer, table, attend)
-    attended, memory = self.self_attention(self.attention_norm(x), layer, table, attend)
+    attended, kv_cache = self.self_attention(self.attention_norm(x), layer, table, attend)
     x = layers.take_last(x, attended)
-    return x + attended + self.mlp(self.mlp_norm(x)), memory
+    return x + attended + self.mlp(self.mlp_norm(x)), kv_cache
 
 
 def sources(config):

@@ -97,14 +97,14 @@ class Seq2Seq(base.LanguageModel):
     """
     side = self._build(self._module.Side, params['decoder'], 'decoder')
     segments = mask.astype(jnp.int32)
-    key_segments, index, memory = segments, 0, ()
+    key_segments, index, kv_cache = segments, 0, ()
     if cache is not None:
-      index, memory = cache['index'], (cache['k'], cache['v'], cache['index'])
+      index, kv_cache = cache['index'], (cache['k'], cache['v'], cache['index'])
       key_segments = jax.lax.dynamic_update_slice(cache['segments'], segments, (0, index))
     causal = layers.attention_mask(segments, key_segments, index=index)
     bias = side.causal_bias(index, tokens.shape[1], key_segments.shape[1])
 
-    def apply(block, layer, x, memory):
+    def apply(block, layer, x, kv_cache):
       if cache is None:
         cross = [y.swapaxes(1, 2) for y in block.cross.keys_and_values(encoded)]
       else:
@@ -114,7 +114,7 @@ class Seq2Seq(base.LanguageModel):
         ]
 
       def attend(queries, keys, values):
-        keys, values, updated = stack.update_cache(memory, layer, keys, values)
+        keys, values, updated = stack.update_cache(kv_cache, layer, keys, values)
         return layers.attend(queries, keys, values, causal, bias=bias), updated
 
       def cross_attend(queries):
@@ -122,12 +122,14 @@ class Seq2Seq(base.LanguageModel):
 
       return block(x, layer, attend, cross_attend)
 
-    x, memory = self._scan(params, 'decoder', apply, (self._embed(params, tokens, mask), memory))
+    x, kv_cache = self._scan(
+      params, 'decoder', apply, (self._embed(params, tokens, mask), kv_cache)
+    )
     if cache is None:
       return side.norm(x), None
     written = {
-      'k': memory[0],
-      'v': memory[1],
+      'k': kv_cache[0],
+      'v': kv_cache[1],
       'segments': key_segments,
       'index': index + tokens.shape[1],
     }

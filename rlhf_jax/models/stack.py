@@ -131,9 +131,9 @@ def scan(build_block, params, apply, carry, *, first=0, remat='none', unroll=1):
   Args:
     build_block: Function from the parameters of one layer to its block.
     params: Dict of parameters, each with a leading axis of layers; or a tuple from `unstack`.
-    apply: Function (block, layer, x, memory) -> (x, memory). `layer` is the index of the layer,
+    apply: Function (block, layer, x, kv_cache) -> (x, kv_cache). `layer` is the index of the layer,
       an int for parameters from `unstack`, else an int32 scalar.
-    carry: (x [B, T, D], memory); memory is any pytree.
+    carry: (x [B, T, D], kv_cache); see `update_cache`.
     first: Index of the first of these layers in the model.
     remat: Name in REMAT.
     unroll: Layers unrolled in the scan, or None for `default_unroll`.
@@ -143,8 +143,8 @@ def scan(build_block, params, apply, carry, *, first=0, remat='none', unroll=1):
   """
   if isinstance(params, tuple):
     for layer, layer_params in enumerate(params, first):
-      x, memory = apply(build_block(layer_params), layer, *carry)
-      carry = sharding.split_rows(x), memory
+      x, kv_cache = apply(build_block(layer_params), layer, *carry)
+      carry = sharding.split_rows(x), kv_cache
     return carry
   depth = jax.tree.leaves(params)[0].shape[0]
   if not depth:
@@ -152,8 +152,8 @@ def scan(build_block, params, apply, carry, *, first=0, remat='none', unroll=1):
 
   def block(carry, layer_and_params):
     layer, params = layer_and_params
-    x, memory = apply(build_block(params), layer, *carry)
-    return (sharding.split_rows(x), memory), None
+    x, kv_cache = apply(build_block(params), layer, *carry)
+    return (sharding.split_rows(x), kv_cache), None
 
   unroll = min(unroll or default_unroll(depth), depth)
   if remat != 'none':
@@ -165,25 +165,26 @@ def scan(build_block, params, apply, carry, *, first=0, remat='none', unroll=1):
   )[0]
 
 
-def update_cache(memory, layer, keys, values):
+def update_cache(kv_cache, layer, keys, values):
   """Writes a layer's new keys and values into the cache.
 
   The cache of all layers is carried through the scan and written in place. As an output of the
   scan, it would be copied every step.
 
   Args:
-    memory: () without a cache, or (keys, values [L, B, K, S, H], index of the first slot to
+    kv_cache: () without a cache, or (keys, values [L, B, K, S, H], index of the first slot to
       write). If `layer` is an int, keys and values may be tuples of L arrays [B, K, S, H].
     layer: Index of the layer, an int or an int32 scalar.
     keys, values: [B, T, K, H].
 
   Returns:
-    All keys and values of the layer, [B, K, S, H] (S = T without a cache), and the new memory.
+    All keys and values of the layer, [B, K, S, H] (S = T without a cache), and the new
+    kv_cache.
   """
   keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
-  if not memory:
-    return keys, values, memory
-  all_keys, all_values, index = memory
+  if not kv_cache:
+    return keys, values, kv_cache
+  all_keys, all_values, index = kv_cache
   if isinstance(all_keys, tuple):
     keys = jax.lax.dynamic_update_slice(all_keys[layer], keys, (0, 0, index, 0))
     values = jax.lax.dynamic_update_slice(all_values[layer], values, (0, 0, index, 0))

@@ -204,10 +204,10 @@ class DecoderBlock(EncoderBlock):
     self.cross = layers.Attention(config, dtype=dtype, rngs=rngs)
 
   def __call__(self, x, layer, attend, cross_attend):
-    attended, memory = self.self_attention(self.attention_norm(x), layer, None, attend)
+    attended, kv_cache = self.self_attention(self.attention_norm(x), layer, None, attend)
     x = x + attended
     x = x + self.cross.out(cross_attend(self.cross.queries(self.cross_norm(x))))
-    return x + self.mlp(self.mlp_norm(x)), memory
+    return x + self.mlp(self.mlp_norm(x)), kv_cache
 
 
 class Side(nnx.Module):

@@ -107,16 +107,16 @@ class Model(base.LanguageModel):
     """
     single_segment, segments = segments.dtype == bool, segments.astype(jnp.int32)
     if cache is None:
-      key_segments, index, memory = segments, 0, ()
+      key_segments, index, kv_cache = segments, 0, ()
     else:
       index = cache['index']
       key_segments = jax.lax.dynamic_update_slice(cache['segments'], segments, (0, index))
-      memory = (cache['k'], cache['v'], index)
+      kv_cache = (cache['k'], cache['v'], index)
     last_positions = last_positions or tokens.shape[1]
     embedder, x, apply = self._embed_inputs(
       params, tokens, positions, segments, key_segments, index, last_positions, single_segment
     )
-    carry = (x, memory)
+    carry = (x, kv_cache)
     carry = (
       self._scan_layers(params['blocks'], apply, carry, trainable='top' not in params)
       if frozen_states is None
@@ -124,13 +124,13 @@ class Model(base.LanguageModel):
     )
     if 'top' in params:
       carry = self._scan_layers(params['top']['blocks'], apply, carry, trainable=True)
-    x, memory = carry
+    x, kv_cache = carry
     x = embedder.final_norm(x[:, -last_positions:])
     if cache is None:
       return x, None
     return x, {
-      'k': memory[0],
-      'v': memory[1],
+      'k': kv_cache[0],
+      'v': kv_cache[1],
       'segments': key_segments,
       'index': index + tokens.shape[1],
     }
@@ -170,14 +170,14 @@ class Model(base.LanguageModel):
       self.config, self.dtype, segments, key_segments, index=index, single_segment=single_segment
     )
 
-    def apply(block, layer, x, memory):
+    def apply(block, layer, x, kv_cache):
       # Only an unrolled layer can drop queries: in a scan, all layers have the same shapes.
       num_queries = (
         last_positions if isinstance(layer, int) and layer == self.config.depth - 1 else x.shape[1]
       )
 
       def attend(queries, keys, values):
-        keys, values, updated = stack.update_cache(memory, layer, keys, values)
+        keys, values, updated = stack.update_cache(kv_cache, layer, keys, values)
         return causal_attention(layer, queries[:, -num_queries:], keys, values), updated
 
       return block(x, layer, table, attend)
