@@ -230,7 +230,7 @@ class MLP(nnx.Module):
 
 
 class Attention(nnx.Module):
-  """The four projections of attention; the caller, which owns mask and cache, does the rest.
+  """The four linear projections of attention; the caller applies the mask and the cache.
 
   Args:
     config: hf_config.Config of a family.

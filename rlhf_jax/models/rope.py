@@ -209,7 +209,7 @@ class Yarn(Rope):
     original_max_position_embeddings: Original length, over which turns are counted.
     beta_fast: Number of turns from which a frequency is kept.
     beta_slow: Number of turns up to which a frequency is divided.
-    truncate: Whether the values of i at which pairs make these turns are rounded outwards.
+    truncate: Whether the blended range of i is rounded outwards to integers.
     attention_factor: The scale. If None, it is f(1) with f(m) = 0.1 m ln(factor) + 1; if mscale and
       mscale_all_dim are set, f(mscale) / f(mscale_all_dim).
   """

@@ -203,7 +203,7 @@ class Seq2Seq(base.LanguageModel):
     return processes.scan(one, None, params['decoder']['blocks'])[1]
 
   def _shift(self, tokens, mask):
-    """Prepends the start token to right-padded tokens [B, T] and their mask, and drops the last."""
+    """Shifts right-padded tokens and mask [B, T] right by one; the start token comes first."""
     start = jnp.full_like(tokens[:, :1], self.config.decoder_start_token_id)
     return (
       jnp.concatenate([start, tokens[:, :-1]], axis=1),
