@@ -63,7 +63,7 @@ class Base:
 
   @property
   def max_length(self):
-    """Longest sequence that the model was made for; some families have no positions beyond it."""
+    """Sequence length that the model was made for; some families have no positions beyond it."""
     return self.config.max_length
 
   @property

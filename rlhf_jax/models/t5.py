@@ -47,7 +47,7 @@ class Config(hf_config.Config):
   """The fields of a T5 config.json that affect the computation, and the special token ids.
 
   Attributes:
-    n_positions: Longest sequence that the model was made for. Longer ones work too, because
+    n_positions: Sequence length that the model was made for. Longer ones work too, because
       positions are relative.
     pooled: Whether a reward model has transformers' dense layer and tanh before the head.
   """
