@@ -402,7 +402,7 @@ def _set_reward(config_reward, reward_fn):
     yield
     return
   config_reward.function = f'{functions.IN_MEMORY}{getattr(reward_fn, "__name__", "reward_fn")}'
-  with functions.given({config_reward.function: reward_fn}):
+  with functions.in_memory({config_reward.function: reward_fn}):
     yield
 
 

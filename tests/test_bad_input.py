@@ -582,9 +582,9 @@ BAD_REWARDS = {
   'is ragged': [
     'returned [0.0, 0.0, 0.0] for example 0',
     'of shape (2,)',
-    'one for each of its 2 tokens',
+    'one number per token (here 2 tokens)',
   ],
-  'is mixed': ['returned 0.5 for example 3', 'of shape (2,)', 'alike for all examples'],
+  'is mixed': ['returned 0.5 for example 3', 'of shape (2,)', 'or for all examples'],
 }
 
 

@@ -496,7 +496,7 @@ BAD_ON_POLICY = [
   ({'reward.parts': {'a': {'model': 'x'}}}, 'config.reward.parts (now function, parts)'),
   (
     {'reward.function': None, 'reward.models': ('x',)},
-    "config.reward.models=('x',) must name two folders or more, such as ('a', 'b')",
+    "config.reward.models=('x',) must name two or more folders, such as ('a', 'b')",
   ),
   ({'reward.ensemble': 'max'}, "config.reward.ensemble='max' must be one of mean, min, variance"),
   ({'reward.ensemble_coef': -1.0}, 'config.reward.ensemble_coef=-1.0 must be 0 or positive'),

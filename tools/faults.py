@@ -288,8 +288,8 @@ FAULTS = (
   Fault(
     'a critic starts from the last of several reward models',
     'rlhf_jax/rewards/scorers.py',
-    'for _, start in pairs if',
-    'for _, start in reversed(list(pairs)) if',
+    'for _, model in pairs if',
+    'for _, model in reversed(list(pairs)) if',
     _tests('rewards/test_scorers', 'test_an_ensemble_of_reward_models[mean]'),
   ),
   Fault(

@@ -79,7 +79,7 @@ def equal_scores(metrics):
 
 
 def negative_kl(metrics, filters):
-  """Warns if the KL is negative beyond chance: the policy did not sample the responses."""
+  """Warns if the KL is below 0 by more than chance."""
   kl, error = metrics.get('objective/kl', 0.0), metrics.get('objective/kl_se', 0.0)
   if kl >= -max(NEGATIVE_KL_ERRORS * error, KL_ROUNDING):
     return ''
@@ -106,8 +106,8 @@ def large_kl(metrics, bound):
   if bound is None or kl <= bound:
     return ''
   return (
-    f'objective/kl is {kl:.3g} nats per response, above config.warn.kl={bound}: a learned reward is '
-    'unreliable this far from the reference; raise config.rl.kl_coef or lower '
+    f'objective/kl is {kl:.3g} nats per response, above config.warn.kl={bound}: a learned reward '
+    'is unreliable this far from the reference; raise config.rl.kl_coef or lower '
     'config.optim.learning_rate'
   )
 

@@ -1,11 +1,11 @@
-"""Reward models: text to a scalar, from comparisons, rankings, picks or ratings.
+"""Reward models, which map text to a scalar, from comparisons, rankings, picks or ratings.
 
-One forward pass scores every completion of a prompt, so that all C(K, 2) pairs of a ranking
-are one batch element: Ouyang et al. 2022, eq. 1 (https://arxiv.org/abs/2203.02155). The score
-is read at the last real token. A tie counts as wrong: a constant scorer has accuracy 0.
+One forward pass scores all completions of a prompt, so all C(K, 2) pairs of a ranking are one
+batch element: Ouyang et al. 2022, eq. 1 (https://arxiv.org/abs/2203.02155). The score is read at
+the last token that is not padding. A tie counts as wrong: a constant scorer has accuracy 0.
 
-The loss of a batch, and the held-out loss, is the mean over the prompts that have one. A prompt
-whose completions all tie has none: it changes neither the mean nor the gradients of the others.
+The loss, in training and held out, is the mean over the prompts that have a loss. A prompt whose
+completions all tie has none: it affects neither the mean nor the gradients.
 
 Letters: B prompts, K completions of one prompt, T sequence length.
 """
@@ -40,7 +40,7 @@ from rlhf_jax.rewards import scoring
 
 
 def config(preset=''):
-  """Keys of a reward model from comparisons, rankings, picks or ratings; it has no presets."""
+  """Returns the default config of reward models, which have no presets."""
   defaults = config_lib.common('reward_model')
   defaults.data.kind = 'comparison'
   defaults.evals = config_lib.held_out()
@@ -59,10 +59,10 @@ def config(preset=''):
 
 
 def validate(config, device_count):
-  """Checks what `config.common` leaves to the algorithm.
+  """Validates the keys that are specific to reward models.
 
   Raises:
-    UserError: names the key, the value and the remedy.
+    UserError: A value is invalid. The message names the key, the value and the remedy.
   """
   del device_count
   config_lib.one_of(config, 'data.kind', ('comparison',))
@@ -85,7 +85,7 @@ def validate(config, device_count):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Static choices of a reward-model step; see `config`."""
+  """Static settings of a reward-model train step; see `config` for the keys."""
 
   loss: str
   centering: float
@@ -94,13 +94,13 @@ class Settings:
 
 
 def comparison_loss(params, batch, *, model, settings):
-  """Per-prompt loss [B], which prompts count [B] bool, and the scores [B, K]."""
+  """Returns each prompt's loss [B], whether it has one [B] bool, and the scores [B, K]."""
   scores = scoring.comparison_scores(params, batch, model=model)
   return *loss_of_scores(scores, batch, settings), scores
 
 
 def loss_of_scores(scores, batch, settings):
-  """Per-prompt loss [B] of scores [B, K], and which prompts have one, [B] bool."""
+  """Returns each prompt's loss [B] for scores [B, K], and whether it has one [B] bool."""
   if settings.loss == 'pairwise':
     return losses.pairwise_loss(
       scores,
@@ -116,20 +116,20 @@ def loss_of_scores(scores, batch, settings):
 
 
 def drop_tokens(key, mask, rate):
-  """The mask [B, K, T] with a share of its tokens taken out at random, as if they were not there.
+  """Removes a random fraction `rate` of the tokens from the mask [B, K, T].
 
-  Against overfitting on small data (word dropout: Iyyer et al. 2015,
-  https://aclanthology.org/P15-1162). First and last token of a row stay, so that it still
-  begins with the BOS and its score is read at the end.
+  This is word dropout (Iyyer et al. 2015, https://aclanthology.org/P15-1162), against overfitting
+  on small data. The first and last token of a sequence stay, so that it still begins with the BOS
+  and its score is read at the end.
   """
   kept = jax.random.bernoulli(key, 1.0 - rate, mask.shape)
-  place = jnp.cumsum(mask, axis=-1)
-  ends = (place == 1) | (place == place[..., -1:])
+  position = jnp.cumsum(mask, axis=-1)
+  ends = (position == 1) | (position == position[..., -1:])
   return mask & (kept | ends)
 
 
 def pair_sums(scores, batch):
-  """Right, tied and all pairs, and the summed gap, over the pairs of a batch."""
+  """Counts correct, tied and all pairs of a batch, and sums their gaps r_better - r_worse."""
   better = (
     (batch.ranks[:, :, None] < batch.ranks[:, None, :])
     & batch.present[:, :, None]
@@ -138,7 +138,7 @@ def pair_sums(scores, batch):
   gap = scores[:, :, None] - scores[:, None, :]
   count = lambda x: jnp.sum(x & better)
   return {
-    'right': count(gap > 0),
+    'correct': count(gap > 0),
     'tied': count(gap == 0),
     'pairs': jnp.sum(better),
     'gap': adv.masked_sum(gap, better),
@@ -146,16 +146,16 @@ def pair_sums(scores, batch):
 
 
 def train_step(state, frozen, batch, *, model, optimizers, settings, microbatch_size):
-  """One optimizer step. To be jitted with `state` donated.
+  """Takes one optimizer step. Jit it with `state` donated.
 
   Args:
     state: TrainState with params {'reward': {'backbone', 'head'}}.
-    frozen: {'backbone'}, the parameters that are not trained.
+    frozen: {'backbone': parameters that are not trained}.
     batch: Comparisons.
     model: Model.
     optimizers: {'reward': optax optimizer}.
     settings: Settings.
-    microbatch_size: prompts of one pass; 0 for all.
+    microbatch_size: Prompts per forward and backward pass; 0 for all.
 
   Returns:
     The next TrainState and metrics.
@@ -181,10 +181,11 @@ def train_step(state, frozen, batch, *, model, optimizers, settings, microbatch_
   state, metrics = update.step(
     state, loss_fn, batch, optimizers=optimizers, microbatch_size=microbatch_size
   )
-  right, tied, pairs, gap, scores = map(metrics.pop, ('right', 'tied', 'pairs', 'gap', 'scores'))
+  keys = 'correct', 'tied', 'pairs', 'gap', 'scores'
+  correct, tied, pairs, gap, scores = map(metrics.pop, keys)
   pairs = jnp.maximum(pairs, 1)
   return state, metrics | {
-    'accuracy': right / pairs,
+    'accuracy': correct / pairs,
     'ties': tied / pairs,
     'margin': gap / pairs,
     'scores/mean': scores / jnp.maximum(jnp.sum(batch.present), 1),
@@ -193,33 +194,33 @@ def train_step(state, frozen, batch, *, model, optimizers, settings, microbatch_
 
 
 def normalize(head, scores, mode):
-  """The head whose scores have mean 0, and standard deviation 1 with 'gain_bias'.
+  """Changes a head so that its scores have mean 0 and, with 'gain_bias', standard deviation 1.
 
-  Ziegler et al. 2019 §2.2 fit gain and bias on samples of the reference policy; Ouyang et
-  al. 2022 §3.5 a bias on demonstrations. Both fold into the head.
+  Ziegler et al. 2019 §2.2 fit gain and bias on samples of the reference policy; Ouyang et al. 2022
+  §3.5 fit a bias on demonstrations. Both can be folded into the head.
 
   Args:
     head: {'kernel', 'bias'}.
-    scores: [n] of the texts to fit on, by this head.
+    scores: [n] scores by this head of the texts to fit on.
     mode: 'gain_bias' or 'bias'.
 
   Returns:
-    A head of the same shape.
+    The normalized head, of the same shapes.
   """
   gain = 1.0 / max(float(np.std(scores)), 1e-6) if mode == 'gain_bias' else 1.0
   return {'kernel': head['kernel'] * gain, 'bias': (head['bias'] - float(np.mean(scores))) * gain}
 
 
 def normalized_head(params, *, frozen, batches, loss_fn, mode, mesh):
-  """The head, normalized on all completions of some batches.
+  """Returns the head, normalized on all completions of some batches.
 
   Args:
-    params: {'backbone', 'head'}, what of them is trained.
-    frozen: {'backbone': what is not}.
-    batches: () -> iterable of Comparisons.
-    loss_fn: (params, Comparisons) -> see comparison_loss.
-    mode: see `normalize`; 'none' leaves the head as it is and makes no batches.
-    mesh: device mesh.
+    params: {'backbone', 'head'}: trained parameters.
+    frozen: {'backbone': parameters that are not trained}.
+    batches: Function that returns an iterable of Comparisons.
+    loss_fn: Function (params, Comparisons) with the results of `comparison_loss`.
+    mode: See `normalize`. 'none' returns the head unchanged and does not call `batches`.
+    mesh: Device mesh.
   """
   if mode == 'none':
     return params['head']
@@ -232,17 +233,17 @@ def normalized_head(params, *, frozen, batches, loss_fn, mode, mesh):
 
 
 def create(config, mesh):
-  """The learner of `config.algorithm = 'reward_model'`.
+  """Creates the learner of `config.algorithm = 'reward_model'`.
 
   Args:
-    config: see `config`.
-    mesh: device mesh.
+    config: Config of the run.
+    mesh: Device mesh.
 
   Returns:
     learner.Learner and the first TrainState.
 
   Raises:
-    UserError: the data or the model does not fit the config.
+    UserError: The data or the model does not fit the config.
   """
   tokenizer = setup.load_tokenizer(config)
   model, params = setup.load_scalar(config.model, tokenizer, mesh, config.seed, head_scale='normal')
@@ -304,13 +305,14 @@ def create(config, mesh):
 
   def export(state, path):
     params = setup.averaged(state, 'reward')
-    exported, whole, own = padding.apart(
+    exported, merged, exported_tokenizer = padding.with_pad_token(
       dataclasses.replace(model, lora=None),
       trainable.merge_lora(model, params['backbone'], frozen_backbone),
       tokenizer,
       mesh,
     )
-    hf.save(path, exported, whole, tokenizer=own, head=fitted_head(params))
+    head = fitted_head(params)
+    hf.save(path, exported, merged, tokenizer=exported_tokenizer, head=head)
 
   context = evaluators.Context(
     model=model,
@@ -332,26 +334,26 @@ def create(config, mesh):
 
 
 def check_examples(examples, loss):
-  """Raises UserError where the data have nothing that the loss could learn from."""
+  """Raises UserError if the loss cannot learn anything from the data."""
   check_ratings(examples, loss)
   if loss != 'rating' and all(len(set(example.ranks)) < 2 for example in examples):
     raise errors.UserError(
-      f'config.preference.loss={loss!r} needs prompts with better and worse completions, and the '
-      "data have none: where each completion has a rating, use 'rating'"
+      f'config.preference.loss={loss!r} needs prompts with better and worse completions, but the '
+      "data have none; if each completion has a rating, use 'rating'"
     )
 
 
 def check_ratings(examples, loss):
-  """Raises UserError where ratings are learned and some example has none."""
+  """Raises UserError if the loss is 'rating' and an example has no ratings."""
   if loss == 'rating' and any(example.ratings is None for example in examples):
     raise errors.UserError(
-      "config.preference.loss='rating' needs a rating of every completion, and the data have "
-      "comparisons without: use 'pairwise' or 'pick_best'"
+      "config.preference.loss='rating' needs a rating of every completion, but some "
+      "comparisons have none: use 'pairwise' or 'pick_best'"
     )
 
 
 def normalization_batches(config, examples, tokenizer, sizes):
-  """Comparisons whose completions the head is fitted on."""
+  """Returns an iterable of Comparisons whose completions the head is normalized on."""
   if config.preference.normalize_path:
     data = config.data.copy_and_resolve_references()
     data.path = config.preference.normalize_path
@@ -361,18 +363,18 @@ def normalization_batches(config, examples, tokenizer, sizes):
 
 
 def held_out_loss(batches, prompts, frozen, *, loss_fn, rated, mesh):
-  """Evaluator of the loss that is trained, and of accuracy and calibration, over all batches.
+  """Returns an evaluator of held-out loss, accuracy and calibration.
 
   Args:
-    batches: list of Comparisons.
-    prompts: the text of each of their rows, in order.
-    frozen: the model's parameters that are not trained.
-    loss_fn: (params, Comparisons) -> see comparison_loss.
-    rated: whether the model learns ratings, whose calibration is measured too.
-    mesh: device mesh.
+    batches: List of Comparisons.
+    prompts: Texts of their prompts, in order.
+    frozen: Parameters of the model that are not trained.
+    loss_fn: Function (params, Comparisons) with the results of `comparison_loss`.
+    rated: Whether the model learns ratings; their calibration is then measured too.
+    mesh: Device mesh.
 
   Returns:
-    (state) -> metrics, or None without batches.
+    Function from a TrainState to metrics, or None if there are no batches.
   """
 
   def evaluate(state):
@@ -386,7 +388,7 @@ def held_out_loss(batches, prompts, frozen, *, loss_fn, rated, mesh):
     scores = [scores for *_, scores in results]
     metrics = {'loss': loss, 'prompts': count} if count else {}
     metrics |= pair_metrics(scores, batches, prompts)
-    if rated:  # the gap of two ratings is no log-odds, so no confidence to be calibrated
+    if rated:  # A gap between ratings is not log-odds, so it implies no confidence to calibrate.
       metrics.pop('ece', None)
       metrics |= rating_metrics(scores, batches)
     return metrics
@@ -395,20 +397,23 @@ def held_out_loss(batches, prompts, frozen, *, loss_fn, rated, mesh):
 
 
 def pair_metrics(scores, batches, prompts):
-  """Held-out metrics of the pairs of all batches, {} without any; see calibration.pairwise.
+  """Computes metrics of the pairs of all batches; see calibration.pairwise.
 
   Args:
-    scores: [B, K] of each batch.
-    batches: list of Comparisons.
-    prompts: see `held_out_loss`.
+    scores: Scores [B, K] of each batch.
+    batches: List of Comparisons.
+    prompts: Texts of their prompts, in order.
+
+  Returns:
+    Metrics; {} if there are no pairs.
   """
   pairs = [scoring.pair_gaps(*pair) for pair in zip(scores, batches)]
   size = len(batches[0].present)
-  owners = [prompts[number * size + row] for number, (_, rows) in enumerate(pairs) for row in rows]
-  if not owners:
+  pair_prompts = [prompts[i * size + row] for i, (_, rows) in enumerate(pairs) for row in rows]
+  if not pair_prompts:
     return {}
   gaps = np.concatenate([gaps for gaps, _ in pairs])
-  result = calibration.pairwise(gaps, np.zeros_like(gaps), prompts=owners)
+  result = calibration.pairwise(gaps, np.zeros_like(gaps), prompts=pair_prompts)
   return {
     'accuracy': result.accuracy,
     'accuracy_low': result.accuracy_low,
@@ -421,10 +426,10 @@ def pair_metrics(scores, batches, prompts):
 
 
 def rating_metrics(scores, batches):
-  """Held-out metrics of scores [B, K] of each batch as ratings; see calibration.ratings."""
-  chosen = lambda arrays: np.concatenate(
+  """Computes metrics of each batch's scores [B, K] as ratings; see calibration.ratings."""
+  concatenate = lambda arrays: np.concatenate(
     [array[batch.present] for array, batch in zip(arrays, batches)]
   )
   return dataclasses.asdict(
-    calibration.ratings(chosen(scores), chosen([batch.ratings for batch in batches]))
+    calibration.ratings(concatenate(scores), concatenate([batch.ratings for batch in batches]))
   )

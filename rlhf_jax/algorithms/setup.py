@@ -1,4 +1,4 @@
-"""What every algorithm begins with: tokenizer, model, optimizer, state, data, files."""
+"""Functions that all algorithms use: tokenizer, model, optimizer, train state, data, exports."""
 
 import dataclasses
 import json
@@ -27,16 +27,16 @@ from rlhf_jax.models import hf_files
 from rlhf_jax.models import peft
 from rlhf_jax.models import trainable
 
-# Of TrainState.extra: what is one array and no tree of parameters.
+# Sharding of TrainState.extra: arrays at its top level are replicated.
 EXTRA_RULES = ((r'^[^/]+$', PartitionSpec()),)
 
 
 def load_tokenizer(config):
-  """The tokenizer of `config.tokenizer`, or of the model's folder."""
+  """Loads the tokenizer of `config.tokenizer`, or of the model's folder if that is None."""
   if not config.tokenizer and not os.path.isdir(config.model.path or ''):
     raise errors.UserError(
-      f'config.model.path={config.model.path!r}: no such folder; it has to be a Hugging Face '
-      'folder, or what an earlier stage exported'
+      f'config.model.path={config.model.path!r}: no such folder; it must be a Hugging Face '
+      'folder or the export of an earlier stage'
     )
   tokenizer = tokenizers.load(config.tokenizer or config.model.path)
   if config.data.chat_template:
@@ -45,23 +45,23 @@ def load_tokenizer(config):
 
 
 def model_settings(config_model):
-  """How a model computes, as keywords of models.create."""
+  """Returns the settings of a model's computation, as keyword arguments of models.create."""
   return dict(dtype=config_model.dtype, remat=config_model.remat, unroll=config_model.unroll)
 
 
 def load_settings(config_model):
-  """How a model is loaded and computes, as keywords of hf.load and hf.load_reward."""
+  """Returns a model's settings, as keyword arguments of hf.load and hf.load_reward."""
   return model_settings(config_model) | {'param_dtype': config_model.param_dtype}
 
 
 def load_policy(config_model, tokenizer, mesh, seed):
-  """A language model from a folder, or a new one.
+  """Loads a language model from a folder, or creates a new one.
 
   Args:
     config_model: `config.model`.
-    tokenizer: whose ids the embedding has to hold.
-    mesh: where the parameters go.
-    seed: of a new model's parameters.
+    tokenizer: Tokenizer whose ids must fit the embedding.
+    mesh: Device mesh for the parameters.
+    seed: Random seed of a new model.
 
   Returns:
     Model and params.
@@ -81,16 +81,16 @@ def load_policy(config_model, tokenizer, mesh, seed):
 
 
 def split_trainable(config, model, params, mesh):
-  """Divides parameters into those that `config.model` trains and the frozen rest.
+  """Splits parameters into those that `config.model` trains and those that stay frozen.
 
   Args:
-    config: the run's config.
+    config: Config of the run.
     model: Model.
-    params: all of its parameters.
-    mesh: where adapters go.
+    params: All of its parameters.
+    mesh: Device mesh for new adapters.
 
   Returns:
-    The Model with its adapters, trained and frozen parameters; see models/trainable.py.
+    Model with its adapters, trained parameters, frozen parameters; see models/trainable.py.
   """
   model, trained, frozen = trainable.start(
     model,
@@ -103,15 +103,15 @@ def split_trainable(config, model, params, mesh):
 
 
 def place(params, model, mesh):
-  """Parameters where the model's rules want them."""
+  """Puts parameters on the devices by the model's sharding rules."""
   return jax.device_put(params, sharding.shardings(params, model.rules, mesh))
 
 
 def is_reward_model(path):
-  """Whether a folder holds a model with a scalar head.
+  """Returns whether a folder holds a model with a scalar head.
 
   Raises:
-    UserError: there is no readable config.json.
+    UserError: There is no readable config.json.
   """
   names = hf_files.read_json(folders.model(path) / 'config.json').get('architectures')
   return isinstance(names, list) and str(names[0] if names else '').endswith(
@@ -120,14 +120,14 @@ def is_reward_model(path):
 
 
 def load_scalar(config_model, tokenizer, mesh, seed, *, head_scale):
-  """A model with a scalar head: saved as one, or a language model with a new head.
+  """Loads a model with a scalar head, or a language model to which it adds a new head.
 
   Args:
     config_model: `config.model`.
-    tokenizer: whose ids the embedding has to hold.
-    mesh: where the parameters go.
-    seed: of new parameters.
-    head_scale: see heads.init_scalar.
+    tokenizer: Tokenizer whose ids must fit the embedding.
+    mesh: Device mesh for the parameters.
+    seed: Random seed of new parameters.
+    head_scale: Initialization of a new head; see heads.init_scalar.
 
   Returns:
     Model and params {'backbone', 'head'}.
@@ -141,20 +141,20 @@ def load_scalar(config_model, tokenizer, mesh, seed, *, head_scale):
 
 
 def new_head(model, mesh, seed, scale):
-  """A scalar head, placed like the other parameters."""
+  """Returns a new scalar head, replicated over the mesh."""
   key = keys.for_purpose(seed, keys.HEAD)
   return jax.device_put(heads.init_scalar(key, model.width, scale=scale), sharding.replicated(mesh))
 
 
 def make_optimizer(config_optim, steps, *, updates=1, learning_rate=None, exported=True):
-  """The optimizer of `config.optim`.
+  """Creates the optimizer of `config.optim`.
 
   Args:
     config_optim: `config.optim`.
-    steps: train steps of the run.
-    updates: optimizer steps of a train step.
-    learning_rate: in place of the config's, unless None.
-    exported: whether its parameters are the run's result, of which a moving average is kept.
+    steps: Train steps of the run.
+    updates: Optimizer steps per train step.
+    learning_rate: Replaces the config's learning rate unless None.
+    exported: Whether the parameters are exported; only then `optim.ema` applies.
   """
   c = config_optim
   return optim.make(
@@ -177,15 +177,15 @@ def make_optimizer(config_optim, steps, *, updates=1, learning_rate=None, export
 
 
 def new_state(seed, params, optimizers, mesh, rules, *, extra=None):
-  """TrainState at step 0, the optimizer's moments placed like the parameters.
+  """Returns the TrainState at step 0, with optimizer moments sharded like the parameters.
 
   Args:
-    seed: of the random key.
+    seed: Random seed.
     params: {name: parameters}.
     optimizers: {name: optax optimizer, or None}.
-    mesh: device mesh.
-    rules: sharding rules of the parameters.
-    extra: see TrainState; None for nothing.
+    mesh: Device mesh.
+    rules: Sharding rules of the parameters.
+    extra: TrainState.extra; None for {}.
   """
   init = lambda params: {name: tx.init(params[name]) for name, tx in optimizers.items() if tx}
   opt_state = jax.jit(
@@ -204,15 +204,15 @@ def new_state(seed, params, optimizers, mesh, rules, *, extra=None):
 
 
 def state_shardings(state):
-  """The sharding of every array of a state: what a train step gives back."""
+  """Returns the sharding of every array of a state."""
   return jax.tree.map(lambda x: x.sharding, state)
 
 
 def jit_step(function, state):
-  """Jits a train step: state donated and given back where it lay, metrics on every device.
+  """Jits a train step that donates its state and returns it with the same shardings.
 
-  Without the output shardings the compiler may place the new state elsewhere, and the second
-  step would compile again.
+  Without these output shardings the compiler could choose others, and the second step would compile
+  again.
   """
   platform = next(iter(state.step.sharding.device_set)).platform
   return jax.jit(
@@ -224,13 +224,13 @@ def jit_step(function, state):
 
 
 def read_examples(config_data, convert, tokenizer, *, path=None):
-  """Examples of a data set, with a warning that counts what was left out and empty prompts.
+  """Reads the examples of a data set; warns about skipped records and empty prompts.
 
   Args:
     config_data: `config.data`.
     convert: formats.texts, .completions, .comparisons or .prompts.
-    tokenizer: for chat templates.
-    path: of another data set of the same format, in place of `config_data.path`.
+    tokenizer: Tokenizer, for chat templates.
+    path: Another data set of the same format, read instead of `config_data.path`.
 
   Returns:
     List of examples.
@@ -251,12 +251,12 @@ def read_examples(config_data, convert, tokenizer, *, path=None):
 
 
 def hold_out(config, convert, tokenizer):
-  """Training examples and those kept for evaluation.
+  """Reads the training examples and the held-out examples.
 
   Args:
-    config: the run's config; `data.held_out` is a share, `data.held_out_path` a data set.
-    convert: see `read_examples`.
-    tokenizer: for chat templates.
+    config: Config of the run; `data.held_out` is a fraction, `data.held_out_path` a data set.
+    convert: Function from records to examples; see `read_examples`.
+    tokenizer: Tokenizer, for chat templates.
 
   Returns:
     Two lists of examples; the second may be empty.
@@ -270,23 +270,28 @@ def hold_out(config, convert, tokenizer):
 
 
 def train_steps(config, examples):
-  """Train steps of the run: `config.steps`, or `config.data.epochs` passes over this many examples."""
+  """Returns the number of train steps: `config.steps`, or `config.data.epochs` over the examples.
+
+  Args:
+    config: Config of the run.
+    examples: Number of examples per epoch.
+  """
   if config.steps:
     return config.steps
   return max(1, round(config.data.epochs * examples / config.batch_size))
 
 
 def check_length(length, model, key):
-  """Raises UserError where rows of `length` tokens exceed the model's context."""
+  """Raises UserError if sequences of `length` tokens exceed the model's context."""
   if length > model.max_length:
     raise errors.UserError(
-      f'config.{key}: {length} tokens exceed the context of {model.max_length} tokens that '
-      'the model was made for. Shorten it, or use a model with a longer context.'
+      f'config.{key}: {length} tokens exceed the context of the model, '
+      f'{model.max_length}. Lower it, or use a model with a longer context.'
     )
 
 
 def averaged(state, name):
-  """Trained parameters as they are exported: their moving average, where `optim.ema` keeps one."""
+  """Returns the trained parameters to export: their moving average if `optim.ema` is set."""
   average = optim.moving_average(state.opt_state[name])
   if average is None:
     return state.params[name]
@@ -294,14 +299,14 @@ def averaged(state, name):
 
 
 def save(path, model, trained, frozen, *, tokenizer):
-  """Writes a language model's folder, adapters merged; and beside it 'adapter', as PEFT keeps them.
+  """Saves a language model with merged adapters, and the adapters alone in PEFT's format.
 
   Args:
-    path: the folder.
+    path: pathlib.Path of the model's folder; the adapters go to 'adapter' beside it.
     model: Model.
-    trained: its trained parameters.
-    frozen: its other parameters.
-    tokenizer: saved beside.
+    trained: Trained parameters.
+    frozen: Parameters that are not trained.
+    tokenizer: Tokenizer, saved in the same folder.
   """
   if model.lora is not None:
     peft.save(path.parent / 'adapter', model, trained)
@@ -314,12 +319,12 @@ def save(path, model, trained, frozen, *, tokenizer):
 
 
 def describer(model, name, tokenizer):
-  """`Learner.describe` of an algorithm that trains a model: model.json and the tokenizer.
+  """Returns `Learner.describe` of an algorithm: it writes model.json and the tokenizer.
 
   Args:
     model: Model.
-    name: of its parameters in `TrainState.params`.
-    tokenizer: its tokenizer.
+    name: Name of its parameters in `TrainState.params`.
+    tokenizer: Its tokenizer.
   """
 
   def describe(workdir):
@@ -332,16 +337,17 @@ def describer(model, name, tokenizer):
 
 
 def policy_context(config, model, tokenizer, mesh, frozen, start, *, loss=None):
-  """evaluators.Context of an algorithm that trains `state.params['policy']`.
+  """Returns the evaluators.Context of an algorithm that trains `state.params['policy']`.
 
   Args:
-    config: the run's config.
+    config: Config of the run.
     model: Model.
-    tokenizer: its tokenizer.
-    mesh: device mesh.
-    frozen: the policy's parameters that are not trained.
-    start: () -> the trained parameters before the first step, not to be donated.
-    loss: see evaluators.Context.
+    tokenizer: Its tokenizer.
+    mesh: Device mesh.
+    frozen: Parameters of the policy that are not trained.
+    start: Function that returns the trained parameters before the first step, in arrays that no
+      train step donates.
+    loss: Held-out loss; see evaluators.Context.
   """
   return evaluators.Context(
     model=model,
@@ -357,7 +363,7 @@ def policy_context(config, model, tokenizer, mesh, frozen, start, *, loss=None):
 
 
 def policy_exporter(model, tokenizer, frozen):
-  """`Learner.export` of an algorithm whose result is `state.params['policy']`."""
+  """Returns `Learner.export` of an algorithm whose result is `state.params['policy']`."""
 
   def export(state, path):
     save(path, model, averaged(state, 'policy'), frozen, tokenizer=tokenizer)

@@ -1,7 +1,7 @@
-"""Language modelling: pretraining on packed text, SFT on the completions of prompts.
+"""Language modelling: pretraining on packed text, and SFT on the completions of prompts.
 
-Both minimise -mean log p(token | before) over the targets of `loss_mask`; they differ in the
-data alone. Ouyang et al. 2022 §3.5 (https://arxiv.org/abs/2203.02155).
+Both minimize the mean of -log p(token | previous tokens) over the targets in `loss_mask`; only the
+data differ. See Ouyang et al. 2022 §3.5 (https://arxiv.org/abs/2203.02155).
 
 Letters: B batch, T sequence length.
 """
@@ -29,17 +29,17 @@ KINDS = ('text', 'completion')
 
 
 def config(preset=''):
-  """Keys of pretraining (`data.kind` 'text') and supervised fine-tuning ('completion'); it has no presets."""
+  """Returns the default config of pretraining and supervised fine-tuning; there are no presets."""
   defaults = config_lib.common('sft')
   defaults.evals = config_lib.held_out()
   return config_lib.apply_preset(defaults, {}, preset)
 
 
 def validate(config, device_count):
-  """Checks what `config.common` leaves to the algorithm.
+  """Validates the keys that are specific to language modelling.
 
   Raises:
-    UserError: names the key, the value and the remedy.
+    UserError: A value is invalid. The message names the key, the value and the remedy.
   """
   del device_count
   config_lib.one_of(config, 'data.kind', KINDS)
@@ -47,17 +47,17 @@ def validate(config, device_count):
 
 
 def token_losses(params, frozen, batch, *, model):
-  """Negative log-likelihood of the targets.
+  """Computes the negative log-likelihood of each target.
 
   Args:
-    params: trained parameters of `model`.
-    frozen: its other parameters.
+    params: Trained parameters of `model`.
+    frozen: Parameters of `model` that are not trained.
     batch: LMBatch of [B, T] arrays, or Pairs.
     model: Model.
 
   Returns:
-    losses [B, n] float32 nats and their mask [B, n] bool; n = T - 1 and slot t is token t + 1, or
-    for Pairs the R positions of the completion.
+    Losses [B, n] float32 in nats and their mask [B, n] bool. For an LMBatch n = T - 1, and
+    position t is the loss of token t + 1; for Pairs the n positions are those of the completion.
   """
   params = trainable.merge(frozen, params)
   if isinstance(batch, types.Pairs):
@@ -71,25 +71,25 @@ def token_losses(params, frozen, batch, *, model):
 
 
 def loss_sums(params, frozen, batch, *, model):
-  """Sum of `token_losses` over the batch's targets, and their number."""
+  """Returns the sum of `token_losses` over the batch's targets, and the number of targets."""
   nll, mask = token_losses(params, frozen, batch, model=model)
   return adv.masked_sum(nll, mask), jnp.sum(mask)
 
 
 def mean_loss(params, frozen, batch, *, model):
-  """Mean of `token_losses` over the batch's targets."""
+  """Returns the mean of `token_losses` over the batch's targets."""
   return adv.masked_mean(*token_losses(params, frozen, batch, model=model))
 
 
 def ptx_gradients(params, batch, *, frozen, model, coef):
-  """Gradients of the language-modelling loss for PPO-ptx (Ouyang et al. 2022, eq. 2).
+  """Computes gradients of the language-modelling loss for PPO-ptx (Ouyang et al. 2022, eq. 2).
 
   Args:
     params: {'policy': trained parameters of `model`, ...}.
     batch: LMBatch or Pairs.
-    frozen: the policy's other parameters.
+    frozen: Parameters of the policy that are not trained.
     model: Model.
-    coef: weight of the loss.
+    coef: Weight of the loss.
 
   Returns:
     {'policy': gradients} and metrics.
@@ -99,15 +99,15 @@ def ptx_gradients(params, batch, *, frozen, model, coef):
 
 
 def train_step(state, frozen, batch, *, model, optimizers, microbatch_size):
-  """One optimizer step. To be jitted with `state` donated.
+  """Takes one optimizer step. Jit it with `state` donated.
 
   Args:
     state: TrainState with params {'policy': ...}.
-    frozen: the policy's parameters that are not trained.
+    frozen: Parameters of the policy that are not trained.
     batch: LMBatch or Pairs.
     model: Model.
     optimizers: {'policy': optax optimizer}.
-    microbatch_size: rows of one pass; 0 for all.
+    microbatch_size: Sequences per forward and backward pass; 0 for all.
 
   Returns:
     The next TrainState and metrics.
@@ -130,7 +130,7 @@ def train_step(state, frozen, batch, *, model, optimizers, microbatch_size):
 
 
 def ptx_iterator(config, tokenizer, model):
-  """Pretraining rows for PPO-ptx: `config.ptx`, packed text or completions."""
+  """Returns the iterator over batches of `config.ptx` for PPO-ptx: packed text or completions."""
   setup.check_length(config.ptx.max_length, model, 'ptx.max_length')
   check_kind(config.ptx.kind, model, 'ptx.kind')
   if config.ptx.kind == 'text':
@@ -152,16 +152,16 @@ def ptx_iterator(config, tokenizer, model):
 
 
 def check_kind(kind, model, key):
-  """Raises UserError where an encoder-decoder would have to read text without prompts."""
+  """Raises UserError if an encoder-decoder is to learn text without prompts."""
   if kind == 'text' and model.encoder_decoder:
     raise errors.UserError(
-      f"config.{key}='text': an encoder-decoder model ({model.family}) learns completions of "
-      "prompts; use 'completion'"
+      f"config.{key}='text': an encoder-decoder model ({model.family}) can only learn completions "
+      "of prompts; use 'completion'"
     )
 
 
 def training_batches(config, examples, tokenizer, model):
-  """Iterator over batches of examples, and the rows of an epoch."""
+  """Returns the iterator over training batches, and the number of sequences per epoch."""
   data = config.data
   if data.kind == 'text':
     return pipelines.lm_iterator(
@@ -178,7 +178,7 @@ def training_batches(config, examples, tokenizer, model):
 
 
 def held_out_batches(config, examples, tokenizer, model):
-  """Batches that hold every example once, and which of their rows count."""
+  """Returns pairs of a batch and a mask [B] of its real sequences, with every example once."""
   data = config.data
   if data.kind == 'text':
     return pipelines.lm_batches(
@@ -194,22 +194,22 @@ def held_out_batches(config, examples, tokenizer, model):
 
 
 def held_out_loss(batches, frozen, *, model, mesh):
-  """Evaluator of the mean loss over the targets of all batches, and the perplexity.
+  """Returns an evaluator of the mean loss over all held-out targets, and of its perplexity.
 
   Args:
-    batches: see `held_out_batches`.
-    frozen: the policy's parameters that are not trained.
+    batches: Result of `held_out_batches`.
+    frozen: Parameters of the policy that are not trained.
     model: Model.
-    mesh: device mesh.
+    mesh: Device mesh.
 
   Returns:
-    (state) -> metrics, or None without batches.
+    Function from a TrainState to metrics, or None if there are no batches.
   """
   sums = jax.jit(functools.partial(loss_sums, model=model))
 
   def evaluate(state):
     params = setup.averaged(state, 'policy')
-    # Each is waited for, or the device would hold all batches at once.
+    # Wait for each batch, or the device would hold all of them at once.
     sums_and_counts = [
       jax.device_get(sums(params, frozen, sharding.put_rows(batch, mesh))) for batch, _ in batches
     ]
@@ -222,17 +222,17 @@ def held_out_loss(batches, frozen, *, model, mesh):
 
 
 def create(config, mesh):
-  """The learner of `config.algorithm = 'sft'`.
+  """Creates the learner of `config.algorithm = 'sft'`.
 
   Args:
-    config: see `config`.
-    mesh: device mesh.
+    config: Config of the run.
+    mesh: Device mesh.
 
   Returns:
     learner.Learner and the first TrainState.
 
   Raises:
-    UserError: the data or the model does not fit the config.
+    UserError: The data or the model does not fit the config.
   """
   tokenizer = setup.load_tokenizer(config)
   model, params = setup.load_policy(config.model, tokenizer, mesh, config.seed)

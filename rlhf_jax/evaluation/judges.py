@@ -103,7 +103,7 @@ def load(judge, *, key='judge', path=''):
   if kind == EXACT_MATCH:
     return exact_match(name)
   if names_function(judge):
-    loaded = of_function(functions.load_made(judge, path, key=key), judge, key)
+    loaded = of_function(functions.load_or_build(judge, path, key=key), judge, key)
     if loaded.doc or not path:
       return loaded
     return dataclasses.replace(loaded, doc=_first_line(functions.load(judge, key=key)))
@@ -132,7 +132,7 @@ def check(judge, *, key='judge', path=''):
   elif names_function(judge):
     function = functions.load(judge, key=key)
     if path:
-      functions.check_maker(function, f'{key}={judge!r} with a {key}_path')
+      functions.check_builder_signature(function, f'{key}={judge!r} with a {key}_path')
     else:
       form_of(function, f'{key}={judge!r}')
   else:
@@ -295,12 +295,12 @@ def _pairwise(function, name, keywords):
       f'{call.what} returned {len(values)} numbers for {len(prompts)} pairs: it must return one '
       'for each',
     )
-    values = [float(functions.checked(value, call, i, ())) for i, value in enumerate(values)]
+    values = [float(functions.check_reward(value, call, i, ())) for i, value in enumerate(values)]
     outside = [i for i, value in enumerate(values) if abs(value) > 1]
     if outside:
       raise errors.UserError(
-        f'{call.what} returned {values[outside[0]]:g} for {guard.named(outside[0], call)}: a '
-        'preference must be from -1 (the second response is better) to 1 (the first is)'
+        f'{call.what} returned {values[outside[0]]:g} for '
+        f'{guard.describe_example(outside[0], call)}: a preference must be from -1 (the second response is better) to 1 (the first is)'
       )
     return np.array(values)
 

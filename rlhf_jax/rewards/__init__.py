@@ -1,1 +1,1 @@
-"""Scores for sampled text: learned reward models and Python functions over strings."""
+"""Scores of sampled text, by learned reward models or Python functions of strings."""

@@ -1,8 +1,8 @@
-"""How right, and how sure, a reward model is about pairs; and how well scores guess ratings.
+"""Accuracy and calibration of reward models, on pairs and on ratings.
 
-A pair's confidence is sigmoid(|chosen - rejected|), in [0.5, 1]: the probability that the model
-gives to the answer it prefers. It is right if that is the chosen one. A tie counts as wrong and is
-reported: a constant scorer has accuracy 0, not 1.
+The confidence in a pair is sigmoid(|chosen - rejected|), in [0.5, 1]: the probability that the
+model gives to the response it prefers. The model is right if it prefers the chosen response. A tie
+counts as wrong and is reported: a constant scorer has accuracy 0, not 1.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,15 @@ from rlhf_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Bin:
-  """Pairs whose confidence is in (low, high] (the first bin holds `low` too); NaN means empty."""
+  """Pairs whose confidence is in (low, high], or in [low, high] for the first bin.
+
+  Attributes:
+    low: lower bound of the confidence.
+    high: upper bound of the confidence.
+    count: number of pairs.
+    confidence: mean confidence; NaN if there are no pairs.
+    accuracy: fraction of pairs that the model gets right; NaN if there are no pairs.
+  """
 
   low: float
   high: float
@@ -30,11 +38,11 @@ class Calibration:
   """Pair accuracy of a reward model with its 95 % interval, and its calibration.
 
   Attributes:
-    count: pairs.
-    accuracy: share of pairs with chosen > rejected.
+    count: number of pairs.
+    accuracy: fraction of pairs with chosen > rejected.
     accuracy_low: lower end of the interval.
-    accuracy_high: upper end.
-    ties: share of pairs with chosen == rejected; they count as wrong.
+    accuracy_high: upper end of the interval.
+    ties: fraction of pairs with chosen == rejected; they count as wrong.
     margin: mean of chosen - rejected.
     ece: expected calibration error, in [0, 1].
     bins: tuple of Bin.
@@ -57,24 +65,25 @@ def pairwise(
   prompts: intervals.Prompts = None,
   bins: int = 10,
 ) -> Calibration:
-  """Accuracy and calibration of scores of pairs.
+  """Computes accuracy and calibration of the scores of pairs.
 
   Args:
     chosen: [pairs] scores of the preferred responses.
-    rejected: [pairs] scores of the others.
-    prompts: of the pairs; see intervals.rate. None for all different.
-    bins: number of equal bins of the confidence over [0.5, 1].
+    rejected: [pairs] scores of the other responses.
+    prompts: Prompts of the pairs, by which the interval is clustered; see intervals.rate. None if
+      all prompts differ.
+    bins: Number of equal-width bins of the confidence over [0.5, 1].
 
   Returns:
     Calibration.
 
   Raises:
-    UserError: no pairs, different lengths, or a score that is not finite.
+    UserError: There are no pairs, the lengths differ, or a score is not finite.
   """
   chosen, rejected = np.asarray(chosen, float), np.asarray(rejected, float)
   if chosen.ndim != 1 or chosen.shape != rejected.shape or not chosen.size:
     raise UserError(
-      f'calibration: needs two equally long lists of scores, got {chosen.shape} and '
+      f'calibration: needs two non-empty lists of equal length, got shapes {chosen.shape} and '
       f'{rejected.shape}'
     )
   if not (np.isfinite(chosen).all() and np.isfinite(rejected).all()):
@@ -97,14 +106,15 @@ def pairwise(
 
 @dataclasses.dataclass(frozen=True)
 class Ratings:
-  """How well scores guess ratings of the same completions.
+  """Calibration of scores that predict ratings of the same completions.
 
   Attributes:
-    ratings: their number.
+    ratings: number of ratings.
     bias: mean of score - rating.
-    correlation: Pearson's; 0 where all scores, or all ratings, are equal.
-    rating_error: sum_b (count_b / count) * |mean score_b - mean rating_b| over bins of equal count,
-      in order of the scores: the expected calibration error in units of the ratings.
+    correlation: Pearson correlation; 0 if all scores or all ratings are equal.
+    rating_error: expected calibration error in units of the ratings,
+      sum_b (count_b / count) * |mean score_b - mean rating_b| over bins of equal count, which are
+      quantiles of the scores.
   """
 
   ratings: int
@@ -114,12 +124,12 @@ class Ratings:
 
 
 def ratings(scores: intervals.Values, given: intervals.Values, *, bins: int = 10) -> Ratings:
-  """Calibration of scores that guess ratings.
+  """Computes the calibration of scores that predict ratings.
 
   Args:
-    scores: [n].
+    scores: [n] scores.
     given: [n] ratings.
-    bins: their number; fewer where there are fewer scores.
+    bins: Number of bins; at most n are used.
 
   Returns:
     Ratings.
@@ -140,13 +150,13 @@ def ratings(scores: intervals.Values, given: intervals.Values, *, bins: int = 10
 def reliability(
   confidences: intervals.Values, right: intervals.Values, *, bins: int = 10, low: float = 0.5
 ) -> tuple[Bin, ...]:
-  """Confidence against accuracy, in equal bins of the confidence over [low, 1].
+  """Bins confidences and computes the accuracy in each bin.
 
   Args:
-    confidences: [N] in [low, 1].
-    right: [N] bool.
-    bins: their number.
-    low: the least possible confidence, 0.5 for a choice of two.
+    confidences: [n] in [low, 1].
+    right: [n] bool, whether each choice was right.
+    bins: Number of equal-width bins over [low, 1].
+    low: Lowest possible confidence, 0.5 for a choice of two.
 
   Returns:
     Tuple of Bin.
@@ -165,7 +175,7 @@ def reliability(
 
 
 def expected_calibration_error(table: tuple[Bin, ...]) -> float:
-  """sum_b (count_b / count) * |accuracy_b - confidence_b| over bins that hold something.
+  """Returns sum_b (count_b / count) * |accuracy_b - confidence_b| over non-empty bins.
 
   See Guo et al. 2017, eq. 3 (https://arxiv.org/abs/1706.04599).
   """

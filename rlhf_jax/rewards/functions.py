@@ -1,13 +1,13 @@
-"""Python reward functions: loaded by name, called with strings, their answers checked.
+"""Python reward functions: loads them by name, calls them on strings and checks their results.
 
-A reward function is called once a batch as
+A reward function is called once per batch as
 
     function(prompts, responses, response_tokens=..., metadata=...)
 
-with lists of equal length: texts, texts, lists of token ids, and dicts that hold the other
-columns of each prompt's record. It returns one number a response, or for rewards per token one
-list a response with a number for each of its tokens. It may leave out `response_tokens` or
-`metadata`.
+with lists of equal length: texts, texts, lists of token ids, and dicts that hold the other columns
+of each prompt's record. It returns one number per response; for rewards per token, it returns one
+list per response, with a number for each of its tokens. Its signature may omit `response_tokens`,
+`metadata` or both.
 """
 
 from collections.abc import Callable
@@ -29,20 +29,20 @@ import numpy as np
 from rlhf_jax import errors
 from rlhf_jax.rewards import guard
 
-TIMEOUT = 600.0  # seconds of a call, where the config says nothing else
+TIMEOUT = 600.0  # default limit of a call in seconds
 NOT_NUMBERS = (bool, np.bool_, str, bytes)
-IN_MEMORY = 'in_memory:'  # begins the names of functions that no module has
-# Functions that Python code gave a run, by the name that the config has for them; see `given`.
-_GIVEN = contextvars.ContextVar('given', default={})  # noqa: B039  never changed
+IN_MEMORY = 'in_memory:'  # prefix of the names of functions that are not in a module
+# {name in the config: function} for functions of the calling process; see `in_memory`.
+_IN_MEMORY = contextvars.ContextVar('in_memory', default={})  # noqa: B039  never changed
 
 
 class Limit(NamedTuple):
-  """What a call may do.
+  """Limits of a call to a reward function.
 
   Attributes:
-    seconds: that it may take; None for no limit.
-    key: of the config, that says so.
-    allow_nan: whether NaN is a reward, too.
+    seconds: time limit; None for no limit.
+    key: config key that sets the time limit.
+    allow_nan: whether a reward may be NaN.
   """
 
   seconds: float | None = TIMEOUT
@@ -51,32 +51,37 @@ class Limit(NamedTuple):
 
 
 @contextlib.contextmanager
-def given(functions):
-  """Makes functions of this process available to `load` while the body runs.
+def in_memory(functions):
+  """Makes functions of this process available to `load` inside a `with` block.
 
   Args:
-    functions: {name as in a config: function}.
+    functions: {name in the config: function}.
   """
-  token = _GIVEN.set(_GIVEN.get() | functions)
+  token = _IN_MEMORY.set(_IN_MEMORY.get() | functions)
   try:
     yield
   finally:
-    _GIVEN.reset(token)
+    _IN_MEMORY.reset(token)
 
 
 def load(name, *, key='config.reward.function', limit=Limit(TIMEOUT, '')):
-  """The function called `package.module:function`; the working directory is searched too.
+  """Loads a function by name.
 
   Args:
-    name: 'package.module:function'.
-    key: dotted name of the config key that holds it, for error messages.
-    limit: Limit of the import of its module.
+    name: 'package.module:function'; the working directory is searched too. Or a name that
+      `in_memory` made available.
+    key: Config key that holds the name, for error messages.
+    limit: Limit of the import of the module.
+
+  Returns:
+    The function.
 
   Raises:
-    UserError: there is no such module or function, or the module fails; names its file and line.
+    UserError: There is no such module or function, or the module fails to import. The message has
+      the file and line.
   """
-  if name in _GIVEN.get():
-    return _GIVEN.get()[name]
+  if name in _IN_MEMORY.get():
+    return _IN_MEMORY.get()[name]
   if name.startswith(IN_MEMORY):
     raise errors.UserError(
       f'{key}={name!r} was a function of the Python process that started the run. Move it to a '
@@ -87,12 +92,9 @@ def load(name, *, key='config.reward.function', limit=Limit(TIMEOUT, '')):
     sys.path.insert(0, os.getcwd())
   try:
     if not attribute or not all(module.split('.')):
-      raise ImportError('it names no module, or no function')
-    found = guard.import_module(
-      module,
-      guard.Call(f'{key}={name!r}: importing {module}', timeout=limit.seconds, key=limit.key),
-    )
-    return getattr(found, attribute)
+      raise ImportError('not a module name with a function name')
+    call = guard.Call(f'{key}={name!r}: importing {module}', timeout=limit.seconds, key=limit.key)
+    return getattr(guard.import_module(module, call), attribute)
   except (ImportError, AttributeError) as error:
     raise errors.UserError(
       f'{key}={name!r} cannot be loaded ({error}). Write '
@@ -101,10 +103,13 @@ def load(name, *, key='config.reward.function', limit=Limit(TIMEOUT, '')):
 
 
 def load_reward(name, *, key='config.reward.function', limit=Limit()):
-  """The reward function of this name; see `load`.
+  """Loads a reward function, with the arguments of `load`.
+
+  Returns:
+    Function (prompts, responses, *, response_tokens, metadata).
 
   Raises:
-    UserError: there is none, or it does not take the arguments of a reward function.
+    UserError: The function cannot be loaded, or does not take the arguments of a reward function.
   """
   function = load(name, key=key, limit=limit)
   keywords = keywords_of(function)
@@ -115,18 +120,18 @@ def load_reward(name, *, key='config.reward.function', limit=Limit()):
       'f(prompts, responses, response_tokens=..., metadata=...)',
       2,
       ('response_tokens', 'metadata'),
-      remedy='write def f(prompts, responses, *, response_tokens, metadata), without what it does '
-      'not need of the last two',
+      remedy='write def f(prompts, responses, *, response_tokens, metadata), or omit one or both '
+      'of the last two',
     )
   return with_keywords(function, keywords)
 
 
 def keywords_of(function):
-  """Which of `response_tokens` and `metadata` a function of prompts and responses takes.
+  """Returns which of `response_tokens` and `metadata` a reward function takes.
 
   Returns:
-    Tuple of names; both if the signature is unknown, as of functions in C; None if the function
-    cannot be called with any choice of them.
+    Tuple of names; both names if the signature is unknown, as for functions written in C; None if
+    the function cannot be called with any subset of them.
   """
   names = 'response_tokens', 'metadata'
   if not callable(function):
@@ -145,7 +150,7 @@ def keywords_of(function):
 
 
 def with_keywords(function, keywords):
-  """A function of both keywords that passes on those that `function` takes; see `keywords_of`."""
+  """Wraps a reward function that takes only some of the keywords; see `keywords_of`."""
   if keywords == ('response_tokens', 'metadata'):
     return function
 
@@ -158,25 +163,29 @@ def with_keywords(function, keywords):
 
 
 def load_gold(name, path=''):
-  """A gold score: (prompt, response) -> float. See `guarded_gold` for its errors.
+  """Loads a gold score.
 
   Args:
-    name: 'package.module:function' of it, or with `path` of a function that makes it from that.
-    path: data that it is made from, or ''.
+    name: 'package.module:function' of f(prompt, response) -> number; with `path`, of a function
+      that returns such an f for the path.
+    path: Data set that the gold score is built from, or ''.
+
+  Returns:
+    Function (prompt, response) -> float; see `guarded_gold`.
 
   Raises:
-    UserError: there is no such function, or it does not take these arguments.
+    UserError: There is no such function, or it does not take these arguments.
   """
-  function = load_made(name, path)
+  function = load_or_build(name, path)
   check_gold_signature(function, f'gold={name!r}')
   return guarded_gold(function, f'the gold score {name}')
 
 
 def check_gold(name, path=''):
-  """Raises the UserError that `load_gold` would, as far as it shows before the data exist."""
+  """Raises the errors of `load_gold` that can be found before the data at `path` exist."""
   function = load(name, key='gold')
   if path:
-    check_maker(function, f'gold={name!r} with a gold_path')
+    check_builder_signature(function, f'gold={name!r} with a gold_path')
   else:
     check_gold_signature(function, f'gold={name!r}')
 
@@ -186,38 +195,44 @@ def check_gold_signature(function, named):
   check_signature(function, named, 'f(prompt, response)', 2)
 
 
-def check_maker(function, named):
+def check_builder_signature(function, named):
   """Raises UserError unless a function can be called with a path."""
   check_signature(function, named, 'f(gold_path)', 1)
 
 
-def load_made(name, path='', *, key='gold'):
-  """The function called `package.module:function`, or what that function makes from a path.
+def load_or_build(name, path='', *, key='gold'):
+  """Loads a function by name, or builds it by calling a loaded function with a path.
 
   Args:
     name: 'package.module:function'.
-    path: data that the function is made from; '' if it is the function itself.
-    key: dotted name of the config key that holds `name`, for error messages.
+    path: Argument of the named function, which then returns the function; '' to not call it.
+    key: Config key that holds `name`, for error messages.
+
+  Returns:
+    The function.
   """
   function = load(name, key=key)
   if not path:
     return function
-  check_maker(function, f'{key}={name!r} with a gold_path')
+  check_builder_signature(function, f'{key}={name!r} with a gold_path')
   return guard.run(lambda: function(path), guard.Call(f'the gold score {name}'))
 
 
 def guarded_gold(function, what):
-  """(prompt, response) -> float of a gold function; a UserError names what failed, and its example.
+  """Wraps a gold function so that its errors become UserErrors that name the example.
 
   Args:
-    function: (prompt, response) -> number.
-    what: its name in messages.
+    function: Function (prompt, response) -> number.
+    what: Its name in messages.
+
+  Returns:
+    Function (prompt, response) -> float.
   """
 
   def gold_fn(prompt, response):
     call = guard.Call(what, (prompt,), (response,), TIMEOUT)
     score = guard.run(lambda: function(prompt, response), call)
-    return float(checked(score, call, 0, ()))
+    return float(check_reward(score, call, 0, ()))
 
   return gold_fn
 
@@ -225,15 +240,15 @@ def guarded_gold(function, what):
 def check_signature(
   function, named, usage, positional, keywords=(), *, remedy='change its arguments'
 ):
-  """Raises UserError unless a function takes certain arguments.
+  """Raises UserError unless an object is a function that takes certain arguments.
 
   Args:
-    function: what was loaded.
-    named: it, for the message.
-    usage: how it is called, for the message.
-    positional: the number of positional arguments.
-    keywords: names of the others.
-    remedy: what to do.
+    function: The loaded object.
+    named: Config key and value of it, for the message.
+    usage: How it is called, for the message.
+    positional: Number of positional arguments.
+    keywords: Names of the keyword arguments.
+    remedy: Last part of the message: what to do.
   """
   config_error = lambda text: errors.UserError(f'{named} {text}')
   if not callable(function):
@@ -241,11 +256,11 @@ def check_signature(
   try:
     signature = inspect.signature(function)
   except (TypeError, ValueError):
-    return  # written in C: it does not tell
+    return  # Functions written in C may have no signature.
   try:
     signature.bind(*[None] * positional, **dict.fromkeys(keywords))
   except TypeError as error:
-    raise config_error(f'takes {signature}, and is called as {usage}: {error}; {remedy}') from None
+    raise config_error(f'takes {signature}, but is called as {usage}: {error}; {remedy}') from None
 
 
 def call(
@@ -261,7 +276,7 @@ def call(
   """Calls a reward function and checks what it returns.
 
   Args:
-    function: see the module's docstring.
+    function: Reward function; see the top of the file.
     prompts: n texts.
     responses: n texts.
     response_tokens: n lists of token ids.
@@ -270,11 +285,11 @@ def call(
     limit: Limit.
 
   Returns:
-    [n] float32, or [n, R] float32 for rewards per token, 0 after each response's end.
+    [n] float32, or [n, R] float32 for rewards per token, 0 after the end of each response.
 
   Raises:
-    UserError: the function raised, exited or took too long, or returned the wrong number of rewards,
-      NaN, infinity or what is no number; names the example.
+    UserError: The function raised, exited or took too long, or it returned the wrong number of
+      rewards or a reward that is not a finite number. The message names the example.
   """
   guarded = guard.Call(
     f'the reward function {getattr(function, "__name__", repr(function))}',
@@ -287,14 +302,14 @@ def call(
 
   def rewards_of():
     rewards = function(prompts, responses, response_tokens=response_tokens, metadata=metadata)
-    # A generator's code runs here, under guard.
+    # Consume a generator here, so that errors in its code are caught too.
     return (
       list(rewards) if np.iterable(rewards) and not isinstance(rewards, (str, dict)) else [rewards]
     )
 
   rewards = guard.run(rewards_of, guarded)
   if len(rewards) != len(responses):
-    returned = f'{len(rewards)} rewards' if len(rewards) != 1 else guard.clipped(rewards[0])
+    returned = f'{len(rewards)} rewards' if len(rewards) != 1 else guard.shortened(rewards[0])
     raise refused(
       f'{guarded.what} returned {returned} for {len(responses)} responses: it must return one '
       'for each',
@@ -305,10 +320,10 @@ def call(
   scores = np.zeros((len(rewards), response_length) if per_token else len(rewards), np.float32)
   for i, reward in enumerate(rewards):
     if per_token:
-      value = checked(reward, guarded, i, (len(response_tokens[i]),), allow_nan=allow_nan)
+      value = check_reward(reward, guarded, i, (len(response_tokens[i]),), allow_nan=allow_nan)
       scores[i, : len(value)] = value
     else:
-      scores[i] = checked(
+      scores[i] = check_reward(
         reward, guarded, i, (), tokens=len(response_tokens[i]), allow_nan=allow_nan
       )
   nan = np.flatnonzero(np.isnan(scores).reshape(len(rewards), -1).any(axis=1))
@@ -318,47 +333,51 @@ def call(
       guarded.what,
       nan.size,
       len(rewards),
-      guard.named(nan[0], guarded),
+      guard.describe_example(nan[0], guarded),
     )
   return scores
 
 
-def checked(reward, call, index, shape, *, tokens=None, allow_nan=False):
-  """A reward as a NumPy array.
+def check_reward(reward, call, index, shape, *, tokens=None, allow_nan=False):
+  """Converts the reward of one example to a NumPy array.
 
   Args:
-    reward: what the function returned for an example.
+    reward: Value that the function returned for the example.
     call: guard.Call.
-    index: of the example.
-    shape: () for a number, (its tokens,) for rewards per token.
-    tokens: of the response, where a reward for each would do too; for the message.
-    allow_nan: whether it may be NaN.
+    index: Index of the example.
+    shape: Expected shape: () for a number, (number of tokens,) for rewards per token.
+    tokens: Number of tokens of the response if rewards per token are allowed too, for the message.
+    allow_nan: Whether a reward may be NaN.
+
+  Returns:
+    Float32 array of the expected shape.
 
   Raises:
-    UserError: it is no number, or of another shape, or not finite.
+    UserError: The reward is not a number, has another shape, or is not finite.
   """
-  returned = f'{call.what} returned {guard.clipped(reward)} for {guard.named(index, call)}'
+  example = guard.describe_example(index, call)
+  returned = f'{call.what} returned {guard.shortened(reward)} for {example}'
   wrong, value = [], None
   try:
     wrong = [
       item for item in np.asarray(reward, object).reshape(-1) if isinstance(item, NOT_NUMBERS)
     ]
     value = np.asarray(reward, np.float32)
-  except Exception:  # of NumPy, or of another library's array
+  except Exception:  # raised by NumPy or by another library's array
     pass
   if wrong:
     raise refused(
-      f'{returned}: {guard.clipped(wrong[0])} is a {type(wrong[0]).__name__}, and every reward must be '
-      'a number, such as float(...) of it',
+      f'{returned}: {guard.shortened(wrong[0])} is a {type(wrong[0]).__name__}, but every reward '
+      'must be a number, such as float(...)',
       call,
     )
   if value is None or value.shape != shape:
     tokens = shape[0] if shape else tokens
     choice = (
-      '' if tokens is None else f', or one for each of its {tokens} tokens, alike for all examples'
+      '' if tokens is None else f', or for all examples one number per token (here {tokens} tokens)'
     )
     raise refused(
-      f'{returned}, where an array of shape {shape} was expected: one number{choice}', call
+      f'{returned}, but an array of shape {shape} was expected: one number{choice}', call
     )
   if not all(math.isfinite(v) or allow_nan and math.isnan(v) for v in value.reshape(-1)):
     text = f'{returned}: every reward must be finite'
@@ -370,5 +389,5 @@ def checked(reward, call, index, shape, *, tokens=None, allow_nan=False):
 
 
 def refused(text, call):
-  """The UserError about what a guard.Call returned, which ends as those about what it raised."""
+  """Returns a UserError about an invalid result, with the remedy of its guard.Call."""
   return errors.UserError('. '.join(filter(None, (text, call.remedy))))

@@ -1,8 +1,8 @@
-"""Runs a user's function, so that however it fails the run ends with one line that says where.
+"""Runs user code so that any failure ends the run with a one-line message that shows where.
 
-An exception, an exit and a time limit that passes become a UserError with the last frames of the
-user's code, and the example that their variables hold. Ctrl-C stays what it is. The working
-directory stays too, and a child that the function forks never becomes a second run.
+Exceptions, exits and timeouts become a UserError with the last frames of the user's code and the
+example that their variables hold. KeyboardInterrupt is passed on. The working directory is
+restored, and child processes that the user's code forks cannot continue as a second run.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ import traceback
 
 from rlhf_jax import errors
 
-GRACE = 60.0  # seconds after the limit at which a function that no signal reaches ends the process
-MOST_FRAMES, MOST_TEXT = 3, 160
-# Between the run and the user's code; the last ones are Python's import.
-OURS = (
+GRACE = 60.0  # seconds after the time limit until a call that no signal can stop ends the process
+MAX_FRAMES, MAX_TEXT = 3, 160  # frames of a message; characters of a value in it
+# Modules between the run and the user's code, which messages leave out.
+INTERNAL_MODULES = (
   __name__,
   'rlhf_jax.rewards.functions',
   'rlhf_jax.evaluation.evaluators',
@@ -35,15 +35,15 @@ OURS = (
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-  """What is called, for messages and the time limit.
+  """A call of user code: its time limit and what messages about it need.
 
   Attributes:
-    what: such as 'the reward function length'.
-    prompts: n texts that it is called with.
-    responses: n texts likewise.
-    timeout: seconds that the call may take; None for no limit.
-    key: of the config, that holds `timeout`; '' for none.
-    remedy: a last sentence of messages.
+    what: description, such as 'the reward function length'.
+    prompts: n prompts of the call.
+    responses: n responses of the call.
+    timeout: time limit in seconds; None for no limit.
+    key: config key that sets `timeout`; '' if none does.
+    remedy: last sentence of messages.
   """
 
   what: str
@@ -55,26 +55,30 @@ class Call:
 
 
 class Expired(BaseException):
-  """The time limit has passed; says where. No Exception, which user code may catch."""
+  """The time limit has passed. A BaseException, because user code may catch Exception."""
 
 
 class Exited(BaseException):
-  """os._exit was called; says how."""
+  """User code called os._exit."""
 
 
 def run(function, call):
-  """What a function returns.
+  """Calls a function of user code.
 
   Args:
-    function: () -> anything, of user code.
+    function: Function without arguments.
     call: Call.
 
+  Returns:
+    The result of the function.
+
   Raises:
-    UserError: it raised, called sys.exit or os._exit, or took longer than its limit.
+    UserError: It raised, called sys.exit or os._exit, or exceeded the time limit.
   """
   try:
-    # A child must not come to the end of the time limit: it would wait for a thread that it lacks.
-    with same_folder(), refuse_exit(), time_limit(call), one_process(call):
+    # `one_process` is innermost: a forked child must not leave `time_limit`, which would wait for a
+    # thread that only the parent has.
+    with restore_directory(), refuse_exit(), time_limit(call), one_process(call):
       return function()
   except (KeyboardInterrupt, errors.UserError):
     raise
@@ -89,134 +93,152 @@ def run(function, call):
   except (Exited, SystemExit) as error:
     how = error if isinstance(error, Exited) else f'sys.exit({error.code!r})'
     raise errors.UserError(
-      f'{call.what} called {how}{place(error, call)}: it must return, or raise an exception. '
+      f'{call.what} called {how}{location(error, call)}: it must return, or raise an exception. '
       f'{call.remedy}'.rstrip()
     ) from error
-  except BaseException as error:  # some are no Exception, such as asyncio's CancelledError
-    text = ' '.join(str(error.msg if in_file(error) else error).split())
+  except BaseException as error:  # includes asyncio's CancelledError, which is not an Exception
+    text = ' '.join(str(error.msg if is_syntax_error(error) else error).split())
     raise errors.UserError(
-      f'{call.what} raised {type(error).__name__}: {text}{place(error, call)}. --verbosity=1 '
-      f'shows all of its traceback. {call.remedy}'.rstrip()
+      f'{call.what} raised {type(error).__name__}: {text}{location(error, call)}. --verbosity=1 '
+      f'shows the full traceback. {call.remedy}'.rstrip()
     ) from error
 
 
 def import_module(name, call):
-  """The module of a name.
+  """Imports a module of user code.
 
   Args:
-    name: dotted.
+    name: Dotted name.
     call: Call.
 
+  Returns:
+    The module.
+
   Raises:
-    ModuleNotFoundError: there is none of this name.
-    UserError: it raised something, called sys.exit or os._exit, or took longer than its limit.
+    ModuleNotFoundError: There is no module of this name.
+    UserError: The module raised, called sys.exit or os._exit, or exceeded the time limit.
   """
 
-  def found():
+  def import_or_error():
     try:
       return importlib.import_module(name), None
     except ModuleNotFoundError as error:
       if error.name and f'{name}.'.startswith(f'{error.name}.'):
         return None, error
-      raise  # of another module, which this one imports
+      raise  # The module imports another one, which does not exist.
 
-  module, missing = run(found, call)
+  module, missing = run(import_or_error, call)
   if missing is not None:
     raise missing
   return module
 
 
-def in_file(error):
-  """Whether an error is one of syntax, in a file."""
+def is_syntax_error(error):
+  """Returns whether an error is a syntax error in a file."""
   return isinstance(error, SyntaxError) and os.path.isfile(error.filename or '')
 
 
-def place(error, call):
-  """Where the user's code raised an error, and with what example; begins with ', at '."""
-  if in_file(error):
+def location(error, call):
+  """Returns where user code raised an error and with which example, as text from ', at ' on."""
+  if is_syntax_error(error):
     line = (error.text or '').strip()
-    return f', at {shorter(error.filename)}:{error.lineno or 1}' + (f': `{line}`' if line else '')
-  return described(list(traceback.walk_tb(error.__traceback__)), call)
+    return f', at {relative_path(error.filename)}:{error.lineno or 1}' + (
+      f': `{line}`' if line else ''
+    )
+  return describe_stack(list(traceback.walk_tb(error.__traceback__)), call)
 
 
-def described(stack, call):
-  """The last frames of the user's code, and the example in them; '' if there is nothing to say.
+def describe_stack(stack, call):
+  """Returns the last frames of user code and the example that they work on, as text.
 
   Args:
-    stack: pairs (frame, line number), outermost first.
+    stack: Pairs (frame, line number), outermost first.
     call: Call.
+
+  Returns:
+    Text that starts with a comma; '' if there are no frames and no example.
   """
-  frames = [(frame, line) for frame, line in stack if frame.f_globals.get('__name__') not in OURS]
+  frames = [
+    (frame, line)
+    for frame, line in stack
+    if frame.f_globals.get('__name__') not in INTERNAL_MODULES
+  ]
   file = lambda frame: frame.f_code.co_filename
   lines = {(file(frame), line): (frame, line) for frame, line in reversed(frames)}
-  lines = list(lines.values())[::-1]  # without the frames that comprehensions add
-  shown = lines[-MOST_FRAMES:]
-  own = [pair for pair in lines if file(pair[0]) == file(frames[0][0])]
-  if own and own[-1] not in shown:  # deep in a library: the user's own line is what helps
-    shown = own[-1:] + shown[1:]
+  lines = list(lines.values())[::-1]  # one frame per line, without those of comprehensions
+  shown = lines[-MAX_FRAMES:]
+  in_user_file = [pair for pair in lines if file(pair[0]) == file(frames[0][0])]
+  # If the error is deep in a library, show the user's own line too.
+  if in_user_file and in_user_file[-1] not in shown:
+    shown = in_user_file[-1:] + shown[1:]
   lines = [
-    f'{shorter(file(frame))}:{line} in {frame.f_code.co_name}: '
+    f'{relative_path(file(frame))}:{line} in {frame.f_code.co_name}: '
     f'`{linecache.getline(file(frame), line).strip()}`'
     for frame, line in shown
   ]
   text = f', at {"; then ".join(lines)}' if lines else ''
-  index = example_of([frame for frame, _ in frames], call)
+  index = find_example([frame for frame, _ in frames], call)
   if index is not None:
-    return f'{text}, with {named(index, call)}'
+    return f'{text}, with {describe_example(index, call)}'
   if not call.prompts:
     return text
   return (
-    f'{text}, called with {len(call.prompts)} prompts, the first {clipped(call.prompts[0])} '
-    f'with the response {clipped(call.responses[0])}'
+    f'{text}, called with {len(call.prompts)} prompts, the first {shortened(call.prompts[0])} '
+    f'with the response {shortened(call.responses[0])}'
   )
 
 
-def example_of(frames, call):
-  """The number of the example that the variables of the innermost frame hold, or else None."""
+def find_example(frames, call):
+  """Returns the index of the example whose texts are in variables of the frames, or None.
+
+  Inner frames are searched first. In each, an example whose prompt and response are both found is
+  preferred, then one whose response is found, then one whose prompt is found.
+  """
   for frame in reversed(frames):
-    held = {value for value in frame.f_locals.values() if isinstance(value, str) and value}
-    for wanted in (
-      lambda p, r: p in held and r in held,
-      lambda p, r: r in held,
-      lambda p, r: p in held,
+    values = {value for value in frame.f_locals.values() if isinstance(value, str) and value}
+    for matches in (
+      lambda p, r: p in values and r in values,
+      lambda p, r: r in values,
+      lambda p, r: p in values,
     ):
       for index, pair in enumerate(zip(call.prompts, call.responses)):
-        if wanted(*pair):
+        if matches(*pair):
           return index
   return None
 
 
-def named(index, call):
-  """The example of a batch, for messages."""
+def describe_example(index, call):
+  """Returns the index, prompt and response of an example, as text."""
   return (
-    f'example {index}, prompt {clipped(call.prompts[index])}, response '
-    f'{clipped(call.responses[index])}'
+    f'example {index}, prompt {shortened(call.prompts[index])}, response '
+    f'{shortened(call.responses[index])}'
   )
 
 
-def clipped(value):
-  """A value's repr, shortened to a length that a line can hold."""
+def shortened(value):
+  """Returns the repr of a value, cut to MAX_TEXT characters."""
   text = repr(value)
-  return text if len(text) <= MOST_TEXT else f'{text[: MOST_TEXT - 3]}...'
+  return text if len(text) <= MAX_TEXT else f'{text[: MAX_TEXT - 3]}...'
 
 
-def shorter(path):
-  """A path relative to the working directory if it is in there."""
-  inside = os.path.relpath(path) if os.path.isabs(path) else path
-  return path if inside.startswith(os.pardir) else inside
+def relative_path(path):
+  """Returns a path relative to the working directory if it is inside, else the path itself."""
+  relative = os.path.relpath(path) if os.path.isabs(path) else path
+  return path if relative.startswith(os.pardir) else relative
 
 
 @contextlib.contextmanager
 def one_process(call):
-  """Ends children that the body forks and that leave it: they would go on as a second run.
+  """Ends a forked child process when it leaves the `with` block, or it would be a second run.
 
-  One that exits does so; one that returns or raises ends with status 1 and says so.
+  A child that calls sys.exit ends with its status. A child that returns or raises ends with status
+  1 and prints an error.
   """
   process, status, error = os.getpid(), 1, None
   try:
     yield
-  except BaseException as found:
-    error = found
+  except BaseException as raised:
+    error = raised
     raise
   finally:
     if os.getpid() != process:
@@ -226,12 +248,12 @@ def one_process(call):
         how = f'raised {type(error).__name__}: {error}' if error else 'returned'
         text = f'{call.what} forked a process that {how}: it must end with os._exit(status)\n'
         os.write(2, text.encode())
-      os._exit(status)  # without what the run has in its buffers and does at its end
+      os._exit(status)  # sys.exit would flush the run's buffers and call its exit handlers.
 
 
 @contextlib.contextmanager
-def same_folder():
-  """Puts the working directory back, which relative paths of the config are meant from."""
+def restore_directory():
+  """Restores the working directory afterwards, because paths in the config are relative to it."""
   folder = os.getcwd()
   try:
     yield
@@ -241,9 +263,9 @@ def same_folder():
 
 @contextlib.contextmanager
 def refuse_exit():
-  """Makes os._exit raise Exited in this process; in the children that user code forks it exits.
+  """Makes os._exit raise Exited in this process if user code calls it.
 
-  It also exits when this package calls it, to end at once.
+  It still exits in child processes and if this package calls it.
   """
   exit_now, process = os._exit, os.getpid()
 
@@ -263,47 +285,48 @@ def refuse_exit():
 
 @contextlib.contextmanager
 def time_limit(call):
-  """Raises Expired in the main thread where the body takes longer than the limit of a Call.
+  """Raises Expired in the main thread if the `with` block exceeds the time limit of a Call.
 
-  The signal is SIGALRM; a handler and a timer that were there come back. Where it cannot interrupt
-  (code in C, another thread, user code with an alarm of its own), Python prints the stacks of all
-  threads GRACE seconds after the limit, and ends the process with status 1.
+  This uses SIGALRM and restores the previous handler and timer. If SIGALRM cannot interrupt the
+  block (code in C, another thread, user code that sets its own alarm), then GRACE seconds after the
+  limit Python prints the stacks of all threads and ends the process with status 1.
   """
   if call.timeout is None:
     yield
     return
-  limited, places = [True], []
+  active, locations = [True], []
 
   def expire(signum, frame):
     del signum
-    if not limited:
+    if not active:
       return
-    if not places:
+    if not locations:
       stack = []
       for pair in traceback.walk_stack(frame):
         if pair[0].f_globals.get('__name__') == __name__:
           break
         stack.insert(0, pair)
-      places.append(described(stack, call))
-    raise Expired(places[0])
+      locations.append(describe_stack(stack, call))
+    raise Expired(locations[0])
 
   faulthandler.dump_traceback_later(call.timeout + GRACE, exit=True, file=sys.__stderr__)
   restore = start_alarm(expire, call.timeout)
   try:
     yield
-    if places:  # caught by a bare `except:`
-      raise Expired(places[0])
+    if locations:  # A bare `except:` caught Expired.
+      raise Expired(locations[0])
   finally:
-    limited.clear()  # first: the signal may come between any two lines
+    active.clear()  # first, because the signal may arrive between any two lines
     restore()
     faulthandler.cancel_dump_traceback_later()
 
 
 def start_alarm(handler, seconds):
-  """Has SIGALRM call a handler after some seconds, and then every second.
+  """Makes SIGALRM call a handler after some seconds, and then every second.
 
   Returns:
-    Function that takes it back. Off the main thread, which alone has signals, neither does anything.
+    Function that restores the previous handler and timer. Outside the main thread, which alone
+    receives signals, both do nothing.
   """
   if threading.current_thread() is not threading.main_thread():
     return lambda: None

@@ -1,4 +1,4 @@
-"""Scores by a reward model: of the rollout's own tokens, or of its text in another tokenizer.
+"""Scores by a reward model, on the rollout's tokens or on its text in the model's own tokenizer.
 
 Letters: B batch, T sequence length.
 """
@@ -23,7 +23,7 @@ from rlhf_jax.models import base
 from rlhf_jax.rewards import scoring
 
 Tokenizer = transformers.PreTrainedTokenizerFast
-# Tokenizers that hold the same tokens may differ in case, accents, spaces, digits and scripts.
+# Texts with case, accents, spaces, digits and scripts, on which tokenizers may differ.
 PROBES = (
   '',
   'a',
@@ -33,17 +33,18 @@ PROBES = (
   "it's\tna\u00efve \ufb01 1234567",
   '\u4f60\u597d \U0001f600 \u0391',
 )
-# Of an added token: where in a text it is found.
-FOUND = 'single_word', 'lstrip', 'rstrip', 'normalized'
-# One program for all members of an ensemble that are alike.
+# Options of an added token that decide where it matches in a text.
+MATCH_OPTIONS = 'single_word', 'lstrip', 'rstrip', 'normalized'
+# Jitted once, so that ensemble members of the same architecture share one compiled program.
 _score = functools.partial(jax.jit, static_argnames=('model',))(scoring.score)
 
 
 def same_tokenizer(a: Tokenizer, b: Tokenizer) -> bool:
-  """Whether two tokenizers, used as in data/tokenizers.py, make the same ids of every text.
+  """Returns whether two tokenizers, used as in data/tokenizers.py, encode every text alike.
 
-  What makes ids of texts must be the same; so must a BOS in front, and an EOS behind the prompt,
-  which an encoder-decoder's has. Their padding tokens may differ: no id that anybody reads is one.
+  They must have the same vocabulary, normalizer, pre-tokenizer and model, and the same BOS before
+  and EOS after a prompt (encoder-decoders have an EOS there). Their padding tokens may differ,
+  because padding is masked.
   """
   ids = lambda of, tokenizer: [row.tolist() for row in of(tokenizer, PROBES)]
   if a.eos_token_id != b.eos_token_id or any(
@@ -60,25 +61,27 @@ def same_tokenizer(a: Tokenizer, b: Tokenizer) -> bool:
 
 
 def _encoding(tokenizer):
-  """What a tokenizer makes ids of texts with, but for the special tokens at their ends.
+  """Returns all settings of a tokenizer that affect encoding, except special tokens at the ends.
 
   See the components at https://huggingface.co/docs/tokenizers/components. The post-processor adds
-  special tokens, of which `tokenizers.encode` takes the BOS alone, and decoders make no ids.
+  special tokens, of which `tokenizers.encode` keeps only the BOS; decoders do not affect encoding.
 
   Returns:
-    The components' settings, {text: id}, and {text: where it is found} of added tokens.
+    Settings of the components, {token: id}, and {added token: values of its MATCH_OPTIONS}.
   """
   state = json.loads(tokenizer.backend_tokenizer.to_str())
   components = {name: state[name] for name in ('normalizer', 'pre_tokenizer', 'model')}
   del components['model']['vocab']
-  added = {token['content']: [token[name] for name in FOUND] for token in state['added_tokens']}
+  added = {
+    token['content']: [token[name] for name in MATCH_OPTIONS] for token in state['added_tokens']
+  }
   return components, tokenizer.get_vocab(), added
 
 
 def of_tokens(
   model: base.Base, params: dict[str, PyTree]
 ) -> Callable[[types.Rollout], Float[Array, ' B']]:
-  """Scorer of rollouts whose policy and reward model share a tokenizer.
+  """Returns a scorer for rollouts of a policy that shares the reward model's tokenizer.
 
   Args:
     model: Model of the reward model.
@@ -98,17 +101,17 @@ def of_texts(
   max_length: int,
   mesh: jax.sharding.Mesh,
 ) -> Callable[..., Float[np.ndarray, ' n']]:
-  """Scorer of strings, for a reward model that has its own tokenizer.
+  """Returns a scorer of strings, for a reward model with its own tokenizer.
 
   Args:
     model: Model of the reward model.
     params: {'backbone', 'head'}.
-    tokenizer: the reward model's.
-    max_length: T, tokens of a row.
-    mesh: device mesh; rows are split over it.
+    tokenizer: Tokenizer of the reward model.
+    max_length: T, length that sequences are padded to.
+    mesh: Device mesh, over which sequences are split.
 
   Returns:
-    Function (prompts, responses, ended) -> [n] float32 NumPy; see `padded_texts`.
+    Function (prompts, responses, ended) -> [n] float32 NumPy array; see `padded_texts`.
   """
 
   def apply(prompts, responses, ended):
@@ -127,29 +130,29 @@ def padded_texts(
   *,
   max_length: int,
 ) -> tuple[Int[np.ndarray, 'n T'], Bool[np.ndarray, 'n T']]:
-  """Prompts and responses as a reward model with its own tokenizer reads them.
+  """Encodes prompts and responses for a reward model with its own tokenizer.
 
   Args:
     model: Model of the reward model.
-    tokenizer: the reward model's.
+    tokenizer: Tokenizer of the reward model.
     prompts: n texts.
     responses: n texts.
-    ended: n bools: which responses finished, and so get an EOS. Encoders read prompt and response
-      as one text between the tokenizer's own ends.
+    ended: n bools: whether a response ended and so gets an EOS. Ignored for encoders, which read
+      prompt and response as one text between the tokenizer's special tokens.
     max_length: T.
 
   Returns:
     Tokens [n, T] int32 and their mask [n, T] bool.
 
   Raises:
-    UserError: one of them has more than T tokens.
+    UserError: A prompt and its response have more than T tokens.
   """
   rows = _token_rows(model, tokenizer, prompts, responses, ended)
   longest = max(range(len(rows)), key=lambda i: len(rows[i]))
   if len(rows[longest]) > max_length:
     raise errors.UserError(
       f'the reward model reads {max_length} tokens, but prompt and response number '
-      f'{longest} have {len(rows[longest])} in its tokenizer: raise '
+      f'{longest} have {len(rows[longest])} tokens in its tokenizer: raise '
       'config.reward.max_length or lower config.sampling.max_new_tokens'
     )
   return right_padded(rows, max_length, tokenizer.pad_token_id)
@@ -158,7 +161,7 @@ def padded_texts(
 def right_padded(
   rows: Sequence[Sequence[int] | np.ndarray], length: int, pad_id: int
 ) -> tuple[Int[np.ndarray, 'n T'], Bool[np.ndarray, 'n T']]:
-  """Pads rows of token ids to `length`.
+  """Right-pads sequences of token ids to `length`.
 
   Returns:
     Tokens [n, length] int32 and their mask [n, length] bool.
@@ -171,13 +174,14 @@ def right_padded(
 
 
 def with_eos(rows: Sequence[Sequence[int]], tokenizer: Tokenizer) -> list[bool]:
-  """Which rows of token ids end with the EOS: n bools."""
+  """Returns n bools: whether each sequence of token ids ends with the EOS."""
   return [bool(row) and row[-1] == tokenizer.eos_token_id for row in rows]
 
 
 def _token_rows(model, tokenizer, prompts, responses, ended):
   if isinstance(model, models.Encoder):
-    # Word pieces differ at the joint of two texts, and an encoder was always shown an end.
+    # Prompt and response must be encoded as one text, because word pieces can span the boundary.
+    # Encoders always get an end token, because they were trained with one.
     texts = map(''.join, zip(prompts, responses))
     return [tokenizers.end(tokenizer, row) for row in tokenizers.encode(tokenizer, texts)]
   rows = [

@@ -1,4 +1,4 @@
-"""The padding token of an exported reward model, which transformers reads scores by.
+"""A distinct padding token for exported reward models, which transformers needs to read scores.
 
 Letters: V vocabulary, D width.
 """
@@ -15,32 +15,32 @@ from rlhf_jax import sharding
 from rlhf_jax.data import tokenizers
 from rlhf_jax.models import base
 
-MULTIPLE = 64  # vocabularies of such a size divide over devices
+MULTIPLE = 64  # of the vocabulary size, so that it divides over devices
 
 
-def apart(
+def with_pad_token(
   model: base.Base,
   params: PyTree,
   tokenizer: transformers.PreTrainedTokenizerFast,
   mesh: jax.sharding.Mesh,
 ) -> tuple[base.Base, PyTree, transformers.PreTrainedTokenizerFast]:
-  """Gives a decoder a padding token of its own where it is padded with the EOS, as GPT-2 is.
+  """Adds a padding token to a decoder that pads with the EOS, as GPT-2 does.
 
-  Its score is read at the EOS, and transformers' sequence classifiers read theirs at the last token
-  that is not the padding token: with the EOS for padding, at the token before
+  We read a score at the EOS. Sequence classifiers of transformers read it at the last token that is
+  not the padding token, which would be the token before the EOS if the EOS were the padding token
   (`GenericForSequenceClassification`, https://github.com/huggingface/transformers).
 
   Args:
     model: Model.
-    params: all of its parameters, without adapters.
-    tokenizer: its tokenizer; not changed.
-    mesh: device mesh.
+    params: All of its parameters, without adapters.
+    tokenizer: Its tokenizer, which is not modified.
+    mesh: Device mesh.
 
   Returns:
-    Model, parameters and tokenizer; the same where the padding token is another already. Where the
-    embedding has no row to spare it gets some of zeros, which no score depends on.
+    Model, parameters and tokenizer; unchanged if padding token and EOS already differ. If the
+    embedding has no free row, rows of zeros are added; no score depends on them.
   """
-  # These find the EOS, or the first token.
+  # Encoder-decoders find the EOS in transformers too, and encoders read the first token.
   encoder = model.encoder_decoder or not model.has_token_states
   if encoder or tokenizer.pad_token_id != tokenizer.eos_token_id:
     return model, params, tokenizer

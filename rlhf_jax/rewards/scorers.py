@@ -1,7 +1,7 @@
-"""Scorers, what makes them from `config.reward`, and what combines them.
+"""Scorers: their config keys, how they are made from a config, and how they are combined.
 
-A Scorer is a function (Rollout, examples) -> scores [B], or rewards per token [B, R], float32. One
-that combines others returns types.Scores, which also holds what the total was made of.
+A Scorer is a function (Rollout, examples) -> scores [B], or rewards per token [B, R], float32. A
+Scorer that combines others returns types.Scores, which also holds the parts of the total.
 
 Letters: B batch, R response length, M members of an ensemble.
 """
@@ -35,7 +35,7 @@ SOURCES = ('model', 'models', 'function')
 
 
 def config():
-  """Keys of `config.reward`. Those above `parts` are also the keys of a part."""
+  """Returns the keys of `config.reward`. A part has `weight` and the keys above `parts`."""
   return ml_collections.ConfigDict(
     {
       'model': placeholder(str),  # folder of a reward model
@@ -52,10 +52,14 @@ def config():
 
 
 def validate(config_reward, key='config.reward'):
-  """Checks `config.reward`, or another block of its keys.
+  """Validates `config.reward` or another block with the same keys.
+
+  Args:
+    config_reward: The block.
+    key: Its dotted name.
 
   Raises:
-    UserError: names the key, the value and the remedy.
+    UserError: A value is invalid. The message names the key, the value and the remedy.
   """
   check_keys(config_reward, config(), key, whole=False)
   validate_source(config_reward, key, SOURCES + ('parts',))
@@ -77,12 +81,12 @@ def validate(config_reward, key='config.reward'):
 
 
 def validate_source(block, key, sources):
-  """The part of `validate` about one source of scores; a function is loaded.
+  """Validates one source of scores, and loads it if it is a function; see `validate`.
 
   Args:
     block: `config.reward`, or one of its parts.
-    key: its dotted name.
-    sources: keys of which exactly one must be set.
+    key: Its dotted name.
+    sources: Keys of which exactly one must be set.
   """
   present = [name for name in sources if block.get(name)]
   *names, last = [f'{key}.{name}' for name in sources]
@@ -93,7 +97,7 @@ def validate_source(block, key, sources):
   models, how = block.get('models') or (), block.get('ensemble', 'mean')
   need(
     not models or isinstance(models, (tuple, list)) and len(models) > 1,
-    f"{key}.models={models!r} must name two folders or more, such as ('a', 'b')",
+    f"{key}.models={models!r} must name two or more folders, such as ('a', 'b')",
   )
   need(how in ENSEMBLES, f'{key}.ensemble={how!r} must be one of {", ".join(ENSEMBLES)}')
   timeout = block.get('timeout', functions.TIMEOUT)
@@ -106,26 +110,27 @@ def validate_source(block, key, sources):
 
 
 def load_function(block, key, *, allow_nan=False):
-  """The reward function of a block that has one, and the functions.Limit of its calls."""
+  """Loads the reward function of a block; returns it and the functions.Limit of its calls."""
   limit = functions.Limit(block.get('timeout', functions.TIMEOUT), f'{key}.timeout', allow_nan)
   return functions.load_reward(block.function, key=f'{key}.function', limit=limit), limit
 
 
 def make(config_reward, tokenizer, mesh, *, load, check, key='config.reward', allow_nan=False):
-  """The scorer of `config.reward`.
+  """Creates the scorer of `config.reward`.
 
   Args:
-    config_reward: from `config`, or one of its parts.
-    tokenizer: the policy's.
-    mesh: device mesh.
-    load: keywords of hf.load_reward: how a reward model computes.
-    check: called with a Model that reads the policy's tokens; raises UserError if it cannot.
-    key: dotted name of `config_reward`.
-    allow_nan: whether functions may return NaN, whatever `on_nan` says.
+    config_reward: Block with the keys of `config`, or one of its parts.
+    tokenizer: Tokenizer of the policy.
+    mesh: Device mesh.
+    load: Keyword arguments of hf.load_reward.
+    check: Function of a Model that reads the policy's tokens, which raises UserError if their
+      sequences are too long for it.
+    key: Dotted name of `config_reward`.
+    allow_nan: Whether functions may return NaN even if `on_nan` is 'stop'.
 
   Returns:
-    Scorer, and (Model, params) of the first reward model that a critic can start from: its
-    tokenizer is the policy's, and its head reads the states of single tokens. None if there is none.
+    Scorer, and (Model, params) of the first reward model that a critic can start from, or None:
+    one that shares the policy's tokenizer and has hidden states per token.
   """
   c = config_reward
   allow_nan = allow_nan or skips_nan(c)
@@ -145,7 +150,7 @@ def make(config_reward, tokenizer, mesh, *, load, check, key='config.reward', al
     scorer = weighted(
       {name: (c.parts[name].get('weight', 1.0), scorer) for name, (scorer, _) in scorers.items()}
     )
-    return scorer, first_start(scorers.values())
+    return scorer, first_model(scorers.values())
   if c.get('function'):
     function, limit = load_function(c, key, allow_nan=allow_nan)
     return function_scorer(function, tokenizer, mesh, limit=limit), None
@@ -163,29 +168,32 @@ def make(config_reward, tokenizer, mesh, *, load, check, key='config.reward', al
   scorer = ensemble(
     [scorer for scorer, _ in scorers], c.get('ensemble', 'mean'), coef=c.get('ensemble_coef', 1.0)
   )
-  return scorer, first_start(scorers)
+  return scorer, first_model(scorers)
 
 
 def skips_nan(config_reward):
-  """Whether responses whose reward is NaN are skipped."""
+  """Returns whether responses whose reward is NaN are skipped."""
   return config_reward.get('on_nan', 'stop') == 'skip'
 
 
-def first_start(pairs):
-  """The first (Model, params) in pairs of a scorer and (Model, params) or None; else None."""
-  return next((start for _, start in pairs if start is not None), None)
+def first_model(pairs):
+  """Returns the first second element of the pairs that is not None, or None; see `make`."""
+  return next((model for _, model in pairs if model is not None), None)
 
 
 def model_scorer(path, tokenizer, mesh, *, max_length, load, check):
-  """A reward model's scores, on tokens if it shares the policy's tokenizer.
+  """Creates the scorer of a reward model, which reads tokens if it shares the policy's tokenizer.
 
   Args:
-    path: folder of the reward model.
-    max_length: tokens of an example in its own tokenizer; None for its context.
-    tokenizer, mesh, load, check: see `make`.
+    path: Folder of the reward model.
+    tokenizer: Tokenizer of the policy.
+    mesh: Device mesh.
+    max_length: Tokens of an example in the model's own tokenizer; None for the model's context.
+    load: See `make`.
+    check: See `make`.
 
   Returns:
-    See `make`.
+    The results of `make`.
   """
   model, params = hf.load_reward(path, mesh=mesh, **load)
   own = tokenizers.load(path)
@@ -193,10 +201,8 @@ def model_scorer(path, tokenizer, mesh, *, max_length, load, check):
   if learned.same_tokenizer(own, tokenizer):
     check(model)
     score = learned.of_tokens(model, params)
-    return lambda rollout, examples: score(rollout), (
-      model,
-      params,
-    ) if model.has_token_states else None
+    critic = (model, params) if model.has_token_states else None
+    return lambda rollout, examples: score(rollout), critic
   apply = learned.of_texts(model, params, own, max_length=max_length or model.max_length, mesh=mesh)
 
   def score_texts(rollout, examples):
@@ -210,12 +216,12 @@ def model_scorer(path, tokenizer, mesh, *, max_length, load, check):
 
 
 def function_scorer(function, tokenizer, mesh, *, limit=functions.Limit()):
-  """Scores of a Python function; with several processes each calls it with its part of the batch.
+  """Creates the scorer of a Python function, which each process calls with its part of the batch.
 
   Args:
-    function: see functions.py.
-    tokenizer: the policy's.
-    mesh: device mesh.
+    function: Reward function; see functions.py.
+    tokenizer: Tokenizer of the policy.
+    mesh: Device mesh.
     limit: functions.Limit of a call.
 
   Returns:
@@ -242,14 +248,14 @@ def function_scorer(function, tokenizer, mesh, *, limit=functions.Limit()):
 
 
 def weighted(parts: Mapping[str, tuple[float, Scorer]]) -> Scorer:
-  """The weighted sum of scorers: sum_i weight_i * score_i.
+  """Returns the weighted sum of scorers, sum_i weight_i * score_i.
 
   Args:
-    parts: {name: (weight, Scorer)}. All score responses [B], or all score tokens [B, R].
+    parts: {name: (weight, Scorer)}. All must score responses [B], or all tokens [B, R].
 
   Returns:
-    Scorer of types.Scores. Each part is multiplied by its weight, so that they add up to the total.
-    It raises UserError if some parts score responses and others tokens.
+    Scorer that returns types.Scores, whose parts are multiplied by their weights, so they add up to
+    the total. It raises UserError if some parts score responses and others tokens.
   """
   weights = {name: float(weight) for name, (weight, _) in parts.items()}
 
@@ -257,73 +263,73 @@ def weighted(parts: Mapping[str, tuple[float, Scorer]]) -> Scorer:
     scores = {
       name: types.Scores.of(scorer(rollout, examples)) for name, (_, scorer) in parts.items()
     }
-    check_alike(scores)
+    check_same_kind(scores)
     return _weighted(scores, weights, rollout.response_mask)
 
   return score
 
 
 def ensemble(scorers: Sequence[Scorer], how: str, *, coef: float = 0.0) -> Scorer:
-  """One score from several reward models.
+  """Returns a scorer that combines several reward models.
 
-  'mean' is the mean of the members, 'min' the worst case, 'variance' mean - coef * variance, with
-  variance = sum_i (score_i - mean)^2 / M. See Coste et al. 2023, section 3
+  'mean' is the mean of the members, 'min' their minimum, and 'variance' is mean - coef * variance,
+  with variance = sum_i (score_i - mean)^2 / M. See Coste et al. 2023, section 3
   (https://arxiv.org/abs/2310.02743).
 
   Args:
-    scorers: M Scorers. All score responses [B], or all score tokens [B, R].
-    how: one of ENSEMBLES.
-    coef: lambda of 'variance', in 1 / score.
+    scorers: M Scorers. All must score responses [B], or all tokens [B, R].
+    how: One of ENSEMBLES.
+    coef: Coefficient of 'variance', in 1 / score.
 
   Returns:
-    Scorer of types.Scores, whose parts are the members' own scores, 'member_0' and so on. It raises
-    UserError if some members score responses and others tokens.
+    Scorer that returns types.Scores, whose parts 'member_0' and so on are the members' scores. It
+    raises UserError if some members score responses and others tokens.
   """
 
   def score(rollout, examples):
-    made = {
+    scores = {
       f'member_{i}': types.Scores.of(member(rollout, examples)) for i, member in enumerate(scorers)
     }
-    check_alike(made)
-    return _ensemble(made, rollout.response_mask, coef, how=how)
+    check_same_kind(scores)
+    return _ensemble(scores, rollout.response_mask, coef, how=how)
 
   return score
 
 
-def check_alike(members: Mapping[str, types.Scores]) -> None:
-  """Raises UserError if some of {name: Scores} score responses and others tokens."""
+def check_same_kind(members: Mapping[str, types.Scores]) -> None:
+  """Raises UserError if some of the members score responses and others tokens."""
   by_token = [name for name, scores in members.items() if scores.total.ndim == 2]
   if by_token and len(by_token) < len(members):
     others = [name for name in members if name not in by_token]
     raise errors.UserError(
-      f'the rewards {", ".join(by_token)} score tokens, and {", ".join(others)} whole responses: '
-      'rewards that are combined must all score tokens, or all score responses'
+      f'rewards cannot be combined: {", ".join(by_token)} score tokens, but {", ".join(others)} '
+      'score responses; all must score tokens, or all responses'
     )
 
 
 @jax.jit
-def _weighted(made, weights, response_mask):
-  total = sum(weights[name] * scores.total for name, scores in made.items())
+def _weighted(members, weights, response_mask):
+  total = sum(weights[name] * scores.total for name, scores in members.items())
   parts = {}
-  for name, scores in made.items():
-    parts |= _named(name, scores, response_mask, weights[name])
+  for name, scores in members.items():
+    parts |= _parts(name, scores, response_mask, weights[name])
   return types.Scores(total, parts)
 
 
 @functools.partial(jax.jit, static_argnames=('how',))
-def _ensemble(made, response_mask, coef, *, how):
-  members = jnp.stack([scores.total for scores in made.values()])
-  total = jnp.min(members, axis=0) if how == 'min' else jnp.mean(members, axis=0)
+def _ensemble(members, response_mask, coef, *, how):
+  totals = jnp.stack([scores.total for scores in members.values()])
+  total = jnp.min(totals, axis=0) if how == 'min' else jnp.mean(totals, axis=0)
   if how == 'variance':
-    total -= coef * jnp.var(members, axis=0)
+    total -= coef * jnp.var(totals, axis=0)
   parts = {}
-  for name, scores in made.items():
-    parts |= _named(name, scores, response_mask, 1.0)
+  for name, scores in members.items():
+    parts |= _parts(name, scores, response_mask, 1.0)
   return types.Scores(total, parts)
 
 
-def _named(name, scores, response_mask, weight):
-  """{name: [B] weighted score}, and under `name/` what it was made of."""
+def _parts(name, scores, response_mask, weight):
+  """Returns {name: weighted score [B]}, and the member's own parts under `name/`."""
   total = scores.total
   if total.ndim == 2:
     total = jnp.sum(jnp.where(response_mask, total, 0.0), axis=1)

@@ -1,4 +1,4 @@
-"""Scores of tokens by a reward model: read at the last real token.
+"""Scores of tokens by a reward model, read at the last token that is not padding.
 
 Letters: B prompts, K completions of one prompt, T sequence length.
 """
@@ -18,12 +18,12 @@ def score(
   *,
   model: base.Base,
 ) -> Float[Array, ' n']:
-  """The reward of each row, read at its last real token.
+  """Computes the score of each sequence, read at its last token that is not padding.
 
   Args:
     params: {'backbone', 'head'}.
     tokens: [n, T] int32, padded on either side.
-    mask: [n, T] bool.
+    mask: [n, T] bool, False at padding.
     model: Model.
 
   Returns:
@@ -35,7 +35,7 @@ def score(
 def comparison_scores(
   params: dict[str, PyTree], batch: types.Comparisons, *, model: base.Base
 ) -> Float[Array, 'B K']:
-  """The scores [B, K] of every completion of Comparisons."""
+  """Computes the scores [B, K] of all completions of Comparisons."""
   tokens, mask = (x.reshape((-1,) + x.shape[2:]) for x in (batch.tokens, batch.mask))
   return score(params, tokens, mask, model=model).reshape(batch.present.shape)
 
@@ -43,7 +43,7 @@ def comparison_scores(
 def pair_gaps(
   scores: Float[ArrayLike, 'B K'], batch: types.Comparisons
 ) -> tuple[Float[ArrayLike, ' n'], Int[np.ndarray, ' n']]:
-  """Gaps r_better - r_worse of all pairs of a batch, [n] float32, and the row of each, [n] int."""
+  """Returns gaps r_better - r_worse [n] of all pairs of a batch, and the batch index of each."""
   ranks, present = np.asarray(batch.ranks), np.asarray(batch.present)
   better = (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]
   return (scores[:, :, None] - scores[:, None, :])[better], np.nonzero(better)[0]

@@ -269,9 +269,9 @@ def test_ties_count_as_wrong():
   """A scorer that always says the same has accuracy 0."""
   batch = comparisons()
   sums = jax.device_get(reward_model.pair_sums(jnp.ones((B, K)), batch))
-  assert sums['right'] == 0 and sums['tied'] == sums['pairs'] > 0
+  assert sums['correct'] == 0 and sums['tied'] == sums['pairs'] > 0
   best = jax.device_get(reward_model.pair_sums(-jnp.asarray(batch.ranks, jnp.float32), batch))
-  assert best['right'] == best['pairs'] and best['tied'] == 0 and best['gap'] > 0
+  assert best['correct'] == best['pairs'] and best['tied'] == 0 and best['gap'] > 0
 
 
 def test_dropped_tokens_leave_first_and_last():

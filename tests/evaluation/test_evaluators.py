@@ -242,7 +242,7 @@ def test_reward_model_by_numpy(world, tmp_path):
     (
       'sft',
       {'function': f'{__name__}:of_nothing'},
-      r'of_nothing.* takes \(\), and is called as f\(context\)',
+      r'of_nothing.* takes \(\), but is called as f\(context\)',
     ),
     ('sft', {'kind': 'text', 'path': '/no.jsonl'}, 'config.evals.x: .*/no.jsonl'),
     (

@@ -69,7 +69,7 @@ def test_pairs_of_one_prompt_count_together():
 
 @pytest.mark.parametrize(
   ('chosen', 'rejected', 'message'),
-  [([], [], 'equally long'), ([1, 2], [1], 'equally long'), ([math.inf], [1], 'finite')],
+  [([], [], 'equal length'), ([1, 2], [1], 'equal length'), ([math.inf], [1], 'finite')],
 )
 def test_bad_scores_are_errors(chosen, rejected, message):
   with pytest.raises(UserError, match=message):

@@ -112,10 +112,10 @@ WRONG = {
   'one number': (1.5, ['returned 1.5 for 3 responses']),
   'a token too few': (
     [[1.0, 2.0], [3.0], [4.0, 5.0]],
-    ['for example 2', 'shape (3,)', 'each of its 3 tokens'],
+    ['for example 2', 'shape (3,)', '(here 3 tokens)'],
   ),
   'padded to the slots': (np.zeros((3, 4)), ['for example 0', 'shape (2,)']),
-  'both kinds': ([1.0, [3.0], 2.0], ['[3.0] for example 1', 'shape ()', 'alike for all']),
+  'both kinds': ([1.0, [3.0], 2.0], ['[3.0] for example 1', 'shape ()', 'or for all examples']),
   'both kinds, tokens first': ([[1.0, 2.0], 3.0, [1.0] * 3], ['3.0 for example 1', '(1,)']),
   'nested': ([[1.0, [2.0]], [3.0], [1.0] * 3], ['[1.0, [2.0]] for example 0', '(2,)']),
   'columns': (np.zeros((3, 1, 1)), ['for example 0', 'shape ()']),

@@ -214,7 +214,7 @@ number = 3
   [
     (
       'wrong',
-      r'takes \(prompts, responses\), and is called as f\(prompts, responses, response_tokens=..., '
+      r'takes \(prompts, responses\), but is called as f\(prompts, responses, response_tokens=..., '
       r"metadata=...\): .*unexpected keyword argument 'response_tokens'; write def f\(",
     ),
     ('number', 'is of type int: it must be a function'),
@@ -237,7 +237,7 @@ def test_gold_scores_are_guarded_too():
       gold('p', response)
   with pytest.raises(
     errors.UserError,
-    match=r'gold=.*wrong.* takes \(prompts, responses\), and is called as f\(gold_path\)',
+    match=r'gold=.*wrong.* takes \(prompts, responses\), but is called as f\(gold_path\)',
   ):
     functions.load_gold(f'{__name__}:wrong', 'data')
 

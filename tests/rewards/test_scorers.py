@@ -154,9 +154,9 @@ def test_what_a_part_is_made_of_keeps_its_name():
 def test_scores_of_responses_and_of_tokens_are_not_combined():
   batch, examples = rollout()
   response, tokens = fixed(random_scores(1, False)[0]), fixed(random_scores(1, True)[0])
-  with pytest.raises(errors.UserError, match='dense score tokens, and sparse whole responses'):
+  with pytest.raises(errors.UserError, match='dense score tokens, but sparse score responses'):
     scorers.weighted({'dense': (1.0, tokens), 'sparse': (1.0, response)})(batch, examples)
-  with pytest.raises(errors.UserError, match='member_1 score tokens, and member_0 whole responses'):
+  with pytest.raises(errors.UserError, match='member_1 score tokens, but member_0 score responses'):
     scorers.ensemble([response, tokens], 'mean')(batch, examples)
 
 
