@@ -1,8 +1,8 @@
-"""Conversations to text, through the tokenizer's chat template.
+"""Renders conversations as text with the tokenizer's chat template.
 
-A conversation is a list of messages, {'role': ..., 'content': ...} or, as ShareGPT has it,
-{'from': ..., 'value': ...}. A template is the Jinja text that the tokenizer's folder carries;
-`use_template` gives one to a tokenizer without.
+A conversation is a list of messages: {'role': ..., 'content': ...} or, in ShareGPT's format,
+{'from': ..., 'value': ...}. A chat template is Jinja text, usually stored in the tokenizer's
+folder; `use_template` sets another one.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from rlhf_jax.data import time_limit
 from rlhf_jax.errors import UserError
 
 Messages = list[dict[str, str]]
-TEMPLATE_SECONDS = 5  # for one conversation, which takes milliseconds
+TEMPLATE_SECONDS = 5  # time limit for one conversation, which usually takes milliseconds
 
 ROLES = {
   'human': 'user',
@@ -27,11 +27,11 @@ ROLES = {
   'tool': 'tool',
 }
 
-# Templates by name, neither with a BOS, which is added in tokenizing.
+# Templates by name. They contain no BOS because tokenizing adds it.
 TEMPLATES = {
   # "\n\nHuman: ...\n\nAssistant: ...", the format of the Anthropic HH dialogues (Bai et al.
-  # 2022); needs no special tokens. The EOS ends the assistant's turns, so that stopping can be
-  # learnt.
+  # 2022); needs no special tokens. The EOS ends the assistant's turns, so that the model can learn
+  # to stop.
   'hh': (
     '{% for message in messages %}'
     "{% if message['role'] == 'user' %}{{ '\\n\\nHuman: ' + message['content'] }}"
@@ -41,7 +41,7 @@ TEMPLATES = {
     '{% endfor %}'
     "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
   ),
-  # ChatML; the model's tokenizer should know <|im_start|> and <|im_end|> as tokens.
+  # ChatML; <|im_start|> and <|im_end|> should be tokens of the model's tokenizer.
   'chatml': (
     '{% for message in messages %}'
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -52,18 +52,18 @@ TEMPLATES = {
 
 
 class Malformed(Exception):
-  """A value is not a conversation; the text says what was expected."""
+  """The value is not a conversation; the message describes the problem."""
 
 
 def use_template(tokenizer: transformers.PreTrainedTokenizerFast, template: str) -> None:
   """Sets the tokenizer's chat template, in place.
 
   Args:
-    tokenizer: any.
-    template: a name in TEMPLATES, the path of a .jinja file, or the Jinja text itself.
+    tokenizer: Tokenizer to change.
+    template: Name in TEMPLATES, path of a Jinja file, or Jinja text.
 
   Raises:
-    UserError: it is none of these.
+    UserError: `template` is none of these.
   """
   if template in TEMPLATES:
     text = TEMPLATES[template]
@@ -74,17 +74,19 @@ def use_template(tokenizer: transformers.PreTrainedTokenizerFast, template: str)
     text = template
   else:
     raise UserError(
-      f'config.data.chat_template {template!r} is neither a known name '
-      f'({", ".join(sorted(TEMPLATES))}), nor a file, nor Jinja text.'
+      f'config.data.chat_template={template!r} must be one of {", ".join(sorted(TEMPLATES))}, '
+      'the path of a Jinja file, or Jinja text.'
     )
   tokenizer.chat_template = text
 
 
 def parse(value: Any) -> Messages:
-  """A list of messages (or a single one) with roles user, assistant, system and tool.
+  """Returns a list of messages, or a single message, in the form of {'role': ..., 'content': ...}.
+
+  The roles of the result are user, assistant, system and tool.
 
   Raises:
-    Malformed: the value is something else.
+    Malformed: The value is something else.
   """
   items = [value] if isinstance(value, dict) else value
   if not isinstance(items, (list, tuple)) or not items:
@@ -109,43 +111,42 @@ def render(
   prompt: Sequence[dict[str, str]],
   answer: dict[str, str] | None = None,
 ) -> tuple[str, str]:
-  """The text of a prompt that asks for a response, and of the response to it.
+  """Renders a prompt, with the generation prompt at its end, and the response.
 
   Args:
-    tokenizer: one with a chat template.
-    prompt: messages before the response.
-    answer: the assistant's message, None for a prompt alone.
+    tokenizer: Tokenizer with a chat template.
+    prompt: Messages before the response.
+    answer: The assistant's message, or None for a prompt alone.
 
   Returns:
-    (prompt, completion). Their sum is what the template makes of the whole conversation, but for
-    whitespace after a final EOS. The completion is '' without an answer.
+    (prompt, completion). Together they are the rendered conversation, without whitespace after a
+    final EOS. The completion is '' if there is no answer.
 
   Raises:
-    UserError: there is no template, or its generation prompt does not begin what it makes of the
-      whole conversation.
-    Malformed: the template rejects these messages (roles that do not alternate, for example).
+    UserError: There is no template, or the rendered conversation does not start with the rendered
+      prompt.
+    Malformed: The template rejects the messages, for example because roles do not alternate.
   """
   if tokenizer is None or not tokenizer.chat_template:
     raise UserError(
-      'the data are conversations, and the tokenizer has no chat template to make '
-      'text of them. Set config.data.chat_template to '
-      f'{" or ".join(repr(name) for name in TEMPLATES)}, to a Jinja file, or use a '
-      'tokenizer that has one.'
+      'the data contains conversations, but the tokenizer has no chat template. Set '
+      f'config.data.chat_template to {", ".join(repr(name) for name in TEMPLATES)} or the path of a '
+      'Jinja file, or use a tokenizer with a template.'
     )
   before = _apply(tokenizer, list(prompt), add_generation_prompt=True)
   if answer is None:
     return before, ''
-  whole = _apply(tokenizer, [*prompt, answer], add_generation_prompt=False)
-  if not whole.startswith(before):
+  conversation = _apply(tokenizer, [*prompt, answer], add_generation_prompt=False)
+  if not conversation.startswith(before):
     raise UserError(
-      'the chat template does not begin an assistant turn with its own generation '
-      f'prompt: {before[-40:]!r} is not followed by a response in '
-      f'{whole[-80:]!r}. Set config.data.chat_template to one that does.'
+      'the chat template does not start the turn of the assistant with its generation prompt: '
+      f'the prompt ends with {before[-40:]!r}, the conversation with {conversation[-80:]!r}. Set '
+      'config.data.chat_template to a template that does.'
     )
-  completion = whole[len(before) :]
-  ended = completion.rstrip()
-  if tokenizer.eos_token and ended.endswith(tokenizer.eos_token):
-    completion = ended
+  completion = conversation[len(before) :]
+  stripped = completion.rstrip()
+  if tokenizer.eos_token and stripped.endswith(tokenizer.eos_token):
+    completion = stripped
   return before, completion
 
 
@@ -159,9 +160,9 @@ def _apply(tokenizer, messages: Messages, *, add_generation_prompt: bool) -> str
     raise UserError(f'config.data.chat_template is not valid Jinja: {error}.') from error
   except time_limit.Exceeded:
     raise UserError(
-      f'the chat template took more than {TEMPLATE_SECONDS} s for one conversation, and '
-      'was stopped. Set config.data.chat_template to one that ends.'
+      f'the chat template took more than {TEMPLATE_SECONDS} s for one conversation and was '
+      'stopped. Set config.data.chat_template to a template that terminates.'
     ) from None
-  except Exception as error:  # the sandbox keeps a template from harm, and not from errors
+  except Exception as error:  # The sandbox prevents harm but not errors.
     kind = '' if isinstance(error, jinja2.TemplateError) else f'{type(error).__name__}: '
     raise Malformed(f'the chat template rejects this conversation ({kind}{error})') from error

@@ -1,13 +1,14 @@
-"""Packing that streams: rows of documents that are tokenized as they are drawn.
+"""Packs documents that do not fit into memory: they are tokenized while training.
 
-Letters: B rows of a batch, T row length.
+Letters: B batch, T sequence length.
 
-Row b of every batch comes from lane b, which reads the documents b, b + B, b + 2 B, ... of the
-order of all epochs. A lane takes as many whole documents as fill some rows, its window, packs
-them (the longest first, into the first row with room) and gives the rows in a random order; then
-it takes the next. So a row depends on its lane alone: a process reads the documents of its own
-rows, and the place of a lane, the first document of its window and the rows of it that are given,
-is the same for any number of processes.
+Sequence b of every batch comes from lane b, which reads the documents b, b + B, b + 2 B, ... of the
+shuffled order of all epochs. A lane reads a window, as many documents as fill some sequences, packs
+it (the longest documents first, each into the first sequence with room), returns the sequences in
+random order, and continues with the next window. A sequence thus depends only on its lane: a
+process reads only the documents of its own sequences. The place of a lane (the first document of
+its window, and the number of sequences returned from the window) does not depend on the number of
+processes, so a run can be resumed with another number.
 """
 
 from collections.abc import Callable
@@ -23,17 +24,17 @@ from rlhf_jax import types
 from rlhf_jax.data import packing
 from rlhf_jax.errors import UserError
 
-AHEAD = 2**21  # tokens in the windows of all lanes, if these have from LEAST to MOST rows
-# Rows of a window: 64 pack as well as all documents together, 8 leave 3 to 9 % more padding.
-LEAST, MOST = 8, 64
-PREFETCHED = 4  # batches
-HALF = 30  # bits of a document's number in each of two int32
+WINDOW_TOKENS = 2**21  # in the windows of all lanes, within the limits below
+# Sequences of a window: 64 pack as well as all documents together, 8 leave 3 to 9 % more padding.
+MIN_WINDOW, MAX_WINDOW = 8, 64
+PREFETCH = 4  # batches
+LOW_BITS = 30  # a document number is gathered as two int32: its low bits, and the others
 
-Read = Callable[[np.ndarray], list[np.ndarray]]  # numbers of documents to their token ids
+Read = Callable[[np.ndarray], list[np.ndarray]]  # document numbers -> token ids of each document
 
 
 class Lane:
-  """The rows of one lane, forever."""
+  """An endless source of the sequences of one lane."""
 
   def __init__(
     self, read: Read, lane: int, lanes: int, *, length: int, window: int, mean: float, seed: int
@@ -41,13 +42,13 @@ class Lane:
     """Starts at the first document.
 
     Args:
-      read: makes documents by their number in the order of all epochs.
-      lane: b.
-      lanes: B.
+      read: Returns documents by their number in the shuffled order of all epochs.
+      lane: b, index of this lane.
+      lanes: B, number of lanes.
       length: T.
-      window: rows that the documents of a window are to fill.
-      mean: tokens of a document, about.
-      seed: of the order of the rows.
+      window: Number of sequences that the documents of a window should fill.
+      mean: Approximate number of tokens per document.
+      seed: Random seed of the order of the sequences in a window.
     """
     self._read, self._lane, self._lanes, self._seed = read, lane, lanes, seed
     self._length, self._room = length, window * length
@@ -56,54 +57,55 @@ class Lane:
 
   @property
   def place(self) -> tuple[int, int]:
-    """How many documents come before the window, and how many of its rows are given."""
-    return self._first, self._given
+    """Number of documents before the window, and of sequences returned from the window."""
+    return self._first, self._returned
 
   @place.setter
   def place(self, place: tuple[int, int]):
-    self._first, self._given = self._next, _ = place
-    self._ahead, self._rows = [], None
+    self._first, self._returned = self._next, _ = place
+    self._read_ahead, self._sequences = [], None
 
-  def row(self) -> list[np.ndarray]:
-    """Pieces of documents that make the next row."""
-    while self._rows is None or self._given >= len(self._rows):
-      if self._rows is not None:
-        self._first, self._given = self._next, 0
-      self._rows = self._pack()
-    self._given += 1
-    return self._rows[self._given - 1]
+  def next_sequence(self) -> list[np.ndarray]:
+    """Returns the pieces of documents in the next sequence."""
+    while self._sequences is None or self._returned >= len(self._sequences):
+      if self._sequences is not None:
+        self._first, self._returned = self._next, 0
+      self._sequences = self._pack()
+    self._returned += 1
+    return self._sequences[self._returned - 1]
 
   def _pack(self) -> list[list[np.ndarray]]:
-    """Reads a window, up to document `_next`, and packs it."""
+    """Reads a window, moves `_next` to the document after it, and returns its sequences."""
     documents, tokens = [], 0
     self._next = self._first
     while True:
-      if not self._ahead:
-        self._ahead = self._read(self._lane + self._lanes * (self._next + np.arange(self._chunk)))
-      if documents and tokens + len(self._ahead[0]) > self._room:
+      if not self._read_ahead:
+        numbers = self._lane + self._lanes * (self._next + np.arange(self._chunk))
+        self._read_ahead = self._read(numbers)
+      if documents and tokens + len(self._read_ahead[0]) > self._room:
         break
-      documents.append(self._ahead.pop(0))
+      documents.append(self._read_ahead.pop(0))
       tokens += len(documents[-1])
       self._next += 1
-    rows = packing.rows_of(documents, length=self._length)
-    order = np.random.default_rng((self._seed, self._lane, self._first)).permutation(len(rows))
-    return [rows[index] for index in order]
+    sequences = packing.assign(documents, length=self._length)
+    rng = np.random.default_rng((self._seed, self._lane, self._first))
+    return [sequences[index] for index in rng.permutation(len(sequences))]
 
 
-class Batches(grain.DatasetIterator):
-  """Batches of the rows of lanes, of which this process has some.
+class LocalBatches(grain.DatasetIterator):
+  """Batches [B, T] with the sequences of this process; those of other processes are padding.
 
-  The state is that of its own lanes, {'places': [n, 2]}.
+  The state is {'places': [n, 2]}, the places of the n lanes of this process.
   """
 
   def __init__(self, lanes: Sequence[Lane | None], *, length: int, pad_id: int):
-    """Takes the B lanes, None where another process has it."""
+    """Stores the B lanes; None for the lanes of other processes."""
     super().__init__()
     self._lanes, self._length, self._pad_id = lanes, length, pad_id
 
   def __next__(self) -> types.LMBatch:
-    rows = [lane.row() if lane else [] for lane in self._lanes]
-    return packing.batch_of(rows, length=self._length, pad_id=self._pad_id)
+    sequences = [lane.next_sequence() if lane else [] for lane in self._lanes]
+    return packing.to_batch(sequences, length=self._length, pad_id=self._pad_id)
 
   def get_state(self):
     return {'places': [lane.place for lane in self._lanes if lane]}
@@ -114,9 +116,9 @@ class Batches(grain.DatasetIterator):
 
 
 class _Dataset(grain.IterDataset):
-  """What Grain prefetches from."""
+  """The dataset that Grain prefetches from."""
 
-  def __init__(self, make: Callable[[], Batches]):
+  def __init__(self, make: Callable[[], LocalBatches]):
     super().__init__()
     self._make = make
 
@@ -124,52 +126,59 @@ class _Dataset(grain.IterDataset):
     return self._make()
 
 
-class Gathered(Iterator[types.LMBatch]):
-  """An iterator over batches whose state has the places of all lanes, B x [document, row].
+class Batches(Iterator[types.LMBatch]):
+  """An iterator over batches whose state holds the places of all lanes, of all processes.
 
-  Any number of processes resumes from it. `get_state` must be called on all of them.
+  The state can be restored with any number of processes. `get_state` must be called on all of them.
   """
 
-  def __init__(self, make: Callable[[], Batches], held: np.ndarray):
-    """Prefetches batches in the background; `held` says which of the B lanes they have."""
-    self._held = held
+  def __init__(self, make: Callable[[], LocalBatches], local: np.ndarray):
+    """Starts to prefetch batches.
+
+    Args:
+      make: Returns the batches of this process.
+      local: [B] bool, the lanes of this process.
+    """
+    self._local = local
     self._batches = iter(
-      grain.experimental.ThreadPrefetchIterDataset(_Dataset(make), prefetch_buffer_size=PREFETCHED)
+      grain.experimental.ThreadPrefetchIterDataset(_Dataset(make), prefetch_buffer_size=PREFETCH)
     )
 
   def __next__(self) -> types.LMBatch:
     return next(self._batches)
 
   def close(self) -> None:
-    """Stops making batches."""
+    """Stops prefetching."""
     self._batches.close()
 
   def get_state(self) -> dict[str, Any]:
-    """The places of all lanes."""
-    places = np.zeros((len(self._held), 3), np.int32)
-    own = np.array(self._batches.get_state()['places'], np.int64).reshape(-1, 2)
-    places[self._held] = np.stack([own[:, 0] >> HALF, own[:, 0] % 2**HALF, own[:, 1]], axis=1)
-    # Processes that have the same lane are at the same place.
+    """Returns {'places': [B, 2]}: (first document of the window, sequences returned) per lane."""
+    places = np.zeros((len(self._local), 3), np.int32)
+    local = np.array(self._batches.get_state()['places'], np.int64).reshape(-1, 2)
+    high, low = local[:, 0] >> LOW_BITS, local[:, 0] % 2**LOW_BITS
+    places[self._local] = np.stack([high, low, local[:, 1]], axis=1)
+    # Processes that share a lane are at the same place in it.
     places = np.max(processes.all_gather(places), axis=0).astype(np.int64)
-    first = (places[:, 0] << HALF) + places[:, 1]
+    first = (places[:, 0] << LOW_BITS) + places[:, 1]
     return {'places': np.stack([first, places[:, 2]], axis=1).tolist()}
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Resumes behind the batch at which `get_state` was called.
+    """Resumes after the batch at which `get_state` was called.
 
     Raises:
-      UserError: it was called with batches of another size, which stand elsewhere in the data.
+      UserError: The state is that of another batch size, which has other places in the data.
     """
     places = state['places']
-    if len(places) != len(self._held):
+    if len(places) != len(self._local):
       raise UserError(
-        f'the checkpoint has the place in the texts for a batch_size of {len(places)}, and the '
-        f'config has {len(self._held)}: set config.batch_size (for ptx: config.ptx.batch_size) to '
-        f'{len(places)}. Texts that are tokenized during training need the same one to resume.'
+        f'the checkpoint has the place in the texts for a batch_size of {len(places)}, but the '
+        f'config has {len(self._local)}: set config.batch_size (for ptx: config.ptx.batch_size) to '
+        f'{len(places)}. Data that is tokenized during training can only be resumed with the same '
+        'batch size.'
       )
-    self._batches.set_state({'places': [places[lane] for lane in np.flatnonzero(self._held)]})
+    self._batches.set_state({'places': [places[lane] for lane in np.flatnonzero(self._local)]})
 
 
-def window_rows(batch_size: int, length: int) -> int:
-  """Rows of a window, so that the windows of all lanes have AHEAD tokens."""
-  return int(np.clip(AHEAD // (batch_size * length), LEAST, MOST))
+def window_size(batch_size: int, length: int) -> int:
+  """Returns the sequences per window with which all windows together hold WINDOW_TOKENS."""
+  return int(np.clip(WINDOW_TOKENS // (batch_size * length), MIN_WINDOW, MAX_WINDOW))

@@ -1,13 +1,13 @@
-"""Several short documents in one row, so that no row is mostly padding.
+"""Packs several short documents into one sequence, to reduce padding.
 
-Letters: N rows, T row length.
+Letters: N sequences, T sequence length.
 
-A row's documents are numbered 1, 2, ... in `segments`, with 0 at padding; models attend within
-equal segments only, and positions start again with each document, so a packed document has the
-same log-probabilities as one alone in its row. Documents go, in their order, into the first of
-the open rows with room (first fit); only the OPEN_ROWS newest are considered, so the time is
-linear in the number of documents. See Krell et al. 2021 for how near first fit comes to full
-rows (https://arxiv.org/abs/2107.02027). `lanes` packs documents that are more than fit the memory.
+`segments` numbers the documents of a sequence 1, 2, ... and is 0 at padding. Models attend only
+within a segment, and positions start at 0 in each document, so a document has the same
+log-probabilities packed as alone. Each document goes into the first open sequence with enough room
+(first fit). At most OPEN_SEQUENCES are open, so the time is linear in the number of documents. See
+Krell et al. 2021 for the padding that first fit leaves (https://arxiv.org/abs/2107.02027). `lanes`
+packs documents that do not fit into memory.
 """
 
 from collections.abc import Sequence
@@ -16,39 +16,42 @@ import numpy as np
 
 from rlhf_jax import types
 
-OPEN_ROWS = 64
+OPEN_SEQUENCES = 64
 
 
 def pack(documents: Sequence[np.ndarray], *, length: int, pad_id: int) -> types.LMBatch:
-  """Packs documents into rows.
+  """Packs documents, in their order.
 
   Args:
-    documents: token ids, int32, one array each. Those of fewer than two tokens hold nothing to
-      predict and are left out.
-    length: T, at least 2. A longer document is cut into pieces that overlap by one token, so
-      that every token but a document's first is a target exactly once.
-    pad_id: id in padded slots.
+    documents: One int32 array of token ids per document. Documents of fewer than two tokens have no
+      token to predict and are left out.
+    length: T, at least 2. A longer document is cut into pieces that overlap by one token, so that
+      every token except the document's first is a target exactly once.
+    pad_id: Token id of padding.
 
   Returns:
-    LMBatch of NumPy arrays [N, T]. `loss_mask` is True at every real token but the first of each
-    piece, which has nothing before it to be predicted from.
+    LMBatch of NumPy arrays [N, T]. `loss_mask` is True at every token except padding and the first
+    token of each piece, which has no token before it.
   """
-  return batch_of(_first_fit(_pieces(documents, length), length), length=length, pad_id=pad_id)
+  return to_batch(_first_fit(_pieces(documents, length), length), length=length, pad_id=pad_id)
 
 
-def rows_of(documents: Sequence[np.ndarray], *, length: int) -> list[list[np.ndarray]]:
-  """The documents (or pieces of longer ones) of each row, the longest packed first; else as `pack`."""
+def assign(documents: Sequence[np.ndarray], *, length: int) -> list[list[np.ndarray]]:
+  """Returns the documents, or pieces of longer ones, of each sequence.
+
+  Unlike `pack`, packs the longest first. Arguments as for `pack`.
+  """
   return _first_fit(sorted(_pieces(documents, length), key=len, reverse=True), length)
 
 
 def pad(documents: Sequence[np.ndarray], *, length: int, pad_id: int) -> types.LMBatch:
-  """One document (or piece of a longer one) a row, right-padded; else as `pack`."""
-  return batch_of([[piece] for piece in _pieces(documents, length)], length=length, pad_id=pad_id)
+  """Puts each document, or piece of a longer one, into its own sequence; else as `pack`."""
+  return to_batch([[piece] for piece in _pieces(documents, length)], length=length, pad_id=pad_id)
 
 
 def _pieces(documents: Sequence[np.ndarray], length: int) -> list[np.ndarray]:
   if length < 2:
-    raise ValueError(f'rows of {length} tokens hold no target')
+    raise ValueError(f'length={length} must be at least 2: shorter sequences have no target')
   return [
     document[start : start + length]
     for document in documents
@@ -57,37 +60,40 @@ def _pieces(documents: Sequence[np.ndarray], length: int) -> list[np.ndarray]:
 
 
 def _first_fit(pieces: list[np.ndarray], length: int) -> list[list[np.ndarray]]:
-  rows = []
-  open_rows = []  # Indices into rows, oldest first, and beside them the room each has left.
-  room = []
+  sequences = []
+  open_indices = []  # indices of the open sequences, oldest first
+  room = []  # tokens that each open sequence has room for
   for piece in pieces:
     size = len(piece)
     for slot, left in enumerate(room):  # noqa: B007
       if left >= size:
         break
     else:
-      slot = len(open_rows)
-      open_rows.append(len(rows))
+      slot = len(open_indices)
+      open_indices.append(len(sequences))
       room.append(length)
-      rows.append([])
-    rows[open_rows[slot]].append(piece)
+      sequences.append([])
+    sequences[open_indices[slot]].append(piece)
     room[slot] -= size
-    # Less than two tokens of room is no room for anything.
-    if room[slot] < 2 or len(open_rows) > OPEN_ROWS:
+    # No piece has fewer than two tokens.
+    if room[slot] < 2 or len(open_indices) > OPEN_SEQUENCES:
       slot = slot if room[slot] < 2 else 0
-      del open_rows[slot], room[slot]
-  return rows
+      del open_indices[slot], room[slot]
+  return sequences
 
 
-def batch_of(rows: Sequence[Sequence[np.ndarray]], *, length: int, pad_id: int) -> types.LMBatch:
-  """LMBatch [N, T] of the pieces in each of N rows; see `pack`."""
-  tokens = np.full((len(rows), length), pad_id, np.int32)
-  segments = np.zeros((len(rows), length), np.int32)
-  positions = np.zeros((len(rows), length), np.int32)
-  loss_mask = np.zeros((len(rows), length), bool)
-  for index, row in enumerate(rows):
+def to_batch(
+  sequences: Sequence[Sequence[np.ndarray]], *, length: int, pad_id: int
+) -> types.LMBatch:
+  """Returns the LMBatch [N, T] of N sequences, each a list of pieces; see `pack`."""
+  shape = (len(sequences), length)
+  tokens = np.full(shape, pad_id, np.int32)
+  segments = np.zeros(shape, np.int32)
+  positions = np.zeros(shape, np.int32)
+  loss_mask = np.zeros(shape, bool)
+  for index, pieces in enumerate(sequences):
     start = 0
-    for segment, piece in enumerate(row, start=1):
+    for segment, piece in enumerate(pieces, start=1):
       stop = start + len(piece)
       tokens[index, start:stop] = piece
       segments[index, start:stop] = segment

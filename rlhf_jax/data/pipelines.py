@@ -188,15 +188,15 @@ def _order(indices: Sequence[int] | np.ndarray, seed: int) -> grain.MapDataset:
 
 def _stream(
   rows: rows_lib.Rows, tokenizer: formats.Tokenizer, *, batch_size: int, length: int, seed: int
-) -> tuple[lanes_lib.Gathered, int]:
+) -> tuple[lanes_lib.Batches, int]:
   """Packs documents as they are drawn: see `lanes`."""
-  packed = len(packing.rows_of([row.prompt for row in rows.sample], length=length))
+  packed = len(packing.assign([row.prompt for row in rows.sample], length=length))
   _check_sizes(packed, batch_size)
   order, held = _order(range(len(rows)), seed), sharding.local_rows(batch_size)
   read = lambda numbers: [row.prompt for row in rows.take([order[int(n)] for n in numbers])]
   sizes = dict(
     length=length,
-    window=lanes_lib.window_rows(batch_size, length),
+    window=lanes_lib.window_size(batch_size, length),
     mean=sum(row.tokens for row in rows.sample) / len(rows.sample),
   )
 
@@ -205,9 +205,9 @@ def _stream(
       lanes_lib.Lane(read, lane, batch_size, seed=seed, **sizes) if here else None
       for lane, here in enumerate(held)
     ]
-    return lanes_lib.Batches(lanes, length=length, pad_id=tokenizer.pad_token_id)
+    return lanes_lib.LocalBatches(lanes, length=length, pad_id=tokenizer.pad_token_id)
 
-  return lanes_lib.Gathered(make, held), max(1, round(packed * len(rows) / len(rows.sample)))
+  return lanes_lib.Batches(make, held), max(1, round(packed * len(rows) / len(rows.sample)))
 
 
 # Held-out batches.
@@ -254,12 +254,12 @@ def _packed_in_order(
       documents.append(row.prompt)
       tokens += row.tokens
     if not row or tokens >= batch_size * length * PACKED_BATCHES:
-      rest += packing.rows_of(documents, length=length)
+      rest += packing.assign(documents, length=length)
       documents, tokens = [], 0
       last = 0 if row else -len(rest) % batch_size
       for start in range(0, len(rest) + last - batch_size + 1, batch_size):
         some = rest[start : start + batch_size]
-        some_batch = packing.batch_of(
+        some_batch = packing.to_batch(
           some + [some[0]] * (batch_size - len(some)), length=length, pad_id=tokenizer.pad_token_id
         )
         yield _without_copies(some_batch, len(some))

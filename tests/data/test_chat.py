@@ -46,7 +46,7 @@ def test_template_from_a_file_or_text(tokenizer, tmp_path):
 
 
 def test_templates_that_are_none(tokenizer):
-  with pytest.raises(UserError, match="chat_template 'vicuna' is neither a known name"):
+  with pytest.raises(UserError, match="chat_template='vicuna' must be one of chatml, hh"):
     chat.use_template(tokenizer, 'vicuna')
   chat.use_template(tokenizer, '{% for m in messages %}')
   with pytest.raises(UserError, match='not valid Jinja'):
@@ -59,5 +59,5 @@ def test_the_generation_prompt_must_begin_the_answer(tokenizer):
     "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     '{% if add_generation_prompt %}<think>{% endif %}',
   )
-  with pytest.raises(UserError, match='does not begin an assistant turn'):
+  with pytest.raises(UserError, match='does not start the turn of the assistant'):
     chat.render(tokenizer, ASK, ANSWER)

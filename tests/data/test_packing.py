@@ -79,5 +79,5 @@ def test_rows_are_nearly_full_and_many_documents_take_seconds():
 
 
 def test_rows_of_one_token_are_refused():
-  with pytest.raises(ValueError, match='hold no target'):
+  with pytest.raises(ValueError, match='length=1 must be at least 2'):
     packing.pack(documents(3), length=1, pad_id=0)

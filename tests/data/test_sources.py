@@ -407,8 +407,8 @@ def test_columns_that_replace_a_filled_field_say_so(tmp_path, caplog):
   assert fields(sources.read(path, columns={'prompt': 'question'})) == [{'prompt': 'q'}] * 4
   (record,) = caplog.records
   assert record.getMessage() == (
-    f"{path}: prompt=question in config.data.columns replaces field 'prompt', which has a value in 1 "
-    'of 4 records. Use another column to keep that field.'
+    f"{path}: prompt=question in config.data.columns replaces field 'prompt', which has a value in "
+    '1 of 4 records. Use another column to keep that field.'
   )
   caplog.clear()
   path = write(tmp_path / 'b.jsonl', '{"prompt": "p", "completion": "c"}\n')

@@ -224,7 +224,7 @@ def test_lanes_hold_every_document_once_an_epoch(tokenizer, tmp_path, monkeypatc
     )
   ]
   set_large(monkeypatch)
-  monkeypatch.setattr(lanes, 'AHEAD', 0)  # windows of LEAST rows
+  monkeypatch.setattr(lanes, 'WINDOW_TOKENS', 0)  # windows of MIN_WINDOW sequences
   iterator, count = make('text', path, tokenizer, batch_size=4)
   tokens = sum(map(len, whole))
   assert tokens / 16 <= count <= 1.4 * tokens / 16
@@ -244,20 +244,20 @@ def test_a_lane_reads_its_own_documents_in_order(tokenizer):
   """By hand: lane 1 of 3 reads documents 1, 4, 7, ..., as many as fill two rows of 4 tokens."""
   read = lambda numbers: [np.full(2, number, np.int32) for number in numbers]
   lane = lanes.Lane(read, 1, 3, length=4, window=2, mean=2.0, seed=0)
-  rows_found = [[int(piece[0]) for piece in lane.row()] for _ in range(4)]
+  rows_found = [[int(piece[0]) for piece in lane.next_sequence()] for _ in range(4)]
   assert sorted(rows_found[:2]) == [[1, 4], [7, 10]] and sorted(rows_found[2:]) == [
     [13, 16],
     [19, 22],
   ]
   assert lane.place == (4, 2)
   lane.place = (0, 1)
-  assert [[int(piece[0]) for piece in lane.row()] for _ in range(3)] == rows_found[1:]
+  assert [[int(piece[0]) for piece in lane.next_sequence()] for _ in range(3)] == rows_found[1:]
 
 
 @pytest.mark.parametrize('steps', [0, 1, 7, 30])
 def test_lanes_resume_at_the_exact_row(steps, path, tokenizer, monkeypatch):
   set_large(monkeypatch)
-  monkeypatch.setattr(lanes, 'AHEAD', 0)
+  monkeypatch.setattr(lanes, 'WINDOW_TOKENS', 0)
   iterator, _ = make('text', path, tokenizer)
   for _ in range(steps):
     next(iterator)
@@ -269,13 +269,13 @@ def test_lanes_resume_at_the_exact_row(steps, path, tokenizer, monkeypatch):
   iterator.set_state(state)  # Back, too.
   assert_equal([next(iterator) for _ in range(6)], expected)
   other, _ = make('text', path, tokenizer, batch_size=4)
-  with pytest.raises(UserError, match='batch_size of 8, and the config has 4: set config.batch_s'):
+  with pytest.raises(UserError, match='batch_size of 8, but the config has 4: set config.batch_s'):
     other.set_state(state)
 
 
 def test_a_lane_resumes_where_its_window_has_become_smaller(path, tokenizer, monkeypatch):
   set_large(monkeypatch)
-  monkeypatch.setattr(lanes, 'AHEAD', 0)
+  monkeypatch.setattr(lanes, 'WINDOW_TOKENS', 0)
   iterator, _ = make('text', path, tokenizer)
   state = iterator.get_state()
   again, _ = make('text', path, tokenizer)
