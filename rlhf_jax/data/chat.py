@@ -130,8 +130,8 @@ def render(
   if tokenizer is None or not tokenizer.chat_template:
     raise UserError(
       'the data contains conversations, but the tokenizer has no chat template. Set '
-      f'config.data.chat_template to {", ".join(repr(name) for name in TEMPLATES)} or the path of a '
-      'Jinja file, or use a tokenizer with a template.'
+      f'config.data.chat_template to {", ".join(repr(name) for name in TEMPLATES)} or the path of '
+      'a Jinja file, or use a tokenizer with a template.'
     )
   before = _apply(tokenizer, list(prompt), add_generation_prompt=True)
   if answer is None:

@@ -126,7 +126,7 @@ def texts(examples: Sequence[str | formats.Completion], tokenizer: formats.Token
       (each, '') if isinstance(each, str) else (each.prompt, each.completion) for each in chosen
     ]
     ids = tokenizers.encode_joined(tokenizer, [a for a, _ in parts], [b for _, b in parts])
-    return [Row(None, tokenizers.end(tokenizer, row)) for row in ids]
+    return [Row(None, tokenizers.append_eos(tokenizer, row)) for row in ids]
 
   rows = Rows(examples, encode)
   warn_unknown(tokenizer, rows)
@@ -151,7 +151,7 @@ def answered(
       for each in chosen
     ]
     flat = tokenizers.encode_continuation(tokenizer, [text for each in texts for text in each])
-    ended = iter([tokenizers.end(tokenizer, ids) for ids in flat] if append_eos else flat)
+    ended = iter([tokenizers.append_eos(tokenizer, ids) for ids in flat] if append_eos else flat)
     asked = tokenizers.encode(tokenizer, [each.prompt for each in chosen])
     return [
       Row(example, prompt, tuple(next(ended) for _ in each))

@@ -1,22 +1,20 @@
-"""Tokenizers in the Hugging Face folder format: loading, training, and text in mid-sequence.
+"""Loads and trains tokenizers in the Hugging Face format; encodes and decodes texts.
 
-Ids are taken without the tokenizer's own special tokens and put together here, so that a prompt's
-ids are always a prefix of the ids of prompt and completion, and a sampled response is in the same
-position as a training completion:
+Texts are encoded without special tokens, which are added here. The ids of a prompt are thus always
+a prefix of the ids of prompt and completion, as they are when a response is sampled:
 
-  prompt      [bos] + encode(prompt)      bos only where the tokenizer itself would add it
-  completion  encode_continuation(completion) + [eos]
+  prompt      [bos] + ids of the prompt      bos only if the tokenizer adds it too
+  completion  ids of the completion + [eos]
 
-Encoder-decoders read a prompt and write a response as two texts, each of which begins and ends
-(see `set_encoder_decoder`):
+An encoder-decoder model has two separate texts (see `set_encoder_decoder`):
 
-  prompt      encode(prompt) + [eos]
-  response    encode(response) + [eos]
+  prompt      ids of the prompt + [eos]
+  response    ids of the response + [eos]
 
-Some tokenizers (SentencePiece's, Llama's) put a space in front of every text they are given, and
-strip it when decoding. A completion is not the beginning of a text, so `encode_continuation` and
-`decode_continuation` use a copy of the tokenizer without that; otherwise "up" + "on" would be
-learnt as "up on".
+Some tokenizers (those of SentencePiece and Llama) add a space before each text and remove it when
+decoding. A completion is not the start of a text, so `encode_continuation` and
+`decode_continuation` use a copy of the tokenizer that does not do this. Otherwise the model would
+learn "up" + "on" as "up on".
 """
 
 from collections.abc import Callable
@@ -41,49 +39,51 @@ from rlhf_jax.errors import UserError
 PAD, BOS, EOS = '<|pad|>', '<|bos|>', '<|eos|>'
 BYTES = 256
 REMEDY = (
-  'It must hold tokenizer.json, or vocab.json and merges.txt, of a tokenizer that needs no '
-  'code of its own: nothing that a folder brings is run'
+  'It must contain tokenizer.json, or vocab.json and merges.txt, and must not need code of its '
+  'own: code in a folder is never run'
 )
-TOGETHER = 4096  # texts given to a backend at a time, between which a progress bar moves
+CHUNK = 4096  # texts that are encoded between two updates of the progress bar
 
 
 def load(path: str) -> transformers.PreTrainedTokenizerFast:
-  """Loads a tokenizer from a local folder and makes sure that it has EOS and padding tokens.
+  """Loads a tokenizer from a local folder and ensures that it has EOS and padding tokens.
 
   Args:
-    path: folder with tokenizer.json, or GPT-2's vocab.json and merges.txt; or of a finished run.
+    path: Folder with tokenizer.json, or with GPT-2's vocab.json and merges.txt; or folder of a
+      finished run.
 
   Returns:
-    A tokenizer with `pad_token_id` and `eos_token_id`. Without a padding token of its own it
-    gets the EOS, which is safe here: no mask is ever derived from token ids. BERT's, which say
-    [CLS] and [SEP] for the ends of a text, get these as BOS and EOS.
+    A tokenizer with `pad_token_id` and `eos_token_id`. If it has no padding token, the EOS is used;
+    this is safe because masks are never derived from token ids. If it has no EOS but [CLS] and
+    [SEP], as BERT's, these become BOS and EOS.
 
   Raises:
-    UserError: there is no such folder, no tokenizer in it, or no EOS token.
+    UserError: There is no such folder, no tokenizer in it, or no EOS token.
   """
   path = os.fspath(folders.model(path))
   if not os.path.isdir(path):
     raise UserError(
-      f'{path}: no such folder. A tokenizer is a folder with tokenizer.json in it '
-      '(or vocab.json and merges.txt).'
+      f'{path}: no such folder. A tokenizer is a folder with tokenizer.json, or with vocab.json '
+      'and merges.txt.'
     )
   files = set(os.listdir(path))
-  kind = transformers.AutoTokenizer
+  loader = transformers.AutoTokenizer
   if 'tokenizer.json' not in files and {'vocab.json', 'merges.txt'} <= files:
-    kind = transformers.GPT2TokenizerFast
+    loader = transformers.GPT2TokenizerFast
   try:
     for name in files:
       if name.endswith(('.json', '.txt', '.jinja', '.model')):
         folders.check_file(os.path.join(path, name))
-    tokenizer = kind.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    tokenizer = loader.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     largest = max(tokenizer.get_vocab().values(), default=0)
     tokenizer('a')
   except (KeyboardInterrupt, SystemExit):
     raise
-  except BaseException as error:  # transformers raises many kinds; a panic is no Exception
+  # transformers raises many types of errors; a Rust panic is a BaseException.
+  except BaseException as error:
     reason = str(error).strip().partition('\n')[0]
     raise UserError(
-      f'{path}: no tokenizer can be loaded from this folder, which holds '
+      f'{path}: cannot load a tokenizer from this folder, which contains '
       f'{sorted(files)} ({reason}). {REMEDY}'
     ) from None
   if largest >= 2**31:
@@ -92,31 +92,31 @@ def load(path: str) -> transformers.PreTrainedTokenizerFast:
   texts = template.values() if isinstance(template, dict) else [template or '']
   if not all(isinstance(text, str) for text in texts):
     raise UserError(
-      f'{path}: chat_template must be text, and is of type {type(template).__name__}. '
-      'Mend it in tokenizer_config.json.'
+      f'{path}: chat_template must be text, not {type(template).__name__}. Fix it in '
+      'tokenizer_config.json.'
     )
   if not tokenizer.is_fast:
     raise UserError(
-      f'{path}: only tokenizers with a tokenizer.json are supported. Load it with '
-      'transformers, convert it to a fast one and save that.'
+      f'{path}: only tokenizers with tokenizer.json are supported. Convert it to a fast tokenizer '
+      'with transformers and save that.'
     )
   if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:
     tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
   if tokenizer.eos_token_id is None:
     raise UserError(
-      f'{path}: the tokenizer has no EOS token, so nothing could end a response. '
-      'Set eos_token in tokenizer_config.json.'
+      f'{path}: the tokenizer has no EOS token, which must end a response. Set eos_token in '
+      'tokenizer_config.json.'
     )
   if tokenizer.pad_token_id is None:
     tokenizer.pad_token = tokenizer.eos_token
     _warn_once(
-      f'{path}: the tokenizer has no padding token: the EOS, {tokenizer.eos_token!r}, is '
-      'used. No mask here depends on it.'
+      f'{path}: the tokenizer has no padding token; the EOS, {tokenizer.eos_token!r}, is used '
+      'instead. No mask depends on it.'
     )
   elif tokenizer.pad_token_id == tokenizer.eos_token_id:
     _warn_once(
-      f'{path}: the padding token is the EOS, {tokenizer.eos_token!r}. No mask here '
-      'depends on it; programs that take padding from token ids overlook the EOS.'
+      f'{path}: the padding token is the EOS, {tokenizer.eos_token!r}. No mask depends on it, but '
+      'programs that derive masks from token ids will ignore the EOS.'
     )
   return tokenizer
 
@@ -126,26 +126,26 @@ def train_bpe(
 ) -> transformers.PreTrainedTokenizerFast:
   """Trains a byte-level BPE tokenizer and saves it as a folder.
 
-  Every string encodes and decodes back exactly, unless it spells a special token. Ids 0, 1 and 2
-  are <|pad|>, <|bos|> and <|eos|>; the tokenizer begins each text with <|bos|>.
+  Decoding the ids of a string returns the same string, unless it contains a special token. Ids 0, 1
+  and 2 are <|pad|>, <|bos|> and <|eos|>; the tokenizer starts each text with <|bos|>.
 
   Args:
-    texts: what to learn merges from.
-    vocab_size: at least 259: the 256 bytes and three special tokens.
-    path: folder to write; `load` and transformers.AutoTokenizer read it.
+    texts: Training texts.
+    vocab_size: At least 259: the 256 bytes and three special tokens.
+    path: Folder to write, for `load` and transformers.AutoTokenizer.
 
   Returns:
-    The tokenizer as read back from `path`. It has fewer tokens than asked for if the texts hold
-    fewer distinct merges.
+    The tokenizer, loaded from `path`. It has fewer than `vocab_size` tokens if the texts have too
+    few distinct merges.
 
   Raises:
-    UserError: vocab_size is too small.
+    UserError: `vocab_size` is too small.
   """
   specials = [PAD, BOS, EOS]
   if vocab_size < BYTES + len(specials):
     raise UserError(
-      f'vocab_size {vocab_size} is too small for a byte-level tokenizer: at least '
-      f'{BYTES + len(specials)} are needed (256 bytes, 3 special tokens).'
+      f'vocab_size={vocab_size} is too small for a byte-level tokenizer. It must be at least '
+      f'{BYTES + len(specials)} (256 bytes and 3 special tokens).'
     )
   backend = hf_tokenizers.Tokenizer(hf_tokenizers.models.BPE())
   backend.pre_tokenizer = hf_tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -172,10 +172,12 @@ def train_bpe(
 
 
 def check(tokenizer: transformers.PreTrainedTokenizerFast, model_vocab_size: int) -> None:
-  """Makes sure that every token has a row of the embedding.
+  """Checks that the tokenizer's ids are below the model's vocabulary size.
+
+  A larger vocabulary is valid: embeddings are often padded.
 
   Raises:
-    UserError: the largest id does not fit. (A larger embedding is fine: they are often padded.)
+    UserError: The largest id is too large.
   """
   largest = max(tokenizer.get_vocab().values())
   if largest >= model_vocab_size:
@@ -192,28 +194,28 @@ def _warn_once(message: str) -> None:
 
 
 def warn_unknown(
-  tokenizer: transformers.PreTrainedTokenizerFast, rows: Sequence[np.ndarray]
+  tokenizer: transformers.PreTrainedTokenizerFast, texts: Sequence[np.ndarray]
 ) -> None:
-  """Says in one line which share of the tokens is unknown: text that the tokenizer cannot encode.
+  """Warns if texts contain unknown tokens, which replace text that the tokenizer cannot encode.
 
   Args:
-    tokenizer: one whose unknown token has no other use, as GPT-2's has, or nothing is said.
-    rows: ids of texts, each int32 [length].
+    tokenizer: Tokenizer. Never warns if its unknown token is also BOS, EOS or padding, as GPT-2's.
+    texts: Token ids of texts, each int32 [length].
   """
   unknown = tokenizer.unk_token_id
   if unknown in (None, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
     return
-  counts = [np.count_nonzero(row == unknown) for row in rows]
-  total = sum(map(len, rows))
+  counts = [np.count_nonzero(ids == unknown) for ids in texts]
+  total = sum(map(len, texts))
   if sum(counts):
     logging.warning(
-      '%.3g %% of the tokens (%d of %d, in %d of %d texts) are %r: text that the tokenizer '
-      'cannot encode. Use one made for such text, or clean the texts.',
+      '%.3g %% of the tokens (%d of %d, in %d of %d texts) are %r: the tokenizer cannot encode '
+      'this text. Use a tokenizer for such texts, or clean the texts.',
       100 * sum(counts) / total,
       sum(counts),
       total,
       np.count_nonzero(counts),
-      len(rows),
+      len(texts),
       tokenizer.unk_token,
     )
 
@@ -222,7 +224,7 @@ _encoder_decoder: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def set_encoder_decoder(tokenizer: transformers.PreTrainedTokenizerFast) -> None:
-  """Makes this tokenizer that of an encoder-decoder, whose responses do not go on where prompts stop."""
+  """Marks the tokenizer as that of an encoder-decoder: prompts and responses are separate texts."""
   _encoder_decoder.add(tokenizer)
 
 
@@ -230,7 +232,7 @@ def fit(tokenizer: transformers.PreTrainedTokenizerFast, model: Any) -> None:
   """Checks that the tokenizer's ids fit the model's vocabulary and adapts it to the model.
 
   Raises:
-    UserError: see `check`.
+    UserError: See `check`.
   """
   check(tokenizer, model.vocab_size)
   if model.encoder_decoder:
@@ -240,25 +242,28 @@ def fit(tokenizer: transformers.PreTrainedTokenizerFast, model: Any) -> None:
 def encode(
   tokenizer: transformers.PreTrainedTokenizerFast, texts: Sequence[str]
 ) -> list[np.ndarray]:
-  """Ids of texts that begin a sequence, each int32 [length].
+  """Returns the token ids of texts that start a sequence, each int32 [length].
 
-  The BOS comes first if the tokenizer adds one by itself and the text does not spell it already,
-  as rendered chat templates do. After `set_encoder_decoder` the EOS comes last.
+  Adds the BOS if the tokenizer does and the text does not start with it, as rendered chat templates
+  may. Adds the EOS after `set_encoder_decoder`.
   """
   bos = _leading_bos(tokenizer)
-  rows = _ids(tokenizer.backend_tokenizer, texts)
+  all_ids = _ids(tokenizer.backend_tokenizer, texts)
   if tokenizer in _encoder_decoder:
-    rows = [end(tokenizer, row) for row in rows]
+    all_ids = [append_eos(tokenizer, ids) for ids in all_ids]
   if bos is None:
-    return rows
-  return [row if row.size and row[0] == bos else np.insert(row, 0, bos) for row in rows]
+    return all_ids
+  return [ids if ids.size and ids[0] == bos else np.insert(ids, 0, bos) for ids in all_ids]
 
 
 def encode_continuation(
   tokenizer: transformers.PreTrainedTokenizerFast, texts: Sequence[str]
 ) -> list[np.ndarray]:
-  """Ids of responses: of texts that go on where others stop, each int32 [length], no special tokens added."""
-  return _ids(_responding(tokenizer), texts)
+  """Returns the token ids of texts that continue others, such as responses, each int32 [length].
+
+  Adds no special tokens.
+  """
+  return _ids(_response_backend(tokenizer), texts)
 
 
 def encode_joined(
@@ -266,7 +271,10 @@ def encode_joined(
   prompts: Sequence[str],
   completions: Sequence[str],
 ) -> list[np.ndarray]:
-  """Ids of prompts and of what follows each, tokenized apart, int32 [length]; without an EOS."""
+  """Returns the ids of each prompt and its completion, encoded separately, each int32 [length].
+
+  Adds no EOS after the completion.
+  """
   return [
     np.concatenate(pair)
     for pair in zip(encode(tokenizer, prompts), encode_continuation(tokenizer, completions))
@@ -276,7 +284,10 @@ def encode_joined(
 def spans(
   tokenizer: transformers.PreTrainedTokenizerFast, texts: Sequence[str]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-  """Of each text its ids, without BOS or EOS, and how many of its characters end with each; int32 [length]."""
+  """Returns (ids, ends) of each text, both int32 [length], without BOS and EOS.
+
+  `ends` is the number of characters up to the end of each token.
+  """
   backend = tokenizer.backend_tokenizer
   backend.no_truncation()
   backend.no_padding()
@@ -288,33 +299,36 @@ def spans(
 
 def decode_continuation(
   tokenizer: transformers.PreTrainedTokenizerFast,
-  rows: Sequence[Sequence[int]],
+  sequences: Sequence[Sequence[int]],
   *,
   skip_special_tokens: bool = True,
 ) -> list[str]:
-  """Texts of ids that follow others, such as responses; special tokens are left out, or spelled out."""
-  rows = [np.asarray(row).tolist() for row in rows]
-  return _responding(tokenizer).decode_batch(rows, skip_special_tokens=skip_special_tokens)
+  """Returns the texts of token ids that continue others, such as responses."""
+  lists = [np.asarray(ids).tolist() for ids in sequences]
+  return _response_backend(tokenizer).decode_batch(lists, skip_special_tokens=skip_special_tokens)
 
 
 def decode_prompts(
-  tokenizer: transformers.PreTrainedTokenizerFast, rows: Sequence[np.ndarray]
+  tokenizer: transformers.PreTrainedTokenizerFast, sequences: Sequence[np.ndarray]
 ) -> list[str]:
-  """Texts of what is left of prompts' ids; special tokens are spelled out, but those that `encode` adds."""
+  """Returns the texts of prompts, whose ids may be truncated.
+
+  Special tokens are part of the texts, except those that `encode` adds.
+  """
   bos = _leading_bos(tokenizer)
   eos = tokenizer.eos_token_id if tokenizer in _encoder_decoder else None
-  rows = [row[int(row[0] == bos) : len(row) - int(row[-1] == eos)] for row in rows]
-  return decode_continuation(tokenizer, rows, skip_special_tokens=False)
+  sequences = [ids[int(ids[0] == bos) : len(ids) - int(ids[-1] == eos)] for ids in sequences]
+  return decode_continuation(tokenizer, sequences, skip_special_tokens=False)
 
 
-def end(tokenizer: transformers.PreTrainedTokenizerFast, row: np.ndarray) -> np.ndarray:
-  """The row with the EOS at its end, unless it is there already (chat templates write it)."""
+def append_eos(tokenizer: transformers.PreTrainedTokenizerFast, ids: np.ndarray) -> np.ndarray:
+  """Appends the EOS, unless the ids already end with it, as rendered chat templates may."""
   eos = tokenizer.eos_token_id
-  return row if row.size and row[-1] == eos else np.append(row, np.int32(eos))
+  return ids if ids.size and ids[-1] == eos else np.append(ids, np.int32(eos))
 
 
 def _ids(backend: hf_tokenizers.Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-  # A tokenizer.json may ask for both, and calls of the Hugging Face wrapper leave them behind.
+  # tokenizer.json or earlier calls of the Hugging Face wrapper may have enabled both.
   backend.no_truncation()
   backend.no_padding()
   return [np.array(one.ids, np.int32) for one in _encoded(backend.encode_batch_fast, texts)]
@@ -324,35 +338,35 @@ def _encoded(
   encode_batch: Callable[..., list[hf_tokenizers.Encoding]], texts: Iterable[str]
 ) -> Iterator[hf_tokenizers.Encoding]:
   texts = list(texts)
-  if len(texts) <= TOGETHER:
+  if len(texts) <= CHUNK:
     yield from encode_batch(texts, add_special_tokens=False)
     return
   with progress.bar(None, 'tokenizing', 'texts', total=len(texts)) as bar:
-    for start in range(0, len(texts), TOGETHER):
-      encoded = encode_batch(texts[start : start + TOGETHER], add_special_tokens=False)
+    for start in range(0, len(texts), CHUNK):
+      encoded = encode_batch(texts[start : start + CHUNK], add_special_tokens=False)
       yield from encoded
       bar.update(len(encoded))
 
 
 def _leading_bos(tokenizer: transformers.PreTrainedTokenizerFast) -> int | None:
-  """The BOS id if encoding a text begins with it. GPT-2 has a BOS and does not use it so."""
+  """Returns the BOS id if the tokenizer starts texts with it. GPT-2's has a BOS but does not."""
   bos = tokenizer.bos_token_id
   return bos if tokenizer('a')['input_ids'][:1] == [bos] else None
 
 
-def _responding(tokenizer: transformers.PreTrainedTokenizerFast) -> hf_tokenizers.Tokenizer:
+def _response_backend(tokenizer: transformers.PreTrainedTokenizerFast) -> hf_tokenizers.Tokenizer:
   return tokenizer.backend_tokenizer if tokenizer in _encoder_decoder else _continuation(tokenizer)
 
 
-# The copies, by tokenizer, with the vocabulary's size at the time: making one takes a second for a
-# large vocabulary, and tokens may be added later.
+# {tokenizer: (its size, copy)}. A copy of a large vocabulary takes a second to make, and is
+# outdated if tokens are added later.
 _copies: weakref.WeakKeyDictionary[Any, tuple[int, hf_tokenizers.Tokenizer]] = (
   weakref.WeakKeyDictionary()
 )
 
 
 def _continuation(tokenizer: transformers.PreTrainedTokenizerFast) -> hf_tokenizers.Tokenizer:
-  """A copy of the backend without what it does to the beginning of a text.
+  """Returns a copy of the backend that does not treat the start of a text specially.
 
   See the components `Prepend`, `Metaspace`, `ByteLevel` and `Strip` in
   https://huggingface.co/docs/tokenizers/components.
@@ -369,17 +383,20 @@ def _continuation(tokenizer: transformers.PreTrainedTokenizerFast) -> hf_tokeniz
   return copy
 
 
-def _drop(component: dict[str, Any] | None, children: str, kind: str) -> dict[str, Any] | None:
-  if component is None or component['type'] == kind:
+def _drop(component: dict[str, Any] | None, children: str, name: str) -> dict[str, Any] | None:
+  """Returns a component without the parts of type `name`."""
+  if component is None or component['type'] == name:
     return None
   if component['type'] == 'Sequence':
-    kept = [child for child in component[children] if child['type'] != kind]
-    return {**component, children: kept}
+    return {
+      **component,
+      children: [child for child in component[children] if child['type'] != name],
+    }
   return component
 
 
 def _no_prefix_space(component: dict[str, Any] | None) -> None:
-  """Sets, in place, the options of a component (or of its children) that add a space."""
+  """Disables, in place, the options of a component and its children that add a space."""
   if component is None:
     return
   if component['type'] == 'Metaspace':

@@ -183,11 +183,11 @@ def _token_rows(model, tokenizer, prompts, responses, ended):
     # Prompt and response must be encoded as one text, because word pieces can span the boundary.
     # Encoders always get an end token, because they were trained with one.
     texts = map(''.join, zip(prompts, responses))
-    return [tokenizers.end(tokenizer, row) for row in tokenizers.encode(tokenizer, texts)]
+    return [tokenizers.append_eos(tokenizer, row) for row in tokenizers.encode(tokenizer, texts)]
   rows = [
     np.concatenate(pair)
     for pair in zip(
       tokenizers.encode(tokenizer, prompts), tokenizers.encode_continuation(tokenizer, responses)
     )
   ]
-  return [tokenizers.end(tokenizer, row) if end else row for row, end in zip(rows, ended)]
+  return [tokenizers.append_eos(tokenizer, row) if end else row for row, end in zip(rows, ended)]

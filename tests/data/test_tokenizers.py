@@ -49,7 +49,7 @@ def test_training_merges_what_is_frequent_and_is_deterministic(bpe, tmp_path):
 
 
 def test_vocabulary_too_small_for_bytes(tmp_path):
-  with pytest.raises(UserError, match='vocab_size 258 is too small.*at least 259'):
+  with pytest.raises(UserError, match='vocab_size=258 is too small.*at least 259'):
     tokenizers.train_bpe(['a'], 258, str(tmp_path))
 
 
@@ -68,14 +68,14 @@ def test_end_adds_one_eos(bpe):
   tokenizer, _ = bpe
   rows = tokenizers.encode_continuation(tokenizer, ['', 'a', 'a<|eos|>'])
   a = tokenizer.convert_tokens_to_ids('a')
-  assert lists([tokenizers.end(tokenizer, row) for row in rows]) == [[2], [a, 2], [a, 2]]
+  assert lists([tokenizers.append_eos(tokenizer, row) for row in rows]) == [[2], [a, 2], [a, 2]]
 
 
 def test_continuations_round_trip(bpe):
   tokenizer, _ = bpe
   rows = tokenizers.encode_continuation(tokenizer, STRINGS)
   assert tokenizers.decode_continuation(tokenizer, rows) == STRINGS
-  ended = [tokenizers.end(tokenizer, row) for row in rows]
+  ended = [tokenizers.append_eos(tokenizer, row) for row in rows]
   assert tokenizers.decode_continuation(tokenizer, ended) == STRINGS
 
 
@@ -105,7 +105,7 @@ def test_folders_without_a_tokenizer(tmp_path):
   with pytest.raises(UserError, match='no such folder'):
     tokenizers.load(str(tmp_path / 'none'))
   (tmp_path / 'config.json').write_text('{}')
-  with pytest.raises(UserError, match=r"no tokenizer can be loaded .*\['config\.json'\]"):
+  with pytest.raises(UserError, match=r"cannot load a tokenizer .*\['config\.json'\]"):
     tokenizers.load(str(tmp_path))
 
 
@@ -134,7 +134,7 @@ def test_padding_with_the_eos_is_said_once(bpe, tmp_path, caplog):
       tokenizers.load(str(tmp_path / name))
   first, second = [record.getMessage() for record in caplog.records]
   assert first.startswith(
-    f"{tmp_path / 'none'}: the tokenizer has no padding token: the EOS, '<|eos|>', is used"
+    f"{tmp_path / 'none'}: the tokenizer has no padding token; the EOS, '<|eos|>', is used"
   )
   assert second.startswith(f"{tmp_path / 'eos'}: the padding token is the EOS, '<|eos|>'")
 
@@ -163,7 +163,7 @@ def test_many_texts_are_encoded_like_few_and_with_a_progress_bar(bpe, monkeypatc
   )
   whole = encoded()
   assert not capsys.readouterr().err
-  monkeypatch.setattr(tokenizers, 'TOGETHER', 4)
+  monkeypatch.setattr(tokenizers, 'CHUNK', 4)
   monkeypatch.setattr(progress, 'DELAY_SECONDS', 0.0)
   assert encoded() == whole
   assert 'tokenizing' in capsys.readouterr().err
@@ -243,4 +243,8 @@ def test_berts_ends_are_bos_and_eos(tmp_path):
   ).save_pretrained(tmp_path)
   tokenizer = tokenizers.load(tmp_path)
   (row,) = tokenizers.encode(tokenizer, ['going'])
-  assert tokenizers.end(tokenizer, row).tolist() == tokenizer('going')['input_ids'] == [1, 4, 5, 2]
+  assert (
+    tokenizers.append_eos(tokenizer, row).tolist()
+    == tokenizer('going')['input_ids']
+    == [1, 4, 5, 2]
+  )
