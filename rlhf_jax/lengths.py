@@ -15,7 +15,7 @@ MIN_BUCKET = 16  # positions; a smaller saving is not worth compiling another pr
 
 
 def bucket_lengths(length: int, max_buckets: int) -> list[int]:
-  """Returns at most `max_buckets` lengths, at least `MIN_BUCKET` apart; the last one is `length`."""
+  """Returns at most `max_buckets` lengths up to `length`, at least `MIN_BUCKET` apart."""
   count = min(max_buckets, max(length // MIN_BUCKET, 1))
   return [length * (bucket + 1) // count for bucket in range(count)]
 
@@ -66,5 +66,5 @@ def run_bucketed(
 def pad_response(
   tree: PyTree[Shaped[ArrayLike, 'B ...']], count: int
 ) -> PyTree[Shaped[Array, 'B ...']]:
-  """Appends `count` zeros to the responses of arrays [B, r, ...]."""
+  """Appends `count` zeros along the response axis of every array [B, R, ...]."""
   return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, count)] + [(0, 0)] * (x.ndim - 2)), tree)

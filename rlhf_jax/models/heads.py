@@ -14,14 +14,14 @@ RULES = (
 
 
 def init_scalar(key, width, *, scale):
-  """Parameters of a scalar head.
+  """Returns new parameters of a scalar head.
 
   Args:
-    key: random key; None will do for 'zero'.
+    key: Random key; may be None if `scale` is 'zero'.
     width: D.
-    scale: 'zero', so that values start at 0 (a value head on the policy's trunk), or 'normal',
-      N(0, 1 / (D + 1)) in variance (a reward head; Ziegler et al. 2019's code,
-      https://github.com/openai/lm-human-preferences).
+    scale: 'zero', so that values start at 0 (a value head on the policy's hidden states), or
+      'normal', N(0, 1 / (D + 1)) with the variance second (a reward head, as in the code of
+      Ziegler et al. 2019, https://github.com/openai/lm-human-preferences).
 
   Returns:
     {'kernel': [D], 'bias': []} float32.
@@ -35,11 +35,11 @@ def init_scalar(key, width, *, scale):
 
 
 def apply_scalar(head, hidden):
-  """One number per position.
+  """Computes one number per position.
 
   Args:
-    head: from `init_scalar`.
-    hidden: [..., D] of any float dtype.
+    head: Parameters, see `init_scalar`.
+    hidden: Hidden states [..., D] of any float dtype.
 
   Returns:
     [...] float32.
@@ -50,11 +50,11 @@ def apply_scalar(head, hidden):
 
 
 def last_token(values, mask):
-  """The value at the last real token of each row, wherever the padding is.
+  """Returns the value at the last real token of each sequence, wherever the padding is.
 
   Args:
     values: [B, T, ...].
-    mask: [B, T] bool. A row of nothing but padding gives the value at its last position.
+    mask: [B, T] bool. A sequence that is all padding gives the value at its last position.
 
   Returns:
     [B, ...].

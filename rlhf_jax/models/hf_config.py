@@ -1,7 +1,7 @@
-"""Reading the fields of a Hugging Face config.json: every one is used, known not to matter, or refused.
+"""Reads the fields of a Hugging Face config.json.
 
-A field that changes what a model computes and is silently ignored gives a model that is almost
-right, which is worse than an error.
+Every field is used, known to be irrelevant, or refused. Silently ignoring a field that changes what
+the model computes would give a model that is almost right, which is worse than an error.
 """
 
 import dataclasses
@@ -13,9 +13,8 @@ from rlhf_jax import errors
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import layers
 
-# Fields that change nothing in the functions computed here: dropout is always 0 in RLHF, the
-# labels' names and the pooling of unused heads are not ours, the rest is about the library
-# that wrote the file.
+# Fields without effect here: dropout, which is always 0 in RLHF; names of labels; pooling of heads
+# that we do not use; and settings of the library that wrote the file.
 IRRELEVANT = frozenset(
   {
     'model_type',
@@ -78,10 +77,10 @@ SCORE = 'score'
 
 
 class Fields:
-  """Takes the fields of a config one by one; `refuse_unread` refuses what nobody took.
+  """Hands out the fields of a config one by one; `refuse_unread` refuses those left at the end.
 
   Args:
-    fields: the dict of a config.json, or the same names written in a config of ours.
+    fields: Dict of a config.json, or of `config.model.init`, which has the same names.
   """
 
   def __init__(self, fields):
@@ -91,7 +90,7 @@ class Fields:
     return self._fields.get(name) is not None
 
   def raw(self, name, default=REQUIRED):
-    """The field as it is; null counts as absent."""
+    """Returns the field without a check; null counts as absent."""
     value = self._fields.pop(name, None)
     if value is not None:
       return value
@@ -100,7 +99,7 @@ class Fields:
     return default
 
   def integer(self, name, default=REQUIRED, *, least=1):
-    """A whole number, a positive one unless `least` says otherwise."""
+    """Returns an integer field, which must be at least `least`."""
     value = self.raw(name, default)
     if value is not default and (
       isinstance(value, bool) or not isinstance(value, int) or value < least
@@ -115,39 +114,39 @@ class Fields:
     return value
 
   def integers(self, *names):
-    """{name: positive whole number} of several fields."""
+    """Returns {name: value} of several fields that must be positive integers."""
     return {name: self.integer(name) for name in names}
 
   def number(self, name, default=REQUIRED):
-    """A positive number."""
+    """Returns a field that must be a positive number, as a float."""
     value = self.raw(name, default)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value is not default and not (number and 0 < value < math.inf):  # NaN is not, either.
+    if value is not default and not (number and 0 < value < math.inf):  # also refuses NaN
       raise refusal(name, value, 'must be a positive number')
     return value if value is None else float(value)
 
   def flag(self, name, default=REQUIRED):
-    """True or False."""
+    """Returns a boolean field."""
     value = self.raw(name, default)
     if not isinstance(value, bool):
       raise refusal(name, value, 'must be true or false')
     return value
 
   def choice(self, name, options, default=REQUIRED):
-    """One of a few strings."""
+    """Returns a field that must be one of the strings `options`."""
     value = self.raw(name, default)
     if not isinstance(value, str) or value not in options:
       raise refusal(name, value, f'must be one of {sorted(options)}')
     return value
 
   def only(self, name, supported):
-    """Checks a field of which one value (or its absence) is supported."""
+    """Checks that a field is absent or has the one supported value."""
     value = self.raw(name, supported)
     if value != supported:
       raise refusal(name, value, f'only {supported!r} is supported')
 
   def token_id(self, name):
-    """A token id, None, or a tuple of ids where the file has a list of them."""
+    """Returns a token id, None, or a tuple of ids if the file has a list of them."""
     value = self.raw(name, None)
     ids = value if isinstance(value, (list, tuple)) else [0 if value is None else value]
     if not all(isinstance(id_, int) and not isinstance(id_, bool) for id_ in ids):
@@ -155,14 +154,14 @@ class Fields:
     return tuple(value) if isinstance(value, (list, tuple)) else value
 
   def typed(self, field):
-    """The value of a dataclass field, read as its type says; a str is an activation."""
+    """Returns the value of a dataclass field, read by its type; a str is an activation."""
     return _READERS[field.type](self, field.name)
 
   def refuse_unread(self):
-    """Refuses fields that were not taken and are not known to be irrelevant.
+    """Refuses fields that nothing has read and that are not known to be irrelevant.
 
     Raises:
-      UserError: naming the fields and their values.
+      UserError: There are such fields.
     """
     left = {
       name: value
@@ -175,24 +174,24 @@ class Fields:
         for name, value in sorted(left.items())[:8]
       )
       raise UserError(
-        f'model config: fields that this model family does not know: {listed}. '
+        f'model config: this model family does not know the fields {listed}. '
         'Ignoring them could change what the model computes; remove them if they are not needed'
       )
 
 
 def refusal(name, value, why):
-  """The error for a field whose value is not supported."""
+  """Returns the error for a field with an unsupported value."""
   return UserError(f'model config: {name}={errors.brief(json.dumps(value, default=str))}: {why}')
 
 
 def check_divides(values, part, whole, hint=''):
-  """Refuses values[part] where it does not divide values[whole]."""
+  """Raises UserError unless values[part] divides values[whole]."""
   if values[whole] % values[part]:
     raise refusal(part, values[part], f'must divide {whole}={values[whole]}{hint}')
 
 
 def _numbers(fields, name):
-  """Takes a list of positive numbers, as a tuple."""
+  """Returns a field that must be a list of positive numbers, as a tuple of floats."""
   value = fields.raw(name)
   if not isinstance(value, (list, tuple)) or not all(
     isinstance(entry, (int, float)) and entry > 0 for entry in value
@@ -214,42 +213,46 @@ _READERS = {
 
 
 def alias(name):
-  """A property: the attribute of another name."""
+  """Returns a property that reads the attribute `name`."""
   return property(operator.attrgetter(name))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-  """What a family's Config is made from: a dataclass of the fields of a config.json.
+  """Base class of the families' configs: a dataclass of the fields of a config.json.
 
-  A family adds its fields, each with transformers' default if it has one. What the models read are
-  the attributes below; a family that names or computes one of them otherwise overrides it.
+  A family adds its fields, each with the default of transformers if there is one. Models read the
+  attributes below; a family that stores or computes one of them differently overrides it.
+
+  Letters: D width, L layers, N heads, K key/value heads, H head width, F width of the MLP.
 
   Attributes:
-    MODEL_TYPE: the family's name in a config.json.
+    MODEL_TYPE: Name of the family in config.json.
     ONLY: {field: the one supported value}.
-    head: name of the score's tensors in a reward model's files.
-    kept_token_ids: names of token ids that the tokenizer saved beside a model does not replace.
-    tie_word_embeddings: whether the embedding is the unembedding; true where there is none.
+    head: Name of the head's tensors in a reward model's files.
+    kept_token_ids: Names of token ids that a tokenizer saved with the model does not replace.
+    tie_word_embeddings: Whether the embedding is also the unembedding; true if the model has no
+      unembedding.
     width: D of the hidden states that logits and heads read.
     block_width: D inside the blocks.
-    depth: L; of the encoder where there is a decoder too.
+    depth: L; of the encoder if there is a decoder too.
     heads, kv_heads, head_width: N, K and H.
     inner: F.
-    max_length: tokens of a row that the model was made for.
-    first_position: row of the table of positions that the first token reads.
-    attention_bias, out_bias, mlp_bias: whether the linear maps have biases: query, key and value,
-      the output of attention, the MLP.
-    activation: of the MLP, a name in layers.ACTIVATIONS.
-    gated: whether the MLP has a gate.
-    norm_first: whether norms stand before attention and MLP, or after the sums.
-    norm_affine: whether LayerNorms have parameters.
-    norm_epsilon: added to the variance.
-    query_scale: what queries are multiplied by.
-    windows: for every layer how many slots back a token sees, itself included; 0: all of them.
-      Empty where every layer sees all.
+    max_length: Longest sequence that the model supports, in tokens.
+    first_position: Row of the position table that the first token reads.
+    attention_bias: Whether the query, key and value projections have biases.
+    out_bias: Whether the output projection of attention has a bias.
+    mlp_bias: Whether the MLP has biases.
+    activation: Activation of the MLP, a name in layers.ACTIVATIONS.
+    gated: Whether the MLP has a gate.
+    norm_first: Whether norms come before attention and MLP (pre-norm), or after the residual sums.
+    norm_affine: Whether LayerNorms have parameters.
+    norm_epsilon: Added to the variance.
+    query_scale: Factor on the queries.
+    windows: Sliding window of each layer, in slots, including the token itself; 0 sees all slots.
+      Empty if every layer sees all slots.
     score_cap: c of c tanh(scores / c) on attention scores; 0 for none.
-    logit_cap: the same on the logits.
+    logit_cap: The same for logits.
   """
 
   vocab_size: int
@@ -289,10 +292,10 @@ class Config:
 
   @classmethod
   def from_hf(cls, fields):
-    """Reads a config.json dict.
+    """Returns the Config of a config.json dict.
 
     Raises:
-      UserError: naming a field that is missing, unknown or not supported.
+      UserError: A field is missing, unknown or not supported.
     """
     defaults = {
       field.name: field.default
@@ -309,11 +312,11 @@ class Config:
 
   @classmethod
   def take(cls, fields, **taken):
-    """Takes the value of every field, for a family to override.
+    """Reads the value of every field; a family may override it.
 
     Args:
-      fields: `Fields`, filled with the defaults: what is None is null in the file.
-      **taken: values that the family has taken its own way.
+      fields: `Fields`, with the defaults filled in; None stands for null in the file.
+      **taken: Values that the family has already read in its own way.
 
     Returns:
       {name: value}.
@@ -325,19 +328,19 @@ class Config:
     }
 
   def check(self):
-    """Raises UserError where fields do not go together."""
+    """Raises UserError if fields contradict each other."""
     check_divides(vars(self), 'num_attention_heads', 'hidden_size')
 
   def to_hf(self):
-    """The dict of a config.json, without `architectures` and dtype."""
+    """Returns the dict of a config.json, without `architectures` and dtype."""
     return {'model_type': self.MODEL_TYPE, **dataclasses.asdict(self)}
 
   def for_tensors(self, names):
-    """This config as tensors of these names want it, where config.json leaves something open."""
+    """Returns this config, completed from the names of the tensors if config.json is ambiguous."""
     del names
     return self
 
   def std(self, path):
-    """Standard deviation of a parameter at initialization; norms and biases are 1 and 0."""
+    """Returns the initial standard deviation of a parameter that is not a norm or a bias."""
     del path
     return self.initializer_range

@@ -1,7 +1,7 @@
-"""How one array of ours is found among the tensors of a Hugging Face file.
+"""Maps our parameters to the tensors of Hugging Face files.
 
-Columns are the last axis of a parameter, [inputs, outputs] or [outputs]; of a tensor, the axis
-that corresponds to it.
+The columns of a parameter, [inputs, outputs] or [outputs], are its last axis; the columns of a
+tensor are the axis that corresponds to it.
 """
 
 import dataclasses
@@ -10,14 +10,14 @@ import itertools
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-  """Which columns of a fused tensor are one parameter's.
+  """The columns of a fused tensor that belong to one parameter.
 
   Column j of the parameter is column offset + (j // block) * stride + j % block of the tensor.
 
   Attributes:
-    offset: where the first of them is.
-    block: how many lie together; None: all of them.
-    stride: from the beginning of one block to the next.
+    offset: First column.
+    block: Number of adjacent columns; None if all columns are adjacent.
+    stride: Distance from the start of one block to the start of the next.
   """
 
   offset: int = 0
@@ -25,46 +25,46 @@ class Columns:
   stride: int = 0
 
   def runs(self, start, stop):
-    """Slices of the tensor's columns that make up columns start to stop of the parameter, in order."""
+    """Returns slices of the tensor's columns, in order, for columns start:stop of the parameter."""
     if self.block is None:
       return [slice(self.offset + start, self.offset + stop)]
-    found = []
+    slices = []
     while start < stop:
       number, within = divmod(start, self.block)
       count = min(self.block - within, stop - start)
       first = self.offset + number * self.stride + within
-      found.append(slice(first, first + count))
+      slices.append(slice(first, first + count))
       start += count
-    return found
+    return slices
 
 
-WHOLE = Columns()
+ALL_COLUMNS = Columns()
 
 
 def concatenated(*widths):
-  """Columns of parameters that lie in one tensor one after another, for each of their widths."""
+  """Returns the Columns of parameters of these widths that are concatenated in one tensor."""
   return [Columns(offset) for offset in itertools.accumulate(widths[:-1], initial=0)]
 
 
 def interleaved(count, block):
-  """Columns of `count` parameters of which each in turn has `block`: [heads, count, block] flattened."""
+  """Returns the Columns of `count` parameters in a tensor that flattens [heads, count, block]."""
   return [Columns(part * block, block, count * block) for part in range(count)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Where one parameter lies in the files.
+  """The place of one parameter in the files.
 
   Attributes:
-    name: the tensor's name without the family's prefix; '{layer}' in it makes the parameter a
-      stack of one tensor per layer on a leading axis.
-    transpose: the file holds [out, in] where the parameter is [in, out].
-    columns: which of the tensor's are this parameter's; parameters of one name share them all.
+    name: Name of the tensor without the family's prefix. If it contains '{layer}', the parameter
+      stacks one tensor per layer along a leading axis.
+    transpose: Whether the file stores a parameter [in, out] as [out, in].
+    columns: This parameter's columns of the tensor. Several parameters may share a tensor.
   """
 
   name: str
   transpose: bool = False
-  columns: Columns = WHOLE
+  columns: Columns = ALL_COLUMNS
 
   @property
   def stacked(self):
@@ -72,16 +72,16 @@ class Source:
     return '{layer}' in self.name
 
 
-def torch_linear(path, name, *, bias, columns=WHOLE):
-  """The parameters of a layer at `path` whose kernel the file keeps as [out, in]."""
+def torch_linear(path, name, *, bias, columns=ALL_COLUMNS):
+  """Returns the Sources of a linear layer at `path` whose kernel is stored as [out, in]."""
   sources = {f'{path}/kernel': Source(f'{name}.weight', transpose=True, columns=columns)}
   if bias:
     sources[f'{path}/bias'] = Source(f'{name}.bias', columns=columns)
   return sources
 
 
-def conv1d(path, name, *, columns=WHOLE):
-  """The parameters of a layer at `path` whose kernel the file keeps as [in, out]."""
+def conv1d(path, name, *, columns=ALL_COLUMNS):
+  """Returns the Sources of a linear layer at `path` whose kernel is stored as [in, out]."""
   return {
     f'{path}/kernel': Source(f'{name}.weight', columns=columns),
     f'{path}/bias': Source(f'{name}.bias', columns=columns),
@@ -89,23 +89,23 @@ def conv1d(path, name, *, columns=WHOLE):
 
 
 def linears(names, *, bias):
-  """`torch_linear` of {path: name}."""
-  found = {}
+  """Returns the Sources of several `torch_linear` layers, given as {path: name}."""
+  sources = {}
   for path, name in names.items():
-    found |= torch_linear(path, name, bias=bias)
-  return found
+    sources |= torch_linear(path, name, bias=bias)
+  return sources
 
 
 def embeddings(names):
-  """The parameters of embeddings, of {path: name}."""
+  """Returns the Sources of embeddings, given as {path: name}."""
   return {f'{path}/embedding': Source(f'{name}.weight') for path, name in names.items()}
 
 
 def scales(names):
-  """The scales of norms, of {path: name}."""
+  """Returns the Sources of the scales of norms, given as {path: name}."""
   return {f'{path}/scale': Source(f'{name}.weight') for path, name in names.items()}
 
 
 def norms(names):
-  """The scales and biases of norms, of {path: name}."""
+  """Returns the Sources of the scales and biases of norms, given as {path: name}."""
   return scales(names) | {f'{path}/bias': Source(f'{name}.bias') for path, name in names.items()}
