@@ -6,14 +6,14 @@
 import importlib
 import os
 
-# Of transformers only the tokenizers are used; that it finds no torch is as it should be.
+# Only the tokenizers of transformers are used, so its advice to install PyTorch does not apply.
 os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
 
 __all__ = ['Run', 'compare', 'load', 'train']
 
 
 def __getattr__(name):
-  """Imports the API at its first use, so that `import rlhf_jax` alone takes no time."""
+  """Imports the API at its first use, so that `import rlhf_jax` is fast."""
   if name in __all__:
     return getattr(importlib.import_module('rlhf_jax.api'), name)
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

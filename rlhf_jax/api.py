@@ -45,8 +45,8 @@ from rlhf_jax.evaluation import reward_models
 from rlhf_jax.rewards import functions
 from rlhf_jax.rewards import scorers
 
-# Data arguments of `train` that each algorithm takes. If `algorithm` is None, `train` uses the first
-# algorithm that takes the given argument.
+# Data arguments of `train` that each algorithm takes. If `algorithm` is None, `train` uses the
+# first algorithm that takes the given argument.
 DATA = {
   'ppo': ('prompts',),
   'grpo': ('prompts',),
@@ -440,7 +440,7 @@ def _data_path(data, kind, workdir):
 
 
 def _records(data, kind):
-  """Returns the records of a list, DataFrame or datasets.Dataset as dicts without missing values."""
+  """Returns the records of a list, DataFrame or Dataset as dicts without missing values."""
   if hasattr(data, 'to_dict') and hasattr(data, 'columns'):  # pandas
     data = data.to_dict('records')
   errors.need(

@@ -1,4 +1,4 @@
-"""The command `rlhf`: a subcommand for each program of the package.
+"""The command `rlhf`, with a subcommand for each program of the package.
 
 Each subcommand is a module with a function `start`, which reads sys.argv. Only the module of the
 subcommand is imported.
@@ -9,21 +9,21 @@ import importlib
 import os
 import sys
 
-# Subcommand: its module, and what it does.
+# {subcommand: (module, description)}.
 COMMANDS = {
-  'run': ('rlhf_jax.main', 'train what a config describes, or resume it'),
+  'run': ('rlhf_jax.main', 'train with a config, or resume a run'),
   'generate': ('rlhf_jax.generate', 'sample text from a model or a run'),
   'evaluate': ('rlhf_jax.evaluate', 'compare policies, or run the evaluators of a run'),
-  'report': ('rlhf_jax.report', 'write the report of a run again'),
-  'plan': ('planner.__main__', 'find out what a config needs on TPUs, without any'),
+  'report': ('rlhf_jax.report', 'rewrite the report of a run'),
+  'plan': ('planner.__main__', 'estimate what a config needs on TPUs, without a TPU'),
 }
 HELP = ('-h', '--help', 'help')
 
 
 def usage():
-  """What `rlhf --help` prints."""
+  """Returns the text of `rlhf --help`."""
   width = max(map(len, COMMANDS)) + 2
-  lines = [f'  {name:<{width}}{purpose}' for name, (_, purpose) in COMMANDS.items()]
+  lines = [f'  {name:<{width}}{description}' for name, (_, description) in COMMANDS.items()]
   return '\n'.join(
     [
       'rlhf COMMAND [--OPTION=VALUE ...]',
@@ -39,7 +39,7 @@ def usage():
 
 
 def main():
-  """Runs the subcommand that the command line names."""
+  """Runs the subcommand named on the command line."""
   name, *arguments = sys.argv[1:] or ['--help']
   if name in HELP:
     print(usage())
@@ -48,7 +48,7 @@ def main():
     like = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
     hint = f'Did you mean {like[0]!r}? ' if like else ''
     sys.exit(f'error: rlhf has no command {name!r}. {hint}The commands are {", ".join(COMMANDS)}.')
-  if os.getcwd() not in sys.path:  # as python -m does: rewards and algorithms of the user lie there
+  if os.getcwd() not in sys.path:  # as python -m does, for the user's rewards and algorithms
     sys.path.insert(0, os.getcwd())
   sys.argv = [f'rlhf {name}', *arguments]
   importlib.import_module(COMMANDS[name][0]).start()

@@ -1,7 +1,7 @@
-"""The command line of a program: flags, --config, overrides --config.KEY=VALUE, --help, --print.
+"""Command lines of programs: flags, --config, overrides --config.KEY=VALUE, --help, --print.
 
-Errors that a user can fix are printed in one line: those of the flags by `parse`, later ones by
-`one_line`.
+Errors that a user can fix are printed in one line: `parse` does so for errors in flags, and
+`one_line` for later errors.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from rlhf_jax import errors
 from rlhf_jax import runtime
 
 HELP = {'--help', '-help', '--helpfull', '--helpshort', '-h'}
-# Messages of Python and of libraries about a flag's value (regular expressions), in plain words.
+# Regular expressions for messages of Python and libraries about a flag's value, and replacements.
 PLAIN = (
   (r'invalid literal for int\(\).*', 'must be a whole number'),
   (r'could not convert string to float.*', 'must be a number'),
@@ -33,7 +33,7 @@ PLAIN = (
 
 
 class _Parser(flags.ArgumentParser):
-  """Reads `CONFIG[:arg]` with config_files, and keeps the argument in `text`."""
+  """Reads the config of `CONFIG[:ARG]`, and stores the flag's value in `text`."""
 
   text = ''
 
@@ -45,14 +45,15 @@ class _Parser(flags.ArgumentParser):
 
 
 class Arguments(argparse.ArgumentParser):
-  """The parser of a program without a config; prints an error in one line.
-
-  Attributes:
-    command: of the program, such as 'rlhf report'.
-    usage: the docstring of its module, which --help prints above the options.
-  """
+  """Parser of a program without a config. Prints errors in one line."""
 
   def __init__(self, command, usage):
+    """Creates the parser.
+
+    Args:
+      command: Command of the program, such as 'rlhf report'.
+      usage: Docstring of its module, which --help prints above the options.
+    """
     super().__init__(
       prog=command,
       usage=argparse.SUPPRESS,
@@ -66,12 +67,12 @@ class Arguments(argparse.ArgumentParser):
 
 
 def define_config():
-  """Defines --config and --print; returns the flag of the first."""
+  """Defines --config and --print, and returns the flag --config."""
   flags.DEFINE_bool('print', False, 'Print the config with all overrides as JSON and exit.')
   holder = config_flags.DEFINE_config_file(
     'config',
     None,
-    'Name of a config of the package, such as quickstart; Python file with get_config; or '
+    'Name of a config of the package, such as quickstart, a Python file with get_config, or '
     'config.json of a run. Add :ARG for a variant, such as quickstart:debug.',
   )
   flags.FLAGS['config'].parser = _Parser()
@@ -79,7 +80,7 @@ def define_config():
 
 
 def default_workdir():
-  """The folder runs/CONFIG-ARG of the config on the command line; '' for a config.json."""
+  """Returns runs/CONFIG-ARG for the config on the command line, or '' for a config.json."""
   name, colon, arg = flags.FLAGS['config'].parser.text.partition(':')
   if name.endswith('.json'):
     return ''
@@ -92,8 +93,8 @@ def start(main, required=()):
   """Runs a program.
 
   Args:
-    main: function of its command line, without flags; --help prints the docstring of its module.
-    required: flags that must be given, except with --help and --print.
+    main: Function of the arguments that are not flags. --help prints the docstring of its module.
+    required: Names of flags that must be set, except with --help and --print.
   """
   app.run(main, flags_parser=functools.partial(parse, required=required, module=main.__module__))
 
@@ -101,12 +102,12 @@ def start(main, required=()):
 def parse(argv, required=(), module='__main__'):
   """Parses the command line, including `--config.KEY=None`.
 
-  Exits with a message of one line if there is a mistake in it, and after --help and --print.
+  Exits after --help and --print, or with a message of one line if the command line has an error.
 
   Args:
-    argv: with the program's name first.
-    required: flags that must be given, except with --help and --print.
-    module: name of the program's module, which has its usage and its flags.
+    argv: Command line, with the program's name first.
+    required: Names of flags that must be set, except with --help and --print.
+    module: Name of the program's module, whose docstring and flags --help prints.
 
   Returns:
     The arguments that are not flags.
@@ -129,7 +130,7 @@ def parse(argv, required=(), module='__main__'):
     return arguments
   except (errors.UserError, flags.Error) as error:
     sys.exit(f'error: {errors.printable(_plain(" ".join(str(error).split())))}')
-  except BrokenPipeError:  # what reads --help or --print, such as `head`, has ended
+  except BrokenPipeError:  # the reader of --help or --print, such as `head`, has exited
     os._exit(1)
   except OSError as error:
     path = flags.FLAGS['config'].parser.text
@@ -140,9 +141,9 @@ def parse(argv, required=(), module='__main__'):
 
 @contextlib.contextmanager
 def one_line():
-  """Ends the process with one line at Ctrl-C, or if its body raises an error that a user can fix.
+  """Exits with a message of one line if the body gets Ctrl-C or an error that a user can fix.
 
-  For programs that only read; a run prints how to resume it.
+  It is for programs that do not train. `main` also prints how to resume.
   """
   try:
     yield
@@ -159,7 +160,7 @@ def one_line():
 
 
 def _plain(text):
-  """absl's message about a flag, in plain words."""
+  """Returns a plainer form of absl's message about a flag."""
   for pattern, plain in PLAIN:
     text = re.sub(rf'^flag (--.*?): {pattern}$', rf'flag \1: {plain}', text)
   return text.removeprefix('flag ')
@@ -171,12 +172,12 @@ def _parse(argv):
   for arg in absent:
     *blocks, name = arg.partition('config.')[2].removesuffix('=None').split('.')
     block = functools.reduce(lambda block, part: block[part], blocks, flags.FLAGS.config)
-    block[name], _ = None, block[name]  # the key must exist
+    block[name], _ = None, block[name]  # reading the key raises an error if it does not exist
   return arguments
 
 
 def _no_such_key(argv, error):
-  """The message for a KeyError of a key that a flag names; raises any other error again."""
+  """Returns the message for a flag with an unknown config key; re-raises any other error."""
   within = re.search(
     r'does not support indexing. Attempting to lookup: ([\w.]+)', str(error.args[0])
   )
@@ -195,15 +196,15 @@ def _no_such_key(argv, error):
 
 
 def _help(config, module):
-  """The text of --help: the flags, and the keys of the config if there is one."""
+  """Returns the text of --help: the flags, and the keys of the config if --config is set."""
   usage = (sys.modules[module].__doc__ or '').strip()
   program = sys.argv[0] if module == '__main__' else module
-  own = [
+  key_flags = [
     flag for name in (__name__, program) for flag in flags.FLAGS.get_key_flags_for_module(name)
   ]
-  own = [flag for flag in own if '.' not in flag.name]
-  width = max(len(flag.name) for flag in own) + 2
-  lines = [f'  --{flag.name:<{width}}{" ".join(flag.help.split())}' for flag in own]
+  key_flags = [flag for flag in key_flags if '.' not in flag.name]
+  width = max(len(flag.name) for flag in key_flags) + 2
+  lines = [f'  --{flag.name:<{width}}{" ".join(flag.help.split())}' for flag in key_flags]
   if 'config' not in flags.FLAGS:
     return '\n'.join([usage, '', *lines])
   if config is None:
@@ -214,7 +215,7 @@ def _help(config, module):
         *lines,
         '',
         f'Configs: {", ".join(config_files.names())}.',
-        'With --config=CONFIG, --help prints the keys of that config.',
+        'With --config=CONFIG, --help also prints the keys of that config.',
       ]
     )
   return '\n'.join([usage, '', *lines, '', 'Keys of the config:', config_help.keys(config)])

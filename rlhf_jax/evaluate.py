@@ -1,19 +1,19 @@
 """rlhf evaluate --policies NAME=FOLDER,NAME=FOLDER --prompts FILE --judge JUDGE [--workdir OUT]
 rlhf evaluate --workdir RUN [--evals NAMES or JSON]
 
-The first form compares policies without training. Each answers the same prompts, and a judge scores
-the responses or compares them in pairs. It prints a table with Elo ratings and win rates over the
-first policy, and some responses side by side. results.json and report.html go to OUT. FOLDER is a
-Hugging Face folder or the folder of a run. JUDGE is one of
+The first form compares policies without training. All policies respond to the same prompts, and a
+judge scores the responses or compares them in pairs. It prints a table with Elo ratings and win
+rates over the first policy, and some responses side by side, and writes results.json and
+report.html to OUT. FOLDER is a Hugging Face folder or the folder of a run. JUDGE is one of
 
   MODULE:FUNCTION      f(prompt, response) -> number, a reward function of a batch, or a function
                        f(prompts, responses_a, responses_b) -> numbers from -1 (b is better) to 1
   exact_match:COLUMN   1 if the response equals that column of the prompts, else 0
-  FOLDER               a reward model, whose higher score wins
+  FOLDER               a reward model; the response with the higher score wins
 
-The second form runs the evaluators of a run's config.json on its newest checkpoint. After the end
-of the run these are the numbers of its last evaluation. --evals=held_out,prompts selects some of
-them; --evals='{"text": {"path": "prompts.jsonl"}}' replaces `config.evals`.
+The second form runs the evaluators of a run's config.json on its newest checkpoint. For a finished
+run this repeats its last evaluation. --evals=held_out,prompts selects evaluators by name;
+--evals='{"text": {"path": "prompts.jsonl"}}' replaces `config.evals`.
 
 python -m rlhf_jax.evaluate does the same.
 """
@@ -42,15 +42,15 @@ def run(workdir, evals=''):
   """Evaluates the newest checkpoint of a run.
 
   Args:
-    workdir: folder of the run.
-    evals: names in its config's `evals` with commas between them, or a JSON object in place of
-      these; '' for all of them.
+    workdir: Folder of the run.
+    evals: Comma-separated names of evaluators in `config.evals`, or a JSON object that replaces
+      `config.evals`; '' for all evaluators.
 
   Returns:
-    Finished steps of the checkpoint, and {'NAME/METRIC': number}.
+    The step of the checkpoint, and {'NAME/METRIC': number}.
 
   Raises:
-    UserError: there is no such run or evaluator, or no checkpoint.
+    UserError: If there is no such run or evaluator, or no checkpoint.
   """
   config = read_config(workdir)
   names = None
@@ -71,8 +71,8 @@ def run(workdir, evals=''):
     unknown = [name for name in names or () if name not in learner.evaluators]
     if unknown:
       raise errors.UserError(
-        f'--evals={evals} names {", ".join(unknown)}: the run has no such '
-        'evaluator, or no data for it'
+        f'--evals={evals} names {", ".join(unknown)}: the run has no evaluator of this name, or '
+        'no data for it'
       )
     checkpoints = checkpoint.Checkpoints(workdir)
     try:
@@ -85,10 +85,10 @@ def run(workdir, evals=''):
 
 
 def read_config(workdir):
-  """The config of a run, a ConfigDict.
+  """Returns the config of a run, a ConfigDict.
 
   Raises:
-    UserError: there is no config.json of a single run.
+    UserError: If config.json cannot be read, or belongs to a pipeline.
   """
   path = pathlib.Path(workdir) / 'config.json'
   try:
@@ -105,10 +105,10 @@ def read_config(workdir):
 
 
 def named_folders(text):
-  """{name: folder} of 'NAME=FOLDER,NAME=FOLDER'.
+  """Parses 'NAME=FOLDER,NAME=FOLDER' into {name: folder}.
 
   Raises:
-    UserError: it has another form, or a name occurs twice.
+    UserError: If the text has another form, or a name occurs twice.
   """
   pairs = [pair.partition('=')[::2] for pair in text.split(',')]
   named = dict(pairs)
@@ -123,22 +123,22 @@ def compare(options):
   """Compares policies; see the top of the file.
 
   Args:
-    options: of `parser`.
+    options: Parsed command line; see `parser`.
 
   Raises:
-    UserError: an option is wrong or missing.
+    UserError: If an option is wrong or missing.
   """
   named = named_folders(options.policies)
-  errors.need(options.prompts, '--prompts is missing: name the data set that the policies answer')
+  errors.need(options.prompts, '--prompts is missing: name the data set of prompts')
   errors.need(
     options.judge,
-    '--judge is missing: name a function, a column or a reward model; `rlhf evaluate --help` has '
-    'the forms',
+    '--judge is missing: name a function, a column or a reward model; `rlhf evaluate --help` '
+    'describes the forms',
   )
   workdir = pathlib.Path(options.workdir or f'runs/compare-{"-".join(named)}')
   errors.need(
     not (workdir / 'config.json').exists(),
-    f'--workdir={workdir} holds a run, whose report would be lost: name another folder',
+    f'--workdir={workdir} holds a run, whose report would be overwritten: name another folder',
   )
   settings = comparison.Settings(
     baseline=options.baseline,
@@ -159,26 +159,26 @@ def compare(options):
 
 
 def parser():
-  """The parser of the command line."""
-  found = command_line.Arguments('rlhf evaluate', __doc__)
-  add = found.add_argument
+  """Returns the parser of the command line."""
+  arguments = command_line.Arguments('rlhf evaluate', __doc__)
+  add = arguments.add_argument
   add('--policies', default='', help='names and folders of the policies to compare')
   add('--prompts', default='', help='data set of prompts, with the columns that the judge reads')
   add('--judge', default='', help='decides which response is better; see above')
-  add('--workdir', default='', help='folder of the results, or of the run to evaluate')
-  add('--baseline', default='', help='policy that win rates and KLs are against; first by default')
-  add('--reward_model', default='', help='folder of a reward model, for a column of proxy scores')
-  add('--samples', type=int, default=0, help='responses of each policy; one a prompt by default')
+  add('--workdir', default='', help='folder for the results, or of the run to evaluate')
+  add('--baseline', default='', help='reference of win rates and KLs; by default the first policy')
+  add('--reward_model', default='', help='folder of a reward model, which adds proxy scores')
+  add('--samples', type=int, default=0, help='responses per policy; by default one per prompt')
   add('--best_of', type=int, default=0, help='adds best-of-n of the baseline by --reward_model')
   add(
     '--max_new_tokens',
     type=int,
     help='length limit of a response; by default 128, or less if the context is shorter',
   )
-  add('--temperature', type=float, default=1.0, help='of sampling; 0 selects the most likely token')
-  add('--seed', type=int, default=0, help='of the samples')
+  add('--temperature', type=float, default=1.0, help='0 selects the most likely token')
+  add('--seed', type=int, default=0, help='random seed of the samples')
   add('--evals', default='', help='evaluators of the run, or a JSON object; by default all')
-  return found
+  return arguments
 
 
 def start():
@@ -187,7 +187,7 @@ def start():
   with command_line.one_line():
     errors.need(
       options.policies or options.workdir,
-      'set --policies, to compare policies, or --workdir, to run the evaluators of a run',
+      'set --policies to compare policies, or --workdir to run the evaluators of a run',
     )
     runtime.configure()
     if options.policies:

@@ -1,9 +1,9 @@
 """rlhf generate --model=FOLDER --prompt="..." [--prompt=@FILE ...]
 rlhf generate --model=FOLDER --data=FILE
 
-Samples text from a Hugging Face folder, from a finished run, or from the newest checkpoint of a run
-that has not finished. In a prompt \\n is a line break, \\t a tab and \\\\ a backslash; @FILE stands
-for the text of a file, as it is but for a line break at its end.
+Samples text from a Hugging Face folder, a finished run, or the newest checkpoint of an unfinished
+run. In a prompt \\n is a line break, \\t a tab and \\\\ a backslash. @FILE reads the prompt from a
+file, without escapes; a line break at its end is removed.
 
 python -m rlhf_jax.generate does the same.
 """
@@ -21,9 +21,9 @@ from rlhf_jax import policy as policy_lib
 from rlhf_jax import runtime
 
 _MODEL = flags.DEFINE_string('model', None, "Hugging Face folder, or a run's working directory.")
-_PROMPT = flags.DEFINE_multi_string('prompt', [''], 'What to continue, or @FILE')
+_PROMPT = flags.DEFINE_multi_string('prompt', [''], 'Text to continue, or @FILE to read it.')
 _DATA = flags.DEFINE_string(
-  'data', None, 'Or a data set of prompts, read as in training, with the chat template.'
+  'data', None, 'Data set of prompts in place of --prompt, read as in training (chat template).'
 )
 _TEMPERATURE = flags.DEFINE_float('temperature', 1.0, '0 selects the most likely token.', 0.0)
 _TOP_K = flags.DEFINE_integer('top_k', 0, 'Sample from the k most likely tokens; 0: from all.', 0)
@@ -33,14 +33,14 @@ _TOP_P = flags.DEFINE_float(
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
   'max_new_tokens', None, 'Length limit; by default 128, or less if the context is shorter.', 1
 )
-_IGNORE_EOS = flags.DEFINE_bool('ignore_eos', False, 'Continue past the end of the text.')
+_IGNORE_EOS = flags.DEFINE_bool('ignore_eos', False, 'Continue past the EOS token.')
 _NUM_SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Responses to each prompt.', 1)
-_SEED = flags.DEFINE_integer('seed', 0, 'Seed of the samples.')
+_SEED = flags.DEFINE_integer('seed', 0, 'Random seed of the samples.')
 ESCAPED = {'n': '\n', 't': '\t', '\\': '\\'}
 
 
 def main(argv):
-  """Prints each prompt with its response, with a line of dashes between samples."""
+  """Prints each prompt followed by its response, with --- between samples."""
   if len(argv) > 1:
     sys.exit(f'error: unexpected arguments {argv[1:]}: every option begins with --')
   if _DATA.value and _PROMPT.present:
@@ -65,19 +65,19 @@ def main(argv):
 
 
 def prompt_of(text):
-  """The prompt that a value of --prompt stands for; see the top of the file.
+  """Returns the prompt for a value of --prompt: text with escapes, or @FILE.
 
   Raises:
-    UserError: it names a file that cannot be read.
+    UserError: If the file cannot be read.
   """
   if not text.startswith('@'):
-    return re.sub(r'\\([nt\\])', lambda found: ESCAPED[found.group(1)], text)
+    return re.sub(r'\\([nt\\])', lambda match: ESCAPED[match.group(1)], text)
   try:
     return pathlib.Path(text[1:]).read_text(encoding='utf-8').removesuffix('\n')
   except (OSError, ValueError) as error:
     raise errors.UserError(
-      f'--prompt={text}: {text[1:]} cannot be read ({error}). A prompt that begins with @ must be '
-      'in a file.'
+      f'--prompt={text}: {text[1:]} cannot be read ({error}). Put a prompt that begins with @ into '
+      'a file.'
     ) from error
 
 

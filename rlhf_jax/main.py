@@ -1,9 +1,9 @@
 """rlhf run --config=CONFIG[:ARG] [--workdir=DIR] [--config.KEY=VALUE ...]
 
-Trains what a config describes: one algorithm, or a pipeline of stages. CONFIG is the name of a
-config of the package, such as quickstart, or a file. The same command resumes. SIGTERM and Ctrl-C
-save before they stop the run; a second Ctrl-C stops it at once. With --config=CONFIG, --help prints
-the keys of the config, and --print the config itself with all overrides.
+Runs one algorithm or a pipeline of stages. CONFIG is the name of a config of the package, such as
+quickstart, or a file. The same command resumes the run. On SIGTERM or Ctrl-C the run saves its
+state and stops; a second Ctrl-C stops it at once. With --config=CONFIG, --help prints the keys of
+the config, and --print prints the config with all overrides.
 
 python -m rlhf_jax.main does the same.
 """
@@ -28,21 +28,20 @@ _CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string(
   'workdir',
   None,
-  'Folder for everything the run writes; by default runs/ and the name of the config.',
+  'Folder that the run writes to; by default runs/ and the name of the config.',
 )
 _FORK = flags.DEFINE_string(
   'fork',
   None,
-  'New folder for a run with this config that starts from the newest checkpoint in --workdir; of a '
-  'pipeline, from its finished stages up to the first that differs.',
+  'New folder for a run with this config that starts from the newest checkpoint in --workdir. A '
+  'pipeline reuses the finished stages up to the first whose config differs.',
 )
 
 
 def main(argv):
-  """Runs the config; if it ends early, prints why in one line and exits with a status other than 0.
+  """Runs the config. If the run ends early, prints why and exits with a status other than 0.
 
-  The status is 1 for errors, and 128 + the signal's number for a run that was asked to stop: 143
-  for SIGTERM, 130 for Ctrl-C.
+  The status is 1 for errors, 143 (128 + the signal's number) for SIGTERM, and 130 for Ctrl-C.
   """
   if len(argv) > 1:
     sys.exit(f'error: unexpected arguments {argv[1:]}: every option begins with --')
@@ -56,14 +55,14 @@ def main(argv):
     runtime.exit_now(str(stop) if processes.is_main_process() else '', stop.status, together=True)
   except KeyboardInterrupt:
     runtime.exit_now('stopped by SIGINT: the same command resumes', 130)
-  except BaseException as error:  # a user's code may raise SystemExit
+  except BaseException as error:  # user code may raise SystemExit
     logging.debug('details', exc_info=True)
     reason = errors.explain_disk_error(error)
     runtime.exit_now(f'error: {reason}' if reason else traceback.format_exc().rstrip(), 1)
 
 
 def run():
-  """Runs the config of the command line in its folder."""
+  """Runs the config of the command line."""
   runtime.configure()
   config = _CONFIG.value
   config.lock()
@@ -77,14 +76,14 @@ def run():
 
 
 def folders():
-  """The folder of the run, and the folder of the run that it is a fork of, or None."""
+  """Returns the folder of the run, and of the run that it is forked from or None."""
   workdir = _WORKDIR.value
   if workdir is None:
     workdir = command_line.default_workdir()
     errors.need(
       workdir and not _FORK.value,
       '--workdir is missing: name '
-      + ('the folder of the run that --fork starts from' if _FORK.value else 'a new folder'),
+      + ('the folder of the run to fork' if _FORK.value else 'a new folder'),
     )
     processes.print_on_main(f'--workdir={workdir}')
   return (_FORK.value, workdir) if _FORK.value else (workdir, None)

@@ -1,27 +1,27 @@
-"""How progress bars are drawn: in place on a terminal, as a line now and then in a log file."""
+"""Progress bars: updated in place on a terminal, and written line by line to a log file."""
 
 import sys
 
 from rlhf_jax import processes
 
-LOG_SECONDS = 30  # between two lines in a log file
+LOG_SECONDS = 30  # interval between two lines in a log file
 LOG_FORMAT = '{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]'
 
 
 class Lines:
-  """A stream that writes each drawing of a bar as a line, without carriage returns.
+  """Stream that writes each update of a bar as a line, without carriage returns.
 
-  tqdm begins a drawing with a carriage return, pads it with spaces to erase the one before, and
-  removes a bar by an empty drawing.
+  tqdm begins an update with a carriage return, pads it with spaces to erase the previous one, and
+  removes a bar by an empty update.
   """
 
   def __init__(self, stream):
-    """Writes to `stream`."""
+    """Wraps `stream`."""
     self._stream = stream
     self.encoding = getattr(stream, 'encoding', None)
 
   def write(self, text):
-    """Writes a drawing that shows something."""
+    """Writes an update unless it is empty."""
     line = text.strip()
     if line:
       self._stream.write(f'{line}\n')
@@ -32,7 +32,7 @@ class Lines:
 
 
 def display():
-  """Keywords of tqdm.tqdm: the main process draws, as fits where stderr goes."""
+  """Returns keywords of tqdm.tqdm, by the kind of stderr. Only the main process shows bars."""
   settings = {'disable': not processes.is_main_process(), 'file': sys.stderr, 'dynamic_ncols': True}
   if sys.stderr.isatty():
     return settings

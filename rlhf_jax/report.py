@@ -1,7 +1,7 @@
 """rlhf report --workdir=RUN
 
-Writes report.html again from the files in the folder of a run, a pipeline or a comparison of
-policies, for example after an update of the package. Nothing is trained or sampled.
+Rewrites report.html from the files in the folder of a run, a pipeline or a comparison of policies,
+for example after an update of the package. It does not train or sample.
 
 python -m rlhf_jax.report does the same.
 """
@@ -19,13 +19,13 @@ def write(workdir):
   """Writes the report of a run, a pipeline or a comparison.
 
   Args:
-    workdir: its folder.
+    workdir: Folder of the run, pipeline or comparison.
 
   Returns:
     The path of the report.
 
   Raises:
-    UserError: there is none of them in the folder.
+    UserError: If the folder holds none of them.
   """
   workdir = pathlib.Path(workdir)
   if (workdir / policies.REPORT).exists():
@@ -35,9 +35,9 @@ def write(workdir):
     return report.of_run(workdir, title=config['algorithm'])
   errors.need(
     'stages' in config,
-    f'--workdir={workdir} is not the folder of a run: it has no config.json of one',
+    f'--workdir={workdir} is not the folder of a run: it has no config.json of a run',
   )
-  # A pipeline that has not evaluated its policies: learning curves alone.
+  # The pipeline has not evaluated its policies yet, so the report has only learning curves.
   stages = {name: value for name, value in config.items() if isinstance(value, dict)}
   report.of_stages(
     workdir,

@@ -300,7 +300,7 @@ def test_alone_they_may_be_others_than_those_of_the_run(finished, world):
   _, found = evaluate.run(finished, json.dumps({'few': block | {'kind': 'text'}}))
   assert 'few/unique' in found and len(found) == 6
   for evals, message in (
-    ('nothing', 'names nothing: the run has no such evaluator'),
+    ('nothing', 'names nothing: the run has no evaluator of this name'),
     ('{"x"', 'is not JSON'),
   ):
     with pytest.raises(errors.UserError, match=message):
