@@ -176,7 +176,7 @@ def test_policies_are_compared_by_exact_match(policies, world, tmp_path, monkeyp
     (['--policies=a=x', '--prompts=p'], '--judge is missing'),
     (
       ['--policies=a=x', '--prompts=p', '--judge=m:f', '--baseline=c'],
-      "baseline='c' is the name of none of the policies",
+      "baseline='c' is not the name of a policy",
     ),
     (
       ['--policies=a=x', '--prompts=p', '--judge=no_module:f'],

@@ -1,4 +1,4 @@
-"""Best-of-n by a reward model for every n, from the same samples.
+"""Expected scores of best-of-n for several n, estimated from one set of samples.
 
 Letters: P prompts, N samples of each.
 """
@@ -14,11 +14,11 @@ from rlhf_jax import intervals
 
 
 def kl(n: int) -> float:
-  """An upper bound of the KL of best-of-n from the policy that it samples, nats per sequence.
+  """Computes an upper bound of the KL of best-of-n from its base policy, nats per sequence.
 
       log n - (n - 1) / n
 
-  It is the exact KL if no two samples are equal. See Stiennon et al. 2020, appendix G.3
+  The bound is exact if no two samples are equal. See Stiennon et al. 2020, appendix G.3
   (https://arxiv.org/abs/2009.01325), and Beirami et al. 2024 (https://arxiv.org/abs/2401.01879)
   for the bound.
   """
@@ -26,7 +26,7 @@ def kl(n: int) -> float:
 
 
 def weights(n: int, count: int) -> Float[np.ndarray, ' {count}']:
-  """How often each of `count` samples in ascending order is the best of n of them.
+  """Computes how often each of `count` samples, in ascending order, is the best of a subset of n.
 
       w_i = C(i, n - 1) / C(N, n), i = 0 .. N - 1
 
@@ -34,8 +34,8 @@ def weights(n: int, count: int) -> Float[np.ndarray, ' {count}']:
   best-of-n. See Nakano et al. 2021, appendix I (https://arxiv.org/abs/2112.09332).
 
   Args:
-    n: samples that the best is taken of, from 1 to N.
-    count: N.
+    n: Size of the subsets, from 1 to N.
+    count: Number N of samples.
   """
   return special.comb(np.arange(count), n - 1) / special.comb(count, n)
 
@@ -45,24 +45,24 @@ def curve(
   gold: Float[np.ndarray, 'P N'] | None = None,
   prompts: Sequence[str] | None = None,
 ) -> list[dict[str, float]]:
-  """Expected scores of best-of-n for n = 1, 2, 4 and so on up to N.
+  """Computes the expected scores of best-of-n for n = 1, 2, 4 and so on up to N.
 
   Args:
-    proxy: scores of the reward model, which picks the best.
-    gold: scores of the judge; None for none.
-    prompts: P of them, for the standard error; None if they all differ.
+    proxy: Scores of the reward model, which selects the best samples.
+    gold: Gold scores by the judge, or None.
+    prompts: P prompts, for the standard error; None if they all differ.
 
   Returns:
-    List of {'n', 'kl': see `kl`, 'proxy', and with gold scores 'gold', 'gold_se'}. The standard
-    error is over prompts.
+    List of {'n', 'kl': see `kl`, 'proxy'}, with 'gold' and its standard error over prompts
+    'gold_se' if there are gold scores.
   """
   count = proxy.shape[1]
-  # Ascending; of equal scores the first sample comes last, so that it is the best, as by argmax.
+  # Ascending. Of equal scores the first sample comes last, so it is the best, as with argmax.
   order = count - 1 - np.argsort(proxy[:, ::-1], axis=1, kind='stable')
   points = []
   for n in [*(2**i for i in range(count.bit_length()) if 2**i < count), count]:
-    share = weights(n, count)
-    expected = lambda scores: np.take_along_axis(scores, order, axis=1) @ share
+    weight = weights(n, count)
+    expected = lambda scores: np.take_along_axis(scores, order, axis=1) @ weight
     point = {'n': n, 'kl': kl(n), 'proxy': float(expected(proxy).mean())}
     if gold is not None:
       values = expected(gold)

@@ -1,10 +1,10 @@
-"""Policies compared on the same prompts: scores, win rates and Elo ratings by a judge.
+"""Compares policies on the same prompts by scores, win rates and Elo ratings.
 
-`compare_policies` does the work for `rlhf evaluate`, for `rlhf_jax.compare` and for the last stage
-of a pipeline (policies.py). Every policy answers the same prompts. A judge scores the responses
-(the gold score) or compares pairs of them; a reward model, if given, adds the proxy score.
+`rlhf evaluate`, `rlhf_jax.compare` and the last stage of a pipeline (policies.py) call
+`compare_policies`. Every policy responds to the same prompts. A judge scores the responses (the
+gold score) or compares pairs of them. A reward model, if given, adds the proxy score.
 
-Letters: n samples.
+Letters: n samples, P prompts, N samples of each prompt for best-of-n.
 """
 
 from collections.abc import Mapping
@@ -30,17 +30,18 @@ from rlhf_jax.rewards import learned
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-  """How policies are compared.
+  """Settings of a comparison.
 
   Attributes:
-    baseline: name of the policy that win rates and KLs are against; '' for the first.
-    samples: n, responses of each policy; prompts repeat if there are fewer. 0: one to each prompt.
-    best_of: n of best-of-n of the baseline by the reward model; 0 for none.
-    seed: of the samples.
-    max_new_tokens: see policy.TextPolicy.sample.
-    temperature: likewise.
-    truncate_at: likewise.
-    truncate_after: likewise.
+    baseline: Name of the policy that win rates and KLs are relative to; '' for the first.
+    samples: Number n of responses per policy; prompts repeat if there are fewer. 0 for one response
+      to each prompt.
+    best_of: N of best-of-N sampling from the baseline with the reward model; 0 for none.
+    seed: Random seed of the samples.
+    max_new_tokens: See policy.TextPolicy.sample.
+    temperature: See policy.TextPolicy.sample.
+    truncate_at: See policy.TextPolicy.sample.
+    truncate_after: See policy.TextPolicy.sample.
   """
 
   baseline: str = ''
@@ -54,7 +55,7 @@ class Settings:
 
   @property
   def sampling(self):
-    """Keywords of policy.TextPolicy.sample."""
+    """The settings that are keywords of policy.TextPolicy.sample, a dict."""
     names = 'max_new_tokens', 'temperature', 'truncate_at', 'truncate_after'
     return {name: getattr(self, name) for name in names}
 
@@ -65,10 +66,10 @@ class Answers:
 
   Attributes:
     samples: Samples.
-    proxy: [n] scores of the reward model; None without one.
-    gold: [n] scores of the judge; None if it compares pairs.
-    kl: from the baseline, nats per sequence; None if the two have different tokenizers.
-    curve: of best-of-n, the points of best_of_n.curve; else ().
+    proxy: [n] scores by the reward model; None without a reward model.
+    gold: [n] scores by the judge; None if the judge compares pairs.
+    kl: KL from the baseline, nats per sequence; None if the two have different tokenizers.
+    curve: Points of best_of_n.curve for best-of-n; else ().
   """
 
   samples: policy_lib.Samples
@@ -83,10 +84,10 @@ class Comparison:
   """The result of comparing policies.
 
   Attributes:
-    baseline: name of the policy that win rates and KLs are against.
+    baseline: Name of the policy that win rates and KLs are relative to.
     answers: {name: Answers}.
-    rows: of the table, one a policy; see tables.stages_table.
-    ratings: {name: elo.Rating}, the baseline's is 1000.
+    rows: Rows of the table, one per policy; see tables.stages_table.
+    ratings: {name: elo.Rating}; the baseline's rating is 1000.
   """
 
   baseline: str
@@ -95,7 +96,7 @@ class Comparison:
   ratings: Mapping[str, elo.Rating]
 
   def samples(self):
-    """One dict a prompt: the prompt, and every policy's response with its scores."""
+    """Returns one dict per prompt with the prompt and every policy's response and scores."""
     scores = lambda answer, i: {
       key: float(values[i])
       for key, values in (('gold', answer.gold), ('proxy', answer.proxy))
@@ -114,11 +115,11 @@ class Comparison:
     ]
 
   def best_of_curve(self):
-    """The points of best-of-n for the report; () if it was not asked for."""
+    """Returns the points of best-of-n for the report; () if there was no best-of-n."""
     return next((answer.curve for answer in self.answers.values() if answer.curve), ())
 
   def text(self, count):
-    """The responses of all policies to the first `count` prompts, one below the other."""
+    """Returns the responses of all policies to the first `count` prompts as text."""
     lines = []
     for sample in self.samples()[:count]:
       lines.append(f'prompt: {sample["prompt"]}')
@@ -129,14 +130,14 @@ class Comparison:
 
   @property
   def table(self):
-    """The rows as a pandas DataFrame, without columns that are empty."""
+    """The rows as a pandas DataFrame, without empty columns."""
     import pandas
 
     return pandas.DataFrame(list(self.rows)).set_index('stage').dropna(axis=1, how='all')
 
   @property
   def responses(self):
-    """A pandas DataFrame of the prompts and every policy's response, with the judge's scores."""
+    """The prompts and every policy's responses and gold scores, a pandas DataFrame."""
     import pandas
 
     columns = {'prompt': self.answers[self.baseline].samples.prompts}
@@ -160,7 +161,7 @@ class Comparison:
     return pandas.DataFrame(cells, columns=titles).to_html(index=False)
 
   def results(self):
-    """The figures as JSON has them, without the samples."""
+    """Returns the results as a dict for JSON, without the samples."""
     return {
       'stages': self.rows,
       'elo': {name: dataclasses.asdict(rating) for name, rating in self.ratings.items()},
@@ -169,26 +170,26 @@ class Comparison:
 
 
 def compare_policies(policies, examples, judge, settings=Settings(), *, reward_model=None):
-  """Samples responses of all policies to the same prompts and compares them by a judge.
+  """Samples responses of all policies to the same prompts and compares them with a judge.
 
   Args:
     policies: {name: policy.TextPolicy}.
-    examples: list of formats.Prompt: prompts with the metadata that the judge reads.
+    examples: List of formats.Prompt: prompts with the metadata that the judge reads.
     judge: judges.Judge.
     settings: Settings.
-    reward_model: reward_models.RewardModel of the proxy score, or None.
+    reward_model: reward_models.RewardModel for the proxy score, or None.
 
   Returns:
     Comparison.
 
   Raises:
-    UserError: the baseline is none of the policies, the judge fails, or a prompt is too long.
+    UserError: If the baseline is not one of the policies, the judge fails, or a prompt is too long.
   """
   settings = dataclasses.replace(settings, baseline=settings.baseline or next(iter(policies)))
   check_name(settings.baseline, policies, 'baseline')
   errors.need(
     not settings.best_of or reward_model is not None,
-    f'best_of={settings.best_of} needs a reward model, which picks the best of the samples',
+    f'best_of={settings.best_of} needs a reward model to select the best samples',
   )
   errors.need(examples, 'there are no prompts to compare the policies on')
   judge.check_examples(examples)
@@ -203,24 +204,24 @@ def compare_policies(policies, examples, judge, settings=Settings(), *, reward_m
 
 
 def check_name(name, names, key):
-  """Raises UserError unless `name` is one of the policies' names."""
+  """Raises UserError if `name` is not one of the policies' names."""
   if name not in names:
     hint = config_keys.did_you_mean(name, list(names)).replace('The keys are', 'They are')
-    raise errors.UserError(f'{key}={name!r} is the name of none of the policies. {hint}')
+    raise errors.UserError(f'{key}={name!r} is not the name of a policy. {hint}')
 
 
 def ask(policies, examples, judge, settings, *, reward_model=None):
-  """Samples and scores responses of every policy; best-of-n follows the baseline.
+  """Samples and scores responses of every policy, and of best-of-n.
 
   Args:
-    policies: see `compare_policies`.
-    examples: n formats.Prompt.
+    policies: See `compare_policies`.
+    examples: List of n formats.Prompt.
     judge: judges.Judge.
     settings: Settings with a baseline.
     reward_model: reward_models.RewardModel, or None.
 
   Returns:
-    {name: Answers}.
+    {name: Answers}. 'best of N' follows the baseline.
   """
   baseline, best_of = settings.baseline, settings.best_of
   prompts = [example.prompt for example in examples]
@@ -252,7 +253,16 @@ def ask(policies, examples, judge, settings, *, reward_model=None):
 
 
 def gold_of_each(samples, judge, count):
-  """Gold scores [P, count] of all samples of best-of-n; None if the judge is no text function."""
+  """Computes gold scores [P, N] of all samples of best-of-n.
+
+  Args:
+    samples: Samples, N of each prompt.
+    judge: judges.Judge.
+    count: N.
+
+  Returns:
+    NumPy array, or None if the judge cannot score one text at a time.
+  """
   if judge.score_text is None:
     return None
   pairs = zip(samples.prompts, samples.responses)
@@ -260,12 +270,13 @@ def gold_of_each(samples, judge, count):
 
 
 def mean_kl(policy, reference, rollout, temperature):
-  """Mean over samples of log pi(y|x) - log pi_ref(y|x), nats per sequence (k1).
+  """Computes the mean over samples of log pi(y|x) - log pi_ref(y|x), nats per sequence.
 
-  Both at the sampling temperature; at 1 if that is 0, as in evaluators.prompts.
+  This is the k1 estimator of the KL. Both log-probabilities are at the sampling temperature, or at
+  1 if that is 0, as in evaluators.prompts.
 
   Returns:
-    A float; None if the two have different tokenizers.
+    A float; None if the two policies have different tokenizers.
   """
   if policy is reference:
     return 0.0
@@ -281,12 +292,12 @@ def mean_kl(policy, reference, rollout, temperature):
 
 
 def outcomes_of_pairs(answers, judge, metadata):
-  """Who wins between each two policies.
+  """Computes who wins between each pair of policies.
 
   Args:
     answers: {name: Answers}.
     judge: judges.Judge.
-    metadata: n dicts.
+    metadata: List of the n prompts' metadata, dicts.
 
   Returns:
     {(first, second): [n] float in [0, 1]}: 1 if the first wins, 0.5 for a draw, 0 if the second
@@ -302,7 +313,7 @@ def outcomes_of_pairs(answers, judge, metadata):
 
 
 def outcomes_of_scores(answers):
-  """Who has the higher gold score between each two policies; see `outcomes_of_pairs`."""
+  """Computes who has the higher gold score in each pair of policies; see `outcomes_of_pairs`."""
   return {
     (first, second): winrate.outcomes(answers[first].gold, answers[second].gold)
     for first, second in itertools.combinations(answers, 2)
@@ -310,15 +321,16 @@ def outcomes_of_scores(answers):
 
 
 def compare(answers, baseline, *, outcomes=None):
-  """Table rows and Elo ratings on the same prompts.
+  """Computes the table's rows and the Elo ratings.
 
-  Standard errors and intervals are over prompts if several samples share one; see intervals.py.
-  The games of the ratings are between responses to the same prompts, so their intervals always are.
+  Standard errors and intervals are clustered by prompt if samples share prompts; see intervals.py.
+  Intervals of Elo ratings are always clustered by prompt, because each match is between responses
+  to the same prompt.
 
   Args:
     answers: {name: Answers}.
-    baseline: name.
-    outcomes: see `outcomes_of_pairs`; None for those of the gold scores.
+    baseline: Name of the baseline.
+    outcomes: See `outcomes_of_pairs`; None to compare gold scores.
 
   Returns:
     Rows for tables.stages_table, and {name: Rating} with the baseline at 1000.
@@ -353,7 +365,10 @@ def compare(answers, baseline, *, outcomes=None):
 
 
 def against(outcomes, name, baseline, count):
-  """Outcomes [count] of a policy's games against the baseline; all draws against itself."""
+  """Returns the outcomes [count] of a policy's matches against the baseline.
+
+  The baseline draws all matches against itself.
+  """
   if name == baseline:
     return np.full(count, 0.5)
   if (name, baseline) in outcomes:
@@ -362,7 +377,7 @@ def against(outcomes, name, baseline, count):
 
 
 def side_by_side(before, after, count):
-  """The first `count` responses of two policies to the same prompts, for the report."""
+  """Returns the first `count` responses of two policies to the same prompts, for the report."""
   pick = lambda answers, i: {
     name: float(values[i])
     for name, values in (('proxy', answers.proxy), ('gold', answers.gold))

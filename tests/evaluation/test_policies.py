@@ -382,8 +382,8 @@ STAGE = {
   'changes, message',
   [
     ({}, None),
-    ({'baseline': 'sftt'}, "baseline='sftt' is the name of none .* Did you mean 'sft'"),
-    ({'trained': 'grpo'}, "trained='grpo' is the name of none .* They are sft, ppo."),
+    ({'baseline': 'sftt'}, "baseline='sftt' is not the name of a policy.* Did you mean 'sft'"),
+    ({'trained': 'grpo'}, "trained='grpo' is not the name of a policy.* They are sft, ppo."),
     ({'gold': f'{__name__}:mean_wrod'}, "gold='.*:mean_wrod' cannot be loaded"),
     ({'best_of': 4}, 'best_of=4 needs a reward model'),
     ({'comparisons': 'x'}, "comparisons='x' needs a reward model"),
