@@ -13,7 +13,6 @@ setting, and each of the two can resume a run that the other started.
 import collections.abc
 import contextlib
 import functools
-import html
 import importlib
 import json
 import math
@@ -269,8 +268,9 @@ class Report(type(pathlib.Path())):
   """Path of a report, which notebooks display as the page."""
 
   def _repr_html_(self):
-    page = html.escape(self.read_text(encoding='utf-8'))
-    return f'<iframe sandbox="allow-scripts" srcdoc="{page}" width="100%" height="600"></iframe>'
+    # In single quotes only these need an escape: with html.escape the page is half as large again.
+    page = self.read_text(encoding='utf-8').replace('&', '&amp;').replace("'", '&#39;')
+    return f"<iframe sandbox='allow-scripts' srcdoc='{page}' width='100%' height='600'></iframe>"
 
 
 def compare(

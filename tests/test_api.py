@@ -81,7 +81,7 @@ def test_a_run_has_metrics_samples_a_policy_and_a_report(ppo, world):
   assert len(ppo.policy.sample(['w1', 'w2'], max_new_tokens=3).responses) == 2
   page = ppo.report()
   assert page == ppo.workdir / 'report.html' and page.read_text().startswith('<!')
-  shown = re.search('srcdoc="(.*?)"', page._repr_html_(), re.DOTALL).group(1)
+  shown = re.search("srcdoc='(.*?)'", page._repr_html_(), re.DOTALL).group(1)
   assert html.unescape(shown) == page.read_text()
   [axes] = ppo.plot(['objective/scores']).axes
   np.testing.assert_array_equal(axes.lines[0].get_ydata(), ppo.metrics['objective/scores'])
