@@ -1,7 +1,8 @@
-"""The blocks of keys that runs share, their defaults, and their checks before anything is compiled.
+"""The config keys that all algorithms share, with defaults and checks.
 
-A file in configs/ starts from `config()` of an algorithm, which starts from `common` here. A key that
-is None is absent. Configs stop at `create` of an algorithm: library functions take scalars.
+A file in configs/ starts from `config()` of an algorithm, which starts from `common` here. None
+means that a key is absent. Only `create` of an algorithm and the code around it read configs;
+library functions take scalars.
 """
 
 import ast
@@ -16,7 +17,8 @@ from rlhf_jax import errors
 from rlhf_jax import optim
 from rlhf_jax.errors import need
 
-# How an evaluator samples, where neither it nor `config.sampling` says so; temperature 0 is greedy.
+# Defaults of sampling in an evaluator if neither it nor `config.sampling` sets a key. Temperature 0
+# is greedy.
 SAMPLING = {
   'max_new_tokens': 32,
   'temperature': 1.0,
@@ -30,18 +32,18 @@ SAMPLING = {
 EVALUATOR_TYPES = dict(
   kind=str, every=int, function=str, path=str, split=str, columns=str, count=int, batch_size=int
 )
-# Of setup.py's extra.
+# The requirement in setup.py's extra.
 WANDB = 'wandb>=0.31.0,<0.32'
 
-# What a file of data can be read as; see data/files.py.
+# Formats of data files; see data/files.py.
 FORMATS = ('jsonl', 'json', 'csv', 'tsv', 'parquet', 'text', 'arrayrecord')
 
 
 def common(algorithm):
-  """Keys all algorithms have.
+  """Returns a ConfigDict of the keys that all algorithms have.
 
   Args:
-    algorithm: name of a module in rlhf_jax/algorithms, or the dotted path of another.
+    algorithm: Name of a module in rlhf_jax/algorithms, or the dotted path of another module.
   """
   return ml_collections.ConfigDict(
     {
@@ -103,7 +105,7 @@ def common(algorithm):
 
 
 def data():
-  """Keys of a data set, a dict."""
+  """Returns a dict of the keys of a data set."""
   return {
     'path': placeholder(str),  # file, folder, name of a Hugging Face data set, or tfds:NAME
     'split': placeholder(str),  # of a public data set, or a folder; None: train
@@ -118,23 +120,23 @@ def data():
 
 
 def held_out():
-  """`config.evals` of an algorithm with a held-out loss, on data.held_out or data.held_out_path."""
+  """Returns `config.evals` with a held-out loss, on data.held_out or data.held_out_path."""
   return ml_collections.ConfigDict({'held_out': {'kind': 'loss', 'every': placeholder(int)}})
 
 
 def evaluator(name, block):
-  """All keys of an evaluator: those of its block, and the defaults of the others.
+  """Returns all keys of an evaluator: those of its block, and the defaults of the others.
 
   Args:
-    name: in `config.evals`.
-    block: `config.evals[name]`. Its `kind` is 'loss', 'prompts', 'win_rate' or 'text', if None
-      the name; or its `function` is 'package.module:name' of a user's evaluator.
+    name: Key of `config.evals`.
+    block: `config.evals[name]`. Its `kind` is 'loss', 'prompts', 'win_rate' or 'text', by default
+      `name`; or its `function` is 'package.module:name' of a user's evaluator.
 
   Returns:
-    ConfigDict with `kind`, 'function' for a user's.
+    ConfigDict whose `kind` is one of these, or 'function' for a user's evaluator.
 
   Raises:
-    UserError: there is no such kind, or no such key.
+    UserError: The kind or a key does not exist.
   """
   block = ml_collections.ConfigDict(block).to_dict()
   kind = 'function' if block.get('function') else block.get('kind') or name
@@ -150,7 +152,7 @@ def evaluator(name, block):
   if kind == 'function':
     keys['function'] = None  # 'package.module:name' of a user's evaluator
   else:
-    keys['path'] = None  # data set; of the loss None: data.held_out or data.held_out_path
+    keys['path'] = None  # data set; kind 'loss' uses data.held_out or data.held_out_path if None
   if kind in ('prompts', 'win_rate', 'text'):
     keys |= {
       'split': None,  # as in config.data
@@ -160,12 +162,12 @@ def evaluator(name, block):
       'sampling': {},  # keys of config.sampling that differ; temperature 0 is greedy
     }
   if kind in ('prompts', 'win_rate'):
-    keys['reward'] = {}  # keys of config.reward
+    keys['reward'] = {}  # reward, with the keys of config.reward
   unknown = sorted(block.keys() - keys.keys())
   need(
     not unknown,
-    f'config.evals.{name}.{unknown and unknown[0]} is no key of kind={kind!r}, '
-    f'which has {", ".join(keys)}',
+    f'config.evals.{name} has no key {unknown and unknown[0]!r} for kind={kind!r}: its keys are '
+    f'{", ".join(keys)}',
   )
   for key in block:
     config_keys.check_value(
@@ -179,7 +181,7 @@ def evaluator(name, block):
 
 
 def validate_evals(evals):
-  """The part of `validate` about `config.evals`."""
+  """Checks `config.evals`; see `validate`."""
   for name, block in evals.items():
     block, key = evaluator(name, block), f'evals.{name}.'
     optional_positive(block, key, ('every',))
@@ -204,25 +206,25 @@ def validate_evals(evals):
 
 
 def refuse_evals(evals, kinds, reason):
-  """Raises UserError where `config.evals` has an evaluator of one of `kinds`, which the algorithm cannot run."""
+  """Raises UserError if `config.evals` has one of `kinds`, which the algorithm cannot run."""
   for name, block in evals.items():
     kind = evaluator(name, block).kind
     need(kind not in kinds, f'config.evals.{name}.kind={kind!r} needs {reason}')
 
 
 def apply_preset(config, presets, name):
-  """Locks a config, and changes it as a preset says.
+  """Locks a config and sets the keys of a preset.
 
   Args:
-    config: ConfigDict.
-    presets: {name: {dotted key: value}}.
-    name: of one; '' for none.
+    config: ConfigDict of an algorithm.
+    presets: Dict from the name of a preset to {dotted key: value}.
+    name: Name of the preset, or ''.
 
   Returns:
     The same ConfigDict.
 
   Raises:
-    UserError: there is no such preset.
+    UserError: The preset does not exist.
   """
   config_keys.lock(config)
   if not name:
@@ -236,17 +238,18 @@ def apply_preset(config, presets, name):
 
 
 def parse_arg(arg, **defaults):
-  """Reads the string after the colon of `--config=configs/X.py:arg`.
+  """Parses the string after the colon of `--config=configs/X.py:arg`.
 
   Args:
-    arg: 'key=value,key=value'; a key alone is True. Each value must have its default's type.
-    **defaults: every key the config knows.
+    arg: 'key=value,key=value'. A key without a value is True. Each value must have the type of its
+      default.
+    **defaults: All keys of the argument, with their defaults.
 
   Returns:
-    ConfigDict of the keys.
+    ConfigDict of all keys.
 
   Raises:
-    UserError: an unknown key, or a value of the wrong type.
+    UserError: A key is unknown, or a value has the wrong type.
   """
   parsed = dict(defaults)
   for part in filter(None, (arg or '').split(',')):
@@ -271,18 +274,18 @@ def parse_arg(arg, **defaults):
 
 
 def need_argument(arg, key, what):
-  """Raises UserError where an argument of a config is empty.
+  """Raises UserError if an argument of a config is empty.
 
   Args:
-    arg: from `parse_arg`.
-    key: of the argument.
-    what: it names.
+    arg: Result of `parse_arg`.
+    key: Key of the argument.
+    what: Description of what the argument names.
   """
   need(arg[key], f'this config needs the argument {key}, {what}: --config=FILE:{key}=...')
 
 
 def one_of(config, key, choices):
-  """Raises UserError unless the value of a dotted key is one of the choices."""
+  """Raises UserError unless the value of a dotted key is in `choices`."""
   value = config
   for part in key.split('.'):
     value = value[part]
@@ -298,7 +301,7 @@ def divides(small, big, small_name, big_name):
 
 
 def optional_positive(block, name, keys):
-  """Raises UserError where one of some keys is neither None nor positive."""
+  """Raises UserError if the value of one of `keys` is neither None nor positive."""
   for key in keys:
     need(
       block[key] is None or block[key] > 0,
@@ -310,11 +313,11 @@ def validate(config, device_count):
   """Checks the keys of `common` before anything is loaded or compiled.
 
   Args:
-    config: of a run.
-    device_count: devices of all processes.
+    config: Config of a run.
+    device_count: Number of devices of all processes.
 
   Raises:
-    UserError: names the key, the value and the remedy.
+    UserError: A value is wrong; the message names the key, the value and the remedy.
   """
   need(
     (config.steps is None) != (config.data.epochs is None)
@@ -329,12 +332,12 @@ def validate(config, device_count):
   one_of(config, 'model.remat', ('none', 'block', 'dots'))
   for key in ('model.dtype', 'model.param_dtype', 'optim.master_dtype', 'optim.moment_dtype'):
     one_of(config, key, ('float32', 'bfloat16'))
-  top = config.model.unfrozen_layers
+  unfrozen = config.model.unfrozen_layers
   need(
-    top is None or top >= 0,
-    f'config.model.unfrozen_layers={top} must be 0 or more, or None for all',
+    unfrozen is None or unfrozen >= 0,
+    f'config.model.unfrozen_layers={unfrozen} must be 0 or more, or None for all',
   )
-  validate_lora(config.model.lora, top)
+  validate_lora(config.model.lora, unfrozen)
   need(
     config.optim.ema is None or 0 < config.optim.ema < 1,
     f'config.optim.ema={config.optim.ema} must be in (0, 1), or None',
@@ -351,8 +354,8 @@ def validate(config, device_count):
   )
   need(
     config.keep_checkpoints > 0,
-    f'config.keep_checkpoints={config.keep_checkpoints} must be positive: a run that '
-    'keeps none cannot resume',
+    f'config.keep_checkpoints={config.keep_checkpoints} must be positive: a run without '
+    'checkpoints cannot resume',
   )
   need(config.log_every > 0, f'config.log_every={config.log_every} must be positive')
   optional_positive(
@@ -365,7 +368,7 @@ def validate(config, device_count):
   need(
     not config.wandb_project or importlib.util.find_spec('wandb'),
     f'config.wandb_project={config.wandb_project!r} needs the package wandb: '
-    f"pip install '{WANDB}'; or leave it at None",
+    f"pip install '{WANDB}'; or set it to None",
   )
   validate_evals(config.evals)
   if 'held_out' in config.data:
@@ -376,7 +379,7 @@ def validate(config, device_count):
     )
     need(
       not (held_out and path),
-      f'config.data.held_out={held_out} and config.data.held_out_path={path!r}: set one of them',
+      f'config.data.held_out={held_out} and config.data.held_out_path={path!r}: set at most one',
     )
   warmup_from = config.optim.warmup_from
   need(0 <= warmup_from <= 1, f'config.optim.warmup_from={warmup_from} must be in [0, 1]')
@@ -389,11 +392,11 @@ def validate_data(block, name):
   """Checks the keys of `data`.
 
   Args:
-    block: config.data or another of its kind.
-    name: its dotted name.
+    block: `config.data` or another block with its keys.
+    name: Dotted key of the block.
 
   Raises:
-    UserError: see `validate`.
+    UserError: See `validate`.
   """
   need(
     block.path, f'config.{name}.path is empty: name a file, a folder, a hub data set or tfds:NAME'
@@ -405,7 +408,8 @@ def validate_data(block, name):
   pairs = [pair.split('=') for pair in (block.columns or '').split(',') if pair]
   need(
     all(len(pair) == 2 and all(pair) for pair in pairs) and len(dict(pairs)) == len(pairs),
-    f'config.{name}.columns={block.columns!r} must read new=stored,new=stored, each new one once',
+    f"config.{name}.columns={block.columns!r} must have the form 'new=stored,new=stored', with "
+    'different new names',
   )
   need(
     block.format in (None, *FORMATS),
@@ -416,29 +420,29 @@ def validate_data(block, name):
 
 
 def validate_lora(lora, unfrozen_layers):
-  """The part of `validate` about `config.model.lora`."""
+  """Checks `config.model.lora`; see `validate`."""
   need(
     not lora.path or not lora.targets and unfrozen_layers is None,
-    f'config.model.lora.path={lora.path!r} brings its own targets: leave config.model.lora.targets '
+    f'config.model.lora.path={lora.path!r} has its own targets: leave config.model.lora.targets '
     'empty and config.model.unfrozen_layers at None',
   )
   for target in lora.targets:
     fits = len(target) == 3 and isinstance(target[0], str) and isinstance(target[1], int)
     need(
       fits and target[1] > 0 and target[2] > 0,
-      f'config.model.lora.targets has {target!r}: each must be (regex, rank, alpha), rank a '
-      'positive whole number and alpha positive',
+      f'config.model.lora.targets has {target!r}: each must be (regex, rank, alpha), with a '
+      'positive integer as rank and a positive alpha',
     )
     try:
       re.compile(target[0])
     except re.error as error:
       raise errors.UserError(
-        f'config.model.lora.targets: {target[0]!r} is no regular expression: {error}'
+        f'config.model.lora.targets: {target[0]!r} is not a regular expression: {error}'
       ) from None
 
 
 def data_shards(config, device_count):
-  """Parts that the examples of a batch are split into, over devices."""
+  """Returns the number of shards that the examples of a batch are split into."""
   tensor = config.mesh.tensor
   if tensor < 0:
     tensor = device_count // (config.mesh.data * config.mesh.fsdp)
@@ -446,7 +450,7 @@ def data_shards(config, device_count):
 
 
 def divides_over_shards(config, device_count, name, size):
-  """Raises UserError unless a batch of `size` divides over the data shards."""
+  """Raises UserError unless `size` is a multiple of the number of data shards."""
   shards = data_shards(config, device_count)
   need(
     size % shards == 0,
@@ -456,7 +460,7 @@ def divides_over_shards(config, device_count, name, size):
 
 
 def validate_mesh(config, device_count):
-  """The part of `validate` about devices, and the batch split over them."""
+  """Checks `config.mesh`, and that the batch divides over its shards; see `validate`."""
   sizes = dict(config.mesh)
   known = 1
   for name, size in sizes.items():

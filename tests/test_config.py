@@ -321,14 +321,17 @@ BAD = [
   ({'data.on_error': 'ignore'}, "config.data.on_error='ignore' must be one of stop, skip"),
   ({'data.kind': 'prompt'}, "config.data.kind='prompt' must be one of text, completion"),
   ({'data.path': None}, 'config.data.path is empty: name a file, a folder, a hub data set or tfds'),
-  ({'data.columns': 'prompt'}, "config.data.columns='prompt' must read new=stored,new=stored"),
-  ({'data.columns': 'prompt=a,prompt=b'}, 'each new one once'),
+  (
+    {'data.columns': 'prompt'},
+    "config.data.columns='prompt' must have the form 'new=stored,new=stored'",
+  ),
+  ({'data.columns': 'prompt=a,prompt=b'}, 'with different new names'),
   ({'data.format': 'xlsx'}, "config.data.format='xlsx' must be one of jsonl, json, csv"),
   ({'data.max_length': 0}, 'config.data.max_length=0 must be positive'),
   ({'data.held_out': 1.0}, 'config.data.held_out=1.0 must be in (0, 1), or None'),
   (
     {'data.held_out': 0.1, 'data.held_out_path': 'x'},
-    "config.data.held_out=0.1 and config.data.held_out_path='x': set one of them",
+    "config.data.held_out=0.1 and config.data.held_out_path='x': set at most one",
   ),
   ({'model.path': None}, 'config.model.path and config.model.init are both empty: name a'),
   (
@@ -341,12 +344,12 @@ BAD = [
     {'model.unfrozen_layers': -2},
     'config.model.unfrozen_layers=-2 must be 0 or more, or None for all',
   ),
-  ({'model.lora.targets': (('up(', 1, 1.0),)}, "config.model.lora.targets: 'up(' is no regular"),
+  ({'model.lora.targets': (('up(', 1, 1.0),)}, "config.model.lora.targets: 'up(' is not a regular"),
   ({'model.lora.targets': (('up', 0, 1.0),)}, "targets has ('up', 0, 1.0): each must be (regex"),
   ({'model.lora.targets': ('up',)}, "config.model.lora.targets has 'up': each must be (regex"),
   (
     {'model.lora.targets': (('up', 1, 1.0),), 'model.lora.path': 'adapter'},
-    "config.model.lora.path='adapter' brings its own targets",
+    "config.model.lora.path='adapter' has its own targets",
   ),
   ({'optim.ema': 1.0}, 'config.optim.ema=1.0 must be in (0, 1), or None'),
   ({'optim.master_dtype': 'float16'}, "config.optim.master_dtype='float16' must be one of"),
@@ -400,11 +403,11 @@ BAD_EVALS = [
   ),
   (
     {'text': {'evry': 1}},
-    "config.evals.text.evry is no key of kind='text', which has kind, every, path",
+    "config.evals.text has no key 'evry' for kind='text': its keys are kind, every, path",
   ),
   (
     {'mine': {'function': 'tiny:good_words', 'path': 'p'}},
-    "config.evals.mine.path is no key of kind='function'",
+    "config.evals.mine has no key 'path' for kind='function'",
   ),
   (
     {'mine': {'function': 'tiny:nothing'}},
