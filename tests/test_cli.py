@@ -27,7 +27,7 @@ def call(monkeypatch, *arguments):
   """Runs `rlhf` with arguments in this process."""
   monkeypatch.setattr(sys, 'argv', ['rlhf', *arguments])
   monkeypatch.setattr(runtime, 'configure', lambda: None)
-  monkeypatch.setattr(runtime, 'end', lambda message, status: sys.exit(message))
+  monkeypatch.setattr(runtime, 'exit_now', lambda message, status: sys.exit(message))
   cli.main()
 
 

@@ -1,12 +1,12 @@
-"""Evaluators: functions (state) -> metrics that run inside the loop, or alone (evaluate.py).
+"""Evaluators: functions (state) -> metrics that run in the loop, or alone (evaluate.py).
 
     loss       the algorithm's loss on held-out data
-    prompts    answers to held-out prompts: scores, KL from the policy as it started, lengths
-    win_rate   how often the policy's answer scores higher than that of the policy as it started
-    text       statistics of the texts of answers
+    prompts    responses to held-out prompts: scores, KL from the initial policy, lengths
+    win_rate   how often the policy's response scores higher than the initial policy's
+    text       statistics of the texts of responses
 
-`config.evals` names them, see config.evaluator. Answers are sampled with the same random keys in
-every evaluation, so that two evaluations differ in the policy alone.
+`config.evals` names them; see config.evaluator. All evaluations use the same random keys for
+sampling, so two evaluations differ only in the policy.
 
 Letters: n prompts, B batch, R response length.
 """
@@ -49,20 +49,21 @@ Evaluator = Callable[[types.TrainState], dict[str, float]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
-  """What an algorithm gives its evaluators.
+  """What an algorithm provides to its evaluators.
 
   Attributes:
     model: Model that is trained.
-    tokenizer: its tokenizer.
-    mesh: device mesh.
-    seed: of the answers.
-    load: keywords of hf.load_reward: how a reward model computes.
-    policy: (state) -> all parameters of the policy; None for an algorithm without one.
-    start: () -> the same before the first step, in arrays that are never donated; to be called
-      while evaluators are made.
-    loss: (path of a data set, or None for the run's held-out data) -> (state) -> metrics, or None
-      where there are no such data; None for an algorithm without a held-out loss.
-    sampling: keys of config.SAMPLING that the run samples with.
+    tokenizer: Tokenizer of the model.
+    mesh: Device mesh.
+    seed: Random seed of the responses.
+    load: Keywords of hf.load_reward that say how a reward model computes, such as its dtype.
+    policy: Function (state) -> all parameters of the policy; None for an algorithm without a
+      policy.
+    start: Function () -> all parameters of the initial policy, in arrays that are never donated. It
+      may be called only while evaluators are created.
+    loss: Function (path of a data set, or None for the run's held-out data) -> (state) -> metrics.
+      It returns None if there are no such data. None for an algorithm without a held-out loss.
+    sampling: The run's sampling settings, keys of config.SAMPLING.
   """
 
   model: base.Base
@@ -77,10 +78,10 @@ class Context:
 
 
 def validate(evals):
-  """Checks the rewards and loads the functions of `config.evals`; config.validate checks the rest.
+  """Checks the rewards and functions of `config.evals`. config.validate checks the other keys.
 
   Raises:
-    UserError: names the key, the value and the remedy.
+    UserError: If a reward or a function cannot be used; names the key.
   """
   for name, block in evals.items():
     block = config_lib.evaluator(name, block)
@@ -91,32 +92,32 @@ def validate(evals):
 
 
 def make(evals, context):
-  """The evaluators of `config.evals`.
+  """Creates the evaluators of `config.evals`.
 
   Args:
-    evals: see config.evaluator.
+    evals: See config.evaluator.
     context: Context.
 
   Returns:
     {name: (state) -> metrics}, without losses that have no data.
 
   Raises:
-    UserError: data or functions are missing, or the algorithm has not what an evaluator needs;
+    UserError: If data or functions are missing, or the algorithm lacks what an evaluator needs;
       names the evaluator.
   """
-  kinds = {'loss': loss, 'prompts': prompts, 'win_rate': win_rate, 'text': text, 'function': user}
+  makers = {'loss': loss, 'prompts': prompts, 'win_rate': win_rate, 'text': text, 'function': user}
   evaluators = {}
   for name, block in evals.items():
     block = config_lib.evaluator(name, block)
     try:
-      evaluators[name] = kinds[block.kind](block, context)
+      evaluators[name] = makers[block.kind](block, context)
     except errors.UserError as error:
       raise errors.UserError(f'config.evals.{name}: {error}') from error
   return {name: evaluate for name, evaluate in evaluators.items() if evaluate is not None}
 
 
 def loss(block, context):
-  """The algorithm's loss on held-out data, and what else it measures there."""
+  """Creates the evaluator of the algorithm's loss and other metrics on held-out data."""
   config_lib.need(
     context.loss,
     "kind='loss' needs an algorithm with a held-out loss: sft or reward_model; use another kind",
@@ -125,19 +126,19 @@ def loss(block, context):
 
 
 def prompts(block, context):
-  """Scores of answers, KL from the policy as it started, lengths and ends.
+  """Creates the evaluator of responses: scores, KL from the initial policy, lengths, EOS rate.
 
       kl = mean over prompts of log pi(y|x) - log pi_start(y|x), nats per sequence
 
-  Both log-probabilities are at the sampling temperature; at 1 where that is 0.
+  Both log-probabilities are at the sampling temperature, or at 1 if that is 0.
 
   Args:
-    block: see config.evaluator.
+    block: See config.evaluator.
     context: Context.
 
   Returns:
-    (state) -> {'score', 'score_se': its standard error, 'kl', 'length': tokens, 'eos_rate': share
-    of answers that ended by themselves}.
+    (state) -> {'score', 'score_se': its standard error, 'kl', 'length': in tokens, 'eos_rate':
+    fraction of responses that the length limit did not cut off}.
   """
   answers = Answers(block, context)
   score = scorer(block, context, answers)
@@ -172,14 +173,14 @@ def prompts(block, context):
 
 
 def win_rate(block, context):
-  """How often the policy's answer scores higher than that of the policy as it started.
+  """Creates the evaluator of how often the policy's response beats the initial policy's.
 
   Args:
-    block: see config.evaluator.
+    block: See config.evaluator.
     context: Context.
 
   Returns:
-    (state) -> {'rate', 'low' and 'high' of its 95 % interval, 'draws': their share}.
+    (state) -> {'rate', 'low' and 'high': its 95 % interval, 'draws': fraction of draws}.
   """
   answers = Answers(block, context)
   score = scorer(block, context, answers)
@@ -209,14 +210,14 @@ def win_rate(block, context):
 
 
 def text(block, context):
-  """Statistics of the texts of answers; see text.statistics."""
+  """Creates the evaluator of text statistics of responses; see text.statistics."""
   answers = Answers(block, context)
   texts = lambda params, rollout, examples: {'text': actor.texts_of(rollout, context.tokenizer)[0]}
   return lambda state: text_lib.statistics(answers.each(context.policy(state), texts)['text'])
 
 
 def user(block, context):
-  """The evaluator that a user's function makes of the context."""
+  """Creates the evaluator that a user's function returns for the context."""
   make_one = load_user(block, 'function')
   call = guard.Call(f'the evaluator {block.function}')
   evaluate = guard.run(lambda: make_one(context), call)
@@ -225,14 +226,17 @@ def user(block, context):
 
 
 def load_user(block, key):
-  """The function of a user's evaluator; `key` names it in messages."""
+  """Loads and checks the function of a user's evaluator; `key` is its config key, for messages."""
   function = functions.load(block.function, key=key)
   functions.check_signature(function, f'{key}={block.function!r}', 'f(context)', 1)
   return function
 
 
 def scorer(block, context, answers):
-  """(Rollout, examples) -> scores [B] NumPy float32, sums over tokens where they are per token."""
+  """Creates a function (Rollout, examples) -> scores [B], NumPy float32.
+
+  Scores per token are summed over the response.
+  """
   score, _ = scorers.make(
     block.reward,
     context.tokenizer,
@@ -250,28 +254,28 @@ def scorer(block, context, answers):
 
 
 def scored(block, scores):
-  """Which scores [n] count, bool: all, or those that are not NaN with `reward.on_nan='skip'`."""
+  """Returns the mask [n], bool, of scores that count: without NaNs if `reward.on_nan='skip'`."""
   return ~(np.isnan(scores) & scorers.skips_nan(block.reward))
 
 
 class Answers:
-  """Samples a policy's answers to the same prompts with the same random keys each time.
+  """Samples responses to the same prompts with the same random keys each time.
 
   Attributes:
-    length: tokens of the longest prompt.
+    length: Number of tokens of the longest prompt.
     sampling: Sampling.
-    prompts: their texts; intervals are over these.
+    prompts: Texts of the prompts, by which intervals are clustered.
   """
 
   def __init__(self, block, context):
     """Reads the prompts.
 
     Args:
-      block: see config.evaluator.
+      block: See config.evaluator.
       context: Context.
 
     Raises:
-      UserError: the prompts cannot be read, or do not fit the model; or there is no policy.
+      UserError: If the prompts cannot be read or do not fit the model, or there is no policy.
     """
     config_lib.need(context.policy, f'kind={block.kind!r} needs an algorithm that trains a policy')
     self._mesh, self._seed, tokenizer = context.mesh, context.seed, context.tokenizer
@@ -282,7 +286,7 @@ class Answers:
     self.length = max(map(len, tokenizers.encode(tokenizer, self.prompts)))
     self.sampling, self._cut = make_sampling(block.sampling, context)
     check_length(context.model, self.length, self.sampling.max_new_tokens)
-    # Every batch is whole and divides over the data shards.
+    # All batches have the same size, which is divisible by the number of data shards.
     shards = sharding.shards()[0]
     size = -(-min(block.batch_size, len(self._examples)) // shards) * shards
     self._batches = pipelines.prompt_batches(
@@ -291,11 +295,11 @@ class Answers:
     self._sample = sampler.make(context.model, self.sampling)
 
   def each(self, params, measure):
-    """Samples all answers and measures them.
+    """Samples all responses and measures them.
 
     Args:
-      params: all parameters of the policy.
-      measure: (params, Rollout of B answers, their B examples) -> {name: B values}.
+      params: All parameters of the policy.
+      measure: Function (params, Rollout of B responses, their B examples) -> {name: B values}.
 
     Returns:
       {name: NumPy array of n values}, in the order of the prompts.
@@ -312,18 +316,21 @@ class Answers:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
   def ended(self, rollout):
-    """Which answers ended by themselves, [B] NumPy bool."""
+    """Returns which responses the length limit did not cut off, [B] NumPy bool."""
     return processes.to_host(
       sampling_lib.ended(rollout, self.sampling) if rollout.ended is None else rollout.ended
     )
 
 
 def make_sampling(settings, context):
-  """Sampling of an evaluator, and what ends the answers afterwards: Rollout -> Rollout, or None.
+  """Creates the Sampling of an evaluator, and a function that truncates responses afterwards.
 
   Args:
-    settings: keys of config.SAMPLING; those that are missing are the run's, or the defaults.
+    settings: Keys of config.SAMPLING. Missing keys have the run's values, or the defaults.
     context: Context.
+
+  Returns:
+    Sampling, and a function Rollout -> Rollout or None.
   """
   known = {name: context.sampling[name] for name in config_lib.SAMPLING if name in context.sampling}
   settings = config_lib.SAMPLING | known | dict(settings)
@@ -344,14 +351,14 @@ def make_sampling(settings, context):
 
   @jax.jit
   def truncate(rollout):
-    rollout, found = stops.truncate(rollout, tokens=(token,), after=after, pad_id=sampling.pad_id)
-    return rollout.replace(ended=found)
+    rollout, ended = stops.truncate(rollout, tokens=(token,), after=after, pad_id=sampling.pad_id)
+    return rollout.replace(ended=ended)
 
   return sampling, truncate
 
 
 def check_length(model, prompt, response):
-  """Raises UserError where a prompt and an answer exceed the model's context."""
+  """Raises UserError if a prompt and a response, in tokens, exceed the model's context."""
   length = max(prompt, response) if model.encoder_decoder else prompt + response
   config_lib.need(
     length <= model.max_length,

@@ -1,8 +1,8 @@
-"""Figures of the report, as SVG text to put into an HTML page.
+"""Figures of the report, as SVG text for an HTML page.
 
-Axes and words take the colour of the page's text, so that they are readable on light and dark
-pages alike. Nothing goes through pyplot, so no figure outlives its function. The SVG has no style
-sheet and no style attributes: the report's security policy allows the styles of its own page alone.
+Axes and labels have the colour of the page's text, so they are readable on light and dark pages.
+Figures do not use pyplot, so their memory is freed. The SVG has no style sheet and no style
+attributes, because the report's security policy allows only the page's own style sheet.
 """
 
 import html
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 import numpy as np
 
 BLUE, ORANGE, GREEN = '#3b82f6', '#e07b39', '#22a06b'
-_INK = '#010203'  # drawn with, then replaced by the page's own text colour
+_INK = '#010203'  # placeholder, which `_svg` replaces by the page's text colour
 _STYLE = {
   'svg.fonttype': 'none',
   'svg.hashsalt': 'rlhf_jax',
@@ -38,17 +38,19 @@ _STYLE = {
   'text.parse_math': False,
   'lines.linewidth': 1.5,
 }
-_LINES = 'stroke-linejoin="round" stroke-linecap="butt"'  # the style sheet of matplotlib's SVG
-_MOST_POINTS = 300
+_LINES = (
+  'stroke-linejoin="round" stroke-linecap="butt"'  # as in the style sheet of matplotlib's SVG
+)
+_MAX_POINTS = 300
 
 
 def curve(title, lines):
-  """One metric over steps. The page has its name above the figure.
+  """Draws one metric over steps. The page shows the metric's name above the figure.
 
   Args:
-    title: name of the metric, for screen readers.
-    lines: {label: list of (step, value)}; None, NaN and infinite values leave a gap. Labels are
-      shown if there are several.
+    title: Name of the metric, for screen readers.
+    lines: {label: list of (step, value)}. None, NaN and infinite values leave a gap. Labels are
+      shown if there are several lines.
 
   Returns:
     SVG text.
@@ -59,7 +61,7 @@ def curve(title, lines):
     for (label, points), colour in zip(lines.items(), (BLUE, ORANGE, GREEN) * 9, strict=False):
       steps = np.array([step for step, _ in points], float)
       values = np.array([_finite(value) for _, value in points], float)
-      shown = np.unique(np.linspace(0, len(points) - 1, _MOST_POINTS).astype(int))
+      shown = np.unique(np.linspace(0, len(points) - 1, _MAX_POINTS).astype(int))
       smooth = _running_mean(values, len(values) // 25)
       if len(values) < 50:
         axes.plot(steps, values, color=colour, label=_short(label), marker='.', markersize=4)
@@ -75,13 +77,16 @@ def curve(title, lines):
 
 
 def frontier(points, best_of=()):
-  """Gold and proxy score over KL, joined in the order of the steps, and beside them best-of-n.
+  """Draws gold and proxy scores over KL, for the policy in training and for best-of-n.
 
   Args:
-    points: list of {"step", "kl" in nats, "gold", "gold_se", "proxy"}; the last three may be
-      missing.
-    best_of: list of {"n", "kl", "gold", "gold_se", "proxy"}, of best_of_n.curve. One of the two
-      lists is not empty.
+    points: List of {"step", "kl" in nats, "gold", "gold_se", "proxy"}; the last three may be
+      missing. A line joins the points in the order of steps.
+    best_of: Points of best_of_n.curve, list of {"n", "kl", "gold", "gold_se", "proxy"}. At least
+      one of the two lists must not be empty.
+
+  Returns:
+    SVG text.
   """
   points = sorted(points, key=lambda point: point.get('step', 0))
   both = [*points, *best_of]
@@ -103,7 +108,7 @@ def frontier(points, best_of=()):
 
 
 def _frontier_line(axes, points, key, counter, colour, label, style='-'):
-  """One line of `frontier`, with its first and last point named."""
+  """Draws one line of `frontier`, with labels at its first and last point."""
   points = [point for point in points if key in point]
   kl = [_finite(point.get('kl')) for point in points]
   values = [_finite(point[key]) for point in points]
@@ -134,10 +139,13 @@ def _frontier_line(axes, points, key, counter, colour, label, style='-'):
 
 
 def reliability(bins):
-  """Accuracy against confidence, each point as large as its share of the pairs.
+  """Draws accuracy over confidence. The area of a point is proportional to its number of pairs.
 
   Args:
-    bins: list of {"low", "high", "count", "confidence", "accuracy"}.
+    bins: List of {"low", "high", "count", "confidence", "accuracy"}.
+
+  Returns:
+    SVG text.
   """
   bins = [row for row in bins if row['count']]
   total = sum(row['count'] for row in bins)
@@ -157,10 +165,13 @@ def reliability(bins):
 
 
 def ratings(elo):
-  """Elo ratings with their intervals.
+  """Draws Elo ratings with their intervals.
 
   Args:
     elo: {policy: {"elo", "low", "high"}}.
+
+  Returns:
+    SVG text.
   """
   names = list(elo)[::-1]
 
@@ -177,8 +188,8 @@ def ratings(elo):
   return _svg(draw, (4.2, 1.0 + 0.35 * len(names)), 'Elo ratings')
 
 
-def _finite(value, otherwise=math.nan):
-  return float(value) if value is not None and math.isfinite(value) else otherwise
+def _finite(value, default=math.nan):
+  return float(value) if value is not None and math.isfinite(value) else default
 
 
 def _short(name):
@@ -186,7 +197,7 @@ def _short(name):
 
 
 def _running_mean(values, half):
-  """Mean over the `half` values to either side, without those that are NaN."""
+  """Computes the mean over the window of `half` values on either side, ignoring NaNs."""
   known = np.isfinite(values)
   totals = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
   counts = np.concatenate([[0], np.cumsum(known)])
@@ -197,7 +208,13 @@ def _running_mean(values, half):
 
 
 def _svg(draw, size, title):
-  """What `draw` puts on a figure of `size` inches, as SVG that refers to nothing outside it."""
+  """Returns the figure that `draw` draws, as self-contained SVG.
+
+  Args:
+    draw: Function of a matplotlib Figure.
+    size: Width and height in inches.
+    title: Text for screen readers.
+  """
   with rc_context(_STYLE):
     figure = Figure(figsize=size, layout='constrained')
     FigureCanvasSVG(figure)
@@ -214,13 +231,15 @@ def _svg(draw, size, title):
   svg = re.sub(r' (width|height)="[\d.]+pt"', '', svg, count=2)
   svg = re.sub(r'<g id="[^"]*"', '<g', svg)
   svg = re.sub(r'(<[^<>]*) style="([^"]*)"', _attributes, svg)
-  named = f'<svg role="img" aria-label="{html.escape(title)}" {_LINES}'
-  return svg.replace('<svg', named, 1).replace(_INK, 'currentColor')
+  tag = f'<svg role="img" aria-label="{html.escape(title)}" {_LINES}'
+  return svg.replace('<svg', tag, 1).replace(_INK, 'currentColor')
 
 
-def _attributes(found):
-  """A tag with attributes in place of its style, which the page's security policy forbids."""
-  properties = (part.partition(':')[::2] for part in found.group(2).split(';') if part.strip())
-  named = ((name.strip(), value.strip()) for name, value in properties)
-  kept = (f' {name}="{value}"' for name, value in named if name not in ('font', 'font-family'))
-  return found.group(1) + ''.join(kept)
+def _attributes(match):
+  """Replaces a tag's style, which the page's security policy forbids, by attributes."""
+  properties = (part.partition(':')[::2] for part in match.group(2).split(';') if part.strip())
+  stripped = ((name.strip(), value.strip()) for name, value in properties)
+  allowed = (
+    f' {name}="{value}"' for name, value in stripped if name not in ('font', 'font-family')
+  )
+  return match.group(1) + ''.join(allowed)

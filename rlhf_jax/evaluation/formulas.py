@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers show by themselves: a page needs no script or network."""
+"""Converts formulas to MathML, which browsers show without a script or a network."""
 
 import re
 
@@ -7,16 +7,17 @@ import markupsafe
 
 
 def mathml(formula, *, block):
-  """MathML of a LaTeX formula.
+  """Converts a LaTeX formula to MathML.
 
   Args:
-    formula: LaTeX without its dollars.
-    block: whether it stands on lines of its own.
+    formula: LaTeX without dollar signs.
+    block: Whether the formula is displayed on its own line.
 
   Raises:
-    docutils.utils.math.MathError: it has a command that docutils does not know.
+    docutils.utils.math.MathError: If docutils does not know a command of the formula.
   """
-  formula = re.sub(r'\\[bB]igg?[lmr]?(?![a-zA-Z])', '', formula)  # MathML chooses sizes itself
+  # MathML chooses the sizes of brackets.
+  formula = re.sub(r'\\[bB]igg?[lmr]?(?![a-zA-Z])', '', formula)
   formula = re.sub(r'\\dots(?![a-zA-Z])', r'\\ldots', formula)
   if block and r'\\' in formula and r'\begin' not in formula:
     formula = rf'\begin{{aligned}}{formula}\end{{aligned}}'

@@ -1,4 +1,4 @@
-"""Judges: they decide which of two responses to a prompt is better.
+"""Judges, which decide which of two responses to a prompt is better.
 
 On the command line and in configs a judge is one of
 
@@ -6,18 +6,18 @@ On the command line and in configs a judge is one of
     exact_match:COLUMN    1 if the response equals that column of the prompt's record, else 0
     FOLDER                a reward model
 
-A function has one of these forms, which its parameters tell apart:
+A function has one of these forms, which are told apart by their parameters:
 
     f(prompt, response) -> number
     f(prompts, responses, *, response_tokens, metadata) -> n numbers
     f(prompts, responses_a, responses_b, *, metadata) -> n numbers from -1 to 1
 
 The first scores one response at a time. The second scores a batch, as reward functions do; see
-rewards/functions.py. It may leave out `response_tokens` or `metadata`; without both, its second
-parameter must have a plural name, such as `responses`. The third compares two responses: 1 if the
-first is better, -1 if the second is, 0 for a tie; for a probability p that the first is better
-return 2 p - 1. `metadata` may be left out. Each pair is shown in both orders and the two answers
-are averaged, since judges may favour a position (Zheng et al. 2023,
+rewards/functions.py. `response_tokens` and `metadata` are optional; if a function takes neither,
+its second parameter must have a plural name, such as `responses`. The third compares two responses:
+it returns 1 if the first is better, -1 if the second is better, 0 for a tie, or 2 p - 1 for a
+probability p that the first is better. `metadata` is optional. The function judges each pair in
+both orders and the results are averaged, because judges may favour a position (Zheng et al. 2023,
 https://arxiv.org/abs/2306.05685).
 
 Letters: n responses.
@@ -48,15 +48,17 @@ LIMIT = functions.Limit(functions.TIMEOUT, '')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judge:
-  """A judge of responses; exactly one of `score` and `prefer` is set.
+  """A judge of responses. Exactly one of `score` and `prefer` is set.
 
   Attributes:
-    name: for tables and messages.
-    score: (Samples, metadata, tokenizer) -> [n] scores.
-    prefer: (Samples of a, Samples of b, metadata) -> [n] from -1 (b is better) to 1 (a is better).
-    score_text: (prompt, response) -> score, if the judge reads one text at a time; else None.
-    column: of the prompts' records, which the judge reads; '' for none.
-    doc: what its scores are, in one line; '' if the function has no docstring.
+    name: Name for tables and messages.
+    score: Function (Samples, metadata, tokenizer) -> [n] scores.
+    prefer: Function (Samples of a, Samples of b, metadata) -> [n] preferences from -1 (b is better)
+      to 1 (a is better).
+    score_text: Function (prompt, response) -> score if the judge scores one response at a time;
+      else None.
+    column: Column of the prompts' records that the judge reads; '' for none.
+    doc: One line that describes the scores; '' if the function has no docstring.
   """
 
   name: str
@@ -67,12 +69,12 @@ class Judge:
   doc: str = ''
 
   @property
-  def described(self):
-    """The judge's name and what its scores are, for reports."""
+  def description(self):
+    """The judge's name and the description of its scores, for reports."""
     return f'{self.name}: {self.doc}' if self.doc else self.name
 
   def check_examples(self, examples):
-    """Raises UserError if a prompt's record lacks the judge's column."""
+    """Raises UserError if the record of a prompt lacks the judge's column."""
     for number, example in enumerate(examples, 1):
       if self.column and self.column not in example.metadata:
         raise errors.UserError(
@@ -82,15 +84,17 @@ class Judge:
 
 
 def load(judge, *, key='judge', path=''):
-  """The Judge that a text names, or that a function or a reward model is.
+  """Creates the Judge from a text, a function or a reward model.
 
   Args:
-    judge: a text, see the top of the file; a Python function; a reward_models.RewardModel; or a Judge.
-    key: name of the option or config key, for messages.
-    path: data that `module:function` makes the judge from; '' if it is the judge itself.
+    judge: A text as described at the top of the file, a Python function, a
+      reward_models.RewardModel, or a Judge.
+    key: Name of the option or config key, for messages.
+    path: Path of data. If set, `module:function` is called with it and returns the judge's
+      function.
 
   Raises:
-    UserError: there is no such judge, or the function has none of the forms.
+    UserError: If there is no such judge, or the function has none of the forms.
   """
   if isinstance(judge, Judge):
     return judge
@@ -108,27 +112,27 @@ def load(judge, *, key='judge', path=''):
       return loaded
     return dataclasses.replace(loaded, doc=_first_line(functions.load(judge, key=key)))
   if not pathlib.Path(judge).is_dir():
-    raise errors.UserError(f'{key}={judge!r}: there is no such folder. {_kinds(key)}')
+    raise errors.UserError(f'{key}={judge!r}: there is no such folder. {_remedy(key)}')
   return of_reward_model(reward_models.RewardModel.load(judge), judge)
 
 
 def check(judge, *, key='judge', path=''):
-  """Checks a judge before anything runs, as far as that is possible.
+  """Checks a judge before the first stage of a pipeline runs.
 
-  The folder of a reward model may not exist yet: an earlier stage may write it.
+  The folder of a reward model need not exist yet, because a stage may write it.
 
   Args:
-    judge: text; see the top of the file.
-    key: name of the option or config key, for messages.
-    path: see `load`.
+    judge: Text as described at the top of the file.
+    key: Name of the option or config key, for messages.
+    path: See `load`.
 
   Raises:
-    UserError: the text names no judge, or a function that cannot be loaded or has none of the
+    UserError: If the text names no judge, or a function that cannot be loaded or has none of the
       forms.
   """
   kind, colon, name = judge.partition(':')
   if kind == EXACT_MATCH and colon:
-    errors.need(name, f'{key}={judge!r} names no column. {_kinds(key)}')
+    errors.need(name, f'{key}={judge!r} names no column. {_remedy(key)}')
   elif names_function(judge):
     function = functions.load(judge, key=key)
     if path:
@@ -137,7 +141,7 @@ def check(judge, *, key='judge', path=''):
       form_of(function, f'{key}={judge!r}')
   else:
     folder = '/' in judge or pathlib.Path(judge).is_dir()
-    errors.need(folder, f'{key}={judge!r} names neither a function nor a folder. {_kinds(key)}')
+    errors.need(folder, f'{key}={judge!r} names neither a function nor a folder. {_remedy(key)}')
 
 
 def names_function(text):
@@ -145,7 +149,7 @@ def names_function(text):
   return re.fullmatch(r'[\w.]+:\w+', text) is not None
 
 
-def _kinds(key):
+def _remedy(key):
   return (
     f'Set {key} to module:function, {EXACT_MATCH}:COLUMN or the folder of a reward model (./NAME '
     'for one in the working directory).'
@@ -153,11 +157,11 @@ def _kinds(key):
 
 
 def of_reward_model(scorer, name):
-  """The Judge that prefers the higher score of a reward model.
+  """Creates the Judge that prefers the higher score of a reward model.
 
   Args:
     scorer: reward_models.RewardModel.
-    name: for messages.
+    name: Name for messages.
   """
   return Judge(
     name=name,
@@ -167,9 +171,9 @@ def of_reward_model(scorer, name):
 
 
 def exact_match(column):
-  """The Judge that gives 1 to a response that equals a column of the prompt's record, else 0.
+  """Creates the Judge that gives 1 if the response equals a column of the prompt's record, else 0.
 
-  White space at both ends does not count.
+  White space at both ends is ignored.
   """
 
   def score(samples, metadata, tokenizer):
@@ -186,15 +190,15 @@ def exact_match(column):
 
 
 def of_function(function, name, key='judge'):
-  """The Judge of a Python function in one of the forms at the top of the file.
+  """Creates the Judge of a Python function in one of the forms at the top of the file.
 
   Args:
-    function: a callable.
-    name: for messages.
-    key: name of the option or config key, for messages.
+    function: A callable.
+    name: Name for messages.
+    key: Name of the option or config key, for messages.
 
   Raises:
-    UserError: it has none of the forms.
+    UserError: If the function has none of the forms.
   """
   form, keywords = form_of(function, f'{key}={name!r}')
   doc = _first_line(function)
@@ -212,22 +216,22 @@ def of_function(function, name, key='judge'):
 
 
 def _first_line(function):
-  """The first line of a function's docstring; '' if it has none."""
+  """Returns the first line of a function's docstring; '' if it has none."""
   return (inspect.getdoc(function) or '').partition('\n')[0]
 
 
 def form_of(function, named):
-  """Which form a function has.
+  """Returns the form of a function, and the keywords that it takes.
 
   Args:
-    function: what was loaded.
-    named: its key and name, for messages.
+    function: Loaded object.
+    named: Its key and name, for messages.
 
   Returns:
-    'single', 'batch' or 'pairs', and the keywords that it takes.
+    'single', 'batch' or 'pairs', and a tuple of keywords.
 
   Raises:
-    UserError: it has none.
+    UserError: If it is not a function or has none of the forms.
   """
   if not callable(function):
     raise errors.UserError(
@@ -258,7 +262,7 @@ def _takes(signature, positional, keywords):
 
 
 def _batched(function, keywords):
-  """Scores of a function over batches, summed over tokens if they are per token."""
+  """Returns `Judge.score` for a function of batches. Scores per token are summed."""
 
   @functools.wraps(function)
   def reward_fn(prompts, responses, **data):
@@ -284,7 +288,7 @@ def _batched(function, keywords):
 
 
 def _pairwise(function, name, keywords):
-  """Preferences of a function over pairs, the mean of both orders."""
+  """Returns `Judge.prefer` for a function of pairs, averaged over both orders."""
 
   def one_order(prompts, a, b, metadata):
     call = guard.Call(f'the judge {name}', prompts, a, functions.TIMEOUT)
@@ -300,7 +304,8 @@ def _pairwise(function, name, keywords):
     if outside:
       raise errors.UserError(
         f'{call.what} returned {values[outside[0]]:g} for '
-        f'{guard.describe_example(outside[0], call)}: a preference must be from -1 (the second response is better) to 1 (the first is)'
+        f'{guard.describe_example(outside[0], call)}: a preference must be from -1 (the second '
+        'response is better) to 1 (the first is better)'
       )
     return np.array(values)
 
@@ -308,9 +313,9 @@ def _pairwise(function, name, keywords):
     values = []
     for part in _batches(len(first.prompts)):
       prompts, a, b = first.prompts[part], first.responses[part], second.responses[part]
-      there = one_order(prompts, a, b, metadata[part])
-      back = one_order(prompts, b, a, metadata[part])
-      values.append((there - back) / 2)
+      forward = one_order(prompts, a, b, metadata[part])
+      backward = one_order(prompts, b, a, metadata[part])
+      values.append((forward - backward) / 2)
     return np.concatenate(values)
 
   return prefer

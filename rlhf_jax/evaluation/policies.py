@@ -108,7 +108,7 @@ def run(
     'stages': compared.rows,
     'frontier': frontier(policies[trained], judge),
     'best_of': compared.best_of_curve(),
-    'gold': judge.described,
+    'gold': judge.description,
     'calibration': quality,
     'elo': results['elo'],
     'samples': comparison.side_by_side(
@@ -176,7 +176,7 @@ def compare_folders(workdir, policies, *, prompts, judge, reward_model, settings
     'title': title,
     'summary': f'Prompts {prompts}, judge {judge}, baseline {compared.baseline}.',
     'stages': compared.rows,
-    'gold': made.described,
+    'gold': made.description,
     'elo': compared.results()['elo'],
     'samples': comparison.side_by_side(
       compared.answers[compared.baseline], compared.answers[others[-1]], SAMPLES

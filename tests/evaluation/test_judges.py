@@ -130,7 +130,7 @@ def maker(path):
 
 
 def test_a_report_says_what_the_judge_is():
-  assert judges.load(f'{HERE}:maker', path='data').described == (
+  assert judges.load(f'{HERE}:maker', path='data').description == (
     f'{HERE}:maker: A score that is made from data.'
   )
-  assert judges.load(f'{HERE}:single').described == f'{HERE}:single'
+  assert judges.load(f'{HERE}:single').description == f'{HERE}:single'
