@@ -1,9 +1,9 @@
-"""Configs from files: what get_config() of a Python file returns, or the config.json of a run.
+"""Reads configs from files: from get_config() of a Python file, or from the config.json of a run.
 
-A Python file may import other files of its folder. The configs that come with the package are found
-by name, such as 'quickstart': a wheel has them in rlhf_jax/configs, a checkout in configs.
+A Python file may import other files in its folder. Configs of the package are also found by name,
+such as 'quickstart': in rlhf_jax/configs if installed from a wheel, in configs/ in a checkout.
 
-A mistake in a file is a UserError of one line that names the file and the line.
+A mistake in a file raises a UserError of one line that names the file and the line.
 """
 
 import ast
@@ -30,13 +30,13 @@ PACKAGE = pathlib.Path(__file__).resolve().parent
 
 
 def find(name):
-  """The path of a config.
+  """Returns the path of a config.
 
   Args:
-    name: path of a file, or the name of a config of the package.
+    name: Path of a file, or name of a config of the package.
 
   Raises:
-    UserError: there is neither; suggests the nearest name.
+    UserError: There is neither; the message suggests the most similar name.
   """
   if os.path.isfile(name):
     return name
@@ -53,32 +53,32 @@ def find(name):
 
 
 def names():
-  """The names of the configs that come with the package, sorted."""
+  """Returns the sorted names of the configs of the package."""
   return sorted(path.stem for path in folder().glob('[a-z]*.py'))
 
 
 def folder():
-  """The folder of the configs that come with the package."""
+  """Returns the folder of the configs of the package."""
   installed = PACKAGE / 'configs'
   return installed if installed.is_dir() else PACKAGE.parent / 'configs'
 
 
 def read(path, arg=None):
-  """The config of a file, locked, in which every key knows its type, also where it is None.
+  """Returns the config of a file, locked; every key has its type, even if it is None.
 
   Args:
-    path: a Python file with get_config(arg), or config.json of a run.
-    arg: what stands behind the colon on the command line, or None.
+    path: Path of a Python file with get_config(arg), or of the config.json of a run.
+    arg: Text after the colon on the command line, or None.
 
   Returns:
     ConfigDict with `algorithm`, or with `stages`.
 
   Raises:
-    UserError: something in the file, or in `arg`, is wrong.
-    OSError: there is no such file.
+    UserError: The file or `arg` is wrong.
+    OSError: The file does not exist.
   """
   if path.endswith('.json'):
-    errors.need(arg is None, f'{path}:{arg}: a config.json takes no arguments behind a colon')
+    errors.need(arg is None, f'{path}:{arg}: a config.json takes no argument after a colon')
     config = _from_json(path)
   else:
     config = _from_python(path, arg)
@@ -91,16 +91,16 @@ def read(path, arg=None):
 
 
 def of_run(path):
-  """The config in the config.json of a single run or a pipeline.
+  """Returns the config in the config.json of a single run or a pipeline.
 
   Args:
-    path: of the file.
+    path: Path of config.json.
 
   Returns:
-    ConfigDict, and {'workdir', 'step'} of the checkpoint that the run started from, or None.
+    The ConfigDict, and {'workdir', 'step'} of the checkpoint that the run started from, or None.
 
   Raises:
-    UserError: the file cannot be read, or has another key than its algorithm.
+    UserError: The file cannot be read, or has a key that its algorithm does not have.
   """
   try:
     fields = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
@@ -127,15 +127,15 @@ def _from_json(path):
   config, start = of_run(path)
   if start:
     print(
-      f'{path}: this run started from step {start.get("step")} of {start.get("workdir")}; this one starts '
-      'from the beginning',
+      f'{path}: this run started from step {start.get("step")} of {start.get("workdir")}; this '
+      'one starts from the beginning',
       file=sys.stderr,
     )
   return config
 
 
 def _single(fields, where):
-  """The config of an algorithm with the values of a dict; keys that it lacks keep their defaults."""
+  """Returns the config of an algorithm with the values of a dict, and defaults for other keys."""
   config = build.load(fields['algorithm']).config()
   try:
     _fill(config, fields, 'config')
@@ -149,10 +149,10 @@ def override(config, values):
 
   Args:
     config: ConfigDict of an algorithm.
-    values: {dotted key: value}; a dict sets several keys of a block.
+    values: Dict from a dotted key to a value; a dict as value sets several keys of a block.
 
   Raises:
-    UserError: there is no such key, or the value has another type.
+    UserError: A key does not exist, or a value has the wrong type.
   """
   for key, value in values.items():
     with config.unlocked():
@@ -177,7 +177,7 @@ def _set(block, parts, value, key):
 def _fill(block, fields, key):
   for name, value in fields.items():
     inner = f'{key}.{name}'
-    if value is None and name not in block:  # a key of an earlier version, without effect
+    if value is None and name not in block:  # an unused key of an earlier version
       continue
     errors.need(
       name in block, f'{key} has no key {name!r}. {config_keys.did_you_mean(name, list(block))}'
@@ -195,14 +195,14 @@ def _fill(block, fields, key):
 
 
 def _tuples(value):
-  """JSON with tuples instead of lists."""
+  """Returns a JSON value with tuples instead of lists."""
   if isinstance(value, dict):
     return {name: _tuples(item) for name, item in value.items()}
   return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _typed(block, defaults):
-  """Lets a key that is None take a value of its default's type; of any, where that is not known."""
+  """Gives the keys that are None the types of their defaults; unknown keys take any type."""
   for name, value in block.items():
     known = defaults is not None and name in defaults
     if isinstance(value, ml_collections.ConfigDict):
@@ -217,7 +217,7 @@ def _typed(block, defaults):
 def _from_python(path, arg):
   loader = importlib.machinery.SourceFileLoader('config_file', path)
   module = importlib.util.module_from_spec(importlib.util.spec_from_loader('config_file', loader))
-  sys.modules['config_file'] = module  # dataclasses look for the module of a class
+  sys.modules['config_file'] = module  # dataclasses look up the module of a class
   try:
     with importable(os.path.dirname(os.path.abspath(path))):
       loader.exec_module(module)
@@ -232,7 +232,7 @@ def _from_python(path, arg):
     if error.filename and os.path.abspath(error.filename) == os.path.abspath(path):
       raise
     raise errors.UserError(f'{_place(error, path)}: {error}') from error
-  except (Exception, SystemExit) as error:  # whatever a file of the user's does
+  except (Exception, SystemExit) as error:  # a user's file may raise anything
     raise errors.UserError(f'{_place(error, path)}: {_explain(error, path)}') from error
   line = inspect.unwrap(function).__code__.co_firstlineno
   problem = _problem(config)
@@ -250,15 +250,15 @@ def _from_python(path, arg):
     for block, names in _lacking(run, build.load(run.algorithm).config(), key):
       raise errors.UserError(
         f'{path}:{_assigned(path, block) or line}: {block} lacks {", ".join(names[:3])}'
-        f'{" and others" if names[3:] else ""}: set single keys, {block}.KEY = ..., or several with '
-        f'{block}.update(...)'
+        f'{" and others" if names[3:] else ""}: set single keys, {block}.KEY = ..., or several '
+        f'with {block}.update(...)'
       )
   return config
 
 
 @contextlib.contextmanager
 def importable(folder):
-  """Lets files of a folder be imported, as Python does for the folder of a script."""
+  """Context in which files of a folder can be imported, as Python does for a script's folder."""
   sys.path.insert(0, folder)
   try:
     yield
@@ -267,7 +267,7 @@ def importable(folder):
 
 
 def _lacking(block, defaults, key):
-  """(dotted name, missing keys) of the blocks below one that a dict has replaced."""
+  """Returns (dotted key, missing keys) of each block that lacks keys, as a dict replaced it."""
   missing = [name for name in defaults if name not in block]
   lacking = [(key, missing)] if missing else []
   for name, default in defaults.items():
@@ -280,7 +280,7 @@ def _lacking(block, defaults, key):
 
 
 def _assigned(path, key):
-  """The line of a file in which alone an attribute of the name of a dotted key is assigned; or None."""
+  """Returns the line of a file that assigns a dotted key, or None if that is ambiguous."""
   tree = ast.parse(pathlib.Path(path).read_text(encoding='utf-8'))
   lines = [
     node.lineno
@@ -293,7 +293,7 @@ def _assigned(path, key):
 
 
 def _place(error, path):
-  """'FILE:LINE' of an error: the last line of the config file that led to it."""
+  """Returns 'FILE:LINE' of an error: the innermost line of the config file in its traceback."""
   if isinstance(error, SyntaxError) and error.filename:
     return f'{os.path.relpath(error.filename)}:{error.lineno or 1}'
   lines = [
@@ -305,7 +305,7 @@ def _place(error, path):
 
 
 def _explain(error, path):
-  """An error in one line; a key that a config does not have, or whose value does not fit, by its name."""
+  """Returns an error in one line; an unknown key or a wrong value is named."""
   text = str(error.args[0] if error.args else error)
   if isinstance(error, SyntaxError):
     line = (error.text or '').strip()
@@ -314,7 +314,7 @@ def _explain(error, path):
     return f'sys.exit({error.code!r}) is called: the file must return its config'
   if isinstance(error, TypeError) and _wrong_value(error, path):
     return _wrong_value(error, path)
-  # A key that is written, or read, that does not exist.
+  # A key that does not exist is set or read.
   key = re.search(r'Key "(\w+)" does not exist', text) or re.match(
     r"""[\\'"]*(\w+)[\\'"]*(\\n|\n|$)""", text
   )
@@ -327,7 +327,7 @@ def _explain(error, path):
 
 
 def _wrong_value(error, path):
-  """What a value must be that a config did not take, by the key's dotted name; '' for other errors."""
+  """Returns what the value of a dotted key must be, or '' if the error is not a wrong value."""
   variables = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
   of_config = [
     names
@@ -347,7 +347,7 @@ def _wrong_value(error, path):
     if isinstance(root, ml_collections.ConfigDict)
   ]
   key = next(
-    (found for found in (_dotted(block, root, 'config') for root in roots) if found), 'config'
+    (dotted for dotted in (_dotted(block, root, 'config') for root in roots) if dotted), 'config'
   )
   kind = block.get_type(name)
   if kind is ml_collections.ConfigDict:
@@ -360,7 +360,7 @@ def _wrong_value(error, path):
 
 
 def _dotted(block, root, key):
-  """The dotted name of a block in a config named `key`; None where it is not in there."""
+  """Returns the dotted key of a block in a config named `key`, or None if it is not in it."""
   if block is root:
     return key
   inner = (
@@ -368,11 +368,11 @@ def _dotted(block, root, key):
     for name, value in root.items()
     if isinstance(value, ml_collections.ConfigDict)
   )
-  return next((found for found in inner if found), None)
+  return next((dotted for dotted in inner if dotted), None)
 
 
 def _problem(config):
-  """What is wrong with what get_config() returned; '' if nothing."""
+  """Returns what is wrong with the result of get_config(), or ''."""
   if not isinstance(config, ml_collections.ConfigDict):
     what = 'nothing' if config is None else f'a {type(config).__name__}'
     return f'get_config() returns {what}: it must return a ConfigDict, such as that of ppo.config()'
@@ -380,10 +380,13 @@ def _problem(config):
     return ''
   if 'stages' not in config or 'seed' not in config:
     return (
-      'the config of get_config() must come from the config() of an algorithm; or have seed, stages, '
-      'and a block for every stage'
+      'the config of get_config() must come from the config() of an algorithm; or have seed, '
+      'stages, and a block for every stage'
     )
   for name, value in config.items():
     if name not in ('seed', 'stages') and not isinstance(value, ml_collections.ConfigDict):
-      return f'config.{name}={value!r} has no effect: beside seed and stages a pipeline has blocks of its stages'
+      return (
+        f'config.{name}={value!r} has no effect: besides seed and stages, a pipeline has only the '
+        'blocks of its stages'
+      )
   return ''

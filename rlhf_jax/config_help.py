@@ -1,7 +1,7 @@
-"""The keys of a config with their values and docs, and the resolved config, for the terminal.
+"""Prints the keys of a config with their values and docs, and the resolved config.
 
-The docs are the comments beside the keys in the functions that make them, and the attributes in the
-docstring of an algorithm's `Settings` for `config.rl`.
+The docs are the comments beside the keys in the functions that create them. For `config.rl`, they
+are the attributes in the docstring of the algorithm's `Settings`.
 """
 
 import ast
@@ -21,17 +21,20 @@ from rlhf_jax.algorithms import on_policy_config
 from rlhf_jax.algorithms import on_policy_warnings
 from rlhf_jax.rewards import scorers
 
-PIPELINE = {'seed': 'of all stages whose seed is None', 'stages': 'names of stages, in order'}
+PIPELINE = {
+  'seed': 'random seed of all stages whose seed is None',
+  'stages': 'names of stages to run, in order',
+}
 
 
 def keys(config):
-  """Lines `--config.KEY=VALUE  doc` for all keys of a single run or a pipeline.
+  """Returns lines `--config.KEY=VALUE  doc` for all keys of a config.
 
   Args:
-    config: ConfigDict.
+    config: ConfigDict of a single run or a pipeline.
 
   Returns:
-    A text; pass a line of it, with another value, on the command line.
+    Text whose lines, with another value, are flags of the command line.
   """
   if 'algorithm' in config:
     return '\n'.join(_lines(config, docs(config.algorithm), 'config'))
@@ -44,11 +47,11 @@ def keys(config):
 
 
 def resolved(config, workdir=None):
-  """A config as JSON that --config reads again.
+  """Returns a config as JSON, which --config can read.
 
   Args:
-    config: of a single run or a pipeline.
-    workdir: folder of a pipeline, which then stands where '$workdir' does; or None.
+    config: ConfigDict of a single run or a pipeline.
+    workdir: Folder of a pipeline, which replaces '$workdir', or None to keep '$workdir'.
   """
   if 'stages' in config:
     config = config.copy_and_resolve_references().unlock()
@@ -58,7 +61,7 @@ def resolved(config, workdir=None):
 
 
 def docs(algorithm):
-  """{dotted key: doc} of an algorithm's config; '*' stands for the name of an evaluator."""
+  """Returns {dotted key: doc} of an algorithm's config, with '*' for the name of an evaluator."""
   module = build.load(algorithm)
   on_policy = 'rl' in module.config()
   functions = [
@@ -85,11 +88,12 @@ def docs(algorithm):
 
 
 def comments(function):
-  """{dotted key: comment} of the dict literals in a function that makes a config.
+  """Returns {dotted key: comment} of the keys that a function sets.
 
   Args:
-    function: in which `'key': default,  # doc` stands in a dict, alone or in `name.block = ...({...})`,
-      or `name['key'] = default  # doc`. If the default spans lines, the doc may follow its end.
+    function: Function with dict literals that have lines `'key': default,  # doc`, alone or in
+      `name.block = ...({...})`, or with lines `name['key'] = default  # doc`. If a default spans
+      several lines, the doc may be on its last line.
   """
   source = textwrap.dedent(inspect.getsource(function))
   beside = {
@@ -128,7 +132,7 @@ def comments(function):
 
 
 def attributes(settings):
-  """{attribute: doc} in the docstring of a class or, as `Args:`, of a function."""
+  """Returns {name: doc} from `Attributes:` of a class's or `Args:` of a function's docstring."""
   text = inspect.getdoc(settings) or ''
   part = re.search(r'^(?:Attributes|Args):\n((?:  .*\n?|\n)+)', text, re.MULTILINE)
   entries = re.findall(r'^  (\w+): (.*(?:\n    .*)*)', part.group(1), re.MULTILINE) if part else []
@@ -136,12 +140,12 @@ def attributes(settings):
 
 
 def arguments(function):
-  """{argument: doc} of a stage's function 'package.module:name'."""
+  """Returns {argument: doc} of the function 'package.module:name' of a stage."""
   return attributes(pipeline.load_function(ml_collections.ConfigDict({'function': function}))[0])
 
 
 def _lines(block, entries, key, prefix=''):
-  """Lines of a block's keys, those of its blocks after it."""
+  """Returns the lines of the keys of a block and of the blocks in it."""
   lines = []
   for name, value in block.items():
     if isinstance(value, (ml_collections.ConfigDict, dict)) and len(value):

@@ -1,4 +1,4 @@
-"""Which keys a config may have and of which type: locked blocks, and checks against the defaults."""
+"""Checks the keys of a config and the types of their values against the defaults."""
 
 import difflib
 import math
@@ -8,22 +8,22 @@ import ml_collections
 
 from rlhf_jax.errors import need
 
-# Keys with a default that may be None all the same, for none.
+# Keys that may be None although their default is not None.
 OPTIONAL = (
   'config.checkpoint_minutes',
   'config.rl.value_clip',
   'config.warn.kl',
   'config.warn.sampler_gap',
 )
-# Blocks whose keys are not known here: what is in them is checked where it is read.
+# Blocks with arbitrary keys, which are checked by the code that reads them.
 OPEN = ('model.init', 'evals', 'reward.parts')
 
 
 def lock(config):
-  """Locks a config, so that a key that does not exist is an error; the blocks in OPEN stay open.
+  """Locks a config except for the blocks in OPEN, so that an unknown key is an error.
 
   Args:
-    config: of an algorithm.
+    config: ConfigDict of an algorithm.
 
   Returns:
     The same ConfigDict.
@@ -40,29 +40,29 @@ def lock(config):
 
 
 def did_you_mean(name, names):
-  """'Did you mean ...?' where one of `names` is like `name`, else the names."""
+  """Returns 'Did you mean ...?' if one of `names` is similar to `name`, else a list of `names`."""
   like = difflib.get_close_matches(str(name), [str(other) for other in names], 1, 0.7)
   return f'Did you mean {like[0]!r}?' if like else f'The keys are {", ".join(map(str, names))}.'
 
 
-def check_keys(block, defaults, key='config', *, whole=True):
-  """Checks that a block has its keys and no others, each with a value of its type.
+def check_keys(block, defaults, key='config', *, require_all=True):
+  """Checks that a block has only known keys, each with a value of the right type.
 
   Args:
-    block: ConfigDict.
-    defaults: ConfigDict of all its keys with their defaults; a placeholder may stay None.
-    key: dotted name of the block.
-    whole: whether all keys must be there.
+    block: ConfigDict to check.
+    defaults: ConfigDict of all keys with their defaults. A key whose default is None may be None.
+    key: Dotted key of the block.
+    require_all: Whether the block must have all keys.
 
   Raises:
-    UserError: names the key and what it must be.
+    UserError: A key or a value is wrong; the message names the key and what it must be.
   """
   unknown = [name for name in block if name not in defaults]
   need(not unknown, unknown and _no_such_key(unknown[0], defaults, key, block.get('algorithm')))
   for name, default in defaults.items():
     if name not in block:
       need(
-        not whole,
+        not require_all,
         f'{key} lacks the key {name!r}: take the config from the config() of its algorithm',
       )
     elif not isinstance(default, ml_collections.ConfigDict):
@@ -77,27 +77,34 @@ def check_keys(block, defaults, key='config', *, whole=True):
       if inner.partition('.')[2] in OPEN:
         check_finite(block[name].to_dict(), inner)
       else:
-        check_keys(block[name], default, inner, whole=whole)
+        check_keys(block[name], default, inner, require_all=require_all)
 
 
 def _no_such_key(name, names, key, algorithm):
-  """What to say of a name in a block `key`, which is the config of an algorithm or has None."""
+  """Returns the error message for an unknown key.
+
+  Args:
+    name: The unknown key.
+    names: Keys that exist.
+    key: Dotted key of the block.
+    algorithm: Name of the algorithm whose config the block is, or None.
+  """
   hint = did_you_mean(name, list(names))
   if not algorithm:
     return f'{key} has no key {name!r}. {hint}'
-  if hint.startswith('The keys'):  # no slip: the config was another algorithm's
+  if hint.startswith('The keys'):  # not a typing error but the config of another algorithm
     hint = 'Take the config from the config() of that algorithm, or from a file that does.'
   return f'algorithm {algorithm!r} has no key {key}.{name}. {hint}'
 
 
 def check_value(value, kind, key, *, optional=False):
-  """Raises UserError unless a value is of a type, and finite where it is a number.
+  """Raises UserError if a value has the wrong type or holds a number that is not finite.
 
   Args:
-    value: of the key.
-    kind: int, float, bool, str or tuple; another is not checked.
-    key: dotted.
-    optional: whether it may be None.
+    value: Value to check.
+    kind: One of int, float, bool, str and tuple; other types are not checked.
+    key: Dotted key of the value.
+    optional: Whether the value may be None.
   """
   if value is None and optional:
     return
@@ -114,7 +121,7 @@ def check_value(value, kind, key, *, optional=False):
 
 
 def check_finite(value, key):
-  """Raises UserError where there is NaN or infinity in a value of dicts, lists and numbers."""
+  """Raises UserError if there is NaN or infinity in nested dicts, lists and numbers."""
   if isinstance(value, dict):
     for name, item in value.items():
       check_finite(item, f'{key}.{name}')

@@ -61,7 +61,7 @@ def validate(config_reward, key='config.reward'):
   Raises:
     UserError: A value is invalid. The message names the key, the value and the remedy.
   """
-  check_keys(config_reward, config(), key, whole=False)
+  check_keys(config_reward, config(), key, require_all=False)
   validate_source(config_reward, key, SOURCES + ('parts',))
   need(
     config_reward.get('on_nan', 'stop') in ON_NAN,
@@ -76,7 +76,7 @@ def validate(config_reward, key='config.reward'):
       isinstance(part, ml_collections.ConfigDict),
       f"{part_key}={part!r} must be a dict, such as {{'weight': 1.0, 'model': 'FOLDER'}}",
     )
-    check_keys(part, of_part, part_key, whole=False)
+    check_keys(part, of_part, part_key, require_all=False)
     validate_source(part, part_key, SOURCES)
 
 
