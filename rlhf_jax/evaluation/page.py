@@ -1,8 +1,7 @@
-"""The HTML of the report, a Jinja template that loads nothing from anywhere.
+"""The HTML of the report, a Jinja template for a page that loads no other files.
 
-Its security policy allows this file's script and style sheet by their hashes and nothing else. So
-even if a prompt, a response or a config got into the page as HTML, no script or style in it
-would run.
+The page's security policy allows only this file's script and style sheet, by their hashes. Even if
+a prompt, a response or a config got into the page as HTML, no script or style in it would run.
 """
 
 import base64
@@ -86,7 +85,7 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: 10p
   overflow-x: auto; font-size: 0.85rem; line-height: 1.4; }
 """
 
-# Filters, searches and sorts the samples. Texts are compared and never made into HTML.
+# Filters, searches and sorts the samples. It compares texts and never inserts them as HTML.
 SCRIPT = """
 (() => {
   const form = document.getElementById('filter');
@@ -157,14 +156,14 @@ TEMPLATE = """<!DOCTYPE html>
 {% if frontier or ratings %}
 <h2 id="frontier">Scores and ratings</h2>
 <div class="wide">
-{% if frontier %}<figure>{{ frontier }}<figcaption>The score that the policy reaches for its KL.
-If the proxy score rises while the gold score stalls or falls, the policy exploits the reward model:
-the best policy is where gold peaks. Bars are standard errors.{% if best_of %} Best of n takes the
-best of n samples of the baseline by the reward model, without training. Its KL is an upper bound,
+{% if frontier %}<figure>{{ frontier }}<figcaption>Scores of the policy over its KL. If the proxy
+score rises while the gold score stalls or falls, the policy exploits the reward model: the best
+policy is where gold peaks. Bars are standard errors.{% if best_of %} Best of n selects the best of
+n samples of the baseline by the reward model, without training. Its KL is an upper bound,
 log n − (n − 1) / n.{% endif %}</figcaption></figure>{% endif %}
-{% if ratings %}<figure>{{ ratings }}<figcaption>Elo of every policy from all pairwise matches: 400
-points are odds of ten to one. If two intervals overlap, the order is not certain.</figcaption>
-</figure>{% endif %}
+{% if ratings %}<figure>{{ ratings }}<figcaption>Elo rating of every policy from all pairwise
+matches: 400 points are odds of ten to one. If two intervals overlap, the order is uncertain.
+</figcaption></figure>{% endif %}
 </div>
 {% endif %}
 
@@ -180,7 +179,7 @@ points are odds of ten to one. If two intervals overlap, the order is not certai
 {% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}{% endfor %}</tbody></table></div>
 <p class="note">First and last are the first and last logged values; step is the step of the best
-one. Metrics of training are of one batch, so their best value is partly luck.</p>
+value. Training metrics are of one batch, so their best value is partly luck.</p>
 {% endif %}
 
 {% if calibration %}
@@ -227,7 +226,7 @@ often as its confidence says; below the line it is overconfident. Larger points 
 
 {% if curves %}
 <h2 id="curves">Learning curves</h2>
-<p class="note">In long runs faint lines are the logged values and bold ones a running mean. A
+<p class="note">In long runs, faint lines show the logged values and bold lines a running mean. A
 metric that does not change has no figure.</p>
 {% for curve in curves %}
 <h3>{{ curve.stage }}</h3>
@@ -236,7 +235,7 @@ metric that does not change has no figure.</p>
 {% endfor %}</div>
 <details><summary>All metrics of {{ curve.stage }}</summary>
 <div class="scroll"><table>
-<thead><tr><th>Metric</th><th>First</th><th>Last</th><th>Least</th><th>Most</th></tr></thead>
+<thead><tr><th>Metric</th><th>First</th><th>Last</th><th>Min</th><th>Max</th></tr></thead>
 <tbody>
 {% for row in curve.rows %}
 <tr><td>{{ named(row[0]) }}</td>{% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
@@ -259,7 +258,7 @@ metric that does not change has no figure.</p>
 height="100%"/></svg></td><td>{{ first }}</td></tr>
 {% endfor %}{% endfor %}</tbody></table></div>
 <p class="note">Seconds are medians over the logged steps after the first. The first step includes
-compilation, so its seconds stand alone. Other: data, logs, evaluations and checkpoints.</p>
+compilation, so it has its own column. Other: data, logs, evaluations and checkpoints.</p>
 {% endif %}
 
 {% if config_text or differences %}
@@ -278,7 +277,7 @@ algorithm</summary>
 {% endif %}
 </details>
 {% endfor %}
-{% if config_text %}<details><summary>The whole config</summary>
+{% if config_text %}<details><summary>Full config</summary>
 <pre>{{ config_text }}</pre></details>
 {% endif %}
 {% endif %}
@@ -304,10 +303,14 @@ algorithm</summary>
 
 
 def render(values):
-  """The page.
+  """Renders the page.
 
   Args:
-    values: {name: value} of the variables of TEMPLATE but those of the policy; texts are escaped.
+    values: {name: value} of the template's variables, except `policy`, `style` and `script`. Texts
+      are escaped.
+
+  Returns:
+    HTML.
   """
   environment = jinja2.Environment(
     autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
@@ -322,7 +325,7 @@ def render(values):
 
 
 def policy():
-  """The security policy: the script and the style sheet above, and nothing else."""
+  """Returns the security policy, which allows only the script and the style sheet above."""
   return (
     f"default-src 'none'; script-src '{_hash(SCRIPT)}'; style-src '{_hash(STYLE)}'; "
     "base-uri 'none'; form-action 'none'"

@@ -1,4 +1,4 @@
-"""Figures for notebooks: metrics of a run, also while it trains, and comparisons of policies."""
+"""Figures for notebooks: metrics of a run, live or afterwards, and comparisons of policies."""
 
 import contextlib
 import importlib
@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from rlhf_jax import metrics as metrics_lib
 
-SECONDS = 2.0  # between two live figures
-PANELS = 6  # of a figure whose metrics nobody has named
+UPDATE_SECONDS = 2.0  # interval between two updates of the live figure
+MAX_PANELS = 6  # panels of a figure without a choice of metrics
 
 
 class Plot(Figure):
@@ -28,8 +28,8 @@ def figure(records, names=None):
   """Draws metrics over steps, one panel each.
 
   Args:
-    records: list of dicts with a `step`, as metrics.read returns them.
-    names: of metrics; None for those that the progress bar shows.
+    records: List of dicts with a `step`, as metrics.read returns them.
+    names: Names of metrics; None for those that the progress bar shows.
 
   Returns:
     Plot.
@@ -38,7 +38,7 @@ def figure(records, names=None):
     names = [
       name for name in metrics_lib.PROGRESS_METRICS if any(name in record for record in records)
     ]
-    names = names[:PANELS]
+    names = names[:MAX_PANELS]
   columns = min(3, max(1, len(names)))
   rows = max(1, -(-len(names) // columns))
   plot = Plot(figsize=(3.4 * columns, 2.3 * rows), layout='constrained')
@@ -58,8 +58,8 @@ def ratings(rows, baseline):
   """Draws win rates over the baseline and Elo ratings, with their 95 % intervals.
 
   Args:
-    rows: as comparison.compare returns them.
-    baseline: name of the baseline.
+    rows: Rows that comparison.compare returns.
+    baseline: Name of the baseline.
 
   Returns:
     Plot.
@@ -80,23 +80,23 @@ def ratings(rows, baseline):
 
 @contextlib.contextmanager
 def live():
-  """Draws metrics below a notebook's cell while the body runs, the last of them at its end.
+  """Shows a figure of the metrics below a notebook's cell, and updates it while the body runs.
 
   Yields:
-    (step, metrics) -> None for loop.run(on_metrics=...); None outside of a notebook.
+    Function (step, metrics) -> None for loop.run(on_metrics=...); None outside of a notebook.
   """
   shell = sys.modules.get('IPython') and sys.modules['IPython'].get_ipython()
   if shell is None or not hasattr(shell, 'kernel'):
     yield None
     return
-  display = importlib.import_module('IPython.display')  # a notebook has it
+  display = importlib.import_module('IPython.display')  # not a dependency, but notebooks have it
 
   records, handle, drawn = [], None, 0.0
 
   def draw(step, metrics):
     nonlocal handle, drawn
     records.append({'step': step} | metrics)
-    if time.monotonic() - drawn < SECONDS:
+    if time.monotonic() - drawn < UPDATE_SECONDS:
       return
     drawn = time.monotonic()
     if handle is None:

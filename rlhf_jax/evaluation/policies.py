@@ -1,7 +1,7 @@
-"""The last stage of a pipeline: policies side by side on the same prompts, and the report.
+"""The last stage of a pipeline: compares policies on the same prompts and writes the report.
 
-Only here does the gold score meet the policies: the reward model gives the proxy score, the judge
-the gold score, and comparisons by gold score the win rate over the baseline and the Elo ratings.
+Training does not use the gold score. Here the reward model gives the proxy score and the judge the
+gold score, which determines win rates over the baseline and Elo ratings.
 """
 
 import itertools
@@ -22,8 +22,8 @@ from rlhf_jax.evaluation import report
 from rlhf_jax.evaluation import reward_models
 from rlhf_jax.evaluation import tables
 
-REPORT = 'report.json'  # what report.html is made from, except metrics and config
-SAMPLES = 24  # that the report shows
+REPORT = 'report.json'  # data of report.html, except metrics and config
+SAMPLES = 24  # samples in the report
 
 
 def run(
@@ -49,32 +49,32 @@ def run(
   truncate_at=None,
   truncate_after=0,
 ):
-  """Evaluates policies, prints the table, writes results.json, and the report into `workdir`.
+  """Evaluates policies, prints the table, and writes results.json and the report.
 
   Args:
-    folder: where results.json goes.
-    title: of the report.
-    summary: a sentence under the title.
-    workdir: the pipeline's folder; the report goes there.
-    policies: pairs (name, folder of a language model or of the run that trained it), in the
+    folder: Folder for results.json.
+    title: Title of the report.
+    summary: Sentence below the title.
+    workdir: Folder of the pipeline, for the report.
+    policies: Pairs (name, folder of a language model or of the run that trained it), in the
       order of the table.
-    baseline: the name whose samples win rates and KLs are against.
-    trained: the name of the policy that RL trained; the report shows its texts beside the
+    baseline: Name of the policy that win rates and KLs are relative to.
+    trained: Name of the policy that RL trained. The report shows its responses beside the
       baseline's.
-    best_of: n of best-of-n of the baseline by the reward model; 0 for none.
-    reward_model: folder of a reward model, or ''.
-    comparisons: held-out comparisons for the reward model's calibration, or ''.
-    prompts: data set of prompts, repeated if there are fewer than `samples`; messages become
-      texts by the chat template of `trained`, the same for all policies.
-    samples: n, responses of each policy.
-    max_new_tokens: of a response.
-    temperature: of sampling.
-    gold: the judge, such as 'package.module:function'; see evaluation/judges.py.
-    gold_path: data that `gold` makes the judge from, or ''.
-    curves: names of the stages whose learning curves the report shows.
-    seed: of the samples.
-    truncate_at: see policy.TextPolicy.sample; comparisons are then scored without an EOS.
-    truncate_after: likewise.
+    best_of: n of best-of-n sampling from the baseline with the reward model; 0 for none.
+    reward_model: Folder of a reward model, or ''.
+    comparisons: Held-out comparisons for the reward model's calibration, or ''.
+    prompts: Data set of prompts, repeated if there are fewer than `samples`. The chat template of
+      `trained` renders messages, for all policies.
+    samples: Number of responses per policy.
+    max_new_tokens: Maximum number of tokens of a response.
+    temperature: Sampling temperature.
+    gold: Judge, such as 'package.module:function'; see evaluation/judges.py.
+    gold_path: Path that the function `gold` is called with to create the judge, or ''.
+    curves: Names of the stages whose learning curves the report shows.
+    seed: Random seed of the samples.
+    truncate_at: See policy.TextPolicy.sample. If set, comparisons are scored without an EOS.
+    truncate_after: See policy.TextPolicy.sample.
   """
   policies = dict(policies)
   judge = judges.load(gold, key='gold', path=gold_path)
@@ -121,10 +121,10 @@ def run(
 
 
 def write_report(workdir):
-  """Writes report.html from report.json, the metrics of the stages and config.json in a folder.
+  """Writes report.html from report.json, config.json and the stages' metrics in a folder.
 
   Args:
-    workdir: of a pipeline, or of a comparison of policies, which has no config.json.
+    workdir: Folder of a pipeline, or of a comparison of policies, which has no config.json.
 
   Returns:
     The path of the report.
@@ -136,21 +136,21 @@ def write_report(workdir):
 
 
 def compare_folders(workdir, policies, *, prompts, judge, reward_model, settings):
-  """Compares policies without a pipeline: prints the table and some samples, and writes the report.
+  """Compares policies without a pipeline, and prints the table and some samples.
 
   Writes results.json, samples.jsonl (all responses with their scores) and report.html.
 
   Args:
-    workdir: pathlib.Path of the folder for them.
+    workdir: Folder for these files, a pathlib.Path.
     policies: {name: folder of a language model or of the run that trained it}.
-    prompts: data set of prompts. Messages become texts by the chat template of the first policy
-      that has one, the same for all.
-    judge: text; see evaluation/judges.py.
-    reward_model: folder of a reward model for the proxy score, or ''.
+    prompts: Data set of prompts. The chat template of the first policy that has one renders
+      messages, for all policies.
+    judge: Text that names the judge; see evaluation/judges.py.
+    reward_model: Folder of a reward model for the proxy score, or ''.
     settings: comparison.Settings.
 
   Raises:
-    UserError: a name, the judge, a folder or the prompts cannot be used.
+    UserError: If a name, the judge, a folder or the prompts cannot be used.
   """
   if settings.baseline:
     comparison.check_name(settings.baseline, policies, 'baseline')
@@ -158,14 +158,16 @@ def compare_folders(workdir, policies, *, prompts, judge, reward_model, settings
     reward_model or not settings.best_of,
     f'best_of={settings.best_of} needs a reward model: set reward_model',
   )
-  made = judges.load(judge)
+  loaded_judge = judges.load(judge)
   scorer = reward_models.RewardModel.load(reward_model) if reward_model else None
   loaded = {name: policy_lib.TextPolicy.load(path) for name, path in policies.items()}
   templated = [policy for policy in loaded.values() if policy.tokenizer.chat_template]
   examples = (templated or list(loaded.values()))[0].read_examples(prompts)
-  compared = comparison.compare_policies(loaded, examples, made, settings, reward_model=scorer)
+  compared = comparison.compare_policies(
+    loaded, examples, loaded_judge, settings, reward_model=scorer
+  )
   count = len(compared.answers[compared.baseline].samples.prompts)
-  title = f'{" against ".join(policies)}: {count} responses each, judged by {judge}'
+  title = f'{" vs. ".join(policies)}: {count} responses each, judged by {judge}'
   print(tables.stages_table(compared.rows, title=title, width=120))
   print(compared.text(3))
   workdir.mkdir(parents=True, exist_ok=True)
@@ -176,7 +178,7 @@ def compare_folders(workdir, policies, *, prompts, judge, reward_model, settings
     'title': title,
     'summary': f'Prompts {prompts}, judge {judge}, baseline {compared.baseline}.',
     'stages': compared.rows,
-    'gold': made.description,
+    'gold': loaded_judge.description,
     'elo': compared.results()['elo'],
     'samples': comparison.side_by_side(
       compared.answers[compared.baseline], compared.answers[others[-1]], SAMPLES
@@ -191,7 +193,7 @@ def check(*, policies, baseline, trained, best_of, reward_model, comparisons, go
   """Checks the arguments of `run` before the first stage runs; see pipeline.check.
 
   Raises:
-    UserError: names the argument.
+    UserError: If an argument is wrong; names it.
   """
   names = [pair[0] for pair in policies]
   comparison.check_name(baseline, names, 'baseline')
@@ -207,14 +209,15 @@ run.check = check
 
 
 def frontier(run_folder, judge):
-  """Gold and proxy score against KL over an on-policy run, from its logged samples.
+  """Computes gold score, proxy score and KL at the logged steps of an on-policy run.
 
   Args:
-    run_folder: of the run.
+    run_folder: Folder of the run.
     judge: judges.Judge.
 
   Returns:
-    List of points for report.write; [] if the judge needs more than the texts that are logged.
+    List of points for report.write; [] if the judge cannot score one text at a time, because only
+    texts are logged.
   """
   if judge.score_text is None:
     return []

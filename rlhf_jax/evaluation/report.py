@@ -1,6 +1,6 @@
-"""The report of a run: one HTML file with tables, figures and samples, and nothing outside it.
+"""Writes the report of a run: one self-contained HTML file with tables, figures and samples.
 
-Every part may be missing: the report of a single run has no table of stages, for example.
+Every part is optional. For example, the report of a single run has no table of stages.
 """
 
 import json
@@ -20,8 +20,8 @@ from rlhf_jax.evaluation import page
 from rlhf_jax.evaluation import samples as samples_lib
 from rlhf_jax.evaluation import tables
 
-# Words in capitals in the names of the glossary.
-_PLACES = {
+# Placeholders in the names of metrics in the glossary.
+_PLACEHOLDERS = {
   'EVAL': 'EVAL stands for the name of an evaluator in config.evals.',
   'PART': 'PART stands for a part of the reward.',
   'MODEL': 'MODEL stands for policy, critic or reward.',
@@ -48,20 +48,20 @@ def write(
   """Writes the report.
 
   Args:
-    path: the HTML file; it is replaced as a whole, so it is never incomplete.
-    title: of the page.
-    summary: a plain sentence or two under the title.
-    stages: list of rows of the stage table; see `tables`.
-    gold: what the gold score is in this run.
-    metrics: {stage: list of dicts of its metrics.jsonl}.
-    frontier: list of {"step", "kl", "gold", "gold_se", "proxy"} of one policy as it was trained.
-    best_of: best-of-n beside the frontier; see best_of_n.curve.
-    calibration: a Calibration as a dict (dataclasses.asdict), None for none.
-    elo: {policy: a Rating as a dict}, None for none.
-    samples: list of {"prompt", "before", "after"} and, if known, "scores": {"before": {name:
+    path: HTML file. It is replaced atomically, so it is never incomplete.
+    title: Title of the page.
+    summary: One or two sentences below the title, plain text.
+    stages: Rows of the table of stages; see `tables`.
+    gold: Description of the gold score in this run.
+    metrics: {stage: list of records of its metrics.jsonl}.
+    frontier: List of {"step", "kl", "gold", "gold_se", "proxy"} of one policy during training.
+    best_of: Points of best-of-n for the figure of the frontier; see best_of_n.curve.
+    calibration: Calibration as a dict (dataclasses.asdict), or None.
+    elo: {policy: Rating as a dict}, or None.
+    samples: List of {"prompt", "before", "after"} and, if known, "scores": {"before": {name:
       number}, "after": {name: number}}.
-    logged: records of samples.jsonl, shown if there are no `samples`.
-    config_text: the configuration, to be read by people.
+    logged: Records of samples.jsonl, shown if there are no `samples`.
+    config_text: Config as text.
     differences: {stage: list of identity.Change from the base config}.
 
   Returns:
@@ -70,7 +70,7 @@ def write(
   titles, rows = tables.stages(stages)
   records = {stage: lines for stage, lines in (metrics or {}).items() if lines}
   series = {stage: curves.series(lines) for stage, lines in records.items()}
-  entries, anchors = _glossary(name for found in series.values() for name in found)
+  entries, anchors = _glossary(name for stage_series in series.values() for name in stage_series)
   cards = samples_lib.pairs(samples) or samples_lib.logged(logged)
   unique = lambda key: list(dict.fromkeys(name for card in cards for name in card[key]))
   bins = calibration['bins'] if calibration else ()
@@ -81,9 +81,9 @@ def write(
     'final': _final(series),
     'calibration': _calibration_rows(calibration) if calibration else [],
     'samples': cards,
-    'curves': [_curves(stage, found) for stage, found in series.items()],
+    'curves': [_curves(stage, stage_series) for stage, stage_series in series.items()],
     'times': _times(records),
-    'differences': [(stage, _changes(found)) for stage, found in (differences or {}).items()],
+    'differences': [(stage, _changes(changes)) for stage, changes in (differences or {}).items()],
     'config_text': config_text,
     'metrics': entries,
   }
@@ -117,7 +117,7 @@ def _safe(svg):
 
 
 def _contents(parts):
-  """(name, anchor) of every section that there is."""
+  """Returns (name, anchor) of every section that is not empty."""
   sections = (
     ('Stages', 'stages', parts['stages']),
     ('Scores and ratings', 'frontier', parts['frontier'] or parts['ratings']),
@@ -129,32 +129,32 @@ def _contents(parts):
     ('Configuration', 'config', parts['config_text'] or parts['differences']),
     ('Metrics', 'metrics', parts['metrics']),
   )
-  return [(name, anchor) for name, anchor, there in sections if there]
+  return [(name, anchor) for name, anchor, content in sections if content]
 
 
 def _stages_note(rows, gold):
-  """What the columns mean, for those columns that there are."""
+  """Returns an explanation of the columns that are not empty."""
   notes = {
     'gold': f'Gold score ± standard error. {f"Gold is {gold}" if gold else ""}'.rstrip(' .') + '.',
     'proxy': 'Proxy score: the score of the reward model.',
     'kl': 'KL: nats per response, from the baseline.',
-    'win_rate': 'Win rate: over the baseline on the same prompts, a draw is half a win, with its '
-    '95 % interval.',
-    'elo': 'Elo: from matches between all stages, ± half the 95 % interval.',
+    'win_rate': 'Win rate: over the baseline on the same prompts, with its 95 % interval; a draw '
+    'is half a win.',
+    'elo': 'Elo: from matches between all stages, ± half the width of the 95 % interval.',
   }
-  found = [note for key, note in notes.items() if any(row.get(key) is not None for row in rows)]
-  return ' '.join([*found, 'The best row is highlighted.'])
+  present = [note for key, note in notes.items() if any(row.get(key) is not None for row in rows)]
+  return ' '.join([*present, 'The best row is highlighted.'])
 
 
 def _final(series):
-  """(stage, rows of text) of the table of final figures."""
-  found = ((stage, curves.final(metrics)) for stage, metrics in series.items())
+  """Returns (stage, rows of strings) for the table of final figures."""
+  stages = ((stage, curves.final(metrics)) for stage, metrics in series.items())
   texts = lambda row: [row[0], *map(tables.number, row[1:])]
-  return [(stage, [texts(row) for row in rows]) for stage, rows in found if rows]
+  return [(stage, [texts(row) for row in rows]) for stage, rows in stages if rows]
 
 
 def _curves(stage, series):
-  """The panels of a stage's first metrics, and first, last, least and most of all of them."""
+  """Returns the panels of a stage's first metrics, and the table of all of its metrics."""
   panels = [
     (name, _safe(figures.curve(name, lines))) for name, lines in curves.panels(series).items()
   ]
@@ -163,24 +163,24 @@ def _curves(stage, series):
 
 
 def _times(records):
-  """(stage, rows of text) of the table of times."""
-  found = ((stage, curves.times(lines)) for stage, lines in records.items())
+  """Returns (stage, rows of strings) for the table of times."""
+  stages = ((stage, curves.times(lines)) for stage, lines in records.items())
   texts = lambda row: (row[0], f'{row[1]:.3g}', row[2], f'{row[3]:.3g}')
-  return [(stage, [texts(row) for row in rows]) for stage, rows in found if rows]
+  return [(stage, [texts(row) for row in rows]) for stage, rows in stages if rows]
 
 
 def _changes(changes):
-  """Rows (key, base value, value) of a config's differences."""
+  """Returns rows (key, base value, value) of a config's differences."""
   text = lambda value: value if value == identity.ABSENT else repr(value)
   return [(change.key, text(change.before), text(change.after)) for change in changes]
 
 
 def _glossary(names):
-  """The glossary's entries of metrics, with HTML in place of Markdown, and {name: anchor}."""
-  found = {name: glossary.find(name) for name in names}
-  found = {name: metric for name, metric in found.items() if metric}
-  there = set(found.values())
-  entries = [metric for metric in glossary.METRICS if metric in there]
+  """Returns the glossary entries of metrics, with Markdown rendered as HTML, and {name: anchor}."""
+  metrics = {name: glossary.find(name) for name in names}
+  metrics = {name: metric for name, metric in metrics.items() if metric}
+  unique = set(metrics.values())
+  entries = [metric for metric in glossary.METRICS if metric in unique]
   links = {metric.name: f'metric-{metric.anchor}' for metric in entries}
 
   def html(text):
@@ -191,7 +191,7 @@ def _glossary(names):
       parts[i] = markupsafe.Markup('<a href="#{}">{}</a>').format(link, code) if link else code
     return markupsafe.Markup('').join(parts)
 
-  shown = [
+  rendered = [
     {
       'name': metric.name,
       'anchor': metric.anchor,
@@ -202,13 +202,13 @@ def _glossary(names):
     }
     for metric in entries
   ]
-  return shown, {name: links[metric.name] for name, metric in found.items()}
+  return rendered, {name: links[metric.name] for name, metric in metrics.items()}
 
 
 def _metrics_note(entries):
-  """What the words in capitals in the names of the entries mean."""
+  """Returns an explanation of the placeholders in the names of the entries."""
   words = {word for metric in entries for word in metric['name'].split('/')}
-  return ' '.join(note for word, note in _PLACES.items() if word in words)
+  return ' '.join(note for word, note in _PLACEHOLDERS.items() if word in words)
 
 
 def _calibration_rows(calibration):
@@ -226,14 +226,14 @@ def _calibration_rows(calibration):
 
 
 def read(workdir, stages):
-  """What the report shows of the files of a run.
+  """Reads the files of a run for the report.
 
   Args:
-    workdir: folder with config.json, or without one for a comparison of policies.
+    workdir: Folder with config.json. A comparison of policies has none.
     stages: {name: folder of a run}, in order.
 
   Returns:
-    {'metrics', 'config_text', 'differences'}, arguments of `write`.
+    {'metrics', 'config_text', 'differences'}: arguments of `write`.
   """
   path = pathlib.Path(workdir) / identity.CONFIG
   config = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
@@ -244,19 +244,19 @@ def read(workdir, stages):
   return {
     'metrics': {name: metrics_lib.read(folder) for name, folder in stages.items()},
     'config_text': json.dumps(config, indent=2, ensure_ascii=False) if config else '',
-    'differences': {name: found for name, found in differences.items() if found is not None},
+    'differences': {name: changes for name, changes in differences.items() if changes is not None},
   }
 
 
 def of_stages(folder, *, workdir, title, summary, curves):
-  """A stage of a pipeline: the report of stages that nothing else evaluates, workdir/report.html.
+  """Writes the report of a pipeline without an evaluation of policies, as a stage of it.
 
   Args:
-    folder: of this stage; nothing is written there.
-    workdir: the pipeline's folder.
-    title: of the page.
-    summary: a plain sentence or two under the title.
-    curves: names of the stages whose learning curves the report shows.
+    folder: Folder of this stage, which is not used.
+    workdir: Folder of the pipeline, for report.html.
+    title: Title of the page.
+    summary: One or two sentences below the title, plain text.
+    curves: Names of the stages whose learning curves the report shows.
   """
   del folder
   workdir = pathlib.Path(workdir)
@@ -266,11 +266,11 @@ def of_stages(folder, *, workdir, title, summary, curves):
 
 
 def of_run(workdir, *, title):
-  """The report of a single run: final figures, samples, learning curves, times and configuration.
+  """Writes the report of a single run.
 
   Args:
-    workdir: of the run; the report goes to report.html there.
-    title: of the page.
+    workdir: Folder of the run, for report.html.
+    title: Title of the page.
 
   Returns:
     The path, a pathlib.Path.

@@ -1,4 +1,4 @@
-"""A reward model outside of training: scores of samples, and its calibration on held-out pairs.
+"""A reward model after training: scores of texts, and calibration on held-out pairs.
 
 Letters: n samples or pairs, T sequence length.
 """
@@ -29,71 +29,72 @@ class RewardModel:
   It can be called like a reward function, with prompts and responses; see rewards/functions.py.
 
   Attributes:
-    policy: its model, parameters and tokenizer.
+    policy: TextPolicy that holds the model, its parameters and its tokenizer.
   """
 
   policy: policy_lib.TextPolicy
 
   @property
   def path(self):
-    """Its Hugging Face folder, a pathlib.Path."""
+    """Hugging Face folder of the model, a pathlib.Path."""
     return self.policy.path
 
   @classmethod
   def load(cls, path):
-    """From a Hugging Face folder of a sequence classifier with one label."""
+    """Loads a reward model from the Hugging Face folder of a sequence classifier with one label."""
     model, params = hf.load_reward(path, unroll=None)
     return cls(policy_lib.TextPolicy(model, params, tokenizers.load(path), folders.model(path)))
 
   def __call__(self, prompts, responses, *, response_tokens=None, metadata=None):
-    """As `score`; the other arguments of a reward function are not used."""
+    """Calls `score`; the other arguments of a reward function are not used."""
     del response_tokens, metadata
     return self.score(prompts, responses)
 
   def score(self, prompts, responses):
-    """Scores [n] of responses, which end with an EOS, as in training by default.
+    """Computes scores [n] of responses. Adds an EOS to each, as training does by default.
 
     Args:
       prompts: n texts.
       responses: n texts.
     """
-    own = self.policy
+    model = self.policy.model
     return self.score_tokens(
       *learned.padded_texts(
-        own.model,
-        own.tokenizer,
+        model,
+        self.policy.tokenizer,
         prompts,
         responses,
         [True] * len(responses),
-        max_length=own.model.max_length,
+        max_length=model.max_length,
       )
     )
 
   def score_samples(self, samples, tokenizer):
-    """Scores [n] of Samples: of their tokens if the reward model has the same tokenizer, else of
-    their texts.
+    """Computes scores [n] of Samples.
+
+    Scores their tokens if the reward model has the same tokenizer, else their texts.
 
     Args:
       samples: Samples of a policy.
-      tokenizer: the policy's.
+      tokenizer: Tokenizer of the policy.
     """
-    rollout, own = samples.rollout, self.policy
-    if learned.same_tokenizer(own.tokenizer, tokenizer):
+    rollout, model = samples.rollout, self.policy.model
+    if learned.same_tokenizer(self.policy.tokenizer, tokenizer):
       return self.score_tokens(rollout.tokens, rollout.mask)
     ended = learned.with_eos(actor.texts_of(rollout, tokenizer)[1], tokenizer)
     return self.score_tokens(
       *learned.padded_texts(
-        own.model,
-        own.tokenizer,
+        model,
+        self.policy.tokenizer,
         samples.prompts,
         samples.responses,
         ended,
-        max_length=own.model.max_length,
+        max_length=model.max_length,
       )
     )
 
   def score_tokens(self, tokens, mask):
-    """Scores [n] of tokens [n, T] and their mask."""
+    """Computes scores [n] of tokens [n, T] with a mask [n, T]."""
     return policy_lib.in_batches(
       lambda batch, start: _score(self.policy.params, *batch, model=self.policy.model),
       (tokens, mask),
@@ -106,13 +107,16 @@ def _score(params, tokens, mask, *, model):
 
 
 def pair_gaps(scorer, path, *, max_length=0, append_eos=True):
-  """Gaps r_better - r_worse [n] of a data set of comparisons, and their n prompts.
+  """Computes the gaps r_better - r_worse of a data set of comparisons.
 
   Args:
     scorer: RewardModel.
-    path: data set.
-    max_length: tokens of a sequence; 0 for the model's context.
-    append_eos: see pipelines.comparison_batches.
+    path: Path of the data set.
+    max_length: Maximum number of tokens of a sequence; 0 for the model's context.
+    append_eos: See pipelines.comparison_batches.
+
+  Returns:
+    Gaps [n], and the list of their n prompts.
   """
   tokenizer = scorer.policy.tokenizer
   examples, _ = formats.comparisons(sources.read(path), tokenizer=tokenizer)
@@ -135,6 +139,6 @@ def pair_gaps(scorer, path, *, max_length=0, append_eos=True):
 
 
 def calibrate(scorer, path, *, append_eos=True):
-  """Calibration of a reward model on held-out pairs, as a dict; see `pair_gaps`."""
+  """Returns the calibration of a reward model on held-out pairs as a dict; see `pair_gaps`."""
   gaps, prompts = pair_gaps(scorer, path, append_eos=append_eos)
   return dataclasses.asdict(calibration.pairwise(gaps, np.zeros_like(gaps), prompts=prompts))

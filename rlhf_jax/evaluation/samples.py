@@ -1,19 +1,19 @@
-"""The samples of a report: texts with scores, which a reader can filter, search and sort.
+"""Cards of samples in the report, which can be filtered, searched and sorted.
 
-A card is a dict: `prompt`; `texts`, a list of {"side", "label", "text"}; `scores`, {name: number};
-`groups`, names of the groups that it belongs to.
+A card is a dict with `prompt`, `texts` (a list of {"side", "label", "text"}), `scores` ({name:
+number}) and `groups` (the names of its groups).
 """
 
 import math
 
-COUNT = 8  # samples of a group
+MAX_SAMPLES = 8  # samples in a group
 
 
 def pairs(samples):
-  """Cards of responses before and after training.
+  """Returns cards of responses before and after training.
 
   Args:
-    samples: list of {"prompt", "before", "after"} and, if known, "scores": {"before": {name:
+    samples: List of {"prompt", "before", "after"} and, if known, "scores": {"before": {name:
       number}, "after": {name: number}}.
   """
   cards = []
@@ -33,10 +33,10 @@ def pairs(samples):
 
 
 def logged(samples):
-  """Cards of the samples of one run: the first and the last, the best and the worst of the last.
+  """Returns cards of one run: samples of the first and last logged step, and best and worst ones.
 
   Args:
-    samples: the records of samples.jsonl, in order.
+    samples: Records of samples.jsonl, in order.
   """
   texts = [sample for sample in samples if 'response' in sample]
   if not texts:
@@ -51,11 +51,11 @@ def logged(samples):
   groups = {}
   if steps[0] != steps[1]:
     first = [sample for sample in texts if sample['step'] == steps[0]]
-    groups[f'first logged, step {steps[0]}'] = first[:COUNT]
+    groups[f'first logged, step {steps[0]}'] = first[:MAX_SAMPLES]
   groups |= {
-    f'last logged, step {steps[1]}': last[:COUNT],
-    f'highest scores of step {steps[1]}': ranked[: COUNT // 2],
-    f'lowest scores of step {steps[1]}': ranked[::-1][: COUNT // 2],
+    f'last logged, step {steps[1]}': last[:MAX_SAMPLES],
+    f'highest scores of step {steps[1]}': ranked[: MAX_SAMPLES // 2],
+    f'lowest scores of step {steps[1]}': ranked[::-1][: MAX_SAMPLES // 2],
   }
   cards = {}
   for group, members in groups.items():
@@ -83,7 +83,7 @@ def _card(sample):
 
 
 def _label(side, scores, suffix=''):
-  """'after · gold 1.20 · proxy 0.80' of the scores whose names end with `suffix`."""
+  """Returns 'after · gold 1.20 · proxy 0.80' for the scores whose names end with `suffix`."""
   parts = [side] if side else []
   parts += [
     f'{name.removesuffix(suffix)} {value:.2f}'

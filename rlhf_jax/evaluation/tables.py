@@ -1,8 +1,8 @@
-"""Tables of a run: one row per stage or policy, for the terminal and for the report.
+"""Tables for the terminal and the report, with one row per stage or policy.
 
 A row is a dict with a `stage` and any of `gold`, `gold_se`, `proxy`, `kl` (nats per sequence),
-`win_rate`, `win_low`, `win_high`, `elo`, `elo_low`, `elo_high`; any other key becomes a column of
-its own. What a row lacks, or holds as None or NaN, shows as a dash.
+`win_rate`, `win_low`, `win_high`, `elo`, `elo_low`, `elo_high`. Any other key becomes a column.
+Missing values, None and NaN are shown as a dash.
 """
 
 import io
@@ -28,7 +28,7 @@ _PARTS = frozenset(('gold_se', 'win_low', 'win_high', 'elo_low', 'elo_high'))
 
 
 def stages(rows):
-  """Column titles, and for each row its cells as strings, without columns that are all empty."""
+  """Returns column titles, and the cells of each row as strings, without empty columns."""
   known = [key for key in _TITLES if any(_has(row, key) for row in rows)]
   others = dict.fromkeys(key for row in rows for key in row if _has(row, key))
   keys = known + [key for key in others if key not in _TITLES and key not in _PARTS]
@@ -37,8 +37,10 @@ def stages(rows):
 
 
 def best(rows):
-  """The index of the best row: by gold score, else by win rate, Elo or proxy score; None if no row
-  has any of these."""
+  """Returns the index of the best row, or None if no row has a gold score, win rate, Elo or proxy.
+
+  The first of these that any row has determines the best row.
+  """
   for key in ('gold', 'win_rate', 'elo', 'proxy'):
     known = [i for i, row in enumerate(rows) if _has(row, key)]
     if known:
@@ -47,12 +49,12 @@ def best(rows):
 
 
 def stages_table(rows, *, title='', width=100):
-  """The table of stages as plain text, at most `width` characters wide."""
+  """Returns the table of stages as plain text, at most `width` characters wide."""
   return _table(*stages(rows), title=title, width=width)
 
 
 def metrics_table(metrics, *, title='', width=100):
-  """A table of {name: number} as plain text, at most `width` characters wide."""
+  """Returns a table of {name: number} as plain text, at most `width` characters wide."""
   cells = [[name, f'{value:.6g}'] for name, value in metrics.items()]
   return _table(['Metric', 'Value'], cells, title=title, width=width)
 
@@ -72,7 +74,7 @@ def _table(titles, cells, *, title, width):
 
 
 def number(value):
-  """A number in few characters, text as it is, and a dash for what is not one."""
+  """Formats a number in few characters; returns texts unchanged and a dash for None and NaN."""
   if value is None or (isinstance(value, float) and math.isnan(value)):
     return '–'
   if isinstance(value, (bool, str)):

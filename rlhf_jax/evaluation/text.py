@@ -1,4 +1,4 @@
-"""Figures of a set of texts that need no model: variety, length, repetition. By words."""
+"""Statistics of a set of texts without a model: diversity, length and repetition, by words."""
 
 import collections
 import itertools
@@ -7,36 +7,36 @@ from rlhf_jax.errors import UserError
 
 
 def ngrams(text, n):
-  """The text's n-grams of whitespace-separated words, as a list of tuples."""
+  """Returns the text's n-grams of whitespace-separated words, a list of tuples."""
   words = text.split()
   return list(zip(*(words[i:] for i in range(n)), strict=False))
 
 
 def distinct(texts, n):
-  """Distinct n-grams of all texts over all their n-grams, in [0, 1]; 0 if there are none.
+  """Computes distinct n-grams of all texts / n-grams of all texts, in [0, 1]; 0 if there are none.
 
-  See Li et al. 2016, §5.3 (https://arxiv.org/abs/1510.03055). It falls with the number of texts,
-  so compare sets of equal size only.
+  See Li et al. 2016, §5.3 (https://arxiv.org/abs/1510.03055). It decreases with the number of
+  texts, so only sets of equal size can be compared.
   """
   counts = collections.Counter(itertools.chain.from_iterable(ngrams(text, n) for text in texts))
   return len(counts) / counts.total() if counts else 0.0
 
 
 def repetition(text, n=3):
-  """Share of a text's n-grams that have been said in it before, in [0, 1)."""
+  """Computes the fraction of a text's n-grams that occur earlier in the text, in [0, 1)."""
   grams = ngrams(text, n)
   return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def statistics(texts):
-  """The usual figures of a set of texts.
+  """Computes the statistics of a set of texts.
 
   Returns:
-    {"distinct_1", "distinct_2", "mean_words", "repetition_3", "unique": share of different texts,
-    "empty": share of empty ones}.
+    {"distinct_1", "distinct_2", "mean_words", "repetition_3", "unique": number of different texts /
+    number of texts, "empty": fraction of empty texts}.
 
   Raises:
-    UserError: no texts.
+    UserError: If there are no texts.
   """
   texts = list(texts)
   if not texts:
