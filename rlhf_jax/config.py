@@ -158,7 +158,7 @@ def evaluator(name, block):
       'split': None,  # as in config.data
       'columns': None,  # as in config.data
       'count': None,  # number of prompts, the first ones; None: all
-      'batch_size': 64,  # answers sampled at a time
+      'batch_size': 64,  # responses sampled at a time
       'sampling': {},  # keys of config.sampling that differ; temperature 0 is greedy
     }
   if kind in ('prompts', 'win_rate'):

@@ -305,7 +305,7 @@ def _place(error, path):
 
 
 def _explain(error, path):
-  """Returns an error in one line; an unknown key or a wrong value is named."""
+  """Returns a line that explains an error and names an unknown key or a wrong value."""
   text = str(error.args[0] if error.args else error)
   if isinstance(error, SyntaxError):
     line = (error.text or '').strip()

@@ -12,7 +12,7 @@ MAX_BYTES = 512 * 2**20  # largest file that is read at once; the largest tokeni
 
 
 def check_file(path):
-  """Raises OSError if a file may have no end, or is too large to be read at once."""
+  """Raises OSError if a path is a device or a pipe, or a file too large to be read at once."""
   status = os.stat(path)
   if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
     raise OSError(errno.EINVAL, 'is a device or a pipe, not a file', os.fspath(path))

@@ -173,7 +173,7 @@ def remove_leftovers(workdir):
 
 @contextlib.contextmanager
 def lock(workdir):
-  """Locks a folder for this process, also if the process that held the lock is dead.
+  """Locks a folder for this process, and takes over the lock of a dead process.
 
   The holder touches the file `lock` every ten seconds. A holder on this host is dead if its process
   is gone; a holder on another host is dead if it has not touched the file for a minute.
