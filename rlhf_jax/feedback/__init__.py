@@ -1,1 +1,1 @@
-"""Who prefers what: simulated annotators, and ratings from the matches between policies."""
+"""Feedback on responses: simulated annotators, and Elo ratings of policies."""

@@ -1,17 +1,17 @@
-"""Simulated annotators: they prefer by a gold score, disagree with each other, and err.
+"""Simulated annotators who prefer by a gold score, disagree with each other and make mistakes.
 
-Nothing here stands for people: every record says `"simulated": true`. Annotator i prefers response
-b to response a of prompt x with the probability of Bradley and Terry 1952,
+Every record is marked `"simulated": true`, because its label is not from a person. Annotator i
+prefers response b to response a of prompt x with the probability of Bradley and Terry 1952,
 
     P_i(b > a) = noise + (1 - 2 noise) * sigmoid((u_i(x, b) - u_i(x, a)) / temperature)
     u_i(x, y) = exp(d * s_i) * gold(x, y) + d * l_i * words(y) / 10 + d * t_i(x, y)
 
-where d is the disagreement, s_i (how strictly quality counts), l_i (a taste for long or short
-texts) and t_i (a whim about this very text) are standard normal, and `noise` is the chance that
-the label is then flipped. Of several responses it picks one with probability
-softmax(u_i / temperature) (Luce 1959; for two this is Bradley and Terry's), and `noise` is the
-chance that the label is then one of the others. Every draw is a function of the seed, the annotator
-and the texts alone, so the same question always gets the same answer, whatever was asked before.
+where d is the disagreement; s_i (the weight of quality), l_i (the preference for long or short
+texts) and t_i (the preference for this particular text) are standard normal; and `noise` is the
+probability that the label is then flipped. From several responses an annotator picks one with
+probability softmax(u_i / temperature) (Luce 1959; with two responses this is Bradley and Terry's
+model), and `noise` is the probability that the label is then one of the others. Every draw depends
+only on the seed, the annotator and the texts, so the same question always gets the same answer.
 """
 
 import collections.abc
@@ -30,12 +30,13 @@ class SimulatedAnnotators:
   """A panel of simulated annotators; see the top of the file.
 
   Attributes:
-    gold: (prompt, response) -> score; the only place where the hidden score enters.
+    gold: function (prompt, response) -> gold score, which only annotators and evaluation may see.
     count: number of annotators.
-    seed: draws tastes, whims and flips.
-    temperature: of the Bradley-Terry choice, in units of the gold score; 0 for no chance at all.
+    seed: random seed.
+    temperature: temperature of the Bradley-Terry choice, in units of the gold score; 0 for a
+      deterministic choice.
     label_noise: probability in [0, 0.5] that a label is flipped.
-    disagreement: standard deviation of the annotators' own tastes; 0 if all want the same.
+    disagreement: standard deviation of the annotators' individual preferences; 0 if they agree.
   """
 
   gold: collections.abc.Callable[[str, str], float]
@@ -56,47 +57,47 @@ class SimulatedAnnotators:
         raise UserError(f'simulated annotators: {name} = {getattr(self, name)}: must be {wanted}')
 
   def utility(self, prompt, response, annotator):
-    """u_i(x, y): what annotator i thinks of a response, in units of the gold score."""
-    own = self._random('taste', annotator)
-    strictness, length_taste = own.gauss(0, 1), own.gauss(0, 1)
+    """Returns u_i(x, y), the utility of a response for annotator i, in units of the gold score."""
+    rng = self._random('taste', annotator)
+    strictness, length_taste = rng.gauss(0, 1), rng.gauss(0, 1)
     whim = self._random('whim', annotator, prompt, response).gauss(0, 1)
     taste = length_taste * len(response.split()) / 10 + whim
     strict = math.exp(self.disagreement * strictness)
     return strict * self.gold(prompt, response) + self.disagreement * taste
 
   def probability(self, prompt, a, b, annotator):
-    """P_i(b > a), the label noise included."""
+    """Returns P_i(b > a), including label noise."""
     margin = self.utility(prompt, b, annotator) - self.utility(prompt, a, annotator)
     if self.temperature == 0:
       preference = 0.5 * (1 + np.sign(margin))
     else:
-      # tanh does not overflow where exp does.
+      # sigmoid(x) = (1 + tanh(x / 2)) / 2; exp could overflow.
       preference = 0.5 * (1 + math.tanh(0.5 * margin / self.temperature))
     return self.label_noise + (1 - 2 * self.label_noise) * preference
 
   def compare(self, prompt, a, b, annotator):
-    """1 if annotator i prefers b, 0 if a."""
+    """Returns 1 if annotator i prefers b, 0 if a."""
     draw = self._random('label', annotator, prompt, a, b).random()
     return int(draw < self.probability(prompt, a, b, annotator))
 
   def pick(self, prompt, responses, annotator):
-    """Index of the response that annotator i likes best; see the top of the file."""
-    random_ = self._random('pick', annotator, prompt, *responses)
+    """Returns the index of the response that annotator i picks as the best."""
+    rng = self._random('pick', annotator, prompt, *responses)
     utilities = [self.utility(prompt, response, annotator) for response in responses]
-    # The largest of u / temperature + Gumbel noise is drawn from their softmax.
-    noise = [-math.log(-math.log(1 - random_.random())) for _ in responses]
-    liked = [u + self.temperature * z for u, z in zip(utilities, noise)]
-    best = liked.index(max(liked))
-    if random_.random() < self.label_noise:
-      return random_.choice([i for i in range(len(responses)) if i != best])
+    # The argmax of u / temperature + Gumbel noise is a sample of softmax(u / temperature).
+    noise = [-math.log(-math.log(1 - rng.random())) for _ in responses]
+    noisy = [u + self.temperature * z for u, z in zip(utilities, noise)]
+    best = noisy.index(max(noisy))
+    if rng.random() < self.label_noise:
+      return rng.choice([i for i in range(len(responses)) if i != best])
     return best
 
   def label_best(self, groups):
-    """Records of the best of several responses, each group asked of one annotator in turn.
+    """Labels the best of several responses; annotators take the groups in turn.
 
     Args:
-      groups: iterable of (prompt, responses), at least two. Where all of them are equal there is
-        nothing to prefer: no record.
+      groups: Iterable of (prompt, responses) with at least two responses. A group whose responses
+        are all equal gets no record.
 
     Returns:
       List of `{"prompt", "completions", "best", "annotator", "simulated": True}`.
@@ -111,10 +112,10 @@ class SimulatedAnnotators:
     return records
 
   def label(self, pairs):
-    """Comparison records of pairs, each asked of one annotator in turn.
+    """Labels pairs of responses; annotators take the pairs in turn.
 
     Args:
-      pairs: iterable of (prompt, a, b). Where a == b there is nothing to prefer: no record.
+      pairs: Iterable of (prompt, a, b). A pair with a == b gets no record.
 
     Returns:
       List of `{"prompt", "chosen", "rejected", "annotator", "simulated": True}`.
@@ -130,7 +131,7 @@ class SimulatedAnnotators:
     return records
 
   def votes(self, pairs):
-    """[pairs, annotators] int array of `compare`: every pair asked of everyone."""
+    """Returns the results of `compare` for every pair and annotator, [pairs, annotators] int."""
     return np.array(
       [[self.compare(*pair, annotator) for annotator in range(self.count)] for pair in pairs],
       dtype=int,
@@ -143,11 +144,11 @@ class SimulatedAnnotators:
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-  """How far annotators agree.
+  """Agreement between annotators.
 
   Attributes:
-    fraction: of pairs of annotators that gave the same item the same label.
-    kappa: Fleiss' kappa, 0 at chance and 1 when all agree; NaN if there was only one label.
+    fraction: fraction of pairs of annotators who gave an item the same label, over all items.
+    kappa: Fleiss' kappa, 0 at chance level and 1 if all agree; NaN if only one label was used.
   """
 
   fraction: float
@@ -155,17 +156,20 @@ class Agreement:
 
 
 def agreement(votes):
-  """Agreement between annotators, each of whom labelled every item.
+  """Computes the agreement between annotators who all labelled every item.
 
   fraction = mean_i sum_c n_ic (n_ic - 1) / (m (m - 1)) over items i and labels c, of m votes;
-  kappa = (fraction - chance) / (1 - chance), chance = sum_c (share of label c)^2.
+  kappa = (fraction - chance) / (1 - chance), chance = sum_c (fraction of label c)^2.
   See Fleiss 1971, eq. 1-7 (https://doi.org/10.1037/h0031619).
 
   Args:
     votes: [items, annotators] array of labels.
 
+  Returns:
+    Agreement.
+
   Raises:
-    UserError: fewer than one item or two annotators.
+    UserError: There are no items, or fewer than two annotators.
   """
   votes = np.asarray(votes)
   if votes.ndim != 2 or votes.shape[0] < 1 or votes.shape[1] < 2:

@@ -1,7 +1,7 @@
-"""Comparisons of a policy's own answers by simulated annotators.
+"""Labels of a policy's responses by simulated annotators, in place of human feedback.
 
-The human step of RLHF where no human is at hand: samples of each prompt, one label each. `run`
-compares two, `best_of` has the best of several picked.
+`run` labels which of two responses to a prompt is better, `best_of` which of several is the best.
+Each question is answered by one annotator. `sample` only samples responses.
 """
 
 import math
@@ -31,30 +31,30 @@ def run(
   disagreement,
   seed,
 ):
-  """Samples pairs of answers, has them labelled, and writes both splits of the comparisons.
+  """Samples pairs of responses, labels them, and writes training and held-out comparisons.
 
   Writes comparisons.jsonl and held_out.jsonl ({"prompt", "chosen", "rejected", "annotator",
-  "simulated"}), samples.jsonl ({"prompt", "completion"}: every answer, on which a reward model
-  is normalized) and agreement.json.
+  "simulated"}), samples.jsonl ({"prompt", "completion"}: all responses, on which a reward model can
+  be normalized) and agreement.json.
 
   Args:
-    folder: where they go.
-    policy: folder of the language model that answers.
-    prompts: data set of prompts; taken again from the start where there are too few.
-    pairs: comparisons to train on.
-    held_out: further comparisons, of other prompts: the last ones, as large a share of them.
-    max_new_tokens: of an answer.
-    temperature: of sampling.
-    gold: 'package.module:function' (prompt, response) -> float: what the annotators go by.
-    annotator_count: see annotators.SimulatedAnnotators.
-    annotator_temperature: likewise.
-    label_noise: likewise.
-    disagreement: likewise.
-    seed: of samples and annotators.
+    folder: pathlib.Path of the output folder.
+    policy: Folder of the language model.
+    prompts: Data set of prompts; they are repeated if there are too few.
+    pairs: Number of comparisons for training.
+    held_out: Number of held-out comparisons, whose prompts are the last ones; see `split_prompts`.
+    max_new_tokens: Maximum length of a response.
+    temperature: Sampling temperature.
+    gold: 'package.module:function' of (prompt, response) -> float, by which annotators prefer.
+    annotator_count: Number of annotators; see annotators.SimulatedAnnotators.
+    annotator_temperature: Temperature of their choices.
+    label_noise: Probability that a label is flipped.
+    disagreement: Standard deviation of their individual preferences.
+    seed: Random seed of samples and annotators.
   """
-  asked = policy_lib.TextPolicy.load(policy)
-  questions = sum(split_prompts(asked.read_prompts(prompts), pairs, held_out), [])
-  samples = asked.sample(
+  text_policy = policy_lib.TextPolicy.load(policy)
+  questions = sum(split_prompts(text_policy.read_prompts(prompts), pairs, held_out), [])
+  samples = text_policy.sample(
     questions,
     jax.random.key(seed),
     max_new_tokens=max_new_tokens,
@@ -62,9 +62,9 @@ def run(
     samples=2,
   )
   triples = list(zip(questions, samples.responses[::2], samples.responses[1::2]))
-  # An answer of nothing at all is no text that a reward model could read.
-  shown = lambda part: [(q, a, b) for q, a, b in part if a.strip() and b.strip()]
-  train, test = shown(triples[:pairs]), shown(triples[pairs:])
+  # Skip empty responses, which a reward model cannot read.
+  readable = lambda part: [(q, a, b) for q, a, b in part if a.strip() and b.strip()]
+  train, test = readable(triples[:pairs]), readable(triples[pairs:])
   triples = train + test
   panel = annotators.SimulatedAnnotators(
     functions.load_gold(gold),
@@ -84,7 +84,7 @@ def run(
 
 
 def check(*, gold, gold_path='', **_):
-  """Checks `gold` of `run` and `best_of` before the first stage runs; see pipeline.check."""
+  """Checks argument `gold` of `run` and `best_of` before any stage runs; see pipeline.check."""
   functions.check_gold(gold, gold_path)
 
 
@@ -92,14 +92,15 @@ run.check = check
 
 
 def agreement(panel, triples):
-  """The record of how far a panel agrees on (prompt, a, b); None where it cannot disagree.
+  """Measures the agreement of annotators on comparisons that all of them label.
 
   Args:
     panel: annotators.SimulatedAnnotators.
-    triples: what all of them are asked.
+    triples: List of (prompt, a, b).
 
   Returns:
-    {'fraction', 'kappa', 'simulated': True}; see annotators.Agreement.
+    {'fraction', 'kappa', 'simulated': True}; see annotators.Agreement. With a single annotator both
+    numbers are None.
   """
   if panel.count < 2:
     return {'fraction': None, 'kappa': None, 'simulated': True}
@@ -109,26 +110,29 @@ def agreement(panel, triples):
 
 
 def split_prompts(prompts, pairs, held_out):
-  """Prompts to compare answers of, for training and held out; no prompt is among both.
+  """Splits prompts into those of training and of held-out comparisons, with none in common.
+
+  The last distinct prompts are held out, in proportion to `held_out`. Prompts of either part are
+  repeated if there are too few.
 
   Args:
-    prompts: texts, taken again from the start where there are too few.
-    pairs: number of the first.
-    held_out: number of the second.
+    prompts: List of texts.
+    pairs: Number of training comparisons.
+    held_out: Number of held-out comparisons.
 
   Returns:
-    Two lists.
+    List of `pairs` prompts and list of `held_out` prompts.
 
   Raises:
-    UserError: both are wanted of a single prompt.
+    UserError: There is only one prompt for both parts.
   """
   distinct = list(dict.fromkeys(prompts))
   count = 0
   if held_out:
     if len(distinct) < 2 and pairs:
       raise errors.UserError(
-        f'pairs={pairs} and held_out={held_out} comparisons, and only one prompt: give two '
-        'different ones, or held_out=0'
+        f'pairs={pairs} and held_out={held_out} need different prompts, but there is only one: '
+        'give two different prompts, or held_out=0'
       )
     count = round(len(distinct) * held_out / (pairs + held_out))
     count = min(max(count, 1), len(distinct) - bool(pairs))
@@ -160,42 +164,43 @@ def best_of(
   disagreement,
   seed,
 ):
-  """Has the best of several answers to each prompt picked, as lm-human-preferences does.
+  """Samples several responses to each prompt and labels the best, as lm-human-preferences does.
 
-  Only answers that end with `truncate_at` are shown, as in Ziegler et al. 2019
-  (https://arxiv.org/abs/1909.08593): of each prompt the first `completions` of `samples`. A prompt
-  with fewer is left out.
+  Annotators only see responses that end with `truncate_at`, as in Ziegler et al. 2019
+  (https://arxiv.org/abs/1909.08593): the first `completions` of the `samples` responses to a prompt
+  that do. A prompt with fewer such responses is left out.
 
   Writes labels.jsonl and held_out.jsonl ({"prompt", "completions", "best", "annotator",
-  "simulated"}), and samples.jsonl ({"prompt", "completion"}: the first answer to each prompt,
-  whether it ends or not, on which a reward model is normalized).
+  "simulated"}), and samples.jsonl ({"prompt", "completion"}: the first response to each prompt,
+  whether it ended or not, on which a reward model can be normalized).
 
   Args:
-    folder: where they go.
-    policy: folder of the language model that answers.
-    prompts: data set of prompts.
-    count: prompts that are answered, the first ones, at most.
-    held_out: labels that are held out, the first ones, and all others of their prompts.
-    completions: answers that an annotator sees.
-    samples: answers sampled of each prompt.
-    max_new_tokens: of an answer.
-    temperature: of sampling.
-    truncate_at: see policy.TextPolicy.sample.
-    truncate_after: likewise.
-    gold: 'package.module:function' of what the annotators go by; see functions.load_gold.
-    gold_path: likewise.
-    annotator_count: see annotators.SimulatedAnnotators.
-    annotator_temperature: likewise.
-    label_noise: likewise.
-    disagreement: likewise.
-    seed: of samples and annotators.
+    folder: pathlib.Path of the output folder.
+    policy: Folder of the language model.
+    prompts: Data set of prompts.
+    count: Maximum number of prompts; the first ones are used.
+    held_out: Number of labels to hold out, the first ones. Other labels of the same prompts are
+      held out too.
+    completions: Number of responses that an annotator compares.
+    samples: Number of responses sampled per prompt.
+    max_new_tokens: Maximum length of a response.
+    temperature: Sampling temperature.
+    truncate_at: Token that ends a response; see policy.TextPolicy.sample.
+    truncate_after: Position from which it does; see policy.TextPolicy.sample.
+    gold: Gold score by which annotators prefer; see functions.load_gold.
+    gold_path: Data set of the gold score; see functions.load_gold.
+    annotator_count: Number of annotators; see annotators.SimulatedAnnotators.
+    annotator_temperature: Temperature of their choices.
+    label_noise: Probability that a label is flipped.
+    disagreement: Standard deviation of their individual preferences.
+    seed: Random seed of samples and annotators.
 
   Raises:
-    UserError: too few prompts have enough answers that end.
+    UserError: Too few prompts have enough responses that end.
   """
-  asked = policy_lib.TextPolicy.load(policy)
-  questions = asked.read_prompts(prompts)[:count]
-  answers = asked.sample(
+  text_policy = policy_lib.TextPolicy.load(policy)
+  questions = text_policy.read_prompts(prompts)[:count]
+  answers = text_policy.sample(
     questions,
     jax.random.key(seed),
     samples=samples,
@@ -211,12 +216,12 @@ def best_of(
     ]
     if len(ended) >= completions:
       groups.append((answers.prompts[first], tuple(ended[:completions])))
-  known = {prompt for prompt, _ in groups[:held_out]}
-  test = [group for group in groups if group[0] in known]
-  train = [group for group in groups if group[0] not in known]
+  test_prompts = {prompt for prompt, _ in groups[:held_out]}
+  test = [group for group in groups if group[0] in test_prompts]
+  train = [group for group in groups if group[0] not in test_prompts]
   if not train:
     raise errors.UserError(
-      f'of {len(questions)} prompts only {len(groups)} have {completions} answers of {samples} '
+      f'of {len(questions)} prompts only {len(groups)} have {completions} responses of {samples} '
       f'that end with {truncate_at!r}, and {held_out} of these are held out: give more prompts '
       'or samples, or lower truncate_after'
     )
@@ -255,22 +260,22 @@ def sample(
   truncate_at=None,
   truncate_after=0,
 ):
-  """Writes samples.jsonl: a policy's answers, {"prompt", "completion"}, to normalize scores on.
+  """Samples responses and writes samples.jsonl ({"prompt", "completion"}), to normalize scores on.
 
   Args:
-    folder: pathlib.Path it goes to.
-    policy: folder of the language model that answers.
-    prompts: data set of prompts; taken again from the start where there are too few.
-    count: answers.
-    max_new_tokens: of an answer.
-    temperature: of sampling.
-    seed: of the samples.
-    truncate_at: see policy.TextPolicy.sample.
-    truncate_after: likewise.
+    folder: pathlib.Path of the output folder.
+    policy: Folder of the language model.
+    prompts: Data set of prompts; they are repeated if there are too few.
+    count: Number of responses.
+    max_new_tokens: Maximum length of a response.
+    temperature: Sampling temperature.
+    seed: Random seed.
+    truncate_at: Token that ends a response; see policy.TextPolicy.sample.
+    truncate_after: Position from which it does; see policy.TextPolicy.sample.
   """
-  asked = policy_lib.TextPolicy.load(policy)
-  questions = asked.read_prompts(prompts)
-  samples = asked.sample(
+  text_policy = policy_lib.TextPolicy.load(policy)
+  questions = text_policy.read_prompts(prompts)
+  samples = text_policy.sample(
     [questions[i % len(questions)] for i in range(count)],
     jax.random.key(seed),
     max_new_tokens=max_new_tokens,

@@ -1,9 +1,9 @@
-"""Ratings of policies from the matches between them, on the Elo scale.
+"""Ratings of policies on the Elo scale, from the matches between them.
 
 Model (Bradley and Terry 1952): a beats b with probability 1 / (1 + 10^((R_b - R_a) / 400)), so 400
-points are odds of ten to one and one unit of log-odds is 400 / ln 10 = 173.7 points. A draw counts
-as half a win for each, as in Elo's own system; that overstates the variance, so the intervals that
-`ratings` gives matches with many draws are wide; those of `ratings_of_outcomes` are not.
+points are odds of ten to one, and one unit of log-odds is 400 / ln 10 = 173.7 points. A draw counts
+as half a win for each side, as in Elo's system. That overstates the variance, so the intervals of
+`ratings` are too wide if there are many draws; those of `ratings_of_outcomes` are not.
 
 Letters: G groups of games that share a prompt.
 """
@@ -21,7 +21,7 @@ POINTS_PER_LOGIT = 400 / math.log(10)
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-  """The games between two policies, counted from the side of the first."""
+  """Results of the games between two policies; `wins` and `losses` are those of the first."""
 
   first: str
   second: str
@@ -45,41 +45,43 @@ class Rating:
 
 
 def expected(first, second):
-  """Expected score of a policy rated `first` against one rated `second`, in [0, 1]."""
+  """Returns the expected score, in [0, 1], of a policy rated `first` against one rated `second`."""
   return 1 / (1 + 10 ** ((second - first) / 400))
 
 
 def update(first, second, score, *, k=32.0):
-  """Both ratings after one game, R + k (score - expected); score is 1, 0.5 or 0 for the first.
+  """Returns both ratings after one game, R + k (score - expected).
 
-  See Elo 1978, The Rating of Chessplayers, §1.6.
+  The score is 1 if the first policy won, 0.5 for a draw, 0 if it lost. See Elo 1978, The Rating of
+  Chessplayers, §1.6.
   """
   change = k * (score - expected(first, second))
   return first + change, second - change
 
 
 def ratings(matches, *, anchor=None, level=1000.0, prior_draws=1.0):
-  """Maximum-likelihood ratings of every policy in the matches.
+  """Computes maximum-likelihood ratings of all policies in the matches.
 
-  Newton's method on sum_ab w_ab log sigmoid(r_a - r_b), w_ab being the wins of a over b plus half
-  their draws. Standard errors are from the inverse Fisher information. See Hunter 2004, §2
-  (https://doi.org/10.1214/aos/1079120141), for the likelihood and when a maximum exists.
+  Maximizes sum_ab w_ab log sigmoid(r_a - r_b) by Newton's method, where w_ab is the number of wins
+  of a over b plus half their draws. Standard errors are from the inverse Fisher information. See
+  Hunter 2004, §2 (https://doi.org/10.1214/aos/1079120141), for the likelihood and for when a
+  maximum exists.
 
   Args:
-    matches: list of Match.
-    anchor: policy whose rating is `level`, with no error of its own; None sets the mean of all
-      ratings to `level`.
-    level: points.
-    prior_draws: imaginary draws added to each pair that met; keeps ratings finite when a policy
-      won every game. 0 gives the plain maximum of the likelihood.
+    matches: List of Match.
+    anchor: Policy whose rating is fixed at `level`, without error; None fixes the mean of all
+      ratings at `level`.
+    level: Rating of the anchor, in points.
+    prior_draws: Virtual draws added to each pair that played; they keep ratings finite if a policy
+      won every game. 0 gives the plain maximum-likelihood estimate.
 
   Returns:
     {policy: Rating}, in the order in which the policies first appear.
 
   Raises:
-    UserError: an unknown anchor, negative counts, a policy that played itself, policies that no
-      chain of matches connects, or ratings that grow without end (prior_draws = 0 and a group of
-      policies that never lost to the rest).
+    UserError: The anchor is unknown, a count is negative, a policy played itself, policies are not
+      connected by matches, or there is no finite maximum (prior_draws = 0, and some policies never
+      lost to the others).
   """
   names = list(dict.fromkeys(name for match in matches for name in (match.first, match.second)))
   wins = _wins(matches, names, prior_draws)
@@ -98,29 +100,30 @@ def ratings(matches, *, anchor=None, level=1000.0, prior_draws=1.0):
 
 
 def ratings_of_outcomes(outcomes, prompts, *, anchor=None, level=1000.0, prior_draws=1.0):
-  """Ratings of policies that answered the same prompts, with intervals over prompts.
+  """Computes ratings of policies that answered the same prompts, with errors clustered by prompt.
 
-  `ratings` takes all games for independent. Here games share prompts, and a policy's answer is the
-  same in its games with all others. The covariance of the strengths is therefore the sandwich
+  `ratings` assumes that all games are independent. Here games share prompts, and a policy gives the
+  same response in its games with all others. The covariance of the strengths is therefore
 
       I^-1 (G / (G - 1) sum_g u_g u_g^T + prior) I^-1
 
   where I is the Fisher information and u_g the gradient of the log-likelihood of all games of
-  prompt g (Liang and Zeger 1986, https://doi.org/10.1093/biomet/73.1.13). An imaginary draw counts
-  as half a win and half a loss, each of a prompt of its own, so that a policy that won every game
-  has an error too. Intervals use the quantile of t where a prompt has several games.
+  prompt g (Liang and Zeger 1986, https://doi.org/10.1093/biomet/73.1.13). A virtual draw counts as
+  half a win and half a loss on two further prompts, so a policy that won every game has an error
+  too. Intervals use the quantile of t if a prompt has several games.
 
   Args:
-    outcomes: {(first, second): [n] float, 1 where the first policy won, 0.5 at a draw, 0 where it
-      lost}.
-    prompts: n prompts, see intervals.groups.
-    anchor, level, prior_draws: see `ratings`.
+    outcomes: {(first, second): [n] float, 1 if the first policy won, 0.5 for a draw, 0 if it lost}.
+    prompts: n prompts; see intervals.groups.
+    anchor: See `ratings`.
+    level: See `ratings`.
+    prior_draws: See `ratings`.
 
   Returns:
-    {policy: Rating}; where each pair played one game, with the errors of `ratings`.
+    {policy: Rating}; if each pair played one game, with the errors of `ratings`.
 
   Raises:
-    UserError: see `ratings`.
+    UserError: See `ratings`.
   """
   matches = [Match(*pair, won.sum(), 0, won.size - won.sum()) for pair, won in outcomes.items()]
   result = ratings(matches, anchor=anchor, level=level, prior_draws=prior_draws)
@@ -140,10 +143,9 @@ def ratings_of_outcomes(outcomes, prompts, *, anchor=None, level=1000.0, prior_d
 
 
 def _spread(outcomes, group, names, strengths, prior_draws):
-  """Fisher information and the spread of its score over prompts; see `ratings_of_outcomes`.
+  """Returns the Fisher information and the middle factor of the covariance.
 
-  Returns:
-    Two [policies, policies] arrays.
+  See `ratings_of_outcomes`; both are [policies, policies] arrays.
   """
   scores = np.zeros((len(names), group.max() + 1))
   information, prior = np.zeros((2, len(names), len(names)))
@@ -159,7 +161,7 @@ def _spread(outcomes, group, names, strengths, prior_draws):
 
 
 def _wins(matches, names, prior_draws):
-  """[policies, policies] array: wins of row over column, a draw counted half."""
+  """Returns [policies, policies] wins of row over column; a draw counts half."""
   wins = np.zeros((len(names), len(names)))
   for match in matches:
     a, b = names.index(match.first), names.index(match.second)
@@ -177,18 +179,18 @@ def _check(matches, names, wins, anchor):
       raise UserError(f'Elo: {match.first!r} cannot play against itself')
   if anchor is not None and anchor not in names:
     raise UserError(f'Elo: the anchor {anchor!r} is not among the policies {names}')
-  for beats, what in (
-    (wins + wins.T, 'no chain of matches connects'),
-    (wins, 'never lost a point, so without prior_draws no finite rating suits'),
-    (wins.T, 'never won a point, so without prior_draws no finite rating suits'),
+  for edges, what in (
+    (wins + wins.T, 'no chain of matches connects them to {}'),
+    (wins, 'they never lost to {}, directly or through others: set prior_draws above 0'),
+    (wins.T, 'they never won against {}, directly or through others: set prior_draws above 0'),
   ):
-    apart = [name for name, reached in zip(names, _reach(beats > 0), strict=True) if not reached]
-    if apart:
-      raise UserError(f'Elo: against {names[0]!r}, {what} {apart}')
+    others = [name for name, reached in zip(names, _reach(edges > 0), strict=True) if not reached]
+    if others:
+      raise UserError(f'Elo: {others} cannot be rated, because {what.format(repr(names[0]))}')
 
 
 def _reach(edges):
-  """[policies] bool: which policies a walk from policy 0 along the edges comes to."""
+  """Returns [policies] bool: which policies can be reached from policy 0 along the edges."""
   reached = np.arange(len(edges)) == 0
   for _ in edges:
     reached |= edges[reached].any(axis=0)
@@ -196,7 +198,7 @@ def _reach(edges):
 
 
 def _maximize(wins):
-  """Strengths in log-odds, mean 0, and the Fisher information there."""
+  """Returns the maximum-likelihood strengths (log-odds, mean 0) and their Fisher information."""
   games = wins + wins.T
   strengths = np.zeros(len(wins))
   for _ in range(100):
@@ -205,7 +207,7 @@ def _maximize(wins):
     weights = games * chances * (1 - chances)
     information = np.diag(weights.sum(axis=1)) - weights
     step = np.linalg.pinv(information) @ gradient
-    # The full step overshoots where one side won nearly everything.
+    # The full Newton step would overshoot if one side won nearly every game.
     strengths += step / max(1.0, np.abs(step).max())
     if np.abs(step).max() < 1e-10:
       break
@@ -213,7 +215,7 @@ def _maximize(wins):
 
 
 def _covariance(information, anchor):
-  """Inverse of the singular information once the anchor, or the mean of all, is held still."""
+  """Inverts the singular information matrix with the anchor, or the mean of all, held fixed."""
   if anchor is None:
     return np.linalg.pinv(information)
   others = np.arange(len(information)) != anchor

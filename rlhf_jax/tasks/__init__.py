@@ -1,1 +1,1 @@
-"""What belongs to one experiment in configs/: its data, and its gold score or rule."""
+"""Data and gold scores or rules of the experiments in configs/."""

@@ -1,4 +1,4 @@
-"""HH comparisons in folds: cross-validated reward models, beside two baselines that need no model."""
+"""Cross-validation of reward models on HH comparisons, with two baselines."""
 
 import collections
 import json
@@ -18,17 +18,17 @@ from rlhf_jax.rewards import calibration
 def write(folder, *, path, count, vocab_size, turns, seed):
   """Writes train_K.jsonl, test_K.jsonl and tokenizer_K for every fold K.
 
-  All comparisons of a prompt, its whole dialogue, are in one fold. A fold's tokenizer comes from its
-  training part alone: both replies of every pair.
+  All comparisons with the same prompt (the full dialogue) are in one fold. The tokenizer of a fold
+  is trained on its training part only, on both responses of every pair.
 
   Args:
-    folder: pathlib.Path they go to.
-    path: data set of comparisons.
-    count: folds.
-    vocab_size: of the tokenizers.
-    turns: keep this many last turns of a dialogue as the prompt, the assistant's opening being
-      the last; 0 keeps all.
-    seed: of the split.
+    folder: pathlib.Path of the output folder.
+    path: Data set of comparisons.
+    count: Number of folds.
+    vocab_size: Vocabulary size of the tokenizers.
+    turns: Number of last turns of a dialogue to keep as the prompt; the assistant's opening counts
+      as one. 0 keeps all.
+    seed: Random seed of the split.
   """
   examples, report = formats.comparisons(sources.read(path))
   print(f'{path}: {report}')
@@ -50,15 +50,17 @@ def write(folder, *, path, count, vocab_size, turns, seed):
 
 
 def folds_of(prompts, count, seed):
-  """Folds of equal size but for whole prompts: each in random order goes to the smallest so far.
+  """Assigns prompts to folds of nearly equal size, equal prompts to the same fold.
+
+  Distinct prompts are visited in random order, and each goes to the smallest fold so far.
 
   Args:
     prompts: n texts.
-    count: folds.
-    seed: of the order.
+    count: Number of folds.
+    seed: Random seed of the order.
 
   Returns:
-    The fold of each prompt, [n] int.
+    Fold of each prompt, [n] int.
   """
   sizes = collections.Counter(prompts)
   distinct, fold_of, filled = list(sizes), {}, np.zeros(count, int)
@@ -70,7 +72,7 @@ def folds_of(prompts, count, seed):
 
 
 def last_turns(prompt, count):
-  """The end of an HH dialogue: its last `count` turns, the assistant's opening included."""
+  """Returns the last `count` turns of an HH dialogue, counting the assistant's opening as one."""
   if not count:
     return prompt
   pieces = prompt.split('\n\n')
@@ -79,40 +81,40 @@ def last_turns(prompt, count):
 
 
 def run(folder, *, reward_models, train, test, max_length):
-  """Scores every fold's test pairs by its own model; prints and writes results.json.
+  """Evaluates reward models and baselines on the test pairs of all folds; writes results.json.
 
   Args:
-    folder: pathlib.Path of the results.
-    reward_models: per fold, folders of the reward models whose mean score decides.
-    train: per fold, comparisons the baseline is fitted on.
-    test: per fold, comparisons nothing was fitted on.
-    max_length: tokens of a row.
+    folder: pathlib.Path of the output folder.
+    reward_models: For each fold, folders of the reward models, whose scores are averaged.
+    train: For each fold, the comparisons to fit the baseline on.
+    test: For each fold, the comparisons to evaluate on.
+    max_length: Maximum number of tokens of prompt and response.
   """
   gaps, prompts = {'reward model': [], 'bag of words': [], 'shorter wins': []}, []
   for paths, fitted_on, tested_on in zip(reward_models, train, test):
-    found = [
+    results = [
       reward_models_lib.pair_gaps(
         reward_models_lib.RewardModel.load(path), tested_on, max_length=max_length
       )
       for path in paths
     ]
-    gaps['reward model'].append(np.mean([gaps for gaps, _ in found], axis=0))
-    prompts += found[0][1]
+    gaps['reward model'].append(np.mean([gaps for gaps, _ in results], axis=0))
+    prompts += results[0][1]
     gaps['bag of words'].append(bag_of_words(pairs_of(fitted_on), pairs_of(tested_on)))
     gaps['shorter wins'].append(np.array([float(len(b) - len(a)) for a, b in pairs_of(tested_on)]))
   rows = []
   for name, parts in gaps.items():
-    found = calibration.pairwise(
+    result = calibration.pairwise(
       np.concatenate(parts), np.zeros(sum(map(len, parts))), prompts=prompts
     )
     rows.append(
       {
         'stage': name,
-        'accuracy': round(found.accuracy, 4),
-        'interval': f'[{found.accuracy_low:.3f}, {found.accuracy_high:.3f}]',
+        'accuracy': round(result.accuracy, 4),
+        'interval': f'[{result.accuracy_low:.3f}, {result.accuracy_high:.3f}]',
         'by_fold': ' '.join(f'{np.mean(part > 0):.3f}' for part in parts),
-        'ece': round(found.ece, 3),
-        'pairs': found.count,
+        'ece': round(result.ece, 3),
+        'pairs': result.count,
       }
     )
   print(tables.stages_table(rows, title='Held-out pair accuracy, 95 % interval'))
@@ -120,13 +122,13 @@ def run(folder, *, reward_models, train, test, max_length):
 
 
 def pairs_of(path):
-  """(chosen, rejected) texts of a data set of comparisons."""
+  """Reads the (chosen, rejected) texts of a data set of comparisons."""
   examples, _ = formats.comparisons(sources.read(path))
   return [e.completions for e in examples]
 
 
 def bag_of_words(train, test):
-  """Gaps [n] of a logistic model on the words of the two replies, fitted on `train` pairs."""
+  """Fits a logistic model on the words of `train` pairs; returns its gaps [n] on `test` pairs."""
   vectorizer = CountVectorizer(binary=True, min_df=2).fit([text for pair in train for text in pair])
   difference = lambda pairs: (
     vectorizer.transform([a for a, _ in pairs]).astype(float)

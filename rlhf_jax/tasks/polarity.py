@@ -1,7 +1,7 @@
-"""Film-review snippets as a preference task: the positive one should win.
+"""Film-review snippets as a preference task, in which positive snippets are preferred.
 
-Reads the sentence polarity data set of Pang & Lee 2005
-(https://arxiv.org/abs/cs/0506075): rt-polarity.pos and rt-polarity.neg, a snippet a line.
+Reads the sentence polarity data set of Pang & Lee 2005 (https://arxiv.org/abs/cs/0506075):
+rt-polarity.pos and rt-polarity.neg, with one snippet per line.
 """
 
 import pathlib
@@ -16,71 +16,76 @@ from rlhf_jax.data import tokenizers
 
 
 def write(folder, *, path, vocab_size, pairings, prompt_words, prompt_count, seed):
-  """Splits the snippets, and writes every data set of configs/sentiment.py.
+  """Splits the snippets into halves and writes all data sets of configs/sentiment.py.
 
-  A random half is judge.jsonl ({"text", "label"}), which no model sees: the judge is fitted on
-  it, the reward model's accuracy is measured on pairs of it, held_out.jsonl, each text in one, and
-  the policies answer its first words, held_out_prompts.jsonl. The other half is texts.jsonl for
-  pretraining, pairs.jsonl for the reward model, its first words prompts.jsonl, and what the
-  tokenizer is trained on. Prompts and held-out prompts have none in common.
+  From one random half, which no model is trained on:
+    judge.jsonl             {"text", "label"}, to fit the judge
+    held_out.jsonl          pairs to evaluate the reward model on, with each text in one pair
+    held_out_prompts.jsonl  first words of texts, as prompts of the evaluation
+  From the other half:
+    texts.jsonl             texts for pretraining and for the tokenizer
+    pairs.jsonl             pairs to train the reward model on
+    prompts.jsonl           first words of texts, as prompts of PPO
+    tokenizer/
+  The two sets of prompts have none in common.
 
   Args:
-    folder: pathlib.Path they go to.
-    path: folder of the two files.
-    vocab_size: of the tokenizer.
-    pairings: how many negatives each training positive is compared with.
-    prompt_words: words of a snippet that make a prompt.
-    prompt_count: prompts.
-    seed: of the split.
+    folder: pathlib.Path of the output folder.
+    path: Folder of the two files.
+    vocab_size: Vocabulary size of the tokenizer.
+    pairings: Number of negatives that each positive is compared with in training.
+    prompt_words: Number of words of a prompt.
+    prompt_count: Number of prompts for training.
+    seed: Random seed of the split.
   """
   rng = random.Random(seed)
-  judged, train = halves(path, rng)
+  held_out, train = split_halves(path, rng)
   texts = train[1] + train[0]
   rng.shuffle(texts)
-  asked = openings(texts, prompt_words)
-  others = judged[1] + judged[0]
-  write_judge(folder, judged)
-  sources.write(folder / 'held_out.jsonl', pairs(judged, 1, rng))
+  prompts = first_words(texts, prompt_words)
+  held_out_texts = held_out[1] + held_out[0]
+  write_judge(folder, held_out)
+  sources.write(folder / 'held_out.jsonl', pairs(held_out, 1, rng))
   sources.write(folder / 'texts.jsonl', [{'text': text} for text in texts])
   sources.write(folder / 'pairs.jsonl', pairs(train, pairings, rng))
   sources.write(
-    folder / 'prompts.jsonl', [{'prompt': asked[i % len(asked)]} for i in range(prompt_count)]
+    folder / 'prompts.jsonl', [{'prompt': prompts[i % len(prompts)]} for i in range(prompt_count)]
   )
-  rng.shuffle(others)
-  known = set(asked)
+  rng.shuffle(held_out_texts)
+  used = set(prompts)
   sources.write(
     folder / 'held_out_prompts.jsonl',
     [
       {'prompt': prompt}
-      for prompt in dict.fromkeys(openings(others, prompt_words))
-      if prompt not in known
+      for prompt in dict.fromkeys(first_words(held_out_texts, prompt_words))
+      if prompt not in used
     ],
   )
   tokenizers.train_bpe(texts, vocab_size, str(folder / 'tokenizer'))
 
 
-def openings(texts, words):
-  """The first words of each text that has more than twice as many."""
+def first_words(texts, words):
+  """Returns the first `words` words of each text that has more than twice as many."""
   return [' '.join(text.split()[:words]) for text in texts if len(text.split()) > 2 * words]
 
 
 def write_documents(folder, *, path, vocab_size, snippets, shuffles, seed):
-  """Splits the snippets, and writes running text made of them, for configs/lm_human_preferences.py.
+  """Splits the snippets and joins them to documents, for configs/lm_human_preferences.py.
 
-  A random half is judge.jsonl ({"text", "label"}), which no model sees. The other half is
-  documents.jsonl ({"text"}) and what the tokenizer is trained on. A document is several snippets of
-  one polarity, each ended by ' .', in an order that is drawn anew each time.
+  One random half becomes judge.jsonl ({"text", "label"}), which no model is trained on. The other
+  half becomes documents.jsonl ({"text"}), on which the tokenizer is trained too. A document joins
+  several snippets of one polarity in random order; each snippet ends with ' .'.
 
   Args:
-    folder: pathlib.Path they go to.
-    path: folder of the two files.
-    vocab_size: of the tokenizer.
-    snippets: of a document.
-    shuffles: how many documents each snippet is in.
-    seed: of split and order.
+    folder: pathlib.Path of the output folder.
+    path: Folder of the two files.
+    vocab_size: Vocabulary size of the tokenizer.
+    snippets: Number of snippets per document.
+    shuffles: Number of documents that contain each snippet.
+    seed: Random seed of split and order.
   """
   rng = random.Random(seed)
-  judged, train = halves(path, rng)
+  held_out, train = split_halves(path, rng)
   documents = []
   for _ in range(shuffles):
     for lines in train.values():
@@ -89,13 +94,13 @@ def write_documents(folder, *, path, vocab_size, snippets, shuffles, seed):
       ]
       documents += [' '.join(ended[i : i + snippets]) for i in range(0, len(ended), snippets)]
   rng.shuffle(documents)
-  write_judge(folder, judged)
+  write_judge(folder, held_out)
   sources.write(folder / 'documents.jsonl', [{'text': text} for text in documents])
   tokenizers.train_bpe(documents, vocab_size, str(folder / 'tokenizer'))
 
 
-def halves(path, rng):
-  """Two random halves of the snippets, each {label: lines}, label 1 for the positive ones."""
+def split_halves(path, rng):
+  """Returns two random halves of the snippets, each as {label: lines}; label 1 means positive."""
   first, second = {}, {}
   for label, name in ((1, 'rt-polarity.pos'), (0, 'rt-polarity.neg')):
     records = sources.read(str(pathlib.Path(path) / name), format='text')
@@ -114,7 +119,7 @@ def write_judge(folder, lines):
 
 
 def pairs(lines, pairings, rng):
-  """Comparisons of each positive (lines[1]) with `pairings` negatives (lines[0])."""
+  """Returns comparisons of each positive (lines[1]) with `pairings` negatives (lines[0])."""
   records = []
   for _ in range(pairings):
     negatives = rng.sample(lines[0], len(lines[0]))
@@ -126,25 +131,33 @@ def pairs(lines, pairings, rng):
 
 
 def sentiment(path):
-  """(prompt, response) -> 1.0 if the judge calls their text positive, else 0.0."""
+  """Returns a gold score: 1.0 if the judge classifies prompt + response as positive, else 0.0.
+
+  Args:
+    path: See `fit_judge`.
+  """
   model = fit_judge(path)
   return lambda prompt, response: float(model.predict([prompt + response])[0])
 
 
 def positivity(path):
-  """(prompt, response) -> probability that the response is positive, by the judge, in (0, 1)."""
+  """Returns a gold score: the judge's probability that the response is positive, in (0, 1).
+
+  Args:
+    path: See `fit_judge`.
+  """
   model = fit_judge(path)
   return lambda prompt, response: float(model.predict_proba([response])[0, 1])
 
 
 def fit_judge(path):
-  """An independent judge of sentiment: a logistic model on bags of words and word pairs.
+  """Fits a judge of sentiment: a logistic model on bags of words and word pairs.
 
   Args:
-    path: data set of {"text", "label"}, label 1 where the text is positive.
+    path: Data set of {"text", "label"}; label 1 means positive.
 
   Returns:
-    A fitted scikit-learn classifier of texts.
+    Fitted scikit-learn classifier of texts.
   """
   records = [record.fields for record in sources.read(path)]
   model = make_pipeline(

@@ -1,11 +1,12 @@
 """Random walks on a small graph: a policy learns to reach the goal in as few steps as possible.
 
-After the toy problem of Chen et al. 2021 (https://arxiv.org/abs/2106.01345), on the graph and walks
-of trlX's `examples/randomwalks` (https://github.com/CarperAI/trlx), drawn from the same seed in the
-same order. A walk is a string of letters, one for each of its nodes. A language model learns random
-walks, and RL then finds short ones: the prompt is a start, the reward the optimality of the walk.
+This is the toy problem of Chen et al. 2021 (https://arxiv.org/abs/2106.01345), with the graph and
+walks of trlX's `examples/randomwalks` (https://github.com/CarperAI/trlx), drawn from the same seed
+in the same order. A walk is a string of letters, one per node. A language model is pretrained on
+random walks, and RL then finds short ones: the prompt is a start node, the reward the optimality of
+the walk.
 
-Letter: N nodes.
+Letters: N nodes.
 """
 
 import functools
@@ -26,27 +27,27 @@ GOAL = 0
 LETTERS = 'abcdefghijklmnopqrstu'
 EOS, PAD = '<eos>', '<pad>'
 
-# config.json of the policy, but for what GPT-2's defaults say.
+# config.json of the policy, without keys that have GPT-2's defaults.
 MODEL = dict(family='gpt2', vocab_size=23, n_layer=6, n_embd=144, n_head=12)
 MODEL |= dict(bos_token_id=21, eos_token_id=21, pad_token_id=22)
 
 
 @functools.cache
 def example():
-  """The graph of trlX's example, edges [N, N] bool, and its 1,000 walks."""
+  """Returns the graph of trlX's example, edges [N, N] bool, and its 1,000 walks."""
   rng = np.random.RandomState(SEED)
   edges = draw_edges(rng)
   return edges, draw_walks(edges, 1_000, rng)
 
 
 def draw_edges(rng):
-  """Draws a directed graph. Every node has a way out; the goal leads to itself alone.
+  """Draws a directed graph in which every node has a successor; the goal's is the goal itself.
 
   Args:
     rng: np.random.RandomState.
 
   Returns:
-    edges [N, N] bool, from the row's node to the column's.
+    Edges [N, N] bool, from row to column.
   """
   edges = np.zeros((NODES, NODES), bool)
   while not edges.any(axis=1).all():
@@ -57,11 +58,11 @@ def draw_edges(rng):
 
 
 def draw_walks(edges, count, rng):
-  """Draws walks from random starts, each until the goal or for MAX_LENGTH nodes.
+  """Draws walks from random starts, which end at the goal or after MAX_LENGTH nodes.
 
   Args:
     edges: [N, N] bool.
-    count: walks.
+    count: Number of walks.
     rng: np.random.RandomState.
 
   Returns:
@@ -82,7 +83,7 @@ def draw_walks(edges, count, rng):
 
 
 def shortest_lengths(edges):
-  """{start: nodes of a shortest walk to the goal, at most MAX_LENGTH} for edges [N, N]."""
+  """Returns {start: number of nodes of a shortest walk to the goal, at most MAX_LENGTH}."""
   lengths = np.where(np.arange(NODES) == GOAL, 1, MAX_LENGTH)
   for _ in range(MAX_LENGTH):
     lengths = np.minimum(lengths, 1 + np.where(edges, lengths, MAX_LENGTH).min(axis=1))
@@ -90,14 +91,14 @@ def shortest_lengths(edges):
 
 
 def optimality(prompt, response):
-  """How near a walk comes to a shortest one: (10 - length) / (10 - shortest), in [0, 1].
+  """Computes the optimality of a walk, (10 - length) / (10 - shortest length), in [0, 1].
 
-  The length counts nodes up to the first goal; what follows is ignored. A walk that takes an edge
-  that is not there, or never reaches the goal, has length 10.
+  The length counts nodes up to the first goal; later nodes are ignored. A walk that uses a missing
+  edge or never reaches the goal has length 10.
 
   Args:
-    prompt: the start, a letter from b to u.
-    response: the other nodes.
+    prompt: The start node, a letter from b to u.
+    response: The other nodes.
   """
   edges, shortest = _rules()
   walk = prompt + response
@@ -109,29 +110,29 @@ def optimality(prompt, response):
 
 @functools.cache
 def _rules():
-  """The example's edges as pairs of letters, and its shortest lengths."""
+  """Returns the example's edges as pairs of letters, and its shortest lengths."""
   edges, _ = example()
   return {LETTERS[i] + LETTERS[j] for i, j in np.argwhere(edges)}, shortest_lengths(edges)
 
 
 def reward(prompts, responses, *, response_tokens, metadata):
-  """`optimality` as a reward function."""
+  """Returns the `optimality` of each walk; a reward function."""
   del response_tokens, metadata
   return [optimality(*walk) for walk in zip(prompts, responses, strict=True)]
 
 
 def write(folder, *, walks, seed):
-  """Writes what the model reads; only texts.jsonl depends on the arguments.
+  """Writes the data sets and the tokenizer; only texts.jsonl depends on the arguments.
 
-  tokenizer/        one token a letter, with EOS and padding
+  tokenizer/        one token per letter, EOS and padding
   texts.jsonl       {"text"}: walks for pretraining, drawn on the example's graph
   walks.jsonl       {"prompt", "completion", "rating"}: the example's walks and their optimality
   prompts.jsonl     {"prompt", "shortest"}: every start once, and its shortest length
 
   Args:
-    folder: pathlib.Path they go to.
-    walks: texts for pretraining.
-    seed: of these texts.
+    folder: pathlib.Path of the output folder.
+    walks: Number of walks for pretraining.
+    seed: Random seed of these walks.
   """
   edges, examples = example()
   texts = draw_walks(edges, walks, np.random.RandomState(seed))
@@ -156,13 +157,13 @@ def write_tokenizer(path):
 
 
 def sampled_optimality(policy, key, samples, *, temperature=1.0):
-  """Mean optimality of a policy's walks and its standard error, every start equally often.
+  """Returns the mean optimality of sampled walks from all starts, and its standard error.
 
   Args:
     policy: TextPolicy.
-    key: random key.
-    samples: walks, a multiple of 20.
-    temperature: 0 takes the likeliest node.
+    key: Random key.
+    samples: Number of walks, a multiple of the 20 starts.
+    temperature: Sampling temperature; 0 for greedy decoding.
   """
   starts = [letter for letter in LETTERS if letter != LETTERS[GOAL]]
   settings = dict(max_new_tokens=MAX_LENGTH - 1, temperature=temperature)
@@ -172,12 +173,16 @@ def sampled_optimality(policy, key, samples, *, temperature=1.0):
 
 
 def measure(path, *, samples=5_000, seed=0):
-  """Sampled optimality, its standard error, and greedy optimality of a saved policy.
+  """Measures the optimality of a saved policy.
 
   Args:
-    path: folder of a model, or of the run that trained it.
-    samples: walks, a multiple of 20.
-    seed: of the samples.
+    path: Folder of a model or of the run that trained it.
+    samples: Number of walks, a multiple of the 20 starts.
+    seed: Random seed.
+
+  Returns:
+    {'sampled': mean optimality, 'standard_error': its standard error, 'greedy': mean optimality of
+    greedy decoding}.
   """
   policy = policy_lib.TextPolicy.load(path)
   sampled, error = sampled_optimality(policy, jax.random.key(seed), samples)

@@ -1,6 +1,6 @@
-"""Words and sentence templates of the embedded product reviews; see `reviews`.
+"""Words and sentence templates of the generated product reviews; see `reviews`.
 
-`{slot}` in a template is filled from `SLOTS` or from the product's `Category`.
+A `{slot}` of a template is filled from `SLOTS` or from the product's `Category`.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ class Category:
 
   products: tuple[str, ...]
   features: tuple[str, ...]
-  praise: tuple[str, ...]  # what it does well, third person
-  complaint: tuple[str, ...]  # what it does badly
+  praise: tuple[str, ...]  # verb phrases in the third person
+  complaint: tuple[str, ...]  # verb phrases in the third person
 
 
 CATEGORIES = (
@@ -101,7 +101,7 @@ DISLIKES = ('dislike', 'mistrust')
 HATES = ('hate', 'regret')
 RECOMMENDS = ('recommend it', 'buy it again', 'keep it for years')
 WARNS = ('want my money back', 'send it back', 'throw it away')
-# How strong the shared opinions are; praise and complaints are 1 and -1.
+# Strength of the opinions that all categories share; praise has 1.0 and complaints -1.0.
 OPINIONS = {
   GOOD + LIKES: 0.7,
   BAD + DISLIKES: -0.7,
@@ -112,7 +112,7 @@ STRONGER = ('very', 'really', 'truly')
 WEAKER = ('quite', 'rather', 'fairly')
 NEGATIONS = ('not', 'never')
 
-# Fillers of the templates that every category shares; "" says that the slot may stay empty.
+# Fillers that all categories share; "" means that the slot may stay empty.
 SLOTS = {
   'opener': ('', '', 'overall', 'so far'),
   'is': ('is', 'looks', 'feels', 'seems'),

@@ -1,26 +1,27 @@
-"""An embedded world of product reviews with a hidden gold score: RLHF without a download.
+"""Generated product reviews with a hidden gold score, for RLHF without a download.
 
 A document is `Review of the kettle: it heats fast and wipes clean. i would buy it again.`; the
-prompt ends with the colon and the response begins with the space after it. A grammar of sentence
-templates over some 270 words writes reviews that are positive, negative, mixed or neutral; some
-sentences are spoilt (words shuffled, dropped or repeated) or about another product.
+prompt ends with the colon, and the response begins with the space after it. A grammar of sentence
+templates over some 270 words generates reviews that are positive, negative, mixed or neutral. Some
+sentences are corrupted (words shuffled, dropped or repeated) or about another product.
 
-The gold score, which only the simulated annotators and the evaluation may see, is for positive,
-on-topic, well-formed reviews. Three parts are read from the text with the same word lists:
+The gold score, which only the simulated annotators and the evaluation may see, rewards positive,
+on-topic, well-formed reviews. It has three parts, computed from the text with the same word lists:
 
     score = form * (2 * sentiment + topic) - 3 * (1 - form),    in [-3, 3]
 
-* form, in [0, 1]: the mean over sentences of 1 for a sentence of the grammar, else 0.7 times the
-  squared fraction of its word pairs that occur in the grammar; a sentence said before counts 0, a
-  last sentence without its full stop half. The mean is multiplied by a length factor: 1 from 8 to
-  28 words, falling linearly to 0 at 0 and at 56 words.
-* sentiment, in [-1, 1]: each sentence's statements are added and clipped to [-1, 1], then
-  averaged over the sentences, of which at least two are counted. A statement is an opinion word or
-  phrase (0.7 plain, 1.0 strong), times 1.4 after "very" and the like, 0.6 after "quite" and the
-  like, -0.6 after "not" or "never", clipped to [-1, 1]. An opinion counts once in a review.
-* topic, in [-1, 1]: (right - wrong) / max(right + wrong, 2) over the distinct mentions of a
-  product, or of a feature or behaviour of a category of products; right means the product of the
-  prompt and its category.
+* form, in [0, 1]: the mean of the sentences' forms times a length factor. A sentence of the
+  grammar has form 1; any other has 0.7 times the squared fraction of its word pairs that occur in
+  the grammar. A repeated sentence has form 0; a last sentence without full stop counts half. The
+  length factor is 1 from 8 to 28 words and falls linearly to 0 at 0 and at 56 words.
+* sentiment, in [-1, 1]: the sum of the sentences' sentiments divided by the number of sentences, or
+  by 2 for a single sentence. The sentiment of a sentence is the sum of its opinions, clipped to
+  [-1, 1]. The strength of an opinion word or phrase is 0.7 if plain and 1.0 if strong (negative for
+  complaints), times 1.4 after words like "very", 0.6 after words like "quite" and -0.6 after "not"
+  or "never", clipped to [-1, 1]. Each opinion counts once per review.
+* topic, in [-1, 1]: (right - wrong) / max(right + wrong, 2) over the distinct mentions of products,
+  features and behaviours. A product is right if it is that of the prompt; a feature or behaviour is
+  right if it belongs to the category of that product.
 
 So nonsense scores -3, a fluent on-topic rave 3, the same rave about the wrong category 1, and a
 fluent on-topic complaint -1; repeating the best sentence gains nothing.
@@ -41,28 +42,36 @@ SHORTEST, LONGEST = 8, 28  # words of a response
 
 
 def corpus(n: int, seed: int) -> list[dict[str, str]]:
-  """n documents `{"text"}` of every mood: a quarter of sentences spoilt, a quarter off topic."""
+  """Returns n documents `{"text"}` of all moods.
+
+  A quarter of the sentences are corrupted, and a quarter are off topic.
+  """
   rng = random.Random(f'corpus {seed}')
   return [
-    {'text': ''.join(_review(rng, tuple(grammar.MOODS), spoilt=0.25, strays=0.25))}
+    {'text': ''.join(_review(rng, tuple(grammar.MOODS), corrupted=0.25, off_topic=0.25))}
     for _ in range(n)
   ]
 
 
 def demonstrations(n: int, seed: int) -> list[dict[str, str]]:
-  """n records `{"prompt", "completion"}` of every mood, nearly all well-formed and on topic."""
+  """Returns n records `{"prompt", "completion"}` of all moods, most well-formed and on topic."""
   rng = random.Random(f'demonstrations {seed}')
-  return [_record(_review(rng, tuple(grammar.MOODS), spoilt=0.04, strays=0.04)) for _ in range(n)]
+  return [
+    _record(_review(rng, tuple(grammar.MOODS), corrupted=0.04, off_topic=0.04)) for _ in range(n)
+  ]
 
 
 def ideal(n: int, seed: int) -> list[dict[str, str]]:
-  """n records `{"prompt", "completion"}`, all positive, well-formed, on topic: the ceiling."""
+  """Returns n records `{"prompt", "completion"}`, all positive, well-formed and on topic.
+
+  Their gold score is the ceiling that a policy can reach.
+  """
   rng = random.Random(f'ideal {seed}')
-  return [_record(_review(rng, ('positive',), spoilt=0.0, strays=0.0)) for _ in range(n)]
+  return [_record(_review(rng, ('positive',), corrupted=0.0, off_topic=0.0)) for _ in range(n)]
 
 
 def prompts(n: int, seed: int) -> list[dict[str, str]]:
-  """n records `{"prompt"}`."""
+  """Returns n records `{"prompt"}`."""
   rng = random.Random(f'prompts {seed}')
   return [{'prompt': _prompt(rng, rng.choice(grammar.PRODUCTS))} for _ in range(n)]
 
@@ -78,16 +87,16 @@ class Gold:
 
 
 def gold_score(prompt: str, response: str) -> float:
-  """The hidden score of a response, in [-3, 3]; see the top of the file.
+  """Computes the gold score of a response, in [-3, 3]; see the top of the file.
 
   Raises:
-    UserError: the prompt names none of the world's products.
+    UserError: The prompt names no product of the grammar.
   """
   return gold_parts(prompt, response).score
 
 
 def gold_parts(prompt: str, response: str) -> Gold:
-  """`gold_score` with its parts."""
+  """Computes the gold score and its parts."""
   product = _product_of(prompt)
   *sentences, tail = [part.split() for part in response.split('.')]
   if tail:
@@ -99,7 +108,7 @@ def gold_parts(prompt: str, response: str) -> Gold:
   return Gold(score=score, form=form, sentiment=sentiment, topic=topic)
 
 
-# Writing reviews.
+# Generation of reviews.
 
 
 def _prompt(rng: random.Random, product: str) -> str:
@@ -111,17 +120,17 @@ def _record(review: tuple[str, str]) -> dict[str, str]:
 
 
 def _review(
-  rng: random.Random, moods: tuple[str, ...], *, spoilt: float, strays: float
+  rng: random.Random, moods: tuple[str, ...], *, corrupted: float, off_topic: float
 ) -> tuple[str, str]:
-  """A prompt and a response of 1 to 3 sentences and 8 to 28 words, before words are spoilt."""
+  """Returns a prompt and a response of 1 to 3 sentences, with 8 to 28 words before corruption."""
   product = rng.choice(grammar.PRODUCTS)
   mood = rng.choice(moods)
-  wanted = rng.choice((1, 2, 2, 3))
+  target = rng.choice((1, 2, 2, 3))
   sentences: list[str] = []
-  while len(sentences) < wanted or _words(sentences) < SHORTEST:
+  while len(sentences) < target or _words(sentences) < SHORTEST:
     subject = (
       rng.choice([p for p in grammar.PRODUCTS if p != product])
-      if rng.random() < strays
+      if rng.random() < off_topic
       else product
     )
     sentence = _sentence(rng, rng.choice(grammar.MOODS[mood]), subject)
@@ -129,7 +138,7 @@ def _review(
       continue
     if _words([*sentences, sentence]) > LONGEST:
       break
-    sentences.append(_spoil(rng, sentence) if rng.random() < spoilt else sentence)
+    sentences.append(_corrupt(rng, sentence) if rng.random() < corrupted else sentence)
   return _prompt(rng, product), ''.join(f' {sentence}.' for sentence in sentences)
 
 
@@ -138,7 +147,7 @@ def _words(sentences: list[str]) -> int:
 
 
 def _sentence(rng: random.Random, template: str, product: str) -> str:
-  """A sentence of a template about a product, without full stop; no filler is used twice."""
+  """Fills a template for a product, with no filler used twice; returns it without full stop."""
   slots = grammar.SLOTS | _category_slots(_category_of(product)) | {'product': (product,)}
   used: set[str] = set()
 
@@ -151,8 +160,8 @@ def _sentence(rng: random.Random, template: str, product: str) -> str:
   return ' '.join(re.sub(r'\{(\w+)\}', fill, template).split())
 
 
-def _spoil(rng: random.Random, sentence: str) -> str:
-  """The sentence with its words shuffled, one dropped (a verb if there is any), or repeated."""
+def _corrupt(rng: random.Random, sentence: str) -> str:
+  """Shuffles the words, drops one (a verb if there is any) or repeats one."""
   words = sentence.split()
   kind = rng.choice(('shuffle', 'drop', 'repeat'))
   if kind == 'shuffle':
@@ -166,7 +175,7 @@ def _spoil(rng: random.Random, sentence: str) -> str:
   return ' '.join(words)
 
 
-# Reading them.
+# Gold score.
 
 
 def _category_of(product: str) -> grammar.Category:
@@ -187,14 +196,14 @@ def _product_of(prompt: str) -> str:
     if word in grammar.PRODUCTS:
       return word
   raise UserError(
-    f'the gold score cannot tell what {prompt!r} is about: the prompt has to name one of '
+    f'the gold score cannot tell what {prompt!r} is about: the prompt must name one of '
     + ', '.join(grammar.PRODUCTS)
   )
 
 
 @functools.cache
 def _grammar() -> tuple[re.Pattern, frozenset[tuple[str, str]]]:
-  """A pattern of every sentence of the grammar, and all its word pairs ("" is either end)."""
+  """Returns a pattern that matches the grammar's sentences, and its word pairs ("" is an end)."""
   slots = grammar.SLOTS | _category_slots(*grammar.CATEGORIES)
   patterns, pairs = [], set()
   for template in dict.fromkeys(
@@ -217,7 +226,7 @@ def _grammar() -> tuple[re.Pattern, frozenset[tuple[str, str]]]:
 
 @functools.cache
 def _opinions() -> dict[tuple[str, ...], float]:
-  """The strength of every opinion word or phrase."""
+  """Returns the strength of every opinion word or phrase."""
   strengths = dict(grammar.OPINIONS)
   for category in grammar.CATEGORIES:
     strengths |= {category.praise: 1.0, category.complaint: -1.0}
@@ -228,7 +237,7 @@ def _opinions() -> dict[tuple[str, ...], float]:
 
 @functools.cache
 def _mentions() -> dict[tuple[str, ...], frozenset[str]]:
-  """For each product, feature and behaviour: the products for which a mention is on topic."""
+  """Returns, for each product, feature and behaviour, the products for which it is on topic."""
   products = {}
   for category in grammar.CATEGORIES:
     for phrase in category.features + category.praise + category.complaint:
@@ -238,7 +247,7 @@ def _mentions() -> dict[tuple[str, ...], frozenset[str]]:
 
 
 def _phrases(words: list[str], known: dict) -> list[tuple[int, tuple[str, ...]]]:
-  """Position and words of every known phrase; the longest where several begin, no overlaps."""
+  """Finds known phrases without overlaps, the longest at each position; returns (index, words)."""
   matches, i = [], 0
   longest = max(map(len, known))
   while i < len(words):
@@ -301,19 +310,19 @@ def _topic(sentences: list[list[str]], product: str) -> float:
 def write(
   folder, *, corpus_size, demonstration_count, prompt_count, eval_prompt_count, vocab_size, seed
 ):
-  """Writes the world as files: the first stage of the quickstart.
+  """Writes the data sets and the tokenizer of the quickstart.
 
-  corpus.jsonl {"text"}, demonstrations.jsonl {"prompt", "completion"}, prompts.jsonl and
+  These are corpus.jsonl {"text"}, demonstrations.jsonl {"prompt", "completion"}, prompts.jsonl and
   eval_prompts.jsonl {"prompt"}, and a tokenizer trained on the corpus.
 
   Args:
-    folder: pathlib.Path where they go.
-    corpus_size: documents.
-    demonstration_count: reviews to imitate.
-    prompt_count: prompts to train on.
-    eval_prompt_count: prompts to evaluate on.
-    vocab_size: of the tokenizer.
-    seed: of everything.
+    folder: pathlib.Path of the output folder.
+    corpus_size: Number of documents.
+    demonstration_count: Number of demonstrations.
+    prompt_count: Number of prompts for training.
+    eval_prompt_count: Number of prompts for evaluation.
+    vocab_size: Vocabulary size of the tokenizer.
+    seed: Random seed.
   """
   documents = corpus(corpus_size, seed)
   for name, records in {

@@ -1,4 +1,4 @@
-"""Stories with direct speech: prompts from a few texts, and the share of sentences that quote somebody."""
+"""Stories with direct speech: prompts, and a reward for sentences with quotations."""
 
 import re
 
@@ -8,26 +8,26 @@ _SENTENCE = re.compile(r'[^.!?]+[.!?]+["\')\]]*')
 
 
 def write(folder, *, texts, count):
-  """Writes prompts.jsonl: `count` prompts that take the texts in turn.
+  """Writes prompts.jsonl with `count` prompts, which repeat the texts in turn.
 
   Args:
-    folder: pathlib.Path it goes to.
-    texts: what the prompts are.
-    count: records.
+    folder: pathlib.Path of the output folder.
+    texts: Distinct prompts.
+    count: Number of records.
   """
   sources.write(folder / 'prompts.jsonl', [{'prompt': texts[i % len(texts)]} for i in range(count)])
 
 
 def direct_speech(prompts, responses, *, response_tokens, metadata):
-  """Share of a response's finished sentences that contain a quotation mark, in [0, 1]."""
+  """Returns, for each response, the fraction of finished sentences with a quotation mark."""
   del prompts, response_tokens, metadata
-  return [_share(_SENTENCE.findall(text)) for text in responses]
+  return [_quoting(_SENTENCE.findall(text)) for text in responses]
 
 
-def _share(sentences):
+def _quoting(sentences):
   return sum('"' in s for s in sentences) / len(sentences) if sentences else 0.0
 
 
 def direct_speech_of(prompt, response):
-  """`direct_speech` of one response, for the evaluation."""
+  """Returns `direct_speech` of one response, as a gold score."""
   return direct_speech([prompt], [response], response_tokens=None, metadata=None)[0]

@@ -62,7 +62,7 @@ def test_prompts_are_split_in_their_order_and_share():
   assert collect.split_prompts(['a'], 2, 0) == [['a', 'a'], []]
   assert collect.split_prompts(['a'], 0, 2) == [[], ['a', 'a']]
   with pytest.raises(
-    errors.UserError, match='pairs=1 and held_out=1 comparisons, and only one prompt'
+    errors.UserError, match='pairs=1 and held_out=1 need different prompts, but there is only one'
   ):
     collect.split_prompts(['a', 'a'], 1, 1)
 
@@ -126,7 +126,9 @@ def test_labels_are_comparisons(world, tmp_path):
 
 
 def test_too_few_answers_that_end(world, tmp_path):
-  with pytest.raises(errors.UserError, match='of 20 prompts only 0 have 24 answers of 24 that end'):
+  with pytest.raises(
+    errors.UserError, match='of 20 prompts only 0 have 24 responses of 24 that end'
+  ):
     best_of(tmp_path, world, completions=24)
 
 

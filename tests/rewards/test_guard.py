@@ -67,7 +67,7 @@ ENDS = {
   'divides': [
     'mine raised ZeroDivisionError: division by zero, at ',
     'py:5 in grade: `return 1 / 0`',
-    '--verbosity=1 shows all',
+    '--verbosity=1 shows the full traceback',
   ],
   'exits': ['mine called sys.exit(0), at ', 'py:7 in grade: `sys.exit(0)`', 'it must return'],
   'exits at once': ['mine called os._exit(0), at ', 'py:9 in grade: `os._exit(0)`'],
