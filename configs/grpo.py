@@ -1,11 +1,12 @@
-"""GRPO of your model against your reward: no critic, a group of responses to each prompt.
+"""GRPO with your model, prompts and reward: several responses per prompt and no critic.
 
 rlhf run --config=grpo:preset=dr_grpo --workdir=DIR \\
     --config.model.path=FOLDER --config.data.path=FILE --config.reward.function=module:function
 
-`--config.reward.model=FOLDER` takes a reward model in place of the function. `config.batch_size`
-counts responses, `config.sampling.samples` those of a prompt. Presets: deepseekmath, dr_grpo, dapo,
-gspo; see rlhf_jax/algorithms/grpo.py. Watch `objective/scores`; samples.jsonl has texts.
+To use a reward model instead of the function, pass `--config.reward.model=FOLDER`.
+`config.batch_size` counts responses, `config.sampling.samples` responses per prompt. Presets:
+deepseekmath, dr_grpo, dapo, gspo; see rlhf_jax/algorithms/grpo.py. Watch `objective/scores`;
+samples.jsonl has responses.
 """
 
 from rlhf_jax import config as c
@@ -13,7 +14,7 @@ from rlhf_jax.algorithms import grpo
 
 
 def get_config(arg=None):
-  """Arguments: debug (2 steps), seed, preset."""
+  """Returns the config. Arguments: debug (2 steps), seed, preset."""
   arg = c.parse_arg(arg, debug=False, seed=0, preset='')
   config = grpo.config(arg.preset)
   config.seed = arg.seed

@@ -1,32 +1,32 @@
 """The runs of lm-human-preferences (Ziegler et al. 2019, https://arxiv.org/abs/1909.08593).
 
-At the published size; the constants are those of launch.py in
+At the published size, with the constants of launch.py in
 https://github.com/openai/lm-human-preferences:
 
 rlhf run --workdir=DIR \\
     --config=lm_human_preferences:task=tldr,data=TEXTS,model=FOLDER,labels=FILE
 
-The task is sentiment, descriptiveness, tldr or cnndm. TEXTS are the documents that queries are cut
-from: books, posts or articles. FOLDER is a Hugging Face folder of GPT-2. FILE has records
+The task is sentiment, descriptiveness, tldr or cnndm. TEXTS are the documents from which queries
+are cut: books, posts or articles. FOLDER is a Hugging Face folder of GPT-2. FILE has records
 {"prompt", "completions", "best"}.
 
-At a size for CPUs, `sentiment` alone, with all stages and simulated annotators:
+At a size for CPUs, with all stages and simulated annotators, for `sentiment` only:
 
 rlhf run --workdir=DIR --config=lm_human_preferences:small,data=FOLDER
 
 FOLDER holds rt-polarity.pos and rt-polarity.neg of Pang & Lee 2005
-(https://arxiv.org/abs/cs/0506075). The annotators go by the probability of a judge, fitted on text
-that no model saw.
+(https://arxiv.org/abs/cs/0506075). The annotators prefer by the probability of a judge, which is
+fitted on text that no model is trained on.
 
-SHAPES has the published curves of sentiment (Huang et al. 2023, "The N Implementation Details of
-RLHF with PPO").
+PUBLISHED_CURVES describes the published curves of sentiment (Huang et al. 2023, "The N
+Implementation Details of RLHF with PPO").
 
-Expected of the small run, seed 0, start and mean of the last 10 of 150 updates:
+Expected of the small run, seed 0, first update and mean of the last 10 of 150 updates:
 objective/postprocessed_scores -0.55 to 0.70, objective/kl 0 to 6.0, objective/kl_coef 0.15 to 0.12
 (0.087 at update 15), objective/entropy_per_response 84 to 69, value/loss 3.7 to 1.5;
 policy/approxkl at most 0.014, policy/clipfrac 0.14, both in the first update. Accuracy of the
 reward model 0.74; gold score from 0.53 to 0.70, win rate 0.70 (512 samples).
-The published size has run for 2 steps only. 12 minutes on 2 CPU cores shared with others.
+At the published size only 2 steps were run. The small run takes 12 minutes on 2 shared CPU cores.
 """
 
 import ml_collections
@@ -37,7 +37,7 @@ from rlhf_jax.algorithms import ppo as ppo_lib
 from rlhf_jax.algorithms import reward_model as reward_model_lib
 from rlhf_jax.algorithms import sft as sft_lib
 
-SHAPES = (
+PUBLISHED_CURVES = (
   'Published curves of sentiment (GPT-2 124M, 10 seeds, about 1,950 updates): '
   'objective/postprocessed_scores -0.5 to 1.8, objective/kl 0 to 6, '
   'objective/kl_coef 0.15 to 0.25, '
@@ -65,7 +65,7 @@ BOOKS = {
   'kl_controller': 'adaptive',
   'kl_horizon': 10_000.0,
 }
-# A prompt is a query of up to 500 tokens with prefix and suffix.
+# The prompt is the query (up to 500 tokens) with prefix and suffix.
 TLDR = BOOKS | {
   'query': 500,
   'start': None,
@@ -86,8 +86,8 @@ TLDR = BOOKS | {
 }
 CNNDM = TLDR | {'end': '\n', 'prefix': 'Article:\n\n', 'temperature': 0.5, 'kl_coef': 0.01}
 TASKS = {'sentiment': BOOKS, 'descriptiveness': BOOKS, 'tldr': TLDR, 'cnndm': CNNDM}
-# The snippets are tokenized: there is a space before '.'. A run has far fewer episodes, so the KL
-# coefficient adapts faster.
+# The snippets are tokenized, so there is a space before '.'. The run has far fewer episodes, so the
+# KL coefficient must adapt faster.
 SMALL = BOOKS | {
   'query': 32,
   'prompt': 32,
@@ -103,7 +103,7 @@ SMALL = BOOKS | {
 
 
 def get_config(arg=None):
-  """Arguments: debug (seconds), seed, task, small, data, model, labels."""
+  """Returns the config. Arguments: debug (seconds), seed, task, small, data, model, labels."""
   arg = c.parse_arg(
     arg, debug=False, seed=0, task='sentiment', small=False, data='', model='', labels=''
   )
@@ -117,7 +117,7 @@ def get_config(arg=None):
     'data',
     'the folder of rt-polarity.pos and rt-polarity.neg'
     if arg.small
-    else 'the documents that queries are cut from',
+    else 'the documents from which queries are cut',
   )
   config = small(arg) if arg.small else published(arg)
   if arg.debug:
@@ -126,7 +126,7 @@ def get_config(arg=None):
 
 
 def published(arg):
-  """Queries, samples to normalize scores on, reward model, PPO."""
+  """Returns the stages at the published size: queries, samples, reward model, PPO."""
   c.need_argument(arg, 'model', 'a Hugging Face folder of the language model')
   c.need_argument(arg, 'labels', 'a file of {"prompt", "completions", "best"}')
   task = TASKS[arg.task]
@@ -154,7 +154,7 @@ def published(arg):
       'function': 'rlhf_jax.evaluation.report:of_stages',
       'workdir': '$workdir',
       'title': f'lm-human-preferences: {arg.task}',
-      'summary': SHAPES,
+      'summary': PUBLISHED_CURVES,
       'curves': ('reward_model', 'ppo'),
     }
   )
@@ -162,7 +162,7 @@ def published(arg):
 
 
 def small(arg):
-  """Sentiment with all stages: text, a language model, queries, labels, reward model, PPO."""
+  """Returns the stages of the small run, which include pretraining and labels."""
   config = ml_collections.ConfigDict(
     {
       'seed': arg.seed,
@@ -218,7 +218,7 @@ def small(arg):
       'function': 'rlhf_jax.evaluation.policies:run',
       'title': 'lm-human-preferences: sentiment, small',
       'summary': 'Gold is the probability that the response is positive, by an independent judge. '
-      'KL is that of the truncated response; objective/kl counts all tokens. ' + SHAPES,
+      'KL is that of the truncated response; objective/kl counts all tokens. ' + PUBLISHED_CURVES,
       'workdir': '$workdir',
       'policies': (('pretrained', '$workdir/pretrain'), ('ppo', '$workdir/ppo')),
       'baseline': 'pretrained',
@@ -238,7 +238,7 @@ def small(arg):
 
 
 def answers(task):
-  """Keys of a stage that samples responses."""
+  """Returns the sampling keys that stages of a task share."""
   return {
     'max_new_tokens': task['response'],
     'temperature': task['temperature'],
@@ -248,7 +248,7 @@ def answers(task):
 
 
 def queries(task, *, path, tokenizer, held_out):
-  """Queries cut out of documents."""
+  """Returns the stage that cuts queries from documents."""
   return ml_collections.ConfigDict(
     {
       'function': 'rlhf_jax.data.running_text:write',
@@ -265,7 +265,7 @@ def queries(task, *, path, tokenizer, held_out):
 
 
 def pretrain():
-  """A small language model of the documents."""
+  """Returns the stage that pretrains a small language model on the documents."""
   stage = sft_lib.config()
   stage.seed = None
   stage.tokenizer = '$workdir/text/tokenizer'
@@ -298,11 +298,14 @@ def pretrain():
 
 
 def reward_model(task, *, model, labels, samples):
-  """The best of 4 by a softmax, one epoch; gain and bias fitted on samples before and after."""
+  """Returns the reward model stage: one epoch on the best of 4 responses.
+
+  Gain and bias of the head are fitted on samples before and after training.
+  """
   stage = reward_model_lib.config()
   stage.seed = None
   stage.model.path = model
-  # Texts that were sampled can have a few more tokens when they are encoded again.
+  # A sampled text may have a few more tokens when it is encoded again.
   stage.data.update(
     {'path': labels, 'max_length': task['prompt'] + task['response'] + 8, 'epochs': 1.0}
   )
@@ -316,7 +319,10 @@ def reward_model(task, *, model, labels, samples):
 
 
 def ppo(task, *, model):
-  """Responses are sampled to their full length; the reward model reads them truncated."""
+  """Returns the PPO stage.
+
+  Responses are sampled to their full length, and the reward model reads them truncated.
+  """
   stage = ppo_lib.config('openai2019')
   stage.seed = None
   stage.model.path = model
@@ -333,7 +339,7 @@ def ppo(task, *, model):
 
 
 def debug(config):
-  """Shrinks everything to seconds; the figures mean nothing."""
+  """Shrinks all stages so that the pipeline takes seconds; its results mean nothing."""
   config.queries.held_out = 8
   config.reward_model.update({'steps': 2, 'batch_size': 4})
   config.reward_model.data.epochs = None

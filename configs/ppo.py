@@ -1,12 +1,12 @@
-"""PPO of your model against your reward.
+"""PPO with your model, prompts and reward.
 
 rlhf run --config=ppo:preset=n_plus --workdir=DIR \\
     --config.model.path=FOLDER --config.data.path=FILE --config.reward.model=FOLDER
 
-`--config.reward.function=module:function` takes a Python function in place of the reward model; see
-rlhf_jax/rewards/functions.py. Presets: openai2019, n_plus, trl, trlx, instructgpt; see
-docs/presets.md. `instructgpt` also needs `--config.ptx.path=FILE`. Watch `objective/scores` and
-`objective/kl`; samples.jsonl has texts.
+To use a Python function instead of the reward model, pass
+`--config.reward.function=module:function`; see rlhf_jax/rewards/functions.py. Presets: openai2019,
+n_plus, trl, trlx, instructgpt; see docs/presets.md. `instructgpt` also needs
+`--config.ptx.path=FILE`. Watch `objective/scores` and `objective/kl`; samples.jsonl has responses.
 """
 
 from rlhf_jax import config as c
@@ -14,7 +14,7 @@ from rlhf_jax.algorithms import ppo
 
 
 def get_config(arg=None):
-  """Arguments: debug (2 steps of 16 prompts, without a warmup), seed, preset."""
+  """Returns the config. Arguments: debug (2 steps of 16 prompts, no warmup), seed, preset."""
   arg = c.parse_arg(arg, debug=False, seed=0, preset='n_plus')
   config = ppo.config(arg.preset)
   config.seed = arg.seed

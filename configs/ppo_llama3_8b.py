@@ -1,17 +1,17 @@
-"""PPO of Llama 3 8B with a critic, a reward model and a reference of its size.
+"""PPO of Llama 3 8B with a critic, a reward model and a reference of the same size.
 
 rlhf plan --config=ppo_llama3_8b --topology=v5e:16x16 --search
 rlhf run --workdir=DIR \\
     --config=ppo_llama3_8b:policy=FOLDER,reward=FOLDER,prompts=FILE
 
-FOLDERs are Hugging Face folders: the policy after SFT, and a reward model of the same tokenizer,
-which the critic starts from too. `:lora` trains adapters of rank 64 on the linear maps of policy
-and critic instead of all weights; the reference is then the policy with its adapters off.
+FOLDERs are Hugging Face folders: the policy after SFT, and a reward model with the same tokenizer,
+from which the critic starts too. `:lora` trains adapters of rank 64 on the linear layers of policy
+and critic instead of all weights; the reference is then the policy without its adapters.
 
 The recipe is that of N+ (https://arxiv.org/abs/2403.17031), with 512 episodes of up to 512 + 512
-tokens an iteration. Weights and computation are bfloat16, updates add up in float32. Nobody has run
-it at this size: docs/plan.md has what the TPU compiler says of it on three kinds of chips, and
-which meshes fit.
+tokens per iteration. Weights and computation are bfloat16; updates are accumulated in float32. It
+has not been run at this size: docs/plan.md has the TPU compiler's estimates for three kinds of
+chips, and the meshes that fit.
 """
 
 from rlhf_jax import config as c
@@ -42,7 +42,10 @@ SMALL = {
 
 
 def get_config(arg=None):
-  """Arguments: debug (seconds), seed, lora, policy and reward (folders), prompts (a file)."""
+  """Returns the config.
+
+  Arguments: debug (seconds), seed, lora, policy and reward (folders), prompts (a file).
+  """
   arg = c.parse_arg(
     arg,
     debug=False,

@@ -1,16 +1,16 @@
-"""RL on trlX's random walks: a small GPT-2 learns the shortest ways to a goal on a graph.
+"""RL on trlX's random walks: a small GPT-2 learns the shortest walks to a goal on a graph.
 
 rlhf run --config=random_walks --workdir=/tmp/walks
 rlhf run --config=random_walks:seed=1 --workdir=/tmp/walks_1
 rlhf run --config=random_walks:debug --workdir=/tmp/debug
 
-The task and its source are described in rlhf_jax/tasks/random_walks.py. A model is pretrained on
-20,000 random walks, then trained on the optimality of its own walks, much as in trlX's
-examples/randomwalks. `objective/scores` of the rl stage is the sampled optimality.
+See rlhf_jax/tasks/random_walks.py for the task and its source. A model is pretrained on 20,000
+random walks and then trained on the optimality of its own walks, much as in trlX's
+examples/randomwalks. `objective/scores` of the RL stage is the sampled optimality.
 
 Expected of PPO, seed 0, 5,000 samples: optimality 0.34 before (0.346 is exact for uniform steps)
-and 0.98 after, first above 0.9 at iteration 6; loss of the pretrained model on the example's walks
-0.714, whose entropy is 0.705. 2 to 3 minutes on 2 CPU cores shared with others.
+and 0.98 after, first above 0.9 at iteration 6. The loss of the pretrained model on the example's
+walks is 0.714; their entropy is 0.705. Takes 2 to 3 minutes on 2 shared CPU cores.
 From one pretrained model (model=FOLDER): PPO, seeds 0 to 5, 0.97 to 0.99, first above 0.9 at
 iteration 4 to 8; GRPO, seeds 0 to 2, 0.99, first above 0.9 at iteration 5 or 6.
 """
@@ -23,9 +23,9 @@ from rlhf_jax.algorithms import sft
 from rlhf_jax.tasks import random_walks
 
 LENGTH = random_walks.MAX_LENGTH - 1
-# What differs from `common` of each algorithm. PPO: trlX's settings, but for minibatches of 70 and
-# 70, not 100 and 40, and a learning rate that falls to 0: with trlX's constant one seeds 0 to 2 of
-# the given model end at 0.91 to 0.92.
+# Settings of each algorithm, in addition to those in `train`. PPO has trlX's settings, except for
+# minibatches of 70 and 70 instead of 100 and 40, and a learning rate that decays to 0. With trlX's
+# constant learning rate, seeds 0 to 2 from one pretrained model end at 0.91 to 0.92.
 SETTINGS = {
   'ppo': {'rl.minibatches': 2, 'rl.vf_coef': 1.2},
   'grpo': {'rl.minibatches': 2, 'rl.normalize': 'token', 'sampling.samples': 7, 'optim.b2': 0.95},
@@ -34,7 +34,10 @@ PRESETS = {'ppo': 'trlx'}
 
 
 def get_config(arg=None):
-  """Arguments: debug (seconds), seed, algorithm, model (a folder, in place of pretraining)."""
+  """Returns the config.
+
+  Arguments: debug (seconds), seed, algorithm, model (a folder, instead of pretraining).
+  """
   arg = c.parse_arg(arg, debug=False, seed=0, algorithm='ppo', model='')
   name = arg.algorithm.replace('.', '_')
   model = arg.model or '$workdir/pretrain'
@@ -74,7 +77,7 @@ def get_config(arg=None):
 
 
 def pretrain():
-  """Language modelling of random walks; `held_out/loss` is that of the example's 1,000 walks."""
+  """Returns the pretraining stage; `held_out/loss` is the loss on the example's 1,000 walks."""
   stage = sft.config()
   stage.seed = None
   stage.tokenizer = '$workdir/world/tokenizer'
@@ -95,7 +98,10 @@ def pretrain():
 
 
 def train(algorithm, model):
-  """20 iterations of 140 responses, each of the 20 prompts 7 times, 4 epochs, no KL penalty."""
+  """Returns the RL stage, without KL penalty.
+
+  Each of its 20 iterations samples 140 responses, 7 to each of the 20 prompts.
+  """
   stage = build.load(algorithm).config(PRESETS.get(algorithm, ''))
   stage.seed = None
   stage.model.path = model
@@ -111,7 +117,7 @@ def train(algorithm, model):
 
 
 def debug(config, name):
-  """Shrinks everything to seconds; the figures mean nothing."""
+  """Shrinks all stages so that the pipeline takes seconds; its results mean nothing."""
   config.world.walks = 200
   if 'pretrain' in config:
     config.pretrain.model.init.update({'n_layer': 2, 'n_embd': 48})

@@ -3,10 +3,10 @@
 rlhf run --config=reward_model --workdir=DIR \\
     --config.model.path=FOLDER --config.data.path=FILE
 
-One epoch, as in InstructGPT (Ouyang et al. 2022, https://arxiv.org/abs/2203.02155): more overfits.
-`held_out/accuracy` is that of held-out pairs. `--config.preference.loss` is 'pairwise', 'pick_best'
-or 'rating', the last two with `--config.preference.centering=0`; docs/data.md lists the kinds of
-records.
+Trains for one epoch, as in InstructGPT (Ouyang et al. 2022, https://arxiv.org/abs/2203.02155),
+because more epochs overfit. `held_out/accuracy` is the accuracy on held-out pairs.
+`--config.preference.loss` is 'pairwise', 'pick_best' or 'rating'; the last two need
+`--config.preference.centering=0`. docs/data.md lists the record formats.
 """
 
 from rlhf_jax import config as c
@@ -14,7 +14,7 @@ from rlhf_jax.algorithms import reward_model
 
 
 def get_config(arg=None):
-  """Arguments: debug (2 steps), seed, preset."""
+  """Returns the config. Arguments: debug (2 steps), seed, preset."""
   arg = c.parse_arg(arg, debug=False, seed=0, preset='')
   config = reward_model.config(arg.preset)
   config.seed = arg.seed

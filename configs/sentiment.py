@@ -1,18 +1,19 @@
-"""PPO for positive film reviews on real text, judged by a model that saw other text.
+"""PPO for positive film reviews on real text, evaluated by an independent judge.
 
 rlhf run --config=sentiment:data=FOLDER --workdir=/tmp/sentiment
 
 FOLDER holds rt-polarity.pos and rt-polarity.neg of Pang & Lee 2005
 (https://arxiv.org/abs/cs/0506075).
 
-A small Llama is pretrained on snippets, a reward model on positive-over-negative pairs, PPO
-continues the first words of snippets. The judge, a logistic model on words and word pairs, is
-fitted on the half of the data that no model saw, on which the reward model is measured too. The
-policies are compared on first words of that half which PPO had no prompt of.
+A small Llama is pretrained on snippets, and a reward model is trained to prefer positive snippets
+to negative ones. PPO's prompts are the first words of snippets. The judge is a logistic model on
+words and word pairs, fitted on a half of the data that no model is trained on; the reward model is
+evaluated on that half too. The prompts of the evaluation are the first words of snippets of that
+half, without PPO's prompts.
 
 Measured on PPO's own prompts, seeds 0 to 2, 512 samples: held-out pair accuracy 0.81 to 0.82;
-positive samples from 0.50 to 0.55 before to 0.87 to 0.91 after, at 7 to 9 nats a sequence;
-distinct-2 from 0.85 to 0.75 to 0.77. About 5 minutes on 2 CPU cores.
+fraction of positive samples 0.50 to 0.55 before and 0.87 to 0.91 after, at a KL of 7 to 9 nats per
+response; distinct-2 0.85 before and 0.75 to 0.77 after. Takes about 5 minutes on 2 CPU cores.
 """
 
 import ml_collections
@@ -27,7 +28,7 @@ RESPONSE = 28
 
 
 def get_config(arg=None):
-  """Arguments: debug (seconds), seed, data (a folder)."""
+  """Returns the config. Arguments: debug (seconds), seed, data (a folder)."""
   arg = c.parse_arg(arg, debug=False, seed=0, data='')
   c.need_argument(arg, 'data', 'the folder of rt-polarity.pos and rt-polarity.neg')
   config = ml_collections.ConfigDict(
@@ -65,7 +66,7 @@ def get_config(arg=None):
     {
       'function': 'rlhf_jax.evaluation.policies:run',
       'title': 'Film reviews: positive continuations',
-      'summary': 'Gold is 1 where the independent judge calls the text positive.',
+      'summary': 'Gold is 1 if the independent judge classifies the text as positive, else 0.',
       'workdir': '$workdir',
       'policies': (('pretrained', '$workdir/pretrain'), ('ppo', '$workdir/ppo')),
       'baseline': 'pretrained',
@@ -89,7 +90,7 @@ def get_config(arg=None):
 
 
 def base(stage, model):
-  """What the stages that train have in common."""
+  """Sets the keys that all training stages share."""
   stage.seed = None
   stage.tokenizer = '$workdir/split/tokenizer'
   stage.model.path = model
@@ -99,7 +100,7 @@ def base(stage, model):
 
 
 def llama(*, width, layers):
-  """config.json of a small Llama with heads of 32."""
+  """Returns the config.json of a small Llama with heads of width 32."""
   return ml_collections.ConfigDict(
     {
       'family': 'llama',
@@ -116,7 +117,7 @@ def llama(*, width, layers):
 
 
 def pretrain():
-  """Language modelling of the snippets, packed."""
+  """Returns the pretraining stage, on the packed snippets."""
   stage = base(sft_lib.config(), None)
   stage.model.init = llama(width=192, layers=3)
   stage.data.update({'path': '$workdir/split/texts.jsonl', 'max_length': LENGTH, 'held_out': 0.04})
@@ -128,7 +129,10 @@ def pretrain():
 
 
 def reward_model():
-  """Positive over negative. On so few texts a small model from scratch, tokens dropped, wins."""
+  """Returns the reward model stage.
+
+  On so few texts a small model from scratch with token dropout works best.
+  """
   stage = base(reward_model_lib.config(), None)
   stage.model.init = llama(width=64, layers=1)
   stage.data.update(
@@ -159,7 +163,7 @@ def reward_model():
 
 
 def ppo():
-  """PPO against the reward model."""
+  """Returns the PPO stage."""
   stage = base(ppo_lib.config(), '$workdir/pretrain/model')
   stage.data.update({'path': '$workdir/split/prompts.jsonl', 'max_prompt_length': 16})
   stage.reward.model = '$workdir/reward_model/model'
@@ -172,7 +176,7 @@ def ppo():
 
 
 def debug(config):
-  """Shrinks everything to seconds; the figures mean nothing."""
+  """Shrinks all stages so that the pipeline takes seconds; its results mean nothing."""
   config.split.update({'prompt_count': 32, 'pairings': 1, 'vocab_size': 512})
   config.samples.count = 16
   config.pretrain.steps, config.pretrain.data.epochs = 3, None

@@ -3,8 +3,9 @@
 rlhf run --config=sft --workdir=DIR \\
     --config.model.path=FOLDER --config.data.path=FILE
 
-Learns the completions of prompts. `--config.data.kind=text` learns whole texts instead, packed into
-rows. docs/data.md lists the kinds of records. `--config.data.epochs=X` sets the length of the run.
+Trains on the completions of prompts. `--config.data.kind=text` trains on full texts instead, packed
+into sequences of equal length. docs/data.md lists the record formats. `--config.data.epochs=X` sets
+the length of the run.
 """
 
 from rlhf_jax import config as c
@@ -12,7 +13,7 @@ from rlhf_jax.algorithms import sft
 
 
 def get_config(arg=None):
-  """Arguments: debug (2 steps), seed, preset."""
+  """Returns the config. Arguments: debug (2 steps), seed, preset."""
   arg = c.parse_arg(arg, debug=False, seed=0, preset='')
   config = sft.config(arg.preset)
   config.seed = arg.seed

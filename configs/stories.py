@@ -1,13 +1,13 @@
-"""PPO on a real pretrained story model with a Python reward: more direct speech.
+"""PPO of a pretrained story model with a Python reward for direct speech.
 
 rlhf run --config=stories:model=FOLDER --workdir=/tmp/stories
 
-FOLDER is a Hugging Face folder of stories260K of llama2.c, a Llama of 260 K parameters trained on
-TinyStories (Eldan & Li 2023, https://arxiv.org/abs/2305.07759). The reward is the share of
-sentences that quote somebody.
+FOLDER is a Hugging Face folder of stories260K of llama2.c, a Llama with 260 K parameters trained on
+TinyStories (Eldan & Li 2023, https://arxiv.org/abs/2305.07759). The reward is the fraction of
+sentences with a quotation mark.
 
-Expected, seed 0, 512 samples: 0.13 before, 0.73 after, at 0.24 nats a token; distinct-2 from 0.48
-to 0.45. Under 2 minutes on 2 CPU cores.
+Expected, seed 0, 512 samples: reward 0.13 before and 0.73 after, at a KL of 0.24 nats per token;
+distinct-2 0.48 before and 0.45 after. Takes less than 2 minutes on 2 CPU cores.
 """
 
 import ml_collections
@@ -17,7 +17,7 @@ from rlhf_jax.algorithms import ppo as ppo_lib
 
 
 def get_config(arg=None):
-  """Arguments: debug (seconds), seed, model (a folder)."""
+  """Returns the config. Arguments: debug (seconds), seed, model (a folder)."""
   arg = c.parse_arg(arg, debug=False, seed=0, model='')
   c.need_argument(arg, 'model', 'a Hugging Face folder')
   config = ml_collections.ConfigDict({'seed': arg.seed, 'stages': ('prompts', 'ppo', 'evaluate')})
@@ -50,7 +50,7 @@ def get_config(arg=None):
     {
       'function': 'rlhf_jax.evaluation.policies:run',
       'title': 'Stories with direct speech',
-      'summary': 'Gold here is the reward itself: the share of sentences that quote somebody.',
+      'summary': 'Gold is the reward itself: the fraction of sentences with a quotation mark.',
       'workdir': '$workdir',
       'policies': (('base', arg.model), ('ppo', '$workdir/ppo')),
       'baseline': 'base',

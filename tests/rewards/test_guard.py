@@ -198,7 +198,11 @@ def test_the_run_goes_on_after_a_megabyte_another_folder_and_children_that_come_
 
 
 def wrong(prompts, responses):
-  """A reward function that lacks two arguments."""
+  """A reward function, but no function that builds a gold score from a path."""
+
+
+def without_responses(prompts):
+  """A function that is not called with responses."""
 
 
 def gold_that_fails(prompt, response):
@@ -213,9 +217,9 @@ number = 3
   'name, message',
   [
     (
-      'wrong',
-      r'takes \(prompts, responses\), but is called as f\(prompts, responses, response_tokens=..., '
-      r"metadata=...\): .*unexpected keyword argument 'response_tokens'; write def f\(",
+      'without_responses',
+      r'takes \(prompts\), but is called as f\(prompts, responses, response_tokens=..., '
+      r'metadata=...\): too many positional arguments; write def f\(',
     ),
     ('number', 'is of type int: it must be a function'),
   ],
