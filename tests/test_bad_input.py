@@ -398,14 +398,14 @@ BAD_PROMPTS = {
   'a long prompt': (
     {'data.path': '{bad}/long.jsonl'},
     [
-      'prompt 1 has 10 tokens, more than config.data.max_prompt_length = 6',
+      'prompt 1 has 10 tokens, more than config.data.max_prompt_length=6',
       'Raise max_prompt_length',
       "config.data.on_long to 'truncate_left' or 'drop'",
     ],
   ),
   'long prompts alone': (
     {'data.path': '{bad}/long.jsonl', 'data.max_prompt_length': 2, 'data.on_long': 'drop'},
-    ['no prompt of 2 has at most config.data.max_prompt_length = 2', 'Raise it'],
+    ['none of 2 prompts has at most config.data.max_prompt_length=2', 'Raise it'],
   ),
   'prompt and response too long for the context': (
     {'data.max_prompt_length': 27},

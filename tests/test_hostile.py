@@ -289,11 +289,11 @@ FOLDERS = {
   'tokenizer: a terabyte': (sparse('tokenizer.json', 2**40), 'has 1099511627776 bytes'),
   'tokenizer: length is text': (
     fields('tokenizer_config.json', model_max_length='long'),
-    'no tokenizer can be lo',
+    'cannot load a tokenizer',
   ),
   'tokenizer: class is a list': (
     fields('tokenizer_config.json', tokenizer_class=['a']),
-    'no tokenizer can be load',
+    'cannot load a tokenizer',
   ),
   'tokenizer: EOS is a number': (
     fields('tokenizer_config.json', eos_token=3),

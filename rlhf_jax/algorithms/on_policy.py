@@ -125,7 +125,9 @@ def make_actor(config, tokenizer, model, examples, iterator, score, mesh):
     truncate=actor_lib.stop_at(config.sampling.stop, tokenizer, sampling, mesh),
     for_scoring=truncate if config.rl.response == 'raw' else None,
     as_prompted=functools.partial(
-      pipelines.as_read, tokenizer=tokenizer, max_prompt_length=config.data.max_prompt_length
+      pipelines.truncate_prompts,
+      tokenizer=tokenizer,
+      max_prompt_length=config.data.max_prompt_length,
     )
     if config.data.on_long == 'truncate_left'
     else None,

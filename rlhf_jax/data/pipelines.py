@@ -1,17 +1,18 @@
-"""Batches for training, from checkpointable iterators that never end, and for evaluation.
+"""Makes batches for training, from endless checkpointable iterators, and for evaluation.
 
-Letters: B batch, K completions of one prompt, P prompt length, T row length, N examples or packed
-rows.
+Letters: B batch, K completions of one prompt, P prompt length, R response length, T sequence
+length, N examples or packed sequences.
 
-Each epoch has an order of its own, the same for the same seed and any number of processes, and an
-iterator's state is its position, so `get_state` and `set_state` resume at the exact batch. Fewer
-examples than a batch are repeated within it. Few examples are tokenized once, before the first
-batch; of more, only the indices are shuffled, and an example is read and tokenized when it is
-drawn, in the background: see `rows`, and `lanes` for packed texts.
+Each epoch is shuffled differently; the order depends on the seed but not on the number of
+processes. The state of an iterator is its position, so `get_state` and `set_state` resume at the
+exact batch. If there are fewer examples than a batch needs, they are repeated within it. Few
+examples are tokenized once, before the first batch. Otherwise only indices are shuffled, and an
+example is read and tokenized in the background when a batch needs it: see `tokenized`, and `lanes`
+for packed texts.
 
-Batches are pytrees of `rlhf_jax.types` with NumPy arrays, always of the same shape. Prompts to
-respond to are left-padded, everything else is right-padded. With several processes each draws all
-indices and makes only the rows that its devices hold: see `sharding.local_rows`.
+Batches are pytrees of `rlhf_jax.types` with NumPy arrays of constant shape. Prompts are padded on
+the left, everything else on the right. Each process iterates over all indices but makes only the
+examples of its own devices: see `sharding.local_rows`.
 """
 
 from collections.abc import Callable
@@ -34,17 +35,17 @@ from rlhf_jax.data import formats
 from rlhf_jax.data import lanes as lanes_lib
 from rlhf_jax.data import lazy
 from rlhf_jax.data import packing
-from rlhf_jax.data import rows as rows_lib
+from rlhf_jax.data import tokenized
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
 
 # Batches are made ahead of time in the background.
 _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
-FEW = 10_000  # held-out rows, whose batches are kept
-PACKED_BATCHES = 8  # of held-out texts that are packed together
+MAX_IN_MEMORY = 10_000  # held-out examples; the batches of more are not kept in memory
+PACKED_BATCHES = 8  # batches of held-out texts that are packed together
 
-# Indices [B], and which of them to make rows of, bool [B], to a batch.
+# (indices [B], bool [B]: the examples of this process) -> batch.
 Collate = Callable[[np.ndarray, np.ndarray], Any]
 
 
@@ -60,27 +61,27 @@ def lm_iterator(
   seed: int,
   pack: bool = True,
 ) -> tuple[grain.DatasetIterator, int]:
-  """Iterates forever over LMBatch [B, T] of whole texts, each followed by the EOS.
+  """Iterates forever over LMBatch [B, T] of texts, each followed by the EOS.
 
   Args:
-    texts: documents; of a Completion prompt and completion are tokenized apart.
-    tokenizer: as `tokenizers.load` gives it.
+    texts: Texts or Completions; the prompt and completion of a Completion are tokenized separately.
+    tokenizer: Tokenizer, as `tokenizers.load` returns it.
     batch_size: B.
     length: T. Longer texts are cut into several pieces.
-    seed: decides the order.
-    pack: whether rows hold several documents; see `packing`.
+    seed: Random seed of the order.
+    pack: Whether a sequence may contain several texts; see `packing`.
 
   Returns:
-    (iterator, N): an epoch is N rows, N / batch_size steps; of texts that are tokenized as they are
-    drawn about N, as a sample of them packs.
+    (iterator, N). An epoch has N sequences, N / batch_size steps. If texts are tokenized while
+    training, N is an estimate from a sample.
 
   Raises:
-    UserError: there is nothing to learn from.
+    UserError: No text has a token to predict.
   """
-  rows = rows_lib.texts(texts, tokenizer)
-  if rows.all is None and pack:
-    return _stream(rows, tokenizer, batch_size=batch_size, length=length, seed=seed)
-  collate, count = _lm(rows, tokenizer, length=length, pack=pack)
+  data = tokenized.texts(texts, tokenizer)
+  if data.all is None and pack:
+    return _stream(data, tokenizer, batch_size=batch_size, length=length, seed=seed)
+  collate, count = _lm(data, tokenizer, length=length, pack=pack)
   return _iterate(collate, range(count), batch_size, seed)
 
 
@@ -93,10 +94,10 @@ def completion_iterator(
   seed: int,
   pairs: bool = False,
 ) -> tuple[grain.DatasetIterator, int]:
-  """Iterates forever over LMBatch [B, T], one prompt and completion a row.
+  """Iterates forever over LMBatch [B, T], with one prompt and completion per sequence.
 
-  Only the completion's tokens, its EOS included, are targets. T = max_length; see `rows.fit` for
-  what becomes of longer ones. With `pairs` they are Pairs [B, P + R] instead, P the length of the
+  Only the tokens of the completion and its EOS are targets. T = max_length; `tokenized.truncate`
+  cuts longer examples. If `pairs`, batches are Pairs [B, P + R] instead, with P the length of the
   longest prompt and R of the longest completion. Other arguments, result and errors as for
   `lm_iterator`.
   """
@@ -113,11 +114,11 @@ def comparison_iterator(
   seed: int,
   append_eos: bool = True,
 ) -> tuple[grain.DatasetIterator, int]:
-  """Iterates forever over Comparisons [B, K, T], K that of the example with the most completions.
+  """Iterates forever over Comparisons [B, K, T].
 
-  T = max_length; all completions of a prompt follow the same tokens, and end with the EOS if
-  `append_eos`; see `rows.fit` for what becomes of longer ones. Other arguments, result and errors as
-  for `lm_iterator`.
+  K is the largest number of completions of a prompt. T = max_length; `tokenized.truncate` cuts
+  longer examples. All completions of a prompt follow the same prompt tokens, and end with the EOS
+  if `append_eos`. Other arguments, result and errors as for `lm_iterator`.
   """
   collate = _comparisons(examples, tokenizer, max_length=max_length, append_eos=append_eos)
   return _iterate(collate, range(len(examples)), batch_size, seed)
@@ -135,16 +136,20 @@ def prompt_iterator(
   """Iterates forever over pairs of Prompts [B, P] and int32 [B], indices into `examples`.
 
   Args:
+    examples: Prompts.
+    tokenizer: Tokenizer, as `tokenizers.load` returns it.
+    batch_size: B.
     max_prompt_length: P.
-    on_long: for prompts of more than P tokens: 'error', 'truncate_left' (the oldest tokens go, a
-      leading BOS stays) or 'drop'.
+    seed: Random seed of the order.
+    on_long: What to do with prompts of more than P tokens: 'error', 'truncate_left' (removes the
+      oldest tokens but not a leading BOS) or 'drop'.
 
   Returns:
-    (iterator, N), as does `lm_iterator`; N is the number of prompts that were not dropped.
+    (iterator, N), as for `lm_iterator`. N does not count dropped prompts.
 
   Raises:
-    UserError: a prompt is longer than P (on_long='error'), has no token, or none is left; or as
-      for `lm_iterator`, as are the other arguments.
+    UserError: A prompt is longer than P and on_long='error', a prompt has no tokens, or no prompt
+      is left.
   """
   collate, indices = _prompts(
     examples, tokenizer, max_prompt_length=max_prompt_length, on_long=on_long
@@ -154,10 +159,10 @@ def prompt_iterator(
 
 def _check_sizes(count: int, batch_size: int) -> None:
   if batch_size < 1:
-    raise UserError(f'batch_size {batch_size} must be positive.')
+    raise UserError(f'batch_size={batch_size} must be positive.')
   if not count:
     raise UserError(
-      'the data have no token to learn from: there are no examples, or only empty texts.'
+      'the data has no token to learn from: there are no examples, or all texts are empty.'
     )
 
 
@@ -167,17 +172,18 @@ def _iterate(
   _check_sizes(len(indices), batch_size)
   if len(indices) < batch_size:
     logging.info(
-      '%d examples are fewer than the batch size, %d: they are repeated within a batch.',
+      '%d examples are fewer than the batch size %d and are repeated within a batch.',
       len(indices),
       batch_size,
     )
-  held = sharding.local_rows(batch_size)
-  dataset = _order(indices, seed).batch(batch_size, drop_remainder=True)
-  return iter(dataset.map(lambda drawn: collate(drawn, held)).to_iter_dataset(_READ)), len(indices)
+  local = sharding.local_rows(batch_size)
+  dataset = _shuffle(indices, seed).batch(batch_size, drop_remainder=True)
+  dataset = dataset.map(lambda chosen: collate(chosen, local))
+  return iter(dataset.to_iter_dataset(_READ)), len(indices)
 
 
-def _order(indices: Sequence[int] | np.ndarray, seed: int) -> grain.MapDataset:
-  """Indices in the order of all epochs."""
+def _shuffle(indices: Sequence[int] | np.ndarray, seed: int) -> grain.MapDataset:
+  """Returns the indices of all epochs, each epoch shuffled differently."""
   source = (
     grain.MapDataset.range(len(indices))
     if isinstance(indices, range)
@@ -187,34 +193,39 @@ def _order(indices: Sequence[int] | np.ndarray, seed: int) -> grain.MapDataset:
 
 
 def _stream(
-  rows: rows_lib.Rows, tokenizer: formats.Tokenizer, *, batch_size: int, length: int, seed: int
+  data: tokenized.TokenizedData,
+  tokenizer: formats.Tokenizer,
+  *,
+  batch_size: int,
+  length: int,
+  seed: int,
 ) -> tuple[lanes_lib.Batches, int]:
-  """Packs documents as they are drawn: see `lanes`."""
-  packed = len(packing.assign([row.prompt for row in rows.sample], length=length))
+  """Returns an iterator that tokenizes and packs while training (see `lanes`), and estimates N."""
+  packed = len(packing.assign([item.prompt for item in data.sample], length=length))
   _check_sizes(packed, batch_size)
-  order, held = _order(range(len(rows)), seed), sharding.local_rows(batch_size)
-  read = lambda numbers: [row.prompt for row in rows.take([order[int(n)] for n in numbers])]
+  order, local = _shuffle(range(len(data)), seed), sharding.local_rows(batch_size)
+  read = lambda numbers: [item.prompt for item in data.take([order[int(n)] for n in numbers])]
   sizes = dict(
     length=length,
     window=lanes_lib.window_size(batch_size, length),
-    mean=sum(row.tokens for row in rows.sample) / len(rows.sample),
+    mean=sum(item.num_tokens for item in data.sample) / len(data.sample),
   )
 
   def make():
     lanes = [
-      lanes_lib.Lane(read, lane, batch_size, seed=seed, **sizes) if here else None
-      for lane, here in enumerate(held)
+      lanes_lib.Lane(read, lane, batch_size, seed=seed, **sizes) if is_local else None
+      for lane, is_local in enumerate(local)
     ]
     return lanes_lib.LocalBatches(lanes, length=length, pad_id=tokenizer.pad_token_id)
 
-  return lanes_lib.Batches(make, held), max(1, round(packed * len(rows) / len(rows.sample)))
+  return lanes_lib.Batches(make, local), max(1, round(packed * len(data) / len(data.sample)))
 
 
 # Held-out batches.
 
 
 class Batches(Iterable[tuple[Any, np.ndarray]]):
-  """Pairs of a batch and valid, bool [B], made anew each time that they are gone through."""
+  """Pairs of a batch and valid, bool [B], which are made again in each iteration."""
 
   def __init__(self, make: Callable[[], Iterator[tuple[Any, np.ndarray]]]):
     self._make = make
@@ -231,39 +242,39 @@ def lm_batches(
   length: int,
   pack: bool = True,
 ) -> Iterable[tuple[types.LMBatch, np.ndarray]]:
-  """All texts once, in order, for evaluation: pairs of LMBatch [B, T] and valid, bool [B].
+  """Returns pairs of LMBatch [B, T] and valid, bool [B], with all texts once, in order.
 
-  The last batch is filled with copies of its first row, where `valid` is False and no token is a
-  target: sums and counts over targets need no more care. No texts make no batches. Batches of few
-  texts are a list, else they are made as they are gone through. Arguments as for `lm_iterator`.
+  The last batch is filled with copies of its first sequence, for which `valid` is False and no
+  token is a target, so sums and counts over targets are correct. Without texts there are no
+  batches. The batches of few texts are a list; otherwise they are made in each iteration. Arguments
+  as for `lm_iterator`.
   """
-  rows = rows_lib.texts(texts, tokenizer)
-  if rows.all is None and pack:
-    return Batches(lambda: _packed_in_order(rows, tokenizer, batch_size, length))
-  collate, count = _lm(rows, tokenizer, length=length, pack=pack)
+  data = tokenized.texts(texts, tokenizer)
+  if data.all is None and pack:
+    return Batches(lambda: _packed_in_order(data, tokenizer, batch_size, length))
+  collate, count = _lm(data, tokenizer, length=length, pack=pack)
   return _in_order(collate, range(count), batch_size)
 
 
 def _packed_in_order(
-  rows: rows_lib.Rows, tokenizer: formats.Tokenizer, batch_size: int, length: int
+  data: tokenized.TokenizedData, tokenizer: formats.Tokenizer, batch_size: int, length: int
 ) -> Iterator[tuple[types.LMBatch, np.ndarray]]:
-  """Batches of some documents packed together at a time."""
-  rest, documents, tokens = [], [], 0
-  for row in itertools.chain(rows.each('packing'), [None]):
-    if row:
-      documents.append(row.prompt)
-      tokens += row.tokens
-    if not row or tokens >= batch_size * length * PACKED_BATCHES:
-      rest += packing.assign(documents, length=length)
-      documents, tokens = [], 0
-      last = 0 if row else -len(rest) % batch_size
-      for start in range(0, len(rest) + last - batch_size + 1, batch_size):
-        some = rest[start : start + batch_size]
-        some_batch = packing.to_batch(
-          some + [some[0]] * (batch_size - len(some)), length=length, pad_id=tokenizer.pad_token_id
-        )
-        yield _without_copies(some_batch, len(some))
-      rest = rest[len(rest) // batch_size * batch_size :]
+  """Iterates over the batches of `lm_batches`; packs the texts of PACKED_BATCHES at a time."""
+  sequences, documents, num_tokens = [], [], 0
+  for item in itertools.chain(data.iterate('packing'), [None]):
+    if item:
+      documents.append(item.prompt)
+      num_tokens += item.num_tokens
+    if not item or num_tokens >= batch_size * length * PACKED_BATCHES:
+      sequences += packing.assign(documents, length=length)
+      documents, num_tokens = [], 0
+      missing = 0 if item else -len(sequences) % batch_size  # in the last batch
+      for start in range(0, len(sequences) + missing - batch_size + 1, batch_size):
+        chosen = sequences[start : start + batch_size]
+        filled = chosen + [chosen[0]] * (batch_size - len(chosen))
+        batch = packing.to_batch(filled, length=length, pad_id=tokenizer.pad_token_id)
+        yield _mask_copies(batch, len(chosen))
+      sequences = sequences[len(sequences) // batch_size * batch_size :]
 
 
 def completion_batches(
@@ -274,7 +285,7 @@ def completion_batches(
   max_length: int,
   pairs: bool = False,
 ) -> Iterable[tuple[types.LMBatch | types.Pairs, np.ndarray]]:
-  """As `lm_batches`, for `completion_iterator`."""
+  """Returns batches as `lm_batches` does, of the examples of `completion_iterator`."""
   collate = _completions(examples, tokenizer, max_length=max_length, pairs=pairs)
   return _in_order(collate, range(len(examples)), batch_size)
 
@@ -287,7 +298,7 @@ def comparison_batches(
   max_length: int,
   append_eos: bool = True,
 ) -> Iterable[tuple[types.Comparisons, np.ndarray]]:
-  """As `lm_batches`, for `comparison_iterator`."""
+  """Returns batches as `lm_batches` does, of the examples of `comparison_iterator`."""
   collate = _comparisons(examples, tokenizer, max_length=max_length, append_eos=append_eos)
   return _in_order(collate, range(len(examples)), batch_size)
 
@@ -300,7 +311,7 @@ def prompt_batches(
   max_prompt_length: int,
   on_long: str = 'error',
 ) -> Iterable[tuple[tuple[types.Prompts, np.ndarray], np.ndarray]]:
-  """As `lm_batches`, for pairs of Prompts [B, P] and indices [B]; see `prompt_iterator`."""
+  """Returns pairs as `lm_batches` does, of the pairs of `prompt_iterator` and valid, bool [B]."""
   collate, indices = _prompts(
     examples, tokenizer, max_prompt_length=max_prompt_length, on_long=on_long
   )
@@ -312,16 +323,16 @@ def _in_order(
 ) -> Iterable[tuple[Any, np.ndarray]]:
   def batches():
     for start in range(0, len(indices), batch_size):
-      drawn = np.asarray(indices[start : start + batch_size], np.int64)
-      count = len(drawn)
-      drawn = np.append(drawn, np.full(batch_size - count, drawn[0]))
-      yield _without_copies(collate(drawn, np.ones(batch_size, bool)), count)
+      chosen = np.asarray(indices[start : start + batch_size], np.int64)
+      count = len(chosen)
+      chosen = np.append(chosen, np.full(batch_size - count, chosen[0]))
+      yield _mask_copies(collate(chosen, np.ones(batch_size, bool)), count)
 
-  return [*batches()] if len(indices) <= FEW else Batches(batches)
+  return [*batches()] if len(indices) <= MAX_IN_MEMORY else Batches(batches)
 
 
-def _without_copies(batch: Any, count: int) -> tuple[Any, np.ndarray]:
-  """The batch with no target in rows from `count` on, and which rows are before it."""
+def _mask_copies(batch: Any, count: int) -> tuple[Any, np.ndarray]:
+  """Returns (batch without targets in examples from `count` on, valid: True before `count`)."""
   valid = np.arange(len(jax.tree.leaves(batch)[0])) < count
   if isinstance(batch, types.LMBatch):
     batch = dataclasses.replace(batch, loss_mask=batch.loss_mask & valid[:, None])
@@ -335,54 +346,55 @@ def _without_copies(batch: Any, count: int) -> tuple[Any, np.ndarray]:
 def split(
   examples: Sequence[Any], *, holdout: float, seed: int
 ) -> tuple[Sequence[Any], Sequence[Any]]:
-  """Splits examples by prompt into (training, held out), each in their first order.
+  """Splits examples by prompt into (training, held out), each in the original order.
 
-  All examples of a prompt land on the same side: else what is held out would be answers to prompts
-  that were trained on. Equal texts count as examples of one prompt. Where all examples have the
-  same prompt, such as none, equal examples stay together.
+  All examples of a prompt are in the same part, so that no held-out prompt is trained on. Equal
+  texts count as examples of one prompt. If all examples have the same prompt, for example an empty
+  one, only equal examples stay together.
 
   Args:
-    examples: texts, or examples with a prompt, at least two different ones.
-    holdout: fraction to hold out, above 0 and below 1; see `held_out`.
-    seed: the same seed, fraction and examples give the same split, in whatever order they are.
+    examples: Texts, or examples with a prompt; at least two must differ.
+    holdout: Fraction to hold out, above 0 and below 1; see `choose_held_out`.
+    seed: Random seed. The split does not depend on the order of the examples.
 
   Raises:
-    UserError: the fraction is out of range or all examples are the same.
+    UserError: The fraction is out of range or all examples are the same.
   """
   if not 0 < holdout < 1:
     raise UserError(
-      f'cannot hold out {holdout} of the examples: config.data.held_out must be between 0 and 1.'
+      f'cannot hold out {holdout} of the examples: config.data.held_out must be above 0 and below '
+      '1.'
     )
   keys = _hashes((e if isinstance(e, str) else e.prompt for e in examples), seed, len(examples))
   if len(np.unique(keys)) == 1:
     keys = _hashes(map(repr, examples), seed, len(examples))
   if len(np.unique(keys)) < 2:
     raise UserError(
-      f'cannot hold out {holdout} of {len(examples)} examples, which are all the '
-      'same: give different ones, or set config.data.held_out_path.'
+      f'cannot hold out {holdout} of {len(examples)} examples, which are all the same. Provide '
+      'different examples, or set config.data.held_out_path.'
     )
-  held = held_out(keys, holdout)
+  held = choose_held_out(keys, holdout)
   return lazy.take(examples, np.flatnonzero(~held)), lazy.take(examples, np.flatnonzero(held))
 
 
 def _hashes(texts: Iterable[str], seed: int, count: int) -> np.ndarray:
-  """64 bits of each text and a seed, the same in every process and run, [N] uint64."""
+  """Returns hashes [N] uint64 of texts and a seed, the same in every process and run."""
   digest = lambda text: hashlib.blake2b(
     f'{seed}:{text}'.encode('utf-8', 'surrogatepass'), digest_size=8
   ).digest()
   return np.fromiter((int.from_bytes(digest(text), 'little') for text in texts), np.uint64, count)
 
 
-def held_out(keys: np.ndarray, holdout: float) -> np.ndarray:
-  """Which of N examples are held out, [N] bool, by whole groups of equal keys.
+def choose_held_out(keys: np.ndarray, holdout: float) -> np.ndarray:
+  """Chooses groups of equal keys to hold out, and returns whether each example is, [N] bool.
 
-  Groups are taken in the order of their keys. One that would exceed `holdout` of the examples is
-  passed over, so that the fraction is as near below as groups allow; at least the smallest group
-  is held out, and not all.
+  Groups are taken in the order of their keys. A group that would exceed `holdout` of the examples
+  is skipped, so the fraction is at most `holdout`, except that at least the smallest group is held
+  out. Never holds out all groups.
 
   Args:
-    keys: [N] uint64 hashes, of at least two groups.
-    holdout: fraction, above 0 and below 1.
+    keys: [N] uint64 hashes, with at least two different values.
+    holdout: Fraction to hold out, above 0 and below 1.
   """
   groups, inverse, sizes = np.unique(keys, return_inverse=True, return_counts=True)
   room = min(max(round(holdout * len(keys)), 1), len(keys) - 1)
@@ -398,17 +410,16 @@ def held_out(keys: np.ndarray, holdout: float) -> np.ndarray:
   return chosen[inverse]
 
 
-# The function from indices to a batch.
+# Functions that return the Collate function.
 
 
 def _lm(
-  rows: rows_lib.Rows, tokenizer: formats.Tokenizer, *, length: int, pack: bool
+  data: tokenized.TokenizedData, tokenizer: formats.Tokenizer, *, length: int, pack: bool
 ) -> tuple[Collate, int]:
   arrange = packing.pack if pack else packing.pad
-  packed = arrange(
-    [row.prompt for row in rows.each('packing')], length=length, pad_id=tokenizer.pad_token_id
-  )
-  return lambda drawn, held: jax.tree.map(lambda array: array[drawn], packed), len(packed.tokens)
+  documents = [item.prompt for item in data.iterate('packing')]
+  packed = arrange(documents, length=length, pad_id=tokenizer.pad_token_id)
+  return lambda chosen, _: jax.tree.map(lambda array: array[chosen], packed), len(packed.tokens)
 
 
 def _completions(
@@ -418,10 +429,10 @@ def _completions(
   max_length: int,
   pairs: bool,
 ) -> Collate:
-  rows = rows_lib.answered(examples, tokenizer, max_length=max_length)
+  data = tokenized.completions(examples, tokenizer, max_length=max_length)
   if pairs:
-    return _collate(rows, rows_lib.pair_batch(rows, tokenizer, max_length=max_length))
-  return _collate(rows, rows_lib.completion_batch(tokenizer, max_length=max_length))
+    return _collate(data, tokenized.pair_batcher(data, tokenizer, max_length=max_length))
+  return _collate(data, tokenized.completion_batcher(tokenizer, max_length=max_length))
 
 
 def _comparisons(
@@ -431,33 +442,33 @@ def _comparisons(
   max_length: int,
   append_eos: bool,
 ) -> Collate:
-  rows = rows_lib.answered(examples, tokenizer, max_length=max_length, append_eos=append_eos)
-  return _collate(rows, rows_lib.comparison_batch(rows, tokenizer, max_length=max_length))
+  data = tokenized.completions(examples, tokenizer, max_length=max_length, append_eos=append_eos)
+  return _collate(data, tokenized.comparison_batcher(data, tokenizer, max_length=max_length))
 
 
-def as_read(
+def truncate_prompts(
   examples: Sequence[formats.Prompt], tokenizer: formats.Tokenizer, *, max_prompt_length: int
 ) -> list[formats.Prompt]:
-  """Prompts with the text that on_long='truncate_left' leaves of them, which the policy reads.
+  """Returns prompts with the text that the policy reads if on_long='truncate_left'.
 
   Args:
-    examples: of a batch.
-    tokenizer: the policy's.
+    examples: Prompts of a batch.
+    tokenizer: The policy's tokenizer.
     max_prompt_length: P.
   """
-  rows = tokenizers.encode(tokenizer, [e.prompt for e in examples])
-  long = [index for index, row in enumerate(rows) if len(row) > max_prompt_length]
+  prompts = tokenizers.encode(tokenizer, [e.prompt for e in examples])
+  long = [index for index, ids in enumerate(prompts) if len(ids) > max_prompt_length]
   texts = tokenizers.decode_prompts(
     tokenizer,
     [
-      rows_lib.truncate_left(rows[index], max_prompt_length, tokenizer.bos_token_id)
+      tokenized.truncate_left(prompts[index], max_prompt_length, tokenizer.bos_token_id)
       for index in long
     ],
   )
-  read = list(examples)
+  truncated = list(examples)
   for index, text in zip(long, texts):
-    read[index] = dataclasses.replace(read[index], prompt=text)
-  return read
+    truncated[index] = dataclasses.replace(truncated[index], prompt=text)
+  return truncated
 
 
 def _prompts(
@@ -467,16 +478,17 @@ def _prompts(
   max_prompt_length: int,
   on_long: str,
 ) -> tuple[Collate, Sequence[int] | np.ndarray]:
-  rows, indices = rows_lib.prompts(
+  data, indices = tokenized.prompts(
     examples, tokenizer, max_prompt_length=max_prompt_length, on_long=on_long
   )
-  collate = _collate(rows, rows_lib.prompt_batch(tokenizer, max_prompt_length=max_prompt_length))
-  return lambda drawn, held: (collate(drawn, held), np.asarray(drawn, np.int32)), indices
+  to_batch = tokenized.prompt_batcher(tokenizer, max_prompt_length=max_prompt_length)
+  collate = _collate(data, to_batch)
+  return lambda chosen, local: (collate(chosen, local), np.asarray(chosen, np.int32)), indices
 
 
-def _collate(rows: rows_lib.Rows, batch: rows_lib.Batch) -> Collate:
-  def collate(drawn: np.ndarray, local: np.ndarray) -> Any:
-    here = iter(rows.take(np.asarray(drawn)[local]))
-    return batch([next(here) if is_local else None for is_local in local])
+def _collate(data: tokenized.TokenizedData, to_batch: tokenized.ToBatch) -> Collate:
+  def collate(chosen: np.ndarray, local: np.ndarray) -> Any:
+    items = iter(data.take(np.asarray(chosen)[local]))
+    return to_batch([next(items) if is_local else None for is_local in local])
 
   return collate

@@ -205,7 +205,7 @@ def test_orbax_saves_and_restores_iterators(tokenizer, tmp_path):
 
 
 def test_batch_size_must_be_positive(tokenizer):
-  with pytest.raises(UserError, match='batch_size 0'):
+  with pytest.raises(UserError, match='batch_size=0'):
     prompt_iterator(tokenizer, batch_size=0)
 
 
@@ -318,7 +318,7 @@ def test_prompts_give_way_from_the_left_and_keep_their_bos(tokenizer, ids, caplo
   with caplog.at_level(logging.WARNING):
     got = completion_row(tokenizer, 'abcdef', 'xy', 7)
   assert got == (ids('<defxy>'), bits('0000111'))
-  assert '1 lost the beginning of the prompt and 0 the end of a completion' in caplog.text
+  assert '1 lost the start of the prompt and 0 the end of a completion' in caplog.text
 
 
 def test_prompts_keep_half_the_row_and_completions_lose_their_end(tokenizer, ids, caplog):
@@ -326,7 +326,7 @@ def test_prompts_keep_half_the_row_and_completions_lose_their_end(tokenizer, ids
     got = completion_row(tokenizer, 'abcdef', 'uvwxyz', 6)
   # Half a row is 3: the BOS and two letters; the EOS is cut off and no target.
   assert got == (ids('<efuvw'), bits('000111'))
-  assert '1 lost the beginning of the prompt and 1 the end of a completion' in caplog.text
+  assert '1 lost the start of the prompt and 1 the end of a completion' in caplog.text
   # A short prompt is left alone.
   assert completion_row(tokenizer, 'a', 'uvwxyz', 6) == (ids('<auvwx'), bits('001111'))
 
@@ -348,7 +348,7 @@ def test_long_prompts(tokenizer, ids, caplog):
   with pytest.raises(
     UserError,
     match=r'prompt 1 has 7 tokens, more than '
-    r"config\.data\.max_prompt_length = 4: 'abcdef'.*config\.data\.on_long",
+    r"config\.data\.max_prompt_length=4: 'abcdef'.*config\.data\.on_long",
   ):
     pipelines.prompt_batches(examples, tokenizer, **settings)
   (((batch, _), _),) = pipelines.prompt_batches(
@@ -362,7 +362,7 @@ def test_long_prompts(tokenizer, ids, caplog):
   np.testing.assert_array_equal(batch.tokens, ids('.<ab', '..<c', '.<ab'))
   assert (indices.tolist(), valid.tolist()) == ([0, 2, 0], [T, T, F])
   assert '1 of 3 prompts are longer than 4 tokens' in caplog.text
-  with pytest.raises(UserError, match='no prompt of 1 has at most'):
+  with pytest.raises(UserError, match='none of 1 prompts has at most'):
     pipelines.prompt_batches(examples[1:2], tokenizer, on_long='drop', **settings)
   with pytest.raises(UserError, match="on_long is 'cut'"):
     pipelines.prompt_batches(examples, tokenizer, on_long='cut', **settings)
@@ -374,7 +374,7 @@ def test_as_read_is_the_text_of_the_tokens_that_are_left(tokenizer, ids):
     Prompt('a<|eos|>bcdef', {'n': 1}),
     Prompt('a<|eos|>cd', {'n': 2}),
   ]
-  read = pipelines.as_read(examples, tokenizer, max_prompt_length=4)
+  read = pipelines.truncate_prompts(examples, tokenizer, max_prompt_length=4)
   assert read == [examples[0], Prompt('def', {'n': 1}), Prompt('<|eos|>cd', {'n': 2})]
   (((batch, _), _),) = pipelines.prompt_batches(
     examples, tokenizer, on_long='truncate_left', batch_size=3, max_prompt_length=4
@@ -402,7 +402,7 @@ def test_as_read_is_the_text_of_the_tokens_that_are_left(tokenizer, ids):
 def test_text_that_cannot_be_encoded_is_said(tmp_path, caplog, make):
   make(tiny.write_tokenizer(tmp_path))
   (message,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-  assert '(1 of ' in message and "are '<|unk|>': text that the tokenizer" in message
+  assert '(1 of ' in message and "are '<|unk|>': the tokenizer cannot encode" in message
 
 
 def test_texts_without_a_target_are_an_error(tokenizer, shared):

@@ -17,9 +17,9 @@ from rlhf_jax.data import formats
 from rlhf_jax.data import lanes
 from rlhf_jax.data import packing
 from rlhf_jax.data import pipelines
-from rlhf_jax.data import rows
 from rlhf_jax.data import sources
 from rlhf_jax.data import stored
+from rlhf_jax.data import tokenized
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import DataError
 from rlhf_jax.errors import UserError
@@ -56,11 +56,16 @@ def path(tmp_path_factory):
 
 def set_large(monkeypatch):
   """All data count as more than fit the memory."""
-  for module, name in ((stored, 'SMALL'), (formats, 'SMALL'), (rows, 'KEPT'), (pipelines, 'FEW')):
+  for module, name in (
+    (stored, 'SMALL'),
+    (formats, 'SMALL'),
+    (tokenized, 'MAX_IN_MEMORY'),
+    (pipelines, 'MAX_IN_MEMORY'),
+  ):
     monkeypatch.setattr(module, name, 0)
-  monkeypatch.setattr(rows, 'SAMPLE_TOKENS', 200)
-  monkeypatch.setattr(rows, 'SAMPLE', 16)
-  monkeypatch.setattr(rows, 'TOGETHER', 8)
+  monkeypatch.setattr(tokenized, 'SAMPLE_TOKENS', 200)
+  monkeypatch.setattr(tokenized, 'SAMPLE_SIZE', 16)
+  monkeypatch.setattr(tokenized, 'CHUNK', 8)
 
 
 def make(kind, path, tokenizer, what='iterator', **changes):
@@ -96,7 +101,7 @@ def test_batches_drawn_from_disk_are_those_of_memory(kind, path, tokenizer, monk
 def test_nothing_is_kept_of_what_is_drawn(path, tokenizer, monkeypatch):
   set_large(monkeypatch)
   examples, _ = formats.completions(sources.read(path))
-  assert rows.answered(examples, tokenizer, max_length=16).all is None
+  assert tokenized.completions(examples, tokenizer, max_length=16).all is None
   train, held_out = pipelines.split(examples, holdout=0.25, seed=0)
   assert len(held_out) == 20 and sorted(map(str, [*train, *held_out])) == sorted(map(str, examples))
   assert not isinstance(train, list) and not isinstance(held_out, list)
@@ -220,7 +225,7 @@ def test_lanes_hold_every_document_once_an_epoch(tokenizer, tmp_path, monkeypatc
   whole = [
     tuple(ids.tolist())
     for ids in map(
-      lambda row: row.prompt, rows.texts(formats.texts(sources.read(path))[0], tokenizer).all
+      lambda row: row.prompt, tokenized.texts(formats.texts(sources.read(path))[0], tokenizer).all
     )
   ]
   set_large(monkeypatch)

@@ -1,0 +1,409 @@
+"""Tokenizes examples and makes batches of them.
+
+Letters: B batch, K completions of one prompt, P prompt length, R response length, T sequence
+length.
+
+Few examples are tokenized before the first batch and kept in memory. Otherwise an example is
+tokenized when a batch needs it, in the background, and warnings (truncated texts, unknown tokens)
+are based on a sample.
+
+A batch has the shape of all B examples on every process but contains only the examples of the
+process, see `sharding.local_rows`. The others are None before batching and padding in the batch.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+import dataclasses
+from typing import Any
+
+from absl import logging
+import numpy as np
+
+from rlhf_jax import types
+from rlhf_jax.data import formats
+from rlhf_jax.data import lazy
+from rlhf_jax.data import progress
+from rlhf_jax.data import tokenizers
+from rlhf_jax.errors import UserError
+
+MAX_IN_MEMORY = 2**23  # tokens (32 MiB); examples with more are not kept in memory
+OVERHEAD = 32  # memory of the Python objects of an example, in tokens
+SAMPLE_SIZE = 4096  # maximum number of examples in a sample
+SAMPLE_TOKENS = 2**19  # number of tokens after which a sample is complete
+CHUNK = 64  # examples of a sample that are tokenized together
+GOLDEN = 0.6180339887498949  # the fractional parts of its multiples are spread evenly over [0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenized:
+  """The token ids of one example.
+
+  Attributes:
+    example: The example, or None if batches do not need it.
+    prompt: int32 [P]; all ids if the example is a text.
+    completions: K arrays, int32 [R]; empty if the example is a text or a prompt.
+  """
+
+  example: Any
+  prompt: np.ndarray
+  completions: tuple[np.ndarray, ...] = ()
+
+  @property
+  def num_tokens(self) -> int:
+    return len(self.prompt) + sum(map(len, self.completions))
+
+
+class TokenizedData:
+  """Tokenized examples, in memory if they are few.
+
+  Attributes:
+    examples: The examples.
+    all: All tokenized examples if they are in memory, else None.
+    sample: `all`, or else tokenized examples from all parts of the data.
+  """
+
+  def __init__(self, examples: Sequence[Any], encode: Callable[[Sequence[Any]], list[Tokenized]]):
+    """Tokenizes all examples, or a sample of them, with `encode`."""
+    self.examples, self._encode = examples, encode
+    self.sample, complete = self._sample()
+    self.all = None
+    if complete:
+      self.all = self.sample
+    else:
+      size = sum(item.num_tokens + OVERHEAD for item in self.sample) / len(self.sample)
+      if size * len(examples) <= MAX_IN_MEMORY:
+        self.all = self.sample = encode(list(examples))
+
+  def _sample(self) -> tuple[list[Tokenized], bool]:
+    """Returns (a sample of tokenized examples, whether it contains all examples)."""
+    count = len(self.examples)
+    indices = np.arange(count)
+    if count > SAMPLE_SIZE:
+      indices = (np.arange(1, SAMPLE_SIZE + 1) * GOLDEN % 1 * count).astype(np.int64)
+    sample, num_tokens = [], 0
+    while len(sample) < len(indices) and num_tokens < SAMPLE_TOKENS:
+      chunk = self._encode([self.examples[i] for i in indices[len(sample) : len(sample) + CHUNK]])
+      num_tokens += sum(item.num_tokens for item in chunk)
+      sample += chunk
+    return sample, len(sample) == count
+
+  def __len__(self):
+    return len(self.examples)
+
+  def take(self, indices: Sequence[int] | np.ndarray) -> list[Tokenized]:
+    """Returns the tokenized examples at some indices."""
+    if self.all is not None:
+      return [self.all[index] for index in indices]
+    return self._encode([self.examples[index] for index in indices])
+
+  def iterate(self, what: str) -> Iterator[Tokenized]:
+    """Iterates over all tokenized examples, in order, and keeps none of them in memory.
+
+    Args:
+      what: Description of the work, for a progress bar.
+    """
+    if self.all is not None:
+      yield from self.all
+      return
+    for start in progress.bar(range(0, len(self), SAMPLE_SIZE), what, 'thousands of examples'):
+      yield from self.take(range(start, min(start + SAMPLE_SIZE, len(self))))
+
+  def sample_note(self) -> str:
+    """Returns the words before the size of the sample in a warning."""
+    return '' if self.all is not None else 'a sample of '
+
+
+def warn_unknown(tokenizer: formats.Tokenizer, data: TokenizedData) -> None:
+  """Calls `tokenizers.warn_unknown` with every prompt and completion of the sample."""
+  tokenizers.warn_unknown(
+    tokenizer, [ids for item in data.sample for ids in (item.prompt, *item.completions)]
+  )
+
+
+# Texts.
+
+
+def texts(
+  examples: Sequence[str | formats.Completion], tokenizer: formats.Tokenizer
+) -> TokenizedData:
+  """Tokenizes texts and appends the EOS. A prompt and its completion are tokenized separately."""
+
+  def encode(chunk):
+    parts = [
+      (each, '') if isinstance(each, str) else (each.prompt, each.completion) for each in chunk
+    ]
+    joined = tokenizers.encode_joined(tokenizer, [a for a, _ in parts], [b for _, b in parts])
+    return [Tokenized(None, tokenizers.append_eos(tokenizer, ids)) for ids in joined]
+
+  data = TokenizedData(examples, encode)
+  warn_unknown(tokenizer, data)
+  return data
+
+
+# Prompts with one or more completions.
+
+
+def completions(
+  examples: Sequence[formats.Completion] | Sequence[formats.Comparison],
+  tokenizer: formats.Tokenizer,
+  *,
+  max_length: int,
+  append_eos: bool = True,
+) -> TokenizedData:
+  """Tokenizes prompts with their completions; warns of the number that `truncate` cuts."""
+
+  def encode(chunk):
+    texts = [
+      each.completions if isinstance(each, formats.Comparison) else (each.completion,)
+      for each in chunk
+    ]
+    flat = tokenizers.encode_continuation(tokenizer, [text for each in texts for text in each])
+    ended = iter([tokenizers.append_eos(tokenizer, ids) for ids in flat] if append_eos else flat)
+    prompts = tokenizers.encode(tokenizer, [each.prompt for each in chunk])
+    return [
+      Tokenized(example, prompt, tuple(next(ended) for _ in each))
+      for example, prompt, each in zip(chunk, prompts, texts)
+    ]
+
+  data = TokenizedData(examples, encode)
+  warn_unknown(tokenizer, data)
+  cut_prompts, cut_completions = 0, 0
+  for item in data.sample:
+    prompt, completions = truncate(item, max_length, tokenizer.bos_token_id)
+    cut_prompts += len(prompt) < len(item.prompt)
+    cut_completions += any(len(a) < len(b) for a, b in zip(completions, item.completions))
+  if cut_prompts or cut_completions:
+    logging.warning(
+      'of %s%d examples, %d lost the start of the prompt and %d the end of a completion, to fit '
+      'into %d tokens (config.data.max_length).',
+      data.sample_note(),
+      len(data.sample),
+      cut_prompts,
+      cut_completions,
+      max_length,
+    )
+  return data
+
+
+def truncate(
+  item: Tokenized, max_length: int, bos: int | None
+) -> tuple[np.ndarray, list[np.ndarray]]:
+  """Cuts a prompt and its completions so that the prompt and any one completion fit together.
+
+  First the prompt loses its oldest tokens, except a leading BOS, until the longest completion fits
+  or the prompt has max_length // 2 tokens. Then completions lose their ends, with the EOS.
+
+  Returns:
+    (prompt, completions).
+  """
+  longest = max(map(len, item.completions))
+  room = max(max_length - longest, max_length // 2)
+  prompt = truncate_left(item.prompt, room, bos)
+  return prompt, [completion[: max_length - len(prompt)] for completion in item.completions]
+
+
+def truncate_left(prompt: np.ndarray, length: int, bos: int | None) -> np.ndarray:
+  """Returns the last `length` tokens of a prompt; a leading BOS is kept as the first of them."""
+  if len(prompt) <= length:
+    return prompt
+  if bos is not None and prompt[0] == bos and length > 1:
+    return np.concatenate([prompt[:1], prompt[len(prompt) - length + 1 :]])
+  return prompt[len(prompt) - length :]
+
+
+ToBatch = Callable[[Sequence[Tokenized | None]], Any]  # B tokenized examples -> batch
+
+
+def completion_batcher(tokenizer: formats.Tokenizer, *, max_length: int) -> ToBatch:
+  """Returns a function that makes an LMBatch [B, T], T = max_length."""
+
+  def batch(items):
+    tokens = np.full((len(items), max_length), tokenizer.pad_token_id, np.int32)
+    real = np.zeros((len(items), max_length), bool)
+    loss_mask = np.zeros((len(items), max_length), bool)
+    for index, item in _local(items):
+      prompt, (completion,) = truncate(item, max_length, tokenizer.bos_token_id)
+      size = len(prompt) + len(completion)
+      tokens[index, :size] = np.concatenate([prompt, completion])
+      real[index, :size] = True
+      # The first token of a sequence has no token before it, so it is not a target.
+      loss_mask[index, max(len(prompt), 1) : size] = True
+    positions = np.where(real, np.arange(max_length, dtype=np.int32), 0)
+    return types.LMBatch(tokens, real.astype(np.int32), positions, loss_mask)
+
+  return batch
+
+
+def pair_batcher(data: TokenizedData, tokenizer: formats.Tokenizer, *, max_length: int) -> ToBatch:
+  """Returns a function that makes Pairs [B, P + R].
+
+  P is the length of the longest prompt and R of the longest completion.
+
+  Raises:
+    UserError: A prompt has no tokens.
+  """
+  prompt_length, response_length = 0, 0
+  for index, item in enumerate(data.iterate('measuring')):
+    prompt, (completion,) = truncate(item, max_length, tokenizer.bos_token_id)
+    prompt_length = max(prompt_length, len(prompt))
+    response_length = max(response_length, len(completion))
+    if not len(prompt):
+      raise UserError(
+        f'example {index}{lazy.place(data.examples, index)} has an empty prompt, but an '
+        'encoder-decoder model needs one. Add a prompt.'
+      )
+
+  def batch(items):
+    shape = (len(items), prompt_length + response_length)
+    tokens = np.full(shape, tokenizer.pad_token_id, np.int32)
+    mask = np.zeros(shape, bool)
+    for index, item in _local(items):
+      prompt, (completion,) = truncate(item, max_length, tokenizer.bos_token_id)
+      span = slice(prompt_length - len(prompt), prompt_length + len(completion))
+      tokens[index, span], mask[index, span] = np.concatenate([prompt, completion]), True
+    return types.Pairs(tokens, mask, mask[:, prompt_length:].copy())
+
+  return batch
+
+
+def comparison_batcher(
+  data: TokenizedData, tokenizer: formats.Tokenizer, *, max_length: int
+) -> ToBatch:
+  """Returns a function that makes Comparisons [B, K, T].
+
+  K is the largest number of completions of a prompt.
+  """
+  examples = data.examples if data.all is None else [item.example for item in data.all]
+  max_completions = max((len(example.completions) for example in examples), default=0)
+
+  def batch(items):
+    shape = len(items), max_completions
+    tokens = np.full((*shape, max_length), tokenizer.pad_token_id, np.int32)
+    mask = np.zeros((*shape, max_length), bool)
+    present = np.zeros(shape, bool)
+    ranks = np.zeros(shape, np.int32)
+    ratings = np.zeros(shape, np.float32)
+    margin = np.zeros(len(items), np.float32)
+    for index, item in _local(items):
+      prompt, completions = truncate(item, max_length, tokenizer.bos_token_id)
+      count = len(completions)
+      for column, completion in enumerate(completions):
+        size = len(prompt) + len(completion)
+        tokens[index, column, :size] = np.concatenate([prompt, completion])
+        mask[index, column, :size] = True
+      example = item.example
+      present[index, :count] = True
+      ranks[index, :count] = example.ranks
+      ratings[index, :count] = 0.0 if example.ratings is None else example.ratings
+      margin[index] = example.margin
+    return types.Comparisons(tokens, mask, present, ranks, ratings, margin)
+
+  return batch
+
+
+def _local(items: Sequence[Tokenized | None]) -> Iterator[tuple[int, Tokenized]]:
+  """Iterates over (index, example) of the examples of this process."""
+  return ((index, item) for index, item in enumerate(items) if item is not None)
+
+
+# Prompts without completions.
+
+
+def prompts(
+  examples: Sequence[formats.Prompt],
+  tokenizer: formats.Tokenizer,
+  *,
+  max_prompt_length: int,
+  on_long: str,
+) -> tuple[TokenizedData, np.ndarray | range]:
+  """Tokenizes prompts; see `pipelines.prompt_iterator` for the arguments.
+
+  All prompts are tokenized here to find those that are too long, except if on_long='truncate_left'.
+
+  Returns:
+    (tokenized prompts, indices of the prompts to use).
+  """
+  if on_long not in ('error', 'truncate_left', 'drop'):
+    raise UserError(
+      f"config.data.on_long is {on_long!r}; it must be 'error', 'truncate_left' or 'drop'."
+    )
+
+  def encode(chunk):
+    prompts = tokenizers.encode(tokenizer, [each.prompt for each in chunk])
+    return [Tokenized(None, prompt) for prompt in prompts]
+
+  data = TokenizedData(examples, encode)
+  warn_unknown(tokenizer, data)
+  if data.all is None and on_long == 'truncate_left':
+    long = sum(len(item.prompt) > max_prompt_length for item in data.sample)
+    indices, seen = range(len(data)), len(data.sample)
+  else:
+    lengths = (len(item.prompt) for item in data.iterate('tokenizing'))
+    lengths = np.fromiter(lengths, np.int32, len(data))
+    _check_prompts(data, lengths, max_prompt_length, on_long)
+    long, seen = np.count_nonzero(lengths > max_prompt_length), len(data)
+    indices = range(len(data))
+    if on_long == 'drop':
+      indices = np.flatnonzero(lengths <= max_prompt_length)
+  if len(data) and not len(indices):
+    raise UserError(
+      f'none of {len(data)} prompts has at most config.data.max_prompt_length={max_prompt_length} '
+      'tokens. Raise it.'
+    )
+  if long:
+    logging.warning(
+      '%d of %s%d prompts are longer than %d tokens; on_long is %r.',
+      long,
+      data.sample_note() if seen < len(data) else '',
+      seen,
+      max_prompt_length,
+      on_long,
+    )
+  return data, indices
+
+
+def _check_prompts(
+  data: TokenizedData, lengths: np.ndarray, max_prompt_length: int, on_long: str
+) -> None:
+  """Raises UserError if a prompt has no tokens, or too many and on_long='error'."""
+  wrong = lengths == 0
+  if on_long == 'error':
+    wrong |= lengths > max_prompt_length
+  if not wrong.any():
+    return
+  index = int(np.argmax(wrong))
+  where = lazy.place(data.examples, index)
+  if not lengths[index]:
+    raise UserError(
+      f'prompt {index}{where} is empty, and the tokenizer adds no BOS, so it has no tokens. Remove '
+      'the example.'
+    )
+  raise UserError(
+    f'prompt {index}{where} has {lengths[index]} tokens, more than config.data.max_prompt_length='
+    f'{max_prompt_length}: {data.examples[index].prompt[:60]!r}... Raise max_prompt_length, or '
+    "set config.data.on_long to 'truncate_left' or 'drop'."
+  )
+
+
+def prompt_batcher(tokenizer: formats.Tokenizer, *, max_prompt_length: int) -> ToBatch:
+  """Returns a function that makes Prompts [B, P], P = max_prompt_length.
+
+  The function raises UserError if a prompt has no tokens.
+  """
+
+  def batch(items):
+    tokens = np.full((len(items), max_prompt_length), tokenizer.pad_token_id, np.int32)
+    mask = np.zeros((len(items), max_prompt_length), bool)
+    for index, item in _local(items):
+      ids = truncate_left(item.prompt, max_prompt_length, tokenizer.bos_token_id)
+      if not len(ids):
+        raise UserError(
+          'a prompt is empty, and the tokenizer adds no BOS, so it has no tokens. Remove the '
+          'example: a warning at the start of the run names it.'
+        )
+      tokens[index, max_prompt_length - len(ids) :] = ids
+      mask[index, max_prompt_length - len(ids) :] = True
+    return types.Prompts(tokens, mask)
+
+  return batch
