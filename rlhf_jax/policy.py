@@ -306,7 +306,7 @@ def _with_frozen(path, config, model, trained):
       'checkpoints hold that part alone; wait for its end'
     )
   _, params = hf.load(config['path'])
-  model, _, frozen = trainable.start(
+  model, _, frozen = trainable.set_up(
     model, params, unfrozen_layers=config['unfrozen_layers'], seed=0, **config['lora']
   )
   # Restored arrays lie on the devices of the run, the folder's on one.

@@ -169,7 +169,7 @@ FOLDERS = {
   # models
   'model: pickle alone': (
     pickled(SINGLE, 'pytorch_model.bin'),
-    r'pytorch_model.bin, ...\) have to be converted',
+    r'pytorch_model.bin, ...\) to safetensors',
   ),
   'model: header of 2^63 bytes': (
     lambda folder: content(SINGLE, (2**63).to_bytes(8, 'little') + b'x' * 99)(folder),
@@ -198,7 +198,7 @@ FOLDERS = {
       content(f'{SINGLE}.index.json', '{"weight_map": {"a": "/dev/zero"}}')(folder),
       (folder / SINGLE).unlink(),
     ),
-    'should be the name of a file beside it',
+    'it must name a file in the same folder',
   ),
   'model: config is a pipe': (pipe('config.json'), 'cannot be read: is a device or a pipe'),
   'model: config is a device': (
@@ -236,7 +236,7 @@ FOLDERS = {
   # adapters
   'adapter: pickle alone': (
     pickled(WEIGHTS, 'adapter_model.bin'),
-    r'adapter_model.bin, ...\) have to be converted',
+    r'adapter_model.bin, ...\) to safetensors',
   ),
   'adapter: NaN': (tensor(WEIGHTS, QUERY, with_nan), 'NaN or infinity in .*q_proj.lora_A'),
   'adapter: integers': (

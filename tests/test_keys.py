@@ -31,7 +31,7 @@ def adapters_of(critic):
   model = models.create(tiny.LLAMA)
   mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
   params = model.init(jax.random.key(0))
-  model, trained, frozen = trainable.start(
+  model, trained, frozen = trainable.set_up(
     model,
     params,
     unfrozen_layers=None,

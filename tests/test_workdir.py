@@ -152,7 +152,7 @@ def test_the_next_start_removes_what_a_killed_export_leaves(tmp_path):
       """
 import os, sys
 from rlhf_jax.models import hf_files
-with hf_files.replacing(sys.argv[1]) as model, hf_files.replacing(sys.argv[2]) as adapter:
+with hf_files.atomic_folder(sys.argv[1]) as model, hf_files.atomic_folder(sys.argv[2]) as adapter:
   (model / 'config.json').touch()
   os._exit(9)
 """,

@@ -92,7 +92,7 @@ def split_trainable(config, model, params, mesh):
   Returns:
     Model with its adapters, trained parameters, frozen parameters; see models/trainable.py.
   """
-  model, trained, frozen = trainable.start(
+  model, trained, frozen = trainable.set_up(
     model,
     params,
     unfrozen_layers=config.model.unfrozen_layers,

@@ -1,11 +1,10 @@
-"""Weights from and to Hugging Face folders: config.json, safetensors and tokenizer files.
+"""Loads and saves Hugging Face folders: config.json, safetensors and tokenizer files.
 
-Nothing of transformers is needed for this: names, transposes and fused tensors are tables in
-the families' files. Every tensor goes straight to its place on the mesh, so a model is never
-whole on one device, and the host holds a few tensors of it at a time.
+This does not need transformers: tensor names, transposes and fused tensors are tables in the
+families' files. Each device reads only its own shards, and the host holds a few tensors at a time.
 
-Beside what transformers knows, a reward model's folder may hold 'score.bias' (their heads of that
-name have no bias); it is written only where it is not zero.
+A reward model's folder may hold 'score.bias', which transformers does not know (its heads of that
+name have no bias). It is written only if it is not zero.
 """
 
 import collections
@@ -36,30 +35,30 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 def load(path, *, mesh=None, dtype='float32', remat='none', unroll=1, param_dtype='float32'):
-  """Reads a causal language model.
+  """Loads a language model.
 
   Args:
-    path: folder with config.json and safetensors files, or of a finished run.
-    mesh: where the parameters go, by the family's rules; None: the default device.
-    dtype, remat, unroll: of the Model.
-    param_dtype: of the parameters.
+    path: Folder with config.json and safetensors files, or the workdir of a finished run.
+    mesh: Mesh on which the family's rules place the parameters; None for the default device.
+    dtype, remat, unroll: Settings of the Model.
+    param_dtype: Dtype of the parameters.
 
   Returns:
     (Model, params).
 
   Raises:
-    UserError: files missing or damaged; a config field that is unknown or not supported; tensors
-      missing, left over, of the wrong shape or dtype, or with values that are not finite.
+    UserError: Files are missing or damaged; a config field is unknown or not supported; or a tensor
+      is missing, unknown, not finite, or has the wrong shape or dtype.
   """
   model, module, tensors = _open(path, dtype=dtype, remat=remat, unroll=unroll)
   weight, _ = _head_names(model)
   if isinstance(model, models.Encoder):
     raise UserError(
-      f'{path}: a {model.family} model reads texts and writes none; it can be a reward model only'
+      f'{path}: a {model.family} model cannot generate text; it can only be a reward model'
     )
   if weight in tensors.names():
     raise UserError(
-      f'{path}: holds {weight}: it is a reward model, not a language model; '
+      f'{path}: has {weight}, so it is a reward model, not a language model; '
       'give the folder of a language model'
     )
   shapes, sources = model.shapes(), module.sources(model.config)
@@ -70,17 +69,17 @@ def load(path, *, mesh=None, dtype='float32', remat='none', unroll=1, param_dtyp
 
 
 def load_reward(path, *, mesh=None, dtype='float32', remat='none', unroll=1, param_dtype='float32'):
-  """Reads a sequence classifier with one label.
+  """Loads a reward model: a sequence classifier with one label.
 
   Args:
-    path, mesh, dtype, remat, unroll, param_dtype: see `load`.
+    path, mesh, dtype, remat, unroll, param_dtype: See `load`.
 
   Returns:
     (Model, {'backbone': params, 'head': {'kernel': [D], 'bias': []}}). The backbone has no
-    separate unembedding: such files have none.
+    unembedding, because files of classifiers have none.
 
   Raises:
-    UserError: see `load`; or the head has more than one label.
+    UserError: See `load`; or the head has more than one label.
   """
   model, module, tensors = _open(path, dtype=dtype, remat=remat, unroll=unroll)
   head = _read_head(path, tensors, model)
@@ -94,26 +93,27 @@ def load_reward(path, *, mesh=None, dtype='float32', remat='none', unroll=1, par
 
 
 def save(path, model, params, *, tokenizer=None, head=None, max_shard_bytes=MAX_SHARD_BYTES):
-  """Writes a folder that `load` (or `load_reward`) and transformers read back.
+  """Saves a folder that `load` (or `load_reward`) and transformers can read.
 
-  The folder appears at once when it is complete, in place of an older one. With several
-  processes all of them call this and the first one writes.
+  The complete folder replaces an older one in a single step. All processes must call this; the main
+  process writes.
 
   Args:
-    path: the folder.
-    model: the Model.
-    params: its parameters, of one dtype.
-    tokenizer: of transformers; saved beside, its special token ids go to config.json.
-    head: of a reward model, {'kernel': [D], 'bias': []}; the folder then holds a sequence
-      classifier with one label, without an unembedding.
-    max_shard_bytes: largest safetensors file; a larger model becomes several with an index.
+    path: Folder to write.
+    model: Model.
+    params: Its parameters, all of one dtype.
+    tokenizer: Tokenizer of transformers to save with the model; its special token ids are written
+      to config.json.
+    head: Head of a reward model, {'kernel': [D], 'bias': []}; the folder then holds a sequence
+      classifier with one label and no unembedding.
+    max_shard_bytes: Largest safetensors file; a larger model is written as several files.
   """
   tensors = _tensors(model, params, head)
   if not processes.is_main_process():
     for _ in tensors:
       pass
   else:
-    with hf_files.replacing(path) as folder:
+    with hf_files.atomic_folder(path) as folder:
       hf_files.write(folder, tensors, max_shard_bytes=max_shard_bytes)
       config = _config_json(model, params, tokenizer, head)
       (folder / 'config.json').write_text(json.dumps(config, indent=2, sort_keys=True) + '\n')
@@ -123,7 +123,7 @@ def save(path, model, params, *, tokenizer=None, head=None, max_shard_bytes=MAX_
 
 
 def _model(path, **settings):
-  """The Model that a folder's config.json describes."""
+  """Returns the Model that a folder's config.json describes."""
   if os.path.isfile(path):
     raise UserError(
       f'{path}: is a file; a model is a folder with config.json and safetensors files'
@@ -132,7 +132,7 @@ def _model(path, **settings):
   fields = hf_files.read_json(file)
   if not isinstance(fields.get('model_type'), str):
     raise UserError(
-      f'{file}: model_type is missing or not a string; it names the family, one of {sorted(FAMILIES)}'
+      f'{file}: model_type is missing or not a string; set it to one of {sorted(FAMILIES)}'
     )
   try:
     model = models.create(fields, **settings)
@@ -143,7 +143,7 @@ def _model(path, **settings):
 
 
 def _open(path, **settings):
-  """The Model of a folder as its tensors want it, its family's file, and the hf_files.Tensors."""
+  """Returns the Model of a folder, the module of its family, and its hf_files.Tensors."""
   path = folders.model(path)
   model = _model(path, **settings)
   module = FAMILIES[model.family]
@@ -152,46 +152,48 @@ def _open(path, **settings):
   return dataclasses.replace(model, config=config), module, tensors
 
 
-def _check_architectures(file, found, module):
-  """Refuses a config.json whose `architectures` are of another family than its model_type.
+def _check_architectures(file, architectures, module):
+  """Raises UserError if `architectures` in a config.json contradicts its model_type.
 
-  Bare models and other heads of the family pass here: whether they will do shows in the tensors.
+  Bare models and all heads of the family pass; the tensors show later if the head is the right one.
   """
-  if found is None:
+  if architectures is None:
     return
   expected = module.ARCHITECTURE
-  if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+  if not isinstance(architectures, list) or not all(
+    isinstance(name, str) for name in architectures
+  ):
     raise UserError(
-      f'{file}: architectures={brief(json.dumps(found))}: must be a list of names, '
+      f'{file}: architectures={brief(json.dumps(architectures))}: must be a list of names, '
       f'like ["{expected}"]'
     )
   stem = re.split(r'For[A-Z]|LMHeadModel$', expected)[0]
   of_family = rf'{stem}(\w*Model|For\w+)|{module.CLASSIFIER}'
-  if found and not any(re.fullmatch(of_family, name) for name in found):
+  if architectures and not any(re.fullmatch(of_family, name) for name in architectures):
     raise UserError(
-      f'{file}: architectures={brief(json.dumps(found))} is not supported, or contradicts '
-      f'model_type, of which it would be "{expected}"; if the model is one, write that'
+      f'{file}: architectures={brief(json.dumps(architectures))} is not supported, or contradicts '
+      f'model_type; if the model is a "{expected}", write that'
     )
 
 
 def _head_names(model):
-  """The tensors of a reward model's head: weight and bias."""
+  """Returns the names of the weight and the bias of a reward model's head."""
   return f'{model.config.head}.weight', f'{model.config.head}.bias'
 
 
 def _read_head(path, tensors, model):
-  """A reward model's head as numpy arrays, {'kernel': [D], 'bias': []}."""
+  """Reads a reward model's head as NumPy arrays, {'kernel': [D], 'bias': []}."""
   names = tensors.names()
   weight, bias = _head_names(model)
   if weight not in names:
     raise UserError(
-      f'{path}: has no {weight}: it is not a reward model '
+      f'{path}: has no {weight}, so it is not a reward model '
       f'({FAMILIES[model.family].CLASSIFIER} with num_labels 1)'
     )
   if tensors.shape(weight) != (1, model.width):
     raise UserError(
       f'{path}: {weight} has shape {tensors.shape(weight)}; '
-      f'a reward model has one label: (1, {model.width})'
+      f'a reward model has one label, so it must be (1, {model.width})'
     )
   expected = {weight: (1, model.width)} | ({bias: (1,)} if bias in names else {})
   _check(path, tensors, expected)
@@ -203,15 +205,15 @@ def _read_head(path, tensors, model):
 
 
 def _read(path, tensors, model, shapes, sources, *, mesh, param_dtype):
-  """Parameters of a model as a dict, each array read directly into its shards.
+  """Reads the parameters of a model as a dict of sharded arrays.
 
   Args:
-    path: the folder, for messages.
+    path: Folder, for messages.
     tensors: hf_files.Tensors.
-    model: the Model.
-    shapes: the tree to read, of ShapeDtypeStructs.
+    model: Model.
+    shapes: Tree of ShapeDtypeStructs to read.
     sources: {path in the tree: Source}.
-    mesh, param_dtype: see `load`.
+    mesh, param_dtype: See `load`.
   """
   expected = _expected(sharding.paths(shapes), sources)
   _check(path, tensors, expected, extra=_extra(tensors, model, expected))
@@ -230,14 +232,14 @@ def _read(path, tensors, model, shapes, sources, *, mesh, param_dtype):
   bad = tensors.not_finite()
   if bad:
     raise UserError(
-      f'{path}: NaN or infinity in {_some(bad)}; the weights are damaged, '
-      'take another copy or an earlier checkpoint'
+      f'{path}: NaN or infinity in {_some(bad)}; the weights are damaged: '
+      'use another copy or an earlier checkpoint'
     )
   return params
 
 
 def _expected(leaves, sources):
-  """Shapes of all tensors, {name in the files: shape}; a fused one is as wide as its parts together."""
+  """Returns {name in the files: shape} of all tensors; the widths of fused parameters add up."""
   widths = collections.Counter()
   for path, leaf in leaves.items():
     widths[sources[path].name] += leaf.shape[-1]
@@ -245,55 +247,55 @@ def _expected(leaves, sources):
   for path, leaf in leaves.items():
     source = sources[path]
     shape = (*leaf.shape[1 if source.stacked else 0 : -1], widths[source.name])
-    # No model is that deep: a mistyped depth is found among the first of its layers.
+    # The limit stops a mistyped depth early; no model has so many layers.
     for layer in range(min(leaf.shape[0], 10000) if source.stacked else 1):
       expected[source.name.format(layer=layer)] = shape[::-1] if source.transpose else shape
   return expected
 
 
 def _extra(tensors, model, expected):
-  """Names of tensors that are no part of the model and not known to be harmless."""
+  """Returns names of tensors that do not belong to the model and are not known to be harmless."""
   module = FAMILIES[model.family]
   ignored = re.compile(module.IGNORED_TENSORS)
-  spare = tensors.names() - set(expected) - set(_head_names(model))
+  unknown = tensors.names() - set(expected) - set(_head_names(model))
   if model.config.tie_word_embeddings:
-    spare -= {module.UNEMBED}  # A copy of the embedding that some writers leave in.
-  return [name for name in spare if not ignored.search(name)]
+    unknown -= {module.UNEMBED}  # some tools save a copy of the tied embedding
+  return [name for name in unknown if not ignored.search(name)]
 
 
 def _check(path, tensors, expected, *, extra=()):
-  """Compares names, shapes and dtypes in the files with those of the model, all before reading any."""
+  """Compares names, shapes and dtypes in the files with those of the model, before reading any."""
   names = tensors.names()
-  there = {name: shape for name, shape in expected.items() if name in names}
-  found = {
+  present = {name: shape for name, shape in expected.items() if name in names}
+  defects = {
     'missing': set(expected) - names,
     'not of this model': extra,
     'wrong shape': [
-      f'{name} is {tensors.shape(name)} and should be {shape}'
-      for name, shape in there.items()
+      f'{name} is {tensors.shape(name)}, expected {shape}'
+      for name, shape in present.items()
       if tensors.shape(name) != shape
     ],
-    'not floating point (quantised weights have to be converted first)': [
+    'not floating point (convert quantised weights first)': [
       f'{name} is {tensors.dtype(name)}'
-      for name in there
+      for name in present
       if tensors.dtype(name) not in hf_files.FLOATS
     ],
   }
-  problems = [f'{label}: {_some(wrong)}' for label, wrong in found.items() if wrong]
+  problems = [f'{label}: {_some(wrong)}' for label, wrong in defects.items() if wrong]
   if problems:
     raise UserError(
-      f'{path}: tensors do not fit config.json: {"; ".join(problems)}. '
+      f'{path}: tensors do not match config.json: {"; ".join(problems)}. '
       'Take both from the same model'
     )
 
 
 def _some(names):
-  """The first few of some names, and how many there are."""
+  """Returns the first few of some names, and their number, for a message."""
   return f'{", ".join(sorted(names)[:8])}{" ..." if len(names) > 8 else ""} ({len(names)})'
 
 
 def _check_copy(path, tensors, model, sources):
-  """Makes sure that an unembedding beside a tied embedding is a copy of it, as it will not be used."""
+  """Raises UserError if the files have an unembedding that differs from the tied embedding."""
   copy = FAMILIES[model.family].UNEMBED
   if (
     not model.config.tie_word_embeddings
@@ -311,13 +313,13 @@ def _check_copy(path, tensors, model, sources):
     for first in range(0, rows, step)
   ):
     raise UserError(
-      f'{path}: {copy} differs from {embedding}, but config.json has tie_word_embeddings true, or '
-      f'lacks it where that is the default; set it to false to use {copy}, or remove the tensor'
+      f'{path}: {copy} differs from {embedding}, but tie_word_embeddings is true in config.json or '
+      f'by default; set it to false to use {copy}, or remove the tensor'
     )
 
 
 def _tensors(model, params, head):
-  """Yields (name in the file, numpy array) for all parameters, a few layers of each at a time."""
+  """Yields (name, NumPy array) of all tensors to write; gathers a few layers at a time."""
   module = FAMILIES[model.family]
   leaves = sharding.paths(params)
   groups = collections.defaultdict(list)
@@ -345,7 +347,7 @@ def _tensors(model, params, head):
 
 
 def _config_json(model, params, tokenizer, head):
-  """The dict for config.json."""
+  """Returns the dict to write to config.json."""
   module = FAMILIES[model.family]
   config = model.config.to_hf()
   config['torch_dtype'] = str(
@@ -353,11 +355,11 @@ def _config_json(model, params, tokenizer, head):
   )
   config['architectures'] = [module.ARCHITECTURE if head is None else module.CLASSIFIER]
   if head is not None:
-    # Two entries of labels make the default of two; the number of labels is their count.
+    # transformers counts these labels; without them a classifier has two.
     config['id2label'] = {'0': 'reward'}
     config['label2id'] = {'reward': 0}
   for name in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
-    given = getattr(tokenizer, name, None)
-    if given is not None and name not in model.config.kept_token_ids:
-      config[name] = given
+    token_id = getattr(tokenizer, name, None)
+    if token_id is not None and name not in model.config.kept_token_ids:
+      config[name] = token_id
   return config

@@ -174,7 +174,7 @@ class Fields:
         for name, value in sorted(left.items())[:8]
       )
       raise UserError(
-        f'model config: this model family does not know the fields {listed}. '
+        f'model config: fields that this model family does not know: {listed}. '
         'Ignoring them could change what the model computes; remove them if they are not needed'
       )
 

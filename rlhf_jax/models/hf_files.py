@@ -1,4 +1,4 @@
-"""Folders of safetensors files: reading slices of tensors, writing shards with an index."""
+"""Reads slices of tensors from folders of safetensors files, and writes such folders."""
 
 import contextlib
 import json
@@ -22,10 +22,10 @@ FLOATS = ('F64', 'F32', 'F16', 'BF16')
 
 
 def read_json(path):
-  """A JSON file as a dict.
+  """Reads a JSON object as a dict.
 
   Raises:
-    UserError: no such file, or not a JSON object.
+    UserError: The file does not exist, cannot be read or does not hold a JSON object.
   """
   try:
     folders.check_file(path)
@@ -37,16 +37,16 @@ def read_json(path):
   except OSError as error:
     raise UserError(f'{path}: cannot be read: {error.strerror}') from None
   except (ValueError, RecursionError) as error:
-    raise UserError(f'{path}: not JSON: {error}; mend it or copy it again') from None
+    raise UserError(f'{path}: not JSON: {error}; fix it or copy it again') from None
   if not isinstance(content, dict):
     raise UserError(
-      f'{path}: holds a JSON {type(content).__name__} and should hold an object, {{...}}'
+      f'{path}: holds a JSON {type(content).__name__}; it must hold an object, {{...}}'
     )
   return content
 
 
 class _Entry(NamedTuple):
-  """One tensor: the file it is in, its name there, shape and dtype as safetensors spells it."""
+  """A tensor: its file, its name there, its shape, and its dtype as safetensors spells it."""
 
   file: pathlib.Path
   name: str
@@ -58,11 +58,11 @@ class Tensors:
   """The tensors of a model folder, read lazily.
 
   Args:
-    folder: with model.safetensors, or shards and their index.
-    prefix: taken off the names that have it (files of bare backbones lack it).
+    folder: Folder with model.safetensors, or with shards and their index.
+    prefix: Prefix to remove from names; files of bare backbones lack it.
 
   Raises:
-    UserError: files missing or damaged, or the index and they do not agree.
+    UserError: Files are missing or damaged, or do not match the index.
   """
 
   def __init__(self, folder, *, prefix):
@@ -74,33 +74,38 @@ class Tensors:
         other = self._entries.setdefault(name, entry)
         if other is not entry:
           raise UserError(
-            f'{folder}: {entry.name} is there twice, in {other.file.name} (as {other.name}) '
+            f'{folder}: holds {entry.name} twice, in {other.file.name} (as {other.name}) '
             f'and {entry.file.name}; remove one of them'
           )
 
   def names(self):
-    """Names of all tensors, without the prefix."""
+    """Returns the names of all tensors, without the prefix."""
     return set(self._entries)
 
   def shape(self, name):
-    """Shape of a tensor."""
+    """Returns the shape of a tensor."""
     return self._entries[name].shape
 
   def dtype(self, name):
-    """Dtype of a tensor as safetensors spells it: 'F32', 'BF16', 'I8', ..."""
+    """Returns the dtype of a tensor as safetensors spells it: 'F32', 'BF16', 'I8', ..."""
     return self._entries[name].dtype
 
   def read(self, name, *indices, axis=0):
-    """The parts of a tensor that tuples of slices select, joined along an axis, as a numpy array.
+    """Reads slices of a tensor and concatenates them as a NumPy array.
 
-    The file is opened for this alone: pages read from one that stays open count as memory of the
-    process. Double precision, which no parameter has, is read as float32.
+    The file is opened for each call, because pages read from a file that stays open count as memory
+    of the process. float64, which no parameter has, is converted to float32.
+
+    Args:
+      name: Name of the tensor.
+      *indices: Tuples of slices.
+      axis: Axis along which the selected parts are concatenated.
     """
     entry = self._entries[name]
     with opened(entry.file) as file:
       tensor = file.get_slice(entry.name)
       parts = [tensor[index] for index in indices]
-      del tensor  # It keeps the file open as well.
+      del tensor  # it also keeps the file open
     array = np.concatenate(parts, axis) if len(parts) > 1 else parts[0]
     array = array.astype(np.float32) if entry.dtype == 'F64' else array
     if not np.isfinite(array).all():
@@ -108,16 +113,16 @@ class Tensors:
     return array
 
   def not_finite(self):
-    """Names of the tensors that were found, while reading them, to hold NaN or infinity."""
+    """Returns the names of the tensors read so far that hold NaN or infinity."""
     return set(self._not_finite)
 
 
 @contextlib.contextmanager
 def opened(file):
-  """A safetensors file, open; the library checks that its header fits its size.
+  """Opens a safetensors file; the library checks that the header matches the file's size.
 
   Raises:
-    UserError: it cannot be read.
+    UserError: The file cannot be read.
   """
   if file.exists() and not file.is_file():
     raise UserError(f'{file}: cannot be read: it is a folder, a device or a pipe, not a file')
@@ -132,14 +137,14 @@ def opened(file):
 
 
 def _layout(folder):
-  """The files of a folder: {path: names of the tensors it has to hold, or None where no index says}."""
+  """Returns {file: names of its tensors by the index, or None without an index}."""
   single, index = folder / SINGLE, folder / INDEX
   if not index.exists():
     if not single.exists():
-      held = sorted(os.listdir(folder)) if folder.is_dir() else []
+      present = sorted(os.listdir(folder)) if folder.is_dir() else []
       raise UserError(
-        f'{folder}: no {SINGLE} and no {INDEX}, only {held}; '
-        'files of other kinds (pytorch_model.bin, ...) have to be converted to safetensors first'
+        f'{folder}: has neither {SINGLE} nor {INDEX}, only {present}; '
+        'convert files of other kinds (pytorch_model.bin, ...) to safetensors first'
       )
     return {single: None}
   layout = {}
@@ -148,30 +153,35 @@ def _layout(folder):
   missing = sorted(file.name for file in layout if not file.exists())
   if missing:
     raise UserError(
-      f'{index}: names files that are not there: {", ".join(missing)}; copy or download them'
+      f'{index}: lists files that do not exist: {", ".join(missing)}; copy or download them'
     )
   if single.exists() and single not in layout:
     raise UserError(
-      f'{folder}: holds both {SINGLE} and {INDEX} with other files; remove those that are out of date'
+      f'{folder}: holds both {SINGLE} and {INDEX}, which lists other files; remove the outdated'
     )
   return dict(sorted(layout.items()))
 
 
 def _weight_map(index):
-  """The index's {name of a tensor: name of a file}."""
-  found = read_json(index).get('weight_map')
-  if not isinstance(found, dict) or not found:
+  """Reads {name of a tensor: name of its file} from an index."""
+  weight_map = read_json(index).get('weight_map')
+  if not isinstance(weight_map, dict) or not weight_map:
     raise UserError(f'{index}: has no weight_map from names of tensors to names of files')
-  for name, file in found.items():
+  for name, file in weight_map.items():
     if not isinstance(file, str) or pathlib.PurePath(file).name != file:
       raise UserError(
-        f'{index}: weight_map[{name!r}] is {file!r} and should be the name of a file beside it'
+        f'{index}: weight_map[{name!r}] is {file!r}; it must name a file in the same folder'
       )
-  return found
+  return weight_map
 
 
 def _entries(file, listed):
-  """The tensors of one file, checked against the names that the index lists for it (None: no index)."""
+  """Returns the tensors of a file, after comparing their names with those that the index lists.
+
+  Args:
+    file: Path of the file.
+    listed: Set of names, or None if there is no index.
+  """
   with opened(file) as tensors:
     entries = []
     for name in tensors.keys():
@@ -181,37 +191,37 @@ def _entries(file, listed):
   if listed is not None and names != listed:
     problems = [
       f'{label} {", ".join(sorted(wrong)[:8])} ({len(wrong)})'
-      for label, wrong in (('lacks', listed - names), ('holds, unlisted,', names - listed))
+      for label, wrong in (('lacks', listed - names), ('also holds', names - listed))
       if wrong
     ]
     raise UserError(
-      f'{file}: does not hold what {INDEX} says: it {"; it ".join(problems)}; '
-      'the files are of different models or writings, take all from one'
+      f'{file}: does not match {INDEX}: it {"; it ".join(problems)}; '
+      'the files come from different models or saves: take all of them from one'
     )
   return entries
 
 
 def write(folder, tensors, *, max_shard_bytes):
-  """Writes tensors in order, one file after another, and the index if there is more than one.
+  """Writes tensors in order to one or more files, and an index if there are several files.
 
   Args:
-    folder: exists.
-    tensors: iterable of (name, numpy array); no more than a shard of them is held at a time.
-    max_shard_bytes: size beyond which a new file is begun.
+    folder: Existing folder.
+    tensors: Iterable of (name, NumPy array); at most one shard of them is in memory at a time.
+    max_shard_bytes: Largest size of a file, unless a single tensor is larger.
   """
   folder = pathlib.Path(folder)
-  shards, held, size, total = [], {}, 0, 0
+  shards, shard, size, total = [], {}, 0, 0
 
   def flush():
     file = folder / f'shard-{len(shards):05d}'
-    safetensors.numpy.save_file(held, file, metadata={'format': 'pt'})
-    shards.append((file, list(held)))
+    safetensors.numpy.save_file(shard, file, metadata={'format': 'pt'})
+    shards.append((file, list(shard)))
 
   for name, array in tensors:
-    if held and size + array.nbytes > max_shard_bytes:
+    if shard and size + array.nbytes > max_shard_bytes:
       flush()
-      held, size = {}, 0
-    held[name] = np.ascontiguousarray(array)  # The writer copies memory as it lies.
+      shard, size = {}, 0
+    shard[name] = np.ascontiguousarray(array)  # the writer ignores strides
     size += array.nbytes
     total += array.nbytes
   flush()
@@ -228,17 +238,17 @@ def write(folder, tensors, *, max_shard_bytes):
 
 
 @contextlib.contextmanager
-def replacing(path):
-  """A folder to write to, in the place of `path` when the body ends, and removed where it raises.
+def atomic_folder(path):
+  """Yields a temporary folder to write to, which replaces `path` if the body does not raise.
 
-  What a killed process leaves has a name that `workdir.remove_leftovers` knows.
+  `workdir.remove_leftovers` removes the temporary folder of a killed process by its name.
   """
   path = pathlib.Path(path)
   temporary = path.parent / f'.{path.name}.{uuid.uuid4().hex}'
   temporary.mkdir(parents=True)
   try:
     yield temporary
-    settle(temporary)
+    flush_folder(temporary)
     if path.exists():
       old = path.parent / f'.{path.name}.{uuid.uuid4().hex}'
       path.rename(old)
@@ -251,18 +261,19 @@ def replacing(path):
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def settle(folder):
-  """Makes a folder's files as readable as other new files, and waits until the disk has them."""
+def flush_folder(folder):
+  """Gives the files of a folder default permissions, and flushes them to disk."""
   mask = os.umask(0)
   os.umask(mask)
   folder = pathlib.Path(folder)
   for path in [*folder.rglob('*'), folder]:
-    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)  # safetensors lets the owner alone read
+    # safetensors makes its files readable by the owner only.
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
     sync(path)
 
 
 def sync(path):
-  """Waits until the disk has a file, or the names in a folder."""
+  """Flushes a file, or the list of a folder's files, to disk."""
   descriptor = os.open(path, os.O_RDONLY)
   try:
     os.fsync(descriptor)

@@ -1,9 +1,9 @@
-"""Low-rank adapters: y = x W + s x A B beside a frozen W (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
+"""Low-rank adapters: y = x W + s x A B with a frozen W.
 
-Adapters are parameters 'lora/a' and 'lora/b' beside the 'kernel' they adapt, so a tree with
-adapters is the model's tree with leaves added, and the model with its adapters off is the same
-tree without them. There is no dropout: in RL the same tokens are evaluated several times and the
-ratio of their probabilities has to be 1 at the start.
+See Hu et al. 2021 (https://arxiv.org/abs/2106.09685). Adapters are leaves 'lora/a' and 'lora/b'
+next to the 'kernel' that they adapt. Removing these leaves from the tree turns the adapters off.
+There is no dropout: RL evaluates the same tokens several times, and the ratio of their
+probabilities must be 1 before the first update.
 
 Letters: L layers, I inputs and O outputs of a linear map, r rank.
 """
@@ -23,27 +23,27 @@ from rlhf_jax.models import layers
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-  """Which linear maps have adapters.
+  """The linear maps that have adapters.
 
   Attributes:
-    targets: ((regex, rank, alpha), ...); the first whose regex is found in a map's path, like
-      'blocks/attention/query', counts.
-    rslora: s = alpha / sqrt(rank) (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732) instead
-      of alpha / rank.
+    targets: ((regex, rank, alpha), ...). The first entry whose regex is found in the path of a
+      linear map, like 'blocks/attention/query', applies to it.
+    rslora: Whether s is alpha / sqrt(rank) (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732)
+      instead of alpha / rank.
   """
 
   targets: tuple[tuple[str, int, float], ...]
   rslora: bool = False
 
   def find(self, path):
-    """(rank, s) of the map at a path, or None."""
+    """Returns (rank, s) of the linear map at a path, or None if it has no adapter."""
     for pattern, rank, alpha in self.targets:
       if re.search(pattern, path):
         return rank, alpha / (rank**0.5 if self.rslora else rank)
     return None
 
   def apply(self, path, adapter, x):
-    """s x A B of the map at `path`, [..., O] float32, for x [..., I]."""
+    """Computes s x A B of the linear map at `path`: x [..., I] to [..., O] float32."""
     low = layers.matmul(x, adapter['a'].astype(x.dtype))
     return (
       layers.matmul(low, adapter['b'].astype(x.dtype), preferred_element_type=jnp.float32)
@@ -52,18 +52,18 @@ class Lora:
 
 
 def attach(module, lora, *, prefix):
-  """Gives the linear maps of a module the adapters that `lora` names, in place."""
+  """Adds the adapters of `lora` to the linear maps of a module, in place."""
   for path, part in nnx.iter_modules(module):
-    found = lora.find('/'.join([*filter(None, [prefix]), *map(str, path)]))
-    if found and isinstance(part, layers.Linear):
-      part.lora = layers.LowRank(part.in_features, part.out_features, *found, dtype=part.dtype)
+    setting = lora.find('/'.join([*filter(None, [prefix]), *map(str, path)]))
+    if setting and isinstance(part, layers.Linear):
+      part.lora = layers.LowRank(part.in_features, part.out_features, *setting, dtype=part.dtype)
 
 
 def rules(base):
-  """Sharding of adapters: A is split like its kernel's inputs, B like its outputs.
+  """Returns sharding rules of adapters: A is sharded like the kernel's inputs, B like its outputs.
 
   Args:
-    base: a family's rules, ((regex, PartitionSpec), ...).
+    base: Rules of a family, ((regex, PartitionSpec), ...).
   """
   kernels = [
     (pattern.removesuffix('kernel$'), spec)
@@ -81,18 +81,18 @@ def rules(base):
 
 
 def init(key, params, lora):
-  """New adapters: A uniform in +-1 / sqrt(I), as PEFT has it, and B zero, so that nothing changes yet.
+  """Returns new adapters without effect: A is uniform in +-1 / sqrt(I), as in PEFT, and B is 0.
 
   Args:
-    key: random key.
-    params: the model's parameters (or ShapeDtypeStructs).
+    key: Random key.
+    params: Parameters of the model, or ShapeDtypeStructs.
     lora: Lora.
 
   Returns:
     Tree of float32 'lora/a' [L, I, r] and 'lora/b' [L, r, O] (without L outside the blocks).
 
   Raises:
-    UserError: a pattern of `lora` that finds no linear map.
+    UserError: A regex of `lora` matches no linear map.
   """
   kernels = {
     name.removesuffix('/kernel'): leaf
@@ -102,25 +102,26 @@ def init(key, params, lora):
   for pattern, *_ in lora.targets:
     if not any(re.search(pattern, path) for path in kernels):
       raise UserError(
-        f'config.model.lora.targets: {pattern!r} is found in no linear map of this model; '
+        f'config.model.lora.targets: {pattern!r} matches no linear map of this model; '
         f'it has {", ".join(sorted(kernels))}'
       )
   adapters = {}
   for number, (path, kernel) in enumerate(kernels.items()):
-    found = lora.find(path)
-    if found is None:
+    setting = lora.find(path)
+    if setting is None:
       continue
+    rank, _ = setting
     *stack, inputs, outputs = kernel.shape
     bound = inputs**-0.5
     a = jax.random.uniform(
-      jax.random.fold_in(key, number), (*stack, inputs, found[0]), minval=-bound, maxval=bound
+      jax.random.fold_in(key, number), (*stack, inputs, rank), minval=-bound, maxval=bound
     )
-    insert(adapters, path, {'lora': {'a': a, 'b': jnp.zeros((*stack, found[0], outputs))}})
+    insert(adapters, path, {'lora': {'a': a, 'b': jnp.zeros((*stack, rank, outputs))}})
   return adapters
 
 
 def insert(tree, path, value):
-  """Puts `value` into a nested dict at 'a/b/c', in place."""
+  """Sets the value of a nested dict at a path like 'a/b/c', in place."""
   *parents, last = path.split('/')
   for name in parents:
     tree = tree.setdefault(name, {})
@@ -128,13 +129,13 @@ def insert(tree, path, value):
 
 
 def merge(params, adapters, lora, *, sign=1):
-  """W + s A B for every adapted kernel, in the kernel's dtype.
+  """Computes W + s A B for every adapted kernel, in the kernel's dtype.
 
   Args:
-    params: the model's parameters, without adapters.
-    adapters: from `init`, trained.
+    params: Parameters of the model, without adapters.
+    adapters: Adapters, in the structure that `init` returns.
     lora: Lora.
-    sign: -1 takes the adapters out again.
+    sign: 1 adds the adapters, -1 subtracts them again.
 
   Returns:
     Parameters of the same structure.

@@ -1,9 +1,9 @@
-"""Adapters from and to PEFT's folders: adapter_config.json and adapter_model.safetensors.
+"""Loads and saves adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-See https://huggingface.co/docs/peft. PEFT adapts a linear map of the Hugging Face model; where
-that holds several of ours (GPT-2's fused query, key and value) one of its adapters is several of
-ours that share A, and several of ours are one of its with blocks on the diagonal of B. Both ways
-the function is the same; the rank grows on the way out.
+See https://huggingface.co/docs/peft. PEFT adapts linear maps of the Hugging Face model. If such a
+map fuses several of ours (query, key and value in GPT-2), one PEFT adapter becomes several of ours
+that share A. On saving, our adapters become one PEFT adapter: A side by side, B block-diagonal, and
+the rank is the sum of the ranks. The function is the same in both directions.
 
 Letters: L layers, I inputs, O outputs, r rank.
 """
@@ -25,8 +25,8 @@ from rlhf_jax.models.families import FAMILIES
 from rlhf_jax.models.naming import Source
 
 CONFIG, WEIGHTS, PREFIX = 'adapter_config.json', 'adapter_model.safetensors', 'base_model.model.'
-# Fields that are read here, or that change nothing once an adapter is trained. Any other has to be
-# null, false or empty: it may make the adapter something that lora.py does not compute.
+# Fields that are read here, or that have no effect on a trained adapter. Any other field must be
+# null, false or empty, because it could ask for something that lora.py does not compute.
 KNOWN = frozenset(
   {
     'r',
@@ -57,14 +57,16 @@ KNOWN = frozenset(
 
 
 def save(path, model, adapters):
-  """Writes a folder that PEFT reads on top of the base model; called by all processes, written by the first.
+  """Saves a folder that PEFT loads onto the base model.
+
+  All processes must call this; the main process writes.
 
   Args:
-    path: the folder.
+    path: Folder to write.
     model: Model with its Lora.
-    adapters: its trained adapters; those of the top layers alone lie under 'top'.
+    adapters: Its trained adapters; under 'top' if only the top layers are trained.
   """
-  tensors, found, in_rows = {}, {}, True
+  tensors, ranks_and_scales, transposed = {}, {}, True
   leaves = sharding.paths(adapters.get('top', adapters))
   shapes = sharding.paths(model.shapes())
   for name, members in _modules(model).items():
@@ -83,27 +85,30 @@ def save(path, model, adapters):
     ]
     kernels = [shapes[f'{path}/kernel'].shape for path, _ in members]
     a, b = _fuse(parts, sum(shape[-1] for shape in kernels))
-    in_rows = adapted[0][1].transpose
+    transposed = adapted[0][1].transpose
     numbers = range(kernels[0][0] - len(a), kernels[0][0]) if adapted[0][1].stacked else [None]
-    found[_regex(name, numbers)] = a.shape[-1], scale
+    ranks_and_scales[_regex(name, numbers)] = a.shape[-1], scale
     for index, number in enumerate(numbers):
       module = PREFIX + name.format(layer=number)
-      here = (a, b) if number is None else (a[index], b[index])
-      for letter, array in zip('AB', here):
+      pair = (a, b) if number is None else (a[index], b[index])
+      for letter, array in zip('AB', pair):
         tensors[f'{module}.lora_{letter}.weight'] = np.ascontiguousarray(array.T)
   if not processes.is_main_process():
     return
-  config = _config(found, model.lora.rslora, fan_in_fan_out=not in_rows)
-  with hf_files.replacing(path) as folder:
+  config = _config(ranks_and_scales, model.lora.rslora, fan_in_fan_out=not transposed)
+  with hf_files.atomic_folder(path) as folder:
     safetensors.numpy.save_file(tensors, folder / WEIGHTS, metadata={'format': 'pt'})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
 
 
-def _config(found, rslora, *, fan_in_fan_out):
-  """The dict of adapter_config.json, for {regex on a module's name: (rank, scale)}."""
-  alphas = {name: scale * (rank**0.5 if rslora else rank) for name, (rank, scale) in found.items()}
-  ranks = {name: rank for name, (rank, _) in found.items()}
-  first = next(iter(found))
+def _config(ranks_and_scales, rslora, *, fan_in_fan_out):
+  """Returns the dict of adapter_config.json from {regex on a module's name: (rank, scale)}."""
+  alphas = {
+    name: scale * (rank**0.5 if rslora else rank)
+    for name, (rank, scale) in ranks_and_scales.items()
+  }
+  ranks = {name: rank for name, (rank, _) in ranks_and_scales.items()}
+  first = next(iter(ranks))
   return {
     'peft_type': 'LORA',
     'task_type': None,
@@ -113,7 +118,7 @@ def _config(found, rslora, *, fan_in_fan_out):
     'lora_dropout': 0.0,
     'fan_in_fan_out': fan_in_fan_out,
     'use_rslora': rslora,
-    'target_modules': '|'.join(found),
+    'target_modules': '|'.join(ranks),
     'r': ranks[first],
     'lora_alpha': alphas[first],
     'rank_pattern': ranks,
@@ -122,18 +127,18 @@ def _config(found, rslora, *, fan_in_fan_out):
 
 
 def load(path, model):
-  """Reads an adapter that PEFT, or `save`, wrote.
+  """Loads an adapter written by PEFT or by `save`.
 
   Args:
-    path: the folder.
+    path: Folder of the adapter.
     model: Model of the base weights.
 
   Returns:
-    Lora and adapters (NumPy, float32). Layers that the folder has no adapter for get zeros, which
-    change nothing and stay so.
+    (Lora, adapters as float32 NumPy arrays). Layers without an adapter in the folder get A = B = 0,
+    which has no effect and stays 0 in training.
 
   Raises:
-    UserError: files missing; an adapter of another kind, or for another model.
+    UserError: Files are missing, or the adapter is of an unsupported kind or for another model.
   """
   path = pathlib.Path(path)
   config = hf_files.read_json(path / CONFIG)
@@ -152,48 +157,52 @@ def load(path, model):
     if any(pair[0].shape != a.shape or pair[1].shape != b.shape for pair in present):
       raise UserError(
         f'{path}: the adapters of {name} have different shapes in different layers; '
-        'one rank for all layers is supported'
+        'all layers must have the same rank'
       )
     alphas = {
-      _pattern(config, name.format(layer=number))
+      _alpha(config, name.format(layer=number))
       for number, pair in zip(numbers, taken)
       if pair is not None
     }
     if len(alphas) > 1:
       raise UserError(
-        f'{path}: alpha_pattern gives {name} different alphas in different layers: {sorted(alphas)}'
+        f'{path}: alpha_pattern gives {name} different alphas in its layers: {sorted(alphas)}; '
+        'all layers must have the same alpha'
       )
     pairs = [(np.zeros_like(a), np.zeros_like(b)) if pair is None else pair for pair in taken]
     a, b = (np.stack(part) if stacked else part[0] for part in zip(*pairs))
-    for where, source in members:
-      inputs, outputs = shapes[f'{where}/kernel'].shape[-2:]
+    for our_path, source in members:
+      inputs, outputs = shapes[f'{our_path}/kernel'].shape[-2:]
       if a.shape[-2] != inputs or b.shape[-1] < outputs:
         raise UserError(
-          f'{path}: the adapter of {name} is for a map from {a.shape[-2]} to {b.shape[-1]}; the model '
-          f'has one from {inputs} to {outputs}'
+          f'{path}: the adapter of {name} is for a linear map from {a.shape[-2]} to {b.shape[-1]}, '
+          f'but the one in the model is from {inputs} to {outputs}'
         )
-      lora_lib.insert(adapters, where, {'lora': {'a': a, 'b': b[..., _columns(source, outputs)]}})
-      targets.append((f'^{re.escape(where)}$', a.shape[-1], alphas.copy().pop()))
-  # Beside the adapter of an unembedding PEFT keeps a copy of the frozen weight.
+      lora_lib.insert(
+        adapters, our_path, {'lora': {'a': a, 'b': b[..., _columns(source, outputs)]}}
+      )
+      targets.append((f'^{re.escape(our_path)}$', a.shape[-1], alphas.copy().pop()))
+  # PEFT saves a copy of the frozen weight with the adapter of an unembedding.
   tensors = {name for name in tensors if not name.endswith('.base_layer.weight')}
   if tensors:
     raise UserError(
-      f'{path}: tensors that fit no linear map of a {model.family} model of this config: '
-      f'{", ".join(sorted(tensors)[:6])} ({len(tensors)} in all)'
+      f'{path}: tensors that match no linear map of this {model.family} model: '
+      f'{", ".join(sorted(tensors)[:6])} ({len(tensors)} in total)'
     )
   return lora_lib.Lora(tuple(targets), rslora=rslora), adapters
 
 
 def _tensors(path, model):
-  """The adapter's arrays by name, read where the header says that none is larger than the model's.
+  """Reads the adapter's arrays by name, after checking dtypes and shapes in the header.
 
   Raises:
-    UserError: no safetensors; or a tensor that is quantised, larger, or not finite.
+    UserError: There is no safetensors file, or a tensor is quantised, not finite, or larger than
+      every parameter of the model.
   """
   if not (path / WEIGHTS).exists():
     raise UserError(
-      f'{path}: no {WEIGHTS}, only {sorted(entry.name for entry in path.iterdir())}; '
-      'adapters of other kinds (adapter_model.bin, ...) have to be converted to safetensors first'
+      f'{path}: has no {WEIGHTS}, only {sorted(entry.name for entry in path.iterdir())}; '
+      'convert files of other kinds (adapter_model.bin, ...) to safetensors first'
     )
   largest = max(math.prod(leaf.shape) for leaf in sharding.paths(model.shapes()).values())
   with hf_files.opened(path / WEIGHTS) as file:
@@ -212,13 +221,13 @@ def _tensors(path, model):
   if bad:
     raise UserError(
       f'{path}: NaN or infinity in {", ".join(bad[:6])} ({len(bad)}); '
-      'take another copy of the adapter'
+      'use another copy of the adapter'
     )
   return tensors
 
 
 def _check(path, config):
-  """Refuses adapters that are not what lora.py computes."""
+  """Raises UserError if the config asks for something that lora.py does not compute."""
   if config.get('peft_type') != 'LORA' or config.get('bias', 'none') != 'none':
     raise UserError(
       f'{path / CONFIG}: peft_type={config.get("peft_type")!r} with bias={config.get("bias")!r}; '
@@ -232,43 +241,44 @@ def _check(path, config):
   if not all(isinstance(alpha, (int, float)) and math.isfinite(alpha) for alpha in alphas):
     raise UserError(
       f'{path / CONFIG}: lora_alpha={config.get("lora_alpha")!r} with '
-      f'alpha_pattern={pattern!r}: must be a number, and a dict from regexes to numbers'
+      f'alpha_pattern={pattern!r}: the first must be a number, the second a dict from regexes to '
+      'numbers'
     )
   other = {name: value for name, value in config.items() if name not in KNOWN and value}
   if other:
     raise UserError(
-      f'{path / CONFIG}: {other} is not supported: the adapter would compute something else'
+      f'{path / CONFIG}: {other} is not supported; only plain LoRA adapters can be loaded'
     )
 
 
 def _modules(model):
-  """Linear maps as the files have them: {module's name: [(path of ours, Source)]}."""
+  """Returns the linear maps in the files: {module's name: [(path of our layer, Source)]}."""
   family = FAMILIES[model.family]
-  found = {}
+  modules = {}
   for path, source in family.sources(model.config).items():
     if path.endswith('/kernel'):
       name = family.PREFIX + source.name.removesuffix('.weight')
-      found.setdefault(name, []).append((path.removesuffix('/kernel'), source))
+      modules.setdefault(name, []).append((path.removesuffix('/kernel'), source))
   if not model.config.tie_word_embeddings:
     source = Source(family.UNEMBED, transpose=True)
-    found[family.UNEMBED.removesuffix('.weight')] = [('unembed', source)]
-  return found
+    modules[family.UNEMBED.removesuffix('.weight')] = [('unembed', source)]
+  return modules
 
 
 def _columns(source, width):
-  """Which columns of the tensor are the parameter's, [width] int."""
+  """Returns the indices [width] of a parameter's columns in its tensor."""
   return np.concatenate([np.arange(run.start, run.stop) for run in source.columns.runs(0, width)])
 
 
 def _fuse(parts, width):
-  """One adapter of several on one tensor: A side by side, B on the diagonal.
+  """Fuses the adapters on one tensor: concatenates A, and builds a block-diagonal B.
 
   Args:
-    parts: (a [..., I, r], b [..., r, O], Source) of each.
-    width: columns of the tensor.
+    parts: (A [..., I, r], B [..., r, O], Source) of each adapter.
+    width: Number of columns of the tensor.
 
   Returns:
-    A [..., I, R] and B [..., R, width], R the sum of the ranks.
+    A [..., I, R] and B [..., R, width], where R is the sum of the ranks.
   """
   a = np.concatenate([a for a, _, _ in parts], axis=-1)
   b = np.zeros((*a.shape[:-2], a.shape[-1], width), np.float32)
@@ -281,28 +291,28 @@ def _fuse(parts, width):
 
 
 def _regex(name, numbers):
-  """Regex that finds a module in the given layers."""
+  """Returns a regex that matches a module in the given layers."""
   layers = '(' + '|'.join(map(str, numbers)) + ')'
   return re.escape(name).replace(re.escape('{layer}'), layers)
 
 
 def _take(tensors, module):
-  """A [I, r] and B [r, O] of a module, taken out of the dict; None where it has none."""
+  """Pops A [I, r] and B [r, O] of a module from the dict; returns None if it has no adapter."""
   names = [f'{PREFIX}{module}.lora_{letter}.weight' for letter in 'AB']
   if not all(name in tensors for name in names):
     return None
   return tuple(tensors.pop(name).astype(np.float32).T for name in names)
 
 
-def _pattern(config, module):
-  """The alpha of a module: of the first key of alpha_pattern that its name ends with, or the general one."""
+def _alpha(config, module):
+  """Returns a module's alpha: by the first key of alpha_pattern that matches, else lora_alpha."""
   for key, alpha in (config.get('alpha_pattern') or {}).items():
     try:
-      found = re.match(rf'(.*\.)?({key})$', module)
+      matches = re.match(rf'(.*\.)?({key})$', module)
     except re.error as error:
       raise UserError(
-        f'{CONFIG}: alpha_pattern has the key {key!r}, which is no regex: {error}'
+        f'{CONFIG}: alpha_pattern has the key {key!r}, which is not a regex: {error}'
       ) from None
-    if found:
+    if matches:
       return float(alpha)
   return float(config['lora_alpha'])

@@ -1,19 +1,20 @@
-"""Which parameters are trained, and which are frozen and shared by policy, critic and reference.
+"""Splits parameters into trainable ones, and frozen ones that policy, critic and reference share.
 
-Three ways, one shape: a tree of trained parameters and a tree of frozen ones that `merge` puts
-together again without copying an array.
+There are three modes. Each gives a tree of trainable parameters and a tree of frozen parameters,
+which `merge` combines without copying an array.
 
-  all          everything is trained, nothing is shared; the reference is a copy
-  top layers   the last k blocks and what follows them (final norm and unembedding, or an encoder's
-               pooler) are trained; what lies below is computed once for policy and reference
-               (trlX's "hydra" models, https://github.com/CarperAI/trlx)
-  adapters     low-rank ones (lora.py); the reference is the same weights without them, or with those
-               that training started from
+  all          Everything is trainable and nothing is shared. The reference is a copy.
+  top layers   The last k blocks and what follows them (final norm and unembedding, or an encoder's
+               pooler) are trainable. The frozen layers are computed once for policy and reference
+               (as in the "hydra" models of trlX, https://github.com/CarperAI/trlx).
+  adapters     Low-rank adapters (lora.py) are trainable. The reference is the same weights without
+               adapters, or with the adapters that training started from.
 
-Top layers and adapters go together: then the adapters of the last k blocks are trained.
+Top layers and adapters can be combined: then the adapters of the last k blocks are trainable.
 
-An embedding that is also the unembedding stays frozen with the trunk. trlX goes on training it,
-so that the trunks of policy and reference drift apart while one is taken for the other.
+If only the top layers are trained, an embedding that is also the unembedding stays frozen. trlX
+trains it, so the lower layers of its policy and reference drift apart although it treats them as
+the same.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from rlhf_jax.models import peft
 
 
 def merge(*trees):
-  """One tree of several; nothing is copied. Of two leaves with one path the later tree's counts."""
+  """Merges trees without copying arrays; a later tree replaces leaves of earlier ones."""
   merged = {}
   for tree in trees:
     for name, value in tree.items():
@@ -39,20 +40,20 @@ def merge(*trees):
 
 
 def split_trainable(model, params, *, unfrozen_layers=None, seed=0):
-  """Divides a model's parameters into trained and frozen ones.
+  """Splits a model's parameters into trainable and frozen ones.
 
   Args:
-    model: Model; its `lora` says which adapters there are.
-    params: all of its parameters, without adapters. Where blocks are cut in two the uncut arrays
+    model: Model; `model.lora` defines its adapters.
+    params: All of its parameters, without adapters. If the blocks are split, the original arrays
       are deleted.
-    unfrozen_layers: k, blocks at the top that are trained; None trains everything.
-    seed: of new adapters.
+    unfrozen_layers: k, the number of trainable blocks at the top; None trains everything.
+    seed: Random seed of new adapters.
 
   Returns:
-    (trained, frozen): trees of which `merge` makes what the model's functions take.
+    (trained, frozen): trees whose `merge` is the argument of the model's functions.
 
   Raises:
-    UserError: k is larger than the depth, or the model has no single stack of blocks.
+    UserError: k exceeds the depth, or the model has no single stack of blocks.
   """
   trained, frozen = (
     (params, {}) if unfrozen_layers is None else _split_layers(model, params, unfrozen_layers)
@@ -63,14 +64,14 @@ def split_trainable(model, params, *, unfrozen_layers=None, seed=0):
   return new_adapters(model, frozen, key=keys.for_purpose(seed, keys.ADAPTERS)), frozen
 
 
-def start(model, params, *, unfrozen_layers, targets, rslora, path, seed):
-  """Gives a model the adapters that a config asks for, and divides its parameters.
+def set_up(model, params, *, unfrozen_layers, targets, rslora, path, seed):
+  """Adds the adapters of a config to a model, and splits its parameters.
 
   Args:
     model: Model without adapters.
-    params, unfrozen_layers, seed: see `split_trainable`.
-    targets, rslora: of lora.Lora; no targets, no adapters.
-    path: folder of PEFT to take trained adapters and their targets from, or None.
+    params, unfrozen_layers, seed: See `split_trainable`.
+    targets, rslora: See lora.Lora; empty targets add no adapters.
+    path: PEFT folder from which to load adapters and their targets, or None.
 
   Returns:
     (model, trained, frozen).
@@ -86,35 +87,36 @@ def start(model, params, *, unfrozen_layers, targets, rslora, path, seed):
 
 
 def new_adapters(model, frozen, *, key):
-  """Adapters on frozen parameters: on the top layers only, where those are apart; see lora.init."""
+  """Returns new adapters on frozen parameters, on the top layers only if they are split off."""
   if 'top' in frozen:
     return {'top': lora_lib.init(key, frozen['top'], model.lora)}
   return lora_lib.init(key, frozen, model.lora)
 
 
 def has_adapters(params):
-  """Whether a tree of parameters holds adapters."""
+  """Returns whether a tree of parameters has adapters."""
   return any(name.endswith('lora/a') for name in sharding.paths(params))
 
 
 def _split_layers(model, params, unfrozen_layers):
-  """Splits off the last `unfrozen_layers` blocks and what follows them: (trained, frozen)."""
+  """Splits parameters into (the last `unfrozen_layers` blocks and what follows, the rest)."""
   if 'blocks' not in params:
     raise UserError(
       f'config.model.unfrozen_layers={unfrozen_layers}: a {model.family} model has no single stack '
-      'of layers to freeze the bottom of; set it to None'
+      'of layers, so its lower layers cannot be frozen; set it to None'
     )
   depth = model.config.depth
   if unfrozen_layers > depth:
     raise UserError(f'config.model.unfrozen_layers={unfrozen_layers}: the model has {depth} layers')
-  number = depth - unfrozen_layers  # of frozen layers
+  frozen_layers = depth - unfrozen_layers
 
   def split(stack):
-    # Of the shapes of a plan there is nothing to place or to delete.
+    # The planner traces this function, and a tracer has no sharding and no buffer to delete.
     if isinstance(stack, jax.core.Tracer):
-      return stack[:number], stack[number:]
+      return stack[:frozen_layers], stack[frozen_layers:]
     shardings = (stack.sharding, stack.sharding)
-    parts = jax.jit(lambda x: (x[:number], x[number:]), out_shardings=shardings)(stack)
+    cut = lambda x: (x[:frozen_layers], x[frozen_layers:])
+    parts = jax.jit(cut, out_shardings=shardings)(stack)
     stack.delete()
     return parts
 
@@ -126,14 +128,14 @@ def _split_layers(model, params, unfrozen_layers):
 
 
 def merge_lora(model, trained, frozen):
-  """All parameters of a model as `hf.save` writes them: blocks in one stack, adapters merged.
+  """Returns all parameters of a model, with blocks in one stack and adapters merged, for `hf.save`.
 
   Args:
     model: Model.
-    trained, frozen: as from `split_trainable`.
+    trained, frozen: Trees in the structure that `split_trainable` returns.
 
   Returns:
-    Parameters without adapters; arrays that nothing was done to are not copied.
+    Parameters without adapters; unchanged arrays are not copied.
   """
   if model.lora is None:
     params = merge(frozen, trained)

@@ -230,7 +230,7 @@ def test_it_learns_and_keeps_one_copy(kind, world, tmp_path):
   rollout, _ = episode()
   exported = model.response_states(params, rollout.tokens, rollout.mask, R)
   settings = config_of(world, kind).model
-  trained_model, *_ = trainable.start(
+  trained_model, *_ = trainable.set_up(
     *hf.load(world / 'model'), unfrozen_layers=settings.unfrozen_layers, seed=0, **settings.lora
   )
   (frozen, *_), _ = learner.next_batch(state, timed=False)

@@ -181,13 +181,13 @@ LINEAR = {'rope_type': 'linear'}
 CORPUS = [
   # config.json
   ('no config', 'one', remove('config.json'), 'config.json: no such file; a model folder holds'),
-  ('empty config', 'one', content('config.json', ''), 'config.json: not JSON.*mend it'),
+  ('empty config', 'one', content('config.json', ''), 'config.json: not JSON.*fix it'),
   ('config cut off', 'one', cut('config.json', 100), 'config.json: not JSON.*copy it again'),
   (
     'config is a list',
     'one',
     content('config.json', []),
-    'config.json: holds a JSON list and should hold an object',
+    'config.json: holds a JSON list; it must hold an object',
   ),
   ('config is no text', 'one', content('config.json', b'\xff\xfe\x00'), 'config.json: not JSON'),
   (
@@ -230,7 +230,7 @@ CORPUS = [
     'architecture of another family',
     'one',
     config(architectures=['GPT2LMHeadModel']),
-    'contradicts model_type, of which it would be "LlamaForCausalLM"',
+    'contradicts model_type; if the model is a "LlamaForCausalLM"',
   ),
   (
     'architectures is a string',
@@ -263,7 +263,7 @@ CORPUS = [
     'intermediate_size=-12: must be a positive whole number',
   ),
   ('zero', 'one', config(vocab_size=0), 'vocab_size=0: must be a positive whole number'),
-  ('beyond all integers', 'one', config(vocab_size=10**30), r'and should be \(1000'),
+  ('beyond all integers', 'one', config(vocab_size=10**30), r'expected \(1000'),
   (
     'NaN in config',
     'one',
@@ -329,7 +329,7 @@ CORPUS = [
     'vocabulary of another size',
     'one',
     config(vocab_size=40),
-    r'embed_tokens.weight is \(32, 8\) and should be \(40, 8\).*Take both from the same model',
+    r'embed_tokens.weight is \(32, 8\), expected \(40, 8\).*Take both from the same model',
   ),
   (
     'deeper than the file',
@@ -353,7 +353,7 @@ CORPUS = [
     'wider than the file',
     'one',
     config(hidden_size=16, head_dim=2),
-    r'norm.weight is \(8,\) and should be \(16,\)',
+    r'norm.weight is \(8,\), expected \(16,\)',
   ),
   ('biases that are not there', 'one', config(attention_bias=True), r'missing: .*q_proj.bias'),
   (
@@ -391,26 +391,26 @@ CORPUS = [
     'wrong shape',
     'one',
     tensor(NORM, lambda x: x[:5]),
-    r'norm.weight is \(5,\) and should be \(8,\)',
+    r'norm.weight is \(5,\), expected \(8,\)',
   ),
   (
     'wrong rank',
     'one',
     tensor(NORM, lambda x: x[None]),
-    r'norm.weight is \(1, 8\) and should be \(8,\)',
+    r'norm.weight is \(1, 8\), expected \(8,\)',
   ),
-  ('scalar', 'one', tensor(NORM, lambda x: x[0]), r'norm.weight is \(1,\) and should be \(8,\)'),
+  ('scalar', 'one', tensor(NORM, lambda x: x[0]), r'norm.weight is \(1,\), expected \(8,\)'),
   (
     'transposed',
     'one',
     tensor(UP, np.transpose),
-    r'up_proj.weight is \(8, 12\) and should be \(12, 8\)',
+    r'up_proj.weight is \(8, 12\), expected \(12, 8\)',
   ),
   (
     'fused tensor without its last part',
     'gpt2',
     tensor('transformer.h.0.attn.c_attn.weight', lambda x: x[:, :16]),
-    r'c_attn.weight is \(8, 16\) and should be \(8, 24\)',
+    r'c_attn.weight is \(8, 16\), expected \(8, 24\)',
   ),
   (
     'NaN',
@@ -441,7 +441,7 @@ CORPUS = [
     'int8',
     'one',
     tensor(UP, lambda x: x.astype(np.int8)),
-    'not floating point.*converted.*up_proj.weight is I8',
+    'not floating point.*convert.*up_proj.weight is I8',
   ),
   (
     'float8',
@@ -454,7 +454,7 @@ CORPUS = [
     'with the prefix and without',
     'one',
     rewrite(lambda tensors: tensors.update({'norm.weight': tensors[NORM]})),
-    'norm.weight is there twice, in model.safetensors .*remove one',
+    'holds .*norm.weight twice, in model.safetensors .*remove one',
   ),
   # files
   (
@@ -511,27 +511,32 @@ CORPUS = [
     'only a pickle',
     'one',
     lambda folder: (folder / SINGLE).rename(folder / 'pytorch_model.bin'),
-    r"only \['config.json', 'pytorch_model.bin'\]; .*converted to safetensors first",
+    r"only \['config.json', 'pytorch_model.bin'\]; .*to safetensors first",
   ),
-  ('no weights', 'one', remove(SINGLE), 'no model.safetensors and no model.safetensors.index.json'),
+  (
+    'no weights',
+    'one',
+    remove(SINGLE),
+    'has neither model.safetensors nor model.safetensors.index.json',
+  ),
   # shards
   (
     'shards without index',
     'shards',
     remove(INDEX),
-    'no model.safetensors.index.json, only .*model-00001-of',
+    'nor model.safetensors.index.json, only .*model-00001-of',
   ),
   (
     'shard missing',
     'shards',
     lambda folder: shard(folder, 1).unlink(),
-    'index.json: names files that are not there: model-00002-of-.*copy or download them',
+    'index.json: lists files that do not exist: model-00002-of-.*copy or download them',
   ),
   (
     'index naming a missing file',
     'shards',
     index(lambda weights, last: weights.update({last: 'elsewhere.safetensors'})),
-    'not there: elsewhere.safetensors',
+    'do not exist: elsewhere.safetensors',
   ),
   (
     'shard cut off',
@@ -539,7 +544,7 @@ CORPUS = [
     lambda folder: cut(shard(folder, 1).name, -1)(folder),
     'model-00002-of-.*: cannot be read as safetensors',
   ),
-  ('shards swapped', 'shards', swapped, 'model-00001-of-.*: does not hold what .*it lacks'),
+  ('shards swapped', 'shards', swapped, 'model-00001-of-.*: does not match .*it lacks'),
   ('index is not JSON', 'shards', cut(INDEX, 50), 'index.json: not JSON'),
   ('index is a list', 'shards', content(INDEX, []), 'index.json: holds a JSON list'),
   (
@@ -564,75 +569,75 @@ CORPUS = [
     'index with a number for a file',
     'shards',
     index(lambda weights, last: weights.update({last: 1})),
-    r"weight_map\['model.norm.weight'\] is 1 and should be the name of a file",
+    r"weight_map\['model.norm.weight'\] is 1; it must name a file",
   ),
   (
     'index that leads out of the folder',
     'shards',
     index(lambda weights, last: weights.update({last: '../x'})),
-    r"is '../x' and should be the name of a file beside it",
+    r"is '../x'; it must name a file in the same folder",
   ),
   (
     'index without a tensor',
     'shards',
     index(lambda weights, last: weights.pop(last)),
-    r'it holds, unlisted, model.norm.weight \(1\); the files are of different models',
+    r'it also holds model.norm.weight \(1\); the files come from different models',
   ),
   (
     'index with another tensor',
     'shards',
     index(lambda weights, last: weights.update({'extra': weights[last]})),
-    r'model-.*: does not hold what .*it lacks extra \(1\)',
+    r'model-.*: does not match .*it lacks extra \(1\)',
   ),
   (
     'tensors in two shards',
     'shards',
     doubled,
-    'model-00001-of-.*: does not hold what .*: it holds, unlisted, model',
+    'model-00001-of-.*: does not match .*: it also holds model',
   ),
   (
     'tensor twice, both listed',
     'shards',
     twice,
-    'norm.weight is there twice, in model-00001-of-00003.safetensors .* and '
+    'holds .*norm.weight twice, in model-00001-of-00003.safetensors .* and '
     'model-00003-of-00003.*; remove one',
   ),
   (
     'one file and shards',
     'shards',
     lambda folder: shutil.copy(folder.parent / 'one' / SINGLE, folder),
-    'holds both model.safetensors and model.safetensors.index.json.*out of date',
+    'holds both model.safetensors and model.safetensors.index.json.*outdated',
   ),
   # heads; reward models are loaded as such
   (
     'reward model as a language model',
     'lm from reward',
     nothing,
-    'holds score.weight: it is a reward model',
+    'has score.weight, so it is a reward model',
   ),
   (
     'language model as a reward model',
     'reward from one',
     nothing,
-    'no score.weight: it is not a reward model',
+    'no score.weight, so it is not a reward model',
   ),
   (
     'two labels',
     'reward',
     tensor('score.weight', lambda x: np.tile(x, (2, 1))),
-    r'score.weight has shape \(2, 8\); a reward model has one label: \(1, 8\)',
+    r'score.weight has shape \(2, 8\); a reward model has one label, so it must be \(1, 8\)',
   ),
   (
     'head of another width',
     'reward',
     tensor('score.weight', lambda x: x[:, :6]),
-    r'\(1, 6\).*one label: \(1, 8\)',
+    r'\(1, 6\).*one label, so it must be \(1, 8\)',
   ),
   (
     'bias of two labels',
     'reward',
     tensor('score.bias', lambda x: np.ones(2, np.float32)),
-    r'score.bias is \(2,\) and should be \(1,\)',
+    r'score.bias is \(2,\), expected \(1,\)',
   ),
   (
     'NaN in the head',

@@ -335,7 +335,7 @@ def test_config_fields_are_refused_by_name(fields, words):
 def test_an_encoder_is_no_language_model(built, tmp_path):
   model, params = built
   hf.save(tmp_path / 'model', model, params['backbone'], head=params['head'])
-  with pytest.raises(UserError, match='reads texts and writes none'):
+  with pytest.raises(UserError, match='cannot generate text'):
     hf.load(tmp_path / 'model')
 
 

@@ -265,7 +265,7 @@ def test_widths_of_fused_parameters_add_up(tmp_path, monkeypatch):
     tmp_path,
     lambda tensors: tensors.update({'model.layers.1.qkv.weight': np.zeros((24, 8), np.float32)}),
   )
-  with pytest.raises(UserError, match=r'layers.1.qkv.weight is \(24, 8\) and should be \(16, 8\)'):
+  with pytest.raises(UserError, match=r'layers.1.qkv.weight is \(24, 8\), expected \(16, 8\)'):
     hf.load(tmp_path)
 
 

@@ -270,7 +270,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
   folder, _ = broken(tmp_path, {})
   torch.manual_seed(0)
   gpt2().save_pretrained(tmp_path / 'gpt2')
-  with pytest.raises(UserError, match='fit no linear map.*q_proj'):
+  with pytest.raises(UserError, match='match no linear map.*q_proj'):
     peft.load(folder, hf.load(tmp_path / 'gpt2')[0])
 
 

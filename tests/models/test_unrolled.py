@@ -111,7 +111,7 @@ def test_states_and_gradients(built):
 def test_top_layers(built, top):
   scanned, unrolled, params = built
   wanted = states(scanned, params)
-  _, trained, frozen = trainable.start(
+  _, trained, frozen = trainable.set_up(
     unrolled,
     jax.tree.map(jnp.copy, params),
     unfrozen_layers=top,
@@ -133,7 +133,7 @@ def test_rollouts(built, top):
   )
   wanted = generate(params, Prompts(tokens, mask), jax.random.key(3), model=scanned)
   if top >= 0:
-    _, trained, frozen = trainable.start(
+    _, trained, frozen = trainable.set_up(
       unrolled,
       jax.tree.map(jnp.copy, params),
       unfrozen_layers=top,
