@@ -102,7 +102,9 @@ def test_prompts_have_line_breaks_and_may_be_files(tmp_path):
   (tmp_path / 'prompt.txt').write_text('two\nlines \\n\n')
   assert generate.prompt_of(r'a\nb\tc\\nabla') == 'a\nb\tc\\nabla'
   assert generate.prompt_of(f'@{tmp_path}/prompt.txt') == 'two\nlines \\n'
-  with pytest.raises(errors.UserError, match='--prompt=@nobody: nobody cannot be read .*into a file'):
+  with pytest.raises(
+    errors.UserError, match='--prompt=@nobody: nobody cannot be read .*into a file'
+  ):
     generate.prompt_of('@nobody')
 
 
