@@ -5,8 +5,8 @@ rlhf run --config=hh_reward:data=FOLDER --workdir=/tmp/hh
 This is a 5-fold cross-validation. On the training part of each fold, a tokenizer and an ensemble of
 reward models are trained from scratch. Their mean score is evaluated on the test part: accuracy
 with a 95 % interval, next to two baselines, "the shorter response wins" and a logistic model on
-bags of words. With 1,842 training pairs, only a very small model with strong token dropout generalizes, and
-there is no pretraining.
+bags of words. With 1,842 training pairs, only a very small model with strong token dropout
+generalizes. There is no pretraining.
 
 Expected, seed 0: accuracy 0.615 [0.594, 0.636], the logistic model 0.621 [0.602, 0.641], the
 shorter response 0.552. Takes about 5 minutes on 2 CPU cores.

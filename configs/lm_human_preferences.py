@@ -1,6 +1,6 @@
 """The runs of lm-human-preferences (Ziegler et al. 2019, https://arxiv.org/abs/1909.08593).
 
-At the published size, with the constants of launch.py in
+To run at the published size, with the constants of launch.py in
 https://github.com/openai/lm-human-preferences:
 
 rlhf run --workdir=DIR \\
@@ -10,7 +10,7 @@ The task is sentiment, descriptiveness, tldr or cnndm. TEXTS are the documents f
 are cut: books, posts or articles. FOLDER is a Hugging Face folder of GPT-2. FILE has records
 {"prompt", "completions", "best"}.
 
-At a size for CPUs, with all stages and simulated annotators, for `sentiment` only:
+To run `sentiment` at a size for CPUs, with all stages and simulated annotators:
 
 rlhf run --workdir=DIR --config=lm_human_preferences:small,data=FOLDER
 

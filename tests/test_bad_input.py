@@ -375,7 +375,7 @@ BAD_FILES = {
   ),
   'too long for the context': (
     {'data.max_length': 33},
-    ['config.data.max_length: 33 tokens exceed the context of 32', 'Shorten it, or use'],
+    ['config.data.max_length: 33 tokens exceed the model', 'context of 32', 'Lower it, or use'],
   ),
   'tokenizer larger than the embedding': (
     {'tokenizer': '{bad}/tokenizer'},
@@ -411,8 +411,8 @@ BAD_PROMPTS = {
     {'data.max_prompt_length': 27},
     [
       'config.data.max_prompt_length + config.sampling.max_new_tokens: 33 tokens exceed the '
-      'context of 32',
-      'Shorten it, or use',
+      "model's context of 32 tokens",
+      'Lower it, or use',
     ],
   ),
   'pretraining rows too long for the context': (
@@ -422,7 +422,7 @@ BAD_PROMPTS = {
       'ptx.max_length': 33,
       'rl.ptx_coef': 1.0,
     },
-    ['config.ptx.max_length: 33 tokens exceed the context of 32', 'Shorten it'],
+    ['config.ptx.max_length: 33 tokens exceed the model', 'context of 32', 'Lower it'],
   ),
   'tokenizer larger than the embedding': (
     {'tokenizer': '{bad}/tokenizer'},

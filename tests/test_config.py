@@ -580,11 +580,11 @@ BAD_PPO = BAD_ON_POLICY + [
   ),
   (
     {'rl.score_position': 'last'},
-    "config.rl.score_position='last' and config.rl.response='raw' need each other",
+    "config.rl.score_position='last' and config.rl.response='raw' must be set together",
   ),
   (
     {'rl.response': 'raw'},
-    "config.rl.score_position='last' and config.rl.response='raw' need each other",
+    "config.rl.score_position='last' and config.rl.response='raw' must be set together",
   ),
 ]
 

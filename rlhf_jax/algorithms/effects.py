@@ -192,7 +192,7 @@ def _held_out_losses(evals):
 
 
 def _losses_without_data(config, defaults):
-  """Returns a warning for each added held-out-loss evaluator if the run holds out no data."""
+  """Returns warnings about evaluators of the held-out loss if the run holds out no data."""
   if config.data.get('held_out') or config.data.get('held_out_path'):
     return []
   return [

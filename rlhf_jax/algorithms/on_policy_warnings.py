@@ -53,7 +53,7 @@ def token_filters(sampling):
 
 
 def missing_eos(metrics, rule, value):
-  """Warns if no response has an EOS although the score depends on it."""
+  """Returns a warning if no response has an EOS although the score depends on it."""
   if rule == 'none' or metrics.get('response/eos_rate') != 0:
     return ''
   effect = (
@@ -68,7 +68,7 @@ def missing_eos(metrics, rule, value):
 
 
 def equal_scores(metrics):
-  """Warns if all responses have the same score."""
+  """Returns a warning if all responses have the same score."""
   if metrics.get('objective/scores_std') != 0:
     return ''
   return (
@@ -79,7 +79,7 @@ def equal_scores(metrics):
 
 
 def negative_kl(metrics, filters):
-  """Warns if the KL is below 0 by more than chance."""
+  """Returns a warning if the KL is below 0 by more than chance."""
   kl, error = metrics.get('objective/kl', 0.0), metrics.get('objective/kl_se', 0.0)
   if kl >= -max(NEGATIVE_KL_ERRORS * error, KL_ROUNDING):
     return ''
@@ -101,7 +101,7 @@ def negative_kl(metrics, filters):
 
 
 def large_kl(metrics, bound):
-  """Warns if the policy is far from its reference."""
+  """Returns a warning if the policy is far from its reference."""
   kl = metrics.get('objective/kl', 0.0)
   if bound is None or kl <= bound:
     return ''
@@ -113,7 +113,7 @@ def large_kl(metrics, bound):
 
 
 def sampler_gap(metrics, bound, filters):
-  """Warns if the sampler and the training pass compute different log-probabilities."""
+  """Returns a warning if sampler and training pass compute different log-probabilities."""
   gap = metrics.get('policy/sampler_gap', 0.0)
   if bound is None or gap <= bound:
     return ''

@@ -198,7 +198,7 @@ def validate(config, device_count):
   )
   need(
     (rl.score_position == 'last') == (rl.response == 'raw'),
-    "config.rl.score_position='last' and config.rl.response='raw' need each other: the last "
+    "config.rl.score_position='last' and config.rl.response='raw' must be set together: the last "
     'position is a token of the response only if sampling goes past the EOS',
   )
 

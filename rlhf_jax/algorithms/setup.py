@@ -285,8 +285,8 @@ def check_length(length, model, key):
   """Raises UserError if sequences of `length` tokens exceed the model's context."""
   if length > model.max_length:
     raise errors.UserError(
-      f'config.{key}: {length} tokens exceed the context of the model, '
-      f'{model.max_length}. Lower it, or use a model with a longer context.'
+      f"config.{key}: {length} tokens exceed the model's context of {model.max_length} tokens. "
+      'Lower it, or use a model with a longer context.'
     )
 
 

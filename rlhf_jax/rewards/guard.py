@@ -20,7 +20,7 @@ import traceback
 from rlhf_jax import errors
 
 GRACE = 60.0  # seconds after the time limit until a call that no signal can stop ends the process
-MAX_FRAMES, MAX_TEXT = 3, 160  # frames of a message; characters of a value in it
+MAX_FRAMES, MAX_TEXT = 3, 160  # frames shown in a message; characters shown of a value
 # Modules between the run and the user's code, which messages leave out.
 INTERNAL_MODULES = (
   __name__,

@@ -1,4 +1,4 @@
-"""A distinct padding token for exported reward models, which transformers needs to read scores.
+"""Gives exported reward models a padding token other than the EOS, as transformers requires.
 
 Letters: V vocabulary, D width.
 """

@@ -12,13 +12,14 @@ on-topic, well-formed reviews. It has three parts, computed from the text with t
 
 * form, in [0, 1]: the mean of the sentences' forms times a length factor. A sentence of the
   grammar has form 1; any other has 0.7 times the squared fraction of its word pairs that occur in
-  the grammar. A repeated sentence has form 0; a last sentence without full stop counts half. The
-  length factor is 1 from 8 to 28 words and falls linearly to 0 at 0 and at 56 words.
+  the grammar. A repeated sentence has form 0; the form of a last sentence without a full stop is
+  halved. The length factor is 1 from 8 to 28 words and falls linearly to 0 at 0 and at 56 words.
 * sentiment, in [-1, 1]: the sum of the sentences' sentiments divided by the number of sentences, or
   by 2 for a single sentence. The sentiment of a sentence is the sum of its opinions, clipped to
-  [-1, 1]. The strength of an opinion word or phrase is 0.7 if plain and 1.0 if strong (negative for
-  complaints), times 1.4 after words like "very", 0.6 after words like "quite" and -0.6 after "not"
-  or "never", clipped to [-1, 1]. Each opinion counts once per review.
+  [-1, 1]. The strength of an opinion word or phrase is 0.7 if plain and 1.0 if strong, negative if
+  it is unfavourable. It is multiplied by 1.4 after words like "very", by 0.6 after words like
+  "quite" and by -0.6 after "not" or "never", then clipped to [-1, 1]. Each opinion counts once per
+  review.
 * topic, in [-1, 1]: (right - wrong) / max(right + wrong, 2) over the distinct mentions of products,
   features and behaviours. A product is right if it is that of the prompt; a feature or behaviour is
   right if it belongs to the category of that product.
