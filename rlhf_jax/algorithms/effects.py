@@ -102,7 +102,7 @@ TABLE = (
     'nothing is whitened',
   ),
 )
-# The same for the keys of a block with the keys of scorers.config().
+# The same for blocks with the keys of scorers.config(), such as config.reward.
 REWARDS = (
   ('max_length', 'function', lambda name, config: bool(name), 'a function gets the full texts'),
   ('ensemble ensemble_coef', 'models', ((), None), 'there is no ensemble'),

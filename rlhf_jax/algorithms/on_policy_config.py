@@ -252,7 +252,7 @@ def validate_sampling(config, device_count):
   need(
     sampling.temperature > 0,
     f'config.sampling.temperature={sampling.temperature} must be positive: with greedy '
-    'decoding, training explores nothing',
+    'decoding there is no exploration',
   )
   need(
     sampling.max_new_tokens > 0,

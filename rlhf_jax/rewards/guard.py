@@ -139,7 +139,7 @@ def is_syntax_error(error):
 
 
 def location(error, call):
-  """Returns where user code raised an error and with which example, as text from ', at ' on."""
+  """Returns where user code raised an error and on which example; begins with ', at '."""
   if is_syntax_error(error):
     line = (error.text or '').strip()
     return f', at {relative_path(error.filename)}:{error.lineno or 1}' + (
@@ -229,7 +229,7 @@ def relative_path(path):
 
 @contextlib.contextmanager
 def one_process(call):
-  """Ends a forked child process when it leaves the `with` block, or it would be a second run.
+  """Ends a forked child process when it leaves the `with` block, so that it is no second run.
 
   A child that calls sys.exit ends with its status. A child that returns or raises ends with status
   1 and prints an error.

@@ -40,7 +40,7 @@ def with_pad_token(
     Model, parameters and tokenizer; unchanged if padding token and EOS already differ. If the
     embedding has no free row, rows of zeros are added; no score depends on them.
   """
-  # Encoder-decoders find the EOS in transformers too, and encoders read the first token.
+  # In transformers encoder-decoders look for the EOS, and encoders read the first token.
   encoder = model.encoder_decoder or not model.has_token_states
   if encoder or tokenizer.pad_token_id != tokenizer.eos_token_id:
     return model, params, tokenizer

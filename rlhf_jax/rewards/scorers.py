@@ -177,7 +177,7 @@ def skips_nan(config_reward):
 
 
 def first_model(pairs):
-  """Returns the first second element of the pairs that is not None, or None; see `make`."""
+  """Returns the first model in pairs (scorer, model or None), or None; see `make`."""
   return next((model for _, model in pairs if model is not None), None)
 
 

@@ -39,7 +39,7 @@ from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
 from rlhf_jax.tasks import review_grammar as grammar
 
-SHORTEST, LONGEST = 8, 28  # words of a response
+MIN_WORDS, MAX_WORDS = 8, 28  # words of a response
 
 
 def corpus(n: int, seed: int) -> list[dict[str, str]]:
@@ -128,7 +128,7 @@ def _review(
   mood = rng.choice(moods)
   target = rng.choice((1, 2, 2, 3))
   sentences: list[str] = []
-  while len(sentences) < target or _words(sentences) < SHORTEST:
+  while len(sentences) < target or _words(sentences) < MIN_WORDS:
     subject = (
       rng.choice([p for p in grammar.PRODUCTS if p != product])
       if rng.random() < off_topic
@@ -137,7 +137,7 @@ def _review(
     sentence = _sentence(rng, rng.choice(grammar.MOODS[mood]), subject)
     if sentence in sentences:
       continue
-    if _words([*sentences, sentence]) > LONGEST:
+    if _words([*sentences, sentence]) > MAX_WORDS:
       break
     sentences.append(_corrupt(rng, sentence) if rng.random() < corrupted else sentence)
   return _prompt(rng, product), ''.join(f' {sentence}.' for sentence in sentences)
@@ -279,7 +279,7 @@ def _form(sentences: list[list[str]], *, finished: bool) -> float:
   if not finished:
     scores[-1] *= 0.5
   length = sum(map(len, sentences))
-  in_range = min(1.0, length / SHORTEST, max(0.0, 2.0 - length / LONGEST))
+  in_range = min(1.0, length / MIN_WORDS, max(0.0, 2.0 - length / MAX_WORDS))
   return in_range * sum(scores) / len(scores)
 
 
