@@ -1,8 +1,8 @@
-"""Rows of key/value caches: repeated, selected, moved into other caches.
+"""Functions of key/value caches: repeat, select and copy sequences, and change the length.
 
-A cache is the dict that a model's `prefill` returns and its `step` goes on with. It has one write
-index for all rows, and 'segments' say which slots hold a token of their row, so a row may end up
-anywhere among the slots as long as its tokens stay side by side and end at the index.
+A cache is the dict that a model's `prefill` returns and its `step` updates. All sequences share one
+write index, and 'segments' marks the slots that hold a token of the sequence. The tokens of a
+sequence may thus start at any slot, if they are contiguous and end at the index.
 
 Letters: B batch, K key/value heads, S slots, H head width.
 """
@@ -14,14 +14,14 @@ from jaxtyping import Array, ArrayLike, Int, PyTree
 from rlhf_jax import sharding
 
 Cache = dict[str, PyTree]
-# Arrays [..., B, K, S, H]; what a cache holds beside them has its rows in front.
+# Arrays [..., B, K, S, H]. In all other arrays of a cache, the batch axis is the first.
 _STATES = ('k', 'v', 'cross_k', 'cross_v')
-# Axes of slots, from behind.
+# Axis of the slots.
 _SLOTS = {'k': -2, 'v': -2, 'segments': -1}
 
 
 def _map(function, cache, *others):
-  """Maps function(name, axis of rows, leaf, *leaves) over all but the index."""
+  """Maps function(name, batch axis, leaf, *other leaves) over all arrays except the index."""
 
   def apply(name):
     return jax.tree.map(
@@ -34,11 +34,11 @@ def _map(function, cache, *others):
 
 
 def empty(shapes: Cache, index: int) -> Cache:
-  """A cache without tokens.
+  """Returns a cache without tokens.
 
   Args:
-    shapes: of a cache, as ShapeDtypeStructs.
-    index: slot that the next step writes, an int.
+    shapes: Cache of ShapeDtypeStructs.
+    index: Slot that the next step writes, an int.
   """
   zeros = _map(
     lambda name, axis, x: sharding.split_rows(jnp.zeros(x.shape, x.dtype), axis=axis), shapes
@@ -47,7 +47,7 @@ def empty(shapes: Cache, index: int) -> Cache:
 
 
 def grow(cache: Cache, count: int) -> Cache:
-  """Room for `count` more tokens, an int, behind the others."""
+  """Returns the cache with `count` more empty slots at the end; `count` is an int."""
 
   def pad(name, axis, x):
     if name not in _SLOTS or not count:
@@ -60,14 +60,14 @@ def grow(cache: Cache, count: int) -> Cache:
 
 
 def repeat(cache: Cache, count: int) -> Cache:
-  """Every row `count` times, the copies side by side."""
+  """Repeats each sequence `count` times; the copies of a sequence are adjacent."""
   return cache | _map(
     lambda name, axis, x: sharding.split_rows(jnp.repeat(x, count, axis=axis), axis=axis), cache
   )
 
 
 def take(cache: Cache, rows: Int[Array, ' B']) -> Cache:
-  """The rows at positions `rows`, an int32 vector."""
+  """Returns the cache of the sequences at indices `rows`."""
   return cache | _map(lambda name, axis, x: jnp.take(x, rows, axis=axis), cache)
 
 
@@ -78,14 +78,15 @@ def put(
   source_row: Int[ArrayLike, ''],
   length: int,
 ) -> Cache:
-  """A row of another cache in place of a row of this one, ending at this one's index.
+  """Replaces a sequence of a cache by one of another cache; it then ends at the cache's index.
 
   Args:
-    cache: whose index is at least `length`.
-    row: which of its rows, an int32 scalar.
-    source: another cache of the same model, of any size, whose index is at least `length`.
-    source_row: which of its rows, an int32 scalar.
-    length: slots to copy, an int; all tokens of the row are in the last `length` before the index.
+    cache: Cache with an index of at least `length`.
+    row: Index of the sequence to replace, an int32 scalar.
+    source: Cache of the same model, of any size, with an index of at least `length`.
+    source_row: Index of the sequence to copy, an int32 scalar.
+    length: Number of slots to copy, an int. All tokens of the sequence must be in the last `length`
+      slots before the index of `source`.
   """
 
   def copy(name, axis, x, other):
@@ -96,7 +97,7 @@ def put(
       slots = x.ndim + _SLOTS[name]
       piece = jax.lax.dynamic_slice_in_dim(piece, source['index'] - length, length, slots)
       starts[slots] = cache['index'] - length
-    if name == 'segments':  # What was in the row is gone; its keys and values may stay.
+    if name == 'segments':  # Old keys and values need not be cleared.
       x = jax.lax.dynamic_update_slice_in_dim(x, jnp.zeros_like(x[:1]), row, 0)
     return jax.lax.dynamic_update_slice(x, piece, starts)
 
@@ -104,7 +105,10 @@ def put(
 
 
 def shift(cache: Cache, count: int) -> Cache:
-  """Everything moved `count` slots (an int) towards the first, the index too; what falls off is lost."""
+  """Moves all sequences and the index by `count` slots, an int, to the left.
+
+  The first `count` slots are lost.
+  """
 
   def move(name, axis, x):
     if name not in _SLOTS:

@@ -1,7 +1,7 @@
-"""The decode loop: prefill, then one token a step over a key/value cache written in place.
+"""The decode loop: prefill, then one token per step with a key/value cache updated in place.
 
-A step reads all slots of the cache, filled or not. So the loop goes through stages, each with room
-for some more tokens than the one before.
+A step reads all slots of the cache, even empty ones. The loop therefore has stages, and each stage
+enlarges the cache.
 
 Letters: B batch, n samples of a prompt, P prompt length, R response length, V vocabulary.
 """
@@ -16,7 +16,7 @@ from rlhf_jax.models import base
 from rlhf_jax.rollout import cache as cache_lib
 from rlhf_jax.rollout import sampling as sampling_lib
 
-STAGES = 4  # at most; each is compiled
+STAGES = 4  # maximum; each stage is compiled separately
 
 
 def generate(
@@ -31,20 +31,21 @@ def generate(
 ) -> types.Rollout:
   """Samples a response to each prompt.
 
-  The loop ends on the device as soon as every row has ended. Row i draws from its own key,
-  folded with the token's index. To be jitted with `model`, `sampling` and `samples` static.
+  The loop ends on the device as soon as all responses have ended. Response i has its own random
+  key, which is folded with the index of the token. Jit this function with `model`, `sampling` and
+  `samples` static.
 
   Args:
-    params: the policy's parameters.
+    params: Parameters of the policy.
     prompts: Prompts, left-padded to P.
-    key: random key of this rollout.
+    key: Random key of this rollout.
     model: Model.
     sampling: Sampling; `max_new_tokens` is R.
-    samples: n, responses to each prompt, which is read once for all of them.
-    first: number of the first row, where the prompts are a part of many; may be traced.
+    samples: n, number of responses per prompt. A prompt is prefilled once for all of them.
+    first: Number of the first response, if the prompts are a part of a larger batch; may be traced.
 
   Returns:
-    Rollout of the B n rows, those of a prompt side by side, with T = P + R.
+    Rollout of B n responses, those to a prompt adjacent, with sequences of length P + R.
   """
   batch = prompts.tokens.shape[0] * samples
   response_length = sampling.max_new_tokens
@@ -56,7 +57,7 @@ def generate(
     )
 
   def append_token(s, token, logprob):
-    """Writes token t of the responses that still run; the EOS or a stop token ends them."""
+    """Writes token t of all unfinished responses. The EOS or a stop token finishes a response."""
     alive = ~s['done']
     token = jnp.where(alive, token, sampling.pad_id)
     columns = {'tokens': token, 'mask': alive, 'logprobs': jnp.where(alive, logprob, 0.0)}
@@ -93,7 +94,7 @@ def generate(
   for before, stage in zip([stages[0]] + stages, stages):
     state['cache'] = cache_lib.grow(state['cache'], stage - before)
     state = jax.lax.while_loop(lambda s: (s['t'] < stage) & ~jnp.all(s['done']), step, state)
-    # Or all have ended. A number, so that the rounds of the next stage are known.
+    # If all responses have ended, t is smaller. A constant makes the steps of the next stage known.
     state['t'] = jnp.int32(stage)
   return types.Rollout(
     tokens=jnp.concatenate([prompts.tokens, state['tokens']], axis=1),

@@ -1,10 +1,10 @@
-"""The sampler of training: responses to a batch of prompts on the mesh, in one jitted program.
+"""The sampler for training: samples responses on the mesh, in one jitted program.
 
-The tokens depend on the parameters, the prompts and the key alone. Sample j of prompt i is response
-i n + j of the batch and draws from the key folded with that number, so neither the number of data
-shards, nor continuous batching, nor the number of responses decoded at a time changes them.
+The tokens depend only on the parameters, the prompts and the key. Sample j of prompt i is response
+i n + j of the batch and uses the key folded with this number. The number of data shards, continuous
+batching and the number of responses decoded at a time do not change the tokens.
 
-Letters: B prompts, n samples of each, P prompt length, R response length, T = P + R.
+Letters: B prompts, n samples per prompt, P prompt length, R response length, T = P + R.
 """
 
 from collections.abc import Callable
@@ -30,24 +30,25 @@ def make(
   max_concurrent: int = 0,
   gather: bool = False,
 ) -> Callable[[PyTree, types.Prompts, Key[Array, '']], types.Rollout]:
-  """Makes the function that samples responses.
+  """Returns the function that samples responses.
 
   Args:
-    model: the policy's Model.
+    model: Model of the policy.
     sampling: Sampling; `max_new_tokens` is R.
-    samples: n, responses to each prompt, which is read once for all of them.
-    max_concurrent: responses decoded at a time, over all data shards, by continuous batching
-      (`engine.generate`); every data shard has its part of them and a queue of its own. 0 decodes
-      all of them together (`decode.generate`).
-    gather: whether every device holds what it else gathers over 'fsdp' for each token: its part of
-      the weights along 'tensor', whole. Continuous batching always does.
+    samples: n, number of responses per prompt. A prompt is prefilled once for all of them.
+    max_concurrent: Number of responses decoded at a time, over all data shards, with continuous
+      batching (`engine.generate`). Each data shard has its own queue and an equal part of this
+      number. 0 decodes all responses together (`decode.generate`).
+    gather: Whether to all-gather the weights over 'fsdp' once, before sampling, instead of for each
+      token. Needs memory on each device for all weights of its part along 'tensor'. Continuous
+      batching always gathers.
 
   Returns:
-    Jitted (params, prompts, key) -> Rollout [B n, T], the responses to a prompt side by side, for
-    Prompts [B, P] whose B divides over the data shards.
+    Jitted (params, prompts, key) -> Rollout [B n, T], with the responses to a prompt adjacent, for
+    Prompts [B, P]. B must be divisible by the number of data shards.
 
   Raises:
-    UserError: now, or when called under another mesh: with `max_concurrent`, the mesh cannot do it.
+    UserError: `check_mesh` fails. The returned function checks its mesh too.
   """
 
   def generate(params, prompts, key):
@@ -76,11 +77,12 @@ def make(
 
 
 def check_mesh(model: base.LanguageModel, max_concurrent: int) -> None:
-  """Checks that the mesh which is set can decode `max_concurrent` responses at a time.
+  """Checks that `max_concurrent` responses can be decoded at a time on the current mesh.
 
   Raises:
-    UserError: they do not divide over the data shards; there are several of these, and the model's
-      heads do not divide over 'tensor'; or 'tensor' is above 1 on CPU devices of several processes.
+    UserError: `max_concurrent` is not divisible by the number of data shards; there are several
+      data shards, and the number of heads is not divisible by 'tensor'; or 'tensor' is above 1 on
+      CPU devices of several processes.
   """
   shards, tensor = sharding.shards()
   name = f'config.sampling.max_concurrent={max_concurrent}'
@@ -89,7 +91,7 @@ def check_mesh(model: base.LanguageModel, max_concurrent: int) -> None:
       f'{name} does not divide over the {shards} data shards of config.mesh: choose a '
       f'multiple of {shards}, or None'
     )
-  # Parts of heads would go from device to device inside the loops; see `engine` on drawing tokens.
+  # The loops would need collectives for parts of heads; see `Scheduler.sample_token` in `engine`.
   if (
     max_concurrent
     and shards > 1
@@ -102,7 +104,7 @@ def check_mesh(model: base.LanguageModel, max_concurrent: int) -> None:
     )
   if max_concurrent and tensor > 1 and processes.must_unroll():
     raise errors.UserError(
-      f'{name} with {tensor} parts of config.mesh.tensor: between CPU devices of several processes '
-      'loops of unknown length cannot have collectives in them; set config.sampling.max_concurrent '
-      'to None'
+      f'{name} with {tensor} parts of config.mesh.tensor: loops of unknown length cannot contain '
+      'collectives between CPU devices of several processes; set config.sampling.max_concurrent to '
+      'None'
     )

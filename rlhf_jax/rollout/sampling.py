@@ -1,4 +1,4 @@
-"""From logits to tokens: temperature, top-k, top-p, what ends responses, logprobs of the choice.
+"""Samples tokens from logits: temperature, top-k, top-p, end tokens, log-probabilities.
 
 Letters: B batch, R response length, T prompt and response length, V vocabulary.
 """
@@ -12,23 +12,23 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 from rlhf_jax import errors
 from rlhf_jax import types
 
-BLOCK = 128  # tokens of a block; about the square root of a vocabulary
+BLOCK = 128  # tokens per block; about the square root of the vocabulary size
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How responses are drawn. Frozen, so that it can be a static argument of a jitted function.
+  """Sampling settings. Frozen, so that they can be a static argument of a jitted function.
 
   Attributes:
     max_new_tokens: R, response length.
-    temperature: logits are divided by it; 0 takes the likeliest token.
-    top_k: keep the k likeliest tokens; 0 keeps all.
-    top_p: keep the smallest set of likeliest tokens whose probability reaches p; 1 keeps all.
-    eos_id: the token that ends a response; None for none.
-    pad_id: what fills the positions after the end.
-    ignore_eos: go on to `max_new_tokens` whatever is sampled, stop tokens too.
-    min_new_tokens: tokens before the first that may be the EOS or a stop token.
-    stop_tokens: ids that end a response as the EOS does; they stay in it.
+    temperature: Divisor of the logits; 0 selects the most likely token.
+    top_k: Number of most likely tokens to keep; 0 keeps all.
+    top_p: Probability of the smallest set of most likely tokens to keep; 1 keeps all.
+    eos_id: Token id that ends a response, or None.
+    pad_id: Token id of padding after the end.
+    ignore_eos: Whether to continue up to `max_new_tokens` after the EOS and stop tokens.
+    min_new_tokens: Number of tokens before the EOS and stop tokens are allowed.
+    stop_tokens: Token ids that end a response as the EOS does. They are part of the response.
 
   Raises:
     UserError: `min_new_tokens` exceeds `max_new_tokens`.
@@ -59,24 +59,24 @@ class Sampling:
 
 
 def is_in(tokens: Int[ArrayLike, '*shape'], ids: tuple[int, ...]) -> Bool[Array, '*shape']:
-  """Which tokens, an array of any shape, are one of `ids`, a tuple; bool of the same shape."""
+  """Returns whether each token is one of `ids`."""
   return jnp.isin(tokens, jnp.array(ids, jnp.int32))
 
 
 def ends_response(token: Int[ArrayLike, ' B'], sampling: Sampling) -> Bool[Array, ' B']:
-  """Which tokens drawn last, [B] int32, end their response while sampling; [B] bool."""
+  """Returns whether each sampled token ends its response, [B] bool."""
   return is_in(token, () if sampling.ignore_eos else sampling.end_tokens)
 
 
 def ended(rollout: types.Rollout, sampling: Sampling) -> Bool[Array, ' B']:
-  """Which responses ended by themselves, with the EOS or a stop token; [B] bool.
+  """Returns whether each response contains the EOS or a stop token, [B] bool.
 
-  With `ignore_eos`, which of them hold such a token. All of them where nothing can end a response.
-  Stop strings are a matter of text, which `stops.truncate_at_strings` reports.
+  Returns True for all if there are no end tokens. Does not consider stop strings; see
+  `stops.truncate_at_strings`.
 
   Args:
     rollout: Rollout.
-    sampling: the Sampling it was drawn with.
+    sampling: Sampling of the rollout.
   """
   response = rollout.tokens[:, -rollout.response_mask.shape[1] :]
   if not sampling.end_tokens:
@@ -89,13 +89,13 @@ def mask_end_tokens(
   index: Int[ArrayLike, ''] | Int[ArrayLike, ' B'],
   sampling: Sampling,
 ) -> Float[ArrayLike, 'B V']:
-  """Logits with -inf at the EOS and the stop tokens of responses shorter than `min_new_tokens`.
+  """Sets the logits of EOS and stop tokens to -inf in responses shorter than `min_new_tokens`.
 
-  As transformers' MinNewTokensLengthLogitsProcessor and vLLM's min_tokens do.
+  See MinNewTokensLengthLogitsProcessor of transformers and min_tokens of vLLM.
 
   Args:
     logits: [B, V] float32.
-    index: tokens that each response has already, int32 scalar or [B].
+    index: Number of tokens that each response already has, int32 scalar or [B].
     sampling: Sampling.
 
   Returns:
@@ -111,17 +111,17 @@ def mask_end_tokens(
 def filter_logits(
   logits: Float[ArrayLike, 'B V'], *, temperature: float, top_k: int, top_p: float
 ) -> Float[Array, 'B V']:
-  """Logits of the distribution that is sampled from; what is filtered out is -inf.
+  """Returns the logits of the distribution to sample from, -inf for tokens that are filtered out.
 
-  Nucleus filtering follows Holtzman et al. 2020 (https://arxiv.org/abs/1904.09751): a token
-  stays while the probability before it, in falling order, is below `top_p`, so the likeliest
-  always stays. Ties at a threshold all stay.
+  Nucleus filtering follows Holtzman et al. 2020 (https://arxiv.org/abs/1904.09751): a token is kept
+  if the total probability of more likely tokens is below `top_p`, so the most likely token is
+  always kept. All tokens that tie at a threshold are kept.
 
   Args:
     logits: [B, V] float32.
-    temperature: positive.
-    top_k: 0 keeps all.
-    top_p: 1 keeps all.
+    temperature: Positive divisor of the logits.
+    top_k: Number of tokens to keep; 0 keeps all.
+    top_p: Probability to keep; 1 keeps all.
 
   Returns:
     [B, V] float32.
@@ -148,13 +148,13 @@ def sample(
   """Draws one token for each response.
 
   Args:
-    keys: [B] random keys, one a response, so that a draw does not depend on its neighbours.
+    keys: [B] random keys, one per response, so that a token does not depend on other responses.
     logits: [B, V] float32, unfiltered.
     sampling: Sampling.
-    index: tokens that each response has already, int32 scalar or [B].
+    index: Number of tokens that each response already has, int32 scalar or [B].
 
   Returns:
-    tokens [B] int32 and logprobs [B] float32 under the filtered distribution (0 if greedy).
+    (tokens [B] int32, logprobs [B] float32 under the filtered distribution, 0 if greedy).
   """
   logits = mask_end_tokens(logits, index, sampling)
   if sampling.temperature == 0:
@@ -167,17 +167,18 @@ def sample(
 
 
 def _inverse_cdf_sample(uniform, logits):
-  """Tokens drawn by inverting the cumulative distribution, first to a block of tokens, then within it.
+  """Samples tokens by inverting the cumulative distribution: first a block, then a token in it.
 
-  Two uniforms a row, where the Gumbel trick needs one for each token, which costs more than
-  unembedding does. Sums within blocks also keep float32 exact enough for large vocabularies.
+  Needs two uniform numbers per response. The Gumbel trick needs one per token of the vocabulary,
+  which costs more than unembedding. Sums within blocks also keep float32 exact enough for large
+  vocabularies.
 
   Args:
     uniform: [B, 2] float32 in [0, 1).
-    logits: [B, V] float32; -inf is never drawn.
+    logits: [B, V] float32; tokens with -inf are never sampled.
 
   Returns:
-    tokens [B] int32 and logprobs [B] float32.
+    (tokens [B] int32, logprobs [B] float32).
   """
   batch, vocab = logits.shape
   logits = jnp.pad(logits, ((0, 0), (0, -vocab % BLOCK)), constant_values=-jnp.inf)
@@ -192,11 +193,11 @@ def _inverse_cdf_sample(uniform, logits):
 
 
 def _first_above(uniform, weights):
-  """The first index [B] whose cumulative weight exceeds `uniform` of the sum, and the sum [B].
+  """Returns (first index [B] whose cumulative weight exceeds uniform * sum, sum of weights [B]).
 
-  An index of weight 0 is never the first. Sums are rounded: the cumulative weight of the last index
-  of positive weight may be an ulp short of the sum over all, and exceed nothing where
-  `uniform` is next to 1. That index is taken then.
+  Never returns an index of weight 0. Because sums are rounded, the cumulative weight of the last
+  index of positive weight may be an ulp below the sum and exceed nothing if `uniform` is close to
+  1. Then that index is returned.
   """
   index = jnp.arange(weights.shape[-1])[None]
   total, positive = jnp.cumsum(weights, axis=-1), weights > 0

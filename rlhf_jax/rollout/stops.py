@@ -1,7 +1,7 @@
-"""Where a finished response ends for whoever reads it: at a token, or at a string of its text.
+"""Truncates finished responses after a token, or after a string in their text.
 
-What stands behind becomes padding: no reward model sees it, and no loss counts it where the result
-is what a policy is trained on.
+Everything after that becomes padding: a reward model does not see it, and a loss does not count it
+if the policy is trained on the truncated rollout.
 
 Letters: B batch, P prompt length, R response length, T = P + R.
 """
@@ -18,27 +18,27 @@ from rlhf_jax import types
 from rlhf_jax.data import tokenizers
 
 Tokenizer = transformers.PreTrainedTokenizerFast
-REPLACEMENT = '\ufffd'  # stands for bytes that are no character, as the first of several are
+REPLACEMENT = '\ufffd'  # decoded from bytes that are not a full character
 
 
 def truncate(
   rollout: types.Rollout, *, tokens: tuple[int, ...], after: int = 0, pad_id: int
 ) -> tuple[types.Rollout, Bool[Array, ' B']]:
-  """Truncates responses behind the first of some tokens. To be jitted with keywords static.
+  """Truncates responses after the first of some tokens. Jit with the keyword arguments static.
 
-  A response without any of them stays as it is; what it is paid instead of its score is the
-  caller's choice. As `postprocess_fn_from_hparams` and `filter_fn_from_hparams` of
+  A response without these tokens is not changed; the caller may replace its score. See
+  `postprocess_fn_from_hparams` and `filter_fn_from_hparams` in
   https://github.com/openai/lm-human-preferences/blob/master/lm_human_preferences/lm_tasks.py,
-  which have one token.
+  which truncate after a single token.
 
   Args:
-    rollout: Rollout, as a rule made with `ignore_eos`.
-    tokens: ids, a tuple.
-    after: response position from which on they count; tokens before it end nothing.
-    pad_id: what fills the positions behind.
+    rollout: Rollout, usually sampled with `ignore_eos`.
+    tokens: Token ids, a tuple.
+    after: Position in the response before which the tokens are ignored.
+    pad_id: Token id of padding.
 
   Returns:
-    Rollout and found [B] bool: whether there is such a token.
+    (Rollout, found [B] bool: whether the response has one of the tokens).
   """
   response_length = rollout.response_mask.shape[1]
   ends = jnp.isin(rollout.tokens[:, -response_length:], jnp.array(tokens, jnp.int32))
@@ -50,24 +50,25 @@ def truncate(
 def truncate_at_strings(
   rollout: types.Rollout, tokenizer: Tokenizer, strings: Sequence[str], *, after: int = 0
 ) -> tuple[types.Rollout, Bool[np.ndarray, ' B']]:
-  """Truncates responses behind the token that completes the first of some strings, on the host.
+  """Truncates responses after the token that completes the first of some strings, on the host.
 
-  The text is that of all tokens of `response_mask`, special ones spelled out. A string may end
-  inside of a token, which then stays. Exact for byte-level BPE, also where characters are split
-  into several tokens. Not for a byte-fallback tokenizer (SentencePiece's) where the character
-  completed last is spelled in bytes and more such bytes follow: its decoder needs to see their end.
+  Strings are searched in the text of all tokens in `response_mask`, special tokens included. If a
+  string ends inside a token, the whole token is kept. The result is exact for byte-level BPE, even
+  if a character has several tokens. It is not exact for a byte-fallback tokenizer (SentencePiece's)
+  if the last character of the string is encoded as bytes and other such bytes follow, because the
+  decoder must see all of them.
 
   Args:
     rollout: Rollout of NumPy arrays.
-    tokenizer: the policy's.
-    strings: texts, none empty.
-    after: tokens of the response that a string must go beyond, such as `min_new_tokens`.
+    tokenizer: Tokenizer of the policy.
+    strings: Texts; none may be empty.
+    after: Number of tokens after which the string must end, such as `min_new_tokens`.
 
   Returns:
-    Rollout of NumPy arrays and found [B] bool: whether there is such a string.
+    (Rollout of NumPy arrays, found [B] bool: whether the response has one of the strings).
 
   Raises:
-    UserError: a string is empty.
+    UserError: A string is empty.
   """
   _check_not_empty(strings)
   mask = rollout.response_mask
@@ -83,14 +84,14 @@ def truncate_at_strings(
 
 
 def single_tokens(tokenizer: Tokenizer, strings: Sequence[str]) -> dict[str, int]:
-  """The strings that are one token each: {string: id}.
+  """Returns {string: id} of the strings that are a single token.
 
-  As `Sampling.stop_tokens` they end a response on the device. Their string can be spelled by other
-  tokens too, so `truncate_at_strings` is needed all the same. With `min_new_tokens` stop tokens are
-  forbidden at first, where strings are ignored only.
+  As `Sampling.stop_tokens`, they can end a response on the device. Other tokens may spell the same
+  string, so `truncate_at_strings` is still needed. With `min_new_tokens`, stop tokens are not
+  sampled at first, while stop strings are only ignored.
 
   Raises:
-    UserError: a string is empty.
+    UserError: A string is empty.
   """
   _check_not_empty(strings)
   rows = tokenizers.encode_continuation(tokenizer, strings)
@@ -103,20 +104,20 @@ def single_tokens(tokenizer: Tokenizer, strings: Sequence[str]) -> dict[str, int
 
 
 def single_token(tokenizer: Tokenizer, text: str, *, name: str) -> int:
-  """The id of a text that must be one token.
+  """Returns the id of a text that must be one token.
 
   Args:
-    tokenizer: the policy's.
-    text: such as '.'.
-    name: of the setting, for the message.
+    tokenizer: Tokenizer of the policy.
+    text: Text, such as '.'.
+    name: Name of the setting, for the error message.
 
   Raises:
-    UserError: it is several tokens, or none.
+    UserError: The text is not exactly one token.
   """
   ids = single_tokens(tokenizer, (text,))
   if text not in ids:
     raise errors.UserError(
-      f'{name}={text!r} must be one token of the tokenizer; use stop strings for longer ones'
+      f'{name}={text!r} must be one token of the tokenizer; use stop strings for longer texts'
     )
   return ids[text]
 
@@ -124,12 +125,12 @@ def single_token(tokenizer: Tokenizer, text: str, *, name: str) -> int:
 def _check_not_empty(strings):
   if not all(strings):
     raise errors.UserError(
-      'a stop string is empty, and would end every response at once: remove it'
+      'a stop string is empty and would end every response immediately: remove it'
     )
 
 
 def _mask_tokens(rollout, keep, pad_id, xp):
-  """A rollout without the tokens where `keep` [B, R] is False; xp is numpy or jax.numpy."""
+  """Masks the response tokens for which `keep` [B, R] is False; xp is numpy or jax.numpy."""
   prompt = rollout.tokens.shape[1] - keep.shape[1]
   keep_sequence = xp.concatenate([xp.ones((keep.shape[0], prompt), bool), keep], axis=1)
   return rollout.replace(
@@ -141,9 +142,10 @@ def _mask_tokens(rollout, keep, pad_id, xp):
 
 
 def _lengths_at_strings(rows, tokenizer, strings, after):
-  """Of each row of ids, how many complete the first of the strings; 0 where none does. int [B].
+  """Returns the number of tokens of each response that complete the first string, [B] int.
 
-  Found by bisection: what the text of some tokens holds, that of more tokens holds too.
+  0 means that there is no string. Uses bisection: if the first tokens contain a string, so do more
+  tokens.
   """
 
   def decode(rows):
@@ -152,7 +154,7 @@ def _lengths_at_strings(rows, tokenizer, strings, after):
   starts = [len(text.rstrip(REPLACEMENT)) for text in decode([row[:after] for row in rows])]
 
   def complete(index, lengths):
-    """Whether rows of these lengths hold a string that goes beyond the first `after` tokens."""
+    """Returns whether the rows, cut to these lengths, have a string that ends after `after`."""
     texts = decode([rows[i][:length] for i, length in zip(index, lengths)])
     return np.array(
       [
