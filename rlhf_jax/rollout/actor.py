@@ -1,6 +1,6 @@
-"""The actor: draws prompts, samples responses from the current policy and scores them.
+"""The actor: takes prompts, samples responses from the current policy and scores them.
 
-Letters: B batch, n responses of a prompt, R response length.
+Letters: B batch, n responses per prompt, P prompt length, R response length.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from rlhf_jax.rollout import stops
 
 
 class Actor:
-  """Makes a scored rollout of a batch of prompts each time it is called."""
+  """Returns a scored rollout of the next batch of prompts on each call."""
 
   def __init__(
     self,
@@ -36,20 +36,20 @@ class Actor:
     for_scoring=None,
     as_prompted=None,
   ):
-    """Keeps what makes a rollout.
+    """Stores the arguments.
 
     Args:
-      examples: list of formats.Prompt.
-      iterator: yields (Prompts [B / n, P], indices into `examples` [B / n]).
-      sample: (params, Prompts, key) -> Rollout of B responses, those of a prompt side by side.
+      examples: List of formats.Prompt.
+      iterator: Iterator over (Prompts [B / n, P], indices into `examples` [B / n]).
+      sample: (params, Prompts, key) -> Rollout of B responses, those to a prompt adjacent.
       score: Scorer: (Rollout, examples of the B responses) -> [B] or [B, R] float32, or
-        types.Scores of them.
-      mesh: device mesh.
+        types.Scores.
+      mesh: Device mesh.
       samples: n.
-      truncate: Rollout -> the Rollout that is scored and trained on; None to change nothing.
-      for_scoring: Rollout -> the Rollout that the scorer reads; None to change nothing.
-      as_prompted: examples of a batch -> the same with the prompts that the policy reads; None to
-        change nothing.
+      truncate: Rollout -> Rollout to score and to train on; None changes nothing.
+      for_scoring: Rollout -> Rollout for the scorer only; None changes nothing.
+      as_prompted: Examples of a batch -> examples with the prompts that the policy reads; None
+        changes nothing.
     """
     self.examples, self.iterator = examples, iterator
     identity = lambda value: value
@@ -62,23 +62,23 @@ class Actor:
   def __call__(
     self, params: PyTree, key: Key[Array, ''], *, timed: bool
   ) -> tuple[types.Rollout, types.ScoreArray, dict[str, float]]:
-    """One batch of experience.
+    """Samples and scores one batch.
 
     Args:
-      params: all parameters of the policy.
-      key: random key of this rollout.
-      timed: whether to wait for the device, before and between the two parts, so that the time of
-        each holds nothing else.
+      params: All parameters of the policy.
+      key: Random key of this rollout.
+      timed: Whether to measure times. This waits for the device before and after sampling and after
+        scoring.
 
     Returns:
-      Rollout, scores ([B] or [B, R] float32) and host-side metrics: the times, and the mean of
-      each part of the scores as reward/NAME.
+      (Rollout, scores [B] or [B, R] float32, host-side metrics). The metrics are {} unless `timed`,
+      else the times and the mean of each part of the scores as reward/NAME.
     """
     prompts, index = next(self.iterator)
     examples = self._as_prompted([self.examples[i] for i in np.asarray(index)])
     examples = [example for example in examples for _ in range(self._samples)]
     if timed:
-      jax.block_until_ready(params)  # else the rollout's time would hold the update before it
+      jax.block_until_ready(params)  # Otherwise the time includes the previous update.
     started = time.perf_counter()
     rollout = self._truncate(self._sample(params, sharding.put_rows(prompts, self._mesh), key))
     if timed:
@@ -109,13 +109,14 @@ class Actor:
   def samples(
     self, tokenizer: transformers.PreTrainedTokenizerFast, metrics: dict[str, Array]
   ) -> list[dict]:
-    """The last batch as dicts: prompt, response, score, what a train step adds, and parts if there are.
+    """Returns the last batch as dicts with the keys prompt, response and score.
 
-    A score of NaN is None, and so is one of its parts.
+    The metrics of the train step and the parts of the score, if there are any, are added. NaN
+    scores and parts become None.
 
     Args:
-      tokenizer: the policy's.
-      metrics: of the train step on that batch; those called samples/NAME, [B], become NAME.
+      tokenizer: Tokenizer of the policy.
+      metrics: Metrics of the train step on that batch; samples/NAME, [B], is added as NAME.
     """
     examples, rollout, scores = self._last_batch
     added = {
@@ -141,12 +142,12 @@ class Actor:
 
 
 def nan_mean(values: Float[np.ndarray, ' B']) -> float:
-  """The mean of a part of the scores [B], without those that are NaN."""
+  """Returns the mean of the values that are not NaN, or NaN if there are none."""
   return float(np.mean(values[~np.isnan(values)])) if not np.isnan(values).all() else float('nan')
 
 
 def float_or_none(value: float | np.floating) -> float | None:
-  """A score as JSON has it: None where it is NaN."""
+  """Converts a score to a value for JSON: None if it is NaN."""
   return None if np.isnan(value) else float(value)
 
 
@@ -156,16 +157,16 @@ def stop_at(
   sampling: sampling_lib.Sampling,
   mesh: jax.sharding.Mesh,
 ) -> Callable[[types.Rollout], types.Rollout] | None:
-  """Ends responses at stop strings of their text, on the host.
+  """Returns a function that truncates responses after stop strings, on the host.
 
   Args:
-    strings: tuple of texts.
-    tokenizer: the policy's.
-    sampling: Sampling that the responses are drawn with.
-    mesh: device mesh.
+    strings: Stop strings.
+    tokenizer: Tokenizer of the policy.
+    sampling: Sampling of the responses.
+    mesh: Device mesh.
 
   Returns:
-    Rollout -> Rollout; None where there are no strings.
+    Rollout -> Rollout, or None if there are no strings.
   """
   if not strings:
     return None
@@ -183,14 +184,14 @@ def stop_at(
 def texts_of(
   rollout: types.Rollout, tokenizer: transformers.PreTrainedTokenizerFast
 ) -> tuple[list[str], list[list[int]]]:
-  """The responses of a rollout.
+  """Decodes the responses of a rollout.
 
   Args:
     rollout: Rollout.
-    tokenizer: the policy's.
+    tokenizer: Tokenizer of the policy.
 
   Returns:
-    List of texts without special tokens, and list of token id lists with them.
+    (texts without special tokens, lists of token ids with special tokens).
   """
   mask = processes.to_host(rollout.response_mask)
   tokens = processes.to_host(rollout.tokens)[:, -mask.shape[1] :]

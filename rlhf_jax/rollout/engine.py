@@ -1,17 +1,18 @@
-"""Continuous batching on the device: a finished response's row of the cache is refilled at once.
+"""Continuous batching on the device: when a response finishes, its row is refilled.
 
-A batch of `decode.generate` runs as long as its longest response. Here prompts wait in a queue. A
-group of them is prefilled at a time into a small cache, and they are handed out one by one to rows
-that become free, all inside one jitted program. All rows of a cache share one write index: a prompt
-is copied to the slots before it, and decoding is that of the plain loop. When a cache is full, its
-contents move towards the first slot.
+`decode.generate` runs until the longest response of the batch ends. Here, prompts wait in a queue.
+Groups of prompts are prefilled into a small cache, and each row of a larger cache that becomes free
+gets the next prompt, all inside one jitted program. All rows of a cache share one write index: a
+prompt is copied to the slots before the index, and then decoded as in the plain loop. When a cache
+is full, its contents are moved to the left.
 
-The cost of a step depends on the longest row. So rows start in a short cache, with room for a part
-of the longest response, and the few that outgrow it move to a long one; a step decodes the rows of
-one of the two. When the queue is empty, the remaining rows are decoded in smaller batches.
+The cost of a step depends on the length of the cache. Rows therefore start in a short cache, with
+room for a part of the longest response, and the few that outgrow it move to a long cache. A step
+decodes the rows of one of the two caches. When the queue is empty, the remaining rows are decoded
+in smaller batches.
 
-Letters: U prompts, n samples of each, N = U n responses, B of them decoded at a time, P prompt
-length, R response length, V vocabulary.
+Letters: U prompts, n samples per prompt, N = U n responses, B rows (responses decoded at a time), P
+prompt length, R response length, V vocabulary.
 """
 
 import functools
@@ -26,11 +27,11 @@ from rlhf_jax.models import base
 from rlhf_jax.rollout import cache as cache_lib
 from rlhf_jax.rollout import sampling as sampling_lib
 
-# Rows start with room for R / SHORT tokens, where R is at least LONG.
+# The short cache has room for responses of R / SHORT tokens. It is used if R is at least LONG.
 SHORT, LONG = 4, 64
-# Slots that everything moves by when a cache is full: on the CPU 16 cost 10 % less time than 32.
+# Slots by which the contents of a full cache are moved. On the CPU, 16 take 10 % less time than 32.
 MARGIN = 16
-# The last rows go on in batches of B / 2 and then B / 4.
+# The last rows are decoded in batches of B / 2, and then B / 4.
 DRAIN_DIVISORS = (2, 4)
 
 
@@ -45,23 +46,23 @@ def generate(
   samples: int = 1,
   first: Int[ArrayLike, ''] = 0,
 ) -> types.Rollout:
-  """Samples responses as `decode.generate` does for all prompts at once, token for token.
+  """Samples the same responses as `decode.generate`, token for token.
 
-  To be jitted with `model`, `sampling`, `max_concurrent` and `samples` static. Needs caches for B
-  rows of P + R tokens, as many of P + R / 4, and B / 4 prompts.
+  Jit this function with `model`, `sampling`, `max_concurrent` and `samples` static. Needs memory
+  for caches of B rows of P + R tokens, B rows of P + R / 4 tokens, and B / 4 prompts.
 
   Args:
-    params: the policy's parameters.
+    params: Parameters of the policy.
     prompts: Prompts [U, P], left-padded.
-    key: random key; response i draws from its own, folded with the token's index.
+    key: Random key. Response i has its own key, which is folded with the index of the token.
     model: Model.
     sampling: Sampling; `max_new_tokens` is R.
-    max_concurrent: B, responses decoded at a time.
-    samples: n; a prompt is read once for all of them.
-    first: number of the first response, where the prompts are a part of many; may be traced.
+    max_concurrent: B, number of responses decoded at a time.
+    samples: n, number of responses per prompt. A prompt is prefilled once for all of them.
+    first: Number of the first response, if the prompts are a part of a larger batch; may be traced.
 
   Returns:
-    Rollout of N rows, the n of a prompt side by side, with T = P + R.
+    Rollout of N responses, those to a prompt adjacent, with sequences of length P + R.
   """
   model = model.with_max_length(prompts.tokens.shape[1] + sampling.max_new_tokens)
   scheduler = Scheduler(params, prompts, key, model, sampling, max_concurrent, samples, first)
@@ -81,13 +82,17 @@ def generate(
 
 
 class Scheduler:
-  """What stays the same, and the parts of the loop as functions of its state `s`, a dict.
+  """The constants of the loop, and its parts as functions of the state `s`, a dict.
 
-  Of the responses, whose number is N rounded up to whole groups, it holds 'tokens' and 'logprobs'
-  [., R], 'lengths' and the 'next' one to hand out; of the 'group' prefilled last its 'cache', the
-  first 'token' of each response, and which have 'ended' with it. 'short' and 'long' are the pools
-  of active rows: a 'cache', and of each row which 'response' it is (`no_response` if it is free),
-  its last 'token' and their number 'count'. If R is small there is no 'long'.
+  The state contains:
+    tokens, logprobs, lengths: Results, [M, R] and [M]; M is N rounded up to full groups.
+    next: Number of the next response to start.
+    group: Number of the group of prompts that was prefilled last.
+    cache: Cache of the group.
+    token, ended: First token of each response of the group, and whether it ended the response.
+    short, long: Pools of B rows; if R is small there is only `short`. A pool contains a cache and,
+      for each row, the response (its number, or `no_response` if the row is free), token (the last
+      one) and count (of its tokens).
   """
 
   def __init__(self, params, prompts, key, model, sampling, max_concurrent, samples, first):
@@ -100,8 +105,8 @@ class Scheduler:
     number, length = prompts.tokens.shape
     self.num_responses = number * samples
     self.batch = min(max_concurrent, self.num_responses)
-    self.group_prompts = max(self.batch // (4 * samples), 1)  # prompts
-    self.group_responses = self.group_prompts * samples  # responses
+    self.group_prompts = max(self.batch // (4 * samples), 1)
+    self.group_responses = self.group_prompts * samples
     padding = -number % self.group_prompts
     self.prompts = jax.tree.map(lambda x: jnp.pad(x, ((0, padding), (0, 0))), prompts)
     self.no_response = (number + padding) * samples
@@ -116,15 +121,15 @@ class Scheduler:
       else {'short': self.response_length}
     )
     self.last_pool = list(self.capacities)[-1]
-    # Slots that a prompt takes, and that a row has when it moves to another cache. Of an
-    # encoder-decoder only the start token of the response is in slots.
+    # Slots of a prompt, and slots that are copied when a row moves to the long cache. In an
+    # encoder-decoder, the slots hold only the response, which begins with a start token.
     self.prompt_length = 1 if model.encoder_decoder else length
     self.moved_length = self.prompt_length + self.capacities['short']
 
-  # The state
+  # The state.
 
   def init_state(self):
-    """Nothing is prefilled, and all rows are free."""
+    """Returns the state before the first prefill, with all rows free."""
     return {
       'next': jnp.int32(0),
       'group': jnp.int32(-1),
@@ -145,7 +150,7 @@ class Scheduler:
     }
 
   def empty(self, rows, capacity, index):
-    """A cache without tokens, with room for a prompt and some more slots."""
+    """Returns an empty cache with room for a prompt and `capacity` more tokens."""
     like = jax.ShapeDtypeStruct((rows, self.prompts.tokens.shape[1]), jnp.int32)
     prefill = functools.partial(
       self.model.prefill, response_length=capacity + int(self.model.encoder_decoder)
@@ -154,20 +159,21 @@ class Scheduler:
     return cache_lib.empty(shapes, index)
 
   def active(self, s, name):
-    """Which rows are at work, [B] bool."""
+    """Returns whether each row of a pool has a response, [B] bool."""
     return s[name]['response'] < self.no_response
 
   def num_active(self, s, name):
-    """Of rows at work."""
+    """Returns the number of active rows of a pool, 0 if there is no such pool."""
     return jnp.sum(self.active(s, name)) if name in s else 0
 
-  # What happens between steps
+  # Between steps.
 
   def refillable(self, s):
+    """Returns whether there is a response to start and a free row for it."""
     return (s['next'] < self.num_responses) & ~jnp.all(self.active(s, 'short'))
 
   def refill(self, s):
-    """Hands the next response to a free row, which stays free if it has ended already."""
+    """Starts the next response in a free row, unless its first token has ended it."""
     s = jax.lax.while_loop(
       lambda s: s['group'] != s['next'] // self.group_responses, self.prefill, s
     )
@@ -184,9 +190,9 @@ class Scheduler:
     return s | {'next': s['next'] + 1, 'short': pool}
 
   def prefill(self, s):
-    """Reads the prompts of the next group and draws the first token of each response."""
-    # Of `next` alone, which the loop around this leaves as it is, XLA would do all of it outside,
-    # every time.
+    """Prefills the prompts of the next group and samples the first token of each response."""
+    # Computed from `group`, not from `next`: `next` is constant in the loop that calls this, so XLA
+    # would move the prefill out of the loop and execute it every time.
     group = s['group'] + 1
     prompts = jax.tree.map(
       lambda x: jax.lax.dynamic_slice_in_dim(x, group * self.group_prompts, self.group_prompts),
@@ -203,17 +209,20 @@ class Scheduler:
     return s | {'group': group, 'cache': cache, 'token': token, 'ended': ended}
 
   def outgrown(self, s):
-    """Which rows have no room for another token in the short cache."""
+    """Returns which rows have no room for another token in the short cache."""
     return self.active(s, 'short') & (s['short']['count'] > self.capacities['short'])
 
   def movable(self, s):
-    """Whether a row should go to the long cache, and can; if the queue is empty all do that fit."""
+    """Returns whether a row should move to the long cache, and the cache has a free row.
+
+    When the queue is empty, all rows should move if the long cache has enough free rows.
+    """
     short, long = self.num_active(s, 'short'), self.num_active(s, 'long')
     merge_pools = (s['next'] >= self.num_responses) & (short > 0) & (short + long <= self.batch)
     return (jnp.any(self.outgrown(s)) | merge_pools) & (long < self.batch)
 
   def move(self, s):
-    """Moves the row with the most tokens from the short cache to the long one."""
+    """Moves the row with the most tokens from the short cache to the long cache."""
     short, long = s['short'], s['long']
     row = jnp.argmax(jnp.where(self.active(s, 'short'), short['count'], 0))
     free = jnp.argmin(self.active(s, 'long'))
@@ -226,13 +235,23 @@ class Scheduler:
       'short': short | {'response': short['response'].at[row].set(self.no_response)},
     }
 
-  # Steps
+  # Steps.
 
   def sample_token(self, s, hidden, responses, index):
-    """Samples a token of each of some responses; also returns the tokens and which are the last."""
+    """Samples the next token of some responses.
+
+    Args:
+      s: State.
+      hidden: [B, D] last hidden state of each response.
+      responses: [B] int32 numbers of the responses; `no_response` for free rows.
+      index: [B] int32 number of tokens that each response already has.
+
+    Returns:
+      (state with the tokens written, tokens [B], whether each response has ended [B]).
+    """
     keys = jax.vmap(jax.random.fold_in)(self.keys[responses], index)
-    # Whole along 'tensor': sums along parts of the vocabulary take permutations, which on CPUs wait
-    # for the devices of other data shards too, and those may have left the loop.
+    # Not sharded over 'tensor': sums over parts of the vocabulary use collective permutes, which on
+    # CPUs also wait for the devices of other data shards, and these may have left the loop.
     logits = sharding.split_rows(self.model.unembed(self.params, hidden))
     token, logprob = sampling_lib.sample(keys, logits, self.sampling, index)
     written = {
@@ -244,11 +263,10 @@ class Scheduler:
     return s | written, token, ended
 
   def step(self, s, name):
-    """One more token of each row in a cache."""
+    """Decodes one token of each active row of a pool."""
 
-    def movable(cache):
-      # A row that moves takes `moved_length` slots before the index along, however few of them
-      # are its tokens.
+    def has_margin(cache):
+      # Moving a row copies `moved_length` slots before the index, even if it has fewer tokens.
       longest = jnp.max(
         jnp.where(self.active(s, name), self.prompt_length + s[name]['count'], 0),
         initial=self.moved_length,
@@ -257,7 +275,7 @@ class Scheduler:
 
     pool = s[name]
     cache = jax.lax.while_loop(
-      movable, lambda cache: cache_lib.shift(cache, self.margin), pool['cache']
+      has_margin, lambda cache: cache_lib.shift(cache, self.margin), pool['cache']
     )
     hidden, cache = self.model.step(self.params, pool['token'], self.active(s, name), cache)
     s, token, ended = self.sample_token(s, hidden, pool['response'], pool['count'])
@@ -271,7 +289,7 @@ class Scheduler:
     }
 
   def step_until_event(self, s):
-    """Moves and refills rows, and makes steps until there is something to move or to refill."""
+    """Moves and refills rows, then decodes until a row can be moved or refilled."""
     if 'long' not in s:
       s = jax.lax.while_loop(self.refillable, self.refill, s)
       return jax.lax.while_loop(
@@ -279,7 +297,7 @@ class Scheduler:
       )
 
     def step_long_first(s):
-      # Where a row waits for a place there, or where more rows are at work.
+      # If a row waits for a free row of the long cache, or the long cache has more active rows.
       return jnp.any(self.outgrown(s)) | (self.num_active(s, 'long') > self.num_active(s, 'short'))
 
     def no_event(s):
@@ -294,17 +312,21 @@ class Scheduler:
       lambda s: no_event(s) & step_long_first(s), lambda s: self.step(s, 'long'), s
     )
 
-  # The end
+  # The end.
 
   def has_work(self, s):
-    """Whether there is work for more than half of the rows of one cache."""
+    """Returns whether the main loop must continue.
+
+    It ends when the queue is empty, at most B / 2 rows of the last pool are active, and no row of
+    another pool is.
+    """
     remaining = self.num_active(s, self.last_pool) > (self.batch // DRAIN_DIVISORS[0])
     if self.last_pool == 'long':
       remaining |= self.num_active(s, 'short') > 0
     return (s['next'] < self.num_responses) | remaining
 
   def drain(self, s):
-    """The last rows, at most B / 2 of one cache, in smaller batches."""
+    """Decodes the last rows, at most B / 2 of the last pool, in smaller batches."""
     sizes = [self.batch // part for part in DRAIN_DIVISORS if self.batch >= part]
     for size, remaining in zip(sizes, sizes[1:] + [0]):
       order = jnp.argsort(~self.active(s, self.last_pool), stable=True)[:size]
