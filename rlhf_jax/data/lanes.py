@@ -166,7 +166,7 @@ class Batches(Iterator[types.LMBatch]):
     """Resumes after the batch at which `get_state` was called.
 
     Raises:
-      UserError: The state is that of another batch size, which has other places in the data.
+      UserError: The state was saved with another batch size.
     """
     places = state['places']
     if len(places) != len(self._local):

@@ -378,7 +378,7 @@ def split(
 
 
 def _hashes(texts: Iterable[str], seed: int, count: int) -> np.ndarray:
-  """Returns hashes [N] uint64 of texts and a seed, the same in every process and run."""
+  """Returns a hash of each text and the seed, [N] uint64, the same in every process and run."""
   digest = lambda text: hashlib.blake2b(
     f'{seed}:{text}'.encode('utf-8', 'surrogatepass'), digest_size=8
   ).digest()

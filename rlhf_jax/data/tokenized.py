@@ -98,7 +98,7 @@ class TokenizedData:
     return self._encode([self.examples[index] for index in indices])
 
   def iterate(self, what: str) -> Iterator[Tokenized]:
-    """Iterates over all tokenized examples, in order, and keeps none of them in memory.
+    """Iterates over all tokenized examples in order, without storing them.
 
     Args:
       what: Description of the work, for a progress bar.
