@@ -1,4 +1,4 @@
-"""Optimizers from a few scalars: schedules, Adam as torch and as TensorFlow define it."""
+"""Optimizers and schedules from a few scalars, with the Adam of torch or of TensorFlow 1."""
 
 import math
 from typing import NamedTuple
@@ -15,7 +15,7 @@ OPTIMIZERS = ('adam', 'tf_adam')
 
 
 class TFAdamState(NamedTuple):
-  """Moments of `scale_by_tf_adam`."""
+  """State of `scale_by_tf_adam`: step count, first and second moments."""
 
   count: jax.Array
   mu: optax.Updates
@@ -23,11 +23,11 @@ class TFAdamState(NamedTuple):
 
 
 def scale_by_tf_adam(b1, b2, eps, moment_dtype='float32'):
-  """Adam as TensorFlow 1 has it: sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps).
+  """Scales updates as Adam in TensorFlow 1: sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps).
 
-  The epsilon is added to the uncorrected sqrt(v), as in the first listing's efficient form
-  (Kingma & Ba 2015, end of §2, https://arxiv.org/abs/1412.6980). With eps = 1e-5 it differs
-  from optax and torch for about a thousand steps. lm-human-preferences was trained with it.
+  The epsilon is added to sqrt(v) without bias correction, as in the efficient form of Kingma & Ba
+  2015 (end of §2, https://arxiv.org/abs/1412.6980). With eps = 1e-5 it differs from optax and torch
+  for about a thousand steps. lm-human-preferences was trained with it.
   """
 
   def init(params):
@@ -47,20 +47,21 @@ def scale_by_tf_adam(b1, b2, eps, moment_dtype='float32'):
 
 
 class MasterState(NamedTuple):
-  """The weights of `keep_master` in its dtype, None where the parameters have it; and the inner state."""
+  """State of `keep_master`: master weights, None for parameters without; and the inner state."""
 
   master: optax.Params
   inner: optax.OptState
 
 
 def keep_master(inner, dtype):
-  """Updates parameters of low precision in a copy of higher precision (Micikevicius et al. 2018, §3.1).
+  """Applies updates to master weights, a copy of the parameters in higher precision.
 
-  https://arxiv.org/abs/1710.03740. In bfloat16 alone an update below 1 / 256 of a weight is lost.
+  See Micikevicius et al. 2018, §3.1 (https://arxiv.org/abs/1710.03740). In bfloat16 alone an update
+  below 1 / 256 of a weight is lost.
 
   Args:
-    inner: optax optimizer, which sees the copy and gradients of its dtype.
-    dtype: of the copy; parameters that have it already get none.
+    inner: Optax optimizer; it receives the master weights, and gradients of their dtype.
+    dtype: Dtype of the master weights; parameters of this dtype get no copy.
   """
 
   def init(params):
@@ -72,7 +73,7 @@ def keep_master(inner, dtype):
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, current)
     updates, inner_state = inner.update(grads, state.inner, current)
     new = optax.apply_updates(current, updates)
-    # What, added to the parameters in float32 and rounded, gives the rounded copy.
+    # Added to the parameters in float32, these updates round to the master weights.
     updates = jax.tree.map(
       lambda n, u, p, old: u if n.dtype == old.dtype else n - old.astype(n.dtype),
       new,
@@ -89,14 +90,14 @@ def keep_master(inner, dtype):
 
 
 def _of(master, params):
-  """The copy where there is one, else the parameter."""
+  """Returns the master weights, or the parameters that have no master weights."""
   return jax.tree.map(
     lambda m, p: p if m is None else m, master, params, is_leaf=lambda x: x is None
   )
 
 
 class AverageState(NamedTuple):
-  """The moving average of `average`, the updates it is over, and the inner state."""
+  """State of `average`: moving average, number of updates, and the inner state."""
 
   ema: optax.Params
   count: jax.Array
@@ -104,24 +105,24 @@ class AverageState(NamedTuple):
 
 
 def average(inner, decay):
-  """Keeps an exponential moving average of the parameters, in float32, beside an optimizer.
+  """Adds an exponential moving average of the parameters, in float32, to an optimizer.
 
       ema_t = sum_i decay^(t - i) params_i / sum_i decay^(t - i),  i = 1 .. t
 
   Polyak & Juditsky 1992 (https://doi.org/10.1137/0330046). The weights sum to 1 from the first
-  update on, as with Adam's bias correction: the parameters before training are no part of it.
+  update on, as with Adam's bias correction. The parameters before training have no weight.
 
-  Each array is averaged by itself, the A and B of an adapter too. So the adapter that is exported
-  is A_ema B_ema, of their rank, and not the average of the products A_i B_i; docs/models.md says how
-  far apart the two are.
+  Each array is averaged separately, including A and B of an adapter. The exported adapter is thus
+  A_ema B_ema, which keeps the rank, and not the average of the products A_i B_i; docs/models.md
+  compares the two.
 
   Args:
-    inner: optax optimizer.
-    decay: in (0, 1).
+    inner: Optax optimizer.
+    decay: Decay per update, in (0, 1).
   """
 
   def init(params):
-    # A copy: the parameters are donated with the rest of the state, and a buffer only once.
+    # Copy, because the same buffer cannot be donated twice, in the parameters and in this state.
     ema = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
     return AverageState(ema, jnp.zeros([], jnp.int32), inner.init(params))
 
@@ -129,43 +130,43 @@ def average(inner, decay):
     updates, inner_state = inner.update(grads, state.inner, params)
     new = optax.apply_updates(params, updates)
     count = state.count + 1
-    # Of the newest parameters: (1 - decay) / (1 - decay^t), 1 at the first update.
-    share = (decay - 1) / jnp.expm1(count * math.log(decay))
-    ema = jax.tree.map(lambda e, p: e + share * (p.astype(jnp.float32) - e), state.ema, new)
+    # The weight of the newest parameters: (1 - decay) / (1 - decay^t), 1 at the first update.
+    weight = (decay - 1) / jnp.expm1(count * math.log(decay))
+    ema = jax.tree.map(lambda e, p: e + weight * (p.astype(jnp.float32) - e), state.ema, new)
     return updates, AverageState(ema, count, inner_state)
 
   return optax.GradientTransformation(init, update)
 
 
 def moving_average(opt_state):
-  """The moving average in the state of an optimizer made by `make`, or None."""
+  """Returns the moving average in the state of an optimizer from `make`, or None."""
   return opt_state.ema if isinstance(opt_state, AverageState) else None
 
 
 def schedule(learning_rate, *, kind, warmup_steps, steps, warmup_from=0.0, updates=1):
-  """Learning rate by optimizer step: linear warmup, then constant, or down to 0 at `steps`.
+  """Returns a learning-rate schedule: linear warmup, then constant or decay to 0 at `steps`.
 
-  It counts train steps and stays the same within one, as lm-human-preferences, N+ and TRL set it
-  once an iteration.
+  The rate changes once per train step, not per optimizer step, as in lm-human-preferences, N+ and
+  TRL.
 
   Args:
-    learning_rate: the peak.
+    learning_rate: Peak rate.
     kind: 'constant', 'linear' or 'cosine'.
-    warmup_steps: train steps of linear growth to the peak; 0 for none.
-    steps: train steps of the whole run.
-    warmup_from: share of the peak that warmup starts from.
-    updates: optimizer steps of a train step.
+    warmup_steps: Train steps of linear warmup; 0 for none.
+    steps: Train steps of the whole run.
+    warmup_from: Initial rate of the warmup, as a fraction of the peak.
+    updates: Optimizer steps per train step.
 
   Returns:
-    A function from the optimizer step to the rate.
+    Function from the optimizer step to the rate.
   """
-  rest = max(steps - warmup_steps, 1)
+  decay_steps = max(steps - warmup_steps, 1)
   if kind == 'constant':
     main = optax.constant_schedule(learning_rate)
   elif kind == 'linear':
-    main = optax.linear_schedule(learning_rate, 0.0, rest)
+    main = optax.linear_schedule(learning_rate, 0.0, decay_steps)
   elif kind == 'cosine':
-    main = optax.cosine_decay_schedule(learning_rate, rest)
+    main = optax.cosine_decay_schedule(learning_rate, decay_steps)
   else:
     raise errors.UserError(f'optim.schedule={kind!r} is not one of {SCHEDULES}')
   if warmup_steps:
@@ -192,25 +193,25 @@ def make(
   moment_dtype='float32',
   ema=0.0,
 ):
-  """An optax optimizer.
+  """Makes an optax optimizer.
 
   Args:
     name: 'adam' or 'tf_adam' (see `scale_by_tf_adam`).
-    learning_rate: peak rate.
-    schedule_kind: see `schedule`.
-    warmup_steps: see `schedule`.
-    steps: see `schedule`.
-    b1: decay of the first moment.
-    b2: decay of the second moment.
+    learning_rate: Peak rate.
+    schedule_kind: See `schedule`.
+    warmup_steps: See `schedule`.
+    steps: See `schedule`.
+    b1: Decay of the first moment.
+    b2: Decay of the second moment.
     eps: Adam's epsilon.
-    weight_decay: decoupled (AdamW), on arrays of at least two dimensions per layer.
-    clip_norm: global gradient norm above which gradients are scaled down; 0 for none.
-    warmup_from: see `schedule`.
-    updates: see `schedule`.
-    master_dtype: of the weights that updates add up in; see `keep_master`.
-    moment_dtype: of the first moment. The second is of the master's: in bfloat16 its decay of
-      1 - b2 would round to nothing.
-    ema: decay of the moving average of the weights; 0 keeps none. See `average`.
+    weight_decay: Decoupled weight decay (AdamW), applied to matrices only; see `decayed`.
+    clip_norm: Global gradient norm above which gradients are scaled down; 0 for no clipping.
+    warmup_from: See `schedule`.
+    updates: See `schedule`.
+    master_dtype: Dtype of the master weights; see `keep_master`.
+    moment_dtype: Dtype of the first moment. The second moment has the dtype of the master weights,
+      because in bfloat16 changes by a factor of 1 - b2 would be rounded away.
+    ema: Decay of the moving average of the weights; 0 for none. See `average`.
 
   Returns:
     optax.GradientTransformation.
@@ -229,7 +230,7 @@ def make(
     warmup_from=warmup_from,
     updates=updates,
   )
-  # The same structure whatever the figures, so that a run can go on with another one of them.
+  # The structure of the state does not depend on clip_norm, so a run can resume with another one.
   clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
   optimizer = optax.chain(
     clip,
@@ -242,7 +243,10 @@ def make(
 
 
 def decayed(params):
-  """True for matrices, adapters' too. Norm scales and biases are not decayed, stacked by layer or not."""
+  """Returns the tree of bools that is True for matrices, including adapters: these are decayed.
+
+  Norm scales and biases are not decayed, although stacking by layer gives them two dimensions.
+  """
 
   def matrix(path, _):
     return str(getattr(path[-1], 'key', path[-1])) in ('kernel', 'embedding', 'a', 'b')
@@ -251,23 +255,24 @@ def decayed(params):
 
 
 def apply(params, opt_state, grads, optimizers):
-  """One step of each optimizer.
+  """Applies one step of each optimizer.
 
   Args:
     params: {name: parameters}.
-    opt_state: {name: optimizer state}; nothing for parameters that stay.
+    opt_state: {name: optimizer state}, without frozen parameters.
     grads: {name: gradients}.
-    optimizers: {name: optax optimizer, or None for parameters that stay as they are}.
+    optimizers: {name: optax optimizer, or None for frozen parameters}.
 
   Returns:
     New params, new opt_state, and the norms of gradients, updates and parameters.
 
   Raises:
-    ValueError: parameters that `optimizers` does not name.
+    ValueError: `params` and `optimizers` have different names.
   """
   if params.keys() != optimizers.keys():
     raise ValueError(
-      f'parameters {sorted(params)} need an optimizer or None each; there are {sorted(optimizers)}'
+      f'parameters {sorted(params)} need an optimizer or None each, but optimizers has '
+      f'{sorted(optimizers)}'
     )
   new_params, new_opt_state, metrics = dict(params), {}, {}
   for name, optimizer in optimizers.items():
@@ -282,22 +287,23 @@ def apply(params, opt_state, grads, optimizers):
 
 
 def accumulate(grad_fn, params, rows, size):
-  """Gradients of a minibatch, summed over microbatches of `size` rows; 0 takes it whole.
+  """Computes gradients of a minibatch as the sum over its microbatches.
 
   Args:
-    grad_fn: (params, rows) -> (grads, metrics), both shares of the minibatch's mean.
-    params: parameters.
-    rows: pytree of [B, ...] arrays.
-    size: rows of a microbatch; divides B.
+    grad_fn: (params, microbatch) -> (grads, metrics), both scaled so that the sum over microbatches
+      is the mean over the minibatch.
+    params: Parameters.
+    rows: Minibatch, a pytree of arrays [B, ...].
+    size: Rows per microbatch, which must divide B; 0 for a single pass over the minibatch.
 
   Returns:
-    grads and metrics.
+    (grads, metrics) of the minibatch.
   """
   batch = jax.tree.leaves(rows)[0].shape[0]
   if not size or size >= batch:
     return grad_fn(params, rows)
   split = jax.tree.map(lambda x: x.reshape((-1, size) + x.shape[1:]), rows)
-  # Sums of low precision would lose the last microbatches.
+  # Sums in low precision would round the later microbatches away.
   zeros = jax.tree.map(
     lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
     jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], split)),

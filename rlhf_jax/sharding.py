@@ -1,8 +1,10 @@
-"""Meshes, and where every array lies on them: one table of rules per model family.
+"""Meshes, and the sharding of every array on them by one table of rules per model family.
 
-A mesh has the axes 'data' (rows of the batch), 'fsdp' (rows of the batch, and parameters split
-along one dimension) and 'tensor' (parameters split along the other). Data parallel, FSDP and
-tensor parallel are shapes of the mesh, not different code.
+A mesh has three axes: 'data' shards the batch, 'fsdp' shards the batch and one dimension of the
+parameters, and 'tensor' shards another dimension of the parameters. Data parallelism, FSDP and
+tensor parallelism are shapes of the mesh, not different code.
+
+A row is an entry along the batch axis of an array.
 """
 
 import math
@@ -22,18 +24,18 @@ BATCH = P(('data', 'fsdp'))
 
 
 def make_mesh(shape, *, devices=None):
-  """A mesh over all devices (of all processes).
+  """Makes a mesh over all devices of all processes.
 
   Args:
-    shape: {'data': n, 'fsdp': n, 'tensor': n}; an axis left out has size 1, one may be -1: the
-      devices that are left.
-    devices: list of devices; None: all of them.
+    shape: {'data': n, 'fsdp': n, 'tensor': n}. A missing axis has size 1. One size may be -1, for
+      the remaining devices.
+    devices: List of devices; None for all devices.
 
   Returns:
     Mesh with the three axes in this order.
 
   Raises:
-    UserError: unknown axis, more than one -1, or sizes that do not use all devices.
+    UserError: An axis is unknown, more than one size is -1, or the sizes do not use all devices.
   """
   devices = jax.devices() if devices is None else devices
   count = len(devices)
@@ -45,7 +47,8 @@ def make_mesh(shape, *, devices=None):
     not isinstance(size, int) or size < 1 and size != -1 for size in sizes
   ):
     raise UserError(
-      f'mesh: {dict(zip(AXES, sizes))}: sizes are positive whole numbers, at most one is -1 (the rest)'
+      f'mesh: {dict(zip(AXES, sizes))}: sizes must be positive whole numbers, '
+      'and at most one may be -1 (the remaining devices)'
     )
   known = math.prod(size for size in sizes if size != -1)
   sizes = [max(count // known, 1) if size == -1 else size for size in sizes]
@@ -53,34 +56,32 @@ def make_mesh(shape, *, devices=None):
     raise UserError(
       f'mesh: {dict(zip(AXES, sizes))} needs {math.prod(sizes)} devices, but there are {count}'
     )
-  # jax.make_mesh would refuse to share a dimension of a v5p's or v6e's grid among two axes.
+  # Unlike jax.make_mesh, this can split a dimension of a v5p's or v6e's grid over two mesh axes.
   grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def replicated(mesh):
-  """Every device holds the whole array."""
+  """Returns the sharding of an array that every device holds in full."""
   return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh):
-  """Rows (axis 0) are split over 'data' and 'fsdp'; other axes are whole."""
+  """Returns the sharding of an array whose axis 0 is split over 'data' and 'fsdp'."""
   return NamedSharding(mesh, BATCH)
 
 
 def split_rows(x, *, axis=0):
-  """Keeps the rows of an activation split over 'data' and 'fsdp', inside jit under `jax.set_mesh`.
+  """Inside jit: constrains the batch axis of an activation to 'data' and 'fsdp' of the current mesh.
 
-  Without it XLA may follow the parameters instead: activations split along their width, and
-  every device at work on every row. Does nothing without a mesh, or where the rows do not divide:
-  XLA would pad them, and the padding reaches the gradients of parameters split over 'tensor'.
+  Otherwise XLA may follow the sharding of the parameters: it splits activations along their width,
+  and every device works on every row. Returns `x` unchanged without a mesh, or if the shards do not
+  divide the rows: XLA would pad them, and the padding would reach the gradients of parameters split
+  over 'tensor'.
 
   Args:
-    x: an array with rows on `axis`.
-    axis: index of the axis of rows.
-
-  Returns:
-    x.
+    x: Array with rows on `axis`.
+    axis: Index of the batch axis.
   """
   if shards() == (1, 1) or x.shape[axis] % shards()[0]:
     return x
@@ -88,15 +89,15 @@ def split_rows(x, *, axis=0):
 
 
 def row_spec():
-  """PartitionSpec of an axis of rows on the mesh that is set: BATCH, but inside `map_shards` P(None)."""
+  """Returns the PartitionSpec of a batch axis on the current mesh; P(None) inside `map_shards`."""
   manual = jax.sharding.get_abstract_mesh().manual_axes
   return P(tuple(axis for axis in BATCH[0] if axis not in manual) or None)
 
 
 def shards():
-  """Parts of the rows and parts over 'tensor' that the mesh which is set makes; (1, 1) without one.
+  """Returns the number of batch shards and of 'tensor' shards of the current mesh.
 
-  Inside `map_shards` rows have one part: they are those of one shard.
+  Without a mesh both are 1. Inside `map_shards` the number of batch shards is 1.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or not set(AXES) <= set(mesh.axis_names):
@@ -106,15 +107,15 @@ def shards():
 
 
 def map_shards(function, shared, batch):
-  """Inside jit: what a function gives for the rows of each data shard, as if there were no other shards.
+  """Inside jit: applies a function to each shard of a batch independently.
 
-  Nothing inside waits for other shards, so a loop has as many rounds as its shard needs. Over 'tensor'
-  XLA splits the work as it does outside.
+  No shard waits for another, so a loop runs only as many iterations as its own shard needs. XLA
+  still splits the work over 'tensor' as it does outside.
 
   Args:
-    function: (whole, rows of one shard, number of the shard) -> tree of arrays with rows first.
-    shared: tree of arrays that every shard reads; whatever of it is split over 'fsdp' is gathered first.
-    batch: tree of arrays with rows first, which divide over the shards.
+    function: (shared, rows of one shard, index of the shard) -> tree of arrays [rows, ...].
+    shared: Tree of arrays that every shard reads; arrays split over 'fsdp' are gathered first.
+    batch: Tree of arrays [rows, ...]; the number of shards must divide the rows.
 
   Returns:
     Tree of arrays with the rows of all shards.
@@ -122,7 +123,7 @@ def map_shards(function, shared, batch):
   count, tensor = shards()
   if count == 1:
     return function(shared, batch, 0)
-  # Pallas kernels want every axis of the mesh here, even one of size 1.
+  # Pallas kernels need every axis of the mesh to be manual, even an axis of size 1.
   axes = set(AXES if tensor == 1 else BATCH[0])
   call = jax.shard_map(
     lambda shared, batch, number: function(shared, batch, number[0]),
@@ -135,19 +136,24 @@ def map_shards(function, shared, batch):
 
 
 def platform():
-  """'cpu', 'gpu' or 'tpu': of the devices of the mesh that is set, which need not be here; else JAX's default."""
+  """Returns 'cpu', 'gpu' or 'tpu': the platform of the current mesh, or JAX's default without one.
+
+  The mesh may be abstract, of devices that this machine does not have.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   device = None if mesh.empty else mesh.abstract_device
   return device.platform if device else jax.default_backend()
 
 
 def gather(tree, rules, axis):
-  """Inside jit: parameters as `rules` split them, but whole along one axis of the mesh, where a mesh is set.
+  """Inside jit: gathers parameters along one mesh axis; the other axes stay sharded by `rules`.
+
+  Returns the parameters unchanged without a mesh.
 
   Args:
-    tree: parameters.
-    rules: see `shardings`.
-    axis: name of the axis.
+    tree: Parameters.
+    rules: See `shardings`.
+    axis: Name of the mesh axis.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
@@ -165,39 +171,38 @@ def gather(tree, rules, axis):
 
 
 def path_name(path):
-  """A key path of jax.tree_util as 'blocks/mlp/up/kernel'."""
+  """Formats a key path of jax.tree_util as 'blocks/mlp/up/kernel'."""
   return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 def paths(tree):
-  """Leaves of a tree by the name of their path, in the tree's order."""
+  """Returns {path name: leaf} of a tree, in the tree's order."""
   return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def map_with_path(function, tree, *rest):
-  """Maps `function(path name, leaf, *leaves of the rest)` over trees of one structure."""
+def map_with_path(function, tree, *other_trees):
+  """Maps `function(path name, leaf, *other leaves)` over trees of the same structure."""
   return jax.tree_util.tree_map_with_path(
-    lambda path, *leaves: function(path_name(path), *leaves), tree, *rest
+    lambda path, *leaves: function(path_name(path), *leaves), tree, *other_trees
   )
 
 
 def shardings(tree, rules, mesh):
-  """The sharding of every leaf of a tree.
+  """Returns the sharding of every leaf of a tree.
 
-  The first rule whose regex is found in the leaf's path counts. Rules end with '$', so the
-  moments of an optimizer, whose paths end with a parameter's path, lie where the parameter lies.
+  The first rule whose regex is found in a leaf's path applies. Rules end with '$'. The path of an
+  optimizer moment ends with the path of its parameter, so both have the same sharding.
 
   Args:
-    tree: of arrays or ShapeDtypeStructs: parameters, optimizer state, a whole TrainState.
+    tree: Tree of arrays or ShapeDtypeStructs: parameters, optimizer state, or a TrainState.
     rules: [(regex on the '/'-joined path, PartitionSpec)].
-    mesh: from `make_mesh`.
+    mesh: Mesh, see `make_mesh`.
 
   Returns:
-    Tree of NamedShardings. Scalars that no rule names are replicated.
+    Tree of NamedShardings. Scalars that match no rule are replicated.
 
   Raises:
-    UserError: a leaf of one or more dimensions that no rule names, or a dimension that its mesh
-      axes do not divide; with the path.
+    UserError: A leaf that is not a scalar matches no rule, or mesh axes do not divide a dimension.
   """
   compiled = [(re.compile(pattern), spec) for pattern, spec in rules]
 
@@ -231,15 +236,15 @@ def _check(name, shape, spec, mesh):
 
 
 def shard_rows(tree):
-  """`split_rows` of every array of a tree."""
+  """Applies `split_rows` to every array of a tree."""
   return jax.tree.map(split_rows, tree)
 
 
 def local_rows(rows):
-  """Which of the rows of a batch `put_rows` takes from this process, on the mesh that is set; bool [rows].
+  """Returns a mask, bool [rows], of the rows that `put_rows` reads from this process.
 
-  Where 'tensor' crosses processes several of them give the same rows. Without a mesh, or where the
-  rows do not divide, all.
+  If the 'tensor' axis spans several processes, these read the same rows. Without a current mesh, or
+  if the shards do not divide the rows, the process reads all rows.
   """
   mesh = jax.sharding.get_mesh()
   if mesh.empty or rows % (mesh.shape['data'] * mesh.shape['fsdp']):
@@ -251,17 +256,17 @@ def local_rows(rows):
 
 
 def put_rows(tree, mesh):
-  """Rows of a batch to arrays split over the data axes.
+  """Puts a batch on the devices, split over 'data' and 'fsdp'.
 
-  Every process has a batch of this shape on its host and gives the rows that its devices hold, see
-  `local_rows`: the others are not read.
+  Every process passes arrays of the global shape, of which it needs only the rows of its devices;
+  see `local_rows`. Other rows are not read.
 
   Args:
-    tree: of NumPy arrays [rows, ...].
-    mesh: from `make_mesh`.
+    tree: Tree of NumPy arrays [rows, ...].
+    mesh: Mesh, see `make_mesh`.
 
   Returns:
-    Tree of jax arrays of the same shapes.
+    Tree of JAX arrays of the same shapes.
   """
   place = batch_sharding(mesh)
 
@@ -273,12 +278,12 @@ def put_rows(tree, mesh):
 
 
 def compiler_options(platform):
-  """Options of jax.jit for programs whose numbers must agree: bfloat16 is rounded as written.
+  """Returns options of jax.jit for programs whose numbers must agree: round bfloat16 as written.
 
-  XLA leaves roundings out where it likes, in each program and shape elsewhere: in bfloat16 the
-  log-probabilities of the sampler, of a pass over the whole batch and of one over a minibatch differ
-  by 6e-3 a token on the CPU, and by 1e-5 with this option. They are as near to those of float32
-  with it as without. On other platforms its price is not known, and they keep XLA's choice.
+  By default XLA omits roundings, and which ones depends on the program and its shapes. In bfloat16
+  on the CPU, the log-probabilities of the sampler, of a pass over the batch and of a pass over a
+  minibatch then differ by 6e-3 per token; with this option they differ by 1e-5. Both are equally
+  close to float32. The cost on other platforms is unknown, so they keep XLA's default.
 
   Args:
     platform: 'cpu', 'gpu' or 'tpu'.

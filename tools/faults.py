@@ -335,7 +335,7 @@ FAULTS = (
   Fault(
     'the last of a cosine comes late after a warmup',
     'rlhf_jax/optim.py',
-    'cosine_decay_schedule(learning_rate, rest',
+    'cosine_decay_schedule(learning_rate, decay_steps',
     'cosine_decay_schedule(learning_rate, steps',
     _tests('test_optim', 'test_a_cosine_after_a_warmup_ends_with_the_run'),
   ),
