@@ -1,4 +1,4 @@
-"""A policy with its tokenizer: texts in, texts out, outside of training.
+"""A policy with its tokenizer, used outside of training: texts in, texts out.
 
 Letters: n samples, P prompt length, R response length, T = P + R.
 """
@@ -31,15 +31,15 @@ from rlhf_jax.rollout import sampler
 from rlhf_jax.rollout import sampling as sampling_lib
 from rlhf_jax.rollout import stops
 
-BATCH = 256  # responses decoded or scored at a time; the last batch of what is scored is filled up
-NEW_TOKENS = 128  # of a response, where nobody says
-# Jitted functions of the settings asked for last.
+BATCH_SIZE = 256  # sequences sampled or scored at a time; the last batch to score is padded to it
+DEFAULT_NEW_TOKENS = 128  # longest response by default, in tokens
+# Keeps the jitted samplers of the 16 most recent settings.
 _sampler = functools.lru_cache(maxsize=16)(sampler.make)
 
 
 @dataclasses.dataclass
 class Samples:
-  """n prompts, their responses, and the tokens of both as a Rollout of NumPy arrays."""
+  """n prompts, their n responses, and a Rollout of NumPy arrays with the tokens of both."""
 
   prompts: list[str]
   responses: list[str]
@@ -49,7 +49,7 @@ class Samples:
     return len(self.prompts)
 
   def to_pandas(self):
-    """A DataFrame with the columns prompt and response."""
+    """Returns a DataFrame with the columns prompt and response."""
     import pandas
 
     return pandas.DataFrame({'prompt': self.prompts, 'response': self.responses})
@@ -67,7 +67,7 @@ class Samples:
     return [row[keep].tolist() for row, keep in zip(self.rollout.tokens[:, -mask.shape[1] :], mask)]
 
   def take(self, index):
-    """The samples at positions `index`."""
+    """Returns the samples at positions `index`."""
     return Samples(
       [self.prompts[i] for i in index],
       [self.responses[i] for i in index],
@@ -77,13 +77,13 @@ class Samples:
 
 @dataclasses.dataclass
 class TextPolicy:
-  """A language model that can be asked for texts.
+  """A language model with its tokenizer.
 
   Attributes:
     model: Model.
-    params: its parameters.
-    tokenizer: its tokenizer.
-    path: its Hugging Face folder, a pathlib.Path; None if it has none, as a checkpoint.
+    params: Its parameters.
+    tokenizer: Its tokenizer.
+    path: Its Hugging Face folder; None if it has none, for example if loaded from a checkpoint.
   """
 
   model: Any
@@ -97,10 +97,10 @@ class TextPolicy:
 
   @classmethod
   def load(cls, path):
-    """From a Hugging Face folder, a finished run, or the newest checkpoint of an unfinished one.
+    """Loads a Hugging Face folder, a finished run, or the newest checkpoint of an unfinished run.
 
     Raises:
-      UserError: there is nothing to load.
+      UserError: There is nothing to load.
     """
     path = pathlib.Path(path)
     runtime.enable_compilation_cache()
@@ -109,7 +109,7 @@ class TextPolicy:
     fields = json.loads((path / 'model.json').read_text())
     name = fields.pop('name')
     if name != 'policy':
-      raise errors.UserError(f'{path} trains a {name} model, which generates no text')
+      raise errors.UserError(f'{path} trains a {name} model, which cannot generate text')
     model, params = models.create(fields, unroll=None), checkpoint.load_params(path, name)
     config = json.loads((path / 'config.json').read_text())['model']
     if config['lora']['targets'] or config['lora']['path'] or config['unfrozen_layers'] is not None:
@@ -117,19 +117,19 @@ class TextPolicy:
     return cls(model, params, tokenizers.load(path / 'tokenizer'))
 
   def read_prompts(self, path):
-    """Texts of the prompts of a data set, as training reads them; see `formats`."""
+    """Returns the texts of the prompts of a data set, as training reads them; see `formats`."""
     return [example.prompt for example in self.read_examples(path)]
 
   def read_examples(self, path):
-    """The prompts of a data set with their other columns, a list of formats.Prompt."""
+    """Returns the prompts of a data set with their other columns, a list of formats.Prompt."""
     try:
       examples, _ = formats.prompts(sources.read(path), tokenizer=self.tokenizer)
-    except errors.DataError as error:  # no config.data says what to do about it here
+    except errors.DataError as error:  # there is no config.data to change here
       raise errors.DataError(str(error).removesuffix(formats.SKIP_HINT)) from error
     return list(examples)
 
   def save(self, path):
-    """Writes a Hugging Face folder with the tokenizer, which `load` and transformers read."""
+    """Saves a Hugging Face folder with the tokenizer, which `load` and transformers can read."""
     hf.save(pathlib.Path(path), self.model, self.params, tokenizer=self.tokenizer)
     self.path = pathlib.Path(path)
 
@@ -149,45 +149,47 @@ class TextPolicy:
     truncate_after=0,
     samples=1,
   ):
-    """Samples responses to prompts, the same in one batch or a few at a time.
+    """Samples responses to prompts. The result does not depend on how prompts are batched.
 
     Args:
-      prompts: texts.
-      key: random key, or the int that seeds one.
-      max_new_tokens: R; None for what the context leaves, 128 at most.
-      temperature: 0 takes the likeliest token.
-      top_k: see sampling.Sampling.
-      top_p: see sampling.Sampling.
-      ignore_eos: go on past the end.
-      min_new_tokens: tokens before the first that may be the EOS or complete a stop string.
-      stop: strings that end a response; they stay in it. See stops.truncate_at_strings.
-      truncate_at: text of the token that ends a response in place of the EOS; sampling goes past
-        both, and `rollout.ended` says which responses have it. None: the EOS. See stops.truncate.
-      truncate_after: the first position at which it does.
-      samples: responses to each prompt.
+      prompts: List of n texts.
+      key: Random key, or an int seed.
+      max_new_tokens: R; None for the rest of the context, at most 128.
+      temperature: Temperature of sampling; 0 takes the most likely token.
+      top_k: See sampling.Sampling.
+      top_p: See sampling.Sampling.
+      ignore_eos: Whether to continue after the EOS.
+      min_new_tokens: Number of tokens before the EOS or the end of a stop string may appear.
+      stop: Strings that end a response and stay in it. See stops.truncate_at_strings.
+      truncate_at: Text of a single token that ends a response instead of the EOS. Sampling
+        continues past both, and `rollout.ended` tells which responses have this token. None for the
+        EOS. See stops.truncate.
+      truncate_after: First position at which `truncate_at` ends a response.
+      samples: Number of responses per prompt.
 
     Returns:
-      Samples, those of a prompt one after another.
+      Samples; the responses to the same prompt are adjacent.
 
     Raises:
-      UserError: a prompt has no token, a stop string is empty, `truncate_at` is not one token, or
+      UserError: A prompt has no tokens, a stop string is empty, `truncate_at` is not one token, or
         prompt and response exceed the model's context.
     """
     if isinstance(prompts, str):
-      raise errors.UserError('prompts is a string: give a list of strings')
+      raise errors.UserError('prompts is a string; pass a list of strings')
     key = jax.random.key(key) if isinstance(key, int) else key
     rows = tokenizers.encode(self.tokenizer, prompts)
     if not all(map(len, rows)):
-      raise errors.UserError('the prompt is empty and this tokenizer has no BOS: give a prompt')
+      raise errors.UserError('a prompt is empty and this tokenizer has no BOS; pass a text')
     length = max(map(len, rows))
     if max_new_tokens is None:
-      max_new_tokens = max(1, min(NEW_TOKENS, self.model.max_length - length))
+      max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, self.model.max_length - length))
     if length + max_new_tokens > self.model.max_length:
       raise errors.UserError(
         f'a prompt of {length} tokens and {max_new_tokens} new ones exceed the context of '
         f'{self.model.max_length} tokens: shorten the prompt or lower max_new_tokens'
       )
-    # Before `min_new_tokens` stop tokens cannot be drawn; strings can be there, but end nothing.
+    # With `min_new_tokens` a stop string may appear early without ending the response, but a stop
+    # token could not be sampled early. So all stop strings are then found in the text.
     single = {} if min_new_tokens else stops.single_tokens(self.tokenizer, stop)
     sampling = sampling_lib.Sampling(
       max_new_tokens=max_new_tokens,
@@ -204,7 +206,7 @@ class TextPolicy:
       self.model,
       sampling,
       samples=samples,
-      max_concurrent=BATCH if len(prompts) * samples > BATCH else 0,
+      max_concurrent=BATCH_SIZE if len(prompts) * samples > BATCH_SIZE else 0,
     )
     padded = left_padded(rows, length, self.tokenizer.pad_token_id)
     rollout = jax.device_get(generate(self.params, padded, key))
@@ -225,26 +227,28 @@ class TextPolicy:
     response = rollout.tokens[:, -rollout.response_mask.shape[1] :]
     ids = [row[keep] for row, keep in zip(response, rollout.response_mask)]
     texts = tokenizers.decode_continuation(self.tokenizer, ids)
-    # A text that begins here has no space in front, which some tokenizers put before words.
+    # After an empty prompt the response starts the text, so it must not begin with the space that
+    # some tokenizers put before words.
     return [
       text if prompt else self.tokenizer.decode(row, skip_special_tokens=True)
       for prompt, text, row in zip(prompts, texts, ids)
     ]
 
   def chat(self, messages, key=0, *, max_new_tokens=None, temperature=1.0):
-    """Samples the assistant's next message, by the tokenizer's chat template.
+    """Samples the assistant's next message, with the tokenizer's chat template.
 
     Args:
-      messages: list of {'role': ..., 'content': ...}, the last one the user's; or the user's text.
-      key: random key, or the int that seeds one.
-      max_new_tokens: see `sample`.
-      temperature: see `sample`.
+      messages: List of {'role': ..., 'content': ...} that ends with a user message, or a text from
+        the user.
+      key: Random key, or an int seed.
+      max_new_tokens: See `sample`.
+      temperature: See `sample`.
 
     Returns:
-      The message, a text.
+      The text of the message.
 
     Raises:
-      UserError: the tokenizer has no chat template, or it rejects the messages.
+      UserError: The tokenizer has no chat template, or the template rejects the messages.
     """
     if isinstance(messages, str):
       messages = [{'role': 'user', 'content': messages}]
@@ -256,14 +260,14 @@ class TextPolicy:
     return samples.responses[0]
 
   def logprobs(self, prompts, responses, *, temperature=1.0):
-    """Log-probability of each response, summed over its tokens, [n] float32.
+    """Computes the log-probability of each response, summed over its tokens, [n] float32.
 
     No EOS is added to the responses.
 
     Args:
-      prompts: n texts.
-      responses: n texts.
-      temperature: what the logits are divided by; positive.
+      prompts: List of n texts.
+      responses: List of n texts.
+      temperature: Positive number that divides the logits.
     """
     prompts = tokenizers.encode(self.tokenizer, prompts)
     responses = tokenizers.encode_continuation(self.tokenizer, responses)
@@ -279,11 +283,11 @@ class TextPolicy:
     return self.rollout_logprobs(rollout, temperature=temperature)
 
   def rollout_logprobs(self, rollout, *, temperature=1.0):
-    """Log-probability of each response of a rollout, summed over its tokens, [n] float32.
+    """Computes the log-probability of each response of a rollout, summed over tokens, [n] float32.
 
     Args:
       rollout: Rollout of n sequences.
-      temperature: what the logits are divided by; positive.
+      temperature: Positive number that divides the logits.
     """
     return in_batches(
       lambda batch, start: response_logprobs(self.params, batch, temperature, model=self.model),
@@ -292,35 +296,35 @@ class TextPolicy:
 
 
 def _with_frozen(path, config, model, trained):
-  """All parameters of a policy of whose checkpoint only the trained ones are a part.
+  """Returns all parameters of a policy whose checkpoint holds only the trained ones.
 
   Args:
-    path: the run's folder.
-    config: its `config.model`.
-    model: Model, without adapters.
-    trained: from its checkpoint.
+    path: Folder of the run.
+    config: Its `config.model`.
+    model: Model without adapters.
+    trained: Parameters from its checkpoint.
   """
   if not config['path']:
     raise errors.UserError(
-      f'{path} trains a part of a model that is in no folder (config.model.path is empty), and its '
-      'checkpoints hold that part alone; wait for its end'
+      f'{path}: its checkpoints hold only the trained part of the model, and config.model.path is '
+      'empty, so the frozen part is not available; wait until the run is finished'
     )
   _, params = hf.load(config['path'])
   model, _, frozen = trainable.set_up(
     model, params, unfrozen_layers=config['unfrozen_layers'], seed=0, **config['lora']
   )
-  # Restored arrays lie on the devices of the run, the folder's on one.
+  # Restored arrays are on the devices of the run; arrays from the folder are on one device.
   return trainable.merge_lora(model, jax.device_get(trained), frozen)
 
 
 @functools.partial(jax.jit, static_argnames=('model',))
 def response_logprobs(params, rollout, temperature, *, model):
-  """Log-probability of each response, summed over its tokens, [n] float32.
+  """Computes the log-probability of each response, summed over its tokens, [n] float32.
 
   Args:
-    params: all parameters of `model`.
+    params: All parameters of `model`.
     rollout: Rollout of n sequences.
-    temperature: what the logits are divided by; positive.
+    temperature: Positive number that divides the logits.
     model: Model.
   """
   response_length = rollout.response_mask.shape[1]
@@ -335,9 +339,17 @@ def response_logprobs(params, rollout, temperature, *, model):
 
 
 def in_batches(function, tree):
-  """Applies `function(batch, first row)` to BATCH rows at a time; NumPy in, NumPy out."""
+  """Applies `function(batch, index of its first row)` to BATCH_SIZE rows at a time.
+
+  Args:
+    function: Function of a tree and an int that returns a tree.
+    tree: Tree of NumPy arrays [n, ...].
+
+  Returns:
+    Tree of NumPy arrays [n, ...].
+  """
   count = jax.tree.leaves(tree)[0].shape[0]
-  size = min(BATCH, count)
+  size = min(BATCH_SIZE, count)
   parts = []
   for start in range(0, count, size):
     index = np.minimum(np.arange(start, start + size), count - 1)
@@ -347,7 +359,7 @@ def in_batches(function, tree):
 
 
 def left_padded(rows, length, pad_id):
-  """Prompts [n, length] of token rows."""
+  """Pads n lists of token ids on the left to Prompts [n, length]."""
   tokens = np.full((len(rows), length), pad_id, np.int32)
   mask = np.zeros((len(rows), length), bool)
   for i, row in enumerate(rows):

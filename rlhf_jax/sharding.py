@@ -72,7 +72,7 @@ def batch_sharding(mesh):
 
 
 def split_rows(x, *, axis=0):
-  """Inside jit: constrains the batch axis of an activation to 'data' and 'fsdp' of the current mesh.
+  """Inside jit: constrains the batch axis of `x` to 'data' and 'fsdp' of the current mesh.
 
   Otherwise XLA may follow the sharding of the parameters: it splits activations along their width,
   and every device works on every row. Returns `x` unchanged without a mesh, or if the shards do not

@@ -55,7 +55,7 @@ def test_texts_are_those_of_the_tokens(policy):
 def test_batches_with_a_remainder_are_like_one_batch(policy, monkeypatch):
   whole = sample(policy, temperature=0.0)
   logprobs = policy.rollout_logprobs(whole.rollout, temperature=0.8)
-  monkeypatch.setattr(policy_lib, 'BATCH', 3)
+  monkeypatch.setattr(policy_lib, 'BATCH_SIZE', 3)
   same(sample(policy, temperature=0.0), whole)
   np.testing.assert_allclose(
     policy.rollout_logprobs(whole.rollout, temperature=0.8), logprobs, atol=1e-5
@@ -66,7 +66,7 @@ def test_batches_with_a_remainder_are_like_one_batch(policy, monkeypatch):
 
 @pytest.mark.parametrize('count, batch', [(7, 3), (6, 3), (2, 3), (1, 1)])
 def test_in_batches(count, batch, monkeypatch):
-  monkeypatch.setattr(policy_lib, 'BATCH', batch)
+  monkeypatch.setattr(policy_lib, 'BATCH_SIZE', batch)
   seen = []
   tree = {'a': np.arange(count), 'b': np.arange(3 * count).reshape(count, 3)}
   found = policy_lib.in_batches(
@@ -163,7 +163,7 @@ def test_load_takes_the_model_of_a_finished_run(policy, world, tmp_path):
 
 def test_responses_fill_the_context_where_nobody_says_how_long(policy):
   found = sample(policy, PROMPTS[:2], max_new_tokens=None, ignore_eos=True)
-  assert found.rollout.tokens.shape[1] == policy.model.max_length < policy_lib.NEW_TOKENS
+  assert found.rollout.tokens.shape[1] == policy.model.max_length < policy_lib.DEFAULT_NEW_TOKENS
 
 
 def test_a_prompt_that_cannot_be_read_is_named_without_a_config(policy, tmp_path):

@@ -322,4 +322,4 @@ def _pairwise(function, name, keywords):
 
 
 def _batches(count):
-  return [slice(i, i + policy_lib.BATCH) for i in range(0, count, policy_lib.BATCH)]
+  return [slice(i, i + policy_lib.BATCH_SIZE) for i in range(0, count, policy_lib.BATCH_SIZE)]

@@ -123,7 +123,7 @@ def pair_gaps(scorer, path, *, max_length=0, append_eos=True):
   batches = pipelines.comparison_batches(
     examples,
     tokenizer,
-    batch_size=min(policy_lib.BATCH, len(examples)),
+    batch_size=min(policy_lib.BATCH_SIZE, len(examples)),
     max_length=max_length or scorer.policy.model.max_length,
     append_eos=append_eos,
   )

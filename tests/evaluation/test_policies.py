@@ -309,7 +309,7 @@ def test_comparisons_are_scored_as_answers_are(compared, world, proxy):
 
 
 def test_each_gap_has_its_own_prompt_in_every_batch(world, proxy, tmp_path, monkeypatch):
-  monkeypatch.setattr(policy_lib, 'BATCH', 4)
+  monkeypatch.setattr(policy_lib, 'BATCH_SIZE', 4)
   records = [
     {'prompt': tiny.text(i, 1 + i % 2), 'completions': [tiny.text(3 * i, 2), tiny.text(5 * i, 3)]}
     for i in range(10)
