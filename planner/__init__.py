@@ -1,5 +1,5 @@
-"""What a PPO run needs and how long it takes, on TPUs that nobody has to own.
+"""Predicts the memory and time of a PPO run on TPUs, without access to any.
 
-The real rollout, scoring and train step are compiled by the TPU's compiler for a topology that is
-only described; nothing is read from disk and nothing is run.
+The TPU compiler compiles the real rollout, scoring and train step for a described topology. No
+weights are read and nothing is executed.
 """

@@ -1,9 +1,9 @@
 """rlhf plan --config=ppo_llama3_8b --topology=v5e:16x16 [--search] [--config.KEY=VALUE ...]
 
-Compiles rollout, scoring and train step of a PPO config for TPUs that nobody has to own, and prints
-what they need and how long they take. --search tries other meshes, microbatches and recomputations.
+Compiles the rollout, scoring and train step of a PPO config for TPUs, without access to any, and
+prints their memory and time. --search tries other meshes, microbatch sizes and remat settings.
 
-python -m planner does the same.
+`python -m planner` is the same command.
 """
 
 import pathlib
@@ -21,39 +21,38 @@ from rlhf_jax import errors
 
 _CONFIG = command_line.define_config()
 _TOPOLOGY = flags.DEFINE_string(
-  'topology', 'v5e:16x16', 'Chip and grid: v5e:16x16, v5p:4x4x4, v6e:8x8 ...'
+  'topology', 'v5e:16x16', 'Chip and grid, such as v5e:16x16, v5p:4x4x4 or v6e:8x8.'
 )
 _SEARCH = flags.DEFINE_boolean(
-  'search', False, 'Try other meshes, microbatches and recomputations.'
+  'search', False, 'Try other meshes, microbatch sizes and remat settings.'
 )
 _CONFIRM = flags.DEFINE_integer(
-  'confirm', 3, 'Ways that fit to find with the compiler in a search.'
+  'confirm', 3, 'In a search, compile candidates until this many fit.'
 )
 _EFFORT = flags.DEFINE_float(
   'effort',
   0.0,
-  'Of the compiler, -1 to 1. -1 takes half of the time, '
-  'and tells memory and collectives only; runs have 0.',
+  'Optimization effort of the compiler, from -1 to 1; real runs use 0. '
+  '-1 compiles in half the time, but then only memory and collectives are accurate.',
 )
-_REPORT = flags.DEFINE_string('report', '', 'Markdown file to put the tables into as well.')
+_REPORT = flags.DEFINE_string('report', '', 'Markdown file to which the tables are also written.')
 
 
 def run(config, topology):
-  """The command."""
+  """Plans a config, or searches for its best variant, and prints the tables."""
   planner = plan_lib.Planner(topology, _EFFORT.value)
   if _SEARCH.value:
     chosen, tables = plan_lib.find(planner, config, _CONFIRM.value)
   else:
     chosen, tables = plan_lib.plan(planner, config)
   report.show(tables)
-  whole = report.size(planner.chip.memory)
+  capacity = report.size(planner.chip.memory)
   summary = (
-    f'{planner.chips} chips of {planner.chip.name}; mesh (data x fsdp x tensor), microbatch, '
-    'recomputation: '
-    f'{chosen.name}. {report.size(chosen.bytes)} of {whole} GiB on each chip, '
+    f'{planner.chips} {planner.chip.name} chips; mesh (data x fsdp x tensor), microbatch, remat: '
+    f'{chosen.name}. {report.size(chosen.bytes)} of {capacity} GiB on each chip, '
   )
   summary += (
-    f'{report.seconds(chosen.seconds)} s an iteration, '
+    f'{report.seconds(chosen.seconds)} s per iteration, '
     f'{chosen.tokens_per_second:.0f} tokens/s in the rollout.'
     if chosen.fits
     else 'which does not fit.'
@@ -72,7 +71,7 @@ def run(config, topology):
 
 
 def main(argv):
-  """Runs the command, with errors of the user in one line."""
+  """Runs the command, and reports user errors in one line."""
   if len(argv) > 1:
     sys.exit(f'error: unexpected arguments {argv[1:]}: every option begins with --')
   logging.set_verbosity(logging.WARNING)
@@ -84,7 +83,7 @@ def main(argv):
 
 
 def start():
-  """Reads the command line and runs it."""
+  """Reads the command line and runs the command."""
   command_line.start(main, required=('config',))
 
 

@@ -1,9 +1,10 @@
-"""What a chip can do, as published.
+"""Published specifications of TPU chips.
 
-Peaks, memory and bandwidths: https://cloud.google.com/tpu/docs/v5e, /v5p and /v6e. Interconnect is
-per direction, half of the bidirectional figure there, and is divided by the ports of a chip. The
-clock is not published: it is the peak over the operations of a cycle, 2 for each cell of the matrix
-units (4 of 128 x 128 in v5e, 8 in v5p, 4 of 256 x 256 in v6e).
+Peaks, memory and bandwidths: https://cloud.google.com/tpu/docs/v5e, /v5p and /v6e. The bandwidth of
+a link is in one direction: half of the bidirectional interconnect figure there, divided by the
+ports of a chip. The clock is not published. It is computed as the peak divided by the operations
+per cycle, 2 for each cell of the matrix units (4 of 128 x 128 in v5e, 8 in v5p, 4 of 256 x 256 in
+v6e).
 """
 
 import dataclasses
@@ -14,16 +15,16 @@ from rlhf_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One chip.
+  """A type of TPU chip.
 
   Attributes:
-    name: as topologies name it.
-    flops: peak of bfloat16 matmuls, 1/s.
-    memory: bytes that the compiler can give away, of the 16, 95 and 32 GB there are.
-    bandwidth: of that memory, bytes/s.
-    link: bytes/s of one link to a neighbour in one direction.
-    torus: chips along a dimension from which on it closes to a ring.
-    clock: cycles/s.
+    name: Name in topologies.
+    flops: Peak of bfloat16 matmuls, FLOP/s.
+    memory: Bytes that the compiler can allocate, out of 16, 95 and 32 GB.
+    bandwidth: Memory bandwidth, bytes/s.
+    link: Bandwidth of one link to a neighbour in one direction, bytes/s.
+    torus: Smallest number of chips along a grid dimension that closes to a ring.
+    clock: Cycles/s.
   """
 
   name: str
@@ -46,13 +47,13 @@ CHIPS = {
 
 
 def of_topology(name):
-  """The chip of a topology, and the extents of its grid.
+  """Returns the chip of a topology and the extents of its grid.
 
   Args:
-    name: 'v5e:16x16' and the like.
+    name: Name of the topology, such as 'v5e:16x16'.
 
   Raises:
-    UserError: the name is malformed, or the chip unknown.
+    UserError: The name is malformed, or the chip is unknown.
   """
   kind, _, grid = name.partition(':')
   try:
@@ -61,12 +62,12 @@ def of_topology(name):
     extents = ()
   if kind not in CHIPS or not extents or min(extents) < 1:
     raise UserError(
-      f'--topology={name!r} has to be CHIP:AxB or CHIP:AxBxC, with a chip of {", ".join(CHIPS)}: '
+      f'--topology={name!r} must be CHIP:AxB or CHIP:AxBxC, with CHIP one of {", ".join(CHIPS)}: '
       'v5e:16x16 (256 chips), v5p:4x4x4 (64, sold as v5p-128) or v6e:8x8'
     )
   return CHIPS[kind], extents
 
 
 def count(extents):
-  """Chips of a grid."""
+  """Returns the number of chips in a grid."""
   return math.prod(extents)

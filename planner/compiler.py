@@ -1,6 +1,6 @@
-"""The TPU's compiler on a machine without one, and what it says of a program; kept on disk.
+"""Compiles programs for TPUs on a machine without one, and caches the analysis on disk.
 
-libtpu compiles for topologies that are only described (jax.experimental.topologies).
+libtpu can compile for a topology from its description alone (jax.experimental.topologies).
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from rlhf_jax import errors
 # '... temporaries (36.55G) exceeds available HBM (15.75G)', or 'Used 36.55G of 15.75G hbm'.
 TOO_LARGE = re.compile(r'([\d.]+)([KMG])\)? (?:exceeds available HBM|of [\d.]+[KMG] hbm)')
 UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30}
-# libtpu would ask the cloud what machine it is on.
+# Without these settings libtpu queries the cloud for the type of the machine.
 ENVIRONMENT = {
   'TPU_SKIP_MDS_QUERY': '1',
   'TPU_WORKER_HOSTNAMES': 'localhost',
@@ -33,17 +33,17 @@ ENVIRONMENT = {
 
 
 class Compiled(NamedTuple):
-  """A program on one chip.
+  """The compiler's analysis of a program on one chip.
 
   Attributes:
-    temporaries: bytes it needs beside arguments and results.
-    results: bytes of results that take no argument's place.
-    cycles: the compiler's estimate.
-    sent: [[kind of collective, chips of a group, bytes, times run], ...].
-    unbounded: loops counted once for want of a number of rounds.
-    seconds: that the compiler took.
-    needed: 0; or the temporaries of a program that does not fit the memory, of which nothing else
-      is known.
+    temporaries: Bytes of temporaries, without arguments and results.
+    results: Bytes of results that do not alias an argument.
+    cycles: The compiler's estimate of cycles.
+    sent: [[kind of collective, chips per group, bytes, number of calls], ...].
+    unbounded: Number of loops counted as one iteration because their trip count is unknown.
+    seconds: Compile time.
+    needed: Bytes of temporaries if the program does not fit into memory, else 0. If it does not
+      fit, nothing else is known.
   """
 
   temporaries: float
@@ -56,7 +56,7 @@ class Compiled(NamedTuple):
 
 
 def devices(topology):
-  """The devices of a topology such as 'v5e:16x16'.
+  """Returns the devices of a topology such as 'v5e:16x16'.
 
   Raises:
     UserError: libtpu is not installed, is in use, or does not know the topology.
@@ -67,48 +67,48 @@ def devices(topology):
     version = importlib.metadata.version('libtpu')
   except importlib.metadata.PackageNotFoundError:
     raise errors.UserError(
-      'planner needs the TPU compiler, in the package libtpu, which works without a TPU: '
-      "pip install 'jax[tpu]'. Elsewhere keep it out: JAX would look for a TPU first."
+      'planner needs the TPU compiler of the package libtpu, which works without a TPU: '
+      "pip install 'jax[tpu]'. Install it in a separate environment: JAX looks for a TPU first."
     ) from None
   try:
-    with quiet():
+    with hide_stderr():
       return topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
-  except Exception as error:  # whatever libtpu raises
+  except Exception as error:  # libtpu's exceptions are not documented
     text = ' '.join(str(error).split())
     remedy = (
-      'only one process at a time can load libtpu: wait for the other, or set '
+      'only one process at a time can load libtpu: wait for the other one, or set '
       'ALLOW_MULTIPLE_LIBTPU_LOAD=1'
       if 'lock' in text.lower() or 'in use' in text
       else 'choose another --topology, such as v5e:4x4'
     )
     raise errors.UserError(
-      f'libtpu {version} gives no topology {topology!r} ({text[:300]}): {remedy}'
+      f'libtpu {version} cannot describe the topology {topology!r} ({text[:300]}): {remedy}'
     ) from error
 
 
 @contextlib.contextmanager
-def quiet():
-  """Hides what libtpu writes to stderr while it is loaded: complaints that there is no TPU."""
+def hide_stderr():
+  """Hides stderr while libtpu is loaded, because it complains that there is no TPU."""
   sys.stderr.flush()
-  kept = os.dup(2)
-  with open(os.devnull, 'w') as nowhere:
-    os.dup2(nowhere.fileno(), 2)
+  original = os.dup(2)
+  with open(os.devnull, 'w') as null:
+    os.dup2(null.fileno(), 2)
     try:
       yield
     finally:
-      os.dup2(kept, 2)
-      os.close(kept)
+      os.dup2(original, 2)
+      os.close(original)
 
 
 def compile(function, arguments, mesh, *, effort, folder):
-  """Compiles a program, or finds what was said of it before.
+  """Compiles a program, or reads its analysis from the cache.
 
   Args:
-    function: jitted.
+    function: Jitted function.
     arguments: ShapeDtypeStructs on `mesh`.
-    mesh: of a topology's devices.
-    effort: -1 to 1, what the compiler spends on fast code; runs have 0.
-    folder: where results are kept.
+    mesh: Mesh of a topology's devices.
+    effort: Optimization effort of the compiler, -1 to 1; real runs use 0.
+    folder: Folder of the cache.
 
   Returns:
     Compiled.
@@ -149,12 +149,12 @@ def compile(function, arguments, mesh, *, effort, folder):
 
 
 def read(compiled, seconds):
-  """Compiled of a jax.stages.Compiled."""
+  """Returns the Compiled of a jax.stages.Compiled and its compile time."""
   memory = compiled.memory_analysis()
   totals = hlo.totals(compiled.as_text())
   if totals.unbounded:
     logging.warning(
-      '%d loops have no known number of rounds and are counted once', totals.unbounded
+      '%d loops have an unknown trip count and are counted as one iteration', totals.unbounded
     )
   sent = [
     [kind, size, amount, totals.rounds[kind, size]] for (kind, size), amount in totals.sent.items()

@@ -1,28 +1,24 @@
-"""Lower bounds of a program's time: operations, memory and interconnect at their published peaks.
+"""Lower bounds on a program's time from its FLOPs, memory traffic and interconnect traffic.
 
-The greatest of the three is the roofline; the compiler's own estimate, where there is one, stands
-beside it. Before a program is compiled its traffic is estimated from the shapes, per layer and
-pass:
+The largest of the three times, each at the published peak, is the roofline. A compiled program also
+has the compiler's own estimate. Before compilation the traffic is estimated from the shapes, per
+layer and pass:
 
-  weights          gathered over 'fsdp', read from memory; their gradients reduced the other way
-  activations      reduced over 'tensor' after attention and after the MLP
-  keys and values  read once for every token
-
-Letters: B rows, T tokens, R response tokens, L layers, D width, F feed-forward width, N heads, V
-vocabulary.
+  weights          are gathered over 'fsdp' and read from memory; gradients are reduced over 'fsdp'
+  activations      are reduced over 'tensor' after attention and after the MLP
+  keys and values  are read once for every token
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-# A reduction or gather over a group waits for this at each step of its way;
-# https://jax-ml.github.io/scaling-book.
+# Latency in seconds of each hop of a collective; https://jax-ml.github.io/scaling-book.
 HOP = 1e-6
 
 
 class Time(NamedTuple):
-  """Lower bounds in seconds: operations, memory, interconnect; and the compiler's estimate or 0."""
+  """Seconds by FLOPs, memory, interconnect, and the compiler's estimate (0 if there is none)."""
 
   flops: float
   memory: float
@@ -31,7 +27,7 @@ class Time(NamedTuple):
 
   @property
   def roofline(self):
-    """The greatest of the first three."""
+    """The largest of the first three."""
     return max(self[:3])
 
   @property
@@ -41,31 +37,37 @@ class Time(NamedTuple):
 
   @property
   def limit(self):
-    """What the roofline is limited by."""
+    """The resource that determines the roofline."""
     return ('FLOPs', 'HBM', 'interconnect')[int(np.argmax(self[:3]))]
 
 
 class Traffic(NamedTuple):
-  """A chip's traffic: bytes of memory; [(mesh axis, bytes sent, collectives)]; most bytes held."""
+  """The traffic of one chip.
+
+  Attributes:
+    memory: Bytes read from and written to memory.
+    sent: [(mesh axis, bytes sent, number of collectives, hops per collective), ...].
+    held: Peak bytes of temporaries.
+  """
 
   memory: float
-  sent: list[tuple[str, float, float]]
+  sent: list[tuple[str, float, float, int]]
   held: float
 
 
 def bandwidths(mesh, chip, extents):
-  """Bytes/s that a chip can send along each mesh axis, and by the size of a group of chips.
+  """Computes the bytes/s that a chip can send, by mesh axis and by the size of a group of chips.
 
-  A group that spans a dimension of the grid uses both of its links there if it closes to a ring,
-  else one. A group of another size than any axis is given one link.
+  A group that spans a dimension of the grid uses two links per chip if the dimension closes to a
+  ring, else one.
 
   Args:
-    mesh: of a topology's devices.
+    mesh: Mesh of a topology's devices.
     chip: chips.Chip.
-    extents: of the topology's grid.
+    extents: Extents of the topology's grid.
 
   Returns:
-    {axis: bytes/s} and {chips: bytes/s}.
+    {axis: bytes/s} and {chips per group: bytes/s}.
   """
   coords = np.array([device.coords for device in mesh.devices.flat]).reshape(
     *mesh.devices.shape, -1
@@ -91,15 +93,15 @@ def bandwidths(mesh, chip, extents):
 
 
 def time_of(compiled, flops, traffic, *, chips, chip, by_size):
-  """Time of a compiled program.
+  """Computes the Time of a compiled program.
 
   Args:
     compiled: compiler.Compiled.
-    flops: of all chips together.
-    traffic: Traffic, of which the memory's part is used.
-    chips: their number.
+    flops: FLOPs over all chips.
+    traffic: Traffic, of which only `memory` is used.
+    chips: Number of chips.
     chip: chips.Chip.
-    by_size: see `bandwidths`.
+    by_size: {chips per group: bytes/s}, see `bandwidths`; other groups get one link.
   """
   sending = sum(amount / by_size.get(size, chip.link) for _, size, amount, _ in compiled.sent)
   return Time(
@@ -111,7 +113,7 @@ def time_of(compiled, flops, traffic, *, chips, chip, by_size):
 
 
 def time_before(flops, traffic, *, chips, chip, by_axis):
-  """Time of a program not compiled yet, from its estimated Traffic; arguments as in `time_of`."""
+  """Computes the Time of a program before compilation, from its Traffic; see `time_of`."""
   sending = sum(
     amount / by_axis[axis] + rounds * hops * HOP for axis, amount, rounds, hops in traffic.sent
   )
@@ -119,22 +121,23 @@ def time_before(flops, traffic, *, chips, chip, by_axis):
 
 
 class Shape(NamedTuple):
-  """What the estimates know of a run.
+  """The sizes of a run that determine its traffic.
 
   Attributes:
-    weights, trained: bytes of the policy's weights, and of what is trained, policy and critic.
-    state: bytes per chip that an update reads and writes: weights, moments, master weights.
-    cache: bytes per chip of a rollout's keys and values.
-    data, fsdp, tensor: the mesh.
-    rows, minibatch, microbatch: of the batch, of an update, of one backward pass.
-    prompt, response: tokens.
-    layers, width, inner, heads, vocab: of the policy.
-    models: with a backward pass of their own: the policy, and the critic if it is no head on it.
-    epochs: passes over the batch.
-    remat: see transformer.Model.
-    gather: whether a rollout gathers the weights once, not for every token.
-    splash: whether a kernel keeps the scores of attention to itself.
-    itemsize: bytes of a number in the computation.
+    weights: Bytes of the policy's weights.
+    trained: Bytes of the trained weights of policy and critic.
+    state: Bytes per chip that an update reads and writes: weights, moments, master weights.
+    cache: Bytes per chip of a rollout's keys and values.
+    data, fsdp, tensor: Sizes of the mesh axes.
+    rows, minibatch, microbatch: Sequences per batch, per update and per backward pass.
+    prompt, response: Lengths in tokens.
+    layers, width, inner, heads, vocab: Dimensions of the policy.
+    models: Number of models with a backward pass: 2 if the critic is a separate model, else 1.
+    epochs: Passes over the batch.
+    remat: See transformer.Model.
+    gather: Whether a rollout gathers the weights once instead of for every token.
+    splash: Whether a kernel computes attention without writing the scores to memory.
+    itemsize: Bytes per number in the computation.
   """
 
   weights: float
@@ -163,24 +166,31 @@ class Shape(NamedTuple):
 
 
 def rollout(s):
-  """Traffic of a rollout: a token reads cache and weights, gathered for each token or once."""
+  """Estimates the Traffic of a rollout: each token reads the cache and the weights."""
   rows = s.rows / (s.data * s.fsdp)
   held, steps = s.weights / s.tensor, s.response
-  each = s.fsdp > 1 and not s.gather
-  sent = _gathers(s, steps if each else 1) + _reductions(s, rows * (s.prompt + steps), 2, steps)
-  memory = steps * (held * (2 if each else 1) + s.cache)  # what is gathered is written first
+  per_token = s.fsdp > 1 and not s.gather
+  sent = _gathers(s, steps if per_token else 1) + _reductions(
+    s, rows * (s.prompt + steps), 2, steps
+  )
+  # Gathered weights are written to memory and read again.
+  memory = steps * (held * (2 if per_token else 1) + s.cache)
   scores = 2 * _scores(s, rows, s.prompt)
-  weights = 2 * held / s.layers if each else held if s.fsdp > 1 else 0.0
+  weights = 2 * held / s.layers if per_token else held if s.fsdp > 1 else 0.0
   return Traffic(memory, sent, s.cache + weights + scores + 3 * 4 * rows * s.vocab)
 
 
 def scoring(s):
-  """Traffic of one forward pass over the batch."""
+  """Estimates the Traffic of one forward pass over the batch."""
   return _passes(s, rows=s.rows, forward=1, backward=0, recompute=0, count=1)
 
 
 def update(s):
-  """Traffic of a train step: three models forward, then policy and critic forward and backward."""
+  """Estimates the Traffic of a train step.
+
+  It has a forward pass of policy, critic and reference, then forward and backward passes of policy
+  and critic.
+  """
   first = _passes(
     s,
     rows=s.microbatch,
@@ -211,48 +221,46 @@ def update(s):
 
 
 def _scores(s, rows, length):
-  """Bytes of a layer's attention scores in memory."""
+  """Returns the bytes of one layer's attention scores in memory."""
   return 0.0 if s.splash else 4 * rows * s.heads / s.tensor * length * length
 
 
 def _gathers(s, passes):
-  """Weights that every chip receives in passes over all layers."""
+  """Returns `Traffic.sent` of gathering all weights `passes` times."""
   if s.fsdp == 1:
     return []
   held = s.weights / s.tensor
   return [('fsdp', passes * held * (s.fsdp - 1) / s.fsdp, passes * s.layers * 7, s.fsdp // 2)]
 
 
-def _reductions(s, tokens, each, passes):
-  """Activations reduced over 'tensor', `each` times a layer."""
+def _reductions(s, tokens, per_layer, passes):
+  """Returns `Traffic.sent` of reducing activations over 'tensor' `per_layer` times per layer."""
   if s.tensor == 1:
     return []
-  amount = 2 * each * s.layers * tokens * s.width * s.itemsize * (s.tensor - 1) / s.tensor
-  return [('tensor', amount, each * s.layers * passes, s.tensor // 2)]
+  amount = 2 * per_layer * s.layers * tokens * s.width * s.itemsize * (s.tensor - 1) / s.tensor
+  return [('tensor', amount, per_layer * s.layers * passes, s.tensor // 2)]
 
 
 def _passes(s, *, rows, forward, backward, recompute, count):
-  """Traffic of `count` microbatches of `rows` rows, with so many passes of each kind over each."""
+  """Estimates the Traffic of `count` microbatches, given the number of passes of each kind."""
   local = rows / (s.data * s.fsdp)
   length = s.prompt + s.response
   tokens = local * length
   held = s.weights / s.tensor
-  both = forward + backward + recompute
-  sent = _gathers(s, both * count) + _reductions(s, tokens * count, 2 * both, both * count)
-  token = (
-    10 * s.width + 4 * s.inner / s.tensor
-  ) * s.itemsize  # what a layer writes and reads of each token
+  passes = forward + backward + recompute
+  sent = _gathers(s, passes * count) + _reductions(s, tokens * count, 2 * passes, passes * count)
+  # Bytes that a layer writes and reads per token.
+  token = (10 * s.width + 4 * s.inner / s.tensor) * s.itemsize
   scores = _scores(s, local, length)
   layer = tokens * token + 4 * scores
   weights = (forward + recompute + 2 * backward) * held * (2 if s.fsdp > 1 else 1)
   memory = count * (weights + (forward + recompute + 2 * backward) * s.layers * layer)
-  kept = {
+  saved = {
     'block': tokens * s.width * s.itemsize,
     'dots': tokens * (5 * s.width + 3 * s.inner / s.tensor) * s.itemsize,
     'none': tokens * (10 * s.width + 5 * s.inner / s.tensor) * s.itemsize + 2.5 * scores,
   }[s.remat]
   logits = 3 * 2048 * s.vocab * 4 / s.tensor
-  most = (
-    layer + scores + 2 * held / s.layers + logits + (s.models * s.layers * kept if backward else 0)
-  )
-  return Traffic(memory, sent, most)
+  activations = s.models * s.layers * saved if backward else 0
+  peak = layer + scores + 2 * held / s.layers + logits + activations
+  return Traffic(memory, sent, peak)

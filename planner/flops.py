@@ -1,7 +1,7 @@
-"""Operations of a traced program, loops counted as often as they run.
+"""Counts the FLOPs of a traced program, including the trip counts of loops.
 
-The compiler's own count takes the body of a loop once, and every program here is a loop over layers
-within loops over microbatches, minibatches and epochs, or over tokens.
+XLA's own count takes the body of a loop once, but every program here loops over layers inside loops
+over microbatches, minibatches and epochs, or over tokens.
 """
 
 import math
@@ -12,12 +12,12 @@ import numpy as np
 
 
 class Count(NamedTuple):
-  """Operations.
+  """Number of operations.
 
   Attributes:
-    flops: multiplications and additions of matmuls, whatever device they are on; other
+    flops: Multiplications and additions of matmuls and convolutions over all devices; other
       operations are not counted.
-    unbounded: loops whose number of rounds is unknown, counted as one round.
+    unbounded: Number of loops counted as one iteration because their trip count is unknown.
   """
 
   flops: float
@@ -25,13 +25,13 @@ class Count(NamedTuple):
 
 
 def of(traced):
-  """The operations of a traced program.
+  """Counts the operations of a traced program.
 
-  A `while_loop` is taken to go on until its counter meets its bound, as if no row ended early, and
-  a Pallas kernel to leave out no block (splash attention does, above the diagonal).
+  Assumes that a `while_loop` runs until its counter reaches its bound, as if no sequence ended
+  early, and that a Pallas kernel skips no block (splash attention skips those above the diagonal).
 
   Args:
-    traced: from jax.jit(f).trace(...).
+    traced: Result of jax.jit(f).trace(...).
 
   Returns:
     Count.
@@ -41,7 +41,7 @@ def of(traced):
 
 
 def _walk(jaxpr, arguments):
-  """Returns the Count of a jaxpr and its outputs: ints if known, else None, as `arguments` are."""
+  """Returns the Count of a jaxpr, and its outputs as known ints or None, like `arguments`."""
   known = dict(zip(jaxpr.invars, arguments))
   read = lambda atom: _integer(atom.val) if isinstance(atom, core.Literal) else known.get(atom)
   flops, unbounded = 0.0, 0
@@ -56,7 +56,7 @@ def _walk(jaxpr, arguments):
 
 
 def _equation(equation, values):
-  """Count of one equation, and its outputs where they are known integers."""
+  """Returns the Count of an equation, and its outputs as known ints or None."""
   name, params = equation.primitive.name, equation.params
   unknown = [None] * len(equation.outvars)
   if name == 'dot_general':
@@ -73,11 +73,11 @@ def _equation(equation, values):
     counts = [_walk(branch.jaxpr, values[1:])[0] for branch in params['branches']]
     return max(counts), unknown
   if name == 'pallas_call':
-    rounds = np.prod(params['grid_mapping'].grid, dtype=float)
+    steps = np.prod(params['grid_mapping'].grid, dtype=float)
     count, _ = _walk(params['jaxpr'], [None] * len(params['jaxpr'].invars))
-    return Count(count.flops * rounds, count.unbounded * rounds), unknown
+    return Count(count.flops * steps, count.unbounded * steps), unknown
   inner = [value for value in params.values() if isinstance(value, (core.ClosedJaxpr, core.Jaxpr))]
-  if inner:  # jit, checkpoint, custom_jvp and the like: what is called is the first of them
+  if inner:  # jit, checkpoint, custom_jvp ...: the first jaxpr is the one that is called
     jaxpr = getattr(inner[0], 'jaxpr', inner[0])
     split = params['newly_manual_axes'] if name == 'shard_map' else ()
     devices = math.prod(params['mesh'].shape[axis] for axis in split)
@@ -87,7 +87,7 @@ def _equation(equation, values):
 
 
 def _dot(equation):
-  """2 m n k of every matrix of a batch."""
+  """Returns 2 m n k for each matrix of a batch."""
   left, right = (variable.aval.shape for variable in equation.invars)
   (contracted, _), (batched, _) = equation.params['dimension_numbers']
   return (
@@ -100,36 +100,36 @@ def _dot(equation):
 
 
 def _convolution(equation):
-  """2 per output for each weight that it sees."""
+  """Returns the FLOPs of a convolution: 2 for each pair of an output and a weight that it uses."""
   kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
   outputs = equation.params['dimension_numbers'].rhs_spec[0]
   return 2.0 * np.prod(out, dtype=float) * np.prod(kernel, dtype=float) / kernel[outputs]
 
 
 def _while(equation, values):
-  """Rounds of a loop times its body; and the counter after it."""
+  """Returns the Count of a loop, and its outputs: the counter if known, else None."""
   params = equation.params
   cond_consts, body_consts = params['cond_nconsts'], params['body_nconsts']
   carry = values[cond_consts + body_consts :]
   body = params['body_jaxpr'].jaxpr
   counter, bound = _bound(params['cond_jaxpr'].jaxpr, values[:cond_consts] + [None] * len(carry))
   outputs = [None] * len(carry)
-  rounds = None
+  trip_count = None
   if counter is not None:
     index = counter - cond_consts
     step = _step(body, body.invars[body_consts + index], body.outvars[index])
     if step and carry[index] is not None:
-      rounds = max(-(-(bound - carry[index]) // step), 0)
-      outputs[index] = carry[index] + rounds * step
-  # What a round starts from differs from round to round, but for the constants.
+      trip_count = max(-(-(bound - carry[index]) // step), 0)
+      outputs[index] = carry[index] + trip_count * step
+  # Inside the body only the constants are known, because the carry changes.
   count, _ = _walk(body, values[cond_consts : cond_consts + body_consts] + [None] * len(carry))
-  if rounds is None:
+  if trip_count is None:
     return Count(count.flops, count.unbounded + 1), outputs
-  return Count(count.flops * rounds, count.unbounded * rounds), outputs
+  return Count(count.flops * trip_count, count.unbounded * trip_count), outputs
 
 
 def _bound(cond, arguments):
-  """Returns (index of the input, bound) of a loop's only comparison `input < bound`, or Nones."""
+  """Returns (index of the input, bound) of a condition `input < bound`, or (None, None)."""
   known = dict(zip(cond.invars, arguments))
   read = lambda atom: _integer(atom.val) if isinstance(atom, core.Literal) else known.get(atom)
   for equation in cond.eqns:
@@ -143,7 +143,7 @@ def _bound(cond, arguments):
 
 
 def _step(body, before, after):
-  """What a round adds to a counter, or None."""
+  """Returns what an iteration adds to a counter, or None if unknown."""
   for equation in body.eqns:
     if after in equation.outvars and equation.primitive.name == 'add':
       steps = [_integer(atom.val) for atom in equation.invars if isinstance(atom, core.Literal)]
@@ -155,7 +155,7 @@ def _step(body, before, after):
 
 
 def _scalar(name, equation, values):
-  """The outputs of arithmetic on known integers."""
+  """Returns the outputs of arithmetic on known ints, or Nones."""
   outputs = [None] * len(equation.outvars)
   if len(outputs) == 1 and None not in values and not equation.outvars[0].aval.shape:
     rule = {
@@ -173,7 +173,7 @@ def _scalar(name, equation, values):
 
 
 def _integer(value):
-  """A whole number of a literal, or None."""
+  """Returns the value of an integer literal, or None."""
   if (
     isinstance(value, (bool, np.bool_))
     or np.ndim(value)

@@ -150,7 +150,7 @@ def test_an_empty_prompt_begins_with_the_bos(policy, world, tmp_path):
   shutil.copytree(world / 'model', tmp_path / 'model')
   policy = policy_lib.TextPolicy.load(tmp_path / 'model')
   policy.tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
-  with pytest.raises(errors.UserError, match='the prompt is empty'):
+  with pytest.raises(errors.UserError, match='a prompt is empty'):
     sample(policy, [''])
 
 

@@ -114,7 +114,7 @@ def test_chips_by_topology():
   chip, extents = chips.of_topology('v5p:4x4x4')
   assert (chip.name, extents, chips.count(extents)) == ('v5p', (4, 4, 4), 64)
   for wrong in ('v5e', 'v5e:', 'v5e:4xa', 'h100:8x8', 'v5e:0x4'):
-    with pytest.raises(errors.UserError, match='has to be CHIP:AxB'):
+    with pytest.raises(errors.UserError, match='must be CHIP:AxB'):
       chips.of_topology(wrong)
 
 

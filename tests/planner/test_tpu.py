@@ -63,7 +63,7 @@ def test_a_plan_and_its_report(cache, tmp_path):
     cache=cache,
   )
   assert done.returncode == 0, done.stderr
-  assert 'no known number of rounds' not in done.stderr  # though a rollout has several stages
+  assert 'unknown trip count' not in done.stderr  # though a rollout has several stages
   for part in (
     'master weights',
     'most at once',
@@ -71,7 +71,7 @@ def test_a_plan_and_its_report(cache, tmp_path):
     'scoring',
     'update',
     'all-reduce',
-    '4 chips of v5e',
+    '4 v5e chips',
   ):
     assert part in done.stdout
   assert done.stdout.count('does not fit') == 0
@@ -89,7 +89,7 @@ def test_a_search(cache):
 def test_mistakes_are_said_in_one_line(cache):
   for arguments, message in (
     (['--topology=v5e:3x7'], 'choose another --topology'),
-    (['--topology=v5x:2x2'], 'has to be CHIP:AxB'),
+    (['--topology=v5x:2x2'], 'must be CHIP:AxB'),
     (['--topology=v5e:2x2', '--config.mesh.tensor=3'], 'config.mesh'),
   ):
     done = run(*arguments, cache=cache)
