@@ -1,13 +1,12 @@
-"""How often the intervals of tables and reports hold the truth, by simulation.
+"""Coverage of the intervals in tables and reports, by simulation.
 
     python -m benchmarks.coverage [RUNS]
 
-prints the table of docs/intervals.md. Each case draws data RUNS times, of new parameters each time
-(how good the policies are, how sure the reward model is), and counts how often the 95 % interval
-holds the true value, which is computed from the parameters and not from data. Answers to one prompt
-share an effect of the prompt.
+prints the table of docs/intervals.md. Each case draws new parameters (quality of the policies,
+accuracy of the reward model) and data RUNS times, and counts how often the 95 % interval contains
+the true value, which is computed from the parameters. Responses to one prompt are correlated.
 
-Letters: G prompts, S samples or rankings of each, K answers of a ranking.
+Letters: G prompts, S samples or rankings per prompt, K responses per ranking.
 """
 
 import functools
@@ -23,18 +22,18 @@ from rlhf_jax.feedback import elo
 from rlhf_jax.rewards import calibration
 
 RUNS = 4000
-SHARED = 0.5  # share of the variance that the answers to one prompt have in common
+SHARED = 0.5  # fraction of the variance that the responses to one prompt share
 HEADER = ['Interval', 'Prompts', 'Data', 'Coverage', 'Width']
 
 
 def accuracy(rng, prompts, rankings, answers, ties):
-  """Pair accuracy of a reward model on K-way rankings.
+  """Simulates the pair accuracy of a reward model on K-way rankings.
 
-  True scores and the model's are normal with a correlation that is drawn for each prompt: some
-  prompts are harder. Pairs whose scores differ by less than `ties` are ties, which are wrong.
+  True scores and model scores are normal, with a correlation that is drawn for each prompt because
+  some prompts are harder. Scores that differ by less than `ties` are ties, which count as wrong.
 
   Returns:
-    [(low, high)], and the [1] true value.
+    [(low, high)], and [true value].
   """
   hardest, easiest = np.sort(rng.uniform(0, 0.98, 2))
   shape = (prompts, rankings, answers)
@@ -47,7 +46,7 @@ def accuracy(rng, prompts, rankings, answers, ties):
   gaps[np.abs(gaps) < ties] = 0
   owners = np.repeat(np.arange(prompts), gaps[0].size).tolist()
   found = calibration.pairwise(gaps.reshape(-1), np.zeros(gaps.size), prompts=owners)
-  # Given its true difference d > 0 a gap is normal with mean r d and variance 2 (1 - r^2).
+  # For a true difference d > 0, a gap is normal with mean r d and variance 2 (1 - r^2).
   r = np.linspace(hardest, easiest, 33)[:, None]
   d = np.sqrt(2) * stats.norm.ppf(0.5 + (np.arange(400) + 0.5) / 800)
   truth = stats.norm.cdf((r * d - ties) / np.sqrt(2 * (1 - r**2))).mean(axis=1)
@@ -55,7 +54,11 @@ def accuracy(rng, prompts, rankings, answers, ties):
 
 
 def answers_of(rng, prompts, samples, policies, spread):
-  """Draws scores [G, S, policies], with an effect of prompts on policies, and the true means."""
+  """Draws true means [policies] and scores [G, S, policies] with random effects of prompts.
+
+  Returns:
+    Scores, and true means.
+  """
   means = rng.normal(0, spread, policies)
   effects = np.sqrt(SHARED) * rng.normal(size=(prompts, 1, policies))
   noise = np.sqrt(1 - SHARED) * rng.normal(size=(prompts, samples, policies))
@@ -63,7 +66,7 @@ def answers_of(rng, prompts, samples, policies, spread):
 
 
 def win_rate(rng, prompts, samples, draws):
-  """Win rate of a policy over another; scores that differ by at most `draws` draw."""
+  """Simulates the win rate of a policy; a difference of at most `draws` in scores is a draw."""
   scores, means = answers_of(rng, prompts, samples, 2, 0.7)
   first, second = scores.reshape(-1, 2).T
   owners = np.repeat(np.arange(prompts), samples).tolist()
@@ -72,20 +75,20 @@ def win_rate(rng, prompts, samples, draws):
 
 
 def chance(difference, draws):
-  """Win rate of a policy whose scores are better by `difference` in the mean."""
+  """Computes the true win rate of a policy whose mean score is higher by `difference`."""
   wins, losses = stats.norm.cdf((np.array([1, -1]) * difference - draws) / np.sqrt(2))
   return 0.5 + (wins - losses) / 2
 
 
 def ratings(rng, prompts, samples, policies, draws):
-  """Elo of all policies over the first; all meet on the same answers."""
+  """Simulates Elo ratings relative to the first policy. All matches use the same responses."""
   scores, means = answers_of(rng, prompts, samples, policies, 0.7)
   flat = scores.reshape(-1, policies)
   pairs = list(itertools.combinations(range(policies), 2))
   outcomes = {(a, b): winrate.outcomes(flat[:, a], flat[:, b], tolerance=draws) for a, b in pairs}
   owners = np.repeat(np.arange(prompts), samples).tolist()
   found = elo.ratings_of_outcomes(outcomes, owners, anchor=0)
-  # Bradley and Terry's ratings of the true win rates: what endless data would give.
+  # The Bradley-Terry ratings of the true win rates, the limit for infinite data.
   wins = [(a, b, chance(means[a] - means[b], draws)) for a, b in pairs]
   truth = elo.ratings([elo.Match(a, b, w, 0, 1 - w) for a, b, w in wins], anchor=0, prior_draws=0)
   return (
@@ -95,7 +98,7 @@ def ratings(rng, prompts, samples, policies, draws):
 
 
 def gold(rng, prompts, samples, skewed):
-  """Mean gold score ± the quantile of t times the standard error that tables show."""
+  """Simulates the mean gold score ± Student's t quantile times the standard error of tables."""
   effects, noise = rng.normal(size=(prompts, 1)), rng.normal(size=(prompts, samples))
   values = np.sqrt(SHARED) * effects + np.sqrt(1 - SHARED) * noise
   values, mean = (np.exp(values / 2), np.exp(1 / 8)) if skewed else (values, 0.0)
@@ -106,11 +109,12 @@ def gold(rng, prompts, samples, skewed):
 
 
 def cases():
-  """[(interval, prompts, words for the data, simulation)] of all rows of the table."""
-  found = []
+  """Returns [(interval, prompts, description of the data, simulation)] for the table's rows."""
+  rows = []
 
-  def add(simulate, name, prompts, words, **settings):
-    found.append((name, prompts, words, functools.partial(simulate, prompts=prompts, **settings)))
+  def add(simulate, name, prompts, description, **settings):
+    simulation = functools.partial(simulate, prompts=prompts, **settings)
+    rows.append((name, prompts, description, simulation))
 
   for answers, prompts in itertools.product((2, 4, 9), (10, 20, 100)):
     add(accuracy, 'accuracy', prompts, f'K = {answers}', rankings=1, answers=answers, ties=0.0)
@@ -148,26 +152,26 @@ def cases():
   for prompts, samples in ((5, 1), (10, 4), (100, 4)):
     add(gold, 'gold score', prompts, f'{samples} a prompt', samples=samples, skewed=False)
   add(gold, 'gold score', 50, 'skewed, 4 a prompt', samples=4, skewed=True)
-  return found
+  return rows
 
 
 def coverage(simulate, runs, seed=0):
-  """The share of intervals that hold the true value, and their median width."""
+  """Returns the fraction of intervals that contain the true value, and their median width."""
   rng = np.random.default_rng(seed)
-  held, widths = [], []
+  covered, widths = [], []
   for _ in range(runs):
     for (low, high), truth in zip(*simulate(rng), strict=True):
-      held.append(low <= truth <= high)
+      covered.append(low <= truth <= high)
       widths.append(high - low)
-  return float(np.mean(held)), float(np.median(widths))
+  return float(np.mean(covered)), float(np.median(widths))
 
 
 def table(runs):
-  """The rows of the table, strings."""
+  """Returns the rows of the table, lists of strings."""
   rows = []
-  for name, prompts, words, simulate in cases():
-    held, width = coverage(simulate, runs)
-    rows.append([name, str(prompts), words, f'{100 * held:.1f} %', f'{width:.3g}'])
+  for name, prompts, description, simulate in cases():
+    fraction, width = coverage(simulate, runs)
+    rows.append([name, str(prompts), description, f'{100 * fraction:.1f} %', f'{width:.3g}'])
   return rows
 
 

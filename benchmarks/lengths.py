@@ -1,8 +1,10 @@
-"""python -m benchmarks.lengths
+"""Times updates on responses of geometric lengths, with and without length buckets.
 
-Updates on responses whose lengths are geometric, in microbatches: of all slots, and of rows of like
-length, cut to it (rlhf_jax/lengths.py). The same rows of full length show what a slot costs. The
-model is that of a workload; the times are those of a whole update, after the first.
+python -m benchmarks.lengths
+
+Without buckets all microbatches have the full length. With buckets a microbatch holds sequences of
+similar length and is cut to it (rlhf_jax/lengths.py). Updates on responses of full length show the
+cost of a token. The model is that of a workload. Times are of full updates after the first.
 """
 
 import dataclasses
@@ -24,13 +26,13 @@ from rlhf_jax.evaluation import tables
 
 FLAGS = options.FLAGS
 flags.DEFINE_integer('mean', 32, 'Mean length of a response.')
-flags.DEFINE_integer('longest', 256, 'Slots of a response.')
-flags.DEFINE_integer('rows', 64, 'Episodes of an update.')
-flags.DEFINE_integer('microbatch', 8, 'Rows at a time.')
+flags.DEFINE_integer('longest', 256, 'Maximum length of a response.')
+flags.DEFINE_integer('rows', 64, 'Batch size of an update.')
+flags.DEFINE_integer('microbatch', 8, 'Microbatch size.')
 
 
 def shorten(rollout, mean):
-  """The rollout with responses that end after every token with probability 1 / mean."""
+  """Returns the rollout with responses that end after each token with probability 1 / mean."""
   batch, slots = rollout.response_mask.shape
   lengths = np.random.default_rng(1).geometric(1 / mean, batch).clip(max=slots)
   response = jnp.asarray(np.arange(slots)[None] < lengths[:, None])
@@ -67,17 +69,17 @@ def main(_):
         update = update._replace(state=state)
         found.append(
           {
-            'stage': f'cut to {buckets} lengths' if buckets > 1 else 'all slots',
+            'stage': f'{buckets} length buckets' if buckets > 1 else 'full length',
             'seconds': seconds,
-            'tokens a response': round(float(jnp.sum(rollout.response_mask)) / w.batch, 1),
-            'seconds before the first': round(compiled, 1),
+            'tokens per response': round(float(jnp.sum(rollout.response_mask)) / w.batch, 1),
+            'seconds of set-up': round(compiled, 1),
           }
         )
   print(
     tables.stages_table(
       found,
-      title=f'{w.layers} x {w.width}, vocabulary {w.vocab}, {w.batch} rows of '
-      f'{w.prompt} + {w.response}, {FLAGS.microbatch} at a time',
+      title=f'{w.layers} x {w.width}, vocabulary {w.vocab}, batch {w.batch} x '
+      f'({w.prompt} + {w.response}), microbatches of {FLAGS.microbatch}',
       width=130,
     )
   )

@@ -1,12 +1,12 @@
-"""Seconds of compilation at the first start of a run, and at the next one.
+"""Measures the compilation time of the first and the second start of a run.
 
 python -m benchmarks.start --workload s
 
-Our own peer three times: without a cache of compiled programs, with one that is empty, and with the
-one that the start before filled, which is what a user's second start finds. Compilation is that of
-the rollout, the reward model and the train step, by JAX's clock: tracing, lowering, and compiling
-or reading the cache. The first iteration takes longer than the next one by more than that, as it
-also gets the memory that the others use again.
+Starts rlhf_jax three times: without a compilation cache, with an empty cache, and with the cache
+that the previous start filled, as in a user's second start. Compilation is that of the rollout, the
+reward model and the train step, as JAX measures it: tracing, lowering, and compiling or reading the
+cache. The first iteration also allocates memory that later ones reuse, so it takes longer than the
+next by more than the compilation.
 """
 
 import os
@@ -24,7 +24,7 @@ FLAGS = options.FLAGS
 
 
 def start(w, folder, *words):
-  """Starts the peer: seconds of its set-up, of compilation, and of its first two iterations."""
+  """Starts rlhf_jax and returns seconds of set-up, compilation, and the first two iterations."""
   process = processes.Process(
     sys.executable,
     'ours',

@@ -171,7 +171,7 @@ def test_policies_are_compared_by_exact_match(policies, world, tmp_path, monkeyp
 @pytest.mark.parametrize(
   'arguments, message',
   [
-    ([], 'set --policies, to compare policies, or --workdir'),
+    ([], 'set --policies to compare policies, or --workdir'),
     (['--policies=a'], "--policies='a' must be NAME=FOLDER,NAME=FOLDER"),
     (['--policies=a=x,a=y'], 'with different names'),
     (['--policies=a=x'], '--prompts is missing'),

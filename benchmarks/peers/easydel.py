@@ -1,15 +1,16 @@
-"""EasyDeL's PPOTrainer (0.3) on a workload.
+"""Runs EasyDeL's PPOTrainer (0.3) on a workload.
 
 python -m benchmarks.peers.easydel --workload xs
 
-Its own `train()`, on prompts in memory, with its compiled generation. It runs one epoch whatever
-`num_ppo_epochs` says, and its value head sits on the policy's trunk: a fraction of the others'
-work. Its GPT-2 has no reward model: its Llama stands in, with the attention's heads, tied
-embeddings and a gated feed-forward layer two thirds as wide, which has as many weights and FLOPs.
+It runs the trainer's `train()` on prompts in memory with its compiled generation. The trainer runs
+one epoch whatever `num_ppo_epochs` is, and its value head shares the policy's trunk, so it does a
+fraction of the other peers' work. EasyDeL has no GPT-2 reward model. We use its Llama instead, with
+the same attention heads, tied embeddings, and a gated feed-forward layer of two thirds of the width,
+which has as many weights and FLOPs.
 
-The clock: rollout is `generate_unified`, scoring the rest of `_preprocess_batch_input`, the update
-the rest of `_execute_train_step`. Tuned in its favour: no filtering in the sampler, no logging, no
-checkpoints, glibc's allocator as benchmarks/run.py sets it.
+Times: the rollout is `generate_unified`, scoring is the rest of `_preprocess_batch_input`, and the
+update is the rest of `_execute_train_step`. Tuned in its favour: no filtering in the sampler, no
+logging, no checkpoints, and the glibc allocator settings of benchmarks/run.py.
 """
 
 import tempfile
@@ -29,7 +30,7 @@ from benchmarks.peers import protocol
 
 
 def make_tokenizer(vocab):
-  """A word for every id; the EOS lies outside of the vocabulary, so that no response ends."""
+  """Creates a tokenizer with a word for every id, and an EOS that models cannot sample."""
   words = {f't{i}': i for i in range(vocab - 1)} | {'<pad>': vocab - 1, '<eos>': vocab}
   backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token='<pad>'))
   backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -39,7 +40,7 @@ def make_tokenizer(vocab):
 
 
 def make_model(kind, w, seed, device):
-  """A random Llama with the weights and FLOPs of a workload's GPT-2."""
+  """Creates a random Llama with as many weights and FLOPs as a workload's GPT-2."""
   config = easydel.LlamaConfig(
     vocab_size=w.vocab,
     hidden_size=w.width,
@@ -63,7 +64,7 @@ def make_model(kind, w, seed, device):
 
 
 def make_trainer(w, device, workdir):
-  """PPOTrainer with random models and prompts, set to run on."""
+  """Creates a PPOTrainer with random models and prompts, and no limit of steps."""
   rows = np.random.default_rng(0).integers(0, w.vocab - 1, (16 * w.batch, w.prompt))
   data = datasets.Dataset.from_dict(
     {'input_ids': rows.tolist(), 'attention_mask': np.ones_like(rows).tolist()}
@@ -111,7 +112,7 @@ def make_trainer(w, device, workdir):
 
 
 def take_times(trainer, turns):
-  """Has the trainer's methods wait for their turn, and tell the clock when the parts are over."""
+  """Patches the trainer's methods so that they wait for their turn and time the parts."""
   generate, preprocess, step = (
     trainer.generate_unified,
     trainer._preprocess_batch_input,
@@ -150,8 +151,7 @@ def main():
     turns.ready(
       protocol.versions('easydel', 'jax', 'flax'),
       epochs=1,
-      note='one epoch whatever is asked, value head on the trunk; Llama of the same weights and '
-      'FLOPs',
+      note='always one epoch, value head on the trunk; Llama with as many weights and FLOPs',
     )
     trainer.train()
 

@@ -1,9 +1,9 @@
-"""What the machine can do at most: a large matrix product and a large copy, by JAX or by torch.
+"""Measures the limits of the machine: a large matmul and a large copy, with JAX or PyTorch.
 
 python -m benchmarks.peers.limits --workload xs --library torch
 
-Takes turns with the peers, so that what is measured is the machine they ran on. float32 on a CPU,
-bfloat16 elsewhere. benchmarks/run.py asks every library there is and keeps the best.
+It takes turns with the peers, so it measures the machine under the same conditions. It uses float32
+on a CPU and bfloat16 elsewhere. benchmarks/run.py uses the best result of all libraries.
 """
 
 import importlib
@@ -11,13 +11,13 @@ import time
 
 from benchmarks.peers import protocol
 
-# Rows of the square matrices, bytes of the copied array.
+# {device: (rows of the square matrices, bytes of the copied array)}.
 SIZES = {'cpu': (2048, 2**28), 'gpu': (8192, 2**31), 'tpu': (8192, 2**31)}
 REPEATS = 5
 
 
 def jax_programs(device):
-  """(matmul, copy): functions without arguments that compute and wait."""
+  """Returns functions (matmul, copy) without arguments that compute with JAX and wait."""
   jax = importlib.import_module('jax')
   jnp = jax.numpy
   rows, size = SIZES[device]
@@ -29,7 +29,7 @@ def jax_programs(device):
 
 
 def torch_programs(device, threads):
-  """(matmul, copy): functions without arguments that compute and wait."""
+  """Returns functions (matmul, copy) without arguments that compute with PyTorch and wait."""
   torch = importlib.import_module('torch')
   torch.set_num_threads(threads)
   rows, size = SIZES[device]
@@ -45,14 +45,14 @@ def torch_programs(device, threads):
 
 
 def kind(library, device):
-  """What computes, by its maker's name: 'NVIDIA H200'; 'cpu' on CPUs."""
+  """Returns the vendor's name of the device, such as 'NVIDIA H200'; 'cpu' on CPUs."""
   if library == 'jax':
     return importlib.import_module('jax').devices()[0].device_kind
   return device if device == 'cpu' else importlib.import_module('torch').cuda.get_device_name()
 
 
 def best(program):
-  """Seconds of the fastest of a few calls."""
+  """Returns the seconds of the fastest of a few calls."""
   times = []
   for _ in range(REPEATS):
     started = time.perf_counter()

@@ -1,10 +1,10 @@
-"""How a peer's process talks to benchmarks/run.py: a line in per iteration, a line of JSON out.
+"""Protocol between benchmarks/run.py and a peer's process: commands in, lines of JSON out.
 
-A peer says what it is once it is set up, then waits. At `iterate` it runs one iteration, taking the
-time of its parts, and reports; at the end of its input it ends. So only one peer computes at a
-time, and several can take turns. Whatever else it prints goes to standard error.
+After its set-up a peer reports its versions and waits. On the command `iterate` it runs and times
+one iteration, and reports the times; at the end of its input it exits. So several peers can take
+turns, and only one of them computes at a time. Other output goes to standard error.
 
-Needs nothing but Python: peers run in virtual environments of their own.
+This module imports only the standard library, because each peer has its own virtual environment.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from benchmarks import workloads
 
 
 def arguments(doc, **texts):
-  """Reads the flags of every peer: workload, device, threads, what is trained; and `texts`."""
+  """Reads the flags of every peer (workload, device, threads, way) and the text flags `texts`."""
   parser = argparse.ArgumentParser(description=doc.splitlines()[0])
   parser.add_argument('--workload', type=workloads.read, required=True)
   parser.add_argument('--device', choices=('cpu', 'gpu', 'tpu'), default='cpu')
@@ -30,19 +30,19 @@ def arguments(doc, **texts):
 
 
 def versions(*packages):
-  """{package: version} of this virtual environment."""
+  """Returns {package: version} of this virtual environment."""
   return {name: importlib.metadata.version(name) for name in packages}
 
 
 class Turns:
-  """This process's side of the conversation, and its clock."""
+  """The peer's side of the protocol, and its clock."""
 
   def __init__(self, *, wait=lambda: None, device_peak=lambda: None):
-    """Takes standard output for itself.
+    """Reserves standard output for the protocol, and redirects prints to standard error.
 
     Args:
-      wait: waits for what was dispatched to the device.
-      device_peak: () -> bytes the device held at most, or None.
+      wait: Function that waits for the computations dispatched to the device.
+      device_peak: Function () -> peak bytes of device memory, or None.
     """
     self._out = os.fdopen(os.dup(1), 'w', buffering=1)
     os.dup2(2, 1)
@@ -51,48 +51,51 @@ class Turns:
     self._last, self._parts = None, {}
 
   def ready(self, packages, note='', epochs=workloads.EPOCHS):
-    """Says that iterations can begin.
+    """Reports that iterations can begin.
 
     Args:
       packages: {name: version}.
-      note: what a reader of the table has to know about this peer.
-      epochs: how many it runs.
+      note: Note below the table about differences of this peer.
+      epochs: Number of epochs that the peer runs.
     """
-    self._say(
+    self._send(
       versions=packages, note=note, epochs=epochs, setup=time.perf_counter() - self._started
     )
 
   def wait(self):
-    """Waits for the next command, starts the clock and returns it; exits if the input has ended."""
+    """Waits for the next command, starts the clock and returns the command.
+
+    Exits the process if the input has ended.
+    """
     command = sys.stdin.readline().strip()
     if not command:
       self._out.flush()
-      os._exit(0)  # from within somebody's training loop
+      os._exit(0)  # called from inside the peer's training loop
     self._parts = {}
     self._last = time.perf_counter()
     return command
 
   def lap(self, part):
-    """Adds the seconds since the last lap to a part of the iteration."""
+    """Adds the seconds since the previous lap to a part of the iteration."""
     self._wait()
     now = time.perf_counter()
     self._parts[part] = self._parts.get(part, 0.0) + now - self._last
     self._last = now
 
   def move(self, source, target, seconds):
-    """Counts seconds of one part to another."""
+    """Moves seconds from one part to another."""
     self._parts[source] -= seconds
     self._parts[target] = self._parts.get(target, 0.0) + seconds
 
   def report(self, **more):
     """Ends the iteration and reports seconds by part, peak memory in bytes, and `more`."""
-    self._say(parts=self._parts, peak=peak(), device_peak=self._device_peak(), **more)
+    self._send(parts=self._parts, peak=peak(), device_peak=self._device_peak(), **more)
 
-  def _say(self, **message):
+  def _send(self, **message):
     self._out.write(json.dumps(message) + '\n')
 
 
 def peak():
-  """The most bytes of memory that this process had resident."""
+  """Returns the peak resident memory of this process in bytes."""
   with open('/proc/self/status', encoding='ascii') as lines:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith('VmHWM:'))

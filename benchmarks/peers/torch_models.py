@@ -1,4 +1,4 @@
-"""Random GPT-2 models and the clock of the peers that run on torch."""
+"""Random GPT-2 models and the clock, for the peers that run on PyTorch."""
 
 import torch
 import transformers
@@ -7,19 +7,19 @@ from benchmarks.peers import protocol
 
 
 def language_model(w):
-  """Policy or reference of a workload; it has no EOS, so nothing ends early."""
+  """Creates the policy or reference of a workload, without an EOS, so no response ends early."""
   config = transformers.GPT2Config(**w.gpt2, bos_token_id=None, eos_token_id=None)
   return transformers.GPT2LMHeadModel(config)
 
 
 def scalar_model(w):
-  """Critic or reward model of a workload."""
+  """Creates the critic or reward model of a workload."""
   config = transformers.GPT2Config(**w.gpt2, num_labels=1, bos_token_id=None, eos_token_id=None)
   return transformers.GPT2ForSequenceClassification(config)
 
 
 def turns(options):
-  """protocol.Turns of a process that computes with torch."""
+  """Returns the protocol.Turns of a process that computes with PyTorch."""
   torch.set_num_threads(options.threads)
   torch.manual_seed(0)
   if options.device == 'cpu':
