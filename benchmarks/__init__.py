@@ -1,1 +1,1 @@
-"""Speed and memory, as tables; nothing of this is installed."""
+"""Benchmarks of speed and memory, which print tables. This package is not installed."""

@@ -1,10 +1,11 @@
-"""Seconds to the first batch, and host memory at the peak, of large data sets.
+"""Measures the time to the first batch and the peak host memory for large data sets.
 
 python -m benchmarks.data --records 1000000 --tokenizer FOLDER
 
-Makes records of prompt and completion, 500 bytes a record, as JSONL and as Parquet in a temporary
-folder, and for each of them starts a process that imports the library, opens the data as SFT and
-PPO do and draws batches; then the same again, as a second start finds the index of the first.
+Writes records of prompt and completion, 500 bytes each, as JSONL and as Parquet to a temporary
+folder. For each file it starts a process that imports the library, opens the data as SFT and PPO do
+and draws batches. Then it starts the process again, because a second start uses the index that the
+first one wrote.
 """
 
 import json
@@ -22,19 +23,19 @@ from absl import flags
 from rlhf_jax.evaluation import tables
 
 FLAGS = flags.FLAGS
-flags.DEFINE_integer('records', 1_000_000, 'how many')
-flags.DEFINE_string('tokenizer', None, 'folder of a tokenizer', required=True)
-flags.DEFINE_list('kinds', ['completion', 'text', 'prompt'], 'what is made of the records')
-flags.DEFINE_list('formats', ['jsonl', 'parquet'], 'of the files')
-flags.DEFINE_integer('batches', 20, 'that are drawn after the first')
-flags.DEFINE_string('folder', None, 'where the data are made; None: a temporary folder')
+flags.DEFINE_integer('records', 1_000_000, 'Number of records.')
+flags.DEFINE_string('tokenizer', None, 'Folder of a tokenizer.', required=True)
+flags.DEFINE_list('kinds', ['completion', 'text', 'prompt'], 'Kinds of examples.')
+flags.DEFINE_list('formats', ['jsonl', 'parquet'], 'File formats.')
+flags.DEFINE_integer('batches', 20, 'Number of batches after the first.')
+flags.DEFINE_string('folder', None, 'Folder for the data; None for a temporary folder.')
 
-WORDS = 50_000  # different ones
+WORDS = 50_000  # number of different words
 BATCH, LENGTH = 32, 512
 
 
 def records(count):
-  """Records of some 500 bytes: words drawn as in language, the commonest the shortest."""
+  """Yields records of about 500 bytes. Word frequencies follow Zipf's law."""
   draw = random.Random(0)
   words = [
     ''.join(draw.choices('etaoinshrdlucmfw', k=2 + number.bit_length() // 2))
@@ -70,13 +71,13 @@ def write(path, count):
 
 
 def draw(kind, path, tokenizer, batches):
-  """Prints JSON: wall and CPU seconds to the first batch and of the next ones, and peak memory."""
+  """Draws batches and prints JSON: time to the first batch, time per batch, and peak memory."""
   began = float(os.environ['BEGAN'])
   from rlhf_jax.data import formats
   from rlhf_jax.data import pipelines
   from rlhf_jax.data import sources
   from rlhf_jax.data import tokenizers
-  import rlhf_jax.main  # all that a run imports
+  import rlhf_jax.main  # imports all that a run imports
 
   del rlhf_jax.main
   tokenizer, source = tokenizers.load(tokenizer), sources.read(path)
@@ -108,9 +109,9 @@ def draw(kind, path, tokenizer, batches):
     json.dumps(
       {
         'first batch': first - began,
-        'of CPU': cpu,
-        'milliseconds a batch': 1000 * (time.time() - first) / batches,
-        'MiB at the peak': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        'CPU': cpu,
+        'milliseconds per batch': 1000 * (time.time() - first) / batches,
+        'peak MiB': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
       }
     )
   )

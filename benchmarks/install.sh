@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes the virtual environment of a peer: benchmarks/install.sh trl|tunix|easydel [trl|tunix|easydel ...]
+# Creates virtual environments of peers: benchmarks/install.sh trl|tunix|easydel [trl|tunix|easydel ...]
 #
-# VENVS   folder they go to (.venv-peers); benchmarks.run wants the same as --venvs
-# PYTHON  interpreter they are made with (python3.11); torch's plain wheels end at it
-# DEVICE  cpu (default) or gpu: JAX with CUDA for the peers that use it
+# VENVS   folder of the environments (.venv-peers); pass the same folder to benchmarks.run as --venvs
+# PYTHON  interpreter (python3.11, the newest with plain wheels of torch)
+# DEVICE  cpu (default) or gpu, which installs JAX with CUDA for the peers that use JAX
 #
-# `hf`, transformers alone, runs in the environment of trl.
+# `hf`, which runs only transformers, uses the environment of trl.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

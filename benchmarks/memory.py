@@ -1,12 +1,12 @@
-"""How much memory a PPO update takes with a large vocabulary.
+"""Measures the memory of a PPO update with a large vocabulary.
 
 python -m benchmarks.memory
 
-The compiler's account of the temporaries of one update, the most it needs at a time beyond its
-arguments and results, for growing numbers of response tokens. Beside it what the logits of all
-response tokens would take once. Then by how many arrays of [B, T, D] it grows with the batch, for
-this vocabulary and for a small one: were there an array of [B, R, V], the two would differ. Nothing
-is run; peak memory of whole processes is a column of benchmarks.run.
+Prints the compiler's figure for the temporaries of one update (peak memory beyond its arguments and
+results) for increasing numbers of response tokens, beside the size of the logits of all response
+tokens. Then it prints by how many arrays [B, T, D] the temporaries grow with the batch, for a large
+and a small vocabulary. If the update had an array [B, R, V], the two would differ. It does not run
+the update; benchmarks.run measures the peak memory of processes.
 
 Letters: B batch, R response length, T with the prompt, D width, V vocabulary.
 """
@@ -31,7 +31,7 @@ BATCHES = (64, 128, 256)
 
 
 def sizes(vocab):
-  """Workloads of growing batches, and the last of them with twice the width."""
+  """Returns workloads with increasing batch sizes, and the last of them with twice the width."""
   batches = [dataclasses.replace(BASE, vocab=vocab, batch=batch) for batch in BATCHES]
   wide = dataclasses.replace(
     batches[-1], width=2 * BASE.width, heads=2 * BASE.heads, mlp=2 * BASE.mlp
@@ -40,13 +40,13 @@ def sizes(vocab):
 
 
 def temporaries(w, way, mesh):
-  """Bytes the update of a workload needs at a time beyond its arguments and results."""
+  """Returns the peak bytes of a workload's update beyond its arguments and results."""
   update = updates.prepare(updates.make_config(w, workloads.WAYS[way].config), mesh)
   return update.step.memory_analysis().temp_size_in_bytes
 
 
 def row(w, used):
-  """A row of the table, in MiB."""
+  """Returns a row of the table, in MiB."""
   mib = lambda values: round(values * 4 / 2**20, 1)
   return {
     'stage': f'{w.batch} x {w.response} x {w.width}',
@@ -57,11 +57,11 @@ def row(w, used):
 
 
 def growth(batches, used):
-  """By how many float32 arrays of [B, T, D] the temporaries grow with the batch.
+  """Computes by how many float32 arrays [B, T, D] the temporaries grow with the batch.
 
   Args:
-    batches: Workloads that differ in the batch only.
-    used: bytes of temporaries of each.
+    batches: Workloads that differ only in the batch size.
+    used: Bytes of temporaries of each workload.
   """
   return np.polyfit([4 * w.batch * w.length * w.width for w in batches], used, 1)[0]
 
@@ -77,7 +77,7 @@ def main(_):
     print(tables.stages_table([row(w, used) for w, used in pairs], title=title, width=110))
     batches = len(BATCHES)
     grows = growth([w for w, _ in pairs[:batches]], [used for _, used in pairs[:batches]])
-    print(f'It grows by {grows:.1f} arrays of [B, T, D] with the batch.\n')
+    print(f'Temporaries grow by {grows:.1f} arrays [B, T, D] with the batch.\n')
 
 
 if __name__ == '__main__':

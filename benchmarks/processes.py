@@ -1,4 +1,4 @@
-"""The peers' processes as seen from benchmarks/run.py: start one, give it a turn, end it."""
+"""Starts the peers' processes for benchmarks/run.py, gives them turns, and ends them."""
 
 import contextlib
 import dataclasses
@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# glibc keeps what is freed, in one arena of huge pages.
+# glibc settings: keep freed memory, and use one arena of huge pages.
 ALLOCATOR = {
   'MALLOC_TRIM_THRESHOLD_': str(2**30),
   'MALLOC_MMAP_THRESHOLD_': str(2**30),
@@ -20,12 +20,12 @@ ALLOCATOR = {
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-  """Somebody's PPO.
+  """An implementation of PPO.
 
   Attributes:
-    module: what is run, benchmarks.peers.<module>.
-    venv: name of its virtual environment; empty for the one this runs in.
-    way: what is trained; see workloads.WAYS.
+    module: Name of its module in benchmarks.peers.
+    venv: Name of its virtual environment; '' for the current one.
+    way: Trained parameters; see workloads.WAYS.
   """
 
   module: str
@@ -40,38 +40,38 @@ PEERS = {
   'ours-lora': Peer('ours', way='lora'),
   'trl': Peer('trl', 'trl'),
   'tunix': Peer('tunix', 'tunix'),
-  'easydel': Peer('easydel', 'easydel', way='trunk'),  # it knows no other
+  'easydel': Peer('easydel', 'easydel', way='trunk'),  # the only way that it supports
   'hf': Peer('hf', 'trl'),
 }
 
 
 class PeerError(Exception):
-  """A peer ended before its turn did."""
+  """A peer is not installed, or exited early."""
 
 
 def python(venv, venvs):
-  """The interpreter of a peer.
+  """Returns the Python interpreter of a peer.
 
   Raises:
-    PeerError: it is not installed.
+    PeerError: If the peer is not installed.
   """
   if not venv:
     return sys.executable
   path = pathlib.Path(venvs) / venv / 'bin' / 'python'
   if not path.exists():
     raise PeerError(
-      f'{path} is not there: install the peer with `VENVS={venvs} benchmarks/install.sh {venv}`'
+      f'{path} does not exist: install the peer with `VENVS={venvs} benchmarks/install.sh {venv}`'
     )
   return str(path)
 
 
 def environment(device, threads):
-  """Environment of every peer: threads, no network, no preallocation; on a CPU, glibc keeps memory.
+  """Returns the environment variables of every peer.
 
-  The allocator's settings are those of `rlhf_jax.runtime.configure_malloc`, and help all peers on a
-  CPU: with glibc's own they spend a third of their time on pages that the kernel zeroes again and
-  again. Where an accelerator computes they do not: the threads that compile for it wait for each
-  other in one arena.
+  The allocator settings are those of `rlhf_jax.runtime.configure_malloc`. They help all peers on a
+  CPU: with glibc's defaults the peers spend a third of their time on pages that the kernel zeroes
+  again and again. They are not set for accelerators, because the threads that compile would wait
+  for each other in one arena.
   """
   allocator = ALLOCATOR if device == 'cpu' else {}
   return (
@@ -96,19 +96,19 @@ class Process:
   """A running peer."""
 
   def __init__(self, interpreter, module, workload, *, device, threads, log, options=()):
-    """Starts it and waits until it is set up.
+    """Starts the peer and waits until it is set up.
 
     Args:
-      interpreter: path of a Python.
-      module: within benchmarks.peers.
+      interpreter: Path of the Python interpreter.
+      module: Name of the module in benchmarks.peers.
       workload: Workload.
       device: 'cpu', 'gpu' or 'tpu'.
-      threads: on a CPU.
-      log: file for what it prints.
-      options: more words for its command line.
+      threads: Number of threads on a CPU.
+      log: File for the peer's output.
+      options: Further command-line arguments.
 
     Raises:
-      PeerError: it ended instead.
+      PeerError: If the peer exits during its set-up.
     """
     self._log = pathlib.Path(log)
     self._name = module
@@ -136,17 +136,17 @@ class Process:
     self.about = self._answer()
 
   def turn(self, command='iterate'):
-    """Lets it compute, and returns what it reports."""
+    """Sends a command, and returns the peer's report."""
     try:
       self._process.stdin.write(command + '\n')
       self._process.stdin.flush()
     except BrokenPipeError:
-      pass  # what it last said is in its log
+      pass  # the peer has exited; `_answer` raises an error with the end of its log
     return self._answer()
 
   def end(self):
-    """Ends it, if need be by force."""
-    with contextlib.suppress(BrokenPipeError):  # of a command that it never read, as it had ended
+    """Ends the peer, and kills it if it does not exit."""
+    with contextlib.suppress(BrokenPipeError):  # the peer exited before it read a command
       self._process.stdin.close()
     try:
       self._process.wait(timeout=30)
@@ -161,5 +161,5 @@ class Process:
       return json.loads(line)
     tail = ''.join(self._log.read_text(encoding='utf-8', errors='replace').splitlines(True)[-15:])
     raise PeerError(
-      f'{self._name} ended with status {self._process.wait()}; the end of {self._log}:\n{tail}'
+      f'{self._name} exited with status {self._process.wait()}; the end of {self._log}:\n{tail}'
     )

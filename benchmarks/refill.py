@@ -1,14 +1,16 @@
-"""python -m benchmarks.refill
+"""Compares continuous batching with plain batches on responses of geometric lengths.
 
-Slot refill against the plain loop, on responses whose lengths are geometric. The model is the `xs`
-of the benchmarks with random weights, but the logit of the EOS is set so that every token is the
-last with probability 1 / mean. Three ways to sample as many tokens, alternating:
+python -m benchmarks.refill
 
-  equal    plain batches, all responses as long as the mean
-  refill   the engine, geometric lengths
-  plain    plain batches, geometric lengths, each batch as long as its longest response
+The model has the shape of the workload `xs` and random weights, but the logit of the EOS is set so
+that each token is the last with probability 1 / mean. Alternates three ways to sample, with about
+the same number of tokens:
 
-Also counts the responses in which engine and plain loop differ, which share their keys.
+  equal    plain batches; all responses have the mean length
+  refill   continuous batching; geometric lengths
+  plain    plain batches; geometric lengths; a batch runs until its longest response ends
+
+Also counts the responses that differ between refill and plain, which use the same random keys.
 """
 
 import dataclasses
@@ -31,23 +33,23 @@ from rlhf_jax.rollout import engine
 from rlhf_jax.rollout import sampling as sampling_lib
 
 FLAGS = flags.FLAGS
-flags.DEFINE_integer('layers', 4, 'Layers.')
-flags.DEFINE_integer('width', 256, 'Width; the feed-forward layers have four times as much.')
-flags.DEFINE_integer('vocab', 8192, 'Vocabulary.')
-flags.DEFINE_integer('prompts', 512, 'Prompts.')
-flags.DEFINE_integer('batch', 32, 'Rows at work.')
-flags.DEFINE_integer('prompt', 64, 'Prompt tokens.')
+flags.DEFINE_integer('layers', 4, 'Number of layers.')
+flags.DEFINE_integer('width', 256, 'Width. The feed-forward layers are four times as wide.')
+flags.DEFINE_integer('vocab', 8192, 'Vocabulary size.')
+flags.DEFINE_integer('prompts', 512, 'Number of prompts.')
+flags.DEFINE_integer('batch', 32, 'Number of sequences that are sampled at a time.')
+flags.DEFINE_integer('prompt', 64, 'Prompt length.')
 flags.DEFINE_integer('mean', 32, 'Mean length of a response.')
-flags.DEFINE_integer('longest', 256, 'Where responses are cut.')
-flags.DEFINE_string('dtype', 'float32', 'Of the computation.')
-flags.DEFINE_integer('rounds', 5, 'Timed rounds.')
+flags.DEFINE_integer('longest', 256, 'Maximum length of a response.')
+flags.DEFINE_string('dtype', 'float32', 'Dtype of the computation.')
+flags.DEFINE_integer('rounds', 5, 'Number of timed rounds.')
 
 EOS = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Ending(transformer.Model):
-  """A decoder that ends with probability 1 / mean after every token."""
+  """Decoder that samples the EOS with probability 1 / mean at each position."""
 
   mean: int = 32
 
@@ -58,7 +60,7 @@ class Ending(transformer.Model):
 
 
 def make_model():
-  """The model and its parameters."""
+  """Creates the model and its parameters."""
   model = models.create(
     {
       'family': 'gpt2',
@@ -79,7 +81,7 @@ def make_model():
 
 
 def ways(model, params):
-  """{name: function without arguments that returns a Rollout of all prompts}."""
+  """Returns {name: function without arguments that returns a Rollout of all prompts}."""
   rng = np.random.default_rng(0)
   shape = FLAGS.prompts, FLAGS.prompt
   prompts = types.Prompts(
@@ -127,7 +129,7 @@ def main(_):
   print(
     f'{FLAGS.prompts} responses of {lengths.mean():.1f} tokens, the longest {lengths.max()}; '
     f'batch {FLAGS.batch}; '
-    f'{differ} differ between engine and plain loop'
+    f'{differ} differ between refill and plain'
   )
   seconds = {name: [] for name in runs}
   for _ in range(FLAGS.rounds):
@@ -135,7 +137,7 @@ def main(_):
       started = time.perf_counter()
       jax.block_until_ready(run())
       seconds[name].append(time.perf_counter() - started)
-  print('         seconds   (min)  tokens/s  seconds a token, against equal   first run')
+  print('         seconds   (min)  tokens/s  seconds per token / that of equal first run')
   tokens = {name: int(np.asarray(rollout.response_mask).sum()) for name, rollout in found.items()}
   medians = {name: statistics.median(times) for name, times in seconds.items()}
   for name, median in medians.items():

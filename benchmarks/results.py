@@ -1,7 +1,7 @@
-"""From the iterations that were timed to medians, ratios, the table and the chart.
+"""Summarizes timed iterations: medians, ratios, the table and the chart.
 
-A peer's runs are a list of {'first': report, 'iterations': [report, ...], 'splits': [report, ...]},
-reports as benchmarks/peers/protocol.py makes them: {'parts': {part: seconds}, 'peak': bytes,
+The runs of a peer are a list of {'first': report, 'iterations': [report, ...], 'splits': [report,
+...]}. A report of benchmarks/peers/protocol.py is {'parts': {part: seconds}, 'peak': bytes,
 'device_peak': bytes or None}.
 """
 
@@ -19,10 +19,12 @@ MIB = 2**20
 
 
 def seconds(run):
-  """Seconds of each part in each iteration of a run, scoring within the update counted as scoring.
+  """Returns the seconds of each part in each iteration of a run.
+
+  Moves the seconds of scoring inside the update, which `splits` measure, from update to scoring.
 
   Args:
-    run: see the module.
+    run: Run as described at the top of the file.
 
   Returns:
     List of {part: seconds}.
@@ -41,31 +43,33 @@ def seconds(run):
 
 
 def summarize(runs, about, w, limits, *, way, device):
-  """One row of the table.
+  """Computes one row of the table.
 
   Args:
-    runs: see the module.
-    about: what the peer said when it was ready.
+    runs: Runs as described at the top of the file.
+    about: Message that the peer sent when it was ready.
     w: Workload.
     limits: {'matmul': FLOP/s, 'copy': bytes/s} of the machine.
-    way: see workloads.WAYS.
+    way: See workloads.WAYS.
     device: 'cpu', 'gpu' or 'tpu'.
 
   Returns:
-    Dict; None where the peer does no such thing. Seconds are medians over all iterations after the
-    first of all runs; 'compile' is by how much the first one took longer; memory is the most of any
-    run.
+    Dict, with None for what the peer does not do. Seconds are medians over the iterations after the
+    first of all runs. 'compile' is the additional time of the first iteration. Memory is the peak
+    over all runs.
   """
   rows = [row for run in runs for row in seconds(run)]
-  middle = {part: statistics.median(row[part] for row in rows) for part in rows[0]}
-  whole = all(part in middle for part in workloads.PARTS)
-  total = statistics.median(sum(row.values()) for row in rows) if whole else None
+  medians = {part: statistics.median(row[part] for row in rows) for part in rows[0]}
+  complete = all(part in medians for part in workloads.PARTS)
+  total = statistics.median(sum(row.values()) for row in rows) if complete else None
   work = workloads.flops(w, way, about['epochs'])
   item = 4 if device == 'cpu' else 2
   bound = sum(
     workloads.bound(w, **limits, way=way, epochs=about['epochs'], item_size=item).values()
   )
-  share = lambda rate, part, limit: rate / middle[part] / limits[limit] if part in middle else None
+  utilization = lambda work, part, limit: (
+    work / medians[part] / limits[limit] if part in medians else None
+  )
   peaks = [
     report[key]
     for run in runs
@@ -74,22 +78,25 @@ def summarize(runs, about, w, limits, *, way, device):
   ]
   return {
     'total': total,
-    **{part: middle.get(part) for part in workloads.PARTS},
-    'others': {part: value for part, value in middle.items() if part not in workloads.PARTS},
-    'tokens': w.batch * w.response / middle['rollout'] if 'rollout' in middle else None,
+    **{part: medians.get(part) for part in workloads.PARTS},
+    'others': {part: value for part, value in medians.items() if part not in workloads.PARTS},
+    'tokens': w.batch * w.response / medians['rollout'] if 'rollout' in medians else None,
     'peak': max((x for x in peaks if x is not None), default=None),
     'compile': statistics.median(sum(run['first']['parts'].values()) for run in runs)
     - statistics.median(sum(row.values()) for row in rows),
     'bound': bound,
-    'times_bound': total / bound if whole else None,
-    'limit': sum(work.values()) / total / limits['matmul'] if whole else None,
-    'update_limit': share(work['update'], 'update', 'matmul'),
-    'decode_limit': share(sum(workloads.decode_bytes(w, item).values()), 'rollout', 'copy'),
+    'times_bound': total / bound if complete else None,
+    'limit': sum(work.values()) / total / limits['matmul'] if complete else None,
+    'update_limit': utilization(work['update'], 'update', 'matmul'),
+    'decode_limit': utilization(sum(workloads.decode_bytes(w, item).values()), 'rollout', 'copy'),
   }
 
 
 def ratios(rows, base):
-  """Speed of `base` relative to each peer, {name: {'total', 'rollout'}}; None if not measured."""
+  """Returns the speed of `base` relative to each peer, {name: {'total', 'rollout'}}.
+
+  A ratio is None if one of the two was not measured.
+  """
 
   def times(row, part):
     return row[part] / rows[base][part] if row[part] and rows[base][part] else None
@@ -100,14 +107,14 @@ def ratios(rows, base):
 
 
 def table(rows, base, *, title, notes=(), width=150):
-  """The table as plain text.
+  """Returns the table as plain text.
 
   Args:
     rows: {peer: summary}.
-    base: the peer that others are compared with.
-    title: above it.
-    notes: lines below it.
-    width: in characters.
+    base: Name of the peer that the others are compared with.
+    title: Title above the table.
+    notes: Lines below the table.
+    width: Maximum width in characters.
   """
   out = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, title_justify='left')
   out.add_column('')
@@ -142,11 +149,12 @@ def table(rows, base, *, title, notes=(), width=150):
       compared[name]['total'],
       compared[name]['rollout'],
     ]
-    whole = (4, 5)
+    integers = (4, 5)
     out.add_row(
       name,
       *(
-        tables.number(round(cell) if i in whole and cell else cell) for i, cell in enumerate(cells)
+        tables.number(round(cell) if i in integers and cell else cell)
+        for i, cell in enumerate(cells)
       ),
     )
   text = io.StringIO()
@@ -158,13 +166,13 @@ def table(rows, base, *, title, notes=(), width=150):
 
 
 def chart(path, rows, bound, title):
-  """Draws a bar for each peer, in seconds by part, and one for the lower bound of their work.
+  """Draws a bar with the seconds of each part for each peer and for the lower bound.
 
   Args:
-    path: the PNG file.
-    rows: {peer: summary}; those without a whole iteration are left out.
-    bound: {part: seconds}.
-    title: above it.
+    path: PNG file.
+    rows: {peer: summary}. Peers that do not run a full iteration are omitted.
+    bound: {part: seconds}, the lower bound.
+    title: Title of the chart.
   """
   import matplotlib.figure
 

@@ -1,24 +1,23 @@
-"""PPO beside its peers: the same work in one run, taking turns.
+"""Compares the speed and memory of PPO implementations, which take turns on the same work.
 
 python -m benchmarks.run --workload xs|s|m --peers ours,trl,tunix,easydel,hf
 
-Peers: ours (the work all of them do: a critic of its own), ours-trunk (the value head on the
-policy's trunk), ours-hydra (that, and the upper half of the layers trained), ours-lora (that, and
-adapters only), trl, tunix, easydel, hf (transformers alone: generation, and a forward and backward
-pass). The first one named is what the others are compared with.
+Peers: ours (the work that all peers do, with a separate critic), ours-trunk (the value head on the
+policy's trunk), ours-hydra (the same, and only the upper half of the layers is trained), ours-lora
+(the value head on the trunk, and only adapters are trained), trl, tunix, easydel, hf (only
+transformers: generation, and a forward and backward pass). The others are compared with the first.
 
-Each peer is a process in a virtual environment of its own, which `benchmarks/install.sh PEER`
-makes; where it cannot, VENVS/PEER/bin/python may be a script that calls any Python with the peer's
-packages. All are started, then each runs an iteration in turn, again and again; the first turn, in
-which programs are compiled, is told apart. Between them two large matrix products and copies
-measure what the machine can do. `--runs` repeats all of it with new processes. Where the peers do
-not fit into memory at once, `--apart` has one at a time, from its start to its end: then they take
-turns only from run to run.
+Each peer is a process in its own virtual environment, which `benchmarks/install.sh PEER` creates.
+VENVS/PEER/bin/python may also be a script that calls another Python with the peer's packages. All
+peers are started, and then run one iteration each in turn. The first turn, which includes
+compilation, is reported separately. Between turns, large matmuls and copies measure the limits of
+the machine. `--runs` repeats all of this with new processes. If the peers do not fit into memory
+together, `--apart` runs one peer at a time, so that they take turns only from run to run.
 
-Prints a table; writes OUT/WORKLOAD-DEVICE.json, .txt and .png.
+Prints a table, and writes OUT/WORKLOAD-DEVICE.json, .txt and .png.
 
-On a CPU all are held to `--threads` cores and compute in float32; on a GPU, with `--device gpu`, in
-bfloat16.
+On a CPU all peers are restricted to `--threads` cores and compute in float32. On a GPU (`--device
+gpu`) they compute in bfloat16.
 """
 
 import json
@@ -39,7 +38,7 @@ FLAGS = options.FLAGS
 
 
 def start(peer, w, log):
-  """A running processes.Process of a Peer."""
+  """Starts the process of a Peer."""
   return processes.Process(
     processes.python(peer.venv, FLAGS.venvs),
     peer.module,
@@ -52,7 +51,7 @@ def start(peer, w, log):
 
 
 def start_limits(names, w, out):
-  """Processes that measure the machine, one for each library that the peers use."""
+  """Starts processes that measure the machine, one for each library that the peers use."""
   venvs = {'jax': ''}
   if any(processes.PEERS[name].venv == 'trl' for name in names):
     venvs['torch'] = 'trl'
@@ -76,10 +75,10 @@ def take_turns(running, limits, rounds):
   Args:
     running: {name: Process}.
     limits: Processes that measure the machine.
-    rounds: how many.
+    rounds: Number of iterations.
 
   Returns:
-    {name: run as results.py wants it}, and the measurements of the machine.
+    {name: run as in results.py}, and the measurements of the machine.
   """
   runs, measured = {}, []
   for name, peer in running.items():
@@ -101,7 +100,7 @@ def take_turns(running, limits, rounds):
 
 
 def one_run(names, w, limits, out):
-  """A run of all peers: {name: run}, and the measurements of the machine."""
+  """Runs all peers once, and returns {name: run} and the measurements of the machine."""
   runs, measured = {}, []
   for group in [[name] for name in names] if FLAGS.apart else [names]:
     running = {}
@@ -118,7 +117,7 @@ def one_run(names, w, limits, out):
 
 
 def machine():
-  """What the machine is, in words and numbers."""
+  """Returns a description of the machine and the software, a dict."""
   with open('/proc/cpuinfo', encoding='utf-8') as lines:
     model = next(
       (line.partition(':')[2].strip() for line in lines if line.startswith('model name')), ''
@@ -135,16 +134,16 @@ def machine():
 
 
 def measure(names, w, out):
-  """Runs everything; returns what is written as JSON."""
+  """Runs all peers and returns the results as a dict for JSON."""
   limits = start_limits(names, w, out)
   try:
-    done = [one_run(names, w, limits, out) for _ in range(FLAGS.runs)]
+    all_runs = [one_run(names, w, limits, out) for _ in range(FLAGS.runs)]
   finally:
     for limit in limits:
       limit.end()
-  measured = [report for _, reports in done for report in reports]
+  measured = [report for _, reports in all_runs for report in reports]
   limit = {key: max(report[key] for report in measured) for key in ('matmul', 'copy')}
-  runs = {name: [run[name] for run, _ in done] for name in names}
+  runs = {name: [run[name] for run, _ in all_runs] for name in names}
   rows = {
     name: results.summarize(
       runs[name],
@@ -169,7 +168,7 @@ def measure(names, w, out):
 
 
 def notes(result):
-  """Lines below the table: limits, versions, what a reader has to know about the peers."""
+  """Returns the lines below the table: limits of the machine, versions, and the peers' notes."""
   limit, about = result['limits'], result['machine']
   chip = (
     f'{about["cpu"]}, {about["threads"]} threads' if about['device'] == 'cpu' else about['card']
@@ -213,14 +212,14 @@ def main(_):
   stem.with_suffix('.txt').write_text(text + '\n', encoding='utf-8')
   bound = workloads.bound(w, **result['limits'], item_size=4 if FLAGS.device == 'cpu' else 2)
   results.chart(stem.with_suffix('.png'), result['summary'], bound, title)
-  print(f'written to {stem}.json, .txt and .png')
+  print(f'wrote {stem}.json, .txt and .png')
 
 
 if __name__ == '__main__':
-  flags.DEFINE_list('peers', ['ours', 'trl'], f'Of {", ".join(processes.PEERS)}.')
+  flags.DEFINE_list('peers', ['ours', 'trl'], f'Peers, from {", ".join(processes.PEERS)}.')
   flags.DEFINE_integer('iterations', 5, 'Iterations of each peer after the first, in each run.')
-  flags.DEFINE_integer('runs', 1, 'How often all of it is repeated, with new processes.')
-  flags.DEFINE_bool('apart', False, 'One peer in memory at a time.')
+  flags.DEFINE_integer('runs', 1, 'Number of runs, each with new processes.')
+  flags.DEFINE_bool('apart', False, 'Run one peer at a time.')
   flags.DEFINE_string(
     'venvs', os.environ.get('VENVS', '.venv-peers'), 'Folder of the virtual environments.'
   )

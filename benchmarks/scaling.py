@@ -1,11 +1,11 @@
-"""Seconds of a PPO iteration as batch, response length, depth or vocabulary grows 16-fold.
+"""Times a PPO iteration as batch, response length, depth or vocabulary grows 16-fold.
 
 python -m benchmarks.scaling
 
-Our own peer, as benchmarks/run.py runs it, on workloads that differ from one another in one number
-only. Each point is the median of a few iterations after the first. The table has the slope in a
-double logarithmic plot (1 where cost is linear, less where something constant stands beside it, 2
-where it is quadratic), over all points and of the last doubling. Writes OUT/scaling.json and .png.
+Runs rlhf_jax as benchmarks/run.py does, on workloads that differ in one number. Each point is the
+median of a few iterations after the first. The table shows the slope in a log-log plot over all
+points and over the last doubling: 1 if the time is linear, less if a part of it is constant, and 2
+if it is quadratic. Writes OUT/scaling.json and .png.
 """
 
 import dataclasses
@@ -27,21 +27,21 @@ from rlhf_jax.evaluation import tables
 
 FLAGS = options.FLAGS
 flags.DEFINE_integer('iterations', 3, 'Iterations of each point after the first.')
-flags.DEFINE_list('along', ['batch', 'response', 'layers', 'vocab'], 'Fields of a workload.')
+flags.DEFINE_list('along', ['batch', 'response', 'layers', 'vocab'], 'Workload fields to vary.')
 
 BASE = workloads.Workload('scaling', 2, 256, 4, 1024, 4096, 32, 32, 16)
 FACTORS = (1, 2, 4, 8, 16)
-# The smallest of each; what does not change is as in BASE.
+# Smallest value of each field; the other fields are those of BASE.
 SMALLEST = {'batch': 4, 'response': 16, 'layers': 1, 'vocab': 2048}
 
 
 def points(field):
-  """The workloads along a field."""
+  """Returns the workloads that vary in a field."""
   return [dataclasses.replace(BASE, **{field: SMALLEST[field] * factor}) for factor in FACTORS]
 
 
 def measure(w, log):
-  """Median seconds of an iteration, split into parts: {'rollout', 'scoring', 'update'}."""
+  """Measures the median seconds of each part of an iteration, {'rollout', 'scoring', 'update'}."""
   process = processes.Process(
     sys.executable,
     'ours',
@@ -62,16 +62,16 @@ def measure(w, log):
 
 
 def slopes(x, seconds):
-  """Slopes of log seconds over log x: of the line through all points, and between the last two."""
+  """Returns slopes of log seconds over log x: of a fit to all points, and of the last two points."""
   x, seconds = np.log(x), np.log(seconds)
   return float(np.polyfit(x, seconds, 1)[0]), float((seconds[-1] - seconds[-2]) / (x[-1] - x[-2]))
 
 
 def plot(path, found):
-  """Double logarithmic plots, one for each field.
+  """Draws a log-log plot for each field.
 
   Args:
-    path: the PNG file.
+    path: PNG file.
     found: {field: [(value, {part: seconds}), ...]}.
   """
   figure = matplotlib.figure.Figure(figsize=(3.2 * len(found), 3.4), layout='constrained')
@@ -95,7 +95,11 @@ def plot(path, found):
 
 
 def table(found):
-  """The table as plain text; `found` as in `plot`."""
+  """Returns the table as plain text.
+
+  Args:
+    found: {field: [(value, {part: seconds}), ...]}.
+  """
   rows = []
   for field, pairs in found.items():
     x = [value for value, _ in pairs]
@@ -108,7 +112,7 @@ def table(found):
         'to': x[-1],
         **{f'seconds x{value // x[0]}': total for value, total in zip(x, whole)},
         'slope': every,
-        'at the end': last,
+        'last slope': last,
       }
     )
   return tables.stages_table(rows, title='Seconds of an iteration', width=130)

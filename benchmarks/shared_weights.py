@@ -1,10 +1,10 @@
-"""What a PPO update holds and costs: everything trained, top layers, or adapters.
+"""Measures memory and time of a PPO update of all parameters, the top layers, or adapters.
 
 python -m benchmarks.shared_weights --workload s
 
-Arrays are counted once however many trees they are in, so a second copy of the weights would show.
-Temporaries are the compiler's: the most that one train step needs beyond its arguments and results.
-Seconds are the median of a few updates (everything after rollout and scoring) after the first.
+An array that is in several trees is counted once, so a second copy of the weights would show.
+Temporaries are the compiler's figure: the peak memory of a train step beyond its arguments and
+results. Seconds are the median of a few updates (without rollout and scoring) after the first.
 """
 
 from absl import app
@@ -19,7 +19,7 @@ from rlhf_jax.evaluation import tables
 
 FLAGS = options.FLAGS
 
-# Config keys that differ from training everything, critic included.
+# {name: changes from the config that trains all parameters and a separate critic}.
 WAYS = {
   'all, separate critic': workloads.WAYS['separate'].config,
   'all, critic on the trunk': workloads.WAYS['trunk'].config,
@@ -30,7 +30,7 @@ WAYS = {
 
 
 def measure(update):
-  """Bytes by kind in MiB and seconds of an updates.Update, as a row of the table."""
+  """Measures MiB by kind and seconds of an updates.Update, and returns them as a table row."""
   frozen = update.arguments[0]
   params = update.state.params
   seen = set()
@@ -51,7 +51,7 @@ def measure(update):
 
 
 def count(tree, seen):
-  """Bytes of the arrays of a tree whose buffers are not among `seen`, to which they are added."""
+  """Returns the bytes of a tree's arrays whose buffers are not in `seen`, and adds these to it."""
   total = 0
   for array in jax.tree.leaves(tree):
     for shard in array.addressable_shards:
@@ -70,11 +70,11 @@ def main(_):
       {'stage': way, **measure(updates.prepare(updates.make_config(w, changes), mesh))}
       for way, changes in WAYS.items()
     ]
-  what = (
+  description = (
     f'GPT-2, {w.layers} layers of width {w.width}, vocabulary {w.vocab}, '
     f'batch {w.batch} x ({w.prompt} + {w.response}), float32, Adam, 4 epochs'
   )
-  print(tables.stages_table(rows, title=f'MiB and seconds: {what}', width=130))
+  print(tables.stages_table(rows, title=f'MiB and seconds: {description}', width=130))
 
 
 if __name__ == '__main__':

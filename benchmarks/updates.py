@@ -1,7 +1,7 @@
-"""The PPO update of a workload alone: config, arrays and the jitted train step; no data or files.
+"""Config, arrays and compiled train step of a workload's PPO update, without data or files.
 
-What benchmarks/shared_weights.py and memory.py compile, and the config that
-benchmarks/peers/ours.py runs.
+The benchmarks lengths.py, memory.py and shared_weights.py compile it, and peers/ours.py runs its
+config.
 """
 
 from collections.abc import Callable
@@ -24,11 +24,11 @@ from rlhf_jax.algorithms import wiring
 
 
 def make_config(w, changes, device='cpu'):
-  """The config of a workload, without data, tokenizer and reward.
+  """Returns the config of a workload, without data, tokenizer and reward.
 
   Args:
     w: Workload.
-    changes: {key: value} that differ, such as workloads.Way.config.
+    changes: {key: value} to change, such as workloads.Way.config. 'half' is half of the layers.
     device: 'cpu', 'gpu' or 'tpu'.
   """
   config = ppo.config()
@@ -60,13 +60,13 @@ def make_config(w, changes, device='cpu'):
 
 
 class Update(NamedTuple):
-  """An update, ready to run.
+  """A compiled update with its arguments.
 
   Attributes:
-    step: compiled (state, *arguments) -> (state, metrics), `state` donated.
+    step: Compiled function (state, *arguments) -> (state, metrics). `state` is donated.
     state: TrainState.
-    arguments: what it is given besides: frozen parameters, a rollout of random tokens, scores, no
-      ptx.
+    arguments: Other arguments: frozen parameters, a rollout of random tokens, scores, and None in
+      place of a pretraining batch.
   """
 
   step: Callable
@@ -75,11 +75,11 @@ class Update(NamedTuple):
 
 
 def prepare(config, mesh):
-  """Makes random models and compiles the update of them.
+  """Creates random models and compiles their update.
 
   Args:
-    config: from `make_config`.
-    mesh: device mesh.
+    config: Config from `make_config`.
+    mesh: Device mesh.
 
   Returns:
     Update.
@@ -108,7 +108,7 @@ def prepare(config, mesh):
 
 
 def seconds(update, count):
-  """Returns the state after `count` + 1 updates, and the median time of all but the first."""
+  """Runs `count` + 1 updates, and returns the state and the median time of all but the first."""
   state, times = update.state, []
   for _ in range(count + 1):
     started = time.perf_counter()
@@ -119,7 +119,7 @@ def seconds(update, count):
 
 
 def episode(config):
-  """A rollout of random tokens, none of them padding, and scores."""
+  """Returns a rollout of random tokens without padding, and random scores."""
   rng = np.random.default_rng(0)
   batch, prompt, response = (
     config.batch_size,

@@ -1,8 +1,8 @@
-"""The workloads of the benchmarks: shapes, FLOPs counted by hand, and lower bounds of their time.
+"""Workloads of the benchmarks: shapes, analytic FLOPs, and lower bounds of their time.
 
-All of them are GPT-2 with random weights on random prompts: no early stop, temperature 1, 4 epochs
-of one minibatch, a critic and a reward model of the policy's size. Needs nothing but Python, as
-every peer reads it in its own virtual environment.
+All workloads are GPT-2 with random weights on random prompts, without early stops, at temperature
+1, with 4 epochs of one minibatch, and with a critic and a reward model of the policy's size. This
+module imports only the standard library, because each peer has its own virtual environment.
 
 Letters: B batch, P prompt length, R response length, T = P + R, V vocabulary, D width.
 """
@@ -24,12 +24,16 @@ class Workload:
   """Shapes of a PPO iteration.
 
   Attributes:
-    name: what it is called.
-    layers, width, heads, mlp, vocab: of GPT-2; `mlp` is the width of its feed-forward layers.
-    prompt: P, tokens of every prompt.
-    response: R, tokens of every response.
-    batch: B, episodes of an iteration.
-    rows: of a forward and backward pass, of which an update adds up the gradients; 0: all at once.
+    name: Name of the workload.
+    layers: Number of layers of GPT-2.
+    width: D.
+    heads: Number of attention heads.
+    mlp: Width of the feed-forward layers.
+    vocab: V.
+    prompt: P, length of every prompt.
+    response: R, length of every response.
+    batch: B, sequences per iteration.
+    rows: Microbatch size; 0 for the full batch.
   """
 
   name: str
@@ -45,12 +49,12 @@ class Workload:
 
   @property
   def length(self):
-    """T."""
+    """T, the length of a sequence."""
     return self.prompt + self.response
 
   @property
   def gpt2(self):
-    """Fields of config.json."""
+    """Fields of the model's config.json."""
     return {
       'vocab_size': self.vocab,
       'n_positions': self.length,
@@ -64,7 +68,7 @@ class Workload:
     }
 
   def to_json(self):
-    """One line of text that `read` understands."""
+    """Returns the workload as one line of JSON, for `read`."""
     return json.dumps(dataclasses.asdict(self))
 
 
@@ -79,22 +83,24 @@ WORKLOADS = {
 
 
 def read(text):
-  """The workload of a name, or of `Workload.to_json`."""
+  """Returns the workload with this name or from the JSON of `Workload.to_json`."""
   return WORKLOADS[text] if text in WORKLOADS else Workload(**json.loads(text))
 
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-  """What is trained, in forward passes and in multiples of them.
+  """A choice of trained parameters, and its cost in forward passes.
 
   Attributes:
-    config: keys of `rlhf_jax.config.ppo()` that differ from the defaults.
-    bodies: stacks of blocks run in scoring; by policy, critic, reference and reward model.
-    trained_bodies: stacks of blocks run by each epoch.
-    body_passes: 3 with a backward pass to inputs and weights, 2 with one to inputs only.
-    unembed_passes: the same of the vocabulary projection.
-    trained_blocks: stacks of blocks that an optimizer step goes over.
-    trained_embeddings: embeddings that it goes over.
+    config: Changes from the default PPO config.
+    bodies: Forward passes through all blocks in scoring, by policy, critic, reference and reward
+      model.
+    trained_bodies: Forward passes through all blocks in each epoch.
+    body_passes: Cost of forward and backward pass through the blocks, in forward passes: 3 with
+      gradients of inputs and weights, 2 with gradients of inputs only.
+    unembed_passes: The same for the vocabulary projection.
+    trained_blocks: Number of copies of all blocks that the optimizer updates.
+    trained_embeddings: Number of embeddings that the optimizer updates.
   """
 
   config: dict
@@ -111,30 +117,30 @@ LORA = (('attention/(query|value)$', 16, 32.0),)
 WAYS = {
   'separate': Way({}, 4, 2, 3, 3, 2, 2),
   'trunk': Way({'critic.kind': 'trunk'}, 3, 1, 3, 3, 1, 1),
-  # The lower half of the blocks is run once for policy and reference, and not at all by the epochs.
+  # The lower half of the blocks runs once for policy and reference, and not in the epochs.
   'hydra': Way({'critic.kind': 'trunk', 'model.unfrozen_layers': 'half'}, 2.5, 0.5, 3, 2, 0.5, 0),
   'lora': Way({'critic.kind': 'trunk', 'model.lora.targets': LORA}, 3, 1, 2, 2, 0, 0),
 }
 
 
 def body_flops(w, length):
-  """FLOPs of the blocks on B sequences of `length` tokens; attention is half of the square."""
+  """Computes the FLOPs of the blocks on B sequences of `length` tokens, with causal attention."""
   linear = 2 * (4 * w.width**2 + 2 * w.width * w.mlp)
   attention = 4 * w.width * length / 2
   return w.batch * length * w.layers * (linear + attention)
 
 
-def unembed_flops(w, slots):
-  """Of the vocabulary projection at `slots` tokens of each of B rows."""
-  return 2 * w.batch * slots * w.width * w.vocab
+def unembed_flops(w, tokens):
+  """Computes the FLOPs of the vocabulary projection at `tokens` tokens of each of B sequences."""
+  return 2 * w.batch * tokens * w.width * w.vocab
 
 
 def flops(w, way='separate', epochs=EPOCHS):
-  """Floating-point operations of one iteration: {'rollout', 'scoring', 'update'}.
+  """Computes the FLOPs of one iteration, {'rollout', 'scoring', 'update'}.
 
-  Scoring is a forward pass each of policy, critic, reference and reward model, the first and third
-  with log-probabilities of the response; the update does a forward and a backward pass of policy
-  and critic in each epoch. Norms, activations, softmax and sampling are not counted.
+  Scoring is a forward pass of policy, critic, reference and reward model, with log-probabilities of
+  the response for policy and reference. The update is a forward and a backward pass of policy and
+  critic in each epoch. Norms, activations, softmax and sampling are not counted.
   """
   way = WAYS[way]
   body, unembed = body_flops(w, w.length), unembed_flops(w, w.response)
@@ -146,21 +152,21 @@ def flops(w, way='separate', epochs=EPOCHS):
 
 
 def body_weights(w):
-  """Weights of the blocks' linear maps."""
+  """Returns the number of weights of the blocks' linear layers."""
   return w.layers * (4 * w.width**2 + 2 * w.width * w.mlp)
 
 
 def weights(w):
-  """Weights of one model, biases and norms left out."""
+  """Returns the number of weights of one model, without biases and norms."""
   return body_weights(w) + w.vocab * w.width
 
 
 def decode_bytes(w, item_size):
-  """Bytes the decode steps read: all weights once each, and the filled part of the key/value cache.
+  """Computes the bytes that the decode steps read: weights, and used slots of the key/value cache.
 
   Args:
     w: Workload.
-    item_size: bytes of a weight.
+    item_size: Bytes of a weight.
 
   Returns:
     {'weights', 'cache'}.
@@ -174,25 +180,28 @@ def decode_bytes(w, item_size):
 
 
 def optimizer_bytes(w, way='separate', epochs=EPOCHS):
-  """Bytes Adam moves in an iteration, in float32: weights and moments twice, gradients once."""
+  """Computes the bytes that Adam reads and writes in an iteration, in float32.
+
+  It reads and writes weights and both moments, and reads gradients.
+  """
   way = WAYS[way]
   trained = way.trained_blocks * body_weights(w) + way.trained_embeddings * w.vocab * w.width
   return epochs * 7 * 4 * trained
 
 
 def bound(w, matmul, copy, *, way='separate', epochs=EPOCHS, item_size=4):
-  """The least seconds of an iteration at the machine's measured limits.
+  """Computes a lower bound of the seconds of an iteration from the machine's measured limits.
 
-  FLOPs at the rate of a large matmul; a decode step takes at least as long as its weights take to
-  read; the update also takes Adam's traffic.
+  FLOPs run at the rate of a large matmul. A decode step takes at least the time to read the
+  weights. The update also has Adam's memory traffic.
 
   Args:
     w: Workload.
     matmul: FLOP/s of a large matmul.
-    copy: bytes/s of a large copy, read and written together.
-    way: see WAYS.
-    epochs: of the update.
-    item_size: bytes of a weight as the decode reads it.
+    copy: Bytes/s of a large copy, read plus written.
+    way: See WAYS.
+    epochs: Number of epochs of the update.
+    item_size: Bytes of a weight in decode steps.
 
   Returns:
     Seconds by part: {'rollout', 'scoring', 'update'}.

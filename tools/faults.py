@@ -1,17 +1,17 @@
-"""The faults of mutants.py: wiring that no test of the mathematics looks at, and its edges."""
+"""The faults that mutants.py applies: wiring and edge cases that tests of the maths do not cover."""
 
 from typing import NamedTuple
 
 
 class Fault(NamedTuple):
-  """A fault, and the tests that must see it.
+  """A fault, and the tests that must fail with it.
 
   Attributes:
-    name: what is wrong then.
-    file: path in the tree.
-    old: text that is once in the file.
-    new: what takes its place.
-    tests: node ids of the nearest tests.
+    name: Description of the fault.
+    file: Path in the tree.
+    old: Text that occurs exactly once in the file.
+    new: Text that replaces it.
+    tests: Node ids of the nearest tests.
   """
 
   name: str

@@ -1,11 +1,11 @@
-"""Puts faults into the code, one at a time, and says whether the nearest tests see each.
+"""Puts faults into the code, one at a time, and reports whether the nearest tests fail.
 
-    python -m tools.mutants               all of tools/faults.py
-    python -m tools.mutants --only NAME   one of them; may be repeated
-    python -m tools.mutants --list        their names, files and tests
+    python -m tools.mutants               all faults of tools/faults.py
+    python -m tools.mutants --only NAME   one fault; may be repeated
+    python -m tools.mutants --list        names, files and tests of the faults
 
-The faults go into a copy of the working tree. Exits with 1 if one survives, if its text is not
-found exactly once, or if its tests fail without it.
+The faults are put into a copy of the working tree. Exits with 1 if a fault survives, if its text is
+not in its file exactly once, or if its tests fail without it.
 """
 
 import argparse
@@ -21,12 +21,12 @@ import time
 from tools.faults import FAULTS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-LIMIT = 300  # seconds; tests that a fault makes hang see it
+LIMIT = 300  # seconds; tests that take longer count as failed, because a fault can make them hang
 VERDICTS = {0: 'survived', 1: 'killed'}  # by pytest's exit status
 
 
 def copy_tree(root, target):
-  """Copies the files that git knows, and new ones that it does not ignore, as they are now."""
+  """Copies tracked files, and untracked files that git does not ignore, with their changes."""
   command = ['git', 'ls-files', '-co', '--exclude-standard', '-z']
   listed = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
   for name in filter(None, listed.stdout.split('\0')):
@@ -37,7 +37,7 @@ def copy_tree(root, target):
 
 @contextlib.contextmanager
 def applied(fault, tree):
-  """Has the fault in the tree while it is open."""
+  """Applies the fault to the tree while the body runs."""
   path = tree / fault.file
   text = path.read_text()
   path.write_text(text.replace(fault.old, fault.new))
@@ -48,7 +48,7 @@ def applied(fault, tree):
 
 
 def occurrences(fault, tree):
-  """How often the fault's text is in its file."""
+  """Returns how often the fault's text occurs in its file."""
   path = tree / fault.file
   return path.read_text().count(fault.old) if path.is_file() else 0
 
@@ -57,14 +57,14 @@ def run_tests(tests, tree, programs):
   """Runs tests of the tree until one fails.
 
   Args:
-    tests: node ids.
-    tree: folder.
-    programs: folder of compiled programs, shared by all runs.
+    tests: Node ids.
+    tree: Folder of the tree.
+    programs: Folder of the compilation cache, shared by all runs.
 
   Returns:
-    pytest's exit status, 1 where it hangs; and what it printed.
+    pytest's exit status, or 1 if it takes too long, and its output.
   """
-  # Bytecode is told apart by seconds and sizes: a fault may change neither.
+  # Python checks bytecode files by time in seconds and size, and a fault may change neither.
   environment = os.environ | {
     'PYTHONPATH': str(tree),
     'PYTHONDONTWRITEBYTECODE': '1',
@@ -72,34 +72,34 @@ def run_tests(tests, tree, programs):
   }
   command = [sys.executable, '-m', 'pytest', '-x', '-p', 'no:cacheprovider', *tests]
   try:
-    done = subprocess.run(
+    result = subprocess.run(
       command, cwd=tree, env=environment, capture_output=True, text=True, timeout=LIMIT
     )
   except subprocess.TimeoutExpired:
     return 1, ''
-  return done.returncode, done.stdout + done.stderr
+  return result.returncode, result.stdout + result.stderr
 
 
 def check(faults, tree, programs):
-  """What is wrong before any fault is applied, list of lines."""
+  """Returns the problems before any fault is applied, a list of lines."""
   counts = {fault: occurrences(fault, tree) for fault in faults}
   wrong = [
-    f'{fault.name}: the text to replace must be once in {fault.file}, and is {count} times'
+    f'{fault.name}: the text to replace must occur once in {fault.file}, but occurs {count} times'
     for fault, count in counts.items()
     if count != 1
   ]
   if wrong:
     return wrong
   tests = dict.fromkeys(test for fault in faults for test in fault.tests)
-  status, said = run_tests(tests, tree, programs)
-  return [f'without any fault the tests must pass:\n{said}'] if status else []
+  status, output = run_tests(tests, tree, programs)
+  return [f'the tests must pass without any fault:\n{output}'] if status else []
 
 
 def run(faults, root):
-  """Applies the faults to a copy of `root` one after the other and prints what became of each.
+  """Applies the faults to a copy of `root` one after the other, and prints the verdicts.
 
   Returns:
-    Whether all were seen.
+    Whether all faults were killed.
   """
   with tempfile.TemporaryDirectory(prefix='mutants_') as folder:
     tree, programs = pathlib.Path(folder) / 'tree', pathlib.Path(folder) / 'programs'
@@ -110,25 +110,25 @@ def run(faults, root):
       print(line)
     if wrong:
       return False
-    left = []
+    survivors = []
     for fault in faults:
       started = time.perf_counter()
       with applied(fault, tree):
-        status, said = run_tests(fault.tests, tree, programs)
+        status, output = run_tests(fault.tests, tree, programs)
       verdict = VERDICTS.get(status, 'broken')
       print(f'{verdict:8}  {time.perf_counter() - started:5.1f} s  {fault.name}', flush=True)
       if verdict == 'broken':
-        print(said)
+        print(output)
       if verdict != 'killed':
-        left.append(fault.name)
-  print(f'{len(faults) - len(left)} of {len(faults)} faults killed')
-  if left:
-    print(f'not killed: {", ".join(left)}')
-  return not left
+        survivors.append(fault.name)
+  print(f'{len(faults) - len(survivors)} of {len(faults)} faults killed')
+  if survivors:
+    print(f'not killed: {", ".join(survivors)}')
+  return not survivors
 
 
 def main():
-  """Parses the command line; exits with 1 unless all faults are seen."""
+  """Parses the command line, and exits with 1 unless all faults are killed."""
   parser = argparse.ArgumentParser(
     prog='python -m tools.mutants', description=__doc__.split('\n', maxsplit=1)[0]
   )
@@ -136,10 +136,10 @@ def main():
     '--only',
     action='append',
     metavar='NAME',
-    help='may be repeated',
+    help='fault to apply; may be repeated',
     choices=[fault.name for fault in FAULTS],
   )
-  parser.add_argument('--list', action='store_true', help='print them and stop')
+  parser.add_argument('--list', action='store_true', help='list the faults and exit')
   options = parser.parse_args()
   faults = [fault for fault in FAULTS if not options.only or fault.name in options.only]
   if options.list:

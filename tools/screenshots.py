@@ -2,9 +2,9 @@
 
 python -m tools.screenshots OUT NAME=PAGE [NAME=PAGE ...]
 
-PAGE is an HTML file, such as runs/quickstart/report.html or docs/_build/html/index.html. Each page
-gives three pictures in the folder OUT: NAME-wide.png (1200 pixels wide), NAME-narrow.png (400
-pixels) and NAME-dark.png (1200 pixels, dark mode).
+PAGE is an HTML file, such as runs/quickstart/report.html or docs/_build/html/index.html. Writes
+three pictures of each page to the folder OUT: NAME-wide.png (1200 pixels wide), NAME-narrow.png
+(400 pixels) and NAME-dark.png (1200 pixels, dark mode).
 """
 
 import argparse
@@ -33,7 +33,7 @@ SHAPES = {
 
 
 def browser():
-  """The path of the browser; None if there is none."""
+  """Returns the path of the browser; None if there is none."""
   return next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
@@ -41,11 +41,11 @@ def call(page, *arguments):
   """Opens a page in a new browser profile.
 
   Args:
-    page: path of an HTML file.
-    *arguments: further arguments of the browser.
+    page: Path of an HTML file.
+    *arguments: Further arguments of the browser.
 
   Returns:
-    What the browser prints.
+    The browser's output.
   """
   with tempfile.TemporaryDirectory() as profile:
     return subprocess.run(
@@ -67,9 +67,9 @@ def take(page, path, *arguments):
   """Writes a screenshot of a page to a PNG file.
 
   Args:
-    page: path of an HTML file.
-    path: of the picture.
-    *arguments: further arguments of the browser, such as its window size.
+    page: Path of an HTML file.
+    path: Path of the picture.
+    *arguments: Further arguments of the browser, such as its window size.
   """
   call(page, f'--screenshot={pathlib.Path(path).absolute()}', *arguments)
 
@@ -83,13 +83,13 @@ def main():
   parser.add_argument('pages', metavar='NAME=PAGE', nargs='+', help='an HTML file and its name')
   options = parser.parse_args()
   if browser() is None:
-    parser.error(f'needs one of {", ".join(BROWSERS)} on the path')
+    parser.error(f'found no browser: install one of {", ".join(BROWSERS)}')
   out = pathlib.Path(options.out)
   out.mkdir(parents=True, exist_ok=True)
   for pair in options.pages:
     name, _, page = pair.partition('=')
     if not pathlib.Path(page).is_file():
-      parser.error(f'{pair}: {page or "PAGE"} is not a file; the form is NAME=PAGE')
+      parser.error(f'{pair}: {page or "PAGE"} is not a file; write NAME=PAGE')
     for shape, arguments in SHAPES.items():
       take(page, out / f'{name}-{shape}.png', *arguments)
       print(out / f'{name}-{shape}.png')

@@ -5,8 +5,8 @@ python -m benchmarks.peers.easydel --workload xs
 It runs the trainer's `train()` on prompts in memory with its compiled generation. The trainer runs
 one epoch whatever `num_ppo_epochs` is, and its value head shares the policy's trunk, so it does a
 fraction of the other peers' work. EasyDeL has no GPT-2 reward model. We use its Llama instead, with
-the same attention heads, tied embeddings, and a gated feed-forward layer of two thirds of the width,
-which has as many weights and FLOPs.
+the same attention heads, tied embeddings, and a gated feed-forward layer of two thirds of the
+width, which has as many weights and FLOPs.
 
 Times: the rollout is `generate_unified`, scoring is the rest of `_preprocess_batch_input`, and the
 update is the rest of `_execute_train_step`. Tuned in its favour: no filtering in the sampler, no

@@ -1,9 +1,9 @@
-"""transformers alone: sampled generation, and one forward and backward pass of the policy.
+"""Runs only transformers: sampling, and one forward and backward pass of the policy.
 
 python -m benchmarks.peers.hf --workload xs
 
-What an RLHF loop written on it could not be faster than. The loss is cross-entropy over the
-response; there is no critic, no reward model and no optimizer.
+This bounds the speed of an RLHF loop on transformers from above. The loss is the cross-entropy of
+the response. There is no critic, no reward model and no optimizer.
 """
 
 import torch
@@ -14,7 +14,7 @@ from benchmarks.peers import torch_models
 
 
 def generate(model, w, prompts):
-  """Samples R tokens after each prompt; returns [B, T]."""
+  """Samples R tokens after each prompt, and returns tokens [B, T]."""
   settings = transformers.GenerationConfig(
     max_new_tokens=w.response, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0
   )
@@ -25,7 +25,7 @@ def generate(model, w, prompts):
 
 
 def forward_backward(model, w, tokens):
-  """Gradients of the mean negative log-likelihood of the responses."""
+  """Computes gradients of the mean negative log-likelihood of the responses."""
   logits = model(input_ids=tokens).logits[:, w.prompt - 1 : -1]
   loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, w.prompt :].flatten())
   loss.backward()
@@ -37,10 +37,8 @@ def main():
   turns, w = torch_models.turns(options), options.workload
   where = 'cpu' if options.device == 'cpu' else 'cuda'
   dtype = torch.float32 if options.device == 'cpu' else torch.bfloat16
-  model = (
-    torch_models.language_model(w).to(where, dtype).eval()
-  )  # eval: no dropout, which is 0 anyway
-  turns.ready(protocol.versions('transformers', 'torch'), note='transformers alone, no PPO')
+  model = torch_models.language_model(w).to(where, dtype).eval()
+  turns.ready(protocol.versions('transformers', 'torch'), note='only transformers, no PPO')
   while True:
     turns.wait()
     prompts = torch.randint(0, w.vocab, (w.batch, w.prompt), device=where)

@@ -1,16 +1,16 @@
-"""rlhf_jax's PPO on a workload.
+"""Runs rlhf_jax's PPO on a workload.
 
 python -m benchmarks.peers.ours --workload xs --way separate
 
-The learner is what `algorithms/ppo.create` makes of a config, and an iteration is what loop.py's
-loop does with it. Scoring by the reward model is a call of its own; the rest of scoring (the
-reference's log-probabilities) is compiled into the train step. So the clock gives both to the
-update, and at `split` the same function compiled apart says how much of it is scoring:
-benchmarks/run.py moves that many seconds. Policy and critic are not read before the update: its
-first forward pass gives their log-probabilities and values too.
+`algorithms/ppo.create` creates the learner from a config, and an iteration is that of loop.py.
+The reward model is a separate call, but the reference's log-probabilities are compiled into the
+train step, so the clock counts them as part of the update. The command `split` times the same
+forward passes compiled separately, and benchmarks/run.py moves that time from update to scoring.
+Policy and critic need no forward pass before the update, because its first forward pass also
+computes their log-probabilities and values.
 
-A turn's report has the seconds of compilation in it, as JAX counts them. With `--cache DIR`
-compiled programs are kept in DIR and read from it, as the library does by default.
+The report of a turn has the seconds of compilation as JAX measures them. With `--cache DIR`,
+compiled programs are stored in DIR and read from it, as the library does by default.
 """
 
 import json
@@ -46,7 +46,10 @@ COMPILATION = (
 
 
 def write_tokenizer(folder, vocab):
-  """A word for every id; the last two are padding and EOS, past which responses go on ('raw')."""
+  """Writes a tokenizer with a word for every id. The last two ids are padding and EOS.
+
+  With rl.response='raw', responses continue past the EOS.
+  """
   words = {f't{i}': i for i in range(vocab - 2)} | {'<pad>': vocab - 2, '<eos>': vocab - 1}
   backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token='<pad>'))
   backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -71,7 +74,7 @@ def write_world(w, folder):
 
 
 def make_config(w, way, folder, device):
-  """The config of a workload; see workloads.WAYS."""
+  """Returns the config of a workload; see workloads.WAYS."""
   config = updates.make_config(w, workloads.WAYS[way].config, device)
   config.steps = 10**6
   config.tokenizer = str(folder / 'tokenizer')
@@ -83,7 +86,7 @@ def make_config(w, way, folder, device):
 
 
 def create(config, mesh):
-  """The learner, and the forward passes that its train step begins with."""
+  """Creates the learner, its state, and a jitted function of the train step's forward passes."""
   steps = []
 
   def jit_step(function, state):
@@ -110,7 +113,7 @@ def create(config, mesh):
 
 
 def compiling():
-  """A list to which the seconds of tracing, lowering and compiling are added as they happen."""
+  """Returns a list to which JAX adds the seconds of each tracing, lowering and compilation."""
   seconds = []
 
   def listen(event, duration, **_):
@@ -122,7 +125,7 @@ def compiling():
 
 
 def iterate(learner, state, turns, compilation_seconds):
-  """One turn of the loop in loop.py; returns the next state and what the train step was given."""
+  """Runs one iteration as in loop.py, and returns the next state and the train step's arguments."""
   compilation_seconds.clear()
   batch, metrics = learner.next_batch(state, timed=True)
   turns.lap('rollout')

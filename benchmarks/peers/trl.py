@@ -1,17 +1,17 @@
-"""TRL's PPOTrainer (`trl.experimental.ppo` of 1.12, the last release that has one) on a workload.
+"""Runs TRL's PPOTrainer (`trl.experimental.ppo` of 1.12, the last release with one) on a workload.
 
 python -m benchmarks.peers.trl --workload xs
 
-Its own `train()`, on prompts in memory. The clock: generation is `batch_generation`; scoring is
-what follows until the first epoch draws its permutation; the update ends where the loop asks for
-the next prompts. The behaviour's log-probabilities come from the logits of generation, so scoring
-has one forward pass less than ours.
+It runs the trainer's `train()` on prompts in memory. Times: the rollout is `batch_generation`,
+scoring lasts from there until the first epoch draws its permutation, and the update ends when the
+loop requests the next prompts. TRL computes the behaviour policy's log-probabilities from the
+logits of generation, so its scoring has one forward pass less than ours.
 
-Tuned in its favour: all rows in one pass, glibc's allocator as benchmarks/run.py sets it, dropout
-off, no logging to disk, TRL's own default attention (sdpa), `use_cache` as it is. On a GPU policy
-and critic have float32 weights and run under autocast to bfloat16, generation too, which TRL leaves
-in float32; the frozen models are bfloat16. `bf16=True` alone would not reach the trainer's own
-Accelerator: it reads the environment.
+Tuned in its favour: all sequences in one pass, the glibc allocator settings of benchmarks/run.py,
+no dropout, no logging to disk, TRL's default attention (sdpa) and default `use_cache`. On a GPU,
+policy and critic have float32 weights and run under autocast to bfloat16. So does generation, which
+TRL would run in float32. The frozen models are in bfloat16. The trainer's Accelerator ignores
+`bf16=True` and reads the environment, so we also set the environment.
 """
 
 import os
@@ -33,7 +33,7 @@ from benchmarks.peers import torch_models
 
 
 class Prompts:
-  """The trainer's dataloader, which waits for its turn before each batch."""
+  """Wraps the trainer's dataloader, and waits for the peer's turn before each batch."""
 
   def __init__(self, loader, turns):
     self._loader, self._turns = loader, turns
@@ -50,7 +50,10 @@ class Prompts:
 
 
 def make_tokenizer(vocab):
-  """Padding and EOS lie outside of the vocabulary: no prompt has them and no response ends."""
+  """Creates a tokenizer whose padding and EOS are outside of the models' vocabulary.
+
+  So prompts do not contain them and responses do not end.
+  """
   words = {'<pad>': vocab, '<eos>': vocab + 1}
   backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token='<pad>'))
   return transformers.PreTrainedTokenizerFast(
@@ -59,7 +62,7 @@ def make_tokenizer(vocab):
 
 
 def make_trainer(w, device, workdir):
-  """PPOTrainer with random models and prompts, set to run on."""
+  """Creates a PPOTrainer with random models and prompts, and practically no limit of episodes."""
   rows = w.rows or w.batch
   if device != 'cpu':
     os.environ['ACCELERATE_MIXED_PRECISION'] = 'bf16'

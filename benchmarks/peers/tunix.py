@@ -1,16 +1,16 @@
-"""Tunix's PPOLearner (0.1.7) on a workload.
+"""Runs Tunix's PPOLearner (0.1.7) on a workload.
 
 python -m benchmarks.peers.tunix --workload xs
 
-Its own `train()`, vanilla rollout engine, on prompts in memory. It has no GPT-2: its Qwen2 stands
-in, with the attention's heads, tied embeddings and a gated feed-forward layer two thirds as wide,
-which has as many weights and FLOPs. Norms and SiLU cost less than GPT-2's. Critic and reward model
-have a scalar head in place of the vocabulary.
+It runs the learner's `train()` with the vanilla rollout engine on prompts in memory. Tunix has no
+GPT-2. We use its Qwen2 instead, with the same attention heads, tied embeddings, and a gated
+feed-forward layer of two thirds of the width, which has as many weights and FLOPs. Its norms and
+SiLU cost less than GPT-2's. Critic and reward model have a scalar head in place of the vocabulary.
 
-The clock: rollout is `RLCluster.generate`, scoring the rest of `_generate_and_compute_advantage`,
-and the update ends where the loop asks for the next prompts. Tuned in its favour: one micro-batch,
-no sorting in the sampler, a cache as long as prompt and response, glibc's allocator as
-benchmarks/run.py sets it.
+Times: the rollout is `RLCluster.generate`, scoring is the rest of
+`_generate_and_compute_advantage`, and the update ends when the loop requests the next prompts.
+Tuned in its favour: one microbatch, no sorting in the sampler, a cache as long as prompt and
+response, and the glibc allocator settings of benchmarks/run.py.
 """
 
 from flax import nnx
@@ -30,37 +30,38 @@ from benchmarks.peers import protocol
 
 
 class Numbers:
-  """The tokenizer interface of Tunix: a text is its ids, written as numbers, after BOS, id 1.
+  """Tokenizer with the interface of Tunix. A text is a list of ids written as numbers.
 
-  Padding and EOS lie outside of the vocabulary: no prompt has them and no response ends.
+  BOS has id 1. Padding and EOS are outside of the vocabulary, so prompts do not contain them and
+  responses do not end.
   """
 
   def __init__(self, vocab):
     self._vocab = vocab
 
   def encode(self, text):
-    """Ids of '5 17 3'."""
+    """Returns the ids of a text such as '5 17 3'."""
     return [int(word) for word in text.split()]
 
   def decode(self, ids):
-    """The text of ids."""
+    """Returns the text of ids."""
     return ' '.join(str(int(i)) for i in ids)
 
   def bos_id(self):
-    """Id of the first token."""
+    """Returns the id of BOS."""
     return 1
 
   def pad_id(self):
-    """Id of padding."""
+    """Returns the id of padding."""
     return self._vocab
 
   def eos_id(self):
-    """Id no model samples."""
+    """Returns the id of EOS, which no model samples."""
     return self._vocab + 1
 
 
 def make_model(w, *, tied, seed, device):
-  """A random Qwen2 with the weights and FLOPs of a workload's GPT-2."""
+  """Creates a random Qwen2 with as many weights and FLOPs as a workload's GPT-2."""
   dtype = jnp.float32 if device == 'cpu' else jnp.bfloat16
   config = qwen2.ModelConfig(
     num_layers=w.layers,
@@ -80,12 +81,12 @@ def make_model(w, *, tied, seed, device):
 
 
 def scalar_model(w, *, seed, device):
-  """Critic or reward model: Tunix's own way to make one."""
+  """Creates a critic or reward model with Tunix's own function."""
   return utils.create_critic_model(make_model(w, tied=False, seed=seed, device=device), seed)
 
 
 def make_learner(w, device):
-  """PPOLearner with random models, set to run on."""
+  """Creates a PPOLearner with random models and no limit of steps."""
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ('fsdp', 'tp'))
   config = rl_cluster.ClusterConfig(
     role_to_mesh={role: mesh for role in rl_cluster.Role},
@@ -127,7 +128,7 @@ def make_learner(w, device):
 
 
 def take_times(learner, turns):
-  """Has the learner's methods tell the clock when rollout and scoring are over."""
+  """Patches the learner's methods so that they time rollout and scoring."""
   cluster = learner.rl_cluster
   generate, score = cluster.generate, learner._generate_and_compute_advantage
 
@@ -145,12 +146,12 @@ def take_times(learner, turns):
 
 
 def prompts(w, learner, turns):
-  """Batches for the learner; each waits for its turn."""
+  """Yields batches of prompts for the learner. Waits for the peer's turn before each batch."""
   rng = np.random.default_rng(0)
   trained = learner.rl_cluster.actor_trainer, learner.rl_cluster.critic_trainer
   turns.wait()
   while True:
-    rows = rng.integers(2, w.vocab, (w.batch, w.prompt - 1))  # and BOS
+    rows = rng.integers(2, w.vocab, (w.batch, w.prompt - 1))  # the first token is BOS
     yield {'prompts': np.array([' '.join(map(str, row)) for row in rows])}
     jax.block_until_ready([nnx.state(trainer.model) for trainer in trained])
     turns.lap('update')
@@ -164,7 +165,7 @@ def main():
   learner = make_learner(options.workload, options.device)
   take_times(learner, turns)
   turns.ready(
-    protocol.versions('google-tunix', 'jax', 'flax'), note='Qwen2 of the same weights and FLOPs'
+    protocol.versions('google-tunix', 'jax', 'flax'), note='Qwen2 with as many weights and FLOPs'
   )
   learner.train(prompts(options.workload, learner, turns))
 
