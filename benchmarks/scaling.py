@@ -62,7 +62,7 @@ def measure(w, log):
 
 
 def slopes(x, seconds):
-  """Returns slopes of log seconds over log x: of a fit to all points, and of the last two points."""
+  """Returns slopes of log seconds over log x: of a fit to all points, and of the last two."""
   x, seconds = np.log(x), np.log(seconds)
   return float(np.polyfit(x, seconds, 1)[0]), float((seconds[-1] - seconds[-2]) / (x[-1] - x[-2]))
 

@@ -441,7 +441,7 @@ def _version():
 
 
 def commit():
-  """Returns the git commit of this code, with '+' if files were changed; None outside a git checkout."""
+  """Returns the git commit of this code, with '+' if files were changed; None without git."""
   folder = pathlib.Path(__file__).parent
 
   def git(*arguments):

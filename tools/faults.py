@@ -1,4 +1,4 @@
-"""The faults that mutants.py applies: wiring and edge cases that tests of the maths do not cover."""
+"""The faults that mutants.py applies: wiring and edge cases that tests of the maths miss."""
 
 from typing import NamedTuple
 
