@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Several processes on this machine, as they would run on several machines.
+# Runs several processes on this machine, as they would run on several machines.
 #
 #   launch/local.sh -n 4 -- python -m rlhf_jax.main --config=configs/X.py --workdir=runs/X
 #
-#   -n N   processes (2)
-#   -d D   CPU devices of each process (1)
+#   -n N   number of processes (default 2)
+#   -d D   number of CPU devices of each process (default 1)
 #
-# The output of process 0 comes as it is, that of the others with their number in front. Runs on CPU
-# devices; with JAX_PLATFORMS=cuda each process takes one GPU.
+# The output of the processes other than 0 has their number as a prefix. Processes use CPU devices;
+# with JAX_PLATFORMS=cuda each process uses one GPU.
 #
-# Ctrl-C and SIGTERM tell all processes to save and end, and so does one that ends with status 143 or
-# 130; a second signal kills them. Where one fails the others are ended at once. After either the same
-# command resumes. The status is 0, 130 after Ctrl-C, 143 after SIGTERM, 1 after a failure. From the
-# environment:
+# On Ctrl-C or SIGTERM, or if a process exits with status 143 or 130, all processes save and exit; a
+# second signal kills them. If a process fails, the others are stopped at once. In both cases the same
+# command resumes. The exit status is 0, 130 after Ctrl-C, 143 after SIGTERM, or 1 after a failure.
+# Environment variables:
 #
-#   GRACE_SECONDS   that processes have to save before they are killed (120)
-#   ALONE_SECONDS   that processes may work on after another has ended with status 0 (60)
+#   GRACE_SECONDS   time to save before processes are killed (default 120)
+#   ALONE_SECONDS   time for processes to exit after another has exited with status 0 (default 60)
 set -euo pipefail
 
 usage() {
@@ -50,7 +50,7 @@ done
 free_port() {
   local port
   while :; do
-    port=$((20000 + RANDOM % 12000)) # below the ports that connections are given
+    port=$((20000 + RANDOM % 12000)) # below the range of ephemeral ports
     (exec 4<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || break
   done
   echo "$port"
@@ -62,38 +62,38 @@ export JAX_COORDINATOR_BIND_ADDRESS=$COORDINATOR_ADDRESS
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 export XLA_FLAGS="${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$devices"
 
-# Every process writes here that it has ended, and how; so the first that failed is known (3). This
-# script alone holds the writing end of another pipe (6); where it is killed, its end tells the others.
+# Each process writes its exit status to a pipe (3), so that the first failure is known. Only this
+# script has the write end of a second pipe (6). If the script is killed, the processes see end of file.
 folder=$(mktemp -d)
 mkfifo "$folder/ended" "$folder/alive"
 exec 3<>"$folder/ended"
-exec 4<>"$folder/alive" # or the next would wait for each other
+exec 4<>"$folder/alive" # without it, each of the next two lines would wait for the other
 exec 5<"$folder/alive"
 exec 6>"$folder/alive" 4>&-
 rm -r "$folder"
 
-say() { # to a terminal that may be gone
+say() { # the terminal may be closed
   echo "launch/local.sh: $*" >&2 || true
 }
 
 prefixed() { # number of the process
   local line
-  trap '' TERM # the last words of a process that fails are to be seen
+  trap '' TERM # so that the last output of a process that fails is shown
   while IFS= read -r line || [[ -n $line ]]; do
     printf '[%d] %s\n' "$1" "$line"
   done
 }
 
-watch() { # pid of the process's wrapper; kills their group, its own, where the wrapper or this script is gone
+watch() { # pid of the process's wrapper; kills its process group if the wrapper or this script is gone
   local code=129
-  while ((code > 128)) && kill -0 "$1" 2>/dev/null; do # above 128: no end in 5 s
+  while ((code > 128)) && kill -0 "$1" 2>/dev/null; do # above 128: the read timed out
     code=0
     read -r -t 5 <&5 || code=$?
   done
   kill -KILL 0
 }
 
-run() { # number of the process, command; a process group of its own
+run() { # number of the process, command; runs in its own process group
   local number=$1 wrapper=$BASHPID status=127 told=0 child='' before code watcher
   shift
   exec 6>&-
@@ -108,10 +108,10 @@ run() { # number of the process, command; a process group of its own
   "$@" 3>&- 5<&- &
   child=$!
   ((told == 0)) || kill -TERM "$child" 2>/dev/null || true
-  while :; do # a signal ends a `wait` before the process has ended
+  while :; do # a signal interrupts `wait` before the process exits
     before=$told code=0
     wait "$child" || code=$?
-    ((code == 127)) || status=$code # 127: reaped by the `wait` before, or not found
+    ((code == 127)) || status=$code # 127: an earlier `wait` returned the status, or it was not found
     ((told != before)) || break
   done
   kill "$watcher" 2>/dev/null || true
@@ -126,15 +126,15 @@ for ((number = 0; number < count; number++)); do
 done
 set +m
 
-ended=() # statuses, by number
-signal_all() { # signal; those that have not ended, with their children
+ended=() # exit statuses, by number of the process
+signal_all() { # signal; sends it to the running processes and their children
   local number
   for number in "${!wrappers[@]}"; do
     [[ ${ended[number]-} ]] || kill -"$1" -- "-${wrappers[number]}" 2>/dev/null || true
   done
 }
 
-end_all() { # at once
+end_all() { # stops all processes without time to save
   signal_all TERM
   sleep 1
   signal_all KILL
@@ -142,7 +142,7 @@ end_all() { # at once
 }
 
 stopping='' deadline=''
-stop() { # exit status, who says so; tells all once to save, or kills those that were told before
+stop() { # exit status, reason; the first call asks all processes to save, the second kills them
   local number
   if [[ $stopping ]]; then
     deadline=$SECONDS
@@ -150,22 +150,22 @@ stop() { # exit status, who says so; tells all once to save, or kills those that
   fi
   stopping=$1 deadline=$((SECONDS + grace))
   say "$2: processes have $grace s to save; a second signal kills them"
-  for number in "${!wrappers[@]}"; do # not their children, which the save may need
+  for number in "${!wrappers[@]}"; do # not their children, which a save may need
     [[ ${ended[number]-} ]] || kill -TERM "${wrappers[number]}" 2>/dev/null || true
   done
 }
 trap 'stop 130 interrupted' INT
 trap 'stop 143 terminated' TERM
-trap 'stop 129 "the terminal is gone"' HUP
+trap 'stop 129 "the terminal is closed"' HUP
 
-written() { # whether a line is there; a `read` with a timeout may end in the middle of one
+written() { # whether a line can be read; a `read` with a timeout may end in the middle of a line
   read -r -t 0 -u 3
 }
 
-next_end() { # sets number and status of a process that has ended, if one does within a moment
+next_end() { # sets number and status of a process that has exited, if one exits within 0.2 s
   local candidate
   written || sleep 0.2
-  for candidate in "${!wrappers[@]}"; do # one that was killed with its wrapper has written nothing
+  for candidate in "${!wrappers[@]}"; do # a process that was killed with its wrapper writes no status
     if ! written && [[ -z ${ended[candidate]-} ]] && ! kill -0 -- "-${wrappers[candidate]}" 2>/dev/null; then
       written || { number=$candidate status=137 && return; }
     fi
@@ -173,7 +173,7 @@ next_end() { # sets number and status of a process that has ended, if one does w
   written && read -r -u 3 number status
 }
 
-failed() { # what happened; ends the others
+failed() { # message; stops the other processes
   end_all
   say "$1; the others were ended."
   say "the same command resumes from the last checkpoint."

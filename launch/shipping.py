@@ -1,6 +1,6 @@
-"""What launch/tpu_vm.sh sends to the workers: this checkout as it is now.
+"""Packs the files that launch/tpu_vm.sh sends to the workers: the current state of this checkout.
 
-Tracked files with their uncommitted changes, and untracked files that git does not ignore.
+These are tracked files with uncommitted changes, and untracked files that git does not ignore.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import stat
 import subprocess
 import tarfile
 
-MAX_UNTRACKED_BYTES = 50 * 10**6  # data and models belong on SHARED, not in every worker's home
-LIST = '.shipped'  # in the archive: its files, so that the next one can remove them first
+MAX_UNTRACKED_BYTES = 50 * 10**6  # data and models should be on SHARED, not on every worker
+LIST = (
+  '.shipped'  # file in the archive that lists its files, so that the next setup can remove them
+)
 
 
 class Error(Exception):
-  """What the user must do; one line."""
+  """An error with a message of one line for the user."""
 
 
 @dataclasses.dataclass
@@ -27,11 +29,11 @@ class Shipment:
   """Files to send.
 
   Attributes:
-    archive: .tar.gz of them.
-    files: paths relative to the checkout, sorted.
-    left_out: untracked paths that are too large, with their bytes.
-    digest: changes with any path, mode or content.
-    summary: one line: commit, numbers of files, bytes.
+    archive: Path of the .tar.gz.
+    files: Sorted paths relative to the checkout.
+    left_out: {untracked path that is too large: bytes}.
+    digest: Hash of paths, modes and contents.
+    summary: One line with the commit, numbers of files, and size.
   """
 
   archive: pathlib.Path
@@ -42,10 +44,10 @@ class Shipment:
 
 
 def git(root, *arguments):
-  """The NUL-separated answer of git, as a list.
+  """Runs git and returns its NUL-separated output as a list.
 
   Raises:
-    Error: where git fails.
+    Error: If git fails.
   """
   done = subprocess.run(['git', '-C', str(root), *arguments], text=True, capture_output=True)
   if done.returncode:
@@ -56,17 +58,17 @@ def git(root, *arguments):
 
 
 def pack(root, archive):
-  """Packs what is to be sent into a .tar.gz, with a list of its files.
+  """Packs the files to send and their list into a .tar.gz.
 
   Args:
-    root: folder of the checkout.
-    archive: path to write.
+    root: Folder of the checkout.
+    archive: Path of the .tar.gz to write.
 
   Returns:
-    A Shipment.
+    Shipment.
 
   Raises:
-    Error: where the folder is not a git checkout.
+    Error: If the folder is not a git checkout.
   """
   root = pathlib.Path(root)
   commit = git(root, 'rev-parse', '--short', 'HEAD')[0]
@@ -75,9 +77,7 @@ def pack(root, archive):
   others = git(root, 'ls-files', '-z', '--others', '--exclude-standard')
   sizes = {path: (root / path).lstat().st_size for path in others if is_file(root / path)}
   untracked, total = set(), 0
-  for path in sorted(
-    sizes, key=lambda path: (sizes[path], path)
-  ):  # the smallest first: code before data
+  for path in sorted(sizes, key=lambda path: (sizes[path], path)):  # code is smaller than data
     total += sizes[path]
     if total > MAX_UNTRACKED_BYTES:
       break
@@ -94,7 +94,7 @@ def pack(root, archive):
 
 
 def is_file(path):
-  """Whether it is a file or link, not a folder (submodule) or missing (deleted, not committed)."""
+  """Returns whether the path is a file or link. It may be a submodule or a deleted file."""
   try:
     mode = path.lstat().st_mode
   except OSError:
@@ -103,12 +103,8 @@ def is_file(path):
 
 
 def write(root, files, archive):
-  """Writes the archive.
-
-  Returns:
-    A hash of paths, kinds and contents.
-  """
-  found = hashlib.sha256()
+  """Writes the archive, and returns a hash of paths, modes and contents."""
+  digest = hashlib.sha256()
   with tarfile.open(archive, 'w:gz') as tar:
     for path in files:
       entry = tar.gettarinfo(root / path, arcname=path)
@@ -118,18 +114,18 @@ def write(root, files, archive):
       content = b'' if entry.issym() else (root / path).read_bytes()
       entry.size = len(content)
       tar.addfile(entry, io.BytesIO(content))
-      found.update(
+      digest.update(
         f'{path}\0{entry.linkname}\0{entry.mode & 0o100}\0{len(content)}\0'.encode() + content
       )
     names = '\0'.join(files).encode()
     entry = tarfile.TarInfo(LIST)
     entry.size = len(names)
     tar.addfile(entry, io.BytesIO(names))
-  return found.hexdigest()
+  return digest.hexdigest()
 
 
 def check_arguments(root, shipment, arguments):
-  """Raises Error for an argument that names a file of this checkout that is not sent."""
+  """Raises Error if an argument names a file of this checkout that is not sent."""
   for argument in arguments:
     value = argument.partition('=')[2] if argument.startswith('-') else argument
     path = value.partition(':')[0]  # of --config=PATH:ARGUMENTS

@@ -1,7 +1,4 @@
-"""One Cloud TPU and its queued request: their states in gcloud, and commands on the workers.
-
-The part of launch/tpu_vm.sh that talks to gcloud.
-"""
+"""Calls gcloud for launch/tpu_vm.sh: states of a TPU and its request, and commands on workers."""
 
 from __future__ import annotations
 
@@ -13,8 +10,9 @@ import sys
 import time
 
 # States of a node: https://cloud.google.com/tpu/docs/reference/rest/v2/projects.locations.nodes#State
-# The launcher waits for those in COMING, starts a STOPPED node (stopped by a person; only single
-# hosts can be), and creates a LOST one again. HIDDEN, UNKNOWN and others need a person.
+# The launcher waits while a node is in a state of COMING, starts a STOPPED node (only a person
+# stops nodes, and only single hosts can be stopped), and replaces a LOST node. HIDDEN, UNKNOWN and
+# other states need a person.
 COMING = (
   'CREATING',
   'STARTING',
@@ -29,12 +27,11 @@ LOST = ('PREEMPTED', 'TERMINATED')
 # States of a request: https://cloud.google.com/tpu/docs/queued-resources. FAILED and SUSPENDED are
 # final.
 OVER = (None, 'FAILED', 'SUSPENDED')
-CALL_TRIES = 8  # of one call of gcloud
-LOST_POLLS = (
-  20  # a node that is missing for as long (10 minutes) beside an ACTIVE request was deleted
-)
-NODE_POLLS = 240  # a node that stays in one of COMING for as long (2 hours) is for a person
-CALL_SECONDS, CHANGE_SECONDS = 120, 1800  # for a question, and for a creation or deletion
+CALL_TRIES = 8  # tries of one gcloud call
+# Polls (10 minutes) after which a missing node of an ACTIVE request counts as deleted.
+LOST_POLLS = 20
+NODE_POLLS = 240  # polls (2 hours) after which a node in a state of COMING needs a person
+CALL_SECONDS, CHANGE_SECONDS = 120, 1800  # time limits of a query, and of a creation or deletion
 MISSING = ('NOT_FOUND', 'was not found')
 PERMANENT = (
   *MISSING,
@@ -46,8 +43,8 @@ PERMANENT = (
 )
 NOT_SET_UP = 3
 
-# Ends what a run before has left behind, as that would keep the chips; first lets it save. Its
-# number is forgotten by a reboot.
+# Stops the process of an earlier run, which would hold the chips, after time to save. A reboot
+# deletes the file with the process id.
 STOP = """
 pid=$(cat /dev/shm/rlhf_jax.pid 2>/dev/null || true)
 if [ -n "$pid" ] && grep -qs rlhf_jax.main "/proc/$pid/cmdline"; then
@@ -60,7 +57,7 @@ command -v mount.nfs >/dev/null ||
   { sudo apt-get -q update && sudo apt-get -q install -y nfs-common; }
 sudo mkdir -p /mnt/shared
 mountpoint -q /mnt/shared || sudo mount -t nfs -o hard,vers=3 %s /mnt/shared"""
-# The images' own Python is too old. The digest is written last: a setup that was cut short does not
+# The Python of the images is too old. The digest is written last, so an interrupted setup does not
 # count.
 SETUP = """
 mkdir -p rlhf_jax && cd rlhf_jax
@@ -71,7 +68,7 @@ python3 -m pip install --user --quiet uv
 python3 -m uv venv --quiet --allow-existing --python 3.12 .venv
 python3 -m uv pip install --quiet --python .venv -c constraints.txt -e ".[tpu]"
 echo %s > .shipped_digest"""
-# A worker that was rebooted has lost its mount, and a run would write to its own disk.
+# A worker that was rebooted has lost its mount, and a run would write to the worker's disk.
 CHECK = f'\n[ "$(cat rlhf_jax/.shipped_digest 2>/dev/null)" = %s ] || exit {NOT_SET_UP}'
 RUN = """
 cd rlhf_jax
@@ -81,30 +78,30 @@ exec .venv/bin/python -m rlhf_jax.main %s"""
 
 
 class Failure(Exception):
-  """Ends the command with status 1 and this line."""
+  """An error that ends the command with status 1 and a message of one line."""
 
 
 def say(text):
-  """Writes a line for the user, apart from the run's own output."""
+  """Prints a message to standard error, apart from the run's output."""
   print(f'launch/tpu_vm.sh: {text}', file=sys.stderr, flush=True)
 
 
 def back_off(attempt, base, longest):
-  """Seconds before the next attempt: doubled up to `longest`, minus up to half of it at random.
+  """Returns the seconds before the next attempt: exponential backoff with random jitter.
 
   Args:
-    attempt: how many have failed, from 1.
-    base: seconds after the first.
-    longest: seconds.
+    attempt: Number of failed attempts, from 1.
+    base: Maximum seconds after the first attempt.
+    longest: Maximum seconds after any attempt.
   """
   return min(longest, base * 2.0 ** (attempt - 1)) * random.uniform(0.5, 1)
 
 
 def state(answer):
-  """The state in gcloud's JSON of a node ({state: READY}) or a request ({state: {state: ACTIVE}}).
+  """Reads the state in gcloud's JSON: {state: READY} of a node, {state: {state: ...}} of a request.
 
   Raises:
-    ValueError: where there is none.
+    ValueError: If there is no state.
   """
   found = json.loads(answer)
   found = found.get('state') if isinstance(found, dict) else None
@@ -115,11 +112,11 @@ def state(answer):
 
 
 class Tpu:
-  """One TPU and the request for it, which has the same name.
+  """A TPU and its queued request, which have the same name.
 
   Attributes:
-    name: of both.
-    asking: whether a request was sent that gcloud has not answered yet.
+    name: Name of both.
+    asking: Whether a request was sent that gcloud has not answered yet.
   """
 
   def __init__(self, settings, dry_run):
@@ -135,16 +132,12 @@ class Tpu:
     self.asking = False
 
   def command(self, *words):
-    """gcloud's command line in our zone and project."""
+    """Returns a gcloud command line with our zone and project."""
     place = [f'--zone={self.zone}'] + ([f'--project={self.project}'] if self.project else [])
     return ['gcloud', 'compute', 'tpus', *words, *place]
 
   def stream(self, *words):
-    """Runs gcloud with the user's terminal.
-
-    Returns:
-      Its exit status.
-    """
+    """Runs gcloud on the user's terminal, and returns its exit status."""
     command = self.command(*words)
     if self.dry_run:
       print(shlex.join(command))
@@ -152,20 +145,20 @@ class Tpu:
     return subprocess.run(command).returncode
 
   def call(self, *words, seconds=CALL_SECONDS, tries=CALL_TRIES, accept=(), check=json.loads):
-    """Runs gcloud apart from the terminal; repeats it after an error that may pass.
+    """Runs gcloud without the terminal, and repeats it after a transient error.
 
     Args:
-      *words: behind `gcloud compute tpus`.
-      seconds: limit of one try.
-      tries: how many.
-      accept: words, one of which makes an error an answer.
-      check: function of stdout; a ValueError of it counts as an error that may pass.
+      *words: Arguments of `gcloud compute tpus`.
+      seconds: Time limit of one try.
+      tries: Number of tries.
+      accept: Texts of expected errors.
+      check: Function of stdout. A ValueError that it raises counts as a transient error.
 
     Returns:
-      What `check` returns; None for an error that is an answer, and in a dry run.
+      The value of `check`; None after an expected error, and in a dry run.
 
     Raises:
-      Failure: for an error that does not pass, with what gcloud wrote to stderr.
+      Failure: After a permanent error or the last try, with gcloud's error message.
     """
     command = self.command(*words, '--format=json')
     if self.dry_run:
@@ -195,21 +188,21 @@ class Tpu:
       time.sleep(wait)
 
   def change(self, *words, accept=()):
-    """Runs gcloud for what it does; see `call`."""
+    """Runs a gcloud command that changes something; see `call`."""
     self.call(*words, seconds=CHANGE_SECONDS, accept=accept, check=len)
 
   def node_state(self, tries=CALL_TRIES):
-    """The node's state; None where there is none."""
+    """Returns the state of the node; None if there is no node."""
     return self.call('tpu-vm', 'describe', self.name, tries=tries, accept=MISSING, check=state)
 
   def queue_state(self, tries=CALL_TRIES):
-    """The state of the request; None where there is none."""
+    """Returns the state of the request; None if there is no request."""
     return self.call(
       'queued-resources', 'describe', self.name, tries=tries, accept=MISSING, check=state
     )
 
   def request(self):
-    """Asks for the TPU; a request of this name that is there already keeps its place."""
+    """Requests the TPU. An existing request of this name keeps its place in the queue."""
     spot = ['--spot'] if self.spot else []
     self.asking = True
     self.change(
@@ -225,15 +218,15 @@ class Tpu:
     self.asking = False
 
   def remove(self):
-    """Deletes the request with its node, or a node without a request; waits until both are gone.
+    """Deletes the request and its node, or a node without a request, and waits until both are gone.
 
     Raises:
-      Failure: where they do not go.
+      Failure: If they are not gone after NODE_POLLS polls.
     """
     for poll in range(NODE_POLLS):
       if poll:
         time.sleep(self.poll)
-      again = poll % 20 == 0  # one sent while the TPU was being made may come to nothing
+      again = poll % 20 == 0  # a deletion that is sent during the creation may have no effect
       if again:
         self.change('queued-resources', 'delete', self.name, '--force', '--quiet', accept=MISSING)
       if self.dry_run:
@@ -246,21 +239,20 @@ class Tpu:
     raise Failure(f'{self.name} was deleted, and is still there')
 
   def settle(self):
-    """Waits while the TPU, or its place in the queue, is on its way to another state.
+    """Waits until the TPU is ready or must be requested again.
 
     Returns:
-      'READY', or the state that calls for a new request ('NONE' where there is nothing).
+      'READY', or the state that requires a new request; 'NONE' if there is no TPU and no request.
 
     Raises:
-      Failure: in a state that a person must look at.
+      Failure: In a state that needs a person.
     """
     last, polls = None, 0
     while True:
       node = self.node_state()
       queue = self.queue_state()
-      if (
-        node in LOST or node == 'READY' and queue != 'SUSPENDING'
-      ):  # preemption is seen there first
+      # A preempted request is SUSPENDING before its node changes its state.
+      if node in LOST or node == 'READY' and queue != 'SUSPENDING':
         return node
       if (node is None and queue in OVER) or (node in COMING and queue in ('FAILED', 'SUSPENDED')):
         return queue or 'NONE'
@@ -280,10 +272,10 @@ class Tpu:
       time.sleep(self.poll)
 
   def on_workers(self, text):
-    """Runs a shell command on all workers; a connection that is dead for 2 minutes ends it.
+    """Runs a shell command on all workers, and ends it if a connection is dead for 2 minutes.
 
     Returns:
-      The exit status: the first worker's that is not 0; 255 where ssh failed.
+      The first exit status of a worker that is not 0, else 0; 255 if ssh failed.
     """
     return self.stream(
       'tpu-vm',
@@ -296,19 +288,15 @@ class Tpu:
     )
 
   def mount(self):
-    """The shell text that mounts SHARED."""
+    """Returns the shell commands that mount SHARED."""
     return MOUNT % shlex.quote(self.shared) if self.shared else ''
 
   def holds(self, shipment):
-    """Checks all workers; returns 0 if all hold these files, NOT_SET_UP if one does not."""
+    """Returns 0 if all workers have the files of the shipment, and NOT_SET_UP if one does not."""
     return self.on_workers(CHECK % shipment.digest + self.mount())
 
   def setup(self, shipment):
-    """Sends and installs the files.
-
-    Returns:
-      Whether all workers are set up.
-    """
+    """Sends and installs the files, and returns whether all workers are set up."""
     say(f'ships {shipment.summary}')
     sent = self.stream(
       'tpu-vm', 'scp', str(shipment.archive), f'{self.name}:rlhf_jax.tar.gz', '--worker=all'
@@ -316,9 +304,5 @@ class Tpu:
     return sent == 0 and self.on_workers(STOP + self.mount() + SETUP % shipment.digest) == 0
 
   def run(self, arguments):
-    """Trains on all workers.
-
-    Returns:
-      The exit status.
-    """
+    """Trains on all workers, and returns the exit status."""
     return self.on_workers(STOP + RUN % shlex.join(arguments))

@@ -1,31 +1,31 @@
-"""A Cloud TPU slice: made, set up, trained on by all of its workers, deleted.
+"""Creates a Cloud TPU slice, sets it up, runs on all of its workers, and deletes it.
 
   launch/tpu_vm.sh [--dry-run] COMMAND [ARGUMENTS]
 
-  create               asks for the TPU and waits until it is ready
-  setup                puts this checkout on all workers and installs it: tracked files as they are
-                       now, and untracked files that git does not ignore, up to 50 MB
-  run ARGUMENTS        python -m rlhf_jax.main ARGUMENTS on all workers, until it ends
-  resume ARGUMENTS     the same; waits for the TPU in the queue, makes a new one whenever there is
-                       none or it was preempted, sets it up where it holds other files than this
-                       checkout did at the start of `resume`, and resumes
-  fetch FROM TO        copies a file or folder of the TPU to this machine
-  delete               deletes the TPU and its place in the queue
+  create               requests the TPU and waits until it is ready
+  setup                copies this checkout to all workers and installs it: tracked files with their
+                       changes, and untracked files that git does not ignore, up to 50 MB
+  run ARGUMENTS        runs python -m rlhf_jax.main ARGUMENTS on all workers
+  resume ARGUMENTS     does the same, but also waits for the TPU, creates a new one if there is none
+                       or it was preempted, sets it up if its files are not those of this checkout
+                       at the start of `resume`, and resumes the run
+  fetch FROM TO        copies a file or folder from the TPU to this machine
+  delete               deletes the TPU and its queued request
 
---dry-run prints the gcloud commands in place of running them. Settings, from the environment:
+--dry-run prints the gcloud commands and does not run them. Environment variables:
 
-  TPU_NAME             of the TPU and of its place in the queue
-  ZONE                 us-central1-a
-  ACCELERATOR          v5litepod-16, v6e-64, v5p-128 and so on
-  RUNTIME              the VM's software: v2-alpha-tpuv5-lite for v5e, v2-alpha-tpuv5 for v5p,
+  TPU_NAME             name of the TPU and of its queued request
+  ZONE                 such as us-central1-a
+  ACCELERATOR          such as v5litepod-16, v6e-64 or v5p-128
+  RUNTIME              software of the VM: v2-alpha-tpuv5-lite for v5e, v2-alpha-tpuv5 for v5p,
                        v2-alpha-tpuv6e for v6e
-  PROJECT              the Google Cloud project; left out, gcloud's own
-  SPOT=1               cheap, and can be preempted at any time
-  SHARED=IP:/EXPORT    an NFS export (Filestore) that all workers mount at /mnt/shared; --workdir,
-                       data and models belong there: it outlives the TPU
-  POLL_SECONDS         between two looks at the state (30); all other waits are multiples of it
+  PROJECT              Google Cloud project; by default that of gcloud
+  SPOT=1               request a Spot TPU, which is cheaper and can be preempted at any time
+  SHARED=IP:/EXPORT    NFS export (Filestore) that all workers mount at /mnt/shared; it outlives the
+                       TPU, so --workdir, data and models should be there
+  POLL_SECONDS         seconds between two checks of the state (default 30), which scale all waits
 
-Every exit names what is left and bills, with the command that deletes it.
+On exit, each command reports which resources are left and billed, and how to delete them.
 
   launch/tpu_vm.sh resume --config=configs/X.py --workdir=/mnt/shared/runs/X
   launch/tpu_vm.sh fetch /mnt/shared/runs/X runs/X
@@ -48,17 +48,17 @@ from tpu_node import Failure
 from tpu_node import say
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-TRIES = 8  # of `resume` in a row, without a long run
-SETUP_TRIES = 3  # of one TPU, which bills meanwhile
-LONG_RUN_POLLS = 40  # a run of as long (20 minutes) was no failure of its start
-RESUMABLE = (143, 255)  # stopped after it saved, and a lost connection
+TRIES = 8  # consecutive tries of `resume` without a long run
+SETUP_TRIES = 3  # few, because the TPU is billed during the setup
+LONG_RUN_POLLS = 40  # polls (20 minutes) after which a run counts as long: its start did not fail
+RESUMABLE = (143, 255)  # exit statuses of a run that saved and stopped, and of a lost connection
 
 
 def pack(folder, arguments=()):
-  """Packs this checkout into a folder; says what it leaves out.
+  """Packs this checkout into a folder, and reports which files it leaves out.
 
   Raises:
-    shipping.Error: where an argument names a file that is left out.
+    shipping.Error: If an argument names a file that is left out.
   """
   shipment = shipping.pack(ROOT, os.path.join(folder, 'rlhf_jax.tar.gz'))
   shipping.check_arguments(ROOT, shipment, arguments)
@@ -82,7 +82,7 @@ def pack(folder, arguments=()):
 
 
 def create(tpu, folder):
-  """Asks for the TPU and waits until it is ready."""
+  """Requests the TPU and waits until it is ready."""
   del folder
   tpu.request()
   if tpu.dry_run:
@@ -109,26 +109,26 @@ def delete(tpu, folder):
 
 
 def run(tpu, folder, *arguments):
-  """Trains; returns the exit status."""
+  """Trains, and returns the exit status."""
   del folder
   return tpu.run(arguments)
 
 
 def fetch(tpu, folder, source, target):
-  """Copies from the first worker; returns the exit status."""
+  """Copies files from the first worker, and returns the exit status."""
   del folder
   return tpu.stream('tpu-vm', 'scp', '--recurse', f'{tpu.name}:{source}', target, '--worker=0')
 
 
 def replace(tpu, now):
-  """Makes a new request where the last one came to nothing.
+  """Replaces a TPU that was lost or a request that failed by a new request.
 
   Returns:
-    The state it has come to.
+    The state after waiting; see tpu_node.Tpu.settle.
   """
   say(f'{tpu.name} is {now}: makes a new one')
   if now != 'NONE':
-    if tpu.node_state() == 'READY':  # never to be deleted by mistake
+    if tpu.node_state() == 'READY':  # a TPU in use must not be deleted
       return 'READY'
     tpu.remove()
   tpu.request()
@@ -136,15 +136,13 @@ def replace(tpu, now):
 
 
 def prepare(tpu, shipment):
-  """Sets up the workers where one of them holds other files.
-
-  Tries it SETUP_TRIES times only, as the TPU bills meanwhile.
+  """Sets up the workers if one of them has other files, in at most SETUP_TRIES tries.
 
   Returns:
-    Whether a run can start; else the TPU must be looked at again.
+    True if a run can start, False if the TPU is no longer ready.
 
   Raises:
-    Failure: where the TPU is there, and cannot be set up.
+    Failure: If the TPU is ready but cannot be set up.
   """
   for attempt in range(1, SETUP_TRIES + 1):
     status = tpu.holds(shipment)
@@ -160,12 +158,12 @@ def prepare(tpu, shipment):
 
 
 def resume(tpu, folder, *arguments):
-  """Runs until the run has finished, on as many TPUs as it takes.
+  """Runs and resumes until the run has finished, on as many TPUs as it takes.
 
-  The files are packed once: one that is edited meanwhile does not change a run in its middle.
+  The files are packed once, so later edits do not change the run.
 
   Raises:
-    Failure: where the run itself fails, or TRIES in a row came to nothing.
+    Failure: If the run itself fails, or after TRIES consecutive tries without a long run.
   """
   shipment = pack(folder, arguments)
   if tpu.dry_run:
@@ -188,8 +186,8 @@ def resume(tpu, folder, *arguments):
     if status == 0:
       return
     node, queue = tpu.node_state(), tpu.queue_state()
-    there = node == 'READY' and queue not in ('SUSPENDING', 'SUSPENDED')
-    if there and status not in RESUMABLE:
+    is_ready = node == 'READY' and queue not in ('SUSPENDING', 'SUSPENDED')
+    if is_ready and status not in RESUMABLE:
       raise Failure(
         f'the run ended with status {status}, and {tpu.name} is READY: its own error stands above'
       )
@@ -200,7 +198,7 @@ def resume(tpu, folder, *arguments):
 
 
 def dry_resume(tpu, shipment, arguments):
-  """Prints what `resume` asks where the TPU was preempted."""
+  """Prints the gcloud commands of `resume` for a TPU that was preempted."""
   tpu.node_state()
   tpu.remove()
   tpu.request()
@@ -211,7 +209,7 @@ def dry_resume(tpu, shipment, arguments):
 
 
 def report(tpu, interrupted):
-  """Names what is left and bills, with the command that deletes it."""
+  """Reports which resources are left and billed, and the command that deletes them."""
   delete_request = shlex.join(
     tpu.command('queued-resources', 'delete', tpu.name, '--force', '--quiet')
   )
@@ -245,12 +243,12 @@ def report(tpu, interrupted):
 
 
 def stop(number, frame):
-  """Ends on a signal as on an error, so that what is left is named."""
+  """Exits on a signal as on an error, so that `report` runs."""
   del frame
   raise SystemExit(128 + number)
 
 
-VERBS = {  # with the least and the largest number of their arguments
+VERBS = {  # {command: (function, minimum number of arguments, maximum)}
   'create': (create, 0, 0),
   'setup': (setup, 0, 0),
   'delete': (delete, 0, 0),
@@ -261,7 +259,7 @@ VERBS = {  # with the least and the largest number of their arguments
 
 
 def start(arguments):
-  """Reads command and settings, runs the command, and names what it leaves.
+  """Reads and runs the command, and reports which resources are left.
 
   Returns:
     The exit status.

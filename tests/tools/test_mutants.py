@@ -51,10 +51,10 @@ def test_what_becomes_of_faults(tree, capsys):
 def test_a_text_that_is_not_there_and_a_test_that_fails_anyway(tree, capsys):
   assert not run(tree, MINUS, GONE)
   assert capsys.readouterr().out == (
-    'a / b for a: the text to replace must be once in add.py, and is 0 times\n'
+    'a / b for a: the text to replace must occur once in add.py, but occurs 0 times\n'
   )
   assert not run(tree, MINUS, test='test_other')
-  assert capsys.readouterr().out.startswith('without any fault the tests must pass:\n')
+  assert capsys.readouterr().out.startswith('the tests must pass without any fault:\n')
 
 
 def test_names_are_told_apart():
