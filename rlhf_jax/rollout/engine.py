@@ -242,12 +242,12 @@ class Scheduler:
 
     Args:
       s: State.
-      hidden: [B, D] last hidden state of each response.
-      responses: [B] int32 numbers of the responses; `no_response` for free rows.
-      index: [B] int32 number of tokens that each response already has.
+      hidden: Last hidden states, one per response.
+      responses: int32 numbers of the responses; `no_response` for free rows.
+      index: int32 number of tokens that each response already has.
 
     Returns:
-      (state with the tokens written, tokens [B], whether each response has ended [B]).
+      (state with the tokens written, tokens, whether each response has ended).
     """
     keys = jax.vmap(jax.random.fold_in)(self.keys[responses], index)
     # Not sharded over 'tensor': sums over parts of the vocabulary use collective permutes, which on

@@ -145,7 +145,7 @@ def sample(
   sampling: Sampling,
   index: Int[ArrayLike, ''] | Int[ArrayLike, ' B'] = 0,
 ) -> tuple[Int[Array, ' B'], Float[Array, ' B']]:
-  """Draws one token for each response.
+  """Samples one token for each response.
 
   Args:
     keys: [B] random keys, one per response, so that a token does not depend on other responses.
