@@ -110,7 +110,7 @@ class TokenizedData:
       yield from self.take(range(start, min(start + SAMPLE_SIZE, len(self))))
 
   def sample_note(self) -> str:
-    """Returns the words before the number of examples in a warning: '' or 'a sample of '."""
+    """Returns '' or 'a sample of ', to precede the number of examples in a warning."""
     return '' if self.all is not None else 'a sample of '
 
 
