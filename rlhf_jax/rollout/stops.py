@@ -154,7 +154,7 @@ def _lengths_at_strings(rows, tokenizer, strings, after):
   starts = [len(text.rstrip(REPLACEMENT)) for text in decode([row[:after] for row in rows])]
 
   def complete(index, lengths):
-    """Returns whether the rows, cut to these lengths, contain a string that ends after `after` tokens."""
+    """Returns whether rows, cut to these lengths, have a string that ends after `after` tokens."""
     texts = decode([rows[i][:length] for i, length in zip(index, lengths)])
     return np.array(
       [
