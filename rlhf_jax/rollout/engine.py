@@ -84,15 +84,16 @@ def generate(
 class Scheduler:
   """The constants of the loop, and its parts as functions of the state `s`, a dict.
 
-  The state contains:
-    tokens, logprobs, lengths: Results, [M, R] and [M]; M is N rounded up to full groups.
-    next: Number of the next response to start.
-    group: Number of the group of prompts that was prefilled last.
-    cache: Cache of the group.
-    token, ended: First token of each response of the group, and whether it ended the response.
-    short, long: Pools of B rows; if R is small there is only `short`. A pool contains a cache and,
-      for each row, the response (its number, or `no_response` if the row is free), token (the last
-      one) and count (of its tokens).
+  The state contains
+
+  - tokens, logprobs, lengths: results, [M, R] and [M]; M is N rounded up to full groups.
+  - next: number of the next response to start.
+  - group: number of the group of prompts that was prefilled last.
+  - cache: cache of the group.
+  - token, ended: first token of each response of the group, and whether it ended the response.
+  - short, long: pools of B rows; if R is small there is only `short`. A pool contains a cache and,
+    for each row, the response (its number, or `no_response` if the row is free), token (the last
+    one) and count (of its tokens).
   """
 
   def __init__(self, params, prompts, key, model, sampling, max_concurrent, samples, first):

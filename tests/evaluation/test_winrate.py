@@ -27,7 +27,7 @@ def test_tolerance_and_infinities():
 
 @pytest.mark.parametrize(
   ('scores', 'baseline', 'message'),
-  [([], [], 'equally long'), ([1, 2], [1], 'equally long'), ([float('nan')], [1], 'NaN')],
+  [([], [], 'the same length'), ([1, 2], [1], 'the same length'), ([float('nan')], [1], 'NaN')],
 )
 def test_bad_scores_are_errors(scores, baseline, message):
   with pytest.raises(UserError, match=message):
