@@ -22,21 +22,21 @@ GROUP_SCALES = ('group', 'batch', 'none')
 def masked_sum(
   x: Shaped[ArrayLike, '*shape'], mask: Bool[ArrayLike, '*shape']
 ) -> Shaped[Array, '']:
-  """Sum of `x` where `mask` is True; a NaN elsewhere has no effect."""
+  """Sums `x` where `mask` is True; a NaN elsewhere has no effect."""
   return jnp.sum(jnp.where(mask, x, 0.0))
 
 
 def masked_mean(
   x: Shaped[ArrayLike, '*shape'], mask: Bool[ArrayLike, '*shape']
 ) -> Float[Array, '']:
-  """Mean of `x` where `mask` is True; 0 if it is nowhere."""
+  """Computes the mean of `x` where `mask` is True; 0 if no position is."""
   return masked_sum(x, mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
 def masked_var(
   x: Shaped[ArrayLike, '*shape'], mask: Bool[ArrayLike, '*shape'], *, unbiased: bool = False
 ) -> Float[Array, '']:
-  """Variance of `x` where `mask` is True: divides by n, or by n - 1 if `unbiased`."""
+  """Computes the variance of `x` where `mask` is True; divides by n, or n - 1 if `unbiased`."""
   count = jnp.sum(mask)
   total = masked_sum(jnp.square(x - masked_mean(x, mask)), mask)
   return total / jnp.maximum(count - int(unbiased), 1)
@@ -49,7 +49,7 @@ def whiten(
   shift_mean: bool = True,
   unbiased: bool = False,
 ) -> Float[Array, 'B R']:
-  """Scales to unit variance over real tokens: (x - mean) * rsqrt(var + 1e-8).
+  """Scales `x` to unit variance over real tokens: (x - mean) * rsqrt(var + 1e-8).
 
   Args:
     x: [B, R] float32.
@@ -199,7 +199,7 @@ def score_index(response_mask: Bool[ArrayLike, 'B R'], position: str) -> Int[Arr
 
 
 def step_mask(response_mask: Bool[ArrayLike, 'B R'], position: str) -> Bool[Array, 'B R']:
-  """Returns the positions of the return: real tokens and the position that gets the score."""
+  """Returns the positions that count for the return: real tokens and that of the score."""
   positions = jnp.arange(response_mask.shape[1])[None, :]
   return response_mask | (positions == score_index(response_mask, position)[:, None])
 
@@ -212,7 +212,7 @@ def token_rewards(
   *,
   position: str,
 ) -> Float[Array, 'B R']:
-  """r_t = -kl_coef * kl_t, plus the score at one position (or a reward at every position).
+  """Computes rewards: -kl_coef * kl_t, plus the score at one position or a reward at each.
 
   See Ziegler et al. 2019, eq. 2 (https://arxiv.org/abs/1909.08593).
 
@@ -238,7 +238,7 @@ def token_rewards(
 def gae(
   rewards: Float[ArrayLike, 'B R'], values: Float[ArrayLike, 'B R'], *, gamma: float, lam: float
 ) -> tuple[Float[Array, 'B R'], Float[Array, 'B R']]:
-  """Generalized advantage estimation for finished episodes.
+  """Computes generalized advantage estimates of finished episodes.
 
       delta_t = r_t + gamma * V_{t+1} - V_t,   A_t = delta_t + gamma * lam * A_{t+1}
 
@@ -297,7 +297,7 @@ def update_moments(
 
 
 def running_std(moments: Float[ArrayLike, '3']) -> Float[Array, '']:
-  """Standard deviation (n - 1) of all scores so far; 1 if they are equal up to rounding."""
+  """Returns the standard deviation (n - 1) of all scores so far; 1 if they agree up to rounding."""
   count, mean, total = moments
   std = jnp.sqrt(total / jnp.maximum(count - 1, 1))
   return jnp.where(std > 1e-6 * jnp.abs(mean), std, 1.0)
@@ -317,7 +317,9 @@ def by_group(scores: Shaped[ArrayLike, ' B'], n: int) -> Shaped[ArrayLike, 'G {n
 def group_advantages(
   scores: Float[ArrayLike, ' B'], n: int, *, scale: str, kept: Bool[ArrayLike, ' B'] | None = None
 ) -> Float[Array, ' B']:
-  """(score - mean of its group) / (std + 1e-4), one advantage for each response.
+  """Computes the advantage of each response: (score - mean of its group) / (std + 1e-4).
+
+  `scale` selects the std:
 
       'group':  std of the group (GRPO: DeepSeekMath §4.1.2, https://arxiv.org/abs/2402.03300)
       'batch':  std of all scores of the batch (Lite PPO, https://arxiv.org/abs/2508.08221)
@@ -378,10 +380,11 @@ def equal_groups(
 def overlong_penalty(
   lengths: Int[ArrayLike, ' B'], *, max_length: float, cache: float
 ) -> Float[Array, ' B']:
-  """clip((max_length - cache - length) / cache, -1, 0), a term that is added to the scores.
+  """Computes a term to add to scores: clip((max_length - cache - length) / cache, -1, 0).
 
-  0 up to `max_length - cache` tokens, then falling to -1 at `max_length`.
-  See DAPO, eq. 13 (https://arxiv.org/abs/2503.14476), where they are 20,480 and 4,096 tokens.
+  It is 0 up to `max_length - cache` tokens and then falls to -1 at `max_length`.
+  See DAPO, eq. 13 (https://arxiv.org/abs/2503.14476), where `max_length` is 20,480 tokens and
+  `cache` 4,096.
 
   Args:
     lengths: [B] int32, tokens of each response.

@@ -89,7 +89,7 @@ def cross_entropy(
   *,
   chunk: int = CHUNK,
 ) -> Float[Array, 'B T']:
-  """Negative log-likelihood of each target, [B, T] float32, in nats; without the entropy."""
+  """Computes the negative log-likelihood of each target, in nats, without the entropy."""
 
   def rows(h, y):
     logits = unembed(h)

@@ -1,9 +1,9 @@
 """Losses as pure functions of arrays: no model, no config.
 
 Letters: B batch, R response length, K completions, T sequence length. Per-token losses
-return one value a token. Sum them over a mask and divide by the count of the whole minibatch: then
-microbatches add up to the true mean instead of a mean of means. `token_weights` does the same for
-the means of the GRPO family.
+return one value per token. Sum them over a mask and divide by the count of the whole minibatch, so
+that microbatches add up to the true mean instead of a mean of means. `token_weights` does the same
+for the means of the GRPO family.
 """
 
 import chex
@@ -116,9 +116,9 @@ def clipped_policy_loss(
   clip_high: float,
   dual_clip: float | None = None,
 ) -> tuple[Float[Array, 'B R'], Float[Array, 'B R'], Float[Array, 'B R']]:
-  """-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), ratio = exp(log_ratios).
+  """Computes the clipped loss of `ppo_policy_loss` from log-ratios, such as those of `log_ratio`.
 
-  The loss of `ppo_policy_loss` for any ratio of `log_ratio`, such as that of a sequence.
+      -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A),   ratio = exp(log_ratios)
 
   Args:
     log_ratios: [B, R] float32.
@@ -149,7 +149,9 @@ def ppo_policy_loss(
   clip_high: float,
   dual_clip: float | None = None,
 ) -> tuple[Float[Array, 'B R'], Float[Array, 'B R'], Float[Array, 'B R']]:
-  """-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), per token.
+  """Computes the clipped policy loss of PPO, per token.
+
+      -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)
 
   See Schulman et al. 2017, eq. 7 (https://arxiv.org/abs/1707.06347). Unequal clips are
   DAPO's "clip-higher" (https://arxiv.org/abs/2503.14476). With `dual_clip` = c > 1 the loss
@@ -180,7 +182,9 @@ def ppo_value_loss(
   *,
   clip: float | None,
 ) -> tuple[Float[Array, 'B R'], Float[Array, 'B R']]:
-  """0.5 * max((V - G)^2, (clip(V, V_old - clip, V_old + clip) - G)^2), per token.
+  """Computes the clipped value loss of PPO, per token.
+
+      0.5 * max((V - G)^2, (clip(V, V_old - clip, V_old + clip) - G)^2)
 
   See lm-human-preferences, `train_policy.py`.
 
@@ -210,14 +214,14 @@ def pairwise_loss(
   centering: float = 0.0,
   label_smoothing: float = 0.0,
 ) -> tuple[Float[Array, ' B'], Bool[Array, ' B']]:
-  """Bradley-Terry loss over all pairs of one prompt's completions, per prompt.
+  """Computes the Bradley-Terry loss over all pairs of a prompt's completions, per prompt.
 
       mean over pairs with rank_i < rank_j of
         -(1 - s) log sigmoid(r_i - r_j - margin) - s log sigmoid(-(r_i - r_j - margin))
         + centering * (r_i + r_j)^2
 
   With K = 2 this is the usual loss of preference pairs; with more it is InstructGPT's, eq. 1
-  (https://arxiv.org/abs/2203.02155): one forward pass a completion, and the same weight for every
+  (https://arxiv.org/abs/2203.02155): one forward pass per completion, and the same weight for every
   prompt. Margin: Llama 2, eq. 2 (https://arxiv.org/abs/2307.09288).
   Centering: Eisenstein et al. 2023 (https://arxiv.org/abs/2312.09244), 0.01 recommended.
 
@@ -248,7 +252,7 @@ def pairwise_loss(
 def pick_best_loss(
   scores: Float[ArrayLike, 'B K'], ranks: Int[ArrayLike, 'B K'], present: Bool[ArrayLike, 'B K']
 ) -> tuple[Float[Array, ' B'], Bool[Array, ' B']]:
-  """Softmax cross-entropy of the best completion among K, per prompt.
+  """Computes the softmax cross-entropy of the best completion among K, per prompt.
 
   See Ziegler et al. 2019, eq. 1 (https://arxiv.org/abs/1909.08593).
 
@@ -270,7 +274,7 @@ def pick_best_loss(
 def rating_loss(
   scores: Float[ArrayLike, 'B K'], ratings: Float[ArrayLike, 'B K'], present: Bool[ArrayLike, 'B K']
 ) -> tuple[Float[Array, ' B'], Bool[Array, ' B']]:
-  """Squared error of absolute ratings, averaged over a prompt's completions.
+  """Computes the squared error of absolute ratings, averaged over a prompt's completions.
 
   Args:
     scores: [B, K] float32.

@@ -46,11 +46,11 @@ class Schedule:
   before_like_first: bool = False
 
   def has_microbatches(self, batch: types.Rollout | types.Experience) -> bool:
-    """Whether a pass over this batch is split into microbatches."""
+    """Returns whether a pass over this batch is split into microbatches."""
     return 0 < self.microbatch_size < batch.tokens.shape[0]
 
   def is_full_batch(self, rollout: types.Rollout) -> bool:
-    """Whether an epoch is one forward and backward pass over all sequences."""
+    """Returns whether an epoch is one forward and backward pass over all sequences."""
     return self.minibatches == 1 and not self.has_microbatches(rollout)
 
 
@@ -196,7 +196,7 @@ def _full_batch_gradients(state, rollout, forward, objective):
 
 
 def _minibatch_gradients(state, rollout, orders, forward, objective, schedule):
-  """As `_full_batch_gradients`, for shuffled minibatches, summed over their microbatches."""
+  """Returns what `_full_batch_gradients` does, for shuffled minibatches split into microbatches."""
   fixed, outputs = before_update(
     state.params,
     rollout,
