@@ -56,7 +56,7 @@ def file(source: str, kind: str, make: Callable[[str], None]) -> str:
 
 
 class _CannotWrite(Exception):
-  """The folder has no space, or may not be written."""
+  """Raised if a folder is full or not writable."""
 
 
 def _write(place: str, name: str, kind: str, make: Callable[[str], None], *, alone: bool) -> None:
@@ -97,7 +97,10 @@ def fingerprint(source: str) -> str:
 
 @contextlib.contextmanager
 def _alone(source: str) -> Iterator[bool]:
-  """Locks the file. Yields False if the file system cannot: then each process writes its own."""
+  """Locks the file while the body runs, and yields whether the file system supports locks.
+
+  If it does not, each process writes its own derived file.
+  """
   with open(source, 'rb') as stream:
     alone = False
     with contextlib.suppress(OSError):

@@ -115,8 +115,8 @@ def _parts(file: str, size: int = PART) -> Iterator[bytes]:
         total += len(part)
         if total > limit:
           raise DataError(
-            f'{file}: unpacks to more than {limit >> 20} MiB, {MAX_EXPANSION} times its '
-            f'size (after line {number}), which text does not. If it is right, unpack it yourself.'
+            f'{file}: unpacks to more than {limit >> 20} MiB (after line {number}), too much for '
+            'text in a file of this size. If the contents are right, unpack the file yourself.'
           )
         yield part
   except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -297,7 +297,7 @@ def _text(file: str, separator: str) -> Iterator[Record | DataError]:
 
 
 def _text_lines(file: str) -> stored.Records:
-  """As `_text`, for lines that stay on disk."""
+  """Returns the lines of a text file as records that are read from disk when accessed."""
   decoder, encoding = codecs.getincrementaldecoder('utf-8')(), 'utf-8-sig'
   try:
     for part in _parts(file):

@@ -290,7 +290,7 @@ def test_texts_that_are_too_long_are_skipped(tmp_path, monkeypatch):
 def test_a_gzip_file_that_unpacks_beyond_the_limit_is_named(name, tmp_path, monkeypatch):
   monkeypatch.setattr(files, 'MIN_UNPACKED', 2**20)
   path = write(tmp_path / name, gzip.compress(bytes(2**22)))
-  with pytest.raises(DataError, match=r'unpacks to more than 1 MiB, 100 times its size') as caught:
+  with pytest.raises(DataError, match=r'unpacks to more than 1 MiB \(after line') as caught:
     sources.read(path)
   assert str(caught.value).startswith(path) and not hidden(tmp_path)
 
