@@ -82,8 +82,8 @@ class Signals:
       os._exit(128 + number)
     self._signal = number
     if jax.distributed.is_initialized():
-      os.kill(os.getpid(), signal.SIGTERM)  # to all processes
-    again = 'Ctrl-C again ends at once, without' if number == signal.SIGINT else 'then it ends'
+      os.kill(os.getpid(), signal.SIGTERM)  # JAX tells all processes to stop
+    again = 'Ctrl-C again stops without saving' if number == signal.SIGINT else 'then the run stops'
     _write(f'{signal.Signals(number).name}: saving after this step; {again}')
 
   def should_stop(self):

@@ -89,7 +89,7 @@ def test_a_second_ctrl_c_ends_at_once():
   process.send_signal(signal.SIGINT)
   _, said = process.communicate(timeout=30)
   assert process.returncode == 130
-  assert 'SIGINT: saving after this step; Ctrl-C again ends at once' in said
+  assert 'SIGINT: saving after this step; Ctrl-C again stops without saving' in said
   assert (
     said.splitlines()[-1] == 'stopped at once: the same command resumes from the last checkpoint'
   )
