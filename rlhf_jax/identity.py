@@ -441,7 +441,7 @@ def _version():
 
 
 def commit():
-  """Returns the git commit of this code, with '+' if files were changed; None without git."""
+  """Returns the git commit of this code, with '+' if files differ from it; None outside a checkout."""
   folder = pathlib.Path(__file__).parent
 
   def git(*arguments):

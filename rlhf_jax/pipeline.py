@@ -117,7 +117,7 @@ def claim(config, workdir, fork_of, stack):
 
 
 def recorded(workdir):
-  """Reads config.json of a pipeline; keys that an earlier version lacked get their defaults."""
+  """Reads config.json of a pipeline; keys that the file does not have get their defaults."""
   before = identity.read(workdir)
   return before and {
     name: identity.completed(stage, build.defaults(stage['algorithm']))

@@ -29,7 +29,7 @@ class Encoder(base.Base):
     return stack.shapes(self._module.Embedder, self.config) | {'blocks': blocks}
 
   def summary(self, params, tokens, mask):
-    """See base.Base; the state is that of the first token, after the pooler."""
+    """Returns the state of the first token after the pooler; see base.Base."""
     embedder = stack.build_embedder(
       self._module.Embedder, self.config, self.dtype, params, lora=self.lora
     )

@@ -136,7 +136,7 @@ class Model(base.LanguageModel):
     }
 
   def run_frozen_layers(self, params, tokens, positions, segments):
-    """Runs the frozen layers below those under 'top', which policy and reference share.
+    """Runs the frozen layers, which are below those under 'top'; policy and reference share them.
 
     Args:
       params, tokens, positions, segments: See `forward`.
@@ -222,7 +222,7 @@ class Model(base.LanguageModel):
     return hidden[:, :-1]
 
   def summary(self, params, tokens, mask):
-    """See base.Base: the state at the last real token."""
+    """Returns the state at the last real token; see base.Base."""
     hidden, _ = self.forward(params, tokens, types.positions_from_mask(mask), mask)
     return heads.last_token(hidden, mask)
 
