@@ -441,7 +441,7 @@ def _version():
 
 
 def commit():
-  """Returns the git commit of this code, with '+' if files differ from it; None outside a checkout."""
+  """Returns the git commit of this code, with '+' if files differ from it; None without git."""
   folder = pathlib.Path(__file__).parent
 
   def git(*arguments):
