@@ -157,7 +157,7 @@ def read(compiled, seconds):
       '%d loops have an unknown trip count and are counted as one iteration', totals.unbounded
     )
   sent = [
-    [kind, size, amount, totals.rounds[kind, size]] for (kind, size), amount in totals.sent.items()
+    [kind, size, amount, totals.calls[kind, size]] for (kind, size), amount in totals.sent.items()
   ]
   return Compiled(
     memory.temp_size_in_bytes,

@@ -1,8 +1,8 @@
-"""Collectives and estimated cycles of a compiled program, read from its HLO, with loops counted.
+"""Reads the collectives and estimated cycles of a compiled TPU program from its HLO text.
 
-Of XLA for TPUs: cycles are its cost model's, one figure for each scheduled instruction; collectives
-that overlap with computation are inside of fusions, once where they start and again where they go
-on.
+Trip counts of loops are included. The cycles come from the cost model of XLA for TPUs, which gives
+a number for each scheduled instruction. Collectives that overlap with computation are inside
+fusions: once in the fusion that starts them, and again in the fusions that continue them.
 """
 
 import collections
@@ -34,33 +34,33 @@ _CALLED = re.compile(
 
 
 class Instruction(NamedTuple):
-  """One line of a computation: name, type as text, opcode, operands' names, and the rest."""
+  """A line of a computation: name, type, opcode, names of the operands, and its attributes."""
 
   name: str
   type: str
   opcode: str
   operands: tuple[str, ...]
-  rest: str
+  attributes: str
 
 
 class Totals(NamedTuple):
-  """What one chip does in one run of a program.
+  """The work of one chip in one call of a program.
 
   Attributes:
-    cycles: the compiler's estimate of all scheduled instructions.
-    sent: {(kind, chips of a group): bytes that a chip sends}; see `traffic`.
-    rounds: collectives run, by the same keys.
-    unbounded: loops whose number of rounds was not found, counted as one.
+    cycles: The compiler's estimate over all scheduled instructions.
+    sent: {(kind, chips per group): bytes that a chip sends}; see `traffic`.
+    calls: {(kind, chips per group): number of collectives}.
+    unbounded: Number of loops counted as one iteration because their trip count is unknown.
   """
 
   cycles: float
   sent: dict[tuple[str, int], float]
-  rounds: dict[tuple[str, int], int]
+  calls: dict[tuple[str, int], int]
   unbounded: int
 
 
 def totals(text):
-  """Reads the text of a compiled module (`Compiled.as_text()`)."""
+  """Computes the Totals of a compiled module from its text (`Compiled.as_text()`)."""
   computations, entry = parse(text)
   sent, collectives = collections.Counter(), collections.Counter()
   runs = collections.Counter({entry: 1.0})
@@ -69,29 +69,30 @@ def totals(text):
     body = {instruction.name: instruction for instruction in computations[name]}
     counted = set()
     for instruction in computations[name]:
-      cycles += runs[name] * _cycles(instruction.rest)
-      rounds = 1.0
+      cycles += runs[name] * _cycles(instruction.attributes)
+      iterations = 1.0
       if instruction.opcode == 'while':
-        condition = re.search(r'condition=%([\w.\-]+)', instruction.rest).group(1)
-        rounds = trip_count(instruction, body, computations[condition])
-        unbounded += rounds is None
-        rounds = rounds or 1
+        condition = re.search(r'condition=%([\w.\-]+)', instruction.attributes).group(1)
+        iterations = trip_count(instruction, body, computations[condition])
+        unbounded += iterations is None
+        iterations = iterations or 1
       for called in _flow(instruction):
-        runs[called] += runs[name] * rounds
+        runs[called] += runs[name] * iterations
       for collective, channel in _collectives(instruction, computations):
         if channel is not None and channel in counted:
           continue
         counted.add(channel)
-        kind, size, share = traffic(collective, scattered='all-reduce-scatter' in instruction.rest)
-        sent[kind, size] += runs[name] * share
+        scattered = 'all-reduce-scatter' in instruction.attributes
+        kind, size, amount = traffic(collective, scattered=scattered)
+        sent[kind, size] += runs[name] * amount
         collectives[kind, size] += runs[name]
   return Totals(cycles, dict(sent), dict(collectives), unbounded)
 
 
 def parse(text):
-  """All computations by name, lists of Instructions; and the name of the entry."""
+  """Returns {name: Instructions} of all computations, and the name of the entry computation."""
   computations, entry, current = {}, None, None
-  # What a Pallas kernel says of itself has lines of its own.
+  # The metadata of a Pallas kernel spans several lines.
   for line in re.sub(r'kernel_metadata=\{\n.*\n\}', 'kernel_metadata={}', text).splitlines():
     header = None if line.startswith(' ') else _HEADER.match(line)
     if header:
@@ -105,22 +106,22 @@ def parse(text):
 
 
 def instruction_of(line):
-  """Reads one line."""
+  """Parses one line."""
   name, _, right = line.strip().removeprefix('ROOT ').partition(' = ')
   end = _closing(right, 0) + 1 if right.startswith('(') else right.index(' ')
   kind, right = right[:end], right[end:].lstrip()
   start = right.index('(')
   close = _closing(right, start)
-  opcode, inside, rest = right[:start], right[start : close + 1], right[close + 1 :]
+  opcode, inside, attributes = right[:start], right[start : close + 1], right[close + 1 :]
   if opcode == 'constant':
-    rest += f' literal={inside}'
+    attributes += f' literal={inside}'
   return Instruction(
-    name.lstrip('%'), kind, opcode, tuple(re.findall(r'%([\w.\-]+)', inside)), rest
+    name.lstrip('%'), kind, opcode, tuple(re.findall(r'%([\w.\-]+)', inside)), attributes
   )
 
 
 def _closing(text, start):
-  """Index of the parenthesis that closes the one at `start`."""
+  """Returns the index of the parenthesis that closes the one at `start`."""
   depth = 0
   for index in range(start, len(text)):
     depth += {'(': 1, ')': -1}.get(text[index], 0)
@@ -130,21 +131,23 @@ def _closing(text, start):
 
 
 def _flow(instruction):
-  """Returns the computations that an instruction runs: those of loops, branches and calls."""
+  """Returns the computations that a loop, branch or call runs."""
   if instruction.opcode not in ('while', 'conditional', 'call'):
     return []
   return _called(instruction)
 
 
 def _called(instruction):
-  """The names of all computations that an instruction refers to."""
+  """Returns the names of all computations that an instruction refers to."""
   return [
-    name for names in _CALLED.findall(instruction.rest) for name in re.findall(r'[\w.\-]+', names)
+    name
+    for names in _CALLED.findall(instruction.attributes)
+    for name in re.findall(r'[\w.\-]+', names)
   ]
 
 
 def _by_depth(computations, entry):
-  """Computations that run, each after all that call it."""
+  """Returns the computations that run, each after its callers."""
   order, done = [], set()
 
   def visit(name):
@@ -160,34 +163,34 @@ def _by_depth(computations, entry):
   return order[::-1]
 
 
-def _cycles(rest):
-  match = re.search(r'"estimated_cycles":"(\d+)"', rest)
+def _cycles(attributes):
+  match = re.search(r'"estimated_cycles":"(\d+)"', attributes)
   return int(match.group(1)) if match else 0
 
 
 def trip_count(loop, body, condition):
-  """Rounds of a `while` whose condition compares a counter with a constant; None where it does not.
+  """Returns the trip count of a `while` that compares a counter with a constant, else None.
 
   Args:
-    loop: the Instruction.
-    body: {name: Instruction} of the computation it is in, where its counter starts.
-    condition: Instructions of its condition. Other conditions joined by `and` are taken to hold.
+    loop: Instruction of the loop.
+    body: {name: Instruction} of the computation that contains the loop and initializes its counter.
+    condition: Instructions of its condition. Other terms of an `and` are assumed to be true.
   """
-  known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
+  known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
   if known:
     return int(known.group(1))
   local = {instruction.name: instruction for instruction in condition}
   for instruction in condition:
-    if instruction.opcode != 'compare' or 'direction=LT' not in instruction.rest:
+    if instruction.opcode != 'compare' or 'direction=LT' not in instruction.attributes:
       continue
     counter, bound = (local[name] for name in instruction.operands)
     ahead = 0
-    if counter.opcode == 'add':  # compares what the counter will be
+    if counter.opcode == 'add':  # compares the next value of the counter
       counter, step = (local[name] for name in counter.operands)
       ahead = _constant(step)
     if counter.opcode != 'get-tuple-element' or _constant(bound) is None or ahead is None:
       continue
-    index = int(re.search(r'index=(\d+)', counter.rest).group(1))
+    index = int(re.search(r'index=(\d+)', counter.attributes).group(1))
     start = body[loop.operands[0]]
     while start.opcode in ('copy', 'opt-barrier'):
       start = body[start.operands[0]]
@@ -197,7 +200,7 @@ def trip_count(loop, body, condition):
 
 
 def _resolve(body, name):
-  """The constant behind copies and casts, or None."""
+  """Returns the integer constant behind copies and casts, or None."""
   instruction = body.get(name)
   while instruction is not None and instruction.opcode in ('copy', 'bitcast', 'convert'):
     instruction = body.get(instruction.operands[0])
@@ -205,90 +208,89 @@ def _resolve(body, name):
 
 
 def _constant(instruction):
-  """The value of an integer constant, or None."""
-  match = re.search(r'literal=\((-?\d+)\)', instruction.rest)
+  """Returns the value of an integer constant, or None."""
+  match = re.search(r'literal=\((-?\d+)\)', instruction.attributes)
   return int(match.group(1)) if match else None
 
 
 def _collectives(instruction, computations):
-  """(collective, channel) that an instruction runs or starts, itself or inside of a fusion."""
+  """Returns [(collective, channel)] that an instruction runs or starts, possibly in a fusion."""
   if _kind(instruction.opcode):
     return [] if instruction.opcode.endswith('-done') else [(instruction, _channel(instruction))]
   if instruction.opcode not in ('fusion', 'async-start'):
     return []
   names = _called(instruction)
   inside = [part for name in names for part in computations.get(name, ())]
-  # A fusion that goes on with a collective of another holds it too, without the mark of a start.
+  # A fusion that continues a collective of another fusion also contains it, but does not start it.
   starts = (
     instruction.opcode == 'async-start'
     or any('all-reduce-scatter' in name for name in names)
-    or any('"AsyncCollectiveStart"' in part.rest for part in inside)
+    or any('"AsyncCollectiveStart"' in part.attributes for part in inside)
   )
   return [(part, _channel(part)) for part in inside if _kind(part.opcode)] if starts else []
 
 
 def _kind(opcode):
-  """The name of a collective without '-start', or None."""
+  """Returns the collective of an opcode, without '-start' or '-done', or None."""
   return next(
     (kind for kind in COLLECTIVES if opcode in (kind, f'{kind}-start', f'{kind}-done')), None
   )
 
 
 def _channel(instruction):
-  match = re.search(r'channel_id=(\d+)', instruction.rest)
+  match = re.search(r'channel_id=(\d+)', instruction.attributes)
   return match and match.group(1)
 
 
 def traffic(collective, *, scattered=False):
-  """What each chip of a group sends in a collective, around a ring.
+  """Computes the bytes that each chip of a group sends in a collective, around a ring of n chips.
 
-  Of n chips: (n - 1) / n of the whole for a gather (of the result), a reduction that scatters (of
-  the operand) or an exchange; twice that for a reduction that everybody gets; all of it for a
-  permutation.
+  A chip sends (n - 1) / n of the result of an all-gather, of the operand of a reduce-scatter, or of
+  an all-to-all; twice that for an all-reduce; and the whole operand for a collective-permute.
 
   Args:
-    collective: the Instruction.
-    scattered: an all-reduce of which each chip keeps its part, so that it is a reduce-scatter.
+    collective: Instruction of the collective.
+    scattered: Whether each chip keeps only its part of an all-reduce, as in a reduce-scatter.
 
   Returns:
     (kind, n, bytes).
   """
   kind = _kind(collective.opcode)
-  size = group_size(collective.rest)
+  size = group_size(collective.attributes)
   shapes = _ARRAY.findall(collective.type)
   if collective.opcode == 'all-gather-start':
     shapes = shapes[len(shapes) // 2 :]  # operands and results
   elif collective.opcode == 'collective-permute-start':
     shapes = shapes[1:2]  # operand, result and two handles
-  whole = sum(
+  amount = sum(
     BYTES.get(kind_, 4) * math.prod(int(n) for n in dims.split(',') if n) for kind_, dims in shapes
   )
   if kind == 'all-reduce' and scattered:
     kind = 'reduce-scatter'
-    return kind, size, whole * (size - 1) / size
+    return kind, size, amount * (size - 1) / size
   if kind == 'collective-permute':
-    return kind, 2, float(whole)
-  share = (size - 1) / size
+    return kind, 2, float(amount)
+  fraction = (size - 1) / size
   factor = {
-    'all-gather': share,
-    'all-to-all': share,
-    'all-reduce': 2 * share,
+    'all-gather': fraction,
+    'all-to-all': fraction,
+    'all-reduce': 2 * fraction,
     'reduce-scatter': size - 1,
   }[kind]
-  return kind, size, whole * factor
+  return kind, size, amount * factor
 
 
-def group_size(rest):
-  """Chips of a group, from any of the forms of `replica_groups`."""
+def group_size(attributes):
+  """Returns the number of chips per group, from any form of `replica_groups`."""
   mesh = re.search(
-    r'replica_groups=mesh\[([^\]]*)\][^{]*(?:\{\}|device_ids=[^{]*)?\{([^}]*)\}', rest
+    r'replica_groups=mesh\[([^\]]*)\][^{]*(?:\{\}|device_ids=[^{]*)?\{([^}]*)\}', attributes
   )
   if mesh:
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh.group(1)))
     parts = re.findall(r"'([^':]+)'(?::\(\d+\)(\d+))?", mesh.group(2))
     return math.prod(int(part or sizes[axis]) for axis, part in parts)
-  iota = re.search(r'replica_groups=\[(\d+),(\d+)\]<=', rest)
+  iota = re.search(r'replica_groups=\[(\d+),(\d+)\]<=', attributes)
   if iota:
     return int(iota.group(2))
-  listed = re.search(r'replica_groups=\{\{([\d,]*)\}', rest)
+  listed = re.search(r'replica_groups=\{\{([\d,]*)\}', attributes)
   return len(listed.group(1).split(',')) if listed else 1

@@ -1,4 +1,4 @@
-"""Bytes on each chip: what stays between programs, by kind, and what a program adds."""
+"""Bytes on each chip: arrays that stay between programs, by kind, and temporaries of programs."""
 
 import math
 import re
@@ -7,7 +7,7 @@ import jax
 
 from rlhf_jax import sharding
 
-# What an array is by its path in `Programs.arrays`; the first pattern found counts.
+# The kind of an array by its path in `Programs.arrays`; the first pattern found applies.
 KINDS = (
   (r'^state/opt_state/.*\bmaster/', 'master weights'),
   (r'^state/opt_state/.*\bema/', 'moving average'),
@@ -21,12 +21,12 @@ KINDS = (
 
 
 def on_chip(array):
-  """Bytes of one chip's part of a ShapeDtypeStruct with a sharding."""
+  """Returns the bytes per chip of a ShapeDtypeStruct with a sharding."""
   return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
 def by_kind(arrays):
-  """{kind: bytes per chip} of the arrays that stay on the chips.
+  """Returns {kind: bytes per chip} of the arrays that stay on the chips.
 
   Args:
     arrays: Programs.arrays.
@@ -39,7 +39,10 @@ def by_kind(arrays):
 
 
 def cache(config, model, mesh):
-  """Bytes of a rollout's cache per chip: split over 'data' and 'fsdp', its heads over 'tensor'."""
+  """Returns the bytes per chip of a rollout's cache.
+
+  The batch is split over 'data' and 'fsdp', the heads over 'tensor' if it divides them.
+  """
   length = config.data.max_prompt_length + config.sampling.max_new_tokens
   shapes = jax.eval_shape(lambda: model.init_cache(config.batch_size, length))
   shards = mesh.shape['data'] * mesh.shape['fsdp']
@@ -52,7 +55,7 @@ def cache(config, model, mesh):
 
 
 def gradients(config, arrays):
-  """Bytes per chip of the gradients, and of their float32 sums where there are microbatches."""
+  """Returns the bytes per chip of gradients, and of their float32 sums over microbatches."""
   leaves = jax.tree.leaves(arrays['state'].params)
   own = sum(on_chip(leaf) for leaf in leaves)
   rows = config.batch_size // config.rl.minibatches

@@ -1,4 +1,4 @@
-"""A config planned as it is, or the best way to run it searched for."""
+"""Plans a config as it is, or searches for its best variant."""
 
 import functools
 import os
@@ -17,11 +17,11 @@ from rlhf_jax import errors
 from rlhf_jax import sharding
 from rlhf_jax.algorithms import build
 
-ORDER = ('update', 'rollout', 'scoring')  # what may not fit comes first
+ORDER = ('update', 'rollout', 'scoring')  # the program most likely not to fit comes first
 
 
 class Planner:
-  """A topology, the compiler for it, and where its results are kept. For variants of one config."""
+  """Estimates and compiles variants of one config for one topology, with a cache on disk."""
 
   def __init__(self, topology, effort):
     self.chip, self.extents = chips_lib.of_topology(topology)
@@ -30,26 +30,26 @@ class Planner:
     self.effort = effort
     cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME', pathlib.Path.home() / '.cache'))
     self.folder = cache / 'rlhf_jax' / 'plan'
-    self._made = {}
+    self._work = {}
 
   def mesh(self, config):
-    """The mesh of a config."""
+    """Returns the mesh of a config."""
     return sharding.make_mesh(dict(config.mesh), devices=self.devices)
 
   def work(self, config):
-    """Programs, on any mesh, and {program: FLOPs}: they depend on a config's recomputation only."""
+    """Returns Programs on some mesh and {program: FLOPs}, which depend on remat only."""
     remat = config.model.remat
-    if remat not in self._made:
+    if remat not in self._work:
       mesh = self.mesh(config)
       built = programs.make(config, mesh)
-      self._made[remat] = built, search.operations(built, mesh)
-    return self._made[remat]
+      self._work[remat] = built, search.operations(built, mesh)
+    return self._work[remat]
 
   def estimate(self, config):
-    """Candidate of a config from shapes, or None; see search.estimated."""
-    made, work = self.work(config)
+    """Returns the Candidate of a config estimated from shapes, or None; see search.estimated."""
+    built, work = self.work(config)
     by_axis, _ = self.bandwidths(tuple(config.mesh[axis] for axis in sharding.AXES))
-    return search.estimated(config, made, work, chip=self.chip, chips=self.chips, by_axis=by_axis)
+    return search.estimated(config, built, work, chip=self.chip, chips=self.chips, by_axis=by_axis)
 
   @functools.cache  # noqa: B019
   def bandwidths(self, sizes):
@@ -61,8 +61,8 @@ class Planner:
     """Returns a config's compiled Candidate and {program: FLOPs}; stops if a program does not fit.
 
     Args:
-      config: from ppo.config.
-      progress: (name of a program) -> None, called before each is compiled.
+      config: Config of PPO.
+      progress: (name of a program) -> None, called before each compilation.
     """
     mesh = self.mesh(config)
     built = programs.make(config, mesh)
@@ -77,7 +77,7 @@ class Planner:
       candidate.compiled[name] = compiled
       candidate.extra[name] = compiled.needed or compiled.temporaries + compiled.results
       candidate.times[name] = estimate.time_of(
-        # Of code that the compiler took little trouble with, its cycles say nothing about a run.
+        # With low effort the compiler makes slower code, so its cycles do not predict a run.
         compiled._replace(cycles=compiled.cycles if self.effort >= 0 else 0.0),
         work[name],
         search.ESTIMATES[name](traffic),
@@ -91,10 +91,10 @@ class Planner:
 
 
 def plan(planner, config):
-  """The config as it is: Candidate and tables.
+  """Plans a config as it is: returns its Candidate and tables.
 
   Raises:
-    UserError: it is not valid, or its mesh does not divide the model or the batch.
+    UserError: The config is not valid, or its mesh does not divide the model or the batch.
   """
   build.validate(config, planner.chips)
   config = config.copy_and_resolve_references()
@@ -117,12 +117,12 @@ def _confirmed(planner, config):
 
 
 def tables_of(planner, candidate, work):
-  """All tables of one Candidate."""
-  made_on = planner.mesh(candidate.config)
-  built = programs.make(candidate.config, made_on)
+  """Returns all tables of one Candidate."""
+  mesh = planner.mesh(candidate.config)
+  built = programs.make(candidate.config, mesh)
   first = report.memory_table(
     candidate,
-    memory.cache(candidate.config, built.model, made_on),
+    memory.cache(candidate.config, built.model, mesh),
     memory.gradients(candidate.config, built.arrays),
     planner.chip,
   )
@@ -136,51 +136,53 @@ def tables_of(planner, candidate, work):
 
 
 def find(planner, config, confirm):
-  """Searches: the best Candidate that fits, and tables.
+  """Searches the variants of a config: returns the best Candidate that fits, and tables.
 
   Args:
     planner: Planner.
-    config: what to vary.
-    confirm: ways that fit to find with the compiler.
+    config: Config to vary.
+    confirm: Number of candidates that must fit when compiled before the search stops.
 
   Raises:
-    UserError: nothing fits.
+    UserError: No candidate fits.
   """
-  found = [
+  candidates = [
     planner.estimate(varied)
     for varied in rich.progress.track(
       list(search.variants(config, planner.chips)), 'estimating', transient=True
     )
   ]
-  found = search.ranked([candidate for candidate in found if candidate is not None])
-  if not found or not found[0].fits:
+  candidates = search.ranked([candidate for candidate in candidates if candidate is not None])
+  if not candidates or not candidates[0].fits:
     raise errors.UserError(
       f'no mesh of {planner.chips} chips fits this config into '
-      f'{report.size(planner.chip.memory)} GiB a chip: take more chips, a smaller batch_size, '
+      f'{report.size(planner.chip.memory)} GiB per chip: use more chips, a smaller batch_size, '
       'or adapters'
     )
-  best, asked = [], []
-  for candidate in found:
-    if len(best) == confirm or not candidate.fits:
+  fitting, compiled = [], []
+  for candidate in candidates:
+    if len(fitting) == confirm or not candidate.fits:
       break
     print(
-      f'{candidate.name}: {report.seconds(candidate.seconds)} s an iteration from its shapes',
+      f'{candidate.name}: {report.seconds(candidate.seconds)} s per iteration, from shapes',
       flush=True,
     )
     confirmed, work = _confirmed(planner, candidate.config)
-    asked.append(confirmed)
+    compiled.append(confirmed)
     if confirmed.fits:
-      best.append((confirmed, work))
-  if not best:
+      fitting.append((confirmed, work))
+  if not fitting:
     raise errors.UserError(
-      'what seemed to fit does not, says the compiler: take more chips or a smaller batch_size'
+      'no candidate fits when compiled: use more chips or a smaller batch_size'
     )
-  chosen, work = min(best, key=lambda pair: pair[0].seconds)
-  asked = search.ranked(
-    [candidate for candidate in asked if len(candidate.times) == len(chosen.times)]
+  chosen, work = min(fitting, key=lambda pair: pair[0].seconds)
+  compiled = search.ranked(
+    [candidate for candidate in compiled if len(candidate.times) == len(chosen.times)]
   )
   tables = [
-    report.candidates_table(found[:10], f'the fastest of {len(found)}, from their shapes'),
-    report.candidates_table(asked, 'compiled'),
+    report.candidates_table(
+      candidates[:10], f'the fastest of {len(candidates)}, from their shapes'
+    ),
+    report.candidates_table(compiled, 'compiled'),
   ]
   return chosen, tables + tables_of(planner, chosen, work)

@@ -1,7 +1,7 @@
-"""The programs of a PPO iteration and their arguments, as shapes that lie on a mesh.
+"""The programs of a PPO iteration, and their arguments as ShapeDtypeStructs on a mesh.
 
-The state is made by the functions that make the real one, under `jax.eval_shape`, and lies where
-their rules put it. Reward model and critic are taken to have the policy's shapes.
+The functions that make the state of a real run make it here under `jax.eval_shape`, with the same
+sharding rules. Reward model and critic are assumed to have the policy's shapes.
 
 Letters: B batch, P prompt length, R response length, T = P + R.
 """
@@ -31,22 +31,22 @@ from rlhf_jax.models import trainable
 from rlhf_jax.rewards import scoring
 from rlhf_jax.rollout import sampler
 
-# What is no parameter and no moment: a few numbers, on every chip.
+# Rules for the small arrays of the state, which every chip holds.
 SMALL = tuple(
   (rf'^state/{name}$', PartitionSpec())
   for name in ('step', 'key', 'extra/kl_coef', 'extra/reward_moments')
 )
-STEPS = 1000  # of the learning rate's schedule; no shape depends on it
+STEPS = 1000  # steps of the learning-rate schedule; no shape depends on it
 
 
 class Programs(NamedTuple):
-  """An iteration of PPO.
+  """The programs of an iteration of PPO.
 
   Attributes:
-    model: the policy's Model.
-    arrays: {'state': TrainState, 'frozen': see forward.Forward, 'scored': parameters of the reward
-      model, {} where a function pays the reward}: all that stays on the chips.
-    calls: {'rollout', 'scoring', 'update': (jitted function, its arguments)}.
+    model: Model of the policy.
+    arrays: All arrays that stay on the chips: {'state': TrainState, 'frozen': see forward.Forward,
+      'scored': parameters of the reward model, {} if the reward is a function}.
+    calls: {name: (jitted function, its arguments)} of 'rollout', 'scoring' and 'update'.
   """
 
   model: base.LanguageModel
@@ -55,14 +55,14 @@ class Programs(NamedTuple):
 
 
 def make(config, mesh):
-  """The programs of a config.
+  """Makes the Programs of a config.
 
   Args:
-    config: from ppo.config; `model.init` has the fields of config.json.
-    mesh: of devices that need not be there.
+    config: Config of PPO whose `model.init` has the fields of a config.json.
+    mesh: Mesh of real or described devices.
 
   Raises:
-    UserError: the config is not one of PPO with a decoder, or does not fit the mesh.
+    UserError: The config is not of PPO with a decoder, or the mesh does not divide its arrays.
   """
   check(config)
   found = []
@@ -97,7 +97,7 @@ def make(config, mesh):
     return {'state': state, 'frozen': wired.frozen, 'scored': scored}
 
   algorithm = build.load(config.algorithm)
-  # Every response is taken to be of full length.
+  # Assumes that every response has full length.
   settings = dataclasses.replace(algorithm.Settings.of(config, (0,)), length_buckets=1)
   base = models.create(config.model.init.to_dict(), **setup.model_settings(config.model))
   params = jax.tree.map(
@@ -117,19 +117,19 @@ def make(config, mesh):
 
 
 def check(config):
-  """Raises UserError where a config cannot be planned."""
+  """Raises UserError if a config cannot be planned."""
   if config.get('algorithm') != 'ppo':
     raise errors.UserError(
       f'planner plans single runs of PPO; this config has algorithm={config.get("algorithm")!r}'
     )
   if not config.model.init:
     raise errors.UserError(
-      'config.model.init is empty: planner reads no folder; give it the fields of config.json'
+      'config.model.init is empty, and planner reads no folder; set it to the fields of config.json'
     )
   if config.reward.models or config.reward.parts:
     raise errors.UserError(
-      'config.reward.models and config.reward.parts: planner plans a single '
-      'reward model or function; leave them empty'
+      'config.reward.models and config.reward.parts: planner supports a single '
+      'reward model or function only; leave them empty'
     )
   if config.model.lora.path or config.critic.path:
     raise errors.UserError(
@@ -138,27 +138,26 @@ def check(config):
 
 
 def calls(config, mesh, handles, step, arrays):
-  """The jitted programs of an iteration with their arguments; see Programs."""
+  """Returns the jitted programs of an iteration with their arguments; see Programs."""
   rows = sharding.batch_sharding(mesh)
   array = lambda *shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
-  batch, prompt, slots = (
+  batch, prompt, response = (
     config.batch_size,
     config.data.max_prompt_length,
     config.sampling.max_new_tokens,
   )
-  length = prompt + slots
+  length = prompt + response
   state, frozen, scored = arrays['state'], arrays['frozen'], arrays['scored']
-  asked = batch // config.sampling.samples
-  prompts = types.Prompts(array(asked, prompt, dtype=jnp.int32), array(asked, prompt, dtype=bool))
+  count = batch // config.sampling.samples
+  prompts = types.Prompts(array(count, prompt, dtype=jnp.int32), array(count, prompt, dtype=bool))
   rollout = types.Rollout(
     array(batch, length, dtype=jnp.int32),
     array(batch, length, dtype=bool),
-    array(batch, slots, dtype=bool),
-    array(batch, slots, dtype=jnp.float32),
+    array(batch, response, dtype=bool),
+    array(batch, response, dtype=jnp.float32),
   )
-  tokenizer = python_types.SimpleNamespace(
-    eos_token_id=0, pad_token_id=0
-  )  # which ids makes no difference
+  # The values of these ids have no effect on memory and time.
+  tokenizer = python_types.SimpleNamespace(eos_token_id=0, pad_token_id=0)
   sampling = on_policy_config.make_sampling(config, tokenizer)
   generate = sampler.make(
     handles.policy,
@@ -190,7 +189,7 @@ def calls(config, mesh, handles, step, arrays):
 
 
 def place(tree, shardings):
-  """Shapes with the shardings of a tree of the same structure."""
+  """Returns ShapeDtypeStructs of a tree with the shardings of another tree."""
   return jax.tree.map(
-    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings
+    lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spec), tree, shardings
   )

@@ -10,12 +10,12 @@ WIDTH = 118
 
 
 def size(amount):
-  """Bytes in GiB."""
+  """Formats bytes in GiB."""
   return f'{amount / 2**30:.2f}' if amount < 2**30 * 100 else f'{amount / 2**30:.0f}'
 
 
 def seconds(amount):
-  """Seconds, three digits."""
+  """Formats seconds with three digits."""
   return f'{amount:.3g}' if amount < 1000 else f'{amount:.0f}'
 
 
@@ -29,12 +29,12 @@ def _table(title, *columns):
 
 
 def memory_table(candidate, cache, grads, chip):
-  """GiB on each chip.
+  """Makes the table of GiB on each chip.
 
   Args:
     candidate: search.Candidate.
-    cache: bytes per chip of the rollout's keys and values.
-    grads: bytes per chip of the update's gradients.
+    cache: Bytes per chip of the rollout's keys and values.
+    grads: Bytes per chip of the update's gradients.
     chip: chips.Chip.
   """
   table = _table(f'GiB on each chip, of {size(chip.memory)}', 'stays', 'GiB')
@@ -57,12 +57,13 @@ def memory_table(candidate, cache, grads, chip):
 
 
 def programs_table(candidate, work, chip, chips):
-  """What each program does, and how long it takes at least.
+  """Makes the table of the FLOPs, traffic and time of each program.
 
   Args:
     candidate: search.Candidate.
     work: {program: FLOPs}.
-    chip, chips: chips.Chip and their number.
+    chip: chips.Chip.
+    chips: Number of chips.
   """
   table = _table(
     'seconds of an iteration',
@@ -108,7 +109,7 @@ def programs_table(candidate, work, chip, chips):
 
 
 def collectives_table(candidate):
-  """Collectives of each program: kind, chips of a group, GB a chip sends, times run."""
+  """Makes the table of collectives: kind, chips per group, GB sent by a chip, number of calls."""
   table = _table('collectives of each chip', 'program', 'kind', 'chips', 'GB sent', 'run')
   for name, compiled in candidate.compiled.items():
     for kind, group, amount, rounds in compiled.sent:
@@ -119,7 +120,7 @@ def collectives_table(candidate):
 
 
 def candidates_table(candidates, title):
-  """Candidates in the order given."""
+  """Makes the table of candidates, in the given order."""
   table = _table(
     title,
     'mesh, microbatch, remat',
@@ -131,24 +132,24 @@ def candidates_table(candidates, title):
     'tokens/s',
     'from',
   )
-  for found in candidates:
-    times = found.times
+  for candidate in candidates:
+    times = candidate.times
     table.add_row(
-      found.name,
-      size(found.bytes),
+      candidate.name,
+      size(candidate.bytes),
       *(
         seconds(times[name].seconds) if name in times else '-'
         for name in ('rollout', 'scoring', 'update')
       ),
-      seconds(found.seconds) if found.fits else 'does not fit',
-      f'{found.tokens_per_second:.0f}',
-      'compiler' if found.compiled else 'shapes',
+      seconds(candidate.seconds) if candidate.fits else 'does not fit',
+      f'{candidate.tokens_per_second:.0f}',
+      'compiler' if candidate.compiled else 'shapes',
     )
   return table
 
 
 def text(tables):
-  """Tables as plain text."""
+  """Formats tables as plain text."""
   out = io.StringIO()
   console = rich.console.Console(file=out, width=WIDTH, color_system=None, highlight=False)
   for table in tables:
@@ -164,14 +165,14 @@ def show(tables):
 
 
 def append(path, title, command, summary, tables):
-  """Adds a section to a Markdown file, in place of an older one of the same title.
+  """Adds a section to a Markdown file, and removes an older one with the same title.
 
   Args:
-    path: pathlib.Path; made if it is not there.
-    title: of the section.
-    command: the command line.
-    summary: one paragraph.
-    tables: as they were shown.
+    path: pathlib.Path; created if it does not exist.
+    title: Title of the section.
+    command: Command line that made the plan.
+    summary: One paragraph.
+    tables: Tables of the plan.
   """
   before = path.read_text() if path.exists() else ''
   head, *sections = ('\n' + before).split('\n## ')

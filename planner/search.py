@@ -1,7 +1,7 @@
-"""Which mesh, microbatch and recomputation fit in memory, and which of them are fastest.
+"""Searches the meshes, microbatch sizes and remat settings that fit in memory for the fastest.
 
-All are estimated from shapes; the compiler then confirms the most promising, until enough of them
-fit.
+All candidates are estimated from shapes. The most promising ones are then compiled, until enough of
+them fit.
 """
 
 import dataclasses
@@ -26,15 +26,15 @@ ESTIMATES = {'rollout': estimate.rollout, 'scoring': estimate.scoring, 'update':
 
 @dataclasses.dataclass
 class Candidate:
-  """One way to run a config, and what is known of it.
+  """A variant of a config with its estimated or compiled memory and time.
 
   Attributes:
-    config: the config with this mesh, microbatch and recomputation.
-    kinds: {kind: bytes per chip} of what stays.
-    extra: {program: bytes per chip beside that}.
+    config: Config with this mesh, microbatch size and remat setting.
+    kinds: {kind: bytes per chip} of arrays that stay on the chips.
+    extra: {program: additional bytes per chip while it runs}.
     times: {program: estimate.Time}.
-    compiled: {program: compiler.Compiled}; empty before the compiler was asked.
-    capacity: bytes that a chip has.
+    compiled: {program: compiler.Compiled}; empty if nothing is compiled.
+    capacity: Bytes of memory per chip.
   """
 
   config: ml_collections.ConfigDict
@@ -46,40 +46,40 @@ class Candidate:
 
   @property
   def bytes(self):
-    """The most that a chip holds at once."""
+    """Peak bytes per chip."""
     return sum(self.kinds.values()) + max(self.extra.values())
 
   @property
   def fits(self):
-    """Whether a chip has that much, as far as is known."""
+    """Whether the peak fits into a chip's memory."""
     return self.bytes <= self.capacity
 
   @property
   def seconds(self):
-    """Of an iteration."""
+    """Seconds per iteration."""
     return sum(time.seconds for time in self.times.values())
 
   @property
   def tokens_per_second(self):
-    """Generated, while the rollout runs and every response is of full length."""
+    """Tokens generated per second of rollout, if every response has full length."""
     return (
       self.config.batch_size * self.config.sampling.max_new_tokens / self.times['rollout'].seconds
     )
 
   @property
   def name(self):
-    """Mesh, microbatch, recomputation and whether rollouts gather weights, in a few characters."""
+    """Short name: mesh, microbatch size, remat, and whether rollouts gather the weights."""
     mesh = ' x '.join(str(self.config.mesh[axis]) for axis in sharding.AXES)
     gather = ', gathered' if self.config.sampling.gather_weights else ''
     return f'{mesh}, {self.config.microbatch_size or "all"}, {self.config.model.remat}{gather}'
 
 
 def variants(config, chips):
-  """Configs of all meshes that divide the model, with the microbatches and recomputations to try.
+  """Yields configs with all meshes that divide the model, and microbatch sizes and remat to try.
 
   Args:
-    config: the config to vary.
-    chips: their number.
+    config: Config to vary.
+    chips: Number of chips.
   """
   minibatch = config.batch_size // config.rl.minibatches
   divisors = [size for size in range(1, chips + 1) if chips % size == 0]
@@ -112,7 +112,7 @@ def variants(config, chips):
 
 
 def abstract_mesh(config):
-  """A mesh of no TPUs in particular."""
+  """Returns the mesh of a config without concrete devices."""
   return AbstractMesh(
     tuple(config.mesh[axis] for axis in sharding.AXES),
     sharding.AXES,
@@ -121,44 +121,45 @@ def abstract_mesh(config):
   )
 
 
-def operations(made, mesh):
-  """{program: FLOPs} of Programs, over all chips."""
+def operations(built, mesh):
+  """Returns {program: FLOPs} of Programs, over all chips."""
   with jax.set_mesh(mesh):
     counts = {
       name: flops.of(function.trace(*arguments))
-      for name, (function, arguments) in made.calls.items()
+      for name, (function, arguments) in built.calls.items()
     }
   return {name: count.flops for name, count in counts.items()}
 
 
-def shape(config, made, mesh):
-  """estimate.Shape of a config.
+def shape(config, built, mesh):
+  """Returns the estimate.Shape of a config.
 
   Args:
-    config: the config.
-    made: Programs of it, or of one that differs in mesh, microbatch and recomputation.
+    config: Config.
+    built: Programs of this config, or of a variant with another mesh, microbatch size and remat.
     mesh: Mesh or AbstractMesh of this config.
   """
-  model, state, frozen_policy = made.model, made.arrays['state'], made.arrays['frozen']['policy']
-  whole = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-  kinds = stays(made, mesh)
+  model, state, frozen_policy = built.model, built.arrays['state'], built.arrays['frozen']['policy']
+  bytes_of = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+  kinds = resident_bytes(built, mesh)
   fields = model.config.to_hf()
   inner = fields.get('intermediate_size') or fields.get('n_inner') or 4 * model.width
   minibatch = config.batch_size // config.rl.minibatches
-  owned = {'policy': whole(state.params['policy']), 'critic': whole(state.params['critic'])}
+  trained = bytes_of(state.params['policy']) + bytes_of(state.params['critic'])
+  frozen = bytes_of(frozen_policy)
   microbatch = config.microbatch_size or minibatch
   length = config.data.max_prompt_length + config.sampling.max_new_tokens
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     impl = attention.attention_impl(
       model.config, model.dtype, microbatch, length, length, index=0, single_segment=True
     )
-  share = sum(owned.values()) / (sum(owned.values()) + whole(frozen_policy))
+  trained_fraction = trained / (trained + frozen)
   return estimate.Shape(
-    weights=owned['policy'] + whole(frozen_policy),
-    trained=sum(owned.values()),
+    weights=bytes_of(state.params['policy']) + frozen,
+    trained=trained,
     state=kinds.get('moments', 0)
     + kinds.get('master weights', 0)
-    + share * (kinds['policy'] + kinds['critic']),
+    + trained_fraction * (kinds['policy'] + kinds['critic']),
     cache=memory.cache(config, model, mesh),
     **dict(config.mesh),
     rows=config.batch_size,
@@ -180,37 +181,38 @@ def shape(config, made, mesh):
   )
 
 
-def stays(made, mesh):
-  """{kind: bytes per chip} of what stays, on another mesh than it was made for.
+def resident_bytes(built, mesh):
+  """Returns {kind: bytes per chip} of the arrays that stay on the chips, on any mesh.
 
   Raises:
-    UserError: a dimension does not divide.
+    UserError: The mesh does not divide a dimension.
   """
-  arrays = made.arrays
-  rules = programs.SMALL + made.model.rules
+  arrays = built.arrays
+  rules = programs.SMALL + built.model.rules
   return memory.by_kind(programs.place(arrays, sharding.shardings(arrays, rules, mesh)))
 
 
-def estimated(config, made, work, *, chip, chips, by_axis):
-  """Candidate from shapes alone, or None where the mesh does not divide the parameters.
+def estimated(config, built, work, *, chip, chips, by_axis):
+  """Estimates a Candidate from shapes; returns None if the mesh does not divide the parameters.
 
   Args:
-    config: of the candidate.
-    made: Programs on any mesh.
-    work: {program: FLOPs} with this recomputation.
-    chip, chips: chips.Chip and their number.
-    by_axis: see estimate.bandwidths.
+    config: Config of the candidate.
+    built: Programs on any mesh.
+    work: {program: FLOPs} with this remat setting.
+    chip: chips.Chip.
+    chips: Number of chips.
+    by_axis: See estimate.bandwidths.
   """
   mesh = abstract_mesh(config)
   try:
-    kinds = stays(made, mesh)
-    of_run = shape(config, made, mesh)
+    kinds = resident_bytes(built, mesh)
+    of_run = shape(config, built, mesh)
   except errors.UserError:
     return None
   arrays = programs.place(
-    made.arrays, sharding.shardings(made.arrays, programs.SMALL + made.model.rules, mesh)
+    built.arrays, sharding.shardings(built.arrays, programs.SMALL + built.model.rules, mesh)
   )
-  traffic = {name: ESTIMATES[name](of_run) for name in made.calls}
+  traffic = {name: ESTIMATES[name](of_run) for name in built.calls}
   extra = {name: found.held for name, found in traffic.items()}
   extra['update'] += memory.gradients(config, arrays)
   times = {
@@ -221,5 +223,5 @@ def estimated(config, made, work, *, chip, chips, by_axis):
 
 
 def ranked(candidates):
-  """Candidates that fit, fastest first; then those that do not, smallest first."""
+  """Sorts candidates: those that fit, fastest first; then those that do not, smallest first."""
   return sorted(candidates, key=lambda c: (not c.fits, c.seconds if c.fits else c.bytes))

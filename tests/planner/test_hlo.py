@@ -103,7 +103,7 @@ def test_loops_and_collectives_that_overlap_with_computation():
   found = hlo.totals(MODULE)
   assert found.unbounded == 0
   assert found.cycles == 3 + 8 * (100 + 50 + 4 * 7)
-  assert found.rounds == {
+  assert found.calls == {
     ('all-gather', 8): 8,
     ('reduce-scatter', 4): 32,
     ('all-reduce', 4): 8,
@@ -158,5 +158,5 @@ def test_what_xla_compiles_for_eight_devices():
     )
   found = hlo.totals(text)
   assert found.unbounded == 0
-  assert found.rounds == {('all-gather', 8): layers}
+  assert found.calls == {('all-gather', 8): layers}
   assert found.sent == {('all-gather', 8): layers * width * width * 4 * 7 / 8}
