@@ -187,7 +187,7 @@ def test_data_in_memory_is_as_good_as_a_file(
   rows[0]['note'] = 'short'
   run = rl.train(world / 'model', samples=kind(rows), steps=2, overrides=OFFLINE)
   assert run.workdir.parent == tmp_path
-  assert f'the run is in {run.workdir};' in capsys.readouterr().out
+  assert f'writing the run to {run.workdir};' in capsys.readouterr().out
   assert records(pathlib.Path(run.config['data']['path'])) == rows
   pandas.testing.assert_frame_equal(numbers(run), numbers(sft_of_a_path), check_exact=True)
 

@@ -84,7 +84,10 @@ def test_docs_are_those_of_the_algorithm_and_its_evaluators():
 def test_keys_of_all_stages():
   found = lines(config_help.keys(config_files.read(str(ROOT / 'configs' / 'quickstart.py'))))
   assert found['--config.ppo.rl.kl_coef'].startswith('0.15  ')
-  assert found['--config.compare.pairs'].split(maxsplit=1) == ['8000', 'comparisons to train on']
+  assert found['--config.compare.pairs'].split(maxsplit=1) == [
+    '8000',
+    'Number of comparisons for training',
+  ]
 
 
 def test_what_is_printed_can_be_read(tmp_path):

@@ -219,7 +219,7 @@ FOLDERS = {
   ),
   'model: vocabulary of a terabyte': (
     fields('config.json', vocab_size=2**40),
-    r'should be \(1099511627776, 16\)',
+    r'expected \(1099511627776, 16\)',
   ),
   'model: negative depth': (
     fields('config.json', num_hidden_layers=-1),
@@ -253,7 +253,7 @@ FOLDERS = {
   ),
   'adapter: pattern is no regex': (
     fields('adapter_config.json', alpha_pattern={'((': 2.0}),
-    r"'\(\(', which is no re",
+    r"'\(\(', which is not a re",
   ),
   # tokenizers
   'tokenizer: code of its own': (

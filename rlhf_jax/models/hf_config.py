@@ -207,7 +207,7 @@ _READERS = {
   float | None: lambda fields, name: fields.number(name, None),
   bool: Fields.flag,
   str: lambda fields, name: fields.choice(name, layers.ACTIVATIONS),
-  tuple: _numbers,
+  tuple[float, ...]: _numbers,
   TokenId: Fields.token_id,
 }
 

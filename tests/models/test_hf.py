@@ -123,7 +123,7 @@ def test_bad_folders_are_explained(saved, tmp_path):
   with pytest.raises(UserError, match='cannot be read'):
     hf.load(folder)
   (folder / 'model.safetensors').unlink()
-  with pytest.raises(UserError, match='converted to safetensors'):
+  with pytest.raises(UserError, match='to safetensors first'):
     hf.load(folder)
 
 

@@ -84,11 +84,11 @@ def collectives_in_loops(text):
           (
             kind,
             re.search(
-              r'(?:replica_groups|source_target_pairs)=(.*?), \w+=', instruction.rest
+              r'(?:replica_groups|source_target_pairs)=(.*?), \w+=', instruction.attributes
             ).group(1),
           )
         )
-      for called in set(re.findall(r'%([\w.-]+)', instruction.rest)) & set(computations):
+      for called in set(re.findall(r'%([\w.-]+)', instruction.attributes)) & set(computations):
         visit(called, looping or instruction.opcode == 'while')
 
   visit(entry, False)
@@ -180,6 +180,6 @@ def test_parts_over_tensor_are_refused_where_loops_can_have_no_collectives(monke
   with jax.set_mesh(sharding.make_mesh({'data': 4, 'tensor': 2}, devices=devices.first(8))):
     sampler.make(family('llama')[0], sampling(9))
     with pytest.raises(
-      errors.UserError, match='max_concurrent=4 with 2 parts of config.mesh.tensor: between CPU'
+      errors.UserError, match='max_concurrent=4 with 2 parts of config.mesh.tensor: loops of'
     ):
       sampler.make(family('llama')[0], sampling(9), max_concurrent=4)
