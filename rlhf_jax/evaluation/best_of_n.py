@@ -14,7 +14,7 @@ from rlhf_jax import intervals
 
 
 def kl(n: int) -> float:
-  """Computes an upper bound of the KL of best-of-n from its base policy, nats per sequence.
+  """Computes an upper bound on the KL of best-of-n from its base policy, in nats per sequence.
 
       log n - (n - 1) / n
 
@@ -50,11 +50,11 @@ def curve(
   Args:
     proxy: Scores of the reward model, which selects the best samples.
     gold: Gold scores by the judge, or None.
-    prompts: P prompts, for the standard error; None if they all differ.
+    prompts: P prompts, by which the standard error is clustered; None if they all differ.
 
   Returns:
-    List of {'n', 'kl': see `kl`, 'proxy'}, with 'gold' and its standard error over prompts
-    'gold_se' if there are gold scores.
+    List of {'n', 'kl', 'proxy'}; see `kl` for 'kl'. If there are gold scores, also 'gold' and its
+    standard error over prompts, 'gold_se'.
   """
   count = proxy.shape[1]
   # Ascending. Of equal scores the first sample comes last, so it is the best, as with argmax.

@@ -84,17 +84,17 @@ class Judge:
 
 
 def load(judge, *, key='judge', path=''):
-  """Creates the Judge from a text, a function or a reward model.
+  """Creates a Judge from a string, a function or a reward model.
 
   Args:
-    judge: A text as described at the top of the file, a Python function, a
+    judge: A string as described at the top of the file, a Python function, a
       reward_models.RewardModel, or a Judge.
     key: Name of the option or config key, for messages.
-    path: Path of data. If set, `module:function` is called with it and returns the judge's
-      function.
+    path: Path of data. If set, the function that `module:function` names is called with it and
+      returns the function of the judge.
 
   Raises:
-    UserError: If there is no such judge, or the function has none of the forms.
+    UserError: If there is no such judge, or the function has none of the three forms.
   """
   if isinstance(judge, Judge):
     return judge
@@ -122,12 +122,12 @@ def check(judge, *, key='judge', path=''):
   The folder of a reward model need not exist yet, because a stage may write it.
 
   Args:
-    judge: Text as described at the top of the file.
+    judge: String as described at the top of the file.
     key: Name of the option or config key, for messages.
     path: See `load`.
 
   Raises:
-    UserError: If the text names no judge, or a function that cannot be loaded or has none of the
+    UserError: If the string names no judge, or a function that cannot be loaded or has none of the
       forms.
   """
   kind, colon, name = judge.partition(':')
@@ -198,7 +198,7 @@ def of_function(function, name, key='judge'):
     key: Name of the option or config key, for messages.
 
   Raises:
-    UserError: If the function has none of the forms.
+    UserError: If the function has none of the three forms.
   """
   form, keywords = form_of(function, f'{key}={name!r}')
   doc = _first_line(function)
@@ -231,7 +231,7 @@ def form_of(function, named):
     'single', 'batch' or 'pairs', and a tuple of keywords.
 
   Raises:
-    UserError: If it is not a function or has none of the forms.
+    UserError: If it is not a function or has none of the three forms.
   """
   if not callable(function):
     raise errors.UserError(

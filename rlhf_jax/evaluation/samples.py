@@ -33,7 +33,9 @@ def pairs(samples):
 
 
 def logged(samples):
-  """Returns cards of one run: samples of the first and last logged step, and best and worst ones.
+  """Returns cards of one run: samples of its first and last logged step.
+
+  Those of the last step include its highest and lowest scores.
 
   Args:
     samples: Records of samples.jsonl, in order.

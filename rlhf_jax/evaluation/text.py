@@ -1,4 +1,4 @@
-"""Statistics of a set of texts without a model: diversity, length and repetition, by words."""
+"""Statistics of a set of texts, by words and without a model: diversity, length, repetition."""
 
 import collections
 import itertools
@@ -13,10 +13,10 @@ def ngrams(text, n):
 
 
 def distinct(texts, n):
-  """Computes distinct n-grams of all texts / n-grams of all texts, in [0, 1]; 0 if there are none.
+  """Computes the number of distinct n-grams over all texts / the number of n-grams, in [0, 1].
 
-  See Li et al. 2016, §5.3 (https://arxiv.org/abs/1510.03055). It decreases with the number of
-  texts, so only sets of equal size can be compared.
+  It is 0 if there are none. See Li et al. 2016, §5.3 (https://arxiv.org/abs/1510.03055). It
+  decreases with the number of texts, so only sets of equal size can be compared.
   """
   counts = collections.Counter(itertools.chain.from_iterable(ngrams(text, n) for text in texts))
   return len(counts) / counts.total() if counts else 0.0
@@ -32,7 +32,7 @@ def statistics(texts):
   """Computes the statistics of a set of texts.
 
   Returns:
-    {"distinct_1", "distinct_2", "mean_words", "repetition_3", "unique": number of different texts /
+    {"distinct_1", "distinct_2", "mean_words", "repetition_3", "unique": number of distinct texts /
     number of texts, "empty": fraction of empty texts}.
 
   Raises:

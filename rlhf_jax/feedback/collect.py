@@ -45,11 +45,11 @@ def run(
     held_out: Number of held-out comparisons, whose prompts are the last ones; see `split_prompts`.
     max_new_tokens: Maximum length of a response.
     temperature: Sampling temperature.
-    gold: 'package.module:function' of (prompt, response) -> float, by which annotators prefer.
+    gold: 'package.module:function' of (prompt, response) -> float, which the annotators follow.
     annotator_count: Number of annotators; see annotators.SimulatedAnnotators.
-    annotator_temperature: Temperature of their choices.
+    annotator_temperature: Temperature of the annotators' choices.
     label_noise: Probability that a label is flipped.
-    disagreement: Standard deviation of their individual preferences.
+    disagreement: Standard deviation of the annotators' individual preferences.
     seed: Random seed of samples and annotators.
   """
   text_policy = policy_lib.TextPolicy.load(policy)
@@ -166,9 +166,9 @@ def best_of(
 ):
   """Samples several responses to each prompt and labels the best, as lm-human-preferences does.
 
-  Annotators only see responses that end with `truncate_at`, as in Ziegler et al. 2019
-  (https://arxiv.org/abs/1909.08593): the first `completions` of the `samples` responses to a prompt
-  that do. A prompt with fewer such responses is left out.
+  As in Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), annotators see only responses that
+  end with `truncate_at`: the first `completions` such responses of the `samples` to a prompt. A
+  prompt with fewer of them is left out.
 
   Writes labels.jsonl and held_out.jsonl ({"prompt", "completions", "best", "annotator",
   "simulated"}), and samples.jsonl ({"prompt", "completion"}: the first response to each prompt,
@@ -179,20 +179,20 @@ def best_of(
     policy: Folder of the language model.
     prompts: Data set of prompts.
     count: Maximum number of prompts; the first ones are used.
-    held_out: Number of labels to hold out, the first ones. Other labels of the same prompts are
+    held_out: Number of labels to hold out, from the start. Other labels of the same prompts are
       held out too.
     completions: Number of responses that an annotator compares.
     samples: Number of responses sampled per prompt.
     max_new_tokens: Maximum length of a response.
     temperature: Sampling temperature.
     truncate_at: Token that ends a response; see policy.TextPolicy.sample.
-    truncate_after: Position from which it does; see policy.TextPolicy.sample.
-    gold: Gold score by which annotators prefer; see functions.load_gold.
+    truncate_after: First position at which it ends one; see policy.TextPolicy.sample.
+    gold: Gold score that the annotators follow; see functions.load_gold.
     gold_path: Data set of the gold score; see functions.load_gold.
     annotator_count: Number of annotators; see annotators.SimulatedAnnotators.
-    annotator_temperature: Temperature of their choices.
+    annotator_temperature: Temperature of the annotators' choices.
     label_noise: Probability that a label is flipped.
-    disagreement: Standard deviation of their individual preferences.
+    disagreement: Standard deviation of the annotators' individual preferences.
     seed: Random seed of samples and annotators.
 
   Raises:
@@ -271,7 +271,7 @@ def sample(
     temperature: Sampling temperature.
     seed: Random seed.
     truncate_at: Token that ends a response; see policy.TextPolicy.sample.
-    truncate_after: Position from which it does; see policy.TextPolicy.sample.
+    truncate_after: First position at which it ends one; see policy.TextPolicy.sample.
   """
   text_policy = policy_lib.TextPolicy.load(policy)
   questions = text_policy.read_prompts(prompts)

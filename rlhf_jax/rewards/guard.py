@@ -139,7 +139,7 @@ def is_syntax_error(error):
 
 
 def location(error, call):
-  """Returns where user code raised an error and on which example; begins with ', at '."""
+  """Returns where user code raised an error and on which example, as text that starts with ', '."""
   if is_syntax_error(error):
     line = (error.text or '').strip()
     return f', at {relative_path(error.filename)}:{error.lineno or 1}' + (

@@ -139,7 +139,7 @@ def padded_texts(
     responses: n texts.
     ended: n bools: whether a response ended and so gets an EOS. Ignored for encoders, which read
       prompt and response as one text between the tokenizer's special tokens.
-    max_length: T.
+    max_length: T, length that sequences are padded to.
 
   Returns:
     Tokens [n, T] int32 and their mask [n, T] bool.
