@@ -154,11 +154,11 @@ def apply_missing_eos(
   (lm-human-preferences and N+ use -1); 'subtract' subtracts `value` from it (TRL).
 
   Args:
-    scores: [B] float32, or [B, R] for rewards per token, whose sum is the score. Then the last
-      token gets `value`, and 'replace' sets the rewards of the others to 0.
+    scores: [B] float32, or [B, R] for rewards per token, whose sum is the score. In that case
+      the rule applies `value` to the last real token, and 'replace' sets the other rewards to 0.
     has_eos: [B] bool.
     mode: 'none', 'replace' or 'subtract'.
-    value: the constant.
+    value: The constant.
     response_mask: [B, R] bool; only needed for rewards per token.
 
   Returns:

@@ -42,7 +42,7 @@ def must_unroll():
 
 
 def scan(function, carry, xs):
-  """Calls `jax.lax.scan`, unrolled if `must_unroll()`, for a loop whose steps have collectives."""
+  """Calls `jax.lax.scan` for a loop whose steps contain collectives; unrolls if `must_unroll()`."""
   return jax.lax.scan(function, carry, xs, unroll=must_unroll())
 
 

@@ -81,12 +81,12 @@ def use_template(tokenizer: transformers.PreTrainedTokenizerFast, template: str)
 
 
 def parse(value: Any) -> Messages:
-  """Returns a list of messages, or a single message, in the form of {'role': ..., 'content': ...}.
+  """Converts a message or a list of messages to a list of {'role': ..., 'content': ...}.
 
   The roles of the result are user, assistant, system and tool.
 
   Raises:
-    Malformed: The value is something else.
+    Malformed: The value is neither.
   """
   items = [value] if isinstance(value, dict) else value
   if not isinstance(items, (list, tuple)) or not items:

@@ -350,7 +350,7 @@ def _instruction_prompt(fields: Fields, tokenizer: Tokenizer | None) -> str | ch
 
 
 def _dialogue_prompt(fields: Fields) -> str | chat.Messages:
-  """Returns the prompt that two HH dialogues share, or [] if they are lists of messages."""
+  """Returns the shared prompt of two HH dialogues; [] if the dialogues are lists of messages."""
   if all(isinstance(fields[name], str) for name in ('chosen', 'rejected')):
     (prompt, _), (other, _) = (_split_dialogue(fields, name) for name in ('chosen', 'rejected'))
     if prompt != other:

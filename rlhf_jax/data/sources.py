@@ -229,7 +229,7 @@ def _hub(path: str, split: str) -> stored.Records:
   name, _, config = path.partition(':')
   silent = _hub_silence(name)
   if silent:
-    # Offline it reads its cache or fails at once, instead of retrying for half a minute.
+    # Offline, `datasets` reads its cache or fails at once, instead of retrying for half a minute.
     datasets.config.HF_HUB_OFFLINE = True
   try:
     rows = datasets.load_dataset(name, config or None, split=split)

@@ -232,7 +232,7 @@ def _index(read: Read, size: int) -> Iterator[np.ndarray]:
 
 
 def _filled(read: Read, rows: np.ndarray, first: np.ndarray) -> np.ndarray:
-  """Returns which lines are not blank; `first` holds the first byte of each."""
+  """Returns which lines are not blank; `first` holds the first byte of each line."""
   filled = np.ones(len(rows), bool)
   for row in np.flatnonzero(np.isin(first, BLANK)):
     offset, size, _ = map(int, rows[row])

@@ -303,7 +303,7 @@ def decode_continuation(
   *,
   skip_special_tokens: bool = True,
 ) -> list[str]:
-  """Returns the texts of token ids that continue others, such as responses."""
+  """Decodes token ids that continue a text, such as those of responses."""
   lists = [np.asarray(ids).tolist() for ids in sequences]
   return _response_backend(tokenizer).decode_batch(lists, skip_special_tokens=skip_special_tokens)
 
@@ -358,8 +358,8 @@ def _response_backend(tokenizer: transformers.PreTrainedTokenizerFast) -> hf_tok
   return tokenizer.backend_tokenizer if tokenizer in _encoder_decoder else _continuation(tokenizer)
 
 
-# {tokenizer: (its size, copy)}. A copy of a large vocabulary takes a second to make, and is
-# outdated if tokens are added later.
+# {tokenizer: (its size, copy of its backend)}. With a large vocabulary, a copy takes a second to
+# make. The size tells whether tokens were added since, which makes the copy outdated.
 _copies: weakref.WeakKeyDictionary[Any, tuple[int, hf_tokenizers.Tokenizer]] = (
   weakref.WeakKeyDictionary()
 )

@@ -341,7 +341,7 @@ def _over_queries(left, right):
 
 
 def splash(queries, keys, values, segments, *, window, score_cap, interpret=False):
-  """Computes attention over full sequences (S = T) with the Pallas kernel for TPUs.
+  """Computes attention with the Pallas kernel for TPUs, over full sequences (S = T).
 
   The kernel supports segments, a window, caps and grouped queries. It treats padding as one more
   segment, in which every token sees itself, so no softmax is empty.
@@ -378,10 +378,11 @@ def splash(queries, keys, values, segments, *, window, score_cap, interpret=Fals
 
 
 def cudnn(queries, keys, values, segments, *, window):
-  """Computes attention over full sequences (S = T) of one segment each with cuDNN.
+  """Computes attention with cuDNN, over full sequences (S = T) that have one segment each.
 
-  cuDNN would take a mask as a bias of [T, T]. Instead, the real tokens are moved to the front, in
-  order: a causal mask then hides all padding from them, and cuDNN needs only their number.
+  cuDNN would take a mask as a bias of shape [T, T]. Instead, the real tokens are moved to the
+  front, in order: a causal mask then hides all padding from them, and cuDNN needs only their
+  number.
 
   Args:
     queries, keys, values, segments: See `blocks`.

@@ -109,9 +109,9 @@ def attend(queries, keys, values, mask, *, bias=None, score_cap=0.0):
 
 
 def take_last(x, y):
-  """Returns the last t positions of x [B, T, D], for t the length of y [B, t, D].
+  """Returns the last t positions of x [B, T, D], where t is the length of y [B, t, D].
 
-  They are the residual of a layer that computes queries only at these positions.
+  A layer that computes queries only at these positions takes them as its residual.
   """
   return x[:, x.shape[1] - y.shape[1] :]
 

@@ -225,7 +225,7 @@ class Side(nnx.Module):
     self.norm = layers.RMSNorm(config, dtype=dtype, rngs=rngs)
 
   def bidirectional_bias(self, length):
-    """See families.Side; each direction has half of the buckets."""
+    """See families.Side. Each direction, back and forward, has half of the buckets."""
     count = self.count // 2
     offset = np.arange(length)[None, :] - np.arange(length)[:, None]
     bucket = causal_buckets(count, self.max_distance, length)[np.abs(offset)] + count * (offset > 0)
