@@ -42,7 +42,7 @@ def enable_compilation_cache():
     return
   cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME', pathlib.Path.home() / '.cache'))
   jax.config.update('jax_compilation_cache_dir', str(cache / 'rlhf_jax' / 'xla'))
-  # The default is 1 s, but a run has many small programs.
+  # JAX caches only programs that take 1 s to compile, but a run has many smaller ones.
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
   # If a program was compiled before, JAX has already decided that there is no cache.
   compilation_cache.reset_cache()

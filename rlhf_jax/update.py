@@ -162,10 +162,10 @@ def _counts(experience):
 
 
 def _full_batch_gradients(state, rollout, forward, objective):
-  """Returns a function of gradients for epochs that are one pass over the whole batch.
+  """Returns a function that computes gradients if each epoch is one step on the whole batch.
 
-  The first epoch starts from the parameters that sampled, so its forward pass also gives the
-  behaviour policy's log-probabilities.
+  The first epoch starts from the parameters that sampled the rollout, so its forward pass also
+  gives the log-probabilities of the behaviour policy.
 
   Returns:
     (params, memory, xs) -> (gradients, metrics, memory), and the initial memory: outputs that the

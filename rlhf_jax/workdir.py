@@ -18,7 +18,7 @@ from rlhf_jax import identity
 LOCK = 'lock'
 HEARTBEAT_SECONDS = 10  # between two touches of the lock file
 DEAD_SECONDS = 60  # a holder on another host is dead if it does not touch the file for this long
-SETTLE_SECONDS = 1  # for another process to finish what it does to the lock file, or to exit
+SETTLE_SECONDS = 1  # wait for another process to exit, or to finish with the lock file
 # Keys that determine the weights of a run, which a fork takes from a checkpoint.
 WEIGHT_KEYS = (
   'algorithm',

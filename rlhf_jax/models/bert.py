@@ -19,7 +19,7 @@ from rlhf_jax.models import naming
 
 ARCHITECTURE = CLASSIFIER = 'BertForSequenceClassification'
 PREFIX, UNEMBED = '', None
-# A buffer in old files, and the heads of pretraining.
+# A buffer that old checkpoints contain, and the pretraining heads.
 IGNORED_TENSORS = r'(embeddings\.position_ids$|^cls\.)'
 RULES = ((r'(^|/)(embed|types)/embedding$', P(None, 'fsdp')),) + blocks.RULES
 

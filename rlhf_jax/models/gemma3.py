@@ -105,7 +105,7 @@ class Config(gemma2.Config):
     del fields['local_rope']
     if self.local_rope.rope_type == 'default':
       return fields | {'rope_local_base_freq': self.local_rope.theta}
-    # Only the newer `rope_parameters` can scale both types of layers.
+    # Only the newer field `rope_parameters` can hold RoPE scaling for both types of layers.
     del fields['rope_theta'], fields['rope_scaling']
     both = {windowed.FULL: self.rope, windowed.SLIDING: self.local_rope}
     return fields | {

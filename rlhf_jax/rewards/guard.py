@@ -253,7 +253,7 @@ def one_process(call):
 
 @contextlib.contextmanager
 def restore_directory():
-  """Restores the working directory afterwards, because paths in the config are relative to it."""
+  """Restores the working directory on exit, because paths in the config are relative to it."""
   folder = os.getcwd()
   try:
     yield
