@@ -3,6 +3,7 @@
 Letters: B batch, T tokens, P prompt length, R response length, V vocabulary, D width.
 """
 
+import abc
 import dataclasses
 import functools
 
@@ -22,7 +23,7 @@ _MATRICES = 'kernel', 'embed/embedding', 'positions/embedding', 'lora/a', 'lora/
 
 
 @dataclasses.dataclass(frozen=True)
-class Base:
+class Base(abc.ABC):
   """A model without its parameters; hashable, so it can be a static argument of jit.
 
   Attributes:
@@ -87,10 +88,11 @@ class Base:
     """
     return stack.init_params(key, self.shapes(), self.config.std)
 
+  @abc.abstractmethod
   def shapes(self):
     """Returns the tree of parameters, without adapters, as float32 ShapeDtypeStructs."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def summary(self, params, tokens, mask):
     """Computes the state from which a scalar head reads the score of a sequence.
 
@@ -102,7 +104,6 @@ class Base:
     Returns:
       [B, D].
     """
-    raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +114,7 @@ class LanguageModel(Base):
   def has_token_states(self):
     return True
 
+  @abc.abstractmethod
   def unembed(self, params, hidden):
     """Computes logits of the next token.
 
@@ -123,8 +125,8 @@ class LanguageModel(Base):
     Returns:
       [..., V] float32.
     """
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def response_states(self, params, tokens, mask, response_length, frozen_states=None):
     """Computes the hidden states that predict the response tokens of finished rollouts.
 
@@ -138,8 +140,8 @@ class LanguageModel(Base):
     Returns:
       [B, R, D]; state t predicts response token t.
     """
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def prefill(self, params, tokens, mask, response_length):
     """Reads prompts into a new cache.
 
@@ -152,8 +154,8 @@ class LanguageModel(Base):
     Returns:
       The state [B, D] that predicts the first response token, and the cache for `step`.
     """
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def step(self, params, token, active, cache):
     """Reads one more token of each sequence.
 
@@ -166,7 +168,6 @@ class LanguageModel(Base):
     Returns:
       The state [B, D] that predicts the next token, and the updated cache.
     """
-    raise NotImplementedError
 
   def with_max_length(self, length):
     """Returns the model for sequences that grow to `length` tokens, even if a call has fewer."""

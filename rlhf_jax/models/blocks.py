@@ -4,6 +4,8 @@ Letters: B batch, T tokens, S sequence length for rotary positions (see rope.py)
 K key/value heads, H head width.
 """
 
+import abc
+
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -93,6 +95,7 @@ class Embedder(nnx.Module):
     self.embed = nnx.Embed(config.vocab_size, config.width, dtype=dtype, rngs=rngs)
     self.norm = self.Norm(config, dtype=dtype, rngs=rngs)
 
+  @abc.abstractmethod
   def embed_inputs(self, tokens, positions, length):
     """Embeds tokens and positions.
 
@@ -104,7 +107,6 @@ class Embedder(nnx.Module):
     Returns:
       x [B, T, D], and the cosines and sines from `Rope.table`, or None without rotary positions.
     """
-    raise NotImplementedError
 
   def final_norm(self, x):
     """Returns the hidden states [B, T, D] from the last block's output x."""

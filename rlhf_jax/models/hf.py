@@ -247,7 +247,7 @@ def _expected(leaves, sources):
   for path, leaf in leaves.items():
     source = sources[path]
     shape = (*leaf.shape[1 if source.stacked else 0 : -1], widths[source.name])
-    # The limit stops a mistyped depth early; no model has so many layers.
+    # The limit stops a mistyped depth early; no model has that many layers.
     for layer in range(min(leaf.shape[0], 10000) if source.stacked else 1):
       expected[source.name.format(layer=layer)] = shape[::-1] if source.transpose else shape
   return expected

@@ -119,7 +119,7 @@ def test_docstrings_are_plain_text(extension):
     '',
     'Args:',
     '  x: the factor *.',
-    '    It goes on.',
+    '    It continues.',
   ]
   assert extension('docstrings').plain(lines) == [
     r'The mean of \|x\| \* y, see `f(*x)`.',
@@ -135,7 +135,7 @@ def test_docstrings_are_plain_text(extension):
     '',
     'Args:',
     r'  x: the factor \*.',
-    '    It goes on.',
+    '    It continues.',
   ]
   assert extension('docstrings').plain([]) == []
 

@@ -32,6 +32,7 @@ class Markov(base.LanguageModel):
 
   family: str = 'markov'
   config: None = None
+  shapes = summary = response_states = None  # decoding calls none of them
 
   def unstack(self, params):
     return params

@@ -204,6 +204,7 @@ def test_prompts_are_read_once_and_rows_are_kept_busy():
 
     family: str = 'counting'
     config: None = None
+    shapes = summary = response_states = None  # sampling calls none of them
 
     def unstack(self, params):
       return params
