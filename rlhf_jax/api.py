@@ -24,9 +24,11 @@ from typing import Any
 
 from rlhf_jax import config_files
 from rlhf_jax import errors
+from rlhf_jax import folders
 from rlhf_jax import identity
 from rlhf_jax import loop as loop_lib
 from rlhf_jax import metrics as metrics_lib
+from rlhf_jax import models
 from rlhf_jax import policy as policy_lib
 from rlhf_jax import processes
 from rlhf_jax import runtime
@@ -41,6 +43,7 @@ from rlhf_jax.evaluation import judges
 from rlhf_jax.evaluation import plots
 from rlhf_jax.evaluation import report
 from rlhf_jax.evaluation import reward_models
+from rlhf_jax.models import hf
 from rlhf_jax.rewards import functions
 from rlhf_jax.rewards import scorers
 
@@ -148,6 +151,7 @@ def train(
     config.model.path = _model_path(policy, workdir)
   elif not config.model.path:
     config.tokenizer = config.tokenizer or _new_tokenizer(config, kind, workdir)
+  _fit_lengths(config, overrides or {})
   with contextlib.ExitStack() as stack:
     if reward_fn is None:
       errors.need(
@@ -344,6 +348,30 @@ def _base_config(algorithm, preset, seed):
   config = build.load(algorithm).config(preset)
   config.seed = seed
   return config
+
+
+def _fit_lengths(config, overrides):
+  """Lowers the default lengths of prompts, responses and examples to the model's context.
+
+  Args:
+    config: Config of the run, changed in place.
+    overrides: {config key: value} that the caller set; these keys keep their values.
+  """
+  if config.model.path:
+    model = hf.read_model(folders.model(config.model.path))
+  else:
+    model = models.create({'vocab_size': 1} | config.model.init.to_dict())
+  context = model.max_length
+  halves = context if model.encoder_decoder else context // 2
+  for key, longest in (
+    ('data.max_length', context),
+    ('data.max_prompt_length', halves),
+    ('sampling.max_new_tokens', halves),
+  ):
+    block, name = key.split('.')
+    if key not in overrides and name in config.get(block, {}) and config[block][name] > longest:
+      config[block][name] = longest
+      processes.print_on_main(f"config.{key}={longest}, to fit the model's context of {context}")
 
 
 def _model(model):

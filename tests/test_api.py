@@ -49,6 +49,27 @@ def same_parameters(one, other):
   return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
+def test_default_lengths_fit_the_model(world, tmp_path, capsys):
+  """The base config's 256 + 64 tokens become halves of the model's context of 32."""
+  run = rl.train(
+    world / 'model',
+    prompts=[{'prompt': 'w1 w2', 'number': 1}] * 8,
+    reward_fn=tiny.good_words,
+    steps=1,
+    workdir=tmp_path / 'run',
+    overrides={
+      'batch_size': 8,
+      'data.max_prompt_length': 6,
+      'critic.kind': 'trunk',
+      'optim.warmup_steps': 0,
+      'optim.warmup_from': 0.0,
+    },
+  )
+  assert run.config['data']['max_prompt_length'] == 6
+  assert run.config['sampling']['max_new_tokens'] == 16
+  assert 'sampling.max_new_tokens=16' in capsys.readouterr().out
+
+
 def test_importing_the_package_imports_no_jax():
   code = 'import rlhf_jax, sys; assert "jax" not in sys.modules and "train" in rlhf_jax.__all__'
   subprocess.run([sys.executable, '-c', code], check=True, cwd=TESTS.parent)

@@ -122,8 +122,8 @@ def save(path, model, params, *, tokenizer=None, head=None, max_shard_bytes=MAX_
   processes.barrier()
 
 
-def _model(path, **settings):
-  """Returns the Model that a folder's config.json describes."""
+def read_model(path, **settings):
+  """Returns the Model that a folder's config.json describes, without reading parameters."""
   if os.path.isfile(path):
     raise UserError(
       f'{path}: is a file; a model is a folder with config.json and safetensors files'
@@ -145,7 +145,7 @@ def _model(path, **settings):
 def _open(path, **settings):
   """Returns the Model of a folder, the module of its family, and its hf_files.Tensors."""
   path = folders.model(path)
-  model = _model(path, **settings)
+  model = read_model(path, **settings)
   module = FAMILIES[model.family]
   tensors = hf_files.Tensors(path, prefix=module.PREFIX)
   config = model.config.for_tensors(tensors.names())
