@@ -4,23 +4,17 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
 from rlhf_jax import errors
 from rlhf_jax import loop
-from rlhf_jax.algorithms import grpo
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.algorithms import sft
+import runs
 import tiny
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-CLOCKS = ('seconds/', 'tokens_per_second/')
-KILLS = 5
 STOPS = 10
 
 
@@ -28,35 +22,12 @@ class Stopped(Exception):
   """What the tests raise inside the loop."""
 
 
-def metrics(workdir):
-  """Every line of metrics.jsonl but for what a clock says."""
-  with open(workdir / 'metrics.jsonl', encoding='utf-8') as lines:
-    records = [json.loads(line) for line in lines]
-  return [
-    {name: value for name, value in record.items() if not name.startswith(CLOCKS)}
-    for record in records
-  ]
-
-
-def assert_same_run(found, expected):
-  """Metrics to the last bit, sampled texts, and the bytes of the exported model."""
-  a, b = metrics(found), metrics(expected)
-  assert [r['step'] for r in a] == [r['step'] for r in b]
-  for x, y in zip(a, b):
-    assert x == y
-  assert (found / 'samples.jsonl').read_bytes() == (expected / 'samples.jsonl').read_bytes()
-  for name in ('model.safetensors', 'config.json', 'tokenizer.json'):
-    assert (found / 'model' / name).read_bytes() == (expected / 'model' / name).read_bytes(), name
-
-
 def small(name, world):
   """Eight steps with a checkpoint after every third, and all the state a run can have."""
-  if name in ('ppo', 'grpo'):
-    config = tiny.ppo(world) if name == 'ppo' else tiny.grpo(world)
+  if name == 'ppo':
+    config = tiny.ppo(world)
     tiny.mix_in_pretraining(config, world)
-    config.rl.update({'scale_scores': True})
-    if name == 'ppo':
-      config.rl.update({'kl_controller': 'adaptive', 'kl_horizon': 100.0})
+    config.rl.update({'scale_scores': True, 'kl_controller': 'adaptive', 'kl_horizon': 100.0})
     config.samples_every = 2
   elif name == 'reward_model':
     config = tiny.reward_model(world)
@@ -66,7 +37,7 @@ def small(name, world):
     config.data.held_out = 0.1
   config.optim.update({'schedule': 'linear', 'warmup_steps': 2})
   config.steps, config.checkpoint_every = 8, 3
-  config.evals.update(tiny.evals(world) if name in ('ppo', 'grpo') else {'held_out': {'every': 2}})
+  config.evals.update(tiny.evals(world) if name == 'ppo' else {'held_out': {'every': 2}})
   return config
 
 
@@ -89,9 +60,7 @@ def stop_after(monkeypatch, module, steps):
   monkeypatch.setattr(module, 'create', stopping)
 
 
-@pytest.mark.parametrize(
-  'module, stops', [(ppo, (4, 7)), (grpo, (4,)), (reward_model, (1, 5)), (sft, (6,))]
-)
+@pytest.mark.parametrize('module, stops', [(ppo, (4, 7)), (reward_model, (1, 5))])
 def test_stopped_runs_end_like_one_that_was_not(module, stops, world, tmp_path, monkeypatch):
   config = small(module.__name__.split('.')[-1], world)
   loop.run(config, tmp_path / 'whole')
@@ -102,7 +71,7 @@ def test_stopped_runs_end_like_one_that_was_not(module, stops, world, tmp_path, 
         loop.run(config, tmp_path / 'stopped')
     assert not (tmp_path / 'stopped' / 'model').exists()
   loop.run(config, tmp_path / 'stopped')
-  assert_same_run(tmp_path / 'stopped', tmp_path / 'whole')
+  runs.assert_same_run(tmp_path / 'stopped', tmp_path / 'whole')
   before = (tmp_path / 'whole' / 'metrics.jsonl').read_bytes()
   loop.run(config, tmp_path / 'whole')  # A finished run stays as it is.
   assert (tmp_path / 'whole' / 'metrics.jsonl').read_bytes() == before
@@ -145,7 +114,7 @@ def test_a_signal_saves_the_step_it_comes_in(module, stops, world, tmp_path, mon
     0,
     *(step + 1 for step in stops),
   ]
-  assert_same_run(tmp_path / 'stopped', tmp_path / 'whole')
+  runs.assert_same_run(tmp_path / 'stopped', tmp_path / 'whole')
 
 
 def starts(workdir):
@@ -153,73 +122,22 @@ def starts(workdir):
   return [json.loads(line) for line in (workdir / 'runs.jsonl').read_text().splitlines()]
 
 
-def start(stage, world, workdir, *options):
-  """Starts `python -m rlhf_jax.main` on one device."""
-  environment = os.environ | {
-    'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': '',
-    'PYTHONPATH': f'{ROOT}/tests',
-  }
-  log = open(f'{workdir}.log', 'ab')
-  return subprocess.Popen(
-    [
-      sys.executable,
-      '-m',
-      'rlhf_jax.main',
-      f'--config=tests/tiny.py:stage={stage},world={world}',
-      f'--workdir={workdir}',
-      *options,
-    ],
-    cwd=ROOT,
-    env=environment,
-    stdout=log,
-    stderr=log,
-  )
-
-
-def lines(workdir):
-  path = workdir / 'metrics.jsonl'
-  return path.read_bytes().count(b'\n') if path.exists() else 0
-
-
-def kill_after(process, workdir, new_lines, delay, number=signal.SIGKILL):
-  """Sends a signal `delay` seconds after a run has written some lines more."""
-  least = lines(workdir)
-  while process.poll() is None and lines(workdir) < least + new_lines:
-    least = min(least, lines(workdir))  # Resuming drops lines first.
-    time.sleep(0.002)
-  time.sleep(delay)
-  process.send_signal(number)
-  return process.wait()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('stage', ['ppo', 'grpo', 'reward_model'])
-def test_five_kills(stage, world, tmp_path):
-  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
-  assert start(stage, world, whole).wait() == 0, (tmp_path / 'whole.log').read_text()
-  draw = random.Random(stage)
-  for _ in range(KILLS):
-    process = start(stage, world, killed)
-    code = kill_after(process, killed, draw.randint(2, 22), draw.uniform(0.0, 0.3))
-    assert code == -signal.SIGKILL, (tmp_path / 'killed.log').read_text()
-  assert start(stage, world, killed).wait() == 0, (tmp_path / 'killed.log').read_text()
-  assert_same_run(killed, whole)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('stage', ['ppo', 'sft', 'reward_model'])
 def test_ten_stops(stage, world, tmp_path):
   """SIGTERM at any moment, with default settings, costs no step but the one it comes in."""
   whole, stopped = tmp_path / 'whole', tmp_path / 'stopped'
+  config = f'tests/tiny.py:stage={stage},world={world}'
   options = ['--config.checkpoint_every=None', f'--config.steps={150 if stage == "ppo" else 600}']
-  assert start(stage, world, whole, *options).wait() == 0, (tmp_path / 'whole.log').read_text()
+  assert runs.start(config, whole, *options).wait() == 0, (tmp_path / 'whole.log').read_text()
   draw, done = random.Random(stage), []
   for _ in range(STOPS):
-    process = start(stage, world, stopped, *options)
-    code = kill_after(process, stopped, draw.randint(1, 9), draw.uniform(0.0, 0.3), signal.SIGTERM)
+    process = runs.start(config, stopped, *options)
+    code = runs.kill_after(
+      process, stopped, draw.randint(1, 9), draw.uniform(0.0, 0.3), signal.SIGTERM
+    )
     assert code == 128 + signal.SIGTERM, (tmp_path / 'stopped.log').read_text()
-    done.append(metrics(stopped)[-1]['step'] + 1)
-  assert start(stage, world, stopped, *options).wait() == 0, (tmp_path / 'stopped.log').read_text()
+    done.append(runs.metrics(stopped)[-1]['step'] + 1)
+  assert runs.start(config, stopped, *options).wait() == 0, (tmp_path / 'stopped.log').read_text()
   assert [start['step'] for start in starts(stopped)] == [0, *done]
-  assert_same_run(stopped, whole)
+  runs.assert_same_run(stopped, whole)

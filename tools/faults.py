@@ -445,7 +445,7 @@ FAULTS = (
     'resume_step=10**9',
     _tests(
       'test_resume',
-      'test_stopped_runs_end_like_one_that_was_not[rlhf_jax.algorithms.reward_model-stops2]',
+      'test_stopped_runs_end_like_one_that_was_not[rlhf_jax.algorithms.reward_model-stops1]',
     ),
   ),
   Fault(

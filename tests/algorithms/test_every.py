@@ -1,0 +1,143 @@
+"""Every algorithm: one compilation, resuming to the last bit, and eight devices equal one.
+
+A new algorithm needs one line in ALGORITHMS. The configs share what this file checks of a run; the
+rest of an algorithm is tested in its own file.
+
+python -m rlhf_jax.main --config=tests/algorithms/test_every.py:algorithm=ppo,world=FOLDER \\
+    --workdir=DIR
+"""
+
+import importlib
+import pkgutil
+import random
+import shutil
+import signal
+
+import devices
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from rlhf_jax import algorithms
+from rlhf_jax import config as config_lib
+from rlhf_jax import loop
+from rlhf_jax import sharding
+from rlhf_jax.algorithms import build
+import runs
+import tiny
+
+# Module of rlhf_jax/algorithms: function from the folder of tiny.write to a config.
+ALGORITHMS = {
+  'grpo': tiny.grpo,
+  'ppo': tiny.ppo,
+  'reward_model': tiny.reward_model,
+  'sft': lambda world: tiny.sft(world, 'completion'),
+}
+STEPS, SAVED = 4, 2
+MESH = {'data': 2, 'fsdp': 2, 'tensor': 2}
+KILLS = 5
+
+
+def make_config(algorithm, world):
+  """Config of a short run with a schedule and, with scores, their running moments."""
+  config = ALGORITHMS[algorithm](world)
+  config.update({'steps': STEPS, 'log_every': 1, 'checkpoint_every': SAVED, 'samples_every': 2})
+  # With 1e-8 Adam turns the rounding of a gradient into whole steps.
+  config.optim.update({'schedule': 'linear', 'eps': 1e-4})
+  if 'rl' in config:
+    config.rl.scale_scores = True
+  return config
+
+
+def get_config(arg=None):
+  """Many small steps, for the test that kills them. Arguments: algorithm, world."""
+  arg = config_lib.parse_arg(arg, algorithm='ppo', world='')
+  config = make_config(arg.algorithm, arg.world)
+  config.update({'steps': 150, 'checkpoint_every': 3, 'samples_every': 10})
+  if 'rl' in config:
+    tiny.mix_in_pretraining(config, arg.world)
+  return config
+
+
+def test_every_algorithm_has_a_line():
+  names = [module.name for module in pkgutil.iter_modules(algorithms.__path__)]
+  modules = {name: importlib.import_module(f'rlhf_jax.algorithms.{name}') for name in names}
+  is_algorithm = lambda module: all(hasattr(module, x) for x in ('config', 'validate', 'create'))
+  assert {name for name, module in modules.items() if is_algorithm(module)} == set(ALGORITHMS)
+
+
+@pytest.fixture(scope='module')
+def lowered():
+  """The names of all programs lowered so far, whether compiled or read from the disk; it grows."""
+  names = []
+
+  def listen(event, seconds, **labels):
+    if event.endswith('jaxpr_to_mlir_module_duration'):
+      names.append(str(labels.get('fun_name')))
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  return names
+
+
+def train_on_one_device(config, lowered, path):
+  """Trains without the loop, and saves the model; returns the metrics of each step.
+
+  Fails if a step after the first has to compile anything.
+  """
+  mesh, history, counts = sharding.make_mesh({}, devices=jax.devices()[:1]), [], [len(lowered)]
+  with jax.set_mesh(mesh):
+    learner, state = build.load(config.algorithm).create(config, mesh)
+    for _ in range(config.steps):
+      batch, _ = learner.next_batch(state, timed=False)
+      state, metrics = learner.train_step(state, *batch)
+      history.append(jax.device_get(metrics))
+      counts.append(len(lowered))
+    learner.export(state, path)
+  assert lowered[counts[0] : counts[1]].count('jit(train_step)') == 1
+  assert lowered[counts[1] : counts[-1]] == []
+  return history
+
+
+@pytest.mark.parametrize('algorithm', ALGORITHMS)
+def test_one_compilation_resuming_and_eight_devices(algorithm, world, tmp_path, lowered):
+  config = make_config(algorithm, world)
+  one_device = train_on_one_device(config, lowered, tmp_path / 'one' / 'model')
+  devices.first(8)
+  config.mesh.update(MESH)
+  loop.run(config, tmp_path / 'eight')
+
+  # What a run that was killed in the middle has left.
+  shutil.copytree(tmp_path / 'eight', tmp_path / 'killed')
+  shutil.rmtree(tmp_path / 'killed' / 'model')
+  shutil.rmtree(tmp_path / 'killed' / 'checkpoints' / str(STEPS))
+  loop.run(config, tmp_path / 'killed')
+  runs.assert_same_run(tmp_path / 'killed', tmp_path / 'eight')
+
+  records = [r for r in runs.metrics(tmp_path / 'eight') if r.keys() & one_device[0].keys()]
+  for expected, found in zip(one_device, records, strict=True):
+    for name, value in expected.items():
+      if not name.startswith('samples/'):
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+  before, expected, found = (
+    load_file(path / 'model.safetensors')
+    for path in (world / 'model', tmp_path / 'one' / 'model', tmp_path / 'eight' / 'model')
+  )
+  for name, value in expected.items():
+    np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-5, err_msg=name)
+    assert name not in before or np.abs(value - before[name]).max() > 1e-4, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('algorithm', ALGORITHMS)
+def test_five_kills(algorithm, world, tmp_path):
+  config = f'tests/algorithms/test_every.py:algorithm={algorithm},world={world}'
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  assert runs.start(config, whole).wait() == 0, (tmp_path / 'whole.log').read_text()
+  draw = random.Random(algorithm)
+  for _ in range(KILLS):
+    process = runs.start(config, killed)
+    code = runs.kill_after(process, killed, draw.randint(2, 22), draw.uniform(0.0, 0.3))
+    assert code == -signal.SIGKILL, (tmp_path / 'killed.log').read_text()
+  assert runs.start(config, killed).wait() == 0, (tmp_path / 'killed.log').read_text()
+  runs.assert_same_run(killed, whole)
