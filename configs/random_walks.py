@@ -28,6 +28,13 @@ LENGTH = random_walks.MAX_LENGTH - 1
 # constant learning rate, seeds 0 to 2 from one pretrained model end at 0.91 to 0.92.
 SETTINGS = {
   'ppo': {'rl.minibatches': 2, 'rl.vf_coef': 1.2},
+  'a2c': {
+    'rl.epochs': 1,
+    'rl.minibatches': 10,
+    'rl.gamma': 1.0,
+    'rl.lam': 0.95,
+    'optim.learning_rate': 1e-4,
+  },
   'grpo': {'rl.minibatches': 2, 'rl.normalize': 'token', 'sampling.samples': 7, 'optim.b2': 0.95},
 }
 PRESETS = {'ppo': 'trlx'}

@@ -51,6 +51,7 @@ from rlhf_jax.rewards import scorers
 # first algorithm that takes the given argument.
 DATA = {
   'ppo': ('prompts',),
+  'a2c': ('prompts',),
   'grpo': ('prompts',),
   'sft': ('samples', 'texts'),
   'reward_model': ('comparisons',),

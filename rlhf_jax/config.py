@@ -79,14 +79,14 @@ def common(algorithm):
         'held_out_path': placeholder(str),  # or a separate data set for evaluation
       },
       'optim': {
-        'name': 'adam',  # 'adam' or 'tf_adam'
+        'name': 'adam',  # 'adam', 'tf_adam', 'rmsprop' or 'tf_rmsprop'
         'learning_rate': 1e-3,  # peak of the schedule
         'schedule': 'constant',  # 'constant', or 'linear' or 'cosine' down to 0
         'warmup_steps': 0,  # train steps of linear growth to the peak
         'warmup_from': 0.0,  # fraction of the peak at which warmup starts
         'b1': 0.9,  # decay of Adam's first moment
-        'b2': 0.999,  # decay of Adam's second moment
-        'eps': 1e-8,  # Adam's epsilon
+        'b2': 0.999,  # decay of the second moment, of RMSProp too
+        'eps': 1e-8,  # epsilon of Adam or RMSProp
         'master_dtype': 'float32',  # dtype of the optimizer's weights, if param_dtype differs
         'moment_dtype': 'float32',  # dtype of Adam's first moment
         'ema': placeholder(float),  # decay of an average of the weights, evaluated and exported

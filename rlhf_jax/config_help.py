@@ -63,27 +63,28 @@ def resolved(config, workdir=None):
 def docs(algorithm):
   """Returns {dotted key: doc} of an algorithm's config, with '*' for the name of an evaluator."""
   module = build.load(algorithm)
-  on_policy = 'rl' in module.config()
+  config = module.config()
   functions = [
     (config_lib.common, ''),
     (config_lib.data, 'data.'),
     (config_lib.evaluator, 'evals.*.'),
     (scorers.config, 'evals.*.reward.'),
   ]
-  if on_policy:
+  if 'rl' in config:
     functions += [
       (config_lib.data, 'ptx.'),
       (scorers.config, 'reward.'),
       (on_policy_warnings.config, 'warn.'),
       (on_policy_config.config, ''),
+      (on_policy_config.critic, 'critic.'),
     ]
   entries = {}
   for function, prefix in (*functions, (module.config, '')):
     entries |= {prefix + key.removeprefix('keys.'): doc for key, doc in comments(function).items()}
-  for settings in (
-    (on_policy_config.Settings, getattr(module, 'Settings', None)) if on_policy else ()
-  ):
-    entries |= {f'rl.{key}': doc for key, doc in attributes(settings).items()} if settings else {}
+  if 'rl' in config:
+    settings = getattr(module, 'Settings', on_policy_config.Settings)
+    for cls in reversed(settings.__mro__):  # the docs of a subclass replace those of its bases
+      entries |= {f'rl.{key}': doc for key, doc in attributes(cls).items()}
   return entries
 
 

@@ -1,4 +1,4 @@
-"""Optimizers and schedules from a few scalars, with the Adam of torch or of TensorFlow 1."""
+"""Optimizers and schedules from a few scalars: Adam and RMSProp of torch or of TensorFlow 1."""
 
 import math
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from rlhf_jax import errors
 from rlhf_jax import processes
 
 SCHEDULES = ('constant', 'linear', 'cosine')
-OPTIMIZERS = ('adam', 'tf_adam')
+OPTIMIZERS = ('adam', 'tf_adam', 'rmsprop', 'tf_rmsprop')
 
 
 class TFAdamState(NamedTuple):
@@ -44,6 +44,26 @@ def scale_by_tf_adam(b1, b2, eps, moment_dtype='float32'):
     return updates, TFAdamState(count, optax.tree.cast(mu, moment_dtype), nu)
 
   return optax.GradientTransformation(init, update)
+
+
+def scale_by_rmsprop(decay, eps, *, tensorflow):
+  """Scales updates as RMSProp of torch or of TensorFlow 1; Mnih et al. 2016 trained A3C with it.
+
+      v <- decay v + (1 - decay) g^2
+      torch:       g / (sqrt(v) + eps),  v starts at 0
+      TensorFlow:  g / sqrt(v + eps),    v starts at 1
+
+  See §5.2.2 of the paper (https://arxiv.org/abs/1602.01783), torch.optim.RMSprop, and RMSpropTFLike
+  of Stable-Baselines3. The first steps of the TensorFlow form are those of gradient descent.
+
+  Args:
+    decay: Decay of the second moment v.
+    eps: Epsilon.
+    tensorflow: Whether to use the form of TensorFlow.
+  """
+  return optax.scale_by_rms(
+    decay=decay, eps=eps, initial_scale=float(tensorflow), eps_in_sqrt=tensorflow
+  )
 
 
 class MasterState(NamedTuple):
@@ -196,14 +216,15 @@ def make(
   """Makes an optax optimizer.
 
   Args:
-    name: 'adam' or 'tf_adam' (see `scale_by_tf_adam`).
+    name: 'adam', 'tf_adam' (see `scale_by_tf_adam`), 'rmsprop' or 'tf_rmsprop' (see
+      `scale_by_rmsprop`).
     learning_rate: Peak rate.
     schedule_kind: See `schedule`.
     warmup_steps: See `schedule`.
     steps: See `schedule`.
-    b1: Decay of the first moment.
+    b1: Decay of the first moment; RMSProp has none.
     b2: Decay of the second moment.
-    eps: Adam's epsilon.
+    eps: Epsilon of Adam or RMSProp.
     weight_decay: Decoupled weight decay (AdamW), applied to matrices only; see `decayed`.
     clip_norm: Global gradient norm above which gradients are scaled down; 0 for no clipping.
     warmup_from: See `schedule`.
@@ -220,6 +241,8 @@ def make(
     scale = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=moment_dtype)
   elif name == 'tf_adam':
     scale = scale_by_tf_adam(b1, b2, eps, moment_dtype)
+  elif name in ('rmsprop', 'tf_rmsprop'):
+    scale = scale_by_rmsprop(b2, eps, tensorflow=name == 'tf_rmsprop')
   else:
     raise errors.UserError(f'optim.name={name!r} is not one of {OPTIMIZERS}')
   rate = schedule(

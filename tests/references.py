@@ -204,6 +204,23 @@ class Adam:
     return new
 
 
+class RMSProp:
+  """RMSProp on a dict of float64 arrays: torch's form, or TensorFlow 1's; the interface of Adam."""
+
+  def __init__(self, *, decay, eps, tensorflow):
+    self.decay, self.eps, self.tensorflow, self.v = decay, eps, tensorflow, {}
+
+  def step(self, params, grads, rate):
+    """New params. torch: g / (sqrt(v) + eps), v from 0. TF: g / sqrt(v + eps), v from 1."""
+    new = {}
+    for name, g in grads.items():
+      v = self.v.get(name, np.full_like(g, float(self.tensorflow), np.float64))
+      v = self.v[name] = self.decay * v + (1 - self.decay) * np.square(g, dtype=np.float64)
+      root = np.sqrt(v + self.eps) if self.tensorflow else np.sqrt(v) + self.eps
+      new[name] = params[name] - rate * g / root
+    return new
+
+
 def softplus(x):
   return x + math.log1p(math.exp(-x)) if x > 0 else math.log1p(math.exp(x))
 

@@ -49,7 +49,7 @@ COMMANDS = {
   ),
   'unknown file': (
     ['--config=configs/nothing.py', '--config.seed=1'],
-    ['--config=configs/nothing.py: there is no such file in ', 'The configs are grpo, '],
+    ['--config=configs/nothing.py: there is no such file in ', 'The configs are a2c, '],
   ),
   'unknown argument': (
     ['--config=configs/quickstart.py:debgu'],

@@ -158,6 +158,7 @@ def written(config, folder):
     ('quickstart', 'debug,lora'),
     ('ppo', None),
     ('grpo', None),
+    ('a2c', None),
     ('hh_reward', 'data=x'),
     ('reward_model', None),
     ('random_walks', None),

@@ -32,6 +32,12 @@ TABLE = (
   ('model.lora.rslora', 'model.lora.targets', ((),), 'it scales new adapters only'),
   ('optim.warmup_from', 'optim.warmup_steps', (0,), 'there is no warmup'),
   (
+    'optim.b1 optim.moment_dtype',
+    'optim.name',
+    ('rmsprop', 'tf_rmsprop'),
+    'RMSProp has no first moment',
+  ),
+  (
     'samples_every',
     'algorithm',
     lambda name, config: 'sampling' not in config,
@@ -93,6 +99,12 @@ TABLE = (
     'rl.kl_controller',
     ('adaptive_per_token',),
     'config.rl.kl_coef changes by a fixed factor',
+  ),
+  (
+    'rl.clip_low rl.clip_high rl.dual_clip rl.value_clip',
+    'algorithm',
+    ('a2c',),
+    'its loss has no clips',
   ),
   ('rl.value_clip critic.learning_rate', 'rl.vf_coef', (0,), 'the critic is not trained'),
   (

@@ -176,6 +176,17 @@ def config(algorithm, settings):
   return defaults
 
 
+def critic():
+  """Returns `config.critic` of an algorithm with a critic."""
+  return ml_collections.ConfigDict(
+    {
+      'kind': 'separate',  # 'separate' model, 'trunk' (head on the policy's states) or 'adapters'
+      'path': placeholder(str),  # folder of a separate critic; None: the first reward model
+      'learning_rate': placeholder(float),  # of the critic; None: the policy's
+    }
+  )
+
+
 def validate(config, device_count):
   """Validates the keys that on-policy algorithms share.
 

@@ -14,8 +14,6 @@ import dataclasses
 import functools
 
 import jax.numpy as jnp
-import ml_collections
-from ml_collections.config_dict import placeholder
 
 from rlhf_jax import advantages as adv
 from rlhf_jax import config as config_lib
@@ -168,13 +166,7 @@ def config(preset=''):
     UserError: The preset is unknown.
   """
   defaults = on_policy_config.config('ppo', Settings)
-  defaults.critic = ml_collections.ConfigDict(
-    {
-      'kind': 'separate',  # 'separate' model, 'trunk' (head on the policy's states) or 'adapters'
-      'path': placeholder(str),  # folder of a separate critic; None: the first reward model
-      'learning_rate': placeholder(float),  # of the critic; None: the policy's
-    }
-  )
+  defaults.critic = on_policy_config.critic()
   return config_lib.apply_preset(defaults, PRESETS, preset)
 
 
@@ -273,15 +265,40 @@ def loss(outputs, experience, counts, *, kl_coef, settings):
     Scalar loss, and metrics that are summed over microbatches.
   """
   mask, steps = experience.response_mask, experience.step_mask
-  mean = lambda x: adv.masked_sum(x, mask) / counts.tokens
-  step_mean = lambda x: adv.masked_sum(x, steps) / counts.steps
-  logprobs = jnp.where(mask, outputs.logprobs, 0.0)
   policy, policy_clipped, ratio = losses.ppo_policy_loss(
-    logprobs, experience.logprobs, experience.advantages, **settings.clips
+    jnp.where(mask, outputs.logprobs, 0.0),
+    experience.logprobs,
+    experience.advantages,
+    **settings.clips,
   )
   value, value_clipped = losses.ppo_value_loss(
     outputs.values, experience.values, experience.returns, clip=settings.value_clip
   )
+  total, metrics = actor_critic_loss(
+    policy, value, outputs, experience, counts, kl_coef=kl_coef, settings=settings
+  )
+  return total, metrics | {
+    'policy/clipfrac': adv.masked_sum(policy_clipped, mask) / counts.tokens,
+    'policy/ratio': adv.masked_sum(ratio, mask) / counts.tokens,
+    'value/clipfrac': adv.masked_sum(value_clipped, steps) / counts.steps,
+  }
+
+
+def actor_critic_loss(policy, value, outputs, experience, counts, *, kl_coef, settings):
+  """Adds the losses of policy and critic, the entropy bonus and a KL penalty in the loss.
+
+  Args:
+    policy: [B, R] float32, policy loss of each token.
+    value: [B, R] float32, value loss of each position.
+    outputs, experience, counts, kl_coef, settings: see `loss`.
+
+  Returns:
+    Scalar loss, and the metrics that do not depend on the form of the losses.
+  """
+  mask, steps = experience.response_mask, experience.step_mask
+  mean = lambda x: adv.masked_sum(x, mask) / counts.tokens
+  step_mean = lambda x: adv.masked_sum(x, steps) / counts.steps
+  logprobs = jnp.where(mask, outputs.logprobs, 0.0)
   policy_loss, value_loss = mean(policy), step_mean(value)
   total = policy_loss + settings.vf_coef * value_loss
   if settings.entropy_coef:  # JAX would differentiate the entropy even if multiplied by 0.
@@ -293,11 +310,8 @@ def loss(outputs, experience, counts, *, kl_coef, settings):
   return total, {
     'policy/loss': policy_loss,
     'policy/approxkl': 0.5 * mean(jnp.square(logprobs - experience.logprobs)),
-    'policy/clipfrac': mean(policy_clipped),
-    'policy/ratio': mean(ratio),
     'policy/entropy_per_token': mean(outputs.entropy),
     'value/loss': value_loss,
-    'value/clipfrac': step_mean(value_clipped),
     'value/mean': step_mean(outputs.values),
   }
 

@@ -162,8 +162,9 @@ RESPONSES = (
 POLICY = (
   Metric(
     'policy/loss',
-    'The policy loss: the clipped surrogate, as a mean over minibatches. For an algorithm of your '
-    'own it is whatever its loss reports.',
+    'The policy loss: the clipped surrogate, as a mean over minibatches. For A2C it is the '
+    'negative log-probability times the advantage, and for an algorithm of your own whatever its '
+    'loss reports.',
     r'-\mathbb{E}_t \left[\min(\rho_t A_t, \, \mathrm{clip}(\rho_t, 1 - \epsilon_{\mathrm{low}}, '
     r'1 + \epsilon_{\mathrm{high}}) A_t)\right]',
     'units of the advantages',
@@ -243,7 +244,8 @@ POLICY = (
 CRITIC = (
   Metric(
     'value/loss',
-    'The loss of the critic, as a mean over positions and minibatches.',
+    'The loss of the critic, as a mean over positions and minibatches. For A2C it is the squared '
+    'error, without the factor 1/2 and without clipping.',
     r'\frac{1}{2} \, \mathbb{E}_t \max\left((V_t - G_t)^2, \, '
     r'(\mathrm{clip}(V_t, V_t^{\mathrm{old}} \pm \epsilon_V) - G_t)^2\right)',
     'squared units of the reward',
