@@ -377,6 +377,32 @@ def equal_groups(
   return jnp.repeat(least == jnp.max(jnp.where(present, groups, -jnp.inf), axis=1), n)
 
 
+def best_and_worst(
+  scores: Float[ArrayLike, ' B'], n: int, kept: Bool[ArrayLike, ' B'] | None = None
+) -> Float[Array, ' B']:
+  """Marks the preference pair of each group: its responses with the highest and lowest score.
+
+  Args:
+    scores: [B] float32, n consecutive responses per prompt.
+    n: responses per prompt.
+    kept: [B] bool, responses that may be in a pair; None for all.
+
+  Returns:
+    [B] float32: 1 for the best response of its group, -1 for the worst, 0 for the others. If
+    several are best, or worst, it is the first of them. A group whose scores are equal has no pair.
+
+  Raises:
+    ValueError: if n is below 2 or does not divide B.
+  """
+  groups = by_group(scores, n)
+  present = True if kept is None else by_group(kept, n)
+  high, low = jnp.where(present, groups, -jnp.inf), jnp.where(present, groups, jnp.inf)
+  mark = lambda index: jax.nn.one_hot(index, n, dtype=jnp.float32)
+  pair = mark(jnp.argmax(high, axis=1)) - mark(jnp.argmin(low, axis=1))
+  differ = jnp.max(high, axis=1, keepdims=True) > jnp.min(low, axis=1, keepdims=True)
+  return jnp.where(differ, pair, 0.0).reshape(-1)
+
+
 def overlong_penalty(
   lengths: Int[ArrayLike, ' B'], *, max_length: float, cache: float
 ) -> Float[Array, ' B']:

@@ -1,6 +1,6 @@
 """Length buckets: sort responses by length, and truncate a computation to the longest in its batch.
 
-Letters: B sequences, R response length.
+Letters: B sequences, R response length, n sequences of a group.
 """
 
 from collections.abc import Callable
@@ -25,9 +25,29 @@ def used_lengths(mask: Bool[ArrayLike, 'B R']) -> Int[Array, ' B']:
   return jnp.max(jnp.where(mask, jnp.arange(1, mask.shape[1] + 1), 0), axis=1)
 
 
-def order_by_length(mask: Bool[ArrayLike, 'B R']) -> Int[Array, ' B']:
-  """Returns the int32 indices that sort the sequences of `mask` from short to long."""
-  return jnp.argsort(used_lengths(mask))
+def order_by_length(mask: Bool[ArrayLike, 'B R'], group_size: int = 1) -> Int[Array, ' B']:
+  """Returns the int32 indices that sort the sequences of `mask` from short to long.
+
+  Args:
+    mask: [B, R] bool, True at the positions in use.
+    group_size: n; every n consecutive sequences stay together and are sorted by their longest.
+  """
+  longest = jnp.max(used_lengths(mask).reshape(-1, group_size), axis=1)
+  return group_members(jnp.argsort(longest), group_size)
+
+
+def group_members(groups: Int[ArrayLike, '*M G'], group_size: int) -> Int[Array, '*M B']:
+  """Returns the indices of the sequences of groups that each have n consecutive sequences.
+
+  Args:
+    groups: [..., G] int32, indices of groups.
+    group_size: n.
+
+  Returns:
+    [..., G n] int32: g n, g n + 1, ..., g n + n - 1 for each group g.
+  """
+  members = jnp.add.outer(groups * group_size, jnp.arange(group_size))
+  return members.reshape(*groups.shape[:-1], -1)
 
 
 def run_bucketed(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Num
 
+DPO_LOSSES = ('sigmoid', 'ipo', 'hinge')
 RATIO_LEVELS = ('token', 'sequence', 'sequence_token')
 NORMALIZERS = ('token', 'sequence', 'constant')
 
@@ -247,6 +248,60 @@ def pairwise_loss(
   pairs = jnp.sum(better, axis=(1, 2))
   total = jnp.sum(jnp.where(better, loss, 0.0), axis=(1, 2))
   return total / jnp.maximum(pairs, 1), pairs > 0
+
+
+def dpo_loss(
+  policy_chosen: Float[ArrayLike, ' B'],
+  policy_rejected: Float[ArrayLike, ' B'],
+  ref_chosen: Float[ArrayLike, ' B'],
+  ref_rejected: Float[ArrayLike, ' B'],
+  *,
+  beta: float,
+  label_smoothing: float = 0.0,
+  kind: str = 'sigmoid',
+) -> tuple[Float[Array, ' B'], Float[Array, ' B'], Float[Array, ' B']]:
+  """Computes a direct preference loss per pair, from log-probabilities of whole responses.
+
+  With the log-ratio margin d = policy_chosen - ref_chosen - (policy_rejected - ref_rejected):
+
+      'sigmoid':  -(1 - s) log sigmoid(beta d) - s log sigmoid(-beta d)    (DPO; s > 0: cDPO)
+      'ipo':      (d - 1 / (2 beta))^2                                     (IPO)
+      'hinge':    max(0, 1 - beta d)                                       (SLiC)
+
+  See Rafailov et al. 2023, eq. 7 (https://arxiv.org/abs/2305.18290), Azar et al. 2023, eq. 17
+  (https://arxiv.org/abs/2310.12036), and Zhao et al. 2023, eq. 1, as Liu et al. 2023 normalize it
+  in eq. 9 (https://arxiv.org/abs/2305.10425, https://arxiv.org/abs/2309.06657).
+
+  Args:
+    policy_chosen: [B] float32, log-probability of the better response by the policy, in nats:
+      the sum over its tokens.
+    policy_rejected: [B] float32, of the worse response.
+    ref_chosen: [B] float32, of the better response by the reference.
+    ref_rejected: [B] float32, of the worse response by the reference.
+    beta: strength of the implicit KL penalty.
+    label_smoothing: probability s that a label is wrong; used by 'sigmoid' only.
+    kind: 'sigmoid', 'ipo' or 'hinge'.
+
+  Returns:
+    loss [B], and the implicit rewards beta (log pi - log pi_ref) of both responses, [B] each,
+    which have no gradient.
+
+  Raises:
+    ValueError: for an unknown kind.
+  """
+  chex.assert_equal_shape([policy_chosen, policy_rejected, ref_chosen, ref_rejected])
+  chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
+  margin = chosen - rejected
+  if kind == 'sigmoid':
+    loss = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(beta * margin)
+    loss -= label_smoothing * jax.nn.log_sigmoid(-beta * margin)
+  elif kind == 'ipo':
+    loss = jnp.square(margin - 1.0 / (2.0 * beta))
+  elif kind == 'hinge':
+    loss = jax.nn.relu(1.0 - beta * margin)
+  else:
+    raise ValueError(f'unknown kind {kind!r}: one of {DPO_LOSSES}')
+  return loss, *jax.lax.stop_gradient((beta * chosen, beta * rejected))
 
 
 def pick_best_loss(

@@ -37,6 +37,9 @@ class Schedule:
     before_like_first: whether the forward passes before the update use the minibatches and
       microbatches of the first epoch, in the same shapes, instead of the whole rollout or
       microbatches of similar length. In bfloat16 other shapes may give other log-probabilities.
+    group_size: every so many consecutive sequences are a group, such as the responses to one
+      prompt, which stays together and in order in each minibatch and microbatch. It must divide
+      both.
   """
 
   epochs: int = 1
@@ -44,6 +47,7 @@ class Schedule:
   microbatch_size: int = 0
   length_buckets: int = 1
   before_like_first: bool = False
+  group_size: int = 1
 
   def has_microbatches(self, batch: types.Rollout | types.Experience) -> bool:
     """Returns whether a pass over this batch is split into microbatches."""
@@ -118,8 +122,10 @@ def run(
     The next TrainState and metrics: means over all minibatches, and those of `objective.prepare`.
   """
   keys = jax.random.split(types.step_keys(state)[1], schedule.epochs)
-  orders = jax.lax.map(lambda key: jax.random.permutation(key, rollout.tokens.shape[0]), keys)
+  groups = rollout.tokens.shape[0] // schedule.group_size
+  orders = jax.lax.map(lambda key: jax.random.permutation(key, groups), keys)
   orders = orders.reshape(schedule.epochs * schedule.minibatches, -1)
+  orders = lengths.group_members(orders, schedule.group_size)
   if schedule.is_full_batch(rollout):
     gradients, memory = _full_batch_gradients(state, rollout, forward, objective)
   else:
@@ -271,7 +277,8 @@ def _microbatches_before(step_mask, schedule, first):
     return lengths.order_by_length(step_mask).reshape(-1, size), schedule.length_buckets
   if not size or size >= first.shape[1]:
     return first, 1
-  order = jax.vmap(lambda rows: rows[lengths.order_by_length(step_mask[rows])])(first)
+  by_length = lambda rows: rows[lengths.order_by_length(step_mask[rows], schedule.group_size)]
+  order = jax.vmap(by_length)(first)
   return order.reshape(-1, size), schedule.length_buckets
 
 
@@ -307,7 +314,7 @@ def minibatch_gradients(
       lambda rows: grad(params, rows), rows, rows.step_mask, schedule.length_buckets
     )
 
-  order = lengths.order_by_length(experience.step_mask)
+  order = lengths.order_by_length(experience.step_mask, schedule.group_size)
   experience = sharding.shard_rows(jax.tree.map(lambda x: x[order], experience))
   return optim.accumulate(cut, params, experience, schedule.microbatch_size)
 

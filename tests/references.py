@@ -237,6 +237,31 @@ def pairwise_loss(scores, ranks, present, margin, *, centering, smoothing):
   return mean(losses) if losses else None
 
 
+def dpo_loss(pair, ref_pair, *, beta, smoothing, kind):
+  """One pair of (better, worse) log-probabilities: loss, and the two implicit rewards."""
+  rewards = [beta * (float(p) - float(r)) for p, r in zip(pair, ref_pair)]
+  gap = rewards[0] - rewards[1]
+  if kind == 'sigmoid':
+    loss = (1 - smoothing) * softplus(-gap) + smoothing * softplus(gap)
+  elif kind == 'ipo':
+    loss = ((gap - 0.5) / beta) ** 2
+  else:
+    assert kind == 'hinge'
+    loss = 1 - gap if gap < 1 else 0.0
+  return loss, *rewards
+
+
+def best_and_worst(scores, n, kept):
+  """1 for the first best of each group, -1 for its first worst, 0 for the rest and without both."""
+  marks = [0] * len(scores)
+  for start in range(0, len(scores), n):
+    there = [i for i in range(start, start + n) if kept[i]]
+    if len({float(scores[i]) for i in there}) > 1:
+      marks[max(there, key=lambda i: float(scores[i]))] = 1
+      marks[min(there, key=lambda i: float(scores[i]))] = -1
+  return marks
+
+
 def pick_best_loss(scores, ranks, present):
   """One prompt: cross-entropy of the one pick among the present; None without a clear pick."""
   there = [k for k in range(len(scores)) if present[k]]

@@ -160,6 +160,18 @@ def test_equal_groups_by_hand():
   assert np.abs(adv.group_advantages(scores, 3, scale='group')[:3]).max() < 1e-3
 
 
+def test_best_and_worst_agree_with_loops():
+  for case in range(CASES):
+    rng = np.random.default_rng(case)
+    n, prompts = [(2, 1), (2, 5), (4, 3), (7, 2)][case % 4]
+    scores = rng.integers(0, 4, n * prompts).astype(np.float32)  # with ties
+    kept = rng.random(n * prompts) < 0.7
+    expected = references.best_and_worst(scores, n, kept)
+    assert jitted(adv.best_and_worst, n=n)(scores, kept=kept).tolist() == expected
+    every = references.best_and_worst(scores, n, np.ones_like(kept))
+    assert jitted(adv.best_and_worst, n=n)(scores).tolist() == every
+
+
 def test_overlong_penalty_by_hand():
   # DAPO's own numbers: 16,384 tokens are free, 18,432 are half way to 20,480.
   lengths = jnp.array([0, 16384, 18432, 20480, 30000])

@@ -36,6 +36,24 @@ def test_what_is_filled_and_in_which_order():
   assert [expected[i] for i in lengths.order_by_length(jnp.asarray(mask))] == sorted(expected)
 
 
+@pytest.mark.parametrize('n', [2, 5])
+def test_groups_are_sorted_by_their_longest_and_stay_in_order(n):
+  mask = np.random.default_rng(1).random((20, 9)) < 0.2
+  order = lengths.order_by_length(jnp.asarray(mask), n).tolist()
+  used = lengths.used_lengths(jnp.asarray(mask)).tolist()
+  groups = [order[i : i + n] for i in range(0, 20, n)]
+  for group in groups:
+    assert group == list(range(group[0], group[0] + n)) and group[0] % n == 0
+  longest = [max(used[i] for i in group) for group in groups]
+  assert longest == sorted(longest) and sorted(order) == list(range(20))
+
+
+def test_members_of_groups():
+  groups = jnp.array([[2, 0], [1, 3]])
+  assert lengths.group_members(groups, 3).tolist() == [[6, 7, 8, 0, 1, 2], [3, 4, 5, 9, 10, 11]]
+  np.testing.assert_array_equal(lengths.group_members(groups, 1), groups)
+
+
 @pytest.mark.parametrize('length', [0, 1, 15, 16, 17, 32, 47, 63, 64])
 def test_rows_are_cut_to_the_next_stage(length):
   mask = jnp.arange(R)[None] < jnp.array([length, length // 2])[:, None]

@@ -359,6 +359,32 @@ def test_pick_best_and_rating_losses_agree_with_loops():
     )
 
 
+@pytest.mark.parametrize(
+  'kind, smoothing', [('sigmoid', 0.0), ('sigmoid', 0.2), ('ipo', 0.0), ('hinge', 0.0)]
+)
+def test_dpo_losses_agree_with_loops(kind, smoothing):
+  loss = jitted(losses.dpo_loss, beta=0.3, label_smoothing=smoothing, kind=kind)
+  for case in range(CASES):
+    pairs, ref_pairs = np.random.default_rng(case).normal(-9, 4, (2, 2, 5)).astype(np.float32)
+    rows = zip(pairs.T, ref_pairs.T)
+    expected = [references.dpo_loss(*row, beta=0.3, smoothing=smoothing, kind=kind) for row in rows]
+    for found, column in zip(loss(*pairs, *ref_pairs), zip(*expected), strict=True):
+      np.testing.assert_allclose(found, column, rtol=1e-5, atol=1e-5)
+
+
+def test_dpo_losses_by_hand():
+  # The policy gives the better response 3 nats more than the reference does, the worse 1 nat more:
+  # margin 2. With beta 0.5 the rewards are 1.5 and 0.5, and log sigmoid(1) is -0.313262.
+  pair = [jnp.array([x]) for x in (-4.0, -6.0, -7.0, -7.0)]
+  for kind, expected in (('sigmoid', 0.313262), ('ipo', (2 - 1) ** 2), ('hinge', 0.0)):
+    loss, chosen, rejected = losses.dpo_loss(*pair, beta=0.5, kind=kind)
+    close([loss[0], chosen[0], rejected[0]], [expected, 1.5, 0.5])
+  smooth = losses.dpo_loss(*pair, beta=0.5, label_smoothing=0.25)[0]
+  close(smooth, [0.75 * 0.313262 + 0.25 * 1.313262])
+  with pytest.raises(ValueError, match='slic'):
+    losses.dpo_loss(*pair, beta=0.5, kind='slic')
+
+
 # The log-probabilities the losses stand on.
 
 
