@@ -66,7 +66,7 @@ def check_keys(block, defaults, key='config', *, require_all=True):
         f'{key} lacks the key {name!r}: take the config from the config() of its algorithm',
       )
     elif not isinstance(default, ml_collections.ConfigDict):
-      optional = default is None or f'{key}.{name}' in OPTIONAL or name == 'timeout'
+      optional = default is None or f'{key}.{name}' in OPTIONAL or name.endswith('timeout')
       check_value(block[name], defaults.get_type(name), f'{key}.{name}', optional=optional)
     else:
       inner = f'{key}.{name}'

@@ -45,6 +45,12 @@ MAY_CHANGE = {
   'sampling.gather_weights': 'how it is computed',
   'sampling.max_concurrent': 'how it is computed; the responses are the same',
   'reward.timeout': 'how long it waits',
+  'reward.example_timeout': 'how long it waits',
+  'reward.request_timeout': 'how long it waits',
+  'reward.attempts': 'how long it waits',
+  'reward.workers': 'how it is computed',
+  'reward.request_size': 'how it is computed',
+  'reward.url': 'where rewards are computed; they must be the same',
 }
 LENGTH_KEYS = ('steps', 'data.epochs')
 # Keys that determine the optimizer state; if one of them differs, a fork starts with a new state.

@@ -308,7 +308,7 @@ FAULTS = (
   ),
   Fault(
     'a function sees the metadata of the first row',
-    'rlhf_jax/rewards/scorers.py',
+    'rlhf_jax/rewards/host.py',
     'examples[i].metadata for i in rows',
     'examples[0].metadata for i in rows',
     _tests(

@@ -117,6 +117,15 @@ TABLE = (
 # The same for blocks with the keys of scorers.config(), such as config.reward.
 REWARDS = (
   ('max_length', 'function', lambda name, config: bool(name), 'a function gets the full texts'),
+  (
+    'example_timeout error_score',
+    'workers',
+    (0, None),
+    'only workers score one example at a time',
+  ),
+  ('error_score', 'on_error', ('stop', 'skip', None), 'no failed example gets a score'),
+  ('workers', 'function', (None,), 'only a function runs in workers'),
+  ('request_size request_timeout attempts', 'url', (None,), 'there is no reward server'),
   ('ensemble ensemble_coef', 'models', ((), None), 'there is no ensemble'),
   ('ensemble_coef', 'ensemble', ('mean', 'min', None), "only 'variance' uses it"),
 )

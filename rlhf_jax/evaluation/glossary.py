@@ -123,10 +123,20 @@ OBJECTIVE = (
   Metric(
     'objective/skipped',
     'How many responses were left out of the update because their reward is NaN '
-    "(`reward.on_nan='skip'`).",
+    "(`reward.on_nan='skip'`), or because a worker failed on them (`reward.on_error='skip'`).",
     r'\sum_i \mathbb{1}[r_i = \mathrm{NaN}]',
     'responses',
     'Anything above a few: the update sees a biased part of the batch. Fix the reward function.',
+  ),
+  Metric(
+    'reward/failed',
+    'The fraction of responses that no worker could score: the reward function raised, died, took '
+    "too long or returned no number (`reward.on_error='skip'` or `'score'`). In a sum it is "
+    '`reward/PART/failed`.',
+    r'\frac{1}{N} \sum_i \mathbb{1}[\text{failed on } y_i]',
+    'fraction',
+    'Anything above a few per cent. If it rises, the policy has found responses that break the '
+    'reward function; the log names one of each batch.',
   ),
   Metric(
     'reward/PART',

@@ -30,6 +30,7 @@ from rlhf_jax import errors
 from rlhf_jax.rewards import guard
 
 TIMEOUT = 600.0  # default limit of a call in seconds
+REMEDY = 'Once it is fixed, the same command resumes.'  # last sentence of messages
 NOT_NUMBERS = (bool, np.bool_, str, bytes)
 IN_MEMORY = 'in_memory:'  # prefix of the names of functions that are not in a module
 # {name in the config: function} for functions of the calling process; see `in_memory`.
@@ -292,13 +293,36 @@ def call(
       rewards or a reward that is not a finite number. The message names the example.
   """
   guarded = guard.Call(
-    f'the reward function {getattr(function, "__name__", repr(function))}',
-    prompts,
-    responses,
-    limit.seconds,
-    limit.key,
-    remedy='Once it is fixed, the same command resumes.',
+    describe(function), prompts, responses, limit.seconds, limit.key, remedy=REMEDY
   )
+  scores = checked(
+    function,
+    guarded,
+    response_tokens=response_tokens,
+    metadata=metadata,
+    response_length=response_length,
+    allow_nan=limit.allow_nan,
+  )
+  warn_about_nan(scores, guarded)
+  return scores
+
+
+def describe(function):
+  """Returns what messages call a reward function."""
+  return f'the reward function {getattr(function, "__name__", repr(function))}'
+
+
+def checked(
+  function: Callable,
+  call: guard.Call,
+  *,
+  response_tokens: Sequence[Sequence[int]],
+  metadata: Sequence[Mapping],
+  response_length: int,
+  allow_nan: bool = False,
+) -> Float[np.ndarray, ' n'] | Float[np.ndarray, 'n {response_length}']:
+  """Calls a reward function on the examples of a guard.Call; see `call`, which also logs NaNs."""
+  prompts, responses = call.prompts, call.responses
 
   def rewards_of():
     rewards = function(prompts, responses, response_tokens=response_tokens, metadata=metadata)
@@ -307,35 +331,45 @@ def call(
       list(rewards) if np.iterable(rewards) and not isinstance(rewards, (str, dict)) else [rewards]
     )
 
-  rewards = guard.run(rewards_of, guarded)
+  rewards = guard.run(rewards_of, call)
   if len(rewards) != len(responses):
     returned = f'{len(rewards)} rewards' if len(rewards) != 1 else guard.shortened(rewards[0])
     raise refused(
-      f'{guarded.what} returned {returned} for {len(responses)} responses: it must return one '
+      f'{call.what} returned {returned} for {len(responses)} responses: it must return one '
       'for each',
-      guarded,
+      call,
     )
-  first, allow_nan = rewards[0] if rewards else None, limit.allow_nan
+  first = rewards[0] if rewards else None
   per_token = isinstance(first, (list, tuple)) or getattr(first, 'ndim', 0) == 1
   scores = np.zeros((len(rewards), response_length) if per_token else len(rewards), np.float32)
   for i, reward in enumerate(rewards):
     if per_token:
-      value = check_reward(reward, guarded, i, (len(response_tokens[i]),), allow_nan=allow_nan)
+      value = check_reward(reward, call, i, (len(response_tokens[i]),), allow_nan=allow_nan)
       scores[i, : len(value)] = value
     else:
       scores[i] = check_reward(
-        reward, guarded, i, (), tokens=len(response_tokens[i]), allow_nan=allow_nan
+        reward, call, i, (), tokens=len(response_tokens[i]), allow_nan=allow_nan
       )
-  nan = np.flatnonzero(np.isnan(scores).reshape(len(rewards), -1).any(axis=1))
+  return scores
+
+
+def warn_about_nan(scores, call, indices=None):
+  """Logs how many responses are skipped because their reward is NaN, if any are.
+
+  Args:
+    scores: [n] or [n, R].
+    call: guard.Call of the batch.
+    indices: Indices [n] of the scores in the batch; None if they are the whole batch.
+  """
+  nan = np.flatnonzero(np.isnan(scores).any(axis=tuple(range(1, scores.ndim))))
   if nan.size:
     logging.warning(
       '%s returned NaN for %d of %d responses, which are skipped; the first is %s',
-      guarded.what,
+      call.what,
       nan.size,
-      len(rewards),
-      guard.describe_example(nan[0], guarded),
+      len(scores),
+      guard.describe_example(nan[0] if indices is None else indices[nan[0]], call),
     )
-  return scores
 
 
 def check_reward(reward, call, index, shape, *, tokens=None, allow_nan=False):
@@ -382,7 +416,7 @@ def check_reward(reward, call, index, shape, *, tokens=None, allow_nan=False):
   if not all(math.isfinite(v) or allow_nan and math.isnan(v) for v in value.reshape(-1)):
     text = f'{returned}: every reward must be finite'
     if call.key and not np.isinf(value).any():
-      block = call.key.split('.parts.')[0].removesuffix('.timeout')
+      block = call.key.rpartition('.')[0].split('.parts.')[0]
       text += f"; {block}.on_nan='skip' leaves out responses whose reward is NaN"
     raise refused(text, call)
   return value

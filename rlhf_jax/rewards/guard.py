@@ -25,6 +25,7 @@ MAX_FRAMES, MAX_TEXT = 3, 160  # frames shown in a message; characters shown of 
 INTERNAL_MODULES = (
   __name__,
   'rlhf_jax.rewards.functions',
+  'rlhf_jax.rewards.worker',
   'rlhf_jax.evaluation.evaluators',
   'rlhf_jax.evaluation.judges',
   'importlib',
@@ -44,6 +45,7 @@ class Call:
     timeout: time limit in seconds; None for no limit.
     key: config key that sets `timeout`; '' if none does.
     remedy: last sentence of messages.
+    first: index in its batch of the first example of the call.
   """
 
   what: str
@@ -52,6 +54,7 @@ class Call:
   timeout: float | None = None
   key: str = ''
   remedy: str = ''
+  first: int = 0
 
 
 class Expired(BaseException):
@@ -192,8 +195,11 @@ def find_example(frames, call):
   """Returns the index of the example whose texts are in variables of the frames, or None.
 
   Inner frames are searched first. In each, an example whose prompt and response are both found is
-  preferred, then one whose response is found, then one whose prompt is found.
+  preferred, then one whose response is found, then one whose prompt is found. The only example of a
+  call needs no search.
   """
+  if len(call.prompts) == 1:
+    return 0
   for frame in reversed(frames):
     values = {value for value in frame.f_locals.values() if isinstance(value, str) and value}
     for matches in (
@@ -210,7 +216,7 @@ def find_example(frames, call):
 def describe_example(index, call):
   """Returns the index, prompt and response of an example, as text."""
   return (
-    f'example {index}, prompt {shortened(call.prompts[index])}, response '
+    f'example {call.first + index}, prompt {shortened(call.prompts[index])}, response '
     f'{shortened(call.responses[index])}'
   )
 

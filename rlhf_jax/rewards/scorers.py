@@ -17,21 +17,23 @@ import ml_collections
 from ml_collections.config_dict import placeholder
 
 from rlhf_jax import errors
-from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.config import need
 from rlhf_jax.config_keys import check_keys
 from rlhf_jax.data import tokenizers
 from rlhf_jax.models import hf
+from rlhf_jax.rewards import client
 from rlhf_jax.rewards import functions
+from rlhf_jax.rewards import host
 from rlhf_jax.rewards import learned
+from rlhf_jax.rewards import pool
 from rlhf_jax.rollout import actor
 
 Scorer = Callable[..., types.ScoreArray | types.Scores]
 ENSEMBLES = ('mean', 'min', 'variance')
 ON_NAN = ('stop', 'skip')
-SOURCES = ('model', 'models', 'function')
+SOURCES = ('model', 'models', 'function', 'url')
 
 
 def config():
@@ -41,7 +43,15 @@ def config():
       'model': placeholder(str),  # folder of a reward model
       'models': (),  # or folders of an ensemble of reward models
       'function': placeholder(str),  # or a Python function 'package.module:function'
-      'timeout': functions.TIMEOUT,  # seconds that the function may take per batch; None: no limit
+      'url': placeholder(str),  # or the address of a reward server, 'http://HOST:PORT'
+      'timeout': functions.TIMEOUT,  # seconds that these two may take per batch; None: no limit
+      'workers': 0,  # processes that score examples in parallel; 0: the function gets whole batches
+      'example_timeout': pool.TIMEOUT,  # seconds that a worker may take per example; None: no limit
+      'on_error': 'stop',  # examples that a worker fails on: 'stop' the run, 'skip' or 'score' them
+      'error_score': 0.0,  # score of such an example if on_error='score'
+      'request_size': placeholder(int),  # responses per request to the server; None: all
+      'request_timeout': client.TIMEOUT,  # seconds that a request may take
+      'attempts': client.ATTEMPTS,  # tries of a request to a server that is busy, broken or away
       'max_length': placeholder(int),  # tokens of a model with its own tokenizer; None: its context
       'ensemble': 'mean',  # 'mean', 'min' (worst case) or 'variance': mean - coef * variance
       'ensemble_coef': 1.0,  # coef of 'variance'
@@ -100,19 +110,10 @@ def validate_source(block, key, sources):
     f"{key}.models={models!r} must name two or more folders, such as ('a', 'b')",
   )
   need(how in ENSEMBLES, f'{key}.ensemble={how!r} must be one of {", ".join(ENSEMBLES)}')
-  timeout = block.get('timeout', functions.TIMEOUT)
-  need(timeout is None or timeout > 0, f'{key}.timeout={timeout} must be positive, or None')
   coef, length = block.get('ensemble_coef', 1.0), block.get('max_length')
   need(coef >= 0, f'{key}.ensemble_coef={coef} must be 0 or positive')
   need(length is None or length > 0, f'{key}.max_length={length} must be positive, or None')
-  if block.get('function'):
-    load_function(block, key)
-
-
-def load_function(block, key, *, allow_nan=False):
-  """Loads the reward function of a block; returns it and the functions.Limit of its calls."""
-  limit = functions.Limit(block.get('timeout', functions.TIMEOUT), f'{key}.timeout', allow_nan)
-  return functions.load_reward(block.function, key=f'{key}.function', limit=limit), limit
+  host.validate(block, key)
 
 
 def make(config_reward, tokenizer, mesh, *, load, check, key='config.reward', allow_nan=False):
@@ -133,7 +134,7 @@ def make(config_reward, tokenizer, mesh, *, load, check, key='config.reward', al
     one that shares the policy's tokenizer and has hidden states per token.
   """
   c = config_reward
-  allow_nan = allow_nan or skips_nan(c)
+  allow_nan = allow_nan or c.get('on_nan', 'stop') == 'skip'
   if c.get('parts'):
     scorers = {
       name: make(
@@ -151,9 +152,8 @@ def make(config_reward, tokenizer, mesh, *, load, check, key='config.reward', al
       {name: (c.parts[name].get('weight', 1.0), scorer) for name, (scorer, _) in scorers.items()}
     )
     return scorer, first_model(scorers.values())
-  if c.get('function'):
-    function, limit = load_function(c, key, allow_nan=allow_nan)
-    return function_scorer(function, tokenizer, mesh, limit=limit), None
+  if c.get('function') or c.get('url'):
+    return host.make(c, tokenizer, mesh, key=key, allow_nan=allow_nan), None
   load_member = functools.partial(
     model_scorer,
     tokenizer=tokenizer,
@@ -172,8 +172,11 @@ def make(config_reward, tokenizer, mesh, *, load, check, key='config.reward', al
 
 
 def skips_nan(config_reward):
-  """Returns whether responses whose reward is NaN are skipped."""
-  return config_reward.get('on_nan', 'stop') == 'skip'
+  """Returns whether responses whose reward is NaN are skipped, by `on_nan` or by `on_error`."""
+  blocks = [config_reward, *(config_reward.get('parts') or {}).values()]
+  return config_reward.get('on_nan', 'stop') == 'skip' or any(
+    block.get('on_error', 'stop') == 'skip' for block in blocks
+  )
 
 
 def first_model(pairs):
@@ -213,38 +216,6 @@ def model_scorer(path, tokenizer, mesh, *, max_length, load, check):
     return sharding.put_rows(scores, mesh)
 
   return score_texts, None
-
-
-def function_scorer(function, tokenizer, mesh, *, limit=functions.Limit()):
-  """Creates the scorer of a Python function, which each process calls with its part of the batch.
-
-  Args:
-    function: Reward function; see functions.py.
-    tokenizer: Tokenizer of the policy.
-    mesh: Device mesh.
-    limit: functions.Limit of a call.
-
-  Returns:
-    Scorer.
-  """
-
-  def score(rollout, examples):
-    responses, ids = actor.texts_of(rollout, tokenizer)
-
-    def call(rows):
-      return functions.call(
-        function,
-        [examples[i].prompt for i in rows],
-        [responses[i] for i in rows],
-        response_tokens=[ids[i] for i in rows],
-        metadata=[examples[i].metadata for i in rows],
-        response_length=rollout.response_mask.shape[1],
-        limit=limit,
-      )
-
-    return sharding.put_rows(processes.map_over_processes(call, len(examples)), mesh)
-
-  return score
 
 
 def weighted(parts: Mapping[str, tuple[float, Scorer]]) -> Scorer:

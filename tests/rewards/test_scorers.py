@@ -19,6 +19,7 @@ from rlhf_jax.data import formats
 from rlhf_jax.data import tokenizers
 from rlhf_jax.models import heads
 from rlhf_jax.models import hf
+from rlhf_jax.rewards import host
 from rlhf_jax.rewards import scorers
 from rlhf_jax.rewards import scoring
 import tiny
@@ -333,7 +334,7 @@ def numbers(prompts, responses, *, response_tokens, metadata):
 
 def test_a_function_sees_each_rows_own_prompt_response_and_metadata(world, mesh):
   with jax.set_mesh(mesh):
-    scorer = scorers.function_scorer(numbers, tokenizers.load(world / 'tokenizer'), mesh)
+    scorer = host.function_scorer(numbers, tokenizers.load(world / 'tokenizer'), mesh)
     scores = scorer(*rollout())
   np.testing.assert_array_equal(scores, np.arange(B))
 

@@ -1,0 +1,130 @@
+"""Runs with rewards from worker processes: what fails costs no finished step."""
+
+import math
+import sys
+
+import numpy as np
+import pytest
+
+from rlhf_jax import errors
+from rlhf_jax import loop
+from rlhf_jax import metrics as metrics_lib
+from rlhf_jax.algorithms import effects
+from rlhf_jax.evaluation import glossary
+from rlhf_jax.rewards import functions
+from rlhf_jax.rewards import pool
+from rlhf_jax.rewards import scorers
+import tiny
+
+# A module that imports no JAX, so that workers start fast. FOLDER gets a file for each call.
+SOURCE = """
+import os, pathlib
+FOLDER = pathlib.Path(os.environ['FOLDER_FOR_TEST_HOST'])
+
+def good_words(prompts, responses):
+  (FOLDER / str(len(list(FOLDER.iterdir())))).touch()
+  words = [int(word[1:]) for word in responses[0].split() if word[1:].isdigit()]
+  return [sum(word < 30 for word in words) / max(len(words), 1)]
+
+def fails_in_the_third_batch(prompts, responses):
+  if (FOLDER / 'broken').exists() and len(list(FOLDER.iterdir())) > 2 * 16:
+    raise ValueError('no reward')
+  return good_words(prompts, responses)
+
+def fails_for_one_in_five(prompts, responses, *, metadata):
+  if metadata[0]['number'] % 5 == 0:
+    raise ValueError('no reward')
+  return good_words(prompts, responses)
+"""
+
+
+def config(world, function, **reward):
+  config = tiny.ppo(world)
+  config.reward.update({'function': function, 'workers': 1} | reward)
+  config.update({'log_every': 1, 'samples_every': 1, 'checkpoint_every': 100})
+  return config
+
+
+@pytest.fixture
+def calls(tmp_path, monkeypatch):
+  """The folder of the functions above, whose module can be imported."""
+  (tmp_path / 'mine_for_test_host.py').write_text(SOURCE)
+  (tmp_path / 'calls').mkdir()
+  monkeypatch.setenv('FOLDER_FOR_TEST_HOST', str(tmp_path / 'calls'))
+  monkeypatch.syspath_prepend(str(tmp_path))
+  monkeypatch.delitem(sys.modules, 'mine_for_test_host', raising=False)
+  return tmp_path / 'calls'
+
+
+def records(workdir):
+  return [record for record in metrics_lib.read(workdir) if 'objective/scores' in record]
+
+
+def test_a_failing_reward_loses_no_step_and_the_run_resumes_as_if_it_had_not(
+  world, calls, tmp_path
+):
+  """The third batch fails before any checkpoint is due; the whole run is the same without it."""
+  run = config(world, 'mine_for_test_host:fails_in_the_third_batch')
+  (calls / 'broken').touch()
+  with pytest.raises(errors.UserError, match='raised ValueError: no reward.* example 0, prompt'):
+    loop.run(run, tmp_path / 'a')
+  assert [int(path.name) for path in (tmp_path / 'a' / 'checkpoints').iterdir()] == [2]
+  (calls / 'broken').unlink()
+  loop.run(run, tmp_path / 'a')
+  run.reward.update({'function': 'tiny:good_words', 'workers': 0})
+  loop.run(run, tmp_path / 'b')
+  for name in ('objective/scores', 'objective/kl', 'policy/loss'):
+    a, b = ([record[name] for record in records(tmp_path / run)] for run in 'ab')
+    assert len(a) == 4 and a == b, name
+
+
+def test_failures_are_skipped_and_counted(world, calls, tmp_path):
+  run = config(world, 'mine_for_test_host:fails_for_one_in_five', on_error='skip')
+  loop.run(run, tmp_path / 'run')
+  for record in records(tmp_path / 'run'):
+    assert record['reward/failed'] * 16 == record['objective/skipped']
+    assert math.isfinite(record['objective/scores'])
+  assert sum(record['objective/skipped'] for record in records(tmp_path / 'run')) > 0
+  samples = metrics_lib.read_samples(tmp_path / 'run')
+  assert all((one['score'] is None) == (one['parts']['failed'] == 1) for one in samples)
+
+
+WRONG = {
+  'negative': ({'workers': -1}, 'config.reward.workers=-1 must be 0 or more'),
+  'no time': ({'workers': 1, 'example_timeout': 0.0}, 'example_timeout=0.0 must be positive'),
+  'unknown': ({'workers': 1, 'on_error': 'zero'}, "on_error='zero' must be one of stop, skip"),
+  'no workers': ({'on_error': 'skip'}, "on_error='skip' needs a config.reward.function and "),
+  'no tries': ({'attempts': 0}, 'config.reward.attempts=0 must be 1 or more'),
+  'in memory': (
+    {'function': f'{functions.IN_MEMORY}mine', 'workers': 2},
+    'workers=2 needs a function that worker processes can import, but mine is in the main script',
+  ),
+  'no address': (
+    {'function': None, 'url': 'localhost:80'},
+    "config.reward.url='localhost:80' must be an address such as 'http://localhost:8000'",
+  ),
+}
+
+
+@pytest.mark.parametrize('changes, message', WRONG.values(), ids=WRONG)
+def test_a_wrong_key_is_found_before_the_run(changes, message):
+  reward = scorers.config()
+  reward.function = 'tiny:good_words'
+  reward.update(changes)
+  with pytest.raises(errors.UserError, match=message):
+    scorers.validate(reward)
+
+
+def test_settings_without_effect():
+  run = tiny.ppo('world')
+  run.reward.update({'example_timeout': 3.0, 'attempts': 2})
+  lines = [line for line in effects.warnings(run, tiny.ppo_lib.config()) if 'config.reward' in line]
+  assert len(lines) == 2, lines
+  assert 'config.reward.example_timeout=3.0 has no effect with config.reward.workers=0' in lines[0]
+  assert 'config.reward.attempts=2 has no effect with config.reward.url=None' in lines[1]
+
+
+def test_the_metric_is_explained():
+  assert glossary.find('reward/failed').name == 'reward/failed'
+  assert glossary.find('reward/math/failed').name == 'reward/PART'
+  assert np.isfinite(pool.TIMEOUT)
