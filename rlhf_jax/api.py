@@ -273,7 +273,7 @@ class Report(type(pathlib.Path())):
   """Path of a report, which notebooks display as the page."""
 
   def _repr_html_(self):
-    # In single quotes only these need an escape: with html.escape the page is half as large again.
+    # In single quotes only these need an escape; html.escape would add half of the page's size.
     page = self.read_text(encoding='utf-8').replace('&', '&amp;').replace("'", '&#39;')
     return f"<iframe sandbox='allow-scripts' srcdoc='{page}' width='100%' height='600'></iframe>"
 
@@ -417,7 +417,7 @@ def _new_tokenizer(config, kind, workdir):
 
 @contextlib.contextmanager
 def _set_reward(config_reward, reward_fn):
-  """Sets `config.reward`. The body can load a function by name even if no module defines it."""
+  """Sets `config.reward`; in the `with` block, a function that no module defines has a name too."""
   is_text = isinstance(reward_fn, str) and not os.path.isdir(reward_fn)
   name = reward_fn if is_text and judges.names_function(reward_fn) else ''
   is_model = not callable(reward_fn) or isinstance(reward_fn, (Run, reward_models.RewardModel))

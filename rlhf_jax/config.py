@@ -89,8 +89,8 @@ def common(algorithm):
         'eps': 1e-8,  # epsilon of Adam or RMSProp
         'master_dtype': 'float32',  # dtype of the optimizer's weights, if param_dtype differs
         'moment_dtype': 'float32',  # dtype of Adam's first moment
-        'ema': placeholder(float),  # decay of an average of the weights, evaluated and exported
-        'weight_decay': 0.0,  # decoupled, as in AdamW; of matrices only
+        'ema': placeholder(float),  # decay of the moving average of weights to evaluate and export
+        'weight_decay': 0.0,  # decoupled weight decay, as in AdamW, of matrices only
         'clip_norm': placeholder(float),  # largest global norm of the gradients; None: no clipping
       },
       'log_every': 1,  # steps between log lines
@@ -108,12 +108,12 @@ def data():
   """Returns a dict of the keys of a data set."""
   return {
     'path': placeholder(str),  # file, folder, name of a Hugging Face data set, or tfds:NAME
-    'split': placeholder(str),  # of a public data set, or a folder; None: train
+    'split': placeholder(str),  # split of a public data set or of a folder; None: train
     'columns': placeholder(str),  # names of your columns, such as prompt=question,completion=answer
     'format': placeholder(str),  # jsonl, json, csv, tsv, parquet, arrayrecord, text; None: suffix
-    'separator': '\n',  # between two texts of a plain text file
-    'kind': 'text',  # of the examples; sft: 'text' (packed) or 'completion'
-    'max_length': 128,  # tokens of an example
+    'separator': '\n',  # string between two texts of a plain text file
+    'kind': 'text',  # kind of the examples; for sft 'text' (packed) or 'completion'
+    'max_length': 128,  # maximum number of tokens of an example
     'on_error': 'stop',  # malformed records: 'stop', or 'skip' and count them
     'chat_template': placeholder(str),  # jinja template; None: the tokenizer's
   }

@@ -34,7 +34,7 @@ def keys(config):
     config: ConfigDict of a single run or a pipeline.
 
   Returns:
-    Text whose lines, with another value, are flags of the command line.
+    Text with one line per key.
   """
   if 'algorithm' in config:
     return '\n'.join(_lines(config, docs(config.algorithm), 'config'))

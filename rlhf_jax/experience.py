@@ -35,7 +35,7 @@ class ScoreRules:
   missing_eos_value: float = 0.0
 
   def ended(self, rollout: types.Rollout) -> Bool[Array, ' B']:
-    """Returns which responses [B] ended by themselves; all of them if no token ends one."""
+    """Returns which responses [B] were not cut off; all of them if there are no end tokens."""
     if rollout.ended is not None:
       return rollout.ended
     length = rollout.response_mask.shape[1]
@@ -157,7 +157,7 @@ def rollout_metrics(
   kl_coef: float | Float[ArrayLike, ''],
   rules: ScoreRules,
 ) -> dict[str, Num[Array, '...']]:
-  """Metrics of a scored rollout: sums per response averaged over responses, masks applied.
+  """Computes metrics of a scored rollout: means over responses of sums over their tokens.
 
   `objective/scores` is what the reward gave, `objective/postprocessed_scores` what the policy is
   trained on. TRL reports the second as objective/scores if an EOS is missing.
@@ -166,7 +166,7 @@ def rollout_metrics(
   is penalized with. See docs/presets.md.
 
   Args:
-    experience: Experience; with 'returns' where there is a critic.
+    experience: Experience, with `returns` if there is a critic.
     rollout: Rollout.
     scores: [B] or [B, R] float32, before the rules.
     postprocessed: [B] or [B, R] float32, after them.

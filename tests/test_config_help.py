@@ -37,7 +37,7 @@ def test_keys_values_and_docs_of_a_run():
   assert found['--config.rl.vf_coef'].split(maxsplit=1) == ['0.1', 'weight of the value loss']
   assert found['--config.reference'].split(maxsplit=1) == [
     'None',
-    'folder of the reference; None: the policy as it starts',
+    'folder of the reference; None: the initial policy',
   ]
   assert (
     found['--config.reward.ensemble'].startswith("'mean'")

@@ -138,25 +138,25 @@ def config(algorithm, settings):
   data = config_lib.data() | {
     'kind': 'prompt',
     'epochs': placeholder(float),  # passes over the prompts; or set steps
-    'max_prompt_length': 64,  # tokens of a prompt
-    'on_long': 'error',  # longer prompts: 'error', 'drop' or 'truncate_left' (for the reward too)
+    'max_prompt_length': 64,  # maximum number of tokens of a prompt
+    'on_long': 'error',  # longer prompts: 'error', 'drop', or 'truncate_left' for policy and reward
   }
   del data['max_length']
   defaults.data = ml_collections.ConfigDict(data)
-  defaults.reference = placeholder(str)  # folder of the reference; None: the policy as it starts
+  defaults.reference = placeholder(str)  # folder of the reference; None: the initial policy
   defaults.reward = scorers.config()
   defaults.sampling = ml_collections.ConfigDict(
     {
-      'max_new_tokens': 32,  # tokens of a response
+      'max_new_tokens': 32,  # maximum number of tokens of a response
       'temperature': 1.0,  # divides the logits, in training too
       'top_k': placeholder(int),  # sample among the k most likely tokens; None: all
       'top_p': 1.0,  # sample within this probability mass
       'min_new_tokens': 0,  # tokens before the first that may end a response
       'stop': (),  # strings that end a response
       'truncate_at': placeholder(str),  # if rl.response='raw': token that ends the text; None: EOS
-      'truncate_after': 0,  # position from which truncate_at ends the text
+      'truncate_after': 0,  # first position at which truncate_at ends the text
       'samples': 1,  # responses per prompt; must divide batch_size
-      'max_concurrent': placeholder(int),  # size of the continuous batch of responses; None: all
+      'max_concurrent': placeholder(int),  # responses decoded at once; None: all
       'gather_weights': False,  # gather 'fsdp' shards once per rollout; max_concurrent always does
     }
   )
@@ -182,7 +182,7 @@ def critic():
     {
       'kind': 'separate',  # 'separate' model, 'trunk' (head on the policy's states) or 'adapters'
       'path': placeholder(str),  # folder of a separate critic; None: the first reward model
-      'learning_rate': placeholder(float),  # of the critic; None: the policy's
+      'learning_rate': placeholder(float),  # learning rate of the critic; None: the policy's
     }
   )
 

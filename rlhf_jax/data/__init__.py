@@ -1,1 +1,1 @@
-"""Reading the formats people have, tokenizing, packing, and checkpointable iterators."""
+"""Reads and tokenizes data, packs sequences, and iterates over batches with a saved position."""

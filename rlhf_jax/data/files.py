@@ -310,7 +310,7 @@ def _text_lines(file: str) -> stored.Records:
 
 
 def _decode(content: bytes) -> str:
-  """Decodes UTF-8, or else latin-1, which accepts any byte and is that of older corpora."""
+  """Decodes UTF-8, or else latin-1, which accepts any byte and is the encoding of older corpora."""
   try:
     return content.decode('utf-8-sig')
   except UnicodeDecodeError:

@@ -25,7 +25,8 @@ from rlhf_jax.data import packing
 from rlhf_jax.errors import UserError
 
 WINDOW_TOKENS = 2**21  # in the windows of all lanes, within the limits below
-# Sequences of a window: 64 pack as well as all documents together, 8 leave 3 to 9 % more padding.
+# Sequences per window. Windows of 64 pack as well as all documents together; windows of 8 leave 3
+# to 9 % more padding.
 MIN_WINDOW, MAX_WINDOW = 8, 64
 PREFETCH = 4  # batches
 LOW_BITS = 30  # a document number is gathered as two int32: its low bits, and the others
@@ -57,7 +58,7 @@ class Lane:
 
   @property
   def place(self) -> tuple[int, int]:
-    """Number of documents before the window, and of sequences returned from the window."""
+    """Tuple: number of the window's first document, and sequences already returned from it."""
     return self._first, self._returned
 
   @place.setter
@@ -171,7 +172,7 @@ class Batches(Iterator[types.LMBatch]):
     places = state['places']
     if len(places) != len(self._local):
       raise UserError(
-        f'the checkpoint has the place in the texts for a batch_size of {len(places)}, but the '
+        f'the checkpoint has a position in the texts for a batch_size of {len(places)}, but the '
         f'config has {len(self._local)}: set config.batch_size (for ptx: config.ptx.batch_size) to '
         f'{len(places)}. Data that is tokenized during training can only be resumed with the same '
         'batch size.'

@@ -45,7 +45,7 @@ def assign(documents: Sequence[np.ndarray], *, length: int) -> list[list[np.ndar
 
 
 def pad(documents: Sequence[np.ndarray], *, length: int, pad_id: int) -> types.LMBatch:
-  """Puts each document, or piece of a longer one, into its own sequence; else as `pack`."""
+  """Puts each document, or piece of a longer one, into its own sequence; otherwise like `pack`."""
   return to_batch([[piece] for piece in _pieces(documents, length)], length=length, pad_id=pad_id)
 
 

@@ -225,7 +225,7 @@ def _stream(
 
 
 class Batches(Iterable[tuple[Any, np.ndarray]]):
-  """Pairs of a batch and valid, bool [B], which are made again in each iteration."""
+  """Iterable over pairs of a batch and valid, bool [B]; makes them anew in each iteration."""
 
   def __init__(self, make: Callable[[], Iterator[tuple[Any, np.ndarray]]]):
     self._make = make

@@ -183,9 +183,6 @@ def has_blank_prompt(fields: Fields, example: Any) -> bool:
   return bool(messages) and not messages[-1]['content'].strip()
 
 
-# The conversions.
-
-
 def to_text(fields: Fields, tokenizer: Tokenizer | None) -> str | Completion:
   """Converts a record to a text or a Completion. Arguments and errors as for `to_completion`."""
   if 'text' in fields:

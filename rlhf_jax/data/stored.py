@@ -132,7 +132,7 @@ class Joined(Records):
 
 
 class Changed(Records):
-  """Other records, each converted by a function when it is read."""
+  """Records that are converted by a function when they are read."""
 
   def __init__(self, records: Records, change: Callable[[Record], Record]):
     self._records, self._change, self.size = records, change, records.size

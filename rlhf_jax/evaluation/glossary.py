@@ -66,7 +66,7 @@ OBJECTIVE = (
     'objective/kl',
     'How far the policy is from the reference: the mean over responses of the log-ratio of the '
     'two, summed over tokens (the k1 estimate, whatever `rl.kl_estimator` is). It is 0 in the '
-    'first step if the reference is the policy as it starts.',
+    'first step if the reference is the initial policy.',
     r'\frac{1}{N} \sum_i \sum_t \log \frac{\pi_{\mathrm{old}}(y_{i,t} \mid x_i, y_{i,<t})}'
     r'{\pi_{\mathrm{ref}}(y_{i,t} \mid x_i, y_{i,<t})}',
     'nats per response',

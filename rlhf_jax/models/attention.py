@@ -29,7 +29,8 @@ from rlhf_jax.models import layers
 BLOCK_SIZE = {'cpu': 128, 'gpu': 256, 'tpu': 256}
 # With fewer blocks of queries or of keys, 'plain' is as fast or faster.
 MIN_BLOCKS = 4
-# Lengths on a TPU are padded to a multiple of its lanes; splash gets blocks of this many tokens.
+# 'splash' pads lengths to a multiple of TPU_LANES, and uses blocks of at most SPLASH_BLOCK_SIZE
+# tokens.
 TPU_LANES, SPLASH_BLOCK_SIZE = 128, 512
 
 

@@ -77,7 +77,7 @@ SCORE = 'score'
 
 
 class Fields:
-  """Hands out the fields of a config one by one; `refuse_unread` refuses those left at the end.
+  """Reads the fields of a config one by one; `refuse_unread` then refuses those that were not read.
 
   Args:
     fields: Dict of a config.json, or of `config.model.init`, which has the same names.

@@ -87,7 +87,7 @@ def set_up(model, params, *, unfrozen_layers, targets, rslora, path, seed):
 
 
 def new_adapters(model, frozen, *, key):
-  """Returns new adapters on frozen parameters, on the top layers only if they are split off."""
+  """Returns new adapters: on the top layers if these are split off, else on all layers."""
   if 'top' in frozen:
     return {'top': lora_lib.init(key, frozen['top'], model.lora)}
   return lora_lib.init(key, frozen, model.lora)

@@ -224,7 +224,7 @@ def guarded_gold(function, what):
 
   Args:
     function: Function (prompt, response) -> number.
-    what: Its name in messages.
+    what: Name of the function in messages.
 
   Returns:
     Function (prompt, response) -> float.

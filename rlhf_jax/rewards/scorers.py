@@ -300,7 +300,7 @@ def _ensemble(members, response_mask, coef, *, how):
 
 
 def _parts(name, scores, response_mask, weight):
-  """Returns {name: weighted score [B]}, and the member's own parts under `name/`."""
+  """Returns a member's score as {name: weighted score [B]}, and its parts as {name/PART: [B]}."""
   total = scores.total
   if total.ndim == 2:
     total = jnp.sum(jnp.where(response_mask, total, 0.0), axis=1)

@@ -1,4 +1,4 @@
-"""The reference of runs from trained adapters: the policy as it starts, adapters and all."""
+"""The reference of runs that start from trained adapters is the initial policy, with adapters."""
 
 import dataclasses
 
