@@ -6,13 +6,13 @@
 #   -n N   number of processes (default 2)
 #   -d D   number of CPU devices of each process (default 1)
 #
-# The output of the processes other than 0 has their number as a prefix. Processes use CPU devices;
-# with JAX_PLATFORMS=cuda each process uses one GPU.
+# Lines of output of process i > 0 begin with [i]. Processes use CPU devices; with
+# JAX_PLATFORMS=cuda each process uses one GPU.
 #
 # On Ctrl-C or SIGTERM, or if a process exits with status 143 or 130, all processes save and exit; a
-# second signal kills them. If a process fails, the others are stopped at once. In both cases the same
-# command resumes. The exit status is 0, 130 after Ctrl-C, 143 after SIGTERM, or 1 after a failure.
-# Environment variables:
+# second signal kills them. If a process fails, the others are stopped at once. In both cases the
+# same command resumes. The exit status is 0, 130 after Ctrl-C, 143 after SIGTERM, or 1 after a
+# failure. Environment variables:
 #
 #   GRACE_SECONDS   time to save before processes are killed (default 120)
 #   ALONE_SECONDS   time for processes to exit after another has exited with status 0 (default 60)
@@ -44,7 +44,8 @@ for number in "$count" "$devices"; do
 done
 grace=${GRACE_SECONDS:-120} alone=${ALONE_SECONDS:-60}
 for number in "$grace" "$alone"; do
-  [[ $number =~ ^[0-9]+$ ]] || fail "GRACE_SECONDS and ALONE_SECONDS must be whole numbers, not '$number'"
+  [[ $number =~ ^[0-9]+$ ]] ||
+    fail "GRACE_SECONDS and ALONE_SECONDS must be whole numbers, not '$number'"
 done
 
 free_port() {
@@ -63,7 +64,8 @@ export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 export XLA_FLAGS="${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$devices"
 
 # Each process writes its exit status to a pipe (3), so that the first failure is known. Only this
-# script has the write end of a second pipe (6). If the script is killed, the processes see end of file.
+# script has the write end of a second pipe (6). If the script is killed, the processes read end of
+# file.
 folder=$(mktemp -d)
 mkfifo "$folder/ended" "$folder/alive"
 exec 3<>"$folder/ended"
@@ -84,7 +86,7 @@ prefixed() { # number of the process
   done
 }
 
-watch() { # pid of the process's wrapper; kills its process group if the wrapper or this script is gone
+watch() { # pid of a wrapper; kills its process group if the wrapper or this script has exited
   local code=129
   while ((code > 128)) && kill -0 "$1" 2>/dev/null; do # above 128: the read timed out
     code=0
@@ -94,10 +96,10 @@ watch() { # pid of the process's wrapper; kills its process group if the wrapper
 }
 
 run() { # number of the process, command; runs in its own process group
-  local number=$1 wrapper=$BASHPID status=127 told=0 child='' before code watcher
+  local number=$1 wrapper=$BASHPID status=127 signals=0 child='' before code watcher
   shift
   exec 6>&-
-  trap 'told=$((told + 1)); [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM
+  trap 'signals=$((signals + 1)); [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM
   ((number == 0)) || exec > >(exec 3>&- 5<&-; prefixed "$number") 2>&1
   export PROCESS_ID=$number
   case $JAX_PLATFORMS in
@@ -107,12 +109,12 @@ run() { # number of the process, command; runs in its own process group
   watcher=$!
   "$@" 3>&- 5<&- &
   child=$!
-  ((told == 0)) || kill -TERM "$child" 2>/dev/null || true
+  ((signals == 0)) || kill -TERM "$child" 2>/dev/null || true
   while :; do # a signal interrupts `wait` before the process exits
-    before=$told code=0
+    before=$signals code=0
     wait "$child" || code=$?
-    ((code == 127)) || status=$code # 127: an earlier `wait` returned the status, or it was not found
-    ((told != before)) || break
+    ((code == 127)) || status=$code # 127: an earlier `wait` returned the status, or not found
+    ((signals != before)) || break
   done
   kill "$watcher" 2>/dev/null || true
   echo "$number $status" >&3
@@ -158,31 +160,32 @@ trap 'stop 130 interrupted' INT
 trap 'stop 143 terminated' TERM
 trap 'stop 129 "the terminal is closed"' HUP
 
-written() { # whether a line can be read; a `read` with a timeout may end in the middle of a line
+has_line() { # whether a line can be read; a `read` with a timeout may end in the middle of a line
   read -r -t 0 -u 3
 }
 
-next_end() { # sets number and status of a process that has exited, if one exits within 0.2 s
+next_exit() { # sets number and status of a process that has exited, if one exits within 0.2 s
   local candidate
-  written || sleep 0.2
-  for candidate in "${!wrappers[@]}"; do # a process that was killed with its wrapper writes no status
-    if ! written && [[ -z ${ended[candidate]-} ]] && ! kill -0 -- "-${wrappers[candidate]}" 2>/dev/null; then
-      written || { number=$candidate status=137 && return; }
+  has_line || sleep 0.2
+  for candidate in "${!wrappers[@]}"; do # a process that is killed with its wrapper writes nothing
+    if ! has_line && [[ -z ${ended[candidate]-} ]] &&
+      ! kill -0 -- "-${wrappers[candidate]}" 2>/dev/null; then
+      has_line || { number=$candidate status=137 && return; }
     fi
   done
-  written && read -r -u 3 number status
+  has_line && read -r -u 3 number status
 }
 
 failed() { # message; stops the other processes
   end_all
-  say "$1; the others were ended."
+  say "$1; the other processes were stopped."
   say "the same command resumes from the last checkpoint."
   exit 1
 }
 
 of="of 0 to $((count - 1))" finished=''
 while ((${#ended[@]} < count)); do
-  if next_end; then
+  if next_exit; then
     ended[number]=$status
     how="ended with status $status"
     ((status <= 128)) || how="was killed by signal $((status - 128)) ($(kill -l $((status - 128))))"
@@ -201,7 +204,8 @@ while ((${#ended[@]} < count)); do
       break
     fi
   elif [[ $finished ]] && ((SECONDS - finished >= alone && ${#ended[@]} < count)); then
-    failed "process $first ($of) ended with status 0, and $((count - ${#ended[@]})) still worked $alone s later"
+    running=$((count - ${#ended[@]}))
+    failed "process $first ($of) ended with status 0, and $running still ran $alone s later"
   fi
 done
 if [[ $stopping && "${ended[*]-}" == *[1-9]* || ${#ended[@]} -lt $count ]]; then

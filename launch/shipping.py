@@ -15,9 +15,8 @@ import subprocess
 import tarfile
 
 MAX_UNTRACKED_BYTES = 50 * 10**6  # data and models should be on SHARED, not on every worker
-LIST = (
-  '.shipped'  # file in the archive that lists its files, so that the next setup can remove them
-)
+# File in the archive that lists its files, so that the next setup can remove them.
+LIST = '.shipped'
 
 
 class Error(Exception):
@@ -135,6 +134,6 @@ def check_arguments(root, shipment, arguments):
     if name not in shipment.files and not name.startswith('..'):
       why = 'it is too large' if name in shipment.left_out else 'git ignores it'
       raise Error(
-        f'{argument}: {path} is not shipped to the TPU, as {why}: '
-        f'`git add -f {path}`, or put it on SHARED'
+        f'{argument}: {path} is not sent to the TPU, because {why}: '
+        f'run `git add -f {path}`, or put it on SHARED'
       )

@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 
-# States of a node: https://cloud.google.com/tpu/docs/reference/rest/v2/projects.locations.nodes#State
-# The launcher waits while a node is in a state of COMING, starts a STOPPED node (only a person
-# stops nodes, and only single hosts can be stopped), and replaces a LOST node. HIDDEN, UNKNOWN and
-# other states need a person.
-COMING = (
+# States of a node, from
+# https://cloud.google.com/tpu/docs/reference/rest/v2/projects.locations.nodes#State.
+# The launcher waits while the state is in CHANGING, starts a STOPPED node (only a user stops nodes,
+# and only single hosts can be stopped), and replaces a node whose state is in LOST. All other
+# states, such as HIDDEN and UNKNOWN, are errors.
+CHANGING = (
   'CREATING',
   'STARTING',
   'RESTARTING',
@@ -24,13 +25,12 @@ COMING = (
   'DELETING',
 )
 LOST = ('PREEMPTED', 'TERMINATED')
-# States of a request: https://cloud.google.com/tpu/docs/queued-resources. FAILED and SUSPENDED are
-# final.
-OVER = (None, 'FAILED', 'SUSPENDED')
+# States of a request that do not change: https://cloud.google.com/tpu/docs/queued-resources.
+FINAL = (None, 'FAILED', 'SUSPENDED')
 CALL_TRIES = 8  # tries of one gcloud call
 # Polls (10 minutes) after which a missing node of an ACTIVE request counts as deleted.
 LOST_POLLS = 20
-NODE_POLLS = 240  # polls (2 hours) after which a node in a state of COMING needs a person
+NODE_POLLS = 240  # polls (2 hours) after which a node that stays in a state of CHANGING is an error
 CALL_SECONDS, CHANGE_SECONDS = 120, 1800  # time limits of a query, and of a creation or deletion
 MISSING = ('NOT_FOUND', 'was not found')
 PERMANENT = (
@@ -57,8 +57,8 @@ command -v mount.nfs >/dev/null ||
   { sudo apt-get -q update && sudo apt-get -q install -y nfs-common; }
 sudo mkdir -p /mnt/shared
 mountpoint -q /mnt/shared || sudo mount -t nfs -o hard,vers=3 %s /mnt/shared"""
-# The Python of the images is too old. The digest is written last, so an interrupted setup does not
-# count.
+# The Python of the images is too old. The digest is written last, so an interrupted setup is
+# repeated.
 SETUP = """
 mkdir -p rlhf_jax && cd rlhf_jax
 rm -f .shipped_digest
@@ -116,7 +116,7 @@ class Tpu:
 
   Attributes:
     name: Name of both.
-    asking: Whether a request was sent that gcloud has not answered yet.
+    is_requesting: Whether a request was sent that gcloud has not answered yet.
   """
 
   def __init__(self, settings, dry_run):
@@ -129,7 +129,7 @@ class Tpu:
     self.shared = settings.get('SHARED')
     self.poll = float(settings.get('POLL_SECONDS') or 30)
     self.dry_run = dry_run
-    self.asking = False
+    self.is_requesting = False
 
   def command(self, *words):
     """Returns a gcloud command line with our zone and project."""
@@ -175,7 +175,7 @@ class Tpu:
         if any(word in error for word in accept):
           return None
       except FileNotFoundError as missing:
-        raise Failure('there is no gcloud: install it, https://cloud.google.com/sdk') from missing
+        raise Failure('gcloud is not installed: see https://cloud.google.com/sdk') from missing
       except subprocess.TimeoutExpired:
         error = f'no answer in {seconds} s'
       except ValueError as wrong:
@@ -184,7 +184,7 @@ class Tpu:
       if attempt == tries or any(word in error for word in PERMANENT):
         raise Failure(f'{what}: {error}')
       wait = back_off(attempt, self.poll / 6, 10 * self.poll)
-      say(f'{what}, try {attempt} of {tries}, again in {wait:.0f} s: {error[-300:]}')
+      say(f'{what} (try {attempt} of {tries}); retrying in {wait:.0f} s: {error[-300:]}')
       time.sleep(wait)
 
   def change(self, *words, accept=()):
@@ -204,7 +204,7 @@ class Tpu:
   def request(self):
     """Requests the TPU. An existing request of this name keeps its place in the queue."""
     spot = ['--spot'] if self.spot else []
-    self.asking = True
+    self.is_requesting = True
     self.change(
       'queued-resources',
       'create',
@@ -215,7 +215,7 @@ class Tpu:
       *spot,
       accept=('ALREADY_EXISTS', 'already exists'),
     )
-    self.asking = False
+    self.is_requesting = False
 
   def remove(self):
     """Deletes the request and its node, or a node without a request, and waits until both are gone.
@@ -236,7 +236,7 @@ class Tpu:
           return
         if again:
           self.change('tpu-vm', 'delete', self.name, '--quiet', accept=MISSING)
-    raise Failure(f'{self.name} was deleted, and is still there')
+    raise Failure(f'{self.name} was deleted but still exists')
 
   def settle(self):
     """Waits until the TPU is ready or must be requested again.
@@ -245,7 +245,7 @@ class Tpu:
       'READY', or the state that requires a new request; 'NONE' if there is no TPU and no request.
 
     Raises:
-      Failure: In a state that needs a person.
+      Failure: If the state is an error.
     """
     last, polls = None, 0
     while True:
@@ -254,20 +254,20 @@ class Tpu:
       # A preempted request is SUSPENDING before its node changes its state.
       if node in LOST or node == 'READY' and queue != 'SUSPENDING':
         return node
-      if (node is None and queue in OVER) or (node in COMING and queue in ('FAILED', 'SUSPENDED')):
+      if node is None and queue in FINAL or node in CHANGING and queue in ('FAILED', 'SUSPENDED'):
         return queue or 'NONE'
-      if node not in (None, 'READY', 'STOPPED', *COMING):
-        raise Failure(f'{self.name} is {node}, which a person must look at')
+      if node not in (None, 'READY', 'STOPPED', *CHANGING):
+        raise Failure(f'{self.name} is {node}: the launcher cannot handle this state; check it')
       polls = polls + 1 if (node, queue) == last else 0
       if not polls:
         last = node, queue
-        say(f'waits: {self.name} is {node or "not there yet"}, its request {queue or "not there"}')
+        say(f'waiting: {self.name} is {node or "not created"}, its request is {queue or "missing"}')
       if queue == 'ACTIVE' and node is None and polls >= LOST_POLLS:
         return 'ACTIVE, but its TPU is gone'
       if node is not None and polls >= NODE_POLLS:  # a place in the queue may take days
         raise Failure(f'{self.name} has been {node} for {polls * self.poll / 60:.0f} minutes')
       if node == 'STOPPED':
-        say(f'starts {self.name} again')
+        say(f'restarting {self.name}')
         self.change('tpu-vm', 'start', self.name)
       time.sleep(self.poll)
 
@@ -291,13 +291,13 @@ class Tpu:
     """Returns the shell commands that mount SHARED."""
     return MOUNT % shlex.quote(self.shared) if self.shared else ''
 
-  def holds(self, shipment):
+  def check_setup(self, shipment):
     """Returns 0 if all workers have the files of the shipment, and NOT_SET_UP if one does not."""
     return self.on_workers(CHECK % shipment.digest + self.mount())
 
   def setup(self, shipment):
     """Sends and installs the files, and returns whether all workers are set up."""
-    say(f'ships {shipment.summary}')
+    say(f'sending {shipment.summary}')
     sent = self.stream(
       'tpu-vm', 'scp', str(shipment.archive), f'{self.name}:rlhf_jax.tar.gz', '--worker=all'
     )

@@ -50,7 +50,7 @@ from tpu_node import say
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TRIES = 8  # consecutive tries of `resume` without a long run
 SETUP_TRIES = 3  # few, because the TPU is billed during the setup
-LONG_RUN_POLLS = 40  # polls (20 minutes) after which a run counts as long: its start did not fail
+LONG_RUN_POLLS = 40  # polls (20 minutes) after which a run counts as long, and tries start at 0
 RESUMABLE = (143, 255)  # exit statuses of a run that saved and stopped, and of a lost connection
 
 
@@ -66,8 +66,8 @@ def pack(folder, arguments=()):
     name, _, path = argument.partition('=')
     if name == '--workdir' and '://' not in path and not os.path.isabs(path):
       say(
-        f'{argument} is on the disks of the workers, and lost with them: '
-        f'mount SHARED, and give --workdir=/mnt/shared/{path}'
+        f'{argument} is on the disks of the workers, which are deleted with the TPU: '
+        f'set SHARED, and use --workdir=/mnt/shared/{path}'
       )
   if shipment.left_out:
     names = sorted(shipment.left_out, key=shipment.left_out.get, reverse=True)
@@ -75,8 +75,8 @@ def pack(folder, arguments=()):
     more = f' and {len(names) - 5} more' if len(names) > 5 else ''
     limit = shipping.MAX_UNTRACKED_BYTES / 1e6
     say(
-      f'does not ship {shown}{more}: untracked files above {limit:.0f} MB in all; '
-      'put them on SHARED'
+      f'does not send {shown}{more}: the untracked files exceed {limit:.0f} MB in total; '
+      'put large files on SHARED'
     )
   return shipment
 
@@ -92,14 +92,14 @@ def create(tpu, folder):
   if now != 'READY':
     raise Failure(
       f'the request for {tpu.name} is {now}: '
-      f'`{shlex.join(tpu.command("queued-resources", "describe", tpu.name))}` says why'
+      f'`{shlex.join(tpu.command("queued-resources", "describe", tpu.name))}` shows why'
     )
 
 
 def setup(tpu, folder):
   """Sends and installs this checkout."""
   if not tpu.setup(pack(folder)):
-    raise Failure(f'the setup of {tpu.name} failed: its own error stands above')
+    raise Failure(f'the setup of {tpu.name} failed: see its error above')
 
 
 def delete(tpu, folder):
@@ -126,7 +126,7 @@ def replace(tpu, now):
   Returns:
     The state after waiting; see tpu_node.Tpu.settle.
   """
-  say(f'{tpu.name} is {now}: makes a new one')
+  say(f'{tpu.name} is {now}: requesting a new one')
   if now != 'NONE':
     if tpu.node_state() == 'READY':  # a TPU in use must not be deleted
       return 'READY'
@@ -145,16 +145,16 @@ def prepare(tpu, shipment):
     Failure: If the TPU is ready but cannot be set up.
   """
   for attempt in range(1, SETUP_TRIES + 1):
-    status = tpu.holds(shipment)
+    status = tpu.check_setup(shipment)
     if status == 0 or status == tpu_node.NOT_SET_UP and tpu.setup(shipment):
       return True
     if tpu.node_state() != 'READY':
       return False
     if attempt < SETUP_TRIES:
       wait = tpu_node.back_off(attempt, tpu.poll, 20 * tpu.poll)
-      say(f'the setup failed, try {attempt} of {SETUP_TRIES}, again in {wait:.0f} s')
+      say(f'the setup failed (try {attempt} of {SETUP_TRIES}); retrying in {wait:.0f} s')
       time.sleep(wait)
-  raise Failure(f'the setup of {tpu.name} failed {SETUP_TRIES} times: its own error stands above')
+  raise Failure(f'the setup of {tpu.name} failed {SETUP_TRIES} times: see its error above')
 
 
 def resume(tpu, folder, *arguments):
@@ -189,12 +189,12 @@ def resume(tpu, folder, *arguments):
     is_ready = node == 'READY' and queue not in ('SUSPENDING', 'SUSPENDED')
     if is_ready and status not in RESUMABLE:
       raise Failure(
-        f'the run ended with status {status}, and {tpu.name} is READY: its own error stands above'
+        f'the run ended with status {status}, and {tpu.name} is READY: see its error above'
       )
-    say(f'the run ended with status {status}, and {tpu.name} is {node or "gone"}: resumes')
+    say(f'the run ended with status {status}, and {tpu.name} is {node or "gone"}: resuming')
     if time.monotonic() - started > LONG_RUN_POLLS * tpu.poll:
       tries = 0
-  raise Failure(f'{TRIES} tries in a row came to nothing')
+  raise Failure(f'{TRIES} consecutive tries failed')
 
 
 def dry_resume(tpu, shipment, arguments):
@@ -203,7 +203,7 @@ def dry_resume(tpu, shipment, arguments):
   tpu.remove()
   tpu.request()
   tpu.node_state()
-  tpu.holds(shipment)
+  tpu.check_setup(shipment)
   tpu.setup(shipment)
   tpu.run(arguments)
 
@@ -218,28 +218,29 @@ def report(tpu, interrupted):
     node, queue = tpu.node_state(tries=2), tpu.queue_state(tries=2)
   except (Failure, KeyboardInterrupt) as error:
     say(
-      f'cannot tell what is left of {tpu.name}, which may be there and bill: '
+      f'{tpu.name} may still exist and be billed: delete it with '
       f'`launch/tpu_vm.sh delete`, or `{delete_request}`; {error}'
     )
     return
-  ways = (
-    f'`launch/tpu_vm.sh delete`, or `{delete_node if queue is None and node else delete_request}`'
-  )
+  delete_command = delete_node if queue is None and node else delete_request
+  remedy = f'delete it with `launch/tpu_vm.sh delete`, or `{delete_command}`'
   if node is None and queue is None:
-    if tpu.asking:
-      say(f'the request for {tpu.name} was cut short, and may still be granted and bill: {ways}')
+    if tpu.is_requesting:
+      say(
+        f'the request for {tpu.name} was interrupted, and may still be granted and billed: {remedy}'
+      )
     else:
       say(f'nothing is left of {tpu.name}')
     return
-  if node in tpu_node.LOST or node is None and queue in tpu_node.OVER:
-    bills = 'does not bill, but keeps its name until it is deleted'
+  if node in tpu_node.LOST or node is None and queue in tpu_node.FINAL:
+    cost = 'is not billed, but keeps its name until it is deleted'
   elif node is None:
-    bills = 'bills as soon as it is granted'
+    cost = 'is billed as soon as it is granted'
   else:
-    bills = 'bills until it is deleted'
-  going = '; a run on its workers may still be going' if interrupted and node == 'READY' else ''
-  what = f'{tpu.name} is left, {node},' if node else f'the request for {tpu.name} is left, {queue},'
-  say(f'{what} and {bills}: {ways}{going}')
+    cost = 'is billed until it is deleted'
+  running = '; a run on its workers may not have stopped' if interrupted and node == 'READY' else ''
+  status = f'{tpu.name} is {node}' if node else f'the request for {tpu.name} is {queue}'
+  say(f'{status} and {cost}: {remedy}{running}')
 
 
 def stop(number, frame):
@@ -275,7 +276,7 @@ def start(arguments):
   )
   for name in needed:
     if not os.environ.get(name):
-      say(f'set {name}; `launch/tpu_vm.sh` alone says what it is')
+      say(f'set the variable {name}; `launch/tpu_vm.sh` without arguments describes it')
       return 1
   try:
     tpu = tpu_node.Tpu(os.environ, dry_run)

@@ -228,8 +228,8 @@ def test_one_that_ends_well_alone_ends_all():
   _, err = process.communicate(timeout=30)
   assert process.returncode == 1 and alive(process.pid) == []
   assert (
-    'process 1 (of 0 to 2) ended with status 0, and 2 still worked 1 s later; '
-    'the others were ended.' in err
+    'process 1 (of 0 to 2) ended with status 0, and 2 still ran 1 s later; '
+    'the other processes were stopped.' in err
   )
 
 

@@ -169,10 +169,10 @@ def own(tmp_path, checkout):
   return Cloud(tmp_path, pathlib.Path(shutil.copytree(checkout, tmp_path / 'checkout')))
 
 
-def bills(err):
-  """The last line, which names what is left and how to delete it."""
+def last_line(err):
+  """Returns the last line, which must name what is billed and the commands that delete it."""
   line = err.splitlines()[-1]
-  assert 'mine is left' in line or 'the request for mine' in line or 'of mine' in line, err
+  assert 'mine is ' in line or 'the request for mine' in line or 'mine may' in line, err
   assert '`launch/tpu_vm.sh delete`' in line and '`gcloud compute tpus ' in line and AT in line, err
   return line
 
@@ -184,10 +184,9 @@ def test_create_asks_and_waits(cloud):
   code, err = cloud.run('create', SPOT='1', PROJECT='ours')
   assert code == 0, err
   assert cloud.calls()[0] == [*CREATE, '--spot', '--format=json', AT, '--project=ours']
-  assert cloud.count('create') == 1 and 'its request PROVISIONING' in err
-  assert 'mine is left, READY, and bills until it is deleted' in bills(
-    err
-  ) and '--project=ours' in bills(err)
+  assert cloud.count('create') == 1 and 'its request is PROVISIONING' in err
+  assert 'mine is READY and is billed until it is deleted' in last_line(err)
+  assert '--project=ours' in last_line(err)
 
 
 def test_resume_creates_sets_up_and_runs(cloud):
@@ -204,7 +203,7 @@ def test_resume_creates_sets_up_and_runs(cloud):
   cloud.fault()
   code, err = cloud.run('resume', *ARGUMENTS)
   assert code == 0 and cloud.count('scp') == 0 and cloud.count('create') == 0, err
-  assert 'mine is left, READY, and bills' in bills(err)
+  assert 'mine is READY and is billed' in last_line(err)
 
 
 def test_fetch_and_delete(cloud):
@@ -221,7 +220,7 @@ def test_fetch_and_delete(cloud):
     '--worker=0',
     AT,
   ]
-  assert 'READY' in bills(err)
+  assert 'READY' in last_line(err)
   code, err = cloud.run('delete')
   assert code == 0 and cloud.calls('delete') == [[*DELETE, '--format=json', AT]]
   assert 'nothing is left of mine' in err.splitlines()[-1]
@@ -267,7 +266,7 @@ def test_wrong_commands_show_the_usage(cloud, arguments):
 )
 def test_missing_settings_are_named(cloud, verb, missing):
   code, err = cloud.run(verb, **{missing: ''})
-  assert code == 1 and f'set {missing}' in err and cloud.calls() == []
+  assert code == 1 and f'set the variable {missing}' in err and cloud.calls() == []
 
 
 def test_a_wrong_setting_is_named(cloud):
@@ -282,14 +281,14 @@ def test_503_while_waiting_is_waited_out(cloud):
   cloud.set({'words': QUEUE, 'skip': 1, 'times': 2, **UNAVAILABLE})
   code, err = cloud.run('resume', *ARGUMENTS)
   assert code == 0 and cloud.runs() and cloud.count('create') == 1 and cloud.count('delete') == 0
-  assert 'queued-resources describe failed, try 1 of 8, again in' in err and '503' in err
+  assert 'queued-resources describe failed (try 1 of 8); retrying in' in err and '503' in err
 
 
 def test_503_that_stays_is_bounded_and_resume_keeps_its_place_in_the_queue(cloud):
   cloud.set({'words': QUEUE, 'skip': 1, 'times': 8, **UNAVAILABLE})
   code, err = cloud.run('resume', *ARGUMENTS)
   assert code == 1 and cloud.count('delete') == 0 and 9 < cloud.count(*QUEUE) < 13
-  assert 'bills as soon as it is granted' in bills(err)
+  assert 'is billed as soon as it is granted' in last_line(err)
   cloud.fault()
   code, err = cloud.run('resume', *ARGUMENTS)
   assert code == 0 and cloud.count('create') == cloud.count('delete') == 0 and cloud.runs(), err
@@ -303,10 +302,7 @@ def test_what_cannot_be_asked_is_named(cloud):
   )
   code, err = cloud.run('resume', *ARGUMENTS)
   assert code == 1 and cloud.count('delete') == cloud.count('create') == 0 and cloud.count() == 2
-  assert (
-    'cannot tell what is left of mine, which may be there and bill' in bills(err)
-    and 'PERMISSION_DENIED' in err
-  )
+  assert 'mine may still exist and be billed' in last_line(err) and 'PERMISSION_DENIED' in err
 
 
 def test_a_line_on_stderr_is_no_state(cloud):
@@ -346,12 +342,14 @@ def test_deletion_that_fails_is_repeated(cloud):
   assert code == 0 and 'nothing is left' in err and cloud.world()['node'] is None
   cloud.set({'words': ['delete'], 'times': 99, **UNAVAILABLE}, **READY)
   code, err = cloud.run('delete')
-  assert code == 1 and 'mine is left, READY' in bills(err) and cloud.count('delete') == 8
+  assert code == 1 and 'mine is READY' in last_line(err) and cloud.count('delete') == 8
 
 
 def test_a_node_without_a_request_is_deleted_and_named(cloud):
   cloud.set(node='READY')
-  assert '`gcloud compute tpus tpu-vm delete mine --quiet' in bills(cloud.run('fetch', 'a', 'b')[1])
+  assert '`gcloud compute tpus tpu-vm delete mine --quiet' in last_line(
+    cloud.run('fetch', 'a', 'b')[1]
+  )
   code, err = cloud.run('delete')
   assert code == 0 and cloud.world()['node'] is None and 'nothing is left' in err
 
@@ -368,7 +366,7 @@ def test_signals_name_what_is_left(cloud, number, code):
   _, err = process.communicate(timeout=30)
   assert (
     process.returncode == code
-    and 'WAITING_FOR_RESOURCES, and bills as soon as it is granted' in bills(err)
+    and 'WAITING_FOR_RESOURCES and is billed as soon as it is granted' in last_line(err)
   )
   assert cloud.count('delete') == 0
 
@@ -380,9 +378,8 @@ def test_a_request_that_is_cut_short_is_named(cloud):
     time.sleep(0.05)
   process.terminate()
   _, err = process.communicate(timeout=30)
-  assert process.returncode == 143 and 'was cut short, and may still be granted and bill' in bills(
-    err
-  )
+  assert process.returncode == 143
+  assert 'was interrupted, and may still be granted and billed' in last_line(err)
 
 
 # The TPU goes, or is on its way.
@@ -401,10 +398,10 @@ def test_a_tpu_on_its_way_is_waited_for(cloud, state):
 def test_a_tpu_that_stays_on_its_way_or_is_hidden_is_for_a_person(cloud):
   cloud.set(node='REPAIRING', queue='ACTIVE', stuck=['REPAIRING'])
   code, err = cloud.run('resume', *ARGUMENTS, constants='tpu_node.NODE_POLLS = 3')
-  assert code == 1 and 'has been REPAIRING for' in err and 'mine is left, REPAIRING' in bills(err)
+  assert code == 1 and 'has been REPAIRING for' in err and 'mine is REPAIRING' in last_line(err)
   cloud.set(node='HIDDEN', queue='ACTIVE')
   code, err = cloud.run('resume', *ARGUMENTS)
-  assert code == 1 and 'which a person must look at' in err and cloud.count('delete') == 0
+  assert code == 1 and 'cannot handle this state' in err and cloud.count('delete') == 0
 
 
 def test_a_tpu_that_was_deleted_beside_its_request_is_made_again(cloud):
@@ -419,7 +416,7 @@ def test_preempted_in_the_middle_of_the_run_makes_another_and_resumes(cloud):
   assert code == 0 and cloud.runs() == ['auto', '-m', 'rlhf_jax.main', *ARGUMENTS], err
   assert cloud.count('delete') == cloud.count('create') == 1 and cloud.count(*SETUP) == 2
   first, second = cloud.calls(*RUN)
-  assert first == second and 'ended with status 255, and mine is PREEMPTED: resumes' in err
+  assert first == second and 'ended with status 255, and mine is PREEMPTED: resuming' in err
 
 
 @pytest.mark.parametrize('words', [QUEUE, SETUP, ['scp'], RUN])
@@ -456,9 +453,9 @@ def test_a_tpu_that_is_always_preempted_ends_after_a_few_tries(cloud):
   """Today 56 creations in 15 s; and the waits grow."""
   cloud.set({'words': ['create'], 'times': 99, 'world': {'queue': 'SUSPENDED'}})
   code, err = cloud.run('resume', *ARGUMENTS, constants='tpu_vm.TRIES = 4')
-  assert code == 1 and '4 tries in a row came to nothing' in err and cloud.count('create') == 4
+  assert code == 1 and '4 consecutive tries failed' in err and cloud.count('create') == 4
   assert 'try 2 of 4 in' in err and 'try 4 of 4 in' in err
-  bills(err)
+  last_line(err)
 
 
 def test_waits_grow_up_to_a_limit_and_differ(monkeypatch):
@@ -475,7 +472,7 @@ def test_create_says_what_became_of_the_request(cloud, state):
   cloud.set({'words': ['create'], 'world': {'queue': state}})
   code, err = cloud.run('create')
   assert code == 1 and f'the request for mine is {state}' in err
-  assert 'does not bill, but keeps its name' in bills(err)
+  assert 'is not billed, but keeps its name' in last_line(err)
 
 
 # The setup and the run fail.
@@ -488,7 +485,7 @@ def test_a_failed_setup_is_set_up_again(cloud):
     code == 0
     and cloud.runs()
     and cloud.count(*SETUP) == 2
-    and 'the setup failed, try 1 of 3' in err
+    and 'the setup failed (try 1 of 3)' in err
   )
 
 
@@ -499,7 +496,7 @@ def test_a_setup_that_was_cut_short_is_set_up_again(cloud):
   (cloud.folder / 'worker' / 'python3').write_text('#!/bin/sh\nexit 1\n')
   (cloud.folder / 'home' / 'rlhf_jax' / '.shipped_digest').write_text('other')
   code, err = cloud.run('setup')
-  assert code == 1 and 'the setup of mine failed' in err and 'READY' in bills(err)
+  assert code == 1 and 'the setup of mine failed' in err and 'READY' in last_line(err)
   (cloud.folder / 'worker' / 'python3').write_text(PYTHON3)
   cloud.fault()
   assert cloud.run('resume', *ARGUMENTS)[0] == 0 and cloud.count(*SETUP) == 1
@@ -509,7 +506,7 @@ def test_a_setup_that_always_fails_ends(cloud):
   cloud.set({'words': SETUP, 'times': 99, 'code': 1}, **READY)
   code, err = cloud.run('resume', *ARGUMENTS)
   assert code == 1 and cloud.count(*SETUP) == 3 and cloud.count('delete') == 0
-  assert 'the setup of mine failed 3 times' in err and 'mine is left, READY' in bills(err)
+  assert 'the setup of mine failed 3 times' in err and 'mine is READY' in last_line(err)
 
 
 @pytest.mark.parametrize('status', [143, 255])
@@ -523,7 +520,10 @@ def test_a_run_that_is_always_stopped_ends_unless_it_lasts(cloud):
   cloud.set({'words': RUN, 'times': 4, 'code': 143}, **READY)
   code, err = cloud.run('resume', *ARGUMENTS, constants='tpu_vm.TRIES = 3')
   assert (
-    code == 1 and cloud.count(*RUN) == 3 and '3 tries in a row' in err and 'READY' in bills(err)
+    code == 1
+    and cloud.count(*RUN) == 3
+    and '3 consecutive tries' in err
+    and 'READY' in last_line(err)
   )
   cloud.fault({'words': RUN, 'times': 4, 'code': 143})
   code, err = cloud.run(
@@ -537,7 +537,7 @@ def test_resume_ends_where_the_run_itself_fails(cloud):
   cloud.set({'words': RUN, 'code': 1}, **READY)
   code, err = cloud.run('resume', *ARGUMENTS)
   assert code == 1 and cloud.count(*RUN) == 1
-  assert 'the run ended with status 1, and mine is READY' in err and 'mine is left, READY' in bills(
+  assert 'the run ended with status 1, and mine is READY' in err and 'mine is READY' in last_line(
     err
   )
 
@@ -545,7 +545,7 @@ def test_resume_ends_where_the_run_itself_fails(cloud):
 def test_run_gives_the_status_of_the_run(cloud):
   cloud.set({'words': RUN, 'code': 143}, **READY)
   code, err = cloud.run('run', *ARGUMENTS)
-  assert code == 143 and 'READY' in bills(err)
+  assert code == 143 and 'READY' in last_line(err)
 
 
 def test_a_run_before_saves_before_the_next_begins(cloud):
@@ -596,7 +596,10 @@ def test_setup_ships_the_checkout_as_it_is(own):
   (own.checkout / 'runs' / 'big.log').touch()
   (own.checkout / 'link.py').symlink_to('configs/x.py')
   code, err = own.run('resume', '--config=configs/x.py', '--workdir=runs/x')
-  assert '--workdir=runs/x is on the disks of the workers, and lost with them: mount SHARED' in err
+  assert (
+    '--workdir=runs/x is on the disks of the workers, which are deleted with the TPU: set SHARED'
+    in err
+  )
   assert code == 0 and 'with 2 changed and 2 untracked files' in err, err
   assert (home / 'configs' / 'x.py').read_text() == (home / 'link.py').read_text() == 'steps = 2\n'
   assert (home / 'my reward.py').exists() and not (home / 'rlhf_jax' / 'main.py').exists()
@@ -640,14 +643,14 @@ def test_large_untracked_files_are_left_out_and_named(own):
   home = own.folder / 'home' / 'rlhf_jax'
   assert code == 0 and (home / 'rewards.py').exists() and not (home / 'data.jsonl').exists()
   assert (
-    'does not ship data.jsonl (60.0 MB): untracked files above 50 MB in all; put them on SHARED'
-    in err
+    'does not send data.jsonl (60.0 MB): the untracked files exceed 50 MB in total; '
+    'put large files on SHARED' in err
   )
   own.fault()
   code, err = own.run('resume', '--config=configs/x.py', '--config.data.path=data.jsonl')
   assert (
     code == 1
-    and 'data.jsonl is not shipped to the TPU, as it is too large' in err
+    and 'data.jsonl is not sent to the TPU, because it is too large' in err
     and own.count('ssh') == 0
   )
 
@@ -659,7 +662,7 @@ def test_a_config_that_git_ignores_is_refused_before_a_tpu_is_asked_for(own, arg
   (own.checkout / 'runs').mkdir()
   (own.checkout / 'runs' / 'config.json').touch()
   code, err = own.run('resume', *arguments)
-  assert code == 1 and 'runs/config.json is not shipped to the TPU, as git ignores it' in err
+  assert code == 1 and 'runs/config.json is not sent to the TPU, because git ignores it' in err
   assert own.count('create') == 0
 
 
