@@ -54,7 +54,7 @@ def main(_):
       update = updates.prepare(
         updates.make_config(
           w,
-          workloads.WAYS[FLAGS.way].config
+          workloads.VARIANTS[FLAGS.variant].config
           | {'microbatch_size': FLAGS.microbatch, 'rl.length_buckets': buckets},
           FLAGS.device,
         ),

@@ -39,9 +39,9 @@ def sizes(vocab):
   return [*batches, wide]
 
 
-def temporaries(w, way, mesh):
+def temporaries(w, variant, mesh):
   """Returns the peak bytes of a workload's update beyond its arguments and results."""
-  update = updates.prepare(updates.make_config(w, workloads.WAYS[way].config), mesh)
+  update = updates.prepare(updates.make_config(w, workloads.VARIANTS[variant].config), mesh)
   return update.step.memory_analysis().temp_size_in_bytes
 
 
@@ -71,7 +71,7 @@ def main(_):
   found = {}
   with jax.set_mesh(mesh):
     for vocab in (BASE.vocab, SMALL_VOCABULARY):
-      found[vocab] = [(w, temporaries(w, FLAGS.way, mesh)) for w in sizes(vocab)]
+      found[vocab] = [(w, temporaries(w, FLAGS.variant, mesh)) for w in sizes(vocab)]
   for vocab, pairs in found.items():
     title = f'MiB of an update, batch x response x width; vocabulary {vocab}, {BASE.layers} layers'
     print(tables.stages_table([row(w, used) for w, used in pairs], title=title, width=110))

@@ -9,7 +9,7 @@ from benchmarks import workloads
 FLAGS = flags.FLAGS
 flags.DEFINE_enum('workload', 's', list(workloads.WORKLOADS), 'Workload.')
 flags.DEFINE_enum(
-  'way', 'separate', list(workloads.WAYS), 'Trained parameters; see workloads.WAYS.'
+  'variant', 'separate', list(workloads.VARIANTS), 'Trained parameters; see workloads.VARIANTS.'
 )
 flags.DEFINE_enum('device', 'cpu', ['cpu', 'gpu', 'tpu'], 'Kind of device.')
 flags.DEFINE_integer('threads', 2, 'Number of cores on a CPU.')

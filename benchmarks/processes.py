@@ -25,22 +25,22 @@ class Peer:
   Attributes:
     module: Name of its module in benchmarks.peers.
     venv: Name of its virtual environment; '' for the current one.
-    way: Trained parameters; see workloads.WAYS.
+    variant: Trained parameters; see workloads.VARIANTS.
   """
 
   module: str
   venv: str = ''
-  way: str = 'separate'
+  variant: str = 'separate'
 
 
 PEERS = {
   'ours': Peer('ours'),
-  'ours-trunk': Peer('ours', way='trunk'),
-  'ours-hydra': Peer('ours', way='hydra'),
-  'ours-lora': Peer('ours', way='lora'),
+  'ours-trunk': Peer('ours', variant='trunk'),
+  'ours-hydra': Peer('ours', variant='hydra'),
+  'ours-lora': Peer('ours', variant='lora'),
   'trl': Peer('trl', 'trl'),
   'tunix': Peer('tunix', 'tunix'),
-  'easydel': Peer('easydel', 'easydel', way='trunk'),  # the only way that it supports
+  'easydel': Peer('easydel', 'easydel', variant='trunk'),  # the only variant that it supports
   'hf': Peer('hf', 'trl'),
 }
 

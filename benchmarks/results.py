@@ -42,7 +42,7 @@ def seconds(run):
   return parts
 
 
-def summarize(runs, about, w, limits, *, way, device):
+def summarize(runs, about, w, limits, *, variant, device):
   """Computes one row of the table.
 
   Args:
@@ -50,7 +50,7 @@ def summarize(runs, about, w, limits, *, way, device):
     about: Message that the peer sent when it was ready.
     w: Workload.
     limits: {'matmul': FLOP/s, 'copy': bytes/s} of the machine.
-    way: See workloads.WAYS.
+    variant: See workloads.VARIANTS.
     device: 'cpu', 'gpu' or 'tpu'.
 
   Returns:
@@ -62,10 +62,10 @@ def summarize(runs, about, w, limits, *, way, device):
   medians = {part: statistics.median(row[part] for row in rows) for part in rows[0]}
   complete = all(part in medians for part in workloads.PARTS)
   total = statistics.median(sum(row.values()) for row in rows) if complete else None
-  work = workloads.flops(w, way, about['epochs'])
+  work = workloads.flops(w, variant, about['epochs'])
   item = 4 if device == 'cpu' else 2
   bound = sum(
-    workloads.bound(w, **limits, way=way, epochs=about['epochs'], item_size=item).values()
+    workloads.bound(w, **limits, variant=variant, epochs=about['epochs'], item_size=item).values()
   )
   utilization = lambda work, part, limit: (
     work / medians[part] / limits[limit] if part in medians else None

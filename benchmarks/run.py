@@ -46,7 +46,7 @@ def start(peer, w, log):
     device=FLAGS.device,
     threads=FLAGS.threads,
     log=log,
-    options=['--way', peer.way] if peer.way != 'separate' else [],
+    options=['--variant', peer.variant] if peer.variant != 'separate' else [],
   )
 
 
@@ -150,7 +150,7 @@ def measure(names, w, out):
       runs[name][0]['about'],
       w,
       limit,
-      way=processes.PEERS[name].way,
+      variant=processes.PEERS[name].variant,
       device=FLAGS.device,
     )
     for name in names

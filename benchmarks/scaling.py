@@ -49,7 +49,7 @@ def measure(w, log):
     device=FLAGS.device,
     threads=FLAGS.threads,
     log=log,
-    options=['--way', FLAGS.way],
+    options=['--variant', FLAGS.variant],
   )
   try:
     process.turn()

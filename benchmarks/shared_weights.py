@@ -20,12 +20,12 @@ from rlhf_jax.evaluation import tables
 FLAGS = options.FLAGS
 
 # {name: changes from the config that trains all parameters and a separate critic}.
-WAYS = {
-  'all, separate critic': workloads.WAYS['separate'].config,
-  'all, critic on the trunk': workloads.WAYS['trunk'].config,
-  'top half, critic on the trunk': workloads.WAYS['hydra'].config,
-  'adapters, critic on the trunk': workloads.WAYS['lora'].config,
-  'adapters, the critic too': workloads.WAYS['lora'].config | {'critic.kind': 'adapters'},
+VARIANTS = {
+  'all, separate critic': workloads.VARIANTS['separate'].config,
+  'all, critic on the trunk': workloads.VARIANTS['trunk'].config,
+  'top half, critic on the trunk': workloads.VARIANTS['hydra'].config,
+  'adapters, critic on the trunk': workloads.VARIANTS['lora'].config,
+  'adapters, the critic too': workloads.VARIANTS['lora'].config | {'critic.kind': 'adapters'},
 }
 
 
@@ -67,8 +67,8 @@ def main(_):
   mesh = sharding.make_mesh({'data': -1})
   with jax.set_mesh(mesh):
     rows = [
-      {'stage': way, **measure(updates.prepare(updates.make_config(w, changes), mesh))}
-      for way, changes in WAYS.items()
+      {'stage': variant, **measure(updates.prepare(updates.make_config(w, changes), mesh))}
+      for variant, changes in VARIANTS.items()
     ]
   description = (
     f'GPT-2, {w.layers} layers of width {w.width}, vocabulary {w.vocab}, '

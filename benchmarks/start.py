@@ -32,7 +32,7 @@ def start(w, folder, *words):
     device=FLAGS.device,
     threads=FLAGS.threads,
     log=os.path.join(folder, 'log'),
-    options=['--way', FLAGS.way, *words],
+    options=['--variant', FLAGS.variant, *words],
   )
   try:
     first, second = process.turn(), process.turn()
@@ -56,7 +56,7 @@ def main(_):
       {'stage': name, **start(w, folder, *words)}
       for name, words in (('no cache', []), ('empty cache', cache), ('next start', cache))
     ]
-  print(tables.stages_table(rows, title=f'Seconds: {w.name}, {FLAGS.way}, on {FLAGS.device}'))
+  print(tables.stages_table(rows, title=f'Seconds: {w.name}, {FLAGS.variant}, on {FLAGS.device}'))
 
 
 if __name__ == '__main__':

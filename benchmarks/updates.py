@@ -28,7 +28,7 @@ def make_config(w, changes, device='cpu'):
 
   Args:
     w: Workload.
-    changes: {key: value} to change, such as workloads.Way.config. 'half' is half of the layers.
+    changes: {key: value} to change, such as workloads.Variant.config. 'half' is half of the layers.
     device: 'cpu', 'gpu' or 'tpu'.
   """
   config = ppo.config()

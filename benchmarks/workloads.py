@@ -88,7 +88,7 @@ def read(text):
 
 
 @dataclasses.dataclass(frozen=True)
-class Way:
+class Variant:
   """A choice of trained parameters, and its cost in forward passes.
 
   Attributes:
@@ -114,12 +114,14 @@ class Way:
 
 LORA = (('attention/(query|value)$', 16, 32.0),)
 # 'separate' is the work that all peers do.
-WAYS = {
-  'separate': Way({}, 4, 2, 3, 3, 2, 2),
-  'trunk': Way({'critic.kind': 'trunk'}, 3, 1, 3, 3, 1, 1),
+VARIANTS = {
+  'separate': Variant({}, 4, 2, 3, 3, 2, 2),
+  'trunk': Variant({'critic.kind': 'trunk'}, 3, 1, 3, 3, 1, 1),
   # The lower half of the blocks runs once for policy and reference, and not in the epochs.
-  'hydra': Way({'critic.kind': 'trunk', 'model.unfrozen_layers': 'half'}, 2.5, 0.5, 3, 2, 0.5, 0),
-  'lora': Way({'critic.kind': 'trunk', 'model.lora.targets': LORA}, 3, 1, 2, 2, 0, 0),
+  'hydra': Variant(
+    {'critic.kind': 'trunk', 'model.unfrozen_layers': 'half'}, 2.5, 0.5, 3, 2, 0.5, 0
+  ),
+  'lora': Variant({'critic.kind': 'trunk', 'model.lora.targets': LORA}, 3, 1, 2, 2, 0, 0),
 }
 
 
@@ -135,19 +137,20 @@ def unembed_flops(w, tokens):
   return 2 * w.batch * tokens * w.width * w.vocab
 
 
-def flops(w, way='separate', epochs=EPOCHS):
+def flops(w, variant='separate', epochs=EPOCHS):
   """Computes the FLOPs of one iteration, {'rollout', 'scoring', 'update'}.
 
   Scoring is a forward pass of policy, critic, reference and reward model, with log-probabilities of
   the response for policy and reference. The update is a forward and a backward pass of policy and
   critic in each epoch. Norms, activations, softmax and sampling are not counted.
   """
-  way = WAYS[way]
+  variant = VARIANTS[variant]
   body, unembed = body_flops(w, w.length), unembed_flops(w, w.response)
   return {
     'rollout': body + unembed,
-    'scoring': way.bodies * body + 2 * unembed,
-    'update': epochs * (way.trained_bodies * way.body_passes * body + way.unembed_passes * unembed),
+    'scoring': variant.bodies * body + 2 * unembed,
+    'update': epochs
+    * (variant.trained_bodies * variant.body_passes * body + variant.unembed_passes * unembed),
   }
 
 
@@ -179,17 +182,19 @@ def decode_bytes(w, item_size):
   }
 
 
-def optimizer_bytes(w, way='separate', epochs=EPOCHS):
+def optimizer_bytes(w, variant='separate', epochs=EPOCHS):
   """Computes the bytes that Adam reads and writes in an iteration, in float32.
 
   It reads and writes weights and both moments, and reads gradients.
   """
-  way = WAYS[way]
-  trained = way.trained_blocks * body_weights(w) + way.trained_embeddings * w.vocab * w.width
+  variant = VARIANTS[variant]
+  trained = (
+    variant.trained_blocks * body_weights(w) + variant.trained_embeddings * w.vocab * w.width
+  )
   return epochs * 7 * 4 * trained
 
 
-def bound(w, matmul, copy, *, way='separate', epochs=EPOCHS, item_size=4):
+def bound(w, matmul, copy, *, variant='separate', epochs=EPOCHS, item_size=4):
   """Computes a lower bound of the seconds of an iteration from the machine's measured limits.
 
   FLOPs run at the rate of a large matmul. A decode step takes at least the time to read the
@@ -199,19 +204,19 @@ def bound(w, matmul, copy, *, way='separate', epochs=EPOCHS, item_size=4):
     w: Workload.
     matmul: FLOP/s of a large matmul.
     copy: Bytes/s of a large copy, read plus written.
-    way: See WAYS.
+    variant: See VARIANTS.
     epochs: Number of epochs of the update.
     item_size: Bytes of a weight in decode steps.
 
   Returns:
     Seconds by part: {'rollout', 'scoring', 'update'}.
   """
-  work = flops(w, way, epochs)
+  work = flops(w, variant, epochs)
   prefill = body_flops(w, w.prompt) + unembed_flops(w, 1)
   decode = work['rollout'] - prefill
   return {
     'rollout': prefill / matmul
     + max(decode / matmul, decode_bytes(w, item_size)['weights'] / copy),
     'scoring': work['scoring'] / matmul,
-    'update': work['update'] / matmul + optimizer_bytes(w, way, epochs) / copy,
+    'update': work['update'] / matmul + optimizer_bytes(w, variant, epochs) / copy,
   }

@@ -1,6 +1,6 @@
 """Runs rlhf_jax's PPO on a workload.
 
-python -m benchmarks.peers.ours --workload xs --way separate
+python -m benchmarks.peers.ours --workload xs --variant separate
 
 `algorithms/ppo.create` creates the learner from a config, and an iteration is that of loop.py.
 The reward model is a separate call, but the reference's log-probabilities are compiled into the
@@ -73,9 +73,9 @@ def write_world(w, folder):
   )
 
 
-def make_config(w, way, folder, device):
-  """Returns the config of a workload; see workloads.WAYS."""
-  config = updates.make_config(w, workloads.WAYS[way].config, device)
+def make_config(w, variant, folder, device):
+  """Returns the config of a workload; see workloads.VARIANTS."""
+  config = updates.make_config(w, workloads.VARIANTS[variant].config, device)
   config.steps = 10**6
   config.tokenizer = str(folder / 'tokenizer')
   config.data.path = str(folder / 'prompts.jsonl')
@@ -148,7 +148,7 @@ def main():
   with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
     folder = pathlib.Path(folder)
     write_world(w, folder)
-    learner, state, passes = create(make_config(w, options.way, folder, options.device), mesh)
+    learner, state, passes = create(make_config(w, options.variant, folder, options.device), mesh)
     batch = None
     seconds = compiling()
     turns.ready(protocol.versions('rlhf_jax', 'jax', 'jaxlib', 'flax'))

@@ -18,12 +18,12 @@ from benchmarks import workloads
 
 
 def arguments(doc, **texts):
-  """Reads the flags of every peer (workload, device, threads, way) and the text flags `texts`."""
+  """Reads the flags that all peers have, and the text flags named in `texts`."""
   parser = argparse.ArgumentParser(description=doc.splitlines()[0])
   parser.add_argument('--workload', type=workloads.read, required=True)
   parser.add_argument('--device', choices=('cpu', 'gpu', 'tpu'), default='cpu')
   parser.add_argument('--threads', type=int, default=2)
-  parser.add_argument('--way', choices=tuple(workloads.WAYS), default='separate')
+  parser.add_argument('--variant', choices=tuple(workloads.VARIANTS), default='separate')
   for name, default in texts.items():
     parser.add_argument(f'--{name}', default=default)
   return parser.parse_args()

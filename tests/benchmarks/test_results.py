@@ -27,7 +27,7 @@ RUN = {
 
 def summary(run=RUN, **changes):
   return results.summarize(
-    [run], ABOUT, W, LIMITS, **{'way': 'separate', 'device': 'cpu', **changes}
+    [run], ABOUT, W, LIMITS, **{'variant': 'separate', 'device': 'cpu', **changes}
   )
 
 
@@ -47,7 +47,8 @@ def test_medians():
 def test_runs_are_pooled():
   slow = RUN | {'iterations': [report(9.0, 9.0, 9.0)] * 4}
   assert (
-    results.summarize([RUN, slow], ABOUT, W, LIMITS, way='separate', device='cpu')['total'] == 27.0
+    results.summarize([RUN, slow], ABOUT, W, LIMITS, variant='separate', device='cpu')['total']
+    == 27.0
   )
 
 

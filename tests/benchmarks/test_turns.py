@@ -20,11 +20,11 @@ def start(module, tmp_path, *options):
   )
 
 
-@pytest.mark.parametrize('way', ['separate', 'hydra'])
-def test_ours_takes_turns(tmp_path, monkeypatch, capsys, way):
+@pytest.mark.parametrize('variant', ['separate', 'hydra'])
+def test_ours_takes_turns(tmp_path, monkeypatch, capsys, variant):
   monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
-  name = 'ours' if way == 'separate' else f'ours-{way}'
-  peer = start('ours', tmp_path, '--way', way)
+  name = 'ours' if variant == 'separate' else f'ours-{variant}'
+  peer = start('ours', tmp_path, '--variant', variant)
   try:
     runs, _ = run.take_turns({name: peer}, [], 2)
   finally:
@@ -39,7 +39,7 @@ def test_ours_takes_turns(tmp_path, monkeypatch, capsys, way):
     assert set(report['parts']) == set(workloads.PARTS) and min(report['parts'].values()) > 0
     assert report['peak'] > 2**20 and report['device_peak'] is None
   row = results.summarize(
-    [timed], peer.about, W, {'matmul': 1e9, 'copy': 1e9}, way=way, device='cpu'
+    [timed], peer.about, W, {'matmul': 1e9, 'copy': 1e9}, variant=variant, device='cpu'
   )
   assert row['total'] > 0 and row['compile'] > 0
   assert row['total'] == pytest.approx(sum(map(sum, (r['parts'].values() for r in iterations))) / 2)

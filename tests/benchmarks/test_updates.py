@@ -47,7 +47,7 @@ def test_what_an_update_holds(mesh, monkeypatch):
 
 
 def test_half_of_the_layers():
-  config = updates.make_config(W, workloads.WAYS['hydra'].config)
+  config = updates.make_config(W, workloads.VARIANTS['hydra'].config)
   assert (config.model.unfrozen_layers, config.critic.kind) == (1, 'trunk')
 
 
@@ -55,9 +55,9 @@ def test_temporaries(mesh):
   assert memory.temporaries(W, 'separate', mesh) > W.batch * W.length * W.width * 4
 
 
-@pytest.mark.parametrize('way', workloads.WAYS)
+@pytest.mark.parametrize('variant', workloads.VARIANTS)
 @pytest.mark.parametrize('workload', workloads.WORKLOADS)
-def test_every_workload_is_a_valid_run(workload, way, tmp_path, monkeypatch):
+def test_every_workload_is_a_valid_run(workload, variant, tmp_path, monkeypatch):
   monkeypatch.setattr(jax, 'device_count', lambda: 1)
-  config = ours.make_config(workloads.WORKLOADS[workload], way, tmp_path, 'cpu')
+  config = ours.make_config(workloads.WORKLOADS[workload], variant, tmp_path, 'cpu')
   assert config.batch_size == workloads.WORKLOADS[workload].batch
