@@ -359,7 +359,7 @@ def _fit_lengths(config, overrides):
     overrides: {config key: value} that the caller set; these keys keep their values.
   """
   if config.model.path:
-    model = hf.read_model(folders.model(config.model.path))
+    model = hf.read_model(folders.find_model(config.model.path))
   else:
     model = models.create({'vocab_size': 1} | config.model.init.to_dict())
   context = model.max_length

@@ -1,7 +1,7 @@
 """Command lines of programs: flags, --config, overrides --config.KEY=VALUE, --help, --print.
 
 Errors that a user can fix are printed in one line: `parse` does so for errors in flags, and
-`one_line` for later errors.
+`exit_on_error` for later errors.
 """
 
 import argparse
@@ -140,7 +140,7 @@ def parse(argv, required=(), module='__main__'):
 
 
 @contextlib.contextmanager
-def one_line():
+def exit_on_error():
   """Exits with a message of one line if the body gets Ctrl-C or an error that a user can fix.
 
   It is for programs that do not train. `main` also prints how to resume.

@@ -184,7 +184,7 @@ def parser():
 def start():
   """Reads the command line and prints the table."""
   options = parser().parse_args()
-  with command_line.one_line():
+  with command_line.exit_on_error():
     errors.need(
       options.policies or options.workdir,
       'set --policies to compare policies, or --workdir to run the evaluators of a run',

@@ -22,8 +22,8 @@ def check_file(path):
     )
 
 
-def model(path):
-  """Returns the Hugging Face folder for a path: itself, or `model/` in the folder of a run.
+def find_model(path):
+  """Returns the folder of a model: the path itself, or `model/` in the folder of a run.
 
   Both have a config.json: that of a model has a `model_type`, that of a run an `algorithm`.
 

@@ -45,7 +45,7 @@ def main(argv):
     sys.exit(f'error: unexpected arguments {argv[1:]}: every option begins with --')
   if _DATA.value and _PROMPT.present:
     sys.exit('error: set only one of --prompt and --data')
-  with command_line.one_line():
+  with command_line.exit_on_error():
     texts = [prompt_of(text) for text in _PROMPT.value]
     runtime.configure()
     policy = policy_lib.TextPolicy.load(_MODEL.value)

@@ -336,7 +336,7 @@ def fingerprint(value):
 
 def _model(path):
   try:
-    return folders.model(path) if path.is_dir() else path
+    return folders.find_model(path) if path.is_dir() else path
   except errors.UserError:
     return path
 

@@ -105,7 +105,7 @@ class TextPolicy:
     path = pathlib.Path(path)
     runtime.enable_compilation_cache()
     if (path / 'model').is_dir() or not (path / 'checkpoints').is_dir():
-      return cls(*hf.load(path, unroll=None), tokenizers.load(path), folders.model(path))
+      return cls(*hf.load(path, unroll=None), tokenizers.load(path), folders.find_model(path))
     fields = json.loads((path / 'model.json').read_text())
     name = fields.pop('name')
     if name != 'policy':

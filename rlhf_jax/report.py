@@ -54,7 +54,7 @@ def start():
   parser = command_line.Arguments('rlhf report', __doc__)
   parser.add_argument('--workdir', required=True, help='folder of the run')
   options = parser.parse_args()
-  with command_line.one_line():
+  with command_line.exit_on_error():
     print(f'report: {write(options.workdir)}')
 
 

@@ -337,7 +337,7 @@ def test_policies_are_compared_by_a_function(ppo, world):
     assert result.table.loc[name, 'gold'] == pytest.approx(lengths[name].mean())
   assert result.plot()._repr_png_().startswith(b'\x89PNG')
   assert 'ppo' in result._repr_html_()
-  for shown in (result, result.answers['ppo'].samples):  # a table, and not the arrays in it
+  for shown in (result, result.scored['ppo'].samples):  # a table, and not the arrays in it
     assert 'Rollout' not in repr(shown) and len(repr(shown).splitlines()) < 30
 
 

@@ -197,11 +197,11 @@ def test_flags_of_a_program_without_a_config(arguments, said, monkeypatch):
 def test_programs_that_read_end_in_one_line(error, said, status, monkeypatch):
   ends = []
   monkeypatch.setattr(command_line_lib.runtime, 'exit_now', lambda *end: ends.append(end))
-  with command_line_lib.one_line():
+  with command_line_lib.exit_on_error():
     raise error
   assert ends == [(said, status)]
   with pytest.raises(ZeroDivisionError):
-    with command_line_lib.one_line():
+    with command_line_lib.exit_on_error():
       raise ZeroDivisionError  # a bug: its traceback is what helps
 
 

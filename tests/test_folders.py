@@ -24,7 +24,9 @@ def run(world, tmp_path_factory):
 
 
 def test_a_finished_run_is_its_model(run, world):
-  assert folders.model(run) == run / 'model' and folders.model(run / 'model') == run / 'model'
+  assert (
+    folders.find_model(run) == run / 'model' and folders.find_model(run / 'model') == run / 'model'
+  )
   assert setup.is_reward_model(run) and not setup.is_reward_model(world / 'model')
   assert len(tokenizers.load(run)) == tiny.VOCAB
   model, params = hf.load_reward(run)
@@ -34,14 +36,17 @@ def test_a_finished_run_is_its_model(run, world):
 def test_a_model_with_a_folder_of_that_name_is_itself(world, tmp_path):
   shutil.copytree(world / 'model', tmp_path / 'm')
   (tmp_path / 'm' / 'model').mkdir()
-  assert folders.model(tmp_path / 'm') == tmp_path / 'm'
+  assert folders.find_model(tmp_path / 'm') == tmp_path / 'm'
   assert policy.TextPolicy.load(tmp_path / 'm').model.family == 'llama'
 
 
 def test_what_is_neither_is_left_to_those_who_read_it(tmp_path):
-  assert folders.model(tmp_path / 'no') == tmp_path / 'no' and folders.model(tmp_path) == tmp_path
+  assert (
+    folders.find_model(tmp_path / 'no') == tmp_path / 'no'
+    and folders.find_model(tmp_path) == tmp_path
+  )
   (tmp_path / 'config.json').write_text('{')
-  assert folders.model(tmp_path) == tmp_path
+  assert folders.find_model(tmp_path) == tmp_path
 
 
 @pytest.mark.parametrize(

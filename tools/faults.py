@@ -318,8 +318,8 @@ FAULTS = (
   Fault(
     'answers to normalize on are the second ones',
     'rlhf_jax/feedback/collect.py',
-    'answers.responses[::samples]',
-    'answers.responses[1::samples]',
+    'sampled.responses[::samples]',
+    'sampled.responses[1::samples]',
     _tests(
       'feedback/test_collect', 'test_scores_are_normalized_on_the_first_answer_to_each_prompt'
     ),

@@ -113,7 +113,7 @@ def is_reward_model(path):
   Raises:
     UserError: There is no readable config.json.
   """
-  names = hf_files.read_json(folders.model(path) / 'config.json').get('architectures')
+  names = hf_files.read_json(folders.find_model(path) / 'config.json').get('architectures')
   return isinstance(names, list) and str(names[0] if names else '').endswith(
     'ForSequenceClassification'
   )

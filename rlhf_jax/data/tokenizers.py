@@ -60,7 +60,7 @@ def load(path: str) -> transformers.PreTrainedTokenizerFast:
   Raises:
     UserError: There is no such folder, no tokenizer in it, or no EOS token.
   """
-  path = os.fspath(folders.model(path))
+  path = os.fspath(folders.find_model(path))
   if not os.path.isdir(path):
     raise UserError(
       f'{path}: no such folder. A tokenizer is a folder with tokenizer.json, or with vocab.json '

@@ -61,7 +61,7 @@ class Settings:
 
 
 @dataclasses.dataclass
-class Answers:
+class ScoredSamples:
   """Responses of one policy, with their scores.
 
   Attributes:
@@ -85,30 +85,30 @@ class Comparison:
 
   Attributes:
     baseline: Name of the policy that win rates and KLs are relative to.
-    answers: {name: Answers}.
+    scored: {name: ScoredSamples}.
     rows: Rows of the table, one per policy; see tables.stages_table.
     ratings: {name: elo.Rating}; the baseline's rating is 1000.
   """
 
   baseline: str
-  answers: Mapping[str, Answers]
+  scored: Mapping[str, ScoredSamples]
   rows: Sequence[Mapping]
   ratings: Mapping[str, elo.Rating]
 
   def samples(self):
     """Returns one dict per prompt with the prompt and every policy's response and scores."""
-    scores = lambda answer, i: {
+    scores = lambda result, i: {
       key: float(values[i])
-      for key, values in (('gold', answer.gold), ('proxy', answer.proxy))
+      for key, values in (('gold', result.gold), ('proxy', result.proxy))
       if values is not None
     }
-    prompts = self.answers[self.baseline].samples.prompts
+    prompts = self.scored[self.baseline].samples.prompts
     return [
       {
         'prompt': prompt,
         'responses': {
-          name: {'response': answer.samples.responses[i]} | scores(answer, i)
-          for name, answer in self.answers.items()
+          name: {'response': result.samples.responses[i]} | scores(result, i)
+          for name, result in self.scored.items()
         },
       }
       for i, prompt in enumerate(prompts)
@@ -116,7 +116,7 @@ class Comparison:
 
   def best_of_curve(self):
     """Returns the points of best-of-n for the report; () if there was no best-of-n."""
-    return next((answer.curve for answer in self.answers.values() if answer.curve), ())
+    return next((result.curve for result in self.scored.values() if result.curve), ())
 
   def text(self, count):
     """Returns the responses of all policies to the first `count` prompts as text."""
@@ -140,11 +140,11 @@ class Comparison:
     """The prompts and every policy's responses and gold scores, a pandas DataFrame."""
     import pandas
 
-    columns = {'prompt': self.answers[self.baseline].samples.prompts}
-    for name, answers in self.answers.items():
-      columns[name] = answers.samples.responses
-      if answers.gold is not None:
-        columns[f'{name} score'] = answers.gold
+    columns = {'prompt': self.scored[self.baseline].samples.prompts}
+    for name, result in self.scored.items():
+      columns[name] = result.samples.responses
+      if result.gold is not None:
+        columns[f'{name} score'] = result.gold
     return pandas.DataFrame(columns)
 
   def plot(self):
@@ -165,7 +165,7 @@ class Comparison:
     return {
       'stages': self.rows,
       'elo': {name: dataclasses.asdict(rating) for name, rating in self.ratings.items()},
-      'texts': {name: text.statistics(a.samples.responses) for name, a in self.answers.items()},
+      'texts': {name: text.statistics(r.samples.responses) for name, r in self.scored.items()},
     }
 
 
@@ -195,12 +195,12 @@ def compare_policies(policies, examples, judge, settings=Settings(), *, reward_m
   judge.check_examples(examples)
   count = settings.samples or len(examples)
   examples = [examples[i % len(examples)] for i in range(count)]
-  answers = ask(policies, examples, judge, settings, reward_model=reward_model)
+  scored = ask(policies, examples, judge, settings, reward_model=reward_model)
   metadata = [example.metadata for example in examples]
   rows, ratings = compare(
-    answers, settings.baseline, outcomes=outcomes_of_pairs(answers, judge, metadata)
+    scored, settings.baseline, outcomes=outcomes_of_pairs(scored, judge, metadata)
   )
-  return Comparison(settings.baseline, answers, rows, ratings)
+  return Comparison(settings.baseline, scored, rows, ratings)
 
 
 def check_name(name, names, key):
@@ -221,15 +221,15 @@ def ask(policies, examples, judge, settings, *, reward_model=None):
     reward_model: reward_models.RewardModel, or None.
 
   Returns:
-    {name: Answers}. 'best of N' follows the baseline.
+    {name: ScoredSamples}. 'best of N' follows the baseline.
   """
   baseline, best_of = settings.baseline, settings.best_of
   prompts = [example.prompt for example in examples]
   metadata = [example.metadata for example in examples]
 
-  def scored(name, samples, kl):
+  def score(name, samples, kl):
     tokenizer = policies[name].tokenizer
-    return Answers(
+    return ScoredSamples(
       samples,
       None if reward_model is None else reward_model.score_samples(samples, tokenizer),
       None if judge.score is None else judge.score(samples, metadata, tokenizer),
@@ -237,19 +237,19 @@ def ask(policies, examples, judge, settings, *, reward_model=None):
     )
 
   keys = jax.random.split(jax.random.key(settings.seed), len(policies) + 1)
-  answers = {}
+  scored = {}
   for key, name in zip(keys, policies):
     samples = policies[name].sample(prompts, key, **settings.sampling)
     kl = mean_kl(policies[name], policies[baseline], samples.rollout, settings.temperature)
-    answers[name] = scored(name, samples, kl)
+    scored[name] = score(name, samples, kl)
     if name == baseline and best_of:
       many = policies[name].sample(prompts, keys[-1], samples=best_of, **settings.sampling)
       scores = reward_model.score_samples(many, policies[name].tokenizer).reshape(-1, best_of)
       best = many.take(np.arange(len(prompts)) * best_of + scores.argmax(axis=1))
-      answer = scored(name, best, best_of_n.kl(best_of))
-      answer.curve = best_of_n.curve(scores, gold_of_each(many, judge, best_of), prompts)
-      answers[f'best of {best_of}'] = answer
-  return answers
+      result = score(name, best, best_of_n.kl(best_of))
+      result.curve = best_of_n.curve(scores, gold_of_each(many, judge, best_of), prompts)
+      scored[f'best of {best_of}'] = result
+  return scored
 
 
 def gold_of_each(samples, judge, count):
@@ -291,11 +291,11 @@ def mean_kl(policy, reference, rollout, temperature):
   )
 
 
-def outcomes_of_pairs(answers, judge, metadata):
+def outcomes_of_pairs(scored, judge, metadata):
   """Computes who wins between each pair of policies.
 
   Args:
-    answers: {name: Answers}.
+    scored: {name: ScoredSamples}.
     judge: judges.Judge.
     metadata: List of the n prompts' metadata, dicts.
 
@@ -304,23 +304,23 @@ def outcomes_of_pairs(answers, judge, metadata):
     wins.
   """
   if judge.prefer is None:
-    return outcomes_of_scores(answers)
+    return outcomes_of_scores(scored)
   return {
     (first, second): 0.5
-    + 0.5 * judge.prefer(answers[first].samples, answers[second].samples, metadata)
-    for first, second in itertools.combinations(answers, 2)
+    + 0.5 * judge.prefer(scored[first].samples, scored[second].samples, metadata)
+    for first, second in itertools.combinations(scored, 2)
   }
 
 
-def outcomes_of_scores(answers):
+def outcomes_of_scores(scored):
   """Computes who has the higher gold score in each pair of policies; see `outcomes_of_pairs`."""
   return {
-    (first, second): winrate.outcomes(answers[first].gold, answers[second].gold)
-    for first, second in itertools.combinations(answers, 2)
+    (first, second): winrate.outcomes(scored[first].gold, scored[second].gold)
+    for first, second in itertools.combinations(scored, 2)
   }
 
 
-def compare(answers, baseline, *, outcomes=None):
+def compare(scored, baseline, *, outcomes=None):
   """Computes the table's rows and the Elo ratings.
 
   Standard errors and intervals are clustered by prompt if samples share prompts; see intervals.py.
@@ -328,37 +328,37 @@ def compare(answers, baseline, *, outcomes=None):
   to the same prompt.
 
   Args:
-    answers: {name: Answers}.
+    scored: {name: ScoredSamples}.
     baseline: Name of the baseline.
     outcomes: See `outcomes_of_pairs`; None to compare gold scores.
 
   Returns:
     Rows for tables.stages_table, and {name: Rating} with the baseline at 1000.
   """
-  outcomes = outcomes_of_scores(answers) if outcomes is None else outcomes
-  prompts = answers[baseline].samples.prompts
+  outcomes = outcomes_of_scores(scored) if outcomes is None else outcomes
+  prompts = scored[baseline].samples.prompts
   ratings = {baseline: elo.Rating(1000.0, 1000.0, 1000.0, 0.0)}
   if outcomes:
     ratings = elo.ratings_of_outcomes(outcomes, prompts, anchor=baseline)
   rows = []
-  for name, answer in answers.items():
+  for name, result in scored.items():
     win = winrate.of_outcomes(against(outcomes, name, baseline, len(prompts)), prompts)
-    length = float(answer.samples.rollout.response_mask.sum(1).mean())
+    length = float(result.samples.rollout.response_mask.sum(1).mean())
     rows.append(
       {
         'stage': name,
-        'gold': None if answer.gold is None else float(answer.gold.mean()),
-        'gold_se': None if answer.gold is None else intervals.standard_error(answer.gold, prompts),
-        'proxy': None if answer.proxy is None else float(answer.proxy.mean()),
-        'kl': answer.kl,
-        'kl_per_token': None if answer.kl is None else answer.kl / length,
+        'gold': None if result.gold is None else float(result.gold.mean()),
+        'gold_se': None if result.gold is None else intervals.standard_error(result.gold, prompts),
+        'proxy': None if result.proxy is None else float(result.proxy.mean()),
+        'kl': result.kl,
+        'kl_per_token': None if result.kl is None else result.kl / length,
         'win_rate': win.rate,
         'win_low': win.low,
         'win_high': win.high,
         'elo': ratings[name].elo,
         'elo_low': ratings[name].low,
         'elo_high': ratings[name].high,
-        'distinct_2': text.distinct(answer.samples.responses, 2),
+        'distinct_2': text.distinct(result.samples.responses, 2),
       }
     )
   return rows, ratings
@@ -378,9 +378,9 @@ def against(outcomes, name, baseline, count):
 
 def side_by_side(before, after, count):
   """Returns the first `count` responses of two policies to the same prompts, for the report."""
-  pick = lambda answers, i: {
+  pick = lambda result, i: {
     name: float(values[i])
-    for name, values in (('proxy', answers.proxy), ('gold', answers.gold))
+    for name, values in (('proxy', result.proxy), ('gold', result.gold))
     if values is not None
   }
   return [

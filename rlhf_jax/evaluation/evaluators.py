@@ -140,9 +140,9 @@ def prompts(block, context):
     (state) -> {'score', 'score_se': its standard error, 'kl', 'length': in tokens, 'eos_rate':
     fraction of responses that the length limit did not cut off}.
   """
-  answers = Answers(block, context)
-  score = scorer(block, context, answers)
-  start, temperature = context.start(), answers.sampling.temperature or 1.0
+  responses = ResponseSampler(block, context)
+  score = scorer(block, context, responses)
+  start, temperature = context.start(), responses.sampling.temperature or 1.0
   logprobs = lambda params, rollout: processes.to_host(
     policy_lib.response_logprobs(params, rollout, temperature, model=context.model)
   )
@@ -152,11 +152,11 @@ def prompts(block, context):
       'score': score(rollout, examples),
       'kl': logprobs(params, rollout) - logprobs(start, rollout),
       'length': processes.to_host(rollout.response_mask).sum(1),
-      'eos_rate': answers.ended(rollout),
+      'eos_rate': responses.ended(rollout),
     }
 
   def evaluate(state):
-    measures = answers.each(context.policy(state), measure)
+    measures = responses.each(context.policy(state), measure)
     scores = measures.pop('score')
     valid = scored(block, scores)
     metrics = {name: float(np.mean(values)) for name, values in measures.items()}
@@ -165,7 +165,7 @@ def prompts(block, context):
     return metrics | {
       'score': float(np.mean(scores[valid])),
       'score_se': intervals.standard_error(
-        scores[valid], [prompt for prompt, keep in zip(answers.prompts, valid) if keep]
+        scores[valid], [prompt for prompt, keep in zip(responses.prompts, valid) if keep]
       ),
     }
 
@@ -182,9 +182,9 @@ def win_rate(block, context):
   Returns:
     (state) -> {'rate', 'low' and 'high': its 95 % interval, 'draws': fraction of draws}.
   """
-  answers = Answers(block, context)
-  score = scorer(block, context, answers)
-  scores = lambda params: answers.each(
+  responses = ResponseSampler(block, context)
+  score = scorer(block, context, responses)
+  scores = lambda params: responses.each(
     params, lambda params, rollout, examples: {'score': score(rollout, examples)}
   )['score']
   baseline = scores(context.start())
@@ -197,7 +197,7 @@ def win_rate(block, context):
     result = winrate.win_rate(
       new[valid],
       baseline[valid],
-      prompts=[prompt for prompt, keep in zip(answers.prompts, valid) if keep],
+      prompts=[prompt for prompt, keep in zip(responses.prompts, valid) if keep],
     )
     return {
       'rate': result.rate,
@@ -211,9 +211,9 @@ def win_rate(block, context):
 
 def text(block, context):
   """Creates the evaluator of text statistics of responses; see text.statistics."""
-  answers = Answers(block, context)
+  responses = ResponseSampler(block, context)
   texts = lambda params, rollout, examples: {'text': actor.texts_of(rollout, context.tokenizer)[0]}
-  return lambda state: text_lib.statistics(answers.each(context.policy(state), texts)['text'])
+  return lambda state: text_lib.statistics(responses.each(context.policy(state), texts)['text'])
 
 
 def user(block, context):
@@ -232,7 +232,7 @@ def load_user(block, key):
   return function
 
 
-def scorer(block, context, answers):
+def scorer(block, context, responses):
   """Creates a function (Rollout, examples) -> scores [B], NumPy float32.
 
   Scores per token are summed over the response.
@@ -243,7 +243,7 @@ def scorer(block, context, answers):
     context.mesh,
     load=context.load,
     key='reward',
-    check=lambda model: check_length(model, answers.length, answers.sampling.max_new_tokens),
+    check=lambda model: check_length(model, responses.length, responses.sampling.max_new_tokens),
   )
 
   def apply(rollout, examples):
@@ -258,7 +258,7 @@ def scored(block, scores):
   return ~(np.isnan(scores) & scorers.skips_nan(block.reward))
 
 
-class Answers:
+class ResponseSampler:
   """Samples responses to the same prompts with the same random keys each time.
 
   Attributes:

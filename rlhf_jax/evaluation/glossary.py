@@ -462,8 +462,8 @@ EVALUATORS = (
   ),
   Metric(
     'EVAL/score',
-    'Evaluator `prompts`: the mean score of the answers to held-out prompts. Every evaluation uses '
-    'the same random keys.',
+    'Evaluator `prompts`: the mean score of the responses to held-out prompts. Every evaluation '
+    'uses the same random keys.',
     r'\mathbb{E}[r(x, y)]',
     'units of the reward of the evaluator',
     'If it falls while `objective/scores` rises, the policy exploits the reward that it is trained '
@@ -477,8 +477,8 @@ EVALUATORS = (
   ),
   Metric(
     'EVAL/kl',
-    'Evaluator `prompts`: the KL of the policy from the policy as it started, estimated on the '
-    'answers at the sampling temperature.',
+    'Evaluator `prompts`: the KL of the policy from the initial policy, estimated on the '
+    'responses at the sampling temperature.',
     r'\mathbb{E}_y \left[\log \frac{\pi(y \mid x)}{\pi_{\mathrm{start}}(y \mid x)}\right]',
     'nats per response',
     'See `objective/kl`, also for values below 0.',
@@ -492,7 +492,7 @@ EVALUATORS = (
   ),
   Metric(
     'EVAL/eos_rate',
-    'Evaluator `prompts`: the fraction of answers that ended by themselves.',
+    'Evaluator `prompts`: the fraction of responses that ended by themselves.',
     '',
     'fraction',
     'See `response/eos_rate`.',
@@ -520,14 +520,14 @@ EVALUATORS = (
   ),
   Metric(
     'EVAL/draws',
-    'Evaluator `win_rate`: the fraction of prompts where both answers score the same.',
+    'Evaluator `win_rate`: the fraction of prompts where both responses score the same.',
     '',
     'fraction',
-    'Near 1 the judge cannot tell the answers apart, or the answers are the same.',
+    'Near 1 the judge cannot tell the responses apart, or the responses are the same.',
   ),
   Metric(
     'EVAL/distinct_1',
-    'Evaluator `text`: different words over all words of the answers.',
+    'Evaluator `text`: distinct words divided by all words of the responses.',
     r'\frac{|\text{different 1-grams}|}{|\text{1-grams}|}',
     'fraction',
     'A fall means less variety. It falls with the number of texts: compare equal sets only.',
@@ -548,21 +548,21 @@ EVALUATORS = (
   Metric(
     'EVAL/repetition_3',
     'Evaluator `text`: the fraction of the 3-grams of an answer that occur earlier in it, a mean '
-    'over answers.',
+    'over responses.',
     r'1 - \frac{|\text{different 3-grams}|}{|\text{3-grams}|}',
     'fraction',
-    'A rise means that answers repeat themselves.',
+    'A rise means that responses repeat themselves.',
   ),
   Metric(
     'EVAL/unique',
-    'Evaluator `text`: the fraction of different texts among the answers.',
+    'Evaluator `text`: the number of distinct texts divided by that of responses.',
     '',
     'fraction',
     'A fall towards 0 means that the policy gives the same answer to every prompt.',
   ),
   Metric(
     'EVAL/empty',
-    'Evaluator `text`: the fraction of answers without any text.',
+    'Evaluator `text`: the fraction of responses without any text.',
     '',
     'fraction',
     'A rise means that the policy learns to end at once.',

@@ -112,7 +112,7 @@ def run(
     'calibration': quality,
     'elo': results['elo'],
     'samples': comparison.side_by_side(
-      compared.answers[baseline], compared.answers[trained], SAMPLES
+      compared.scored[baseline], compared.scored[trained], SAMPLES
     ),
     'curves': curves,
   }
@@ -166,7 +166,7 @@ def compare_folders(workdir, policies, *, prompts, judge, reward_model, settings
   compared = comparison.compare_policies(
     loaded, examples, loaded_judge, settings, reward_model=scorer
   )
-  count = len(compared.answers[compared.baseline].samples.prompts)
+  count = len(compared.scored[compared.baseline].samples.prompts)
   title = f'{" vs. ".join(policies)}: {count} responses each, judged by {judge}'
   print(tables.stages_table(compared.rows, title=title, width=120))
   print(compared.text(3))
@@ -181,7 +181,7 @@ def compare_folders(workdir, policies, *, prompts, judge, reward_model, settings
     'gold': loaded_judge.description,
     'elo': compared.results()['elo'],
     'samples': comparison.side_by_side(
-      compared.answers[compared.baseline], compared.answers[others[-1]], SAMPLES
+      compared.scored[compared.baseline], compared.scored[others[-1]], SAMPLES
     ),
     'curves': (),
   }

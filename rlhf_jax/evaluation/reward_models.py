@@ -43,7 +43,9 @@ class RewardModel:
   def load(cls, path):
     """Loads a reward model from the Hugging Face folder of a sequence classifier with one label."""
     model, params = hf.load_reward(path, unroll=None)
-    return cls(policy_lib.TextPolicy(model, params, tokenizers.load(path), folders.model(path)))
+    return cls(
+      policy_lib.TextPolicy(model, params, tokenizers.load(path), folders.find_model(path))
+    )
 
   def __call__(self, prompts, responses, *, response_tokens=None, metadata=None):
     """Calls `score`; the other arguments of a reward function are not used."""

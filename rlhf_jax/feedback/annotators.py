@@ -11,7 +11,7 @@ texts) and t_i (the preference for this particular text) are standard normal; an
 probability that the label is then flipped. From several responses an annotator picks one with
 probability softmax(u_i / temperature) (Luce 1959; with two responses this is Bradley and Terry's
 model), and `noise` is the probability that the label is then one of the others. Every draw depends
-only on the seed, the annotator and the texts, so the same question always gets the same answer.
+only on the seed, the annotator and the texts, so the same comparison always gets the same label.
 """
 
 import collections.abc

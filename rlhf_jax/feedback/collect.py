@@ -1,7 +1,7 @@
 """Labels of a policy's responses by simulated annotators, in place of human feedback.
 
 `run` labels which of two responses to a prompt is better, `best_of` which of several is the best.
-Each question is answered by one annotator. `sample` only samples responses.
+Each comparison is labelled by one annotator. `sample` only samples responses.
 """
 
 import math
@@ -200,7 +200,7 @@ def best_of(
   """
   text_policy = policy_lib.TextPolicy.load(policy)
   questions = text_policy.read_prompts(prompts)[:count]
-  answers = text_policy.sample(
+  sampled = text_policy.sample(
     questions,
     jax.random.key(seed),
     samples=samples,
@@ -210,12 +210,12 @@ def best_of(
     truncate_after=truncate_after,
   )
   groups = []
-  for first in range(0, len(answers.prompts), samples):
+  for first in range(0, len(sampled.prompts), samples):
     ended = [
-      answers.responses[i] for i in range(first, first + samples) if answers.rollout.ended[i]
+      sampled.responses[i] for i in range(first, first + samples) if sampled.rollout.ended[i]
     ]
     if len(ended) >= completions:
-      groups.append((answers.prompts[first], tuple(ended[:completions])))
+      groups.append((sampled.prompts[first], tuple(ended[:completions])))
   test_prompts = {prompt for prompt, _ in groups[:held_out]}
   test = [group for group in groups if group[0] in test_prompts]
   train = [group for group in groups if group[0] not in test_prompts]
@@ -239,7 +239,7 @@ def best_of(
     folder / 'samples.jsonl',
     [
       {'prompt': prompt, 'completion': text}
-      for prompt, text in zip(answers.prompts[::samples], answers.responses[::samples])
+      for prompt, text in zip(sampled.prompts[::samples], sampled.responses[::samples])
       if text.strip()
     ],
   )

@@ -144,7 +144,7 @@ def read_model(path, **settings):
 
 def _open(path, **settings):
   """Returns the Model of a folder, the module of its family, and its hf_files.Tensors."""
-  path = folders.model(path)
+  path = folders.find_model(path)
   model = read_model(path, **settings)
   module = FAMILIES[model.family]
   tensors = hf_files.Tensors(path, prefix=module.PREFIX)

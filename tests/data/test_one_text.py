@@ -342,8 +342,8 @@ def test_evaluators_read_the_same_prompts(drawn, folder):
   )
   found = []
   with jax.set_mesh(mesh):
-    answers = evaluators.Answers(block, context)
-    answers.each(
+    sampler = evaluators.ResponseSampler(block, context)
+    sampler.each(
       params,
       lambda params, rollout, examples: (
         found.extend(prompt_rows(rollout)) or {'none': np.zeros(RECORDS)}

@@ -35,7 +35,7 @@ def answers(gold, *, proxy=None, kl=0.0, lengths=None):
   mask = np.ones((n, 4), bool) if lengths is None else np.arange(4) < np.array(lengths)[:, None]
   rollout = types.Rollout(None, None, mask, None)
   samples = policy_lib.Samples(['p'] * n, ['a b c'] * n, rollout)
-  return comparison.Answers(samples, proxy, np.array(gold, float), kl)
+  return comparison.ScoredSamples(samples, proxy, np.array(gold, float), kl)
 
 
 def test_rows_and_ratings_by_hand():
