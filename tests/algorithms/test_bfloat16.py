@@ -1,4 +1,4 @@
-"""In bfloat16: a learning rate of 0 leaves the ratio at 1, whatever the shapes of the passes."""
+"""In bfloat16, a learning rate of 0 leaves the ratio at 1, for all shapes of the passes."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,7 @@ from rlhf_jax import update
 from rlhf_jax.algorithms import ppo
 import tiny
 
-# Large enough that XLA, left alone, rounds in other places over 32 sequences than over 16.
+# Large enough that XLA, without compiler options, rounds differently for 32 and for 16 sequences.
 WIDE = tiny.LLAMA | {'hidden_size': 64, 'intermediate_size': 64, 'max_position_embeddings': 64}
 
 
@@ -20,7 +20,7 @@ WIDE = tiny.LLAMA | {'hidden_size': 64, 'intermediate_size': 64, 'max_position_e
   [(1, 'forward'), (2, 'forward'), pytest.param(2, 'minibatch', marks=pytest.mark.slow)],
 )
 def test_nothing_is_learnt_at_a_rate_of_zero(minibatches, behaviour, world, tmp_path):
-  """Policy, reference and behaviour are one model: ratio 1, KL 0, and the sampler agrees."""
+  """If policy, reference and behaviour policy are equal, the ratio is 1 and the KL is 0."""
   tiny.write_model(tmp_path / 'model', WIDE)
   config = tiny.ppo(world)
   config.model.update({'path': f'{tmp_path}/model', 'dtype': 'bfloat16'})
@@ -37,7 +37,7 @@ def test_nothing_is_learnt_at_a_rate_of_zero(minibatches, behaviour, world, tmp_
 
 
 class Pieces(forward_lib.Forward):
-  """Log-probabilities that name all sequences of a pass, in place of a model's."""
+  """In place of a model: log-probabilities that identify all sequences of a pass."""
 
   def __init__(self):
     pass
@@ -48,13 +48,13 @@ class Pieces(forward_lib.Forward):
 
   def outputs(self, params, rows, frozen_states):
     del params, frozen_states
-    together = jnp.sum(2.0 ** rows.tokens[:, 0])  # the first slot holds the sequence's number
+    together = jnp.sum(2.0 ** rows.tokens[:, 0])  # the first token is the sequence's number
     return forward_lib.Outputs(jnp.full(rows.response_mask.shape, together), None)
 
 
 @pytest.mark.parametrize('microbatch_size', [0, 2, 4])
 def test_passes_before_the_update_are_those_of_the_first_epoch(microbatch_size):
-  """Minibatches of 4 sequences; pieces of 2 hold the shorter and the longer ones of each."""
+  """Minibatches have 4 sequences; microbatches of 2 hold the shorter or the longer ones."""
   rng = np.random.default_rng(0)
   filled = rng.permutation(np.arange(5, 17))
   mask = np.arange(64) < 4 * filled[:, None]

@@ -33,7 +33,7 @@ BASE = dict(
 
 
 def settings_of(case):
-  """Our settings for TRL's."""
+  """Returns our settings for TRL's."""
   return grpo.Settings(
     **BASE | {'samples': case['num_generations'], 'max_new_tokens': case['max_completion_length']},
     kl_coef=case['beta'],
@@ -76,7 +76,7 @@ def test_loss_and_gradient_are_those_of_trl(name):
 
 
 def prepared(settings, scores=None):
-  """Response mask, advantages and metrics of the golden responses."""
+  """Returns the response mask, advantages and metrics of the golden responses."""
   mask = GOLDEN['mask']
   rollout = types.Rollout(
     np.full(mask.shape, 9), mask, mask, np.where(mask, -1.0, 0.0).astype(np.float32)
@@ -101,14 +101,14 @@ def test_groups_of_equal_scores_are_left_out():
   settings = grpo.Settings(**BASE | {'samples': n}, drop_equal_groups=True, kl_coef=0.0)
   mask, advantages, metrics = prepared(settings)
   equal = np.zeros(len(mask), bool)
-  equal[n : 2 * n] = True  # the golden scores' second group is all equal
+  equal[n : 2 * n] = True  # the golden scores of the second group are equal
   np.testing.assert_array_equal(mask, GOLDEN['mask'] & ~equal[:, None])
   assert not advantages[equal].any() and advantages[~equal].any()
   assert metrics['groups/equal'] == pytest.approx(equal.mean())
 
 
 def test_a_penalty_in_the_reward_is_the_kl_of_the_response():
-  """log p - log p_ref is 0.5 a token, so with coefficient 2 a response loses its length."""
+  """log p - log p_ref is 0.5 per token, so with coefficient 2 a score falls by the length."""
   n, lengths = 2, GOLDEN['mask'].sum(1)
   settings = grpo.Settings(**BASE, kl_coef=2.0, kl_in='reward', kl_estimator='k1', scale='none')
   scores = np.asarray(GOLDEN['scores'])
@@ -118,7 +118,7 @@ def test_a_penalty_in_the_reward_is_the_kl_of_the_response():
 
 
 def test_overlong_responses_lose_up_to_one():
-  """With half of 6 tokens as the cache: 0 up to 3 tokens, then a third less for each more."""
+  """The cache is half of 6 tokens: 0 up to 3 tokens, then a third less for each further token."""
   settings = grpo.Settings(**BASE | {'max_new_tokens': 6}, overlong=0.5, kl_coef=0.0, scale='none')
   lengths = GOLDEN['mask'].sum(1)
   postprocessed = -np.clip((lengths - 3) / 3, 0, 1).reshape(-1, 2)
@@ -177,7 +177,7 @@ def test_it_learns_to_use_good_words(world):
 
 
 def test_stop_strings_with_microbatches(world, tmp_path):
-  """Responses cut on the host at a string, scored and trained on in microbatches of like length."""
+  """Responses truncated on the host at a string are scored, and trained on in microbatches."""
   tiny.write_model(tmp_path / 'model', tiny.LLAMA | {'max_position_embeddings': 64})
   config = tiny.grpo(world)
   config.model.path, config.microbatch_size, config.rl.minibatches = f'{tmp_path}/model', 4, 2

@@ -1,8 +1,8 @@
-"""Random updates on meshes of eight devices equal one device: parameters, moments and metrics.
+"""Random updates on meshes of eight devices equal those on one: parameters, moments and metrics.
 
 A seed draws an algorithm, a family, adapters, frozen layers, a critic, settings, a schedule whose
-minibatches divide over the devices or not, and three meshes. What config validation refuses is
-drawn again.
+minibatches may or may not divide over the devices, and three meshes. Configs that validation
+refuses are drawn again.
 """
 
 import functools
@@ -38,7 +38,8 @@ MESHES = [
   if np.prod(sizes) == 8
 ]
 
-# Softmax does not see a key's bias, nor differences of scores the head's; a critic has no logits.
+# Parameters without a gradient: softmax cancels a key's bias, differences of scores cancel the
+# head's, and a critic computes no logits.
 STILL = 'key/bias$|reward/head/bias$|reward/backbone/norm/bias$|(critic|reward)/backbone/unembed/'
 
 SIZES = {
@@ -149,7 +150,7 @@ SETTINGS = {
 
 @pytest.fixture(scope='module')
 def folder(world, tmp_path_factory):
-  """The shared world, and the models of this file as they are asked for."""
+  """Returns the shared folder, to which models of this file are added when needed."""
   path = tmp_path_factory.mktemp('fuzz')
   tiny.write_jsonl(
     path / 'rankings.jsonl',
@@ -202,7 +203,7 @@ def folder(world, tmp_path_factory):
 
 
 def draw(seed, folder):
-  """The algorithm, config and meshes of a seed."""
+  """Returns the algorithm, config and meshes of a seed."""
   rng, algorithm = np.random.default_rng(seed), ALGORITHMS[seed % len(ALGORITHMS)]
   pick = lambda options: options[rng.integers(len(options))]
   world, path, model = folder
@@ -218,7 +219,7 @@ def draw(seed, folder):
     config.optim.update({'eps': 1e-3, 'learning_rate': 0.01})
     config.batch_size = shards * config.get('sampling', {}).get('samples', 1) * pick((1, 2, 3))
     if family == 't5':
-      config.model.unfrozen_layers = None  # as trainable.split_trainable asks
+      config.model.unfrozen_layers = None  # which trainable.split_trainable requires
       if algorithm is sft:
         config.data.kind = 'completion'
     if algorithm is sft:
@@ -243,7 +244,7 @@ def draw(seed, folder):
 
 
 def shake(tree):
-  """The tree with noise on every array, by its path."""
+  """Returns the tree with noise on every array, drawn by the array's path."""
 
   def add(path, x):
     rng = np.random.default_rng(zlib.crc32(jax.tree_util.keystr(path).encode()))
@@ -254,7 +255,7 @@ def shake(tree):
 
 
 def episodes(config, seed):
-  """A Rollout of ragged prompts and responses, scores, and pretraining examples or None."""
+  """Returns a Rollout of ragged prompts and responses, scores, and pretraining examples or None."""
   rng, batch = np.random.default_rng(seed + 1), config.batch_size
   at, raw = np.arange(P + R)[None], config.rl.response == 'raw'
   ends = P + (np.full(batch, R) if raw else rng.integers(1, R + 1, batch))[:, None]
@@ -287,7 +288,7 @@ def episodes(config, seed):
 
 
 def on_policy(algorithm, config, mesh, seed):
-  """The first state of a run on a mesh, its train step, and () -> the arguments of the next one."""
+  """Returns the first state of a run on a mesh, its train step, and () -> its next arguments."""
   tokenizer = setup.load_tokenizer(config)
   base = setup.load_policy(config.model, tokenizer, mesh, config.seed)
   wired = wiring.wire(config, mesh, base, reference=config.rl.kl_coef > 0, steps=10)
@@ -312,14 +313,14 @@ def on_policy(algorithm, config, mesh, seed):
 
 
 def offline(algorithm, config, mesh):
-  """The same of SFT and reward models, on the batches of their data."""
+  """Returns what `on_policy` does, for SFT and reward models, on the batches of their data."""
   learner, state = algorithm.create(config, mesh)
   state = state.replace(params=shake(state.params))
   return state, learner.train_step, lambda: learner.next_batch(state, timed=False)[0]
 
 
 def train(seed, algorithm, config, shape):
-  """Parameters before, the state and the metrics after some steps."""
+  """Returns the initial parameters, and the state and the metrics after some steps."""
   mesh = sharding.make_mesh(shape, devices=devices.first(8 if shape else 1))
   with jax.set_mesh(mesh):
     state, step, batch = (
@@ -338,7 +339,7 @@ def train(seed, algorithm, config, shape):
 
 
 def check(seed, folder):
-  """The cases of a seed: one device, and three meshes of eight."""
+  """Compares one device with three meshes of eight devices, for one seed."""
   algorithm, config, meshes = draw(seed, folder)
   print(algorithm.__name__, config.to_dict())
   before, expected, metrics = train(seed, algorithm, config, {})
@@ -355,18 +356,18 @@ def check(seed, folder):
     )
     for name, value in metrics.items():
       if name in ('accuracy', 'ties') and metrics.get('ties'):
-        continue  # of completions that are cut to the same tokens: rounding decides
+        continue  # rounding decides if completions are truncated to the same tokens
       np.testing.assert_allclose(found_metrics[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 @pytest.mark.parametrize('seed', range(8))
 def test_eight_devices_are_one(seed, folder):
-  """24 cases, three a seed."""
+  """Runs 24 cases, three per seed."""
   check(seed, folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('seed', range(8, 108))
 def test_eight_devices_are_one_at_length(seed, folder):
-  """300 cases."""
+  """Runs 300 cases."""
   check(seed, folder)

@@ -1,4 +1,4 @@
-"""Warnings about the metrics of a step: when they come, what they name, and that they come once."""
+"""Warnings about the metrics of a step: when they occur, what they name, and only once."""
 
 import jax.numpy as jnp
 import pytest
@@ -132,7 +132,7 @@ def test_a_bound_must_be_positive(key, world):
 
 
 def test_equal_scores_have_no_deviation_and_a_kl_has_its_standard_error():
-  """The float32 mean of three times 0.1 is not 0.1."""
+  """In float32 the mean of three times 0.1 is not 0.1."""
   mask = jnp.ones((3, 2), bool)
   rollout = types.Rollout(jnp.ones((3, 4), int), jnp.ones((3, 4), bool), mask, jnp.zeros((3, 2)))
   ratios = jnp.array([[0.1, 0.2], [0.3, 0.3], [0.5, 0.4]])  # sums 0.3, 0.6, 0.9
@@ -156,7 +156,7 @@ def test_equal_scores_have_no_deviation_and_a_kl_has_its_standard_error():
 
 
 def always_half(prompts, responses, *, response_tokens, metadata):
-  """A reward that tells nothing apart."""
+  """Returns a reward that is the same for all responses."""
   del prompts, response_tokens, metadata
   return [0.5] * len(responses)
 

@@ -1,4 +1,4 @@
-"""The algorithm of docs/extending.md, run from a folder outside the package by its name."""
+"""Runs the algorithm of docs/extending.md by its name, from a folder outside the package."""
 
 import importlib.util
 import pathlib
@@ -19,7 +19,7 @@ DOCS = pathlib.Path(__file__).resolve().parents[2] / 'docs'
 
 @pytest.fixture
 def outside(tmp_path, monkeypatch):
-  """A folder with the example, as the working directory."""
+  """Returns a folder with the example, which is the working directory."""
   shutil.copy(DOCS / 'my_reinforce.py', tmp_path)
   monkeypatch.chdir(tmp_path)
   yield tmp_path
@@ -38,7 +38,7 @@ def test_it_is_found_and_learns(outside, world):
 
 
 def test_the_document_shows_the_file():
-  """What docs/extending.md quotes is in the file, and the file is as short as it says."""
+  """The file has the code that docs/extending.md quotes, and as few lines as it states."""
   text = (DOCS / 'my_reinforce.py').read_text()
   quoted = (DOCS / 'extending.md').read_text().split('```python\n')[1].split('```')[0]
   assert quoted.strip() in text

@@ -1,8 +1,8 @@
 """Complete PPO updates against references_ppo.py, which computes them by hand, for each preset.
 
-Two iterations each: reward vector, whitening, GAE, both clips, the preset's epochs and
-minibatches, its Adam, and a step of the KL controller. Prompts and responses are ragged; prompts
-are padded with random tokens, responses with the EOS.
+Each case is two iterations with rewards, whitening, GAE, both clips, the preset's epochs,
+minibatches and Adam, and a step of the KL controller. Prompts and responses are ragged; prompts are
+padded with random tokens, responses with the EOS.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ from rlhf_jax.algorithms import setup
 EOS, VOCAB, WIDTH = 2, 7, 3
 P, R = 4, 6
 PROMPTS = (1, 4, 2, 3, 4, 1, 2, 3)  # lengths; B = 8
-RESPONSES = (1, 3, 6, 6, 2, 4, 6, 5)  # the last one neither ends nor fills its slots
+RESPONSES = (1, 3, 6, 6, 2, 4, 6, 5)  # the last one has no EOS and is not of full length
 ENDED = (True, True, True, False, True, True, True, False)
 PTX_LENGTHS = (4, 8, 2, 6, 3, 5, 8, 7)
-RATE = 0.02  # of every preset here, so that ratios and values leave their clips
+RATE = 0.02  # learning rate of all presets here, large enough for clipping
 
-# What the presets mean, from the papers and codebases named in rlhf_jax/algorithms.
+# The presets by hand, from the papers and codebases named in rlhf_jax/algorithms.
 ADAM = dict(b1=0.9, b2=0.999, eps=1e-8, tensorflow=False)
 PRESETS = {
   'openai2019': dict(
@@ -89,7 +89,7 @@ PRESETS = {
     ptx_coef=27.8,
   ),
 }
-# Toggles no preset turns, on top of one: (name, preset, config keys, the same by hand).
+# Settings that no preset uses, added to one: (name, preset, config keys, the same by hand).
 VARIANTS = [(name, name, {}, {}) for name in PRESETS] + [
   (
     'dense rewards, full KL, per-token controller',
@@ -181,7 +181,7 @@ VARIANTS = [(name, name, {}, {}) for name in PRESETS] + [
 
 @dataclasses.dataclass(frozen=True)
 class LastToken:
-  """A language model that knows the last token and its position: see references_ppo.py."""
+  """A language model that depends on the last token and its position: see references_ppo.py."""
 
   lora: None = None
 
@@ -203,7 +203,7 @@ class LastToken:
 
 
 def make_params(rng, critic):
-  """Flat parameters by hand, the reference's, and the package's tree of the former."""
+  """Returns flat parameters by hand, the reference's, and the package's tree of the former."""
   draw = lambda *shape: rng.normal(0, 0.7, shape).astype(np.float32)
   table = lambda: {'token': draw(VOCAB, WIDTH), 'place': draw(P + R, WIDTH)}
   policy = table() | {'unembed': draw(WIDTH, VOCAB)}
@@ -214,7 +214,7 @@ def make_params(rng, critic):
 
 
 def flat(params):
-  """The package's tree as the flat float64 dict of references_ppo.py."""
+  """Returns the package's tree as the flat float64 dict of references_ppo.py."""
   leaves = {f'policy/{k}': v for k, v in params['policy'].items()}
   critic = params['critic'].get('backbone', {}) | params['critic']['head']
   leaves |= {f'critic/{k}': v for k, v in critic.items()}
@@ -222,7 +222,7 @@ def flat(params):
 
 
 def make_episodes(rng, *, raw, dense, params):
-  """Episodes as lists. Raw responses go on after the EOS."""
+  """Returns episodes as lists. Raw responses continue after the EOS."""
   episodes = []
   for n, m, ended in zip(PROMPTS, RESPONSES, ENDED):
     others = [t for t in range(VOCAB) if t != EOS]
@@ -249,7 +249,7 @@ def make_episodes(rng, *, raw, dense, params):
 
 
 def make_rollout(rng, episodes):
-  """The episodes as a padded Rollout and scores, those of tokens with garbage after the ends."""
+  """Returns the episodes as a padded Rollout and scores, with garbage after the ends."""
   tokens = rng.integers(0, VOCAB, (len(episodes), P + R)).astype(np.int32)
   tokens[:, P:] = EOS
   mask, logprobs = np.zeros(tokens.shape, bool), np.zeros((len(episodes), R), np.float32)
@@ -270,7 +270,7 @@ def make_rollout(rng, episodes):
 
 
 def make_ptx(rng):
-  """Pretraining texts as lists and as an LMBatch, a text a row, right-padded."""
+  """Returns pretraining texts as lists and as an LMBatch, right-padded, one text per sequence."""
   texts = [[int(t) for t in rng.integers(0, VOCAB, n)] for n in PTX_LENGTHS]
   tokens = rng.integers(0, VOCAB, (len(texts), P + R)).astype(np.int32)
   real = np.zeros(tokens.shape, bool)
@@ -286,14 +286,14 @@ def make_ptx(rng):
 
 
 def rates(schedule, iterations, updates):
-  """Learning rates by hand, for each iteration the same `updates` times."""
+  """Returns the learning rates by hand: each iteration's is repeated `updates` times."""
   for n in range(iterations):
     share = {'constant': 1.0, 'linear': 1 - n / iterations, 'warmup': 0.1 + 0.9 * n / 10}[schedule]
     yield from [RATE * share] * updates
 
 
 def make_run(preset, keys, iterations):
-  """Config, static arguments of `ppo.train_step` and its optimizers."""
+  """Returns a config, the static arguments of `ppo.train_step` and its optimizers."""
   config = ppo.config(preset)
   config.optim.learning_rate = RATE
   config.update_from_flattened_dict(keys)
@@ -319,7 +319,7 @@ def make_state(config, params, optimizers):
 
 
 def epoch_orders(state, epochs):
-  """The orders the train step will draw: its own key of this step, one split per epoch."""
+  """Returns the orders that the train step will draw: its key, split once per epoch."""
   keys = jax.random.split(types.step_keys(state)[1], epochs)
   return [np.asarray(jax.random.permutation(key, len(PROMPTS))) for key in keys]
 
@@ -372,7 +372,7 @@ def test_two_iterations_agree(preset, keys, changed):
       assert metrics['policy/first_ratio'] == pytest.approx(1.0, abs=1e-6)
     seen.append((expected, orders))
   (first, first_orders), (second, second_orders) = seen
-  if hand['epochs'] > 1:  # in one epoch no row is seen twice
+  if hand['epochs'] > 1:  # with one epoch no sequence is seen twice
     assert first['policy/clipfrac'] > 0, 'the policy clip has to bite'
     assert first['value/clipfrac'] > 0 or not hand['value_clip'], 'the value clip has to bite'
   assert (first['objective/kl_coef'] != second['objective/kl_coef']) == (

@@ -1,4 +1,4 @@
-"""What must not change a PPO update of a real model: padding and what it holds, jit."""
+"""A PPO update of a real model does not depend on padding, on its contents, or on jit."""
 
 import functools
 
@@ -23,7 +23,7 @@ SAMPLING = sampling.Sampling(max_new_tokens=R, temperature=0.7, eos_id=tiny.EOS)
 
 @pytest.fixture(scope='module')
 def settings(world):
-  """One epoch of two minibatches at temperature 0.7, advantages whitened in each."""
+  """Returns settings: one epoch, two minibatches, temperature 0.7, advantages whitened in each."""
   config = tiny.ppo(world)
   config.sampling.temperature = 0.7
   config.rl.update(
@@ -40,7 +40,7 @@ def settings(world):
 
 @pytest.fixture(scope='module')
 def episode():
-  """Parameters, a perturbed reference, and a ragged rollout with scores."""
+  """Returns parameters, a perturbed reference, and a ragged rollout with scores."""
   policy = MODEL.init(jax.random.key(1))
   policy['embed']['embedding'] = policy['embed']['embedding'].at[tiny.EOS].mul(3.0)
   keys = iter(jax.random.split(jax.random.key(2), 100))
@@ -63,7 +63,7 @@ def episode():
 
 
 def update(episode, settings, rollout=None, jit=True):
-  """New parameters and metrics."""
+  """Returns the new parameters and metrics."""
   params, reference, first, scores = episode
   step = functools.partial(ppo.train_step, models=forward.Models(MODEL), settings=settings)
   state, metrics = tiny.one_step(
@@ -86,11 +86,11 @@ def assert_close(found, expected, atol):
 
 
 def test_the_first_ratio_is_one_at_another_temperature(expected):
-  """Sampler, behaviour policy and loss all divide the logits by the same temperature."""
+  """Sampler, behaviour policy and loss divide the logits by the same temperature."""
   _, metrics = expected
   np.testing.assert_allclose(metrics['policy/first_ratio'], 1.0, rtol=0, atol=1e-6)
   assert metrics['policy/sampler_gap'] < 1e-5
-  assert abs(metrics['policy/ratio'] - 1) > 1e-6  # The second minibatch has moved.
+  assert abs(metrics['policy/ratio'] - 1) > 1e-6  # in the second minibatch
   assert metrics['objective/kl'] != 0
 
 

@@ -1,4 +1,4 @@
-"""PPO updates on several devices equal one device, even if minibatches do not divide over them."""
+"""PPO updates on several devices equal those on one, for any size of the minibatches."""
 
 import functools
 
@@ -77,7 +77,7 @@ def update(model, settings, batch, mesh):
   ids=str,
 )
 def test_minibatches_that_do_not_divide_over_the_devices(shape, batch, minibatches, family, world):
-  """3 sequences a minibatch over 2 or 4 data shards."""
+  """3 sequences per minibatch on 2 or 4 data shards."""
   config = tiny.ppo(world)
   config.rl.update({'epochs': 2, 'minibatches': minibatches})
   settings, model = ppo.Settings.of(config, (tiny.EOS,)), models.create(FAMILIES[family])

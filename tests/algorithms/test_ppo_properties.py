@@ -1,4 +1,4 @@
-"""PPO from its config: it learns, with either critic and either kind of reward; what it carries."""
+"""PPO from its config learns with each kind of critic and reward; its state and its random keys."""
 
 import devices
 import jax
@@ -19,13 +19,13 @@ MODEL = models.create(tiny.LLAMA)
 
 
 def good_tokens(prompts, responses, *, response_tokens, metadata):
-  """For each token 1/6 where it is one of w0 .. w29; over 6 tokens that is the share of them."""
+  """Returns 1/6 for each token among w0 .. w29, so 6 tokens sum to the fraction of good tokens."""
   del prompts, responses, metadata
   return [[float(4 <= token < 34) / 6 for token in row] for row in response_tokens]
 
 
 def first_token(prompts, responses, *, response_tokens, metadata):
-  """Scores that differ from row to row, and grow with what is sampled first."""
+  """Returns scores that differ between responses and increase with the first token."""
   del prompts, responses, metadata
   return [3.0 + 0.5 * row[0] for row in response_tokens]
 
@@ -53,13 +53,15 @@ def test_it_learns_to_use_good_words(critic, function, world):
   _, state, history, _ = tiny.train(ppo, config, ITERATIONS)
   assert ('backbone' in state.params['critic']) == (critic == 'separate')
   scores = [float(metrics['objective/scores']) for metrics in history]
-  assert abs(history[0]['objective/kl']) < 1e-4  # the policy begins as the reference
+  assert abs(history[0]['objective/kl']) < 1e-4  # policy and reference are equal
   assert history[-1]['objective/kl'] > 0.05
   assert np.mean(scores[:2]) < 0.65, scores
   assert np.mean(scores[-3:]) > np.mean(scores[:2]) + 0.2, scores
   assert all(metrics['policy/sampler_gap'] < 1e-4 for metrics in history)
-  assert float(state.extra['kl_coef']) == pytest.approx(config.rl.kl_coef)  # 'fixed' stays
-  np.testing.assert_array_equal(state.extra['reward_moments'], np.zeros(3))  # nothing is scaled
+  assert float(state.extra['kl_coef']) == pytest.approx(
+    config.rl.kl_coef
+  )  # 'fixed' does not change
+  np.testing.assert_array_equal(state.extra['reward_moments'], np.zeros(3))  # scores are not scaled
 
 
 @pytest.mark.parametrize('shape, rows', [({}, 5), ({'data': 2, 'fsdp': 2, 'tensor': 2}, 8)])
@@ -100,7 +102,7 @@ def test_the_state_carries_the_kl_coefficient_and_the_moments_of_the_scores(worl
       seen.extend(scores)
       state, metrics = learner.train_step(state, *batch)
       np.testing.assert_allclose(metrics['objective/kl_coef'], coef, rtol=1e-5)
-      # Scores are divided by the deviation of all scores so far, these included.
+      # Scores are divided by the standard deviation of all scores so far, including these.
       np.testing.assert_allclose(
         metrics['objective/postprocessed_scores'], scores.mean() / np.std(seen, ddof=1), rtol=1e-4
       )
@@ -117,7 +119,7 @@ def test_the_state_carries_the_kl_coefficient_and_the_moments_of_the_scores(worl
 
 
 def test_each_step_has_keys_of_its_own(world):
-  """The same prompts and parameters at another step give another rollout, at the same the same."""
+  """With equal prompts and parameters, only another step gives another rollout."""
   state = types.TrainState(
     step=jnp.int32(0),
     key=jax.random.key(0),
@@ -133,7 +135,7 @@ def test_each_step_has_keys_of_its_own(world):
     batch, _ = learner.next_batch(state, timed=False)
     first = jax.device_get(batch[1])
     for step in (0, 1):
-      again, state = ppo.create(tiny.ppo(world), mesh)  # its iterator begins with the same prompts
+      again, state = ppo.create(tiny.ppo(world), mesh)  # its iterator starts with the same prompts
       state = state.replace(step=jnp.int32(step))
       rollout = jax.device_get(again.next_batch(state, timed=False)[0][1])
       prompts.append(rollout.tokens[:, :6])
@@ -143,7 +145,7 @@ def test_each_step_has_keys_of_its_own(world):
 
 
 def assert_same_run(state, history, other_state, other_history):
-  """Parameters at the end and the metrics of every step, up to rounding."""
+  """Compares the final parameters and the metrics of every step, up to rounding."""
   for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(other_state.params), strict=True):
     np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
   for a, b in zip(history, other_history, strict=True):
@@ -155,7 +157,7 @@ def assert_same_run(state, history, other_state, other_history):
 def test_microbatches_are_the_full_batch_with_pretraining_mixed_in(world):
   config = tiny.ppo(world)
   tiny.mix_in_pretraining(config, world)
-  config.optim.eps = 1e-4  # with 1e-8 Adam turns a gradient's rounding into whole steps
+  config.optim.eps = 1e-4  # with 1e-8 Adam amplifies the rounding of small gradients
   _, whole, expected, _ = tiny.train(ppo, config, 2)
   config.microbatch_size = 2
   _, parts, found, _ = tiny.train(ppo, config, 2)
@@ -165,7 +167,7 @@ def test_microbatches_are_the_full_batch_with_pretraining_mixed_in(world):
 
 @pytest.mark.parametrize('critic, unfrozen', [('separate', None), ('trunk', 1)])
 def test_an_epoch_in_one_piece_is_one_of_microbatches(critic, unfrozen, world):
-  """The first epoch's forward pass gives the experience; with microbatches, one before it does."""
+  """The first epoch's forward pass gives the experience; with microbatches an earlier pass does."""
   config = tiny.ppo(world)
   config.critic.kind, config.model.unfrozen_layers = critic, unfrozen
   config.rl.update({'epochs': 3, 'minibatches': 1, 'whiten_advantages': 'minibatch'})
@@ -177,7 +179,7 @@ def test_an_epoch_in_one_piece_is_one_of_microbatches(critic, unfrozen, world):
 
 
 def test_pretraining_rows_pull_the_policy_towards_them(world):
-  """The mix lowers their loss; without it nothing but PPO moves the policy."""
+  """PPO-ptx lowers the loss on the pretraining examples."""
   config = tiny.ppo(world)
   tiny.mix_in_pretraining(config, world)
   _, _, mixed, _ = tiny.train(ppo, config, 12)
@@ -188,7 +190,7 @@ def test_pretraining_rows_pull_the_policy_towards_them(world):
 
 
 def test_a_reward_per_token_on_the_last_one_is_a_score(world):
-  """Rewards per token that are zero but for the last real one train like a score paid there."""
+  """Rewards per token that are 0 except at the last real token train like a score at that token."""
   config = tiny.ppo(world)
   config.rl.update({'missing_eos': 'subtract', 'missing_eos_value': 2.0})
   settings = ppo.Settings.of(config, (tiny.EOS,))
@@ -202,7 +204,7 @@ def test_a_reward_per_token_on_the_last_one_is_a_score(world):
   response_mask = np.arange(6)[None] < lengths[:, None]
   mask = np.concatenate([np.ones((8, 3), bool), response_mask], axis=1)
   tokens = np.random.default_rng(0).integers(4, tiny.VOCAB, mask.shape).astype(np.int32)
-  tokens[np.arange(4), 2 + lengths[:4]] = tiny.EOS  # the others have none, which costs them
+  tokens[np.arange(4), 2 + lengths[:4]] = tiny.EOS  # the others lack an EOS, which costs score
   rollout = jax.tree.map(
     jnp.asarray,
     types.Rollout(tokens, mask, response_mask, np.zeros(response_mask.shape, np.float32)),

@@ -1,4 +1,4 @@
-"""Policies that share frozen parameters with reference and critic: top layers, adapters, both."""
+"""Policies that share frozen parameters with reference and critic: top layers, adapters."""
 
 import dataclasses
 import functools
@@ -43,7 +43,7 @@ def settings(world):
 
 
 def episode():
-  """A ragged rollout of random tokens and its scores."""
+  """Returns a ragged rollout of random tokens and its scores."""
   rng = np.random.default_rng(3)
   prompt, response = rng.integers(1, P + 1, B), rng.integers(1, R + 1, B)
   place = np.arange(P + R)[None]
@@ -59,11 +59,11 @@ def episode():
 
 
 def update(params, frozen, handles, settings, moves):
-  """Experience, gradients of the one minibatch, and metrics.
+  """Returns the experience, the gradients of the one minibatch, and metrics.
 
   Args:
-    moves: function from trained parameters to those the gradients are taken at, away from a ratio
-      of one.
+    moves: Function from the trained parameters to those at which gradients are taken, so that the
+  ratio is not 1.
   """
   rollout, scores = episode()
   state = types.TrainState(
@@ -93,7 +93,7 @@ def update(params, frozen, handles, settings, moves):
 
 
 def grown(tree):
-  """One percent away from where the experience was made."""
+  """Returns the parameters of the experience increased by one percent."""
   return jax.tree.map(lambda x: x * 1.01, tree)
 
 
@@ -109,7 +109,7 @@ def head(model):
 @pytest.mark.parametrize('top', [0, 1, DEPTH])
 @pytest.mark.parametrize('tied', [False, True])
 def test_top_layers_agree_with_the_plain_computation(top, tied, settings):
-  """Experience, losses and gradients equal those of one tree of parameters, except frozen ones."""
+  """Experience, losses and gradients of trained parameters equal those with a single tree."""
   model, params = build(tied)
   whole = jax.tree.map(jnp.copy, params)
   trained, frozen_policy = trainable.split_trainable(model, params, unfrozen_layers=top)
@@ -143,7 +143,7 @@ def test_top_layers_agree_with_the_plain_computation(top, tied, settings):
 
 
 def grown_above(params, *, top):
-  """`grown` for a tree in one piece, of which the lower layers and the embedding stay."""
+  """Applies `grown` to a tree that is not split, without the lower layers and the embedding."""
   policy = params['policy']
   factor = jnp.where(jnp.arange(DEPTH) < DEPTH - top, 1.0, 1.01)
   blocks = jax.tree.map(lambda x: x * factor.reshape(-1, *[1] * (x.ndim - 1)), policy['blocks'])
@@ -215,7 +215,7 @@ def test_it_learns_and_keeps_one_copy(kind, world, tmp_path):
   assert history[0]['objective/kl'] == pytest.approx(0.0, abs=1e-5)
   assert history[0]['policy/first_ratio'] == pytest.approx(1.0, abs=1e-5)
   scores = [h['objective/scores'] for h in history]
-  # Adapters cannot make the logits of this model larger than its embedding does: they reach 0.6.
+  # With adapters, the logits of this model are bounded by its tied embedding: they reach 0.6.
   assert np.mean(scores[-10:]) > np.mean(scores[:3]) + 0.04
   moments = sharding.paths(state.opt_state['policy'])
   if 'lora' in kind:
@@ -249,6 +249,6 @@ def test_it_learns_and_keeps_one_copy(kind, world, tmp_path):
     )
     np.testing.assert_allclose(
       again, exported, rtol=0, atol=2e-4
-    )  # B A added to the weight rounds otherwise
+    )  # B A added to the weight is rounded differently
   else:
     assert not (tmp_path / 'adapter').exists()

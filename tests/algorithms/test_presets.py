@@ -1,8 +1,8 @@
 """PPO's presets against the implementations and the paper that they are named after.
 
-docs/presets.md has the same figures with the lines that they come from. The expected numbers here
-are written from those lines: tables of keys, torch's optimizers and schedulers stepped where the
-reference steps them, and NumPy loops over padded arrays with the masks of each reference.
+docs/presets.md has the same values with their source lines. The expected numbers here are derived
+from those lines: tables of keys, torch's optimizers and schedulers stepped where the reference
+steps them, and NumPy loops over padded arrays with the masks of each reference.
 
 Letters: B batch, R response length.
 """
@@ -35,7 +35,7 @@ LENGTHS = np.array([1, 3, 6, 6, 2, 4, 6, 5])
 ENDED = np.array([True, True, True, False, True, True, False, True])
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 
-# What every reference has, or leaves to a default that changes nothing.
+# Settings of all references, or defaults without an effect.
 COMMON = {
   'batch_size': 64,
   'optim.name': 'adam',
@@ -160,8 +160,8 @@ KEYS = {
     'rl.score_position': 'eos',
   },
 }
-# The rate in the first, seventh and last of 12 iterations; the slots that responses of 1, 3 and 6
-# tokens in 6 slots are paid in.
+# The learning rate in the first, seventh and last of 12 iterations; the positions of the score in
+# responses of 1, 3 and 6 tokens, with R = 6.
 RATES = {
   'openai2019': (1e-5, 5e-6, 1e-5 / 12),
   'n_plus': (3e-6, 1.5e-6, 2.5e-7),
@@ -183,7 +183,7 @@ PAID = {
 
 
 def theirs(preset, w, gradients):
-  """The change of a matrix in each update, as the reference steps optimizer and schedule."""
+  """Returns the change of a matrix in each update, with the reference's optimizer and schedule."""
   if preset == 'openai2019':
     return tensorflow_adam(w, gradients)
   torch = pytest.importorskip('torch')
@@ -221,7 +221,7 @@ def theirs(preset, w, gradients):
 
 
 def tensorflow_adam(w, gradients):
-  """tf.train.AdamOptimizer (utils/core.py:627) at a rate of train_policy.py:172-173."""
+  """Computes tf.train.AdamOptimizer (utils/core.py:627) at a rate of train_policy.py:172-173."""
   adam = references.Adam(b1=0.9, b2=0.999, eps=1e-5, tensorflow=True)
   updates = len(gradients) // ITERATIONS
   return [
@@ -231,7 +231,7 @@ def tensorflow_adam(w, gradients):
 
 
 def make_optimizers(config):
-  """The optimizers that a run of this config wires up."""
+  """Returns the optimizers of a run with this config."""
   model = models.create(
     {
       'model_type': 'gpt2',
@@ -248,7 +248,7 @@ def make_optimizers(config):
 
 
 def ours(optimizer, w, gradients):
-  """The changes of a matrix and of a scale that does not decay, the latter's gradient always 1."""
+  """Returns the changes of a matrix, and of a scale without decay whose gradient is always 1."""
   params = {'kernel': jnp.asarray(w, jnp.float32), 'scale': jnp.ones(())}
 
   def step(state, gradient):
@@ -265,7 +265,7 @@ def ours(optimizer, w, gradients):
 
 
 def gae(rewards, values):
-  """The loop that lm-human-preferences, N+, TRL and trlX share; gamma 1, lambda 0.95."""
+  """Computes the loop that lm-human-preferences, N+, TRL and trlX share; gamma 1, lambda 0.95."""
   advantages, last = np.zeros_like(rewards), 0.0
   for t in reversed(range(rewards.shape[1])):
     following = values[:, t + 1] if t < rewards.shape[1] - 1 else 0.0
@@ -275,13 +275,13 @@ def gae(rewards, values):
 
 
 def whiten(x, mask, *, ddof=0, shift_mean=True):
-  """(x - mean) / sqrt(var + 1e-8) over a mask."""
+  """Computes (x - mean) / sqrt(var + 1e-8) over a mask."""
   mean, var = x[mask].mean(), x[mask].var(ddof=ddof)
   return (x - mean) / np.sqrt(var + 1e-8) + (0 if shift_mean else mean)
 
 
 def openai2019(x):
-  """train_policy.py:149-154 and 323-338, all 6 slots of a response real; scores by 389-390."""
+  """Computes train_policy.py:149-154 and 323-338 with all 6 positions real, and 389-390."""
   rewards = -0.15 * (x['sampled'] - x['ref'])
   rewards[:, -1] += np.where(ENDED, x['scores'], -1)
   everything = np.ones((B, R), bool)
@@ -290,7 +290,7 @@ def openai2019(x):
 
 
 def n_plus(x, *, ddof=0, replace=True):
-  """N+ ppo.py:665-704; TRL ppo_trainer.py:757-798 with Bessel's correction, no rule on the EOS."""
+  """Computes N+ ppo.py:665-704, or TRL ppo_trainer.py:757-798 without a rule on the EOS."""
   slots, last = np.arange(R), LENGTHS - 1  # `sequence_lengths`
   padding, padding_p1 = slots > last[:, None], slots > last[:, None] + 1
   values = np.where(padding_p1, 0, x['values'])
@@ -303,7 +303,7 @@ def n_plus(x, *, ddof=0, replace=True):
 
 
 def last_token(x, *, coef, ddof, clip, rows):
-  """The score on the last token and masks everywhere: ours of trlX and InstructGPT, on purpose."""
+  """Computes rewards with the score on the last token and masks everywhere, as our presets do."""
   real = np.arange(R) < LENGTHS[:, None]
   rewards = np.where(real, -coef * (x['logprobs'] - x['ref']), 0)
   rewards[np.arange(B), LENGTHS - 1] += np.clip(x['scores'], -clip, clip)
@@ -324,7 +324,7 @@ EXPECTED = {
 
 
 def make_rollout(lengths, slots, ended=None, logprobs=None):
-  """A Rollout of responses of some lengths, without prompts; all end by themselves if not said."""
+  """Returns a Rollout of responses with given lengths and no prompts; all have ended by default."""
   mask = np.arange(slots) < np.asarray(lengths)[:, None]
   return types.Rollout(
     tokens=jnp.zeros(mask.shape, jnp.int32),
@@ -336,7 +336,7 @@ def make_rollout(lengths, slots, ended=None, logprobs=None):
 
 
 def prepared(settings, x, preset):
-  """Advantages as they reach the loss, and returns, of the package."""
+  """Returns the package's advantages, as the loss receives them, and returns."""
   to = lambda name: jnp.asarray(x[name], jnp.float32)
   lengths = np.full(B, R) if preset == 'openai2019' else LENGTHS
   rollout = make_rollout(lengths, R, ENDED, to('sampled'))
@@ -360,7 +360,7 @@ def prepared(settings, x, preset):
 
 
 class Record(forward.Forward):
-  """A model whose gradient says which rows a minibatch has; an optimizer that writes them down."""
+  """A model whose gradient identifies a minibatch's rows, and an optimizer that records them."""
 
   def __init__(self, steps):
     object.__setattr__(self, 'steps', steps)  # Forward is frozen
@@ -380,7 +380,7 @@ class Record(forward.Forward):
 
 
 def rows_of_steps(schedule):
-  """The rows of every optimizer step of two iterations, [2 * epochs, minibatches] of sets."""
+  """Returns the rows of every optimizer step of two iterations, [2 * epochs, minibatches]."""
   steps = schedule.epochs * schedule.minibatches
   record = Record(2 * steps)
   rollout = make_rollout(np.ones(B, int), 1)
@@ -424,7 +424,7 @@ def rows_of_steps(schedule):
 
 
 def flat(config, prefix=''):
-  """{dotted key: value}."""
+  """Returns {dotted key: value}."""
   found = {}
   for key, value in config.items():
     name = f'{prefix}{key}'
@@ -450,7 +450,7 @@ def test_optimizer_and_learning_rate(preset):
   changes, scale = ours(optimizers['policy'], w, gradients)
   expected = np.array(theirs(preset, w, gradients))
   np.testing.assert_allclose(changes, expected, rtol=2e-5, atol=1e-5 * np.abs(expected).max())
-  # At a gradient of always 1 Adam's step is the rate, up to epsilon: one rate an iteration.
+  # If the gradient is always 1, Adam's step is the learning rate, up to epsilon.
   rates = -np.asarray(scale).reshape(ITERATIONS, updates)
   for iteration, rate in zip((0, 6, 11), RATES[preset]):
     np.testing.assert_allclose(rates[iteration], rate, rtol=1e-3)
@@ -465,8 +465,8 @@ def test_rewards_and_whitening(preset):
   draw = lambda *shape: rng.normal(size=shape).astype(np.float32).astype(np.float64)
   x = {name: draw(B, R) for name in ('sampled', 'logprobs', 'ref', 'values')}
   x['scores'] = 9 * draw(B)
-  assert np.abs(x['scores']).max() > 10  # trlX's bound
-  if preset != 'openai2019':  # responses that do not end fill all slots
+  assert np.abs(x['scores']).max() > 10  # the bound of trlX
+  if preset != 'openai2019':  # those without an EOS have the full length
     assert not ENDED[LENGTHS == R].all() and ENDED[LENGTHS < R].all()
   advantages, returns = prepared(settings, x, preset)
   expected = EXPECTED[preset](x)
@@ -499,7 +499,7 @@ def test_trlx_itself_pays_later():
 
 @pytest.mark.parametrize('preset', ppo.PRESETS)
 def test_epochs_and_minibatches(preset):
-  # Every reference shuffles anew in each epoch and takes consecutive blocks of the order.
+  # Every reference shuffles in each epoch and takes consecutive blocks of the order.
   config = ppo.config(preset)
   epochs = rows_of_steps(update.Schedule(config.rl.epochs, config.rl.minibatches))
   assert len(epochs) == 2 * KEYS[preset]['rl.epochs']

@@ -25,7 +25,7 @@ R = 4
 
 @pytest.fixture(scope='module')
 def adapted(world, tmp_path_factory):
-  """Folder of an adapter that training has changed, the base model's, and one with both merged."""
+  """Returns folders of an adapter that training has changed, its base model, and both merged."""
   folder = tmp_path_factory.mktemp('adapted')
   base, params = hf.load(world / 'model')
   model = dataclasses.replace(base, lora=LORA)
@@ -58,7 +58,7 @@ def rollout():
 
 @pytest.mark.parametrize('algorithm', [ppo, grpo], ids=['ppo', 'grpo'])
 def test_the_reference_is_the_policy_as_it_starts(algorithm, world, adapted):
-  """Without the adapters the KL was 1.10 nats; the right numbers come from the merged weights."""
+  """Without the adapters the KL was 1.10 nats; the merged weights give the expected numbers."""
   config, mesh = (
     config_of(algorithm, world, adapted),
     sharding.make_mesh({}, devices=jax.devices()[:1]),
@@ -82,7 +82,7 @@ def test_the_reference_is_the_policy_as_it_starts(algorithm, world, adapted):
 
 
 def test_a_run_from_adapters(world, adapted, tmp_path):
-  """The KL is 0 at first; merged and unmerged exports hold both trainings."""
+  """The KL is initially 0; merged and unmerged exports contain both trainings."""
   config = config_of(ppo, world, adapted)
   config.optim.learning_rate = 0.02
   config.rl.update({'epochs': 1, 'minibatches': 1})

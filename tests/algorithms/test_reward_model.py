@@ -1,4 +1,4 @@
-"""Reward models: a task to learn, K-way losses by loops over pairs, padding, normalization."""
+"""Reward models: a task to learn, K-way losses by loops over pairs, padding and normalization."""
 
 import dataclasses
 import functools
@@ -43,7 +43,7 @@ def score_of(llama):
 
 
 def comparisons(seed=0, garbage=0):
-  """Two to four completions of each prompt, some tied; absent ones and padding hold `garbage`."""
+  """Returns two to four completions of each prompt, some tied; padding holds `garbage`."""
   rng = np.random.default_rng(seed)
   present = np.arange(K)[None] < rng.integers(2, K + 1, (B, 1))
   mask = (np.arange(T) < rng.integers(2, T + 1, (B, K, 1))) & present[..., None]
@@ -77,7 +77,7 @@ def test_it_learns_which_words_are_good(world, tmp_path):
 
 
 def test_k_way_loss_is_the_mean_over_pairs_scored_one_by_one(llama, score_of):
-  """Ouyang et al. 2022, eq. 1: each prompt weighs the same, whatever its number of pairs."""
+  """Ouyang et al. 2022, eq. 1: each prompt has the same weight, for any number of pairs."""
   batch = comparisons()
   settings = dataclasses.replace(PLAIN, centering=0.01, label_smoothing=0.1)
   loss, valid, scores = loss_of(llama, batch, settings)
@@ -103,11 +103,11 @@ def test_k_way_loss_is_the_mean_over_pairs_scored_one_by_one(llama, score_of):
           )
     assert valid[b] == bool(pairs)
     np.testing.assert_allclose(loss[b], np.mean(pairs) if pairs else 0.0, rtol=1e-5, atol=1e-6)
-  assert not valid.all() and valid.any()  # A prompt with nothing but ties has no pair.
+  assert not valid.all() and valid.any()  # a prompt with ties only has no pair
 
 
 def test_k_way_gradient_is_the_sum_over_pairs(llama):
-  """One forward pass of each completion gives the gradient of all its pairs."""
+  """One forward pass per completion gives the gradient of all its pairs."""
   model, params = llama
   batch = comparisons(seed=2)
 
@@ -160,7 +160,7 @@ def test_the_score_is_read_at_the_last_real_token_on_either_side(llama, score_of
 
 
 def test_microbatches_are_the_full_batch(llama):
-  """Prompts have different numbers of pairs, some none."""
+  """Prompts have different numbers of pairs, and some have none."""
   model, params = llama
   settings = dataclasses.replace(PLAIN, centering=0.01)
   outcomes = []
@@ -181,7 +181,7 @@ def test_microbatches_are_the_full_batch(llama):
 
 
 def test_prompts_without_a_loss_change_nothing(llama):
-  """The loss is the mean over the prompts that have a pair, so ties can be added to a batch."""
+  """The loss is the mean over prompts with a pair, so prompts with ties only do not change it."""
   model, params = llama
   batch = comparisons()
   losses, counted, _ = loss_of(llama, batch, PLAIN)
@@ -198,7 +198,7 @@ def test_prompts_without_a_loss_change_nothing(llama):
 
 
 def rated(world, folder):
-  """A config of a run on ratings: single completions, and two of one prompt of which some tie."""
+  """Returns the config of a run on ratings: single completions, and pairs of which some tie."""
   records = [
     {'prompt': tiny.text(i, 2), 'completion': tiny.text(3 * i, 3), 'rating': i % 7 - 2.0}
     for i in range(20)
@@ -218,7 +218,7 @@ def rated(world, folder):
 
 
 def test_a_run_on_ratings_ends_and_measures_what_it_learns(world, tmp_path):
-  """Single completions have no pairs; evaluating their pairwise loss crashed the last step."""
+  """Single completions have no pairs, whose loss the evaluation must not compute."""
   config = rated(world, tmp_path)
   config.evals.single = {
     'kind': 'loss',
@@ -266,7 +266,7 @@ def test_held_out_data_need_ratings_too(world, tmp_path):
 
 
 def test_ties_count_as_wrong():
-  """A scorer that always says the same has accuracy 0."""
+  """A constant scorer has accuracy 0."""
   batch = comparisons()
   sums = jax.device_get(reward_model.pair_sums(jnp.ones((B, K)), batch))
   assert sums['correct'] == 0 and sums['tied'] == sums['pairs'] > 0
@@ -286,7 +286,7 @@ def test_dropped_tokens_leave_first_and_last():
 
 @pytest.mark.parametrize('mode', ['gain_bias', 'bias'])
 def test_normalization_folds_into_the_exported_head(mode, world, tmp_path):
-  """Scores of the training completions: mean 0, and with a gain standard deviation 1."""
+  """The scores of the training completions have mean 0 and, with a gain, standard deviation 1."""
   config = tiny.reward_model(world)
   config.data.held_out = None
   config.preference.normalize = mode
@@ -329,7 +329,7 @@ GPT2 = {
   ids=['gpt2', 'llama with a spare row'],
 )
 def test_transformers_gives_the_scores_that_we_give(fields, world, tmp_path):
-  """Padded with the EOS, as GPT-2 is: transformers would read the score before the EOS."""
+  """GPT-2 pads with the EOS, at which transformers would read no score."""
   torch = pytest.importorskip('torch')
   tiny.write_model(tmp_path / 'start', fields, reward=True)
   for file in (tmp_path / 'start').glob('tokenizer*.json'):
@@ -364,7 +364,7 @@ def test_transformers_gives_the_scores_that_we_give(fields, world, tmp_path):
     ours = scoring.score(params, tokens, np.asarray(batch['attention_mask'], bool), model=model)
     np.testing.assert_allclose(found, ours, rtol=0, atol=1e-5)
   assert np.ptp(found) > 0.05
-  # PPO still gives it the policy's tokens.
+  # PPO still scores the policy's tokens with it.
   assert learned.same_tokenizer(tokenizers.load(tmp_path / 'model'), tokenizer)
 
 
@@ -374,7 +374,7 @@ def test_each_row_loses_tokens_of_its_own():
 
 
 def test_each_step_loses_tokens_of_its_own(llama):
-  """The same parameters and rows at another step have another loss, at the same step the same."""
+  """With equal parameters and rows, another step has another loss, and the same step the same."""
   model, params = llama
   step = jax.jit(
     functools.partial(
@@ -397,11 +397,11 @@ def test_each_step_loses_tokens_of_its_own(llama):
 
 @pytest.fixture(scope='module')
 def from_config(world, tmp_path_factory):
-  """Two steps with every key that a batch, a loss or a head depends on.
+  """Trains two steps with every key that affects a batch, a loss or a head.
 
   Returns:
-    Score (params, tokens of one row) -> float, the texts normalized on, the first batch, parameters
-    and loss, the last state, and the exported parameters.
+    Score (params, tokens of one sequence) -> float, the texts that scores are normalized on, the
+  first batch, parameters and loss, the last state, and the exported parameters.
   """
   folder = tmp_path_factory.mktemp('from_config')
   texts = [
@@ -441,7 +441,7 @@ def ids(text):
 
 
 def test_scores_are_normalized_before_the_first_step_and_after_the_last(from_config):
-  """On the texts of their own, which end without an EOS."""
+  """Scores are normalized on separate texts, which have no EOS."""
   score, texts, _, start, _, _, exported = from_config
   for params in (start, exported):
     values = [
@@ -472,6 +472,6 @@ def test_a_reward_model_is_exported_as_its_moving_average(from_config):
   )
   embedding = lambda params: params['backbone']['embed']['embedding']
   assert np.abs(embedding(exported) - embedding(now)).max() > 1e-4
-  # The head is the average's too, but for gain and bias.
+  # The head is that of the moving average too, except for gain and bias.
   gain = exported['head']['kernel'] / average['head']['kernel']
   np.testing.assert_allclose(gain, np.full(gain.shape, np.mean(gain)), rtol=1e-4)

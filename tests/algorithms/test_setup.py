@@ -1,4 +1,4 @@
-"""What the keys of config.data make of files, and what is said about them."""
+"""Data sets and optimizers that the keys of a config define, and messages about them."""
 
 import json
 
@@ -58,7 +58,7 @@ def test_pairs_left_out_and_empty_prompts_are_said(tmp_path, caplog):
 
 
 def test_the_figures_of_an_optimizer_are_the_configs():
-  # Norm of (3, 4) is 5; clipped to 1 it is (0.6, 0.8), a tenth of which is Adam's first moment.
+  # The norm of (3, 4) is 5. Clipped to 1 it is (0.6, 0.8), a tenth of which is Adam's first moment.
   # Its first step is 1 in each; of the kernel, 2, another half decays: 0.1 * (1 + 0.5 * 2).
   config = sft.config()
   config.optim.update({'learning_rate': 0.1, 'clip_norm': 1.0, 'weight_decay': 0.5, 'b1': 0.9})

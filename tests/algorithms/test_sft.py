@@ -1,4 +1,4 @@
-"""Language modelling on a task that a tiny model can learn, and what must not change its loss."""
+"""Language modelling on a task that a tiny model can learn, and invariances of its loss."""
 
 import functools
 
@@ -29,7 +29,7 @@ def losses_of(llama):
 
 
 def rows(batch=8, width=12, seed=0, garbage=0):
-  """Prompts of 0 to 3 tokens and completions of the rest, ragged; padding holds `garbage`."""
+  """Returns prompts of 0 to 3 tokens, and completions of the rest; padding holds `garbage`."""
   rng = np.random.default_rng(seed)
   prompt, length = rng.integers(0, 4, (batch, 1)), rng.integers(4, width + 1, (batch, 1))
   place = np.arange(width)[None]
@@ -55,7 +55,7 @@ def test_it_learns_to_continue_and_to_end(world, tmp_path):
   _, _, history, held_out = tiny.train(sft, config, 200)
   assert 3.5 < history[0]['loss'] < 5  # log 64 is 4.16.
   assert history[-1]['loss'] < 0.1
-  assert held_out['held_out/loss'] < 2.5  # Of texts that begin with a word of their own.
+  assert held_out['held_out/loss'] < 2.5  # on texts with other first words
   np.testing.assert_allclose(
     held_out['held_out/perplexity'], np.exp(held_out['held_out/loss']), rtol=1e-5
   )
@@ -104,7 +104,7 @@ def test_packed_documents_cost_what_they_cost_alone(llama, losses_of):
 
 
 def test_microbatches_are_the_full_batch(world):
-  """Rows have different numbers of targets, so a mean of means would differ."""
+  """Sequences have different numbers of targets, so a mean of means would differ."""
   config = tiny.sft(world, 'completion')
   _, full, history, _ = tiny.train(sft, config, 3)
   config.microbatch_size = 4
@@ -118,7 +118,7 @@ def test_microbatches_are_the_full_batch(world):
 
 
 def test_evaluation_counts_every_held_out_target_once(world, losses_of, tmp_path):
-  """Ten examples do not fill a batch of 16: its other rows must not count."""
+  """Ten examples do not fill a batch of 16; the other rows must not count."""
   config = tiny.sft(world, 'completion')
   records = [{'prompt': 'w1', 'completion': tiny.text(i, 1 + i)} for i in range(10)]
   config.data.held_out_path = str(tiny.write_jsonl(tmp_path / 'held_out.jsonl', records))
@@ -137,7 +137,7 @@ def test_evaluation_counts_every_held_out_target_once(world, losses_of, tmp_path
 
 
 def test_what_is_evaluated_is_the_average_that_is_exported(world, tmp_path):
-  """The A and B of adapters are averaged each, and merged: W + 2 A B."""
+  """A and B of adapters are averaged separately, then merged: W + 2 A B."""
   config = tiny.sft(world, 'completion')
   config.data.held_out, config.optim.ema, config.optim.learning_rate = 0.25, 0.9, 0.02
   config.model.lora.targets = (('mlp/up', 4, 8.0),)

@@ -1,7 +1,7 @@
 """Encoder-decoders in the algorithms: rollouts, a PPO update against torch, and a task to learn.
 
 The reference of the update runs transformers' T5 in double precision on one episode at a time,
-without padding; what PPO does with the numbers is references.py's, gradients are torch's.
+without padding. references.py computes PPO's quantities, torch the gradients.
 """
 
 import functools
@@ -50,13 +50,13 @@ FLAN = models.create(FIELDS | {'feed_forward_proj': 'gated-gelu', 'tie_word_embe
 
 
 class Reference:
-  """T5s of transformers in double precision, and PPO on them, written out.
+  """PPO on T5 models of transformers in double precision, written out.
 
   Args:
-    folder: a scratch folder.
+    folder: Temporary folder.
     model: Seq2Seq of policy, reference and critic.
-    params: {'policy', 'critic': {'head', 'backbone' if it has one}}.
-    frozen: parameters of the reference policy.
+    params: {'policy', 'critic': {'head', 'backbone' if there is one}}.
+    frozen: Parameters of the reference policy.
     config: ConfigDict.
   """
 
@@ -83,14 +83,14 @@ class Reference:
     self.adam = references.Adam(b1=0.9, b2=0.999, eps=config.optim.eps, tensorflow=False)
 
   def states(self, t5, episode):
-    """[length, D]: what the decoder knows before each token of the response."""
+    """Returns the decoder's states [length, D] that predict each token of the response."""
     one = lambda ids: self.torch.tensor([ids])
     encoded = t5.encoder(input_ids=one(episode['prompt'])).last_hidden_state
     shifted = one([START] + episode['response'][:-1])
     return t5.decoder(input_ids=shifted, encoder_hidden_states=encoded).last_hidden_state[0]
 
   def logprobs(self, t5, episode):
-    """[length], and the entropies."""
+    """Returns log-probabilities [length] and entropies."""
     states = self.states(t5, episode)
     if t5.config.scale_decoder_outputs:
       states = states * t5.config.d_model**-0.5
@@ -103,7 +103,7 @@ class Reference:
     )
 
   def parameters(self):
-    """All that is trained, by name."""
+    """Returns all trained parameters by name."""
     owners = {'policy': self.policy} | ({'critic': self.critic} if self.critic else {})
     found = {
       f'{owner}/{name}': parameter
@@ -113,7 +113,7 @@ class Reference:
     return found | {f'head/{name}': leaf for name, leaf in self.head.items()}
 
   def experience(self, episodes):
-    """Tables [B, R] with zeros where there is nothing."""
+    """Returns tables [B, R], which are 0 outside the responses."""
     c = self.config.rl
     lengths = [len(e['response']) for e in episodes]
     table = lambda function: np.array(
@@ -136,7 +136,7 @@ class Reference:
     return x | {'kl': kl}
 
   def minibatch(self, episodes, x, rows):
-    """One Adam step; returns statistics."""
+    """Takes one Adam step; returns statistics."""
     c, count = self.config.rl, sum(len(episodes[i]['response']) for i in rows)
     parameters = self.parameters()
     stats = dict.fromkeys(
@@ -150,7 +150,7 @@ class Reference:
       ),
       0.0,
     )
-    total = 0.0  # its gradient is the loss's
+    total = 0.0  # a sum whose gradient is that of the loss
     for i in rows:
       (logprobs, entropies), values = (
         self.logprobs(self.policy, episodes[i]),
@@ -195,7 +195,7 @@ class Reference:
     return stats
 
   def iteration(self, episodes, orders):
-    """A PPO iteration; returns statistics."""
+    """Runs one PPO iteration; returns statistics."""
     x, minibatches, collected = self.experience(episodes), self.config.rl.minibatches, []
     for order in orders:
       for rows in np.split(np.asarray(order), minibatches):
@@ -221,7 +221,7 @@ def make_episodes(rng):
 
 
 def make_rollout(rng, episodes):
-  """The episodes as a Rollout padded with anything, and scores."""
+  """Returns the episodes as a Rollout with random padding, and scores."""
   tokens = rng.integers(0, VOCAB, (len(episodes), P + R)).astype(np.int32)
   mask = np.zeros(tokens.shape, bool)
   for i, e in enumerate(episodes):
@@ -237,7 +237,7 @@ def make_rollout(rng, episodes):
 
 
 def make_params(rng, model, critic):
-  """Policy and critic, and a reference that is not far from the policy."""
+  """Returns policy and critic, and a reference near the policy."""
   draw = lambda scale, tree: jax.tree.map(
     lambda leaf: leaf + (scale * rng.normal(size=leaf.shape)).astype(np.float32), tree
   )
@@ -311,7 +311,7 @@ def test_ppo_update_agrees_with_torch(model, critic, tmp_path):
 
 
 def test_rollout_has_the_logprobs_of_its_policy():
-  """Sampled token by token, evaluated at once: PPO's ratio begins at 1."""
+  """Token-by-token sampling and one forward pass agree, so PPO's first ratio is 1."""
   params = FLAN.init(jax.random.key(5))
   rng = np.random.default_rng(0)
   mask = np.arange(P)[None] >= P - np.array(PROMPTS)[:, None]
@@ -332,8 +332,8 @@ def test_rollout_has_the_logprobs_of_its_policy():
   np.testing.assert_allclose(found, rollout.logprobs, rtol=0, atol=1e-5)
 
 
-# RL4LMs' toy task (Ramamurthy et al. 2022, https://arxiv.org/abs/2210.01241): go on from a number
-# with ever larger ones.
+# RL4LMs' toy task (Ramamurthy et al. 2022, https://arxiv.org/abs/2210.01241): continue a number
+# with increasing numbers.
 NUMBERS, SLOTS = 20, 5
 SMALL_FLAN = {
   'family': 't5',
@@ -352,7 +352,7 @@ SMALL_FLAN = {
 
 
 def increasing_numbers(prompts, responses, *, response_tokens, metadata):
-  """Share of the slots up to the first number that is not larger than the one before it."""
+  """Returns the length of the increasing prefix of a response divided by its maximum length."""
   del response_tokens, metadata
   rewards = []
   for prompt, response in zip(prompts, responses):
@@ -364,7 +364,7 @@ def increasing_numbers(prompts, responses, *, response_tokens, metadata):
 
 @pytest.fixture(scope='module')
 def task(tmp_path_factory):
-  """Folder with a tokenizer of the numbers, prompts and right answers."""
+  """Returns a folder with a tokenizer of the numbers, prompts and correct responses."""
   folder = tmp_path_factory.mktemp('numbers')
   tiny.write_tokenizer(folder / 'tokenizer', words=NUMBERS)
   starts = range(NUMBERS - SLOTS)
@@ -412,7 +412,7 @@ def test_sft_and_ppo_take_steps_from_a_config(task):
 
 @pytest.mark.slow
 def test_sft_learns_increasing_numbers(task):
-  """The answers have no randomness: the loss goes to 0."""
+  """The responses are deterministic, so the loss falls to 0."""
   _, _, history, _ = tiny.train(sft, sft_config(task, 100), 100)
   assert history[0]['loss'] > 2.0
   assert history[-1]['loss'] < 0.1
@@ -420,7 +420,7 @@ def test_sft_learns_increasing_numbers(task):
 
 @pytest.mark.slow
 def test_ppo_learns_increasing_numbers(task):
-  """From random weights, on the reward alone."""
+  """Trains from random weights on the reward alone."""
   _, _, history, _ = tiny.train(ppo, ppo_config(task, 60), 60)
   scores = [metrics['objective/scores'] for metrics in history]
   assert scores[0] < 0.35
@@ -429,7 +429,7 @@ def test_ppo_learns_increasing_numbers(task):
 
 @pytest.mark.slow
 def test_reward_model_learns_what_is_in_order_and_pays_ppo(task, tmp_path):
-  """The folder it exports is read again, as a reward model and as the critic's beginning."""
+  """PPO reads the exported folder as its reward model and as the initial critic."""
   rng = np.random.default_rng(0)
   rows = [rng.choice(NUMBERS, 4, replace=False) for _ in range(300)]
   text = lambda row: ' '.join(f'w{number}' for number in row)

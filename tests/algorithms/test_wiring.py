@@ -1,4 +1,4 @@
-"""What on-policy algorithms are put together from: parameters, lengths of runs, settings."""
+"""The parts of an on-policy run that its config determines: parameters, length, settings."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def mesh():
 
 @pytest.fixture(scope='module')
 def others(tmp_path_factory):
-  """A policy and a reward model beside the world's, of other parameters."""
+  """Returns a policy and a reward model with other parameters than the world's."""
   folder, model = tmp_path_factory.mktemp('others'), models.create(tiny.LLAMA)
   new = heads.init_scalar(jax.random.key(32), model.width, scale='normal')
   for name, head in (('policy', None), ('reward', new)):
@@ -37,7 +37,7 @@ def others(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def made(world, others, mesh):
-  """PPO with a reference of its own, a reward model, two samples a prompt, and an evaluator."""
+  """Creates PPO with a reference, a reward model, two samples per prompt, and an evaluator."""
   config = tiny.ppo(world)
   config.reference = str(others / 'policy')
   config.reward.update({'function': None, 'model': f'{world}/reward'})
@@ -81,7 +81,7 @@ def test_an_epoch_is_all_samples_of_all_prompts(made):
 
 
 def rates(optimizer, count):
-  """The learning rates of an Adam: with the gradient 1 in each step, that is what it takes off."""
+  """Returns the learning rates of an Adam: its steps if the gradient is always 1."""
   params = {'w': jnp.zeros(())}
   state, found = optimizer.init(params), []
   for _ in range(count):
@@ -91,7 +91,7 @@ def rates(optimizer, count):
 
 
 def test_schedules_reach_to_the_last_update_and_the_critic_has_its_rate(world, mesh):
-  # 2 steps of 2 epochs of 2 minibatches: the second begins after 4 of 8 updates.
+  # 2 steps of 2 epochs of 2 minibatches: the second step starts after 4 of 8 updates.
   config = tiny.ppo(world)
   config.optim.update({'schedule': 'linear', 'learning_rate': 0.5})
   config.critic.learning_rate = 2.0
@@ -103,7 +103,7 @@ def test_schedules_reach_to_the_last_update_and_the_critic_has_its_rate(world, m
 
 
 def test_a_token_ends_responses_from_its_first_position_on(world):
-  """Of w1 w5 w2 w5 and w1 w5 w2 w3 the first alone has ended where w5 counts from the third on."""
+  """w5 counts from the third position, so of w1 w5 w2 w5 and w1 w5 w2 w3 the first has ended."""
   config = tiny.ppo(world)
   config.rl.response = 'raw'
   config.sampling.update({'truncate_at': 'w5', 'truncate_after': 2})
