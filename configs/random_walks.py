@@ -3,6 +3,7 @@
 rlhf run --config=random_walks --workdir=/tmp/walks
 rlhf run --config=random_walks:seed=1 --workdir=/tmp/walks_1
 rlhf run --config=random_walks:debug --workdir=/tmp/debug
+rlhf sweep --config=random_walks:model=FOLDER --workdir=/tmp/walks_sweep
 
 See rlhf_jax/tasks/random_walks.py for the task and its source. A model is pretrained on 20,000
 random walks and then trained on the optimality of its own walks, much as in trlX's
@@ -81,6 +82,11 @@ def get_config(arg=None):
   if arg.debug:
     debug(config, name)
   return config
+
+
+def get_hyper(h):
+  """Lists the runs of `rlhf sweep`: every algorithm with five seeds."""
+  return h.product([h.sweep(':algorithm', tuple(SETTINGS)), h.sweep(':seed', range(5))])
 
 
 def pretrain():

@@ -15,6 +15,8 @@ COMMANDS = {
   'generate': ('rlhf_jax.generate', 'sample text from a model or a run'),
   'evaluate': ('rlhf_jax.evaluate', 'compare policies, or run the evaluators of a run'),
   'report': ('rlhf_jax.report', 'rewrite the report of a run'),
+  'sweep': ('rlhf_jax.sweep', 'train every run that a config lists, then compare them'),
+  'compare': ('rlhf_jax.compare_runs', 'compare training runs over seeds'),
   'plan': ('planner.__main__', 'estimate what a config needs on TPUs, without a TPU'),
 }
 HELP = ('-h', '--help', 'help')

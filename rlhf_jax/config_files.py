@@ -24,6 +24,7 @@ from ml_collections.config_dict import placeholder
 
 from rlhf_jax import config_keys
 from rlhf_jax import errors
+from rlhf_jax import hyper
 from rlhf_jax.algorithms import build
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
@@ -214,18 +215,39 @@ def _typed(block, defaults):
   return block
 
 
-def _from_python(path, arg):
+def read_hyper(path):
+  """Returns the runs that get_hyper(h) of a Python file lists; see hyper.py.
+
+  Raises:
+    UserError: The file has no get_hyper, or it raises or returns something else.
+  """
+  errors.need(
+    path.endswith('.py'), f'{path}: a sweep needs a Python file with get_hyper(h); see hyper.py'
+  )
+  with _user_errors(path):
+    function = getattr(_module(path), 'get_hyper', None)
+    errors.need(
+      callable(function), f'{path}:1: defines no get_hyper(h), which lists the runs of a sweep'
+    )
+    runs = function(hyper)
+  return hyper.check(runs, f'{path}:{inspect.unwrap(function).__code__.co_firstlineno}')
+
+
+def _module(path):
+  """Returns the module of a config file."""
   loader = importlib.machinery.SourceFileLoader('config_file', path)
   module = importlib.util.module_from_spec(importlib.util.spec_from_loader('config_file', loader))
   sys.modules['config_file'] = module  # dataclasses look up the module of a class
+  loader.exec_module(module)
+  return module
+
+
+@contextlib.contextmanager
+def _user_errors(path):
+  """Raises any error of the body, which runs code of a config file, as a UserError of one line."""
   try:
     with importable(os.path.dirname(os.path.abspath(path))):
-      loader.exec_module(module)
-      function = getattr(module, 'get_config', None)
-      errors.need(
-        callable(function), f'{path}:1: defines no get_config(arg=None), which returns the config'
-      )
-      config = function(*([] if arg is None else [arg]))
+      yield
   except errors.UserError:
     raise
   except OSError as error:
@@ -234,6 +256,15 @@ def _from_python(path, arg):
     raise errors.UserError(f'{_place(error, path)}: {error}') from error
   except (Exception, SystemExit) as error:  # a user's file may raise anything
     raise errors.UserError(f'{_place(error, path)}: {_explain(error, path)}') from error
+
+
+def _from_python(path, arg):
+  with _user_errors(path):
+    function = getattr(_module(path), 'get_config', None)
+    errors.need(
+      callable(function), f'{path}:1: defines no get_config(arg=None), which returns the config'
+    )
+    config = function(*([] if arg is None else [arg]))
   line = inspect.unwrap(function).__code__.co_firstlineno
   problem = _problem(config)
   errors.need(not problem, f'{path}:{line}: {problem}')

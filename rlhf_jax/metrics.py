@@ -8,6 +8,8 @@ import json
 import math
 import os
 import pathlib
+import resource
+import sys
 import time
 import uuid
 
@@ -171,7 +173,10 @@ class StepLog:
     if written:
       # The mean since the last written step, because the device runs behind the host in between.
       now = time.perf_counter()
-      host_metrics = host_metrics | {'seconds/step': (now - self._clock) / self._steps}
+      host_metrics = host_metrics | {
+        'seconds/step': (now - self._clock) / self._steps,
+        'memory/peak_gib': peak_memory() / 2**30,
+      }
       self._clock, self._steps = now, 0
     metrics = {name: value for name, value in metrics.items() if not name.startswith('samples/')}
     self._waiting = step, metrics, host_metrics, written
@@ -221,6 +226,15 @@ class StepLog:
     }
     if shown:
       self._bar.set_postfix(shown, refresh=False)
+
+
+def peak_memory():
+  """Returns the most bytes in use so far, of the fullest local device; on CPU, of this process."""
+  used = [(device.memory_stats() or {}).get('peak_bytes_in_use') for device in jax.local_devices()]
+  if None not in used:
+    return max(used)
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
+  return peak if sys.platform == 'darwin' else peak * 2**10
 
 
 def read(workdir):

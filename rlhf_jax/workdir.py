@@ -31,8 +31,8 @@ WEIGHT_KEYS = (
   'critic.path',
   'tokenizer',
 )
-# Files of a run or a pipeline; a folder with other files but none of these holds neither.
-RUN_FILES = ('config.json', 'runs.jsonl', 'checkpoints', 'metrics.jsonl', LOCK)
+# Files of a run, a pipeline or a sweep; a folder with other files but none of these holds neither.
+RUN_FILES = ('config.json', 'runs.jsonl', 'checkpoints', 'metrics.jsonl', 'sweep.json', LOCK)
 
 
 def claim(config, workdir, fork_of, stack, defaults):

@@ -8,7 +8,7 @@ import sys
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-CLOCKS = ('seconds/', 'tokens_per_second/')
+CLOCKS = ('seconds/', 'tokens_per_second/', 'memory/')
 
 
 def metrics(workdir):

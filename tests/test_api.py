@@ -40,7 +40,13 @@ def records(path):
 
 def numbers(run):
   """The metrics without those that are times."""
-  return run.metrics[[name for name in run.metrics if 'second' not in name]]
+  return run.metrics[
+    [
+      name
+      for name in run.metrics
+      if not name.startswith(('seconds', 'tokens_per_second', 'memory'))
+    ]
+  ]
 
 
 def same_parameters(one, other):

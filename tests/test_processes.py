@@ -29,7 +29,7 @@ import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / 'launch' / 'local.sh'
-CLOCKS = ('seconds/', 'tokens_per_second/')
+CLOCKS = ('seconds/', 'tokens_per_second/', 'memory/')
 LIMIT = 900
 # Every axis divides by 8.
 WIDE = tiny.LLAMA | {'num_attention_heads': 8, 'num_key_value_heads': 8, 'hidden_size': 32}

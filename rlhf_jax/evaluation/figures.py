@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 import numpy as np
 
 BLUE, ORANGE, GREEN = '#3b82f6', '#e07b39', '#22a06b'
+# Distinct on light and dark pages; used again from the beginning if there are more lines.
+_PALETTE = (BLUE, ORANGE, GREEN, '#a855f7', '#e5484d', '#0ea5b7', '#b8860b', '#8b8d98') * 9
 _INK = '#010203'  # placeholder, which `_svg` replaces by the page's text colour
 _STYLE = {
   'svg.fonttype': 'none',
@@ -173,19 +175,81 @@ def ratings(elo):
   Returns:
     SVG text.
   """
-  names = list(elo)[::-1]
+  values = {name: (rating['elo'], rating['low'], rating['high']) for name, rating in elo.items()}
+  return intervals(values, 'Elo rating, with its 95 % interval', 'Elo ratings')
+
+
+def intervals(values, axis, title=''):
+  """Draws one value with its interval per line.
+
+  Args:
+    values: {label: (value, low, high)}.
+    axis: Label of the axis.
+    title: Title for screen readers; by default the label of the axis.
+
+  Returns:
+    SVG text.
+  """
+  names = list(values)[::-1]
 
   def draw(figure):
     axes = figure.subplots()
     for row, name in enumerate(names):
-      rating = elo[name]
-      axes.plot([rating['low'], rating['high']], [row, row], color=BLUE, alpha=0.4, linewidth=5)
-      axes.plot(rating['elo'], row, color=BLUE, marker='o', markersize=5)
+      value, low, high = values[name]
+      axes.plot([low, high], [row, row], color=BLUE, alpha=0.4, linewidth=5)
+      axes.plot(value, row, color=BLUE, marker='o', markersize=5)
     axes.set_yticks(range(len(names)), map(_short, names))
     axes.set_ylim(-0.6, len(names) - 0.4)
-    axes.set_xlabel('Elo rating, with its 95 % interval')
+    axes.set_xlabel(axis)
 
-  return _svg(draw, (4.2, 1.0 + 0.35 * len(names)), 'Elo ratings')
+  return _svg(draw, (4.2, 1.0 + 0.35 * len(names)), title or axis)
+
+
+def bands(lines, x_axis, y_axis):
+  """Draws one line with a band for each group of runs.
+
+  Args:
+    lines: {label: {"x", "mean", "low", "high"}}, lists of equal length.
+    x_axis: Label of the horizontal axis.
+    y_axis: Label of the vertical axis.
+
+  Returns:
+    SVG text.
+  """
+
+  def draw(figure):
+    axes = figure.subplots()
+    for (label, line), colour in zip(lines.items(), _PALETTE, strict=False):
+      axes.fill_between(line['x'], line['low'], line['high'], color=colour, alpha=0.2, linewidth=0)
+      axes.plot(line['x'], line['mean'], color=colour, label=_short(label))
+    axes.set_xlabel(x_axis)
+    axes.set_ylabel(y_axis)
+    axes.legend(fontsize=7)
+
+  return _svg(draw, (5.2, 3.6), f'{y_axis} over {x_axis}')
+
+
+def frontiers(lines, y_axis):
+  """Draws the score over the KL, one line for each group of runs.
+
+  Args:
+    lines: {label: list of (kl, score)}, in the order of training.
+    y_axis: Label of the vertical axis.
+
+  Returns:
+    SVG text.
+  """
+
+  def draw(figure):
+    axes = figure.subplots()
+    for (label, points), colour in zip(lines.items(), _PALETTE, strict=False):
+      axes.plot(*zip(*points, strict=True), color=colour, label=_short(label))
+      axes.plot(*points[-1], color=colour, marker='o', markersize=4)
+    axes.set_xlabel('KL from the reference policy (nats per sequence)')
+    axes.set_ylabel(y_axis)
+    axes.legend(fontsize=7)
+
+  return _svg(draw, (5.2, 3.6), f'{y_axis} over KL')
 
 
 def _finite(value, default=math.nan):

@@ -633,6 +633,13 @@ TIMES = (
     '',
     'tokens per second',
   ),
+  Metric(
+    'memory/peak_gib',
+    'Most memory in use so far, of the fullest device of this process; on CPU, of the process.',
+    '',
+    'GiB',
+    'If it is close to the memory of the device, set `microbatch_size`.',
+  ),
 )
 
 GROUPS = {
@@ -644,7 +651,7 @@ GROUPS = {
   'Reward models': REWARD_MODEL,
   'Evaluators': EVALUATORS,
   'Optimizer': OPTIMIZER,
-  'Time': TIMES,
+  'Time and memory': TIMES,
 }
 METRICS = tuple(metric for metrics in GROUPS.values() for metric in metrics)
 

@@ -7,6 +7,7 @@ a prompt, a response or a config got into the page as HTML, no script or style i
 import base64
 import hashlib
 import json
+import os
 
 import jinja2
 import markupsafe
@@ -302,12 +303,13 @@ algorithm</summary>
 """
 
 
-def render(values):
-  """Renders the page.
+def render(values, template=TEMPLATE):
+  """Renders a page.
 
   Args:
     values: {name: value} of the template's variables, except `policy`, `style` and `script`. Texts
       are escaped.
+    template: Jinja template of the page.
 
   Returns:
     HTML.
@@ -321,7 +323,15 @@ def render(values):
     'style': markupsafe.Markup(STYLE),
     'script': markupsafe.Markup(SCRIPT),
   }
-  return environment.from_string(TEMPLATE).render(values | fixed)
+  return environment.from_string(template).render(values | fixed)
+
+
+def replace(path, html):
+  """Writes an HTML file, which is replaced atomically, so it is never incomplete."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(path.name + '.tmp')
+  temporary.write_text(html, encoding='utf-8', errors='replace')
+  os.replace(temporary, path)
 
 
 def policy():

@@ -4,7 +4,6 @@ Every part is optional. For example, the report of a single run has no table of 
 """
 
 import json
-import os
 import pathlib
 import re
 
@@ -105,10 +104,7 @@ def write(
     }
   )
   path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(path.name + '.tmp')
-  temporary.write_text(html, encoding='utf-8', errors='replace')
-  os.replace(temporary, path)
+  page.replace(path, html)
   return path
 
 

@@ -23,6 +23,9 @@ _TITLES = {
   'win_rate': 'Win rate',
   'elo': 'Elo',
   'kl_per_token': 'KL per token',
+  'IQM': 'IQM',
+  'eos_rate': 'EOS rate',
+  'peak_gib': 'Peak GiB',
 }
 _PARTS = frozenset(('gold_se', 'win_low', 'win_high', 'elo_low', 'elo_high'))
 
