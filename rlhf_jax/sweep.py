@@ -29,11 +29,6 @@ from rlhf_jax import identity
 from rlhf_jax import pipeline
 from rlhf_jax import workdir as workdir_lib
 
-_CONFIG = command_line.define_config()
-_WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder of the sweep; by default runs/ and the name of the config.'
-)
-_COMMANDS = flags.DEFINE_bool('commands', False, 'Print one command per run and exit.')
 PROGRAM = (sys.executable, '-m', 'rlhf_jax.main')
 STOPPED = {128 + signal.SIGINT: 'SIGINT', 128 + signal.SIGTERM: 'SIGTERM'}
 LOCK_SECONDS = 5.0  # between two looks at the lock of a run that another process holds
@@ -172,12 +167,12 @@ def _start(words):
 def main(argv):
   """Runs the sweep of the command line, or prints its commands."""
   text = flags.FLAGS['config'].parser.text
-  workdir = _WORKDIR.value or command_line.default_workdir()
+  workdir = flags.FLAGS.workdir or command_line.default_workdir()
   extra = _overrides(sys.argv[1:])
   with command_line.one_line():
     errors.need(len(argv) == 1, f'unexpected arguments {argv[1:]}: every option begins with --')
     errors.need(workdir, '--workdir is missing: name a new folder')
-    if _COMMANDS.value:
+    if flags.FLAGS.commands:
       folder = pathlib.Path(workdir)
       for name, settings in read(text).items():
         print(shlex.join(['rlhf', 'run', *options(text, settings, folder / name, extra)]))
@@ -199,6 +194,11 @@ def _overrides(words):
 
 def start():
   """Reads the command line and runs it."""
+  command_line.define_config()
+  flags.DEFINE_string(
+    'workdir', None, 'Folder of the sweep; by default runs/ and the name of the config.'
+  )
+  flags.DEFINE_bool('commands', False, 'Print one command per run and exit.')
   command_line.start(main, required=('config',))
 
 
