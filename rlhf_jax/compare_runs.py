@@ -102,7 +102,7 @@ def start():
   add('--metric', default='', help=f'metric to compare; by default {runs_lib.SCORE}')
   add('--stage', default='', help='stage of pipelines; by default the last one that trains')
   options = arguments.parse_args()
-  with command_line.one_line():
+  with command_line.exit_on_error():
     errors.need(bool(options.runs) != bool(options.sweep), 'set exactly one of --runs and --sweep')
     if options.sweep:
       errors.need(not options.workdir, '--workdir has no effect with --sweep')

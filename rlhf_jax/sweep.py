@@ -169,7 +169,7 @@ def main(argv):
   text = flags.FLAGS['config'].parser.text
   workdir = flags.FLAGS.workdir or command_line.default_workdir()
   extra = _overrides(sys.argv[1:])
-  with command_line.one_line():
+  with command_line.exit_on_error():
     errors.need(len(argv) == 1, f'unexpected arguments {argv[1:]}: every option begins with --')
     errors.need(workdir, '--workdir is missing: name a new folder')
     if flags.FLAGS.commands:
