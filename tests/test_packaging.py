@@ -24,7 +24,18 @@ DISTRIBUTIONS = {
   'tensorflow_datasets': 'tensorflow-datasets',
   'sklearn': 'scikit-learn',
 }
-OPTIONAL = {'tensorflow-datasets', 'wandb'}
+# Distributions of extras that the code imports where it needs them.
+OPTIONAL = {
+  'tensorflow-datasets': 'tfds',
+  'wandb': 'wandb',
+  'fastapi': 'http',
+  'httpx': 'http',
+  'math-verify': 'math',
+  'pydantic': 'http',
+  'reasoning-gym': 'reasoning',
+  'tenacity': 'http',
+  'uvicorn': 'http',
+}
 
 
 @pytest.fixture(scope='module')
@@ -62,13 +73,17 @@ def imported(*folders):
 
 
 def test_every_import_is_a_declared_requirement_and_the_reverse(declared):
-  assert imported('rlhf_jax', 'configs') - OPTIONAL == names(declared['install_requires'])
+  assert imported('rlhf_jax', 'configs') - OPTIONAL.keys() == names(declared['install_requires'])
 
 
 def test_extras(declared):
   extras = declared['extras_require']
-  assert set(extras) == {'test', 'docs', 'cuda', 'tpu', 'plan', 'tfds', 'wandb', 'notebooks'}
-  assert OPTIONAL <= names(extras['tfds'] + extras['wandb'])
+  assert set(extras) == set(
+    'test docs cuda tpu plan tfds wandb notebooks http math reasoning'.split()
+  )
+  assert names(extras['http'] + extras['math']) <= names(extras['test'])
+  for name, extra in OPTIONAL.items():
+    assert name in names(extras[extra])
 
 
 def test_constraints_are_exact_and_within_the_ranges(declared):
@@ -80,7 +95,7 @@ def test_constraints_are_exact_and_within_the_ranges(declared):
   pins = [requirements.Requirement(line) for line in lines]
   assert all(re.fullmatch(r'==[^*]+', str(pin.specifier)) for pin in pins)
   extras = declared['extras_require']
-  for line in declared['install_requires'] + extras['test'] + extras['docs']:
+  for line in declared['install_requires'] + extras['test'] + extras['docs'] + extras['reasoning']:
     wanted = requirements.Requirement(line)
     found = [pin for pin in pins if normalized(pin.name) == normalized(wanted.name)]
     assert found, f'{wanted.name} has no pin'

@@ -307,6 +307,33 @@ FAULTS = (
     _tests('rewards/test_scorers', 'test_a_reward_model_of_another_tokenizer_reads_max_length'),
   ),
   Fault(
+    'the time of an example counts from the start of its worker',
+    'rlhf_jax/rewards/pool.py',
+    'self.example, self.idle, self.due = example, False, _due(self._setup.scoring.seconds)',
+    'self.example, self.idle = example, False',
+    _tests('rewards/test_pool', 'test_a_failure_stops_the_run_and_names_the_example[hangs in C]'),
+  ),
+  Fault(
+    'a server that is broken for a moment stops the run',
+    'rlhf_jax/rewards/client.py',
+    'if response.status_code == TOO_MANY_REQUESTS or response.is_server_error:',
+    'if response.status_code == TOO_MANY_REQUESTS:',
+    _tests(
+      'rewards/test_client',
+      'test_a_request_without_an_answer_is_repeated_and_no_example_is_scored_twice',
+    ),
+  ),
+  Fault(
+    'a run whose reward fails resumes after the batch that failed',
+    'rlhf_jax/loop.py',
+    'it.set_state(positions[name])',
+    'it.set_state(it.get_state())',
+    _tests(
+      'rewards/test_host',
+      'test_a_failing_reward_loses_no_step_and_the_run_resumes_as_if_it_had_not',
+    ),
+  ),
+  Fault(
     'a function sees the metadata of the first row',
     'rlhf_jax/rewards/host.py',
     'examples[i].metadata for i in rows',

@@ -129,23 +129,15 @@ OBJECTIVE = (
     'Anything above a few: the update sees a biased part of the batch. Fix the reward function.',
   ),
   Metric(
-    'reward/failed',
-    'The fraction of responses that no worker could score: the reward function raised, died, took '
-    "too long or returned no number (`reward.on_error='skip'` or `'score'`). In a sum it is "
-    '`reward/PART/failed`.',
-    r'\frac{1}{N} \sum_i \mathbb{1}[\text{failed on } y_i]',
-    'fraction',
-    'Anything above a few per cent. If it rises, the policy has found responses that break the '
-    'reward function; the log names one of each batch.',
-  ),
-  Metric(
     'reward/PART',
     'The mean of one part of the score: a term of the weighted sum in `reward.parts`, times its '
-    'weight, or a member of an ensemble (`member_0` and so on).',
+    'weight, or a member of an ensemble (`member_0` and so on). `failed` is the fraction of '
+    'responses that a worker could not score (`reward.on_error`).',
     r'\frac{1}{N} \sum_i w_k \, r_k(x_i, y_i)',
     'units of the reward',
     'If one part rises and the others fall, the policy exploits that part. If members of an '
-    'ensemble drift apart, the policy has left the data that they were trained on.',
+    'ensemble drift apart, the policy has left the data that they were trained on. If `failed` '
+    'rises, the policy has found responses that break the reward function; the log names some.',
   ),
 )
 

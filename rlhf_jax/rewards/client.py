@@ -38,7 +38,7 @@ class Settings:
     size: responses per request; None for all.
     timeout: seconds that a request may take.
     attempts: tries of a request, the first included.
-    first_pause: seconds before the second try, about.
+    first_pause: seconds before the second try; later pauses double up to LONGEST_PAUSE.
   """
 
   size: int | None = None
@@ -94,7 +94,7 @@ def reward(url, settings=Settings(), *, key='config.reward'):
   retrying = tenacity.Retrying(
     retry=tenacity.retry_if_exception_type(NoAnswer),
     stop=tenacity.stop_after_attempt(settings.attempts),
-    wait=tenacity.wait_exponential_jitter(settings.first_pause, LONGEST_PAUSE, jitter=0.1),
+    wait=tenacity.wait_exponential(multiplier=settings.first_pause, max=LONGEST_PAUSE),
     before_sleep=lambda state: logging.warning(
       'the reward server %s: try %d of %d: %s',
       url,
