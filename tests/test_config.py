@@ -504,6 +504,18 @@ BAD_ON_POLICY = [
   ({'reward.ensemble': 'max'}, "config.reward.ensemble='max' must be one of mean, min, variance"),
   ({'reward.ensemble_coef': -1.0}, 'config.reward.ensemble_coef=-1.0 must be 0 or positive'),
   ({'reward.max_length': 0}, 'config.reward.max_length=0 must be positive, or None'),
+  (
+    {'reward.function': None, 'reward.model': 'x', 'reward.arguments': {'n': 1}},
+    'config.reward.arguments needs config.reward.function',
+  ),
+  (
+    {'evals': {'text': {'path': 'x', 'metrics': {'a': {'functoin': 'x:y'}}}}},
+    "config.evals.text.metrics.a has no key 'functoin'. Did you mean 'function'?",
+  ),
+  (
+    {'evals': {'text': {'path': 'x', 'metrics': {'a': {}}}}},
+    'config.evals.text.metrics.a.function is empty',
+  ),
   (PARTS | {'reward.parts': {'a': 'x'}}, "config.reward.parts.a='x' must be a dict, such as"),
   (
     PARTS | {'reward.parts': {'a': {'weight': 1.0}}},

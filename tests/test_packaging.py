@@ -79,9 +79,9 @@ def test_every_import_is_a_declared_requirement_and_the_reverse(declared):
 def test_extras(declared):
   extras = declared['extras_require']
   assert set(extras) == set(
-    'test docs cuda tpu plan tfds wandb notebooks http math reasoning'.split()
+    'test docs cuda tpu plan tfds wandb notebooks http math reasoning metrics'.split()
   )
-  assert names(extras['http'] + extras['math']) <= names(extras['test'])
+  assert names(extras['http'] + extras['math'] + extras['metrics']) <= names(extras['test'])
   for name, extra in OPTIONAL.items():
     assert name in names(extras[extra])
 

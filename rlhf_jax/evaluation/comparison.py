@@ -22,10 +22,10 @@ from rlhf_jax import policy as policy_lib
 from rlhf_jax.evaluation import best_of_n
 from rlhf_jax.evaluation import plots
 from rlhf_jax.evaluation import tables
-from rlhf_jax.evaluation import text
 from rlhf_jax.evaluation import winrate
 from rlhf_jax.feedback import elo
 from rlhf_jax.rewards import learned
+from rlhf_jax.rewards import text_statistics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,7 +165,9 @@ class Comparison:
     return {
       'stages': self.rows,
       'elo': {name: dataclasses.asdict(rating) for name, rating in self.ratings.items()},
-      'texts': {name: text.statistics(r.samples.responses) for name, r in self.scored.items()},
+      'texts': {
+        name: text_statistics.statistics(r.samples.responses) for name, r in self.scored.items()
+      },
     }
 
 
@@ -358,7 +360,7 @@ def compare(scored, baseline, *, outcomes=None):
         'elo': ratings[name].elo,
         'elo_low': ratings[name].low,
         'elo_high': ratings[name].high,
-        'distinct_2': text.distinct(result.samples.responses, 2),
+        'distinct_2': text_statistics.distinct(result.samples.responses, 2),
       }
     )
   return rows, ratings

@@ -3,7 +3,7 @@
     loss       the algorithm's loss on held-out data
     prompts    responses to held-out prompts: scores, KL from the initial policy, lengths
     win_rate   how often the policy's response scores higher than the initial policy's
-    text       statistics of the texts of responses
+    text       statistics of the texts of responses, and metrics of all of them together
 
 `config.evals` names them; see config.evaluator. All evaluations use the same random keys for
 sampling, so two evaluations differ only in the policy.
@@ -18,10 +18,13 @@ from typing import Any
 
 import jax
 from jaxtyping import PyTree
+import ml_collections
+from ml_collections.config_dict import placeholder
 import numpy as np
 import transformers
 
 from rlhf_jax import config as config_lib
+from rlhf_jax import config_keys
 from rlhf_jax import errors
 from rlhf_jax import intervals
 from rlhf_jax import keys
@@ -33,18 +36,20 @@ from rlhf_jax.data import formats
 from rlhf_jax.data import pipelines
 from rlhf_jax.data import sources
 from rlhf_jax.data import tokenizers
-from rlhf_jax.evaluation import text as text_lib
 from rlhf_jax.evaluation import winrate
 from rlhf_jax.models import base
 from rlhf_jax.rewards import functions
 from rlhf_jax.rewards import guard
 from rlhf_jax.rewards import scorers
+from rlhf_jax.rewards import text_statistics
 from rlhf_jax.rollout import actor
 from rlhf_jax.rollout import sampler
 from rlhf_jax.rollout import sampling as sampling_lib
 from rlhf_jax.rollout import stops
 
 Evaluator = Callable[[types.TrainState], dict[str, float]]
+# Keys of a metric of kind 'text'.
+METRIC = ml_collections.ConfigDict({'function': placeholder(str), 'arguments': {}})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +94,8 @@ def validate(evals):
       scorers.validate(block.reward, f'config.evals.{name}.reward')
     if block.kind == 'function':
       load_user(block, f'config.evals.{name}.function')
+    for metric in block.get('metrics', {}):
+      load_metric(block.metrics[metric], f'config.evals.{name}.metrics.{metric}')
 
 
 def make(evals, context):
@@ -210,10 +217,66 @@ def win_rate(block, context):
 
 
 def text(block, context):
-  """Creates the evaluator of text statistics of responses; see text.statistics."""
+  """Creates the evaluator of the texts of responses.
+
+  Args:
+    block: See config.evaluator. Each of its `metrics` is a reward function, which is called once
+      for all responses; its scores are averaged, and scores per token summed before.
+    context: Context.
+
+  Returns:
+    (state) -> the text_statistics, and 'metrics/NAME' of each of `block.metrics`.
+  """
   responses = ResponseSampler(block, context)
-  texts = lambda params, rollout, examples: {'text': actor.texts_of(rollout, context.tokenizer)[0]}
-  return lambda state: text_lib.statistics(responses.each(context.policy(state), texts)['text'])
+  load = lambda name: load_metric(block.metrics[name], f'metrics.{name}')
+  metrics = {name: load(name) for name in block.metrics}
+
+  def measure(params, rollout, examples):
+    del params
+    texts, tokens = actor.texts_of(rollout, context.tokenizer)
+    columns = {
+      'prompt': [example.prompt for example in examples],
+      'response': texts,
+      'tokens': tokens,
+      'metadata': [example.metadata for example in examples],
+    }
+    return {name: as_objects(values) for name, values in columns.items()}
+
+  def evaluate(state):
+    columns = {
+      name: list(values) for name, values in responses.each(context.policy(state), measure).items()
+    }
+    results = text_statistics.statistics(columns['response'])
+    for name, function in metrics.items():
+      scores = functions.call(
+        function,
+        columns['prompt'],
+        columns['response'],
+        response_tokens=columns['tokens'],
+        metadata=columns['metadata'],
+        response_length=responses.sampling.max_new_tokens,
+        limit=functions.Limit(None, ''),
+      )
+      results[f'metrics/{name}'] = float(scores.sum() / len(scores))
+    return results
+
+  return evaluate
+
+
+def as_objects(values):
+  """Returns a list as a one-dimensional NumPy array of objects, even if it holds lists."""
+  array = np.empty(len(values), object)
+  array[:] = values
+  return array
+
+
+def load_metric(block, key):
+  """Loads a function of `evals.NAME.metrics`; `key` is its config key, for messages."""
+  block = ml_collections.ConfigDict(block)
+  config_keys.check_keys(block, METRIC, key, require_all=False)
+  config_lib.need(block.get('function'), f"{key}.function is empty: set it to 'module:function'")
+  arguments = block.get('arguments', ml_collections.ConfigDict()).to_dict()
+  return functions.load_reward(block.function, key=f'{key}.function', arguments=arguments)
 
 
 def user(block, context):

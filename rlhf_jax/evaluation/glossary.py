@@ -4,7 +4,8 @@ docs/metrics.md is made from it and explains the symbols of the formulas. A test
 the metrics that runs write.
 
 Words in capitals stand for names that a config chooses: EVAL is a name in `config.evals`; PART is a
-name in `config.reward.parts` or a member of an ensemble; MODEL is `policy`, `critic` or `reward`.
+name in `config.reward.parts` or a member of an ensemble; MODEL is `policy`, `critic` or `reward`;
+METRIC is a name in `metrics` of an evaluator.
 """
 
 import re
@@ -17,7 +18,7 @@ class Metric(NamedTuple):
   """An entry of the glossary.
 
   Attributes:
-    name: as in metrics.jsonl, with EVAL, PART and MODEL in place of names that a config chooses.
+    name: as in metrics.jsonl, with words in capitals in place of names that a config chooses.
     meaning: one or two sentences.
     formula: in LaTeX; '' if the meaning says it all.
     unit: of the values.
@@ -532,6 +533,29 @@ EVALUATORS = (
     'See `EVAL/distinct_1`.',
   ),
   Metric(
+    'EVAL/entropy_1',
+    'Evaluator `text`: the entropy of the distribution of words over all answers.',
+    r'-\sum_g p(g) \log p(g)',
+    'nats',
+    'A fall means less variety. It grows with the number of texts: compare equal sets only.',
+  ),
+  Metric(
+    'EVAL/entropy_2',
+    'Evaluator `text`: the same for pairs of adjacent words.',
+    r'-\sum_g p(g) \log p(g)',
+    'nats',
+    'See `EVAL/entropy_1`.',
+  ),
+  Metric(
+    'EVAL/msttr',
+    'Evaluator `text`: different words over words in segments of 100 words of all answers in '
+    'order, a mean over segments. Unlike `EVAL/distinct_1` it does not depend on the number of '
+    'texts.',
+    r'\frac{1}{S} \sum_s \frac{|\text{different words of } s|}{100}',
+    'fraction',
+    'A fall means less variety.',
+  ),
+  Metric(
     'EVAL/mean_words',
     'Evaluator `text`: the mean number of words in an answer.',
     '',
@@ -558,6 +582,13 @@ EVALUATORS = (
     '',
     'fraction',
     'A rise means that the policy learns to end at once.',
+  ),
+  Metric(
+    'EVAL/metrics/METRIC',
+    'Evaluator `text`: a metric of all answers together, such as BLEU or ROUGE; METRIC is a name '
+    'in `evals.NAME.metrics`.',
+    '',
+    'units of the metric',
   ),
 )
 
@@ -655,6 +686,7 @@ _NAMES = {
   'EVAL': rf'(?!(?:{_PREFIXES})/)[^/]+',
   'MODEL': '[^/]+',
   'PART': '(?!(?:grad|update|param)_norm$).+',
+  'METRIC': '[^/]+',
 }
 
 

@@ -37,6 +37,7 @@ from rlhf_jax import policy as policy_lib
 from rlhf_jax.evaluation import reward_models
 from rlhf_jax.rewards import functions
 from rlhf_jax.rewards import guard
+from rlhf_jax.rewards import text
 
 EXACT_MATCH = 'exact_match'
 FORMS = (
@@ -173,13 +174,13 @@ def of_reward_model(scorer, name):
 def exact_match(column):
   """Creates the Judge that gives 1 if the response equals a column of the prompt's record, else 0.
 
-  White space at both ends is ignored.
+  See rewards.text.exact_match.
   """
 
   def score(samples, metadata, tokenizer):
     del tokenizer
-    pairs = zip(samples.responses, metadata)
-    return np.array([float(text.strip() == str(entry[column]).strip()) for text, entry in pairs])
+    prompts, responses = samples.prompts, samples.responses
+    return np.array(text.exact_match(prompts, responses, metadata=metadata, column=column))
 
   return Judge(
     name=f'{EXACT_MATCH}:{column}',

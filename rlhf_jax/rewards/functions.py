@@ -7,7 +7,7 @@ A reward function is called once per batch as
 with lists of equal length: texts, texts, lists of token ids, and dicts that hold the other columns
 of each prompt's record. It returns one number per response; for rewards per token, it returns one
 list per response, with a number for each of its tokens. Its signature may omit `response_tokens`,
-`metadata` or both.
+`metadata` or both. It may have other keyword arguments, whose values are `config.reward.arguments`.
 """
 
 from collections.abc import Callable
@@ -27,8 +27,10 @@ from jaxtyping import Float
 import numpy as np
 
 from rlhf_jax import errors
+from rlhf_jax.config_keys import did_you_mean
 from rlhf_jax.rewards import guard
 
+DATA = 'response_tokens', 'metadata'  # keywords that a call may pass
 TIMEOUT = 600.0  # default limit of a call in seconds
 REMEDY = 'Once it is fixed, the same command resumes.'  # last sentence of messages
 NOT_NUMBERS = (bool, np.bool_, str, bytes)
@@ -103,16 +105,26 @@ def load(name, *, key='config.reward.function', limit=Limit(TIMEOUT, '')):
     ) from error
 
 
-def load_reward(name, *, key='config.reward.function', limit=Limit()):
-  """Loads a reward function, with the arguments of `load`.
+def load_reward(name, *, key='config.reward.function', arguments=None, limit=Limit()):
+  """Loads a reward function.
+
+  Args:
+    name: See `load`.
+    key: See `load`.
+    arguments: {keyword: value} that every call passes, or None.
+    limit: See `load`.
 
   Returns:
     Function (prompts, responses, *, response_tokens, metadata).
 
   Raises:
-    UserError: The function cannot be loaded, or does not take the arguments of a reward function.
+    UserError: The function cannot be loaded, does not take the arguments of a reward function, or
+      does not take `arguments`. A reward of this package also checks their values.
   """
   function = load(name, key=key, limit=limit)
+  if arguments:
+    of_function = f'{key.removesuffix("function")}arguments'
+    function = bind(function, arguments, f'{key}={name!r}', of_function)
   keywords = keywords_of(function)
   if keywords is None:
     check_signature(
@@ -120,11 +132,52 @@ def load_reward(name, *, key='config.reward.function', limit=Limit()):
       f'{key}={name!r}',
       'f(prompts, responses, response_tokens=..., metadata=...)',
       2,
-      ('response_tokens', 'metadata'),
+      DATA,
       remedy='write def f(prompts, responses, *, response_tokens, metadata), or omit one or both '
-      'of the last two',
+      'of the last two; config.reward.arguments sets other keyword arguments',
     )
-  return with_keywords(function, keywords)
+  function = with_keywords(function, keywords)
+  if name.startswith('rlhf_jax.rewards.'):
+    # Without examples, the rewards of this package check their arguments and optional packages.
+    try:
+      function([], [], response_tokens=[], metadata=[])
+    except errors.UserError as error:
+      raise errors.UserError(f'{key}={name!r}: {error}') from error
+  return function
+
+
+def bind(function, arguments, named, key):
+  """Returns a reward function with the values of its own keyword arguments set.
+
+  Args:
+    function: The loaded object.
+    arguments: {keyword: value}.
+    named: Config key and value of the function, for messages.
+    key: Config key of the arguments, for messages.
+
+  Raises:
+    UserError: The function does not take one of the arguments.
+  """
+  if not callable(function):
+    return function  # an error of the caller's checks
+  try:
+    signature = inspect.signature(function)
+  except (TypeError, ValueError):  # written in C, with an unknown signature
+    return functools.partial(function, **arguments)
+  names = [name for name in list(signature.parameters)[2:] if name not in DATA]
+  for argument in arguments:
+    errors.need(argument not in DATA, f'{key} sets {argument!r}, which every call sets: remove it')
+    try:
+      signature.bind_partial(None, None, **{argument: None})
+    except TypeError as error:
+      raise errors.UserError(
+        f'{named} does not take {key}.{argument} ({error}). '
+        + (did_you_mean(argument, names) if names else 'It has no arguments to set.')
+      ) from None
+  bound = functools.partial(function, **arguments)
+  vars(bound).update(getattr(function, '__dict__', {}))
+  bound.__name__ = getattr(function, '__name__', repr(function))
+  return bound
 
 
 def keywords_of(function):
@@ -134,14 +187,13 @@ def keywords_of(function):
     Tuple of names; both names if the signature is unknown, as for functions written in C; None if
     the function cannot be called with any subset of them.
   """
-  names = 'response_tokens', 'metadata'
   if not callable(function):
     return None
   try:
     signature = inspect.signature(function)
   except (TypeError, ValueError):
-    return names
-  for keywords in (names, names[1:], names[:1], ()):
+    return DATA
+  for keywords in (DATA, DATA[1:], DATA[:1], ()):
     try:
       signature.bind(None, None, **dict.fromkeys(keywords))
       return keywords
@@ -152,7 +204,7 @@ def keywords_of(function):
 
 def with_keywords(function, keywords):
   """Wraps a reward function that takes only some of the keywords; see `keywords_of`."""
-  if keywords == ('response_tokens', 'metadata'):
+  if keywords == DATA:
     return function
 
   @functools.wraps(function)

@@ -8,6 +8,7 @@ import functools
 
 import jax
 from jaxtyping import Float
+import ml_collections
 import numpy as np
 import transformers
 
@@ -70,9 +71,16 @@ def validate(block, key):
 
 
 def load_function(block, key):
-  """Loads the reward function of a block."""
+  """Loads the reward function of a block, with its arguments set."""
   limit = functions.Limit(block.get('timeout', functions.TIMEOUT), f'{key}.timeout')
-  return functions.load_reward(block.function, key=f'{key}.function', limit=limit)
+  return functions.load_reward(
+    block.function, key=f'{key}.function', arguments=arguments(block), limit=limit
+  )
+
+
+def arguments(block):
+  """Returns the keyword arguments of the reward function of a block, a plain dict."""
+  return ml_collections.ConfigDict(block.get('arguments', {})).to_dict()
 
 
 def make(block, tokenizer, mesh, *, key, allow_nan):
@@ -97,6 +105,7 @@ def make(block, tokenizer, mesh, *, key, allow_nan):
       block.workers,
       key=key,
       limit=limit,
+      arguments=arguments(block),
       example_timeout=block.get('example_timeout', pool.TIMEOUT),
       on_error=on_error,
     )

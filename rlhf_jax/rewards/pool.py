@@ -60,6 +60,7 @@ class Pool:
     *,
     key: str = 'config.reward',
     limit: functions.Limit = functions.Limit(),
+    arguments: Mapping | None = None,
     example_timeout: float | None = TIMEOUT,
     on_error: OnError = OnError(),
   ):
@@ -70,6 +71,7 @@ class Pool:
       count: Number of processes.
       key: Dotted name of the config block that holds the name, for messages.
       limit: Limit of the import of the module, and of a batch.
+      arguments: {keyword: value} that every call passes, or None.
       example_timeout: Time limit for an example in seconds; None for no limit.
       on_error: OnError.
     """
@@ -78,6 +80,7 @@ class Pool:
     self._setup = worker.Setup(
       name,
       f'{key}.function',
+      dict(arguments or {}),
       functions.Limit(limit.seconds, limit.key),
       functions.Limit(example_timeout, f'{key}.example_timeout', limit.allow_nan),
     )

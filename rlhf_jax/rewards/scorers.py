@@ -43,6 +43,7 @@ def config():
       'model': placeholder(str),  # folder of a reward model
       'models': (),  # or folders of an ensemble of reward models
       'function': placeholder(str),  # or a Python function 'package.module:function'
+      'arguments': {},  # keyword arguments of the function, such as {'column': 'summary'}
       'url': placeholder(str),  # or the address of a reward server, 'http://HOST:PORT'
       'timeout': functions.TIMEOUT,  # seconds that these two may take per batch; None: no limit
       'workers': 0,  # processes that score examples in parallel; 0: the function gets whole batches
@@ -113,6 +114,10 @@ def validate_source(block, key, sources):
   coef, length = block.get('ensemble_coef', 1.0), block.get('max_length')
   need(coef >= 0, f'{key}.ensemble_coef={coef} must be 0 or positive')
   need(length is None or length > 0, f'{key}.max_length={length} must be positive, or None')
+  need(
+    not block.get('arguments') or block.get('function'),
+    f'{key}.arguments needs {key}.function, whose arguments they are: set it, or remove them',
+  )
   host.validate(block, key)
 
 

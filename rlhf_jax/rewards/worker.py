@@ -29,12 +29,14 @@ class Setup(NamedTuple):
   Attributes:
     name: 'package.module:function' of the reward function.
     key: config key that holds the name.
+    arguments: {keyword: value} that every call passes.
     importing: functions.Limit of the import of the module.
     scoring: functions.Limit of the call for one example.
   """
 
   name: str
   key: str
+  arguments: dict
   importing: functions.Limit
   scoring: functions.Limit
 
@@ -77,7 +79,9 @@ def main(fd):
     try:
       setup = connection.recv()
       try:
-        function = functions.load_reward(setup.name, key=setup.key, limit=setup.importing)
+        function = functions.load_reward(
+          setup.name, key=setup.key, arguments=setup.arguments, limit=setup.importing
+        )
       except errors.UserError as error:
         connection.send(Failure(str(error)))
         return

@@ -68,7 +68,7 @@ def test_every_key_of_an_algorithm_is_in_the_reference(reference, algorithm):
 
 
 def test_every_key_of_an_evaluator_is_in_the_reference(reference):
-  keys = 'kind every function path split columns count batch_size sampling reward'.split()
+  keys = 'kind every function path split columns count batch_size sampling reward metrics'.split()
   rows = re.findall(
     r'^\| `evals\.NAME\.(\w+)` \| [\w, ]+ \| \S+ \| \S.* \|$', reference, re.MULTILINE
   )

@@ -1,5 +1,6 @@
 """Evaluators against NumPy on recorded answers; when they run, and alone on a finished run."""
 
+import collections
 import json
 import math
 import sys
@@ -7,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import sacrebleu
 
 from rlhf_jax import errors
 from rlhf_jax import evaluate
@@ -39,6 +41,11 @@ def exits_later(context):
 
 def of_nothing():
   return {}
+
+
+def one_per_token(prompts, responses, *, response_tokens):
+  """A metric with scores per token."""
+  return [[1.0] * len(tokens) for tokens in response_tokens]
 
 
 @pytest.fixture
@@ -142,15 +149,37 @@ def test_answers_to_one_prompt_are_one_draw(world, recorded, tmp_path):
   )
 
 
-def test_text_is_of_the_same_answers(world, recorded):
-  """The same prompts and keys as those that the reward function saw."""
+def test_text_is_of_the_same_answers(world, recorded, tmp_path):
+  """The same prompts and keys as those that the reward function saw; metrics of all together."""
+  prompts = [tiny.text(7 * i, 1 + i % 5) for i in range(PROMPTS)]
+  records = [{'prompt': p, 'number': i, 'answer': tiny.text(i, 4)} for i, p in enumerate(prompts)]
   config = tiny.sft(world, 'completion')
   config.evals = blocks(world, 'prompts', 'text')
+  for block in config.evals.values():
+    block.path = str(tiny.write_jsonl(tmp_path / 'prompts.jsonl', records))
+  arguments = {'column': 'answer'}
+  config.evals.text.metrics = {
+    'chrf': {'function': 'rlhf_jax.rewards.text:corpus_chrf', 'arguments': arguments},
+    'rouge': {'function': 'rlhf_jax.rewards.text:rouge_1', 'arguments': arguments},
+    'length': {'function': 'rlhf_jax.rewards.text:length'},
+    'ones': {'function': f'{__name__}:one_per_token'},
+  }
   _, _, _, found = tiny.train(sft, config, 1)
-  responses = joined(recorded[-3:])[1]
+  _, responses, tokens, _ = joined(recorded[-3:])
   words = [word for response in responses for word in response.split()]
   assert found['text/distinct_1'] == pytest.approx(len(set(words)) / len(words))
   assert found['text/mean_words'] == pytest.approx(len(words) / PROMPTS)
+  answers = [record['answer'] for record in records]
+  chrf = sacrebleu.CHRF().corpus_score(responses, [answers]).score / 100
+  assert found['text/metrics/chrf'] == pytest.approx(chrf, rel=1e-5) and chrf > 0
+  counts = lambda text: collections.Counter(text.split())
+  f1 = [
+    2 * (counts(a) & counts(r)).total() / (counts(a) + counts(r)).total()
+    for a, r in zip(answers, responses)
+  ]
+  assert found['text/metrics/rouge'] == pytest.approx(np.mean(f1), rel=1e-5)
+  mean_tokens = sum(map(len, tokens)) / PROMPTS
+  assert found['text/metrics/length'] == found['text/metrics/ones'] == pytest.approx(mean_tokens)
 
 
 @pytest.mark.parametrize('part', ['all', 'top layers', 'adapters'])

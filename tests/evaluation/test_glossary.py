@@ -51,6 +51,7 @@ def ppo(world, folder):
     'learned': {'weight': 0.5, 'models': (f'{world}/reward', f'{world}/reward')},
   }
   config.evals = tiny.evals(world)
+  config.evals['text']['metrics'] = {'good': {'function': 'tiny:good_words'}}
   return config
 
 
@@ -107,6 +108,7 @@ def test_every_entry_is_of_a_metric_that_some_run_writes(names):
     ('loss', 'loss'),
     ('held_out/loss', 'EVAL/loss'),
     ('my evaluator/rate', 'EVAL/rate'),
+    ('text/metrics/bleu', 'EVAL/metrics/METRIC'),
     ('value/loss', 'value/loss'),
     ('reward/helpful', 'reward/PART'),
     ('reward/learned/member_1', 'reward/PART'),
@@ -131,6 +133,7 @@ def test_links():
 def test_metrics_and_keys_in_the_texts_exist():
   """Names in backticks are metrics, keys of a config, or evaluators."""
   keys = {'loss', 'prompts', 'win_rate', 'text', 'low', 'high', 'member_0', 'failed'}
+  keys.add('evals.NAME.metrics')
   for algorithm in ('ppo', 'grpo', 'sft', 'reward_model'):
     config = build.load(algorithm).config().to_dict()
     blocks = {name: block for name, block in config.items() if isinstance(block, dict)}

@@ -249,6 +249,51 @@ def test_keys_can_be_changed_on_the_command_line(monkeypatch):
     assert (found.models, found.ensemble) == (('a', 'b'), 'min')
 
 
+def test_arguments_on_the_command_line(monkeypatch):
+  config, values = scorers.config(), flags.FlagValues()
+  text = "--reward.arguments={'column': 'summary', 'n': 2}"
+  monkeypatch.setattr('sys.argv', ['main', text])
+  holder = config_flags.DEFINE_config_dict('reward', config, flag_values=values)
+  values(['main', text])
+  assert holder.value.arguments.to_dict() == {'column': 'summary', 'n': 2}
+
+
+def scaled(prompts, responses, *, metadata, column, factor=1.0):
+  """A number of the record, times a factor."""
+  return [factor * entry[column] for entry in metadata]
+
+
+def test_arguments_of_a_function_and_of_a_part(world, mesh):
+  function = f'{__name__}:scaled'
+  reward = scorers.config()
+  reward.parts = {
+    'half': {'function': function, 'arguments': {'column': 'number', 'factor': 0.5}},
+    'one': {'weight': 3.0, 'function': function, 'arguments': {'column': 'number'}},
+  }
+  for key in ('config.reward', 'config.evals.prompts.reward'):
+    scorers.validate(reward, key)
+  with jax.set_mesh(mesh):
+    found = make(reward, world, mesh)[0](*rollout())
+  numbers = np.arange(B)
+  np.testing.assert_allclose(found.total, 3.5 * numbers, rtol=1e-6)
+  np.testing.assert_allclose(found.parts['half'], 0.5 * numbers, rtol=1e-6)
+
+
+WRONG_ARGUMENTS = {
+  'misspelt': ({'colum': 'number'}, r"arguments.colum .*Did you mean 'column'\?"),
+  'missing': ({'factor': 2.0}, "missing a required .*argument: 'column'"),
+  'of the call': ({'column': 'number', 'metadata': 1}, "sets 'metadata', which every call sets"),
+}
+
+
+@pytest.mark.parametrize('arguments, message', WRONG_ARGUMENTS.values(), ids=WRONG_ARGUMENTS)
+def test_wrong_arguments_name_their_key(arguments, message):
+  reward = scorers.config()
+  reward.parts = {'a': {'function': f'{__name__}:scaled', 'arguments': arguments}}
+  with pytest.raises(errors.UserError, match=r'config.reward.parts.a.*' + message):
+    scorers.validate(reward)
+
+
 def test_a_function_that_cannot_be_loaded_names_its_key(world, mesh):
   reward = scorers.config()
   reward.parts = {'mine': {'function': 'no_such_module:f'}}
