@@ -40,6 +40,7 @@ CHECKED = (
   'rewards.padding',
   'rewards.scorers',
   'rewards.scoring',
+  'rewards.shaping',
   'rollout',
   'types',
   'update',

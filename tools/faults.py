@@ -293,6 +293,20 @@ FAULTS = (
     _tests('rewards/test_scorers', 'test_an_ensemble_of_reward_models[mean]'),
   ),
   Fault(
+    'the score of a response is added to its first token',
+    'rlhf_jax/rewards/scorers.py',
+    'last = lengths.used_lengths(response_mask)[:, None] - 1',
+    'last = 0 * lengths.used_lengths(response_mask)[:, None]',
+    _tests('rewards/test_scorers', 'test_scores_of_responses_are_added_to_the_last_tokens[False]'),
+  ),
+  Fault(
+    'references of BLEU beyond the first are lost',
+    'rlhf_jax/rewards/text.py',
+    'most = max(map(len, groups))',
+    'most = 1',
+    _tests('rewards/test_text', 'test_examples_of_the_libraries'),
+  ),
+  Fault(
     'parts lose their weights',
     'rlhf_jax/rewards/scorers.py',
     "c.parts[name].get('weight', 1.0)",

@@ -17,6 +17,7 @@ import ml_collections
 from ml_collections.config_dict import placeholder
 
 from rlhf_jax import errors
+from rlhf_jax import lengths
 from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.config import need
@@ -226,12 +227,14 @@ def model_scorer(path, tokenizer, mesh, *, max_length, load, check):
 def weighted(parts: Mapping[str, tuple[float, Scorer]]) -> Scorer:
   """Returns the weighted sum of scorers, sum_i weight_i * score_i.
 
+  If some parts score tokens, the scores of responses are added to the rewards of the last tokens.
+
   Args:
-    parts: {name: (weight, Scorer)}. All must score responses [B], or all tokens [B, R].
+    parts: {name: (weight, Scorer)}.
 
   Returns:
     Scorer that returns types.Scores, whose parts are multiplied by their weights, so they add up to
-    the total. It raises UserError if some parts score responses and others tokens.
+    the total.
   """
   weights = {name: float(weight) for name, (weight, _) in parts.items()}
 
@@ -239,7 +242,6 @@ def weighted(parts: Mapping[str, tuple[float, Scorer]]) -> Scorer:
     scores = {
       name: types.Scores.of(scorer(rollout, examples)) for name, (_, scorer) in parts.items()
     }
-    check_same_kind(scores)
     return _weighted(scores, weights, rollout.response_mask)
 
   return score
@@ -285,7 +287,13 @@ def check_same_kind(members: Mapping[str, types.Scores]) -> None:
 
 @jax.jit
 def _weighted(members, weights, response_mask):
-  total = sum(weights[name] * scores.total for name, scores in members.items())
+  totals = {name: scores.total for name, scores in members.items()}
+  if any(total.ndim == 2 for total in totals.values()):
+    last = lengths.used_lengths(response_mask)[:, None] - 1
+    is_last = jnp.arange(response_mask.shape[1])[None] == last
+    at_last = lambda total: jnp.where(is_last, total[:, None], 0.0)
+    totals = {name: x if x.ndim == 2 else at_last(x) for name, x in totals.items()}
+  total = sum(weights[name] * total for name, total in totals.items())
   parts = {}
   for name, scores in members.items():
     parts |= _parts(name, scores, response_mask, weights[name])

@@ -152,11 +152,31 @@ def test_what_a_part_is_made_of_keeps_its_name():
   np.testing.assert_allclose(scores.total, 2 * np.minimum(one, two) + other, rtol=1e-6)
 
 
-def test_scores_of_responses_and_of_tokens_are_not_combined():
+@pytest.mark.parametrize('holes', [False, True])
+def test_scores_of_responses_are_added_to_the_last_tokens(holes):
+  batch, examples = rollout()
+  mask = np.array(batch.response_mask)
+  if holes:
+    mask[0, 1] = False
+    batch = batch.replace(response_mask=jnp.asarray(mask))
+  response, tokens = random_scores(1, False)[0], random_scores(1, True)[0]
+  scores = scorers.weighted({'dense': (2.0, fixed(tokens)), 'sparse': (0.5, fixed(response))})(
+    batch, examples
+  )
+  for i in range(B):
+    last = max(t for t in range(R) if mask[i, t])
+    for t in range(R):
+      expected = 2 * tokens[i, t] + (0.5 * response[i] if t == last else 0)
+      assert float(scores.total[i, t]) == pytest.approx(expected, abs=1e-6)
+  np.testing.assert_allclose(scores.parts['sparse'], 0.5 * response, rtol=1e-6)
+  np.testing.assert_allclose(
+    sum(scores.parts.values()), total_of(np.asarray(scores.total), batch), rtol=0, atol=1e-5
+  )
+
+
+def test_an_ensemble_does_not_combine_scores_of_responses_and_of_tokens():
   batch, examples = rollout()
   response, tokens = fixed(random_scores(1, False)[0]), fixed(random_scores(1, True)[0])
-  with pytest.raises(errors.UserError, match='dense score tokens, but sparse score responses'):
-    scorers.weighted({'dense': (1.0, tokens), 'sparse': (1.0, response)})(batch, examples)
   with pytest.raises(errors.UserError, match='member_1 score tokens, but member_0 score responses'):
     scorers.ensemble([response, tokens], 'mean')(batch, examples)
 
