@@ -37,6 +37,12 @@ SETTINGS = {
     'optim.learning_rate': 1e-4,
   },
   'grpo': {'rl.minibatches': 2, 'rl.normalize': 'token', 'sampling.samples': 7, 'optim.b2': 0.95},
+  'reinforce': {
+    'rl.minibatches': 2,
+    'rl.clip': True,
+    'rl.whiten_advantages': True,
+    'optim.b2': 0.95,
+  },
 }
 PRESETS = {'ppo': 'trlx'}
 

@@ -180,7 +180,7 @@ def score_index(response_mask: Bool[ArrayLike, 'B R'], position: str) -> Int[Arr
   """Returns the position in the response that gets the score.
 
   Args:
-    response_mask: [B, R] bool, True at real response tokens.
+    response_mask: [B, R] bool, True at real response tokens; it may have holes.
     position: 'last', the last of the R positions (lm-human-preferences); 'after_end', the position
       after the last real token, or the last position (N+, TRL); 'eos', the last real token (trlX).
 
@@ -188,13 +188,14 @@ def score_index(response_mask: Bool[ArrayLike, 'B R'], position: str) -> Int[Arr
     [B] int32.
   """
   num_positions = response_mask.shape[1]
-  length = jnp.sum(response_mask, axis=1, dtype=jnp.int32)
+  after = jnp.arange(1, num_positions + 1, dtype=jnp.int32)
+  end = jnp.max(jnp.where(response_mask, after, 0), axis=1)
   if position == 'last':
-    return jnp.full_like(length, num_positions - 1)
+    return jnp.full_like(end, num_positions - 1)
   if position == 'after_end':
-    return jnp.minimum(length, num_positions - 1)
+    return jnp.minimum(end, num_positions - 1)
   if position == 'eos':
-    return jnp.maximum(length - 1, 0)
+    return jnp.maximum(end - 1, 0)
   raise ValueError(f'unknown score_position {position!r}: one of {SCORE_POSITIONS}')
 
 
@@ -267,6 +268,38 @@ def gae(
   _, advantages = jax.lax.scan(backward, jnp.zeros_like(deltas[:, 0]), deltas.T, reverse=True)
   advantages = advantages.T
   return advantages, advantages + values
+
+
+def discounted_returns(
+  rewards: Float[ArrayLike, 'B R'], mask: Bool[ArrayLike, 'B R'], *, gamma: float
+) -> Float[Array, 'B R']:
+  """Computes the return of each token, the discounted sum of the rewards from it on.
+
+      G_t = r_t + gamma * G_{t+1}
+
+  where t + 1 is the next real token, and G = 0 after the last one. See Sutton and Barto, eq. 3.9
+  (http://incompleteideas.net/book/the-book-2nd.html).
+
+  Args:
+    rewards: [B, R] float32.
+    mask: [B, R] bool, True at the tokens of the response; it may have holes, which take no time.
+    gamma: discount per token.
+
+  Returns:
+    [B, R] float32; masked slots hold 0.
+  """
+  chex.assert_rank([rewards, mask], 2)
+  chex.assert_equal_shape([rewards, mask])
+
+  def backward(following, xs):
+    reward, real = xs
+    following = jnp.where(real, reward + gamma * following, following)
+    return following, following
+
+  _, returns = jax.lax.scan(
+    backward, jnp.zeros_like(rewards[:, 0]), (rewards.T, mask.T), reverse=True
+  )
+  return jnp.where(mask, returns.T, 0.0)
 
 
 def update_moments(
@@ -352,6 +385,36 @@ def group_advantages(
   elif scale != 'none':
     raise ValueError(f'unknown scale {scale!r}: one of {GROUP_SCALES}')
   return advantages.reshape(-1)
+
+
+def leave_one_out_advantages(
+  scores: Float[ArrayLike, ' B'], n: int, *, kept: Bool[ArrayLike, ' B'] | None = None
+) -> Float[Array, ' B']:
+  """Computes the score of each response less the mean score of the others to the same prompt.
+
+      A_i = s_i - 1 / (n - 1) * sum over j != i of s_j
+
+  The baseline does not depend on the response, so the policy gradient is unbiased. See RLOO, Kool
+  et al. 2019 (https://openreview.net/forum?id=r1lgTGL5DE) and Ahmadian et al. 2024, §3.2
+  (https://arxiv.org/abs/2402.14740).
+
+  Args:
+    scores: [B] float32, n consecutive responses per prompt.
+    n: responses per prompt.
+    kept: [B] bool, responses that count; None for all.
+
+  Returns:
+    [B] float32; 0 for responses that do not count, and for one whose group has no other.
+
+  Raises:
+    ValueError: if n is below 2 or does not divide B.
+  """
+  groups = by_group(scores, n)
+  present = by_group(jnp.ones(scores.shape, bool) if kept is None else kept, n)
+  total = jnp.sum(jnp.where(present, groups, 0.0), axis=1, keepdims=True)
+  others = jnp.sum(present, axis=1, keepdims=True) - 1
+  advantages = groups - (total - groups) / jnp.maximum(others, 1)
+  return jnp.where(present & (others > 0), advantages, 0.0).reshape(-1)
 
 
 def equal_groups(

@@ -53,6 +53,7 @@ DATA = {
   'ppo': ('prompts',),
   'a2c': ('prompts',),
   'grpo': ('prompts',),
+  'reinforce': ('prompts',),
   'sft': ('samples', 'texts'),
   'reward_model': ('comparisons',),
 }

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Num
 
 DPO_LOSSES = ('sigmoid', 'ipo', 'hinge')
-RATIO_LEVELS = ('token', 'sequence', 'sequence_token')
+RATIO_LEVELS = ('token', 'sequence', 'sequence_token', 'sequence_sum')
 NORMALIZERS = ('token', 'sequence', 'constant')
 
 
@@ -30,17 +30,19 @@ def log_ratio(
       'token':           d_t                                   (PPO, GRPO)
       'sequence':        s on every token                      (GSPO)
       'sequence_token':  sg(s) + logprobs_t - sg(logprobs_t)   (GSPO-token)
+      'sequence_sum':    sum_t d_t on every token              (RLOO)
 
   where sg stops the gradient. The last has the value of 'sequence', but every token has its own
   gradient, so advantages may differ within a sequence. If they are equal and the loss is normalized
   by sequence, the last two have the same gradients.
-  See GSPO, eq. 7 and §4.3 (https://arxiv.org/abs/2507.18071).
+  See GSPO, eq. 7 and §4.3 (https://arxiv.org/abs/2507.18071). 'sequence_sum' is the ratio of the
+  probabilities of whole responses, as in TRL's RLOOTrainer; it is not divided by the length.
 
   Args:
     logprobs: [B, R] float32, log-probabilities by the policy being trained.
     old_logprobs: [B, R] float32, log-probabilities by the policy that sampled.
     mask: [B, R] bool, True at response tokens; it may have holes.
-    level: 'token', 'sequence' or 'sequence_token'.
+    level: 'token', 'sequence', 'sequence_token' or 'sequence_sum'.
 
   Returns:
     [B, R] float32; masked slots hold 0.
@@ -52,8 +54,10 @@ def log_ratio(
   per_token = jnp.where(mask, logprobs - old_logprobs, 0.0)
   if level == 'token':
     return per_token
-  length = jnp.sum(mask, axis=1, keepdims=True)
-  mean = jnp.sum(per_token, axis=1, keepdims=True) / jnp.maximum(length, 1)
+  total = jnp.sum(per_token, axis=1, keepdims=True)
+  if level == 'sequence_sum':
+    return jnp.where(mask, total, 0.0)
+  mean = total / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
   if level == 'sequence':
     return jnp.where(mask, mean, 0.0)
   if level == 'sequence_token':

@@ -328,3 +328,24 @@ def normalized(loss, mask, *, normalize, max_length):
     return mean([mean(tokens) if tokens else 0.0 for tokens in per_sequence])
   assert normalize == 'constant'
   return mean([sum(tokens) / max_length for tokens in per_sequence])
+
+
+def discounted_returns(rewards, mask, *, gamma):
+  """Sum over this and the later real tokens of gamma^(number of real tokens between) times r."""
+  out = np.zeros(np.shape(mask))
+  for i, row in enumerate(mask):
+    real = [t for t, keep in enumerate(row) if keep]
+    for a, t in enumerate(real):
+      for b, later in enumerate(real[a:]):
+        out[i, t] += gamma**b * float(rewards[i][later])
+  return out
+
+
+def leave_one_out_advantages(scores, n, kept):
+  """Score less the mean of the other scores of its group that count."""
+  out = []
+  for i, score in enumerate(scores):
+    start = i // n * n
+    others = [float(scores[j]) for j in range(start, start + n) if j != i and kept[j]]
+    out.append(float(score) - mean(others) if kept[i] and others else 0.0)
+  return out

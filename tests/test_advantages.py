@@ -382,3 +382,35 @@ def test_overlong_penalty_agrees_with_its_three_cases():
         references.overlong_penalty(n, max_length=max_length, cache=cache) for n in lengths.tolist()
       ],
     )
+
+
+def test_returns_agree_with_the_double_sum():
+  """Of masks with holes, which take no time; what stands in them has no effect."""
+  for case in range(CASES):
+    rng, _, mask = ragged(case)
+    mask = mask & (rng.random(mask.shape) < 0.7)
+    rewards = normal(rng, mask)
+    gamma = (1.0, 0.9, 0.0)[case // 4 % 3]
+    found = jitted(adv.discounted_returns, gamma=gamma)(rewards, mask)
+    expected = references.discounted_returns(rewards, mask, gamma=gamma)
+    scale = max(1.0, np.abs(expected).max())
+    close(found / scale, expected / scale)
+
+
+def test_leave_one_out_agrees_with_loops():
+  for case in range(CASES):
+    rng = np.random.default_rng(case)
+    n, prompts = [(2, 1), (2, 5), (4, 3), (7, 2)][case % 4]
+    kept = rng.random(n * prompts) < (1.0 if case % 8 < 4 else 0.6)
+    scores = np.where(kept, rng.normal(size=n * prompts), np.nan).astype(np.float32)
+    found = jitted(adv.leave_one_out_advantages, n=n)(scores, kept=kept)
+    close(found, references.leave_one_out_advantages(scores, n, kept), rtol=1e-5, atol=1e-5)
+    if kept.all():  # n / (n - 1) of the distance from the mean of all
+      rest = adv.group_advantages(jnp.asarray(scores), n, scale='none')
+      close(found, rest * n / (n - 1), rtol=1e-5, atol=1e-5)
+
+
+def test_the_score_of_a_mask_with_holes_is_at_its_last_token():
+  mask = jnp.array([[True, False, True, False], [False, True, False, True], [False] * 4])
+  for position, slots in [('last', [3, 3, 3]), ('after_end', [3, 3, 0]), ('eos', [2, 3, 0])]:
+    np.testing.assert_array_equal(adv.score_index(mask, position), slots)

@@ -18,7 +18,7 @@ from rlhf_jax.algorithms import ppo
 
 CONFIGS = sorted((pathlib.Path(__file__).resolve().parents[1] / 'configs').glob('*.py'))
 # Base configs, with what a user must give on the command line, and more.
-BASES = ('sft', 'reward_model', 'ppo', 'grpo', 'a2c')
+BASES = build.names()
 GIVEN = {
   'model.path': 'model',
   'data.path': 'data.jsonl',
@@ -144,7 +144,7 @@ def test_base_configs_ask_for_model_data_and_reward(name):
 
 @pytest.mark.parametrize(
   'name, preset',
-  [(name, preset) for name in ('ppo', 'grpo', 'a2c') for preset in build.load(name).PRESETS],
+  [(name, preset) for name in BASES for preset in getattr(build.load(name), 'PRESETS', ())],
 )
 def test_base_configs_take_every_preset(name, preset):
   path = CONFIGS[0].with_name(f'{name}.py')

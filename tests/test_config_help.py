@@ -17,7 +17,7 @@ def lines(text):
   return dict(line.strip().split('=', 1) for line in text.splitlines() if line.startswith('  --'))
 
 
-@pytest.mark.parametrize('algorithm', ['a2c', 'ppo', 'grpo', 'sft', 'reward_model'])
+@pytest.mark.parametrize('algorithm', build.names())
 def test_every_key_has_a_doc(algorithm):
   docs = config_help.docs(algorithm)
   keys = [

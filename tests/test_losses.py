@@ -232,9 +232,11 @@ def test_log_ratios_agree_with_loops(level):
           for row in zip(new.astype(np.float64), old.astype(np.float64), mask)
         ]
       )
+    # The gradient of a token is 1, or length times 1 / length; of a sum it is length times 1.
+    times = mask.sum(1, keepdims=True) if level == 'sequence_sum' else 1
     new, old = np.where(mask, [new, old], np.nan)
-    close(fn(new, old, mask), np.where(mask, expected, 0), rtol=1e-5)
-    close(gradient_fn(new, old, mask), mask)  # length times 1 / length, or 1
+    close(fn(new, old, mask), np.where(mask, times * expected, 0), rtol=1e-5)
+    close(gradient_fn(new, old, mask), times * mask)
 
 
 @pytest.mark.parametrize('normalize', losses.NORMALIZERS)

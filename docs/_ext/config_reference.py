@@ -4,15 +4,14 @@ import collections
 import importlib
 import inspect
 import pathlib
-import pkgutil
 import re
 from typing import NamedTuple
 
 import ml_collections
 
-from rlhf_jax import algorithms
 from rlhf_jax import config as config_lib
 from rlhf_jax import config_help
+from rlhf_jax.algorithms import build
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / 'configs'
 KINDS = ('loss', 'prompts', 'win_rate', 'text', 'function')
@@ -44,11 +43,7 @@ def page():
 
 def modules():
   """{name: module} of all algorithms, those that learn from data first."""
-  found = {}
-  for _, name, _ in pkgutil.iter_modules(algorithms.__path__):
-    module = importlib.import_module(f'{algorithms.__name__}.{name}')
-    if all(hasattr(module, part) for part in ('config', 'validate', 'create')):
-      found[name] = module
+  found = {name: build.load(name) for name in build.names()}
   return dict(sorted(found.items(), key=lambda pair: ('rl' in pair[1].config(), pair[0])))
 
 

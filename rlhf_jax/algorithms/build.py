@@ -5,8 +5,10 @@ and `create(config, mesh) -> (learner.Learner, first TrainState)`. A preset chan
 keys: a run's config must have the same keys as `config()`, with values of the same types.
 """
 
+import importlib
 import importlib.util
 import os
+import pkgutil
 import sys
 
 from absl import logging
@@ -20,6 +22,8 @@ from rlhf_jax.algorithms import effects
 from rlhf_jax.evaluation import evaluators
 from rlhf_jax.rewards import functions
 from rlhf_jax.rewards import guard
+
+PARTS = ('config', 'validate', 'create')  # what the module of an algorithm defines
 
 
 def load(name):
@@ -48,13 +52,23 @@ def load(name):
       f'config.algorithm={name!r} cannot be loaded ({error}): name a module of '
       'rlhf_jax/algorithms, or give the dotted path of your own module'
     ) from error
-  missing = [part for part in ('config', 'validate', 'create') if not hasattr(module, part)]
+  missing = [part for part in PARTS if not hasattr(module, part)]
   if missing:
     raise errors.UserError(
       f'config.algorithm={name!r} is a module without {", ".join(missing)}: it must define '
       'config, validate and create'
     )
   return module
+
+
+def names():
+  """Returns the sorted names of the algorithms of this package."""
+  modules = (module.name for module in pkgutil.iter_modules([os.path.dirname(__file__)]))
+  return sorted(
+    name
+    for name in modules
+    if all(hasattr(importlib.import_module(f'{__package__}.{name}'), part) for part in PARTS)
+  )
 
 
 def defaults(name):

@@ -87,6 +87,15 @@ TABLE = (
     (0,),
     'no pretraining batches are used',
   ),
+  # REINFORCE.
+  ('rl.clip_low rl.clip_high rl.dual_clip', 'rl.clip', (False,), 'the loss is -A log p'),
+  ('rl.gamma', 'rl.returns', ('sequence',), 'the rewards of a response are summed'),
+  (
+    'rl.baseline_decay',
+    'rl.baseline',
+    ('none', 'batch', 'group'),
+    'there is no moving average',
+  ),
   # PPO.
   (
     'rl.kl_target rl.kl_horizon',

@@ -84,18 +84,10 @@ def config(preset=''):
 def validate(config, device_count):
   """Validates a config of GRPO; see ppo.validate."""
   on_policy_config.validate(config, device_count)
-  samples, overlong = config.sampling.samples, config.rl.overlong
-  config_lib.need(
-    config.rl.kl_coef or not config.reference, 'config.reference needs config.rl.kl_coef above 0'
-  )
-  config_lib.need(
-    samples > 1,
-    f'config.sampling.samples={samples} must be at least 2: the baseline of a response '
-    'is the other responses to the same prompt',
-  )
+  on_policy_config.validate_without_critic(config, groups=True)
+  overlong = config.rl.overlong
   for key, choices in (
     ('scale', adv.GROUP_SCALES),
-    ('normalize', losses.NORMALIZERS),
     ('ratio', losses.RATIO_LEVELS),
     ('kl_estimator', adv.KL_ESTIMATORS[:4]),
   ):
@@ -145,26 +137,10 @@ def loss(outputs, experience, counts, *, settings):
     normalize=settings.normalize,
     max_length=settings.max_new_tokens,
   )
-  mean = lambda x: adv.masked_sum(weights * x, mask)
   logprobs = jnp.where(mask, outputs.logprobs, 0.0)
   log_ratio = losses.log_ratio(logprobs, experience.logprobs, mask, level=settings.ratio)
-  policy, clipped, ratio = losses.clipped_policy_loss(
-    log_ratio, experience.advantages, **settings.clips
-  )
-  total = policy_loss = mean(policy)
-  total -= settings.entropy_coef * mean(outputs.entropy) if settings.entropy_coef else 0.0
-  if settings.kl_in == 'loss' and settings.kl_coef:
-    total += settings.kl_coef * mean(
-      adv.kl_estimate(logprobs, experience.ref_logprobs, settings.kl_estimator)
-    )
-  by_token = lambda x: adv.masked_sum(x, mask) / counts.tokens
-  return total, {
-    'policy/loss': policy_loss,
-    'policy/ratio': by_token(ratio),
-    'policy/approxkl': 0.5 * by_token(jnp.square(logprobs - experience.logprobs)),
-    'policy/clipfrac': by_token(clipped),
-    'policy/entropy_per_token': by_token(outputs.entropy),
-  }
+  policy = losses.clipped_policy_loss(log_ratio, experience.advantages, **settings.clips)
+  return on_policy.total_loss(policy, outputs, experience, counts, weights, settings=settings)
 
 
 def objective(state, rollout, scores, *, settings):

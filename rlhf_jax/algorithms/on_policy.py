@@ -6,8 +6,10 @@ Letters: B batch, R response length.
 import functools
 
 import jax
+import jax.numpy as jnp
 
-from rlhf_jax import experience
+from rlhf_jax import advantages as adv
+from rlhf_jax import experience as experience_lib
 from rlhf_jax import forward as forward_lib
 from rlhf_jax import learner
 from rlhf_jax import processes
@@ -68,6 +70,42 @@ def train_step(objective, state, frozen, rollout, scores, ptx, *, models, optimi
     optimizers=optimizers,
     schedule=settings.schedule,
   )
+
+
+def total_loss(policy, outputs, experience, counts, weights, *, settings):
+  """Sums a policy loss, the entropy bonus and the KL penalty of a microbatch.
+
+  Args:
+    policy: Policy loss, whether the clip decides it, and importance ratio, each [B, R] float32; see
+      losses.clipped_policy_loss.
+    outputs: forward.Outputs of the current policy.
+    experience: Experience of the microbatch.
+    counts: update.Counts of the minibatch.
+    weights: [B, R] float32, weight of each token; see losses.token_weights.
+    settings: on_policy_config.Settings; its `kl_coef` is constant.
+
+  Returns:
+    Scalar loss, and metrics that are summed over microbatches.
+  """
+  mask = experience.response_mask
+  mean = lambda x: adv.masked_sum(weights * x, mask)
+  by_token = lambda x: adv.masked_sum(x, mask) / counts.tokens
+  logprobs = jnp.where(mask, outputs.logprobs, 0.0)
+  policy, clipped, ratio = policy
+  total = policy_loss = mean(policy)
+  if settings.entropy_coef:  # JAX would differentiate the entropy even if multiplied by 0.
+    total -= settings.entropy_coef * mean(outputs.entropy)
+  if settings.kl_in == 'loss' and settings.kl_coef:
+    total += settings.kl_coef * mean(
+      adv.kl_estimate(logprobs, experience.ref_logprobs, settings.kl_estimator)
+    )
+  return total, {
+    'policy/loss': policy_loss,
+    'policy/ratio': by_token(ratio),
+    'policy/approxkl': 0.5 * by_token(jnp.square(logprobs - experience.logprobs)),
+    'policy/clipfrac': by_token(clipped),
+    'policy/entropy_per_token': by_token(outputs.entropy),
+  }
 
 
 def read_prompts(config, tokenizer, model):
@@ -185,7 +223,7 @@ def create(config, mesh, settings, train_step, *, reference=True, extra=wiring.f
   if config.ptx.batch_size:
     iterators['ptx'] = sft.ptx_iterator(config, tokenizer, model)
 
-  skip = jax.jit(functools.partial(experience.skip_nan, rules=settings.rules))
+  skip = jax.jit(functools.partial(experience_lib.skip_nan, rules=settings.rules))
 
   def next_batch(state, *, timed):
     policy = trainable.merge(frozen['policy'], state.params['policy'])

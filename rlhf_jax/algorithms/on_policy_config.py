@@ -11,6 +11,7 @@ from ml_collections.config_dict import placeholder
 from rlhf_jax import advantages
 from rlhf_jax import config as config_lib
 from rlhf_jax import experience
+from rlhf_jax import losses
 from rlhf_jax import update
 from rlhf_jax.algorithms import on_policy_warnings
 from rlhf_jax.algorithms import setup
@@ -326,6 +327,29 @@ def validate_critic(config):
     "config.critic.kind='adapters' needs config.model.lora.targets: the critic adapts the same "
     'weights as the policy',
   )
+
+
+def validate_without_critic(config, *, groups):
+  """Validates the keys of algorithms without a critic.
+
+  Args:
+    config: Config of the run.
+    groups: Whether the baseline of a response needs other responses to the same prompt.
+
+  Raises:
+    UserError: A value is invalid; see `validate`.
+  """
+  need, samples = config_lib.need, config.sampling.samples
+  need(
+    config.rl.kl_coef or not config.reference, 'config.reference needs config.rl.kl_coef above 0'
+  )
+  need(
+    samples > 1 or not groups,
+    f'config.sampling.samples={samples} must be at least 2: the baseline of a response '
+    'is the other responses to the same prompt',
+  )
+  if 'normalize' in config.rl:
+    config_lib.one_of(config, 'rl.normalize', losses.NORMALIZERS)
 
 
 def make_sampling(config, tokenizer):

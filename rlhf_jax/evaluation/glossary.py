@@ -278,9 +278,18 @@ CRITIC = (
   ),
   Metric(
     'returns/mean',
-    'The mean return: what the critic is trained to predict.',
+    'The mean return: with a critic, what it is trained to predict. For REINFORCE, the mean over '
+    "tokens of the rewards that follow, or over responses with `rl.returns='sequence'`.",
     r'\mathbb{E}_t[G_t], \quad G_t = A_t + V_t',
     'units of the reward',
+  ),
+  Metric(
+    'returns/baseline',
+    'REINFORCE: the baseline that is subtracted from the returns. Of groups it is the mean of all.',
+    r'b',
+    'units of the reward',
+    'It should be near `returns/mean`. A moving average that lags behind needs a lower '
+    '`rl.baseline_decay`.',
   ),
   Metric(
     'returns/var',

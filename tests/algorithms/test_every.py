@@ -7,8 +7,6 @@ python -m rlhf_jax.main --config=tests/algorithms/test_every.py:algorithm=ppo,wo
     --workdir=DIR
 """
 
-import importlib
-import pkgutil
 import random
 import shutil
 import signal
@@ -19,18 +17,27 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from rlhf_jax import algorithms
 from rlhf_jax import config as config_lib
 from rlhf_jax import loop
 from rlhf_jax import sharding
 from rlhf_jax.algorithms import build
+from rlhf_jax.algorithms import reinforce
 import runs
 import tiny
+
+
+def reinforce_config(world):
+  """REINFORCE with the baseline that is part of the state."""
+  config = tiny.on_policy(reinforce.config(), world)
+  config.rl.baseline = 'moving'
+  return config
+
 
 # Module of rlhf_jax/algorithms: function from the folder of tiny.write to a config.
 ALGORITHMS = {
   'grpo': tiny.grpo,
   'ppo': tiny.ppo,
+  'reinforce': reinforce_config,
   'reward_model': tiny.reward_model,
   'sft': lambda world: tiny.sft(world, 'completion'),
 }
@@ -61,10 +68,7 @@ def get_config(arg=None):
 
 
 def test_every_algorithm_has_a_line():
-  names = [module.name for module in pkgutil.iter_modules(algorithms.__path__)]
-  modules = {name: importlib.import_module(f'rlhf_jax.algorithms.{name}') for name in names}
-  is_algorithm = lambda module: all(hasattr(module, x) for x in ('config', 'validate', 'create'))
-  assert {name for name, module in modules.items() if is_algorithm(module)} == set(ALGORITHMS)
+  assert sorted(ALGORITHMS) == build.names()
 
 
 @pytest.fixture(scope='module')

@@ -9,6 +9,7 @@ from rlhf_jax import loop
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax import sharding
 from rlhf_jax.algorithms import build
+from rlhf_jax.algorithms import reinforce
 from rlhf_jax.evaluation import glossary
 import tiny
 
@@ -78,7 +79,12 @@ def variants(world):
   trunk.critic.kind = 'trunk'
   trunk.rl.kl_estimator = 'full'
   free.rl.minibatches = 2
-  return {'ppo, critic on the trunk': trunk, 'grpo': groups, 'grpo, no reference': free}
+  return {
+    'ppo, critic on the trunk': trunk,
+    'grpo': groups,
+    'grpo, no reference': free,
+    'reinforce': tiny.on_policy(reinforce.config(), world),
+  }
 
 
 @pytest.fixture(scope='module')
