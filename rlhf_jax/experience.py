@@ -145,6 +145,8 @@ def make_experience(
     ref_logprobs=keep(fixed.ref_logprobs, mask),
     values=keep(outputs.values, step_mask),
     frozen_states=fixed.frozen_states,
+    allowed=rollout.allowed,
+    raw_logprobs=keep(outputs.raw_logprobs, mask),
   ), gap
 
 
@@ -193,7 +195,7 @@ def rollout_metrics(
     'response/eos_rate': adv.masked_mean(rules.ended(rollout), known),
   }
   if experience.ref_logprobs is not None:
-    log_ratio = experience.logprobs - experience.ref_logprobs
+    log_ratio = experience.unmasked_logprobs - experience.ref_logprobs
     kl = adv.masked_sum(log_ratio, mask) / batch
     spread = jnp.sqrt(adv.masked_var(jnp.sum(jnp.where(mask, log_ratio, 0.0), axis=1), known))
     metrics |= {

@@ -41,11 +41,20 @@ class Models(NamedTuple):
 
 
 class Outputs(NamedTuple):
-  """Outputs of policy and critic on responses, [B, R] float32; values are None without a critic."""
+  """Outputs of policy and critic on responses, [B, R] float32.
+
+  Attributes:
+    logprobs: log-probabilities of the tokens, among those that could be sampled if the batch has
+      masks.
+    entropy: entropy of the same distribution.
+    values: values of the critic; None without a critic.
+    raw_logprobs: log-probabilities among all tokens; None without masks.
+  """
 
   logprobs: Float[Array, 'B R']
   entropy: Float[Array, 'B R']
   values: Float[Array, 'B R'] | None = None
+  raw_logprobs: Float[Array, 'B R'] | None = None
 
 
 class Fixed(NamedTuple):
@@ -101,14 +110,20 @@ class Forward:
     states = self.models.policy.response_states(
       policy, batch.tokens, batch.mask, length, frozen_states
     )
-    logprobs, entropy = logprobs_lib.token_logprobs(
-      functools.partial(self.models.policy.unembed, policy),
-      states,
-      batch.tokens[:, -length:],
-      temperature=self.temperature,
-    )
+    unembed = functools.partial(self.models.policy.unembed, policy)
+    targets = batch.tokens[:, -length:]
+    if batch.allowed is None:
+      logprobs, entropy = logprobs_lib.token_logprobs(
+        unembed, states, targets, temperature=self.temperature
+      )
+      outputs = Outputs(logprobs, entropy)
+    else:
+      logprobs, entropy, raw = logprobs_lib.masked_token_logprobs(
+        unembed, states, targets, batch.allowed, temperature=self.temperature
+      )
+      outputs = Outputs(logprobs, entropy, raw_logprobs=raw)
     if 'critic' not in params:
-      return Outputs(logprobs, entropy)
+      return outputs
     if self.models.critic is not None:
       frozen_policy, frozen_states = (
         (self.frozen['policy'], frozen_states) if self.models.critic_shared else ({}, None)
@@ -117,7 +132,7 @@ class Forward:
       states = self.models.critic.response_states(
         critic, batch.tokens, batch.mask, length, frozen_states
       )
-    return Outputs(logprobs, entropy, heads.apply_scalar(params['critic']['head'], states))
+    return outputs._replace(values=heads.apply_scalar(params['critic']['head'], states))
 
   def fixed(self, params: dict[str, PyTree], batch: types.Rollout) -> Fixed:
     """Computes what does not change during the update.

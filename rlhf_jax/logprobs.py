@@ -10,7 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int, UInt8
 
 from rlhf_jax import processes
 from rlhf_jax import sharding
@@ -71,15 +71,62 @@ def token_logprobs(
   """
 
   def rows(h, y):
-    logits = unembed(h) / temperature
-    # Subtract the maximum, so that rounding loses neither term of a peaked distribution's entropy.
-    logits = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    weights = jnp.exp(logits)
-    total = jnp.sum(weights, axis=-1)
-    picked = jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0]
-    return picked - jnp.log(total), jnp.log(total) - jnp.sum(weights * logits, axis=-1) / total
+    return _logprob_and_entropy(unembed(h) / temperature, y)
 
   return _in_chunks(rows, [hidden, targets], _vocab(unembed, hidden), chunk)
+
+
+def masked_token_logprobs(
+  unembed: Unembed,
+  hidden: Float[ArrayLike, 'B T D'],
+  targets: Int[ArrayLike, 'B T'],
+  allowed: UInt8[ArrayLike, 'B T M'],
+  *,
+  temperature: float | Float[Array, ''] = 1.0,
+  chunk: int = CHUNK,
+) -> tuple[Float[Array, 'B T'], Float[Array, 'B T'], Float[Array, 'B T']]:
+  """Computes what `token_logprobs` does for the distribution over the allowed tokens only.
+
+  Args:
+    unembed, hidden, targets, temperature, chunk: see `token_logprobs`.
+    allowed: [B, T, M] uint8, M = ceil(V / 8), one bit per token (jnp.packbits). A position that
+      allows no token has no mask.
+
+  Returns:
+    logprobs [B, T] float32, -inf for a target that is not allowed; entropy [B, T] float32; and the
+    log-probabilities [B, T] float32 without the masks.
+  """
+  vocab = _vocab(unembed, hidden)
+
+  def rows(h, y, bits):
+    logits = unembed(h) / temperature
+    mask = jnp.unpackbits(bits, axis=-1, count=vocab).astype(bool)
+    mask |= ~jnp.any(mask, axis=-1, keepdims=True)
+    raw, _ = _logprob_and_entropy(logits, y)
+    return *_logprob_and_entropy(logits, y, mask), raw
+
+  return _in_chunks(rows, [hidden, targets, allowed], vocab, chunk)
+
+
+def _logprob_and_entropy(logits, targets, mask=None):
+  """Returns log-probabilities of targets [...] and entropies [...] of logits [..., V].
+
+  Tokens outside the mask have probability 0; no infinity reaches the backward pass.
+  """
+  # Subtract the maximum, so that rounding loses neither term of a peaked distribution's entropy.
+  visible = logits if mask is None else jnp.where(mask, logits, -jnp.inf)
+  logits = logits - jax.lax.stop_gradient(jnp.max(visible, axis=-1, keepdims=True))
+  if mask is not None:
+    logits = jnp.where(mask, logits, 0.0)
+  weights = jnp.exp(logits)
+  if mask is not None:
+    weights = jnp.where(mask, weights, 0.0)
+  total = jnp.sum(weights, axis=-1)
+  pick = lambda x: jnp.take_along_axis(x, targets[..., None], axis=-1)[..., 0]
+  logprobs = pick(logits) - jnp.log(total)
+  if mask is not None:
+    logprobs = jnp.where(pick(mask), logprobs, -jnp.inf)
+  return logprobs, jnp.log(total) - jnp.sum(weights * logits, axis=-1) / total
 
 
 def cross_entropy(

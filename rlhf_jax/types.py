@@ -1,6 +1,7 @@
 """The pytrees that data, rollout, algorithms and checkpoints exchange.
 
-Letters: B batch, K completions of one prompt, P prompt length, R response length, T = P + R.
+Letters: B batch, K completions of one prompt, P prompt length, R response length, T = P + R,
+V vocabulary, M = ceil(V / 8).
 
 Masks are made together with the tokens and stay with them. No code derives a mask from
 `tokens == pad_id`: if the padding token is the EOS, that would drop the EOS.
@@ -9,7 +10,7 @@ Masks are made together with the tokens and stay with them. No code derives a ma
 from flax import struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree, UInt8
 
 # One score for each response, or rewards per token.
 ScoreArray = Float[ArrayLike, ' B'] | Float[ArrayLike, 'B R']
@@ -39,6 +40,8 @@ class Rollout:
     logprobs: [B, R] float32, log-probability of each token under the distribution it was
       sampled from (temperature, top-k and top-p applied); 0 outside `response_mask`.
     ended: [B] bool, which responses ended by themselves; None if their tokens show it.
+    allowed: [B, R, M] uint8, the tokens that could be sampled at each position, one bit each
+      (jnp.packbits), 0 outside `response_mask`; None unless a masking policy restricts the sampler.
   """
 
   tokens: Int[Array, 'B T']
@@ -46,6 +49,7 @@ class Rollout:
   response_mask: Bool[Array, 'B R']
   logprobs: Float[Array, 'B R']
   ended: Bool[Array, ' B'] | None = None
+  allowed: UInt8[Array, 'B R M'] | None = None
 
 
 @struct.dataclass
@@ -136,6 +140,9 @@ class Experience:
     values: [B, R] float32, values of the critic before the update; None without a critic.
     returns: [B, R] float32; None without a critic.
     frozen_states: [B, T, D] outputs of the frozen lower layers; None if there are none.
+    allowed: [B, R, M] uint8, see Rollout; log-probabilities are those of the masked distribution.
+    raw_logprobs: [B, R] float32, log-probabilities by the behaviour policy before masking; None
+      without masks.
   """
 
   tokens: Int[Array, 'B T']
@@ -148,6 +155,13 @@ class Experience:
   values: Float[Array, 'B R'] | None = None
   returns: Float[Array, 'B R'] | None = None
   frozen_states: Float[Array, 'B T D'] | None = None
+  allowed: UInt8[Array, 'B R M'] | None = None
+  raw_logprobs: Float[Array, 'B R'] | None = None
+
+  @property
+  def unmasked_logprobs(self) -> Float[Array, 'B R']:
+    """[B, R] float32, log-probabilities that the KL to the reference compares."""
+    return self.logprobs if self.raw_logprobs is None else self.raw_logprobs
 
 
 @struct.dataclass

@@ -172,7 +172,9 @@ def make_actor(config, tokenizer, model, examples, iterator, score, mesh):
   )
 
 
-def create(config, mesh, settings, train_step, *, reference=True, extra=wiring.first_extra):
+def create(
+  config, mesh, settings, train_step, *, reference=True, extra=wiring.first_extra, mask=None
+):
   """Creates the learner of an on-policy algorithm.
 
   Args:
@@ -182,6 +184,8 @@ def create(config, mesh, settings, train_step, *, reference=True, extra=wiring.f
     train_step: Function with the arguments of `train_step` above except `objective`.
     reference: Whether the algorithm uses a reference policy.
     extra: Function from settings to the first TrainState.extra.
+    mask: Function (model, settings, tokenizer) -> masking.MaskedModel to sample with, whose masking
+      policy is TrainState.extra['masking_policy'], at first the policy; None for no mask.
 
   Returns:
     learner.Learner and the first TrainState.
@@ -214,8 +218,12 @@ def create(config, mesh, settings, train_step, *, reference=True, extra=wiring.f
     models.policy,
     settings.of(config, *on_policy_config.end_tokens(config, tokenizer)),
   )
-  actor = make_actor(config, tokenizer, model, examples, prompts, score, mesh)
-  state = setup.new_state(config.seed, params, optimizers, mesh, model.rules, extra=extra(settings))
+  sampled = mask(model, settings, tokenizer) if mask else model
+  actor = make_actor(config, tokenizer, sampled, examples, prompts, score, mesh)
+  extra = extra(settings)
+  if mask:
+    extra |= {'masking_policy': jax.tree.map(jnp.copy, params['policy'])}
+  state = setup.new_state(config.seed, params, optimizers, mesh, model.rules, extra=extra)
   step = setup.jit_step(
     functools.partial(train_step, models=models, optimizers=optimizers, settings=settings), state
   )
@@ -227,6 +235,9 @@ def create(config, mesh, settings, train_step, *, reference=True, extra=wiring.f
 
   def next_batch(state, *, timed):
     policy = trainable.merge(frozen['policy'], state.params['policy'])
+    if mask:
+      masking = trainable.merge(frozen['policy'], state.extra['masking_policy'])
+      policy = {'policy': policy, 'masking': masking}
     rollout, scores, metrics = actor(policy, types.step_keys(state)[0], timed=timed)
     if scorers.skips_nan(config.reward):
       rollout, skipped = skip(rollout, scores)

@@ -220,7 +220,9 @@ def prepare(outputs, fixed, *, state, rollout, scores, step_mask, settings):
   kl = (
     fixed.full_kl
     if settings.kl_estimator == 'full'
-    else adv.kl_estimate(experience.logprobs, experience.ref_logprobs, settings.kl_estimator)
+    else adv.kl_estimate(
+      experience.unmasked_logprobs, experience.ref_logprobs, settings.kl_estimator
+    )
   )
   postprocessed, moments = settings.rules.apply(scores, rollout, state.extra['reward_moments'])
   rewards = adv.token_rewards(
@@ -241,7 +243,7 @@ def prepare(outputs, fixed, *, state, rollout, scores, step_mask, settings):
   )
   next_coef = adv.next_kl_coef(
     kl_coef,
-    experience.logprobs - experience.ref_logprobs,
+    experience.unmasked_logprobs - experience.ref_logprobs,
     rollout.response_mask,
     controller=settings.kl_controller,
     target=settings.kl_target,

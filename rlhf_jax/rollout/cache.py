@@ -33,6 +33,19 @@ def _map(function, cache, *others):
   return {name: apply(name) for name in cache if name != 'index'}
 
 
+def join(first: Cache, second: Cache) -> Cache:
+  """Joins the caches of two models that read the same tokens: each entry becomes a pair."""
+  pairs = {name: (first[name], second[name]) for name in first if name != 'index'}
+  return pairs | {'index': first['index']}
+
+
+def split(cache: Cache) -> tuple[Cache, Cache]:
+  """Returns the two caches that were joined."""
+  return tuple(
+    {name: x if name == 'index' else x[number] for name, x in cache.items()} for number in (0, 1)
+  )
+
+
 def empty(shapes: Cache, index: int) -> Cache:
   """Returns a cache without tokens.
 

@@ -12,8 +12,8 @@ from jaxtyping import Array, ArrayLike, Int, Key, PyTree
 
 from rlhf_jax import lengths
 from rlhf_jax import types
-from rlhf_jax.models import base
 from rlhf_jax.rollout import cache as cache_lib
+from rlhf_jax.rollout import masking
 from rlhf_jax.rollout import sampling as sampling_lib
 
 STAGES = 4  # maximum; each stage is compiled separately
@@ -24,7 +24,7 @@ def generate(
   prompts: types.Prompts,
   key: Key[Array, ''],
   *,
-  model: base.LanguageModel,
+  model: masking.Decodable,
   sampling: sampling_lib.Sampling,
   samples: int = 1,
   first: Int[ArrayLike, ''] = 0,
@@ -36,10 +36,10 @@ def generate(
   `samples` static.
 
   Args:
-    params: Parameters of the policy.
+    params: Parameters of the policy, or of masking.MaskedModel.
     prompts: Prompts, left-padded to P.
     key: Random key of this rollout.
-    model: Model.
+    model: Model. If a masking policy restricts it, the allowed tokens are recorded.
     sampling: Sampling; `max_new_tokens` is R.
     samples: n, number of responses per prompt. A prompt is prefilled once for all of them.
     first: Number of the first response, if the prompts are a part of a larger batch; may be traced.
@@ -51,16 +51,16 @@ def generate(
   response_length = sampling.max_new_tokens
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(batch))
 
-  def sample_token(logits, t):
-    return sampling_lib.sample(
+  def append_token(s, hidden):
+    """Samples token t of all unfinished responses. The EOS or a stop token finishes a response."""
+    logits, t, alive = model.unembed(params, hidden), s['t'], ~s['done']
+    token, logprob = sampling_lib.sample(
       jax.vmap(jax.random.fold_in, (0, None))(keys, t), logits, sampling, t
     )
-
-  def append_token(s, token, logprob):
-    """Writes token t of all unfinished responses. The EOS or a stop token finishes a response."""
-    alive = ~s['done']
     token = jnp.where(alive, token, sampling.pad_id)
     columns = {'tokens': token, 'mask': alive, 'logprobs': jnp.where(alive, logprob, 0.0)}
+    if masked:
+      columns['allowed'] = jnp.where(alive[:, None], sampling_lib.allowed(logits, sampling, t), 0)
     out = {
       name: jax.lax.dynamic_update_slice_in_dim(s[name], column[:, None], s['t'], axis=1)
       for name, column in columns.items()
@@ -70,8 +70,9 @@ def generate(
 
   def step(s):
     hidden, cache = model.step(params, s['token'], ~s['done'], s['cache'])
-    return append_token(s | {'cache': cache}, *sample_token(model.unembed(params, hidden), s['t']))
+    return append_token(s | {'cache': cache}, hidden)
 
+  masked = isinstance(model, masking.MaskedModel)
   model, params = (
     model.with_max_length(prompts.tokens.shape[1] + response_length),
     model.unstack(params),
@@ -79,8 +80,8 @@ def generate(
   stages = lengths.bucket_lengths(response_length, STAGES)
   hidden, cache = model.prefill(params, prompts.tokens, prompts.mask, stages[0])
   if samples > 1:
-    hidden, cache = jnp.repeat(hidden, samples, axis=0), cache_lib.repeat(cache, samples)
-    prompts = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), prompts)
+    repeat = lambda tree: jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), tree)
+    hidden, prompts, cache = repeat(hidden), repeat(prompts), cache_lib.repeat(cache, samples)
   state = {
     'cache': cache,
     't': jnp.int32(0),
@@ -90,7 +91,9 @@ def generate(
     'mask': jnp.zeros([batch, response_length], bool),
     'logprobs': jnp.zeros([batch, response_length], jnp.float32),
   }
-  state = append_token(state, *sample_token(model.unembed(params, hidden), 0))
+  if masked:
+    state['allowed'] = jnp.zeros([batch, response_length, model.mask_bytes], jnp.uint8)
+  state = append_token(state, hidden)
   for before, stage in zip([stages[0]] + stages, stages):
     state['cache'] = cache_lib.grow(state['cache'], stage - before)
     state = jax.lax.while_loop(lambda s: (s['t'] < stage) & ~jnp.all(s['done']), step, state)
@@ -101,4 +104,5 @@ def generate(
     mask=jnp.concatenate([prompts.mask, state['mask']], axis=1),
     response_mask=state['mask'],
     logprobs=state['logprobs'],
+    allowed=state.get('allowed'),
   )

@@ -23,8 +23,8 @@ from jaxtyping import Array, ArrayLike, Int, Key, PyTree
 
 from rlhf_jax import sharding
 from rlhf_jax import types
-from rlhf_jax.models import base
 from rlhf_jax.rollout import cache as cache_lib
+from rlhf_jax.rollout import masking
 from rlhf_jax.rollout import sampling as sampling_lib
 
 # The short cache has room for responses of R / SHORT tokens. It is used if R is at least LONG.
@@ -40,7 +40,7 @@ def generate(
   prompts: types.Prompts,
   key: Key[Array, ''],
   *,
-  model: base.LanguageModel,
+  model: masking.Decodable,
   sampling: sampling_lib.Sampling,
   max_concurrent: int,
   samples: int = 1,
@@ -52,10 +52,10 @@ def generate(
   for caches of B rows of P + R tokens, B rows of P + R / 4 tokens, and B / 4 prompts.
 
   Args:
-    params: Parameters of the policy.
+    params: Parameters of the policy, or of masking.MaskedModel.
     prompts: Prompts [U, P], left-padded.
     key: Random key. Response i has its own key, which is folded with the index of the token.
-    model: Model.
+    model: Model. If a masking policy restricts it, the allowed tokens are recorded.
     sampling: Sampling; `max_new_tokens` is R.
     max_concurrent: B, number of responses decoded at a time.
     samples: n, number of responses per prompt. A prompt is prefilled once for all of them.
@@ -78,6 +78,7 @@ def generate(
     mask=jnp.concatenate([prompts.mask, mask], axis=1),
     response_mask=mask,
     logprobs=logprobs,
+    allowed=s['allowed'][: scheduler.num_responses] if scheduler.masked else None,
   )
 
 
@@ -86,7 +87,8 @@ class Scheduler:
 
   The state contains
 
-  - tokens, logprobs, lengths: results, [M, R] and [M]; M is N rounded up to full groups.
+  - tokens, logprobs, lengths: results, [M, R] and [M]; M is N rounded up to full groups. If a
+    masking policy restricts the model, also allowed, [M, R, ceil(V / 8)].
   - next: number of the next response to start.
   - group: number of the group of prompts that was prefilled last.
   - cache: cache of the group.
@@ -103,6 +105,7 @@ class Scheduler:
       sampling,
       samples,
     )
+    self.masked = isinstance(model, masking.MaskedModel)
     number, length = prompts.tokens.shape
     self.num_responses = number * samples
     self.batch = min(max_concurrent, self.num_responses)
@@ -131,24 +134,32 @@ class Scheduler:
 
   def init_state(self):
     """Returns the state before the first prefill, with all rows free."""
-    return {
-      'next': jnp.int32(0),
-      'group': jnp.int32(-1),
-      'cache': self.empty(self.group_prompts, 0, self.prompt_length),
-      'token': jnp.zeros(self.group_responses, jnp.int32),
-      'ended': jnp.zeros(self.group_responses, bool),
-      'tokens': jnp.full((self.no_response, self.response_length), self.sampling.pad_id, jnp.int32),
-      'logprobs': jnp.zeros((self.no_response, self.response_length), jnp.float32),
-      'lengths': jnp.zeros(self.no_response, jnp.int32),
-    } | {
-      name: {
-        'cache': self.empty(self.batch, capacity + self.margin, self.moved_length),
-        'response': jnp.full(self.batch, self.no_response, jnp.int32),
-        'token': jnp.zeros(self.batch, jnp.int32),
-        'count': jnp.zeros(self.batch, jnp.int32),
+    results = (self.no_response, self.response_length)
+    allowed = (
+      {'allowed': jnp.zeros((*results, self.model.mask_bytes), jnp.uint8)} if self.masked else {}
+    )
+    return (
+      allowed
+      | {
+        'next': jnp.int32(0),
+        'group': jnp.int32(-1),
+        'cache': self.empty(self.group_prompts, 0, self.prompt_length),
+        'token': jnp.zeros(self.group_responses, jnp.int32),
+        'ended': jnp.zeros(self.group_responses, bool),
+        'tokens': jnp.full(results, self.sampling.pad_id, jnp.int32),
+        'logprobs': jnp.zeros(results, jnp.float32),
+        'lengths': jnp.zeros(self.no_response, jnp.int32),
       }
-      for name, capacity in self.capacities.items()
-    }
+      | {
+        name: {
+          'cache': self.empty(self.batch, capacity + self.margin, self.moved_length),
+          'response': jnp.full(self.batch, self.no_response, jnp.int32),
+          'token': jnp.zeros(self.batch, jnp.int32),
+          'count': jnp.zeros(self.batch, jnp.int32),
+        }
+        for name, capacity in self.capacities.items()
+      }
+    )
 
   def empty(self, rows, capacity, index):
     """Returns an empty cache with room for a prompt and `capacity` more tokens."""
@@ -202,7 +213,7 @@ class Scheduler:
     hidden, cache = self.model.prefill(
       self.params, prompts.tokens, prompts.mask, int(self.model.encoder_decoder)
     )
-    hidden = jnp.repeat(hidden, self.samples, axis=0)
+    hidden = jax.tree.map(lambda x: jnp.repeat(x, self.samples, axis=0), hidden)
     responses = group * self.group_responses + jnp.arange(self.group_responses)
     s, token, ended = self.sample_token(
       s, hidden, responses, jnp.zeros(self.group_responses, jnp.int32)
@@ -255,9 +266,12 @@ class Scheduler:
     # CPUs also wait for the devices of other data shards, and these may have left the loop.
     logits = sharding.split_rows(self.model.unembed(self.params, hidden))
     token, logprob = sampling_lib.sample(keys, logits, self.sampling, index)
+    columns = {'tokens': token, 'logprobs': logprob}
+    if self.masked:
+      columns['allowed'] = sampling_lib.allowed(logits, self.sampling, index)
     written = {
       name: s[name].at[responses, index].set(column, mode='drop')
-      for name, column in (('tokens', token), ('logprobs', logprob))
+      for name, column in columns.items()
     }
     written['lengths'] = s['lengths'].at[responses].set(index + 1, mode='drop')
     ended = (index + 1 == self.response_length) | sampling_lib.ends_response(token, self.sampling)

@@ -16,14 +16,14 @@ from rlhf_jax import errors
 from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax import types
-from rlhf_jax.models import base
 from rlhf_jax.rollout import decode
 from rlhf_jax.rollout import engine
+from rlhf_jax.rollout import masking
 from rlhf_jax.rollout import sampling as sampling_lib
 
 
 def make(
-  model: base.LanguageModel,
+  model: masking.Decodable,
   sampling: sampling_lib.Sampling,
   *,
   samples: int = 1,
@@ -33,7 +33,7 @@ def make(
   """Returns the function that samples responses.
 
   Args:
-    model: Model of the policy.
+    model: Model of the policy, or masking.MaskedModel.
     sampling: Sampling; `max_new_tokens` is R.
     samples: n, number of responses per prompt. A prompt is prefilled once for all of them.
     max_concurrent: Number of responses decoded at a time, over all data shards, with continuous
@@ -76,7 +76,7 @@ def make(
   return jax.jit(generate, compiler_options=sharding.compiler_options(sharding.platform()))
 
 
-def check_mesh(model: base.LanguageModel, max_concurrent: int) -> None:
+def check_mesh(model: masking.Decodable, max_concurrent: int) -> None:
   """Checks that `max_concurrent` responses can be decoded at a time on the current mesh.
 
   Raises:

@@ -1,13 +1,13 @@
 """Samples tokens from logits: temperature, top-k, top-p, end tokens, log-probabilities.
 
-Letters: B batch, R response length, T prompt and response length, V vocabulary.
+Letters: B batch, R response length, T prompt and response length, V vocabulary, M = ceil(V / 8).
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, UInt8
 
 from rlhf_jax import errors
 from rlhf_jax import types
@@ -164,6 +164,23 @@ def sample(
     logits, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
   )
   return _inverse_cdf_sample(jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys), logits)
+
+
+def allowed(
+  logits: Float[ArrayLike, 'B V'],
+  sampling: Sampling,
+  index: Int[ArrayLike, ''] | Int[ArrayLike, ' B'] = 0,
+) -> UInt8[Array, 'B M']:
+  """Returns the tokens that `sample` may return, one bit each; see `sample` for the arguments.
+
+  Returns:
+    [B, M] uint8, M = ceil(V / 8), packed by jnp.packbits.
+  """
+  logits = mask_end_tokens(logits, index, sampling)
+  logits = filter_logits(
+    logits, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
+  )
+  return jnp.packbits(logits > -jnp.inf, axis=-1)
 
 
 def _inverse_cdf_sample(uniform, logits):

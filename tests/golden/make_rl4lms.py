@@ -115,7 +115,7 @@ def a2c(rng):
         'a2c/logits_gradient': parameters[0].grad.numpy().copy(),
         'a2c/values_gradient': parameters[1].grad.numpy().copy(),
       }
-    for parameter in parameters:  # each by itself, as ours; RL4LMs clips the joint norm
+    for parameter in parameters:  # each by itself, as ours; RL4LMs clips their joint norm
       torch.nn.utils.clip_grad_norm_([parameter], 0.5)
     optimizer.step()
   found['a2c/new_logits'] = parameters[0].detach().numpy()
