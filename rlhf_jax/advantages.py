@@ -490,3 +490,26 @@ def overlong_penalty(
     raise ValueError(f'cache {cache} must be above 0 and at most max_length {max_length}')
   over = jnp.asarray(lengths - (max_length - cache), jnp.float32)
   return -jnp.clip(over / cache, 0.0, 1.0)
+
+
+def importance_weights(
+  logprobs: Float[ArrayLike, 'B R'], sampler_logprobs: Float[ArrayLike, 'B R'], *, cap: float
+) -> Float[Array, 'B R']:
+  """Computes truncated importance weights, which correct for responses of another policy.
+
+      w_t = min(pi_old(y_t) / mu(y_t), cap)
+
+  pi_old is the policy before the update and mu the one that sampled: an older policy, or the same
+  one in another precision. The cap bounds the variance and biases the estimate.
+  See IMPALA, eq. 1 (https://arxiv.org/abs/1802.01561), whose rho is w.
+
+  Args:
+    logprobs: [B, R] float32, log pi_old of each token.
+    sampler_logprobs: [B, R] float32, log mu of each token.
+    cap: Largest weight, above 0.
+
+  Returns:
+    [B, R] float32.
+  """
+  chex.assert_equal_shape([logprobs, sampler_logprobs])
+  return jnp.minimum(jnp.exp(logprobs - sampler_logprobs), cap)

@@ -8,6 +8,10 @@ from jaxtyping import Array
 
 from rlhf_jax import types
 
+# Name in `Learner.iterators` of a rollout that was sampled ahead. A fork, whose data, sampling and
+# rewards may differ, samples a new one.
+SAMPLED_AHEAD = 'sampled_ahead'
+
 
 @dataclasses.dataclass
 class Learner:
@@ -15,8 +19,8 @@ class Learner:
 
   Attributes:
     steps: Number of train steps of the run.
-    iterators: Dict from a name to a Grain iterator, for all data that the algorithm reads; saved
-      in every checkpoint.
+    iterators: Dict from a name to a Grain iterator, for all data that the algorithm reads, or to
+      another object with `get_state` and `set_state`; saved in every checkpoint.
     next_batch: Function (state, timed=bool) -> (batch, metrics). `batch` is a tuple of the
       arguments of `train_step` after the state, read from the data or sampled from the policy.
       `metrics` are computed on the host. If `timed`, it may wait for the device to measure times.

@@ -17,6 +17,7 @@ from rlhf_jax import checkpoint
 from rlhf_jax import errors
 from rlhf_jax import identity
 from rlhf_jax import interrupts
+from rlhf_jax import learner as learner_lib
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax import processes
 from rlhf_jax import progress
@@ -132,8 +133,13 @@ def fork(config, state, learner, source):
     processes.print_on_main(
       f'{source}: the optimizer state and the learning-rate schedule start anew'
     )
+  iterators = {
+    name: iterator
+    for name, iterator in learner.iterators.items()
+    if name != learner_lib.SAMPLED_AHEAD
+  }
   with checkpoint.Checkpoints(source) as checkpoints:
-    step, state = checkpoints.restore(state, learner.iterators, new_optimizers=new_optimizers)
+    step, state = checkpoints.restore(state, iterators, new_optimizers=new_optimizers)
   key = state.key if new_key is None else new_key
   return step, state.replace(extra=state.extra | new_extra, key=key)
 

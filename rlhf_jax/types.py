@@ -143,6 +143,7 @@ class Experience:
     allowed: [B, R, M] uint8, see Rollout; log-probabilities are those of the masked distribution.
     raw_logprobs: [B, R] float32, log-probabilities by the behaviour policy before masking; None
       without masks.
+    importance: [B, R] float32, importance weights of the policy loss; None for weights of 1.
   """
 
   tokens: Int[Array, 'B T']
@@ -157,6 +158,7 @@ class Experience:
   frozen_states: Float[Array, 'B T D'] | None = None
   allowed: UInt8[Array, 'B R M'] | None = None
   raw_logprobs: Float[Array, 'B R'] | None = None
+  importance: Float[Array, 'B R'] | None = None
 
   @property
   def unmasked_logprobs(self) -> Float[Array, 'B R']:

@@ -295,6 +295,8 @@ def get_config(arg=None):
     config.rl.scale_scores = True
     if arg.stage == 'ppo':
       config.rl.update({'kl_controller': 'adaptive', 'kl_horizon': 100.0})
+    else:
+      config.sampling.staleness, config.rl.importance_cap = 1, 1.1
     config.samples_every = 10
     config.evals = evals(arg.world, every=7)
   if arg.evaluator:

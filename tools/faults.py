@@ -521,4 +521,29 @@ FAULTS = (
       'test_pipeline', 'test_a_finished_stage_may_not_become_longer_and_an_unfinished_one_may'
     ),
   ),
+  # Rollouts sampled ahead.
+  Fault(
+    'a rollout sampled ahead has the random key of the one before',
+    'rlhf_jax/algorithms/on_policy.py',
+    'rollout_key(state.step + 1)',
+    'rollout_key(state.step)',
+    _tests('algorithms/test_staleness', 'test_without_updates_it_changes_nothing'),
+  ),
+  Fault(
+    'a resumed run forgets the rollout sampled ahead',
+    'rlhf_jax/rollout/actor.py',
+    "self._ahead = rollout, np.asarray(state['index'])",
+    'self._ahead = None',
+    _tests('algorithms/test_staleness', 'test_a_saved_rollout_is_the_same_after_json'),
+  ),
+  Fault(
+    'importance weights have no cap',
+    'rlhf_jax/advantages.py',
+    'jnp.minimum(jnp.exp(logprobs - sampler_logprobs), cap)',
+    'jnp.exp(logprobs - sampler_logprobs)',
+    _tests(
+      'algorithms/test_staleness',
+      'test_each_token_has_its_importance_weight[rlhf_jax.algorithms.ppo]',
+    ),
+  ),
 )

@@ -82,6 +82,12 @@ TABLE = (
     'the first epoch is one minibatch anyway',
   ),
   (
+    'rl.importance_cap',
+    'rl.behaviour',
+    ('sampler',),
+    'the old log-probabilities are those of the sampler, so all weights are 1',
+  ),
+  (
     'ptx.path ptx.split ptx.columns ptx.separator ptx.kind ptx.max_length ptx.on_error',
     'rl.ptx_coef',
     (0,),

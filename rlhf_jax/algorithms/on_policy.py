@@ -55,6 +55,8 @@ def train_step(objective, state, frozen, rollout, scores, ptx, *, models, optimi
     models, frozen, settings.temperature, full_kl=settings.kl_estimator == 'full'
   )
   goal = objective(state, rollout, scores, settings=settings)
+  if settings.importance_cap:
+    goal = weigh_by_importance(goal, rollout, cap=settings.importance_cap)
   if ptx is not None:
     goal = goal._replace(
       extra_batch=ptx,
@@ -106,6 +108,40 @@ def total_loss(policy, outputs, experience, counts, weights, *, settings):
     'policy/clipfrac': by_token(clipped),
     'policy/entropy_per_token': by_token(outputs.entropy),
   }
+
+
+def weigh_by_importance(goal, rollout, *, cap):
+  """Multiplies the policy loss of each token by its truncated importance weight.
+
+  All policy losses here are proportional to the advantages, also if they are clipped, because the
+  weights are positive. So the weights multiply the advantages, after any whitening. As in verl, KL
+  penalty, entropy and value loss have no weights.
+
+  Args:
+    goal: update.Objective.
+    rollout: Rollout, with the log-probabilities of the policy that sampled it.
+    cap: See advantages.importance_weights.
+
+  Returns:
+    update.Objective.
+  """
+
+  def prepare(outputs, fixed):
+    experience, extra, metrics = goal.prepare(outputs, fixed)
+    mask = experience.response_mask
+    sampler_logprobs = jnp.where(mask, rollout.logprobs, experience.logprobs)
+    weights = adv.importance_weights(experience.logprobs, sampler_logprobs, cap=cap)
+    metrics |= {
+      'policy/importance_weight': adv.masked_mean(weights, mask),
+      'policy/importance_capped': adv.masked_mean(weights >= cap, mask),
+    }
+    return experience.replace(importance=weights), extra, metrics
+
+  def loss(outputs, experience, counts):
+    weighted = experience.replace(advantages=experience.advantages * experience.importance)
+    return goal.loss(outputs, weighted, counts)
+
+  return goal._replace(prepare=prepare, loss=loss)
 
 
 def read_prompts(config, tokenizer, model):
@@ -230,6 +266,8 @@ def create(
   iterators = {'prompts': prompts}
   if config.ptx.batch_size:
     iterators['ptx'] = sft.ptx_iterator(config, tokenizer, model)
+  if config.sampling.staleness:
+    iterators[learner.SAMPLED_AHEAD] = actor
 
   skip = jax.jit(functools.partial(experience_lib.skip_nan, rules=settings.rules))
 
@@ -238,7 +276,11 @@ def create(
     if mask:
       masking = trainable.merge(frozen['policy'], state.extra['masking_policy'])
       policy = {'policy': policy, 'masking': masking}
-    rollout, scores, metrics = actor(policy, types.step_keys(state)[0], timed=timed)
+    rollout_key = lambda step: types.step_keys(state.replace(step=step))[0]
+    next_key = rollout_key(state.step + 1) if config.sampling.staleness else None
+    rollout, scores, metrics = actor(
+      policy, rollout_key(state.step), timed=timed, next_key=next_key
+    )
     if scorers.skips_nan(config.reward):
       rollout, skipped = skip(rollout, scores)
       metrics |= {'objective/skipped': int(processes.to_host(skipped))} if timed else {}

@@ -55,6 +55,9 @@ class Settings:
     behaviour: where the old log-probabilities come from: 'forward', a pass before the update;
       'minibatch', the same pass in the shapes of the first epoch's minibatches, which keeps the
       first ratio at 1 in bfloat16 too; or the 'sampler'.
+    importance_cap: the policy loss of each token is multiplied by its importance weight, at most
+      this number: how likely the token is now, over how likely it was for the sampler; None: no
+      weights. See docs/staleness.md.
   """
 
   microbatch_size: int
@@ -80,6 +83,7 @@ class Settings:
   clip_scores: float | None = None
   scale_scores: bool = False
   behaviour: str = 'forward'
+  importance_cap: float | None = None
 
   @property
   def schedule(self):
@@ -159,6 +163,7 @@ def config(algorithm, settings):
       'samples': 1,  # responses per prompt; must divide batch_size
       'max_concurrent': placeholder(int),  # responses decoded at once; None: all
       'gather_weights': False,  # gather 'fsdp' shards once per rollout; max_concurrent always does
+      'staleness': 0,  # 1: sample the next rollout while this one is scored; see docs/staleness.md
     }
   )
   ptx = config_lib.data() | {
@@ -214,7 +219,7 @@ def validate(config, device_count):
     rl.dual_clip is None or rl.dual_clip > 1,
     f'config.rl.dual_clip={rl.dual_clip} must be above 1, or None',
   )
-  config_lib.optional_positive(rl, 'rl.', ('clip_scores',))
+  config_lib.optional_positive(rl, 'rl.', ('clip_scores', 'importance_cap'))
   for key in ('epochs', 'minibatches', 'length_buckets'):
     need(rl[key] > 0, f'config.rl.{key}={rl[key]} must be positive')
   divides(rl.minibatches, config.batch_size, 'rl.minibatches', 'batch_size')
@@ -289,6 +294,11 @@ def validate_sampling(config, device_count):
   need(
     not (sampling.stop and rl.response == 'raw'),
     f"config.sampling.stop={sampling.stop} needs config.rl.response='truncated'",
+  )
+  need(
+    sampling.staleness in (0, 1),
+    f'config.sampling.staleness={sampling.staleness} must be 0, or 1 to train on responses of '
+    'the policy before the last update',
   )
   need(sampling.samples > 0, f'config.sampling.samples={sampling.samples} must be positive')
   config_lib.divides(sampling.samples, config.batch_size, 'sampling.samples', 'batch_size')

@@ -30,6 +30,7 @@ def validate(config):
 def make(config):
   """Returns `learner.Learner.warnings`: a function from a step's metrics to {kind: message}."""
   bounds, filters = dict(config.warn), token_filters(config.sampling)
+  stale = config.sampling.staleness > 0
 
   def warnings(metrics):
     messages = {
@@ -37,7 +38,7 @@ def make(config):
       'equal_scores': equal_scores(metrics),
       'negative_kl': negative_kl(metrics, filters if config.rl.behaviour != 'sampler' else ''),
       'kl': large_kl(metrics, bounds['kl']),
-      'sampler_gap': sampler_gap(metrics, bounds['sampler_gap'], filters),
+      'sampler_gap': sampler_gap(metrics, bounds['sampler_gap'], filters, stale),
     }
     return {kind: line for kind, line in messages.items() if line}
 
@@ -112,16 +113,19 @@ def large_kl(metrics, bound):
   )
 
 
-def sampler_gap(metrics, bound, filters):
+def sampler_gap(metrics, bound, filters, stale=False):
   """Returns a warning if sampler and training pass compute different log-probabilities."""
   gap = metrics.get('policy/sampler_gap', 0.0)
   if bound is None or gap <= bound:
     return ''
-  cause = (
-    f'{filters} excludes tokens in the sampler only'
-    if filters
-    else 'the usual cause is low precision (config.model.dtype)'
-  )
+  cause = 'the usual cause is low precision (config.model.dtype)'
+  if filters:
+    cause = f'{filters} excludes tokens in the sampler only'
+  elif stale:
+    cause = (
+      'with config.sampling.staleness=1 an update was made in between: lower '
+      'config.optim.learning_rate or config.rl.epochs'
+    )
   return (
     f'policy/sampler_gap is {gap:.3g} nats per token, above config.warn.sampler_gap={bound}: the '
     f'responses were not sampled from the policy that the update assumes; {cause}'

@@ -226,7 +226,24 @@ POLICY = (
     'nats per token',
     'About 1e-7 in float32, 0.002 to 0.02 in bfloat16. Above `warn.sampler_gap` (0.1) the update '
     'treats the responses as samples of a policy that did not draw them. The usual causes are low '
-    'precision (`model.dtype`) and `sampling.top_k`, `top_p` or `min_new_tokens`.',
+    'precision (`model.dtype`) and `sampling.top_k`, `top_p` or `min_new_tokens`. With '
+    '`sampling.staleness=1` the gap includes the update in between.',
+  ),
+  Metric(
+    'policy/importance_weight',
+    'The mean importance weight of a token: how likely it is for the policy before the update, '
+    'over how likely it was for the policy that sampled it, at most `rl.importance_cap`.',
+    r'\mathbb{E}_t \min\left(\frac{\pi_{\mathrm{old}}}{\pi_{\mathrm{sampler}}}, C\right)',
+    'ratio',
+    'Near 1. Far below 1, many tokens are capped, or `sampling.top_k` or `top_p` exclude tokens.',
+  ),
+  Metric(
+    'policy/importance_capped',
+    'The fraction of tokens whose importance weight is `rl.importance_cap`.',
+    r'\mathbb{E}_t \, \mathbb{1}\left[\frac{\pi_{\mathrm{old}}}{\pi_{\mathrm{sampler}}} > '
+    r'C\right]',
+    'fraction',
+    'Above a few percent the rollouts are too old for this learning rate.',
   ),
   Metric(
     'groups/equal',
@@ -635,7 +652,9 @@ TIMES = (
   ),
   Metric(
     'seconds/rollout',
-    'Time to sample the responses of a step. The first one includes compilation.',
+    'Time to sample the responses of a step. The first one includes compilation. With '
+    '`sampling.staleness=1` it is the time that the loop waits for the next responses after it has '
+    'scored those of this step.',
     '',
     'seconds',
     'If it is most of a step, try `sampling.max_concurrent` and `sampling.gather_weights`.',
@@ -645,7 +664,8 @@ TIMES = (
     'Time to score the responses of a step.',
     '',
     'seconds',
-    'If a reward function takes most of a step, make it work on the whole batch at once.',
+    'If a reward function takes most of a step, make it work on the whole batch at once, or sample '
+    'the next responses meanwhile: `sampling.staleness=1`.',
   ),
   Metric(
     'seconds/update',
@@ -655,7 +675,7 @@ TIMES = (
   ),
   Metric(
     'tokens_per_second/rollout',
-    'Response tokens over `seconds/rollout`.',
+    'Response tokens over `seconds/rollout`. Not logged with `sampling.staleness=1`.',
     '',
     'tokens per second',
   ),

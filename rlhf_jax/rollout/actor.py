@@ -3,8 +3,10 @@
 Letters: B batch, n responses per prompt, P prompt length, R response length.
 """
 
+import base64
 from collections.abc import Callable
 from collections.abc import Sequence
+import io
 import time
 
 import jax
@@ -58,9 +60,15 @@ class Actor:
     self._for_scoring = for_scoring or identity
     self._as_prompted = as_prompted or identity
     self._mesh, self._samples, self._last_batch = mesh, samples, None
+    self._ahead = None  # (Rollout, indices) of the next call, if it was sampled ahead
 
   def __call__(
-    self, params: PyTree, key: Key[Array, ''], *, timed: bool
+    self,
+    params: PyTree,
+    key: Key[Array, ''],
+    *,
+    timed: bool,
+    next_key: Key[Array, ''] | None = None,
   ) -> tuple[types.Rollout, types.ScoreArray, dict[str, float]]:
     """Samples and scores one batch.
 
@@ -69,42 +77,71 @@ class Actor:
       key: Random key of this rollout.
       timed: Whether to measure times. This waits for the device before and after sampling and after
         scoring.
+      next_key: Random key of the next rollout, which the device then samples with `params` while
+        the host scores this one; the next call scores it. None samples nothing ahead.
 
     Returns:
       (Rollout, scores [B] or [B, R] float32, host-side metrics). The metrics are {} unless `timed`,
       else the times and the mean of each part of the scores as reward/NAME.
     """
-    prompts, index = next(self.iterator)
-    examples = self._as_prompted([self.examples[i] for i in np.asarray(index)])
-    examples = [example for example in examples for _ in range(self._samples)]
     if timed:
       jax.block_until_ready(params)  # Otherwise the time includes the previous update.
     started = time.perf_counter()
-    rollout = self._truncate(self._sample(params, sharding.put_rows(prompts, self._mesh), key))
+    rollout, index = self._ahead or self._start_sampling(params, key)
+    examples = self._as_prompted([self.examples[i] for i in index])
+    examples = [example for example in examples for _ in range(self._samples)]
+    rollout = self._truncate(rollout)
+    scored_rollout = self._for_scoring(rollout)
     if timed:
       jax.block_until_ready(rollout)
+    # Last of what the device does before the scoring, which need not wait for it.
+    self._ahead = None if next_key is None else self._start_sampling(params, next_key)
     sampled = time.perf_counter()
-    scored_rollout = self._for_scoring(rollout)
     scores = types.Scores.of(self._score(scored_rollout, examples))
     self._last_batch = examples, scored_rollout, scores
     if not timed:
       return rollout, scores.total, {}
     jax.block_until_ready(scores)
     scored = time.perf_counter()
-    tokens = int(np.sum(processes.to_host(rollout.response_mask)))
-    parts = {
+    metrics = {
       f'reward/{name}': nan_mean(processes.to_host(part)) for name, part in scores.parts.items()
     }
-    return (
-      rollout,
-      scores.total,
-      parts
-      | {
-        'seconds/rollout': sampled - started,
-        'seconds/scoring': scored - sampled,
-        'tokens_per_second/rollout': tokens / (sampled - started),
-      },
-    )
+    metrics |= {'seconds/rollout': sampled - started, 'seconds/scoring': scored - sampled}
+    if self._ahead is None:
+      tokens = int(np.sum(processes.to_host(rollout.response_mask)))
+      metrics['tokens_per_second/rollout'] = tokens / metrics['seconds/rollout']
+    else:
+      jax.block_until_ready(self._ahead[0])  # The part of the sampling that scoring did not hide.
+      metrics['seconds/rollout'] += time.perf_counter() - scored
+    return rollout, scores.total, metrics
+
+  def _start_sampling(self, params, key):
+    """Starts to sample the next batch; returns (Rollout, indices) without waiting."""
+    prompts, index = next(self.iterator)
+    prompts = sharding.put_rows(prompts, self._mesh)
+    return self._sample(params, prompts, key), np.asarray(index)
+
+  def get_state(self) -> dict | None:
+    """Returns the batch that was sampled ahead, for JSON: a resumed run scores that very batch.
+
+    Returns:
+      {'index': indices of the prompts, 'rollout': arrays of the Rollout as text}, or None.
+    """
+    if self._ahead is None:
+      return None
+    rollout, index = self._ahead
+    arrays = {name: x for name, x in vars(rollout).items() if x is not None}
+    file = io.BytesIO()
+    np.savez_compressed(file, **{name: processes.to_host(x) for name, x in arrays.items()})
+    return {'index': index.tolist(), 'rollout': base64.b64encode(file.getvalue()).decode('ascii')}
+
+  def set_state(self, state: dict | None) -> None:
+    """Sets the batch that was sampled ahead; see `get_state`."""
+    self._ahead = None
+    if state is not None:
+      with np.load(io.BytesIO(base64.b64decode(state['rollout']))) as file:
+        rollout = types.Rollout(**sharding.put_rows(dict(file), self._mesh))
+      self._ahead = rollout, np.asarray(state['index'])
 
   def samples(
     self, tokenizer: transformers.PreTrainedTokenizerFast, metrics: dict[str, Array]

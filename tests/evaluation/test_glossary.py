@@ -78,7 +78,7 @@ def variants(world):
   trunk, groups, free = tiny.ppo(world), tiny.grpo(world), tiny.grpo(world, 'dapo')
   trunk.critic.kind = 'trunk'
   trunk.rl.kl_estimator = 'full'
-  free.rl.minibatches = 2
+  free.rl.minibatches, free.rl.importance_cap = 2, 2.0
   return {
     'ppo, critic on the trunk': trunk,
     'grpo': groups,
