@@ -80,6 +80,11 @@ def validate(config, device_count):
   need(
     rl.kl_coef > 0, f'config.rl.kl_coef={rl.kl_coef} must be positive: it is the beta of the loss'
   )
+  need(
+    rl.importance_cap is None,
+    f'config.rl.importance_cap={rl.importance_cap} must be None: the loss of a pair has no '
+    'importance weights',
+  )
   config_lib.one_of(config, 'rl.loss', losses.DPO_LOSSES)
   need(
     0 <= rl.label_smoothing < 0.5,

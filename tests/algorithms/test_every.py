@@ -33,9 +33,15 @@ def reinforce_config(world):
   return config
 
 
+def sampled_ahead(config):
+  """Returns a config whose rollouts are one update old, with importance weights."""
+  config.sampling.staleness, config.rl.importance_cap = 1, 1.1
+  return config
+
+
 # Module of rlhf_jax/algorithms: function from the folder of tiny.write to a config.
 ALGORITHMS = {
-  'grpo': tiny.grpo,
+  'grpo': lambda world: sampled_ahead(tiny.grpo(world)),
   'ppo': tiny.ppo,
   'reinforce': reinforce_config,
   'reward_model': tiny.reward_model,
