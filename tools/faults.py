@@ -264,6 +264,27 @@ FAULTS = (
     _tests('algorithms/test_reward_model', 'test_the_first_loss_of_a_config_by_loop'),
   ),
   Fault(
+    'every head learns from all comparisons',
+    'rlhf_jax/algorithms/reward_model.py',
+    'return valid & head_subsets(',
+    'return valid | head_subsets(',
+    _tests('algorithms/test_reward_model', 'test_each_head_learns_from_its_own_prompts'),
+  ),
+  Fault(
+    'heads are normalized together',
+    'rlhf_jax/algorithms/reward_model.py',
+    'np.float64(np.std(scores, axis=0)), np.float64(np.mean(scores, axis=0))',
+    'np.float64(np.std(scores)), np.float64(np.mean(scores))',
+    _tests('algorithms/test_reward_model', 'test_a_run_with_several_heads'),
+  ),
+  Fault(
+    'a critic starts from the first of several heads',
+    'rlhf_jax/models/heads.py',
+    "jnp.mean(head['kernel'], axis=1)",
+    "head['kernel'][:, 0]",
+    _tests('models/test_heads', 'test_several_heads_by_hand'),
+  ),
+  Fault(
     'a list of completions loses its margin',
     'rlhf_jax/data/shapes.py',
     'ratings, margin)\n',
@@ -281,8 +302,8 @@ FAULTS = (
   Fault(
     'an ensemble loses its coefficient',
     'rlhf_jax/rewards/scorers.py',
-    "coef=c.get('ensemble_coef', 1.0)",
-    'coef=1.0',
+    "c.get('ensemble', 'mean'), c.get('ensemble_coef', 1.0)",
+    "c.get('ensemble', 'mean'), 1.0",
     _tests('rewards/test_scorers', 'test_an_ensemble_of_reward_models[variance]'),
   ),
   Fault(

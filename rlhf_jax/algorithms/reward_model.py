@@ -7,7 +7,12 @@ the last token that is not padding. A tie counts as wrong: a constant scorer has
 The loss, in training and held out, is the mean over the prompts that have a loss. A prompt whose
 completions all tie has none: it affects neither the mean nor the gradients.
 
-Letters: B prompts, K completions of one prompt, T sequence length.
+With `preference.heads` above 1 the model is an ensemble of heads on one backbone, each with its own
+initial weights and, with `preference.head_fraction` below 1, its own random part of the data: the
+bootstrapped heads of Osband et al. 2016 (https://arxiv.org/abs/1602.04621). The loss is the mean
+over heads of each head's mean loss. Accuracy and margin are those of the mean score.
+
+Letters: B prompts, K completions of one prompt, T sequence length, M heads.
 """
 
 import dataclasses
@@ -32,6 +37,7 @@ from rlhf_jax.algorithms import setup
 from rlhf_jax.data import formats
 from rlhf_jax.data import pipelines
 from rlhf_jax.evaluation import evaluators
+from rlhf_jax.models import heads
 from rlhf_jax.models import hf
 from rlhf_jax.models import trainable
 from rlhf_jax.rewards import calibration
@@ -50,6 +56,8 @@ def config(preset=''):
       'centering': 0.0,  # weight of (r_a + r_b)^2; 0.01 recommended
       'label_smoothing': 0.0,  # probability that a label is wrong
       'token_dropout': 0.0,  # fraction of tokens hidden from each training example
+      'heads': 1,  # scalar heads on one backbone: an ensemble, which reward.ensemble combines
+      'head_fraction': 1.0,  # fraction of the prompts that each of several heads learns from
       'append_eos': True,  # end completions with an EOS; False for PPO with sampling.truncate_at
       'normalize': 'none',  # 'gain_bias': scores of mean 0 and std 1; 'bias': of mean 0; or 'none'
       'normalize_path': placeholder(str),  # completions to normalize on; None: those of training
@@ -81,6 +89,14 @@ def validate(config, device_count):
     preference.centering >= 0,
     f'config.preference.centering={preference.centering} must be 0 or positive',
   )
+  config_lib.need(
+    preference.heads > 0, f'config.preference.heads={preference.heads} must be at least 1'
+  )
+  config_lib.need(
+    0 < preference.head_fraction <= 1 and (preference.heads > 1 or preference.head_fraction == 1),
+    f'config.preference.head_fraction={preference.head_fraction} must be in (0, 1], and 1 with a '
+    'single head',
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,16 +107,26 @@ class Settings:
   centering: float
   label_smoothing: float
   token_dropout: float
+  head_fraction: float = 1.0
 
 
 def comparison_loss(params, batch, *, model, settings):
-  """Returns each prompt's loss [B], whether it has one [B] bool, and the scores [B, K]."""
+  """Returns each prompt's loss [B], whether it has one [B] bool, and the scores [B, K].
+
+  With several heads the arrays have a last axis of M.
+  """
   scores = scoring.comparison_scores(params, batch, model=model)
   return *loss_of_scores(scores, batch, settings), scores
 
 
 def loss_of_scores(scores, batch, settings):
-  """Returns each prompt's loss [B] for scores [B, K], and whether it has one [B] bool."""
+  """Returns each prompt's loss [B] for scores [B, K], and whether it has one [B] bool.
+
+  For scores [B, K, M] of several heads, both are [B, M].
+  """
+  if scores.ndim == 3:
+    of_head = lambda scores: loss_of_scores(scores, batch, settings)
+    return jax.vmap(of_head, in_axes=2, out_axes=1)(scores)
   if settings.loss == 'pairwise':
     return losses.pairwise_loss(
       scores,
@@ -126,6 +152,29 @@ def drop_tokens(key, mask, rate):
   position = jnp.cumsum(mask, axis=-1)
   ends = (position == 1) | (position == position[..., -1:])
   return mask & (kept | ends)
+
+
+def head_subsets(key, tokens, count, fraction):
+  """Chooses the heads that learn from each prompt: the same ones each time it occurs.
+
+  Args:
+    key: Random key of the run.
+    tokens: [B, K, T] completions, whose tokens identify the prompt.
+    count: M.
+    fraction: Probability of each head.
+
+  Returns:
+    [B, M] bool.
+  """
+  words = tokens.reshape(len(tokens), -1).astype(jnp.uint32)
+  factors = jnp.broadcast_to(jax.random.bits(key, words.shape[1:]), words.shape)
+  keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(jnp.sum(words * factors, axis=1))
+  return jax.vmap(lambda key: jax.random.bernoulli(key, fraction, (count,)))(keys)
+
+
+def mean_over_heads(scores):
+  """Returns the mean scores [B, K] of heads [B, K, M]; scores [B, K] of one head are returned."""
+  return jnp.mean(scores, axis=2) if scores.ndim == 3 else scores
 
 
 def pair_sums(scores, batch):
@@ -160,8 +209,15 @@ def train_step(state, frozen, batch, *, model, optimizers, settings, microbatch_
   Returns:
     The next TrainState and metrics.
   """
-  _, counted = loss_of_scores(jnp.zeros(batch.present.shape), batch, settings)
-  prompts = jnp.maximum(jnp.sum(counted), 1)
+  several = state.params['reward']['head']['bias'].shape  # () or (M,)
+
+  def learners(rows, valid):
+    if settings.head_fraction == 1:
+      return valid
+    return valid & head_subsets(state.key, rows.tokens, *several, settings.head_fraction)
+
+  _, counted = loss_of_scores(jnp.zeros(batch.present.shape + several), batch, settings)
+  prompts = jnp.maximum(jnp.sum(learners(batch, counted), axis=0), 1)
   if settings.token_dropout:
     batch = batch.replace(
       mask=drop_tokens(types.step_keys(state)[1], batch.mask, settings.token_dropout)
@@ -171,24 +227,30 @@ def train_step(state, frozen, batch, *, model, optimizers, settings, microbatch_
     loss, valid, scores = comparison_loss(
       trainable.merge(frozen, params['reward']), rows, model=model, settings=settings
     )
-    loss = adv.masked_sum(loss, valid) / prompts
-    return loss, {
+    loss = jnp.mean(jnp.sum(jnp.where(learners(rows, valid), loss, 0.0), axis=0) / prompts)
+    mean = mean_over_heads(scores)
+    sums = {
       'loss': loss,
-      **pair_sums(scores, rows),
-      'scores': adv.masked_sum(scores, rows.present),
+      **pair_sums(mean, rows),
+      'scores': adv.masked_sum(mean, rows.present),
     }
+    if several:
+      sums['spread'] = adv.masked_sum(jnp.std(scores, axis=2), rows.present)
+    return loss, sums
 
   state, metrics = update.step(
     state, loss_fn, batch, optimizers=optimizers, microbatch_size=microbatch_size
   )
   keys = 'correct', 'tied', 'pairs', 'gap', 'scores'
   correct, tied, pairs, gap, scores = map(metrics.pop, keys)
-  pairs = jnp.maximum(pairs, 1)
+  pairs, present = jnp.maximum(pairs, 1), jnp.maximum(jnp.sum(batch.present), 1)
+  if several:
+    metrics['scores/std_of_heads'] = metrics.pop('spread') / present
   return state, metrics | {
     'accuracy': correct / pairs,
     'ties': tied / pairs,
     'margin': gap / pairs,
-    'scores/mean': scores / jnp.maximum(jnp.sum(batch.present), 1),
+    'scores/mean': scores / present,
     'tokens': jnp.sum(batch.mask & batch.present[:, :, None]),
   }
 
@@ -201,14 +263,19 @@ def normalize(head, scores, mode):
 
   Args:
     head: {'kernel', 'bias'}.
-    scores: [n] scores by this head of the texts to fit on.
+    scores: [n] scores by this head of the texts to fit on, [n, M] by several heads, each of which
+      is normalized by itself.
     mode: 'gain_bias' or 'bias'.
 
   Returns:
     The normalized head, of the same shapes.
   """
-  gain = 1.0 / max(float(np.std(scores)), 1e-6) if mode == 'gain_bias' else 1.0
-  return {'kernel': head['kernel'] * gain, 'bias': (head['bias'] - float(np.mean(scores))) * gain}
+  std, mean = np.float64(np.std(scores, axis=0)), np.float64(np.mean(scores, axis=0))
+  gain = 1.0 / np.maximum(std, 1e-6) if mode == 'gain_bias' else np.ones_like(std)
+  kernel, bias = head['kernel'], head['bias']
+  gains = jnp.broadcast_to(jnp.asarray(gain, kernel.dtype), kernel.shape)
+  shift = jnp.asarray(mean, bias.dtype)
+  return {'kernel': kernel * gains, 'bias': (bias - shift) * jnp.asarray(gain, bias.dtype)}
 
 
 def normalized_head(params, *, frozen, batches, loss_fn, mode, mesh):
@@ -246,7 +313,15 @@ def create(config, mesh):
     UserError: The data or the model does not fit the config.
   """
   tokenizer = setup.load_tokenizer(config)
-  model, params = setup.load_scalar(config.model, tokenizer, mesh, config.seed, head_scale='normal')
+  model, params = setup.load_scalar(
+    config.model,
+    tokenizer,
+    mesh,
+    config.seed,
+    head_scale='normal',
+    head_count=config.preference.heads,
+  )
+  check_heads(params['head'], config)
   setup.check_length(config.data.max_length, model, 'data.max_length')
   model, backbone, frozen_backbone = setup.split_trainable(config, model, params['backbone'], mesh)
   params, frozen = {'backbone': backbone, 'head': params['head']}, {'backbone': frozen_backbone}
@@ -264,6 +339,7 @@ def create(config, mesh):
     centering=config.preference.centering,
     label_smoothing=config.preference.label_smoothing,
     token_dropout=config.preference.token_dropout,
+    head_fraction=config.preference.head_fraction,
   )
   loss_fn = jax.jit(functools.partial(comparison_loss, model=model, settings=settings))
   fitted_head = functools.partial(
@@ -333,6 +409,16 @@ def create(config, mesh):
   ), state
 
 
+def check_heads(head, config):
+  """Raises UserError if the initial reward model has another number of heads than the config."""
+  count = heads.count(head)
+  if count != config.preference.heads:
+    raise errors.UserError(
+      f'config.preference.heads={config.preference.heads}, but the reward model '
+      f'{config.model.path} has {count}: train both with the same number of heads'
+    )
+
+
 def check_examples(examples, loss):
   """Raises UserError if the loss cannot learn anything from the data."""
   check_ratings(examples, loss)
@@ -383,6 +469,8 @@ def held_out_loss(batches, prompts, frozen, *, loss_fn, rated, mesh):
       jax.tree.map(processes.to_host, loss_fn(params, sharding.put_rows(batch, mesh)))
       for batch in batches
     ]
+    if results[0][0].ndim == 2:  # several heads
+      results = [(loss.mean(1), counted[:, 0], scores.mean(2)) for loss, counted, scores in results]
     count = sum(int(counted.sum()) for _, counted, _ in results)
     loss = sum(float(loss[counted].sum()) for loss, counted, _ in results) / max(count, 1)
     scores = [scores for *_, scores in results]

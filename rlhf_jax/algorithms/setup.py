@@ -119,7 +119,7 @@ def is_reward_model(path):
   )
 
 
-def load_scalar(config_model, tokenizer, mesh, seed, *, head_scale):
+def load_scalar(config_model, tokenizer, mesh, seed, *, head_scale, head_count=1):
   """Loads a model with a scalar head, or a language model to which it adds a new head.
 
   Args:
@@ -128,6 +128,7 @@ def load_scalar(config_model, tokenizer, mesh, seed, *, head_scale):
     mesh: Device mesh for the parameters.
     seed: Random seed of new parameters.
     head_scale: Initialization of a new head; see heads.init_scalar.
+    head_count: Number of new heads.
 
   Returns:
     Model and params {'backbone', 'head'}.
@@ -137,13 +138,15 @@ def load_scalar(config_model, tokenizer, mesh, seed, *, head_scale):
     tokenizers.fit(tokenizer, model)
     return model, params
   model, backbone = load_policy(config_model, tokenizer, mesh, seed)
-  return model, {'backbone': backbone, 'head': new_head(model, mesh, seed, head_scale)}
+  head = new_head(model, mesh, seed, head_scale, head_count)
+  return model, {'backbone': backbone, 'head': head}
 
 
-def new_head(model, mesh, seed, scale):
-  """Returns a new scalar head, replicated over the mesh."""
+def new_head(model, mesh, seed, scale, count=1):
+  """Returns a new scalar head, or several, replicated over the mesh."""
   key = keys.for_purpose(seed, keys.HEAD)
-  return jax.device_put(heads.init_scalar(key, model.width, scale=scale), sharding.replicated(mesh))
+  head = heads.init_scalar(key, model.width, scale=scale, count=count)
+  return jax.device_put(head, sharding.replicated(mesh))
 
 
 def make_optimizer(config_optim, steps, *, updates=1, learning_rate=None, exported=True):

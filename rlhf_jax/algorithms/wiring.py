@@ -13,6 +13,7 @@ from rlhf_jax import forward as forward_lib
 from rlhf_jax import keys
 from rlhf_jax.algorithms import on_policy_config
 from rlhf_jax.algorithms import setup
+from rlhf_jax.models import heads
 from rlhf_jax.models import hf
 from rlhf_jax.models import trainable
 
@@ -140,7 +141,7 @@ def load_critic(config, tokenizer, mesh, reward_model):
   config_model.path = config.critic.path
   critic, params = setup.load_scalar(config_model, tokenizer, mesh, config.seed, head_scale='zero')
   on_policy_config.check_length(config, critic)
-  return critic, params
+  return critic, params | {'head': heads.mean(params['head'])}
 
 
 def first_extra(settings):

@@ -378,6 +378,14 @@ REWARD_MODEL = (
     'Only differences of scores are trained, so it may drift: `preference.centering` holds it near '
     '0, and `preference.normalize` shifts it at the end.',
   ),
+  Metric(
+    'scores/std_of_heads',
+    'Reward model with several heads: the standard deviation of a score over heads, averaged over '
+    'the completions in the batch.',
+    r'\mathbb{E}[\mathrm{std}_{\mathrm{heads}}(r)]',
+    'units of the score',
+    'Near 0 all heads are the same model. A smaller `preference.head_fraction` makes them differ.',
+  ),
 )
 
 EVALUATORS = (

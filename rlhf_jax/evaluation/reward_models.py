@@ -15,6 +15,7 @@ from rlhf_jax.data import formats
 from rlhf_jax.data import pipelines
 from rlhf_jax.data import sources
 from rlhf_jax.data import tokenizers
+from rlhf_jax.models import heads
 from rlhf_jax.models import hf
 from rlhf_jax.rewards import calibration
 from rlhf_jax.rewards import learned
@@ -41,7 +42,7 @@ class RewardModel:
 
   @classmethod
   def load(cls, path):
-    """Loads a reward model from the Hugging Face folder of a sequence classifier with one label."""
+    """Loads a reward model from a Hugging Face folder; see hf.load_reward."""
     model, params = hf.load_reward(path, unroll=None)
     return cls(
       policy_lib.TextPolicy(model, params, tokenizers.load(path), folders.find_model(path))
@@ -96,7 +97,7 @@ class RewardModel:
     )
 
   def score_tokens(self, tokens, mask):
-    """Computes scores [n] of tokens [n, T] with a mask [n, T]."""
+    """Computes scores [n] of tokens [n, T] with a mask [n, T], the mean over heads."""
     return policy_lib.in_batches(
       lambda batch, start: _score(self.policy.params, *batch, model=self.policy.model),
       (tokens, mask),
@@ -105,6 +106,7 @@ class RewardModel:
 
 @functools.partial(jax.jit, static_argnames=('model',))
 def _score(params, tokens, mask, *, model):
+  params = params | {'head': heads.mean(params['head'])}
   return scoring.score(params, tokens, mask, model=model)
 
 

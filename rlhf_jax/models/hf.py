@@ -25,6 +25,7 @@ from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax.errors import brief
 from rlhf_jax.errors import UserError
+from rlhf_jax.models import heads
 from rlhf_jax.models import hf_arrays
 from rlhf_jax.models import hf_config
 from rlhf_jax.models import hf_files
@@ -69,17 +70,17 @@ def load(path, *, mesh=None, dtype='float32', remat='none', unroll=1, param_dtyp
 
 
 def load_reward(path, *, mesh=None, dtype='float32', remat='none', unroll=1, param_dtype='float32'):
-  """Loads a reward model: a sequence classifier with one label.
+  """Loads a reward model: a sequence classifier with one label, or one for each of its heads.
 
   Args:
     path, mesh, dtype, remat, unroll, param_dtype: See `load`.
 
   Returns:
-    (Model, {'backbone': params, 'head': {'kernel': [D], 'bias': []}}). The backbone has no
-    unembedding, because files of classifiers have none.
+    (Model, {'backbone': params, 'head': {'kernel': [D], 'bias': []}}); see heads.init_scalar for
+    several heads. The backbone has no unembedding, because files of classifiers have none.
 
   Raises:
-    UserError: See `load`; or the head has more than one label.
+    UserError: See `load`; or there are several labels that are not heads of a reward model.
   """
   model, module, tensors = _open(path, dtype=dtype, remat=remat, unroll=unroll)
   head = _read_head(path, tensors, model)
@@ -105,7 +106,8 @@ def save(path, model, params, *, tokenizer=None, head=None, max_shard_bytes=MAX_
     tokenizer: Tokenizer of transformers to save with the model; its special token ids are written
       to config.json.
     head: Head of a reward model, {'kernel': [D], 'bias': []}; the folder then holds a sequence
-      classifier with one label and no unembedding.
+      classifier with one label and no unembedding. Several heads, {'kernel': [D, M], 'bias': [M]},
+      become the labels reward_0, reward_1 and so on.
     max_shard_bytes: Largest safetensors file; a larger model is written as several files.
   """
   tensors = _tensors(model, params, head)
@@ -182,7 +184,7 @@ def _head_names(model):
 
 
 def _read_head(path, tensors, model):
-  """Reads a reward model's head as NumPy arrays, {'kernel': [D], 'bias': []}."""
+  """Reads a reward model's head or heads as NumPy arrays; see `load_reward`."""
   names = tensors.names()
   weight, bias = _head_names(model)
   if weight not in names:
@@ -190,18 +192,30 @@ def _read_head(path, tensors, model):
       f'{path}: has no {weight}, so it is not a reward model '
       f'({FAMILIES[model.family].CLASSIFIER} with num_labels 1)'
     )
-  if tensors.shape(weight) != (1, model.width):
+  count = _head_count(path)
+  if tensors.shape(weight) != (count, model.width):
+    labels = 'one label' if count == 1 else f'{count} heads in config.json'
     raise UserError(
       f'{path}: {weight} has shape {tensors.shape(weight)}; '
-      f'a reward model has one label, so it must be (1, {model.width})'
+      f'a reward model has {labels}, so it must be ({count}, {model.width})'
     )
-  expected = {weight: (1, model.width)} | ({bias: (1,)} if bias in names else {})
+  expected = {weight: (count, model.width)} | ({bias: (count,)} if bias in names else {})
   _check(path, tensors, expected)
-  kernel = tensors.read(weight, ())[0]
-  return {
-    'kernel': kernel,
-    'bias': tensors.read(bias, ())[0] if bias in names else np.zeros((), kernel.dtype),
-  }
+  kernel = tensors.read(weight, ())
+  bias = tensors.read(bias, ()) if bias in names else np.zeros(count, kernel.dtype)
+  return {'kernel': kernel.T, 'bias': bias} if count > 1 else {'kernel': kernel[0], 'bias': bias[0]}
+
+
+def _head_count(path):
+  """Returns the number of heads that config.json names, 1 if it names no head."""
+  labels = hf_files.read_json(folders.model(path) / 'config.json').get('id2label')
+  count = len(labels) if isinstance(labels, dict) else 1
+  return count if labels == _head_labels(count) else 1
+
+
+def _head_labels(count):
+  """Returns `id2label` of a reward model with several heads."""
+  return {str(i): f'reward_{i}' for i in range(count)}
 
 
 def _read(path, tensors, model, shapes, sources, *, mesh, param_dtype):
@@ -337,10 +351,10 @@ def _tensors(model, params, head):
       yield module.PREFIX + name.format(layer=layer), hf_arrays.assemble(sources, parts)
   if head is not None:
     weight, bias = _head_names(model)
-    yield weight, processes.to_host(head['kernel'])[None]
-    value = processes.to_host(head['bias'])
-    if value != 0 or model.config.head != hf_config.SCORE:
-      yield bias, value[None]
+    kernel, value = (np.atleast_1d(processes.to_host(head[name]).T) for name in ('kernel', 'bias'))
+    yield weight, np.ascontiguousarray(kernel.reshape(len(value), -1))
+    if np.any(value) or model.config.head != hf_config.SCORE:
+      yield bias, value
   elif not model.config.tie_word_embeddings:
     source = Source(module.UNEMBED, transpose=True)
     yield source.name, hf_arrays.assemble([source], [processes.to_host(leaves['unembed/kernel'])])
@@ -356,8 +370,9 @@ def _config_json(model, params, tokenizer, head):
   config['architectures'] = [module.ARCHITECTURE if head is None else module.CLASSIFIER]
   if head is not None:
     # transformers counts these labels; without them a classifier has two.
-    config['id2label'] = {'0': 'reward'}
-    config['label2id'] = {'reward': 0}
+    count = heads.count(head)
+    config['id2label'] = _head_labels(count) if count > 1 else {'0': 'reward'}
+    config['label2id'] = {name: int(i) for i, name in config['id2label'].items()}
   for name in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
     token_id = getattr(tokenizer, name, None)
     if token_id is not None and name not in model.config.kept_token_ids:

@@ -80,7 +80,7 @@ def _encoding(tokenizer):
 
 def of_tokens(
   model: base.Base, params: dict[str, PyTree]
-) -> Callable[[types.Rollout], Float[Array, ' B']]:
+) -> Callable[[types.Rollout], Float[Array, ' B *heads']]:
   """Returns a scorer for rollouts of a policy that shares the reward model's tokenizer.
 
   Args:
@@ -88,7 +88,7 @@ def of_tokens(
     params: {'backbone', 'head'}.
 
   Returns:
-    Function from a Rollout to scores [B] float32, on the device.
+    Function from a Rollout to scores [B] float32 on the device; see scoring.score.
   """
   return lambda rollout: _score(params, rollout.tokens, rollout.mask, model=model)
 
@@ -100,7 +100,7 @@ def of_texts(
   *,
   max_length: int,
   mesh: jax.sharding.Mesh,
-) -> Callable[..., Float[np.ndarray, ' n']]:
+) -> Callable[..., Float[np.ndarray, ' n *heads']]:
   """Returns a scorer of strings, for a reward model with its own tokenizer.
 
   Args:
@@ -111,7 +111,8 @@ def of_texts(
     mesh: Device mesh, over which sequences are split.
 
   Returns:
-    Function (prompts, responses, ended) -> [n] float32 NumPy array; see `padded_texts`.
+    Function (prompts, responses, ended) -> [n] float32 NumPy array; see `padded_texts` and
+    scoring.score.
   """
 
   def apply(prompts, responses, ended):

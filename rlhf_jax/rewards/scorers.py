@@ -23,6 +23,7 @@ from rlhf_jax import types
 from rlhf_jax.config import need
 from rlhf_jax.config_keys import check_keys
 from rlhf_jax.data import tokenizers
+from rlhf_jax.models import heads
 from rlhf_jax.models import hf
 from rlhf_jax.rewards import client
 from rlhf_jax.rewards import functions
@@ -55,7 +56,7 @@ def config():
       'request_timeout': client.TIMEOUT,  # seconds that a request may take
       'attempts': client.ATTEMPTS,  # tries of a request to a server that is busy, broken or away
       'max_length': placeholder(int),  # tokens of a model with its own tokenizer; None: its context
-      'ensemble': 'mean',  # 'mean', 'min' (worst case) or 'variance': mean - coef * variance
+      'ensemble': 'mean',  # of models or heads: 'mean', 'min', 'variance': mean - coef * variance
       'ensemble_coef': 1.0,  # coef of 'variance'
       'parts': {},  # or {name: {'weight': 1.0, keys from above}}: a weighted sum
       'on_nan': 'stop',  # responses whose reward is NaN: 'stop' the run, or 'skip' and count them
@@ -160,6 +161,7 @@ def make(config_reward, tokenizer, mesh, *, load, check, key='config.reward', al
     return scorer, first_model(scorers.values())
   if c.get('function') or c.get('url'):
     return host.make(c, tokenizer, mesh, key=key, allow_nan=allow_nan), None
+  how, coef = c.get('ensemble', 'mean'), c.get('ensemble_coef', 1.0)
   load_member = functools.partial(
     model_scorer,
     tokenizer=tokenizer,
@@ -167,14 +169,12 @@ def make(config_reward, tokenizer, mesh, *, load, check, key='config.reward', al
     max_length=c.get('max_length'),
     load=load,
     check=check,
+    of_heads=functools.partial(_of_heads, coef=coef, how=how),
   )
   scorers = [load_member(path) for path in c.get('models') or (c.model,)]
   if len(scorers) == 1:
     return scorers[0]
-  scorer = ensemble(
-    [scorer for scorer, _ in scorers], c.get('ensemble', 'mean'), coef=c.get('ensemble_coef', 1.0)
-  )
-  return scorer, first_model(scorers)
+  return ensemble([scorer for scorer, _ in scorers], how, coef=coef), first_model(scorers)
 
 
 def skips_nan(config_reward):
@@ -190,7 +190,7 @@ def first_model(pairs):
   return next((model for _, model in pairs if model is not None), None)
 
 
-def model_scorer(path, tokenizer, mesh, *, max_length, load, check):
+def model_scorer(path, tokenizer, mesh, *, max_length, load, check, of_heads):
   """Creates the scorer of a reward model, which reads tokens if it shares the policy's tokenizer.
 
   Args:
@@ -200,18 +200,21 @@ def model_scorer(path, tokenizer, mesh, *, max_length, load, check):
     max_length: Tokens of an example in the model's own tokenizer; None for the model's context.
     load: See `make`.
     check: See `make`.
+    of_heads: Function (scores [B, M] of the model's heads, Rollout) -> types.Scores.
 
   Returns:
-    The results of `make`.
+    The results of `make`. A critic can start from the mean of several heads.
   """
   model, params = hf.load_reward(path, mesh=mesh, **load)
+  combine = of_heads if heads.count(params['head']) > 1 else lambda scores, rollout: scores
   own = tokenizers.load(path)
   tokenizers.fit(own, model)
   if learned.same_tokenizer(own, tokenizer):
     check(model)
     score = learned.of_tokens(model, params)
-    critic = (model, params) if model.has_token_states else None
-    return lambda rollout, examples: score(rollout), critic
+    critic_params = params | {'head': heads.mean(params['head'])}
+    critic = (model, critic_params) if model.has_token_states else None
+    return lambda rollout, examples: combine(score(rollout), rollout), critic
   apply = learned.of_texts(model, params, own, max_length=max_length or model.max_length, mesh=mesh)
 
   def score_texts(rollout, examples):
@@ -219,7 +222,7 @@ def model_scorer(path, tokenizer, mesh, *, max_length, load, check):
     scores = apply(
       [example.prompt for example in examples], responses, learned.with_eos(ids, tokenizer)
     )
-    return sharding.put_rows(scores, mesh)
+    return combine(sharding.put_rows(scores, mesh), rollout)
 
   return score_texts, None
 
@@ -310,6 +313,12 @@ def _ensemble(members, response_mask, coef, *, how):
   for name, scores in members.items():
     parts |= _parts(name, scores, response_mask, 1.0)
   return types.Scores(total, parts)
+
+
+def _of_heads(scores, rollout, coef, *, how):
+  """Combines the scores [B, M] of a reward model's heads; see `ensemble`."""
+  members = {f'head_{i}': types.Scores(scores[:, i]) for i in range(scores.shape[1])}
+  return _ensemble(members, rollout.response_mask, coef, how=how)
 
 
 def _parts(name, scores, response_mask, weight):

@@ -1,5 +1,7 @@
 """Scores of tokens by a reward model, read at the last token that is not padding.
 
+A model with several heads gives several scores of each sequence, on a last axis `heads`.
+
 Letters: B prompts, K completions of one prompt, T sequence length.
 """
 
@@ -17,7 +19,7 @@ def score(
   mask: Bool[ArrayLike, 'n T'],
   *,
   model: base.Base,
-) -> Float[Array, ' n']:
+) -> Float[Array, ' n *heads']:
   """Computes the score of each sequence, read at its last token that is not padding.
 
   Args:
@@ -27,17 +29,18 @@ def score(
     model: Model.
 
   Returns:
-    [n] float32.
+    [n] float32; [n, heads] if there are several heads.
   """
   return heads.apply_scalar(params['head'], model.summary(params['backbone'], tokens, mask))
 
 
 def comparison_scores(
   params: dict[str, PyTree], batch: types.Comparisons, *, model: base.Base
-) -> Float[Array, 'B K']:
-  """Computes the scores [B, K] of all completions of Comparisons."""
+) -> Float[Array, 'B K *heads']:
+  """Computes the scores of all completions of Comparisons."""
   tokens, mask = (x.reshape((-1,) + x.shape[2:]) for x in (batch.tokens, batch.mask))
-  return score(params, tokens, mask, model=model).reshape(batch.present.shape)
+  scores = score(params, tokens, mask, model=model)
+  return scores.reshape(batch.present.shape + scores.shape[1:])
 
 
 def pair_gaps(

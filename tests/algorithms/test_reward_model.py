@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import transformers
 
@@ -178,6 +180,108 @@ def test_microbatches_are_the_full_batch(llama):
   assert metrics['tokens'] == (batch.mask & batch.present[:, :, None]).sum()
   for a, b in zip(*map(jax.tree.leaves, outcomes)):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
+
+
+def several_heads(llama, count):
+  """The parameters with `count` heads."""
+  model, params = llama
+  head = heads.init_scalar(jax.random.key(9), model.width, scale='normal', count=count)
+  return params | {'head': head | {'bias': jnp.linspace(-1.0, 1.0, count)}}
+
+
+def test_each_head_learns_from_its_own_prompts(llama):
+  """The gradient is the mean of those of single-head models, each on the prompts of its head."""
+  model, params = llama
+  batch, count = comparisons(seed=5), 3
+  settings = dataclasses.replace(PLAIN, centering=0.01, head_fraction=0.5)
+  params = several_heads(llama, count)
+  key = jax.random.key(0)
+  subsets = np.asarray(reward_model.head_subsets(key, batch.tokens, count, 0.5))
+
+  @functools.partial(jax.jit, static_argnames=('settings', 'size'))
+  def step(params, batch, settings, size=0):
+    optimizer = optax.sgd(1.0)
+    opt_state = {'reward': optimizer.init(params)}
+    state = types.TrainState(jnp.int32(0), key, {'reward': params}, opt_state)
+    state, metrics = reward_model.train_step(
+      state,
+      {},
+      batch,
+      model=model,
+      optimizers={'reward': optimizer},
+      settings=settings,
+      microbatch_size=size,
+    )
+    return jax.tree.map(jnp.subtract, params, state.params['reward']), metrics
+
+  found, metrics = step(params, batch, settings)
+  singles, losses = [], []
+  for m in range(count):
+    head = {'kernel': params['head']['kernel'][:, m], 'bias': params['head']['bias'][m]}
+    own = batch.replace(present=batch.present & subsets[:, m, None])
+    gradient, alone = step(
+      params | {'head': head}, own, dataclasses.replace(settings, head_fraction=1.0)
+    )
+    singles.append(gradient)
+    losses.append(float(alone['loss']))
+  assert metrics['loss'] == pytest.approx(np.mean(losses), rel=1e-5)
+  expected = jax.tree.map(lambda *x: np.mean(x, axis=0), *(one['backbone'] for one in singles))
+  for name, value in (('kernel', 1), ('bias', 0)):
+    stacked = np.stack([one['head'][name] for one in singles], axis=value)
+    np.testing.assert_allclose(found['head'][name], stacked / count, rtol=1e-4, atol=1e-6)
+  for a, b in zip(*map(jax.tree.leaves, (found['backbone'], expected))):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
+  again, same = step(params, batch, settings, 2)
+  for a, b in zip(*map(jax.tree.leaves, ((found, metrics), (again, same)))):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
+  # Metrics are of the mean score.
+  _, _, scores = loss_of((model, params), batch, PLAIN)
+  sums = reward_model.pair_sums(jnp.asarray(scores.mean(2)), batch)
+  assert metrics['accuracy'] == pytest.approx(float(sums['correct'] / sums['pairs']))
+  spread = scores.std(2)[batch.present].mean()
+  assert metrics['scores/std_of_heads'] == pytest.approx(spread, rel=1e-4)
+
+
+def test_a_prompt_keeps_its_heads():
+  tokens = np.random.default_rng(0).integers(0, 60, (2000, 2, 9)).astype(np.int32)
+  key = jax.random.key(3)
+  subsets = np.asarray(reward_model.head_subsets(key, tokens, 4, 0.3))
+  order = np.random.default_rng(1).permutation(2000)
+  np.testing.assert_array_equal(
+    reward_model.head_subsets(key, tokens[order], 4, 0.3), subsets[order]
+  )
+  # Standard errors: sqrt(0.3 * 0.7 / 2000) = 0.010, and 0.022 of the correlations.
+  np.testing.assert_allclose(subsets.mean(axis=0), 0.3, atol=0.05)
+  assert np.abs(np.corrcoef(subsets.T) - np.eye(4)).max() < 0.1
+
+
+def test_a_run_with_several_heads(world, tmp_path):
+  """Each head of the exported model is normalized; an ensemble can be trained further."""
+  config = tiny.reward_model(world)
+  config.data.update({'held_out': None, 'held_out_path': config.data.path})
+  config.preference.update({'heads': 3, 'head_fraction': 0.5, 'normalize': 'gain_bias'})
+  reward_model.validate(config, 1)
+  learner, state, history, found = tiny.train(reward_model, config, 3)
+  assert history[0]['scores/std_of_heads'] > 0.1
+  assert found['held_out/pairs'] == 48 and found['held_out/prompts'] == 48
+  learner.export(state, tmp_path / 'model')
+  model, params = hf.load_reward(tmp_path / 'model')
+  records = [json.loads(line) for line in (world / 'comparisons.jsonl').open()]
+  words = lambda text: [4 + int(word[1:]) for word in text.split()]
+  rows = [
+    [tiny.BOS, *words(record['prompt']), *words(record[key]), tiny.EOS]
+    for record in records
+    for key in ('chosen', 'rejected')
+  ]
+  tokens, mask = learned.right_padded(rows, 16, tiny.PAD)
+  scores = np.asarray(jax.jit(functools.partial(scoring.score, model=model))(params, tokens, mask))
+  assert scores.shape == (96, 3)
+  np.testing.assert_allclose(scores.mean(axis=0), 0.0, atol=1e-5)
+  np.testing.assert_allclose(scores.std(axis=0), 1.0, rtol=1e-4)
+  config.model.path = str(tmp_path / 'model')
+  config.preference.heads = 2
+  with pytest.raises(errors.UserError, match='heads=2, but the reward model .* has 3'):
+    tiny.train(reward_model, config, 0)
 
 
 def test_prompts_without_a_loss_change_nothing(llama):

@@ -27,6 +27,21 @@ def test_scales():
     heads.init_scalar(None, 8, scale='xavier')
 
 
+def test_several_heads_by_hand():
+  head = {'kernel': jnp.array([[1.0, 0.0], [-2.0, 3.0]]), 'bias': jnp.array([0.5, -1.0])}
+  hidden = jnp.array([[3.0, 1.0], [0.0, 2.0]])
+  # 3 - 2 + 0.5 and 3 - 1; 0 - 4 + 0.5 and 6 - 1.
+  np.testing.assert_array_equal(heads.apply_scalar(head, hidden), [[1.5, 2.0], [-3.5, 5.0]])
+  assert heads.count(head) == 2
+  mean = heads.mean(head)
+  assert heads.count(mean) == 1 and heads.mean(mean) is mean
+  np.testing.assert_array_equal(heads.apply_scalar(mean, hidden), [1.75, 0.75])
+  new = heads.init_scalar(jax.random.key(0), 2047, scale='normal', count=3)
+  assert new['kernel'].shape == (2047, 3) and new['bias'].tolist() == [0, 0, 0]
+  np.testing.assert_allclose(new['kernel'].std(axis=0), [2048**-0.5] * 3, rtol=0.1)
+  assert abs(np.corrcoef(new['kernel'].T)[0, 1]) < 0.1
+
+
 def test_last_token_wherever_the_padding_is():
   values = jnp.arange(12.0).reshape(3, 4)
   mask = jnp.array(

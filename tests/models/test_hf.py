@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import transformers
 
 from rlhf_jax import models
 from rlhf_jax import sharding
@@ -154,6 +155,26 @@ def test_reward_model_round_trip(saved, tmp_path, bias):
     tmp_path / 'reward',
     lambda tensors: tensors.update({'score.weight': np.zeros((2, model.width), np.float32)}),
   )
+  with pytest.raises(UserError, match='one label'):
+    hf.load_reward(tmp_path / 'reward')
+
+
+@pytest.mark.parametrize('bias', [0.0, 0.5])
+def test_several_heads_round_trip(saved, tmp_path, bias):
+  """transformers has one label for each head."""
+  _, model, params = saved
+  kernel = np.random.default_rng(0).normal(size=(model.width, 3)).astype(np.float32)
+  head = {'kernel': kernel, 'bias': np.array([bias, 0.0, -bias], np.float32)}
+  hf.save(tmp_path / 'reward', model, params, head=head)
+  assert_same(hf.load_reward(tmp_path / 'reward')[1]['head'], head)
+  stored = safetensors.numpy.load_file(tmp_path / 'reward' / 'model.safetensors')
+  np.testing.assert_array_equal(stored['score.weight'], kernel.T)
+  assert ('score.bias' in stored) == (bias != 0)
+  config = transformers.AutoConfig.from_pretrained(tmp_path / 'reward')
+  assert config.num_labels == 3 and config.id2label == {i: f'reward_{i}' for i in range(3)}
+  # Labels of any other classifier are not heads.
+  path = tmp_path / 'reward' / 'config.json'
+  path.write_text(path.read_text().replace('reward_', 'mood_'))
   with pytest.raises(UserError, match='one label'):
     hf.load_reward(tmp_path / 'reward')
 

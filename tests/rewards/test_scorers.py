@@ -218,6 +218,43 @@ def test_an_ensemble_of_reward_models(how, world, reward_models, mesh, compiled)
   jax.tree.map(np.testing.assert_array_equal, start[1], first)
 
 
+@pytest.mark.parametrize('how', scorers.ENSEMBLES)
+def test_heads_of_one_reward_model(how, world, mesh, tmp_path):
+  model = models.create(tiny.LLAMA)
+  head = heads.init_scalar(jax.random.key(5), model.width, scale='normal', count=3)
+  head['bias'] = jnp.array([0.3, -0.2, 0.1])
+  backbone = model.init(jax.random.key(6))
+  hf.save(
+    tmp_path / 'heads',
+    model,
+    backbone,
+    tokenizer=tiny.write_tokenizer(tmp_path / 'heads'),
+    head=head,
+  )
+  reward = scorers.config()
+  reward.update({'model': str(tmp_path / 'heads'), 'ensemble': how, 'ensemble_coef': 0.5})
+  batch, examples = rollout()
+  with jax.set_mesh(mesh):
+    scorer, (_, critic) = make(reward, world, mesh)
+    found = scorer(batch, examples)
+  summary = jax.jit(model.summary)(backbone, batch.tokens, batch.mask)
+  members = np.asarray(summary) @ np.asarray(head['kernel']) + np.asarray(head['bias'])
+  assert np.std(members, axis=1).min() > 1e-3, 'the heads differ'
+  expected = {
+    'mean': np.mean(members, axis=1),
+    'min': np.min(members, axis=1),
+    'variance': np.mean(members, axis=1) - 0.5 * np.var(members, axis=1),
+  }[how]
+  np.testing.assert_allclose(found.total, expected, rtol=0, atol=1e-5)
+  for i in range(3):
+    np.testing.assert_allclose(found.parts[f'head_{i}'], members[:, i], rtol=0, atol=1e-5)
+  # A critic starts from the mean of the heads.
+  values = np.asarray(summary) @ np.asarray(critic['head']['kernel']) + float(
+    critic['head']['bias']
+  )
+  np.testing.assert_allclose(values, members.mean(axis=1), rtol=0, atol=1e-5)
+
+
 def test_a_weighted_sum_from_a_config(world, reward_models, mesh):
   reward = scorers.config()
   reward.parts = {
