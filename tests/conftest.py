@@ -1,7 +1,7 @@
-"""Eight fake CPU devices, strict broadcasting, checked shapes, and the shared data if present.
+"""Eight fake CPU devices, no rank promotion, checked shapes, and the shared data if present.
 
-Compiled programs are kept for the session: runs that are stopped and resumed, here and in
-subprocesses, compile the same ones again.
+Compiled programs are cached for the session, because runs that are stopped and resumed, here and in
+subprocesses, compile the same programs again.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ _CACHE = tempfile.TemporaryDirectory(prefix='rlhf_jax_tests_')
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', _CACHE.name)
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
-# What is given from outside comes last and counts.
+# Flags from the environment come last, so they override these.
 os.environ['XLA_FLAGS'] = (
   f'--xla_force_host_platform_device_count=8 {quick.FLAGS} {os.environ.get("XLA_FLAGS", "")}'
 )
@@ -25,7 +25,7 @@ import jax
 import jaxtyping
 import pytest
 
-# The functions of arrays: arguments and results are checked against their annotations.
+# Modules of functions of arrays, whose arguments and results are checked against annotations.
 CHECKED = (
   'advantages',
   'experience',
@@ -47,12 +47,12 @@ CHECKED = (
 )
 jaxtyping.install_import_hook(
   [f'rlhf_jax.{name}' for name in CHECKED],
-  'beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))',  # an int is a float, too
+  'beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))',  # an int counts as a float
 )
 
 from rlhf_jax import types
 
-# JAX fills its trees with shapes, shardings and arrays with more axes, so these hold anything.
+# JAX puts shapes, shardings and arrays with more axes into its trees, so these are not checked.
 for cls in filter(dataclasses.is_dataclass, vars(types).values()):
   cls.__init__ = cls.__init__.__wrapped__
 
@@ -63,7 +63,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope='session')
 def shared():
-  """The folder of real data and models that may stand beside the project."""
+  """Returns the folder of real data and models, which may be beside the project."""
   folder = ROOT.parent / 'shared'
   if not folder.is_dir():
     pytest.skip('no ../shared beside the project: its data and models are not shipped')
@@ -72,7 +72,7 @@ def shared():
 
 @pytest.fixture(scope='session')
 def compiled():
-  """The names of all programs compiled so far, 'jit(train_step)' and the like; it grows."""
+  """Returns the names of all programs compiled so far, like 'jit(train_step)'; the list grows."""
   names = []
 
   def listen(event, seconds, **labels):
@@ -91,11 +91,11 @@ def world(tmp_path_factory):
   return tiny.write(tmp_path_factory.mktemp('world'))
 
 
-MAPPINGS = 40_000  # of memory: a process may have 65,530, and XLA crashes where it gets no more
+MAPPINGS = 40_000  # of memory; a process may have 65,530, and beyond that XLA crashes
 
 
 def mappings():
-  """Returns how many mappings this process has, some per compiled program; 0 if that is unknown."""
+  """Returns the number of mappings of this process, some per compiled program; 0 if unknown."""
   try:
     return pathlib.Path('/proc/self/maps').read_bytes().count(b'\n')
   except OSError:
@@ -107,7 +107,7 @@ _tests = itertools.count(1)
 
 @pytest.fixture(autouse=True)
 def few_programs(request):
-  """Forgets compiled programs after a slow test, and where they are many."""
+  """Clears the compiled programs after a slow test, or if there are many."""
   yield
   slow = request.node.get_closest_marker('slow')
   if slow or (next(_tests) % 10 == 0 and mappings() > MAPPINGS):

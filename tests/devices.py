@@ -1,4 +1,4 @@
-"""Devices for tests of several: eight on a CPU, see conftest.py; else the real ones."""
+"""Devices for tests that need several: eight fake ones on a CPU (conftest.py), or real ones."""
 
 import jax
 import pytest

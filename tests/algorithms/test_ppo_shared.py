@@ -63,7 +63,7 @@ def update(params, frozen, handles, settings, moves):
 
   Args:
     moves: Function from the trained parameters to those at which gradients are taken, so that the
-  ratio is not 1.
+      ratio is not 1.
   """
   rollout, scores = episode()
   state = types.TrainState(

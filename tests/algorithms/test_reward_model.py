@@ -505,7 +505,7 @@ def from_config(world, tmp_path_factory):
 
   Returns:
     Score (params, tokens of one sequence) -> float, the texts that scores are normalized on, the
-  first batch, parameters and loss, the last state, and the exported parameters.
+    first batch, parameters and loss, the last state, and the exported parameters.
   """
   folder = tmp_path_factory.mktemp('from_config')
   texts = [

@@ -1,4 +1,4 @@
-"""Chat templates: what is prompt, what is completion, and which templates are refused."""
+"""Chat templates: the prompt, the completion, and templates that are refused."""
 
 import pytest
 
@@ -30,7 +30,7 @@ def test_chatml_template(tokenizer):
     '<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n'
     '<|im_start|>assistant\n'
   )
-  # <|im_end|> is not this tokenizer's EOS, so what follows it stays.
+  # <|im_end|> is not this tokenizer's EOS, so the text after it is not removed.
   assert chat.render(tokenizer, ASK, ANSWER) == (prompt, 'Hello.<|im_end|>\n')
   tokenizer.eos_token = '<|im_end|>'
   assert chat.render(tokenizer, ASK, ANSWER) == (prompt, 'Hello.<|im_end|>')

@@ -1,4 +1,4 @@
-"""Each shape of record, each complaint, and the odd rows of real data."""
+"""All shapes of records, all error messages, and unusual rows of real data."""
 
 import csv
 import itertools
@@ -30,7 +30,7 @@ def one(convert, row, tokenizer=None):
 
 @pytest.fixture(scope='module')
 def chatty(tmp_path_factory):
-  """A tokenizer whose template writes <role>content</role> and the EOS after answers."""
+  """Returns a tokenizer whose template writes <role>content</role> and an EOS after replies."""
   tokenizer = tokenizers.train_bpe(['abc'], 259, str(tmp_path_factory.mktemp('bpe')))
   chat.use_template(
     tokenizer,
@@ -168,7 +168,7 @@ ASKED = '[user]Q[assistant]'
     ({'prompt': 'Q', 'completions': ['good', BAD]}, ASKED),
     ({'prompt': 'Q', 'completion': GOOD, 'label': True}, ASKED),
     ({'prompt': 'Q', 'completion': 'good', 'chosen': [GOOD], 'rejected': [BAD]}, ASKED),
-    # The conversation repeated as a whole, as UltraFeedback has it, with a system message more.
+    # The completion repeats the full conversation, as in UltraFeedback, with a system message.
     (
       {'prompt': 'Q', 'chosen': [SYSTEM, USER, GOOD], 'rejected': [SYSTEM, USER, BAD]},
       '[system]S[user]Q[assistant]',
@@ -185,7 +185,7 @@ ASKED = '[user]Q[assistant]'
       {'prompt': 'Q', 'messages': [USER, GOOD, AGAIN, GOOD], 'rating': 1},
       '[user]Q[assistant]good<|eos|>\n[user]R[assistant]',
     ),
-    # Turns of an answer before its last message.
+    # Completions of several turns.
     (
       {'prompt': [USER], 'chosen': [BAD, AGAIN, GOOD], 'rejected': [BAD, AGAIN, BAD]},
       '[user]Q[assistant]bad<|eos|>\n[user]R[assistant]',
@@ -247,7 +247,7 @@ def test_hh_dialogues_are_cut_after_the_last_assistant_turn():
   'verdict, ranks, ratings',
   [
     ({}, (0, 1, 2), None),
-    ({'ranks': [2, 1, 2]}, (1, 0, 1), None),  # From 1, and a tie: dense ranks from 0.
+    ({'ranks': [2, 1, 2]}, (1, 0, 1), None),  # from 1 with a tie; dense ranks start at 0
     ({'ratings': [0.5, 3, 3]}, (1, 0, 0), (0.5, 3.0, 3.0)),
     ({'best': 1}, (1, 0, 1), None),
   ],
@@ -272,7 +272,7 @@ def test_completions_labelled_false_are_left_out():
     {'prompt': 'p', 'completion': 'a', 'label': False},
     {'prompt': 'p', 'completion': 'b', 'label': True},
     {'prompt': 'p', 'completion': 'c', 'label': 0},
-  )  # A class, not a verdict.
+  )  # a class, not a rating
   examples, report = formats.completions(rows)
   assert [e.completion for e in examples] == ['b', 'c']
   assert report.left_out == {shapes.LABELLED_FALSE: ('x.jsonl:1',)}
@@ -389,7 +389,7 @@ def test_comparisons_of_the_same_text_are_counted_and_left_out():
   examples, report = formats.comparisons(records(*rows))
   assert report.left_out == {shapes.SAME_COMPLETIONS: ('x.jsonl:1', 'x.jsonl:3')}
   assert len(examples) == report.kept == 4
-  # Texts to imitate they are all the same.
+  # As texts for training they are still valid.
   assert len(formats.completions(records(*rows))[0]) == 6
 
 
@@ -418,7 +418,7 @@ def test_empty_prompts_are_kept_and_counted(chatty):
       'x.jsonl:4',
       'x.jsonl:6',
     )
-  # Fields that no prompt was taken from are not looked into.
+  # Fields that do not hold the prompt are not checked.
   rows = records({'prompt': [GOOD], 'completion': [GOOD]}, {'messages': [USER, GOOD], 'prompt': 7})
   assert not formats.completions(rows, tokenizer=chatty)[1].empty_prompts
   assert not formats.prompts(records({'text': 'a', 'chosen': 7}))[1].empty_prompts
@@ -428,7 +428,7 @@ def test_empty_prompts_are_kept_and_counted(chatty):
 
 
 def write_rows(path, rows):
-  """A file whose suffix says how; in CSV and TSV lists are JSON, and None is an empty cell."""
+  """Writes a file in its suffix's format; in CSV and TSV lists are JSON, None is an empty cell."""
   if path.suffix == '.parquet':
     pyarrow = pytest.importorskip('pyarrow')
     pytest.importorskip('pyarrow.parquet')
@@ -583,7 +583,7 @@ def test_messages_without_a_template_stop_even_when_skipping(tmp_path):
 
 
 def test_harmless_rows(shared):
-  """Exactly the rows known to be odd are left out, each for its reason."""
+  """Exactly the rows known to be unusual are left out, each for its own reason."""
   rows = sources.read(str(shared / 'data/hh-rlhf/harmless-base/test.jsonl.gz'))
   assert len(rows) == 2312
   examples, report = formats.comparisons(rows)
@@ -596,7 +596,7 @@ def test_harmless_rows(shared):
     shapes.EMPTY_COMPLETION: [86, 516, 925, 1103],
   }
   assert len(examples) == report.kept == 2303
-  for example, row in zip(examples, rows):  # The first 86 rows line up.
+  for example, row in zip(examples, rows):  # the first 86 rows correspond
     if row.where == rows[86].where:
       break
     assert example.prompt + example.completions[0] == row.fields['chosen']

@@ -1,7 +1,7 @@
 """Every stage reads the same prompt: 500 random records of all shapes, against transformers.
 
-The right tokens of messages are those of transformers' apply_chat_template, of texts those of the
-tokenizer called on them; a completion's those of its text by itself, and the EOS.
+The expected tokens of messages are those of transformers' apply_chat_template; of texts, those of
+the tokenizer; of a completion, those of its text alone, with an EOS.
 """
 
 import json
@@ -31,15 +31,15 @@ from rlhf_jax.models import hf
 import tiny
 
 RECORDS = 500
-LENGTH = 256  # tokens that every prompt and completion has room in
-# It writes the BOS, as Llama's does, and has something behind the EOS of an answer.
+LENGTH = 256  # tokens, more than any prompt and completion have
+# Writes the BOS, as Llama's does, and a line break after the EOS of a reply.
 TEMPLATE = (
   "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
   "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
   '{% if add_generation_prompt %}<assistant>{% endif %}'
 )
 TURN = '\n\nHuman: {}\n\nAssistant:'
-# Most merge with what stands before or behind them.
+# Most merge with the text before or after them.
 PIECES = (
   'up',
   'on',
@@ -59,7 +59,7 @@ PIECES = (
 
 
 def words(rng):
-  """A text that is not blank, with spaces at either end now and then."""
+  """Returns a text that is not blank, sometimes with spaces at either end."""
   return rng.choice(('a', 'on', 'up')) + ''.join(rng.choices(PIECES, k=rng.randint(0, 6)))
 
 
@@ -68,7 +68,7 @@ def message(role, content):
 
 
 def conversation(rng):
-  """Messages before an answer: now and then a system's, and earlier turns."""
+  """Returns messages before a reply, sometimes with a system message or earlier turns."""
   before = [message('system', words(rng))] if rng.random() < 0.3 else []
   for _ in range(rng.choice((0, 0, 1, 2))):
     before += [message('user', words(rng)), message('assistant', words(rng))]
@@ -76,7 +76,7 @@ def conversation(rng):
 
 
 def chat_shapes(rng, before, good, bad):
-  """Records whose prompt is the messages `before`, each with the completions that it has."""
+  """Returns records whose prompt is the messages `before`, each with its completions."""
   good_, bad_ = message('assistant', good), message('assistant', bad)
   forms = lambda text: (
     text,
@@ -99,7 +99,7 @@ def chat_shapes(rng, before, good, bad):
   yield {'messages': before + [good_]} | pair, (good, bad)
   yield {'chosen': before + [good_], 'rejected': before + [bad_]}, (good, bad)
   yield asked | {'completions': [any_of(good), any_of(bad)]} | verdict, (good, bad)
-  # As UltraFeedback has them: the prompt is a part of the conversation alone.
+  # As in UltraFeedback: only the conversation holds the prompt.
   yield (
     {
       'prompt': before[-1]['content'],
@@ -138,7 +138,7 @@ def chat_shapes(rng, before, good, bad):
 
 
 def text_shapes(rng, prompt, good, bad):
-  """Records whose prompt is a text."""
+  """Returns records whose prompt is a text."""
   verdict = rng.choice(({}, {'ranks': [1, 2]}, {'ratings': [2.5, -1]}, {'best': 0}))
   name = rng.choice(('prompt', 'conversations'))
   turn = TURN.format(prompt)
@@ -154,7 +154,7 @@ def text_shapes(rng, prompt, good, bad):
 
 
 def record(rng, tokenizer):
-  """Fields, the right tokens of the prompt, and the texts of the completions, the better first."""
+  """Returns fields, the expected prompt tokens, and the completions, the better one first."""
   good, bad = words(rng), ' no' + words(rng)
   if rng.random() < 0.7:
     before = conversation(rng)
@@ -172,7 +172,7 @@ def record(rng, tokenizer):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  """A tiny model with a tokenizer that merges, and its chat template in the folder."""
+  """Returns a tiny model whose tokenizer merges tokens and has a chat template."""
   path = tmp_path_factory.mktemp('model')
   rng = random.Random(1)
   texts = [words(rng) + words(rng) for _ in range(300)]
@@ -185,7 +185,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def drawn(folder, tmp_path_factory):
-  """The tokenizer, 500 records as fields, prompt ids and completions, and a file of them."""
+  """Returns the tokenizer, 500 records (fields, prompt ids, completions), and a file of them."""
   rng, tokenizer = random.Random(0), tokenizers.load(str(folder))
   drawn = [record(rng, tokenizer) for _ in range(RECORDS)]
   path = tmp_path_factory.mktemp('data') / 'records.jsonl'
@@ -194,7 +194,7 @@ def drawn(folder, tmp_path_factory):
 
 
 def examples_of(convert, tokenizer, drawn):
-  """Examples of records, none left out."""
+  """Returns the examples of records, of which none is left out."""
   found, report = convert(
     [sources.Record(fields, f'{i}') for i, (fields, _, _) in enumerate(drawn)], tokenizer=tokenizer
   )
@@ -203,7 +203,7 @@ def examples_of(convert, tokenizer, drawn):
 
 
 def alone(tokenizer, text):
-  """Ids of a completion by itself, with one EOS."""
+  """Returns the ids of a completion encoded alone, with one EOS."""
   ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
   return ids + [tokenizer.eos_token_id] * (ids[-1] != tokenizer.eos_token_id)
 
@@ -230,20 +230,20 @@ def test_training_reads_prompt_and_completion_apart(drawn):
     assert [t[m].tolist() for t, m in zip(tokens, mask) if m.any()] == [
       ids + alone(tokenizer, answer) for answer in answers
     ]
-  # The records show it: of some, prompt and completion joined are other tokens.
+  # For some of the records, prompt and completion have other tokens if they are joined.
   joined = [tokenizer(tokenizer.decode(row[1:-1]))['input_ids'] for row in right]
   assert sum(row[:-1] != other for row, other in zip(right, joined)) > 30
   assert len(answered) > 400 and len(judged) > 300
 
 
 def gold(prompt, response):
-  """The best function of all."""
+  """Returns the same gold score for all responses."""
   del prompt, response
   return 1.0
 
 
 def prompt_rows(rollout):
-  """The token ids of the prompts of a rollout."""
+  """Returns the token ids of the prompts of a rollout."""
   length = rollout.tokens.shape[1] - rollout.response_mask.shape[1]
   return [
     np.asarray(tokens)[np.asarray(mask)].tolist()
@@ -299,7 +299,7 @@ def test_sampling_reads_the_same_prompts(drawn, folder, tmp_path, monkeypatch, c
     with pytest.raises(SystemExit, match='set only one of --prompt and --data'):
       generate.main(['generate'])
   assert asked.pop() == right and not asked
-  # What is collected is read as texts: they give the tokens again.
+  # Encoding the collected texts gives the same tokens.
   rows = [
     json.loads(line)['prompt'] for line in (tmp_path / 'samples.jsonl').read_text().splitlines()
   ]
@@ -308,7 +308,7 @@ def test_sampling_reads_the_same_prompts(drawn, folder, tmp_path, monkeypatch, c
 
 
 class Rows:
-  """In place of reward_models.RewardModel: scores are lengths, and the rows are kept."""
+  """Replaces reward_models.RewardModel: records the rows, and scores them by their lengths."""
 
   def __init__(self, policy):
     self.policy, self.read = policy, []

@@ -1,4 +1,4 @@
-"""Packing against hand-packed rows, and what must hold for any documents."""
+"""Packing against sequences packed by hand, and invariants for random documents."""
 
 import time
 
@@ -11,7 +11,7 @@ F, T = False, True
 
 
 def documents(*lengths):
-  """Documents of distinct tokens, 10, 11, ... for the first, 20, 21, ... for the second."""
+  """Returns documents of distinct tokens: 10, 11, ... in the first, 20, 21, ... in the second."""
   return [np.arange(10 * i, 10 * i + n, dtype=np.int32) for i, n in enumerate(lengths, start=1)]
 
 
@@ -27,11 +27,11 @@ def test_first_fit_by_hand():
 
 
 def test_long_documents_overlap_by_one():
-  # 10 .. 16 in rows of 3: the last token of a piece is the first of the next, where it is input.
+  # 10 .. 16 in rows of 3: the last token of a piece is the first input of the next.
   batch = packing.pack(documents(7), length=3, pad_id=0)
   np.testing.assert_array_equal(batch.tokens, [[10, 11, 12], [12, 13, 14], [14, 15, 16]])
   np.testing.assert_array_equal(batch.tokens[batch.loss_mask], [11, 12, 13, 14, 15, 16])
-  # One token more: the last piece is as short as a piece can be.
+  # One more token: the last piece has the minimum length.
   batch = packing.pack(documents(8), length=3, pad_id=0)
   np.testing.assert_array_equal(batch.tokens[-1], [16, 17, 0])
 
@@ -47,7 +47,7 @@ def test_unpacked_rows():
 
 @pytest.mark.parametrize('length', [2, 7, 32])
 def test_any_documents(length):
-  """Every bigram of every document appears once as (input, target) within one segment."""
+  """Every bigram of every document is an (input, target) pair once, within one segment."""
   rng = np.random.default_rng(length)
   docs = [rng.integers(0, 50, n).astype(np.int32) for n in rng.integers(0, 3 * length, 300)]
   batch = packing.pack(docs, length=length, pad_id=0)
@@ -55,12 +55,12 @@ def test_any_documents(length):
   rows, columns = np.nonzero(batch.loss_mask)
   got = sorted(zip(batch.tokens[rows, columns - 1].tolist(), batch.tokens[rows, columns].tolist()))
   assert got == want
-  # A target's input is in its own document, one position before.
+  # The input of a target is the token before it in the same document.
   np.testing.assert_array_equal(batch.segments[rows, columns], batch.segments[rows, columns - 1])
   np.testing.assert_array_equal(
     batch.positions[rows, columns], batch.positions[rows, columns - 1] + 1
   )
-  # Numbers grow along a row from 1 without gaps; padding is only at the end.
+  # Segment numbers increase from 1 without gaps; padding is only at the end.
   for segments, positions in zip(batch.segments, batch.positions):
     real = segments[segments > 0]
     assert real[0] == 1 and set(np.diff(real)) <= {0, 1}

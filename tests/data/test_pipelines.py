@@ -1,4 +1,4 @@
-"""Batches by hand, order, resumption, and what does not fit."""
+"""Batches by hand, their order, resuming, and examples that do not fit."""
 
 import collections
 import logging
@@ -24,13 +24,13 @@ LETTERS = 'abcdefghijklmnopqrstuvwxyz'
 
 @pytest.fixture(scope='module')
 def tokenizer(tmp_path_factory):
-  """One token a letter, with <|pad|> 0, <|bos|> 1 and <|eos|> 2."""
+  """Returns a tokenizer with a token per letter; <|pad|> is 0, <|bos|> 1 and <|eos|> 2."""
   return tokenizers.train_bpe([], 259, str(tmp_path_factory.mktemp('bpe')))
 
 
 @pytest.fixture(scope='module')
 def ids(tokenizer):
-  """From a string to its ids; . is padding, < the BOS, > the EOS."""
+  """Converts a string to ids; . is padding, < the BOS and > the EOS."""
   known = {'.': 0, '<': 1, '>': 2} | {c: tokenizer.convert_tokens_to_ids(c) for c in LETTERS}
   return lambda *rows: [[known[c] for c in row] for row in rows]
 
@@ -117,7 +117,7 @@ def test_prompt_rows_are_left_padded(tokenizer, ids):
 
 def test_lm_rows(tokenizer, ids):
   ((batch, _),) = pipelines.lm_batches(['a', 'bc', 'd'], tokenizer, batch_size=2, length=6)
-  # <a> and d's row mates: first fit puts <d> behind <a>, <bc> has a row of its own.
+  # First fit puts <d> after <a>; <bc> has its own row.
   np.testing.assert_array_equal(batch.tokens, ids('<a><d>', '<bc>..'))
   np.testing.assert_array_equal(batch.segments, [[1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 0, 0]])
   np.testing.assert_array_equal(batch.loss_mask, bits('011011', '011100'))
@@ -180,7 +180,7 @@ def test_state_resumes_at_the_exact_batch(tokenizer, steps):
   again = prompt_iterator(tokenizer)
   again.set_state(state)
   assert_equal([next(again) for _ in range(5)], want)
-  iterator.set_state(state)  # Back, too.
+  iterator.set_state(state)  # also backwards
   assert_equal([next(iterator) for _ in range(5)], want)
 
 
@@ -223,7 +223,7 @@ def test_last_batch_is_filled_with_rows_that_do_not_count(tokenizer, ids):
   assert [valid.tolist() for _, valid in batches] == [[T, T, T], [T, T, F]]
   np.testing.assert_array_equal(batches[1][0].tokens, ids('<d>', '<e>', '<d>'))
   np.testing.assert_array_equal(batches[1][0].loss_mask, bits('011', '011', '000'))
-  assert batches[1][0].segments.all()  # No row without any real token.
+  assert batches[1][0].segments.all()  # every row has a real token
   pairs = [Comparison('', (letter, 'z'), (0, 1)) for letter in LETTERS[:3]]
   batches = pipelines.comparison_batches(pairs, tokenizer, batch_size=2, max_length=3)
   np.testing.assert_array_equal(batches[1][0].present, [[T, T], [F, F]])
@@ -259,7 +259,7 @@ def test_split():
 
 
 def comparisons_of(counts):
-  """As many comparisons of each prompt as its count says."""
+  """Returns as many comparisons of each prompt as its count."""
   return [
     Comparison(f'q{i}', (f'a{j}', f'b{j}'), (0, 1))
     for i, count in enumerate(counts)
@@ -280,7 +280,7 @@ def test_split_holds_prompts_apart(make):
     prompts = [{e.prompt for e in part} for part in (train, held)]
     assert not prompts[0] & prompts[1] and len(train) + len(held) == len(examples)
     assert abs(len(held) - 0.2 * len(examples)) <= 1
-    # The same prompts are held out where the examples come in another order.
+    # The same prompts are held out if the order of the examples changes.
     shuffled = [examples[i] for i in rng.permutation(len(examples))]
     assert {e.prompt for e in pipelines.split(shuffled, holdout=0.2, seed=seed)[1]} == prompts[1]
 
@@ -290,7 +290,7 @@ def test_split_of_few_prompts():
   assert len(train) == len(held) == 30
   train, held = pipelines.split(comparisons_of([90, 1, 4, 5]), holdout=0.1, seed=3)
   assert {e.prompt for e in train} == {'q0'}
-  # One prompt, such as none at all: the comparisons are held apart, equal ones together.
+  # With a single prompt, comparisons are split separately, equal ones together.
   train, held = pipelines.split(comparisons_of([50]) * 2, holdout=0.1, seed=0)
   assert len(held) == 10 and not set(map(str, train)) & set(map(str, held))
 
@@ -304,7 +304,7 @@ def test_split_holds_every_prompt_out_equally_often():
   assert all(abs(times[f'q{i}'] - 80 * (1 + (i > 29))) < 34 * (1 + (i > 29)) for i in range(40))
 
 
-# What does not fit.
+# Examples that do not fit.
 
 
 def completion_row(tokenizer, prompt, completion, max_length):
@@ -324,10 +324,10 @@ def test_prompts_give_way_from_the_left_and_keep_their_bos(tokenizer, ids, caplo
 def test_prompts_keep_half_the_row_and_completions_lose_their_end(tokenizer, ids, caplog):
   with caplog.at_level(logging.WARNING):
     got = completion_row(tokenizer, 'abcdef', 'uvwxyz', 6)
-  # Half a row is 3: the BOS and two letters; the EOS is cut off and no target.
+  # Half a row is 3: the BOS and two letters. The EOS is cut off and is not a target.
   assert got == (ids('<efuvw'), bits('000111'))
   assert '1 lost the start of the prompt and 1 the end of a completion' in caplog.text
-  # A short prompt is left alone.
+  # A short prompt is not cut.
   assert completion_row(tokenizer, 'a', 'uvwxyz', 6) == (ids('<auvwx'), bits('001111'))
 
 
@@ -423,7 +423,7 @@ def test_without_a_bos_the_first_token_is_no_target(shared):
 
 
 def test_padding_with_the_eos_keeps_the_real_one(shared):
-  """GPT-2 pads with its EOS: only masks tell the two apart."""
+  """GPT-2 pads with its EOS, so only masks distinguish the two."""
   gpt2 = tokenizers.load(str(shared / 'models/gpt2-tokenizer'))
   ((batch, _),) = pipelines.completion_batches(
     [Completion('Hello', ' world')], gpt2, batch_size=1, max_length=5

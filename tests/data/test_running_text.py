@@ -13,7 +13,7 @@ from rlhf_jax.errors import UserError
 
 
 def their_query(tokens, length, start_token, end_token):
-  """`tf_dataset` of lm-human-preferences, without padding; None where it leaves a text out."""
+  """Computes `tf_dataset` of lm-human-preferences without padding; None if it skips a text."""
   if start_token is not None:
     try:
       first_index = tokens.index(start_token) + 1
@@ -32,7 +32,7 @@ def their_query(tokens, length, start_token, end_token):
 
 
 def our_queries(texts, tokenizer, **settings):
-  """The tokens of each document's query, or None."""
+  """Returns the tokens of each document's query, or None."""
   prompts, report = running_text.queries(texts, tokenizer, **settings)
   assert report.read == len(texts) and report.kept == len(prompts)
   gone = {
@@ -46,7 +46,7 @@ def our_queries(texts, tokenizer, **settings):
 
 @pytest.fixture(scope='module')
 def bpe(tmp_path_factory):
-  """Without a BOS, as GPT-2's; '.' is a token, of which '..' is another."""
+  """Returns a tokenizer without BOS, like GPT-2's, in which '.' and '..' are two tokens."""
   path = str(tmp_path_factory.mktemp('bpe'))
   tokenizer = tokenizers.train_bpe(['ab abc. abba.. ba. \u2603\u2603'] * 9, 290, path)
   tokenizer.backend_tokenizer.post_processor = tokenizers.hf_tokenizers.processors.Sequence([])
@@ -71,9 +71,9 @@ def test_queries_of_random_words_are_theirs(bpe, start, end, length):
     tokens = bpe.encode(text)
     theirs = their_query(tokens, length, mark.get(start), mark.get(end))
     if not tokens or (start and theirs and tokens.index(mark[start]) == len(tokens) - 1):
-      assert ours is None  # There the document from its start.
+      assert ours is None  # theirs starts at the start of the document
     elif ours is None or theirs is None:
-      # Where the window's text would be more tokens than the window has, none may be left.
+      # If the text of a window has more tokens than the window, there may be no query.
       assert theirs is None or len(bpe.encode(bpe.decode(theirs))) > length
     else:
       assert len(ours) <= length
@@ -151,7 +151,7 @@ def test_a_stage_writes_prompts_and_held_out_ones(tmp_path):
 
 
 def test_gpt2_on_stories(shared):
-  """64 tokens that start after and end with '.', as in the first seed's books task."""
+  """Queries of 64 tokens that start after and end with '.', as in the paper's books task."""
   tokenizer = tokenizers.load(str(shared / 'models/gpt2-tokenizer'))
   texts = (shared / 'data/text/tinystories_sample.txt').read_text().split('<|endoftext|>')[:2000]
   lines = (shared / 'data/text/c4_demo.jsonl').read_text().splitlines()[:2000]

@@ -1,4 +1,4 @@
-"""What each kind of source gives, where each record is said to be, and what is complained of."""
+"""Records of every kind of source, the place that messages name, and invalid sources."""
 
 import gzip
 import json
@@ -191,7 +191,7 @@ ROWS = [
 
 
 def table(delimiter=',', end='\r\n'):
-  """ROWS as a spreadsheet saves them, with an empty line and an empty row."""
+  """Writes ROWS as a spreadsheet saves them, with an empty line and an empty row."""
   cells = lambda *row: delimiter.join(row) + end
   return (
     cells('prompt', 'completion', '', 'id')

@@ -1,4 +1,4 @@
-"""Examples that are read and tokenized as they are drawn give what those kept in memory give."""
+"""Examples that are read and tokenized during training equal those kept in memory."""
 
 import json
 import logging
@@ -41,7 +41,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def path(tmp_path_factory):
-  """90 comparisons, of which those whose number divides by 9 cannot be used."""
+  """Returns a file of 90 comparisons, of which every ninth is unusable."""
   records = [
     {
       'prompt': tiny.text(i, 1 + i % 4),
@@ -55,7 +55,7 @@ def path(tmp_path_factory):
 
 
 def set_large(monkeypatch):
-  """All data count as more than fit the memory."""
+  """Makes all data count as larger than the memory limits."""
   for module, name in (
     (stored, 'SMALL'),
     (formats, 'SMALL'),
@@ -110,11 +110,11 @@ def test_nothing_is_kept_of_what_is_drawn(path, tokenizer, monkeypatch):
 
 
 def test_memory_does_not_grow_with_the_data(tokenizer, tmp_path, monkeypatch):
-  """The peak of Python's and NumPy's memory until 20 batches are drawn, of 1.3 and of 13 MB."""
+  """The peak memory of Python and NumPy for 20 batches, with 1.3 and with 13 MB of data."""
   set_large(monkeypatch)
   monkeypatch.setattr(stored, 'CHUNK', 2**16)
   peaks = {1000: [], 10_000: []}
-  # The first time modules and caches come in; how the threads overlap decides a third of a peak.
+  # The first pass fills modules and caches. The overlap of threads changes a peak by a third.
   for count in (1000, 1000, 10_000) * 3:
     path = str(
       tiny.write_jsonl(
@@ -124,7 +124,7 @@ def test_memory_does_not_grow_with_the_data(tokenizer, tmp_path, monkeypatch):
     )
     tracemalloc.start()
     iterator, found = make('completion', path, tokenizer, max_length=512)
-    for _ in range(20):  # the background has been as far ahead as it goes
+    for _ in range(20):  # the background has reached its maximum number of batches
       next(iterator)
     peaks[count].append(tracemalloc.get_traced_memory()[1])
     tracemalloc.stop()
@@ -165,7 +165,7 @@ def test_long_prompts_of_large_data(on_long, complaint, path, tokenizer, monkeyp
 
 
 def test_templates_reject_what_is_drawn(tokenizer, tmp_path, monkeypatch, caplog):
-  """Of large data only the first conversations are rendered before the first batch."""
+  """Only the first conversations of large data are rendered before the first batch."""
   turns = lambda *roles: {
     'messages': [{'role': role, 'content': f'w{n}'} for n, role in enumerate(roles)]
   }
@@ -206,7 +206,7 @@ def test_templates_reject_what_is_drawn(tokenizer, tmp_path, monkeypatch, caplog
 
 
 def documents_of(batches):
-  """The documents of packed batches, as tuples of ids."""
+  """Returns the documents of packed batches as tuples of ids."""
   return [
     tuple(batch.tokens[row][batch.segments[row] == segment].tolist())
     for batch in batches
@@ -216,7 +216,7 @@ def documents_of(batches):
 
 
 def test_lanes_hold_every_document_once_an_epoch(tokenizer, tmp_path, monkeypatch):
-  """Of 60 different texts, in batches of 4 rows of 16, until each lane has read some epochs."""
+  """60 texts in batches of 4 rows of 16 tokens, until each lane has read several epochs."""
   path = str(
     tiny.write_jsonl(
       tmp_path / 'a.jsonl', [{'text': f'w{i} ' + tiny.text(i, i % 9)} for i in range(60)]
@@ -271,7 +271,7 @@ def test_lanes_resume_at_the_exact_row(steps, path, tokenizer, monkeypatch):
   again, _ = make('text', path, tokenizer)
   again.set_state(state)
   assert_equal([next(again) for _ in range(6)], expected)
-  iterator.set_state(state)  # Back, too.
+  iterator.set_state(state)  # also backwards
   assert_equal([next(iterator) for _ in range(6)], expected)
   other, _ = make('text', path, tokenizer, batch_size=4)
   with pytest.raises(UserError, match='batch_size of 8, but the config has 4: set config.batch_s'):
@@ -307,7 +307,7 @@ def test_held_out_texts_are_all_there(path, tokenizer, monkeypatch):
 
 
 def test_local_rows():
-  """Of eight devices here all; without a mesh, and of rows that do not divide, all too."""
+  """With one process all rows are local, with any mesh and number of rows."""
   assert sharding.local_rows(5).all()
   with jax.set_mesh(sharding.make_mesh({'data': 4, 'fsdp': 2})):
     assert sharding.local_rows(16).all() and sharding.local_rows(5).all()
@@ -341,7 +341,7 @@ with jax.set_mesh(mesh):
     for _ in range(5):
       batch = next(iterator)
       batch = batch[0] if kind == 'prompt' else batch
-      # As the train step sees it: all rows from wherever they lie.
+      # As the train step receives it: all rows, gathered from all shards.
       leaves = jax.tree.leaves(sharding.put_rows(batch, mesh))
       batches.append([processes.to_host(array) for array in leaves])
     test_streaming.stored.Lines.record = record
@@ -393,7 +393,7 @@ def run_workers(count, devices, port, tokenizer_path, path, folder):
 
 
 def test_a_process_reads_and_makes_its_own_rows(path, tokenizer, monkeypatch):
-  """Four quarters of the rows, each made without the others, are the batches."""
+  """Four processes each make a quarter of the rows; together these are the batches."""
   set_large(monkeypatch)
   for kind in ('completion', 'prompt', 'text'):
     whole = [next(iterator) for iterator in [make(kind, path, tokenizer)[0]] for _ in range(6)]
@@ -420,9 +420,7 @@ def test_a_process_reads_and_makes_its_own_rows(path, tokenizer, monkeypatch):
         jax.tree.map(lambda array: array[mine], batch) for batch in batches
       ]
       assert_equal(rows_of(found), rows_of(expected))
-    if (
-      kind != 'text'
-    ):  # with up to four batches more, which are made ahead; windows of texts have more
+    if kind != 'text':  # plus up to four batches made ahead of time; windows of texts have more
       assert all(12 <= count <= 2 * 11 for count in drawn), drawn
     monkeypatch.undo()
     set_large(monkeypatch)
@@ -430,7 +428,7 @@ def test_a_process_reads_and_makes_its_own_rows(path, tokenizer, monkeypatch):
 
 @pytest.mark.slow
 def test_four_processes_read_a_quarter_each_and_two_resume(tokenizer, path, tmp_path):
-  """Four processes read the batches of one process bit for bit; two resume at the exact row."""
+  """Four processes read the batches of one process bit for bit; two resume at the same batch."""
   import socket
 
   ports = []

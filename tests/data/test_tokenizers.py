@@ -1,4 +1,4 @@
-"""Loading, training and text in mid-sequence."""
+"""Loading and training tokenizers, and encoding of text that continues other text."""
 
 import json
 import random
@@ -141,7 +141,7 @@ def test_padding_with_the_eos_is_said_once(bpe, tmp_path, caplog):
 
 def test_unknown_tokens_are_counted(tmp_path, bpe, caplog):
   known = tiny.write_tokenizer(tmp_path, words=3)
-  rows = tokenizers.encode(known, ['w0 w1', 'w2 what ever', 'w1 so'])  # and a BOS each
+  rows = tokenizers.encode(known, ['w0 w1', 'w2 what ever', 'w1 so'])  # each with a BOS
   tokenizers.warn_unknown(known, rows)
   (record,) = caplog.records
   assert record.getMessage().startswith(
@@ -149,8 +149,8 @@ def test_unknown_tokens_are_counted(tmp_path, bpe, caplog):
   )
   caplog.clear()
   tokenizers.warn_unknown(known, rows[:1])
-  tokenizers.warn_unknown(bpe[0], tokenizers.encode(bpe[0], STRINGS))  # none is unknown to bytes
-  known.unk_token = '<|eos|>'  # as GPT-2 says it
+  tokenizers.warn_unknown(bpe[0], tokenizers.encode(bpe[0], STRINGS))  # no bytes are unknown
+  known.unk_token = '<|eos|>'  # as in GPT-2
   tokenizers.warn_unknown(known, [np.array([tiny.EOS])])
   assert not caplog.records
 
@@ -180,7 +180,7 @@ def test_stories260k(shared):
 
 
 def test_no_space_between_prompt_and_completion(shared):
-  """A SentencePiece-like tokenizer puts a space before every text; completions must not get it."""
+  """A SentencePiece-like tokenizer adds a space before each text; completions get none."""
   tokenizer = tokenizers.load(str(shared / 'models/stories260K'))
   words = ['up', 'on', ' time', '.', '\n', 'Lily', ' ', "'s"]
   rng = random.Random(0)
@@ -209,7 +209,7 @@ def test_randomwalks_has_no_leading_bos(shared):
 
 
 def test_encoder_decoders_read_and_write_texts_that_end(tmp_path):
-  """T5's: a space before every text, and an EOS behind what the encoder reads."""
+  """T5's tokenizer adds a space before each text, and an EOS after the encoder's input."""
   vocabulary = {'<pad>': 0, '</s>': 1, '<unk>': 2, '\u2581go': 3, '\u2581on': 4, 'on': 5}
   backend = hf_tokenizers.Tokenizer(hf_tokenizers.models.WordLevel(vocabulary, unk_token='<unk>'))
   backend.pre_tokenizer = hf_tokenizers.pre_tokenizers.Metaspace()

@@ -1,4 +1,4 @@
-"""What the documentation site makes from the code: config keys, metrics, docstrings, notebooks."""
+"""Pages that the documentation site generates: config keys, metrics, docstrings, notebooks."""
 
 import importlib
 import json
@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope='module')
 def extension():
-  """name -> module of docs/_ext."""
+  """Returns a function from a name to a module of docs/_ext."""
   sys.path.insert(0, str(ROOT / 'docs' / '_ext'))
   yield importlib.import_module
   sys.path.remove(str(ROOT / 'docs' / '_ext'))
@@ -26,12 +26,12 @@ def extension():
 
 @pytest.fixture(scope='module')
 def reference(extension):
-  """The config reference, as Markdown."""
+  """Returns the config reference as Markdown."""
   return extension('config_reference').page()
 
 
 def values(block, prefix=''):
-  """Yields (dotted key, default) of a ConfigDict, those of its blocks too."""
+  """Yields (dotted key, default) of a ConfigDict and its blocks."""
   for name, value in block.items():
     if isinstance(value, ml_collections.ConfigDict) and len(value) and name != 'evals':
       yield from values(value, f'{prefix}{name}.')
@@ -46,7 +46,7 @@ def test_all_algorithms_are_in_the_reference(extension):
 
 @pytest.mark.parametrize('algorithm', build.names())
 def test_every_key_of_an_algorithm_is_in_the_reference(reference, algorithm):
-  """One row for each: its name, the algorithms if not all, its type, its default and a meaning."""
+  """Each key has a row with name, algorithms if not all, type, default and meaning."""
   wrong = []
   for key, default in values(build.load(algorithm).config()):
     row = (

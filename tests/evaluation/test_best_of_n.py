@@ -1,4 +1,4 @@
-"""Best-of-n for every n against all subsets of the samples."""
+"""Best-of-n for every n, against the mean over all subsets of the samples."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ SCORES = np.random.default_rng(0).normal(size=(2, 3, 5)).round(1)
 
 @pytest.mark.parametrize('n', range(1, 6))
 def test_the_mean_over_all_subsets(n):
-  """The scores of the sample that the proxy prefers in each of the C(5, n) subsets."""
+  """Scores of the sample with the highest proxy score in each of the C(5, n) subsets."""
   proxy, gold = SCORES
   found = np.take_along_axis(gold, np.argsort(proxy, axis=1), axis=1) @ best_of_n.weights(n, 5)
   for row in range(3):
@@ -45,7 +45,7 @@ def test_without_gold_scores():
 
 
 def test_the_kl_is_a_bound_that_is_reached_without_equal_samples():
-  """The exact KL of the best of n of k equally likely samples with different scores."""
+  """The exact KL of best-of-n with k equally likely samples and different scores."""
   for n, k in ((2, 4), (3, 50)):
     best = np.diff((np.arange(k + 1) / k) ** n)
     exact = np.sum(best * np.log(best * k))

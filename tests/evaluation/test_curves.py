@@ -1,4 +1,4 @@
-"""What the report shows of metrics: their order, figures, final values and times."""
+"""The metrics that the report shows: their order, figures, final values and times."""
 
 import math
 
@@ -21,7 +21,7 @@ PPO = (
 
 
 def run(names, steps=4):
-  """Records in which metric i is i at step 0 and grows with i + 1."""
+  """Returns records in which metric i is i at step 0 and grows with i + 1."""
   grow = {name: i for i, name in enumerate(names)}
   return [{'step': s} | {name: i + s * (i + 1) for name, i in grow.items()} for s in range(steps)]
 
@@ -46,7 +46,7 @@ def test_the_first_logged_value_may_be_missing():
 
 
 def test_panels():
-  """Held-out metrics beside those of training; none for constants, repetitions, times and sizes."""
+  """Held-out metrics share panels with training metrics; constants and duplicates have none."""
   records = run(('loss', 'held_out/loss', 'other/score', 'seconds/step', 'tokens'))
   for record in records:
     record |= {'objective/kl_coef': 0.1, 'same': record['loss']}
@@ -73,7 +73,7 @@ def test_final_values():
 
 
 def test_times():
-  """Medians without the first step, which compiles."""
+  """Times are medians without the first step, which includes compilation."""
   rows = ((0, 30.0, 9.0, 40.0), (1, 2.0, 1.0, 4.0), (2, 2.0, 1.0, 4.0), (3, 2.0, 1.0, 90.0))
   records = [
     {'step': step, 'seconds/update': update, 'seconds/rollout': rollout, 'seconds/step': whole}
@@ -90,7 +90,7 @@ def test_times():
 
 
 def test_samples_of_a_run():
-  """The first and last logged ones, the best and the worst of the last step."""
+  """Samples of the first and last logged steps; of the last also the best and the worst."""
   records = [
     {'step': step, 'prompt': 'p', 'response': f' {step}.{i}', 'score': None if i == 3 else float(i)}
     for step in (4, 9)

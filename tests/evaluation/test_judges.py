@@ -1,4 +1,4 @@
-"""Judges: what they are made from, what they return, and mistakes in them."""
+"""Judges: their kinds, their results, and mistakes in them."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ HERE = __name__
 
 
 def samples(responses, prompts=None):
-  """Samples of responses whose token ids are the lengths of their words."""
+  """Returns Samples of responses whose token ids are the lengths of their words."""
   rows = [[len(word) for word in response.split()] for response in responses]
   tokens, mask = np.zeros((len(rows), 4), np.int32), np.zeros((len(rows), 4), bool)
   for i, row in enumerate(rows):
@@ -125,7 +125,7 @@ def test_a_preference_must_lie_between_minus_one_and_one():
 
 
 def maker(path):
-  """A score that is made from data."""
+  """Returns a score that depends on data."""
   return lambda prompt, response: float(len(path))
 
 

@@ -1,4 +1,4 @@
-"""The comparison of policies, the judge, and cross-validated baselines."""
+"""The comparison of policies, judges, and cross-validated baselines."""
 
 import functools
 import json
@@ -53,7 +53,7 @@ def test_rows_and_ratings_by_hand():
   assert new['gold_se'] == pytest.approx(1.0 / math.sqrt(4))  # s = 1 with n - 1
   assert new['kl_per_token'] == 2.0  # 6 nats over 3 tokens
   assert rows[0]['proxy'] is None
-  # Three wins and a loss, and the one imaginary draw: odds 3.5 to 1.5.
+  # Three wins, a loss and a virtual draw: odds 3.5 to 1.5.
   assert ratings['base'].elo == pytest.approx(1000)
   assert ratings['new'].elo == pytest.approx(1000 + 400 * math.log10(3.5 / 1.5), abs=1e-3)
 
@@ -80,7 +80,7 @@ def test_errors_are_over_prompts_where_samples_share_one():
 
 
 def test_the_kl_of_greedy_answers_is_at_temperature_one(world):
-  """At temperature 0 logits would be divided by it: infinity less infinity."""
+  """Division of logits by temperature 0 would give infinity minus infinity."""
   old, new = (policy_lib.TextPolicy.load(world / 'model') for _ in range(2))
   new.params = jax.tree.map(lambda x: 1.5 * x, old.params)
   asked = comparison.ask(
@@ -124,7 +124,7 @@ def test_frontier_joins_samples_and_metrics(tmp_path):
 
 
 def test_the_reward_model_reads_texts_where_its_tokenizer_is_another(world, tmp_path):
-  """The policy has a word a token, the reward model a few bytes; ids say nothing to it."""
+  """Policy and reward model have different tokenizers, so token ids cannot be shared."""
   own = tokenizers.train_bpe(['w1 w2 w3'], 270, tmp_path)
   model = models.create(tiny.LLAMA | {'vocab_size': 270, 'max_position_embeddings': 48})
   params = {
@@ -178,7 +178,7 @@ SAMPLED = dict(max_new_tokens=SLOTS, temperature=TEMPERATURE, truncate_at='w5', 
 
 
 def mean_word(prompt, response):
-  """A gold score: the mean number of the words."""
+  """Returns a gold score: the mean number of the words."""
   del prompt
   return float(np.mean([int(word[1:]) for word in response.split()] or [0]))
 
@@ -188,14 +188,14 @@ def ids(text):
 
 
 def padded(row):
-  """One row of tokens and its mask, [1, 16] each."""
+  """Returns one row of tokens and its mask, [1, 16] each."""
   tokens = np.pad(np.array([row], np.int32), ((0, 0), (0, 16 - len(row))))
   return tokens, np.arange(16)[None] < len(row)
 
 
 @pytest.fixture(scope='module')
 def proxy(world):
-  """The reward model's score of a row of tokens, alone and without padding in front."""
+  """Returns the reward model's score of a row of tokens alone, without padding before it."""
   model, params = hf.load_reward(world / 'reward')
   score = jax.jit(functools.partial(scoring.score, params, model=model))
   return lambda row: float(score(*padded(row))[0])
@@ -203,7 +203,7 @@ def proxy(world):
 
 @pytest.fixture(scope='module')
 def compared(world, tmp_path_factory):
-  """A whole evaluation of two policies: its results and its folder."""
+  """Runs a full evaluation of two policies; returns its results and its folder."""
   folder, model = tmp_path_factory.mktemp('compared'), models.create(tiny.LLAMA)
   hf.save(
     folder / 'ppo' / 'model',
@@ -236,13 +236,13 @@ def compared(world, tmp_path_factory):
 
 
 def rows_of(samples):
-  """The tokens of each sample without padding."""
+  """Returns the tokens of each sample without padding."""
   rollout = samples.rollout
   return [tokens[mask].tolist() for tokens, mask in zip(rollout.tokens, rollout.mask)]
 
 
 def test_the_best_of_n_is_the_best_by_the_reward_model(compared, world, proxy):
-  """Of the samples drawn with the last of the keys, one for each policy and this one."""
+  """The last random key draws the samples of best-of-n; each policy has its own key before it."""
   base = policy_lib.TextPolicy.load(world / 'model')
   samples = base.sample(
     [tiny.text(7 * i, 1 + i % 5) for i in range(COUNT)],
@@ -262,12 +262,12 @@ def test_the_best_of_n_is_the_best_by_the_reward_model(compared, world, proxy):
   parts = json.loads((compared[1] / policies.REPORT).read_text())
   first, *_, last = parts['best_of']
   assert (last['gold'], last['kl']) == (pytest.approx(row['gold']), row['kl'])
-  assert first['gold'] == pytest.approx(gold.mean())  # the best of one: no choice
+  assert first['gold'] == pytest.approx(gold.mean())  # best of 1
   assert parts['gold'] == f'{__name__}:mean_word: A gold score: the mean number of the words.'
 
 
 def test_the_kl_is_of_the_policy_from_the_baseline(compared, world):
-  """Of the policy's own answers, at the temperature of their sampling, row by row."""
+  """The KL on the policy's own samples, at their sampling temperature, row by row."""
   loaded = [policy_lib.TextPolicy.load(path) for path in (compared[1] / 'ppo', world / 'model')]
   samples = loaded[0].sample(
     [tiny.text(7 * i, 1 + i % 5) for i in range(COUNT)],
@@ -294,7 +294,7 @@ def test_the_kl_is_of_the_policy_from_the_baseline(compared, world):
 
 
 def test_comparisons_are_scored_as_answers_are(compared, world, proxy):
-  """Answers that a token ends have no EOS, so completions get none either."""
+  """If a token ends responses, they have no EOS, so completions get none either."""
   gaps = []
   for line in (world / 'comparisons.jsonl').read_text().splitlines():
     pair = json.loads(line)
@@ -343,14 +343,14 @@ def test_texts_before_and_after_stand_beside_their_own_scores():
 
 
 def words(prompts, responses_a, responses_b, *, metadata):
-  """A judge of pairs: the response whose words are the higher numbers on average is better."""
+  """Returns a judge of pairs that prefers the response with the higher mean number of words."""
   assert all('number' in entry for entry in metadata)
   mean = lambda text: mean_word('', text)
   return [np.sign(mean(a) - mean(b)) for a, b in zip(responses_a, responses_b)]
 
 
 def test_a_judge_of_pairs_gives_the_rates_and_ratings_of_its_scores(compared, world):
-  """The same preferences from pairs as from scores: win rates and Elo are equal."""
+  """Preferences from pairs and from scores give equal win rates and Elo ratings."""
   paths = {'base': world / 'model', 'ppo': compared[1] / 'ppo'}
   loaded = {name: policy_lib.TextPolicy.load(path) for name, path in paths.items()}
   examples = loaded['base'].read_examples(world / 'prompts.jsonl')

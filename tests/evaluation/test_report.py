@@ -1,4 +1,4 @@
-"""The report: one file, self-contained, escaped, and whole whatever is missing."""
+"""The report: one self-contained file with escaped texts, complete even if parts are missing."""
 
 import base64
 import dataclasses
@@ -70,7 +70,7 @@ LOGGED = [
 
 
 class Checker(html.parser.HTMLParser):
-  """Collects tags, and fails on one that is closed out of order."""
+  """Collects tags, and fails if one is closed out of order."""
 
   VOID = frozenset(('meta', 'br', 'img', 'path', 'use', 'circle', 'rect', 'line', 'input'))
 
@@ -102,7 +102,7 @@ def test_the_whole_report(tmp_path):
   path = report.write(tmp_path / 'deep' / 'report.html', title='Quickstart', **PARTS)
   text = path.read_text(encoding='utf-8')
   tags = parse(path)
-  # Frontier, ratings, reliability, and a panel each for loss, score, kl and mine, none for length.
+  # Frontier, ratings, reliability, and panels for loss, score, kl and mine, but not for length.
   assert sum(tag == 'svg' for tag, _ in tags) == 7
   for words in ('2.50 ± 0.10', 'it shines.', 'learning_rate: 0.001', 'gold 2.50', 'held_out/loss'):
     assert words in text
@@ -154,7 +154,7 @@ EVIL = (
 
 
 def evil_report(path):
-  """A report in which every text is hostile."""
+  """Returns a report in which every text is hostile."""
   return report.write(
     path,
     title=EVIL,
@@ -204,9 +204,9 @@ document.documentElement.dataset.found = JSON.stringify({
 
 @pytest.mark.skipif(screenshots.browser() is None, reason='needs Chromium')
 def test_in_a_browser_no_text_runs_and_the_samples_are_filtered(tmp_path):
-  """Even texts that got into the page as HTML run nothing: the policy allows the page's own alone.
+  """The policy of the page allows only its own script, even if texts got into it as HTML.
 
-  The policy of the page is widened by the hash of one script, which drives the page.
+  The policy is extended by the hash of one script, which drives the page.
   """
   path = evil_report(tmp_path / 'report.html')
   text = path.read_text(encoding='utf-8')
@@ -252,7 +252,7 @@ def test_long_runs_make_small_files(tmp_path):
 
 
 def test_the_best_stage_is_highlighted(tmp_path):
-  """By gold score if there is one, else by win rate; it is not always the last row."""
+  """By gold score if there is one, else by win rate; the best need not be the last row."""
   for key in ('gold', 'win_rate'):
     rows = [{'stage': name, key: value} for name, value in (('a', 0.1), ('best', 0.9), ('c', 0.3))]
     text = report.write(tmp_path / 'r.html', title='t', stages=rows).read_text(encoding='utf-8')
@@ -276,7 +276,7 @@ def test_metrics_link_to_their_entries(tmp_path):
 
 
 def write_run(folder, records, *, samples=()):
-  """The files of a run."""
+  """Writes the files of a run."""
   with metrics_lib.Writer(folder) as writer:
     for record in records:
       writer.write(record['step'], {key: value for key, value in record.items() if key != 'step'})
@@ -298,7 +298,7 @@ def test_the_report_of_stages(tmp_path):
 
 
 def test_the_report_of_a_single_run(tmp_path):
-  """Final figures, samples, times and what the config changes."""
+  """Final figures, samples, times and config changes."""
   times = {'seconds/rollout': 1.0, 'seconds/update': 2.5, 'seconds/step': 4.0}
   write_run(tmp_path, [record | times for record in METRICS['ppo']], samples=LOGGED)
   config = {'algorithm': 'ppo', 'seed': 0, 'rl': {'epochs': 2}}
@@ -322,7 +322,7 @@ def test_the_report_of_a_single_run(tmp_path):
 
 
 def test_figures_have_no_styles_and_no_colours_that_vanish():
-  """On a dark page ink is the page's own, and the security policy forbids styles in SVG."""
+  """Lines have the page's text colour; the security policy forbids styles in SVG."""
   for svg in (
     figures.curve('loss', {'a': [(0, 1.0), (1, 2.0)], 'b': [(0, 2.0)]}),
     figures.frontier(PARTS['frontier'], PARTS['best_of']),

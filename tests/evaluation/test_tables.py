@@ -1,4 +1,4 @@
-"""The table of stages, as a terminal shows it."""
+"""The table of stages, as the terminal shows it."""
 
 import math
 

@@ -17,7 +17,7 @@ def test_draws_count_half():
 def test_tolerance_and_infinities():
   result = winrate.win_rate([1.05, 0.95, 1.2], [1, 1, 1], tolerance=0.1)
   assert (result.wins, result.draws, result.losses) == (1, 2, 0)
-  # Just as far apart as a draw may be, either way.
+  # Differences of exactly the tolerance, in either direction.
   result = winrate.win_rate([1.5, 0.5, 1.75], [1, 1, 1], tolerance=0.5)
   assert (result.wins, result.draws, result.losses) == (1, 2, 0)
   infinity = float('inf')

@@ -1,4 +1,4 @@
-"""Simulated annotators: the stated probabilities, determinism, and agreement by hand."""
+"""Simulated annotators: their probabilities, determinism, and agreement by hand."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Labels of a policy's own answers: which are shown, and which is picked."""
+"""Labels of a policy's own responses: which are shown, and which is picked."""
 
 import json
 
@@ -98,12 +98,12 @@ def test_the_best_of_the_answers_that_end(world, tmp_path):
   assert order == sorted(set(order)) and len(labels) > 3 and 1 <= len(held_out) <= 3
   for record in labels + held_out:
     assert record['simulated'] and record['annotator'] in (0, 1) and len(record['completions']) == 2
-    for text in record['completions']:  # special tokens are left out of texts
+    for text in record['completions']:  # texts contain no special tokens
       assert 1 <= len(text.split()) <= 12 and text.split()[-1] == END
     lengths = [len(text.split()) for text in record['completions']]
     assert lengths[record['best']] == max(lengths)
   samples = rows(tmp_path / 'samples.jsonl')
-  assert len(samples) == 20  # whether they end or not
+  assert len(samples) == 20  # with or without an end
   assert any(record['completion'].split()[-1] != END for record in samples)
 
 
@@ -143,7 +143,7 @@ def test_the_record_of_agreement():
   panel = annotators.SimulatedAnnotators(
     words, count=3, temperature=0.0, label_noise=0.0, disagreement=0.0
   )
-  # Everyone prefers the longer one: with both labels kappa is 1, with one label there is none.
+  # All prefer the longer response: kappa is 1 with both labels, and undefined with one.
   both = collect.agreement(panel, [('p', 'a', 'b c'), ('p', 'b c', 'a')])
   assert both == {'fraction': 1.0, 'kappa': 1.0, 'simulated': True}
   assert collect.agreement(panel, [('p', 'a', 'b c')]) == both | {'kappa': None}

@@ -1,4 +1,4 @@
-"""Elo ratings against numbers worked out by hand and against simulation."""
+"""Elo ratings against numbers by hand and against simulations."""
 
 import math
 
@@ -24,7 +24,7 @@ def test_the_mean_is_the_anchor_by_default():
   ratings = elo.ratings([Match('a', 'b', 75, 0, 25)], prior_draws=0)
   assert ratings['a'].elo == pytest.approx(1095.424, abs=1e-3)
   assert ratings['b'].elo == pytest.approx(904.576, abs=1e-3)
-  # Half of the difference's error each.
+  # Each has half of the error of the difference.
   assert ratings['a'].se == pytest.approx(40.119 / 2, abs=1e-3)
 
 
