@@ -1,9 +1,9 @@
 """Plain NumPy loops for everything the package computes in whole arrays.
 
-Written from the papers and from the conventions in the docstrings, one number at a time, in
-float64, so that a reader can check each line against its source and a test can check the package
-against them. Nothing here imports the package. The rows are ragged: a row of length n has n real
-slots, what lies behind them must never matter (tests put rubbish there).
+They follow the papers and the conventions in the docstrings, one number at a time, in float64, so
+that a reader can check each line against its source and tests can compare the package with them.
+This file does not import the package. Rows are ragged: a row of length n has n real slots, and the
+contents of the others must not matter (tests put garbage there).
 
 Letters: B batch, R response length, K completions, V vocabulary, n responses per prompt.
 """
@@ -14,7 +14,7 @@ import numpy as np
 
 
 def real(x, mask):
-  """The values of `x` under the mask, as one flat list of Python floats."""
+  """Returns the values of `x` under the mask as a flat list of Python floats."""
   return [float(v) for row, keep in zip(x, mask) for v, k in zip(row, keep) if k]
 
 
@@ -34,7 +34,7 @@ def variance(numbers, *, bessel):
 
 
 def whiten(x, mask, *, shift_mean, bessel):
-  """(x - mean) / sqrt(variance + 1e-8) over real slots, 0 elsewhere; mean back if not shifted."""
+  """Computes (x - mean) / sqrt(variance + 1e-8) in real slots; adds the mean if not shifted."""
   numbers = real(x, mask)
   centre, spread = mean(numbers), math.sqrt(variance(numbers, bessel=bessel) + 1e-8)
   out = np.zeros(np.shape(x))
@@ -46,7 +46,7 @@ def whiten(x, mask, *, shift_mean, bessel):
 
 
 def kl_estimate(logp, ref_logp, estimator):
-  """One token's estimate of KL(policy || reference). Schulman, "Approximating KL divergence"."""
+  """Estimates KL(policy || reference) of one token. Schulman, "Approximating KL divergence"."""
   log_ratio = logp - ref_logp
   if estimator == 'k1':
     return log_ratio
@@ -68,7 +68,7 @@ def log_softmax(logits):
 
 
 def entropy(logits):
-  """-sum p log p of one distribution."""
+  """Computes -sum p log p of one distribution."""
   total = 0.0
   for logp in log_softmax(logits):
     total -= math.exp(logp) * logp
@@ -76,7 +76,7 @@ def entropy(logits):
 
 
 def full_kl(logits, ref_logits):
-  """sum p (log p - log q) of one pair of distributions."""
+  """Computes sum p (log p - log q) of two distributions."""
   total = 0.0
   for logp, logq in zip(log_softmax(logits), log_softmax(ref_logits)):
     total += math.exp(logp) * (logp - logq)
@@ -88,7 +88,7 @@ def clip(x, low, high):
 
 
 def adaptive_kl_per_sequence(coef, kl, mask, *, target, horizon):
-  """Ziegler et al. 2019: the error is that of the KL summed over a response, meaned over B."""
+  """Ziegler et al. 2019: the error is that of the mean over B of the KL summed per response."""
   sums = []
   for row, keep in zip(kl, mask):
     sums.append(0.0)
@@ -100,13 +100,13 @@ def adaptive_kl_per_sequence(coef, kl, mask, *, target, horizon):
 
 
 def adaptive_kl_per_token(coef, kl, mask, *, target):
-  """RL4LMs: the error is that of the mean over all tokens, the gain 0.1."""
+  """RL4LMs: the error is that of the mean over all tokens; the gain is 0.1."""
   error = clip(mean(real(kl, mask)) / target - 1, -0.2, 0.2)
   return coef * (1 + 0.1 * error)
 
 
 def score_slot(length, slots, position):
-  """The slot that gets the score of a response with `length` real tokens in `slots` slots."""
+  """Returns the slot that gets the score of a response with `length` real tokens of `slots`."""
   if position == 'last':
     return slots - 1
   if position == 'after_end':
@@ -122,7 +122,7 @@ def missing_eos(score, has_eos, *, mode, value):
 
 
 def token_rewards(scores, kl, coef, lengths, *, position):
-  """-coef * kl on real tokens, plus the score on one slot or a reward on each real token."""
+  """Computes -coef * kl on real tokens, plus the score in one slot or a reward per real token."""
   slots = len(kl[0])
   out = np.zeros((len(lengths), slots))
   for i, length in enumerate(lengths):
@@ -136,9 +136,9 @@ def token_rewards(scores, kl, coef, lengths, *, position):
 
 
 def gae(rewards, values, ends, *, gamma, lam):
-  """A_t = sum over l of (gamma lam)^l delta_{t+l}, the double sum of the definition.
+  """Computes A_t = sum over l of (gamma lam)^l delta_{t+l}, the double sum of the definition.
 
-  `ends[i]` is the number of slots of episode i; the value after the last of them is 0. Schulman
+  `ends[i]` is the number of slots of episode i; the value after the last of them is 0. See Schulman
   et al. 2016, eq. 16, without its recursion.
   """
   advantages, returns = np.zeros(np.shape(rewards)), np.zeros(np.shape(rewards))
@@ -155,7 +155,7 @@ def gae(rewards, values, ends, *, gamma, lam):
 
 
 def policy_loss(logp, old_logp, advantage, *, clip_low, clip_high, dual_clip=0.0):
-  """One token: loss, whether the clip decides, ratio, and d loss / d logp."""
+  """Computes loss, whether the clip decides, ratio, and d loss / d logp of one token."""
   ratio = math.exp(logp - old_logp)
   bounded = clip(ratio, 1 - clip_low, 1 + clip_high)
   objective = min(ratio * advantage, bounded * advantage)
@@ -167,18 +167,18 @@ def policy_loss(logp, old_logp, advantage, *, clip_low, clip_high, dual_clip=0.0
 
 
 def value_loss(value, old_value, target, *, bound):
-  """One token: loss (the half included), whether the clip decides, and d loss / d value."""
+  """Computes loss (with the factor 1/2), whether the clip decides, and d loss / d value."""
   plain = (value - target) ** 2
   if not bound:
     return plain / 2, False, value - target
   near = clip(value, old_value - bound, old_value + bound)
-  if (near - target) ** 2 > plain:  # then `near` is at an end of the interval and does not move
+  if (near - target) ** 2 > plain:  # then `near` is at an end of the interval and constant
     return (near - target) ** 2 / 2, True, 0.0
   return plain / 2, False, value - target
 
 
 class Adam:
-  """Adam on a dict of float64 arrays: torch's and optax's form, or TensorFlow 1's.
+  """Adam on a dict of float64 arrays, in the form of torch and optax or of TensorFlow 1.
 
   Kernels decay as in AdamW.
   """
@@ -188,7 +188,7 @@ class Adam:
     self.t, self.m, self.v = 0, {}, {}
 
   def step(self, params, grads, rate):
-    """New params. torch: m^ / (sqrt(v^) + eps). TF: the epsilon joins the uncorrected sqrt(v)."""
+    """Returns new params. torch: m^ / (sqrt(v^) + eps). TF: epsilon is added to sqrt(v)."""
     self.t += 1
     new = {}
     for name, g in grads.items():
@@ -226,7 +226,7 @@ def softplus(x):
 
 
 def pairwise_loss(scores, ranks, present, margin, *, centering, smoothing):
-  """One prompt: mean over its ordered pairs of the Bradley-Terry loss; None without a pair."""
+  """Computes the mean Bradley-Terry loss over a prompt's ordered pairs; None without a pair."""
   losses = []
   for i, better in enumerate(ranks):
     for j, worse in enumerate(ranks):
@@ -263,7 +263,7 @@ def best_and_worst(scores, n, kept):
 
 
 def pick_best_loss(scores, ranks, present):
-  """One prompt: cross-entropy of the one pick among the present; None without a clear pick."""
+  """Computes the cross-entropy of a prompt's one pick; None without a clear pick."""
   there = [k for k in range(len(scores)) if present[k]]
   picks = [k for k in there if ranks[k] == 0]
   if len(picks) != 1 or len(there) < 2:
@@ -272,13 +272,13 @@ def pick_best_loss(scores, ranks, present):
 
 
 def rating_loss(scores, ratings, present):
-  """One prompt: mean squared error over the present; None without one."""
+  """Computes a prompt's mean squared error; None without completions."""
   errors = [(float(s) - float(r)) ** 2 for s, r, p in zip(scores, ratings, present) if p]
   return mean(errors) if errors else None
 
 
 class RunningScale:
-  """trlX's running standard deviation (n - 1) of every score so far, by keeping them all."""
+  """trlX's running standard deviation (n - 1) of all scores so far, which are stored."""
 
   def __init__(self):
     self.seen = []
@@ -289,7 +289,7 @@ class RunningScale:
 
 
 def group_advantages(scores, n, *, scale):
-  """Score less the mean of its n neighbours, over std + 1e-4 of the group or of the batch."""
+  """Computes score minus mean of its n neighbours, over std + 1e-4 of the group or the batch."""
   out = []
   for i in range(0, len(scores), n):
     group = [float(s) for s in scores[i : i + n]]
@@ -301,7 +301,7 @@ def group_advantages(scores, n, *, scale):
 
 
 def overlong_penalty(length, *, max_length, cache):
-  """DAPO eq. 13, in its three cases."""
+  """Computes DAPO eq. 13 by its three cases."""
   if length <= max_length - cache:
     return 0.0
   if length <= max_length:
@@ -310,7 +310,7 @@ def overlong_penalty(length, *, max_length, cache):
 
 
 def sequence_ratio(logp, old_logp, keep):
-  """GSPO eq. 7, as written: (product of p / product of old p) ^ (1 / length)."""
+  """Computes GSPO eq. 7 as written: (product of p / product of old p) ^ (1 / length)."""
   new, old, length = 1.0, 1.0, 0
   for p, q, k in zip(logp, old_logp, keep):
     if k:
@@ -319,7 +319,7 @@ def sequence_ratio(logp, old_logp, keep):
 
 
 def normalized(loss, mask, *, normalize, max_length):
-  """One number for a minibatch: DAPO eq. 12, DeepSeekMath eq. 3 or Dr. GRPO."""
+  """Computes a minibatch's loss: DAPO eq. 12, DeepSeekMath eq. 3 or Dr. GRPO."""
   per_sequence = [[float(x) for x, k in zip(*row) if k] for row in zip(loss, mask)]
   if normalize == 'token':
     tokens = sum(per_sequence, [])

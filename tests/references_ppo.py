@@ -1,14 +1,14 @@
 """A whole PPO iteration by hand, for a language model small enough to differentiate by hand.
 
-The model knows the last token and its position and nothing else:
+The model depends only on the last token and its position:
 
     h_i = token[x_i] + place[i]
     logits_i = h_i @ unembed / temperature
     V_i = h_i . kernel + bias
 
-and its critic is the same with its own tables, or its head sits on the policy's h. Texts are
-lists without padding, gradients are the chain rule written out, everything is float64. The
-settings are a plain dict; its keys are those of `SETTINGS`.
+Its critic is the same with its own tables, or a head on the policy's h. Texts are lists without
+padding, gradients are the chain rule written out, and everything is float64. The settings are a
+dict with the keys of `SETTINGS`.
 
 Letters: B episodes, R response slots.
 """
@@ -51,7 +51,7 @@ SETTINGS = dict(
 
 
 def state(params, owner, text, index):
-  """What the model of `owner` knows at text[index], the index counted from the first token."""
+  """Returns the state of the model of `owner` at text[index], counted from the first token."""
   return params[f'{owner}/token'][text[index]] + params[f'{owner}/place'][index]
 
 
@@ -60,7 +60,7 @@ def critic_owner(params):
 
 
 def distribution(params, text, index, temperature):
-  """log p of every token after text[index]."""
+  """Returns log p of every token after text[index]."""
   h = state(params, 'policy', text, index)
   return references.log_softmax(h @ params['policy/unembed'] / temperature)
 
@@ -71,7 +71,7 @@ def value(params, text, index):
 
 
 def postprocess_scores(episodes, scale, s):
-  """Postprocesses scores: clips, scales by all clipped ones so far, then the missing-EOS rule."""
+  """Clips scores, scales them by all clipped ones so far, then applies the missing-EOS rule."""
   scores = [e['score'] for e in episodes]
   if s['clip_scores']:
     scores = [np.clip(x, -s['clip_scores'], s['clip_scores']) for x in scores]
@@ -84,7 +84,7 @@ def postprocess_scores(episodes, scale, s):
   if not np.ndim(episodes[0]['score']):
     return [rule(float(x), e) for x, e in zip(scores, episodes)]
   postprocessed = []
-  for x, e in zip(scores, episodes):  # the last token makes the sum of them what the rule says
+  for x, e in zip(scores, episodes):  # the last token's reward makes their sum follow the rule
     total = float(rule(sum(x), e))
     replaced = s['missing'] == 'replace' and not e['ended']
     others = [0.0] * (len(x) - 1) if replaced else list(x[:-1])
@@ -93,7 +93,7 @@ def postprocess_scores(episodes, scale, s):
 
 
 def experience(params, reference, episodes, coef, scale, s):
-  """Tables [B, R] of everything the update needs, zeros where there is nothing."""
+  """Returns tables [B, R] of everything that the update needs, 0 outside the responses."""
   table = lambda: np.zeros((len(episodes), s['slots']))
   x = {name: table() for name in ('logp', 'ref', 'kl', 'values', 'dense', 'entropy')}
   x['lengths'] = [len(e['response']) for e in episodes]
@@ -134,14 +134,14 @@ def experience(params, reference, episodes, coef, scale, s):
 
 
 def masks(x, s):
-  """Which slots are tokens, and which take part in the return."""
+  """Returns which slots are tokens, and which count for the return."""
   slots = range(s['slots'])
   below = lambda counts: [[t < n for t in slots] for n in counts]
   return below(x['lengths']), below(x['ends'])
 
 
 def returns_and_advantages(x, s):
-  """Adds rewards as whitened, advantages and returns."""
+  """Adds whitened rewards, advantages and returns."""
   tokens, steps = masks(x, s)
   if s['whiten_rewards']:
     x['rewards'] = references.whiten(x['rewards'], steps, shift_mean=False, bessel=s['bessel'])
@@ -156,7 +156,7 @@ def returns_and_advantages(x, s):
 
 
 class Gradient:
-  """Sums of gradients of the parameters, by the chain rule."""
+  """Sums of the parameters' gradients, by the chain rule."""
 
   def __init__(self, params):
     self.params = params
@@ -167,7 +167,7 @@ class Gradient:
     self.of[f'{owner}/place'][index] += gradient
 
   def through_logits(self, text, index, gradient):
-    """`gradient` [V] is with respect to h @ unembed."""
+    """Adds the gradient [V] with respect to h @ unembed."""
     h = state(self.params, 'policy', text, index)
     self.of['policy/unembed'] += np.outer(h, gradient)
     self._state('policy', text, index, self.params['policy/unembed'] @ gradient)
@@ -180,12 +180,12 @@ class Gradient:
 
 
 def kl_slope(d, estimator):
-  """Derivative of the estimator by its log ratio d."""
+  """Returns the derivative of the estimator with respect to its log ratio d."""
   return {'k1': 1.0, 'k2': d, 'k3': 1 - math.exp(-d), 'abs': math.copysign(1.0, d)}[estimator]
 
 
 def minibatch_gradient(params, episodes, x, rows, coef, s):
-  """Gradient of the minibatch's loss, and its statistics."""
+  """Returns the gradient of the minibatch's loss, and its statistics."""
   advantages = x['advantages']
   if s['whiten_advantages'] == 'minibatch':
     tokens, _ = masks(x, s)
@@ -264,7 +264,7 @@ def add_pretraining(gradient, texts, s):
 
 
 def next_coefficient(coef, x, s):
-  """The KL coefficient after the iteration; controllers look at k1 whatever is paid for."""
+  """Returns the KL coefficient after the iteration; controllers use k1 for any penalty."""
   tokens, _ = masks(x, s)
   k1 = x['logp'] - x['ref']
   if s['controller'] == 'adaptive':
@@ -277,7 +277,7 @@ def next_coefficient(coef, x, s):
 
 
 def value_statistics(x):
-  """Of returns and of the values before the update, over slots that take part in the return."""
+  """Returns statistics of returns and old values over slots that count for the return."""
   slots = [(i, t) for i, end in enumerate(x['ends']) for t in range(end)]
   returns = [x['returns'][slot] for slot in slots]
   errors = [x['returns'][slot] - x['values'][slot] for slot in slots]
@@ -296,14 +296,14 @@ def iteration(params, reference, episodes, coef, *, settings, adam, rates, order
       and 'critic/token', 'critic/place' for a critic with its own.
     reference: the policy's parameters before any training.
     episodes: [{'prompt', 'response': lists of tokens, 'score': a number or one per token,
-      'ended': has it an EOS, 'sampled': log-probabilities of the sampler}].
+      'ended': whether it has an EOS, 'sampled': log-probabilities of the sampler}].
     coef: KL coefficient.
     settings: dict like SETTINGS.
     adam: references.Adam, kept from one iteration to the next.
     rates: iterator of learning rates, one per minibatch.
     orders: [epochs][B], the episodes in the order of each epoch.
-    scale: references.RunningScale, kept likewise.
-    ptx: pretraining texts, shared out over the minibatches in order.
+    scale: references.RunningScale, also kept.
+    ptx: pretraining texts, divided among the minibatches in order.
 
   Returns:
     params, KL coefficient, and statistics.

@@ -1,4 +1,4 @@
-"""advantages.py against hand arithmetic and against the loops of references.py on ragged rows."""
+"""advantages.py against arithmetic by hand and the loops of references.py on ragged rows."""
 
 import functools
 
@@ -16,7 +16,7 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
 
 
 def ragged(case, *, least=1):
-  """A generator, row lengths [B] and mask [B, R] of a random case."""
+  """Returns a generator, row lengths [B] and mask [B, R] of a random case."""
   rng = np.random.default_rng(case)
   batch, slots = SHAPES[case % len(SHAPES)]
   lengths = rng.integers(least, slots + 1, batch)
@@ -24,7 +24,7 @@ def ragged(case, *, least=1):
 
 
 def normal(rng, mask, *, rubbish=np.nan):
-  """float32 numbers with rubbish outside the mask."""
+  """Returns float32 numbers with garbage outside the mask."""
   scale = 10.0 ** rng.uniform(-1, 0.5)
   return np.where(mask, rng.normal(0, scale, mask.shape), rubbish).astype(np.float32)
 
@@ -72,7 +72,7 @@ def test_kl_estimators_by_hand():
     ('abs', 0.69314718),
   ]:
     close(adv.kl_estimate(p, q, estimator), [[expected]])
-  # Seen from the other side: k1 -0.693147, k3 = 2 - 1 - ln 2 = 0.306853.
+  # With the sign reversed: k1 -0.693147, k3 = 2 - 1 - ln 2 = 0.306853.
   close(adv.kl_estimate(q, p, 'k1'), [[-0.69314718]])
   close(adv.kl_estimate(q, p, 'k3'), [[0.30685282]])
 
@@ -95,8 +95,8 @@ def test_adaptive_kl_by_hand():
     adv.next_kl_coef, 0.1, kl, mask, controller='adaptive', horizon=100.0
   )
   close(sequence(target=3.2), 0.1 * (1 + 0.09375 * 2 / 100))
-  close(sequence(target=1.0), 0.1 * (1 + 0.2 * 2 / 100))  # error 2.5, held to 0.2
-  close(sequence(target=35.0), 0.1 * (1 - 0.2 * 2 / 100))  # error -0.9, held to -0.2
+  close(sequence(target=1.0), 0.1 * (1 + 0.2 * 2 / 100))  # error 2.5, clipped to 0.2
+  close(sequence(target=35.0), 0.1 * (1 - 0.2 * 2 / 100))  # error -0.9, clipped to -0.2
   # Mean over the 3 tokens 7/3. Target 2: error 1/6.
   close(
     adv.next_kl_coef(0.1, kl, mask, controller='adaptive_per_token', target=2.0, horizon=100.0),
@@ -127,7 +127,7 @@ def test_a_fractional_score_is_paid_in_full():
   )
   assert rewards.dtype == jnp.float32
   close(rewards, [[0.0, 0.75]])
-  with pytest.raises((AssertionError, TypeError)):  # integers would have been truncated somewhere
+  with pytest.raises((AssertionError, TypeError)):  # integers could be truncated
     adv.token_rewards(
       jnp.array([1]), jnp.zeros((1, 2)), 0.1, jnp.array([[True, True]]), position='eos'
     )
@@ -173,7 +173,7 @@ def test_best_and_worst_agree_with_loops():
 
 
 def test_overlong_penalty_by_hand():
-  # DAPO's own numbers: 16,384 tokens are free, 18,432 are half way to 20,480.
+  # DAPO's numbers: no penalty up to 16,384 tokens; 18,432 is halfway to 20,480.
   lengths = jnp.array([0, 16384, 18432, 20480, 30000])
   close(adv.overlong_penalty(lengths, max_length=20480, cache=4096), [0, 0, -0.5, -1, -1])
   for cache in (0, 11):
@@ -275,7 +275,7 @@ def test_rewards_agree_with_loops(position):
 
 @pytest.mark.parametrize('mode', adv.MISSING_EOS)
 def test_missing_eos_of_rewards_per_token_is_that_of_their_sums(mode):
-  """Paid at the last token; by a loop over tokens, whose sums obey the rule of scores."""
+  """Applied at the last token, by a loop over tokens, whose sums follow the rule of scores."""
   mask, ended = np.arange(4) < np.array([4, 2, 3])[:, None], np.array([False, True, False])
   rewards = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
   found = adv.apply_missing_eos(
@@ -338,7 +338,7 @@ def test_running_moments_agree_with_keeping_every_score():
       moments = jitted(adv.update_moments)(moments, scores)
       close(adv.running_std(moments), reference.update(scores), rtol=2e-6)
     equal = jitted(adv.update_moments)(jnp.zeros(3), np.full(7, centre, np.float32))
-    assert adv.running_std(equal) == 1.0  # whatever their mean is rounded to
+    assert adv.running_std(equal) == 1.0  # even if their mean is rounded
     close(moments[0], 8)
     close(moments[1], references.mean(reference.seen))
 
@@ -349,7 +349,7 @@ def test_group_advantages_agree_with_loops(scale):
     rng = np.random.default_rng(case)
     n, prompts = [(2, 1), (2, 5), (4, 3), (7, 2)][case % 4]
     scores = rng.normal(rng.normal(), 10.0 ** rng.uniform(-1, 0.5), n * prompts)
-    # Eighths, so that scores are equal or well apart; every third case is a rule's, +1 or -1.
+    # Multiples of 1/8, so scores are equal or far apart; in every third case they are +1 or -1.
     scores = (np.round(8 * scores) / 8 if case % 3 else np.sign(scores)).astype(np.float32)
     found = jitted(adv.group_advantages, n=n, scale=scale)(scores)
     expected = references.group_advantages(scores, n, scale=scale)

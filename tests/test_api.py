@@ -50,7 +50,7 @@ def numbers(run):
 
 
 def same_parameters(one, other):
-  """Whether two Hugging Face folders hold the same bits."""
+  """Returns whether two Hugging Face folders hold the same bits."""
   one, other = (load_file(path / 'model.safetensors') for path in (one, other))
   return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
@@ -83,7 +83,7 @@ def test_importing_the_package_imports_no_jax():
 
 @pytest.fixture(scope='module')
 def ppo(world, tmp_path_factory):
-  """Three steps of PPO on a list of records, by a function that can be imported."""
+  """Returns three steps of PPO on a list of records, with a function that can be imported."""
   prompts = records(world / 'prompts.jsonl')
   return rl.train(
     world / 'model',
@@ -116,7 +116,7 @@ def test_a_run_has_metrics_samples_a_policy_and_a_report(ppo, world):
 
 
 def test_the_command_line_repeats_the_run_to_the_last_bit(ppo, tmp_path):
-  """From the folder of the module with the reward function, as config.json names it."""
+  """From the folder of the reward function's module, with the run's config.json."""
   command = [sys.executable, '-m', 'rlhf_jax.main', f'--config={ppo.workdir}/config.json']
   environment = os.environ | {'PYTHONPATH': str(TESTS.parent)}
   subprocess.run(
@@ -132,7 +132,7 @@ def test_the_command_line_repeats_the_run_to_the_last_bit(ppo, tmp_path):
 
 
 def test_ctrl_c_returns_the_run_so_far_and_the_same_call_resumes(ppo, world, tmp_path, capsys):
-  """With a function that only this process has: a closure, of prompts and responses alone."""
+  """With a closure of prompts and responses, which only this process has."""
   calls = []
 
   def reward_fn(prompts, responses):
@@ -166,7 +166,7 @@ def test_ctrl_c_returns_the_run_so_far_and_the_same_call_resumes(ppo, world, tmp
 
 
 def test_the_name_of_a_reward_function_is_the_function(ppo, world):
-  """A run with another config would not resume in the same folder."""
+  """Otherwise the config would differ, and the run would not resume in the same folder."""
   run = rl.train(
     world / 'model',
     prompts=records(world / 'prompts.jsonl'),
@@ -208,7 +208,7 @@ def sft_of_a_path(world, tmp_path_factory):
 def test_data_in_memory_is_as_good_as_a_file(
   kind, sft_of_a_path, world, tmp_path, monkeypatch, capsys
 ):
-  """Values may be missing: pandas has NaN there, datasets None. Prints the temporary folder."""
+  """Values may be missing (NaN in pandas, None in datasets). Prints the temporary folder."""
   monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
   rows = records(world / 'completions.jsonl')
   rows[0]['note'] = 'short'
@@ -221,7 +221,7 @@ def test_data_in_memory_is_as_good_as_a_file(
 
 @pytest.fixture(scope='module')
 def reward(world, tmp_path_factory):
-  """A reward model that has learnt which words are good."""
+  """Returns a reward model that has learnt which words are good."""
   return rl.train(
     world / 'model',
     comparisons=records(world / 'comparisons.jsonl'),
@@ -252,7 +252,7 @@ def test_a_reward_model_prefers_what_it_has_seen_preferred(reward, world):
   ],
 )
 def test_a_reward_model_is_a_reward(kind, reward, world, tmp_path):
-  """Its scores with an EOS are those of the run, for the responses that ended before the limit."""
+  """Its scores with an EOS are those of the run, for responses that ended before the limit."""
   reward_fn = {'run': reward, 'model': reward.model, 'folder': reward.workdir}[kind]
   run = rl.train(
     rl.load(world / 'model'),
@@ -343,7 +343,7 @@ def test_policies_are_compared_by_a_function(ppo, world):
     assert result.table.loc[name, 'gold'] == pytest.approx(lengths[name].mean())
   assert result.plot()._repr_png_().startswith(b'\x89PNG')
   assert 'ppo' in result._repr_html_()
-  for shown in (result, result.scored['ppo'].samples):  # a table, and not the arrays in it
+  for shown in (result, result.scored['ppo'].samples):  # a table without the arrays
     assert 'Rollout' not in repr(shown) and len(repr(shown).splitlines()) < 30
 
 

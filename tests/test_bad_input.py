@@ -1,4 +1,4 @@
-"""Whatever a user gets wrong ends in a message with cause and remedy, and costs no checkpoint."""
+"""Every mistake of a user gives a message with cause and remedy, and costs no checkpoint."""
 
 import errno
 import functools
@@ -95,7 +95,7 @@ COMMANDS = {
 
 @pytest.fixture
 def command_line(monkeypatch):
-  """Parses arguments as main does, and forgets them afterwards."""
+  """Parses arguments as main does, and resets the flags afterwards."""
 
   def parse(arguments, required=()):
     monkeypatch.setattr(sys, 'argv', ['main', *arguments])
@@ -202,7 +202,7 @@ def test_programs_that_read_end_in_one_line(error, said, status, monkeypatch):
   assert ends == [(said, status)]
   with pytest.raises(ZeroDivisionError):
     with command_line_lib.exit_on_error():
-      raise ZeroDivisionError  # a bug: its traceback is what helps
+      raise ZeroDivisionError  # a bug: its traceback must be shown
 
 
 @pytest.mark.parametrize('option', ['--help', '--print'])
@@ -271,19 +271,19 @@ def test_arguments_without_dashes_are_an_error():
     main.main(['main', 'debug'])
 
 
-# Files, lengths and sizes: before anything is compiled, and beside the checkpoints of a run.
+# Files, lengths and sizes: before anything is compiled, and in folders with checkpoints.
 
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-  """Runs on one of the eight devices: there is less to compile."""
+  """Runs on one of the eight devices, which compiles faster."""
   devices = jax.devices()
   monkeypatch.setattr(jax, 'devices', lambda *_: devices[:1])
   monkeypatch.setattr(jax, 'device_count', lambda: 1)
 
 
 def contents(folder):
-  """{path: hash} of all files below a folder."""
+  """Returns {path: hash} of all files below a folder."""
   return {
     str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
     for path in sorted(folder.rglob('*'))
@@ -292,7 +292,7 @@ def contents(folder):
 
 
 def begun(config, folder):
-  """A run of 4 steps with checkpoints of steps 2 and 4, as if it had been stopped there."""
+  """Returns a run of 4 steps with checkpoints of steps 2 and 4, as if it had been stopped."""
   config.checkpoint_every = 2
   loop.run(config, folder)
   shutil.rmtree(folder / 'model')
@@ -316,7 +316,7 @@ def begun_ppo(world, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def bad(world, tmp_path_factory):
-  """A folder of things nothing can be done with."""
+  """Returns a folder of unusable files."""
   folder = tmp_path_factory.mktemp('bad')
   for name in ('empty.jsonl', 'blank.jsonl', 'empty.txt'):
     (folder / name).write_text('\n\n' if name.startswith('blank') else '')
@@ -463,9 +463,9 @@ BAD_PROMPTS = {
 
 
 def fails(config, changes, parts, folder, **places):
-  """Forks a run that has begun with a changed config; checks the message and that nothing is lost.
+  """Forks a run with a changed config; checks the message, and that no file changes.
 
-  One with other weights, which a fork must not have, starts anew.
+  A config with other weights, which a fork must not have, starts a new run.
   """
   config = config.copy_and_resolve_references()
   for key, value in changes.items():
@@ -554,7 +554,7 @@ def test_another_model_leaves_the_checkpoints_of_the_first(begun_sft, tmp_path):
 
 
 def rewards_of(case):
-  """A reward function that is wrong in one way."""
+  """Returns a reward function that is wrong in the way of the case."""
 
   def reward(prompts, responses, *, response_tokens, metadata):
     del prompts, metadata
@@ -651,7 +651,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_its_checkpoint(begun_sft
   assert not (tmp_path / 'wild' / 'model').exists()
   mended = config.copy_and_resolve_references()
   mended.optim.clip_norm = 1.0
-  loop.run(mended, tmp_path / 'mended', fork_of=tmp_path / 'wild')  # as the message says
+  loop.run(mended, tmp_path / 'mended', fork_of=tmp_path / 'wild')  # as the message advises
   assert all(
     np.isfinite(record['loss'])
     for record in metrics_lib.read(tmp_path / 'mended')

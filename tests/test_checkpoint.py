@@ -1,4 +1,4 @@
-"""Checkpoints that are whole, damaged, half-written, or of another run."""
+"""Checkpoints that are intact, damaged, incomplete, or of another run."""
 
 import gc
 import shutil
@@ -21,7 +21,7 @@ from rlhf_jax import sharding
 from rlhf_jax import types
 import tiny
 
-# Orbax leaves its reads unfinished where one of them fails.
+# Orbax does not finish its other reads if one fails.
 pytestmark = pytest.mark.filterwarnings(
   'ignore::pytest.PytestUnraisableExceptionWarning', 'ignore::RuntimeWarning'
 )
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(autouse=True)
 def collect():
-  """Those reads complain when they are collected: here and not in another test."""
+  """Collects garbage now, because unfinished reads warn when they are collected."""
   yield
   gc.collect()
 
@@ -42,7 +42,7 @@ DAMAGE = {
 
 
 def make_state(step, width=4):
-  """A TrainState that tells the step in all its parts."""
+  """Returns a TrainState all of whose parts depend on the step."""
   draw = np.random.default_rng(step)
   params = {
     'policy': {
@@ -61,7 +61,7 @@ def make_state(step, width=4):
 
 
 def make_iterator(step=0):
-  """Batches of shuffled numbers, of which `step` are taken."""
+  """Returns an iterator over batches of shuffled numbers, after `step` batches."""
   data = grain.MapDataset.source(range(100)).seed(1).shuffle().repeat().batch(4)
   iterator = iter(data.to_iter_dataset())
   for _ in range(step):
@@ -70,7 +70,7 @@ def make_iterator(step=0):
 
 
 def restore(folder, width=4):
-  """Opens the folder, restores, closes; checks that state and iterator are of the step given."""
+  """Opens the folder, restores and closes; checks that state and iterator are of the given step."""
   checkpoints = checkpoint.Checkpoints(folder, keep=3)
   iterator = make_iterator()
   step, state = checkpoints.restore(make_state(9, width), {'data': iterator})
@@ -96,13 +96,13 @@ def save(folder, steps, width=4):
 
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
-  """Checkpoints of the steps 1 to 3; the other tests damage copies of it."""
+  """Returns checkpoints of steps 1 to 3, of which other tests damage copies."""
   return save(tmp_path_factory.mktemp('saved'), (1, 2, 3))
 
 
 @pytest.fixture(scope='module')
 def wide(tmp_path_factory):
-  """Checkpoints of steps 1 and 2, with arrays too large for Orbax's index, which has checksums."""
+  """Returns checkpoints of steps 1 and 2, with arrays too large for Orbax's own checksums."""
   return save(tmp_path_factory.mktemp('wide'), (1, 2), width=512)
 
 
@@ -137,7 +137,7 @@ def test_a_new_folder_gives_the_state_itself(tmp_path):
   ],
 )
 def test_any_damaged_file_gives_the_newest_or_the_one_before(saved, tmp_path, damage):
-  """Some files are spare; whatever is restored is exactly one of the checkpoints."""
+  """Some files are redundant; the restored state is exactly that of one of the checkpoints."""
   newest = saved / 'checkpoints' / '3'
   files = sorted(path.relative_to(newest) for path in newest.rglob('*') if path.is_file())
   steps = {}
@@ -155,14 +155,14 @@ def test_any_damaged_file_gives_the_newest_or_the_one_before(saved, tmp_path, da
 
 
 def flip(path, place, bit):
-  """Flips one bit of a file, of the byte at a fraction of its length."""
+  """Flips one bit of a file, in the byte at a fraction of its length."""
   data = bytearray(path.read_bytes())
   data[int(place * len(data))] ^= 1 << bit
   path.write_bytes(data)
 
 
 def array_file(folder, step):
-  """The file of the large arrays of a checkpoint."""
+  """Returns the file of a checkpoint's large arrays."""
   return max(
     (folder / 'checkpoints' / str(step) / 'state').rglob('*'), key=lambda path: path.stat().st_size
   )
@@ -180,7 +180,7 @@ def test_a_flipped_bit_in_an_array_is_found(wide, tmp_path, caplog):
 
 @pytest.mark.slow
 def test_300_flipped_bits_over_all_files_change_nothing(wide, tmp_path):
-  """Half of them in files drawn by size, half in every file in turn; some bytes are spare."""
+  """Half are in files drawn by size, half in each file in turn; some bytes are redundant."""
   newest, draw = wide / 'checkpoints' / '2', np.random.default_rng(1)
   files = sorted(path.relative_to(newest) for path in newest.rglob('*') if path.is_file())
   ends = np.cumsum([(newest / file).stat().st_size for file in files])
@@ -194,7 +194,7 @@ def test_300_flipped_bits_over_all_files_change_nothing(wide, tmp_path):
       draw.random(),
       draw.integers(8),
     )
-    params = checkpoint.load_params(folder, 'policy')  # may do where the iterators will not
+    params = checkpoint.load_params(folder, 'policy')  # succeeds even if iterators are damaged
     assert any(np.array_equal(params['a'], sound) for sound in expected)
     assert restore(folder, width=512) in (1, 2)
     shutil.rmtree(folder)
@@ -232,7 +232,7 @@ def test_parameters_that_are_not_finite_are_never_saved(copy):
 
 
 def test_a_checkpoint_with_nan_gives_the_one_before(copy, monkeypatch, caplog):
-  """One that is there all the same, from an earlier version."""
+  """Such a checkpoint may be from an earlier version."""
   checksum = checksums.of
   with monkeypatch.context() as patched:
     patched.setattr(checksums, 'of', lambda array: (checksum(array)[0], True))
@@ -261,7 +261,7 @@ def test_a_checkpoint_of_an_earlier_version_has_no_checksums_and_is_read(copy, c
 
 
 def test_iterators_are_checked(copy):
-  """A place that can be read and is another one."""
+  """A damaged position that can be read but is another one."""
   path = copy / 'checkpoints' / '3' / 'iterators' / 'metadata'
   text = path.read_text()
   assert '3' in text
@@ -301,7 +301,7 @@ def test_steps_put_aside_are_written_again_and_may_break_again(copy):
 
 
 def test_half_written_checkpoints_are_ignored(copy):
-  """What a killed process leaves behind has a name that no finished one has."""
+  """A killed process leaves files whose names no finished checkpoint has."""
   checkpoints = copy / 'checkpoints'
   shutil.copytree(checkpoints / '3', checkpoints / '4.orbax-checkpoint-tmp')
   DAMAGE['emptied'](checkpoints / '4.orbax-checkpoint-tmp' / 'state' / 'manifest.ocdbt')
@@ -321,7 +321,7 @@ def test_nothing_readable_is_an_error_and_nothing_is_lost(copy):
 
 
 def test_iterators_stay_where_they_were_if_nothing_is_readable(copy):
-  """The state is whole and the place of one iterator too, but there is none of the other."""
+  """The state and the position of one iterator are intact, but the other's is missing."""
   iterators = {'data': make_iterator(), 'other': make_iterator()}
   with checkpoint.Checkpoints(copy, keep=3) as checkpoints:
     with pytest.raises(errors.UserError, match='nothing'):
@@ -331,7 +331,7 @@ def test_iterators_stay_where_they_were_if_nothing_is_readable(copy):
 
 
 class Place(dict):
-  """An iterator's state that a thread which writes it sees when `moved` is set, and not before."""
+  """An iterator's state that changes when `moved` is set, for a thread that writes it."""
 
   moved = threading.Event()
 
@@ -342,7 +342,7 @@ class Place(dict):
 
 
 class Counting:
-  """An iterator that gives out its own state, as Grain's may, and not a copy."""
+  """An iterator that returns its own state and not a copy, as Grain's may."""
 
   def __init__(self):
     self.state = Place(number=0)
@@ -358,7 +358,7 @@ class Counting:
 
 
 class Unfit:
-  """An iterator that cannot resume from its saved place with this config."""
+  """An iterator that cannot resume from its saved position with this config."""
 
   def get_state(self):
     return {'number': 0}
@@ -368,7 +368,7 @@ class Unfit:
 
 
 def test_data_that_cannot_resume_with_this_config_are_named_as_the_reason(tmp_path, caplog):
-  """The checkpoint is sound: it is not put aside, and the message is that of the data."""
+  """The checkpoint is intact, so it is not renamed, and the message is about the data."""
   with checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
     checkpoints.save(1, make_state(1), {'data': Unfit()})
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
@@ -390,7 +390,7 @@ def test_a_saved_place_does_not_see_the_batches_that_follow(tmp_path):
 
 
 def test_a_saved_state_does_not_see_the_steps_that_follow(tmp_path):
-  """Writing goes on in the background while the next step reuses the donated buffers."""
+  """The write continues in the background while the next step reuses the donated buffers."""
   checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
   big = jax.random.normal(jax.random.key(0), (1 << 21,))
   state = make_state(1).replace(params={'policy': {'a': big}})
@@ -408,7 +408,7 @@ def test_a_saved_state_does_not_see_the_steps_that_follow(tmp_path):
 
 @pytest.mark.parametrize('before, after', [(8, 1), (1, 8), (8, 8)])
 def test_arrays_come_back_where_the_new_run_wants_them(before, after, tmp_path):
-  """A run may go on with another number of devices."""
+  """A run may resume with another number of devices."""
 
   def place(state, count):
     mesh = sharding.make_mesh({'fsdp': count}, devices=jax.devices()[:count])
@@ -435,7 +435,7 @@ def test_params_without_a_checkpoint(tmp_path):
 
 
 def content(folder):
-  """Bytes of all files by name."""
+  """Returns the bytes of all files by name."""
   return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
 
 
@@ -448,7 +448,7 @@ def content(folder):
   ids=['width', 'depth'],
 )
 def test_a_config_of_another_model_loses_nothing(change, unfinished, tmp_path):
-  """The run is refused before anything in its folder is touched, and goes on afterwards."""
+  """The run is refused before any file changes, and can be resumed afterwards."""
   config, folder = unfinished
   workdir = tmp_path / 'run'
   shutil.copytree(folder, workdir)
@@ -501,12 +501,12 @@ def test_a_fork_with_another_optimizer_starts_it_anew(unfinished, tmp_path, capf
   moved = max(
     float(abs(a - b).max()) for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(found))
   )
-  assert 0 < moved < 10 * other.optim.learning_rate  # from the old weights on
+  assert 0 < moved < 10 * other.optim.learning_rate  # from the old weights
 
 
 @pytest.fixture(scope='module')
 def unfinished(world, tmp_path_factory):
-  """A run with two checkpoints that has not exported its model yet."""
+  """Returns a run with two checkpoints that has not exported its model."""
   config = tiny.sft(world)
   config.model.path = ''
   config.model.init = tiny.LLAMA

@@ -1,4 +1,4 @@
-"""Checksums of arrays against a plain loop, on one device and on many."""
+"""Checksums of arrays against a plain loop, on one device and on eight."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ BITS = 2**32
 
 
 def by_hand(words):
-  """The checksum of unsigned integers, with Python's."""
+  """Computes the checksum with Python's integers."""
   total = 0
   for index, word in enumerate(words):
     mixed = word ^ (index * 0x9E3779B1) % BITS

@@ -1,4 +1,4 @@
-"""The command `rlhf` and its subcommands: what they print, write and refuse."""
+"""The command `rlhf` and its subcommands: their output, files and errors."""
 
 import importlib
 import json
@@ -55,7 +55,7 @@ def test_a_misspelt_command_gets_one_line(name, hint, monkeypatch):
 
 def test_every_command_can_be_started():
   for module, _ in cli.COMMANDS.values():
-    if module != 'planner.__main__':  # its flags are those of main
+    if module != 'planner.__main__':  # which has the flags of main
       assert callable(importlib.import_module(module).start)
 
 
@@ -110,7 +110,7 @@ def test_prompts_have_line_breaks_and_may_be_files(tmp_path):
 
 @pytest.fixture(scope='module')
 def policies(world, tmp_path_factory):
-  """Two folders of language models, as the value of --policies."""
+  """Returns two folders of language models, as the value of --policies."""
   other = tmp_path_factory.mktemp('policies') / 'other'
   model = models.create(tiny.LLAMA)
   hf.save(other, model, model.init(jax.random.key(9)), tokenizer=tiny.write_tokenizer(other))
@@ -118,7 +118,7 @@ def policies(world, tmp_path_factory):
 
 
 def many_words(prompts, responses, *, metadata):
-  """A judge: the number of words, and the column `number` of the prompt must be there."""
+  """A judge: the number of words; the prompt's column `number` must be present."""
   assert all('number' in entry for entry in metadata)
   return [float(len(response.split())) for response in responses]
 
@@ -141,7 +141,7 @@ def test_policies_are_compared_without_training(policies, world, tmp_path, monke
   samples = [
     json.loads(line) for line in (tmp_path / 'out' / 'samples.jsonl').read_text().splitlines()
   ]
-  # The figures again from the samples: mean scores, and wins with draws as halves.
+  # Recompute from the samples: mean scores, and wins with draws as halves.
   words = np.array([[len(s['responses'][n]['response'].split()) for n in 'ab'] for s in samples])
   proxy = np.array([[s['responses'][n]['proxy'] for n in 'ab'] for s in samples])
   assert len(samples) == 40 and [row['stage'] for row in results['stages']] == ['a', 'b']

@@ -1,4 +1,4 @@
-"""Arguments of configs, and every contradiction that is found before anything is compiled."""
+"""Arguments of configs, and all contradictions, which are found before anything is compiled."""
 
 import functools
 import importlib.util
@@ -25,7 +25,7 @@ GIVEN = {
   'reward.model': 'reward',
   'ptx.path': 'texts.jsonl',
 }
-# What must be given behind the colon of other configs.
+# Required arguments after the colon of other configs.
 ARGUMENTS = {
   'hh_reward': 'data=pairs',
   'sentiment': 'data=reviews',
@@ -85,7 +85,7 @@ def imported(path):
 
 
 def complete(config, path):
-  """Gives a base config what its docstring asks for."""
+  """Sets the keys of a base config that its docstring asks for."""
   if path.stem not in BASES:
     return
   for key, value in GIVEN.items():
@@ -97,18 +97,18 @@ def complete(config, path):
 
 
 def valid(config, devices):
-  """A run's config is valid, and has no key without effect."""
+  """Asserts that a run's config is valid and has no key without effect."""
   build.validate(config, devices)
   assert effects.warnings(config, build.load(config.algorithm).config()) == []
 
 
 def check_stages(config, folder):
-  """Every stage of a config is valid once it is resolved."""
+  """Asserts that every stage of a config is valid when it is resolved."""
   names = pipeline.stage_names(config)
   assert len(set(names)) == len(names) >= 3
   for name in names:
     stage = pipeline.resolve(config[name], folder, config.seed)
-    assert stage.get('seed', 0) >= 0  # the pipeline's, or one of its own
+    assert stage.get('seed', 0) >= 0  # the pipeline's or its own
     assert '$' not in str(stage.to_dict())
     if 'algorithm' in stage:
       valid(stage, 1)
@@ -125,7 +125,7 @@ def test_configs_build_and_every_stage_is_valid(path, arg, tmp_path):
   complete(config, path)
   if 'stages' in config:
     check_stages(config, tmp_path)
-  else:  # a run by itself, on as many devices as its mesh needs at least
+  else:  # a single run, on the least number of devices that its mesh needs
     valid(config, math.prod(max(size, 1) for size in dict(config.mesh).values()))
   with pytest.raises(errors.UserError, match='this config takes: debug, seed'):
     module.get_config('no_such_argument=1')
@@ -155,7 +155,7 @@ def test_base_configs_take_every_preset(name, preset):
   assert dict(config.rl) == dict(build.load(name).config(preset).rl)
   for key in ('optim.learning_rate', 'sampling.temperature', 'batch_size'):
     value = functools.reduce(lambda block, part: block[part], key.split('.'), config)
-    assert value == expected.get(key, value)  # a preset's figures are not written over
+    assert value == expected.get(key, value)  # the preset's values are not overwritten
 
 
 LM_HUMAN_PREFERENCES = CONFIGS[0].with_name('lm_human_preferences.py')
@@ -175,7 +175,7 @@ LM_HUMAN_PREFERENCES = CONFIGS[0].with_name('lm_human_preferences.py')
 def test_tasks_of_lm_human_preferences(arg, tmp_path):
   config = imported(LM_HUMAN_PREFERENCES).get_config(arg)
   check_stages(config, tmp_path)
-  # What the reward model reads in PPO ends as what it was trained on: without an EOS.
+  # In PPO the reward model reads texts without an EOS, as in its training.
   assert config.ppo.sampling.truncate_at and not config.reward_model.preference.append_eos
 
 
@@ -227,7 +227,7 @@ def test_folders_must_be_given(name):
 
 
 def changed(config, changes):
-  """A config with some dotted keys set, also those that it does not have."""
+  """Returns a config with some dotted keys set, including new ones."""
   with config.unlocked(), config.ignore_type():
     for key, value in changes.items():
       *blocks, name = key.split('.')
@@ -237,7 +237,7 @@ def changed(config, changes):
 
 
 def good(algorithm):
-  """The smallest valid config."""
+  """Returns the smallest valid config."""
   config = build.load(algorithm).config()
   config.data.path, config.model.path, config.steps = 'data.jsonl', 'model', 10
   if 'reward' in config:
@@ -817,7 +817,7 @@ def test_the_table_names_keys_that_there_are():
 
 
 def flat(config, prefix=''):
-  """All dotted keys, those of blocks too."""
+  """Returns all dotted keys, including those of blocks."""
   found = set()
   for name, value in config.items():
     found |= {prefix + name} | (

@@ -1,4 +1,4 @@
-"""Configs from Python files and from the config.json of runs."""
+"""Configs from Python files, and from the config.json of runs."""
 
 import importlib.util
 import json
@@ -139,7 +139,7 @@ def test_a_file_that_is_not_there():
 
 
 def configured(name, arg=None):
-  """What get_config of a file in configs/ returns."""
+  """Returns the result of get_config in a file of configs/."""
   spec = importlib.util.spec_from_file_location(name, ROOT / 'configs' / f'{name}.py')
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
@@ -147,7 +147,7 @@ def configured(name, arg=None):
 
 
 def written(config, folder):
-  """The config.json that a run writes."""
+  """Returns the config.json that a run writes."""
   identity.write_json(folder / 'config.json', config.to_dict())
   return str(folder / 'config.json')
 

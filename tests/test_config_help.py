@@ -1,4 +1,4 @@
-"""What --help and --print say of a config."""
+"""The output of --help and --print for a config."""
 
 import json
 import pathlib
@@ -99,7 +99,7 @@ def test_what_is_printed_can_be_read(tmp_path):
   assert found.ppo.rl.kl_coef == 0.5 and found.ppo.seed == found.world.seed == 3
   assert found.ppo.model.path == '/runs/x/sft/model' and '$workdir' not in path.read_text()
   assert found.evaluate.policies[0] == ('pretrained', '/runs/x/pretrain')
-  assert config.ppo.seed is None  # as it was
+  assert config.ppo.seed is None  # unchanged
   assert '"$workdir/sft/model"' in config_help.resolved(config)
   run = config_files.read(str(ROOT / 'configs' / 'grpo.py'))
   assert json.loads(config_help.resolved(run))['sampling']['samples'] == 8

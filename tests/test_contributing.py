@@ -1,4 +1,4 @@
-"""The recipes of CONTRIBUTING.md, run together: what they define trains, and measures right."""
+"""The recipes of CONTRIBUTING.md, run together: they train, and they measure correctly."""
 
 import importlib
 import json
@@ -31,7 +31,7 @@ FIELDS = tiny.LLAMA | {'family': 'capped_llama'}
 
 @pytest.fixture(scope='module')
 def modules(tmp_path_factory):
-  """The modules of the recipes {name: module}, in the working directory; their family is known."""
+  """Returns {name: module} of the recipes, in the working directory; registers their family."""
   folder = tmp_path_factory.mktemp('recipes')
   for name, code in RECIPES.items():
     (folder / name).write_text(code)
@@ -49,7 +49,7 @@ def modules(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def run(modules, tmp_path_factory):
-  """The folder of a run of all recipes."""
+  """Returns the folder of a run of all recipes."""
   folder = tmp_path_factory.mktemp('run')
   model, tokenizer = models.create(FIELDS), tiny.write_tokenizer(folder / 'base')
   hf.save(folder / 'base', model, model.init(jax.random.key(0)), tokenizer=tokenizer)
@@ -102,7 +102,7 @@ def test_the_evaluator_measures_the_exported_policy(run):
 
 
 def test_the_loss_by_hand(modules):
-  """-(2 log .5 - 1 log .25) over 2 sequences; the third token is outside of the mask."""
+  """-(2 log .5 - 1 log .25) over 2 sequences; the third token is masked."""
   outputs = forward.Outputs(logprobs=jnp.log(jnp.array([[0.5, 0.9], [0.25, 0.7]])), entropy=None)
   mask = jnp.array([[True, False], [True, False]])
   batch = types.Experience(
@@ -120,7 +120,7 @@ def test_the_loss_by_hand(modules):
 
 
 def test_the_family_caps_scores(modules):
-  """30 tanh(s / 30) is s for small scores; large ones are another model's."""
+  """30 tanh(s / 30) is about s for small scores; for large ones the models differ."""
   tokens = positions = np.arange(8)[None].astype(np.int32)
   mask = np.ones((1, 8), bool)
 

@@ -1,4 +1,4 @@
-"""The same PPO on eight fake devices as on one: results, where the arrays lie, compilations."""
+"""PPO on eight fake devices equals PPO on one: results, placement of arrays, compilations."""
 
 import collections
 import re
@@ -17,7 +17,7 @@ MESHES = {
   'fsdp 8': {'data': 1, 'fsdp': 8, 'tensor': 1},
   'data 8': {'data': 8, 'fsdp': 1, 'tensor': 1},
 }
-# The part of each parameter that one device holds, written out by hand for tiny.LLAMA.
+# The shard of each parameter on one device, by hand for tiny.LLAMA.
 PARTS = {
   'data 2, fsdp 2, tensor 2': {
     'embed/embedding': (32, 8),
@@ -69,13 +69,13 @@ Run = collections.namedtuple('Run', 'state metrics params batch compiled lengths
 
 
 def run(world, shape, compiled, devices=None, steps=STEPS):
-  """PPO-ptx with a reward model, its own critic, microbatches and an adaptive KL controller."""
+  """Runs PPO-ptx with a reward model, a critic, microbatches and an adaptive KL controller."""
   config = tiny.ppo(world)
   tiny.mix_in_pretraining(config, world)
   config.reward.update({'function': '', 'model': f'{world}/reward'})
   config.rl.kl_controller = 'adaptive'
   config.rl.whiten_advantages = 'minibatch'
-  config.optim.eps = 1e-5  # With 1e-8 Adam turns a gradient's rounding into whole steps.
+  config.optim.eps = 1e-5  # with 1e-8 Adam amplifies the rounding of small gradients
   config.steps = steps
   mesh = sharding.make_mesh(shape, devices=devices)
   before, history, params, lengths = len(compiled), [], None, []
@@ -122,7 +122,7 @@ def test_parameters_and_moments_lie_as_the_table_says(many):
     assert len(shards) == 8
     assert {shard.data.shape for shard in shards} == {part or ()}, path
     checked[path.split('/')[-2]] += 1
-  assert checked['query'] == 6  # Policy and critic, each with two moments.
+  assert checked['query'] == 6  # policy and critic, each with two moments
   assert {s.data.shape[0] for s in found.batch[1].tokens.addressable_shards} == {
     16 // (MESHES[name]['data'] * MESHES[name]['fsdp'])
   }
@@ -131,6 +131,6 @@ def test_parameters_and_moments_lie_as_the_table_says(many):
 def test_one_compilation_each_whatever_the_prompts_lengths(many):
   _, found = many
   counts = collections.Counter(found.compiled)
-  # None where another test has left the program on disk.
+  # None if another test has cached the program on disk.
   assert max(counts[f'jit({name})'] for name in ('train_step', 'generate', 'score')) == 1, counts
-  assert len({tuple(row) for row in found.lengths}) > STEPS / 2  # They did vary.
+  assert len({tuple(row) for row in found.lengths}) > STEPS / 2  # lengths varied

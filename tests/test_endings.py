@@ -1,4 +1,4 @@
-"""However a run ends early, its process exits with a non-zero status and one line on the cause."""
+"""If a run ends early, its process exits with a non-zero status and one line on the cause."""
 
 import errno
 import os
@@ -14,17 +14,17 @@ import pytest
 from rlhf_jax import errors
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-LIMIT = 120  # seconds, of which a minute is for starting
+LIMIT = 120  # seconds, including a minute for the start
 
 
 def lose_checkpoints(context):
-  """An evaluator: puts a file where Orbax makes its folders."""
+  """An evaluator that creates a file where Orbax makes its folders."""
   del context
   folder = pathlib.Path(os.environ['RUN_FOLDER']) / 'checkpoints'
 
   def evaluate(state):
     if folder.is_dir():
-      time.sleep(2)  # until the last one is whole
+      time.sleep(2)  # until the last one is complete
       shutil.rmtree(folder)
       folder.write_text('')
     return {}
@@ -58,7 +58,7 @@ def start(world, folder, *options, stage='sft', evaluator=''):
 
 
 def last_line(process, status):
-  """What a process says last, when it has ended with a status."""
+  """Returns the last line of a process that has ended with a status."""
   _, said = process.communicate(timeout=LIMIT)
   assert process.returncode == status, said
   return said.splitlines()[-1]

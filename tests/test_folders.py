@@ -1,4 +1,4 @@
-"""A run's folder where a model's is asked for."""
+"""The folder of a run in place of the folder of a model."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ import tiny
 
 @pytest.fixture(scope='module')
 def run(world, tmp_path_factory):
-  """The folder of a finished run: its config.json, and model/."""
+  """Returns the folder of a finished run: its config.json, and model/."""
   folder = tmp_path_factory.mktemp('run')
   (folder / 'config.json').write_text(json.dumps(tiny.sft(world).to_dict()))
   shutil.copytree(world / 'reward', folder / 'model')

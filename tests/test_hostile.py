@@ -1,4 +1,4 @@
-"""Malicious folders, templates and texts: nothing in them runs; each ends soon, with one line."""
+"""Malicious folders, templates and texts: no code in them runs; each gives one line soon."""
 
 import collections
 import dataclasses
@@ -38,7 +38,7 @@ QUERY = 'base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight'
 
 @pytest.fixture(scope='module')
 def good(tmp_path_factory):
-  """A model with its tokenizer, and an adapter of it."""
+  """Returns a model with its tokenizer, and an adapter of it."""
   root = tmp_path_factory.mktemp('good')
   tiny.write_model(root / 'model', tiny.LLAMA)
   model, params = hf.load(root / 'model')
@@ -49,7 +49,7 @@ def good(tmp_path_factory):
 
 @pytest.fixture
 def marker(tmp_path, monkeypatch):
-  """A file that code from a folder would make; whoever is asked whether it may run answers yes."""
+  """Returns the file that code in a folder would create; answers yes to any question to run it."""
   monkeypatch.setattr('builtins.input', lambda *_: 'y')
   monkeypatch.setenv('MARKER', str(tmp_path / 'ran'))
   monkeypatch.setattr(sys, 'path', list(sys.path))
@@ -57,7 +57,7 @@ def marker(tmp_path, monkeypatch):
 
 
 class Bomb:
-  """Makes the marker where it is unpickled."""
+  """Creates the marker when it is unpickled."""
 
   def __reduce__(self):
     return (eval, ("__import__('pathlib').Path(__import__('os').environ['MARKER']).touch()",))
@@ -75,7 +75,7 @@ class Config(PretrainedConfig):
 
 
 def fields(file, **changes):
-  """Changes keys of a JSON file; a function is given the value that is there."""
+  """Changes keys of a JSON file; a function is called with the current value."""
 
   def change(folder):
     found = json.loads((folder / file).read_text())
@@ -93,7 +93,7 @@ def content(file, data):
 
 
 def pipe(file):
-  """A file that never ends, and to whose end a reader waits for ever."""
+  """Creates a file that never ends, so that its reader would wait forever."""
 
   def change(folder):
     (folder / file).unlink()
@@ -111,12 +111,12 @@ def link(file, target):
 
 
 def sparse(file, size):
-  """A file that says it is large, and takes no room."""
+  """Creates a file with a large size that occupies no space."""
   return lambda folder: os.truncate(folder / file, size)
 
 
 def pickled(file, name):
-  """A pickle that runs code, in place of safetensors."""
+  """Replaces safetensors by a pickle that runs code."""
 
   def change(folder):
     (folder / file).unlink()
@@ -126,7 +126,7 @@ def pickled(file, name):
 
 
 def code(file, **keys):
-  """Code of the folder's own, which its JSON names."""
+  """Adds code to the folder, which its JSON names."""
 
   def change(folder):
     (folder / 'own.py').write_text(CODE)
@@ -136,7 +136,7 @@ def code(file, **keys):
 
 
 def header(change):
-  """Changes the header of the weights, a dict, or gives the bytes of another."""
+  """Changes the header of the weights, a dict, or replaces its bytes."""
 
   def apply(folder):
     data = (folder / SINGLE).read_bytes()
@@ -332,7 +332,7 @@ def test_there_are_40():
 
 
 def test_code_beside_a_model_is_not_run(good, marker, tmp_path):
-  """A model that names code, whose weights are those of a known family, needs none."""
+  """The weights are those of a known family, so the named code is not needed."""
   shutil.copytree(good / 'model', tmp_path / 'model')
   code('config.json', auto_map={'AutoConfig': 'own.Config', 'AutoModelForCausalLM': 'own.Model'})(
     tmp_path / 'model'
@@ -378,7 +378,7 @@ def test_hostile_template(case, good, marker, monkeypatch):
 def test_the_limit_comes_neither_outside_nor_where_there_is_time():
   with time_limit.seconds(5):
     pass
-  for _ in range(2):  # and the next one has its own
+  for _ in range(2):  # the next one has its own limit
     with pytest.raises(time_limit.Exceeded), time_limit.seconds(0.1):
       while True:
         pass
@@ -404,7 +404,7 @@ TEXTS = [
 
 
 class Elements(html.parser.HTMLParser):
-  """Counts elements with the names of their attributes, and keeps the text."""
+  """Counts elements with the names of their attributes, and stores the text."""
 
   def __init__(self, page):
     super().__init__()
@@ -423,7 +423,7 @@ class Elements(html.parser.HTMLParser):
 
 
 def page(path, text):
-  """A report in which everything from data is `text`, with a number where names must differ."""
+  """Returns a report in which all data are `text`, with a number where names must differ."""
   report.write(
     path,
     title=text,
@@ -448,17 +448,17 @@ SVG = {'svg', 'g', 'text', 'tspan', 'path', 'use', 'defs', 'clippath', 'rect', '
 
 @pytest.mark.filterwarnings('ignore:.*(Glyph|constrained_layout)')
 def test_the_report_has_no_element_from_its_data(tmp_path):
-  """All texts at once make the elements, attributes and comments that a plain word makes."""
+  """Hostile texts give the same elements, attributes and comments as a plain word."""
   plain, hostile = (
     page(tmp_path / 'plain.html', 'word'),
     page(tmp_path / 'hostile.html', ''.join(TEXTS)),
   )
   shown = ''.join(hostile.text)
   assert all(text in shown for text in TEXTS[:-1])
-  # How many ticks a figure has goes by the width of its labels.
+  # The number of ticks of a figure depends on the width of its labels.
   page_alone = lambda found: {key: count for key, count in found.seen.items() if key[0] not in SVG}
   assert page_alone(hostile) == page_alone(plain)
-  assert set(hostile.seen) - set(plain.seen) <= {('path', 'style')}  # of another figure's size
+  assert set(hostile.seen) - set(plain.seen) <= {('path', 'style')}  # figures differ
 
 
 ESCAPES = '\x1b]0;owned\x07\x1b[2Jtext\r\x9b31m\x7f\n\tend'
@@ -472,7 +472,7 @@ def test_samples_tell_a_terminal_nothing(monkeypatch, capsys):
   if not generate.flags.FLAGS.is_parsed():
     generate.flags.FLAGS(['generate', '--model=x'])
   generate.main([])
-  assert capsys.readouterr().out == f'w1{ESCAPES}\n'  # a file gets what was sampled
+  assert capsys.readouterr().out == f'w1{ESCAPES}\n'  # files get the sampled text unchanged
   monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
   generate.main([])
   assert capsys.readouterr().out == r'w1\x1b]0;owned\x07\x1b[2Jtext\x0d\x9b31m\x7f' + '\n\tend\n'

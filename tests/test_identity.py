@@ -1,4 +1,4 @@
-"""A workdir belongs to one config: another one is named key by key, and stops."""
+"""A workdir belongs to one config: another config is refused, with all keys that differ."""
 
 import functools
 import json
@@ -22,7 +22,7 @@ import tiny
 
 
 def content(folder):
-  """{path: (bytes, time of change)} of all files."""
+  """Returns {path: (bytes, time of change)} of all files."""
   return {
     str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
     for path in sorted(folder.rglob('*'))
@@ -38,13 +38,13 @@ def changed(config, changes):
 
 
 def check(config, folder):
-  """The changes that a run in a folder may be resumed with."""
+  """Returns the changes with which a run in a folder may resume."""
   return identity.check(config, folder, build.defaults('sft'))
 
 
 @pytest.fixture(scope='module')
 def data(world, tmp_path_factory):
-  """A copy of the data that may be changed."""
+  """Returns a copy of the data that the test may change."""
   folder = tmp_path_factory.mktemp('data')
   shutil.copy(world / 'completions.jsonl', folder)
   return folder / 'completions.jsonl'
@@ -52,7 +52,7 @@ def data(world, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def begun(world, data, tmp_path_factory):
-  """A run that was stopped after 4 of 6 steps."""
+  """Returns a run that was stopped after 4 of 6 steps."""
   config = tiny.sft(world)
   config.data.path = str(data)
   config.data.kind = 'completion'
@@ -212,14 +212,14 @@ def test_a_fork_starts_from_the_newest_checkpoint(copied, tmp_path):
   assert {record['step'] for record in metrics.read(tmp_path / 'new')} == {4}
   origin = {'workdir': str(folder), 'step': 4}
   assert identity.read(tmp_path / 'new') == identity.to_plain_dict(other) | {'forked_from': origin}
-  # It was killed before its first checkpoint: it starts from there again, without --fork too.
+  # A fork killed before its first checkpoint restarts from its source, also without --fork.
   expected = (tmp_path / 'new' / 'model' / 'model.safetensors').read_bytes()
   shutil.rmtree(tmp_path / 'new' / 'model')
   shutil.rmtree(tmp_path / 'new' / 'checkpoints')
   loop.run(other, tmp_path / 'new')
   assert (tmp_path / 'new' / 'model' / 'model.safetensors').read_bytes() == expected
   shutil.rmtree(tmp_path / 'new' / 'model')
-  shutil.move(folder, tmp_path / 'away')  # from now on it needs no other folder
+  shutil.move(folder, tmp_path / 'away')  # the fork no longer needs the other folder
   loop.run(other, tmp_path / 'new')
   assert identity.read(tmp_path / 'new')['forked_from'] == origin
   assert [start['step'] for start in starts(tmp_path / 'new')] == [4, 4, 5]
@@ -250,7 +250,7 @@ def test_a_fork_that_cannot_start_leaves_no_folder(copied, tmp_path):
 
 
 def test_a_fork_is_what_its_config_says(world, tmp_path):
-  """Also where a checkpoint holds what the config sets: PPO's coefficient, and the random key."""
+  """The config overrides the KL coefficient and the random key of the checkpoint."""
   config = tiny.ppo(world)
   config.steps = 1
   loop.run(config, tmp_path / 'old')
@@ -264,7 +264,7 @@ def test_a_fork_is_what_its_config_says(world, tmp_path):
 
 
 def test_a_fork_with_another_seed_draws_from_its_keys(begun):
-  """The weights and the moments are the other run's all the same."""
+  """Weights and moments are still those of the other run."""
   config, folder = begun
   for seed in (config.seed, 9):
     other = changed(config, {'seed': seed})
@@ -286,7 +286,7 @@ def test_what_a_run_begins_with_is_that_of_its_last_first_step(begun, data, tmp_
   config = changed(begun[0], {'steps': 2})
   other = tmp_path / 'other.jsonl'
   other.write_text('\n'.join(data.read_text().splitlines()[:30]))
-  for path in (data, other):  # the first is killed before its first checkpoint
+  for path in (data, other):  # the first start is killed before its first checkpoint
     loop.run(changed(config, {'data.path': str(path)}), tmp_path / 'run')
     shutil.rmtree(tmp_path / 'run' / 'model')
     if path == data:

@@ -1,4 +1,4 @@
-"""Imports go one way, as .importlinter says, and the library does without torch."""
+"""Imports follow the layers of .importlinter, and the library does not import torch."""
 
 import pathlib
 import re
@@ -20,7 +20,7 @@ def test_imports_go_one_way():
 
 
 def test_every_module_has_its_layer():
-  """A new module at the top of the package must be placed."""
+  """A new module at the top of the package must be in the list."""
   named = set(re.findall(r'rlhf_jax\.(\w+)', (ROOT / '.importlinter').read_text()))
   there = {
     path.stem

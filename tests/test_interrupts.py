@@ -1,4 +1,4 @@
-"""The clock that says when to save, and what ends a run without losing anything."""
+"""The clock that decides when to save, and signals that end a run without losing steps."""
 
 import os
 import signal
@@ -16,14 +16,14 @@ from rlhf_jax import processes
 
 @pytest.fixture
 def now(monkeypatch):
-  """A clock that the test sets."""
+  """Returns a clock that the test sets."""
   time = [0.0]
   monkeypatch.setattr(interrupts.time, 'monotonic', lambda: time[0])
   return time
 
 
 def due_steps(clock, now, seconds_of_step, steps):
-  """The steps at which a clock is due, restarted at each as the loop does."""
+  """Returns the steps at which a clock is due, restarted at each as the loop does."""
   found = []
   for step in range(1, steps + 1):
     now[0] += seconds_of_step(step)
@@ -40,7 +40,7 @@ def test_one_process_looks_after_every_step(now):
 
 
 def test_the_first_process_decides_and_they_seldom_meet(now, monkeypatch):
-  """The first process's answers, replayed to a process with another clock, give the same steps."""
+  """Decisions of the main process give the same steps on a process with another clock."""
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   answers = []
   monkeypatch.setattr(
@@ -55,7 +55,7 @@ def test_the_first_process_decides_and_they_seldom_meet(now, monkeypatch):
 
 
 def script(body):
-  """A process that enters Signals and runs the body."""
+  """Starts a process that enters Signals and runs the body."""
   return subprocess.Popen(
     [
       sys.executable,

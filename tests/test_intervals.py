@@ -1,4 +1,4 @@
-"""Standard errors and intervals over prompts: by hand, against other formulas, and by coverage."""
+"""Standard errors and intervals over prompts: by hand, against other formulas, and coverage."""
 
 import itertools
 import math
@@ -30,7 +30,7 @@ def test_standard_error_by_hand():
 
 
 def wilson(p, n, z):
-  """(p + z²/2n ± z sqrt(p (1 - p) / n + z²/4n²)) / (1 + z²/n)."""
+  """Computes (p + z²/2n ± z sqrt(p (1 - p) / n + z²/4n²)) / (1 + z²/n)."""
   centre, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
   scale = 1 + z**2 / n
   return pytest.approx(((centre - half) / scale, (centre + half) / scale), abs=1e-9)
@@ -56,7 +56,7 @@ def test_with_draws_it_is_tangos():
 
 @pytest.mark.parametrize('wins, draws, losses', [(3, 5, 2), (0, 9, 1), (12, 30, 8), (40, 4, 0)])
 def test_the_ends_of_an_interval_are_at_1_96_standard_errors(wins, draws, losses):
-  """At each end p, shares of that win rate that a numerical search finds the likeliest."""
+  """At each end p, with the most likely fractions of that win rate by numerical search."""
   n = wins + draws + losses
   mean = (wins + draws / 2) / n
   for p in intervals.rate([1] * wins + [0.5] * draws + [0] * losses):
@@ -79,7 +79,7 @@ def test_the_ends_of_an_interval_are_at_1_96_standard_errors(wins, draws, losses
 
 
 def clustered(rng, *, between=1.0, within=1.0):
-  """Values [G * EACH] whose samples share an effect of their prompt, and the prompts."""
+  """Returns values [G * EACH] whose samples share an effect of their prompt, and the prompts."""
   effects = rng.normal(0, between, G)
   values = effects[:, None] + rng.normal(0, within, (G, EACH))
   return values.reshape(-1), [f'p{i}' for i in range(G) for _ in range(EACH)]
@@ -92,7 +92,7 @@ def test_shared_prompts_lower_the_number_of_samples_that_count():
   assert intervals.rate(won, prompts) == wilson(
     p, p * (1 - p) / error**2, stats.t.ppf(0.975, G - 1)
   )
-  # The order of samples does not matter; taken for independent they say too much.
+  # The order of samples does not matter; treated as independent, they give too small an error.
   order = np.random.default_rng(0).permutation(won.size)
   assert intervals.rate(won[order], [prompts[i] for i in order]) == pytest.approx(
     intervals.rate(won, prompts), abs=1e-9
@@ -103,13 +103,13 @@ def test_shared_prompts_lower_the_number_of_samples_that_count():
 def test_samples_that_are_all_alike_are_as_many_as_prompts():
   prompts = ['a', 'b', 'c', 'd'] * 20
   assert intervals.rate([1.0] * 80, prompts) == wilson(1.0, 4, stats.t.ppf(0.975, 3))
-  # Prompts that are alike among themselves, but not inside, leave all samples.
+  # If all prompts have the same mean, the effective size is the number of samples.
   even = np.repeat(range(20), 2).tolist()
   assert intervals.rate([1.0, 0.0] * 20, even) == wilson(0.5, 40, stats.t.ppf(0.975, 19))
 
 
 def games(policies, *, samples=EACH, seed=3):
-  """Outcomes of policies that answered G prompts, later ones better, and the prompts."""
+  """Returns the outcomes of policies on G prompts, later ones better, and the prompts."""
   rng = np.random.default_rng(seed)
   scores, _ = coverage.answers_of(rng, G, samples, policies, 0.0)
   scores = scores.reshape(-1, policies) + 0.4 * np.arange(policies)
@@ -176,7 +176,7 @@ CASES = [
   ids=[f'{name} {prompts} {words}' for name, prompts, words, _ in CASES],
 )
 def test_intervals_hold_the_truth_as_often_as_they_say(simulate):
-  """95 % of 600 within 2.5 standard errors of 0.9 %."""
+  """95 % of 600, within 2.5 standard errors of 0.9 %."""
   assert 0.928 <= coverage.coverage(simulate, 600)[0] <= 0.972
 
 
@@ -196,7 +196,7 @@ def test_the_whole_table_is_that_of_the_page():
 
 
 def test_the_interval_of_probabilities_is_wilsons_of_their_mean():
-  """Of values between 0 and 1: the interval of as many wins and losses with the same mean."""
+  """Values between 0 and 1 give the interval of wins and losses with the same mean."""
   assert intervals.rate([0.9, 0.1, 0.7, 0.3, 0.75, 0.25]) == pytest.approx(
     intervals.rate([1, 1, 1, 0, 0, 0])
   )

@@ -1,4 +1,4 @@
-"""Every random draw of a run has a key of its own."""
+"""Every random draw of a run has its own key."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ SEED, STEPS, WIDTH = 3, 64, 16
 
 
 def keys_of_steps():
-  """The key of each of the first steps, and the two of its rollout and its update."""
+  """Returns the key of each of the first steps, and those of its rollout and its update."""
   found = []
   for step in range(STEPS):
     state = types.TrainState(step, jax.random.key(SEED), {}, {})
@@ -27,7 +27,7 @@ def keys_of_steps():
 
 
 def adapters_of(critic):
-  """A of new adapters on the only map that has some, [2, 16, 4]: the policy's or a critic's."""
+  """Returns A [2, 16, 4] of new adapters on the only adapted map, the policy's or a critic's."""
   model = models.create(tiny.LLAMA)
   mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
   params = model.init(jax.random.key(0))
@@ -69,4 +69,4 @@ def test_heads_and_adapters_are_drawn_from_no_key_of_a_step():
 def test_purposes_have_keys_of_their_own_beyond_those_of_steps():
   purposes = [keys.HEAD, keys.ADAPTERS, keys.CRITIC_ADAPTERS, keys.EVALUATION]
   assert len(set(purposes)) == 4 and min(purposes) > 10**9
-  assert max(purposes) < 2**31  # as step numbers, so that none is cut to one of theirs
+  assert max(purposes) < 2**31  # fits into an int32, like step numbers

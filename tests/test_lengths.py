@@ -1,4 +1,4 @@
-"""lengths.py: what is cut, by loops; PPO in microbatches of like length is PPO on the whole."""
+"""lengths.py by loops; PPO in microbatches of similar length equals PPO on the full batch."""
 
 import functools
 
@@ -73,7 +73,7 @@ def test_rows_are_cut_to_the_next_stage(length):
 
 
 def episode(seed):
-  """A rollout of rows that fill each of the four stages, not in the order of their lengths."""
+  """Returns a rollout with responses in each of the four buckets, not sorted by length."""
   rng = np.random.default_rng(seed)
   prompt, response = rng.integers(1, P + 1, B), np.array([40, 3, 64, 16, 17, 1, 33, 9])
   place = np.arange(P + R)[None]
@@ -98,7 +98,7 @@ def episode(seed):
   ],
 )
 def test_ppo_is_the_same_whatever_is_cut(position, critic, kl, rope, world):
-  """Two epochs, two rows at a time, against all of them at once."""
+  """Two epochs, two sequences at a time, against all at once."""
   fields = LLAMA | ({'rope_scaling': rope, 'max_position_embeddings': 24} if rope else {})
   model = models.create(fields)
   config = tiny.ppo(world)
@@ -152,7 +152,7 @@ def test_ppo_is_the_same_whatever_is_cut(position, critic, kl, rope, world):
 
 
 def test_microbatches_are_cut_on_several_devices_too(world):
-  """Rows over 'data' and 'fsdp', parameters over 'fsdp' and 'tensor'."""
+  """Sequences over 'data' and 'fsdp', parameters over 'fsdp' and 'tensor'."""
   model = models.create(LLAMA)
   config = tiny.ppo(world)
   config.microbatch_size, config.rl.minibatches = 4, 1
@@ -196,7 +196,7 @@ def test_microbatches_are_cut_on_several_devices_too(world):
 
 
 def test_cutting_saves_the_work_of_what_is_cut(world):
-  """The compiled update of short rows is run on a quarter of the slots."""
+  """The compiled update of short responses runs on a quarter of the positions."""
   model = models.create(LLAMA)
   config = tiny.ppo(world)
   config.microbatch_size = 2

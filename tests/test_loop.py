@@ -1,4 +1,4 @@
-"""The loop: what it writes and when, what a seed decides, and what two rollouts share."""
+"""The loop: what it writes and when, the effect of seeds, and independence of rollouts."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ def records(path):
 
 @pytest.fixture(scope='module')
 def finished(world, tmp_path_factory):
-  """Five steps: logged every second, evaluated every third, with two checkpoints kept."""
+  """Returns a run of five steps, logged every 2, evaluated every 3, with two checkpoints kept."""
   config = tiny.sft(world, 'completion')
   config.data.held_out = 0.2
   config.update({'steps': 5, 'log_every': 2, 'checkpoint_every': 1})
@@ -34,7 +34,7 @@ def finished(world, tmp_path_factory):
 
 
 def test_metrics_are_written_when_they_are_due(finished):
-  """The first step, every second one, and the last; held-out metrics on lines of their own."""
+  """At the first, every second and the last step; held-out metrics on separate lines."""
   lines = records(finished[1] / 'metrics.jsonl')
   assert [line['step'] for line in lines if 'loss' in line] == [0, 1, 3, 4]
   assert [line['step'] for line in lines if 'held_out/loss' in line] == [2, 4]
@@ -64,7 +64,7 @@ def test_a_finished_run_is_left_alone(finished):
 
 
 def test_an_unfinished_run_can_be_read(finished, tmp_path):
-  """Its newest checkpoint holds what the export would."""
+  """Its newest checkpoint holds the parameters of the export."""
   shutil.copytree(finished[1], tmp_path / 'run')
   _, exported = hf.load(tmp_path / 'run' / 'model')
   shutil.rmtree(tmp_path / 'run' / 'model')
@@ -83,7 +83,7 @@ def test_epochs_are_passes_over_the_rows(world, epochs, steps):
 
 @pytest.fixture(scope='module')
 def still(world, tmp_path_factory):
-  """Runs PPO that never moves, always on the same prompt, and returns the samples of each step."""
+  """Runs PPO with a learning rate of 0 on a single prompt; returns the samples of each step."""
   folder = tmp_path_factory.mktemp('still')
   tiny.write_jsonl(folder / 'one.jsonl', [{'prompt': 'w5 w6', 'number': 0}])
 
@@ -103,15 +103,15 @@ def still(world, tmp_path_factory):
 
 def test_seeds_and_steps_decide_what_is_sampled(still):
   first, second, metrics = still(0)
-  assert first != second  # Two rollouts of a run.
-  assert len(set(first)) > 8  # Rows of a batch.
+  assert first != second  # two rollouts of a run
+  assert len(set(first)) > 8  # responses of a batch
   assert still(0)[:2] == (first, second)
   assert still(1)[0] != first
   assert [line['step'] for line in metrics] == [0, 1]
 
 
 def test_raw_responses_are_scored_as_they_are_read(world, monkeypatch):
-  """Sampling goes on past the EOS; the reward function sees what stands before it."""
+  """Sampling continues past the EOS; the reward function reads the text before it."""
   config = tiny.ppo(world, 'openai2019')
   config.sampling.max_new_tokens = 24
   mesh = sharding.make_mesh({}, devices=jax.devices()[:1])

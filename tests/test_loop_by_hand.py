@@ -1,4 +1,4 @@
-"""The programs of docs/loop_by_hand.md: each trains the same model as a run of the same config."""
+"""The programs of docs/loop_by_hand.md train the same model as a run of the same config."""
 
 import pathlib
 import re
@@ -18,7 +18,7 @@ CONFIG, REWARD, LEARNER, PARTS = re.findall(r'```python\n(.*?)```', PAGE.read_te
 
 @pytest.fixture(scope='module')
 def folder(world, tmp_path_factory):
-  """The folder that the page asks for, as the working directory."""
+  """Returns the folder that the page asks for, which is the working directory."""
   folder = tmp_path_factory.mktemp('by_hand')
   shutil.copytree(world / 'model', folder / 'model')
   shutil.copy(world / 'prompts.jsonl', folder)
@@ -32,7 +32,7 @@ def folder(world, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def variables(folder):
-  """What the page's config defines."""
+  """Returns the variables that the page's config defines."""
   variables = {}
   exec(CONFIG, variables)
   return variables
@@ -40,13 +40,13 @@ def variables(folder):
 
 @pytest.fixture(scope='module')
 def run(folder, variables):
-  """A run of the page's config; returns its folder."""
+  """Runs the page's config; returns its folder."""
   pipeline.run_stage(variables['config'], folder / 'run')
   return folder / 'run'
 
 
 def same_parameters(one, other):
-  """Whether two Hugging Face folders hold the same bits."""
+  """Returns whether two Hugging Face folders hold the same bits."""
   one, other = (load_file(path / 'model.safetensors') for path in (one, other))
   assert one.keys() == other.keys()
   return all(np.array_equal(one[name], other[name]) for name in one)
@@ -64,6 +64,6 @@ def test_it_trains_the_same_model(code, exported, folder, variables, run):
 
 
 def test_the_loop_from_the_parts_is_short():
-  """What is inside `with`: from the tokenizer to the export."""
+  """The body of `with`, from the tokenizer to the export."""
   lines = [line for line in PARTS.splitlines() if line.startswith('  ')]
   assert len(lines) <= 25

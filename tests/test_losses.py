@@ -1,4 +1,4 @@
-"""losses.py and logprobs.py against hand arithmetic and against the loops of references.py."""
+"""losses.py and logprobs.py against arithmetic by hand and the loops of references.py."""
 
 import functools
 
@@ -22,14 +22,14 @@ def jitted(fn, **settings):
 
 
 def tokens(case, *scales):
-  """float32 arrays [B, R] of the given scales."""
+  """Returns float32 arrays [B, R] with the given scales."""
   rng = np.random.default_rng(case)
   shape = SHAPES[case % len(SHAPES)]
   return [rng.normal(0, scale, shape).astype(np.float32) for scale in scales]
 
 
 def each(fn, *arrays):
-  """Applies a reference that takes one token to whole arrays; one array per result."""
+  """Applies a reference for one token to full arrays; returns one array per result."""
   rows = [fn(*(float(x) for x in values)) for values in zip(*(a.ravel() for a in arrays))]
   return [np.reshape(column, arrays[0].shape) for column in zip(*rows)]
 
@@ -132,9 +132,9 @@ def test_pairwise_loss_by_hand():
   log3 = np.log(3.0)
   # sigmoid(ln 3) = 3/4.
   close(pair(jnp.array([[log3, 0.0]]), margin=jnp.zeros(1))[0], [-np.log(0.75)])
-  # A margin of ln 3 takes the lead away: sigmoid(0) = 1/2.
+  # A margin of ln 3 cancels the gap: sigmoid(0) = 1/2.
   close(pair(jnp.array([[log3, 0.0]]), margin=jnp.array([log3]))[0], [np.log(2)])
-  # Label wrong with probability 0.1: -0.9 ln 3/4 - 0.1 ln 1/4.
+  # Labels wrong with probability 0.1: -0.9 ln 3/4 - 0.1 ln 1/4.
   close(
     pair(jnp.array([[log3, 0.0]]), margin=jnp.zeros(1), label_smoothing=0.1)[0],
     [-0.9 * np.log(0.75) - 0.1 * np.log(0.25)],
@@ -209,7 +209,7 @@ def test_policy_loss_and_gradient_agree_with_loops(settings):
 
 
 def holed(case):
-  """A mask of the case's shape with holes, and here and there an empty response."""
+  """Returns a mask of the case's shape with holes, and some empty responses."""
   rng = np.random.default_rng([case, 1])
   shape = SHAPES[case % len(SHAPES)]
   lengths = rng.integers(0, shape[1] + 1, shape[0])
@@ -264,7 +264,7 @@ def test_microbatches_add_up_to_the_normalized_loss(normalize):
     counts = mask.sum(), len(mask)
     whole = np.sum(fn(mask, *counts) * loss)
     parts = 0.0
-    for rows in ([0], [1, 2], [3]):  # uneven, and each cut to its longest response
+    for rows in ([0], [1, 2], [3]):  # of different sizes, each truncated to its longest response
       cut = max(1, np.max(np.where(mask[rows], np.arange(8) + 1, 0)))
       part = mask[rows, :cut]
       parts += np.sum(fn(part, *counts) * loss[rows, :cut])
@@ -272,7 +272,7 @@ def test_microbatches_add_up_to_the_normalized_loss(normalize):
 
 
 def test_gspo_and_gspo_token_have_the_same_gradient():
-  # For one advantage per sequence, meaned over its tokens (GSPO §4.3), clipped or not.
+  # With one advantage per sequence and means over its tokens (GSPO §4.3), clipped or not.
   def gradient(new, old, mask, advantages, *, level):
     def total(x):
       ratios = losses.log_ratio(x, old, mask, level=level)
@@ -314,7 +314,7 @@ def test_value_loss_and_gradient_agree_with_loops(bound):
 
 
 def comparison(case):
-  """Scores, ratings, ranks with ties, present and margin of a batch of 5 prompts, K = 4."""
+  """Returns scores, ratings, ranks with ties, present and margin of 5 prompts with K = 4."""
   rng = np.random.default_rng(case)
   scores, ratings = rng.normal(size=(2, 5, 4)).astype(np.float32)
   present = rng.random((5, 4)) < 0.8
@@ -328,7 +328,7 @@ def comparison(case):
 
 
 def agree(found, expected):
-  """`expected` has None where the prompt does not count."""
+  """Compares losses; `expected` is None for prompts that do not count."""
   loss, valid = found
   assert [x is not None for x in expected] == valid.tolist()
   close(loss, [x or 0.0 for x in expected])

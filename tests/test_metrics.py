@@ -1,4 +1,4 @@
-"""What a run writes, and what is left of it after a kill and a resume."""
+"""The files that a run writes, and their contents after a kill and a resume."""
 
 import json
 import math
@@ -24,7 +24,7 @@ def write(workdir, steps, **options):
 
 
 def events(workdir):
-  """Events of every TensorBoard file, in the order of writing."""
+  """Returns the events of every TensorBoard file, in the order of writing."""
   found = []
   for path in sorted((workdir / 'tensorboard').iterdir(), key=lambda p: p.stat().st_mtime_ns):
     data, i = path.read_bytes(), 0
@@ -82,7 +82,7 @@ def test_a_killed_and_resumed_run_leaves_the_same_bytes(tmp_path):
   write(tmp_path / 'killed', range(7))
   for name in ('metrics.jsonl', 'samples.jsonl'):
     path = tmp_path / 'killed' / name
-    path.write_bytes(path.read_bytes()[:-9])  # the last line is torn
+    path.write_bytes(path.read_bytes()[:-9])  # the last line is incomplete
   assert len(metrics.read(tmp_path / 'killed')) == 6
   write(tmp_path / 'killed', range(4, 10), resume_step=4)
   for name in ('metrics.jsonl', 'samples.jsonl'):
@@ -103,7 +103,7 @@ def test_tensorboard_gets_the_scalars_and_the_purge(tmp_path):
   scalars = [(e.step, v.simple_value) for e in found for v in e.summary.value if v.tag == 'loss']
   assert [step for step, _ in scalars] == [0, 1, 2, 2, 3]
   assert scalars[-1][1] == pytest.approx(0.3)
-  # A session that starts at step 2 makes TensorBoard forget the first run's step 2.
+  # A session that starts at step 2 makes TensorBoard drop the first run's step 2.
   starts = [e.step for e in found if e.HasField('session_log') and e.session_log.status == 1]
   assert starts[-1] == 2
 
@@ -150,7 +150,7 @@ def test_wandb_missing_says_how_to_get_it(tmp_path, monkeypatch):
 
 
 def test_the_seconds_of_a_step_are_those_since_the_last_logged_one(tmp_path, monkeypatch):
-  """Steps that are not logged are not waited for: what they take shows at the next that is."""
+  """The host does not wait for other steps; their time is included at the next logged step."""
   now = [0.0]
   monkeypatch.setattr(metrics.time, 'perf_counter', lambda: now[0])
   with metrics.Writer(tmp_path) as writer:

@@ -1,4 +1,4 @@
-"""The notebooks, executed from top to bottom: at debug size, and as they are when asked for."""
+"""The notebooks, run from top to bottom: at debug size, and at full size if requested."""
 
 import ast
 import base64
@@ -54,18 +54,18 @@ def number(text):
 
 
 class Outputs:
-  """What a notebook has printed and shown."""
+  """The printed and displayed output of a notebook."""
 
   def __init__(self, notebook):
     self.cells = [cell for cell in notebook.cells if cell.cell_type == 'code']
 
   def of(self, text):
-    """The outputs of the one code cell that contains `text`."""
+    """Returns the outputs of the one code cell that contains `text`."""
     [cell] = [cell for cell in self.cells if text in cell.source]
     return cell.outputs
 
   def text(self, text):
-    """What that cell printed or returned, as plain text."""
+    """Returns the text that a cell printed or returned."""
     return ''.join(
       output.get('text', '') + output.get('data', {}).get('text/plain', '')
       for output in self.of(text)
@@ -73,16 +73,16 @@ class Outputs:
     )
 
   def html(self, text):
-    """The HTML that it returned."""
+    """Returns the HTML that a cell returned."""
     return ''.join(output.get('data', {}).get('text/html', '') for output in self.of(text))
 
   def pictures(self, text):
-    """The pictures that it drew, as PNG."""
+    """Returns the pictures that a cell drew, as PNG."""
     images = [output.get('data', {}).get('image/png') for output in self.of(text)]
     return [base64.b64decode(image) for image in images if image]
 
   def table(self, text):
-    """The table that it returned, a DataFrame whose index is the first column."""
+    """Returns the table that a cell returned, a DataFrame indexed by the first column."""
     (_, *columns), *rows = Cells(self.html(text)).rows
     cells = [[number(cell) for cell in row[1:]] for row in rows]
     return pandas.DataFrame(cells, [row[0] for row in rows], columns)
@@ -115,7 +115,7 @@ def test_the_four_notebooks_are_there():
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_stored_with_its_results(path):
-  """The docs show them: no path of a machine, no errors and warnings, and not too large."""
+  """For the docs: no local path, no errors or warnings, and a limited size."""
   text = path.read_text(encoding='utf-8')
   assert len(text) < 400_000 and not re.search(r'/(tmp|home|root|work)/', text)
   notebook = nbformat.reads(text, as_version=4)
@@ -129,7 +129,7 @@ def test_a_notebook_is_stored_with_its_results(path):
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_refuses_to_install_from_nowhere(path, tmp_path, monkeypatch):
-  """Its first cell: nothing if rlhf_jax is installed, else a message before pip runs."""
+  """The first cell does nothing if rlhf_jax is installed, else gives a message before pip."""
   notebook = nbformat.read(path, as_version=4)
   source = next(cell.source for cell in notebook.cells if cell.cell_type == 'code')
   source = source.replace('%pip install --quiet {REPOSITORY}', 'installed.append(REPOSITORY)')
@@ -164,7 +164,7 @@ def check_quickstart(outputs):
 
 
 def check_ppo_step_by_step(outputs):
-  """The numbers by hand are those of the train step, and the ratio of the first step is 1."""
+  """The numbers by hand equal those of the train step; the ratio of the first step is 1."""
   table = outputs.table('hand = {')
   assert len(table) == 12
   assert (table['by hand'] - table['train_step']).abs().max() < 1e-3
@@ -177,7 +177,7 @@ def check_ppo_step_by_step(outputs):
 
 
 def check_reward_hacking(outputs):
-  """Both runs report gold beside proxy, and the overrated responses come in order."""
+  """Both runs report gold and proxy scores, and the overrated responses are sorted."""
   summary = outputs.table('def summary(')
   assert list(summary.index) == ['kl_coef 0.01', 'kl_coef 0.3']
   gap = summary['proxy'] - summary['gold'] - summary['proxy - gold']
@@ -186,13 +186,13 @@ def check_reward_hacking(outputs):
   gaps = overrated['proxy'] - overrated['gold']
   assert len(overrated) > 1 and (gaps.diff().dropna() < 0.02).all()
   for cell in ('kl_coef=0.01', 'kl_coef=0.3)'):
-    assert len(outputs.pictures(cell)) == 2  # gold and proxy, and the run's own
+    assert len(outputs.pictures(cell)) == 2  # of gold and proxy, and of the run
   assert outputs.pictures('def frontier(')
   return summary
 
 
 def check_your_own_data(outputs):
-  """The reward function by hand, a comparison on new messages, and a saved model that answers."""
+  """The reward function by hand, a comparison on new messages, and a saved model."""
   assert ast.literal_eval(outputs.text("friendliness(\n  ['']")) == [3.0, -2.0]
   assert 'other messages to test' in outputs.text('read_csv')
   comparison = outputs.table('rl.compare(')
@@ -220,7 +220,7 @@ def test_your_own_data(tmp_path):
 
 @pytest.mark.slow
 def test_notebooks_at_full_size(tmp_path):
-  """They show what they say: PPO learns, and a small penalty lets it exploit the reward model."""
+  """PPO learns, and with a small penalty it exploits the reward model, as the texts state."""
   outputs = {}
   for path in NOTEBOOKS:
     (tmp_path / path.stem).mkdir()

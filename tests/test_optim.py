@@ -29,7 +29,7 @@ PLAIN = dict(
 
 
 def run(optimizer, params, gradients):
-  """Parameters after each gradient."""
+  """Returns the parameters after each gradient."""
 
   @jax.jit
   def step(params, state, grads):

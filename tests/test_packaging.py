@@ -17,7 +17,7 @@ setuptools = pytest.importorskip('setuptools')
 from packaging import requirements
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Imported names whose distribution is called otherwise.
+# Imported names whose distribution has another name.
 DISTRIBUTIONS = {
   'absl': 'absl-py',
   'orbax': 'orbax-checkpoint',
@@ -40,24 +40,24 @@ OPTIONAL = {
 
 @pytest.fixture(scope='module')
 def declared():
-  """The keyword arguments of setup.py's only call."""
+  """Returns the keyword arguments of setup.py's only call."""
   with mock.patch('setuptools.setup') as setup:
     exec(compile((ROOT / 'setup.py').read_text(), 'setup.py', 'exec'), {})
   return setup.call_args.kwargs
 
 
 def names(lines):
-  """The normalized names of requirement lines."""
+  """Returns the normalized names of requirement lines."""
   return {normalized(requirements.Requirement(line).name) for line in lines}
 
 
 def normalized(name):
-  """A distribution's name, as PEP 503 compares them."""
+  """Normalizes the name of a distribution as in PEP 503."""
   return re.sub(r'[-_.]+', '-', name).lower()
 
 
 def imported(*folders):
-  """Distributions that the Python files in some folders import, without the standard library's."""
+  """Returns the distributions, except the standard library, that files in some folders import."""
   modules = set()
   for folder in folders:
     for path in (ROOT / folder).rglob('*.py'):
@@ -119,7 +119,7 @@ def test_every_package_folder_is_found(declared):
 
 @pytest.fixture(scope='module')
 def installed(tmp_path_factory):
-  """A folder with the contents of the wheel, built from a copy of the files it is made from."""
+  """Returns a folder with the contents of the wheel, built from a copy of its sources."""
   folder = tmp_path_factory.mktemp('wheel')
   source = folder / 'source'
   source.mkdir()
@@ -148,7 +148,7 @@ def test_the_wheel_has_the_modules_the_configs_and_the_command(installed):
 
 
 def test_a_config_is_found_by_name_in_an_empty_folder(installed, tmp_path):
-  """With the unpacked wheel alone, as `rlhf run --config=quickstart:debug` would do."""
+  """Uses only the unpacked wheel, as `rlhf run --config=quickstart:debug` would."""
   code = (
     'import sys; from rlhf_jax import cli; sys.argv[0] = "rlhf"; cli.main(); print(cli.__file__)'
   )

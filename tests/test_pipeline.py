@@ -1,4 +1,4 @@
-"""Stages run in order, once, in their folders, and a mistake in any is found at the start."""
+"""Stages run in order, once, in their folders; mistakes in any stage are found at the start."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ RAN = []
 
 
 def note(folder, *, text, paths, seed):
-  """A stage: writes down what it was called with."""
+  """A stage that writes its arguments."""
   RAN.append(folder.name)
   if text == 'fail':
     raise errors.UserError('this stage fails')
@@ -29,7 +29,7 @@ def unseeded(folder, *, text):
 
 
 def checked(folder, *, text):
-  """A stage with a check of its own."""
+  """A stage with its own check."""
 
 
 def check(*, text):
@@ -46,7 +46,7 @@ def ran():
 
 
 def make_config(world=''):
-  """Three stages of functions, and one of training that is not in `stages`."""
+  """Returns three stages of functions, and a training stage that is not in `stages`."""
   config = ml_collections.ConfigDict(
     {
       'seed': 5,
@@ -108,7 +108,7 @@ def test_a_finished_stage_is_not_run_again_until_its_folder_is_deleted(tmp_path,
 
 def test_stages_can_be_picked(tmp_path, ran):
   config = make_config()
-  config.stages = ('third,first',)  # as the command line gives --config.stages=third,first
+  config.stages = ('third,first',)  # from --config.stages=third,first
   pipeline.run(config, tmp_path)
   assert ran == ['third', 'first']
 
@@ -326,7 +326,7 @@ def test_a_stage_of_training_runs_in_its_folder_with_the_pipelines_seed(tmp_path
 
 
 def test_a_finished_stage_may_not_become_longer_and_an_unfinished_one_may(tmp_path, monkeypatch):
-  """Longer, it would not run again, and the stages after it would take it for what it is not."""
+  """A longer one would not run again, and later stages would use the shorter result."""
   lengths = []
   monkeypatch.setattr(loop, 'run', lambda stage, folder: lengths.append(stage.steps))
   config = make_config('$workdir')

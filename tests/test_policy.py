@@ -1,4 +1,4 @@
-"""Texts in, texts out: batches, log-probabilities, errors, and the command line."""
+"""TextPolicy: batches, log-probabilities, errors, and the command line."""
 
 import os
 import pathlib
@@ -61,7 +61,7 @@ def test_batches_with_a_remainder_are_like_one_batch(policy, monkeypatch):
     policy.rollout_logprobs(whole.rollout, temperature=0.8), logprobs, atol=1e-5
   )
   one = sample(policy, ['w1'] * 7, temperature=1.0, ignore_eos=True)
-  assert len({tuple(row) for row in one.rollout.tokens.tolist()}) == 7  # each batch its own key
+  assert len({tuple(row) for row in one.rollout.tokens.tolist()}) == 7  # each batch has its own key
 
 
 @pytest.mark.parametrize('count, batch', [(7, 3), (6, 3), (2, 3), (1, 1)])
@@ -89,7 +89,7 @@ def test_logprobs_are_summed_over_the_response(policy):
 
 
 def test_stop_strings_end_responses_behind_them(policy):
-  """Against responses without stops: one token ('w7'), within a word ('2'), several words."""
+  """Against responses without stops: one token ('w7'), part of a word ('2'), several words."""
   free = sample(policy, temperature=1.0, max_new_tokens=12, ignore_eos=True)
   for stop in (['w7'], ['2'], ['w1', 'w4 ', 'w33 w']):
     found = sample(policy, temperature=1.0, max_new_tokens=12, ignore_eos=True, stop=stop)
@@ -125,7 +125,7 @@ def test_a_token_ends_responses_in_place_of_the_eos(policy):
 
 def test_tokens_before_which_nothing_ends(policy):
   found = sample(policy, temperature=1.0, max_new_tokens=12, stop=['w', 'w5'], min_new_tokens=4)
-  np.testing.assert_array_equal(found.rollout.response_mask.sum(axis=1), 5)  # Every word has a w.
+  np.testing.assert_array_equal(found.rollout.response_mask.sum(axis=1), 5)  # every word has a w
   assert not (found.rollout.tokens[:, -12:-8] == tiny.EOS).any()
 
 
@@ -146,7 +146,7 @@ def test_a_prompt_and_response_beyond_the_context(policy):
 def test_an_empty_prompt_begins_with_the_bos(policy, world, tmp_path):
   found = sample(policy, [''])
   assert found.rollout.tokens[0, 0] == tiny.BOS and found.rollout.mask[0, 0]
-  # Without a BOS there is nothing to begin with.
+  # Without a BOS there is no first token.
   shutil.copytree(world / 'model', tmp_path / 'model')
   policy = policy_lib.TextPolicy.load(tmp_path / 'model')
   policy.tokenizer.backend_tokenizer.post_processor = processors.Sequence([])

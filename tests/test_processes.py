@@ -1,4 +1,4 @@
-"""Several processes on this machine train like one that has all their devices."""
+"""Several processes on this machine train like one process with all of their devices."""
 
 import ctypes
 import functools
@@ -31,9 +31,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / 'launch' / 'local.sh'
 CLOCKS = ('seconds/', 'tokens_per_second/', 'memory/')
 LIMIT = 900
-# Every axis divides by 8.
+# 8 divides every axis.
 WIDE = tiny.LLAMA | {'num_attention_heads': 8, 'num_key_value_heads': 8, 'hidden_size': 32}
-# With two devices a process, 'tensor': 2 stays within one; all else crosses.
+# With two devices per process, only 'tensor': 2 stays within a process.
 MESHES = [
   {'data': 8},
   {'fsdp': 8},
@@ -45,7 +45,7 @@ MESHES = [
 
 @pytest.fixture(scope='session')
 def wide(tmp_path_factory):
-  """The tiny world with a policy and a reward model that eight devices can split along any axis."""
+  """Returns a tiny world whose models eight devices can split along any axis."""
   folder = tiny.write(tmp_path_factory.mktemp('wide'))
   tiny.write_model(folder / 'model', WIDE)
   tiny.write_model(folder / 'reward', WIDE, reward=True)
@@ -53,7 +53,7 @@ def wide(tmp_path_factory):
 
 
 def environment(devices=1):
-  """Of a process that has some CPU devices."""
+  """Returns the environment of a process with some CPU devices."""
   return os.environ | {
     'JAX_PLATFORMS': 'cpu',
     'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}',
@@ -63,7 +63,7 @@ def environment(devices=1):
 
 
 def command(world, workdir, mesh, *options, stage='ppo'):
-  """The same for one process and for several."""
+  """Returns the same command for one process and for several."""
   sizes = {'data': 1, 'fsdp': 1, 'tensor': 1} | mesh
   return [
     sys.executable,
@@ -87,7 +87,7 @@ def start(arguments, workdir, *, processes=1, devices=1):
 
 
 def run(arguments, workdir, **sizes):
-  """Runs to the end."""
+  """Runs a command to its end."""
   code = start(arguments, workdir, **sizes).wait(LIMIT)
   assert code == 0, log(workdir)
 
@@ -97,7 +97,7 @@ def log(workdir):
 
 
 def metrics(workdir):
-  """Every step's metrics but for what a clock says."""
+  """Returns the metrics of every step, without times."""
   return [
     {name: value for name, value in record.items() if not name.startswith(CLOCKS)}
     for record in metrics_lib.read(workdir)
@@ -105,7 +105,7 @@ def metrics(workdir):
 
 
 def assert_same_metrics(found, expected, steps):
-  """To 1e-5, as reductions add up in another order."""
+  """Compares metrics to 1e-5, because reductions add up in another order."""
   found, expected = metrics(found), metrics(expected)
   assert [record['step'] for record in found] == [record['step'] for record in expected]
   assert {record['step'] for record in found} == set(steps)
@@ -121,7 +121,7 @@ def assert_same_metrics(found, expected, steps):
 
 
 def assert_same_model(found, expected):
-  """The exported folders hold the same parameters to 1e-5."""
+  """Compares the parameters in the exported folders to 1e-5."""
   (_, a), (_, b) = hf.load(found / 'model'), hf.load(expected / 'model')
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), a, b)
 
@@ -136,7 +136,7 @@ def kill_when(process, workdir, lines, kill):
 
 
 def process_of(launcher, number):
-  """The Linux process id of process `number` of a launcher's."""
+  """Returns the Linux process id of process `number` of a launcher."""
   for folder in pathlib.Path('/proc').glob('[0-9]*'):
     try:
       variables = (folder / 'environ').read_bytes().split(b'\0')
@@ -151,7 +151,7 @@ def process_of(launcher, number):
 
 
 def out_of_order(hlo):
-  """Pairs of a loop of collectives and a later scheduled collective independent of it."""
+  """Returns pairs of a loop of collectives and a later independent collective."""
   collective = re.compile(
     r' (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)\('
   )
@@ -182,7 +182,7 @@ def out_of_order(hlo):
 def test_an_update_has_no_loop_around_collectives_with_others_behind_it(
   minibatches, microbatch, wide, monkeypatch
 ):
-  """Such a loop would not be waited for, see `processes.must_unroll`."""
+  """XLA would not wait for such a loop, see `processes.must_unroll`."""
   monkeypatch.setattr(processes, 'must_unroll', lambda: True)
   config = tiny.get_config(f'stage=ppo,world={wide}')
   config.rl.minibatches, config.microbatch_size = minibatches, microbatch
@@ -195,9 +195,9 @@ def test_an_update_has_no_loop_around_collectives_with_others_behind_it(
 
 
 def test_two_processes_train_like_one_with_two_devices(world, tmp_path):
-  """PPO with a Python reward and ptx: parameters split over both, each scores its own part.
+  """PPO with a Python reward and ptx: parameters are split over both, each scores its part.
 
-  SIGTERM to one process saves the same step of both, and the same command resumes.
+  SIGTERM to one process makes both save the same step, and the same command resumes.
   """
   options = [
     '--config.steps=5',
@@ -225,14 +225,14 @@ def test_two_processes_train_like_one_with_two_devices(world, tmp_path):
   assert_same_model(two, one)
   assert (two / 'samples.jsonl').read_text() == (one / 'samples.jsonl').read_text()
   assert len(metrics_lib.read_samples(two)) == 5 * 16
-  assert len(list((two / 'tensorboard').iterdir())) == 2  # The first process writes, and no other.
+  assert len(list((two / 'tensorboard').iterdir())) == 2  # only the first process writes
   assert not list(two.glob('.model.*')) and (two / 'report.html').exists()
   assert log(two).count('100%') == log(one).count('100%')
 
 
 @pytest.mark.slow
 def test_ten_stops_of_four_processes(wide, tmp_path):
-  """SIGTERM at any moment to any of them costs no step but the one it comes in."""
+  """SIGTERM at any moment to any process repeats at most the step in progress."""
   options = ['--config.steps=150', '--config.checkpoint_every=None']
   mesh, draw, stopped = {'data': 2, 'fsdp': 2}, random.Random(4), []
   whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
@@ -247,7 +247,7 @@ def test_ten_stops_of_four_processes(wide, tmp_path):
     ):
       assert launcher.poll() is None, log(resumed)
       time.sleep(0.02)
-    time.sleep(draw.uniform(0.0, 6.0))  # while it compiles, or trains
+    time.sleep(draw.uniform(0.0, 6.0))  # during compilation or training
     os.kill(process_of(launcher, number), signal.SIGTERM)
     assert launcher.wait(LIMIT) == 143, log(resumed)
     stopped.append(metrics(resumed)[-1]['step'] + 1 if metrics(resumed) else 0)
@@ -265,7 +265,7 @@ def test_ten_stops_of_four_processes(wide, tmp_path):
   'mesh, rows', [*((mesh, 0) for mesh in MESHES), ({'data': 4, 'fsdp': 2}, 8)], ids=str
 )
 def test_four_processes_with_two_devices_train_like_one_with_eight(mesh, rows, wide, tmp_path):
-  """And with `rows` at work at a time like one where all are."""
+  """Continuous batching gives the same as decoding all responses together."""
   options = ['--config.steps=5', '--config.checkpoint_every=0', '--config.samples_every=1']
   run(command(wide, tmp_path / 'one', mesh, *options), tmp_path / 'one', devices=8)
   run(
@@ -295,7 +295,7 @@ def test_one_process_goes_on_where_four_stopped(stage, wide, tmp_path):
   )
   assert steps and 0 < steps[-1] < 8, steps
   name = 'policy' if stage == 'ppo' else 'reward'
-  restored = checkpoint.load_params(moved, name)  # By this process, on one of its devices.
+  restored = checkpoint.load_params(moved, name)  # on one device of this process
   assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(restored))
   run(arguments, moved, devices=8)
   assert_same_metrics(moved, whole, range(8))
@@ -323,7 +323,7 @@ def test_a_killed_process_ends_the_job_and_the_restart_ends_like_a_whole_run(
 
 
 def fails(prompts, responses, *, response_tokens, metadata):
-  """A reward function that fails on process 1 alone, in the way that the environment says."""
+  """A reward function that fails only on process 1, as the environment variable says."""
   del prompts, response_tokens, metadata
   way = os.environ['WAY_TO_FAIL'] if os.environ['PROCESS_ID'] == '1' else ''
   if way == 'raises':
@@ -442,7 +442,7 @@ def test_whatever_ends_one_process_ends_all_within_a_minute(
   assert launcher.wait(180) == status, log(run)
   if not isinstance(way, str):
     assert time.monotonic() - began < 60
-  while members(launcher):  # it was killed itself: they see that it is gone
+  while members(launcher):  # the launcher itself was killed, which the processes notice
     assert time.monotonic() - began < 60
     time.sleep(0.1)
   assert re.search(said, log(run)), log(run)
@@ -450,7 +450,7 @@ def test_whatever_ends_one_process_ends_all_within_a_minute(
 
 
 def members(launcher):
-  """The process ids that are left of a launcher's session, but for zombies."""
+  """Returns the process ids of a launcher's session, without zombies."""
   return [
     process.pid
     for process in psutil.process_iter()
@@ -468,7 +468,7 @@ def _session(pid):
 
 
 def wait_until(process, workdir, condition):
-  """Returns when a condition holds; the run must not have ended."""
+  """Waits until a condition holds; the run must not end before."""
   end = time.monotonic() + LIMIT
   while not condition():
     assert process.poll() is None and time.monotonic() < end, log(workdir)
@@ -483,7 +483,7 @@ def test_all_pass_over_a_checkpoint_that_one_cannot_read(wide, tmp_path):
   run(arguments, workdir, processes=2)
   expected = metrics(workdir), (workdir / 'model' / 'model.safetensors').read_bytes()
   (workdir / 'model').rename(tmp_path / 'before')
-  # What process 1 wrote, and alone reads: the others notice nothing.
+  # Files that only process 1 reads and writes, so the other processes see no error.
   files = (workdir / 'checkpoints' / '6' / 'state' / 'ocdbt.process_1' / 'd').iterdir()
   damaged = max(files, key=lambda path: path.stat().st_size)
   damaged.write_bytes(damaged.read_bytes()[:100])
@@ -494,7 +494,7 @@ def test_all_pass_over_a_checkpoint_that_one_cannot_read(wide, tmp_path):
 
 @pytest.mark.slow
 def test_the_quickstart_runs_on_two_processes(tmp_path):
-  """All stages, trained on both, functions on the first; the results are those of one process."""
+  """Training runs on both processes, functions on the first; results equal those of one process."""
   one, two = tmp_path / 'one', tmp_path / 'two'
   arguments = lambda workdir: [
     sys.executable,
@@ -519,9 +519,9 @@ def test_the_quickstart_runs_on_two_processes(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_resume_large_texts_where_four_were_killed(world, tmp_path):
-  """Texts packed as they are drawn: the batches equal those of one uninterrupted process."""
+  """Texts packed during training: the batches equal those of one uninterrupted process."""
   data = tmp_path / 'large.jsonl'
-  with open(data, 'w') as stream:  # 40 MB, and more tokens than are kept
+  with open(data, 'w') as stream:  # 40 MB, more tokens than are kept in memory
     for number in range(64_000):
       stream.write(json.dumps({'text': tiny.text(number, 130 + number % 60)}) + '\n')
   options = [

@@ -1,4 +1,4 @@
-"""Progress bars: in place on a terminal, lines in a log file."""
+"""Progress bars: updated in place on a terminal, lines in a log file."""
 
 import io
 import sys
@@ -11,7 +11,7 @@ import tiny
 
 
 class Stream(io.StringIO):
-  """A terminal, or a log file."""
+  """A terminal or a log file."""
 
   def __init__(self, terminal):
     super().__init__()
@@ -22,7 +22,7 @@ class Stream(io.StringIO):
 
 
 def stderr(monkeypatch, *, terminal):
-  """A stream in place of stderr; called in a test's body, as pytest sets stderr before that."""
+  """Replaces stderr by a stream; called in a test's body, because pytest sets stderr before it."""
   stream = Stream(terminal)
   monkeypatch.setattr(sys, 'stderr', stream)
   monkeypatch.setattr(progress, 'LOG_SECONDS', 0.0)
@@ -38,7 +38,7 @@ def test_a_log_file_gets_lines_now_and_then(monkeypatch):
   assert text.startswith('ppo: 0/3 [00:00<?, ?it/s, compiling]\nppo: 1/3 [00:00<00:0')
   for _ in tqdm.tqdm(range(3), desc='reading', leave=False, **progress.display()):
     pass
-  assert '\n\n' not in stream.getvalue()  # a bar that goes away leaves no empty line
+  assert '\n\n' not in stream.getvalue()  # a bar that is removed leaves no empty line
 
 
 def test_a_terminal_has_one_bar(monkeypatch):

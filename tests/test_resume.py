@@ -1,4 +1,4 @@
-"""A run that was stopped, killed or damaged ends exactly like one that never was."""
+"""A run that was stopped, killed or damaged ends exactly like an uninterrupted one."""
 
 import json
 import os
@@ -19,7 +19,7 @@ STOPS = 10
 
 
 class Stopped(Exception):
-  """What the tests raise inside the loop."""
+  """Raised by the tests inside the loop."""
 
 
 def small(name, world):
@@ -42,7 +42,7 @@ def small(name, world):
 
 
 def stop_after(monkeypatch, module, steps):
-  """The next run raises before its train step number `steps`."""
+  """Makes the next run raise before its train step number `steps`."""
   create = module.create
 
   def stopping(config, mesh):
@@ -73,13 +73,13 @@ def test_stopped_runs_end_like_one_that_was_not(module, stops, world, tmp_path, 
   loop.run(config, tmp_path / 'stopped')
   runs.assert_same_run(tmp_path / 'stopped', tmp_path / 'whole')
   before = (tmp_path / 'whole' / 'metrics.jsonl').read_bytes()
-  loop.run(config, tmp_path / 'whole')  # A finished run stays as it is.
+  loop.run(config, tmp_path / 'whole')  # a finished run does not change
   assert (tmp_path / 'whole' / 'metrics.jsonl').read_bytes() == before
 
 
 @pytest.mark.parametrize('module, stops', [(ppo, (1, 4)), (reward_model, (7,)), (sft, (2,))])
 def test_a_signal_saves_the_step_it_comes_in(module, stops, world, tmp_path, monkeypatch):
-  """With default settings no checkpoint is due before the end."""
+  """By default no checkpoint is due before the end."""
   config = small(module.__name__.rpartition('.')[2], world)
   config.checkpoint_every = None
   loop.run(config, tmp_path / 'whole')
@@ -118,14 +118,14 @@ def test_a_signal_saves_the_step_it_comes_in(module, stops, world, tmp_path, mon
 
 
 def starts(workdir):
-  """The lines of runs.jsonl."""
+  """Returns the lines of runs.jsonl."""
   return [json.loads(line) for line in (workdir / 'runs.jsonl').read_text().splitlines()]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('stage', ['ppo', 'sft', 'reward_model'])
 def test_ten_stops(stage, world, tmp_path):
-  """SIGTERM at any moment, with default settings, costs no step but the one it comes in."""
+  """With default settings, SIGTERM at any moment repeats at most the step in progress."""
   whole, stopped = tmp_path / 'whole', tmp_path / 'stopped'
   config = f'tests/tiny.py:stage={stage},world={world}'
   options = ['--config.checkpoint_every=None', f'--config.steps={150 if stage == "ppo" else 600}']

@@ -1,4 +1,4 @@
-"""When a process joins others, what it tells jax.distributed, and how it keeps its memory."""
+"""When a process joins others, the arguments of jax.distributed, and memory settings."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def test_the_verbosity_of_the_command_line_counts(arguments, level, monkeypatch)
   monkeypatch.setattr(runtime, 'configure_malloc', lambda: None)
   try:
     values['verbosity'].unparse()
-    logging.set_verbosity(logging.INFO)  # as absl's app.run begins
+    logging.set_verbosity(logging.INFO)  # as absl's app.run does at its start
     values(['main', *arguments])
     runtime.configure()
     assert logging.get_verbosity() == level
@@ -45,7 +45,7 @@ def test_the_verbosity_of_the_command_line_counts(arguments, level, monkeypatch)
 
 @pytest.fixture
 def joined(monkeypatch):
-  """Calls of jax.distributed.initialize, by a process without any of the variables."""
+  """Returns the calls of jax.distributed.initialize in a process without any variables."""
   calls = []
   monkeypatch.setattr(
     jax.distributed, 'initialize', lambda *args, **rest: calls.append((args, rest))
@@ -104,12 +104,12 @@ def test_a_coordinator_that_is_named(joined, monkeypatch):
     runtime.join_processes()
 
 
-# Prints where programs are kept, and how many are there after a run of a model from Python.
+# Prints the folder of the compilation cache, and its number of programs after a model has run.
 FROM_PYTHON = """
 import os, pathlib, sys
 sys.path.insert(0, {tests!r})
 import jax, jax.numpy as jnp
-jax.jit(lambda x: x + 1)(jnp.zeros(2))  # a program before, as a notebook may have
+jax.jit(lambda x: x + 1)(jnp.zeros(2))  # an earlier program, as in a notebook
 from rlhf_jax import policy
 policy.TextPolicy.load({model!r}).sample(['w1'], jax.random.key(0), max_new_tokens=2)
 folder = jax.config.jax_compilation_cache_dir
@@ -176,7 +176,7 @@ print(json.dumps([faults[0], sum(faults[1:])]))
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='a matter of glibc')
 def test_freed_memory_stays_in_huge_pages_where_the_cpu_computes(tmp_path):
-  (tmp_path / 'jax_plugins').mkdir()  # as JAX for CUDA has it
+  (tmp_path / 'jax_plugins').mkdir()  # as in JAX for CUDA
 
   def faults(keep, **environment):
     run = subprocess.run(

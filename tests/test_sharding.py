@@ -1,4 +1,4 @@
-"""Meshes and rules; one program on one device and on eight."""
+"""Meshes and rules; the same program on one device and on eight."""
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ def mesh_of_eight():
 
 
 def test_rules_name_every_parameter_and_moment(model):
-  """Parameters, optimizer state and heads; moments lie where their parameters lie."""
+  """Parameters, optimizer state and heads; moments have the sharding of their parameters."""
   mesh = mesh_of_eight()
 
   def state(key):
@@ -100,7 +100,7 @@ def test_rules_name_every_parameter_and_moment(model):
 
 
 def test_every_large_parameter_is_split_over_fsdp(model):
-  """With FSDP no matrix is whole on a device."""
+  """With FSDP no device holds a full matrix."""
   mesh = mesh_of_eight()
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   for name, place in sharding.paths(sharding.shardings(shapes, model.rules, mesh)).items():
@@ -173,7 +173,7 @@ def test_each_shard_has_its_rows_and_its_number_of_rounds(shape):
   inside = []
 
   def double(weights, rows, number):
-    """Doubles rows @ weights as often as its number says."""
+    """Doubles rows @ weights as many times as its count."""
     inside.append((rows.shape, sharding.shards(), sharding.row_spec()))
     product = sharding.split_rows(rows @ weights)
     turn = lambda s: (s[0] + 1, sharding.split_rows(2 * s[1]))
@@ -192,7 +192,7 @@ def test_each_shard_has_its_rows_and_its_number_of_rounds(shape):
 
 @pytest.mark.parametrize('fields', [GPT2, LLAMA], ids=['gpt2', 'llama'])
 def test_activations_stay_split_by_rows_under_fsdp(fields):
-  """Parameters split along their width do not pull the activations with them."""
+  """Although parameters are split along their width, activations are not."""
   mesh_of_eight()
   model, mesh = models.create(fields), sharding.make_mesh({'fsdp': 8})
   shapes = jax.eval_shape(model.init, jax.random.key(0))

@@ -1,7 +1,7 @@
 """One full PPO update from the same weights and rollout as TRL 1.12's PPOTrainer.
 
-The numbers are in golden/trl_ppo.npz; golden/make_trl_ppo.py made them and says how TRL counts.
-What TRL logs without a mask is converted here: ours is masked, always.
+The numbers are in golden/trl_ppo.npz. golden/make_trl_ppo.py wrote them and describes TRL's
+conventions. TRL's unmasked metrics are converted here, because ours are always masked.
 """
 
 import functools
@@ -33,7 +33,7 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 
 
 def load(prefix, folder, *, reward=False):
-  """A Hugging Face folder of the arrays named `prefix/...`, read by the package."""
+  """Loads a Hugging Face folder of the arrays named `prefix/...` with the package."""
   folder.mkdir()
   tensors = {
     name.removeprefix(f'{prefix}/'): GOLDEN[name]
@@ -47,7 +47,7 @@ def load(prefix, folder, *, reward=False):
 
 
 def settings_of(case):
-  """Our settings for TRL's, and TRL's own."""
+  """Returns our settings for TRL's, and TRL's own."""
   theirs = json.loads(str(GOLDEN[f'{case}/settings']))
   penalty = theirs['missing_eos_penalty']
   ours = ppo.Settings(
@@ -89,7 +89,7 @@ def settings_of(case):
 
 
 def make_rollout():
-  """TRL's queries and responses as a Rollout; its padding token is not in any text."""
+  """Returns TRL's queries and responses as a Rollout; no text contains its padding token."""
   tokens = jnp.asarray(np.concatenate([QUERIES, RESPONSES], axis=1))
   mask = tokens != PAD
   return types.Rollout(
@@ -101,7 +101,7 @@ def make_rollout():
 
 
 def make_optimizers(learning_rate):
-  """AdamW without decay is Adam. Their value head has no bias, so ours is held at 0."""
+  """Returns Adam (AdamW without decay); our value head's bias is fixed at 0, theirs has none."""
   make = functools.partial(
     optim.make,
     name='adam',
@@ -123,7 +123,7 @@ def make_optimizers(learning_rate):
 
 @pytest.fixture(name='start', params=CASES)
 def start_fixture(request, tmp_path):
-  """The case's name and the arguments of `ppo.train_step`."""
+  """Returns the case's name and the arguments of `ppo.train_step`."""
   case = request.param
   settings, theirs = settings_of(case)
   policy, policy_params = load('policy', tmp_path / 'policy')
@@ -149,7 +149,7 @@ def start_fixture(request, tmp_path):
 
 
 def replay_permutations(monkeypatch, case, state, epochs):
-  """Makes epoch e of the train step take TRL's e-th permutation."""
+  """Makes epoch e of the train step use TRL's e-th permutation."""
   keys = jax.random.key_data(jax.random.split(types.step_keys(state)[1], epochs))
   orders = jnp.asarray(GOLDEN[f'{case}/permutations'])
 
@@ -161,7 +161,7 @@ def replay_permutations(monkeypatch, case, state, epochs):
 
 
 def assert_same_parameters(case, params, before, folder):
-  """Both models' parameters after the update; they moved by 4e-3, and agree to 1e-5."""
+  """Compares the parameters after the update, which change by 4e-3, to 1e-5."""
   _, policy = load(f'{case}/policy_after', folder / 'policy_after')
   _, critic = load(f'{case}/value_after', folder / 'value_after', reward=True)
   expected = {'policy': policy, 'critic': critic}
@@ -198,7 +198,7 @@ def test_experience_agrees(start):
   close(experience.advantages, golden('advantages'))
   theirs = json.loads(str(golden('metrics')))
   close(metrics['objective/postprocessed_scores'], theirs['objective/scores'])
-  if static['settings'].kl_estimator == 'k1':  # ours reports k1 whatever is paid for
+  if static['settings'].kl_estimator == 'k1':  # ours reports k1 for any penalty
     close(metrics['objective/kl'], theirs['objective/kl'])
     close(metrics['objective/rlhf_reward'], theirs['objective/rlhf_reward'])
 
@@ -226,7 +226,7 @@ def test_every_minibatch_agrees(start, tmp_path):
       close(metrics['value/loss'], golden['vf_loss'])
       close(metrics['policy/clipfrac'], golden['clipfrac'])
       close(metrics['value/clipfrac'], golden['vf_clipfrac'])
-      real = np.mean(batch.response_mask)  # theirs average over padding, where the ratio is 1
+      real = np.mean(batch.response_mask)  # theirs averages over padding, where the ratio is 1
       close(metrics['policy/approxkl'], golden['approxkl'] / real)
       close(metrics['policy/ratio'], (golden['ratio'] - (1 - real)) / real)
   assert_same_parameters(case, params, state.params, tmp_path)

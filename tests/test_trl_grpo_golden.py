@@ -1,7 +1,8 @@
 """Group advantages and clipped losses from the arrays of TRL 1.12's GRPOTrainer.
 
-The numbers are in golden/trl_grpo.npz; golden/make_trl_grpo.py made them and says how TRL counts.
-Every microbatch's loss, and its gradient by the log-probabilities, must be TRL's.
+The numbers are in golden/trl_grpo.npz. golden/make_trl_grpo.py wrote them and describes TRL's
+conventions. Every microbatch's loss, and its gradient with respect to the log-probabilities, must
+equal TRL's.
 """
 
 import functools
@@ -24,7 +25,7 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
 
 
 def advantages_of(settings):
-  """[B, R]: our advantages of TRL's scores, on every token of a response."""
+  """Returns our advantages [B, R] for TRL's scores, on every token of a response."""
   advantages = adv.group_advantages(
     jnp.asarray(GOLDEN['scores']), settings['num_generations'], scale=settings['scale_rewards']
   )
@@ -32,11 +33,10 @@ def advantages_of(settings):
 
 
 def counts_of(settings, mask):
-  """Tokens and sequences by which TRL divides the loss of this microbatch.
+  """Returns the tokens and sequences by which TRL divides a microbatch's loss.
 
-  A minibatch is `accumulation` microbatches of equally many sequences. 'dapo' takes the mean
-  number of tokens of the minibatches, 'bnpo' makes a minibatch of every microbatch and then the
-  mean of them.
+  A minibatch is `accumulation` microbatches of equally many sequences. 'dapo' uses the mean number
+  of tokens per minibatch; 'bnpo' treats every microbatch as a minibatch and then averages.
   """
   accumulation = settings['gradient_accumulation_steps']
   sequences = len(mask) * accumulation
@@ -46,7 +46,7 @@ def counts_of(settings, mask):
 
 
 def loss(logprobs, batch, counts, settings):
-  """The microbatch's part of the loss, and metrics, from our functions alone."""
+  """Returns the microbatch's part of the loss, and metrics, by our functions alone."""
   mask = batch['mask']
   logprobs = jnp.where(mask, logprobs, 0.0)
   ratios = losses.log_ratio(
@@ -73,7 +73,7 @@ def loss(logprobs, batch, counts, settings):
 
 
 def calls(name):
-  """What each call of `_compute_loss` saw, our value and gradient of it, and our metrics."""
+  """Returns the inputs of each call of `_compute_loss`, our value and gradient, and our metrics."""
   settings = SETTINGS[name]
   advantages = advantages_of(settings)
   step = jax.jit(jax.value_and_grad(functools.partial(loss, settings=settings), has_aux=True))
@@ -126,7 +126,7 @@ def test_clip_fractions_and_kl_agree(name):
 
 @pytest.mark.parametrize('loss_type', ['grpo', 'dr_grpo', 'dapo'])
 def test_microbatches_of_trl_add_up_to_one(loss_type):
-  """Before the first step, TRL's two microbatches give the loss of their rows in one."""
+  """Before the first step, the sum of TRL's two microbatches is the loss of all their rows."""
   name = f'{loss_type}-token-split'
   settings = SETTINGS[name] | {'gradient_accumulation_steps': 1}
   rows = GOLDEN[f'{name}/rows'][:2].ravel()

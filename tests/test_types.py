@@ -1,4 +1,4 @@
-"""Functions of arrays have types, which hold while the tests run."""
+"""Functions of arrays have annotations, which are checked while the tests run."""
 
 import importlib
 import inspect
@@ -13,11 +13,14 @@ import pytest
 from rlhf_jax import losses
 from rlhf_jax import types
 
-CONFIG_READERS = ('rewards.functions', 'rewards.scorers')  # functions of configs and names too
+CONFIG_READERS = (
+  'rewards.functions',
+  'rewards.scorers',
+)  # these also have functions of configs
 
 
 def checked():
-  """The modules whose public functions all take arrays or make functions that do."""
+  """Returns the modules whose public functions take arrays or make functions that do."""
   for name in sorted(set(conftest.CHECKED) - set(CONFIG_READERS)):
     module = importlib.import_module(f'rlhf_jax.{name}')
     yield module
@@ -49,7 +52,7 @@ def test_a_wrong_shape_is_an_error():
 
 
 def test_trees_hold_anything():
-  """JAX puts shapes and shardings in place of arrays, and adds axes."""
+  """JAX replaces arrays by shapes and shardings, and adds axes."""
   prompts = types.Prompts(tokens=jnp.zeros((2, 3), int), mask=jnp.ones((2, 3), bool))
   shapes = jax.eval_shape(lambda x: jax.tree.map(lambda y: y[None], x), prompts)
   assert shapes.tokens.shape == (1, 2, 3)

@@ -1,4 +1,4 @@
-"""Who may use a folder, and what a killed run leaves in it."""
+"""Locks on folders, and the files that a killed run leaves behind."""
 
 import contextlib
 import json
@@ -80,11 +80,11 @@ def test_one_of_two_processes_holds_a_folder(tmp_path):
 def test_a_dead_holder_is_taken_over(tmp_path):
   dead = hold(tmp_path, 60)
   assert dead.stdout.readline() == 'held\n'
-  dead.send_signal(signal.SIGKILL)  # a zombie until it is waited for
+  dead.send_signal(signal.SIGKILL)  # a zombie until `wait`
   with workdir_lib.lock(tmp_path):
     assert json.loads((tmp_path / 'lock').read_text())['pid'] == os.getpid()
   dead.wait()
-  assert not tmp_path.exists()  # nothing else was in it
+  assert not tmp_path.exists()  # the folder was otherwise empty
 
 
 @pytest.mark.parametrize('beats', [True, False])

@@ -3,7 +3,7 @@
 python -m rlhf_jax.main --config=tests/tiny.py:stage=ppo,world=FOLDER --workdir=DIR
 
 The task: texts of the words w0 .. w59, of which w0 .. w29 are good. Comparisons prefer the text
-with more good words, and `good_words` pays the share of them.
+with more good words, and `good_words` returns their fraction.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ def write(folder):
   """Writes tokenizer/, model/, reward/ and one .jsonl file for each kind of data.
 
   Args:
-    folder: where to.
+    folder: Output folder.
 
   Returns:
     The folder.
@@ -80,7 +80,7 @@ def write(folder):
 
 
 def write_model(path, fields, *, reward=False):
-  """A random language model, or reward model, with the tokenizer."""
+  """Writes a random language model or reward model, with the tokenizer."""
   model = models.create(fields)
   tokenizer = write_tokenizer(path)
   head = heads.init_scalar(jax.random.key(8), model.width, scale='normal') if reward else None
@@ -88,7 +88,7 @@ def write_model(path, fields, *, reward=False):
 
 
 def write_tokenizer(path, words=WORDS):
-  """A tokenizer of whole words, with BOS, EOS and padding; returns it."""
+  """Writes and returns a tokenizer of whole words, with BOS, EOS and padding."""
   vocabulary = {'<|pad|>': PAD, '<|bos|>': BOS, '<|eos|>': EOS, '<|unk|>': UNK}
   vocabulary |= {f'w{i}': 4 + i for i in range(words)}
   backend = hf_tokenizers.Tokenizer(hf_tokenizers.models.WordLevel(vocabulary, unk_token='<|unk|>'))
@@ -108,18 +108,18 @@ def write_tokenizer(path, words=WORDS):
 
 
 def text(start, length):
-  """`length` words from word `start` on."""
+  """Returns `length` consecutive words from word `start`."""
   return ' '.join(f'w{(start + 11 * i) % WORDS}' for i in range(length))
 
 
 def write_jsonl(path, records):
-  """Writes one JSON object a line."""
+  """Writes one JSON object per line."""
   path.write_text(''.join(json.dumps(record) + '\n' for record in records))
   return path
 
 
 def good_words(prompts, responses, *, response_tokens, metadata):
-  """Share of words below w30 among a response's words."""
+  """Returns the fraction of a response's words that are below w30."""
   del prompts, response_tokens
   assert all('number' in entry for entry in metadata)
   rewards = []
@@ -130,7 +130,7 @@ def good_words(prompts, responses, *, response_tokens, metadata):
 
 
 def sft(world, kind='text'):
-  """Language modelling on texts.jsonl, or SFT on completions.jsonl."""
+  """Returns a config of language modelling on texts.jsonl, or of SFT on completions.jsonl."""
   config = sft_lib.config()
   config.data.kind = kind
   config.data.path = f'{world}/{"texts" if kind == "text" else "completions"}.jsonl'
@@ -138,7 +138,7 @@ def sft(world, kind='text'):
 
 
 def reward_model(world):
-  """A reward model on comparisons.jsonl."""
+  """Returns a config of a reward model on comparisons.jsonl."""
   config = reward_model_lib.config()
   config.data.path = f'{world}/comparisons.jsonl'
   config.data.held_out = 0.2
@@ -146,7 +146,7 @@ def reward_model(world):
 
 
 def ppo(world, preset=''):
-  """PPO against the reward function above."""
+  """Returns a config of PPO against the reward function above."""
   config = on_policy(ppo_lib.config(preset), world)
   config.rl.update({'epochs': 2, 'minibatches': 2})
   if config.rl.ptx_coef:
@@ -155,14 +155,14 @@ def ppo(world, preset=''):
 
 
 def grpo(world, preset=''):
-  """GRPO against the reward function above, 2 responses to a prompt."""
+  """Returns a config of GRPO against the reward function above, with 2 responses per prompt."""
   config = on_policy(grpo_lib.config(preset), world)
   config.sampling.samples = 2
   return config
 
 
 def on_policy(config, world):
-  """An on-policy algorithm's config, against the reward function above."""
+  """Returns the config of an on-policy algorithm, against the reward function above."""
   config.data.path = f'{world}/prompts.jsonl'
   config.data.max_prompt_length = 6
   config.reward.function = 'tiny:good_words'
@@ -171,7 +171,7 @@ def on_policy(config, world):
 
 
 def evals(world, every=2):
-  """Blocks of every evaluator that asks a policy: the first 10 prompts, 4 tokens an answer."""
+  """Returns blocks of every evaluator of responses: the first 10 prompts, 4 new tokens."""
   asked = lambda: {
     'path': f'{world}/prompts.jsonl',
     'every': every,
@@ -183,7 +183,7 @@ def evals(world, every=2):
 
 
 def mix_in_pretraining(config, world):
-  """PPO-ptx on completions.jsonl."""
+  """Adds PPO-ptx on completions.jsonl."""
   config.rl.ptx_coef = 0.5
   config.ptx.update(
     {'path': f'{world}/completions.jsonl', 'kind': 'completion', 'max_length': 16, 'batch_size': 16}
@@ -203,10 +203,10 @@ def train(algorithm, config, steps, mesh=None):
   """Takes some steps of a learner.
 
   Args:
-    algorithm: module of rlhf_jax.algorithms.
-    config: its config.
-    steps: how many.
-    mesh: device mesh; None for one device.
+    algorithm: Module of rlhf_jax.algorithms.
+    config: Its config.
+    steps: Number of steps.
+    mesh: Device mesh; None for one device.
 
   Returns:
     Learner, the last state, the metrics of every step, and those of all evaluators at the end.
@@ -222,13 +222,13 @@ def train(algorithm, config, steps, mesh=None):
 
 
 def one_step(train_step, params, *batch, jit=True):
-  """A train step from the given parameters.
+  """Takes a train step from the given parameters.
 
   Args:
     train_step: (state, *batch, optimizers=) -> (state, metrics), not jitted yet.
     params: {name: parameters}.
-    *batch: its arguments.
-    jit: whether to.
+    *batch: Its arguments.
+    jit: Whether to jit it.
 
   Returns:
     The next TrainState and metrics.
@@ -246,7 +246,7 @@ def one_step(train_step, params, *batch, jit=True):
 
 
 def experience(state, frozen, rollout, scores, *, models, settings):
-  """Experience, extra and metrics before the update; the arguments are those of ppo.train_step."""
+  """Returns Experience, extra and metrics before the update; arguments as for ppo.train_step."""
   _, objective = ppo_parts(state, frozen, rollout, scores, models, settings)
   settings = dataclasses.replace(settings, microbatch_size=0)
   fixed, outputs = before_update(state.params, frozen, rollout, models=models, settings=settings)
@@ -254,7 +254,7 @@ def experience(state, frozen, rollout, scores, *, models, settings):
 
 
 def before_update(params, frozen, rollout, *, models, settings):
-  """PPO's forward passes before an update: Fixed and Outputs."""
+  """Runs PPO's forward passes before an update; returns Fixed and Outputs."""
   state = types.TrainState(0, None, params, {}, {'kl_coef': 0.0})
   scores = jnp.zeros(len(rollout.tokens))
   forward, objective = ppo_parts(state, frozen, rollout, scores, models, settings)
@@ -264,7 +264,7 @@ def before_update(params, frozen, rollout, *, models, settings):
 
 
 def gradients(params, experience, frozen, kl_coef, *, models, settings):
-  """PPO's gradients of one minibatch, and metrics."""
+  """Returns PPO's gradients of one minibatch, and metrics."""
   state = types.TrainState(0, None, params, {}, {'kl_coef': kl_coef})
   scores = jnp.zeros(len(experience.tokens))
   forward, objective = ppo_parts(state, frozen, experience, scores, models, settings)
@@ -274,7 +274,7 @@ def gradients(params, experience, frozen, kl_coef, *, models, settings):
 
 
 def ppo_parts(state, frozen, rollout, scores, models, settings):
-  """The forward passes and the objective that ppo.train_step gives to the update."""
+  """Returns the forward passes and the objective that ppo.train_step gives to the update."""
   forward = forward_lib.Forward(
     models, frozen, settings.temperature, full_kl=settings.kl_estimator == 'full'
   )
@@ -282,7 +282,7 @@ def ppo_parts(state, frozen, rollout, scores, models, settings):
 
 
 def get_config(arg=None):
-  """Long runs of small steps, for tests that kill them. Arguments: stage, world, evaluator."""
+  """Returns long runs of small steps, for tests that kill them; see the arguments below."""
   arg = config_lib.parse_arg(arg, stage='ppo', world='', evaluator='')
   if arg.stage in ('reward_model', 'sft'):
     config = reward_model(arg.world) if arg.stage == 'reward_model' else sft(arg.world)

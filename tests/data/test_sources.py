@@ -215,7 +215,7 @@ def table(delimiter=',', end='\r\n'):
 )
 def test_csv_is_read_by_the_names_of_its_columns(tmp_path, name, content):
   records = sources.read(write(tmp_path / name, content))
-  # A column without a name keeps its place as one; what is empty is absent.
+  # A column without a name counts as a column; empty cells are absent.
   assert fields(records) == [ROWS[0] | {'column 3': None}, ROWS[1] | {'column 3': 'x'}]
   assert places(records) == [f'{name}:2', f'{name}:6']
   assert all(record.untyped for record in records)
@@ -453,7 +453,7 @@ def test_hub_data_set(monkeypatch):
 
 
 def test_a_hub_that_gives_no_answer_is_not_asked_again(tmp_path):
-  """What was loaded from it before is still read; anything else fails within seconds."""
+  """Data loaded earlier can still be read; everything else fails within seconds."""
   script = """
 import datasets, json, pathlib, shutil, sys, time
 from rlhf_jax.data import sources

@@ -24,7 +24,7 @@ from rlhf_jax.errors import UserError
 
 @pytest.fixture
 def large(monkeypatch):
-  """Treats all files as large: index or copy on disk, examples made at each use."""
+  """Treats all files as large: with an index or a copy, and examples made at each access."""
   monkeypatch.setattr(stored, 'SMALL', 0)
   monkeypatch.setattr(formats, 'SMALL', 0)
 
@@ -115,7 +115,7 @@ def test_where_the_folder_cannot_be_written_the_cache_is_used(large, tmp_path, m
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
   assert len(sources.read(path)) == 1
   assert not hidden(folder) and len(list((tmp_path / 'cache/rlhf_jax/data').iterdir())) == 1
-  monkeypatch.setenv('XDG_CACHE_HOME', str(folder / 'a.jsonl'))  # no folder
+  monkeypatch.setenv('XDG_CACHE_HOME', str(folder / 'a.jsonl'))  # not a folder
   with pytest.raises(UserError, match='can be written neither beside it nor in'):
     sources.read(path)
 
@@ -193,7 +193,7 @@ def test_large_texts_hold_what_small_ones_do(content, tmp_path, request):
 def test_a_directory_of_large_files(large, tmp_path):
   for name in 'ab':
     write(tmp_path / f'{name}.jsonl', ''.join(f'{{"text": "{name}{i}"}}\n' for i in range(3)))
-  for _ in range(2):  # the second finds the indices, which are no data
+  for _ in range(2):  # the second time, the folder contains indices, which are not data
     records = sources.read(tmp_path, columns={'prompt': 'text'})
     assert [record.fields['prompt'] for record in records] == ['a0', 'a1', 'a2', 'b0', 'b1', 'b2']
 
@@ -227,7 +227,7 @@ def test_a_report_counts_more_than_it_names(monkeypatch):
   assert str(report) == '3 of 10 records kept; 7 left out: empty completion (first: x:3)'
 
 
-# What cannot be read.
+# Records that cannot be read.
 
 GOOD = '{"prompt": "p", "completions": ["a", "b"], "ratings": [1, 2]}'
 BAD = {
@@ -296,7 +296,7 @@ def test_a_gzip_file_that_unpacks_beyond_the_limit_is_named(name, tmp_path, monk
 
 
 def test_a_long_line_takes_no_memory(tmp_path):
-  """200 MB, where one record of the file has them."""
+  """A file has 200 MB, and one of its records exceeds the limit."""
   path = tmp_path / 'a.jsonl'
   with open(path, 'wb') as stream:
     stream.write(b'{"text": "a"}\n{"text": "')

@@ -4,17 +4,17 @@
         pandas requests
     python tests/golden/make_trl_grpo.py [--out FILE]
 
-Only whoever renews the numbers needs torch and TRL; the test reads the .npz with NumPy. TRL's
-`train()` runs as it is. Responses, masks and scores enter through its `rollout_func`; a subclass
-copies what `_compute_loss` reads and returns, and differentiates that loss by the logprobs.
+Only this script needs torch and TRL; the test reads the .npz with NumPy. TRL's `train()` runs
+unchanged. Responses, masks and scores enter through its `rollout_func`. A subclass records what
+`_compute_loss` reads and returns, and differentiates that loss by the logprobs.
 
 Letters: B batch of a generation (n responses of each prompt), R response length, S calls of
 `_compute_loss` (2 iterations over the batch, each in several microbatches), b rows of each.
 
-What is in the file. All cases share model, reference, prompts and responses; C is a case's name.
+Contents of the file. All cases share model, reference, prompts and responses; C is a case's name.
   versions         JSON text
-  settings         JSON text {C: hyperparameters}, in TRL's names; those that all share are in
-                   each. `per_device_train_batch_size` is b, `gradient_accumulation_steps`
+  settings         JSON text {C: hyperparameters}, with TRL's names; shared ones are repeated.
+                   `per_device_train_batch_size` is b, `gradient_accumulation_steps`
                    microbatches are a minibatch, `steps_per_generation` microbatches an iteration
   scores [B]       of five groups; those of the second are equal, of the third 0 or 1
   mask [B, R]      bool; it has holes (tokens of an environment), and one row is empty
@@ -27,29 +27,29 @@ What is in the file. All cases share model, reference, prompts and responses; C 
                    fractions of tokens clipped from below and above, with 'sequence' of sequences
   overlong_settings, overlong_lengths, overlong_penalty    `get_soft_overlong_punishment`
 
-Conventions of TRL 1.12, read off its source and checked by the numbers here:
-  * Advantages. Score less the mean of its group, then / (std + 1e-4) with Bessel's correction.
-    'batch' takes the standard deviation of all scores of the generation batch, not that of what
-    the groups' means leave. Groups of equal scores are kept: they only count in the logged
-    `frac_reward_zero_std`. There is no dynamic sampling of DAPO.
+Conventions of TRL 1.12, from its source, and checked by these numbers:
+  * Advantages. Score minus the mean of its group, then / (std + 1e-4) with Bessel's correction.
+    'batch' is the standard deviation of all scores of the generation batch, before the means of
+    the groups are subtracted. Groups of equal scores are kept, and counted in the metric
+    `frac_reward_zero_std`. There is no dynamic sampling as in DAPO.
   * Ratio. 'sequence' is GSPO's, length-normalized over the mask. 'sequence_token' exists in
     `trl.experimental.gspo_token` only. Old logprobs are those of the training forward pass;
-    without an off-policy step they are the detached present ones.
-  * Clip. `epsilon_high` is `epsilon` where unset. `delta` caps the unclipped ratio, for either
-    sign of the advantage; above 1 + epsilon_high it only shows for negative ones (dual clip).
+    without an off-policy step they are the current ones, detached.
+  * Clip. `epsilon_high` defaults to `epsilon`. `delta` caps the unclipped ratio, for either sign
+    of the advantage; above 1 + epsilon_high it has an effect only on negative ones (dual clip).
   * KL. k3, added per token under the same mean as the policy loss. By default
     (`use_bias_correction_kl`) it is multiplied by the ratio, through which the gradient flows:
     DeepSeek-V3.2, not DeepSeekMath. With 'sequence' that is the sequence's ratio. Neither the
-    clip nor `delta` acts on this ratio. GSPO-token's trainer never multiplies. What is logged
-    as `kl` is multiplied too.
+    clip nor `delta` affects this ratio. GSPO-token's trainer never multiplies. The logged `kl` is
+    multiplied too.
   * Means. 'grpo': over the tokens of each sequence, then over all sequences, where an empty one
     counts with loss 0. 'bnpo': over the tokens of each microbatch, then over microbatches, so it
-    depends on how a minibatch is cut. 'dr_grpo': over sequences times `max_completion_length`,
+    depends on how a minibatch is split. 'dr_grpo': over sequences times `max_completion_length`,
     whatever the longest response is. 'dapo': over the tokens of the whole generation batch,
     scaled to a minibatch's part of the rows; minibatches with more tokens than others weigh
     more. With one minibatch an iteration it is the mean over tokens.
   * 'sequence' with 'bnpo', 'dr_grpo' or 'dapo' counts a sequence's one loss once per token; TRL
-    warns of it. Only 'grpo' gives GSPO's objective.
+    warns about it. Only 'grpo' gives GSPO's objective.
   * Gradient accumulation. Each returned loss is the microbatch's part of the minibatch's, already
     divided; transformers is kept from dividing again.
 """
@@ -104,7 +104,7 @@ SEQUENCE = COMMON | dict(importance_sampling_level='sequence', epsilon=0.1, epsi
 
 
 def make_cases():
-  """Settings by the name of each case."""
+  """Returns {name of a case: settings}."""
   cases = {}
   for loss_type in ('grpo', 'bnpo', 'dr_grpo', 'dapo'):
     for settings in (TOKEN, SEQUENCE):
@@ -124,7 +124,7 @@ def make_cases():
 
 
 def make_data():
-  """Prompts (a list of lists), responses, masks and scores of one generation."""
+  """Returns the prompts (a list of lists), responses, masks and scores of one generation."""
   rng = np.random.default_rng(1)
   prompts = [[BOS, *rng.integers(3, VOCAB, n).tolist()] for n in (1, 4, 2, 3, 5)]
   lengths = rng.integers(1, R, B)
@@ -152,7 +152,7 @@ def make_tokenizer():
 
 
 def rollout(prompts, trainer):
-  """TRL's `rollout_func`: the fixed responses, with masks; scores travel to the reward function."""
+  """TRL's `rollout_func`: returns the fixed responses, with masks and scores."""
   del trainer
   queries, responses, mask, scores = make_data()
   assert len(prompts) == B
@@ -166,7 +166,7 @@ def rollout(prompts, trainer):
 
 
 def recording(trainer_class):
-  """The trainer with a record of what goes into its loss and what comes out."""
+  """Returns the trainer's class, extended to record the inputs and outputs of its loss."""
 
   class Recording(trainer_class):
     def __init__(self, *args, **kwargs):
@@ -203,7 +203,7 @@ def recording(trainer_class):
 
 
 def make_model(workdir):
-  """A folder with the tiny policy; TRL wants a path for its reference."""
+  """Returns a folder with the tiny policy; TRL needs a path for its reference."""
   torch.manual_seed(0)
   model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**MODEL))
   model.save_pretrained(workdir / 'model')
@@ -211,7 +211,7 @@ def make_model(workdir):
 
 
 def run_case(settings, workdir):
-  """One generation and its updates by TRL. Returns the record per call, and the batch."""
+  """Runs one generation and its updates by TRL; returns the records per call, and the batch."""
   iteration = settings['steps_per_generation'] // settings['gradient_accumulation_steps']
   args = trl.GRPOConfig(
     output_dir=str(workdir),
@@ -265,7 +265,7 @@ def main():
   }
 
   def share(name, value):
-    """Cases that share an array must agree on it."""
+    """Stores an array once; all cases that share it must agree on it."""
     assert np.array_equal(arrays.setdefault(name, value), value), name
 
   for name, settings in cases.items():

@@ -3,21 +3,21 @@
     pip install "trl==1.12.0" "torch==2.13.0" "transformers==5.23.0" accelerate datasets pandas
     python tests/golden/make_trl_ppo.py [--out FILE]
 
-Only whoever renews the numbers needs torch and TRL; the test reads the .npz with NumPy. TRL 1.12
-is the last release with a PPOTrainer (`trl.experimental.ppo`). Nothing of its `train()` is
-rewritten here: generation is replaced by a fixed rollout, `np.random.permutation` is recorded, and
-the trainer's `log` reads the locals of `train()` when the update is over.
+Only this script needs torch and TRL; the test reads the .npz with NumPy. TRL 1.12 is the last
+release with a PPOTrainer (`trl.experimental.ppo`). Its `train()` runs unchanged: a fixed rollout
+replaces generation, `np.random.permutation` is recorded, and the trainer's `log` reads the local
+variables of `train()` after the update.
 
 Letters: B batch, P prompt length, R response length, E epochs, M minibatches.
 
-What is in the file. Both cases share models, prompts and responses; C is the name of a case.
+Contents of the file. Both cases share models, prompts and responses; C is a case's name.
   cases            names: "plain" (k1, missing EOS, two minibatches), "whitened" (k3, whitened
                    rewards, one minibatch, gamma < 1);  C/settings: JSON text, hyperparameters
   versions, config, reward_config   JSON texts; the latter two hold fields of a Hugging Face
                    config.json (tiny Llama, grouped-query attention, untied)
   policy/*, reference/*, value/*, reward/*    parameters before the update, by HF tensor name
   queries [B, P]   left-padded prompts;  responses [B, R]: right-padded, EOS kept
-  C/raw_scores [B] reward model at the last real token;  C/scores [B]: less the EOS penalty
+  C/raw_scores [B] reward model at the last real token;  C/scores [B]: minus the EOS penalty
   C/logprobs, ref_logprobs, values, rewards, advantages, returns, kl    [B, R], padded as in TRL
   C/padding_mask, padding_mask_p1    [B, R] bool, True where TRL ignores
   C/permutations [E, B]    rows in the order of each epoch; minibatch m is the m-th of M blocks
@@ -25,10 +25,10 @@ What is in the file. Both cases share models, prompts and responses; C is the na
   C/metrics        JSON text of what TRL logs for the iteration
   C/policy_after/*, C/value_after/*  parameters after the update
 
-Conventions of TRL 1.12, read off its source and checked by the numbers here:
+Conventions of TRL 1.12, from its source, and checked by these numbers:
   * Tokens. Left-padded prompts, attention mask `token != pad` (so pad must differ from EOS),
     positions are the exclusive cumulative sum of the mask. The stop token is kept in the
-    response, what follows it is padding. PPO trains on the truncated response.
+    response; padding follows it. PPO trains on the truncated response.
   * Temperature. Sampling, reference and loss divide logits by T + 1e-7. Behaviour logprobs come
     from the sampler's (temperature-scaled) logits, here by the same forward pass as in training,
     so that the first ratio is 1.
@@ -39,7 +39,7 @@ Conventions of TRL 1.12, read off its source and checked by the numbers here:
     slot holds the value of the finished text.
   * Score. Added at the first slot after the last real token if that is < R, else at the last real
     token (a response of full length, with or without EOS). So the score of a short response comes
-    one step after its EOS, and the policy loss sees it through GAE alone.
+    one step after its EOS, and affects the policy loss only through GAE.
   * Missing EOS. `scores -= penalty` where the response holds no EOS: subtract, not replace.
   * KL. k1 = logp - ref_logp or k3 = exp(-k1) - 1 + k1. Padded logprobs are set to 1.0 on both
     sides and so give 0. reward = -kl_coef * kl (+ score).
@@ -52,10 +52,10 @@ Conventions of TRL 1.12, read off its source and checked by the numbers here:
     Total: policy + vf_coef * value. Gradient accumulation would give a mean of the microbatches'
     means; here a minibatch is one microbatch, and each takes a step.
   * Optimizer. One AdamW over policy and value model, betas 0.9/0.999, eps 1e-8, no weight decay;
-    the rate is held within an iteration. Gradients are NOT clipped: `train()` never reads
-    `max_grad_norm` (set to 1e-3 below, which would show).
+    its rate is constant within an iteration. Gradients are NOT clipped: `train()` never reads
+    `max_grad_norm` (1e-3 below, which would change the result).
   * Logged without a mask: approxkl, ratio and policy/entropy_avg are means over all B * R slots,
-    padding included (the log-ratio is 0 there, the entropy whatever the model says of padding).
+    including padding, where the log-ratio is 0 and the entropy is the model's at padding tokens.
     clipfrac, vf_clipfrac and objective/entropy are masked; objective/kl is the sum over a
     response, then the mean over B.
   * Heads. `score` of LlamaForSequenceClassification has no bias.
@@ -81,7 +81,7 @@ from trl.experimental.ppo import PPOTrainer
 PAD, BOS, EOS, VOCAB = 0, 1, 2, 31
 B, R = 16, 7
 PROMPT_LENGTHS = [1, 2, 3, 4, 5, 5, 4, 3, 2, 1, 3, 5, 2, 4, 1, 5]
-# Length of a response and whether it ends in EOS: EOS alone, early, on the last slot, nowhere.
+# Length of a response and whether it has an EOS: EOS only, early, in the last slot, or no EOS.
 RESPONSES = [
   (1, True),
   (2, True),
@@ -153,7 +153,7 @@ PER_MINIBATCH = {
 
 
 class RecordingTrainer(PPOTrainer):
-  """PPOTrainer that copies the locals of its `train()` when it logs."""
+  """A PPOTrainer that copies the local variables of its `train()` when it logs."""
 
   def log(self, metrics, *args, **kwargs):
     seen = inspect.currentframe().f_back.f_locals
@@ -165,7 +165,7 @@ class RecordingTrainer(PPOTrainer):
 
 
 def make_models():
-  """Policy, a reference near it, a value model and a reward model; all random."""
+  """Returns a policy, a reference near it, a value model and a reward model; all are random."""
   config = transformers.LlamaConfig(**MODEL, attn_implementation='eager')
   scalar = transformers.LlamaConfig(**MODEL, num_labels=1, attn_implementation='eager')
   torch.manual_seed(0)
@@ -178,13 +178,13 @@ def make_models():
       near.copy_(exact + 0.05 * torch.randn_like(exact))
     for model in (policy, reference, value, reward):
       for name, parameter in model.named_parameters():
-        if 'norm' in name:  # not all ones, or a forgotten weight would not show
+        if 'norm' in name:  # not all 1, so that an omitted weight changes the result
           parameter.add_(0.1 * torch.randn_like(parameter))
   return {'policy': policy, 'reference': reference, 'value': value, 'reward': reward}
 
 
 def make_rollout():
-  """Prompts (a list of lists) and responses [B, R] with padding after EOS."""
+  """Returns prompts (a list of lists) and responses [B, R] with padding after the EOS."""
   rng = np.random.default_rng(1)
   prompts = [[BOS, *rng.integers(3, VOCAB, n - 1).tolist()] for n in PROMPT_LENGTHS]
   responses = np.full((B, R), PAD)
@@ -208,7 +208,7 @@ def make_tokenizer():
 
 
 def run_case(settings, workdir):
-  """One update by TRL. Returns what the trainer saw and the parameters after it."""
+  """Runs one update by TRL; returns what the trainer recorded and the parameters after it."""
   models, (prompts, responses) = make_models(), make_rollout()
   orders = []
 
@@ -267,12 +267,12 @@ def run_case(settings, workdir):
 
 
 def parameters(model, prefix):
-  """Every tensor of a model, by its Hugging Face name."""
+  """Returns every tensor of a model by its Hugging Face name."""
   return {f'{prefix}/{name}': x.numpy().copy() for name, x in model.state_dict().items()}
 
 
 def case_arrays(name):
-  """Runs a case; its arrays by their names in the file."""
+  """Runs a case; returns its arrays by their names in the file."""
   settings = CASES[name]
   with tempfile.TemporaryDirectory() as workdir:
     record, orders, after = run_case(settings, workdir)
@@ -313,7 +313,7 @@ def main():
     arrays |= parameters(model, role)
   for name in CASES:
     own, shared = case_arrays(name)
-    for key, value in shared.items():  # the seed gives every case the same shuffled prompts
+    for key, value in shared.items():  # with this seed, all cases shuffle prompts alike
       assert np.array_equal(arrays.setdefault(key, value), value)
     arrays |= own
   np.savez_compressed(out, **arrays)

@@ -1,10 +1,10 @@
-"""Stands for gcloud: one TPU and its request as a state machine in world.json, beside this file.
+"""A fake gcloud: one TPU and its request, as a state machine in world.json in the same folder.
 
-The tests write `faults` into the world: each applies to calls whose arguments, joined by spaces,
-contain all of its `words`, after `skip` and for `times` of them, and may give `code`, `out` and
-`err` in place of the answer (after the call has had its effect where `late`), change the `world`,
-and `sleep` before the answer.
-Workers are one folder, home, in which `ssh` runs its command by bash, with the programs of worker/.
+Tests write `faults` into world.json. A fault applies to calls whose arguments, joined by spaces,
+contain all of its `words`, after `skip` such calls and to `times` of them. It may replace the
+output by `code`, `out` and `err` (with `late`, after the call has had its effect), change the
+`world`, and `sleep` before the output. All workers are one folder, home, in which bash runs the
+commands of `ssh`, with the programs of worker/.
 """
 
 import json
@@ -32,7 +32,7 @@ NOT_FOUND = (1, '', 'ERROR: (gcloud.compute.tpus) NOT_FOUND: Resource was not fo
 
 
 def new_home():
-  import shutil  # only here: this program starts a thousand times
+  import shutil  # imported here because this program starts a thousand times
 
   shutil.rmtree(HOME, ignore_errors=True)
 
@@ -96,7 +96,7 @@ def workers(verb, world, arguments):
 
 
 def find_fault(world, text):
-  """The first fault that fits, counted down."""
+  """Returns the first fault that applies, and decreases its counts."""
   for fault in world['faults']:
     if all(word in text for word in fault['words']) and fault.get('times', 1):
       if fault.get('skip'):

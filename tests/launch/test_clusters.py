@@ -1,4 +1,4 @@
-"""The scripts for clusters: shellcheck, what slurm.sbatch asks of SLURM, and the manifest."""
+"""The scripts for clusters: shellcheck, the SLURM commands of slurm.sbatch, and the manifest."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import yaml
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / 'launch'
-# Writes its name, arguments and folder to calls.jsonl, and answers as answers.json says.
+# Appends its name, arguments and folder to calls.jsonl, and prints the output in answers.json.
 FAKE = f"""#!{sys.executable}
 import json, os, pathlib, sys
 here = pathlib.Path(__file__).parent
@@ -30,7 +30,7 @@ sys.exit(code)
 
 @pytest.fixture
 def fake(tmp_path):
-  """A folder for PATH with programs of SLURM that are none."""
+  """Returns a folder for PATH with fake programs of SLURM."""
   for name in ('srun', 'squeue', 'scontrol'):
     (tmp_path / name).write_text(FAKE)
     (tmp_path / name).chmod(0o755)
@@ -49,7 +49,7 @@ def test_shellcheck_finds_nothing():
 
 
 def sbatch_options():
-  """The #SBATCH lines as sbatch reads them: those before the first command."""
+  """Returns the #SBATCH options that sbatch reads: those before the first command."""
   options = {}
   for line in (LAUNCH / 'slurm.sbatch').read_text().splitlines():
     if line and not line.startswith('#'):
@@ -61,7 +61,7 @@ def sbatch_options():
 
 
 def start_job(fake, *arguments, answers=None, folder=None, **variables):
-  """Starts the job as SLURM does: from a copy of the script, with the folder of the submission."""
+  """Starts the job as SLURM does: from a copy of the script, with the submission folder."""
   folder = folder or fake / 'checkout'
   copy = shutil.copy(LAUNCH / 'slurm.sbatch', fake / 'slurm_script')
   (fake / 'answers.json').write_text(json.dumps(answers or {}))
@@ -83,13 +83,13 @@ def start_job(fake, *arguments, answers=None, folder=None, **variables):
 
 
 def calls(fake):
-  """Name, arguments and folder of every call of a program of SLURM."""
+  """Returns name, arguments and folder of every call of a SLURM program."""
   return [json.loads(line) for line in (fake / 'calls.jsonl').read_text().splitlines()]
 
 
 @pytest.fixture
 def python(fake):
-  """The Python of a checkout."""
+  """Returns the Python of a checkout."""
   path = fake / 'checkout' / '.venv' / 'bin' / 'python'
   path.parent.mkdir(parents=True)
   path.write_text('#!/bin/sh\n')
@@ -99,7 +99,7 @@ def python(fake):
 
 @pytest.mark.parametrize('code', [0, 1, 127, 143])
 def test_slurm_job_starts_one_process_a_gpu(fake, python, code):
-  """And gives the status of srun; nobody stopped it, so it is not queued again."""
+  """The job exits with the status of srun, and is not queued again, because nothing stopped it."""
   options = sbatch_options()
   assert options['--ntasks-per-node'] == options['--gpus-per-node'] == '8'
   assert {'--requeue', '--time', '--output', '--nodes'} <= set(options)
@@ -136,7 +136,7 @@ def test_slurm_job_starts_one_process_a_gpu(fake, python, code):
     (signal.SIGTERM, 'COMPLETING', 143, False),  # scancel
     (signal.SIGUSR1, 'RUNNING', 1, False),
   ],
-)  # the run fails while it stops
+)  # the run fails while it saves
 def test_slurm_job_that_is_stopped_waits_for_its_save_and_is_queued_again(
   fake, python, number, state, code, queued
 ):
@@ -152,7 +152,7 @@ while :; do sleep 0.05; done
     time.sleep(0.02)
   time.sleep(0.1)
   job.send_signal(number)
-  if number == signal.SIGTERM:  # SLURM sends it to all
+  if number == signal.SIGTERM:  # SLURM sends it to all processes
     os.kill(int((fake / 'pid').read_text()), number)
   _, err = job.communicate(timeout=60)
   assert job.returncode == code and (fake / 'saved').exists()
@@ -170,7 +170,7 @@ def test_slurm_job_says_what_is_missing(fake, tmp_path):
 
 
 def manifest(gpu=False):
-  """gke.yaml, with its lines for TPUs or with those for GPUs, as its head says to do it."""
+  """Returns gke.yaml with the lines for TPUs, or changed for GPUs as its comment describes."""
   lines = (LAUNCH / 'gke.yaml').read_text().splitlines()
   if gpu:
     lines = [re.sub(r'# GPU ', '', line, count=1) for line in lines if not line.endswith('# TPU')]
@@ -185,10 +185,10 @@ def test_gke_manifest(gpu):
   job = replicated['template']['spec']
   assert job['parallelism'] == job['completions'] == 4
   failures = found['spec']['failurePolicy']
-  assert job['backoffLimit'] == 0 and failures['maxRestarts'] > 0  # All restart together.
+  assert job['backoffLimit'] == 0 and failures['maxRestarts'] > 0  # all hosts restart together
   pod = job['template']['spec']
   [container] = pod['containers']
-  # Preemption: 143 after a save, or the node's end. Kubernetes calls the reason PodFailurePolicy.
+  # Preemption: status 143 after a save, or removal of the node; the reason is PodFailurePolicy.
   assert failures['rules'] == [
     {'action': 'RestartJobSetAndIgnoreMaxRestarts', 'onJobFailureReasons': ['PodFailurePolicy']}
   ]

@@ -1,4 +1,4 @@
-"""launch/local.sh with small commands: numbers, output, and that all end if one fails or stops."""
+"""launch/local.sh with small commands: environment, output, failures and signals."""
 
 import json
 import os
@@ -14,7 +14,7 @@ LOCAL = pathlib.Path(__file__).resolve().parents[2] / 'launch' / 'local.sh'
 
 
 def start(*arguments, **variables):
-  """Starts it as a terminal does: a script's background jobs ignore interrupts from the start."""
+  """Starts the script as a terminal does; background jobs of scripts would ignore SIGINT."""
   return subprocess.Popen(
     [LOCAL, *arguments],
     text=True,
@@ -27,14 +27,14 @@ def start(*arguments, **variables):
 
 
 def run(*arguments, **variables):
-  """The exit status and what was written to stdout and stderr."""
+  """Returns the exit status, stdout and stderr."""
   process = start(*arguments, **variables)
   out, err = process.communicate(timeout=60)
   return process.returncode, out, err
 
 
 def command(text):
-  """A Python command for each process: `number` is its number, `say` writes a line at once."""
+  """Returns a Python command for each process: `number` is its number, `say` writes a line."""
   return [
     '--',
     sys.executable,
@@ -45,7 +45,7 @@ def command(text):
 
 
 def alive(session):
-  """Processes of a session that are not dead, after a moment to die in."""
+  """Returns the processes of a session that are still alive after some seconds."""
   for _ in range(50):
     found = []
     for folder in pathlib.Path('/proc').glob('[0-9]*'):
@@ -73,7 +73,7 @@ def test_each_process_is_told_who_it_is():
   )
   assert code == 0, err
   found = {}
-  for line in out.splitlines():  # Those of process 0 have nothing in front.
+  for line in out.splitlines():  # lines of process 0 have no prefix
     number, _, rest = line.partition('] ') if line.startswith('[') else ('[0', '', line)
     found[number] = json.loads(rest)
   assert sorted(found) == ['[0', '[1', '[2']
@@ -107,7 +107,7 @@ def test_gpus_are_shared_out():
   ],
 )
 def test_one_that_fails_ends_all(death, words):
-  """Even those that do not heed SIGTERM; and its last words are seen."""
+  """Stops even processes that ignore SIGTERM, and shows the output of the one that failed."""
   started = time.monotonic()
   process = start(
     '-n',
@@ -124,7 +124,7 @@ def test_one_that_fails_ends_all(death, words):
   assert alive(process.pid) == []
 
 
-# Says that it is up; told to end, it takes a while to save. The saves of the first take longer.
+# Writes "up"; after SIGTERM it saves for a while, process 0 longest.
 SAVES = """
 told = 0
 def save(*_):
@@ -147,7 +147,7 @@ def up(process, lines):
   'number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
 def test_a_signal_lets_all_save(number, code):
-  """Each is told once, and none is killed."""
+  """Each process gets one signal, and none is killed."""
   process = start('-n', '2', *command(SAVES))
   up(process, ['up', '[1] up'])
   process.send_signal(number)
@@ -158,7 +158,7 @@ def test_a_signal_lets_all_save(number, code):
 
 
 def test_one_that_is_preempted_lets_the_others_save():
-  """All save the same step, the first last."""
+  """The other processes save before they exit."""
   process = start('-n', '2', *command('if number:\n  time.sleep(0.5)\n  os._exit(143)\n' + SAVES))
   out, err = process.communicate(timeout=30)
   assert process.returncode == 143 and out.splitlines() == ['up', 'saved 1']
@@ -176,7 +176,7 @@ def test_a_run_that_finishes_when_it_is_stopped_has_finished():
 
 @pytest.mark.parametrize('grace, signals', [('1', 1), ('100', 2)])
 def test_those_that_do_not_save_are_killed(grace, signals):
-  """After the grace, or at the second signal."""
+  """After GRACE_SECONDS, or at the second signal."""
   started = time.monotonic()
   process = start(
     '-n',
@@ -198,7 +198,7 @@ def test_those_that_do_not_save_are_killed(grace, signals):
 
 @pytest.mark.parametrize('victim', ['launcher', 'wrapper'])
 def test_a_kill_of_the_launcher_leaves_nobody(victim):
-  """Not even those that do not heed SIGTERM; the same for the shell around a process."""
+  """Also ends processes that ignore SIGTERM; the same if a wrapper is killed."""
   process = start(
     '-n',
     '2',
@@ -211,7 +211,7 @@ def test_a_kill_of_the_launcher_leaves_nobody(victim):
   [wrapper] = [int(line.removeprefix('[1] ')) for line in lines if line != 'up\n']
   os.kill(process.pid if victim == 'launcher' else wrapper, signal.SIGKILL)
   try:
-    _, err = process.communicate(timeout=30)  # the end of their output
+    _, err = process.communicate(timeout=30)  # until their output ends
   finally:
     process.kill()
   assert alive(process.pid) == []
@@ -223,7 +223,7 @@ def test_a_kill_of_the_launcher_leaves_nobody(victim):
 
 
 def test_one_that_ends_well_alone_ends_all():
-  """A reward function that calls os._exit(0)."""
+  """For example, if a reward function calls os._exit(0)."""
   process = start('-n', '3', *command('time.sleep(0 if number == 1 else 300)'), ALONE_SECONDS='1')
   _, err = process.communicate(timeout=30)
   assert process.returncode == 1 and alive(process.pid) == []

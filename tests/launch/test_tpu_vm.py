@@ -1,4 +1,4 @@
-"""launch/tpu_vm.sh in a small checkout, with a gcloud that fails in odd ways (fake_gcloud.py)."""
+"""launch/tpu_vm.sh in a small checkout, with a fake gcloud that fails (fake_gcloud.py)."""
 
 import json
 import os
@@ -40,7 +40,7 @@ UNAVAILABLE = {
 PREEMPTED = {'node': 'PREEMPTED', 'queue': 'SUSPENDED'}
 READY = {'node': 'READY', 'queue': 'ACTIVE'}
 ARGUMENTS = ['--config=configs/x.py', "--workdir=/mnt/it's a b"]
-# The workers' python3 makes a virtual environment, whose Python writes down what it is told.
+# The workers' python3 makes a virtual environment, whose Python records its arguments.
 PYTHON3 = """#!/bin/sh
 case "$*" in
   *" venv "*) mkdir -p .venv/bin && cp "${0%/*}/python" .venv/bin/python ;;
@@ -53,7 +53,7 @@ printf '%s\\n' "$COORDINATOR_ADDRESS" "$@" >> "$HOME/runs"
 
 @pytest.fixture(scope='module')
 def checkout(tmp_path_factory):
-  """A git checkout of the launch scripts and a few files more."""
+  """Returns a git checkout of the launch scripts and a few other files."""
   root = tmp_path_factory.mktemp('checkout')
   shutil.copytree(ROOT / 'launch', root / 'launch', ignore=shutil.ignore_patterns('__pycache__'))
   for path, text in {
@@ -79,7 +79,7 @@ def commit(root):
 
 
 class Cloud:
-  """A folder for PATH with a gcloud that is none."""
+  """A folder for PATH with the fake gcloud."""
 
   def __init__(self, folder, checkout):
     self.folder, self.checkout = folder, checkout
@@ -97,13 +97,13 @@ class Cloud:
     self.set(node=None, queue=None)
 
   def set(self, *faults, node=None, queue=None, stuck=()):
-    """Sets the world, and forgets the calls."""
+    """Sets the state of the fake cloud, and clears the calls."""
     world = {'node': node, 'queue': queue, 'stuck': list(stuck), 'faults': list(faults)}
     (self.folder / 'world.json').write_text(json.dumps(world))
     (self.folder / 'calls.jsonl').write_text('')
 
   def fault(self, *faults):
-    """Adds faults to the world as it is, and forgets the calls."""
+    """Adds faults to the current state, and clears the calls."""
     world = self.world()
     self.set(*faults, node=world['node'], queue=world['queue'])
 
@@ -111,7 +111,7 @@ class Cloud:
     return json.loads((self.folder / 'world.json').read_text())
 
   def start(self, *arguments, constants='', **settings):
-    """Starts the script; `constants` are statements on its modules tpu_vm and tpu_node."""
+    """Starts the script; `constants` are statements that change its modules tpu_vm and tpu_node."""
     command = [self.checkout / 'launch' / 'tpu_vm.sh', *arguments]
     if constants:
       command = [
@@ -137,13 +137,13 @@ class Cloud:
     )
 
   def run(self, *arguments, **settings):
-    """Its exit status and what it wrote to stderr."""
+    """Returns the exit status and stderr."""
     process = self.start(*arguments, **settings)
     self.out, err = process.communicate(timeout=60)
     return process.returncode, err
 
   def calls(self, *words):
-    """The calls whose arguments contain all words."""
+    """Returns the calls whose arguments contain all words."""
     lines = (self.folder / 'calls.jsonl').read_text().splitlines()
     return [
       call for call in map(json.loads, lines) if all(word in ' '.join(call) for word in words)
@@ -153,7 +153,7 @@ class Cloud:
     return len(self.calls(*words))
 
   def runs(self):
-    """What the Python of the workers was told."""
+    """Returns the arguments of the workers' Python."""
     path = self.folder / 'home' / 'runs'
     return path.read_text().splitlines() if path.exists() else []
 
@@ -165,7 +165,7 @@ def cloud(tmp_path, checkout):
 
 @pytest.fixture
 def own(tmp_path, checkout):
-  """The same with a checkout to change."""
+  """Returns the same with its own checkout, which the test may change."""
   return Cloud(tmp_path, pathlib.Path(shutil.copytree(checkout, tmp_path / 'checkout')))
 
 
@@ -190,7 +190,7 @@ def test_create_asks_and_waits(cloud):
 
 
 def test_resume_creates_sets_up_and_runs(cloud):
-  """On all workers, with the arguments as they are; and again without a second setup."""
+  """Runs on all workers with the given arguments; a second resume needs no setup."""
   code, err = cloud.run('resume', *ARGUMENTS)
   assert code == 0, err
   assert cloud.runs() == ['auto', '-m', 'rlhf_jax.main', *ARGUMENTS]
@@ -227,7 +227,7 @@ def test_fetch_and_delete(cloud):
 
 
 def test_dry_run_prints_what_a_run_would_ask_and_asks_nothing(cloud):
-  """Every line can be given to a shell, which asks for the same as the script does."""
+  """In a shell, the printed lines make the same calls as the script."""
   arguments = ['resume', '--config=configs/x.py:a=1', '--config.x=two words']
   assert cloud.run('--dry-run', *arguments, SHARED='a:/b', SPOT='1')[0] == 0
   assert cloud.calls() == []
@@ -237,7 +237,7 @@ def test_dry_run_prints_what_a_run_would_ask_and_asks_nothing(cloud):
   )
   printed = [
     ' '.join(call) for call in cloud.calls() if 'scp' not in call
-  ]  # the archive has another name each time
+  ]  # the archive's name differs each time
   cloud.set(**PREEMPTED)
   code, err = cloud.run(*arguments, SHARED='a:/b', SPOT='1')
   assert code == 0 and set(printed) <= {' '.join(call) for call in cloud.calls()}, err
@@ -295,7 +295,7 @@ def test_503_that_stays_is_bounded_and_resume_keeps_its_place_in_the_queue(cloud
 
 
 def test_what_cannot_be_asked_is_named(cloud):
-  """Nothing is deleted or made because gcloud cannot be asked, which is not tried again."""
+  """If gcloud has a permanent error, nothing is deleted, created or tried again."""
   cloud.set(
     {'words': ['describe'], 'times': 99, 'code': 1, 'err': 'ERROR: PERMISSION_DENIED: log in'},
     **READY,
@@ -306,7 +306,7 @@ def test_what_cannot_be_asked_is_named(cloud):
 
 
 def test_a_line_on_stderr_is_no_state(cloud):
-  """gcloud's update notices and warnings come behind its answer."""
+  """gcloud writes update notices and warnings to stderr."""
   notice = 'WARNING: To update your components, run:\n  $ gcloud components update\n'
   cloud.set({'words': ['describe'], 'times': 99, 'err': notice}, **READY)
   code, err = cloud.run('resume', *ARGUMENTS)
@@ -382,7 +382,7 @@ def test_a_request_that_is_cut_short_is_named(cloud):
   assert 'was interrupted, and may still be granted and billed' in last_line(err)
 
 
-# The TPU goes, or is on its way.
+# The TPU is preempted, or is not ready yet.
 
 
 @pytest.mark.parametrize(
@@ -421,7 +421,7 @@ def test_preempted_in_the_middle_of_the_run_makes_another_and_resumes(cloud):
 
 @pytest.mark.parametrize('words', [QUEUE, SETUP, ['scp'], RUN])
 def test_preempted_at_any_moment_starts_over(cloud, words):
-  """While it is created, copied to, set up, or when it has just begun to run."""
+  """During creation, copying, setup, or the start of the run."""
   cloud.set(
     {
       'words': words,
@@ -437,7 +437,7 @@ def test_preempted_at_any_moment_starts_over(cloud, words):
 
 
 def test_a_tpu_that_is_about_to_be_preempted_is_not_set_up(cloud):
-  """Its request is SUSPENDING while it still seems to be READY."""
+  """Its request is SUSPENDING while its node is still READY."""
   cloud.set({'words': RUN, 'code': 1, 'world': {'queue': 'SUSPENDING'}}, **READY)
   code, err = cloud.run('resume', *ARGUMENTS)
   assert code == 0 and cloud.runs() and cloud.count('create') == 1 and cloud.count(*SETUP) == 2, err
@@ -450,7 +450,7 @@ def test_a_tpu_that_is_ready_again_is_not_deleted(cloud):
 
 
 def test_a_tpu_that_is_always_preempted_ends_after_a_few_tries(cloud):
-  """Today 56 creations in 15 s; and the waits grow."""
+  """Without backoff there were 56 creations in 15 s."""
   cloud.set({'words': ['create'], 'times': 99, 'world': {'queue': 'SUSPENDED'}})
   code, err = cloud.run('resume', *ARGUMENTS, constants='tpu_vm.TRIES = 4')
   assert code == 1 and '4 consecutive tries failed' in err and cloud.count('create') == 4
@@ -490,7 +490,7 @@ def test_a_failed_setup_is_set_up_again(cloud):
 
 
 def test_a_setup_that_was_cut_short_is_set_up_again(cloud):
-  """By `setup` alone and by the next resume: its digest is written last."""
+  """By `setup` and by the next `resume`, because the digest is written last."""
   cloud.set(**READY)
   assert cloud.run('setup')[0] == 0
   (cloud.folder / 'worker' / 'python3').write_text('#!/bin/sh\nexit 1\n')
@@ -533,7 +533,7 @@ def test_a_run_that_is_always_stopped_ends_unless_it_lasts(cloud):
 
 
 def test_resume_ends_where_the_run_itself_fails(cloud):
-  """A mistake in the config would otherwise be tried for ever."""
+  """Otherwise a mistake in the config would be retried forever."""
   cloud.set({'words': RUN, 'code': 1}, **READY)
   code, err = cloud.run('resume', *ARGUMENTS)
   assert code == 1 and cloud.count(*RUN) == 1
@@ -549,7 +549,7 @@ def test_run_gives_the_status_of_the_run(cloud):
 
 
 def test_a_run_before_saves_before_the_next_begins(cloud):
-  """After a lost connection it holds the chips."""
+  """After a lost connection, the earlier run still holds the chips."""
   cloud.set(**READY)
   assert cloud.run('setup')[0] == 0
   home = cloud.folder / 'home'
@@ -579,11 +579,11 @@ def test_shared_is_mounted_at_setup_and_after_a_reboot(cloud):
   assert cloud.count(*SETUP) == 1
 
 
-# What is shipped.
+# The files that are sent.
 
 
 def test_setup_ships_the_checkout_as_it_is(own):
-  """Ships uncommitted and untracked files, not ignored ones; deletes deleted ones; keeps runs."""
+  """Sends uncommitted and untracked files, not ignored ones; deletes deleted ones; keeps runs."""
   own.set(**READY)
   assert own.run('setup')[0] == 0
   home = own.folder / 'home' / 'rlhf_jax'
@@ -619,13 +619,13 @@ def test_a_newer_commit_or_a_changed_file_is_set_up_again(own):
   assert [resumed(), resumed()] == [1, 0]
   git(own.checkout, 'add', '.')
   commit(own.checkout)
-  assert resumed() == 0  # the same files
+  assert resumed() == 0  # no file has changed
   (own.checkout / 'rewards.py').touch()
   assert [resumed(), resumed()] == [1, 0]
 
 
 def test_files_that_change_during_a_resume_do_not_change_the_run(own):
-  """What a new TPU is given in the middle of a run is what the first was given."""
+  """A new TPU gets the files that the first one got."""
   own.set({'words': RUN, 'code': 255, 'world': PREEMPTED}, **READY)
   (own.folder / 'worker' / 'python3').write_text(
     PYTHON3 + f'echo edited > "{own.checkout}/configs/x.py"\n'

@@ -1,31 +1,31 @@
-"""Random small models of transformers, one function per family; the references of the parity tests.
+"""Random small models of transformers, one function per family; references of the parity tests.
 
-Each takes a seed and gives a model with all parameters (norms and biases too) drawn; what a family
-has kinds of (rotary scalings, ...) goes by the seed, so that any 24 seeds in a row have all of
-them.
+Each function takes a seed and returns a model whose parameters are all random, including norms and
+biases. The seed selects the family's options (rotary scalings, ...), so that any 24 consecutive
+seeds cover all of them.
 """
 
 import numpy as np
 import torch
 import transformers
 
-LENGTH = 14  # Tokens of a row in the tests.
+LENGTH = 14  # tokens per sequence in the tests
 
 ROPE_TYPES = ('yarn', 'dynamic', 'longrope', 'default', 'linear', 'llama3', 'proportional')
 
 
 def pick(draw, options):
-  """One of a list of anything."""
+  """Returns a random element of a list."""
   return options[draw.integers(len(options))]
 
 
 def rope_type(seed):
-  """Every seventh seed has the same."""
+  """Returns a type by the seed; every seventh seed has the same."""
   return ROPE_TYPES[seed % len(ROPE_TYPES)]
 
 
 def rope_parameters(draw, seed, turning):
-  """Those of the seed's type, for `turning` coordinates; some change after 8 or 10 positions."""
+  """Returns parameters of the seed's type for `turning` coordinates; some depend on the length."""
   divisors = [1 + draw.random((turning + 1) // 2) * most for most in (1, 9)]
   own = {
     'yarn': {
@@ -68,7 +68,7 @@ def rope_parameters(draw, seed, turning):
 
 
 def randomize(reference, seed):
-  """Moves every parameter away from its initial value."""
+  """Changes every parameter from its initial value."""
   torch.manual_seed(seed)
   with torch.no_grad():
     for parameter in reference.parameters():
@@ -171,8 +171,8 @@ def gpt_neox(seed):
     'linear',
     'llama3',
     'longrope',
-  ):  # Theirs has the others for four and more, even.
-    parts += [(8, 0.25), (5, 0.6), (7, 0.8), (3, 0.3)]  # 2, 3, 5 and none of the coordinates.
+  ):  # their other types need at least four, an even number
+    parts += [(8, 0.25), (5, 0.6), (7, 0.8), (3, 0.3)]  # 2, 3, 5 and 0 of the coordinates
   head_width, part = pick(draw, parts)
   rope = {'partial_rotary_factor': part, **rope_parameters(draw, seed, int(head_width * part))}
   return randomize(
@@ -200,7 +200,7 @@ def gpt_neox(seed):
 
 
 def windows(draw, depth):
-  """A window shorter than the tests' texts, and layers of which some see it."""
+  """Returns a window shorter than the tests' sequences, and layers, some of which have it."""
   return {
     'sliding_window': int(draw.integers(2, LENGTH)),
     'layer_types': [pick(draw, ['sliding_attention', 'full_attention']) for _ in range(depth)],
@@ -208,7 +208,7 @@ def windows(draw, depth):
 
 
 def llama_sizes(draw):
-  """Fields that all relatives of Llama have; their heads share keys or not, and have any width."""
+  """Returns fields that all of Llama's relatives have; heads may share keys and have any width."""
   kv_heads = pick(draw, [1, 2])
   heads = kv_heads * pick(draw, [1, 2, 3])
   return dict(
@@ -343,7 +343,7 @@ def gemma3(seed):
     'sliding_attention': rope_parameters(draw, pick(draw, [0, seed + 3]), sizes['head_dim']),
   }
   for parameters in ropes.values():
-    parameters.pop('truncate', None)  # Theirs looks for it in the outer dict; we refuse it.
+    parameters.pop('truncate', None)  # theirs reads it from the outer dict; we refuse it
   return randomize(
     transformers.Gemma3ForCausalLM(
       transformers.Gemma3TextConfig(
@@ -366,7 +366,7 @@ def phi3(seed):
   head_width, part = pick(draw, [(4, 1.0), (6, 1.0), (8, 0.5), (8, 0.75), (6, 0.7)])
   sizes |= {'hidden_size': sizes['num_attention_heads'] * head_width}
   del sizes['head_dim']
-  # Of the types it has these two.
+  # The family has only these two types.
   rope = rope_parameters(
     draw, ROPE_TYPES.index(('longrope', 'default')[seed % 2]), int(head_width * part)
   )

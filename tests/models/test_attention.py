@@ -1,4 +1,4 @@
-"""Every implementation of attention against `layers.attend` and a loop; memory; and the choice."""
+"""All implementations of attention against `layers.attend` and a loop; memory; and the choice."""
 
 import dataclasses
 import functools
@@ -34,12 +34,12 @@ GEMMA2 = {
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-  """Blocks of 16, so that a few dozen tokens are many of them."""
+  """Sets blocks of 16 tokens, so that a few dozen tokens fill several blocks."""
   monkeypatch.setitem(attention.BLOCK_SIZE, sharding.platform(), 16)
 
 
 def ragged(length):
-  """Rows with padding on both sides, three texts, holes, no padding, and nothing at all."""
+  """Returns rows with padding on both sides, three texts, holes, no padding, and no tokens."""
   segments = np.zeros((5, length), np.int32)
   segments[0, length // 3 : -5] = 1
   segments[1] = 1 + (np.arange(length) >= length // 2) + (np.arange(length) >= length - 7)
@@ -49,7 +49,7 @@ def ragged(length):
 
 
 def draw(rows, length, dtype=jnp.float32, heads=HEADS, width=WIDTH):
-  """Queries, keys, values, and weights for a sum over the result."""
+  """Returns queries, keys, values, and weights for a sum over the result."""
   random = np.random.default_rng(0)
   shapes = (
     (rows, length, heads, width),
@@ -76,7 +76,7 @@ def in_blocks(queries, keys, values, segments, *, window=0, score_cap=0.0, index
 
 
 def results(function, queries, keys, values, weights, segments):
-  """Outputs of real tokens and the gradients of their sum; no NaN anywhere, not even in padding."""
+  """Returns outputs of real tokens and gradients of their sum; no NaN may occur anywhere."""
   real = (segments != 0)[:, :, None]
 
   @jax.jit
@@ -152,7 +152,7 @@ def test_blocks_of_the_last_queries_and_of_a_part_of_the_cache(small_blocks):
   whole = in_blocks(queries, keys, values, segments)
   last = in_blocks(queries[:, -7:], keys, values, segments)
   np.testing.assert_allclose(last, whole[:, -7:], rtol=0, atol=1e-6)
-  # Slots 20 to 49 as a call of their own.
+  # Slots 20 to 49 in a separate call.
   for index in (20, jnp.int32(20)):
     part = attention.blocks(
       queries[:, 20:],
@@ -170,7 +170,7 @@ def test_blocks_of_the_last_queries_and_of_a_part_of_the_cache(small_blocks):
 
 
 def test_the_kernel_for_tpus():
-  # A length that is no multiple of anything; a width that is no multiple of a TPU's lanes.
+  # A length and a width that are not multiples of a TPU's lanes.
   segments, operands = ragged(150), draw(5, 150)
   for settings in (dict(window=0, score_cap=0.0), dict(window=20, score_cap=1.5)):
     agree(
@@ -185,7 +185,7 @@ def one_text(length):
 
 
 def cudnn_on_a_cpu(monkeypatch):
-  """XLA in place of cuDNN, with garbage wherever cuDNN leaves results undefined, gradients too."""
+  """Replaces cuDNN by XLA, with garbage where outputs and gradients of cuDNN are undefined."""
   real = jax.nn.dot_product_attention
 
   def garble(x, count):
@@ -250,7 +250,7 @@ def test_cudnn_is_called_without_a_mask(monkeypatch, count, length):
   ids=['blocks', 'splash'],
 )
 def test_eight_devices(small_blocks, function):
-  """Rows over 'data' and 'fsdp', heads over 'tensor'; nothing has to be sent."""
+  """Sequences over 'data' and 'fsdp', heads over 'tensor'; no communication is needed."""
   mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2}, devices=devices.first(8))
   segments = jnp.concatenate([ragged(40)[:3], jnp.ones((1, 40), jnp.int32)])
   operands = draw(4, 40)
@@ -315,7 +315,7 @@ def test_the_choice(monkeypatch):
     chosen('tpu', sliding_window=100, attn_logit_softcapping=50.0, single_segment=False) == 'splash'
   )
   assert chosen('tpu', head_dim=40) == 'blocks'
-  # Queries into a cache from an unknown slot on.
+  # Queries into a cache that start at a traced slot.
   assert chosen('tpu', key_length=2048, index=jnp.int32(5)) == 'blocks'
   assert chosen('gpu', length=64) == 'cudnn' and chosen('gpu', dtype='float32') == 'blocks'
   for other in (
@@ -327,7 +327,7 @@ def test_the_choice(monkeypatch):
     assert chosen('gpu', **other) == 'blocks' and chosen('gpu', length=512, **other) == 'plain'
   with jax.set_mesh(
     sharding.make_mesh({'fsdp': 2, 'tensor': 4}, devices=devices.first(8))
-  ):  # of 2 key/value heads
+  ):  # for 2 key/value heads
     assert chosen('tpu') == 'blocks'
   with jax.set_mesh(sharding.make_mesh({'fsdp': 8}, devices=devices.first(8))):
     assert chosen('tpu') == 'blocks' and chosen('tpu', batch=8) == 'splash'
@@ -344,7 +344,7 @@ def test_the_platform_is_that_of_the_mesh():
 
 @pytest.mark.parametrize('unroll', [1, 2])
 def test_a_model_with_windows_in_every_other_layer(monkeypatch, unroll):
-  """Training, and a prompt read into a cache, in blocks and all at once."""
+  """Training, and a prompt read into a cache, with blocks and with plain attention."""
   model = dataclasses.replace(
     models.create(GEMMA2), unroll=unroll, remat='block' if unroll == 1 else 'none'
   )

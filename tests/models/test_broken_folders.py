@@ -1,4 +1,4 @@
-"""A corpus of broken model folders: each gives one clear error with the fault and the remedy."""
+"""Broken model folders: each gives one clear error with the fault and the remedy."""
 
 import json
 import os
@@ -42,7 +42,7 @@ NORM, UP = 'model.norm.weight', 'model.layers.1.mlp.up_proj.weight'
 
 @pytest.fixture(scope='module')
 def good(tmp_path_factory):
-  """Folders that load: one file, several files, GPT-2's fused tensors, a reward model."""
+  """Returns valid folders: one file, several files, GPT-2's fused tensors, a reward model."""
   root = tmp_path_factory.mktemp('good')
   for name, fields in (('one', LLAMA), ('gpt2', GPT2)):
     model = models.create(fields)
@@ -68,7 +68,7 @@ def config(remove=(), **changes):
 
 
 def content(file, value):
-  """Replaces a file by a string or bytes, or anything else as JSON."""
+  """Replaces a file by a string, by bytes, or by anything else as JSON."""
 
   def change(folder):
     text = value if isinstance(value, (str, bytes)) else json.dumps(value)
@@ -100,7 +100,7 @@ def tensor(name, change):
 
 
 def poked(value):
-  """A tensor with one element replaced."""
+  """Returns a tensor with one element replaced."""
 
   def change(array):
     array = np.array(array)
@@ -111,7 +111,7 @@ def poked(value):
 
 
 def cut(file, size):
-  """Keeps a part of a file: so many bytes, or all but so many."""
+  """Truncates a file to a number of bytes, or by a number of bytes."""
   return lambda folder: (folder / file).write_bytes((folder / file).read_bytes()[:size])
 
 
@@ -124,7 +124,7 @@ def folder_instead(file):
 
 
 def header(change):
-  """Changes the bytes of the single file's JSON header, keeping its length right."""
+  """Changes the bytes of the JSON header of the single file, and updates its length."""
 
   def apply(folder):
     data = (folder / SINGLE).read_bytes()
@@ -136,7 +136,7 @@ def header(change):
 
 
 def index(change):
-  """Changes the index's weight_map, given it and the last tensor in it."""
+  """Changes the index's weight_map, given it and its last tensor."""
 
   def apply(folder):
     found = json.loads((folder / INDEX).read_text())
@@ -151,7 +151,7 @@ def shard(folder, number):
 
 
 def swapped(folder):
-  """Two shards under each other's names."""
+  """Swaps the names of two shards."""
   first, second = shard(folder, 0), shard(folder, 1)
   first.rename(folder / 'spare')
   second.rename(first)
@@ -159,13 +159,13 @@ def swapped(folder):
 
 
 def doubled(folder):
-  """A tensor in two shards; the index lists one."""
+  """Stores a tensor in two shards; the index lists one."""
   tensors = safetensors.numpy.load_file(shard(folder, 1))
   rewrite(lambda others: others.update(tensors), shard(folder, 0).name)(folder)
 
 
 def twice(folder):
-  """A tensor in two shards, with the prefix and without; the index lists both."""
+  """Stores a tensor in two shards, with the prefix and without; the index lists both."""
   file = shard(folder, -1)
   rewrite(
     lambda tensors: tensors.update({NORM.removeprefix('model.'): np.ones(8, np.float32)}), file.name
@@ -608,7 +608,7 @@ CORPUS = [
     lambda folder: shutil.copy(folder.parent / 'one' / SINGLE, folder),
     'holds both model.safetensors and model.safetensors.index.json.*outdated',
   ),
-  # heads; reward models are loaded as such
+  # heads; reward models are loaded with load_reward
   (
     'reward model as a language model',
     'lm from reward',

@@ -1,4 +1,4 @@
-"""Programs do not grow with depth: layers are scanned, not written out one after another."""
+"""Programs do not grow with depth, because layers are scanned."""
 
 import time
 
@@ -35,13 +35,13 @@ DEPTHS = {'gpt2': ['n_layer'], 't5': ['num_layers', 'num_decoder_layers']}
 
 
 def build(family, depth):
-  """A tiny model of so many layers."""
+  """Returns a tiny model with so many layers."""
   depths = dict.fromkeys(DEPTHS.get(family, ['num_hidden_layers']), depth)
   return models.create({'family': family, 'vocab_size': VOCABULARY} | FIELDS[family] | depths)
 
 
 def lower(family, depth, program):
-  """The program 'forward' or 'train_step' of a model, traced on shapes alone."""
+  """Traces the program 'forward' or 'train_step' of a model on shapes."""
   model = build(family, depth)
   optimizer = optax.adam(1e-3)
   params = model.shapes()
@@ -64,7 +64,7 @@ def lower(family, depth, program):
 
 
 def test_every_family_is_here():
-  assert set(FIELDS) == set(models.FAMILIES) - {'gemma3'}  # A name that is known to be refused.
+  assert set(FIELDS) == set(models.FAMILIES) - {'gemma3'}  # a known name that is refused
 
 
 @pytest.mark.parametrize('program', ['forward', 'train_step'])
@@ -77,7 +77,7 @@ def test_a_deep_model_is_no_longer_program(family, program):
 
 @pytest.fixture
 def no_cache():
-  """Compiled programs are neither kept nor found."""
+  """Disables the compilation cache."""
   before = jax.config.jax_enable_compilation_cache
   jax.config.update('jax_enable_compilation_cache', False)
   yield
@@ -88,7 +88,7 @@ def no_cache():
 @pytest.mark.parametrize('program', ['forward', 'train_step'])
 @pytest.mark.parametrize('family', FIELDS)
 def test_a_deep_model_compiles_as_fast(family, program, no_cache):
-  """The shortest of three times each, in turns, because others may be using the machine."""
+  """Compares the shortest of three times each, in turns, because the machine may be shared."""
 
   def seconds(depth):
     begin = time.perf_counter()

@@ -1,6 +1,6 @@
 """BERT and RoBERTa classifiers with one label against transformers: scores, gradients and files.
 
-Three random configurations of each here, the other 21 under the mark 'slow'.
+Three random configurations of each run here, the other 21 with the mark 'slow'.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ ROBERTA = BERT | {'family': 'roberta', 'pad_token_id': 1}
 
 
 def draw_config(seed):
-  """Fields of a random configuration, for both families."""
+  """Returns the fields of a random configuration, for both families."""
   draw = np.random.default_rng(seed)
   count = int(draw.integers(1, 5))
   return dict(
@@ -70,7 +70,7 @@ REFERENCES = {
 
 
 def draw_batch(vocab_size, pad, seed):
-  """Tokens [4, T], right-padded, and mask."""
+  """Returns tokens [4, T], right-padded, and their mask."""
   draw = np.random.default_rng(seed)
   tokens = draw.integers(3, vocab_size, (4, LENGTH)).astype(np.int32)
   mask = np.arange(LENGTH)[None] < np.array([LENGTH, 1, 8, 5])[:, None]
@@ -78,7 +78,7 @@ def draw_batch(vocab_size, pad, seed):
 
 
 def their_scores(reference, tokens, mask):
-  """[B] as a torch tensor."""
+  """Returns scores [B], a torch tensor."""
   return reference(torch.tensor(tokens).long(), attention_mask=torch.tensor(mask).long()).logits[
     :, 0
   ]
@@ -86,13 +86,13 @@ def their_scores(reference, tokens, mask):
 
 @functools.partial(jax.jit, static_argnames='model')
 def score(model, params, tokens, mask):
-  """[B]."""
+  """Returns scores [B]."""
   return heads.apply_scalar(params['head'], model.summary(params['backbone'], tokens, mask))
 
 
 @functools.partial(jax.jit, static_argnames='model')
 def evaluate(model, params, tokens, mask):
-  """Scores, and the gradient of their sum of squares."""
+  """Returns scores, and the gradient of their sum of squares."""
 
   def loss(params):
     scores = score(model, params, tokens, mask)
@@ -104,7 +104,7 @@ def evaluate(model, params, tokens, mask):
 
 @dataclasses.dataclass
 class Case:
-  """A reference, its folder, what we read from there, and what both make of a batch."""
+  """A reference, its folder, the model that we read from it, and the results of both on a batch."""
 
   reference: object
   folder: object
@@ -120,19 +120,19 @@ class Case:
 
   @functools.cached_property
   def theirs(self):
-    """Scores; the gradients are in the parameters then."""
+    """The reference's scores; also computes the gradients of its parameters."""
     scores = their_scores(self.reference, self.tokens, self.mask)
     scores.square().sum().backward()
     return scores.detach().numpy()
 
   @functools.cached_property
   def ours(self):
-    """Scores and gradient."""
+    """Our scores and gradient."""
     return evaluate(self.model, self.params, self.tokens, jnp.asarray(self.mask))
 
 
 def assert_near(ours, theirs, relative, *, floor=0.0):
-  """Equal up to a part of the largest number."""
+  """Asserts that the difference is at most a fraction of the largest number."""
   np.testing.assert_allclose(ours, theirs, rtol=0, atol=max(relative * np.abs(theirs).max(), floor))
 
 
@@ -158,7 +158,7 @@ def test_scores_agree(case):
 
 
 def test_gradients_agree(case):
-  """Gradients of all parameters: saved as weights, which transformers maps to its names."""
+  """The gradients of all parameters, saved as weights to get transformers' names."""
   case.theirs  # noqa: B018  computes the gradients
   gradient = case.ours[1]
   hf.save(case.folder / 'gradient', case.model, gradient['backbone'], head=gradient['head'])
@@ -197,7 +197,7 @@ def built(request):
 
 
 def test_a_text_scores_the_same_wherever_it_lies_and_whatever_pads_it(built):
-  """Padding left, right or between, with ids outside the vocabulary; empty sequences are finite."""
+  """Padding left, right or between, with invalid ids; empty sequences have a finite score."""
   model, params = built
   text = np.random.default_rng(3).integers(3, 31, 5).astype(np.int32)
   places = [[0, 1, 2, 3, 4], [8, 9, 10, 11, 12], [0, 2, 3, 7, 11], []]
@@ -255,7 +255,7 @@ def test_bfloat16_computes_in_bfloat16(built):
 
 
 def test_adapters_are_read(built):
-  """The model with adapters equals the one they are merged into."""
+  """The model with adapters equals the one into which they are merged."""
   model, params = built
   adapted = dataclasses.replace(
     model, lora=lora_lib.Lora(targets=(('query|value', 2, 4.0), ('pooler', 2, 2.0)))
@@ -273,7 +273,7 @@ def test_adapters_are_read(built):
 
 @pytest.mark.parametrize('top', [0, 1, 3])
 def test_top_layers_are_read_and_trained(built, top):
-  """A split model gives the same scores and gradients of the top blocks and the pooler."""
+  """A split model has the same scores, and gradients of the top blocks and the pooler."""
   model, params = built
   batch = draw_batch(31, 0, 0)
   expected, gradient = evaluate(model, params, *batch)
@@ -293,7 +293,7 @@ def test_top_layers_are_read_and_trained(built, top):
 
 
 def test_adapters_of_the_top_layers(built):
-  """'.*' finds the pooler too, but only the maps of the top blocks have adapters then."""
+  """'.*' also matches the pooler, but only the maps of the top blocks get adapters."""
   model, params = built
   adapted = dataclasses.replace(model, lora=lora_lib.Lora(targets=(('.*', 2, 4.0),)))
   adapters, frozen = trainable.split_trainable(

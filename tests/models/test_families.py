@@ -1,4 +1,4 @@
-"""Every family's file has what models/families.py says, and this test finds what one lacks."""
+"""Every family's file implements the interface in models/families.py."""
 
 import dataclasses
 import inspect
@@ -23,7 +23,7 @@ PROTOCOLS = (
 
 
 def functions(cls):
-  """{name: function} of the constructor, the call and the public methods of a class."""
+  """Returns {name: function} of the constructor, the call and the public methods of a class."""
   return {
     name: method
     for base in reversed(cls.__mro__)
@@ -34,7 +34,7 @@ def functions(cls):
 
 
 def signature_problem(found, wanted, *, bound):
-  """What a function's arguments lack or add; `bound`: whether it has a self like the wanted one."""
+  """Returns which arguments a function lacks or adds; `bound` is whether it has a self."""
   found = list(inspect.signature(found).parameters.values())
   wanted = list(inspect.signature(wanted).parameters.values())[0 if bound else 1 :]
   same = [(p.name, p.kind) for p in found[: len(wanted)]] == [(p.name, p.kind) for p in wanted]
@@ -44,10 +44,10 @@ def signature_problem(found, wanted, *, bound):
 
 
 def class_problems(found, wanted):
-  """Methods of a class that differ from those of a protocol or a base."""
+  """Returns the methods of a class that differ from those of a protocol or a base."""
   for name, method in functions(wanted).items():
     if name == '__init__' and dataclasses.is_dataclass(wanted):
-      continue  # Its arguments are the fields.
+      continue  # its arguments are the fields
     problem = (
       signature_problem(getattr(found, name), method, bound=True)
       if callable(getattr(found, name, None))
@@ -58,7 +58,7 @@ def class_problems(found, wanted):
 
 
 def problems(module, protocol):
-  """What a family's module lacks of its protocol, as a list of texts."""
+  """Returns what a family's module lacks of its protocol, a list of texts."""
   found = []
   for name, hint in typing.get_type_hints(protocol).items():
     value = getattr(module, name, problems)
@@ -73,7 +73,7 @@ def problems(module, protocol):
       found += [f'{name}.{problem}' for problem in class_problems(value, wanted)]
   for name, method in functions(protocol).items():
     if name == '__init__':
-      continue  # Of typing.Protocol.
+      continue  # of typing.Protocol
     if not hasattr(module, name):
       found.append(f'{name} is missing')
     elif problem := signature_problem(getattr(module, name), method, bound=False):
@@ -100,20 +100,20 @@ def test_every_config_says_what_models_read(family):
 
 
 def changed(module, **attributes):
-  """A copy of a module with other attributes; None takes one out."""
+  """Returns a copy of a module with other attributes; None removes one."""
   kept = {name: value for name, value in (vars(module) | attributes).items() if value is not None}
   return types.SimpleNamespace(**kept)
 
 
 class OtherBlock(blocks.Block):
-  """Its call lacks the table."""
+  """A block whose call lacks the table."""
 
   def __call__(self, x, layer, attend):
     return attend(x, layer)
 
 
 class OtherEmbedder(gpt2.Embedder):
-  """It wants one more argument."""
+  """An embedder with one more argument."""
 
   def embed_inputs(self, tokens, positions, length, mask):
     return super().embed_inputs(tokens, positions, length), mask
@@ -166,5 +166,5 @@ def test_a_critic_starts_from_a_model_that_reads_single_tokens():
   for family in test_compile_time.FIELDS:
     model = test_compile_time.build(family, 1)
     assert model.has_token_states == (family not in families.ENCODERS)
-  # The last is T5: its pooled states are read of whole texts.
+  # The last is T5, whose pooled states are those of full texts.
   assert not models.create(model.config.to_hf() | {'pooled': True}).has_token_states

@@ -1,4 +1,4 @@
-"""Folders of weights: what does not fit is named; what is saved comes back, sharded or not."""
+"""Folders of weights: mismatches are named; saved models are read again, sharded or not."""
 
 import json
 
@@ -90,7 +90,7 @@ def test_missing_extra_and_misshapen_tensors_are_all_named(saved):
 
 @pytest.mark.parametrize('fields,drop', [(GPT2, 'transformer.'), (LLAMA, 'model.')])
 def test_bare_and_old_files_are_read(fields, drop, tmp_path):
-  """No prefix, and buffers that older writers kept beside the parameters."""
+  """Files without a prefix, and with buffers that older versions stored."""
   model, params = build(fields | {'tie_word_embeddings': True})
   hf.save(tmp_path, model, params)
 
@@ -180,7 +180,7 @@ def test_several_heads_round_trip(saved, tmp_path, bias):
 
 
 def test_sharded_files_onto_a_mesh_and_back(saved, tmp_path):
-  """Several files, every parameter read straight into its shards on 8 devices, saved from there."""
+  """Reads parameters from several files directly into shards on 8 devices, and saves them."""
   folder, model, params = saved
   hf.save(tmp_path / 'many', model, params, max_shard_bytes=1000)
   index = json.loads((tmp_path / 'many' / 'model.safetensors.index.json').read_text())
@@ -199,7 +199,7 @@ def test_sharded_files_onto_a_mesh_and_back(saved, tmp_path):
 )
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_a_layer_at_a_time_is_the_same_as_all_at_once(shape, dtype, saved, tmp_path, monkeypatch):
-  """Stacks too large to pass through the host as one: on the way in, and on the way out."""
+  """Reads and saves stacks that are too large to pass through the host at once."""
   folder, model, _ = saved
   mesh = sharding.make_mesh(shape) if shape else None
   _, params = hf.load(folder, mesh=mesh, param_dtype=dtype)
@@ -258,7 +258,7 @@ def test_fused_tensors_of_any_order(columns, shape, tmp_path, monkeypatch):
 
 
 def test_widths_of_fused_parameters_add_up(tmp_path, monkeypatch):
-  """Grouped queries: 8, 4 and 4 columns of one tensor of 16."""
+  """Grouped queries: 8, 4 and 4 columns of a tensor with 16."""
 
   def sources(config):
     found = {

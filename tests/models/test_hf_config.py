@@ -1,4 +1,4 @@
-"""Every field of a config.json is honoured, known not to matter, or refused by name."""
+"""Every field of a config.json is used, known to be irrelevant, or refused by name."""
 
 import json
 

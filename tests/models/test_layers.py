@@ -9,7 +9,7 @@ from rlhf_jax.models import layers
 
 
 def looped_attention(queries, keys, values, allowed):
-  """[B, T, N, H], [B, K, S, H] twice, [B, T, S] -> [B, T, N * H], one query at a time."""
+  """Computes attention in a loop: [B, T, N, H], twice [B, K, S, H], [B, T, S] -> [B, T, N * H]."""
   batch, time, heads, width = queries.shape
   mixed = np.zeros((batch, time, heads, width))
   for b in range(batch):
@@ -50,7 +50,7 @@ def test_large_scores_and_fully_masked_rows_give_no_nan():
 
 
 def test_mask_by_hand():
-  """Two packed texts and padding; then one token into a cache that holds the two before it."""
+  """Two packed texts and padding; then one token after two others in a cache."""
   segments = jnp.array([[1, 1, 2, 0]])
   mask = layers.attention_mask(segments, segments, index=0)
   assert mask.shape == (1, 1, 1, 4, 4)

@@ -1,6 +1,6 @@
-"""Memory of loading and saving: little more than the parameters themselves.
+"""Loading and saving need little more memory than the parameters.
 
-Run as a script this file is the process that is measured.
+Run as a script, this file is the measured process.
 """
 
 import json
@@ -45,10 +45,10 @@ SLACK = 500 * 10**6
 
 
 def write_llama(folder, fields, shards):
-  """Writes random bfloat16 weights in so many files with an index, a tensor at a time.
+  """Writes random bfloat16 weights to several files with an index, one tensor at a time.
 
   Returns:
-    Bytes of all tensors and of the largest.
+    Bytes of all tensors, and of the largest tensor.
   """
   folder.mkdir()
   (folder / 'config.json').write_text(json.dumps(fields))
@@ -94,7 +94,7 @@ def write_llama(folder, fields, shards):
       out.write(len(header).to_bytes(8, 'little') + header)
       for name in names:
         bits = draw.integers(0, 2**16, sizes[name] // 2, dtype=np.uint16)
-        # Sign and fraction at random, the exponent of 2^-7 to 2^-4.
+        # Random sign and fraction, and an exponent of -7 to -4.
         out.write(((bits & 0x81FF) | 0x3C00).astype('<u2').tobytes())
   index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
   (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
@@ -102,7 +102,7 @@ def write_llama(folder, fields, shards):
 
 
 def assert_same_bytes(folder, other):
-  """Compares all tensors of two folders by their bytes."""
+  """Compares the bytes of all tensors in two folders."""
   where = [
     json.loads((path / 'model.safetensors.index.json').read_text())['weight_map']
     for path in (folder, other)
@@ -125,7 +125,7 @@ def memory(name):
 
 
 def measure(folder, again, shape, param_dtype, max_shard_bytes):
-  """Loads and saves; prints what it took as JSON."""
+  """Loads and saves a model; prints memory and times as JSON."""
   mesh = sharding.make_mesh(json.loads(shape)) if shape != 'null' else None
   jax.jit(jnp.sum)(jnp.ones(8)).block_until_ready()
   before, start = memory('VmRSS'), time.monotonic()
@@ -192,11 +192,11 @@ def test_two_billion_parameters_within_memory_and_back_bit_by_bit(tmp_path):
 
 @pytest.mark.parametrize('shape', [None, {'fsdp': 4, 'tensor': 2}], ids=['one device', 'eight'])
 def test_the_host_holds_a_few_tensors_at_a_time(shape, tmp_path, monkeypatch):
-  """What Python and NumPy allocate for 45 MB of parameters whose largest tensor has 2 MB."""
+  """Allocations of Python and NumPy for 45 MB of parameters whose largest tensor has 2 MB."""
   monkeypatch.setattr(hf_arrays, 'STEP_BYTES', 10**6)
   total, largest = write_llama(tmp_path / 'model', SMALL, 3)
   mesh = sharding.make_mesh(shape) if shape else None
-  hf.load(tmp_path / 'model', mesh=mesh, param_dtype='bfloat16')  # Compiles.
+  hf.load(tmp_path / 'model', mesh=mesh, param_dtype='bfloat16')  # compiles
   tracemalloc.start()
   model, params = hf.load(tmp_path / 'model', mesh=mesh, param_dtype='bfloat16')
   loading = tracemalloc.get_traced_memory()[1]

@@ -1,4 +1,4 @@
-"""Config fields of GPT-NeoX and OPT: released files, old and new names, refusals; sharding."""
+"""Config fields of GPT-NeoX and OPT: released files, old and new names, errors; sharding."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ OPT = {
   'num_attention_heads': 4,
 }
 
-# As published.
+# As released.
 PYTHIA_70M = {
   'architectures': ['GPTNeoXForCausalLM'],
   'bos_token_id': 0,
@@ -108,7 +108,7 @@ def test_missing_fields_are_what_transformers_takes_for_them():
     (neox, transformers.GPTNeoXConfig(**NEOX)),
     (opt, transformers.OPTConfig(**OPT)),
   ):
-    # A field that theirs has and we do not know would be refused.
+    # An unknown field of theirs would be refused.
     again = models.create(
       theirs.to_dict() | {name: None for name in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
     )
@@ -132,7 +132,7 @@ def test_old_and_new_names_of_rope_are_one_model():
   assert (old.rope_type, old.theta) == ('linear', 300.0)
   assert (old.rotary_fraction, old.rotary_width) == (0.5, 2)
   assert (rope().theta, rope().rotary_fraction, rope().rotary_width) == (10000.0, 0.25, 1)
-  # The dict goes first, as in transformers.
+  # The dict has priority, as in transformers.
   assert (
     rope(
       rotary_pct=0.5, rope_parameters={'rope_type': 'default', 'partial_rotary_factor': 1.0}
@@ -228,7 +228,7 @@ def test_dropout_and_the_prefix_of_a_prompt_are_nothing_of_the_model():
 
 
 def test_adapters_of_the_top_layers_beside_projections():
-  """'.*' matches the projections around the blocks too, but only the top blocks get adapters."""
+  """'.*' also matches the projections around the blocks, but only the top blocks get adapters."""
   model = models.create(OPT | {'word_embed_proj_dim': 8})
   adapted = dataclasses.replace(model, lora=lora.Lora((('.*', 2, 4.0),)))
   adapters, frozen = trainable.split_trainable(

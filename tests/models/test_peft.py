@@ -1,4 +1,4 @@
-"""Adapters against PEFT on the same weights: it reads what we write, and we read what it writes."""
+"""Adapters against PEFT on the same weights: each reads what the other writes."""
 
 import dataclasses
 import json
@@ -114,7 +114,7 @@ def case(request, tmp_path_factory):
 
 
 def base_of(build, folder):
-  """The same weights every time: PEFT changes the model it adapts."""
+  """Returns the same weights each time, because PEFT changes the model that it adapts."""
   return build().from_pretrained(folder).eval()
 
 
@@ -149,7 +149,7 @@ def their_logits(model):
 
 
 def drawn(adapters, seed):
-  """Adapters with B away from zero."""
+  """Returns adapters whose B is not 0."""
   rng = np.random.default_rng(seed)
   return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), adapters)
 
@@ -239,7 +239,7 @@ def test_merge_and_unmerge(case):
 
 
 def broken(tmp_path, change):
-  """A folder of a llama adapter, changed; and the model it was for."""
+  """Returns a folder of a changed llama adapter, and its model."""
   torch.manual_seed(0)
   llama().save_pretrained(tmp_path / 'base')
   plain, params = hf.load(tmp_path / 'base')

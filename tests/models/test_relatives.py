@@ -1,4 +1,4 @@
-"""Config fields of Llama's relatives: released files, missing and null fields, refusals, output."""
+"""Config fields of Llama's relatives: released files, missing and null fields, errors, output."""
 
 import json
 
@@ -32,7 +32,7 @@ def config(fields):
 @pytest.mark.parametrize(
   'fields',
   [
-    # As published: Mistral 7B v0.3, Qwen2.5 0.5B, Qwen3 0.6B, Gemma 2B, Gemma 2 2B, Gemma 3 1B,
+    # As released: Mistral 7B v0.3, Qwen2.5 0.5B, Qwen3 0.6B, Gemma 2B, Gemma 2 2B, Gemma 3 1B,
     # Phi-4-mini.
     {
       'model_type': 'mistral',
@@ -184,7 +184,7 @@ def test_released_files_are_read_and_written(fields):
 
 
 def test_a_missing_field_is_not_a_null_field():
-  """Missing, a field is what transformers takes for it; null, there is no such thing."""
+  """A missing field has the default of transformers; a null field turns the feature off."""
   assert config(MISTRAL).windows == (4096,) * 3
   assert config(MISTRAL | {'sliding_window': None}).windows == (0,) * 3
   assert (config(GEMMA2).score_cap, config(GEMMA2).logit_cap) == (50.0, 30.0)

@@ -1,4 +1,4 @@
-"""Rotary positions: frequencies by hand and against transformers, tables, rotation, config.json."""
+"""Rotary positions: frequencies by hand and against transformers, tables, rotation, fields."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models import hf_config
 from rlhf_jax.models import rope
 
-PLAIN = [1, 0.1, 0.01, 0.001]  # Of 8 coordinates and base 10000.
+PLAIN = [1, 0.1, 0.01, 0.001]  # for 8 coordinates and base 10000
 
 
 def test_types_without_bands_by_hand():
@@ -31,7 +31,7 @@ def test_types_without_bands_by_hand():
 
 
 def test_llama3_by_hand():
-  """Three bands: turns over the old context beyond 4 keep, below 1 divide by 8, between blend."""
+  """More than 4 turns over the old context: kept; fewer than 1: divided by 8; between: blended."""
   llama3 = rope.Llama3(
     head_width=8,
     factor=8.0,
@@ -50,7 +50,7 @@ def test_yarn_by_hand():
   yarn = rope.Yarn(
     head_width=8, factor=4.0, original_max_position_embeddings=128, beta_fast=2.0, beta_slow=0.5
   )
-  # Outwards: from 1 to 2.
+  # Rounded outwards: from 1 to 2.
   np.testing.assert_allclose(yarn.frequencies(99), [1, 0.1, 0.01 / 4, 0.001 / 4])
   assert yarn.scale == pytest.approx(0.1 * math.log(4) + 1)
   exact = rope.Yarn(
@@ -89,7 +89,7 @@ def test_longrope_by_hand():
 
 
 def random_parameters(draw, kind, turning):
-  """A dict of a config.json, of real sizes."""
+  """Returns a dict of a config.json with realistic sizes."""
   original = {'original_max_position_embeddings': int(draw.choice([2048, 8192, 32768]))}
   scaled = {'factor': float(draw.choice([1.0, 4.0, 32.0])), **original}
   scale = [{}, {'attention_factor': 1.3}][draw.integers(2)]
@@ -159,7 +159,7 @@ def test_rotation_depends_on_distances_only():
 
 @pytest.mark.parametrize('head_width,part,turned', [(8, 0.5, 4), (7, 0.8, 6), (6, 1.0, 6)])
 def test_a_part_of_a_head_turns(head_width, part, turned):
-  """The first coordinates, in pairs (i, i + R / 2); of an odd number one more."""
+  """Rotates the first coordinates in pairs (i, i + R / 2), one more if their number is odd."""
   partial = rope.Rope(head_width=head_width, rotary_fraction=part)
   x = np.random.default_rng(0).normal(size=(1, 1, 2, head_width)).astype(np.float32)
   found = rope.rotate(jnp.asarray(x), partial.table(jnp.array([[5]]), 6))
@@ -214,7 +214,7 @@ def test_both_spellings_and_what_is_written(scaling):
 
 
 def test_original_length():
-  """Beside the factors before among them, and without either the model's limit."""
+  """The length in the outer dict, else the one inside, else the model's maximum."""
 
   def length(fields, scaling):
     model = models.create(LLAMA | fields | {'rope_scaling': SCALINGS[5] | scaling})

@@ -1,6 +1,6 @@
-"""T5 against transformers: logits, gradients, decoding, files; and what must not change them.
+"""T5 against transformers: logits, gradients, decoding and files; and its invariances.
 
-Three random configurations here, the other 21 under the mark 'slow'.
+Three random configurations run here, the other 21 with the mark 'slow'.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ FIRST = FLAN | {'feed_forward_proj': 'relu', 'tie_word_embeddings': True}
 
 
 def draw_config(seed, **more):
-  """A random configuration of transformers; kinds of layers and unembeddings go by the seed."""
+  """Returns a random transformers config; the seed selects kinds of layers and unembeddings."""
   draw = np.random.default_rng(seed)
   buckets = int(draw.integers(4, 17))
   return transformers.T5Config(
@@ -84,7 +84,7 @@ def draw_config(seed, **more):
 
 
 def t5_reference(seed):
-  """A random T5: tied with a scale, untied without, and tied without, transformers 5's default."""
+  """Returns a random T5: tied with scaled outputs, untied, or tied without a scale."""
   reference = transformers.T5ForConditionalGeneration(draw_config(seed))
   if seed % 3 == 1:
     reference.lm_head.weight = torch.nn.Parameter(torch.zeros_like(reference.lm_head.weight))
@@ -92,7 +92,7 @@ def t5_reference(seed):
 
 
 def draw_batch(vocab_size, seed):
-  """Tokens [4, P + R] and mask: prompts padded left (9, 5, 1 tokens) or right, ragged responses."""
+  """Returns tokens [4, P + R] and mask: prompts padded on either side, and ragged responses."""
   tokens = (
     np.random.default_rng(seed).integers(2, vocab_size, (4, PROMPT + RESPONSE)).astype(np.int32)
   )
@@ -104,7 +104,7 @@ def draw_batch(vocab_size, seed):
 
 
 def their_logits(reference, tokens, mask):
-  """[B, R, V] as a torch tensor."""
+  """Returns logits [B, R, V], a torch tensor."""
   tokens, mask = torch.tensor(tokens).long(), torch.tensor(mask).long()
   shifted = torch.cat([torch.full((len(tokens), 1), START), tokens[:, PROMPT:-1]], dim=1)
   return reference(
@@ -114,14 +114,14 @@ def their_logits(reference, tokens, mask):
 
 @functools.partial(jax.jit, static_argnames='model')
 def respond(model, params, tokens, mask):
-  """Hidden states and logits of the responses."""
+  """Returns hidden states and logits of the responses."""
   hidden = model.response_states(params, tokens, mask, RESPONSE)
   return hidden, model.unembed(params, hidden)
 
 
 @functools.partial(jax.jit, static_argnames='model')
 def evaluate(model, params, tokens, mask):
-  """Those, and the gradient of the responses' mean loss."""
+  """Returns these, and the gradient of the responses' mean loss."""
 
   def loss(params):
     hidden, logits = respond(model, params, tokens, mask)
@@ -136,7 +136,7 @@ def evaluate(model, params, tokens, mask):
 
 @functools.partial(jax.jit, static_argnames='model')
 def decode(model, params, tokens, mask):
-  """States [B, R, D], read token by token."""
+  """Returns states [B, R, D], read token by token."""
   state, cache = model.prefill(params, tokens[:, :PROMPT], mask[:, :PROMPT], RESPONSE)
 
   def step(cache, token_and_alive):
@@ -154,7 +154,7 @@ def summarize(model, params, tokens, mask):
 
 @dataclasses.dataclass
 class Case:
-  """A reference, its folder, what we read from there, and what both make of a batch."""
+  """A reference, its folder, the model that we read from it, and the results of both on a batch."""
 
   reference: object
   folder: object
@@ -169,7 +169,7 @@ class Case:
 
   @functools.cached_property
   def theirs(self):
-    """Logits at all slots; the gradients are in the parameters then."""
+    """The reference's logits in all slots; also computes the gradients of its parameters."""
     logits = their_logits(self.reference, self.tokens, self.mask)
     targets = torch.tensor(self.tokens[:, PROMPT:]).long()
     torch.nn.functional.cross_entropy(logits[self.wanted], targets[self.wanted]).backward()
@@ -177,12 +177,12 @@ class Case:
 
   @functools.cached_property
   def ours(self):
-    """Hidden states, logits and gradient."""
+    """Our hidden states, logits and gradient."""
     return evaluate(self.model, self.params, self.tokens, jnp.asarray(self.mask))
 
 
 def assert_near(ours, theirs, relative, *, floor=0.0):
-  """Equal up to a part of the largest number."""
+  """Asserts that the difference is at most a fraction of the largest number."""
   np.testing.assert_allclose(ours, theirs, rtol=0, atol=max(relative * np.abs(theirs).max(), floor))
 
 
@@ -210,7 +210,7 @@ def test_unembedding_and_its_scale_are_those_of_the_file(case):
 
 
 def test_gradients_agree(case):
-  """Gradients of all parameters: saved as weights, which transformers maps to its names."""
+  """The gradients of all parameters, saved as weights to get transformers' names."""
   case.theirs  # noqa: B018  computes the gradients
   hf.save(case.folder / 'gradient', case.model, case.ours[2])
   ours = dict(
@@ -244,7 +244,7 @@ def test_saved_folder_loads_in_transformers_and_in_ours(case):
 
 
 def draw_texts(vocab_size):
-  """Texts of different lengths that end with the EOS, right-padded, and their mask."""
+  """Returns texts of different lengths that end with the EOS, right-padded, and their mask."""
   tokens = np.random.default_rng(5).integers(2, vocab_size, (3, 11)).astype(np.int32)
   mask = np.arange(11)[None] < np.array([11, 7, 2])[:, None]
   tokens[np.arange(3), mask.sum(axis=1) - 1] = EOS
@@ -252,7 +252,7 @@ def draw_texts(vocab_size):
 
 
 def test_reward_model_of_transformers(case):
-  """Scores of T5ForSequenceClassification with its dense layer, whose file we read and write."""
+  """Scores of T5ForSequenceClassification, whose head has a dense layer; we read and write it."""
   config = draw_config(case.seed, num_labels=1)
   reference = families.randomize(transformers.T5ForSequenceClassification(config), case.seed)
   reference.save_pretrained(case.folder / 'their_reward')
@@ -284,7 +284,7 @@ def built(request):
 
 
 def test_reward_model_of_ours_is_read_again(built, tmp_path):
-  """With a linear head on the decoder's state, which transformers has not."""
+  """With a linear head on the decoder's state, which transformers does not have."""
   model, params = built
   head = heads.init_scalar(jax.random.key(1), model.width, scale='normal') | {
     'bias': jnp.float32(0.5)
@@ -307,7 +307,7 @@ def test_reward_model_of_ours_is_read_again(built, tmp_path):
 
 
 def test_prompt_padded_on_either_side_or_not_at_all(built):
-  """Not one response state moves."""
+  """No response state changes."""
   model, params = built
   draw = np.random.default_rng(1)
   prompt, response = draw.integers(2, 31, 4), draw.integers(2, 31, RESPONSE)
@@ -324,7 +324,7 @@ def test_prompt_padded_on_either_side_or_not_at_all(built):
 
 
 def test_garbage_in_padded_slots_changes_nothing(built):
-  """Padding with any ids, even outside the vocabulary, changes no bit; no NaN without a prompt."""
+  """Padding with any ids changes no bit; a sequence without a prompt has no NaN."""
   model, params = built
   tokens, mask = draw_batch(31, seed=2)
   mask[0, :PROMPT] = False
@@ -336,7 +336,7 @@ def test_garbage_in_padded_slots_changes_nothing(built):
 
 
 def test_summary_is_of_the_text_wherever_it_lies(built):
-  """Padded left or right, or with masked tokens in between."""
+  """The text is padded left or right, or has masked tokens inside."""
   model, params = built
   text = np.random.default_rng(3).integers(2, 31, 5).astype(np.int32)
   alone = summarize(model, params, text[None], np.ones((1, 5), bool))
@@ -433,7 +433,7 @@ def test_initialization_has_the_configured_scale():
 
 
 def test_eight_devices_compute_what_one_does():
-  """Parameters and adapters split over 2 x 2 x 2 devices; all of them have a place there."""
+  """Parameters and adapters are split over 2 x 2 x 2 devices by the sharding rules."""
   lora = lora_lib.Lora(targets=(('query|down|unembed', 2, 4.0),))
   model = dataclasses.replace(
     models.create(FLAN | {'vocab_size': 32, 'd_kv': 6, 'pooled': True}), lora=lora
@@ -450,7 +450,7 @@ def test_eight_devices_compute_what_one_does():
 
 
 def test_adapters_are_read_on_both_sides():
-  """The model with adapters equals the one they are merged into, decoding too."""
+  """The model with adapters equals the one into which they are merged, also in decoding."""
   lora = lora_lib.Lora(
     targets=(
       ('encoder/blocks/attention/(query|value)', 2, 4.0),
@@ -489,7 +489,7 @@ def test_adapters_are_read_on_both_sides():
   'count,max_distance', [(32, 128), (16, 128), (8, 20), (4, 3), (5, 7), (17, 40), (32, 17)]
 )
 def test_buckets_are_those_of_transformers(count, max_distance):
-  """On distances up to 700, in both directions and in one."""
+  """Distances up to 700, in one direction and in both."""
   theirs = transformers.models.t5.modeling_t5.T5Attention._relative_position_bucket
   offset = torch.arange(-700, 701)
   one_way = theirs(

@@ -1,4 +1,4 @@
-"""Properties of the backbone: caches, packing, padding, scans; and real models if present."""
+"""Properties of the backbone: caches, packing, padding, scans; real models if present."""
 
 import functools
 import json
@@ -50,7 +50,7 @@ def draw_tokens(shape, seed=0):
 
 
 def ragged_mask():
-  """Three rows: prompts of 7, 4 and 1 tokens, left-padded; responses of 5."""
+  """Returns the mask of left-padded prompts of 7, 4 and 1 tokens, and responses of 5."""
   mask = np.ones((3, PROMPT + RESPONSE), bool)
   mask[1, :3] = False
   mask[2, :6] = False
@@ -59,7 +59,7 @@ def ragged_mask():
 
 @pytest.mark.parametrize('spare', [0, 6])
 def test_cached_decode_equals_full_forward(built, spare):
-  """A ragged prefill, then one token at a time, into a cache of the exact or a larger length."""
+  """A ragged prefill, then single tokens, with a cache of the exact or a larger length."""
   model, params, forward = built
   tokens, mask = draw_tokens((3, PROMPT + RESPONSE)), ragged_mask()
   positions = np.asarray(positions_from_mask(jnp.asarray(mask)))
@@ -91,7 +91,7 @@ def test_cache_has_the_promised_shape(built):
 
 
 def test_packed_segments_equal_separate_rows(built):
-  """Two texts and padding in one row against each alone in a row."""
+  """Two texts and padding in one row, against each text alone."""
   model, params, forward = built
   tokens = draw_tokens((1, 12), seed=1)
   segments = np.array([[1] * 5 + [2] * 4 + [0] * 3], np.int32)
@@ -110,7 +110,7 @@ def test_packed_segments_equal_separate_rows(built):
 
 
 def test_garbage_in_padded_slots_changes_nothing(built):
-  """Any ids, even outside the vocabulary, and any positions: not one bit, and no NaN."""
+  """Any ids and positions in padding change no bit and give no NaN."""
   model, params, forward = built
   tokens, mask = draw_tokens((3, PROMPT + RESPONSE), seed=2), ragged_mask()
   mask[0, 9:] = False
@@ -207,7 +207,7 @@ def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits():
 
 
 def test_initialization_has_the_configured_scale():
-  """GPT-2 shrinks the outputs that add up in the residual stream by sqrt(2 L)."""
+  """GPT-2 divides the initial scale of residual outputs by sqrt(2 L)."""
   model = models.create(GPT2 | {'n_embd': 96, 'n_layer': 8, 'initializer_range': 0.02})
   params = model.init(jax.random.key(0))
   mlp = params['blocks']['mlp']
@@ -239,7 +239,7 @@ def test_unknown_settings_are_refused(fields, settings, words):
 
 
 def test_stories260k_mean_loss_of_a_story(shared):
-  """1.316 nats per token on the first story, 373 tokens, BOS in front (the folder's README)."""
+  """1.316 nats per token on the first story, 373 tokens after BOS (from the folder's README)."""
   tokenizers = pytest.importorskip('tokenizers')
   model, params = hf.load(shared / 'models' / 'stories260K')
   tokenizer = tokenizers.Tokenizer.from_file(
@@ -257,7 +257,7 @@ def test_stories260k_mean_loss_of_a_story(shared):
 
 
 def test_stories260k_greedy_text(shared):
-  """256 tokens from BOS alone, EOS not stopping, exactly as transformers continues."""
+  """256 tokens after BOS, past the EOS, equal to those of transformers."""
   tokenizers = pytest.importorskip('tokenizers')
   folder = shared / 'models' / 'stories260K'
   model, params = hf.load(folder)
@@ -280,7 +280,7 @@ def test_stories260k_greedy_text(shared):
 
 
 def test_randomwalks_mean_loss_of_the_walks(shared):
-  """0.707 nats per token on the 1,000 walks (the folder's README)."""
+  """0.707 nats per token on the 1,000 walks (from the folder's README)."""
   model, params = hf.load(shared / 'models' / 'randomwalks')
   walks = json.loads((shared / 'data' / 'randomwalks.json').read_text())['walks']
   eos, longest = 21, max(map(len, walks)) + 1

@@ -1,7 +1,7 @@
 """Logits, gradients, cached decoding and files of random small models against transformers.
 
-Three configurations of every family here, the other 21 under the mark 'slow'. A text that holds
-the padding token would differ in one gradient: transformers trains no embedding of it, ours does.
+Three configurations of every family run here, the other 21 with the mark 'slow'. Texts do not
+contain the padding token, because transformers does not train its embedding.
 """
 
 import dataclasses
@@ -24,11 +24,11 @@ import families  # Needs transformers.
 
 LENGTH, PROMPT = families.LENGTH, 6
 SEEDS, QUICK_SEEDS = 24, 3
-FIRST_TOKEN = 3  # Those below are special in all references.
+FIRST_TOKEN = 3  # lower ids are special tokens in all references
 
 
 def draw_batch(vocab_size, seed):
-  """Tokens [5, T] and mask: padded left (two), right, not at all, and all but one token."""
+  """Returns tokens [5, T] and mask: padded left (two), right, not at all, and all but one token."""
   tokens = (
     np.random.default_rng(seed).integers(FIRST_TOKEN, vocab_size, (5, LENGTH)).astype(np.int32)
   )
@@ -41,12 +41,12 @@ def draw_batch(vocab_size, seed):
 
 
 def next_tokens(mask):
-  """[B, T - 1]: where a token and the one after it are real."""
+  """Returns [B, T - 1]: whether a token and the next one are real."""
   return mask[:, :-1] & mask[:, 1:]
 
 
 def their_logits(reference, tokens, mask):
-  """[B, T, V] as a torch tensor."""
+  """Returns logits [B, T, V], a torch tensor."""
   positions = np.array(positions_from_mask(jnp.asarray(mask)))
   return reference(
     torch.tensor(tokens).long(),
@@ -57,7 +57,7 @@ def their_logits(reference, tokens, mask):
 
 @functools.partial(jax.jit, static_argnames='model', compiler_options=quick.OPTIONS)
 def evaluate(model, params, tokens, mask):
-  """Hidden states, logits and the gradient of the mean LM loss."""
+  """Returns hidden states, logits and the gradient of the mean LM loss."""
 
   def loss(params):
     hidden, _ = model.forward(params, tokens, positions_from_mask(mask), mask)
@@ -73,7 +73,7 @@ def evaluate(model, params, tokens, mask):
 
 @functools.partial(jax.jit, static_argnames='model', compiler_options=quick.OPTIONS)
 def decode(model, params, tokens, mask):
-  """States [B, T - P + 1, D] from the last prompt token on, read token by token."""
+  """Returns states [B, T - P + 1, D] from the last prompt token on, read token by token."""
   state, cache = model.prefill(params, tokens[:, :PROMPT], mask[:, :PROMPT], LENGTH - PROMPT)
 
   def step(cache, token_and_alive):
@@ -86,7 +86,7 @@ def decode(model, params, tokens, mask):
 
 @dataclasses.dataclass
 class Case:
-  """A reference, its folder, what we read from there, and what both make of a batch."""
+  """A reference, its folder, the model that we read from it, and the results of both on a batch."""
 
   reference: object
   folder: object
@@ -100,7 +100,7 @@ class Case:
 
   @functools.cached_property
   def theirs(self):
-    """Logits, and {name: gradient}."""
+    """The reference's logits, and {name: gradient}."""
     logits = their_logits(self.reference, self.tokens, self.mask)
     wanted = torch.tensor(next_tokens(self.mask))
     targets = torch.tensor(self.tokens[:, 1:]).long()
@@ -112,12 +112,12 @@ class Case:
 
   @functools.cached_property
   def ours(self):
-    """Hidden states, logits and gradient."""
+    """Our hidden states, logits and gradient."""
     return evaluate(self.model, self.params, self.tokens, jnp.asarray(self.mask))
 
 
 def assert_near(ours, theirs, relative, *, floor=0.0):
-  """Equal up to a part of the largest number."""
+  """Asserts that the difference is at most a fraction of the largest number."""
   np.testing.assert_allclose(ours, theirs, rtol=0, atol=max(relative * np.abs(theirs).max(), floor))
 
 
@@ -143,14 +143,14 @@ def test_logits_agree_at_real_positions(case):
 
 
 def test_gradients_agree(case):
-  """Gradients of all parameters: saved as weights, which transformers maps to its names."""
+  """The gradients of all parameters, saved as weights to get transformers' names."""
   hf.save(case.folder / 'gradient', case.model, case.ours[2])
   ours = dict(
     transformers.AutoModelForCausalLM.from_pretrained(case.folder / 'gradient').named_parameters()
   )
   theirs = case.theirs[1]
   assert sorted(ours) == sorted(theirs)
-  # Some are zero but for rounding: keys' biases, where nothing rotates them.
+  # Some are zero up to rounding: biases of keys, without rotary positions.
   floor = 1e-6 * max(np.abs(gradient).max() for gradient in theirs.values())
   for name, gradient in theirs.items():
     assert_near(ours[name].detach().numpy(), gradient, 1e-3, floor=floor)
@@ -161,7 +161,7 @@ def test_cached_decode_equals_full_forward(case):
   full = np.asarray(case.ours[0])[:, PROMPT - 1 :]
   compared = (
     case.mask[:, PROMPT - 1 :] & case.mask[:, PROMPT - 1 : PROMPT]
-  )  # A row without a prompt is not decoded.
+  )  # sequences without a prompt are not decoded
   assert_near(np.asarray(decoded)[compared], full[compared], 1e-5)
 
 
@@ -182,7 +182,7 @@ def test_saved_folder_loads_in_transformers_and_in_ours(case):
 
 @pytest.mark.parametrize('family', families.FAMILIES)
 def test_reward_model_of_transformers(family, tmp_path):
-  """Scores of a sequence classifier with one label: ours of its file, theirs of ours."""
+  """Each computes scores from the other's file of a sequence classifier with one label."""
   config = families.FAMILIES[family](3).config
   config.num_labels = 1
   reference = families.randomize(
@@ -194,7 +194,7 @@ def test_reward_model_of_transformers(family, tmp_path):
   tokens, mask = (
     tokens[2:4],
     mask[2:4],
-  )  # Theirs counts positions from the first slot, padding or not.
+  )  # theirs also counts padding in positions
   tokens[~mask] = config.pad_token_id
 
   @jax.jit
@@ -217,7 +217,7 @@ def test_reward_model_of_transformers(family, tmp_path):
 
 
 def test_bfloat16_file_and_parameters(tmp_path):
-  """Half-precision files are read; the parameters are what was asked for."""
+  """Files in half precision are read; parameters have the requested dtype."""
   reference = families.llama(4).to(torch.bfloat16)
   reference.save_pretrained(tmp_path)
   _, wide = hf.load(tmp_path)
@@ -230,7 +230,7 @@ def test_bfloat16_file_and_parameters(tmp_path):
 
 
 def test_scores_divided_by_the_number_of_the_layer_unrolled(tmp_path):
-  """Where layers are unrolled their numbers are ints, which have no dtype."""
+  """In unrolled layers, the layer's index is an int, which has no dtype."""
 
   def build(**fields):
     return families.randomize(
@@ -246,7 +246,7 @@ def test_scores_divided_by_the_number_of_the_layer_unrolled(tmp_path):
   reference.save_pretrained(tmp_path)
   model, params = hf.load(tmp_path, unroll=None)
   tokens, mask = draw_batch(29, 0)
-  rows = mask[:, PROMPT - 1]  # those whose prompt has a token
+  rows = mask[:, PROMPT - 1]  # sequences with a prompt
   tokens, mask = tokens[rows], mask[rows]
   states = decode(model, model.unstack(params), tokens, jnp.asarray(mask))
   ours, real = np.asarray(model.unembed(params, states)), mask[:, PROMPT - 1 :]
@@ -255,4 +255,4 @@ def test_scores_divided_by_the_number_of_the_layer_unrolled(tmp_path):
     for reference in (reference, build())
   )
   assert_near(ours[real], theirs, 2e-4)
-  assert np.abs(theirs - other).max() > 0.01  # the key matters
+  assert np.abs(theirs - other).max() > 0.01  # the key has an effect

@@ -1,4 +1,4 @@
-"""Unrolled layers, the last of which computes only what is read, against layers in a scan."""
+"""Unrolled layers, the last of which computes only the states that are read, against a scan."""
 
 import dataclasses
 import functools
@@ -75,7 +75,7 @@ def built(request):
 
 
 def ragged():
-  """Left-padded prompts of 6, 3 and 1 tokens, and right-padded responses of 4, 2 and 3."""
+  """Returns left-padded prompts of 6, 3 and 1 tokens, and right-padded responses of 4, 2 and 3."""
   at = np.arange(P + R)
   mask = (at >= P - np.array([6, 3, 1])[:, None]) & (at < P + np.array([4, 2, 3])[:, None])
   return jnp.asarray(

@@ -1,4 +1,4 @@
-"""Operations of traced programs, against counts by hand."""
+"""FLOPs of traced programs against counts by hand."""
 
 import functools
 
@@ -53,7 +53,7 @@ def test_a_while_loop_runs_to_its_bound_whatever_else_could_end_it():
     state = jax.lax.while_loop(
       lambda s: (s[0] < 10) & ~jnp.all(s[2]), step, (jnp.int32(3), jnp.zeros((M, N)), a > 0)
     )
-    # Goes on where the first has stopped, at 10, by 2 each round.
+    # Continues where the first stopped, at 10, by 2 per iteration.
     more = lambda s: (s[0] + 2, s[1] + a @ b)
     return jax.lax.while_loop(lambda s: s[0] <= 20, more, (state[0] + 1, state[1]))
 
@@ -77,7 +77,7 @@ def test_of_two_branches_the_larger():
 def test_gradients_and_recomputation():
   loss = lambda a, b: jnp.sum(jnp.sin(a @ b))
   assert count(jax.grad(loss, argnums=(0, 1)), (M, K), (K, N)).flops == 3 * MATMUL
-  # Of a block that is computed again: once more forward.
+  # A block that is recomputed: one more forward pass.
   again = jax.checkpoint(lambda a, b: jnp.sin(a @ b))
   assert (
     count(jax.grad(lambda a, b: jnp.sum(again(a, b)), argnums=(0, 1)), (M, K), (K, N)).flops
@@ -108,7 +108,7 @@ def test_attention_in_a_kernel_and_in_blocks():
 
 
 def test_every_data_shard_counts():
-  """And their parts over 'tensor', which are not named inside, count once."""
+  """Parts split over 'tensor', which the function does not name, count once."""
   with jax.set_mesh(sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})):
     product = functools.partial(sharding.map_shards, lambda weights, rows, number: rows @ weights)
     assert count(product, (K, N), (4 * M, K)) == (4 * MATMUL, 0)
@@ -127,9 +127,9 @@ def test_the_count_of_all_programs_of_llama_3_8b_is_the_one_by_hand(monkeypatch)
   batch, prompt, response, length = 512, 512, 512, 1024
   layers, width, inner, vocab, heads, kv_width, head_width = 32, 4096, 14336, 128256, 32, 1024, 128
   down = inner * width
-  weights = layers * (2 * width * width + 2 * width * kv_width + 3 * down)  # of the blocks, 6.98e9
+  weights = layers * (2 * width * width + 2 * width * kv_width + 3 * down)  # 6.98e9
   attention = lambda queries, keys: layers * 4 * queries * keys * heads * head_width
-  # Blocks of 128 x 128 are left out above the diagonal, and 7 matmuls of each are needed for 2
+  # Blocks of 128 x 128 above the diagonal are skipped; the kernel needs 7 matmuls per block for 2
   # forward ones.
   blocks, blocks_of_prompt = (
     length // 128 * (length // 128 + 1) / 2,
@@ -137,8 +137,8 @@ def test_the_count_of_all_programs_of_llama_3_8b_is_the_one_by_hand(monkeypatch)
   )
   forward = batch * (2 * length * weights + blocks * attention(128, 128))
   logits = batch * response * 2 * width * vocab
-  # Four stages of 128 tokens, of which the first comes from the prompt; the keys are the whole
-  # cache of the stage.
+  # Four stages of 128 tokens, the first of which comes from the prompt; keys are the full cache of
+  # the stage.
   stages = attention(127, 640) + attention(128, 768) + attention(128, 896) + attention(128, 1024)
   decode = (
     batch

@@ -1,4 +1,4 @@
-"""Collectives and cycles of compiled programs, loops counted."""
+"""Collectives and cycles of compiled programs, with loops counted."""
 
 import textwrap
 
@@ -11,9 +11,8 @@ import pytest
 from planner import hlo
 from rlhf_jax import sharding
 
-# As XLA for TPUs writes them, shortened: a loop of 10 - 2 rounds whose body gathers once, in three
-# fusions that overlap it with two matmuls, and within it a loop of 4 rounds that reduces and
-# scatters.
+# Shortened HLO of XLA for TPUs: a loop of 10 - 2 iterations whose body gathers once, in three
+# fusions that overlap it with two matmuls, and an inner loop of 4 iterations with a reduce-scatter.
 MODULE = textwrap.dedent("""\
     HloModule jit_f, is_scheduled=true
 
@@ -111,7 +110,7 @@ def test_loops_and_collectives_that_overlap_with_computation():
   }
   assert found.sent == pytest.approx(
     {
-      ('all-gather', 8): 8 * 32 * 8 * 2 * 7 / 8,  # rounds, elements, bytes, all but the own part
+      ('all-gather', 8): 8 * 32 * 8 * 2 * 7 / 8,  # iterations, elements, bytes, all parts but one
       ('reduce-scatter', 4): 32 * 64 * 4 * 3 / 4,
       ('all-reduce', 4): 8 * 1 * 2 * 3 / 4,
       ('collective-permute', 2): 4 * 8 * 2,

@@ -1,4 +1,4 @@
-"""Bytes on each chip, against the arrays of a real run."""
+"""Bytes on each chip against the arrays of a real run."""
 
 import jax
 import pytest
@@ -30,7 +30,7 @@ def run_config(world, way):
 
 
 def held(tree):
-  """Bytes on the first device, each buffer once however many trees it is in."""
+  """Returns the bytes on the first device; a buffer in several trees counts once."""
   first = jax.devices()[0]
   shards = {
     shard.data.unsafe_buffer_pointer(): shard.data.nbytes
@@ -76,7 +76,7 @@ def test_cache_and_gradients(world):
   )
   kinds = memory.by_kind(made.arrays)
   assert memory.gradients(config, made.arrays) == kinds['policy'] + kinds['critic']
-  config.microbatch_size = 4  # float32 sums beside them
+  config.microbatch_size = 4  # with float32 sums of gradients
   assert memory.gradients(config, made.arrays) == 2 * (kinds['policy'] + kinds['critic'])
 
 

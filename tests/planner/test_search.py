@@ -1,4 +1,4 @@
-"""Candidates of a search: what is tried, what they are estimated to take, and in which order."""
+"""Candidates of a search: which are tried, their estimates, and their order."""
 
 import math
 
@@ -22,7 +22,7 @@ LINKS = {axis: 2e11 for axis in sharding.AXES}
 
 @pytest.fixture(scope='module')
 def llama():
-  """The config and its Programs, which can be placed on any mesh."""
+  """Returns the config and its Programs, which can be placed on any mesh."""
   config = ppo_llama3_8b.get_config()
   config.mesh = {'data': 1, 'fsdp': 4, 'tensor': 2}
   return config, programs.make(config, sharding.make_mesh(dict(config.mesh)))
@@ -45,7 +45,7 @@ def test_variants_are_valid_runs():
   assert len({str(varied) for varied in found}) == len(found) > 100
   for varied in found:
     build.validate(varied, CHIPS)
-    assert varied.mesh.tensor in (1, 2, 4, 8)  # divides the 8 heads of keys and values
+    assert varied.mesh.tensor in (1, 2, 4, 8)  # a divisor of the 8 heads of keys and values
   assert {varied.model.remat for varied in found} == {'none', 'block', 'dots'}
   assert {'data': 2, 'fsdp': 32, 'tensor': 4} in [varied.mesh.to_dict() for varied in found]
 
@@ -57,7 +57,7 @@ def test_variants_divide_the_rows_sampled_at_a_time():
   assert {varied.mesh.data * varied.mesh.fsdp for varied in found} == {32}
   assert not any(
     varied.sampling.gather_weights for varied in found
-  )  # They are gathered in any case.
+  )  # they are gathered in either case
 
 
 def test_a_mesh_that_does_not_divide_the_model_is_no_candidate(llama):
@@ -71,7 +71,7 @@ def test_bytes_of_what_stays(llama):
   assert kinds['policy'] == pytest.approx(2 * count / 256, rel=0.01)
   assert kinds['moments'] == pytest.approx(8 * (2 * count - 128256 * 4096) / 256, rel=0.01)
   assert kinds['master weights'] == pytest.approx(kinds['moments'] / 2, rel=0.01)
-  # Copies of everything on 8 chips of 'data'.
+  # 8 chips of 'data' hold copies of everything.
   assert candidate(llama, (8, 4, 8)).kinds['policy'] == pytest.approx(8 * kinds['policy'], rel=0.01)
 
 
@@ -119,7 +119,7 @@ def test_chips_by_topology():
 
 
 def test_the_run_of_the_config_at_its_small_size(world, tmp_path):
-  """The same file, with folders of a tiny model: two steps."""
+  """The same config with folders of a tiny model: two steps."""
   for variant in ('', ',lora'):
     config = ppo_llama3_8b.get_config(
       f'debug{variant},policy={world}/model,reward={world}/reward,prompts={world}/prompts.jsonl'

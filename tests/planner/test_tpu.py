@@ -1,4 +1,4 @@
-"""With the TPU's compiler: the whole command on small shapes. Skipped without libtpu."""
+"""The full command on small shapes, with the TPU's compiler. Skipped without libtpu."""
 
 import os
 import pathlib
@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip('libtpu')
 
 PLAN = ['-m', 'planner', '--config=configs/ppo_llama3_8b.py:debug', '--effort=-1']
-# Attention and its gradients on 2 x 2 chips: rows over 'data', heads over 'tensor'; scores would be
-# 4 GiB a chip.
+# Attention and its gradients on 2 x 2 chips: sequences over 'data', heads over 'tensor'. All scores
+# would need 4 GiB per chip.
 KERNELS = """
 import functools, jax, jax.numpy as jnp
 from rlhf_jax import sharding
@@ -63,7 +63,7 @@ def test_a_plan_and_its_report(cache, tmp_path):
     cache=cache,
   )
   assert done.returncode == 0, done.stderr
-  assert 'unknown trip count' not in done.stderr  # though a rollout has several stages
+  assert 'unknown trip count' not in done.stderr  # although a rollout has several stages
   for part in (
     'master weights',
     'most at once',
@@ -77,7 +77,7 @@ def test_a_plan_and_its_report(cache, tmp_path):
   assert done.stdout.count('does not fit') == 0
   text = (tmp_path / 'plan.md').read_text()
   assert '## configs/ppo_llama3_8b.py:debug on v5e:2x2' in text and '--topology=v5e:2x2' in text
-  assert len(list((cache / 'rlhf_jax').rglob('*.json'))) == 3  # programs, not compiled again
+  assert len(list((cache / 'rlhf_jax').rglob('*.json'))) == 3  # programs, each compiled once
 
 
 def test_a_search(cache):

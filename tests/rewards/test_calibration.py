@@ -55,7 +55,7 @@ def test_a_calibrated_scorer_has_a_small_error():
 
 
 def test_pairs_of_one_prompt_count_together():
-  """K-way comparisons: all pairs of a prompt are right or all wrong; 10 prompts are 10 trials."""
+  """If all pairs of a prompt are right, or all are wrong, 10 prompts are 10 trials."""
   margins = np.repeat([1.0] * 6 + [-1.0] * 4, 20)
   alone = calibration.pairwise(margins, np.zeros(200))
   shared = calibration.pairwise(margins, np.zeros(200), prompts=np.repeat(range(10), 20).tolist())

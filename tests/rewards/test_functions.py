@@ -1,4 +1,4 @@
-"""What reward functions may return, and what users read when theirs returns something else."""
+"""What reward functions may return, and the messages about invalid results."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""However a user's function ends, one line names the place; alarms, handlers, children stay."""
+"""Failures of a user's function give one line with their place, and restore the process."""
 
 import asyncio
 import functools
@@ -55,7 +55,7 @@ def swallow(responses):
 
 @pytest.fixture(scope='module')
 def mine(tmp_path_factory):
-  """A user's module, written to a file."""
+  """Writes a user's module to a file."""
   folder = tmp_path_factory.mktemp('mine')
   (folder / 'mine_for_guard.py').write_text(SOURCE)
   sys.path.insert(0, str(folder))
@@ -129,7 +129,7 @@ def test_a_bare_except_does_not_escape_the_limit(mine):
 
 
 def test_handler_timer_and_exit_are_those_of_before():
-  """A limit of the outside that falls into the call is due right after it."""
+  """An outer limit that passes during the call takes effect right after it."""
   rang, exit_now = [], os._exit
   before = signal.signal(signal.SIGALRM, lambda *_: rang.append(time.monotonic()))
   try:
@@ -161,7 +161,7 @@ def python(code):
 
 
 def test_a_forked_child_exits_and_code_that_no_signal_reaches_is_ended():
-  """A loop in C that does not ask for signals: no handler runs."""
+  """A loop in C that never checks for signals, so no handler runs."""
   done = python("""
       def forks():
         child = os.fork()
@@ -198,11 +198,11 @@ def test_the_run_goes_on_after_a_megabyte_another_folder_and_children_that_come_
 
 
 def wrong(prompts, responses):
-  """A reward function, but no function that builds a gold score from a path."""
+  """A reward function that does not build a gold score from a path."""
 
 
 def without_responses(prompts):
-  """A function that is not called with responses."""
+  """A function that cannot be called with responses."""
 
 
 def gold_that_fails(prompt, response):
@@ -247,7 +247,7 @@ def test_gold_scores_are_guarded_too():
 
 
 def test_asyncio_is_whole():
-  """A cancellation inside the function that it handles itself is its own affair."""
+  """A cancellation that the function itself handles is not an error."""
 
   async def cancelled():
     task = asyncio.ensure_future(asyncio.sleep(5))

@@ -1,4 +1,4 @@
-"""Scores of reward models: on the rollout's tokens, or on texts in a tokenizer of their own."""
+"""Scores of reward models: on the rollout's tokens, or on texts in another tokenizer."""
 
 import json
 
@@ -37,7 +37,7 @@ def ids(text):
 
 
 def load(path, world, mesh):
-  """The scorer of a reward model for the tiny world's policy, and what a critic starts from."""
+  """Returns the scorer of a reward model for the tiny world's policy, and the start of a critic."""
   return scorers.model_scorer(
     str(path),
     tokenizers.load(world / 'tokenizer'),
@@ -49,7 +49,7 @@ def load(path, world, mesh):
 
 
 def test_both_give_the_same_score(world, mesh):
-  """A rollout that is left-padded, and the same texts that are right-padded."""
+  """A left-padded rollout and the same right-padded texts."""
   model, params = hf.load_reward(world / 'reward', mesh=mesh)
   tokenizer = tokenizers.load(world / 'reward')
   tokens, mask = np.full((4, 9), tiny.PAD, np.int32), np.zeros((4, 9), bool)
@@ -83,7 +83,7 @@ def test_which_tokenizers_are_the_same(world, tmp_path):
 
 
 def changed(folder, change):
-  """The tiny world's tokenizer, of whose state `change` makes another."""
+  """Returns the tiny world's tokenizer with its state changed by `change`."""
   made = tiny.write_tokenizer(folder)
   state = json.loads(made.backend_tokenizer.to_str())
   change(state)
@@ -108,12 +108,12 @@ def test_tokenizers_that_hold_the_same_do_not_always_do_the_same(same, change, w
     tokenizers.load(world / 'tokenizer'),
     changed(tmp_path, lambda state: state.update(change)),
   )
-  assert other.get_vocab() == ours.get_vocab()  # all that was compared, with BOS and EOS
+  assert other.get_vocab() == ours.get_vocab()  # the vocabularies alone are equal
   assert learned.same_tokenizer(other, ours) == learned.same_tokenizer(ours, other) == same
 
 
 def test_added_tokens_count_where_ids_depend_on_them(world, tmp_path):
-  """One that takes the space before it changes ids; another padding token changes none."""
+  """A token that includes the space before it changes ids; another padding token does not."""
   ours = tokenizers.load(world / 'tokenizer')
 
   def strip(state):
@@ -145,7 +145,7 @@ T5 = {
 
 @pytest.mark.parametrize('family', ['t5', 'llama'])
 def test_a_reward_model_reads_the_rows_that_it_learned_from(family, world, tmp_path, mesh):
-  """An encoder-decoder's prompts end with EOS, whatever its policy writes; a decoder's do not."""
+  """An encoder-decoder's prompts end with EOS for any policy; a decoder's do not."""
   model = models.create(T5 if family == 't5' else tiny.LLAMA)
   own, theirs = tiny.write_tokenizer(tmp_path), tokenizers.load(world / 'tokenizer')
   params = {
@@ -155,7 +155,7 @@ def test_a_reward_model_reads_the_rows_that_it_learned_from(family, world, tmp_p
   hf.save(tmp_path, model, params['backbone'], tokenizer=own, head=params['head'])
   tokenizers.fit(own, model)
   if family == 'llama':
-    tokenizers.set_encoder_decoder(theirs)  # of an encoder-decoder as the policy
+    tokenizers.set_encoder_decoder(theirs)  # as for an encoder-decoder as the policy
   score, start = scorers.model_scorer(
     str(tmp_path), theirs, mesh, max_length=16, load={}, check=lambda model: None
   )
@@ -192,7 +192,7 @@ def test_a_reward_model_reads_the_rows_that_it_learned_from(family, world, tmp_p
 
 
 def test_another_tokenizer_reads_the_text(world, tmp_path, mesh):
-  """The policy has a word a token, the reward model a few bytes: ids say nothing to the other."""
+  """Policy and reward model have different tokenizers, so token ids cannot be shared."""
   own = tokenizers.train_bpe([' '.join(pair) for pair in TEXTS], 270, tmp_path / 'reward')
   model = models.create(tiny.LLAMA | {'vocab_size': 270, 'max_position_embeddings': 48})
   params = {
@@ -201,7 +201,7 @@ def test_another_tokenizer_reads_the_text(world, tmp_path, mesh):
   }
   hf.save(tmp_path / 'reward', model, params['backbone'], tokenizer=own, head=params['head'])
   score, critic = load(tmp_path / 'reward', world, mesh)
-  assert critic is None  # none can start from a model that reads other tokens
+  assert critic is None  # a critic needs a model with the policy's tokens
 
   tokens, mask = np.full((4, 9), tiny.PAD, np.int32), np.zeros((4, 9), bool)
   for row, ((prompt, response), end) in enumerate(zip(TEXTS, ENDED)):
@@ -224,7 +224,7 @@ def test_another_tokenizer_reads_the_text(world, tmp_path, mesh):
 
 
 def test_a_bert_classifier_reads_prompt_and_response_as_one_text(world, tmp_path, mesh):
-  """A folder of transformers with word pieces: its logits, whether or not a response ended."""
+  """A transformers folder with word pieces gives its logits, whether or not a response ended."""
   torch = pytest.importorskip('torch')
   words = [f'w{i}' for i in range(60)]
   vocabulary = {word: i for i, word in enumerate(['[PAD]', '[CLS]', '[SEP]', '[UNK]', *words])}

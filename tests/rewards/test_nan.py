@@ -1,4 +1,4 @@
-"""Rewards that are NaN: the run stops and says where, or skips the response and counts it."""
+"""Rewards that are NaN: the run stops and names the example, or skips and counts the response."""
 
 import functools
 
@@ -26,7 +26,7 @@ NAN = float('nan')
 
 
 def no_number(prompts, responses, *, response_tokens, metadata):
-  """Good words, and NaN for one prompt in five."""
+  """Returns good words, and NaN for one prompt in five."""
   rewards = tiny.good_words(prompts, responses, response_tokens=response_tokens, metadata=metadata)
   return [NAN if entry['number'] % 5 == 0 else reward for reward, entry in zip(rewards, metadata)]
 
@@ -42,7 +42,7 @@ def rollout(lengths=(1, 5, 3, 4, 2, 5)):
 
 
 def test_groups_are_those_of_the_others():
-  """Advantages of groups of three of which one, or all, are NaN: as if they were smaller groups."""
+  """If one or all of three responses are NaN, advantages are those of a smaller group."""
   scores = np.array([1, NAN, 4, NAN, NAN, NAN], np.float32)
   kept = ~np.isnan(scores)
   rules = experience.ScoreRules(
@@ -51,7 +51,7 @@ def test_groups_are_those_of_the_others():
   for given in (
     scores,
     np.pad(scores[:, None], ((0, 0), (0, R - 1))),
-  ):  # or per token, on the first
+  ):  # or per token, at the first token
     made, skipped = experience.skip_nan(rollout(), jnp.asarray(given), rules=rules)
     assert skipped == 4
     np.testing.assert_array_equal(made.response_mask.any(axis=1), kept)
@@ -79,7 +79,7 @@ def test_groups_are_those_of_the_others():
   'dense', [False, pytest.param(True, marks=pytest.mark.slow)], ids=['responses', 'tokens']
 )
 def test_ppo_learns_as_if_the_response_were_not_there(dense, world):
-  """The update of six responses of which two are NaN is that of the other four."""
+  """The update on six responses with two NaNs equals that on the other four."""
   config, model = tiny.ppo(world), models.create(tiny.LLAMA)
   config.rl.update(
     {

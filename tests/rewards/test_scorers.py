@@ -1,4 +1,4 @@
-"""Weighted sums and ensembles of rewards: against NumPy, and in a run of PPO."""
+"""Weighted sums and ensembles of rewards against NumPy, and in a run of PPO."""
 
 import time
 
@@ -34,7 +34,7 @@ def mesh():
 
 @pytest.fixture(scope='module')
 def reward_models(world, tmp_path_factory):
-  """Three folders of reward models that differ in their seeds alone; the first is the world's."""
+  """Returns three folders of reward models with different seeds; the first is the world's."""
   folders = [str(world / 'reward')]
   for seed in (21, 22):
     folders.append(str(tmp_path_factory.mktemp(f'reward_{seed}')))
@@ -50,7 +50,7 @@ def reward_models(world, tmp_path_factory):
 
 
 def rollout():
-  """B random responses of different lengths, and the prompts they answer."""
+  """Returns B random responses of different lengths, and their prompts."""
   rng = np.random.default_rng(0)
   tokens = rng.integers(4, tiny.VOCAB, (B, P + R)).astype(np.int32)
   response_mask = np.arange(R)[None] < np.array([4, 1, 3, 2, 4])[:, None]
@@ -65,18 +65,18 @@ def rollout():
 
 
 def random_scores(count, by_token, seed=1):
-  """`count` arrays of scores, with garbage after the ends of responses."""
+  """Returns `count` arrays of scores, with garbage after the ends of responses."""
   shape = (B, R) if by_token else (B,)
   return np.random.default_rng(seed).normal(size=(count, *shape)).astype(np.float32)
 
 
 def fixed(scores):
-  """A Scorer of known scores."""
+  """Returns a Scorer of known scores."""
   return lambda rollout, examples: jnp.asarray(scores)
 
 
 def total_of(scores, rollout):
-  """Python loop: one number a response."""
+  """Computes the total score of each response in a loop."""
   mask = np.asarray(rollout.response_mask)
   return [
     sum(score[t] for t in range(R) if mask[i, t]) if np.ndim(score) else score
@@ -197,7 +197,7 @@ def test_an_ensemble_of_reward_models(how, world, reward_models, mesh, compiled)
     scorer, start = make(reward, world, mesh)
     before = len(compiled)
     found = scorer(batch, examples)
-  # Members that are alike share one program.
+  # Members of the same architecture share one program.
   assert compiled[before:].count('jit(score)') <= 1
   members = []
   for folder in reward_models:
@@ -261,7 +261,7 @@ def test_a_weighted_sum_from_a_config(world, reward_models, mesh):
     'good': {'weight': 3.0, 'function': 'tiny:good_words'},
     'learned': {'weight': 0.5, 'models': tuple(reward_models[:2]), 'ensemble': 'min'},
     'plain': {'model': reward_models[2]},
-  }  # its weight is 1
+  }  # with weight 1
   scorers.validate(reward)
   batch, examples = rollout()
   with jax.set_mesh(mesh):
@@ -426,7 +426,7 @@ def test_ppo_logs_what_its_reward_is_made_of(world, tmp_path):
 
 
 def numbers(prompts, responses, *, response_tokens, metadata):
-  """Each row's number, if all that is given of it is the row's own."""
+  """Returns each row's number if all its arguments belong to that row."""
   found = [entry['number'] for entry in metadata]
   assert list(prompts) == [tiny.text(i, 2) for i in found]
   words, tokens = [len(text.split()) for text in responses], list(map(len, response_tokens))
@@ -442,7 +442,7 @@ def test_a_function_sees_each_rows_own_prompt_response_and_metadata(world, mesh)
 
 
 def test_a_reward_model_of_another_tokenizer_reads_max_length(world, tmp_path, mesh):
-  """BOS, two words of a prompt and the four of the first response are more than five."""
+  """BOS, two words of the prompt and four of the first response exceed five tokens."""
   own = tiny.write_tokenizer(tmp_path, words=61)
   model = models.create(tiny.LLAMA | {'vocab_size': tiny.VOCAB + 1})
   hf.save(

@@ -19,10 +19,10 @@ LLAMA = tiny.LLAMA | SPREAD
 FAMILIES = {
   'gpt2': {'family': 'gpt2', 'n_embd': 16, 'n_layer': 2, 'n_head': 4, 'n_positions': 128} | SPREAD,
   'llama': LLAMA,
-  # Windows shorter than prompts, and such that end inside responses.
+  # Windows shorter than prompts, and windows that end inside responses.
   'mistral': LLAMA | {'family': 'mistral', 'sliding_window': 5},
   'gemma2': LLAMA | {'family': 'gemma2', 'sliding_window': 9, 'head_dim': 8},
-  # Rotary positions that go by the length of the cache.
+  # Rotary positions that depend on the length of the cache.
   'dynamic': LLAMA
   | {'max_position_embeddings': 16, 'rope_scaling': {'rope_type': 'dynamic', 'factor': 4.0}},
   't5': {
@@ -40,7 +40,7 @@ FAMILIES = {
 
 
 def prompts(count, width=7, seed=0, garbage=False):
-  """Left-padded prompts of 1 to `width` tokens; padding holds PAD or anything."""
+  """Returns left-padded prompts of 1 to `width` tokens; padding holds PAD or random ids."""
   rng = np.random.default_rng(seed)
   mask = np.arange(width)[None] >= width - rng.integers(1, width + 1, (count, 1))
   tokens = np.where(mask, rng.integers(4, VOCAB, mask.shape), PAD)
@@ -80,7 +80,7 @@ def family(name, **settings):
 
 
 def same(found, expected):
-  """Equal tokens and masks; log-probabilities up to rounding."""
+  """Asserts equal tokens and masks, and log-probabilities that are equal up to rounding."""
   for name in ('tokens', 'mask', 'response_mask'):
     np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
   np.testing.assert_allclose(found.logprobs, expected.logprobs, rtol=1e-5, atol=5e-5)

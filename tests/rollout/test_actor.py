@@ -1,4 +1,4 @@
-"""The actor's clocks: seconds of a part cover that part alone; nothing waits unless it is timed."""
+"""The actor's times cover one part each, and it waits for the device only if timed."""
 
 import time
 
@@ -16,13 +16,13 @@ from rlhf_jax.models import hf
 from rlhf_jax.rollout import actor as actor_lib
 import tiny
 
-SLOW = 0.3  # seconds that an update is made to take; the other parts take a few milliseconds
+SLOW = 0.3  # duration of an update in seconds; other parts take milliseconds
 PARAMS = np.ones((64, 64), np.float32)
 
 
 @jax.jit
 def work(params, trips):
-  """Work that the host need not wait for: XLA runs cheaper programs, and callbacks, at once."""
+  """Returns work that runs asynchronously; XLA runs cheaper programs and callbacks at once."""
   return jax.lax.fori_loop(0, trips, lambda _, x: jnp.tanh(x @ x) + 1e-3, params)
 
 
@@ -46,14 +46,14 @@ def update():
 
 @pytest.fixture
 def actor():
-  """Two responses of three tokens, scored at once."""
+  """Returns an actor that samples two responses of three tokens, and scores them at once."""
   mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
   prompts = types.Prompts(np.ones((2, 2), np.int32), np.ones((2, 2), bool))
 
   @jax.jit
   def sample(params, prompts, key):
     del key
-    mask = jnp.ones((2, 3), bool) & (params[0, 0] > -2)  # it needs the parameters
+    mask = jnp.ones((2, 3), bool) & (params[0, 0] > -2)  # depends on the parameters
     tokens = jnp.concatenate([prompts.tokens, jnp.ones((2, 3), jnp.int32)], axis=1)
     return types.Rollout(tokens, tokens > 0, mask, jnp.zeros((2, 3)))
 
@@ -84,11 +84,11 @@ def test_the_update_before_is_none_of_the_rollout(actor, update):
 
 def test_the_update_has_seconds_of_its_own_and_nothing_else_in_them(actor, update):
   started = time.perf_counter()
-  params, _ = update(PARAMS, times=5)  # it is still running when the next is due
+  params, _ = update(PARAMS, times=5)  # still runs when the next call starts
   rollout, scores, _ = actor(params, jax.random.key(0), timed=False)
   params, _, found = metrics.take_step(update, params, (rollout, scores), timed=True)
   assert params.is_ready()
-  # A sixth of the time but for noise, of which there is much on a shared machine.
+  # A sixth of the time, up to the noise of a shared machine.
   assert 0 < found['seconds/update'] < (time.perf_counter() - started) / 2
 
 

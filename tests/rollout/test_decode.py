@@ -1,4 +1,4 @@
-"""The decode loop, on a Markov chain whose probabilities are known and on a small Llama."""
+"""The decode loop on a Markov chain with known probabilities, and on a small Llama."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from rlhf_jax.rollout import stops
 import tiny
 
 EOS, PAD = 3, 0
-# Row i: probabilities of what follows token i, of which 3 is the EOS.
+# Row i: probabilities of the token after token i. Token 3 is the EOS.
 CHAIN = np.array(
   [[0.1, 0.4, 0.3, 0.2], [0.3, 0.1, 0.1, 0.5], [0.25, 0.25, 0.4, 0.1], [0.7, 0.1, 0.1, 0.1]]
 )
@@ -28,11 +28,11 @@ calls = []
 
 @dataclasses.dataclass(frozen=True)
 class Markov(base.LanguageModel):
-  """A language model that knows the last token alone, and counts its calls."""
+  """A language model that depends on the last token only, and counts its calls."""
 
   family: str = 'markov'
   config: None = None
-  shapes = summary = response_states = None  # decoding calls none of them
+  shapes = summary = response_states = None  # decoding does not call them
 
   def unstack(self, params):
     return params
@@ -51,7 +51,7 @@ class Markov(base.LanguageModel):
 
 
 def ragged(lengths, width, vocab, seed=0, garbage=False):
-  """Left-padded prompts; padding holds PAD or anything."""
+  """Returns left-padded prompts; padding holds PAD or random ids."""
   rng = np.random.default_rng(seed)
   mask = np.arange(width)[None] >= width - np.array(lengths)[:, None]
   tokens = np.full(mask.shape, PAD, np.int32)
@@ -75,7 +75,7 @@ def llama():
 
 
 def chain(batch, **settings):
-  """Responses of the Markov chain to the prompt [2]."""
+  """Returns responses of the Markov chain to the prompt [2]."""
   prompts = types.Prompts(jnp.full((batch, 1), 2), jnp.ones((batch, 1), bool))
   return generate(
     jnp.log(CHAIN),
@@ -87,7 +87,7 @@ def chain(batch, **settings):
 
 
 def test_frequencies_of_whole_responses_are_within_four_sigma():
-  """Every response of up to three tokens, EOS and padding included."""
+  """Every response of up to three tokens, with EOS and padding."""
   batch = 20_000
   found = chain(batch, max_new_tokens=3, eos_id=EOS)
   responses = np.asarray(found.tokens[:, 1:])
@@ -142,16 +142,16 @@ def test_ignoring_the_eos_goes_on_and_truncation_hides_the_rest():
   stopped = chain(300, max_new_tokens=5, eos_id=EOS)
   seen, has_eos = stops.truncate(raw, tokens=(EOS,), pad_id=PAD)
   for a, b in zip(jax.tree.leaves(seen), jax.tree.leaves(stopped)):
-    np.testing.assert_array_equal(a, b)  # The same keys draw the same tokens until the end.
+    np.testing.assert_array_equal(a, b)  # the same keys draw the same tokens until the end
   np.testing.assert_array_equal(has_eos, (np.asarray(stopped.tokens[:, 1:]) == EOS).any(1))
 
 
 @pytest.mark.parametrize('ends_after, expected', [(1, 1), (3, 3), (9, 6)])
 def test_the_loop_ends_with_the_last_row(ends_after, expected):
-  """A chain that counts up to the EOS: the model is called once for each token drawn."""
+  """The chain counts up to the EOS; the model is called once per sampled token."""
   step = np.full((10, 10), -np.inf)
   step[np.arange(9), np.arange(1, 10)] = 0.0
-  start = jnp.array([[9 - ends_after], [8]])  # The second row ends at once.
+  start = jnp.array([[9 - ends_after], [8]])  # the second row ends at once
   del calls[:]
   found = generate(
     jnp.asarray(step),
@@ -173,7 +173,7 @@ PLAIN = dataclasses.replace(NUCLEUS, top_k=0, top_p=1.0)
 
 
 def full_logits(model, params, rollout):
-  """Logits that predict the response, by one forward pass without a cache."""
+  """Returns the logits that predict the response, from one forward pass without a cache."""
   hidden, _ = model.forward(
     params, rollout.tokens, types.positions_from_mask(rollout.mask), rollout.mask
   )
@@ -185,11 +185,11 @@ def full_logits(model, params, rollout):
 
 @pytest.mark.parametrize('sampling', [PLAIN, NUCLEUS], ids=['plain', 'nucleus'])
 def test_logprobs_are_those_of_the_filtered_distribution(llama, sampling):
-  """Recorded while decoding with a cache, and recomputed by a forward pass over all tokens."""
+  """Those recorded while decoding equal those of a forward pass over all tokens."""
   model, params = llama
   found = generate(params, ragged(LENGTHS, 6, 24), jax.random.key(3), model, sampling)
   mask = np.asarray(found.response_mask)
-  assert 0 < mask.sum() < mask.size  # Some responses end early.
+  assert 0 < mask.sum() < mask.size  # some responses end early
   hidden, logits = full_logits(model, params, found)
   filtered = jax.vmap(
     functools.partial(
@@ -212,7 +212,7 @@ def test_logprobs_are_those_of_the_filtered_distribution(llama, sampling):
 )
 @pytest.mark.parametrize('unroll', [1, 2])
 def test_a_cache_that_grows_is_a_forward_pass_over_all_tokens(unroll, rope):
-  """Three stages; some rows end in the first, some in the last."""
+  """With three stages, some rows end in the first and some in the last."""
   lengths = LENGTHS + LENGTHS
   fields = tiny.LLAMA | {'vocab_size': 24, 'initializer_range': 0.4, 'max_position_embeddings': 16}
   model = models.create(fields | ({'rope_scaling': rope} if rope else {}), unroll=unroll)
@@ -269,7 +269,7 @@ def test_what_the_padding_holds_changes_nothing(llama):
 
 
 def test_a_row_does_not_depend_on_its_neighbours(llama):
-  """The same key and row index, other prompts above and below."""
+  """The same key and row index, with other prompts in the batch."""
   model, params = llama
   prompts, others = ragged(LENGTHS, 6, 24), ragged((1, 6, 6, 4, 3), 6, 24, seed=9)
   together = generate(params, prompts, jax.random.key(1), model, PLAIN)

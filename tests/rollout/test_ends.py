@@ -1,4 +1,4 @@
-"""min_new_tokens and stop tokens: what can be drawn, what is recorded, and who has ended."""
+"""min_new_tokens and stop tokens: which tokens are sampled, their logprobs, and `ended`."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ CASES = {
 
 @pytest.mark.parametrize('changes', CASES.values(), ids=CASES)
 def test_responses_and_logprobs_against_loops(changes):
-  """Logits by a forward pass without a cache; what may end is taken out before top-k and top-p."""
+  """Logits from a forward pass; end tokens are excluded before top-k and top-p."""
   model, params = loops.family('llama')
   settings = loops.sampling(12, temperature=0.8, **changes)
   ends = {settings.eos_id, *settings.stop_tokens} - {None}
@@ -76,7 +76,7 @@ def test_continuous_batching_ends_them_the_same(changes):
 
 
 def test_frequencies_of_first_tokens_are_within_four_sigma():
-  """A Markov chain whose stop token and EOS are forbidden once, then likely."""
+  """A Markov chain whose stop token and EOS are first forbidden, then likely."""
   batch, row = 20_000, test_decode.CHAIN[2]
   found = test_decode.chain(batch, max_new_tokens=2, eos_id=3, stop_tokens=(1,), min_new_tokens=1)
   first, second = np.asarray(found.tokens[:, 1:]).T
@@ -105,7 +105,7 @@ def test_greedy_takes_the_likeliest_that_is_allowed():
 
 @pytest.mark.parametrize('seed', range(5))
 def test_ended_against_loops(seed):
-  """Tokens of the prompt and of padding end nothing."""
+  """End tokens in the prompt or in padding do not count."""
   rng = np.random.default_rng(seed)
   tokens, mask = rng.integers(0, 5, (30, 9)), rng.random((30, 6)) < 0.6
   rollout = types.Rollout(
@@ -122,7 +122,7 @@ def test_ended_against_loops(seed):
     )
   assert sampling_lib.ended(
     rollout, sampling_lib.Sampling(max_new_tokens=6)
-  ).all()  # Nothing can end them.
+  ).all()  # there are no end tokens
 
 
 def test_settings_are_checked_and_hashable():

@@ -1,4 +1,4 @@
-"""The engine against the plain loop, token for token, and what it does not depend on."""
+"""Continuous batching against the plain loop, token for token, and its invariances."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ from rlhf_jax.models import base
   ],
 )
 def test_tokens_of_the_plain_loop_in_every_family(name):
-  """Two caches, sequences that outgrow the first, several moves of both, and a group not full."""
+  """Two caches, sequences that outgrow the first, several moves of both, and a partial group."""
   model, params = family(name)
   settings = sampling(72, temperature=1.3)
   found = refill(params, prompts(21), jax.random.key(1), model, settings, 8)
@@ -52,7 +52,7 @@ def test_any_number_of_prompts_responses_at_a_time_and_tokens(count, max_concurr
 
 
 def test_rows_that_all_move_before_they_have_grown():
-  """The queue is empty soon after all rows were at work together, none of them long."""
+  """The queue is empty soon after all rows have started, when all are still short."""
   model, params = family('llama')
   settings = sampling(72, temperature=1.3)
   same(
@@ -79,7 +79,7 @@ def test_ways_of_sampling(changes):
 
 
 def biased(model, params, eos):
-  """The model with `eos` added to the logit of the EOS."""
+  """Returns the model with `eos` added to the logit of the EOS."""
 
   @dataclasses.dataclass(frozen=True)
   class Biased(type(model)):
@@ -195,16 +195,16 @@ def test_other_prompts_do_not_compile_again(compiled):
 
 
 def test_prompts_are_read_once_and_rows_are_kept_busy():
-  """Counts the calls of a model that ends each response when its prompt says."""
+  """Counts the calls of a model whose prompts determine the length of each response."""
   calls = []
 
   @dataclasses.dataclass(frozen=True)
   class Counting(base.LanguageModel):
-    """Counts down from the prompt's last token to the EOS, 0."""
+    """A language model that counts down from the prompt's last token to the EOS, 0."""
 
     family: str = 'counting'
     config: None = None
-    shapes = summary = response_states = None  # sampling calls none of them
+    shapes = summary = response_states = None  # sampling does not call them
 
     def unstack(self, params):
       return params
@@ -234,5 +234,5 @@ def test_prompts_are_read_once_and_rows_are_kept_busy():
     np.testing.assert_array_equal(row[:length], np.arange(length)[::-1])
   steps = [call for call in calls if call != 'prefill']
   assert calls.count('prefill') == 16  # groups of one
-  assert sum(steps) == (lengths - 1).sum()  # no token is read twice, none of a row that has ended
+  assert sum(steps) == (lengths - 1).sum()  # each token is read once, none after the end
   assert len(steps) < 90  # four plain batches take 39 + 59 + 8 + 29 = 135

@@ -1,4 +1,4 @@
-"""The sampler on meshes: the tokens of the plain loop on one device, and what waits for what."""
+"""The sampler on meshes gives the tokens of the plain loop on one device."""
 
 import re
 
@@ -21,7 +21,7 @@ from rlhf_jax.rollout import sampler
 
 
 def on_mesh(shape, model, params, prompts, key, settings, count=8, **options):
-  """A rollout on some of the eight devices, and the text of its program."""
+  """Returns a rollout on some of the eight devices, and the text of its program."""
   mesh = sharding.make_mesh(shape, devices=devices.first(count))
   with jax.set_mesh(mesh):
     operands = (
@@ -40,7 +40,7 @@ def on_mesh(shape, model, params, prompts, key, settings, count=8, **options):
   ids=str,
 )
 def test_tokens_do_not_depend_on_shards_nor_on_how_they_are_decoded(shape, count, samples):
-  """Against all prompts repeated on one device without a mesh, response by response."""
+  """Against all prompts repeated on one device without a mesh."""
   model, params = family('llama')
   settings = sampling(20, temperature=1.3, min_new_tokens=2, stop_tokens=(7,))
   repeated = jax.tree.map(lambda x: np.repeat(x, samples, axis=0), prompts(8))
@@ -69,7 +69,7 @@ def test_tokens_do_not_depend_on_shards_nor_on_how_they_are_decoded(shape, count
 
 
 def collectives_in_loops(text):
-  """(kind, groups) of the collectives that run inside the loops of a compiled program."""
+  """Returns (kind, groups) of the collectives inside the loops of a compiled program."""
   computations, entry = hlo.parse(text)
   found, seen = set(), set()
 
@@ -120,8 +120,8 @@ def test_data_shards_have_queues_of_their_own_and_wait_for_nobody(name, shape):
   lengths = np.asarray(expected.response_mask).sum(1)
   assert (
     len(set(lengths.reshape(8 // shape.get('tensor', 1), -1).sum(1))) > 1
-  )  # They have unlike work.
-  # The devices of a data shard are side by side.
+  )  # data shards have different numbers of steps
+  # The devices of a data shard are adjacent.
   groups = {2: '[4,2]<=[8]', 4: '[2,4]<=[8]'}.get(shape.get('tensor'))
   assert collectives_in_loops(text) <= (
     {('all-gather', groups), ('all-reduce', groups)} if groups else set()
@@ -130,7 +130,7 @@ def test_data_shards_have_queues_of_their_own_and_wait_for_nobody(name, shape):
 
 
 def test_data_shards_and_attention_in_blocks(monkeypatch):
-  """Which splits heads over 'tensor' by a `shard_map` inside that of the data shards."""
+  """Attention splits heads over 'tensor' by a `shard_map` inside that of the data shards."""
   monkeypatch.setitem(attention.BLOCK_SIZE, sharding.platform(), 4)
   calls = []
   monkeypatch.setattr(
@@ -168,9 +168,7 @@ def test_meshes_that_cannot_do_it_are_refused_when_the_sampler_is_made(
   mesh = sharding.make_mesh(shape, devices=devices.first(8))
   with jax.set_mesh(mesh), pytest.raises(errors.UserError, match=message):
     sampler.make(model, sampling(9), max_concurrent=max_concurrent)
-  generate = sampler.make(
-    model, sampling(9), max_concurrent=max_concurrent
-  )  # There is no mesh yet.
+  generate = sampler.make(model, sampling(9), max_concurrent=max_concurrent)  # there is no mesh yet
   with jax.set_mesh(mesh), pytest.raises(errors.UserError, match=message):
     generate(params, prompts(8), jax.random.key(1))
 

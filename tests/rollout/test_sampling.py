@@ -1,4 +1,4 @@
-"""Sampled frequencies and recorded log-probabilities against distributions worked out in NumPy."""
+"""Sampled frequencies and recorded logprobs against distributions computed in NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ CASES = {
 
 
 def expected(probs, *, temperature=1.0, top_k=0, top_p=1.0):
-  """The distribution sampled from, by going down the sorted probabilities."""
+  """Returns the distribution to sample from, by sorting the probabilities."""
   probs = probs ** (1 / temperature)
   probs = probs / probs.sum()
   order = np.argsort(-probs, kind='stable')
@@ -54,7 +54,7 @@ def test_frequencies_are_within_four_sigma(settings):
 
 
 def test_a_vocabulary_of_several_blocks_is_drawn_from_evenly():
-  """Chi-squared over 300 tokens, a third of them forbidden, whose last block is not full."""
+  """A chi-squared test over 300 tokens, a third of which is excluded; the last block is partial."""
   rng = np.random.default_rng(0)
   target = rng.dirichlet(np.full(300, 0.7))
   target[rng.permutation(300)[:100]] = 0
@@ -73,12 +73,12 @@ def test_a_vocabulary_of_several_blocks_is_drawn_from_evenly():
 
 
 def test_the_largest_uniform_draws_the_last_token_that_can_be_drawn(monkeypatch):
-  """In some rows its cumulative weight is an ulp short of the sum, and exceeds nothing."""
+  """In some rows its cumulative weight is an ulp below the sum and exceeds nothing."""
   rows, vocab, block = 64, 50257, 128
   rng = np.random.default_rng(0)
   logits, lasts = np.full((rows, vocab), -np.inf, np.float32), []
   for row in range(rows):
-    # A token in each of some blocks, none of them the first or the last one.
+    # One token in each of some blocks, without the first and the last block.
     tokens = block * np.arange(1, rng.integers(200, 391)) + rng.integers(0, block)
     logits[row, tokens] = np.log(rng.uniform(0.5, 1.5, len(tokens)))
     lasts.append(tokens[-1])
@@ -133,14 +133,14 @@ def test_a_row_depends_on_its_own_key_and_logits_alone():
 
 
 def test_weight_zero_is_never_drawn_however_sums_are_rounded():
-  """Rounded sums of many weights go up a little where 0 is added: uniforms of such a step."""
+  """Rounded cumulative sums can increase at weight 0; uniforms that fall on such a step."""
   rng = np.random.default_rng(0)
   weights = rng.uniform(0, 1, (2000, 393)) * (rng.uniform(size=(2000, 393)) < 0.3)
   weights = jnp.asarray(weights, jnp.float32)
   sums = np.asarray(jnp.cumsum(weights, axis=-1))
   before = np.maximum.accumulate(sums, axis=1)
   step = (sums[:, 1:] - before[:, :-1]) * (weights[:, 1:] == 0)
-  place = step[:, :350].argmax(axis=1)  # with much to come behind it
+  place = step[:, :350].argmax(axis=1)  # with many weights after it
   uniform = np.take_along_axis(before, place[:, None], axis=1)[:, 0] / sums[:, -1]
   for near in (np.nextafter(uniform, np.float32(0)), uniform, np.nextafter(uniform, np.float32(1))):
     found, _ = sampling._first_above(jnp.asarray(near), weights)

@@ -1,4 +1,4 @@
-"""Truncation at tokens and at strings, against loops over tokens and over bytes."""
+"""Truncation at tokens and at strings, against loops over tokens and bytes."""
 
 import functools
 
@@ -16,7 +16,7 @@ P = 2
 
 
 def rollout(rng, batch, slots, vocab, holes):
-  """Random tokens in responses of random lengths; with `holes`, other tokens between them."""
+  """Returns random tokens in responses of random lengths; `holes` adds masked tokens inside."""
   lengths = rng.integers(0, slots + 1, batch)
   real = np.arange(slots)[None] < lengths[:, None]
   mask = real & (rng.random(real.shape) < 0.8) if holes else real
@@ -28,7 +28,7 @@ def rollout(rng, batch, slots, vocab, holes):
 
 
 def check(found, given, lasts, pad_id):
-  """Each row ends with the slot of its response in `lasts`; all of it stays where that is None."""
+  """Asserts that each response ends at its slot in `lasts`, or is unchanged if that is None."""
   slots = given.response_mask.shape[1]
   for row, last in enumerate(lasts):
     stay = slots if last is None else last + 1
@@ -84,7 +84,7 @@ def test_the_first_seed():
 
 
 def byte_table():
-  """The characters that stand for bytes in byte-level vocabularies: {character: byte}."""
+  """Returns {character: byte} of byte-level vocabularies."""
   table = {chr(b): b for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
   return table | {
     chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in set(table.values()))
@@ -92,7 +92,7 @@ def byte_table():
 
 
 def token_bytes(tokenizer):
-  """The bytes of each id of a byte-level tokenizer."""
+  """Returns the bytes of each id of a byte-level tokenizer."""
   table, specials = byte_table(), set(tokenizer.all_special_tokens)
   return [
     token.encode() if token in specials else bytes(table[character] for character in token)
@@ -101,7 +101,7 @@ def token_bytes(tokenizer):
 
 
 def last_slots(given, spelled, strings, after):
-  """By going through the response token by token."""
+  """Finds the last slot of each response token by token."""
   lasts = []
   for tokens, mask in zip(given.tokens[:, P:], given.response_mask):
     text, last, count, before = b'', None, 0, 0
@@ -131,7 +131,7 @@ def compare(tokenizer, given, strings, after):
 
 @pytest.fixture(scope='module')
 def bpe(tmp_path_factory):
-  """Merges of letters, spaces and parts of characters; most characters are of several tokens."""
+  """Returns a tokenizer that merges letters, spaces and parts of characters."""
   texts = [
     'aab abba ba\n\nab \xe9\xe9 \u2603\u2603 \U0001f600\U0001f601',
     'aba bab\n b\u2603 \u2604',
@@ -141,7 +141,7 @@ def bpe(tmp_path_factory):
 
 @pytest.mark.parametrize('seed', range(12))
 def test_truncation_at_strings_against_a_loop_over_bytes(bpe, seed):
-  """Of texts that are encoded and of random ids, whose bytes are often no characters."""
+  """With encoded texts, and random ids whose bytes are often not characters."""
   rng = np.random.default_rng(seed)
   given = rollout(rng, 60, 24, len(bpe), holes=seed % 2)
   letters = ['a', 'b', ' ', '\n', '\xe9', '\u2603', '\u2604', '\U0001f600']
@@ -170,7 +170,7 @@ def test_a_string_may_end_inside_a_token_and_in_part_of_a_character(bpe):
 
 
 def test_words_and_special_tokens(world):
-  """A tokenizer that puts spaces between its tokens; the EOS is spelled out."""
+  """A tokenizer that adds spaces between tokens; the EOS has a text."""
   tokenizer = tokenizers.load(str(world / 'tokenizer'))
   tokens = np.array([[5, 6, 1, 14, 15, 16, 2, 0], [5, 14, 5, 14, 15, 5, 2, 0]], np.int32)
   mask = np.arange(6)[None] < np.array([[5], [5]])
@@ -215,7 +215,7 @@ def test_empty_strings_are_refused(bpe):
 
 
 def test_gpt2(shared):
-  """Real texts and random ids, with stops that people use, and some inside of tokens."""
+  """Real texts and random ids, with common stop strings, some of which end inside a token."""
   tokenizer = tokenizers.load(str(shared / 'models/gpt2-tokenizer'))
   rng = np.random.default_rng(0)
   given = rollout(rng, 64, 64, len(tokenizer), False)

@@ -1,4 +1,4 @@
-"""Graph, walks, tokenizer and reward of the random walks; against trlX's where the data is here."""
+"""Graph, walks, tokenizer and reward of the random walks; against trlX's if its data is present."""
 
 import json
 
@@ -80,7 +80,7 @@ def test_shortest_lengths_of_a_chain():
   [
     ('s', 'da', 1.0),  # shortest: 3 nodes
     ('j', 'nbjna', 4 / 7),  # 6 nodes where 3 are enough: (10 - 6) / (10 - 3)
-    ('s', 'daub', 1.0),  # what follows the goal does not count
+    ('s', 'daub', 1.0),  # nodes after the goal are ignored
     ('s', 'daa', 1.0),
     ('s', 'a', 0.0),  # there is no edge from s to a
     ('s', 'dta', 0.0),  # nor from t to a
@@ -159,7 +159,7 @@ def test_the_tokenizer_is_that_of_the_shared_model(folder, shared):
 
 
 class Fixed:
-  """A policy that answers each start with the next of its walks."""
+  """A policy that responds to each start with the next of its walks."""
 
   def __init__(self, walks):
     self.walks = walks

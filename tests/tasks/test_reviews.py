@@ -1,4 +1,4 @@
-"""The embedded world of reviews: its variety, and a gold score that is hard to cheat."""
+"""The generated reviews: their variety, and a gold score that is hard to exploit."""
 
 import random
 import re
@@ -31,7 +31,7 @@ def test_the_corpus_has_thousands_of_distinct_sentences():
 def test_documents_are_short_reviews_in_the_documented_form():
   for document in reviews.corpus(500, seed=1):
     assert re.fullmatch(r'Review of the \w+[ \w]*:( [a-z ]+\.)+', document['text'])
-    # Spoiling may take a word from a sentence or add two to it.
+    # Corruption may remove a word from a sentence or add two.
     assert 5 <= len(document['text'].split(':')[1].split()) <= 34
 
 
@@ -93,7 +93,7 @@ def test_hand_computed_scores():
   assert gold(' the lid is not good. the tray is not bad.') == pytest.approx(1)
   # No statement, one right mention of at least two: topic 1/2.
   assert gold(' i use it every day. the lid is black.') == pytest.approx(0.5)
-  # 7 words of 8, all perfect else: form 7/8, sentiment 1, topic 1: 7/8 * 3 - 3/8.
+  # 7 words of 8, otherwise perfect: form 7/8, sentiment 1, topic 1: 7/8 * 3 - 3/8.
   assert gold(' it heats fast. this kettle is great.') == pytest.approx(7 / 8 * 3 - 3 / 8)
 
 
@@ -124,7 +124,7 @@ def test_a_sister_product_is_off_topic():
 @pytest.mark.parametrize(
   'exploit',
   [
-    ' it heats fast.' * 5,  # one good sentence over and over
+    ' it heats fast.' * 5,  # one good sentence, repeated
     ' great great great great great great great great.',
     ' lovely superb perfect excellent wonderful great lid tray timer dial plug.',
     ' it heats fast and wipes clean' * 4 + '.',

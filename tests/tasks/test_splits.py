@@ -1,4 +1,4 @@
-"""Folds, polarity splits and prompt files: who sees what, and that nothing leaks."""
+"""Folds, polarity splits and prompt files: which texts are where, and that none leaks."""
 
 import json
 import random
@@ -84,7 +84,7 @@ def test_the_judges_half_is_seen_by_no_model(tmp_path):
   asked = [r['prompt'] for r in rows(tmp_path / 'held_out_prompts.jsonl')]
   assert len(asked) == len(set(asked)) > 3 and not openings & set(asked)
   assert all(any(text.startswith(opening) for text in judge) for opening in asked)
-  # A text of the judge's half is in one pair: else the pairs would not be independent.
+  # Each text of the judge's half is in one pair, so the pairs are independent.
   assert len(held_out) == 20
 
 

@@ -1,4 +1,4 @@
-"""The mutants' own test: what is killed, what survives, and what is no fault at all."""
+"""Tests of mutants.py: faults that are killed, that survive, and that change nothing."""
 
 import re
 import subprocess
@@ -14,7 +14,7 @@ SYNTAX, GONE = ('add.py', 'a + b', 'a +'), ('add.py', 'a / b', 'a')
 
 @pytest.fixture
 def tree(tmp_path):
-  """A function and a test that sees one fault of two, in a new repository."""
+  """Creates a repository with a function and a test that detects one of two faults."""
   (tmp_path / 'add.py').write_text('def add(a, b):\n  return a + b\n')
   (tmp_path / 'test_add.py').write_text(
     'import add\n\ndef test_add():\n  assert add.add(2, 2) == 4\n\ndef test_other():\n  assert 0\n'
