@@ -20,7 +20,10 @@ from safetensors.numpy import load_file
 from rlhf_jax import config as config_lib
 from rlhf_jax import loop
 from rlhf_jax import sharding
+from rlhf_jax.algorithms import a2c
 from rlhf_jax.algorithms import build
+from rlhf_jax.algorithms import nlpo
+from rlhf_jax.algorithms import online_dpo
 from rlhf_jax.algorithms import reinforce
 import runs
 import tiny
@@ -41,7 +44,10 @@ def sampled_ahead(config):
 
 # Module of rlhf_jax/algorithms: function from the folder of tiny.write to a config.
 ALGORITHMS = {
+  'a2c': lambda world: tiny.on_policy(a2c.config(), world),
   'grpo': lambda world: sampled_ahead(tiny.grpo(world)),
+  'nlpo': lambda world: tiny.on_policy(nlpo.config(), world),
+  'online_dpo': lambda world: tiny.on_policy(online_dpo.config(), world),
   'ppo': tiny.ppo,
   'reinforce': reinforce_config,
   'reward_model': tiny.reward_model,
