@@ -1,4 +1,4 @@
-"""The faults that mutants.py applies: wiring and edge cases that tests of the maths miss."""
+"""The faults that mutants.py applies, in wiring and edge cases that tests of formulas miss."""
 
 from typing import NamedTuple
 
@@ -36,14 +36,14 @@ _BY_HAND = _tests(
 FAULTS = (
   # Evaluation.
   Fault(
-    'best-of-n takes the worst',
+    'best-of-n selects the worst sample',
     'rlhf_jax/evaluation/comparison.py',
     '.argmax(axis=1)',
     '.argmin(axis=1)',
     _tests('evaluation/test_policies', 'test_the_best_of_n_is_the_best_by_the_reward_model'),
   ),
   Fault(
-    'the KL of best-of-n is the logarithm alone',
+    'the KL of best-of-n is only log n',
     'rlhf_jax/evaluation/best_of_n.py',
     'return math.log(n) - (n - 1) / n',
     'return math.log(n)',
@@ -57,56 +57,56 @@ FAULTS = (
     _tests('evaluation/test_policies', 'test_the_kl_is_of_the_policy_from_the_baseline'),
   ),
   Fault(
-    'the KL has the reference at temperature 1',
+    'the KL uses the reference at temperature 1',
     'rlhf_jax/evaluation/comparison.py',
     'reference.rollout_logprobs(rollout, temperature=temperature)',
     'reference.rollout_logprobs(rollout)',
     _tests('evaluation/test_policies', 'test_the_kl_is_of_the_policy_from_the_baseline'),
   ),
   Fault(
-    'comparisons of a report always end with the EOS',
+    'comparisons of the evaluation always end with the EOS',
     'rlhf_jax/evaluation/policies.py',
     'append_eos=truncate_at is None',
     'append_eos=True',
     _tests('evaluation/test_policies', 'test_comparisons_are_scored_as_answers_are'),
   ),
   Fault(
-    'pairs of a later batch get the prompts of the first',
+    'pairs of later batches get the prompts of the first batch',
     'rlhf_jax/evaluation/reward_models.py',
     'first += len(scores)',
     'first += 0',
     _tests('evaluation/test_policies', 'test_each_gap_has_its_own_prompt_in_every_batch'),
   ),
   Fault(
-    'the report shows the texts after training as those before',
+    'the report shows texts after training as texts before it',
     'rlhf_jax/evaluation/comparison.py',
     "'before': before.samples.responses[i]",
     "'before': after.samples.responses[i]",
     _tests('evaluation/test_policies', 'test_texts_before_and_after_stand_beside_their_own_scores'),
   ),
   Fault(
-    'a difference of the tolerance is a win',
+    'a score difference equal to the tolerance is a win',
     'rlhf_jax/evaluation/winrate.py',
     'difference > tolerance',
     'difference >= tolerance',
     _tests('evaluation/test_winrate', 'test_tolerance_and_infinities'),
   ),
   Fault(
-    'a difference of the tolerance is a loss',
+    'a score difference equal to the tolerance is a loss',
     'rlhf_jax/evaluation/winrate.py',
     'difference < -tolerance',
     'difference <= -tolerance',
     _tests('evaluation/test_winrate', 'test_tolerance_and_infinities'),
   ),
   Fault(
-    'intervals of Elo ratings are of 90 %',
+    'intervals of Elo ratings cover 90 %',
     'rlhf_jax/feedback/elo.py',
     'float(elo - z * se), float(elo + z * se)',
     'float(elo - 0.84 * z * se), float(elo + 0.84 * z * se)',
     _tests('feedback/test_elo', 'test_intervals_from_resampling_are_of_95_percent'),
   ),
   Fault(
-    'evaluators do not sample as the run does',
+    "evaluators ignore the run's sampling settings",
     'rlhf_jax/algorithms/setup.py',
     "sampling=config.get('sampling', {})",
     'sampling={}',
@@ -115,13 +115,13 @@ FAULTS = (
     ),
   ),
   Fault(
-    'held-out data are those of training',
+    'the held-out data set is the training data set',
     'rlhf_jax/algorithms/setup.py',
     'path=config.data.held_out_path)',
     'path=config.data.path)',
     _tests('algorithms/test_sft', 'test_evaluation_counts_every_held_out_target_once'),
   ),
-  # What runs are put together from.
+  # The parts of a run.
   Fault(
     'the critic does not start from the reward model',
     'rlhf_jax/algorithms/wiring.py',
@@ -130,21 +130,21 @@ FAULTS = (
     _tests('algorithms/test_wiring', 'test_the_critic_starts_from_the_reward_model'),
   ),
   Fault(
-    "the critic's own path is ignored",
+    'config.critic.path is ignored',
     'rlhf_jax/algorithms/wiring.py',
     'if not config.critic.path:',
     'if True:',
     _tests('algorithms/test_wiring', 'test_the_critic_starts_from_its_own_folder_where_it_has_one'),
   ),
   Fault(
-    'the reference is loaded, and the policy is copied',
+    'a copy of the policy replaces the loaded reference',
     'rlhf_jax/algorithms/wiring.py',
     "frozen['reference'] = reference",
     "frozen['reference'] = jax.tree.map(jnp.copy, policy)",
     _tests('algorithms/test_wiring', 'test_the_reference_is_the_one_of_the_config'),
   ),
   Fault(
-    'evaluations start from config.reference',
+    'evaluators compare with config.reference',
     'rlhf_jax/algorithms/wiring.py',
     ' and not config.reference',
     '',
@@ -153,7 +153,7 @@ FAULTS = (
     ),
   ),
   Fault(
-    'schedules forget minibatches',
+    'schedules ignore minibatches',
     'rlhf_jax/algorithms/wiring.py',
     'config.rl.epochs * config.rl.minibatches',
     'config.rl.epochs',
@@ -173,14 +173,14 @@ FAULTS = (
     ),
   ),
   Fault(
-    'an epoch is a sample of each prompt',
+    'an epoch counts one sample per prompt',
     'rlhf_jax/algorithms/on_policy.py',
     'count * config.sampling.samples',
     'count',
     _tests('algorithms/test_wiring', 'test_an_epoch_is_all_samples_of_all_prompts'),
   ),
   Fault(
-    'a token ends responses at any position',
+    'truncate_at ends responses at any position',
     'rlhf_jax/algorithms/on_policy_config.py',
     'end_after=end_after,\n      **config.rl',
     'end_after=0,\n      **config.rl',
@@ -194,7 +194,7 @@ FAULTS = (
     _tests('algorithms/test_setup', 'test_the_figures_of_an_optimizer_are_the_configs'),
   ),
   Fault(
-    'weights never decay',
+    'there is no weight decay',
     'rlhf_jax/algorithms/setup.py',
     'weight_decay=c.weight_decay',
     'weight_decay=0.0',
@@ -223,7 +223,7 @@ FAULTS = (
     _tests('algorithms/test_reward_model', 'test_each_step_loses_tokens_of_its_own'),
   ),
   Fault(
-    'the same tokens are dropped in every row',
+    'the same tokens are dropped in every sequence',
     'rlhf_jax/algorithms/reward_model.py',
     '1.0 - rate, mask.shape)',
     '1.0 - rate, mask.shape[-1:])[None, None]',
@@ -250,7 +250,7 @@ FAULTS = (
     ),
   ),
   Fault(
-    'reward models always read an EOS',
+    'reward models are always trained with an EOS',
     'rlhf_jax/algorithms/reward_model.py',
     'append_eos=config.preference.append_eos',
     'append_eos=True',
@@ -300,7 +300,7 @@ FAULTS = (
   ),
   # Scorers, and collected labels.
   Fault(
-    'an ensemble loses its coefficient',
+    'an ensemble ignores its coefficient',
     'rlhf_jax/rewards/scorers.py',
     "c.get('ensemble', 'mean'), c.get('ensemble_coef', 1.0)",
     "c.get('ensemble', 'mean'), 1.0",
@@ -328,7 +328,7 @@ FAULTS = (
     _tests('rewards/test_text', 'test_examples_of_the_libraries'),
   ),
   Fault(
-    'parts lose their weights',
+    'the weights of parts are ignored',
     'rlhf_jax/rewards/scorers.py',
     "c.parts[name].get('weight', 1.0)",
     '1.0',
@@ -369,7 +369,7 @@ FAULTS = (
     ),
   ),
   Fault(
-    'a function sees the metadata of the first row',
+    'a reward function gets the metadata of the first example',
     'rlhf_jax/rewards/host.py',
     'examples[i].metadata for i in rows',
     'examples[0].metadata for i in rows',
@@ -378,7 +378,7 @@ FAULTS = (
     ),
   ),
   Fault(
-    'answers to normalize on are the second ones',
+    'scores are normalized on the second response to each prompt',
     'rlhf_jax/feedback/collect.py',
     'sampled.responses[::samples]',
     'sampled.responses[1::samples]',
@@ -387,7 +387,7 @@ FAULTS = (
     ),
   ),
   Fault(
-    'labels that are held out are trained on',
+    'held-out labels are also used for training',
     'rlhf_jax/feedback/collect.py',
     "'labels.jsonl', panel.label_best(",
     "'labels.jsonl', panel.label_best(groups or ",
@@ -395,70 +395,70 @@ FAULTS = (
   ),
   # The update.
   Fault(
-    'the last of a cosine comes late after a warmup',
+    'a cosine schedule with warmup ends too late',
     'rlhf_jax/optim.py',
     'cosine_decay_schedule(learning_rate, decay_steps',
     'cosine_decay_schedule(learning_rate, steps',
     _tests('test_optim', 'test_a_cosine_after_a_warmup_ends_with_the_run'),
   ),
   Fault(
-    'gradients add up in their own dtype',
+    'gradients are summed in their own dtype',
     'rlhf_jax/optim.py',
     'jnp.promote_types(x.dtype, jnp.float32)',
     'x.dtype',
     _tests('test_optim', 'test_gradients_of_bfloat16_add_up_in_float32'),
   ),
   Fault(
-    'the second clip is for advantages that are not negative',
+    'dual clipping applies to positive advantages',
     'rlhf_jax/losses.py',
     'jnp.where(advantages < 0, jnp.minimum',
     'jnp.where(advantages >= 0, jnp.minimum',
     _tests('test_losses', 'test_asymmetric_and_dual_clip_by_hand'),
   ),
   Fault(
-    'the second clip is for all advantages',
+    'dual clipping applies to all advantages',
     'rlhf_jax/losses.py',
     'jnp.where(advantages < 0, jnp.minimum',
     'jnp.where(True, jnp.minimum',
     _tests('test_losses', 'test_asymmetric_and_dual_clip_by_hand'),
   ),
   Fault(
-    "the sampler's gap is taken after it is replaced",
+    "the sampler's gap is computed after its logprobs are replaced",
     'rlhf_jax/experience.py',
     'jnp.abs(rollout.logprobs - outputs.logprobs)',
     'jnp.abs(rollout.logprobs - logprobs)',
     _BY_HAND,
   ),
   Fault(
-    'explained variance is of tokens alone',
+    'explained variance omits the position of the score',
     'rlhf_jax/experience.py',
     'adv.masked_var(experience.returns - experience.values, steps)',
     'adv.masked_var(experience.returns - experience.values, mask)',
     _BY_HAND,
   ),
   Fault(
-    'the variance of returns is of tokens alone',
+    'the variance of returns omits the position of the score',
     'rlhf_jax/experience.py',
     'variance = adv.masked_var(experience.returns, steps)',
     'variance = adv.masked_var(experience.returns, mask)',
     _BY_HAND,
   ),
   Fault(
-    'the mean of values is of tokens alone',
+    'the mean of values omits the position of the score',
     'rlhf_jax/algorithms/ppo.py',
     "'value/mean': step_mean(",
     "'value/mean': mean(",
     _BY_HAND,
   ),
   Fault(
-    'totals of rewards per token are of padding too',
+    'totals of rewards per token include padding',
     'rlhf_jax/experience.py',
     ', scores, 0.0), axis=1)',
     ', scores, scores), axis=1)',
     _BY_HAND,
   ),
   Fault(
-    'the sampler draws weight 0',
+    'the sampler can draw a token of weight 0',
     'rlhf_jax/rollout/sampling.py',
     '* total[:, -1:]) & ',
     '* total[:, -1:]) | False & ',
@@ -466,21 +466,21 @@ FAULTS = (
   ),
   # Checkpoints, forks, pipelines.
   Fault(
-    'iterators stay where an unreadable checkpoint put them',
+    'an unreadable checkpoint changes the position of iterators',
     'rlhf_jax/checkpoint.py',
     'it.set_state(first[name])',
     'pass',
     _tests('test_checkpoint', 'test_iterators_stay_where_they_were_if_nothing_is_readable'),
   ),
   Fault(
-    'the places of iterators are not copied',
+    'states of iterators are not copied',
     'rlhf_jax/checkpoint.py',
     'copy.deepcopy(it.get_state())',
     'it.get_state()',
     _tests('test_checkpoint', 'test_a_saved_place_does_not_see_the_batches_that_follow'),
   ),
   Fault(
-    'a fork forgets what its config sets',
+    'a fork ignores state that its config sets',
     'rlhf_jax/loop.py',
     'extra=state.extra | new_extra',
     'extra=state.extra',
@@ -511,14 +511,14 @@ FAULTS = (
     ),
   ),
   Fault(
-    'one checkpoint is kept',
+    'only one checkpoint is kept',
     'rlhf_jax/loop.py',
     'keep=config.keep_checkpoints',
     'keep=1',
     _tests('test_train', 'test_a_folder_says_what_made_it'),
   ),
   Fault(
-    'a fork takes stages over after one that differs',
+    'a fork copies stages after the first that differs',
     'rlhf_jax/pipeline.py',
     '      break',
     '      continue',
