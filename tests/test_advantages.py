@@ -121,7 +121,7 @@ def test_score_positions_by_hand():
   )
 
 
-def test_a_fractional_score_is_paid_in_full():
+def test_a_fractional_score_is_not_rounded():
   rewards = adv.token_rewards(
     jnp.array([0.75]), jnp.zeros((1, 2)), 0.1, jnp.array([[True, True]]), position='eos'
   )

@@ -231,7 +231,7 @@ def reward(world, tmp_path_factory):
   )
 
 
-def test_a_reward_model_prefers_what_it_has_seen_preferred(reward, world):
+def test_a_reward_model_learns_the_preferences(reward, world):
   pairs = records(world / 'comparisons.jsonl')
   prompts = [pair['prompt'] for pair in pairs]
   chosen = reward.score(prompts, [pair['chosen'] for pair in pairs])

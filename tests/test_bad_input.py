@@ -220,7 +220,7 @@ def test_help_and_the_config_itself_need_no_workdir(option, command_line, capsys
 @pytest.mark.parametrize(
   'arguments, name', [([], 'config'), (['--config=configs/sft.py'], 'workdir')]
 )
-def test_what_must_be_given_is_named(arguments, name, command_line):
+def test_missing_arguments_are_named(arguments, name, command_line):
   with pytest.raises(SystemExit, match=f'error: --{name} is missing: '):
     command_line(arguments, required=('config', 'workdir'))
 
@@ -674,7 +674,7 @@ def test_nan_in_the_weights_is_named_at_the_first_step(world, tmp_path, monkeypa
   assert not (tmp_path / 'model').exists()
 
 
-def test_a_config_is_validated_before_anything_is_made_of_it(monkeypatch, world, tmp_path):
+def test_a_config_is_validated_before_anything_is_created(monkeypatch, world, tmp_path):
   order = []
   monkeypatch.setattr(config_lib, 'validate', lambda *_: order.append('validate'))
 

@@ -116,7 +116,7 @@ def names(folder):
   return sorted(path.name for path in (folder / 'checkpoints').iterdir())
 
 
-def test_the_newest_comes_back_whole(copy):
+def test_the_newest_checkpoint_is_restored_completely(copy):
   assert restore(copy) == 3
   assert names(copy) == ['1', '2', '3']
 
@@ -377,7 +377,7 @@ def test_data_that_cannot_resume_with_this_config_are_named_as_the_reason(tmp_pa
   assert (tmp_path / 'checkpoints' / '1').is_dir() and 'trying the one before' not in caplog.text
 
 
-def test_a_saved_place_does_not_see_the_batches_that_follow(tmp_path):
+def test_a_saved_position_does_not_change_with_later_batches(tmp_path):
   iterator, found = Counting(), Counting()
   next(iterator)
   with checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
@@ -461,7 +461,7 @@ def test_a_config_of_another_model_loses_nothing(change, unfinished, tmp_path):
   assert (loop.run(config, workdir) / 'model.safetensors').exists()
 
 
-def test_the_optimizers_figures_may_change_in_a_fork(unfinished, tmp_path):
+def test_optimizer_settings_may_change_in_a_fork(unfinished, tmp_path):
   config, folder = unfinished
   other = config.copy_and_resolve_references()
   other.optim.update({'learning_rate': 1e-4, 'weight_decay': 0.1, 'clip_norm': 1.0})

@@ -868,7 +868,7 @@ def test_an_algorithm_may_add_keys_to_those_of_another():
     config.rl.bonsu = 1.0
 
 
-def test_wandb_is_missed_before_anything_is_loaded(monkeypatch):
+def test_missing_wandb_is_reported_before_anything_is_loaded(monkeypatch):
   config = good('sft')
   config.wandb_project = 'mine'
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: object())

@@ -179,7 +179,7 @@ def test_a_config_comes_back_as_it_was(name, arg, tmp_path):
       block.optim.learning_rat = 1.0
 
 
-def test_a_key_that_is_null_takes_what_its_algorithm_takes(tmp_path):
+def test_a_null_key_takes_values_of_its_default_type(tmp_path):
   config = tiny.sft('world')
   config.evals = {'held_out': {'kind': 'loss', 'every': None}}
   found = config_files.read(written(config, tmp_path))
@@ -246,7 +246,7 @@ def test_a_rerun_of_a_fork_starts_from_the_beginning(tmp_path, capsys):
   )
 
 
-def test_a_seed_of_a_stage_can_be_set_where_it_is_the_pipelines():
+def test_the_seed_of_a_stage_can_be_set():
   config = config_files.read(str(ROOT / 'configs' / 'quickstart.py'), 'debug')
   config.ppo.seed, config.world.seed = 4, 5
   with pytest.raises(TypeError):

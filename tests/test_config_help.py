@@ -90,7 +90,7 @@ def test_keys_of_all_stages():
   ]
 
 
-def test_what_is_printed_can_be_read(tmp_path):
+def test_the_printed_config_can_be_read(tmp_path):
   config = config_files.read(str(ROOT / 'configs' / 'quickstart.py'), 'debug,seed=3')
   config.ppo.rl.kl_coef = 0.5
   path = tmp_path / 'printed.json'

@@ -79,7 +79,7 @@ def test_recipes_are_formatted_and_clean(modules):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_task_writes_what_it_promises(run):
+def test_the_task_writes_its_files(run):
   records = [json.loads(line) for line in (run / 'data' / 'prompts.jsonl').read_text().splitlines()]
   assert len(records) == 512
   assert records[51] == {'prompt': 'w1 w2', 'answer': 'w3'}

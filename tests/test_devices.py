@@ -112,7 +112,7 @@ def test_three_steps_agree_with_one_device(one_device, many):
       assert np.max(gap) < 1e-5 * max(1.0, np.max(size)), name
 
 
-def test_parameters_and_moments_lie_as_the_table_says(many):
+def test_parameters_and_moments_are_sharded_by_the_table(many):
   name, found = many
   checked = collections.Counter()
   for path, leaf in sharding.paths((found.state.params, found.state.opt_state)).items():

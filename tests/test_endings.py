@@ -100,7 +100,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(world, tmp_path):
     (ValueError('shapes differ'), None),
   ],
 )
-def test_errors_of_the_disk_are_said_in_one_line(error, said):
+def test_disk_errors_give_one_line(error, said):
   try:
     try:
       raise error

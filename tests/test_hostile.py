@@ -375,7 +375,7 @@ def test_hostile_template(case, good, marker, monkeypatch):
   assert not marker.exists()
 
 
-def test_the_limit_comes_neither_outside_nor_where_there_is_time():
+def test_the_limit_is_raised_only_in_the_body_and_only_if_exceeded():
   with time_limit.seconds(5):
     pass
   for _ in range(2):  # the next one has its own limit

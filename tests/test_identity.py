@@ -129,7 +129,7 @@ def test_another_config_is_named_and_changes_nothing(changes, listed, finished, 
   assert content(folder) == before
 
 
-def test_keys_that_may_change_are_said_and_written_down(copied, capfd):
+def test_allowed_changes_are_reported_and_recorded(copied, capfd):
   config, folder = copied
   kept = changed(config, {'log_every': 2, 'checkpoint_minutes': 1.0, 'evals.held_out.every': 3})
   loop.run(kept, folder)
@@ -249,7 +249,7 @@ def test_a_fork_that_cannot_start_leaves_no_folder(copied, tmp_path):
     loop.run(config, tmp_path / 'new', fork_of=tmp_path / 'other')
 
 
-def test_a_fork_is_what_its_config_says(world, tmp_path):
+def test_a_fork_follows_its_config(world, tmp_path):
   """The config overrides the KL coefficient and the random key of the checkpoint."""
   config = tiny.ppo(world)
   config.steps = 1
@@ -282,7 +282,7 @@ def test_a_fork_with_another_seed_draws_from_its_keys(begun):
     )
 
 
-def test_what_a_run_begins_with_is_that_of_its_last_first_step(begun, data, tmp_path):
+def test_the_inputs_of_a_run_are_those_of_its_last_first_step(begun, data, tmp_path):
   config = changed(begun[0], {'steps': 2})
   other = tmp_path / 'other.jsonl'
   other.write_text('\n'.join(data.read_text().splitlines()[:30]))
@@ -296,7 +296,7 @@ def test_what_a_run_begins_with_is_that_of_its_last_first_step(begun, data, tmp_
     check(config, tmp_path / 'run')
 
 
-def test_the_model_of_a_runs_folder_is_what_counts(tmp_path):
+def test_only_the_model_of_a_runs_folder_counts(tmp_path):
   (tmp_path / 'model').mkdir()
   (tmp_path / 'config.json').write_text('{"algorithm": "sft"}')
   (tmp_path / 'model' / 'config.json').write_text('{"model_type": "llama"}')
@@ -308,7 +308,7 @@ def test_the_model_of_a_runs_folder_is_what_counts(tmp_path):
   assert identity.fingerprint(str(tmp_path)) != before
 
 
-def test_code_of_the_user_that_changes_is_said(copied, tmp_path, monkeypatch, capfd):
+def test_changed_user_code_is_reported(copied, tmp_path, monkeypatch, capfd):
   monkeypatch.syspath_prepend(tmp_path)
   module = tmp_path / 'my_evaluator.py'
   module.write_text('def make(context):\n  return lambda state: {"x": 1}\n')

@@ -175,13 +175,13 @@ CASES = [
   [case[3] for case in CASES],
   ids=[f'{name} {prompts} {words}' for name, prompts, words, _ in CASES],
 )
-def test_intervals_hold_the_truth_as_often_as_they_say(simulate):
+def test_intervals_have_their_nominal_coverage(simulate):
   """95 % of 600, within 2.5 standard errors of 0.9 %."""
   assert 0.928 <= coverage.coverage(simulate, 600)[0] <= 0.972
 
 
 @pytest.mark.slow
-def test_the_whole_table_is_that_of_the_page():
+def test_the_full_table_is_that_of_the_page():
   shown = [
     line.strip('| ').split(' | ')
     for line in PAGE.read_text().splitlines()

@@ -29,7 +29,7 @@ def test_stages_end_with_the_longest_response():
       assert len(buckets) == 1 or buckets[0] >= 16
 
 
-def test_what_is_filled_and_in_which_order():
+def test_used_lengths_and_their_order():
   mask = np.random.default_rng(0).random((20, 7)) < 0.3
   expected = [max([slot + 1 for slot in range(7) if row[slot]], default=0) for row in mask]
   assert lengths.used_lengths(jnp.asarray(mask)).tolist() == expected
@@ -195,7 +195,7 @@ def test_microbatches_are_cut_on_several_devices_too(world):
   )
 
 
-def test_cutting_saves_the_work_of_what_is_cut(world):
+def test_truncation_saves_work(world):
   """The compiled update of short responses runs on a quarter of the positions."""
   model = models.create(LLAMA)
   config = tiny.ppo(world)

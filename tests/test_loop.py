@@ -44,7 +44,7 @@ def test_metrics_are_written_when_they_are_due(finished):
     assert line['tokens_per_second/update'] == line['tokens'] / line['seconds/update']
 
 
-def test_a_folder_says_what_made_it(finished, world):
+def test_a_folder_records_its_config_and_starts(finished, world):
   config, folder = finished
   assert json.loads((folder / 'config.json').read_text()) == json.loads(config.to_json())
   base = json.loads((folder / 'base_config.json').read_text())
@@ -101,7 +101,7 @@ def still(world, tmp_path_factory):
   return run
 
 
-def test_seeds_and_steps_decide_what_is_sampled(still):
+def test_seeds_and_steps_determine_the_samples(still):
   first, second, metrics = still(0)
   assert first != second  # two rollouts of a run
   assert len(set(first)) > 8  # responses of a batch

@@ -47,7 +47,7 @@ def test_no_file_is_no_records(tmp_path):
   assert metrics.read(tmp_path) == [] and metrics.read_samples(tmp_path) == []
 
 
-def test_what_is_not_finite_is_null(tmp_path):
+def test_values_that_are_not_finite_are_null(tmp_path):
   with_holes = {'a': math.nan, 'b': math.inf, 'c': 1.0}
   writer = metrics.Writer(tmp_path)
   writer.write(0, with_holes)
@@ -69,7 +69,7 @@ def test_every_line_is_there_before_close(tmp_path):
   writer.close()
 
 
-def test_resuming_drops_what_will_be_written_again(tmp_path):
+def test_resuming_drops_lines_that_will_be_written_again(tmp_path):
   write(tmp_path, range(10))
   write(tmp_path, range(6, 12), resume_step=6)
   assert [record['step'] for record in metrics.read(tmp_path)] == list(range(12))
@@ -114,7 +114,7 @@ def test_a_broken_line_is_named(tmp_path):
     metrics.read(tmp_path)
 
 
-def test_wandb_is_asked_for_and_keeps_its_run(tmp_path, monkeypatch):
+def test_wandb_keeps_its_run(tmp_path, monkeypatch):
   calls = []
 
   class Run:
@@ -141,7 +141,7 @@ def test_wandb_is_asked_for_and_keeps_its_run(tmp_path, monkeypatch):
   assert first['id'] == second['id'] and second['resume'] == 'allow'
 
 
-def test_wandb_missing_says_how_to_get_it(tmp_path, monkeypatch):
+def test_missing_wandb_gives_the_command_to_install_it(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'wandb', None)
   with pytest.raises(
     UserError, match="wandb_project='p' needs the package wandb: pip install wandb;"

@@ -133,7 +133,7 @@ def test_unknown_names_are_user_errors():
     optim.make(**PLAIN | {'schedule_kind': 'step'})
 
 
-def test_master_weights_add_up_what_bfloat16_would_lose():
+def test_master_weights_keep_updates_that_bfloat16_loses():
   # Between 1 and 2 bfloat16 has steps of 2^-7; a hundred updates of 1e-3 are 0.1, each alone is
   # none.
   params = {'w': jnp.full(3, 1.5, jnp.bfloat16)}

@@ -128,7 +128,7 @@ def test_a_stage_that_fails_leaves_the_finished_ones(tmp_path, ran):
   assert (tmp_path / 'first' / 'note.json').stat() == before
 
 
-def test_a_module_of_a_stage_that_fails_is_said_with_its_line(tmp_path, monkeypatch):
+def test_a_failing_module_of_a_stage_is_reported_with_its_line(tmp_path, monkeypatch):
   monkeypatch.syspath_prepend(tmp_path)
   (tmp_path / 'broken_stage.py').write_text('x = 1\ny = x / 0\n')
   config = make_config()
@@ -195,7 +195,7 @@ def test_a_stage_that_has_not_begun_may_change(tmp_path, ran, capsys):
   assert [list(start['changed']) for start in starts] == [[], ['second.text']]
 
 
-def test_a_finished_stage_after_one_that_runs_again_is_said_to_be_older(tmp_path, ran, capsys):
+def test_a_finished_stage_after_one_that_runs_again_is_reported_as_older(tmp_path, ran, capsys):
   pipeline.run(make_config(), tmp_path)
   shutil.rmtree(tmp_path / 'second')
   pipeline.run(make_config(), tmp_path)
@@ -237,7 +237,7 @@ def test_a_fork_that_was_killed_while_it_took_stages_over_goes_on(tmp_path, ran,
   assert not list((tmp_path / 'new').glob('.*'))
 
 
-def test_a_fork_takes_the_finished_stages_over_up_to_the_first_that_differs(tmp_path, ran, capsys):
+def test_a_fork_copies_the_finished_stages_up_to_the_first_that_differs(tmp_path, ran, capsys):
   pipeline.run(make_config(), tmp_path / 'old')
   ran.clear()
   other = make_config()

@@ -88,7 +88,7 @@ def test_logprobs_are_summed_over_the_response(policy):
   )
 
 
-def test_stop_strings_end_responses_behind_them(policy):
+def test_stop_strings_end_responses_and_stay_in_them(policy):
   """Against responses without stops: one token ('w7'), part of a word ('2'), several words."""
   free = sample(policy, temperature=1.0, max_new_tokens=12, ignore_eos=True)
   for stop in (['w7'], ['2'], ['w1', 'w4 ', 'w33 w']):
@@ -161,7 +161,7 @@ def test_load_takes_the_model_of_a_finished_run(policy, world, tmp_path):
     policy_lib.TextPolicy.load(tmp_path / 'nothing')
 
 
-def test_responses_fill_the_context_where_nobody_says_how_long(policy):
+def test_by_default_responses_fill_the_context(policy):
   found = sample(policy, PROMPTS[:2], max_new_tokens=None, ignore_eos=True)
   assert found.rollout.tokens.shape[1] == policy.model.max_length < policy_lib.DEFAULT_NEW_TOKENS
 

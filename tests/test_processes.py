@@ -179,7 +179,7 @@ def out_of_order(hlo):
 
 
 @pytest.mark.parametrize('minibatches, microbatch', [(2, 4), (1, 0)])
-def test_an_update_has_no_loop_around_collectives_with_others_behind_it(
+def test_an_update_has_no_loop_of_collectives_before_other_collectives(
   minibatches, microbatch, wide, monkeypatch
 ):
   """XLA would not wait for such a loop, see `processes.must_unroll`."""
@@ -281,7 +281,7 @@ def test_four_processes_with_two_devices_train_like_one_with_eight(mesh, rows, w
 
 @pytest.mark.slow
 @pytest.mark.parametrize('stage', ['ppo', 'reward_model'])
-def test_one_process_goes_on_where_four_stopped(stage, wide, tmp_path):
+def test_one_process_resumes_a_run_of_four(stage, wide, tmp_path):
   options = ['--config.steps=8', '--config.checkpoint_every=2', '--config.samples_every=1']
   mesh = {'fsdp': 4, 'tensor': 2}
   whole, moved = tmp_path / 'whole', tmp_path / 'moved'
@@ -303,7 +303,7 @@ def test_one_process_goes_on_where_four_stopped(stage, wide, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('number', [0, 2])
-def test_a_killed_process_ends_the_job_and_the_restart_ends_like_a_whole_run(
+def test_a_killed_process_ends_the_job_and_the_restart_equals_an_uninterrupted_run(
   number, wide, tmp_path
 ):
   options = ['--config.steps=8', '--config.checkpoint_every=2', '--config.samples_every=3']
@@ -351,7 +351,7 @@ def wild(prompts, responses, **_):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('processes', [1, 2])
-def test_a_run_outlives_what_its_reward_function_does(processes, wide, tmp_path):
+def test_a_run_survives_side_effects_of_its_reward_function(processes, wide, tmp_path):
   folder = tmp_path / 'run'
   run(
     command(

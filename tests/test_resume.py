@@ -61,7 +61,7 @@ def stop_after(monkeypatch, module, steps):
 
 
 @pytest.mark.parametrize('module, stops', [(ppo, (4, 7)), (reward_model, (1, 5))])
-def test_stopped_runs_end_like_one_that_was_not(module, stops, world, tmp_path, monkeypatch):
+def test_stopped_runs_end_like_uninterrupted_ones(module, stops, world, tmp_path, monkeypatch):
   config = small(module.__name__.split('.')[-1], world)
   loop.run(config, tmp_path / 'whole')
   for step in stops:

@@ -117,7 +117,7 @@ print(folder, len(os.listdir(folder)))
 """
 
 
-def test_programs_are_kept_from_python_too(world, tmp_path):
+def test_programs_are_cached_from_python_too(world, tmp_path):
   code = FROM_PYTHON.format(tests=str(pathlib.Path(__file__).parent), model=f'{world}/model')
   environment = os.environ | {'XLA_FLAGS': '', 'XDG_CACHE_HOME': f'{tmp_path}'}
   del environment['JAX_COMPILATION_CACHE_DIR']
@@ -128,7 +128,7 @@ def test_programs_are_kept_from_python_too(world, tmp_path):
   assert folder == f'{tmp_path}/rlhf_jax/xla' and int(count) > 0
 
 
-def test_programs_stay_where_jax_was_told_to_keep_them(monkeypatch, tmp_path):
+def test_programs_stay_in_the_configured_cache(monkeypatch, tmp_path):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
   before = jax.config.jax_compilation_cache_dir
   runtime.enable_compilation_cache()
@@ -175,7 +175,7 @@ print(json.dumps([faults[0], sum(faults[1:])]))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='a matter of glibc')
-def test_freed_memory_stays_in_huge_pages_where_the_cpu_computes(tmp_path):
+def test_on_cpus_freed_memory_stays_in_huge_pages(tmp_path):
   (tmp_path / 'jax_plugins').mkdir()  # as in JAX for CUDA
 
   def faults(keep, **environment):

@@ -51,7 +51,7 @@ def test_a_wrong_shape_is_an_error():
     )
 
 
-def test_trees_hold_anything():
+def test_trees_accept_any_leaves():
   """JAX replaces arrays by shapes and shardings, and adds axes."""
   prompts = types.Prompts(tokens=jnp.zeros((2, 3), int), mask=jnp.ones((2, 3), bool))
   shapes = jax.eval_shape(lambda x: jax.tree.map(lambda y: y[None], x), prompts)

@@ -48,7 +48,7 @@ def hold(folder, seconds):
     ('{world}/model', 'is not the folder of a run, and holds config.json, model.safetensors'),
   ],
 )
-def test_a_folder_that_cannot_be_used_is_found_before_anything_is_loaded(
+def test_an_unusable_folder_is_reported_before_anything_is_loaded(
   workdir, message, world, tmp_path, monkeypatch
 ):
   (tmp_path / 'file').write_text('x')
@@ -121,7 +121,7 @@ def test_a_living_holder_beats(tmp_path, monkeypatch):
       time.sleep(0.05)
 
 
-def test_what_a_killed_run_left_half_written_is_removed(world, tmp_path):
+def test_incomplete_files_of_a_killed_run_are_removed(world, tmp_path):
   config = tiny.sft(world)
   config.steps = 1
   for name in (
@@ -144,7 +144,7 @@ def test_what_a_killed_run_left_half_written_is_removed(world, tmp_path):
   assert modes == {0o640} and stat.S_IMODE((tmp_path / 'model').stat().st_mode) == 0o750
 
 
-def test_the_next_start_removes_what_a_killed_export_leaves(tmp_path):
+def test_the_next_start_removes_the_files_of_a_killed_export(tmp_path):
   killed = subprocess.run(
     [
       sys.executable,

@@ -68,7 +68,7 @@ FAULTS = (
     'rlhf_jax/evaluation/policies.py',
     'append_eos=truncate_at is None',
     'append_eos=True',
-    _tests('evaluation/test_policies', 'test_comparisons_are_scored_as_answers_are'),
+    _tests('evaluation/test_policies', 'test_comparisons_are_scored_like_responses'),
   ),
   Fault(
     'pairs of later batches get the prompts of the first batch',
@@ -82,7 +82,7 @@ FAULTS = (
     'rlhf_jax/evaluation/comparison.py',
     "'before': before.samples.responses[i]",
     "'before': after.samples.responses[i]",
-    _tests('evaluation/test_policies', 'test_texts_before_and_after_stand_beside_their_own_scores'),
+    _tests('evaluation/test_policies', 'test_texts_before_and_after_have_their_own_scores'),
   ),
   Fault(
     'a score difference equal to the tolerance is a win',
@@ -103,7 +103,7 @@ FAULTS = (
     'rlhf_jax/feedback/elo.py',
     'float(elo - z * se), float(elo + z * se)',
     'float(elo - 0.84 * z * se), float(elo + 0.84 * z * se)',
-    _tests('feedback/test_elo', 'test_intervals_from_resampling_are_of_95_percent'),
+    _tests('feedback/test_elo', 'test_intervals_cover_95_percent_of_resamples'),
   ),
   Fault(
     "evaluators ignore the run's sampling settings",
@@ -111,7 +111,7 @@ FAULTS = (
     "sampling=config.get('sampling', {})",
     'sampling={}',
     _tests(
-      'algorithms/test_wiring', 'test_evaluators_sample_as_the_run_does_but_for_their_own_keys'
+      'algorithms/test_wiring', 'test_evaluators_sample_like_the_run_except_for_their_own_keys'
     ),
   ),
   Fault(
@@ -134,7 +134,7 @@ FAULTS = (
     'rlhf_jax/algorithms/wiring.py',
     'if not config.critic.path:',
     'if True:',
-    _tests('algorithms/test_wiring', 'test_the_critic_starts_from_its_own_folder_where_it_has_one'),
+    _tests('algorithms/test_wiring', 'test_the_critic_starts_from_its_own_folder_if_set'),
   ),
   Fault(
     'a copy of the policy replaces the loaded reference',
@@ -159,7 +159,7 @@ FAULTS = (
     'config.rl.epochs',
     _tests(
       'algorithms/test_wiring',
-      'test_schedules_reach_to_the_last_update_and_the_critic_has_its_rate',
+      'test_schedules_end_at_the_last_update_and_the_critic_has_its_learning_rate',
     ),
   ),
   Fault(
@@ -169,7 +169,7 @@ FAULTS = (
     'learning_rate=None',
     _tests(
       'algorithms/test_wiring',
-      'test_schedules_reach_to_the_last_update_and_the_critic_has_its_rate',
+      'test_schedules_end_at_the_last_update_and_the_critic_has_its_learning_rate',
     ),
   ),
   Fault(
@@ -191,14 +191,14 @@ FAULTS = (
     'rlhf_jax/algorithms/setup.py',
     'clip_norm=c.clip_norm or 0.0',
     'clip_norm=0.0',
-    _tests('algorithms/test_setup', 'test_the_figures_of_an_optimizer_are_the_configs'),
+    _tests('algorithms/test_setup', 'test_an_optimizer_has_the_values_of_its_config'),
   ),
   Fault(
     'there is no weight decay',
     'rlhf_jax/algorithms/setup.py',
     'weight_decay=c.weight_decay',
     'weight_decay=0.0',
-    _tests('algorithms/test_setup', 'test_the_figures_of_an_optimizer_are_the_configs'),
+    _tests('algorithms/test_setup', 'test_an_optimizer_has_the_values_of_its_config'),
   ),
   Fault(
     "a policy's export ignores the moving average",
@@ -383,7 +383,7 @@ FAULTS = (
     'sampled.responses[::samples]',
     'sampled.responses[1::samples]',
     _tests(
-      'feedback/test_collect', 'test_scores_are_normalized_on_the_first_answer_to_each_prompt'
+      'feedback/test_collect', 'test_scores_are_normalized_on_the_first_response_to_each_prompt'
     ),
   ),
   Fault(
@@ -391,7 +391,7 @@ FAULTS = (
     'rlhf_jax/feedback/collect.py',
     "'labels.jsonl', panel.label_best(",
     "'labels.jsonl', panel.label_best(groups or ",
-    _tests('feedback/test_collect', 'test_the_best_of_the_answers_that_end'),
+    _tests('feedback/test_collect', 'test_the_best_of_the_responses_that_end'),
   ),
   # The update.
   Fault(
@@ -477,14 +477,14 @@ FAULTS = (
     'rlhf_jax/checkpoint.py',
     'copy.deepcopy(it.get_state())',
     'it.get_state()',
-    _tests('test_checkpoint', 'test_a_saved_place_does_not_see_the_batches_that_follow'),
+    _tests('test_checkpoint', 'test_a_saved_position_does_not_change_with_later_batches'),
   ),
   Fault(
     'a fork ignores state that its config sets',
     'rlhf_jax/loop.py',
     'extra=state.extra | new_extra',
     'extra=state.extra',
-    _tests('test_identity', 'test_a_fork_is_what_its_config_says'),
+    _tests('test_identity', 'test_a_fork_follows_its_config'),
   ),
   Fault(
     'a fork keeps the random key of the other seed',
@@ -498,7 +498,7 @@ FAULTS = (
     'rlhf_jax/loop.py',
     'if forked:  #',
     'if False:  #',
-    _tests('test_checkpoint', 'test_the_optimizers_figures_may_change_in_a_fork'),
+    _tests('test_checkpoint', 'test_optimizer_settings_may_change_in_a_fork'),
   ),
   Fault(
     'a resumed run repeats lines of metrics',
@@ -507,7 +507,7 @@ FAULTS = (
     'resume_step=10**9',
     _tests(
       'test_resume',
-      'test_stopped_runs_end_like_one_that_was_not[rlhf_jax.algorithms.reward_model-stops1]',
+      'test_stopped_runs_end_like_uninterrupted_ones[rlhf_jax.algorithms.reward_model-stops1]',
     ),
   ),
   Fault(
@@ -515,16 +515,14 @@ FAULTS = (
     'rlhf_jax/loop.py',
     'keep=config.keep_checkpoints',
     'keep=1',
-    _tests('test_train', 'test_a_folder_says_what_made_it'),
+    _tests('test_train', 'test_a_folder_records_its_config_and_starts'),
   ),
   Fault(
     'a fork copies stages after the first that differs',
     'rlhf_jax/pipeline.py',
     '      break',
     '      continue',
-    _tests(
-      'test_pipeline', 'test_a_fork_takes_the_finished_stages_over_up_to_the_first_that_differs'
-    ),
+    _tests('test_pipeline', 'test_a_fork_copies_the_finished_stages_up_to_the_first_that_differs'),
   ),
   Fault(
     "a stage's own seed is replaced",

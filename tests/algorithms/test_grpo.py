@@ -150,7 +150,7 @@ def test_presets_train(preset, world):
     assert ('objective/kl' in metrics) == (config.rl.kl_coef > 0)
 
 
-def test_microbatches_cut_to_their_length_are_the_whole_minibatch(world):
+def test_microbatches_truncated_to_their_length_equal_the_minibatch(world):
   config = config_of(world, 'dapo')
   config.rl.update({'epochs': 2, 'minibatches': 2, 'drop_equal_groups': False})
   config.sampling.max_new_tokens = 24

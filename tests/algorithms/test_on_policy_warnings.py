@@ -115,11 +115,11 @@ def test_each_is_one_line_that_names_figure_and_key(metrics, keys, kind, parts):
     ),
   ],
 )
-def test_none_where_nothing_is_wrong(metrics, keys):
+def test_no_warnings_without_a_problem(metrics, keys):
   assert warnings(metrics, **keys) == {}
 
 
-def test_what_has_no_reference_has_no_kl():
+def test_without_a_reference_there_is_no_kl():
   assert on_policy_warnings.make(ppo.config())({'loss': 1.0}) == {}
 
 

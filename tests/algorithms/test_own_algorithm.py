@@ -74,7 +74,7 @@ def test_a_module_that_fails(text, message, outside):
 
 
 @pytest.mark.parametrize('name', ['..x', '', 3])
-def test_what_names_no_module(name):
+def test_names_that_are_not_modules(name):
   with pytest.raises(
     errors.UserError, match='config.algorithm=.* cannot be loaded .not a module name'
   ):

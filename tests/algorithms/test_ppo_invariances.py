@@ -94,7 +94,7 @@ def test_the_first_ratio_is_one_at_another_temperature(expected):
   assert metrics['objective/kl'] != 0
 
 
-def test_what_padding_holds_changes_nothing(episode, settings, expected):
+def test_contents_of_padding_change_nothing(episode, settings, expected):
   rollout = episode[2]
   garbage = jax.random.randint(jax.random.key(9), rollout.tokens.shape, 0, tiny.VOCAB)
   dirty = rollout.replace(

@@ -475,7 +475,7 @@ def test_rewards_and_whitening(preset):
 
 
 @pytest.mark.parametrize('preset', ppo.PRESETS)
-def test_where_the_score_is_paid(preset):
+def test_the_position_of_the_score(preset):
   rollout = make_rollout([1, 3, 6], 6)
   position = ppo.config(preset).rl.score_position
   rewards = ppo.adv.token_rewards(
@@ -484,7 +484,7 @@ def test_where_the_score_is_paid(preset):
   assert np.argmax(rewards, axis=1).tolist() == PAID[preset] and rewards.sum() == 3
 
 
-def test_trlx_itself_pays_later():
+def test_trlx_places_the_score_later():
   # accelerate_ppo_trainer.py:471-485, counted from the last token of the prompt: the mask of it and
   # of n tokens, plus one, is where the slice of rewards ends; it has a slot for each token of the
   # longest response.

@@ -57,7 +57,7 @@ def rollout():
 
 
 @pytest.mark.parametrize('algorithm', [ppo, grpo], ids=['ppo', 'grpo'])
-def test_the_reference_is_the_policy_as_it_starts(algorithm, world, adapted):
+def test_the_reference_is_the_initial_policy(algorithm, world, adapted):
   """Without the adapters the KL was 1.10 nats; the merged weights give the expected numbers."""
   config, mesh = (
     config_of(algorithm, world, adapted),

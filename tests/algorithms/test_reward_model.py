@@ -135,7 +135,7 @@ def test_k_way_gradient_is_the_sum_over_pairs(llama):
 
 
 @pytest.mark.parametrize('loss', ['pairwise', 'pick_best', 'rating'])
-def test_what_is_absent_or_padding_changes_nothing(llama, loss):
+def test_absent_completions_and_padding_change_nothing(llama, loss):
   settings = dataclasses.replace(PLAIN, loss=loss)
   for clean, dirty in zip(
     loss_of(llama, comparisons(), settings)[:2],

@@ -36,7 +36,7 @@ def test_a_table_under_other_names(tmp_path):
   ) == [formats.Completion('007', 'a\nb')]
 
 
-def test_pairs_left_out_and_empty_prompts_are_said(tmp_path, caplog):
+def test_skipped_pairs_and_empty_prompts_are_reported(tmp_path, caplog):
   path = tmp_path / 'a.jsonl'
   pair = lambda prompt, chosen: (
     json.dumps({'prompt': prompt, 'chosen': chosen, 'rejected': 'b'}) + '\n'
@@ -57,7 +57,7 @@ def test_pairs_left_out_and_empty_prompts_are_said(tmp_path, caplog):
   assert '1 kept with an empty prompt' in caplog.text
 
 
-def test_the_figures_of_an_optimizer_are_the_configs():
+def test_an_optimizer_has_the_values_of_its_config():
   # The norm of (3, 4) is 5. Clipped to 1 it is (0.6, 0.8), a tenth of which is Adam's first moment.
   # Its first step is 1 in each; of the kernel, 2, another half decays: 0.1 * (1 + 0.5 * 2).
   config = sft.config()

@@ -84,14 +84,14 @@ def test_the_loss_is_the_mean_over_targets_by_loop(llama, losses_of):
   )
 
 
-def test_what_padding_holds_changes_nothing(llama, losses_of):
+def test_contents_of_padding_change_nothing(llama, losses_of):
   _, params = llama
   clean, mask = losses_of(params, batch=rows())
   dirty, _ = losses_of(params, batch=rows(garbage=tiny.EOS))
   np.testing.assert_array_equal(np.asarray(clean)[mask], np.asarray(dirty)[mask])
 
 
-def test_packed_documents_cost_what_they_cost_alone(llama, losses_of):
+def test_packed_documents_have_the_losses_of_single_ones(llama, losses_of):
   _, params = llama
   rng = np.random.default_rng(1)
   documents = [rng.integers(4, tiny.VOCAB, n).astype(np.int32) for n in (5, 3, 8, 2, 6, 9, 4)]
@@ -136,7 +136,7 @@ def test_evaluation_counts_every_held_out_target_once(world, losses_of, tmp_path
   np.testing.assert_allclose(held_out['held_out/loss'], np.asarray(losses)[mask].mean(), rtol=1e-5)
 
 
-def test_what_is_evaluated_is_the_average_that_is_exported(world, tmp_path):
+def test_the_evaluated_average_is_exported(world, tmp_path):
   """A and B of adapters are averaged separately, then merged: W + 2 A B."""
   config = tiny.sft(world, 'completion')
   config.data.held_out, config.optim.ema, config.optim.learning_rate = 0.25, 0.9, 0.02

@@ -428,7 +428,7 @@ def test_ppo_learns_increasing_numbers(task):
 
 
 @pytest.mark.slow
-def test_reward_model_learns_what_is_in_order_and_pays_ppo(task, tmp_path):
+def test_reward_model_learns_the_order_and_trains_ppo(task, tmp_path):
   """PPO reads the exported folder as its reward model and as the initial critic."""
   rng = np.random.default_rng(0)
   rows = [rng.choice(NUMBERS, 4, replace=False) for _ in range(300)]

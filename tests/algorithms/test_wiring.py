@@ -67,7 +67,7 @@ def test_the_critic_starts_from_the_reward_model(made, world):
   assert_equal(made[1].params['critic'], hf.load_reward(world / 'reward')[1])
 
 
-def test_the_critic_starts_from_its_own_folder_where_it_has_one(world, others, mesh):
+def test_the_critic_starts_from_its_own_folder_if_set(world, others, mesh):
   config = tiny.ppo(world)
   config.reward.update({'function': None, 'model': f'{world}/reward'})
   config.critic.path = str(others / 'reward')
@@ -90,7 +90,7 @@ def rates(optimizer, count):
   return found
 
 
-def test_schedules_reach_to_the_last_update_and_the_critic_has_its_rate(world, mesh):
+def test_schedules_end_at_the_last_update_and_the_critic_has_its_learning_rate(world, mesh):
   # 2 steps of 2 epochs of 2 minibatches: the second step starts after 4 of 8 updates.
   config = tiny.ppo(world)
   config.optim.update({'schedule': 'linear', 'learning_rate': 0.5})
@@ -114,7 +114,7 @@ def test_a_token_ends_responses_from_its_first_position_on(world):
   assert ppo.Settings.of(config, *ends).rules.ended(rollout).tolist() == [True, False]
 
 
-def test_evaluators_sample_as_the_run_does_but_for_their_own_keys(world, mesh):
+def test_evaluators_sample_like_the_run_except_for_their_own_keys(world, mesh):
   config = tiny.ppo(world)
   config.sampling.update({'temperature': 0.7, 'top_k': 9, 'max_new_tokens': 6})
   tokenizer = tokenizers.load(world / 'tokenizer')

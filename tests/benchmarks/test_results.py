@@ -58,7 +58,7 @@ def test_scoring_within_the_update_is_counted_as_scoring():
   assert (row['scoring'], row['update'], row['total']) == (1.5, 3.0, 5.5)
 
 
-def test_a_peer_without_a_whole_iteration():
+def test_a_peer_without_a_full_iteration():
   parts = {'parts': {'rollout': 4.0, 'forward and backward': 1.0}, 'peak': 1, 'device_peak': None}
   row = summary({'first': parts, 'splits': [], 'iterations': [parts]})
   assert row['total'] is None and row['update'] is None and row['times_bound'] is None
@@ -69,7 +69,7 @@ def test_a_peer_without_a_whole_iteration():
   }
 
 
-def test_memory_of_the_device_counts_where_there_is_one():
+def test_device_memory_counts_if_there_is_a_device():
   gpu = [report(1.0, 1.0, 1.0) | {'device_peak': 7}]
   run = {'first': gpu[0], 'splits': [], 'iterations': gpu}
   assert summary(run, device='gpu')['peak'] == 7

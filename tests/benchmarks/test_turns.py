@@ -45,14 +45,14 @@ def test_ours_takes_turns(tmp_path, monkeypatch, capsys, variant):
   assert row['total'] == pytest.approx(sum(map(sum, (r['parts'].values() for r in iterations))) / 2)
 
 
-def test_compiled_programs_are_kept_where_asked(tmp_path):
+def test_compiled_programs_are_cached_in_the_given_folder(tmp_path):
   peer = start('ours', tmp_path, '--cache', str(tmp_path / 'cache'))
   peer.turn()
   peer.end()
   assert (tmp_path / 'cache').is_dir()
 
 
-def test_a_peer_that_fails_says_why(tmp_path):
+def test_a_failing_peer_gives_the_reason(tmp_path):
   with pytest.raises(processes.PeerError, match='No module named'):
     start('nobody', tmp_path)
 
@@ -63,7 +63,7 @@ def test_a_peer_that_is_not_installed(tmp_path):
   assert processes.python('', tmp_path) == sys.executable
 
 
-def test_the_allocator_is_told_to_keep_memory_where_the_cpu_computes(monkeypatch):
+def test_on_cpus_the_allocator_keeps_memory(monkeypatch):
   for name in processes.ALLOCATOR:
     monkeypatch.delenv(name, raising=False)
   assert processes.ALLOCATOR.items() <= processes.environment('cpu', 2).items()
@@ -84,7 +84,7 @@ def test_limits_are_measured(tmp_path):
 
 
 @pytest.mark.parametrize('device, name', [('gpu', 'NVIDIA H200'), ('cpu', 'Xeon, 2 threads')])
-def test_the_table_names_what_computed(device, name):
+def test_the_table_names_the_device(device, name):
   about = {'versions': {'jax': '1.0'}, 'note': ''}
   result = {
     'limits': {'matmul': 7e14, 'copy': 4e12},

@@ -23,7 +23,7 @@ def mesh():
     yield mesh
 
 
-def test_what_an_update_holds(mesh, monkeypatch):
+def test_memory_of_an_update(mesh, monkeypatch):
   monkeypatch.setattr(shared_weights, 'FLAGS', types.SimpleNamespace(timed=1))
   monkeypatch.setattr(updates, 'seconds', lambda update, count: (update.state, 0.0))
   update = updates.prepare(updates.make_config(W, {}), mesh)

@@ -45,7 +45,7 @@ def test_template_from_a_file_or_text(tokenizer, tmp_path):
     assert chat.render(tokenizer, ASK, ANSWER) == ('Be kind.', '!')
 
 
-def test_templates_that_are_none(tokenizer):
+def test_invalid_templates(tokenizer):
   with pytest.raises(UserError, match="chat_template='vicuna' must be one of chatml, hh"):
     chat.use_template(tokenizer, 'vicuna')
   chat.use_template(tokenizer, '{% for m in messages %}')

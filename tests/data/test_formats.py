@@ -546,7 +546,7 @@ def test_labels_of_csv_as_spreadsheets_and_pandas_write_them(tmp_path):
     ('prompt,chosen,rejected', 'p,a,', "field 'rejected': missing"),
   ],
 )
-def test_cells_that_are_not_what_their_column_needs_are_named(tmp_path, header, row, complaint):
+def test_invalid_cells_are_named(tmp_path, header, row, complaint):
   path = tmp_path / 'a.csv'
   path.write_text(f'{header}\n{row}\n')
   with pytest.raises(DataError, match=complaint) as caught:
@@ -554,7 +554,7 @@ def test_cells_that_are_not_what_their_column_needs_are_named(tmp_path, header, 
   assert str(caught.value).startswith(f'{path}:2: ') and 'The first row' not in str(caught.value)
 
 
-def test_strings_for_numbers_are_refused_where_the_file_could_say_otherwise():
+def test_strings_for_numbers_are_refused_in_typed_files():
   with pytest.raises(DataError, match="field 'rating': must be a finite number"):
     formats.comparisons(records({'prompt': 'p', 'completion': 'a', 'rating': '1'}))
 

@@ -399,7 +399,7 @@ def test_as_read_is_the_text_of_the_tokens_that_are_left(tokenizer, ids):
     ),
   ],
 )
-def test_text_that_cannot_be_encoded_is_said(tmp_path, caplog, make):
+def test_text_that_cannot_be_encoded_is_reported(tmp_path, caplog, make):
   make(tiny.write_tokenizer(tmp_path))
   (message,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
   assert '(1 of ' in message and "are '<|unk|>': the tokenizer cannot encode" in message

@@ -150,7 +150,7 @@ def test_latin1_is_the_fallback_for_text(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['a.pos', 'prompts.jsnl', 'prompts.xlsx', 'prompts', 'a.zst.gz'])
-def test_unknown_suffixes_are_read_only_as_what_the_config_says(tmp_path, name):
+def test_unknown_suffixes_need_a_format_in_the_config(tmp_path, name):
   path = write(tmp_path / name, '{"text": "a"}\n')
   with pytest.raises(
     UserError,
@@ -287,7 +287,7 @@ def test_one_column_may_hold_separators(tmp_path, content):
   assert len(sources.read(write(tmp_path / 'a.csv', content))) == 1
 
 
-def test_csv_without_a_header_is_told_so(tmp_path):
+def test_csv_without_a_header_is_refused(tmp_path):
   path = write(tmp_path / 'a.csv', f'{"how " * 20}?,fine\nwhy?,so\n')
   with pytest.raises(
     DataError, match=r"there is no field 'q'.* The first row of the file must name the columns."
@@ -326,7 +326,7 @@ def test_directory_in_sorted_order_and_by_split(tmp_path):
     texts('valid')
 
 
-def test_directories_say_which_files_are_passed_over(tmp_path, caplog):
+def test_directories_report_skipped_files(tmp_path, caplog):
   write(tmp_path / 'a.csv', 'text\none\n')
   write(tmp_path / 'b.jsonl', '{"text": "two"}\n')
   assert [r.fields['text'] for r in sources.read(tmp_path)] == ['one', 'two']
@@ -396,7 +396,7 @@ def test_columns_can_be_swapped(tmp_path):
   assert fields(sources.read(path, columns={'a': 'b', 'b': 'a'})) == [{'a': 2, 'b': 1}]
 
 
-def test_columns_that_replace_a_filled_field_say_so(tmp_path, caplog):
+def test_columns_that_replace_a_field_with_values_give_a_warning(tmp_path, caplog):
   rows = [
     {'prompt': 'old', 'question': 'q'},
     {'prompt': '', 'question': 'q'},
@@ -452,7 +452,7 @@ def test_hub_data_set(monkeypatch):
     sources.read('no/such')
 
 
-def test_a_hub_that_gives_no_answer_is_not_asked_again(tmp_path):
+def test_a_silent_hub_gets_no_second_request(tmp_path):
   """Data loaded earlier can still be read; everything else fails within seconds."""
   script = """
 import datasets, json, pathlib, shutil, sys, time

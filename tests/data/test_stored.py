@@ -80,9 +80,7 @@ def test_the_index_is_made_once_and_anew_for_other_contents(large, tmp_path, mon
   assert hidden(tmp_path) != [index] and len(hidden(tmp_path)) == 1
 
 
-def test_where_files_cannot_be_locked_nobody_removes_what_another_makes(
-  large, tmp_path, monkeypatch
-):
+def test_without_file_locks_no_process_removes_files_of_another(large, tmp_path, monkeypatch):
   monkeypatch.setattr(derived.fcntl, 'flock', lambda *_: (_ for _ in ()).throw(OSError()))
   other = f'.a.jsonl.{"0" * 16}.lines.{os.uname().nodename}.1.tmp'
   write(tmp_path / other, 'of a process that is at it')
@@ -103,7 +101,7 @@ def test_a_folder_may_have_more_files_than_a_process_may_open(tmp_path):
     resource.setrlimit(resource.RLIMIT_NOFILE, limit)
 
 
-def test_where_the_folder_cannot_be_written_the_cache_is_used(large, tmp_path, monkeypatch):
+def test_the_cache_is_used_if_the_folder_cannot_be_written(large, tmp_path, monkeypatch):
   folder = tmp_path / 'data'
   folder.mkdir()
   path = write(folder / 'a.jsonl', '{"text": "a"}\n')
@@ -141,7 +139,7 @@ def test_threads_read_the_same_records(large, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['a.jsonl', 'a.jsonl.gz', 'a.parquet', 'a.arrayrecord'])
-def test_large_files_hold_what_small_ones_do(name, tmp_path, request):
+def test_large_files_give_the_records_of_small_ones(name, tmp_path, request):
   rows = [
     {'prompt': f'p{i}', 'completion': 'c' * (i % 7), 'tags': ['x', 'y'][: i % 3]}
     for i in range(700)
@@ -183,7 +181,7 @@ def test_large_files_hold_what_small_ones_do(name, tmp_path, request):
   [' one\r\n\n  \ntwo  \n', '\ufeffa\n\u2028b', b'caf\xe9 one\nna\xefve\x85 two\n'],
   ids=['plain', 'mark', 'latin'],
 )
-def test_large_texts_hold_what_small_ones_do(content, tmp_path, request):
+def test_large_texts_give_the_records_of_small_ones(content, tmp_path, request):
   path = write(tmp_path / 'a.txt', content)
   small = list(sources.read(path))
   request.getfixturevalue('large')

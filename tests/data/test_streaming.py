@@ -98,7 +98,7 @@ def test_batches_drawn_from_disk_are_those_of_memory(kind, path, tokenizer, monk
     assert_equal(list(batches), whole)
 
 
-def test_nothing_is_kept_of_what_is_drawn(path, tokenizer, monkeypatch):
+def test_examples_are_not_kept_after_use(path, tokenizer, monkeypatch):
   set_large(monkeypatch)
   examples, _ = formats.completions(sources.read(path))
   assert tokenized.completions(examples, tokenizer, max_length=16).all is None
@@ -134,7 +134,7 @@ def test_memory_does_not_grow_with_the_data(tokenizer, tmp_path, monkeypatch):
   assert min(peaks[10_000]) < 1.2 * np.median(peaks[1000]) < 1e6, peaks
 
 
-def test_what_is_said_of_a_sample(path, tokenizer, monkeypatch, caplog):
+def test_messages_about_a_sample(path, tokenizer, monkeypatch, caplog):
   set_large(monkeypatch)
   with caplog.at_level(logging.WARNING):
     make('completion', path, tokenizer, max_length=4)
@@ -164,7 +164,7 @@ def test_long_prompts_of_large_data(on_long, complaint, path, tokenizer, monkeyp
     assert count == (90 if on_long == 'truncate_left' else 68)
 
 
-def test_templates_reject_what_is_drawn(tokenizer, tmp_path, monkeypatch, caplog):
+def test_templates_reject_examples_during_training(tokenizer, tmp_path, monkeypatch, caplog):
   """Only the first conversations of large data are rendered before the first batch."""
   turns = lambda *roles: {
     'messages': [{'role': role, 'content': f'w{n}'} for n, role in enumerate(roles)]
@@ -278,7 +278,7 @@ def test_lanes_resume_at_the_exact_row(steps, path, tokenizer, monkeypatch):
     other.set_state(state)
 
 
-def test_a_lane_resumes_where_its_window_has_become_smaller(path, tokenizer, monkeypatch):
+def test_a_lane_resumes_if_its_window_has_become_smaller(path, tokenizer, monkeypatch):
   set_large(monkeypatch)
   monkeypatch.setattr(lanes, 'WINDOW_TOKENS', 0)
   iterator, _ = make('text', path, tokenizer)

@@ -40,7 +40,7 @@ def test_trained_tokenizer(bpe):
     assert again.decode(ids[1:]) == tokenizer.decode(ids[1:]) == text
 
 
-def test_training_merges_what_is_frequent_and_is_deterministic(bpe, tmp_path):
+def test_training_merges_frequent_pairs_and_is_deterministic(bpe, tmp_path):
   tokenizer, path = bpe
   assert len(tokenizer('the the')['input_ids']) == 3  # BOS, "the", " the".
   tokenizers.train_bpe(['the cat sat on the mat', 'the hat'] * 5, 270, str(tmp_path))
@@ -121,7 +121,7 @@ def test_missing_pad_becomes_eos_and_missing_eos_is_an_error(bpe, tmp_path):
     tokenizers.load(str(tmp_path / 'no'))
 
 
-def test_padding_with_the_eos_is_said_once(bpe, tmp_path, caplog):
+def test_padding_with_the_eos_is_reported_once(bpe, tmp_path, caplog):
   backend = bpe[0].backend_tokenizer
   make = lambda **tokens: transformers.PreTrainedTokenizerFast(
     tokenizer_object=backend, eos_token='<|eos|>', **tokens

@@ -125,7 +125,7 @@ def test_win_rate_by_numpy(world, recorded):
   assert found['win_rate/low'] < found['win_rate/rate'] < found['win_rate/high']
 
 
-def test_answers_to_one_prompt_are_one_draw(world, recorded, tmp_path):
+def test_responses_to_one_prompt_are_clustered(world, recorded, tmp_path):
   """Three prompts, asked 3, 3 and 4 times."""
   prompts = [tiny.text(i % 3, 2) for i in range(PROMPTS)]
   config = tiny.sft(world, 'completion')
@@ -149,7 +149,7 @@ def test_answers_to_one_prompt_are_one_draw(world, recorded, tmp_path):
   )
 
 
-def test_text_is_of_the_same_answers(world, recorded, tmp_path):
+def test_text_reads_the_same_responses(world, recorded, tmp_path):
   """The same prompts and keys as those that the reward function saw; metrics of all together."""
   prompts = [tiny.text(7 * i, 1 + i % 5) for i in range(PROMPTS)]
   records = [{'prompt': p, 'number': i, 'answer': tiny.text(i, 4)} for i, p in enumerate(prompts)]
@@ -281,7 +281,7 @@ def test_reward_model_by_numpy(world, tmp_path):
     ),
   ],
 )
-def test_what_an_algorithm_cannot_evaluate_is_named(algorithm, block, message, world):
+def test_unsupported_evaluators_are_named(algorithm, block, message, world):
   config = getattr(tiny, algorithm)(world)
   if isinstance(block, str):
     tokens = {'sampling': {'max_new_tokens': 30}} if block == 'long' else {}
@@ -324,7 +324,7 @@ def test_alone_they_give_the_last_numbers_of_the_loop(finished):
   assert found == {name: value for name, value in last.items() if name.startswith(('text', 'mine'))}
 
 
-def test_alone_they_may_be_others_than_those_of_the_run(finished, world):
+def test_evaluate_accepts_other_evaluators_than_the_run(finished, world):
   block = tiny.evals(world)['text'] | {'count': 3}
   _, found = evaluate.run(finished, json.dumps({'few': block | {'kind': 'text'}}))
   assert 'few/unique' in found and len(found) == 6

@@ -129,7 +129,7 @@ def maker(path):
   return lambda prompt, response: float(len(path))
 
 
-def test_a_report_says_what_the_judge_is():
+def test_a_report_describes_the_judge():
   assert judges.load(f'{HERE}:maker', path='data').description == (
     f'{HERE}:maker: A score that is made from data.'
   )

@@ -58,7 +58,7 @@ def test_rows_and_ratings_by_hand():
   assert ratings['new'].elo == pytest.approx(1000 + 400 * math.log10(3.5 / 1.5), abs=1e-3)
 
 
-def test_errors_are_over_prompts_where_samples_share_one():
+def test_errors_are_clustered_by_prompt():
   found = {'base': answers([0.0] * 4), 'new': answers([1, 3, 4, -4])}
   for answer in found.values():
     answer.samples.prompts = ['a', 'a', 'b', 'b']
@@ -79,7 +79,7 @@ def test_errors_are_over_prompts_where_samples_share_one():
   )
 
 
-def test_the_kl_of_greedy_answers_is_at_temperature_one(world):
+def test_the_kl_of_greedy_responses_is_at_temperature_one(world):
   """Division of logits by temperature 0 would give infinity minus infinity."""
   old, new = (policy_lib.TextPolicy.load(world / 'model') for _ in range(2))
   new.params = jax.tree.map(lambda x: 1.5 * x, old.params)
@@ -123,7 +123,7 @@ def test_frontier_joins_samples_and_metrics(tmp_path):
   assert point == {'step': 9, 'kl': 2.5, 'gold': 3.0, 'gold_se': 1.0, 'proxy': 1.5}
 
 
-def test_the_reward_model_reads_texts_where_its_tokenizer_is_another(world, tmp_path):
+def test_a_reward_model_with_another_tokenizer_reads_texts(world, tmp_path):
   """Policy and reward model have different tokenizers, so token ids cannot be shared."""
   own = tokenizers.train_bpe(['w1 w2 w3'], 270, tmp_path)
   model = models.create(tiny.LLAMA | {'vocab_size': 270, 'max_position_embeddings': 48})
@@ -293,7 +293,7 @@ def test_the_kl_is_of_the_policy_from_the_baseline(compared, world):
   )
 
 
-def test_comparisons_are_scored_as_answers_are(compared, world, proxy):
+def test_comparisons_are_scored_like_responses(compared, world, proxy):
   """If a token ends responses, they have no EOS, so completions get none either."""
   gaps = []
   for line in (world / 'comparisons.jsonl').read_text().splitlines():
@@ -329,7 +329,7 @@ def test_each_gap_has_its_own_prompt_in_every_batch(world, proxy, tmp_path, monk
   np.testing.assert_allclose(gaps, [better - worse for better, worse in expected], atol=1e-5)
 
 
-def test_texts_before_and_after_stand_beside_their_own_scores():
+def test_texts_before_and_after_have_their_own_scores():
   before, after = answers([1, 2]), answers([3, 4], proxy=np.array([5.0, 6.0]))
   before.samples.responses, after.samples.responses = ['a', 'b'], ['c', 'd']
   assert comparison.side_by_side(before, after, 1) == [

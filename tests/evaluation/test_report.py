@@ -98,7 +98,7 @@ def parse(path):
   return checker.seen
 
 
-def test_the_whole_report(tmp_path):
+def test_the_full_report(tmp_path):
   path = report.write(tmp_path / 'deep' / 'report.html', title='Quickstart', **PARTS)
   text = path.read_text(encoding='utf-8')
   tags = parse(path)
@@ -132,7 +132,7 @@ def test_the_policy_allows_the_one_script_and_the_one_style_sheet(tmp_path):
 
 
 @pytest.mark.parametrize('part', sorted(PARTS))
-def test_every_part_stands_alone_and_may_be_missing(tmp_path, part):
+def test_every_part_is_optional(tmp_path, part):
   parse(report.write(tmp_path / 'alone.html', title='t', **{part: PARTS[part]}))
   rest = {name: value for name, value in PARTS.items() if name != part}
   parse(report.write(tmp_path / 'rest.html', title='t', **rest))
@@ -231,7 +231,7 @@ def test_in_a_browser_no_text_runs_and_the_samples_are_filtered(tmp_path):
   assert found['width'][0] <= found['width'][1]
 
 
-def test_what_json_gives_back_is_good_enough(tmp_path):
+def test_values_from_json_are_accepted(tmp_path):
   bins = [dict(row) for row in PARTS['calibration']['bins']]
   bins[0] |= {'count': 0, 'confidence': None, 'accuracy': None}
   path = report.write(

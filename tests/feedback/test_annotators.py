@@ -72,7 +72,7 @@ def test_the_same_question_gets_the_same_answer_in_any_order():
   assert forwards != [other.compare(*pair, 1) for pair in pairs(40)]
 
 
-def test_records_say_that_they_are_simulated():
+def test_records_are_marked_as_simulated():
   panel = SimulatedAnnotators(gold, count=3, temperature=0.0, label_noise=0.0, disagreement=0.0)
   records = panel.label([('p', '1 x', '2 y'), ('p', '3 z', '3 z'), ('p', '5 u', '4 v')])
   assert records == [
@@ -81,7 +81,7 @@ def test_records_say_that_they_are_simulated():
   ]
 
 
-def test_disagreement_makes_them_disagree():
+def test_annotators_disagree_if_set():
   def fraction(disagreement):
     panel = SimulatedAnnotators(
       gold, count=4, temperature=0.0, label_noise=0.0, disagreement=disagreement

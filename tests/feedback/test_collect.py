@@ -90,7 +90,7 @@ def best_of(folder, world, **changes):
   collect.best_of(folder, **(settings | changes))
 
 
-def test_the_best_of_the_answers_that_end(world, tmp_path):
+def test_the_best_of_the_responses_that_end(world, tmp_path):
   best_of(tmp_path, world)
   labels, held_out = rows(tmp_path / 'labels.jsonl'), rows(tmp_path / 'held_out.jsonl')
   asked = [record['prompt'] for record in rows(world / 'prompts.jsonl')][:20]
@@ -149,7 +149,7 @@ def test_the_record_of_agreement():
   assert collect.agreement(panel, [('p', 'a', 'b c')]) == both | {'kappa': None}
 
 
-def test_scores_are_normalized_on_the_first_answer_to_each_prompt(world, tmp_path):
+def test_scores_are_normalized_on_the_first_response_to_each_prompt(world, tmp_path):
   best_of(tmp_path, world)
   prompts = [record['prompt'] for record in rows(world / 'prompts.jsonl')][:20]
   answers = policy_lib.TextPolicy.load(world / 'model').sample(

@@ -90,12 +90,12 @@ def test_update_by_hand():
     ([Match('a', 'b', -1, 0, 1)], {}, 'negative'),
   ],
 )
-def test_impossible_tables_say_why(matches, options, message):
+def test_impossible_tables_give_the_reason(matches, options, message):
   with pytest.raises(UserError, match=message):
     elo.ratings(matches, **options)
 
 
-def test_intervals_from_resampling_are_of_95_percent():
+def test_intervals_cover_95_percent_of_resamples():
   # 1500 of 2000 games won, each of a prompt of its own: the deviation of the log-odds is
   # 1 / sqrt(2000 * 3/16) = 0.05164, 8.971 points, and 95 % are 1.96 of them on either side.
   won = np.arange(2000) < 1500

@@ -160,7 +160,7 @@ while :; do sleep 0.05; done
   assert (['scontrol', 'requeue', '7'] in asked) == queued == ('is queued again and resumes' in err)
 
 
-def test_slurm_job_says_what_is_missing(fake, tmp_path):
+def test_slurm_job_reports_missing_settings(fake, tmp_path):
   job = start_job(fake, folder=tmp_path)
   assert '--config=' in job.communicate(timeout=60)[1] and job.returncode == 2
   job = start_job(fake, '--config=x', folder=tmp_path)

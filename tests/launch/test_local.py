@@ -60,7 +60,7 @@ def alive(session):
   return found
 
 
-def test_each_process_is_told_who_it_is():
+def test_each_process_gets_its_number():
   names = ('COORDINATOR_ADDRESS', 'PROCESS_COUNT', 'PROCESS_ID', 'JAX_PLATFORMS', 'XLA_FLAGS')
   code, out, err = run(
     '-n',
@@ -88,7 +88,7 @@ def test_each_process_is_told_who_it_is():
   assert len(addresses) == 1 and 20000 <= int(addresses.pop().removeprefix('127.0.0.1:')) < 32000
 
 
-def test_gpus_are_shared_out():
+def test_each_process_gets_one_gpu():
   code, out, _ = run(
     '-n', '2', *command('say(os.environ["JAX_LOCAL_DEVICE_IDS"])'), JAX_PLATFORMS='cuda'
   )
@@ -106,7 +106,7 @@ def test_gpus_are_shared_out():
     ('os.killpg(0, signal.SIGKILL)', 'process 1 (of 0 to 2) was killed by signal 9 (KILL)'),
   ],
 )
-def test_one_that_fails_ends_all(death, words):
+def test_a_failing_process_ends_all(death, words):
   """Stops even processes that ignore SIGTERM, and shows the output of the one that failed."""
   started = time.monotonic()
   process = start(
@@ -157,7 +157,7 @@ def test_a_signal_lets_all_save(number, code):
   assert alive(process.pid) == []
 
 
-def test_one_that_is_preempted_lets_the_others_save():
+def test_a_preempted_process_lets_the_others_save():
   """The other processes save before they exit."""
   process = start('-n', '2', *command('if number:\n  time.sleep(0.5)\n  os._exit(143)\n' + SAVES))
   out, err = process.communicate(timeout=30)
@@ -197,7 +197,7 @@ def test_those_that_do_not_save_are_killed(grace, signals):
 
 
 @pytest.mark.parametrize('victim', ['launcher', 'wrapper'])
-def test_a_kill_of_the_launcher_leaves_nobody(victim):
+def test_a_kill_of_the_launcher_leaves_no_process(victim):
   """Also ends processes that ignore SIGTERM; the same if a wrapper is killed."""
   process = start(
     '-n',
@@ -222,7 +222,7 @@ def test_a_kill_of_the_launcher_leaves_nobody(victim):
   )
 
 
-def test_one_that_ends_well_alone_ends_all():
+def test_a_process_that_exits_early_with_status_0_ends_all():
   """For example, if a reward function calls os._exit(0)."""
   process = start('-n', '3', *command('time.sleep(0 if number == 1 else 300)'), ALONE_SECONDS='1')
   _, err = process.communicate(timeout=30)
@@ -233,7 +233,7 @@ def test_one_that_ends_well_alone_ends_all():
   )
 
 
-def test_a_command_that_is_not_there_fails():
+def test_a_missing_command_fails():
   code, out, err = run('-n', '2', '--', 'no-such-command')
   assert code == 1 and 'ended with status 127' in err and 'no-such-command' in out + err
 

@@ -226,7 +226,7 @@ def test_fetch_and_delete(cloud):
   assert 'nothing is left of mine' in err.splitlines()[-1]
 
 
-def test_dry_run_prints_what_a_run_would_ask_and_asks_nothing(cloud):
+def test_dry_run_prints_commands_and_calls_nothing(cloud):
   """In a shell, the printed lines make the same calls as the script."""
   arguments = ['resume', '--config=configs/x.py:a=1', '--config.x=two words']
   assert cloud.run('--dry-run', *arguments, SHARED='a:/b', SPOT='1')[0] == 0
@@ -277,14 +277,14 @@ def test_a_wrong_setting_is_named(cloud):
 # gcloud fails.
 
 
-def test_503_while_waiting_is_waited_out(cloud):
+def test_503_while_waiting_is_retried(cloud):
   cloud.set({'words': QUEUE, 'skip': 1, 'times': 2, **UNAVAILABLE})
   code, err = cloud.run('resume', *ARGUMENTS)
   assert code == 0 and cloud.runs() and cloud.count('create') == 1 and cloud.count('delete') == 0
   assert 'queued-resources describe failed (try 1 of 8); retrying in' in err and '503' in err
 
 
-def test_503_that_stays_is_bounded_and_resume_keeps_its_place_in_the_queue(cloud):
+def test_503_is_retried_a_bounded_number_of_times_and_the_request_stays_queued(cloud):
   cloud.set({'words': QUEUE, 'skip': 1, 'times': 8, **UNAVAILABLE})
   code, err = cloud.run('resume', *ARGUMENTS)
   assert code == 1 and cloud.count('delete') == 0 and 9 < cloud.count(*QUEUE) < 13
@@ -294,7 +294,7 @@ def test_503_that_stays_is_bounded_and_resume_keeps_its_place_in_the_queue(cloud
   assert code == 0 and cloud.count('create') == cloud.count('delete') == 0 and cloud.runs(), err
 
 
-def test_what_cannot_be_asked_is_named(cloud):
+def test_a_permanent_error_is_reported_and_not_retried(cloud):
   """If gcloud has a permanent error, nothing is deleted, created or tried again."""
   cloud.set(
     {'words': ['describe'], 'times': 99, 'code': 1, 'err': 'ERROR: PERMISSION_DENIED: log in'},
@@ -305,7 +305,7 @@ def test_what_cannot_be_asked_is_named(cloud):
   assert 'mine may still exist and be billed' in last_line(err) and 'PERMISSION_DENIED' in err
 
 
-def test_a_line_on_stderr_is_no_state(cloud):
+def test_lines_on_stderr_are_ignored(cloud):
   """gcloud writes update notices and warnings to stderr."""
   notice = 'WARNING: To update your components, run:\n  $ gcloud components update\n'
   cloud.set({'words': ['describe'], 'times': 99, 'err': notice}, **READY)
@@ -314,13 +314,13 @@ def test_a_line_on_stderr_is_no_state(cloud):
 
 
 @pytest.mark.parametrize('out', ['', 'READY\n', '{"name": "mine"}', '[]'])
-def test_an_answer_without_a_state_is_asked_again(cloud, out):
+def test_output_without_a_state_is_retried(cloud, out):
   cloud.set({'words': NODE, 'out': out}, **READY)
   code, err = cloud.run('resume', *ARGUMENTS)
   assert code == 0 and cloud.runs() and cloud.count('delete') == 0 and 'in the answer' in err
 
 
-def test_a_gcloud_that_hangs_is_asked_again(cloud):
+def test_a_gcloud_that_hangs_is_retried(cloud):
   cloud.set({'words': NODE, 'sleep': 60}, **READY)
   code, err = cloud.run(
     'resume', *ARGUMENTS, constants='tpu_node.Tpu.call.__kwdefaults__["seconds"] = 1'
@@ -328,7 +328,7 @@ def test_a_gcloud_that_hangs_is_asked_again(cloud):
   assert code == 0 and cloud.runs() and 'no answer in 1 s' in err
 
 
-def test_creation_that_answers_503_and_was_made_is_not_made_twice(cloud):
+def test_a_creation_that_fails_after_its_effect_is_not_repeated(cloud):
   cloud.set({'words': ['create'], 'late': True, **UNAVAILABLE})
   code, err = cloud.run('resume', *ARGUMENTS)
   assert code == 0 and cloud.runs() and cloud.count('create') == 2 and cloud.count('delete') == 0, (
@@ -357,7 +357,7 @@ def test_a_node_without_a_request_is_deleted_and_named(cloud):
 @pytest.mark.parametrize(
   'number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
 )
-def test_signals_name_what_is_left(cloud, number, code):
+def test_signals_report_the_remaining_resources(cloud, number, code):
   cloud.set(stuck=['WAITING_FOR_RESOURCES'])
   process = cloud.start('resume', *ARGUMENTS)
   while 'WAITING' not in process.stderr.readline():
@@ -371,7 +371,7 @@ def test_signals_name_what_is_left(cloud, number, code):
   assert cloud.count('delete') == 0
 
 
-def test_a_request_that_is_cut_short_is_named(cloud):
+def test_an_interrupted_request_is_reported(cloud):
   cloud.set({'words': ['create'], 'sleep': 60, 'code': 1})
   process = cloud.start('create')
   while not cloud.count('create'):
@@ -388,14 +388,14 @@ def test_a_request_that_is_cut_short_is_named(cloud):
 @pytest.mark.parametrize(
   'state', ['CREATING', 'STARTING', 'RESTARTING', 'REPAIRING', 'STOPPING', 'STOPPED']
 )
-def test_a_tpu_on_its_way_is_waited_for(cloud, state):
+def test_waits_for_a_tpu_in_a_changing_state(cloud, state):
   cloud.set(node=state, queue='ACTIVE')
   code, err = cloud.run('resume', *ARGUMENTS)
   assert code == 0 and cloud.runs() and cloud.count('delete') == cloud.count('create') == 0, err
   assert cloud.count('tpu-vm', 'start') == (state in ('STOPPING', 'STOPPED'))
 
 
-def test_a_tpu_that_stays_on_its_way_or_is_hidden_is_for_a_person(cloud):
+def test_a_tpu_that_stays_in_a_changing_state_or_is_hidden_is_an_error(cloud):
   cloud.set(node='REPAIRING', queue='ACTIVE', stuck=['REPAIRING'])
   code, err = cloud.run('resume', *ARGUMENTS, constants='tpu_node.NODE_POLLS = 3')
   assert code == 1 and 'has been REPAIRING for' in err and 'mine is REPAIRING' in last_line(err)
@@ -404,13 +404,13 @@ def test_a_tpu_that_stays_on_its_way_or_is_hidden_is_for_a_person(cloud):
   assert code == 1 and 'cannot handle this state' in err and cloud.count('delete') == 0
 
 
-def test_a_tpu_that_was_deleted_beside_its_request_is_made_again(cloud):
+def test_a_deleted_tpu_with_an_active_request_is_created_again(cloud):
   cloud.set(queue='ACTIVE')
   code, err = cloud.run('resume', *ARGUMENTS, constants='tpu_node.LOST_POLLS = 3')
   assert code == 0 and cloud.runs() and cloud.count('create') == 1 and 'its TPU is gone' in err
 
 
-def test_preempted_in_the_middle_of_the_run_makes_another_and_resumes(cloud):
+def test_a_preempted_run_gets_another_tpu_and_resumes(cloud):
   cloud.set({'words': RUN, 'code': 255, 'world': PREEMPTED}, **READY)
   code, err = cloud.run('resume', *ARGUMENTS)
   assert code == 0 and cloud.runs() == ['auto', '-m', 'rlhf_jax.main', *ARGUMENTS], err
@@ -468,7 +468,7 @@ def test_waits_grow_up_to_a_limit_and_differ(monkeypatch):
 
 
 @pytest.mark.parametrize('state', ['FAILED', 'SUSPENDED'])
-def test_create_says_what_became_of_the_request(cloud, state):
+def test_create_reports_the_state_of_the_request(cloud, state):
   cloud.set({'words': ['create'], 'world': {'queue': state}})
   code, err = cloud.run('create')
   assert code == 1 and f'the request for mine is {state}' in err
@@ -489,7 +489,7 @@ def test_a_failed_setup_is_set_up_again(cloud):
   )
 
 
-def test_a_setup_that_was_cut_short_is_set_up_again(cloud):
+def test_an_interrupted_setup_is_repeated(cloud):
   """By `setup` and by the next `resume`, because the digest is written last."""
   cloud.set(**READY)
   assert cloud.run('setup')[0] == 0
@@ -510,7 +510,7 @@ def test_a_setup_that_always_fails_ends(cloud):
 
 
 @pytest.mark.parametrize('status', [143, 255])
-def test_a_run_that_was_stopped_resumes_where_the_tpu_is_ready(cloud, status):
+def test_a_stopped_run_resumes_on_a_ready_tpu(cloud, status):
   cloud.set({'words': RUN, 'code': status}, **READY)
   code, err = cloud.run('resume', *ARGUMENTS)
   assert code == 0 and cloud.runs() and cloud.count(*RUN) == 2 and cloud.count('delete') == 0, err
@@ -532,7 +532,7 @@ def test_a_run_that_is_always_stopped_ends_unless_it_lasts(cloud):
   assert code == 0 and cloud.count(*RUN) == 5, err
 
 
-def test_resume_ends_where_the_run_itself_fails(cloud):
+def test_resume_ends_if_the_run_fails(cloud):
   """Otherwise a mistake in the config would be retried forever."""
   cloud.set({'words': RUN, 'code': 1}, **READY)
   code, err = cloud.run('resume', *ARGUMENTS)
@@ -548,7 +548,7 @@ def test_run_gives_the_status_of_the_run(cloud):
   assert code == 143 and 'READY' in last_line(err)
 
 
-def test_a_run_before_saves_before_the_next_begins(cloud):
+def test_an_earlier_run_saves_before_the_next_starts(cloud):
   """After a lost connection, the earlier run still holds the chips."""
   cloud.set(**READY)
   assert cloud.run('setup')[0] == 0
@@ -582,7 +582,7 @@ def test_shared_is_mounted_at_setup_and_after_a_reboot(cloud):
 # The files that are sent.
 
 
-def test_setup_ships_the_checkout_as_it_is(own):
+def test_setup_sends_the_current_checkout(own):
   """Sends uncommitted and untracked files, not ignored ones; deletes deleted ones; keeps runs."""
   own.set(**READY)
   assert own.run('setup')[0] == 0
@@ -658,7 +658,7 @@ def test_large_untracked_files_are_left_out_and_named(own):
 @pytest.mark.parametrize(
   'arguments', [['--config=runs/config.json:seed=1'], ['--config', './runs/config.json']]
 )
-def test_a_config_that_git_ignores_is_refused_before_a_tpu_is_asked_for(own, arguments):
+def test_a_config_that_git_ignores_is_refused_before_a_tpu_is_requested(own, arguments):
   (own.checkout / 'runs').mkdir()
   (own.checkout / 'runs' / 'config.json').touch()
   code, err = own.run('resume', *arguments)
@@ -666,7 +666,7 @@ def test_a_config_that_git_ignores_is_refused_before_a_tpu_is_asked_for(own, arg
   assert own.count('create') == 0
 
 
-def test_without_git_it_says_so(own):
+def test_a_folder_without_git_is_refused(own):
   shutil.rmtree(own.checkout / '.git')
   code, err = own.run('setup', GIT_CEILING_DIRECTORIES=str(own.folder))
   assert code == 1 and 'which must be a git checkout' in err

@@ -196,7 +196,7 @@ def built(request):
   return model, {'backbone': model.init(jax.random.key(0)), 'head': head}
 
 
-def test_a_text_scores_the_same_wherever_it_lies_and_whatever_pads_it(built):
+def test_a_score_does_not_depend_on_position_or_padding(built):
   """Padding left, right or between, with invalid ids; empty sequences have a finite score."""
   model, params = built
   text = np.random.default_rng(3).integers(3, 31, 5).astype(np.int32)
@@ -218,7 +218,7 @@ def test_positions_begin_after_the_padding_token_in_roberta_only():
   assert models.create(ROBERTA | {'pad_token_id': 3}).max_length == 12
 
 
-def test_padding_token_of_the_config_stays_where_positions_hang_on_it(built, tmp_path):
+def test_padding_token_of_the_config_stays_if_positions_depend_on_it(built, tmp_path):
   model, params = built
 
   class Tokenizer:

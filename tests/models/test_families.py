@@ -87,7 +87,7 @@ def test_every_family_fulfils_its_protocol(family):
 
 
 @pytest.mark.parametrize('family', test_compile_time.FIELDS)
-def test_every_config_says_what_models_read(family):
+def test_every_config_has_the_attributes_that_models_read(family):
   config = test_compile_time.build(family, 2).config
   names = {name for name in dir(hf_config.Config) if not name.startswith('_')} | {
     'vocab_size',
@@ -158,7 +158,7 @@ class OneWay(t5.Side):
     (changed(t5, DecoderBlock=t5.EncoderBlock), families.EncoderDecoder, 'DecoderBlock.__call__'),
   ],
 )
-def test_what_a_family_lacks_is_found(module, protocol, words):
+def test_parts_that_a_family_lacks_are_found(module, protocol, words):
   assert words in '; '.join(problems(module, protocol))
 
 

@@ -101,7 +101,7 @@ def test_released_files_are_read_and_written(fields, width, parameters):
   assert models.create(json.loads(json.dumps(model.config.to_hf()))) == model
 
 
-def test_missing_fields_are_what_transformers_takes_for_them():
+def test_missing_fields_have_the_defaults_of_transformers():
   neox, opt = models.create(NEOX).config, models.create(OPT).config
   transformers = pytest.importorskip('transformers')
   for config, theirs in (

@@ -274,7 +274,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
     peft.load(folder, hf.load(tmp_path / 'gpt2')[0])
 
 
-def test_a_pattern_that_finds_nothing_is_named():
+def test_a_pattern_without_matches_is_named():
   with pytest.raises(UserError, match="'atention'.*blocks/attention/query"):
     lora_lib.init(
       jax.random.key(0),

@@ -199,7 +199,7 @@ SCALINGS = [
 
 
 @pytest.mark.parametrize('scaling', SCALINGS, ids=lambda scaling: scaling['rope_type'])
-def test_both_spellings_and_what_is_written(scaling):
+def test_both_spellings_and_the_output(scaling):
   new = models.create(LLAMA | {'rope_parameters': {'rope_theta': 300.0, **scaling}})
   old = models.create(LLAMA | {'rope_theta': 300, 'rope_scaling': scaling})
   oldest = scaling | {'type': scaling['rope_type']}

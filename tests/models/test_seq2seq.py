@@ -335,7 +335,7 @@ def test_garbage_in_padded_slots_changes_nothing(built):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(dirty))
 
 
-def test_summary_is_of_the_text_wherever_it_lies(built):
+def test_summary_does_not_depend_on_the_position_of_the_text(built):
   """The text is padded left or right, or has masked tokens inside."""
   model, params = built
   text = np.random.default_rng(3).integers(2, 31, 5).astype(np.int32)
@@ -351,7 +351,7 @@ def test_summary_is_of_the_text_wherever_it_lies(built):
   assert np.isfinite(summaries).all()
 
 
-def test_cache_holds_what_was_read(built):
+def test_cache_holds_the_tokens_read(built):
   model, params = built
   tokens, mask = draw_batch(31, seed=4)
   alive = np.array([True, False, True, True])

@@ -139,7 +139,7 @@ def test_left_padded_right_padded_and_unpadded_agree(built):
   np.testing.assert_allclose(hidden[1, :6], alone[0], rtol=0, atol=1e-5)
 
 
-def test_gradient_is_finite_with_rows_of_nothing_but_padding(built):
+def test_gradient_is_finite_with_rows_of_padding_only(built):
   model, params, _ = built
   tokens, mask = draw_tokens((2, 6)), np.array([[True] * 6, [False] * 6])
 
@@ -218,7 +218,7 @@ def test_initialization_has_the_configured_scale():
   assert not np.any(mlp['up']['bias'])
 
 
-def test_model_is_hashable_and_says_its_sizes():
+def test_model_is_hashable_and_has_its_sizes():
   model = models.create(LLAMA)
   assert hash(model) == hash(models.create(dict(LLAMA))) and model == models.create(dict(LLAMA))
   assert (model.width, model.vocab_size, model.max_length) == (12, 31, 32)

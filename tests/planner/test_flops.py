@@ -60,7 +60,7 @@ def test_a_while_loop_runs_to_its_bound_whatever_else_could_end_it():
   assert count(loop, (M, K), (K, N)) == ((7 + 5) * MATMUL, 0)
 
 
-def test_a_loop_without_a_bound_is_said():
+def test_a_loop_without_a_bound_is_reported():
   def loop(a, b):
     return jax.lax.while_loop(lambda x: jnp.sum(x) < 1.0, lambda x: x + a @ b, jnp.zeros((M, N)))
 

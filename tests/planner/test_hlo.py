@@ -133,7 +133,7 @@ def test_chips_of_a_group(text, chips):
   assert hlo.group_size(text) == chips
 
 
-def test_what_xla_compiles_for_eight_devices():
+def test_programs_that_xla_compiles_for_eight_devices():
   mesh = sharding.make_mesh({'fsdp': 8})
   rows, width, layers = 64, 32, 5
   put = lambda shape, spec: jax.ShapeDtypeStruct(

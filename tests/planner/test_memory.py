@@ -42,7 +42,7 @@ def held(tree):
 
 
 @pytest.mark.parametrize('way', WAYS)
-def test_every_kind_takes_what_it_takes_in_a_run(way, world):
+def test_every_kind_needs_the_memory_of_a_run(way, world):
   config = run_config(world, way)
   mesh = sharding.make_mesh(MESH)
   with jax.set_mesh(mesh):
@@ -88,7 +88,7 @@ def test_cache_and_gradients(world):
     ('critic.path', 'folder', 'reads no folder'),
   ],
 )
-def test_what_cannot_be_planned(key, value, message, world):
+def test_configs_that_cannot_be_planned(key, value, message, world):
   config = run_config(world, 'all')
   with config.ignore_type():
     config.update_from_flattened_dict({key: value})

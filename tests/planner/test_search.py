@@ -65,7 +65,7 @@ def test_a_mesh_that_does_not_divide_the_model_is_no_candidate(llama):
   assert candidate(llama, (1, 32, 8)) is not None
 
 
-def test_bytes_of_what_stays(llama):
+def test_bytes_of_persistent_arrays(llama):
   count = 8_030_261_248
   kinds = candidate(llama, (1, 32, 8)).kinds
   assert kinds['policy'] == pytest.approx(2 * count / 256, rel=0.01)
@@ -83,7 +83,7 @@ def test_gathering_the_weights_once_costs_memory_and_saves_time(llama):
   assert each.times['rollout'].limit == 'interconnect' and once.times['rollout'].limit == 'HBM'
 
 
-def test_what_recomputation_and_microbatches_change(llama):
+def test_effects_of_recomputation_and_microbatches(llama):
   memory = {
     remat: candidate(llama, (1, 64, 4), **{'model.remat': remat}).extra['update']
     for remat in ('block', 'dots', 'none')

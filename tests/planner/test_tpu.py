@@ -86,7 +86,7 @@ def test_a_search(cache):
   assert 'the fastest of' in done.stdout and 'compiled' in done.stdout
 
 
-def test_mistakes_are_said_in_one_line(cache):
+def test_mistakes_give_one_line(cache):
   for arguments, message in (
     (['--topology=v5e:3x7'], 'choose another --topology'),
     (['--topology=v5x:2x2'], 'must be CHIP:AxB'),

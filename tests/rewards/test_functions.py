@@ -150,7 +150,7 @@ def test_an_exception_comes_with_the_call_that_raised_it(error):
   assert caught.value.__cause__ is error
 
 
-def test_a_function_with_other_parameters_is_told_so():
+def test_a_function_with_wrong_parameters_is_refused():
   with pytest.raises(errors.UserError, match='raised TypeError.*response_tokens'):
     call(lambda prompts, responses: [1.0] * 3)
 
@@ -173,7 +173,7 @@ def test_load_by_name(tmp_path, monkeypatch):
     ('..x:f', 'not a module name'),
   ],
 )
-def test_what_cannot_be_loaded(name, cause):
+def test_functions_that_cannot_be_loaded(name, cause):
   with pytest.raises(errors.UserError) as caught:
     functions.load(name)
   message = str(caught.value)
@@ -213,7 +213,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize('how', BROKEN)
-def test_a_module_that_fails_is_said_before_anything_is_loaded(how, tmp_path, monkeypatch):
+def test_a_failing_module_is_reported_before_anything_is_loaded(how, tmp_path, monkeypatch):
   text, message = BROKEN[how]
   (tmp_path / f'broken_{how}.py').write_text(text)
   (tmp_path / 'sleeper_of_rewards.py').write_text('import time\n\ntime.sleep(60)\n')

@@ -128,7 +128,7 @@ def test_a_bare_except_does_not_escape_the_limit(mine):
     guard.run(lambda: mine.swallow(RESPONSES), BATCH)
 
 
-def test_handler_timer_and_exit_are_those_of_before():
+def test_handler_timer_and_exit_are_restored():
   """An outer limit that passes during the call takes effect right after it."""
   rang, exit_now = [], os._exit
   before = signal.signal(signal.SIGALRM, lambda *_: rang.append(time.monotonic()))
@@ -246,7 +246,7 @@ def test_gold_scores_are_guarded_too():
     functions.load_gold(f'{__name__}:wrong', 'data')
 
 
-def test_asyncio_is_whole():
+def test_asyncio_still_works():
   """A cancellation that the function itself handles is not an error."""
 
   async def cancelled():

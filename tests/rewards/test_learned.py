@@ -112,7 +112,7 @@ def test_tokenizers_that_hold_the_same_do_not_always_do_the_same(same, change, w
   assert learned.same_tokenizer(other, ours) == learned.same_tokenizer(ours, other) == same
 
 
-def test_added_tokens_count_where_ids_depend_on_them(world, tmp_path):
+def test_added_tokens_count_if_ids_depend_on_them(world, tmp_path):
   """A token that includes the space before it changes ids; another padding token does not."""
   ours = tokenizers.load(world / 'tokenizer')
 

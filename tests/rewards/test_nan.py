@@ -41,7 +41,7 @@ def rollout(lengths=(1, 5, 3, 4, 2, 5)):
   )
 
 
-def test_groups_are_those_of_the_others():
+def test_groups_omit_skipped_responses():
   """If one or all of three responses are NaN, advantages are those of a smaller group."""
   scores = np.array([1, NAN, 4, NAN, NAN, NAN], np.float32)
   kept = ~np.isnan(scores)
@@ -127,7 +127,7 @@ def test_ppo_learns_as_if_the_response_were_not_there(dense, world):
     np.testing.assert_allclose(metrics[name], same[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-def test_a_run_counts_what_it_skips(world, tmp_path):
+def test_a_run_counts_skipped_responses(world, tmp_path):
   config = tiny.ppo(world)
   config.rl.update({'epochs': 1, 'minibatches': 1})
   config.reward.function, config.critic.kind = None, 'trunk'

@@ -137,7 +137,7 @@ def test_ensemble_by_hand():
     np.testing.assert_allclose(scores.total, np.full(B, expected), rtol=1e-6)
 
 
-def test_what_a_part_is_made_of_keeps_its_name():
+def test_parts_of_a_part_keep_their_names():
   batch, examples = rollout()
   one, two, other = random_scores(3, False)
   scores = scorers.weighted(
@@ -386,7 +386,7 @@ def test_a_function_has_its_time_limit_in_parts_too(world, mesh):
     scorers.validate(reward)
 
 
-def test_ppo_logs_what_its_reward_is_made_of(world, tmp_path):
+def test_ppo_logs_the_parts_of_its_reward(world, tmp_path):
   config = tiny.ppo(world)
   config.steps, config.samples_every = 3, 3
   config.reward.function = None

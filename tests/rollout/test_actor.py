@@ -68,7 +68,7 @@ def actor():
     yield made
 
 
-def test_the_update_before_is_none_of_the_rollout(actor, update):
+def test_the_rollouts_time_excludes_the_previous_update(actor, update):
   params, _, seconds = metrics.take_step(update, PARAMS, (), timed=False)
   started = time.perf_counter()
   _, _, found = actor(params, jax.random.key(0), timed=True)
@@ -82,7 +82,7 @@ def test_the_update_before_is_none_of_the_rollout(actor, update):
   assert found['tokens_per_second/rollout'] == pytest.approx(6 / found['seconds/rollout'])
 
 
-def test_the_update_has_seconds_of_its_own_and_nothing_else_in_them(actor, update):
+def test_the_updates_time_covers_only_the_update(actor, update):
   started = time.perf_counter()
   params, _ = update(PARAMS, times=5)  # still runs when the next call starts
   rollout, scores, _ = actor(params, jax.random.key(0), timed=False)

@@ -260,7 +260,7 @@ def test_left_padding_changes_nothing(llama):
   np.testing.assert_allclose(narrow.logprobs, wide.logprobs, rtol=0, atol=1e-5)
 
 
-def test_what_the_padding_holds_changes_nothing(llama):
+def test_contents_of_padding_change_nothing(llama):
   model, params = llama
   clean = generate(params, ragged(LENGTHS, 6, 24), jax.random.key(1), model, PLAIN)
   dirty = generate(params, ragged(LENGTHS, 6, 24, garbage=True), jax.random.key(1), model, PLAIN)

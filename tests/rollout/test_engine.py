@@ -131,7 +131,7 @@ def test_batches_of_the_plain_loop_go_on_with_the_number_of_their_first_row():
     )
 
 
-def test_what_the_padding_holds_changes_nothing():
+def test_contents_of_padding_change_nothing():
   model, params = family('llama')
   clean, dirty = (
     refill(params, prompts(9, garbage=garbage), jax.random.key(1), model, sampling(20), 4)
@@ -141,7 +141,7 @@ def test_what_the_padding_holds_changes_nothing():
   np.testing.assert_array_equal(clean.logprobs, dirty.logprobs)
 
 
-def test_unrolled_layers_have_caches_of_their_own():
+def test_unrolled_layers_have_separate_caches():
   model, params = family('llama', unroll=2)
   same(
     refill(params, prompts(9), jax.random.key(1), model, sampling(70), 4),
@@ -175,7 +175,7 @@ def test_on_gpus_matrices_are_cast_once_and_layers_apart(monkeypatch, name):
 @pytest.mark.parametrize(
   'generate', [plain, functools.partial(refill, max_concurrent=4)], ids=['plain', 'refill']
 )
-def test_on_gpus_layers_have_caches_of_their_own(monkeypatch, generate):
+def test_on_gpus_layers_have_separate_caches(monkeypatch, generate):
   model, params = family('llama')
   expected = plain(params, prompts(9), jax.random.key(1), model, sampling(70))
   monkeypatch.setattr(sharding, 'platform', lambda: 'gpu')

@@ -109,7 +109,7 @@ def collectives_in_loops(text):
   ],
   ids=str,
 )
-def test_data_shards_have_queues_of_their_own_and_wait_for_nobody(name, shape):
+def test_data_shards_have_separate_queues_and_do_not_wait(name, shape):
   model, params = family(name)
   settings = sampling(72, temperature=1.3)
   found, text = on_mesh(
@@ -161,9 +161,7 @@ def test_data_shards_and_attention_in_blocks(monkeypatch):
   ],
   ids=str,
 )
-def test_meshes_that_cannot_do_it_are_refused_when_the_sampler_is_made(
-  shape, max_concurrent, message
-):
+def test_unsupported_meshes_are_refused_when_the_sampler_is_created(shape, max_concurrent, message):
   model, params = family('llama')
   mesh = sharding.make_mesh(shape, devices=devices.first(8))
   with jax.set_mesh(mesh), pytest.raises(errors.UserError, match=message):
@@ -173,7 +171,7 @@ def test_meshes_that_cannot_do_it_are_refused_when_the_sampler_is_made(
     generate(params, prompts(8), jax.random.key(1))
 
 
-def test_parts_over_tensor_are_refused_where_loops_can_have_no_collectives(monkeypatch):
+def test_tensor_parts_are_refused_if_loops_cannot_contain_collectives(monkeypatch):
   monkeypatch.setattr(processes, 'must_unroll', lambda: True)
   with jax.set_mesh(sharding.make_mesh({'data': 4, 'tensor': 2}, devices=devices.first(8))):
     sampler.make(family('llama')[0], sampling(9))

@@ -33,7 +33,7 @@ def run(tree, *changes, test='test_add'):
   )
 
 
-def test_what_becomes_of_faults(tree, capsys):
+def test_results_of_faults(tree, capsys):
   assert not run(tree, TIMES, MINUS, SYNTAX)
   said = re.sub(r' +\d+\.\d s ', '', capsys.readouterr().out)
   for line in (
@@ -57,5 +57,5 @@ def test_a_text_that_is_not_there_and_a_test_that_fails_anyway(tree, capsys):
   assert capsys.readouterr().out.startswith('the tests must pass without any fault:\n')
 
 
-def test_names_are_told_apart():
+def test_names_are_distinguished():
   assert len({fault.name for fault in faults.FAULTS}) == len(faults.FAULTS)
