@@ -23,7 +23,7 @@ UNREADABLE = 'cannot be read'
 
 
 class _Manager(ocp.CheckpointManager):
-  """Orbax's manager without its check for preemption, which the loop does."""
+  """Orbax's manager without its check for preemption, because the loop checks for it."""
 
   def reached_preemption(self, step):
     return False

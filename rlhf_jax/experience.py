@@ -183,7 +183,7 @@ def rollout_metrics(
   known = not_skipped(scores, mask)
   batch = jnp.maximum(jnp.sum(known), 1)
   scores, postprocessed = totals(scores, mask), totals(postprocessed, mask)
-  # The mean of equal numbers is rounded, and their deviation from it need not be 0.
+  # The mean of equal numbers may be rounded, so their deviation from it need not be 0.
   equal = jnp.max(jnp.where(known, scores, -jnp.inf)) == jnp.min(jnp.where(known, scores, jnp.inf))
   metrics = {
     'objective/entropy_per_response': adv.masked_sum(outputs.entropy, mask) / batch,

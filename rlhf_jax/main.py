@@ -76,7 +76,7 @@ def run():
 
 
 def folders():
-  """Returns the folder of the run, and of the run that it is forked from or None."""
+  """Returns the folder of the run, and the folder of the run that it forks or None."""
   workdir = _WORKDIR.value
   if workdir is None:
     workdir = command_line.default_workdir()

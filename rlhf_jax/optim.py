@@ -67,7 +67,7 @@ def scale_by_rmsprop(decay, eps, *, tensorflow):
 
 
 class MasterState(NamedTuple):
-  """State of `keep_master`: master weights, None for parameters without; and the inner state."""
+  """State of `keep_master`: master weights (None for parameters without them), inner state."""
 
   master: optax.Params
   inner: optax.OptState

@@ -35,7 +35,7 @@ def write(workdir):
     return report.of_run(workdir, title=config['algorithm'])
   errors.need(
     'stages' in config,
-    f'--workdir={workdir} is not the folder of a run: it has no config.json of a run',
+    f'--workdir={workdir} is not the folder of a run: its config.json is missing, or not of a run',
   )
   # The pipeline has not evaluated its policies yet, so the report has only learning curves.
   stages = {name: value for name, value in config.items() if isinstance(value, dict)}

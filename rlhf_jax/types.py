@@ -168,7 +168,7 @@ class Experience:
 
 @struct.dataclass
 class TrainState:
-  """Everything that a run needs to resume exactly, except the place in the data.
+  """Everything that a run needs to resume exactly, except the position in the data.
 
   Attributes:
     step: int32 scalar, finished train steps.

@@ -83,7 +83,7 @@ class Objective(NamedTuple):
     prepare: (Outputs, Fixed) before the update -> (Experience, extra of the next TrainState,
       metrics), for the whole batch.
     step_mask: [B, R] bool, positions that any loss reads.
-    loss: (Outputs, Experience, Counts) of a microbatch -> (its share of the minibatch's mean loss,
+    loss: (Outputs, Experience, Counts) of a microbatch -> (its part of the minibatch's mean loss,
       metrics that add up over microbatches).
     minibatch: Experience -> Experience, applied to each minibatch before it is split.
     extra_batch: pytree [n, ...], divided among the minibatches; None for none.
@@ -331,7 +331,7 @@ def step(
 
   Args:
     state: TrainState.
-    loss: (params, microbatch) -> (its share of the batch's mean loss, metrics that add up).
+    loss: (params, microbatch) -> (its part of the batch's mean loss, metrics that add up).
     batch: pytree of [B, ...] arrays.
     optimizers: see optim.apply.
     microbatch_size: examples of one forward and backward pass; 0 for all.

@@ -515,7 +515,7 @@ FAULTS = (
     'rlhf_jax/loop.py',
     'keep=config.keep_checkpoints',
     'keep=1',
-    _tests('test_train', 'test_a_folder_records_its_config_and_starts'),
+    _tests('test_loop', 'test_a_folder_records_its_config_and_starts'),
   ),
   Fault(
     'a fork copies stages after the first that differs',

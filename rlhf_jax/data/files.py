@@ -209,7 +209,7 @@ def _only_list(file: str, value: dict[str, Any], split: str) -> list[Any]:
 
 
 def _csv(file: str, delimiter: str) -> Iterator[Record | DataError]:
-  """Yields rows by the column names of the first; empty cells are None, empty rows are skipped."""
+  """Yields rows as records named by the first row; empty cells are None, empty rows are skipped."""
   csv.field_size_limit(LONGEST_CELL)
   rows = csv.reader(_decoded(file), delimiter=delimiter, strict=True)
   names = None

@@ -285,7 +285,7 @@ def completion_batches(
   max_length: int,
   pairs: bool = False,
 ) -> Iterable[tuple[types.LMBatch | types.Pairs, np.ndarray]]:
-  """Returns batches as `lm_batches` does, of the examples of `completion_iterator`."""
+  """Returns the pairs of `lm_batches`, with the batches of `completion_iterator`."""
   collate = _completions(examples, tokenizer, max_length=max_length, pairs=pairs)
   return _in_order(collate, range(len(examples)), batch_size)
 
@@ -298,7 +298,7 @@ def comparison_batches(
   max_length: int,
   append_eos: bool = True,
 ) -> Iterable[tuple[types.Comparisons, np.ndarray]]:
-  """Returns batches as `lm_batches` does, of the examples of `comparison_iterator`."""
+  """Returns the pairs of `lm_batches`, with the batches of `comparison_iterator`."""
   collate = _comparisons(examples, tokenizer, max_length=max_length, append_eos=append_eos)
   return _in_order(collate, range(len(examples)), batch_size)
 
@@ -311,7 +311,7 @@ def prompt_batches(
   max_prompt_length: int,
   on_long: str = 'error',
 ) -> Iterable[tuple[tuple[types.Prompts, np.ndarray], np.ndarray]]:
-  """Returns pairs as `lm_batches` does, of the pairs of `prompt_iterator` and valid, bool [B]."""
+  """Returns the pairs of `lm_batches`, with (Prompts, indices) as in `prompt_iterator` as batch."""
   collate, indices = _prompts(
     examples, tokenizer, max_prompt_length=max_prompt_length, on_long=on_long
   )

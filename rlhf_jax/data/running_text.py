@@ -81,7 +81,7 @@ def queries(
   - Queries are texts, which are tokenized again. The tokens can differ from the document's if the
     cut is inside a word. If they exceed `length`, the query ends earlier, at an `end_text` if there
     is one to end with.
-  - A document that ends with its first `start_text` is left out; theirs is taken from its start.
+  - A document that ends with its first `start_text` is left out; they use it from its beginning.
   - `start_text` and `end_text` may have several tokens each; theirs have one.
   - `length` includes the BOS if the tokenizer adds one; GPT-2's does not.
   - Shorter queries are padded on the left, by `pipelines.prompt_iterator`; theirs on the right.

@@ -199,7 +199,7 @@ def warn_unknown(
   """Warns if texts contain unknown tokens, which replace text that the tokenizer cannot encode.
 
   Args:
-    tokenizer: Tokenizer. Never warns if its unknown token is also BOS, EOS or padding, as GPT-2's.
+    tokenizer: Tokenizer. No warning if its unknown token is also BOS, EOS or padding (GPT-2).
     texts: Token ids of texts, each int32 [length].
   """
   unknown = tokenizer.unk_token_id

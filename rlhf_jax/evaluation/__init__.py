@@ -1,1 +1,1 @@
-"""Judging policies from their texts and scores, and the report of a run."""
+"""Evaluates policies by their texts and scores, and writes the report of a run."""

@@ -55,7 +55,7 @@ def config():
       'request_size': placeholder(int),  # responses per request to the server; None: all
       'request_timeout': client.TIMEOUT,  # seconds that a request may take
       'attempts': client.ATTEMPTS,  # tries of a request to a server that is busy, broken or away
-      'max_length': placeholder(int),  # tokens of a model with its own tokenizer; None: its context
+      'max_length': placeholder(int),  # most tokens in a model's own tokenizer; None: its context
       'ensemble': 'mean',  # of models or heads: 'mean', 'min', 'variance': mean - coef * variance
       'ensemble_coef': 1.0,  # coef of 'variance'
       'parts': {},  # or {name: {'weight': 1.0, keys from above}}: a weighted sum

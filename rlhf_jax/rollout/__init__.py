@@ -1,1 +1,1 @@
-"""Sampling from a policy: filters, the decode loop."""
+"""Samples responses from a policy and scores them: sampling, decode loops, caches, the actor."""

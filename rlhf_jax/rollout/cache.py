@@ -1,4 +1,4 @@
-"""Functions of key/value caches: repeat, select and copy sequences, and change the length.
+"""Operations on key/value caches: repeat, select and copy sequences, and change the length.
 
 A cache is the dict that a model's `prefill` returns and its `step` updates. All sequences share one
 write index, and 'segments' marks the slots that hold a token of the sequence. The tokens of a
