@@ -29,7 +29,7 @@ def masked_sum(
 def masked_mean(
   x: Shaped[ArrayLike, '*shape'], mask: Bool[ArrayLike, '*shape']
 ) -> Float[Array, '']:
-  """Computes the mean of `x` where `mask` is True; 0 if no position is."""
+  """Computes the mean of `x` where `mask` is True; 0 if `mask` is False everywhere."""
   return masked_sum(x, mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
@@ -200,7 +200,7 @@ def score_index(response_mask: Bool[ArrayLike, 'B R'], position: str) -> Int[Arr
 
 
 def step_mask(response_mask: Bool[ArrayLike, 'B R'], position: str) -> Bool[Array, 'B R']:
-  """Returns the positions that count for the return: real tokens and that of the score."""
+  """Returns the positions that count for the return: those of real tokens and of the score."""
   positions = jnp.arange(response_mask.shape[1])[None, :]
   return response_mask | (positions == score_index(response_mask, position)[:, None])
 

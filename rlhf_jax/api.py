@@ -266,12 +266,12 @@ class Run:
     return plots.figure(metrics_lib.read(self.workdir), names)
 
   def report(self):
-    """Writes report.html and returns its path, which notebooks display as the page."""
+    """Writes report.html and returns its path; notebooks display the page."""
     return Report(report.of_run(self.workdir, title=self.config['algorithm']))
 
 
 class Report(type(pathlib.Path())):
-  """Path of a report, which notebooks display as the page."""
+  """Path of a report; notebooks display the page itself."""
 
   def _repr_html_(self):
     # In single quotes only these need an escape; html.escape would add half of the page's size.
@@ -377,7 +377,7 @@ def _fit_lengths(config, overrides):
 
 
 def _model(model):
-  """Returns the loaded model of a model, a Run or a folder."""
+  """Returns the model of a Run or a folder; returns a loaded model unchanged."""
   if isinstance(model, Run):
     return model.model
   return load(model) if isinstance(model, (str, os.PathLike)) else model
@@ -418,7 +418,7 @@ def _new_tokenizer(config, kind, workdir):
 
 @contextlib.contextmanager
 def _set_reward(config_reward, reward_fn):
-  """Sets `config.reward`; in the `with` block, a function that no module defines has a name too."""
+  """Sets `config.reward`. While the `with` block runs, the reward function can be found by name."""
   is_text = isinstance(reward_fn, str) and not os.path.isdir(reward_fn)
   name = reward_fn if is_text and judges.names_function(reward_fn) else ''
   is_model = not callable(reward_fn) or isinstance(reward_fn, (Run, reward_models.RewardModel))

@@ -172,7 +172,7 @@ class Checkpoints:
       primary_host=jax.process_index(), active_processes={jax.process_index()}
     )
     target = ocp.args.StandardRestore(abstract)
-    if isinstance(abstract, dict):  # the state without the optimizer's
+    if isinstance(abstract, dict):  # the state without optimizer states
       target = ocp.args.PyTreeRestore(
         abstract, ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
       )

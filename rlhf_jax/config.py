@@ -32,7 +32,7 @@ SAMPLING = {
 EVALUATOR_TYPES = dict(
   kind=str, every=int, function=str, path=str, split=str, columns=str, count=int, batch_size=int
 )
-# The requirement in setup.py's extra.
+# The requirement for Weights & Biases, as in setup.py.
 WANDB = 'wandb>=0.31.0,<0.32'
 
 # Formats of data files; see data/files.py.
@@ -63,7 +63,7 @@ def common(algorithm):
         'dtype': 'float32',  # dtype of the computation
         'param_dtype': 'float32',  # dtype of the weights
         'remat': 'none',  # recompute: 'none', 'block' (whole blocks) or 'dots' (all but matmuls)
-        'unroll': placeholder(int),  # layers unrolled in the loop; None: all if few, on CPU; else 1
+        'unroll': placeholder(int),  # layers per loop iteration; None: 1, or all on CPUs if few
         'unfrozen_layers': placeholder(int),  # train only the last k layers; None: all
         'lora': {
           'targets': (),  # ((regex on a linear map's path, rank, alpha), ...); (): no adapters
@@ -85,17 +85,17 @@ def common(algorithm):
         'warmup_steps': 0,  # train steps of linear growth to the peak
         'warmup_from': 0.0,  # fraction of the peak at which warmup starts
         'b1': 0.9,  # decay of Adam's first moment
-        'b2': 0.999,  # decay of the second moment, of RMSProp too
+        'b2': 0.999,  # decay of the second moment of Adam and RMSProp
         'eps': 1e-8,  # epsilon of Adam or RMSProp
-        'master_dtype': 'float32',  # dtype of the optimizer's weights, if param_dtype differs
+        'master_dtype': 'float32',  # dtype of the optimizer's weights, if it is not param_dtype
         'moment_dtype': 'float32',  # dtype of Adam's first moment
         'ema': placeholder(float),  # decay of the moving average of weights to evaluate and export
-        'weight_decay': 0.0,  # decoupled weight decay, as in AdamW, of matrices only
+        'weight_decay': 0.0,  # decoupled weight decay (AdamW), applied to matrices only
         'clip_norm': placeholder(float),  # largest global norm of the gradients; None: no clipping
       },
       'log_every': 1,  # steps between log lines
       'evals': {},  # {name: keys of an evaluator}; see evals.NAME
-      'checkpoint_every': placeholder(int),  # steps between checkpoints, besides checkpoint_minutes
+      'checkpoint_every': placeholder(int),  # steps between checkpoints; also checkpoint_minutes
       'checkpoint_minutes': 10.0,  # minutes between checkpoints; None: no limit
       'keep_checkpoints': 2,  # newest checkpoints to keep
       'samples_every': placeholder(int),  # steps between samples in samples.jsonl; None: no samples
@@ -157,7 +157,7 @@ def evaluator(name, block):
     keys |= {
       'split': None,  # as in config.data
       'columns': None,  # as in config.data
-      'count': None,  # number of prompts, the first ones; None: all
+      'count': None,  # number of prompts, from the start of the data; None: all
       'batch_size': 64,  # responses sampled at a time
       'sampling': {},  # keys of config.sampling that differ; temperature 0 is greedy
     }

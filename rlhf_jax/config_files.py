@@ -298,7 +298,7 @@ def importable(folder):
 
 
 def _lacking(block, defaults, key):
-  """Returns (dotted key, missing keys) of each block that lacks keys, as a dict replaced it."""
+  """Returns (dotted key, missing keys) of each block that a dict without all keys replaced."""
   missing = [name for name in defaults if name not in block]
   lacking = [(key, missing)] if missing else []
   for name, default in defaults.items():
@@ -391,7 +391,7 @@ def _wrong_value(error, path):
 
 
 def _dotted(block, root, key):
-  """Returns the dotted key of a block in a config named `key`, or None if it is not in it."""
+  """Returns the dotted key of a block in the config named `key`; None if the config lacks it."""
   if block is root:
     return key
   inner = (

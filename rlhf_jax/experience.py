@@ -77,7 +77,7 @@ class ScoreRules:
 
 
 def totals(scores: types.ScoreArray, response_mask: Bool[ArrayLike, 'B R']) -> Float[Array, ' B']:
-  """Returns one score a response, [B]: sums of rewards per token; NaN for skipped responses."""
+  """Returns one score per response, [B]: sums of rewards per token; NaN for skipped responses."""
   if scores.ndim == 1:
     return scores
   skipped = jnp.isnan(scores) & ~jnp.any(response_mask, axis=1, keepdims=True)

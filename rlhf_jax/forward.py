@@ -35,7 +35,7 @@ class Models(NamedTuple):
   critic_shared: bool = False
 
   def with_max_length(self, length: int) -> 'Models':
-    """Returns the models for sequences of up to `length` tokens, some of which may be cut."""
+    """Returns the models for sequences of up to `length` tokens, even in truncated batches."""
     critic = self.critic and self.critic.with_max_length(length)
     return self._replace(policy=self.policy.with_max_length(length), critic=critic)
 

@@ -1,4 +1,4 @@
-"""The folder of a run: checks that it can be used, the lock on it, and forks of its run."""
+"""Checks, locks and copies the folders of runs."""
 
 import contextlib
 import json

@@ -155,8 +155,8 @@ def config(algorithm, settings):
       'max_new_tokens': 32,  # maximum number of tokens of a response
       'temperature': 1.0,  # divides the logits, in training too
       'top_k': placeholder(int),  # sample among the k most likely tokens; None: all
-      'top_p': 1.0,  # sample within this probability mass
-      'min_new_tokens': 0,  # tokens before the first that may end a response
+      'top_p': 1.0,  # sample among the most likely tokens with this total probability
+      'min_new_tokens': 0,  # number of tokens before one that may end a response
       'stop': (),  # strings that end a response
       'truncate_at': placeholder(str),  # if rl.response='raw': token that ends the text; None: EOS
       'truncate_after': 0,  # first position at which truncate_at ends the text

@@ -16,8 +16,8 @@ def config():
   """Returns the keys of `config.warn`; None disables a warning."""
   return ml_collections.ConfigDict(
     {
-      'kl': 50.0,  # warn if objective/kl is above, in nats per response
-      'sampler_gap': 0.1,  # warn if policy/sampler_gap is above, in nats per token
+      'kl': 50.0,  # warn if objective/kl exceeds this value, in nats per response
+      'sampler_gap': 0.1,  # warn if policy/sampler_gap exceeds this value, in nats per token
     }
   )
 

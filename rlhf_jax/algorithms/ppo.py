@@ -56,9 +56,9 @@ class Settings(on_policy_config.Settings):
   whiten_unbiased: bool = False
 
 
-# Values that each preset changes. docs/presets.md has the source line of each value, and where ours
-# differs on purpose. Values that depend on the task keep their defaults: lengths, steps, and the
-# batch size of presets with one minibatch.
+# Values that each preset changes. docs/presets.md has the source line of each value, and our
+# deliberate differences. Values that depend on the task keep their defaults: lengths, steps, and
+# the batch size of presets with one minibatch.
 PRESETS = {
   # lm-human-preferences (https://arxiv.org/abs/1909.08593), train_policy.py and its launch.py.
   'openai2019': {

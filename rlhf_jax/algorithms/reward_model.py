@@ -55,12 +55,12 @@ def config(preset=''):
       'loss': 'pairwise',  # 'pairwise' (also for rankings), 'pick_best' or 'rating'
       'centering': 0.0,  # weight of (r_a + r_b)^2; 0.01 recommended
       'label_smoothing': 0.0,  # probability that a label is wrong
-      'token_dropout': 0.0,  # fraction of tokens hidden from each training example
+      'token_dropout': 0.0,  # fraction of tokens masked in each training example
       'heads': 1,  # scalar heads on one backbone: an ensemble, which reward.ensemble combines
       'head_fraction': 1.0,  # fraction of the prompts that each of several heads learns from
       'append_eos': True,  # end completions with an EOS; False for PPO with sampling.truncate_at
       'normalize': 'none',  # 'gain_bias': scores of mean 0 and std 1; 'bias': of mean 0; or 'none'
-      'normalize_path': placeholder(str),  # completions to normalize on; None: those of training
+      'normalize_path': placeholder(str),  # completions to normalize scores on; None: training data
     }
   )
   return config_lib.apply_preset(defaults, {}, preset)

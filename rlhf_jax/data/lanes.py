@@ -24,7 +24,7 @@ from rlhf_jax import types
 from rlhf_jax.data import packing
 from rlhf_jax.errors import UserError
 
-WINDOW_TOKENS = 2**21  # in the windows of all lanes, within the limits below
+WINDOW_TOKENS = 2**21  # tokens in the windows of all lanes together, within the limits below
 # Sequences per window. Windows of 64 pack as well as all documents together; windows of 8 leave 3
 # to 9 % more padding.
 MIN_WINDOW, MAX_WINDOW = 8, 64
@@ -58,7 +58,7 @@ class Lane:
 
   @property
   def place(self) -> tuple[int, int]:
-    """Tuple: number of the window's first document, and sequences already returned from it."""
+    """(first document of the window, number of sequences returned from the window)."""
     return self._first, self._returned
 
   @place.setter
@@ -158,7 +158,7 @@ class Batches(Iterator[types.LMBatch]):
     local = np.array(self._batches.get_state()['places'], np.int64).reshape(-1, 2)
     high, low = local[:, 0] >> LOW_BITS, local[:, 0] % 2**LOW_BITS
     places[self._local] = np.stack([high, low, local[:, 1]], axis=1)
-    # Processes that share a lane are at the same place in it.
+    # Processes that share a lane are at the same position in it.
     places = np.max(processes.all_gather(places), axis=0).astype(np.int64)
     first = (places[:, 0] << LOW_BITS) + places[:, 1]
     return {'places': np.stack([first, places[:, 2]], axis=1).tolist()}

@@ -14,7 +14,7 @@ MAX_REPORTED = 20  # skipped examples that are logged
 
 
 class Examples(Sequence):
-  """The examples of those records that are kept."""
+  """The examples of the records to use."""
 
   def __init__(
     self,

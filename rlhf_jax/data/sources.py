@@ -203,7 +203,7 @@ def _tfds(path: str, split: str) -> stored.Records:
     ) from error
   try:
     source = tfds.data_source(path.removeprefix('tfds:'), split=split)
-  except Exception as error:  # TFDS raises errors of its own and of the network
+  except Exception as error:  # TFDS raises its own errors and those of the network
     raise UserError(
       f'{path}, split {split!r}: TFDS cannot load this data set ({error}).'
     ) from error
@@ -233,7 +233,7 @@ def _hub(path: str, split: str) -> stored.Records:
     datasets.config.HF_HUB_OFFLINE = True
   try:
     rows = datasets.load_dataset(name, config or None, split=split)
-  except Exception as error:  # of many types, some of the network
+  except Exception as error:  # errors of many types, some from the network
     reason = (
       f'the hub does not respond ({silent})'
       if silent and isinstance(error, ConnectionError)
@@ -257,7 +257,7 @@ def _hub_silence(name: str) -> str:
     return ''
   except huggingface_hub.errors.HfHubHTTPError as error:
     return _one_line(error) if error.response.status_code >= 500 else ''
-  except Exception as error:  # of the HTTP library that it uses
+  except Exception as error:  # errors from the HTTP library that it uses
     return _one_line(error)
   return ''
 

@@ -31,7 +31,7 @@ CHUNK = 2**23  # bytes read at once
 BATCH = 256  # rows of a table read at once
 
 INT = np.dtype(np.int64)
-COLUMNS = 3  # of the index: a line's offset and size in bytes, and its number
+COLUMNS = 3  # columns of the index: offset and size of a line in bytes, and its number
 BLANK = np.frombuffer(b' \t\r\n\v\f', np.uint8)
 ESCAPED_SURROGATE = re.compile(rb'\\u[dD][89a-fA-F]')
 
@@ -222,7 +222,7 @@ def _index(read: Read, size: int) -> Iterator[np.ndarray]:
     ends = np.flatnonzero(data == ord('\n')) + base + 1
     starts = np.concatenate([[start], ends])
     here = starts[(starts >= base) & (starts < base + len(data))]
-    first = np.concatenate([first, data[here - base]])  # first bytes of the lines that have begun
+    first = np.concatenate([first, data[here - base]])  # first bytes of lines
     if base + len(data) == size and starts[-1] < size:
       ends = np.append(ends, size)  # the last line has no line break
     starts, count = starts[: len(ends)], len(ends)

@@ -717,7 +717,7 @@ METRICS = tuple(metric for metrics in GROUPS.values() for metric in metrics)
 
 
 _EXACT = {metric.name: metric for metric in METRICS}
-# `policy/score` is no metric of an evaluator, and `reward/grad_norm` no part of a score.
+# `policy/score` is not a metric of an evaluator, nor `reward/grad_norm` a part of a score.
 _PREFIXES = '|'.join(sorted({name.split('/')[0] for name in _EXACT}))
 _NAMES = {
   'EVAL': rf'(?!(?:{_PREFIXES})/)[^/]+',

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from rlhf_jax import metrics as metrics_lib
 
 UPDATE_SECONDS = 2.0  # interval between two updates of the live figure
-MAX_PANELS = 6  # panels of a figure without a choice of metrics
+MAX_PANELS = 6  # panels of a figure if no metrics are chosen
 
 
 class Plot(Figure):

@@ -86,7 +86,7 @@ class EncoderDecoderConfig(Protocol):
 
 
 class DecoderBlock(Protocol):
-  """A layer that also attends to the encoder's states, with its layers.Attention `cross`."""
+  """A layer that also attends to the encoder's states, with the layers.Attention `cross`."""
 
   def __init__(self, config, *, dtype, rngs):
     """See blocks.Block."""

@@ -154,7 +154,7 @@ class Fields:
     return tuple(value) if isinstance(value, (list, tuple)) else value
 
   def typed(self, field):
-    """Returns the value of a dataclass field, read by its type; a str is an activation."""
+    """Returns the value of a dataclass field, checked by its type; a str names an activation."""
     return _READERS[field.type](self, field.name)
 
   def refuse_unread(self):

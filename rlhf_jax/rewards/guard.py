@@ -168,7 +168,7 @@ def describe_stack(stack, call):
   ]
   file = lambda frame: frame.f_code.co_filename
   lines = {(file(frame), line): (frame, line) for frame, line in reversed(frames)}
-  lines = list(lines.values())[::-1]  # one frame per line, without those of comprehensions
+  lines = list(lines.values())[::-1]  # one frame per line: comprehensions have their own frames
   shown = lines[-MAX_FRAMES:]
   in_user_file = [pair for pair in lines if file(pair[0]) == file(frames[0][0])]
   # If the error is deep in a library, show the user's own line too.

@@ -236,8 +236,7 @@ def test_lanes_hold_every_document_once_an_epoch(tokenizer, tmp_path, monkeypatc
   batches = [next(iterator) for _ in range(12 * count // 4)]
   found = documents_of(batches)
   assert set(found) == set(whole)
-  # 12 epochs, as the sample makes them; a lane may be ahead of another, by a window that is not all
-  # given.
+  # 12 epochs by the estimate of the sample. A lane may be ahead of another by a part of a window.
   counts = np.array([found.count(document) for document in whole])
   assert counts.max() - counts.min() <= 2 and abs(counts.mean() - 12) < 1.5, counts
   fill = np.mean([batch.segments > 0 for batch in batches])
