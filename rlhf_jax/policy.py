@@ -31,7 +31,7 @@ from rlhf_jax.rollout import sampler
 from rlhf_jax.rollout import sampling as sampling_lib
 from rlhf_jax.rollout import stops
 
-BATCH_SIZE = 256  # sequences sampled or scored at a time; the last batch to score is padded to it
+BATCH_SIZE = 256  # sequences sampled or scored at a time; the last scored batch is padded to it
 DEFAULT_NEW_TOKENS = 128  # longest response by default, in tokens
 # Keeps the jitted samplers of the 16 most recent settings.
 _sampler = functools.lru_cache(maxsize=16)(sampler.make)

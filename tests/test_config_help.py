@@ -69,7 +69,7 @@ def test_docs_are_those_of_the_algorithm_and_its_evaluators():
     )
   }
   assert len(set(docs.values())) == 7
-  assert docs['evals.mine.count'] == 'number of prompts, the first ones; None: all'
+  assert docs['evals.mine.count'] == 'number of prompts, from the start of the data; None: all'
   assert "a Python function 'package.module:function'" in docs['evals.mine.reward.function']
   assert (
     "of a user's evaluator" in docs['evals.own.function'] and 'the parameters' in docs['mesh.fsdp']

@@ -91,7 +91,7 @@ def make_critic(config, mesh, model, trained, frozen_policy, start):
   if config.critic.kind == 'trunk':
     return None, {'head': head()}
   if config.critic.kind == 'adapters':
-    if config.model.lora.path:  # New adapters would lack the training of those in that folder.
+    if config.model.lora.path:  # New adapters would lack the training of the ones in that folder.
       return model, {'backbone': jax.tree.map(jnp.copy, trained), 'head': head()}
     adapters = trainable.new_adapters(
       model, frozen_policy, key=keys.for_purpose(config.seed, keys.CRITIC_ADAPTERS)

@@ -248,7 +248,7 @@ def _hub(path: str, split: str) -> stored.Records:
 
 
 def _hub_silence(name: str) -> str:
-  """Returns why the hub does not respond to a request; '' if it does, even with a refusal."""
+  """Returns why the hub does not respond to a request; '' if it responds, even with an error."""
   import huggingface_hub
 
   try:

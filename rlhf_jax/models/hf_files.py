@@ -137,7 +137,7 @@ def opened(file):
 
 
 def _layout(folder):
-  """Returns {file: names of its tensors by the index, or None without an index}."""
+  """Returns {file: names of its tensors that the index lists, or None without an index}."""
   single, index = folder / SINGLE, folder / INDEX
   if not index.exists():
     if not single.exists():
