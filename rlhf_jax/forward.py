@@ -11,7 +11,8 @@ import functools
 from typing import NamedTuple
 
 import jax
-from jaxtyping import Array, Float, PyTree
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from rlhf_jax import logprobs as logprobs_lib
 from rlhf_jax import types
@@ -184,3 +185,30 @@ class Forward:
         self._policy(params), batch.tokens, types.positions_from_mask(batch.mask), batch.mask
       )
     )
+
+
+@functools.partial(jax.jit, static_argnames=('model',))
+def response_logprobs(
+  params: PyTree,
+  rollout: types.Rollout,
+  temperature: float | Float[ArrayLike, ''],
+  *,
+  model: base.LanguageModel,
+) -> Float[Array, ' B']:
+  """Computes the log-probability of each response, summed over its tokens, [B] float32.
+
+  Args:
+    params: All parameters of `model`.
+    rollout: Rollout.
+    temperature: Positive number that divides the logits.
+    model: Model.
+  """
+  response_length = rollout.response_mask.shape[1]
+  states = model.response_states(params, rollout.tokens, rollout.mask, response_length)
+  values, _ = logprobs_lib.token_logprobs(
+    functools.partial(model.unembed, params),
+    states,
+    rollout.tokens[:, -response_length:],
+    temperature=temperature,
+  )
+  return jnp.sum(jnp.where(rollout.response_mask, values, 0.0), axis=1)

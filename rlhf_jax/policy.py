@@ -10,13 +10,12 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import checkpoint
 from rlhf_jax import errors
 from rlhf_jax import folders
-from rlhf_jax import logprobs
+from rlhf_jax import forward
 from rlhf_jax import models
 from rlhf_jax import runtime
 from rlhf_jax import types
@@ -208,7 +207,7 @@ class TextPolicy:
       samples=samples,
       max_concurrent=BATCH_SIZE if len(prompts) * samples > BATCH_SIZE else 0,
     )
-    padded = left_padded(rows, length, self.tokenizer.pad_token_id)
+    padded = learned.left_padded(rows, length, self.tokenizer.pad_token_id)
     rollout = jax.device_get(generate(self.params, padded, key))
     if stop:
       rollout, _ = stops.truncate_at_strings(rollout, self.tokenizer, stop, after=min_new_tokens)
@@ -271,14 +270,11 @@ class TextPolicy:
     """
     prompts = tokenizers.encode(self.tokenizer, prompts)
     responses = tokenizers.encode_continuation(self.tokenizer, responses)
-    pad = self.tokenizer.pad_token_id
-    left = left_padded(prompts, max(map(len, prompts)), pad)
-    tokens, mask = learned.right_padded(responses, max(1, *map(len, responses)), pad)
-    rollout = types.Rollout(
-      tokens=np.concatenate([left.tokens, tokens], axis=1),
-      mask=np.concatenate([left.mask, mask], axis=1),
-      response_mask=mask,
-      logprobs=np.zeros(mask.shape, np.float32),
+    rollout = learned.rollout_of(
+      prompts,
+      responses,
+      (max(map(len, prompts)), max(1, *map(len, responses))),
+      self.tokenizer.pad_token_id,
     )
     return self.rollout_logprobs(rollout, temperature=temperature)
 
@@ -290,7 +286,9 @@ class TextPolicy:
       temperature: Positive number that divides the logits.
     """
     return in_batches(
-      lambda batch, start: response_logprobs(self.params, batch, temperature, model=self.model),
+      lambda batch, start: forward.response_logprobs(
+        self.params, batch, temperature, model=self.model
+      ),
       rollout,
     )
 
@@ -317,27 +315,6 @@ def _with_frozen(path, config, model, trained):
   return trainable.merge_lora(model, jax.device_get(trained), frozen)
 
 
-@functools.partial(jax.jit, static_argnames=('model',))
-def response_logprobs(params, rollout, temperature, *, model):
-  """Computes the log-probability of each response, summed over its tokens, [n] float32.
-
-  Args:
-    params: All parameters of `model`.
-    rollout: Rollout of n sequences.
-    temperature: Positive number that divides the logits.
-    model: Model.
-  """
-  response_length = rollout.response_mask.shape[1]
-  states = model.response_states(params, rollout.tokens, rollout.mask, response_length)
-  values, _ = logprobs.token_logprobs(
-    functools.partial(model.unembed, params),
-    states,
-    rollout.tokens[:, -response_length:],
-    temperature=temperature,
-  )
-  return jnp.sum(jnp.where(rollout.response_mask, values, 0.0), axis=1)
-
-
 def in_batches(function, tree):
   """Applies `function(batch, index of its first row)` to BATCH_SIZE rows at a time.
 
@@ -356,13 +333,3 @@ def in_batches(function, tree):
     out = function(jax.tree.map(lambda x: x[index], tree), start)
     parts.append(jax.tree.map(lambda x: np.asarray(x)[: count - start], out))
   return jax.tree.map(lambda *x: np.concatenate(x), *parts)
-
-
-def left_padded(rows, length, pad_id):
-  """Pads n lists of token ids on the left to Prompts [n, length]."""
-  tokens = np.full((len(rows), length), pad_id, np.int32)
-  mask = np.zeros((len(rows), length), bool)
-  for i, row in enumerate(rows):
-    tokens[i, length - len(row) :] = row
-    mask[i, length - len(row) :] = True
-  return types.Prompts(tokens, mask)

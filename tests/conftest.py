@@ -37,6 +37,7 @@ CHECKED = (
   'rewards.calibration',
   'rewards.functions',
   'rewards.learned',
+  'rewards.model_metrics',
   'rewards.padding',
   'rewards.scorers',
   'rewards.scoring',

@@ -26,9 +26,9 @@ import transformers
 from rlhf_jax import config as config_lib
 from rlhf_jax import config_keys
 from rlhf_jax import errors
+from rlhf_jax import forward
 from rlhf_jax import intervals
 from rlhf_jax import keys
-from rlhf_jax import policy as policy_lib
 from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax import types
@@ -151,7 +151,7 @@ def prompts(block, context):
   score = scorer(block, context, responses)
   start, temperature = context.start(), responses.sampling.temperature or 1.0
   logprobs = lambda params, rollout: processes.to_host(
-    policy_lib.response_logprobs(params, rollout, temperature, model=context.model)
+    forward.response_logprobs(params, rollout, temperature, model=context.model)
   )
 
   def measure(params, rollout, examples):

@@ -30,6 +30,21 @@ class Encoder(base.Base):
 
   def summary(self, params, tokens, mask):
     """Returns the state of the first token after the pooler; see base.Base."""
+    x = self.token_states(params, tokens, mask)
+    embedder = stack.build_embedder(
+      self._module.Embedder, self.config, self.dtype, params, lora=self.lora
+    )
+    first = jnp.argmax(mask, axis=1)
+    return embedder.pool(jnp.take_along_axis(x, first[:, None, None], axis=1)[:, 0])
+
+  def token_states(self, params, tokens, mask):
+    """Computes the states of all tokens after the blocks, [B, T, D].
+
+    Args:
+      params: See base.Base.summary. Of the first k layers only, it returns their states.
+      tokens: [B, T] int32; those outside the mask are not read.
+      mask: [B, T] bool.
+    """
     embedder = stack.build_embedder(
       self._module.Embedder, self.config, self.dtype, params, lora=self.lora
     )
@@ -58,6 +73,4 @@ class Encoder(base.Base):
         build, blocks, apply, carry, first=first_layer, remat=self.remat, unroll=self.unroll
       )
       first_layer += jax.tree.leaves(blocks)[0].shape[0]
-    x, _ = carry
-    first = jnp.argmax(mask, axis=1)
-    return embedder.pool(jnp.take_along_axis(x, first[:, None, None], axis=1)[:, 0])
+    return carry[0]

@@ -93,6 +93,37 @@ def load_reward(path, *, mesh=None, dtype='float32', remat='none', unroll=1, par
   return model, {'backbone': backbone, 'head': jax.device_put(head, place)}
 
 
+def load_encoder(path, *, layers=None):
+  """Loads the states of an encoder's tokens: the model without heads.
+
+  Args:
+    path: Folder of a masked language model, a classifier or another model of an encoder's family.
+    layers: Number of layers to keep, the first ones; None for all.
+
+  Returns:
+    (Encoder, params) for `Encoder.token_states`. The pooler, which that does not need and which
+    masked language models lack, is 0.
+
+  Raises:
+    UserError: See `load`; or the model is no encoder, or has fewer layers.
+  """
+  model, module, tensors = _open(path, dtype='float32', remat='none', unroll=None)
+  if not isinstance(model, models.Encoder):
+    raise UserError(f'{path}: a {model.family} model is not an encoder, such as BERT or RoBERTa')
+  if layers is not None and not 0 < layers <= model.config.depth:
+    raise UserError(f'{path}: has {model.config.depth} layers, so there are no first {layers}')
+  shapes, sources = model.shapes(), module.sources(model.config)
+  pooler = shapes.pop('pooler')
+  unused = {sources[f'pooler/{name}'].name for name in pooler}
+  params = _read(
+    path, tensors, model, shapes, sources, mesh=None, param_dtype='float32', unused=unused
+  )
+  params['pooler'] = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), pooler)
+  if layers is not None:
+    params['blocks'] = jax.tree.map(lambda x: x[:layers], params['blocks'])
+  return model, params
+
+
 def save(path, model, params, *, tokenizer=None, head=None, max_shard_bytes=MAX_SHARD_BYTES):
   """Saves a folder that `load` (or `load_reward`) and transformers can read.
 
@@ -218,7 +249,7 @@ def _head_labels(count):
   return {str(i): f'reward_{i}' for i in range(count)}
 
 
-def _read(path, tensors, model, shapes, sources, *, mesh, param_dtype):
+def _read(path, tensors, model, shapes, sources, *, mesh, param_dtype, unused=()):
   """Reads the parameters of a model as a dict of sharded arrays.
 
   Args:
@@ -228,9 +259,10 @@ def _read(path, tensors, model, shapes, sources, *, mesh, param_dtype):
     shapes: Tree of ShapeDtypeStructs to read.
     sources: {path in the tree: Source}.
     mesh, param_dtype: See `load`.
+    unused: Names of tensors of the model that may be in the files and are not read.
   """
   expected = _expected(sharding.paths(shapes), sources)
-  _check(path, tensors, expected, extra=_extra(tensors, model, expected))
+  _check(path, tensors, expected, extra=_extra(tensors, model, {*expected, *unused}))
   _check_copy(path, tensors, model, sources)
   if mesh is None:
     places = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), shapes)

@@ -174,6 +174,45 @@ def right_padded(
   return tokens, mask
 
 
+def left_padded(
+  rows: Sequence[Sequence[int] | np.ndarray], length: int, pad_id: int
+) -> types.Prompts:
+  """Left-pads sequences of token ids to `length`."""
+  tokens = np.full((len(rows), length), pad_id, np.int32)
+  mask = np.zeros((len(rows), length), bool)
+  for i, row in enumerate(rows):
+    tokens[i, length - len(row) :] = row
+    mask[i, length - len(row) :] = True
+  return types.Prompts(tokens, mask)
+
+
+def rollout_of(
+  prompts: Sequence[Sequence[int] | np.ndarray],
+  responses: Sequence[Sequence[int] | np.ndarray],
+  lengths: tuple[int, int],
+  pad_id: int,
+) -> types.Rollout:
+  """Pads given prompts and responses to a Rollout without log-probabilities.
+
+  Args:
+    prompts: n sequences of token ids.
+    responses: n sequences of token ids.
+    lengths: (P, R).
+    pad_id: Id of the padding token.
+
+  Returns:
+    Rollout of NumPy arrays.
+  """
+  left = left_padded(prompts, lengths[0], pad_id)
+  tokens, mask = right_padded(responses, lengths[1], pad_id)
+  return types.Rollout(
+    tokens=np.concatenate([left.tokens, tokens], axis=1),
+    mask=np.concatenate([left.mask, mask], axis=1),
+    response_mask=mask,
+    logprobs=np.zeros(mask.shape, np.float32),
+  )
+
+
 def with_eos(rows: Sequence[Sequence[int]], tokenizer: Tokenizer) -> list[bool]:
   """Returns n bools: whether each sequence of token ids ends with the EOS."""
   return [bool(row) and row[-1] == tokenizer.eos_token_id for row in rows]
