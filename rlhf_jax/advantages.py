@@ -466,6 +466,54 @@ def best_and_worst(
   return jnp.where(differ, pair, 0.0).reshape(-1)
 
 
+def best_of_groups(
+  scores: Float[ArrayLike, ' B'], n: int, count: int, kept: Bool[ArrayLike, ' B']
+) -> Bool[Array, ' B']:
+  """Returns which responses [B] bool are among the `count` best of their group.
+
+  Args:
+    scores: [B] float32, n consecutive responses per prompt; of equal scores the first are better.
+    n: responses per prompt.
+    count: number of responses per group; fewer if fewer are in `kept`.
+    kept: [B] bool, responses that may be selected.
+
+  Raises:
+    ValueError: if n is below 2 or does not divide B.
+  """
+  present = by_group(kept, n)
+  order = jnp.argsort(jnp.where(present, -by_group(scores, n), jnp.inf), axis=1, stable=True)
+  rank = jnp.argsort(order, axis=1)
+  return (present & (rank < count)).reshape(-1)
+
+
+def from_percentile(
+  scores: Float[ArrayLike, ' B'],
+  n: int,
+  percentile: float | Float[ArrayLike, ''],
+  kept: Bool[ArrayLike, ' B'],
+) -> Bool[Array, ' B']:
+  """Returns which responses [B] bool have a score from a percentile of their group on.
+
+  The lowest score of the batch is not selected, unless all are equal: if most scores of a group are
+  that one, so is its percentile.
+
+  Args:
+    scores: [B] float32, n consecutive responses per prompt.
+    n: responses per prompt.
+    percentile: fraction from 0 to 1, between scores by linear interpolation as in np.quantile.
+    kept: [B] bool, responses that count and may be selected.
+
+  Raises:
+    ValueError: if n is below 2 or does not divide B.
+  """
+  present = by_group(kept, n)
+  groups = jnp.where(present, by_group(scores, n), jnp.nan)
+  threshold = jnp.nanquantile(groups, percentile, axis=1, keepdims=True)
+  lowest, highest = jnp.nanmin(groups), jnp.nanmax(groups)
+  selected = (groups >= threshold) & ((groups > lowest) | (lowest == highest))
+  return (present & selected).reshape(-1)
+
+
 def overlong_penalty(
   lengths: Int[ArrayLike, ' B'], *, max_length: float, cache: float
 ) -> Float[Array, ' B']:

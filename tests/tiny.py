@@ -26,6 +26,7 @@ from rlhf_jax import types
 from rlhf_jax import update
 from rlhf_jax.algorithms import grpo as grpo_lib
 from rlhf_jax.algorithms import ppo as ppo_lib
+from rlhf_jax.algorithms import rejection_sampling as rejection_sampling_lib
 from rlhf_jax.algorithms import reward_model as reward_model_lib
 from rlhf_jax.algorithms import sft as sft_lib
 from rlhf_jax.models import heads
@@ -158,6 +159,13 @@ def grpo(world, preset=''):
   """Returns a config of GRPO against the reward function above, with 2 responses per prompt."""
   config = on_policy(grpo_lib.config(preset), world)
   config.sampling.samples = 2
+  return config
+
+
+def rejection_sampling(world):
+  """Returns a config of rejection sampling with the reward function above, 4 responses each."""
+  config = on_policy(rejection_sampling_lib.config(), world)
+  config.sampling.samples, config.rl.keep_count = 4, 2
   return config
 
 

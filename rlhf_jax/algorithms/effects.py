@@ -118,8 +118,15 @@ TABLE = (
   (
     'rl.clip_low rl.clip_high rl.dual_clip rl.value_clip',
     'algorithm',
-    ('a2c',),
+    ('a2c', 'rejection_sampling'),
     'its loss has no clips',
+  ),
+  ('rl.keep_count', 'rl.keep', ('percentile',), 'the scores decide how many responses are kept'),
+  (
+    'rl.start_percentile rl.end_percentile rl.improve_steps',
+    'rl.keep',
+    ('best',),
+    'a fixed number of responses is kept',
   ),
   ('rl.value_clip critic.learning_rate', 'rl.vf_coef', (0,), 'the critic is not trained'),
   (

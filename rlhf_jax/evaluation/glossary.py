@@ -253,6 +253,21 @@ POLICY = (
     'Near 1 the batch teaches nothing: the prompts are too easy or too hard for the policy.',
   ),
   Metric(
+    'kept/fraction',
+    'Rejection sampling: the fraction of responses that were kept.',
+    '',
+    'fraction',
+    'At 0 nothing was learned from the batch: all scores are the lowest ones.',
+  ),
+  Metric(
+    'kept/scores',
+    'Rejection sampling: the mean score of the responses that were kept.',
+    r'\frac{1}{|K|} \sum_{i \in K} \tilde r_i',
+    'units of the reward',
+    'If it is not above `objective/scores`, the responses to a prompt score alike: raise '
+    '`sampling.samples` or `sampling.temperature`.',
+  ),
+  Metric(
     'ptx/loss',
     'The language-modelling loss on the pretraining examples that PPO-ptx mixes in.',
     r'-\mathbb{E}_t \log \pi(y_t \mid y_{<t})',

@@ -50,6 +50,7 @@ ALGORITHMS = {
   'online_dpo': lambda world: tiny.on_policy(online_dpo.config(), world),
   'ppo': tiny.ppo,
   'reinforce': reinforce_config,
+  'rejection_sampling': tiny.rejection_sampling,
   'reward_model': tiny.reward_model,
   'sft': lambda world: tiny.sft(world, 'completion'),
 }
