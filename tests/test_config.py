@@ -27,6 +27,7 @@ GIVEN = {
 }
 # Required arguments after the colon of other configs.
 ARGUMENTS = {
+  'gsm8k': 'data=problems,model=model',
   'hh_reward': 'data=pairs',
   'sentiment': 'data=reviews',
   'stories': 'model=model',

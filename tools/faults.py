@@ -359,6 +359,13 @@ FAULTS = (
     ),
   ),
   Fault(
+    'the last answer of GSM8K counts',
+    'rlhf_jax/tasks/gsm8k.py',
+    'match = _ANSWER.search(text)',
+    'match = ([None] + list(_ANSWER.finditer(text)))[-1]',
+    _tests('tasks/test_gsm8k', 'test_the_checker_is_a_reward_function'),
+  ),
+  Fault(
     'a run whose reward fails resumes after the batch that failed',
     'rlhf_jax/loop.py',
     'it.set_state(positions[name])',

@@ -147,6 +147,7 @@ REWARDS = (
   ),
   ('error_score', 'on_error', ('stop', 'skip', None), 'no failed example gets a score'),
   ('workers', 'function', (None,), 'only a function runs in workers'),
+  ('max_length', 'url', lambda url, config: bool(url), 'a server gets the full texts'),
   ('request_size request_timeout attempts', 'url', (None,), 'there is no reward server'),
   ('ensemble ensemble_coef', 'models', ((), None), 'there is no ensemble'),
   ('ensemble_coef', 'ensemble', ('mean', 'min', None), "only 'variance' uses it"),
