@@ -173,6 +173,73 @@ class Forward:
       ),
     )
 
+  def policy_kl(
+    self,
+    old_params: dict[str, PyTree],
+    params: dict[str, PyTree],
+    batch: types.Rollout | types.Experience,
+    frozen_states: Float[Array, 'B T D'] | None = None,
+  ) -> Float[Array, 'B R']:
+    """Computes KL(old policy || policy) over the whole vocabulary, in nats per response token.
+
+    Args:
+      old_params, params: trained parameters of the two policies, {'policy': ...}.
+      batch, frozen_states: see `outputs`.
+    """
+    model, both = self.models.policy, (self._policy(old_params), self._policy(params))
+    length = batch.response_mask.shape[1]
+    states = [
+      model.response_states(policy, batch.tokens, batch.mask, length, frozen_states)
+      for policy in both
+    ]
+    old_unembed, unembed = (functools.partial(model.unembed, policy) for policy in both)
+    return logprobs_lib.full_kl(
+      old_unembed, states[0], unembed, states[1], temperature=self.temperature
+    )
+
+  def fisher_product(
+    self,
+    params: dict[str, PyTree],
+    vector: dict[str, PyTree],
+    batch: types.Rollout | types.Experience,
+    weights: Float[Array, 'B R'],
+    frozen_states: Float[Array, 'B T D'] | None = None,
+  ) -> dict[str, PyTree]:
+    """Multiplies a vector by the weighted sum of the Fisher matrices of response tokens.
+
+    The Fisher matrix of a token is the Hessian of `policy_kl` by `params` at the old parameters. In
+    terms of the Jacobian J of the logits it is J^T (diag(p) - p p^T) J, and is multiplied from
+    right to left. Attention must support forward-mode differentiation, so it is the plain one.
+
+    Args:
+      params: trained parameters of the policy, {'policy': ...}.
+      vector: tree like `params`.
+      batch, frozen_states: see `outputs`.
+      weights: [B, R] weights of the tokens.
+
+    Returns:
+      Tree like `params`.
+    """
+    model, length = self.models.policy.with_plain_attention(), batch.response_mask.shape[1]
+
+    def states(params):
+      return model.response_states(
+        self._policy(params), batch.tokens, batch.mask, length, frozen_states
+      )
+
+    def dot(params, hidden, hidden_tangent):
+      unembed = lambda params, hidden: model.unembed(self._policy(params), hidden)
+      per_token = logprobs_lib.fisher_dot(
+        unembed, params, hidden, vector, hidden_tangent, temperature=self.temperature
+      )
+      return jnp.sum(weights * per_token)
+
+    vector = jax.tree.map(lambda v, p: v.astype(p.dtype), vector, params)
+    hidden, derivative = jax.linearize(states, params)
+    unembed_part, gradient = jax.grad(dot, argnums=(0, 1))(params, hidden, derivative(vector))
+    (backbone_part,) = jax.linear_transpose(derivative, params)(gradient)
+    return jax.tree.map(jnp.add, unembed_part, backbone_part)
+
   def _policy(self, params):
     return trainable.merge(self.frozen['policy'], params['policy'])
 

@@ -6,11 +6,12 @@ them. Logits that fit in one chunk are kept instead.
 """
 
 from collections.abc import Callable
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int, UInt8
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree, UInt8
 
 from rlhf_jax import processes
 from rlhf_jax import sharding
@@ -175,3 +176,47 @@ def full_kl(
     return jnp.sum(jnp.exp(logp) * (logp - ref), axis=-1)
 
   return _in_chunks(rows, [hidden, ref_hidden], _vocab(unembed, hidden), chunk)
+
+
+def fisher_dot(
+  unembed: Callable[[PyTree, Float[Array, '... D']], Float[Array, '... V']],
+  params: PyTree,
+  hidden: Float[ArrayLike, 'B T D'],
+  params_tangent: PyTree,
+  hidden_tangent: Float[ArrayLike, 'B T D'],
+  *,
+  temperature: float | Float[Array, ''] = 1.0,
+  chunk: int = CHUNK,
+) -> Float[Array, 'B T']:
+  """Computes a number per token whose gradient is a product with its Fisher matrix.
+
+  With u = J v, the derivative of the logits along a direction v, and p = softmax(logits):
+
+      <sg(w), logits>,  w = (diag(p) - p p^T) u
+
+  where sg stops the gradient. Its gradient J^T w is J^T (diag(p) - p p^T) J v, the product of v and
+  the Fisher matrix of the token's distribution; see Schraudolph 2002, §3
+  (https://doi.org/10.1162/08997660260028683).
+
+  Args:
+    unembed: function from parameters and states [..., D] to float32 logits [..., V].
+    params: parameters of `unembed`.
+    hidden: [B, T, D] states.
+    params_tangent: v, for `params`.
+    hidden_tangent: [B, T, D], derivative of the states along v.
+    temperature: temperature that divides the logits.
+    chunk: number of logits held at a time on each device.
+
+  Returns:
+    [B, T] float32.
+  """
+
+  def rows(h, dh):
+    scaled = lambda params, h: unembed(params, h) / temperature
+    logits, u = jax.jvp(scaled, (params, h), (params_tangent, dh))
+    p = jax.nn.softmax(logits, axis=-1)
+    w = p * (u - jnp.sum(p * u, axis=-1, keepdims=True))
+    return jnp.sum(jax.lax.stop_gradient(w) * logits, axis=-1)
+
+  vocab = _vocab(functools.partial(unembed, params), hidden)
+  return _in_chunks(rows, [hidden, hidden_tangent], vocab, chunk)

@@ -116,6 +116,20 @@ def _of(master, params):
   )
 
 
+def direct(*, master_dtype='float32', ema=0.0):
+  """Makes an optimizer that adds what it gets: for steps whose size is decided elsewhere.
+
+  Args:
+    master_dtype: See `make`.
+    ema: See `make`.
+
+  Returns:
+    optax.GradientTransformation.
+  """
+  optimizer = keep_master(optax.identity(), jnp.dtype(master_dtype))
+  return average(optimizer, ema) if ema else optimizer
+
+
 class AverageState(NamedTuple):
   """State of `average`: moving average, number of updates, and the inner state."""
 

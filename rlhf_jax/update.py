@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Num, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, Num, PyTree
 import optax
 
 from rlhf_jax import forward as forward_lib
@@ -121,11 +121,7 @@ def run(
   Returns:
     The next TrainState and metrics: means over all minibatches, and those of `objective.prepare`.
   """
-  keys = jax.random.split(types.step_keys(state)[1], schedule.epochs)
-  groups = rollout.tokens.shape[0] // schedule.group_size
-  orders = jax.lax.map(lambda key: jax.random.permutation(key, groups), keys)
-  orders = orders.reshape(schedule.epochs * schedule.minibatches, -1)
-  orders = lengths.group_members(orders, schedule.group_size)
+  orders = minibatch_orders(types.step_keys(state)[1], rollout.tokens.shape[0], schedule)
   if schedule.is_full_batch(rollout):
     gradients, memory = _full_batch_gradients(state, rollout, forward, objective)
   else:
@@ -150,6 +146,26 @@ def run(
   first = {'policy/first_ratio': metrics['policy/ratio'][0]} if 'policy/ratio' in metrics else {}
   state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, extra=extra)
   return state, jax.tree.map(jnp.mean, metrics) | summary | first
+
+
+def minibatch_orders(
+  key: Key[Array, ''], batch: int, schedule: Schedule
+) -> Int[Array, 'steps minibatch']:
+  """Shuffles the sequences of a rollout into the minibatches of all epochs.
+
+  Args:
+    key: random key.
+    batch: number of sequences.
+    schedule: Schedule.
+
+  Returns:
+    [epochs * minibatches, batch / minibatches] int32, the sequences of each optimizer step.
+  """
+  keys = jax.random.split(key, schedule.epochs)
+  groups = batch // schedule.group_size
+  orders = jax.lax.map(lambda key: jax.random.permutation(key, groups), keys)
+  orders = orders.reshape(schedule.epochs * schedule.minibatches, -1)
+  return lengths.group_members(orders, schedule.group_size)
 
 
 def _part(batch, schedule, step):
@@ -305,17 +321,41 @@ def minibatch_gradients(
   def loss(params, rows):
     return objective.loss(forward.outputs(params, rows, rows.frozen_states), rows, counts)
 
-  grad = jax.grad(loss, has_aux=True)
+  return sum_over_microbatches(
+    jax.grad(loss, has_aux=True), params, sort_by_length(experience, schedule), schedule
+  )
+
+
+def sort_by_length(experience: types.Experience, schedule: Schedule) -> types.Experience:
+  """Sorts sequences from short to long if there are microbatches."""
   if not schedule.has_microbatches(experience):
-    return grad(params, experience)
+    return experience
+  order = lengths.order_by_length(experience.step_mask, schedule.group_size)
+  return sharding.shard_rows(jax.tree.map(lambda x: x[order], experience))
+
+
+def sum_over_microbatches(
+  function: Callable[[PyTree, types.Experience], PyTree],
+  params: PyTree,
+  experience: types.Experience,
+  schedule: Schedule,
+) -> PyTree:
+  """Sums `function(params, microbatch)` over the microbatches of a minibatch.
+
+  Args:
+    function: function whose results, a pytree of arrays, add up over microbatches.
+    params: its first argument.
+    experience: Experience of the minibatch, from `sort_by_length`.
+    schedule: Schedule.
+  """
+  if not schedule.has_microbatches(experience):
+    return function(params, experience)
 
   def cut(params, rows):
     return lengths.run_bucketed(
-      lambda rows: grad(params, rows), rows, rows.step_mask, schedule.length_buckets
+      lambda rows: function(params, rows), rows, rows.step_mask, schedule.length_buckets
     )
 
-  order = lengths.order_by_length(experience.step_mask, schedule.group_size)
-  experience = sharding.shard_rows(jax.tree.map(lambda x: x[order], experience))
   return optim.accumulate(cut, params, experience, schedule.microbatch_size)
 
 

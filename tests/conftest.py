@@ -43,6 +43,7 @@ CHECKED = (
   'rewards.scoring',
   'rewards.shaping',
   'rollout',
+  'trust_region',
   'types',
   'update',
 )

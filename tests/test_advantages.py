@@ -121,6 +121,15 @@ def test_score_positions_by_hand():
   )
 
 
+def test_score_positions_behind_holes():
+  mask = jnp.array([[True, False, True, False], [False, True, False, True]])
+  for position, slots in [('last', [3, 3]), ('after_end', [3, 3]), ('eos', [2, 3])]:
+    np.testing.assert_array_equal(adv.score_index(mask, position), slots)
+  empty = jnp.zeros((1, 4), bool)
+  for position, slot in [('last', 3), ('after_end', 0), ('eos', 0)]:
+    assert adv.score_index(empty, position)[0] == slot
+
+
 def test_a_fractional_score_is_not_rounded():
   rewards = adv.token_rewards(
     jnp.array([0.75]), jnp.zeros((1, 2)), 0.1, jnp.array([[True, True]]), position='eos'

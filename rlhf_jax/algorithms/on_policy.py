@@ -209,7 +209,15 @@ def make_actor(config, tokenizer, model, examples, iterator, score, mesh):
 
 
 def create(
-  config, mesh, settings, train_step, *, reference=True, extra=wiring.first_extra, mask=None
+  config,
+  mesh,
+  settings,
+  train_step,
+  *,
+  reference=True,
+  extra=wiring.first_extra,
+  policy_optimizer=None,
+  mask=None,
 ):
   """Creates the learner of an on-policy algorithm.
 
@@ -222,6 +230,7 @@ def create(
     extra: Function from settings to the first TrainState.extra.
     mask: Function (model, settings, tokenizer) -> masking.MaskedModel to sample with, whose masking
       policy is TrainState.extra['masking_policy'], at first the policy; None for no mask.
+    policy_optimizer: Optax optimizer of the policy; None for that of `config.optim`.
 
   Returns:
     learner.Learner and the first TrainState.
@@ -249,6 +258,7 @@ def create(
     critic=wiring.load_critic(config, tokenizer, mesh, reward_model)
     if 'critic' in config
     else None,
+    policy_optimizer=policy_optimizer,
   )
   model, settings = (
     models.policy,

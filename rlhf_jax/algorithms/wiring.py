@@ -34,7 +34,7 @@ class Wiring(NamedTuple):
   optimizers: dict[str, optax.GradientTransformation | None]
 
 
-def wire(config, mesh, base, *, reference=True, critic=None, steps):
+def wire(config, mesh, base, *, reference=True, critic=None, steps, policy_optimizer=None):
   """Builds the policy, reference and critic of a config.
 
   Args:
@@ -46,6 +46,7 @@ def wire(config, mesh, base, *, reference=True, critic=None, steps):
     critic: (Model, params {'backbone', 'head'}) that a separate critic starts from; None for the
       policy's backbone with a new head. Ignored if the config has no critic.
     steps: Train steps of the run.
+    policy_optimizer: Optax optimizer of the policy; None for that of `config.optim`.
 
   Returns:
     Wiring.
@@ -59,7 +60,9 @@ def wire(config, mesh, base, *, reference=True, critic=None, steps):
   elif reference is not False:
     frozen['reference'] = reference
   updates = config.rl.epochs * config.rl.minibatches
-  optimizers = {'policy': setup.make_optimizer(config.optim, steps, updates=updates)}
+  optimizers = {
+    'policy': policy_optimizer or setup.make_optimizer(config.optim, steps, updates=updates)
+  }
   if 'critic' in config:
     critic_model, params['critic'] = make_critic(config, mesh, model, policy, frozen_policy, critic)
     models = models._replace(critic=critic_model, critic_shared=config.critic.kind == 'adapters')

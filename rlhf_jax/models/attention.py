@@ -34,7 +34,7 @@ MIN_BLOCKS = 4
 TPU_LANES, SPLASH_BLOCK_SIZE = 128, 512
 
 
-def causal(config, dtype, segments, key_segments, *, index, single_segment):
+def causal(config, dtype, segments, key_segments, *, index, single_segment, plain=False):
   """Returns the attention function of a forward pass, shared by all layers.
 
   Args:
@@ -44,6 +44,7 @@ def causal(config, dtype, segments, key_segments, *, index, single_segment):
     key_segments: [B, S] int32, segments of the keys.
     index: Slot of the first query among the keys: a Python or numpy integer, or an int32 scalar.
     single_segment: Whether every sequence is known to have only the segments 0 and 1.
+    plain: Whether to use 'plain' whatever the device and the lengths are.
 
   Returns:
     Function (layer, queries [B, t, N, H] already scaled, keys and values [B, K, S, H]) ->
@@ -56,8 +57,12 @@ def causal(config, dtype, segments, key_segments, *, index, single_segment):
   windows = [window if window < key_length else 0 for window in config.windows] or [0]
   window_sizes = sorted(set(windows))
   window_of_layer = [window_sizes.index(window) for window in windows]
-  impl = attention_impl(
-    config, dtype, *segments.shape, key_length, index=index, single_segment=single_segment
+  impl = (
+    'plain'
+    if plain
+    else attention_impl(
+      config, dtype, *segments.shape, key_length, index=index, single_segment=single_segment
+    )
   )
   if impl == 'plain':
     masks = [

@@ -174,6 +174,10 @@ class LanguageModel(Base):
     del length
     return self
 
+  def with_plain_attention(self):
+    """Returns the model whose attention supports forward-mode differentiation."""
+    return self
+
   def unstack(self, params):
     """Returns the parameters in the layout that is fastest for a decode loop.
 

@@ -30,9 +30,11 @@ class Model(base.LanguageModel):
   Attributes:
     sequence_length: Length for rotary positions that depend on one (see rope.py); 0 for the
       length of the call or of its cache.
+    plain_attention: Whether attention is always 'plain'; see attention.py.
   """
 
   sequence_length: int = 0
+  plain_attention: bool = False
 
   def shapes(self):
     blocks = stack.shapes(self._module.Block, self.config, depth=self.config.depth)
@@ -40,6 +42,9 @@ class Model(base.LanguageModel):
 
   def with_max_length(self, length):
     return dataclasses.replace(self, sequence_length=length)
+
+  def with_plain_attention(self):
+    return dataclasses.replace(self, plain_attention=True)
 
   @property
   def _unrolled(self):
@@ -167,7 +172,13 @@ class Model(base.LanguageModel):
       jnp.where(real, tokens, 0), jnp.where(real, positions, 0), sequence_length
     )
     causal_attention = attention.causal(
-      self.config, self.dtype, segments, key_segments, index=index, single_segment=single_segment
+      self.config,
+      self.dtype,
+      segments,
+      key_segments,
+      index=index,
+      single_segment=single_segment,
+      plain=self.plain_attention,
     )
 
     def apply(block, layer, x, kv_cache):
