@@ -162,6 +162,9 @@ def written(config, folder):
     ('hh_reward', 'data=x'),
     ('reward_model', None),
     ('random_walks', None),
+    ('overoptimization', None),
+    ('pmp', 'debug'),
+    ('sparrow', None),
   ],
 )
 def test_a_config_comes_back_as_it_was(name, arg, tmp_path):
@@ -177,6 +180,14 @@ def test_a_config_comes_back_as_it_was(name, arg, tmp_path):
       assert block.get_type(key) is wanted.get_type(key)
     with pytest.raises(AttributeError):
       block.optim.learning_rat = 1.0
+
+
+@pytest.mark.parametrize('arg', [None, 'debug'])
+@pytest.mark.parametrize('name', ['overoptimization', 'pmp', 'sparrow'])
+def test_the_stages_of_a_config_can_run(name, arg, tmp_path):
+  config = configured(name, arg)
+  for stage in pipeline.stage_names(config):
+    pipeline.check(stage, pipeline.resolve(config[stage], tmp_path, 0))
 
 
 def test_a_null_key_takes_values_of_its_default_type(tmp_path):

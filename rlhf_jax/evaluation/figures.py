@@ -140,6 +140,41 @@ def _frontier_line(axes, points, key, counter, colour, label, style='-'):
       )
 
 
+def points_and_curves(series, *, x, y, title, log_x=False):
+  """Draws points with a line or a fitted curve for each series.
+
+  Args:
+    series: List of {"label", "points": list of (x, y)} and, if not the default, "colour": index in
+      _PALETTE, by default that of the series; "dashed"; "curve": list of (x, y) drawn instead of a
+      line through the points. Series with the same label share an entry of the legend.
+    x: Label of the x axis.
+    y: Label of the y axis.
+    title: Text for screen readers.
+    log_x: Whether the x axis is logarithmic.
+
+  Returns:
+    SVG text.
+  """
+
+  def draw(figure):
+    axes = figure.subplots()
+    for number, one in enumerate(series):
+      colour = _PALETTE[one.get('colour', number)]
+      style = '--' if one.get('dashed') else '-'
+      known = [row for row in one['points'] if all(math.isfinite(value) for value in row)]
+      columns = lambda rows: tuple(zip(*rows)) or ((), ())
+      axes.plot(*columns(known), '.', color=colour, alpha=0.35, markersize=4)
+      axes.plot(*columns(one.get('curve', known)), style, color=colour, label=_short(one['label']))
+    if log_x:
+      axes.set_xscale('log')
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    handles = dict(zip(*axes.get_legend_handles_labels()[::-1]))
+    axes.legend(handles.values(), handles, fontsize=8)
+
+  return _svg(draw, (5.2, 3.6), title)
+
+
 def reliability(bins):
   """Draws accuracy over confidence. The area of a point is proportional to its number of pairs.
 

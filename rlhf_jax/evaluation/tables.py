@@ -53,16 +53,24 @@ def best(rows):
 
 def stages_table(rows, *, title='', width=100):
   """Returns the table of stages as plain text, at most `width` characters wide."""
-  return _table(*stages(rows), title=title, width=width)
+  return text(*stages(rows), title=title, width=width)
 
 
 def metrics_table(metrics, *, title='', width=100):
   """Returns a table of {name: number} as plain text, at most `width` characters wide."""
   cells = [[name, f'{value:.6g}'] for name, value in metrics.items()]
-  return _table(['Metric', 'Value'], cells, title=title, width=width)
+  return text(['Metric', 'Value'], cells, title=title, width=width)
 
 
-def _table(titles, cells, *, title, width):
+def text(titles, cells, *, title='', width=100):
+  """Returns a table as plain text, at most `width` characters wide.
+
+  Args:
+    titles: Titles of the columns.
+    cells: Rows, lists of strings.
+    title: Title of the table, or ''.
+    width: In characters.
+  """
   table = rich.table.Table(title=title or None, box=rich.box.SIMPLE_HEAD, title_justify='left')
   for i, name in enumerate(titles):
     table.add_column(name, justify='right' if i else 'left')

@@ -52,20 +52,14 @@ def run(
     disagreement: Standard deviation of the annotators' individual preferences.
     seed: Random seed of samples and annotators.
   """
-  text_policy = policy_lib.TextPolicy.load(policy)
-  questions = sum(split_prompts(text_policy.read_prompts(prompts), pairs, held_out), [])
-  samples = text_policy.sample(
-    questions,
-    jax.random.key(seed),
+  samples = sample_pairs(
+    policy_lib.TextPolicy.load(policy),
+    prompts,
+    (pairs, held_out),
     max_new_tokens=max_new_tokens,
     temperature=temperature,
-    samples=2,
+    seed=seed,
   )
-  triples = list(zip(questions, samples.responses[::2], samples.responses[1::2]))
-  # Skip empty responses, which a reward model cannot read.
-  readable = lambda part: [(q, a, b) for q, a, b in part if a.strip() and b.strip()]
-  train, test = readable(triples[:pairs]), readable(triples[pairs:])
-  triples = train + test
   panel = annotators.SimulatedAnnotators(
     functions.load_gold(gold),
     count=annotator_count,
@@ -74,13 +68,68 @@ def run(
     label_noise=label_noise,
     disagreement=disagreement,
   )
+  triples = write(folder, panel, samples, pairs)
+  sources.write(folder / 'agreement.json', [agreement(panel, triples[:200])])
+
+
+def sample_pairs(policy, prompts, counts, *, max_new_tokens, temperature, seed):
+  """Samples two responses to each prompt of training and held-out comparisons.
+
+  Args:
+    policy: policy.TextPolicy.
+    prompts: Data set of prompts.
+    counts: Numbers of training and of held-out comparisons; see `split_prompts`.
+    max_new_tokens: Maximum length of a response.
+    temperature: Sampling temperature.
+    seed: Random seed.
+
+  Returns:
+    policy.Samples, those of training first.
+  """
+  return policy.sample(
+    sum(split_prompts(policy.read_prompts(prompts), *counts), []),
+    jax.random.key(seed),
+    max_new_tokens=max_new_tokens,
+    temperature=temperature,
+    samples=2,
+  )
+
+
+def write(folder, panel, samples, pairs):
+  """Labels pairs of responses, and writes comparisons.jsonl, held_out.jsonl and samples.jsonl.
+
+  Args:
+    folder: pathlib.Path of the output folder.
+    panel: annotators.SimulatedAnnotators.
+    samples: Result of `sample_pairs`.
+    pairs: Number of training comparisons; the others are held out.
+
+  Returns:
+    List of (prompt, a, b) without those with an empty response, which a reward model cannot read.
+  """
+  triples = list(zip(samples.prompts[::2], samples.responses[::2], samples.responses[1::2]))
+  readable = lambda part: [(q, a, b) for q, a, b in part if a.strip() and b.strip()]
+  train, test = readable(triples[:pairs]), readable(triples[pairs:])
   sources.write(folder / 'comparisons.jsonl', panel.label(train))
   sources.write(folder / 'held_out.jsonl', panel.label(test))
   sources.write(
     folder / 'samples.jsonl',
-    [{'prompt': q, 'completion': text} for q, a, b in triples for text in (a, b)],
+    [{'prompt': q, 'completion': text} for q, a, b in train + test for text in (a, b)],
   )
-  sources.write(folder / 'agreement.json', [agreement(panel, triples[:200])])
+  return train + test
+
+
+def subsets(folder, *, path, counts):
+  """Writes the first records of a data set, for each of some counts, to first_COUNT.jsonl.
+
+  Args:
+    folder: pathlib.Path of the output folder.
+    path: Data set.
+    counts: Numbers of records; a larger number than there are writes all.
+  """
+  records = [record.fields for record in sources.read(path)]
+  for count in counts:
+    sources.write(folder / f'first_{count}.jsonl', records[:count])
 
 
 def check(*, gold, gold_path='', **_):

@@ -96,6 +96,25 @@ def gold_score(prompt: str, response: str) -> float:
   return gold_parts(prompt, response).score
 
 
+def sentiment(prompt: str, response: str) -> float:
+  """Computes the sentiment of a response, in [-1, 1]; see the top of the file."""
+  return gold_parts(prompt, response).sentiment
+
+
+def on_topic(prompts: list[str], responses: list[str]) -> list[float]:
+  """Returns 1 for a response that mentions nothing of another product or category, else 0."""
+  mentions = (_mentioned([part.split() for part in response.split('.')]) for response in responses)
+  return [
+    float(all(_product_of(prompt) in _mentions()[phrase] for phrase in phrases))
+    for prompt, phrases in zip(prompts, mentions)
+  ]
+
+
+def well_formed(prompts: list[str], responses: list[str]) -> list[float]:
+  """Returns 1 for a response with a form of at least 0.9, else 0; see the top of the file."""
+  return [float(gold_parts(*pair).form >= 0.9) for pair in zip(prompts, responses)]
+
+
 def gold_parts(prompt: str, response: str) -> Gold:
   """Computes the gold score and its parts."""
   product = _product_of(prompt)
@@ -302,8 +321,12 @@ def _sentiment(sentences: list[list[str]]) -> float:
   return total / max(len(sentences), 2)
 
 
+def _mentioned(sentences: list[list[str]]) -> set[tuple[str, ...]]:
+  return {phrase for words in sentences for _, phrase in _phrases(words, _mentions())}
+
+
 def _topic(sentences: list[list[str]], product: str) -> float:
-  mentions = {phrase for words in sentences for _, phrase in _phrases(words, _mentions())}
+  mentions = _mentioned(sentences)
   right = sum(product in _mentions()[phrase] for phrase in mentions)
   return (2 * right - len(mentions)) / max(len(mentions), 2)
 

@@ -1,0 +1,84 @@
+"""A page of sections with text, figures and a table each: one HTML file that loads no others."""
+
+from collections.abc import Sequence
+import dataclasses
+import pathlib
+
+import jinja2
+import markupsafe
+
+from rlhf_jax.evaluation import page
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+  """A section of a page.
+
+  Attributes:
+    title: its heading.
+    text: sentences below the heading.
+    figures: pairs (SVG of figures.py, caption).
+    titles: titles of the columns of its table.
+    rows: rows of its table, lists of strings; no table if there are none.
+  """
+
+  title: str
+  text: str = ''
+  figures: Sequence[tuple[str, str]] = ()
+  titles: Sequence[str] = ()
+  rows: Sequence[Sequence[str]] = ()
+
+
+TEMPLATE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{{ policy }}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{{ title }}</title>
+<style>{{ style }}</style>
+</head>
+<body>
+<main>
+<h1>{{ title }}</h1>
+{% if summary %}<p>{{ summary }}</p>{% endif %}
+{% for section in sections %}
+<h2>{{ section.title }}</h2>
+{% if section.text %}<p>{{ section.text }}</p>{% endif %}
+{% if section.figures %}<div class="wide">
+{% for svg, caption in section.figures %}<figure>{{ svg|safe }}
+<figcaption>{{ caption }}</figcaption></figure>
+{% endfor %}</div>{% endif %}
+{% if section.rows %}<div class="scroll"><table>
+<thead><tr>{% for name in section.titles %}<th>{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in section.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>{% endif %}
+{% endfor %}
+</main>
+</body>
+</html>
+"""
+
+
+def write(path, *, title, summary, sections):
+  """Writes a page.
+
+  Args:
+    path: HTML file.
+    title: Title of the page.
+    summary: One or two sentences below the title.
+    sections: Sections. Their texts are escaped; their figures are not.
+  """
+  environment = jinja2.Environment(
+    autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+  )
+  html = environment.from_string(TEMPLATE).render(
+    title=title,
+    summary=summary,
+    sections=sections,
+    policy=page.policy(),
+    style=markupsafe.Markup(page.STYLE),
+  )
+  pathlib.Path(path).write_text(html, encoding='utf-8', errors='replace')
