@@ -144,9 +144,9 @@ def points_and_curves(series, *, x, y, title, log_x=False):
   """Draws points with a line or a fitted curve for each series.
 
   Args:
-    series: List of {"label", "points": list of (x, y)} and, if not the default, "colour": index in
-      _PALETTE, by default that of the series; "dashed"; "curve": list of (x, y) drawn instead of a
-      line through the points. Series with the same label share an entry of the legend.
+    series: List of {"label", "points": list of (x, y)} and possibly "colour": number of its colour,
+      by default that of the series; "dashed"; "curve": list of (x, y), drawn instead of a line
+      through the points. Series with the same label share an entry of the legend.
     x: Label of the x axis.
     y: Label of the y axis.
     title: Text for screen readers.
