@@ -321,6 +321,13 @@ FAULTS = (
     _tests('rewards/test_scorers', 'test_scores_of_responses_are_added_to_the_last_tokens[False]'),
   ),
   Fault(
+    'BERTScore takes the mean over special tokens too',
+    'rlhf_jax/rewards/model_metrics.py',
+    'inner = (place > 0) & (place <= count)',
+    'inner = place <= count',
+    _tests('rewards/test_model_metrics', 'test_greedy_match_by_a_loop'),
+  ),
+  Fault(
     'references of BLEU beyond the first are lost',
     'rlhf_jax/rewards/text.py',
     'most = max(map(len, groups))',

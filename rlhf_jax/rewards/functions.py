@@ -175,7 +175,9 @@ def bind(function, arguments, named, key):
         + (did_you_mean(argument, names) if names else 'It has no arguments to set.')
       ) from None
   bound = functools.partial(function, **arguments)
-  vars(bound).update(getattr(function, '__dict__', {}))
+  attributes = getattr(function, '__dict__', {}).items()
+  # inspect.signature would take the signature of __wrapped__, without the values that are set.
+  vars(bound).update({name: value for name, value in attributes if name != '__wrapped__'})
   bound.__name__ = getattr(function, '__name__', repr(function))
   return bound
 

@@ -68,6 +68,11 @@ def validate(block, key):
     f'{key}.function={name!r} can hang in a way that only ends with its process: set {key}.workers '
     'to 1 or more',
   )
+  need(
+    not (workers and getattr(function, 'whole_batch', False)),
+    f'{key}.function={name!r} needs the whole batch, but workers score one example at a time: set '
+    f'{key}.workers to 0',
+  )
 
 
 def load_function(block, key):

@@ -218,3 +218,6 @@ def _logprobs(prompts, responses, path):
     return forward.response_logprobs(params, rollout, 1.0, model=model)
 
   return _in_batches(score, starts, ends), np.array(list(map(len, ends)))
+
+
+corpus_perplexity.whole_batch = True  # workers score one example at a time; see host.py

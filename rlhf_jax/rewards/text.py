@@ -5,7 +5,7 @@ keyword arguments are keys of `config.reward.arguments`, such as `column`: the c
 prompts' records that holds the reference, a text or a list of texts. Metrics have the range of
 their fractions: BLEU, chrF and TER are 1 where sacrebleu has 100.
 
-BLEU, chrF and TER are sums over a corpus, not means of responses. The functions `corpus_bleu`,
+BLEU, chrF and TER are sums over a corpus, not means over responses. The functions `corpus_bleu`,
 `corpus_chrf` and `corpus_ter` return the figure of the whole batch for each of its responses, for
 an evaluator of kind 'text', which calls them once for all responses.
 
@@ -325,3 +325,8 @@ def cider(prompts, responses, *, metadata, column=COLUMN):
 
 def _words(text):
   return ' '.join(re.findall(r'\w+', text.lower()))
+
+
+# Workers score one example at a time; see host.py.
+for _metric in (corpus_bleu, corpus_chrf, corpus_ter, cider):
+  _metric.whole_batch = True

@@ -1,5 +1,7 @@
 """What reward functions may return, and the messages about invalid results."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -228,3 +230,27 @@ def test_a_failing_module_is_reported_before_anything_is_loaded(how, tmp_path, m
     + message.replace('FILE', f'broken_{how}.py')
   ), caught.value
   assert '\n' not in str(caught.value)
+
+
+def decorated(function):
+  """A decorator that keeps the name and the signature of a reward function."""
+
+  @functools.wraps(function)
+  def reward_fn(*args, **kwargs):
+    return [2 * score for score in function(*args, **kwargs)]
+
+  reward_fn.attribute = 'kept'
+  return reward_fn
+
+
+@decorated
+def times(prompts, responses, *, factor):
+  return [factor * len(response) for response in responses]
+
+
+def test_arguments_of_a_decorated_function():
+  function = functions.load_reward(f'{__name__}:times', arguments={'factor': 3})
+  assert function.attribute == 'kept' and function.__name__ == 'times'
+  assert call(function).tolist() == [18, 6, 30]
+  with pytest.raises(errors.UserError, match="missing a required .*argument: 'factor'"):
+    functions.load_reward(f'{__name__}:times')

@@ -14,6 +14,7 @@ import sacrebleu
 
 from rlhf_jax import errors
 from rlhf_jax.rewards import functions
+from rlhf_jax.rewards import scorers
 from rlhf_jax.rewards import text
 
 # The example of sacrebleu's README, with two references each.
@@ -327,3 +328,11 @@ def test_synonyms_need_wordnet(monkeypatch):
   )
   with pytest.raises(errors.UserError, match='python -m nltk.downloader wordnet'):
     functions.load_reward('rlhf_jax.rewards.text:meteor', arguments={'synonyms': True})
+
+
+@pytest.mark.parametrize('name', ['corpus_bleu', 'corpus_chrf', 'corpus_ter', 'cider'])
+def test_metrics_of_a_whole_batch_do_not_run_in_workers(name):
+  block = scorers.config()
+  block.update({'function': f'rlhf_jax.rewards.text:{name}', 'workers': 2})
+  with pytest.raises(errors.UserError, match='needs the whole batch.*workers to 0'):
+    scorers.validate(block)
