@@ -56,7 +56,7 @@ def config():
       'request_timeout': client.TIMEOUT,  # seconds that a request may take
       'attempts': client.ATTEMPTS,  # tries of a request to a server that is busy, broken or away
       'max_length': placeholder(int),  # most tokens in a model's own tokenizer; None: its context
-      'ensemble': 'mean',  # of models or heads: 'mean', 'min', 'variance': mean - coef * variance
+      'ensemble': 'mean',  # 'mean', 'min' (worst case), or 'variance': mean - coef * variance
       'ensemble_coef': 1.0,  # coef of 'variance'
       'parts': {},  # or {name: {'weight': 1.0, keys from above}}: a weighted sum
       'on_nan': 'stop',  # responses whose reward is NaN: 'stop' the run, or 'skip' and count them
