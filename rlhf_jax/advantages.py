@@ -282,7 +282,7 @@ def discounted_returns(
 
   Args:
     rewards: [B, R] float32.
-    mask: [B, R] bool, True at the tokens of the response; it may have holes, which take no time.
+    mask: [B, R] bool, True at the tokens of the response; it may have holes, which are skipped.
     gamma: discount per token.
 
   Returns:
@@ -390,7 +390,7 @@ def group_advantages(
 def leave_one_out_advantages(
   scores: Float[ArrayLike, ' B'], n: int, *, kept: Bool[ArrayLike, ' B'] | None = None
 ) -> Float[Array, ' B']:
-  """Computes the score of each response less the mean score of the others to the same prompt.
+  """Computes the score of each response minus the mean score of the others to the same prompt.
 
       A_i = s_i - 1 / (n - 1) * sum over j != i of s_j
 
@@ -492,10 +492,10 @@ def from_percentile(
   percentile: float | Float[ArrayLike, ''],
   kept: Bool[ArrayLike, ' B'],
 ) -> Bool[Array, ' B']:
-  """Returns which responses [B] bool have a score from a percentile of their group on.
+  """Returns which responses [B] bool have a score of at least a percentile of their group.
 
-  The lowest score of the batch is not selected, unless all are equal: if most scores of a group are
-  that one, so is its percentile.
+  The lowest score of the batch is never selected, unless all scores are equal. It is the percentile
+  of a group if most of the group have this score.
 
   Args:
     scores: [B] float32, n consecutive responses per prompt.

@@ -1,4 +1,4 @@
-"""Sweeps: what the `get_hyper(h)` of a config file is called with, to list the runs of an ablation.
+"""Sweeps: `get_hyper(h)` of a config file uses this module to list the runs of an ablation.
 
     def get_hyper(h):
       return h.product([h.sweep(':algorithm', ('ppo', 'grpo')), h.sweep('rl.kl_coef', (0.0, 0.1)),
@@ -29,7 +29,7 @@ def sweep(key: str, values: Iterable[Any]) -> Sweep:
 
 
 def product(sweeps: Sequence[Sweep]) -> Sweep:
-  """Returns a run for each combination of one run of every sweep; the last sweep varies fastest."""
+  """Returns the runs of all combinations of the sweeps; the last sweep varies fastest."""
   return [_merged(runs) for runs in itertools.product(*sweeps)]
 
 

@@ -31,7 +31,7 @@ from rlhf_jax import workdir as workdir_lib
 
 PROGRAM = (sys.executable, '-m', 'rlhf_jax.main')
 STOPPED = {128 + signal.SIGINT: 'SIGINT', 128 + signal.SIGTERM: 'SIGTERM'}
-LOCK_SECONDS = 5.0  # between two looks at the lock of a run that another process holds
+LOCK_SECONDS = 5.0  # between two checks of a lock that another process holds
 
 
 def run(text, workdir, extra=()):

@@ -50,7 +50,7 @@ _RL4LMS = {
   'optim.clip_norm': 0.5,
   'rl.epochs': 5,
   'rl.gamma': 0.99,
-  'rl.vf_coef': 1.0,  # of half the squared error; 0.5 of the squared error there
+  'rl.vf_coef': 1.0,  # times half the squared error; RL4LMs: 0.5 times the squared error
   'rl.value_clip': None,
   'rl.whiten_advantages': 'minibatch',
   'rl.whiten_unbiased': True,
@@ -77,7 +77,7 @@ PRESETS = {
   | {
     'optim.learning_rate': 1e-5,
     'rl.lam': 0.9,
-    'rl.vf_coef': 0.2,  # 0.1 of the squared error there
+    'rl.vf_coef': 0.2,  # RL4LMs: 0.1 times the squared error
     'rl.kl_coef': 0.02,
     'rl.kl_target': 2.0,
     'rl.mask_every': 100,
@@ -117,7 +117,7 @@ def validate(config, device_count):
 
 
 def masked_share(rollout, vocab):
-  """Returns the share of the vocabulary that is masked, a mean over response tokens.
+  """Returns the fraction of the vocabulary that is masked, averaged over response tokens.
 
   Args:
     rollout: Rollout; without `allowed` nothing is masked.

@@ -113,8 +113,8 @@ def total_loss(policy, outputs, experience, counts, weights, *, settings):
 def weigh_by_importance(goal, rollout, *, cap):
   """Multiplies the policy loss of each token by its truncated importance weight.
 
-  All policy losses here are proportional to the advantages, also if they are clipped, because the
-  weights are positive. So the weights multiply the advantages, after any whitening. As in verl, KL
+  All policy losses here scale with the advantages, even if they are clipped, because the weights
+  are positive. So the weights multiply the advantages, after any whitening. As in verl, KL
   penalty, entropy and value loss have no weights.
 
   Args:

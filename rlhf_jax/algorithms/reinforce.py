@@ -3,12 +3,12 @@
 Williams 1992 (https://doi.org/10.1007/BF00992696). Presets change it to REINFORCE++ and to
 REINFORCE++ with a baseline (Hu et al. 2025, https://arxiv.org/abs/2501.03262).
 
-The advantage of a token is its return less a baseline, whitened if asked. The returns are those of
-each token (the rewards from it on, with the KL penalty of each token) or of the whole response.
+The advantage of a token is its return minus a baseline; whitening is optional. The return is that
+of the token (the rewards from it on, with the KL penalty of each token) or of the whole response.
 
-Variances divide by n as in OpenRLHF; verl divides by n - 1. Where a mask has holes, such as the
-tokens of an environment between two turns, verl starts the return anew, so that earlier turns get
-none of the rewards that follow; ours passes over the holes.
+Variances divide by n as in OpenRLHF; verl divides by n - 1. If a mask has holes, such as the tokens
+of an environment between two turns, verl restarts the return at a hole, so that earlier turns get
+none of the later rewards; we skip the holes.
 
 Letters: B batch, R response length.
 """
@@ -57,8 +57,8 @@ class Settings(on_policy_config.Settings):
   normalize: str = 'constant'
 
 
-# Hu et al. 2025, version 9. The values are those of OpenRLHF's examples: 1,024 responses, learned
-# from in 8 minibatches of one pass, or at once where the baseline is the group's.
+# Hu et al. 2025, version 9. The values are those of OpenRLHF's examples: 1,024 responses, in one
+# pass of 8 minibatches, or of one minibatch if the baseline is the group's.
 PRESETS = {
   'reinforce_plus_plus': {
     'optim.learning_rate': 5e-7,
@@ -199,7 +199,7 @@ train_step = functools.partial(on_policy.train_step, objective)
 
 
 def first_extra(settings):
-  """Returns the first TrainState.extra, with a moving baseline that has seen no step."""
+  """Returns the first TrainState.extra, with a moving baseline that has no value yet."""
   return wiring.first_extra(settings) | {'baseline': jnp.float32(jnp.nan)}
 
 

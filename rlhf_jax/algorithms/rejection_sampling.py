@@ -38,8 +38,8 @@ class Settings(on_policy_config.Settings):
   """Static settings of a rejection sampling train step. The first four only change defaults.
 
   Attributes:
-    keep: which responses are kept: the 'best' to each prompt, or those from a 'percentile' of the
-      scores of their prompt on.
+    keep: which responses are kept: the 'best' to each prompt, or those with at least a 'percentile'
+      of the scores of their prompt.
     keep_count: number of responses to each prompt that 'best' keeps.
     start_percentile: first threshold, a fraction of the scores of each prompt.
     end_percentile: the threshold rises towards this fraction.

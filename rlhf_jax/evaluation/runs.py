@@ -56,7 +56,7 @@ class Run:
 
   @property
   def unit(self) -> str:
-    """What the budget counts."""
+    """Unit of the budget: 'responses' or 'examples'."""
     return 'responses' if 'sampling' in self.config else 'examples'
 
   @property

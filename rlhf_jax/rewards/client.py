@@ -11,8 +11,8 @@ response, or null for a reward that is NaN:
 
 A request without an answer is repeated, after pauses that double each time: if there is no
 connection, if the answer takes too long, and for the statuses 429 (too many requests) and 5xx (the
-server is broken or restarts). Scores are taken from one complete answer to a request; whatever came
-of the tries before it is dropped. An answer that has another form stops the run at once.
+server is broken or restarts). Scores are taken from one complete answer to a request; the results
+of earlier tries are dropped. An answer that has another form stops the run at once.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ TOO_MANY_REQUESTS = 429
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """How a server is asked.
+  """Settings of the requests to a server.
 
   Attributes:
     size: responses per request; None for all.
@@ -68,7 +68,7 @@ def packages(key):
 
 
 def validate(url, key):
-  """Raises UserError if an address is not one of HTTP, or if a package is missing."""
+  """Raises UserError if an address is not an HTTP URL, or if a package is missing."""
   httpx, _ = packages(key)
   try:
     valid = httpx.URL(url).scheme in ('http', 'https') and httpx.URL(url).host

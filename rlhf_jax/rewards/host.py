@@ -21,7 +21,7 @@ from rlhf_jax.rewards import functions
 from rlhf_jax.rewards import pool
 from rlhf_jax.rollout import actor
 
-# What is computed of examples: (prompts, responses, *, response_tokens, metadata, response_length)
+# Computes rewards of examples: (prompts, responses, *, response_tokens, metadata, response_length)
 # -> rewards [n] or [n, R], and with a pool also which of them, [n], could not be scored.
 Call = Callable[..., np.ndarray | tuple[np.ndarray, np.ndarray]]
 

@@ -60,7 +60,7 @@ def _reference(text):
   parsed = parse(text if '$' in text or '\\boxed' in text else f'${text}$')
   errors.need(
     parsed,
-    f'column {COLUMN!r} of a prompt holds {text!r}, which is no expression: write it in LaTeX',
+    f'column {COLUMN!r} of a prompt holds {text!r}, which is not an expression: write it in LaTeX',
   )
   return parsed
 

@@ -1,12 +1,12 @@
 """A pool of processes that call a reward function on the examples of a batch in parallel.
 
 A worker scores one example at a time, within a time limit. If its Python code takes longer, a
-signal stops it where it is; if that is not possible, as in code in C, the process is killed and
-replaced. The same happens if it dies.
+signal interrupts it; if that is not possible, as in code in C, the process is killed and replaced.
+A process that dies is replaced too.
 
-Workers are fresh interpreters (worker.py). They are no children of `multiprocessing`, on which
-libraries for such pools build: its workers either import the main module of the run again, and with
-it JAX, or are forked, which a process with threads such as JAX's must not be.
+Workers are fresh interpreters (worker.py). Libraries for such pools use `multiprocessing`, which is
+not possible here: its workers either import the main module of the run again, and with it JAX, or
+are forked, which a process with threads such as JAX's must not be.
 
 Letters: n examples of a batch, R response length.
 """
@@ -135,7 +135,7 @@ class Pool:
     try:
       rewards = self._map(examples, call)
     except BaseException:
-      self.close()  # the other workers are still at work on this batch
+      self.close()  # other workers still work on this batch
       raise
     failed = np.array([isinstance(reward, worker.Failure) for reward in rewards], bool)
     if failed.any():
@@ -243,7 +243,7 @@ class _Worker:
     return worker.Failure(f'a worker of {call.what} {how} {self._where(call)}. {call.remedy}')
 
   def expire(self, call):
-    """Kills the process, whose time is up, and returns a worker.Failure."""
+    """Kills the process, which exceeded its time limit, and returns a worker.Failure."""
     self.stop()
     limit = self._setup.importing if self.example is None else self._setup.scoring
     return worker.Failure(
@@ -273,7 +273,7 @@ class _Worker:
 
 
 def _due(timeout):
-  """Returns the time.monotonic() at which a worker with a time limit of now is killed."""
+  """Returns the time.monotonic() at which a worker is killed if its time limit starts now."""
   return np.inf if timeout is None else time.monotonic() + timeout + GRACE
 
 

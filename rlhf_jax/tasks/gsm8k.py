@@ -66,7 +66,7 @@ def records(path):
 
 
 def final_answer(text):
-  """Returns the number behind the first `####` of a text, a Decimal, or None if there is none."""
+  """Returns the number after the first `####` of a text, a Decimal, or None if there is none."""
   match = _ANSWER.search(text)
   try:
     return decimal.Decimal(re.sub('[$,]', '', match[1]).rstrip('.')) if match else None
