@@ -1,4 +1,4 @@
-"""What tests of whole runs share: starting, killing and comparing them."""
+"""Functions that tests of runs share: starting, killing and comparing them."""
 
 import json
 import os
@@ -12,7 +12,7 @@ CLOCKS = ('seconds/', 'tokens_per_second/', 'memory/')
 
 
 def metrics(workdir):
-  """Every line of metrics.jsonl but for what a clock says."""
+  """Returns every line of metrics.jsonl without times."""
   with open(workdir / 'metrics.jsonl', encoding='utf-8') as lines:
     records = [json.loads(line) for line in lines]
   return [
@@ -22,7 +22,7 @@ def metrics(workdir):
 
 
 def assert_same_run(found, expected):
-  """Metrics to the last bit, sampled texts, and the bytes of the exported model."""
+  """Compares metrics to the last bit, sampled texts, and the bytes of the exported model."""
   a, b = metrics(found), metrics(expected)
   assert [r['step'] for r in a] == [r['step'] for r in b]
   for x, y in zip(a, b):
@@ -57,16 +57,16 @@ def start(config, workdir, *options):
 
 
 def lines(workdir):
-  """Number of lines in metrics.jsonl."""
+  """Returns the number of lines in metrics.jsonl."""
   path = workdir / 'metrics.jsonl'
   return path.read_bytes().count(b'\n') if path.exists() else 0
 
 
 def kill_after(process, workdir, new_lines, delay, number=signal.SIGKILL):
-  """Sends a signal `delay` seconds after a run has written some lines more."""
+  """Sends a signal `delay` seconds after a run has written some more lines."""
   least = lines(workdir)
   while process.poll() is None and lines(workdir) < least + new_lines:
-    least = min(least, lines(workdir))  # Resuming drops lines first.
+    least = min(least, lines(workdir))  # resuming first drops lines
     time.sleep(0.002)
   time.sleep(delay)
   process.send_signal(number)

@@ -1,4 +1,4 @@
-"""Sweeps: which runs sweep, product and zip list, and how runs and groups are named."""
+"""Sweeps: the runs that sweep, product and zip list, and the names of runs and groups."""
 
 import pytest
 
@@ -34,7 +34,7 @@ def test_a_key_set_twice_is_refused():
     (None, 'must return a list of dicts'),
     ([], 'lists no runs'),
     ([{'seed': 1}, {'seed': 1}], 'lists the run seed=1 twice'),
-    # Names drop characters that folders may not have.
+    # Names omit characters that folder names may not contain.
     ([{'a': 'x/y'}, {'a': 'x:y'}], 'lists the run a=x_y twice'),
   ],
 )

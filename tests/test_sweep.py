@@ -88,7 +88,7 @@ def test_a_mistake_is_found_before_the_first_run(tmp_path, hyper, message):
 
 
 def test_a_failed_run_does_not_stop_the_others(tmp_path, monkeypatch, capfd):
-  """The second call repeats the failed run alone."""
+  """The second call repeats only the failed run."""
   path, log = write(tmp_path, ('bad', 'good'))
   text = path.read_text().replace("h.sweep('seed', range(2))", "h.sweep('seed', (5,))")
   path.write_text(text)
@@ -105,7 +105,7 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path, monkeypatch, capfd):
 
 
 def start(path, workdir, folder, seconds=0.0):
-  """Starts the sweep in a process group of its own."""
+  """Starts the sweep in its own process group."""
   environment = os.environ | {
     'PYTHONPATH': os.pathsep.join([str(folder), str(ROOT)]),
     'STAGE_SECONDS': str(seconds),

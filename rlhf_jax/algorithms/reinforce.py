@@ -101,7 +101,7 @@ def validate(config, device_count):
   need(
     rl.clip or rl.epochs == 1,
     f'config.rl.epochs={rl.epochs} needs config.rl.clip=True: -A log p is for responses of the '
-    'present policy; set config.rl.epochs to 1, or clip the ratio',
+    'current policy; set config.rl.epochs to 1, or clip the ratio',
   )
   need(
     rl.baseline != 'group' or rl.returns == 'sequence',

@@ -29,7 +29,7 @@ SETTINGS = a2c.Settings(
 
 
 def golden_loss(params):
-  """Our loss on RL4LMs' 12 tokens, as rows of 3 and 4 slots with masked ones between them."""
+  """Computes our loss on RL4LMs' 12 tokens, in rows of 3 and 4 tokens with masked ones between."""
   mask = np.array([[1, 1, 0, 1], [1, 1, 1, 1], [0, 1, 1, 0], [1, 0, 1, 1]], bool)
   assert mask.sum() == len(GOLDEN['a2c/actions'])
 
@@ -78,7 +78,7 @@ def test_loss_gradients_and_three_steps_are_those_of_rl4lms():
 
 @pytest.mark.parametrize('kind', ['separate', 'trunk'])
 def test_two_iterations_agree(kind):
-  """As PPO's by hand: with one minibatch PPO's ratio is 1, its gradient -A, and 2 c/2 = c."""
+  """PPO by hand gives A2C: with one minibatch the ratio is 1, its gradient -A, and 2 c/2 = c."""
   hand = references_ppo.SETTINGS | dict(
     coef=0.05,
     critic=kind,
@@ -163,7 +163,7 @@ def test_a_second_pass_is_an_error(world):
 
 
 def test_it_learns_to_use_good_words(world):
-  """With the critic on the policy's states, and two minibatches of one pass."""
+  """With the critic on the policy's hidden states, and two minibatches in one pass."""
   config = tiny.on_policy(a2c.config(), world)
   config.critic.kind, config.batch_size, config.rl.minibatches = 'trunk', 64, 4
   config.optim.learning_rate, config.rl.kl_coef = 0.01, 0.01

@@ -30,7 +30,7 @@ import tiny
 
 
 def reinforce_config(world):
-  """REINFORCE with the baseline that is part of the state."""
+  """Returns REINFORCE with the baseline that is part of the state."""
   config = tiny.on_policy(reinforce.config(), world)
   config.rl.baseline = 'moving'
   return config
@@ -60,10 +60,10 @@ KILLS = 5
 
 
 def make_config(algorithm, world):
-  """Config of a short run with a schedule and, with scores, their running moments."""
+  """Returns the config of a short run with a schedule and running moments of scores, if any."""
   config = ALGORITHMS[algorithm](world)
   config.update({'steps': STEPS, 'log_every': 1, 'checkpoint_every': SAVED, 'samples_every': 2})
-  # With 1e-8 Adam turns the rounding of a gradient into whole steps.
+  # With 1e-8 Adam amplifies the rounding of small gradients.
   config.optim.update({'schedule': 'linear', 'eps': 1e-4})
   if 'rl' in config:
     config.rl.scale_scores = True
@@ -71,7 +71,7 @@ def make_config(algorithm, world):
 
 
 def get_config(arg=None):
-  """Many small steps, for the test that kills them. Arguments: algorithm, world."""
+  """Returns many small steps, for the test that kills them. Arguments: algorithm, world."""
   arg = config_lib.parse_arg(arg, algorithm='ppo', world='')
   config = make_config(arg.algorithm, arg.world)
   config.update({'steps': 150, 'checkpoint_every': 3, 'samples_every': 10})
@@ -86,7 +86,7 @@ def test_every_algorithm_has_a_line():
 
 @pytest.fixture(scope='module')
 def lowered():
-  """The names of all programs lowered so far, whether compiled or read from the disk; it grows."""
+  """Returns the names of all programs lowered so far, compiled or cached; the list grows."""
   names = []
 
   def listen(event, seconds, **labels):
@@ -124,7 +124,7 @@ def test_one_compilation_resuming_and_eight_devices(algorithm, world, tmp_path, 
   config.mesh.update(MESH)
   loop.run(config, tmp_path / 'eight')
 
-  # What a run that was killed in the middle has left.
+  # The files of a run that was killed in the middle.
   shutil.copytree(tmp_path / 'eight', tmp_path / 'killed')
   shutil.rmtree(tmp_path / 'killed' / 'model')
   shutil.rmtree(tmp_path / 'killed' / 'checkpoints' / str(STEPS))

@@ -66,7 +66,7 @@ def test_losses_gradients_and_metrics_are_those_of_trl(name):
 
 
 def test_the_penalty_of_trl_changes_a_preference():
-  """Otherwise the case with the penalty above would show nothing about the ranking."""
+  """Otherwise the golden case with the penalty would not test the ranking."""
   scores, kept = GOLDEN['scores'], np.ones(len(GOLDEN['scores']), bool)
   penalized = scores - CASES['eos']['missing_eos_penalty'] * ~GOLDEN['ended']
   plain, other = (references.best_and_worst(x, 2, kept) for x in (scores, penalized))
@@ -74,7 +74,7 @@ def test_the_penalty_of_trl_changes_a_preference():
 
 
 def prepared(settings, logprobs, scores=None, mask=None):
-  """Experience and metrics of the golden responses."""
+  """Returns the experience and metrics of the golden responses."""
   mask = GOLDEN['mask'] if mask is None else mask
   rollout = types.Rollout(
     jnp.full(mask.shape, 9), mask, jnp.asarray(mask), jnp.where(mask, logprobs, 0.0)
@@ -98,7 +98,7 @@ def test_equal_scores_and_skipped_responses_are_in_no_pair(n):
   settings = online_dpo.Settings(**BASE | {'samples': n})
   mask, scores = np.array(GOLDEN['mask']), np.array(GOLDEN['scores'])
   scores[:4] = 0.5  # one prompt of four, or two of two, without a preference
-  scores[5], mask[5] = np.nan, False  # what experience.skip_nan leaves of a skipped response
+  scores[5], mask[5] = np.nan, False  # a response that experience.skip_nan skipped
   experience, metrics = prepared(settings, jnp.asarray(GOLDEN['ref_logprobs']), scores, mask)
   pair = np.array(references.best_and_worst(np.nan_to_num(scores), n, mask.any(1)))
   assert not pair[:4].any() and pair[5] == 0 and pair[4] == (0 if n == 2 else pair[4])
@@ -113,7 +113,7 @@ LLAMA = tiny.LLAMA | {'max_position_embeddings': P + R}
 
 
 def episode():
-  """A rollout of ragged responses with holes, its scores, and a model with its reference."""
+  """Returns a rollout of ragged responses with holes, its scores, a model and its reference."""
   rng = np.random.default_rng(0)
   lengths = np.array([3, 20, 9, 2, 20, 5, 4, 6])
   mask = np.arange(R) < lengths[:, None]
@@ -133,7 +133,7 @@ def episode():
 
 @functools.partial(jax.jit, static_argnums=2)
 def pair_loss(params, reference, model, pair, beta):
-  """DPO's loss of a pair, the better response first, from logits."""
+  """Computes DPO's loss of a pair, the better response first, from logits."""
 
   def margin(params):
     logits, _ = model.forward(params, pair.tokens, types.positions_from_mask(pair.mask), pair.mask)

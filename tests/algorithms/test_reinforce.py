@@ -21,7 +21,7 @@ BASE = dict(
 
 
 def random_batch(seed):
-  """A generator and a mask with holes, one of its rows empty."""
+  """Returns a generator and a mask with holes, one of its rows empty."""
   rng = np.random.default_rng(seed)
   mask = (np.arange(R) < rng.integers(1, R + 1, B)[:, None]) & (rng.random((B, R)) < 0.8)
   mask[:, 0] |= ~mask.any(axis=1)
@@ -30,7 +30,7 @@ def random_batch(seed):
 
 
 def loops(rewards, mask, moving, s):
-  """Advantages, baseline and the next moving average, one response at a time."""
+  """Computes advantages, baseline and next moving average, one response at a time."""
   used = [i for i in range(B) if mask[i].any()]
   if s.returns == 'token':
     returns = references.discounted_returns(rewards, mask, gamma=s.gamma)
@@ -151,7 +151,7 @@ def test_it_learns_to_use_good_words(world):
     for name in ('objective/scores', 'returns/mean', 'returns/baseline')
   )
   assert np.mean(scores[-3:]) > np.mean(scores[:2]) + 0.2, scores
-  moving = means[0]  # the first step has no earlier one
+  moving = means[0]  # there is no earlier step
   for mean, baseline in zip(means, baselines):
     assert baseline == pytest.approx(moving, abs=1e-5)
     moving = 0.9 * moving + 0.1 * mean

@@ -22,7 +22,7 @@ BASE = dict(
 
 
 def random_scores(seed, equal_groups=False):
-  """Scores of 6 groups with ties, which of them are present, and the lowest score."""
+  """Returns scores of 6 groups with ties, which of them are present, and the lowest score."""
   rng = np.random.default_rng(seed)
   scores = rng.integers(0, 4, 6 * N).astype(np.float32)
   if equal_groups:
@@ -66,7 +66,7 @@ def test_equal_scores_are_all_kept():
 
 
 def prepared(step=0, **settings):
-  """A random ragged rollout with holes, its scores, and what `prepare` and `loss` return for it."""
+  """Returns a random ragged rollout with holes, its scores, and results of `prepare` and `loss`."""
   rng = np.random.default_rng(3)
   mask = rng.random((3 * N, R)) < 0.7
   draw = lambda: np.where(mask, rng.normal(size=mask.shape), 0).astype(np.float32)

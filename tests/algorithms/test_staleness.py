@@ -1,4 +1,4 @@
-"""Rollouts sampled ahead: which policy samples them, what is saved, how they are weighted."""
+"""Rollouts sampled ahead: by which policy, what is saved, and their importance weights."""
 
 import json
 import time
@@ -27,7 +27,7 @@ from rlhf_jax.rollout import actor as actor_lib
 from rlhf_jax.rollout import sampler
 import tiny
 
-SLOW = 0.3  # seconds that a rollout is made to take
+SLOW = 0.3  # duration of a rollout in seconds
 
 
 def config_of(world, staleness, **rl):
@@ -43,7 +43,7 @@ def assert_close(a, b, **tolerance):
 
 
 def test_without_updates_it_changes_nothing(world):
-  """The same prompts and keys: at learning rate 0 the older policy is the same one."""
+  """With learning rate 0 the older policy is the same, and so are prompts and keys."""
   found = []
   for staleness in (0, 1):
     config = config_of(world, staleness)
@@ -114,7 +114,7 @@ def test_the_device_samples_while_the_host_scores():
 
 
 def test_a_fork_samples_anew(world, tmp_path):
-  """Its rewards, data and sampling may differ; the other run may not have sampled ahead at all."""
+  """Its rewards, data and sampling may differ, and the other run may not have sampled ahead."""
   config = config_of(world, 1)
   config.steps, config.checkpoint_every = 2, 2
   loop.run(config, tmp_path / 'run')
@@ -148,7 +148,7 @@ def test_a_saved_rollout_is_the_same_after_json(world):
 
 
 def random_experience(rng, shape=(4, 7)):
-  """Ragged responses with holes, their log-probabilities by three policies, and advantages."""
+  """Returns ragged responses with holes, their logprobs by three policies, and advantages."""
   mask = rng.random(shape) < 0.7
   draw = lambda scale: np.where(mask, rng.normal(size=shape) * scale - 1, 0).astype(np.float32)
   sampled, old, new = draw(0.5), draw(0.5), draw(0.5)

@@ -92,7 +92,7 @@ def test_estimates_agree_with_rliable():
 
 
 def test_bands_and_intervals_cover_the_mean():
-  """Over 300 groups of 20 normal scores, the 95 % intervals hold the true mean about that often."""
+  """For 300 groups of 20 normal scores, 95 % intervals contain the true mean about that often."""
   rng = np.random.default_rng(1)
   held = 0
   for _ in range(300):
@@ -113,7 +113,7 @@ def test_what_cannot_be_compared(tmp_path):
 
 
 class Rows(html.parser.HTMLParser):
-  """The texts of a page's table cells, row by row, and all tags that could run a script."""
+  """The texts of a page's table cells by row, and all tags that could run a script."""
 
   def __init__(self, text):
     super().__init__()

@@ -3,9 +3,9 @@
     pip install "bert-score==0.3.13" "torch==2.13.0" "transformers==5.23.0"
     python tests/golden/make_bert_score.py [--out FILE]
 
-Only whoever renews the numbers needs torch and bert-score; the test reads the .npz with NumPy.
+Only this script needs torch and bert-score; the test reads the .npz with NumPy.
 
-What is in the file:
+Contents of the file:
   versions              JSON text
   responses, references JSON texts: n texts, and n lists of one to three texts
   config.json, tokenizer.json, tokenizer_config.json    texts of the model's folder
@@ -13,7 +13,7 @@ What is in the file:
   scores [L, n, 3]      precision, recall and F1 with each number of layers; of several references,
                         the best of each of the three
 
-Conventions of bert-score 0.3.13, read off its source and checked by the numbers here:
+Conventions of bert-score 0.3.13, from its source, and checked by these numbers:
   * [CLS] and [SEP] have weight 0 in the means, but other tokens can be matched to them.
   * A padding token counts as a cosine of 0 in the maximum. Here pairs are scored one at a time, so
     there is no padding.
@@ -39,7 +39,7 @@ SPECIAL = ['[PAD]', '[UNK]', '[CLS]', '[SEP]']
 
 
 def write_model(folder):
-  """A BertForMaskedLM with large random weights, and a WordPiece tokenizer."""
+  """Writes a BertForMaskedLM with large random weights, and a WordPiece tokenizer."""
   vocabulary = {word: i for i, word in enumerate(SPECIAL + WORDS)}
   backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token='[UNK]'))
   backend.normalizer = tokenizers.normalizers.BertNormalizer()
@@ -75,7 +75,7 @@ def write_model(folder):
 
 
 def random_texts(count):
-  """Texts of up to 30 words, some of them longer than the model's context, with unknown words."""
+  """Returns texts of up to 30 words with unknown words, some longer than the model's context."""
   draw = np.random.default_rng(0)
   words = ['a', 'cats', 'Dog', 'sat', 'sitting', 'on', 'the', 'mat', 'until', 'now', '.', 'naïve']
   one = lambda: ' '.join(draw.choice(words, draw.integers(1, draw.choice([4, 10, 30]))))

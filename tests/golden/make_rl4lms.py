@@ -24,14 +24,14 @@ MASKABLE = 'rl4lms.algorithms.common.maskable'
 
 
 def stub(name, **attributes):
-  """Puts a module of some names into sys.modules."""
+  """Puts a module with some names into sys.modules."""
   module = sys.modules.setdefault(name, types.ModuleType(name))
   for key, value in attributes.items():
     setattr(module, key, value)
 
 
 def load(checkout, name):
-  """Imports a file of the checkout without the packages around it."""
+  """Imports a file of the checkout without its packages."""
   path = checkout / (name.replace('.', '/') + '.py')
   spec = importlib.util.spec_from_file_location(name, path)
   module = sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -40,7 +40,7 @@ def load(checkout, name):
 
 
 def masks(processors, rng):
-  """The allowed tokens of both classes: {class/top/kept: bool [ROWS, VOCAB]}, and the logits."""
+  """Returns the allowed tokens of both classes, {class/top/kept: [ROWS, VOCAB]}, and logits."""
   scale = np.array([0.1, 1, 2, 3, 5, 30])[:, None]
   logits = (scale * rng.normal(size=(ROWS, VOCAB))).astype(np.float32)
   model = lambda **inputs: types.SimpleNamespace(logits=torch.tensor(logits)[:, None])
@@ -61,7 +61,7 @@ def masks(processors, rng):
 
 
 def masked_logprobs(distributions, logits, mask):
-  """Log-probability of the first allowed token of each row, raw and masked, and masked entropy."""
+  """Returns log p of each row's first allowed token, raw and masked, and the masked entropy."""
   tokens = torch.tensor(mask).int().argmax(dim=1)
   distribution = distributions.MaskableCategoricalDistribution(VOCAB)
   distribution.proba_distribution(action_logits=torch.tensor(logits))
@@ -76,7 +76,7 @@ def masked_logprobs(distributions, logits, mask):
 
 
 def controller(module):
-  """The coefficients of the demo at the end of kl_controllers.py."""
+  """Returns the coefficients of the demo at the end of kl_controllers.py."""
   control = module.KLController(kl_coeff=0.1, target_kl=0.1)
   coefs = []
   for kl in (-0.2, 0.3, 0.4):
@@ -86,7 +86,7 @@ def controller(module):
 
 
 def a2c(rng):
-  """Three steps of A2C.train with its defaults on log-probabilities and values as parameters."""
+  """Runs three steps of A2C.train with its defaults on logprobs and values as parameters."""
   draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
   logits, values = draw(12, 7), 3 * draw(12)
   actions, advantages, returns = rng.integers(0, 7, 12), draw(12), draw(12)
@@ -115,7 +115,7 @@ def a2c(rng):
         'a2c/logits_gradient': parameters[0].grad.numpy().copy(),
         'a2c/values_gradient': parameters[1].grad.numpy().copy(),
       }
-    for parameter in parameters:  # each by itself, as ours; RL4LMs clips their joint norm
+    for parameter in parameters:  # separately, as we do; RL4LMs clips their joint norm
       torch.nn.utils.clip_grad_norm_([parameter], 0.5)
     optimizer.step()
   found['a2c/new_logits'] = parameters[0].detach().numpy()

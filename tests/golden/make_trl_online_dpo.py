@@ -3,13 +3,13 @@
     pip install "trl==1.12.0" "torch==2.13.0" "transformers==5.23.0" accelerate datasets
     python tests/golden/make_trl_online_dpo.py [--out FILE]
 
-Only whoever renews the numbers needs torch and TRL; the test reads the .npz with NumPy. TRL's
-`train()` runs as it is. A subclass returns fixed responses from `_generate`, records the
+Only this script needs torch and TRL; the test reads the .npz with NumPy. TRL's `train()` runs
+unchanged. A subclass returns fixed responses from `_generate`, records the
 log-probabilities that `_forward` returns, and differentiates the loss by those of the policy.
 
 Letters: G prompts, B = 2 G responses, R response length, S optimizer steps.
 
-What is in the file. All cases share models, prompts and responses; C is a case's name.
+Contents of the file. All cases share models, prompts and responses; C is a case's name.
   versions        JSON text
   settings        JSON text {C: hyperparameters}, in TRL's names
   mask [B, R]     bool; it has holes
@@ -19,10 +19,10 @@ What is in the file. All cases share models, prompts and responses; C is a case'
   C/logprobs, C/gradients [S, B, R]    of the policy, and d loss / d logprobs
   C/loss, C/METRIC [S]    the loss and what TRL logs as METRIC
 
-The two responses to a prompt are neighbours here, as in our batches. TRL has all first responses
+The two responses to a prompt are adjacent here, as in our batches. TRL has all first responses
 before all second ones; this script reorders.
 
-Conventions of TRL 1.12, read off its source and checked by the numbers here:
+Conventions of TRL 1.12, from its source, and checked by these numbers:
   * The response with the higher score is chosen; of two equal scores, the first.
   * Log-probabilities are those at temperature 1, whatever the sampler's temperature is, summed over
     the completion mask. The loss is the mean over pairs. IPO takes sums too, where the paper and
@@ -78,13 +78,13 @@ LOGGED = (
   'logps/rejected',
   'val/contain_eos_token',
 )
-# From our order of the responses (neighbours) to TRL's (all first, then all second), and back.
+# From our order of the responses (adjacent) to TRL's (all first, then all second), and back.
 TO_TRL = np.arange(B).reshape(PROMPTS, 2).T.ravel()
 FROM_TRL = np.argsort(TO_TRL)
 
 
 def make_data():
-  """Prompts, responses [B, R], masks [B, R] and scores [B], in our order."""
+  """Returns prompts, responses [B, R], masks [B, R] and scores [B], in our order."""
   rng = np.random.default_rng(3)
   prompts = [[BOS, *rng.integers(3, VOCAB, n).tolist()] for n in (1, 4, 2, 3, 5, 2)]
   lengths = rng.integers(2, R, B)
@@ -101,7 +101,7 @@ def make_data():
 
 
 class Recording(online_dpo.OnlineDPOTrainer):
-  """The trainer with fixed responses, and a record of what goes into its loss and comes out."""
+  """The trainer with fixed responses; records the inputs and results of its loss."""
 
   def __init__(self, *args, **kwargs):
     super().__init__(*args, **kwargs)
@@ -152,7 +152,7 @@ def make_tokenizer():
 
 
 def make_model(seed, noise=0.0):
-  """A random Llama; with noise, the same one moved a little."""
+  """Returns a random Llama; `noise` changes it a little."""
   torch.manual_seed(0)
   model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**MODEL))
   torch.manual_seed(seed)

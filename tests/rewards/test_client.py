@@ -1,4 +1,4 @@
-"""Rewards over HTTP from real servers on this machine: slow, broken, restarted, and confused."""
+"""Rewards over HTTP from real servers on this machine: slow, broken, restarted, and wrong."""
 
 import http.server
 import json
@@ -28,7 +28,7 @@ class Scripted(http.server.ThreadingHTTPServer):
   """A server that gives some answers first, each (status, body) or seconds, and then scores.
 
   A score is the length of the response plus 10 times the number in the metadata. `requests` are the
-  bodies that it got.
+  bodies that it received.
   """
 
   def __init__(self, *first):
@@ -66,7 +66,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def score(url, *, limit=functions.Limit(), **settings):
-  """The scores of five responses, as in a run."""
+  """Computes the scores of five responses, as in a run."""
   settings = {'first_pause': 0.01, 'timeout': 0.4} | settings
   return functions.call(
     client.reward(url, client.Settings(**settings)),
@@ -93,7 +93,7 @@ def test_requests_hold_the_batch_in_order(size, requests):
 
 
 def test_a_request_without_an_answer_is_repeated_and_no_example_is_scored_twice(caplog):
-  """Late, broken, busy, gone and cut off; the answer that comes too late is never used."""
+  """Late, broken, busy, absent or truncated answers; the late answer is never used."""
   first = [1.0, (500, 'oh'), (429, ''), 'closes', (299, '{"scores": [1, '), (503, '<html>')]
   with Scripted(*first) as site:
     assert score(site.url, size=3).tolist() == EXPECTED
@@ -220,7 +220,7 @@ def test_the_reference_server_scores_survives_errors_and_is_awaited_while_it_res
 
 @pytest.mark.slow
 def test_a_reward_model_behind_the_server_gives_its_scores(world):
-  """Against the reward model itself, through the application without a socket."""
+  """Compares with the reward model itself; the application runs without a socket."""
   testclient = pytest.importorskip('fastapi.testclient')
   from rlhf_jax.evaluation import reward_models
 

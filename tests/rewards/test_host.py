@@ -1,4 +1,4 @@
-"""Runs with rewards from worker processes: what fails costs no finished step."""
+"""Runs with rewards from worker processes: a failure costs no finished step."""
 
 import math
 import sys
@@ -44,7 +44,7 @@ def config(world, function, **reward):
 
 @pytest.fixture
 def calls(tmp_path, monkeypatch):
-  """The folder of the functions above, whose module can be imported."""
+  """Returns the folder of the functions above, whose module can be imported."""
   (tmp_path / 'mine_for_test_host.py').write_text(SOURCE)
   (tmp_path / 'calls').mkdir()
   monkeypatch.setenv('FOLDER_FOR_TEST_HOST', str(tmp_path / 'calls'))
@@ -60,7 +60,7 @@ def records(workdir):
 def test_a_failing_reward_loses_no_step_and_the_run_resumes_as_if_it_had_not(
   world, calls, tmp_path
 ):
-  """The third batch fails before any checkpoint is due; the whole run is the same without it."""
+  """The third batch fails before any checkpoint; the run then equals one without a failure."""
   run = config(world, 'mine_for_test_host:fails_in_the_third_batch')
   (calls / 'broken').touch()
   with pytest.raises(errors.UserError, match='raised ValueError: no reward.* example 0, prompt'):

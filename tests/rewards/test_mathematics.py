@@ -1,4 +1,4 @@
-"""Answers in mathematics: what is equal, and answers that take forever in worker processes."""
+"""Answers in mathematics: equality, and answers that never finish in worker processes."""
 
 import pytest
 
@@ -56,7 +56,7 @@ def test_it_needs_workers():
 
 
 def test_workers_survive_answers_that_take_forever():
-  """A power of 370 million digits, which no signal stops, and an expansion, which one does."""
+  """A power of 370 million digits, which no signal interrupts, and an expansion, which one does."""
   responses = ['$9^{9^{9}}$', 'The answer is 72.', '$(x+1)^{100000}$', '\\boxed{72}']
   workers = pool.Pool(
     'rlhf_jax.rewards.mathematics:correct',

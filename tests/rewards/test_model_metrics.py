@@ -44,7 +44,7 @@ GPT2 = {
 
 @pytest.fixture(scope='module')
 def bert(tmp_path_factory):
-  """The folder of the golden BERT."""
+  """Returns the folder of the golden BERT."""
   folder = tmp_path_factory.mktemp('bert')
   for name in ('config.json', 'tokenizer.json', 'tokenizer_config.json'):
     (folder / name).write_text(str(GOLDEN[name]))
@@ -56,7 +56,7 @@ def bert(tmp_path_factory):
 
 
 def score(name, prompts, responses, references=None, **arguments):
-  """The scores of a metric in a run on a mesh of all devices."""
+  """Computes the scores of a metric in a run on a mesh of all devices."""
   function = functions.load_reward(f'rlhf_jax.rewards.model_metrics:{name}', arguments=arguments)
   with jax.set_mesh(sharding.make_mesh({'data': -1})):
     return functions.call(
@@ -85,7 +85,7 @@ def test_an_empty_text_scores_0(bert):
 
 
 def loop(states, other_states):
-  """Precision, recall and F1 of states [I, D] and [J, D]."""
+  """Computes precision, recall and F1 of states [I, D] and [J, D]."""
   cosine = lambda x, y: float(x @ y / np.linalg.norm(x) / np.linalg.norm(y))
   best = lambda xs, ys: np.mean([max(cosine(x, y) for y in ys) for x in xs[1:-1]])
   p, r = best(states, other_states), best(other_states, states)
@@ -93,7 +93,7 @@ def loop(states, other_states):
 
 
 def test_greedy_match_by_a_loop():
-  """Garbage in padded positions counts nowhere."""
+  """Garbage in padded positions has no effect."""
   draw = np.random.default_rng(0)
   lengths, others = [3, 5, 7, 4], [6, 3, 4, 6]
   states, other_states = draw.normal(size=(4, 7, 3)), draw.normal(size=(4, 6, 3))
@@ -132,7 +132,7 @@ def test_bert_score_of_a_classifier_by_a_loop(tmp_path):
 
 
 def logprob(model, params, prompt, response):
-  """log p(response and EOS | prompt) from one forward pass, and the number of tokens."""
+  """Computes log p(response and EOS | prompt) in one forward pass, and the number of tokens."""
   start = [tiny.BOS, *(4 + int(word[1:]) for word in prompt.split())]
   end = [*(4 + int(word[1:]) for word in response.split()), tiny.EOS]
   count = len(start + end)
@@ -146,7 +146,7 @@ def logprob(model, params, prompt, response):
 
 @functools.partial(jax.jit, static_argnames='model')
 def _logits(model, params, row):
-  """Of a row without padding on the left; causal, so padding on the right has no effect."""
+  """Computes logits of an unpadded row; the model is causal, so right padding has no effect."""
   place = np.arange(row.shape[1], dtype=np.int32)[None]
   return model.unembed(params, model.forward(params, row, place, np.ones_like(place))[0])
 

@@ -1,4 +1,4 @@
-"""A pool of worker processes: the same rewards as in one process, and every way to fail."""
+"""A pool of worker processes: the same rewards as in one process, and all kinds of failures."""
 
 import os
 import pathlib
@@ -68,7 +68,7 @@ def forever(prompts, responses):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  """A folder with a user's module, which workers import."""
+  """Returns a folder with a user's module, which workers import."""
   folder = tmp_path_factory.mktemp('pool')
   (folder / 'mine_for_pool.py').write_text(SOURCE)
   (folder / 'broken_for_pool.py').write_text('def f(prompts, responses):\n  return [1.0]\n1 / 0\n')
@@ -103,7 +103,7 @@ def test_rewards_come_in_order_and_from_all_workers(folder):
 def test_workers_have_no_jax_and_work_at_the_same_time(folder):
   workers = pool.Pool('mine_for_pool:process', 2)
   ids = set()
-  for _ in range(100):  # one may import longer than the other needs for all of them
+  for _ in range(100):  # one worker may score all while the other still imports
     ids |= set(score(workers, ['a'] * 4)[0].tolist())
     if len(ids) == 2:
       break

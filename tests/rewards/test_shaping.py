@@ -1,4 +1,4 @@
-"""Shaping by a potential: the formula, its telescoping sum, and beside a score of the response."""
+"""Potential-based shaping: the formula, its telescoping sum, and with a score per response."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ PROMPTS, RESPONSES = list('abcd'), list('wxyz')
 
 
 def rising(prompts, responses, *, response_tokens, metadata):
-  """The record's number, plus the largest token so far."""
+  """Returns the record's number plus the largest token so far."""
   return [
     [entry['number'] + max([0, *tokens[:t]]) for t in range(len(tokens))]
     for tokens, entry in zip(response_tokens, metadata)
@@ -25,7 +25,7 @@ def too_many(prompts, responses, *, response_tokens):
 
 
 def shaped(**arguments):
-  """The rewards [4, 5] of the examples above, whose records have the numbers 1 to 4."""
+  """Computes the rewards [4, 5] of the examples above, whose records have the numbers 1 to 4."""
   return functions.call(
     functions.load_reward(NAME, arguments=arguments),
     PROMPTS,
@@ -45,7 +45,7 @@ def test_by_hand():
 
 @pytest.mark.parametrize('discount', [1.0, 0.9])
 def test_discounted_rewards_sum_to_the_potential_of_the_prompt(discount):
-  """So no response is better than another: sum_t gamma^t F_t = -Phi(s_0)."""
+  """No response is better than another: sum_t gamma^t F_t = -Phi(s_0)."""
   draw = np.random.default_rng(0)
   for length in range(1, 8):
     potentials = draw.normal(size=length).tolist()

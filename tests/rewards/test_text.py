@@ -32,7 +32,7 @@ WITH_REFERENCES = (
 
 
 def score(name, responses, references=None, **arguments):
-  """The scores of a metric as a run computes them; `references` are in the column 'answer'."""
+  """Computes the scores of a metric as a run does; `references` are in the column 'answer'."""
   if references is not None:
     arguments['column'] = 'answer'
   function = functions.load_reward(f'rlhf_jax.rewards.text:{name}', arguments=arguments)
@@ -48,7 +48,7 @@ def score(name, responses, references=None, **arguments):
 
 
 def random_texts(seed, count=30, words=WORDS, empty=True):
-  """Random responses and one to three references each, some of them empty."""
+  """Returns random responses with one to three references each, some of them empty."""
   draw = np.random.default_rng(seed)
   low = 0 if empty else 1
   one = lambda: ' '.join(draw.choice(words, draw.integers(low, 12)))
@@ -130,7 +130,7 @@ def ngrams(words, n):
 
 
 def test_corpus_bleu_by_a_loop():
-  """Papineni et al. 2002: clipped counts, and the reference length that is closest."""
+  """Papineni et al. 2002: clipped counts, and the closest length of a reference."""
   responses, groups = random_texts(7, words=['a', 'b'])
   matches, totals, length, closest = np.zeros(4), np.zeros(4), 0, 0
   for response, group in zip(responses, groups):

@@ -1,4 +1,4 @@
-"""GSM8K: its checker on answers read by hand, and its stages on two problems of our own."""
+"""GSM8K: its checker on hand-labelled answers, and its stages on two made-up problems."""
 
 import json
 
@@ -59,7 +59,7 @@ def test_the_checker_is_a_reward_function():
 
 @pytest.fixture
 def data(tmp_path):
-  """A folder with our problems in the files of GSM8K."""
+  """Returns a folder with our problems in the files of GSM8K."""
   (tmp_path / 'problems').mkdir()
   for split in ('train', 'test'):
     sources.write(tmp_path / 'problems' / f'{split}.jsonl', OURS * 8)
