@@ -1,4 +1,4 @@
-"""Builds the policy, reference and critic of an on-policy run, as arrays or (traced) as shapes."""
+"""Builds the policy, reference and critic of an on-policy run: arrays, or shapes if traced."""
 
 import dataclasses
 from typing import NamedTuple

@@ -362,7 +362,7 @@ def call(
 
 
 def describe(function):
-  """Returns what messages call a reward function."""
+  """Returns the name of a reward function for messages."""
   return f'the reward function {getattr(function, "__name__", repr(function))}'
 
 

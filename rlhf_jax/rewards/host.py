@@ -155,7 +155,7 @@ def pool_scorer(
   *,
   failing: bool,
 ) -> Callable[..., types.Scores]:
-  """Creates the scorer of a pool, of which each process has its own, for its part of the batch.
+  """Creates the scorer of a worker pool. Each process has its own pool, for its part of the batch.
 
   Args:
     workers: Pool.

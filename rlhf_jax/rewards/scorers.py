@@ -54,7 +54,7 @@ def config():
       'error_score': 0.0,  # score of such an example if on_error='score'
       'request_size': placeholder(int),  # responses per request to the server; None: all
       'request_timeout': client.TIMEOUT,  # seconds that a request may take
-      'attempts': client.ATTEMPTS,  # tries of a request if the server is busy, fails or is absent
+      'attempts': client.ATTEMPTS,  # tries of a request if the server is busy, fails or is down
       'max_length': placeholder(int),  # most tokens in a model's own tokenizer; None: its context
       'ensemble': 'mean',  # 'mean', 'min' (worst case), or 'variance': mean - coef * variance
       'ensemble_coef': 1.0,  # coef of 'variance'
