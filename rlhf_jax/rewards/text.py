@@ -147,7 +147,7 @@ def repetition(prompts, responses, *, n=3):
 
 
 def distinct(prompts, responses, *, n=2):
-  """Distinct n-grams of words of the response / its n-grams; see text_statistics.distinct."""
+  """Fraction of n-grams of the response that are distinct; see text_statistics.distinct."""
   del prompts
   _check_n(n)
   return [text_statistics.distinct([response], n) for response in responses]
