@@ -140,7 +140,7 @@ def test_metrics_and_keys_in_the_texts_exist():
   """Names in backticks are metrics, keys of a config, or evaluators."""
   keys = {'loss', 'prompts', 'win_rate', 'text', 'low', 'high', 'member_0', 'failed'}
   keys.add('evals.NAME.metrics')
-  for algorithm in ('ppo', 'grpo', 'sft', 'reward_model'):
+  for algorithm in build.names():
     config = build.load(algorithm).config().to_dict()
     blocks = {name: block for name, block in config.items() if isinstance(block, dict)}
     keys |= config.keys() | {key for block in blocks.values() for key in block}
