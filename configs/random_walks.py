@@ -36,6 +36,14 @@ SETTINGS = {
     'rl.lam': 0.95,
     'optim.learning_rate': 1e-4,
   },
+  'nlpo': {
+    'rl.minibatches': 2,
+    'rl.vf_coef': 1.2,
+    'rl.mask_min_tokens': 2,
+    'rl.mask_every': 5,
+    'critic.kind': 'trunk',
+    'optim.b2': 0.95,
+  },
   'grpo': {'rl.minibatches': 2, 'rl.normalize': 'token', 'sampling.samples': 7, 'optim.b2': 0.95},
   'reinforce': {
     'rl.minibatches': 2,

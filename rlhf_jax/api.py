@@ -52,6 +52,7 @@ from rlhf_jax.rewards import scorers
 DATA = {
   'ppo': ('prompts',),
   'a2c': ('prompts',),
+  'nlpo': ('prompts',),
   'grpo': ('prompts',),
   'reinforce': ('prompts',),
   'sft': ('samples', 'texts'),

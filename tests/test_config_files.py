@@ -159,6 +159,7 @@ def written(config, folder):
     ('ppo', None),
     ('grpo', None),
     ('a2c', None),
+    ('nlpo', None),
     ('hh_reward', 'data=x'),
     ('reward_model', None),
     ('random_walks', None),

@@ -25,6 +25,7 @@ from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax import update
 from rlhf_jax.algorithms import grpo as grpo_lib
+from rlhf_jax.algorithms import nlpo as nlpo_lib
 from rlhf_jax.algorithms import ppo as ppo_lib
 from rlhf_jax.algorithms import rejection_sampling as rejection_sampling_lib
 from rlhf_jax.algorithms import reward_model as reward_model_lib
@@ -166,6 +167,14 @@ def rejection_sampling(world):
   """Returns a config of rejection sampling with the reward function above, 4 responses each."""
   config = on_policy(rejection_sampling_lib.config(), world)
   config.sampling.samples, config.rl.keep_count = 4, 2
+  return config
+
+
+def nlpo(world):
+  """NLPO against the reward function above, with masks of half of the words or more."""
+  config = on_policy(nlpo_lib.config(), world)
+  config.rl.update({'epochs': 2, 'minibatches': 2})
+  config.rl.update({'mask_top_p': 0.6, 'mask_min_tokens': 4, 'mask_every': 2})
   return config
 
 

@@ -128,6 +128,12 @@ TABLE = (
     ('best',),
     'a fixed number of responses is kept',
   ),
+  (
+    'rl.mask_min_tokens rl.mask_every rl.mask_update',
+    'rl.mask_top_p',
+    (1.0,),
+    'all tokens are allowed',
+  ),
   ('rl.value_clip critic.learning_rate', 'rl.vf_coef', (0,), 'the critic is not trained'),
   (
     'rl.whiten_unbiased',

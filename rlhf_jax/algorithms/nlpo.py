@@ -10,6 +10,8 @@ Differences from RL4LMs (https://github.com/allenai/RL4LMs, commit 97df0bd):
 - Its sampler keeps the masking model that it was created with, so its copies have no effect: the
   masking policy there is always the initial policy. Ours is refreshed, as in algorithm 1 of the
   paper, after the update. `mask_every` above `steps` gives RL4LMs' behaviour.
+- Its update has the log-probabilities over all tokens: its MaskableCategorical does not divide by
+  the probability of the allowed ones. `mask_update` = False does the same.
 - Evaluators and the exported model sample without masks.
 - Its `MaskLogitsProcessorSeq2SeqLM` keeps one token more than `mask_min_tokens`.
 
@@ -38,13 +40,17 @@ class Settings(ppo.Settings):
       all tokens.
     mask_min_tokens: number of the most likely tokens that are always allowed.
     mask_every: iterations after which the policy is copied to the masking policy.
+    mask_update: whether the update computes log-probabilities over the allowed tokens, as the paper
+      has it, instead of over all (RL4LMs).
   """
 
   mask_top_p: float = 0.9
   mask_min_tokens: int = 100
   mask_every: int = 20
+  mask_update: bool = True
 
 
+# The settings in the files of RL4LMs; see the differences above.
 _RL4LMS = {
   'optim.weight_decay': 1e-6,
   'optim.clip_norm': 0.5,
@@ -55,6 +61,7 @@ _RL4LMS = {
   'rl.whiten_advantages': 'minibatch',
   'rl.whiten_unbiased': True,
   'rl.kl_controller': 'adaptive_per_token',
+  'rl.mask_update': False,
 }
 # scripts/training/task_configs of RL4LMs. An iteration there is 1,280 tokens in minibatches of 64.
 PRESETS = {
@@ -135,7 +142,7 @@ def train_step(state, frozen, rollout, scores, ptx, *, models, optimizers, setti
     ppo.objective,
     state,
     frozen,
-    rollout,
+    rollout if settings.mask_update else rollout.replace(allowed=None),
     scores,
     ptx,
     models=models,

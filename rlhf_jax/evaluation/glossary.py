@@ -219,6 +219,16 @@ POLICY = (
     '`rl.entropy_coef`.',
   ),
   Metric(
+    'policy/masked_share',
+    'NLPO: the share of the vocabulary that could not be sampled, a mean over tokens. The masking '
+    'policy masks most of it; `sampling.top_k`, `sampling.top_p` and `sampling.min_new_tokens` the '
+    'rest.',
+    r'1 - \mathbb{E}_t\left[\lvert \mathcal{A}_t \rvert\right] / V',
+    'fraction',
+    'Near 0 the run is PPO: lower `rl.mask_top_p` or `rl.mask_min_tokens`. If it rises towards 1 '
+    'while `policy/entropy_per_token` falls to 0, raise `rl.mask_min_tokens`.',
+  ),
+  Metric(
     'policy/sampler_gap',
     'The mean absolute difference between the log-probabilities that the sampler recorded and '
     'those of the training pass, over the same tokens.',

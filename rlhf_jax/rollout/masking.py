@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
+from rlhf_jax import sharding
 from rlhf_jax.models import base
 from rlhf_jax.rollout import cache as cache_lib
 from rlhf_jax.rollout import sampling
@@ -103,8 +104,10 @@ class MaskedModel:
   def unembed(self, params, hidden):
     """Computes logits [B, V] of the policy, -inf for tokens that are not allowed."""
     policy_hidden, masking_hidden = hidden
+    # Not sharded over 'tensor', for the reason given in `Scheduler.sample_token` of `engine`.
+    masking_logits = sharding.split_rows(self.model.unembed(params['masking'], masking_hidden))
     allowed = allowed_tokens(
-      self.model.unembed(params['masking'], masking_hidden),
+      masking_logits,
       top_p=self.top_p,
       min_tokens=self.min_tokens,
       always=self.always,

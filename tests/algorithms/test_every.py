@@ -22,7 +22,6 @@ from rlhf_jax import loop
 from rlhf_jax import sharding
 from rlhf_jax.algorithms import a2c
 from rlhf_jax.algorithms import build
-from rlhf_jax.algorithms import nlpo
 from rlhf_jax.algorithms import online_dpo
 from rlhf_jax.algorithms import reinforce
 import runs
@@ -46,7 +45,7 @@ def sampled_ahead(config):
 ALGORITHMS = {
   'a2c': lambda world: tiny.on_policy(a2c.config(), world),
   'grpo': lambda world: sampled_ahead(tiny.grpo(world)),
-  'nlpo': lambda world: tiny.on_policy(nlpo.config(), world),
+  'nlpo': tiny.nlpo,
   'online_dpo': lambda world: tiny.on_policy(online_dpo.config(), world),
   'ppo': tiny.ppo,
   'reinforce': reinforce_config,

@@ -21,6 +21,7 @@ from rlhf_jax import evaluate
 from rlhf_jax import models
 from rlhf_jax.algorithms import a2c
 from rlhf_jax.algorithms import grpo
+from rlhf_jax.algorithms import nlpo
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.algorithms import sft
@@ -35,7 +36,7 @@ PAGES = [
   *sorted(path for path in (ROOT / 'docs').rglob('*.md') if '_build' not in path.parts),
 ]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-ALGORITHMS = (sft, reward_model, ppo, grpo, a2c)
+ALGORITHMS = (sft, reward_model, ppo, grpo, a2c, nlpo)
 # Commands of other programs, which a page may name.
 OTHERS = ('git', 'pip', 'hf', 'cp', 'make', 'sbatch', 'kubectl')
 PROGRAMS = {

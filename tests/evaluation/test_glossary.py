@@ -84,6 +84,7 @@ def variants(world):
     'grpo': groups,
     'grpo, no reference': free,
     'reinforce': tiny.on_policy(reinforce.config(), world),
+    'nlpo': tiny.nlpo(world),
   }
 
 
