@@ -28,6 +28,7 @@ import pytest
 # Modules of functions of arrays, whose arguments and results are checked against annotations.
 CHECKED = (
   'advantages',
+  'evaluation.fits',
   'experience',
   'forward',
   'intervals',

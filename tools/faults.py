@@ -284,6 +284,28 @@ FAULTS = (
     "head['kernel'][:, 0]",
     _tests('models/test_heads', 'test_several_heads_by_hand'),
   ),
+  # Over-optimization.
+  Fault(
+    'the curve of reinforcement learning is that of best-of-n',
+    'rlhf_jax/evaluation/fits.py',
+    "np.log(safe) if form == 'rl' else d",
+    'd',
+    _tests('evaluation/test_fits', 'test_two_points_by_hand'),
+  ),
+  Fault(
+    'scores are not relative to the initial policy',
+    'rlhf_jax/evaluation/overoptimization.py',
+    'point[key] - start[key]',
+    'point[key]',
+    _tests('evaluation/test_overoptimization', 'test_scores_are_relative_and_shifts_by_hand'),
+  ),
+  Fault(
+    'gold models read an EOS in responses that were cut off',
+    'rlhf_jax/evaluation/overoptimization.py',
+    '[length < limit for length in lengths]',
+    '[True for length in lengths]',
+    _tests('evaluation/test_overoptimization', 'test_a_run_is_read_back'),
+  ),
   Fault(
     'a list of completions loses its margin',
     'rlhf_jax/data/shapes.py',

@@ -12,15 +12,15 @@ forms to the proxy score, for which beta is smaller.
 Letters: n points.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import math
 
-from jaxtyping import ArrayLike, Float
+from jaxtyping import Float
 import numpy as np
 from scipy import linalg
 
 from rlhf_jax import errors
+from rlhf_jax import intervals
 
 FORMS = 'best_of_n', 'rl'
 
@@ -47,7 +47,7 @@ class Fit:
   r2: float
   points: int
 
-  def __call__(self, distances: ArrayLike) -> Float[np.ndarray, ' n']:
+  def __call__(self, distances: intervals.Values) -> Float[np.ndarray, ' n']:
     """Returns R(d) for distances [n]."""
     return _terms(self.form, distances) @ np.array([self.alpha, self.beta])
 
@@ -71,7 +71,7 @@ class Fit:
     return self.beta * (self.peak if self.form == 'rl' else self.peak**2)
 
 
-def fit(form: str, distances: Sequence[float], scores: Sequence[float]) -> Fit:
+def fit(form: str, distances: intervals.Values, scores: intervals.Values) -> Fit:
   """Fits a curve to points.
 
   Args:
