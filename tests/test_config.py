@@ -497,8 +497,8 @@ BAD_ON_POLICY = [
   ),
   (
     {'reward.function': None},
-    'set exactly one of config.reward.model, config.reward.models, config.reward.function and '
-    'config.reward.parts (now none)',
+    'set exactly one of config.reward.model, config.reward.models, config.reward.function, '
+    'config.reward.url and config.reward.parts (now none)',
   ),
   ({'reward.model': 'x'}, 'config.reward.parts (now model, function)'),
   ({'reward.models': ('x', 'y')}, 'config.reward.parts (now models, function)'),
@@ -525,8 +525,8 @@ BAD_ON_POLICY = [
   (PARTS | {'reward.parts': {'a': 'x'}}, "config.reward.parts.a='x' must be a dict, such as"),
   (
     PARTS | {'reward.parts': {'a': {'weight': 1.0}}},
-    'set exactly one of config.reward.parts.a.model, config.reward.parts.a.models and '
-    'config.reward.parts.a.function (now none)',
+    'set exactly one of config.reward.parts.a.model, config.reward.parts.a.models, '
+    'config.reward.parts.a.function and config.reward.parts.a.url (now none)',
   ),
   (
     PARTS | {'reward.parts': {'a': {'modle': 'x'}}},
