@@ -220,14 +220,19 @@ def save_if_batch_fails(checkpoints, step, state, iterators, log):
   if jax.process_count() > 1:
     yield
     return
-  positions = {name: copy.deepcopy(it.get_state()) for name, it in iterators.items()}
+  # The actor itself keeps the rollout that it sampled ahead, whose state is expensive to copy.
+  positions = {
+    name: copy.deepcopy(it.get_state())
+    for name, it in iterators.items()
+    if name != learner_lib.SAMPLED_AHEAD
+  }
   try:
     yield
   except errors.UserError:
     if step > (checkpoints.latest_step() or 0):
       log.flush()
-      for name, it in iterators.items():
-        it.set_state(positions[name])
+      for name, position in positions.items():
+        iterators[name].set_state(position)
       checkpoints.save(step, state, iterators)
     raise
 

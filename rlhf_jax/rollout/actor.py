@@ -86,7 +86,7 @@ class Actor:
     """
     if timed:
       jax.block_until_ready(params)  # Otherwise the time includes the previous update.
-    started = time.perf_counter()
+    started, before = time.perf_counter(), self._ahead
     rollout, index = self._ahead or self._start_sampling(params, key)
     examples = self._as_prompted([self.examples[i] for i in index])
     examples = [example for example in examples for _ in range(self._samples)]
@@ -97,7 +97,11 @@ class Actor:
     # Last of what the device does before the scoring, which need not wait for it.
     self._ahead = None if next_key is None else self._start_sampling(params, next_key)
     sampled = time.perf_counter()
-    scores = types.Scores.of(self._score(scored_rollout, examples))
+    try:
+      scores = types.Scores.of(self._score(scored_rollout, examples))
+    except BaseException:
+      self._ahead = before  # for a checkpoint of the finished steps
+      raise
     self._last_batch = examples, scored_rollout, scores
     if not timed:
       return rollout, scores.total, {}

@@ -57,11 +57,13 @@ def records(workdir):
   return [record for record in metrics_lib.read(workdir) if 'objective/scores' in record]
 
 
+@pytest.mark.parametrize('staleness', [0, 1])
 def test_a_failing_reward_loses_no_step_and_the_run_resumes_as_if_it_had_not(
-  world, calls, tmp_path
+  staleness, world, calls, tmp_path
 ):
   """The third batch fails before any checkpoint; the run then equals one without a failure."""
   run = config(world, 'mine_for_test_host:fails_in_the_third_batch')
+  run.sampling.staleness = staleness
   (calls / 'broken').touch()
   with pytest.raises(errors.UserError, match='raised ValueError: no reward.* example 0, prompt'):
     loop.run(run, tmp_path / 'a')
