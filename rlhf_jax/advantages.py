@@ -420,7 +420,7 @@ def leave_one_out_advantages(
 def equal_groups(
   scores: Float[ArrayLike, ' B'], n: int, kept: Bool[ArrayLike, ' B'] | None = None
 ) -> Bool[Array, ' B']:
-  """Returns which responses [B] bool belong to a group whose scores are all equal.
+  """Returns which responses [B] bool belong to a group whose scores are all equal, or do not count.
 
   Their advantages are 0, so they give no gradient; DAPO drops them and samples others (eq. 11,
   https://arxiv.org/abs/2503.14476). The scores themselves are compared, because the standard
@@ -437,7 +437,7 @@ def equal_groups(
   groups = by_group(scores, n)
   present = True if kept is None else by_group(kept, n)
   least = jnp.min(jnp.where(present, groups, jnp.inf), axis=1)
-  return jnp.repeat(least == jnp.max(jnp.where(present, groups, -jnp.inf), axis=1), n)
+  return jnp.repeat(least >= jnp.max(jnp.where(present, groups, -jnp.inf), axis=1), n)
 
 
 def best_and_worst(

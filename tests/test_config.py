@@ -819,7 +819,7 @@ def test_the_table_names_keys_that_there_are():
     for key in [*keys.split(), other]:
       assert any(key in flat(config) for config in configs), key
   for keys, other, _, _ in effects.REWARDS:
-    assert {*keys.split(), other} <= set(configs[-1].reward)
+    assert {*keys.split(), other} <= set(build.load('ppo').config().reward)
 
 
 def flat(config, prefix=''):

@@ -34,6 +34,31 @@ _BY_HAND = _tests(
 )
 
 FAULTS = (
+  # Algorithms without a critic.
+  Fault(
+    'the moving baseline contains the batch itself',
+    'rlhf_jax/algorithms/reinforce.py',
+    "'moving': before",
+    "'moving': after",
+    _tests('algorithms/test_reinforce', 'test_advantages_agree_with_loops[token-moving]'),
+  ),
+  Fault(
+    'all attempts of dynamic sampling have the same key',
+    'rlhf_jax/rollout/resampling.py',
+    'jax.random.fold_in(key, attempts),',
+    'key,',
+    _tests(
+      'rollout/test_resampling',
+      'test_attempts_have_keys_of_their_own_and_the_same_when_repeated',
+    ),
+  ),
+  Fault(
+    'a group of dynamic sampling is filled once more',
+    'rlhf_jax/rollout/resampling.py',
+    'wasted = np.concatenate([wasted, new_wasted])[index]',
+    'wasted = wasted | False',
+    _tests('rollout/test_resampling', 'test_groups_are_those_of_a_loop[one equal]'),
+  ),
   # Evaluation.
   Fault(
     'best-of-n selects the worst sample',

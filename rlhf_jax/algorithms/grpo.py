@@ -6,7 +6,8 @@ GSPO (https://arxiv.org/abs/2507.18071).
 
 Differences from TRL: it multiplies the KL in the loss by the ratio, averages the loss of 'dapo'
 over the tokens of the whole rollout, and keeps groups of equal scores. We do none of these.
-Difference from DAPO: it samples new groups in place of those with equal scores; we leave them out.
+DAPO samples new groups in place of those with equal scores until the batch is full; we do so up to
+`rl.max_resamples` times, and leave out those that remain.
 
 Letters: B batch, n responses per prompt, R response length.
 """
@@ -14,6 +15,7 @@ Letters: B batch, n responses per prompt, R response length.
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 
 from rlhf_jax import advantages as adv
@@ -23,6 +25,7 @@ from rlhf_jax import losses
 from rlhf_jax import update
 from rlhf_jax.algorithms import on_policy
 from rlhf_jax.algorithms import on_policy_config
+from rlhf_jax.rollout import resampling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,8 @@ class Settings(on_policy_config.Settings):
     ratio: Level of the importance ratio: 'token', 'sequence' or 'sequence_token'. See
       losses.log_ratio.
     drop_equal_groups: Whether to leave out prompts whose responses all have the same score (DAPO).
+    max_resamples: How many times at most to sample again, with other prompts, so that no group of
+      equal scores is left (DAPO); see rollout/resampling.py.
     overlong: Fraction of max_new_tokens over which a length penalty falls to -1 (DAPO); None for no
       penalty.
   """
@@ -49,7 +54,16 @@ class Settings(on_policy_config.Settings):
   normalize: str = 'sequence'
   ratio: str = 'token'
   drop_equal_groups: bool = False
+  max_resamples: int = 0
   overlong: float | None = None
+
+  @property
+  def resampling(self):
+    """Returns the resampling.Resampling that replaces groups of equal scores."""
+    if not self.max_resamples:
+      return None
+    is_wasted = jax.jit(functools.partial(has_equal_scores, settings=self))
+    return resampling.Resampling(is_wasted, self.max_resamples)
 
 
 PRESETS = {
@@ -62,6 +76,7 @@ PRESETS = {
     'rl.clip_high': 0.28,
     'rl.normalize': 'token',
     'rl.drop_equal_groups': True,
+    'rl.max_resamples': 9,
     'rl.overlong': 0.2,
   },
   'gspo': {
@@ -93,9 +108,25 @@ def validate(config, device_count):
   ):
     config_lib.one_of(config, f'rl.{key}', choices)
   config_lib.need(
+    config.rl.max_resamples >= 0 and (config.rl.drop_equal_groups or not config.rl.max_resamples),
+    f'config.rl.max_resamples={config.rl.max_resamples} must be 0, or positive with '
+    'config.rl.drop_equal_groups=True, which leaves out the groups that remain equal',
+  )
+  config_lib.need(
     overlong is None or 0 < overlong <= 1 and config.rl.response == 'truncated',
     f"config.rl.overlong={overlong} must be None, or in (0, 1] with config.rl.response='truncated'",
   )
+
+
+def has_equal_scores(rollout, scores, *, settings):
+  """Returns which responses [B] are in a group whose scores are equal, or all skipped as NaN."""
+  rollout, _ = experience_lib.skip_nan(rollout, scores, rules=settings.rules)
+  mask = rollout.response_mask
+  scores = experience_lib.totals(scores, mask)
+  # A group's scores stay equal or unequal whatever the running moments are that scale them.
+  postprocessed, _ = settings.rules.apply(scores, rollout, jnp.zeros(3))
+  valid = experience_lib.not_skipped(scores, mask)
+  return adv.equal_groups(postprocessed, settings.samples, valid)
 
 
 def prepare(outputs, fixed, *, state, rollout, scores, settings):

@@ -27,6 +27,7 @@ from rlhf_jax.evaluation import evaluators
 from rlhf_jax.models import trainable
 from rlhf_jax.rewards import scorers
 from rlhf_jax.rollout import actor as actor_lib
+from rlhf_jax.rollout import resampling
 from rlhf_jax.rollout import sampler
 from rlhf_jax.rollout import stops
 
@@ -279,6 +280,9 @@ def create(
   if config.sampling.staleness:
     iterators[learner.SAMPLED_AHEAD] = actor
 
+  act = actor
+  if settings.resampling:
+    act = functools.partial(resampling.sample, actor, resampling=settings.resampling)
   skip = jax.jit(functools.partial(experience_lib.skip_nan, rules=settings.rules))
 
   def next_batch(state, *, timed):
@@ -288,9 +292,14 @@ def create(
       policy = {'policy': policy, 'masking': masking}
     rollout_key = lambda step: types.step_keys(state.replace(step=step))[0]
     next_key = rollout_key(state.step + 1) if config.sampling.staleness else None
-    rollout, scores, metrics = actor(
-      policy, rollout_key(state.step), timed=timed, next_key=next_key
-    )
+    ahead = actor.ahead
+    try:
+      rollout, scores, metrics = act(
+        policy, rollout_key(state.step), timed=timed, next_key=next_key
+      )
+    except BaseException:
+      actor.ahead = ahead  # for a checkpoint of the finished steps
+      raise
     if scorers.skips_nan(config.reward):
       rollout, skipped = skip(rollout, scores)
       metrics |= {'objective/skipped': int(processes.to_host(skipped))} if timed else {}

@@ -113,6 +113,11 @@ class Settings:
       missing_eos_value=self.missing_eos_value,
     )
 
+  @property
+  def resampling(self):
+    """Returns the resampling.Resampling of dynamic sampling; None for none."""
+    return None
+
   @classmethod
   def of(cls, config, end_tokens, end_after=0):
     """Returns the settings of a config; see `end_tokens` for the other arguments."""

@@ -36,6 +36,7 @@ def make(config):
     messages = {
       'missing_eos': missing_eos(metrics, config.rl.missing_eos, config.rl.missing_eos_value),
       'equal_scores': equal_scores(metrics),
+      'equal_groups': equal_groups(metrics, config.rl.get('max_resamples')),
       'negative_kl': negative_kl(metrics, filters if config.rl.behaviour != 'sampler' else ''),
       'kl': large_kl(metrics, bounds['kl']),
       'sampler_gap': sampler_gap(metrics, bounds['sampler_gap'], filters, stale),
@@ -76,6 +77,18 @@ def equal_scores(metrics):
     f'all scores of the batch are {metrics["objective/scores"]:.4g} (objective/scores_std is 0), '
     'so there is nothing to learn: check config.reward, and the responses in samples.jsonl '
     '(config.samples_every)'
+  )
+
+
+def equal_groups(metrics, max_resamples):
+  """Returns a warning if dynamic sampling stopped before every group had unequal scores."""
+  attempts, equal = metrics.get('groups/attempts', 0), metrics.get('groups/equal', 0.0)
+  if not max_resamples or attempts <= max_resamples or not equal:
+    return ''
+  return (
+    f'after {attempts} attempts (config.rl.max_resamples={max_resamples}) the scores are still '
+    f'equal in {equal:.0%} of the groups, which are left out of the update: use prompts that are '
+    'neither too easy nor too hard for the policy, or raise config.rl.max_resamples'
   )
 
 

@@ -257,7 +257,8 @@ POLICY = (
   ),
   Metric(
     'groups/equal',
-    'GRPO: the fraction of responses whose whole group has the same score. Their advantages are 0.',
+    'GRPO: the fraction of responses whose whole group has the same score. Their advantages are 0. '
+    'With `rl.max_resamples`, what is left after the last attempt.',
     r'\frac{1}{N} \sum_i \mathbb{1}[\text{all scores of the group of } i \text{ are equal}]',
     'fraction',
     'Near 1 the batch teaches nothing: the prompts are too easy or too hard for the policy.',
@@ -276,6 +277,15 @@ POLICY = (
     'units of the reward',
     'If it is not above `objective/scores`, the responses to a prompt score alike: raise '
     '`sampling.samples` or `sampling.temperature`.',
+  ),
+  Metric(
+    'groups/attempts',
+    'GRPO: how many batches were sampled for this step, with `rl.max_resamples` above 0. Groups of '
+    'equal scores are replaced from each.',
+    '',
+    'batches',
+    'Each attempt costs a rollout. If it stays at its maximum, `rl.max_resamples` + 1, the prompts '
+    'are too easy or too hard.',
   ),
   Metric(
     'ptx/loss',

@@ -23,7 +23,13 @@ from rlhf_jax.rollout import stops
 
 
 class Actor:
-  """Returns a scored rollout of the next batch of prompts on each call."""
+  """Returns a scored rollout of the next batch of prompts on each call.
+
+  Attributes:
+    last_batch: (examples of the B responses, Rollout that was scored, types.Scores) of the last
+      call, for `samples`; None before the first.
+    ahead: (Rollout, indices of its prompts) of the next call, if it was sampled ahead; else None.
+  """
 
   def __init__(
     self,
@@ -59,8 +65,8 @@ class Actor:
     self._truncate = truncate or identity
     self._for_scoring = for_scoring or identity
     self._as_prompted = as_prompted or identity
-    self._mesh, self._samples, self._last_batch = mesh, samples, None
-    self._ahead = None  # (Rollout, indices) of the next call, if it was sampled ahead
+    self._mesh, self._samples, self.last_batch = mesh, samples, None
+    self.ahead = None
 
   def __call__(
     self,
@@ -86,8 +92,8 @@ class Actor:
     """
     if timed:
       jax.block_until_ready(params)  # Otherwise the time includes the previous update.
-    started, before = time.perf_counter(), self._ahead
-    rollout, index = self._ahead or self._start_sampling(params, key)
+    started = time.perf_counter()
+    rollout, index = self.ahead or self._start_sampling(params, key)
     examples = self._as_prompted([self.examples[i] for i in index])
     examples = [example for example in examples for _ in range(self._samples)]
     rollout = self._truncate(rollout)
@@ -95,27 +101,23 @@ class Actor:
     if timed:
       jax.block_until_ready(rollout)
     # Last of what the device does before the scoring, which need not wait for it.
-    self._ahead = None if next_key is None else self._start_sampling(params, next_key)
+    self.ahead = None if next_key is None else self._start_sampling(params, next_key)
     sampled = time.perf_counter()
-    try:
-      scores = types.Scores.of(self._score(scored_rollout, examples))
-    except BaseException:
-      self._ahead = before  # for a checkpoint of the finished steps
-      raise
-    self._last_batch = examples, scored_rollout, scores
+    scores = types.Scores.of(self._score(scored_rollout, examples))
+    self.last_batch = examples, scored_rollout, scores
     if not timed:
       return rollout, scores.total, {}
     jax.block_until_ready(scores)
     scored = time.perf_counter()
-    metrics = {
-      f'reward/{name}': nan_mean(processes.to_host(part)) for name, part in scores.parts.items()
+    metrics = mean_parts(scores) | {
+      'seconds/rollout': sampled - started,
+      'seconds/scoring': scored - sampled,
     }
-    metrics |= {'seconds/rollout': sampled - started, 'seconds/scoring': scored - sampled}
-    if self._ahead is None:
+    if self.ahead is None:
       tokens = int(np.sum(processes.to_host(rollout.response_mask)))
       metrics['tokens_per_second/rollout'] = tokens / metrics['seconds/rollout']
     else:
-      jax.block_until_ready(self._ahead[0])  # The part of the sampling that scoring did not hide.
+      jax.block_until_ready(self.ahead[0])  # The part of the sampling that scoring did not hide.
       metrics['seconds/rollout'] += time.perf_counter() - scored
     return rollout, scores.total, metrics
 
@@ -131,9 +133,9 @@ class Actor:
     Returns:
       {'index': indices of the prompts, 'rollout': arrays of the Rollout as text}, or None.
     """
-    if self._ahead is None:
+    if self.ahead is None:
       return None
-    rollout, index = self._ahead
+    rollout, index = self.ahead
     arrays = {name: x for name, x in vars(rollout).items() if x is not None}
     file = io.BytesIO()
     np.savez_compressed(file, **{name: processes.to_host(x) for name, x in arrays.items()})
@@ -141,11 +143,11 @@ class Actor:
 
   def set_state(self, state: dict | None) -> None:
     """Sets the batch that was sampled ahead; see `get_state`."""
-    self._ahead = None
+    self.ahead = None
     if state is not None:
       with np.load(io.BytesIO(base64.b64decode(state['rollout']))) as file:
         rollout = types.Rollout(**sharding.put_rows(dict(file), self._mesh))
-      self._ahead = rollout, np.asarray(state['index'])
+      self.ahead = rollout, np.asarray(state['index'])
 
   def samples(
     self, tokenizer: transformers.PreTrainedTokenizerFast, metrics: dict[str, Array]
@@ -159,7 +161,7 @@ class Actor:
       tokenizer: Tokenizer of the policy.
       metrics: Metrics of the train step on that batch; samples/NAME, [B], is added as NAME.
     """
-    examples, rollout, scores = self._last_batch
+    examples, rollout, scores = self.last_batch
     added = {
       name.removeprefix('samples/'): processes.to_host(values)
       for name, values in metrics.items()
@@ -180,6 +182,13 @@ class Actor:
         sample['parts'] = {name: float_or_none(part[i]) for name, part in parts.items()}
       samples.append(sample)
     return samples
+
+
+def mean_parts(scores: types.Scores) -> dict[str, float]:
+  """Returns the mean of each part of the scores, as metrics reward/NAME."""
+  return {
+    f'reward/{name}': nan_mean(processes.to_host(part)) for name, part in scores.parts.items()
+  }
 
 
 def nan_mean(values: Float[np.ndarray, ' B']) -> float:

@@ -35,6 +35,13 @@ def reinforce_config(world):
   return config
 
 
+def grpo_config(world):
+  """GRPO that samples ahead, and samples groups of equal scores again."""
+  config = sampled_ahead(tiny.grpo(world))
+  config.rl.update({'drop_equal_groups': True, 'max_resamples': 2})
+  return config
+
+
 def sampled_ahead(config):
   """Returns a config whose rollouts are one update old, with importance weights."""
   config.sampling.staleness, config.rl.importance_cap = 1, 1.1
@@ -44,7 +51,7 @@ def sampled_ahead(config):
 # Module of rlhf_jax/algorithms: function from the folder of tiny.write to a config.
 ALGORITHMS = {
   'a2c': lambda world: tiny.on_policy(a2c.config(), world),
-  'grpo': lambda world: sampled_ahead(tiny.grpo(world)),
+  'grpo': grpo_config,
   'nlpo': tiny.nlpo,
   'online_dpo': lambda world: tiny.on_policy(online_dpo.config(), world),
   'ppo': tiny.ppo,

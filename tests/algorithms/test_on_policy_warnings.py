@@ -10,6 +10,7 @@ from rlhf_jax import forward
 from rlhf_jax import loop
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax import types
+from rlhf_jax.algorithms import grpo
 from rlhf_jax.algorithms import on_policy_warnings
 from rlhf_jax.algorithms import ppo
 import tiny
@@ -117,6 +118,17 @@ def test_each_is_one_line_that_names_figure_and_key(metrics, keys, kind, parts):
 )
 def test_no_warnings_without_a_problem(metrics, keys):
   assert warnings(metrics, **keys) == {}
+
+
+def test_groups_that_are_still_equal_after_the_last_attempt():
+  config = grpo.config('dapo')
+  config.rl.max_resamples = 3
+  make = on_policy_warnings.make(config)
+  (line,) = make(FINE | {'groups/attempts': 4, 'groups/equal': 0.25}).values()
+  assert 'after 4 attempts (config.rl.max_resamples=3)' in line and '25% of the groups' in line
+  assert make(FINE | {'groups/attempts': 4, 'groups/equal': 0.0}) == {}
+  config.rl.max_resamples = 0  # they are left out without a word
+  assert on_policy_warnings.make(config)(FINE | {'groups/attempts': 1, 'groups/equal': 0.5}) == {}
 
 
 def test_without_a_reference_there_is_no_kl():

@@ -68,9 +68,9 @@ def traced(config):
   mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
   with jax.set_mesh(mesh):
     learner, state = build.load(config.algorithm).create(config, mesh)
-    batch, _ = learner.next_batch(state, timed=False)
+    batch, on_host = learner.next_batch(state, timed=True)
     metrics = jax.eval_shape(learner.train_step, state, *batch)[1]
-  return {name for name in metrics if not name.startswith('samples/')}
+  return {name for name in metrics | on_host if not name.startswith('samples/')}
 
 
 def variants(world):
