@@ -44,6 +44,12 @@ SETTINGS = {
     'critic.kind': 'trunk',
     'optim.b2': 0.95,
   },
+  'rejection_sampling': {
+    'rl.minibatches': 2,
+    'sampling.samples': 7,
+    'optim.learning_rate': 1e-3,
+    'optim.b2': 0.95,
+  },
   'grpo': {'rl.minibatches': 2, 'rl.normalize': 'token', 'sampling.samples': 7, 'optim.b2': 0.95},
   'reinforce': {
     'rl.minibatches': 2,
