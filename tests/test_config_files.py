@@ -183,14 +183,6 @@ def test_a_config_comes_back_as_it_was(name, arg, tmp_path):
       block.optim.learning_rat = 1.0
 
 
-@pytest.mark.parametrize('arg', [None, 'debug'])
-@pytest.mark.parametrize('name', ['overoptimization', 'pmp', 'sparrow'])
-def test_the_stages_of_a_config_can_run(name, arg, tmp_path):
-  config = configured(name, arg)
-  for stage in pipeline.stage_names(config):
-    pipeline.check(stage, pipeline.resolve(config[stage], tmp_path, 0))
-
-
 def test_a_null_key_takes_values_of_its_default_type(tmp_path):
   config = tiny.sft('world')
   config.evals = {'held_out': {'kind': 'loss', 'every': None}}
