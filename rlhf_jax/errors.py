@@ -27,6 +27,10 @@ class DataError(UserError):
   """A record that cannot be read; the message names the file, line and field."""
 
 
+class BatchError(UserError):
+  """A batch cannot be made, as when a reward fails; nothing has changed since the batch before."""
+
+
 def need(condition, message):
   """Raises UserError with `message` unless `condition` is true."""
   if not condition:

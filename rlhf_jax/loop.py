@@ -5,7 +5,6 @@ between algorithms is in their own files, behind `learner.Learner`.
 """
 
 import contextlib
-import copy
 import pathlib
 import time
 
@@ -178,8 +177,14 @@ def run_steps(config, learner, state, first_step, checkpoints, writer, signals):
   for step in bar:
     done = step + 1
     logged = done == 1 or is_due(done, config.log_every)
-    with save_if_batch_fails(checkpoints, step, state, learner.iterators, log):
+    try:
       batch, host_metrics = learner.next_batch(state, timed=logged)
+    except errors.BatchError:
+      # With several processes only one may have failed, and all must save together.
+      if jax.process_count() == 1 and step > (checkpoints.latest_step() or 0):
+        log.flush()
+        checkpoints.save(step, state, learner.iterators)
+      raise
     state, metrics, seconds = metrics_lib.take_step(learner.train_step, state, batch, timed=logged)
     log.add(step, metrics, host_metrics | seconds, written=logged)
     if step == first_step:  # its metrics replace 'compiling'
@@ -202,39 +207,6 @@ def run_steps(config, learner, state, first_step, checkpoints, writer, signals):
       checkpoints.close()
       raise signals.interrupted(writer.workdir, done)
   return state
-
-
-@contextlib.contextmanager
-def save_if_batch_fails(checkpoints, step, state, iterators, log):
-  """Saves the finished steps if the body raises UserError, as for a reward that fails.
-
-  Not with several processes: only one may have failed, and all must save together.
-
-  Args:
-    checkpoints: Checkpoints of the run.
-    step: Number of finished steps.
-    state: TrainState after these steps.
-    iterators: Dict from a name to a Grain iterator; they are saved where they are now.
-    log: metrics.StepLog of the run.
-  """
-  if jax.process_count() > 1:
-    yield
-    return
-  # The actor itself keeps the rollout that it sampled ahead, whose state is expensive to copy.
-  positions = {
-    name: copy.deepcopy(it.get_state())
-    for name, it in iterators.items()
-    if name != learner_lib.SAMPLED_AHEAD
-  }
-  try:
-    yield
-  except errors.UserError:
-    if step > (checkpoints.latest_step() or 0):
-      log.flush()
-      for name, position in positions.items():
-        iterators[name].set_state(position)
-      checkpoints.save(step, state, iterators)
-    raise
 
 
 def evaluate(learner, state, names):

@@ -40,6 +40,7 @@ CHECKED = (
   'rewards.learned',
   'rewards.model_metrics',
   'rewards.padding',
+  'rewards.pool',
   'rewards.scorers',
   'rewards.scoring',
   'rewards.shaping',

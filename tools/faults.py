@@ -421,12 +421,12 @@ FAULTS = (
   ),
   Fault(
     'a run whose reward fails resumes after the batch that failed',
-    'rlhf_jax/loop.py',
-    'it.set_state(positions[name])',
-    'it.set_state(it.get_state())',
+    'rlhf_jax/rollout/actor.py',
+    '      self.iterator.set_state(position)\n',
+    '',
     _tests(
       'rewards/test_host',
-      'test_a_failing_reward_loses_no_step_and_the_run_resumes_as_if_it_had_not',
+      'test_a_failing_reward_loses_no_step_and_the_run_resumes_as_if_it_had_not[0]',
     ),
   ),
   Fault(

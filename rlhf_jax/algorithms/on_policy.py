@@ -292,14 +292,10 @@ def create(
       policy = {'policy': policy, 'masking': masking}
     rollout_key = lambda step: types.step_keys(state.replace(step=step))[0]
     next_key = rollout_key(state.step + 1) if config.sampling.staleness else None
-    ahead = actor.ahead
-    try:
+    with actor.undone_on_error():
       rollout, scores, metrics = act(
         policy, rollout_key(state.step), timed=timed, next_key=next_key
       )
-    except BaseException:
-      actor.ahead = ahead  # for a checkpoint of the finished steps
-      raise
     if scorers.skips_nan(config.reward):
       rollout, skipped = skip(rollout, scores)
       metrics |= {'objective/skipped': int(processes.to_host(skipped))} if timed else {}

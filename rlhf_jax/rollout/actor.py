@@ -6,6 +6,8 @@ Letters: B batch, n responses per prompt, P prompt length, R response length.
 import base64
 from collections.abc import Callable
 from collections.abc import Sequence
+import contextlib
+import copy
 import io
 import time
 
@@ -14,6 +16,7 @@ from jaxtyping import Array, Float, Key, PyTree
 import numpy as np
 import transformers
 
+from rlhf_jax import errors
 from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax import types
@@ -28,7 +31,6 @@ class Actor:
   Attributes:
     last_batch: (examples of the B responses, Rollout that was scored, types.Scores) of the last
       call, for `samples`; None before the first.
-    ahead: (Rollout, indices of its prompts) of the next call, if it was sampled ahead; else None.
   """
 
   def __init__(
@@ -66,7 +68,7 @@ class Actor:
     self._for_scoring = for_scoring or identity
     self._as_prompted = as_prompted or identity
     self._mesh, self._samples, self.last_batch = mesh, samples, None
-    self.ahead = None
+    self._ahead = None  # (Rollout, indices) of the next call, if it was sampled ahead
 
   def __call__(
     self,
@@ -93,7 +95,7 @@ class Actor:
     if timed:
       jax.block_until_ready(params)  # Otherwise the time includes the previous update.
     started = time.perf_counter()
-    rollout, index = self.ahead or self._start_sampling(params, key)
+    rollout, index = self._ahead or self._start_sampling(params, key)
     examples = self._as_prompted([self.examples[i] for i in index])
     examples = [example for example in examples for _ in range(self._samples)]
     rollout = self._truncate(rollout)
@@ -101,7 +103,7 @@ class Actor:
     if timed:
       jax.block_until_ready(rollout)
     # Last of what the device does before the scoring, which need not wait for it.
-    self.ahead = None if next_key is None else self._start_sampling(params, next_key)
+    self._ahead = None if next_key is None else self._start_sampling(params, next_key)
     sampled = time.perf_counter()
     scores = types.Scores.of(self._score(scored_rollout, examples))
     self.last_batch = examples, scored_rollout, scores
@@ -113,13 +115,24 @@ class Actor:
       'seconds/rollout': sampled - started,
       'seconds/scoring': scored - sampled,
     }
-    if self.ahead is None:
+    if self._ahead is None:
       tokens = int(np.sum(processes.to_host(rollout.response_mask)))
       metrics['tokens_per_second/rollout'] = tokens / metrics['seconds/rollout']
     else:
-      jax.block_until_ready(self.ahead[0])  # The part of the sampling that scoring did not hide.
+      jax.block_until_ready(self._ahead[0])  # The part of the sampling that scoring did not hide.
       metrics['seconds/rollout'] += time.perf_counter() - scored
     return rollout, scores.total, metrics
+
+  @contextlib.contextmanager
+  def undone_on_error(self):
+    """Undoes what the body read and sampled if it raises UserError, and raises BatchError."""
+    position, ahead = copy.deepcopy(self.iterator.get_state()), self._ahead
+    try:
+      yield
+    except errors.UserError as error:
+      self.iterator.set_state(position)
+      self._ahead = ahead
+      raise errors.BatchError(str(error)) from error
 
   def _start_sampling(self, params, key):
     """Starts to sample the next batch; returns (Rollout, indices) without waiting."""
@@ -133,9 +146,9 @@ class Actor:
     Returns:
       {'index': indices of the prompts, 'rollout': arrays of the Rollout as text}, or None.
     """
-    if self.ahead is None:
+    if self._ahead is None:
       return None
-    rollout, index = self.ahead
+    rollout, index = self._ahead
     arrays = {name: x for name, x in vars(rollout).items() if x is not None}
     file = io.BytesIO()
     np.savez_compressed(file, **{name: processes.to_host(x) for name, x in arrays.items()})
@@ -143,11 +156,11 @@ class Actor:
 
   def set_state(self, state: dict | None) -> None:
     """Sets the batch that was sampled ahead; see `get_state`."""
-    self.ahead = None
+    self._ahead = None
     if state is not None:
       with np.load(io.BytesIO(base64.b64decode(state['rollout']))) as file:
         rollout = types.Rollout(**sharding.put_rows(dict(file), self._mesh))
-      self.ahead = rollout, np.asarray(state['index'])
+      self._ahead = rollout, np.asarray(state['index'])
 
   def samples(
     self, tokenizer: transformers.PreTrainedTokenizerFast, metrics: dict[str, Array]

@@ -57,7 +57,7 @@ def records(workdir):
   return [record for record in metrics_lib.read(workdir) if 'objective/scores' in record]
 
 
-@pytest.mark.parametrize('staleness', [0, 1])
+@pytest.mark.parametrize('staleness', [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_failing_reward_loses_no_step_and_the_run_resumes_as_if_it_had_not(
   staleness, world, calls, tmp_path
 ):
