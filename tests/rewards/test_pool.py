@@ -173,7 +173,6 @@ def test_a_worker_that_is_killed_between_batches_is_replaced(failing):
 
 def test_a_batch_has_a_time_limit_too(folder):
   workers = pool.Pool('mine_for_pool:sleeps', 1, limit=functions.Limit(1.0))
-  score(workers, ['a'])
   with pytest.raises(
     errors.UserError, match=r'sleeps did not score 9 examples within 1 seconds with 1 workers \('
   ):
