@@ -57,6 +57,7 @@ SETTINGS = {
     'rl.whiten_advantages': True,
     'optim.b2': 0.95,
   },
+  'rloo': {'rl.minibatches': 2, 'sampling.samples': 7, 'optim.b2': 0.95},
 }
 PRESETS = {'ppo': 'trlx'}
 

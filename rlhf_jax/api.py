@@ -55,6 +55,7 @@ DATA = {
   'nlpo': ('prompts',),
   'grpo': ('prompts',),
   'reinforce': ('prompts',),
+  'rloo': ('prompts',),
   'sft': ('samples', 'texts'),
   'reward_model': ('comparisons',),
 }

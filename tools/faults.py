@@ -43,6 +43,13 @@ FAULTS = (
     _tests('algorithms/test_reinforce', 'test_advantages_agree_with_loops[token-moving]'),
   ),
   Fault(
+    'the leave-one-out baseline contains the response itself',
+    'rlhf_jax/advantages.py',
+    '(total - groups) / jnp.maximum(others, 1)',
+    'total / jnp.maximum(others + 1, 1)',
+    _tests('test_advantages', 'test_leave_one_out_agrees_with_loops'),
+  ),
+  Fault(
     'all attempts of dynamic sampling have the same key',
     'rlhf_jax/rollout/resampling.py',
     'jax.random.fold_in(key, attempts),',

@@ -75,6 +75,19 @@ def train_step(objective, state, frozen, rollout, scores, ptx, *, models, optimi
   )
 
 
+def kl_penalty(experience, fixed, estimator):
+  """Returns the KL of each token [B, R] from the reference, before the update.
+
+  Args:
+    experience: Experience with `ref_logprobs`.
+    fixed: forward.Fixed.
+    estimator: One of advantages.KL_ESTIMATORS.
+  """
+  if estimator == 'full':
+    return fixed.full_kl
+  return adv.kl_estimate(experience.unmasked_logprobs, experience.ref_logprobs, estimator)
+
+
 def total_loss(policy, outputs, experience, counts, weights, *, settings):
   """Sums a policy loss, the entropy bonus and the KL penalty of a microbatch.
 

@@ -217,13 +217,7 @@ def prepare(outputs, fixed, *, state, rollout, scores, step_mask, settings):
   experience, gap = experience_lib.make_experience(
     outputs, fixed, rollout, step_mask, behaviour=settings.behaviour
   )
-  kl = (
-    fixed.full_kl
-    if settings.kl_estimator == 'full'
-    else adv.kl_estimate(
-      experience.unmasked_logprobs, experience.ref_logprobs, settings.kl_estimator
-    )
-  )
+  kl = on_policy.kl_penalty(experience, fixed, settings.kl_estimator)
   postprocessed, moments = settings.rules.apply(scores, rollout, state.extra['reward_moments'])
   rewards = adv.token_rewards(
     postprocessed,

@@ -154,9 +154,7 @@ def prepare(outputs, fixed, *, state, rollout, scores, settings):
   )
   kl = jnp.zeros(mask.shape)
   if settings.kl_in == 'reward' and settings.kl_coef:
-    kl = fixed.full_kl
-    if settings.kl_estimator != 'full':
-      kl = adv.kl_estimate(experience.logprobs, experience.ref_logprobs, settings.kl_estimator)
+    kl = on_policy.kl_penalty(experience, fixed, settings.kl_estimator)
   rewards = adv.token_rewards(postprocessed, kl, settings.kl_coef, mask, position='eos')
   advantages, mean, baseline, moving = compute_advantages(
     rewards, mask, extra['baseline'], settings=settings

@@ -24,6 +24,7 @@ from rlhf_jax.algorithms import a2c
 from rlhf_jax.algorithms import build
 from rlhf_jax.algorithms import online_dpo
 from rlhf_jax.algorithms import reinforce
+from rlhf_jax.algorithms import rloo
 import runs
 import tiny
 
@@ -58,6 +59,7 @@ ALGORITHMS = {
   'reinforce': reinforce_config,
   'rejection_sampling': tiny.rejection_sampling,
   'reward_model': tiny.reward_model,
+  'rloo': lambda world: tiny.on_policy(rloo.config(), world),
   'sft': lambda world: tiny.sft(world, 'completion'),
 }
 STEPS, SAVED = 4, 2

@@ -1,0 +1,28 @@
+"""RLOO with your model, prompts and reward: a prompt's other responses are the baseline.
+
+rlhf run --config=rloo --workdir=DIR \\
+    --config.model.path=FOLDER --config.data.path=FILE --config.reward.function=module:function
+
+To use a reward model instead of the function, pass `--config.reward.model=FOLDER`.
+`config.batch_size` counts responses, `config.sampling.samples` responses per prompt. See
+rlhf_jax/algorithms/rloo.py. Watch `objective/scores`; samples.jsonl has responses.
+"""
+
+from rlhf_jax import config as c
+from rlhf_jax.algorithms import rloo
+
+
+def get_config(arg=None):
+  """Returns the config. Arguments: debug (2 steps), seed."""
+  arg = c.parse_arg(arg, debug=False, seed=0)
+  config = rloo.config()
+  config.seed = arg.seed
+  config.data.update({'max_prompt_length': 256, 'on_long': 'truncate_left'})
+  config.sampling.update({'max_new_tokens': 256, 'samples': 4})
+  config.batch_size, config.steps = 128, 500
+  config.optim.update({'warmup_steps': 10, 'warmup_from': 0.1, 'clip_norm': 1.0})
+  config.update({'samples_every': 20, 'checkpoint_every': 50})
+  if arg.debug:
+    config.update({'steps': 2, 'batch_size': 2 * config.sampling.samples})
+    config.optim.update({'warmup_steps': 0, 'warmup_from': 0.0})
+  return config
