@@ -40,7 +40,7 @@ SETTINGS = {
     'rl.minibatches': 2,
     'rl.vf_coef': 1.2,
     'rl.mask_min_tokens': 2,
-    'rl.mask_every': 5,
+    'rl.mask_every': 1,
     'critic.kind': 'trunk',
     'optim.b2': 0.95,
   },

@@ -532,6 +532,35 @@ FAULTS = (
     '* total[:, -1:]) | False & ',
     _tests('rollout/test_sampling', 'test_weight_zero_is_never_drawn_however_sums_are_rounded'),
   ),
+  # A2C and NLPO.
+  Fault(
+    'the value loss of A2C is half the square',
+    'rlhf_jax/algorithms/a2c.py',
+    '    jnp.square(outputs.values',
+    '    0.5 * jnp.square(outputs.values',
+    _tests('algorithms/test_a2c', 'test_loss_gradients_and_three_steps_are_those_of_rl4lms'),
+  ),
+  Fault(
+    'the masking policy is never refreshed',
+    'rlhf_jax/algorithms/nlpo.py',
+    'new.step % settings.mask_every == 0',
+    'new.step < 0',
+    _tests('algorithms/test_nlpo', 'test_the_masking_policy_is_a_copy_of_every_second_policy'),
+  ),
+  Fault(
+    'the KL compares masked log-probabilities',
+    'rlhf_jax/experience.py',
+    'log_ratio = experience.unmasked_logprobs',
+    'log_ratio = experience.logprobs',
+    _tests('algorithms/test_nlpo', 'test_metrics_are_of_the_masked_ratio_and_the_raw_kl'),
+  ),
+  Fault(
+    'masked tokens count in the sum of probabilities',
+    'rlhf_jax/logprobs.py',
+    '    weights = jnp.where(mask, weights, 0.0)',
+    '    weights = jnp.where(mask, weights, weights)',
+    _tests('rollout/test_masking', 'test_masked_distribution_of_rl4lms'),
+  ),
   # Checkpoints, forks, pipelines.
   Fault(
     'an unreadable checkpoint changes the position of iterators',

@@ -141,3 +141,42 @@ def test_the_update_of_rl4lms_has_no_masks(world):
   assert history[0]['policy/sampler_gap'] > 0.1
   assert history[0]['policy/first_ratio'] == pytest.approx(1.0, abs=1e-6)
   assert 0.2 < history[0]['policy/masked_share'] < 0.9
+
+
+T5 = {
+  'family': 't5',
+  'vocab_size': tiny.VOCAB,
+  'd_model': 16,
+  'd_kv': 4,
+  'd_ff': 32,
+  'num_layers': 2,
+  'num_heads': 4,
+  'decoder_start_token_id': tiny.PAD,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'fields, settings',
+  [
+    (T5, {'data.max_prompt_length': 8, 'sampling.max_concurrent': 4, 'rl.ptx_coef': 0.5}),
+    (tiny.LLAMA, {'model.lora.targets': (('attention/', 2, 4.0),), 'critic.kind': 'adapters'}),
+    (tiny.LLAMA, {'model.unfrozen_layers': 1, 'critic.kind': 'trunk', 'microbatch_size': 2}),
+    (tiny.LLAMA, {'sampling.stop': ('w5 w', 'w7'), 'sampling.top_k': 20, 'microbatch_size': 4}),
+  ],
+  ids=['T5, continuous batching, ptx', 'LoRA', 'frozen layers', 'stop strings'],
+)
+def test_with_models_and_settings_of_ppo(fields, settings, world, tmp_path):
+  tiny.write_model(tmp_path / 'model', fields)
+  config = tiny.nlpo(world)
+  config.model.path = f'{tmp_path}/model'
+  if 'rl.ptx_coef' in settings:
+    tiny.mix_in_pretraining(config, world)
+  config.update_from_flattened_dict(settings)
+  build.validate(config, 1)
+  _, state, history, _ = tiny.train(nlpo, config, 2)
+  assert equal(state.extra['masking_policy'], state.params['policy'])
+  for metrics in history:
+    assert all(np.isfinite(value).all() for value in metrics.values())
+    assert metrics['policy/first_ratio'] == pytest.approx(1.0, abs=1e-6)
+    assert metrics['policy/sampler_gap'] < 1e-5 and 0.2 < metrics['policy/masked_share'] < 1
