@@ -88,7 +88,7 @@ PRESETS = {
 def config(preset=''):
   """Returns the default config of TRPO, changed by a preset; see ppo.config."""
   defaults = on_policy_config.config('trpo', Settings)
-  defaults.critic = ppo.config().critic
+  defaults.critic = on_policy_config.critic()
   return config_lib.apply_preset(defaults, PRESETS, preset)
 
 
@@ -168,10 +168,14 @@ def train_step(state, frozen, rollout, scores, ptx, *, models, optimizers, setti
     models, frozen, settings.temperature, full_kl=settings.kl_estimator == 'full'
   )
   goal = ppo.objective(state, rollout, scores, settings=settings)
+  if settings.importance_cap:
+    goal = on_policy.weigh_by_importance(goal, rollout, cap=settings.importance_cap)
   fixed, outputs = update.before_update(
     state.params, rollout, goal.step_mask, forward=forward, schedule=settings.schedule
   )
   experience, extra, metrics = goal.prepare(outputs, fixed)
+  if settings.importance_cap:
+    experience = experience.replace(advantages=experience.advantages * experience.importance)
   # With several processes on CPUs, what has loops must wait for all that communicates before it.
   experience = experience.replace(tokens=processes.sequence_after(experience.tokens, metrics))
   policy, policy_state, policy_metrics = trust_region.policy_step(

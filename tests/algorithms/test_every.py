@@ -25,6 +25,7 @@ from rlhf_jax.algorithms import build
 from rlhf_jax.algorithms import online_dpo
 from rlhf_jax.algorithms import reinforce
 from rlhf_jax.algorithms import rloo
+from rlhf_jax.algorithms import trpo
 import runs
 import tiny
 
@@ -40,6 +41,13 @@ def grpo_config(world):
   """GRPO that samples ahead, and samples groups of equal scores again."""
   config = sampled_ahead(tiny.grpo(world))
   config.rl.update({'drop_equal_groups': True, 'max_resamples': 2})
+  return config
+
+
+def trpo_config(world):
+  """Returns TRPO with few steps of conjugate gradients, which amplify rounding errors."""
+  config = tiny.on_policy(trpo.config(), world)
+  config.rl.cg_steps = 4
   return config
 
 
@@ -61,6 +69,7 @@ ALGORITHMS = {
   'reward_model': tiny.reward_model,
   'rloo': lambda world: tiny.on_policy(rloo.config(), world),
   'sft': lambda world: tiny.sft(world, 'completion'),
+  'trpo': trpo_config,
 }
 STEPS, SAVED = 4, 2
 MESH = {'data': 2, 'fsdp': 2, 'tensor': 2}
@@ -83,7 +92,7 @@ def get_config(arg=None):
   arg = config_lib.parse_arg(arg, algorithm='ppo', world='')
   config = make_config(arg.algorithm, arg.world)
   config.update({'steps': 150, 'checkpoint_every': 3, 'samples_every': 10})
-  if 'rl' in config:
+  if 'rl' in config and arg.algorithm != 'trpo':  # its surrogate has no pretraining loss
     tiny.mix_in_pretraining(config, arg.world)
   return config
 
