@@ -662,4 +662,19 @@ FAULTS = (
       'test_each_token_has_its_importance_weight[rlhf_jax.algorithms.ppo]',
     ),
   ),
+  # Rejection sampling and best-of-n.
+  Fault(
+    'rejection sampling trains on all responses',
+    'rlhf_jax/algorithms/rejection_sampling.py',
+    'keep = mask & kept[:, None]',
+    'keep = mask',
+    _tests('algorithms/test_rejection_sampling', 'test_the_loss_is_that_of_the_kept_tokens[{}]'),
+  ),
+  Fault(
+    'the best-of-n stage writes the worst responses',
+    'rlhf_jax/evaluation/best_of_n_stage.py',
+    "np.argsort(-row, kind='stable')",
+    "np.argsort(row, kind='stable')",
+    _tests('evaluation/test_best_of_n_stage', 'test_the_best_response_to_each_prompt_is_selected'),
+  ),
 )

@@ -23,6 +23,7 @@ from rlhf_jax.algorithms import a2c
 from rlhf_jax.algorithms import grpo
 from rlhf_jax.algorithms import nlpo
 from rlhf_jax.algorithms import ppo
+from rlhf_jax.algorithms import rejection_sampling
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.algorithms import sft
 from rlhf_jax.data import tokenizers
@@ -36,7 +37,7 @@ PAGES = [
   *sorted(path for path in (ROOT / 'docs').rglob('*.md') if '_build' not in path.parts),
 ]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-ALGORITHMS = (sft, reward_model, ppo, grpo, a2c, nlpo)
+ALGORITHMS = (sft, reward_model, ppo, grpo, a2c, nlpo, rejection_sampling)
 # Commands of other programs, which a page may name.
 OTHERS = ('git', 'pip', 'hf', 'cp', 'make', 'sbatch', 'kubectl')
 PROGRAMS = {

@@ -85,6 +85,7 @@ def variants(world):
     'grpo, no reference': free,
     'reinforce': tiny.on_policy(reinforce.config(), world),
     'nlpo': tiny.nlpo(world),
+    'rejection_sampling': tiny.rejection_sampling(world),
   }
 
 
