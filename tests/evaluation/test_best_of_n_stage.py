@@ -6,7 +6,9 @@ import json
 import numpy as np
 import pytest
 
+from rlhf_jax import config_files
 from rlhf_jax import errors
+from rlhf_jax import pipeline
 from rlhf_jax import policy as policy_lib
 from rlhf_jax.data import formats
 from rlhf_jax.data import sources
@@ -41,9 +43,10 @@ def lines(path):
 
 @pytest.fixture(scope='module')
 def folder(world, tmp_path_factory):
-  """Folder of a run with a function."""
+  """Folder of a run with a reward of one part."""
   folder = tmp_path_factory.mktemp('best')
-  best_of_n_stage.run(folder, **arguments(world))
+  reward = {'parts': {'good': {'weight': 1.0, 'function': 'tiny:good_words'}}}
+  best_of_n_stage.run(folder, **arguments(world, reward=reward))
   return folder
 
 
@@ -55,7 +58,8 @@ def test_the_best_response_to_each_prompt_is_selected(folder):
     group = [s for s in samples[N * i : N * i + N] if s['completion'].strip()]
     assert len({s['prompt'] for s in group}) == 1
     expected.append(max(group, key=lambda s: s['score']))
-  assert best == expected
+  assert best == [{key: s[key] for key in ('prompt', 'completion', 'score')} for s in expected]
+  assert all(s['parts'] == {'good': s['score']} for s in samples)
   metadata = [{'number': 0}] * len(samples)
   scores = tiny.good_words(
     [], [s['completion'] for s in samples], response_tokens=None, metadata=metadata
@@ -79,27 +83,45 @@ def test_sft_reads_the_selected_responses(folder):
   assert len(examples) == PROMPTS and not report.left_out
 
 
-def test_a_reward_model_and_the_parts_of_a_sum(world, tmp_path, monkeypatch):
-  """In batches of 7 responses, the last one of which is smaller."""
-  monkeypatch.setattr(policy_lib, 'BATCH_SIZE', 7)
-  reward = {
-    'parts': {
-      'good': {'weight': 2.0, 'function': 'tiny:good_words'},
-      'learned': {'weight': 1.0, 'model': f'{world}/reward'},
-    }
-  }
-  best_of_n_stage.run(tmp_path, **arguments(world, reward=reward, samples=2))
-  samples = lines(tmp_path / 'samples.jsonl')
-  model = reward_models.RewardModel.load(world / 'reward')
+def test_scores_of_a_reward_model_in_batches_and_the_parts_of_a_sum(world, monkeypatch):
+  """In batches of 100 responses, the last of which has 60."""
   policy = policy_lib.TextPolicy.load(world / 'model')
-  drawn = policy.sample(
-    policy.read_prompts(world / 'prompts.jsonl'), 0, max_new_tokens=5, samples=2
+  examples = policy.read_examples(world / 'prompts.jsonl')
+  prompts = [example.prompt for example in examples]
+  drawn = policy.sample(prompts, 0, max_new_tokens=5, samples=N)
+  learned = reward_models.RewardModel.load(world / 'reward').score_samples(drawn, policy.tokenizer)
+  good = tiny.good_words(
+    [], drawn.responses, response_tokens=None, metadata=[{'number': 0}] * len(drawn)
   )
-  learned = model.score_samples(drawn, policy.tokenizer)
-  for sample, text, score in zip(samples, drawn.responses, learned, strict=True):
-    assert sample['completion'] == text
-    assert sample['parts']['learned'] == pytest.approx(score, abs=1e-5)
-    assert sample['score'] == pytest.approx(sum(sample['parts'].values()), abs=1e-5)
+  monkeypatch.setattr(policy_lib, 'BATCH_SIZE', 100)
+  block = scorers.config()
+  block.parts = {
+    'good': {'weight': 2.0, 'function': 'tiny:good_words'},
+    'learned': {'weight': 1.0, 'model': f'{world}/reward'},
+  }
+  repeated = [example for example in examples for _ in range(N)]
+  scores, parts = best_of_n_stage.score(policy, drawn.rollout, repeated, block)
+  np.testing.assert_allclose(parts['good'], 2 * np.array(good), rtol=1e-5)
+  np.testing.assert_allclose(parts['learned'], learned, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(scores, 2 * np.array(good) + learned, rtol=1e-5, atol=1e-5)
+
+
+def test_the_base_config_works_on_any_policy_prompts_and_reward(world, tmp_path):
+  config = config_files.read(config_files.find('best_of_n'), 'debug,n=2')
+  config.sample.update({'policy': f'{world}/model', 'prompts': f'{world}/prompts.jsonl'})
+  config.sample.reward.function = 'tiny:good_words'
+  pipeline.run(config, tmp_path / 'run')
+  assert len(lines(tmp_path / 'run' / 'sample' / 'best.jsonl')) == PROMPTS
+  assert len(lines(tmp_path / 'run' / 'sample' / 'samples.jsonl')) == 2 * PROMPTS
+
+
+@pytest.mark.parametrize('arg', ['', 'debug'])
+def test_the_stages_of_expert_iteration_can_run(arg, tmp_path):
+  config = config_files.read(config_files.find('expert_iteration'), arg)
+  assert config.sft_3.model.path == config.sft_1.model.path == '$workdir/pretrain/model'
+  assert config.sample_3.policy == '$workdir/sft_2' and config.sample_1.policy.endswith('model')
+  for name in pipeline.stage_names(config):
+    pipeline.check(name, pipeline.resolve(config[name], tmp_path, 0))
 
 
 def test_select_by_hand():
