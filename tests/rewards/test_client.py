@@ -67,7 +67,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 def score(url, *, limit=functions.Limit(), **settings):
   """Computes the scores of five responses, as in a run."""
-  settings = {'first_pause': 0.01, 'timeout': 0.4} | settings
+  settings = {'first_pause': 0.01, 'timeout': 30.0} | settings
   return functions.call(
     client.reward(url, client.Settings(**settings)),
     PROMPTS,
@@ -94,13 +94,13 @@ def test_requests_hold_the_batch_in_order(size, requests):
 
 def test_a_request_without_an_answer_is_repeated_and_no_example_is_scored_twice(caplog):
   """Late, broken, busy, absent or truncated answers; the late answer is never used."""
-  first = [1.0, (500, 'oh'), (429, ''), 'closes', (299, '{"scores": [1, '), (503, '<html>')]
+  first = [4.0, (500, 'oh'), (429, ''), 'closes', (299, '{"scores": [1, '), (503, '<html>')]
   with Scripted(*first) as site:
-    assert score(site.url, size=3).tolist() == EXPECTED
+    assert score(site.url, size=3, timeout=2.0).tolist() == EXPECTED
     assert len(site.requests) == len(first) + 2
     assert all(request == site.requests[0] for request in site.requests[:-1])
     site.shutdown()
-  assert 'try 1 of 8: no answer within 0.4 seconds' in caplog.text
+  assert 'try 1 of 8: no answer within 2 seconds' in caplog.text
   assert "try 2 of 8: status 500, 'oh'" in caplog.text
 
 
