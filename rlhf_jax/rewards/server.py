@@ -8,16 +8,10 @@ several behind a load balancer for more. Errors of the function have status 500 
 example.
 """
 
-from absl import app
-from absl import flags
+import argparse
 
 from rlhf_jax import errors
 from rlhf_jax.rewards import functions
-
-FUNCTION = flags.DEFINE_string('function', None, "Reward function 'package.module:function'.")
-MODEL = flags.DEFINE_string('model', None, 'Or the folder of a reward model.')
-HOST = flags.DEFINE_string('host', '127.0.0.1', 'Address to listen on; 0.0.0.0 for all.')
-PORT = flags.DEFINE_integer('port', 8000, 'Port to listen on.')
 
 
 def of_model(path):
@@ -78,22 +72,27 @@ def make(function):
   return application
 
 
-def main(_):
+def main():
   """Serves until it is stopped."""
   import uvicorn
 
-  if (FUNCTION.value is None) == (MODEL.value is None):
-    raise app.UsageError('set exactly one of --function and --model')
+  parser = argparse.ArgumentParser('python -m rlhf_jax.rewards.server')
+  served = parser.add_mutually_exclusive_group(required=True)
+  served.add_argument('--function', help="reward function, 'package.module:function'")
+  served.add_argument('--model', help='or the folder of a reward model')
+  parser.add_argument('--host', default='127.0.0.1', help='address to listen on; 0.0.0.0: all')
+  parser.add_argument('--port', type=int, default=8000, help='port to listen on')
+  flags = parser.parse_args()
   try:
     function = (
-      of_model(MODEL.value)
-      if MODEL.value
-      else functions.load_reward(FUNCTION.value, key='--function')
+      of_model(flags.model)
+      if flags.model
+      else functions.load_reward(flags.function, key='--function')
     )
   except errors.UserError as error:
     raise SystemExit(f'error: {error}') from error
-  uvicorn.run(make(function), host=HOST.value, port=PORT.value, log_level='warning')
+  uvicorn.run(make(function), host=flags.host, port=flags.port, log_level='warning')
 
 
 if __name__ == '__main__':
-  app.run(main)
+  main()
