@@ -74,8 +74,12 @@ def make(function):
 
 def main():
   """Serves until it is stopped."""
-  import uvicorn
-
+  try:
+    import uvicorn
+  except ImportError as error:
+    raise SystemExit(
+      f"error: the server needs the extra 'http' ({error}): pip install 'rlhf_jax[http]'"
+    ) from error
   parser = argparse.ArgumentParser('python -m rlhf_jax.rewards.server')
   served = parser.add_mutually_exclusive_group(required=True)
   served.add_argument('--function', help="reward function, 'package.module:function'")
