@@ -3,10 +3,10 @@
 python make_rl4lms.py CHECKOUT
 
 Writes rl4lms.npz beside this file: the masks of both MaskLogitsProcessor classes of NLPO, the
-masked distribution, the KL controller's demo, and a step of A2C. CHECKOUT is a git checkout, of
-which this runs the files below. It stubs gym and Stable-Baselines3, of which the
-functions called here use a base class and an annotation. The step of A2C is the body of
-A2C.train without its logging, on arrays.
+masked distribution, the KL controller's demo, a step of A2C, and the rewards of the toy tasks for
+random texts. CHECKOUT is a git checkout, of which this runs the files below. It stubs gym and
+Stable-Baselines3, of which the functions called here use a base class and an annotation. The step
+of A2C is the body of A2C.train without its logging, on arrays.
 """
 
 import importlib.util
@@ -123,6 +123,31 @@ def a2c(rng):
   return found
 
 
+def toy_texts(rng):
+  """Draws texts of words, lists of numbers that increase for a while, and texts with dates."""
+  words = 'apples 7, nan inf 1e2 1_0 -4 .5 + 2014-03-12 2014-3-12 x1999-12-31y ٣ ² 0x1 3a'.split()
+  texts = ['', ' ', '5']
+  for _ in range(120):
+    count = int(rng.integers(1, 25))
+    numbers = [str(number) for number in rng.integers(30, size=count)]
+    mixed = [str(rng.choice(words)) if rng.random() < 0.3 else number for number in numbers]
+    rising = sorted(rng.choice(99, count, replace=False).tolist())
+    part = int(rng.integers(count + 1))
+    texts += [' '.join(mixed), '\n'.join([*map(str, rising[:part]), *numbers[part:]])]
+  return texts
+
+
+def toys(module):
+  """Returns random texts and the rewards of both toy tasks."""
+  texts = toy_texts(np.random.default_rng(1))
+  increasing = module.RewardIncreasingNumbers.reward_increasing_numbers_in_text
+  return {
+    'toys/texts': np.array(texts),
+    'toys/increasing_numbers': np.array([increasing(text, 20) for text in texts], float),
+    'toys/dates': np.array([module.RewardSentencesWithDates.date_in_text(text) for text in texts]),
+  }
+
+
 def main(checkout):
   """Writes rl4lms.npz."""
   stub('gym', spaces=types.SimpleNamespace(Space=object))
@@ -131,13 +156,19 @@ def main(checkout):
   stub('stable_baselines3.common.distributions', Distribution=type('Distribution', (), {}))
   if not hasattr(transformers.modeling_utils, 'unwrap_model'):
     transformers.modeling_utils.unwrap_model = lambda model: model
+  environment = 'rl4lms.envs.text_generation'
+  for name in ('rl4lms', 'rl4lms.envs', environment):
+    stub(name)
+  stub(f'{environment}.observation', Observation=object)
+  stub(f'{environment}.reward', RewardFunction=object)
   distributions = load(checkout, f'{MASKABLE}.distributions')
   processors = load(checkout, f'{MASKABLE}.logits_processor')
   rng = np.random.default_rng(0)
   found = masks(processors, rng)
   mask = found['mask/CasualLM/0.9/1']
   found |= masked_logprobs(distributions, found['mask/logits'], mask)
-  found |= controller(load(checkout, 'rl4lms.envs.text_generation.kl_controllers')) | a2c(rng)
+  found |= controller(load(checkout, f'{environment}.kl_controllers')) | a2c(rng)
+  found |= toys(load(checkout, f'{environment}.test_reward'))
   np.savez_compressed(pathlib.Path(__file__).with_name('rl4lms.npz'), **found)
 
 
