@@ -5,8 +5,8 @@ rlhf run --config=grpo:preset=dr_grpo --workdir=DIR \\
 
 To use a reward model instead of the function, pass `--config.reward.model=FOLDER`.
 `config.batch_size` counts responses, `config.sampling.samples` responses per prompt. Presets:
-deepseekmath, dr_grpo, dapo, gspo; see rlhf_jax/algorithms/grpo.py. Watch `objective/scores`;
-samples.jsonl has responses.
+deepseekmath, dr_grpo, dapo, gspo, cispo, sapo; see rlhf_jax/algorithms/grpo.py. Watch
+`objective/scores`; samples.jsonl has responses.
 """
 
 from rlhf_jax import config as c

@@ -14,6 +14,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Num
 DPO_LOSSES = ('sigmoid', 'ipo', 'hinge')
 RATIO_LEVELS = ('token', 'sequence', 'sequence_token', 'sequence_sum')
 NORMALIZERS = ('token', 'sequence', 'constant')
+POLICY_LOSSES = ('clip', 'cispo', 'sapo')
 
 
 def log_ratio(
@@ -143,6 +144,69 @@ def clipped_policy_loss(
   if dual_clip:
     loss = jnp.where(advantages < 0, jnp.minimum(loss, -dual_clip * advantages), loss)
   return loss, (clip > plain).astype(jnp.float32), ratio
+
+
+def cispo_loss(
+  logprobs: Float[ArrayLike, 'B R'],
+  log_ratios: Float[ArrayLike, 'B R'],
+  advantages: Float[ArrayLike, 'B R'],
+  *,
+  clip_low: float,
+  clip_high: float,
+) -> tuple[Float[Array, 'B R'], Float[Array, 'B R'], Float[Array, 'B R']]:
+  """Computes the policy gradient with clipped importance weights, per token.
+
+      -sg(clip(ratio, 1 - clip_low, 1 + clip_high)) * A * logprobs,   ratio = exp(log_ratios)
+
+  where sg stops the gradient. PPO's clip removes the gradient of a clipped token; here every token
+  keeps one. See CISPO, MiniMax-M1, eq. 4 and 5 (https://arxiv.org/abs/2506.13585), which has no
+  lower clip: clip_low = 1. TRL's `epsilon_high` is 1 + clip_high.
+
+  Args:
+    logprobs: [B, R] float32, log-probabilities by the policy being trained.
+    log_ratios: [B, R] float32; see `log_ratio`.
+    advantages: [B, R] float32.
+    clip_low: the weight is at least 1 - clip_low.
+    clip_high: the weight is at most 1 + clip_high.
+
+  Returns:
+    loss [B, R], clipped [B, R] (1 where the weight is clipped) and ratio [B, R].
+  """
+  chex.assert_equal_shape([logprobs, log_ratios, advantages])
+  ratio = jnp.exp(log_ratios)
+  weight = jax.lax.stop_gradient(jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high))
+  return -weight * advantages * logprobs, (weight != ratio).astype(jnp.float32), ratio
+
+
+def sapo_loss(
+  log_ratios: Float[ArrayLike, 'B R'],
+  advantages: Float[ArrayLike, 'B R'],
+  *,
+  tau_positive: float,
+  tau_negative: float,
+) -> tuple[Float[Array, 'B R'], Float[Array, 'B R'], Float[Array, 'B R']]:
+  """Computes the policy loss with a smooth gate in place of a clip, per token.
+
+      -4 / tau * sigmoid(tau * (ratio - 1)) * A,   ratio = exp(log_ratios)
+
+  where tau is `tau_positive` for positive advantages and `tau_negative` for others. At ratio 1 the
+  gradient is that of -ratio * A; it falls smoothly on both sides, faster for a larger tau.
+  See SAPO (https://arxiv.org/abs/2511.20347).
+
+  Args:
+    log_ratios: [B, R] float32; see `log_ratio`.
+    advantages: [B, R] float32.
+    tau_positive: positive number.
+    tau_negative: positive number.
+
+  Returns:
+    loss [B, R], clipped [B, R] (0: nothing is) and ratio [B, R].
+  """
+  chex.assert_equal_shape([log_ratios, advantages])
+  ratio = jnp.exp(log_ratios)
+  tau = jnp.where(advantages > 0, tau_positive, tau_negative)
+  gate = 4.0 / tau * jax.nn.sigmoid(tau * (ratio - 1.0))
+  return -gate * advantages, jnp.zeros_like(ratio), ratio
 
 
 def ppo_policy_loss(

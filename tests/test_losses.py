@@ -430,3 +430,37 @@ def test_full_kl_agrees_with_loops(chunk):
       fn(w, u, h, g).ravel(),
       [references.full_kl(*rows) for rows in zip(p.reshape(10, 7), q.reshape(10, 7))],
     )
+
+
+def test_cispo_and_its_gradient_agree_with_loops():
+  """The weight is a constant, so the gradient is -weight * A, for clipped tokens too."""
+  settings = dict(clip_low=0.4, clip_high=0.3)
+  fn = jitted(losses.cispo_loss, **settings)
+  gradient_fn = jax.jit(jax.grad(lambda *args: fn(*args)[0].sum()))
+  seen = 0
+  for case in range(CASES):
+    logp, ratios, advantages = tokens(case, 1.0, 0.5, 1.0)
+    weights = np.clip(np.exp(ratios.astype(np.float64)), 0.6, 1.3)
+    loss, clipped, ratio = fn(logp, ratios, advantages)
+    close(loss, -weights * advantages * logp)
+    close(ratio, np.exp(ratios))
+    np.testing.assert_array_equal(clipped, (np.exp(ratios) < 0.6) | (np.exp(ratios) > 1.3))
+    close(gradient_fn(logp, ratios, advantages), -weights * advantages)
+    seen += clipped.sum()
+  assert seen > 20
+
+
+def test_sapo_and_its_gradient_agree_with_loops():
+  """Of gates 4 / tau * sigmoid(tau (r - 1)), with slope 4 p (1 - p), which is 1 at r = 1."""
+  fn = jitted(losses.sapo_loss, tau_positive=1.0, tau_negative=2.0)
+  gradient_fn = jax.jit(jax.grad(lambda *args: fn(*args)[0].sum()))
+  for case in range(CASES):
+    ratios, advantages = tokens(case, 0.5, 1.0)
+    loss, clipped, _ = fn(ratios, advantages)
+    gradient = gradient_fn(ratios, advantages)
+    for (i, j), a in np.ndenumerate(advantages.astype(np.float64)):
+      r, tau = np.exp(float(ratios[i, j])), 1.0 if a > 0 else 2.0
+      p = 1 / (1 + np.exp(-tau * (r - 1)))
+      close(loss[i, j], -4 / tau * p * a)
+      close(gradient[i, j], -4 * p * (1 - p) * r * a)  # r from d ratio / d log ratio
+    assert not clipped.any()

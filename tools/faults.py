@@ -50,6 +50,13 @@ FAULTS = (
     _tests('test_advantages', 'test_leave_one_out_agrees_with_loops'),
   ),
   Fault(
+    'the importance weight of CISPO has a gradient',
+    'rlhf_jax/losses.py',
+    'jax.lax.stop_gradient(jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high))',
+    'jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)',
+    _tests('algorithms/test_grpo', 'test_loss_and_gradient_are_those_of_trl[cispo]'),
+  ),
+  Fault(
     'all attempts of dynamic sampling have the same key',
     'rlhf_jax/rollout/resampling.py',
     'jax.random.fold_in(key, attempts),',

@@ -93,6 +93,10 @@ TABLE = (
     (0,),
     'no pretraining batches are used',
   ),
+  # GRPO.
+  ('rl.tau_positive rl.tau_negative', 'rl.loss', ('clip', 'cispo'), "only 'sapo' has a gate"),
+  ('rl.clip_low rl.clip_high', 'rl.loss', ('sapo',), 'its gate takes the place of a clip'),
+  ('rl.dual_clip', 'rl.loss', ('cispo', 'sapo'), 'nothing clips the loss'),
   # REINFORCE.
   ('rl.clip_low rl.clip_high rl.dual_clip', 'rl.clip', (False,), 'the loss is -A log p'),
   ('rl.gamma', 'rl.returns', ('sequence',), 'the rewards of a response are summed'),

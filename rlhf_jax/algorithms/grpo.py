@@ -1,8 +1,9 @@
 """Group relative policy optimization: a prompt's other responses are the baseline; no critic.
 
 GRPO (Shao et al. 2024, https://arxiv.org/abs/2402.03300) is the default. Presets change it to
-Dr. GRPO (https://arxiv.org/abs/2503.20783), DAPO (https://arxiv.org/abs/2503.14476) or
-GSPO (https://arxiv.org/abs/2507.18071).
+Dr. GRPO (https://arxiv.org/abs/2503.20783), DAPO (https://arxiv.org/abs/2503.14476),
+GSPO (https://arxiv.org/abs/2507.18071), CISPO (https://arxiv.org/abs/2506.13585) or
+SAPO (https://arxiv.org/abs/2511.20347).
 
 Differences from TRL: it multiplies the KL in the loss by the ratio, averages the loss of 'dapo'
 over the tokens of the whole rollout, and keeps groups of equal scores. We do none of these.
@@ -37,6 +38,10 @@ class Settings(on_policy_config.Settings):
       the 'batch', or 'none'. See advantages.group_advantages.
     normalize: What the loss is averaged over: 'token', 'sequence', or 'constant' (max_new_tokens
       per sequence). See losses.token_weights.
+    loss: 'clip': PPO's clipped loss; 'cispo': -A log p with clipped importance weights; 'sapo': a
+      smooth gate in place of the clip. See losses.cispo_loss and losses.sapo_loss.
+    tau_positive: How fast the gate of 'sapo' closes for positive advantages.
+    tau_negative: The same for others.
     ratio: Level of the importance ratio: 'token', 'sequence' or 'sequence_token'. See
       losses.log_ratio.
     drop_equal_groups: Whether to leave out prompts whose responses all have the same score (DAPO).
@@ -52,6 +57,9 @@ class Settings(on_policy_config.Settings):
   kl_in: str = 'loss'
   scale: str = 'group'
   normalize: str = 'sequence'
+  loss: str = 'clip'
+  tau_positive: float = 1.0
+  tau_negative: float = 1.05
   ratio: str = 'token'
   drop_equal_groups: bool = False
   max_resamples: int = 0
@@ -86,6 +94,22 @@ PRESETS = {
     'rl.clip_low': 3e-4,
     'rl.clip_high': 4e-4,
   },
+  # MiniMax-M1, §3.1: 16 updates per rollout, no lower clip, and DAPO's dynamic sampling, penalty of
+  # long responses and mean over tokens. It gives no value of the upper clip; 5 is that of ScaleRL
+  # (https://arxiv.org/abs/2510.13786), which TRL recommends too.
+  'cispo': {
+    'sampling.samples': 16,
+    'rl.minibatches': 16,
+    'rl.kl_coef': 0.0,
+    'rl.loss': 'cispo',
+    'rl.clip_low': 1.0,
+    'rl.clip_high': 4.0,
+    'rl.normalize': 'token',
+    'rl.drop_equal_groups': True,
+    'rl.max_resamples': 9,
+    'rl.overlong': 0.2,
+  },
+  'sapo': {'rl.minibatches': 4, 'rl.kl_coef': 0.0, 'rl.loss': 'sapo'},
 }
 
 
@@ -103,10 +127,16 @@ def validate(config, device_count):
   overlong = config.rl.overlong
   for key, choices in (
     ('scale', adv.GROUP_SCALES),
+    ('loss', losses.POLICY_LOSSES),
     ('ratio', losses.RATIO_LEVELS),
     ('kl_estimator', adv.KL_ESTIMATORS[:4]),
   ):
     config_lib.one_of(config, f'rl.{key}', choices)
+  config_lib.need(
+    min(config.rl.tau_positive, config.rl.tau_negative) > 0,
+    f'config.rl.tau_positive={config.rl.tau_positive} and config.rl.tau_negative='
+    f'{config.rl.tau_negative} must be positive',
+  )
   config_lib.need(
     config.rl.max_resamples >= 0 and (config.rl.drop_equal_groups or not config.rl.max_resamples),
     f'config.rl.max_resamples={config.rl.max_resamples} must be 0, or positive with '
@@ -170,7 +200,20 @@ def loss(outputs, experience, counts, *, settings):
   )
   logprobs = jnp.where(mask, outputs.logprobs, 0.0)
   log_ratio = losses.log_ratio(logprobs, experience.logprobs, mask, level=settings.ratio)
-  policy = losses.clipped_policy_loss(log_ratio, experience.advantages, **settings.clips)
+  advantages = experience.advantages
+  if settings.loss == 'cispo':
+    policy = losses.cispo_loss(
+      logprobs, log_ratio, advantages, clip_low=settings.clip_low, clip_high=settings.clip_high
+    )
+  elif settings.loss == 'sapo':
+    policy = losses.sapo_loss(
+      log_ratio,
+      advantages,
+      tau_positive=settings.tau_positive,
+      tau_negative=settings.tau_negative,
+    )
+  else:
+    policy = losses.clipped_policy_loss(log_ratio, advantages, **settings.clips)
   return on_policy.total_loss(policy, outputs, experience, counts, weights, settings=settings)
 
 

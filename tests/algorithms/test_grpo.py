@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import forward
+from rlhf_jax import losses
 from rlhf_jax import types
 from rlhf_jax import update
 from rlhf_jax.algorithms import grpo
@@ -21,7 +22,15 @@ CASES = {
   for name, case in json.loads(str(GOLDEN['settings'])).items()
   if not (case['beta'] and case['use_bias_correction_kl'])
 }
-NORMALIZE = {'grpo': 'sequence', 'bnpo': 'token', 'dapo': 'token', 'dr_grpo': 'constant'}
+NORMALIZE = {
+  'grpo': 'sequence',
+  'bnpo': 'token',
+  'dapo': 'token',
+  'dr_grpo': 'constant',
+  'cispo': 'token',
+  'sapo': 'sequence',
+  'luspo': 'constant',
+}
 BASE = dict(
   microbatch_size=0,
   temperature=1.0,
@@ -34,14 +43,17 @@ BASE = dict(
 
 def settings_of(case):
   """Returns our settings for TRL's."""
+  cispo = case['loss_type'] == 'cispo'
   return grpo.Settings(
     **BASE | {'samples': case['num_generations'], 'max_new_tokens': case['max_completion_length']},
     kl_coef=case['beta'],
     scale=case['scale_rewards'],
     normalize=NORMALIZE[case['loss_type']],
     ratio=case['importance_sampling_level'],
-    clip_low=case['epsilon'],
-    clip_high=case['epsilon_high'],
+    loss=case['loss_type'] if case['loss_type'] in losses.POLICY_LOSSES else 'clip',
+    tau_negative=case.get('sapo_temperature_neg', 1.05),
+    clip_low=1.0 if cispo else case['epsilon'],
+    clip_high=case['epsilon_high'] - cispo,  # TRL's is the largest ratio for 'cispo'
     dual_clip=case['delta'],
   )
 
@@ -53,7 +65,7 @@ def test_loss_and_gradient_are_those_of_trl(name):
   accumulation = CASES[name]['gradient_accumulation_steps']
   for i, rows in enumerate(GOLDEN[f'{name}/rows']):
     tokens = mask[rows].sum() * accumulation
-    if CASES[name]['loss_type'] == 'dapo':
+    if CASES[name]['loss_type'] in ('dapo', 'cispo'):
       tokens = mask.sum() * len(rows) * accumulation / len(mask)
     batch = types.Experience(
       tokens=None,
@@ -71,6 +83,10 @@ def test_loss_and_gradient_are_those_of_trl(name):
       return grpo.loss(outputs, batch, counts, settings=settings)[0]
 
     value, gradient = jax.value_and_grad(loss)(jnp.asarray(GOLDEN[f'{name}/logprobs'][i]))
+    if (
+      CASES[name]['loss_type'] == 'luspo'
+    ):  # a sum over tokens, where ours is divided by a constant
+      value, gradient = value * settings.max_new_tokens, gradient * settings.max_new_tokens
     np.testing.assert_allclose(value, GOLDEN[f'{name}/loss'][i], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(gradient, GOLDEN[f'{name}/gradients'][i], rtol=1e-5, atol=1e-6)
 

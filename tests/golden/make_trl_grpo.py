@@ -48,6 +48,10 @@ Conventions of TRL 1.12, from its source, and checked by these numbers:
     whatever the longest response is. 'dapo': over the tokens of the whole generation batch,
     scaled to a minibatch's part of the rows; minibatches with more tokens than others weigh
     more. With one minibatch an iteration it is the mean over tokens.
+  * 'cispo' multiplies log p by the ratio, detached and at most `epsilon_high` itself, where other
+    losses clip at 1 + `epsilon_high`; its mean is that of 'dapo'. 'sapo' has a sigmoid of the ratio
+    in place of the clip, and the mean of 'grpo'. 'luspo' is GSPO's loss times the length of the
+    sequence, averaged over sequences.
   * 'sequence' with 'bnpo', 'dr_grpo' or 'dapo' counts a sequence's one loss once per token; TRL
     warns about it. Only 'grpo' gives GSPO's objective.
   * Gradient accumulation. Each returned loss is the microbatch's part of the minibatch's, already
@@ -117,6 +121,11 @@ def make_cases():
   for scale in ('batch', 'none'):
     cases[f'scale-{scale}'] = TOKEN | WHOLE | dict(loss_type='grpo', scale_rewards=scale)
   cases['delta'] = TOKEN | WHOLE | dict(loss_type='dapo', delta=1.4)
+  cispo = TOKEN | dict(loss_type='cispo', epsilon_high=1.1)
+  cases['cispo'] = cispo | WHOLE
+  cases['cispo-split'] = cispo | SPLIT | dict(beta=0.1)
+  cases['sapo'] = TOKEN | WHOLE | dict(loss_type='sapo', sapo_temperature_neg=1.3)
+  cases['luspo'] = SEQUENCE | WHOLE | dict(loss_type='luspo')
   per_token = SEQUENCE | dict(importance_sampling_level='sequence_token', loss_type='grpo')
   cases['gspo-token'] = per_token | WHOLE
   cases['gspo-token-kl'] = per_token | WHOLE | dict(beta=0.1)
