@@ -53,6 +53,8 @@ DATA = {
   'ppo': ('prompts',),
   'a2c': ('prompts',),
   'nlpo': ('prompts',),
+  'online_dpo': ('prompts',),
+  'trpo': ('prompts',),
   'grpo': ('prompts',),
   'reinforce': ('prompts',),
   'rloo': ('prompts',),

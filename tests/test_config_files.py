@@ -163,6 +163,8 @@ def written(config, folder):
     ('rejection_sampling', None),
     ('best_of_n', None),
     ('expert_iteration', 'debug'),
+    ('online_dpo', None),
+    ('trpo', None),
     ('hh_reward', 'data=x'),
     ('reward_model', None),
     ('random_walks', None),

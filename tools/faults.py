@@ -34,6 +34,37 @@ _BY_HAND = _tests(
 )
 
 FAULTS = (
+  # Trust regions and preference pairs.
+  Fault(
+    'the Fisher matrix lacks the outer product of the probabilities',
+    'rlhf_jax/logprobs.py',
+    'w = p * (u - jnp.sum(p * u, axis=-1, keepdims=True))',
+    'w = p * u',
+    _tests('test_trust_region', 'test_products_are_those_of_the_explicit_fisher_matrix[all]'),
+  ),
+  Fault(
+    'the line search ignores the bound on the KL',
+    'rlhf_jax/trust_region.py',
+    'accepted = (surrogate > before) & (kl < region.max_kl)',
+    'accepted = surrogate > before',
+    _tests('test_trust_region', 'test_line_search_by_hand'),
+  ),
+  Fault(
+    'a failed line search keeps its last attempt',
+    'rlhf_jax/trust_region.py',
+    'return jax.tree.map(keep, result, start), {',
+    'return result, {',
+    _tests('algorithms/test_trpo', 'test_a_rejected_step_restores_the_last_bit'),
+  ),
+  Fault(
+    'the two responses of a pair are shuffled apart',
+    'rlhf_jax/algorithms/online_dpo.py',
+    'group_size=self.samples',
+    'group_size=1',
+    _tests(
+      'algorithms/test_online_dpo', 'test_an_update_in_two_minibatches_is_two_steps_by_hand[0]'
+    ),
+  ),
   # Algorithms without a critic.
   Fault(
     'the moving baseline contains the batch itself',

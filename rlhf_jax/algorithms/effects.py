@@ -125,6 +125,20 @@ TABLE = (
     ('a2c', 'rejection_sampling'),
     'its loss has no clips',
   ),
+  (
+    'rl.clip_low rl.clip_high rl.dual_clip',
+    'algorithm',
+    ('trpo',),
+    'the bound on the KL replaces the clips',
+  ),
+  ('rl.vf_coef', 'algorithm', ('trpo',), 'the critic has updates of its own'),
+  (
+    'rl.clip_low rl.clip_high rl.dual_clip rl.entropy_coef rl.kl_in rl.kl_estimator',
+    'algorithm',
+    ('online_dpo',),
+    'the loss of a pair has no such term',
+  ),
+  ('rl.label_smoothing', 'rl.loss', ('ipo', 'hinge'), "it is part of the 'sigmoid' loss"),
   ('rl.keep_count', 'rl.keep', ('percentile',), 'the scores decide how many responses are kept'),
   (
     'rl.start_percentile rl.end_percentile rl.improve_steps',

@@ -258,7 +258,8 @@ POLICY = (
   Metric(
     'groups/equal',
     'GRPO: the fraction of responses whose whole group has the same score. Their advantages are 0. '
-    'With `rl.max_resamples`, what is left after the last attempt.',
+    'With `rl.max_resamples`, what is left after the last attempt. Online DPO: the fraction of '
+    'prompts without a pair, which are left out.',
     r'\frac{1}{N} \sum_i \mathbb{1}[\text{all scores of the group of } i \text{ are equal}]',
     'fraction',
     'Near 1 the batch teaches nothing: the prompts are too easy or too hard for the policy.',
@@ -293,6 +294,108 @@ POLICY = (
     r'-\mathbb{E}_t \log \pi(y_t \mid y_{<t})',
     'nats per token',
     'If it rises, the policy forgets: raise `rl.ptx_coef`.',
+  ),
+)
+
+PREFERENCES = (
+  Metric(
+    'objective/scores_margin',
+    'Online DPO: how much higher the best response to a prompt scores than the worst, a mean over '
+    'pairs.',
+    r'\mathbb{E}\left[\tilde r(x, y^+) - \tilde r(x, y^-)\right]',
+    'units of the reward',
+  ),
+  Metric(
+    'rewards/chosen',
+    'Online DPO: the implicit reward of the better responses.',
+    r'\beta \, \mathbb{E} \log \frac{\pi(y^+ \mid x)}{\pi_{\mathrm{ref}}(y^+ \mid x)}',
+    'nats times `rl.kl_coef`',
+    'If it falls far below 0, the policy makes even the better responses unlikely: lower '
+    '`optim.learning_rate` or raise `rl.kl_coef`.',
+  ),
+  Metric(
+    'rewards/rejected',
+    'Online DPO: the implicit reward of the worse responses.',
+    r'\beta \, \mathbb{E} \log \frac{\pi(y^- \mid x)}{\pi_{\mathrm{ref}}(y^- \mid x)}',
+    'nats times `rl.kl_coef`',
+    'It should fall relative to `rewards/chosen`.',
+  ),
+  Metric(
+    'rewards/margins',
+    'Online DPO: the implicit reward of the better response minus that of the worse, a mean over '
+    'pairs.',
+    r'\beta \, \mathbb{E} \left[\log \frac{\pi(y^+ \mid x)}{\pi_{\mathrm{ref}}(y^+ \mid x)} - '
+    r'\log \frac{\pi(y^- \mid x)}{\pi_{\mathrm{ref}}(y^- \mid x)}\right]',
+    'nats times `rl.kl_coef`',
+  ),
+  Metric(
+    'rewards/accuracies',
+    'Online DPO: the fraction of pairs in which the better response has the higher implicit '
+    'reward.',
+    r'\mathbb{E} \, \mathbb{1}[\text{margin} > 0]',
+    'fraction',
+    'In the first update all implicit rewards are 0 up to rounding, so it means nothing. Pairs are '
+    'new in each step, so it stays lower than in offline DPO.',
+  ),
+  Metric(
+    'logps/chosen',
+    'Online DPO: the log-probability of the better responses, summed over their tokens.',
+    r'\mathbb{E} \log \pi(y^+ \mid x)',
+    'nats per response',
+  ),
+  Metric(
+    'logps/rejected',
+    'Online DPO: the log-probability of the worse responses, summed over their tokens.',
+    r'\mathbb{E} \log \pi(y^- \mid x)',
+    'nats per response',
+  ),
+)
+
+TRUST_REGION = (
+  Metric(
+    'trust_region/accepted',
+    'TRPO: whether the line search found a step. If not, the policy did not change.',
+    '',
+    '0 or 1',
+    'If it is often 0, raise `rl.cg_damping` or `rl.cg_steps`, or lower `rl.max_kl`.',
+  ),
+  Metric(
+    'trust_region/attempts',
+    'TRPO: attempts of the line search; 0 if the gradient is 0.',
+    '',
+    'attempts',
+    'More than about 3 mean that the quadratic model of the KL is poor: see '
+    '`trust_region/residual`, or lower `rl.max_kl`.',
+  ),
+  Metric(
+    'trust_region/step_size',
+    'TRPO: the factor of the natural gradient in the accepted step, after the line search.',
+    r'0.8^k \sqrt{2 \, \mathrm{KL}_{\max} / x^T (F + \lambda I) x}',
+    '1 / (units of the surrogate)',
+  ),
+  Metric(
+    'trust_region/kl',
+    'TRPO: the KL over the whole vocabulary from the policy before the step to the policy after '
+    'it, a mean over tokens.',
+    r'\mathbb{E}_t \, \mathrm{KL}\left(\pi_{\mathrm{old}}(\cdot \mid x, y_{<t}) \,\|\, '
+    r'\pi(\cdot \mid x, y_{<t})\right)',
+    'nats per token',
+    'It is below `rl.max_kl`, and 0 for a rejected step. If it is far below, the damping is large '
+    'or the line search shrinks every step.',
+  ),
+  Metric(
+    'trust_region/improvement',
+    'TRPO: how much the accepted step improves the surrogate.',
+    r'\mathbb{E}_t \left[\frac{\pi(y_t)}{\pi_{\mathrm{old}}(y_t)} A_t\right] - \mathbb{E}_t[A_t]',
+    'advantages',
+  ),
+  Metric(
+    'trust_region/residual',
+    'TRPO: how far conjugate gradients are from the solution.',
+    r'\|g - (F + \lambda I) x\| / \|g\|',
+    'fraction',
+    'Above about 0.1 the direction is far from the natural gradient: raise `rl.cg_steps` or '
+    '`rl.cg_damping`.',
   ),
 )
 
@@ -741,6 +844,8 @@ GROUPS = {
   'Scores and KL': OBJECTIVE,
   'Responses': RESPONSES,
   'Policy': POLICY,
+  'Preferences': PREFERENCES,
+  'Trust region': TRUST_REGION,
   'Critic': CRITIC,
   'Pretraining and SFT': LANGUAGE_MODEL,
   'Reward models': REWARD_MODEL,

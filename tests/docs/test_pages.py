@@ -19,13 +19,7 @@ from rlhf_jax import cli
 from rlhf_jax import config_files
 from rlhf_jax import evaluate
 from rlhf_jax import models
-from rlhf_jax.algorithms import a2c
-from rlhf_jax.algorithms import grpo
-from rlhf_jax.algorithms import nlpo
-from rlhf_jax.algorithms import ppo
-from rlhf_jax.algorithms import rejection_sampling
-from rlhf_jax.algorithms import reward_model
-from rlhf_jax.algorithms import sft
+from rlhf_jax.algorithms import build
 from rlhf_jax.data import tokenizers
 from rlhf_jax.evaluation import glossary
 from rlhf_jax.models import hf
@@ -37,7 +31,7 @@ PAGES = [
   *sorted(path for path in (ROOT / 'docs').rglob('*.md') if '_build' not in path.parts),
 ]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-ALGORITHMS = (sft, reward_model, ppo, grpo, a2c, nlpo, rejection_sampling)
+ALGORITHMS = tuple(map(build.load, build.names()))
 # Commands of other programs, which a page may name.
 OTHERS = ('git', 'pip', 'hf', 'cp', 'make', 'sbatch', 'kubectl')
 PROGRAMS = {

@@ -9,7 +9,9 @@ from rlhf_jax import loop
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax import sharding
 from rlhf_jax.algorithms import build
+from rlhf_jax.algorithms import online_dpo
 from rlhf_jax.algorithms import reinforce
+from rlhf_jax.algorithms import trpo
 from rlhf_jax.evaluation import glossary
 import tiny
 
@@ -86,6 +88,8 @@ def variants(world):
     'reinforce': tiny.on_policy(reinforce.config(), world),
     'nlpo': tiny.nlpo(world),
     'rejection_sampling': tiny.rejection_sampling(world),
+    'online_dpo': tiny.on_policy(online_dpo.config(), world),
+    'trpo': tiny.on_policy(trpo.config(), world),
   }
 
 
