@@ -30,23 +30,32 @@ CURVES = flags.DEFINE_bool('curves', False, 'Train on the random walks instead.'
 MODEL = flags.DEFINE_string('model', '', 'With --curves: the pretrained model of random_walks.')
 SEEDS = flags.DEFINE_integer('seeds', 3, 'With --curves: the number of seeds.')
 CURVE_STEPS = 20
-sleep = {'seconds': 0.0}  # of each call of `reward`
 
 
-def reward(prompts, responses, *, response_tokens, metadata):
-  """Sleeps, then returns the length of each response."""
+def reward(prompts, responses, *, response_tokens, metadata, seconds):
+  """Sleeps for some seconds, then returns the length of each response."""
   del prompts, metadata
-  time.sleep(sleep['seconds'])
+  time.sleep(seconds)
   return [float(len(tokens)) for tokens in response_tokens]
 
 
-def config(world, staleness, *, batch_size=64, response=64, layers=4, width=128):
-  """Returns a GRPO config for the random walks' prompts and a new model of a given size."""
+def config(world, staleness, sleep, *, batch_size=64, response=64, layers=4, width=128):
+  """Returns a GRPO config for the random walks' prompts and a new model of a given size.
+
+  Args:
+    world: Folder of the random walks.
+    staleness: `config.sampling.staleness`.
+    sleep: Seconds that the reward sleeps.
+    batch_size: Responses of an iteration.
+    response: Tokens of each response.
+    layers: Layers of the model.
+    width: Its width.
+  """
   c = grpo.config()
   c.tokenizer = f'{world}/tokenizer'
   c.model.init = random_walks.MODEL | {'n_layer': layers, 'n_embd': width, 'n_head': 4}
   c.data.update({'path': f'{world}/prompts.jsonl', 'max_prompt_length': 8})
-  c.reward.function = 'benchmarks.staleness:reward'
+  c.reward.update({'function': f'{__name__}:reward', 'arguments': {'seconds': sleep}})
   c.sampling.update({'max_new_tokens': response, 'min_new_tokens': response})
   c.sampling.staleness, c.rl.kl_coef = staleness, 0.0
   c.batch_size, c.steps = batch_size, 1_000_000
@@ -82,11 +91,10 @@ def seconds_per_step(c, steps):
 def hidden(folder, steps, **size):
   """Times both with a reward that sleeps as long as a rollout; returns the rows of the table."""
   random_walks.write(folder, walks=1, seed=0)
-  sleep['seconds'] = 0.0
-  _, sleep['seconds'] = seconds_per_step(config(folder, 0, **size), 1)
+  _, sleep = seconds_per_step(config(folder, 0, 0.0, **size), 1)
   rows = []
   for staleness in (0, 1):
-    seconds, _ = seconds_per_step(config(folder, staleness, **size), steps)
+    seconds, _ = seconds_per_step(config(folder, staleness, sleep, **size), steps)
     rows.append({'stage': f'staleness {staleness}', 'iterations/s': 1 / seconds})
   return [row | {'ratio': row['iterations/s'] / rows[0]['iterations/s']} for row in rows]
 
@@ -117,16 +125,13 @@ def curves(folder, model, seeds):
 
 
 def main(_):
-  # The module that the reward is imported from has its own `sleep`.
-  from benchmarks import staleness
-
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
     if CURVES.value:
-      rows = staleness.curves(folder, MODEL.value, SEEDS.value)
+      rows = curves(folder, MODEL.value, SEEDS.value)
       print(tables.stages_table(rows, title='Optimality by iteration', width=120))
     else:
-      rows = staleness.hidden(folder, STEPS.value)
+      rows = hidden(folder, STEPS.value)
       print(tables.stages_table(rows, title='A reward that sleeps as long as a rollout'))
 
 
