@@ -81,7 +81,10 @@ def variants(world):
   trunk.critic.kind = 'trunk'
   trunk.rl.kl_estimator = 'full'
   free.rl.minibatches, free.rl.importance_cap = 2, 2.0
+  heads = tiny.reward_model(world)
+  heads.preference.heads = 2
   return {
+    'reward model, two heads': heads,
     'ppo, critic on the trunk': trunk,
     'grpo': groups,
     'grpo, no reference': free,
