@@ -4,11 +4,11 @@ rlhf run --config=reasoning_gym --workdir=/tmp/reasoning
 rlhf run --config=reasoning_gym:debug --workdir=/tmp/debug
 
 Reasoning Gym (https://github.com/open-thought/reasoning-gym, `pip install 'rlhf_jax[reasoning]'`)
-generates puzzles and checks answers. Here a model counts letters in one or two words, adds or
-subtracts two numbers of one or two digits, and spells words of three to five letters backward. It
-is trained for a while on worked examples, and then by GRPO on the scores of the checkers, for the
-same questions. `evaluate` and the evaluators, one for each family, ask questions that it has not
-seen. For other families change FAMILIES; for a model of yours pass model=FOLDER, which skips SFT.
+generates puzzles and checks answers. Here a model counts letters in a word, adds and subtracts two
+or three digits, and spells words of three or four letters backward. It is trained for a while on
+worked examples, and then by GRPO on the scores of the checkers, for the same questions. `evaluate`
+and the evaluators, one for each family, ask questions that it has not seen. For other families
+change FAMILIES; for a model of yours pass model=FOLDER, which skips SFT.
 """
 
 import ml_collections
@@ -18,9 +18,9 @@ from rlhf_jax.algorithms import grpo as grpo_lib
 from rlhf_jax.algorithms import sft as sft_lib
 
 FAMILIES = {
-  'letter_counting': {'min_words': 1, 'max_words': 2},
-  'chain_sum': {'min_terms': 2, 'max_terms': 2, 'min_digits': 1, 'max_digits': 2},
-  'spell_backward': {'min_word_len': 3, 'max_word_len': 5},
+  'letter_counting': {'min_words': 1, 'max_words': 1},
+  'chain_sum': {'min_terms': 2, 'max_terms': 3, 'min_digits': 1, 'max_digits': 1},
+  'spell_backward': {'min_word_len': 3, 'max_word_len': 4},
 }
 REWARD = 'rlhf_jax.rewards.reasoning:score'
 RESPONSE = 8  # tokens of an answer
@@ -94,7 +94,7 @@ def sft():
     {
       'path': '$workdir/world/demonstrations.jsonl',
       'kind': 'completion',
-      'max_length': 72,
+      'max_length': 44,
       'held_out': 0.02,
     }
   )
@@ -110,10 +110,10 @@ def grpo(model):
   """Returns the GRPO stage, on the scores of the checkers."""
   stage = grpo_lib.config()
   stage.seed, stage.model.path = None, model
-  stage.data.update({'path': '$workdir/world/prompts.jsonl', 'max_prompt_length': 64})
+  stage.data.update({'path': '$workdir/world/prompts.jsonl', 'max_prompt_length': 40})
   stage.reward.function = REWARD
   stage.sampling.update({'samples': 8, 'max_new_tokens': RESPONSE})
-  stage.batch_size, stage.steps = 256, 60
+  stage.batch_size, stage.steps = 128, 80
   stage.rl.update({'epochs': 2, 'minibatches': 2, 'kl_coef': 0.0, 'normalize': 'token'})
   stage.optim.update({'learning_rate': 3e-4, 'b2': 0.95, 'clip_norm': 1.0, 'schedule': 'linear'})
   for family in FAMILIES:
