@@ -23,13 +23,13 @@ from rlhf_jax.algorithms import sft as sft_lib
 
 # Width, layers and heads of the models. The policy has size 'large'.
 SIZES = {'small': (32, 1, 2), 'medium': (64, 2, 4), 'large': (128, 4, 4), 'gold': (192, 4, 6)}
-DATA = 250, 1_000, 4_000  # comparisons of the proxies; the middle one is the default
+DATA = 500, 2_000, 8_000  # comparisons of the proxies; the middle one is the default
 MEMBERS = 4  # of the ensembles
 HIDDEN = 'rlhf_jax.tasks.reviews:gold_score'
 TOKENS = 36  # of a response
 LINES = {  # runs of each figure
   'Size of the proxy': ('small', 'medium', 'large'),
-  'Comparisons of the proxy': ('medium_250', 'medium', 'medium_4000'),
+  'Comparisons of the proxy': ('medium_500', 'medium', 'medium_8000'),
   'Ensembles': ('medium', 'mean', 'min', 'variance', 'heads'),
   'KL penalty': ('medium', 'penalty'),
 }
@@ -172,8 +172,8 @@ def compare(seed):
       'max_new_tokens': TOKENS,
       'temperature': 1.0,
       'gold': '$workdir/gold/model',
-      'annotator_temperature': 0.5,
-      'label_noise': 0.1,
+      'annotator_temperature': 0.25,
+      'label_noise': 0.05,
       'seed': seed,
     }
   )
@@ -194,7 +194,8 @@ def reward_model(size, data, held_out):
   stage.preference.update(
     {'normalize': 'gain_bias', 'normalize_path': f'$workdir/{held_out}/samples.jsonl'}
   )
-  stage.optim.update({'learning_rate': 5e-4, 'schedule': 'cosine', 'warmup_steps': 5})
+  rate = 5e-4 if size == 'gold' else 1e-3
+  stage.optim.update({'learning_rate': rate, 'schedule': 'cosine', 'warmup_steps': 5})
   return stage
 
 
@@ -218,18 +219,18 @@ def best_of_n():
 
 
 def ppo(reward):
-  """Returns a PPO stage without a KL penalty, which logs all responses of every fifth step."""
+  """Returns a PPO stage without a KL penalty, which logs all responses of every second step."""
   stage = base(ppo_lib.config(), '$workdir/sft/model')
   stage.data.update({'path': '$workdir/world/prompts.jsonl', 'max_prompt_length': 12})
   stage.reward.update(reward)
   stage.sampling.update({'max_new_tokens': TOKENS, 'temperature': 1.0})
   stage.critic.kind = 'trunk'
-  stage.batch_size, stage.steps = 64, 300
+  stage.batch_size, stage.steps = 64, 120
   stage.rl.update(
     {'epochs': 2, 'minibatches': 2, 'kl_coef': 0.0, 'score_position': 'eos', 'missing_eos': 'none'}
   )
-  stage.optim.update({'learning_rate': 2e-4, 'schedule': 'constant'})
-  stage.samples_every, stage.log_every = 5, 5
+  stage.optim.update({'learning_rate': 5e-5, 'schedule': 'constant'})
+  stage.samples_every, stage.log_every = 2, 2
   return stage
 
 

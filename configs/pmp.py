@@ -140,7 +140,7 @@ def reward_model(model, data):
     {'path': data, 'max_length': 48, 'held_out_path': '$workdir/compare/held_out.jsonl'}
   )
   stage.batch_size, stage.data.epochs = 16, 1.0
-  stage.optim.update({'learning_rate': 3e-4, 'warmup_steps': 3})
+  stage.optim.update({'learning_rate': 1e-3, 'warmup_steps': 3})
   return stage
 
 

@@ -198,16 +198,18 @@ class Line:
 
   Attributes:
     form: one of fits.FORMS.
-    points: list of {"kl", "gold", "proxy"} and, if known, "hidden"; scores are relative to those of
-      the initial policy.
+    points: list of {"kl", "gold", "proxy", "hidden"}; scores are relative to those of the initial
+      policy.
     gold: Fit of the gold score.
     proxy: Fit of the proxy score.
+    hidden: Fit of the hidden score.
   """
 
   form: str
   points: list[dict[str, float]]
   gold: fits.Fit
   proxy: fits.Fit
+  hidden: fits.Fit
 
 
 def make_line(form, points, start):
@@ -215,17 +217,17 @@ def make_line(form, points, start):
 
   Args:
     form: One of fits.FORMS.
-    points: List of {"kl", "gold", "proxy"} and possibly "hidden".
+    points: List of {"kl", "gold", "proxy", "hidden"}.
     start: The scores of the initial policy, a dict with the same keys.
   """
+  scores = 'gold', 'proxy', 'hidden'
   relative = [
-    {'kl': max(point['kl'], 0.0)}
-    | {key: point[key] - start[key] for key in ('gold', 'proxy', 'hidden') if key in point}
+    {'kl': max(point['kl'], 0.0)} | {key: point[key] - start[key] for key in scores}
     for point in points
   ]
   distances = [math.sqrt(point['kl']) for point in relative]
   curve = lambda key: fits.fit(form, distances, [point[key] for point in relative])
-  return Line(form, relative, curve('gold'), curve('proxy'))
+  return Line(form, relative, *map(curve, scores))
 
 
 def read_run(run_folder, gold, hidden):
@@ -314,6 +316,7 @@ def run(folder, *, workdir, best_of_n, runs, penalties, plots, gold, hidden):
         'points': line.points,
         'gold': dataclasses.asdict(line.gold) | {'peak': line.gold.peak},
         'proxy': dataclasses.asdict(line.proxy),
+        'hidden': dataclasses.asdict(line.hidden) | {'peak': line.hidden.peak},
       }
       for name, line in lines.items()
     }
@@ -351,7 +354,12 @@ def table_row(name, line):
     *(highest['gold'], highest['kl']),
     *(gold[-1], line.points[-1]['proxy'], line.points[-1]['kl']),
   ]
-  return [name, *(f'{value:.2f}' if abs(value) < 1e4 else 'none' for value in values)]
+  return [name, *map(number, values)]
+
+
+def number(value):
+  """Formats a number of the tables; a peak that lies far beyond any run is 'none'."""
+  return f'{value:.2f}' if abs(value) < 1e4 else 'none'
 
 
 def write_page(path, lines, plots, *, rows, shifts, hidden):
@@ -380,13 +388,15 @@ def write_page(path, lines, plots, *, rows, shifts, hidden):
       if name in names
     )
     parts.append(sections.Section(title, text, panels))
-  runs = {name: line for name, line in lines.items() if 'hidden' in line.points[0]}
+  of_hidden = lambda fit: (fit.alpha, fit.beta, fit.r2, fit.peak, fit.peak**2, fit.highest)
   parts.append(
     sections.Section(
       'The hidden score',
       f'The gold model learned from comparisons by {hidden} It is only a model of that score, so '
       'it can be wrong about responses unlike those that it learned from.',
-      figures=[(hidden_figure(runs), 'Hidden score of all runs and of best of n, dashed.')],
+      [(hidden_figure(lines), 'Hidden score of all runs and of best of n, dashed.')],
+      ('Optimizer and proxy', 'α', 'β', 'R²', 'peak d', 'peak KL', 'hidden at peak'),
+      [[name, *map(number, of_hidden(line.hidden))] for name, line in lines.items()],
     )
   )
   parts.append(sections.Section('Fits', FITS, titles=TITLES, rows=rows))

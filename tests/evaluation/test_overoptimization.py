@@ -186,14 +186,16 @@ def test_a_run_is_read_back(pipeline, folders):
 
 
 def test_scores_are_relative_and_shifts_by_hand():
-  start = {'gold': 1.0, 'proxy': 2.0, 'kl': 0.0}
+  start = {'gold': 1.0, 'proxy': 2.0, 'hidden': -1.0, 'kl': 0.0}
   points = lambda shift: [
-    {'kl': d * d, 'gold': 1 + shift + d * (2 - d), 'proxy': 2 + 3 * d} for d in (0.5, 1.0, 1.5)
+    {'kl': d * d, 'gold': 1 + shift + d * (2 - d), 'proxy': 2 + 3 * d, 'hidden': d - 1}
+    for d in (0.5, 1.0, 1.5)
   ]
   line = overoptimization.make_line('best_of_n', points(0.0), start)
   assert [point['proxy'] for point in line.points] == [1.5, 3.0, 4.5]
   assert (line.gold.alpha, line.gold.beta, line.gold.peak) == pytest.approx((2, 1, 1))
   assert (line.proxy.alpha, line.proxy.beta) == pytest.approx((3, 0), abs=1e-9)
+  assert (line.hidden.alpha, line.hidden.beta) == pytest.approx((1, 0), abs=1e-9)
   above = overoptimization.make_line('best_of_n', points(0.25), start)
   mean, error = overoptimization.shift(above, line)
   assert mean == pytest.approx(0.25) and error == pytest.approx(0, abs=1e-9)
