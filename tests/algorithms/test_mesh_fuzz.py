@@ -22,7 +22,9 @@ from rlhf_jax import types
 from rlhf_jax.algorithms import build
 from rlhf_jax.algorithms import grpo
 from rlhf_jax.algorithms import ppo
+from rlhf_jax.algorithms import reinforce
 from rlhf_jax.algorithms import reward_model
+from rlhf_jax.algorithms import rloo
 from rlhf_jax.algorithms import setup
 from rlhf_jax.algorithms import sft
 from rlhf_jax.algorithms import wiring
@@ -31,7 +33,7 @@ import tiny
 
 P, R = 4, 6
 STEPS = 2
-ALGORITHMS = (ppo, grpo, ppo, sft, ppo, grpo, ppo, reward_model)  # by seed, in turn
+ALGORITHMS = (ppo, grpo, reinforce, sft, ppo, rloo, ppo, reward_model)  # by seed, in turn
 MESHES = [
   dict(zip(('data', 'fsdp', 'tensor'), sizes))
   for sizes in itertools.product((1, 2, 4, 8), repeat=3)
@@ -133,9 +135,27 @@ SETTINGS = {
     'rl.scale': ('group', 'batch', 'none'),
     'rl.kl_coef': (0.04, 0.0),
     'rl.normalize': ('token', 'sequence', 'constant'),
+    'rl.loss': ('clip', 'clip', 'cispo', 'sapo'),
     'rl.ratio': ('token', 'sequence', 'sequence_token'),
     'rl.drop_equal_groups': (False, True),
     'rl.overlong': (None, 0.5),
+  },
+  reinforce: ON_POLICY
+  | {
+    'sampling.samples': (1, 2),
+    'rl.kl_coef': (0.05, 0.0),
+    'rl.returns': ('token', 'sequence'),
+    'rl.gamma': (1.0, 0.9),
+    'rl.baseline': reinforce.BASELINES,
+    'rl.whiten_advantages': (False, True),
+    'rl.clip': (False, True),
+    'rl.normalize': ('token', 'sequence', 'constant'),
+  },
+  rloo: ON_POLICY
+  | {
+    'sampling.samples': (2, 3),
+    'rl.kl_coef': (0.05, 0.0),
+    'rl.normalize_advantages': (False, True),
   },
   sft: MODEL | {'data.kind': ('text', 'completion')},
   reward_model: MODEL
@@ -209,7 +229,12 @@ def draw(seed, folder):
   world, path, model = folder
   families = list(DECODERS | T5 | (BERT if algorithm is reward_model else {}))
   while True:
-    config = getattr(tiny, algorithm.__name__.split('.')[-1])(world)
+    name = algorithm.__name__.split('.')[-1]
+    config = (
+      getattr(tiny, name)(world)
+      if hasattr(tiny, name)
+      else tiny.on_policy(algorithm.config(), world)
+    )
     family, meshes = pick(families), [MESHES[i] for i in rng.permutation(len(MESHES))[:3]]
     shards = max(mesh['data'] * mesh['fsdp'] for mesh in meshes)
     config.update_from_flattened_dict(
@@ -299,7 +324,7 @@ def on_policy(algorithm, config, mesh, seed):
     wired.optimizers,
     mesh,
     wired.models.policy.rules,
-    extra=wiring.first_extra(settings),
+    extra=getattr(algorithm, 'first_extra', wiring.first_extra)(settings),
   )
   step = setup.jit_step(
     functools.partial(

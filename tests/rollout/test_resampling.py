@@ -10,7 +10,6 @@ from rlhf_jax import types
 from rlhf_jax.algorithms import grpo
 from rlhf_jax.rollout import actor as actor_lib
 from rlhf_jax.rollout import resampling
-import tiny
 
 B, N, P, R = 6, 2, 1, 3
 PROMPTS = 40
@@ -143,22 +142,3 @@ def test_groups_of_scores_that_are_all_skipped_are_replaced():
   scores = jnp.array([1.0, nan, nan, nan, 2.0, 2.0, 1.0, 3.0])
   found = grpo.has_equal_scores(rollout, scores, settings=settings)
   assert found.tolist() == [True] * 6 + [False] * 2
-
-
-def test_a_run_has_no_group_of_equal_scores_and_compiles_once(world):
-  config = tiny.grpo(world)
-  config.rl.update({'drop_equal_groups': True, 'max_resamples': 9})
-  learner, state = None, None
-  mesh, attempts = sharding.make_mesh({}, devices=jax.devices()[:1]), []
-  with jax.set_mesh(mesh):
-    learner, state = grpo.create(config, mesh)
-    for _ in range(3):
-      batch, metrics = learner.next_batch(state, timed=True)
-      attempts.append(metrics['groups/attempts'])
-      groups = np.asarray(batch[2]).reshape(-1, 2)
-      assert (groups[:, 0] != groups[:, 1]).all()
-      state, metrics = learner.train_step(state, *batch)
-      assert metrics['groups/equal'] == 0.0
-      assert len(learner.samples(metrics)) == 16
-  assert max(attempts) > 1
-  assert learner.train_step._cache_size() == 1
