@@ -51,7 +51,12 @@ SETTINGS = {
     'optim.b2': 0.95,
   },
   'grpo': {'rl.minibatches': 2, 'rl.normalize': 'token', 'sampling.samples': 7, 'optim.b2': 0.95},
-  'online_dpo': {'rl.kl_coef': 1.0, 'sampling.samples': 7, 'optim.learning_rate': 2e-4},
+  'online_dpo': {
+    'rl.kl_coef': 1.0,
+    'sampling.samples': 7,
+    'optim.learning_rate': 2e-4,
+    'optim.b2': 0.95,
+  },
   'trpo': {'rl.epochs': 5, 'rl.max_kl': 0.01, 'rl.cg_steps': 10},
   'reinforce': {
     'rl.minibatches': 2,

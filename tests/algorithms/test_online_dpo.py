@@ -108,14 +108,14 @@ def test_equal_scores_and_skipped_responses_are_in_no_pair(n):
   assert metrics['groups/equal'] == pytest.approx(1 - np.sum(pair == 1) / groups)
 
 
-P, R, B = 3, 20, 8
+P, R, B = 3, 32, 8
 LLAMA = tiny.LLAMA | {'max_position_embeddings': P + R}
 
 
 def episode():
   """Returns a rollout of ragged responses with holes, its scores, a model and its reference."""
   rng = np.random.default_rng(0)
-  lengths = np.array([3, 20, 9, 2, 20, 5, 4, 6])
+  lengths = np.array([3, 20, 9, 2, 32, 5, 4, 6])
   mask = np.arange(R) < lengths[:, None]
   holes = mask & ~((rng.random((B, R)) < 0.2) & (np.arange(R) > 0))
   rollout = types.Rollout(
@@ -141,18 +141,17 @@ def pair_loss(params, reference, model, pair, beta):
     logprobs = jax.nn.log_softmax(logits)
     total = 0.0
     for sign, row, tokens, mask in zip((1, -1), logprobs, pair.tokens[:, P:], pair.response_mask):
-      for t in range(R):
-        total += jnp.where(mask[t], sign * row[t, tokens[t]], 0.0)
+      total += sign * jnp.sum(jnp.where(mask, row[jnp.arange(R), tokens], 0.0))
     return total
 
   return -jax.nn.log_sigmoid(beta * (margin(params) - margin(reference)))
 
 
-@pytest.mark.parametrize('microbatch_size', [0, 2])
-def test_an_update_in_two_minibatches_is_two_steps_by_hand(microbatch_size):
+def test_an_update_in_two_minibatches_is_two_steps_by_hand():
+  """Each minibatch has two prompts, in microbatches of one that are cut to 16 or 32 tokens."""
   rollout, scores, model, policy, reference = episode()
   settings = online_dpo.Settings(
-    **BASE | {'microbatch_size': microbatch_size, 'max_new_tokens': R}, minibatches=2, kl_coef=0.5
+    **BASE | {'microbatch_size': 2, 'max_new_tokens': R}, minibatches=2, kl_coef=0.5
   )
   state, metrics = tiny.one_step(
     functools.partial(online_dpo.train_step, models=forward.Models(model), settings=settings),
