@@ -9,6 +9,12 @@ or three digits, and spells words of three or four letters backward. It is train
 worked examples, and then by GRPO on the scores of the checkers, for the same questions. `evaluate`
 and the evaluators, one for each family, ask questions that it has not seen. For other families
 change FAMILIES; for a model of yours pass model=FOLDER, which skips SFT.
+
+Measured, seed 0, 600 samples at temperature 1 of new questions: score 0.53 (standard error 0.02)
+before GRPO and 0.57 (0.02) after, at a KL of 1.1 nats per response. By family, after 20 and after
+80 steps: letters 0.86 and 0.86, words backward 0.71 and 0.78, sums 0.09 and 0.10. After 400 steps
+of SFT the model cannot add yet, so GRPO finds little to reward there. Takes 9 minutes on 2 busy CPU
+cores.
 """
 
 import ml_collections
