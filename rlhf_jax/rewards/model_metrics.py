@@ -18,6 +18,8 @@ rescaling by a baseline, which are off in bert-score by default. Where bert-scor
 maximum includes a 0 for each padding token; ours does not.
 """
 
+from collections.abc import Mapping
+from collections.abc import Sequence
 import functools
 import math
 
@@ -88,7 +90,15 @@ def _in_batches(function, *columns):
   return np.concatenate(parts)
 
 
-def bert_score(prompts, responses, *, metadata, model, column=text.COLUMN, layer=None):
+def bert_score(
+  prompts: Sequence[str],
+  responses: Sequence[str],
+  *,
+  metadata: Sequence[Mapping],
+  model: str,
+  column: str = text.COLUMN,
+  layer: int | None = None,
+) -> list[float]:
   """BERTScore F1 of each response with its best reference, by a local BERT or RoBERTa.
 
   `model` is its folder. `layer` is the layer whose states are compared, the last one by default.
@@ -166,7 +176,7 @@ def greedy_match(
   return precision, recall, 2 * precision * recall / jnp.where(total == 0, 1.0, total)
 
 
-def perplexity(prompts, responses, *, model):
+def perplexity(prompts: Sequence[str], responses: Sequence[str], *, model: str) -> list[float]:
   """The perplexity of each response given its prompt, and of the EOS after it; lower is better.
 
       exp(-1 / n sum_t log p(y_t | x, y_<t)),  n tokens with the EOS
@@ -177,7 +187,9 @@ def perplexity(prompts, responses, *, model):
   return np.exp(log_perplexity(prompts, responses, model=model)).tolist()
 
 
-def corpus_perplexity(prompts, responses, *, model):
+def corpus_perplexity(
+  prompts: Sequence[str], responses: Sequence[str], *, model: str
+) -> list[float]:
   """The perplexity of all tokens of the batch, for each response; see `perplexity`."""
   if not prompts:
     return []
@@ -185,7 +197,7 @@ def corpus_perplexity(prompts, responses, *, model):
   return [math.exp(-logprobs.sum() / counts.sum())] * len(responses)
 
 
-def log_perplexity(prompts, responses, *, model):
+def log_perplexity(prompts: Sequence[str], responses: Sequence[str], *, model: str) -> list[float]:
   """The logarithm of the perplexity of each response, in nats per token; lower is better."""
   if not prompts:
     return []

@@ -12,6 +12,7 @@ potential must be 0 at the end: otherwise the sum would depend on how the respon
 https://www.ifaamas.org/Proceedings/aamas2017/pdfs/p565.pdf).
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence
 
 from rlhf_jax import errors
@@ -35,7 +36,13 @@ def from_potentials(potentials: Sequence[float], *, discount: float = 1.0) -> li
 
 
 def potential_based(
-  prompts, responses, *, response_tokens, metadata, potential, discount=1.0
+  prompts: Sequence[str],
+  responses: Sequence[str],
+  *,
+  response_tokens: Sequence[Sequence[int]],
+  metadata: Sequence[Mapping],
+  potential: str,
+  discount: float = 1.0,
 ) -> list[list[float]]:
   """The change of a potential with each token.
 
