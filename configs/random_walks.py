@@ -39,7 +39,9 @@ SETTINGS = {
   'nlpo': {
     'rl.minibatches': 2,
     'rl.vf_coef': 1.2,
-    'rl.mask_min_tokens': 2,
+    'rl.whiten_advantages': 'minibatch',
+    'rl.entropy_coef': 0.01,
+    'rl.mask_min_tokens': 8,
     'rl.mask_every': 1,
     'critic.kind': 'trunk',
     'optim.b2': 0.95,
