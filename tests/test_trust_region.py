@@ -86,12 +86,19 @@ def search(evaluate, size, **region):
 
 
 def test_line_search_by_hand():
-  # The surrogate 1 - x^2 beats 0 below 1, the KL x^2 is below 0.4 for x < 0.632. The attempts are
-  # at 0.1 + 2, 0.1 + 1 (too far for both), 0.1 + 0.5 (x^2 = 0.36).
+  # The surrogate 1 - x^2 beats 0 below 1, the KL x^2 is below 0.2 for x < 0.447. The attempts are
+  # at 0.1 + 2 and 0.1 + 1, too far for both, at 0.1 + 0.5, where only the KL is too large (0.36),
+  # and at 0.1 + 0.25.
   evaluate = lambda result: (1 - result['x'] ** 2, result['x'] ** 2)
-  result, metrics = search(evaluate, 2.0, max_kl=0.4, shrink=0.5)
-  close([result['x'], result['n']], [0.6, 6])
-  expected = {'accepted': 1, 'attempts': 3, 'step_size': 0.5, 'kl': 0.36, 'improvement': 0.64}
+  result, metrics = search(evaluate, 2.0, max_kl=0.2, shrink=0.5)
+  close([result['x'], result['n']], [0.35, 6])
+  expected = {
+    'accepted': 1,
+    'attempts': 4,
+    'step_size': 0.25,
+    'kl': 0.1225,
+    'improvement': 0.8775,
+  }
   assert metrics == pytest.approx(expected, rel=1e-5)
 
 
