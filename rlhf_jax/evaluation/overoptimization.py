@@ -23,11 +23,9 @@ import numpy as np
 from rlhf_jax import identity
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax import policy as policy_lib
-from rlhf_jax import sharding
-from rlhf_jax import types
-from rlhf_jax.data import formats
 from rlhf_jax.data import tokenizers
 from rlhf_jax.evaluation import best_of_n as best_of_n_lib
+from rlhf_jax.evaluation import best_of_n_stage
 from rlhf_jax.evaluation import figures
 from rlhf_jax.evaluation import fits
 from rlhf_jax.evaluation import judges
@@ -38,7 +36,6 @@ from rlhf_jax.feedback import annotators
 from rlhf_jax.feedback import collect
 from rlhf_jax.rewards import functions
 from rlhf_jax.rewards import learned
-from rlhf_jax.rewards import scorers
 
 PAGE = 'overoptimization.html'
 TITLES = (
@@ -149,47 +146,27 @@ def best_of_n(
     seed: Random seed.
   """
   text_policy = policy_lib.TextPolicy.load(policy)
+  examples = text_policy.read_examples(prompts)[:count]
   answers = text_policy.sample(
-    text_policy.read_prompts(prompts)[:count],
+    [example.prompt for example in examples],
     jax.random.key(seed),
     samples=samples,
     max_new_tokens=max_new_tokens,
     temperature=temperature,
   )
   grid = lambda scores: np.asarray(scores).reshape(-1, samples)
+  repeated = [example for example in examples for _ in range(samples)]
   tokenizer, questions = text_policy.tokenizer, answers.prompts[::samples]
   gold_scores = grid(reward_models.RewardModel.load(gold).score_samples(answers, tokenizer))
   hidden_scores = grid(list(map(functions.load_gold(hidden), answers.prompts, answers.responses)))
   curves = {}
   for name, reward in rewards.items():
-    proxy = grid(proxy_scores(reward, answers, tokenizer))
+    block = ml_collections.ConfigDict(reward)
+    proxy = grid(best_of_n_stage.score(text_policy, answers.rollout, repeated, block)[0])
     curves[name] = best_of_n_lib.curve(proxy, gold_scores, questions)
     for point, other in zip(curves[name], best_of_n_lib.curve(proxy, hidden_scores, questions)):
       point['hidden'] = other['gold']
   identity.write_json(folder / 'best_of_n.json', curves)
-
-
-def proxy_scores(reward, samples, tokenizer):
-  """Computes the scores [n] of samples by a reward as PPO computes it.
-
-  Args:
-    reward: Keys of config.reward, a dict.
-    samples: policy.Samples.
-    tokenizer: Tokenizer of the policy.
-  """
-  mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
-  block = scorers.config()
-  block.update(ml_collections.ConfigDict(reward))
-  examples = [formats.Prompt(prompt, {}) for prompt in samples.prompts]
-
-  def apply(rollout, start):
-    batch = examples[start : start + len(rollout.tokens)]
-    batch += examples[-1:] * (len(rollout.tokens) - len(batch))
-    return types.Scores.of(score(rollout, batch)).total
-
-  with jax.set_mesh(mesh):
-    score, _ = scorers.make(block, tokenizer, mesh, load={}, check=lambda model: None)
-    return policy_lib.in_batches(apply, samples.rollout)
 
 
 @dataclasses.dataclass(frozen=True)
