@@ -90,6 +90,9 @@ def imported(path):
 
 def complete(config, path):
   """Sets the keys of a base config that its docstring asks for."""
+  if path.stem == 'best_of_n':
+    config.sample.update({'policy': 'model', 'prompts': 'data.jsonl'})
+    config.sample.reward.model = 'reward'
   if path.stem not in BASES:
     return
   for key, value in GIVEN.items():
