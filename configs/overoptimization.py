@@ -41,7 +41,7 @@ def get_config(arg=None):
   arg = c.parse_arg(arg, debug=False, seed=0)
   stages = {'world': world()}
   stages |= {f'pretrain_{size}': pretrain(size) for size in SIZES}
-  stages |= {'sft': sft(), 'compare_gold': compare_gold()}
+  stages |= {'sft': sft(), 'samples': samples(), 'compare_gold': compare_gold()}
   stages['gold'] = reward_model('gold', 'compare_gold/comparisons', 'compare_gold')
   stages['compare'] = compare(1_000 * arg.seed + 1)
   for name, size, count in proxies():
@@ -138,8 +138,26 @@ def sft():
   return stage
 
 
+def samples():
+  """Returns the stage that samples the responses on which all reward models are normalized."""
+  return ml_collections.ConfigDict(
+    {
+      'function': 'rlhf_jax.feedback.collect:sample',
+      'policy': '$workdir/sft',
+      'prompts': '$workdir/world/prompts.jsonl',
+      'count': 2_000,
+      'max_new_tokens': TOKENS,
+      'temperature': 1.0,
+      'seed': None,
+    }
+  )
+
+
 def compare_gold():
-  """Returns the stage that labels the comparisons of the gold model, by the hidden score."""
+  """Returns the stage that labels the comparisons of the gold model, by the hidden score.
+
+  A temperature above 1 gives worse responses too, so that the gold model knows nonsense.
+  """
   return ml_collections.ConfigDict(
     {
       'function': 'rlhf_jax.feedback.collect:run',
@@ -148,7 +166,7 @@ def compare_gold():
       'pairs': 12_000,
       'held_out': 500,
       'max_new_tokens': TOKENS,
-      'temperature': 1.0,
+      'temperature': 1.3,
       'gold': HIDDEN,
       'annotator_count': 1,
       'annotator_temperature': 0.25,
@@ -192,7 +210,7 @@ def reward_model(size, data, held_out):
   )
   stage.batch_size = 32 if size == 'gold' else 16
   stage.preference.update(
-    {'normalize': 'gain_bias', 'normalize_path': f'$workdir/{held_out}/samples.jsonl'}
+    {'normalize': 'gain_bias', 'normalize_path': '$workdir/samples/samples.jsonl'}
   )
   rate = 5e-4 if size == 'gold' else 1e-3
   stage.optim.update({'learning_rate': rate, 'schedule': 'cosine', 'warmup_steps': 5})
@@ -270,6 +288,7 @@ def debug(stages):
     if 'algorithm' in stage:
       stage.batch_size, stage.data.epochs, stage.optim.warmup_steps = 16, None, 0
       stage.steps = stage.steps if name.startswith('ppo_') else 2
+  stages['samples'].update({'count': 32, 'max_new_tokens': 12})
   for name in ('compare_gold', 'compare'):
     stages[name].update({'pairs': 32, 'held_out': 16, 'max_new_tokens': 12})
   stages['best_of_n'].update({'count': 4, 'samples': 16, 'max_new_tokens': 12})
