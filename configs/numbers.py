@@ -24,14 +24,15 @@ SETTINGS = {
   'a2c': {
     'critic.kind': 'trunk',
     'rl.epochs': 1,
-    'rl.minibatches': 4,
+    'rl.minibatches': 8,
     'rl.gamma': 1.0,
     'rl.lam': 0.95,
     'rl.whiten_advantages': 'batch',
   },
   'nlpo': {'critic.kind': 'trunk', 'rl.mask_min_tokens': 10, 'rl.mask_every': 5},
-  'trpo': {'rl.epochs': 5, 'optim.learning_rate': 1e-3, 'rl.max_kl': 0.05},
+  'trpo': {'rl.epochs': 5, 'optim.learning_rate': 1e-3, 'rl.max_kl': 0.1},
   'grpo': {'sampling.samples': 8, 'rl.normalize': 'token'},
+  'rloo': {'sampling.samples': 8, 'rl.epochs': 2},
   'reinforce': {'rl.clip': True, 'rl.whiten_advantages': True},
   'online_dpo': {'sampling.samples': 4, 'rl.epochs': 2, 'rl.kl_coef': 0.1},
   'rejection_sampling': {'sampling.samples': 8, 'rl.kl_coef': 0.0},
@@ -124,7 +125,7 @@ def train(task, algorithm, model):
   stage.data.update({'path': '$workdir/world/prompts.jsonl', 'max_prompt_length': 1})
   stage.reward.function = f'rlhf_jax.tasks.numbers:{task}'
   stage.sampling.max_new_tokens = LENGTHS[task]
-  stage.batch_size, stage.steps = 64, 60
+  stage.batch_size, stage.steps = 64, 100
   stage.rl.update({'epochs': 4, 'minibatches': 2, 'kl_coef': 0.01})
   stage.optim.update(
     {'name': 'adam', 'learning_rate': 1e-3, 'clip_norm': 1.0, 'schedule': 'linear'}
