@@ -14,7 +14,8 @@ Measured, seed 0, 600 samples at temperature 1 of new questions: score 0.53 (sta
 before GRPO and 0.57 (0.02) after, at a KL of 1.1 nats per response. By family, after 20 and after
 80 steps: letters 0.86 and 0.86, words backward 0.71 and 0.78, sums 0.09 and 0.10. After 400 steps
 of SFT the model cannot add yet, so GRPO finds little to reward there. Takes 9 minutes on 2 busy CPU
-cores.
+cores. With 1,000 steps of SFT the score is 0.72 (0.02) before GRPO, which then gains nothing: 0.68
+(0.02) after 80 steps, sums 0.29 and words 0.90. More questions (`world.count`) were not tried.
 """
 
 import ml_collections
