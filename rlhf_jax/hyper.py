@@ -77,7 +77,8 @@ def name(run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
 
   Args:
     run: One of the runs.
-    runs: All runs, whose keys decide how much of a dotted key the name needs.
+    runs: All runs of the sweep. The name has only the last part of a dotted key, unless two keys
+      end with the same part.
 
   Returns:
     Text such as 'algorithm=ppo-kl_coef=0.1-seed=0'.

@@ -429,7 +429,10 @@ def _append_start(config, workdir, *, step, changed, first):
 
 
 def _recorded(workdir, *, last=False):
-  """Returns {key: fingerprint} of the first start of a run, or of the last; {} if not recorded."""
+  """Returns the recorded {key: fingerprint} of the inputs of a run; {} if there is no record.
+
+  They are those of its first start, or of its last start if `last`.
+  """
   path, inputs = pathlib.Path(workdir) / RUNS, {}
   for line in path.read_text(encoding='utf-8').splitlines() if path.exists() else ():
     with contextlib.suppress(ValueError):  # the process was killed while it wrote the line

@@ -93,7 +93,8 @@ def keep_master(inner, dtype):
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, current)
     updates, inner_state = inner.update(grads, state.inner, current)
     new = optax.apply_updates(current, updates)
-    # Added to the parameters in float32, these updates round to the master weights.
+    # optax.apply_updates adds these updates to the parameters in float32 and rounds the sum to
+    # their dtype: the result is the rounded master weights.
     updates = jax.tree.map(
       lambda n, u, p, old: u if n.dtype == old.dtype else n - old.astype(n.dtype),
       new,

@@ -32,7 +32,10 @@ class Lines:
 
 
 def display():
-  """Returns keywords of tqdm.tqdm, by the kind of stderr. Only the main process shows bars."""
+  """Returns keyword arguments of tqdm.tqdm for a terminal or a log file as stderr.
+
+  Only the main process shows bars.
+  """
   settings = {'disable': not processes.is_main_process(), 'file': sys.stderr, 'dynamic_ncols': True}
   if sys.stderr.isatty():
     return settings

@@ -170,7 +170,7 @@ def _typed(fields: Fields) -> Fields:
 def has_blank_prompt(fields: Fields, example: Any) -> bool:
   """Returns whether the prompt is blank before a template is applied.
 
-  A conversation is blank if its last message before the answer is.
+  A conversation counts as blank if the last message before the answer is blank.
   """
   source = _prompt_field(fields)
   value = example.prompt if source is None else fields[source]

@@ -46,7 +46,7 @@ def run(
   Writes to `folder`:
 
       best.jsonl       {"prompt", "completion", "score"}: the selected responses
-      samples.jsonl    the same of all responses, with the "parts" of their scores if there are any
+      samples.jsonl    the same for all responses, with the "parts" of their scores if there are any
       results.json     numbers of prompts and responses, and "curve": the unbiased estimate of the
                        score of best-of-n for n = 1, 2, 4 and so on; see best_of_n.curve
 

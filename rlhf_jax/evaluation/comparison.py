@@ -55,7 +55,7 @@ class Settings:
 
   @property
   def sampling(self):
-    """The settings that are keywords of policy.TextPolicy.sample, a dict."""
+    """The settings that are keyword arguments of policy.TextPolicy.sample, a dict."""
     names = 'max_new_tokens', 'temperature', 'truncate_at', 'truncate_after'
     return {name: getattr(self, name) for name in names}
 

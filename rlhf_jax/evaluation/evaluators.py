@@ -61,7 +61,7 @@ class Context:
     tokenizer: Tokenizer of the model.
     mesh: Device mesh.
     seed: Random seed of the responses.
-    load: Keywords of hf.load_reward that say how a reward model computes, such as its dtype.
+    load: Keyword arguments of hf.load_reward: how a reward model computes, such as its dtype.
     policy: Function (state) -> all parameters of the policy; None for an algorithm without a
       policy.
     start: Function () -> all parameters of the initial policy, in arrays that are never donated. It

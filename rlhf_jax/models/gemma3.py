@@ -145,7 +145,10 @@ class Embedder(gemma.Embedder):
     self.local_rope = config.local_rope
 
   def embed_inputs(self, tokens, positions, length):
-    """See blocks.Embedder; returns tables [2, B, T, 1, H / 2], of full and of sliding layers."""
+    """See blocks.Embedder; returns cosines and sines, each [2, B, T, 1, H / 2].
+
+    The first axis is 0 for layers with full attention and 1 for those with a sliding window.
+    """
     x, table = super().embed_inputs(tokens, positions, length)
     return x, [jnp.stack(parts) for parts in zip(table, self.local_rope.table(positions, length))]
 

@@ -28,7 +28,8 @@ from rlhf_jax.models import naming
 ARCHITECTURE = 'T5ForConditionalGeneration'
 CLASSIFIER = 'T5ForSequenceClassification'
 PREFIX, UNEMBED = '', 'lm_head.weight'
-# Copies of the embedding, and an unused bias in old files.
+# Tensors of Hugging Face files that are not read: copies of the embedding, and in old files an
+# unused bias.
 IGNORED_TENSORS = (
   r'((en|de)coder\.embed_tokens\.weight|EncDecAttention\.relative_attention_bias\.weight)$'
 )

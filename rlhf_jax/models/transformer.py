@@ -182,7 +182,8 @@ class Model(base.LanguageModel):
     )
 
     def apply(block, layer, x, kv_cache):
-      # Only an unrolled layer can drop queries: in a scan, all layers have the same shapes.
+      # Only the last layer of an unrolled model can drop queries: in a scan, all layers have the
+      # same shapes.
       num_queries = (
         last_positions if isinstance(layer, int) and layer == self.config.depth - 1 else x.shape[1]
       )
@@ -196,7 +197,7 @@ class Model(base.LanguageModel):
     return embedder, sharding.split_rows(x), apply
 
   def _scan_layers(self, params, apply, carry, *, trainable):
-    """Applies blocks: the top ones, with adapters, if `trainable`; else the bottom ones."""
+    """Applies the top blocks, with adapters, if `trainable`; otherwise the bottom blocks."""
     if self._unrolled and self.remat == 'none' and not isinstance(params, tuple):
       params = stack.unstack(params)
     depth = len(params) if isinstance(params, tuple) else jax.tree.leaves(params)[0].shape[0]

@@ -71,10 +71,10 @@ def load(name, *, key='config.reward.function', limit=Limit(TIMEOUT, '')):
   """Loads a function by name.
 
   Args:
-    name: 'package.module:function'; the working directory is searched too. Or a name that
+    name: 'package.module:function', where the working directory is searched too; or a name that
       `in_memory` made available.
     key: Config key that holds the name, for error messages.
-    limit: Limit of the import of the module.
+    limit: Time limit of the import of the module.
 
   Returns:
     The function.
@@ -237,7 +237,7 @@ def load_gold(name, path=''):
 
 
 def check_gold(name, path=''):
-  """Raises the errors of `load_gold` that can be found before the data at `path` exist."""
+  """Raises those errors of `load_gold` that do not depend on the data at `path`."""
   function = load(name, key='gold')
   if path:
     check_builder_signature(function, f'gold={name!r} with a gold_path')

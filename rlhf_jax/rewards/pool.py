@@ -70,7 +70,7 @@ class Pool:
       name: 'package.module:function' of a reward function; see functions.py.
       count: Number of processes.
       key: Dotted name of the config block that holds the name, for messages.
-      limit: Limit of the import of the module, and of a batch.
+      limit: Time limit of the import of the module, and of a batch.
       arguments: {keyword: value} that every call passes, or None.
       example_timeout: Time limit for an example in seconds; None for no limit.
       on_error: OnError.

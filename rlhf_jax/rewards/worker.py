@@ -30,8 +30,8 @@ class Setup(NamedTuple):
     name: 'package.module:function' of the reward function.
     key: config key that holds the name.
     arguments: {keyword: value} that every call passes.
-    importing: functions.Limit of the import of the module.
-    scoring: functions.Limit of the call for one example.
+    importing: functions.Limit, for the import of the module.
+    scoring: functions.Limit, for the call on one example.
   """
 
   name: str

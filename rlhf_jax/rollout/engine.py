@@ -31,7 +31,7 @@ from rlhf_jax.rollout import sampling as sampling_lib
 SHORT, LONG = 4, 64
 # Slots by which the contents of a full cache are moved. On the CPU, 16 take 10 % less time than 32.
 MARGIN = 16
-# The last rows are decoded in batches of B / 2, and then B / 4.
+# When few responses are left, they are decoded in batches of B / 2, and then B / 4.
 DRAIN_DIVISORS = (2, 4)
 
 

@@ -91,7 +91,7 @@ def fill(
 
   Args:
     wasted: [B] bool, responses to replace, in whole groups.
-    new_wasted: [B] bool, the same of the new batch.
+    new_wasted: [B] bool, the same for the new batch.
   """
   index = np.arange(len(wasted))
   places, good = np.flatnonzero(wasted), np.flatnonzero(~new_wasted)

@@ -1,7 +1,7 @@
 """The sampler for training: samples responses on the mesh, in one jitted program.
 
 The tokens depend only on the parameters, the prompts and the key. Sample j of prompt i is response
-i n + j of the batch and uses the key folded with this number. The number of data shards, continuous
+k = i n + j of the batch; its key is fold_in(key, k). The number of data shards, continuous
 batching and the number of responses decoded at a time do not change the tokens.
 
 Letters: B prompts, n samples per prompt, P prompt length, R response length, T = P + R.

@@ -65,7 +65,7 @@ def write(folder, *, path, vocab_size, pairings, prompt_words, prompt_count, see
 
 
 def first_words(texts, words):
-  """Returns the first `words` words of each text that has more than twice as many."""
+  """Returns the first `words` words of each text of more than 2 * `words` words."""
   return [' '.join(text.split()[:words]) for text in texts if len(text.split()) > 2 * words]
 
 

@@ -17,18 +17,18 @@ from rlhf_jax.data import sources
 
 PROMPT = '{question}\n'
 EOS, PAD = '<eos>', '<pad>'
-TRIES = 20  # puzzles that are generated at most for one that is new
+TRIES = 20  # at most this many puzzles are generated per new one
 FREQUENT = 0.2  # fraction of the prompts that a word of the tokenizer is in
 _WORD = re.compile(r' ?[A-Za-z]{2,}')
 
 
 def write(folder, *, families, count, test_count, seed):
-  """Writes the data sets and a tokenizer. No test question is among the others.
+  """Writes the data sets and a tokenizer. No test question is a training question.
 
   demonstrations.jsonl       {"prompt", "completion"}: questions with their answers, for SFT
   prompts.jsonl              {"prompt", "family", "settings", "puzzle"}: the same questions
-  test_prompts.jsonl         the same of others
-  test_prompts_FAMILY.jsonl  those of one family
+  test_prompts.jsonl         the same columns, for the test questions
+  test_prompts_FAMILY.jsonl  the test questions of one family
   tokenizer/                 see `write_tokenizer`
 
   Args:
@@ -69,7 +69,8 @@ def draw(family, settings, count, seed):
     List of dicts with `question`, `answer` and `metadata`.
 
   Raises:
-    UserError: There are not so many questions, or a puzzle cannot be stored in JSON.
+    UserError: The family has fewer than `count` different questions, or a puzzle cannot be
+      stored in JSON.
   """
   from rlhf_jax.rewards import reasoning
 
