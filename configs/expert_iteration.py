@@ -76,7 +76,7 @@ def pretrain():
 
 
 def sample(policy, threshold):
-  """Returns the stage that samples walks and selects different ones that score at least a threshold."""
+  """Returns the stage that samples walks and selects distinct ones above a threshold."""
   reward = scorers.config()
   reward.function = 'rlhf_jax.tasks.random_walks:reward'
   return ml_collections.ConfigDict(

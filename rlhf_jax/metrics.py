@@ -229,7 +229,7 @@ class StepLog:
 
 
 def peak_memory():
-  """Returns the most bytes in use so far, of the fullest local device; on CPU, of this process."""
+  """Returns the peak memory in bytes: the maximum over local devices; on CPU, of this process."""
   used = [(device.memory_stats() or {}).get('peak_bytes_in_use') for device in jax.local_devices()]
   if None not in used:
     return max(used)

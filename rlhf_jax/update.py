@@ -169,7 +169,10 @@ def minibatch_orders(
 
 
 def _part(batch, schedule, step):
-  """Returns the part of an extra batch for the minibatch of a step."""
+  """Returns the part of a batch, such as of pretraining examples, that goes with a minibatch.
+
+  `step` counts the minibatches of all epochs; every epoch uses the same parts.
+  """
   part = lambda x: x.reshape((schedule.minibatches, -1) + x.shape[1:])[step % schedule.minibatches]
   return jax.tree.map(part, batch)
 

@@ -31,7 +31,7 @@ MAX_IN_MEMORY = 2**23  # tokens (32 MiB); examples with more are not kept in mem
 OVERHEAD = 32  # memory of the Python objects of an example, in tokens
 SAMPLE_SIZE = 4096  # maximum number of examples in a sample
 SAMPLE_TOKENS = 2**19  # number of tokens after which a sample is complete
-CHUNK = 64  # examples of a sample that are tokenized together
+CHUNK = 64  # a sample is tokenized in batches of this many examples
 GOLDEN = 0.6180339887498949  # the fractional parts of its multiples are spread evenly over [0, 1)
 
 

@@ -150,7 +150,7 @@ def _final(series):
 
 
 def _curves(stage, series):
-  """Returns the panels of a stage's first metrics, and the table of all of its metrics."""
+  """Returns plots of a stage's main metrics, and the table of all of its metrics."""
   panels = [
     (name, _safe(figures.curve(name, lines))) for name, lines in curves.panels(series).items()
   ]

@@ -169,7 +169,7 @@ def compare(runs: Sequence[Run], metric: str = '') -> dict:
 
 
 def _common_metric(runs):
-  """Returns the first of the report's key metrics with a best value that all runs log."""
+  """Returns the score if all runs log it, or else the first such metric of `curves.BEST`."""
   logged = [set(curves.series(run.records)) for run in runs]
   for entry in (SCORE, *curves.BEST):
     for name in sorted(set.intersection(*logged)):

@@ -309,7 +309,7 @@ def sample(
   truncate_at=None,
   truncate_after=0,
 ):
-  """Samples responses and writes samples.jsonl ({"prompt", "completion"}), to normalize scores on.
+  """Writes samples.jsonl ({"prompt", "completion"}): responses on which scores are normalized.
 
   Args:
     folder: pathlib.Path of the output folder.

@@ -42,12 +42,12 @@ ALL_COLUMNS = Columns()
 
 
 def concatenated(*widths):
-  """Returns the Columns of parameters of these widths that are concatenated in one tensor."""
+  """Returns the Columns of parameters that one tensor concatenates, given their widths."""
   return [Columns(offset) for offset in itertools.accumulate(widths[:-1], initial=0)]
 
 
 def interleaved(count, block):
-  """Returns the Columns of `count` parameters in a tensor that flattens [heads, count, block]."""
+  """Returns the Columns of `count` parameters in a tensor flattened from [heads, count, block]."""
   return [Columns(part * block, block, count * block) for part in range(count)]
 
 

@@ -214,7 +214,7 @@ class DecoderBlock(EncoderBlock):
 class Side(nnx.Module):
   """The parameters of the encoder or the decoder outside of its blocks.
 
-  They are the final norm and the biases of attention scores by distance.
+  They are the final norm and the relative position biases of the attention.
   """
 
   def __init__(self, config, *, dtype, rngs):

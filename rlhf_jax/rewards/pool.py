@@ -220,7 +220,7 @@ class _Worker:
     self.example, self.idle, self.due = example, False, _due(self._setup.scoring.seconds)
     try:
       self.connection.send(example)
-    except ConnectionError:  # it has died, which `receive` finds
+    except ConnectionError:  # the process has died; `receive` reports it
       pass
 
   def receive(self, call):

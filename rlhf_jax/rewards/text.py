@@ -2,11 +2,11 @@
 
 Each function gets a batch and returns one number for each response; see functions.py. Its other
 keyword arguments are keys of `config.reward.arguments`, such as `column`: the column of the
-prompts' records that holds the reference, a text or a list of texts. Metrics have the range of
-their fractions: BLEU, chrF and TER are 1 where sacrebleu has 100.
+prompts' records that holds the reference, a text or a list of texts.
 
-BLEU, chrF and TER are sums over a corpus, not means over responses. The functions `corpus_bleu`,
-`corpus_chrf` and `corpus_ter` return the figure of the whole batch for each of its responses, for
+BLEU, chrF and TER are fractions: 1 where sacrebleu has 100. The published metrics are computed over
+a corpus and are not means over responses. The functions `corpus_bleu`,
+`corpus_chrf` and `corpus_ter` return the score of the whole batch for each of its responses, for
 an evaluator of kind 'text', which calls them once for all responses.
 
 The libraries are those of the extra 'metrics'; they are imported when a metric is used.
@@ -182,7 +182,7 @@ def bleu(prompts, responses, *, metadata, column=COLUMN, tokenize='13a'):
 
 
 def corpus_bleu(prompts, responses, *, metadata, column=COLUMN, tokenize='13a'):
-  """BLEU of the whole batch by sacrebleu, for each response; see `bleu`."""
+  """BLEU of the whole batch by sacrebleu, the same for each response; see `bleu`."""
   return _corpus(_bleu(tokenize), prompts, responses, metadata, column)
 
 
@@ -200,7 +200,7 @@ def chrf(prompts, responses, *, metadata, column=COLUMN, word_order=0):
 
 
 def corpus_chrf(prompts, responses, *, metadata, column=COLUMN, word_order=0):
-  """chrF of the whole batch by sacrebleu, for each response; see `chrf`."""
+  """chrF of the whole batch by sacrebleu, the same for each response; see `chrf`."""
   return _corpus(_chrf(word_order), prompts, responses, metadata, column)
 
 
@@ -217,7 +217,7 @@ def ter(prompts, responses, *, metadata, column=COLUMN):
 
 
 def corpus_ter(prompts, responses, *, metadata, column=COLUMN):
-  """Translation edit rate of the whole batch by sacrebleu, for each response; see `ter`."""
+  """Translation edit rate of the whole batch by sacrebleu, the same for each; see `ter`."""
   return _corpus(package('sacrebleu').TER(), prompts, responses, metadata, column)
 
 
@@ -229,7 +229,7 @@ def _each(metric, prompts, responses, metadata, column):
 
 
 def _corpus(metric, prompts, responses, metadata, column):
-  """Returns a metric of sacrebleu for all responses together, n times."""
+  """Returns a metric of sacrebleu over all responses together, once for each response."""
   groups = references(prompts, metadata, column)
   if not groups:
     return []

@@ -27,7 +27,7 @@ def write(folder, *, path, vocab_size, pairings, prompt_words, prompt_count, see
     pairs.jsonl             pairs to train the reward model on
     prompts.jsonl           first words of texts, as prompts of PPO
     tokenizer/
-  The two sets of prompts have none in common.
+  No prompt is in both files.
 
   Args:
     folder: pathlib.Path of the output folder.
