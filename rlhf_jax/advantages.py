@@ -273,7 +273,7 @@ def gae(
 def discounted_returns(
   rewards: Float[ArrayLike, 'B R'], mask: Bool[ArrayLike, 'B R'], *, gamma: float
 ) -> Float[Array, 'B R']:
-  """Computes the return of each token, the discounted sum of the rewards from it on.
+  """Computes the return of each token, the discounted sum of the rewards from that token on.
 
       G_t = r_t + gamma * G_{t+1}
 

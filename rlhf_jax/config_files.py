@@ -161,7 +161,7 @@ def override(config, values):
 
 
 def _set(block, parts, value, key):
-  """Sets the key `parts` of a block; new keys are allowed inside the blocks of config_keys.OPEN."""
+  """Sets the dotted key with these parts; only blocks of config_keys.OPEN accept new keys."""
   name, *rest = parts
   if rest and isinstance(block.get(name), ml_collections.ConfigDict):
     _set(block[name], rest, value, f'{key}.{name}')

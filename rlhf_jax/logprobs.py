@@ -86,7 +86,7 @@ def masked_token_logprobs(
   temperature: float | Float[Array, ''] = 1.0,
   chunk: int = CHUNK,
 ) -> tuple[Float[Array, 'B T'], Float[Array, 'B T'], Float[Array, 'B T']]:
-  """Computes what `token_logprobs` does for the distribution over the allowed tokens only.
+  """Computes log-probabilities and entropies as `token_logprobs`, among the allowed tokens only.
 
   Args:
     unembed, hidden, targets, temperature, chunk: see `token_logprobs`.

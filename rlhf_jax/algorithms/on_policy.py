@@ -241,13 +241,13 @@ def create(
     settings: Class of the algorithm's settings.
     train_step: Function with the arguments of `train_step` above except `objective`.
     reference: Whether the algorithm uses a reference policy.
-    extra: Function from settings to the first TrainState.extra.
+    extra: Function from settings to the initial TrainState.extra.
     mask: Function (model, settings, tokenizer) -> masking.MaskedModel to sample with, whose masking
       policy is TrainState.extra['masking_policy'], at first the policy; None for no mask.
     policy_optimizer: Optax optimizer of the policy; None for that of `config.optim`.
 
   Returns:
-    learner.Learner and the first TrainState.
+    learner.Learner and the initial TrainState.
 
   Raises:
     UserError: The data, the models and the config do not fit together.

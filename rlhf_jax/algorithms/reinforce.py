@@ -4,7 +4,8 @@ Williams 1992 (https://doi.org/10.1007/BF00992696). Presets change it to REINFOR
 REINFORCE++ with a baseline (Hu et al. 2025, https://arxiv.org/abs/2501.03262).
 
 The advantage of a token is its return minus a baseline; whitening is optional. The return is that
-of the token (the rewards from it on, with the KL penalty of each token) or of the whole response.
+of the token (the discounted rewards from that token on, with the KL penalty of each token) or of
+the whole response.
 
 Variances divide by n as in OpenRLHF; verl divides by n - 1. If a mask has holes, such as the tokens
 of an environment between two turns, verl restarts the return at a hole, so that earlier turns get
@@ -121,8 +122,8 @@ def compute_advantages(rewards, mask, moving, *, settings):
 
   Returns:
     Advantages [B, R], the mean return of the batch (of its tokens, or of its responses if
-    settings.returns='sequence'), the baseline [] (of a group: the mean of all), and the next
-    moving average.
+    settings.returns='sequence'), the baseline [] (with group baselines, their mean), and the
+    next moving average.
   """
   used, sequence = jnp.any(mask, axis=1), settings.returns == 'sequence'
   if sequence:
@@ -197,7 +198,7 @@ train_step = functools.partial(on_policy.train_step, objective)
 
 
 def first_extra(settings):
-  """Returns the first TrainState.extra, with a moving baseline that has no value yet."""
+  """Returns the initial TrainState.extra, with a moving baseline that has no value yet."""
   return wiring.first_extra(settings) | {'baseline': jnp.float32(jnp.nan)}
 
 

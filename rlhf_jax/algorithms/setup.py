@@ -322,7 +322,7 @@ def save(path, model, trained, frozen, *, tokenizer):
 
 
 def describer(model, name, tokenizer):
-  """Returns `Learner.describe` of an algorithm: it writes model.json and the tokenizer.
+  """Returns a function for `Learner.describe`, which writes model.json and the tokenizer.
 
   Args:
     model: Model.

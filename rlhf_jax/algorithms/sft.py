@@ -229,7 +229,7 @@ def create(config, mesh):
     mesh: Device mesh.
 
   Returns:
-    learner.Learner and the first TrainState.
+    learner.Learner and the initial TrainState.
 
   Raises:
     UserError: The data or the model does not fit the config.

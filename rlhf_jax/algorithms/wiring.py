@@ -148,7 +148,7 @@ def load_critic(config, tokenizer, mesh, reward_model):
 
 
 def first_extra(settings):
-  """Returns the first TrainState.extra: the KL coefficient and the moments of the scores."""
+  """Returns the initial TrainState.extra: the KL coefficient and the moments of the scores."""
   return {'kl_coef': jnp.float32(settings.kl_coef), 'reward_moments': jnp.zeros(3)}
 
 

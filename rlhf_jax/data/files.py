@@ -141,7 +141,7 @@ def _jsonl(file: str) -> stored.Records:
 
 
 def _small(file: str) -> bytes | None:
-  """Returns the unpacked contents of a file; None if they are larger than stored.SMALL."""
+  """Returns the decompressed contents of a file; None if they are larger than stored.SMALL."""
   content = bytearray()
   for part in _parts(file):
     content += part

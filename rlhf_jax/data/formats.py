@@ -232,7 +232,7 @@ class _PlainTemplate:
 
 
 class _Tally:
-  """Collects places by reason: the first MAX_PLACES, and the number of the others."""
+  """Collects the places of refused records by reason: the first MAX_PLACES, and how many more."""
 
   def __init__(self):
     self.places: dict[str, list[str]] = {}

@@ -161,7 +161,7 @@ class Lines(Records):
     Args:
       file: Path, which messages name.
       parse: Converts the bytes of a line to fields, or raises DataError.
-      content: The lines, if `file` is packed: bytes, or the path of the unpacked file.
+      content: The lines, if `file` is compressed: bytes, or the path of the decompressed file.
 
     Raises:
       OSError: The file cannot be read.

@@ -151,7 +151,7 @@ def completions(
   max_length: int,
   append_eos: bool = True,
 ) -> TokenizedData:
-  """Tokenizes prompts with their completions; warns of the number that `truncate` cuts."""
+  """Tokenizes prompts with their completions, and warns if `truncate` will shorten some."""
 
   def encode(chunk):
     texts = [

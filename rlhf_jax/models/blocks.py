@@ -81,7 +81,7 @@ class Block(nnx.Module):
     return self.attention.out(attended), kv_cache
 
   def scale(self, layer, dtype):
-    """Returns the factor of the queries in a layer: a float, or a scalar of their dtype."""
+    """Returns the factor that scales the queries of a layer: a float, or a scalar of `dtype`."""
     del layer, dtype
     return self.query_scale
 

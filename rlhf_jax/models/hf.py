@@ -238,7 +238,7 @@ def _read_head(path, tensors, model):
 
 
 def _head_count(path):
-  """Returns the number of heads that config.json names, 1 if it names no head."""
+  """Returns the number of reward heads that config.json lists; 1 if it lists none."""
   labels = hf_files.read_json(folders.find_model(path) / 'config.json').get('id2label')
   count = len(labels) if isinstance(labels, dict) else 1
   return count if labels == _head_labels(count) else 1

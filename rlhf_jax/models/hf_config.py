@@ -154,7 +154,10 @@ class Fields:
     return tuple(value) if isinstance(value, (list, tuple)) else value
 
   def typed(self, field):
-    """Returns the value of a dataclass field, checked by its type; a str names an activation."""
+    """Returns the value of a dataclass field, checked against its type.
+
+    A field of type str is the name of an activation.
+    """
     return _READERS[field.type](self, field.name)
 
   def refuse_unread(self):

@@ -1,11 +1,11 @@
-"""A reward server: a Python function or a reward model behind HTTP, in the form of client.py.
+"""A reward server: a Python function or a reward model over HTTP, with the protocol of client.py.
 
 python -m rlhf_jax.rewards.server --function=module:function --port=8000
 python -m rlhf_jax.rewards.server --model=FOLDER --port=8000
 
-Runs use it with --config.reward.url=http://HOST:8000. It answers one request after another; start
-several behind a load balancer for more. Errors of the function have status 500 and name the
-example.
+Runs use it with --config.reward.url=http://HOST:8000. It answers one request at a time; to answer
+several at once, start several servers behind a load balancer. Errors of the function have status
+500 and name the example.
 """
 
 import argparse

@@ -5,9 +5,9 @@ keyword arguments are keys of `config.reward.arguments`, such as `column`: the c
 prompts' records that holds the reference, a text or a list of texts.
 
 BLEU, chrF and TER are fractions: 1 where sacrebleu has 100. The published metrics are computed over
-a corpus and are not means over responses. The functions `corpus_bleu`,
-`corpus_chrf` and `corpus_ter` return the score of the whole batch for each of its responses, for
-an evaluator of kind 'text', which calls them once for all responses.
+a corpus and are not means over responses. The functions `corpus_bleu`, `corpus_chrf` and
+`corpus_ter` return the score of the whole batch for each of its responses, for an evaluator of kind
+'text', which calls them once for all responses.
 
 The libraries are those of the extra 'metrics'; they are imported when a metric is used.
 """

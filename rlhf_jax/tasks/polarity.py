@@ -70,7 +70,7 @@ def first_words(texts, words):
 
 
 def write_documents(folder, *, path, vocab_size, snippets, shuffles, seed):
-  """Splits the snippets and joins them to documents, for configs/lm_human_preferences.py.
+  """Splits the snippets and joins them into documents, for configs/lm_human_preferences.py.
 
   One random half becomes judge.jsonl ({"text", "label"}), which no model is trained on. The other
   half becomes documents.jsonl ({"text"}), on which the tokenizer is trained too. A document joins
