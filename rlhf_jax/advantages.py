@@ -420,7 +420,7 @@ def leave_one_out_advantages(
 def equal_groups(
   scores: Float[ArrayLike, ' B'], n: int, kept: Bool[ArrayLike, ' B'] | None = None
 ) -> Bool[Array, ' B']:
-  """Returns which responses [B] bool belong to a group whose scores are all equal, or do not count.
+  """Returns which responses, [B] bool, do not count or are in a group whose scores are all equal.
 
   Their advantages are 0, so they give no gradient; DAPO drops them and samples others (eq. 11,
   https://arxiv.org/abs/2503.14476). The scores themselves are compared, because the standard

@@ -162,7 +162,7 @@ class Experience:
 
   @property
   def unmasked_logprobs(self) -> Float[Array, 'B R']:
-    """[B, R] float32, log-probabilities that the KL to the reference compares."""
+    """[B, R] float32, log-probabilities from which the KL to the reference is computed."""
     return self.logprobs if self.raw_logprobs is None else self.raw_logprobs
 
 

@@ -1,4 +1,4 @@
-"""Warnings about config keys that have no effect together with the value of another key.
+"""Warnings about config keys that have no effect because of the value of another key.
 
 They are reported after a config is validated, for keys that differ from their defaults. Keys that
 contradict each other are errors, which the `validate` of each algorithm raises.

@@ -51,9 +51,9 @@ def msttr(texts, window=SEGMENT):
   """Computes the mean segmental type-token ratio: distinct words / words of a segment, in [0, 1].
 
   The words of all texts in order are cut into segments of `window` words, and the rest is left out.
-  Unlike `distinct`, the mean over segments does not depend on the number of texts. Fewer words than
-  `window` are one segment; without words it is 0. See Johnson 1944
-  (https://doi.org/10.1037/h0093508).
+  Unlike `distinct`, the mean over segments does not depend on the number of texts. If there are
+  fewer words than `window`, they are one segment; if there are none, the result is 0. See
+  Johnson 1944 (https://doi.org/10.1037/h0093508).
   """
   words = list(itertools.chain.from_iterable(text.split() for text in texts))
   window = min(window, len(words))
