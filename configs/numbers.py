@@ -24,10 +24,11 @@ SETTINGS = {
   'a2c': {
     'critic.kind': 'trunk',
     'rl.epochs': 1,
-    'rl.minibatches': 8,
+    'rl.minibatches': 4,
     'rl.gamma': 1.0,
     'rl.lam': 0.95,
     'rl.whiten_advantages': 'batch',
+    'optim.learning_rate': 3e-4,
   },
   'nlpo': {'critic.kind': 'trunk', 'rl.mask_min_tokens': 10, 'rl.mask_every': 5},
   'trpo': {'rl.epochs': 5, 'optim.learning_rate': 1e-3, 'rl.max_kl': 0.1},
