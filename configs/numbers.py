@@ -9,6 +9,12 @@ See rlhf_jax/tasks/numbers.py for the tasks and their source. A model is pretrai
 lists of numbers and sentences, and then trained by RL from an empty prompt: 20 new tokens, or 30
 for dates. An iteration has 64 responses, as many as RL4LMs has (1,280 tokens of 20). The maximum
 of both rewards is 1; `objective/scores` of the RL stage is the mean reward.
+
+Measured, seed 0, mean reward of the last 5 iterations (0.23 before): increasing numbers, 100
+iterations: RLOO 0.94, TRPO 0.95; 60 iterations: PPO 0.93, NLPO 0.96 (0.956 of the vocabulary
+masked), GRPO 0.96, REINFORCE 0.95, online DPO 0.92, rejection sampling 0.98. A2C, 100 iterations,
+ends at 0.86; at a learning rate of 5e-4 it collapses. Dates, 100 iterations (0.12 before): PPO
+1.00, TRPO 0.98.
 """
 
 import ml_collections
@@ -24,11 +30,11 @@ SETTINGS = {
   'a2c': {
     'critic.kind': 'trunk',
     'rl.epochs': 1,
-    'rl.minibatches': 4,
+    'rl.minibatches': 8,
     'rl.gamma': 1.0,
     'rl.lam': 0.95,
-    'rl.whiten_advantages': 'batch',
-    'optim.learning_rate': 3e-4,
+    'optim.name': 'rmsprop',
+    'optim.learning_rate': 2e-4,
   },
   'nlpo': {'critic.kind': 'trunk', 'rl.mask_min_tokens': 10, 'rl.mask_every': 5},
   'trpo': {'rl.epochs': 5, 'optim.learning_rate': 1e-3, 'rl.max_kl': 0.1},

@@ -15,6 +15,9 @@ have a grammar of 40 words, and each has exactly one right summary.
 data=FILE is your own data set of {"prompt", "reference"}, and model=FOLDER the language model that
 SFT starts from; lengths are those of the TL;DR data set. For a reward model of yours add
 `--config.grpo.reward.function=None --config.grpo.reward.model=FOLDER`.
+
+Measured, seed 0, 512 samples, with 60 iterations of GRPO in place of 150: ROUGE-L of SFT 0.58, of
+GRPO 0.69 (standard error 0.01), still rising.
 """
 
 import ml_collections
@@ -164,7 +167,7 @@ def grpo(reward, lengths):
   else:
     stage.reward.function = GOLD
   stage.sampling.update({'samples': 8, 'max_new_tokens': lengths['response']})
-  stage.batch_size, stage.steps = 128, 60
+  stage.batch_size, stage.steps = 128, 150
   stage.rl.update({'epochs': 2, 'minibatches': 2, 'kl_coef': 0.01, 'normalize': 'token'})
   stage.optim.update({'learning_rate': 1e-3, 'b2': 0.95, 'schedule': 'linear'})
   stage.samples_every = 20
