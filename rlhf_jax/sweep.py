@@ -182,13 +182,15 @@ def main(argv):
 
 
 def _overrides(words):
-  """Returns the options --config.KEY=VALUE, or --config.KEY VALUE, of a command line."""
+  """Returns the options that set keys: --config.KEY=VALUE, --config.KEY VALUE or --noconfig.KEY."""
   kept = []
   for i, word in enumerate(words):
-    if word.startswith(('--config.', '-config.')):
-      kept.append(word)
-      if '=' not in word and i + 1 < len(words) and not words[i + 1].startswith('-'):
-        kept.append(words[i + 1])
+    name, equals, _ = word.lstrip('-').partition('=')
+    if not word.startswith('-') or not name.startswith(('config.', 'noconfig.')):
+      continue
+    kept.append(word)
+    alone = equals or name.startswith('no') or name in flags.FLAGS and flags.FLAGS[name].boolean
+    kept += [] if alone else words[i + 1 : i + 2]
   return kept
 
 

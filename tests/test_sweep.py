@@ -67,6 +67,21 @@ def test_the_commands_of_a_sweep(tmp_path):
   ]
 
 
+def test_every_form_of_an_option_reaches_the_runs(tmp_path):
+  """Negative numbers after a space, and both forms of a flag without a value."""
+  path = tmp_path / 'config.py'
+  path.write_text(
+    'from rlhf_jax.algorithms import ppo\n\n\ndef get_config(arg=None):\n  return ppo.config()\n'
+    "\n\ndef get_hyper(h):\n  return h.sweep('seed', range(1))\n"
+  )
+  given = '--config.rl.missing_eos_value -2 --noconfig.rl.whiten_rewards --config.rl.scale_scores'
+  words = [sys.executable, '-m', 'rlhf_jax.sweep', f'--config={path}', '--workdir=out']
+  printed = subprocess.run(
+    [*words, *given.split(), '--commands'], cwd=ROOT, capture_output=True, text=True, check=True
+  ).stdout
+  assert printed == (f'rlhf run --config={path} --workdir=out/seed=0 --config.seed=0 {given}\n')
+
+
 @pytest.mark.parametrize(
   'hyper, message',
   [
