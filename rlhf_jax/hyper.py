@@ -17,6 +17,8 @@ import itertools
 import re
 from typing import Any
 
+import numpy as np
+
 from rlhf_jax import errors
 
 Sweep = list[dict[str, Any]]
@@ -54,7 +56,7 @@ def _merged(runs):
 
 
 def check(runs: Any, where: str) -> Sweep:
-  """Returns the runs that get_hyper listed, as plain dicts.
+  """Returns the runs that get_hyper listed, as plain dicts without NumPy's scalars.
 
   Raises:
     UserError: They are not a list of different dicts; the message begins with `where`.
@@ -65,7 +67,8 @@ def check(runs: Any, where: str) -> Sweep:
     f'{where}: get_hyper(h) must return {form}',
   )
   errors.need(runs, f'{where}: get_hyper(h) lists no runs: it must return {form}')
-  runs = [dict(run) for run in runs]
+  plain = lambda value: value.item() if isinstance(value, np.generic) else value
+  runs = [{key: plain(value) for key, value in run.items()} for run in runs]
   names = [name(run, runs) for run in runs]
   twice = sorted({label for label in names if names.count(label) > 1})
   errors.need(not twice, f'{where}: get_hyper(h) lists the run {", ".join(twice)} twice')

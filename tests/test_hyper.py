@@ -1,5 +1,6 @@
 """Sweeps: the runs that sweep, product and zip list, and the names of runs and groups."""
 
+import numpy as np
 import pytest
 
 from rlhf_jax import errors
@@ -41,6 +42,13 @@ def test_a_key_set_twice_is_refused():
 def test_check_refuses(runs, message):
   with pytest.raises(errors.UserError, match=f'^file.py:3: .*{message}'):
     hyper.check(runs, 'file.py:3')
+
+
+def test_scalars_of_numpy_become_plain_numbers():
+  runs = hyper.product([hyper.sweep('seed', np.arange(2)), hyper.sweep('a', np.float32([0.5]))])
+  checked = hyper.check(runs, 'file.py:3')
+  assert checked == [{'seed': 0, 'a': 0.5}, {'seed': 1, 'a': 0.5}]
+  assert {type(value) for run in checked for value in run.values()} == {int, float}
 
 
 def test_names_use_the_last_part_of_a_key_unless_it_is_ambiguous():
