@@ -55,7 +55,7 @@ def of_sweep(workdir, metric='', stage=''):
     The path of the page.
 
   Raises:
-    UserError: It is not the folder of a sweep, or no run has started.
+    UserError: It is not the folder of a sweep, or no run has metrics.
   """
   workdir = pathlib.Path(workdir)
   path = workdir / SWEEP
@@ -65,9 +65,9 @@ def of_sweep(workdir, metric='', stage=''):
   pairs = [
     (hyper.group(run, listed), workdir / name)
     for name, run in settings.items()
-    if identity.read(workdir / name)
+    if runs_lib.has_metrics(workdir / name, stage)
   ]
-  errors.need(pairs, f'--sweep={workdir}: no run has started yet')
+  errors.need(pairs, f'--sweep={workdir}: no run has metrics yet')
   return write(workdir, pairs, metric=metric, stage=stage, title=workdir.name)
 
 

@@ -91,6 +91,21 @@ def read(group: str, folder: str | pathlib.Path, stage: str = '') -> Run:
   Raises:
     UserError: The folder holds no run, or one without metrics.
   """
+  folder, config, evaluated = _find(folder, stage)
+  errors.need('algorithm' in config, f'{folder} is not the folder of a run')
+  records = metrics_lib.read(folder)
+  errors.need(records, f'{folder} has no metrics yet: start the run first')
+  return Run(group, folder, config, records, evaluated)
+
+
+def has_metrics(folder: str | pathlib.Path, stage: str = '') -> bool:
+  """Returns whether `read` can read a folder: false if the run failed before its first step."""
+  folder, config, _ = _find(folder, stage)
+  return 'algorithm' in config and bool(metrics_lib.read(folder))
+
+
+def _find(folder, stage):
+  """Returns the folder of a run, its config, and its row in the table of stages; see `read`."""
   folder = pathlib.Path(folder)
   config, evaluated = identity.read(folder) or {}, {}
   if 'stages' in config:
@@ -103,10 +118,7 @@ def read(group: str, folder: str | pathlib.Path, stage: str = '') -> Run:
     seed = config.get('seed')
     folder, config = folder / name, config[name]
     config['seed'] = seed if config['seed'] is None else config['seed']
-  errors.need('algorithm' in config, f'{folder} is not the folder of a run')
-  records = metrics_lib.read(folder)
-  errors.need(records, f'{folder} has no metrics yet: start the run first')
-  return Run(group, folder, config, records, evaluated)
+  return folder, config, evaluated
 
 
 def _evaluated(folder, name):

@@ -164,3 +164,18 @@ def test_patterns_of_the_command_line(tmp_path):
   ]
   with pytest.raises(errors.UserError, match='there is no folder'):
     compare_runs.named_runs([f'ppo={tmp_path}/none'])
+
+
+def test_a_run_of_a_sweep_that_failed_before_its_first_step_is_left_out(tmp_path):
+  folders = [tmp_path / f'seed={seed}' for seed in range(3)]
+  write_run(folders[0], [0.0, 1.0])
+  write_run(folders[1], [])
+  names = {folder.name: {'seed': seed} for seed, folder in enumerate(folders)}
+  (tmp_path / 'sweep.json').write_text(json.dumps({'config': 'x', 'runs': names}))
+  compare_runs.of_sweep(tmp_path)
+  result = json.loads((tmp_path / 'comparison.json').read_text())
+  assert [row['runs'] for row in result['groups'].values()] == [1]
+  write_run(tmp_path / 'other' / 'seed=0', [])
+  (tmp_path / 'other' / 'sweep.json').write_text(json.dumps({'config': 'x', 'runs': names}))
+  with pytest.raises(errors.UserError, match='no run has metrics yet'):
+    compare_runs.of_sweep(tmp_path / 'other')
