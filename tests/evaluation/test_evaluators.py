@@ -327,7 +327,7 @@ def test_alone_they_give_the_last_numbers_of_the_loop(finished):
 def test_evaluate_accepts_other_evaluators_than_the_run(finished, world):
   block = tiny.evals(world)['text'] | {'count': 3}
   _, found = evaluate.run(finished, json.dumps({'few': block | {'kind': 'text'}}))
-  assert 'few/unique' in found and len(found) == 6
+  assert 'few/unique' in found and len(found) == 9
   for evals, message in (
     ('nothing', 'names nothing: the run has no evaluator of this name'),
     ('{"x"', 'is not JSON'),

@@ -131,6 +131,6 @@ def maker(path):
 
 def test_a_report_describes_the_judge():
   assert judges.load(f'{HERE}:maker', path='data').description == (
-    f'{HERE}:maker: A score that is made from data.'
+    f'{HERE}:maker: Returns a score that depends on data.'
   )
   assert judges.load(f'{HERE}:single').description == f'{HERE}:single'

@@ -263,7 +263,9 @@ def test_the_best_of_n_is_the_best_by_the_reward_model(compared, world, proxy):
   first, *_, last = parts['best_of']
   assert (last['gold'], last['kl']) == (pytest.approx(row['gold']), row['kl'])
   assert first['gold'] == pytest.approx(gold.mean())  # best of 1
-  assert parts['gold'] == f'{__name__}:mean_word: A gold score: the mean number of the words.'
+  assert (
+    parts['gold'] == f'{__name__}:mean_word: Returns a gold score: the mean number of the words.'
+  )
 
 
 def test_the_kl_is_of_the_policy_from_the_baseline(compared, world):
