@@ -114,7 +114,7 @@ def make(block, tokenizer, mesh, *, key, allow_nan):
       example_timeout=block.get('example_timeout', pool.TIMEOUT),
       on_error=on_error,
     )
-    return pool_scorer(workers, tokenizer, mesh, failing=on_error.how != 'stop')
+    return pool_scorer(workers, tokenizer, mesh, on_error=on_error)
   if block.get('function'):
     function = load_function(block, key)
   else:
@@ -153,33 +153,45 @@ def pool_scorer(
   tokenizer: transformers.PreTrainedTokenizerFast,
   mesh: jax.sharding.Mesh,
   *,
-  failing: bool,
+  on_error: pool.OnError,
 ) -> Callable[..., types.Scores]:
   """Creates the scorer of a worker pool. Each process has its own pool, for its part of the batch.
+
+  Whether rewards are numbers or per token is known from the examples that were scored, on any
+  process and in any batch, because a batch or a process may have none.
 
   Args:
     workers: Pool.
     tokenizer: Tokenizer of the policy.
     mesh: Device mesh.
-    failing: Whether to return the part `failed`; see `make`.
+    on_error: OnError of the pool.
 
   Returns:
-    Scorer.
+    Scorer. It raises UserError if on_error.how is 'score' and rewards are per token.
   """
+  kinds = set()  # 'per token' once such rewards were seen
 
-  def call(*args, **kwargs):
-    scores, failed = workers.score(*args, **kwargs)
-    # one array, because all processes gather it.
-    return np.concatenate(
-      [scores.reshape(len(scores), -1), failed[:, None]], axis=1, dtype=np.float32
-    )
+  def call(*args, response_length, **kwargs):
+    scores, failed = workers.score(*args, response_length=response_length, **kwargs)
+    per_token = scores.ndim == 2
+    # One array of one width on all processes, because all processes gather it.
+    table = np.zeros((len(scores), response_length + 2), np.float32)
+    table[:, : response_length if per_token else 1] = scores.reshape(len(scores), -1)
+    table[:, -2], table[:, -1] = per_token, failed
+    return table
 
   def score(rollout, examples):
     table = on_texts(call, rollout, examples, tokenizer)
-    scores, failed = table[:, :-1], table[:, -1]
-    if scores.shape[1] == 1:
+    scores, failed = table[:, :-2], table[:, -1]
+    if table[:, -2].any():
+      kinds.add('per token')
+    if not kinds:
       scores = scores[:, 0]
-    parts = {'failed': failed} if failing else {}
+    elif on_error.how == 'skip':
+      scores = np.where(failed[:, None] > 0, np.float32(np.nan), scores)
+    else:
+      need(not failed.any(), pool.ONE_REWARD)
+    parts = {'failed': failed} if on_error.how != 'stop' else {}
     return types.Scores(*sharding.put_rows((scores, parts), mesh))
 
   return score

@@ -35,6 +35,9 @@ from rlhf_jax.rewards import worker
 GRACE = 2.0  # seconds after the time limit until a worker that no signal can stop is killed
 TIMEOUT = 30.0  # default limit for an example in seconds
 ON_ERROR = ('stop', 'skip', 'score')
+ONE_REWARD = (
+  "on_error='score' needs one reward per response, but rewards are per token. Use 'stop' or 'skip'."
+)
 
 
 class OnError(NamedTuple):
@@ -295,10 +298,7 @@ def _stack(rewards, response_length, on_error, call):
   for i, reward in enumerate(rewards):
     if isinstance(reward, worker.Failure):
       if per_token and on_error.how == 'score':
-        raise errors.UserError(
-          f"on_error='score' needs one reward per response, but {call.what} returns rewards per "
-          f"token. Use 'stop' or 'skip'. {reward.text}"
-        )
+        raise errors.UserError(f'{call.what}: {ONE_REWARD} {reward.text}')
       scores[i] = np.nan if on_error.how == 'skip' else on_error.score
     elif (reward.ndim == 1) != per_token:
       raise functions.refused(

@@ -3,13 +3,22 @@
 import math
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 from rlhf_jax import errors
 from rlhf_jax import loop
 from rlhf_jax import metrics as metrics_lib
+from rlhf_jax import processes
+from rlhf_jax import sharding
 from rlhf_jax.algorithms import effects
+from rlhf_jax.data import formats
+from rlhf_jax.data import tokenizers
 from rlhf_jax.rewards import functions
+from rlhf_jax.rewards import host
+from rlhf_jax.rewards import learned
+from rlhf_jax.rewards import pool
 from rlhf_jax.rewards import scorers
 import tiny
 
@@ -86,6 +95,38 @@ def test_failures_are_skipped_and_counted(world, calls, tmp_path):
   assert sum(record['objective/skipped'] for record in records(tmp_path / 'run')) > 0
   samples = metrics_lib.read_samples(tmp_path / 'run')
   assert all((one['score'] is None) == (one['parts']['failed'] == 1) for one in samples)
+
+
+class FakePool:
+  """Scores responses of 3 tokens per token by the number of their prompt; fails below 0."""
+
+  def score(self, prompts, responses, *, response_tokens, metadata, response_length):
+    numbers = np.array(list(map(float, prompts)), np.float32)
+    failed = numbers < 0
+    scores = np.where(failed, np.float32(np.nan), numbers)
+    per_token = np.repeat(scores[:, None], response_length, axis=1)
+    return (scores if failed.all() else per_token), failed
+
+
+def test_failures_of_all_examples_of_a_process_or_batch_do_not_change_the_shape(world, monkeypatch):
+  """Two processes with two examples each, and then a batch in which all examples fail."""
+  halves = lambda call, count: np.concatenate([call(np.arange(2)), call(np.arange(2, 4))])
+  monkeypatch.setattr(processes, 'map_over_processes', halves)
+  mesh, tokenizer = (
+    sharding.make_mesh({}, devices=jax.devices()[:1]),
+    tokenizers.load(f'{world}/model'),
+  )
+  rollout = learned.rollout_of([[1]] * 4, [[2, 3, 4]] * 4, (1, 3), 0)
+  examples = lambda *numbers: [formats.Prompt(str(number), {}) for number in numbers]
+  nan = [np.nan] * 3
+  make = lambda how: host.pool_scorer(FakePool(), tokenizer, mesh, on_error=pool.OnError(how))
+  score = make('skip')
+  found = score(rollout, examples(-1, -1, 5, -1))
+  np.testing.assert_array_equal(found.total, [nan, nan, [5.0] * 3, nan])
+  np.testing.assert_array_equal(found.parts['failed'], [1, 1, 0, 1])
+  np.testing.assert_array_equal(score(rollout, examples(-1, -1, -1, -1)).total, [nan] * 4)
+  with pytest.raises(errors.UserError, match='needs one reward per response'):
+    make('score')(rollout, examples(-1, -1, 5, 5))
 
 
 WRONG = {
