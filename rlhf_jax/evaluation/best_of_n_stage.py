@@ -23,6 +23,7 @@ from rlhf_jax.data import sources
 from rlhf_jax.evaluation import best_of_n
 from rlhf_jax.evaluation import tables
 from rlhf_jax.rewards import scorers
+from rlhf_jax.rollout import actor
 
 
 def run(
@@ -92,11 +93,14 @@ def run(
     f'{np.nanmax(scores, initial=-np.inf):.4g}): lower it, or raise samples={samples}',
   )
   records = [
-    {'prompt': prompt, 'completion': text, 'score': None if np.isnan(value) else float(value)}
+    {'prompt': prompt, 'completion': text, 'score': actor.float_or_none(value)}
     for prompt, text, value in zip(sampled.prompts, sampled.responses, scores)
   ]
   sources.write(folder / 'best.jsonl', [records[i] for i in chosen])
-  named = [{name: float(part[i]) for name, part in parts.items()} for i in range(len(records))]
+  named = [
+    {name: actor.float_or_none(part[i]) for name, part in parts.items()}
+    for i in range(len(records))
+  ]
   sources.write(
     folder / 'samples.jsonl',
     [record | ({'parts': of} if of else {}) for record, of in zip(records, named)],

@@ -78,6 +78,25 @@ def test_the_curve_is_the_mean_over_all_subsets(folder):
   assert [point['n'] for point in results['curve']] == [1, 2, 4]
 
 
+def nan_for_some(prompts, responses):
+  """NaN for responses of an even number of characters."""
+  return [float(len(text)) if len(text) % 2 else float('nan') for text in responses]
+
+
+def test_skipped_responses_are_not_selected_and_the_files_are_json(world, tmp_path):
+  name = f'{__name__}:nan_for_some'
+  reward = {'parts': {'length': {'function': name}}, 'on_nan': 'skip'}
+  best_of_n_stage.run(tmp_path, **arguments(world, reward=reward))
+
+  def strict(path):
+    refuse = lambda constant: pytest.fail(f'{constant} is not JSON')
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+  assert all(len(one['completion']) % 2 for one in strict(tmp_path / 'best.jsonl'))
+  skipped = [one for one in strict(tmp_path / 'samples.jsonl') if one['score'] is None]
+  assert skipped and all(one['parts'] == {'length': None} for one in skipped)
+
+
 def test_sft_reads_the_selected_responses(folder):
   examples, report = formats.completions(sources.read(str(folder / 'best.jsonl')))
   assert len(examples) == PROMPTS and not report.left_out
