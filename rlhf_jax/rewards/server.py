@@ -15,16 +15,21 @@ from rlhf_jax.rewards import functions
 
 
 def of_model(path):
-  """Returns the reward function of a reward model, which reads complete responses."""
+  """Returns the reward function of a reward model, which reads complete responses.
+
+  The score of a model with several heads is the mean over its heads.
+  """
   import jax  # not at the top: a server of a function needs none of these
 
   from rlhf_jax import sharding
   from rlhf_jax.data import tokenizers
+  from rlhf_jax.models import heads
   from rlhf_jax.models import hf
   from rlhf_jax.rewards import learned
 
   mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
   model, params = hf.load_reward(path, mesh=mesh)
+  params |= {'head': heads.mean(params['head'])}
   tokenizer = tokenizers.load(path)
   tokenizers.fit(tokenizer, model)
   score = learned.of_texts(model, params, tokenizer, max_length=model.max_length, mesh=mesh)

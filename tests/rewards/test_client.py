@@ -10,13 +10,17 @@ import sys
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 
 from rlhf_jax import errors
+from rlhf_jax.models import heads
+from rlhf_jax.models import hf
 from rlhf_jax.rewards import client
 from rlhf_jax.rewards import functions
 from rlhf_jax.rewards import server
+import tiny
 
 pytest.importorskip('httpx')
 PROMPTS, RESPONSES = ['p', 'q', 'r', 'p', 'q'], ['a', 'b b', 'c', 'd d d', '']
@@ -231,3 +235,23 @@ def test_a_reward_model_behind_the_server_gives_its_scores(world):
   np.testing.assert_allclose(answer.json()['scores'], expected, atol=1e-5)
   answer = site.post('/', json=texts | {'metadata': [{}]})
   assert answer.status_code == 422 and 'different lengths' in answer.text
+
+
+def test_the_server_of_a_model_with_several_heads_gives_their_mean(world, tmp_path):
+  model, params = hf.load_reward(world / 'reward')
+  head = heads.init_scalar(jax.random.key(5), model.width, scale='normal', count=3)
+  save = lambda head: hf.save(
+    tmp_path / 'model',
+    model,
+    params['backbone'],
+    tokenizer=tiny.write_tokenizer(tmp_path / 'model'),
+    head=head,
+  )
+  save(head)
+  of_heads = server.of_model(tmp_path / 'model')
+  save(heads.mean(head))
+  data = {'response_tokens': [[]] * 2, 'metadata': [{}] * 2}
+  texts = ['w1', 'w2 w3'], ['w4 w5', 'w6']
+  found, expected = of_heads(*texts, **data), server.of_model(tmp_path / 'model')(*texts, **data)
+  assert found.shape == (2,)
+  np.testing.assert_allclose(found, expected, atol=1e-6)
