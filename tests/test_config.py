@@ -652,6 +652,7 @@ def test_an_evaluator_has_defaults():
 # Keys that do nothing.
 
 
+GOOD_WORDS = {'function': 'tiny:good_words'}
 MODELS = {'reward.function': None, 'reward.models': ('x', 'y')}
 ONE_UPDATE = {'rl.epochs': 1, 'rl.minibatches': 1}
 WITHOUT = [
@@ -782,7 +783,7 @@ WITHOUT = [
   ),
   (
     'ppo',
-    {'evals': {'prompts': {'path': 'p', 'reward': {'model': 'm', 'ensemble': 'min'}}}},
+    {'evals': {'prompts': {'path': 'p', 'reward': GOOD_WORDS | {'ensemble': 'min'}}}},
     "config.evals.prompts.reward.ensemble='min' has no effect with "
     'config.evals.prompts.reward.models=None',
   ),
@@ -808,6 +809,8 @@ def test_keys_without_effect(algorithm, changes, line, monkeypatch):
     ('sft', {'data.path': 'x.txt', 'data.separator': ''}),
     ('ppo', ONE_UPDATE | {'rl.behaviour': 'sampler', 'rl.clip_high': 0.3}),
     ('ppo', MODELS | {'reward.ensemble': 'variance', 'reward.ensemble_coef': 2.0}),
+    # The heads of one model are an ensemble.
+    ('ppo', {'reward.function': None, 'reward.model': 'x', 'reward.ensemble': 'min'}),
     ('sft', {'data.held_out': 0.1, 'evals': {'held_out': {'kind': 'loss', 'every': 5}}}),
     ('sft', {'evals': {'held_out': {'kind': 'loss', 'path': 'x'}}}),
   ],

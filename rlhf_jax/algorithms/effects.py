@@ -173,7 +173,12 @@ REWARDS = (
   ('workers', 'function', (None,), 'only a function runs in workers'),
   ('max_length', 'url', lambda url, config: bool(url), 'a server gets the full texts'),
   ('request_size request_timeout attempts', 'url', (None,), 'there is no reward server'),
-  ('ensemble ensemble_coef', 'models', ((), None), 'there is no ensemble'),
+  (
+    'ensemble ensemble_coef',
+    'models',
+    lambda models, block: not models and not block.get('model'),  # a model may have several heads
+    'there is no ensemble',
+  ),
   ('ensemble_coef', 'ensemble', ('mean', 'min', None), "only 'variance' uses it"),
 )
 
