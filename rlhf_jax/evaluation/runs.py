@@ -70,7 +70,7 @@ class Run:
 
   def series(self, metric: str) -> list[tuple[int, float]]:
     """Returns the finite values of a metric as (step, value)."""
-    return curves.series(self.records).get(metric, [])
+    return curves.finite(curves.series(self.records).get(metric, []))
 
   def at(self, metric: str, grid: Float[np.ndarray, ' G']) -> Float[np.ndarray, ' G'] | None:
     """Returns a metric, interpolated at budgets; None if it is not logged."""

@@ -166,6 +166,14 @@ def test_patterns_of_the_command_line(tmp_path):
     compare_runs.named_runs([f'ppo={tmp_path}/none'])
 
 
+def test_steps_without_a_finite_value_are_skipped(tmp_path):
+  """1, 3, NaN, 7: the line from 3 to 7 passes through 5."""
+  run = runs.read('a', write_run(tmp_path / 'a', [1.0, 3.0, None, 7.0]))
+  assert run.series('objective/scores') == [(0, 1.0), (2, 3.0), (6, 7.0)]
+  np.testing.assert_allclose(run.at('objective/scores', np.array([30.0, 50.0, 70.0])), [3, 5, 7])
+  assert np.isfinite(runs.compare([run])['groups']['a']['iqm'])
+
+
 def test_a_run_of_a_sweep_that_failed_before_its_first_step_is_left_out(tmp_path):
   folders = [tmp_path / f'seed={seed}' for seed in range(3)]
   write_run(folders[0], [0.0, 1.0])
