@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -184,7 +185,11 @@ def from_base(config, workdir):
 
 
 def may_change(key):
-  """Returns whether a run may resume with another value of a dotted key."""
+  """Returns whether a run may resume with another value of a dotted key.
+
+  The keys of a part of the reward are those of `reward`.
+  """
+  key = re.sub(r'^reward\.parts\.[^.]+\.', 'reward.', key)
   return any(key == name or key.startswith(f'{name}.') for name in MAY_CHANGE)
 
 

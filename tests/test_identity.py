@@ -97,6 +97,14 @@ def test_keys_that_may_change_are_keys(name):
   )
 
 
+def test_parts_of_a_reward_may_change_as_the_reward_may():
+  for key in ('attempts', 'timeout', 'url', 'workers'):
+    assert identity.may_change(f'reward.{key}') and identity.may_change(f'reward.parts.a.{key}')
+  for key in ('function', 'weight', 'arguments.x'):
+    assert not identity.may_change(f'reward.parts.a.{key}')
+  assert not identity.may_change('reward.parts.a')
+
+
 @pytest.mark.parametrize(
   'changes, listed',
   [
