@@ -8,7 +8,6 @@ import math
 
 from jaxtyping import Float
 import numpy as np
-from scipy import special
 
 from rlhf_jax import intervals
 
@@ -37,7 +36,10 @@ def weights(n: int, count: int) -> Float[np.ndarray, ' {count}']:
     n: Size of the subsets, from 1 to N.
     count: Number N of samples.
   """
-  return special.comb(np.arange(count), n - 1) / special.comb(count, n)
+  # From the last, n / N, by w_i / w_(i + 1) = (i - n + 2) / (i + 1): the binomials overflow.
+  i = np.arange(count - 1)[::-1]
+  ratios = np.maximum(i - n + 2, 0) / (i + 1)
+  return n / count * np.cumprod([1.0, *ratios])[::-1]
 
 
 def curve(

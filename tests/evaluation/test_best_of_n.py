@@ -22,6 +22,14 @@ def test_the_mean_over_all_subsets(n):
     assert found[row] == pytest.approx(np.mean(gold[row, best]))
 
 
+@pytest.mark.parametrize('n', [1, 512, 6_000, 12_600])
+def test_thousands_of_samples(n):
+  """Scores 1 to N: the expected best of n is n (N + 1) / (n + 1)."""
+  weights, count = best_of_n.weights(n, 12_600), 12_600
+  assert weights.sum() == pytest.approx(1)
+  assert weights @ np.arange(1, count + 1) == pytest.approx(n * (count + 1) / (n + 1))
+
+
 def test_the_curve_from_one_sample_to_all():
   proxy, gold = SCORES
   points = best_of_n.curve(proxy, gold)
