@@ -30,7 +30,10 @@ from rlhf_jax import pipeline
 from rlhf_jax import workdir as workdir_lib
 
 PROGRAM = (sys.executable, '-m', 'rlhf_jax.main')
-STOPPED = {128 + signal.SIGINT: 'SIGINT', 128 + signal.SIGTERM: 'SIGTERM'}
+# Statuses of a run that a signal stopped; negative if that was before it handled signals.
+STOPPED = {
+  status: number for number in (signal.SIGINT, signal.SIGTERM) for status in (128 + number, -number)
+}
 LOCK_SECONDS = 5.0  # between two checks of a lock that another process holds
 
 
@@ -63,8 +66,8 @@ def run(text, workdir, extra=()):
       print(heading, flush=True)
       status = _start([*PROGRAM, *options(text, settings, folder, extra)])
       if status in STOPPED:
-        print(f'stopped by {STOPPED[status]}: the same command resumes', file=sys.stderr)
-        return status
+        print(f'stopped by {STOPPED[status].name}: the same command resumes', file=sys.stderr)
+        return 128 + STOPPED[status]
       if status:
         failed.append(name)
     try:

@@ -119,6 +119,21 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path, monkeypatch, capfd):
   assert 'name=good-seed=5: finished' in capfd.readouterr().out
 
 
+@pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM'])
+def test_a_signal_before_the_run_handles_signals_stops_the_sweep(
+  name, tmp_path, monkeypatch, capfd
+):
+  path, log = write(tmp_path, ('a',))
+  program = (
+    f'import os, signal, sys; open({str(log)!r}, "a").write(sys.argv[3] + chr(10)); '
+    f'signal.signal(signal.{name}, signal.SIG_DFL); os.kill(os.getpid(), signal.{name})'
+  )
+  monkeypatch.setattr(sweep, 'PROGRAM', (sys.executable, '-c', program))
+  assert sweep.run(str(path), tmp_path / 'out') == 128 + signal.Signals[name]
+  assert log.read_text() == '--config.seed=0\n'
+  assert f'stopped by {name}: the same command resumes' in capfd.readouterr().err
+
+
 def start(path, workdir, folder, seconds=0.0):
   """Starts the sweep in its own process group."""
   environment = os.environ | {
