@@ -121,6 +121,12 @@ def validate(config, device_count):
     f"config.rl.kl_in={rl.kl_in!r} must be 'reward': the log-probabilities of the loss are those "
     'of the allowed tokens only',
   )
+  need(
+    rl.behaviour != 'sampler' or rl.mask_update or rl.mask_top_p == 1,
+    "config.rl.behaviour='sampler' needs config.rl.mask_update=True: the sampler's log-"
+    'probabilities are those of the allowed tokens only, but the loss and the KL penalty would '
+    'compare them with log-probabilities over all tokens',
+  )
 
 
 def masked_share(rollout, vocab):

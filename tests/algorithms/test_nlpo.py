@@ -131,6 +131,8 @@ def test_settings_that_cannot_work_are_errors(world):
   assert 'config.rl.mask_min_tokens=1 must be at least 2' in message(**few)
   in_loss = {'rl.kl_in': 'loss', 'rl.kl_estimator': 'k3'}
   assert "config.rl.kl_in='loss' must be 'reward'" in message(**in_loss)
+  of_sampler = {'rl.behaviour': 'sampler', 'rl.mask_update': False}
+  assert "config.rl.behaviour='sampler' needs config.rl.mask_update=True" in message(**of_sampler)
 
 
 def test_the_update_of_rl4lms_has_no_masks(world):
