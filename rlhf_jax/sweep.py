@@ -10,6 +10,7 @@ another machine, and the same `rlhf sweep` writes the comparison when they are f
 python -m rlhf_jax.sweep does the same.
 """
 
+from collections.abc import Mapping
 import contextlib
 import pathlib
 import shlex
@@ -23,6 +24,7 @@ from absl import flags
 from rlhf_jax import command_line
 from rlhf_jax import compare_runs
 from rlhf_jax import config_files
+from rlhf_jax import config_keys
 from rlhf_jax import errors
 from rlhf_jax import hyper
 from rlhf_jax import identity
@@ -120,7 +122,7 @@ def options(text, settings, folder, extra=()):
   return [
     f'--config={name}:{arg}' if arg else f'--config={name}',
     f'--workdir={folder}',
-    *(f'--config.{key}={value}' for key, value in overrides.items()),
+    *(f'--config.{key}={value}' for key, value in _flat(overrides)),
     *extra,
   ]
 
@@ -129,6 +131,20 @@ def _split(settings):
   """Returns the arguments of get_config, as NAME=VALUE, and {config key: value}."""
   arguments = [f'{key[1:]}={value}' for key, value in settings.items() if key.startswith(':')]
   return arguments, {key: value for key, value in settings.items() if not key.startswith(':')}
+
+
+def _flat(overrides, prefix=''):
+  """Yields (key, value) with a dict split into the keys of its block.
+
+  On the command line a dict replaces its block, which is right for open blocks only.
+  """
+  for name, value in overrides.items():
+    key = prefix + name
+    inside_open = any(f'.{block}.' in f'.{key}.' for block in config_keys.OPEN)
+    if isinstance(value, Mapping) and not inside_open:
+      yield from _flat(value, f'{key}.')
+    else:
+      yield key, value
 
 
 def finished(folder):

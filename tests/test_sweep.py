@@ -82,6 +82,15 @@ def test_every_form_of_an_option_reaches_the_runs(tmp_path):
   assert printed == (f'rlhf run --config={path} --workdir=out/seed=0 --config.seed=0 {given}\n')
 
 
+def test_a_dict_sets_keys_of_a_block_and_replaces_an_open_block():
+  settings = {'rl': {'kl_coef': 0.3, 'gamma': 1.0}, 'ppo.reward': {'arguments': {'column': 'x'}}}
+  assert sweep.options('c', settings, '/out')[2:] == [
+    '--config.rl.kl_coef=0.3',
+    '--config.rl.gamma=1.0',
+    "--config.ppo.reward.arguments={'column': 'x'}",
+  ]
+
+
 @pytest.mark.parametrize(
   'hyper, message',
   [
