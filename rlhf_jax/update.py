@@ -231,6 +231,8 @@ def _minibatch_gradients(state, rollout, orders, forward, objective, schedule):
     first=orders[: schedule.minibatches],
   )
   experience, *prepared = objective.prepare(outputs, fixed)
+  if schedule.before_like_first:  # `prepare` may leave sequences out, which changes their order
+    experience = experience.replace(step_mask=objective.step_mask)
 
   def gradients(params, memory, xs):
     rows = sharding.shard_rows(jax.tree.map(lambda x: x[xs['order']], experience))

@@ -1,9 +1,11 @@
 """In bfloat16, a learning rate of 0 leaves the ratio at 1, for all shapes of the passes."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax import experience as experience_lib
 from rlhf_jax import forward as forward_lib
 from rlhf_jax import lengths
 from rlhf_jax import types
@@ -79,3 +81,34 @@ def test_passes_before_the_update_are_those_of_the_first_epoch(microbatch_size):
       for row in piece:
         np.testing.assert_array_equal(outputs.logprobs[row], wanted)
   assert lengths.bucket_lengths(64, 4) == [16, 32, 48, 64]
+
+
+def test_sequences_that_are_left_out_do_not_change_the_passes_of_the_first_epoch():
+  """As in GRPO without groups of equal scores; the passes are told apart by their sequences."""
+  rng = np.random.default_rng(0)
+  mask = np.arange(64) < 4 * rng.permutation(np.arange(5, 17))[:, None]
+  tokens = np.zeros((12, 70), np.int32) + np.arange(12, dtype=np.int32)[:, None]
+  rollout = types.Rollout(
+    jnp.asarray(tokens), jnp.ones(tokens.shape, bool), jnp.asarray(mask), jnp.zeros(mask.shape)
+  )
+  keep = jnp.asarray(mask & (np.arange(12) % 3 > 0)[:, None])
+
+  def prepare(outputs, fixed):
+    experience, _ = experience_lib.make_experience(outputs, fixed, rollout, keep, behaviour='')
+    return experience.replace(response_mask=keep), {}, {}
+
+  def loss(outputs, experience, counts):
+    gaps = jnp.where(experience.response_mask, outputs.logprobs - experience.logprobs, 0.0)
+    return jnp.zeros(()), {'gap': jnp.sum(jnp.abs(gaps))}
+
+  _, metrics = update.run(
+    types.TrainState(jnp.int32(0), jax.random.key(0), {}, {}, {}),
+    rollout,
+    forward=Pieces(),
+    objective=update.Objective(prepare, jnp.asarray(mask), loss),
+    optimizers={},
+    schedule=update.Schedule(
+      minibatches=3, microbatch_size=2, length_buckets=4, before_like_first=True
+    ),
+  )
+  assert metrics['gap'] == 0
