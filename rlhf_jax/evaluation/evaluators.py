@@ -276,7 +276,13 @@ def load_metric(block, key):
   config_keys.check_keys(block, METRIC, key, require_all=False)
   config_lib.need(block.get('function'), f"{key}.function is empty: set it to 'module:function'")
   arguments = block.get('arguments', ml_collections.ConfigDict()).to_dict()
-  return functions.load_reward(block.function, key=f'{key}.function', arguments=arguments)
+  function = functions.load_reward(block.function, key=f'{key}.function', arguments=arguments)
+  config_lib.need(
+    not getattr(function, 'needs_workers', False),
+    f'{key}.function={block.function!r} can hang in a way that only ends with its process: use an '
+    "evaluator of kind 'prompts', whose reward can have workers",
+  )
+  return function
 
 
 def user(block, context):

@@ -4,6 +4,7 @@ import pytest
 
 pytest.importorskip('math_verify')
 from rlhf_jax import errors
+from rlhf_jax.evaluation import evaluators
 from rlhf_jax.rewards import mathematics
 from rlhf_jax.rewards import pool
 from rlhf_jax.rewards import scorers
@@ -53,6 +54,8 @@ def test_it_needs_workers():
     scorers.validate(reward)
   reward.workers = 1
   scorers.validate(reward)
+  with pytest.raises(errors.UserError, match="can hang .* kind 'prompts', whose reward can have w"):
+    evaluators.load_metric({'function': reward.function}, 'metrics.correct')
 
 
 def test_workers_survive_answers_that_take_forever():
