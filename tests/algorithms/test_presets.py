@@ -79,6 +79,7 @@ COMMON = {
   'rl.clip_scores': None,
   'rl.scale_scores': False,
   'rl.behaviour': 'forward',
+  'rl.importance_cap': None,
   'rl.whiten_rewards': False,
   'rl.whiten_advantages': 'batch',
   'rl.whiten_unbiased': False,

@@ -45,6 +45,7 @@ def load(path, world, mesh):
     max_length=None,
     load={},
     check=lambda model: None,
+    of_heads=None,
   )
 
 
@@ -157,7 +158,7 @@ def test_a_reward_model_reads_the_rows_that_it_learned_from(family, world, tmp_p
   if family == 'llama':
     tokenizers.set_encoder_decoder(theirs)  # as for an encoder-decoder as the policy
   score, start = scorers.model_scorer(
-    str(tmp_path), theirs, mesh, max_length=16, load={}, check=lambda model: None
+    str(tmp_path), theirs, mesh, max_length=16, load={}, check=lambda model: None, of_heads=None
   )
   assert start is None
 
