@@ -144,10 +144,14 @@ def stages():
 
 
 def functions():
-  """'package.module:name' of the functions in shipped configs whose first argument is a folder."""
+  """'package.module:name' of the functions in shipped configs whose first argument is a folder.
+
+  Modules of rewards have none, and some need packages that the documentation does not.
+  """
   named = set()
   for path in CONFIGS.glob('*.py'):
-    named |= set(re.findall(r"'(rlhf_jax[\w.]*:\w+)'", path.read_text(encoding='utf-8')))
+    source = path.read_text(encoding='utf-8')
+    named |= set(re.findall(r"'(rlhf_jax\.(?!rewards\.)[\w.]*:\w+)'", source))
   return sorted(name for name in named if 'folder' in inspect.signature(load(name)).parameters)
 
 
