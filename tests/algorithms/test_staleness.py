@@ -90,12 +90,16 @@ def test_the_device_samples_while_the_host_scores():
     return types.Rollout(tokens, tokens > 0, mask, jnp.zeros((2, 3)))
 
   prompts = types.Prompts(np.ones((2, 2), np.int32), np.ones((2, 2), bool))
-  trips, seconds = 1000, 0.0
-  while seconds < SLOW:
-    trips *= 2
+
+  def measure(trips):
     started = time.perf_counter()
     jax.block_until_ready(sample(trips, prompts, None))
-    seconds = time.perf_counter() - started
+    return time.perf_counter() - started
+
+  trips = 1000
+  measure(trips)  # compiles
+  while min(measure(trips) for _ in range(3)) < SLOW:
+    trips *= 2
   ready = []
 
   def score(rollout, examples):
