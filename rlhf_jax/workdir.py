@@ -209,10 +209,10 @@ def lock(workdir):
       with contextlib.suppress(OSError):
         os.utime(path)
       # If this process was suspended, another one may have taken it for dead.
-      if _json(path).keys() and _json(path) != ours:
+      holder = _json(path)  # read once, because the lock may be released at any time
+      if holder and holder != ours and not ended.is_set():
         print(
-          f'error: process {_json(path).get("pid")} on {_name(_json(path))} has taken the lock on '
-          f'{workdir}',
+          f'error: process {holder.get("pid")} on {_name(holder)} has taken the lock on {workdir}',
           file=sys.stderr,
           flush=True,
         )
