@@ -24,11 +24,6 @@ from rlhf_jax.algorithms import grpo
 from rlhf_jax.evaluation import tables
 from rlhf_jax.tasks import random_walks
 
-FLAGS = flags.FLAGS
-STEPS = flags.DEFINE_integer('steps', 20, 'Iterations that are timed.')
-CURVES = flags.DEFINE_bool('curves', False, 'Train on the random walks instead.')
-MODEL = flags.DEFINE_string('model', '', 'With --curves: the pretrained model of random_walks.')
-SEEDS = flags.DEFINE_integer('seeds', 3, 'With --curves: the number of seeds.')
 CURVE_STEPS = 20
 
 
@@ -127,13 +122,17 @@ def curves(folder, model, seeds):
 def main(_):
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
-    if CURVES.value:
-      rows = curves(folder, MODEL.value, SEEDS.value)
+    if flags.FLAGS.curves:
+      rows = curves(folder, flags.FLAGS.model, flags.FLAGS.seeds)
       print(tables.stages_table(rows, title='Optimality by iteration', width=120))
     else:
-      rows = hidden(folder, STEPS.value)
+      rows = hidden(folder, flags.FLAGS.steps)
       print(tables.stages_table(rows, title='A reward that sleeps as long as a rollout'))
 
 
 if __name__ == '__main__':
+  flags.DEFINE_integer('steps', 20, 'Iterations that are timed.')
+  flags.DEFINE_bool('curves', False, 'Train on the random walks instead.')
+  flags.DEFINE_string('model', '', 'With --curves: the pretrained model of random_walks.')
+  flags.DEFINE_integer('seeds', 3, 'With --curves: the number of seeds.')
   app.run(main)
