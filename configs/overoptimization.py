@@ -16,10 +16,10 @@ page shows too.
 
 import ml_collections
 
+import _review_stages as shared
 from rlhf_jax import config as c
 from rlhf_jax.algorithms import ppo as ppo_lib
 from rlhf_jax.algorithms import reward_model as reward_model_lib
-from rlhf_jax.algorithms import sft as sft_lib
 
 # Width, layers and heads of the models. The policy has size 'large'.
 SIZES = {'small': (32, 1, 2), 'medium': (64, 2, 4), 'large': (128, 4, 4), 'gold': (192, 4, 6)}
@@ -39,9 +39,13 @@ PENALTY = 0.1  # kl_coef of the run 'penalty'; all others have none
 def get_config(arg=None):
   """Returns the config. Arguments: debug (seconds a stage), seed."""
   arg = c.parse_arg(arg, debug=False, seed=0)
-  stages = {'world': world()}
-  stages |= {f'pretrain_{size}': pretrain(size) for size in SIZES}
-  stages |= {'sft': sft(), 'samples': samples(), 'compare_gold': compare_gold()}
+  stages = {'world': shared.world()}
+  stages |= {f'pretrain_{size}': shared.pretrain(*SIZES[size]) for size in SIZES}
+  stages |= {
+    'sft': shared.sft('$workdir/pretrain_large/model'),
+    'samples': samples(),
+    'compare_gold': compare_gold(),
+  }
   stages['gold'] = reward_model('gold', 'compare_gold/comparisons', 'compare_gold')
   stages['compare'] = compare(1_000 * arg.seed + 1)
   for name, size, count in proxies():
@@ -77,65 +81,6 @@ def rewards():
     for how in ('mean', 'min', 'variance')
   }
   return single | ensembles | {'heads': {'model': model('heads'), 'ensemble': 'mean'}}
-
-
-def world():
-  """Returns the stage that writes texts, prompts and the tokenizer."""
-  return ml_collections.ConfigDict(
-    {
-      'function': 'rlhf_jax.tasks.reviews:write',
-      'corpus_size': 10_000,
-      'demonstration_count': 2_000,
-      'prompt_count': 4_096,
-      'eval_prompt_count': 512,
-      'vocab_size': 1_024,
-      'seed': None,
-    }
-  )
-
-
-def base(stage, model):
-  """Sets the keys that all training stages share."""
-  stage.seed = None
-  stage.tokenizer = '$workdir/world/tokenizer'
-  stage.model.path = model
-  stage.optim.clip_norm = 1.0
-  stage.log_every, stage.checkpoint_every = 5, 100
-  return stage
-
-
-def pretrain(size):
-  """Returns the pretraining stage of a model of some size, on the packed corpus."""
-  width, layers, count = SIZES[size]
-  stage = base(sft_lib.config(), None)
-  stage.model.init = ml_collections.ConfigDict(
-    {
-      'family': 'llama',
-      'hidden_size': width,
-      'intermediate_size': 3 * width,
-      'num_hidden_layers': layers,
-      'num_attention_heads': count,
-      'num_key_value_heads': count // 2,
-      'max_position_embeddings': 64,
-      'tie_word_embeddings': True,
-      'rms_norm_eps': 1e-5,
-    }
-  )
-  stage.data.update({'path': '$workdir/world/corpus.jsonl', 'max_length': 64, 'held_out': 0.01})
-  stage.batch_size, stage.steps = 24, 600
-  stage.optim.update({'learning_rate': 3e-3, 'schedule': 'cosine', 'warmup_steps': 20})
-  return stage
-
-
-def sft():
-  """Returns the SFT stage of the policy."""
-  stage = base(sft_lib.config(), '$workdir/pretrain_large/model')
-  stage.data.update(
-    {'path': '$workdir/world/demonstrations.jsonl', 'kind': 'completion', 'max_length': 48}
-  )
-  stage.batch_size, stage.data.epochs = 64, 2.0
-  stage.optim.update({'learning_rate': 5e-4, 'schedule': 'cosine', 'warmup_steps': 5})
-  return stage
 
 
 def samples():
@@ -199,7 +144,7 @@ def compare(seed):
 
 def reward_model(size, data, held_out):
   """Returns the stage that trains a reward model; its scores of SFT samples have mean 0, std 1."""
-  stage = base(reward_model_lib.config(), f'$workdir/pretrain_{size}/model')
+  stage = shared.base(reward_model_lib.config(), f'$workdir/pretrain_{size}/model')
   stage.data.update(
     {
       'path': f'$workdir/{data}.jsonl',
@@ -238,7 +183,7 @@ def best_of_n():
 
 def ppo(reward):
   """Returns a PPO stage without a KL penalty, which logs all responses of every second step."""
-  stage = base(ppo_lib.config(), '$workdir/sft/model')
+  stage = shared.base(ppo_lib.config(), '$workdir/sft/model')
   stage.data.update({'path': '$workdir/world/prompts.jsonl', 'max_prompt_length': 12})
   stage.reward.update(reward)
   stage.sampling.update({'max_new_tokens': TOKENS, 'temperature': 1.0})

@@ -17,9 +17,9 @@ first.
 
 import ml_collections
 
+import _review_stages as shared
 from rlhf_jax import config as c
 from rlhf_jax.algorithms import reward_model as reward_model_lib
-from rlhf_jax.algorithms import sft as sft_lib
 
 COMPARISONS = 100, 200, 400, 800, 1_600, 3_200
 
@@ -28,9 +28,9 @@ def get_config(arg=None):
   """Returns the config. Arguments: debug (seconds a stage), seed."""
   arg = c.parse_arg(arg, debug=False, seed=0)
   stages = {
-    'world': world(),
-    'pretrain': pretrain(),
-    'sft': sft(),
+    'world': shared.world(),
+    'pretrain': shared.pretrain(),
+    'sft': shared.sft(),
     'rank': collect('$workdir/pretrain', 16_000, 0, 1_000 * arg.seed + 1),
     'compare': collect('$workdir/sft', max(COMPARISONS), 1_000, None),
   }
@@ -52,64 +52,6 @@ def get_config(arg=None):
   if arg.debug:
     debug(stages)
   return ml_collections.ConfigDict({'seed': arg.seed, 'stages': tuple(stages), **stages})
-
-
-def world():
-  """Returns the stage that writes texts, prompts and the tokenizer."""
-  return ml_collections.ConfigDict(
-    {
-      'function': 'rlhf_jax.tasks.reviews:write',
-      'corpus_size': 10_000,
-      'demonstration_count': 2_000,
-      'prompt_count': 4_096,
-      'eval_prompt_count': 512,
-      'vocab_size': 1_024,
-      'seed': None,
-    }
-  )
-
-
-def base(stage, model):
-  """Sets the keys that all training stages share."""
-  stage.seed = None
-  stage.tokenizer = '$workdir/world/tokenizer'
-  stage.model.path = model
-  stage.optim.update({'clip_norm': 1.0, 'schedule': 'cosine'})
-  stage.log_every, stage.checkpoint_every = 5, 100
-  return stage
-
-
-def pretrain():
-  """Returns the pretraining stage, on the packed corpus."""
-  stage = base(sft_lib.config(), None)
-  stage.model.init = ml_collections.ConfigDict(
-    {
-      'family': 'llama',
-      'hidden_size': 96,
-      'intermediate_size': 288,
-      'num_hidden_layers': 3,
-      'num_attention_heads': 4,
-      'num_key_value_heads': 2,
-      'max_position_embeddings': 64,
-      'tie_word_embeddings': True,
-      'rms_norm_eps': 1e-5,
-    }
-  )
-  stage.data.update({'path': '$workdir/world/corpus.jsonl', 'max_length': 64, 'held_out': 0.01})
-  stage.batch_size, stage.steps = 24, 600
-  stage.optim.update({'learning_rate': 3e-3, 'warmup_steps': 20})
-  return stage
-
-
-def sft():
-  """Returns the SFT stage of the policy whose responses people compare."""
-  stage = base(sft_lib.config(), '$workdir/pretrain/model')
-  stage.data.update(
-    {'path': '$workdir/world/demonstrations.jsonl', 'kind': 'completion', 'max_length': 48}
-  )
-  stage.batch_size, stage.data.epochs = 64, 2.0
-  stage.optim.update({'learning_rate': 5e-4, 'warmup_steps': 5})
-  return stage
 
 
 def collect(policy, pairs, held_out, seed):
@@ -135,12 +77,12 @@ def collect(policy, pairs, held_out, seed):
 
 def reward_model(model, data):
   """Returns a reward model stage, one epoch from a language model or a reward model."""
-  stage = base(reward_model_lib.config(), model)
+  stage = shared.base(reward_model_lib.config(), model)
   stage.data.update(
     {'path': data, 'max_length': 48, 'held_out_path': '$workdir/compare/held_out.jsonl'}
   )
   stage.batch_size, stage.data.epochs = 16, 1.0
-  stage.optim.update({'learning_rate': 1e-3, 'warmup_steps': 3})
+  stage.optim.update({'learning_rate': 1e-3, 'schedule': 'cosine', 'warmup_steps': 3})
   return stage
 
 

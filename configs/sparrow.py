@@ -21,10 +21,10 @@ the rule with the dialogue.
 
 import ml_collections
 
+import _review_stages as shared
 from rlhf_jax import config as c
 from rlhf_jax.algorithms import ppo as ppo_lib
 from rlhf_jax.algorithms import reward_model as reward_model_lib
-from rlhf_jax.algorithms import sft as sft_lib
 
 RULES = {
   'on_topic': 'rlhf_jax.tasks.reviews:on_topic',
@@ -37,9 +37,9 @@ def get_config(arg=None):
   """Returns the config. Arguments: debug (seconds a stage), seed."""
   arg = c.parse_arg(arg, debug=False, seed=0)
   stages = {
-    'world': world(),
-    'pretrain': pretrain(),
-    'sft': sft(),
+    'world': shared.world(eval_prompts=256),
+    'pretrain': shared.pretrain(),
+    'sft': shared.sft(epochs=1.0),
     'compare': compare(),
     'rules': rules(),
     'preference': preference(),
@@ -69,64 +69,6 @@ def get_config(arg=None):
   if arg.debug:
     debug(stages)
   return ml_collections.ConfigDict({'seed': arg.seed, 'stages': tuple(stages), **stages})
-
-
-def world():
-  """Returns the stage that writes texts, prompts and the tokenizer."""
-  return ml_collections.ConfigDict(
-    {
-      'function': 'rlhf_jax.tasks.reviews:write',
-      'corpus_size': 10_000,
-      'demonstration_count': 2_000,
-      'prompt_count': 4_096,
-      'eval_prompt_count': 256,
-      'vocab_size': 1_024,
-      'seed': None,
-    }
-  )
-
-
-def base(stage, model):
-  """Sets the keys that all training stages share."""
-  stage.seed = None
-  stage.tokenizer = '$workdir/world/tokenizer'
-  stage.model.path = model
-  stage.optim.clip_norm = 1.0
-  stage.log_every, stage.checkpoint_every = 5, 100
-  return stage
-
-
-def pretrain():
-  """Returns the pretraining stage, on the packed corpus."""
-  stage = base(sft_lib.config(), None)
-  stage.model.init = ml_collections.ConfigDict(
-    {
-      'family': 'llama',
-      'hidden_size': 96,
-      'intermediate_size': 288,
-      'num_hidden_layers': 3,
-      'num_attention_heads': 4,
-      'num_key_value_heads': 2,
-      'max_position_embeddings': 64,
-      'tie_word_embeddings': True,
-      'rms_norm_eps': 1e-5,
-    }
-  )
-  stage.data.update({'path': '$workdir/world/corpus.jsonl', 'max_length': 64, 'held_out': 0.01})
-  stage.batch_size, stage.steps = 24, 600
-  stage.optim.update({'learning_rate': 3e-3, 'schedule': 'cosine', 'warmup_steps': 20})
-  return stage
-
-
-def sft():
-  """Returns the SFT stage of the initial policy."""
-  stage = base(sft_lib.config(), '$workdir/pretrain/model')
-  stage.data.update(
-    {'path': '$workdir/world/demonstrations.jsonl', 'kind': 'completion', 'max_length': 48}
-  )
-  stage.batch_size, stage.data.epochs = 64, 1.0
-  stage.optim.update({'learning_rate': 5e-4, 'schedule': 'cosine', 'warmup_steps': 5})
-  return stage
 
 
 def compare():
@@ -186,7 +128,7 @@ def rule(name):
 
 def learned(path, held_out):
   """Returns the stage of a reward model, two epochs from the pretrained model."""
-  stage = base(reward_model_lib.config(), '$workdir/pretrain/model')
+  stage = shared.base(reward_model_lib.config(), '$workdir/pretrain/model')
   stage.data.update({'path': path, 'max_length': 48, 'held_out_path': held_out, 'epochs': 2.0})
   stage.batch_size = 32
   stage.optim.update({'learning_rate': 5e-4, 'schedule': 'cosine', 'warmup_steps': 10})
@@ -195,7 +137,7 @@ def learned(path, held_out):
 
 def ppo(reward):
   """Returns a PPO stage, which measures how often held-out responses follow the rules."""
-  stage = base(ppo_lib.config(), '$workdir/sft/model')
+  stage = shared.base(ppo_lib.config(), '$workdir/sft/model')
   stage.data.update({'path': '$workdir/world/prompts.jsonl', 'max_prompt_length': 12})
   stage.reward.update(reward)
   stage.sampling.update({'max_new_tokens': TOKENS, 'temperature': 1.0})

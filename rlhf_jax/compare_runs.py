@@ -21,8 +21,8 @@ from rlhf_jax import errors
 from rlhf_jax import hyper
 from rlhf_jax import identity
 from rlhf_jax import workdir as workdir_lib
-from rlhf_jax.evaluation import comparison_page
 from rlhf_jax.evaluation import runs as runs_lib
+from rlhf_jax.evaluation import runs_page
 from rlhf_jax.evaluation import tables
 
 SWEEP = 'sweep.json'  # the config and the runs of a sweep
@@ -88,8 +88,8 @@ def write(workdir, pairs, *, metric='', stage='', title='Comparison of runs'):
   result = runs_lib.compare([runs_lib.read(*pair, stage) for pair in pairs], metric)
   workdir.mkdir(parents=True, exist_ok=True)
   identity.write_json(workdir / RESULTS, result)
-  print(tables.stages_table(comparison_page.rows(result), title=title, width=140))
-  return comparison_page.write(workdir / PAGE, result, title=title)
+  print(tables.stages_table(runs_page.rows(result), title=title, width=140))
+  return runs_page.write(workdir / PAGE, result, title=title)
 
 
 def start():

@@ -53,8 +53,9 @@ def scale_by_rmsprop(decay, eps, *, tensorflow):
       torch:       g / (sqrt(v) + eps),  v starts at 0
       TensorFlow:  g / sqrt(v + eps),    v starts at 1
 
-  See §5.2.2 of the paper (https://arxiv.org/abs/1602.01783), torch.optim.RMSprop, and RMSpropTFLike
-  of Stable-Baselines3. The first steps of the TensorFlow form are those of gradient descent.
+  See §5.2.2 of the paper (https://arxiv.org/abs/1602.01783), torch.optim.RMSprop, and
+  RMSpropTFLike of Stable-Baselines3. The first steps of the TensorFlow form are those of gradient
+  descent.
 
   Args:
     decay: Decay of the second moment v.

@@ -37,7 +37,7 @@ class Schedule:
     before_like_first: whether the forward passes before the update use the minibatches and
       microbatches of the first epoch, in the same shapes, instead of the whole rollout or
       microbatches of similar length. In bfloat16 other shapes may give other log-probabilities.
-    group_size: every so many consecutive sequences are a group, such as the responses to one
+    group_size: number of consecutive sequences that form a group, such as the responses to one
       prompt, which stays together and in order in each minibatch and microbatch. It must divide
       both.
   """

@@ -4,11 +4,13 @@ import functools
 import importlib.util
 import math
 import pathlib
+import sys
 
 import ml_collections
 import pytest
 
 from rlhf_jax import config as config_lib
+from rlhf_jax import config_files
 from rlhf_jax import config_keys
 from rlhf_jax import errors
 from rlhf_jax import pipeline
@@ -16,7 +18,7 @@ from rlhf_jax.algorithms import build
 from rlhf_jax.algorithms import effects
 from rlhf_jax.algorithms import ppo
 
-CONFIGS = sorted((pathlib.Path(__file__).resolve().parents[1] / 'configs').glob('*.py'))
+CONFIGS = sorted((pathlib.Path(__file__).resolve().parents[1] / 'configs').glob('[a-z]*.py'))
 # Base configs, with what a user must give on the command line, and more.
 BASES = build.names()
 GIVEN = {
@@ -35,7 +37,7 @@ ARGUMENTS = {
 }
 
 # Packages that a config needs and that the tests do not ask for.
-PACKAGES = {'reasoning_gym': 'reasoning_gym'}
+PACKAGES = {'puzzles': 'reasoning_gym'}
 
 ALGORITHMS = ('sft', 'reward_model', 'ppo')
 
@@ -84,7 +86,8 @@ def test_unknown_preset():
 def imported(path):
   spec = importlib.util.spec_from_file_location(f'a_config_{path.stem}', path)
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  with config_files.importable(str(path.parent)):
+    spec.loader.exec_module(module)
   return module
 
 
@@ -121,6 +124,13 @@ def check_stages(config, folder):
       valid(stage, 1)
     else:
       pipeline.check(name, stage)
+
+
+def test_no_config_hides_a_module():
+  """The folder of a config is on the path while the config is read."""
+  names = {path.stem for path in CONFIGS}
+  assert not names & {*sys.stdlib_module_names, *PACKAGES.values()}
+  assert not [name for name in names if importlib.util.find_spec(name)]
 
 
 @pytest.mark.parametrize('arg', [None, 'debug', 'debug,seed=3'])

@@ -142,7 +142,8 @@ def configured(name, arg=None):
   """Returns the result of get_config in a file of configs/."""
   spec = importlib.util.spec_from_file_location(name, ROOT / 'configs' / f'{name}.py')
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  with config_files.importable(str(ROOT / 'configs')):
+    spec.loader.exec_module(module)
   return module.get_config(arg)
 
 

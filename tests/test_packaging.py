@@ -58,7 +58,7 @@ def normalized(name):
 
 def imported(*folders):
   """Returns the distributions, except the standard library, that files in some folders import."""
-  modules = set()
+  modules, own = set(), {'rlhf_jax', '_review_stages'}
   for folder in folders:
     for path in (ROOT / folder).rglob('*.py'):
       for node in ast.walk(ast.parse(path.read_text())):
@@ -68,7 +68,7 @@ def imported(*folders):
           modules.add(node.module.partition('.')[0])
   return {
     normalized(DISTRIBUTIONS.get(module, module))
-    for module in modules - sys.stdlib_module_names - {'rlhf_jax'}
+    for module in modules - sys.stdlib_module_names - own
   }
 
 

@@ -94,9 +94,9 @@ PRESETS = {
     'rl.clip_low': 3e-4,
     'rl.clip_high': 4e-4,
   },
-  # MiniMax-M1, §3.1: 16 updates per rollout, no lower clip, and DAPO's dynamic sampling, penalty of
-  # long responses and mean over tokens. It gives no value of the upper clip; 5 is that of ScaleRL
-  # (https://arxiv.org/abs/2510.13786), which TRL recommends too.
+  # MiniMax-M1, §3.1: 16 updates per rollout, no lower clip, and DAPO's dynamic sampling, penalty
+  # of long responses and mean over tokens. It gives no value of the upper clip; 5 is that of
+  # ScaleRL (https://arxiv.org/abs/2510.13786), which TRL recommends too.
   'cispo': {
     'sampling.samples': 16,
     'rl.minibatches': 16,

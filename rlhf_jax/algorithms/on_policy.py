@@ -222,6 +222,42 @@ def make_actor(config, tokenizer, model, examples, iterator, score, mesh):
   )
 
 
+def batch_maker(config, mesh, frozen, actor, iterators, settings):
+  """Returns `Learner.next_batch` of an on-policy algorithm: it samples and scores a batch.
+
+  Args:
+    config: Config of the run.
+    mesh: Device mesh.
+    frozen: Parameters that are not trained; see forward.Forward.
+    actor: Actor of the run.
+    iterators: Learner.iterators; 'ptx', if there is one, gives the pretraining examples.
+    settings: on_policy_config.Settings.
+  """
+  act = actor
+  if settings.resampling:
+    act = functools.partial(resampling.sample, actor, resampling=settings.resampling)
+  skip = jax.jit(functools.partial(experience_lib.skip_nan, rules=settings.rules))
+
+  def next_batch(state, *, timed):
+    policy = trainable.merge(frozen['policy'], state.params['policy'])
+    if 'masking_policy' in state.extra:
+      masking = trainable.merge(frozen['policy'], state.extra['masking_policy'])
+      policy = {'policy': policy, 'masking': masking}
+    rollout_key = lambda step: types.step_keys(state.replace(step=step))[0]
+    next_key = rollout_key(state.step + 1) if config.sampling.staleness else None
+    with actor.undone_on_error():
+      rollout, scores, metrics = act(
+        policy, rollout_key(state.step), timed=timed, next_key=next_key
+      )
+    if scorers.skips_nan(config.reward):
+      rollout, skipped = skip(rollout, scores)
+      metrics |= {'objective/skipped': int(processes.to_host(skipped))} if timed else {}
+    ptx = sharding.put_rows(next(iterators['ptx']), mesh) if 'ptx' in iterators else None
+    return (frozen, rollout, scores, ptx), metrics
+
+  return next_batch
+
+
 def create(
   config,
   mesh,
@@ -293,28 +329,6 @@ def create(
   if config.sampling.staleness:
     iterators[learner.SAMPLED_AHEAD] = actor
 
-  act = actor
-  if settings.resampling:
-    act = functools.partial(resampling.sample, actor, resampling=settings.resampling)
-  skip = jax.jit(functools.partial(experience_lib.skip_nan, rules=settings.rules))
-
-  def next_batch(state, *, timed):
-    policy = trainable.merge(frozen['policy'], state.params['policy'])
-    if mask:
-      masking = trainable.merge(frozen['policy'], state.extra['masking_policy'])
-      policy = {'policy': policy, 'masking': masking}
-    rollout_key = lambda step: types.step_keys(state.replace(step=step))[0]
-    next_key = rollout_key(state.step + 1) if config.sampling.staleness else None
-    with actor.undone_on_error():
-      rollout, scores, metrics = act(
-        policy, rollout_key(state.step), timed=timed, next_key=next_key
-      )
-    if scorers.skips_nan(config.reward):
-      rollout, skipped = skip(rollout, scores)
-      metrics |= {'objective/skipped': int(processes.to_host(skipped))} if timed else {}
-    ptx = sharding.put_rows(next(iterators['ptx']), mesh) if 'ptx' in iterators else None
-    return (frozen, rollout, scores, ptx), metrics
-
   context = setup.policy_context(
     config,
     model,
@@ -326,7 +340,7 @@ def create(
   return learner.Learner(
     steps=steps,
     iterators=iterators,
-    next_batch=next_batch,
+    next_batch=batch_maker(config, mesh, frozen, actor, iterators, settings),
     train_step=step,
     export=setup.policy_exporter(model, tokenizer, frozen['policy']),
     describe=setup.describer(model, 'policy', tokenizer),

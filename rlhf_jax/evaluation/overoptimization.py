@@ -359,8 +359,8 @@ def write_page(path, lines, plots, *, rows, shifts, hidden):
       if chosen:
         panels.append((scores_figure(chosen, f'{title}: {optimizer}'), f'{optimizer}. {CAPTION}'))
     text = ' '.join(
-      f'At the same distance the gold score of {name} is on average {mean:+.2f} ± {error:.2f} from '
-      'the fitted curve without a penalty.'
+      f'At the same distance the gold score of {name} is on average {mean:+.2f} ± {error:.2f} '
+      'from the fitted curve without a penalty.'
       for name, (mean, error) in shifts.items()
       if name in names
     )

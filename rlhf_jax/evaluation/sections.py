@@ -4,9 +4,6 @@ from collections.abc import Sequence
 import dataclasses
 import pathlib
 
-import jinja2
-import markupsafe
-
 from rlhf_jax.evaluation import page
 
 
@@ -20,6 +17,8 @@ class Section:
     figures: pairs (SVG of figures.py, caption).
     titles: titles of the columns of its table.
     rows: rows of its table, lists of strings; no table if there are none.
+    best: index of the row that is highlighted; None for none.
+    note: explanation below the table.
   """
 
   title: str
@@ -27,6 +26,8 @@ class Section:
   figures: Sequence[tuple[str, str]] = ()
   titles: Sequence[str] = ()
   rows: Sequence[Sequence[str]] = ()
+  best: int | None = None
+  note: str = ''
 
 
 TEMPLATE = """<!DOCTYPE html>
@@ -53,8 +54,10 @@ TEMPLATE = """<!DOCTYPE html>
 {% if section.rows %}<div class="scroll"><table>
 <thead><tr>{% for name in section.titles %}<th>{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>
-{% for row in section.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% for row in section.rows %}<tr{% if loop.index0 == section.best %} class="best"{% endif %}>
+{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>{% endif %}
+{% if section.note %}<p class="note">{{ section.note }}</p>{% endif %}
 {% endfor %}
 </main>
 </body>
@@ -66,19 +69,10 @@ def write(path, *, title, summary, sections):
   """Writes a page.
 
   Args:
-    path: HTML file.
+    path: HTML file, replaced atomically.
     title: Title of the page.
     summary: One or two sentences below the title.
     sections: Sections. Their texts are escaped; their figures are not.
   """
-  environment = jinja2.Environment(
-    autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-  )
-  html = environment.from_string(TEMPLATE).render(
-    title=title,
-    summary=summary,
-    sections=sections,
-    policy=page.policy(),
-    style=markupsafe.Markup(page.STYLE),
-  )
-  pathlib.Path(path).write_text(html, encoding='utf-8', errors='replace')
+  html = page.render({'title': title, 'summary': summary, 'sections': sections}, TEMPLATE)
+  page.replace(pathlib.Path(path), html)

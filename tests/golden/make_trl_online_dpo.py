@@ -38,30 +38,16 @@ import pathlib
 import tempfile
 
 import datasets
+import make_trl_grpo as shared
 import numpy as np
-import tokenizers
 import torch
 import transformers
 import trl
 from trl.experimental import online_dpo
 
-PAD, BOS, EOS, VOCAB = 0, 1, 2, 31
+PAD, BOS, EOS, VOCAB = shared.PAD, shared.BOS, shared.EOS, shared.VOCAB
 PROMPTS, R = 6, 8
 B = 2 * PROMPTS
-MODEL = dict(
-  vocab_size=VOCAB,
-  hidden_size=16,
-  intermediate_size=24,
-  num_hidden_layers=2,
-  num_attention_heads=4,
-  num_key_value_heads=2,
-  max_position_embeddings=32,
-  tie_word_embeddings=False,
-  initializer_range=0.25,
-  pad_token_id=PAD,
-  bos_token_id=BOS,
-  eos_token_id=EOS,
-)
 CASES = {
   'sigmoid': dict(loss_type='sigmoid', beta=0.3, missing_eos_penalty=None),
   'ipo': dict(loss_type='ipo', beta=0.2, missing_eos_penalty=None),
@@ -139,22 +125,10 @@ class Recording(online_dpo.OnlineDPOTrainer):
     return loss
 
 
-def make_tokenizer():
-  words = {'<pad>': PAD, '<bos>': BOS, '<eos>': EOS} | {f't{i}': i for i in range(3, VOCAB)}
-  model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token='<pad>'))
-  return transformers.PreTrainedTokenizerFast(
-    tokenizer_object=model,
-    pad_token='<pad>',
-    bos_token='<bos>',
-    eos_token='<eos>',
-    padding_side='left',
-  )
-
-
 def make_model(seed, noise=0.0):
   """Returns a random Llama; `noise` changes it a little."""
   torch.manual_seed(0)
-  model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**MODEL))
+  model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shared.MODEL))
   torch.manual_seed(seed)
   with torch.no_grad():
     for parameter in model.parameters():
@@ -185,7 +159,7 @@ def run_case(settings, workdir):
     ref_model=make_model(1, noise=0.05),
     reward_funcs=lambda prompts, completions, **_: scores[TO_TRL].tolist(),
     args=args,
-    processing_class=make_tokenizer(),
+    processing_class=shared.make_tokenizer(),
     train_dataset=datasets.Dataset.from_dict({'prompt': [f't{i + 3}' for i in range(PROMPTS)]}),
   )
   trainer.train()

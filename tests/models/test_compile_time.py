@@ -35,7 +35,7 @@ DEPTHS = {'gpt2': ['n_layer'], 't5': ['num_layers', 'num_decoder_layers']}
 
 
 def build(family, depth):
-  """Returns a tiny model with so many layers."""
+  """Returns a tiny model with `depth` layers."""
   depths = dict.fromkeys(DEPTHS.get(family, ['num_hidden_layers']), depth)
   return models.create({'family': family, 'vocab_size': VOCABULARY} | FIELDS[family] | depths)
 

@@ -15,7 +15,7 @@ from rlhf_jax.data import tokenizers
 from rlhf_jax.rewards import functions
 from rlhf_jax.tasks import numbers
 
-CONFIG = config_files.find('numbers')
+CONFIG = config_files.find('numbers_and_dates')
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / 'golden' / 'rl4lms.npz')
 
 
@@ -80,7 +80,7 @@ def test_both_tasks_fit_into_their_new_tokens(folder, texts):
     assert len(ids) == len(text.split()) or len(ids) < 30
 
 
-@pytest.mark.parametrize('name', ['numbers', 'random_walks'])
+@pytest.mark.parametrize('name', ['numbers_and_dates', 'random_walks'])
 def test_the_sweep_has_every_on_policy_algorithm(name):
   runs = config_files.read_hyper(config_files.find(name))
   on_policy = [name for name in build.names() if 'sampling' in build.load(name).config()]

@@ -16,7 +16,7 @@ from rlhf_jax.rewards import pool
 from rlhf_jax.rewards import reasoning
 from rlhf_jax.tasks import reasoning as task
 
-CONFIG = config_files.find('reasoning_gym')
+CONFIG = config_files.find('puzzles')
 FAMILIES = config_files.read(CONFIG, None).world.families.to_dict()
 # Without an answer that a library function finds, with a checker of its own, and harder ones.
 OTHERS = {

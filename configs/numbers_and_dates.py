@@ -1,9 +1,9 @@
 """RL on RL4LMs' toy tasks: a small model learns to write increasing numbers, or a date.
 
-rlhf run --config=numbers --workdir=/tmp/numbers
-rlhf run --config=numbers:task=dates,algorithm=nlpo --workdir=/tmp/dates
-rlhf run --config=numbers:debug --workdir=/tmp/debug
-rlhf sweep --config=numbers:task=dates,model=FOLDER --workdir=/tmp/dates_sweep
+rlhf run --config=numbers_and_dates --workdir=/tmp/numbers
+rlhf run --config=numbers_and_dates:task=dates,algorithm=nlpo --workdir=/tmp/dates
+rlhf run --config=numbers_and_dates:debug --workdir=/tmp/debug
+rlhf sweep --config=numbers_and_dates:task=dates,model=FOLDER --workdir=/tmp/dates_sweep
 
 See rlhf_jax/tasks/numbers.py for the tasks and their source. A model is pretrained on generated
 lists of numbers and sentences, and then trained by RL from an empty prompt: 20 new tokens, or 30

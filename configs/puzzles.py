@@ -1,7 +1,7 @@
 """SFT and GRPO of a small model from scratch on three easy families of Reasoning Gym.
 
-rlhf run --config=reasoning_gym --workdir=/tmp/reasoning
-rlhf run --config=reasoning_gym:debug --workdir=/tmp/debug
+rlhf run --config=puzzles --workdir=/tmp/reasoning
+rlhf run --config=puzzles:debug --workdir=/tmp/debug
 
 Reasoning Gym (https://github.com/open-thought/reasoning-gym, `pip install 'rlhf_jax[reasoning]'`)
 generates puzzles and checks answers. Here a model counts letters in a word, adds and subtracts two
