@@ -5,7 +5,9 @@ python -m benchmarks.staleness --curves
 
 The reward sleeps as long as a rollout takes, as one does that waits for a server or for other
 processes. At staleness 0 an iteration is rollout + reward + update; at staleness 1 the reward runs
-beside the rollout. `--curves` trains on the random walks with both, without the sleep.
+beside the rollout. Adapters are trained on 4 responses of a wide model, so that sampling takes
+longer than the update, as on accelerators. `--curves` trains on the random walks with both, without
+the sleep.
 """
 
 import pathlib
@@ -34,7 +36,7 @@ def reward(prompts, responses, *, response_tokens, metadata, seconds):
   return [float(len(tokens)) for tokens in response_tokens]
 
 
-def config(world, staleness, sleep, *, batch_size=64, response=64, layers=4, width=128):
+def config(world, staleness, sleep, *, batch_size=4, response=64, layers=4, width=768):
   """Returns a GRPO config for the random walks' prompts and a new model of a given size.
 
   Args:
@@ -49,9 +51,10 @@ def config(world, staleness, sleep, *, batch_size=64, response=64, layers=4, wid
   c = grpo.config()
   c.tokenizer = f'{world}/tokenizer'
   c.model.init = random_walks.MODEL | {'n_layer': layers, 'n_embd': width, 'n_head': 4}
+  c.model.lora.targets = (('attention/|mlp/', 8, 16.0),)
   c.data.update({'path': f'{world}/prompts.jsonl', 'max_prompt_length': 8})
   c.reward.update({'function': f'{__name__}:reward', 'arguments': {'seconds': sleep}})
-  c.sampling.update({'max_new_tokens': response, 'min_new_tokens': response})
+  c.sampling.update({'max_new_tokens': response, 'min_new_tokens': response, 'samples': 4})
   c.sampling.staleness, c.rl.kl_coef = staleness, 0.0
   c.batch_size, c.steps = batch_size, 1_000_000
   return c
