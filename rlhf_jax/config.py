@@ -37,6 +37,8 @@ WANDB = 'wandb>=0.31.0,<0.32'
 
 # Formats of data files; see data/files.py.
 FORMATS = ('jsonl', 'json', 'csv', 'tsv', 'parquet', 'text', 'arrayrecord')
+# Keys of a data set that each source of a mixture may have.
+SOURCE = ('path', 'split', 'columns', 'format', 'separator')
 
 
 def common(algorithm):
@@ -112,6 +114,7 @@ def data():
     'columns': placeholder(str),  # names of your columns, such as prompt=question,completion=answer
     'format': placeholder(str),  # jsonl, json, csv, tsv, parquet, arrayrecord, text; None: suffix
     'separator': '\n',  # string between two texts of a plain text file
+    'mixture': {},  # or {name: {'weight': 1.0, 'path': ..., keys from above}}, drawn by weight
     'kind': 'text',  # kind of the examples; for sft 'text' (packed) or 'completion'
     'max_length': 128,  # maximum number of tokens of an example
     'on_error': 'stop',  # malformed records: 'stop', or 'skip' and count them
@@ -401,24 +404,49 @@ def validate_data(block, name):
     UserError: See `validate`.
   """
   need(
-    block.path, f'config.{name}.path is empty: name a file, a folder, a hub data set or tfds:NAME'
+    block.path or block.mixture,
+    f'config.{name}.path is empty: name a file, a folder, a hub data set or tfds:NAME; or name '
+    f'several in config.{name}.mixture',
+  )
+  need(
+    not (block.path and block.mixture),
+    f'config.{name}.path={block.path!r} and config.{name}.mixture has {", ".join(block.mixture)}: '
+    'set one of them',
   )
   need(
     block.on_error in ('stop', 'skip'),
     f'config.{name}.on_error={block.on_error!r} must be one of stop, skip',
   )
-  pairs = [pair.split('=') for pair in (block.columns or '').split(',') if pair]
-  need(
-    all(len(pair) == 2 and all(pair) for pair in pairs) and len(dict(pairs)) == len(pairs),
-    f"config.{name}.columns={block.columns!r} must have the form 'new=stored,new=stored', with "
-    'different new names',
-  )
-  need(
-    block.format in (None, *FORMATS),
-    f'config.{name}.format={block.format!r} must be one of {", ".join(FORMATS)}, or None',
-  )
   length = block.get('max_length', 1)
   need(length > 0, f'config.{name}.max_length={length} must be positive')
+  _validate_source(block, f'config.{name}')
+  of_source = ml_collections.ConfigDict({'weight': 1.0} | {key: data()[key] for key in SOURCE})
+  for source, keys in block.mixture.items():
+    key = f'config.{name}.mixture.{source}'
+    need(
+      isinstance(keys, ml_collections.ConfigDict),
+      f"{key}={keys!r} must be a dict, such as {{'weight': 1.0, 'path': 'FILE'}}",
+    )
+    config_keys.check_keys(keys, of_source, key, require_all=False)
+    need(keys.get('path'), f'{key}.path is empty: name a file, a folder, a hub data set, tfds:NAME')
+    weight = keys.get('weight', 1.0)
+    need(weight > 0, f'{key}.weight={weight} must be positive')
+    _validate_source(keys, key)
+
+
+def _validate_source(block, key):
+  """Checks how a data set is read: `columns` and `format` of a block with the dotted name `key`."""
+  columns, format = block.get('columns'), block.get('format')
+  pairs = [pair.split('=') for pair in (columns or '').split(',') if pair]
+  need(
+    all(len(pair) == 2 and all(pair) for pair in pairs) and len(dict(pairs)) == len(pairs),
+    f"{key}.columns={columns!r} must have the form 'new=stored,new=stored', with different new "
+    'names',
+  )
+  need(
+    format in (None, *FORMATS),
+    f'{key}.format={format!r} must be one of {", ".join(FORMATS)}, or None',
+  )
 
 
 def validate_lora(lora, unfrozen_layers):

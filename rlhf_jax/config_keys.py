@@ -16,7 +16,14 @@ OPTIONAL = (
   'config.warn.sampler_gap',
 )
 # Blocks with arbitrary keys, which are checked by the code that reads them.
-OPEN = ('model.init', 'evals', 'reward.parts', 'reward.arguments')
+OPEN = (
+  'model.init',
+  'data.mixture',
+  'ptx.mixture',
+  'evals',
+  'reward.parts',
+  'reward.arguments',
+)
 
 
 def lock(config):

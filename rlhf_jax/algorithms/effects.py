@@ -88,7 +88,7 @@ TABLE = (
     'the old log-probabilities are those of the sampler, so all weights are 1',
   ),
   (
-    'ptx.path ptx.split ptx.columns ptx.separator ptx.kind ptx.max_length ptx.on_error',
+    'ptx.path ptx.mixture ptx.split ptx.columns ptx.separator ptx.kind ptx.max_length ptx.on_error',
     'rl.ptx_coef',
     (0,),
     'no pretraining batches are used',
@@ -219,11 +219,13 @@ def _lines(table, config, defaults, prefix):
     given = _value(config, other)
     for key in keys.split():
       value = _value(config, key)
-      if value is None or value == _value(defaults, key):
+      if value is None or _plain(value) == _plain(_value(defaults, key)):
         continue
       if values(given, config) if callable(values) else given in values:
         setting = f'{prefix}.{other}={_plain(given)!r}'
-        lines.setdefault(key, f'{prefix}.{key}={value!r} has no effect with {setting}: {reason}')
+        lines.setdefault(
+          key, f'{prefix}.{key}={_plain(value)!r} has no effect with {setting}: {reason}'
+        )
   return list(lines.values())
 
 

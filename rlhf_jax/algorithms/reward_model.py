@@ -441,9 +441,9 @@ def check_ratings(examples, loss):
 def normalization_batches(config, examples, tokenizer, sizes):
   """Returns an iterable of Comparisons whose completions the head is normalized on."""
   if config.preference.normalize_path:
-    data = config.data.copy_and_resolve_references()
-    data.path = config.preference.normalize_path
-    completions = setup.read_examples(data, formats.completions, tokenizer)
+    completions = setup.read_examples(
+      config.data, formats.completions, tokenizer, path=config.preference.normalize_path
+    )
     examples = [formats.Comparison(e.prompt, (e.completion,), (0,)) for e in completions]
   return (batch for batch, _ in pipelines.comparison_batches(examples, tokenizer, **sizes))
 

@@ -1,6 +1,7 @@
 """Functions that all algorithms use: tokenizer, model, optimizer, train state, data, exports."""
 
 import dataclasses
+import functools
 import json
 import os
 
@@ -17,6 +18,7 @@ from rlhf_jax import optim
 from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.data import chat
+from rlhf_jax.data import mixtures
 from rlhf_jax.data import pipelines
 from rlhf_jax.data import sources
 from rlhf_jax.data import tokenizers
@@ -233,19 +235,45 @@ def read_examples(config_data, convert, tokenizer, *, path=None):
     config_data: `config.data`.
     convert: formats.texts, .completions, .comparisons or .prompts.
     tokenizer: Tokenizer, for chat templates.
-    path: Another data set of the same format, read instead of `config_data.path`.
+    path: Another data set, read instead of `config_data.path` and `config_data.mixture`.
 
   Returns:
-    List of examples.
+    A sequence of examples; a mixtures.Mixture if `config_data.mixture` has sources.
+
+  Raises:
+    UserError: A source cannot be read; in a mixture, the message names it.
   """
-  path = path or config_data.path
-  columns = dict(pair.split('=') for pair in (config_data.columns or '').split(',') if pair)
+  read = functools.partial(_read_source, config_data, convert, tokenizer)
+  if path or not config_data.mixture:
+    return read({'path': path or config_data.path})
+  names, parts = sorted(config_data.mixture), []
+  for name in names:
+    try:
+      parts.append(read(config_data.mixture[name]))
+    except errors.UserError as error:
+      raise type(error)(f'source {name!r} of the mixture: {error}') from error
+  weights = [config_data.mixture[name].get('weight', 1.0) for name in names]
+  for name, weight, part in zip(names, weights, parts):
+    logging.info(
+      'source %s of the mixture: %d examples of %s, %.3g %% of those drawn',
+      name,
+      len(part),
+      config_data.mixture[name].path,
+      100 * weight / sum(weights),
+    )
+  return mixtures.Mixture(names, weights, parts)
+
+
+def _read_source(config_data, convert, tokenizer, source):
+  """Reads one data set, whose keys in `source` replace those of `config_data`."""
+  key = lambda name: source.get(name, config_data[name])
+  path = key('path')
   records = sources.read(
     path,
-    split=config_data.split or '',
-    columns=columns,
-    separator=config_data.separator,
-    format=config_data.format,
+    split=key('split') or '',
+    columns=dict(pair.split('=') for pair in (key('columns') or '').split(',') if pair),
+    separator=key('separator'),
+    format=key('format'),
   )
   examples, report = convert(records, tokenizer=tokenizer, on_error=config_data.on_error)
   if report.left_out or report.empty_prompts:
@@ -262,7 +290,8 @@ def hold_out(config, convert, tokenizer):
     tokenizer: Tokenizer, for chat templates.
 
   Returns:
-    Two lists of examples; the second may be empty.
+    Two sequences of examples; the second may be empty. Those of a mixture are split together, so
+    that no held-out prompt is in the training part of any source.
   """
   examples = read_examples(config.data, convert, tokenizer)
   if config.data.held_out_path:

@@ -4,11 +4,12 @@ Letters: B batch, K completions of one prompt, P prompt length, R response lengt
 length, N examples or packed sequences.
 
 Each epoch is shuffled differently; the order depends on the seed but not on the number of
-processes. The state of an iterator is its position, so `get_state` and `set_state` resume at the
-exact batch. If there are fewer examples than a batch needs, they are repeated within it. Few
-examples are tokenized once, before the first batch. Otherwise only indices are shuffled, and an
-example is read and tokenized in the background when a batch needs it: see `tokenized`, and `lanes`
-for packed texts.
+processes. The examples of a `mixtures.Mixture` are drawn by the weights of its sources, each with
+epochs of its own; N is then the number of examples of all sources. The state of an iterator is its
+position, so `get_state` and `set_state` resume at the exact batch. If there are fewer examples than
+a batch needs, they are repeated within it. Few examples are tokenized once, before the first batch.
+Otherwise only indices are shuffled, and an example is read and tokenized in the background when a
+batch needs it: see `tokenized`, and `lanes` for packed texts.
 
 Batches are pytrees of `rlhf_jax.types` with NumPy arrays of constant shape. Prompts are padded on
 the left, everything else on the right. Each process iterates over all indices but makes only the
@@ -33,7 +34,7 @@ from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.data import formats
 from rlhf_jax.data import lanes as lanes_lib
-from rlhf_jax.data import lazy
+from rlhf_jax.data import mixtures
 from rlhf_jax.data import packing
 from rlhf_jax.data import tokenized
 from rlhf_jax.data import tokenizers
@@ -72,17 +73,20 @@ def lm_iterator(
     pack: Whether a sequence may contain several texts; see `packing`.
 
   Returns:
-    (iterator, N). An epoch has N sequences, N / batch_size steps. If texts are tokenized while
-    training, N is an estimate from a sample.
+    (iterator, N). An epoch has N sequences, N / batch_size steps. If texts are a mixture or are
+    tokenized while training, N is an estimate from a sample.
 
   Raises:
-    UserError: No text has a token to predict.
+    UserError: No text has a token to predict, or a source of a mixture has none at all.
   """
   data = tokenized.texts(texts, tokenizer)
-  if data.all is None and pack:
+  mixed = isinstance(texts, mixtures.Mixture)
+  if mixed and not pack:
+    raise ValueError('the texts of a mixture must be packed')
+  if pack and (mixed or data.all is None):
     return _stream(data, tokenizer, batch_size=batch_size, length=length, seed=seed)
   collate, count = _lm(data, tokenizer, length=length, pack=pack)
-  return _iterate(collate, range(count), batch_size, seed)
+  return _iterate(collate, texts, range(count), batch_size, seed)
 
 
 def completion_iterator(
@@ -102,7 +106,7 @@ def completion_iterator(
   `lm_iterator`.
   """
   collate = _completions(examples, tokenizer, max_length=max_length, pairs=pairs)
-  return _iterate(collate, range(len(examples)), batch_size, seed)
+  return _iterate(collate, examples, range(len(examples)), batch_size, seed)
 
 
 def comparison_iterator(
@@ -121,7 +125,7 @@ def comparison_iterator(
   if `append_eos`. Other arguments, result and errors as for `lm_iterator`.
   """
   collate = _comparisons(examples, tokenizer, max_length=max_length, append_eos=append_eos)
-  return _iterate(collate, range(len(examples)), batch_size, seed)
+  return _iterate(collate, examples, range(len(examples)), batch_size, seed)
 
 
 def prompt_iterator(
@@ -154,7 +158,7 @@ def prompt_iterator(
   collate, indices = _prompts(
     examples, tokenizer, max_prompt_length=max_prompt_length, on_long=on_long
   )
-  return _iterate(collate, indices, batch_size, seed)
+  return _iterate(collate, examples, indices, batch_size, seed)
 
 
 def _check_sizes(count: int, batch_size: int) -> None:
@@ -167,7 +171,11 @@ def _check_sizes(count: int, batch_size: int) -> None:
 
 
 def _iterate(
-  collate: Collate, indices: Sequence[int] | np.ndarray, batch_size: int, seed: int
+  collate: Collate,
+  examples: Sequence[Any],
+  indices: Sequence[int] | np.ndarray,
+  batch_size: int,
+  seed: int,
 ) -> tuple[grain.DatasetIterator, int]:
   _check_sizes(len(indices), batch_size)
   if len(indices) < batch_size:
@@ -177,19 +185,10 @@ def _iterate(
       batch_size,
     )
   local = sharding.local_rows(batch_size)
-  dataset = _shuffle(indices, seed).batch(batch_size, drop_remainder=True)
+  order = mixtures.order(examples, indices, seed)
+  dataset = order.batch(batch_size, drop_remainder=True)
   dataset = dataset.map(lambda chosen: collate(chosen, local))
   return iter(dataset.to_iter_dataset(_READ)), len(indices)
-
-
-def _shuffle(indices: Sequence[int] | np.ndarray, seed: int) -> grain.MapDataset:
-  """Returns the indices of all epochs, each epoch shuffled differently."""
-  source = (
-    grain.MapDataset.range(len(indices))
-    if isinstance(indices, range)
-    else grain.MapDataset.source(indices)
-  )
-  return source.seed(seed).shuffle().repeat()
 
 
 def _stream(
@@ -201,14 +200,20 @@ def _stream(
   seed: int,
 ) -> tuple[lanes_lib.Batches, int]:
   """Returns an iterator that tokenizes and packs while training (see `lanes`), and estimates N."""
-  packed = len(packing.assign([item.prompt for item in data.sample], length=length))
+  order, local = (
+    mixtures.order(data.examples, range(len(data)), seed),
+    sharding.local_rows(batch_size),
+  )
+  sample = data.sample
+  if isinstance(data.examples, mixtures.Mixture):  # by weight
+    sample = data.take([order[n] for n in range(len(sample))])
+  packed = len(packing.assign([item.prompt for item in sample], length=length))
   _check_sizes(packed, batch_size)
-  order, local = _shuffle(range(len(data)), seed), sharding.local_rows(batch_size)
   read = lambda numbers: [item.prompt for item in data.take([order[int(n)] for n in numbers])]
   sizes = dict(
     length=length,
     window=lanes_lib.window_size(batch_size, length),
-    mean=sum(item.num_tokens for item in data.sample) / len(data.sample),
+    mean=sum(item.num_tokens for item in sample) / len(sample),
   )
 
   def make():
@@ -218,7 +223,7 @@ def _stream(
     ]
     return lanes_lib.LocalBatches(lanes, length=length, pad_id=tokenizer.pad_token_id)
 
-  return lanes_lib.Batches(make, local), max(1, round(packed * len(data) / len(data.sample)))
+  return lanes_lib.Batches(make, local), max(1, round(packed * len(data) / len(sample)))
 
 
 # Held-out batches.
@@ -374,7 +379,7 @@ def split(
       'different examples, or set config.data.held_out_path.'
     )
   held = choose_held_out(keys, holdout)
-  return lazy.take(examples, np.flatnonzero(~held)), lazy.take(examples, np.flatnonzero(held))
+  return tuple(mixtures.take(examples, np.flatnonzero(part)) for part in (~held, held))
 
 
 def _hashes(texts: Iterable[str], seed: int, count: int) -> np.ndarray:

@@ -57,6 +57,17 @@ def sampled_ahead(config):
   return config
 
 
+def mixture_config(world):
+  """Returns SFT on two sources of different weights."""
+  config = tiny.sft(world, 'completion')
+  config.data.path = None
+  config.data.mixture = {
+    'few': {'path': f'{world}/completions.jsonl', 'weight': 0.25},
+    'many': {'path': f'{world}/comparisons.jsonl', 'weight': 0.75},
+  }
+  return config
+
+
 # Module of rlhf_jax/algorithms: function from the folder of tiny.write to a config.
 ALGORITHMS = {
   'a2c': lambda world: tiny.on_policy(a2c.config(), world),
@@ -71,6 +82,8 @@ ALGORITHMS = {
   'sft': lambda world: tiny.sft(world, 'completion'),
   'trpo': trpo_config,
 }
+# The same with other data, which every algorithm reads in the same way.
+CASES = ALGORITHMS | {'mixture': mixture_config}
 STEPS, SAVED = 4, 2
 MESH = {'data': 2, 'fsdp': 2, 'tensor': 2}
 KILLS = 5
@@ -78,7 +91,7 @@ KILLS = 5
 
 def make_config(algorithm, world):
   """Returns the config of a short run with a schedule and running moments of scores, if any."""
-  config = ALGORITHMS[algorithm](world)
+  config = CASES[algorithm](world)
   config.update({'steps': STEPS, 'log_every': 1, 'checkpoint_every': SAVED, 'samples_every': 2})
   # With 1e-8 Adam amplifies the rounding of small gradients.
   config.optim.update({'schedule': 'linear', 'eps': 1e-4})
@@ -133,7 +146,7 @@ def train_on_one_device(config, lowered, path):
   return history
 
 
-@pytest.mark.parametrize('algorithm', ALGORITHMS)
+@pytest.mark.parametrize('algorithm', CASES)
 def test_one_compilation_resuming_and_eight_devices(algorithm, world, tmp_path, lowered):
   config = make_config(algorithm, world)
   one_device = train_on_one_device(config, lowered, tmp_path / 'one' / 'model')
