@@ -35,7 +35,6 @@ from rlhf_jax import runtime
 from rlhf_jax.algorithms import build
 from rlhf_jax.algorithms import setup
 from rlhf_jax.data import formats
-from rlhf_jax.data import sources
 from rlhf_jax.data import stored
 from rlhf_jax.data import tokenizers
 from rlhf_jax.evaluation import comparison
@@ -105,8 +104,9 @@ def train(
 ):
   """Trains a model, or resumes an earlier call with the same arguments and `workdir`.
 
-  Data are a list, a pandas DataFrame, a datasets.Dataset, or the path of a data set. docs/data.md
-  lists the fields of records. Set exactly one of `prompts`, `samples`, `comparisons` and `texts`.
+  Data are a list, a pandas DataFrame, a datasets.Dataset, or the path of a data set; or a dict
+  {name: (data, weight)} of several, which are drawn by weight. docs/data.md lists the fields of
+  records. Set exactly one of `prompts`, `samples`, `comparisons` and `texts`.
 
   Args:
     policy: Initial model: a model from `load`, a Run, or a folder. None for a new model, whose
@@ -151,7 +151,7 @@ def train(
     config.steps, config.data.epochs = steps, None
   if algorithm == 'sft':
     config.data.kind = 'text' if kind == 'texts' else 'completion'
-  config.data.path = _data_path(data, kind, workdir)
+  _set_data(config.data, data, kind, workdir)
   config_files.override(config, overrides or {})
   if policy is not None:
     config.model.path = _model_path(policy, workdir)
@@ -413,7 +413,7 @@ def _new_tokenizer(config, kind, workdir):
   )
   folder = _inputs(workdir) / 'tokenizer'
   if not folder.exists():
-    examples, _ = formats.texts(sources.read(config.data.path))
+    examples = setup.read_examples(config.data, formats.texts, None)
     whole = (x if isinstance(x, str) else x.prompt + x.completion for x in examples)
     size = config.model.init.get('vocab_size', VOCABULARY)
     tokenizers.train_bpe(whole, size, str(folder))
@@ -456,11 +456,33 @@ def _inputs(workdir):
   return folder
 
 
-def _data_path(data, kind, workdir):
-  """Returns the path of a data set. Writes data that were given in memory as JSONL."""
+def _set_data(config_data, data, kind, workdir):
+  """Sets the path of the data, or the mixture if they are a dict {name: (data, weight)}."""
+  if type(data) is not dict:
+    config_data.path = _data_path(data, kind, workdir)
+    return
+  errors.need(
+    data and all(isinstance(source, tuple) and len(source) == 2 for source in data.values()),
+    f'{kind} is a dict: it must have the form {{name: (data, weight)}}',
+  )
+  config_data.mixture = {
+    name: {'path': _data_path(source, kind, workdir, name), 'weight': float(weight)}
+    for name, (source, weight) in data.items()
+  }
+
+
+def _data_path(data, kind, workdir, name=''):
+  """Returns the path of a data set. Writes data that were given in memory as JSONL.
+
+  Args:
+    data: Path or records.
+    kind: Name of the argument of `train`.
+    workdir: Folder of the run.
+    name: Name of the source in a mixture, or ''.
+  """
   if isinstance(data, (str, os.PathLike)):
     return os.fspath(data)
-  path = _inputs(workdir) / f'{kind}.jsonl'
+  path = _inputs(workdir) / f'{"-".join(filter(None, [kind, name]))}.jsonl'
   lines = []
   for number, record in enumerate(_records(data, kind), 1):
     try:

@@ -219,6 +219,18 @@ def test_data_in_memory_is_as_good_as_a_file(
   pandas.testing.assert_frame_equal(numbers(run), numbers(sft_of_a_path), check_exact=True)
 
 
+def test_a_dict_of_data_is_a_mixture(sft_of_a_path, world, tmp_path):
+  rows = records(world / 'completions.jsonl')
+  data = {'file': (world / 'completions.jsonl', 3), 'list': (rows[:5], 1)}
+  workdir = tmp_path / 'run'
+  run = rl.train(world / 'model', samples=data, steps=2, workdir=workdir, overrides=OFFLINE)
+  mixture = run.config['data']['mixture']
+  assert {name: source['weight'] for name, source in mixture.items()} == {'file': 3.0, 'list': 1.0}
+  assert mixture['file']['path'] == str(world / 'completions.jsonl')
+  assert records(pathlib.Path(mixture['list']['path'])) == rows[:5]
+  assert run.metrics['loss'].tolist() != sft_of_a_path.metrics['loss'].tolist()
+
+
 @pytest.fixture(scope='module')
 def reward(world, tmp_path_factory):
   """Returns a reward model that has learnt which words are good."""
@@ -366,7 +378,7 @@ def test_policies_are_compared_by_a_reward_model(reward, world):
     ({'samples': [], 'reward_fn': len}, "algorithm='sft' takes no reward_fn"),
     ({'prompts': [3]}, 'prompts: record 1 is of type int: it must be a dict or a string'),
     ({'samples': ['a']}, 'samples: record 1 is of type str: it must be a dict$'),
-    ({'prompts': {'a': 1}}, 'prompts is of type dict: it must be a list'),
+    ({'prompts': 1}, 'prompts is of type int: it must be a list'),
     ({'prompts': [{'x': object()}]}, 'prompts: record 1 cannot be written as JSON'),
     ({'prompts': ['w1'], 'policy': 3}, 'policy is of type int'),
     ({'prompts': ['w1'], 'reward_fn': 3}, 'reward_fn is of type int'),
@@ -377,6 +389,7 @@ def test_policies_are_compared_by_a_reward_model(reward, world):
     ({'prompts': ['w1'], 'overrides': {'batch_size': 'x'}}, 'config.batch_size'),
     ({'prompts': ['w1'], 'algorithm': 'pppo'}, "algorithm='pppo'"),
     ({'prompts': ['w1'], 'preset': 'trll'}, 'trll'),
+    ({'prompts': {'a': ['w1']}}, 'prompts is a dict: it must have the form {name: .data, weight.}'),
   ],
 )
 def test_mistakes_are_named(arguments, message, world, tmp_path):
