@@ -115,7 +115,7 @@ def data():
     'format': placeholder(str),  # jsonl, json, csv, tsv, parquet, arrayrecord, text; None: suffix
     'separator': '\n',  # string between two texts of a plain text file
     'mixture': {},  # or {name: {'weight': 1.0, 'path': ..., keys from above}}, drawn by weight
-    'kind': 'text',  # kind of the examples; for sft 'text' (packed) or 'completion'
+    'kind': 'text',  # for sft 'text' (packed), 'completion', or 'conversation' (all answers)
     'max_length': 128,  # maximum number of tokens of an example
     'on_error': 'stop',  # malformed records: 'stop', or 'skip' and count them
     'chat_template': placeholder(str),  # jinja template; None: the tokenizer's

@@ -69,6 +69,18 @@ def write(folder):
     [{'prompt': text(i, 1 + i % 4), 'completion': text(3 * i, 2 + i % 5)} for i in range(48)],
   )
   write_jsonl(
+    folder / 'conversations.jsonl',
+    [
+      {
+        'messages': [
+          {'role': ('user', 'assistant')[turn % 2], 'content': text(i + 5 * turn, 1 + i % 3)}
+          for turn in range(2 + 2 * (i % 2))
+        ]
+      }
+      for i in range(24)
+    ],
+  )
+  write_jsonl(
     folder / 'comparisons.jsonl',
     [
       {'prompt': text(i, 1 + i % 3), 'chosen': text(i % 20, 3), 'rejected': text(30 + i % 20, 4)}

@@ -1,6 +1,6 @@
-"""Language modelling: pretraining on packed text, and SFT on the completions of prompts.
+"""Language modelling: pretraining on packed texts, SFT on completions or on whole conversations.
 
-Both minimize the mean of -log p(token | previous tokens) over the targets in `loss_mask`; only the
+All minimize the mean of -log p(token | previous tokens) over the targets in `loss_mask`; only the
 data differ. See Ouyang et al. 2022 §3.5 (https://arxiv.org/abs/2203.02155).
 
 Letters: B batch, T sequence length.
@@ -25,7 +25,12 @@ from rlhf_jax.data import pipelines
 from rlhf_jax.evaluation import evaluators
 from rlhf_jax.models import trainable
 
-KINDS = ('text', 'completion')
+# Function from records to examples of each kind.
+KINDS = {
+  'text': formats.texts,
+  'completion': formats.completions,
+  'conversation': formats.conversations,
+}
 
 
 def config(preset=''):
@@ -130,19 +135,20 @@ def train_step(state, frozen, batch, *, model, optimizers, microbatch_size):
 
 
 def ptx_iterator(config, tokenizer, model):
-  """Returns the iterator over batches of `config.ptx` for PPO-ptx: packed text or completions."""
+  """Returns the iterator over batches of `config.ptx` for PPO-ptx."""
   setup.check_length(config.ptx.max_length, model, 'ptx.max_length')
   check_kind(config.ptx.kind, model, 'ptx.kind')
+  examples = setup.read_examples(config.ptx, KINDS[config.ptx.kind], tokenizer)
   if config.ptx.kind == 'text':
     return pipelines.lm_iterator(
-      setup.read_examples(config.ptx, formats.texts, tokenizer),
+      examples,
       tokenizer,
       batch_size=config.ptx.batch_size,
       length=config.ptx.max_length,
       seed=config.seed,
     )[0]
   return pipelines.completion_iterator(
-    setup.read_examples(config.ptx, formats.completions, tokenizer),
+    examples,
     tokenizer,
     batch_size=config.ptx.batch_size,
     max_length=config.ptx.max_length,
@@ -152,11 +158,11 @@ def ptx_iterator(config, tokenizer, model):
 
 
 def check_kind(kind, model, key):
-  """Raises UserError if an encoder-decoder is to learn text without prompts."""
-  if kind == 'text' and model.encoder_decoder:
+  """Raises UserError if an encoder-decoder is to learn anything but completions of prompts."""
+  if kind != 'completion' and model.encoder_decoder:
     raise errors.UserError(
-      f"config.{key}='text': an encoder-decoder model ({model.family}) can only learn completions "
-      "of prompts; use 'completion'"
+      f'config.{key}={kind!r}: an encoder-decoder model ({model.family}) can only learn '
+      "completions of prompts; use 'completion'"
     )
 
 
@@ -239,7 +245,7 @@ def create(config, mesh):
   setup.check_length(config.data.max_length, model, 'data.max_length')
   check_kind(config.data.kind, model, 'data.kind')
   model, params, frozen = setup.split_trainable(config, model, params, mesh)
-  convert = formats.texts if config.data.kind == 'text' else formats.completions
+  convert = KINDS[config.data.kind]
   examples, held_out = setup.hold_out(config, convert, tokenizer)
   iterator, rows = training_batches(config, examples, tokenizer, model)
   steps = setup.train_steps(config, rows)

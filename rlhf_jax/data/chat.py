@@ -150,6 +150,41 @@ def render(
   return before, completion
 
 
+def split_answers(
+  tokenizer: transformers.PreTrainedTokenizerFast | None, messages: Messages, rendered: str
+) -> tuple[str, ...]:
+  """Splits a rendered prompt at the assistant's earlier answers in it.
+
+  Args:
+    tokenizer: Tokenizer with a chat template.
+    messages: Messages of the prompt.
+    rendered: The prompt as `render` returns it.
+
+  Returns:
+    (text, answer, text, answer, ..., text), whose concatenation is `rendered`. An answer is the
+    completion that `render` returns for the messages before it. Messages of the assistant before
+    the first one of the user belong to the texts.
+
+  Raises:
+    UserError, Malformed: See `render`; or the template renders an answer in another way when more
+      messages follow.
+  """
+  parts, start = [], 0
+  for index, message in enumerate(messages):
+    if message['role'] != 'assistant' or all(m['role'] != 'user' for m in messages[:index]):
+      continue
+    before, answer = render(tokenizer, messages[:index], message)
+    if not rendered.startswith(before + answer) or len(before) < start:
+      raise UserError(
+        'the chat template renders an answer in another way when more messages follow: alone it '
+        f"ends with {(before + answer)[-60:]!r}. Set config.data.kind to 'completion', which "
+        'learns the last answer only, or config.data.chat_template to another template.'
+      )
+    parts += [rendered[start : len(before)], answer]
+    start = len(before) + len(answer)
+  return (*parts, rendered[start:])
+
+
 def _apply(tokenizer, messages: Messages, *, add_generation_prompt: bool) -> str:
   try:
     with time_limit.seconds(TEMPLATE_SECONDS):

@@ -20,6 +20,7 @@ from rlhf_jax.data import progress
 from rlhf_jax.data import shapes
 from rlhf_jax.data.shapes import Comparison
 from rlhf_jax.data.shapes import Completion
+from rlhf_jax.data.shapes import Conversation
 from rlhf_jax.data.shapes import Prompt
 from rlhf_jax.data.shapes import Tokenizer
 from rlhf_jax.data.sources import Record
@@ -110,6 +111,13 @@ def completions(
     UserError: No record can be used, or the data needs a chat template and there is none.
   """
   return _convert(records, shapes.to_completion, tokenizer, on_error)
+
+
+def conversations(
+  records: Sequence[Record], *, tokenizer: Tokenizer | None = None, on_error: str = 'stop'
+) -> tuple[Sequence[Conversation], Report]:
+  """Converts records to conversations. Arguments, result and errors as for `completions`."""
+  return _convert(records, shapes.to_conversation, tokenizer, on_error)
 
 
 def comparisons(

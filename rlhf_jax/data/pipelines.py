@@ -90,7 +90,7 @@ def lm_iterator(
 
 
 def completion_iterator(
-  examples: Sequence[formats.Completion],
+  examples: Sequence[formats.Completion] | Sequence[formats.Conversation],
   tokenizer: formats.Tokenizer,
   *,
   batch_size: int,
@@ -100,10 +100,10 @@ def completion_iterator(
 ) -> tuple[grain.DatasetIterator, int]:
   """Iterates forever over LMBatch [B, T], with one prompt and completion per sequence.
 
-  Only the tokens of the completion and its EOS are targets. T = max_length; `tokenized.truncate`
-  cuts longer examples. If `pairs`, batches are Pairs [B, P + R] instead, with P the length of the
-  longest prompt and R of the longest completion. Other arguments, result and errors as for
-  `lm_iterator`.
+  Only the tokens of the completion and its EOS are targets; in a conversation, those of all
+  answers. T = max_length; `tokenized.truncate` cuts longer examples. If `pairs`, batches are
+  Pairs [B, P + R] instead, with P the length of the longest prompt and R of the longest completion.
+  Other arguments, result and errors as for `lm_iterator`.
   """
   collate = _completions(examples, tokenizer, max_length=max_length, pairs=pairs)
   return _iterate(collate, examples, range(len(examples)), batch_size, seed)
@@ -283,7 +283,7 @@ def _packed_in_order(
 
 
 def completion_batches(
-  examples: Sequence[formats.Completion],
+  examples: Sequence[formats.Completion] | Sequence[formats.Conversation],
   tokenizer: formats.Tokenizer,
   *,
   batch_size: int,
@@ -428,7 +428,7 @@ def _lm(
 
 
 def _completions(
-  examples: Sequence[formats.Completion],
+  examples: Sequence[formats.Completion] | Sequence[formats.Conversation],
   tokenizer: formats.Tokenizer,
   *,
   max_length: int,

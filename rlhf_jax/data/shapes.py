@@ -5,13 +5,13 @@ The functions of `formats` accept these records:
 Texts, for `texts` and `prompts`:
   text
 
-Completions, for `completions`, `texts` and `prompts`:
+Completions, for `completions`, `conversations`, `texts` and `prompts`:
   prompt, completion
   messages                            the last message is the assistant's
   instruction, input, output          Alpaca; input is optional; `completions` and `texts` use
                                       output even if the record is also a comparison
 
-Comparisons, for `comparisons`; `completions` and `texts` use the best completion:
+Comparisons, for `comparisons`; `completions`, `conversations` and `texts` use the best completion:
   prompt, chosen, rejected
   chosen, rejected                    full dialogues (Anthropic HH), as strings or messages
   prompt, completions                 ordered from best to worst
@@ -97,6 +97,23 @@ class Completion:
 
   prompt: str
   completion: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+  """A conversation all of whose answers are to be imitated.
+
+  Attributes:
+    parts: An even number of texts: a prompt and its answer, the text up to the next answer and that
+      answer, and so on.
+  """
+
+  parts: tuple[str, ...]
+
+  @property
+  def prompt(self) -> str:
+    """The text before the first answer."""
+    return self.parts[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +224,23 @@ def to_completion(fields: Fields, tokenizer: Tokenizer | None) -> Completion:
     example = _comparison(fields, tokenizer)
     return Completion(example.prompt, example.completions[example.ranks.index(0)])
   return Completion(*_prompt_and_completion(fields, tokenizer))
+
+
+def to_conversation(fields: Fields, tokenizer: Tokenizer | None) -> Conversation:
+  """Converts a record to a conversation, with the assistant's earlier messages as answers too.
+
+  The last answer is that of `to_completion`, and the only one if the prompt is a text. Arguments
+  and errors as for `to_completion`.
+  """
+  last = to_completion(fields, tokenizer)
+  raw = _raw_prompt(fields, tokenizer)
+  if isinstance(raw.prompt, str):
+    return Conversation((last.prompt, last.completion))
+  try:
+    parts = chat.split_answers(tokenizer, raw.prompt, last.prompt)
+  except chat.Malformed as error:
+    raise InvalidRecord(raw.field, str(error), 'Fix the messages or the template.') from error
+  return Conversation((*parts, last.completion))
 
 
 def _prompt_and_completion(fields: Fields, tokenizer: Tokenizer | None) -> tuple[str, str]:

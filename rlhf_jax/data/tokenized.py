@@ -42,12 +42,16 @@ class Tokenized:
   Attributes:
     example: The example, or None if batches do not need it.
     prompt: int32 [P]; all ids if the example is a text.
-    completions: K arrays, int32 [R]; empty if the example is a text or a prompt.
+    completions: K arrays, int32 [R]; empty if the example is a text or a prompt. Of a conversation
+      there is one, all after its prompt.
+    targets: bool [R], the tokens of answers in a conversation; None if all tokens of the completion
+      are targets.
   """
 
   example: Any
   prompt: np.ndarray
   completions: tuple[np.ndarray, ...] = ()
+  targets: np.ndarray | None = None
 
   @property
   def num_tokens(self) -> int:
@@ -145,7 +149,9 @@ def texts(
 
 
 def completions(
-  examples: Sequence[formats.Completion] | Sequence[formats.Comparison],
+  examples: Sequence[formats.Completion]
+  | Sequence[formats.Conversation]
+  | Sequence[formats.Comparison],
   tokenizer: formats.Tokenizer,
   *,
   max_length: int,
@@ -154,6 +160,8 @@ def completions(
   """Tokenizes prompts with their completions, and warns if `truncate` will shorten some."""
 
   def encode(chunk):
+    if isinstance(chunk[0], formats.Conversation):
+      return _conversations(chunk, tokenizer)
     texts = [
       each.completions if isinstance(each, formats.Comparison) else (each.completion,)
       for each in chunk
@@ -184,6 +192,21 @@ def completions(
       max_length,
     )
   return data
+
+
+def _conversations(
+  examples: Sequence[formats.Conversation], tokenizer: formats.Tokenizer
+) -> list[Tokenized]:
+  """Tokenizes the parts of conversations separately, and appends the EOS to the last answer."""
+  prompts = tokenizers.encode(tokenizer, [each.prompt for each in examples])
+  rest = [text for each in examples for text in each.parts[1:]]
+  pieces, found = iter(tokenizers.encode_continuation(tokenizer, rest)), []
+  for example, prompt in zip(examples, prompts):
+    parts = [next(pieces) for _ in example.parts[1:]]
+    parts[-1] = tokenizers.append_eos(tokenizer, parts[-1])
+    targets = np.concatenate([np.full(len(part), n % 2 == 0) for n, part in enumerate(parts)])
+    found.append(Tokenized(None, prompt, (np.concatenate(parts),), targets))
+  return found
 
 
 def truncate(
@@ -227,8 +250,9 @@ def completion_batcher(tokenizer: formats.Tokenizer, *, max_length: int) -> ToBa
       size = len(prompt) + len(completion)
       tokens[index, :size] = np.concatenate([prompt, completion])
       real[index, :size] = True
-      # The first token of a sequence has no token before it, so it is not a target.
-      loss_mask[index, max(len(prompt), 1) : size] = True
+      targets = True if item.targets is None else item.targets[: len(completion)]
+      loss_mask[index, len(prompt) : size] = targets
+      loss_mask[index, :1] = False  # the first token has no token before it
     positions = np.where(real, np.arange(max_length, dtype=np.int32), 0)
     return types.LMBatch(tokens, real.astype(np.int32), positions, loss_mask)
 

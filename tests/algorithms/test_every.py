@@ -58,12 +58,13 @@ def sampled_ahead(config):
 
 
 def mixture_config(world):
-  """Returns SFT on two sources of different weights."""
-  config = tiny.sft(world, 'completion')
+  """Returns SFT on all answers of two sources of different weights."""
+  config = tiny.sft(world, 'conversation')
   config.data.path = None
+  config.data.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
   config.data.mixture = {
     'few': {'path': f'{world}/completions.jsonl', 'weight': 0.25},
-    'many': {'path': f'{world}/comparisons.jsonl', 'weight': 0.75},
+    'many': {'path': f'{world}/conversations.jsonl', 'weight': 0.75},
   }
   return config
 
