@@ -1,19 +1,25 @@
 """Records of one file: JSONL, JSON, CSV, TSV or text, these also with .gz, Parquet or ArrayRecord.
 
-JSONL, Parquet, ArrayRecord and large text files with one record a line stay on disk: see `stored`.
+JSONL, CSV, Parquet, ArrayRecord and large text files with one record a line stay on disk: see
+`stored`.
 The records of other files are held in memory.
 """
 
 import codecs
+from collections.abc import Callable
 from collections.abc import Iterator
 import csv
 import functools
 import gzip
+import io
+import itertools
 import json
 import math
 import os
 from typing import Any
 import zlib
+
+import numpy as np
 
 from rlhf_jax.data import derived
 from rlhf_jax.data import stored
@@ -47,6 +53,7 @@ LONGEST_CELL = (
 MAX_EXPANSION = 100
 MIN_UNPACKED = 2**30
 PART = 2**20  # bytes of a line that are read at once
+INDEXED = 2**14  # rows of a table that are indexed at once
 
 
 def format_of(file: str) -> str | None:
@@ -85,7 +92,7 @@ def read(file: str, split: str, separator: str, format: str | None) -> stored.Re
   if format == 'json':
     return stored.Listed([*_json(file, split)])
   if format in DELIMITERS:
-    return stored.Listed([*_csv(file, DELIMITERS[format])])
+    return _csv(file, format)
   packed = file.lower().endswith('.gz')
   if separator == '\n' and not packed and os.path.getsize(file) > stored.SMALL:
     return _text_lines(file)
@@ -96,8 +103,8 @@ def _suffix(file: str) -> str:
   return os.path.splitext(file.lower().removesuffix('.gz'))[1]
 
 
-def _parts(file: str, size: int = PART) -> Iterator[bytes]:
-  """Yields the lines of a file with their line breaks; a line longer than `size` in several parts.
+def _parts(file: str) -> Iterator[bytes]:
+  """Yields the lines of a file with their line breaks; a line longer than PART in several parts.
 
   Only b'\\n' ends a line, because JSON strings may contain U+2028.
 
@@ -110,7 +117,7 @@ def _parts(file: str, size: int = PART) -> Iterator[bytes]:
   try:
     limit = max(MAX_EXPANSION * os.path.getsize(file), MIN_UNPACKED) if packed else math.inf
     with (gzip.open if packed else open)(file, 'rb') as stream:
-      while part := stream.readline(size):
+      while part := stream.readline(PART):
         number += part.endswith(b'\n')
         total += len(part)
         if total > limit:
@@ -129,15 +136,20 @@ def _parts(file: str, size: int = PART) -> Iterator[bytes]:
 
 
 def _jsonl(file: str) -> stored.Records:
-  if file.lower().endswith('.gz'):
-    content = _small(file)
-    if content is None:
-      content = derived.file(file, 'jsonl', functools.partial(_unpack, file))
-    return stored.Lines(file, stored.json_object, content=content)
   try:
-    return stored.Lines(file, stored.json_object)
+    return stored.Lines(file, stored.json_object, content=_unpacked(file, 'jsonl'))
   except OSError as error:
     raise UserError(f'{file}: cannot be read ({error.strerror or error}).') from error
+
+
+def _unpacked(file: str, suffix: str) -> bytes | str | None:
+  """Returns the contents of a .gz file, or the path of its unpacked copy; None for other files."""
+  if not file.lower().endswith('.gz'):
+    return None
+  content = _small(file)
+  if content is None:
+    return derived.file(file, suffix, functools.partial(_unpack, file))
+  return content
 
 
 def _small(file: str) -> bytes | None:
@@ -208,34 +220,86 @@ def _only_list(file: str, value: dict[str, Any], split: str) -> list[Any]:
   return next(iter(lists.values()))
 
 
-def _csv(file: str, delimiter: str) -> Iterator[Record | DataError]:
-  """Yields rows as records named by the first row; empty cells are None, empty rows are skipped."""
+def _csv(file: str, format: str) -> stored.Records:
+  """Returns the rows of a table, with the names in its first row; an empty row is no record."""
   csv.field_size_limit(LONGEST_CELL)
-  rows = csv.reader(_decoded(file), delimiter=delimiter, strict=True)
-  names = None
+  try:
+    content, delimiter = _unpacked(file, format), DELIMITERS[format]
+    rows = functools.partial(_rows, file, content or file, delimiter)
+    header = next(rows(), None)
+    if header is None:
+      return stored.Listed([])
+    *_, number, cells = header
+    names = _column_names(cells, f'{file}:{number}', delimiter)
+    parse = functools.partial(_cells, names=names, delimiter=delimiter)
+    index = functools.partial(_index_rows, rows)
+    return stored.Lines(file, parse, content=content, rows=(f'{format}-rows', index))
+  except OSError as error:
+    raise UserError(f'{file}: cannot be read ({error.strerror or error}).') from error
+
+
+def _rows(
+  file: str, content: bytes | str, delimiter: str
+) -> Iterator[tuple[int, int, int, list[str]]]:
+  """Yields (offset, size, number of the first line, cells) of each row that is not empty.
+
+  Args:
+    file: Path, which messages name.
+    content: The bytes of the table, or the path of its file.
+    delimiter: Character between cells.
+  """
+  offset = 0
+
+  def lines():
+    nonlocal offset
+    with io.BytesIO(content) if isinstance(content, bytes) else open(content, 'rb') as stream:
+      for number in itertools.count(1):
+        line = stream.readline(stored.LONGEST)
+        if not line:
+          return
+        offset += len(line)
+        try:
+          yield line.decode('utf-8-sig' if number == 1 else 'utf-8')
+        except UnicodeDecodeError as error:
+          raise DataError(
+            f'{file}:{number}: not UTF-8 ({error}). Save the file as UTF-8.'
+          ) from error
+
+  rows = csv.reader(lines(), delimiter=delimiter, strict=True)
   while True:
-    where = f'{file}:{rows.line_num + 1}'  # the first line of the row: cells may hold line breaks
+    start, number = offset, rows.line_num + 1  # of the first line: cells may hold line breaks
     try:
       row = next(rows, None)
     except csv.Error as error:
       raise DataError(
-        f'{where}: the row that starts here is not valid CSV ({error}). Quote every cell with '
-        f'{delimiter!r}, a quote or a line break, and double the quotes in it.'
+        f'{file}:{number}: the row that starts here is not valid CSV ({error}). Quote every cell '
+        f'with {delimiter!r}, a quote or a line break, and double the quotes in it.'
       ) from error
     if row is None:
       return
-    if not any(row):
-      continue
-    if names is None:
-      names = _column_names(row, where, delimiter)
-      continue
-    if len(row) != len(names):
-      yield DataError(
-        f'{where}: the row has {len(row)} cells, but the first row names {len(names)} columns: '
-        f'{", ".join(names)}. Quote every cell with {delimiter!r} or a line break.'
-      )
-      continue
-    yield Record({name: cell or None for name, cell in zip(names, row)}, where, untyped=True)
+    if any(row):
+      yield start, offset - start, number, row
+
+
+def _index_rows(
+  rows: Callable[[], Iterator[tuple[int, int, int, list[str]]]],
+) -> Iterator[np.ndarray]:
+  """Yields parts [n, 3] of an index of the rows after the first; see stored.Lines."""
+  entries = (row[:3] for row in itertools.islice(rows(), 1, None))
+  while part := [*itertools.islice(entries, INDEXED)]:
+    yield np.array(part, stored.INT)
+
+
+def _cells(row: bytes, *, names: list[str], delimiter: str) -> dict[str, str | None]:
+  """Returns the cells of a row by the names of their columns; an empty cell is None."""
+  text = io.StringIO(row.decode('utf-8'))
+  cells = next(csv.reader(text, delimiter=delimiter, strict=True))
+  if len(cells) != len(names):
+    raise DataError(
+      f'the row has {len(cells)} cells, but the first row names {len(names)} columns: '
+      f'{", ".join(names)}. Quote every cell with {delimiter!r} or a line break.'
+    )
+  return {name: cell or None for name, cell in zip(names, cells)}
 
 
 def _column_names(row: list[str], where: str, delimiter: str) -> list[str]:
@@ -253,14 +317,6 @@ def _column_names(row: list[str], where: str, delimiter: str) -> list[str]:
       'own name.'
     )
   return names
-
-
-def _decoded(file: str) -> Iterator[str]:
-  for number, line in enumerate(_parts(file, stored.LONGEST), start=1):
-    try:
-      yield line.decode('utf-8-sig' if number == 1 else 'utf-8')
-    except UnicodeDecodeError as error:
-      raise DataError(f'{file}:{number}: not UTF-8 ({error}). Save the file as UTF-8.') from error
 
 
 def _parquet(file: str) -> stored.Records:

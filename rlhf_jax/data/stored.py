@@ -148,13 +148,19 @@ class Changed(Records):
 
 
 class Lines(Records):
-  """The lines of a file that are not blank, located by an index of their offsets.
+  """The lines of a file that are not blank, or its rows of one or more lines.
 
-  The index of a file larger than SMALL is kept on disk: see `derived`.
+  They are located by an index of their offsets, which is kept on disk if the file is larger than
+  SMALL: see `derived`.
   """
 
   def __init__(
-    self, file: str, parse: Callable[[bytes], dict[str, Any]], *, content: bytes | str | None = None
+    self,
+    file: str,
+    parse: Callable[[bytes], dict[str, Any]],
+    *,
+    content: bytes | str | None = None,
+    rows: tuple[str, Callable[[], Iterator[np.ndarray]]] | None = None,
   ):
     """Indexes the lines, or opens an existing index.
 
@@ -162,21 +168,24 @@ class Lines(Records):
       file: Path, which messages name.
       parse: Converts the bytes of a line to fields, or raises DataError.
       content: The lines, if `file` is compressed: bytes, or the path of the decompressed file.
+      rows: (suffix of the index on disk, function that yields it like `_index`), if a record is an
+        untyped row and not a line.
 
     Raises:
       OSError: The file cannot be read.
     """
-    self._file, self._parse = file, parse
+    self._file, self._parse, self._untyped = file, parse, rows is not None
     if isinstance(content, bytes):
       self._read, self.size = _part_of(content), len(content)
     else:
       content = content or file
       self._read, self.size = _reader(self, content), os.path.getsize(content)
+    suffix, make = rows or ('lines', functools.partial(_index, self._read, self.size))
     if self.size <= SMALL:
-      index = np.concatenate([np.zeros((0, COLUMNS), INT), *_index(self._read, self.size)])
+      index = np.concatenate([np.zeros((0, COLUMNS), INT), *make()])
       self._length, self._entry = len(index), index.__getitem__
     else:
-      path = derived.file(content, 'lines', functools.partial(_write_index, self._read, self.size))
+      path = derived.file(content, suffix, functools.partial(_write_index, make))
       width, read = COLUMNS * INT.itemsize, _reader(self, path)
       self._length = os.path.getsize(path) // width
       self._entry = lambda number: np.frombuffer(read(width * number, width), INT)
@@ -190,7 +199,7 @@ class Lines(Records):
     if too_long(size):
       raise DataError(f'{where}: {too_long(size)}')
     try:
-      return Record(self._parse(self._read(offset, size)), where)
+      return Record(self._parse(self._read(offset, size)), where, self._untyped)
     except DataError as error:
       raise DataError(f'{where}: {error}') from error
 
@@ -240,9 +249,9 @@ def _filled(read: Read, rows: np.ndarray, first: np.ndarray) -> np.ndarray:
   return filled
 
 
-def _write_index(read: Read, size: int, path: str) -> None:
+def _write_index(make: Callable[[], Iterator[np.ndarray]], path: str) -> None:
   with open(path, 'wb') as stream:
-    for rows in _index(read, size):
+    for rows in make():
       rows.tofile(stream)
 
 
