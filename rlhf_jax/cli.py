@@ -13,6 +13,7 @@ import sys
 COMMANDS = {
   'run': ('rlhf_jax.main', 'train with a config, or resume a run'),
   'generate': ('rlhf_jax.generate', 'sample text from a model or a run'),
+  'merge': ('rlhf_jax.merge', 'merge adapters of experts into a model'),
   'evaluate': ('rlhf_jax.evaluate', 'compare policies, or run the evaluators of a run'),
   'report': ('rlhf_jax.report', 'rewrite the report of a run'),
   'sweep': ('rlhf_jax.sweep', 'train every run that a config lists, then compare them'),

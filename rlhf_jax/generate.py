@@ -1,9 +1,13 @@
 """rlhf generate --model=FOLDER --prompt="..." [--prompt=@FILE ...]
 rlhf generate --model=FOLDER --data=FILE
+rlhf generate --model=FOLDER --expert=ADAPTER:DATA --expert=ADAPTER:DATA --prompt="..."
 
 Samples text from a Hugging Face folder, a finished run, or the newest checkpoint of an unfinished
 run. In a prompt \\n is a line break, \\t a tab and \\\\ a backslash. @FILE reads the prompt from a
 file, without escapes; a line break at its end is removed.
+
+With experts, each prompt is answered by the model with the adapter whose DATA, the data set that it
+was trained on, has the prompts that are nearest to it. The adapter's folder is printed on stderr.
 
 python -m rlhf_jax.generate does the same.
 """
@@ -14,9 +18,11 @@ import sys
 
 from absl import flags
 import jax
+import numpy as np
 
 from rlhf_jax import command_line
 from rlhf_jax import errors
+from rlhf_jax import experts
 from rlhf_jax import policy as policy_lib
 from rlhf_jax import runtime
 
@@ -24,6 +30,9 @@ _MODEL = flags.DEFINE_string('model', None, "Hugging Face folder, or a run's wor
 _PROMPT = flags.DEFINE_multi_string('prompt', [''], 'Text to continue, or @FILE to read it.')
 _DATA = flags.DEFINE_string(
   'data', None, 'Data set of prompts in place of --prompt, read as in training (chat template).'
+)
+_EXPERT = flags.DEFINE_multi_string(
+  'expert', [], 'ADAPTER:DATA of an expert; each prompt is answered by the one with nearest data.'
 )
 _TEMPERATURE = flags.DEFINE_float('temperature', 1.0, '0 selects the most likely token.', 0.0)
 _TOP_K = flags.DEFINE_integer('top_k', 0, 'Sample from the k most likely tokens; 0: from all.', 0)
@@ -50,17 +59,25 @@ def main(argv):
     runtime.configure()
     policy = policy_lib.TextPolicy.load(_MODEL.value)
     prompts = policy.read_prompts(_DATA.value) if _DATA.value else texts
-    samples = policy.sample(
-      prompts,
-      jax.random.key(_SEED.value),
-      max_new_tokens=_MAX_NEW_TOKENS.value,
-      temperature=_TEMPERATURE.value,
-      top_k=_TOP_K.value,
-      top_p=_TOP_P.value,
-      ignore_eos=_IGNORE_EOS.value,
-      samples=_NUM_SAMPLES.value,
-    )
-    text = '\n---\n'.join(p + r for p, r in zip(samples.prompts, samples.responses))
+
+    def sample(policy, prompts):
+      return policy.sample(
+        prompts,
+        jax.random.key(_SEED.value),
+        max_new_tokens=_MAX_NEW_TOKENS.value,
+        temperature=_TEMPERATURE.value,
+        top_k=_TOP_K.value,
+        top_p=_TOP_P.value,
+        ignore_eos=_IGNORE_EOS.value,
+        samples=_NUM_SAMPLES.value,
+      ).responses
+
+    if _EXPERT.value:
+      responses = by_experts(policy, prompts, _EXPERT.value, sample)
+    else:
+      responses = sample(policy, prompts)
+    repeated = [prompt for prompt in prompts for _ in range(_NUM_SAMPLES.value)]
+    text = '\n---\n'.join(p + r for p, r in zip(repeated, responses, strict=True))
     print(errors.printable(text) if sys.stdout.isatty() else text)
 
 
@@ -79,6 +96,38 @@ def prompt_of(text):
       f'--prompt={text}: {text[1:]} cannot be read ({error}). Put a prompt that begins with @ into '
       'a file.'
     ) from error
+
+
+def by_experts(policy, prompts, values, sample):
+  """Samples responses from the expert whose training prompts are nearest to each prompt.
+
+  Args:
+    policy: TextPolicy of the base model.
+    prompts: Texts.
+    values: 'ADAPTER:DATA' of each expert.
+    sample: Function (TextPolicy, prompts) -> responses, the same number for each prompt.
+
+  Returns:
+    Responses, in the order of the prompts.
+
+  Raises:
+    UserError: A value has another form, or an adapter or a data set cannot be read.
+  """
+  adapters, data = [], []
+  for value in values:
+    adapter, _, path = value.partition(':')
+    errors.need(adapter and path, f'--expert={value} must have the form ADAPTER:DATA')
+    adapters.append(adapter)
+    data.append(policy.read_prompts(path))
+  chosen, responses = experts.choose(prompts, data), {}
+  for expert in np.unique(chosen):
+    rows = np.flatnonzero(chosen == expert)
+    merged = experts.merge(policy, [(adapters[expert], 1.0)])
+    found = sample(merged, [prompts[row] for row in rows])
+    responses |= dict(zip(rows, np.reshape(np.array(found, object), (len(rows), -1))))
+  for row, expert in enumerate(chosen):
+    print(f'{errors.brief(prompts[row], 60)!r}: expert {adapters[expert]}', file=sys.stderr)
+  return [response for row in range(len(prompts)) for response in responses[row]]
 
 
 def start():

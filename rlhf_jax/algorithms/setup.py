@@ -341,7 +341,8 @@ def save(path, model, trained, frozen, *, tokenizer):
     tokenizer: Tokenizer, saved in the same folder.
   """
   if model.lora is not None:
-    peft.save(path.parent / 'adapter', model, trained)
+    base = trainable.merge_lora(dataclasses.replace(model, lora=None), {}, frozen)
+    peft.save(path.parent / 'adapter', model, trained, base=base)
   hf.save(
     path,
     dataclasses.replace(model, lora=None),

@@ -15,6 +15,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+import numpy as np
 
 from rlhf_jax import sharding
 from rlhf_jax.errors import UserError
@@ -153,3 +154,31 @@ def merge(params, adapters, lora, *, sign=1):
     return (kernel.astype(jnp.float32) + scale * update).astype(kernel.dtype)
 
   return sharding.map_with_path(add, params)
+
+
+def weighted_sum(parts):
+  """Combines adapters into one, which computes the weighted sum of what each adds to W x.
+
+  The ranks are put side by side, so the sum is exact: with A = [A_1 A_2 ...] and B the stack of
+  w_i s_i B_i, A B = w_1 s_1 A_1 B_1 + w_2 s_2 A_2 B_2 + ... In PEFT it is add_weighted_adapter with
+  combination_type='cat'. The weighted mean of the A_i and of the B_i would be another function.
+
+  Args:
+    parts: (Lora, adapters, weight) of each; they may adapt different linear maps.
+
+  Returns:
+    (Lora, adapters), whose s is 1 and whose ranks are the sums of the ranks.
+  """
+  factors = {}
+  for lora, adapters, weight in parts:
+    leaves = sharding.paths(adapters)
+    for path in (name.removesuffix('/lora/a') for name in leaves if name.endswith('/lora/a')):
+      a, b = (np.asarray(leaves[f'{path}/lora/{letter}'], np.float32) for letter in 'ab')
+      factors.setdefault(path, []).append((a, weight * lora.find(path)[1] * b))
+  targets, combined = [], {}
+  for path, pairs in factors.items():
+    a = np.concatenate([a for a, _ in pairs], axis=-1)
+    b = np.concatenate([b for _, b in pairs], axis=-2)
+    targets.append((f'^{re.escape(path)}$', a.shape[-1], float(a.shape[-1])))
+    insert(combined, path, {'lora': {'a': a, 'b': b}})
+  return Lora(tuple(targets)), combined

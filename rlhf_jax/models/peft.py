@@ -13,9 +13,11 @@ import math
 import pathlib
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from rlhf_jax import checksums
 from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax.errors import UserError
@@ -25,6 +27,7 @@ from rlhf_jax.models.families import FAMILIES
 from rlhf_jax.models.naming import Source
 
 CONFIG, WEIGHTS, PREFIX = 'adapter_config.json', 'adapter_model.safetensors', 'base_model.model.'
+BASE = 'base.json'  # {"checksum": base_checksum}; PEFT ignores this file
 # Fields that are read here, or that have no effect on a trained adapter. Any other field must be
 # null, false or empty, because it could ask for something that lora.py does not compute.
 KNOWN = frozenset(
@@ -56,7 +59,7 @@ KNOWN = frozenset(
 )
 
 
-def save(path, model, adapters):
+def save(path, model, adapters, *, base=None):
   """Saves a folder that PEFT loads onto the base model.
 
   All processes must call this; the main process writes.
@@ -65,7 +68,9 @@ def save(path, model, adapters):
     path: Folder to write.
     model: Model with its Lora.
     adapters: Its trained adapters; under 'top' if only the top layers are trained.
+    base: Parameters of the base model, whose checksum `check_base` compares; None to save none.
   """
+  checksum = None if base is None else base_checksum(base)
   tensors, ranks_and_scales, transposed = {}, {}, True
   leaves = sharding.paths(adapters.get('top', adapters))
   shapes = sharding.paths(model.shapes())
@@ -99,6 +104,39 @@ def save(path, model, adapters):
   with hf_files.atomic_folder(path) as folder:
     safetensors.numpy.save_file(tensors, folder / WEIGHTS, metadata={'format': 'pt'})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
+    if checksum is not None:
+      (folder / BASE).write_text(json.dumps({'checksum': checksum}) + '\n')
+
+
+def base_checksum(params):
+  """Returns a checksum of all parameters of a base model, rounded to bfloat16.
+
+  So it is the same whichever dtype, mesh and processes they are loaded with. All processes must
+  call this.
+  """
+  leaves = sorted(sharding.paths(params).items())
+  return checksums.of_json([(name, checksums.of(x.astype(jnp.bfloat16))[0]) for name, x in leaves])
+
+
+def check_base(path, params):
+  """Checks that an adapter was trained on a base model, and returns whether that is known.
+
+  Args:
+    path: Folder of the adapter. If it was not written by `save`, nothing is known.
+    params: Parameters of the base model.
+
+  Raises:
+    UserError: It was trained on another model.
+  """
+  path = pathlib.Path(path)
+  if not (path / BASE).exists():
+    return False
+  if hf_files.read_json(path / BASE).get('checksum') != base_checksum(params):
+    raise UserError(
+      f'{path}: this adapter was trained on a base model with other weights. Use the model that '
+      'config.model.path named when it was trained.'
+    )
+  return True
 
 
 def _config(ranks_and_scales, rslora, *, fan_in_fan_out):

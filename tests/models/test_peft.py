@@ -205,6 +205,35 @@ def test_we_read_what_peft_writes(case, rslora, tmp_path):
   )
 
 
+def test_a_weighted_sum_is_that_of_peft(case, tmp_path):
+  build, folder, _, options = case
+  adapted = base_of(build, folder)
+  for name, rank in (('one', 4), ('two', 3)):
+    ours = options | {'rank_pattern': {}}
+    config = theirs.LoraConfig(r=rank, lora_alpha=6, init_lora_weights=False, **ours)
+    torch.manual_seed(rank)
+    if name == 'one':
+      adapted = theirs.get_peft_model(adapted, config, name).eval()
+    else:
+      adapted.add_adapter(name, config)
+  adapted.save_pretrained(tmp_path)
+  adapted.add_weighted_adapter(['one', 'two'], [0.7, -0.4], 'sum', combination_type='cat')
+  adapted.set_adapter('sum')
+  plain, params = hf.load(folder)
+  parts = [(*peft.load(tmp_path / name, plain), w) for name, w in (('one', 0.7), ('two', -0.4))]
+  lora, combined = lora_lib.weighted_sum(parts)
+  model = dataclasses.replace(plain, lora=lora)
+  expected = their_logits(adapted.eval())
+  assert np.abs(expected - our_logits(plain, params)).max() > 1e-2
+  found = our_logits(model, trainable.merge(params, combined))
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+  merged = our_logits(plain, lora_lib.merge(params, combined, lora))
+  np.testing.assert_allclose(merged, expected, rtol=0, atol=1e-5)
+  peft.save(tmp_path / 'sum', model, combined)
+  again = theirs.PeftModel.from_pretrained(base_of(build, folder), tmp_path / 'sum').eval()
+  np.testing.assert_allclose(their_logits(again), expected, rtol=0, atol=1e-5)
+
+
 def test_adapters_of_the_top_layers_are_written_for_these(tmp_path):
   torch.manual_seed(0)
   gpt2().save_pretrained(tmp_path / 'base')
