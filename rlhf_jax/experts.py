@@ -106,8 +106,8 @@ def choose(
 ) -> np.ndarray:
   """Chooses the expert of each prompt by its nearest training prompts.
 
-  Texts are TF-IDF vectors of their character n-grams, less the mean of those of the training
-  prompts, which all have in common. The nearest training prompts by cosine vote with it.
+  Texts are TF-IDF vectors of their character n-grams, less what the experts have in common: the
+  mean of their mean vectors. The nearest training prompts by cosine vote with it.
 
   Args:
     prompts: Texts.
@@ -125,21 +125,22 @@ def choose(
   ]
   vectorizer = features.TfidfVectorizer(sublinear_tf=True, analyzer='char_wb', ngram_range=(2, 4))
   known = vectorizer.fit_transform([text for texts in drawn for text in texts])
-  cosines = _centered_cosines(vectorizer.transform(prompts), known)
+  counts = np.array([*map(len, drawn)])
+  mean = np.repeat(1 / (len(drawn) * counts), counts) @ known
+  cosines = _cosines_less(mean, vectorizer.transform(prompts), known)
   nearest = np.argsort(-cosines, axis=1, kind='stable')[:, :neighbours]
-  expert = np.repeat(np.arange(len(drawn)), [*map(len, drawn)])
+  expert = np.repeat(np.arange(len(drawn)), counts)
   votes, rows = np.zeros((len(prompts), len(drawn))), np.arange(len(prompts))[:, None]
   np.add.at(votes, (rows, expert[nearest]), cosines[rows, nearest])
   return np.argmax(votes, axis=1)
 
 
-def _centered_cosines(prompts, known):
-  """Returns the cosines [P, N] of sparse rows [P, F] and [N, F], less the mean row of `known`.
+def _cosines_less(mean, prompts, known):
+  """Returns the cosines [P, N] of sparse rows [P, F] and [N, F], less a mean row [F].
 
   The difference to the mean is not sparse, so it is not computed: (x - m) (y - m) =
   x y - x m - y m + m m.
   """
-  mean = np.asarray(known.mean(axis=0)).ravel()
   products = (prompts @ known.T).toarray() - (prompts @ mean)[:, None] - known @ mean + mean @ mean
   squares = lambda x: np.asarray(x.multiply(x).sum(axis=1)).ravel() - 2 * (x @ mean) + mean @ mean
   norms = lambda x: np.sqrt(np.maximum(squares(x), 1e-12))

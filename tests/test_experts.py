@@ -161,11 +161,12 @@ def test_votes_are_centered_cosines_by_a_loop():
   settings = dict(sublinear_tf=True, analyzer='char_wb', ngram_range=(2, 4))
   vectorizer = TfidfVectorizer(**settings).fit(flat)
   known, asked = (vectorizer.transform(texts).toarray() for texts in (flat, prompts))
+  mean = (known[:9].mean(0) + known[9:14].mean(0) + known[14:].mean(0)) / 3
   expected = []
   for vector in asked:
     scored = []
     for owner, other in zip([0] * 9 + [1] * 5 + [2] * 7, known):
-      x, y = vector - known.mean(0), other - known.mean(0)
+      x, y = vector - mean, other - mean
       scored.append((x @ y / np.linalg.norm(x) / np.linalg.norm(y), owner))
     votes = [0.0, 0.0, 0.0]
     for cosine, owner in sorted(scored, reverse=True)[:4]:
