@@ -36,7 +36,7 @@ def test_help_lists_the_commands(arguments, monkeypatch, capsys):
   call(monkeypatch, *arguments)
   out = capsys.readouterr().out
   assert out.startswith('rlhf COMMAND') and out.count('--config=quickstart') == 1
-  for name in ('run', 'generate', 'evaluate', 'report', 'plan'):
+  for name in ('run', 'generate', 'merge', 'evaluate', 'report', 'plan'):
     assert f'\n  {name} ' in out
 
 
@@ -48,8 +48,8 @@ def test_a_misspelt_command_gets_one_line(name, hint, monkeypatch):
   with pytest.raises(SystemExit) as caught:
     call(monkeypatch, name)
   assert caught.value.code == (
-    f'error: rlhf has no command {name!r}. {hint}The commands are run, generate, evaluate, report, '
-    'sweep, compare, plan.'
+    f'error: rlhf has no command {name!r}. {hint}The commands are run, generate, merge, evaluate, '
+    'report, sweep, compare, plan.'
   )
 
 

@@ -713,4 +713,33 @@ FAULTS = (
     "np.argsort(row, kind='stable')",
     _tests('evaluation/test_best_of_n_stage', 'test_the_best_response_to_each_prompt_is_selected'),
   ),
+  # Mixtures, conversations and experts.
+  Fault(
+    'the sources of a mixture share one count of draws',
+    'rlhf_jax/data/mixtures.py',
+    'counts = drawn[np.arange(BLOCK), sources] - 1 + self._before[block][sources]',
+    'counts = np.arange(BLOCK) + self._before[block].sum()',
+    _tests('data/test_mixtures', 'test_every_source_has_epochs_of_its_own'),
+  ),
+  Fault(
+    'weights of a mixture are ignored',
+    'rlhf_jax/data/mixtures.py',
+    'np.cumsum(weights / np.sum(weights))[:-1]',
+    'np.cumsum(np.ones(len(weights)) / len(weights))[:-1]',
+    _tests('data/test_mixtures', 'test_sources_are_drawn_independently_by_their_weights'),
+  ),
+  Fault(
+    'the messages between answers are learned too',
+    'rlhf_jax/data/tokenized.py',
+    'np.full(len(part), n % 2 == 0)',
+    'np.full(len(part), True)',
+    _tests('data/test_conversations', 'test_targets_are_the_tokens_of_answers'),
+  ),
+  Fault(
+    'merged adapters lose their scale',
+    'rlhf_jax/models/lora.py',
+    'weight * lora.find(path)[1] * b',
+    'weight * b',
+    _tests('test_experts', 'test_the_command_merges_by_weight'),
+  ),
 )

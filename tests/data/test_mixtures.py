@@ -8,6 +8,7 @@ import ml_collections
 import numpy as np
 import pytest
 
+from rlhf_jax import identity
 from rlhf_jax import sharding
 from rlhf_jax.algorithms import setup
 from rlhf_jax.algorithms import sft
@@ -186,6 +187,8 @@ def test_sources_have_formats_of_their_own(tmp_path, tokenizer, caplog):
   assert list(examples) == [Completion(f'w{i + 10}', 'w3') for i in range(20)] + [
     Completion(f'w{i}', 'w1 w2') for i in range(20)
   ]
+  inputs = {'data.mixture.faq.path', 'data.mixture.web.path'}
+  assert inputs < identity.input_keys(config.to_dict()).keys()  # a changed file is noticed
   assert examples.names == ['faq', 'web'] and examples.weights.tolist() == [1.0, 3.0]
   lines = [line for line in caplog.messages if line.startswith('source ')]
   assert lines == [
