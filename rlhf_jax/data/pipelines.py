@@ -86,7 +86,7 @@ def lm_iterator(
   if pack and (mixed or data.all is None):
     return _stream(data, tokenizer, batch_size=batch_size, length=length, seed=seed)
   collate, count = _lm(data, tokenizer, length=length, pack=pack)
-  return _iterate(collate, range(count), batch_size, seed)
+  return _iterate(collate, texts, range(count), batch_size, seed)
 
 
 def completion_iterator(
@@ -106,7 +106,7 @@ def completion_iterator(
   Other arguments, result and errors as for `lm_iterator`.
   """
   collate = _completions(examples, tokenizer, max_length=max_length, pairs=pairs)
-  return _iterate(collate, range(len(examples)), batch_size, seed, examples)
+  return _iterate(collate, examples, range(len(examples)), batch_size, seed)
 
 
 def comparison_iterator(
@@ -125,7 +125,7 @@ def comparison_iterator(
   if `append_eos`. Other arguments, result and errors as for `lm_iterator`.
   """
   collate = _comparisons(examples, tokenizer, max_length=max_length, append_eos=append_eos)
-  return _iterate(collate, range(len(examples)), batch_size, seed, examples)
+  return _iterate(collate, examples, range(len(examples)), batch_size, seed)
 
 
 def prompt_iterator(
@@ -158,7 +158,7 @@ def prompt_iterator(
   collate, indices = _prompts(
     examples, tokenizer, max_prompt_length=max_prompt_length, on_long=on_long
   )
-  return _iterate(collate, indices, batch_size, seed, examples)
+  return _iterate(collate, examples, indices, batch_size, seed)
 
 
 def _check_sizes(count: int, batch_size: int) -> None:
@@ -172,10 +172,10 @@ def _check_sizes(count: int, batch_size: int) -> None:
 
 def _iterate(
   collate: Collate,
+  examples: Sequence[Any],
   indices: Sequence[int] | np.ndarray,
   batch_size: int,
   seed: int,
-  examples: Sequence[Any] = (),
 ) -> tuple[grain.DatasetIterator, int]:
   _check_sizes(len(indices), batch_size)
   if len(indices) < batch_size:
