@@ -64,7 +64,10 @@ class Mixture(Sequence):
   def take(self, indices: np.ndarray) -> 'Mixture':
     """Returns a mixture of the examples at some indices, in increasing order."""
     chosen = zip(self.parts, self.split(indices), self.starts)
-    parts = [lazy.take(part, inner - start) for part, inner, start in chosen]
+    return self.with_parts([lazy.take(part, inner - start) for part, inner, start in chosen])
+
+  def with_parts(self, parts: Sequence[Sequence]) -> 'Mixture':
+    """Returns a mixture of other examples of the same sources, with the same weights."""
     return Mixture(self.names, self.weights, parts)
 
 
