@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Num
 
-DPO_LOSSES = ('sigmoid', 'ipo', 'hinge')
+DPO_LOSSES = ('sigmoid', 'robust', 'hinge', 'ipo')
 RATIO_LEVELS = ('token', 'sequence', 'sequence_token', 'sequence_sum')
 NORMALIZERS = ('token', 'sequence', 'constant')
 POLICY_LOSSES = ('clip', 'cispo', 'sapo')
@@ -319,57 +319,203 @@ def pairwise_loss(
 
 
 def dpo_loss(
-  policy_chosen: Float[ArrayLike, ' B'],
-  policy_rejected: Float[ArrayLike, ' B'],
-  ref_chosen: Float[ArrayLike, ' B'],
-  ref_rejected: Float[ArrayLike, ' B'],
+  margin: Float[ArrayLike, ' B'],
   *,
   beta: float,
   label_smoothing: float = 0.0,
-  kind: str = 'sigmoid',
-) -> tuple[Float[Array, ' B'], Float[Array, ' B'], Float[Array, ' B']]:
-  """Computes a direct preference loss per pair, from log-probabilities of whole responses.
+  offset: float | Float[ArrayLike, ' B'] = 0.0,
+) -> Float[Array, ' B']:
+  """Computes the loss of direct preference optimization, per pair.
 
-  With the log-ratio margin d = policy_chosen - ref_chosen - (policy_rejected - ref_rejected):
+      -(1 - s) log sigmoid(beta d - offset) - s log sigmoid(offset - beta d)
 
-      'sigmoid':  -(1 - s) log sigmoid(beta d) - s log sigmoid(-beta d)    (DPO; s > 0: cDPO)
-      'ipo':      (d - 1 / (2 beta))^2                                     (IPO)
-      'hinge':    max(0, 1 - beta d)                                       (SLiC)
-
-  See Rafailov et al. 2023, eq. 7 (https://arxiv.org/abs/2305.18290), Azar et al. 2023, eq. 17
-  (https://arxiv.org/abs/2310.12036), and Zhao et al. 2023, eq. 1, as Liu et al. 2023 normalize it
-  in eq. 9 (https://arxiv.org/abs/2305.10425, https://arxiv.org/abs/2309.06657).
+  where d = r(chosen) - r(rejected), with the log-ratio r = log pi - log pi_ref of a whole response.
+  See Rafailov et al. 2023, eq. 7 (https://arxiv.org/abs/2305.18290). s > 0 is conservative DPO
+  (E. Mitchell's note of 2023, https://ericmitchell.ai/cdpo.pdf). The offset is that of ODPO, Amini
+  et al. 2024, eq. 8 (https://arxiv.org/abs/2402.10571): how much better the chosen response is.
 
   Args:
-    policy_chosen: [B] float32, log-probability of the better response by the policy, in nats:
-      the sum over its tokens.
-    policy_rejected: [B] float32, of the worse response.
-    ref_chosen: [B] float32, of the better response by the reference.
-    ref_rejected: [B] float32, of the worse response by the reference.
+    margin: [B] float32, d, in nats.
     beta: strength of the implicit KL penalty.
-    label_smoothing: probability s that a label is wrong; used by 'sigmoid' only.
-    kind: 'sigmoid', 'ipo' or 'hinge'.
+    label_smoothing: probability s that a label is wrong.
+    offset: [B] float32 or a number, by which beta d should exceed 0.
 
   Returns:
-    loss [B], and the implicit rewards beta (log pi - log pi_ref) of both responses, [B] each,
-    which have no gradient.
+    [B] float32.
+  """
+  gap = beta * margin - offset
+  smooth = label_smoothing
+  return -(1.0 - smooth) * jax.nn.log_sigmoid(gap) - smooth * jax.nn.log_sigmoid(-gap)
+
+
+def robust_dpo_loss(
+  margin: Float[ArrayLike, ' B'], *, beta: float, label_smoothing: float
+) -> Float[Array, ' B']:
+  """Computes an unbiased estimate of the DPO loss from labels of which some are wrong, per pair.
+
+      (-(1 - s) log sigmoid(beta d) + s log sigmoid(-beta d)) / (1 - 2 s)
+
+  If a fraction s of the labels is flipped, its mean over the flips is the loss of `dpo_loss` on the
+  true labels. See Chowdhury et al. 2024, eq. 12 (https://arxiv.org/abs/2403.00409).
+
+  Args:
+    margin, beta: see `dpo_loss`.
+    label_smoothing: probability s that a label is wrong, below 0.5.
+
+  Returns:
+    [B] float32.
+  """
+  right, wrong = jax.nn.log_sigmoid(beta * margin), jax.nn.log_sigmoid(-beta * margin)
+  return (label_smoothing * wrong - (1.0 - label_smoothing) * right) / (1.0 - 2.0 * label_smoothing)
+
+
+def hinge_dpo_loss(margin: Float[ArrayLike, ' B'], *, beta: float) -> Float[Array, ' B']:
+  """Computes the hinge loss of a preference, max(0, 1 - beta d), per pair.
+
+  See SLiC, Zhao et al. 2023, eq. 1 (https://arxiv.org/abs/2305.10425), as Liu et al. 2023 normalize
+  it by the reference in eq. 9 (https://arxiv.org/abs/2309.06657).
+
+  Args:
+    margin, beta: see `dpo_loss`.
+
+  Returns:
+    [B] float32.
+  """
+  return jax.nn.relu(1.0 - beta * margin)
+
+
+def ipo_loss(margin: Float[ArrayLike, ' B'], *, beta: float) -> Float[Array, ' B']:
+  """Computes the loss of identity preference optimization, (d - 1 / (2 beta))^2, per pair.
+
+  It has a minimum at a finite margin, so labels without noise do not drive the policy away from the
+  reference. See Azar et al. 2023, eq. 17 (https://arxiv.org/abs/2310.12036), with tau = beta.
+
+  Args:
+    margin, beta: see `dpo_loss`. TRL divides each log-ratio by the length of its response first, on
+      the advice of the authors.
+
+  Returns:
+    [B] float32.
+  """
+  return jnp.square(margin - 1.0 / (2.0 * beta))
+
+
+def reference_loss(
+  margin: Float[ArrayLike, ' B'],
+  *,
+  kind: str,
+  beta: float,
+  label_smoothing: float = 0.0,
+  offset: float | Float[ArrayLike, ' B'] = 0.0,
+) -> Float[Array, ' B']:
+  """Computes one of the losses of a pair's log-ratios.
+
+  Args:
+    margin, beta: see `dpo_loss`.
+    kind: 'sigmoid' (`dpo_loss`), 'robust', 'hinge' or 'ipo'.
+    label_smoothing: used by 'sigmoid' and 'robust' only.
+    offset: used by 'sigmoid' only.
+
+  Returns:
+    [B] float32.
 
   Raises:
     ValueError: for an unknown kind.
   """
-  chex.assert_equal_shape([policy_chosen, policy_rejected, ref_chosen, ref_rejected])
-  chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
-  margin = chosen - rejected
   if kind == 'sigmoid':
-    loss = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(beta * margin)
-    loss -= label_smoothing * jax.nn.log_sigmoid(-beta * margin)
-  elif kind == 'ipo':
-    loss = jnp.square(margin - 1.0 / (2.0 * beta))
-  elif kind == 'hinge':
-    loss = jax.nn.relu(1.0 - beta * margin)
-  else:
-    raise ValueError(f'unknown kind {kind!r}: one of {DPO_LOSSES}')
-  return loss, *jax.lax.stop_gradient((beta * chosen, beta * rejected))
+    return dpo_loss(margin, beta=beta, label_smoothing=label_smoothing, offset=offset)
+  if kind == 'robust':
+    return robust_dpo_loss(margin, beta=beta, label_smoothing=label_smoothing)
+  if kind == 'hinge':
+    return hinge_dpo_loss(margin, beta=beta)
+  if kind == 'ipo':
+    return ipo_loss(margin, beta=beta)
+  raise ValueError(f'unknown kind {kind!r}: one of {DPO_LOSSES}')
+
+
+def kto_loss(
+  log_ratios: Float[ArrayLike, ' B'],
+  desirable: Bool[ArrayLike, ' B'],
+  kl: float | Float[ArrayLike, ''],
+  *,
+  beta: float,
+) -> Float[Array, ' B']:
+  """Computes the loss of Kahneman-Tversky optimization, per labelled response.
+
+      1 - sigmoid(beta (r - z0))  of a desirable response
+      1 - sigmoid(beta (z0 - r))  of an undesirable one
+
+  with the log-ratio r = log pi - log pi_ref. The reference point z0, a KL divergence, gets no
+  gradient. See Ethayarajh et al. 2024, eq. 7 and 8 (https://arxiv.org/abs/2402.01306); the weights
+  lambda of both kinds multiply the result.
+
+  Args:
+    log_ratios: [B] float32, r, in nats.
+    desirable: [B] bool, the labels.
+    kl: scalar, z0, at least 0.
+    beta: how fast the value of a response saturates.
+
+  Returns:
+    [B] float32, between 0 and 1.
+  """
+  chex.assert_equal_shape([log_ratios, desirable])
+  gap = beta * (log_ratios - jax.lax.stop_gradient(kl))
+  return jax.nn.sigmoid(jnp.where(desirable, -gap, gap))
+
+
+def orpo_loss(
+  chosen: Float[ArrayLike, ' B'], rejected: Float[ArrayLike, ' B'], *, beta: float
+) -> Float[Array, ' B']:
+  """Computes the odds-ratio term of ORPO, per pair; its other term is the SFT loss.
+
+      -beta log sigmoid(log odds(chosen) - log odds(rejected)),   odds = p / (1 - p)
+
+  where p = exp(mean log-probability of the tokens). There is no reference. See Hong et al. 2024,
+  eq. 4 to 7 (https://arxiv.org/abs/2403.07691), where beta is lambda.
+
+  Args:
+    chosen: [B] float32, mean log-probability per token of the better response, in nats.
+    rejected: [B] float32, of the worse response.
+    beta: weight of the term.
+
+  Returns:
+    [B] float32.
+  """
+  chex.assert_equal_shape([chosen, rejected])
+
+  def log_odds(logprob):
+    logprob = jnp.minimum(logprob, -1e-7)  # the odds of p = 1 are infinite
+    return logprob - jnp.log(-jnp.expm1(logprob))
+
+  return -beta * jax.nn.log_sigmoid(log_odds(chosen) - log_odds(rejected))
+
+
+def simpo_loss(
+  chosen: Float[ArrayLike, ' B'],
+  rejected: Float[ArrayLike, ' B'],
+  *,
+  beta: float,
+  gamma: float,
+  label_smoothing: float = 0.0,
+) -> Float[Array, ' B']:
+  """Computes the loss of simple preference optimization, per pair. There is no reference.
+
+      -(1 - s) log sigmoid(beta (chosen - rejected) - gamma) - s log sigmoid(gamma - beta (...))
+
+  See Meng et al. 2024, eq. 6 (https://arxiv.org/abs/2405.14734).
+
+  Args:
+    chosen: [B] float32, mean log-probability per token of the better response, in nats.
+    rejected: [B] float32, of the worse response.
+    beta: scale of the rewards.
+    gamma: margin by which the chosen reward should exceed the other.
+    label_smoothing: probability s that a label is wrong.
+
+  Returns:
+    [B] float32.
+  """
+  chex.assert_equal_shape([chosen, rejected])
+  return dpo_loss(chosen - rejected, beta=beta, label_smoothing=label_smoothing, offset=gamma)
 
 
 def pick_best_loss(

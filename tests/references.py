@@ -237,18 +237,34 @@ def pairwise_loss(scores, ranks, present, margin, *, centering, smoothing):
   return mean(losses) if losses else None
 
 
-def dpo_loss(pair, ref_pair, *, beta, smoothing, kind):
-  """One pair of (better, worse) log-probabilities: loss, and the two implicit rewards."""
-  rewards = [beta * (float(p) - float(r)) for p, r in zip(pair, ref_pair)]
-  gap = rewards[0] - rewards[1]
+def reference_loss(margin, *, beta, smoothing, kind):
+  """Computes a loss of one pair, from the margin of its log-ratios."""
+  gap = beta * float(margin)
   if kind == 'sigmoid':
-    loss = (1 - smoothing) * softplus(-gap) + smoothing * softplus(gap)
-  elif kind == 'ipo':
-    loss = ((gap - 0.5) / beta) ** 2
-  else:
-    assert kind == 'hinge'
-    loss = 1 - gap if gap < 1 else 0.0
-  return loss, *rewards
+    return (1 - smoothing) * softplus(-gap) + smoothing * softplus(gap)
+  if kind == 'robust':
+    return ((1 - smoothing) * softplus(-gap) - smoothing * softplus(gap)) / (1 - 2 * smoothing)
+  if kind == 'ipo':
+    return ((gap - 0.5) / beta) ** 2
+  assert kind == 'hinge'
+  return 1 - gap if gap < 1 else 0.0
+
+
+def kto_loss(log_ratio, desirable, kl, *, beta):
+  """Computes the loss of one labelled response: 1 minus its value."""
+  gain = float(log_ratio) - kl if desirable else kl - float(log_ratio)
+  return 1 - 1 / (1 + math.exp(-beta * gain))
+
+
+def orpo_loss(chosen, rejected, *, beta):
+  """Computes the odds-ratio term of one pair, from mean log-probabilities."""
+  odds = [math.exp(x) / (1 - math.exp(x)) for x in (float(chosen), float(rejected))]
+  return beta * softplus(-math.log(odds[0] / odds[1]))
+
+
+def simpo_loss(chosen, rejected, *, beta, gamma):
+  """Computes the loss of one pair, from mean log-probabilities."""
+  return softplus(gamma - beta * (float(chosen) - float(rejected)))
 
 
 def best_and_worst(scores, n, kept):

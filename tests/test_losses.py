@@ -361,30 +361,81 @@ def test_pick_best_and_rating_losses_agree_with_loops():
     )
 
 
+# Losses of preferences.
+
+
 @pytest.mark.parametrize(
-  'kind, smoothing', [('sigmoid', 0.0), ('sigmoid', 0.2), ('ipo', 0.0), ('hinge', 0.0)]
+  'kind, smoothing',
+  [('sigmoid', 0.0), ('sigmoid', 0.2), ('robust', 0.1), ('ipo', 0.0), ('hinge', 0.0)],
 )
-def test_dpo_losses_agree_with_loops(kind, smoothing):
-  loss = jitted(losses.dpo_loss, beta=0.3, label_smoothing=smoothing, kind=kind)
+def test_losses_of_log_ratios_agree_with_loops(kind, smoothing):
+  loss = jitted(losses.reference_loss, beta=0.3, label_smoothing=smoothing, kind=kind)
   for case in range(CASES):
-    pairs, ref_pairs = np.random.default_rng(case).normal(-9, 4, (2, 2, 5)).astype(np.float32)
-    rows = zip(pairs.T, ref_pairs.T)
-    expected = [references.dpo_loss(*row, beta=0.3, smoothing=smoothing, kind=kind) for row in rows]
-    for found, column in zip(loss(*pairs, *ref_pairs), zip(*expected), strict=True):
-      np.testing.assert_allclose(found, column, rtol=1e-5, atol=1e-5)
+    margins = np.random.default_rng(case).normal(0, 6, 5).astype(np.float32)
+    expected = [
+      references.reference_loss(x, beta=0.3, smoothing=smoothing, kind=kind) for x in margins
+    ]
+    np.testing.assert_allclose(loss(margins), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_dpo_losses_by_hand():
-  # The policy gives the better response 3 nats more than the reference does, the worse 1 nat more:
-  # margin 2. With beta 0.5 the rewards are 1.5 and 0.5, and log sigmoid(1) is -0.313262.
-  pair = [jnp.array([x]) for x in (-4.0, -6.0, -7.0, -7.0)]
-  for kind, expected in (('sigmoid', 0.313262), ('ipo', (2 - 1) ** 2), ('hinge', 0.0)):
-    loss, chosen, rejected = losses.dpo_loss(*pair, beta=0.5, kind=kind)
-    close([loss[0], chosen[0], rejected[0]], [expected, 1.5, 0.5])
-  smooth = losses.dpo_loss(*pair, beta=0.5, label_smoothing=0.25)[0]
-  close(smooth, [0.75 * 0.313262 + 0.25 * 1.313262])
+def test_losses_without_a_margin_of_log_ratios_agree_with_loops():
+  kto = jitted(losses.kto_loss, beta=0.3)
+  orpo = jitted(losses.orpo_loss, beta=0.3)
+  simpo = jitted(losses.simpo_loss, beta=2.0, gamma=0.7)
+  for case in range(CASES):
+    rng = np.random.default_rng(case)
+    ratios, kl = rng.normal(0, 6, 5).astype(np.float32), float(rng.uniform(0, 4))
+    desirable = rng.random(5) < 0.5
+    pairs = -rng.uniform(0.02, 4, (2, 5)).astype(np.float32)
+    rows = list(zip(*pairs))
+    expected = [references.kto_loss(*row, kl, beta=0.3) for row in zip(ratios, desirable)]
+    np.testing.assert_allclose(kto(ratios, desirable, kl), expected, rtol=1e-5, atol=1e-5)
+    expected = [references.orpo_loss(*row, beta=0.3) for row in rows]
+    np.testing.assert_allclose(orpo(*pairs), expected, rtol=1e-5, atol=1e-5)
+    expected = [references.simpo_loss(*row, beta=2.0, gamma=0.7) for row in rows]
+    np.testing.assert_allclose(simpo(*pairs), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_losses_of_preferences_by_hand():
+  # Margin 2, beta 0.5: log sigmoid(1) is -0.313262, log sigmoid(-1) is -1.313262.
+  margin = jnp.array([2.0])
+  close(losses.dpo_loss(margin, beta=0.5), [0.313262])
+  close(
+    losses.dpo_loss(margin, beta=0.5, label_smoothing=0.25), [0.75 * 0.313262 + 0.25 * 1.313262]
+  )
+  # An offset of 2 makes the same margin one too small by 1.
+  close(losses.dpo_loss(margin, beta=0.5, offset=2.0), [1.313262])
+  # (0.75 * 0.313262 - 0.25 * 1.313262) / 0.5 = (0.2349465 - 0.3283155) / 0.5
+  close(losses.robust_dpo_loss(margin, beta=0.5, label_smoothing=0.25), [-0.186738])
+  close(losses.hinge_dpo_loss(margin, beta=0.25), [0.5])
+  close(losses.ipo_loss(margin, beta=0.5), [(2 - 1) ** 2])
+  # Log-ratio 3, z0 1, beta 0.5: sigmoid(1) is 0.731059.
+  both = losses.kto_loss(jnp.array([3.0, 3.0]), jnp.array([True, False]), 1.0, beta=0.5)
+  close(both, [1 - 0.731059, 0.731059])
+  # p 0.8 and 0.5: odds 4 and 1, so -0.1 log sigmoid(log 4) = -0.1 log 0.8.
+  pair = jnp.log(jnp.array([0.8])), jnp.log(jnp.array([0.5]))
+  close(losses.orpo_loss(*pair, beta=0.1), [0.0223144])
+  # 2 log 1.6 - 0.5 = 0.440007, and -log sigmoid of it is 0.497152.
+  close(losses.simpo_loss(*pair, beta=2.0, gamma=0.5), [0.497152])
   with pytest.raises(ValueError, match='slic'):
-    losses.dpo_loss(*pair, beta=0.5, kind='slic')
+    losses.reference_loss(margin, beta=0.5, kind='slic')
+
+
+def test_robust_dpo_is_unbiased_under_flipped_labels():
+  # A flip of the label negates the margin. The mean over flips is the loss of the true labels.
+  margins = jnp.linspace(-5.0, 5.0, 11)
+  robust = functools.partial(losses.robust_dpo_loss, beta=0.4, label_smoothing=0.2)
+  mean = 0.8 * robust(margins) + 0.2 * robust(-margins)
+  close(mean, losses.dpo_loss(margins, beta=0.4), rtol=1e-5)
+
+
+def test_no_gradient_flows_into_the_reference_point_of_kto_or_out_of_certain_responses():
+  desirable = jnp.array([True, False])
+  loss = lambda kl: losses.kto_loss(jnp.array([1.0, 2.0]), desirable, kl, beta=0.5).sum()
+  assert jax.grad(loss)(0.5) == 0
+  # A response of probability 1 has infinite odds.
+  orpo = lambda x: losses.orpo_loss(x, jnp.array([-1.0]), beta=0.1).sum()
+  assert np.isfinite(jax.grad(orpo)(jnp.zeros(1))).all()
 
 
 # The log-probabilities the losses stand on.

@@ -138,7 +138,7 @@ TABLE = (
     ('online_dpo',),
     'the loss of a pair has no such term',
   ),
-  ('rl.label_smoothing', 'rl.loss', ('ipo', 'hinge'), "it is part of the 'sigmoid' loss"),
+  ('rl.label_smoothing', 'rl.loss', ('ipo', 'hinge'), 'this loss has no such term'),
   ('rl.keep_count', 'rl.keep', ('percentile',), 'the scores decide how many responses are kept'),
   (
     'rl.start_percentile rl.end_percentile rl.improve_steps',

@@ -33,8 +33,8 @@ class Settings(on_policy_config.Settings):
 
   Attributes:
     kl_coef: beta, the strength of the KL penalty that the loss implies.
-    loss: 'sigmoid' (DPO), 'ipo' or 'hinge'; see losses.dpo_loss.
-    label_smoothing: probability that a preference is wrong, for 'sigmoid'.
+    loss: 'sigmoid' (DPO), 'robust', 'hinge' or 'ipo'; see losses.reference_loss.
+    label_smoothing: probability that a preference is wrong, for 'sigmoid' and 'robust'.
   """
 
   epochs: int = 1
@@ -140,13 +140,14 @@ def loss(outputs, experience, counts, *, settings):
     return [jnp.sum(x.reshape(-1, settings.samples * x.shape[1]), axis=1) for x in tokens]
 
   chosen, rejected = response_logprobs(outputs.logprobs)
-  per_pair, chosen_reward, rejected_reward = losses.dpo_loss(
-    chosen,
-    rejected,
-    *response_logprobs(experience.ref_logprobs),
+  ref_chosen, ref_rejected = response_logprobs(experience.ref_logprobs)
+  chosen_reward = settings.kl_coef * (chosen - ref_chosen)
+  rejected_reward = settings.kl_coef * (rejected - ref_rejected)
+  per_pair = losses.reference_loss(
+    chosen - ref_chosen - (rejected - ref_rejected),
+    kind=settings.loss,
     beta=settings.kl_coef,
     label_smoothing=settings.label_smoothing,
-    kind=settings.loss,
   )
   has_pair = jnp.any(mask.reshape(len(chosen), -1), axis=1)
   mean = lambda x: adv.masked_sum(x, has_pair) * 2 / counts.sequences  # two sequences per pair
