@@ -59,6 +59,7 @@ DATA = {
   'rloo': ('prompts',),
   'sft': ('samples', 'texts'),
   'reward_model': ('comparisons',),
+  'dpo': ('comparisons',),
 }
 # Field of a record that holds the text, if a record is given as a string.
 FIELD = {'prompts': 'prompt', 'texts': 'text'}

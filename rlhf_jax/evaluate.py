@@ -74,6 +74,7 @@ def run(workdir, evals=''):
         f'--evals={evals} names {", ".join(unknown)}: the run has no evaluator of this name, or '
         'no data for it'
       )
+    learner.prepare(pathlib.Path(workdir))
     checkpoints = checkpoint.Checkpoints(workdir)
     try:
       step, state = checkpoints.restore(state, learner.iterators)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Iterator
 import dataclasses
+import pathlib
 
 from jaxtyping import Array
 
@@ -36,6 +37,8 @@ class Learner:
       of config.rl). The list is empty if the algorithm does not sample.
     warnings: Function of the metrics of a step, as numbers, that returns a dict from the kind of a
       warning to its text; each kind is logged once a run.
+    prepare: Function of (workdir) that computes what the algorithm keeps on disk, before the state
+      is restored; all processes call it.
     set_by: Dict from a name in TrainState.extra to the dotted config keys that set its initial
       value. If one of these keys differs in a fork, the fork starts with the new initial value.
   """
@@ -49,4 +52,5 @@ class Learner:
   evaluators: dict[str, Callable[..., dict]] = dataclasses.field(default_factory=dict)
   samples: Callable[[dict], list[dict]] = lambda metrics: []
   warnings: Callable[[dict], dict[str, str]] = lambda metrics: {}
+  prepare: Callable[[pathlib.Path], None] = lambda workdir: None
   set_by: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)

@@ -61,6 +61,7 @@ def run(config, workdir, *, fork_of=None, on_metrics=None):
     mesh = sharding.make_mesh(dict(config.mesh))
     stack.enter_context(jax.set_mesh(mesh))
     learner, state = build.load(config.algorithm).create(config, mesh)
+    learner.prepare(workdir)
     signals = stack.enter_context(interrupts.Signals())
     checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints))
     source = workdir_lib.fork_source(workdir, fork_of)

@@ -125,6 +125,31 @@ class Comparisons:
 
 
 @struct.dataclass
+class Preferences:
+  """Examples of two sequences each: pairs, or labelled completions with those of other prompts.
+
+  Lane 0 holds the chosen or labelled sequences, lane 1 the others. A row has at most M examples;
+  example m is segment m + 1 in both lanes.
+
+  Attributes:
+    sequences: LMBatch of arrays [B, 2, T], or Pairs of arrays [B, 2, ...] with M = 1.
+    index: [B, M] int32, numbers of the examples in the data; -1 where there is none.
+    present: [B, M] bool, False where a row has fewer than M examples.
+    desirable: [B, M] bool, labels of the completions in lane 0; False for pairs.
+    margin: [B, M] float32, how much better the chosen completion is; 0 if the data do not say.
+    ref_logprobs: [B, 2, M] float32, log-probabilities of the completions by the reference; None
+      before they are looked up, or without a reference.
+  """
+
+  sequences: LMBatch | Pairs
+  index: Int[Array, 'B M']
+  present: Bool[Array, 'B M']
+  desirable: Bool[Array, 'B M']
+  margin: Float[Array, 'B M']
+  ref_logprobs: Float[Array, 'B 2 M'] | None = None
+
+
+@struct.dataclass
 class Experience:
   """A scored rollout, ready for the update. Positions outside the masks are zero.
 

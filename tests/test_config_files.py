@@ -164,6 +164,7 @@ def written(config, folder):
     ('rejection_sampling', None),
     ('best_of_n', None),
     ('expert_iteration', 'debug'),
+    ('dpo', None),
     ('online_dpo', None),
     ('trpo', None),
     ('hh_reward', 'data=x'),

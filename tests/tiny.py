@@ -24,6 +24,7 @@ from rlhf_jax import models
 from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax import update
+from rlhf_jax.algorithms import dpo as dpo_lib
 from rlhf_jax.algorithms import grpo as grpo_lib
 from rlhf_jax.algorithms import nlpo as nlpo_lib
 from rlhf_jax.algorithms import ppo as ppo_lib
@@ -154,6 +155,14 @@ def sft(world, kind='text'):
 def reward_model(world):
   """Returns a config of a reward model on comparisons.jsonl."""
   config = reward_model_lib.config()
+  config.data.path = f'{world}/comparisons.jsonl'
+  config.data.held_out = 0.2
+  return _trained(config, world)
+
+
+def dpo(world, preset=''):
+  """Returns a config of DPO or one of its relatives on comparisons.jsonl."""
+  config = dpo_lib.config(preset)
   config.data.path = f'{world}/comparisons.jsonl'
   config.data.held_out = 0.2
   return _trained(config, world)

@@ -50,6 +50,29 @@ TABLE = (
     ('pick_best', 'rating'),
     "it is part of the 'pairwise' loss",
   ),
+  (
+    'dpo.label_smoothing',
+    'dpo.loss',
+    ('hinge', 'ipo', 'kto', 'orpo'),
+    'this loss has no such term',
+  ),
+  ('dpo.length_normalize', 'dpo.loss', ('orpo', 'simpo'), 'it always takes means over tokens'),
+  ('dpo.length_normalize', 'dpo.loss', ('kto',), 'it compares sums over tokens'),
+  ('dpo.sft_coef', 'dpo.loss', ('kto',), 'it has no pairs'),
+  (
+    'dpo.margin_coef',
+    'dpo.loss',
+    lambda loss, config: loss != 'sigmoid',
+    "it is part of the 'sigmoid' loss",
+  ),
+  ('dpo.gamma', 'dpo.loss', lambda loss, config: loss != 'simpo', "it is part of 'simpo'"),
+  (
+    'dpo.desirable_weight dpo.undesirable_weight',
+    'dpo.loss',
+    lambda loss, config: loss != 'kto',
+    "it is part of 'kto'",
+  ),
+  ('reference dpo.reference_logprobs', 'dpo.loss', ('orpo', 'simpo'), 'there is no reference'),
   ('preference.normalize_path', 'preference.normalize', ('none',), 'scores are not normalized'),
   # On-policy algorithms.
   (

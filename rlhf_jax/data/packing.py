@@ -82,6 +82,39 @@ def _first_fit(pieces: list[np.ndarray], length: int) -> list[list[np.ndarray]]:
   return sequences
 
 
+def assign_lanes(sizes: np.ndarray, *, length: int) -> np.ndarray:
+  """Assigns examples of several sequences each to rows with a lane for each of them.
+
+  All sequences of an example are in the same row, one in each lane. From the longest example to the
+  shortest, each goes into the first open row with enough room in every lane.
+
+  Args:
+    sizes: [N, lanes] int, tokens of each sequence, at most `length`.
+    length: Tokens of a lane.
+
+  Returns:
+    [rows, M] int32, the examples of each row, then -1; M is the largest number in a row.
+  """
+  rows, still_open, room = [], [], np.zeros((0, sizes.shape[1]), int)
+  for number in np.argsort(-sizes.max(axis=1), kind='stable'):
+    fits = np.flatnonzero((room >= sizes[number]).all(axis=1))
+    if not len(fits):
+      still_open.append(len(rows))
+      rows.append([])
+      room = np.concatenate([room, np.full((1, sizes.shape[1]), length)])
+      fits = [len(room) - 1]
+    rows[still_open[fits[0]]].append(int(number))
+    room[fits[0]] -= sizes[number]
+    if len(still_open) > OPEN_SEQUENCES:
+      fullest = int(np.argmin(room.min(axis=1)))
+      del still_open[fullest]
+      room = np.delete(room, fullest, axis=0)
+  index = np.full((len(rows), max(map(len, rows))), -1, np.int32)
+  for number, row in enumerate(rows):
+    index[number, : len(row)] = row
+  return index
+
+
 def to_batch(
   sequences: Sequence[Sequence[np.ndarray]], *, length: int, pad_id: int
 ) -> types.LMBatch:

@@ -36,6 +36,7 @@ from rlhf_jax.data import formats
 from rlhf_jax.data import lanes as lanes_lib
 from rlhf_jax.data import mixtures
 from rlhf_jax.data import packing
+from rlhf_jax.data import preferences
 from rlhf_jax.data import tokenized
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
@@ -126,6 +127,16 @@ def comparison_iterator(
   """
   collate = _comparisons(examples, tokenizer, max_length=max_length, append_eos=append_eos)
   return _iterate(collate, examples, range(len(examples)), batch_size, seed)
+
+
+def preference_iterator(
+  rows: preferences.Rows, *, batch_size: int, seed: int
+) -> tuple[grain.DatasetIterator, int]:
+  """Iterates forever over Preferences of B rows; see `preferences.arrange`.
+
+  Other arguments, result and errors as for `lm_iterator`.
+  """
+  return _iterate(rows.collate, range(len(rows.index)), batch_size, seed)
 
 
 def prompt_iterator(
@@ -308,6 +319,13 @@ def comparison_batches(
   return _in_order(collate, range(len(examples)), batch_size)
 
 
+def preference_batches(
+  rows: preferences.Rows, *, batch_size: int
+) -> Iterable[tuple[types.Preferences, np.ndarray]]:
+  """Returns the pairs of `lm_batches`, with the batches of `preference_iterator`."""
+  return _in_order(rows.collate, range(len(rows.index)), batch_size)
+
+
 def prompt_batches(
   examples: Sequence[formats.Prompt],
   tokenizer: formats.Tokenizer,
@@ -343,7 +361,7 @@ def _mask_copies(batch: Any, count: int) -> tuple[Any, np.ndarray]:
     batch = dataclasses.replace(batch, loss_mask=batch.loss_mask & valid[:, None])
   elif isinstance(batch, types.Pairs):
     batch = dataclasses.replace(batch, response_mask=batch.response_mask & valid[:, None])
-  elif isinstance(batch, types.Comparisons):
+  elif isinstance(batch, (types.Comparisons, types.Preferences)):
     batch = dataclasses.replace(batch, present=batch.present & valid[:, None])
   return batch, valid
 

@@ -269,9 +269,9 @@ def pair_batcher(data: TokenizedData, tokenizer: formats.Tokenizer, *, max_lengt
   """
   prompt_length, response_length = 0, 0
   for index, item in enumerate(data.iterate('measuring')):
-    prompt, (completion,) = truncate(item, max_length, tokenizer.bos_token_id)
+    prompt, completions = truncate(item, max_length, tokenizer.bos_token_id)
     prompt_length = max(prompt_length, len(prompt))
-    response_length = max(response_length, len(completion))
+    response_length = max(response_length, *map(len, completions))
     if not len(prompt):
       raise UserError(
         f'example {index}{lazy.place(data.examples, index)} has an empty prompt, but an '
@@ -287,6 +287,38 @@ def pair_batcher(data: TokenizedData, tokenizer: formats.Tokenizer, *, max_lengt
       span = slice(prompt_length - len(prompt), prompt_length + len(completion))
       tokens[index, span], mask[index, span] = np.concatenate([prompt, completion]), True
     return types.Pairs(tokens, mask, mask[:, prompt_length:].copy())
+
+  return batch
+
+
+def lane_batcher(
+  tokenizer: formats.Tokenizer, *, max_length: int
+) -> Callable[[Sequence[Sequence[Tokenized]]], types.LMBatch]:
+  """Returns a function that makes an LMBatch of arrays [B, 2, T] from B rows of examples.
+
+  Lane k of a row holds the prompt and completion k of each of its examples, one after the other.
+  Example m of a row is segment m + 1 in both lanes. Only tokens of completions are targets.
+  """
+
+  def batch(rows):
+    shape = (len(rows), 2, max_length)
+    tokens = np.full(shape, tokenizer.pad_token_id, np.int32)
+    segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    loss_mask = np.zeros(shape, bool)
+    for index, row in enumerate(rows):
+      starts = [0, 0]
+      for segment, item in enumerate(row, start=1):
+        prompt, completions = truncate(item, max_length, tokenizer.bos_token_id)
+        for lane, completion in enumerate(completions):
+          size = len(prompt) + len(completion)
+          span = slice(starts[lane], starts[lane] + size)
+          tokens[index, lane, span] = np.concatenate([prompt, completion])
+          segments[index, lane, span] = segment
+          positions[index, lane, span] = np.arange(size)
+          # The first token of a sequence has no token before it, so it is not a target.
+          loss_mask[index, lane, span.start + max(len(prompt), 1) : span.stop] = True
+          starts[lane] = span.stop
+    return types.LMBatch(tokens, segments, positions, loss_mask)
 
   return batch
 

@@ -307,47 +307,67 @@ PREFERENCES = (
   ),
   Metric(
     'rewards/chosen',
-    'Online DPO: the implicit reward of the better responses.',
+    'DPO, online or not: the implicit reward of the better responses, in KTO of the desirable '
+    'ones. ORPO and SimPO: beta times the mean log-probability of a token.',
     r'\beta \, \mathbb{E} \log \frac{\pi(y^+ \mid x)}{\pi_{\mathrm{ref}}(y^+ \mid x)}',
-    'nats times `rl.kl_coef`',
+    'nats times beta',
     'If it falls far below 0, the policy makes even the better responses unlikely: lower '
-    '`optim.learning_rate` or raise `rl.kl_coef`.',
+    '`optim.learning_rate`, or raise beta (`dpo.beta`, online `rl.kl_coef`) or `dpo.sft_coef`.',
   ),
   Metric(
     'rewards/rejected',
-    'Online DPO: the implicit reward of the worse responses.',
+    'The same for the worse responses, in KTO the undesirable ones.',
     r'\beta \, \mathbb{E} \log \frac{\pi(y^- \mid x)}{\pi_{\mathrm{ref}}(y^- \mid x)}',
-    'nats times `rl.kl_coef`',
+    'nats times beta',
     'It should fall relative to `rewards/chosen`.',
   ),
   Metric(
     'rewards/margins',
-    'Online DPO: the implicit reward of the better response minus that of the worse, a mean over '
-    'pairs.',
+    'The implicit reward of the better response minus that of the worse, a mean over pairs; in KTO '
+    'the difference of the means of both kinds.',
     r'\beta \, \mathbb{E} \left[\log \frac{\pi(y^+ \mid x)}{\pi_{\mathrm{ref}}(y^+ \mid x)} - '
     r'\log \frac{\pi(y^- \mid x)}{\pi_{\mathrm{ref}}(y^- \mid x)}\right]',
-    'nats times `rl.kl_coef`',
+    'nats times beta',
   ),
   Metric(
     'rewards/accuracies',
-    'Online DPO: the fraction of pairs in which the better response has the higher implicit '
-    'reward.',
+    'The fraction of pairs in which the better response has the higher implicit reward.',
     r'\mathbb{E} \, \mathbb{1}[\text{margin} > 0]',
     'fraction',
-    'In the first update all implicit rewards are 0 up to rounding, so it means nothing. Pairs are '
-    'new in each step, so it stays lower than in offline DPO.',
+    'In the first update all implicit rewards are 0 up to rounding, so it means nothing. In online '
+    'DPO pairs are new in each step, so it stays lower than on fixed pairs. If it nears 1 there, '
+    'the policy has learnt the pairs by heart: see `held_out/accuracy`.',
   ),
   Metric(
     'logps/chosen',
-    'Online DPO: the log-probability of the better responses, summed over their tokens.',
+    'The log-probability of the better responses, summed over their tokens.',
     r'\mathbb{E} \log \pi(y^+ \mid x)',
     'nats per response',
+    'DPO often lowers it, since only the difference to the worse response counts. If the text gets '
+    'worse, set `dpo.sft_coef`.',
   ),
   Metric(
     'logps/rejected',
-    'Online DPO: the log-probability of the worse responses, summed over their tokens.',
+    'The log-probability of the worse responses, summed over their tokens.',
     r'\mathbb{E} \log \pi(y^- \mid x)',
     'nats per response',
+  ),
+  Metric(
+    'sft/loss',
+    'The SFT loss on the better responses that `dpo.sft_coef` adds: a mean over the tokens of each '
+    'response, then over responses.',
+    r'-\mathbb{E} \frac{1}{|y^+|} \log \pi(y^+ \mid x)',
+    'nats per token',
+  ),
+  Metric(
+    'kto/kl',
+    'The reference point of KTO: the KL from the reference, estimated on completions of other '
+    'prompts, and 0 if the estimate is negative.',
+    r'\max\left(0, \mathbb{E} \log \frac{\pi(y_j \mid x_i)}{\pi_{\mathrm{ref}}(y_j \mid x_i)}'
+    r'\right), \quad j \ne i',
+    'nats per response',
+    'It is small, since the completions of other prompts are unlikely before and after training. '
+    "The evaluator 'prompts' estimates the KL on the policy's own responses.",
   ),
 )
 
@@ -458,10 +478,12 @@ LANGUAGE_MODEL = (
   Metric(
     'loss',
     'The loss of the batch. Pretraining and SFT: the negative log-likelihood of the target tokens. '
-    'Reward model: the loss that `preference.loss` names, a mean over prompts.',
+    'Reward model: the loss that `preference.loss` names, a mean over prompts. DPO: the loss that '
+    '`dpo.loss` names, a mean over pairs or labelled completions, with the SFT term.',
     r'-\mathbb{E}_t \log \pi(y_t \mid y_{<t})',
-    'nats per token; reward model: nats, or squared units of the ratings',
-    'A constant scorer has a pairwise loss of log 2 = 0.693 on pairs. If the loss falls here and '
+    'nats per token; reward model: nats, or squared units of the ratings; DPO: depends on the loss',
+    'A constant scorer has a pairwise loss of log 2 = 0.693 on pairs, and so has DPO at the start. '
+    'KTO starts at 0.5, IPO at 1 / (4 beta^2). If the loss falls here and '
     'rises in `held_out/loss`, the model overfits.',
   ),
   Metric(
@@ -473,7 +495,7 @@ LANGUAGE_MODEL = (
   ),
   Metric(
     'tokens',
-    'Pretraining and SFT: target tokens of the batch. Reward model: tokens that it reads.',
+    'Pretraining and SFT: target tokens of the batch. Reward model and DPO: tokens that it reads.',
     '',
     'tokens',
   ),
@@ -548,15 +570,15 @@ EVALUATORS = (
   ),
   Metric(
     'EVAL/pairs',
-    'Evaluator `loss` of a reward model: the held-out pairs.',
+    'Evaluator `loss` of a reward model or of DPO: the held-out pairs.',
     '',
     'pairs',
     'With fewer than 100 the interval of the accuracy is wide.',
   ),
   Metric(
     'EVAL/accuracy',
-    'Evaluator `loss` of a reward model: the fraction of held-out pairs in which the preferred '
-    'completion scores higher. A tie counts as wrong.',
+    'Evaluator `loss` of a reward model or of DPO: the fraction of held-out pairs in which the '
+    'preferred completion has the higher score or implicit reward. A tie counts as wrong.',
     r'\frac{1}{n} \sum_{\mathrm{pairs}} \mathbb{1}[r_{\mathrm{chosen}} > r_{\mathrm{rejected}}]',
     'fraction',
     'On pairs that people judged, 60 to 80 % is usual: people do not agree more often. At 0.5 the '
@@ -584,9 +606,28 @@ EVALUATORS = (
   ),
   Metric(
     'EVAL/margin',
-    'Evaluator `loss` of a reward model: the mean difference of scores of the held-out pairs.',
+    'Evaluator `loss` of a reward model or of DPO: the mean difference of scores or implicit '
+    'rewards of the held-out pairs; in KTO of the desirable and the undesirable completions.',
     r'\frac{1}{n} \sum_{\mathrm{pairs}} (r_{\mathrm{chosen}} - r_{\mathrm{rejected}})',
-    'units of the score',
+    'units of the score; DPO: nats times beta',
+  ),
+  Metric(
+    'EVAL/sft_loss',
+    'Evaluator `loss` of DPO: `sft/loss` on the held-out data.',
+    '',
+    'nats per token',
+  ),
+  Metric(
+    'EVAL/kto_kl',
+    'Evaluator `loss` of KTO: `kto/kl` on the held-out data.',
+    '',
+    'nats per response',
+  ),
+  Metric(
+    'EVAL/completions',
+    'Evaluator `loss` of KTO: the held-out completions.',
+    '',
+    'completions',
   ),
   Metric(
     'EVAL/ece',

@@ -69,10 +69,20 @@ def mixture_config(world):
   return config
 
 
+def dpo_config(world, preset, pack):
+  """Returns DPO or one of its relatives on comparisons.jsonl, with few rows if they are packed."""
+  config = tiny.dpo(world, preset)
+  config.dpo.pack, config.microbatch_size = pack, 8
+  return config
+
+
 # Module of rlhf_jax/algorithms, with what differs after a dash: function from the folder of
 # tiny.write to a config.
 ALGORITHMS = {
   'a2c': lambda world: tiny.on_policy(a2c.config(), world),
+  'dpo': lambda world: dpo_config(world, '', pack=True),
+  'dpo-kto': lambda world: dpo_config(world, 'kto', pack=False),
+  'dpo-simpo': lambda world: dpo_config(world, 'simpo', pack=False),
   'grpo': grpo_config,
   'nlpo': tiny.nlpo,
   'online_dpo': lambda world: tiny.on_policy(online_dpo.config(), world),
@@ -165,6 +175,8 @@ def test_one_compilation_resuming_and_eight_devices(algorithm, world, tmp_path, 
   records = [r for r in runs.metrics(tmp_path / 'eight') if r.keys() & one_device[0].keys()]
   for expected, found in zip(one_device, records, strict=True):
     for name, value in expected.items():
+      if name == 'rewards/accuracies' and expected is one_device[0]:
+        continue  # before the first update all margins are 0 up to rounding
       if not name.startswith('samples/'):
         np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
   before, expected, found = (

@@ -91,6 +91,7 @@ def variants(world):
     'reinforce': tiny.on_policy(reinforce.config(), world),
     'nlpo': tiny.nlpo(world),
     'rejection_sampling': tiny.rejection_sampling(world),
+    'dpo': tiny.dpo(world, 'rpo'),
     'online_dpo': tiny.on_policy(online_dpo.config(), world),
     'trpo': tiny.on_policy(trpo.config(), world),
   }
