@@ -325,8 +325,8 @@ def held_out_loss(batches, frozen, *, outputs, settings, mesh, prompts):
     loss = example_losses(values, jax.tree.map(jnp.asarray, batch), settings, kl)
     metrics = {'loss': float(loss[present].mean())}
     if settings.sft_coef and settings.loss != 'kto':
-      metrics['sft_loss'] = float(np.mean((-logprobs / lengths)[:, 0][present]))
-      metrics['loss'] += settings.sft_coef * metrics['sft_loss']
+      nll = (-logprobs / lengths)[:, 0][present]
+      metrics['loss'] += settings.sft_coef * float(nll.mean())
     rewards = settings.beta * np.asarray(values)
     if settings.loss == 'kto':
       up, down = (rewards[:, 0][present & (batch.desirable == label)] for label in (True, False))

@@ -612,12 +612,6 @@ EVALUATORS = (
     'units of the score; DPO: nats times beta',
   ),
   Metric(
-    'EVAL/sft_loss',
-    'Evaluator `loss` of DPO: `sft/loss` on the held-out data.',
-    '',
-    'nats per token',
-  ),
-  Metric(
     'EVAL/kto_kl',
     'Evaluator `loss` of KTO: `kto/kl` on the held-out data.',
     '',

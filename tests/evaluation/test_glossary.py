@@ -75,6 +75,12 @@ def traced(config):
   return {name for name in metrics | on_host if not name.startswith('samples/')}
 
 
+def kto(world, folder):
+  """KTO on comparisons, some of them held out."""
+  del folder
+  return tiny.dpo(world, 'kto')
+
+
 def variants(world):
   """Configs with other models or losses than those of the runs above."""
   trunk, groups, free = tiny.ppo(world), tiny.grpo(world), tiny.grpo(world, 'dapo')
@@ -101,7 +107,7 @@ def variants(world):
 def names(world, tmp_path_factory):
   """{run: the names of its metrics}."""
   found = {}
-  for make in (sft, reward_model, ratings, ppo):
+  for make in (sft, reward_model, ratings, ppo, kto):
     folder = tmp_path_factory.mktemp(make.__name__)
     found[make.__name__] = written(make(world, folder), folder / 'run')
   return found | {run: traced(config) for run, config in variants(world).items()}
