@@ -51,6 +51,7 @@ from rlhf_jax.data import formats
 from rlhf_jax.data import pipelines
 from rlhf_jax.data import preferences
 from rlhf_jax.evaluation import evaluators
+from rlhf_jax.models import trainable
 from rlhf_jax.rewards import calibration
 
 WITHOUT_REFERENCE = ('orpo', 'simpo')
@@ -369,9 +370,15 @@ def create(config, mesh):
   new_adapters = model.lora is not None and not config.model.lora.path  # without effect yet
   reference = None
   if settings.loss not in WITHOUT_REFERENCE:
+    if other is True:
+      tree = frozen if new_adapters else trainable.merge(frozen, params)
+    else:
+      tree = other
+    lora = model.lora if trainable.has_adapters(tree) else None
+    initial = dataclasses.replace(model, lora=lora)
     reference = reference_logprobs.ReferenceLogprobs(
-      logprobs=lambda params, batch: outputs(*params, batch)[0],
-      params=({} if new_adapters else params, frozen) if other is True else ({}, other),
+      logprobs=jax.jit(lambda tree, batch: completion_logprobs(tree, {}, batch, model=initial)[0]),
+      params=tree,
       model={'dtype': model.dtype, 'config': model.config.to_hf()},
       batch_size=config.batch_size,
       mesh=mesh,

@@ -82,7 +82,6 @@ ALGORITHMS = {
   'a2c': lambda world: tiny.on_policy(a2c.config(), world),
   'dpo': lambda world: dpo_config(world, '', pack=True),
   'dpo-kto': lambda world: dpo_config(world, 'kto', pack=False),
-  'dpo-simpo': lambda world: dpo_config(world, 'simpo', pack=False),
   'grpo': grpo_config,
   'nlpo': tiny.nlpo,
   'online_dpo': lambda world: tiny.on_policy(online_dpo.config(), world),
