@@ -57,6 +57,32 @@ FAULTS = (
     _tests('algorithms/test_trpo', 'test_a_rejected_step_restores_the_last_bit'),
   ),
   Fault(
+    'the reference point of KTO is that of the labelled completions',
+    'rlhf_jax/algorithms/dpo.py',
+    'optim.accumulate(log_ratios, state.params, lane(batch, 1), microbatch_size)',
+    'optim.accumulate(log_ratios, state.params, lane(batch, 0), microbatch_size)',
+    _tests('algorithms/test_dpo', 'test_an_update_of_kto_has_the_loss_and_metrics_of_a_loop'),
+  ),
+  Fault(
+    'log-probabilities of a reference with other weights are accepted',
+    'rlhf_jax/algorithms/reference_logprobs.py',
+    'return checksums.of_json([model, sums])',
+    'return checksums.of_json([model, sorted(sums)])',
+    _tests(
+      'algorithms/test_dpo',
+      'test_those_of_another_model_or_other_data_are_refused[model]',
+    ),
+  ),
+  Fault(
+    'a microbatch of packed pairs is a mean of its own',
+    'rlhf_jax/algorithms/dpo.py',
+    'loss = adv.masked_sum(example_losses(values, rows, settings, kl), rows.present) / count',
+    'loss = adv.masked_mean(example_losses(values, rows, settings, kl), rows.present)',
+    _tests(
+      'algorithms/test_dpo', 'test_an_update_has_the_loss_and_metrics_of_a_loop[orpo, packed]'
+    ),
+  ),
+  Fault(
     'the two responses of a pair are shuffled apart',
     'rlhf_jax/algorithms/online_dpo.py',
     'group_size=self.samples',
