@@ -6,8 +6,8 @@ rlhf sweep --config=preferences --workdir=/tmp/preferences_sweep   # seeds 0 to 
 
 The generated reviews of the quickstart, a Llama of the same size and the same simulated annotators:
 they compare responses of the SFT model, and each method learns from these comparisons. KTO learns
-from both responses of a pair as single labelled ones. The last stage compares gold scores, the hidden
-score by which the annotators prefer.
+from both responses of a pair as single labelled ones. The last stage compares gold scores: the
+hidden score by which the annotators prefer.
 """
 
 import ml_collections

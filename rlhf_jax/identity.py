@@ -45,6 +45,7 @@ MAY_CHANGE = {
   'rl.length_buckets': 'how a batch is split; sums agree up to rounding',
   'sampling.gather_weights': 'how it is computed',
   'sampling.max_concurrent': 'how it is computed; the responses are the same',
+  'dpo.reference_logprobs': 'where log-probabilities are kept',
   'reward.timeout': 'how long it waits',
   'reward.example_timeout': 'how long it waits',
   'reward.request_timeout': 'how long it waits',

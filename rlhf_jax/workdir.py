@@ -32,7 +32,15 @@ WEIGHT_KEYS = (
   'tokenizer',
 )
 # Files of a run, a pipeline or a sweep; a folder with other files but none of these holds neither.
-RUN_FILES = ('config.json', 'runs.jsonl', 'checkpoints', 'metrics.jsonl', 'sweep.json', LOCK)
+RUN_FILES = (
+  'config.json',
+  'runs.jsonl',
+  'checkpoints',
+  'metrics.jsonl',
+  'sweep.json',
+  'reference_logprobs',  # of DPO, written before all others
+  LOCK,
+)
 
 
 def claim(config, workdir, fork_of, stack, defaults):
@@ -163,6 +171,7 @@ def remove_leftovers(workdir):
   for path in [
     *workdir.glob('.*.' + '[0-9a-f]' * 32),
     *workdir.glob('checkpoints/*.orbax-checkpoint-tmp*'),
+    *workdir.glob('reference_logprobs/*.tmp'),
     *workdir.glob('.*.copy'),
     *workdir.glob('.write-*'),
     *workdir.glob(f'.{LOCK}.*'),

@@ -172,6 +172,7 @@ def written(config, folder):
     ('random_walks', None),
     ('overoptimization', None),
     ('pmp', 'debug'),
+    ('preferences', 'debug'),
     ('sparrow', None),
   ],
 )

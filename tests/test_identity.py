@@ -16,6 +16,7 @@ from rlhf_jax import loop
 from rlhf_jax import metrics
 from rlhf_jax import sharding
 from rlhf_jax.algorithms import build
+from rlhf_jax.algorithms import dpo
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms import sft
 import tiny
@@ -93,7 +94,7 @@ def test_keys_that_may_change_are_keys(name):
   *blocks, last = name.split('.')
   assert any(
     last in functools.reduce(lambda block, part: block.get(part, {}), blocks, config)
-    for config in (ppo.config(), sft.config())
+    for config in (dpo.config(), ppo.config(), sft.config())
   )
 
 

@@ -29,7 +29,6 @@ import hashlib
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float
 import ml_collections
 from ml_collections.config_dict import placeholder
 import numpy as np
@@ -78,14 +77,15 @@ PRESETS = {
   'robust': {'dpo.loss': 'robust', 'dpo.label_smoothing': 0.1},
   'hinge': {'dpo.loss': 'hinge'},
   'ipo': {'dpo.loss': 'ipo', 'dpo.length_normalize': True},
-  'kto': {'dpo.loss': 'kto'},
-  # Hong et al. 2024, §5: lambda 0.1 and 8e-6 for Llama 2.
+  # Ethayarajh et al. 2024: 2 to 10 times DPO's learning rate.
+  'kto': {'dpo.loss': 'kto', 'optim.learning_rate': 5e-6},
+  # Hong et al. 2024: lambda 0.1.
   'orpo': {'dpo.loss': 'orpo', 'dpo.sft_coef': 1.0, 'optim.learning_rate': 8e-6},
-  # Meng et al. 2024: beta from 2 to 10, gamma / beta 0.5 in the middle of the searched range.
+  # Meng et al. 2024: beta from 2, and gamma about half of it.
   'simpo': {'dpo.loss': 'simpo', 'dpo.beta': 2.0, 'dpo.gamma': 1.0},
   # Pang et al. 2024, iterative reasoning preference optimization: alpha 1.
   'rpo': {'dpo.sft_coef': 1.0},
-  # Lambert et al. 2024, Tulu 3 (https://arxiv.org/abs/2411.15124), table 20.
+  # Lambert et al. 2024, Tulu 3 (https://arxiv.org/abs/2411.15124).
   'tulu3': {'dpo.length_normalize': True, 'dpo.beta': 5.0, 'optim.learning_rate': 5e-7},
 }
 
@@ -169,26 +169,35 @@ def completion_logprobs(params, frozen, batch, *, model):
   return logprobs.reshape(shape), lengths.reshape(shape)
 
 
-def compared_values(
-  logprobs: Float[ArrayLike, 'B L M'],
-  lengths: Float[ArrayLike, 'B L M'],
-  batch: types.Preferences,
-  settings: Settings,
-) -> Float[Array, 'B L M']:
-  """Returns what the loss compares: log-ratios to the reference, or mean log-probabilities."""
+def compared_values(logprobs, lengths, batch, settings):
+  """Returns what the loss compares: log-ratios to the reference, or mean log-probabilities.
+
+  Args:
+    logprobs, lengths: [B, L, M] results of `completion_logprobs`.
+    batch: Preferences.
+    settings: Settings.
+
+  Returns:
+    [B, L, M] float32. Times beta these are the implicit rewards.
+  """
   if settings.loss in WITHOUT_REFERENCE:
     return logprobs / lengths
   ratios = logprobs - batch.ref_logprobs
   return ratios / lengths if settings.length_normalize else ratios
 
 
-def example_losses(
-  values: Float[ArrayLike, 'B L M'],
-  batch: types.Preferences,
-  settings: Settings,
-  kl: Float[ArrayLike, ''] | None,
-) -> Float[Array, 'B M']:
-  """Computes the loss of each example from `compared_values`; `kl` is KTO's reference point."""
+def example_losses(values, batch, settings, kl):
+  """Computes the loss of each example, without the SFT term.
+
+  Args:
+    values: [B, L, M] results of `compared_values`.
+    batch: Preferences.
+    settings: Settings.
+    kl: Reference point of KTO, a scalar; None for other losses.
+
+  Returns:
+    [B, M] float32.
+  """
   flat, beta = lambda x: x.reshape(-1), settings.beta
   first = flat(values[:, 0])
   if settings.loss == 'kto':
@@ -249,19 +258,18 @@ def train_step(state, frozen, batch, *, model, optimizers, settings, microbatch_
     The next TrainState and metrics.
   """
   count = jnp.maximum(jnp.sum(batch.present), 1)
+  chosen, rejected = (jnp.maximum(jnp.sum(mask), 1) for mask in groups(batch, settings))
   forward = functools.partial(completion_logprobs, model=model)
-  kl = None
+  trained, kl = batch, None
   if settings.loss == 'kto':
+    trained, mismatched = lane(batch, 0), lane(batch, 1)
 
-    def log_ratios(params, rows):
+    def mean_log_ratio(params, rows):
       logprobs, _ = forward(params['policy'], frozen, rows)
       return adv.masked_sum((logprobs - rows.ref_logprobs)[:, 0], rows.present) / count, {}
 
-    kl = optim.accumulate(log_ratios, state.params, lane(batch, 1), microbatch_size)[0]
-    kl, trained = jnp.maximum(kl, 0.0), lane(batch, 0)
-  else:
-    trained = batch
-  chosen, rejected = (jnp.maximum(jnp.sum(mask), 1) for mask in groups(batch, settings))
+    kl, _ = optim.accumulate(mean_log_ratio, state.params, mismatched, microbatch_size)
+    kl = jnp.maximum(kl, 0.0)
 
   def loss_fn(params, rows):
     logprobs, lengths = forward(params['policy'], frozen, rows)
@@ -342,6 +350,35 @@ def held_out_loss(batches, frozen, *, outputs, settings, mesh, prompts):
   return evaluate
 
 
+def make_reference(config, mesh, model, params, frozen):
+  """Returns the ReferenceLogprobs of a run, or None for a loss without a reference.
+
+  Args:
+    config: Config of the run.
+    mesh: Device mesh.
+    model: Model of the policy.
+    params: Its trained parameters, before the first step.
+    frozen: Its parameters that are not trained.
+  """
+  if config.dpo.loss in WITHOUT_REFERENCE:
+    return None
+  tree = wiring.load_reference(config, mesh, model)
+  if tree is True:
+    # New adapters have no effect yet, so the frozen weights alone are the initial policy.
+    new = model.lora is not None and not config.model.lora.path
+    tree = frozen if new else trainable.merge(frozen, params)
+  lora = model.lora if trainable.has_adapters(tree) else None
+  model = dataclasses.replace(model, lora=lora)
+  return reference_logprobs.ReferenceLogprobs(
+    logprobs=jax.jit(lambda tree, batch: completion_logprobs(tree, {}, batch, model=model)[0]),
+    params=tree,
+    model={'dtype': model.dtype, 'config': model.config.to_hf()},
+    batch_size=config.batch_size,
+    mesh=mesh,
+    folder=config.dpo.reference_logprobs,
+  )
+
+
 def create(config, mesh):
   """Creates the learner of `config.algorithm = 'dpo'`.
 
@@ -363,27 +400,9 @@ def create(config, mesh):
     f'config.dpo.pack: an encoder-decoder model ({model.family}) cannot pack examples; set it to '
     'False',
   )
-  other = wiring.load_reference(config, mesh, model)
   model, params, frozen = setup.split_trainable(config, model, params, mesh)
   settings = Settings(**{f.name: config.dpo[f.name] for f in dataclasses.fields(Settings)})
-  outputs = jax.jit(functools.partial(completion_logprobs, model=model))
-  new_adapters = model.lora is not None and not config.model.lora.path  # without effect yet
-  reference = None
-  if settings.loss not in WITHOUT_REFERENCE:
-    if other is True:
-      tree = frozen if new_adapters else trainable.merge(frozen, params)
-    else:
-      tree = other
-    lora = model.lora if trainable.has_adapters(tree) else None
-    initial = dataclasses.replace(model, lora=lora)
-    reference = reference_logprobs.ReferenceLogprobs(
-      logprobs=jax.jit(lambda tree, batch: completion_logprobs(tree, {}, batch, model=initial)[0]),
-      params=tree,
-      model={'dtype': model.dtype, 'config': model.config.to_hf()},
-      batch_size=config.batch_size,
-      mesh=mesh,
-      folder=config.dpo.reference_logprobs,
-    )
+  reference = make_reference(config, mesh, model, params, frozen)
 
   def rows(name, comparisons):
     """Returns the rows of a data set, whose log-probabilities the reference will know by name."""
@@ -434,7 +453,7 @@ def create(config, mesh):
     return held_out_loss(
       lambda: (with_reference(name, batch) for batch, _ in batches),
       frozen,
-      outputs=outputs,
+      outputs=jax.jit(functools.partial(completion_logprobs, model=model)),
       settings=settings,
       mesh=mesh,
       prompts=[example.prompt for example in arranged.data.examples],

@@ -6,6 +6,7 @@ tokens. With another model or other data it is refused.
 Letters: N examples, B rows of a batch, M examples of a row.
 """
 
+from collections.abc import Callable
 import dataclasses
 import json
 import os
@@ -13,12 +14,15 @@ import pathlib
 from typing import Any
 import zipfile
 
+import jax
+from jaxtyping import Array, Float, PyTree
 import numpy as np
 
 from rlhf_jax import checksums
 from rlhf_jax import errors
 from rlhf_jax import processes
 from rlhf_jax import sharding
+from rlhf_jax import types
 from rlhf_jax.data import pipelines
 from rlhf_jax.data import preferences
 from rlhf_jax.data import progress
@@ -41,11 +45,11 @@ class ReferenceLogprobs:
     arrays: {name: [N, 2] float32} of the data sets that are ready.
   """
 
-  logprobs: Any
-  params: Any
+  logprobs: Callable[[PyTree, types.Preferences], Float[Array, 'B 2 M']]
+  params: PyTree
   model: Any
   batch_size: int
-  mesh: Any
+  mesh: jax.sharding.Mesh
   folder: str | None = None
   rows: dict[str, preferences.Rows] = dataclasses.field(default_factory=dict)
   arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -78,7 +82,7 @@ class ReferenceLogprobs:
       self.arrays[name] = read(path, now)
     self.params = None
 
-  def look_up(self, name: str, batch: Any) -> Any:
+  def look_up(self, name: str, batch: types.Preferences) -> types.Preferences:
     """Returns a batch of a data set with its `ref_logprobs`."""
     self.prepare()
     values = self.arrays[name][np.maximum(batch.index, 0)]  # [B, M, 2]
@@ -97,7 +101,7 @@ class ReferenceLogprobs:
     return result
 
 
-def fingerprint(params: Any, model: Any) -> int:
+def fingerprint(params: PyTree, model: Any) -> int:
   """Returns a checksum of a model's parameters and description.
 
   All processes that hold a shard of the parameters must call this.
