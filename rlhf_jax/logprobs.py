@@ -147,6 +147,37 @@ def cross_entropy(
   return _in_chunks(rows, [hidden, targets], _vocab(unembed, hidden), chunk)
 
 
+def compare(
+  function: Callable[[Float[Array, '... V'], Float[Array, '... V']], PyTree[Float[Array, '...']]],
+  unembed: Unembed,
+  hidden: Float[ArrayLike, 'B T D'],
+  other_unembed: Unembed,
+  other_hidden: Float[ArrayLike, 'B T E'],
+  *,
+  temperature: float | Float[Array, ''] = 1.0,
+  chunk: int = CHUNK,
+) -> PyTree[Float[Array, 'B T']]:
+  """Computes a function of the distributions of two models at each position, in chunks.
+
+  Args:
+    function: function from the logits of both models, [..., V] each, to arrays [...].
+    unembed: unembedding of the first model.
+    hidden: [B, T, D] states of the first model.
+    other_unembed: unembedding of the second model, with the same vocabulary.
+    other_hidden: [B, T, E] states of the second model.
+    temperature: temperature that divides both logits.
+    chunk: number of logits held at a time on each device.
+
+  Returns:
+    The results of `function`, [B, T] each.
+  """
+
+  def rows(h, g):
+    return function(unembed(h) / temperature, other_unembed(g) / temperature)
+
+  return _in_chunks(rows, [hidden, other_hidden], _vocab(unembed, hidden), chunk)
+
+
 def full_kl(
   unembed: Unembed,
   hidden: Float[ArrayLike, 'B T D'],
@@ -159,23 +190,19 @@ def full_kl(
   """Computes KL(policy || reference) over the whole vocabulary for each token.
 
   Args:
-    unembed: unembedding of the policy.
-    hidden: [B, T, D] states of the policy.
-    ref_unembed: unembedding of the reference.
-    ref_hidden: [B, T, E] states of the reference.
-    temperature: temperature that divides both logits.
-    chunk: number of logits held at a time on each device.
+    unembed, hidden: of the policy; see `compare`.
+    ref_unembed, ref_hidden: of the reference.
+    temperature, chunk: see `compare`.
 
   Returns:
     [B, T] float32, nats.
   """
 
-  def rows(h, g):
-    logp = jax.nn.log_softmax(unembed(h) / temperature, axis=-1)
-    ref = jax.nn.log_softmax(ref_unembed(g) / temperature, axis=-1)
+  def kl(logits, ref_logits):
+    logp, ref = jax.nn.log_softmax(logits, axis=-1), jax.nn.log_softmax(ref_logits, axis=-1)
     return jnp.sum(jnp.exp(logp) * (logp - ref), axis=-1)
 
-  return _in_chunks(rows, [hidden, ref_hidden], _vocab(unembed, hidden), chunk)
+  return compare(kl, unembed, hidden, ref_unembed, ref_hidden, temperature=temperature, chunk=chunk)
 
 
 def fisher_dot(

@@ -1,9 +1,9 @@
 """Losses as pure functions of arrays: no model, no config.
 
-Letters: B batch, R response length, K completions, T sequence length. Per-token losses
-return one value per token. Sum them over a mask and divide by the count of the whole minibatch, so
-that microbatches add up to the true mean instead of a mean of means. `token_weights` does the same
-for the means of the GRPO family.
+Letters: B batch, R response length, K completions, T sequence length, V vocabulary. Per-token
+losses return one value per token. Sum them over a mask and divide by the count of the whole
+minibatch, so that microbatches add up to the true mean instead of a mean of means. `token_weights`
+does the same for the means of the GRPO family.
 """
 
 import chex
@@ -15,6 +15,7 @@ DPO_LOSSES = ('sigmoid', 'robust', 'hinge', 'ipo')
 RATIO_LEVELS = ('token', 'sequence', 'sequence_token', 'sequence_sum')
 NORMALIZERS = ('token', 'sequence', 'constant')
 POLICY_LOSSES = ('clip', 'cispo', 'sapo')
+DIVERGENCES = ('reverse_kl', 'forward_kl', 'jsd')
 
 
 def log_ratio(
@@ -272,6 +273,51 @@ def ppo_value_loss(
     return 0.5 * plain, jnp.zeros_like(plain)
   near = jnp.square(jnp.clip(values, old_values - clip, old_values + clip) - returns)
   return 0.5 * jnp.maximum(plain, near), (near > plain).astype(jnp.float32)
+
+
+def divergence(
+  logits: Float[ArrayLike, '... V'],
+  teacher_logits: Float[ArrayLike, '... V'],
+  *,
+  kind: str,
+  beta: float = 0.5,
+) -> Float[Array, '...']:
+  """Computes a divergence of a student's next-token distribution from a teacher's.
+
+  With the student's probabilities p and the teacher's q over the vocabulary:
+
+      'reverse_kl':  KL(p || q) = sum p (log p - log q)
+      'forward_kl':  KL(q || p) = sum q (log q - log p)
+      'jsd':         beta KL(q || m) + (1 - beta) KL(p || m),  m = beta q + (1 - beta) p
+
+  The last is the generalized Jensen-Shannon divergence of Agarwal et al. 2023, eq. 1
+  (https://arxiv.org/abs/2306.13649). Divided by beta it tends to the forward KL for beta to 0, and
+  divided by 1 - beta to the reverse KL for beta to 1.
+
+  Args:
+    logits: [..., V] float32, of the student.
+    teacher_logits: [..., V] float32.
+    kind: 'reverse_kl', 'forward_kl' or 'jsd'.
+    beta: weight of the teacher in the mixture m, between 0 and 1; used by 'jsd' only.
+
+  Returns:
+    [...] float32, nats.
+
+  Raises:
+    ValueError: for an unknown kind.
+  """
+  chex.assert_equal_shape([logits, teacher_logits])
+  student = jax.nn.log_softmax(logits, axis=-1)
+  teacher = jax.nn.log_softmax(teacher_logits, axis=-1)
+  kl = lambda a, b: jnp.sum(jnp.exp(a) * (a - b), axis=-1)
+  if kind == 'reverse_kl':
+    return kl(student, teacher)
+  if kind == 'forward_kl':
+    return kl(teacher, student)
+  if kind == 'jsd':
+    mixture = jnp.logaddexp(teacher + jnp.log(beta), student + jnp.log1p(-beta))
+    return beta * kl(teacher, mixture) + (1.0 - beta) * kl(student, mixture)
+  raise ValueError(f'unknown kind {kind!r}: one of {DIVERGENCES}')
 
 
 def pairwise_loss(
