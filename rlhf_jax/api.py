@@ -60,6 +60,7 @@ DATA = {
   'sft': ('samples', 'texts'),
   'reward_model': ('comparisons',),
   'dpo': ('comparisons',),
+  'distillation': ('prompts', 'samples'),
 }
 # Field of a record that holds the text, if a record is given as a string.
 FIELD = {'prompts': 'prompt', 'texts': 'text'}
@@ -112,9 +113,9 @@ def train(
   Args:
     policy: Initial model: a model from `load`, a Run, or a folder. None for a new model, whose
       shape `overrides` must give as model.init.
-    prompts: Prompts for on-policy RL: strings or records. The reward function receives the other
-      fields of the records as metadata.
-    samples: Prompts with completions, for SFT.
+    prompts: Prompts for on-policy RL or distillation: strings or records. The reward function
+      receives the other fields of the records as metadata.
+    samples: Prompts with completions, for SFT or offline distillation.
     comparisons: Better and worse completions, for a reward model.
     texts: Documents for language modelling: strings or records.
     reward_fn: Reward of on-policy RL: a function (prompts, responses) -> one number per response

@@ -70,6 +70,8 @@ def docs(algorithm):
     (config_lib.evaluator, 'evals.*.'),
     (scorers.config, 'evals.*.reward.'),
   ]
+  if 'sampling' in config:
+    functions += [(on_policy_config.prompts, 'data.'), (on_policy_config.sampling, 'sampling.')]
   if 'rl' in config:
     functions += [
       (config_lib.data, 'ptx.'),

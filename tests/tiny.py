@@ -24,6 +24,7 @@ from rlhf_jax import models
 from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax import update
+from rlhf_jax.algorithms import distillation as distillation_lib
 from rlhf_jax.algorithms import dpo as dpo_lib
 from rlhf_jax.algorithms import grpo as grpo_lib
 from rlhf_jax.algorithms import nlpo as nlpo_lib
@@ -189,6 +190,19 @@ def rejection_sampling(world):
   config = on_policy(rejection_sampling_lib.config(), world)
   config.sampling.samples, config.rl.keep_count = 4, 2
   return config
+
+
+def distillation(world, preset=''):
+  """Returns a config of distillation from a larger model, which reads two words more."""
+  teacher = pathlib.Path(world) / 'teacher'
+  if not teacher.exists():
+    write_model(teacher, LLAMA | {'hidden_size': 24, 'initializer_range': 0.3})
+  config = distillation_lib.config(preset)
+  config.data.path = f'{world}/completions.jsonl'
+  config.data.max_prompt_length = 6
+  config.sampling.max_new_tokens = 6
+  config.distillation.update({'teacher': str(teacher), 'context': 'w3 w5 '})
+  return _trained(config, world)
 
 
 def nlpo(world):

@@ -74,6 +74,22 @@ TABLE = (
   ),
   ('reference dpo.reference_logprobs', 'dpo.loss', ('orpo', 'simpo'), 'there is no reference'),
   ('preference.normalize_path', 'preference.normalize', ('none',), 'scores are not normalized'),
+  # Distillation.
+  ('distillation.beta', 'distillation.loss', ('reverse_kl', 'forward_kl'), "only 'jsd' mixes"),
+  (
+    'data.max_length',
+    'distillation.student_fraction',
+    (1.0,),
+    'the student samples all responses',
+  ),
+  (
+    'data.max_prompt_length data.on_long sampling.max_new_tokens sampling.top_k sampling.top_p '
+    'sampling.min_new_tokens sampling.stop sampling.max_concurrent sampling.gather_weights '
+    'samples_every',
+    'distillation.student_fraction',
+    (0.0,),
+    'the student samples nothing',
+  ),
   # On-policy algorithms.
   (
     'sampling.truncate_after',

@@ -145,29 +145,15 @@ def config(algorithm, settings):
   defaults = config_lib.common(algorithm)
   defaults.batch_size = 64
   defaults.optim.learning_rate = 1e-5
-  data = config_lib.data() | {
-    'kind': 'prompt',
-    'epochs': placeholder(float),  # passes over the prompts; or set steps
-    'max_prompt_length': 64,  # maximum number of tokens of a prompt
-    'on_long': 'error',  # longer prompts: 'error', 'drop', or 'truncate_left' for policy and reward
-  }
-  del data['max_length']
-  defaults.data = ml_collections.ConfigDict(data)
+  defaults.data = ml_collections.ConfigDict(prompts())
   defaults.reference = placeholder(str)  # folder of the reference; None: the initial policy
   defaults.reward = scorers.config()
   defaults.sampling = ml_collections.ConfigDict(
-    {
-      'max_new_tokens': 32,  # maximum number of tokens of a response
-      'temperature': 1.0,  # divides the logits, in training too
-      'top_k': placeholder(int),  # sample among the k most likely tokens; None: all
-      'top_p': 1.0,  # sample among the most likely tokens with this total probability
-      'min_new_tokens': 0,  # number of tokens before one that may end a response
-      'stop': (),  # strings that end a response
+    sampling()
+    | {
       'truncate_at': placeholder(str),  # if rl.response='raw': token that ends the text; None: EOS
       'truncate_after': 0,  # first position at which truncate_at ends the text
       'samples': 1,  # responses per prompt; must divide batch_size
-      'max_concurrent': placeholder(int),  # responses decoded at once; None: all
-      'gather_weights': False,  # gather 'fsdp' shards once per rollout; max_concurrent always does
       'staleness': 0,  # 1: sample the next rollout while this one is scored; see docs/staleness.md
     }
   )
@@ -185,6 +171,32 @@ def config(algorithm, settings):
     }
   )
   return defaults
+
+
+def prompts():
+  """Returns a dict of the keys of a data set of prompts."""
+  data = config_lib.data() | {
+    'kind': 'prompt',
+    'epochs': placeholder(float),  # passes over the prompts; or set steps
+    'max_prompt_length': 64,  # maximum number of tokens of a prompt
+    'on_long': 'error',  # longer prompts: 'error', 'drop', or 'truncate_left' for policy and reward
+  }
+  del data['max_length']
+  return data
+
+
+def sampling():
+  """Returns a dict of the keys by which responses are sampled."""
+  return {
+    'max_new_tokens': 32,  # maximum number of tokens of a response
+    'temperature': 1.0,  # divides the logits, in training too
+    'top_k': placeholder(int),  # sample among the k most likely tokens; None: all
+    'top_p': 1.0,  # sample among the most likely tokens with this total probability
+    'min_new_tokens': 0,  # number of tokens before one that may end a response
+    'stop': (),  # strings that end a response
+    'max_concurrent': placeholder(int),  # responses decoded at once; None: all
+    'gather_weights': False,  # gather 'fsdp' shards once per rollout; max_concurrent always does
+  }
 
 
 def critic():
@@ -272,22 +284,6 @@ def validate_sampling(config, device_count):
   """Validates `config.sampling`; see `validate`."""
   need, rl, sampling = config_lib.need, config.rl, config.sampling
   need(
-    sampling.temperature > 0,
-    f'config.sampling.temperature={sampling.temperature} must be positive: with greedy '
-    'decoding there is no exploration',
-  )
-  need(
-    sampling.max_new_tokens > 0,
-    f'config.sampling.max_new_tokens={sampling.max_new_tokens} must be positive',
-  )
-  config_lib.optional_positive(sampling, 'sampling.', ('top_k', 'max_concurrent'))
-  need(0 < sampling.top_p <= 1, f'config.sampling.top_p={sampling.top_p} must be in (0, 1]')
-  need(
-    0 <= sampling.min_new_tokens <= sampling.max_new_tokens,
-    f'config.sampling.min_new_tokens={sampling.min_new_tokens} must be from 0 to '
-    f'config.sampling.max_new_tokens={sampling.max_new_tokens}',
-  )
-  need(
     sampling.truncate_after >= 0,
     f'config.sampling.truncate_after={sampling.truncate_after} must be 0 or positive',
   )
@@ -313,11 +309,43 @@ def validate_sampling(config, device_count):
     'batch_size / config.sampling.samples',
     config.batch_size // sampling.samples,
   )
+  validate_sampler(config, device_count, 'batch_size', config.batch_size)
+
+
+def validate_sampler(config, device_count, name, responses):
+  """Validates the keys of `sampling`.
+
+  Args:
+    config: Config of the run.
+    device_count: Number of devices over all processes.
+    name: Config key of the number of responses in a batch, for messages.
+    responses: That number.
+
+  Raises:
+    UserError: A value is invalid; see `validate`.
+  """
+  need, sampling = config_lib.need, config.sampling
+  need(
+    sampling.temperature > 0,
+    f'config.sampling.temperature={sampling.temperature} must be positive: with greedy '
+    'decoding there is no exploration',
+  )
+  need(
+    sampling.max_new_tokens > 0,
+    f'config.sampling.max_new_tokens={sampling.max_new_tokens} must be positive',
+  )
+  config_lib.optional_positive(sampling, 'sampling.', ('top_k', 'max_concurrent'))
+  need(0 < sampling.top_p <= 1, f'config.sampling.top_p={sampling.top_p} must be in (0, 1]')
+  need(
+    0 <= sampling.min_new_tokens <= sampling.max_new_tokens,
+    f'config.sampling.min_new_tokens={sampling.min_new_tokens} must be from 0 to '
+    f'config.sampling.max_new_tokens={sampling.max_new_tokens}',
+  )
   if sampling.max_concurrent:
     need(
-      sampling.max_concurrent < config.batch_size,
+      sampling.max_concurrent < responses,
       f'config.sampling.max_concurrent={sampling.max_concurrent} must be less than '
-      f'config.batch_size={config.batch_size}, or None to sample all at once',
+      f'config.{name}={responses}, or None to sample all at once',
     )
     config_lib.divides_over_shards(
       config, device_count, 'sampling.max_concurrent', sampling.max_concurrent

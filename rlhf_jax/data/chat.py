@@ -201,3 +201,24 @@ def _apply(tokenizer, messages: Messages, *, add_generation_prompt: bool) -> str
   except Exception as error:  # The sandbox prevents harm but not errors.
     kind = '' if isinstance(error, jinja2.TemplateError) else f'{type(error).__name__}: '
     raise Malformed(f'the chat template rejects this conversation ({kind}{error})') from error
+
+
+class InContext:
+  """A tokenizer whose chat template gets a context as the first message, of the system."""
+
+  def __init__(self, tokenizer: transformers.PreTrainedTokenizerFast, context: str):
+    self._tokenizer, self._context = tokenizer, context
+    self.chat_template, self.eos_token = tokenizer.chat_template, tokenizer.eos_token
+
+  def apply_chat_template(
+    self, messages: Messages, *, tokenize: bool, add_generation_prompt: bool
+  ) -> str:
+    """Renders the messages after the context, which goes before a system message of their own."""
+    context = self._context
+    if messages[0]['role'] == 'system':
+      context, messages = f'{context}\n\n{messages[0]["content"]}', messages[1:]
+    return self._tokenizer.apply_chat_template(
+      [{'role': 'system', 'content': context}, *messages],
+      tokenize=tokenize,
+      add_generation_prompt=add_generation_prompt,
+    )

@@ -28,6 +28,7 @@ from rlhf_jax.errors import DataError
 from rlhf_jax.errors import UserError
 
 Example = TypeVar('Example')
+Convert = Callable[..., tuple[Sequence[Example], 'Report']]  # such as `prompts`
 
 # Last sentence of an error message.
 SKIP_HINT = " Or set config.data.on_error='skip' to leave such records out."
@@ -137,6 +138,20 @@ def prompts(
   record has no other completion.
   """
   return _convert(records, shapes.to_prompt, tokenizer, on_error)
+
+
+def in_context(convert: Convert, context: str) -> Convert:
+  """Returns a function like `prompts` or `completions` whose prompts follow a context.
+
+  Args:
+    convert: `prompts` or `completions`.
+    context: Text. See `shapes.in_context` for what it becomes.
+  """
+  to_example = shapes.to_prompt if convert is prompts else shapes.to_completion
+  in_context = shapes.in_context(to_example, context)
+  return lambda records, *, tokenizer=None, on_error='stop': _convert(
+    records, in_context, tokenizer, on_error
+  )
 
 
 def _convert(

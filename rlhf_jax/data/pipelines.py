@@ -494,6 +494,13 @@ def truncate_prompts(
   return truncated
 
 
+def longest_prompt(examples: Sequence[formats.Prompt], tokenizer: formats.Tokenizer) -> int:
+  """Returns the number of tokens of the longest prompt of some examples."""
+  chunks = (examples[i : i + tokenized.CHUNK] for i in range(0, len(examples), tokenized.CHUNK))
+  encoded = (tokenizers.encode(tokenizer, [e.prompt for e in chunk]) for chunk in chunks)
+  return max(len(ids) for prompts in encoded for ids in prompts)
+
+
 def _prompts(
   examples: Sequence[formats.Prompt],
   tokenizer: formats.Tokenizer,

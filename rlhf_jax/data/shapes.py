@@ -46,10 +46,11 @@ In CSV files, numbers, true and false, and lists are written as in JSON; all oth
 strings.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
 import json
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import transformers
@@ -59,6 +60,7 @@ from rlhf_jax.data.sources import Record
 
 Tokenizer = transformers.PreTrainedTokenizerFast
 Fields = dict[str, Any]
+Example = TypeVar('Example')
 
 # Characters of a field name that a message quotes. If a file has no header, the names are texts.
 MAX_NAME_LENGTH = 60
@@ -296,6 +298,29 @@ def to_prompt(fields: Fields, tokenizer: Tokenizer | None) -> Prompt:
   if isinstance(raw.prompt, str):
     return Prompt(raw.prompt, metadata)
   return Prompt(_render(raw.prompt, None, raw.field, tokenizer)[0], metadata)
+
+
+def in_context(
+  convert: Callable[[Fields, Tokenizer | None], Example], context: str
+) -> Callable[[Fields, Tokenizer | None], Example]:
+  """Returns a function like `to_prompt` or `to_completion` whose prompts follow a context.
+
+  Before messages, the context becomes a message of the system. A text follows the context as it is.
+
+  Args:
+    convert: `to_prompt` or `to_completion`.
+    context: Text.
+  """
+
+  def convert_in_context(fields, tokenizer):
+    example = convert(fields, tokenizer)
+    if tokenizer is not None and tokenizer.chat_template:
+      rendered = convert(fields, chat.InContext(tokenizer, context))
+      if rendered.prompt != example.prompt:
+        return rendered
+    return dataclasses.replace(example, prompt=context + example.prompt)
+
+  return convert_in_context
 
 
 # The prompt of a record.

@@ -371,6 +371,36 @@ PREFERENCES = (
   ),
 )
 
+DISTILLATION = (
+  Metric(
+    'distillation/loss',
+    'The divergence of the student from the teacher that `distillation.loss` names, before the '
+    'update. The samples of the student are new in each step, so it measures no overfitting.',
+    r'\mathbb{E}_t \, D(\pi(\cdot \mid x, y_{<t}), \pi_{\mathrm{teacher}}(\cdot \mid x, y_{<t}))',
+    'nats per token',
+    'It should fall quickly and then level off; what remains is what the student cannot represent. '
+    'If it rises, lower `optim.learning_rate`.',
+  ),
+  Metric(
+    'distillation/reverse_kl',
+    'The KL divergence of the student from the teacher, over the whole vocabulary. It is large if '
+    'the student gives probability to tokens that the teacher excludes.',
+    r'\mathbb{E}_t \sum_v \pi(v) \log \frac{\pi(v)}{\pi_{\mathrm{teacher}}(v)}',
+    'nats per token',
+    'See `distillation/loss`.',
+  ),
+  Metric(
+    'distillation/forward_kl',
+    'The KL divergence of the teacher from the student, over the whole vocabulary. It is large if '
+    'the student excludes tokens to which the teacher gives probability.',
+    r'\mathbb{E}_t \sum_v \pi_{\mathrm{teacher}}(v) \log '
+    r'\frac{\pi_{\mathrm{teacher}}(v)}{\pi(v)}',
+    'nats per token',
+    'If it grows while `distillation/reverse_kl` falls, the student covers fewer and fewer of the '
+    "teacher's answers: try `distillation.loss='jsd'`.",
+  ),
+)
+
 TRUST_REGION = (
   Metric(
     'trust_region/accepted',
@@ -880,6 +910,7 @@ GROUPS = {
   'Responses': RESPONSES,
   'Policy': POLICY,
   'Preferences': PREFERENCES,
+  'Distillation': DISTILLATION,
   'Trust region': TRUST_REGION,
   'Critic': CRITIC,
   'Pretraining and SFT': LANGUAGE_MODEL,

@@ -37,6 +37,13 @@ def reinforce_config(world):
   return config
 
 
+def distillation_config(world):
+  """Distillation on samples of the student and on completions, half of the batch each."""
+  config = tiny.distillation(world, 'gkd')
+  config.sampling.max_new_tokens = 6
+  return config
+
+
 def grpo_config(world):
   """GRPO that samples ahead, and samples groups of equal scores again."""
   config = sampled_ahead(tiny.grpo(world))
@@ -82,6 +89,7 @@ ALGORITHMS = {
   'a2c': lambda world: tiny.on_policy(a2c.config(), world),
   'dpo': lambda world: dpo_config(world, '', pack=True),
   'dpo-kto': lambda world: dpo_config(world, 'kto', pack=False),
+  'distillation': distillation_config,
   'grpo': grpo_config,
   'nlpo': tiny.nlpo,
   'online_dpo': lambda world: tiny.on_policy(online_dpo.config(), world),

@@ -96,6 +96,7 @@ def variants(world):
     'grpo, no reference': free,
     'reinforce': tiny.on_policy(reinforce.config(), world),
     'nlpo': tiny.nlpo(world),
+    'distillation': tiny.distillation(world),
     'rejection_sampling': tiny.rejection_sampling(world),
     'dpo': tiny.dpo(world, 'rpo'),
     'online_dpo': tiny.on_policy(online_dpo.config(), world),

@@ -1,0 +1,163 @@
+"""The batches of distillation: what the student and the teacher read.
+
+Student and teacher read the same responses. With a context, the teacher reads other prompts. Their
+iterators give the same examples in the same order, because both shuffle as many examples with the
+same seed.
+
+Letters: B batch, P prompt length, R response length, T = P + R.
+"""
+
+import os
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import errors
+from rlhf_jax import sharding
+from rlhf_jax import types
+from rlhf_jax.algorithms import on_policy_config
+from rlhf_jax.algorithms import setup
+from rlhf_jax.data import formats
+from rlhf_jax.data import pipelines
+from rlhf_jax.models import trainable
+
+
+def sample_count(config):
+  """Returns the number of responses in a batch that the student samples."""
+  return round(config.distillation.student_fraction * config.batch_size)
+
+
+def read(config, convert, tokenizer):
+  """Reads the examples of `config.data`.
+
+  Args:
+    config: Config of the run.
+    convert: formats.prompts or formats.completions.
+    tokenizer: Tokenizer.
+
+  Returns:
+    The examples, and the same examples after `config.distillation.context`, for the teacher; None
+    without a context.
+
+  Raises:
+    UserError: The data cannot be read, or some records cannot follow a context.
+  """
+  examples, context = setup.read_examples(config.data, convert, tokenizer), read_context(config)
+  if not context:
+    return examples, None
+  convert = formats.in_context(convert, context)
+  in_context = setup.read_examples(config.data, convert, tokenizer)
+  if len(in_context) != len(examples):
+    raise errors.UserError(
+      f'config.data.path={config.data.path!r}: {len(examples)} records can be used without '
+      f'config.distillation.context, but {len(in_context)} with it. Remove the records whose '
+      'messages the chat template rejects after a message of the system'
+    )
+  return examples, in_context
+
+
+def read_context(config):
+  """Returns the text of `config.distillation.context`; '' if there is none."""
+  context = config.distillation.context or ''
+  if not os.path.isfile(context):
+    return context
+  with open(context, encoding='utf-8') as stream:
+    return stream.read()
+
+
+def make_iterators(config, tokenizer, model):
+  """Creates the iterators over prompts to answer and over completions of the data.
+
+  Args:
+    config: Config of the run.
+    tokenizer: Tokenizer.
+    model: Model of the student.
+
+  Returns:
+    iterators: 'prompts' over (Prompts, indices) and 'data' over Pairs, if they are used. With a
+      context, 'teacher_prompts' and 'teacher_data' over (Prompts, indices) of the same examples.
+    prompts: List of formats.Prompt; None if the student samples nothing.
+    count: Number of examples per epoch.
+
+  Raises:
+    UserError: The data cannot be read or does not fit the model's context.
+  """
+  iterators, prompts, samples = {}, None, sample_count(config)
+  shared = {'tokenizer': tokenizer, 'seed': config.seed}
+
+  def add_teacher(name, examples, batch_size):
+    if examples is not None:
+      length = pipelines.longest_prompt(examples, tokenizer)
+      iterators[name], _ = pipelines.prompt_iterator(
+        examples, batch_size=batch_size, max_prompt_length=length, **shared
+      )
+
+  if samples:
+    on_policy_config.check_length(config, model)
+    prompts, in_context = read(config, formats.prompts, tokenizer)
+    iterators['prompts'], count = pipelines.prompt_iterator(
+      prompts,
+      batch_size=samples,
+      max_prompt_length=config.data.max_prompt_length,
+      on_long=config.data.on_long,
+      **shared,
+    )
+    add_teacher('teacher_prompts', in_context, samples)
+  if samples < config.batch_size:
+    setup.check_length(config.data.max_length, model, 'data.max_length')
+    completions, in_context = read(config, formats.completions, tokenizer)
+    size = config.batch_size - samples
+    iterators['data'], count = pipelines.completion_iterator(
+      completions, batch_size=size, max_length=config.data.max_length, pairs=True, **shared
+    )
+    add_teacher('teacher_data', in_context, size)
+  return iterators, prompts, count
+
+
+def batch_maker(mesh, frozen, actor, iterators):
+  """Returns `Learner.next_batch`, which samples responses and reads completions.
+
+  Args:
+    mesh: Device mesh.
+    frozen: See distillation.Models.divergences.
+    actor: Actor of the student; None if it samples nothing.
+    iterators: See `make_iterators`.
+  """
+  put = lambda batch: sharding.put_rows(batch, mesh)
+  prompts = lambda name: put(next(iterators[name])[0]) if name in iterators else None
+
+  def next_batch(state, *, timed):
+    batches, metrics = [], {}
+    if actor is not None:
+      policy = trainable.merge(frozen['policy'], state.params['policy'])
+      rollout, _, metrics = actor(policy, types.step_keys(state)[0], timed=timed)
+      batches.append((rollout, prompts('teacher_prompts')))
+    if 'data' in iterators:
+      batches.append((put(next(iterators['data'])), prompts('teacher_data')))
+    return (frozen, tuple(batches)), metrics
+
+  return next_batch
+
+
+def follow(prompts, batch):
+  """Returns the responses of a batch, a Rollout or Pairs, after other Prompts, as Pairs."""
+  length = batch.response_mask.shape[1]
+  after = lambda prompt, both: jnp.concatenate([prompt, both[:, -length:]], axis=1)
+  return types.Pairs(
+    after(prompts.tokens, batch.tokens), after(prompts.mask, batch.mask), batch.response_mask
+  )
+
+
+def join(batches):
+  """Concatenates batches, Rollouts or Pairs, to Pairs padded to their longest P and longest R."""
+  response = max(batch.response_mask.shape[1] for batch in batches)
+  prompt = max(batch.tokens.shape[1] - batch.response_mask.shape[1] for batch in batches)
+
+  def padded(batch):
+    right = response - batch.response_mask.shape[1]
+    left = prompt + response - right - batch.tokens.shape[1]
+    pad = lambda x, left: jnp.pad(x, ((0, 0), (left, right)))
+    return types.Pairs(pad(batch.tokens, left), pad(batch.mask, left), pad(batch.response_mask, 0))
+
+  joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *map(padded, batches))
+  return sharding.shard_rows(joined)
