@@ -66,7 +66,7 @@ def distill(loss):
   stage.data.update({'path': '$workdir/world/prompts.jsonl', 'max_prompt_length': 12})
   stage.distillation.update({'teacher': '$workdir/ppo/model', 'loss': loss})
   stage.sampling.max_new_tokens = 36
-  stage.batch_size, stage.steps = 64, 300
+  stage.batch_size, stage.steps = 64, 200
   stage.optim.update({'learning_rate': 2e-3, 'schedule': 'linear', 'warmup_steps': 10})
   stage.samples_every = 50
   return stage

@@ -91,7 +91,7 @@ def gold_score(prompt: str, response: str) -> float:
   """Computes the gold score of a response, in [-3, 3]; see the top of the file.
 
   Raises:
-    UserError: The prompt names no product of the grammar.
+    UserError: The last line of the prompt names no product of the grammar.
   """
   return gold_parts(prompt, response).score
 
@@ -128,7 +128,29 @@ def gold_parts(prompt: str, response: str) -> Gold:
   return Gold(score=score, form=form, sentiment=sentiment, topic=topic)
 
 
+def documents(n: int, seed: int, *, reviews: int) -> list[dict[str, str]]:
+  """Returns n documents `{"text"}` of up to `reviews` reviews, one a line, all of one mood.
+
+  A model that reads them learns to continue a document in its mood.
+  """
+  rng = random.Random(f'documents {seed}')
+  return [
+    {'text': _lines(rng, rng.choice(tuple(grammar.MOODS)), rng.randint(1, reviews), corrupted=0.1)}
+    for _ in range(n)
+  ]
+
+
+def context(mood: str, seed: int, *, reviews: int) -> str:
+  """Returns well-formed reviews of one mood, one a line, to put before a prompt."""
+  return _lines(random.Random(f'context {seed}'), mood, reviews, corrupted=0.0)
+
+
 # Generation of reviews.
+
+
+def _lines(rng: random.Random, mood: str, reviews: int, *, corrupted: float) -> str:
+  lines = (_review(rng, (mood,), corrupted=corrupted, off_topic=corrupted) for _ in range(reviews))
+  return ''.join(f'{"".join(line)}\n' for line in lines)
 
 
 def _prompt(rng: random.Random, product: str) -> str:
@@ -212,7 +234,7 @@ def _category_slots(*categories: grammar.Category) -> dict[str, tuple[str, ...]]
 
 
 def _product_of(prompt: str) -> str:
-  for word in re.findall(r'\w+', prompt):
+  for word in re.findall(r'\w+', prompt.rpartition('\n')[2]):
     if word in grammar.PRODUCTS:
       return word
   raise UserError(
@@ -358,3 +380,38 @@ def write(
     sources.write(folder / f'{name}.jsonl', records)
   texts = [document['text'] for document in documents]
   tokenizers.train_bpe(texts, vocab_size, str(folder / 'tokenizer'))
+
+
+def write_in_moods(
+  folder, *, document_count, reviews, mood, prompt_count, eval_prompt_count, vocab_size, seed
+):
+  """Writes the data of context distillation, and the tokenizer.
+
+  These are corpus.jsonl {"text"}, documents of several reviews of one mood; context.txt, reviews of
+  one mood to put before a prompt; prompts.jsonl and eval_prompts.jsonl {"prompt"}; the latter after
+  the context, prompted.jsonl; and a tokenizer trained on the corpus.
+
+  Args:
+    folder: pathlib.Path of the output folder.
+    document_count: Number of documents.
+    reviews: Maximum number of reviews of a document; the context has one less.
+    mood: Mood of the context, a key of grammar.MOODS.
+    prompt_count: Number of prompts for training.
+    eval_prompt_count: Number of prompts for evaluation.
+    vocab_size: Vocabulary size of the tokenizer.
+    seed: Random seed.
+  """
+  corpus, before = (
+    documents(document_count, seed, reviews=reviews),
+    context(mood, seed, reviews=reviews - 1),
+  )
+  questions = prompts(eval_prompt_count, seed + 3)
+  for name, records in {
+    'corpus': corpus,
+    'prompts': prompts(prompt_count, seed + 2),
+    'eval_prompts': questions,
+    'prompted': [{'prompt': before + question['prompt']} for question in questions],
+  }.items():
+    sources.write(folder / f'{name}.jsonl', records)
+  (folder / 'context.txt').write_text(before, encoding='utf-8')
+  tokenizers.train_bpe([d['text'] for d in corpus], vocab_size, str(folder / 'tokenizer'))
