@@ -196,7 +196,8 @@ def distillation(world, preset=''):
   """Returns a config of distillation from a larger model, which reads two words more."""
   teacher = pathlib.Path(world) / 'teacher'
   if not teacher.exists():
-    write_model(teacher, LLAMA | {'hidden_size': 24, 'initializer_range': 0.3})
+    fields = {'vocab_size': VOCAB + 8, 'hidden_size': 24, 'initializer_range': 0.3}
+    write_model(teacher, LLAMA | fields)
   config = distillation_lib.config(preset)
   config.data.path = f'{world}/completions.jsonl'
   config.data.max_prompt_length = 6

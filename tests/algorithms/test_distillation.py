@@ -12,8 +12,16 @@ import pytest
 
 import references
 from rlhf_jax import advantages as adv
+from rlhf_jax import errors
 from rlhf_jax import logprobs
 from rlhf_jax import losses
+from rlhf_jax import sharding
+from rlhf_jax import types
+from rlhf_jax.algorithms import build
+from rlhf_jax.algorithms import distillation
+from rlhf_jax.data import tokenizers
+from rlhf_jax.models import hf
+import tiny
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / 'golden' / 'trl_gkd.npz')
 CASES = json.loads(str(GOLDEN['settings']))
@@ -84,3 +92,170 @@ def test_divergences_and_gradients_agree_with_trl(case):
   found, gradients = jax.jit(jax.value_and_grad(loss))(GOLDEN['logits'])
   close(found, GOLDEN[f'{case}/loss'])
   close(gradients, GOLDEN[f'{case}/gradients'])
+
+
+def punch(batch):
+  """Returns a batch whose second response tokens are read but are no targets."""
+  return batch.replace(response_mask=batch.response_mask.at[:, 1].set(False))
+
+
+def unpadded(batch):
+  """Yields the ids of the prompt and of the response of each sequence, and which are targets."""
+  response = batch.response_mask.shape[1]
+  for ids, mask, targets in zip(*map(np.asarray, (batch.tokens, batch.mask, batch.response_mask))):
+    keep = mask[-response:]
+    yield ids[:-response][mask[:-response]], ids[-response:][keep], targets[keep]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def padded_logits(model, params, tokens, mask):
+  """Returns the logits [R, V] that predict R = 12 response tokens of one sequence."""
+  return model.unembed(params, model.response_states(params, tokens, mask, 12)[0])
+
+
+def logits_of(model, params, prompt, response):
+  """Returns the logits that predict the tokens of one response, float64."""
+  tokens, mask = np.zeros((1, 24), np.int32), np.zeros((1, 24), bool)
+  place = slice(12 - len(prompt), 12 + len(response))
+  tokens[0, place], mask[0, place] = np.concatenate([prompt, response]), True
+  logits = padded_logits(model, params, tokens, mask)[: len(response)]
+  return np.asarray(logits, np.float64)
+
+
+def expected_means(config, student, batches):
+  """Returns the mean divergences of whole batches, computed one sequence and token at a time."""
+  block, temperature = config.distillation, config.sampling.temperature
+  tokenizer = tokenizers.load(config.model.path)
+  teacher = hf.load(block.teacher)
+  if student[0].encoder_decoder:
+    tokenizers.set_encoder_decoder(tokenizer)
+  sums, count = dict.fromkeys(('reverse_kl', 'forward_kl', 'jsd'), 0.0), 0
+  for batch, _ in batches:
+    for prompt, response, targets in unpadded(batch):
+      text = tokenizer.decode(prompt, skip_special_tokens=True)
+      (after_context,) = tokenizers.encode(tokenizer, [block.context + text])
+      logits = logits_of(*student, prompt, response)[targets]
+      teacher_logits = logits_of(*teacher, after_context, response)[targets, : logits.shape[1]]
+      for rows in zip(logits / temperature, teacher_logits / temperature):
+        count += 1
+        for kind in sums:
+          sums[kind] += divergence_by_loops(*rows, kind, block.beta)
+  return {kind: total / count for kind, total in sums.items()}
+
+
+T5 = {
+  'family': 't5',
+  'vocab_size': tiny.VOCAB,
+  'd_model': 12,
+  'd_kv': 4,
+  'd_ff': 12,
+  'num_layers': 1,
+  'num_heads': 2,
+  'pad_token_id': tiny.PAD,
+  'eos_token_id': tiny.EOS,
+}
+
+
+@pytest.mark.parametrize('family', ['llama', 't5'])
+def test_a_train_step_agrees_with_loops_over_single_sequences(family, world, tmp_path):
+  """Half of the batch are samples, half completions; one token of each is no target."""
+  config = tiny.distillation(world, 'gkd')
+  config.sampling.max_new_tokens, config.distillation.beta = 6, 0.3
+  config.batch_size, config.microbatch_size = 4, 2
+  if family == 't5':
+    tiny.write_model(tmp_path / 'student', T5)
+    tiny.write_model(tmp_path / 'teacher', T5 | {'d_model': 16, 'num_layers': 2})
+    config.model.path = str(tmp_path / 'student')
+    config.distillation.teacher = str(tmp_path / 'teacher')
+  mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    learner, state = distillation.create(config, mesh)
+    (frozen, batches), _ = learner.next_batch(state, timed=False)
+    batches = tuple((punch(batch), prompts) for batch, prompts in batches)
+    assert [type(batch) for batch, _ in batches] == [types.Rollout, types.Pairs]
+    expected = expected_means(config, hf.load(config.model.path), batches)
+    _, metrics = learner.train_step(state, frozen, batches)
+  close(metrics['distillation/reverse_kl'], expected['reverse_kl'])
+  close(metrics['distillation/forward_kl'], expected['forward_kl'])
+  close(metrics['distillation/loss'], expected['jsd'])
+  close(metrics['response/length'], np.sum(batches[0][0].response_mask) / 2)
+  assert expected['jsd'] > 0.01
+
+
+def reverse_kls(config, steps):
+  """Returns the reverse KL before each of some steps."""
+  _, _, history, _ = tiny.train(distillation, config, steps)
+  return [float(metrics['distillation/reverse_kl']) for metrics in history]
+
+
+@pytest.mark.parametrize('preset, ratio', [('', 0.8), ('offline', 0.5)])
+def test_a_student_becomes_like_its_teacher(preset, ratio, world):
+  """The teacher is random, so a smaller student does not reach it."""
+  config = tiny.distillation(world, preset)
+  config.optim.learning_rate = 1e-2
+  kls = reverse_kls(config, 40)
+  assert np.mean(kls[-5:]) < ratio * kls[0]
+
+
+def test_adapters_learn_a_context(world):
+  """The teacher is the model without adapters, so without a context it would be the student."""
+  config = tiny.distillation(world)
+  config.model.path, config.distillation.teacher = config.distillation.teacher, None
+  config.model.lora.targets = (('attention|mlp', 4, 8.0),)
+  config.optim.learning_rate = 2e-2
+  kls = reverse_kls(config, 40)
+  assert 0.01 < np.mean(kls[-5:]) < 0.8 * kls[0]
+
+
+def make(config):
+  """Creates the learner on one device, and traces a train step."""
+  mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    learner, state = distillation.create(config, mesh)
+    batch, _ = learner.next_batch(state, timed=False)
+    jax.eval_shape(learner.train_step, state, *batch)
+
+
+def test_a_teacher_with_other_tokens_is_refused(world, tmp_path):
+  config = tiny.distillation(world)
+  config.distillation.teacher = str(tmp_path)
+  tiny.write_model(tmp_path, tiny.LLAMA)
+  tiny.write_tokenizer(tmp_path, words=tiny.WORDS - 1)
+  with pytest.raises(errors.UserError, match="1 tokens differ, such as 'w59', whose ids are None"):
+    make(config)
+  tiny.write_model(tmp_path, T5)
+  with pytest.raises(errors.UserError, match='a t5 model, and the student a llama model'):
+    make(config)
+
+
+def test_a_context_that_is_too_long_is_refused(world):
+  config = tiny.distillation(world)
+  config.distillation.context = 'w1 ' * 40
+  with pytest.raises(
+    errors.UserError, match='reads up to 4. tokens of config.distillation.context'
+  ):
+    make(config)
+
+
+@pytest.mark.parametrize(
+  'values, message',
+  [
+    ({'teacher': None, 'context': None}, 'teacher and config.distillation.context are both empty'),
+    ({'loss': 'kl'}, "config.distillation.loss='kl' must be one of reverse_kl, forward_kl, jsd"),
+    ({'beta': 1.0}, r'config.distillation.beta=1.0 must be in \(0, 1\)'),
+    ({'student_fraction': 0.3}, 'student_fraction=0.3 must be from 0 to 1 and give a whole number'),
+    ({'student_fraction': 0.25}, 'student_fraction . config.batch_size=4 does not divide over'),
+  ],
+)
+def test_bad_values_are_named(values, message, world):
+  config = tiny.distillation(world)
+  config.distillation.update(values)
+  with pytest.raises(errors.UserError, match=message):
+    build.validate(config, 8)
+
+
+def test_a_context_needs_all_prompts(world):
+  config = tiny.distillation(world)
+  config.data.on_long = 'drop'
+  with pytest.raises(errors.UserError, match="config.data.on_long='drop' would drop different"):
+    build.validate(config, 8)
