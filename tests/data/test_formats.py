@@ -620,3 +620,27 @@ def test_shared_conversations(shared, name, count, convert):
   examples, _ = convert(sources.read(str(shared / 'data' / name)), tokenizer=tokenizer)
   assert len(examples) == count
   assert all(example.prompt.endswith('\n\nAssistant:') for example in examples)
+
+
+CONTEXT = 'Be brief. '
+
+
+@pytest.mark.parametrize(
+  'row, prompt',
+  [
+    ({'prompt': 'Q:', 'completion': ' a'}, 'Be brief. Q:'),
+    ({'prompt': [USER], 'completion': [GOOD]}, '[system]Be brief. [user]Q[assistant]'),
+    ({'messages': [SYSTEM, USER, GOOD]}, '[system]Be brief. \n\nS[user]Q[assistant]'),
+  ],
+)
+def test_prompts_after_a_context(row, prompt, chatty):
+  """A context precedes a text, and becomes the message of the system before messages."""
+  in_context = one(formats.in_context(formats.completions, CONTEXT), row, chatty)
+  assert in_context == Completion(prompt, one(formats.completions, row, chatty).completion)
+  in_context = one(formats.in_context(formats.prompts, CONTEXT), row, chatty)
+  assert in_context == Prompt(prompt, one(formats.prompts, row, chatty).metadata)
+
+
+def test_a_context_before_a_text_needs_no_template():
+  row = {'prompt': 'Q:', 'completion': ' a'}
+  assert one(formats.in_context(formats.prompts, CONTEXT), row).prompt == 'Be brief. Q:'

@@ -181,3 +181,24 @@ def test_the_grammar_accepts_what_it_writes():
 def test_a_foreign_prompt_is_an_error_that_names_it():
   with pytest.raises(UserError, match=r"'Once upon a time'.*kettle"):
     reviews.gold_score('Once upon a time', ' it heats fast.')
+
+
+def test_documents_are_lines_of_reviews_of_one_mood():
+  documents = [d['text'] for d in reviews.documents(300, seed=0, reviews=4)]
+  assert {text.count('\n') for text in documents} == {1, 2, 3, 4}
+  means = []
+  for text in documents:
+    lines = [line.partition(':') for line in text.splitlines()]
+    sentiments = [reviews.sentiment(prompt, response) for prompt, _, response in lines]
+    means += [np.mean(sentiments)] if len(lines) == 4 else []
+  # A quarter each is positive, negative, mixed or neutral.
+  assert np.mean(np.array(means) > 0.4) > 0.15 and np.mean(np.array(means) < -0.3) > 0.15
+
+
+def test_the_context_is_well_formed_and_the_gold_score_reads_the_last_line():
+  context = reviews.context('positive', seed=0, reviews=3)
+  assert context.count('\n') == 3 and context.endswith('.\n')
+  for line in context.splitlines():
+    prompt, _, response = line.partition(':')
+    assert reviews.gold_score(prompt + ':', response) > 0.5
+  assert gold(' it heats fast.', context + KETTLE) == gold(' it heats fast.')
