@@ -64,7 +64,7 @@ def distill():
   stage.data.update({'path': '$workdir/world/prompts.jsonl', 'max_prompt_length': 12})
   stage.distillation.context = '$workdir/world/context.txt'
   stage.sampling.update({'max_new_tokens': 36, 'stop': (STOP,)})
-  stage.batch_size, stage.steps = 64, 100
+  stage.batch_size, stage.steps = 64, 200
   stage.optim.update({'learning_rate': 1e-3, 'schedule': 'linear', 'warmup_steps': 5})
   stage.samples_every = 25
   return stage

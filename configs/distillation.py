@@ -19,11 +19,15 @@ def get_config(arg=None):
   arg = c.parse_arg(arg, debug=False, seed=0, preset='')
   config = distillation.config(arg.preset)
   config.seed = arg.seed
-  config.data.update({'max_prompt_length': 256, 'on_long': 'truncate_left', 'max_length': 512})
-  config.sampling.max_new_tokens = 256
+  if config.distillation.student_fraction > 0:
+    config.data.update({'max_prompt_length': 256, 'on_long': 'truncate_left'})
+    config.sampling.max_new_tokens = 256
+    config.samples_every = 20
+  if config.distillation.student_fraction < 1:
+    config.data.max_length = 512
   config.batch_size, config.steps = 64, 500
   config.optim.update({'schedule': 'linear', 'warmup_steps': 10, 'clip_norm': 1.0})
-  config.update({'samples_every': 20, 'checkpoint_every': 50})
+  config.checkpoint_every = 50
   if arg.debug:
     config.update({'steps': 2, 'batch_size': 4})
     config.optim.warmup_steps = 0

@@ -10,18 +10,21 @@ the prompts, and at each token of its own answers it learns the teacher's distri
 et al. 2023, https://arxiv.org/abs/2306.13649). It needs no reward.
 """
 
-import quickstart
-
+import _review_stages as shared
 from rlhf_jax import config as c
+from rlhf_jax import config_files
 from rlhf_jax.algorithms import distillation as distillation_lib
 
 
 def get_config(arg=None):
   """Returns the config. Arguments: debug (seconds), seed, width (of the student), loss."""
   arg = c.parse_arg(arg, debug=False, seed=0, width=64, loss='reverse_kl')
-  config = quickstart.get_config(f'seed={arg.seed},debug={arg.debug}')
-  config.pretrain_student = student(config.pretrain, arg.width)
-  config.sft_student = sft(config.sft)
+  config, student = quickstart(arg), quickstart(arg)
+  config.pretrain_student, config.sft_student = student.pretrain, student.sft
+  config.pretrain_student.model.init.update(
+    {'hidden_size': arg.width, 'intermediate_size': 3 * arg.width}
+  )
+  config.sft_student.model.path = '$workdir/pretrain_student/model'
   config.distill = distill(arg.loss)
   config.stages = (*config.stages[:-1], 'pretrain_student', 'sft_student', 'distill', 'evaluate')
   config.evaluate.update(
@@ -42,27 +45,20 @@ def get_config(arg=None):
   )
   if arg.debug:
     config.distill.update({'steps': 2, 'batch_size': 16})
+    config.distill.optim.warmup_steps = 0
     config.distill.sampling.max_new_tokens = 12
   return config
 
 
-def student(stage, width):
-  """Returns the pretraining stage of the student: the teacher's, for another width."""
-  stage = stage.copy_and_resolve_references()
-  stage.model.init.update({'hidden_size': width, 'intermediate_size': 3 * width})
-  return stage
-
-
-def sft(stage):
-  """Returns the SFT stage of the student: the teacher's, from another model."""
-  stage = stage.copy_and_resolve_references()
-  stage.model.path = '$workdir/pretrain_student/model'
-  return stage
+def quickstart(arg):
+  """Returns the quickstart's config."""
+  path = config_files.find('quickstart')
+  return config_files.read(path, f'seed={arg.seed},debug={arg.debug}').unlock()
 
 
 def distill(loss):
   """Returns the distillation stage."""
-  stage = quickstart.base(distillation_lib.config(), '$workdir/sft_student/model')
+  stage = shared.base(distillation_lib.config(), '$workdir/sft_student/model')
   stage.data.update({'path': '$workdir/world/prompts.jsonl', 'max_prompt_length': 12})
   stage.distillation.update({'teacher': '$workdir/ppo/model', 'loss': loss})
   stage.sampling.max_new_tokens = 36

@@ -71,7 +71,7 @@ def docs(algorithm):
     (scorers.config, 'evals.*.reward.'),
   ]
   if 'sampling' in config:
-    functions += [(on_policy_config.prompts, 'data.'), (on_policy_config.sampling, 'sampling.')]
+    functions += [(on_policy_config.prompts, ''), (on_policy_config.sampling, 'sampling.')]
   if 'rl' in config:
     functions += [
       (config_lib.data, 'ptx.'),

@@ -25,6 +25,7 @@ GIVEN = {
   'model.path': 'model',
   'data.path': 'data.jsonl',
   'reward.model': 'reward',
+  'distillation.teacher': 'teacher',
   'ptx.path': 'texts.jsonl',
 }
 # Required arguments after the colon of other configs.
@@ -171,7 +172,9 @@ def test_base_configs_take_every_preset(name, preset):
   complete(config, path)
   valid(config, 1)
   expected = dict(build.load(name).PRESETS[preset])
-  assert dict(config.rl) == dict(build.load(name).config(preset).rl)
+  fresh = build.load(name).config(preset)
+  for block in {'rl', 'distillation'} & {*config}:
+    assert dict(config[block]) == dict(fresh[block])
   for key in ('optim.learning_rate', 'sampling.temperature', 'batch_size'):
     value = functools.reduce(lambda block, part: block[part], key.split('.'), config)
     assert value == expected.get(key, value)  # the preset's values are not overwritten

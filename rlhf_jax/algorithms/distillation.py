@@ -56,7 +56,6 @@ PRESETS = {
     'distillation.beta': 0.5,
     'distillation.student_fraction': 0.5,
     'sampling.temperature': 0.9,
-    'sampling.max_new_tokens': 128,
   },
   # Distillation of Hinton et al. 2015 (https://arxiv.org/abs/1503.02531) on the data alone.
   'offline': {'distillation.loss': 'forward_kl', 'distillation.student_fraction': 0.0},

@@ -39,9 +39,7 @@ def reinforce_config(world):
 
 def distillation_config(world):
   """Distillation on samples of the student and on completions, half of the batch each."""
-  config = tiny.distillation(world, 'gkd')
-  config.sampling.max_new_tokens = 6
-  return config
+  return tiny.distillation(world, 'gkd')
 
 
 def grpo_config(world):
