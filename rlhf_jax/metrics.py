@@ -32,6 +32,7 @@ PROGRESS_METRICS = {
   'objective/scores': 'score',
   'objective/postprocessed_scores': 'postprocessed_score',
   'objective/kl': 'kl',
+  'distillation/reverse_kl': 'reverse KL',
   'response/length': 'len',
 }
 

@@ -90,7 +90,7 @@ class LMBatch:
 
 @struct.dataclass
 class Pairs:
-  """Prompts and completions, for models whose encoder reads the prompt.
+  """Prompts and completions, for models whose encoder reads the prompt, and for distillation.
 
   Attributes:
     tokens: [B, T] int32, left-padded prompt then right-padded completion.

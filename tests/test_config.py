@@ -173,6 +173,7 @@ def test_base_configs_take_every_preset(name, preset):
   valid(config, 1)
   expected = dict(build.load(name).PRESETS[preset])
   fresh = build.load(name).config(preset)
+  complete(fresh, path)
   for block in {'rl', 'distillation'} & {*config}:
     assert dict(config[block]) == dict(fresh[block])
   for key in ('optim.learning_rate', 'sampling.temperature', 'batch_size'):

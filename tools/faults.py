@@ -89,6 +89,26 @@ FAULTS = (
     'group_size=1',
     _tests('algorithms/test_online_dpo', 'test_an_update_in_two_minibatches_is_two_steps_by_hand'),
   ),
+  # Distillation.
+  Fault(
+    'the teacher reads the prompts of the student, without the context',
+    'rlhf_jax/algorithms/distillation.py',
+    'if batches[0][1] is not None:',
+    'if False:',
+    _tests(
+      'algorithms/test_distillation',
+      'test_a_train_step_agrees_with_loops_over_single_sequences[llama]',
+    ),
+  ),
+  Fault(
+    'the generalized divergence swaps the weights of teacher and student',
+    'rlhf_jax/losses.py',
+    'return beta * kl(teacher, mixture) + (1.0 - beta) * kl(student, mixture)',
+    'return (1.0 - beta) * kl(teacher, mixture) + beta * kl(student, mixture)',
+    _tests(
+      'algorithms/test_distillation', 'test_divergences_and_gradients_agree_with_trl[jsd_0.1]'
+    ),
+  ),
   # Algorithms without a critic.
   Fault(
     'the moving baseline contains the batch itself',

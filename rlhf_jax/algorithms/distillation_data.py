@@ -57,9 +57,17 @@ def read(config, convert, tokenizer):
 
 
 def read_context(config):
-  """Returns the text of `config.distillation.context`; '' if there is none."""
+  """Returns the text of `config.distillation.context`; '' if there is none.
+
+  Raises:
+    UserError: It is a single word, as the path of a file would be, but there is no such file.
+  """
   context = config.distillation.context or ''
   if not os.path.isfile(context):
+    errors.need(
+      not context or len(context.split()) > 1,
+      f'config.distillation.context={context!r}: no such file. A text must have several words',
+    )
     return context
   with open(context, encoding='utf-8') as stream:
     return stream.read()

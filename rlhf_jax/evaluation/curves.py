@@ -15,6 +15,9 @@ KEY_METRICS = (
   'EVAL/score',
   'EVAL/rate',
   'objective/kl',
+  'distillation/loss',
+  'distillation/reverse_kl',
+  'distillation/forward_kl',
   'response/length',
   'response/eos_rate',
   'value/explained_variance',
@@ -44,7 +47,7 @@ BEST = dict.fromkeys(
     'value/explained_variance',
   ),
   max,
-) | dict.fromkeys(('loss', 'EVAL/loss', 'perplexity', 'EVAL/perplexity'), min)
+) | dict.fromkeys(('loss', 'EVAL/loss', 'perplexity', 'EVAL/perplexity', 'distillation/loss'), min)
 NO_PANEL = {metric.name for metric in glossary.TIMES} | {'tokens', 'fill'}
 PARTS = ('rollout', 'scoring', 'update')  # timed parts of a step
 _LAST = (*glossary.OPTIMIZER, *glossary.TIMES)

@@ -19,6 +19,7 @@ from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.algorithms import build
 from rlhf_jax.algorithms import distillation
+from rlhf_jax.algorithms import distillation_data
 from rlhf_jax.data import tokenizers
 from rlhf_jax.models import hf
 import tiny
@@ -226,6 +227,16 @@ def test_a_teacher_with_other_tokens_is_refused(world, tmp_path):
   tiny.write_model(tmp_path, T5)
   with pytest.raises(errors.UserError, match='a t5 model, and the student a llama model'):
     make(config)
+
+
+def test_a_context_is_a_text_or_a_file(world, tmp_path):
+  config = tiny.distillation(world)
+  path = tmp_path / 'context.txt'
+  config.distillation.context = str(path)
+  with pytest.raises(errors.UserError, match='context.txt.: no such file'):
+    make(config)
+  path.write_text('w1 w2\n')
+  assert distillation_data.read_context(config) == 'w1 w2\n'
 
 
 def test_a_context_that_is_too_long_is_refused(world):
