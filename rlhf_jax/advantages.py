@@ -302,6 +302,32 @@ def discounted_returns(
   return jnp.where(mask, returns.T, 0.0)
 
 
+def next_action_values(
+  values: Float[ArrayLike, 'B R'], mask: Bool[ArrayLike, 'B R'], last: Bool[ArrayLike, 'B R']
+) -> Float[Array, 'B R']:
+  """Returns V(s') of each action: the value at the next action, 0 after the last of an episode.
+
+  The state after the last token of a turn is the one in which the next turn begins. So tokens of
+  the user or of an environment between two turns are part of the transition, as in trlX and
+  LMRL-Gym.
+
+  Args:
+    values: [B, R] float32, the value of the state before each token.
+    mask: [B, R] bool, True at actions; it may have holes.
+    last: [B, R] bool, True at the last action of each episode. A row may hold several episodes.
+
+  Returns:
+    [B, R] float32; 0 outside the mask.
+  """
+  chex.assert_equal_shape([values, mask, last])
+  length = values.shape[1]
+  position = jnp.where(mask, jnp.arange(length)[None], length)
+  following = jax.lax.cummin(position, axis=1, reverse=True)[:, 1:]
+  following = jnp.pad(following, ((0, 0), (0, 1)), constant_values=length)
+  picked = jnp.take_along_axis(values, jnp.minimum(following, length - 1), axis=1)
+  return jnp.where(mask & ~last & (following < length), picked, 0.0)
+
+
 def update_moments(
   moments: Float[ArrayLike, '3'], scores: Float[ArrayLike, ' B']
 ) -> Float[Array, '3']:

@@ -138,11 +138,23 @@ def cross_entropy(
   chunk: int = CHUNK,
 ) -> Float[Array, 'B T']:
   """Computes the negative log-likelihood of each target, in nats, without the entropy."""
+  picked, logsumexp = picked_and_logsumexp(unembed, hidden, targets, chunk=chunk)
+  return logsumexp - picked
+
+
+def picked_and_logsumexp(
+  unembed: Unembed,
+  hidden: Float[ArrayLike, 'B T D'],
+  targets: Int[ArrayLike, 'B T'],
+  *,
+  chunk: int = CHUNK,
+) -> tuple[Float[Array, 'B T'], Float[Array, 'B T']]:
+  """Returns the logit of each target, and the logsumexp of all logits at its position."""
 
   def rows(h, y):
     logits = unembed(h)
     picked = jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - picked
+    return picked, jax.nn.logsumexp(logits, axis=-1)
 
   return _in_chunks(rows, [hidden, targets], _vocab(unembed, hidden), chunk)
 

@@ -320,6 +320,26 @@ def divergence(
   raise ValueError(f'unknown kind {kind!r}: one of {DIVERGENCES}')
 
 
+def expectile_loss(
+  values: Float[ArrayLike, '*shape'], targets: Float[ArrayLike, '*shape'], *, tau: float
+) -> Float[Array, '*shape']:
+  """Computes the asymmetric squared error whose minimum is the tau-expectile of the targets.
+
+      |tau - 1[target < value]| * (target - value)^2
+
+  tau = 0.5 gives half the squared error, tau near 1 the maximum of the targets. The targets get no
+  gradient. See Kostrikov et al. 2021, eq. 5 (https://arxiv.org/abs/2110.06169).
+
+  Args:
+    values: float32, such as V(s).
+    targets: float32, such as Q(s, a).
+    tau: in (0, 1).
+  """
+  chex.assert_equal_shape([values, targets])
+  gap = jax.lax.stop_gradient(targets) - values
+  return jnp.where(gap < 0, 1.0 - tau, tau) * jnp.square(gap)
+
+
 def pairwise_loss(
   scores: Float[ArrayLike, 'B K'],
   ranks: Int[ArrayLike, 'B K'],

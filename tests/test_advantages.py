@@ -423,3 +423,19 @@ def test_the_score_of_a_mask_with_holes_is_at_its_last_token():
   mask = jnp.array([[True, False, True, False], [False, True, False, True], [False] * 4])
   for position, slots in [('last', [3, 3, 3]), ('after_end', [3, 3, 0]), ('eos', [2, 3, 0])]:
     np.testing.assert_array_equal(adv.score_index(mask, position), slots)
+
+
+def test_next_action_values_by_loop():
+  """Masks with holes, rows of several episodes, empty rows; garbage outside the mask."""
+  for case in range(CASES):
+    rng, _, mask = ragged(case, least=0)
+    mask &= rng.random(mask.shape) < 0.7
+    last = mask & (rng.random(mask.shape) < 0.3)
+    values = normal(rng, mask)
+    expected = np.zeros(mask.shape)
+    for row in range(len(mask)):
+      actions = np.flatnonzero(mask[row])
+      for here, following in zip(actions, actions[1:]):
+        if not last[row, here]:
+          expected[row, here] = values[row, following]
+    close(jitted(adv.next_action_values)(values, mask, last), expected)

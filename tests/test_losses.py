@@ -515,3 +515,13 @@ def test_sapo_and_its_gradient_agree_with_loops():
       close(loss[i, j], -4 / tau * p * a)
       close(gradient[i, j], -4 * p * (1 - p) * r * a)  # r from d ratio / d log ratio
     assert not clipped.any()
+
+
+def test_expectile_loss_by_hand():
+  # Q - V = 2, -1, 0; tau 0.8: 0.8 * 4, 0.2 * 1, 0. By V: -2 * 0.8 * 2, 2 * 0.2 * 1, 0.
+  values, targets = jnp.array([1.0, 3.0, 5.0]), jnp.array([3.0, 2.0, 5.0])
+  loss = functools.partial(losses.expectile_loss, tau=0.8)
+  close(loss(values, targets), [3.2, 0.2, 0.0])
+  by_value, by_target = jax.grad(lambda v, q: jnp.sum(loss(v, q)), (0, 1))(values, targets)
+  close(by_value, [-3.2, 0.4, 0.0])
+  close(by_target, [0.0, 0.0, 0.0])

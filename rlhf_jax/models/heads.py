@@ -1,17 +1,25 @@
-"""Scalar heads on a backbone: values of a critic, scores of a reward model.
+"""Heads on a backbone: values of a critic, scores of a reward model, the V and Q of ILQL.
 
-A reward model may have several heads, an ensemble on one backbone.
+A reward model may have several scalar heads, an ensemble on one backbone. V and Q are multilayer
+perceptrons; a Q head has one output per token of the vocabulary.
 
-Letters: B batch, T tokens, D width, M heads.
+Letters: B batch, T tokens, D width, M heads, N outputs.
 """
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from rlhf_jax.models import layers
+
 RULES = (
   (r'head/kernel$', P(None)),
   (r'head/bias$', P()),
+  # The hidden width 2 D is sharded: no mesh size may divide the vocabulary.
+  (r'(^|/)(v|q1|q2)/up/kernel$', P('fsdp', 'tensor')),
+  (r'(^|/)(v|q1|q2)/up/bias$', P('tensor')),
+  (r'(^|/)(v|q1|q2)/down/kernel$', P(('fsdp', 'tensor'), None)),
+  (r'(^|/)(v|q1|q2)/down/bias$', P()),
 )
 
 
@@ -50,6 +58,64 @@ def apply_scalar(head, hidden):
   """
   values = hidden.astype(jnp.float32) @ head['kernel'].astype(jnp.float32)
   return values + jnp.broadcast_to(head['bias'].astype(jnp.float32), values.shape)
+
+
+def init_mlp(key, width, outputs):
+  """Returns new parameters of a head with one hidden layer, of twice the width.
+
+  The shape is that of trlX's `make_head`, the initialization that of torch.nn.Linear: kernels and
+  biases are uniform in +-1 / sqrt(inputs).
+
+  Args:
+    key: Random key.
+    width: D.
+    outputs: N.
+
+  Returns:
+    {'up': {'kernel': [D, 2 D], 'bias': [2 D]}, 'down': {'kernel': [2 D, N], 'bias': [N]}} float32.
+  """
+  keys = jax.random.split(key, 4)
+
+  def linear(keys, inputs, outputs):
+    uniform = lambda key, shape: jax.random.uniform(key, shape, minval=-1.0) * inputs**-0.5
+    return {'kernel': uniform(keys[0], (inputs, outputs)), 'bias': uniform(keys[1], (outputs,))}
+
+  return {
+    'up': linear(keys[:2], width, 2 * width),
+    'down': linear(keys[2:], 2 * width, outputs),
+  }
+
+
+def mlp_features(head, hidden):
+  """Computes the hidden layer of a head from `init_mlp`: relu(hidden @ up), [..., 2 D]."""
+  up = head['up']
+  x = layers.matmul(hidden, up['kernel'].astype(hidden.dtype))
+  return jax.nn.relu(x + jnp.broadcast_to(up['bias'].astype(hidden.dtype), x.shape))
+
+
+def mlp_outputs(head, features):
+  """Computes the outputs [..., N] float32 of a head from its features [..., 2 D]."""
+  down = head['down']
+  x = layers.matmul(
+    features, down['kernel'].astype(features.dtype), preferred_element_type=jnp.float32
+  )
+  return x + jnp.broadcast_to(down['bias'].astype(jnp.float32), x.shape)
+
+
+def mlp_output_at(head, features, index):
+  """Computes one output of a head per position, without those of the other tokens.
+
+  Args:
+    head: See `init_mlp`.
+    features: [..., 2 D].
+    index: [...] int32, the outputs to compute, below N.
+
+  Returns:
+    [...] float32.
+  """
+  columns = jnp.moveaxis(jnp.take(head['down']['kernel'], index, axis=1), 0, -1)
+  picked = jnp.sum(features.astype(jnp.float32) * columns.astype(jnp.float32), axis=-1)
+  return picked + head['down']['bias'].astype(jnp.float32)[index]
 
 
 def count(head):

@@ -39,6 +39,11 @@ def join(first: Cache, second: Cache) -> Cache:
   return pairs | {'index': first['index']}
 
 
+def join_outputs(first: tuple, second: tuple) -> tuple:
+  """Joins two (state, cache), what `prefill` and `step` return, to one; see `join`."""
+  return (first[0], second[0]), join(first[1], second[1])
+
+
 def split(cache: Cache) -> tuple[Cache, Cache]:
   """Returns the two caches that were joined."""
   return tuple(

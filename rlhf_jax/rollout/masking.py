@@ -17,6 +17,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 from rlhf_jax import sharding
 from rlhf_jax.models import base
 from rlhf_jax.rollout import cache as cache_lib
+from rlhf_jax.rollout import guided
 from rlhf_jax.rollout import sampling
 
 
@@ -93,13 +94,13 @@ class MaskedModel:
   def prefill(self, params, tokens, mask, response_length):
     """See base.LanguageModel."""
     read = lambda name: self.model.prefill(params[name], tokens, mask, response_length)
-    return _pair(read('policy'), read('masking'))
+    return cache_lib.join_outputs(read('policy'), read('masking'))
 
   def step(self, params, token, active, cache):
     """See base.LanguageModel."""
     read = lambda name, cache: self.model.step(params[name], token, active, cache)
     policy_cache, masking_cache = cache_lib.split(cache)
-    return _pair(read('policy', policy_cache), read('masking', masking_cache))
+    return cache_lib.join_outputs(read('policy', policy_cache), read('masking', masking_cache))
 
   def unembed(self, params, hidden):
     """Computes logits [B, V] of the policy, -inf for tokens that are not allowed."""
@@ -115,9 +116,5 @@ class MaskedModel:
     return jnp.where(allowed, self.model.unembed(params['policy'], policy_hidden), -jnp.inf)
 
 
-def _pair(policy, masking):
-  """Joins two (state, cache) to one."""
-  return (policy[0], masking[0]), cache_lib.join(policy[1], masking[1])
-
-
-Decodable = base.LanguageModel | MaskedModel
+# What the decode loops can run.
+Decodable = base.LanguageModel | MaskedModel | guided.GuidedModel

@@ -48,3 +48,22 @@ def test_last_token_wherever_the_padding_is():
     [[True, True, False, False], [False, False, True, True], [True, False, True, False]]
   )
   np.testing.assert_array_equal(heads.last_token(values, mask), [1.0, 7.0, 10.0])
+
+
+def test_mlp_by_hand():
+  head = {
+    'up': {'kernel': jnp.array([[1.0, -1.0], [2.0, 0.5]]), 'bias': jnp.array([0.5, 0.0])},
+    'down': {'kernel': jnp.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), 'bias': jnp.arange(3.0)},
+  }
+  # (1, 1) up: (1 + 2 + 0.5, -1 + 0.5), after the ReLU (3.5, 0); down: 3.5 (1, 2, 3) + (0, 1, 2).
+  features = heads.mlp_features(head, jnp.ones((1, 2)))
+  np.testing.assert_array_equal(features, [[3.5, 0.0]])
+  np.testing.assert_array_equal(heads.mlp_outputs(head, features), [[3.5, 8.0, 12.5]])
+  np.testing.assert_array_equal(heads.mlp_output_at(head, features, jnp.array([2])), [12.5])
+  new = heads.init_mlp(jax.random.key(0), 400, 3)
+  assert new['up']['kernel'].shape == (400, 800) and new['down']['kernel'].shape == (800, 3)
+  # Uniform in +-1 / sqrt(inputs): the standard deviation is 1 / sqrt(3 * inputs).
+  for layer, inputs in (('up', 400), ('down', 800)):
+    for name in ('kernel', 'bias'):
+      assert np.abs(new[layer][name]).max() <= inputs**-0.5
+    np.testing.assert_allclose(new[layer]['kernel'].std(), (3 * inputs) ** -0.5, rtol=0.05)
