@@ -104,6 +104,34 @@ class Pairs:
 
 
 @struct.dataclass
+class Episodes:
+  """Prompts, completions and rewards, for offline RL. A row may hold several episodes.
+
+  An action is a token of the assistant; the state before it is all tokens before it. In a decoder
+  R = T, and `actions` holds the token after each of `tokens`; the last token of an episode is only
+  an action. In an encoder-decoder the last R of the T tokens are the completion, and `actions`
+  repeats them.
+
+  Attributes:
+    tokens: [B, T] int32.
+    segments: [B, T] int32, number of the episode in its row, 0 at padding.
+    positions: [B, T] int32, counted within each episode.
+    actions: [B, R] int32.
+    mask: [B, R] bool, True where `actions` holds an action.
+    last: [B, R] bool, True at the last action of each episode.
+    rewards: [B, R] float32, the reward of each action; 0 outside the mask.
+  """
+
+  tokens: Int[Array, 'B T']
+  segments: Int[Array, 'B T']
+  positions: Int[Array, 'B T']
+  actions: Int[Array, 'B R']
+  mask: Bool[Array, 'B R']
+  last: Bool[Array, 'B R']
+  rewards: Float[Array, 'B R']
+
+
+@struct.dataclass
 class Comparisons:
   """K completions of each prompt, ranked by a human annotator or a simulated one.
 

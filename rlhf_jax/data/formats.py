@@ -21,6 +21,7 @@ from rlhf_jax.data import shapes
 from rlhf_jax.data.shapes import Comparison
 from rlhf_jax.data.shapes import Completion
 from rlhf_jax.data.shapes import Conversation
+from rlhf_jax.data.shapes import Episode
 from rlhf_jax.data.shapes import Prompt
 from rlhf_jax.data.shapes import Tokenizer
 from rlhf_jax.data.sources import Record
@@ -126,6 +127,21 @@ def comparisons(
 ) -> tuple[Sequence[Comparison], Report]:
   """Converts records to comparisons. Arguments, result and errors as for `completions`."""
   return _convert(records, shapes.to_comparison, tokenizer, on_error)
+
+
+def episodes(
+  records: Sequence[Record], *, tokenizer: Tokenizer | None = None, on_error: str = 'stop'
+) -> tuple[Sequence[Episode], Report]:
+  """Converts records to episodes with rewards. Arguments, result and errors as `completions`."""
+  return _convert(records, shapes.to_episode, tokenizer, on_error)
+
+
+def unrewarded_episodes(
+  records: Sequence[Record], *, tokenizer: Tokenizer | None = None, on_error: str = 'stop'
+) -> tuple[Sequence[Episode], Report]:
+  """Converts records to episodes that a scorer will reward; see `episodes`."""
+  convert = functools.partial(shapes.to_episode, rewarded=False)
+  return _convert(records, convert, tokenizer, on_error)
 
 
 def prompts(

@@ -60,11 +60,25 @@ def _pieces(documents: Sequence[np.ndarray], length: int) -> list[np.ndarray]:
 
 
 def _first_fit(pieces: list[np.ndarray], length: int) -> list[list[np.ndarray]]:
+  sequences = first_fit([len(piece) for piece in pieces], length=length, smallest=2)
+  return [[pieces[index] for index in sequence] for sequence in sequences]
+
+
+def first_fit(sizes: Sequence[int], *, length: int, smallest: int) -> list[list[int]]:
+  """Assigns documents to sequences by first fit.
+
+  Args:
+    sizes: Number of tokens of each document, from `smallest` to `length`.
+    length: T.
+    smallest: Room below which a sequence is closed.
+
+  Returns:
+    The indices of the documents of each sequence.
+  """
   sequences = []
   open_indices = []  # indices of the open sequences, oldest first
   room = []  # tokens that each open sequence has room for
-  for piece in pieces:
-    size = len(piece)
+  for index, size in enumerate(sizes):
     for slot, left in enumerate(room):  # noqa: B007
       if left >= size:
         break
@@ -73,11 +87,10 @@ def _first_fit(pieces: list[np.ndarray], length: int) -> list[list[np.ndarray]]:
       open_indices.append(len(sequences))
       room.append(length)
       sequences.append([])
-    sequences[open_indices[slot]].append(piece)
+    sequences[open_indices[slot]].append(index)
     room[slot] -= size
-    # No piece has fewer than two tokens.
-    if room[slot] < 2 or len(open_indices) > OPEN_SEQUENCES:
-      slot = slot if room[slot] < 2 else 0
+    if room[slot] < smallest or len(open_indices) > OPEN_SEQUENCES:
+      slot = slot if room[slot] < smallest else 0
       del open_indices[slot], room[slot]
   return sequences
 

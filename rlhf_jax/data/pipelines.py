@@ -51,6 +51,24 @@ PACKED_BATCHES = 8  # batches of held-out texts that are packed together
 Collate = Callable[[np.ndarray, np.ndarray], Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class EpisodeSettings:
+  """How episodes become batches.
+
+  Attributes:
+    max_length: Most tokens of an episode, and of a row of several; see tokenized.episodes.
+    pack: Whether a row may hold several episodes. Then `batch_size` counts rows.
+    pairs: Whether an encoder reads the prompt; episodes are then not packed.
+    mean, std: See tokenized.episodes.
+  """
+
+  max_length: int
+  pack: bool = False
+  pairs: bool = False
+  mean: float = 0.0
+  std: float = 1.0
+
+
 # Iterators.
 
 
@@ -137,6 +155,24 @@ def preference_iterator(
   Other arguments, result and errors as for `lm_iterator`.
   """
   return _iterate(rows.collate, range(len(rows.index)), batch_size, seed)
+
+
+def episode_iterator(
+  examples: Sequence[formats.Episode],
+  tokenizer: formats.Tokenizer,
+  settings: EpisodeSettings,
+  *,
+  batch_size: int,
+  seed: int,
+) -> tuple[grain.DatasetIterator, int]:
+  """Iterates forever over Episodes of `batch_size` rows; result and errors as `lm_iterator`."""
+  if settings.pack and isinstance(examples, mixtures.Mixture):
+    raise UserError(
+      'episodes of a mixture cannot be packed, because a row would hold several sources: set '
+      'config.ilql.pack to False'
+    )
+  collate, count = _episodes(examples, tokenizer, settings)
+  return _iterate(collate, examples, range(count), batch_size, seed)
 
 
 def prompt_iterator(
@@ -326,6 +362,18 @@ def preference_batches(
   return _in_order(rows.collate, range(len(rows.index)), batch_size)
 
 
+def episode_batches(
+  examples: Sequence[formats.Episode],
+  tokenizer: formats.Tokenizer,
+  settings: EpisodeSettings,
+  *,
+  batch_size: int,
+) -> Iterable[tuple[types.Episodes, np.ndarray]]:
+  """Returns the pairs of `lm_batches`, with the batches of `episode_iterator`."""
+  collate, count = _episodes(examples, tokenizer, settings)
+  return _in_order(collate, range(count), batch_size)
+
+
 def prompt_batches(
   examples: Sequence[formats.Prompt],
   tokenizer: formats.Tokenizer,
@@ -362,6 +410,9 @@ def _mask_copies(batch: Any, count: int) -> tuple[Any, np.ndarray]:
   elif isinstance(batch, types.Pairs):
     batch = dataclasses.replace(batch, response_mask=batch.response_mask & valid[:, None])
   elif isinstance(batch, (types.Comparisons, types.Preferences)):
+  elif isinstance(batch, types.Episodes):
+    batch = dataclasses.replace(batch, mask=batch.mask & valid[:, None])
+  elif isinstance(batch, types.Comparisons):
     batch = dataclasses.replace(batch, present=batch.present & valid[:, None])
   return batch, valid
 
@@ -467,6 +518,32 @@ def _comparisons(
 ) -> Collate:
   data = tokenized.completions(examples, tokenizer, max_length=max_length, append_eos=append_eos)
   return _collate(data, tokenized.comparison_batcher(data, tokenizer, max_length=max_length))
+
+
+def _episodes(
+  examples: Sequence[formats.Episode], tokenizer: formats.Tokenizer, settings: EpisodeSettings
+) -> tuple[Collate, int]:
+  data = tokenized.episodes(
+    examples,
+    tokenizer,
+    max_length=settings.max_length,
+    mean=settings.mean,
+    std=settings.std,
+  )
+  length = max(settings.max_length - 1, 1)
+  rows = tokenized.episode_rows(data, length, settings.pack)
+  to_batch = (
+    tokenized.episode_pair_batcher(data, tokenizer)
+    if settings.pairs
+    else tokenized.episode_batcher(tokenizer, length=length)
+  )
+
+  def collate(chosen: np.ndarray, local: np.ndarray) -> types.Episodes:
+    return to_batch(
+      [data.take(rows[i]) if is_local else None for i, is_local in zip(chosen, local)]
+    )
+
+  return collate, len(rows)
 
 
 def truncate_prompts(

@@ -20,6 +20,10 @@ Comparisons, for `comparisons`; `completions`, `conversations` and `texts` use t
   prompt, completions, best           index of the best completion, the others are tied
   a completion with rating or label   one number, or true or false
 
+Episodes, for `episodes`; the reward is a number for the whole episode:
+  a completion with reward            or a list with one number per token of the completion
+  messages, reward                    or a list with one number per turn of the assistant
+
 Prompts, for `prompts`: any of the above that has a prompt, or text alone. All other fields become
 metadata.
 
@@ -67,8 +71,8 @@ MAX_NAME_LENGTH = 60
 HH_TURN = '\n\nAssistant:'
 
 # Fields that may hold JSON values other than strings. In CSV files they are parsed as JSON.
-SCALARS = ('margin', 'rating', 'label', 'best')
-LISTS = ('ranks', 'ratings', 'completions', 'messages', 'conversations')
+SCALARS = ('margin', 'rating', 'label', 'best', 'reward')
+LISTS = ('ranks', 'ratings', 'completions', 'messages', 'conversations', 'reward')
 
 # All fields that are interpreted.
 FIELD_NAMES = {
@@ -83,6 +87,9 @@ FIELD_NAMES = {
   *SCALARS,
   *LISTS,
 }
+
+# Fields of an episode that are not metadata.
+EPISODE_FIELDS = {'prompt', 'completion', 'messages', 'conversations', 'reward'}
 
 DIFFERENT_PROMPTS = 'chosen and rejected answer different prompts'
 SAME_COMPLETIONS = 'all completions are the same'
@@ -135,6 +142,22 @@ class Comparison:
   ranks: tuple[int, ...]
   ratings: tuple[float, ...] | None = None
   margin: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode(Conversation):
+  """A conversation with its rewards, for offline RL.
+
+  Attributes:
+    rewards: One number for the episode, one per answer, or one per token of the only answer; None
+      if a scorer is to reward it.
+    level: 'episode', 'turn' or 'token', for these cases.
+    metadata: All other fields of the record, for reward functions.
+  """
+
+  rewards: tuple[float, ...] | None
+  level: str
+  metadata: Fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,6 +303,33 @@ def _comparison(fields: Fields, tokenizer: Tokenizer | None) -> Comparison:
   value = fields[score]
   rating = float(value) if isinstance(value, bool) else _number(value, score)
   return Comparison(prompt, (completion,), (0,), (rating,), margin)
+
+
+def to_episode(fields: Fields, tokenizer: Tokenizer | None, *, rewarded: bool = True) -> Episode:
+  """Converts a record to an Episode. Other arguments and errors as for `to_completion`.
+
+  Args:
+    rewarded: Whether the record must have a reward. If not, its rewards are None.
+  """
+  parts = to_conversation(fields, tokenizer).parts
+  metadata = {name: value for name, value in fields.items() if name not in EPISODE_FIELDS}
+  if not rewarded:
+    return Episode(parts, None, 'episode', metadata)
+  if 'reward' not in fields:
+    raise _missing(fields, 'reward')
+  reward = fields['reward']
+  if not isinstance(reward, list):
+    return Episode(parts, (_number(reward, 'reward'),), 'episode', metadata)
+  rewards = tuple(_number(value, 'reward') for value in reward)
+  if isinstance(_raw_prompt(fields, tokenizer).prompt, str):
+    return Episode(parts, rewards, 'token', metadata)
+  if len(rewards) != len(parts) // 2:
+    raise InvalidRecord(
+      'reward',
+      f'has {len(rewards)} numbers for {len(parts) // 2} messages of the assistant',
+      'List one number per message of the assistant, or write one number for the conversation.',
+    )
+  return Episode(parts, rewards, 'turn', metadata)
 
 
 def to_prompt(fields: Fields, tokenizer: Tokenizer | None) -> Prompt:

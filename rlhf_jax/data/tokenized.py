@@ -23,6 +23,7 @@ import numpy as np
 from rlhf_jax import types
 from rlhf_jax.data import formats
 from rlhf_jax.data import lazy
+from rlhf_jax.data import packing
 from rlhf_jax.data import progress
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
@@ -361,6 +362,220 @@ def comparison_batcher(
 def _local(items: Sequence[Tokenized | None]) -> Iterator[tuple[int, Tokenized]]:
   """Iterates over (index, example) of the examples of this process."""
   return ((index, item) for index, item in enumerate(items) if item is not None)
+
+
+# Episodes.
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedEpisode:
+  """The token ids of an episode that fits into the batch.
+
+  Attributes:
+    prompt: int32 [P].
+    tokens: int32 [R], all tokens after the prompt.
+    mask: bool [R], True at the assistant's tokens.
+    rewards: float32 [R], the reward of each of the assistant's tokens.
+  """
+
+  prompt: np.ndarray
+  tokens: np.ndarray
+  mask: np.ndarray
+  rewards: np.ndarray
+
+  @property
+  def num_tokens(self) -> int:
+    return len(self.prompt) + len(self.tokens)
+
+
+def episodes(
+  examples: Sequence[formats.Episode],
+  tokenizer: formats.Tokenizer,
+  *,
+  max_length: int,
+  mean: float = 0.0,
+  std: float = 1.0,
+) -> TokenizedData:
+  """Tokenizes episodes and truncates them; the EOS ends each.
+
+  An episode that is too long loses the start of its prompt and then its end, as in `truncate`. The
+  sum of the rewards of the lost tokens is added to the last action that is left.
+
+  Args:
+    examples: Episodes with rewards.
+    tokenizer: Tokenizer.
+    max_length: Most tokens of an episode.
+    mean, std: The return of an episode, the sum of its rewards, becomes (return - mean) / std:
+      rewards are divided by `std`, and the last one is reduced by mean / std.
+
+  Raises:
+    UserError: An episode has rewards per token, but not one for each.
+  """
+
+  def encode(chunk):
+    found = []
+    for example, item in zip(chunk, _conversations(chunk, tokenizer)):
+      (tokens,), mask = item.completions, item.targets
+      rewards = token_rewards(example, tokens, mask, tokenizer.eos_token_id) / np.float32(std)
+      rewards[-1] -= mean / std
+      episode = TokenizedEpisode(item.prompt, tokens, mask, rewards)
+      found.append(truncate_episode(episode, max_length, tokenizer.bos_token_id))
+    return found
+
+  data = TokenizedData(examples, encode)
+  tokenizers.warn_unknown(
+    tokenizer, [ids for item in data.sample for ids in (item.prompt, item.tokens)]
+  )
+  return data
+
+
+def token_rewards(
+  example: formats.Episode, tokens: np.ndarray, mask: np.ndarray, eos_id: int
+) -> np.ndarray:
+  """Returns the reward of each token of an episode after its prompt, float32 [R].
+
+  The reward of an episode is that of its last token, the reward of a turn that of its last token.
+
+  Args:
+    example: Episode.
+    tokens: int32 [R]; the last one is the EOS.
+    mask: bool [R], True at the assistant's tokens.
+    eos_id: Id of the EOS.
+
+  Raises:
+    UserError: There are rewards per token, but not one for each; or a turn has no tokens.
+  """
+  length, given = len(tokens), len(example.rewards)
+  rewards = np.zeros(length, np.float32)
+  if example.level == 'episode':
+    rewards[-1] = example.rewards[0]
+    return rewards
+  if example.level == 'turn':
+    ends = np.flatnonzero(mask & ~np.append(mask[1:], False))
+    if given != len(ends):
+      raise UserError(
+        f'an episode has {given} rewards for {len(ends)} turns of the assistant that have tokens '
+        f'and are apart from each other: {example.prompt[:60]!r}... Use another chat template.'
+      )
+    rewards[ends] = example.rewards
+    return rewards
+  if given not in (length, length - (tokens[-1] == eos_id)):
+    raise UserError(
+      f'an episode has {given} rewards for {length} tokens, the EOS included: '
+      f'{example.parts[1][:60]!r}... Give one reward per token of config.tokenizer, with or '
+      'without one for the EOS, or one number for the episode.'
+    )
+  rewards[:given] = example.rewards
+  return rewards
+
+
+def truncate_episode(item: TokenizedEpisode, max_length: int, bos: int | None) -> TokenizedEpisode:
+  """Cuts an episode to `max_length` tokens; see `episodes`."""
+  if item.num_tokens <= max_length:
+    return item
+  prompt, (tokens,) = truncate(Tokenized(None, item.prompt, (item.tokens,)), max_length, bos)
+  mask, rewards = item.mask[: len(tokens)], item.rewards[: len(tokens)].copy()
+  if mask.any():
+    rewards[np.flatnonzero(mask)[-1]] += item.rewards[len(tokens) :].sum()
+  return TokenizedEpisode(prompt, tokens, mask, rewards)
+
+
+def episode_rows(data: TokenizedData, length: int, pack: bool) -> Sequence[Sequence[int]]:
+  """Returns the indices of the episodes in each row of `length` tokens; see `episode_batcher`."""
+  if not pack:
+    return [(index,) for index in range(len(data))]
+  sizes = [max(item.num_tokens - 1, 1) for item in data.iterate('packing')]
+  order = np.argsort(sizes, kind='stable')[::-1]
+  rows = packing.first_fit([sizes[index] for index in order], length=length, smallest=1)
+  return [[int(order[index]) for index in row] for row in rows]
+
+
+def episode_batcher(tokenizer: formats.Tokenizer, *, length: int) -> Callable[..., Any]:
+  """Returns a function that makes Episodes [B, T] for a decoder, from rows of episodes.
+
+  The last token of an episode is only an action, so an episode takes one token less than it has.
+
+  Args:
+    tokenizer: Tokenizer.
+    length: T.
+  """
+
+  def batch(rows):
+    out = _empty_episodes(len(rows), length, length, tokenizer.pad_token_id)
+    for index, items in _local(rows):
+      start = 0
+      for segment, item in enumerate(items, start=1):
+        ids = np.concatenate([item.prompt, item.tokens])
+        stop = start + len(ids) - 1
+        out.tokens[index, start:stop], out.actions[index, start:stop] = ids[:-1], ids[1:]
+        out.segments[index, start:stop] = segment
+        out.positions[index, start:stop] = np.arange(stop - start)
+        # The first token of a sequence has no state before it, so it is not an action.
+        skipped = 0 if len(item.prompt) else 1
+        _put_actions(out, index, stop - len(item.tokens) + skipped, item, skipped)
+        start = stop
+    return out
+
+  return batch
+
+
+def episode_pair_batcher(
+  data: TokenizedData, tokenizer: formats.Tokenizer
+) -> Callable[..., types.Episodes]:
+  """Returns a function that makes Episodes [B, P + R] for an encoder-decoder.
+
+  P is the length of the longest prompt and R of the longest completion.
+
+  Raises:
+    UserError: A prompt has no tokens, or an episode has several turns.
+  """
+  prompt_length, length = 0, 0
+  for index, item in enumerate(data.iterate('measuring')):
+    prompt_length, length = max(prompt_length, len(item.prompt)), max(length, len(item.tokens))
+    if not len(item.prompt) or not item.mask.all():
+      raise UserError(
+        f'example {index}{lazy.place(data.examples, index)} has an empty prompt or several turns, '
+        'but an encoder-decoder model reads one prompt and writes one completion.'
+      )
+
+  def batch(rows):
+    out = _empty_episodes(len(rows), prompt_length + length, length, tokenizer.pad_token_id)
+    for index, (item,) in _local(rows):
+      size = len(item.tokens)
+      span = slice(prompt_length - len(item.prompt), prompt_length + size)
+      out.tokens[index, span] = np.concatenate([item.prompt, item.tokens])
+      out.segments[index, span] = 1
+      out.positions[index, span] = np.arange(len(item.prompt) + size)
+      out.actions[index, :size] = item.tokens
+      _put_actions(out, index, 0, item, 0)
+    return out
+
+  return batch
+
+
+def _empty_episodes(rows: int, length: int, actions: int, pad_id: int) -> types.Episodes:
+  zeros = lambda size, dtype: np.zeros((rows, size), dtype)
+  return types.Episodes(
+    tokens=np.full((rows, length), pad_id, np.int32),
+    segments=zeros(length, np.int32),
+    positions=zeros(length, np.int32),
+    actions=np.full((rows, actions), pad_id, np.int32),
+    mask=zeros(actions, bool),
+    last=zeros(actions, bool),
+    rewards=zeros(actions, np.float32),
+  )
+
+
+def _put_actions(
+  out: types.Episodes, row: int, start: int, item: TokenizedEpisode, skipped: int
+) -> None:
+  """Writes masks and rewards of an episode, without its first `skipped` tokens, from `start` on."""
+  mask = item.mask[skipped:]
+  span = slice(start, start + len(mask))
+  out.mask[row, span] = mask
+  out.rewards[row, span] = np.where(mask, item.rewards[skipped:], 0.0)
+  if mask.any():
+    out.last[row, start + np.flatnonzero(mask)[-1]] = True
 
 
 # Prompts without completions.
