@@ -1,11 +1,16 @@
-"""Compares the seconds of an iteration of PPO on random walks with trlX's, which take turns.
+"""Compares the seconds of an iteration of PPO or ILQL on random walks with trlX's, in turns.
 
 python -m benchmarks.random_walks --model FOLDER
+python -m benchmarks.random_walks --model FOLDER --algorithm ilql
 
-Both start from the model in FOLDER, such as that of the stage `pretrain` of
+PPO: both start from the model in FOLDER, such as that of the stage `pretrain` of
 configs/random_walks.py, and do the work of trlX's example: 140 responses of 9 tokens, and 4 epochs
 over them, ours in 8 minibatches of 70, trlX's in 8 of 100 and 40. `benchmarks/install.sh trlx`
 installs trlX. The first iteration, which includes compilation, is not counted.
+
+ILQL: an iteration is 10 steps of about 100 walks, an epoch of the example's 1,000 walks, with a new
+model and without evaluations; ours is the stage `ilql` of configs/random_walks_offline.py. trlX
+takes the tokenizer of FOLDER.
 
 Prints medians by part, and the ratio of each pair of neighbouring iterations; writes
 OUT/random_walks.json.
@@ -39,7 +44,7 @@ def start(name, out):
     device='cpu',
     threads=FLAGS.threads,
     log=out / f'walks-{name}.log',
-    options=['--model', os.path.abspath(FLAGS.model)],
+    options=['--model', os.path.abspath(FLAGS.model), '--algorithm', FLAGS.algorithm],
   )
 
 
@@ -93,12 +98,13 @@ def main(_):
     print(f'{name:10}', '  '.join(f'{part} {seconds:.3f} s' for part, seconds in parts.items()))
   print('ratio of seconds per iteration: {1:.2f} ({0:.2f} to {2:.2f})'.format(*ratios))
   result = {'medians': medians, 'ratio': ratios, 'reports': reports, 'threads': FLAGS.threads}
-  path = out / 'random_walks.json'
+  path = out / f'random_walks{"_ilql" if FLAGS.algorithm == "ilql" else ""}.json'
   path.write_text(json.dumps(result, indent=1), encoding='utf-8')
 
 
 if __name__ == '__main__':
   flags.DEFINE_string('model', None, 'Folder of the pretrained model.', required=True)
+  flags.DEFINE_enum('algorithm', 'ppo', ('ppo', 'ilql'), 'Algorithm of both.')
   flags.DEFINE_integer('iterations', 15, 'Iterations of each after the first.')
   flags.DEFINE_string(
     'venvs', os.environ.get('VENVS', '.venv-peers'), 'Folder of the virtual environments.'

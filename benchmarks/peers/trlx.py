@@ -1,4 +1,4 @@
-"""Runs trlX's PPO (0.7, https://github.com/CarperAI/trlx) on its own example, random walks.
+"""Runs trlX's PPO or ILQL (0.7, https://github.com/CarperAI/trlx) on its own random walks.
 
 python -m benchmarks.random_walks --model FOLDER
 
@@ -6,6 +6,9 @@ python -m benchmarks.random_walks --model FOLDER
 evaluations and checkpoints. An iteration is `make_experience`, in which scoring counts as part of
 the rollout, and the optimizer steps until the next one. trlX fills its 128 rollouts with batches of
 the 20 prompts, so an iteration has 140 responses, 4 epochs and 8 optimizer steps.
+
+With `--algorithm ilql`, `ilql_randomwalks.py` is run, from a new model, and an iteration is an
+epoch of 10 steps, after which it moves its targets.
 
 trlX of 2023 imports deepspeed, ray, torchtyping and wandb, which this example does not need. The
 stubs below stand in for them, so trlX runs with torch 2.13 and transformers 4.46.
@@ -53,8 +56,10 @@ stub('torchtyping', TensorType=TensorType)
 stub('ray.air', session=None)
 stub('ray', is_initialized=lambda: False, air=sys.modules['ray.air'])
 
-from examples.randomwalks import ppo_randomwalks  # noqa: E402  after the stubs
+from examples.randomwalks import ilql_randomwalks  # noqa: E402  after the stubs
+from examples.randomwalks import ppo_randomwalks  # noqa: E402
 from trlx.trainer import accelerate_base_trainer  # noqa: E402
+from trlx.trainer.accelerate_ilql_trainer import AccelerateILQLTrainer  # noqa: E402
 from trlx.trainer.accelerate_ppo_trainer import AcceleratePPOTrainer  # noqa: E402
 
 NEVER = 10**9
@@ -95,10 +100,38 @@ def take_turns(turns):
   AcceleratePPOTrainer.make_experience = timed
 
 
+def take_turns_offline(turns):
+  """Makes the trainer of ILQL wait for its turn before each epoch, and report its seconds."""
+  prepare, finish = (
+    AccelerateILQLTrainer.prepare_learning,
+    AccelerateILQLTrainer.post_backward_callback,
+  )
+
+  def prepared(trainer):
+    prepare(trainer)
+    turns.ready(protocol.versions('trlx', 'torch', 'transformers'))
+    turns.wait()
+
+  def finished(trainer):
+    finish(trainer)
+    turns.lap('update')
+    turns.report()
+    turns.wait()
+
+  AccelerateILQLTrainer.prepare_learning = prepared
+  AccelerateILQLTrainer.post_backward_callback = finished
+
+
 def main():
-  options = protocol.arguments(__doc__, model='')
-  take_turns(torch_models.turns(options))
+  options = protocol.arguments(__doc__, model='', algorithm='ppo')
+  turns = torch_models.turns(options)
   accelerate_base_trainer.get_git_tag = lambda: ('', '')
+  if options.algorithm == 'ilql':
+    take_turns_offline(turns)
+    AccelerateILQLTrainer.evaluate = lambda trainer: {}
+    ilql_randomwalks.main(HYPERPARAMETERS | {'tokenizer.tokenizer_path': options.model})
+    return
+  take_turns(turns)
   AcceleratePPOTrainer.evaluate = lambda trainer: {}
   with tempfile.TemporaryDirectory() as folder:
     copy_with_torch_weights(options.model, folder)

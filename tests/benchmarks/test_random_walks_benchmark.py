@@ -28,7 +28,10 @@ def test_medians_of_parts_and_ratios_of_neighbours():
 
 
 @pytest.mark.slow
-def test_our_side_takes_turns(shared, tmp_path):
+@pytest.mark.parametrize(
+  'algorithm, expected', [('ppo', {'rollout', 'scoring', 'update'}), ('ilql', {'update'})]
+)
+def test_our_side_takes_turns(algorithm, expected, shared, tmp_path):
   peer = processes.Process(
     sys.executable,
     'walks',
@@ -36,10 +39,10 @@ def test_our_side_takes_turns(shared, tmp_path):
     device='cpu',
     threads=1,
     log=tmp_path / 'log',
-    options=['--model', str(shared / 'models' / 'randomwalks')],
+    options=['--model', str(shared / 'models' / 'randomwalks'), '--algorithm', algorithm],
   )
   try:
     parts = peer.turn()['parts']
   finally:
     peer.end()
-  assert set(parts) == {'rollout', 'scoring', 'update'} and min(parts.values()) > 0
+  assert set(parts) == expected and min(parts.values()) > 0
