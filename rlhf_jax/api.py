@@ -58,6 +58,7 @@ DATA = {
   'reinforce': ('prompts',),
   'rloo': ('prompts',),
   'sft': ('samples', 'texts'),
+  'ilql': ('samples',),
   'reward_model': ('comparisons',),
   'dpo': ('comparisons',),
   'distillation': ('prompts', 'samples'),
@@ -116,11 +117,14 @@ def train(
     prompts: Prompts for on-policy RL or distillation: strings or records. The reward function
       receives the other fields of the records as metadata.
     samples: Prompts with completions, for SFT or offline distillation.
+    prompts: Prompts for on-policy RL: strings or records. The reward function receives the other
+      fields of the records as metadata.
+    samples: Prompts with completions, for SFT; with rewards too, for ILQL.
     comparisons: Better and worse completions, for a reward model.
     texts: Documents for language modelling: strings or records.
-    reward_fn: Reward of on-policy RL: a function (prompts, responses) -> one number per response
-      (see rewards/functions.py), or its name 'module:function'; a reward model from `load`, its
-      Run or its folder.
+    reward_fn: Reward of on-policy RL, or of the samples of ILQL if they have none: a function
+      (prompts, responses) -> one number per response (see rewards/functions.py), or its name
+      'module:function'; a reward model from `load`, its Run or its folder.
     algorithm: Name of an algorithm, such as 'ppo', 'grpo', 'sft' or 'reward_model', or the dotted
       path of a module. None for PPO with prompts, a reward model with comparisons, else SFT.
     preset: Preset of the algorithm's config; '' for the default.
@@ -163,7 +167,7 @@ def train(
   with contextlib.ExitStack() as stack:
     if reward_fn is None:
       errors.need(
-        'reward' not in config or any(config.reward.get(name) for name in REWARDS),
+        kind != 'prompts' or any(config.reward.get(name) for name in REWARDS),
         f'algorithm={algorithm!r} needs a reward_fn: a function (prompts, responses), a reward '
         'model or its folder; or set a key of config.reward in overrides',
       )

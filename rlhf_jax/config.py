@@ -18,7 +18,7 @@ from rlhf_jax import optim
 from rlhf_jax.errors import need
 
 # Defaults of sampling in an evaluator if neither it nor `config.sampling` sets a key. Temperature 0
-# is greedy.
+# is greedy; beta is the weight of the Q functions of ILQL.
 SAMPLING = {
   'max_new_tokens': 32,
   'temperature': 1.0,
@@ -28,6 +28,7 @@ SAMPLING = {
   'stop': (),
   'truncate_at': None,
   'truncate_after': 0,
+  'beta': 0.0,
 }
 EVALUATOR_TYPES = dict(
   kind=str, every=int, function=str, path=str, split=str, columns=str, count=int, batch_size=int
@@ -162,7 +163,7 @@ def evaluator(name, block):
       'columns': None,  # as in config.data
       'count': None,  # number of prompts, from the start of the data; None: all
       'batch_size': 64,  # responses sampled at a time
-      'sampling': {},  # keys of config.sampling that differ; temperature 0 is greedy
+      'sampling': {},  # keys of config.sampling that differ, or beta; temperature 0 is greedy
     }
   if kind in ('prompts', 'win_rate'):
     keys['reward'] = {}  # reward, with the keys of config.reward
@@ -204,10 +205,10 @@ def validate_evals(evals):
       )
     for name in ('max_new_tokens', 'top_p'):
       need(settings[name] > 0, f'config.{key}sampling.{name}={settings[name]} must be positive')
-    need(
-      settings['temperature'] >= 0,
-      f'config.{key}sampling.temperature={settings["temperature"]} must be 0 or positive',
-    )
+    for name in ('temperature', 'beta'):
+      need(
+        settings[name] >= 0, f'config.{key}sampling.{name}={settings[name]} must be 0 or positive'
+      )
 
 
 def refuse_evals(evals, kinds, reason):

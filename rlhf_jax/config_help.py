@@ -69,13 +69,13 @@ def docs(algorithm):
     (config_lib.data, 'data.'),
     (config_lib.evaluator, 'evals.*.'),
     (scorers.config, 'evals.*.reward.'),
+    (scorers.config, 'reward.'),
   ]
   if 'sampling' in config:
     functions += [(on_policy_config.prompts, ''), (on_policy_config.sampling, 'sampling.')]
   if 'rl' in config:
     functions += [
       (config_lib.data, 'ptx.'),
-      (scorers.config, 'reward.'),
       (on_policy_warnings.config, 'warn.'),
       (on_policy_config.config, ''),
       (on_policy_config.critic, 'critic.'),

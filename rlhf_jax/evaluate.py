@@ -156,7 +156,23 @@ def compare(options):
     judge=options.judge,
     reward_model=options.reward_model,
     settings=settings,
+    betas=named_betas(options.betas),
   )
+
+
+def named_betas(text):
+  """Parses 'NAME=BETA,NAME=BETA' into {name: beta}; {} for ''.
+
+  Raises:
+    UserError: If the text has another form.
+  """
+  try:
+    pairs = [pair.partition('=')[::2] for pair in text.split(',') if pair]
+    return {name: float(beta) for name, beta in pairs}
+  except ValueError:
+    raise errors.UserError(
+      f'--betas={text!r} must be NAME=NUMBER,NAME=NUMBER with names of --policies'
+    ) from None
 
 
 def parser():
@@ -177,6 +193,7 @@ def parser():
     help='length limit of a response; by default 128, or less if the context is shorter',
   )
   add('--temperature', type=float, default=1.0, help='0 selects the most likely token')
+  add('--betas', default='', help='NAME=BETA,...: weights of the Q functions of ILQL policies')
   add('--seed', type=int, default=0, help='random seed of the samples')
   add('--evals', default='', help='evaluators of the run, or a JSON object; by default all')
   return arguments

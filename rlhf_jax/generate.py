@@ -44,6 +44,9 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer(
 )
 _IGNORE_EOS = flags.DEFINE_bool('ignore_eos', False, 'Continue past the EOS token.')
 _NUM_SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Responses to each prompt.', 1)
+_BETA = flags.DEFINE_float(
+  'beta', 0.0, 'Weight of the Q functions of a run of ilql; 0 samples from the policy alone.', 0.0
+)
 _SEED = flags.DEFINE_integer('seed', 0, 'Random seed of the samples.')
 ESCAPED = {'n': '\n', 't': '\t', '\\': '\\'}
 
@@ -57,7 +60,7 @@ def main(argv):
   with command_line.exit_on_error():
     texts = [prompt_of(text) for text in _PROMPT.value]
     runtime.configure()
-    policy = policy_lib.TextPolicy.load(_MODEL.value)
+    policy = policy_lib.TextPolicy.load(_MODEL.value, beta=_BETA.value)
     prompts = policy.read_prompts(_DATA.value) if _DATA.value else texts
 
     def sample(policy, prompts):

@@ -24,8 +24,10 @@ from rlhf_jax.data import sources
 from rlhf_jax.data import stored
 from rlhf_jax.data import tokenizers
 from rlhf_jax.models import hf
+from rlhf_jax.models import q_functions
 from rlhf_jax.models import trainable
 from rlhf_jax.rewards import learned
+from rlhf_jax.rollout import guided
 from rlhf_jax.rollout import sampler
 from rlhf_jax.rollout import sampling as sampling_lib
 from rlhf_jax.rollout import stops
@@ -83,20 +85,29 @@ class TextPolicy:
     params: Its parameters.
     tokenizer: Its tokenizer.
     path: Its Hugging Face folder; None if it has none, for example if loaded from a checkpoint.
+    q_functions: Q functions that ILQL trained with it, see models/q_functions.py; None if there are
+      none.
+    beta: Default of `sample`.
   """
 
   model: Any
   params: Any
   tokenizer: Any
   path: pathlib.Path | None = None
+  q_functions: Any = None
+  beta: float = 0.0
 
   def __post_init__(self):
     if self.model.encoder_decoder:
       tokenizers.set_encoder_decoder(self.tokenizer)
 
   @classmethod
-  def load(cls, path):
+  def load(cls, path, *, beta=0.0):
     """Loads a Hugging Face folder, a finished run, or the newest checkpoint of an unfinished run.
+
+    Args:
+      path: The folder.
+      beta: Default of `sample`.
 
     Raises:
       UserError: There is nothing to load.
@@ -104,7 +115,13 @@ class TextPolicy:
     path = pathlib.Path(path)
     runtime.enable_compilation_cache()
     if (path / 'model').is_dir() or not (path / 'checkpoints').is_dir():
-      return cls(*hf.load(path, unroll=None), tokenizers.load(path), folders.find_model(path))
+      return cls(
+        *hf.load(path, unroll=None),
+        tokenizers.load(path),
+        folders.find_model(path),
+        q_functions.load(path),
+        beta,
+      )
     fields = json.loads((path / 'model.json').read_text())
     name = fields.pop('name')
     if name != 'policy':
@@ -113,7 +130,7 @@ class TextPolicy:
     config = json.loads((path / 'config.json').read_text())['model']
     if config['lora']['targets'] or config['lora']['path'] or config['unfrozen_layers'] is not None:
       params = _with_frozen(path, config, model, params)
-    return cls(model, params, tokenizers.load(path / 'tokenizer'))
+    return cls(model, params, tokenizers.load(path / 'tokenizer'), beta=beta)
 
   def read_prompts(self, path):
     """Returns the texts of the prompts of a data set, as training reads them; see `formats`."""
@@ -129,7 +146,8 @@ class TextPolicy:
 
   def save(self, path):
     """Saves a Hugging Face folder with the tokenizer, which `load` and transformers can read."""
-    hf.save(pathlib.Path(path), self.model, self.params, tokenizer=self.tokenizer)
+    files = q_functions.files(self.q_functions) if self.q_functions else None
+    hf.save(pathlib.Path(path), self.model, self.params, tokenizer=self.tokenizer, files=files)
     self.path = pathlib.Path(path)
 
   def sample(
@@ -147,6 +165,7 @@ class TextPolicy:
     truncate_at=None,
     truncate_after=0,
     samples=1,
+    beta=None,
   ):
     """Samples responses to prompts. The result does not depend on how prompts are batched.
 
@@ -165,13 +184,15 @@ class TextPolicy:
         EOS. See stops.truncate.
       truncate_after: First position at which `truncate_at` ends a response.
       samples: Number of responses per prompt.
+      beta: Weight of the Q functions of ILQL, which are added to the logits; 0 samples from the
+        policy alone. None for `self.beta`.
 
     Returns:
       Samples; the responses to the same prompt are adjacent.
 
     Raises:
-      UserError: A prompt has no tokens, a stop string is empty, `truncate_at` is not one token, or
-        prompt and response exceed the model's context.
+      UserError: A prompt has no tokens, a stop string is empty, `truncate_at` is not one token,
+        prompt and response exceed the model's context, or there are no Q functions for `beta`.
     """
     if isinstance(prompts, str):
       raise errors.UserError('prompts is a string; pass a list of strings')
@@ -201,14 +222,15 @@ class TextPolicy:
       min_new_tokens=min_new_tokens,
       stop_tokens=tuple(single.values()),
     )
+    model, params = self._guided(self.beta if beta is None else beta)
     generate = _sampler(
-      self.model,
+      model,
       sampling,
       samples=samples,
       max_concurrent=BATCH_SIZE if len(prompts) * samples > BATCH_SIZE else 0,
     )
     padded = learned.left_padded(rows, length, self.tokenizer.pad_token_id)
-    rollout = jax.device_get(generate(self.params, padded, key))
+    rollout = jax.device_get(generate(params, padded, key))
     if stop:
       rollout, _ = stops.truncate_at_strings(rollout, self.tokenizer, stop, after=min_new_tokens)
     if truncate_at is not None:
@@ -221,6 +243,19 @@ class TextPolicy:
       rollout = rollout.replace(ended=ended)
     prompts = [prompt for prompt in prompts for _ in range(samples)]
     return Samples(prompts, self._responses(prompts, rollout), rollout)
+
+  def _guided(self, beta):
+    """Returns the model to sample with and its parameters; see `sample`."""
+    if not beta:
+      return self.model, self.params
+    errors.need(
+      self.q_functions,
+      f'beta={beta} needs Q functions, which this policy does not have: load a finished run of '
+      'ilql, or set beta to 0',
+    )
+    errors.need(beta > 0, f'beta={beta} must be 0 or positive')
+    model = guided.GuidedModel(self.model, beta, 'backbone' in self.q_functions)
+    return model, {'policy': self.params} | self.q_functions
 
   def _responses(self, prompts, rollout):
     response = rollout.tokens[:, -rollout.response_mask.shape[1] :]

@@ -173,6 +173,8 @@ def written(config, folder):
     ('hh_reward', 'data=x'),
     ('reward_model', None),
     ('random_walks', None),
+    ('random_walks_offline', 'debug'),
+    ('ilql', None),
     ('overoptimization', None),
     ('pmp', 'debug'),
     ('preferences', 'debug'),

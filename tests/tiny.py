@@ -27,6 +27,7 @@ from rlhf_jax import update
 from rlhf_jax.algorithms import distillation as distillation_lib
 from rlhf_jax.algorithms import dpo as dpo_lib
 from rlhf_jax.algorithms import grpo as grpo_lib
+from rlhf_jax.algorithms import ilql as ilql_lib
 from rlhf_jax.algorithms import nlpo as nlpo_lib
 from rlhf_jax.algorithms import ppo as ppo_lib
 from rlhf_jax.algorithms import rejection_sampling as rejection_sampling_lib
@@ -86,6 +87,13 @@ def write(folder):
     folder / 'comparisons.jsonl',
     [
       {'prompt': text(i, 1 + i % 3), 'chosen': text(i % 20, 3), 'rejected': text(30 + i % 20, 4)}
+      for i in range(48)
+    ],
+  )
+  write_jsonl(
+    folder / 'episodes.jsonl',
+    [
+      {'prompt': text(i, 1 + i % 4), 'completion': text(3 * i, 2 + i % 5), 'reward': i % 7 - 2}
       for i in range(48)
     ],
   )
@@ -166,6 +174,14 @@ def dpo(world, preset=''):
   config = dpo_lib.config(preset)
   config.data.path = f'{world}/comparisons.jsonl'
   config.data.held_out = 0.2
+
+
+def ilql(world, preset=''):
+  """Returns a config of ILQL on episodes.jsonl, whose targets move every second step."""
+  config = ilql_lib.config(preset)
+  config.data.path = f'{world}/episodes.jsonl'
+  config.data.held_out = 0.2
+  config.ilql.update({'target_every': 2, 'target_alpha': 0.3, 'awac_beta': 0.5})
   return _trained(config, world)
 
 

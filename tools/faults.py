@@ -643,6 +643,28 @@ FAULTS = (
     '    weights = jnp.where(mask, weights, weights)',
     _tests('rollout/test_masking', 'test_masked_distribution_of_rl4lms'),
   ),
+  # ILQL.
+  Fault(
+    'the targets move in every step',
+    'rlhf_jax/algorithms/ilql.py',
+    'due = state.step % settings.target_every == 0',
+    'due = True',
+    _tests('algorithms/test_ilql', 'test_targets_follow_the_critic_every_second_step'),
+  ),
+  Fault(
+    'the value after a turn is that of the next position',
+    'rlhf_jax/advantages.py',
+    'jnp.where(mask, jnp.arange(length)[None], length)',
+    'jnp.arange(length)[None] + jnp.where(mask, 0, 0)',
+    _tests('algorithms/test_ilql', 'test_loss_and_gradients_of_trlx[default]'),
+  ),
+  Fault(
+    'the Q functions of the sampler are not scaled by beta',
+    'rlhf_jax/rollout/guided.py',
+    "{'kernel': self.beta * kernel}",
+    "{'kernel': kernel}",
+    _tests('rollout/test_guided', 'test_a_large_beta_chooses_the_highest_q'),
+  ),
   # Checkpoints, forks, pipelines.
   Fault(
     'an unreadable checkpoint changes the position of iterators',

@@ -90,6 +90,8 @@ TABLE = (
     (0.0,),
     'the student samples nothing',
   ),
+  # ILQL.
+  ('ilql.awac_beta ilql.awac_mean', 'ilql.awac_coef', (0,), 'the policy has no loss'),
   # On-policy algorithms.
   (
     'sampling.truncate_after',

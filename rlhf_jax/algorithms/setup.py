@@ -330,7 +330,7 @@ def averaged(state, name):
   return jax.tree.map(lambda a, p: a.astype(p.dtype), average, state.params[name])
 
 
-def save(path, model, trained, frozen, *, tokenizer):
+def save(path, model, trained, frozen, *, tokenizer, files=None):
   """Saves a language model with merged adapters, and the adapters alone in PEFT's format.
 
   Args:
@@ -339,6 +339,7 @@ def save(path, model, trained, frozen, *, tokenizer):
     trained: Trained parameters.
     frozen: Parameters that are not trained.
     tokenizer: Tokenizer, saved in the same folder.
+    files: See hf.save.
   """
   if model.lora is not None:
     base = trainable.merge_lora(dataclasses.replace(model, lora=None), {}, frozen)
@@ -348,6 +349,7 @@ def save(path, model, trained, frozen, *, tokenizer):
     dataclasses.replace(model, lora=None),
     trainable.merge_lora(model, trained, frozen),
     tokenizer=tokenizer,
+    files=files,
   )
 
 

@@ -68,7 +68,8 @@ class ScoredSamples:
     samples: Samples.
     proxy: [n] scores by the reward model; None without a reward model.
     gold: [n] scores by the judge; None if the judge compares pairs.
-    kl: KL from the baseline, nats per sequence; None if the two have different tokenizers.
+    kl: KL from the baseline, nats per sequence; None if the two have different tokenizers, or if Q
+      functions guide the sampler.
     curve: Points of best_of_n.curve for best-of-n; else ().
   """
 
@@ -278,8 +279,11 @@ def mean_kl(policy, reference, rollout, temperature):
   1 if that is 0, as in evaluators.prompts.
 
   Returns:
-    A float; None if the two policies have different tokenizers.
+    A float; None if the two policies have different tokenizers, or if Q functions guide the sampler
+    of one: the responses are then not those of the policy.
   """
+  if policy.beta or reference.beta:
+    return None
   if policy is reference:
     return 0.0
   if not learned.same_tokenizer(policy.tokenizer, reference.tokenizer):

@@ -43,6 +43,7 @@ from rlhf_jax.rewards import guard
 from rlhf_jax.rewards import scorers
 from rlhf_jax.rewards import text_statistics
 from rlhf_jax.rollout import actor
+from rlhf_jax.rollout import guided
 from rlhf_jax.rollout import sampler
 from rlhf_jax.rollout import sampling as sampling_lib
 from rlhf_jax.rollout import stops
@@ -69,6 +70,9 @@ class Context:
     loss: Function (path of a data set, or None for the run's held-out data) -> (state) -> metrics.
       It returns None if there are no such data. None for an algorithm without a held-out loss.
     sampling: The run's sampling settings, keys of config.SAMPLING.
+    guided_model: Function (beta) -> guided.GuidedModel that samples with sampling.beta; None for an
+      algorithm without Q functions.
+    q_functions: Function (state) -> its parameters besides the policy's.
   """
 
   model: base.Base
@@ -80,6 +84,8 @@ class Context:
   start: Callable[[], PyTree] | None = None
   loss: Callable[[str | None], Evaluator | None] | None = None
   sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  guided_model: Callable[[float], guided.GuidedModel] | None = None
+  q_functions: Callable[[types.TrainState], PyTree] | None = None
 
 
 def validate(evals):
@@ -127,7 +133,8 @@ def loss(block, context):
   """Creates the evaluator of the algorithm's loss and other metrics on held-out data."""
   config_lib.need(
     context.loss,
-    "kind='loss' needs an algorithm with a held-out loss: sft or reward_model; use another kind",
+    "kind='loss' needs an algorithm with a held-out loss: sft, reward_model or ilql; use another "
+    'kind',
   )
   return context.loss(block.path)
 
@@ -137,7 +144,8 @@ def prompts(block, context):
 
       kl = mean over prompts of log pi(y|x) - log pi_start(y|x), nats per sequence
 
-  Both log-probabilities are at the sampling temperature, or at 1 if that is 0.
+  Both log-probabilities are at the sampling temperature, or at 1 if that is 0. There is no KL if Q
+  functions guide the sampler (sampling.beta), because the responses are then not those of pi.
 
   Args:
     block: See config.evaluator.
@@ -149,21 +157,22 @@ def prompts(block, context):
   """
   responses = ResponseSampler(block, context)
   score = scorer(block, context, responses)
-  start, temperature = context.start(), responses.sampling.temperature or 1.0
+  temperature = responses.sampling.temperature or 1.0
+  start = None if responses.beta else context.start()
   logprobs = lambda params, rollout: processes.to_host(
     forward.response_logprobs(params, rollout, temperature, model=context.model)
   )
 
   def measure(params, rollout, examples):
-    return {
+    kl = {} if start is None else {'kl': logprobs(params, rollout) - logprobs(start, rollout)}
+    return kl | {
       'score': score(rollout, examples),
-      'kl': logprobs(params, rollout) - logprobs(start, rollout),
       'length': processes.to_host(rollout.response_mask).sum(1),
       'eos_rate': responses.ended(rollout),
     }
 
   def evaluate(state):
-    measures = responses.each(context.policy(state), measure)
+    measures = responses.each(context.policy(state), measure, state)
     scores = measures.pop('score')
     valid = scored(block, scores)
     metrics = {name: float(np.mean(values)) for name, values in measures.items()}
@@ -191,13 +200,13 @@ def win_rate(block, context):
   """
   responses = ResponseSampler(block, context)
   score = scorer(block, context, responses)
-  scores = lambda params: responses.each(
-    params, lambda params, rollout, examples: {'score': score(rollout, examples)}
+  scores = lambda params, state=None: responses.each(
+    params, lambda params, rollout, examples: {'score': score(rollout, examples)}, state
   )['score']
   baseline = scores(context.start())
 
   def evaluate(state):
-    new = scores(context.policy(state))
+    new = scores(context.policy(state), state)
     valid = scored(block, new + baseline)
     if not valid.any():
       return {}
@@ -244,7 +253,8 @@ def text(block, context):
 
   def evaluate(state):
     columns = {
-      name: list(values) for name, values in responses.each(context.policy(state), measure).items()
+      name: list(values)
+      for name, values in responses.each(context.policy(state), measure, state).items()
     }
     results = text_statistics.statistics(columns['response'])
     for name, function in metrics.items():
@@ -333,6 +343,7 @@ class ResponseSampler:
   Attributes:
     length: Number of tokens of the longest prompt.
     sampling: Sampling.
+    beta: Weight of the Q functions that guide the sampler; 0 for none.
     prompts: Texts of the prompts, by which intervals are clustered.
   """
 
@@ -353,6 +364,11 @@ class ResponseSampler:
     self._examples = formats.prompts(records, tokenizer=tokenizer)[0][: block.count]
     self.prompts = [example.prompt for example in self._examples]
     self.length = max(map(len, tokenizers.encode(tokenizer, self.prompts)))
+    self.beta = block.sampling.get('beta', 0.0)
+    config_lib.need(
+      not self.beta or context.guided_model,
+      f'sampling.beta={self.beta} needs an algorithm with Q functions (ilql); set it to 0',
+    )
     self.sampling, self._cut = make_sampling(block.sampling, context)
     check_length(context.model, self.length, self.sampling.max_new_tokens)
     # All batches have the same size, which is divisible by the number of data shards.
@@ -362,22 +378,28 @@ class ResponseSampler:
       self._examples, tokenizer, batch_size=size, max_prompt_length=self.length
     )
     self._sample = sampler.make(context.model, self.sampling)
+    if self.beta:
+      self._q_functions = context.q_functions
+      self._sample_guided = sampler.make(context.guided_model(self.beta), self.sampling)
 
-  def each(self, params, measure):
+  def each(self, params, measure, state=None):
     """Samples all responses and measures them.
 
     Args:
       params: All parameters of the policy.
       measure: Function (params, Rollout of B responses, their B examples) -> {name: B values}.
+      state: TrainState whose Q functions guide the sampler if `beta` is not 0; None for no guide.
 
     Returns:
       {name: NumPy array of n values}, in the order of the prompts.
     """
     key = keys.for_purpose(self._seed, keys.EVALUATION)
-    parts = []
+    sample, sampled, parts = self._sample, params, []
+    if self.beta and state is not None:
+      sample, sampled = self._sample_guided, {'policy': params} | self._q_functions(state)
     for number, ((batch, index), valid) in enumerate(self._batches):
-      rollout = self._sample(
-        params, sharding.put_rows(batch, self._mesh), jax.random.fold_in(key, number)
+      rollout = sample(
+        sampled, sharding.put_rows(batch, self._mesh), jax.random.fold_in(key, number)
       )
       rollout = self._cut(rollout) if self._cut else rollout
       measured = measure(params, rollout, [self._examples[i] for i in index])
@@ -405,6 +427,7 @@ def make_sampling(settings, context):
   settings = config_lib.SAMPLING | known | dict(settings)
   strings, tokenizer = tuple(settings.pop('stop')), context.tokenizer
   text, after = settings.pop('truncate_at'), settings.pop('truncate_after')
+  del settings['beta']
   single = stops.single_tokens(tokenizer, strings) if not settings['min_new_tokens'] else {}
   settings['top_k'] = settings['top_k'] or 0
   sampling = sampling_lib.Sampling(

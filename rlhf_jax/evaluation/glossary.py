@@ -510,6 +510,8 @@ LANGUAGE_MODEL = (
     'The loss of the batch. Pretraining and SFT: the negative log-likelihood of the target tokens. '
     'Reward model: the loss that `preference.loss` names, a mean over prompts. DPO: the loss that '
     '`dpo.loss` names, a mean over pairs or labelled completions, with the SFT term.',
+    'Reward model: the loss that `preference.loss` names, a mean over prompts. ILQL: the weighted '
+    'sum of its parts.',
     r'-\mathbb{E}_t \log \pi(y_t \mid y_{<t})',
     'nats per token; reward model: nats, or squared units of the ratings; DPO: depends on the loss',
     'A constant scorer has a pairwise loss of log 2 = 0.693 on pairs, and so has DPO at the start. '
@@ -526,6 +528,8 @@ LANGUAGE_MODEL = (
   Metric(
     'tokens',
     'Pretraining and SFT: target tokens of the batch. Reward model and DPO: tokens that it reads.',
+    'Pretraining and SFT: target tokens of the batch. ILQL: actions of the batch. Reward model: '
+    'tokens that it reads.',
     '',
     'tokens',
   ),
@@ -578,6 +582,66 @@ REWARD_MODEL = (
   ),
 )
 
+ILQL = (
+  Metric(
+    'v/loss',
+    'ILQL: the asymmetric squared error of V, a mean over actions.',
+    r'\mathbb{E} \, |\tau - \mathbb{1}[\hat Q < V]| \, (\hat Q - V)^2',
+    'squared units of the reward',
+  ),
+  Metric(
+    'v/mean',
+    'ILQL: the mean of V before the actions of the batch.',
+    r'\mathbb{E}[V(s)]',
+    'units of the reward, standardized if `ilql.standardize`',
+    'If it grows without end, so do Q and its targets: lower `optim.learning_rate` or '
+    '`ilql.target_alpha`.',
+  ),
+  Metric(
+    'q/loss',
+    'ILQL: the squared errors of both Q heads, a mean over actions.',
+    r"\mathbb{E} \sum_i (r + \gamma V(s') - Q_i(s, a))^2",
+    'squared units of the reward',
+    'It cannot reach 0 if rewards are random. If it rises, see `v/mean`.',
+  ),
+  Metric(
+    'q/cql_loss',
+    'ILQL: the cross-entropy of both Q heads at the action, which keeps the Q of actions that are '
+    'not in the data below those that are.',
+    r'\mathbb{E} \sum_i \left(\log \sum_b e^{Q_i(s, b)} - Q_i(s, a)\right)',
+    'nats per token',
+    "Near 2 times the log of the vocabulary the heads prefer no action. Far below the policy's "
+    '`policy/awac_loss` they only imitate the data: lower `ilql.cql_coef`.',
+  ),
+  Metric(
+    'q/mean',
+    'ILQL: the mean of both Q heads at the actions of the batch.',
+    r'\mathbb{E} \, \tfrac{1}{2} (Q_1 + Q_2)',
+    'units of the reward, standardized if `ilql.standardize`',
+  ),
+  Metric(
+    'q/target_mean',
+    'ILQL: the mean of the smaller target Q at the actions of the batch.',
+    r'\mathbb{E}[\hat Q(s, a)]',
+    'units of the reward, standardized if `ilql.standardize`',
+    'Far from `q/mean` the targets are too slow: raise `ilql.target_alpha`.',
+  ),
+  Metric(
+    'policy/awac_loss',
+    'ILQL: the weighted negative log-likelihood of the actions. With `ilql.awac_beta` 0 it is that '
+    'of SFT.',
+    r'\mathbb{E} \, e^{\beta_w (\hat Q - V)} (-\log \pi(a \mid s))',
+    'nats per token',
+  ),
+  Metric(
+    'policy/awac_weight',
+    'ILQL: the mean weight of an action in the policy loss, 1 if `ilql.awac_beta` is 0.',
+    r'\mathbb{E} \, e^{\beta_w (\hat Q - V)}',
+    'factor',
+    'If it is far above 1, a few actions decide the update: lower `ilql.awac_beta`.',
+  ),
+)
+
 EVALUATORS = (
   Metric(
     'EVAL/loss',
@@ -585,6 +649,31 @@ EVALUATORS = (
     '',
     'as `loss`',
     'If it rises while `loss` falls, the model overfits: stop earlier, or use more data.',
+  ),
+  Metric(
+    'EVAL/v_loss',
+    'Evaluator `loss` of ILQL: `v/loss` on the held-out data, with the targets of the run.',
+    '',
+    'as `v/loss`',
+  ),
+  Metric(
+    'EVAL/q_loss',
+    'Evaluator `loss` of ILQL: `q/loss` on the held-out data.',
+    '',
+    'as `q/loss`',
+    'Far above `q/loss` the value functions overfit: use more data or fewer steps.',
+  ),
+  Metric(
+    'EVAL/cql_loss',
+    'Evaluator `loss` of ILQL: `q/cql_loss` on the held-out data.',
+    '',
+    'as `q/cql_loss`',
+  ),
+  Metric(
+    'EVAL/awac_loss',
+    'Evaluator `loss` of ILQL: `policy/awac_loss` on the held-out data.',
+    '',
+    'as `policy/awac_loss`',
   ),
   Metric(
     'EVAL/perplexity',
@@ -915,6 +1004,7 @@ GROUPS = {
   'Critic': CRITIC,
   'Pretraining and SFT': LANGUAGE_MODEL,
   'Reward models': REWARD_MODEL,
+  'ILQL': ILQL,
   'Evaluators': EVALUATORS,
   'Optimizer': OPTIMIZER,
   'Time and memory': TIMES,

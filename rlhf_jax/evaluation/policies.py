@@ -48,6 +48,7 @@ def run(
   seed,
   truncate_at=None,
   truncate_after=0,
+  betas=(),
 ):
   """Evaluates policies, prints the table, and writes results.json and the report.
 
@@ -75,10 +76,11 @@ def run(
     seed: Random seed of the samples.
     truncate_at: See policy.TextPolicy.sample. If set, comparisons are scored without an EOS.
     truncate_after: See policy.TextPolicy.sample.
+    betas: Pairs (name, beta) of policies that Q functions guide; see policy.TextPolicy.sample.
   """
-  policies = dict(policies)
+  policies, betas = dict(policies), dict(betas)
   judge = judges.load(gold, key='gold', path=gold_path)
-  loaded = {name: policy_lib.TextPolicy.load(path) for name, path in policies.items()}
+  loaded = load_policies(policies, betas)
   scorer = reward_models.RewardModel.load(reward_model) if reward_model else None
   compared = comparison.compare_policies(
     loaded,
@@ -135,7 +137,21 @@ def write_report(workdir):
   return report.write(workdir / 'report.html', **report.read(workdir, stages), **parts)
 
 
-def compare_folders(workdir, policies, *, prompts, judge, reward_model, settings):
+def load_policies(policies, betas):
+  """Returns {name: TextPolicy}; see `run` and `compare_folders`.
+
+  Raises:
+    UserError: If a folder cannot be used, or a beta has no policy.
+  """
+  for name in betas:
+    comparison.check_name(name, policies, 'betas')
+  return {
+    name: policy_lib.TextPolicy.load(path, beta=betas.get(name, 0.0))
+    for name, path in policies.items()
+  }
+
+
+def compare_folders(workdir, policies, *, prompts, judge, reward_model, settings, betas=None):
   """Compares policies without a pipeline, and prints the table and some samples.
 
   Writes results.json, samples.jsonl (all responses with their scores) and report.html.
@@ -148,6 +164,7 @@ def compare_folders(workdir, policies, *, prompts, judge, reward_model, settings
     judge: Text that names the judge; see evaluation/judges.py.
     reward_model: Folder of a reward model for the proxy score, or ''.
     settings: comparison.Settings.
+    betas: {name: beta} of policies that Q functions guide; see policy.TextPolicy.sample.
 
   Raises:
     UserError: If a name, the judge, a folder or the prompts cannot be used.
@@ -160,7 +177,7 @@ def compare_folders(workdir, policies, *, prompts, judge, reward_model, settings
   )
   loaded_judge = judges.load(judge)
   scorer = reward_models.RewardModel.load(reward_model) if reward_model else None
-  loaded = {name: policy_lib.TextPolicy.load(path) for name, path in policies.items()}
+  loaded = load_policies(policies, betas or {})
   templated = [policy for policy in loaded.values() if policy.tokenizer.chat_template]
   examples = (templated or list(loaded.values()))[0].read_examples(prompts)
   compared = comparison.compare_policies(
@@ -189,7 +206,19 @@ def compare_folders(workdir, policies, *, prompts, judge, reward_model, settings
   print(f'report: {write_report(workdir)}')
 
 
-def check(*, policies, baseline, trained, best_of, reward_model, comparisons, gold, gold_path, **_):
+def check(
+  *,
+  policies,
+  baseline,
+  trained,
+  best_of,
+  reward_model,
+  comparisons,
+  gold,
+  gold_path,
+  betas=(),
+  **_,
+):
   """Checks the arguments of `run` before the first stage runs; see pipeline.check.
 
   Raises:
@@ -198,6 +227,8 @@ def check(*, policies, baseline, trained, best_of, reward_model, comparisons, go
   names = [pair[0] for pair in policies]
   comparison.check_name(baseline, names, 'baseline')
   comparison.check_name(trained, names, 'trained')
+  for name, _ in betas:
+    comparison.check_name(name, names, 'betas')
   judges.check(gold, key='gold', path=gold_path)
   for key, value in (('best_of', best_of), ('comparisons', comparisons)):
     errors.need(

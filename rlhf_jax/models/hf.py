@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 import numpy as np
+import safetensors.numpy
 
 from rlhf_jax import folders
 from rlhf_jax import models
@@ -124,7 +125,16 @@ def load_encoder(path, *, layers=None):
   return model, params
 
 
-def save(path, model, params, *, tokenizer=None, head=None, max_shard_bytes=MAX_SHARD_BYTES):
+def save(
+  path,
+  model,
+  params,
+  *,
+  tokenizer=None,
+  head=None,
+  files=None,
+  max_shard_bytes=MAX_SHARD_BYTES,
+):
   """Saves a folder that `load` (or `load_reward`) and transformers can read.
 
   The complete folder replaces an older one in a single step. All processes must call this; the main
@@ -139,6 +149,8 @@ def save(path, model, params, *, tokenizer=None, head=None, max_shard_bytes=MAX_
     head: Head of a reward model, {'kernel': [D], 'bias': []}; the folder then holds a sequence
       classifier with one label and no unembedding. Several heads, {'kernel': [D, M], 'bias': [M]},
       become the labels reward_0, reward_1 and so on.
+    files: {name: {name of a tensor: NumPy array}} of other safetensors files in the folder, or
+      None.
     max_shard_bytes: Largest safetensors file; a larger model is written as several files.
   """
   tensors = _tensors(model, params, head)
@@ -152,6 +164,8 @@ def save(path, model, params, *, tokenizer=None, head=None, max_shard_bytes=MAX_
       (folder / 'config.json').write_text(json.dumps(config, indent=2, sort_keys=True) + '\n')
       if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+      for name, contents in (files or {}).items():
+        safetensors.numpy.save_file(contents, folder / name)
   processes.barrier()
 
 

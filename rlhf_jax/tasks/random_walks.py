@@ -127,7 +127,9 @@ def write(folder, *, walks, seed):
   tokenizer/        one token per letter, EOS and padding
   texts.jsonl       {"text"}: walks for pretraining, drawn on the example's graph
   walks.jsonl       {"prompt", "completion", "rating"}: the example's walks and their optimality
+  best_walks.jsonl  the best fifth of these, by their optimality
   prompts.jsonl     {"prompt", "shortest"}: every start once, and its shortest length
+  starts.jsonl      the same, ten times
 
   Args:
     folder: pathlib.Path of the output folder.
@@ -140,7 +142,10 @@ def write(folder, *, walks, seed):
   prompts = [dict(prompt=start, shortest=n) for start, n in shortest_lengths(edges).items()]
   sources.write(folder / 'texts.jsonl', [{'text': text} for text in texts])
   sources.write(folder / 'walks.jsonl', rated)
+  by_rating = sorted(rated, key=lambda walk: -walk['rating'])
+  sources.write(folder / 'best_walks.jsonl', by_rating[: len(rated) // 5])
   sources.write(folder / 'prompts.jsonl', prompts)
+  sources.write(folder / 'starts.jsonl', prompts * 10)
   write_tokenizer(folder / 'tokenizer')
 
 

@@ -89,6 +89,7 @@ ALGORITHMS = {
   'dpo-kto': lambda world: dpo_config(world, 'kto', pack=False),
   'distillation': distillation_config,
   'grpo': grpo_config,
+  'ilql': tiny.ilql,
   'nlpo': tiny.nlpo,
   'online_dpo': lambda world: tiny.on_policy(online_dpo.config(), world),
   'ppo': tiny.ppo,

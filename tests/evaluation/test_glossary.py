@@ -43,6 +43,12 @@ def ratings(world, folder):
   return config
 
 
+def ilql(world, folder):
+  """Episodes, some of them held out."""
+  del folder
+  return tiny.ilql(world)
+
+
 def ppo(world, folder):
   """All options of PPO that add metrics: pretraining examples, parts, an ensemble, evaluators."""
   del folder
@@ -109,6 +115,7 @@ def names(world, tmp_path_factory):
   """{run: the names of its metrics}."""
   found = {}
   for make in (sft, reward_model, ratings, ppo, kto):
+  for make in (sft, reward_model, ratings, ilql, ppo):
     folder = tmp_path_factory.mktemp(make.__name__)
     found[make.__name__] = written(make(world, folder), folder / 'run')
   return found | {run: traced(config) for run, config in variants(world).items()}

@@ -1,0 +1,212 @@
+"""Rewards of a data set by a scorer, computed once and kept for later runs.
+
+The file is in the user's cache. Its name is a fingerprint of the texts, the tokenizer's ids of
+them, the keys of the reward, and the code or the weights that compute it: with other data or
+another reward, new rewards are computed.
+
+Letters: N episodes, P prompt length, R response length.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import hashlib
+import inspect
+import json
+import os
+import pathlib
+from typing import Any
+
+from absl import logging
+import jax
+from jaxtyping import Float
+import ml_collections
+import numpy as np
+import transformers
+
+from rlhf_jax import errors
+from rlhf_jax import processes
+from rlhf_jax import sharding
+from rlhf_jax import types
+from rlhf_jax.data import derived
+from rlhf_jax.data import formats
+from rlhf_jax.data import progress
+from rlhf_jax.data import tokenizers
+from rlhf_jax.rewards import functions
+from rlhf_jax.rewards import learned
+from rlhf_jax.rewards import scorers
+
+
+def has_source(block: ml_collections.ConfigDict) -> bool:
+  """Returns whether a block with the keys of scorers.config names a reward."""
+  return any(block.get(name) for name in (*scorers.SOURCES, 'parts'))
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+  """The last answers of N episodes, and what comes before them, as a scorer reads them.
+
+  Attributes:
+    examples: N Prompts, whose text is everything before the answer.
+    prompts: N arrays of their token ids.
+    answers: N arrays of the token ids of the answers, with the EOS.
+  """
+
+  examples: list[formats.Prompt]
+  prompts: list[np.ndarray]
+  answers: list[np.ndarray]
+
+  @classmethod
+  def of(
+    cls, episodes: Sequence[formats.Episode], tokenizer: transformers.PreTrainedTokenizerFast
+  ) -> 'Answers':
+    """Tokenizes the texts of episodes."""
+    before = [''.join(episode.parts[:-1]) for episode in episodes]
+    answers = tokenizers.encode_continuation(tokenizer, [e.parts[-1] for e in episodes])
+    return cls(
+      [formats.Prompt(text, episode.metadata) for text, episode in zip(before, episodes)],
+      tokenizers.encode(tokenizer, before),
+      [tokenizers.append_eos(tokenizer, ids) for ids in answers],
+    )
+
+  @property
+  def lengths(self) -> tuple[int, int]:
+    """(P, R), the numbers of tokens of the longest prompt and of the longest answer."""
+    return max(map(len, self.prompts)), max(map(len, self.answers))
+
+  def rollout(self, index: Sequence[int], pad_id: int) -> types.Rollout:
+    """Returns the answers at some indices as a Rollout of NumPy arrays."""
+    choose = lambda rows: [rows[i] for i in index]
+    return learned.rollout_of(choose(self.prompts), choose(self.answers), self.lengths, pad_id)
+
+
+def label(
+  episodes: Sequence[formats.Episode],
+  config_reward: ml_collections.ConfigDict,
+  tokenizer: transformers.PreTrainedTokenizerFast,
+  mesh: jax.sharding.Mesh,
+  *,
+  batch_size: int,
+  load: dict[str, Any],
+) -> list[formats.Episode]:
+  """Returns episodes with the rewards that a scorer gives to their last answers.
+
+  Args:
+    episodes: N Episodes without rewards.
+    config_reward: See scorers.config.
+    tokenizer: Tokenizer of the policy.
+    mesh: Device mesh.
+    batch_size: Answers scored at a time.
+    load: See scorers.make.
+
+  Returns:
+    Episodes; those whose reward is NaN are left out if `config_reward` says so.
+
+  Raises:
+    UserError: The scorer fails, or rewards the tokens of a conversation with several answers.
+  """
+  episodes = list(episodes)
+  if not episodes:
+    return []
+  answers = Answers.of(episodes, tokenizer)
+  path = cache_path(answers, config_reward)
+  if processes.all_true(path.exists()):
+    rewards = np.load(path)
+  else:
+    score = scorer(answers, config_reward, tokenizer, mesh, load)
+    rewards = score_in_batches(score, answers, batch_size, tokenizer.pad_token_id, mesh)
+    write(path, rewards)
+  found = [
+    _rewarded(episode, reward, len(ids))
+    for episode, reward, ids in zip(episodes, rewards, answers.answers)
+    if not np.isnan(reward).any()
+  ]
+  if len(found) < len(episodes):
+    logging.warning('%d episodes whose reward is NaN are left out', len(episodes) - len(found))
+  return found
+
+
+def _rewarded(episode, reward, length):
+  """Returns an episode with its reward, a number or an array with one number per token."""
+  if not reward.ndim:
+    return dataclasses.replace(episode, rewards=(float(reward),), level='episode')
+  errors.need(
+    len(episode.parts) == 2,
+    'config.reward rewards tokens, but the data has conversations with several answers: use a '
+    'reward that returns one number',
+  )
+  rewards = tuple(reward[:length].tolist())
+  return dataclasses.replace(episode, rewards=rewards, level='token')
+
+
+def cache_path(answers: Answers, config_reward: ml_collections.ConfigDict) -> pathlib.Path:
+  """Returns the path of the file with the rewards of a data set; see the top of this file."""
+  digest = hashlib.sha256()
+  for example, *ids in zip(answers.examples, answers.prompts, answers.answers):
+    record = [example.prompt, example.metadata, *(row.tolist() for row in ids)]
+    digest.update(json.dumps(record, default=repr).encode('utf-8', 'surrogatepass'))
+  digest.update(json.dumps(config_reward.to_dict(), sort_keys=True, default=repr).encode())
+  for block in (config_reward, *(config_reward.get('parts') or {}).values()):
+    for folder in filter(None, (block.get('model'), *(block.get('models') or ()))):
+      for file in sorted(pathlib.Path(folder).rglob('*.safetensors')):
+        digest.update(derived.fingerprint(os.fspath(file)).encode())
+    if block.get('function'):
+      digest.update(_code(block.function))
+  cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+  return pathlib.Path(cache) / 'rlhf_jax' / 'rewards' / f'{digest.hexdigest()[:32]}.npy'
+
+
+def _code(name: str) -> bytes:
+  """Returns the code of the module of a reward function 'package.module:function'."""
+  try:
+    file = inspect.getsourcefile(functions.load(name))
+    return pathlib.Path(file).read_bytes()
+  except (TypeError, OSError):  # written in C, or typed into a notebook
+    return b''
+
+
+def scorer(answers, config_reward, tokenizer, mesh, load) -> scorers.Scorer:
+  """Creates the scorer of `config_reward`; a reward model must have room for all answers."""
+  longest = sum(answers.lengths)
+
+  def check(model):
+    errors.need(
+      longest <= model.max_length,
+      f'prompts and answers of up to {longest} tokens exceed the context of the reward model, '
+      f'{model.max_length} tokens: shorten them, or use another reward model',
+    )
+
+  skip = scorers.skips_nan(config_reward)
+  return scorers.make(config_reward, tokenizer, mesh, load=load, check=check, allow_nan=skip)[0]
+
+
+def score_in_batches(
+  score: scorers.Scorer, answers: Answers, size: int, pad_id: int, mesh: jax.sharding.Mesh
+) -> Float[np.ndarray, ' N *R']:
+  """Returns the rewards of all answers; the last batch is filled with copies of the last answer.
+
+  Args:
+    score: Scorer.
+    answers: Answers.
+    size: Answers scored at a time.
+    pad_id: Id of the padding token.
+    mesh: Device mesh.
+  """
+  count, found = len(answers.examples), []
+  for start in progress.bar(range(0, count, size), 'rewards of the data', 'batches'):
+    index = np.minimum(np.arange(start, start + size), count - 1)
+    rollout = sharding.put_rows(answers.rollout(index, pad_id), mesh)
+    scores = types.Scores.of(score(rollout, [answers.examples[i] for i in index]))
+    found.append(processes.to_host(scores.total)[: count - start])
+  return np.concatenate(found)
+
+
+def write(path: pathlib.Path, rewards: np.ndarray) -> None:
+  """Writes rewards atomically; a cache that cannot be written is only a warning."""
+  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(temporary, 'wb') as stream:
+      np.save(stream, rewards)
+    os.replace(temporary, path)
+  except OSError as error:
+    logging.warning('%s: the rewards of the data cannot be kept (%s)', path, error)
