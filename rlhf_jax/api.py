@@ -116,10 +116,7 @@ def train(
       shape `overrides` must give as model.init.
     prompts: Prompts for on-policy RL or distillation: strings or records. The reward function
       receives the other fields of the records as metadata.
-    samples: Prompts with completions, for SFT or offline distillation.
-    prompts: Prompts for on-policy RL: strings or records. The reward function receives the other
-      fields of the records as metadata.
-    samples: Prompts with completions, for SFT; with rewards too, for ILQL.
+    samples: Prompts with completions, for SFT or offline distillation; with rewards too, for ILQL.
     comparisons: Better and worse completions, for a reward model.
     texts: Documents for language modelling: strings or records.
     reward_fn: Reward of on-policy RL, or of the samples of ILQL if they have none: a function

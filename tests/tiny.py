@@ -174,6 +174,7 @@ def dpo(world, preset=''):
   config = dpo_lib.config(preset)
   config.data.path = f'{world}/comparisons.jsonl'
   config.data.held_out = 0.2
+  return _trained(config, world)
 
 
 def ilql(world, preset=''):

@@ -409,10 +409,9 @@ def _mask_copies(batch: Any, count: int) -> tuple[Any, np.ndarray]:
     batch = dataclasses.replace(batch, loss_mask=batch.loss_mask & valid[:, None])
   elif isinstance(batch, types.Pairs):
     batch = dataclasses.replace(batch, response_mask=batch.response_mask & valid[:, None])
-  elif isinstance(batch, (types.Comparisons, types.Preferences)):
   elif isinstance(batch, types.Episodes):
     batch = dataclasses.replace(batch, mask=batch.mask & valid[:, None])
-  elif isinstance(batch, types.Comparisons):
+  elif isinstance(batch, (types.Comparisons, types.Preferences)):
     batch = dataclasses.replace(batch, present=batch.present & valid[:, None])
   return batch, valid
 

@@ -509,9 +509,8 @@ LANGUAGE_MODEL = (
     'loss',
     'The loss of the batch. Pretraining and SFT: the negative log-likelihood of the target tokens. '
     'Reward model: the loss that `preference.loss` names, a mean over prompts. DPO: the loss that '
-    '`dpo.loss` names, a mean over pairs or labelled completions, with the SFT term.',
-    'Reward model: the loss that `preference.loss` names, a mean over prompts. ILQL: the weighted '
-    'sum of its parts.',
+    '`dpo.loss` names, a mean over pairs or labelled completions, with the SFT term. ILQL: the '
+    'weighted sum of its parts.',
     r'-\mathbb{E}_t \log \pi(y_t \mid y_{<t})',
     'nats per token; reward model: nats, or squared units of the ratings; DPO: depends on the loss',
     'A constant scorer has a pairwise loss of log 2 = 0.693 on pairs, and so has DPO at the start. '
@@ -527,9 +526,8 @@ LANGUAGE_MODEL = (
   ),
   Metric(
     'tokens',
-    'Pretraining and SFT: target tokens of the batch. Reward model and DPO: tokens that it reads.',
-    'Pretraining and SFT: target tokens of the batch. ILQL: actions of the batch. Reward model: '
-    'tokens that it reads.',
+    'Pretraining and SFT: target tokens of the batch. ILQL: actions of the batch. Reward model and '
+    'DPO: tokens that they read.',
     '',
     'tokens',
   ),

@@ -114,8 +114,7 @@ def variants(world):
 def names(world, tmp_path_factory):
   """{run: the names of its metrics}."""
   found = {}
-  for make in (sft, reward_model, ratings, ppo, kto):
-  for make in (sft, reward_model, ratings, ilql, ppo):
+  for make in (sft, reward_model, ratings, ppo, kto, ilql):
     folder = tmp_path_factory.mktemp(make.__name__)
     found[make.__name__] = written(make(world, folder), folder / 'run')
   return found | {run: traced(config) for run, config in variants(world).items()}
