@@ -155,7 +155,8 @@ def test_configs_build_and_every_stage_is_valid(path, arg, tmp_path):
 def test_base_configs_ask_for_model_data_and_reward(name):
   path = CONFIGS[0].with_name(f'{name}.py')
   config = imported(path).get_config()
-  for key in (key for key in GIVEN if key.partition('.')[0] in config and key != 'ptx.path'):
+  optional = {'ptx.path'} | ({'reward.model'} if name == 'ilql' else set())  # data may have rewards
+  for key in (key for key in GIVEN if key.partition('.')[0] in config and key not in optional):
     complete(config, path)
     config.update_from_flattened_dict({key: None})
     with pytest.raises(errors.UserError, match=key):
@@ -174,9 +175,10 @@ def test_base_configs_take_every_preset(name, preset):
   expected = dict(build.load(name).PRESETS[preset])
   fresh = build.load(name).config(preset)
   complete(fresh, path)
-  for block in {'rl', 'distillation'} & {*config}:
+  for block in {'rl', 'distillation', 'dpo', 'ilql'} & {*config}:
     assert dict(config[block]) == dict(fresh[block])
-  for key in ('optim.learning_rate', 'sampling.temperature', 'batch_size'):
+  keys = ('optim.learning_rate', 'sampling.temperature', 'batch_size')
+  for key in (key for key in keys if key.partition('.')[0] in config):
     value = functools.reduce(lambda block, part: block[part], key.split('.'), config)
     assert value == expected.get(key, value)  # the preset's values are not overwritten
 

@@ -154,7 +154,7 @@ def preference_iterator(
 
   Other arguments, result and errors as for `lm_iterator`.
   """
-  return _iterate(rows.collate, range(len(rows.index)), batch_size, seed)
+  return _iterate(rows.collate, rows.data.examples, range(len(rows.index)), batch_size, seed)
 
 
 def episode_iterator(

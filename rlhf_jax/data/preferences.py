@@ -14,6 +14,7 @@ from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
 import hashlib
+import itertools
 from typing import Any
 
 import jax
@@ -22,13 +23,14 @@ import numpy as np
 from rlhf_jax import types
 from rlhf_jax.data import formats
 from rlhf_jax.data import lazy
+from rlhf_jax.data import mixtures
 from rlhf_jax.data import packing
 from rlhf_jax.data import progress
 from rlhf_jax.data import tokenized
 from rlhf_jax.errors import UserError
 
 LABELS = {0.0: False, 1.0: True}
-MAX_SHIFT = 64  # see `_partners`
+MAX_SHIFT = 64  # see `_shift`
 
 
 class Made(Sequence):
@@ -149,7 +151,12 @@ def _labelled(comparisons, number, column, label, other, other_column):
 
 
 def _made(comparisons, entries, make):
-  made = Made(comparisons, np.asarray(entries), make)
+  entries = np.asarray(entries)
+  made = Made(comparisons, entries, make)
+  if isinstance(comparisons, mixtures.Mixture):
+    bounds = np.searchsorted(entries[:, 0], comparisons.starts)
+    parts = [Made(comparisons, entries[a:b], make) for a, b in itertools.pairwise(bounds)]
+    return comparisons.with_parts(parts)
   return made[:] if isinstance(comparisons, list) else made
 
 
@@ -197,7 +204,15 @@ def arrange(
     max_length: T. `tokenized.truncate` cuts longer examples.
     pack: Whether a row may hold several examples.
     encoder_decoder: Whether the sequences are types.Pairs, without packing.
+
+  Raises:
+    UserError: The examples of a mixture are to be packed.
   """
+  if pack and isinstance(examples, mixtures.Mixture):
+    raise UserError(
+      'config.dpo.pack: the examples of config.data.mixture are drawn by weight, so they cannot be '
+      'packed. Set it to False.'
+    )
   data = tokenized.completions(examples, tokenizer, max_length=max_length)
   bos, index = tokenizer.bos_token_id, np.arange(len(data), dtype=np.int32)[:, None]
   if pack:

@@ -6,6 +6,7 @@ import pytest
 from rlhf_jax import errors
 from rlhf_jax import types
 from rlhf_jax.data import formats
+from rlhf_jax.data import mixtures
 from rlhf_jax.data import packing
 from rlhf_jax.data import pipelines
 from rlhf_jax.data import preferences
@@ -32,6 +33,30 @@ def test_rankings_and_picks_become_pairs():
   ]
   with pytest.raises(errors.UserError, match="no prompt .* config.dpo.loss='kto'"):
     preferences.pairs([comparison('c', 0, 0)])
+
+
+def test_the_pairs_of_a_mixture_stay_with_their_source():
+  parts = [[comparison('a', 0, 1, 2), comparison('b', 0, 0)], [comparison('c', 1, 0)]]
+  mixture = mixtures.Mixture(('x', 'y'), (0.9, 0.1), parts)
+  pairs = preferences.pairs(mixture)
+  found = [[e.completions for e in part] for part in pairs.parts]
+  assert found == [[('a0', 'a1'), ('a0', 'a2'), ('a1', 'a2')], [('c1', 'c0')]]
+  assert (pairs.names, list(pairs.weights)) == (('x', 'y'), [0.9, 0.1])
+  # Labels count over all sources: the completions of y meet those of x.
+  labelled = [e.completions for part in preferences.labelled(mixture).parts for e in part]
+  assert labelled == [('a0', 'c0'), ('a2', 'c1'), ('c0', 'a0'), ('c1', 'a2')]
+
+
+def test_the_rows_of_a_mixture_are_drawn_by_weight(world):
+  tokenizer = tiny.write_tokenizer(world / 'tokenizer')
+  parts = [[comparison('a', 0, 1)] * 50, [comparison('c', 0, 1)]]
+  pairs = preferences.pairs(mixtures.Mixture(('x', 'y'), (0.25, 0.75), parts))
+  rows = preferences.arrange(pairs, tokenizer, max_length=8)
+  iterator, count = pipelines.preference_iterator(rows, batch_size=100, seed=0)
+  index = np.concatenate([next(iterator).index[:, 0] for _ in range(4)])
+  assert count == 51 and 0.65 < np.mean(index == 50) < 0.85
+  with pytest.raises(errors.UserError, match='config.dpo.pack: the examples of config.data.mix'):
+    preferences.arrange(pairs, tokenizer, max_length=8, pack=True)
 
 
 def test_pairs_and_labels_become_labelled_completions():
