@@ -27,7 +27,7 @@ ALGORITHMS = (
   ('reinforce_plus_plus', 'reinforce', 'reinforce_plus_plus', {'optim.b2': 0.95}),
   ('a2c', 'a2c', '', {'rl.epochs': 1, 'rl.minibatches': 8, 'rl.gamma': 1.0, 'rl.lam': 0.95}),
   ('online_dpo', 'online_dpo', '', CRITIC_FREE),
-  ('rejection_sampling', 'rejection_sampling', '', CRITIC_FREE | {'rl.kl_coef': 0.0}),
+  ('rejection_sampling', 'rejection_sampling', '', CRITIC_FREE | {'rl.epochs': 1}),
 )
 
 

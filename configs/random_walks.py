@@ -9,11 +9,10 @@ See rlhf_jax/tasks/random_walks.py for the task and its source. A model is pretr
 random walks and then trained on the optimality of its own walks, much as in trlX's
 examples/randomwalks. `objective/scores` of the RL stage is the sampled optimality.
 
-Expected of PPO, seed 0, 5,000 samples: optimality 0.34 before (0.346 is exact for uniform steps)
-and 0.98 after, first above 0.9 at iteration 6. The loss of the pretrained model on the example's
+Expected of PPO, seeds 0 to 4 from one pretrained model (model=FOLDER), 5,000 samples: optimality
+0.34 before (0.346 is exact for uniform steps) and 0.99 after, first above 0.9 at iteration 3 or 4.
+docs/algorithms/index.md has the other algorithms. The loss of the pretrained model on the example's
 walks is 0.714; their entropy is 0.705. Takes 2 to 3 minutes on 2 shared CPU cores.
-From one pretrained model (model=FOLDER): PPO, seeds 0 to 5, 0.97 to 0.99, first above 0.9 at
-iteration 4 to 8; GRPO, seeds 0 to 2, 0.99, first above 0.9 at iteration 5 or 6.
 """
 
 import ml_collections
