@@ -8,6 +8,10 @@ The generated reviews of the quickstart, a Llama of the same size and the same s
 they compare responses of the SFT model, and each method learns from these comparisons. KTO learns
 from both responses of a pair as single labelled ones. The last stage compares gold scores: the
 hidden score by which the annotators prefer.
+
+Of the quickstart's SFT model and comparisons, seed 0, 512 samples: gold score of SFT 0.02 (standard
+error 0.05), of DPO 1.19 (0.05), KTO after a whole epoch 1.18 (0.05), SimPO 0.80 (0.05) and ORPO
+0.45 (0.05). A method takes 70 to 90 seconds of CPU time. The settings were chosen on this seed.
 """
 
 import ml_collections
@@ -16,11 +20,13 @@ import _review_stages as shared
 from rlhf_jax import config as c
 from rlhf_jax.algorithms import dpo as dpo_lib
 
-# Settings of each method in addition to those of its preset and of `train`.
+# Settings of each method in addition to those of its preset and of `train`. IPO's beta 0.1 asks for
+# a margin of 5 nats per token, which no policy near the reference has; 2 asks for 0.25. KTO has two
+# examples for each pair.
 SETTINGS = {
   'dpo': {},
-  'ipo': {},
-  'kto': {},
+  'ipo': {'dpo.beta': 2.0},
+  'kto': {'data.epochs': 0.5},
   'orpo': {},
   'simpo': {},
 }
