@@ -1,4 +1,4 @@
-"""Packs documents that do not fit into memory: they are tokenized while training.
+"""Packs documents while training: those of mixtures, and those that do not fit into memory.
 
 Letters: B batch, T sequence length.
 
@@ -174,7 +174,7 @@ class Batches(Iterator[types.LMBatch]):
       raise UserError(
         f'the checkpoint has a position in the texts for a batch_size of {len(places)}, but the '
         f'config has {len(self._local)}: set config.batch_size (for ptx: config.ptx.batch_size) to '
-        f'{len(places)}. Data that is tokenized during training can only be resumed with the same '
+        f'{len(places)}. Texts that are packed during training can only be resumed with the same '
         'batch size.'
       )
     self._batches.set_state({'places': [places[lane] for lane in np.flatnonzero(self._local)]})

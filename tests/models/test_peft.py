@@ -205,6 +205,7 @@ def test_we_read_what_peft_writes(case, rslora, tmp_path):
   )
 
 
+@pytest.mark.parametrize('case', ['gpt2', 'llama'], indirect=True)
 def test_a_weighted_sum_is_that_of_peft(case, tmp_path):
   build, folder, _, options = case
   adapted = base_of(build, folder)
