@@ -105,8 +105,7 @@ def validate(config, device_count):
   )
   name = 'distillation.student_fraction * config.batch_size'
   config_lib.divides_over_shards(config, device_count, name, samples)
-  if samples:
-    on_policy_config.validate_sampler(config, device_count, name, samples)
+  on_policy_config.validate_sampler(config, device_count, name, samples)
   need(
     not (block.context and config.data.on_long == 'drop'),
     "config.data.on_long='drop' would drop different prompts for the teacher, which reads "
