@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import logging
 import jax
-from jaxtyping import Float
+from jaxtyping import Float, Int
 import ml_collections
 import numpy as np
 import transformers
@@ -73,7 +73,7 @@ class Answers:
     """(P, R), the numbers of tokens of the longest prompt and of the longest answer."""
     return max(map(len, self.prompts)), max(map(len, self.answers))
 
-  def rollout(self, index: Sequence[int], pad_id: int) -> types.Rollout:
+  def rollout(self, index: Int[np.ndarray, ' n'], pad_id: int) -> types.Rollout:
     """Returns the answers at some indices as a Rollout of NumPy arrays."""
     choose = lambda rows: [rows[i] for i in index]
     return learned.rollout_of(choose(self.prompts), choose(self.answers), self.lengths, pad_id)
