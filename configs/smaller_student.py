@@ -8,6 +8,9 @@ The teacher is the policy that the quickstart trains by PPO; the second command 
 finished quickstart. The student is pretrained and fine-tuned as the teacher was. Then it answers
 the prompts, and at each token of its own answers it learns the teacher's distribution (GKD, Agarwal
 et al. 2023, https://arxiv.org/abs/2306.13649). It needs no reward.
+
+Measured, seed 0: gold score of the student from -0.92 (standard error 0.04) to 1.80 (0.05); its
+teacher has 1.70 (0.05), and had 0.13 (0.05) before PPO.
 """
 
 import _review_stages as shared
