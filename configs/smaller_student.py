@@ -1,7 +1,7 @@
 """On-policy distillation of the quickstart's policy into a student of half its width.
 
 rlhf run --config=smaller_student --workdir=/tmp/student
-rlhf run --config=smaller_student --workdir=/tmp/student --fork_of=/tmp/quickstart
+rlhf run --config=smaller_student --workdir=/tmp/quickstart --fork=/tmp/student
 rlhf run --config=smaller_student:debug --workdir=/tmp/debug
 
 The teacher is the policy that the quickstart trains by PPO; the second command takes it from a
