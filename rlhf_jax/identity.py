@@ -420,7 +420,7 @@ def _append_start(config, workdir, *, step, changed, first):
     'step': step,
     'host': socket.gethostname(),
     'pid': os.getpid(),
-    'version': _version(),
+    'version': version(),
     'commit': commit(),
     'overridden': [arg for arg in sys.argv[1:] if arg.lstrip('-').startswith('config')],
     'changed': {key: [before, after] for key, before, after in changed},
@@ -448,7 +448,8 @@ def _recorded(workdir, *, last=False):
   return inputs
 
 
-def _version():
+def version():
+  """Returns the version of the installed package, or None if it is not installed."""
   try:
     return importlib.metadata.version('rlhf_jax')
   except importlib.metadata.PackageNotFoundError:

@@ -1,19 +1,24 @@
 """Rewards of a data set by a scorer, computed once and kept for later runs.
 
 The file is in the user's cache. Its name is a fingerprint of the texts, the tokenizer's ids of
-them, the keys of the reward, and the code or the weights that compute it: with other data or
-another reward, new rewards are computed.
+them, the keys of the reward, the version of this package, and the weights of reward models or the
+module of a function: if one of them changes, new rewards are computed. Changes of other modules
+that the function uses are not noticed. The rewards of a server, and of a function that is in no
+module, are not kept.
 
 Letters: N episodes, P prompt length, R response length.
 """
 
 from collections.abc import Sequence
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
 import os
 import pathlib
+import sys
 from typing import Any
 
 from absl import logging
@@ -24,11 +29,13 @@ import numpy as np
 import transformers
 
 from rlhf_jax import errors
+from rlhf_jax import identity
 from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.data import derived
 from rlhf_jax.data import formats
+from rlhf_jax.data import mixtures
 from rlhf_jax.data import progress
 from rlhf_jax.data import tokenizers
 from rlhf_jax.rewards import functions
@@ -87,7 +94,7 @@ def label(
   *,
   batch_size: int,
   load: dict[str, Any],
-) -> list[formats.Episode]:
+) -> Sequence[formats.Episode]:
   """Returns episodes with the rewards that a scorer gives to their last answers.
 
   Args:
@@ -99,22 +106,33 @@ def label(
     load: See scorers.make.
 
   Returns:
-    Episodes; those whose reward is NaN are left out if `config_reward` says so.
+    Episodes, those of a mixture as a mixture; those whose reward is NaN are left out if
+    `config_reward` says so.
 
   Raises:
     UserError: The scorer fails, or rewards the tokens of a conversation with several answers.
   """
+  if isinstance(episodes, mixtures.Mixture):
+    label_part = functools.partial(
+      label,
+      config_reward=config_reward,
+      tokenizer=tokenizer,
+      mesh=mesh,
+      batch_size=batch_size,
+      load=load,
+    )
+    return episodes.with_parts([label_part(part) for part in episodes.parts])
   episodes = list(episodes)
   if not episodes:
     return []
   answers = Answers.of(episodes, tokenizer)
-  path = cache_path(answers, config_reward)
-  if processes.all_true(path.exists()):
-    rewards = np.load(path)
-  else:
+  path = cache_path(answers, config_reward) if cacheable(config_reward) else None
+  rewards = read(path) if path else None
+  if not processes.all_true(rewards is not None):
     score = scorer(answers, config_reward, tokenizer, mesh, load)
     rewards = score_in_batches(score, answers, batch_size, tokenizer.pad_token_id, mesh)
-    write(path, rewards)
+    if path:
+      write(path, rewards)
   found = [
     _rewarded(episode, reward, len(ids))
     for episode, reward, ids in zip(episodes, rewards, answers.answers)
@@ -138,14 +156,28 @@ def _rewarded(episode, reward, length):
   return dataclasses.replace(episode, rewards=rewards, level='token')
 
 
+def _blocks(config_reward):
+  """Returns the block of a reward and those of its parts."""
+  return (config_reward, *(config_reward.get('parts') or {}).values())
+
+
+def cacheable(config_reward: ml_collections.ConfigDict) -> bool:
+  """Returns whether a reward has files that tell when it changes: no server, nothing in memory."""
+  return not any(
+    block.get('url') or (block.get('function') or '').startswith(functions.IN_MEMORY)
+    for block in _blocks(config_reward)
+  )
+
+
 def cache_path(answers: Answers, config_reward: ml_collections.ConfigDict) -> pathlib.Path:
   """Returns the path of the file with the rewards of a data set; see the top of this file."""
   digest = hashlib.sha256()
   for example, *ids in zip(answers.examples, answers.prompts, answers.answers):
     record = [example.prompt, example.metadata, *(row.tolist() for row in ids)]
     digest.update(json.dumps(record, default=repr).encode('utf-8', 'surrogatepass'))
-  digest.update(json.dumps(config_reward.to_dict(), sort_keys=True, default=repr).encode())
-  for block in (config_reward, *(config_reward.get('parts') or {}).values()):
+  keys = [identity.version(), config_reward.to_dict()]
+  digest.update(json.dumps(keys, sort_keys=True, default=repr).encode())
+  for block in _blocks(config_reward):
     for folder in filter(None, (block.get('model'), *(block.get('models') or ()))):
       for file in sorted(pathlib.Path(folder).rglob('*.safetensors')):
         digest.update(derived.fingerprint(os.fspath(file)).encode())
@@ -156,12 +188,15 @@ def cache_path(answers: Answers, config_reward: ml_collections.ConfigDict) -> pa
 
 
 def _code(name: str) -> bytes:
-  """Returns the code of the module of a reward function 'package.module:function'."""
-  try:
-    file = inspect.getsourcefile(functions.load(name))
-    return pathlib.Path(file).read_bytes()
-  except (TypeError, OSError):  # written in C, or typed into a notebook
-    return b''
+  """Returns the code of the module that has 'package.module:function', and of that defining it."""
+  function = functions.load(name)
+  if not (inspect.isroutine(function) or inspect.isclass(function)):
+    function = type(function)  # of a callable object
+  code = b''
+  for place in (sys.modules[name.partition(':')[0]], function):
+    with contextlib.suppress(TypeError, OSError):  # written in C, or without a file
+      code += pathlib.Path(inspect.getsourcefile(place)).read_bytes()
+  return code
 
 
 def scorer(answers, config_reward, tokenizer, mesh, load) -> scorers.Scorer:
@@ -198,6 +233,14 @@ def score_in_batches(
     scores = types.Scores.of(score(rollout, [answers.examples[i] for i in index]))
     found.append(processes.to_host(scores.total)[: count - start])
   return np.concatenate(found)
+
+
+def read(path: pathlib.Path) -> np.ndarray | None:
+  """Returns rewards that `write` has written; None if there is no file or it is damaged."""
+  try:
+    return np.load(path)
+  except (OSError, ValueError, EOFError):
+    return None
 
 
 def write(path: pathlib.Path, rewards: np.ndarray) -> None:
