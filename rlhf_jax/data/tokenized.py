@@ -182,6 +182,12 @@ def completions(
     prompt, completions = truncate(item, max_length, tokenizer.bos_token_id)
     cut_prompts += len(prompt) < len(item.prompt)
     cut_completions += any(len(a) < len(b) for a, b in zip(completions, item.completions))
+  _warn_truncated(data, cut_prompts, cut_completions, max_length)
+  return data
+
+
+def _warn_truncated(data, cut_prompts, cut_completions, max_length):
+  """Warns if examples of the sample are cut, given the numbers of those that are."""
   if cut_prompts or cut_completions:
     logging.warning(
       'of %s%d examples, %d lost the start of the prompt and %d the end of a completion, to fit '
@@ -192,7 +198,6 @@ def completions(
       cut_completions,
       max_length,
     )
-  return data
 
 
 def _conversations(
@@ -376,12 +381,16 @@ class TokenizedEpisode:
     tokens: int32 [R], all tokens after the prompt.
     mask: bool [R], True at the assistant's tokens.
     rewards: float32 [R], the reward of each of the assistant's tokens.
+    cut_prompt: Whether the start of the prompt was cut off.
+    cut_end: Whether the end of the episode was cut off.
   """
 
   prompt: np.ndarray
   tokens: np.ndarray
   mask: np.ndarray
   rewards: np.ndarray
+  cut_prompt: bool = False
+  cut_end: bool = False
 
   @property
   def num_tokens(self) -> int:
@@ -396,7 +405,7 @@ def episodes(
   mean: float = 0.0,
   std: float = 1.0,
 ) -> TokenizedData:
-  """Tokenizes episodes and truncates them; the EOS ends each.
+  """Tokenizes episodes and truncates them, with a warning; the EOS ends each.
 
   An episode that is too long loses the start of its prompt and then its end, as in `truncate`. The
   sum of the rewards of the lost tokens is added to the last action that is left.
@@ -409,14 +418,21 @@ def episodes(
       rewards are divided by `std`, and the last one is reduced by mean / std.
 
   Raises:
-    UserError: An episode has rewards per token, but not one for each.
+    UserError: The rewards of an episode do not fit its tokens; see `token_rewards`.
   """
+
+  def fitted_rewards(example, *args):
+    try:
+      return token_rewards(example, *args)
+    except UserError as error:
+      index = next(i for i, each in enumerate(examples) if each == example)
+      raise UserError(f'example {index}{lazy.place(examples, index)} {error}') from error
 
   def encode(chunk):
     found = []
     for example, item in zip(chunk, _conversations(chunk, tokenizer)):
       (tokens,), mask = item.completions, item.targets
-      rewards = token_rewards(example, tokens, mask, tokenizer.eos_token_id) / np.float32(std)
+      rewards = fitted_rewards(example, tokens, mask, tokenizer.eos_token_id) / np.float32(std)
       rewards[-1] -= mean / std
       episode = TokenizedEpisode(item.prompt, tokens, mask, rewards)
       found.append(truncate_episode(episode, max_length, tokenizer.bos_token_id))
@@ -426,6 +442,9 @@ def episodes(
   tokenizers.warn_unknown(
     tokenizer, [ids for item in data.sample for ids in (item.prompt, item.tokens)]
   )
+  cut_prompts = sum(item.cut_prompt for item in data.sample)
+  cut_ends = sum(item.cut_end for item in data.sample)
+  _warn_truncated(data, cut_prompts, cut_ends, max_length)
   return data
 
 
@@ -443,7 +462,8 @@ def token_rewards(
     eos_id: Id of the EOS.
 
   Raises:
-    UserError: There are rewards per token, but not one for each; or a turn has no tokens.
+    UserError: There are rewards per token, but not one for each; or a turn has no tokens. The
+      message is to follow the number and the place of the example, as in `episodes`.
   """
   length, given = len(tokens), len(example.rewards)
   rewards = np.zeros(length, np.float32)
@@ -454,14 +474,15 @@ def token_rewards(
     ends = np.flatnonzero(mask & ~np.append(mask[1:], False))
     if given != len(ends):
       raise UserError(
-        f'an episode has {given} rewards for {len(ends)} turns of the assistant that have tokens '
-        f'and are apart from each other: {example.prompt[:60]!r}... Use another chat template.'
+        f'has {given} rewards for {len(ends)} turns of the assistant that have tokens '
+        f'and are apart from each other: {example.prompt[:60]!r}... Use another '
+        'config.data.chat_template.'
       )
     rewards[ends] = example.rewards
     return rewards
   if given not in (length, length - (tokens[-1] == eos_id)):
     raise UserError(
-      f'an episode has {given} rewards for {length} tokens, the EOS included: '
+      f'has {given} rewards for {length} tokens, the EOS included: '
       f'{example.parts[1][:60]!r}... Give one reward per token of config.tokenizer, with or '
       'without one for the EOS, or one number for the episode.'
     )
@@ -477,7 +498,8 @@ def truncate_episode(item: TokenizedEpisode, max_length: int, bos: int | None) -
   mask, rewards = item.mask[: len(tokens)], item.rewards[: len(tokens)].copy()
   if mask.any():
     rewards[np.flatnonzero(mask)[-1]] += item.rewards[len(tokens) :].sum()
-  return TokenizedEpisode(prompt, tokens, mask, rewards)
+  cut_prompt, cut_end = len(prompt) < len(item.prompt), len(tokens) < len(item.tokens)
+  return TokenizedEpisode(prompt, tokens, mask, rewards, cut_prompt, cut_end)
 
 
 def episode_rows(data: TokenizedData, length: int, pack: bool) -> Sequence[Sequence[int]]:

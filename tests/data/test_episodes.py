@@ -95,6 +95,18 @@ def test_truncated_rewards_move_to_the_last_action_that_is_left(tokenizer):
   assert found.last.tolist() == [[False, False, True]] * 3
 
 
+def test_truncated_episodes_are_counted_in_a_warning(tokenizer, caplog):
+  """With BOS and EOS they have 4, 6 and 8 tokens, of which 6 fit."""
+  texts = [('w1', 'w2'), ('w1', 'w2 w3 w4'), (tiny.text(0, 4), 'w2 w3')]
+  long = ('w1', tiny.text(0, 9))
+  records = [{'prompt': a, 'completion': b, 'reward': 1} for a, b in (*texts, long)]
+  tokenized.episodes(episodes(tokenizer, *records[:2]), tokenizer, max_length=6)
+  assert not caplog.messages
+  tokenized.episodes(episodes(tokenizer, *records), tokenizer, max_length=6)
+  assert 'of 4 examples, 1 lost the start of the prompt and 1 the end of a' in caplog.text
+  assert 'config.data.max_length' in caplog.text
+
+
 def test_standardized_returns(tokenizer):
   """With mean 2 and standard deviation 4: rewards / 4, and the last one less 1 / 2."""
   record = {'prompt': 'w1', 'completion': 'w2 w3'}
@@ -168,9 +180,12 @@ def test_errors_of_records(tokenizer, record, message):
   assert message in str(error.value)
 
 
-def test_a_wrong_number_of_rewards_by_token(tokenizer):
-  examples = episodes(tokenizer, {'prompt': 'w1', 'completion': 'w2 w3', 'reward': [1, 2, 3, 4]})
-  with pytest.raises(errors.UserError, match='4 rewards for 3 tokens, the EOS included'):
+def test_a_wrong_number_of_rewards_by_token(tokenizer, monkeypatch):
+  record = {'prompt': 'w1', 'completion': 'w2 w3'}
+  monkeypatch.setattr(formats, 'SMALL', -1)  # large data know where their examples are
+  examples = episodes(tokenizer, record | {'reward': 1}, record | {'reward': [1, 2, 3, 4]})
+  message = r'example 1 \(x.jsonl:2\) has 4 rewards for 3 tokens, the EOS included'
+  with pytest.raises(errors.UserError, match=message):
     tokenized.episodes(examples, tokenizer, max_length=8)
 
 
