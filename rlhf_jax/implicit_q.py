@@ -119,11 +119,11 @@ def loss_sums(outputs: Outputs, batch: types.Episodes, settings: Settings) -> Me
   """
   total = lambda x: adv.masked_sum(x, batch.mask)
   next_values = adv.next_action_values(outputs.values, batch.mask, batch.last)
-  goal = jax.lax.stop_gradient(batch.rewards + settings.gamma * next_values)
+  td_target = jax.lax.stop_gradient(batch.rewards + settings.gamma * next_values)
   target_q = jax.lax.stop_gradient(outputs.target_q)
   sums = {
     'v/loss': total(losses.expectile_loss(outputs.values, target_q, tau=settings.tau)),
-    'q/loss': sum(total(jnp.square(q - goal)) for q in outputs.q),
+    'q/loss': sum(total(jnp.square(q - td_target)) for q in outputs.q),
     'q/cql_loss': sum(total(cql) for cql in outputs.cql),
     'v/mean': total(outputs.values),
     'q/mean': total(sum(outputs.q) / 2),
@@ -160,8 +160,10 @@ def means(
 
 
 def counts(batch: types.Episodes) -> tuple[Int[Array, ''], Int[Array, '']]:
-  """Returns the numbers of actions and of predicted tokens of Episodes."""
-  return jnp.sum(batch.mask), jnp.sum(batch.segments > 0)
+  """Returns the numbers of actions, and of predicted tokens of the rows with actions."""
+  # Copies that fill a batch have no actions; see pipelines.episode_batches.
+  real = (batch.segments > 0) & jnp.any(batch.mask, axis=1, keepdims=True)
+  return jnp.sum(batch.mask), jnp.sum(real)
 
 
 def target_of(params: dict[str, PyTree], backbone: bool) -> dict[str, PyTree]:

@@ -130,6 +130,14 @@ def validate(config, device_count):
   )
   if labels.has_source(config.reward):
     scorers.validate(config.reward)
+  else:
+    defaults = scorers.config()
+    changed = [name for name in defaults if config.reward[name] != defaults[name]]
+    need(
+      not changed,
+      f'config.reward has keys ({", ".join(changed)}) but no model, function or url: set one of '
+      'these to reward the data, or none of the keys to use the rewards of the records',
+    )
 
 
 def train_step(state, frozen, batch, *, model, optimizers, settings, microbatch_size):

@@ -15,6 +15,7 @@ from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.algorithms import build
 from rlhf_jax.algorithms import ilql
+from rlhf_jax.data import pipelines
 from rlhf_jax.data import shapes
 import tiny
 
@@ -169,7 +170,7 @@ def test_loss_of_sea_snell_by_loop():
     lengths = rng.integers(2, length + 1, rows)
     real = np.arange(length) < lengths[:, None]
     mask = real & (rng.random(real.shape) < 0.6)
-    mask[0, 0] = True
+    mask[:, 0] = True  # every episode has an action
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
     logits, q1, q2 = (normal(rows, length, vocab) for _ in range(3))
     v, target_q, rewards = (normal(rows, length) for _ in range(3))
@@ -197,6 +198,20 @@ def test_loss_of_sea_snell_by_loop():
     found = implicit_q.Outputs(nll(logits), v, (pick(q1), pick(q2)), (nll(q1), nll(q2)), target_q)
     sums = implicit_q.loss_sums(jax.tree.map(jnp.asarray, found), batch, chosen)
     close(implicit_q.means(sums, *implicit_q.counts(batch), chosen)[0], expected)
+
+
+@pytest.mark.parametrize('pack', [False, True])
+def test_copies_that_fill_a_batch_have_no_tokens(pack, world):
+  """BOS and 2 words, then 1 to 3 words and the EOS: 4, 5 and 6 predicted tokens."""
+  tokenizer = tiny.write_tokenizer(world / 'tokenizer')
+  texts = [('w1 w2', tiny.text(i, 1 + i)) for i in range(3)]
+  examples = [shapes.Episode(text, (1.0,), 'episode', {}) for text in texts]
+  of_data = pipelines.EpisodeSettings(max_length=12, pack=pack)
+  for size in (3, 8):
+    batches = pipelines.episode_batches(examples, tokenizer, of_data, batch_size=size)
+    counts = [implicit_q.counts(jax.tree.map(jnp.asarray, batch)) for batch, _ in batches]
+    actions, tokens = np.sum(counts, axis=0)
+    assert (actions, tokens) == (2 + 3 + 4, 4 + 5 + 6)
 
 
 # The run.
@@ -329,5 +344,6 @@ def test_errors_name_the_key(world):
   assert 'config.ilql.target_every=0 must be positive' in message(**{'ilql.target_every': 0})
   assert "config.ilql.awac_mean='sum' must be one of" in message(**{'ilql.awac_mean': 'sum'})
   assert 'config.optim.ema=0.9 must be None' in message(**{'optim.ema': 0.9})
+  assert 'config.reward has keys (on_nan) but no model' in message(**{'reward.on_nan': 'skip'})
   both = {'reward.function': 'test_ilql:words', 'reward.model': 'x'}
   assert 'set exactly one of config.reward.model' in message(**both)
