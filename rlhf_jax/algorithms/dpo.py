@@ -183,7 +183,8 @@ def compared_values(logprobs, lengths, batch, settings):
   if settings.loss in WITHOUT_REFERENCE:
     return logprobs / lengths
   ratios = logprobs - batch.ref_logprobs
-  return ratios / lengths if settings.length_normalize else ratios
+  by_length = settings.length_normalize and settings.loss != 'kto'
+  return ratios / lengths if by_length else ratios
 
 
 def example_losses(values, batch, settings, kl):
@@ -372,7 +373,11 @@ def make_reference(config, mesh, model, params, frozen):
   return reference_logprobs.ReferenceLogprobs(
     logprobs=jax.jit(lambda tree, batch: completion_logprobs(tree, {}, batch, model=model)[0]),
     params=tree,
-    model={'dtype': model.dtype, 'config': model.config.to_hf()},
+    model={
+      'dtype': model.dtype,
+      'config': model.config.to_hf(),
+      'lora': lora and dataclasses.asdict(lora),
+    },
     batch_size=config.batch_size,
     mesh=mesh,
     folder=config.dpo.reference_logprobs,
@@ -406,7 +411,9 @@ def create(config, mesh):
 
   def rows(name, comparisons):
     """Returns the rows of a data set, whose log-probabilities the reference will know by name."""
-    make = preferences.labelled if settings.loss == 'kto' else preferences.pairs
+    make = preferences.pairs
+    if settings.loss == 'kto':
+      make = functools.partial(preferences.labelled, both=name == 'train')
     arranged = preferences.arrange(
       make(comparisons),
       tokenizer,

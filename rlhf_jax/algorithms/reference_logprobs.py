@@ -1,7 +1,7 @@
 """Log-probabilities of data by the reference, computed once before training and kept on disk.
 
-A file belongs to one reference and one data set: it has a fingerprint of the parameters and of the
-tokens. With another model or other data it is refused.
+A file belongs to one reference and one data set: it has a fingerprint of the parameters, of the
+model's description and of the tokens. With another model or other data it is refused.
 
 Letters: N examples, B rows of a batch, M examples of a row.
 """
@@ -114,8 +114,8 @@ def fingerprint(params: PyTree, model: Any) -> int:
   return checksums.of_json([model, sums])
 
 
-def write(path: pathlib.Path, logprobs: np.ndarray, fingerprint: dict[str, Any]) -> None:
-  """Writes log-probabilities and their fingerprint, atomically.
+def write(path: pathlib.Path, logprobs: np.ndarray, expected: dict[str, Any]) -> None:
+  """Writes log-probabilities and the fingerprint that `read` will expect, atomically.
 
   Raises:
     UserError: The file cannot be written.
@@ -124,7 +124,7 @@ def write(path: pathlib.Path, logprobs: np.ndarray, fingerprint: dict[str, Any])
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(temporary, 'wb') as stream:
-      np.savez(stream, logprobs=logprobs, fingerprint=json.dumps(fingerprint))
+      np.savez(stream, logprobs=logprobs, fingerprint=json.dumps(expected))
     os.replace(temporary, path)
   except OSError as error:
     raise errors.UserError(
@@ -133,12 +133,12 @@ def write(path: pathlib.Path, logprobs: np.ndarray, fingerprint: dict[str, Any])
     ) from error
 
 
-def read(path: pathlib.Path, fingerprint: dict[str, Any]) -> np.ndarray:
+def read(path: pathlib.Path, expected: dict[str, Any]) -> np.ndarray:
   """Returns log-probabilities [N, 2] that `write` has written.
 
   Args:
     path: File.
-    fingerprint: {'model': checksum, 'data': hash}, which must be that of the file.
+    expected: {'model': checksum, 'data': hash}, which must be that of the file.
 
   Raises:
     UserError: The file cannot be read, or has another fingerprint.
@@ -153,7 +153,7 @@ def read(path: pathlib.Path, fingerprint: dict[str, Any]) -> np.ndarray:
     raise errors.UserError(
       f'{path}: the log-probabilities of the reference cannot be read ({error}). {remedy}'
     ) from error
-  differ = [name for name in fingerprint if recorded.get(name) != fingerprint[name]]
+  differ = [name for name in expected if recorded.get(name) != expected[name]]
   if differ:
     which = ' and '.join({'model': 'another reference', 'data': 'other data'}[n] for n in differ)
     raise errors.UserError(

@@ -33,7 +33,7 @@ LABELS = {0.0: False, 1.0: True}
 MAX_SHIFT = 64  # see `_shift`
 
 
-class Made(Sequence):
+class DerivedExamples(Sequence):
   """Examples that are made from others when they are accessed."""
 
   def __init__(
@@ -79,7 +79,7 @@ def pairs(comparisons: Sequence[formats.Comparison]) -> Sequence[formats.Compari
       'the data have no prompt with a better and a worse completion. Add such prompts, or learn '
       "from labelled completions with config.dpo.loss='kto'."
     )
-  return _made(comparisons, entries, _pair)
+  return _derive(comparisons, entries, _pair)
 
 
 def _pair(comparisons, number, better, worse):
@@ -92,31 +92,42 @@ def _pair(comparisons, number, better, worse):
   )
 
 
-def labelled(comparisons: Sequence[formats.Comparison]) -> Sequence[formats.Comparison]:
+def labelled(
+  comparisons: Sequence[formats.Comparison], *, both: bool = True
+) -> Sequence[formats.Comparison]:
   """Returns completions with a label, each with the completion of another prompt.
 
   A single completion has its label in the data. Of several, the best ones are desirable, the worst
   ones undesirable, and those in between are left out.
+
+  Args:
+    comparisons: Completions with labels, or ranked completions.
+    both: Whether the data must have desirable and undesirable completions, as training needs them.
 
   Returns:
     Comparisons whose first completion has the rating 1 if it is desirable, else 0. The second one
     answers another prompt if there is one. Each completion is used twice, once in either place.
 
   Raises:
-    UserError: A label is not true or false, or all labels are the same.
+    UserError: A label is not true or false, there are none, or all are the same despite `both`.
   """
   entries, prompts = [], []
   for number, example in enumerate(progress.bar(comparisons, 'reading labels', 'prompts')):
     for column, label in _labels(comparisons, number, example):
       entries.append((number, column, label))
       prompts.append(hash(example.prompt))
-  if len({label for *_, label in entries}) < 2:
+  if not entries:
+    raise UserError(
+      "config.dpo.loss='kto' needs desirable or undesirable completions, but the data have only "
+      'ties. Add completions with labels, or of different ranks.'
+    )
+  if both and len({label for *_, label in entries}) < 2:
     raise UserError(
       "config.dpo.loss='kto' needs desirable and undesirable completions, but all labels of the "
       'data are the same. Add completions of the other kind.'
     )
   other = np.roll(np.array(entries)[:, :2], -_shift(np.array(prompts)), axis=0)
-  return _made(comparisons, np.concatenate([entries, other], axis=1), _labelled)
+  return _derive(comparisons, np.concatenate([entries, other], axis=1), _labelled)
 
 
 def _labels(comparisons, number, example):
@@ -140,7 +151,7 @@ def _shift(prompts: np.ndarray) -> int:
   Args:
     prompts: [N] a number for each prompt.
   """
-  shifts = range(1, min(len(prompts), MAX_SHIFT))
+  shifts = range(1, max(2, min(len(prompts), MAX_SHIFT)))
   return min(shifts, key=lambda shift: np.sum(prompts == np.roll(prompts, -shift)))
 
 
@@ -150,14 +161,16 @@ def _labelled(comparisons, number, column, label, other, other_column):
   return formats.Comparison(example.prompt, completions, (0, 1), (float(label), 0.0))
 
 
-def _made(comparisons, entries, make):
+def _derive(comparisons, entries, make):
   entries = np.asarray(entries)
-  made = Made(comparisons, entries, make)
+  derived = DerivedExamples(comparisons, entries, make)
   if isinstance(comparisons, mixtures.Mixture):
     bounds = np.searchsorted(entries[:, 0], comparisons.starts)
-    parts = [Made(comparisons, entries[a:b], make) for a, b in itertools.pairwise(bounds)]
+    parts = [
+      DerivedExamples(comparisons, entries[a:b], make) for a, b in itertools.pairwise(bounds)
+    ]
     return comparisons.with_parts(parts)
-  return made[:] if isinstance(comparisons, list) else made
+  return derived[:] if isinstance(comparisons, list) else derived
 
 
 @dataclasses.dataclass(frozen=True)

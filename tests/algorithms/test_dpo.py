@@ -15,6 +15,7 @@ from rlhf_jax import errors
 from rlhf_jax import evaluate
 from rlhf_jax import loop
 from rlhf_jax import models
+from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.algorithms import dpo
 from rlhf_jax.data import formats
@@ -230,14 +231,19 @@ def step(model, params, batch, settings, microbatch_size=0):
 
 
 def test_an_update_of_kto_has_the_loss_and_metrics_of_a_loop(policy, expected):
-  """Completion 0 of each pair is the labelled one, completion 1 that of another prompt."""
+  """Completion 0 of each pair is the labelled one, completion 1 that of another prompt.
+
+  Sums are compared, whatever `length_normalize` is.
+  """
   model, params, tokenizer = policy
   sums, _ = expected
   labels = np.array([True, False, True, True, False, False, True])
   batch = all_rows(tokenizer, pack=True)
   batch = batch.replace(desirable=jnp.asarray(labels)[batch.index] & batch.present)
   reference = sums - 1.0 + np.random.default_rng(2).normal(0, 2, sums.shape)
-  settings = dpo.Settings(loss='kto', beta=0.3, desirable_weight=1.2, undesirable_weight=0.7)
+  settings = dpo.Settings(
+    loss='kto', beta=0.3, desirable_weight=1.2, undesirable_weight=0.7, length_normalize=True
+  )
   _, metrics = step(model, params, with_reference(batch, reference), settings, microbatch_size=1)
   ratios, mismatched = sums - reference
   kl = max(np.mean(mismatched), 0.0)
@@ -360,6 +366,25 @@ def test_adapters_start_at_the_reference_without_a_copy_of_it(world, tmp_path):
   loop.run(config, tmp_path / 'other')
 
 
+def test_adapters_of_another_scale_are_another_reference(world, tmp_path):
+  config = tiny.dpo(world)
+  config.data.held_out, config.model.lora.targets = None, (('mlp/', 2, 4.0),)
+  config.dpo.reference_logprobs = str(tmp_path / 'reference_logprobs')
+  mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    learner, state = dpo.create(config, mesh)
+    learner.export(state, tmp_path / 'model')
+    (file,) = tmp_path.rglob('adapter_config.json')
+    config.model.lora.targets, config.model.lora.path = (), str(file.parent)
+    dpo.create(config, mesh)[0].prepare(tmp_path)
+    fields = json.loads(file.read_text(encoding='utf-8'))
+    doubled = {'lora_alpha': 2 * fields['lora_alpha']}
+    patterns = {key: 2 * value for key, value in (fields.get('alpha_pattern') or {}).items()}
+    file.write_text(json.dumps(fields | doubled | {'alpha_pattern': patterns}), encoding='utf-8')
+    with pytest.raises(errors.UserError, match='of another reference than'):
+      dpo.create(config, mesh)[0].prepare(tmp_path)
+
+
 def test_an_encoder_decoder_starts_at_the_reference_and_learns(world, tmp_path):
   fields = {
     'family': 't5',
@@ -394,6 +419,18 @@ def test_held_out_preferences_are_learnt(world):
   config.optim.learning_rate = 1e-2
   *_, metrics = tiny.train(dpo, config, 30)
   assert metrics['held_out/margin'] > 1 and metrics['held_out/accuracy'] == 1
+
+
+def test_kto_is_evaluated_on_completions_of_one_kind(world, tmp_path):
+  """The policy is the reference, so each loss is 1 - sigmoid(0)."""
+  records = [{'prompt': tiny.text(i, 2), 'completion': 'w1 w2', 'label': True} for i in range(3)]
+  lines = ''.join(f'{json.dumps(record)}\n' for record in records)
+  (tmp_path / 'good.jsonl').write_text(lines, encoding='utf-8')
+  config = tiny.dpo(world, 'kto')
+  config.data.held_out, config.data.held_out_path = None, str(tmp_path / 'good.jsonl')
+  *_, metrics = tiny.train(dpo, config, 0)
+  close(metrics['held_out/loss'], 0.5)
+  assert metrics['held_out/completions'] == 3 and 'held_out/margin' not in metrics
 
 
 def test_a_reference_in_another_folder(world, tmp_path):

@@ -87,10 +87,17 @@ def test_bad_labels_are_named(examples, message):
     preferences.labelled(examples)
 
 
+def test_data_to_measure_may_have_one_kind_of_label():
+  (found,) = preferences.labelled([comparison('a', 0, ratings=(1.0,))], both=False)
+  assert (found.completions, found.ratings[0]) == (('a0', 'a0'), 1.0)
+  with pytest.raises(errors.UserError, match='only ties'):
+    preferences.labelled([comparison('c', 0, 0)], both=False)
+
+
 def test_large_data_are_not_kept_in_memory():
   examples = [comparison(x, 0, 1) for x in 'abc']
   made = preferences.pairs(tuple(examples))
-  assert isinstance(made, preferences.Made) and len(made) == 3
+  assert isinstance(made, preferences.DerivedExamples) and len(made) == 3
   assert [made[i] for i in range(3)] == made[:] == preferences.pairs(examples)
 
 
