@@ -247,10 +247,8 @@ def _stream(
   seed: int,
 ) -> tuple[lanes_lib.Batches, int]:
   """Returns an iterator that tokenizes and packs while training (see `lanes`), and estimates N."""
-  order, local = (
-    mixtures.order(data.examples, range(len(data)), seed),
-    sharding.local_rows(batch_size),
-  )
+  order = mixtures.order(data.examples, range(len(data)), seed)
+  local = sharding.local_rows(batch_size)
   sample = data.sample
   if isinstance(data.examples, mixtures.Mixture):  # by weight
     sample = data.take([order[n] for n in range(len(sample))])
