@@ -45,9 +45,8 @@ OTHER_DELIMITERS = {
   ',': "Name the file .csv, or set config.data.format to 'csv'.",
   '\t': "Name the file .tsv, or set config.data.format to 'tsv'.",
 }
-LONGEST_CELL = (
-  stored.LONGEST
-)  # characters; the csv module's limit of 131072 is too small for a long document
+# Characters of a cell; the csv module's limit of 131072 is too small for a long document.
+LONGEST_CELL = stored.LONGEST
 # A .gz file that unpacks to more than MAX_EXPANSION times its size, and to at least MIN_UNPACKED
 # bytes, is an error: it could fill the disk. Text shrinks to a fifth, gzip can reach a thousandth.
 MAX_EXPANSION = 100
@@ -225,7 +224,7 @@ def _csv(file: str, format: str) -> stored.Records:
   csv.field_size_limit(LONGEST_CELL)
   try:
     content, delimiter = _unpacked(file, format), DELIMITERS[format]
-    rows = functools.partial(_rows, file, content or file, delimiter)
+    rows = functools.partial(_rows, file, file if content is None else content, delimiter)
     header = next(rows(), None)
     if header is None:
       return stored.Listed([])
@@ -254,9 +253,11 @@ def _rows(
     nonlocal offset
     with io.BytesIO(content) if isinstance(content, bytes) else open(content, 'rb') as stream:
       for number in itertools.count(1):
-        line = stream.readline(stored.LONGEST)
+        line = stream.readline(stored.LONGEST + 1)
         if not line:
           return
+        if problem := stored.too_long(len(line)):
+          raise DataError(f'{file}:{number}: {problem}')
         offset += len(line)
         try:
           yield line.decode('utf-8-sig' if number == 1 else 'utf-8')

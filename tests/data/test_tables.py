@@ -13,6 +13,7 @@ from rlhf_jax.data import formats
 from rlhf_jax.data import sources
 from rlhf_jax.data import stored
 from rlhf_jax.errors import DataError
+from rlhf_jax.errors import UserError
 
 COUNT = 10_000
 NAMES = ('id', 'prompt', 'completion', 'label', 'note')
@@ -120,6 +121,21 @@ def test_bad_rows_among_good_ones_are_named(rows, small, tmp_path, monkeypatch):
     assert named[index].startswith(
       f'{path}:{lines[index]}: the row has {cells} cells, but the first row names 5 columns: id, '
     )
+
+
+@pytest.mark.parametrize('name, opened', [('a.csv', open), ('a.csv.gz', gzip.open)])
+def test_an_empty_file_is_named(name, opened, tmp_path):
+  opened(tmp_path / name, 'wb').close()
+  with pytest.raises(UserError, match=f'{name}: the data set is empty'):
+    sources.read(str(tmp_path / name))
+
+
+def test_a_line_that_is_too_long_is_named(tmp_path):
+  """It is not read up to the middle of a character, which would not be UTF-8."""
+  path = tmp_path / 'a.csv'
+  path.write_text('prompt\nx' + 'é' * (stored.LONGEST // 2) + '\n', encoding='utf-8')
+  with pytest.raises(DataError, match=r'a\.csv:2: a record may have 16 MiB at most'):
+    sources.read(str(path))
 
 
 def test_a_cell_that_is_too_large_is_named(tmp_path):
