@@ -5,6 +5,7 @@ prompts are nearest to it. See Jang et al. 2023, "Exploring the Benefits of Trai
 Models over Instruction Tuning" (ELM, https://arxiv.org/abs/2302.03202).
 
 Where we differ from ELM:
+
 - They average the weights of experts; we add the weighted sum of the adapters, which need not have
   the same targets or ranks. With weights 1 / n, it is the average of the merged models.
 - They compare sentence embeddings and choose one expert for a task, the one retrieved most often
