@@ -58,7 +58,9 @@ LENGTH_KEYS = ('steps', 'data.epochs')
 # Keys that determine the optimizer state; if one of them differs, a fork starts with a new state.
 OPTIMIZERS = ('optim.name', 'optim.ema', 'optim.master_dtype', 'optim.moment_dtype')
 # Keys that name files, besides those that end in 'path'. The files may move but not change.
-INPUTS = ('tokenizer', 'reference', 'model', 'models')
+INPUTS = ('tokenizer', 'reference', 'model', 'models', 'teacher')
+# Keys that hold a text or name the file of one, which may move but not change either.
+TEXTS = ('context',)
 MAX_HASHED = 2**26  # bytes; a file up to this size is hashed completely
 HASHED_AT_ENDS = 2**20  # bytes that are hashed at each end of a larger file
 
@@ -282,6 +284,8 @@ def input_keys(config, prefix=''):
     if isinstance(value, dict):
       values |= input_keys(value, f'{prefix}{key}.')
     elif value and (key.endswith('path') or key in INPUTS) and isinstance(value, (str, list)):
+      values[f'{prefix}{key}'] = value
+    elif key in TEXTS and isinstance(value, str) and os.path.isfile(value):
       values[f'{prefix}{key}'] = value
   return values
 

@@ -190,6 +190,25 @@ def test_data_may_move_but_not_change(copied, data, tmp_path):
   check(config, folder)
 
 
+@pytest.mark.parametrize('key', ['context', 'teacher'])
+def test_the_context_and_the_teacher_may_not_change(key, world, tmp_path):
+  """A context that is a text, even a long one, is no file."""
+  config = tiny.distillation(world)
+  teacher, context = tmp_path / 'teacher', tmp_path / 'context.txt'
+  shutil.copytree(config.distillation.teacher, teacher)
+  context.write_text('w3 w5 ')
+  config.distillation.update({'teacher': str(teacher), 'context': str(context)})
+  defaults = build.defaults('distillation')
+  identity.record_start(config, tmp_path, changed=[], step=0)
+  (tmp_path / 'checkpoints' / '1').mkdir(parents=True)
+  assert identity.check(config, tmp_path, defaults) == []
+  tiny.write_model(teacher, tiny.LLAMA) if key == 'teacher' else context.write_text('w3 w6 ')
+  with pytest.raises(errors.UserError, match=f'^config.distillation.{key}=.*contents have changed'):
+    identity.check(config, tmp_path, defaults)
+  text = {'distillation': {'teacher': None, 'context': 'w1 ' * 10_000}}
+  assert identity.input_keys(text) == {}
+
+
 def test_fewer_steps_than_were_taken_are_refused(copied):
   config, folder = copied
   before = content(folder)
