@@ -16,8 +16,10 @@ import functools
 import importlib
 import json
 import math
+import numbers
 import os
 import pathlib
+import re
 import sys
 import tempfile
 from typing import Any
@@ -116,7 +118,8 @@ def train(
       shape `overrides` must give as model.init.
     prompts: Prompts for on-policy RL or distillation: strings or records. The reward function
       receives the other fields of the records as metadata.
-    samples: Prompts with completions, for SFT or offline distillation; with rewards too, for ILQL.
+    samples: Prompts with completions, for SFT or for distillation with preset='offline' or 'gkd'
+      (by default it uses only the prompts); with rewards too, for ILQL.
     comparisons: Better and worse completions, for a reward model.
     texts: Documents for language modelling: strings or records.
     reward_fn: Reward of on-policy RL, or of the samples of ILQL if they have none: a function
@@ -164,7 +167,9 @@ def train(
   with contextlib.ExitStack() as stack:
     if reward_fn is None:
       errors.need(
-        kind != 'prompts' or any(config.reward.get(name) for name in REWARDS),
+        kind != 'prompts'
+        or 'reward' not in config
+        or any(config.reward.get(name) for name in REWARDS),
         f'algorithm={algorithm!r} needs a reward_fn: a function (prompts, responses), a reward '
         'model or its folder; or set a key of config.reward in overrides',
       )
@@ -468,6 +473,15 @@ def _set_data(config_data, data, kind, workdir):
     data and all(isinstance(source, tuple) and len(source) == 2 for source in data.values()),
     f'{kind} is a dict: it must have the form {{name: (data, weight)}}',
   )
+  for name, (_, weight) in data.items():
+    errors.need(
+      isinstance(name, str) and re.fullmatch(r'[\w-]+', name),
+      f'{kind}: the name {name!r} of a source may have letters, digits, _ and - only',
+    )
+    errors.need(
+      isinstance(weight, numbers.Real),
+      f'{kind}: the weight {weight!r} of source {name!r} must be a number',
+    )
   config_data.mixture = {
     name: {'path': _data_path(source, kind, workdir, name), 'weight': float(weight)}
     for name, (source, weight) in data.items()

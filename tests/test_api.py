@@ -76,6 +76,26 @@ def test_default_lengths_fit_the_model(world, tmp_path, capsys):
   assert 'sampling.max_new_tokens=16' in capsys.readouterr().out
 
 
+def test_distillation_needs_no_reward(world, tmp_path):
+  overrides = {
+    'batch_size': 8,
+    'log_every': 1,
+    'data.max_prompt_length': 6,
+    'sampling.max_new_tokens': 4,
+    'distillation.teacher': str(world / 'model'),
+  }
+  run = rl.train(
+    world / 'model',
+    prompts=['w1 w2', 'w3'] * 8,
+    algorithm='distillation',
+    steps=1,
+    workdir=tmp_path / 'run',
+    overrides=overrides,
+  )
+  # The teacher is the student, whose samples are all that it learns from.
+  assert run.metrics.loc[0, 'distillation/loss'] == pytest.approx(0.0, abs=1e-6)
+
+
 def test_importing_the_package_imports_no_jax():
   code = 'import rlhf_jax, sys; assert "jax" not in sys.modules and "train" in rlhf_jax.__all__'
   subprocess.run([sys.executable, '-c', code], check=True, cwd=TESTS.parent)
@@ -390,6 +410,9 @@ def test_policies_are_compared_by_a_reward_model(reward, world):
     ({'prompts': ['w1'], 'algorithm': 'pppo'}, "algorithm='pppo'"),
     ({'prompts': ['w1'], 'preset': 'trll'}, 'trll'),
     ({'prompts': {'a': ['w1']}}, 'prompts is a dict: it must have the form {name: .data, weight.}'),
+    ({'prompts': {'a.b': (['w1'], 1)}}, "prompts: the name 'a.b' of a source may have letters, "),
+    ({'prompts': {'a/b': (['w1'], 1)}}, "prompts: the name 'a/b' of a source may have letters, "),
+    ({'prompts': {'a': (['w1'], 'x')}}, "prompts: the weight 'x' of source 'a' must be a number"),
   ],
 )
 def test_mistakes_are_named(arguments, message, world, tmp_path):
