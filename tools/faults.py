@@ -109,6 +109,13 @@ FAULTS = (
       'algorithms/test_distillation', 'test_divergences_and_gradients_agree_with_trl[jsd_0.1]'
     ),
   ),
+  Fault(
+    'the teacher of a context is the student itself, not a copy',
+    'rlhf_jax/algorithms/distillation.py',
+    'return student, trainable.merge(frozen, jax.tree.map(jnp.copy, trained))',
+    'return student, trainable.merge(frozen, trained)',
+    _tests('algorithms/test_distillation', 'test_a_student_learns_a_context[full]'),
+  ),
   # Algorithms without a critic.
   Fault(
     'the moving baseline contains the batch itself',

@@ -105,7 +105,13 @@ def validate(config, device_count):
   )
   name = 'distillation.student_fraction * config.batch_size'
   config_lib.divides_over_shards(config, device_count, name, samples)
-  on_policy_config.validate_sampler(config, device_count, name, samples)
+  if samples:
+    on_policy_config.validate_sampler(config, device_count, name, samples)
+  need(
+    config.sampling.temperature > 0,
+    f'config.sampling.temperature={config.sampling.temperature} must be positive: it divides the '
+    'logits of both models',
+  )
   need(
     not (block.context and config.data.on_long == 'drop'),
     "config.data.on_long='drop' would drop different prompts for the teacher, which reads "

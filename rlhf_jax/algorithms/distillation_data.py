@@ -60,17 +60,32 @@ def read_context(config):
   """Returns the text of `config.distillation.context`; '' if there is none.
 
   Raises:
-    UserError: It is a single word, as the path of a file would be, but there is no such file.
+    UserError: It looks like the path of a file, but there is no such file; or the file is empty or
+      not UTF-8.
   """
   context = config.distillation.context or ''
+  key = f'config.distillation.context={errors.brief(context)!r}'
   if not os.path.isfile(context):
     errors.need(
-      not context or len(context.split()) > 1,
-      f'config.distillation.context={context!r}: no such file. A text must have several words',
+      not context or not _is_path(context),
+      f'{key}: no such file. A text must have several words, and not begin with /, ./ or ~ or end '
+      'with .txt',
     )
     return context
-  with open(context, encoding='utf-8') as stream:
-    return stream.read()
+  try:
+    with open(context, encoding='utf-8') as stream:
+      text = stream.read()
+  except UnicodeDecodeError as error:
+    raise errors.UserError(f'{key}: not UTF-8 ({error}). Save the file as UTF-8') from error
+  errors.need(text.strip(), f'{key}: the file is empty, so the teacher would read no context')
+  return text
+
+
+def _is_path(text):
+  """Returns whether a text looks like the path of a file: one word, or one line like '/my file'."""
+  if len(text.split()) <= 1:
+    return True
+  return '\n' not in text and (text.startswith(('/', './', '~')) or text.endswith('.txt'))
 
 
 def make_iterators(config, tokenizer, model):
@@ -85,7 +100,8 @@ def make_iterators(config, tokenizer, model):
     iterators: 'prompts' over (Prompts, indices) and 'data' over Pairs, if they are used. With a
       context, 'teacher_prompts' and 'teacher_data' over (Prompts, indices) of the same examples.
     prompts: List of formats.Prompt; None if the student samples nothing.
-    count: Number of examples per epoch.
+    count: config.batch_size times the train steps of an epoch, which reads each completion once, or
+      each prompt if the student samples all responses.
 
   Raises:
     UserError: The data cannot be read or does not fit the model's context.
@@ -118,6 +134,7 @@ def make_iterators(config, tokenizer, model):
     iterators['data'], count = pipelines.completion_iterator(
       completions, batch_size=size, max_length=config.data.max_length, pairs=True, **shared
     )
+    count = count * config.batch_size / size
     add_teacher('teacher_data', in_context, size)
   return iterators, prompts, count
 

@@ -84,7 +84,8 @@ TABLE = (
   ),
   (
     'data.max_prompt_length data.on_long sampling.max_new_tokens sampling.top_k sampling.top_p '
-    'sampling.min_new_tokens sampling.stop sampling.gather_weights samples_every',
+    'sampling.min_new_tokens sampling.stop sampling.max_concurrent sampling.gather_weights '
+    'samples_every',
     'distillation.student_fraction',
     (0.0,),
     'the student samples nothing',

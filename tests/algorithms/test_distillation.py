@@ -198,12 +198,15 @@ def test_a_student_becomes_like_its_teacher(preset, ratio, world):
   assert np.mean(kls[-5:]) < ratio * kls[0]
 
 
-def test_adapters_learn_a_context(world):
-  """The teacher is the model without adapters, so without a context it would be the student."""
+@pytest.mark.parametrize(
+  'targets, learning_rate', [((), 1e-2), ((('attention|mlp', 4, 8.0),), 2e-2)], ids=['full', 'lora']
+)
+def test_a_student_learns_a_context(targets, learning_rate, world):
+  """The teacher is the initial model, so without a context it would be the student."""
   config = tiny.distillation(world)
   config.model.path, config.distillation.teacher = config.distillation.teacher, None
-  config.model.lora.targets = (('attention|mlp', 4, 8.0),)
-  config.optim.learning_rate = 2e-2
+  config.model.lora.targets = targets
+  config.optim.learning_rate = learning_rate
   kls = reverse_kls(config, 40)
   assert 0.01 < np.mean(kls[-5:]) < 0.8 * kls[0]
 
@@ -237,6 +240,42 @@ def test_a_context_is_a_text_or_a_file(world, tmp_path):
     make(config)
   path.write_text('w1 w2\n')
   assert distillation_data.read_context(config) == 'w1 w2\n'
+  for text in ('w1 w2', 'see a.txt\n', 'and /or'):
+    config.distillation.context = text
+    assert distillation_data.read_context(config) == text
+
+
+@pytest.mark.parametrize('path', ['/my context', './my context', '~/my context', 'my context.txt'])
+def test_a_missing_file_is_no_context(path, world):
+  config = tiny.distillation(world)
+  config.distillation.context = path
+  with pytest.raises(errors.UserError, match=f"config.distillation.context='{path}': no such file"):
+    distillation_data.read_context(config)
+
+
+@pytest.mark.parametrize(
+  'content, message', [(b'', 'the file is empty'), (b' \n', 'empty'), (b'w1 \xe9', 'not UTF-8')]
+)
+def test_a_file_without_a_context_is_refused(content, message, world, tmp_path):
+  config = tiny.distillation(world)
+  config.distillation.context = str(tmp_path / 'my context')
+  (tmp_path / 'my context').write_bytes(content)
+  with pytest.raises(errors.UserError, match=f"my context': .*{message}"):
+    distillation_data.read_context(config)
+
+
+@pytest.mark.parametrize('fraction, steps', [(0.0, 4), (0.25, 5), (0.5, 8), (0.75, 16), (1.0, 4)])
+def test_an_epoch_reads_each_completion_once(fraction, steps, world, tmp_path):
+  """64 examples, 16 a batch; 12, 8 or 4 completions of them if the student samples the rest."""
+  config = tiny.distillation(world)
+  records = [{'prompt': 'w1', 'completion': f'w{i % 60}'} for i in range(64)]
+  config.data.path = str(tiny.write_jsonl(tmp_path / 'a.jsonl', records))
+  config.distillation.student_fraction = fraction
+  config.steps, config.data.epochs = None, 1
+  mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    learner, _ = distillation.create(config, mesh)
+  assert learner.steps == steps
 
 
 def test_a_context_that_is_too_long_is_refused(world):
@@ -262,6 +301,15 @@ def test_bad_values_are_named(values, message, world):
   config = tiny.distillation(world)
   config.distillation.update(values)
   with pytest.raises(errors.UserError, match=message):
+    build.validate(config, 8)
+
+
+def test_offline_distillation_samples_nothing(world):
+  config = tiny.distillation(world, 'offline')
+  config.sampling.max_concurrent = 8  # without effect
+  build.validate(config, 8)
+  config.sampling.temperature = 0.0
+  with pytest.raises(errors.UserError, match='must be positive: it divides the logits of both'):
     build.validate(config, 8)
 
 
