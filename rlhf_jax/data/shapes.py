@@ -364,11 +364,19 @@ def in_context(
 
   def convert_in_context(fields, tokenizer):
     example = convert(fields, tokenizer)
-    if tokenizer is not None and tokenizer.chat_template:
-      rendered = convert(fields, chat.InContext(tokenizer, context))
-      if rendered.prompt != example.prompt:
-        return rendered
-    return dataclasses.replace(example, prompt=context + example.prompt)
+    if _prompt_field(fields) is None:  # a text
+      return dataclasses.replace(example, prompt=context + example.prompt)
+    raw = _raw_prompt(fields, tokenizer)
+    if isinstance(raw.prompt, str):
+      return dataclasses.replace(example, prompt=context + example.prompt)
+    rendered = convert(fields, chat.InContext(tokenizer, context))
+    if rendered.prompt == example.prompt:
+      raise InvalidRecord(
+        raw.field,
+        'the chat template ignores messages of the system',
+        'Set config.data.chat_template to a template that reads them.',
+      )
+    return rendered
 
   return convert_in_context
 

@@ -641,6 +641,24 @@ def test_prompts_after_a_context(row, prompt, chatty):
   assert in_context == Prompt(prompt, one(formats.prompts, row, chatty).metadata)
 
 
+def test_a_template_must_read_a_context(tmp_path):
+  tokenizer = tokenizers.train_bpe(['abc'], 259, str(tmp_path))
+  chat.use_template(
+    tokenizer,
+    "{% for m in messages %}{% if m['role'] != 'system' %}[{{ m['role'] }}]{{ m['content'] }}"
+    '{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}',
+  )
+  for convert in (formats.prompts, formats.completions):
+    read = formats.in_context(convert, CONTEXT)
+    with pytest.raises(DataError, match="'messages': the chat template ignores messages of the"):
+      read(records({'messages': [USER, GOOD]}), tokenizer=tokenizer)
+    row = {'prompt': 'Q:', 'completion': ' a'}
+    assert one(read, row, tokenizer).prompt == 'Be brief. Q:'
+  assert one(formats.in_context(formats.prompts, CONTEXT), {'text': 'Q'}, tokenizer).prompt == (
+    'Be brief. Q'
+  )
+
+
 def test_a_context_before_a_text_needs_no_template():
   row = {'prompt': 'Q:', 'completion': ' a'}
   assert one(formats.in_context(formats.prompts, CONTEXT), row).prompt == 'Be brief. Q:'
