@@ -57,6 +57,11 @@ def main(argv):
     sys.exit(f'error: unexpected arguments {argv[1:]}: every option begins with --')
   if _DATA.value and _PROMPT.present:
     sys.exit('error: set only one of --prompt and --data')
+  if _EXPERT.value and _BETA.value:
+    sys.exit(
+      'error: --beta needs the Q functions of one run, and --expert changes the model: use one of '
+      'them'
+    )
   with command_line.exit_on_error():
     texts = [prompt_of(text) for text in _PROMPT.value]
     runtime.configure()

@@ -108,6 +108,14 @@ def test_prompts_have_line_breaks_and_may_be_files(tmp_path):
     generate.prompt_of('@nobody')
 
 
+def test_experts_have_no_q_functions(monkeypatch):
+  flags.FLAGS.mark_as_parsed()
+  monkeypatch.setattr(flags.FLAGS['expert'], 'value', ['a:b'])
+  monkeypatch.setattr(flags.FLAGS['beta'], 'value', 1.0)
+  with pytest.raises(SystemExit, match='--beta needs the Q functions of one run, and --expert'):
+    generate.main(['generate'])
+
+
 @pytest.fixture(scope='module')
 def policies(world, tmp_path_factory):
   """Returns two folders of language models, as the value of --policies."""
