@@ -108,7 +108,8 @@ def choose(
   """Chooses the expert of each prompt by its nearest training prompts.
 
   Texts are TF-IDF vectors of their character n-grams, less what the experts have in common: the
-  mean of their mean vectors. The nearest training prompts by cosine vote with it.
+  mean of their mean vectors. The nearest training prompts vote with their cosines; those with a
+  negative cosine have no vote.
 
   Args:
     prompts: Texts.
@@ -132,7 +133,7 @@ def choose(
   nearest = np.argsort(-cosines, axis=1, kind='stable')[:, :neighbours]
   expert = np.repeat(np.arange(len(drawn)), counts)
   votes, rows = np.zeros((len(prompts), len(drawn))), np.arange(len(prompts))[:, None]
-  np.add.at(votes, (rows, expert[nearest]), cosines[rows, nearest])
+  np.add.at(votes, (rows, expert[nearest]), np.maximum(cosines[rows, nearest], 0))
   return np.argmax(votes, axis=1)
 
 

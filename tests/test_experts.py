@@ -149,6 +149,12 @@ def test_the_expert_with_the_nearest_prompts_answers():
   assert experts.choose(prompts, [maths, law], neighbours=3).tolist() == [1, 0, 1]
 
 
+def test_prompts_of_another_kind_do_not_vote_against_an_expert():
+  """All training prompts vote: one of the first expert is near, and more are far."""
+  examples = [['red green', *(f'nine ten {i}' for i in range(30))], ['six seven']]
+  assert experts.choose(['red green'], examples, neighbours=32).tolist() == [0]
+
+
 def test_votes_are_centered_cosines_by_a_loop():
   draw = random.Random(0)
   sentence = lambda words: ' '.join(draw.choices(words.split(), k=draw.randint(1, 6)))
@@ -170,7 +176,7 @@ def test_votes_are_centered_cosines_by_a_loop():
       scored.append((x @ y / np.linalg.norm(x) / np.linalg.norm(y), owner))
     votes = [0.0, 0.0, 0.0]
     for cosine, owner in sorted(scored, reverse=True)[:4]:
-      votes[owner] += cosine
+      votes[owner] += max(cosine, 0)
     expected.append(int(np.argmax(votes)))
   assert experts.choose(prompts, examples, neighbours=4).tolist() == expected
   assert len(set(expected)) == 3
