@@ -400,11 +400,14 @@ def write_in_moods(
     eval_prompt_count: Number of prompts for evaluation.
     vocab_size: Vocabulary size of the tokenizer.
     seed: Random seed.
+
+  Raises:
+    UserError: There is no such mood.
   """
-  corpus, before = (
-    documents(document_count, seed, reviews=reviews),
-    context(mood, seed, reviews=reviews - 1),
-  )
+  if mood not in grammar.MOODS:
+    raise UserError(f'mood={mood!r} must be one of {", ".join(grammar.MOODS)}')
+  corpus = documents(document_count, seed, reviews=reviews)
+  before = context(mood, seed, reviews=reviews - 1)
   questions = prompts(eval_prompt_count, seed + 3)
   for name, records in {
     'corpus': corpus,

@@ -195,6 +195,12 @@ def test_documents_are_lines_of_reviews_of_one_mood():
   assert np.mean(np.array(means) > 0.4) > 0.15 and np.mean(np.array(means) < -0.3) > 0.15
 
 
+def test_an_unknown_mood_is_named(tmp_path):
+  counts = dict(document_count=1, reviews=2, prompt_count=1, eval_prompt_count=1, vocab_size=300)
+  with pytest.raises(UserError, match="mood='happy' must be one of positive, "):
+    reviews.write_in_moods(tmp_path, mood='happy', seed=0, **counts)
+
+
 def test_the_context_is_well_formed_and_the_gold_score_reads_the_last_line():
   context = reviews.context('positive', seed=0, reviews=3)
   assert context.count('\n') == 3 and context.endswith('.\n')
