@@ -280,8 +280,8 @@ def pair_batcher(data: TokenizedData, tokenizer: formats.Tokenizer, *, max_lengt
     response_length = max(response_length, *map(len, completions))
     if not len(prompt):
       raise UserError(
-        f'example {index}{lazy.place(data.examples, index)} has an empty prompt, but an '
-        'encoder-decoder model needs one. Add a prompt.'
+        f'example {index}{lazy.place(data.examples, index)} has an empty prompt, but a '
+        'completion needs a token before it. Add a prompt.'
       )
 
   def batch(items):

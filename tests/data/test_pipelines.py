@@ -422,6 +422,15 @@ def test_without_a_bos_the_first_token_is_no_target(shared):
   np.testing.assert_array_equal(batch.loss_mask, [[F, T, T, F]])
 
 
+def test_pairs_need_a_token_before_the_completion(shared):
+  walks = tokenizers.load(str(shared / 'models/randomwalks'))
+  examples = [Completion('a', 'b'), Completion('', 'ab')]
+  with pytest.raises(
+    UserError, match='example 1 has an empty prompt, but a completion needs a tok'
+  ):
+    pipelines.completion_iterator(examples, walks, batch_size=1, max_length=4, seed=0, pairs=True)
+
+
 def test_padding_with_the_eos_keeps_the_real_one(shared):
   """GPT-2 pads with its EOS, so only masks distinguish the two."""
   gpt2 = tokenizers.load(str(shared / 'models/gpt2-tokenizer'))
