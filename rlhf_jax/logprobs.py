@@ -178,7 +178,7 @@ def compare(
     other_unembed: unembedding of the second model, with the same vocabulary.
     other_hidden: [B, T, E] states of the second model.
     temperature: temperature that divides both logits.
-    chunk: number of logits held at a time on each device.
+    chunk: number of logits of each model held at a time on each device.
 
   Returns:
     The results of `function`, [B, T] each.
