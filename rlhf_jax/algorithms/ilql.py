@@ -132,7 +132,8 @@ def validate(config, device_count):
     scorers.validate(config.reward)
   else:
     defaults = scorers.config()
-    changed = [name for name in defaults if config.reward[name] != defaults[name]]
+    others = [name for name in defaults if name not in (*scorers.SOURCES, 'parts')]
+    changed = [name for name in others if config.reward[name] != defaults[name]]
     need(
       not changed,
       f'config.reward has keys ({", ".join(changed)}) but no model, function or url: set one of '
