@@ -11,9 +11,9 @@ for dates. An iteration has 64 responses, as many as RL4LMs has (1,280 tokens of
 of both rewards is 1; `objective/scores` of the RL stage is the mean reward.
 
 Measured, seed 0, 1,000 samples: increasing numbers from 0.21 to 0.90 (NLPO) to 0.99 (rejection
-sampling), dates from 0.17 to between 0.97 and 1.00; see docs/algorithms/index.md. A run takes one to
-two minutes of CPU. A2C learns numbers slowly, so it has 200 iterations; at a learning rate of 5e-4
-it collapses.
+sampling), dates from 0.17 to between 0.97 and 1.00; see docs/algorithms/index.md. A run takes one
+to two minutes of CPU. A2C learns numbers slowly, so it has 200 iterations; at a learning rate of
+5e-4 it collapses.
 """
 
 import ml_collections
@@ -23,8 +23,8 @@ from rlhf_jax.algorithms import build
 from rlhf_jax.algorithms import sft
 
 LENGTHS = {'increasing_numbers': 20, 'dates': 30}  # new tokens of each task, as in RL4LMs
-# Settings of each algorithm, in addition to those in `train`. PPO's advantages are not whitened: few
-# of the first samples have a reward on dates, and whitening then takes steps that unlearn them.
+# Settings of each algorithm, in addition to those in `train`. PPO's advantages are not whitened:
+# few of the first samples have a reward on dates, and whitened ones made a policy forget them.
 SETTINGS = {
   'ppo': {
     'critic.kind': 'trunk',

@@ -465,17 +465,17 @@ ESCAPES = '\x1b]0;owned\x07\x1b[2Jtext\r\x9b31m\x7f\n\tend'
 
 
 def test_samples_tell_a_terminal_nothing(monkeypatch, capsys):
-  samples = collections.namedtuple('Samples', 'prompts responses')(['w1'], [ESCAPES])
+  samples = collections.namedtuple('Samples', 'responses')([ESCAPES])
   policy = collections.namedtuple('Policy', 'sample')(lambda *_, **__: samples)
-  monkeypatch.setattr(generate.policy_lib.TextPolicy, 'load', lambda _: policy)
+  monkeypatch.setattr(generate.policy_lib.TextPolicy, 'load', lambda *_, **__: policy)
   monkeypatch.setattr(runtime, 'configure', lambda: None)
   if not generate.flags.FLAGS.is_parsed():
     generate.flags.FLAGS(['generate', '--model=x'])
   generate.main([])
-  assert capsys.readouterr().out == f'w1{ESCAPES}\n'  # files get the sampled text unchanged
+  assert capsys.readouterr().out == f'{ESCAPES}\n'  # files get the sampled text unchanged
   monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
   generate.main([])
-  assert capsys.readouterr().out == r'w1\x1b]0;owned\x07\x1b[2Jtext\x0d\x9b31m\x7f' + '\n\tend\n'
+  assert capsys.readouterr().out == r'\x1b]0;owned\x07\x1b[2Jtext\x0d\x9b31m\x7f' + '\n\tend\n'
 
 
 def test_errors_and_tables_tell_a_terminal_nothing(monkeypatch, capsys):

@@ -129,7 +129,7 @@ def label(
   path = cache_path(answers, config_reward) if cacheable(config_reward) else None
   rewards = read(path) if path else None
   if not processes.all_true(rewards is not None):
-    score = scorer(answers, config_reward, tokenizer, mesh, load)
+    score = _make_scorer(answers, config_reward, tokenizer, mesh, load)
     rewards = score_in_batches(score, answers, batch_size, tokenizer.pad_token_id, mesh)
     if path:
       write(path, rewards)
@@ -199,7 +199,7 @@ def _code(name: str) -> bytes:
   return code
 
 
-def scorer(answers, config_reward, tokenizer, mesh, load) -> scorers.Scorer:
+def _make_scorer(answers, config_reward, tokenizer, mesh, load):
   """Creates the scorer of `config_reward`; a reward model must have room for all answers."""
   longest = sum(answers.lengths)
 

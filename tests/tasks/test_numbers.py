@@ -85,7 +85,8 @@ def test_both_tasks_fit_into_their_new_tokens(folder, texts):
 )
 def test_the_sweep_has_every_on_policy_algorithm(name, presets):
   runs = config_files.read_hyper(config_files.find(name))
-  on_policy = [name for name in build.names() if 'sampling' in build.load(name).config()]
+  blocks = {name: set(build.load(name).config()) for name in build.names()}
+  on_policy = [name for name in blocks if {'sampling', 'reward'} <= blocks[name]]
   assert sorted({run[':algorithm'] for run in runs}) == sorted(on_policy + presets)
 
 
