@@ -1,32 +1,17 @@
 """Stages that the experiments on the generated reviews of the quickstart share. Not a config."""
 
 import ml_collections
+import quickstart
 
 from rlhf_jax.algorithms import sft as sft_lib
+
+base = quickstart.base  # the keys that all training stages share
 
 
 def world(eval_prompts=512):
   """Returns the stage that writes texts, prompts and the tokenizer."""
-  return ml_collections.ConfigDict(
-    {
-      'function': 'rlhf_jax.tasks.reviews:write',
-      'corpus_size': 10_000,
-      'demonstration_count': 2_000,
-      'prompt_count': 4_096,
-      'eval_prompt_count': eval_prompts,
-      'vocab_size': 1_024,
-      'seed': None,
-    }
-  )
-
-
-def base(stage, model):
-  """Sets the keys that all training stages share."""
-  stage.seed = None
-  stage.tokenizer = '$workdir/world/tokenizer'
-  stage.model.path = model
-  stage.optim.clip_norm = 1.0
-  stage.log_every, stage.checkpoint_every = 5, 100
+  stage = quickstart.world()
+  stage.eval_prompt_count = eval_prompts
   return stage
 
 

@@ -68,7 +68,7 @@ def get_hyper(h):
 
 def expert_iteration():
   """Returns the stages of expert iteration, which fine-tunes the SFT model anew in each round."""
-  stages = {'expert_prompts': quickstart.get_config().world}
+  stages = {'expert_prompts': quickstart.world()}
   # Prompts are all that is needed of this world.
   sizes = {'corpus_size': 1_000, 'demonstration_count': 1, 'prompt_count': 640}
   stages['expert_prompts'].update(sizes | {'eval_prompt_count': 1})

@@ -15,6 +15,7 @@ error 0.05), of DPO 1.19 (0.05), KTO after a whole epoch 1.18 (0.05), SimPO 0.80
 """
 
 import ml_collections
+import quickstart
 
 import _review_stages as shared
 from rlhf_jax import config as c
@@ -36,23 +37,7 @@ def get_config(arg=None):
   """Returns the config. Arguments: debug (seconds a stage), seed."""
   arg = c.parse_arg(arg, debug=False, seed=0)
   stages = {'world': shared.world(), 'pretrain': shared.pretrain(128, 4, 4), 'sft': shared.sft()}
-  stages['compare'] = ml_collections.ConfigDict(
-    {
-      'function': 'rlhf_jax.feedback.collect:run',
-      'policy': '$workdir/sft',
-      'prompts': '$workdir/world/prompts.jsonl',
-      'pairs': 8_000,
-      'held_out': 500,
-      'max_new_tokens': 36,
-      'temperature': 1.0,
-      'gold': 'rlhf_jax.tasks.reviews:gold_score',
-      'annotator_count': 5,
-      'annotator_temperature': 0.5,
-      'label_noise': 0.05,
-      'disagreement': 0.3,
-      'seed': None,
-    }
-  )
+  stages['compare'] = quickstart.compare()
   stages |= {name: train(name) for name in SETTINGS}
   stages['evaluate'] = evaluate()
   if arg.debug:

@@ -38,36 +38,10 @@ def get_config(arg=None):
       'stages': ('world', 'pretrain', 'sft', 'compare', 'reward_model', rl, 'evaluate'),
     }
   )
-  config.world = ml_collections.ConfigDict(
-    {
-      'function': 'rlhf_jax.tasks.reviews:write',
-      'corpus_size': 10_000,
-      'demonstration_count': 2_000,
-      'prompt_count': 4_096,
-      'eval_prompt_count': 512,
-      'vocab_size': 1_024,
-      'seed': None,
-    }
-  )
+  config.world = world()
   config.pretrain = pretrain()
   config.sft = sft()
-  config.compare = ml_collections.ConfigDict(
-    {
-      'function': 'rlhf_jax.feedback.collect:run',
-      'policy': '$workdir/sft',
-      'prompts': '$workdir/world/prompts.jsonl',
-      'pairs': 8_000,
-      'held_out': 500,
-      'max_new_tokens': 36,
-      'temperature': 1.0,
-      'gold': 'rlhf_jax.tasks.reviews:gold_score',
-      'annotator_count': 5,
-      'annotator_temperature': 0.5,
-      'label_noise': 0.05,
-      'disagreement': 0.3,
-      'seed': None,
-    }
-  )
+  config.compare = compare()
   config.reward_model = reward_model()
   config[rl] = grpo() if arg.grpo else ppo()
   config.evaluate = ml_collections.ConfigDict(
@@ -117,6 +91,21 @@ def base(stage, model):
   return stage
 
 
+def world():
+  """Returns the stage that writes texts, prompts and the tokenizer."""
+  return ml_collections.ConfigDict(
+    {
+      'function': 'rlhf_jax.tasks.reviews:write',
+      'corpus_size': 10_000,
+      'demonstration_count': 2_000,
+      'prompt_count': 4_096,
+      'eval_prompt_count': 512,
+      'vocab_size': 1_024,
+      'seed': None,
+    }
+  )
+
+
 def pretrain():
   """Returns the pretraining stage, on the packed corpus."""
   stage = base(sft_lib.config(), None)
@@ -155,6 +144,27 @@ def sft():
   stage.batch_size, stage.data.epochs = 64, 2.0
   stage.optim.update({'learning_rate': 5e-4, 'schedule': 'cosine', 'warmup_steps': 5})
   return stage
+
+
+def compare():
+  """Returns the stage in which simulated annotators compare responses of the SFT model."""
+  return ml_collections.ConfigDict(
+    {
+      'function': 'rlhf_jax.feedback.collect:run',
+      'policy': '$workdir/sft',
+      'prompts': '$workdir/world/prompts.jsonl',
+      'pairs': 8_000,
+      'held_out': 500,
+      'max_new_tokens': 36,
+      'temperature': 1.0,
+      'gold': 'rlhf_jax.tasks.reviews:gold_score',
+      'annotator_count': 5,
+      'annotator_temperature': 0.5,
+      'label_noise': 0.05,
+      'disagreement': 0.3,
+      'seed': None,
+    }
+  )
 
 
 def reward_model():

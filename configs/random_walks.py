@@ -98,28 +98,8 @@ def get_config(arg=None):
   if not arg.model:
     config.pretrain = pretrain()
   config[name] = train(arg.algorithm, arg.model or '$workdir/pretrain/model')
-  config.evaluate = ml_collections.ConfigDict(
-    {
-      'function': 'rlhf_jax.evaluation.policies:run',
-      'title': 'Random walks',
-      'summary': 'Gold is the reward itself: the optimality of the walk.',
-      'workdir': '$workdir',
-      'policies': (('pretrained', model), (name, f'$workdir/{name}')),
-      'baseline': 'pretrained',
-      'trained': name,
-      'best_of': 0,
-      'reward_model': '',
-      'comparisons': '',
-      'prompts': '$workdir/world/prompts.jsonl',
-      'samples': 5_000,
-      'max_new_tokens': LENGTH,
-      'temperature': 1.0,
-      'gold': 'rlhf_jax.tasks.random_walks:optimality',
-      'gold_path': '',
-      'curves': stages[1:-1],
-      'seed': None,
-    }
-  )
+  config.evaluate = evaluate((('pretrained', model), (name, f'$workdir/{name}')))
+  config.evaluate.curves = stages[1:-1]
   if arg.debug:
     debug(config, name)
   return config
@@ -169,6 +149,33 @@ def train(algorithm, model):
   stage.samples_every = 5
   stage.update_from_flattened_dict(SETTINGS.get(algorithm, {}))
   return stage
+
+
+def evaluate(policies):
+  """Returns the stage that compares policies (name, folder): the first is the baseline."""
+  names = [name for name, _ in policies]
+  return ml_collections.ConfigDict(
+    {
+      'function': 'rlhf_jax.evaluation.policies:run',
+      'title': 'Random walks',
+      'summary': 'Gold is the reward itself: the optimality of the walk.',
+      'workdir': '$workdir',
+      'policies': tuple(policies),
+      'baseline': names[0],
+      'trained': names[-1],
+      'best_of': 0,
+      'reward_model': '',
+      'comparisons': '',
+      'prompts': '$workdir/world/prompts.jsonl',
+      'samples': 5_000,
+      'max_new_tokens': LENGTH,
+      'temperature': 1.0,
+      'gold': 'rlhf_jax.tasks.random_walks:optimality',
+      'gold_path': '',
+      'curves': tuple(names[1:]),
+      'seed': None,
+    }
+  )
 
 
 def debug(config, name):

@@ -19,6 +19,7 @@ walks: 18 rows of 43 positions have as many walks as trlX's batches, 100, and le
 """
 
 import ml_collections
+import random_walks as walks
 
 from rlhf_jax import config as c
 from rlhf_jax.algorithms import ilql as ilql_lib
@@ -41,31 +42,14 @@ def get_config(arg=None):
   config.cloning = clone('walks')
   config.filtered = clone('best_walks')
   config.ilql = ilql()
-  config.evaluate = ml_collections.ConfigDict(
+  clones = [(name, f'$workdir/{name}') for name in ('cloning', 'filtered')]
+  config.evaluate = walks.evaluate(clones + [(name, '$workdir/ilql') for name in BETAS])
+  config.evaluate.update(
     {
-      'function': 'rlhf_jax.evaluation.policies:run',
       'title': 'Random walks from recorded walks',
       'summary': 'Gold is the optimality of the walk. beta_N samples from ILQL with beta N.',
-      'workdir': '$workdir',
-      'policies': (
-        ('cloning', '$workdir/cloning'),
-        ('filtered', '$workdir/filtered'),
-        *((name, '$workdir/ilql') for name in BETAS),
-      ),
       'betas': tuple((name, beta) for name, beta in BETAS.items() if beta),
-      'baseline': 'cloning',
-      'trained': 'beta_100',
-      'best_of': 0,
-      'reward_model': '',
-      'comparisons': '',
-      'prompts': '$workdir/world/prompts.jsonl',
-      'samples': 5_000,
-      'max_new_tokens': LENGTH,
-      'temperature': 1.0,
-      'gold': 'rlhf_jax.tasks.random_walks:optimality',
-      'gold_path': '',
       'curves': stages[1:-1],
-      'seed': None,
     }
   )
   if arg.debug:

@@ -13,16 +13,16 @@ Measured, seed 0: gold score of the student from -0.84 (standard error 0.05) to 
 teacher has 1.78 (0.05), and had 0.11 (0.06) before PPO.
 """
 
-import _review_stages as shared
+import quickstart
+
 from rlhf_jax import config as c
-from rlhf_jax import config_files
 from rlhf_jax.algorithms import distillation as distillation_lib
 
 
 def get_config(arg=None):
   """Returns the config. Arguments: debug (seconds), seed, width (of the student), loss."""
   arg = c.parse_arg(arg, debug=False, seed=0, width=64, loss='reverse_kl')
-  config, student = quickstart(arg), quickstart(arg)
+  config, student = (quickstart.get_config(f'seed={arg.seed},debug={arg.debug}') for _ in range(2))
   config.pretrain_student, config.sft_student = student.pretrain, student.sft
   config.pretrain_student.model.init.update(
     {'hidden_size': arg.width, 'intermediate_size': 3 * arg.width}
@@ -53,15 +53,9 @@ def get_config(arg=None):
   return config
 
 
-def quickstart(arg):
-  """Returns the quickstart's config."""
-  path = config_files.find('quickstart')
-  return config_files.read(path, f'seed={arg.seed},debug={arg.debug}').unlock()
-
-
 def distill(loss):
   """Returns the distillation stage."""
-  stage = shared.base(distillation_lib.config(), '$workdir/sft_student/model')
+  stage = quickstart.base(distillation_lib.config(), '$workdir/sft_student/model')
   stage.data.update({'path': '$workdir/world/prompts.jsonl', 'max_prompt_length': 12})
   stage.distillation.update({'teacher': '$workdir/ppo/model', 'loss': loss})
   stage.sampling.max_new_tokens = 36

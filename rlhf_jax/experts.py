@@ -58,11 +58,11 @@ def combine(base, adapters):
   Raises:
     UserError: A folder holds no adapter, or one that was trained on another model.
   """
-  parts = []
+  parts, checksum = [], peft.base_checksum(base.params)
   for path, weight in adapters:
     folder = find_adapter(path)
     lora, factors = peft.load(folder, base.model)
-    if not peft.check_base(folder, base.params):
+    if not peft.check_base(folder, checksum):
       logging.warning('%s does not tell its base model; only the shapes were checked.', folder)
     parts.append((lora, factors, weight))
   lora, combined = lora_lib.weighted_sum(parts)

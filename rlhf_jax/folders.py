@@ -1,10 +1,13 @@
-"""Finds the folder of a model if a user names the folder of a run, and checks files."""
+"""Finds the folder of a model if a user names the folder of a run; checks and replaces files."""
 
+from collections.abc import Iterator
+import contextlib
 import errno
 import json
 import os
 import pathlib
 import stat
+from typing import BinaryIO
 
 from rlhf_jax import errors
 
@@ -20,6 +23,22 @@ def check_file(path):
     raise OSError(
       errno.EFBIG, f'has {status.st_size} bytes, and at most {MAX_BYTES} are read', os.fspath(path)
     )
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
+  """Opens a file that replaces `path` when all of it is written; creates the folder.
+
+  Readers see the old file or the new one. Processes, also of several machines, may write at once.
+
+  Raises:
+    OSError: The file cannot be written.
+  """
+  temporary = path.with_name(f'{path.name}.{os.uname().nodename}.{os.getpid()}.tmp')
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with open(temporary, 'wb') as stream:
+    yield stream
+  os.replace(temporary, path)
 
 
 def find_model(path):

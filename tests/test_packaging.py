@@ -58,7 +58,7 @@ def normalized(name):
 
 def imported(*folders):
   """Returns the distributions, except the standard library, that files in some folders import."""
-  modules, own = set(), {'rlhf_jax', '_review_stages', 'quickstart'}
+  modules, own = set(), {'rlhf_jax', '_review_stages', 'quickstart', 'random_walks'}
   for folder in folders:
     for path in (ROOT / folder).rglob('*.py'):
       for node in ast.walk(ast.parse(path.read_text())):

@@ -51,6 +51,16 @@ LLAMA = {
   'tie_word_embeddings': True,
   'initializer_range': 0.1,
 }
+T5 = {
+  'family': 't5',
+  'vocab_size': VOCAB,
+  'd_model': 16,
+  'd_kv': 4,
+  'd_ff': 32,
+  'num_layers': 2,
+  'num_heads': 4,
+  'decoder_start_token_id': PAD,
+}
 
 
 def write(folder):

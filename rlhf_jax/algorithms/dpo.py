@@ -18,7 +18,7 @@ Differences from TRL 1.12: the SFT term is a mean over sequences (Pang et al. 20
 https://arxiv.org/abs/2404.19733); TRL's is a mean over tokens, and in ORPO over those of the prompt
 too. The log-ratios of 'ipo' are divided by lengths only if `dpo.length_normalize` is set, which the
 preset does. In KTO each prompt has one completion of another prompt, always the same, so that its
-reference log-probability is known; we shuffle the data, where TRL has to keep its order.
+reference log-probability is known; we shuffle the data, where TRL must keep its order.
 
 Letters: B rows of a batch, L lanes, M examples of a row, n positions with a loss.
 """

@@ -9,7 +9,6 @@ Letters: N examples, B rows of a batch, M examples of a row.
 from collections.abc import Callable
 import dataclasses
 import json
-import os
 import pathlib
 from typing import Any
 import zipfile
@@ -20,6 +19,7 @@ import numpy as np
 
 from rlhf_jax import checksums
 from rlhf_jax import errors
+from rlhf_jax import folders
 from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax import types
@@ -120,12 +120,9 @@ def write(path: pathlib.Path, logprobs: np.ndarray, expected: dict[str, Any]) ->
   Raises:
     UserError: The file cannot be written.
   """
-  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary, 'wb') as stream:
+    with folders.replacing(path) as stream:
       np.savez(stream, logprobs=logprobs, fingerprint=json.dumps(expected))
-    os.replace(temporary, path)
   except OSError as error:
     raise errors.UserError(
       f'{path}: the log-probabilities of the reference cannot be written ({error}). Free some '

@@ -1,9 +1,9 @@
-"""Mixtures: several sources of examples, of which each drawn example has a probability by weight.
+"""Mixtures: examples of several sources, each drawn with a probability that its weight gives.
 
 Example n of a run comes from source i with probability w_i / (w_1 + w_2 + ...), independently of
 all other n. Every source has epochs of its own, each shuffled differently: all of its examples are
 drawn once before any is drawn again. Example n depends on n, the seed, the weights and the numbers
-of examples, but not on the examples before it. So a position is all that a run has to store to
+of examples, but not on the examples before it. So a position is all that a run must store to
 resume, with any number of processes.
 
 Letters: n position in the run, S sources.

@@ -118,12 +118,12 @@ def base_checksum(params):
   return checksums.of_json([(name, checksums.of(x.astype(jnp.bfloat16))[0]) for name, x in leaves])
 
 
-def check_base(path, params):
+def check_base(path, checksum):
   """Checks that an adapter was trained on a base model, and returns whether that is known.
 
   Args:
     path: Folder of the adapter. If it was not written by `save`, nothing is known.
-    params: Parameters of the base model.
+    checksum: `base_checksum` of the base model.
 
   Raises:
     UserError: It was trained on another model.
@@ -131,7 +131,7 @@ def check_base(path, params):
   path = pathlib.Path(path)
   if not (path / BASE).exists():
     return False
-  if hf_files.read_json(path / BASE).get('checksum') != base_checksum(params):
+  if hf_files.read_json(path / BASE).get('checksum') != checksum:
     raise UserError(
       f'{path}: this adapter was trained on a base model with other weights. Use the model that '
       'config.model.path named when it was trained.'

@@ -12,7 +12,6 @@ Letters: N episodes, P prompt length, R response length.
 from collections.abc import Sequence
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import inspect
 import json
@@ -29,6 +28,7 @@ import numpy as np
 import transformers
 
 from rlhf_jax import errors
+from rlhf_jax import folders
 from rlhf_jax import identity
 from rlhf_jax import processes
 from rlhf_jax import sharding
@@ -112,20 +112,10 @@ def label(
   Raises:
     UserError: The scorer fails, or rewards the tokens of a conversation with several answers.
   """
-  if isinstance(episodes, mixtures.Mixture):
-    label_part = functools.partial(
-      label,
-      config_reward=config_reward,
-      tokenizer=tokenizer,
-      mesh=mesh,
-      batch_size=batch_size,
-      load=load,
-    )
-    return episodes.with_parts([label_part(part) for part in episodes.parts])
-  episodes = list(episodes)
-  if not episodes:
+  listed = list(episodes)
+  if not listed:
     return []
-  answers = Answers.of(episodes, tokenizer)
+  answers = Answers.of(listed, tokenizer)
   path = cache_path(answers, config_reward) if cacheable(config_reward) else None
   rewards = read(path) if path else None
   if not processes.all_true(rewards is not None):
@@ -133,14 +123,14 @@ def label(
     rewards = score_in_batches(score, answers, batch_size, tokenizer.pad_token_id, mesh)
     if path:
       write(path, rewards)
-  found = [
-    _rewarded(episode, reward, len(ids))
-    for episode, reward, ids in zip(episodes, rewards, answers.answers)
-    if not np.isnan(reward).any()
-  ]
-  if len(found) < len(episodes):
-    logging.warning('%d episodes whose reward is NaN are left out', len(episodes) - len(found))
-  return found
+  kept = np.flatnonzero([not np.isnan(reward).any() for reward in rewards])
+  if len(kept) < len(listed):
+    logging.warning('%d episodes whose reward is NaN are left out', len(listed) - len(kept))
+  rewarded = lambda i: _rewarded(listed[i], rewards[i], len(answers.answers[i]))
+  if isinstance(episodes, mixtures.Mixture):
+    parts = [[*map(rewarded, indices)] for indices in episodes.split(kept)]
+    return episodes.with_parts(parts)
+  return [*map(rewarded, kept)]
 
 
 def _rewarded(episode, reward, length):
@@ -245,11 +235,8 @@ def read(path: pathlib.Path) -> np.ndarray | None:
 
 def write(path: pathlib.Path, rewards: np.ndarray) -> None:
   """Writes rewards atomically; a cache that cannot be written is only a warning."""
-  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary, 'wb') as stream:
+    with folders.replacing(path) as stream:
       np.save(stream, rewards)
-    os.replace(temporary, path)
   except OSError as error:
     logging.warning('%s: the rewards of the data cannot be kept (%s)', path, error)

@@ -281,24 +281,12 @@ def test_evaluators_and_folders_sample_with_the_q_functions(trained, world):
     sample(others, beta=1.0)
 
 
-T5 = {
-  'family': 't5',
-  'vocab_size': tiny.VOCAB,
-  'd_model': 16,
-  'd_kv': 4,
-  'd_ff': 32,
-  'num_layers': 2,
-  'num_heads': 4,
-  'decoder_start_token_id': tiny.PAD,
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'fields, changes',
   [
-    (T5, {}),
-    (T5, {'ilql.separate_critic': True}),
+    (tiny.T5, {}),
+    (tiny.T5, {'ilql.separate_critic': True}),
     (tiny.LLAMA, {'model.lora.targets': (('attention/', 2, 4.0),), 'ilql.pack': True}),
     (tiny.LLAMA, {'model.lora.targets': (('mlp/', 2, 4.0),), 'ilql.target_backbone': True}),
     (tiny.LLAMA, {'model.unfrozen_layers': 1, 'ilql.awac_coef': 0.0, 'microbatch_size': 4}),

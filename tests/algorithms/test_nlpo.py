@@ -145,23 +145,11 @@ def test_the_update_of_rl4lms_has_no_masks(world):
   assert 0.2 < history[0]['policy/masked_share'] < 0.9
 
 
-T5 = {
-  'family': 't5',
-  'vocab_size': tiny.VOCAB,
-  'd_model': 16,
-  'd_kv': 4,
-  'd_ff': 32,
-  'num_layers': 2,
-  'num_heads': 4,
-  'decoder_start_token_id': tiny.PAD,
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'fields, settings',
   [
-    (T5, {'data.max_prompt_length': 8, 'sampling.max_concurrent': 4, 'rl.ptx_coef': 0.5}),
+    (tiny.T5, {'data.max_prompt_length': 8, 'sampling.max_concurrent': 4, 'rl.ptx_coef': 0.5}),
     (tiny.LLAMA, {'model.lora.targets': (('attention/', 2, 4.0),), 'critic.kind': 'adapters'}),
     (tiny.LLAMA, {'model.unfrozen_layers': 1, 'critic.kind': 'trunk', 'microbatch_size': 2}),
     (tiny.LLAMA, {'sampling.stop': ('w5 w', 'w7'), 'sampling.top_k': 20, 'microbatch_size': 4}),

@@ -9,19 +9,7 @@ from rlhf_jax.algorithms import rloo
 from rlhf_jax.models import trainable
 import tiny
 
-T5 = {
-  'family': 't5',
-  'vocab_size': tiny.VOCAB,
-  'd_model': 16,
-  'd_kv': 4,
-  'd_ff': 32,
-  'num_layers': 2,
-  'num_heads': 4,
-  'pad_token_id': tiny.PAD,
-  'eos_token_id': tiny.EOS,
-  'decoder_start_token_id': tiny.PAD,
-  'n_positions': 32,
-}
+T5 = tiny.T5 | {'pad_token_id': tiny.PAD, 'eos_token_id': tiny.EOS, 'n_positions': 32}
 
 
 def long_words(prompts, responses, *, response_tokens, metadata):
