@@ -16,6 +16,7 @@ stubs below stand in for them, so trlX runs with torch 2.13 and transformers 4.4
 
 import contextlib
 import importlib.machinery
+import inspect
 import pathlib
 import shutil
 import sys
@@ -58,6 +59,7 @@ stub('ray', is_initialized=lambda: False, air=sys.modules['ray.air'])
 
 from examples.randomwalks import ilql_randomwalks  # noqa: E402  after the stubs
 from examples.randomwalks import ppo_randomwalks  # noqa: E402
+from trlx.models.modeling_ilql import AutoModelForCausalLMWithILQLHeads  # noqa: E402
 from trlx.trainer import accelerate_base_trainer  # noqa: E402
 from trlx.trainer.accelerate_ilql_trainer import AccelerateILQLTrainer  # noqa: E402
 from trlx.trainer.accelerate_ppo_trainer import AcceleratePPOTrainer  # noqa: E402
@@ -128,6 +130,10 @@ def main():
   accelerate_base_trainer.get_git_tag = lambda: ('', '')
   if options.algorithm == 'ilql':
     take_turns_offline(turns)
+    # trlX sets this attribute for loaded models, but not for new ones.
+    AutoModelForCausalLMWithILQLHeads.forward_kwargs = inspect.getfullargspec(
+      transformers.GPT2LMHeadModel.forward
+    ).args
     AccelerateILQLTrainer.evaluate = lambda trainer: {}
     ilql_randomwalks.main(HYPERPARAMETERS | {'tokenizer.tokenizer_path': options.model})
     return
