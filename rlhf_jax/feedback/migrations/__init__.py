@@ -1,0 +1,1 @@
+"""Versions of the feedback store's tables, as alembic runs them."""

@@ -1,0 +1,422 @@
+"""The store of human feedback: projects, tasks, annotators, and every judgement that was made.
+
+`Store.open` opens a file of SQLite or a database of PostgreSQL. All methods may be called by
+several threads and processes at once. No judgement is changed or deleted: an undo is a row of its
+own. Each method commits all that it writes, or raises an error and writes nothing.
+"""
+# ruff: noqa: E402 (the extra is checked before the modules that need it are imported)
+
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import secrets
+import time
+from typing import Any
+
+from rlhf_jax.errors import UserError
+
+try:
+  import alembic
+  import sqlalchemy as sa
+  from sqlalchemy import exc
+except ImportError as error:
+  raise UserError(
+    f"the feedback store needs the extra 'feedback' ({error}): pip install 'rlhf_jax[feedback]'"
+  ) from error
+del alembic
+
+from rlhf_jax.feedback import accounts
+from rlhf_jax.feedback import answers
+from rlhf_jax.feedback import database as database_lib
+from rlhf_jax.feedback import judging
+from rlhf_jax.feedback import leasing
+from rlhf_jax.feedback import questions
+from rlhf_jax.feedback import reading
+from rlhf_jax.feedback import schema
+from rlhf_jax.feedback.types import Annotator
+from rlhf_jax.feedback.types import Assignment
+from rlhf_jax.feedback.types import Battle
+from rlhf_jax.feedback.types import Completion
+from rlhf_jax.feedback.types import Dialogue
+from rlhf_jax.feedback.types import Judgement
+from rlhf_jax.feedback.types import Progress
+from rlhf_jax.feedback.types import Project
+from rlhf_jax.feedback.types import Prompt
+from rlhf_jax.feedback.types import Quality
+from rlhf_jax.feedback.types import Task
+
+
+class Store:
+  """The feedback in a database; see the top of the file. A context manager, which closes it."""
+
+  def __init__(self, database: database_lib.Database):
+    """Wraps a database; `open` is what callers use."""
+    self.database = database
+    self._ratings = judging.Ratings()
+
+  @classmethod
+  def open(cls, url: str) -> 'Store':
+    """Opens a store, creates its tables if there are none, and upgrades those of older versions.
+
+    Args:
+      url: 'x.db' or 'sqlite:///x.db', or 'postgresql://USER:PASSWORD@HOST/NAME'.
+
+    Raises:
+      UserError: It cannot be opened, or a newer version of the library made it.
+    """
+    return cls(database_lib.Database(str(url)))
+
+  def close(self) -> None:
+    """Closes all connections."""
+    self.database.close()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *error):
+    self.close()
+
+  # Projects.
+
+  def add_project(
+    self,
+    name: str,
+    *,
+    instructions: str = '',
+    overlap: int = 1,
+    gold_fraction: float = 0.0,
+    repeat_fraction: float = 0.0,
+    lease_seconds: float = 600.0,
+    selection: str = 'random',
+  ) -> Project:
+    """Adds a project, or returns the one of this name as it is.
+
+    Args:
+      name: Name.
+      instructions: What annotators read before they begin.
+      overlap: Number of annotators who answer a task, unless the task has its own.
+      gold_fraction: Share of an annotator's assignments that are gold questions, as long as there
+        are some that they have not answered.
+      repeat_fraction: Share of them that repeat a task the annotator answered before.
+      lease_seconds: Time after which others may get a task that was not answered.
+      selection: Which of the tasks with the highest priority is next; see `assign.choose`.
+
+    Raises:
+      UserError: A value is out of range.
+    """
+    settings = {
+      'overlap': overlap,
+      'gold_fraction': gold_fraction,
+      'repeat_fraction': repeat_fraction,
+      'lease_seconds': lease_seconds,
+      'selection': selection,
+    }
+    judging.check_settings(name, settings)
+    query = sa.select(schema.Project).where(schema.Project.name == name)
+    try:
+      with self.database.write() as session:
+        row = session.scalar(query)
+        if row is None:
+          row = schema.Project(
+            name=questions.check_text(name, 'the name of the project'),
+            instructions=questions.check_text(instructions, 'instructions'),
+            settings=settings,
+            created=time.time(),
+          )
+          session.add(row)
+    except exc.IntegrityError:  # PostgreSQL: another process added it at the same time
+      return self.project(name)
+    return reading.project(row)
+
+  def project(self, name: str) -> Project:
+    """Returns the project of a name.
+
+    Raises:
+      UserError: There is none; the message names those there are.
+    """
+    found = self.projects()
+    for project in found:
+      if project.name == name:
+        return project
+    names = ', '.join(repr(project.name) for project in found) or 'none'
+    raise UserError(f'{self.database.url} has no project {name!r}; its projects: {names}')
+
+  def projects(self) -> list[Project]:
+    """Returns all projects, oldest first."""
+    with self.database.read() as session:
+      rows = session.scalars(sa.select(schema.Project).order_by(schema.Project.id))
+      return [reading.project(row) for row in rows]
+
+  # Prompts, completions and tasks.
+
+  def add_prompt(
+    self,
+    project: Project,
+    text: str,
+    messages: list[dict[str, str]] | None = None,
+    dialogue: Dialogue | int | None = None,
+  ) -> Prompt:
+    """Adds a prompt, as text and as messages if it is a conversation, or returns the same one.
+
+    `dialogue` is the dialogue of which it is a turn, or its id.
+    """
+    dialogue_id = dialogue.id if isinstance(dialogue, Dialogue) else dialogue
+    with self.database.write(project.id) as session:
+      row = questions.add_prompt(session, project.id, text, messages, dialogue_id)
+      return reading.prompt(row)
+
+  def add_completion(
+    self,
+    prompt: Prompt,
+    text: str,
+    *,
+    policy: str,
+    checkpoint: str | None = None,
+    sampling: dict[str, Any] | None = None,
+  ) -> Completion:
+    """Adds a response to a prompt, with the name of its policy, which Elo ranks.
+
+    Args:
+      prompt: The prompt.
+      text: The response.
+      policy: Name of the policy.
+      checkpoint: Folder and step of its parameters.
+      sampling: Settings: temperature, top_k, top_p, max_new_tokens, seed.
+    """
+    with self.database.write() as session:
+      row = questions.add_completion(session, prompt.id, text, policy, checkpoint, sampling)
+      return reading.completion(row)
+
+  def add_task(
+    self,
+    project: Project,
+    kind: str,
+    prompt: Prompt,
+    completions: Sequence[Completion],
+    *,
+    overlap: int | None = None,
+    priority: float = 0.0,
+    round: int = 0,
+    gold: answers.Answer | None = None,
+    annotator: Annotator | None = None,
+    repeats: Task | None = None,
+  ) -> Task:
+    """Adds a task; see types.Task for the arguments.
+
+    Raises:
+      UserError: The completions or the gold answer do not fit.
+    """
+    options = questions.Options(
+      overlap=overlap,
+      priority=priority,
+      round=round,
+      gold=gold,
+      annotator_id=annotator and annotator.id,
+      repeats_task_id=repeats and repeats.id,
+    )
+    with self.database.write(project.id) as session:
+      row = questions.add_task(session, project, kind, prompt.id, completions, options)
+      return reading.tasks(session, [row])[0]
+
+  def add_tasks(self, project: Project, rows: Iterable[Mapping[str, Any]]) -> list[Task]:
+    """Adds tasks with their prompts and completions: all of them, or none if one does not fit.
+
+    Args:
+      project: The project.
+      rows: Dicts with `prompt` (a text or messages) and `completions`, a list of {"text", "policy",
+        "checkpoint", "sampling"} of which the last two are optional; optionally `kind` ('pair' by
+        default), `messages`, `overlap`, `priority`, `round`, and `gold`, an answer whose ids are
+        positions in `completions`, from 0.
+
+    Raises:
+      UserError: A row does not fit; the message names it, from 0.
+    """
+    with self.database.write(project.id) as session:
+      added = [
+        questions.add_row(session, project, row, f'task {number}')
+        for number, row in enumerate(rows)
+      ]
+      return reading.tasks(session, added)
+
+  def tasks(self, project: Project, *, round: int | None = None) -> list[Task]:
+    """Returns the tasks of a project, or of one round of it, oldest first; without repeats."""
+    row = schema.Task
+    query = sa.select(row).where(row.project_id == project.id, row.repeats_task_id.is_(None))
+    query = query if round is None else query.where(row.round == round)
+    with self.database.read() as session:
+      return reading.tasks(session, list(session.scalars(query.order_by(row.id))))
+
+  # Annotators; more about them in `accounts`.
+
+  def add_annotator(
+    self,
+    name: str,
+    *,
+    role: str = 'annotator',
+    password_hash: str | None = None,
+    simulated: bool = False,
+  ) -> tuple[Annotator, str | None]:
+    """Adds an annotator, and returns it with the token of a personal link.
+
+    The store keeps only a hash of the token. A simulated annotator gets none and cannot sign in.
+
+    Raises:
+      UserError: The name is taken or not printable, or the role unknown.
+    """
+    token = None if simulated else secrets.token_urlsafe(24)
+    added = accounts.add(
+      self.database, name, role=role, password_hash=password_hash, token=token, simulated=simulated
+    )
+    return added, token
+
+  def annotator(
+    self, name: str | None = None, id: int | None = None, token: str | None = None
+  ) -> Annotator | None:
+    """Returns the annotator with a name, an id or the token of a personal link, or None."""
+    return accounts.find(self.database, name=name, id=id, token=token)
+
+  def annotators(self) -> list[Annotator]:
+    """Returns all annotators, oldest first."""
+    with self.database.read() as session:
+      rows = session.scalars(sa.select(schema.Annotator).order_by(schema.Annotator.id))
+      return [reading.annotator(row) for row in rows]
+
+  def disable(self, annotator: Annotator) -> Annotator:
+    """Takes the right to sign in and to judge from an annotator; their judgements stay."""
+    return accounts.change(self.database, annotator, disabled=True)
+
+  # Labelling.
+
+  def next_task(
+    self, project: Project, annotator: Annotator, now: float | None = None
+  ) -> Assignment | None:
+    """Returns the open assignment of an annotator, or else assigns a task; None if none is left.
+
+    Turns of dialogues are not assigned: see `lease`.
+
+    Args:
+      project: The project.
+      annotator: The annotator.
+      now: Time in seconds, for tests; None for the clock's.
+
+    Raises:
+      UserError: The annotator is disabled.
+    """
+    now = judging.now_or(now)
+    ratings = self._ratings.get(self.database, project) if project.selection == 'elo' else {}
+    with self.database.write(project.id) as session:
+      judging.check_enabled(session, annotator)
+      lease = leasing.next_lease(session, project, annotator.id, now, ratings)
+      return lease and leasing.assignment(session, lease)
+
+  def lease(self, project: Project, task: Task, annotator: Annotator) -> Assignment:
+    """Assigns one task, such as a turn of a dialogue, to the only annotator who may answer it.
+
+    Raises:
+      UserError: The task belongs to nobody, to another annotator, or has been answered.
+    """
+    with self.database.write(project.id) as session:
+      judging.check_enabled(session, annotator)
+      lease = leasing.own_lease(session, project, task.id, annotator, judging.now_or(None))
+      return leasing.assignment(session, lease)
+
+  def judge(
+    self,
+    assignment: Assignment | int,
+    annotator: Annotator,
+    answer: answers.Answer,
+    *,
+    reason: str = '',
+    flags: Sequence[str] = (),
+    seconds: float = 0.0,
+    token: str,
+    now: float | None = None,
+  ) -> Judgement:
+    """Stores the answer to an assignment.
+
+    Args:
+      assignment: The assignment, or the id of its lease.
+      annotator: Who answers.
+      answer: See answers.py.
+      reason: Free text.
+      flags: Texts.
+      seconds: Time from display to answer.
+      token: Idempotency key: with a token that was used before, the first judgement is returned.
+      now: Time in seconds, for tests; None for the clock's.
+
+    Raises:
+      UserError: The answer does not fit the task; the task is assigned to another annotator, or was
+        taken by others after the lease had expired; the database cannot be written.
+    """
+    lease_id = assignment.lease_id if isinstance(assignment, Assignment) else assignment
+    form = judging.Form(answer=answer, reason=reason, flags=flags, seconds=seconds, token=token)
+    return judging.judge(self.database, lease_id, annotator, form, judging.now_or(now))
+
+  def undo(
+    self, project: Project, annotator: Annotator, now: float | None = None
+  ) -> Judgement | None:
+    """Undoes the newest judgement of an annotator that counts, and assigns its task to them again.
+
+    Returns the row that undoes it; None if there is nothing to undo. Turns of dialogues stay.
+    """
+    return judging.undo(self.database, project, annotator, judging.now_or(now))
+
+  # Reading.
+
+  def progress(self, project: Project) -> Progress:
+    """Returns how many judgements are wanted and there."""
+    with self.database.read() as session:
+      return reading.progress(session, project.id)
+
+  def judgements(
+    self,
+    project: Project,
+    *,
+    round: int | None = None,
+    include_undone: bool = False,
+    until: int | None = None,
+  ) -> list[Judgement]:
+    """Returns judgements, oldest first; see `reading.judgements`."""
+    with self.database.read() as session:
+      return reading.judgements(
+        session, project.id, round=round, include_undone=include_undone, until=until
+      )
+
+  def battles(self, project: Project, *, round: int | None = None) -> list[Battle]:
+    """Returns the results between policies; see `reading.battles`."""
+    return reading.battles(self.judgements(project, round=round))
+
+  def quality(self, project: Project) -> dict[str, Quality]:
+    """Returns {name: answers of each annotator to gold questions and repeats}."""
+    return reading.quality(self.judgements(project))
+
+  def records(
+    self,
+    project: Project,
+    *,
+    form: str = 'pairs',
+    round: int | None = None,
+    simulated: bool | None = None,
+    until: int | None = None,
+  ) -> list[dict[str, Any]]:
+    """Returns the judgements in the library's data formats; see `reading.records`."""
+    found = self.judgements(project, round=round, until=until)
+    return [record for record, _ in reading.records(found, form=form, simulated=simulated)]
+
+  def fingerprint(
+    self,
+    project: Project,
+    *,
+    form: str = 'pairs',
+    round: int | None = None,
+    simulated: bool | None = None,
+    until: int | None = None,
+  ) -> str:
+    """Returns a hash of what `records` returns for the same arguments."""
+    found = self.judgements(project, round=round, until=until)
+    return reading.fingerprint(reading.records(found, form=form, simulated=simulated))
+
+  def last(self, project: Project) -> int:
+    """Returns the id of the newest judgement; 0 if there is none."""
+    with self.database.read() as session:
+      return reading.last(session, project.id)
