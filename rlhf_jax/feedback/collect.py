@@ -11,6 +11,7 @@ import jax
 from rlhf_jax import errors
 from rlhf_jax import policy as policy_lib
 from rlhf_jax.data import sources
+from rlhf_jax.feedback import agreement as agreement_lib
 from rlhf_jax.feedback import annotators
 from rlhf_jax.rewards import functions
 
@@ -148,12 +149,12 @@ def agreement(panel, triples):
     triples: List of (prompt, a, b).
 
   Returns:
-    {'fraction', 'kappa', 'simulated': True}; see annotators.Agreement. With a single annotator both
+    {'fraction', 'kappa', 'simulated': True}; see agreement.Agreement. With a single annotator both
     numbers are None.
   """
   if panel.count < 2:
     return {'fraction': None, 'kappa': None, 'simulated': True}
-  result = annotators.agreement(panel.votes(triples))
+  result = agreement_lib.agreement(panel.votes(triples))
   kappa = None if math.isnan(result.kappa) else result.kappa
   return {'fraction': result.fraction, 'kappa': kappa, 'simulated': True}
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.feedback import annotators
+from rlhf_jax.feedback import agreement
 from rlhf_jax.feedback.annotators import SimulatedAnnotators
 
 
@@ -86,28 +86,11 @@ def test_annotators_disagree_if_set():
     panel = SimulatedAnnotators(
       gold, count=4, temperature=0.0, label_noise=0.0, disagreement=disagreement
     )
-    return annotators.agreement(panel.votes(pairs(200))).fraction
+    return agreement.agreement(panel.votes(pairs(200))).fraction
 
   assert fraction(0.0) == 1
   assert fraction(0.5) > fraction(2.0) > 0.5
   assert fraction(0.5) < 0.9
-
-
-def test_agreement_by_hand():
-  # Pairs of annotators that agree: items 3/3, 1/3, 3/3, 1/3 of 3: mean 2/3.
-  # Ones: 3 + 2 + 0 + 1 = 6 of 12, so chance = 1/2 and kappa = (2/3 - 1/2) / (1/2) = 1/3.
-  votes = np.array([[1, 1, 1], [1, 1, 0], [0, 0, 0], [0, 0, 1]])
-  result = annotators.agreement(votes)
-  assert result.fraction == pytest.approx(2 / 3)
-  assert result.kappa == pytest.approx(1 / 3)
-
-
-def test_agreement_at_its_ends():
-  assert annotators.agreement([[1, 1], [0, 0]]).kappa == 1
-  # Always opposite: chance 1/2, kappa (0 - 1/2) / (1/2) = -1.
-  assert annotators.agreement([[1, 0], [0, 1]]).kappa == -1
-  everyone_same = annotators.agreement([[1, 1], [1, 1]])
-  assert everyone_same.fraction == 1 and math.isnan(everyone_same.kappa)
 
 
 @pytest.mark.parametrize(
@@ -122,8 +105,3 @@ def test_agreement_at_its_ends():
 def test_bad_settings_are_named(settings, message):
   with pytest.raises(UserError, match=message):
     SimulatedAnnotators(gold, **settings)
-
-
-def test_agreement_of_one_annotator_is_an_error():
-  with pytest.raises(UserError, match='2 annotators'):
-    annotators.agreement([[1], [0]])
