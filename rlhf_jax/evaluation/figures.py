@@ -1,48 +1,17 @@
-"""Figures of the report, as SVG text for an HTML page.
+"""Figures of the report, as SVG text for an HTML page; see svg.py."""
 
-Axes and labels have the colour of the page's text, so they are readable on light and dark pages.
-Figures do not use pyplot, so their memory is freed. The SVG has no style sheet and no style
-attributes, because the report's security policy allows only the page's own style sheet.
-"""
-
-import html
-import io
 import math
-import re
 
-from matplotlib import rc_context
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 import numpy as np
 
-BLUE, ORANGE, GREEN = '#3b82f6', '#e07b39', '#22a06b'
-# Distinct on light and dark pages; used again from the beginning if there are more lines.
-_PALETTE = (BLUE, ORANGE, GREEN, '#a855f7', '#e5484d', '#0ea5b7', '#b8860b', '#8b8d98') * 9
-_INK = '#010203'  # placeholder, which `_svg` replaces by the page's text colour
-_STYLE = {
-  'svg.fonttype': 'none',
-  'svg.hashsalt': 'rlhf_jax',
-  'font.family': 'sans-serif',
-  'font.size': 9,
-  'text.color': _INK,
-  'axes.edgecolor': _INK,
-  'axes.labelcolor': _INK,
-  'axes.spines.top': False,
-  'axes.spines.right': False,
-  'axes.linewidth': 0.6,
-  'axes.grid': True,
-  'grid.color': _INK,
-  'grid.alpha': 0.12,
-  'grid.linewidth': 0.6,
-  'xtick.color': _INK,
-  'ytick.color': _INK,
-  'legend.frameon': False,
-  'text.parse_math': False,
-  'lines.linewidth': 1.5,
-}
-_LINES = (
-  'stroke-linejoin="round" stroke-linecap="butt"'  # as in the style sheet of matplotlib's SVG
-)
+from rlhf_jax.svg import BLUE
+from rlhf_jax.svg import GREEN
+from rlhf_jax.svg import INK as _INK
+from rlhf_jax.svg import inline as _svg
+from rlhf_jax.svg import ORANGE
+from rlhf_jax.svg import PALETTE as _PALETTE
+from rlhf_jax.svg import short as _short
+
 _MAX_POINTS = 300
 
 
@@ -291,10 +260,6 @@ def _finite(value, default=math.nan):
   return float(value) if value is not None and math.isfinite(value) else default
 
 
-def _short(name):
-  return name if len(name) <= 40 else f'{name[:39]}…'
-
-
 def _running_mean(values, half):
   """Computes the mean over the window of `half` values on either side, ignoring NaNs."""
   known = np.isfinite(values)
@@ -304,41 +269,3 @@ def _running_mean(values, half):
   left, right = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
   with np.errstate(invalid='ignore'):
     return (totals[right] - totals[left]) / (counts[right] - counts[left])
-
-
-def _svg(draw, size, title):
-  """Returns the figure that `draw` draws, as self-contained SVG.
-
-  Args:
-    draw: Function of a matplotlib Figure.
-    size: Width and height in inches.
-    title: Text for screen readers.
-  """
-  with rc_context(_STYLE):
-    figure = Figure(figsize=size, layout='constrained')
-    FigureCanvasSVG(figure)
-    figure.patch.set_alpha(0)
-    draw(figure)
-    for axes in figure.axes:
-      axes.patch.set_alpha(0)
-    out = io.StringIO()
-    figure.savefig(out, format='svg', metadata={'Date': None})
-  svg = out.getvalue()
-  svg = svg[svg.index('<svg') :]
-  svg = re.sub(r'<metadata>.*?</metadata>|<style .*?</style>', '', svg, flags=re.DOTALL)
-  svg = re.sub(r' xmlns(:\w+)?="[^"]*"', '', svg)
-  svg = re.sub(r' (width|height)="[\d.]+pt"', '', svg, count=2)
-  svg = re.sub(r'<g id="[^"]*"', '<g', svg)
-  svg = re.sub(r'(<[^<>]*) style="([^"]*)"', _attributes, svg)
-  tag = f'<svg role="img" aria-label="{html.escape(title)}" {_LINES}'
-  return svg.replace('<svg', tag, 1).replace(_INK, 'currentColor')
-
-
-def _attributes(match):
-  """Replaces a tag's style, which the page's security policy forbids, by attributes."""
-  properties = (part.partition(':')[::2] for part in match.group(2).split(';') if part.strip())
-  stripped = ((name.strip(), value.strip()) for name, value in properties)
-  allowed = (
-    f' {name}="{value}"' for name, value in stripped if name not in ('font', 'font-family')
-  )
-  return match.group(1) + ''.join(allowed)
