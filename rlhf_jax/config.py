@@ -110,7 +110,7 @@ def common(algorithm):
 def data():
   """Returns a dict of the keys of a data set."""
   return {
-    'path': placeholder(str),  # file, folder, name of a Hugging Face data set, or tfds:NAME
+    'path': placeholder(str),  # file, folder, hub data set, tfds:NAME or feedback:URL#PROJECT
     'split': placeholder(str),  # split of a public data set or of a folder; None: train
     'columns': placeholder(str),  # names of your columns, such as prompt=question,completion=answer
     'format': placeholder(str),  # jsonl, json, csv, tsv, parquet, arrayrecord, text; None: suffix
@@ -406,8 +406,8 @@ def validate_data(block, name):
   """
   need(
     block.path or block.mixture,
-    f'config.{name}.path is empty: name a file, a folder, a hub data set or tfds:NAME; or name '
-    f'several in config.{name}.mixture',
+    f'config.{name}.path is empty: name a file, a folder, a hub data set, tfds:NAME or '
+    f'feedback:URL#PROJECT; or name several in config.{name}.mixture',
   )
   need(
     not (block.path and block.mixture),

@@ -24,6 +24,7 @@ from rlhf_jax import runtime
 from rlhf_jax import sharding
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.algorithms import build
+from rlhf_jax.feedback import source as feedback_source
 
 
 def run(config, workdir, *, fork_of=None, on_metrics=None):
@@ -32,8 +33,8 @@ def run(config, workdir, *, fork_of=None, on_metrics=None):
   Args:
     config: Single-stage config; see config.py.
     workdir: Folder of this run. At the end it holds `model/` (a Hugging Face folder),
-      `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `config.json`, `base_config.json` and
-      `runs.jsonl`.
+      `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `config.json`, `base_config.json`,
+      `runs.jsonl`, and `feedback.json` if the run reads a store of human feedback.
     fork_of: Workdir of another run, from whose newest checkpoint this run starts, or None.
     on_metrics: Function of (step, metrics), called on the main process when metrics are logged, or
       None.
@@ -58,13 +59,15 @@ def run(config, workdir, *, fork_of=None, on_metrics=None):
       processes.print_on_main(workdir_lib.describe_finished(workdir))
       return model_path
     processes.print_on_main(f'{workdir}: loading data and models')
+    source = workdir_lib.fork_source(workdir, fork_of)
+    pins = feedback_source.pins(config, workdir, source)
     mesh = sharding.make_mesh(dict(config.mesh))
     stack.enter_context(jax.set_mesh(mesh))
-    learner, state = build.load(config.algorithm).create(config, mesh)
+    pinned = feedback_source.pinned(config, pins)
+    learner, state = build.load(config.algorithm).create(pinned, mesh)
     learner.prepare(workdir)
     signals = stack.enter_context(interrupts.Signals())
     checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints))
-    source = workdir_lib.fork_source(workdir, fork_of)
     forked = bool(source) and not processes.broadcast_scalar(identity.has_checkpoint(workdir))
     if forked:
       step, state = fork(config, state, learner, source)
@@ -77,6 +80,7 @@ def run(config, workdir, *, fork_of=None, on_metrics=None):
       )
     if processes.is_main_process():  # after all checks, so that an error leaves the files unchanged
       learner.describe(workdir)
+      feedback_source.write(workdir, pins)
       identity.write_base(build.load(config.algorithm).config(), workdir)
       identity.record_start(
         config,

@@ -13,6 +13,7 @@ came from, so that an error message can name the line. `formats` interprets the 
   | x.txt, x.txt.gz              | non-blank text between `separator`s      | x.txt:17             |
   | directory                    | all of the above in its files, sorted    | that of the file     |
   | tfds:NAME                    | example of the TFDS data set             | tfds:NAME:row 16     |
+  | feedback:URL#PROJECT         | judgement in a store of human feedback   | ...:judgement 16     |
   | any other name               | row of the Hugging Face data set         | NAME:row 16          |
 
 Lines are numbered from 1, as in editors; items and rows from 0, as in Python. All values of CSV and
@@ -53,8 +54,9 @@ def read(
   """Returns the records of a source, in order.
 
   Args:
-    path: a file, a directory, `tfds:NAME`, or the name of a Hugging Face data set, which may
-      include a configuration, as in `openai/gsm8k:main`.
+    path: a file, a directory, `tfds:NAME`, `feedback:URL#PROJECT` (see feedback/source.py), or the
+      name of a Hugging Face data set, which may include a configuration, as in
+      `openai/gsm8k:main`.
     split: The split of a public data set ('' means 'train'). In a directory, only files named
       after the split are read: `test` selects test.jsonl and test-00000-of-00002.parquet. In a JSON
       file that holds one object, the key of the list to read.
@@ -74,7 +76,9 @@ def read(
     DataError: A whole file is damaged; the message names it.
   """
   path = os.fspath(path)
-  if path.startswith('tfds:'):
+  if path.startswith('feedback:'):
+    records = _feedback(path, split)
+  elif path.startswith('tfds:'):
     records = _tfds(path, split or 'train')
   elif os.path.isdir(path):
     records = _directory(path, split, separator, format)
@@ -189,6 +193,14 @@ def _directory(path: str, split: str, separator: str, format: str | None) -> sto
 def _in_split(file: str, split: str) -> bool:
   stem = os.path.basename(file).split('.')[0]
   return stem == split or stem.startswith((split + '-', split + '_'))
+
+
+def _feedback(path: str, split: str) -> stored.Records:
+  from rlhf_jax.feedback import source  # a layer above: see .importlinter
+
+  if split:
+    raise UserError(f'{path}: a store has no split {split!r}. Use ?round=N, or no split.')
+  return source.read(path)
 
 
 # Public data sets.

@@ -6,6 +6,7 @@ and what a write decides still holds when it is committed.
 """
 
 import contextlib
+import os
 import pathlib
 import re
 
@@ -32,11 +33,12 @@ class Database:
     engine: Engine of SQLAlchemy.
   """
 
-  def __init__(self, url: str):
+  def __init__(self, url: str, *, create: bool = True):
     """Connects, and creates or upgrades the tables.
 
     Args:
       url: Path of a file, 'sqlite:///PATH' or 'postgresql://USER:PASSWORD@HOST/NAME'.
+      create: Whether to make the file of SQLite if it does not exist.
 
     Raises:
       UserError: The database cannot be opened, or is of a newer version of the library.
@@ -46,6 +48,8 @@ class Database:
     self.engine = sa.create_engine(address, **_options(address))
     self._writer = self.engine.execution_options(immediate=True)
     if address.get_backend_name() == 'sqlite':
+      if not create and not os.path.exists(address.database):
+        raise UserError(f'{self.url}: there is no such file (current directory: {os.getcwd()})')
       event.listen(self.engine, 'connect', _prepare)
       event.listen(self.engine, 'begin', _begin)
     try:

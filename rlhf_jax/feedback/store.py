@@ -55,16 +55,17 @@ class Store:
     self._ratings = judging.Ratings()
 
   @classmethod
-  def open(cls, url: str) -> 'Store':
+  def open(cls, url: str, *, create: bool = True) -> 'Store':
     """Opens a store, creates its tables if there are none, and upgrades those of older versions.
 
     Args:
       url: 'x.db' or 'sqlite:///x.db', or 'postgresql://USER:PASSWORD@HOST/NAME'.
+      create: Whether to make the file if it does not exist.
 
     Raises:
       UserError: It cannot be opened, or a newer version of the library made it.
     """
-    return cls(database_lib.Database(str(url)))
+    return cls(database_lib.Database(str(url), create=create))
 
   def close(self) -> None:
     """Closes all connections."""
