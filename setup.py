@@ -17,12 +17,14 @@ FEEDBACK = [
   'alembic>=1.20.1,<2',
   'argon2-cffi>=25.1.0,<26',
   'fastapi>=0.165.0,<0.166',
+  'h11>=0.16.0,<0.17',
   'itsdangerous>=2.2.0,<3',
   'limits>=5.8.0,<6',
   'psycopg[binary]>=3.3.9,<4',
   'python-multipart>=0.0.34,<0.1',
   'sqlalchemy>=2.1.9,<2.2',
   'sse-starlette>=3.7.0,<4',
+  'starlette>=1.10.0,<2',
   'uvicorn>=0.54.0,<0.55',
 ]
 # Answers in mathematics as rewards.

@@ -32,6 +32,7 @@ OPTIONAL = {
   'alembic': 'feedback',
   'argon2-cffi': 'feedback',
   'fastapi': 'http',
+  'h11': 'feedback',
   'httpx': 'http',
   'itsdangerous': 'feedback',
   'limits': 'feedback',
@@ -42,6 +43,7 @@ OPTIONAL = {
   'reasoning-gym': 'reasoning',
   'sqlalchemy': 'feedback',
   'sse-starlette': 'feedback',
+  'starlette': 'feedback',
   'tenacity': 'http',
   'uvicorn': 'http',
 }

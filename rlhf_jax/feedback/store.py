@@ -264,7 +264,7 @@ class Store:
     Raises:
       UserError: The name is taken or not printable, or the role unknown.
     """
-    token = None if simulated else secrets.token_urlsafe(24)
+    token = None if simulated else secrets.token_urlsafe(32)
     added = accounts.add(
       self.database, name, role=role, password_hash=password_hash, token=token, simulated=simulated
     )
