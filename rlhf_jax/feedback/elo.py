@@ -59,6 +59,27 @@ def update(first, second, score, *, k=32.0):
   return first + change, second - change
 
 
+def online(games, *, k=4.0, level=1000.0):
+  """Computes Elo's ratings by one pass over games in the order in which they were played.
+
+  Late games count more, so ratings depend on the order; `ratings` does not. The defaults are those
+  of FastChat, which follows chess in base 10 and scale 400.
+
+  Args:
+    games: Iterable of (first policy, second policy, score of the first); see `update`.
+    k: Largest change by one game, in points.
+    level: Rating of a policy before its first game.
+
+  Returns:
+    {policy: rating}.
+  """
+  result = {}
+  for first, second, score in games:
+    before = result.get(first, level), result.get(second, level)
+    result[first], result[second] = update(*before, score, k=k)
+  return result
+
+
 def ratings(matches, *, anchor=None, level=1000.0, prior_draws=1.0):
   """Computes maximum-likelihood ratings of all policies in the matches.
 
@@ -83,7 +104,7 @@ def ratings(matches, *, anchor=None, level=1000.0, prior_draws=1.0):
       connected by matches, or there is no finite maximum (prior_draws = 0, and some policies never
       lost to the others).
   """
-  names = list(dict.fromkeys(name for match in matches for name in (match.first, match.second)))
+  names = policies(matches)
   wins = _wins(matches, names, prior_draws)
   _check(matches, names, wins, anchor)
   strengths, information = _maximize(wins)
@@ -160,6 +181,23 @@ def _spread(outcomes, group, names, strengths, prior_draws):
   return information, count / (count - 1) * scores @ scores.T + prior
 
 
+def policies(matches):
+  """Returns the names of all policies in matches, in the order in which they first appear."""
+  return list(dict.fromkeys(name for match in matches for name in (match.first, match.second)))
+
+
+def check(matches, *, prior_draws):
+  """Raises UserError if the matches do not determine finite ratings; see `ratings`."""
+  names = policies(matches)
+  _check(matches, names, _wins(matches, names, prior_draws), None)
+
+
+def check_anchor(anchor, names):
+  """Raises UserError if the anchor is neither None nor the name of a policy."""
+  if anchor is not None and anchor not in names:
+    raise UserError(f'Elo: the anchor {anchor!r} is not among the policies {list(names)}')
+
+
 def _wins(matches, names, prior_draws):
   """Returns [policies, policies] wins of row over column; a draw counts half."""
   wins = np.zeros((len(names), len(names)))
@@ -177,8 +215,7 @@ def _check(matches, names, wins, anchor):
       raise UserError(f'Elo: {match} has a negative count')
     if match.first == match.second:
       raise UserError(f'Elo: {match.first!r} cannot play against itself')
-  if anchor is not None and anchor not in names:
-    raise UserError(f'Elo: the anchor {anchor!r} is not among the policies {names}')
+  check_anchor(anchor, names)
   for edges, what in (
     (wins + wins.T, 'no chain of matches connects them to {}'),
     (wins, 'they never lost to {}, directly or through others: set prior_draws above 0'),
