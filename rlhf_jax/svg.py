@@ -11,6 +11,7 @@ import pathlib
 import re
 
 from matplotlib import rc_context
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
@@ -85,11 +86,10 @@ def save(path, draw, size):
     UserError: There is no such format.
   """
   with rc_context(_STYLE):
-    figure = _draw(draw, size)
-    known = figure.canvas.get_supported_filetypes()
+    known = FigureCanvasBase.get_supported_filetypes()
     ending = pathlib.Path(path).suffix[1:].lower()
     need(ending in known, f'{path} must end in one of .{", .".join(sorted(known))}')
-    figure.savefig(path, dpi=200, facecolor='white')
+    _draw(draw, size).savefig(path, dpi=200, facecolor='white')
 
 
 def _draw(draw, size):

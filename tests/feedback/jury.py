@@ -58,7 +58,8 @@ def fill(store):
         'kind': kind,
         'round': round,
         'completions': [
-          {'text': f' Answer of {policy} to {number}.', 'policy': policy} for policy in policies
+          {'text': f' Answer of {policy} to {number}' + i * ' indeed', 'policy': policy}
+          for i, policy in enumerate(policies)
         ],
       }
       for number, (round, kind, policies) in enumerate(ROWS)
