@@ -277,6 +277,11 @@ def load_params(path, name):
   Raises:
     UserError: There is no checkpoint, or none is intact.
   """
+  return load_newest(path, name)[1]
+
+
+def load_newest(path, name):
+  """Returns the step of the newest intact checkpoint and its parameters; see `load_params`."""
   path = pathlib.Path(path).resolve() / 'checkpoints'
   manager = ocp.CheckpointManager(
     path,
@@ -298,7 +303,7 @@ def load_params(path, name):
     except Exception as error:  # as in Checkpoints.restore
       fault = f'{UNREADABLE} ({_brief(error)})'
     if not fault:
-      return params
+      return step, params
     faults.append(fault)
     logging.warning(
       'checkpoint %d in %s %s%s',

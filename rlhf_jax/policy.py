@@ -88,6 +88,7 @@ class TextPolicy:
     q_functions: Q functions that ILQL trained with it, see models/q_functions.py; None if there are
       none.
     beta: Default of `sample`.
+    step: Step of the checkpoint it was loaded from; None if it was loaded from a finished model.
   """
 
   model: Any
@@ -96,6 +97,7 @@ class TextPolicy:
   path: pathlib.Path | None = None
   q_functions: Any = None
   beta: float = 0.0
+  step: int | None = None
 
   def __post_init__(self):
     if self.model.encoder_decoder:
@@ -126,11 +128,11 @@ class TextPolicy:
     name = fields.pop('name')
     if name != 'policy':
       raise errors.UserError(f'{path} trains a {name} model, which cannot generate text')
-    model, params = models.create(fields, unroll=None), checkpoint.load_params(path, name)
+    model, (step, params) = models.create(fields, unroll=None), checkpoint.load_newest(path, name)
     config = json.loads((path / 'config.json').read_text())['model']
     if config['lora']['targets'] or config['lora']['path'] or config['unfrozen_layers'] is not None:
       params = _with_frozen(path, config, model, params)
-    return cls(model, params, tokenizers.load(path / 'tokenizer'), beta=beta)
+    return cls(model, params, tokenizers.load(path / 'tokenizer'), beta=beta, step=step)
 
   def read_prompts(self, path):
     """Returns the texts of the prompts of a data set, as training reads them; see `formats`."""

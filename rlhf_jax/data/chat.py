@@ -150,6 +150,37 @@ def render(
   return before, completion
 
 
+def prompt_text(
+  tokenizer: transformers.PreTrainedTokenizerFast, messages: Sequence[dict[str, str]]
+) -> str:
+  """Returns messages as the text of a prompt: by the chat template, or line by line without one.
+
+  Raises:
+    UserError: The template rejects the messages.
+  """
+  if not tokenizer.chat_template:
+    return '\n'.join(message['content'] for message in messages)
+  try:
+    return render(tokenizer, messages)[0]
+  except Malformed as error:
+    raise UserError(str(error)) from error
+
+
+def turn_end(tokenizer: transformers.PreTrainedTokenizerFast) -> str:
+  """Returns the text after an answer in the chat template; '' if it is the EOS or there is none.
+
+  A response must end there, too: the models of some templates, such as ChatML, write a token of
+  its own after an answer, and not the EOS.
+  """
+  question, answer = {'role': 'user', 'content': 'Q'}, {'role': 'assistant', 'content': 'A'}
+  try:
+    _, completion = render(tokenizer, [question], answer)
+  except (UserError, Malformed):
+    return ''
+  end = completion.rpartition('A')[2].strip()
+  return '' if end == tokenizer.eos_token else end
+
+
 def split_answers(
   tokenizer: transformers.PreTrainedTokenizerFast | None, messages: Messages, rendered: str
 ) -> tuple[str, ...]:

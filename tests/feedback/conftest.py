@@ -1,4 +1,4 @@
-"""Databases for the tests of the feedback store: files of SQLite, and a server of PostgreSQL."""
+"""Databases for the tests of the feedback store, and live policies."""
 
 import glob
 import os
@@ -11,6 +11,9 @@ import tempfile
 import uuid
 
 import pytest
+import small_policies
+
+from rlhf_jax.feedback import live
 
 USER = 'postgres' if os.getuid() == 0 else pwd.getpwuid(os.getuid()).pw_name
 
@@ -73,3 +76,16 @@ def database_url(request, tmp_path):
   if request.param == 'sqlite':
     return f'sqlite:///{tmp_path}/feedback.db'
   return request.getfixturevalue('postgres')()
+
+
+@pytest.fixture(scope='session')
+def policy_folders(tmp_path_factory):
+  """Returns the folders of two random models with a context of 96 tokens."""
+  return [small_policies.write(tmp_path_factory.mktemp('policies'), seed) for seed in range(2)]
+
+
+@pytest.fixture(scope='session')
+def live_policies(policy_folders):
+  """Returns Policies that serve both of them, under the names calm and wild."""
+  with live.Policies(policy_folders, max_concurrent=2) as policies:
+    yield policies
