@@ -1,9 +1,9 @@
 """Losses as pure functions of arrays: no model, no config.
 
-Letters: B batch, R response length, K completions, T sequence length, V vocabulary. Per-token
-losses return one value per token. Sum them over a mask and divide by the count of the whole
-minibatch, so that microbatches add up to the true mean instead of a mean of means. `token_weights`
-does the same for the means of the GRPO family.
+Letters: A annotators, B batch, R response length, K completions, T sequence length, V vocabulary.
+Per-token losses return one value per token. Sum them over a mask and divide by the count of the
+whole minibatch, so that microbatches add up to the true mean instead of a mean of means.
+`token_weights` does the same for the means of the GRPO family.
 """
 
 import chex
@@ -340,6 +340,28 @@ def expectile_loss(
   return jnp.where(gap < 0, 1.0 - tau, tau) * jnp.square(gap)
 
 
+def reliabilities(
+  offsets: Float[ArrayLike, ' A'], annotator: Int[ArrayLike, ' B']
+) -> Float[Array, ' B']:
+  """Returns the reliability of the annotator of each comparison.
+
+      beta_k = 1 + w_k - mean_j w_j
+
+  It is the inverse temperature of annotator k, who prefers a to b with probability
+  sigmoid(beta_k (r_a - r_b)): 0 for one who chooses at random, negative for one who prefers the
+  worse. A larger beta of all annotators would be the same as larger scores, so the mean is 1; this
+  also decides the sign of the scores, by the majority. Instead, Crowd-BT (Chen et al. 2013,
+  https://doi.org/10.1145/2433396.2433420) mixes the choice with its opposite, and NoisyBradleyTerry
+  of crowd-kit with a choice that ignores the completions.
+
+  Args:
+    offsets: [A] float32, w of each annotator.
+    annotator: [B] int32, index of the annotator; -1 for an unknown one, whose beta is 1.
+  """
+  known = 1.0 + (offsets - jnp.mean(offsets))[annotator]
+  return jnp.where(annotator < 0, 1.0, known)
+
+
 def pairwise_loss(
   scores: Float[ArrayLike, 'B K'],
   ranks: Int[ArrayLike, 'B K'],
@@ -348,11 +370,13 @@ def pairwise_loss(
   *,
   centering: float = 0.0,
   label_smoothing: float = 0.0,
+  reliability: Float[ArrayLike, ' B'] | None = None,
 ) -> tuple[Float[Array, ' B'], Bool[Array, ' B']]:
   """Computes the Bradley-Terry loss over all pairs of a prompt's completions, per prompt.
 
       mean over pairs with rank_i < rank_j of
-        -(1 - s) log sigmoid(r_i - r_j - margin) - s log sigmoid(-(r_i - r_j - margin))
+        -(1 - s) log sigmoid(beta (r_i - r_j) - margin)
+        - s log sigmoid(-(beta (r_i - r_j) - margin))
         + centering * (r_i + r_j)^2
 
   With K = 2 this is the usual loss of preference pairs; with more it is InstructGPT's, eq. 1
@@ -367,13 +391,17 @@ def pairwise_loss(
     margin: [B] float32.
     centering: weight of the squared sums.
     label_smoothing: probability s that a label is wrong.
+    reliability: [B] float32, beta; see `reliabilities`. None for 1.
 
   Returns:
     loss [B], 0 for prompts without a pair, and has_pair [B] bool.
   """
   chex.assert_equal_shape([scores, ranks, present])
   better = (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]
-  gap = scores[:, :, None] - scores[:, None, :] - margin[:, None, None]
+  gap = scores[:, :, None] - scores[:, None, :]
+  if reliability is not None:
+    gap = reliability[:, None, None] * gap
+  gap = gap - margin[:, None, None]
   loss = (
     -(1.0 - label_smoothing) * jax.nn.log_sigmoid(gap)
     - label_smoothing * jax.nn.log_sigmoid(-gap)
@@ -585,9 +613,15 @@ def simpo_loss(
 
 
 def pick_best_loss(
-  scores: Float[ArrayLike, 'B K'], ranks: Int[ArrayLike, 'B K'], present: Bool[ArrayLike, 'B K']
+  scores: Float[ArrayLike, 'B K'],
+  ranks: Int[ArrayLike, 'B K'],
+  present: Bool[ArrayLike, 'B K'],
+  *,
+  reliability: Float[ArrayLike, ' B'] | None = None,
 ) -> tuple[Float[Array, ' B'], Bool[Array, ' B']]:
   """Computes the softmax cross-entropy of the best completion among K, per prompt.
+
+      -log softmax(beta r)_best
 
   See Ziegler et al. 2019, eq. 1 (https://arxiv.org/abs/1909.08593).
 
@@ -595,11 +629,14 @@ def pick_best_loss(
     scores: [B, K] float32.
     ranks: [B, K] int32; rank 0 is the picked one.
     present: [B, K] bool.
+    reliability: [B] float32, beta; see `reliabilities`. None for 1.
 
   Returns:
     loss [B] and valid [B] bool (exactly one pick among at least two).
   """
   best = (ranks == 0) & present
+  if reliability is not None:
+    scores = reliability[:, None] * scores
   logp = jax.nn.log_softmax(jnp.where(present, scores, -jnp.inf), axis=-1)
   loss = -jnp.sum(jnp.where(best, logp, 0.0), axis=-1)
   valid = (jnp.sum(best, axis=-1) == 1) & (jnp.sum(present, axis=-1) > 1)

@@ -142,6 +142,8 @@ class Comparisons:
     ranks: [B, K] int32, 0 is best, equal ranks are a tie.
     ratings: [B, K] float32, absolute scores; 0 if the data has none.
     margin: [B] float32, margin of the better completion (Llama 2, eq. 2); 0 if there is none.
+    annotator: [B] int32, number of the annotator, -1 if the data has none; None if the loss does
+      not tell annotators apart.
   """
 
   tokens: Int[Array, 'B K T']
@@ -150,6 +152,7 @@ class Comparisons:
   ranks: Int[Array, 'B K']
   ratings: Float[Array, 'B K']
   margin: Float[Array, ' B']
+  annotator: Int[Array, ' B'] | None = None
 
 
 @struct.dataclass

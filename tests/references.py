@@ -225,13 +225,13 @@ def softplus(x):
   return x + math.log1p(math.exp(-x)) if x > 0 else math.log1p(math.exp(x))
 
 
-def pairwise_loss(scores, ranks, present, margin, *, centering, smoothing):
+def pairwise_loss(scores, ranks, present, margin, beta=1.0, *, centering, smoothing):
   """Computes the mean Bradley-Terry loss over a prompt's ordered pairs; None without a pair."""
   losses = []
   for i, better in enumerate(ranks):
     for j, worse in enumerate(ranks):
       if present[i] and present[j] and better < worse:
-        gap = float(scores[i]) - float(scores[j]) - float(margin)
+        gap = float(beta) * (float(scores[i]) - float(scores[j])) - float(margin)
         loss = (1 - smoothing) * softplus(-gap) + smoothing * softplus(gap)
         losses.append(loss + centering * (float(scores[i]) + float(scores[j])) ** 2)
   return mean(losses) if losses else None

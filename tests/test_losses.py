@@ -348,6 +348,59 @@ def test_pairwise_loss_agrees_with_loops(centering, smoothing):
     )
 
 
+def test_reliabilities_by_hand():
+  # The mean of the offsets is 1: beta = 1 + offset - 1. Number -1 is an unknown annotator.
+  found = losses.reliabilities(jnp.array([0.0, 1.0, 2.0]), jnp.array([2, -1, 0]))
+  close(found, [2.0, 1.0, 0.0])
+  # sigmoid(2 ln 3) = 9/10, sigmoid(0) = 1/2 for any margin that is 0.
+  loss, _ = losses.pairwise_loss(
+    jnp.full((3, 2), jnp.array([np.log(3.0), 0.0])),
+    jnp.full((3, 2), jnp.array([0, 1])),
+    jnp.ones((3, 2), bool),
+    jnp.zeros(3),
+    reliability=found,
+  )
+  close(loss, -np.log([0.9, 0.75, 0.5]))
+
+
+@pytest.mark.parametrize('kind', ['pairwise', 'pick_best'])
+def test_losses_of_annotators_and_their_gradients_agree_with_loops(kind):
+  """Gradients of the scores and of the annotators' offsets are those of central differences."""
+  rng = np.random.default_rng(0)
+  scores, _, ranks, present, margin = comparison(1)
+  offsets, annotator = rng.normal(size=3).astype(np.float32), np.array([0, 2, -1, 1, 0])
+  settings = {'centering': 0.01, 'label_smoothing': 0.1}
+
+  def loss(scores, offsets):
+    beta = losses.reliabilities(offsets, annotator)
+    if kind == 'pick_best':
+      return losses.pick_best_loss(scores, ranks, present, reliability=beta)
+    return losses.pairwise_loss(scores, ranks, present, margin, reliability=beta, **settings)
+
+  def loop(scores, offsets):
+    beta = [1.0 if k < 0 else 1 + offsets[k] - sum(offsets) / 3 for k in annotator]
+    if kind == 'pick_best':
+      return [
+        references.pick_best_loss(*row)
+        for row in zip(scores * np.array(beta)[:, None], ranks, present)
+      ]
+    rows = zip(scores, ranks, present, margin, beta)
+    return [references.pairwise_loss(*row, centering=0.01, smoothing=0.1) for row in rows]
+
+  agree(jax.jit(loss)(scores, offsets), loop(scores, offsets))
+  total = lambda *args: sum(x or 0.0 for x in loop(*args))
+  gradients = jax.jit(jax.grad(lambda *args: loss(*args)[0].sum(), argnums=(0, 1)))(scores, offsets)
+  exact = scores.astype(float), offsets.astype(float)
+  for which, gradient in enumerate(gradients):
+    for index in np.ndindex(gradient.shape):
+      ends = []
+      for step in (1e-5, -1e-5):
+        moved = [values.copy() for values in exact]
+        moved[which][index] += step
+        ends.append(total(*moved))
+      np.testing.assert_allclose(gradient[index], (ends[0] - ends[1]) / 2e-5, rtol=1e-4, atol=1e-5)
+
+
 def test_pick_best_and_rating_losses_agree_with_loops():
   for case in range(CASES):
     scores, ratings, ranks, present, _ = comparison(case)

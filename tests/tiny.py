@@ -100,6 +100,7 @@ def write(folder):
       for i in range(48)
     ],
   )
+  write_jsonl(folder / 'annotated.jsonl', annotated())
   write_jsonl(
     folder / 'episodes.jsonl',
     [
@@ -111,6 +112,22 @@ def write(folder):
     folder / 'prompts.jsonl', [{'prompt': text(7 * i, 1 + i % 5), 'number': i} for i in range(40)]
   )
   return folder
+
+
+def annotated():
+  """Returns 100 comparisons of 20 pairs, by four annotators and by nobody.
+
+  Annotators "ann" and 7 prefer good words, "coin" alternates, "contrary" prefers the others.
+  """
+  records = []
+  for i in range(100):
+    annotator = ('ann', 7, 'coin', 'contrary', None)[(i + i // 20) % 5]
+    pair = [text(i % 20, 3), text(30 + i % 20, 4)]
+    if annotator == 'contrary' or (annotator == 'coin' and i % 2):
+      pair.reverse()
+    record = {'prompt': text(i, 1 + i % 3), 'chosen': pair[0], 'rejected': pair[1]}
+    records.append(record if annotator is None else record | {'annotator': annotator})
+  return records
 
 
 def write_model(path, fields, *, reward=False):

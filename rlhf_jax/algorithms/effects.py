@@ -73,6 +73,12 @@ TABLE = (
     "it is part of 'kto'",
   ),
   ('reference dpo.reference_logprobs', 'dpo.loss', ('orpo', 'simpo'), 'there is no reference'),
+  (
+    'preference.reliability_learning_rate',
+    'preference.reliability',
+    (False,),
+    'no reliability is learned',
+  ),
   ('preference.normalize_path', 'preference.normalize', ('none',), 'scores are not normalized'),
   # Distillation.
   ('distillation.beta', 'distillation.loss', ('reverse_kl', 'forward_kl'), "only 'jsd' mixes"),

@@ -12,6 +12,9 @@ initial weights and, with `preference.head_fraction` below 1, its own random par
 bootstrapped heads of Osband et al. 2016 (https://arxiv.org/abs/1602.04621). The loss is the mean
 over heads of each head's mean loss. Accuracy and margin are those of the mean score.
 
+With `preference.reliability` the records' annotators get a temperature each; see reliability.py.
+The reliabilities weigh what is learned. They are not part of the model and change no score.
+
 Letters: B prompts, K completions of one prompt, T sequence length, M heads.
 """
 
@@ -33,6 +36,7 @@ from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax import update
+from rlhf_jax.algorithms import reliability
 from rlhf_jax.algorithms import setup
 from rlhf_jax.data import formats
 from rlhf_jax.data import pipelines
@@ -58,6 +62,8 @@ def config(preset=''):
       'token_dropout': 0.0,  # fraction of tokens masked in each training example
       'heads': 1,  # scalar heads on one backbone: an ensemble, which reward.ensemble combines
       'head_fraction': 1.0,  # fraction of the prompts that each of several heads learns from
+      'reliability': False,  # learn how reliable each annotator of the data is
+      'reliability_learning_rate': 0.1,  # of the annotators' reliabilities
       'append_eos': True,  # end completions with an EOS; False for PPO with sampling.truncate_at
       'normalize': 'none',  # 'gain_bias': scores of mean 0 and std 1; 'bias': of mean 0; or 'none'
       'normalize_path': placeholder(str),  # completions to normalize scores on; None: training data
@@ -97,6 +103,16 @@ def validate(config, device_count):
     f'config.preference.head_fraction={preference.head_fraction} must be in (0, 1], and 1 with a '
     'single head',
   )
+  config_lib.need(
+    not (preference.reliability and preference.loss == 'rating'),
+    "config.preference.reliability needs comparisons, but config.preference.loss='rating' learns "
+    "ratings: use 'pairwise' or 'pick_best', or set it to False",
+  )
+  config_lib.need(
+    preference.reliability_learning_rate > 0,
+    f'config.preference.reliability_learning_rate={preference.reliability_learning_rate} must be '
+    'positive',
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,24 +124,25 @@ class Settings:
   label_smoothing: float
   token_dropout: float
   head_fraction: float = 1.0
+  examples: int = 1  # of the training data; the prior of the reliabilities counts once among them
 
 
-def comparison_loss(params, batch, *, model, settings):
+def comparison_loss(params, batch, *, model, settings, reliability=None):
   """Returns each prompt's loss [B], whether it has one [B] bool, and the scores [B, K].
 
-  With several heads the arrays have a last axis of M.
+  With several heads the arrays have a last axis of M. For `reliability` see losses.pairwise_loss.
   """
   scores = scoring.comparison_scores(params, batch, model=model)
-  return *loss_of_scores(scores, batch, settings), scores
+  return *loss_of_scores(scores, batch, settings, reliability), scores
 
 
-def loss_of_scores(scores, batch, settings):
+def loss_of_scores(scores, batch, settings, reliability=None):
   """Returns each prompt's loss [B] for scores [B, K], and whether it has one [B] bool.
 
   For scores [B, K, M] of several heads, both are [B, M].
   """
   if scores.ndim == 3:
-    of_head = lambda scores: loss_of_scores(scores, batch, settings)
+    of_head = lambda scores: loss_of_scores(scores, batch, settings, reliability)
     return jax.vmap(of_head, in_axes=2, out_axes=1)(scores)
   if settings.loss == 'pairwise':
     return losses.pairwise_loss(
@@ -135,9 +152,10 @@ def loss_of_scores(scores, batch, settings):
       batch.margin,
       centering=settings.centering,
       label_smoothing=settings.label_smoothing,
+      reliability=reliability,
     )
   if settings.loss == 'pick_best':
-    return losses.pick_best_loss(scores, batch.ranks, batch.present)
+    return losses.pick_best_loss(scores, batch.ranks, batch.present, reliability=reliability)
   return losses.rating_loss(scores, batch.ratings, batch.present)
 
 
@@ -198,11 +216,12 @@ def train_step(state, frozen, batch, *, model, optimizers, settings, microbatch_
   """Takes one optimizer step. Jit it with `state` donated.
 
   Args:
-    state: TrainState with params {'reward': {'backbone', 'head'}}.
+    state: TrainState with params {'reward': {'backbone', 'head'}}, and 'annotators' if their
+      reliability is learned.
     frozen: {'backbone': parameters that are not trained}.
     batch: Comparisons.
     model: Model.
-    optimizers: {'reward': optax optimizer}.
+    optimizers: {name of parameters: optax optimizer}.
     settings: Settings.
     microbatch_size: Prompts per forward and backward pass; 0 for all.
 
@@ -224,10 +243,16 @@ def train_step(state, frozen, batch, *, model, optimizers, settings, microbatch_
     )
 
   def loss_fn(params, rows):
+    weights = reliability.of_batch(params, rows)
     loss, valid, scores = comparison_loss(
-      trainable.merge(frozen, params['reward']), rows, model=model, settings=settings
+      trainable.merge(frozen, params['reward']),
+      rows,
+      model=model,
+      settings=settings,
+      reliability=weights,
     )
-    loss = jnp.mean(jnp.sum(jnp.where(learners(rows, valid), loss, 0.0), axis=0) / prompts)
+    learned = learners(rows, valid)
+    loss = jnp.mean(jnp.sum(jnp.where(learned, loss, 0.0), axis=0) / prompts)
     mean = mean_over_heads(scores)
     sums = {
       'loss': loss,
@@ -236,6 +261,9 @@ def train_step(state, frozen, batch, *, model, optimizers, settings, microbatch_
     }
     if several:
       sums['spread'] = adv.masked_sum(jnp.std(scores, axis=2), rows.present)
+    if weights is not None:
+      part = jnp.mean(jnp.sum(learned, axis=0) / prompts)
+      loss += part * reliability.penalty(params) / settings.examples
     return loss, sums
 
   state, metrics = update.step(
@@ -246,6 +274,7 @@ def train_step(state, frozen, batch, *, model, optimizers, settings, microbatch_
   pairs, present = jnp.maximum(pairs, 1), jnp.maximum(jnp.sum(batch.present), 1)
   if several:
     metrics['scores/std_of_heads'] = metrics.pop('spread') / present
+  metrics |= reliability.metrics(state.params)
   return state, metrics | {
     'accuracy': correct / pairs,
     'ties': tied / pairs,
@@ -332,7 +361,10 @@ def create(config, mesh):
     max_length=config.data.max_length,
     append_eos=config.preference.append_eos,
   )
-  iterator, rows = pipelines.comparison_iterator(examples, tokenizer, seed=config.seed, **sizes)
+  panel = reliability.find(examples) if config.preference.reliability else None
+  iterator, rows = pipelines.comparison_iterator(
+    examples, tokenizer, seed=config.seed, annotators=panel and panel.names, **sizes
+  )
   steps = setup.train_steps(config, rows)
   settings = Settings(
     loss=config.preference.loss,
@@ -340,6 +372,7 @@ def create(config, mesh):
     label_smoothing=config.preference.label_smoothing,
     token_dropout=config.preference.token_dropout,
     head_fraction=config.preference.head_fraction,
+    examples=rows,
   )
   loss_fn = jax.jit(functools.partial(comparison_loss, model=model, settings=settings))
   fitted_head = functools.partial(
@@ -351,8 +384,17 @@ def create(config, mesh):
     batches=functools.partial(normalization_batches, config, examples, tokenizer, sizes),
   )
   params['head'] = fitted_head(params)
-  optimizers = {'reward': setup.make_optimizer(config.optim, steps)}
-  state = setup.new_state(config.seed, {'reward': params}, optimizers, mesh, model.rules)
+  params, optimizers = {'reward': params}, {'reward': setup.make_optimizer(config.optim, steps)}
+  if panel:
+    params['annotators'] = reliability.initial(panel, mesh)
+    optimizers['annotators'] = setup.make_optimizer(
+      config.optim,
+      steps,
+      learning_rate=config.preference.reliability_learning_rate,
+      exported=False,
+    )
+  rules = reliability.RULES + tuple(model.rules)
+  state = setup.new_state(config.seed, params, optimizers, mesh, rules)
   step = setup.jit_step(
     functools.partial(
       train_step,
@@ -389,6 +431,13 @@ def create(config, mesh):
     )
     head = fitted_head(params)
     hf.save(path, exported, merged, tokenizer=exported_tokenizer, head=head)
+    if panel:
+      panel.write(path.parent, processes.to_host(reliability.of_all(state.params)))
+
+  def describe(workdir):
+    setup.describer(model, 'reward', tokenizer)(workdir)
+    if panel:
+      panel.write(workdir)
 
   context = evaluators.Context(
     model=model,
@@ -404,7 +453,8 @@ def create(config, mesh):
     next_batch=lambda state, *, timed: ((frozen, sharding.put_rows(next(iterator), mesh)), {}),
     train_step=step,
     export=export,
-    describe=setup.describer(model, 'reward', tokenizer),
+    describe=describe,
+    prepare=panel.check if panel else lambda workdir: None,
     evaluators=evaluators.make(config.evals, context),
   ), state
 

@@ -136,14 +136,17 @@ def comparison_iterator(
   max_length: int,
   seed: int,
   append_eos: bool = True,
+  annotators: Sequence[str] | None = None,
 ) -> tuple[grain.DatasetIterator, int]:
   """Iterates forever over Comparisons [B, K, T].
 
   K is the largest number of completions of a prompt. T = max_length; `tokenized.truncate` cuts
   longer examples. All completions of a prompt follow the same prompt tokens, and end with the EOS
-  if `append_eos`. Other arguments, result and errors as for `lm_iterator`.
+  if `append_eos`. For `annotators` see `tokenized.comparison_batcher`. Other arguments, result and
+  errors as for `lm_iterator`.
   """
-  collate = _comparisons(examples, tokenizer, max_length=max_length, append_eos=append_eos)
+  sizes = dict(max_length=max_length, append_eos=append_eos)
+  collate = _comparisons(examples, tokenizer, annotators=annotators, **sizes)
   return _iterate(collate, examples, range(len(examples)), batch_size, seed)
 
 
@@ -512,9 +515,13 @@ def _comparisons(
   *,
   max_length: int,
   append_eos: bool,
+  annotators: Sequence[str] | None = None,
 ) -> Collate:
   data = tokenized.completions(examples, tokenizer, max_length=max_length, append_eos=append_eos)
-  return _collate(data, tokenized.comparison_batcher(data, tokenizer, max_length=max_length))
+  to_batch = tokenized.comparison_batcher(
+    data, tokenizer, max_length=max_length, annotators=annotators
+  )
+  return _collate(data, to_batch)
 
 
 def _episodes(

@@ -76,6 +76,7 @@ LISTS = ('ranks', 'ratings', 'completions', 'messages', 'conversations', 'reward
 
 # All fields that are interpreted.
 FIELD_NAMES = {
+  'annotator',
   'text',
   'prompt',
   'completion',
@@ -135,6 +136,7 @@ class Comparison:
     ranks: K integers; 0 is best, equal ranks are ties.
     ratings: K absolute scores, or None if the data has none.
     margin: Difference by which the better completion should win; 0 if the data has none.
+    annotator: Name or number, as text, of who made the comparison; None if the data has none.
   """
 
   prompt: str
@@ -142,6 +144,7 @@ class Comparison:
   ranks: tuple[int, ...]
   ratings: tuple[float, ...] | None = None
   margin: float = 0.0
+  annotator: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,7 +289,8 @@ def to_comparison(fields: Fields, tokenizer: Tokenizer | None) -> Comparison:
   example = _comparison(fields, tokenizer)
   if example.ratings is None and len(set(example.completions)) == 1:
     raise Unusable(SAME_COMPLETIONS)
-  return example
+  annotator = fields.get('annotator')
+  return example if annotator is None else dataclasses.replace(example, annotator=str(annotator))
 
 
 def _comparison(fields: Fields, tokenizer: Tokenizer | None) -> Comparison:

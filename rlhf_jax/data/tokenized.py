@@ -330,12 +330,18 @@ def lane_batcher(
 
 
 def comparison_batcher(
-  data: TokenizedData, tokenizer: formats.Tokenizer, *, max_length: int
+  data: TokenizedData,
+  tokenizer: formats.Tokenizer,
+  *,
+  max_length: int,
+  annotators: Sequence[str] | None = None,
 ) -> ToBatch:
   """Returns a function that makes Comparisons [B, K, T].
 
-  K is the largest number of completions of a prompt.
+  K is the largest number of completions of a prompt. The batches name annotators by their index in
+  `annotators`; they have none if it is None.
   """
+  numbers = {name: number for number, name in enumerate(annotators or ())}
   examples = data.examples if data.all is None else [item.example for item in data.all]
   max_completions = max((len(example.completions) for example in examples), default=0)
 
@@ -347,6 +353,7 @@ def comparison_batcher(
     ranks = np.zeros(shape, np.int32)
     ratings = np.zeros(shape, np.float32)
     margin = np.zeros(len(items), np.float32)
+    annotator = np.full(len(items), -1, np.int32)
     for index, item in _local(items):
       prompt, completions = truncate(item, max_length, tokenizer.bos_token_id)
       count = len(completions)
@@ -359,7 +366,9 @@ def comparison_batcher(
       ranks[index, :count] = example.ranks
       ratings[index, :count] = 0.0 if example.ratings is None else example.ratings
       margin[index] = example.margin
-    return types.Comparisons(tokens, mask, present, ranks, ratings, margin)
+      annotator[index] = numbers.get(example.annotator, -1)
+    named = None if annotators is None else annotator
+    return types.Comparisons(tokens, mask, present, ranks, ratings, margin, named)
 
   return batch
 

@@ -209,6 +209,28 @@ def intervals(values, axis, title=''):
   return _svg(draw, (4.2, 1.0 + 0.35 * len(names)), title or axis)
 
 
+def reliabilities(values):
+  """Draws the learned reliability of each annotator, and where one chooses at random.
+
+  Args:
+    values: {annotator: inverse temperature}, from top to bottom.
+
+  Returns:
+    SVG text.
+  """
+  names = list(values)[::-1]
+
+  def draw(figure):
+    axes = figure.subplots()
+    axes.axvline(0, color=_INK, alpha=0.5, linestyle='--', linewidth=1)
+    axes.barh(range(len(names)), [values[name] for name in names], height=0.5, color=BLUE)
+    axes.set_yticks(range(len(names)), map(_short, names))
+    axes.set_ylim(-0.6, len(names) - 0.4)
+    axes.set_xlabel('reliability; 0 is random, the mean is 1')
+
+  return _svg(draw, (4.2, 1.0 + 0.3 * len(names)), 'Reliability of the annotators')
+
+
 def bands(lines, x_axis, y_axis):
   """Draws one line with a band for each group of runs.
 

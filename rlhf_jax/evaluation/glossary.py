@@ -578,6 +578,21 @@ REWARD_MODEL = (
     'units of the score',
     'Near 0 all heads are the same model. A smaller `preference.head_fraction` makes them differ.',
   ),
+  Metric(
+    'reliability/lowest',
+    'Reward model with `preference.reliability`: the lowest reliability of an annotator. The mean '
+    'of all is 1.',
+    r'\min_k \beta_k',
+    'inverse temperature',
+    'Near 0 the annotator chooses at random; below 0 the annotator prefers what others reject. '
+    '`annotators.json` has all of them.',
+  ),
+  Metric(
+    'reliability/highest',
+    'Reward model with `preference.reliability`: the highest reliability of an annotator.',
+    r'\max_k \beta_k',
+    'inverse temperature',
+  ),
 )
 
 ILQL = (

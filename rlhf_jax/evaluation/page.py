@@ -195,6 +195,23 @@ often as its confidence says; below the line it is overconfident. Larger points 
 </div>
 {% endif %}
 
+{% if annotators %}
+<h2 id="annotators">Annotators</h2>
+{% for stage, figure, rows in annotators %}
+<h3>{{ stage }}</h3>
+<div class="wide">
+{% if figure %}<figure>{{ figure }}</figure>{% endif %}
+<div class="scroll"><table><thead><tr>{% for name in annotator_titles %}<th>{{ name }}</th>
+{% endfor %}</tr></thead><tbody>
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>
+</div>
+{% endfor %}
+<p class="note">The reliability of an annotator is the inverse temperature of the choices, learned
+with the reward model: 1 on average, 0 for choices at random, negative for an annotator who prefers
+what others reject. It is not used when scoring.</p>
+{% endif %}
+
 {% if samples %}
 <h2 id="samples">Samples</h2>
 <form id="filter" hidden>

@@ -11,6 +11,7 @@ import markupsafe
 
 from rlhf_jax import identity
 from rlhf_jax import metrics as metrics_lib
+from rlhf_jax.evaluation import annotators as annotators_lib
 from rlhf_jax.evaluation import curves
 from rlhf_jax.evaluation import figures
 from rlhf_jax.evaluation import formulas
@@ -38,6 +39,7 @@ def write(
   frontier=(),
   best_of=(),
   calibration=None,
+  annotators=None,
   elo=None,
   samples=(),
   logged=(),
@@ -56,6 +58,7 @@ def write(
     frontier: List of {"step", "kl", "gold", "gold_se", "proxy"} of one policy during training.
     best_of: Points of best-of-n for the figure of the frontier; see best_of_n.curve.
     calibration: Calibration as a dict (dataclasses.asdict), or None.
+    annotators: {stage: rows of its annotators.json}, or None.
     elo: {policy: Rating as a dict}, or None.
     samples: List of {"prompt", "before", "after"} and, if known, "scores": {"before": {name:
       number}, "after": {name: number}}.
@@ -79,6 +82,7 @@ def write(
     'ratings': _safe(figures.ratings(elo)) if elo else '',
     'final': _final(series),
     'calibration': _calibration_rows(calibration) if calibration else [],
+    'annotators': _annotators(annotators or {}),
     'samples': cards,
     'curves': [_curves(stage, stage_series) for stage, stage_series in series.items()],
     'times': _times(records),
@@ -98,6 +102,7 @@ def write(
       'reliability': _safe(figures.reliability(bins)) if any(row['count'] for row in bins) else '',
       'groups': unique('groups'),
       'score_names': unique('scores'),
+      'annotator_titles': annotators_lib.TITLES,
       'anchors': anchors,
       'metrics_note': _metrics_note(entries),
       'contents': _contents(parts),
@@ -119,6 +124,7 @@ def _contents(parts):
     ('Scores and ratings', 'frontier', parts['frontier'] or parts['ratings']),
     ('Final figures', 'final', parts['final']),
     ('Reward model', 'calibration', parts['calibration']),
+    ('Annotators', 'annotators', parts['annotators']),
     ('Samples', 'samples', parts['samples']),
     ('Learning curves', 'curves', parts['curves']),
     ('Time', 'time', parts['times']),
@@ -221,6 +227,16 @@ def _calibration_rows(calibration):
   ]
 
 
+def _annotators(stages):
+  """Returns (stage, figure, rows of strings) for the tables of annotators."""
+  tables_of = {stage: annotators_lib.table(rows) for stage, rows in stages.items()}
+  return [
+    (stage, _safe(annotators_lib.figure(stages[stage])), rows)
+    for stage, rows in tables_of.items()
+    if rows
+  ]
+
+
 def read(workdir, stages):
   """Reads the files of a run for the report.
 
@@ -229,7 +245,7 @@ def read(workdir, stages):
     stages: {name: folder of a run}, in order.
 
   Returns:
-    {'metrics', 'config_text', 'differences'}: arguments of `write`.
+    {'metrics', 'annotators', 'config_text', 'differences'}: arguments of `write`.
   """
   path = pathlib.Path(workdir) / identity.CONFIG
   config = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
@@ -239,6 +255,7 @@ def read(workdir, stages):
   }
   return {
     'metrics': {name: metrics_lib.read(folder) for name, folder in stages.items()},
+    'annotators': {name: annotators_lib.read(folder) for name, folder in stages.items()},
     'config_text': json.dumps(config, indent=2, ensure_ascii=False) if config else '',
     'differences': {name: changes for name, changes in differences.items() if changes is not None},
   }

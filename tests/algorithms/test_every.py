@@ -74,6 +74,13 @@ def mixture_config(world):
   return config
 
 
+def reliability_config(world):
+  """Returns a reward model that learns how reliable its annotators are."""
+  config = tiny.reward_model(world)
+  config.data.path, config.preference.reliability = f'{world}/annotated.jsonl', True
+  return config
+
+
 def dpo_config(world, preset, pack):
   """Returns DPO or one of its relatives on comparisons.jsonl, with few rows if they are packed."""
   config = tiny.dpo(world, preset)
@@ -96,6 +103,7 @@ ALGORITHMS = {
   'reinforce': reinforce_config,
   'rejection_sampling': tiny.rejection_sampling,
   'reward_model': tiny.reward_model,
+  'reward_model-reliability': reliability_config,
   'rloo': lambda world: tiny.on_policy(rloo.config(), world),
   'sft': lambda world: tiny.sft(world, 'completion'),
   'sft-mixture': mixture_config,
