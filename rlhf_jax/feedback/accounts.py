@@ -22,23 +22,40 @@ def link_hash(token: str) -> str:
   return hashlib.sha256(token.encode()).hexdigest()
 
 
-def add(
-  database: database_lib.Database,
+def add(database: database_lib.Database, row: schema.Annotator) -> types.Annotator:
+  """Adds an annotator.
+
+  Raises:
+    UserError: The name is taken.
+  """
+  try:
+    with database.write() as session:
+      session.add(row)
+  except exc.IntegrityError as error:
+    raise UserError(f'there is already an annotator {row.name!r}: choose another name') from error
+  return reading.annotator(row)
+
+
+def new_row(
   name: str,
   *,
-  role: str,
-  password_hash: str | None,
-  token: str | None,
-  simulated: bool,
-) -> types.Annotator:
-  """Adds an annotator; see `Store.add_annotator`."""
+  role: str = 'annotator',
+  password_hash: str | None = None,
+  token: str | None = None,
+  simulated: bool = False,
+) -> schema.Annotator:
+  """Returns the row of a new annotator.
+
+  Raises:
+    UserError: The name is not printable, or the role unknown.
+  """
   if role not in schema.ROLES:
     raise UserError(f'role={role!r} must be one of {", ".join(schema.ROLES)}')
   if not name.strip() or len(name) > MAX_NAME or not name.isprintable():
     raise UserError(
       f'{name!r} is no name of an annotator: it must have 1 to {MAX_NAME} printable characters'
     )
-  row = schema.Annotator(
+  return schema.Annotator(
     name=name,
     role=role,
     password_hash=password_hash,
@@ -47,12 +64,6 @@ def add(
     disabled=False,
     created=time.time(),
   )
-  try:
-    with database.write() as session:
-      session.add(row)
-  except exc.IntegrityError as error:
-    raise UserError(f'there is already an annotator {name!r}: choose another name') from error
-  return reading.annotator(row)
 
 
 def find(
@@ -71,6 +82,13 @@ def find(
   with database.read() as session:
     found = session.scalar(sa.select(row).where(condition))
     return None if found is None else reading.annotator(found)
+
+
+def everyone(database: database_lib.Database) -> list[types.Annotator]:
+  """Returns all annotators, oldest first."""
+  with database.read() as session:
+    rows = session.scalars(sa.select(schema.Annotator).order_by(schema.Annotator.id))
+    return [reading.annotator(row) for row in rows]
 
 
 def change(

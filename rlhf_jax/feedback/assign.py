@@ -14,6 +14,8 @@ from typing import TypeVar
 
 Item = TypeVar('Item')
 
+MAX_COMBINATIONS = 10_000  # of the completions of a prompt that are looked at for a task
+
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
@@ -59,23 +61,29 @@ def spread(policies: Sequence[str], ratings: Mapping[str, float]) -> float:
   return max(known) - min(known) if known and len(known) == len(policies) else 0.0
 
 
-def balanced_pairs(names: Sequence[str], count: int, *, seed: int = 0) -> list[tuple[str, str]]:
-  """Returns pairs of policies to compare, each pair equally often up to one.
-
-  Each policy comes first in as many pairs as second, up to one for each other policy.
+def take(
+  samples: Sequence[tuple[str, str]], count: int, taken: dict[tuple[str, ...], int]
+) -> list[list[tuple[str, str]]]:
+  """Takes completions for one task so that all combinations of policies are compared equally often.
 
   Args:
-    names: At least two different policies.
-    count: Number of pairs.
-    seed: Random seed of the order.
+    samples: (policy, text) of the completions of a prompt.
+    count: Number of completions of the task.
+    taken: {sorted names of policies: number of tasks so far}, which is updated.
+
+  Returns:
+    A list with the completions of the task; empty if there are too few. Different policies are
+    preferred to several completions of one.
   """
-  rng = random.Random(f'pairs {seed}')
-  all_pairs, result = list(itertools.combinations(names, 2)), []
-  for number in itertools.count():
-    if len(result) >= count:
-      return result[:count]
-    rng.shuffle(all_pairs)
-    result += [pair if number % 2 == 0 else pair[::-1] for pair in all_pairs]
+  groups = itertools.islice(itertools.combinations(samples, count), MAX_COMBINATIONS)
+  names = lambda group: tuple(sorted(policy for policy, _ in group))
+  best = min(
+    groups, key=lambda group: (-len(set(names(group))), taken.get(names(group), 0)), default=None
+  )
+  if best is None:
+    return []
+  taken[names(best)] = taken.get(names(best), 0) + 1
+  return [list(best)]
 
 
 def uniform(*key: object) -> float:

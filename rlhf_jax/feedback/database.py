@@ -46,12 +46,14 @@ class Database:
     address = parse(url)
     self.url = address.render_as_string(hide_password=True)
     self.engine = sa.create_engine(address, **_options(address))
-    self._writer = self.engine.execution_options(immediate=True)
+    self._reader, self._writer = self.engine, self.engine.execution_options(immediate=True)
     if address.get_backend_name() == 'sqlite':
       if not create and not os.path.exists(address.database):
         raise UserError(f'{self.url}: there is no such file (current directory: {os.getcwd()})')
       event.listen(self.engine, 'connect', _prepare)
       event.listen(self.engine, 'begin', _begin)
+    else:
+      self._reader = self.engine.execution_options(isolation_level='REPEATABLE READ')
     try:
       with self.engine.connect() as connection:
         current = _version(connection)
@@ -70,7 +72,7 @@ class Database:
   @contextlib.contextmanager
   def read(self):
     """Yields a session that sees one state of the database."""
-    with orm.Session(self.engine, expire_on_commit=False) as session:
+    with orm.Session(self._reader, expire_on_commit=False) as session:
       yield session
 
   @contextlib.contextmanager

@@ -1,12 +1,10 @@
 """Judgements and their undoing, as writes that hold the project's lock; ratings for selection."""
 
-from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import math
 import threading
 import time
-from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import orm
@@ -22,7 +20,7 @@ from rlhf_jax.feedback import schema
 from rlhf_jax.feedback import types
 
 MAX_TOKEN = 200  # characters
-STALE = 1.05, 10  # ratings are computed again after 5 % and 10 more judgements
+STALE = 1.05  # ratings are computed again when there are 5 % more judgements
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,29 +147,6 @@ def _lost(annotator):
   )
 
 
-def check_settings(name: str, settings: Mapping[str, Any]) -> None:
-  """Raises UserError if a setting of a project is out of range."""
-  gold, repeat = settings['gold_fraction'], settings['repeat_fraction']
-  for good, problem in (
-    (
-      name.strip() and name.isprintable() and '#' not in name and '?' not in name,
-      'its name must have printable characters, without # and ?',
-    ),
-    (settings['overlap'] >= 1, f'overlap={settings["overlap"]} must be at least 1'),
-    (
-      0 <= gold <= 1 and 0 <= repeat <= 1 and gold + repeat <= 1,
-      f'gold_fraction={gold} and repeat_fraction={repeat} must be in [0, 1], and so must their sum',
-    ),
-    (settings['lease_seconds'] > 0, f'lease_seconds={settings["lease_seconds"]} must be positive'),
-    (
-      settings['selection'] in schema.SELECTIONS,
-      f'selection={settings["selection"]!r} must be one of {", ".join(schema.SELECTIONS)}',
-    ),
-  ):
-    if not good:
-      raise UserError(f'project {name!r}: {problem}')
-
-
 class Ratings:
   """Elo ratings of the policies of projects, computed again after enough new judgements."""
 
@@ -189,7 +164,7 @@ class Ratings:
       )
       with database.read() as session:
         count = int(session.scalar(query) or 0)
-        if count >= before * STALE[0] + STALE[1] or count < before:
+        if count > before * STALE or count < before:
           found = reading.battles(reading.judgements(session, project.id))
           ratings = _rate(found)
           self._known[project.id] = count, ratings

@@ -1,4 +1,4 @@
-"""Prompts, completions and tasks as new rows of the feedback store."""
+"""Projects, prompts, completions and tasks as new rows of the feedback store."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -9,11 +9,14 @@ import time
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy import exc
 from sqlalchemy import orm
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback import answers
 from rlhf_jax.feedback import assign
+from rlhf_jax.feedback import database as database_lib
+from rlhf_jax.feedback import reading
 from rlhf_jax.feedback import schema
 from rlhf_jax.feedback import types
 
@@ -58,6 +61,48 @@ def check_text(value: Any, what: str) -> str:
   if '\0' in value:
     raise UserError(f'{what} holds a NUL character, which databases cannot store. Remove it.')
   return value
+
+
+def check_settings(name: str, settings: Mapping[str, Any]) -> None:
+  """Raises UserError if a setting of a project is out of range."""
+  gold, repeat = settings['gold_fraction'], settings['repeat_fraction']
+  for good, problem in (
+    (
+      name.strip() and name.isprintable() and '#' not in name and '?' not in name,
+      'its name must have printable characters, without # and ?',
+    ),
+    (settings['overlap'] >= 1, f'overlap={settings["overlap"]} must be at least 1'),
+    (
+      0 <= gold <= 1 and 0 <= repeat <= 1 and gold + repeat <= 1,
+      f'gold_fraction={gold} and repeat_fraction={repeat} must be in [0, 1], and so must their sum',
+    ),
+    (settings['lease_seconds'] > 0, f'lease_seconds={settings["lease_seconds"]} must be positive'),
+    (
+      settings['selection'] in schema.SELECTIONS,
+      f'selection={settings["selection"]!r} must be one of {", ".join(schema.SELECTIONS)}',
+    ),
+  ):
+    if not good:
+      raise UserError(f'project {name!r}: {problem}')
+
+
+def add_project(
+  database: database_lib.Database, name: str, instructions: str, settings: dict[str, Any]
+) -> types.Project:
+  """Adds a project, or returns the one of this name; see `Store.add_project`."""
+  check_settings(name, settings)
+  check_text(instructions, 'the instructions of the project')
+  query = sa.select(schema.Project).where(schema.Project.name == name)
+  row = schema.Project(name=name, instructions=instructions, settings=settings, created=time.time())
+  try:
+    with database.write() as session:
+      found = session.scalar(query)
+      if found is None:
+        session.add(row)
+  except exc.IntegrityError:  # PostgreSQL: another process added it at the same time
+    with database.read() as session:
+      found = session.scalar(query)
+  return reading.project(found or row)
 
 
 def plain(messages: Sequence[Mapping[str, str]]) -> str:

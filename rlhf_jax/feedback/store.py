@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import secrets
-import time
 from typing import Any
 
 from rlhf_jax.errors import UserError
@@ -18,7 +17,6 @@ from rlhf_jax.errors import UserError
 try:
   import alembic
   import sqlalchemy as sa
-  from sqlalchemy import exc
 except ImportError as error:
   raise UserError(
     f"the feedback store needs the extra 'feedback' ({error}): pip install 'rlhf_jax[feedback]'"
@@ -90,17 +88,7 @@ class Store:
     lease_seconds: float = 600.0,
     selection: str = 'random',
   ) -> Project:
-    """Adds a project, or returns the one of this name as it is.
-
-    Args:
-      name: Name.
-      instructions: What annotators read before they begin.
-      overlap: Number of annotators who answer a task, unless the task has its own.
-      gold_fraction: Share of an annotator's assignments that are gold questions, as long as there
-        are some that they have not answered.
-      repeat_fraction: Share of them that repeat a task the annotator answered before.
-      lease_seconds: Time after which others may get a task that was not answered.
-      selection: Which of the tasks with the highest priority is next; see `assign.choose`.
+    """Adds a project, or returns the one of this name as it is; see types.Project.
 
     Raises:
       UserError: A value is out of range.
@@ -112,22 +100,7 @@ class Store:
       'lease_seconds': lease_seconds,
       'selection': selection,
     }
-    judging.check_settings(name, settings)
-    query = sa.select(schema.Project).where(schema.Project.name == name)
-    try:
-      with self.database.write() as session:
-        row = session.scalar(query)
-        if row is None:
-          row = schema.Project(
-            name=questions.check_text(name, 'the name of the project'),
-            instructions=questions.check_text(instructions, 'instructions'),
-            settings=settings,
-            created=time.time(),
-          )
-          session.add(row)
-    except exc.IntegrityError:  # PostgreSQL: another process added it at the same time
-      return self.project(name)
-    return reading.project(row)
+    return questions.add_project(self.database, name, instructions, settings)
 
   def project(self, name: str) -> Project:
     """Returns the project of a name.
@@ -175,15 +148,7 @@ class Store:
     checkpoint: str | None = None,
     sampling: dict[str, Any] | None = None,
   ) -> Completion:
-    """Adds a response to a prompt, with the name of its policy, which Elo ranks.
-
-    Args:
-      prompt: The prompt.
-      text: The response.
-      policy: Name of the policy.
-      checkpoint: Folder and step of its parameters.
-      sampling: Settings: temperature, top_k, top_p, max_new_tokens, seed.
-    """
+    """Adds a response to a prompt; see types.Completion for what made it."""
     with self.database.write() as session:
       row = questions.add_completion(session, prompt.id, text, policy, checkpoint, sampling)
       return reading.completion(row)
@@ -224,10 +189,9 @@ class Store:
 
     Args:
       project: The project.
-      rows: Dicts with `prompt` (a text or messages) and `completions`, a list of {"text", "policy",
-        "checkpoint", "sampling"} of which the last two are optional; optionally `kind` ('pair' by
-        default), `messages`, `overlap`, `priority`, `round`, and `gold`, an answer whose ids are
-        positions in `completions`, from 0.
+      rows: Dicts with `prompt`, a text or messages, `completions`, a list of {"text", "policy"} and
+        perhaps "checkpoint" and "sampling", and any of `kind` (by default 'pair'), `messages`,
+        `overlap`, `priority`, `round` and `gold`, an answer with positions from 0 for ids.
 
     Raises:
       UserError: A row does not fit; the message names it, from 0.
@@ -265,10 +229,10 @@ class Store:
       UserError: The name is taken or not printable, or the role unknown.
     """
     token = None if simulated else secrets.token_urlsafe(32)
-    added = accounts.add(
-      self.database, name, role=role, password_hash=password_hash, token=token, simulated=simulated
+    row = accounts.new_row(
+      name, role=role, password_hash=password_hash, token=token, simulated=simulated
     )
-    return added, token
+    return accounts.add(self.database, row), token
 
   def annotator(
     self, name: str | None = None, id: int | None = None, token: str | None = None
@@ -278,9 +242,7 @@ class Store:
 
   def annotators(self) -> list[Annotator]:
     """Returns all annotators, oldest first."""
-    with self.database.read() as session:
-      rows = session.scalars(sa.select(schema.Annotator).order_by(schema.Annotator.id))
-      return [reading.annotator(row) for row in rows]
+    return accounts.everyone(self.database)
 
   def disable(self, annotator: Annotator) -> Annotator:
     """Takes the right to sign in and to judge from an annotator; their judgements stay."""
@@ -293,12 +255,7 @@ class Store:
   ) -> Assignment | None:
     """Returns the open assignment of an annotator, or else assigns a task; None if none is left.
 
-    Turns of dialogues are not assigned: see `lease`.
-
-    Args:
-      project: The project.
-      annotator: The annotator.
-      now: Time in seconds, for tests; None for the clock's.
+    Turns of dialogues are not assigned: see `lease`. `now` is the time in seconds, for tests.
 
     Raises:
       UserError: The annotator is disabled.
@@ -333,17 +290,10 @@ class Store:
     token: str,
     now: float | None = None,
   ) -> Judgement:
-    """Stores the answer to an assignment.
+    """Stores the answer to an assignment, or to the id of its lease; see types.Judgement.
 
     Args:
-      assignment: The assignment, or the id of its lease.
-      annotator: Who answers.
-      answer: See answers.py.
-      reason: Free text.
-      flags: Texts.
-      seconds: Time from display to answer.
       token: Idempotency key: with a token that was used before, the first judgement is returned.
-      now: Time in seconds, for tests; None for the clock's.
 
     Raises:
       UserError: The answer does not fit the task; the task is assigned to another annotator, or was
@@ -358,7 +308,7 @@ class Store:
   ) -> Judgement | None:
     """Undoes the newest judgement of an annotator that counts, and assigns its task to them again.
 
-    Returns the row that undoes it; None if there is nothing to undo. Turns of dialogues stay.
+    Returns the row that undoes it, or None if there is none. Turns of dialogues stay.
     """
     return judging.undo(self.database, project, annotator, judging.now_or(now))
 

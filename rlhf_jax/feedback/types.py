@@ -6,7 +6,17 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Project:
-  """A project; see `Store.add_project` for the settings."""
+  """A set of tasks, and how they are assigned.
+
+  Attributes:
+    name: Name, without # and ?.
+    instructions: What annotators read before they begin.
+    overlap: Number of annotators who answer a task that has no overlap of its own.
+    gold_fraction: Share of each annotator's assignments that are new gold questions.
+    repeat_fraction: Share of them that repeat a task the annotator answered before.
+    lease_seconds: Time after which others may get a task that was not answered.
+    selection: 'random', 'elo' or 'disagreement'; see assign.choose.
+  """
 
   id: int
   name: str
@@ -73,7 +83,13 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-  """A response; `policy` is the name that Elo ranks, the last fields say how it was made."""
+  """A response.
+
+  Attributes:
+    policy: Name of the policy, which Elo ranks.
+    checkpoint: Folder and step of its parameters, or None.
+    sampling: Settings: temperature, top_k, top_p, max_new_tokens, seed; or None.
+  """
 
   id: int
   prompt_id: int
