@@ -21,54 +21,12 @@ from rlhf_jax.feedback import leaderboard
 from rlhf_jax.feedback import pictures
 
 FORMATS = ('table', 'csv', 'json')
-TITLES = (
-  'Policy', 'Elo', '95 % interval', 'Games', 'Wins', 'Ties', 'Losses', 'Win rate', 'Online Elo'
-)  # fmt: skip
 COLUMNS = [field.name for field in dataclasses.fields(leaderboard.Standing)] + ['win_rate']
-
-
-def cells(standing):
-  """Returns the texts of a row of the table, in the order of TITLES."""
-  return [
-    standing.policy,
-    f'{standing.elo:.0f}',
-    f'{standing.low:.0f} to {standing.high:.0f}',
-    str(standing.games),
-    str(standing.wins),
-    str(standing.ties),
-    str(standing.losses),
-    f'{standing.win_rate:.2f}',
-    f'{standing.online:.0f}',
-  ]
 
 
 def row(standing):
   """Returns {column: value} of a row, for files."""
   return dataclasses.asdict(standing) | {'win_rate': standing.win_rate}
-
-
-def notes(board, battles, simulated, model):
-  """Returns sentences about the table: games, simulated annotators, ties, lengths.
-
-  Args:
-    board: leaderboard.Leaderboard.
-    battles: The battles that it rates.
-    simulated: Names of the annotators that are simulated.
-    model: bradley_terry.Model.
-  """
-  machine = sum(battle.annotator in simulated for battle in battles)
-  lines = [f'{len(battles)} games, {machine} of them judged by simulated annotators.']
-  if model.ties == 'davidson':
-    equal = board.nu / (2 + board.nu)
-    lines.append(f'Ties by Davidson: nu = {board.nu:.3f}, so equals tie in {equal:.0%} of games.')
-  else:
-    lines.append('A tie counts as half a win.')
-  if model.style_control:
-    lines.append(
-      f'Lengths are controlled for: log-odds change by {board.style:+.3f} if the difference of '
-      'lengths grows by one standard deviation.'
-    )
-  return lines
 
 
 def text(board, form, about):
@@ -77,7 +35,7 @@ def text(board, form, about):
   Args:
     board: leaderboard.Leaderboard.
     form: One of FORMATS.
-    about: {key: value} beside the policies in JSON, with `notes` for the table.
+    about: {key: value} beside the policies in JSON, with the notes for the table.
   """
   if form == 'csv':
     out = io.StringIO()
@@ -87,8 +45,8 @@ def text(board, form, about):
     return out.getvalue().rstrip('\n')
   if form == 'json':
     return json.dumps(about | {'policies': list(map(row, board.standings))}, indent=2)
-  rows = [cells(standing) for standing in board.standings]
-  return '\n'.join([tables.text(TITLES, rows, width=120), *about['notes']])
+  rows = [leaderboard.cells(standing) for standing in board.standings]
+  return '\n'.join([tables.text(leaderboard.TITLES, rows, width=120), *about['notes']])
 
 
 def read(url, project, round=None):
@@ -139,7 +97,7 @@ def start():
       'style_control': model.style_control,
       'nu': board.nu,
       'style': board.style,
-      'notes': notes(board, battles, simulated, model),
+      'notes': leaderboard.notes(board, battles, simulated, model),
     }
     print(text(board, options.format, about))
     if options.out:

@@ -14,6 +14,9 @@ from rlhf_jax.feedback import elo
 
 LEVEL = 1000.0
 INTERVAL = (2.5, 97.5)  # percentiles
+TITLES = (
+  'Policy', 'Elo', '95 % interval', 'Games', 'Wins', 'Ties', 'Losses', 'Win rate', 'Online Elo'
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +127,45 @@ def over_rounds(battles, model=bradley_terry.Model(), *, anchor=None, draws=brad
     except errors.UserError:
       continue
   return result
+
+
+def cells(standing):
+  """Returns the texts of a row of the table, in the order of TITLES."""
+  return [
+    standing.policy,
+    f'{standing.elo:.0f}',
+    f'{standing.low:.0f} to {standing.high:.0f}',
+    str(standing.games),
+    str(standing.wins),
+    str(standing.ties),
+    str(standing.losses),
+    f'{standing.win_rate:.2f}',
+    f'{standing.online:.0f}',
+  ]
+
+
+def notes(board, battles, simulated, model):
+  """Returns sentences about the table: games, simulated annotators, ties, lengths.
+
+  Args:
+    board: leaderboard.Leaderboard.
+    battles: The battles that it rates.
+    simulated: Names of the annotators that are simulated.
+    model: bradley_terry.Model.
+  """
+  machine = sum(battle.annotator in simulated for battle in battles)
+  lines = [f'{len(battles)} games, {machine} of them judged by simulated annotators.']
+  if model.ties == 'davidson':
+    equal = board.nu / (2 + board.nu)
+    lines.append(f'Ties by Davidson: nu = {board.nu:.3f}, so equals tie in {equal:.0%} of games.')
+  else:
+    lines.append('A tie counts as half a win.')
+  if model.style_control:
+    lines.append(
+      f'Lengths are controlled for: log-odds change by {board.style:+.3f} if the difference of '
+      'lengths grows by one standard deviation.'
+    )
+  return lines
 
 
 def _record(games, number):

@@ -6,9 +6,9 @@ import json
 import math
 import sys
 
-import jury
 import pytest
 
+import jury
 from rlhf_jax import cli
 from rlhf_jax import runtime
 from rlhf_jax.feedback import store as store_lib

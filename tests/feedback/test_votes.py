@@ -2,9 +2,9 @@
 
 import math
 
-import jury
 import pytest
 
+import jury
 from rlhf_jax.feedback import overview
 from rlhf_jax.feedback import store as store_lib
 from rlhf_jax.feedback import votes
