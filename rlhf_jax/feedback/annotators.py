@@ -3,15 +3,18 @@
 Every record is marked `"simulated": true`, because its label is not from a person. Annotator i
 prefers response b to response a of prompt x with the probability of Bradley and Terry 1952,
 
-    P_i(b > a) = noise + (1 - 2 noise) * sigmoid((u_i(x, b) - u_i(x, a)) / temperature)
+    P_i(b > a) = noise_i + (1 - 2 noise_i) * sigmoid((u_i(x, b) - u_i(x, a)) / temperature)
     u_i(x, y) = exp(d * s_i) * gold(x, y) + d * l_i * words(y) / 10 + d * t_i(x, y)
 
 where d is the disagreement; s_i (the weight of quality), l_i (the preference for long or short
 texts) and t_i (the preference for this particular text) are standard normal; and `noise` is the
 probability that the label is then flipped. From several responses an annotator picks one with
 probability softmax(u_i / temperature) (Luce 1959; with two responses this is Bradley and Terry's
-model), and `noise` is the probability that the label is then one of the others. Every draw depends
-only on the seed, the annotator and the texts, so the same comparison always gets the same label.
+model), and `noise` is the probability that the label is then one of the others. A ranking is drawn
+one place after the other by the same choice (Plackett 1975), and a rating is the utility in steps
+of a scale from 1 to 7; with probability 2 noise either is drawn at random instead, which for two
+responses is the noise above. Every draw depends only on the seed, the annotator and the texts, so
+the same comparison always gets the same label.
 """
 
 import collections.abc
@@ -35,7 +38,8 @@ class SimulatedAnnotators:
     seed: random seed.
     temperature: temperature of the Bradley-Terry choice, in units of the gold score; 0 for a
       deterministic choice.
-    label_noise: probability in [0, 0.5] that a label is flipped.
+    label_noise: probability in [0, 0.5] that a label is flipped, or one probability for each
+      annotator; an annotator with 0.5 chooses between two at random.
     disagreement: standard deviation of the annotators' individual preferences; 0 if they agree.
   """
 
@@ -43,18 +47,25 @@ class SimulatedAnnotators:
   count: int = 5
   seed: int = 0
   temperature: float = 0.5
-  label_noise: float = 0.05
+  label_noise: float | collections.abc.Sequence[float] = 0.05
   disagreement: float = 0.3
 
   def __post_init__(self):
     for name, good, wanted in (
       ('count', self.count >= 1, 'at least 1'),
       ('temperature', self.temperature >= 0, 'at least 0'),
-      ('label_noise', 0 <= self.label_noise <= 0.5, 'in [0, 0.5]'),
+      ('label_noise', all(0 <= noise <= 0.5 for noise in self.noises), 'in [0, 0.5]'),
+      ('label_noise', len(self.noises) == self.count, f'one number, or count={self.count} of them'),
       ('disagreement', self.disagreement >= 0, 'at least 0'),
     ):
       if not good:
         raise UserError(f'simulated annotators: {name} = {getattr(self, name)}: must be {wanted}')
+
+  @property
+  def noises(self):
+    """Probability of a flipped label of each annotator."""
+    noise = self.label_noise
+    return (noise,) * self.count if isinstance(noise, (int, float)) else tuple(noise)
 
   def utility(self, prompt, response, annotator):
     """Returns u_i(x, y), the utility of a response for annotator i, in units of the gold score."""
@@ -73,7 +84,8 @@ class SimulatedAnnotators:
     else:
       # sigmoid(x) = (1 + tanh(x / 2)) / 2; exp could overflow.
       preference = 0.5 * (1 + math.tanh(0.5 * margin / self.temperature))
-    return self.label_noise + (1 - 2 * self.label_noise) * preference
+    noise = self.noises[annotator]
+    return noise + (1 - 2 * noise) * preference
 
   def compare(self, prompt, a, b, annotator):
     """Returns 1 if annotator i prefers b, 0 if a."""
@@ -83,14 +95,36 @@ class SimulatedAnnotators:
   def pick(self, prompt, responses, annotator):
     """Returns the index of the response that annotator i picks as the best."""
     rng = self._random('pick', annotator, prompt, *responses)
-    utilities = [self.utility(prompt, response, annotator) for response in responses]
-    # The argmax of u / temperature + Gumbel noise is a sample of softmax(u / temperature).
-    noise = [-math.log(-math.log(1 - rng.random())) for _ in responses]
-    noisy = [u + self.temperature * z for u, z in zip(utilities, noise)]
+    noisy = self._noisy_utilities(rng, prompt, responses, annotator)
     best = noisy.index(max(noisy))
-    if rng.random() < self.label_noise:
+    if rng.random() < self.noises[annotator]:
       return rng.choice([i for i in range(len(responses)) if i != best])
     return best
+
+  def rank(self, prompt, responses, annotator):
+    """Returns the indices of the responses as annotator i ranks them, best first."""
+    rng = self._random('rank', annotator, prompt, *responses)
+    noisy = self._noisy_utilities(rng, prompt, responses, annotator)
+    order = sorted(range(len(responses)), key=lambda i: -noisy[i])
+    if rng.random() < 2 * self.noises[annotator]:
+      rng.shuffle(order)
+    return order
+
+  def rate(self, prompt, response, annotator, *, middle=0.0, step=1.0):
+    """Returns annotator i's rating of a response, from 1 to 7.
+
+    Args:
+      prompt: Text.
+      response: Text.
+      annotator: i.
+      middle: Utility of a response that deserves a 4.
+      step: Difference of utility between one rating and the next.
+    """
+    rng = self._random('rate', annotator, prompt, response)
+    if rng.random() < 2 * self.noises[annotator]:
+      return rng.randint(1, 7)
+    steps = (self.utility(prompt, response, annotator) - middle) / step
+    return min(max(4 + math.floor(steps + 0.5), 1), 7)
 
   def label_best(self, groups):
     """Labels the best of several responses; annotators take the groups in turn.
@@ -136,6 +170,16 @@ class SimulatedAnnotators:
       [[self.compare(*pair, annotator) for annotator in range(self.count)] for pair in pairs],
       dtype=int,
     ).reshape(-1, self.count)
+
+  def _noisy_utilities(self, rng, prompt, responses, annotator):
+    """Returns utilities whose order is a sample of the choices by softmax(u / temperature).
+
+    The argmax of u / temperature + Gumbel noise is a sample of softmax(u / temperature), and the
+    order is one of choices without replacement.
+    """
+    utilities = [self.utility(prompt, response, annotator) for response in responses]
+    noise = [-math.log(-math.log(1 - rng.random())) for _ in responses]
+    return [u + self.temperature * z for u, z in zip(utilities, noise)]
 
   def _random(self, *key):
     digest = hashlib.sha256(repr((self.seed, *key)).encode()).digest()

@@ -49,7 +49,7 @@ def run(
     gold: 'package.module:function' of (prompt, response) -> float, which the annotators follow.
     annotator_count: Number of annotators; see annotators.SimulatedAnnotators.
     annotator_temperature: Temperature of the annotators' choices.
-    label_noise: Probability that a label is flipped.
+    label_noise: Probability that a label is flipped, or one for each annotator.
     disagreement: Standard deviation of the annotators' individual preferences.
     seed: Random seed of samples and annotators.
   """
@@ -241,7 +241,7 @@ def best_of(
     gold_path: Data set of the gold score; see functions.load_gold.
     annotator_count: Number of annotators; see annotators.SimulatedAnnotators.
     annotator_temperature: Temperature of the annotators' choices.
-    label_noise: Probability that a label is flipped.
+    label_noise: Probability that a label is flipped, or one for each annotator.
     disagreement: Standard deviation of the annotators' individual preferences.
     seed: Random seed of samples and annotators.
 
