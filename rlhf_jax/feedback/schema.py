@@ -167,7 +167,11 @@ class Lease(Base):
   """
 
   __tablename__ = 'leases'
-  __table_args__ = (sa.UniqueConstraint('task_id', 'annotator_id'),)
+  # An id is never used again, so that a form of an old lease does not answer a new one.
+  __table_args__ = (
+    sa.UniqueConstraint('task_id', 'annotator_id'),
+    {'sqlite_autoincrement': True},
+  )
   id: Mapped[int] = mapped_column(primary_key=True)
   task_id: Mapped[int] = _key('tasks')
   annotator_id: Mapped[int] = _key('annotators', index=True)
