@@ -1,4 +1,5 @@
 # make quickstart    pretraining, SFT, reward model, PPO and the report on an embedded task
+# make label         the page on which people compare responses, with samples of the quickstart
 # make test          the tests; `make test ARGS="tests/test_losses.py -k kl"` for some of them
 # make test-slow     the tests that take minutes each
 # make lint          formatting and lint by ruff, and the layers of .importlinter
@@ -13,16 +14,22 @@
 PYTHON ?= python3
 VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 WORKDIR ?= runs/quickstart
+LABELS ?= runs/label
 ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 \
   -c constraints.txt
 
-.PHONY: quickstart test lint format docs test-slow mutants
+.PHONY: quickstart label test lint format docs test-slow mutants
 
 quickstart: $(VENV)/installed
 	$(BIN)/python -m rlhf_jax.main --config=configs/quickstart.py --workdir=$(WORKDIR)
+
+label: $(VENV)/installed-feedback
+	$(BIN)/python -m rlhf_jax.tasks.review_samples --quickstart=$(WORKDIR) --out=$(LABELS)/samples
+	$(BIN)/python -m rlhf_jax.label --db=$(LABELS)/feedback.db --project=quickstart \
+	  --data=$(LABELS)/samples $(ARGS)
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 $(ARGS)
@@ -51,10 +58,15 @@ $(VENV)/installed: setup.py constraints.txt | $(BIN)/pip
 	$(PIP) -e .
 	@touch $@
 
+$(VENV)/installed-feedback: setup.py constraints.txt | $(BIN)/pip
+	@echo 'installing rlhf_jax and its labelling page into $(VENV)'
+	$(PIP) -e '.[feedback]'
+	@touch $@ $(VENV)/installed
+
 $(VENV)/installed-test: setup.py constraints.txt | $(BIN)/pip
 	@echo 'installing rlhf_jax and what its tests need into $(VENV)'
 	$(PIP) -e '.[test]'
-	@touch $@ $(VENV)/installed
+	@touch $@ $(VENV)/installed $(VENV)/installed-feedback
 
 $(VENV)/installed-docs: setup.py constraints.txt | $(BIN)/pip
 	@echo 'installing rlhf_jax and what its documentation needs into $(VENV)'

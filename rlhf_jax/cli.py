@@ -18,6 +18,7 @@ COMMANDS = {
   'report': ('rlhf_jax.report', 'rewrite the report of a run'),
   'sweep': ('rlhf_jax.sweep', 'train every run that a config lists, then compare them'),
   'compare': ('rlhf_jax.compare_runs', 'compare training runs over seeds'),
+  'label': ('rlhf_jax.label', 'serve the page on which people compare responses'),
   'elo': ('rlhf_jax.elo_command', 'rate policies by the judgements of a feedback store'),
   'plan': ('planner.__main__', 'estimate what a config needs on TPUs, without a TPU'),
 }

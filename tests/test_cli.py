@@ -49,7 +49,7 @@ def test_a_misspelt_command_gets_one_line(name, hint, monkeypatch):
     call(monkeypatch, name)
   assert caught.value.code == (
     f'error: rlhf has no command {name!r}. {hint}The commands are run, generate, merge, evaluate, '
-    'report, sweep, compare, elo, plan.'
+    'report, sweep, compare, label, elo, plan.'
   )
 
 

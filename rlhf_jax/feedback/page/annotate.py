@@ -92,9 +92,11 @@ def instructions(request: fastapi.Request, user: User):
 def _next(request, user, saved=False):
   """Shows the next task, or that there is none."""
   assignment = request.app.state.store.next_task(request.app.state.project, user)
-  own = sum(not skipped for _, _, skipped in _judgements(request, user))
+  judgements = _judgements(request, user)
+  own = sum(not skipped for _, _, skipped in judgements)
+  can_undo = bool(judgements)
   if assignment is None:
-    return auth.render(request, 'done.html', own=own, saved=saved)
+    return auth.render(request, 'done.html', own=own, can_undo=can_undo, saved=saved)
   kind = assignment.task.kind
   return auth.render(
     request,
@@ -106,6 +108,7 @@ def _next(request, user, saved=False):
     lease_id=assignment.lease_id,
     token=assignment.token,
     own=own,
+    can_undo=can_undo,
     saved=saved,
     progress=_totals(request),
     letters=forms.LETTERS,

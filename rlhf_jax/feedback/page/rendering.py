@@ -13,6 +13,7 @@ FOLDER = pathlib.Path(__file__).parent
 # shown above the task, whose form keeps what was entered.
 HTMX = {
   'allowEval': False,
+  'attributesToSettle': [],  # it would set inline styles
   'allowScriptTags': False,
   'historyEnabled': False,
   'historyCacheSize': 0,

@@ -97,8 +97,11 @@
 
   const showKeys = () => {
     const dialog = find('#keys');
-    if (!dialog || !dialog.showModal) return false;
+    if (!dialog || !dialog.showModal || !task()) return false;
     find(`#${SETTING}`).checked = shortcuts;
+    for (const keys of all('[data-kind]', dialog)) {
+      keys.hidden = keys.dataset.kind !== task().dataset.kind;
+    }
     if (!dialog.open) dialog.showModal();
     return true;
   };

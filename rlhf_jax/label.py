@@ -1,0 +1,184 @@
+"""rlhf label --db=FILE --project=NAME [--data=POLICY=FILE,...] [--policies=DIR,DIR] [--port=8000]
+rlhf label --db=FILE --project=NAME --add_annotator=NAME
+
+Serves the page on which people compare responses. FILE is a file of SQLite, which is made if there
+is none, or the URL of a PostgreSQL database. The first start prints the personal link of the owner,
+who adds annotators on the page or with the second form, which prints a personal link and exits.
+
+--data adds the samples of policies, {"prompt", "completion"}, as tasks; it is either a list of
+POLICY=FILE, or a folder of files POLICY.jsonl. --policies serves policies for the chat: folders of
+models or runs, of which the newest checkpoint answers.
+
+The page is for this machine alone unless --host says otherwise. Over a network it needs a reverse
+proxy that adds TLS, and --allowed_hosts with the names by which browsers reach it.
+
+python -m rlhf_jax.label does the same.
+"""
+
+import contextlib
+import pathlib
+import signal
+import socket
+import sys
+
+from rlhf_jax import command_line
+from rlhf_jax import errors
+from rlhf_jax.errors import need
+from rlhf_jax.feedback import store as store_lib
+
+OWNER = 'owner'  # name of the first owner
+KINDS = ('pair', 'rank', 'best', 'rate')
+EVERYWHERE = ('0.0.0.0', '::')  # listen on all addresses; browsers use another name
+
+
+def serve(store, project, options):
+  """Serves the page until it is stopped.
+
+  Args:
+    store: The store.
+    project: The project.
+    options: Values of the command line.
+  """
+  # Not at the top, so that `--help` is quick.
+  import uvicorn
+
+  from rlhf_jax.feedback.page import app as app_lib
+  from rlhf_jax.feedback.page import serve as serve_lib
+  from rlhf_jax.feedback.page import settings as settings_lib
+
+  hosts = allowed_hosts(options)
+  settings = settings_lib.Settings(allowed_hosts=hosts)
+  with contextlib.ExitStack() as stack:
+    listener = stack.enter_context(listen(options.host, options.port))
+    options.port = listener.getsockname()[1]
+    policies = None
+    if options.policies:
+      from rlhf_jax.feedback import live
+
+      policies = live.Policies([folder for folder in options.policies.split(',') if folder])
+      stack.callback(policies.close)
+    app = app_lib.create(store, project, policies=policies, settings=settings)
+    config = serve_lib.config(app, host=options.host, port=options.port)
+    welcome(store, options)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def welcome(store, options):
+  """Prints where the page is, and the owner's personal link if there was no owner."""
+  print(f'Labelling page: {address(options)} (Ctrl-C stops it; answers are saved at once)')
+  if any(person.role == 'owner' and not person.disabled for person in store.annotators()):
+    command = f'rlhf label --db={options.db} --project={options.project} --port={options.port}'
+    print(f'If you lost your link, make a new one: {command} --add_annotator=NAME')
+  else:
+    _, token = store.add_annotator(OWNER, role='owner')
+    print(f'Your personal link as owner, shown once: {address(options)}/sign-in/{token}')
+  sys.stdout.flush()
+
+
+def add_annotator(store, options):
+  """Adds an annotator, or makes a new link for one, and prints the link."""
+  from rlhf_jax.feedback import accounts
+  from rlhf_jax.feedback.page import passwords
+
+  person = store.annotator(name=options.add_annotator)
+  if person is None:
+    _, token = store.add_annotator(options.add_annotator)
+  else:
+    need(
+      not person.simulated and not person.disabled,
+      f'--add_annotator={person.name}: this annotator is simulated or disabled: use another name',
+    )
+    token = passwords.new_token()
+    accounts.change(store.database, person, token=token)
+    print('There is such an annotator. The old link and open sessions end.', file=sys.stderr)
+  print(f'{address(options)}/sign-in/{token}')
+
+
+def add_data(store, project, options):
+  """Adds the samples of --data as tasks, unless the project has tasks, as after a restart."""
+  from rlhf_jax.feedback import transfer
+
+  if store.tasks(project):
+    print(f'The project {project.name!r} has tasks, so --data is not read again.')
+    return
+  tasks = transfer.add_samples(store, project, sample_files(options.data), kind=options.kind)
+  print(f'Added {len(tasks)} tasks.')
+
+
+def sample_files(text):
+  """Returns {policy: path} of a value of --data.
+
+  Raises:
+    UserError: It is neither POLICY=FILE,... nor a folder of files POLICY.jsonl.
+  """
+  folder = pathlib.Path(text)
+  if folder.is_dir():
+    files = {path.stem: str(path) for path in sorted(folder.glob('*.jsonl'))}
+    need(files, f'--data={text}: the folder has no files POLICY.jsonl')
+    return files
+  pairs = [part.partition('=') for part in text.split(',')]
+  need(
+    all(policy and path for policy, _, path in pairs),
+    f'--data={text} must be POLICY=FILE,POLICY=FILE,... or a folder of files POLICY.jsonl',
+  )
+  return {policy: path for policy, _, path in pairs}
+
+
+def allowed_hosts(options):
+  """Returns the names in the Host header that the page answers."""
+  hosts = [host for host in options.allowed_hosts.split(',') if host]
+  if options.host not in EVERYWHERE:
+    hosts.append(_bracketed(options.host))
+  return tuple(dict.fromkeys([*hosts, 'localhost', '127.0.0.1', '[::1]']))
+
+
+def address(options):
+  """Returns the address of the page, by the first name that it answers."""
+  return f'http://{allowed_hosts(options)[0]}:{options.port}'
+
+
+def listen(host, port):
+  """Returns a socket that listens.
+
+  Raises:
+    UserError: The port is in use, or the address is not of this machine.
+  """
+  family = socket.AF_INET6 if ':' in host else socket.AF_INET
+  try:
+    return socket.create_server((host, port), family=family)
+  except (OSError, OverflowError) as error:
+    raise errors.UserError(
+      f'--host={host} --port={port}: {error}. Choose another port, such as --port={port + 1}'
+    ) from error
+
+
+def _bracketed(host):
+  return f'[{host}]' if ':' in host else host
+
+
+def start():
+  """Reads the command line and serves the page."""
+  parser = command_line.Arguments('rlhf label', __doc__)
+  parser.add_argument('--db', required=True, help='file of SQLite, or URL of a database')
+  parser.add_argument('--project', required=True, help='name; it is made if there is none')
+  parser.add_argument('--data', default='', help='samples to label: POLICY=FILE,... or a folder')
+  parser.add_argument('--kind', default='pair', choices=KINDS, help='kind of the tasks of --data')
+  parser.add_argument('--policies', default='', help='folders of policies for the chat: DIR,DIR')
+  parser.add_argument('--host', default='127.0.0.1', help='address to listen on; 0.0.0.0: all')
+  parser.add_argument('--port', type=int, default=8000, help='port to listen on; 0: a free one')
+  parser.add_argument('--allowed_hosts', default='', help='names of this machine: NAME,NAME')
+  parser.add_argument('--add_annotator', default='', metavar='NAME', help='print a link, and exit')
+  options = parser.parse_args()
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+  with command_line.exit_on_error(), store_lib.Store.open(options.db) as store:
+    project = store.add_project(options.project)
+    if options.add_annotator:
+      add_annotator(store, options)
+      return
+    if options.data:
+      add_data(store, project, options)
+    serve(store, project, options)
+
+
+if __name__ == '__main__':
+  start()

@@ -1,0 +1,104 @@
+"""The command `rlhf label`: its data, links, and the page that it serves; samples without a run."""
+
+import json
+import re
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+
+import pytest
+
+from rlhf_jax import label
+from rlhf_jax.errors import UserError
+from rlhf_jax.feedback import accounts
+from rlhf_jax.feedback import store as store_lib
+from rlhf_jax.tasks import review_samples
+from rlhf_jax.tasks import reviews
+
+
+def run(monkeypatch, capsys, *arguments):
+  """Runs `rlhf label` in this process; returns what it prints."""
+  monkeypatch.setattr(sys, 'argv', ['rlhf label', *arguments])
+  label.start()
+  return capsys.readouterr().out
+
+
+def test_an_annotator_gets_a_link_and_later_a_new_one(tmp_path, monkeypatch, capsys):
+  db = tmp_path / 'feedback.db'
+  flags = f'--db={db}', '--project=films', '--port=8123', '--add_annotator=Ada'
+  found = []
+  for _ in range(2):
+    match = re.fullmatch(
+      r'http://127\.0\.0\.1:8123/sign-in/([\w-]{43})\n', run(monkeypatch, capsys, *flags)
+    )
+    found.append(match[1])
+  with store_lib.Store.open(db) as store:
+    assert store.annotator(token=found[0]) is None
+    assert store.annotator(token=found[1]).name == 'Ada'
+    accounts.change(store.database, store.annotator('Ada'), disabled=True)
+  with pytest.raises(SystemExit):
+    monkeypatch.setattr('rlhf_jax.runtime.exit_now', lambda message, status: sys.exit(message))
+    run(monkeypatch, capsys, *flags)
+
+
+def test_data_is_a_list_of_files_or_a_folder(tmp_path):
+  for name in ('ppo', 'sft'):
+    (tmp_path / f'{name}.jsonl').touch()
+  files = {name: str(tmp_path / f'{name}.jsonl') for name in ('ppo', 'sft')}
+  assert label.sample_files(str(tmp_path)) == files
+  assert label.sample_files('a=x.jsonl,b=y=z.jsonl') == {'a': 'x.jsonl', 'b': 'y=z.jsonl'}
+  for wrong in ('x.jsonl', 'a=', '=x', 'a=x,'):
+    with pytest.raises(UserError, match='must be POLICY=FILE'):
+      label.sample_files(wrong)
+
+
+def test_a_port_in_use_is_named():
+  with label.listen('127.0.0.1', 0) as listener:
+    port = listener.getsockname()[1]
+    with pytest.raises(UserError, match=f'--port={port}: .*in use'):
+      label.listen('127.0.0.1', port)
+
+
+def test_samples_without_a_run_answer_the_same_prompts(tmp_path):
+  paths = review_samples.write(tmp_path, quickstart=tmp_path / 'none', count=20, seed=0)
+  assert [path.stem for path in paths] == ['clumsy', 'fluent', 'favourable']
+  records = [[json.loads(line) for line in path.read_text().splitlines()] for path in paths]
+  prompts = [[record['prompt'] for record in found] for found in records]
+  assert prompts[0] == prompts[1] == prompts[2] and len(set(prompts[0])) == 20
+  gold = [
+    sum(reviews.gold_score(record['prompt'], record['completion']) for record in found) / 20
+    for found in records
+  ]
+  assert gold[0] < gold[1] < gold[2]
+
+
+def test_samples_of_a_run_come_from_its_report(tmp_path):
+  sample = {'prompt': 'p', 'before': 'x', 'after': 'y', 'scores': {}}
+  (tmp_path / 'report.json').write_text(json.dumps({'samples': [sample]}))
+  review_samples.write(tmp_path / 'out', quickstart=tmp_path, count=20, seed=0)
+  assert json.loads((tmp_path / 'out' / 'sft.jsonl').read_text())['completion'] == 'x'
+  assert json.loads((tmp_path / 'out' / 'ppo.jsonl').read_text())['completion'] == 'y'
+
+
+def test_the_command_serves_the_page(tmp_path):
+  review_samples.write(tmp_path / 'samples', quickstart=tmp_path, count=4, seed=0)
+  command = [sys.executable, '-m', 'rlhf_jax.label', f'--db={tmp_path}/x.db', '--project=reviews']
+  command += [f'--data={tmp_path}/samples', '--port=0']
+  with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as page:
+    try:
+      assert re.fullmatch(r'Added \d+ tasks\.\n', page.stdout.readline())
+      url = re.match(r'Labelling page: (http://127\.0\.0\.1:\d+) ', page.stdout.readline())[1]
+      link = re.search(rf'{url}/sign-in/[\w-]{{43}}', page.stdout.readline())[0]
+      with urllib.request.urlopen(link, timeout=60) as response:
+        assert b'Continue as <bdi>owner</bdi>' in response.read()
+      with pytest.raises(urllib.error.HTTPError, match='404'):
+        urllib.request.urlopen(link[:-1], timeout=60)
+    finally:
+      page.terminate()
+      out, err = page.communicate(timeout=60)
+  assert page.returncode == 143
+  assert link.rpartition('/')[2] not in out + err and 'Traceback' not in err
+  with socket.socket() as probe, pytest.raises(ConnectionRefusedError):
+    probe.connect(('127.0.0.1', int(url.rpartition(':')[2])))
