@@ -104,7 +104,7 @@ def over_rounds(battles, model=bradley_terry.Model(), *, anchor=None, draws=brad
   Args:
     battles: See `rate`.
     model: See `rate`.
-    anchor: Policy at 1000 in each round; None for the first policy of the first round.
+    anchor: Policy at 1000 in each round; None for `first_policy`.
     draws: See `rate`.
 
   Returns:
@@ -116,17 +116,20 @@ def over_rounds(battles, model=bradley_terry.Model(), *, anchor=None, draws=brad
   """
   battles = [battle for battle in battles if battle.first != battle.second]
   elo.check_anchor(anchor, elo.policies(battles))
-  result = {}
+  first, result = first_policy(battles), {}
   for number in sorted({battle.round for battle in battles}):
     before = [battle for battle in battles if battle.round <= number]
-    names = elo.policies(before)
+    known = anchor in elo.policies(before)
     try:
-      result[number] = rate(
-        before, model, anchor=anchor if anchor in names else names[0], draws=draws
-      )
+      result[number] = rate(before, model, anchor=anchor if known else first, draws=draws)
     except errors.UserError:
       continue
   return result
+
+
+def first_policy(battles):
+  """Returns the policy of the first battle of the first round; None without battles."""
+  return min(battles, key=lambda battle: battle.round).first if battles else None
 
 
 def cells(standing):
@@ -157,7 +160,9 @@ def notes(board, battles, simulated, model):
   lines = [f'{len(battles)} games, {machine} of them judged by simulated annotators.']
   if model.ties == 'davidson':
     equal = board.nu / (2 + board.nu)
-    lines.append(f'Ties by Davidson: nu = {board.nu:.3f}, so equals tie in {equal:.0%} of games.')
+    lines.append(
+      f'Ties by Davidson: nu = {board.nu:.3f}, so equals tie in {100 * equal:.0f} % of games.'
+    )
   else:
     lines.append('A tie counts as half a win.')
   if model.style_control:

@@ -22,7 +22,7 @@ def save(path, boards):
 def _picture(boards):
   """Returns the function that draws, and the size of the figure in inches."""
   if len(boards) > 1:
-    return (lambda figure: _over_rounds(figure, boards)), (6.4, 3.8)
+    return (lambda figure: _over_rounds(figure, boards)), (5.4, 4.2)
   (board,) = boards.values()
   return (lambda figure: _of_one(figure, board)), (5.2, 1.0 + 0.35 * len(board.standings))
 
@@ -66,4 +66,4 @@ def _over_rounds(figure, boards):
   axes.set_xticks(list(boards))
   axes.set_xlabel('round: battles of this round and all before')
   axes.set_ylabel(AXIS)
-  axes.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, 0.5))
+  figure.legend(fontsize=8, loc='outside lower center', ncols=2)

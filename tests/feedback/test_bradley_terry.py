@@ -256,6 +256,8 @@ def test_rounds_add_up():
   boards = leaderboard.over_rounds(games, PLAIN, draws=0)
   assert points(boards[0]) == pytest.approx({'a': 809.1515, 'b': 1000}, abs=1e-3)
   assert points(boards[1]) == pytest.approx({'a': 809.1515, 'b': 1000, 'c': 1190.8485}, abs=1e-3)
+  # The first policy of the first round is at 1000, in whatever order the games were judged.
+  assert points(leaderboard.over_rounds(games[::-1], PLAIN, draws=0)[1])['b'] == 1000
   # Before round 2 no chain connects c and d with a and b.
   apart = duel('b', 'a', 0) + duel('c', 'd', 1) + duel('c', 'b', 2)
   assert list(leaderboard.over_rounds(apart, PLAIN, draws=0)) == [0, 2]

@@ -114,9 +114,9 @@ def test_annotators(olga):
   ada = starting(page, 'Ada')
   assert ada[:3] == ['10', '2.0 s', '69 %'] and ada[4:8] == ['1 of 2', '1 of 2', '1', '1']
   bo = starting(page, 'Bo')
-  assert bo[:3] == ['7', '4.0 s', '56 %'] and bo[4:8] == ['0 of 0', '0 of 0', '0', '1']
+  assert bo[:3] == ['7', '4.0 s', '56 %'] and bo[4:8] == ['–', '–', '0', '1']
   assert starting(page, 'Robo simulated')[:2] == ['6', '9.0 s']
-  assert starting(page, 'Olga owner')[:4] == ['0', '– s', '–', '–']
+  assert starting(page, 'Olga owner')[:4] == ['0', '–', '–', '–']
 
 
 def test_agreement(olga):

@@ -69,7 +69,7 @@ def _boards(store, project, last, round, model):
   notes = leaderboard.notes(board, battles, simulated, model)
   boards = leaderboard.over_rounds(battles, model)
   if boards:
-    notes.append(f'In the picture, {battles[0].first} is at 1000.')
+    notes.append(f'In the picture, {leaderboard.first_policy(battles)} is at 1000.')
   return board, notes, boards
 
 
@@ -92,19 +92,29 @@ def _render(request, name, **context):
   """Renders a page of the owner with what all of them use."""
   state = request.app.state
   parts = overview.progress(state.store.database, state.project)
-  rounds = sorted({part.round for part in parts})
-  more = {'parts': parts, 'rounds': rounds, 'percent': percent, 'decimal': decimal}
+  more = {'parts': parts, 'rounds': sorted({part.round for part in parts})}
+  more |= {'percent': percent, 'decimal': decimal, 'seconds': seconds, 'share': share}
   return auth.render(request, name, **(more | context))
 
 
 def percent(value):
   """Returns a fraction as '67 %', a dash for NaN."""
-  return '–' if math.isnan(value) else f'{value:.0%}'.replace('%', '\u00a0%')
+  return '–' if math.isnan(value) else f'{100 * value:.0f}\u00a0%'
 
 
-def decimal(value, digits=2):
-  """Returns a number with a fixed number of digits, a dash for NaN."""
-  return '–' if math.isnan(value) else f'{value:.{digits}f}'.replace('-', '\u2212')
+def decimal(value):
+  """Returns a number with two digits after the point, a dash for NaN."""
+  return '–' if math.isnan(value) else f'{round(value, 2) + 0.0:.2f}'.replace('-', '\u2212')
+
+
+def seconds(value):
+  """Returns a time in seconds, a dash for NaN."""
+  return '–' if math.isnan(value) else f'{value:.1f}\u00a0s'
+
+
+def share(count, total):
+  """Returns '3 of 4', a dash if there are none."""
+  return f'{count} of {total}' if total else '–'
 
 
 @router.get('')
