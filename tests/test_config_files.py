@@ -177,6 +177,7 @@ def written(config, folder):
     ('ilql', None),
     ('overoptimization', None),
     ('pmp', 'debug'),
+    ('unreliable_annotators', 'debug'),
     ('preferences', 'debug'),
     ('sparrow', None),
   ],

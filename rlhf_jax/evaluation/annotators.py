@@ -5,13 +5,10 @@ import json
 import pathlib
 
 from rlhf_jax import identity
-from rlhf_jax.evaluation import figures
 
 FILE = 'annotators.json'
-MAX_DRAWN = 40  # annotators in a figure
 
 Rows = Sequence[dict]  # of {"annotator", "comparisons", "reliability": number or None}
-TITLES = ('Annotator', 'Comparisons', 'Reliability')
 
 
 def write(folder: str | pathlib.Path, rows: Rows) -> None:
@@ -30,23 +27,3 @@ def learned(folder: str | pathlib.Path) -> dict[str, float]:
   values = {row['annotator']: row['reliability'] for row in read(folder)}
   values = {name: value for name, value in values.items() if value is not None}
   return dict(sorted(values.items(), key=lambda item: -item[1]))
-
-
-def table(rows: Rows) -> list[list[str]]:
-  """Returns the rows of a table with TITLES, the most reliable first; [] before the run's end."""
-  rows = [row for row in rows if row['reliability'] is not None]
-  return [
-    [row['annotator'], str(row['comparisons']), f'{row["reliability"]:.2f}']
-    for row in sorted(rows, key=lambda row: -row['reliability'])
-  ]
-
-
-def figure(rows: Rows) -> str:
-  """Returns a figure of the reliabilities as SVG; '' before the run's end or if they are many."""
-  rows = sorted(
-    (row for row in rows if row['reliability'] is not None), key=lambda row: -row['reliability']
-  )
-  if not 0 < len(rows) <= MAX_DRAWN:
-    return ''
-  values = {f'annotator {row["annotator"]}': row['reliability'] for row in rows}
-  return figures.reliabilities(values)

@@ -17,6 +17,7 @@ from rlhf_jax.evaluation import figures
 from rlhf_jax.evaluation import formulas
 from rlhf_jax.evaluation import glossary
 from rlhf_jax.evaluation import page
+from rlhf_jax.evaluation import reliability
 from rlhf_jax.evaluation import samples as samples_lib
 from rlhf_jax.evaluation import tables
 
@@ -102,7 +103,7 @@ def write(
       'reliability': _safe(figures.reliability(bins)) if any(row['count'] for row in bins) else '',
       'groups': unique('groups'),
       'score_names': unique('scores'),
-      'annotator_titles': annotators_lib.TITLES,
+      'annotator_titles': reliability.TITLES,
       'anchors': anchors,
       'metrics_note': _metrics_note(entries),
       'contents': _contents(parts),
@@ -229,9 +230,9 @@ def _calibration_rows(calibration):
 
 def _annotators(stages):
   """Returns (stage, figure, rows of strings) for the tables of annotators."""
-  tables_of = {stage: annotators_lib.table(rows) for stage, rows in stages.items()}
+  tables_of = {stage: reliability.table(rows) for stage, rows in stages.items()}
   return [
-    (stage, _safe(annotators_lib.figure(stages[stage])), rows)
+    (stage, _safe(reliability.figure(stages[stage])), rows)
     for stage, rows in tables_of.items()
     if rows
   ]
