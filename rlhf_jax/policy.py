@@ -168,6 +168,7 @@ class TextPolicy:
     truncate_after=0,
     samples=1,
     beta=None,
+    prompt_length=None,
   ):
     """Samples responses to prompts. The result does not depend on how prompts are batched.
 
@@ -188,6 +189,8 @@ class TextPolicy:
       samples: Number of responses per prompt.
       beta: Weight of the Q functions of ILQL, which are added to the logits; 0 samples from the
         policy alone. None for `self.beta`.
+      prompt_length: P, the length that prompts are padded to; None for the longest prompt. A length
+        that does not vary from call to call is compiled once.
 
     Returns:
       Samples; the responses to the same prompt are adjacent.
@@ -202,7 +205,7 @@ class TextPolicy:
     rows = tokenizers.encode(self.tokenizer, prompts)
     if not all(map(len, rows)):
       raise errors.UserError('a prompt is empty and this tokenizer has no BOS; pass a text')
-    length = max(map(len, rows))
+    length = max(prompt_length or 0, *map(len, rows))
     if max_new_tokens is None:
       max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, self.model.max_length - length))
     if length + max_new_tokens > self.model.max_length:

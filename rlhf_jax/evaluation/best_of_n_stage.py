@@ -17,11 +17,10 @@ import numpy as np
 from rlhf_jax import errors
 from rlhf_jax import identity
 from rlhf_jax import policy as policy_lib
-from rlhf_jax import sharding
-from rlhf_jax import types
 from rlhf_jax.data import sources
 from rlhf_jax.evaluation import best_of_n
 from rlhf_jax.evaluation import tables
+from rlhf_jax.rewards import offline
 from rlhf_jax.rewards import scorers
 from rlhf_jax.rollout import actor
 
@@ -138,7 +137,7 @@ run.check = check
 
 
 def score(text_policy, rollout, examples, block):
-  """Scores responses with the scorer of a reward block, policy.BATCH_SIZE at a time.
+  """Scores responses with the scorer of a reward block; see rewards.offline.
 
   Args:
     text_policy: TextPolicy that sampled them.
@@ -147,35 +146,11 @@ def score(text_policy, rollout, examples, block):
     block: ConfigDict with the keys of scorers.config().
 
   Returns:
-    Scores [B], sums of rewards per token, NaN where the reward skips a response; and their parts
-    {name: [B]}.
+    Scores [B], and their parts {name: [B]}.
   """
-  length = rollout.tokens.shape[1]
-  mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
-  totals, parts = [], []
-  with jax.set_mesh(mesh):
-    scorer, _ = scorers.make(
-      block,
-      text_policy.tokenizer,
-      mesh,
-      load={'unroll': None},
-      check=lambda model: errors.need(
-        length <= model.max_length,
-        f'prompts and responses of {length} tokens exceed the context of the reward model, '
-        f'{model.max_length} tokens: lower max_new_tokens',
-      ),
-      key='reward',
-    )
-    for start in range(0, len(examples), policy_lib.BATCH_SIZE):
-      part = slice(start, start + policy_lib.BATCH_SIZE)
-      batch = sharding.put_rows(jax.tree.map(lambda x: x[part], rollout), mesh)
-      result = jax.device_get(types.Scores.of(scorer(batch, examples[part])))
-      total = np.asarray(result.total)
-      totals.append(total if total.ndim == 1 else total.sum(axis=1))
-      parts.append(result.parts)
-  return np.concatenate(totals), {
-    name: np.concatenate([part[name] for part in parts]) for name in parts[0]
-  }
+  return offline.make(block, text_policy.tokenizer, batch_size=policy_lib.BATCH_SIZE)(
+    rollout, examples
+  )
 
 
 def select(
