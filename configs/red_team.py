@@ -164,7 +164,6 @@ def rl(number, target):
   """Returns the stage that trains the supervised attacker by GRPO."""
   stage = policy_gradient(f'$workdir/attacker_{number}/model')
   stage.data.path = f'$workdir/zero_shot_{number}/prompts.jsonl'
-  stage.rl.length_buckets = 1
   stage.sampling.update({'samples': 16, 'max_new_tokens': ATTACK_TOKENS, 'stop': ('\n',)})
   stage.reward.parts = {
     'harm': {
