@@ -33,11 +33,13 @@ def write(folder, *, quickstart, count, seed):
     samples = of_report(json.loads(report.read_text(encoding='utf-8')))
   else:
     samples = of_grammar(seed)
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
   common = set.intersection(*map(set, samples.values()))
   prompts = sorted(common)[:count]
   paths = []
   for policy, responses in samples.items():
-    paths.append(pathlib.Path(folder) / f'{policy}.jsonl')
+    paths.append(folder / f'{policy}.jsonl')
     records = [{'prompt': prompt, 'completion': responses[prompt]} for prompt in prompts]
     sources.write(paths[-1], records)
   return paths
