@@ -10,6 +10,8 @@ report.html to OUT. FOLDER is a Hugging Face folder or the folder of a run. JUDG
                        f(prompts, responses_a, responses_b) -> numbers from -1 (b is better) to 1
   exact_match:COLUMN   1 if the response equals that column of the prompts, else 0
   FOLDER               a reward model; the response with the higher score wins
+  http://HOST:PORT     a server of scores, as for rewards
+  feedback:URL#PROJECT people: pairs that nobody judged become tasks of the project
 
 The second form runs the evaluators of a run's config.json on its newest checkpoint. For a finished
 run this repeats its last evaluation. --evals=held_out,prompts selects evaluators by name;

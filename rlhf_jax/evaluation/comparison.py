@@ -309,6 +309,8 @@ def outcomes_of_pairs(scored, judge, metadata):
     {(first, second): [n] float in [0, 1]}: 1 if the first wins, 0.5 for a draw, 0 if the second
     wins.
   """
+  if judge.outcomes is not None:
+    return judge.outcomes({name: result.samples for name, result in scored.items()})
   if judge.prefer is None:
     return outcomes_of_scores(scored)
   return {

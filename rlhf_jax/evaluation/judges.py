@@ -5,6 +5,8 @@ On the command line and in configs a judge is one of
     module:function       a Python function, in one of the three forms below
     exact_match:COLUMN    1 if the response equals that column of the prompt's record, else 0
     FOLDER                a reward model
+    http://HOST:PORT      a server that scores responses, with the protocol of rewards/client.py
+    feedback:URL#PROJECT  people, by their judgements in a feedback store; see people.py
 
 A function has one of these forms, which are told apart by their parameters:
 
@@ -34,7 +36,10 @@ import numpy as np
 
 from rlhf_jax import errors
 from rlhf_jax import policy as policy_lib
+from rlhf_jax.evaluation import people
 from rlhf_jax.evaluation import reward_models
+from rlhf_jax.feedback import source
+from rlhf_jax.rewards import client
 from rlhf_jax.rewards import functions
 from rlhf_jax.rewards import guard
 from rlhf_jax.rewards import text
@@ -49,13 +54,15 @@ LIMIT = functions.Limit(functions.TIMEOUT, '')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judge:
-  """A judge of responses. Exactly one of `score` and `prefer` is set.
+  """A judge of responses. Exactly one of `score`, `prefer` and `outcomes` is set.
 
   Attributes:
     name: Name for tables and messages.
     score: Function (Samples, metadata, tokenizer) -> [n] scores.
     prefer: Function (Samples of a, Samples of b, metadata) -> [n] preferences from -1 (b is better)
       to 1 (a is better).
+    outcomes: Function {policy: Samples} -> {(first, second): [n] float, 1 if the first policy won,
+      0.5 for a tie, 0 if it lost}.
     score_text: Function (prompt, response) -> score if the judge scores one response at a time;
       else None.
     column: Column of the prompts' records that the judge reads; '' for none.
@@ -65,6 +72,7 @@ class Judge:
   name: str
   score: Callable[..., np.ndarray] | None = None
   prefer: Callable[..., np.ndarray] | None = None
+  outcomes: Callable[..., dict[tuple[str, str], np.ndarray]] | None = None
   score_text: Callable[[str, str], float] | None = None
   column: str = ''
   doc: str = ''
@@ -104,6 +112,12 @@ def load(judge, *, key='judge', path=''):
   if callable(judge):
     return of_function(judge, getattr(judge, '__name__', 'judge'), key)
   check(judge, key=key, path=path)
+  if is_server(judge):
+    scorer = of_function(client.reward(judge, key=key), judge, key)
+    return dataclasses.replace(scorer, doc='The score of a server.')
+  if judge.startswith(source.SCHEME):
+    outcomes = functools.partial(people.outcomes, judge)
+    return Judge(name=judge, outcomes=outcomes, doc='The judgements of people.')
   kind, _, name = judge.partition(':')
   if kind == EXACT_MATCH:
     return exact_match(name)
@@ -132,7 +146,11 @@ def check(judge, *, key='judge', path=''):
       forms.
   """
   kind, colon, name = judge.partition(':')
-  if kind == EXACT_MATCH and colon:
+  if is_server(judge):
+    client.validate(judge, key)
+  elif judge.startswith(source.SCHEME):
+    source.parse(judge)
+  elif kind == EXACT_MATCH and colon:
     errors.need(name, f'{key}={judge!r} names no column. {_remedy(key)}')
   elif names_function(judge):
     function = functions.load(judge, key=key)
@@ -145,6 +163,11 @@ def check(judge, *, key='judge', path=''):
     errors.need(folder, f'{key}={judge!r} names neither a function nor a folder. {_remedy(key)}')
 
 
+def is_server(text):
+  """Returns whether a text is the address of a server."""
+  return text.startswith(('http://', 'https://'))
+
+
 def names_function(text):
   """Returns whether a text has the form module:function."""
   return re.fullmatch(r'[\w.]+:\w+', text) is not None
@@ -152,8 +175,8 @@ def names_function(text):
 
 def _remedy(key):
   return (
-    f'Set {key} to module:function, {EXACT_MATCH}:COLUMN or the folder of a reward model (./NAME '
-    'for one in the working directory).'
+    f'Set {key} to module:function, {EXACT_MATCH}:COLUMN, http://HOST:PORT, feedback:URL#PROJECT '
+    'or the folder of a reward model (./NAME for one in the working directory).'
   )
 
 

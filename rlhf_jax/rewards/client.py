@@ -83,7 +83,7 @@ def reward(url, settings=Settings(), *, key='config.reward'):
   Args:
     url: Address of the server.
     settings: Settings.
-    key: Dotted name of the config block of the server.
+    key: Dotted name of the config block of the server, or name of an option, for messages.
 
   Returns:
     Function (prompts, responses, *, response_tokens, metadata) -> scores. It raises UserError if
@@ -105,6 +105,10 @@ def reward(url, settings=Settings(), *, key='config.reward'):
     reraise=True,
   )
 
+  # A key of the command line has no keys below it.
+  names = f'{key}.attempts and {key}.request_timeout'
+  waits = f'; {names} set how long the run waits for it' if '.' in key else ''
+
   def score(prompts, responses, *, response_tokens, metadata):
     del response_tokens
     scores, size = [], settings.size or len(prompts)
@@ -116,8 +120,7 @@ def reward(url, settings=Settings(), *, key='config.reward'):
       except NoAnswer as error:
         raise errors.UserError(
           f'the reward server {url} gave no answer in {settings.attempts} tries; the last: '
-          f'{error}. Once it runs, the same command resumes; {key}.attempts and '
-          f'{key}.request_timeout set how long the run waits for it.'
+          f'{error}. Once it runs, the same command resumes{waits}.'
         ) from error
       scores += scores_of(answer, len(prompts[part]), url)
     return scores

@@ -1,5 +1,9 @@
 """Judges: their kinds, their results, and mistakes in them."""
 
+import http.server
+import json
+import threading
+
 import numpy as np
 import pytest
 
@@ -134,3 +138,69 @@ def test_a_report_describes_the_judge():
     f'{HERE}:maker: Returns a score that depends on data.'
   )
   assert judges.load(f'{HERE}:single').description == f'{HERE}:single'
+
+
+class Lengths(http.server.BaseHTTPRequestHandler):
+  """Scores a response by its length plus the bonus of its prompt."""
+
+  def do_POST(self):
+    body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
+    pairs = zip(body['responses'], body['metadata'], strict=True)
+    text = json.dumps({'scores': [len(text) + entry['bonus'] for text, entry in pairs]})
+    self.send_response(200)
+    self.send_header('Content-Length', str(len(text)))
+    self.end_headers()
+    self.wfile.write(text.encode())
+
+  def log_message(self, *_):
+    pass
+
+
+def test_a_server_scores_responses():
+  pytest.importorskip('httpx')
+  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Lengths)
+  threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+  url = f'http://127.0.0.1:{server.server_port}'
+  judge = judges.load(url)
+  scores = judge.score(samples(['ab', 'a bc']), [{'bonus': 1}, {'bonus': 3}], None)
+  server.shutdown()
+  server.server_close()
+  np.testing.assert_array_equal(scores, [3, 7])
+  assert judge.description == f'{url}: The score of a server.'
+  with pytest.raises(errors.UserError, match="judge='http://' must be an address"):
+    judges.check('http://')
+
+
+def test_people_are_asked_once_and_their_judgements_count(tmp_path):
+  store_lib = pytest.importorskip('rlhf_jax.feedback.store')
+  path = f'feedback:{tmp_path}/feedback.db#eval'
+  judge = judges.load(path)
+  answers = {
+    'sft': samples(['bad', 'same', 'fine'], ['p', 'q', 'r']),
+    'ppo': samples(['good', 'same', 'good'], ['p', 'q', 'r']),
+  }
+  with store_lib.Store.open(tmp_path / 'feedback.db') as store:
+    with pytest.raises(errors.UserError, match="no project 'eval'"):
+      judge.outcomes(answers)
+    project = store.add_project('eval', overlap=2)
+    with pytest.raises(errors.UserError, match='2 pairs .* of which 2 are new tasks'):
+      judge.outcomes(answers)
+    with pytest.raises(errors.UserError, match='2 pairs .* of which 0 are new tasks'):
+      judge.outcomes(answers)
+    # Ann prefers ppo to both prompts; Ben prefers it to p, and has a tie for r.
+    for name in ('Ann', 'Ben'):
+      person, _ = store.add_annotator(name)
+      while lease := store.next_task(project, person):
+        best = {c.text: c.id for c in lease.task.completions}['good']
+        tie = name == 'Ben' and lease.task.prompt.text == 'r'
+        store.judge(lease, person, {'tie': True} if tie else {'chosen': best}, token=lease.token)
+    assert len(store.tasks(project)) == 2
+    won = judge.outcomes(answers)
+    np.testing.assert_array_equal(won['sft', 'ppo'], [0, 0.5, 0.25])
+    # The same pairs the other way round.
+    won = judge.outcomes({'ppo': answers['ppo'], 'sft': answers['sft']})
+    np.testing.assert_array_equal(won['ppo', 'sft'], [1, 0.5, 0.75])
+  with pytest.raises(errors.UserError, match='options round and simulated only'):
+    judges.load(f'{path}?form=pairs').outcomes(answers)
+  with pytest.raises(errors.UserError, match='name a store and a project'):
+    judges.check('feedback:x.db')
