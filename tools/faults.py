@@ -817,4 +817,33 @@ FAULTS = (
     'weight * b',
     _tests('test_experts', 'test_the_command_merges_by_weight'),
   ),
+  # Ratings and agreement.
+  Fault(
+    'a bootstrap resamples single games, not tasks',
+    'rlhf_jax/feedback/bradley_terry.py',
+    'group=np.array([tasks.setdefault(b.task_id, len(tasks)) for b in battles], int),',
+    'group=np.arange(len(battles)),',
+    _tests('feedback/test_bradley_terry', 'test_intervals_are_those_of_resampled_tasks'),
+  ),
+  Fault(
+    'the difference of lengths is centred, so that ratings depend on sides',
+    'rlhf_jax/feedback/bradley_terry.py',
+    'return x / scale',
+    'return (x - x.mean()) / scale',
+    _tests('feedback/test_bradley_terry', 'test_style_control_does_not_depend_on_sides[davidson]'),
+  ),
+  Fault(
+    'an item with one vote counts as agreement',
+    'rlhf_jax/feedback/agreement.py',
+    'kept = counts[counts.sum(axis=1) >= 2]',
+    'kept = counts[counts.sum(axis=1) >= 1]',
+    _tests('feedback/test_agreement', 'test_agreement_with_missing_votes_by_hand'),
+  ),
+  Fault(
+    'gold questions count as votes',
+    'rlhf_jax/feedback/votes.py',
+    'if task.kind == wanted and reading.is_ordinary(task) and not answers.skipped(item.answer):',
+    'if task.kind == wanted and not answers.skipped(item.answer):',
+    _tests('feedback/test_votes', 'test_votes_of_pairs'),
+  ),
 )
