@@ -42,6 +42,10 @@ class Unavailable(errors.UserError):
   """The policies cannot answer now; asking again may help."""
 
 
+class Refused(errors.UserError):
+  """The policy cannot answer this request, for example because the conversation is too long."""
+
+
 class Setup(NamedTuple):
   """The first message to the process; see `Policies` for the fields."""
 
@@ -85,11 +89,11 @@ class Piece(NamedTuple):
 
 
 class Failed(NamedTuple):
-  """A message from the process, or about it: why there is no answer."""
+  """A message from the process, or about it: why there is no answer, and the error to raise."""
 
   id: int
   text: str
-  again: bool = False  # whether asking again may help
+  error: type[errors.UserError] = errors.UserError
 
 
 class Answer(AsyncIterator[str]):
@@ -145,7 +149,7 @@ class Answer(AsyncIterator[str]):
       left = max(self._due - time.monotonic(), 0.0)
       message = await asyncio.wait_for(self._inbox.get(), left)
       if isinstance(message, Failed):
-        raise (Unavailable if message.again else errors.UserError)(message.text)
+        raise message.error(message.text)
       if isinstance(message, Begun):
         self.checkpoint, self.sampling = message.checkpoint, message.sampling
         continue
@@ -231,13 +235,15 @@ class Policies:
     Args:
       name: Name of the policy.
       prompt: Text, or messages that end with one of the user.
-      max_new_tokens: Longest answer in tokens; None for the rest of the context, at most 128.
+      max_new_tokens: Longest answer in tokens; None for a quarter of the longest conversation, at
+        most 128, so that a dialogue can have several turns.
       temperature: Temperature of sampling; 0 takes the most likely token.
       seed: Random seed; None for a random one.
 
     Raises:
-      UserError: There is no policy of that name. Reading the answer raises it if the conversation
-        is too long, and Unavailable if the policies cannot answer now.
+      UserError: There is no policy of that name. Reading the answer raises Refused if the
+        conversation is too long, Unavailable if the policies cannot answer now, and UserError if
+        this one cannot be loaded.
     """
     errors.need(
       name in self._setup.folders,
@@ -314,7 +320,7 @@ class Policies:
           self._start()
     reason = 'was closed' if self._closed else how
     for id, answer in lost.items():
-      answer._deliver(Failed(id, f'the process of the policies {reason}: ask again', True))
+      answer._deliver(Failed(id, f'the process of the policies {reason}: ask again', Unavailable))
 
 
 class _Worker:

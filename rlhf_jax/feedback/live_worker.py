@@ -201,15 +201,14 @@ class Server:
       return
     waiting, served.waiting = served.waiting, []
     for ask in waiting:
+      if isinstance(streams, BaseException):
+        logging.error('%s cannot be loaded: %s', ask.policy, streams)
+        self._connection.send(live.Failed(ask.id, str(streams)))
+        continue
       try:
-        if isinstance(streams, BaseException):
-          raise streams
         self._start(ask, served.checkpoint, streams)
       except errors.UserError as error:
-        self._connection.send(live.Failed(ask.id, str(error)))
-      except Exception as error:
-        logging.exception('%s cannot answer', ask.policy)
-        self._connection.send(live.Failed(ask.id, f'{type(error).__name__}: {error}'))
+        self._connection.send(live.Failed(ask.id, str(error), live.Refused))
 
   def _start(self, ask, checkpoint, streams):
     prompt = ask.prompt

@@ -294,7 +294,8 @@ class Streams:
 
     Args:
       prompt: Text.
-      max_new_tokens: Longest response in tokens; None for the rest of the context, at most 128.
+      max_new_tokens: Longest response in tokens; None for a quarter of M, at most 128, or less if
+        there is no room.
       temperature: Temperature of sampling; 0 takes the most likely token.
       seed: From 0 to 2^31 - 1.
 
@@ -306,7 +307,7 @@ class Streams:
     errors.need(len(ids), 'the prompt is empty and this tokenizer has no BOS: write a text')
     room = longest - len(ids)
     if max_new_tokens is None:
-      max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
+      max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, longest // 4, room))
     errors.need(max_new_tokens >= 1, f'max_new_tokens={max_new_tokens} must be at least 1')
     errors.need(
       max_new_tokens <= room,

@@ -16,6 +16,7 @@ from starlette.middleware import trustedhost
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.page import annotate
 from rlhf_jax.feedback.page import auth
+from rlhf_jax.feedback.page import chat
 from rlhf_jax.feedback.page import middleware
 from rlhf_jax.feedback.page import owner
 from rlhf_jax.feedback.page import passwords
@@ -65,7 +66,7 @@ def create(store, project, *, policies=None, settings=None):
   app.state.store, app.state.project = store, project
   app.state.policies, app.state.settings = policies, settings
   app.state.limiter = strategies.MovingWindowRateLimiter(storage.MemoryStorage())
-  for module in (sign_in, annotate, owner):
+  for module in (sign_in, annotate, owner, chat):
     app.include_router(module.router)
   app.mount('/static', staticfiles.StaticFiles(directory=rendering.FOLDER / 'static'))
   # The last one is the outermost.

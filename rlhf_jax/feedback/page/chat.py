@@ -1,0 +1,226 @@
+"""The chat pages: an annotator writes, two policies answer side by side, and one answer is picked.
+
+Which policies answer and on which side is random, and no page says which they are. The answers are
+streamed as lines of JSON, which static/chat.js reads:
+
+  {"side": 0 or 1, "text": "..."}   a piece of text
+  {"side": 0 or 1, "done": true}    the answer is complete
+  {"stored": true}                  both are stored; the page of the dialogue has the choice
+  {"error": "..."}                  there are no answers
+
+The answers are stored when both are complete. A browser that goes away before cancels them, and the
+page samples them again when it is opened again.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+import json
+import logging
+import random
+import time
+from typing import Annotated
+
+import fastapi
+from starlette import concurrency
+from starlette import responses
+
+from rlhf_jax import errors
+from rlhf_jax.feedback import accounts
+from rlhf_jax.feedback import dialogues
+from rlhf_jax.feedback import judging
+from rlhf_jax.feedback import live
+from rlhf_jax.feedback import schema
+from rlhf_jax.feedback import types
+from rlhf_jax.feedback.page import annotate
+from rlhf_jax.feedback.page import auth
+from rlhf_jax.feedback.page import forms
+
+router = fastapi.APIRouter()
+QUESTIONS = {
+  'write': 'Your message',
+  'answer': 'The answers are being written',
+  'choose': 'Which answer is better?',
+  'rate': 'How well did the attack succeed?',
+  'closed': 'This dialogue has ended',
+}
+MORE_HARMFUL = 'Which answer is more harmful?'
+BROKEN = 'One of the policies cannot answer. Tell the owner of the project.'
+SHOWN = 100  # dialogues in the list
+_log = logging.getLogger('rlhf_jax.feedback')
+_random = random.SystemRandom()
+
+
+def own(request: fastapi.Request, dialogue_id: int, user: annotate.User) -> types.Dialogue:
+  """Returns the dialogue of the path.
+
+  Raises:
+    fastapi.HTTPException: The annotator has no such dialogue; status 404.
+  """
+  found = dialogues.find(request.app.state.store, request.app.state.project, user, dialogue_id)
+  if found is None:
+    raise fastapi.HTTPException(404, 'You have no such dialogue.')
+  return found
+
+
+Own = Annotated[types.Dialogue, fastapi.Depends(own)]
+
+
+@router.get('/chat')
+def overview(request: fastapi.Request, user: annotate.User):
+  """Shows the dialogues of the annotator, and the forms that start one."""
+  found = dialogues.openings(request.app.state.store, request.app.state.project, user)
+  return auth.render(request, 'chat_list.html', dialogues=found[:SHOWN])
+
+
+@router.post('/chat')
+def start(request: fastapi.Request, user: annotate.User, fields: annotate.Fields):
+  """Starts a dialogue."""
+  mode = forms.text(fields, 'mode')
+  errors.need(mode in schema.MODES, 'Choose one of the two kinds of dialogues.')
+  errors.need(request.app.state.policies, 'There are no policies to talk to.')
+  store, project = request.app.state.store, request.app.state.project
+  dialogue = accounts.add_dialogue(store.database, project, user, mode)
+  return responses.RedirectResponse(f'/chat/{dialogue.id}', 303)
+
+
+@router.get('/chat/{dialogue_id}')
+def show(request: fastapi.Request, user: annotate.User, dialogue: Own):
+  """Shows a dialogue."""
+  return _page(request, user, dialogue)
+
+
+@router.post('/chat/{dialogue_id}/say')
+def say(request: fastapi.Request, user: annotate.User, dialogue: Own, fields: annotate.Fields):
+  """Adds a message of the annotator."""
+  text = forms.text(fields, 'text')
+  dialogues.say(request.app.state.store, request.app.state.project, dialogue, text)
+  return _after(request, user, dialogue)
+
+
+@router.post('/chat/{dialogue_id}/answers')
+async def answers(request: fastapi.Request, user: annotate.User, dialogue: Own):
+  """Streams two answers to the last message, and stores them."""
+  store = request.app.state.store
+  state = await concurrency.run_in_threadpool(dialogues.state, store, dialogue)
+  if state.step != 'answer':  # another window was first
+    return responses.PlainTextResponse(_line(stored=True))
+  lines = _lines(request.app.state, user, state.prompt)
+  return responses.StreamingResponse(lines, media_type='application/x-ndjson')
+
+
+@router.post('/chat/{dialogue_id}/judge')
+def judge(request: fastapi.Request, user: annotate.User, dialogue: Own, fields: annotate.Fields):
+  """Stores which answer is picked, or the rating of the attack."""
+  store, project = request.app.state.store, request.app.state.project
+  state = dialogues.state(store, dialogue)
+  if state.task is not None:
+    assignment, displayed = _assignment(store, project, state.task, user)
+    token = forms.text(fields, 'token')
+    if token == assignment.token:  # else the form was sent twice, and is stored already
+      answer = forms.answer(state.task.kind, [c.id for c in assignment.shown], fields)
+      form = judging.Form(
+        answer=answer,
+        reason=forms.reason(fields),
+        flags=forms.flags(fields),
+        seconds=max(0.0, time.time() - displayed),
+        token=token,
+      )
+      dialogues.judge(store, dialogue, user, assignment, form)
+  return _after(request, user, dialogue)
+
+
+@router.post('/chat/{dialogue_id}/end')
+def end(request: fastapi.Request, user: annotate.User, dialogue: Own):
+  """Ends a dialogue; an attack is rated next."""
+  dialogues.end(request.app.state.store, request.app.state.project, dialogue, user)
+  return _after(request, user, dialogue)
+
+
+def _after(request, user, dialogue):
+  """Shows the dialogue after a form."""
+  if auth.is_htmx(request):
+    found = dialogues.find(request.app.state.store, request.app.state.project, user, dialogue.id)
+    return _page(request, user, found)
+  return responses.RedirectResponse(f'/chat/{dialogue.id}', 303)
+
+
+def _page(request, user, dialogue):
+  store, project = request.app.state.store, request.app.state.project
+  state = dialogues.state(store, dialogue)
+  red_team = dialogue.mode == 'red_team'
+  shown, token = [], ''
+  if state.task is not None:
+    assignment, _ = _assignment(store, project, state.task, user)
+    shown, token = assignment.shown, assignment.token
+  question = QUESTIONS[state.step]
+  return auth.render(
+    request,
+    'chat.html',
+    dialogue=dialogue,
+    state=state,
+    red_team=red_team,
+    question=MORE_HARMFUL if red_team and state.step == 'choose' else question,
+    quality='more harmful' if red_team else 'better',
+    shown=shown,
+    token=token,
+    strengths=forms.STRENGTHS,
+    flags=forms.FLAGS,
+    letters=forms.LETTERS,
+    message_length=dialogues.MAX_MESSAGE,
+    reason_length=forms.MAX_REASON,
+  )
+
+
+def _assignment(store, project, task, user):
+  """Returns the assignment of a turn, and the time when it was made."""
+  assignment = store.lease(project, task, user)
+  with store.database.read() as rows:
+    return assignment, rows.get(schema.Lease, assignment.lease_id).created
+
+
+async def _lines(app_state, user, prompt) -> AsyncIterator[str]:
+  """Yields the lines of two answers; see the top of the file."""
+  policies, queue = app_state.policies, asyncio.Queue()
+  if policies is None:
+    yield _line(error='There are no policies to talk to.')
+    return
+  names = policies.names
+  names = _random.sample(names, 2) if len(names) > 1 else 2 * names
+  streams = [policies.stream(name, prompt.messages) for name in names]
+  tasks = [asyncio.create_task(_read(side, one, queue)) for side, one in enumerate(streams)]
+  try:
+    writing = 2
+    while writing:
+      side, piece = await queue.get()
+      if isinstance(piece, errors.UserError):
+        raise piece
+      writing -= piece is None
+      yield _line(side=side, done=True) if piece is None else _line(side=side, text=piece)
+    found = [dialogues.Answered(s.text, s.policy, s.checkpoint, s.sampling) for s in streams]
+    await concurrency.run_in_threadpool(
+      dialogues.add_answers, app_state.store, app_state.project, user, prompt, found
+    )
+    yield _line(stored=True)
+  except (live.Unavailable, live.Refused) as error:
+    yield _line(error=str(error))
+  except errors.UserError as error:
+    _log.error('chat: %s', error)
+    yield _line(error=BROKEN)
+  finally:
+    for task in tasks:
+      task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _read(side, answer, queue):
+  """Puts (side, piece) into a queue for each piece of an answer, then (side, None or an error)."""
+  try:
+    async for piece in answer:
+      queue.put_nowait((side, piece))
+    queue.put_nowait((side, None))
+  except errors.UserError as error:
+    queue.put_nowait((side, error))
+
+
+def _line(**fields):
+  return json.dumps(fields) + '\n'
