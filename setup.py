@@ -23,7 +23,6 @@ FEEDBACK = [
   'psycopg[binary]>=3.3.9,<4',
   'python-multipart>=0.0.34,<0.1',
   'sqlalchemy>=2.1.9,<2.2',
-  'sse-starlette>=3.7.0,<4',
   'starlette>=1.10.0,<2',
   'uvicorn>=0.54.0,<0.55',
 ]

@@ -42,7 +42,6 @@ OPTIONAL = {
   'python-multipart': 'feedback',
   'reasoning-gym': 'reasoning',
   'sqlalchemy': 'feedback',
-  'sse-starlette': 'feedback',
   'starlette': 'feedback',
   'tenacity': 'http',
   'uvicorn': 'http',

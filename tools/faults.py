@@ -788,6 +788,24 @@ FAULTS = (
     "np.argsort(row, kind='stable')",
     _tests('evaluation/test_best_of_n_stage', 'test_the_best_response_to_each_prompt_is_selected'),
   ),
+  # Streams and dialogues.
+  Fault(
+    'a streamed response ignores its seed',
+    'rlhf_jax/rollout/streaming.py',
+    'jax.random.fold_in(jax.random.key(seed), 0)',
+    'jax.random.fold_in(jax.random.key(0 * seed), 0)',
+    _tests('rollout/test_streaming', 'test_tokens_are_those_of_the_prompt_alone'),
+  ),
+  Fault(
+    'the less harmful answer continues an attack',
+    'rlhf_jax/feedback/dialogues.py',
+    "return first if better == (dialogue.mode == 'helpful') else second",
+    'return first if better else second',
+    _tests(
+      'feedback/test_dialogues',
+      'test_the_more_harmful_answer_continues_an_attack_and_is_rejected[red_team]',
+    ),
+  ),
   # Mixtures, conversations and experts.
   Fault(
     'the sources of a mixture share one count of draws',
