@@ -172,12 +172,13 @@ def turn_end(tokenizer: transformers.PreTrainedTokenizerFast) -> str:
   A response must end there, too: the models of some templates, such as ChatML, write a token of
   its own after an answer, and not the EOS.
   """
-  question, answer = {'role': 'user', 'content': 'Q'}, {'role': 'assistant', 'content': 'A'}
+  question = {'role': 'user', 'content': 'question'}
+  answer = {'role': 'assistant', 'content': 'answer'}
   try:
     _, completion = render(tokenizer, [question], answer)
   except (UserError, Malformed):
     return ''
-  end = completion.rpartition('A')[2].strip()
+  end = completion.rpartition('answer')[2].strip()
   return '' if end == tokenizer.eos_token else end
 
 

@@ -36,6 +36,27 @@ def test_chatml_template(tokenizer):
   assert chat.render(tokenizer, ASK, ANSWER) == (prompt, 'Hello.<|im_end|>')
 
 
+def test_prompts_with_and_without_a_template(tokenizer):
+  messages = [*ASK, ANSWER, {'role': 'user', 'content': 'Why?'}]
+  assert chat.prompt_text(tokenizer, messages) == 'Be kind.\nHi\nHello.\nWhy?'
+  chat.use_template(tokenizer, 'hh')
+  expected = 'Be kind.\n\nHuman: Hi\n\nAssistant: Hello.<|eos|>\n\nHuman: Why?\n\nAssistant:'
+  assert chat.prompt_text(tokenizer, messages) == expected
+  chat.use_template(tokenizer, "{{ raise_exception('no system message') }}")
+  with pytest.raises(UserError, match='no system message'):
+    chat.prompt_text(tokenizer, messages)
+
+
+def test_what_ends_an_answer_besides_the_eos(tokenizer):
+  assert chat.turn_end(tokenizer) == ''  # there is no template
+  chat.use_template(tokenizer, 'hh')
+  assert chat.turn_end(tokenizer) == ''
+  chat.use_template(tokenizer, 'chatml')
+  assert chat.turn_end(tokenizer) == '<|im_end|>'
+  tokenizer.eos_token = '<|im_end|>'
+  assert chat.turn_end(tokenizer) == ''
+
+
 def test_template_from_a_file_or_text(tokenizer, tmp_path):
   text = "{{ messages[0]['content'] }}{% if add_generation_prompt %}{% else %}!{% endif %}"
   path = tmp_path / 'x.jinja'
