@@ -385,6 +385,24 @@ FAULTS = (
     _tests('algorithms/test_reward_model', 'test_the_first_loss_of_a_config_by_loop'),
   ),
   Fault(
+    'the reliability of annotators is not used',
+    'rlhf_jax/algorithms/reward_model.py',
+    'reliability=weights,',
+    'reliability=None,',
+    _tests(
+      'algorithms/test_reliability', 'test_loss_and_gradient_of_a_train_step_by_a_loop[False]'
+    ),
+  ),
+  Fault(
+    'all annotators are unknown',
+    'rlhf_jax/data/tokenized.py',
+    'annotator[index] = numbers.get(example.annotator, -1)',
+    'annotator[index] = -1',
+    _tests(
+      'algorithms/test_reliability', 'test_without_the_option_the_batches_have_no_annotators'
+    ),
+  ),
+  Fault(
     'every head learns from all comparisons',
     'rlhf_jax/algorithms/reward_model.py',
     'return valid & head_subsets(',

@@ -25,7 +25,7 @@ from rlhf_jax.evaluation import tables
 _PLACEHOLDERS = {
   'EVAL': 'EVAL stands for the name of an evaluator in config.evals.',
   'PART': 'PART stands for a part of the reward.',
-  'MODEL': 'MODEL stands for policy, critic or reward.',
+  'MODEL': 'MODEL stands for policy, critic, reward or annotators.',
 }
 
 
