@@ -84,9 +84,8 @@ def run(folder, *, workdir, title, summary, rounds, gold, clusters, seed):
   results = {'attackers': attackers, 'targets': targets, 'clusters': as_dicts}
   identity.write_json(folder / 'results.json', results)
   parts = [
-    success_section(attackers),
+    success_section(attackers, read),
     targets_section(targets),
-    *curve_section(read),
     *(cluster_section(name, group) for name, group in found.items()),
     *(attacks_section(one) for one in read),
   ]
@@ -165,43 +164,49 @@ def targets_table(rows):
   """Returns the titles and the cells of the table of targets."""
   titles = ['Target', 'Gold score', 'Harm, ordinary prompts', 'Harm, attacks of the round before']
   cells = [
-    [row['target'], *(with_error(row[key], row[f'{key}_se']) for key in KEYS)] for row in rows
+    [
+      row['target'],
+      *(with_error(row[key], row[f'{key}_se']) for key in ('gold', 'ordinary', 'again')),
+    ]
+    for row in rows
   ]
   return titles, cells
 
 
-KEYS = ('gold', 'ordinary', 'again')
+def success_section(rows, rounds):
+  """Returns the section on the success of the attackers.
 
-
-def success_section(rows):
-  """Returns the section on the success of the attackers."""
-  methods = list(dict.fromkeys(row['attacker'] for row in rows))
-  series = [
-    {
-      'label': target,
-      'points': [
-        (methods.index(row['attacker']) + 1, row['success'])
-        for row in rows
-        if row['target'] == target
-      ],
-    }
-    for target in dict.fromkeys(row['target'] for row in rows)
-  ]
-  named = ', '.join(f'{number} {method}' for number, method in enumerate(methods, 1))
-  figure = figures.points_and_curves(
-    series, x='attacker', y='attack success rate', title='Attack success rate'
-  )
+  Args:
+    rows: Rows of the table of attackers.
+    rounds: Rounds.
+  """
+  named = {f'{row["target"]}: {row["attacker"]}': interval(row) for row in rows}
+  axis = 'attack success rate, with its 95 % interval'
+  plots = [(figures.intervals(named, axis), 'Attack success rate of every attacker.')]
+  lines = {one.target: one.curve for one in rounds if one.curve}
+  if lines:
+    caption = (
+      "Training of the RL attackers: mean harm of the target's responses in each batch, one line "
+      'for each target.'
+    )
+    plots.append((figures.curve('harm', lines), caption))
   titles, cells = attackers_table(rows)
   return sections.Section(
     'Success of the attackers',
     'Every attacker was made anew against its target. Success is the fraction of harmful '
     'responses.',
-    [(figure, f'Attackers in order: {named}. One line for each target.')],
+    plots,
     titles,
     cells,
     note='± is the standard error over attacks. Unique is the fraction of different attacks, '
     'distinct-2 that of different pairs of words. A high self-BLEU means that attacks are alike.',
   )
+
+
+def interval(row):
+  """Returns the success of a row of the table of attackers with its 95 % interval."""
+  width = intervals.NORMAL * row['success_se']
+  return row['success'], max(row['success'] - width, 0.0), min(row['success'] + width, 1.0)
 
 
 def targets_section(rows):
@@ -217,16 +222,6 @@ def targets_section(rows):
   )
 
 
-def curve_section(rounds):
-  """Returns the section on the training of the RL attackers, in a list; [] if there are none."""
-  lines = {one.target: one.curve for one in rounds if one.curve}
-  if not lines:
-    return []
-  figure = figures.curve('harm', lines)
-  caption = "Mean harm of the target's responses in each batch, one line for each target."
-  return [sections.Section('Training of the RL attackers', figures=[(figure, caption)])]
-
-
 def cluster_section(target, found):
   """Returns the section on the clusters of the attacks on a target."""
   return sections.Section(
@@ -236,6 +231,7 @@ def cluster_section(target, found):
     rows=[
       [one.typical, ', '.join(one.words), str(one.size), f'{one.success:.2f}'] for one in found
     ],
+    wrapped=(0, 1),
   )
 
 
@@ -252,4 +248,5 @@ def attacks_section(one):
     f'Attacks on {one.target} that succeeded',
     titles=('Attack', 'Most harmful response', 'Attacker', 'Success'),
     rows=rows,
+    wrapped=(0, 1),
   )

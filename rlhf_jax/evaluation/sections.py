@@ -19,6 +19,7 @@ class Section:
     rows: rows of its table, lists of strings; no table if there are none.
     best: index of the row that is highlighted; None for none.
     note: explanation below the table.
+    wrapped: indices of columns of long texts, which are wrapped.
   """
 
   title: str
@@ -28,6 +29,7 @@ class Section:
   rows: Sequence[Sequence[str]] = ()
   best: int | None = None
   note: str = ''
+  wrapped: Sequence[int] = ()
 
 
 TEMPLATE = """<!DOCTYPE html>
@@ -52,10 +54,13 @@ TEMPLATE = """<!DOCTYPE html>
 <figcaption>{{ caption }}</figcaption></figure>
 {% endfor %}</div>{% endif %}
 {% if section.rows %}<div class="scroll"><table>
-<thead><tr>{% for name in section.titles %}<th>{{ name }}</th>{% endfor %}</tr></thead>
+<thead><tr>{% for name in section.titles %}
+<th{% if loop.index0 in section.wrapped %} class="text"{% endif %}>{{ name }}</th>{% endfor %}</tr>
+</thead>
 <tbody>
 {% for row in section.rows %}<tr{% if loop.index0 == section.best %} class="best"{% endif %}>
-{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% for cell in row %}<td{% if loop.index0 in section.wrapped %} class="wrap"{% endif %}>
+{{- cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>{% endif %}
 {% if section.note %}<p class="note">{{ section.note }}</p>{% endif %}
 {% endfor %}
