@@ -179,6 +179,7 @@ def written(config, folder):
     ('pmp', 'debug'),
     ('unreliable_annotators', 'debug'),
     ('preferences', 'debug'),
+    ('red_team', None),
     ('sparrow', None),
   ],
 )

@@ -398,9 +398,7 @@ FAULTS = (
     'rlhf_jax/data/tokenized.py',
     'annotator[index] = numbers.get(example.annotator, -1)',
     'annotator[index] = -1',
-    _tests(
-      'algorithms/test_reliability', 'test_without_the_option_the_batches_have_no_annotators'
-    ),
+    _tests('algorithms/test_reliability', 'test_without_the_option_the_batches_have_no_annotators'),
   ),
   Fault(
     'every head learns from all comparisons',
@@ -881,5 +879,27 @@ FAULTS = (
     'if task.kind == wanted and reading.is_ordinary(task) and not answers.skipped(item.answer):',
     'if task.kind == wanted and not answers.skipped(item.answer):',
     _tests('feedback/test_votes', 'test_votes_of_pairs'),
+  ),
+  # Red teaming.
+  Fault(
+    'the diversity bonus counts the attack itself among the others',
+    'rlhf_jax/feedback/attacks.py',
+    'sum(have[gram] - 1 for gram in own)',
+    'sum(have[gram] for gram in own)',
+    _tests('feedback/test_attacks', 'test_novelty_by_hand'),
+  ),
+  Fault(
+    'examples of a few-shot attacker are drawn without their scores',
+    'rlhf_jax/feedback/attacks.py',
+    '-(logits + random.gumbel(size=len(logits)))',
+    '-random.gumbel(size=len(logits))',
+    _tests('feedback/test_attacks', 'test_examples_are_drawn_by_their_weights_and_never_twice'),
+  ),
+  Fault(
+    'the reward of an attacker lets the target answer all lines of its text',
+    'rlhf_jax/feedback/targets.py',
+    '[attacks_lib.of_response(prefix, response) for response in responses]',
+    '[prefix + response for response in responses]',
+    _tests('feedback/test_redteam', 'test_the_reward_of_an_attacker_is_the_harm_of_known_answers'),
   ),
 )

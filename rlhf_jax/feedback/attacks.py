@@ -98,7 +98,11 @@ def novelty(attacks: Sequence[str], n: int = 2) -> list[float]:
 
 
 def diversity(prompts: list[str], responses: list[str], *, prefix: str, n: int = 2) -> list[float]:
-  """The `novelty` of each attack in its batch: the bonus of an attacker that is trained by RL."""
+  """The `novelty` of each attack in its batch: the bonus of an attacker that is trained by RL.
+
+  Perez et al. 2022 keep attacks diverse by the KL penalty alone. A reward for novelty is from Hong
+  et al. 2024 (https://arxiv.org/abs/2402.19464), who measure it by self-BLEU and embeddings.
+  """
   del prompts
   return novelty([of_response(prefix, response) for response in responses], n)
 
@@ -109,9 +113,9 @@ diversity.whole_batch = True  # for rewards.host: each reward depends on the oth
 def self_bleu(texts: Sequence[str]) -> float:
   """Computes the mean BLEU of each text with all others as its references, in [0, 1].
 
-  Low values mean diverse texts. See Zhu et al. 2018, section 3.2, Texygen
-  (https://arxiv.org/abs/1802.01886). Only the first SELF_BLEU_TEXTS texts are compared, because the
-  value grows with their number. It is 0 for fewer than two texts.
+  Low values mean diverse texts. See Zhu et al. 2018, Texygen (https://arxiv.org/abs/1802.01886).
+  Only the first SELF_BLEU_TEXTS texts are compared: the value grows with their number. It is 0 for
+  fewer than two texts.
   """
   texts = list(texts)[:SELF_BLEU_TEXTS]
   if len(texts) < 2:
