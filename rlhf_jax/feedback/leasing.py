@@ -17,7 +17,7 @@ from rlhf_jax.feedback import reading
 from rlhf_jax.feedback import schema
 from rlhf_jax.feedback import types
 
-WINDOW = 500  # open tasks among which `assign.choose` chooses
+WINDOW = 100  # open tasks among which `assign.choose` chooses
 REPEAT_GAP = 5  # a task is repeated after at least this many others
 
 _OTHERS = orm.aliased(schema.Lease)
@@ -43,7 +43,9 @@ def next_lease(
   """
   for lease, task in _held(session, project.id, annotator_id):
     if lease.expires > now or has_room(session, task, annotator_id, now):
-      lease.expires = now + project.lease_seconds
+      # A page that is shown again writes nothing while most of the time is left.
+      if lease.expires - now < project.lease_seconds / 2:
+        lease.expires = now + project.lease_seconds
       return lease
     session.delete(lease)
   session.flush()
