@@ -902,4 +902,21 @@ FAULTS = (
     '[prefix + response for response in responses]',
     _tests('feedback/test_redteam', 'test_the_reward_of_an_attacker_is_the_harm_of_known_answers'),
   ),
+  # Human feedback.
+  Fault(
+    'a task that others are answering counts as open',
+    'rlhf_jax/feedback/leasing.py',
+    'task.judged + leased.scalar_subquery() < task.overlap',
+    'task.judged < task.overlap',
+    _tests(
+      'feedback/test_assignment', 'test_a_task_goes_to_as_many_annotators_as_it_wants[sqlite]'
+    ),
+  ),
+  Fault(
+    'a run that resumes reads other judgements than before',
+    'rlhf_jax/feedback/source.py',
+    'if path in recorded:',
+    'if path is recorded:',
+    _tests('feedback/test_source', 'test_a_run_refuses_a_store_that_lost_judgements'),
+  ),
 )
