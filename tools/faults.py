@@ -919,4 +919,29 @@ FAULTS = (
     'if path is recorded:',
     _tests('feedback/test_source', 'test_a_run_refuses_a_store_that_lost_judgements'),
   ),
+  # The labelling page.
+  Fault(
+    'an answer is stored for the other one of a pair',
+    'rlhf_jax/feedback/page/forms.py',
+    "shown['ab'.index(match[1])]",
+    "shown['ba'.index(match[1])]",
+    _tests(
+      'feedback/test_page',
+      'test_a_comparison_is_stored_for_the_answer_that_was_displayed[good]',
+    ),
+  ),
+  Fault(
+    'an old form answers the task whose lease has its id now',
+    'rlhf_jax/feedback/page/annotate.py',
+    'schema.Lease.annotator_id == user.id,\n        schema.Lease.token == token,',
+    'schema.Lease.annotator_id == user.id,',
+    _tests('feedback/test_page', 'test_an_old_form_does_not_answer_another_task'),
+  ),
+  Fault(
+    'the CSRF token of a request is not compared',
+    'rlhf_jax/feedback/page/auth.py',
+    'not equal(given, expected)',
+    'not given',
+    _tests('feedback/test_page_security', 'test_a_post_needs_the_token_of_the_session[wrong]'),
+  ),
 )

@@ -4,6 +4,7 @@ A link only shows a form, since programs that preview links in messages open the
 sign-ins get the same answer in the same time.
 """
 
+import logging
 from typing import Annotated
 
 import fastapi
@@ -18,6 +19,7 @@ from rlhf_jax.feedback.page import auth
 from rlhf_jax.feedback.page import passwords
 
 router = fastapi.APIRouter()
+_log = logging.getLogger('rlhf_jax.feedback')
 WRONG = 'The name or the password is wrong.'
 ENDED = 'You are not signed in any more. Your last answer was not saved.'
 NO_LINK = 'This link does not work, or no longer. Ask the owner of the project for a new one.'
@@ -47,6 +49,8 @@ def sign_in_by_password(request: fastapi.Request, name: Text = '', password: Tex
   password_hash = annotator.password_hash if _may_sign_in(annotator) else None
   right, new_hash = passwords.verify(password[:MAX_PASSWORD], password_hash, settings)
   if not right:
+    # Not the name: people type passwords into that field.
+    _log.warning('a wrong sign-in from %s', _address(request))
     return auth.render(request, 'sign_in.html', status=403, message=WRONG, name=name[:200])
   if new_hash:
     with request.app.state.store.database.write() as rows:
@@ -124,8 +128,11 @@ def _may_sign_in(annotator):
 
 
 def _limit_address(request):
-  address = request.client.host if request.client else ''
-  auth.limit(request, request.app.state.settings.address_rate, 'address', address)
+  auth.limit(request, request.app.state.settings.address_rate, 'address', _address(request))
+
+
+def _address(request):
+  return request.client.host if request.client else ''
 
 
 def _is_text(name):
