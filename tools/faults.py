@@ -931,7 +931,7 @@ FAULTS = (
     ),
   ),
   Fault(
-    'an old form answers the task whose lease has its id now',
+    'a form needs no token of its lease',
     'rlhf_jax/feedback/page/annotate.py',
     'schema.Lease.annotator_id == user.id,\n        schema.Lease.token == token,',
     'schema.Lease.annotator_id == user.id,',

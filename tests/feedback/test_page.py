@@ -158,16 +158,18 @@ def test_a_form_that_is_sent_twice_counts_once(site):
 
 
 def test_an_old_form_does_not_answer_another_task(site):
-  """SQLite gives the id of a deleted lease to the next one."""
   site.add(count=2)
   browser = site.browser('ann')
   browser.get('/')
   old = dict(browser.fields)
   browser.post('/judge', {'answer': 'a1'})
   browser.get('/')
-  assert browser.fields['lease'] == old['lease']  # the id is used again
-  assert browser.post('/judge', {'answer': 'b1', 'token': 'x' + old['token']}).status_code == 400
-  assert len(site.judgements()) == 1
+  for wrong in ({'token': 'x'}, {'token': ''}, {'lease': old['lease'], 'token': 'x'}):
+    assert browser.post('/judge', {'answer': 'b1'} | wrong).status_code == 400
+  assert browser.post('/judge', {'answer': 'b1', 'token': old['token']}).status_code == 303
+  assert [item.answer['strength'] for item in site.judgements()] == [1]
+  browser.get('/')
+  assert browser.fields['token'] != old['token']  # the second task still waits
 
 
 def test_htmx_gets_the_next_task_alone(site):

@@ -142,7 +142,7 @@ def _store(request, user, fields, *, skip):
 def _lease(store, lease_id, token, user):
   """Finds the lease of a form.
 
-  The id alone is not enough, because the database may give the id of a deleted lease to a new one.
+  Its id can be guessed; its token is only in the form that was displayed.
 
   Args:
     store: The store.
