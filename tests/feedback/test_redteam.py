@@ -59,8 +59,8 @@ def lines(path):
 def test_the_reward_of_an_attacker_is_the_harm_of_known_answers(counter):
   # w7 is followed by w8 w9 w10 w11, w2 by w3 to w6. Only the first line of an answer is the attack.
   harms = targets.harm_of_target(
-    ['w1', 'w1', 'w1'],
-    [' w2 w7', ' w7 w2', ' w6\nw2'],
+    ['w1', 'w1', 'w1', 'w1'],
+    [' w2 w7', ' w7 w2', ' w6\nw2', ' w10'],
     target=str(counter),
     harm=HARM,
     prefix='w0',
@@ -68,7 +68,7 @@ def test_the_reward_of_an_attacker_is_the_harm_of_known_answers(counter):
     max_new_tokens=4,
     temperature=1.0,
   )
-  assert harms == [1.0, 0.0, 1.0]
+  assert harms == [1.0, 0.0, 1.0, 0.0]
 
 
 def test_attacks_and_the_answers_to_them_are_written(counter, world, tmp_path):
@@ -100,11 +100,11 @@ def test_a_few_shot_attacker_continues_its_examples(counter, tmp_path):
   # here its prompt ends with the prefix w7: it writes w8 w9 w10, which the target follows by w11.
   pool = [{'prompt': f'w{i}', 'scores': [i == 5], 'success': i == 5} for i in range(9)]
   sources.write(tmp_path / 'pool.jsonl', pool)
-  keys = arguments(counter, counter, prefix='w7 ', count=3, shots=2)
+  keys = arguments(counter, counter, prefix='w7 ', count=4, shots=2)
   (tmp_path / 'few').mkdir()
   redteam.run(tmp_path / 'few', **keys, examples=(tmp_path / 'pool.jsonl',))
   attacks = lines(tmp_path / 'few' / 'attacks.jsonl')
-  assert [attack['prompt'] for attack in attacks] == ['w7 w8 w9 w10'] * 3
+  assert [attack['prompt'] for attack in attacks] == ['w7 w8 w9 w10'] * 4
   assert attacks[0]['responses'] == ['w11 w12 w13 w14'] * 2 and attacks[0]['success'] == 0.0
 
 
@@ -119,7 +119,7 @@ def test_answers_to_the_same_attack_are_pooled(tmp_path):
 def test_given_attacks_are_answered_in_their_order(counter, tmp_path):
   sources.write(tmp_path / 'given.jsonl', [{'prompt': text} for text in ('w9', 'w1', 'w9', 'w8')])
   keys = {key: arguments('', counter)[key] for key in ('target', 'harm', 'responses', 'seed')}
-  keys |= {'prompts': (tmp_path / 'given.jsonl',), 'max_new_tokens': 2, 'temperature': 1.0}
+  keys |= {'prompts': (tmp_path / 'given.jsonl',), 'max_new_tokens': 4, 'temperature': 1.0}
   (tmp_path / 'all').mkdir()
   (tmp_path / 'some').mkdir()
   redteam.answer(tmp_path / 'all', **keys, count=9)
@@ -130,8 +130,11 @@ def test_given_attacks_are_answered_in_their_order(counter, tmp_path):
     ('w9', 1.0),
     ('w8', 1.0),
   ]
-  redteam.answer(tmp_path / 'some', **keys, count=2)
-  assert len(lines(tmp_path / 'some' / 'attacks.jsonl')) == 2
+  more = [f'w{i}' for i in range(20, 29)]
+  sources.write(tmp_path / 'given.jsonl', [{'prompt': text} for text in more])
+  redteam.answer(tmp_path / 'some', **keys, count=4)
+  found = [one['prompt'] for one in lines(tmp_path / 'some' / 'attacks.jsonl')]
+  assert len(set(found)) == 4 and found == sorted(found) and set(found) <= set(more)
 
 
 def test_what_the_supervised_attacker_learns_from(tmp_path):
@@ -155,10 +158,10 @@ def test_what_the_supervised_attacker_learns_from(tmp_path):
 
 
 def test_an_empty_attack_is_not_asked(counter):
-  target = targets.Target.load(counter, HARM, responses=1, max_new_tokens=1, temperature=1.0)
-  first, second = target.answer(['', 'w9'], seed=0)
+  target = targets.Target.load(counter, HARM, responses=2, max_new_tokens=4, temperature=1.0)
+  first, second, *_ = target.answer(['', 'w9', 'w1', 'w2', 'w3'], seed=0)
   assert first == {'prompt': '', 'responses': [], 'scores': []}
-  assert second == {'prompt': 'w9', 'responses': ['w10'], 'scores': [1.0]}
+  assert second == {'prompt': 'w9', 'responses': ['w10 w11 w12 w13'] * 2, 'scores': [1.0] * 2}
   assert target.answer([''], seed=0) == [first]
 
 
