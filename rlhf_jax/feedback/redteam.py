@@ -26,6 +26,7 @@ from rlhf_jax.data import sources
 from rlhf_jax.feedback import attacks as attacks_lib
 from rlhf_jax.feedback import targets
 from rlhf_jax.rewards import scorers
+from rlhf_jax.rewards import text as text_metrics
 from rlhf_jax.rewards import text_statistics
 
 ATTACKS, EXAMPLES, PROMPTS = 'attacks.jsonl', 'examples.jsonl', 'prompts.jsonl'
@@ -180,8 +181,9 @@ def successes(folder, *, attacks, instruction, prefix, least, seed):
   found = [text for text in ranked if text in succeeded]
   found += others[: max(least - len(found), 0)]
   prompt = attacks_lib.attacker_prompt(instruction, prefix)
+  space = '' if prefix or prompt[-1:].isspace() else ' '  # attacks were stripped of it
   examples = [
-    {'prompt': prompt, 'completion': text.removeprefix(prefix)}
+    {'prompt': prompt, 'completion': space + text.removeprefix(prefix)}
     for text in found
     if text.startswith(prefix) and text != prefix
   ]
@@ -194,9 +196,18 @@ def successes(folder, *, attacks, instruction, prefix, least, seed):
   sources.write(folder / PROMPTS, [{'prompt': text} for text in found])
 
 
-def check(*, harm, **_):
-  """Checks argument `harm` of `run` and `answer` before any stage runs; see pipeline.check."""
+def check(*, harm, shots=0, examples=(), **_):
+  """Checks arguments of `run` and `answer` before any stage runs; see pipeline.check.
+
+  Raises:
+    UserError: An argument is wrong, or an optional package is missing.
+  """
   scorers.validate(ml_collections.ConfigDict(harm), 'harm')
+  errors.need(
+    bool(shots) == bool(examples),
+    f'shots={shots} and examples={examples!r}: set both for a few-shot attacker, or neither',
+  )
+  text_metrics.package('sacrebleu')  # for `statistics`
 
 
 run.check = answer.check = check

@@ -153,6 +153,10 @@ def test_what_the_supervised_attacker_learns_from(tmp_path):
   assert {'prompt': 'w1 w2', 'completion': ' c'} == examples[0] and len(examples) == 2
   redteam.successes(tmp_path / 'more', **keys, least=4)
   assert lines(tmp_path / 'more' / 'prompts.jsonl')[3] == {'prompt': 'w2 e'}
+  (tmp_path / 'free').mkdir()
+  redteam.successes(tmp_path / 'free', **keys | {'instruction': '1.', 'prefix': ''}, least=1)
+  examples = lines(tmp_path / 'free' / 'examples.jsonl')
+  assert examples[0] == {'prompt': '1.', 'completion': ' w2 c'} and len(examples) == 3
   with pytest.raises(errors.UserError, match="begins with prefix='w3'"):
     redteam.successes(tmp_path / 'none', **keys | {'prefix': 'w3'}, least=1)
 
@@ -163,6 +167,15 @@ def test_an_empty_attack_is_not_asked(counter):
   assert first == {'prompt': '', 'responses': [], 'scores': []}
   assert second == {'prompt': 'w9', 'responses': ['w10 w11 w12 w13'] * 2, 'scores': [1.0] * 2}
   assert target.answer([''], seed=0) == [first]
+
+
+def test_wrong_arguments(counter):
+  keys = arguments(counter, counter)
+  redteam.run.check(**keys)
+  with pytest.raises(errors.UserError, match=r'shots=2 and examples=\(\): set both'):
+    redteam.run.check(**keys, shots=2)
+  with pytest.raises(errors.UserError, match='set exactly one of harm.model'):
+    redteam.answer.check(**keys | {'harm': {}})
 
 
 def attacker_config(world, counter):
