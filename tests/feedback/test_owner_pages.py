@@ -276,3 +276,20 @@ def test_export(olga):
   assert len(response.text.splitlines()) == 19
   assert olga.get('/owner/export/other.jsonl').status_code == 404
   assert olga.get('/owner/export/pairs.jsonl?annotators=x').status_code == 404
+
+
+def test_names_of_policies_are_text_in_pages_and_pictures(site):
+  store, browser = site
+  project = store.project('empty')
+  names = ['<script>alert(1)</script>', '"><img src=x style="color:red"> $x^2$ ]]> -->']
+  ann, _ = store.add_annotator('Ann')
+  for number in range(2):
+    texts = [{'text': name, 'policy': name} for name in names]
+    store.add_tasks(project, [{'prompt': 'p', 'completions': texts, 'round': number}])
+    lease = store.next_task(project, ann)
+    chosen = lease.task.completions[number].id
+    store.judge(lease, ann, {'chosen': chosen}, token=lease.token)
+  page = browser.get('/owner/elo').text
+  assert '<img' not in page and '<script>' not in page
+  # In the table, in the sentence about the picture, and in the picture's legend.
+  assert page.count('&lt;script&gt;alert(1)') == 3
