@@ -202,7 +202,7 @@ async def _lines(app_state, user, prompt) -> AsyncIterator[str]:
     )
     yield _line(stored=True)
   except (live.Unavailable, live.Refused) as error:
-    yield _line(error=str(error))
+    yield _line(error=_sentence(str(error)))
   except errors.UserError as error:
     _log.error('chat: %s', error)
     yield _line(error=BROKEN)
@@ -220,6 +220,11 @@ async def _read(side, answer, queue):
     queue.put_nowait((side, None))
   except errors.UserError as error:
     queue.put_nowait((side, error))
+
+
+def _sentence(text):
+  """Returns the message of an error with a capital letter and a full stop."""
+  return f'{text[0].upper()}{text[1:].rstrip(".")}.'
 
 
 def _line(**fields):

@@ -6,6 +6,9 @@
   const announce = text => { document.querySelector('#status').textContent = text; };
 
   const fail = (area, text) => {
+    document.querySelector('#task-title').textContent = 'There are no answers yet';
+    area.querySelectorAll('.answer').forEach(answer => answer.setAttribute('aria-busy', 'false'));
+    document.querySelector('.change').open = true;
     const line = document.createElement('p');
     line.className = 'message';
     line.textContent = text;
