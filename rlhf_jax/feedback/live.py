@@ -19,11 +19,12 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import logging
 
 from rlhf_jax import errors
+from rlhf_jax.feedback import live_messages as messages
 
 # What starts the process: `python -c PROGRAM FD PATH...` with the file descriptor of its connection
 # and the entries of sys.path. As in rewards/pool.py, `multiprocessing` cannot start it.
@@ -35,8 +36,6 @@ GRACE = 5.0  # seconds that the process has to end by itself
 HUNG_SECONDS = 600.0  # a process that sends nothing for this long, while answers expire, is killed
 MAX_SEED = 2**31
 
-Prompt = str | list[dict[str, str]]
-
 
 class Unavailable(errors.UserError):
   """The policies cannot answer now; asking again may help."""
@@ -44,56 +43,6 @@ class Unavailable(errors.UserError):
 
 class Refused(errors.UserError):
   """The policy cannot answer this request, for example because the conversation is too long."""
-
-
-class Setup(NamedTuple):
-  """The first message to the process; see `Policies` for the fields."""
-
-  folders: dict[str, str]
-  max_concurrent: int
-  max_length: int
-  chat_template: str | None
-
-
-class Ask(NamedTuple):
-  """A message to the process: write an answer."""
-
-  id: int
-  policy: str
-  prompt: Prompt
-  max_new_tokens: int | None
-  temperature: float
-  seed: int
-
-
-class Cancel(NamedTuple):
-  """A message to the process: nobody waits for this answer any more."""
-
-  id: int
-
-
-class Begun(NamedTuple):
-  """A message from the process: which checkpoint answers, with which sampling settings."""
-
-  id: int
-  checkpoint: str
-  sampling: dict[str, Any]
-
-
-class Piece(NamedTuple):
-  """A message from the process: text; `finish` is None, or why the answer ends with it."""
-
-  id: int
-  text: str
-  finish: str | None
-
-
-class Failed(NamedTuple):
-  """A message from the process, or about it: why there is no answer, and the error to raise."""
-
-  id: int
-  text: str
-  error: type[errors.UserError] = errors.UserError
 
 
 class Answer(AsyncIterator[str]):
@@ -108,7 +57,7 @@ class Answer(AsyncIterator[str]):
     finish: None until the answer is complete; then 'end', or 'length' if it was cut.
   """
 
-  def __init__(self, policies: 'Policies', ask: Ask, seconds: float):
+  def __init__(self, policies: 'Policies', ask: messages.Ask, seconds: float):
     """Prepares an answer; see `Policies.stream`."""
     self.policy, self.text, self.finish = ask.policy, '', None
     self.checkpoint: str | None = None
@@ -148,9 +97,9 @@ class Answer(AsyncIterator[str]):
     while True:
       left = max(self._due - time.monotonic(), 0.0)
       message = await asyncio.wait_for(self._inbox.get(), left)
-      if isinstance(message, Failed):
+      if isinstance(message, messages.Failed):
         raise message.error(message.text)
-      if isinstance(message, Begun):
+      if isinstance(message, messages.Begun):
         self.checkpoint, self.sampling = message.checkpoint, message.sampling
         continue
       self.text, self.finish = self.text + message.text, message.finish
@@ -201,7 +150,7 @@ class Policies:
       errors.need(path.is_dir(), f'{path}: no such folder; a live policy is a model or a run')
     errors.need(len(set(paths)) == len(paths), 'a folder of a policy is named twice')
     named = dict(zip(names(paths), map(str, paths)))
-    self._setup = Setup(named, max_concurrent, max_length, chat_template)
+    self._setup = messages.Setup(named, max_concurrent, max_length, chat_template)
     self._max_waiting, self._seconds = max_waiting, seconds
     self._lock = threading.RLock()
     self._answers: dict[int, Answer] = {}
@@ -224,7 +173,7 @@ class Policies:
   def stream(
     self,
     name: str,
-    prompt: Prompt,
+    prompt: messages.Prompt,
     *,
     max_new_tokens: int | None = None,
     temperature: float = 1.0,
@@ -250,7 +199,7 @@ class Policies:
       f'there is no policy {name!r}: the policies are {", ".join(self.names)}',
     )
     seed = secrets.randbelow(MAX_SEED) if seed is None else seed
-    ask = Ask(next(self._ids), name, prompt, max_new_tokens, temperature, seed)
+    ask = messages.Ask(next(self._ids), name, prompt, max_new_tokens, temperature, seed)
     return Answer(self, ask, self._seconds)
 
   def close(self) -> None:
@@ -288,7 +237,7 @@ class Policies:
   def _end(self, id):
     with self._lock:
       if self._answers.pop(id, None) is not None and self._worker is not None:
-        self._worker.outbox.put(Cancel(id))
+        self._worker.outbox.put(messages.Cancel(id))
 
   def _expire(self, id):
     """Cancels an answer that took too long; kills the process if it does not respond at all."""
@@ -301,7 +250,7 @@ class Policies:
   def _receive(self, message):
     with self._lock:
       answer = self._answers.get(message.id)
-      if isinstance(message, Failed) or getattr(message, 'finish', None):
+      if isinstance(message, messages.Failed) or getattr(message, 'finish', None):
         self._answers.pop(message.id, None)
     if answer is not None:
       answer._deliver(message)
@@ -320,7 +269,9 @@ class Policies:
           self._start()
     reason = 'was closed' if self._closed else how
     for id, answer in lost.items():
-      answer._deliver(Failed(id, f'the process of the policies {reason}: ask again', Unavailable))
+      answer._deliver(
+        messages.Failed(id, f'the process of the policies {reason}: ask again', Unavailable)
+      )
 
 
 class _Worker:
@@ -371,7 +322,7 @@ class _Worker:
       while True:
         message = self._connection.recv()
         self.heard = time.monotonic()
-        self.answered |= isinstance(message, Begun)
+        self.answered |= isinstance(message, messages.Begun)
         receive(message)
     except (EOFError, OSError):
       pass

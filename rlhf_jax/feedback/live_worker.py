@@ -20,6 +20,7 @@ from rlhf_jax import policy as policy_lib
 from rlhf_jax import runtime
 from rlhf_jax.data import chat
 from rlhf_jax.feedback import live
+from rlhf_jax.feedback import live_messages as messages
 from rlhf_jax.rewards import worker
 from rlhf_jax.rollout import streaming
 
@@ -62,11 +63,11 @@ class Served:
 
     Args:
       folder: Its folder.
-      setup: live.Setup.
+      setup: messages.Setup.
       executor: Executor of the thread that loads.
       wake: Function that is called when something has been loaded.
     """
-    self.waiting: list[live.Ask] = []
+    self.waiting: list[messages.Ask] = []
     self.checkpoint, self._streams = None, []  # the newest streams come last
     self._folder, self._setup, self._executor, self._wake = folder, setup, executor, wake
     self._loading, self._version = None, None
@@ -156,7 +157,7 @@ class Server:
       for served in self._served.values():
         self._start_waiting(served)
         for request, text in served.step():
-          self._connection.send(live.Piece(self._ids[request], text, request.finish))
+          self._connection.send(messages.Piece(self._ids[request], text, request.finish))
           if request.finish:
             del self._open[self._ids.pop(request)]
 
@@ -182,11 +183,11 @@ class Server:
         return
 
   def _handle(self, message):
-    if isinstance(message, live.Ask):
+    if isinstance(message, messages.Ask):
       served = self._served[message.policy]
       served.waiting.append(message)
       served.look()
-    elif isinstance(message, live.Cancel):
+    elif isinstance(message, messages.Cancel):
       for served in self._served.values():
         served.waiting = [ask for ask in served.waiting if ask.id != message.id]
       if message.id in self._open:
@@ -203,12 +204,12 @@ class Server:
     for ask in waiting:
       if isinstance(streams, BaseException):
         logging.error('%s cannot be loaded: %s', ask.policy, streams)
-        self._connection.send(live.Failed(ask.id, str(streams)))
+        self._connection.send(messages.Failed(ask.id, str(streams)))
         continue
       try:
         self._start(ask, served.checkpoint, streams)
       except errors.UserError as error:
-        self._connection.send(live.Failed(ask.id, str(error), live.Refused))
+        self._connection.send(messages.Failed(ask.id, str(error), live.Refused))
 
   def _start(self, ask, checkpoint, streams):
     prompt = ask.prompt
@@ -224,4 +225,4 @@ class Server:
       'max_new_tokens': request.max_new_tokens,
       'seed': ask.seed,
     }
-    self._connection.send(live.Begun(ask.id, checkpoint, sampling))
+    self._connection.send(messages.Begun(ask.id, checkpoint, sampling))

@@ -20,6 +20,7 @@ from rlhf_jax import errors
 from rlhf_jax import policy as policy_lib
 from rlhf_jax import types
 from rlhf_jax.feedback import live
+from rlhf_jax.feedback import live_messages
 from rlhf_jax.feedback import live_worker
 import tiny
 
@@ -194,7 +195,7 @@ def test_open_answers_finish_with_the_old_checkpoint(tmp_path, policy_folders):
   policy = write_run(tmp_path, policy_folders[0])
   other = policy_lib.TextPolicy.load(policy_folders[1])
   save(tmp_path, 3, policy.params)
-  setup = live.Setup({'run': str(tmp_path)}, 2, 96, None)
+  setup = live_messages.Setup({'run': str(tmp_path)}, 2, 96, None)
   with concurrent.futures.ThreadPoolExecutor(1) as executor:
 
     def settle():
@@ -224,7 +225,7 @@ def test_open_answers_finish_with_the_old_checkpoint(tmp_path, policy_folders):
 def test_a_damaged_checkpoint_leaves_the_old_one(tmp_path, policy_folders):
   policy = write_run(tmp_path, policy_folders[0])
   (tmp_path / 'checkpoints').mkdir()
-  setup = live.Setup({'run': str(tmp_path)}, 2, 96, None)
+  setup = live_messages.Setup({'run': str(tmp_path)}, 2, 96, None)
   with concurrent.futures.ThreadPoolExecutor(1) as executor:
     served = live_worker.Served(str(tmp_path), setup, executor, lambda: None)
     concurrent.futures.wait([executor.submit(lambda: None)])
