@@ -138,6 +138,7 @@ def test_limits_of_time_and_number(policy_folders):
     asyncio.run(read(policies.stream('calm', 'w1')))
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_replaced(live_policies):
   async def main():
     before = await read(live_policies.stream('wild', 'w3', max_new_tokens=30, seed=2))

@@ -101,7 +101,8 @@ def test_tokens_are_those_of_the_prompt_alone(policy, compiled):
   assert longest > 55 and len(set(ends.values())) > 8
 
 
-@pytest.mark.parametrize('name', [pytest.param('gemma2', marks=pytest.mark.slow), 't5'])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['gemma2', 't5'])
 def test_sliding_windows_and_encoders(name, tmp_path):
   """An encoder has states of its own beside the cache, and slots for the response alone."""
   model, params = loops.family(name)
