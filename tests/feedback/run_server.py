@@ -1,7 +1,7 @@
 """Serves a project of a store in a process of its own, and prints the port when it listens.
 
-python run_server.py OPTIONS, a JSON dict: url, project, port, settings of the page, and policies,
-{name: folder}.
+python run_server.py OPTIONS, a JSON dict: url, project, port, settings of the page, and
+policies, a list of folders or null.
 """
 
 import json
@@ -25,7 +25,7 @@ def main():
   if options['policies']:
     from rlhf_jax.feedback import live
 
-    policies = live.Policies(options['policies'], max_concurrent=2)
+    policies = live.Policies(options['policies'], max_concurrent=2, seconds=240)
   application = app.create(
     store,
     store.project(options['project']),
@@ -36,7 +36,11 @@ def main():
   port = listener.getsockname()[1]
   config = serve.config(application, host='127.0.0.1', port=port, log_level='info')
   print(f'listens on {port}', file=ready, flush=True)
-  uvicorn.Server(config).run(sockets=[listener])
+  try:
+    uvicorn.Server(config).run(sockets=[listener])
+  finally:
+    if policies:
+      policies.close()
 
 
 if __name__ == '__main__':

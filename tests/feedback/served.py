@@ -46,6 +46,7 @@ class Page:
     process: The server's process.
     origin: Its address.
     log: File with all that it wrote to its standard output and error.
+    options: Options of run_server.py.
   """
 
   def __init__(self, url, folder, *, name='animals', settings=None, policies=None, **project):
@@ -55,7 +56,7 @@ class Page:
     self.project = self.store.add_project(name, **project)
     self.log = pathlib.Path(folder) / 'server.log'
     self.origin, self.process = '', None
-    self._options = {
+    self.options = {
       'url': self.url,
       'project': name,
       'port': 0,
@@ -69,7 +70,7 @@ class Page:
       start = log.tell()
       self.process = subprocess.Popen(
         [sys.executable, str(pathlib.Path(__file__).with_name('run_server.py'))]
-        + [json.dumps(self._options)],
+        + [json.dumps(self.options)],
         env=os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'},
         stdout=subprocess.PIPE,
         stderr=log,
@@ -78,8 +79,8 @@ class Page:
       )
     line = self.process.stdout.readline()
     assert line.startswith('listens on'), self.log.read_text()[start:]
-    self._options['port'] = int(line.split()[-1])
-    self.origin = f'http://127.0.0.1:{self._options["port"]}'
+    self.options['port'] = int(line.split()[-1])
+    self.origin = f'http://127.0.0.1:{self.options["port"]}'
 
   def kill(self):
     """Kills the server at once, as a crash does."""
