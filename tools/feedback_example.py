@@ -1,5 +1,6 @@
 """A made-up project of the labelling page: prompts, answers of four policies, and votes."""
 
+import itertools
 import random
 
 NAME = 'helpful'
@@ -98,7 +99,7 @@ REASONS = (
 
 
 FLAGS = {6: ('false',), 11: ('broken',)}  # of the judgements with these numbers
-GROUPS = ((0, 1), (1, 2), (2, 3))  # the policies that are compared in each round
+ROUNDS = 3  # in round r, policies 0 to r + 1 are compared
 
 
 def fill(store):
@@ -113,13 +114,13 @@ def fill(store):
   project = store.add_project(NAME, instructions=INSTRUCTIONS, overlap=3, repeat_fraction=0.1)
   voters = [(store.add_annotator(name)[0], right) for name, right in PEOPLE.items()]
   voters.append((store.add_annotator(SIMULATED, simulated=True)[0], 0.8))
-  for round, group in enumerate(GROUPS):
-    others = ((0, 2), (0, 3), (1, 3))[: round + 1]
-    store.add_tasks(project, [_task(row, 'pair', group, round) for row in EXAMPLES])
-    store.add_tasks(
-      project,
-      [_task(row, 'pair', others[i % len(others)], round) for i, row in enumerate(EXAMPLES)],
-    )
+  for round in range(ROUNDS):
+    pairs = list(itertools.combinations(range(round + 2), 2))
+    tasks = []
+    for number, row in enumerate(EXAMPLES * 2):
+      pair = pairs[number % len(pairs)]
+      tasks.append(_task(row, 'pair', pair[:: -1 if number % 3 else 1], round))
+    store.add_tasks(project, tasks)
   store.add_tasks(project, [_task(row, 'rank', range(4), 2) for row in EXAMPLES[:4]])
   store.add_tasks(project, [_task(row, 'rate', (3,), 2) for row in EXAMPLES[4:]])
   rng = random.Random(0)

@@ -33,8 +33,8 @@ DIALOGUE = (
   ),
   (
     'Loose, a green one from Japan. It always gets bitter.',
-    'Then the water is too hot. Let it cool to 70 °C, and pour the tea off after a minute and a '
-    'half. A second infusion needs thirty seconds only.',
+    'Then the water is too hot. Let it cool to 70\u00a0°C, and pour the tea off after a minute and '
+    'a half. A second infusion needs thirty seconds only.',
     'Use less tea, or add some sugar.',
   ),
 )
@@ -93,10 +93,11 @@ def shoot(page, path):
   """Writes a picture of a page, at most TALLEST pixels high, with a palette to make it small."""
   from PIL import Image
 
-  height = page.evaluate('document.documentElement.scrollHeight')
   size = page.viewport_size
-  clip = {'x': 0, 'y': 0, 'width': size['width'], 'height': min(height, TALLEST)}
-  page.screenshot(path=path, full_page=True, clip=clip)
+  height = page.evaluate('document.body.scrollHeight')
+  page.set_viewport_size(size | {'height': max(400, min(height, TALLEST))})
+  page.screenshot(path=path)
+  page.set_viewport_size(size)
   with Image.open(path) as picture:
     small = picture.convert('RGB').quantize(COLOURS)
   small.save(path, optimize=True)

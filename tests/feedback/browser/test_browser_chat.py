@@ -40,7 +40,7 @@ def turns(page):
 
 
 def test_a_dialogue_of_two_turns_by_keyboard(world, visit):
-  page = start(world, visit, 'chatter', 'Start a helpful dialogue')
+  page = start(world, visit, 'speaker', 'Start a helpful dialogue')
   checks.accessible(page)
   texts = page.evaluate("""() => {
     window.pieces = 0;
@@ -65,7 +65,7 @@ def test_a_dialogue_of_two_turns_by_keyboard(world, visit):
   page.keyboard.press('1')
   page.locator('#message').wait_for()
   assert turns(page)[2:] == ['w3', texts[0]]
-  first, second = world.judgements('chatter')
+  first, second = world.judgements('speaker')
   assert first.answer['strength'] == 3
   assert second.answer == {'chosen': second.shown[0], 'strength': 1}
   names = {
