@@ -944,4 +944,21 @@ FAULTS = (
     'not given',
     _tests('feedback/test_page_security', 'test_a_post_needs_the_token_of_the_session[wrong]'),
   ),
+  Fault(
+    'the arrow keys choose the other answer',
+    'rlhf_jax/feedback/page/static/app.js',
+    '{ ArrowLeft: -1, ArrowRight: 1 }',
+    '{ ArrowLeft: 1, ArrowRight: -1 }',
+    _tests('feedback/browser/test_browser_labelling', 'test_twenty_pairs_by_keyboard_alone'),
+  ),
+  Fault(
+    'answers are not escaped',
+    'rlhf_jax/feedback/page/templates/task_parts.html',
+    '{{ answer.strip() }}',
+    '{{ answer.strip()|safe }}',
+    _tests(
+      'feedback/browser/test_browser_injection',
+      'test_stored_payloads_are_text_on_the_pages_of_annotators',
+    ),
+  ),
 )
