@@ -88,6 +88,13 @@ def test_logprobs_are_summed_over_the_response(policy):
   )
 
 
+def test_the_length_that_prompts_are_padded_to_changes_no_response(policy):
+  found, padded = sample(policy, temperature=1.0), sample(policy, temperature=1.0, prompt_length=9)
+  assert padded.responses == found.responses
+  assert (padded.rollout.tokens.shape[1], found.rollout.tokens.shape[1]) == (9 + 5, 4 + 5)
+  same(sample(policy, temperature=1.0, prompt_length=2), found)  # shorter than the longest prompt
+
+
 def test_stop_strings_end_responses_and_stay_in_them(policy):
   """Against responses without stops: one token ('w7'), part of a word ('2'), several words."""
   free = sample(policy, temperature=1.0, max_new_tokens=12, ignore_eos=True)
