@@ -8,9 +8,9 @@ reviews, the context, it writes another positive one. Context distillation (Aske
 https://arxiv.org/abs/2112.00861) trains it to do so without the context: the teacher is the model
 itself, which reads the context before each prompt.
 
-Measured, seed 0: the reverse KL to the prompted model falls from 0.092 to 0.0046 nats per token,
-and the gold score rises from -0.36 (standard error 0.07) to 0.43 (0.06); the prompted model has
-0.33 (0.07).
+Measured, seeds 0, 1 and 2: the reverse KL to the prompted model falls from 0.096, 0.231 and 0.185
+to 0.0050, 0.0042 and 0.0044 nats per token, and the gold score rises from -0.35, -0.78 and -0.81 to
+0.41, 0.17 and 0.11 (standard error 0.05 to 0.07). Two minutes on one CPU core.
 """
 
 import ml_collections
