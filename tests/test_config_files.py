@@ -176,6 +176,7 @@ def written(config, folder):
     ('random_walks_offline', 'debug'),
     ('ilql', None),
     ('overoptimization', None),
+    ('online', None),
     ('pmp', 'debug'),
     ('unreliable_annotators', 'debug'),
     ('preferences', 'debug'),

@@ -421,6 +421,28 @@ FAULTS = (
     "head['kernel'][:, 0]",
     _tests('models/test_heads', 'test_several_heads_by_hand'),
   ),
+  # Online RLHF.
+  Fault(
+    'a round that was asked is asked again',
+    'rlhf_jax/feedback/rounds.py',
+    'return bool(tasks)',
+    'return False',
+    _tests('feedback/test_rounds', 'test_a_round_is_asked_once_and_rounds_differ'),
+  ),
+  Fault(
+    'the first policy is taken for the newest',
+    'rlhf_jax/feedback/rounds.py',
+    '*others, last = names',
+    'last, *others = names',
+    _tests('feedback/test_rounds', 'test_respondents_by_hand'),
+  ),
+  Fault(
+    'the accuracy before a round is that of its own reward model',
+    'rlhf_jax/evaluation/online.py',
+    "'before': number - 1,",
+    "'before': number,",
+    _tests('evaluation/test_online', 'test_the_last_stage_rates_the_policies_by_hand'),
+  ),
   # Over-optimization.
   Fault(
     'the curve of reinforcement learning is that of best-of-n',
