@@ -90,7 +90,10 @@ def add_annotator(store, options):
     )
     token = passwords.new_token()
     accounts.change(store.database, person, token=token)
-    print('There is such an annotator. The old link and open sessions end.', file=sys.stderr)
+    print(
+      'There is such an annotator. The old link, the password and open sessions end.',
+      file=sys.stderr,
+    )
   print(f'{address(options)}/sign-in/{token}')
 
 

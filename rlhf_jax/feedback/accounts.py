@@ -99,12 +99,16 @@ def change(
   password_hash: str | None = None,
   token: str | None = None,
 ) -> types.Annotator:
-  """Changes what is not None of an annotator, ends their sessions, and returns the annotator."""
+  """Changes what is not None of an annotator, ends their sessions, and returns the annotator.
+
+  A new token, of a personal link, also removes the password: who had the old link may have set it.
+  """
   with database.write() as session:
     row = session.get(schema.Annotator, annotator.id)
     row.disabled = row.disabled if disabled is None else disabled
     row.password_hash = password_hash or row.password_hash
-    row.link_hash = row.link_hash if token is None else link_hash(token)
+    if token is not None:
+      row.link_hash, row.password_hash = link_hash(token), None
     ended = sa.delete(schema.Session).where(schema.Session.annotator_id == annotator.id)
     session.execute(ended)
   return reading.annotator(row)

@@ -235,7 +235,8 @@ def records(
 ) -> list[tuple[dict[str, Any], int]]:
   """Returns (record in the library's data formats, id of its judgement) of judgements.
 
-  Gold questions, repeats and skips give none.
+  Gold questions, repeats and skips give none, nor do ratings of red-team attacks, where 7 is the
+  most harm: see people_attacks.
 
   Args:
     found: Judgements.
@@ -252,7 +253,7 @@ def records(
   make = {'pairs': _pairs, 'rankings': _rankings, 'ratings': _ratings}[form]
   results = []
   for item in found:
-    if not is_ordinary(item.task) or answers.skipped(item.answer):
+    if not is_ordinary(item.task) or answers.skipped(item.answer) or _rates_attack(item.task):
       continue
     if simulated is not None and item.annotator.simulated != simulated:
       continue
@@ -261,6 +262,10 @@ def records(
       ({'prompt': item.task.prompt.value} | fields | by, item.id) for fields in make(item)
     ]
   return results
+
+
+def _rates_attack(task):
+  return task.kind == 'rate' and task.prompt.dialogue_id is not None
 
 
 def _ranks(item):

@@ -92,8 +92,8 @@ def of(judgements: Sequence[types.Judgement], kind: str) -> Votes:
     task = item.task
     wanted = 'pair' if kind == 'strength' else kind
     if task.kind == wanted and reading.is_ordinary(task) and not answers.skipped(item.answer):
-      people[item.annotator.id] = item.annotator
       for key, value in _votes(task, item.answer, kind):
+        people[item.annotator.id] = item.annotator
         found.append((items.setdefault((task.id, *key), len(items)), item.annotator.id, value))
   order = sorted(people)
   values = np.full((len(items), len(order)), math.nan)

@@ -115,8 +115,10 @@ def test_the_more_harmful_answer_continues_an_attack_and_is_rejected(chat):
   assert chat.state().step == 'closed'
   found = chat.store.judgements(chat.project)
   assert [item.task.kind for item in found] == ['pair', 'rate']
-  [rating] = chat.store.records(chat.project, form='ratings')
-  assert (rating['completion'], rating['rating']) == ('vile', 6.0)
+  assert found[1].answer == {'rating': {str(completion.id): 6}}
+  # Its best rating is the most harmful answer, so nothing may learn from it.
+  assert chat.store.records(chat.project, form='ratings') == []
+  assert len(chat.store.records(chat.project, form='rankings')) == 1  # of the pair
 
 
 @pytest.mark.parametrize('chat', ['red_team'], indirect=True)

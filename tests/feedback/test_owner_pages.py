@@ -231,6 +231,22 @@ def test_disabling_and_a_new_link(site):
   assert 'does not sign in' in browser.post(f'/owner/annotators/{robot.id}/link').text
 
 
+def test_a_new_link_ends_the_password(site):
+  """Who found an old link may have set it."""
+  store, browser = site
+  ann, old = store.add_annotator('Ann')
+  thief = labelling.Browser(browser.app)
+  thief.get(f'/sign-in/{old}')
+  thief.post(f'/sign-in/{old}')
+  thief.get('/account')
+  assert thief.post('/account', {'password': "the thief's"}).status_code == 303
+  browser.get('/owner/annotators')
+  browser.post(f'/owner/annotators/{ann.id}/link')
+  thief.get('/sign-in')
+  again = thief.post('/sign-in', {'name': 'Ann', 'password': "the thief's"})
+  assert again.status_code == 403 and store.annotator('Ann').password_hash is None
+
+
 def test_changes_need_the_token(site):
   store, browser = site
   ann, _ = store.add_annotator('Ann')

@@ -1,6 +1,7 @@
 """The annotators' pages: every kind of task, by plain forms and by htmx, and what is stored."""
 
 import html
+import re
 import time
 
 import pytest
@@ -73,6 +74,17 @@ def test_a_ranking_with_a_tie(site):
     ['w', 'z'],
     ['x'],
   ]
+
+
+@pytest.mark.parametrize('kind', ['rank', 'best', 'rate'])
+def test_a_task_may_have_more_answers_than_the_alphabet_has_letters(site, kind):
+  completions = [{'text': f'text {i}', 'policy': 'x'} for i in range(28)]
+  site.store.add_tasks(site.project, [{'prompt': 'q', 'kind': kind, 'completions': completions}])
+  browser = site.browser('ann')
+  page = browser.get('/')
+  assert page.status_code == 200 and len(labelling.shown(page.text)) == 28
+  titles = re.findall(r'<h2 id="title-\d+">([^<]*)</h2>', page.text)
+  assert titles[0] == 'A' and titles[25:] == ['Z', '27', '28']
 
 
 def test_the_best_of_four(site):

@@ -113,3 +113,21 @@ def test_progress_of_each_kind_and_round(filled):
 def test_answers_in_words(judgements):
   words = {overview.describe(item.task, item.answer) for item in judgements}
   assert {'B, strength 4', 'tie', 'C > A = B', 'A: 5', 'skipped'} <= words
+
+
+def test_pairs_without_a_strength_have_no_votes_on_it(tmp_path):
+  """As imported ones: the annotators of 'strength' are those who gave one."""
+  with store_lib.Store.open(tmp_path / 'x.db') as store:
+    project = store.add_project('p', overlap=2)
+    both = [{'text': name, 'policy': name} for name in 'ab']
+    store.add_tasks(project, [{'prompt': 'q', 'completions': both}])
+    for name in ('Ada', 'Bo'):
+      person, _ = store.add_annotator(name)
+      lease = store.next_task(project, person)
+      chosen = {'chosen': lease.task.completions[0].id}
+      store.judge(lease, person, chosen, token=lease.token)
+    given = store.judgements(project)
+  assert votes.of(given, 'strength').annotators == []
+  assert [(row.label, row.items, row.fraction) for row in votes.rows(given)] == [
+    ('Comparisons', 1, 1.0)
+  ]

@@ -6,8 +6,11 @@ import re
 from rlhf_jax.errors import need
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback import answers
+from rlhf_jax.feedback import overview
+from rlhf_jax.feedback import questions
 
-LETTERS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'
+# Names of the answers of a task, by position.
+LETTERS = tuple(overview.name(position) for position in range(max(questions.MOST.values())))
 # (strength of the answer, word): the four choices of Llama 2 (Touvron et al. 2023, section 3.1,
 # https://arxiv.org/abs/2307.09288).
 STRENGTHS = tuple(zip(answers.STRENGTHS, ('barely', 'slightly', 'clearly', 'much')))

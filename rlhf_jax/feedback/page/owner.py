@@ -185,7 +185,8 @@ def add_annotator(request: fastapi.Request, user: Owner, fields: Fields):
 
 @router.post('/annotators/{number}/{action}')
 def change_annotator(request: fastapi.Request, user: Owner, number: Number, action: str):
-  """Disables or enables an annotator, or makes a new personal link, which ends the old one."""
+  """Disables or enables an annotator, or makes a new personal link, which ends the old one, the
+  password and all sessions."""
   store = request.app.state.store
   person = store.annotator(id=number)
   if person is None or action not in ('disable', 'enable', 'link'):
@@ -195,7 +196,10 @@ def change_annotator(request: fastapi.Request, user: Owner, number: Number, acti
     need(not person.simulated, f'{person.name} is simulated and does not sign in.')
     token = passwords.new_token()
     accounts.change(store.database, person, token=token)
-    message = f'The personal link of {person.name} is now this one; the old one ends:'
+    message = (
+      f'The personal link of {person.name} is now this one. The old one, the password and all '
+      'sessions have ended:'
+    )
     return _annotators(request, user, message=message, link=_link(request, token))
   accounts.change(store.database, person, disabled=action == 'disable')
   message = f'{person.name} is {action}d.'
