@@ -6,7 +6,6 @@ import time
 
 import sqlalchemy as sa
 from sqlalchemy import exc
-from sqlalchemy import orm
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback import database as database_lib
@@ -171,7 +170,7 @@ def add_dialogue(
   )
   with database.write() as session:
     session.add(row)
-  return _dialogue(row)
+  return dialogue(row)
 
 
 def dialogues(
@@ -185,7 +184,7 @@ def dialogues(
   if annotator is not None:
     query = query.where(row.annotator_id == annotator.id)
   with database.read() as session:
-    return [_dialogue(found) for found in session.scalars(query)]
+    return [dialogue(found) for found in session.scalars(query)]
 
 
 def close_dialogue(database: database_lib.Database, dialogue: types.Dialogue) -> None:
@@ -196,19 +195,8 @@ def close_dialogue(database: database_lib.Database, dialogue: types.Dialogue) ->
       row.closed = time.time()
 
 
-def turns(database: database_lib.Database, dialogue: types.Dialogue) -> list[types.Task]:
-  """Returns the tasks of a dialogue, one for each turn, oldest first."""
-  with database.read() as session:
-    return reading.tasks(session, _turn_rows(session, dialogue.id))
-
-
-def _turn_rows(session: orm.Session, dialogue_id: int) -> list[schema.Task]:
-  query = sa.select(schema.Task).join(schema.Prompt, schema.Task.prompt_id == schema.Prompt.id)
-  query = query.where(schema.Prompt.dialogue_id == dialogue_id).order_by(schema.Task.id)
-  return list(session.scalars(query))
-
-
-def _dialogue(row):
+def dialogue(row: schema.Dialogue) -> types.Dialogue:
+  """Returns the dialogue of a row."""
   return types.Dialogue(
     id=row.id,
     project_id=row.project_id,

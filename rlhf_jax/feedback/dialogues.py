@@ -12,6 +12,8 @@ The database alone holds the state of a dialogue, so a browser or a server may e
 
 from collections.abc import Sequence
 import dataclasses
+import hashlib
+import json
 import time
 from typing import Any
 
@@ -29,6 +31,7 @@ from rlhf_jax.feedback import store as store_lib
 from rlhf_jax.feedback import types
 
 MAX_MESSAGE = 20_000  # characters
+MAX_ID = 2**31 - 1  # of a row; a database cannot compare larger numbers
 NUL, REPLACEMENT = '\0', '\ufffd'
 
 
@@ -69,8 +72,15 @@ def find(
   store: store_lib.Store, project: types.Project, annotator: types.Annotator, dialogue_id: int
 ) -> types.Dialogue | None:
   """Returns a dialogue of an annotator; None if there is none, or if it is another's."""
-  found = accounts.dialogues(store.database, project, annotator)
-  return next((dialogue for dialogue in found if dialogue.id == dialogue_id), None)
+  row = schema.Dialogue
+  query = sa.select(row).where(
+    row.id == dialogue_id, row.project_id == project.id, row.annotator_id == annotator.id
+  )
+  if abs(dialogue_id) > MAX_ID:
+    return None
+  with store.database.read() as session:
+    found = session.scalar(query)
+  return None if found is None else accounts.dialogue(found)
 
 
 def openings(
@@ -94,14 +104,19 @@ def openings(
 def state(store: store_lib.Store, dialogue: types.Dialogue) -> State:
   """Returns where a dialogue stands."""
   with store.database.read() as session:
-    closed = session.get(schema.Dialogue, dialogue.id).closed
-    newest = session.scalar(_newest_prompt(dialogue.id))
-    rows = session.scalars(_tasks(dialogue.id).order_by(schema.Task.id))
-    tasks = reading.tasks(session, rows.all())
-    ids = [task.id for task in tasks]
-    query = sa.select(schema.Judgement.task_id, schema.Judgement.answer)
-    query = query.where(schema.Judgement.task_id.in_(ids), reading.counts())
-    judged = {task_id: answer for task_id, answer in session.execute(query)}
+    return _read(session, dialogue)
+
+
+def _read(session, dialogue):
+  """Returns what `state` does; a write calls it, as a second connection may have to wait for it."""
+  closed = session.get(schema.Dialogue, dialogue.id).closed
+  newest = session.scalar(_newest_prompt(dialogue.id))
+  rows = session.scalars(_tasks(dialogue.id).order_by(schema.Task.id))
+  tasks = reading.tasks(session, rows.all())
+  ids = [task.id for task in tasks]
+  query = sa.select(schema.Judgement.task_id, schema.Judgement.answer)
+  query = query.where(schema.Judgement.task_id.in_(ids), reading.counts())
+  judged = {task_id: answer for task_id, answer in session.execute(query)}
   prompt = None if newest is None else reading.prompt(newest)
   return _state(dataclasses.replace(dialogue, closed=closed), prompt, tasks, judged)
 
@@ -159,12 +174,28 @@ def say(
   need(text, 'Not sent: the message is empty.')
   need(len(text) <= MAX_MESSAGE, f'Not sent: the message has more than {MAX_MESSAGE} characters.')
   with store.database.write(project.id) as session:
-    now = state(store, dialogue)  # other writes wait
+    now = _read(session, dialogue)  # other writes wait
     need(now.step != 'closed', 'Not sent: this dialogue has ended. Start a new one.')
     need(now.step in ('write', 'answer'), 'Not sent: first choose one of the answers.')
     before = now.messages if now.step == 'write' else now.messages[:-1]
     messages = [*before, {'role': 'user', 'content': text}]
-    questions.add_prompt(session, project.id, questions.plain(messages), messages, dialogue.id)
+    if now.prompt is None or now.prompt.messages != messages:  # else the form was sent twice
+      _add_prompt(session, dialogue, messages)
+
+
+def _add_prompt(session, dialogue, messages):
+  """Adds a row even if an earlier one is equal: the annotator may go back to a former message."""
+  text = questions.check_text(questions.plain(messages), 'the message')
+  query = sa.select(sa.func.count()).where(schema.Prompt.dialogue_id == dialogue.id)
+  key = json.dumps([text, dialogue.id, session.scalar(query)])
+  row = schema.Prompt(
+    project_id=dialogue.project_id,
+    dialogue_id=dialogue.id,
+    text=text,
+    messages=messages,
+    digest=hashlib.sha256(key.encode()).hexdigest(),
+  )
+  session.add(row)
 
 
 def add_answers(

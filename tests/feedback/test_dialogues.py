@@ -1,6 +1,7 @@
 """Dialogues in the store: whose turn it is, what continues them, and what is stored."""
 
 import pytest
+import sqlalchemy as sa
 
 from rlhf_jax import errors
 from rlhf_jax.feedback import accounts
@@ -159,6 +160,35 @@ def test_an_unanswered_message_is_replaced(chat):
   assert {c.text for c in task.completions} == {'a', 'b'}
 
 
+def test_a_message_can_be_changed_back(chat):
+  first = chat.say('first')
+  assert chat.say('first') == first  # a form that is sent twice
+  chat.say('second')
+  again = chat.say('first')
+  assert contents(again.messages) == ['first'] and again.id != first.id
+  chat.answer(again, 'a', 'b')
+  assert (chat.state().step, contents(chat.state().messages)) == ('choose', ['first'])
+
+
+def test_a_message_needs_one_connection(chat):
+  """A second one may have to wait for the writes that wait for the message."""
+  held, most = 0, 0
+
+  def take(*_):
+    nonlocal held, most
+    held += 1
+    most = max(most, held)
+
+  def give(*_):
+    nonlocal held
+    held -= 1
+
+  sa.event.listen(chat.store.database.engine, 'checkout', take)
+  sa.event.listen(chat.store.database.engine, 'checkin', give)
+  chat.say('first')
+  assert (held, most) == (0, 1)
+
+
 def test_answers_that_come_after_the_end_are_dropped(chat):
   prompt = chat.say('first')
   chat.end()
@@ -199,5 +229,6 @@ def test_only_the_annotator_finds_a_dialogue(chat):
   other = accounts.add_dialogue(chat.store.database, chat.project, chat.ann, 'red_team')
   found = dialogues.openings(chat.store, chat.project, chat.ann)
   assert [(d.id, text) for d, text in found] == [(other.id, ''), (chat.dialogue.id, 'mine')]
+  assert dialogues.find(chat.store, chat.project, chat.ann, 10**30) is None
   elsewhere = chat.store.add_project('other')
   assert dialogues.find(chat.store, elsewhere, chat.ann, chat.dialogue.id) is None
