@@ -11,7 +11,9 @@ Both are measured on 2,000 pairs of responses to other prompts, which are ordere
 The page reliability.html in the workdir shows both accuracies, and the learned reliability of each
 annotator by its noise.
 
-RESULTS
+Measured, seeds 0, 1 and 2: accuracy 0.717, 0.736 and 0.743 with reliabilities, 0.706, 0.732 and
+0.731 without; rank correlation with the truth 0.94, 0.96 and 0.87. The random three are the lowest
+in seeds 0 and 1; in seed 2 one of them comes before the annotator of noise 0.22.
 """
 
 import ml_collections
