@@ -39,6 +39,8 @@ class Learner:
       warning to its text; each kind is logged once a run.
     prepare: Function of (workdir) that computes what the algorithm keeps on disk, before the state
       is restored; all processes call it.
+    check_fork: Function of the folder of a run that raises UserError, before its state is restored
+      for a fork, if it does not fit this learner.
     set_by: Dict from a name in TrainState.extra to the dotted config keys that set its initial
       value. If one of these keys differs in a fork, the fork starts with the new initial value.
   """
@@ -53,4 +55,5 @@ class Learner:
   samples: Callable[[dict], list[dict]] = lambda metrics: []
   warnings: Callable[[dict], dict[str, str]] = lambda metrics: {}
   prepare: Callable[[pathlib.Path], None] = lambda workdir: None
+  check_fork: Callable[[pathlib.Path], None] = lambda source: None
   set_by: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)

@@ -123,7 +123,11 @@ def fork(config, state, learner, source):
 
   Returns:
     The number of finished steps and the TrainState.
+
+  Raises:
+    UserError: The state of the other run does not fit this one.
   """
+  learner.check_fork(pathlib.Path(source))
   before = identity.completed(identity.read(source), build.defaults(config.algorithm))
   changed = {change.key for change in identity.changes(before, identity.to_plain_dict(config))}
   new_extra = {

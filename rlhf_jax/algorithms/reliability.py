@@ -92,6 +92,27 @@ def find(examples: Sequence[formats.Comparison]) -> Panel:
   return Panel(names, tuple(counts[name] for name in names))
 
 
+def check_fork(panel: Panel | None, source: pathlib.Path) -> None:
+  """Raises UserError if a fork of the run in a folder has other annotators than that run.
+
+  Args:
+    panel: The annotators of the fork, None if it learns no reliability.
+    source: Folder of the run.
+  """
+  before, now = annotators.read(source), panel.names if panel else ()
+  errors.need(
+    [row['annotator'] for row in before] == list(now),
+    f'{source} {_learns([row["annotator"] for row in before])}, but --fork {_learns(now)}: use the '
+    'data and config.preference.reliability of that run, or start a new run without --fork',
+  )
+
+
+def _learns(names: Sequence[str]) -> str:
+  if not names:
+    return 'learns no reliability'
+  return f'learns the reliability of annotators {", ".join(names)}'
+
+
 def initial(panel: Panel, mesh: jax.sharding.Mesh) -> dict[str, Float[Array, ' A']]:
   """Returns the parameters of the reliabilities, all of which are 1."""
   offsets = jnp.zeros(len(panel.names), jnp.float32)

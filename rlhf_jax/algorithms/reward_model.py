@@ -455,6 +455,7 @@ def create(config, mesh):
     export=export,
     describe=describe,
     prepare=panel.check if panel else lambda workdir: None,
+    check_fork=functools.partial(reliability.check_fork, panel),
     evaluators=evaluators.make(config.evals, context),
   ), state
 

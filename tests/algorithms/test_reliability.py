@@ -59,6 +59,18 @@ def test_a_run_tells_annotators_apart_and_reports_it(world, tmp_path):
   with pytest.raises(errors.UserError, match='began with annotators 7, ann, coin, contrary'):
     other.check(tmp_path)
 
+  # So must those of a fork, which starts from the reliabilities of the run.
+  two = [row for row in tiny.annotated() if row.get('annotator') in ('ann', 7)]
+  tiny.write_jsonl(tmp_path / 'two.jsonl', two)
+  for changes, part in (
+    ({'data.path': f'{tmp_path}/two.jsonl'}, 'learns the reliability of annotators 7, ann: use'),
+    ({'preference.reliability': False}, 'learns no reliability: use'),
+  ):
+    fork = config.copy_and_resolve_references()
+    fork.update_from_flattened_dict(changes)
+    with pytest.raises(errors.UserError, match=f'coin, contrary, but --fork {part}'):
+      loop.run(fork, tmp_path / 'fork', fork_of=tmp_path)
+
 
 @pytest.mark.parametrize('several', [False, True])
 def test_loss_and_gradient_of_a_train_step_by_a_loop(several):
