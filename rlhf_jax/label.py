@@ -1,9 +1,12 @@
 """rlhf label --db=FILE --project=NAME [--data=POLICY=FILE,...] [--policies=DIR,DIR] [--port=8000]
-rlhf label --db=FILE --project=NAME --add_annotator=NAME
+rlhf label --db=FILE --project=NAME --add_annotator=NAME [--role=owner]
 
 Serves the page on which people compare responses. FILE is a file of SQLite, which is made if there
 is none, or the URL of a PostgreSQL database. The first start prints the personal link of the owner,
 who adds annotators on the page or with the second form, which prints a personal link and exits.
+
+--overlap and --selection are settings of a new project: how many annotators answer a task, and
+which task is next.
 
 --data adds the samples of policies, {"prompt", "completion"}, as tasks; it is either a list of
 POLICY=FILE, or a folder of files POLICY.jsonl. --policies serves policies for the chat: folders of
@@ -16,7 +19,9 @@ python -m rlhf_jax.label does the same.
 """
 
 import contextlib
+import itertools
 import pathlib
+import shlex
 import signal
 import socket
 import sys
@@ -24,10 +29,10 @@ import sys
 from rlhf_jax import command_line
 from rlhf_jax import errors
 from rlhf_jax.errors import need
+from rlhf_jax.feedback import schema
 from rlhf_jax.feedback import store as store_lib
 
 OWNER = 'owner'  # name of the first owner
-KINDS = ('pair', 'rank', 'best', 'rate')
 EVERYWHERE = ('0.0.0.0', '::')  # listen on all addresses; browsers use another name
 
 
@@ -66,13 +71,24 @@ def serve(store, project, options):
 def welcome(store, options):
   """Prints where the page is, and the owner's personal link if there was no owner."""
   print(f'Labelling page: {address(options)} (Ctrl-C stops it; answers are saved at once)')
-  if any(person.role == 'owner' and not person.disabled for person in store.annotators()):
-    command = f'rlhf label --db={options.db} --project={options.project} --port={options.port}'
-    print(f'If you lost your link, make a new one: {command} --add_annotator=NAME')
+  people = store.annotators()
+  owners = [person.name for person in people if person.role == 'owner' and not person.disabled]
+  if owners:
+    flags = {'db': store.database.url, 'project': options.project, 'port': options.port}
+    flags |= {'add_annotator': owners[0]}
+    command = ' '.join(f'--{flag}={shlex.quote(str(value))}' for flag, value in flags.items())
+    print(f'If you lost your link as owner, make a new one: rlhf label {command}')
   else:
-    _, token = store.add_annotator(OWNER, role='owner')
-    print(f'Your personal link as owner, shown once: {address(options)}/sign-in/{token}')
+    name = free_name(OWNER, [person.name for person in people])
+    _, token = store.add_annotator(name, role='owner')
+    print(f'Your personal link as {name}, shown once: {address(options)}/sign-in/{token}')
   sys.stdout.flush()
+
+
+def free_name(name, taken):
+  """Returns the name, or if it is taken the first free one of 'name 2', 'name 3', ..."""
+  names = itertools.chain([name], (f'{name} {number}' for number in itertools.count(2)))
+  return next(free for free in names if free not in taken)
 
 
 def add_annotator(store, options):
@@ -82,8 +98,12 @@ def add_annotator(store, options):
 
   person = store.annotator(name=options.add_annotator)
   if person is None:
-    _, token = store.add_annotator(options.add_annotator)
+    _, token = store.add_annotator(options.add_annotator, role=options.role or 'annotator')
   else:
+    need(
+      options.role in (None, person.role),
+      f'--role={options.role}: {person.name!r} has the role {person.role!r}: use another name',
+    )
     need(
       not person.simulated and not person.disabled,
       f'--add_annotator={person.name}: this annotator is simulated or disabled: use another name',
@@ -95,6 +115,25 @@ def add_annotator(store, options):
       file=sys.stderr,
     )
   print(f'{address(options)}/sign-in/{token}')
+
+
+def add_project(store, options):
+  """Returns the project, which is made if there is none.
+
+  Raises:
+    UserError: It was made with another overlap or selection than those of the command line.
+  """
+  asked = {'overlap': options.overlap, 'selection': options.selection}
+  asked = {name: value for name, value in asked.items() if value is not None}
+  project = store.add_project(options.project, **asked)
+  for name, value in asked.items():
+    made = getattr(project, name)
+    need(
+      made == value,
+      f'--{name}={value}: the project {project.name!r} was made with {name}={made}, which stays. '
+      f'Leave --{name} out, or name another --project.',
+    )
+  return project
 
 
 def add_data(store, project, options):
@@ -165,16 +204,21 @@ def start():
   parser.add_argument('--db', required=True, help='file of SQLite, or URL of a database')
   parser.add_argument('--project', required=True, help='name; it is made if there is none')
   parser.add_argument('--data', default='', help='samples to label: POLICY=FILE,... or a folder')
-  parser.add_argument('--kind', default='pair', choices=KINDS, help='kind of the tasks of --data')
+  parser.add_argument(
+    '--kind', default='pair', choices=schema.KINDS, help='kind of the tasks of --data'
+  )
+  parser.add_argument('--overlap', type=int, help='annotators of a task; 1 if not given')
+  parser.add_argument('--selection', choices=schema.SELECTIONS, help='which task is next')
   parser.add_argument('--policies', default='', help='folders of policies for the chat: DIR,DIR')
   parser.add_argument('--host', default='127.0.0.1', help='address to listen on; 0.0.0.0: all')
   parser.add_argument('--port', type=int, default=8000, help='port to listen on; 0: a free one')
   parser.add_argument('--allowed_hosts', default='', help='names of this machine: NAME,NAME')
   parser.add_argument('--add_annotator', default='', metavar='NAME', help='print a link, and exit')
+  parser.add_argument('--role', choices=schema.ROLES, help='of a new annotator')
   options = parser.parse_args()
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   with command_line.exit_on_error(), store_lib.Store.open(options.db) as store:
-    project = store.add_project(options.project)
+    project = add_project(store, options)
     if options.add_annotator:
       add_annotator(store, options)
       return

@@ -5,10 +5,12 @@ Drawings do not use pyplot, so their memory is freed. The SVG has no style sheet
 attributes, because the pages' security policies allow only the page's own style sheet.
 """
 
+import contextlib
 import html
 import io
 import pathlib
 import re
+import threading
 
 from matplotlib import rc_context
 from matplotlib.backend_bases import FigureCanvasBase
@@ -42,6 +44,7 @@ _STYLE = {
   'text.parse_math': False,
   'lines.linewidth': 1.5,
 }
+_LOCK = threading.Lock()  # matplotlib has one style for all threads
 _LINES = (
   'stroke-linejoin="round" stroke-linecap="butt"'  # as in the style sheet of matplotlib's SVG
 )
@@ -61,7 +64,7 @@ def inline(draw, size, title):
     title: Text for screen readers.
   """
   out = io.StringIO()
-  with rc_context(_STYLE):
+  with _style():
     _draw(draw, size).savefig(out, format='svg', metadata={'Date': None})
   svg = out.getvalue()
   svg = svg[svg.index('<svg') :]
@@ -85,11 +88,22 @@ def save(path, draw, size):
   Raises:
     UserError: There is no such format.
   """
-  with rc_context(_STYLE):
-    known = FigureCanvasBase.get_supported_filetypes()
-    ending = pathlib.Path(path).suffix[1:].lower()
-    need(ending in known, f'{path} must end in one of .{", .".join(sorted(known))}')
+  check_path(path)
+  with _style():
     _draw(draw, size).savefig(path, dpi=200, facecolor='white')
+
+
+def check_path(path):
+  """Raises UserError if there is no format of pictures for the ending of a path."""
+  known = FigureCanvasBase.get_supported_filetypes()
+  ending = pathlib.Path(path).suffix[1:].lower()
+  need(ending in known, f'{path} must end in one of .{", .".join(sorted(known))}')
+
+
+@contextlib.contextmanager
+def _style():
+  with _LOCK, rc_context(_STYLE):
+    yield
 
 
 def _draw(draw, size):

@@ -1,7 +1,9 @@
 """The command `rlhf label`: its data, links, and the page that it serves; samples without a run."""
 
+import argparse
 import json
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -41,6 +43,45 @@ def test_an_annotator_gets_a_link_and_later_a_new_one(tmp_path, monkeypatch, cap
   with pytest.raises(SystemExit):
     monkeypatch.setattr('rlhf_jax.runtime.exit_now', lambda message, status: sys.exit(message))
     run(monkeypatch, capsys, *flags)
+
+
+def test_a_start_without_an_owner_makes_one_under_a_free_name(tmp_path, capsys):
+  options = argparse.Namespace(host='127.0.0.1', port=8123, allowed_hosts='', project="Ada's films")
+  options.db = str(tmp_path / 'x.db')
+  with store_lib.Store.open(options.db) as store:
+    store.add_annotator('owner')  # before the first start, or with imported data
+    for name in ('owner 2', 'owner 3'):
+      label.welcome(store, options)
+      link = re.search(rf'as {name}, shown once: .*/sign-in/(\S+)', capsys.readouterr().out)[1]
+      assert store.annotator(token=link).role == 'owner'
+      label.welcome(store, options)
+      hint = capsys.readouterr().out.splitlines()[1]
+      flags = shlex.split(hint.partition('rlhf label ')[2])
+      assert flags == [
+        f'--db={store.database.url}',  # without its password
+        "--project=Ada's films",
+        '--port=8123',
+        f'--add_annotator={name}',
+      ]
+      accounts.change(store.database, store.annotator(name), disabled=True)
+
+
+def test_owners_and_settings_of_a_project(tmp_path, monkeypatch, capsys):
+  db = f'--db={tmp_path}/x.db'
+  add = db, '--project=films', '--add_annotator=Ada'
+  run(monkeypatch, capsys, *add, '--role=owner', '--overlap=2', '--selection=elo')
+  run(monkeypatch, capsys, *add)
+  with store_lib.Store.open(tmp_path / 'x.db') as store:
+    assert store.annotator('Ada').role == 'owner'
+    project = store.project('films')
+    assert (project.overlap, project.selection) == (2, 'elo')
+  monkeypatch.setattr('rlhf_jax.runtime.exit_now', lambda message, status: sys.exit(message))
+  for flag, message in (
+    ('--overlap=3', 'was made with overlap=2'),
+    ('--role=annotator', "has the role 'owner'"),
+  ):
+    with pytest.raises(SystemExit, match=message):
+      run(monkeypatch, capsys, *add, flag)
 
 
 def test_data_is_a_list_of_files_or_a_folder(tmp_path):

@@ -173,6 +173,16 @@ def test_the_token_of_a_session_changes_at_sign_in_and_dies_at_sign_out(site):
     assert other.get('/').status_code == 303
 
 
+def test_the_pages_to_sign_in_have_no_bar(fresh):
+  """Its form to sign out would have the token of the sign-in form."""
+  browser = fresh.browser('ann')
+  for token in (fresh.links['ann'], 'unknown'):
+    browser.get(f'/sign-in/{token}')
+    assert '/sign-out' not in browser.page and 'aria-label="Pages"' not in browser.page
+  browser.get('/')
+  assert browser.post('/sign-out').headers['location'] == '/sign-in'
+
+
 def test_sessions_expire(site, monkeypatch):
   site.app.state.settings = dataclasses.replace(
     labelling.SETTINGS, idle_seconds=1000.0, session_seconds=2500.0

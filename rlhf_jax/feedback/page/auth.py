@@ -249,7 +249,8 @@ def render(request, name, /, *, status=200, **context):
   html = rendering.render(
     name,
     {
-      'annotator': session.annotator if session else None,
+      # The pages to sign in have no bar of the annotator, whose forms need the session's token.
+      'annotator': None if signs_in else session.annotator,
       'csrf_field': rendering.csrf_field(token or new_token),
       'htmx_headers': rendering.htmx_headers(token or new_token),
       'partial': is_htmx(request),
