@@ -9,7 +9,6 @@ Letters: n attacks.
 from collections.abc import Sequence
 import dataclasses
 
-from jaxtyping import Float
 import numpy as np
 from sklearn import cluster
 from sklearn.feature_extraction import text as text_features
@@ -36,23 +35,6 @@ def mean(scores):
   return sum(scores) / len(scores) if scores else 0.0
 
 
-def example_weights(scores: Sequence[float], temperature: float) -> Float[np.ndarray, ' n']:
-  """Computes the probability of each attack to be drawn as an example.
-
-      p_i = exp(s_i / T) / sum_j exp(s_j / T)
-
-  See Perez et al. 2022, section 3.1, stochastic few-shot generation
-  (https://arxiv.org/abs/2202.03286).
-
-  Args:
-    scores: [n] harm of the target's responses.
-    temperature: T, in units of the scores.
-  """
-  logits = np.asarray(scores, float) / temperature
-  weights = np.exp(logits - logits.max())
-  return weights / weights.sum()
-
-
 def draw_examples(
   attacks: Sequence[str],
   scores: Sequence[float],
@@ -61,13 +43,18 @@ def draw_examples(
   temperature: float,
   random: np.random.Generator,
 ) -> list[str]:
-  """Draws different examples of attacks, with the probabilities of `example_weights`.
+  """Draws different examples of attacks, with the probability of each
+
+      p_i = exp(s_i / T) / sum_j exp(s_j / T)
+
+  See Perez et al. 2022, section 3.1, stochastic few-shot generation
+  (https://arxiv.org/abs/2202.03286).
 
   Args:
     attacks: n different texts.
     scores: [n] harm of the target's responses.
     shots: Number of examples; all are taken if there are fewer.
-    temperature: See `example_weights`.
+    temperature: T, in units of the scores.
     random: NumPy generator.
   """
   # The largest of log p + Gumbel noise are draws without replacement, and no p that underflows

@@ -11,10 +11,11 @@ def run(folder, *, store, project, threshold=0.5):
   """Writes the rated attacks of a project in the files of `redteam.run`.
 
   attacks.jsonl has {"prompt", "messages", "responses", "scores", "success", "annotator",
-  "simulated"}: the annotator's last message as a single line, the whole conversation, the answer
-  that was rated, and the rating from 1 to 7 as a harm score from 0 to 1. It can be among the
-  `examples` of a few-shot attacker and the `attacks` of `redteam.successes`. prompts.jsonl has the
-  conversations, {"messages"}, with which a target can be trained.
+  "simulated"} of the attacks of a single message: the message as a single line, the same as
+  messages, the answer that was rated, and the rating from 1 to 7 as a harm score from 0 to 1. It
+  can be among the `examples` of a few-shot attacker and the `attacks` of `redteam.successes`. The
+  last message of a longer attack is not what was rated, so longer ones are in prompts.jsonl alone,
+  which has all conversations, {"messages"}, with which a target can be trained.
 
   Args:
     folder: pathlib.Path of the output folder.
@@ -23,7 +24,7 @@ def run(folder, *, store, project, threshold=0.5):
     threshold: Lowest harm score of a harmful response.
 
   Raises:
-    UserError: There is no such project, or none of its attacks has been rated.
+    UserError: There is no such project, or none of its attacks of a single message has been rated.
   """
   records = read(store, project)
   errors.need(
@@ -32,7 +33,13 @@ def run(folder, *, store, project, threshold=0.5):
     'at the end of a dialogue in the mode for red teaming',
   )
   sources.write(folder / redteam.PROMPTS, [{'messages': one['messages']} for one in records])
-  redteam.write(folder, records, threshold)
+  single = [one for one in records if len(one['messages']) == 1]
+  errors.need(
+    single,
+    f'all {len(records)} rated attacks in project {project!r} of {store} have several messages, '
+    'and other attackers can learn from single ones alone: rate attacks after the first answer',
+  )
+  redteam.write(folder, single, threshold)
 
 
 def read(url, project):

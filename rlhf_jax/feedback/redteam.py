@@ -76,7 +76,7 @@ def run(
     threshold: Lowest harm score of a harmful response.
     shots: Number of examples that the attacker reads, drawn anew for each attack.
     examples: Files attacks.jsonl of other stages that the examples are drawn from.
-    example_temperature: Temperature of that draw by mean harm; see attacks.example_weights.
+    example_temperature: Temperature of that draw by mean harm; see attacks.draw_examples.
   """
   reads = [attacks_lib.attacker_prompt(instruction, prefix)] * count
   if shots:

@@ -11,9 +11,11 @@ import hashlib
 import json
 from typing import Any
 
+from absl import logging
 import jax
 import ml_collections
 
+from rlhf_jax import errors
 from rlhf_jax import policy as policy_lib
 from rlhf_jax import sharding
 from rlhf_jax.data import formats
@@ -64,20 +66,22 @@ class Target:
     The responses depend on the seed and on all attacks, so that a run that resumes gets the same.
 
     Args:
-      attacks: Texts. An empty one gets no response, and has a score of 0.
+      attacks: Texts. One that is empty, or too long for the context with a response, gets no
+        response and counts as a score of 0.
       seed: Random seed.
 
     Returns:
       `{"prompt", "responses", "scores"}` of each attack.
+
+    Raises:
+      UserError: The context has no room for an attack of any length.
     """
     records = [{'prompt': attack, 'responses': [], 'scores': []} for attack in attacks]
-    asked = [i for i, attack in enumerate(attacks) if attack.strip()]
+    room = self.policy.model.max_length - self.max_new_tokens
+    asked, prompts, longest = self._asked(attacks, room)
     if not asked:
       return records
-    prompts = as_prompts([attacks[i] for i in asked], self.policy.tokenizer)
     texts = [prompt.prompt for prompt in prompts]
-    longest = max(map(len, tokenizers.encode(self.policy.tokenizer, texts)))
-    room = self.policy.model.max_length - self.max_new_tokens
     length = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     digest = hashlib.sha256(repr((seed, texts)).encode()).digest()
     with jax.set_mesh(sharding.make_mesh({}, devices=jax.devices()[:1])):
@@ -96,6 +100,32 @@ class Target:
       part = slice(number * self.responses, (number + 1) * self.responses)
       records[i] |= {'responses': samples.responses[part], 'scores': scores[part].tolist()}
     return records
+
+  def _asked(self, attacks, room):
+    """Returns (indices of attacks that get a response, their prompts, the longest in tokens)."""
+    errors.need(
+      room > 0,
+      f'max_new_tokens={self.max_new_tokens} leaves no room for attacks in the context of the '
+      f'target, {self.policy.model.max_length} tokens: lower it',
+    )
+    asked = [i for i, attack in enumerate(attacks) if attack.strip()]
+    if not asked:
+      return [], [], 0
+    prompts = as_prompts([attacks[i] for i in asked], self.policy.tokenizer)
+    ids = tokenizers.encode(self.policy.tokenizer, [prompt.prompt for prompt in prompts])
+    found = [one for one in zip(asked, prompts, map(len, ids)) if one[2] <= room]
+    if len(found) < len(asked):
+      logging.warning(
+        '%d of %d attacks get no response: they have more than %d tokens, the longest that the '
+        'context of the target has room for',
+        len(asked) - len(found),
+        len(attacks),
+        room,
+      )
+    if not found:
+      return [], [], 0
+    asked, prompts, lengths = zip(*found)
+    return list(asked), list(prompts), max(lengths)
 
 
 def as_prompts(attacks, tokenizer):

@@ -1,7 +1,5 @@
 """Texts of red teaming: examples and their weights, diversity, self-BLEU and clusters."""
 
-import math
-
 import numpy as np
 import pytest
 
@@ -16,15 +14,6 @@ def test_the_attacker_reads_examples_a_line_each_and_the_first_line_of_its_answe
   assert read == 'Reviews:\nReview of a.\nReview of b.\nReview of'
   assert attacks.of_response('Review of', ' the desk: \nReview of') == 'Review of the desk:'
   assert attacks.of_response('', ' ') == ''
-
-
-def test_weights_of_examples():
-  # Perez et al. 2022, section 3.1: proportional to exp(score / T).
-  expected = [math.exp(score / 0.5) for score in SCORES]
-  expected = [weight / sum(expected) for weight in expected]
-  np.testing.assert_allclose(attacks.example_weights(SCORES, 0.5), expected, rtol=1e-12)
-  # exp(1000 / 0.1) overflows.
-  np.testing.assert_allclose(attacks.example_weights([0.0, 1000.0], 0.1), [0.0, 1.0])
 
 
 def test_examples_are_drawn_by_their_weights_and_never_twice():
@@ -44,6 +33,8 @@ def test_examples_are_drawn_by_their_weights_and_never_twice():
     weights[1] * weights[3] / (1 - weights[1]), abs=0.04
   )
   assert sorted(attacks.draw_examples(texts, SCORES, 9, temperature=1.0, random=random)) == texts
+  # exp(1000 / 0.1) overflows.
+  assert attacks.draw_examples('ab', [0.0, 1000.0], 1, temperature=0.1, random=random) == ['b']
 
 
 def test_novelty_by_hand():

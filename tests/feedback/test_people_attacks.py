@@ -33,11 +33,13 @@ def test_rated_attacks_become_examples_and_prompts(tmp_path):
     project = store.add_project('attacks')
     ada, _ = store.add_annotator('Ada')
     attack(store, project, ada, single, 7)
-    attack(store, project, ada, several, 4)
+    attack(store, project, ada, [user('now be rude')], 4)
+    attack(store, project, ada, several, 7)
     attack(store, project, ada, [user('helpful')], 6, mode='helpful')
     attack(store, project, ada, [user('not rated')], 0)
     attack(store, project, ada, [user('skipped')], -1)
     store.add_project('empty')
+    attack(store, store.add_project('long'), ada, several, 7)
   (tmp_path / 'out').mkdir()
   people_attacks.run(tmp_path / 'out', store=url, project='attacks', threshold=0.6)
   read = lambda name: [json.loads(line) for line in (tmp_path / 'out' / name).open()]
@@ -55,13 +57,16 @@ def test_rated_attacks_become_examples_and_prompts(tmp_path):
     ours
     | {
       'prompt': 'now be rude',
-      'messages': several,
-      'responses': ['answer to 3'],
+      'messages': [user('now be rude')],
+      'responses': ['answer to 1'],
       'scores': [0.5],
       'success': 0.0,
     },
   ]
-  assert read('prompts.jsonl') == [{'messages': single}, {'messages': several}]
+  every = [single, [user('now be rude')], several]
+  assert read('prompts.jsonl') == [{'messages': messages} for messages in every]
   assert redteam.pooled((tmp_path / 'out' / 'attacks.jsonl',))['now be rude'] == (0.5, 0.0)
+  with pytest.raises(errors.UserError, match="all 1 rated attacks in project 'long' .* several"):
+    people_attacks.run(tmp_path / 'out', store=url, project='long')
   with pytest.raises(errors.UserError, match="'empty' of .* has no rated red-team dialogue"):
     people_attacks.run(tmp_path / 'none', store=url, project='empty')

@@ -169,6 +169,18 @@ def test_an_empty_attack_is_not_asked(counter):
   assert target.answer([''], seed=0) == [first]
 
 
+def test_an_attack_that_is_too_long_for_the_target_is_not_asked(counter, caplog):
+  target = targets.Target.load(counter, HARM, responses=2, max_new_tokens=4, temperature=1.0)
+  longest = target.policy.model.max_length - target.max_new_tokens - 1  # words, and the BOS
+  attacks = ['w9', tiny.text(1, longest + 1), 'w1', tiny.text(1, longest)]
+  with caplog.at_level('WARNING'):
+    first, long, _, fits = target.answer(attacks, seed=0)
+  assert '1 of 4 attacks get no response' in caplog.text
+  assert long == {'prompt': attacks[1], 'responses': [], 'scores': []}
+  assert first['scores'] == [1.0] * 2 and len(fits['responses']) == 2
+  assert target.answer(attacks[1:2], seed=0) == [long]
+
+
 def test_wrong_arguments(counter):
   keys = arguments(counter, counter)
   redteam.run.check(**keys)
