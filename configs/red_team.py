@@ -237,6 +237,7 @@ def evaluate(rounds):
       f'target_{number}' if number > 1 else 'sft',
       f'ordinary_{number}',
       f'again_{number}' if number > 1 else '',
+      tuple(f'found_{before}' for before in range(1, number)),
       f'rl_attacker_{number}',
       tuple((name, f'{method}_{number}') for name, method in zip(names, METHODS)),
     )

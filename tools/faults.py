@@ -924,6 +924,20 @@ FAULTS = (
     '[prefix + response for response in responses]',
     _tests('feedback/test_redteam', 'test_the_reward_of_an_attacker_is_the_harm_of_known_answers'),
   ),
+  Fault(
+    'attackers of all rounds write the same attacks',
+    'rlhf_jax/feedback/redteam.py',
+    'repr((seed, folder.name))',
+    'repr(seed)',
+    _tests('feedback/test_redteam', 'test_attacks_and_the_answers_to_them_are_written'),
+  ),
+  Fault(
+    'attacks that the target was trained on count as new',
+    'rlhf_jax/evaluation/redteam_page.py',
+    " if record['prompt'] not in one.trained]",
+    ']',
+    _tests('evaluation/test_redteam_page', 'test_figures_of_attackers_and_targets'),
+  ),
   # Human feedback.
   Fault(
     'a task that others are answering counts as open',

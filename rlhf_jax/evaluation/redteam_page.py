@@ -30,6 +30,7 @@ class Round:
     ordinary: records of its answers to ordinary prompts; see redteam.run.
     again: records of its answers to the last attacks of the round before; [] if there are none.
     attacks: {method: records}.
+    trained: set of the attacks that the target was trained on.
     curve: list of (step, harm) while the RL attacker was trained.
   """
 
@@ -37,16 +38,19 @@ class Round:
   ordinary: list[dict[str, Any]]
   again: list[dict[str, Any]]
   attacks: dict[str, list[dict[str, Any]]]
+  trained: set[str]
   curve: list[tuple[int, float]]
 
   @classmethod
-  def read(cls, workdir, target, *, ordinary, again, training, methods):
+  def read(cls, workdir, target, ordinary, again, trained, training, methods):
     """Reads the files of the stages of a round; see `run`."""
     records = lambda stage: redteam.read((workdir / stage / redteam.ATTACKS,)) if stage else []
     logged = metrics_lib.read(workdir / training) if training else []
     curve = [(line['step'], line['reward/harm']) for line in logged if 'reward/harm' in line]
     attacks = {method: records(stage) for method, stage in methods}
-    return cls(target, records(ordinary), records(again), attacks, curve)
+    files = [workdir / stage / redteam.PROMPTS for stage in trained]
+    prompts = {record['prompt'] for record in redteam.read(files)}
+    return cls(target, records(ordinary), records(again), attacks, prompts, curve)
 
 
 def run(folder, *, workdir, title, summary, rounds, gold, clusters, seed):
@@ -58,25 +62,18 @@ def run(folder, *, workdir, title, summary, rounds, gold, clusters, seed):
     title: Title of the page.
     summary: Sentence below it.
     rounds: (target, stage of its answers to ordinary prompts, stage of its answers to the last
-      attacks of the round before or '', stage that trains the RL attacker or '', pairs (method,
-      stage of its attacks)) of each round, in order.
+      attacks of the round before or '', stages whose prompts.jsonl it was trained on, stage that
+      trains the RL attacker or '', pairs (method, stage of its attacks)) of each round, in order.
     gold: 'package.module:function' of (prompt, response) -> quality of the answer to an ordinary
       prompt; '' for none.
     clusters: Largest number of clusters of the attacks of a round.
     seed: Random seed of the clusters.
   """
   workdir = pathlib.Path(workdir)
-  read = [
-    Round.read(workdir, target, ordinary=ordinary, again=again, training=training, methods=methods)
-    for target, ordinary, again, training, methods in rounds
-  ]
+  read = [Round.read(workdir, *described) for described in rounds]
   quality = functions.load_gold(gold) if gold else None
   targets = [target_row(one, quality) for one in read]
-  attackers = [
-    {'target': one.target, 'attacker': method} | redteam.statistics(records)
-    for one in read
-    for method, records in one.attacks.items()
-  ]
+  attackers = [attacker_row(one, method) for one in read for method in one.attacks]
   found = {one.target: clusters_of(one, clusters, seed) for one in read}
   print(tables.text(*attackers_table(attackers), title='Attackers', width=120))
   print(tables.text(*targets_table(targets), title='Targets', width=120))
@@ -102,6 +99,31 @@ def check(*, gold, rounds, clusters, **_):
 
 
 run.check = check
+
+
+def attacker_row(one, method):
+  """Computes the success of an attacker, on all its attacks and on those new to the target.
+
+  Args:
+    one: Round.
+    method: Name of the attacker.
+
+  Returns:
+    {"target", "attacker"}, redteam.statistics of the attacks, and of those that the target was not
+    trained on {"new": their number, "new_success", "new_success_se"}; the last two are None if
+    there are none.
+  """
+  records = one.attacks[method]
+  new = [record['success'] for record in records if record['prompt'] not in one.trained]
+  return (
+    {'target': one.target, 'attacker': method}
+    | redteam.statistics(records)
+    | {
+      'new': len(new),
+      'new_success': float(np.mean(new)) if new else None,
+      'new_success_se': intervals.standard_error(new) if new else None,
+    }
+  )
 
 
 def target_row(one, quality):
@@ -146,13 +168,16 @@ def with_error(value, error):
 
 def attackers_table(rows):
   """Returns the titles and the cells of the table of attackers."""
-  titles = ['Target', 'Attacker', 'Attacks', 'Success', 'Unique', 'Distinct-2', 'Self-BLEU']
+  titles = ['Target', 'Attacker', 'Attacks', 'Success', 'New', 'Success of new']
+  titles += ['Unique', 'Distinct-2', 'Self-BLEU']
   cells = [
     [
       row['target'],
       row['attacker'],
       str(row['attacks']),
       with_error(row['success'], row['success_se']),
+      str(row['new']),
+      with_error(row['new_success'], row['new_success_se']),
       *(f'{row[key]:.2f}' for key in ('unique', 'distinct_2', 'self_bleu')),
     ]
     for row in rows
@@ -198,8 +223,9 @@ def success_section(rows, rounds):
     plots,
     titles,
     cells,
-    note='± is the standard error over attacks. Unique is the fraction of different attacks, '
-    'distinct-2 that of different pairs of words. A high self-BLEU means that attacks are alike.',
+    note='± is the standard error over attacks. New attacks are those that the target was not '
+    'trained on. Unique is the fraction of different attacks, distinct-2 that of different pairs '
+    'of words. A high self-BLEU means that attacks are alike.',
   )
 
 

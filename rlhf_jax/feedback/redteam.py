@@ -15,6 +15,8 @@ training prompts. The harm score is any reward: a function, or a reward model. R
 of at least `threshold` are successes of the attack.
 """
 
+import hashlib
+
 import ml_collections
 import numpy as np
 
@@ -72,12 +74,13 @@ def run(
     responses: Number of responses to an attack.
     max_new_tokens: Longest response, in tokens.
     temperature: Sampling temperature of attacker and target.
-    seed: Random seed.
+    seed: Random seed; see `stage_seed`.
     threshold: Lowest harm score of a harmful response.
     shots: Number of examples that the attacker reads, drawn anew for each attack.
     examples: Files attacks.jsonl of other stages that the examples are drawn from.
     example_temperature: Temperature of that draw by mean harm; see attacks.draw_examples.
   """
+  seed = stage_seed(seed, folder)
   reads = [attacks_lib.attacker_prompt(instruction, prefix)] * count
   if shots:
     known = pooled(examples)
@@ -107,6 +110,20 @@ def run(
   )
   sources.write(folder / PROMPTS, [{'prompt': attacks_lib.attacker_prompt(instruction, prefix)}])
   write(folder, loaded.answer(attacks, seed), threshold)
+
+
+def stage_seed(seed, folder):
+  """Computes the random seed of an attacker from the pipeline's seed and the stage's name.
+
+  With the same seed, a zero-shot attacker would write the same attacks in every round: those that a
+  retrained target was trained on.
+
+  Args:
+    seed: Random seed of the pipeline.
+    folder: pathlib.Path of the stage.
+  """
+  digest = hashlib.sha256(repr((seed, folder.name)).encode()).digest()
+  return int.from_bytes(digest[:4], 'big')
 
 
 def answer(

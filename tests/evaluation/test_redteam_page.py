@@ -30,11 +30,14 @@ def workdir(tmp_path):
     'zero_1': [record('a b', 0.0), record('a <b>', 0.5)],
     'rl_1': [record('i want', 1.0, '<script>alert(1)</script>')] * 2,
     'zero_2': [record('a b', 0.0)] * 2,
-    'rl_2': [record('i send', 0.5), record('i want', 0.0)],
+    'rl_2': [record('i send', 0.5), record('i want', 0.0), record('a b', 0.0)],
   }
   for name, records in files.items():
     (tmp_path / name).mkdir()
     sources.write(tmp_path / name / 'attacks.jsonl', records)
+  for name, prompts in {'found_1': ['i send', 'x'], 'found_2': ['a b']}.items():
+    (tmp_path / name).mkdir()
+    sources.write(tmp_path / name / 'prompts.jsonl', [{'prompt': text} for text in prompts])
   (tmp_path / 'training').mkdir()
   sources.write(
     tmp_path / 'training' / 'metrics.jsonl',
@@ -46,9 +49,10 @@ def workdir(tmp_path):
 
 def arguments(workdir, **changes):
   """Arguments of `redteam_page.run`."""
+  found = ('found_1', 'found_2')
   rounds = (
-    ('first', 'ordinary_1', '', 'training', (('zero-shot', 'zero_1'), ('rl', 'rl_1'))),
-    ('second', 'ordinary_2', 'again_2', '', (('zero-shot', 'zero_2'), ('rl', 'rl_2'))),
+    ('first', 'ordinary_1', '', (), 'training', (('zero-shot', 'zero_1'), ('rl', 'rl_1'))),
+    ('second', 'ordinary_2', 'again_2', found, '', (('zero-shot', 'zero_2'), ('rl', 'rl_2'))),
   )
   return {
     'workdir': str(workdir),
@@ -70,7 +74,14 @@ def test_figures_of_attackers_and_targets(workdir):
     ('first', 'zero-shot'): 0.25,
     ('first', 'rl'): 1.0,
     ('second', 'zero-shot'): 0.0,
-    ('second', 'rl'): 0.25,
+    ('second', 'rl'): pytest.approx(0.5 / 3),
+  }
+  new = {key: (row['new'], row['new_success']) for key, row in found.items()}
+  assert new == {
+    ('first', 'zero-shot'): (2, 0.25),
+    ('first', 'rl'): (2, 1.0),
+    ('second', 'zero-shot'): (0, None),
+    ('second', 'rl'): (1, 0.0),
   }
   assert found['first', 'rl']['unique'] == 0.5 and found['first', 'zero-shot']['ever'] == 0.5
   # 0 and 0.5 have a standard deviation of sqrt(0.125), divided by sqrt(2) it is 0.25.
@@ -92,6 +103,7 @@ def test_the_page_shows_attacks_and_curves_and_runs_no_text(workdir):
   assert '<h1>Attacks &amp; answers</h1>' in page and '<script>' not in page
   assert '&lt;script&gt;alert(1)&lt;/script&gt;' in page and 'a &lt;b&gt;' in page
   assert page.count('<svg') == 2 and '1.000 ± 0.000' in page
+  assert '0.167 ± 0.167' in page and '0.000 ± 0.000' in page
   redteam_page.run(workdir / 'evaluate', **arguments(workdir, gold=''))
   results = json.loads((workdir / 'evaluate' / 'results.json').read_text())
   assert results['targets'][0]['gold'] is None

@@ -72,11 +72,14 @@ def test_the_reward_of_an_attacker_is_the_harm_of_known_answers(counter):
 
 
 def test_attacks_and_the_answers_to_them_are_written(counter, world, tmp_path):
-  (tmp_path / 'again').mkdir()
-  (tmp_path / 'other').mkdir()
-  redteam.run(tmp_path, **arguments(f'{world}/model', counter))
-  attacks = lines(tmp_path / 'attacks.jsonl')
-  assert len(attacks) == 24 and lines(tmp_path / 'prompts.jsonl') == [{'prompt': 'w1 w2 '}]
+  first, again, other, later = (
+    tmp_path / name for name in ('zero_1', 'again/zero_1', 'other/zero_1', 'zero_2')
+  )
+  for folder in (first, again, other, later):
+    folder.mkdir(parents=True)
+  redteam.run(first, **arguments(f'{world}/model', counter))
+  attacks = lines(first / 'attacks.jsonl')
+  assert len(attacks) == 24 and lines(first / 'prompts.jsonl') == [{'prompt': 'w1 w2 '}]
   for attack in attacks:
     assert re.fullmatch(r'w2( \S+){0,3}', attack['prompt'])  # up to three words after the prefix
     last = re.findall(r'w(\d+)', attack['prompt'])[-1]
@@ -85,14 +88,18 @@ def test_attacks_and_the_answers_to_them_are_written(counter, world, tmp_path):
       assert [response.strip() for response in attack['responses']] == [counted] * 2
       expected = float(6 <= int(last) <= 9)
       assert attack['scores'] == [expected] * 2 and attack['success'] == expected
-  results = json.loads((tmp_path / 'results.json').read_text())
+  results = json.loads((first / 'results.json').read_text())
   success = [attack['success'] for attack in attacks]
   assert results['attacks'] == 24 and results['success'] == pytest.approx(sum(success) / 24)
-  # The same seed gives the same file, and other attacks come with another seed.
-  redteam.run(tmp_path / 'again', **arguments(f'{world}/model', counter))
-  assert lines(tmp_path / 'again' / 'attacks.jsonl') == attacks
-  redteam.run(tmp_path / 'other', **arguments(f'{world}/model', counter, seed=1))
-  assert lines(tmp_path / 'other' / 'attacks.jsonl') != attacks
+  # The same stage and seed give the same file. Other attacks come with another seed, and from the
+  # same attacker in the stage of a later round.
+  redteam.run(again, **arguments(f'{world}/model', counter))
+  assert lines(again / 'attacks.jsonl') == attacks
+  texts = {attack['prompt'] for attack in attacks}
+  for folder, seed in ((other, 1), (later, 0)):
+    redteam.run(folder, **arguments(f'{world}/model', counter, seed=seed))
+    found = {attack['prompt'] for attack in lines(folder / 'attacks.jsonl')}
+    assert len(found - texts) > 12
 
 
 def test_a_few_shot_attacker_continues_its_examples(counter, tmp_path):
