@@ -401,6 +401,16 @@ FAULTS = (
     _tests('algorithms/test_reliability', 'test_without_the_option_the_batches_have_no_annotators'),
   ),
   Fault(
+    'pairs of one prompt count as independent',
+    'rlhf_jax/evaluation/reliability_stage.py',
+    'intervals.rate((signs + 1) / 2, prompts)',
+    'intervals.rate((signs + 1) / 2)',
+    _tests(
+      'evaluation/test_reliability_page',
+      'test_the_paired_interval_agrees_with_the_test_of_mcnemar[15-5]',
+    ),
+  ),
+  Fault(
     'every head learns from all comparisons',
     'rlhf_jax/algorithms/reward_model.py',
     'return valid & head_subsets(',

@@ -95,8 +95,9 @@ def variants(world):
   free.rl.minibatches, free.rl.importance_cap = 2, 2.0
   heads = tiny.reward_model(world)
   heads.preference.heads = 2
+  heads.data.path, heads.preference.reliability = f'{world}/annotated.jsonl', True
   return {
-    'reward model, two heads': heads,
+    'reward model, two heads and annotators': heads,
     'ppo, critic on the trunk': trunk,
     'grpo': groups,
     'grpo, no reference': free,
