@@ -33,7 +33,8 @@ def compare(noise: Sequence[float], values: dict[str, float]) -> dict:
 
   Returns:
     'spearman', the rank correlation of reliability and -noise; 'random_lowest', whether those with
-    a noise of 0.5 are the least reliable ones; and the 'annotators', dicts.
+    a noise of 0.5 are the least reliable ones, None if there are none; and the 'annotators',
+    dicts.
 
   Raises:
     UserError: An annotator has no reliability.
@@ -47,7 +48,7 @@ def compare(noise: Sequence[float], values: dict[str, float]) -> dict:
   learned = [values[name] for name in names]
   return {
     'spearman': float(stats.spearmanr(learned, [-value for value in noise]).statistic),
-    'random_lowest': all(noise[int(name)] == 0.5 for name in lowest),
+    'random_lowest': all(noise[int(name)] == 0.5 for name in lowest) if lowest else None,
     'annotators': [
       {'annotator': name, 'noise': float(flipped), 'reliability': value}
       for name, flipped, value in zip(names, noise, learned, strict=True)

@@ -24,6 +24,8 @@ def test_the_order_is_compared():
   assert found['spearman'] == pytest.approx(3 / (5 * 4.5) ** 0.5)
   assert not found['random_lowest']  # 1 is below 2
   assert reliability_stage.compare(NOISE, values | {'1': 0.6})['random_lowest']
+  # Without a random annotator there is nothing to say.
+  assert reliability_stage.compare([0.1, 0.2], {'0': 1.0, '1': 0.5})['random_lowest'] is None
   assert found['annotators'][1] == {'annotator': '1', 'noise': 0.2, 'reliability': 0.4}
   with pytest.raises(errors.UserError, match='noise has 3 values'):
     reliability_stage.compare(NOISE[:3], values)
