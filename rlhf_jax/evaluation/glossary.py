@@ -585,7 +585,7 @@ REWARD_MODEL = (
     r'\min_k \beta_k',
     'inverse temperature',
     'Near 0 the annotator chooses at random; below 0 the annotator prefers what others reject. '
-    '`annotators.json` has all of them.',
+    'annotators.json in the folder of the run has all of them.',
   ),
   Metric(
     'reliability/highest',
