@@ -965,6 +965,23 @@ FAULTS = (
     'if path is recorded:',
     _tests('feedback/test_source', 'test_a_run_refuses_a_store_that_lost_judgements'),
   ),
+  Fault(
+    'a form to undo that is sent twice undoes two answers',
+    'rlhf_jax/feedback/judging.py',
+    'undone is None or judgement_id not in (None, undone.id)',
+    'undone is None',
+    _tests('feedback/test_page_undo', 'test_an_undo_that_is_sent_twice_undoes_one'),
+  ),
+  Fault(
+    'a reward model learns that harm is good',
+    'rlhf_jax/feedback/reading.py',
+    ' or _rates_attack(item.task)',
+    '',
+    _tests(
+      'feedback/test_dialogues',
+      'test_the_more_harmful_answer_continues_an_attack_and_is_rejected[red_team]',
+    ),
+  ),
   # The labelling page.
   Fault(
     'an answer is stored for the other one of a pair',

@@ -20,6 +20,7 @@ from rlhf_jax.feedback import schema
 from rlhf_jax.feedback import types
 
 MAX_TOKEN = 200  # characters
+IMPORTED = 'import '  # start of the tokens of judgements that no annotator made here
 STALE = 1.05  # ratings are computed again when there are 5 % more judgements
 
 
@@ -62,6 +63,8 @@ def judge(
       row = _judge(session, lease_id, annotator, form, now)
     elif row.annotator_id != annotator.id:
       raise UserError('the token of this judgement belongs to another annotator: reload the page')
+    elif session.scalar(sa.select(sa.exists().where(schema.Judgement.undoes == row.id))):
+      raise _lost(annotator)
     return reading.judgement(session, row)
 
 
@@ -95,24 +98,36 @@ def _judge(session, lease_id, annotator, form, now):
   return row
 
 
-def undo(
-  database: database_lib.Database, project: types.Project, annotator: types.Annotator, now: float
-) -> types.Judgement | None:
-  """Undoes the newest judgement of an annotator; see `Store.undo`."""
+def undoable(
+  session: orm.Session, project: types.Project, annotator: types.Annotator
+) -> schema.Judgement | None:
+  """Returns the judgement that `undo` undoes; None if there is none."""
   row, task = schema.Judgement, schema.Task
-  query = sa.select(row, task).join(task, row.task_id == task.id)
+  query = sa.select(row).join(task, row.task_id == task.id)
   query = query.where(
     task.project_id == project.id,
     row.annotator_id == annotator.id,
+    ~row.token.startswith(IMPORTED),
     reading.counts(),
-    leasing.outside_chat(),
+    reading.outside_chat(),
   )
+  return session.scalar(query.order_by(row.id.desc()).limit(1))
+
+
+def undo(
+  database: database_lib.Database,
+  project: types.Project,
+  annotator: types.Annotator,
+  judgement_id: int | None,
+  now: float,
+) -> types.Judgement | None:
+  """Undoes the newest judgement of an annotator; see `Store.undo`."""
   with database.write(project.id) as session:
     check_enabled(session, annotator)
-    found = session.execute(query.order_by(row.id.desc()).limit(1)).first()
-    if found is None:
+    undone = undoable(session, project, annotator)
+    if undone is None or judgement_id not in (None, undone.id):
       return None
-    undone, asked = found
+    asked = session.get(schema.Task, undone.task_id)
     undoing = schema.Judgement(
       task_id=asked.id,
       annotator_id=annotator.id,

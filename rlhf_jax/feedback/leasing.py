@@ -45,6 +45,7 @@ def next_lease(
     if lease.expires > now or has_room(session, task, annotator_id, now):
       # A page that is shown again writes nothing while most of the time is left.
       if lease.expires - now < project.lease_seconds / 2:
+        lease.created = lease.created if lease.expires > now else now
         lease.expires = now + project.lease_seconds
       return lease
     session.delete(lease)
@@ -77,6 +78,7 @@ def lease_task(
       expires=now,
     )
     session.add(lease)
+  lease.created = lease.created if lease.expires > now else now
   lease.expires = now + project.lease_seconds
   session.flush()
   return lease
@@ -142,11 +144,9 @@ def has_judged(annotator_id: int) -> sa.ColumnElement[bool]:
   )
 
 
-def outside_chat() -> sa.ColumnElement[bool]:
-  """Returns the condition that the task is no turn of a dialogue."""
-  return ~sa.exists().where(
-    schema.Prompt.id == schema.Task.prompt_id, schema.Prompt.dialogue_id.is_not(None)
-  )
+def _may_answer(annotator_id):
+  owner = schema.Task.annotator_id
+  return owner.is_(None) | (owner == annotator_id)
 
 
 def _held(session, project_id, annotator_id):
@@ -156,7 +156,7 @@ def _held(session, project_id, annotator_id):
   query = query.where(
     schema.Task.project_id == project_id,
     schema.Lease.annotator_id == annotator_id,
-    outside_chat(),
+    reading.outside_chat(),
   )
   return session.execute(query.order_by(schema.Lease.id.desc())).all()
 
@@ -170,10 +170,10 @@ def _ordinary_task(session, project, annotator_id, now, ratings):
     task.project_id == project.id,
     task.judged < task.overlap,
     task.policies != '',
-    task.annotator_id.is_(None) | (task.annotator_id == annotator_id),
+    _may_answer(annotator_id),
     task.judged + leased.scalar_subquery() < task.overlap,
     ~has_judged(annotator_id),
-    outside_chat(),
+    reading.outside_chat(),
   )
   query = query.order_by(task.priority.desc(), task.shuffle).limit(WINDOW)
   candidates = [
@@ -228,7 +228,11 @@ def _quality_task(session, project, annotator_id):
 def _gold_task(session, project, annotator_id, key):
   task = schema.Task
   query = sa.select(task).where(
-    task.project_id == project.id, task.gold.is_not(sa.null()), ~has_judged(annotator_id)
+    task.project_id == project.id,
+    task.gold.is_not(sa.null()),
+    _may_answer(annotator_id),
+    ~has_judged(annotator_id),
+    reading.outside_chat(),
   )
   found = session.scalars(query.order_by(task.id)).all()
   return found[int(len(found) * assign.uniform('gold', *key))] if found else None
@@ -246,7 +250,7 @@ def _repeat_task(session, project, annotator_id, key):
     reading.counts(),
     ~reading.skips(),
     ~repeated,
-    outside_chat(),
+    reading.outside_chat(),
   )
   found = session.scalars(query.order_by(schema.Judgement.id)).all()[:-REPEAT_GAP]
   if not found:

@@ -76,7 +76,7 @@ def progress(database: database_lib.Database, project: types.Project) -> list[Pa
   query = sa.select(
     row.round, row.kind, sa.func.count(), sa.func.sum(row.overlap), sa.func.sum(row.judged)
   )
-  query = query.where(row.project_id == project.id, row.policies != '')
+  query = query.where(row.project_id == project.id, reading.wanted())
   with database.read() as session:
     found = session.execute(query.group_by(row.round, row.kind)).all()
   return [Part(number, kind, *map(int, rest)) for number, kind, *rest in sorted(found)]

@@ -37,6 +37,25 @@ def skips() -> sa.ColumnElement[bool]:
   return sa.func.coalesce(schema.Judgement.answer['skip'].as_boolean(), sa.false())
 
 
+def outside_chat() -> sa.ColumnElement[bool]:
+  """Returns the condition that the task is no turn of a dialogue."""
+  return ~sa.exists().where(
+    schema.Prompt.id == schema.Task.prompt_id, schema.Prompt.dialogue_id.is_not(None)
+  )
+
+
+def wanted() -> sa.ColumnElement[bool]:
+  """Returns the condition that a task counts in the progress of its project.
+
+  Gold questions and repeats do not. Neither does a task that only one annotator may answer and has
+  skipped, nor a turn of a dialogue without an answer, since nobody will answer these any more.
+  """
+  task = schema.Task
+  skipped = sa.exists().where(schema.Judgement.task_id == task.id, counts(), skips())
+  left = task.annotator_id.is_not(None) & (skipped | ~outside_chat())
+  return (task.policies != '') & ((task.judged > 0) | ~left)
+
+
 def project(row: schema.Project) -> types.Project:
   """Returns the project of a row."""
   return types.Project(
@@ -308,25 +327,26 @@ def fingerprint(found: Sequence[tuple[dict[str, Any], int]]) -> str:
   return digest.hexdigest()[:16]
 
 
+def totals(session: orm.Session, project_id: int) -> types.Totals:
+  """Returns how many answers the tasks of a project want and have."""
+  task = schema.Task
+  query = sa.select(sa.func.count(), sa.func.sum(task.overlap), sa.func.sum(task.judged))
+  found = session.execute(query.where(task.project_id == project_id, wanted())).one()
+  return types.Totals(*(int(number or 0) for number in found))
+
+
 def progress(session: orm.Session, project_id: int) -> types.Progress:
   """Returns the progress of a project."""
   task, row = schema.Task, schema.Judgement
-  of_project, ordinary = task.project_id == project_id, task.policies != ''
-  total, wanted, judged = session.execute(
-    sa.select(sa.func.count(), sa.func.sum(task.overlap), sa.func.sum(task.judged)).where(
-      of_project, ordinary
-    )
-  ).one()
+  of_project = task.project_id == project_id
   joined = sa.select(schema.Annotator.name, sa.func.count()).select_from(row)
   joined = joined.join(task, row.task_id == task.id)
   joined = joined.join(schema.Annotator, row.annotator_id == schema.Annotator.id)
   joined = joined.where(of_project, counts()).group_by(schema.Annotator.name)
-  skipped = session.execute(joined.where(ordinary, skips())).all()
+  skipped = session.execute(joined.where(task.policies != '', outside_chat(), skips())).all()
   by_annotator = session.execute(joined.where(~skips()).order_by(schema.Annotator.name)).all()
   return types.Progress(
-    tasks=total,
-    wanted=int(wanted or 0),
-    judged=int(judged or 0),
+    **totals(session, project_id)._asdict(),
     skipped=sum(number for _, number in skipped),
     by_annotator=dict(tuple(item) for item in by_annotator),
   )

@@ -163,7 +163,8 @@ class Task(Base):
 class Lease(Base):
   """The assignment of a task to an annotator, until it is judged or expires.
 
-  Columns: shown, ids of the completions in the order displayed; token, of the form that is shown.
+  Columns: shown, ids of the completions in the order displayed; token, of the form that is shown;
+  created, when it began, or began again after it had expired.
   """
 
   __tablename__ = 'leases'

@@ -297,20 +297,33 @@ class Store:
 
     Raises:
       UserError: The answer does not fit the task; the task is assigned to another annotator, or was
-        taken by others after the lease had expired; the database cannot be written.
+        taken by others after the lease had expired; the judgement of the token was undone; the
+        database cannot be written.
     """
     lease_id = assignment.lease_id if isinstance(assignment, Assignment) else assignment
     form = judging.Form(answer=answer, reason=reason, flags=flags, seconds=seconds, token=token)
     return judging.judge(self.database, lease_id, annotator, form, judging.now_or(now))
 
   def undo(
-    self, project: Project, annotator: Annotator, now: float | None = None
+    self,
+    project: Project,
+    annotator: Annotator,
+    *,
+    judgement: int | None = None,
+    now: float | None = None,
   ) -> Judgement | None:
     """Undoes the newest judgement of an annotator that counts, and assigns its task to them again.
 
-    Returns the row that undoes it, or None if there is none. Turns of dialogues stay.
+    Turns of dialogues and imported judgements stay.
+
+    Args:
+      judgement: Id of the one to undo: if it is not the newest, as when a form is sent twice,
+        nothing is undone.
+
+    Returns:
+      The row that undoes it, or None if nothing is undone.
     """
-    return judging.undo(self.database, project, annotator, judging.now_or(now))
+    return judging.undo(self.database, project, annotator, judgement, judging.now_or(now))
 
   # Reading.
 

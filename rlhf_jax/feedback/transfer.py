@@ -23,6 +23,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.feedback import accounts
 from rlhf_jax.feedback import answers
 from rlhf_jax.feedback import assign
+from rlhf_jax.feedback import judging
 from rlhf_jax.feedback import questions
 from rlhf_jax.feedback import schema
 from rlhf_jax.feedback import store as store_lib
@@ -107,7 +108,7 @@ def add_comparisons(
         name = str(record.fields.get('annotator', annotator))
         key = json.dumps([project.id, round, name, dataclasses.asdict(labelled)], sort_keys=True)
         seen[key] = seen.get(key, 0) + 1
-        token = f'import {hashlib.sha256(f"{seen[key]} {key}".encode()).hexdigest()}'
+        token = f'{judging.IMPORTED}{hashlib.sha256(f"{seen[key]} {key}".encode()).hexdigest()}'
         if session.scalar(sa.select(sa.exists().where(schema.Judgement.token == token))):
           there += 1
           continue

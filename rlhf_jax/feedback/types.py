@@ -1,6 +1,7 @@
 """What the feedback store returns: plain values, without a connection to the database."""
 
 import dataclasses
+import typing
 from typing import Any
 
 
@@ -200,14 +201,28 @@ class Battle:
   round: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Progress:
-  """Progress of a project, without gold questions and repeats.
+class Totals(typing.NamedTuple):
+  """Sums over the tasks of a project; see reading.wanted.
 
   Attributes:
     tasks: Number of tasks.
     wanted: Number of answers wanted, the sum of the overlaps.
     judged: Number of answers given.
+  """
+
+  tasks: int
+  wanted: int
+  judged: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+  """Progress of a project, without gold questions and repeats.
+
+  Attributes:
+    tasks: See Totals.
+    wanted: See Totals.
+    judged: See Totals.
     skipped: Number of times that a task was skipped.
     by_annotator: {name: number of answers, those to gold questions and repeats included}.
   """

@@ -70,6 +70,36 @@ def test_a_skip_gives_the_task_to_another_annotator(store):
   assert store.next_task(project, a) is None and store.progress(project).skipped == 0
 
 
+def test_a_form_whose_judgement_was_undone_is_refused(store):
+  project = store.add_project('p')
+  store.add_tasks(project, pairs(['ab']))
+  [a] = people(store, 1)
+  old = store.next_task(project, a)
+  done = store.judge(old, a, {'tie': True}, token=old.token)
+  assert store.undo(project, a, judgement=done.id + 1) is None
+  assert store.undo(project, a, judgement=done.id).undoes == done.id
+  assert store.undo(project, a, judgement=done.id) is None
+  with pytest.raises(UserError, match='not assigned to you'):
+    store.judge(old, a, {'tie': True}, token=old.token)
+  assert answer(store, project, a).task.id == old.task.id
+
+
+def test_a_skipped_task_of_one_annotator_is_not_waited_for(store):
+  project = store.add_project('p')
+  a, b = people(store, 2)
+  for own in (a, b):
+    prompt = store.add_prompt(project, own.name)
+    both = [store.add_completion(prompt, text, policy=text) for text in 'xy']
+    store.add_task(project, 'pair', prompt, both, annotator=own)
+  progress = store.progress(project)
+  assert (progress.tasks, progress.wanted) == (2, 2)
+  skipped = store.next_task(project, a)
+  store.judge(skipped, a, {'skip': True}, token=skipped.token)
+  answer(store, project, b)
+  progress = store.progress(project)
+  assert (progress.tasks, progress.wanted, progress.judged, progress.skipped) == (1, 1, 1, 1)
+
+
 def test_leases_expire(store):
   project = store.add_project('p', lease_seconds=10.0)
   store.add_tasks(project, pairs(['ab', 'cd']))
@@ -236,6 +266,10 @@ def test_gold_questions_and_repeats(store):
     assert assignment.task.id == gold.id
     store.judge(assignment, person, {'chosen': gold.completions[1].id}, token=assignment.token)
   assert [store.quality(project)[p.name].right for p in (a, b)] == [0, 0]
+  x, y = gold.completions
+  store.add_task(project, 'pair', gold.prompt, [x, y], gold={'tie': True}, annotator=a)
+  assert store.next_task(project, a).task.annotator_id == a.id
+  assert store.next_task(project, b).task.gold is None  # this one is of a alone
 
 
 Seen = collections.namedtuple('Seen', 'completions number repeated')

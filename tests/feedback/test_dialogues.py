@@ -7,6 +7,7 @@ from rlhf_jax import errors
 from rlhf_jax.feedback import accounts
 from rlhf_jax.feedback import dialogues
 from rlhf_jax.feedback import judging
+from rlhf_jax.feedback import overview
 from rlhf_jax.feedback import store as store_lib
 
 
@@ -76,7 +77,9 @@ def test_the_better_answer_continues_the_dialogue(chat):
   chat.answer(chat.say(' one\r\ntwo '), ' left ', 'right')
   state = chat.state()
   assert (state.step, state.messages) == ('choose', [user('one\ntwo')])
+  assert chat.store.progress(chat.project).wanted == 0
   chat.judge(text=' left ', strength=2)
+  assert chat.store.progress(chat.project).wanted == 1
   state = chat.state()
   assert (state.step, state.turns) == ('write', 1)
   assert state.messages == [user('one\ntwo'), assistant('left')]
@@ -201,6 +204,9 @@ def test_a_choice_that_is_open_at_the_end_is_skipped(chat):
   chat.end()
   assert [item.answer for item in chat.store.judgements(chat.project)] == [{'skip': True}]
   assert chat.state().step == 'closed' and not chat.state().messages
+  progress = chat.store.progress(chat.project)  # nobody will choose any more
+  assert (progress.tasks, progress.wanted, progress.skipped) == (0, 0, 0)
+  assert overview.progress(chat.store.database, chat.project) == []
 
 
 def test_messages_that_cannot_be_sent(chat):

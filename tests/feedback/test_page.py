@@ -196,7 +196,8 @@ def test_htmx_gets_the_next_task_alone(site):
   assert again['token'] != browser.fields['token']
   response = browser.post('/judge', again | {'answer': 'a1'}, headers=HTMX)
   assert 'No tasks left' in response.text and len(site.judgements()) == 2
-  undone = browser.post('/undo', headers=HTMX)
+  undone = browser.post('/undo', labelling.fields(response.text), headers=HTMX)
+  undone = browser.post('/undo', labelling.fields(undone.text), headers=HTMX)
   assert labelling.fields(undone.text).keys() == {'csrf', 'lease', 'token'}
 
 

@@ -10,10 +10,10 @@ from typing import Annotated
 
 import fastapi
 import sqlalchemy as sa
-from starlette import datastructures
 from starlette import responses
 
 from rlhf_jax.errors import need
+from rlhf_jax.feedback import judging
 from rlhf_jax.feedback import reading
 from rlhf_jax.feedback import schema
 from rlhf_jax.feedback import types
@@ -30,13 +30,7 @@ QUESTIONS = {
 DAY = 24 * 3600.0
 
 User = Annotated[types.Annotator, fastapi.Depends(auth.current)]
-
-
-async def _fields(request: fastapi.Request) -> datastructures.FormData:
-  return await request.form()
-
-
-Fields = Annotated[datastructures.FormData, fastapi.Depends(_fields)]
+Fields = forms.Fields
 
 
 @router.get('/')
@@ -58,16 +52,21 @@ def skip(request: fastapi.Request, user: User, fields: Fields):
 
 
 @router.post('/undo')
-def undo(request: fastapi.Request, user: User):
-  """Undoes the last answer, and shows its task again."""
-  request.app.state.store.undo(request.app.state.project, user)
+def undo(request: fastapi.Request, user: User, fields: Fields):
+  """Undoes the last answer, and shows its task again; a form that is sent twice undoes one."""
+  if forms.text(fields, 'judgement'):
+    number = forms.whole_number(fields, 'judgement')
+    request.app.state.store.undo(request.app.state.project, user, judgement=number)
   return _next(request, user) if auth.is_htmx(request) else responses.RedirectResponse('/', 303)
 
 
 @router.get('/progress')
 def progress(request: fastapi.Request, user: User):
   """Shows how much is done by the annotator, and in the whole project."""
-  own = _judgements(request, user)
+  row = schema.Judgement
+  with request.app.state.store.database.read() as rows:
+    own = rows.execute(_own(request, user, row.seconds, row.created, reading.skips())).all()
+    totals = reading.totals(rows, request.app.state.project.id)
   times = [seconds for seconds, _, skipped in own if not skipped]
   return auth.render(
     request,
@@ -76,7 +75,7 @@ def progress(request: fastapi.Request, user: User):
     skipped=len(own) - len(times),
     today=sum(created > time.time() - DAY and not skipped for _, created, skipped in own),
     seconds=f'{statistics.median(times):.0f}' if times else '–',
-    progress=_totals(request),
+    progress=totals,
   )
 
 
@@ -92,11 +91,14 @@ def instructions(request: fastapi.Request, user: User):
 def _next(request, user, saved=False):
   """Shows the next task, or that there is none."""
   assignment = request.app.state.store.next_task(request.app.state.project, user)
-  judgements = _judgements(request, user)
-  own = sum(not skipped for _, _, skipped in judgements)
-  can_undo = bool(judgements)
+  project = request.app.state.project
+  with request.app.state.store.database.read() as rows:
+    own = rows.scalar(_own(request, user, sa.func.count()).where(~reading.skips()))
+    newest = judging.undoable(rows, project, user)
+    totals = reading.totals(rows, project.id)
+  undoable = newest and newest.id
   if assignment is None:
-    return auth.render(request, 'done.html', own=own, can_undo=can_undo, saved=saved)
+    return auth.render(request, 'done.html', own=own, undoable=undoable, saved=saved)
   kind = assignment.task.kind
   return auth.render(
     request,
@@ -108,9 +110,9 @@ def _next(request, user, saved=False):
     lease_id=assignment.lease_id,
     token=assignment.token,
     own=own,
-    can_undo=can_undo,
+    undoable=undoable,
     saved=saved,
-    progress=_totals(request),
+    progress=totals,
     letters=forms.LETTERS,
     strengths=forms.STRENGTHS,
     flags=forms.FLAGS,
@@ -155,7 +157,8 @@ def _lease(store, lease_id, token, user):
     the form was stored before.
 
   Raises:
-    UserError: It is not the annotator's, or it is gone.
+    UserError: It is not the annotator's, it is gone, its judgement was undone, or its task is a
+      turn of a dialogue, which the pages of the chat store.
   """
   with store.database.read() as rows:
     query = sa.select(schema.Lease, schema.Task.kind).join(
@@ -166,13 +169,16 @@ def _lease(store, lease_id, token, user):
         schema.Lease.id == lease_id,
         schema.Lease.annotator_id == user.id,
         schema.Lease.token == token,
+        reading.outside_chat(),
       )
     ).first()
     if found is not None:
       lease, kind = found
       return lease.id, kind, lease.shown, lease.created
     query = sa.select(schema.Judgement.id).where(
-      schema.Judgement.token == token, schema.Judgement.annotator_id == user.id
+      schema.Judgement.token == token,
+      schema.Judgement.annotator_id == user.id,
+      reading.counts(),
     )
     need(
       rows.scalar(query) is not None,
@@ -181,25 +187,12 @@ def _lease(store, lease_id, token, user):
   return None
 
 
-def _judgements(request, user):
-  """Returns [(seconds, time, whether it skips)] of an annotator's judgements that count."""
+def _own(request, user, *columns):
+  """Returns a query of an annotator's judgements in the project that count."""
   row, task = schema.Judgement, schema.Task
-  query = sa.select(row.seconds, row.created, reading.skips()).join(task, row.task_id == task.id)
-  query = query.where(
+  query = sa.select(*columns).select_from(row).join(task, row.task_id == task.id)
+  return query.where(
     task.project_id == request.app.state.project.id,
     row.annotator_id == user.id,
     reading.counts(),
   )
-  with request.app.state.store.database.read() as rows:
-    return rows.execute(query).all()
-
-
-def _totals(request):
-  """Returns {'tasks', 'wanted', 'judged'}, without gold questions and repeats."""
-  task = schema.Task
-  query = sa.select(sa.func.count(), sa.func.sum(task.overlap), sa.func.sum(task.judged)).where(
-    task.project_id == request.app.state.project.id, task.policies != ''
-  )
-  with request.app.state.store.database.read() as rows:
-    tasks, wanted, judged = rows.execute(query).one()
-  return {'tasks': tasks, 'wanted': int(wanted or 0), 'judged': int(judged or 0)}

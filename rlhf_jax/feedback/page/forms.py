@@ -2,6 +2,10 @@
 
 import itertools
 import re
+from typing import Annotated
+
+import fastapi
+from starlette import datastructures
 
 from rlhf_jax.errors import need
 from rlhf_jax.errors import UserError
@@ -23,6 +27,13 @@ FLAGS = {
 }
 MAX_REASON = 5000  # characters
 INCOMPLETE = 'Not saved: the answer is incomplete. '
+
+
+async def _fields(request: fastapi.Request) -> datastructures.FormData:
+  return await request.form()
+
+
+Fields = Annotated[datastructures.FormData, fastapi.Depends(_fields)]
 
 
 def answer(kind, shown, fields):

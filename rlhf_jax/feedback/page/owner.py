@@ -11,7 +11,6 @@ from urllib import parse
 
 import fastapi
 import markupsafe
-from starlette import datastructures
 from starlette import responses
 
 from rlhf_jax.errors import need
@@ -43,13 +42,6 @@ FORMS = {
 
 Owner = Annotated[types.Annotator, fastapi.Depends(auth.owner)]
 Number = Annotated[int, fastapi.Path(ge=1, le=2**31 - 1)]
-
-
-async def _fields(request: fastapi.Request) -> datastructures.FormData:
-  return await request.form()
-
-
-Fields = Annotated[datastructures.FormData, fastapi.Depends(_fields)]
 
 
 @functools.lru_cache(maxsize=4)
@@ -142,7 +134,7 @@ def _home(request, saved=False):
 
 
 @router.post('/instructions')
-def instructions(request: fastapi.Request, user: Owner, fields: Fields):
+def instructions(request: fastapi.Request, user: Owner, fields: forms.Fields):
   """Stores the instructions of the annotators."""
   del user
   text = forms.text(fields, 'instructions').replace('\r\n', '\n').strip()
@@ -172,7 +164,7 @@ def _annotators(request, user, *, message='', link='', failed=False):
 
 
 @router.post('/annotators')
-def add_annotator(request: fastapi.Request, user: Owner, fields: Fields):
+def add_annotator(request: fastapi.Request, user: Owner, fields: forms.Fields):
   """Adds an annotator, and shows the personal link, this one time."""
   name = forms.text(fields, 'name').strip()
   try:
