@@ -36,7 +36,10 @@ class Detokenizer:
     """
     errors.need(all(stop), 'a stop string is empty and would end every response: remove it')
     self.tokens, self.text, self.stopped = [], '', False
-    self._tokenizer, self._stop, self._returned = tokenizer, tuple(stop), 0
+    self._tokenizer, self._stop = tokenizer, tuple(stop)
+    # Numbers of tokens, and their text: of those that are decoded apart from the later ones, and of
+    # those whose text was complete.
+    self._apart = self._complete = 0, ''
 
   def push(self, tokens: Sequence[int]) -> str:
     """Adds tokens, up to one that completes a stop string; returns the new text, perhaps ''."""
@@ -50,24 +53,17 @@ class Detokenizer:
 
   def finish(self) -> str:
     """Returns the text that was held back; incomplete characters become U+FFFD."""
-    if self.stopped:
-      return ''
-    text = self._decode(0)
-    if not text.startswith(self.text):
-      # A decoder with byte fallback replaces a whole run of bytes if the last character is broken.
-      text = self.text + self._decode(self._returned)
-    return self._take(text)
+    return '' if self.stopped else self._take(self._decoded())
 
   def _advance(self):
-    text = self._decode(0)
-    if not text.startswith(self.text):
-      return ''
+    text = self._decoded()
     found = [start for start in map(text.find, self._stop) if start >= 0]
     if found:
       self.stopped = True
       return self._take(text[: max(min(found), len(self.text))])
     if text.endswith(REPLACEMENT):
       return ''
+    self._complete = len(self.tokens), text
     return self._take(text[: max(len(text) - self._held(text), len(self.text))])
 
   def _held(self, text):
@@ -76,8 +72,20 @@ class Detokenizer:
     return max(lengths, default=0)
 
   def _take(self, text):
-    piece, self.text, self._returned = text[len(self.text) :], text, len(self.tokens)
+    piece, self.text = text[len(self.text) :], text
     return piece
 
-  def _decode(self, start):
-    return tokenizers.decode_continuation(self._tokenizer, [self.tokens[start:]])[0]
+  def _decoded(self):
+    """Returns the text of all tokens, which begins with what was returned.
+
+    A decoder with byte fallback replaces a whole run of bytes if one character of it is broken. The
+    characters before it that were complete keep their text: what follows them is decoded apart.
+    """
+    text = self._decode(*self._apart)
+    if not text.startswith(self.text):
+      self._apart = self._complete
+      text = self._decode(*self._apart)
+    return text
+
+  def _decode(self, start, before):
+    return before + tokenizers.decode_continuation(self._tokenizer, [self.tokens[start:]])[0]

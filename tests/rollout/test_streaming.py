@@ -210,6 +210,11 @@ def test_bytes_of_a_tokenizer_that_falls_back_to_them():
   ids = [1, *(2 + byte for byte in 'é你'.encode())]
   assert pieces_of(tokenizer, ids)[0] == [' a', '', 'é', '', '', '你', '']
   assert pieces_of(tokenizer, ids[:-1])[0] == [' a', '', 'é', '', '', '\ufffd\ufffd']
+  # What comes after a broken character is streamed, and a stop string in it ends the response.
+  ids = [*ids[:3], ids[1], 1, *ids[1:3], ids[1], 1, 1]
+  pieces, text = pieces_of(tokenizer, ids, (' a a',))
+  assert ''.join(pieces) == text.text == ' aé\ufffd aé\ufffd' and text.stopped
+  assert pieces[:5] == ['', '', ' aé', '', '\ufffd'] and text.tokens == ids
 
 
 def test_stop_strings_are_held_back_and_removed(byte_tokenizer):
