@@ -1,4 +1,4 @@
-"""rlhf label --db=FILE --project=NAME [--data=POLICY=FILE,...] [--policies=DIR,DIR] [--port=8000]
+"""rlhf label --db=FILE --project=NAME [--data=POLICY=FILE,...] [--policies=NAME=DIR,...] [--port=N]
 rlhf label --db=FILE --project=NAME --add_annotator=NAME [--role=owner]
 
 Serves the page on which people compare responses. FILE is a file of SQLite, which is made if there
@@ -10,7 +10,8 @@ which task is next.
 
 --data adds the samples of policies, {"prompt", "completion"}, as tasks; it is either a list of
 POLICY=FILE, or a folder of files POLICY.jsonl. --policies serves policies for the chat: folders of
-models or runs, of which the newest checkpoint answers.
+models or runs, of which the newest checkpoint answers. The store has their answers by NAME; DIR,DIR
+without names takes the ends of the paths.
 
 The page is for this machine alone unless --host says otherwise. Over a network it needs a reverse
 proxy that adds TLS, and --allowed_hosts with the names by which browsers reach it.
@@ -60,7 +61,7 @@ def serve(store, project, options):
     if options.policies:
       from rlhf_jax.feedback import live
 
-      policies = live.Policies([folder for folder in options.policies.split(',') if folder])
+      policies = live.Policies(policy_folders(options.policies))
       stack.callback(policies.close)
     app = app_lib.create(store, project, policies=policies, settings=settings)
     config = serve_lib.config(app, host=options.host, port=options.port)
@@ -166,6 +167,26 @@ def sample_files(text):
   return {policy: path for policy, _, path in pairs}
 
 
+def policy_folders(text):
+  """Returns {name: folder} of a value of --policies, or a list of folders without names.
+
+  Raises:
+    UserError: Some have names and others do not, or a name is used twice.
+  """
+  parts = [part for part in text.split(',') if part]
+  pairs = [part.partition('=') for part in parts]
+  named = ['=' in part and '/' not in name for part, (name, _, _) in zip(parts, pairs)]
+  if not any(named):
+    return parts
+  folders = {name: folder for name, _, folder in pairs}
+  need(
+    all(named) and all(name and folder for name, folder in folders.items()),
+    f'--policies={text} must be NAME=DIR,NAME=DIR,... or DIR,DIR,...',
+  )
+  need(len(folders) == len(pairs), f'--policies={text} has a name twice')
+  return folders
+
+
 def allowed_hosts(options):
   """Returns the names in the Host header that the page answers."""
   hosts = [host for host in options.allowed_hosts.split(',') if host]
@@ -209,7 +230,7 @@ def start():
   )
   parser.add_argument('--overlap', type=int, help='annotators of a task; 1 if not given')
   parser.add_argument('--selection', choices=schema.SELECTIONS, help='which task is next')
-  parser.add_argument('--policies', default='', help='folders of policies for the chat: DIR,DIR')
+  parser.add_argument('--policies', default='', help='policies for the chat: NAME=DIR,...')
   parser.add_argument('--host', default='127.0.0.1', help='address to listen on; 0.0.0.0: all')
   parser.add_argument('--port', type=int, default=8000, help='port to listen on; 0: a free one')
   parser.add_argument('--allowed_hosts', default='', help='names of this machine: NAME,NAME')

@@ -95,6 +95,14 @@ def test_data_is_a_list_of_files_or_a_folder(tmp_path):
       label.sample_files(wrong)
 
 
+def test_policies_have_names_or_not():
+  assert label.policy_folders('a=runs/x,b=runs/lr=3') == {'a': 'runs/x', 'b': 'runs/lr=3'}
+  assert label.policy_folders('runs/x,runs/lr=3,') == ['runs/x', 'runs/lr=3']
+  for wrong, message in (('a=x,y', 'must be NAME=DIR'), ('a=', 'must be'), ('a=x,a=y', 'twice')):
+    with pytest.raises(UserError, match=message):
+      label.policy_folders(wrong)
+
+
 def test_a_port_in_use_is_named():
   with label.listen('127.0.0.1', 0) as listener:
     port = listener.getsockname()[1]

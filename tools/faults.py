@@ -854,6 +854,20 @@ FAULTS = (
       'test_the_more_harmful_answer_continues_an_attack_and_is_rejected[red_team]',
     ),
   ),
+  Fault(
+    'the first named policy is always on the left side',
+    'rlhf_jax/feedback/page/chat.py',
+    'names = _random.sample(names, 2) if',
+    'names = names[:2] if',
+    _tests('feedback/test_chat_pages', 'test_no_side_tells_which_policy_answers'),
+  ),
+  Fault(
+    'the faster policy of a chat writes first',
+    'rlhf_jax/feedback/page/chat.py',
+    'if not all(waiting[side] or side in ended for side in order):',
+    'if not any(waiting):',
+    _tests('feedback/test_chat_pages', 'test_both_sides_have_one_pace'),
+  ),
   # Mixtures, conversations and experts.
   Fault(
     'the sources of a mixture share one count of draws',

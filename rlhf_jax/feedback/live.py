@@ -7,6 +7,7 @@ and a new process is started.
 
 import asyncio
 from collections.abc import AsyncIterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 import itertools
 import multiprocessing
@@ -33,7 +34,7 @@ PROGRAM = (
   'from rlhf_jax.feedback import live_worker; live_worker.main(int(sys.argv[1]))'
 )
 GRACE = 5.0  # seconds that the process has to end by itself
-HUNG_SECONDS = 600.0  # a process that sends nothing for this long, while answers expire, is killed
+HUNG_SECONDS = 600.0  # a process that sends nothing for this long, not even Alive, is killed
 MAX_SEED = 2**31
 
 
@@ -75,7 +76,7 @@ class Answer(AsyncIterator[str]):
       raise StopAsyncIteration
     if self._inbox is None:
       self._inbox, self._loop = asyncio.Queue(), asyncio.get_running_loop()
-      self._due = time.monotonic() + self._seconds
+      self._due = self._loop.time() + self._seconds
       self._policies._begin(self, self._ask)
     try:
       return await self._next_piece()
@@ -95,8 +96,8 @@ class Answer(AsyncIterator[str]):
 
   async def _next_piece(self):
     while True:
-      left = max(self._due - time.monotonic(), 0.0)
-      message = await asyncio.wait_for(self._inbox.get(), left)
+      async with asyncio.timeout_at(self._due):
+        message = await self._inbox.get()
       if isinstance(message, messages.Failed):
         raise message.error(message.text)
       if isinstance(message, messages.Begun):
@@ -121,7 +122,7 @@ class Policies:
 
   def __init__(
     self,
-    folders: Sequence[str | os.PathLike],
+    folders: Sequence[str | os.PathLike] | Mapping[str, str | os.PathLike],
     *,
     max_concurrent: int = 8,
     max_waiting: int = 64,
@@ -133,7 +134,8 @@ class Policies:
 
     Args:
       folders: Hugging Face folders, finished runs, or runs that are still training. Of these, the
-        newest checkpoint answers.
+        newest checkpoint answers. {name: folder}, or a list, where a name is the end of a path that
+        tells it from the others: it may be another one when there are other folders.
       max_concurrent: Number of answers of a policy that are decoded at a time; others wait.
       max_waiting: Largest number of answers that are not complete, over all policies.
       max_length: Longest conversation with its answer, in tokens; at most the context of a model.
@@ -144,12 +146,13 @@ class Policies:
     Raises:
       UserError: There are no folders, or a folder does not exist.
     """
-    paths = [pathlib.Path(folder).resolve() for folder in folders]
+    is_named = isinstance(folders, Mapping)
+    paths = [pathlib.Path(one).resolve() for one in (folders.values() if is_named else folders)]
     errors.need(paths, 'there are no policies: name their folders')
     for path in paths:
       errors.need(path.is_dir(), f'{path}: no such folder; a live policy is a model or a run')
     errors.need(len(set(paths)) == len(paths), 'a folder of a policy is named twice')
-    named = dict(zip(names(paths), map(str, paths)))
+    named = dict(zip(folders if is_named else names(paths), map(str, paths)))
     self._setup = messages.Setup(named, max_concurrent, max_length, chat_template)
     self._max_waiting, self._seconds = max_waiting, seconds
     self._lock = threading.RLock()
@@ -162,7 +165,7 @@ class Policies:
 
   @property
   def names(self) -> list[str]:
-    """Names of the policies, which Elo ranks: the ends of their paths that tell them apart."""
+    """Names of the policies, which Elo ranks."""
     return list(self._setup.folders)
 
   @property
@@ -219,7 +222,12 @@ class Policies:
 
   def _start(self):
     """Starts the process; the caller has the lock, so that `_died` comes after it."""
-    self._worker = _Worker(self._setup, self._receive, self._died)
+    try:
+      self._worker = _Worker(self._setup, self._receive, self._died)
+    except OSError as error:  # too many open files or processes, or no memory
+      raise Unavailable(
+        f'the process of the policies cannot be started ({error.strerror}): ask again in a moment'
+      ) from error
 
   def _begin(self, answer, ask):
     with self._lock:
@@ -256,22 +264,26 @@ class Policies:
       answer._deliver(message)
 
   def _died(self, worker, status):
-    """Reports that the process has ended, and starts another one."""
+    """Reports to the answers that the process has ended, and starts another one."""
     how = f'ended with status {status}' if status >= 0 else f'was killed by signal {-status}'
     if -status in set(signal.Signals):
       how += f' ({signal.Signals(-status).name})'
     with self._lock:
       lost, self._answers = self._answers, {}
       self._worker = None
-      if not self._closed:
-        logging.error('the process of the policies %s; %d answers are lost', how, len(lost))
+      reason = 'was closed' if self._closed else how
+      for id, answer in lost.items():
+        answer._deliver(
+          messages.Failed(id, f'the process of the policies {reason}: ask again', Unavailable)
+        )
+      if self._closed:
+        return
+      logging.error('the process of the policies %s; %d answers are lost', how, len(lost))
+      try:
         if worker.answered:  # otherwise it may fail again: the next request starts it
           self._start()
-    reason = 'was closed' if self._closed else how
-    for id, answer in lost.items():
-      answer._deliver(
-        messages.Failed(id, f'the process of the policies {reason}: ask again', Unavailable)
-      )
+      except Unavailable as error:
+        logging.error('%s', error)
 
 
 class _Worker:
@@ -322,6 +334,8 @@ class _Worker:
       while True:
         message = self._connection.recv()
         self.heard = time.monotonic()
+        if isinstance(message, messages.Alive):
+          continue
         self.answered |= isinstance(message, messages.Begun)
         receive(message)
     except (EOFError, OSError):

@@ -33,6 +33,10 @@ class Cancel(NamedTuple):
   id: int
 
 
+class Alive(NamedTuple):
+  """A message from the process, which it sends every few seconds unless it hangs."""
+
+
 class Begun(NamedTuple):
   """A message from the process: which checkpoint answers, with which sampling settings."""
 

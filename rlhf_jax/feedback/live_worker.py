@@ -6,12 +6,15 @@ it is loaded beside the old one. New requests wait for it, open ones finish with
 """
 
 import concurrent.futures
+import contextlib
+import math
 import multiprocessing.connection
 import os
 import pathlib
 import queue
 import sys
 import threading
+import time
 
 from absl import logging
 
@@ -24,7 +27,9 @@ from rlhf_jax.feedback import live_messages as messages
 from rlhf_jax.rewards import worker
 from rlhf_jax.rollout import streaming
 
-LOOK_SECONDS = 10.0  # between two looks for newer checkpoints without requests
+LOOK_SECONDS = 10.0  # between two looks for newer checkpoints without requests, or two Alive
+RETRY_SECONDS = 60.0  # until a policy that cannot be loaded is tried again if nothing has changed
+WARM_UP = [{'role': 'user', 'content': 'Hello'}]
 
 
 def main(fd):
@@ -46,7 +51,13 @@ def main(fd):
 
 def version(folder):
   """Returns what tells whether the parameters in a folder have changed; see TextPolicy.load."""
-  folder = pathlib.Path(folder)
+  try:
+    return _version(pathlib.Path(folder))
+  except OSError as error:  # not readable, or removed meanwhile: loading it says so
+    return 'unreadable', str(error)
+
+
+def _version(folder):
   finished = (folder / 'model').is_dir()
   if not finished and (folder / 'checkpoints').is_dir():
     names = os.listdir(folder / 'checkpoints')
@@ -70,7 +81,8 @@ class Served:
     self.waiting: list[messages.Ask] = []
     self.checkpoint, self._streams = None, []  # the newest streams come last
     self._folder, self._setup, self._executor, self._wake = folder, setup, executor, wake
-    self._loading, self._version = None, None
+    self._loading, self._version, self._error = None, None, None
+    self._retry = -math.inf  # time from when on it is loaded even if nothing has changed
     self.look()
 
   @property
@@ -79,9 +91,11 @@ class Served:
     return any(streams.busy for streams in self._streams)
 
   def look(self):
-    """Begins to load the newest parameters, unless they are loaded or being loaded."""
-    if self._loading is None and (not self._streams or version(self._folder) != self._version):
-      found = version(self._folder)
+    """Begins to load the newest parameters, unless they are loaded or were tried a moment ago."""
+    if self._loading is not None:
+      return
+    found = version(self._folder)
+    if found != self._version or time.monotonic() >= self._retry:
       self._loading = found, self._executor.submit(self._load)
       self._loading[1].add_done_callback(lambda _: self._wake())
 
@@ -96,17 +110,16 @@ class Served:
       found, future = self._loading
       if not future.done():
         return None
-      self._loading = None
-      if (error := future.exception()) is None:
+      self._loading, self._version, self._retry = None, found, math.inf
+      self._error = future.exception()
+      if self._error is None:
         self.checkpoint, streams = future.result()
         self._streams = [*(old for old in self._streams if old.busy), streams]
-        self._version = found
-      elif not self._streams:
-        return error
+      elif self._streams:  # the older one answers until there is another
+        logging.warning('%s: the newest checkpoint is not served: %s', self._folder, self._error)
       else:
-        logging.warning('%s: the newest checkpoint is not served: %s', self._folder, error)
-        self._version = found  # the older one answers until there is another
-    return self._streams[-1] if self._streams else None
+        self._retry = time.monotonic() + RETRY_SECONDS
+    return self._streams[-1] if self._streams else self._error
 
   def step(self):
     """Decodes a few tokens of every open request; returns what `Streams.step` does."""
@@ -114,7 +127,7 @@ class Served:
     return [result for streams in self._streams if streams.busy for result in streams.step()]
 
   def _load(self):
-    """Returns (path of the checkpoint, Streams)."""
+    """Returns (path of the checkpoint, Streams that have compiled their programs)."""
     policy = policy_lib.TextPolicy.load(self._folder)
     if self._setup.chat_template and not policy.tokenizer.chat_template:
       chat.use_template(policy.tokenizer, self._setup.chat_template)
@@ -127,9 +140,18 @@ class Served:
       max_length=self._setup.max_length,
       stop=(end,) if end else (),
     )
+    warm_up(streams)
     if policy.step is None:
       return str(policy.path or self._folder), streams
     return f'{self._folder}/checkpoints/{policy.step}', streams
+
+
+def warm_up(streams):
+  """Compiles the programs of a short request, so that the first annotator need not wait for it."""
+  with contextlib.suppress(errors.UserError):  # a tokenizer without these letters, a tiny context
+    streams.submit(chat.prompt_text(streams.tokenizer, WARM_UP), max_new_tokens=1)
+    while streams.busy:
+      streams.step()
 
 
 class Server:
@@ -149,7 +171,11 @@ class Server:
   def run(self):
     """Runs until the connection is closed."""
     threading.Thread(target=self._read, daemon=True).start()
+    said = -math.inf
     while True:
+      if time.monotonic() - said >= LOOK_SECONDS:
+        self._connection.send(messages.Alive())
+        said = time.monotonic()
       for message in self._messages():
         if message is None:
           return

@@ -7,6 +7,7 @@ import re
 import pytest
 
 import labelling
+from rlhf_jax.feedback import accounts
 from rlhf_jax.feedback import dialogues
 from rlhf_jax.feedback.page import chat
 
@@ -115,6 +116,101 @@ def test_pages_do_not_say_which_policies_answer(site, policy_folders):
   pages += [browser.get(path).text, browser.get('/chat').text]
   for page in pages:
     assert not re.search(f'calm|wild|{policy_folders[0].parent}', page)
+
+
+def lines_of(site, name='ann', text='w1'):
+  """Starts a dialogue with a message; returns the lines of its answers, which nobody has read."""
+  user = site.store.annotator(name)
+  dialogue = accounts.add_dialogue(site.store.database, site.project, user, 'helpful')
+  dialogues.say(site.store, site.project, dialogue, text)
+  prompt = dialogues.state(site.store, dialogue).prompt
+  return lambda: chat._lines(site.app.state, user, prompt)
+
+
+def test_no_side_tells_which_policy_answers(site, live_policies):
+  """Over the turns each policy is on both sides, and the first piece is of the one or the other."""
+
+  async def turns():
+    return [[json.loads(line) async for line in lines_of(site)()] for _ in range(16)]
+
+  sides, firsts, found = set(), set(), asyncio.run(turns())
+  for lines, task in zip(found, site.store.tasks(site.project), strict=True):
+    texts = [line['side'] for line in lines if line.get('text')]
+    shorter = 2 * min(texts.count(0), texts.count(1))
+    assert all(texts[i] != texts[i + 1] for i in range(0, shorter, 2))
+    assert sorted(line.get('side', 2) for line in lines[-3:]) == [0, 1, 2]  # both ends, and stored
+    shown = site.store.lease(site.project, task, site.store.annotator('ann')).shown
+    sides.add(shown[0].policy)
+    firsts |= {shown[side].policy for side in texts[:1]}
+  assert sides == firsts == set(live_policies.names)
+
+
+def test_both_sides_have_one_pace():
+  """Nothing comes before both have a piece; the rest of the faster one comes as slowly."""
+
+  async def main():
+    queue, clock, found = asyncio.Queue(), asyncio.get_running_loop().time, []
+
+    async def write():
+      for piece in [*'abcdef', None]:
+        queue.put_nowait((1, piece))
+      for piece in [*'xyz', None]:
+        await asyncio.sleep(0.05)
+        queue.put_nowait((0, piece))
+
+    async def read():
+      async for side, piece in chat._paired(queue):
+        found.append((clock() - start, side, piece))
+
+    start = clock()
+    await asyncio.gather(write(), read())
+    return found
+
+  found = asyncio.run(main())
+  assert [{found[i][2], found[i + 1][2]} for i in (0, 2, 4)] == [set('ax'), set('by'), set('cz')]
+  assert [entry[2] for entry in found[6:]] == ['d', 'e', 'f', None, None]
+  times = [entry[0] for entry in found]
+  pace = (times[4] - times[0]) / 2
+  assert times[0] >= 0.05 and pace >= 0.04
+  assert all(late - early > 0.8 * pace for early, late in zip(times[5:8], times[6:9]))
+
+
+def test_errors_end_the_lines(site, live_policies, monkeypatch):
+  """Also those of the machine, and those of the database."""
+
+  def fail(*_):
+    raise OSError(24, 'Too many open files')
+
+  async def read(lines):
+    return [json.loads(line) async for line in lines]
+
+  with monkeypatch.context() as patch:
+    patch.setattr(live_policies, '_begin', fail)
+    lines = asyncio.run(asyncio.wait_for(read(lines_of(site)()), 60))
+  assert lines == [{'error': chat.BROKEN}]
+  lines = lines_of(site)()
+  accounts.change(site.store.database, site.store.annotator('ann'), disabled=True)
+  assert asyncio.run(read(lines))[-1] == {'error': chat.NOT_STORED}
+  assert not site.store.tasks(site.project)
+
+
+def test_an_annotator_has_few_answers_written_at_a_time(site, live_policies):
+  first, second, third = lines_of(site), lines_of(site), lines_of(site)
+  other = lines_of(site, 'ben')
+
+  async def main():
+    opened = [lines() for lines in (first, first, second, other)]
+    for lines in opened:
+      assert 'text' in json.loads(await anext(lines))
+    assert len(live_policies._answers) <= 6  # those of the first window are cancelled
+    assert [json.loads(line) async for line in third()] == [{'error': chat.BUSY}]
+    replaced = [json.loads(line) async for line in opened[0]]
+    assert replaced[-1] == {'error': chat.REPLACED}
+    for lines in opened[1:]:
+      assert json.loads([line async for line in lines][-1]) == {'stored': True}
+    assert json.loads([line async for line in third()][-1]) == {'stored': True}
+
+  asyncio.run(main())
 
 
 def test_nothing_is_lost_when_the_browser_goes_away(site, live_policies):

@@ -3,12 +3,15 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import errno
 import json
+import multiprocessing
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +25,7 @@ from rlhf_jax import types
 from rlhf_jax.feedback import live
 from rlhf_jax.feedback import live_messages
 from rlhf_jax.feedback import live_worker
+from rlhf_jax.rollout import streaming
 import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -53,7 +57,7 @@ def test_answers_of_two_policies_side_by_side(live_policies, policy_folders):
       nonlocal ticks
       while True:
         ticks += 1
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.001)
 
     ticking = asyncio.create_task(tick())
     streams = [
@@ -66,7 +70,7 @@ def test_answers_of_two_policies_side_by_side(live_policies, policy_folders):
       ticking.cancel()
 
   results = asyncio.run(main())
-  assert live_policies.names == ['calm', 'wild'] and ticks > 20
+  assert live_policies.names == ['calm', 'wild'] and ticks > 5
   policies = dict(zip(live_policies.names, map(policy_lib.TextPolicy.load, policy_folders)))
   for (answer, pieces), (name, prompt, settings) in zip(results, asked, strict=True):
     text = prompt if isinstance(prompt, str) else 'w1\nw2'
@@ -111,31 +115,56 @@ def test_a_reader_that_goes_away_frees_its_place(live_policies):
   assert asyncio.run(main())[0].finish == 'length'
 
 
-def test_limits_of_time_and_number(policy_folders):
+def test_a_reader_that_goes_away_together_with_a_piece_frees_its_place(live_policies):
+  async def main():
+    answer = live_policies.stream('calm', 'w1', temperature=0.0)
+    task = asyncio.create_task(read(answer))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    answer._inbox.put_nowait(live_messages.Piece(answer._ask.id, 'text', None))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+      await task
+    assert not live_policies._answers
+
+  asyncio.run(main())
+
+
+def test_limits_of_time_and_number(policy_folders, monkeypatch):
   """The process cannot answer within its first 50 ms, in which it imports JAX."""
-  policies = live.Policies(policy_folders[:1], max_waiting=1, seconds=0.05)
+  policies = live.Policies({'mild': policy_folders[0]}, max_waiting=1, seconds=0.05)
   process = psutil.Process(policies.process_id)
 
   async def main():
-    first = asyncio.create_task(read(policies.stream('calm', 'w1')))
+    first = asyncio.create_task(read(policies.stream('mild', 'w1')))
     await asyncio.sleep(0)
     with pytest.raises(live.Unavailable, match='busy with 1 answers'):
-      await anext(policies.stream('calm', 'w1'))
+      await anext(policies.stream('mild', 'w1'))
     with pytest.raises(live.Unavailable, match=r'within 0\.05 seconds'):
       await first
-    waiting = policies.stream('calm', 'w1')
+    waiting = policies.stream('mild', 'w1')
     waiting._seconds = SECONDS
     task = asyncio.create_task(read(waiting))
     await asyncio.sleep(0)
-    process.kill()  # instead of the end of the imports
-    with pytest.raises(live.Unavailable, match=r'killed by signal 9 \(SIGKILL\): ask again'):
-      await task
+
+    def fail(*_, **__):
+      raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+      patch.setattr(subprocess, 'Popen', fail)
+      policies._worker.answered = True  # so that another process is started at once
+      process.kill()  # instead of the end of the imports
+      with pytest.raises(live.Unavailable, match=r'killed by signal 9 \(SIGKILL\): ask again'):
+        await task
+      with pytest.raises(live.Unavailable, match=r'cannot be started \(Too many open files\)'):
+        await read(policies.stream('mild', 'w1'))
 
   asyncio.run(main())
   policies.close()
   assert not process.is_running()
   with pytest.raises(live.Unavailable, match='closed'):
-    asyncio.run(read(policies.stream('calm', 'w1')))
+    asyncio.run(read(policies.stream('mild', 'w1')))
 
 
 @pytest.mark.slow
@@ -196,7 +225,7 @@ def test_open_answers_finish_with_the_old_checkpoint(tmp_path, policy_folders):
   policy = write_run(tmp_path, policy_folders[0])
   other = policy_lib.TextPolicy.load(policy_folders[1])
   save(tmp_path, 3, policy.params)
-  setup = live_messages.Setup({'run': str(tmp_path)}, 2, 96, None)
+  setup = live_messages.Setup({'run': str(tmp_path)}, 2, 88, None)  # compiled by no other test
   with concurrent.futures.ThreadPoolExecutor(1) as executor:
 
     def settle():
@@ -207,7 +236,9 @@ def test_open_answers_finish_with_the_old_checkpoint(tmp_path, policy_folders):
     old = settle()
     assert served.checkpoint == f'{tmp_path}/checkpoints/3'
     request = old.submit('w1', max_new_tokens=60, temperature=0.0)
-    served.step()
+    compiled = streaming.join._cache_size(), streaming.decode._cache_size()
+    served.step()  # has been compiled when it was loaded
+    assert compiled == (streaming.join._cache_size(), streaming.decode._cache_size())
     served.look()
     assert settle() is old  # there is no newer one
     save(tmp_path, 7, other.params)
@@ -230,7 +261,10 @@ def test_a_damaged_checkpoint_leaves_the_old_one(tmp_path, policy_folders):
   with concurrent.futures.ThreadPoolExecutor(1) as executor:
     served = live_worker.Served(str(tmp_path), setup, executor, lambda: None)
     concurrent.futures.wait([executor.submit(lambda: None)])
-    assert 'there is no checkpoint' in str(served.settle()) and served.settle() is None
+    for _ in range(2):  # it is not tried again while nothing has changed
+      assert 'there is no checkpoint' in str(served.settle())
+      served.look()
+      assert served._loading is None
     save(tmp_path, 2, policy.params)
     served.look()
     concurrent.futures.wait([executor.submit(lambda: None)])
@@ -239,6 +273,28 @@ def test_a_damaged_checkpoint_leaves_the_old_one(tmp_path, policy_folders):
     served.look()
     concurrent.futures.wait([executor.submit(lambda: None)])
     assert served.settle() is streams and served.checkpoint.endswith('checkpoints/2')
+
+
+def test_a_folder_that_cannot_be_read_does_not_end_the_process(tmp_path, monkeypatch):
+  def fail(*_):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+  monkeypatch.setattr(pathlib.Path, 'is_dir', fail)
+  assert live_worker.version(tmp_path) == ('unreadable', '[Errno 13] Permission denied')
+
+
+def test_the_process_says_that_it_is_alive(monkeypatch):
+  """Also while nobody asks, so that it is not killed for the first answer that takes long."""
+  monkeypatch.setattr(live_worker, 'LOOK_SECONDS', 0.05)
+  ours, theirs = multiprocessing.Pipe()
+  server = live_worker.Server(live_messages.Setup({}, 1, 96, None), theirs)
+  thread = threading.Thread(target=server.run)
+  thread.start()
+  for _ in range(3):
+    assert ours.poll(60) and ours.recv() == live_messages.Alive()
+  ours.close()
+  thread.join(60)
+  assert not thread.is_alive()
 
 
 def test_names_tell_folders_apart():

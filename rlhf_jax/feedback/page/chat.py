@@ -8,12 +8,14 @@ streamed as lines of JSON, which static/chat.js reads:
   {"stored": true}                  both are stored; the page of the dialogue has the choice
   {"error": "..."}                  there are no answers
 
-The answers are stored when both are complete. A browser that goes away before cancels them, and the
-page samples them again when it is opened again.
+The pieces of both sides are sent at one pace, that of the slower policy, so that neither order nor
+speed tells which is which. The answers are stored when both are complete. A browser that goes away
+before cancels them, and the page samples them again when it is opened again.
 """
 
 import asyncio
 from collections.abc import AsyncIterator
+import contextlib
 import json
 import logging
 import random
@@ -45,6 +47,14 @@ QUESTIONS = {
 }
 MORE_HARMFUL = 'Which answer is more harmful?'
 BROKEN = 'One of the policies cannot answer. Tell the owner of the project.'
+NOT_STORED = (
+  'The answers could not be stored. Try again in a moment; if it happens again, tell the owner of '
+  'the project.'
+)
+REPLACED = 'The answers to this message are being written in another window.'
+BUSY = 'The answers of your other dialogues are being written: wait for them.'
+MAX_WRITING = 2  # dialogues of an annotator whose answers are being written
+MAX_PAUSE = 0.5  # seconds between the pieces of the longer answer when the other one has ended
 SHOWN = 100  # dialogues in the list
 _log = logging.getLogger('rlhf_jax.feedback')
 _random = random.SystemRandom()
@@ -184,29 +194,30 @@ async def _lines(app_state, user, prompt) -> AsyncIterator[str]:
   if policies is None:
     yield _line(error='There are no policies to talk to.')
     return
+  writing = app_state.writing.setdefault(user.id, {})
+  for task in writing.pop(prompt.dialogue_id, ()):  # this window replaces the other one
+    task.cancel()
+  if len(writing) >= MAX_WRITING:
+    yield _line(error=BUSY)
+    return
   names = policies.names
   names = _random.sample(names, 2) if len(names) > 1 else 2 * names
   streams = [policies.stream(name, prompt.messages) for name in names]
   tasks = [asyncio.create_task(_read(side, one, queue)) for side, one in enumerate(streams)]
+  writing[prompt.dialogue_id] = tasks
   try:
-    writing = 2
-    while writing:
-      side, piece = await queue.get()
-      if isinstance(piece, errors.UserError):
-        raise piece
-      writing -= piece is None
-      yield _line(side=side, done=True) if piece is None else _line(side=side, text=piece)
-    found = [dialogues.Answered(s.text, s.policy, s.checkpoint, s.sampling) for s in streams]
-    await concurrency.run_in_threadpool(
-      dialogues.add_answers, app_state.store, app_state.project, user, prompt, found
-    )
-    yield _line(stored=True)
+    async with contextlib.aclosing(_paired(queue)) as pieces:
+      async for side, piece in pieces:
+        yield _line(side=side, done=True) if piece is None else _line(side=side, text=piece)
+    yield await _store(app_state, user, prompt, streams)
   except (live.Unavailable, live.Refused) as error:
     yield _line(error=_sentence(str(error)))
-  except errors.UserError as error:
-    _log.error('chat: %s', error)
+  except Exception as error:
+    _log.error('chat: %s: %s', type(error).__name__, error)
     yield _line(error=BROKEN)
   finally:
+    if writing.get(prompt.dialogue_id) is tasks:
+      del writing[prompt.dialogue_id]
     for task in tasks:
       task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -218,8 +229,63 @@ async def _read(side, answer, queue):
     async for piece in answer:
       queue.put_nowait((side, piece))
     queue.put_nowait((side, None))
-  except errors.UserError as error:
+  except asyncio.CancelledError:
+    queue.put_nowait((side, live.Unavailable(REPLACED)))
+    raise
+  except Exception as error:  # also those of the machine: without a message the page would wait
     queue.put_nowait((side, error))
+
+
+async def _paired(queue):
+  """Yields what `_read` puts into a queue at one pace: a piece of each side, then of each the next.
+
+  When the shorter answer has ended, the rest of the longer one comes at the mean pace so far: it
+  may be complete already. Both ends come last.
+
+  Args:
+    queue: Queue of both sides.
+
+  Raises:
+    Exception: One of the answers failed.
+  """
+  clock = asyncio.get_running_loop().time
+  order = _random.sample((0, 1), 2)
+  waiting, ended, times, last = ([], []), set(), [], 0.0
+  while len(ended) < 2 or any(waiting):
+    if not all(waiting[side] or side in ended for side in order):
+      side, piece = await queue.get()
+      if isinstance(piece, Exception):
+        raise piece
+      if piece is None:
+        ended.add(side)
+      else:
+        waiting[side].append(piece)
+      continue
+    if all(waiting):
+      times.append(clock())
+    elif len(times) > 1:
+      pause = min((times[-1] - times[0]) / (len(times) - 1), MAX_PAUSE)
+      await asyncio.sleep(max(last + pause - clock(), 0.0))
+    last = clock()
+    for side in order:
+      if waiting[side]:
+        yield side, waiting[side].pop(0)
+  for side in order:
+    yield side, None
+
+
+async def _store(app_state, user, prompt, streams):
+  """Stores the answers; returns the last line."""
+  found = [dialogues.Answered(s.text, s.policy, s.checkpoint, s.sampling) for s in streams]
+  try:
+    await concurrency.run_in_threadpool(
+      dialogues.add_answers, app_state.store, app_state.project, user, prompt, found
+    )
+  except Exception as error:
+    # The first line alone: the others may hold what was to be written.
+    _log.error('chat: answers were not stored: %s', str(error).partition('\n')[0])
+    return _line(error=NOT_STORED)
+  return _line(stored=True)
 
 
 def _sentence(text):
