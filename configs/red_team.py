@@ -237,7 +237,7 @@ def evaluate(rounds):
       f'target_{number}' if number > 1 else 'sft',
       f'ordinary_{number}',
       f'again_{number}' if number > 1 else '',
-      tuple(f'found_{before}' for before in range(1, number)),
+      ('world', *(f'found_{before}' for before in range(1, number))) if number > 1 else (),
       f'rl_attacker_{number}',
       tuple((name, f'{method}_{number}') for name, method in zip(names, METHODS)),
     )
@@ -272,6 +272,7 @@ def debug(stages):
     if 'algorithm' in stage:
       stage.steps, stage.batch_size, stage.data.epochs, stage.optim.warmup_steps = 2, 16, None, 0
     if 'sampling' in stage:
+      stage.sampling.samples = 2
       stage.rl.update({'epochs': 1, 'minibatches': 1})
     if 'max_new_tokens' in stage:
       stage.update({'count': 16, 'max_new_tokens': 8})
