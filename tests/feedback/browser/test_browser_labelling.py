@@ -128,6 +128,37 @@ def test_ranking_by_keys(world, enter):
   assert row.answer == {'ranking': [{second, fourth}, {third}, {first}]}
 
 
+def test_a_move_ends_the_ties_that_it_separates(world, enter):
+  """A tie is with the answer above: it must not become one with another answer."""
+  page = enter('mover', ['rank'])
+  texts = dict(zip('ABCD', shown(page), strict=True))
+  for keys, ranks, ended in (
+    ('B=', 'A1 B1 C3 D4', ''),
+    ('B2', 'A1 B1 C3 D4', ''),  # stays where it is
+    ('C2', 'A1 C2 B3 D4', 'B'),  # between the two
+    ('B=', 'A1 C2 B2 D4', ''),
+    ('D=', 'A1 C2 B2 D2', ''),
+    ('B4', 'A1 C2 D2 B4', 'B'),  # out of the middle: the others stay equal
+    ('C1', 'C1 A2 D3 B4', 'D'),  # the one with which D was equal
+  ):
+    page.locator(f'.rank > li[data-name={keys[0]}]').focus()
+    page.keyboard.press(keys[1])
+    cards = page.locator('.rank > li')
+    assert (
+      ' '.join(
+        card.get_attribute('data-name') + card.locator('select').input_value()
+        for card in cards.all()
+      )
+      == ranks
+    )
+    said = page.locator('#status').inner_text()
+    assert said.partition('any more: ')[2] == ended
+  page.locator('.rank > li').nth(0).focus()
+  press(page, 'Enter')
+  (row,) = world.judgements('mover')
+  assert row.answer == {'ranking': [{texts[name]} for name in 'CADB']}
+
+
 def test_ranking_by_drag(world, enter):
   page = enter('dragger', ['rank'])
   first, second, third, fourth = shown(page)

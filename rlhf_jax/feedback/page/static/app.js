@@ -43,11 +43,22 @@
   };
 
   const place = (card, index) => {
-    const others = cards().filter(other => other !== card);
+    const list = cards();
+    const others = list.filter(other => other !== card);
+    const before = list.indexOf(card);
     const target = Math.max(0, Math.min(index, others.length));
+    // A tie is one with the card above, so it ends where another card comes above.
+    const moved = [card, others[target]];
+    if (!find('[data-tie]', card).checked) moved.push(list[before + 1]);
+    const ended = target === before
+      ? []
+      : moved.filter(other => other && find('[data-tie]', other).checked);
+    for (const other of ended) find('[data-tie]', other).checked = false;
     card.parentElement.insertBefore(card, others[target] || null);
     number();
-    announce(`${card.dataset.name} is now number ${target + 1} of ${others.length + 1}`);
+    const names = ended.map(other => other.dataset.name).join(' and ');
+    announce(`${card.dataset.name} is now number ${target + 1} of ${list.length}`
+      + (names && `. No tie with the one above any more: ${names}`));
   };
 
   const move = (card, by) => {
