@@ -3,6 +3,7 @@
 import hashlib
 import secrets
 import time
+import unicodedata
 
 import sqlalchemy as sa
 from sqlalchemy import exc
@@ -19,6 +20,11 @@ MAX_NAME = 100  # characters
 def link_hash(token: str) -> str:
   """Returns the SHA-256 of the token of a personal link or of a session."""
   return hashlib.sha256(token.encode()).hexdigest()
+
+
+def clean(name: str) -> str:
+  """Returns a name as the store keeps it: without space around it, in Unicode's form NFC."""
+  return unicodedata.normalize('NFC', name.strip())
 
 
 def add(database: database_lib.Database, row: schema.Annotator) -> types.Annotator:
@@ -50,7 +56,8 @@ def new_row(
   """
   if role not in schema.ROLES:
     raise UserError(f'role={role!r} must be one of {", ".join(schema.ROLES)}')
-  if not name.strip() or len(name) > MAX_NAME or not name.isprintable():
+  name = clean(name)
+  if not name or len(name) > MAX_NAME or not name.isprintable():
     raise UserError(
       f'{name!r} is no name of an annotator: it must have 1 to {MAX_NAME} printable characters'
     )
@@ -77,7 +84,7 @@ def find(
   if token is not None:
     condition = row.link_hash == link_hash(token)
   else:
-    condition = row.id == id if id is not None else row.name == name
+    condition = row.id == id if id is not None else row.name == clean(name or '')
   with database.read() as session:
     found = session.scalar(sa.select(row).where(condition))
     return None if found is None else reading.annotator(found)

@@ -4,9 +4,9 @@ The functions work on plain values and draw nothing at random themselves: `unifo
 draw belongs to, so that the same state of the store always gives the same assignment.
 """
 
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
-import dataclasses
 import hashlib
 import itertools
 import random
@@ -17,42 +17,29 @@ Item = TypeVar('Item')
 MAX_COMBINATIONS = 10_000  # of the completions of a prompt that are looked at for a task
 
 
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-  """A task that an annotator may get; `policies` are the sorted names of those it compares."""
-
-  id: int
-  priority: float
-  policies: tuple[str, ...]
-
-
-def choose(
-  candidates: Sequence[Candidate],
+def order(
+  groups: Iterable[tuple[str, ...]],
   *,
   selection: str,
   counts: Mapping[tuple[str, ...], int],
   ratings: Mapping[str, float],
-) -> int:
-  """Returns the id of the task to assign next.
+) -> list[tuple[str, ...]]:
+  """Returns the policies of open tasks in the order in which their tasks are assigned.
 
-  Tasks of the highest priority come first. Among these, 'random' takes one of the policies that
-  were compared least, so that all pairs get equally many judgements; 'elo' one whose policies have
-  the closest ratings, where a judgement tells most about their order; 'disagreement' the first, as
-  its priorities already are the disagreement of reward models.
+  'random' begins with those that were compared least, so that all pairs get equally many
+  judgements; 'elo' with those of the closest ratings, where a judgement tells most about their
+  order.
 
   Args:
-    candidates: At least one task, by decreasing priority, otherwise in random order.
-    selection: 'random', 'elo' or 'disagreement'.
+    groups: Sorted names of the policies that tasks of the highest priority compare.
+    selection: 'random' or 'elo'.
     counts: {policies: judgements and open leases of tasks that compare them}.
     ratings: {policy: Elo}; a policy without a rating counts as close to any other.
   """
-  top = [task for task in candidates if task.priority == candidates[0].priority]
-  if selection == 'disagreement':
-    return top[0].id
-  count = lambda task: counts.get(task.policies, 0)
+  count = lambda names: (counts.get(names, 0), uniform('policies', names))
   if selection == 'elo':
-    return min(top, key=lambda task: (spread(task.policies, ratings), count(task))).id
-  return min(top, key=count).id
+    return sorted(groups, key=lambda names: (spread(names, ratings), *count(names)))
+  return sorted(groups, key=count)
 
 
 def spread(policies: Sequence[str], ratings: Mapping[str, float]) -> float:
@@ -63,7 +50,7 @@ def spread(policies: Sequence[str], ratings: Mapping[str, float]) -> float:
 
 def take(
   samples: Sequence[tuple[str, str]], count: int, taken: dict[tuple[str, ...], int]
-) -> list[list[tuple[str, str]]]:
+) -> list[tuple[str, str]] | None:
   """Takes completions for one task so that all combinations of policies are compared equally often.
 
   Args:
@@ -72,8 +59,8 @@ def take(
     taken: {sorted names of policies: number of tasks so far}, which is updated.
 
   Returns:
-    A list with the completions of the task; empty if there are too few. Different policies are
-    preferred to several completions of one.
+    The completions of the task; None if there are too few. Different policies are preferred to
+    several completions of one.
   """
   groups = itertools.islice(itertools.combinations(samples, count), MAX_COMBINATIONS)
   names = lambda group: tuple(sorted(policy for policy, _ in group))
@@ -81,9 +68,9 @@ def take(
     groups, key=lambda group: (-len(set(names(group))), taken.get(names(group), 0)), default=None
   )
   if best is None:
-    return []
+    return None
   taken[names(best)] = taken.get(names(best), 0) + 1
-  return [list(best)]
+  return list(best)
 
 
 def uniform(*key: object) -> float:

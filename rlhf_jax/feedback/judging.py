@@ -1,9 +1,8 @@
-"""Judgements and their undoing, as writes that hold the project's lock; ratings for selection."""
+"""Judgements and their undoing, as writes that hold the project's lock."""
 
 from collections.abc import Sequence
 import dataclasses
 import math
-import threading
 import time
 
 import sqlalchemy as sa
@@ -12,7 +11,6 @@ from sqlalchemy import orm
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback import answers
 from rlhf_jax.feedback import database as database_lib
-from rlhf_jax.feedback import elo
 from rlhf_jax.feedback import leasing
 from rlhf_jax.feedback import questions
 from rlhf_jax.feedback import reading
@@ -21,7 +19,6 @@ from rlhf_jax.feedback import types
 
 MAX_TOKEN = 200  # characters
 IMPORTED = 'import '  # start of the tokens of judgements that no annotator made here
-STALE = 1.05  # ratings are computed again when there are 5 % more judgements
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,40 +157,6 @@ def _lost(annotator):
   return UserError(
     f'{annotator.name}: this task is not assigned to you, or no longer. Take the next task.'
   )
-
-
-class Ratings:
-  """Elo ratings of the policies of projects, computed again after enough new judgements."""
-
-  def __init__(self):
-    """Starts without any."""
-    self._lock = threading.Lock()
-    self._known: dict[int, tuple[int, dict[str, float]]] = {}
-
-  def get(self, database: database_lib.Database, project: types.Project) -> dict[str, float]:
-    """Returns {policy: Elo}; empty if no policies can be rated yet."""
-    with self._lock:
-      before, ratings = self._known.get(project.id, (0, {}))
-      query = sa.select(sa.func.sum(schema.Task.judged)).where(
-        schema.Task.project_id == project.id, schema.Task.policies != ''
-      )
-      with database.read() as session:
-        count = int(session.scalar(query) or 0)
-        if count > before * STALE or count < before:
-          found = reading.battles(reading.judgements(session, project.id))
-          ratings = _rate(found)
-          self._known[project.id] = count, ratings
-      return ratings
-
-
-def _rate(battles: Sequence[types.Battle]) -> dict[str, float]:
-  matches = [
-    elo.Match(b.first, b.second, b.outcome == 1, b.outcome == 0.5, b.outcome == 0) for b in battles
-  ]
-  try:
-    return {name: rating.elo for name, rating in elo.ratings(matches).items()} if matches else {}
-  except UserError:  # no chain of comparisons connects all policies yet
-    return {}
 
 
 def now_or(value: float | None) -> float:

@@ -17,7 +17,6 @@ from rlhf_jax.feedback import reading
 from rlhf_jax.feedback import schema
 from rlhf_jax.feedback import types
 
-WINDOW = 100  # open tasks among which `assign.choose` chooses
 REPEAT_GAP = 5  # a task is repeated after at least this many others
 
 _OTHERS = orm.aliased(schema.Lease)
@@ -166,7 +165,7 @@ def _ordinary_task(session, project, annotator_id, now, ratings):
   leased = sa.select(sa.func.count()).where(
     _OTHERS.task_id == task.id, _OTHERS.annotator_id != annotator_id, _OTHERS.expires > now
   )
-  query = sa.select(task.id, task.priority, task.policies).where(
+  query = sa.select(task).where(
     task.project_id == project.id,
     task.judged < task.overlap,
     task.policies != '',
@@ -175,21 +174,33 @@ def _ordinary_task(session, project, annotator_id, now, ratings):
     ~has_judged(annotator_id),
     reading.outside_chat(),
   )
-  query = query.order_by(task.priority.desc(), task.shuffle).limit(WINDOW)
-  candidates = [
-    assign.Candidate(i, priority, tuple(json.loads(names)))
-    for i, priority, names in session.execute(query)
-  ]
-  if not candidates:
-    return None
-  several = len({candidate.policies for candidate in candidates}) > 1
-  number = assign.choose(
-    candidates,
+  first = session.scalar(query.order_by(task.priority.desc(), task.shuffle).limit(1))
+  if first is None or project.selection == 'disagreement':
+    return first
+  groups = _open_policies(session, project.id, first.priority)
+  if len(groups) == 1:
+    return first
+  query = query.where(task.priority == first.priority).order_by(task.shuffle).limit(1)
+  order = assign.order(
+    groups,
     selection=project.selection,
-    counts=_pair_counts(session, project.id, now) if several else {},
+    counts=_pair_counts(session, project.id, now),
     ratings=ratings,
   )
-  return session.get(task, number)
+  found = (session.scalar(query.where(task.policies == groups[names])) for names in order)
+  return next(task for task in found if task is not None)
+
+
+def _open_policies(session, project_id, priority):
+  """Returns {names of policies: the same as text} of the open tasks of a priority."""
+  task = schema.Task
+  query = sa.select(task.policies).where(
+    task.project_id == project_id,
+    task.judged < task.overlap,
+    task.policies != '',
+    task.priority == priority,
+  )
+  return {tuple(json.loads(text)): text for text in session.scalars(query.distinct())}
 
 
 def _pair_counts(session, project_id, now):

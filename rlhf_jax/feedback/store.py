@@ -29,6 +29,7 @@ from rlhf_jax.feedback import database as database_lib
 from rlhf_jax.feedback import judging
 from rlhf_jax.feedback import leasing
 from rlhf_jax.feedback import questions
+from rlhf_jax.feedback import ratings as ratings_lib
 from rlhf_jax.feedback import reading
 from rlhf_jax.feedback import schema
 from rlhf_jax.feedback.types import Annotator
@@ -50,7 +51,7 @@ class Store:
   def __init__(self, database: database_lib.Database):
     """Wraps a database; `open` is what callers use."""
     self.database = database
-    self._ratings = judging.Ratings()
+    self._ratings = ratings_lib.Ratings()
 
   @classmethod
   def open(cls, url: str, *, create: bool = True) -> 'Store':
@@ -58,7 +59,7 @@ class Store:
 
     Args:
       url: 'x.db' or 'sqlite:///x.db', or 'postgresql://USER:PASSWORD@HOST/NAME'.
-      create: Whether to make the file if it does not exist.
+      create: Whether to make the file, or the tables, if there are none.
 
     Raises:
       UserError: It cannot be opened, or a newer version of the library made it.
@@ -165,7 +166,6 @@ class Store:
     round: int = 0,
     gold: answers.Answer | None = None,
     annotator: Annotator | None = None,
-    repeats: Task | None = None,
   ) -> Task:
     """Adds a task; see types.Task for the arguments.
 
@@ -178,7 +178,6 @@ class Store:
       round=round,
       gold=gold,
       annotator_id=annotator and annotator.id,
-      repeats_task_id=repeats and repeats.id,
     )
     with self.database.write(project.id) as session:
       row = questions.add_task(session, project, kind, prompt.id, completions, options)

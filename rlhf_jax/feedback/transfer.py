@@ -164,6 +164,7 @@ class _People:
 
   def id(self, name: str, simulated: bool) -> int:
     """Returns the id of an annotator."""
+    name = accounts.clean(name)
     row = self._rows.get(name)
     if row is None:
       row = accounts.new_row(name, simulated=simulated)
@@ -261,7 +262,11 @@ def add_samples(
   counts: dict[tuple[str, ...], int] = {}
   rows = []
   for prompt, samples in _by_prompt(paths).items():
-    groups = [[s] for s in samples] if kind == 'rate' else assign.take(samples, wanted, counts)
+    if kind == 'rate':
+      groups = [[sample] for sample in samples]
+    else:
+      taken = assign.take(samples, wanted, counts)
+      groups = [] if taken is None else [taken]
     rows += [
       {
         'kind': kind,

@@ -16,7 +16,7 @@ class Project:
     gold_fraction: Share of each annotator's assignments that are new gold questions.
     repeat_fraction: Share of them that repeat a task the annotator answered before.
     lease_seconds: Time after which others may get a task that was not answered.
-    selection: 'random', 'elo' or 'disagreement'; see assign.choose.
+    selection: 'random', 'elo' or 'disagreement'; see assign.order.
   """
 
   id: int

@@ -16,6 +16,9 @@ a task. Answers, in the order Ada, Bo, Robo:
 Ada also answers two gold questions, one right, and repeats tasks 0, the same, and 1, not the same.
 """
 
+from rlhf_jax.feedback import questions
+from rlhf_jax.feedback import reading
+
 ANSWERS = (
   (('B', 2), ('B', 4), ('B', 1)),
   (('B', 1), ('B', 2), ('A', 1)),
@@ -85,6 +88,14 @@ def fill(store):
   return project
 
 
+def _repeat(store, project, ada, task):
+  """Adds the task that repeats one for Ada; the store itself adds some at random."""
+  options = questions.Options(overlap=1, annotator_id=ada.id, repeats_task_id=task.id)
+  with store.database.write(project.id) as session:
+    row = questions.add_task(session, project, 'pair', task.prompt.id, task.completions, options)
+    return reading.tasks(session, [row])[0]
+
+
 def _check_ada(store, project, ada, tasks):
   """Lets Ada answer gold questions and repeats."""
   prompt = store.add_prompt(project, 'Gold?')
@@ -93,10 +104,7 @@ def _check_ada(store, project, ada, tasks):
   first = [
     store.add_task(project, 'pair', prompt, both, gold=gold, annotator=ada) for _ in range(2)
   ]
-  again = [
-    store.add_task(project, 'pair', task.prompt, task.completions, annotator=ada, repeats=task)
-    for task in tasks[:2]
-  ]
+  again = [_repeat(store, project, ada, task) for task in tasks[:2]]
   for task, vote in zip([*first, *again], (('A', 1), ('B', 1), ('B', 3), ('A', 1)), strict=True):
     lease = store.lease(project, task, ada)
     store.judge(lease, ada, answer_of(task, vote), seconds=SECONDS[0], token=lease.token)

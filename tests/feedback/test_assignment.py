@@ -1,11 +1,15 @@
 """Who gets which task: overlap, leases, selection, gold questions, repeats, undo."""
 
 import collections
+from concurrent import futures
+import threading
 
 import pytest
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback import assign
+from rlhf_jax.feedback import ratings
+from rlhf_jax.feedback import reading
 from rlhf_jax.feedback import store as store_lib
 
 
@@ -175,6 +179,15 @@ def test_every_pair_of_policies_is_judged_equally_often(store):
   assert counts == {'ab': 4, 'ac': 4, 'bc': 4}
 
 
+def test_a_rare_pair_is_found_among_many_tasks(store):
+  """There are more tasks of the other pair than one looks at for a choice."""
+  project = store.add_project('p')
+  store.add_tasks(project, pairs(['ab'] * 200 + ['ac'] * 3))
+  [a] = people(store, 1)
+  counts = collections.Counter(b.first + b.second for b in _battles(store, project, a, 6))
+  assert counts == {'ab': 3, 'ac': 3}
+
+
 def _battles(store, project, annotator, count):
   for _ in range(count):
     answer(store, project, annotator)
@@ -193,35 +206,62 @@ def test_high_priority_comes_first(store):
 
 
 def test_policies_of_close_ratings_are_compared_first(store):
-  """a beats b and c, which are even: b and c are compared next."""
+  """a beats b and c, which are even and were compared most: they are compared next all the same."""
   project = store.add_project('p', selection='elo')
-  store.add_tasks(project, pairs(['ab'] * 8 + ['ac'] * 8, priority=1.0))
+  store.add_tasks(project, pairs(['ab'] * 5 + ['ac'] * 5, priority=1.0))
   [a] = people(store, 1)
-  for _ in range(16):
+  for _ in range(10):
     answer(store, project, a)
+  store.add_tasks(project, pairs(['bc'] * 8, priority=1.0))
+  for _ in range(8):
+    tie = store.next_task(project, a)
+    store.judge(tie, a, {'tie': True}, token=tie.token)
+  # Policies that nothing connects with these have no rating, and take none from them.
+  store.add_tasks(project, pairs(['xy'], priority=1.0))
+  answer(store, project, a)
   store.add_tasks(project, pairs(['ab', 'ac', 'bc', 'ab', 'ac', 'bc']))
   for _ in range(2):
     assert [c.policy for c in answer(store, project, a).task.completions] == ['b', 'c']
 
 
-def test_choices_among_candidates():
-  tasks = [
-    assign.Candidate(1, 1.0, ('a', 'b')),
-    assign.Candidate(2, 1.0, ('a', 'c')),
-    assign.Candidate(3, 1.0, ('c', 'new')),
-    assign.Candidate(4, 0.0, ('b', 'c')),
-  ]
+def test_orders_of_policies():
+  groups = [('a', 'b'), ('a', 'c'), ('c', 'new')]
   ratings = {'a': 1000.0, 'b': 1300.0, 'c': 900.0}
-  pick = lambda candidates, selection, counts: assign.choose(
-    candidates, selection=selection, counts=counts, ratings=ratings
+  order = lambda groups, selection, counts: assign.order(
+    groups, selection=selection, counts=counts, ratings=ratings
   )
-  counts = {('a', 'b'): 2, ('a', 'c'): 1, ('c', 'new'): 1}
-  assert pick(tasks, 'random', counts) == 2
-  assert pick(tasks, 'random', {}) == 1
-  assert pick(tasks, 'disagreement', counts) == 1
-  assert pick(tasks, 'elo', counts) == 3  # a policy without a rating is close to any other
-  assert pick(tasks[:2], 'elo', counts) == 2  # 100 points, not 300
+  counts = {('a', 'b'): 2, ('a', 'c'): 1}
+  assert order(groups, 'random', counts) == [('c', 'new'), ('a', 'c'), ('a', 'b')]
+  # A policy without a rating is close to any other; then 100 points, then 300.
+  assert order(groups, 'elo', {('c', 'new'): 9}) == [('c', 'new'), ('a', 'c'), ('a', 'b')]
   assert assign.spread(('a', 'b', 'c'), ratings) == 400.0
+
+
+def test_others_get_old_ratings_while_new_ones_are_computed(store, monkeypatch):
+  project = store.add_project('p')
+  store.add_tasks(project, pairs(['ab', 'ab']))
+  [a] = people(store, 1)
+  answer(store, project, a)
+  known = ratings.Ratings()
+  old = known.get(store.database, project)
+  answer(store, project, a)
+  inside, proceed, read = threading.Event(), threading.Event(), reading.judgements
+
+  def slow(*arguments):
+    inside.set()
+    assert proceed.wait(60)
+    return read(*arguments)
+
+  monkeypatch.setattr(reading, 'judgements', slow)
+  with futures.ThreadPoolExecutor(2) as pool:
+    first = pool.submit(known.get, store.database, project)
+    assert inside.wait(60)
+    second = pool.submit(known.get, store.database, project)
+    try:
+      assert second.result(10) == old
+    finally:
+      proceed.set()
+    assert first.result(60)['a'] > old['a']
 
 
 def test_the_order_displayed_favours_no_completion():
