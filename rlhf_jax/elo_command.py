@@ -10,11 +10,11 @@ import csv
 import dataclasses
 import io
 import json
-import os
 import sys
 
 from rlhf_jax import command_line
 from rlhf_jax import errors
+from rlhf_jax import svg
 from rlhf_jax.evaluation import tables
 from rlhf_jax.feedback import bradley_terry
 from rlhf_jax.feedback import leaderboard
@@ -62,9 +62,7 @@ def read(url, project, round=None):
   """
   from rlhf_jax.feedback import store as store_lib  # needs the extra 'feedback'
 
-  path = url.removeprefix('sqlite:///')
-  errors.need('://' in path or os.path.exists(path), f'--db={url}: there is no such file')
-  with store_lib.Store.open(url) as store:
+  with store_lib.Store.open(url, create=False) as store:
     battles = store.battles(store.project(project), round=round)
     simulated = {person.name for person in store.annotators() if person.simulated}
   where = '' if round is None else f' in round {round}'
@@ -87,6 +85,8 @@ def start():
   add('--out', default='', help='picture of the ratings over rounds, such as elo.svg or elo.png')
   options = parser.parse_args()
   with command_line.exit_on_error():
+    if options.out:
+      svg.check_path(options.out)
     battles, simulated = read(options.db, options.project, options.round)
     model = bradley_terry.Model(options.ties, options.style_control)
     board = leaderboard.rate(battles, model)

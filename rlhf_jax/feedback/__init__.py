@@ -1,1 +1,1 @@
-"""Feedback on responses: simulated annotators, and Elo ratings of policies."""
+"""Human feedback: the store and its labelling page, simulated annotators, ratings, red teaming."""

@@ -38,7 +38,7 @@ class Database:
 
     Args:
       url: Path of a file, 'sqlite:///PATH' or 'postgresql://USER:PASSWORD@HOST/NAME'.
-      create: Whether to make the file of SQLite if it does not exist.
+      create: Whether to make the file of SQLite, or the tables, if there are none.
 
     Raises:
       UserError: The database cannot be opened, or is of a newer version of the library.
@@ -57,6 +57,8 @@ class Database:
     try:
       with self.engine.connect() as connection:
         current = _version(connection)
+      if current is None and not create:
+        raise UserError(f'{self.url}: the database has no tables of a feedback store')
       if current != schema.VERSION:
         self._upgrade()
     except exc.DBAPIError as error:

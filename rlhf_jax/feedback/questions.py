@@ -105,6 +105,21 @@ def add_project(
   return reading.project(found or row)
 
 
+def check_messages(messages: Any) -> None:
+  """Raises UserError unless a value is a list of {"role", "content"} with texts."""
+  good = isinstance(messages, list) and all(
+    isinstance(message, Mapping)
+    and isinstance(message.get('role'), str)
+    and isinstance(message.get('content'), str)
+    for message in messages
+  )
+  if not good:
+    raise UserError(
+      'the prompt must be a text, or messages [{"role": ..., "content": ...}], but is '
+      f'{messages!r}'
+    )
+
+
 def plain(messages: Sequence[Mapping[str, str]]) -> str:
   """Returns messages as one text, for pages and lists: 'role: content', a blank line between."""
   return '\n\n'.join(f'{message["role"]}: {message["content"]}' for message in messages)
@@ -232,9 +247,10 @@ def add_row(
     raise UserError(f'{where} {problem}: the keys are {", ".join(sorted(ROW_KEYS))}')
   messages = row.get('messages')
   text = row['prompt']
-  if isinstance(text, list):
-    text, messages = plain(text), text
   try:
+    if isinstance(text, list):
+      check_messages(text)
+      text, messages = plain(text), text
     prompt = add_prompt(session, project.id, text, messages)
     completions = [
       add_completion(
@@ -249,7 +265,7 @@ def add_row(
     ]
     gold = row.get('gold')
     if gold is not None:
-      gold = answers.renumber(gold, {i: c.id for i, c in enumerate(completions)})
+      gold = _of_positions(gold, [completion.id for completion in completions])
     options = Options(
       overlap=row.get('overlap'),
       priority=row.get('priority', 0.0),
@@ -261,3 +277,13 @@ def add_row(
     raise UserError(f'{where} lacks {error}') from error
   except UserError as error:
     raise UserError(f'{where}: {error}') from error
+
+
+def _of_positions(gold, ids):
+  """Returns a gold answer with ids for the positions of completions."""
+  try:
+    return answers.renumber(gold, dict(enumerate(ids)))
+  except (KeyError, TypeError, ValueError) as error:
+    raise UserError(
+      f'the gold answer {gold!r} must name completions by their positions, 0 to {len(ids) - 1}'
+    ) from error

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 import dataclasses
 import json
 import pathlib
+import re
 from typing import Any
 import urllib.parse
 
@@ -67,9 +68,12 @@ def parse(path: str) -> Source:
       raise UserError(f'{path}: there is no option {name!r}: use {", ".join(OPTIONS)}')
     if name == 'simulated' and value not in ('true', 'false'):
       raise UserError(f'{path}: simulated={value} must be true or false')
-    if name in ('round', 'until') and not value.isdecimal():
+    if name in ('round', 'until') and not re.fullmatch('[0-9]{1,18}', value):
       raise UserError(f'{path}: {name}={value} must be a whole number')
-    options[name] = value if name == 'form' else json.loads(value)
+    if name == 'form':
+      options[name] = value
+    else:
+      options[name] = value == 'true' if name == 'simulated' else int(value)
   return Source(url, project, options)
 
 

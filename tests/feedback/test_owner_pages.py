@@ -247,6 +247,16 @@ def test_a_new_link_ends_the_password(site):
   assert again.status_code == 403 and store.annotator('Ann').password_hash is None
 
 
+def test_the_address_of_a_form_leads_to_its_page(site):
+  _, browser = site
+  addresses = {'/instructions': '', '/annotators/1/link': '/annotators'}
+  for address, page in addresses.items():
+    assert browser.get(f'/owner{address}').headers['location'] == f'/owner{page}'
+  browser.get('/owner')
+  page = browser.post('/owner/instructions', {'instructions': 'x'}).text
+  assert '<a href="/owner" aria-current="page">Overview' in page
+
+
 def test_changes_need_the_token(site):
   store, browser = site
   ann, _ = store.add_annotator('Ann')

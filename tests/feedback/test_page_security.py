@@ -1,6 +1,7 @@
 """The security of the labelling page: sessions, CSRF, rates, headers, limits, logs."""
 
 import dataclasses
+import hashlib
 import http.client
 import logging
 import re
@@ -106,7 +107,7 @@ def test_links_have_256_bits_and_only_hashes_are_stored(site):
   assert re.fullmatch(r'[\w-]{43}', cookie, re.ASCII)
   files = site.store.database.engine.url.database
   content = b''.join(open(files + end, 'rb').read() for end in ('', '-wal'))
-  assert passwords.digest(token).encode() in content
+  assert hashlib.sha256(token.encode()).hexdigest().encode() in content
   for secret in (token, cookie, PASSWORD):
     assert secret.encode() not in content
 
@@ -232,6 +233,12 @@ def test_a_post_needs_the_token_of_the_session(site, token):
       assert response.status_code == 403, path
   assert not site.judgements()
   assert browser.get('/').status_code == 200
+
+
+@pytest.mark.parametrize('path', ['/judge', '/skip', '/undo', '/sign-out', '/account'])
+def test_only_a_lost_answer_is_called_lost(site, path):
+  to = '/sign-in?ended' if path in ('/judge', '/skip') else '/sign-in'
+  assert site.browser().post(path).headers['location'] == to
 
 
 def test_the_sign_in_form_has_a_token_too(site):

@@ -138,3 +138,10 @@ def test_a_run_refuses_a_store_that_lost_judgements(world, tmp_path):
     label(store, store.add_project('p'), some(5, 3))
   with pytest.raises(errors.UserError, match='up to 3 are not those with which the run'):
     source.pins(config, tmp_path)
+
+
+def test_numbers_of_a_path():
+  assert source.parse('feedback:x.db#p?round=07').options == {'round': 7}
+  for wrong in ('٣', '²', '-1', '', '9' * 5000):
+    with pytest.raises(errors.UserError, match='must be a whole number'):
+      source.parse(f'feedback:x.db#p?round={wrong}')

@@ -1,7 +1,11 @@
 """The store of feedback: what is stored comes back, and answers have their effect on assignment."""
 
+import contextlib
+import sqlite3
+
 import pytest
 
+from rlhf_jax.errors import UserError
 from rlhf_jax.feedback import answers
 from rlhf_jax.feedback import store as store_lib
 
@@ -105,3 +109,36 @@ def test_every_kind_of_answer(store, kind, count, given, ranks):
       if kind != 'rate' and (kind != 'best' or outcome != 0.5):
         expected[names[a], names[b]] = outcome
   assert results == expected
+
+
+def test_names_have_one_form(store):
+  zoe, _ = store.add_annotator(' Zoe\u0308 ')
+  assert zoe.name == 'Zo\u00eb' and store.annotator('Zoe\u0308') == zoe
+  with pytest.raises(UserError, match='already an annotator'):
+    store.add_annotator('Zo\u00eb')
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    ({'gold': {'chosen': 5}}, 'must name completions by their positions, 0 to 1'),
+    ({'gold': {'chosen': []}}, 'must name completions by their positions, 0 to 1'),
+    ({'prompt': ['a']}, 'the prompt must be a text, or messages'),
+    ({'prompt': [{'role': 'user'}]}, 'the prompt must be a text, or messages'),
+  ],
+)
+def test_a_row_that_does_not_fit_is_named(tmp_path, change, message):
+  with store_lib.Store.open(tmp_path / 'x.db') as store:
+    project = store.add_project('p')
+    [row] = pairs(1)
+    with pytest.raises(UserError, match=f'task 0: .*{message}'):
+      store.add_tasks(project, [row | change])
+    assert store.tasks(project) == []
+
+
+def test_a_reader_makes_no_tables(tmp_path):
+  (tmp_path / 'x.db').touch()
+  with pytest.raises(UserError, match='has no tables of a feedback store'):
+    store_lib.Store.open(tmp_path / 'x.db', create=False)
+  with contextlib.closing(sqlite3.connect(tmp_path / 'x.db')) as connection:
+    assert connection.execute('SELECT count(*) FROM sqlite_master').fetchone() == (0,)

@@ -39,6 +39,7 @@ HEADINGS = {
   413: 'Too large',
   429: 'Too many requests',
 }
+SAVING = '/judge', '/skip', '/chat'  # paths to which answers are sent
 _log = logging.getLogger('rlhf_jax.feedback')
 
 
@@ -96,7 +97,8 @@ def create(store, project, *, policies=None, settings=None):
 def _not_signed_in(request, error):
   """Redirects to the sign-in page; htmx does so for the whole page."""
   del error
-  to = '/sign-in' if request.method in auth.SAFE_METHODS else '/sign-in?ended'
+  saves = request.url.path.startswith(SAVING) and request.method not in auth.SAFE_METHODS
+  to = '/sign-in?ended' if saves else '/sign-in'
   if auth.is_htmx(request):
     return responses.Response(status_code=401, headers={'hx-redirect': to})
   return responses.RedirectResponse(to, 303)

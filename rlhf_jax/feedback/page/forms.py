@@ -94,9 +94,13 @@ def flags(fields):
 
 
 def text(fields, name):
-  """Returns a field as text; '' if it is missing or a file."""
+  """Returns a field as text; '' if it is missing or a file.
+
+  Raises:
+    UserError: No database can store it; see questions.check_text.
+  """
   value = fields.get(name, '')
-  return value if isinstance(value, str) else ''
+  return questions.check_text(value, f'the field {name!r}') if isinstance(value, str) else ''
 
 
 def whole_number(fields, name):

@@ -144,6 +144,20 @@ def instructions(request: fastapi.Request, user: Owner, fields: forms.Fields):
   return _home(request, saved=True)
 
 
+@router.get('/instructions')
+def after_instructions(user: Owner):
+  """Goes to the page that has the form, as when its address is loaded again."""
+  del user
+  return responses.RedirectResponse('/owner', 303)
+
+
+@router.get('/annotators/{number}/{action}')
+def after_change(user: Owner, number: Number, action: str):
+  """Goes to the page that has the form, as when its address is loaded again."""
+  del user, number, action
+  return responses.RedirectResponse('/owner/annotators', 303)
+
+
 @router.get('/annotators')
 def annotators(request: fastapi.Request, user: Owner):
   """Shows how each annotator works."""

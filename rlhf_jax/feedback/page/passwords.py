@@ -1,7 +1,6 @@
-"""Passwords and tokens: argon2id, SHA-256 of random tokens."""
+"""Passwords, by argon2id, and random tokens."""
 
 import functools
-import hashlib
 import secrets
 import threading
 
@@ -16,11 +15,6 @@ _HASHING = threading.BoundedSemaphore(2)
 def new_token():
   """Returns a random token, URL-safe text of 256 bits."""
   return secrets.token_urlsafe(TOKEN_BYTES)
-
-
-def digest(token):
-  """Returns the SHA-256 of a token, which is what the store keeps."""
-  return hashlib.sha256(token.encode('utf-8', 'surrogatepass')).hexdigest()
 
 
 @functools.cache

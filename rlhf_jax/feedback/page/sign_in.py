@@ -12,7 +12,9 @@ import limits
 import sqlalchemy as sa
 from starlette import responses
 
+from rlhf_jax.errors import UserError
 from rlhf_jax.feedback import accounts
+from rlhf_jax.feedback import questions
 from rlhf_jax.feedback import schema
 from rlhf_jax.feedback import types
 from rlhf_jax.feedback.page import auth
@@ -43,9 +45,11 @@ def sign_in_by_password(request: fastapi.Request, name: Text = '', password: Tex
   """Signs in by name and password."""
   settings = request.app.state.settings
   _limit_address(request)
-  key = 'name', passwords.digest(name.strip().casefold())
+  if not (_is_text(name) and _is_text(password)):
+    name = password = ''  # nobody has these
+  key = 'name', accounts.link_hash(accounts.clean(name).casefold())
   auth.limit(request, settings.name_rate, *key)
-  annotator = request.app.state.store.annotator(name=name.strip()) if _is_text(name) else None
+  annotator = request.app.state.store.annotator(name=name)
   password_hash = annotator.password_hash if _may_sign_in(annotator) else None
   right, new_hash = passwords.verify(password[:MAX_PASSWORD], password_hash, settings)
   if not right:
@@ -92,10 +96,12 @@ def set_password(request: fastapi.Request, user: User, password: Text = '', pres
   settings = request.app.state.settings
   if user.password_hash:
     auth.limit(request, settings.name_rate, 'present', str(user.id))
+    present = present if _is_text(present) else ''
     if not passwords.verify(present[:MAX_PASSWORD], user.password_hash, settings)[0]:
       return _account(request, user, 'The present password is wrong.', status=403)
-  if not passwords.LEAST_CHARACTERS <= len(password) <= MAX_PASSWORD:
-    message = f'The password must have at least {passwords.LEAST_CHARACTERS} characters.'
+  if not passwords.LEAST_CHARACTERS <= len(password) <= MAX_PASSWORD or not _is_text(password):
+    least = passwords.LEAST_CHARACTERS
+    message = f'The password must have {least} to {MAX_PASSWORD} characters.'
     return _account(request, user, message, status=400)
   password_hash = passwords.hash_password(password, settings)
   changed = accounts.change(request.app.state.store.database, user, password_hash=password_hash)
@@ -135,6 +141,10 @@ def _address(request):
   return request.client.host if request.client else ''
 
 
-def _is_text(name):
-  """Returns whether a database can look for the name: PostgreSQL refuses the character NUL."""
-  return '\0' not in name
+def _is_text(value):
+  """Returns whether a database can look for a value, and a hash be made of it."""
+  try:
+    questions.check_text(value, 'the field')
+  except UserError:
+    return False
+  return True
