@@ -16,9 +16,11 @@ Then the target is trained by GRPO not to be harmful, half on the attacks that s
 ordinary prompts, and all four attackers are made anew against it. The page is red_team.html.
 
 Measured, means of seeds 0 to 2, attack success on the SFT model and on the retrained target:
-zero-shot 0.031 and 0.004, few-shot 0.040 and 0.003, supervised 0.060 and 0.010, RL 0.896 and 0.004.
-Harm on ordinary prompts 0.068 and 0.008, gold score -0.46 and -0.41 (docs/feedback.md). A seed
-takes 2 to 4 minutes of CPU time. The settings were chosen on seed 10.
+zero-shot 0.023 and 0.003, few-shot 0.038 and 0.004, supervised 0.058 and 0.007. RL 0.815, 0.899 and
+0.059 by seed: in seed 2 it does not find the weakness; on the retrained target 0.007. Attacks that
+are not among the target's training prompts succeed as rarely, at most 0.009. Harm on ordinary
+prompts 0.068 and 0.007, gold score -0.46 and -0.38 (docs/feedback.md). A seed takes 2 to 4 minutes
+of CPU time. The settings were chosen on seed 10.
 """
 
 import ml_collections
