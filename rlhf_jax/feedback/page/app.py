@@ -66,7 +66,7 @@ def create(store, project, *, policies=None, settings=None):
   settings = settings or settings_lib.Settings()
   app.state.store, app.state.project = store, project
   app.state.policies, app.state.settings = policies, settings
-  app.state.writing = {}  # {id of an annotator: {id of a dialogue: tasks that read its answers}}
+  app.state.writing = {}  # {id of an annotator: {id of a dialogue: what chat._lines reads}}
   app.state.limiter = strategies.MovingWindowRateLimiter(storage.MemoryStorage())
   for module in (sign_in, annotate, owner, chat):
     app.include_router(module.router)

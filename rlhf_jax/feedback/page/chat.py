@@ -195,8 +195,11 @@ async def _lines(app_state, user, prompt) -> AsyncIterator[str]:
     yield _line(error='There are no policies to talk to.')
     return
   writing = app_state.writing.setdefault(user.id, {})
-  for task in writing.pop(prompt.dialogue_id, ()):  # this window replaces the other one
-    task.cancel()
+  if prompt.dialogue_id in writing:  # this window replaces the other one
+    other, tasks = writing.pop(prompt.dialogue_id)
+    other.put_nowait((0, live.Unavailable(REPLACED)))
+    for task in tasks:
+      task.cancel()
   if len(writing) >= MAX_WRITING:
     yield _line(error=BUSY)
     return
@@ -204,7 +207,7 @@ async def _lines(app_state, user, prompt) -> AsyncIterator[str]:
   names = _random.sample(names, 2) if len(names) > 1 else 2 * names
   streams = [policies.stream(name, prompt.messages) for name in names]
   tasks = [asyncio.create_task(_read(side, one, queue)) for side, one in enumerate(streams)]
-  writing[prompt.dialogue_id] = tasks
+  writing[prompt.dialogue_id] = queue, tasks
   try:
     async with contextlib.aclosing(_paired(queue)) as pieces:
       async for side, piece in pieces:
@@ -216,7 +219,7 @@ async def _lines(app_state, user, prompt) -> AsyncIterator[str]:
     _log.error('chat: %s: %s', type(error).__name__, error)
     yield _line(error=BROKEN)
   finally:
-    if writing.get(prompt.dialogue_id) is tasks:
+    if writing.get(prompt.dialogue_id) == (queue, tasks):
       del writing[prompt.dialogue_id]
     for task in tasks:
       task.cancel()
@@ -229,9 +232,6 @@ async def _read(side, answer, queue):
     async for piece in answer:
       queue.put_nowait((side, piece))
     queue.put_nowait((side, None))
-  except asyncio.CancelledError:
-    queue.put_nowait((side, live.Unavailable(REPLACED)))
-    raise
   except Exception as error:  # also those of the machine: without a message the page would wait
     queue.put_nowait((side, error))
 
