@@ -225,7 +225,7 @@ POLICIES = (
   'retrained one, with 95 % intervals.'
 )
 ACCURACY = (
-  'Held-out comparisons of responses of the policy that a round starts from, by the same '
+  'Accuracy: held-out comparisons of responses of the policy that a round starts from, by the same '
   'annotators. Before: the reward model of the round before, which that policy was trained '
   'against. After: the retrained one.'
 )
@@ -250,9 +250,7 @@ def write_page(workdir, reports, results=None):
     )
   ]
   if results:
-    caption = f'From {results["rankings"]} rankings.'
-    parts.append(sections.Section('Elo', figures=[(figures.ratings(results['elo']), caption)]))
-    parts.append(_accuracy_section(results['accuracy']))
+    parts.append(_rankings_section(results))
   sections.write(pathlib.Path(workdir) / PAGE, title='Online RLHF', summary=SUMMARY, sections=parts)
 
 
@@ -290,9 +288,13 @@ def _policy_figures(found):
   return panels
 
 
-def _accuracy_section(accuracy):
-  """Returns the section of the reward models' accuracy; see `accuracies`."""
-  keys = 'before', 'after', 'one_shot'
+def _rankings_section(results):
+  """Returns the section of Elo and of the reward models' accuracy.
+
+  Args:
+    results: results.json of `run`.
+  """
+  accuracy, keys = results['accuracy'], ('before', 'after', 'one_shot')
   series = [
     {
       'label': key.replace('_', '-'),
@@ -311,9 +313,12 @@ def _accuracy_section(accuracy):
     [number, *(_accuracy(values.get(key)) for key in keys)] for number, values in accuracy.items()
   ]
   return sections.Section(
-    'Reward models on the newest policy',
+    'Elo and accuracy',
     ACCURACY,
-    [(svg, '')],
+    [
+      (figures.ratings(results['elo']), f'Elo. From {results["rankings"]} rankings.'),
+      (svg, 'Accuracy of reward models on the policy that each round starts from.'),
+    ],
     ('Round', 'Before', 'After', 'One-shot'),
     rows,
   )

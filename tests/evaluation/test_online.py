@@ -62,7 +62,7 @@ def test_the_page_shows_the_finished_rounds(finished):
   reports = 'round_1', 'round_2', 'one_shot'
   online.write_page(finished, reports)
   page = (finished / online.PAGE).read_text()
-  assert 'round_1' in page and 'round_2' not in page and '<h2>Elo</h2>' not in page
+  assert 'round_1' in page and 'round_2' not in page and '<h2>Elo and accuracy</h2>' not in page
   results = {
     'elo': {'sft': {'elo': 1000.0, 'low': 1000.0, 'high': 1000.0}}
     | {'round_1': {'elo': 1080.0, 'low': 1050.0, 'high': 1110.0}},
@@ -77,7 +77,11 @@ def test_the_page_shows_the_finished_rounds(finished):
   ]
   online.write_page(finished, reports, results)
   page = (finished / online.PAGE).read_text()
-  assert '<h2>Elo</h2>' in page and 'From 7 rankings.' in page and '0.50 [0.40, 0.60]' in page
+  assert (
+    '<h2>Elo and accuracy</h2>' in page
+    and 'From 7 rankings.' in page
+    and '0.50 [0.40, 0.60]' in page
+  )
 
 
 def test_the_page_without_a_gold_score(finished):
