@@ -106,5 +106,6 @@ def fields(page):
 
 def shown(page):
   """Returns the texts of the answers in the order displayed."""
-  texts = re.findall(r'<div class="text" dir="auto" hx-disable>([^<]*)</div>', page)
+  empty = '<span class="empty">[^<]*</span>'
+  texts = re.findall(rf'<div class="text" dir="auto" hx-disable>(?:{empty}|([^<]*))</div>', page)
   return [html.unescape(text) for text in texts]

@@ -57,7 +57,7 @@ def messages(page):
   found = re.findall(
     r'<div class="turn .*?<div class="text" dir="auto">(.*?)</div>', page, re.DOTALL
   )
-  return [text.strip() for text in found]
+  return ['' if 'class="empty"' in text else text.strip() for text in found]
 
 
 def test_a_helpful_dialogue(site, live_policies):

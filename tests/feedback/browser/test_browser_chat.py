@@ -28,6 +28,7 @@ def start(world, visit, name, button, **options):
 
 def say(page, text):
   """Sends a message by keys, and waits for both answers; returns them in the order of the page."""
+  page.locator('#message:focus').wait_for()
   page.keyboard.type(text)
   page.keyboard.press('Enter')
   page.locator('.scale').wait_for(timeout=WAIT)
