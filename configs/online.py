@@ -22,8 +22,8 @@ PPO starts from the policy of the round before; the paper trains new ones from t
 no KL penalty, so PPO over-optimizes a reward model that is not retrained.
 
 With these sizes online RLHF does not improve reliably: gold rose over the first three rounds for
-none of seeds 0 to 2. After four rounds it was -2.01 and 0.86 for seeds 0 and 1, where one-shot RLHF
-had -1.64 and -1.46; the run of seed 2 is not finished. docs/feedback.md has the tables. A seed
+none of seeds 0 to 2. After four rounds it was -2.01, 0.86 and 1.09; one-shot RLHF had -1.64 and
+-1.46 for seeds 0 and 1, and was not finished for seed 2. docs/feedback.md has the tables. A seed
 takes 6 minutes of CPU time.
 """
 
