@@ -10,6 +10,7 @@ import os
 import pathlib
 import tempfile
 
+import annotated
 import quick
 
 _CACHE = tempfile.TemporaryDirectory(prefix='rlhf_jax_tests_')
@@ -25,34 +26,8 @@ import jax
 import jaxtyping
 import pytest
 
-# Modules of functions of arrays, whose arguments and results are checked against annotations.
-CHECKED = (
-  'advantages',
-  'evaluation.fits',
-  'experience',
-  'forward',
-  'implicit_q',
-  'intervals',
-  'lengths',
-  'logprobs',
-  'losses',
-  'rewards.calibration',
-  'rewards.functions',
-  'rewards.labels',
-  'rewards.learned',
-  'rewards.model_metrics',
-  'rewards.padding',
-  'rewards.pool',
-  'rewards.scorers',
-  'rewards.scoring',
-  'rewards.shaping',
-  'rollout',
-  'trust_region',
-  'types',
-  'update',
-)
 jaxtyping.install_import_hook(
-  [f'rlhf_jax.{name}' for name in CHECKED],
+  [f'rlhf_jax.{name}' for name in annotated.MODULES],
   'beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))',  # an int counts as a float
 )
 

@@ -4,7 +4,7 @@ import importlib
 import inspect
 import pkgutil
 
-import conftest
+import annotated
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -21,7 +21,7 @@ CONFIG_READERS = (
 
 def checked():
   """Returns the modules whose public functions take arrays or make functions that do."""
-  for name in sorted(set(conftest.CHECKED) - set(CONFIG_READERS)):
+  for name in sorted(set(annotated.MODULES) - set(CONFIG_READERS)):
     module = importlib.import_module(f'rlhf_jax.{name}')
     yield module
     for info in pkgutil.iter_modules(getattr(module, '__path__', ()), f'{module.__name__}.'):

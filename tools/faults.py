@@ -842,7 +842,7 @@ FAULTS = (
     'rlhf_jax/rollout/streaming.py',
     'jax.random.fold_in(jax.random.key(seed), 0)',
     'jax.random.fold_in(jax.random.key(0 * seed), 0)',
-    _tests('rollout/test_streaming', 'test_tokens_are_those_of_the_prompt_alone'),
+    _tests('rollout/test_streamed_sampling', 'test_tokens_are_those_of_the_prompt_alone'),
   ),
   Fault(
     'the less harmful answer continues an attack',
