@@ -74,14 +74,9 @@ def reward_model(reliability):
   stage = quickstart.reward_model()
   stage.data.update({'held_out_path': '$workdir/gold/held_out.jsonl'})
   stage.optim.learning_rate = 1e-3
-  stage.preference.update(
-    {
-      'normalize': 'none',
-      'normalize_path': None,
-      'reliability': reliability,
-      'reliability_learning_rate': 0.05,
-    }
-  )
+  stage.preference.update({'normalize': 'none', 'normalize_path': None, 'reliability': reliability})
+  if reliability:
+    stage.preference.reliability_learning_rate = 0.05
   return stage
 
 

@@ -346,7 +346,10 @@ BAD = [
   ({'optim.clip_norm': -1.0}, 'config.optim.clip_norm=-1.0 must be positive, or None'),
   ({'data.on_error': 'ignore'}, "config.data.on_error='ignore' must be one of stop, skip"),
   ({'data.kind': 'prompt'}, "config.data.kind='prompt' must be one of text, completion"),
-  ({'data.path': None}, 'config.data.path is empty: name a file, a folder, a hub data set or tfds'),
+  (
+    {'data.path': None},
+    'config.data.path is empty: name a file, a folder, a hub data set, tfds:NAME or',
+  ),
   (
     {'data.columns': 'prompt'},
     "config.data.columns='prompt' must have the form 'new=stored,new=stored'",
