@@ -14,6 +14,7 @@ FOLDER = pathlib.Path(__file__).parent
 HTMX = {
   'allowEval': False,
   'attributesToSettle': [],  # it would set inline styles
+  'defaultSettleDelay': 0,  # keys pressed before the focus moves would be lost
   'allowScriptTags': False,
   'historyEnabled': False,
   'historyCacheSize': 0,

@@ -4,9 +4,6 @@ import checks
 import pytest
 import served
 
-# Keys that are typed before the page has moved the focus are lost, so on a fast machine some fail.
-pytestmark = pytest.mark.slow
-
 ARROWS = {'A': 'ArrowLeft', 'B': 'ArrowRight'}
 PAIRS = 20
 
