@@ -2,9 +2,9 @@
 
 As in Bai et al. 2022, section 2 (https://arxiv.org/abs/2204.05862), each turn is a comparison of
 two answers, and the one that is picked continues the dialogue. In the mode 'helpful' the better
-answer is picked. In 'red_team' the more harmful one is, so that the attack goes on; it is stored as
-the *rejected* one, as in their data, so that reward models learn from both modes alike. At its end,
-the annotator rates how well the attack succeeded (Ganguli et al. 2022,
+answer is picked. In 'red_team' the more harmful one is, so that the attack continues; it is stored
+as the *rejected* one, as in their data, so that reward models learn from both modes alike. At its
+end, the annotator rates how well the attack succeeded (Ganguli et al. 2022,
 https://arxiv.org/abs/2209.07858).
 
 The database alone holds the state of a dialogue, so a browser or a server may end at any time.

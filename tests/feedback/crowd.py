@@ -13,7 +13,7 @@ HEADERS = {'HX-Request': 'true'}  # as htmx sends it: the answer to a judgement 
 
 @dataclasses.dataclass
 class Crowd:
-  """Annotators at work, and what the server told them.
+  """Annotators who answer tasks, and what the server told them.
 
   Attributes:
     origin: Address of the server.
