@@ -168,6 +168,7 @@ def test_an_undo_is_a_row_and_the_task_comes_back(store):
   assert [j.task.id for j in done] == [first.task.id, second.task.id, third.task.id]
   rows = store.judgements(project, include_undone=True)
   assert [j.id for j in rows if j.undone] == [first.id, second.id] and len(rows) == 7
+  assert store.undo(store.add_project('other'), a) is None
   assert store.judgements(project) == done
 
 

@@ -213,7 +213,7 @@ def test_a_password_is_set_and_other_sessions_end(fresh):
   assert by_password(fresh, password=PASSWORD + '2')[1].status_code == 403
 
 
-@pytest.mark.parametrize('token', [None, '', 'wrong', 'of another session'])
+@pytest.mark.parametrize('token', [None, '', 'wrong', 'of another session', 'of the sign-in form'])
 def test_a_post_needs_the_token_of_the_session(site, token):
   browser = site.browser('ann')
   browser.get('/')
@@ -221,6 +221,8 @@ def test_a_post_needs_the_token_of_the_session(site, token):
     other = site.browser('ben')
     other.get('/')
     token = other.fields['csrf']
+  if token == 'of the sign-in form':
+    token = browser.cookies[auth.FORM_COOKIE]
   for path in ('/judge', '/skip', '/undo', '/account', '/sign-out'):
     fields = browser.fields | {'answer': 'a1', 'csrf': token}
     if token is None:

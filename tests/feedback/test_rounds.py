@@ -183,3 +183,17 @@ def test_waiting_ends_when_every_task_is_answered_or_skipped(world, url, policie
       store.judge(assignment, person, {'skip': True}, token=assignment.token)
     waiting.join(timeout=30)
     assert not waiting.is_alive() and rounds.answered(store, project, 1) == (wanted, wanted)
+
+
+def test_more_skips_of_a_task_than_it_wants_answers_stand_for_no_other_task(url):
+  with store_lib.Store.open(url) as store:
+    project = store.add_project('online')
+    texts = [{'text': name, 'policy': name} for name in 'ab']
+    store.add_tasks(project, [{'prompt': prompt, 'completions': texts} for prompt in 'qr'])
+    skipped = []
+    for name in ('ann', 'ben'):
+      person, _ = store.add_annotator(name)
+      assignment = store.next_task(project, person)
+      store.judge(assignment, person, {'skip': True}, token=assignment.token)
+      skipped.append(assignment.task.id)
+    assert len(set(skipped)) == 1 and rounds.answered(store, project, None) == (1, 2)

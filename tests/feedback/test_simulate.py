@@ -78,7 +78,8 @@ def test_answers_depend_on_the_seed_the_annotator_and_the_texts_alone(tmp_path):
         add(store, 'rank', 3)
         store.add_annotator('Ada')
       project, _ = add(store, 'pair', 30, TEXTS[:2])
-      simulate.judge(store, project, panel(temperature=1.0, label_noise=(0.0, 0.2, 0.5)))
+      noisy = panel(temperature=1.0, label_noise=(0.0, 0.2, 0.5))
+      simulate.judge(store, project, noisy)
       found = [
         tuple(r[k] for k in ('prompt', 'annotator', 'chosen')) for r in store.records(project)
       ]
@@ -88,6 +89,9 @@ def test_answers_depend_on_the_seed_the_annotator_and_the_texts_alone(tmp_path):
   both = chosen[0].keys() & chosen[1].keys()
   assert len(both) > 20 and all(chosen[0][key] == chosen[1][key] for key in both)
   assert len(set(chosen[0].values())) == 2
+  for (prompt, who), text in chosen[0].items():
+    number = int(who.removeprefix('simulated '))
+    assert text == TEXTS[noisy.compare(prompt, *TEXTS[:2], number)]
 
 
 def test_they_work_beside_people_and_continue_after_an_interruption(store):

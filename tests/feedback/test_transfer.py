@@ -58,6 +58,9 @@ def test_a_round_trip_is_exact(form, store, tmp_path):
   progress = store.progress(project)
   assert progress.tasks == progress.wanted == progress.judged == len(FILES[form])
   assert store.next_task(project, store.add_annotator('Eve')[0]) is None
+  later = transfer.add_comparisons(store, project, str(tmp_path / 'in.jsonl'), round=1)
+  assert (later.added, later.there) == (len(FILES[form]), 0)
+  assert store.records(project, form=form, round=1) == FILES[form]
 
 
 def test_dialogues_in_the_format_of_hh(store, tmp_path):
