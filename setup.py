@@ -18,7 +18,6 @@ FEEDBACK = [
   'argon2-cffi>=25.1.0,<26',
   'fastapi>=0.165.0,<0.166',
   'h11>=0.16.0,<0.17',
-  'itsdangerous>=2.2.0,<3',
   'limits>=5.8.0,<6',
   'psycopg[binary]>=3.3.9,<4',
   'python-multipart>=0.0.34,<0.1',

@@ -34,7 +34,6 @@ OPTIONAL = {
   'fastapi': 'http',
   'h11': 'feedback',
   'httpx': 'http',
-  'itsdangerous': 'feedback',
   'limits': 'feedback',
   'math-verify': 'math',
   'pydantic': 'http',
@@ -46,6 +45,8 @@ OPTIONAL = {
   'tenacity': 'http',
   'uvicorn': 'http',
 }
+# Of these, those that SQLAlchemy and Starlette import for us.
+INDIRECT = {'psycopg', 'python-multipart'}
 
 
 @pytest.fixture(scope='module')
@@ -95,6 +96,9 @@ def test_extras(declared):
     assert names(extras[extra]) <= names(extras['test'])
   for name, extra in OPTIONAL.items():
     assert name in names(extras[extra])
+  known = imported('rlhf_jax', 'configs') | INDIRECT
+  assert OPTIONAL.keys() <= known
+  assert names(extras['feedback'] + extras['http']) <= known, 'nothing imports some requirements'
 
 
 def test_constraints_are_exact_and_within_the_ranges(declared):
