@@ -80,7 +80,7 @@ def start():
   add('--project', required=True, help='name of the project')
   add('--round', type=int, help='only the tasks of this round; by default all')
   add('--ties', default='davidson', choices=bradley_terry.TIES, help='model of ties')
-  add('--style_control', action='store_true', help='control for the lengths of the answers')
+  add('--style_control', action='store_true', help='control for lengths, in characters')
   add('--format', default='table', choices=FORMATS, help='how to print; by default table')
   add('--out', default='', help='picture of the ratings over rounds, such as elo.svg or elo.png')
   options = parser.parse_args()

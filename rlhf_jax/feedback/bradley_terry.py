@@ -12,9 +12,10 @@ so equal policies tie with probability nu / (2 + nu). nu = 0 gives the model of 
 Style control rates policies as if their answers were equally long
 (https://lmsys.org/blog/2024-08-28-style-control/). As in FastChat, x is
 (length_first - length_second) / (length_first + length_second + 1), divided by its standard
-deviation, and a ridge of 0.5 on b and on r / ln 10 keeps the fit finite. FastChat also subtracts
-the mean of x. Sides are random there, and the mean is near 0. Here x is taken around 0, so that
-ratings do not depend on which policy is called the first.
+deviation, and a ridge of 0.5 on b and on r / ln 10 keeps the fit finite. Lengths of battles are in
+characters, as not all languages put spaces between words; FastChat's are in tokens. FastChat also
+subtracts the mean of x. Sides are random there, and the mean is near 0. Here x is taken around 0,
+so that ratings do not depend on which policy is called the first.
 
 Letters: n games, P policies, Q parameters (P strengths, then b, then log nu), D resamples, G groups
 of games that are resampled together.

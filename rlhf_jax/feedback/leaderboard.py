@@ -167,8 +167,8 @@ def notes(board, battles, simulated, model):
     lines.append('A tie counts as half a win.')
   if model.style_control:
     lines.append(
-      f'Lengths are controlled for: log-odds change by {board.style:+.3f} if the difference of '
-      'lengths grows by one standard deviation.'
+      f'Lengths are controlled for, in characters: log-odds change by {board.style:+.3f} if the '
+      'difference of lengths grows by one standard deviation.'
     )
   return lines
 

@@ -241,8 +241,8 @@ def battles(found: Sequence[types.Judgement]) -> list[types.Battle]:
           outcome=0.5 if order[a] == order[b] else float(order[a] < order[b]),
           annotator=item.annotator.name,
           task_id=task.id,
-          first_length=len(first.text.split()),
-          second_length=len(second.text.split()),
+          first_length=len(first.text),
+          second_length=len(second.text),
           round=task.round,
         )
       )

@@ -186,8 +186,8 @@ class Battle:
     outcome: 1 if the first won, 0.5 for a tie, 0 if it lost.
     annotator: Name of the annotator.
     task_id: Id of the task.
-    first_length: Words in the response of the first.
-    second_length: Words in the response of the second.
+    first_length: Characters in the response of the first.
+    second_length: Characters in the response of the second.
     round: Round of the task.
   """
 

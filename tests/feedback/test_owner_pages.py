@@ -139,7 +139,7 @@ def test_elo(olga):
   page = olga.get('/owner/elo').text
   assert 'Elo ratings over rounds' in page and '<svg role="img"' in page
   assert 'style=' not in page  # which the security policy forbids
-  assert 'Lengths are controlled for' in olga.get('/owner/elo?style=1').text
+  assert 'Lengths are controlled for, in characters' in olga.get('/owner/elo?style=1').text
   assert olga.get('/owner/elo?ties=no').status_code == 400
   assert olga.get('/owner/elo?round=x').status_code == 400
 

@@ -59,11 +59,21 @@ def test_a_pair_from_task_to_record(store):
   assert store.records(project) == [record | {'annotator': 'Ada', 'simulated': False}]
   [battle] = store.battles(project)
   assert (battle.first, battle.second, battle.outcome, battle.round) == ('a', 'b', 0.0, 3)
-  assert (battle.first_length, battle.second_length) == (2, 2)
+  assert (battle.first_length, battle.second_length) == (3, 3)
   assert store.next_task(project, ada) is None
   progress = store.progress(project)
   assert (progress.tasks, progress.wanted, progress.judged, progress.skipped) == (1, 1, 1, 0)
   assert progress.by_annotator == {'Ada': 1}
+
+
+def test_lengths_are_in_characters(store):
+  project = store.add_project('p')
+  texts = {'a': '北京是中国的首都。', 'b': 'Beijing is it.'}
+  completions = [{'text': text, 'policy': name} for name, text in texts.items()]
+  store.add_tasks(project, [{'prompt': '?', 'completions': completions}])
+  answer(store, project, store.add_annotator('Ada')[0])
+  [battle] = store.battles(project)
+  assert (battle.first_length, battle.second_length) == (9, 14)
 
 
 def test_a_second_open_finds_everything(store, database_url):
