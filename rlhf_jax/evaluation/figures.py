@@ -109,7 +109,7 @@ def _frontier_line(axes, points, key, counter, colour, label, style='-'):
       )
 
 
-def points_and_curves(series, *, x, y, title, log_x=False):
+def points_and_curves(series, *, x, y, title, log_x=False, integer_x=False):
   """Draws points with a line or a fitted curve for each series.
 
   Args:
@@ -120,6 +120,7 @@ def points_and_curves(series, *, x, y, title, log_x=False):
     y: Label of the y axis.
     title: Text for screen readers.
     log_x: Whether the x axis is logarithmic.
+    integer_x: Whether the ticks of the x axis are whole numbers, as for counts.
 
   Returns:
     SVG text.
@@ -136,6 +137,9 @@ def points_and_curves(series, *, x, y, title, log_x=False):
       axes.plot(*columns(one.get('curve', known)), style, color=colour, label=_short(one['label']))
     if log_x:
       axes.set_xscale('log')
+    if integer_x:
+      # By default, matplotlib takes fractions if there are fewer than two whole numbers.
+      axes.locator_params('x', integer=True, min_n_ticks=1)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     handles = dict(zip(*axes.get_legend_handles_labels()[::-1]))

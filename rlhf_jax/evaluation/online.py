@@ -282,9 +282,8 @@ def _policy_figures(found):
       for label, items in lines.items()
       if items
     ]
-    panels.append(
-      (figures.points_and_curves(series, x='judgements', y=name, title=caption), caption)
-    )
+    svg = figures.points_and_curves(series, x='judgements', y=name, title=caption, integer_x=True)
+    panels.append((svg, caption))
   return panels
 
 
@@ -307,7 +306,11 @@ def _rankings_section(results):
     for key in keys
   ]
   svg = figures.points_and_curves(
-    [line for line in series if line['points']], x='round', y='accuracy', title='Accuracy'
+    [line for line in series if line['points']],
+    x='round',
+    y='accuracy',
+    title='Accuracy',
+    integer_x=True,
   )
   rows = [
     [number, *(_accuracy(values.get(key)) for key in keys)] for number, values in accuracy.items()

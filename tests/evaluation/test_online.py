@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import time
 
@@ -82,6 +83,22 @@ def test_the_page_shows_the_finished_rounds(finished):
     and 'From 7 rankings.' in page
     and '0.50 [0.40, 0.60]' in page
   )
+
+
+@pytest.mark.parametrize('rounds', [1, 2, 3, 20])
+def test_rounds_and_judgements_have_whole_ticks(rounds, finished):
+  accuracy = {str(i): {'after': calibrated(0.75)} for i in range(1, rounds + 1)}
+  elo = {'sft': {'elo': 1000.0, 'low': 1000.0, 'high': 1000.0}}
+  results = {'elo': elo, 'rankings': 1, 'accuracy': accuracy}
+  online.write_page(finished, ('round_1', 'one_shot'), results)
+  found = {}
+  for svg in re.findall('<svg.*?</svg>', (finished / online.PAGE).read_text(), re.DOTALL):
+    texts = re.findall('<text[^>]*>([^<]*)</text>', svg)  # the ticks of x come first, then its name
+    for name in {'judgements', 'round'} & set(texts):
+      found[name] = texts[: texts.index(name)]
+      assert all(re.fullmatch(r'\d+', tick) for tick in found[name]), found
+  assert set(found) == {'judgements', 'round'}
+  assert found['round'] == [str(i) for i in range(1, rounds + 1)] or rounds == 20
 
 
 def test_the_page_without_a_gold_score(finished):
