@@ -2,7 +2,8 @@
 
 Every write takes the lock of what it writes before it reads: on SQLite that of the whole database
 (BEGIN IMMEDIATE), on PostgreSQL the row of the project. So writes to a project follow one another,
-and what a write decides still holds when it is committed.
+and what a write decides still holds when it is committed. Annotators belong to no project: an
+import that adds some also takes `lock_annotators`.
 """
 
 import contextlib
@@ -127,6 +128,16 @@ class Database:
           f'{self.url}: the database has tables, but not those of a feedback store. Name another.'
         )
       command.upgrade(settings, 'head')
+
+
+def lock_annotators(session: orm.Session) -> None:
+  """Lets all others who add or change annotators wait until the session's changes are committed.
+
+  Rows that refer to annotators, such as judgements, do not wait. On SQLite a session that writes
+  has the lock of the whole database already.
+  """
+  if session.get_bind().dialect.name == 'postgresql':
+    session.execute(sa.text('LOCK TABLE annotators IN SHARE ROW EXCLUSIVE MODE'))
 
 
 def parse(url: str) -> sa.URL:

@@ -23,6 +23,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.feedback import accounts
 from rlhf_jax.feedback import answers
 from rlhf_jax.feedback import assign
+from rlhf_jax.feedback import database as database_lib
 from rlhf_jax.feedback import judging
 from rlhf_jax.feedback import questions
 from rlhf_jax.feedback import schema
@@ -160,17 +161,14 @@ class _People:
 
   def __init__(self, session: orm.Session):
     self._session = session
-    self._rows = {row.name: row for row in session.scalars(sa.select(schema.Annotator))}
+    self._rows: dict[str, schema.Annotator] = {}
 
   def id(self, name: str, simulated: bool) -> int:
     """Returns the id of an annotator."""
     name = accounts.clean(name)
-    row = self._rows.get(name)
-    if row is None:
-      row = accounts.new_row(name, simulated=simulated)
-      self._session.add(row)
-      self._session.flush()
-      self._rows[name] = row
+    if name not in self._rows:
+      self._rows[name] = self._find_or_add(accounts.new_row(name, simulated=simulated))
+    row = self._rows[name]
     if row.simulated != simulated:
       kinds = ('a person', 'simulated')
       raise UserError(
@@ -178,6 +176,18 @@ class _People:
         'store: rename one of them'
       )
     return row.id
+
+  def _find_or_add(self, new):
+    query = sa.select(schema.Annotator).where(schema.Annotator.name == new.name)
+    found = self._session.scalar(query)
+    if found is None:
+      # Annotators belong to no project, so another write may be adding the same name.
+      database_lib.lock_annotators(self._session)
+      found = self._session.scalar(query)
+    if found is None:
+      self._session.add(new)
+      self._session.flush()
+    return found or new
 
 
 def _labelled(fields: dict[str, Any]) -> _Labelled:

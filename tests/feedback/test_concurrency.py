@@ -1,15 +1,22 @@
 """Several processes with several threads each label at once: nothing is doubled or lost."""
 
 import collections
+from concurrent import futures
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import threading
 
+import pytest
 import sqlalchemy as sa
 
+from rlhf_jax import errors
+from rlhf_jax.data import sources
 from rlhf_jax.feedback import schema
 from rlhf_jax.feedback import store as store_lib
+from rlhf_jax.feedback import transfer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -50,3 +57,70 @@ def test_threads_and_processes(database_url):
     for worker in workers:
       worker.kill()
       worker.wait()
+
+
+class Meeting:
+  """Makes imports wait for each other after their first record, if they can get there at once."""
+
+  def __init__(self, monkeypatch, count):
+    self._barrier, self._add, self._seen = threading.Barrier(count), transfer._add, set()
+    monkeypatch.setattr(transfer, '_add', self._meet)
+
+  def _meet(self, *arguments):
+    self._add(*arguments)
+    if threading.get_ident() not in self._seen:
+      self._seen.add(threading.get_ident())
+      with contextlib.suppress(threading.BrokenBarrierError):
+        self._barrier.wait(timeout=1.0)
+
+
+def comparisons(path, names, *, start=0):
+  """Writes a file with a comparison by each annotator."""
+  sources.write(
+    path,
+    [
+      {'prompt': f'{start + i}', 'chosen': 'a', 'rejected': 'b', 'annotator': name}
+      for i, name in enumerate(names)
+    ],
+  )
+  return str(path)
+
+
+@pytest.mark.parametrize(
+  'projects, names, added',
+  [
+    ('pp', ('Ada', 'Bob'), [2, 2]),  # two files
+    ('pp', ('Ada', 'Ada'), [0, 2]),  # one file twice, as the records are the same
+    ('pq', ('Ada', 'Ada'), [2, 2]),
+    ('pq', ('Ada', 'Bob'), [2, 2]),  # each waits for the name that the other has added
+  ],
+)
+def test_imports_at_once(projects, names, added, database_url, tmp_path, monkeypatch):
+  """Both imports add the annotators Ada and Bob, in the order in which their records name them."""
+  orders = {'Ada': ('Ada', 'Bob'), 'Bob': ('Bob', 'Ada')}
+  paths = [comparisons(tmp_path / f'{i}.jsonl', orders[name]) for i, name in enumerate(names)]
+  with store_lib.Store.open(database_url) as store, futures.ThreadPoolExecutor() as pool:
+    found = [store.add_project(name) for name in projects]
+    Meeting(monkeypatch, 2)
+    waiting = [pool.submit(transfer.add_comparisons, store, *pair) for pair in zip(found, paths)]
+    done = [future.result() for future in waiting]
+    assert sorted(one.added for one in done) == added
+    assert [one.added + one.there for one in done] == [2, 2]
+    assert sorted(person.name for person in store.annotators()) == ['Ada', 'Bob']
+    total = sum(
+      len(store.records(project)) for project in {one.name: one for one in found}.values()
+    )
+    assert total == sum(added)
+
+
+def test_an_annotator_who_is_added_during_an_import(database_url, tmp_path):
+  """Whoever comes second finds the name: the import uses it, a person is told to take another."""
+  path = comparisons(tmp_path / 'x.jsonl', [f'annotator {i}' for i in range(20)])
+  with store_lib.Store.open(database_url) as store, futures.ThreadPoolExecutor() as pool:
+    waiting = pool.submit(transfer.add_comparisons, store, store.add_project('p'), path)
+    while not waiting.done():
+      with contextlib.suppress(errors.UserError):
+        store.add_annotator('annotator 19')
+    assert waiting.result().added == 20
+    names = [person.name for person in store.annotators()]
+    assert sorted(names) == sorted(f'annotator {i}' for i in range(20))

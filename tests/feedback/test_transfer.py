@@ -99,6 +99,7 @@ def test_dialogues_in_the_format_of_hh(store, tmp_path):
     ({'prompt': 'q', 'completions': ['a', 'b', 'c'], 'margin': 1}, 'a margin needs two'),
     ({'prompt': 'q', 'chosen': 'a\0', 'rejected': 'b'}, 'NUL'),
     ({'prompt': 'q', 'chosen': 'a', 'rejected': 'b', 'annotator': 'a\nb'}, 'is no name'),
+    ({'prompt': 'q', 'chosen': 'a', 'rejected': 'b', 'annotator': 'a\0b'}, 'is no name'),
     (
       {'prompt': 'q', 'chosen': 'a', 'rejected': 'b', 'annotator': 'Ada', 'simulated': True},
       "'Ada' is simulated here, but a person in the store",
