@@ -8,13 +8,21 @@ prefers response b to response a of prompt x with the probability of Bradley and
 
 where d is the disagreement; s_i (the weight of quality), l_i (the preference for long or short
 texts) and t_i (the preference for this particular text) are standard normal; and `noise` is the
-probability that the label is then flipped. From several responses an annotator picks one with
-probability softmax(u_i / temperature) (Luce 1959; with two responses this is Bradley and Terry's
-model), and `noise` is the probability that the label is then one of the others. A ranking is drawn
-one place after the other by the same choice (Plackett 1975), and a rating is the utility in steps
-of a scale from 1 to 7; with probability 2 noise either is drawn at random instead, which for two
-responses is the noise above. Every draw depends only on the seed, the annotator and the texts, so
-the same comparison always gets the same label.
+probability that the label is then flipped. In other words, annotator i perceives the difference
+
+    u_i(x, b) - u_i(x, a) + temperature * z
+
+with a standard logistic z and chooses by its sign, but answers at random with probability 2 noise.
+The strength of the preference and ties follow from what is perceived (ties by Rao and Kupper 1967),
+so a bad response may be preferred strongly; who answers at random also gives a random strength.
+
+From several responses an annotator picks one with probability softmax(u_i / temperature) (Luce
+1959; with two responses this is Bradley and Terry's model), and `noise` is the probability that the
+label is then one of the others. A ranking is drawn one place after the other by the same choice
+(Plackett 1975), and a rating is the utility in steps of a scale from 1 to 7; with probability 2
+noise either is drawn at random instead, which for two responses is the noise above. Every draw
+depends only on the seed, the annotator and the texts, so the same comparison always gets the same
+label.
 """
 
 import collections.abc
@@ -78,7 +86,12 @@ class SimulatedAnnotators:
 
   def probability(self, prompt, a, b, annotator):
     """Returns P_i(b > a), including label noise."""
-    margin = self.utility(prompt, b, annotator) - self.utility(prompt, a, annotator)
+    return self._probability(self._difference(prompt, a, b, annotator), annotator)
+
+  def _difference(self, prompt, a, b, annotator):
+    return self.utility(prompt, b, annotator) - self.utility(prompt, a, annotator)
+
+  def _probability(self, margin, annotator):
     if self.temperature == 0:
       preference = 0.5 * (1 + np.sign(margin))
     else:
@@ -89,8 +102,29 @@ class SimulatedAnnotators:
 
   def compare(self, prompt, a, b, annotator):
     """Returns 1 if annotator i prefers b, 0 if a."""
-    draw = self._random('label', annotator, prompt, a, b).random()
-    return int(draw < self.probability(prompt, a, b, annotator))
+    return self.grade(prompt, a, b, annotator)[0]
+
+  def grade(self, prompt, a, b, annotator, *, tie=0.0, steps=()):
+    """Returns annotator i's choice, as `compare` does, and the strength of their preference.
+
+    Args:
+      prompt: Text.
+      a: Text.
+      b: Text.
+      annotator: i.
+      tie: Perceived difference below which the choice is None, a tie.
+      steps: Perceived differences from which the strength is 2, 3 and so on; below, it is 1.
+    """
+    rng, noise = self._random('label', annotator, prompt, a, b), self.noises[annotator]
+    margin, draw = self._difference(prompt, a, b, annotator), rng.random()
+    chosen = int(draw < self._probability(margin, annotator))
+    if not noise <= draw < 1 - noise:  # so the choice does not depend on the responses
+      return chosen, rng.randint(1, 1 + len(steps))
+    # margin + temperature * z has the sign of the choice.
+    uniform = min(max((draw - noise) / (1 - 2 * noise), 1e-12), 1 - 1e-12)
+    z = math.log(1 - uniform) - math.log(uniform)
+    distance = abs(margin + self.temperature * z)
+    return None if distance < tie else chosen, 1 + sum(distance >= step for step in steps)
 
   def pick(self, prompt, responses, annotator):
     """Returns the index of the response that annotator i picks as the best."""

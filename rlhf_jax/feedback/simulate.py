@@ -19,12 +19,12 @@ from rlhf_jax.rewards import functions
 
 @dataclasses.dataclass(frozen=True)
 class Habits:
-  """How simulated annotators answer, in units of their utility.
+  """How simulated annotators answer, in units of their utility; see annotators.py.
 
   Attributes:
-    tie: Two responses whose utilities differ by less are a tie; 0 for no ties.
-    strengths: Differences from which a preference has the strength 2, 3 and 4; () for pairs
-      without a strength.
+    tie: Two responses whose perceived utilities differ by less are a tie; 0 for no ties.
+    strengths: Perceived differences from which a preference has the strength 2, 3 and 4; () for
+      pairs without a strength.
     rating_middle: Utility of a response that is rated 4.
     rating_step: Difference of utility between one rating and the next.
   """
@@ -90,14 +90,10 @@ def answer(
     return {'best': ids[panel.pick(prompt, texts, annotator)]}
   if task.kind == 'rank':
     return {'ranking': [[ids[i]] for i in panel.rank(prompt, texts, annotator)]}
-  first, second = (panel.utility(prompt, text, annotator) for text in texts)
-  distance = abs(first - second)
-  if texts[0] == texts[1] or distance < habits.tie:
+  choice, strength = panel.grade(prompt, *texts, annotator, tie=habits.tie, steps=habits.strengths)
+  if texts[0] == texts[1] or choice is None:
     return {'tie': True}
-  chosen = {'chosen': ids[panel.compare(prompt, *texts, annotator)]}
-  if not habits.strengths:
-    return chosen
-  return chosen | {'strength': 1 + sum(distance >= step for step in habits.strengths)}
+  return {'chosen': ids[choice]} | ({'strength': strength} if habits.strengths else {})
 
 
 def judge(

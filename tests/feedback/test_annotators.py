@@ -1,5 +1,7 @@
 """Simulated annotators: their probabilities, determinism, and agreement by hand."""
 
+import collections
+import itertools
 import math
 
 import numpy as np
@@ -61,6 +63,28 @@ def test_temperature_zero_is_exact_and_extreme_scores_do_not_overflow():
   assert all(exact.compare(*pair, 2) for pair in pairs(50, 1e-3))
   panel = SimulatedAnnotators(gold, temperature=1e-9, label_noise=0.0)
   assert panel.probability('p', '0', '1e9', 0) == 1
+
+
+def test_strengths_and_ties_follow_from_what_is_perceived():
+  """Shares of 6000 answers against the logistic distribution of the perceived difference."""
+  noise, steps, tie = 0.1, (0.5, 1.0, 2.0), 0.2
+  panel = SimulatedAnnotators(gold, temperature=2.0, label_noise=noise, disagreement=0.0)
+  answers = [panel.grade(*pair, 0, tie=tie, steps=steps) for pair in pairs(6000)]
+  # The difference of utilities is 1: P(perceived < x) = sigmoid((x - 1) / 2).
+  below = lambda x: 1 / (1 + math.exp(-(x - 1) / 2))
+  expected = {None: (1 - 2 * noise) * (below(tie) - below(-tie))}
+  edges = [tie, *steps, math.inf]
+  for strength, (low, high) in enumerate(itertools.pairwise(edges), 1):
+    # At random with probability 2 noise: either response, with any of the four strengths.
+    expected[1, strength] = (1 - 2 * noise) * (below(high) - below(low)) + 2 * noise / 8
+    expected[0, strength] = (1 - 2 * noise) * (below(-low) - below(-high)) + 2 * noise / 8
+  assert sum(expected.values()) == pytest.approx(1)
+  found = collections.Counter(None if choice is None else (choice, s) for choice, s in answers)
+  for answer, share in expected.items():
+    error = math.sqrt(share * (1 - share) / 6000)
+    assert found[answer] / 6000 == pytest.approx(share, abs=4 * error), answer
+  plain = [panel.compare(*pair, 0) for pair in pairs(6000)]
+  assert all(choice in (None, label) for (choice, _), label in zip(answers, plain, strict=True))
 
 
 def test_the_same_question_gets_the_same_answer_in_any_order():

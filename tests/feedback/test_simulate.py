@@ -94,6 +94,23 @@ def test_answers_depend_on_the_seed_the_annotator_and_the_texts_alone(tmp_path):
     assert text == TEXTS[noisy.compare(prompt, *TEXTS[:2], number)]
 
 
+def test_a_mistake_may_be_a_strong_preference(store):
+  """The strength is that of what was perceived, not of the true difference, which is 1.3."""
+  project, tasks = add(store, 'pair', 100, TEXTS[1:3])
+  simulate.judge(store, project, panel(temperature=2.0), habits=simulate.Habits(tie=0.1))
+  given = [item.answer for item in store.judgements(project)]
+  better = {task.completions[1].id for task in tasks}
+  right, wrong = (
+    {
+      answer['strength']
+      for answer in given
+      if 'chosen' in answer and (answer['chosen'] in better) is good
+    }
+    for good in (True, False)
+  )
+  assert right == wrong == {1, 2, 3, 4} and {'tie': True} in given
+
+
 def test_they_work_beside_people_and_continue_after_an_interruption(store):
   project, tasks = add(store, 'pair', 6, TEXTS[2:])
   ada, _ = store.add_annotator('Ada')
