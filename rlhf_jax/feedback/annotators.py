@@ -21,8 +21,10 @@ From several responses an annotator picks one with probability softmax(u_i / tem
 label is then one of the others. A ranking is drawn one place after the other by the same choice
 (Plackett 1975), and a rating is the utility in steps of a scale from 1 to 7; with probability 2
 noise either is drawn at random instead, which for two responses is the noise above. Every draw
-depends only on the seed, the annotator and the texts, so the same comparison always gets the same
-label.
+depends only on the seed, the annotator, the texts in their order and the occasion, so the same
+question always gets the same answer. Asked again, an annotator may contradict themselves, as people
+do: with the texts in another order, or on another occasion, the draws are independent, while tastes
+are the same.
 """
 
 import collections.abc
@@ -49,6 +51,7 @@ class SimulatedAnnotators:
     label_noise: probability in [0, 0.5] that a label is flipped, or one probability for each
       annotator; an annotator with 0.5 chooses between two at random.
     disagreement: standard deviation of the annotators' individual preferences; 0 if they agree.
+    occasion: number of the time at which they are asked; see the top of the file.
   """
 
   gold: collections.abc.Callable[[str, str], float]
@@ -57,6 +60,7 @@ class SimulatedAnnotators:
   temperature: float = 0.5
   label_noise: float | collections.abc.Sequence[float] = 0.05
   disagreement: float = 0.3
+  occasion: int = 0
 
   def __post_init__(self):
     for name, good, wanted in (
@@ -115,7 +119,7 @@ class SimulatedAnnotators:
       tie: Perceived difference below which the choice is None, a tie.
       steps: Perceived differences from which the strength is 2, 3 and so on; below, it is 1.
     """
-    rng, noise = self._random('label', annotator, prompt, a, b), self.noises[annotator]
+    rng, noise = self._draw('label', annotator, prompt, a, b), self.noises[annotator]
     margin, draw = self._difference(prompt, a, b, annotator), rng.random()
     chosen = int(draw < self._probability(margin, annotator))
     if not noise <= draw < 1 - noise:  # so the choice does not depend on the responses
@@ -128,7 +132,7 @@ class SimulatedAnnotators:
 
   def pick(self, prompt, responses, annotator):
     """Returns the index of the response that annotator i picks as the best."""
-    rng = self._random('pick', annotator, prompt, *responses)
+    rng = self._draw('pick', annotator, prompt, *responses)
     noisy = self._noisy_utilities(rng, prompt, responses, annotator)
     best = noisy.index(max(noisy))
     if rng.random() < self.noises[annotator]:
@@ -137,7 +141,7 @@ class SimulatedAnnotators:
 
   def rank(self, prompt, responses, annotator):
     """Returns the indices of the responses as annotator i ranks them, best first."""
-    rng = self._random('rank', annotator, prompt, *responses)
+    rng = self._draw('rank', annotator, prompt, *responses)
     noisy = self._noisy_utilities(rng, prompt, responses, annotator)
     order = sorted(range(len(responses)), key=lambda i: -noisy[i])
     if rng.random() < 2 * self.noises[annotator]:
@@ -154,7 +158,7 @@ class SimulatedAnnotators:
       middle: Utility of a response that deserves a 4.
       step: Difference of utility between one rating and the next.
     """
-    rng = self._random('rate', annotator, prompt, response)
+    rng = self._draw('rate', annotator, prompt, response)
     if rng.random() < 2 * self.noises[annotator]:
       return rng.randint(1, 7)
     steps = (self.utility(prompt, response, annotator) - middle) / step
@@ -214,6 +218,9 @@ class SimulatedAnnotators:
     utilities = [self.utility(prompt, response, annotator) for response in responses]
     noise = [-math.log(-math.log(1 - rng.random())) for _ in responses]
     return [u + self.temperature * z for u, z in zip(utilities, noise)]
+
+  def _draw(self, *key):
+    return self._random(*key, *([self.occasion] if self.occasion else []))
 
   def _random(self, *key):
     digest = hashlib.sha256(repr((self.seed, *key)).encode()).digest()

@@ -2,7 +2,8 @@
 
 Each has an account in the store that is marked as simulated, and so are its judgements. It gets its
 tasks as people do, beside people or alone, so the tasks it answers depend on what others did; its
-answer to a task depends only on the seed, the annotator and the texts. See annotators.py.
+answer to a task depends only on the seed, the annotator and the texts. A task that repeats another
+asks again, so an annotator who errs may give another answer. See annotators.py.
 """
 
 from collections.abc import Sequence
@@ -80,6 +81,8 @@ def answer(
     annotator: Number of the annotator in the panel.
     habits: How they answer.
   """
+  if task.repeats_task_id is not None:
+    panel = dataclasses.replace(panel, occasion=panel.occasion + 1)
   prompt, ids = task.prompt.text, [completion.id for completion in task.completions]
   texts = [completion.text for completion in task.completions]
   if task.kind == 'rate':

@@ -1,6 +1,7 @@
 """Simulated annotators: their probabilities, determinism, and agreement by hand."""
 
 import collections
+import dataclasses
 import itertools
 import math
 
@@ -94,6 +95,25 @@ def test_the_same_question_gets_the_same_answer_in_any_order():
   assert forwards == backwards
   other = SimulatedAnnotators(gold, seed=6, temperature=3.0)
   assert forwards != [other.compare(*pair, 1) for pair in pairs(40)]
+
+
+@pytest.mark.parametrize('again', ['another occasion', 'another order'])
+def test_whoever_is_asked_again_draws_anew(again):
+  """Both answers prefer b with P = sigmoid(1 / 2), independently; without noise they are equal."""
+  panel = SimulatedAnnotators(gold, temperature=2.0, label_noise=0.0, disagreement=0.5)
+  asked = pairs(3000, 1.0)
+  first = panel.votes(asked)
+  if again == 'another order':
+    second = 1 - panel.votes([(prompt, b, a) for prompt, a, b in asked])
+  else:
+    second = dataclasses.replace(panel, occasion=1).votes(asked)
+  chances = [[panel.probability(*pair, k) for k in range(panel.count)] for pair in asked]
+  same = np.mean([p**2 + (1 - p) ** 2 for row in chances for p in row])
+  # Four standard errors of 15000 draws.
+  assert (first == second).mean() == pytest.approx(same, abs=4 * math.sqrt(0.25 / first.size))
+  exact = dataclasses.replace(panel, temperature=0.0)
+  assert (exact.votes(asked) == dataclasses.replace(exact, occasion=1).votes(asked)).all()
+  assert (exact.votes(asked) == 1 - exact.votes([(p, b, a) for p, a, b in asked])).all()
 
 
 def test_records_are_marked_as_simulated():

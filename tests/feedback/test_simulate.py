@@ -111,6 +111,20 @@ def test_a_mistake_may_be_a_strong_preference(store):
   assert right == wrong == {1, 2, 3, 4} and {'tie': True} in given
 
 
+def test_repeats_tell_who_is_consistent(store):
+  """An annotator who chooses at random says the same twice in half of the cases."""
+  project = store.add_project('p', repeat_fraction=0.5)
+  completions = [{'text': text, 'policy': text} for text in TEXTS[2:]]
+  rows = [{'prompt': f'{i}', 'completions': completions, 'overlap': 2} for i in range(120)]
+  store.add_tasks(project, rows)
+  simulate.judge(store, project, panel(count=2, label_noise=(0.0, 0.5)))
+  exact, random = (store.quality(project)[f'simulated {i}'] for i in range(2))
+  assert exact.repeats == exact.same > 50
+  # Five standard deviations of sqrt(n / 4).
+  assert random.repeats > 50
+  assert abs(random.same - random.repeats / 2) < 2.5 * np.sqrt(random.repeats)
+
+
 def test_they_work_beside_people_and_continue_after_an_interruption(store):
   project, tasks = add(store, 'pair', 6, TEXTS[2:])
   ada, _ = store.add_annotator('Ada')
