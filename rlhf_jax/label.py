@@ -63,10 +63,39 @@ def serve(store, project, options):
 
       policies = live.Policies(policy_folders(options.policies))
       stack.callback(policies.close)
+      warn_of_other_folders(store, project, policies.folders)
     app = app_lib.create(store, project, policies=policies, settings=settings)
     config = serve_lib.config(app, host=options.host, port=options.port)
     welcome(store, options)
     uvicorn.Server(config).run(sockets=[listener])
+
+
+def warn_of_other_folders(store, project, folders):
+  """Warns of each policy whose earlier answers are from another folder than the one given now.
+
+  Args:
+    store: The store.
+    project: The project.
+    folders: {name: absolute path of the folder of a policy}.
+  """
+  known = store.checkpoints(project)
+  for name, folder in folders.items():
+    others = {_run_of(path) for path in known.get(name, ())} - {_run_of(folder)}
+    for other in sorted(map(str, others)):
+      print(
+        f'Warning: the policy {name!r} has answers from {other}, and new ones would come from '
+        f'{folder}. Elo takes them for one policy. Unless they are the same model, stop the page '
+        f'and give the new one a name of its own, such as --policies={name}2={folder}',
+        file=sys.stderr,
+      )
+
+
+def _run_of(path):
+  """Returns the folder of a run from that of its model or of a checkpoint; others are unchanged."""
+  path = pathlib.Path(path)
+  if path.parent.name == 'checkpoints':
+    return path.parents[1]
+  return path.parent if path.name == 'model' else path
 
 
 def welcome(store, options):

@@ -7,6 +7,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import types
 import urllib.error
 import urllib.request
 
@@ -101,6 +102,51 @@ def test_policies_have_names_or_not():
   for wrong, message in (('a=x,y', 'must be NAME=DIR'), ('a=', 'must be'), ('a=x,a=y', 'twice')):
     with pytest.raises(UserError, match=message):
       label.policy_folders(wrong)
+
+
+def test_a_name_with_another_folder_is_a_warning(tmp_path, capsys):
+  """Checkpoints and the model of a run are one policy; so is a policy of another project."""
+  with store_lib.Store.open(tmp_path / 'x.db') as store:
+    project, other = store.add_project('p'), store.add_project('q')
+    for where, policy, checkpoint in (
+      (project, 'sft', '/runs/sft/checkpoints/10'),
+      (project, 'sft', '/runs/sft/checkpoints/20'),
+      (project, 'sft', '/runs/sft/model'),
+      (project, 'hf', '/models/tiny'),
+      (project, 'file', None),
+      (other, 'ppo', '/runs/old'),
+    ):
+      prompt = store.add_prompt(where, 'q')
+      store.add_completion(prompt, 'a', policy=policy, checkpoint=checkpoint)
+    same = {'sft': '/runs/sft', 'hf': '/models/tiny', 'file': '/x', 'ppo': '/runs/new'}
+    label.warn_of_other_folders(store, project, same)
+    label.warn_of_other_folders(store, project, {'sft': '/runs/sft/model'})
+    assert capsys.readouterr().err == ''
+    label.warn_of_other_folders(store, project, same | {'sft': '/runs/sft_2'})
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+      "Warning: the policy 'sft' has answers from /runs/sft, and new ones would come from "
+      '/runs/sft_2. '
+    )
+    assert '--policies=sft2=/runs/sft_2' in line
+
+
+def test_the_command_warns_before_it_serves(tmp_path, monkeypatch, capsys):
+  folder = tmp_path / 'new'
+  folder.mkdir()
+  with store_lib.Store.open(tmp_path / 'x.db') as store:
+    prompt = store.add_prompt(store.add_project('p'), 'q')
+    store.add_completion(prompt, 'a', policy='sft', checkpoint='/runs/old/checkpoints/10')
+  serves = types.SimpleNamespace(run=lambda sockets: print('serves', file=sys.stderr))
+  monkeypatch.setattr('uvicorn.Server', lambda config: serves)
+  # uvicorn's configuration of logs would close those of this process.
+  monkeypatch.setattr('rlhf_jax.feedback.page.serve.config', lambda *_, **__: None)
+  monkeypatch.setattr('rlhf_jax.feedback.live.Policies._start', lambda self: None)
+  arguments = f'--db={tmp_path}/x.db', '--project=p', '--port=0', f'--policies=sft={folder}'
+  monkeypatch.setattr(sys, 'argv', ['rlhf label', *arguments])
+  label.start()
+  warning, last = capsys.readouterr().err.splitlines()
+  assert '/runs/old, ' in warning and f'from {folder}. ' in warning and last == 'serves'
 
 
 def test_a_port_in_use_is_named():

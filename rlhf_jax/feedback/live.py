@@ -169,6 +169,11 @@ class Policies:
     return list(self._setup.folders)
 
   @property
+  def folders(self) -> dict[str, str]:
+    """{name: absolute path of the folder of the policy}."""
+    return dict(self._setup.folders)
+
+  @property
   def process_id(self) -> int:
     """Id of the process, for messages."""
     return self._worker.process.pid

@@ -210,6 +210,18 @@ class Store:
     with self.database.read() as session:
       return reading.tasks(session, list(session.scalars(query.order_by(row.id))))
 
+  def checkpoints(self, project: Project) -> dict[str, list[str]]:
+    """Returns {policy: checkpoints that gave its completions}, sorted, without unknown ones."""
+    row = schema.Completion
+    query = sa.select(row.policy, row.checkpoint).distinct()
+    query = query.join(schema.Prompt, row.prompt_id == schema.Prompt.id)
+    query = query.where(schema.Prompt.project_id == project.id, row.checkpoint.is_not(None))
+    found: dict[str, list[str]] = {}
+    with self.database.read() as session:
+      for policy, checkpoint in session.execute(query.order_by(row.policy, row.checkpoint)):
+        found.setdefault(policy, []).append(checkpoint)
+    return found
+
   # Annotators; more about them in `accounts`.
 
   def add_annotator(
