@@ -430,9 +430,9 @@ def create(config, mesh):
       mesh,
     )
     head = fitted_head(params)
-    hf.save(path, exported, merged, tokenizer=exported_tokenizer, head=head)
-    if panel:
+    if panel:  # before the model, with which the run is finished
       panel.write(path.parent, processes.to_host(reliability.of_all(state.params)))
+    hf.save(path, exported, merged, tokenizer=exported_tokenizer, head=head)
 
   def describe(workdir):
     setup.describer(model, 'reward', tokenizer)(workdir)

@@ -21,8 +21,10 @@ from rlhf_jax.data import formats
 from rlhf_jax.data import pipelines
 from rlhf_jax.data import sources
 from rlhf_jax.data import tokenizers
+from rlhf_jax.evaluation import annotators
 from rlhf_jax.evaluation import report
 from rlhf_jax.models import heads
+from rlhf_jax.models import hf
 import tiny
 
 
@@ -70,6 +72,23 @@ def test_a_run_tells_annotators_apart_and_reports_it(world, tmp_path):
     fork.update_from_flattened_dict(changes)
     with pytest.raises(errors.UserError, match=f'coin, contrary, but --fork {part}'):
       loop.run(fork, tmp_path / 'fork', fork_of=tmp_path)
+
+
+def test_a_run_that_has_a_model_has_its_reliabilities(world, tmp_path, monkeypatch):
+  """A run is finished as soon as it has a model, so one that is killed then writes no more."""
+  config = annotated_config(world)
+  config.update({'steps': 2, 'checkpoint_every': 2})
+  save = hf.save
+
+  def killed(path, *arguments, **more):
+    save(path, *arguments, **more)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(hf, 'save', killed)
+  with pytest.raises(KeyboardInterrupt):
+    loop.run(config, tmp_path)
+  assert loop.run(config, tmp_path) == tmp_path / 'model'
+  assert set(annotators.learned(tmp_path)) == {'7', 'ann', 'coin', 'contrary'}
 
 
 @pytest.mark.parametrize('several', [False, True])
