@@ -113,11 +113,16 @@ def write(folder, panel, samples, pairs):
   train, test = readable(triples[:pairs]), readable(triples[pairs:])
   sources.write(folder / 'comparisons.jsonl', panel.label(train))
   sources.write(folder / 'held_out.jsonl', panel.label(test))
+  write_samples(folder, [(q, text) for q, a, b in train + test for text in (a, b)])
+  return train + test
+
+
+def write_samples(folder, pairs):
+  """Writes samples.jsonl: pairs of a prompt and a response, without empty responses."""
   sources.write(
     folder / 'samples.jsonl',
-    [{'prompt': q, 'completion': text} for q, a, b in train + test for text in (a, b)],
+    [{'prompt': prompt, 'completion': text} for prompt, text in pairs if text.strip()],
   )
-  return train + test
 
 
 def subsets(folder, *, path, counts):
@@ -260,12 +265,11 @@ def best_of(
     truncate_after=truncate_after,
   )
   groups = []
-  for first in range(0, len(sampled.prompts), samples):
-    ended = [
-      sampled.responses[i] for i in range(first, first + samples) if sampled.rollout.ended[i]
-    ]
+  for number, prompt in enumerate(questions):
+    own = range(number * samples, (number + 1) * samples)
+    ended = [sampled.responses[i] for i in own if sampled.rollout.ended[i]]
     if len(ended) >= completions:
-      groups.append((sampled.prompts[first], tuple(ended[:completions])))
+      groups.append((prompt, tuple(ended[:completions])))
   test_prompts = {prompt for prompt, _ in groups[:held_out]}
   test = [group for group in groups if group[0] in test_prompts]
   train = [group for group in groups if group[0] not in test_prompts]
@@ -285,14 +289,7 @@ def best_of(
   )
   sources.write(folder / 'held_out.jsonl', panel.label_best(test))
   sources.write(folder / 'labels.jsonl', panel.label_best(train))
-  sources.write(
-    folder / 'samples.jsonl',
-    [
-      {'prompt': prompt, 'completion': text}
-      for prompt, text in zip(sampled.prompts[::samples], sampled.responses[::samples])
-      if text.strip()
-    ],
-  )
+  write_samples(folder, zip(questions, sampled.responses[::samples]))
 
 
 best_of.check = check
@@ -333,11 +330,4 @@ def sample(
     truncate_at=truncate_at,
     truncate_after=truncate_after,
   )
-  sources.write(
-    folder / 'samples.jsonl',
-    [
-      {'prompt': prompt, 'completion': response}
-      for prompt, response in zip(samples.prompts, samples.responses)
-      if response.strip()
-    ],
-  )
+  write_samples(folder, zip(samples.prompts, samples.responses))
