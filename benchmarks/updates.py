@@ -5,7 +5,6 @@ config.
 """
 
 from collections.abc import Callable
-import functools
 import statistics
 import time
 from typing import NamedTuple
@@ -98,10 +97,11 @@ def prepare(config, mesh):
     extra=wiring.first_extra(settings),
   )
   step = setup.jit_step(
-    functools.partial(
-      ppo.train_step, models=wired.models, optimizers=wired.optimizers, settings=settings
-    ),
+    ppo.train_step,
     state,
+    models=wired.models,
+    optimizers=wired.optimizers,
+    settings=settings,
   )
   arguments = wired.frozen, *episode(config), None
   return Update(step.lower(state, *arguments).compile(), state, arguments)

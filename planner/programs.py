@@ -108,10 +108,11 @@ def make(config, mesh):
   (wired,) = found
   arrays = place(arrays, sharding.shardings(arrays, SMALL + wired.models.policy.rules, mesh))
   step = setup.jit_step(
-    functools.partial(
-      algorithm.train_step, models=wired.models, optimizers=wired.optimizers, settings=settings
-    ),
+    algorithm.train_step,
     arrays['state'],
+    models=wired.models,
+    optimizers=wired.optimizers,
+    settings=settings,
   )
   return Programs(wired.models.policy, arrays, calls(config, mesh, wired.models, step, arrays))
 

@@ -266,9 +266,9 @@ FAULTS = (
   ),
   Fault(
     'evaluators compare with config.reference',
-    'rlhf_jax/algorithms/wiring.py',
-    ' and not config.reference',
-    '',
+    'rlhf_jax/algorithms/on_policy.py',
+    'start=None if config.reference else frozen',
+    'start=frozen',
     _tests(
       'algorithms/test_wiring', 'test_evaluations_start_from_the_policy_and_not_from_the_reference'
     ),
@@ -324,8 +324,8 @@ FAULTS = (
   Fault(
     "a policy's export ignores the moving average",
     'rlhf_jax/algorithms/setup.py',
-    "save(path, model, averaged(state, 'policy'), frozen",
-    "save(path, model, state.params['policy'], frozen",
+    "trained = averaged(state, 'policy')",
+    "trained = state.params['policy']",
     _tests('algorithms/test_setup', 'test_a_policy_is_exported_as_its_moving_average'),
   ),
   Fault(
@@ -380,8 +380,8 @@ FAULTS = (
   Fault(
     'labels are not smoothed',
     'rlhf_jax/algorithms/reward_model.py',
-    'label_smoothing=config.preference.label_smoothing',
-    'label_smoothing=0.0',
+    'config.preference, examples=rows)',
+    'config.preference, examples=rows, label_smoothing=0.0)',
     _tests('algorithms/test_reward_model', 'test_the_first_loss_of_a_config_by_loop'),
   ),
   Fault(

@@ -89,14 +89,14 @@ def create(config, mesh):
   """Creates the learner, its state, and a jitted function of the train step's forward passes."""
   steps = []
 
-  def jit_step(function, state):
-    steps.append(function)
-    return setup_jit_step(function, state)
+  def jit_step(function, state, **static):
+    steps.append(static)
+    return setup_jit_step(function, state, **static)
 
   setup_jit_step = setup.jit_step
   with unittest.mock.patch.object(setup, 'jit_step', jit_step):
     learner, state = ppo.create(config, mesh)
-  models, settings = steps[0].keywords['models'], steps[0].keywords['settings']
+  models, settings = steps[0]['models'], steps[0]['settings']
 
   @jax.jit
   def passes(params, frozen, rollout):

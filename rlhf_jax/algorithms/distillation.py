@@ -289,9 +289,7 @@ def create(config, mesh):
   model, params, frozen = setup.split_trainable(config, model, params, mesh)
   teacher, teacher_params = load_teacher(config, tokenizer, mesh, model, params, frozen)
   frozen = {'policy': frozen, 'teacher': teacher_params}
-  context = setup.policy_context(
-    config, model, tokenizer, mesh, frozen['policy'], lambda: jax.tree.map(jnp.copy, params)
-  )
+  context = setup.policy_context(config, model, tokenizer, mesh, frozen['policy'], params)
   sampling, truncate = evaluators.make_sampling({}, context)
   iterators, prompts, count = distillation_data.make_iterators(config, tokenizer, model)
   actor = None
@@ -310,8 +308,9 @@ def create(config, mesh):
   optimizers = {'policy': setup.make_optimizer(config.optim, steps)}
   state = setup.new_state(config.seed, {'policy': params}, optimizers, mesh, model.rules)
   models = Models(model, teacher, config.distillation.loss, config.distillation.beta, sampling)
-  step = functools.partial(
+  step = setup.jit_step(
     train_step,
+    state,
     models=models,
     optimizers=optimizers,
     microbatch_size=config.microbatch_size or 0,
@@ -320,7 +319,7 @@ def create(config, mesh):
     steps=steps,
     iterators=iterators,
     next_batch=distillation_data.batch_maker(mesh, frozen, actor, iterators),
-    train_step=setup.jit_step(step, state),
+    train_step=step,
     export=setup.policy_exporter(model, tokenizer, frozen['policy']),
     describe=setup.describer(model, 'policy', tokenizer),
     evaluators=evaluators.make(config.evals, context),

@@ -406,7 +406,7 @@ def create(config, mesh):
     'False',
   )
   model, params, frozen = setup.split_trainable(config, model, params, mesh)
-  settings = Settings(**{f.name: config.dpo[f.name] for f in dataclasses.fields(Settings)})
+  settings = setup.settings(Settings, config.dpo)
   reference = make_reference(config, mesh, model, params, frozen)
 
   def rows(name, comparisons):
@@ -434,14 +434,12 @@ def create(config, mesh):
   optimizers = {'policy': setup.make_optimizer(config.optim, steps)}
   state = setup.new_state(config.seed, {'policy': params}, optimizers, mesh, model.rules)
   step = setup.jit_step(
-    functools.partial(
-      train_step,
-      model=model,
-      optimizers=optimizers,
-      settings=settings,
-      microbatch_size=config.microbatch_size or 0,
-    ),
+    train_step,
     state,
+    model=model,
+    optimizers=optimizers,
+    settings=settings,
+    microbatch_size=config.microbatch_size or 0,
   )
 
   def next_batch(state, *, timed):
@@ -466,9 +464,7 @@ def create(config, mesh):
       prompts=[example.prompt for example in arranged.data.examples],
     )
 
-  context = setup.policy_context(
-    config, model, tokenizer, mesh, frozen, lambda: jax.tree.map(jnp.copy, params), loss=loss
-  )
+  context = setup.policy_context(config, model, tokenizer, mesh, frozen, params, loss=loss)
   return learner.Learner(
     steps=steps,
     iterators={'data': iterator},

@@ -21,7 +21,6 @@ clip of the sampler's advantages does not exist here.
 The loss is in implicit_q.py.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -251,24 +250,19 @@ def read_episodes(config, tokenizer, mesh):
 
   If `config.reward` has a source, it rewards the episodes; see labels.label.
   """
-  if not labels.has_source(config.reward):
-    read = lambda path: setup.read_examples(config.data, formats.episodes, tokenizer, path=path)
-    return *setup.hold_out(config, formats.episodes, tokenizer), read
-  reward = functools.partial(
-    labels.label,
-    config_reward=config.reward,
-    tokenizer=tokenizer,
-    mesh=mesh,
-    batch_size=config.batch_size,
-    load=setup.load_settings(config.model),
-  )
-  convert = formats.unrewarded_episodes
-
-  def read(path):
-    return reward(setup.read_examples(config.data, convert, tokenizer, path=path))
-
-  examples, held_out = setup.hold_out(config, convert, tokenizer)
-  return reward(examples), reward(held_out), read
+  convert, reward = formats.episodes, lambda examples: examples
+  if labels.has_source(config.reward):
+    convert = formats.unrewarded_episodes
+    reward = functools.partial(
+      labels.label,
+      config_reward=config.reward,
+      tokenizer=tokenizer,
+      mesh=mesh,
+      batch_size=config.batch_size,
+      load=setup.load_settings(config.model),
+    )
+  read = lambda path: reward(setup.read_examples(config.data, convert, tokenizer, path=path))
+  return *map(reward, setup.hold_out(config, convert, tokenizer)), read
 
 
 def return_moments(examples):
@@ -300,9 +294,7 @@ def create(config, mesh):
     'False',
   )
   model, policy, frozen = setup.split_trainable(config, model, params, mesh)
-  settings = implicit_q.Settings(
-    **{f.name: config.ilql[f.name] for f in dataclasses.fields(implicit_q.Settings)}
-  )
+  settings = setup.settings(implicit_q.Settings, config.ilql)
   examples, held_out, read = read_episodes(config, tokenizer, mesh)
   mean, std = return_moments(examples) if config.ilql.standardize else (0.0, 1.0)
   of_data = pipelines.EpisodeSettings(
@@ -329,14 +321,12 @@ def create(config, mesh):
   extra = {'target': target}
   state = setup.new_state(config.seed, params, optimizers, mesh, model.rules, extra=extra)
   step = setup.jit_step(
-    functools.partial(
-      train_step,
-      model=model,
-      optimizers=optimizers,
-      settings=settings,
-      microbatch_size=config.microbatch_size or 0,
-    ),
+    train_step,
     state,
+    model=model,
+    optimizers=optimizers,
+    settings=settings,
+    microbatch_size=config.microbatch_size or 0,
   )
 
   def loss(path):
@@ -345,35 +335,29 @@ def create(config, mesh):
     )
     return held_out_loss(batches, frozen, model=model, settings=settings, mesh=mesh)
 
-  context = setup.policy_context(
-    config, model, tokenizer, mesh, frozen, lambda: jax.tree.map(jnp.copy, policy), loss=loss
-  )
   separate = config.ilql.separate_critic or config.ilql.target_backbone
-  context = dataclasses.replace(
-    context,
+  context = setup.policy_context(
+    config,
+    model,
+    tokenizer,
+    mesh,
+    frozen,
+    policy,
+    loss=loss,
     guided_model=lambda beta: guided.GuidedModel(model, beta, separate),
     q_functions=lambda state: q_functions_of(
       state, lambda backbone: trainable.merge(frozen, backbone)
     ),
   )
-
-  def export(state, path):
-    merge = lambda backbone: trainable.merge_lora(model, backbone, frozen)
-    setup.save(
-      path,
-      model,
-      setup.averaged(state, 'policy'),
-      frozen,
-      tokenizer=tokenizer,
-      files=q_functions.files(q_functions_of(state, merge)),
-    )
-
+  files = lambda state: q_functions.files(
+    q_functions_of(state, lambda backbone: trainable.merge_lora(model, backbone, frozen))
+  )
   return learner.Learner(
     steps=steps,
     iterators={'data': iterator},
     next_batch=lambda state, *, timed: ((frozen, sharding.put_rows(next(iterator), mesh)), {}),
     train_step=step,
-    export=export,
+    export=setup.policy_exporter(model, tokenizer, frozen, files),
     describe=setup.describer(model, 'policy', tokenizer),
     evaluators=evaluators.make(config.evals, context),
   ), state

@@ -310,19 +310,15 @@ def create(
     else None,
     policy_optimizer=policy_optimizer,
   )
-  model, settings = (
-    models.policy,
-    settings.of(config, *on_policy_config.end_tokens(config, tokenizer)),
-  )
+  model = models.policy
+  settings = settings.of(config, *on_policy_config.end_tokens(config, tokenizer))
   sampled = mask(model, settings, tokenizer) if mask else model
   actor = make_actor(config, tokenizer, sampled, examples, prompts, score, mesh)
   extra = extra(settings)
   if mask:
     extra |= {'masking_policy': jax.tree.map(jnp.copy, params['policy'])}
   state = setup.new_state(config.seed, params, optimizers, mesh, model.rules, extra=extra)
-  step = setup.jit_step(
-    functools.partial(train_step, models=models, optimizers=optimizers, settings=settings), state
-  )
+  step = setup.jit_step(train_step, state, models=models, optimizers=optimizers, settings=settings)
   iterators = {'prompts': prompts}
   if config.ptx.batch_size:
     iterators['ptx'] = sft.ptx_iterator(config, tokenizer, model)
@@ -335,7 +331,8 @@ def create(
     tokenizer,
     mesh,
     frozen['policy'],
-    functools.partial(wiring.initial_policy, config, params['policy'], frozen),
+    params['policy'],
+    start=None if config.reference else frozen.get('reference'),
   )
   return learner.Learner(
     steps=steps,

@@ -307,27 +307,6 @@ def normalize(head, scores, mode):
   return {'kernel': kernel * gains, 'bias': (bias - shift) * jnp.asarray(gain, bias.dtype)}
 
 
-def normalized_head(params, *, frozen, batches, loss_fn, mode, mesh):
-  """Returns the head, normalized on all completions of some batches.
-
-  Args:
-    params: {'backbone', 'head'}: trained parameters.
-    frozen: {'backbone': parameters that are not trained}.
-    batches: Function that returns an iterable of Comparisons.
-    loss_fn: Function (params, Comparisons) with the results of `comparison_loss`.
-    mode: See `normalize`. 'none' returns the head unchanged and does not call `batches`.
-    mesh: Device mesh.
-  """
-  if mode == 'none':
-    return params['head']
-  values = [
-    (loss_fn(trainable.merge(frozen, params), sharding.put_rows(batch, mesh)), batch.present)
-    for batch in batches()
-  ]
-  values = np.concatenate([processes.to_host(scores)[present] for (*_, scores), present in values])
-  return normalize(params['head'], values, mode)
-
-
 def create(config, mesh):
   """Creates the learner of `config.algorithm = 'reward_model'`.
 
@@ -366,23 +345,22 @@ def create(config, mesh):
     examples, tokenizer, seed=config.seed, annotators=panel and panel.names, **sizes
   )
   steps = setup.train_steps(config, rows)
-  settings = Settings(
-    loss=config.preference.loss,
-    centering=config.preference.centering,
-    label_smoothing=config.preference.label_smoothing,
-    token_dropout=config.preference.token_dropout,
-    head_fraction=config.preference.head_fraction,
-    examples=rows,
-  )
+  settings = setup.settings(Settings, config.preference, examples=rows)
   loss_fn = jax.jit(functools.partial(comparison_loss, model=model, settings=settings))
-  fitted_head = functools.partial(
-    normalized_head,
-    frozen=frozen,
-    loss_fn=loss_fn,
-    mode=config.preference.normalize,
-    mesh=mesh,
-    batches=functools.partial(normalization_batches, config, examples, tokenizer, sizes),
-  )
+
+  def results(params, batches):
+    """Yields each batch with what `comparison_loss` returns for it, on the host."""
+    params = trainable.merge(frozen, params)
+    for batch in batches:
+      yield batch, jax.tree.map(processes.to_host, loss_fn(params, sharding.put_rows(batch, mesh)))
+
+  def fitted_head(params):
+    if config.preference.normalize == 'none':
+      return params['head']
+    batches = normalization_batches(config, examples, tokenizer, sizes)
+    scores = [scores[batch.present] for batch, (*_, scores) in results(params, batches)]
+    return normalize(params['head'], np.concatenate(scores), config.preference.normalize)
+
   params['head'] = fitted_head(params)
   params, optimizers = {'reward': params}, {'reward': setup.make_optimizer(config.optim, steps)}
   if panel:
@@ -396,14 +374,12 @@ def create(config, mesh):
   rules = reliability.RULES + tuple(model.rules)
   state = setup.new_state(config.seed, params, optimizers, mesh, rules)
   step = setup.jit_step(
-    functools.partial(
-      train_step,
-      model=model,
-      optimizers=optimizers,
-      settings=settings,
-      microbatch_size=config.microbatch_size or 0,
-    ),
+    train_step,
     state,
+    model=model,
+    optimizers=optimizers,
+    settings=settings,
+    microbatch_size=config.microbatch_size or 0,
   )
 
   def loss(path):
@@ -412,14 +388,8 @@ def create(config, mesh):
       chosen = setup.read_examples(config.data, formats.comparisons, tokenizer, path=path)
     check_ratings(chosen, settings.loss)
     batches = [batch for batch, _ in pipelines.comparison_batches(chosen, tokenizer, **sizes)]
-    return held_out_loss(
-      batches,
-      [example.prompt for example in chosen],
-      frozen,
-      loss_fn=loss_fn,
-      rated=settings.loss == 'rating',
-      mesh=mesh,
-    )
+    prompts = [example.prompt for example in chosen]
+    return held_out_loss(batches, prompts, results, rated=settings.loss == 'rating')
 
   def export(state, path):
     params = setup.averaged(state, 'reward')
@@ -499,32 +469,27 @@ def normalization_batches(config, examples, tokenizer, sizes):
   return (batch for batch, _ in pipelines.comparison_batches(examples, tokenizer, **sizes))
 
 
-def held_out_loss(batches, prompts, frozen, *, loss_fn, rated, mesh):
+def held_out_loss(batches, prompts, results, *, rated):
   """Returns an evaluator of held-out loss, accuracy and calibration.
 
   Args:
     batches: List of Comparisons.
     prompts: Texts of their prompts, in order.
-    frozen: Parameters of the model that are not trained.
-    loss_fn: Function (params, Comparisons) with the results of `comparison_loss`.
+    results: Function (params, batches) that yields pairs of a batch and the results of
+      `comparison_loss`, on the host.
     rated: Whether the model learns ratings; their calibration is then measured too.
-    mesh: Device mesh.
 
   Returns:
     Function from a TrainState to metrics, or None if there are no batches.
   """
 
   def evaluate(state):
-    params = trainable.merge(frozen, setup.averaged(state, 'reward'))
-    results = [
-      jax.tree.map(processes.to_host, loss_fn(params, sharding.put_rows(batch, mesh)))
-      for batch in batches
-    ]
-    if results[0][0].ndim == 2:  # several heads
-      results = [(loss.mean(1), counted[:, 0], scores.mean(2)) for loss, counted, scores in results]
-    count = sum(int(counted.sum()) for _, counted, _ in results)
-    loss = sum(float(loss[counted].sum()) for loss, counted, _ in results) / max(count, 1)
-    scores = [scores for *_, scores in results]
+    found = [result for _, result in results(setup.averaged(state, 'reward'), batches)]
+    if found[0][0].ndim == 2:  # several heads
+      found = [(loss.mean(1), counted[:, 0], scores.mean(2)) for loss, counted, scores in found]
+    count = sum(int(counted.sum()) for _, counted, _ in found)
+    loss = sum(float(loss[counted].sum()) for loss, counted, _ in found) / max(count, 1)
+    scores = [scores for *_, scores in found]
     metrics = {'loss': loss, 'prompts': count} if count else {}
     metrics |= pair_metrics(scores, batches, prompts)
     if rated:  # A gap between ratings is not log-odds, so it implies no confidence to calibrate.

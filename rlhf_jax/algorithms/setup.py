@@ -181,6 +181,12 @@ def make_optimizer(config_optim, steps, *, updates=1, learning_rate=None, export
   )
 
 
+def settings(cls, block, **others):
+  """Creates the dataclass `cls` from the keys of a config block; `others` are its other fields."""
+  names = {field.name for field in dataclasses.fields(cls)} - others.keys()
+  return cls(**{name: block[name] for name in names}, **others)
+
+
 def new_state(seed, params, optimizers, mesh, rules, *, extra=None):
   """Returns the TrainState at step 0, with optimizer moments sharded like the parameters.
 
@@ -208,22 +214,17 @@ def new_state(seed, params, optimizers, mesh, rules, *, extra=None):
   )
 
 
-def state_shardings(state):
-  """Returns the sharding of every array of a state."""
-  return jax.tree.map(lambda x: x.sharding, state)
-
-
-def jit_step(function, state):
+def jit_step(function, state, **static):
   """Jits a train step that donates its state and returns it with the same shardings.
 
   Without these output shardings the compiler could choose others, and the second step would compile
-  again.
+  again. `static` are keyword arguments of the function.
   """
   platform = next(iter(state.step.sharding.device_set)).platform
   return jax.jit(
-    function,
+    functools.partial(function, **static),
     donate_argnums=0,
-    out_shardings=(state_shardings(state), None),
+    out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
     compiler_options=sharding.compiler_options(platform),
   )
 
@@ -371,7 +372,7 @@ def describer(model, name, tokenizer):
   return describe
 
 
-def policy_context(config, model, tokenizer, mesh, frozen, start, *, loss=None):
+def policy_context(config, model, tokenizer, mesh, frozen, policy, *, start=None, **fields):
   """Returns the evaluators.Context of an algorithm that trains `state.params['policy']`.
 
   Args:
@@ -380,27 +381,31 @@ def policy_context(config, model, tokenizer, mesh, frozen, start, *, loss=None):
     tokenizer: Its tokenizer.
     mesh: Device mesh.
     frozen: Parameters of the policy that are not trained.
-    start: Function that returns the trained parameters before the first step, in arrays that no
-      train step donates.
-    loss: Held-out loss; see evaluators.Context.
+    policy: Trained parameters, which the first train step will donate.
+    start: The same in arrays that no train step donates; None or {} to copy them when needed.
+    **fields: Other fields of evaluators.Context.
   """
   return evaluators.Context(
     model=model,
     tokenizer=tokenizer,
     mesh=mesh,
     seed=config.seed,
-    loss=loss,
     policy=lambda state: trainable.merge(frozen, averaged(state, 'policy')),
-    start=lambda: trainable.merge(frozen, start()),
+    start=lambda: trainable.merge(frozen, start or jax.tree.map(jnp.copy, policy)),
     load=load_settings(config.model),
     sampling=config.get('sampling', {}),
+    **fields,
   )
 
 
-def policy_exporter(model, tokenizer, frozen):
-  """Returns `Learner.export` of an algorithm whose result is `state.params['policy']`."""
+def policy_exporter(model, tokenizer, frozen, files=lambda state: None):
+  """Returns `Learner.export` of an algorithm whose result is `state.params['policy']`.
+
+  `files` is a function from the TrainState to other files of the model's folder; see hf.save.
+  """
 
   def export(state, path):
-    save(path, model, averaged(state, 'policy'), frozen, tokenizer=tokenizer)
+    trained = averaged(state, 'policy')
+    save(path, model, trained, frozen, tokenizer=tokenizer, files=files(state))
 
   return export

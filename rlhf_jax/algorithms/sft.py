@@ -252,10 +252,11 @@ def create(config, mesh):
   optimizers = {'policy': setup.make_optimizer(config.optim, steps)}
   state = setup.new_state(config.seed, {'policy': params}, optimizers, mesh, model.rules)
   step = setup.jit_step(
-    functools.partial(
-      train_step, model=model, optimizers=optimizers, microbatch_size=config.microbatch_size or 0
-    ),
+    train_step,
     state,
+    model=model,
+    optimizers=optimizers,
+    microbatch_size=config.microbatch_size or 0,
   )
 
   def loss(path):
@@ -264,9 +265,7 @@ def create(config, mesh):
       held_out_batches(config, chosen, tokenizer, model), frozen, model=model, mesh=mesh
     )
 
-  context = setup.policy_context(
-    config, model, tokenizer, mesh, frozen, lambda: jax.tree.map(jnp.copy, params), loss=loss
-  )
+  context = setup.policy_context(config, model, tokenizer, mesh, frozen, params, loss=loss)
   return learner.Learner(
     steps=steps,
     iterators={'data': iterator},

@@ -150,18 +150,3 @@ def load_critic(config, tokenizer, mesh, reward_model):
 def first_extra(settings):
   """Returns the initial TrainState.extra: the KL coefficient and the moments of the scores."""
   return {'kl_coef': jnp.float32(settings.kl_coef), 'reward_moments': jnp.zeros(3)}
-
-
-def initial_policy(config, policy, frozen):
-  """Returns the policy's trained parameters before the first step.
-
-  These are the reference's own arrays if the reference is the initial policy, else a copy.
-
-  Args:
-    config: Config of the run.
-    policy: Trained parameters, which the first train step will donate.
-    frozen: Parameters that are not trained; see forward.Forward.
-  """
-  if frozen.get('reference') and not config.reference:
-    return frozen['reference']
-  return jax.tree.map(jnp.copy, policy)

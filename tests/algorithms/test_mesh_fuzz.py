@@ -327,10 +327,11 @@ def on_policy(algorithm, config, mesh, seed):
     extra=getattr(algorithm, 'first_extra', wiring.first_extra)(settings),
   )
   step = setup.jit_step(
-    functools.partial(
-      algorithm.train_step, models=wired.models, optimizers=wired.optimizers, settings=settings
-    ),
+    algorithm.train_step,
     state,
+    models=wired.models,
+    optimizers=wired.optimizers,
+    settings=settings,
   )
   rollout, scores, ptx = episodes(config, seed)
   batch = (*sharding.put_rows((rollout, scores), mesh), ptx and sharding.put_rows(ptx, mesh))

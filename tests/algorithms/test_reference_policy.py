@@ -75,7 +75,7 @@ def test_the_reference_is_the_initial_policy(algorithm, world, adapted):
   np.testing.assert_allclose(found['start'][mask], found['merged'][mask], rtol=0, atol=1e-5)
   np.testing.assert_allclose(found['start'][mask], policy.logprobs[mask], rtol=0, atol=1e-6)
   # Evaluators compare with the same policy, and a critic of adapters starts from it.
-  start = wiring.initial_policy(config, wired.params['policy'], wired.frozen)
+  start = wired.frozen['reference']
   jax.tree.map(np.testing.assert_array_equal, start, wired.params['policy'])
   if algorithm is ppo:
     jax.tree.map(np.testing.assert_array_equal, wired.params['critic']['backbone'], start)

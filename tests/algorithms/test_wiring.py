@@ -118,6 +118,6 @@ def test_evaluators_sample_like_the_run_except_for_their_own_keys(world, mesh):
   config = tiny.ppo(world)
   config.sampling.update({'temperature': 0.7, 'top_k': 9, 'max_new_tokens': 6})
   tokenizer = tokenizers.load(world / 'tokenizer')
-  context = setup.policy_context(config, models.create(tiny.LLAMA), tokenizer, mesh, {}, dict)
+  context = setup.policy_context(config, models.create(tiny.LLAMA), tokenizer, mesh, {}, {})
   sampling, _ = evaluators.make_sampling({'max_new_tokens': 4}, context)
   assert (sampling.temperature, sampling.top_k, sampling.max_new_tokens) == (0.7, 9, 4)
