@@ -29,7 +29,7 @@ def config(preset=''):
 def prepare(outputs, fixed, *, state, rollout, scores, settings):
   """Scores [B] to advantages [B, R]: score - kl_coef KL, minus its mean over the batch."""
   mask, extra = rollout.response_mask, state.extra
-  batch, _ = experience.make_experience(outputs, fixed, rollout, mask, behaviour=settings.behaviour)
+  batch = experience.make_experience(outputs, fixed, rollout, mask, behaviour=settings.behaviour)
   postprocessed, moments = settings.rules.apply(scores, rollout, extra['reward_moments'])
   metrics = experience.rollout_metrics(
     batch, rollout, scores, postprocessed, outputs, extra['kl_coef'], settings.rules

@@ -119,7 +119,7 @@ def make_experience(
   step_mask: Bool[ArrayLike, 'B R'],
   *,
   behaviour: str,
-) -> tuple[types.Experience, Float[Array, '']]:
+) -> types.Experience:
   """Makes an Experience without advantages.
 
   Args:
@@ -128,14 +128,10 @@ def make_experience(
     rollout: Rollout.
     step_mask: [B, R] bool, positions with a value loss.
     behaviour: 'sampler' to take the old log-probabilities from the rollout, else from `outputs`.
-
-  Returns:
-    Experience, and the mean absolute difference between the two log-probabilities.
   """
   mask = rollout.response_mask
   keep = lambda x, mask: None if x is None else jnp.where(mask, x, 0.0)
   logprobs = rollout.logprobs if behaviour == 'sampler' else outputs.logprobs
-  gap = adv.masked_mean(jnp.abs(rollout.logprobs - outputs.logprobs), mask)
   return types.Experience(
     tokens=rollout.tokens,
     mask=rollout.mask,
@@ -147,7 +143,7 @@ def make_experience(
     frozen_states=fixed.frozen_states,
     allowed=rollout.allowed,
     raw_logprobs=keep(outputs.raw_logprobs, mask),
-  ), gap
+  )
 
 
 def rollout_metrics(
@@ -193,6 +189,7 @@ def rollout_metrics(
     'samples/postprocessed_score': postprocessed,
     'response/length': jnp.sum(mask) / batch,
     'response/eos_rate': adv.masked_mean(rules.ended(rollout), known),
+    'policy/sampler_gap': adv.masked_mean(jnp.abs(rollout.logprobs - outputs.logprobs), mask),
   }
   if experience.ref_logprobs is not None:
     log_ratio = experience.unmasked_logprobs - experience.ref_logprobs

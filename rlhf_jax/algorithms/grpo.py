@@ -23,7 +23,6 @@ from rlhf_jax import advantages as adv
 from rlhf_jax import config as config_lib
 from rlhf_jax import experience as experience_lib
 from rlhf_jax import losses
-from rlhf_jax import update
 from rlhf_jax.algorithms import on_policy
 from rlhf_jax.algorithms import on_policy_config
 from rlhf_jax.rollout import resampling
@@ -162,7 +161,7 @@ def has_equal_scores(rollout, scores, *, settings):
 def prepare(outputs, fixed, *, state, rollout, scores, settings):
   """Computes advantages from a scored rollout; see ppo.prepare."""
   mask, n = rollout.response_mask, settings.samples
-  experience, gap = experience_lib.make_experience(
+  experience = experience_lib.make_experience(
     outputs, fixed, rollout, mask, behaviour=settings.behaviour
   )
   extra, scores = state.extra, experience_lib.totals(scores, mask)
@@ -184,20 +183,13 @@ def prepare(outputs, fixed, *, state, rollout, scores, settings):
   keep = mask & ~equal[:, None] if settings.drop_equal_groups else mask
   advantages = jnp.where(keep, advantages[:, None], 0.0)
   experience = experience.replace(response_mask=keep, step_mask=keep, advantages=advantages)
-  metrics |= {'policy/sampler_gap': gap, 'groups/equal': jnp.mean(equal)}
+  metrics['groups/equal'] = jnp.mean(equal)
   return experience, extra | {'reward_moments': moments}, metrics
 
 
 def loss(outputs, experience, counts, *, settings):
   """Computes a microbatch's part of the minibatch's mean clipped loss; see ppo.loss."""
   mask = experience.response_mask
-  weights = losses.token_weights(
-    mask,
-    counts.tokens,
-    counts.sequences,
-    normalize=settings.normalize,
-    max_length=settings.max_new_tokens,
-  )
   logprobs = jnp.where(mask, outputs.logprobs, 0.0)
   log_ratio = losses.log_ratio(logprobs, experience.logprobs, mask, level=settings.ratio)
   advantages = experience.advantages
@@ -214,15 +206,10 @@ def loss(outputs, experience, counts, *, settings):
     )
   else:
     policy = losses.clipped_policy_loss(log_ratio, advantages, **settings.clips)
-  return on_policy.total_loss(policy, outputs, experience, counts, weights, settings=settings)
+  return on_policy.total_loss(policy, outputs, experience, counts, settings.normalize, settings)
 
 
-def objective(state, rollout, scores, *, settings):
-  """Returns GRPO's update.Objective for a scored rollout; see on_policy.train_step."""
-  ready = functools.partial(prepare, state=state, rollout=rollout, scores=scores, settings=settings)
-  return update.Objective(ready, rollout.response_mask, functools.partial(loss, settings=settings))
-
-
+objective = on_policy.objective_of(prepare, loss)
 train_step = functools.partial(on_policy.train_step, objective)
 
 

@@ -12,6 +12,7 @@ from rlhf_jax import advantages as adv
 from rlhf_jax import experience as experience_lib
 from rlhf_jax import forward as forward_lib
 from rlhf_jax import learner
+from rlhf_jax import losses
 from rlhf_jax import processes
 from rlhf_jax import sharding
 from rlhf_jax import types
@@ -75,6 +76,25 @@ def train_step(objective, state, frozen, rollout, scores, ptx, *, models, optimi
   )
 
 
+def objective_of(prepare, loss):
+  """Returns the `objective` of `train_step` for an algorithm that is these two functions.
+
+  Args:
+    prepare: Function (outputs, fixed, *, state, rollout, scores, settings); see update.Objective.
+    loss: Function (outputs, experience, counts, *, settings); see update.Objective.
+  """
+
+  def of_rollout(state, rollout, scores, *, settings):
+    given = dict(state=state, rollout=rollout, scores=scores, settings=settings)
+    return update.Objective(
+      functools.partial(prepare, **given),
+      rollout.response_mask,
+      functools.partial(loss, settings=settings),
+    )
+
+  return of_rollout
+
+
 def kl_penalty(experience, fixed, estimator):
   """Returns the KL of each token [B, R] from the reference, before the update.
 
@@ -88,7 +108,7 @@ def kl_penalty(experience, fixed, estimator):
   return adv.kl_estimate(experience.unmasked_logprobs, experience.ref_logprobs, estimator)
 
 
-def total_loss(policy, outputs, experience, counts, weights, *, settings):
+def total_loss(policy, outputs, experience, counts, normalize, settings):
   """Sums a policy loss, the entropy bonus and the KL penalty of a microbatch.
 
   Args:
@@ -97,13 +117,20 @@ def total_loss(policy, outputs, experience, counts, weights, *, settings):
     outputs: forward.Outputs of the current policy.
     experience: Experience of the microbatch.
     counts: update.Counts of the minibatch.
-    weights: [B, R] float32, weight of each token; see losses.token_weights.
+    normalize: How tokens are weighted; see losses.token_weights.
     settings: on_policy_config.Settings; its `kl_coef` is constant.
 
   Returns:
     Scalar loss, and metrics that are summed over microbatches.
   """
   mask = experience.response_mask
+  weights = losses.token_weights(
+    mask,
+    counts.tokens,
+    counts.sequences,
+    normalize=normalize,
+    max_length=settings.max_new_tokens,
+  )
   mean = lambda x: adv.masked_sum(weights * x, mask)
   by_token = lambda x: adv.masked_sum(x, mask) / counts.tokens
   logprobs = jnp.where(mask, outputs.logprobs, 0.0)

@@ -22,7 +22,6 @@ from rlhf_jax import advantages as adv
 from rlhf_jax import config as config_lib
 from rlhf_jax import experience as experience_lib
 from rlhf_jax import losses
-from rlhf_jax import update
 from rlhf_jax.algorithms import on_policy
 from rlhf_jax.algorithms import on_policy_config
 
@@ -108,7 +107,7 @@ def prepare(outputs, fixed, *, state, rollout, scores, settings):
     ones, and whose masks are empty for all others; `extra` of the next TrainState; and metrics.
   """
   mask, n, extra = rollout.response_mask, settings.samples, state.extra
-  experience, gap = experience_lib.make_experience(
+  experience = experience_lib.make_experience(
     outputs, fixed, rollout, mask, behaviour=settings.behaviour
   )
   scores = experience_lib.totals(scores, mask)
@@ -123,7 +122,6 @@ def prepare(outputs, fixed, *, state, rollout, scores, settings):
   )
   pairs = jnp.sum(pair > 0)
   metrics |= {
-    'policy/sampler_gap': gap,
     'groups/equal': 1.0 - pairs * n / len(pair),
     'objective/scores_margin': jnp.sum(pair * postprocessed) / jnp.maximum(pairs, 1),
   }
@@ -166,12 +164,7 @@ def loss(outputs, experience, counts, *, settings):
   }
 
 
-def objective(state, rollout, scores, *, settings):
-  """Returns online DPO's update.Objective for a scored rollout; see on_policy.train_step."""
-  ready = functools.partial(prepare, state=state, rollout=rollout, scores=scores, settings=settings)
-  return update.Objective(ready, rollout.response_mask, functools.partial(loss, settings=settings))
-
-
+objective = on_policy.objective_of(prepare, loss)
 train_step = functools.partial(on_policy.train_step, objective)
 
 

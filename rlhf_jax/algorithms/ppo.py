@@ -210,11 +210,9 @@ def prepare(outputs, fixed, *, state, rollout, scores, step_mask, settings):
   Returns:
     Experience, `extra` of the next TrainState, and metrics.
   """
-  kl_coef, whiten = (
-    state.extra['kl_coef'],
-    functools.partial(adv.whiten, unbiased=settings.whiten_unbiased),
-  )
-  experience, gap = experience_lib.make_experience(
+  kl_coef = state.extra['kl_coef']
+  whiten = functools.partial(adv.whiten, unbiased=settings.whiten_unbiased)
+  experience = experience_lib.make_experience(
     outputs, fixed, rollout, step_mask, behaviour=settings.behaviour
   )
   kl = on_policy.kl_penalty(experience, fixed, settings.kl_estimator)
@@ -243,8 +241,7 @@ def prepare(outputs, fixed, *, state, rollout, scores, step_mask, settings):
     target=settings.kl_target,
     horizon=settings.kl_horizon,
   )
-  extra = {'kl_coef': next_coef, 'reward_moments': moments}
-  return experience, extra, metrics | {'policy/sampler_gap': gap}
+  return experience, {'kl_coef': next_coef, 'reward_moments': moments}, metrics
 
 
 def loss(outputs, experience, counts, *, kl_coef, settings):

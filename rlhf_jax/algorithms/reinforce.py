@@ -23,7 +23,6 @@ from rlhf_jax import advantages as adv
 from rlhf_jax import config as config_lib
 from rlhf_jax import experience as experience_lib
 from rlhf_jax import losses
-from rlhf_jax import update
 from rlhf_jax.algorithms import on_policy
 from rlhf_jax.algorithms import on_policy_config
 from rlhf_jax.algorithms import wiring
@@ -146,7 +145,7 @@ def compute_advantages(rewards, mask, moving, *, settings):
 def prepare(outputs, fixed, *, state, rollout, scores, settings):
   """Computes advantages from a scored rollout; see ppo.prepare."""
   mask, extra = rollout.response_mask, state.extra
-  experience, gap = experience_lib.make_experience(
+  experience = experience_lib.make_experience(
     outputs, fixed, rollout, mask, behaviour=settings.behaviour
   )
   postprocessed, moments = settings.rules.apply(scores, rollout, extra['reward_moments'])
@@ -161,7 +160,6 @@ def prepare(outputs, fixed, *, state, rollout, scores, settings):
     rewards, mask, extra['baseline'], settings=settings
   )
   metrics |= {
-    'policy/sampler_gap': gap,
     'returns/mean': mean,
     'returns/baseline': jnp.asarray(baseline, jnp.float32),
   }
@@ -178,22 +176,10 @@ def loss(outputs, experience, counts, *, settings):
   )
   if not settings.clip:
     policy = -experience.advantages * logprobs, jnp.zeros_like(logprobs), policy[2]
-  weights = losses.token_weights(
-    mask,
-    counts.tokens,
-    counts.sequences,
-    normalize=settings.normalize,
-    max_length=settings.max_new_tokens,
-  )
-  return on_policy.total_loss(policy, outputs, experience, counts, weights, settings=settings)
+  return on_policy.total_loss(policy, outputs, experience, counts, settings.normalize, settings)
 
 
-def objective(state, rollout, scores, *, settings):
-  """Returns the update.Objective of REINFORCE for a scored rollout; see on_policy.train_step."""
-  ready = functools.partial(prepare, state=state, rollout=rollout, scores=scores, settings=settings)
-  return update.Objective(ready, rollout.response_mask, functools.partial(loss, settings=settings))
-
-
+objective = on_policy.objective_of(prepare, loss)
 train_step = functools.partial(on_policy.train_step, objective)
 
 

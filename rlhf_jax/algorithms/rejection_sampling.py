@@ -26,7 +26,6 @@ import jax.numpy as jnp
 from rlhf_jax import advantages as adv
 from rlhf_jax import config as config_lib
 from rlhf_jax import experience as experience_lib
-from rlhf_jax import update
 from rlhf_jax.algorithms import on_policy
 from rlhf_jax.algorithms import on_policy_config
 
@@ -97,7 +96,7 @@ def validate(config, device_count):
 def prepare(outputs, fixed, *, state, rollout, scores, settings):
   """Selects the responses; see ppo.prepare. Their tokens have advantage 1 and are the mask."""
   mask, n, extra = rollout.response_mask, settings.samples, state.extra
-  experience, gap = experience_lib.make_experience(
+  experience = experience_lib.make_experience(
     outputs, fixed, rollout, mask, behaviour=settings.behaviour
   )
   scores = experience_lib.totals(scores, mask)
@@ -121,7 +120,6 @@ def prepare(outputs, fixed, *, state, rollout, scores, settings):
     response_mask=keep, step_mask=keep, advantages=keep.astype(jnp.float32)
   )
   metrics |= {
-    'policy/sampler_gap': gap,
     'kept/fraction': jnp.mean(kept),
     'kept/scores': adv.masked_mean(postprocessed, kept),
   }
@@ -147,12 +145,7 @@ def loss(outputs, experience, counts, *, settings):
   }
 
 
-def objective(state, rollout, scores, *, settings):
-  """Returns the update.Objective for a scored rollout; see on_policy.train_step."""
-  ready = functools.partial(prepare, state=state, rollout=rollout, scores=scores, settings=settings)
-  return update.Objective(ready, rollout.response_mask, functools.partial(loss, settings=settings))
-
-
+objective = on_policy.objective_of(prepare, loss)
 train_step = functools.partial(on_policy.train_step, objective)
 
 

@@ -21,7 +21,6 @@ from rlhf_jax import advantages as adv
 from rlhf_jax import config as config_lib
 from rlhf_jax import experience as experience_lib
 from rlhf_jax import losses
-from rlhf_jax import update
 from rlhf_jax.algorithms import on_policy
 from rlhf_jax.algorithms import on_policy_config
 
@@ -71,7 +70,7 @@ def compute_advantages(scores, valid, *, settings):
 def prepare(outputs, fixed, *, state, rollout, scores, settings):
   """Computes advantages from a scored rollout; see ppo.prepare."""
   mask, extra = rollout.response_mask, state.extra
-  experience, gap = experience_lib.make_experience(
+  experience = experience_lib.make_experience(
     outputs, fixed, rollout, mask, behaviour=settings.behaviour
   )
   scores = experience_lib.totals(scores, mask)
@@ -86,7 +85,7 @@ def prepare(outputs, fixed, *, state, rollout, scores, settings):
     postprocessed, experience_lib.not_skipped(scores, mask), settings=settings
   )
   experience = experience.replace(advantages=jnp.where(mask, advantages[:, None], 0.0))
-  return experience, extra | {'reward_moments': moments}, metrics | {'policy/sampler_gap': gap}
+  return experience, extra | {'reward_moments': moments}, metrics
 
 
 def loss(outputs, experience, counts, *, settings):
@@ -100,22 +99,10 @@ def loss(outputs, experience, counts, *, settings):
   log_ratio = losses.log_ratio(logprobs, experience.logprobs, mask, level='sequence_sum')
   policy = losses.clipped_policy_loss(log_ratio, experience.advantages, **settings.clips)
   # Every token has its response's loss, so the mean over the tokens of a response is that loss.
-  weights = losses.token_weights(
-    mask,
-    counts.tokens,
-    counts.sequences,
-    normalize='sequence',
-    max_length=settings.max_new_tokens,
-  )
-  return on_policy.total_loss(policy, outputs, experience, counts, weights, settings=settings)
+  return on_policy.total_loss(policy, outputs, experience, counts, 'sequence', settings)
 
 
-def objective(state, rollout, scores, *, settings):
-  """Returns RLOO's update.Objective for a scored rollout; see on_policy.train_step."""
-  ready = functools.partial(prepare, state=state, rollout=rollout, scores=scores, settings=settings)
-  return update.Objective(ready, rollout.response_mask, functools.partial(loss, settings=settings))
-
-
+objective = on_policy.objective_of(prepare, loss)
 train_step = functools.partial(on_policy.train_step, objective)
 
 

@@ -94,7 +94,7 @@ def test_sequences_that_are_left_out_do_not_change_the_passes_of_the_first_epoch
   keep = jnp.asarray(mask & (np.arange(12) % 3 > 0)[:, None])
 
   def prepare(outputs, fixed):
-    experience, _ = experience_lib.make_experience(outputs, fixed, rollout, keep, behaviour='')
+    experience = experience_lib.make_experience(outputs, fixed, rollout, keep, behaviour='')
     return experience.replace(response_mask=keep), {}, {}
 
   def loss(outputs, experience, counts):
