@@ -46,7 +46,7 @@ from rlhf_jax.evaluation import report
 from rlhf_jax.evaluation import reward_models
 from rlhf_jax.models import hf
 from rlhf_jax.rewards import functions
-from rlhf_jax.rewards import scorers
+from rlhf_jax.rewards import labels
 
 # Data arguments of `train` that each algorithm takes. If `algorithm` is None, `train` uses the
 # first algorithm that takes the given argument.
@@ -67,8 +67,6 @@ DATA = {
 }
 # Field of a record that holds the text, if a record is given as a string.
 FIELD = {'prompts': 'prompt', 'texts': 'text'}
-# Keys of config.reward that set a reward.
-REWARDS = scorers.SOURCES + ('parts',)
 VOCABULARY = 1024  # default vocabulary size of a tokenizer that is trained on `texts`
 
 
@@ -167,9 +165,7 @@ def train(
   with contextlib.ExitStack() as stack:
     if reward_fn is None:
       errors.need(
-        kind != 'prompts'
-        or 'reward' not in config
-        or any(config.reward.get(name) for name in REWARDS),
+        kind != 'prompts' or 'reward' not in config or labels.has_source(config.reward),
         f'algorithm={algorithm!r} needs a reward_fn: a function (prompts, responses), a reward '
         'model or its folder; or set a key of config.reward in overrides',
       )

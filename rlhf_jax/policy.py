@@ -29,7 +29,6 @@ from rlhf_jax.models import trainable
 from rlhf_jax.rewards import learned
 from rlhf_jax.rollout import guided
 from rlhf_jax.rollout import sampler
-from rlhf_jax.rollout import sampling as sampling_lib
 from rlhf_jax.rollout import stops
 
 BATCH_SIZE = 256  # sequences sampled or scored at a time; the last scored batch is padded to it
@@ -213,19 +212,15 @@ class TextPolicy:
         f'a prompt of {length} tokens and {max_new_tokens} new ones exceed the context of '
         f'{self.model.max_length} tokens: shorten the prompt or lower max_new_tokens'
       )
-    # With `min_new_tokens` a stop string may appear early without ending the response, but a stop
-    # token could not be sampled early. So all stop strings are then found in the text.
-    single = {} if min_new_tokens else stops.single_tokens(self.tokenizer, stop)
-    sampling = sampling_lib.Sampling(
+    sampling = stops.sampling_of(
+      self.tokenizer,
+      stop=stop,
       max_new_tokens=max_new_tokens,
       temperature=temperature,
       top_k=top_k,
       top_p=top_p,
-      eos_id=self.tokenizer.eos_token_id,
-      pad_id=self.tokenizer.pad_token_id,
       ignore_eos=ignore_eos or truncate_at is not None,
       min_new_tokens=min_new_tokens,
-      stop_tokens=tuple(single.values()),
     )
     model, params = self._guided(self.beta if beta is None else beta)
     generate = _sampler(

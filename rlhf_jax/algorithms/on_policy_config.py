@@ -17,7 +17,6 @@ from rlhf_jax.algorithms import on_policy_warnings
 from rlhf_jax.algorithms import setup
 from rlhf_jax.algorithms import sft
 from rlhf_jax.rewards import scorers
-from rlhf_jax.rollout import sampling as sampling_lib
 from rlhf_jax.rollout import stops
 
 
@@ -398,16 +397,14 @@ def validate_without_critic(config, *, groups):
 def make_sampling(config, tokenizer):
   """Returns the sampling.Sampling of a config, with the tokenizer's EOS and padding tokens."""
   c = config.sampling
-  single = stops.single_tokens(tokenizer, c.stop) if c.stop and not c.min_new_tokens else {}
-  return sampling_lib.Sampling(
+  return stops.sampling_of(
+    tokenizer,
+    stop=c.stop,
     max_new_tokens=c.max_new_tokens,
     min_new_tokens=c.min_new_tokens,
     temperature=c.temperature,
     top_k=c.top_k or 0,
     top_p=c.top_p,
-    eos_id=tokenizer.eos_token_id,
-    stop_tokens=tuple(single.values()),
-    pad_id=tokenizer.pad_token_id,
     ignore_eos=config.rl.response == 'raw',
   )
 

@@ -428,15 +428,8 @@ def make_sampling(settings, context):
   strings, tokenizer = tuple(settings.pop('stop')), context.tokenizer
   text, after = settings.pop('truncate_at'), settings.pop('truncate_after')
   del settings['beta']
-  single = stops.single_tokens(tokenizer, strings) if not settings['min_new_tokens'] else {}
   settings['top_k'] = settings['top_k'] or 0
-  sampling = sampling_lib.Sampling(
-    **settings,
-    eos_id=tokenizer.eos_token_id,
-    pad_id=tokenizer.pad_token_id,
-    stop_tokens=tuple(single.values()),
-    ignore_eos=text is not None,
-  )
+  sampling = stops.sampling_of(tokenizer, stop=strings, ignore_eos=text is not None, **settings)
   if text is None:
     return sampling, actor.stop_at(strings, tokenizer, sampling, context.mesh)
   token = stops.single_token(tokenizer, text, name='sampling.truncate_at')

@@ -73,10 +73,8 @@ def generate(
     return append_token(s | {'cache': cache}, hidden)
 
   masked = isinstance(model, masking.MaskedModel)
-  model, params = (
-    model.with_max_length(prompts.tokens.shape[1] + response_length),
-    model.unstack(params),
-  )
+  params = model.unstack(params)
+  model = model.with_max_length(prompts.tokens.shape[1] + response_length)
   stages = lengths.bucket_lengths(response_length, STAGES)
   hidden, cache = model.prefill(params, prompts.tokens, prompts.mask, stages[0])
   if samples > 1:

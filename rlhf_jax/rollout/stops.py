@@ -16,6 +16,7 @@ import transformers
 from rlhf_jax import errors
 from rlhf_jax import types
 from rlhf_jax.data import tokenizers
+from rlhf_jax.rollout import sampling as sampling_lib
 
 Tokenizer = transformers.PreTrainedTokenizerFast
 REPLACEMENT = '\ufffd'  # decoded from bytes that are not a full character
@@ -87,8 +88,7 @@ def single_tokens(tokenizer: Tokenizer, strings: Sequence[str]) -> dict[str, int
   """Returns {string: id} of the strings that are a single token.
 
   As `Sampling.stop_tokens`, they can end a response on the device. Other tokens may spell the same
-  string, so `truncate_at_strings` is still needed. With `min_new_tokens`, stop tokens are not
-  sampled at first, while stop strings are only ignored.
+  string, so `truncate_at_strings` is still needed.
 
   Raises:
     UserError: A string is empty.
@@ -101,6 +101,29 @@ def single_tokens(tokenizer: Tokenizer, strings: Sequence[str]) -> dict[str, int
     for string, row, text in zip(strings, rows, texts)
     if len(row) == 1 and string in text
   }
+
+
+def sampling_of(
+  tokenizer, *, stop: Sequence[str] = (), min_new_tokens: int = 0, **settings
+) -> sampling_lib.Sampling:
+  """Returns the Sampling with the EOS, padding and stop tokens of a tokenizer.
+
+  With `min_new_tokens` a stop string may appear early without ending the response, but a stop token
+  could not be sampled early. So there are no stop tokens then: `truncate_at_strings` finds all stop
+  strings in the text. `settings` are other fields of Sampling. Without stop strings, `tokenizer`
+  needs no more than its `eos_token_id` and `pad_token_id`.
+
+  Raises:
+    UserError: A string is empty.
+  """
+  single = single_tokens(tokenizer, stop) if stop and not min_new_tokens else {}
+  return sampling_lib.Sampling(
+    min_new_tokens=min_new_tokens,
+    eos_id=tokenizer.eos_token_id,
+    pad_id=tokenizer.pad_token_id,
+    stop_tokens=tuple(single.values()),
+    **settings,
+  )
 
 
 def single_token(tokenizer: Tokenizer, text: str, *, name: str) -> int:

@@ -265,13 +265,8 @@ class Streams:
       stop: Strings that end a response and are not part of its text.
     """
     max_length = min(max_length or model.max_length, model.max_length)
-    sampling = sampling_lib.Sampling(
-      max_new_tokens=max_length,
-      top_k=top_k,
-      top_p=top_p,
-      eos_id=tokenizer.eos_token_id,
-      pad_id=tokenizer.pad_token_id,
-      stop_tokens=tuple(stops.single_tokens(tokenizer, stop).values()),
+    sampling = stops.sampling_of(
+      tokenizer, stop=stop, max_new_tokens=max_length, top_k=top_k, top_p=top_p
     )
     self.settings = Settings(model.with_max_length(max_length), rows, max_length, sampling)
     self.tokenizer, self.stop = tokenizer, tuple(stop)
