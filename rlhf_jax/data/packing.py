@@ -44,11 +44,6 @@ def assign(documents: Sequence[np.ndarray], *, length: int) -> list[list[np.ndar
   return _first_fit(sorted(_pieces(documents, length), key=len, reverse=True), length)
 
 
-def pad(documents: Sequence[np.ndarray], *, length: int, pad_id: int) -> types.LMBatch:
-  """Puts each document, or piece of a longer one, into its own sequence; otherwise like `pack`."""
-  return to_batch([[piece] for piece in _pieces(documents, length)], length=length, pad_id=pad_id)
-
-
 def _pieces(documents: Sequence[np.ndarray], length: int) -> list[np.ndarray]:
   if length < 2:
     raise ValueError(f'length={length} must be at least 2: shorter sequences have no target')

@@ -79,9 +79,8 @@ def lm_iterator(
   batch_size: int,
   length: int,
   seed: int,
-  pack: bool = True,
 ) -> tuple[grain.DatasetIterator, int]:
-  """Iterates forever over LMBatch [B, T] of texts, each followed by the EOS.
+  """Iterates forever over LMBatch [B, T] of texts, each followed by the EOS; see `packing`.
 
   Args:
     texts: Texts or Completions; the prompt and completion of a Completion are tokenized separately.
@@ -89,7 +88,6 @@ def lm_iterator(
     batch_size: B.
     length: T. Longer texts are cut into several pieces.
     seed: Random seed of the order.
-    pack: Whether a sequence may contain several texts; see `packing`.
 
   Returns:
     (iterator, N). An epoch has N sequences, N / batch_size steps. If texts are a mixture or are
@@ -99,12 +97,9 @@ def lm_iterator(
     UserError: No text has a token to predict, or a source of a mixture has none at all.
   """
   data = tokenized.texts(texts, tokenizer)
-  mixed = isinstance(texts, mixtures.Mixture)
-  if mixed and not pack:
-    raise ValueError('the texts of a mixture must be packed')
-  if pack and (mixed or data.all is None):
+  if isinstance(texts, mixtures.Mixture) or data.all is None:
     return _stream(data, tokenizer, batch_size=batch_size, length=length, seed=seed)
-  collate, count = _lm(data, tokenizer, length=length, pack=pack)
+  collate, count = _lm(data, tokenizer, length=length)
   return _iterate(collate, texts, range(count), batch_size, seed)
 
 
@@ -293,7 +288,6 @@ def lm_batches(
   *,
   batch_size: int,
   length: int,
-  pack: bool = True,
 ) -> Iterable[tuple[types.LMBatch, np.ndarray]]:
   """Returns pairs of LMBatch [B, T] and valid, bool [B], with all texts once, in order.
 
@@ -303,9 +297,9 @@ def lm_batches(
   as for `lm_iterator`.
   """
   data = tokenized.texts(texts, tokenizer)
-  if data.all is None and pack:
+  if data.all is None:
     return Batches(lambda: _packed_in_order(data, tokenizer, batch_size, length))
-  collate, count = _lm(data, tokenizer, length=length, pack=pack)
+  collate, count = _lm(data, tokenizer, length=length)
   return _in_order(collate, range(count), batch_size)
 
 
@@ -488,11 +482,10 @@ def choose_held_out(keys: np.ndarray, holdout: float) -> np.ndarray:
 
 
 def _lm(
-  data: tokenized.TokenizedData, tokenizer: formats.Tokenizer, *, length: int, pack: bool
+  data: tokenized.TokenizedData, tokenizer: formats.Tokenizer, *, length: int
 ) -> tuple[Collate, int]:
-  arrange = packing.pack if pack else packing.pad
   documents = [item.prompt for item in data.iterate('packing')]
-  packed = arrange(documents, length=length, pad_id=tokenizer.pad_token_id)
+  packed = packing.pack(documents, length=length, pad_id=tokenizer.pad_token_id)
   return lambda chosen, _: jax.tree.map(lambda array: array[chosen], packed), len(packed.tokens)
 
 

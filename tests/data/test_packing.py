@@ -36,15 +36,6 @@ def test_long_documents_overlap_by_one():
   np.testing.assert_array_equal(batch.tokens[-1], [16, 17, 0])
 
 
-def test_unpacked_rows():
-  batch = packing.pad(documents(2, 5, 1, 3), length=4, pad_id=0)
-  np.testing.assert_array_equal(
-    batch.tokens, [[10, 11, 0, 0], [20, 21, 22, 23], [23, 24, 0, 0], [40, 41, 42, 0]]
-  )
-  np.testing.assert_array_equal(batch.segments > 0, batch.tokens > 0)
-  np.testing.assert_array_equal(batch.segments.max(1), [1, 1, 1, 1])
-
-
 @pytest.mark.parametrize('length', [2, 7, 32])
 def test_any_documents(length):
   """Every bigram of every document is an (input, target) pair once, within one segment."""
