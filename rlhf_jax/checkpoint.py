@@ -264,24 +264,19 @@ def _brief(error):
   return f'{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}'
 
 
-def load_params(path, name):
-  """Returns the parameters `name` of the newest intact checkpoint, without a config.
+def load_newest(path, name):
+  """Returns the step of the newest intact checkpoint and its parameters `name`, without a config.
 
   Args:
     path: Folder of a run.
     name: Key of TrainState.params, such as 'policy'.
 
   Returns:
-    Pytree of arrays on the default device.
+    The step, and a pytree of arrays on the default device.
 
   Raises:
     UserError: There is no checkpoint, or none is intact.
   """
-  return load_newest(path, name)[1]
-
-
-def load_newest(path, name):
-  """Returns the step of the newest intact checkpoint and its parameters; see `load_params`."""
   path = pathlib.Path(path).resolve() / 'checkpoints'
   manager = ocp.CheckpointManager(
     path,

@@ -103,7 +103,6 @@ def choose(
   examples: Sequence[Sequence[str]],
   *,
   neighbours: int = NEIGHBOURS,
-  seed: int = 0,
 ) -> np.ndarray:
   """Chooses the expert of each prompt by its nearest training prompts.
 
@@ -113,16 +112,15 @@ def choose(
 
   Args:
     prompts: Texts.
-    examples: Training prompts of each expert; at most EXAMPLES of each are compared, drawn by
-      `seed`, so that no expert wins because it has more.
+    examples: Training prompts of each expert; at most EXAMPLES of each are compared, drawn at
+      random, so that no expert wins because it has more.
     neighbours: Number of training prompts that vote.
-    seed: Random seed.
 
   Returns:
     Numbers of the experts [number of prompts].
   """
   drawn = [
-    [texts[i] for i in np.random.default_rng([seed, number]).permutation(len(texts))[:EXAMPLES]]
+    [texts[i] for i in np.random.default_rng([0, number]).permutation(len(texts))[:EXAMPLES]]
     for number, texts in enumerate(examples)
   ]
   vectorizer = features.TfidfVectorizer(sublinear_tf=True, analyzer='char_wb', ngram_range=(2, 4))

@@ -194,7 +194,7 @@ def test_300_flipped_bits_over_all_files_change_nothing(wide, tmp_path):
       draw.random(),
       draw.integers(8),
     )
-    params = checkpoint.load_params(folder, 'policy')  # succeeds even if iterators are damaged
+    params = checkpoint.load_newest(folder, 'policy')[1]  # succeeds even if iterators are damaged
     assert any(np.array_equal(params['a'], sound) for sound in expected)
     assert restore(folder, width=512) in (1, 2)
     shutil.rmtree(folder)
@@ -205,7 +205,7 @@ def test_parameters_alone_are_checked_too(wide, tmp_path, caplog):
   path = array_file(tmp_path, 2)
   path.write_bytes(path.read_bytes().translate(bytes(range(255, -1, -1))))
   np.testing.assert_array_equal(
-    checkpoint.load_params(tmp_path, 'policy')['a'], make_state(1, 512).params['policy']['a']
+    checkpoint.load_newest(tmp_path, 'policy')[1]['a'], make_state(1, 512).params['policy']['a']
   )
   assert 'checkpoint 2 in ' in caplog.text and 'trying the one before' in caplog.text
   shutil.rmtree(tmp_path / 'checkpoints' / '1')
@@ -213,7 +213,7 @@ def test_parameters_alone_are_checked_too(wide, tmp_path, caplog):
     errors.UserError,
     match=r'none of the checkpoints \[2\] in .* is intact: 2 .*Restore one from a copy',
   ):
-    checkpoint.load_params(tmp_path, 'policy')
+    checkpoint.load_newest(tmp_path, 'policy')
 
 
 def with_nan(step):
@@ -402,7 +402,7 @@ def test_a_saved_state_does_not_see_the_steps_that_follow(tmp_path):
   for _ in range(5):
     state = step(state)
   checkpoints.close()
-  found = checkpoint.load_params(tmp_path, 'policy')
+  found = checkpoint.load_newest(tmp_path, 'policy')[1]
   np.testing.assert_array_equal(found['a'], expected)
 
 
@@ -431,7 +431,7 @@ def test_arrays_come_back_where_the_new_run_wants_them(before, after, tmp_path):
 
 def test_params_without_a_checkpoint(tmp_path):
   with pytest.raises(errors.UserError, match='there is no checkpoint in'):
-    checkpoint.load_params(tmp_path, 'policy')
+    checkpoint.load_newest(tmp_path, 'policy')
 
 
 def content(folder):
@@ -497,7 +497,7 @@ def test_a_fork_with_another_optimizer_starts_it_anew(unfinished, tmp_path, capf
   other.steps = 6
   loop.run(other, tmp_path / 'run', fork_of=folder)
   assert 'the optimizer state and the learning-rate schedule start anew' in capfd.readouterr().out
-  kept, found = (checkpoint.load_params(path, 'policy') for path in (folder, tmp_path / 'run'))
+  kept, found = (checkpoint.load_newest(path, 'policy')[1] for path in (folder, tmp_path / 'run'))
   moved = max(
     float(abs(a - b).max()) for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(found))
   )

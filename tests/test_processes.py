@@ -295,7 +295,7 @@ def test_one_process_resumes_a_run_of_four(stage, wide, tmp_path):
   )
   assert steps and 0 < steps[-1] < 8, steps
   name = 'policy' if stage == 'ppo' else 'reward'
-  restored = checkpoint.load_params(moved, name)  # on one device of this process
+  restored = checkpoint.load_newest(moved, name)[1]  # on one device of this process
   assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(restored))
   run(arguments, moved, devices=8)
   assert_same_metrics(moved, whole, range(8))

@@ -17,6 +17,7 @@ from rlhf_jax import intervals
 from rlhf_jax.errors import UserError
 
 POINTS_PER_LOGIT = 400 / math.log(10)
+LEVEL = 1000.0  # rating of the anchor, or the mean of all ratings, in points
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,28 +60,26 @@ def update(first, second, score, *, k=32.0):
   return first + change, second - change
 
 
-def online(games, *, k=4.0, level=1000.0):
+def online(games):
   """Computes Elo's ratings by one pass over games in the order in which they were played.
 
-  Late games count more, so ratings depend on the order; `ratings` does not. The defaults are those
-  of FastChat, which follows chess in base 10 and scale 400.
+  Late games count more, so ratings depend on the order; `ratings` does not. A policy starts at
+  LEVEL, and k is 4, as in FastChat, which follows chess in base 10 and scale 400.
 
   Args:
     games: Iterable of (first policy, second policy, score of the first); see `update`.
-    k: Largest change by one game, in points.
-    level: Rating of a policy before its first game.
 
   Returns:
     {policy: rating}.
   """
   result = {}
   for first, second, score in games:
-    before = result.get(first, level), result.get(second, level)
-    result[first], result[second] = update(*before, score, k=k)
+    before = result.get(first, LEVEL), result.get(second, LEVEL)
+    result[first], result[second] = update(*before, score, k=4.0)
   return result
 
 
-def ratings(matches, *, anchor=None, level=1000.0, prior_draws=1.0):
+def ratings(matches, *, anchor=None, prior_draws=1.0):
   """Computes maximum-likelihood ratings of all policies in the matches.
 
   Maximizes sum_ab w_ab log sigmoid(r_a - r_b) by Newton's method, where w_ab is the number of wins
@@ -90,9 +89,8 @@ def ratings(matches, *, anchor=None, level=1000.0, prior_draws=1.0):
 
   Args:
     matches: List of Match.
-    anchor: Policy whose rating is fixed at `level`, without error; None fixes the mean of all
-      ratings at `level`.
-    level: Rating of the anchor, in points.
+    anchor: Policy whose rating is fixed at LEVEL, without error; None fixes the mean of all
+      ratings at LEVEL.
     prior_draws: Virtual draws added to each pair that played; they keep ratings finite if a policy
       won every game. 0 gives the plain maximum-likelihood estimate.
 
@@ -110,7 +108,7 @@ def ratings(matches, *, anchor=None, level=1000.0, prior_draws=1.0):
   strengths, information = _maximize(wins)
   covariance = _covariance(information, None if anchor is None else names.index(anchor))
   points = POINTS_PER_LOGIT * strengths
-  points += level - (points.mean() if anchor is None else points[names.index(anchor)])
+  points += LEVEL - (points.mean() if anchor is None else points[names.index(anchor)])
   errors = POINTS_PER_LOGIT * np.sqrt(np.maximum(np.diag(covariance), 0))
   return {
     name: Rating(
@@ -120,7 +118,7 @@ def ratings(matches, *, anchor=None, level=1000.0, prior_draws=1.0):
   }
 
 
-def ratings_of_outcomes(outcomes, prompts, *, anchor=None, level=1000.0, prior_draws=1.0):
+def ratings_of_outcomes(outcomes, prompts, *, anchor=None, prior_draws=1.0):
   """Computes ratings of policies that answered the same prompts, with errors clustered by prompt.
 
   `ratings` assumes that all games are independent. Here games share prompts, and a policy gives the
@@ -137,7 +135,6 @@ def ratings_of_outcomes(outcomes, prompts, *, anchor=None, level=1000.0, prior_d
     outcomes: {(first, second): [n] float, 1 if the first policy won, 0.5 for a draw, 0 if it lost}.
     prompts: n prompts; see intervals.groups.
     anchor: See `ratings`.
-    level: See `ratings`.
     prior_draws: See `ratings`.
 
   Returns:
@@ -147,7 +144,7 @@ def ratings_of_outcomes(outcomes, prompts, *, anchor=None, level=1000.0, prior_d
     UserError: See `ratings`.
   """
   matches = [Match(*pair, won.sum(), 0, won.size - won.sum()) for pair, won in outcomes.items()]
-  result = ratings(matches, anchor=anchor, level=level, prior_draws=prior_draws)
+  result = ratings(matches, anchor=anchor, prior_draws=prior_draws)
   group = intervals.groups(prompts, len(prompts))
   if group.max() < 1:
     return result

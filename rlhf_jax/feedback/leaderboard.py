@@ -12,7 +12,6 @@ from rlhf_jax import errors
 from rlhf_jax.feedback import bradley_terry
 from rlhf_jax.feedback import elo
 
-LEVEL = 1000.0
 INTERVAL = (2.5, 97.5)  # percentiles
 TITLES = (
   'Policy', 'Elo', '95 % interval', 'Games', 'Wins', 'Ties', 'Losses', 'Win rate', 'Online Elo'
@@ -87,7 +86,7 @@ def rate(battles, model=bradley_terry.Model(), *, anchor=None, draws=bradley_ter
   fit = bradley_terry.fit(games, model, draws=draws, seed=seed)
   points = elo.POINTS_PER_LOGIT * fit.strengths
   zero = 0.0 if anchor is None else points[:, [games.names.index(anchor)]]
-  points = LEVEL + points - zero
+  points = elo.LEVEL + points - zero
   low, high = np.percentile(points[1:] if draws else points, INTERVAL, axis=0)
   online = elo.online((battle.first, battle.second, battle.outcome) for battle in battles)
   standings = [
@@ -98,30 +97,21 @@ def rate(battles, model=bradley_terry.Model(), *, anchor=None, draws=bradley_ter
   return Leaderboard(standings, fit.nu, fit.style)
 
 
-def over_rounds(battles, model=bradley_terry.Model(), *, anchor=None, draws=bradley_terry.DRAWS):
+def over_rounds(battles, model=bradley_terry.Model(), *, draws=bradley_terry.DRAWS):
   """Rates policies after each round, by the battles of that round and all before.
 
-  Args:
-    battles: See `rate`.
-    model: See `rate`.
-    anchor: Policy at 1000 in each round; None for `first_policy`.
-    draws: See `rate`.
+  The anchor of each round is `first_policy`. For the arguments see `rate`.
 
   Returns:
     {round: Leaderboard}, in the order of rounds. Rounds after which policies cannot be rated yet,
     as when no chain of battles connects them, are left out.
-
-  Raises:
-    UserError: The anchor is unknown.
   """
   battles = [battle for battle in battles if battle.first != battle.second]
-  elo.check_anchor(anchor, elo.policies(battles))
   first, result = first_policy(battles), {}
   for number in sorted({battle.round for battle in battles}):
     before = [battle for battle in battles if battle.round <= number]
-    known = anchor in elo.policies(before)
     try:
-      result[number] = rate(before, model, anchor=anchor if known else first, draws=draws)
+      result[number] = rate(before, model, anchor=first, draws=draws)
     except errors.UserError:
       continue
   return result

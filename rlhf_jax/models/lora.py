@@ -129,14 +129,13 @@ def insert(tree, path, value):
   tree[last] = value
 
 
-def merge(params, adapters, lora, *, sign=1):
+def merge(params, adapters, lora):
   """Computes W + s A B for every adapted kernel, in the kernel's dtype.
 
   Args:
     params: Parameters of the model, without adapters.
     adapters: Adapters, in the structure that `init` returns.
     lora: Lora.
-    sign: 1 adds the adapters, -1 subtracts them again.
 
   Returns:
     Parameters of the same structure.
@@ -147,7 +146,7 @@ def merge(params, adapters, lora, *, sign=1):
     path = name.removesuffix('/kernel')
     if f'{path}/lora/a' not in leaves or path == name:
       return kernel
-    scale = sign * lora.find(path)[1]
+    scale = lora.find(path)[1]
     update = leaves[f'{path}/lora/a'].astype(jnp.float32) @ leaves[f'{path}/lora/b'].astype(
       jnp.float32
     )

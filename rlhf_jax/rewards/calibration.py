@@ -148,21 +148,20 @@ def ratings(scores: intervals.Values, given: intervals.Values, *, bins: int = 10
 
 
 def reliability(
-  confidences: intervals.Values, right: intervals.Values, *, bins: int = 10, low: float = 0.5
+  confidences: intervals.Values, right: intervals.Values, *, bins: int = 10
 ) -> tuple[Bin, ...]:
   """Bins confidences and computes the accuracy in each bin.
 
   Args:
-    confidences: [n] in [low, 1].
+    confidences: [n] in [0.5, 1], as of a choice of two.
     right: [n] bool, whether each choice was right.
-    bins: Number of equal-width bins over [low, 1].
-    low: Lowest possible confidence, 0.5 for a choice of two.
+    bins: Number of equal-width bins over [0.5, 1].
 
   Returns:
     Tuple of Bin.
   """
   confidences, right = np.asarray(confidences, float), np.asarray(right, float)
-  edges = np.linspace(low, 1, bins + 1)
+  edges = np.linspace(0.5, 1, bins + 1)
   index = np.clip(np.searchsorted(edges, confidences, side='left') - 1, 0, bins - 1)
   table = []
   for i in range(bins):

@@ -248,7 +248,7 @@ def test_adapters_of_the_top_layers_are_written_for_these(tmp_path):
   np.testing.assert_allclose(their_logits(adapted), ours, rtol=0, atol=1e-5)
 
 
-def test_merge_and_unmerge(case):
+def test_merging_changes_the_adapted_kernels(case):
   _, folder, targets, _ = case
   plain, params = hf.load(folder)
   lora = lora_lib.Lora(targets)
@@ -262,8 +262,6 @@ def test_merge_and_unmerge(case):
     name.removesuffix('/lora/a') for name in sharding.paths(adapters) if name.endswith('/a')
   }
   assert changed == {f'{name}/kernel' for name in adapted}
-  back = lora_lib.merge(merged, adapters, lora, sign=-1)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), back, params)
 
 
 def broken(tmp_path, change):
