@@ -372,7 +372,19 @@ def describer(model, name, tokenizer):
   return describe
 
 
-def policy_context(config, model, tokenizer, mesh, frozen, policy, *, start=None, **fields):
+def policy_context(
+  config,
+  model,
+  tokenizer,
+  mesh,
+  frozen,
+  policy,
+  *,
+  start=None,
+  loss=None,
+  guided_model=None,
+  q_functions=None,
+):
   """Returns the evaluators.Context of an algorithm that trains `state.params['policy']`.
 
   Args:
@@ -383,7 +395,9 @@ def policy_context(config, model, tokenizer, mesh, frozen, policy, *, start=None
     frozen: Parameters of the policy that are not trained.
     policy: Trained parameters, which the first train step will donate.
     start: The same in arrays that no train step donates; None or {} to copy them when needed.
-    **fields: Other fields of evaluators.Context.
+    loss: Held-out loss; see evaluators.Context for this and the following.
+    guided_model: Function from beta to a model that samples with Q functions.
+    q_functions: Function from a state to their parameters.
   """
   return evaluators.Context(
     model=model,
@@ -393,8 +407,10 @@ def policy_context(config, model, tokenizer, mesh, frozen, policy, *, start=None
     policy=lambda state: trainable.merge(frozen, averaged(state, 'policy')),
     start=lambda: trainable.merge(frozen, start or jax.tree.map(jnp.copy, policy)),
     load=load_settings(config.model),
+    loss=loss,
     sampling=config.get('sampling', {}),
-    **fields,
+    guided_model=guided_model,
+    q_functions=q_functions,
   )
 
 
