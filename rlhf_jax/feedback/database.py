@@ -2,8 +2,8 @@
 
 Every write takes the lock of what it writes before it reads: on SQLite that of the whole database
 (BEGIN IMMEDIATE), on PostgreSQL the row of the project. So writes to a project follow one another,
-and what a write decides still holds when it is committed. Annotators belong to no project: an
-import that adds some also takes `lock_annotators`.
+and what a write decides still holds when it is committed. Annotators belong to no project: imports
+that add some also take `lock_annotators`, so that those with the same names wait for each other.
 """
 
 import contextlib
@@ -23,7 +23,8 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.feedback import schema
 
 BUSY_SECONDS = 30  # how long a connection waits for the writes of others
-UPGRADE_LOCK = 0x726C6866  # number of the advisory lock of PostgreSQL under which tables are made
+# Numbers of advisory locks of PostgreSQL: under one tables are made, under the other annotators.
+UPGRADE_LOCK, ANNOTATORS_LOCK = 0x726C6866, 0x726C6867
 
 
 class Database:
@@ -131,13 +132,13 @@ class Database:
 
 
 def lock_annotators(session: orm.Session) -> None:
-  """Lets all others who add or change annotators wait until the session's changes are committed.
+  """Lets other callers wait until the session's changes are committed.
 
-  Rows that refer to annotators, such as judgements, do not wait. On SQLite a session that writes
-  has the lock of the whole database already.
+  Nobody else waits, and whoever adds an annotator without this lock may be adding the same name. On
+  SQLite a session that writes has the lock of the whole database already.
   """
   if session.get_bind().dialect.name == 'postgresql':
-    session.execute(sa.text('LOCK TABLE annotators IN SHARE ROW EXCLUSIVE MODE'))
+    session.execute(sa.select(sa.func.pg_advisory_xact_lock(ANNOTATORS_LOCK)))
 
 
 def parse(url: str) -> sa.URL:

@@ -181,12 +181,15 @@ class _People:
     query = sa.select(schema.Annotator).where(schema.Annotator.name == new.name)
     found = self._session.scalar(query)
     if found is None:
-      # Annotators belong to no project, so another write may be adding the same name.
+      # Annotators belong to no project, so another import may be adding the same name.
       database_lib.lock_annotators(self._session)
       found = self._session.scalar(query)
     if found is None:
-      self._session.add(new)
-      self._session.flush()
+      try:
+        with self._session.begin_nested():
+          self._session.add(new)
+      except sa.exc.IntegrityError:  # someone has just signed up with the name
+        found = self._session.scalars(query).one()
     return found or new
 
 

@@ -12,8 +12,9 @@ import threading
 import pytest
 import sqlalchemy as sa
 
-from rlhf_jax import errors
 from rlhf_jax.data import sources
+from rlhf_jax.feedback import accounts
+from rlhf_jax.feedback import database
 from rlhf_jax.feedback import schema
 from rlhf_jax.feedback import store as store_lib
 from rlhf_jax.feedback import transfer
@@ -113,14 +114,48 @@ def test_imports_at_once(projects, names, added, database_url, tmp_path, monkeyp
     assert total == sum(added)
 
 
-def test_an_annotator_who_is_added_during_an_import(database_url, tmp_path):
-  """Whoever comes second finds the name: the import uses it, a person is told to take another."""
-  path = comparisons(tmp_path / 'x.jsonl', [f'annotator {i}' for i in range(20)])
-  with store_lib.Store.open(database_url) as store, futures.ThreadPoolExecutor() as pool:
-    waiting = pool.submit(transfer.add_comparisons, store, store.add_project('p'), path)
-    while not waiting.done():
-      with contextlib.suppress(errors.UserError):
-        store.add_annotator('annotator 19')
-    assert waiting.result().added == 20
-    names = [person.name for person in store.annotators()]
-    assert sorted(names) == sorted(f'annotator {i}' for i in range(20))
+class Pause:
+  """Stops an import after its first record until `go` is set."""
+
+  def __init__(self, monkeypatch):
+    self.reached, self.go, self._add = threading.Event(), threading.Event(), transfer._add
+    monkeypatch.setattr(transfer, '_add', self._pause)
+
+  def _pause(self, *arguments):
+    self._add(*arguments)
+    if not self.reached.is_set():
+      self.reached.set()
+      assert self.go.wait(20)
+
+
+def test_an_annotator_who_is_added_during_an_import(postgres, tmp_path, monkeypatch):
+  """The import uses the row of a name that is taken after it has looked for it."""
+  path = comparisons(tmp_path / 'x.jsonl', ['Ada', 'Bob'])
+  with store_lib.Store.open(postgres()) as store, futures.ThreadPoolExecutor() as pool:
+    lock = database.lock_annotators
+
+    def lock_and_lose(session):
+      lock(session)
+      sign_up = lambda *_: pool.submit(store.add_annotator, 'Ada').result()
+      sa.event.listen(session, 'before_flush', sign_up, once=True)
+      monkeypatch.setattr(database, 'lock_annotators', lock)
+
+    monkeypatch.setattr(database, 'lock_annotators', lock_and_lose)
+    assert transfer.add_comparisons(store, store.add_project('p'), path).added == 2
+    assert sorted(person.name for person in store.annotators()) == ['Ada', 'Bob']
+
+
+def test_accounts_change_during_an_import(postgres, tmp_path, monkeypatch):
+  """Nobody waits to sign up, and a new link for one of the annotators is no deadlock."""
+  path = comparisons(tmp_path / 'x.jsonl', ['Ada', 'Bob', 'Cleo'])
+  with store_lib.Store.open(postgres()) as store, futures.ThreadPoolExecutor() as pool:
+    ada, _ = store.add_annotator('Ada')
+    project, pause = store.add_project('p'), Pause(monkeypatch)
+    imported = pool.submit(transfer.add_comparisons, store, project, path)
+    assert pause.reached.wait(20)
+    link = pool.submit(accounts.change, store.database, ada, token='link')
+    pool.submit(store.add_annotator, 'Dan').result(timeout=20)
+    pause.go.set()
+    assert imported.result().added == 3
+    link.result()
+    assert sorted(person.name for person in store.annotators()) == ['Ada', 'Bob', 'Cleo', 'Dan']
