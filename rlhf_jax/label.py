@@ -73,6 +73,8 @@ def serve(store, project, options):
 def warn_of_other_folders(store, project, folders):
   """Warns of each policy whose earlier answers are from another folder than the one given now.
 
+  A checkpoint in the store that is no absolute path, such as 'step 100', names no folder.
+
   Args:
     store: The store.
     project: The project.
@@ -80,19 +82,19 @@ def warn_of_other_folders(store, project, folders):
   """
   known = store.checkpoints(project)
   for name, folder in folders.items():
-    others = {_run_of(path) for path in known.get(name, ())} - {_run_of(folder)}
-    for other in sorted(map(str, others)):
+    paths = [path for path in known.get(name, ()) if pathlib.Path(path).is_absolute()]
+    for other in sorted({_run_of(path) for path in paths} - {_run_of(folder)}):
       print(
         f'Warning: the policy {name!r} has answers from {other}, and new ones would come from '
         f'{folder}. Elo takes them for one policy. Unless they are the same model, stop the page '
-        f'and give the new one a name of its own, such as --policies={name}2={folder}',
+        'and give the new one a name of its own in --policies.',
         file=sys.stderr,
       )
 
 
 def _run_of(path):
-  """Returns the folder of a run from that of its model or of a checkpoint; others are unchanged."""
-  path = pathlib.Path(path)
+  """Returns the folder of a run from that of its model or of a checkpoint; others are resolved."""
+  path = pathlib.Path(path).resolve()
   if path.parent.name == 'checkpoints':
     return path.parents[1]
   return path.parent if path.name == 'model' else path

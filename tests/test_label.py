@@ -106,6 +106,7 @@ def test_policies_have_names_or_not():
 
 def test_a_name_with_another_folder_is_a_warning(tmp_path, capsys):
   """Checkpoints and the model of a run are one policy; so is a policy of another project."""
+  (tmp_path / 'link').symlink_to(tmp_path / 'run')
   with store_lib.Store.open(tmp_path / 'x.db') as store:
     project, other = store.add_project('p'), store.add_project('q')
     for where, policy, checkpoint in (
@@ -114,11 +115,14 @@ def test_a_name_with_another_folder_is_a_warning(tmp_path, capsys):
       (project, 'sft', '/runs/sft/model'),
       (project, 'hf', '/models/tiny'),
       (project, 'file', None),
+      (project, 'own', 'step 100'),
+      (project, 'link', str(tmp_path / 'link')),
       (other, 'ppo', '/runs/old'),
     ):
       prompt = store.add_prompt(where, 'q')
       store.add_completion(prompt, 'a', policy=policy, checkpoint=checkpoint)
     same = {'sft': '/runs/sft', 'hf': '/models/tiny', 'file': '/x', 'ppo': '/runs/new'}
+    same |= {'own': '/runs/own', 'link': str(tmp_path / 'run')}
     label.warn_of_other_folders(store, project, same)
     label.warn_of_other_folders(store, project, {'sft': '/runs/sft/model'})
     assert capsys.readouterr().err == ''
@@ -128,7 +132,6 @@ def test_a_name_with_another_folder_is_a_warning(tmp_path, capsys):
       "Warning: the policy 'sft' has answers from /runs/sft, and new ones would come from "
       '/runs/sft_2. '
     )
-    assert '--policies=sft2=/runs/sft_2' in line
 
 
 def test_the_command_warns_before_it_serves(tmp_path, monkeypatch, capsys):
