@@ -473,6 +473,13 @@ FAULTS = (
       'test_answers_depend_on_the_seed_the_annotator_and_the_texts_alone',
     ),
   ),
+  Fault(
+    'a simulated annotator repeats every answer',
+    'rlhf_jax/feedback/simulate.py',
+    'occasion=panel.occasion + 1',
+    'occasion=panel.occasion',
+    _tests('feedback/test_simulate', 'test_repeats_tell_who_is_consistent'),
+  ),
   # Over-optimization.
   Fault(
     'the curve of reinforcement learning is that of best-of-n',
@@ -1033,6 +1040,13 @@ FAULTS = (
     'task.project_id == project.id,\n    row.annotator_id == annotator.id,',
     'row.annotator_id == annotator.id,',
     _tests('feedback/test_assignment', 'test_an_undo_is_a_row_and_the_task_comes_back[sqlite]'),
+  ),
+  Fault(
+    'imports into two projects add the same annotators without waiting',
+    'rlhf_jax/feedback/transfer.py',
+    'database_lib.lock_annotators(self._session)',
+    'pass',
+    _tests('feedback/test_concurrency', 'test_imports_at_once[postgresql-pq-names3-added3]'),
   ),
   Fault(
     'a record that is in a file twice is imported once',
