@@ -113,7 +113,7 @@ def choose(
   Args:
     prompts: Texts.
     examples: Training prompts of each expert; at most EXAMPLES of each are compared, drawn at
-      random, so that no expert wins because it has more.
+      random, the same in every call, so that no expert wins because it has more.
     neighbours: Number of training prompts that vote.
 
   Returns:

@@ -359,6 +359,7 @@ def create(
     mesh,
     frozen['policy'],
     params['policy'],
+    # A reference that is the initial policy has arrays of its own, so that no copy is needed.
     start=None if config.reference else frozen.get('reference'),
   )
   return learner.Learner(

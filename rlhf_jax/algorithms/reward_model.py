@@ -348,7 +348,7 @@ def create(config, mesh):
   settings = setup.settings(Settings, config.preference, examples=rows)
   loss_fn = jax.jit(functools.partial(comparison_loss, model=model, settings=settings))
 
-  def results(params, batches):
+  def losses_of(params, batches):
     """Yields each batch with what `comparison_loss` returns for it, on the host."""
     params = trainable.merge(frozen, params)
     for batch in batches:
@@ -358,7 +358,7 @@ def create(config, mesh):
     if config.preference.normalize == 'none':
       return params['head']
     batches = normalization_batches(config, examples, tokenizer, sizes)
-    scores = [scores[batch.present] for batch, (*_, scores) in results(params, batches)]
+    scores = [scores[batch.present] for batch, (*_, scores) in losses_of(params, batches)]
     return normalize(params['head'], np.concatenate(scores), config.preference.normalize)
 
   params['head'] = fitted_head(params)
@@ -389,7 +389,7 @@ def create(config, mesh):
     check_ratings(chosen, settings.loss)
     batches = [batch for batch, _ in pipelines.comparison_batches(chosen, tokenizer, **sizes)]
     prompts = [example.prompt for example in chosen]
-    return held_out_loss(batches, prompts, results, rated=settings.loss == 'rating')
+    return held_out_loss(batches, prompts, losses_of, rated=settings.loss == 'rating')
 
   def export(state, path):
     params = setup.averaged(state, 'reward')
@@ -400,7 +400,7 @@ def create(config, mesh):
       mesh,
     )
     head = fitted_head(params)
-    if panel:  # before the model, with which the run is finished
+    if panel:  # first, because a run that has a model is finished
       panel.write(path.parent, processes.to_host(reliability.of_all(state.params)))
     hf.save(path, exported, merged, tokenizer=exported_tokenizer, head=head)
 
@@ -469,13 +469,13 @@ def normalization_batches(config, examples, tokenizer, sizes):
   return (batch for batch, _ in pipelines.comparison_batches(examples, tokenizer, **sizes))
 
 
-def held_out_loss(batches, prompts, results, *, rated):
+def held_out_loss(batches, prompts, losses_of, *, rated):
   """Returns an evaluator of held-out loss, accuracy and calibration.
 
   Args:
     batches: List of Comparisons.
     prompts: Texts of their prompts, in order.
-    results: Function (params, batches) that yields pairs of a batch and the results of
+    losses_of: Function (params, batches) that yields pairs of a batch and the results of
       `comparison_loss`, on the host.
     rated: Whether the model learns ratings; their calibration is then measured too.
 
@@ -484,7 +484,7 @@ def held_out_loss(batches, prompts, results, *, rated):
   """
 
   def evaluate(state):
-    found = [result for _, result in results(setup.averaged(state, 'reward'), batches)]
+    found = [result for _, result in losses_of(setup.averaged(state, 'reward'), batches)]
     if found[0][0].ndim == 2:  # several heads
       found = [(loss.mean(1), counted[:, 0], scores.mean(2)) for loss, counted, scores in found]
     count = sum(int(counted.sum()) for _, counted, _ in found)

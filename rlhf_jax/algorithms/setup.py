@@ -182,7 +182,7 @@ def make_optimizer(config_optim, steps, *, updates=1, learning_rate=None, export
 
 
 def settings(cls, block, **others):
-  """Creates the dataclass `cls` from the keys of a config block; `others` are its other fields."""
+  """Creates the dataclass `cls`: each field is a key of a config block, or one of `others`."""
   names = {field.name for field in dataclasses.fields(cls)} - others.keys()
   return cls(**{name: block[name] for name in names}, **others)
 
@@ -393,8 +393,9 @@ def policy_context(
     tokenizer: Its tokenizer.
     mesh: Device mesh.
     frozen: Parameters of the policy that are not trained.
-    policy: Trained parameters, which the first train step will donate.
-    start: The same in arrays that no train step donates; None or {} to copy them when needed.
+    policy: Trained parameters before the first step, which will donate them.
+    start: Equal parameters that no step donates. If it is None or {}, `policy` is copied when an
+      evaluator asks for them, which must be before the first step.
     loss: Held-out loss; see evaluators.Context for this and the following.
     guided_model: Function from beta to a model that samples with Q functions.
     q_functions: Function from a state to their parameters.

@@ -51,7 +51,7 @@ class SimulatedAnnotators:
     label_noise: probability in [0, 0.5] that a label is flipped, or one probability for each
       annotator; an annotator with 0.5 chooses between two at random.
     disagreement: standard deviation of the annotators' individual preferences; 0 if they agree.
-    occasion: number of the time at which they are asked; see the top of the file.
+    occasion: 0 for the first time that they are asked, 1 for the second, and so on.
   """
 
   gold: collections.abc.Callable[[str, str], float]
@@ -122,7 +122,7 @@ class SimulatedAnnotators:
     rng, noise = self._draw('label', annotator, prompt, a, b), self.noises[annotator]
     margin, draw = self._difference(prompt, a, b, annotator), rng.random()
     chosen = int(draw < self._probability(margin, annotator))
-    if not noise <= draw < 1 - noise:  # so the choice does not depend on the responses
+    if not noise <= draw < 1 - noise:  # answered at random, with probability 2 noise
       return chosen, rng.randint(1, 1 + len(steps))
     # margin + temperature * z has the sign of the choice.
     uniform = min(max((draw - noise) / (1 - 2 * noise), 1e-12), 1 - 1e-12)

@@ -1,6 +1,7 @@
 """The reference of runs that start from trained adapters is the initial policy, with adapters."""
 
 import dataclasses
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from rlhf_jax import sharding
 from rlhf_jax import types
 from rlhf_jax.algorithms import grpo
 from rlhf_jax.algorithms import ppo
+from rlhf_jax.algorithms import setup
 from rlhf_jax.algorithms import wiring
 from rlhf_jax.models import hf
 from rlhf_jax.models import lora as lora_lib
@@ -74,8 +76,14 @@ def test_the_reference_is_the_initial_policy(algorithm, world, adapted):
   mask = rollout().response_mask
   np.testing.assert_allclose(found['start'][mask], found['merged'][mask], rtol=0, atol=1e-5)
   np.testing.assert_allclose(found['start'][mask], policy.logprobs[mask], rtol=0, atol=1e-6)
-  # Evaluators compare with the same policy, and a critic of adapters starts from it.
+  # Evaluators compare with the same arrays, and a critic of adapters starts from equal ones.
   start = wired.frozen['reference']
+  model, frozen = wired.models.policy, wired.frozen['policy']
+  context = setup.policy_context(
+    config, model, None, mesh, frozen, wired.params['policy'], start=start
+  )
+  merged = trainable.merge(frozen, start)
+  assert all(map(operator.is_, jax.tree.leaves(context.start()), jax.tree.leaves(merged)))
   jax.tree.map(np.testing.assert_array_equal, start, wired.params['policy'])
   if algorithm is ppo:
     jax.tree.map(np.testing.assert_array_equal, wired.params['critic']['backbone'], start)
