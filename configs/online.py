@@ -19,7 +19,7 @@ which may run all the time, and the end of the run for answers in the projects o
 online_evaluation.
 
 PPO starts from the policy of the round before; the paper trains new ones from the start. The rounds
-are short: within 10 to 20 steps a policy leaves what its reward model knows, and the gold score
+are short: within 10 to 20 steps a policy can leave what its reward model knows, and the gold score
 falls.
 
 In all of seeds 3 to 5 the gold score and Elo rise from round to round and end above those of
