@@ -7,6 +7,7 @@ Letters: B batch, P prompt length, R response length, T = P + R.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
@@ -104,7 +105,7 @@ def single_tokens(tokenizer: Tokenizer, strings: Sequence[str]) -> dict[str, int
 
 
 def sampling_of(
-  tokenizer, *, stop: Sequence[str] = (), min_new_tokens: int = 0, **settings
+  tokenizer: Any, *, stop: Sequence[str] = (), min_new_tokens: int = 0, **settings: Any
 ) -> sampling_lib.Sampling:
   """Returns the Sampling with the EOS, padding and stop tokens of a tokenizer.
 
