@@ -116,6 +116,30 @@ FAULTS = (
     'return student, trainable.merge(frozen, trained)',
     _tests('algorithms/test_distillation', 'test_a_student_learns_a_context[full]'),
   ),
+  Fault(
+    'batches of samples and of data are padded at the wrong side of their prompts',
+    'rlhf_jax/algorithms/distillation_data.py',
+    'jnp.pad(x, ((0, 0), (left, right)))',
+    'jnp.pad(x, ((0, 0), (0, left + right)))',
+    _tests(
+      'algorithms/test_distillation', 'test_a_train_step_agrees_with_loops_over_single_sequences'
+    ),
+  ),
+  # The reference.
+  Fault(
+    'the reference has the adapters of the policy',
+    'rlhf_jax/forward.py',
+    "if not trainable.has_adapters(self.frozen['reference']):",
+    'if False:',
+    _tests('algorithms/test_reference_policy', 'test_the_reference_is_the_initial_policy'),
+  ),
+  Fault(
+    'the reference samples at temperature 1',
+    'rlhf_jax/forward.py',
+    'unembed, states, batch.tokens[:, -length:], temperature=self.temperature',
+    'unembed, states, batch.tokens[:, -length:], temperature=1.0',
+    _tests('algorithms/test_reference_policy', 'test_the_reference_is_the_initial_policy'),
+  ),
   # Algorithms without a critic.
   Fault(
     'the moving baseline contains the batch itself',
@@ -389,6 +413,15 @@ FAULTS = (
     'rlhf_jax/algorithms/reward_model.py',
     'reliability=weights,',
     'reliability=None,',
+    _tests(
+      'algorithms/test_reliability', 'test_loss_and_gradient_of_a_train_step_by_a_loop[False]'
+    ),
+  ),
+  Fault(
+    'reliabilities have no prior',
+    'rlhf_jax/algorithms/reliability.py',
+    'return 0.5 * jnp.sum(jnp.square(of_all(params) - 1.0))',
+    'return 0.0 * jnp.sum(of_all(params))',
     _tests(
       'algorithms/test_reliability', 'test_loss_and_gradient_of_a_train_step_by_a_loop[False]'
     ),
@@ -732,6 +765,20 @@ FAULTS = (
     'due = state.step % settings.target_every == 0',
     'due = True',
     _tests('algorithms/test_ilql', 'test_targets_follow_the_critic_every_second_step'),
+  ),
+  Fault(
+    'values follow the larger of the two targets',
+    'rlhf_jax/implicit_q.py',
+    'jnp.minimum(*targets)',
+    'jnp.maximum(*targets)',
+    _tests('algorithms/test_ilql', 'test_loss_and_gradients_of_trlx[default]'),
+  ),
+  Fault(
+    'the error of Q trains the value that it is compared with',
+    'rlhf_jax/implicit_q.py',
+    'jax.lax.stop_gradient(batch.rewards + settings.gamma * next_values)',
+    'batch.rewards + settings.gamma * next_values',
+    _tests('algorithms/test_ilql', 'test_loss_and_gradients_of_trlx[default]'),
   ),
   Fault(
     'the value after a turn is that of the next position',
