@@ -183,12 +183,10 @@ class _People:
     if found is None:
       # Annotators belong to no project, so another import may be adding the same name.
       database_lib.lock_annotators(self._session)
-      found = self._session.scalar(query)
-    if found is None:
       try:
         with self._session.begin_nested():
           self._session.add(new)
-      except sa.exc.IntegrityError:  # someone has just signed up with the name
+      except sa.exc.IntegrityError:  # that import has, or someone has just signed up with the name
         found = self._session.scalars(query).one()
     return found or new
 

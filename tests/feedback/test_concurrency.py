@@ -75,12 +75,12 @@ class Meeting:
         self._barrier.wait(timeout=1.0)
 
 
-def comparisons(path, names, *, start=0):
+def comparisons(path, names):
   """Writes a file with a comparison by each annotator."""
   sources.write(
     path,
     [
-      {'prompt': f'{start + i}', 'chosen': 'a', 'rejected': 'b', 'annotator': name}
+      {'prompt': f'{i}', 'chosen': 'a', 'rejected': 'b', 'annotator': name}
       for i, name in enumerate(names)
     ],
   )

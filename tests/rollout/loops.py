@@ -79,8 +79,8 @@ def family(name, **settings):
   return model, model.init(jax.random.key(5))
 
 
-def same(found, expected):
+def same(found, expected, *, atol=5e-5):
   """Asserts equal tokens and masks, and log-probabilities that are equal up to rounding."""
   for name in ('tokens', 'mask', 'response_mask'):
     np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
-  np.testing.assert_allclose(found.logprobs, expected.logprobs, rtol=1e-5, atol=2e-4)
+  np.testing.assert_allclose(found.logprobs, expected.logprobs, rtol=1e-5, atol=atol)

@@ -34,7 +34,7 @@ def test_tokens_of_the_plain_loop_in_every_family(name):
   settings = sampling(72, temperature=1.3)
   found = refill(params, prompts(21), jax.random.key(1), model, settings, 8)
   expected = plain(params, prompts(21), jax.random.key(1), model, settings)
-  same(found, expected)
+  same(found, expected, atol=2e-4 if name == 't5' else 5e-5)  # T5 does not scale its attention
   lengths = np.asarray(expected.response_mask).sum(1)
   assert lengths.min() < 18 and lengths.max() > 40 and len(set(lengths)) > 5
 
